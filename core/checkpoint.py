@@ -1,0 +1,129 @@
+"""Checkpoints: a folder per point in training, whole or absent. Tensors in safetensors, counters in JSON.
+
+    RUN/checkpoints/000012800/{student,ema,…}.safetensors  state.pt (optimisers)  meta.json
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from core.errors import UserError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free space or choose another folder, then run again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    nimg: int
+    meta: dict[str, Any]
+
+    def load(self, name: str, module: nn.Module) -> None:
+        """Strictly load `name`.safetensors into `module`, keeping the module's dtypes and device."""
+        module.load_state_dict(self.tensors(name), strict=True)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The state dict `name`. Raises UserError where it is absent or damaged."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            found = sorted(p.stem for p in self.folder.glob("*.safetensors"))
+            raise UserError(
+                f"{self.folder}: no {name}.safetensors, found {', '.join(found) or 'none'}; "
+                "choose another checkpoint"
+            )
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is damaged ({error}); delete {self.folder} to go on from the checkpoint before it"
+            ) from error
+
+    def state(self) -> dict[str, Any]:
+        """Optimiser states and the like."""
+        state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True)
+        return state
+
+
+def save(
+    folder: Path,
+    nimg: int,
+    modules: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint under a temporary name, sync it, rename it; then drop all but the newest `keep`.
+
+    Raises UserError when the disk is full or the folder cannot be written; what was there before stays.
+    """
+    target = folder / f"{nimg:09d}"
+    temporary = folder / f".{nimg:09d}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        for name, tensors in modules.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+        torch.save(dict(state), temporary / "state.pt")
+        (temporary / "meta.json").write_text(json.dumps({**meta, "nimg": nimg}, indent=1))
+        for path in sorted(temporary.iterdir()):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():  # the same point of the same run, written again after a resume
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = latest(folder)
+        safe = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
+        raise UserError(
+            f"cannot write checkpoint {target}: {error}; {safe}; free space, then run the same command again"
+        ) from error
+    for old in _whole(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _whole(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / "meta.json").is_file())
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run's `checkpoints` folder, or None."""
+    whole = _whole(folder)
+    return open_checkpoint(whole[-1]) if whole else None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint folder by name. Raises UserError naming the ones that are there."""
+    if not (folder / "meta.json").is_file():
+        found = [p.name for p in _whole(folder.parent)]
+        raise UserError(f"no checkpoint {folder}; found {', '.join(found) or 'none'} beside it")
+    meta = json.loads((folder / "meta.json").read_text())
+    return Checkpoint(folder, int(meta["nimg"]), meta)

@@ -1,0 +1,129 @@
+"""Frozen dataclass configs: dotted overrides, JSON, digests. Errors name the nearest right setting."""
+
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from core.errors import SettingError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint `; did you mean 'x'?`, or the known names when none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def pick(table: Mapping[str, T], name: str, what: str) -> T:
+    """`table[name]`, or a SettingError that names the nearest key."""
+    if name not in table:
+        raise SettingError(f"unknown {what} {name!r}{nearest(name, table)}")
+    return table[name]
+
+
+def override(config: T, settings: Sequence[str]) -> T:
+    """Apply `a.b=value` strings to a frozen dataclass. Values are JSON, or bare words for strings.
+
+    Raises SettingError for an unknown name (with the nearest one) or a value of another type.
+    """
+    for setting in settings:
+        path, found, text = setting.partition("=")
+        if not found:
+            raise SettingError(f"--set takes name=value, got {setting!r}; write for example --set seed=1")
+        config = _set(config, path.strip().split("."), text.strip(), path.strip())
+    return config
+
+
+def _set(config: Any, path: list[str], text: str, full: str) -> Any:
+    hints = get_type_hints(type(config))
+    if path[0] not in hints:
+        hint = nearest(path[0], hints)
+        raise SettingError(f"unknown setting {path[0]!r} in {type(config).__name__}{hint}")
+    current = getattr(config, path[0])
+    if len(path) > 1:
+        if not is_dataclass(current):
+            raise SettingError(f"setting {full!r}: {path[0]!r} is a single value and has no {path[1]!r}")
+        return replace(config, **{path[0]: _set(current, path[1:], text, full)})
+    if is_dataclass(current):
+        names = ", ".join(f.name for f in fields(current))
+        raise SettingError(f"setting {full!r} is a group; set one of its members: {names}")
+    return replace(config, **{path[0]: _parse(text, hints[path[0]], full)})
+
+
+def _parse(text: str, hint: Any, full: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    return _convert(value, hint, full, text)
+
+
+def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
+    """`value` as the type `hint`, or a SettingError. int -> float is the one silent widening."""
+    origin, args = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value)
+    if origin is Literal:
+        if value not in args:
+            raise SettingError(f"setting {full!r} is {text!r}{nearest(str(value), [str(a) for a in args])}")
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), full, text)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise SettingError(f"setting {full!r} takes a JSON list, got {text!r}")
+        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        hints = [inner] * len(value) if inner is not None else list(args)
+        if len(hints) != len(value):
+            raise SettingError(f"setting {full!r} takes {len(hints)} values, got {text!r}")
+        return tuple(_convert(v, h, full, text) for v, h in zip(value, hints, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and not isinstance(value, str):
+        value = text
+    if isinstance(value, bool) and hint is not bool or not isinstance(value, hint):
+        raise SettingError(f"setting {full!r} takes {hint.__name__}, got {text!r}")
+    return value
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A JSON-able dict of a config dataclass."""
+    result: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return result
+
+
+def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
+    """The inverse of `to_json`. Unknown keys are SettingErrors; missing keys take their defaults."""
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        if key not in hints:
+            raise SettingError(f"unknown setting {key!r} in {cls.__name__}{nearest(key, hints)}")
+        values[key] = _convert(value, hints[key], key, json.dumps(value))
+    return cls(**values)
+
+
+def digest(data: Any) -> str:
+    """sha256 of the canonical JSON of `data`."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names whose values differ between two JSON-able dicts, as `name (a -> b)`, sorted."""
+    names: list[str] = []
+    for key in sorted(set(a) | set(b)):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            names += differing(left, right, f"{prefix}{key}.")
+        elif left != right:
+            names.append(f"{prefix}{key} ({left!r} -> {right!r})")
+    return names

@@ -1,0 +1,87 @@
+"""The one door to torch.distributed. Everything runs without a process group as rank 0 of 1."""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+def init() -> torch.device:
+    """Join the process group that torchrun announced, if any; return this process's device."""
+    if "RANK" in os.environ and not td.is_initialized():
+        td.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank, 0 alone. Known from torchrun's environment before `init`."""
+    return td.get_rank() if td.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of processes, 1 alone."""
+    return td.get_world_size() if td.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if td.is_initialized():
+        td.barrier()
+
+
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """The mean over ranks of each value; every rank must give the same keys."""
+    if not td.is_initialized():
+        return values
+    names = sorted(values)
+    device = "cuda" if td.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor([values[n] for n in names], dtype=torch.float64, device=device)
+    td.all_reduce(tensor)
+    return dict(zip(names, (tensor / td.get_world_size()).tolist(), strict=True))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank."""
+    return mean({"flag": float(flag)})["flag"] > 0
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite every rank's tensors with rank 0's, in place."""
+    if td.is_initialized():
+        for tensor in tensors:
+            td.broadcast(tensor, 0)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace each gradient by its mean over ranks, in one flat all-reduce.
+
+    Without a wrapper around the module, a second-order R1 pass and a plain pass may both add to `.grad` and the
+    result is still exact; through DDP two backward passes are silently wrong. A parameter without a gradient on
+    some rank counts as zero there.
+    """
+    if not td.is_initialized():
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+    td.all_reduce(flat)
+    flat /= td.get_world_size()
+    start = 0
+    for p in parameters:
+        assert p.grad is not None
+        p.grad.copy_(flat[start : start + p.numel()].view_as(p))
+        start += p.numel()

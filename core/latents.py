@@ -1,0 +1,71 @@
+"""The one place where latents are scaled and pixels are made. Everywhere else latents are *scaled* latents."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentSpace:
+    """A VAE's latent space: scaled = (raw - shift) * scale; `downscale` pixels per latent position."""
+
+    channels: int
+    downscale: int
+    scale: float
+    shift: float = 0.0
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """Raw VAE latents -> scaled latents (the U-Net's space, about unit variance)."""
+        return (raw - self.shift) * self.scale
+
+    def raw(self, scaled: Tensor) -> Tensor:
+        """Scaled latents -> what the VAE's decoder takes."""
+        return scaled / self.scale + self.shift
+
+
+def latent_space(vae: nn.Module) -> LatentSpace:
+    """The latent space of a diffusers AutoencoderKL or AutoencoderTiny, read from its config."""
+    config = vae.config
+    levels = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
+    return LatentSpace(
+        channels=int(config.latent_channels),
+        downscale=2 ** (len(levels) - 1),
+        scale=float(getattr(config, "scaling_factor", None) or 1.0),
+        shift=float(getattr(config, "shift_factor", None) or 0.0),
+    )
+
+
+def encode(vae: nn.Module, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f]: the posterior's mean, or a sample
+    of it when a generator is given. Computed in the VAE's dtype, returned in fp32."""
+    output = vae.encode(pixels.to(next(vae.parameters()).dtype))
+    if hasattr(output, "latents"):  # AutoencoderTiny: deterministic, already scaled
+        return output.latents.float()
+    raw = output.latent_dist.mode() if generator is None else output.latent_dist.sample(generator)
+    return latent_space(vae).scaled(raw.float())
+
+
+def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1], fp32. Differentiable."""
+    first = next(vae.parameters())
+    raw = latents if "Tiny" in type(vae).__name__ else latent_space(vae).raw(latents)
+    return vae.decode(raw.to(first.device, first.dtype)).sample.float()
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> uint8, rounded to nearest, clipped (as diffusers' image processor does)."""
+    return (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 images -> fp32 pixels in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def decode_uint8(vae: nn.Module, latents: Tensor, batch_size: int = 64) -> Iterator[Tensor]:
+    """Scaled latents, any number of rows -> uint8 image batches [b, 3, H, W] on the CPU."""
+    for rows in latents.split(batch_size):
+        yield to_uint8(decode(vae, rows)).cpu()

@@ -1,0 +1,105 @@
+"""Load a student from a run or an exported folder, and draw images from it in one step."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core import checkpoint, pretrained
+from core.errors import UserError
+from core.latents import decode, to_uint8
+from core.pretrained import TextEncoder
+from core.seeds import noise
+from distill.generator import Student, student_from_teacher
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """A student with the text encoder and VAE around it, on one device."""
+
+    student: Student
+    text: TextEncoder
+    vae: nn.Module
+    device: torch.device
+
+    @torch.no_grad()
+    def latents(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w]: one network evaluation."""
+        return self.student(drawn.to(self.device), self.text.encode(prompts))
+
+    @torch.no_grad()
+    def images(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Noise [B, C, h, w] and B prompts -> uint8 images [B, 3, H, W] on the CPU."""
+        return to_uint8(decode(self.vae, self.latents(drawn, prompts))).cpu()
+
+    def sample(
+        self, prompts: Sequence[str], seed: int, start: int = 0, batch_size: int = 32
+    ) -> Iterator[tuple[Tensor, list[str]]]:
+        """Batches (uint8 images, prompts). Image i uses the noise of (seed, start + i), at any batch size."""
+        for first in range(0, len(prompts), batch_size):
+            part = list(prompts[first : first + batch_size])
+            rows = range(start + first, start + first + len(part))
+            yield self.images(noise(seed, rows, self.student.latent_shape), part), part
+
+
+def student_folder(name: str) -> tuple[Path, str, int]:
+    """(folder of weights, teacher, timestep) of an exported student or of a run's newest checkpoint.
+
+    Raises UserError for a folder that is neither, or a run without a checkpoint.
+    """
+    folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
+    for file in ("student.json", "config.json"):
+        if (folder / file).is_file():
+            config = json.loads((folder / file).read_text())
+            break
+    else:
+        raise UserError(f"student {name}: expected a run of `d2g distill` (config.json) or an exported student (student.json)")
+    if file == "config.json":
+        last = checkpoint.latest(folder / "checkpoints")
+        if last is None:
+            raise UserError(f"student {name}: the run has no checkpoint yet; train it first")
+        folder = last.folder
+    try:
+        return folder, str(config["teacher"]), int(config["student_timestep"])
+    except KeyError as error:
+        raise UserError(f"student {name}: {file} has no {error}; expected a folder that d2g wrote") from error
+
+
+def load_student_weights(student: Student, name: str) -> None:
+    """Put the EMA weights of a run, or an exported student's weights, into `student`, strictly."""
+    folder, _, _ = student_folder(name)
+    tensors = checkpoint.Checkpoint(folder, 0, {}).tensors("ema")
+    try:
+        student.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"student {name} does not fit its teacher: {first}") from error
+
+
+def load_one_step(name: str, teacher: str | None = None, device: torch.device | str = "cpu") -> OneStep:
+    """A student ready to draw; `teacher` overrides the folder that the student names."""
+    _, own, timestep = student_folder(name)
+    source = teacher or own
+    student = student_from_teacher(source, timestep)
+    load_student_weights(student, name)
+    device = torch.device(device)
+    return OneStep(
+        student.to(device).eval().requires_grad_(False),
+        pretrained.load_text_encoder(source).to(device),
+        pretrained.load_vae(source).to(device),
+        device,
+    )
+
+
+def naive_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:
+    """The teacher itself in one step, without guidance: where every student starts."""
+    device = torch.device(device)
+    return OneStep(
+        student_from_teacher(teacher).to(device).eval(),
+        pretrained.load_text_encoder(teacher).to(device),
+        pretrained.load_vae(teacher).to(device),
+        device,
+    )

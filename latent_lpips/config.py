@@ -1,0 +1,172 @@
+"""What can be set about the perceptual distance: network, augmentation, training."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from core.errors import SettingError
+
+FAMILIES = "bgco"
+"""b: pixel blitting, g: general geometry, c: colour, o: cutout."""
+
+
+def _require(ok: bool, name: str, got: object, expected: str) -> None:
+    if not ok:
+        raise SettingError(f"setting {name!r} is {got!r}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LPIPSConfig:
+    """The trunk: VGG16 for latents, its first three max-pools removed (Diffusion2GAN, supplement C.2)."""
+
+    channels: int = 4
+    """Channels of the latent: 4 for SD 1.5, 2.1 and SDXL, 16 for SD3 and FLUX."""
+    width: float = 1.0
+    """Multiplies 64/128/256/512/512 feature channels and the classifier's 4096."""
+    norm: Literal["batch", "none"] = "batch"
+    """`none` is plain VGG16, and what a batch-norm trunk becomes when its norms are folded."""
+
+    def __post_init__(self) -> None:
+        _require(self.channels > 0, "channels", self.channels, "a positive number")
+        _require(1 / 64 <= self.width <= 4, "width", self.width, "1/64 to 4")
+        _require(self.norm in ("batch", "none"), "norm", self.norm, "'batch' or 'none'")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Feature channels of the five taps."""
+        return tuple(max(1, round(c * self.width)) for c in (64, 128, 256, 512, 512))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """E-LatentLPIPS' random transforms: every op of a chosen family is drawn for every sample."""
+
+    families: str = "bgco"
+    """Letters of `bgco`, or `none`. The paper: `bgo` (SD-CFG-3), `bgco` (SD-CFG-8, SDXL)."""
+    flip: bool = True
+    """b: mirror left-right, for half of the samples."""
+    quarter_turns: bool = True
+    """b: rotate by 0, 90, 180 or 270 degrees."""
+    integer_shift: float = 0.125
+    """b: translate by U(-s, s) of the size, rounded to whole positions."""
+    scale_std: float = 0.2
+    """g: isotropic scale 2^N(0, s^2)."""
+    rotation: float = 180.0
+    """g: one rotation before and one after the stretch, each U(-r, r) degrees."""
+    stretch_std: float = 0.2
+    """g: anisotropic scale (s, 1/s) with s = 2^N(0, std^2)."""
+    shift_std: float = 0.125
+    """g: translate by N(0, s^2) of the size."""
+    brightness: float = 0.5
+    """c: add U(-b, b) to all channels."""
+    contrast: float = 0.5
+    """c: scale about the sample's mean by U(1 - c, 1 + c)."""
+    saturation: float = 1.0
+    """c: scale about each position's channel mean by U(1 - s, 1 + s)."""
+    cutout: float = 0.5
+    """o: side of the zeroed square, as a fraction of the size."""
+
+    def __post_init__(self) -> None:
+        letters = "" if self.families == "none" else self.families
+        known = set(letters) <= set(FAMILIES) and len(set(letters)) == len(letters)
+        _require(known and self.families != "", "families", self.families, "'none' or letters of 'bgco'")
+        for name in ("integer_shift", "scale_std", "stretch_std", "shift_std", "brightness"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("contrast", "saturation", "cutout"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        _require(0 <= self.rotation <= 180, "rotation", self.rotation, "0 to 180 degrees")
+
+    @property
+    def letters(self) -> str:
+        """The families in the order in which they act; empty for `none`."""
+        return "".join(c for c in FAMILIES if self.families != "none" and c in self.families)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrunkTrainConfig:
+    """Classification in latent space. Defaults: the ImageNet recipe that the paper's supplement names."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    schedule: Literal["step", "onecycle"] = "step"
+    """step: x0.1 after each third; onecycle: linear rise over 10 %, cosine to 0."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch: int = 256
+    images: int = 90 * 1_281_167
+    """Samples to see, repeats included."""
+    minutes: float | None = None
+    """Stop after so much time, if that comes first; the schedule follows."""
+    dropout: float = 0.5
+    """In the classifier."""
+    grid: int = 7
+    """The classifier sees features pooled to grid x grid."""
+    shift: float = 0.125
+    """Random translation, whole positions, fraction of the size."""
+    flip: bool = False
+    """Off: captions say left and right."""
+    held_out: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "a positive number")
+        _require(self.batch >= 2, "batch", self.batch, "2 or more, for the batch statistics")
+        _require(self.images >= 1, "images", self.images, "1 or more")
+        _require(self.minutes is None or self.minutes > 0, "minutes", self.minutes, "a positive number")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to below 1")
+        _require(self.grid >= 1, "grid", self.grid, "1 or more")
+        _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
+        _require(0 <= self.shift < 1, "shift", self.shift, "0 up to below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateConfig:
+    """Linear heads on a frozen trunk, LPIPS protocol: constant rate for half of the epochs, then to 0."""
+
+    lr: float = 1e-4
+    batch: int = 50
+    epochs: int = 10
+    dropout: float = 0.5
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "a positive number")
+        _require(self.batch >= 1, "batch", self.batch, "1 or more")
+        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to below 1")
+        _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LPIPSTrainConfig:
+    """A LatentLPIPS for a new latent space: trunk, then calibration."""
+
+    network: LPIPSConfig = field(default_factory=LPIPSConfig)
+    trunk: TrunkTrainConfig = field(default_factory=TrunkTrainConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    triplets: int = 20_000
+    """Synthetic two-alternative judgements to calibrate on; at most one per image."""
+    unrelated: float | None = 1.0
+    """Scale the heads until two unrelated latents are this far apart on average, so that loss weights
+    carry over between latent spaces. null keeps the scale that calibration found."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.triplets >= 2, "triplets", self.triplets, "2 or more")
+        _require(
+            self.unrelated is None or self.unrelated > 0, "unrelated", self.unrelated, "positive or null"
+        )
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+_SMALL = TrunkTrainConfig(
+    optimizer="adamw", lr=2e-3, schedule="onecycle", weight_decay=0.05, batch=128, images=150_000, grid=2
+)
+PRESETS: dict[str, LPIPSTrainConfig] = {
+    "paper": LPIPSTrainConfig(),
+    "small": LPIPSTrainConfig(
+        network=LPIPSConfig(width=0.25),
+        trunk=_SMALL,
+        calibrate=CalibrateConfig(lr=3e-3, epochs=20),
+        triplets=4_000,
+    ),
+}
+"""`paper`: the published recipe at ImageNet's size. `small`: minutes on a CPU, for 8x8 to 16x16 latents."""

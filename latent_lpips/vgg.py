@@ -1,0 +1,125 @@
+"""VGG16 for latents: torchvision's layout and parameter names, without the first three max-pools."""
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import UserError
+from latent_lpips.config import LPIPSConfig
+
+MIN_SIZE = 4
+"""Positions per side: two poolings must leave at least one."""
+CONVS = (2, 2, 3, 3, 3)
+POOLED_STAGES = (3, 4)
+
+
+class VGG16(nn.Module):
+    """Trunk of the latent distance, and with `classes` > 0 the classifier that it is trained as.
+
+    `features` is numbered as in torchvision's vgg16_bn (or vgg16 for norm `none`); the removed pools are
+    Identity, so a state dict of that form loads. Latents are 8x smaller than the pixels that VGG was made
+    for, hence the pools that go are the first three (Diffusion2GAN, supplement C.2).
+    """
+
+    def __init__(self, config: LPIPSConfig, classes: int = 0, dropout: float = 0.5, grid: int = 7) -> None:
+        super().__init__()
+        self.config = config
+        self.features = nn.Sequential()
+        self.ends: list[int] = []  # each tap is read after features[end - 1], the stage's pool
+        previous = config.channels
+        for stage, (width, convs) in enumerate(zip(config.widths, CONVS, strict=True)):
+            for _ in range(convs):
+                self.features.append(nn.Conv2d(previous, width, 3, padding=1))
+                if config.norm == "batch":
+                    self.features.append(nn.BatchNorm2d(width))
+                self.features.append(nn.ReLU(inplace=True))
+                previous = width
+            self.features.append(nn.MaxPool2d(2) if stage in POOLED_STAGES else nn.Identity())
+            self.ends.append(len(self.features))
+        self.avgpool = nn.AdaptiveAvgPool2d(grid)
+        self.classifier = _classifier(config, classes, dropout, grid) if classes else None
+        self.apply(_initialise)
+
+    def taps(self, x: Tensor) -> list[Tensor]:
+        """Latents [B, C, h, w] -> five maps: stages 1-3 at h x w, stage 4 halved, stage 5 halved twice
+        (taps 4 and 5 come after their pools, unlike LPIPS). Raises UserError for latents that don't fit."""
+        self._check(x)
+        maps = []
+        for position, module in enumerate(self.features, start=1):
+            x = module(x)
+            if position in self.ends:
+                maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> class logits [B, classes]."""
+        assert self.classifier is not None, "this trunk was built without a classifier"
+        self._check(x)
+        logits: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
+        return logits
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.config.channels:
+            raise UserError(
+                f"LatentLPIPS got latents of shape {tuple(x.shape)}, its trunk takes "
+                f"[B, {self.config.channels}, h, w]; use weights made for this latent space"
+            )
+        if min(x.shape[2:]) < MIN_SIZE:
+            raise UserError(
+                f"LatentLPIPS got latents of {x.shape[2]}x{x.shape[3]} positions, expected at least "
+                f"{MIN_SIZE}x{MIN_SIZE}; use larger images"
+            )
+
+
+def _classifier(config: LPIPSConfig, classes: int, dropout: float, grid: int) -> nn.Sequential:
+    features, hidden = config.widths[-1] * grid**2, max(1, round(4096 * config.width))
+    return nn.Sequential(
+        nn.Linear(features, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, classes),
+    )
+
+
+def _initialise(module: nn.Module) -> None:
+    """He's. For linear layers torchvision's N(0, 0.01^2) is that at full width; narrow ones it starves."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def folded(trunk: VGG16) -> VGG16:
+    """The same features without batch norms: running statistics go into the convolutions.
+
+    A frozen trunk never updates them, and a convolution alone is faster. Returns a trunk with norm `none`
+    and no classifier; computed in float64, rounded once.
+    """
+    plain = VGG16(LPIPSConfig(channels=trunk.config.channels, width=trunk.config.width, norm="none"))
+    target = [m for m in plain.features if isinstance(m, nn.Conv2d)]
+    for conv, (weight, bias) in zip(target, _folded_weights(trunk), strict=True):
+        conv.weight.copy_(weight)
+        assert conv.bias is not None
+        conv.bias.copy_(bias)
+    return plain.to(next(trunk.parameters()).device)
+
+
+def _folded_weights(trunk: VGG16) -> list[tuple[Tensor, Tensor]]:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for module in trunk.features:
+        if isinstance(module, nn.Conv2d):
+            assert module.bias is not None
+            pairs.append((module.weight.double(), module.bias.double()))
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            weight, bias = pairs[-1]
+            gain = module.weight.double() / (module.running_var.double() + module.eps).sqrt()
+            shift = (bias - module.running_mean.double()) * gain + module.bias.double()
+            pairs[-1] = (weight * gain[:, None, None, None], shift)
+    return pairs

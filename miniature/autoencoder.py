@@ -1,0 +1,73 @@
+"""A small AutoencoderKL, f = 8 like Stable Diffusion's, trained on pixels alone."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import SettingError
+from core.latents import from_uint8
+from core.pretrained import new_vae
+from core.progress import Progress, quiet
+from core.runlog import RunLog
+from miniature.fit import FitConfig, fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderConfig:
+    """Shape and training of the VAE. The number of channel entries fixes the downscaling: 2^(entries - 1)."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 64)
+    latent_channels: int = 8
+    kl_weight: float = 1e-4  # per latent element, against a mean absolute pixel error
+    edge_weight: float = 1.0  # of the error of pixel differences, which keeps edges sharp
+    fit: FitConfig = field(default_factory=lambda: FitConfig(images=100_000, batch_size=32, lr=1.5e-3))
+
+    def __post_init__(self) -> None:
+        if len(self.channels) < 2 or any(c % 8 for c in self.channels):
+            raise SettingError(f"vae.channels is {self.channels}; expected two or more multiples of 8")
+
+
+def build(config: AutoencoderConfig, size: int) -> nn.Module:
+    """A fresh AutoencoderKL."""
+    levels = len(config.channels)
+    return new_vae(
+        sample_size=size,
+        latent_channels=config.latent_channels,
+        block_out_channels=config.channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+
+
+def reconstruction_loss(pixels: Tensor, decoded: Tensor, edge_weight: float) -> Tensor:
+    """Mean absolute error of pixels plus that of horizontal and vertical pixel differences. Inputs [B, 3, H, W]."""
+    error = decoded - pixels
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + edge_weight * edges
+
+
+def train_autoencoder(
+    images: Tensor, config: AutoencoderConfig, log: RunLog, seed: int, progress: Progress = quiet
+) -> nn.Module:
+    """Train on uint8 images [N, 3, S, S]; set the config's scaling_factor so that scaled latents have unit variance."""
+    torch.manual_seed(seed)
+    vae = build(config, images.shape[-1]).to(memory_format=torch.channels_last)
+
+    def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = from_uint8(images[rows]).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(pixels).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+        rec = reconstruction_loss(pixels, decoded, config.edge_weight)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return rec + config.kl_weight * kl, {"loss/rec": rec, "loss/kl": kl}
+
+    fit("vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress)
+    with torch.no_grad():
+        sample = from_uint8(images[: min(len(images), 1024)])
+        raw = torch.cat([vae.encode(rows).latent_dist.mode() for rows in sample.split(64)])
+    vae.register_to_config(scaling_factor=round(1.0 / raw.std().item(), 5))
+    return vae

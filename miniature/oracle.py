@@ -1,0 +1,224 @@
+"""The caption oracle: a small network that reads a scene's attributes back from its pixels.
+
+It judges generated pictures (caption accuracy) and its pooled features serve Frechet distance and recall.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.checkpoint import write_atomically
+from core.errors import UserError
+from miniature.captions import (
+    BACKGROUNDS,
+    COLOURS,
+    MATERIALS,
+    SHAPES,
+    SIZES,
+    ObjectSpec,
+    SceneFacts,
+    parse_caption,
+)
+
+SHIPPED = Path(__file__).parent / "weights" / "oracle"
+NUM_FEATURES = 128
+
+COUNTS = ("1", "2")
+SIDES = ("left", "right")
+OBJECT_HEADS = {"size": SIZES, "colour": COLOURS, "material": MATERIALS, "shape": SHAPES}
+HEADS: dict[str, tuple[str, ...]] = {
+    "count": COUNTS,
+    "background": BACKGROUNDS,
+    "nearer": SIDES,
+    **{f"{side}_{name}": values for side in SIDES for name, values in OBJECT_HEADS.items()},
+}
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(inner)))
+
+
+def _down(inputs: int, outputs: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Oracle(nn.Module):
+    """Convolutions to 8x8 cells, then two slots that attend to the left and to the right object."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.width = width
+        self.trunk = nn.Sequential(
+            _down(3, width // 4),
+            _down(width // 4, width // 2),
+            _Residual(width // 2),
+            _down(width // 2, width),
+            _Residual(width),
+        )
+        self.position = nn.Parameter(0.1 * torch.randn(1, 64, width))
+        self.mixer = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.norm = nn.LayerNorm(width)
+        self.slots = nn.Linear(width, 2, bias=False)
+        self.pool = nn.Linear(3 * width, NUM_FEATURES)
+        self.head = nn.Linear(NUM_FEATURES, sum(map(len, HEADS.values())))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pooled features [B, 128] of pixels [B, 3, 64, 64] in [-1, 1]."""
+        cells = self.trunk(pixels).flatten(2).transpose(1, 2)  # [B, 64, width]
+        tokens = self.norm(self.mixer(cells + self.position))
+        attention = self.slots(tokens).softmax(1)  # [B, 64, 2]
+        slots = (attention.transpose(1, 2) @ cells).flatten(1)
+        return F.gelu(self.pool(torch.cat([slots, cells.mean(1)], 1)))
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Logits by head: [B, number of values]. pixels: [B, 3, 64, 64] in [-1, 1]."""
+        logits = torch.split(self.head(self.features(pixels)), [len(values) for values in HEADS.values()], 1)
+        return dict(zip(HEADS, logits, strict=True))
+
+
+# ---- reading
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the oracle sees: objects from left to right, and which of two (0 left, 1 right) is nearer."""
+
+    objects: tuple[ObjectSpec, ...]
+    background: str
+    nearer: int
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionAccuracy:
+    """`attributes`: mean share of a caption's facts read back right; `exact`: share of captions all right."""
+
+    attributes: float
+    exact: float
+
+
+@torch.no_grad()
+def read(oracle: Oracle, pixels: Tensor, batch: int = 128) -> list[Reading]:
+    """Reads pictures [B, 3, 64, 64] in [-1, 1]; puts the oracle in eval mode."""
+    oracle.eval()
+    readings: list[Reading] = []
+    for part in pixels.split(batch):
+        best = {name: logits.argmax(1).tolist() for name, logits in oracle(part).items()}
+        readings += [
+            _reading({name: values[row] for name, values in best.items()}) for row in range(len(part))
+        ]
+    return readings
+
+
+def _reading(best: Mapping[str, int]) -> Reading:
+    words = {name: HEADS[name][index] for name, index in best.items()}
+    sides = SIDES[: int(words["count"])]
+    objects = tuple(ObjectSpec(*(words[f"{side}_{name}"] for name in OBJECT_HEADS)) for side in sides)
+    return Reading(objects, words["background"], best["nearer"])
+
+
+def caption_accuracy(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) -> CaptionAccuracy:
+    """How well pictures [B, 3, 64, 64] in [-1, 1] show their captions. Raises UserError as parse_caption."""
+    assert len(pixels) == len(captions) > 0, f"{len(pixels)} pictures for {len(captions)} captions"
+    scores = [
+        count_right(parse_caption(text), reading)
+        for text, reading in zip(captions, read(oracle, pixels), strict=True)
+    ]
+    return CaptionAccuracy(
+        attributes=sum(right / total for right, total in scores) / len(scores),
+        exact=sum(right == total for right, total in scores) / len(scores),
+    )
+
+
+def count_right(facts: SceneFacts, reading: Reading) -> tuple[int, int]:
+    """(facts read back right, facts in the caption): count, background, four per object, and the relation.
+
+    Captioned objects are matched with seen ones so that as many attributes as possible agree, and only then is
+    the relation judged: a red cube left of a blue cone is wrong in one fact when drawn the other way round, not
+    in all. An object with no partner is wrong in all four, and with it the relation.
+    """
+    seen: tuple[ObjectSpec | None, ...] = reading.objects + (None,) * (
+        len(facts.objects) - len(reading.objects)
+    )
+    best = 0
+    for match in permutations(range(len(seen)), len(facts.objects)):
+        agree = sum(_agreement(said, seen[place]) for said, place in zip(facts.objects, match, strict=True))
+        holds = facts.relation is not None and _holds(facts.relation, match, reading)
+        best = max(best, 2 * agree + holds)  # attributes first: the relation only breaks ties
+    right = best // 2 + best % 2
+    right += len(facts.objects) == len(reading.objects)
+    right += facts.background == reading.background
+    return right, 2 + 4 * len(facts.objects) + (facts.relation is not None)
+
+
+def _agreement(said: ObjectSpec, seen: ObjectSpec | None) -> int:
+    return 0 if seen is None else sum(getattr(said, name) == getattr(seen, name) for name in OBJECT_HEADS)
+
+
+def _holds(relation: str, match: tuple[int, ...], reading: Reading) -> bool:
+    first, second = match
+    if len(reading.objects) < 2:
+        return False
+    if relation in ("left of", "right of"):
+        return first < second if relation == "left of" else first > second
+    return reading.nearer == (first if relation == "in front of" else second)
+
+
+# ---- files
+
+
+def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
+    """Writes model.safetensors (fp16), config.json and meta.json (how it was trained, measured scores)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: _to_storage(value).contiguous() for name, value in oracle.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    write_atomically(folder / "config.json", json.dumps({"width": oracle.width}, indent=1) + "\n")
+    write_atomically(folder / "meta.json", json.dumps(dict(meta), indent=1) + "\n")
+
+
+def load_oracle(folder: Path = SHIPPED) -> Oracle:
+    """An oracle in eval mode, frozen, in fp32. Raises UserError where a piece is absent or damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        oracle = Oracle(config["width"])
+        state = load_file(folder / "model.safetensors")
+        oracle.load_state_dict({name: _from_storage(value) for name, value in state.items()})
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} is no oracle: {Path(error.filename).name} is missing, expected model.safetensors and "
+            "config.json; name a folder that save_oracle wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"oracle {folder} is damaged ({reason}); copy it again or train a new one") from error
+    return oracle.eval().requires_grad_(False)
+
+
+def _to_storage(value: Tensor) -> Tensor:
+    return value.half() if value.is_floating_point() else value
+
+
+def _from_storage(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value

@@ -1,0 +1,36 @@
+"""Vectors as three tensors of one shape: components stay contiguous and operations exactly rounded."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Vector = tuple[Tensor, Tensor, Tensor]
+
+
+def dot(a: Vector, b: Vector) -> Tensor:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def normalise(v: Vector) -> Vector:
+    scale = 1 / length3(*v).clamp(min=1e-9)
+    return v[0] * scale, v[1] * scale, v[2] * scale
+
+
+def along(origin: Vector, direction: Vector, length: Tensor) -> Vector:
+    return (
+        origin[0] + length * direction[0],
+        origin[1] + length * direction[1],
+        origin[2] + length * direction[2],
+    )
+
+
+def take(vector: Vector, rows: Tensor) -> Vector:
+    return vector[0][rows], vector[1][rows], vector[2][rows]
+
+
+def length2(x: Tensor, y: Tensor) -> Tensor:
+    return (x * x + y * y).sqrt()
+
+
+def length3(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return (x * x + y * y + z * z).sqrt()

@@ -1,0 +1,49 @@
+"""Settings of a pair store, and the presets of the paper's four teachers' data sets (method.md 1.1)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.errors import SettingError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairConfig:
+    """What a pair store is made with. Everything but `batch_size` and `precision` decides the rows."""
+
+    teacher: str = ""
+    prompts: str = ""
+    num_pairs: int = 0  # 0: one per prompt
+    per_prompt: int = 1  # rows i, i + 1 … of one prompt, each with its own noise
+    solver: Literal["ddim", "heun"] = "ddim"
+    steps: int = 50
+    spacing: Literal["teacher", "leading", "trailing", "linspace"] = "teacher"
+    final_alpha: Literal["one", "teacher"] = "one"
+    """`one` ends at clean data; `teacher` obeys the scheduler's set_alpha_to_one, which for SD 1.5 leaves 3 % of
+    noise in the target (method.md 1.3)."""
+    guidance: float = 8.0  # 1 costs one evaluation a step, more cost two
+    seed: int = 0
+    dtype: Literal["float16", "float32"] = "float16"  # of stored noise and latents
+    noise: Literal["stored", "seeded"] = "stored"
+    shard_size: int = 4096
+    latent_size: int = 0  # height and width of latents; 0: the UNet's own
+    batch_size: int = 32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; updates are always fp32
+
+    def __post_init__(self) -> None:
+        for name in ("per_prompt", "steps", "shard_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.num_pairs < 0 or self.latent_size < 0:
+            raise SettingError(f"num_pairs {self.num_pairs} and latent_size {self.latent_size} must not be negative")
+        if self.guidance < 1:
+            raise SettingError(f"guidance is {self.guidance}; expected 1 (no guidance) or more")
+
+
+PRESETS: dict[str, PairConfig] = {
+    "default": PairConfig(),
+    # Table A1 of the supplement: pairs and guidance; prompts are yours to bring
+    "sd15-cfg3": PairConfig(num_pairs=3_000_000, guidance=3.0, precision="fp16"),
+    "sd15-cfg8": PairConfig(num_pairs=12_000_000, guidance=8.0, precision="fp16"),
+    "miniature": PairConfig(teacher="miniature", guidance=3.0, steps=25, batch_size=128, shard_size=512),
+}
+"""Presets of `d2g pairs generate`."""

@@ -1,0 +1,180 @@
+"""What a pair folder holds and where: its spec, its shards' names, writing whole or not at all."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from core.config import differing, digest, from_json, to_json
+from core.errors import SettingError, UserError
+from core.latents import LatentSpace
+
+SCHEMA = 1
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSpec:
+    """Everything that decides a store's rows. Stores of equal spec hold interchangeable shards."""
+
+    schema: int = SCHEMA
+    teacher: str
+    teacher_sha256: str
+    prompts_sha256: str
+    num_pairs: int
+    num_prompts: int
+    per_prompt: int = 1
+    solver: str
+    steps: int
+    spacing: str
+    final_alpha_one: bool
+    guidance: float
+    guidance_rescale: float = 0.0
+    seed: int
+    dtype: Literal["float16", "float32"] = "float16"
+    latent_shape: tuple[int, int, int]
+    latent_space: LatentSpace
+    noise: Literal["stored", "seeded"] = "stored"
+    shard_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_pairs", "num_prompts", "per_prompt", "steps", "shard_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise SettingError(f"seed is {self.seed}, expected 0 to 2^63 - 1")
+        if self.dtype not in ("float16", "float32"):
+            raise SettingError(f"dtype is {self.dtype!r}, expected 'float16' or 'float32'")
+        if self.noise not in ("stored", "seeded"):
+            raise SettingError(f"noise is {self.noise!r}, expected 'stored' or 'seeded'")
+        if min(self.latent_shape) < 1 or self.latent_shape[0] != self.latent_space.channels:
+            channels = self.latent_space.channels
+            raise SettingError(f"latent_shape is {self.latent_shape}, expected ({channels}, height, width)")
+
+    def as_json(self) -> dict[str, Any]:
+        """The spec as stored. Whole numbers in float fields become floats first: one spec, one digest."""
+        return to_json(from_json(StoreSpec, to_json(self)))
+
+    @property
+    def sha256(self) -> str:
+        return digest(self.as_json())
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float16 if self.dtype == "float16" else torch.float32
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_pairs // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        """The pair indices that shard number `shard` owns."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_pairs))
+
+    def prompt_of(self, index: int) -> int:
+        """Which prompt pair `index` was made from: a position in the prompt list."""
+        return index // self.per_prompt % self.num_prompts
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return Path(folder) / "shards" / f"pairs-{shard:05d}.h5"
+
+
+def shards_present(folder: Path, spec: StoreSpec) -> list[int]:
+    """Numbers of the shards that stand under their names. Those are whole: they were renamed into place."""
+    found = (re.fullmatch(r"pairs-(\d{5,})\.h5", p.name) for p in (Path(folder) / "shards").glob("*.h5"))
+    return sorted(int(m[1]) for m in found if m and int(m[1]) < spec.num_shards)
+
+
+def pending(folder: Path, spec: StoreSpec) -> list[range]:
+    """Pair indices of the shards that are not yet whole, one range per shard, in order."""
+    present = set(shards_present(folder, spec))
+    return [spec.rows(shard) for shard in range(spec.num_shards) if shard not in present]
+
+
+def create_store(folder: Path, spec: StoreSpec) -> None:
+    """Make DIR/store.json, or check that the one there holds `spec`; sweep what killed writers left behind.
+
+    Raises UserError when the folder holds another spec (naming the keys that differ) or cannot be written.
+    """
+    folder = Path(folder)
+    with writing(folder, "nothing was written"):
+        for name in ("shards", "partial"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if (folder / "store.json").exists():
+            refuse_other(folder, read_spec(folder), spec)
+        else:
+            content = {"schema": SCHEMA, "sha256": spec.sha256, "spec": spec.as_json()}
+            publish(json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial")
+        for shard in shards_present(folder, spec):
+            for leftover in (folder / "partial").glob(f"{shard_path(folder, shard).stem}.*"):
+                leftover.unlink(missing_ok=True)
+
+
+def read_spec(folder: Path) -> StoreSpec:
+    """The spec in DIR/store.json. Raises UserError when it is missing, damaged or of a newer schema."""
+    path = Path(folder) / "store.json"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["schema"] > SCHEMA:
+            found = content["schema"]
+            raise UserError(f"{path}: pair schema {found}, this version reads up to {SCHEMA}; upgrade")
+        spec = from_json(StoreSpec, content["spec"])
+        if spec.sha256 != content["sha256"]:
+            raise ValueError("its sha256 does not match its spec")
+    except OSError as error:
+        text = f"{folder} is no pair store: cannot read {path} ({error.strerror})"
+        raise UserError(f"{text}; make one with `d2g pairs generate`") from error
+    except (ValueError, KeyError, TypeError, AttributeError, SettingError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it from the run that made it") from error
+    return spec
+
+
+def refuse_other(folder: Path, found: StoreSpec, expected: StoreSpec) -> None:
+    if names := differing(found.as_json(), expected.as_json()):
+        text = f"{folder} holds pairs of another spec; differing: {', '.join(names)}"
+        raise UserError(f"{text}; choose another folder, or the settings this one was made with")
+
+
+@contextmanager
+def writing(folder: Path, safe: str) -> Iterator[None]:
+    """Turns the operating system's refusal to write into one line that also says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+            free = shutil.disk_usage(there).free / 2**20
+            text = f"no room to write in {folder} ({error.strerror}; {free:.1f} MiB free on its disk); {safe}"
+            raise UserError(f"{text}; make room and run the same command again") from error
+        text = f"cannot write {error.filename or folder} ({error.strerror}); {safe}"
+        raise UserError(f"{text}; mend it or choose another output folder") from error
+
+
+def publish(data: bytes | memoryview, path: Path, scratch: Path) -> None:
+    """Write `data` under a temporary name in `scratch`, fsync, rename to `path`: whole or not there."""
+    temporary = scratch / f"{path.stem}.{socket.gethostname()}-{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
