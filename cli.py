@@ -4,7 +4,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -137,10 +137,7 @@ def demo(
     if dry_run:
         dry(config, as_json)
     result = run_demo(config, out, reporter)
-    reporter.stop()
-    if not as_json:
-        Console().print(result.table())
-    emit(result.to_json(), as_json, f"report: {result.report}")
+    emit(result, as_json, f"pictures and curves: {result.report}")
 
 
 @app.command()
@@ -313,7 +310,7 @@ def lpips_distance(
     as_json: Json = False,
 ) -> None:
     """LatentLPIPS between two images, in a teacher's latent space."""
-    from eval.paired import image_distance
+    from eval.lpips_pair import image_distance
 
     if teacher is None:
         raise SettingError("--teacher is not set; its VAE makes the latents")

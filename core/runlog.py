@@ -53,8 +53,13 @@ class RunLog:
 
     def read(self) -> list[dict[str, float]]:
         """All lines so far."""
-        path = self.folder / "stats.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return read_stats(self.folder)
+
+
+def read_stats(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run folder's stats.jsonl; none when nothing was reported yet."""
+    path = folder / "stats.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def peak_memory_gib() -> float:

@@ -155,3 +155,12 @@ PRESETS: dict[str, dict[str, DistillConfig]] = {
 def preset(name: str, stage: str) -> DistillConfig:
     """The preset `name` of a stage. Raises SettingError naming the nearest preset."""
     return pick(PRESETS, name, "preset")[stage]
+
+
+def plan(config: DistillConfig) -> dict[str, int]:
+    """Steps and network evaluations of a run, for --dry-run. Stage 2 evaluates G once and D three times a sample."""
+    images = config.train.images
+    return {
+        "steps": -(-images // config.train.batch_size),
+        "evaluations": images * (1 if config.stage == "ode" else 4),
+    }

@@ -1,9 +1,11 @@
 """Load a student from a run or an exported folder, and draw images from it in one step."""
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from core import checkpoint, pretrained
 from core.errors import UserError
 from core.latents import decode, to_uint8
+from core.pictures import grid, save_png
 from core.pretrained import TextEncoder
+from core.progress import Progress, quiet
 from core.seeds import noise
 from distill.generator import Student, student_from_teacher
 
@@ -33,7 +37,12 @@ class OneStep:
     @torch.no_grad()
     def images(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
         """Noise [B, C, h, w] and B prompts -> uint8 images [B, 3, H, W] on the CPU."""
-        return to_uint8(decode(self.vae, self.latents(drawn, prompts))).cpu()
+        return self.decoded(self.latents(drawn, prompts))
+
+    @torch.no_grad()
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] -> uint8 images [B, 3, H, W] on the CPU."""
+        return to_uint8(decode(self.vae, latents)).cpu()
 
     def sample(
         self, prompts: Sequence[str], seed: int, start: int = 0, batch_size: int = 32
@@ -92,6 +101,28 @@ def load_one_step(name: str, teacher: str | None = None, device: torch.device | 
         pretrained.load_vae(source).to(device),
         device,
     )
+
+
+def save_samples(
+    name: str,
+    prompts: Sequence[str],
+    out: Path,
+    seed: int,
+    batch_size: int = 32,
+    teacher: str | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Draw one image per prompt and write OUT/00000.png … with the prompt in each file, and OUT/grid.png."""
+    one = load_one_step(name, teacher, "cuda" if torch.cuda.is_available() else "cpu")
+    started, everything = time.monotonic(), []
+    for images, _ in one.sample(prompts, seed, batch_size=batch_size):
+        everything += list(images)
+        progress("sample", len(everything), len(prompts))
+    seconds = time.monotonic() - started
+    for number, (image, prompt) in enumerate(zip(everything, prompts, strict=True)):
+        save_png(image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)})
+    save_png(grid(torch.stack(everything[:64])), out / "grid.png", {})
+    return {"out": str(out), "images": len(everything), "seconds_per_image": seconds / len(everything)}
 
 
 def naive_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -273,11 +273,3 @@ def _logit_means(
             means[name] = each_fake[rows].mean()
     return means | {f"logit/student/{head}": v.detach().float().mean() for head, v in verdict.items()}
 
-
-def describe(config: DistillConfig) -> dict[str, object]:
-    """The plan of a run, for --dry-run: nothing is loaded or touched."""
-    return {
-        "config": asdict(config),
-        "steps": -(-config.train.images // config.train.batch_size),
-        "evaluations": config.train.images * (1 if config.stage == "ode" else 4),
-    }

@@ -60,6 +60,13 @@ def read_images(
         yield torch.stack(images), captions
 
 
+def read_image(file: Path) -> Tensor:
+    """One image file -> uint8 [3, H, W]. Raises UserError where it is missing or unreadable."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such image file")
+    return to_tensor(_decode(file.read_bytes(), str(file))[0])
+
+
 def resize_batch(images: Tensor, resize: str) -> Tensor:
     """uint8 [B, 3, H, W] brought to the protocol's size, exactly as `read_images` does it."""
     if resize == "native":

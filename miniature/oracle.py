@@ -66,7 +66,7 @@ def _down(inputs: int, outputs: int) -> nn.Sequential:
 class Oracle(nn.Module):
     """Convolutions to 8x8 cells, then two slots that attend to the left and to the right object."""
 
-    def __init__(self, width: int = 96) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.width = width
         self.trunk = nn.Sequential(
@@ -124,7 +124,7 @@ def read(oracle: Oracle, pixels: Tensor, batch: int = 128) -> list[Reading]:
     """Reads pictures [B, 3, 64, 64] in [-1, 1]; puts the oracle in eval mode."""
     oracle.eval()
     readings: list[Reading] = []
-    for part in pixels.split(batch):
+    for part in torch.split(pixels, batch):
         best = {name: logits.argmax(1).tolist() for name, logits in oracle(part).items()}
         readings += [
             _reading({name: values[row] for name, values in best.items()}) for row in range(len(part))
@@ -155,9 +155,9 @@ def caption_accuracy(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) ->
 def count_right(facts: SceneFacts, reading: Reading) -> tuple[int, int]:
     """(facts read back right, facts in the caption): count, background, four per object, and the relation.
 
-    Captioned objects are matched with seen ones so that as many attributes as possible agree, and only then is
-    the relation judged: a red cube left of a blue cone is wrong in one fact when drawn the other way round, not
-    in all. An object with no partner is wrong in all four, and with it the relation.
+    Captioned objects are matched with seen ones so that as many attributes as possible agree; only then is
+    the relation judged. A red cube left of a blue cone, drawn the other way round, is wrong in one fact only.
+    An object with no partner is wrong in all four, and with it the relation.
     """
     seen: tuple[ObjectSpec | None, ...] = reading.objects + (None,) * (
         len(facts.objects) - len(reading.objects)

@@ -19,15 +19,15 @@ from miniature.world import Scene, project
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OracleConfig:
-    """`train`, `heldout`: scenes of each split; `nimg`: pictures shown; `test`: fresh scenes of each split."""
+    """`train`, `heldout`: scenes per split; `nimg`: pictures shown; `test`: fresh scenes per split."""
 
     train: int = 40_000
     heldout: int = 6_000
     test: int = 2_000
-    nimg: int = 250_000
+    nimg: int = 300_000
     batch: int = 128
-    width: int = 96
-    lr: float = 3e-3
+    width: int = 64
+    lr: float = 4e-3
     weight_decay: float = 0.02
     seed: int = 1
     test_seed: int = 2

@@ -23,10 +23,24 @@ from miniature.captions import (
 from miniature.render import render
 from miniature.world import Placement, Scene, View, project
 
+__all__ = [
+    "ObjectSpec",
+    "Scene",
+    "SceneFacts",
+    "caption",
+    "captions",
+    "parse_caption",
+    "render",
+    "render_dataset",
+    "sample_facts",
+    "sample_scene",
+    "scene_from_caption",
+]
+
 T = TypeVar("T")
 Disc = tuple[float, float, float]  # right, up, radius on the screen
 
-# A large object is about 22-28 pixels across, a small one 14-18: the bands stay apart at every depth.
+# A large sphere is about 21-28 pixels across, a small one 14-19: the bands stay apart at every depth.
 RADII = {"large": (1.10, 1.24), "small": (0.72, 0.82)}
 PROB_TWO_OBJECTS = 0.6
 MAX_OVERLAP = 0.15  # largest share of the farther object's disc that the nearer one's may cover

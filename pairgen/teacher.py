@@ -1,7 +1,9 @@
 """A diffusion teacher as a sampler needs it: text in, epsilon out, whatever the network predicts."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,3 +85,25 @@ def load_teacher(
     unet = pretrained.load_unet(name, PRECISIONS[precision]).to(device)
     text = pretrained.load_text_encoder(name).to(device)
     return Teacher(name, unet, text, schedule, latent_space(pretrained.load_vae(name)), device)
+
+
+def describe_teacher(name: str) -> dict[str, Any]:
+    """What `d2g teacher info` prints, found out from the files."""
+    folder, teacher = pretrained.resolve(name), load_teacher(name, final_alpha="teacher")
+    index = json.loads((folder / "model_index.json").read_text())
+    parts = {"unet": teacher.unet, "text_encoder": teacher.text, "vae": pretrained.load_vae(name)}
+    return {
+        "pipeline": index.get("_class_name", "unknown"),
+        "prediction_type": teacher.schedule.prediction,
+        "latent_shape": list(teacher.latent_shape),
+        "latent_space": asdict(teacher.space),
+        "params": {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()},
+        "solver_defaults": {
+            "spacing": teacher.schedule.spacing,
+            "steps_offset": teacher.schedule.steps_offset,
+            "final_alpha_one": teacher.schedule.final_alpha_one,
+            "train_steps": len(teacher.schedule),
+        },
+        "conditioning": {"text": type(teacher.text.model).__name__, "tokens": teacher.text.tokenizer.model_max_length},
+        "sha256": pretrained.weights_sha256(name),
+    }

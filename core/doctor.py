@@ -1,0 +1,45 @@
+"""What this machine has for a run, and what stands in the way."""
+
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NEEDED = ("torch", "diffusers", "transformers", "kornia", "open_clip_torch", "lpips", "h5py", "numpy", "safetensors")
+
+
+def examine() -> dict[str, Any]:
+    """torch, devices, memory, disk, versions, and a list of problems in words."""
+    cuda, problems, versions = torch.cuda.is_available(), [], {}
+    for name in NEEDED:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            problems.append(f"{name} is not installed; run `uv sync`")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    if not cuda:
+        problems.append("no CUDA device: the miniature runs here, SD 1.5 would take months")
+    if free < 2:
+        problems.append(f"{free:.1f} GiB free on this disk; checkpoints of SD 1.5 take 14 GiB each")
+    return {
+        "torch": torch.__version__,
+        "cuda": cuda,
+        "devices": devices,
+        "bf16": torch.cuda.is_bf16_supported() if cuda else True,
+        "memory_gib": _memory_gib(cuda),
+        "disk_free_gib": round(free, 1),
+        "versions": versions,
+        "problems": problems,
+    }
+
+
+def _memory_gib(cuda: bool) -> float:
+    if cuda:
+        return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    pages = Path("/proc/meminfo")
+    if not pages.is_file():
+        return 0.0
+    return round(int(pages.read_text().split("MemTotal:")[1].split()[0]) / 2**20, 1)

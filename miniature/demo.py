@@ -1,0 +1,199 @@
+"""The demo: the whole job on the miniature, through the functions that an SD 1.5 run calls."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import dist, pretrained
+from core.checkpoint import write_atomically
+from core.errors import SettingError
+from core.pictures import grid, save_png
+from core.progress import Progress, quiet
+from core.runlog import read_stats
+from core.seeds import noise
+from distill.config import PRESETS as DISTILL_PRESETS
+from distill.config import DistillConfig
+from distill.sample import OneStep, load_one_step, naive_one_step
+from distill.train import train
+from eval.config import PROTOCOLS
+from eval.features import load_clip
+from eval.report import collect, evaluate
+from eval.result import EvalResult
+from eval.speed import milliseconds_per_image
+from miniature.judge import TEST_SEED, oracle_features, oracle_measures, real_scenes, teacher_batches
+from miniature.oracle import load_oracle
+from miniature.report import write_report
+from miniature.scenes import captions
+from pairgen.config import PRESETS as PAIR_PRESETS
+from pairgen.config import PairConfig
+from pairgen.generate import generate_pairs
+from pairgen.teacher import Teacher, load_teacher
+
+PROMPT_SEED = 3  # seed 1 trained the teacher, seed 2 is for tests
+SAMPLERS = ("naive", "ode", "gan", "teacher")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Sizes of the demo. The stages are ordinary configs of pairgen and distill."""
+
+    seed: int = 0
+    pairs: PairConfig = replace(PAIR_PRESETS["miniature"], num_pairs=2_048)
+    ode: DistillConfig = DISTILL_PRESETS["miniature"]["ode"]
+    gan: DistillConfig = DISTILL_PRESETS["miniature"]["gan"]
+    eval_images: int = 512
+    teacher_steps: int = 50
+    columns: int = 8  # pictures side by side in the report
+
+    def __post_init__(self) -> None:
+        if self.eval_images < 2 or self.columns < 1 or self.columns > self.eval_images:
+            raise SettingError(f"eval_images is {self.eval_images} and columns {self.columns}; expected 2 or more, and fewer columns")
+
+
+def _short(config: DistillConfig, images: int) -> DistillConfig:
+    return replace(config, train=replace(config.train, images=images, report_images=images // 4, batch_size=16))
+
+
+PRESETS = {
+    "default": DemoConfig(),
+    "quick": DemoConfig(
+        pairs=replace(PAIR_PRESETS["miniature"], num_pairs=64, steps=5, shard_size=32),
+        ode=_short(DISTILL_PRESETS["miniature"]["ode"], 256),
+        gan=_short(DISTILL_PRESETS["miniature"]["gan"], 128),
+        eval_images=32,
+        teacher_steps=10,
+        columns=4,
+    ),
+}
+"""Presets of `d2g demo`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo measured, in this very run. `fid`: Frechet distances of the oracle's features."""
+
+    out: str
+    report: str
+    seconds: float
+    pairs: int
+    caption_accuracy: dict[str, float]
+    fid: dict[str, float]
+    recall: dict[str, float]
+    precision: dict[str, float]
+    clip_score: dict[str, float]
+    caption_exact: dict[str, float]
+    ms_per_image: dict[str, float]
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's keys."""
+        return asdict(self)
+
+
+def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoResult:
+    """Pairs, stage 1, stage 2, evaluation, report. Finished parts are kept: run again to go on.
+
+    Raises what the stages raise; nothing of a finished stage is lost.
+    """
+    started, timings = time.monotonic(), {}
+    device = dist.init()
+
+    def timed(label: str, since: float) -> None:
+        timings[label] = time.monotonic() - since
+
+    # Pairs.
+    begun, prompts = time.monotonic(), out / "prompts.txt"
+    texts = list(dict.fromkeys(captions(config.pairs.num_pairs, PROMPT_SEED)))
+    write_atomically(prompts, "\n".join(texts) + "\n")
+    job = replace(config.pairs, prompts=str(prompts), seed=config.seed)
+    made = generate_pairs(job, out / "pairs", progress)
+    timed("pairs", begun)
+
+    # Both stages.
+    begun = time.monotonic()
+    ode = replace(config.ode, pairs=str(out / "pairs"), seed=config.seed)
+    train(ode, out / "ode", progress)
+    timed("stage 1", begun)
+    begun = time.monotonic()
+    gan = replace(config.gan, pairs=str(out / "pairs"), init=str(out / "ode"), seed=config.seed)
+    train(gan, out / "gan", progress)
+    timed("stage 2", begun)
+
+    # Evaluation: the same noise and test captions through all four.
+    begun = time.monotonic()
+    name = config.pairs.teacher
+    teacher = load_teacher(name, device)
+    students = {
+        "naive": naive_one_step(name, device),
+        "ode": load_one_step(str(out / "ode"), device=device),
+        "gan": load_one_step(str(out / "gan"), device=device),
+    }
+    results, first = evaluate_all(config, teacher, students, progress)
+    timed("evaluation", begun)
+    speed = time_one(config, teacher, students["gan"])
+
+    # Report.
+    pick = {key: {k: float(getattr(r, key) or 0.0) for k, r in results.items()} for key in ("fid", "recall", "precision", "clip_score")}
+    extra = {key: {k: r.extra[key] for k, r in results.items()} for key in ("caption_accuracy", "caption_exact")}
+    for key, pictures in first.items():
+        save_png(grid(pictures, columns=config.columns), out / f"{key}.png", {})
+    save_png(grid(torch.cat(list(first.values())), columns=config.columns), out / "side-by-side.png", {})
+    result = DemoResult(
+        out=str(out),
+        report=str(out / "report.html"),
+        seconds=time.monotonic() - started,
+        pairs=made.pairs,
+        ms_per_image=speed,
+        timings=timings,
+        **pick,
+        **extra,
+    )
+    curves = {stage: read_stats(out / stage) for stage in ("ode", "gan")}
+    shown = captions(config.columns, TEST_SEED)
+    write_report(out / "report.html", result.to_json(), first, shown, curves)
+    write_atomically(out / "demo.json", json.dumps(result.to_json(), indent=1))
+    return result
+
+
+def evaluate_all(
+    config: DemoConfig, teacher: Teacher, students: dict[str, OneStep], progress: Progress
+) -> tuple[dict[str, EvalResult], dict[str, Tensor]]:
+    """Each sampler under protocol `miniature`, and its first images [columns, 3, 64, 64]."""
+    oracle, protocol = load_oracle(), PROTOCOLS["miniature"]
+    features, clip = oracle_features(oracle), load_clip(str(pretrained.resolve(teacher.name) / "clip"))
+    scenes = real_scenes(config.eval_images, progress)
+    texts = [text for _, batch in scenes for text in batch]
+    real = collect(scenes, features, resize=protocol.resize, source="scenes")
+    results, first = {}, {}
+    for name in SAMPLERS:
+        if name == "teacher":
+            steps = config.teacher_steps
+            batches = list(teacher_batches(teacher, texts, config.seed, steps, config.pairs.guidance))
+        else:
+            batches = list(students[name].sample(texts, config.seed, batch_size=64))
+        first[name] = torch.cat([images for images, _ in batches])[: config.columns]
+        results[name] = evaluate(
+            batches, real, protocol, features=features, clip=clip, metrics=("fid", "clip", "pr"),
+            extra=oracle_measures(oracle), resamples=0,
+        )  # fmt: skip
+        progress("evaluate", len(results), len(SAMPLERS))
+    return results, first
+
+
+def time_one(config: DemoConfig, teacher: Teacher, student: OneStep) -> dict[str, float]:
+    """Milliseconds of one image, end to end at batch 1: text encoder, UNet, VAE."""
+    text, drawn = captions(1, TEST_SEED), noise(config.seed, [0], teacher.latent_shape)
+
+    def by_teacher() -> None:
+        latents = teacher.sample(drawn, text, config.teacher_steps, config.pairs.guidance, "ddim")
+        student.decoded(latents)
+
+    return {
+        "teacher": milliseconds_per_image(by_teacher, repeats=5, warmup=1),
+        "student": milliseconds_per_image(lambda: student.images(drawn, text), repeats=20, warmup=3),
+    }
