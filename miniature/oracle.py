@@ -191,25 +191,31 @@ def _holds(relation: str, match: tuple[int, ...], reading: Reading) -> bool:
 
 def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
     """Writes model.safetensors (fp16), config.json and meta.json (how it was trained, measured scores)."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: _to_storage(value).contiguous() for name, value in oracle.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write oracle {folder} ({error}); free space or name another folder"
+        ) from error
     write_atomically(folder / "config.json", json.dumps({"width": oracle.width}, indent=1) + "\n")
     write_atomically(folder / "meta.json", json.dumps(dict(meta), indent=1) + "\n")
 
 
 def load_oracle(folder: Path = SHIPPED) -> Oracle:
     """An oracle in eval mode, frozen, in fp32. Raises UserError where a piece is absent or damaged."""
+    for piece in ("config.json", "model.safetensors"):
+        if not (folder / piece).is_file():
+            raise UserError(
+                f"{folder} is no oracle: {piece} is missing, expected config.json and model.safetensors; "
+                "name a folder that save_oracle wrote"
+            )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         oracle = Oracle(config["width"])
         state = load_file(folder / "model.safetensors")
         oracle.load_state_dict({name: _from_storage(value) for name, value in state.items()})
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} is no oracle: {Path(error.filename).name} is missing, expected model.safetensors and "
-            "config.json; name a folder that save_oracle wrote"
-        ) from error
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"oracle {folder} is damaged ({reason}); copy it again or train a new one") from error

@@ -11,6 +11,7 @@ from miniature.captions import parse_caption
 from miniature.oracle import (
     HEADS,
     NUM_FEATURES,
+    SHIPPED,
     Oracle,
     Reading,
     caption_accuracy,
@@ -33,7 +34,7 @@ from miniature.scenes import caption, sample_scene, scene_from_caption
 
 SIDE_BY_SIDE = "a large red metal sphere left of a small blue matte cube, pink background"
 DEPTH = "a large red metal sphere in front of a small blue matte cube, pink background"
-TINY = OracleConfig(train=192, heldout=64, test=32, nimg=2048, batch=64, width=16, lr=4e-3)
+TINY = OracleConfig(train=96, heldout=32, test=24, nimg=1280, batch=32, width=16, lr=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="module")
 def pictures() -> tuple[torch.Tensor, list[str]]:
-    """240 fresh scenes of both splits, of a seed that nothing was trained on."""
-    scenes = [sample_scene(77, index, split) for split in ("train", "heldout") for index in range(120)]
+    """200 fresh scenes of both splits, of a seed that nothing was trained on."""
+    scenes = [sample_scene(77, index, split) for split in ("train", "heldout") for index in range(100)]
     return render(scenes).float() / 127.5 - 1, [caption(scene) for scene in scenes]
 
 
@@ -124,8 +125,6 @@ def test_pictures_of_other_captions_score_low(oracle, pictures):
 
 
 def test_meta_states_how_it_was_trained_and_how_well_it_reads():
-    from miniature.oracle import SHIPPED
-
     meta = json.loads((SHIPPED / "meta.json").read_text())
     assert meta["parameters"] == sum(value.numel() for value in load_oracle().parameters()) <= 500_000
     assert {"train_attributes", "train_exact", "heldout_attributes", "heldout_exact"} == set(meta["scores"])
@@ -136,7 +135,7 @@ def test_features_are_pooled_and_do_not_depend_on_the_batch(oracle, pictures):
     pixels = pictures[0][:7]
     features = oracle.features(pixels)
     assert features.shape == (7, NUM_FEATURES)
-    torch.testing.assert_close(features[2:3], oracle.features(pixels[2:3]), atol=1e-4, rtol=1e-4)
+    assert (features[2:3] - oracle.features(pixels[2:3])).abs().max() < 1e-4
     assert read(oracle, pixels, batch=2) == read(oracle, pixels)
 
 
@@ -188,7 +187,7 @@ def test_a_single_object_asks_nothing_of_the_right_side():
 
 
 def test_training_learns_repeats_and_scores():
-    """A minute oracle finds the background within 32 steps, and a second run gives the same weights."""
+    """A minute oracle finds the background within 40 steps, and a second run gives the same weights."""
     first, scores = train_oracle(TINY)
     images, targets = oracle_data(64, TINY.test_seed, "train")
     with torch.no_grad():
@@ -232,6 +231,12 @@ def test_a_folder_without_a_piece_is_refused(tmp_path, oracle, piece):
     (tmp_path / piece).unlink()
     with pytest.raises(UserError, match=rf"is no oracle: {piece} is missing"):
         load_oracle(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, oracle):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write oracle"):
+        save_oracle(oracle, tmp_path / "file" / "oracle", {})
 
 
 def test_damaged_files_are_refused(tmp_path, oracle):
