@@ -1,4 +1,6 @@
-"""`d2g`: parse, build a config, call one library function, print. Heavy imports happen inside the commands."""
+"""`d2g`: parse, build a config, call one library function, print. Heavy imports happen inside the
+commands.
+"""
 
 import json
 import sys
@@ -109,7 +111,13 @@ def emit(result: Any, as_json: bool, title: str) -> None:
         return
     table = Table(title=title, show_header=False)
     for key, value in data.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+        shown = (
+            f"{value:.4g}"
+            if isinstance(value, float)
+            else json.dumps(value, default=str)
+            if isinstance(value, dict | list)
+            else str(value)
+        )
         table.add_row(key, shown)
     Console().print(table)
 
@@ -122,8 +130,12 @@ def dry(config: Any, as_json: bool, plan: Mapping[str, Any] | None = None) -> No
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for report, pictures and all that is made.")] = Path("d2g-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A two-minute smoke run; its numbers mean little.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for report, pictures and all that is made.")] = Path(
+        "d2g-demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A two-minute smoke run; its numbers mean little.")
+    ] = False,
     preset: Preset = None,
     sets: Sets = None,
     seed: Seed = None,
@@ -133,7 +145,9 @@ def demo(
     """Distil the bundled miniature teacher: pairs, both stages, evaluation, a report with pictures."""
     from miniature.demo import PRESETS, run_demo
 
-    config = configure(pick(PRESETS, preset or ("quick" if quick else "default"), "preset"), {"seed": seed}, sets)
+    config = configure(
+        pick(PRESETS, preset or ("quick" if quick else "default"), "preset"), {"seed": seed}, sets
+    )
     if dry_run:
         dry(config, as_json)
     result = run_demo(config, out, reporter)
@@ -214,7 +228,19 @@ def pairs_generate(
     from pairgen.generate import generate_pairs
 
     given = locals()
-    names = ("teacher", "prompts", "num_pairs", "steps", "guidance", "solver", "batch_size", "dtype", "shard_size", "noise", "seed")
+    names = (
+        "teacher",
+        "prompts",
+        "num_pairs",
+        "steps",
+        "guidance",
+        "solver",
+        "batch_size",
+        "dtype",
+        "shard_size",
+        "noise",
+        "seed",
+    )
     config = _pair_config(preset, sets, **{name: given[name] for name in names})
     if dry_run:
         dry(config, as_json)
@@ -317,7 +343,16 @@ def lpips_distance(
     emit({"distance": image_distance(a, b, teacher, weights, augment, draws, seed)}, as_json, f"{a} | {b}")
 
 
-def _distill(stage: str, preset: str | None, sets: list[str] | None, out: Path, dry_run: bool, as_json: bool, options: dict[str, Any], train_options: dict[str, Any]) -> None:
+def _distill(
+    stage: str,
+    preset: str | None,
+    sets: list[str] | None,
+    out: Path,
+    dry_run: bool,
+    as_json: bool,
+    options: dict[str, Any],
+    train_options: dict[str, Any],
+) -> None:
     from core import dist
     from distill.config import preset as distill_preset
 
@@ -383,7 +418,9 @@ def distill_gan(
 
 @app.command()
 def sample(
-    student: Annotated[str, typer.Option(help="Run folder, exported student, or a shipped name.")] = "miniature",
+    student: Annotated[
+        str, typer.Option(help="Run folder, exported student, or a shipped name.")
+    ] = "miniature",
     prompt: Annotated[list[str] | None, typer.Option(help="Text; repeatable.")] = None,
     prompts: Prompts = None,
     out: Out = Path("samples"),
@@ -406,15 +443,27 @@ def sample(
 
 @eval_app.command("run")
 def eval_run(
-    student: Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Run folder, exported student, or a shipped name.")
+    ] = None,
     teacher: TeacherOption = None,
     images: Annotated[Path | None, typer.Option(help="Folder or parquet of images to measure.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Real images: folder, parquet or `eval stats` file.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Real images: folder, parquet or `eval stats` file.")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="Named protocol.")] = "custom",
-    metrics: Annotated[str | None, typer.Option(help="Comma-separated: fid,kid,clip,pr [the protocol's].")] = None,
-    features: Annotated[str | None, typer.Option(help="Feature network: inception, squeezenet, clip, oracle.")] = None,
-    feature_weights: Annotated[str | None, typer.Option(help="Its weights file (clip: model name or folder).")] = None,
-    clip: Annotated[str | None, typer.Option(help="CLIP for the score: open_clip name:tag or folder.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Comma-separated: fid,kid,clip,pr [the protocol's].")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Feature network: inception, squeezenet, clip, oracle.")
+    ] = None,
+    feature_weights: Annotated[
+        str | None, typer.Option(help="Its weights file (clip: model name or folder).")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP for the score: open_clip name:tag or folder.")
+    ] = None,
     prompts: Prompts = None,
     num: Annotated[int | None, typer.Option(help="Images to draw [one per prompt].")] = None,
     steps: Annotated[int, typer.Option(help="Solver steps of a teacher.")] = 50,
@@ -443,7 +492,7 @@ def eval_run(
 @eval_app.command("compare")
 def eval_compare(results: list[Path], as_json: Json = False) -> None:
     """A table of several results; refuses mixed protocols."""
-    from eval.report import EvalResult, compare
+    from eval.result import EvalResult, compare
 
     rows = compare({str(path): EvalResult.load(path) for path in results})
     emit({"results": rows}, as_json, "comparison")
@@ -486,11 +535,21 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error, str(error), error.exit_code, debug)
     except FloatingPointError as error:
         _fail(error, str(error), 1, debug)
-    except KeyboardInterrupt as error:
-        _fail(error, "interrupted; what was finished before is safe, run the same command again", 130, debug)
+    except SystemExit as left:
+        # typer turns Ctrl-C outside the loops, which have their own answer, into a silent exit.
+        if isinstance(left.__context__ and left.__context__.__cause__, KeyboardInterrupt):
+            _fail(
+                left, "interrupted; what was finished before is safe, run the same command again", 130, debug
+            )
+        raise
     except Exception as error:
         text = " ".join(str(error).split())
-        _fail(error, f"{type(error).__name__}: {text}; this is unexpected, run again with --debug and report it", 1, debug)
+        _fail(
+            error,
+            f"{type(error).__name__}: {text}; this is unexpected, run again with --debug and report it",
+            1,
+            debug,
+        )
 
 
 def _fail(error: BaseException, text: str, code: int, debug: bool) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints: a folder per point in training, whole or absent. Tensors in safetensors, counters in JSON.
 
-    RUN/checkpoints/000012800/{student,ema,…}.safetensors  state.pt (optimisers)  meta.json
+RUN/checkpoints/000012800/{student,ema,…}.safetensors  state.pt (optimisers)  meta.json
 """
 
 import json
@@ -85,9 +85,14 @@ def save(
     target = folder / f"{nimg:09d}"
     temporary = folder / f".{nimg:09d}.{os.getpid()}.tmp"
     try:
+        for torn in folder.glob(".*.tmp"):  # what killed writers left; a run has one writer
+            shutil.rmtree(torn)
         temporary.mkdir(parents=True, exist_ok=True)
         for name, tensors in modules.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                temporary / f"{name}.safetensors",
+            )
         torch.save(dict(state), temporary / "state.pt")
         (temporary / "meta.json").write_text(json.dumps({**meta, "nimg": nimg}, indent=1))
         for path in sorted(temporary.iterdir()):

@@ -68,6 +68,8 @@ def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
     """`value` as the type `hint`, or a SettingError. int -> float is the one silent widening."""
     origin, args = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise SettingError(f"setting {full!r} is a group of {hint.__name__}, got {text!r}")
         return from_json(hint, value)
     if origin is Literal:
         if value not in args:
@@ -89,7 +91,7 @@ def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
         return float(value)
     if hint is str and not isinstance(value, str):
         value = text
-    if isinstance(value, bool) and hint is not bool or not isinstance(value, hint):
+    if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
         raise SettingError(f"setting {full!r} takes {hint.__name__}, got {text!r}")
     return value
 

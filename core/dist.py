@@ -67,9 +67,9 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace each gradient by its mean over ranks, in one flat all-reduce.
 
-    Without a wrapper around the module, a second-order R1 pass and a plain pass may both add to `.grad` and the
-    result is still exact; through DDP two backward passes are silently wrong. A parameter without a gradient on
-    some rank counts as zero there.
+    Without a wrapper around the module, a second-order R1 pass and a plain pass may both add to `.grad` and
+    the result is still exact; through DDP two backward passes are silently wrong. A parameter without a
+    gradient on some rank counts as zero there.
     """
     if not td.is_initialized():
         return

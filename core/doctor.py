@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-NEEDED = ("torch", "diffusers", "transformers", "kornia", "open_clip_torch", "lpips", "h5py", "numpy", "safetensors")
+NEEDED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "kornia",
+    "open_clip_torch",
+    "lpips",
+    "h5py",
+    "numpy",
+    "safetensors",
+)
 
 
 def examine() -> dict[str, Any]:

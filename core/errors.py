@@ -1,8 +1,8 @@
 """What can go wrong for a user, as exceptions whose text is the whole message.
 
-    UserError             exit 1   the job cannot go on; the text says what, got, expected, what to do
-    ├── SettingError      exit 2   a wrong option or setting; names the nearest right one
-    └── Interrupted       exit 130 stopped by the user; says what is safe on disk
+UserError             exit 1   the job cannot go on; the text says what, got, expected, what to do
+├── SettingError      exit 2   a wrong option or setting; names the nearest right one
+└── Interrupted       exit 130 stopped by the user; says what is safe on disk
 """
 
 

@@ -1,10 +1,13 @@
-"""The one place where latents are scaled and pixels are made. Everywhere else latents are *scaled* latents."""
+"""The one place where latents are scaled and pixels are made. Everywhere else latents are *scaled*
+latents.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +28,7 @@ class LatentSpace:
         return scaled / self.scale + self.shift
 
 
-def latent_space(vae: nn.Module) -> LatentSpace:
+def latent_space(vae: Any) -> LatentSpace:
     """The latent space of a diffusers AutoencoderKL or AutoencoderTiny, read from its config."""
     config = vae.config
     levels = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
@@ -37,21 +40,23 @@ def latent_space(vae: nn.Module) -> LatentSpace:
     )
 
 
-def encode(vae: nn.Module, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f]: the posterior's mean, or a sample
     of it when a generator is given. Computed in the VAE's dtype, returned in fp32."""
     output = vae.encode(pixels.to(next(vae.parameters()).dtype))
     if hasattr(output, "latents"):  # AutoencoderTiny: deterministic, already scaled
-        return output.latents.float()
+        latents: Tensor = output.latents.float()
+        return latents
     raw = output.latent_dist.mode() if generator is None else output.latent_dist.sample(generator)
     return latent_space(vae).scaled(raw.float())
 
 
-def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode(vae: Any, latents: Tensor) -> Tensor:
     """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1], fp32. Differentiable."""
     first = next(vae.parameters())
     raw = latents if "Tiny" in type(vae).__name__ else latent_space(vae).raw(latents)
-    return vae.decode(raw.to(first.device, first.dtype)).sample.float()
+    pixels: Tensor = vae.decode(raw.to(first.device, first.dtype)).sample.float()
+    return pixels
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_uint8(vae: nn.Module, latents: Tensor, batch_size: int = 64) -> Iterator[Tensor]:
+def decode_uint8(vae: Any, latents: Tensor, batch_size: int = 64) -> Iterator[Tensor]:
     """Scaled latents, any number of rows -> uint8 image batches [b, 3, H, W] on the CPU."""
     for rows in latents.split(batch_size):
         yield to_uint8(decode(vae, rows)).cpu()

@@ -22,7 +22,9 @@ def save_png(image: Tensor, path: Path, text: Mapping[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, pnginfo=info)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another --out") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another --out"
+        ) from error
 
 
 def grid(images: Tensor, columns: int = 0, gap: int = 2) -> Tensor:
@@ -32,4 +34,5 @@ def grid(images: Tensor, columns: int = 0, gap: int = 2) -> Tensor:
     padded = F.pad(images, (0, gap, 0, gap), value=255)
     blank = torch.full((rows * columns - len(images), *padded.shape[1:]), 255, dtype=torch.uint8)
     cells = torch.cat([padded, blank]).unflatten(0, (rows, columns))
-    return cells.permute(2, 0, 3, 1, 4).reshape(3, rows * padded.shape[2], columns * padded.shape[3])
+    picture: Tensor = cells.permute(2, 0, 3, 1, 4)
+    return picture.reshape(3, rows * padded.shape[2], columns * padded.shape[3])

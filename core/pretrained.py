@@ -1,7 +1,7 @@
 """The one door to diffusers, transformers and tokenizers: pieces of a Stable-Diffusion-shaped pipeline.
 
-Everything loads from a folder in diffusers layout or from a hub id, and is built new from plain settings by the
-`new_*` functions (the miniature and the tests do).
+Everything loads from a folder in diffusers layout or from a hub id, and is built new from plain settings by
+the `new_*` functions (the miniature and the tests do).
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from core.errors import UserError
@@ -47,17 +48,22 @@ def resolve(name: str) -> Path:
             )
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise UserError(f"teacher {name}: no such folder; give a folder in diffusers layout or a hub id org/name")
+        raise UserError(
+            f"teacher {name}: no such folder; give a folder in diffusers layout or a hub id org/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         patterns = ["model_index.json", *(f"{piece}/*" for piece in PIECES)]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.fp16.*", "*.ckpt"]))
+        return Path(
+            snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.fp16.*", "*.ckpt"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
-            f"teacher {name}: no such folder here, and as a hub id it cannot be fetched ({first}); check the name"
+            f"teacher {name}: no such folder here, and as a hub id it cannot be fetched ({first}); "
+            "check the name"
         ) from error
 
 
@@ -81,29 +87,33 @@ def _piece(folder: Path, piece: str) -> tuple[Any, str]:
     return getattr(transformers if library == "transformers" else diffusers, name), name
 
 
-def _load(name: str, piece: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def _load(name: str, piece: str, dtype: torch.dtype = torch.float32) -> Any:
     folder = resolve(name)
     kind, _ = _piece(folder, piece)
     keyword = "dtype" if piece == "text_encoder" else "torch_dtype"
     try:
         module = kind.from_pretrained(folder, subfolder=piece, **{keyword: dtype})
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"teacher {folder}: {piece} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return cast(nn.Module, module.eval().requires_grad_(False))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"teacher {folder}: {piece} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return module.eval().requires_grad_(False)
 
 
-def load_unet(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_unet(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline's UNet2DConditionModel: eval, frozen."""
     return _load(name, "unet", dtype)
 
 
-def load_vae(name: str) -> nn.Module:
+def load_vae(name: str) -> Any:
     """The pipeline's AutoencoderKL or AutoencoderTiny: fp32, eval, frozen."""
     return _load(name, "vae")
 
 
 class TextEncoder(nn.Module):
-    """Tokenizer and CLIP text model: prompts -> hidden states [B, L, D], as StableDiffusionPipeline encodes them."""
+    """Tokenizer and CLIP text model: prompts -> hidden states [B, L, D], as StableDiffusionPipeline encodes
+    them.
+    """
 
     def __init__(self, tokenizer: Any, model: nn.Module) -> None:
         super().__init__()
@@ -127,7 +137,7 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> hidden states [B, L, D], without a graph."""
-        return self(self.tokens(prompts))
+        return self.forward(self.tokens(prompts))
 
 
 def load_tokenizer(name: str) -> Any:
@@ -137,7 +147,9 @@ def load_tokenizer(name: str) -> Any:
     try:
         return kind.from_pretrained(folder / "tokenizer")
     except (OSError, ValueError) as error:
-        raise UserError(f"teacher {folder}: tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"teacher {folder}: tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_text_encoder(name: str) -> TextEncoder:
@@ -148,16 +160,21 @@ def load_text_encoder(name: str) -> TextEncoder:
 def load_schedule(name: str) -> Schedule:
     """The noise schedule and sampler conventions in the pipeline's scheduler_config.json, whatever its class.
 
-    Raises UserError for schedulers that are not variance-preserving (flow matching), or clip or threshold x_0.
+    Raises UserError for schedulers that are not variance-preserving (flow matching), or clip or threshold
+    x_0.
     """
     folder = resolve(name)
     _, kind = _piece(folder, "scheduler")
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     if "beta_start" not in config and "trained_betas" not in config:
-        raise UserError(f"teacher {folder}: scheduler {kind} has no betas; expected a VP schedule like DDIM's")
+        raise UserError(
+            f"teacher {folder}: scheduler {kind} has no betas; expected a VP schedule like DDIM's"
+        )
     for flag in ("clip_sample", "thresholding"):
         if config.get(flag):
-            raise UserError(f"teacher {folder}: scheduler has {flag}=true, which latent teachers never use; set it false")
+            raise UserError(
+                f"teacher {folder}: scheduler has {flag}=true, which latent teachers never use; set it false"
+            )
     from diffusers import DDIMScheduler
 
     known = {k: v for k, v in config.items() if not k.startswith("_")}
@@ -172,7 +189,9 @@ def load_schedule(name: str) -> Schedule:
 
 
 def weights_sha256(name: str) -> str:
-    """sha256 over the files that decide what a teacher draws: UNet, text encoder, tokenizer, scheduler, VAE."""
+    """sha256 over the files that decide what a teacher draws: UNet, text encoder, tokenizer, scheduler,
+    VAE.
+    """
     folder, total = resolve(name), hashlib.sha256()
     for piece in sorted(PIECES):
         for path in sorted((folder / piece).glob("*")):
@@ -184,18 +203,20 @@ def weights_sha256(name: str) -> str:
 
 
 def attention_parameters(unet: nn.Module) -> set[str]:
-    """Names of the parameters inside attention layers and their transformer blocks (the weight-decay rule)."""
+    """Names of the parameters inside attention layers and their transformer blocks (the weight-decay
+    rule).
+    """
     return {name for name, _ in unet.named_parameters() if ".attentions." in f".{name}"}
 
 
-def new_unet(**settings: Any) -> nn.Module:
+def new_unet(**settings: Any) -> Any:
     """A UNet2DConditionModel with fresh weights."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**settings)
 
 
-def new_vae(**settings: Any) -> nn.Module:
+def new_vae(**settings: Any) -> Any:
     """An AutoencoderKL with fresh weights."""
     from diffusers import AutoencoderKL
 
@@ -264,8 +285,12 @@ def new_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> Tex
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
 
 
-def save_pipeline(folder: Path, *, unet: nn.Module, vae: nn.Module, text: TextEncoder, **scheduler: Any) -> None:
-    """Save the pieces as a StableDiffusionPipeline with a DDIM scheduler of SD's betas (plus `scheduler` settings)."""
+def save_pipeline(
+    folder: Path, *, unet: nn.Module, vae: nn.Module, text: TextEncoder, **scheduler: Any
+) -> None:
+    """Save the pieces as a StableDiffusionPipeline with a DDIM scheduler of SD's betas (plus `scheduler`
+    settings).
+    """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     StableDiffusionPipeline(

@@ -1,4 +1,6 @@
-"""A run folder: config.json before the first step, one JSON line per report, never a config mixed with another."""
+"""A run folder: config.json before the first step, one JSON line per report, never a config mixed with
+another.
+"""
 
 import json
 import resource
@@ -25,7 +27,10 @@ class RunLog:
         if path.is_file():
             old = json.loads(path.read_text())
             drop = {*ignore}
-            keys = differing({k: v for k, v in old.items() if k not in drop}, {k: v for k, v in config.items() if k not in drop})
+            keys = differing(
+                {k: v for k, v in old.items() if k not in drop},
+                {k: v for k, v in config.items() if k not in drop},
+            )
             if keys:
                 raise UserError(
                     f"{folder} holds a run with another config: {', '.join(keys)}; "

@@ -38,21 +38,29 @@ class Schedule:
 def timesteps(num_train: int, steps: int, spacing: Spacing, offset: int) -> list[int]:
     """Descending integer timesteps of a `steps`-step sampler, as diffusers' DDIMScheduler spaces them.
 
-    leading: 0, r, 2r … + offset (starts at 981 for SD 1.5 and 50 steps); trailing ends at T - 1; linspace spans all.
+    leading: 0, r, 2r … + offset (starts at 981 for SD 1.5 and 50 steps); trailing ends at T - 1; linspace
+    spans all.
     """
     if not 1 <= steps <= num_train:
         raise SettingError(f"steps is {steps}; expected 1 to {num_train}, the teacher's training steps")
     ratio = num_train / steps
     if spacing == "leading":
-        return [i * (num_train // steps) + offset for i in reversed(range(steps))]
+        grid = [i * (num_train // steps) + offset for i in reversed(range(steps))]
+        if grid[0] >= num_train:
+            raise SettingError(
+                f"steps is {steps}: leading spacing with steps_offset {offset} would start at "
+                f"timestep {grid[0]}, the last is {num_train - 1}; take fewer steps or another spacing"
+            )
+        return grid
     if spacing == "trailing":
         return [round(num_train - i * ratio) - 1 for i in range(steps)]
     return torch.linspace(0, num_train - 1, steps, dtype=torch.float64).round().long().flip(0).tolist()
 
 
 def predict_x0(output: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Prediction) -> Tensor:
-    """x_0 from a network output at (alpha, sigma), in fp32. method.md 2: for epsilon 1/alpha = 14.6 multiplies
-    rounding errors at T, so the inputs are widened before the combination."""
+    """x_0 from a network output at (alpha, sigma), in fp32. method.md 2: for epsilon 1/alpha = 14.6
+    multiplies rounding errors at T, so the inputs are widened before the combination.
+    """
     output, x = output.float(), x.float()
     if prediction == "sample":
         return output

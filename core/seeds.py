@@ -28,7 +28,9 @@ def standard_normal(seed: int, index: int, count: int) -> np.ndarray:
 def noise(
     seed: int, indices: Iterable[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Noise rows [B, *shape] ~ N(0, 1) on the CPU, rounded to `dtype`. Row i depends on (seed, indices[i]) only."""
+    """Noise rows [B, *shape] ~ N(0, 1) on the CPU, rounded to `dtype`. Row i depends on (seed, indices[i])
+    only.
+    """
     rows = [standard_normal(seed, int(index), prod(shape)) for index in indices]
     return torch.from_numpy(np.stack(rows).reshape(-1, *shape)).to(torch.float32).to(dtype)
 

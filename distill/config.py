@@ -9,7 +9,9 @@ from core.errors import SettingError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW for one network. The supplement's "Adam" with weight decay 1e-2 is read as decoupled (method.md 5)."""
+    """AdamW for one network. The supplement's "Adam" with weight decay 1e-2 is read as decoupled (method.md
+    5).
+    """
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -57,7 +59,9 @@ class DiscriminatorConfig:
         if not 0 <= self.mix_fraction < 1:
             raise SettingError(f"gan.mix_fraction is {self.mix_fraction}; expected 0 up to below 1")
         if self.r1_gamma < 0 or self.r1_interval < 1 or self.weight < 0 or self.timestep < 0:
-            raise SettingError("gan: r1_gamma, weight and timestep must not be negative, r1_interval at least 1")
+            raise SettingError(
+                "gan: r1_gamma, weight and timestep must not be negative, r1_interval at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +84,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise SettingError(f"train.{name} is {getattr(self, name)}; expected 1 or more")
         if not 0 <= self.ema_beta < 1 or (self.minutes is not None and self.minutes <= 0):
-            raise SettingError(f"train: ema_beta {self.ema_beta} must be in [0, 1), minutes {self.minutes} positive")
+            raise SettingError(
+                f"train: ema_beta {self.ema_beta} must be in [0, 1), minutes {self.minutes} positive"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,9 +149,7 @@ PRESETS: dict[str, dict[str, DistillConfig]] = {
             stage="gan",
             teacher="miniature",
             optim=OptimConfig(lr=2e-4, betas=(0.5, 0.99)),
-            gan=DiscriminatorConfig(
-                r1_interval=8, optim=OptimConfig(lr=2e-4, betas=(0.5, 0.99))
-            ),
+            gan=DiscriminatorConfig(r1_interval=8, optim=OptimConfig(lr=2e-4, betas=(0.5, 0.99))),
             train=replace(_MINIATURE, images=15_000),
         ),
     },
@@ -158,7 +162,9 @@ def preset(name: str, stage: str) -> DistillConfig:
 
 
 def plan(config: DistillConfig) -> dict[str, int]:
-    """Steps and network evaluations of a run, for --dry-run. Stage 2 evaluates G once and D three times a sample."""
+    """Steps and network evaluations of a run, for --dry-run. Stage 2 evaluates G once and D three times a
+    sample.
+    """
     images = config.train.images
     return {
         "steps": -(-images // config.train.batch_size),

@@ -11,14 +11,20 @@ from core.seeds import permuted_batch
 from pairgen.store import PairBatch, PairReader
 
 
-class PairRows(Dataset[PairBatch]):
-    """A pair store indexed by lists of rows. Opened lazily in each worker, never before a fork."""
+class PairRows(Dataset[PairBatch | UserError]):
+    """A pair store indexed by lists of rows. Opened lazily in each worker, never before a fork.
+
+    A damaged shard's error is returned: raised in a worker, it would arrive wrapped in a traceback.
+    """
 
     def __init__(self, reader: PairReader) -> None:
         self.reader = reader
 
-    def __getitem__(self, rows: list[int]) -> PairBatch:
-        return self.reader.read(rows)
+    def __getitem__(self, rows: list[int]) -> PairBatch | UserError:
+        try:
+            return self.reader.read(rows)
+        except UserError as error:
+            return error
 
 
 class Rows(Sampler[list[int]]):
@@ -40,7 +46,9 @@ class Rows(Sampler[list[int]]):
 
 
 def open_pairs(folder: str, teacher_sha256: str) -> PairReader:
-    """The pairs of a run. Raises UserError for an empty or unfinished store, or one made by another teacher."""
+    """The pairs of a run. Raises UserError for an empty or unfinished store, or one made by another
+    teacher.
+    """
     reader = PairReader(Path(folder))
     if not reader.complete:
         raise UserError(
@@ -49,14 +57,19 @@ def open_pairs(folder: str, teacher_sha256: str) -> PairReader:
         )
     if reader.spec.teacher_sha256 != teacher_sha256:
         raise UserError(
-            f"{folder} was made by teacher {reader.spec.teacher} ({reader.spec.teacher_sha256[:12]}), --teacher has "
+            f"{folder} was made by teacher {reader.spec.teacher} ({reader.spec.teacher_sha256[:12]}), "
+            "--teacher has "
             f"sha256 {teacher_sha256[:12]}; give the teacher that made the pairs"
         )
     return reader
 
 
-def pair_batches(reader: PairReader, batch_size: int, seed: int, start: int, workers: int) -> Iterator[PairBatch]:
-    """This rank's endless batches, read ahead by `workers` processes (0: in this one)."""
+def pair_batches(
+    reader: PairReader, batch_size: int, seed: int, start: int, workers: int
+) -> Iterator[PairBatch]:
+    """This rank's endless batches, read ahead by `workers` processes (0: in this one). UserError on
+    damage.
+    """
     loader = DataLoader(
         PairRows(reader),
         sampler=Rows(len(reader), batch_size, seed, start),
@@ -64,4 +77,7 @@ def pair_batches(reader: PairReader, batch_size: int, seed: int, start: int, wor
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -1,10 +1,11 @@
 """The discriminator: the teacher's U-Net with noise input, resized inputs and thin readouts at every scale.
 
-An explicit forward over the U-Net's blocks, without hooks: hooks fire twice under activation checkpointing and break
-under sharding (method.md 10.18). Layout: method.md 4.2. No public reference implementation exists.
+An explicit forward over the U-Net's blocks, without hooks: hooks fire twice under activation checkpointing
+and break under sharding (method.md 10.18). Layout: method.md 4.2. No public reference implementation exists.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +15,28 @@ from core import pretrained
 from core.errors import UserError
 from distill.config import DiscriminatorConfig
 
-PLACES = ("before", "skip", "after")
+BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 
 
 class Discriminator(nn.Module):
-    """D(x, z, c): patch logits of every head. Built from a UNet2DConditionModel, which it takes over and trains.
+    """D(x, z, c): patch logits of every head. Built from a UNet2DConditionModel, which it takes over and
+    trains.
 
     h0 = conv_in(x) + conv_z(z), conv_z zero at the start; Resize(x) enters each lower encoder scale through a
-    zero convolution, so that D starts as the teacher; per decoder scale three 1x1 heads: on what comes up from
-    below, on the encoder's skip, and on the scale's output. Heads are not zero, or no gradient would pass.
+    zero convolution, so that D starts as the teacher; per decoder scale three 1x1 heads: on what comes up
+    from below, on the encoder's skip, and on the scale's output. Heads are not zero, or no gradient would
+    pass.
     """
 
-    def __init__(self, unet: nn.Module, config: DiscriminatorConfig) -> None:
+    def __init__(self, unet: Any, config: DiscriminatorConfig) -> None:
         super().__init__()
-        self.unet, self.timestep = unet, config.timestep
+        for kind in (type(block).__name__ for block in (*unet.down_blocks, *unet.up_blocks)):
+            if kind not in BLOCKS:
+                raise UserError(
+                    f"discriminator: the teacher's U-Net has a {kind}; supported are {', '.join(BLOCKS)}"
+                )
+        self.unet: Any = unet
+        self.timestep = config.timestep
         channels, widths = unet.config.in_channels, [b.resnets[0].out_channels for b in unet.down_blocks]
         first = unet.conv_in.out_channels
         self.conv_z = _zeroed(nn.Conv2d(channels, first, 3, padding=1)) if config.z_conditioning else None
@@ -45,7 +54,7 @@ class Discriminator(nn.Module):
             if unused is not None:
                 unused.requires_grad_(False)
 
-    def _reads(self, unet: nn.Module, name: str) -> bool:
+    def _reads(self, unet: Any, name: str) -> bool:
         return self.multi_scale_output or name == f"{len(unet.up_blocks) - 1}_after"
 
     def forward(self, x: Tensor, noise: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -85,10 +94,13 @@ class Discriminator(nn.Module):
         return logits
 
 
-def discriminator_from_teacher(teacher: str, config: DiscriminatorConfig, generator: torch.Generator) -> Discriminator:
+def discriminator_from_teacher(
+    teacher: str, config: DiscriminatorConfig, generator: torch.Generator
+) -> Discriminator:
     """A discriminator with the teacher's weights; `generator` draws the heads."""
     discriminator = Discriminator(pretrained.load_unet(teacher), config)
     for head in discriminator.heads.values():
+        assert isinstance(head, nn.Conv2d) and head.bias is not None
         bound = head.weight[0].numel() ** -0.5
         nn.init.uniform_(head.weight, -bound, bound, generator=generator)
         nn.init.zeros_(head.bias)
@@ -100,14 +112,12 @@ def added_parameters(discriminator: Discriminator) -> int:
     return sum(p.numel() for name, p in discriminator.named_parameters() if not name.startswith("unet."))
 
 
-def _layers(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+def _layers(block: Any) -> Iterator[tuple[Any, Any]]:
     attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-    if len(attentions) != len(block.resnets):
-        raise UserError(f"discriminator: U-Net block {type(block).__name__} is not supported")
     yield from zip(block.resnets, attentions, strict=True)
 
 
-def _head_widths(unet: nn.Module) -> Iterator[tuple[str, int]]:
+def _head_widths(unet: Any) -> Iterator[tuple[str, int]]:
     """(name, channels) of every readout, from the block widths: the resnets' own input and skip counts."""
     below = unet.down_blocks[-1].resnets[-1].out_channels
     for scale, block in enumerate(unet.up_blocks):

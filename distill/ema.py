@@ -1,4 +1,6 @@
-"""Exponential moving average of weights, in fp32: a bf16 average with beta 0.9999 never moves (method.md 10.6)."""
+"""Exponential moving average of weights, in fp32: a bf16 average with beta 0.9999 never moves (method.md
+10.6).
+"""
 
 from collections.abc import Mapping
 
@@ -15,7 +17,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, nimg: int) -> None:
-        """avg <- beta avg + (1 - beta) weights; before `start_nimg`, avg <- weights. Integer buffers are copied."""
+        """avg <- beta avg + (1 - beta) weights; before `start_nimg`, avg <- weights. Integer buffers are
+        copied.
+        """
         beta = self.beta if nimg >= self.start_nimg else 0.0
         for name, value in module.state_dict().items():
             average = self.tensors[name]

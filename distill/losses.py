@@ -29,7 +29,11 @@ def mismatch(prompts: Sequence[str], fraction: float, generator: torch.Generator
     size = len(prompts)
     drawn = torch.rand(size, generator=generator)
     start = torch.randint(size, (size,), generator=generator)
-    mode = torch.where(drawn < fraction, 1 + (drawn / fraction * 3).long().clamp(max=2), 0) if fraction else drawn.long()
+    mode = (
+        torch.where(drawn < fraction, 1 + (drawn / fraction * 3).long().clamp(max=2), 0)
+        if fraction
+        else drawn.long()
+    )
     partner = torch.arange(size)
     for row in range(size):
         others = ((int(start[row]) + step) % size for step in range(size))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core import checkpoint, pretrained
 from core.errors import UserError
@@ -26,13 +26,14 @@ class OneStep:
 
     student: Student
     text: TextEncoder
-    vae: nn.Module
+    vae: Any
     device: torch.device
 
     @torch.no_grad()
     def latents(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
         """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w]: one network evaluation."""
-        return self.student(drawn.to(self.device), self.text.encode(prompts))
+        latents: Tensor = self.student(drawn.to(self.device), self.text.encode(prompts))
+        return latents
 
     @torch.no_grad()
     def images(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -65,7 +66,10 @@ def student_folder(name: str) -> tuple[Path, str, int]:
             config = json.loads((folder / file).read_text())
             break
     else:
-        raise UserError(f"student {name}: expected a run of `d2g distill` (config.json) or an exported student (student.json)")
+        raise UserError(
+            f"student {name}: expected a run of `d2g distill` (config.json) "
+            "or an exported student (student.json)"
+        )
     if file == "config.json":
         last = checkpoint.latest(folder / "checkpoints")
         if last is None:
@@ -120,7 +124,9 @@ def save_samples(
         progress("sample", len(everything), len(prompts))
     seconds = time.monotonic() - started
     for number, (image, prompt) in enumerate(zip(everything, prompts, strict=True)):
-        save_png(image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)})
+        save_png(
+            image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}
+        )
     save_png(grid(torch.stack(everything[:64])), out / "grid.png", {})
     return {"out": str(out), "images": len(everything), "seconds_per_image": seconds / len(everything)}
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ from latent_lpips.weights import load_lpips
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSummary:
-    """What `train` left in the run folder. `loss`: the last report's terms; `checkpoint`: the newest folder."""
+    """What `train` left in the run folder. `loss`: the last report's terms; `checkpoint`: the newest
+    folder.
+    """
 
     out: str
     images: int
@@ -44,7 +46,9 @@ class TrainSummary:
 
 
 class Regression(nn.Module):
-    """The regression loss: E-LatentLPIPS, and as set beside it plain LatentLPIPS and L1, on scaled latents."""
+    """The regression loss: E-LatentLPIPS, and as set beside it plain LatentLPIPS and L1, on scaled
+    latents.
+    """
 
     def __init__(self, config: DistillConfig, channels: int) -> None:
         super().__init__()
@@ -68,7 +72,9 @@ class Regression(nn.Module):
 
 
 def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with the attention weight-decay rule (method.md 5): 1e-5 inside attention modules, 1e-2 elsewhere."""
+    """AdamW with the attention weight-decay rule (method.md 5): 1e-5 inside attention modules, 1e-2
+    elsewhere.
+    """
     inside = pretrained.attention_parameters(module)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
@@ -86,11 +92,21 @@ def learning_rate(nimg: int, config: OptimConfig, batch_size: int) -> float:
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, nimg / config.decay_images)))
 
 
-def step(optim: torch.optim.Optimizer, module: nn.Module, config: OptimConfig, lr: float) -> float:
-    """Average gradients over ranks, clip, update, clear. Returns the gradient norm before clipping."""
+def step(
+    optim: torch.optim.Optimizer,
+    module: nn.Module,
+    config: OptimConfig,
+    lr: float,
+    check: Callable[[Tensor], None],
+) -> float:
+    """Average gradients over ranks, clip, update, clear. Returns the gradient norm before clipping.
+
+    `check` sees that norm before the update, and may raise: a finite loss can have a gradient that is not.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     dist.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+    check(norm)
     for group in optim.param_groups:
         group["lr"] = lr
     optim.step()
@@ -99,14 +115,15 @@ def step(optim: torch.optim.Optimizer, module: nn.Module, config: OptimConfig, l
 
 
 def check_finite(losses: Mapping[str, Tensor], nimg: int, folder: Path) -> None:
-    """Raise FloatingPointError for a loss that is not finite, on every rank, before the optimizer step."""
+    """Raise FloatingPointError for a value that is not finite, on every rank, before the optimizer step."""
     bad = [name for name, value in losses.items() if not torch.isfinite(value)]
     if dist.any_rank(bool(bad)):
         last = checkpoint.latest(folder)
         where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
         what = f"{bad[0]} is {losses[bad[0]].item()}" if bad else "a loss on another rank is not finite"
         raise FloatingPointError(
-            f"{what} at image {nimg}; {where}; lower the learning rate and resume from it"
+            f"{what} at image {nimg}; {where}; lower the learning rate in another --out"
+            + (f", from there with --set init={folder.parent}" if last else "")
         )
 
 
@@ -123,7 +140,9 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
             raise SettingError(f"{name} is not set; give --{name}")
     options, batch_size = config.train, config.train.batch_size
     if batch_size % dist.world_size():
-        raise SettingError(f"train.batch_size {batch_size} does not divide over {dist.world_size()} processes")
+        raise SettingError(
+            f"train.batch_size {batch_size} does not divide over {dist.world_size()} processes"
+        )
     reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher))
     text_encoder = pretrained.load_text_encoder(config.teacher).to(device)
     student: Student = student_from_teacher(config.teacher, config.student_timestep).to(device)
@@ -141,7 +160,14 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
 
     # Resume.
     whole = to_json(config)
-    mutable = {"images", "minutes", "loader_workers", "report_images", "checkpoint_images", "keep_checkpoints"}
+    mutable = {
+        "images",
+        "minutes",
+        "loader_workers",
+        "report_images",
+        "checkpoint_images",
+        "keep_checkpoints",
+    }
     whole["train"], whole["length"] = (
         {k: v for k, v in whole["train"].items() if k not in mutable},
         {k: v for k, v in whole["train"].items() if k in mutable},
@@ -169,6 +195,9 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
             meta = {"steps": steps, "stage": config.stage}
             checkpoint.save(folder, nimg, modules, state, meta, options.keep_checkpoints)
         dist.barrier()
+
+    def check(name: str) -> Callable[[Tensor], None]:
+        return lambda value: check_finite({name: value}, nimg, folder)
 
     def autocast() -> AbstractContextManager[None]:
         return torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
@@ -203,12 +232,14 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
                 if config.gan.r1_gamma and steps % config.gan.r1_interval == 0:
                     row = int(torch.randint(len(noise), (), generator=rng))
                     one = slice(row, row + 1)
-                    penalty = gan_parts["loss/r1"] = r1_penalty(discriminator, real[one], noise[one], text[one])
+                    penalty = gan_parts["loss/r1"] = r1_penalty(
+                        discriminator, real[one], noise[one], text[one]
+                    )
                     loss_d = loss_d + 0.5 * config.gan.r1_gamma * config.gan.r1_interval * penalty
                 check_finite(gan_parts, nimg, folder)
                 loss_d.backward()
                 lr = learning_rate(nimg, config.gan.optim, batch_size)
-                norms["grad/d"] = step(optim_d, discriminator, config.gan.optim, lr)
+                norms["grad/d"] = step(optim_d, discriminator, config.gan.optim, lr, check("grad/d"))
                 discriminator.requires_grad_(False)
 
             # Student: regression on the pair, and the discriminator's verdict on the same latents.
@@ -222,7 +253,8 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
             parts["loss/g"] = loss_g
             check_finite({k: v for k, v in parts.items() if k.startswith("loss/")}, nimg, folder)
             loss_g.backward()
-            norms["grad/g"] = step(optim_g, student, config.optim, learning_rate(nimg, config.optim, batch_size))
+            lr = learning_rate(nimg, config.optim, batch_size)
+            norms["grad/g"] = step(optim_g, student, config.optim, lr, check("grad/g"))
             nimg, steps = nimg + batch_size, steps + 1
             ema.update(student, nimg)
             progress(config.stage, min(nimg, options.images), options.images)
@@ -233,7 +265,7 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
             finished = nimg >= options.images or dist.any_rank(late)
             if nimg - reported >= options.report_images or finished:
                 reported, seconds = nimg, time.monotonic() - started
-                values = dist.mean({**{k: float(v.detach()) for k, v in parts.items()}, **norms})
+                values = _average({**{k: float(v.detach()) for k, v in parts.items()}, **norms})
                 rate = {"time/images_per_sec": (nimg - first) / seconds, "time/loader_wait": waited / seconds}
                 log.write(nimg, {**values, **rate, "mem/peak_gib": peak_memory_gib()})
             if nimg - saved >= options.checkpoint_images or finished or stopping:
@@ -261,6 +293,13 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
     )
 
 
+def _average(values: Mapping[str, float]) -> dict[str, float]:
+    """Means over the ranks on which a value is a number; left out where it is NaN on every rank."""
+    known = dist.mean({k: float(not math.isnan(v)) for k, v in values.items()})
+    sums = dist.mean({k: 0.0 if math.isnan(v) else v for k, v in values.items()})
+    return {k: sums[k] / known[k] for k in values if known[k] > 0}
+
+
 def _logit_means(
     real: Mapping[str, Tensor], fake: Mapping[str, Tensor], plain: Tensor, verdict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -269,7 +308,5 @@ def _logit_means(
     plain = plain.to(each_fake.device)
     means = {"logit/real": torch.stack([v.detach().float().mean() for v in real.values()]).mean()}
     for name, rows in (("logit/fake", plain), ("logit/mismatched", ~plain)):
-        if rows.any():
-            means[name] = each_fake[rows].mean()
+        means[name] = each_fake[rows].mean()  # NaN without such rows
     return means | {f"logit/student/{head}": v.detach().float().mean() for head, v in verdict.items()}
-

@@ -163,8 +163,8 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, bytes, str | None]]:
-    import pyarrow.parquet as pq
-    from pyarrow.lib import ArrowException
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
 
     try:
         table = pq.ParquetFile(file)

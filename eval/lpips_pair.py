@@ -20,8 +20,8 @@ def image_distance(
 ) -> float:
     """(E-)LatentLPIPS of two images of one size in the latent space of `teacher`'s VAE.
 
-    `augment` other than "none" averages over `draws` transforms. Raises UserError for unreadable files, images
-    of two sizes or a size that the VAE cannot take.
+    `augment` other than "none" averages over `draws` transforms. Raises UserError for unreadable files,
+    images of two sizes or a size that the VAE cannot take.
     """
     vae = pretrained.load_vae(teacher)
     step = 2 ** (len(vae.config.block_out_channels) - 1)

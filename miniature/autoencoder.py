@@ -1,9 +1,10 @@
 """A small AutoencoderKL, f = 8 like Stable Diffusion's, trained on pixels alone."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import SettingError
 from core.latents import from_uint8
@@ -29,7 +30,7 @@ class AutoencoderConfig:
             raise SettingError(f"vae.channels is {self.channels}; expected two or more multiples of 8")
 
 
-def build(config: AutoencoderConfig, size: int) -> nn.Module:
+def build(config: AutoencoderConfig, size: int) -> Any:
     """A fresh AutoencoderKL."""
     levels = len(config.channels)
     return new_vae(
@@ -45,7 +46,8 @@ def build(config: AutoencoderConfig, size: int) -> nn.Module:
 
 
 def reconstruction_loss(pixels: Tensor, decoded: Tensor, square_weight: float, edge_weight: float) -> Tensor:
-    """Mean absolute plus squared error of pixels, plus absolute error of pixel differences. Inputs [B, 3, H, W].
+    """Mean absolute plus squared error of pixels, plus absolute error of pixel differences. Inputs [B, 3, H,
+    W].
 
     The squared part finds the colours of small objects early; absolute error alone takes the background first
     and was still gray after 30,000 pictures (docs/LOG.md).
@@ -57,8 +59,10 @@ def reconstruction_loss(pixels: Tensor, decoded: Tensor, square_weight: float, e
 
 def train_autoencoder(
     images: Tensor, config: AutoencoderConfig, log: RunLog, seed: int, progress: Progress = quiet
-) -> nn.Module:
-    """Train on uint8 images [N, 3, S, S]; set the config's scaling_factor so that scaled latents have unit variance."""
+) -> Any:
+    """Train on uint8 images [N, 3, S, S]; set the config's scaling_factor so that scaled latents have unit
+    variance.
+    """
     torch.manual_seed(seed)
     vae = build(config, images.shape[-1]).to(memory_format=torch.channels_last)
 

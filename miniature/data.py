@@ -20,9 +20,9 @@ def captioned_images(
 ) -> tuple[Tensor, list[str]]:
     """uint8 images [N, 3, size, size], N <= limit, and N captions.
 
-    `source`: "scenes" (rendered from `seed`), a folder with metadata.jsonl, a folder of class-named subfolders
-    (captioned by `template`, as "a photo of a {}"), or .parquet. Pictures are cropped square and resized.
-    Raises UserError where an image has no caption.
+    `source`: "scenes" (rendered from `seed`), a folder with metadata.jsonl, a folder of class-named
+    subfolders (captioned by `template`, as "a photo of a {}"), or .parquet. Pictures are cropped square and
+    resized. Raises UserError where an image has no caption.
     """
     if source == "scenes":
         if size != 64:
@@ -42,7 +42,8 @@ def captioned_images(
         ][:limit]
     if "" in captions:
         raise UserError(
-            f"{source}: {captions.count('')} of {len(captions)} images have no caption; expected a metadata.jsonl "
+            f"{source}: {captions.count('')} of {len(captions)} images have no caption; "
+            "expected a metadata.jsonl "
             "with file_name and caption, a caption column, or class-named subfolders"
         )
     return images, captions
@@ -54,13 +55,17 @@ def _classes(folder: Path) -> list[Path]:
         return []
     if any(p.suffix.lower() in SUFFIXES or p.suffix == ".parquet" for p in folder.iterdir()):
         return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and any(f.suffix.lower() in SUFFIXES for f in p.iterdir()))
+    return sorted(
+        p for p in folder.iterdir() if p.is_dir() and any(f.suffix.lower() in SUFFIXES for f in p.iterdir())
+    )
 
 
 def cached_images(
     folder: Path, source: str, size: int, limit: int, seed: int, template: str, progress: Progress = quiet
 ) -> tuple[Tensor, list[str]]:
-    """`captioned_images`, kept in `folder` so that ranks and resumed runs read it instead of drawing it again."""
+    """`captioned_images`, kept in `folder` so that ranks and resumed runs read it instead of drawing it
+    again.
+    """
     pixels, texts = folder / "images.npy", folder / "captions.json"
     if not texts.is_file() and dist.rank() == 0:
         images, captions = captioned_images(source, size, limit, seed, template, progress)

@@ -43,7 +43,7 @@ class DemoConfig:
     """Sizes of the demo. The stages are ordinary configs of pairgen and distill."""
 
     seed: int = 0
-    pairs: PairConfig = replace(PAIR_PRESETS["miniature"], num_pairs=2_048)
+    pairs: PairConfig = field(default_factory=lambda: replace(PAIR_PRESETS["miniature"], num_pairs=2_048))
     ode: DistillConfig = DISTILL_PRESETS["miniature"]["ode"]
     gan: DistillConfig = DISTILL_PRESETS["miniature"]["gan"]
     eval_images: int = 512
@@ -52,11 +52,16 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         if self.eval_images < 2 or self.columns < 1 or self.columns > self.eval_images:
-            raise SettingError(f"eval_images is {self.eval_images} and columns {self.columns}; expected 2 or more, and fewer columns")
+            raise SettingError(
+                f"eval_images is {self.eval_images} and columns {self.columns}; "
+                "expected 2 or more, and fewer columns"
+            )
 
 
 def _short(config: DistillConfig, images: int) -> DistillConfig:
-    return replace(config, train=replace(config.train, images=images, report_images=images // 4, batch_size=16))
+    return replace(
+        config, train=replace(config.train, images=images, report_images=images // 4, batch_size=16)
+    )
 
 
 PRESETS = {
@@ -138,8 +143,13 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
     speed = time_one(config, teacher, students["gan"])
 
     # Report.
-    pick = {key: {k: float(getattr(r, key) or 0.0) for k, r in results.items()} for key in ("fid", "recall", "precision", "clip_score")}
-    extra = {key: {k: r.extra[key] for k, r in results.items()} for key in ("caption_accuracy", "caption_exact")}
+    pick = {
+        key: {k: float(getattr(r, key) or 0.0) for k, r in results.items()}
+        for key in ("fid", "recall", "precision", "clip_score")
+    }
+    extra = {
+        key: {k: r.extra[key] for k, r in results.items()} for key in ("caption_accuracy", "caption_exact")
+    }
     for key, pictures in first.items():
         save_png(grid(pictures, columns=config.columns), out / f"{key}.png", {})
     save_png(grid(torch.cat(list(first.values())), columns=config.columns), out / "side-by-side.png", {})

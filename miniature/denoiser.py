@@ -16,7 +16,9 @@ from miniature.fit import FitConfig, fit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenoiserConfig:
-    """Shape and training of text encoder and UNet. Both train together, as in latent diffusion before CLIP."""
+    """Shape and training of text encoder and UNet. Both train together, as in latent diffusion before
+    CLIP.
+    """
 
     channels: tuple[int, ...] = (64, 96)
     layers_per_block: int = 1
@@ -34,11 +36,14 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         if any(c % 8 for c in self.channels) or not 0 <= self.caption_dropout < 1:
             raise SettingError(
-                f"unet.channels {self.channels} must be multiples of 8 and caption_dropout {self.caption_dropout} in [0, 1)"
+                f"unet.channels {self.channels} must be multiples of 8 "
+                f"and caption_dropout {self.caption_dropout} in [0, 1)"
             )
 
 
-def build(config: DenoiserConfig, tokenizer: Any, latent_channels: int, latent_size: int) -> tuple[TextEncoder, nn.Module]:
+def build(
+    config: DenoiserConfig, tokenizer: Any, latent_channels: int, latent_size: int
+) -> tuple[TextEncoder, nn.Module]:
     """Fresh text encoder and UNet2DConditionModel with cross-attention at every scale."""
     levels = len(config.channels)
     unet = new_unet(

@@ -22,7 +22,9 @@ Loss = Callable[[list[int], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitConfig:
-    """Length and optimiser of one training. `images`: total over all ranks; `batch_size`: per step over all ranks."""
+    """Length and optimiser of one training. `images`: total over all ranks; `batch_size`: per step over all
+    ranks.
+    """
 
     images: int
     batch_size: int
@@ -35,7 +37,9 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.batch_size < 1 or self.lr <= 0:
-            raise SettingError(f"images, batch_size and lr must be positive, got {self.images}, {self.batch_size}, {self.lr}")
+            raise SettingError(
+                f"images, batch_size and lr must be positive, got {self.images}, {self.batch_size}, {self.lr}"
+            )
 
 
 def learning_rate(nimg: int, config: FitConfig) -> float:
@@ -57,10 +61,13 @@ def fit(
     """Train `modules` together on `loss_of(rows, generator)` and leave their EMA weights in them.
 
     Data order and noise are functions of (seed, images so far), so a resumed training equals an unbroken one.
-    Raises FloatingPointError at the first non-finite loss and Interrupted on Ctrl-C, both with a checkpoint safe.
+    Raises FloatingPointError at the first non-finite loss and Interrupted on Ctrl-C, both with a checkpoint
+    safe.
     """
     if config.batch_size % dist.world_size():
-        raise SettingError(f"batch_size {config.batch_size} does not divide over {dist.world_size()} processes")
+        raise SettingError(
+            f"batch_size {config.batch_size} does not divide over {dist.world_size()} processes"
+        )
     together = nn.ModuleDict(dict(modules)).train().requires_grad_(True)
     dist.broadcast(together.state_dict().values())
     optimizer = torch.optim.AdamW(
@@ -89,8 +96,13 @@ def fit(
                 group["lr"] = learning_rate(nimg, config)
             loss, parts = loss_of(rows, seed_step(seed, dist.rank(), nimg))
             loss.backward()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"{label}: loss is {loss.item()} at image {nimg}; lower the learning rate")
+            if dist.any_rank(not torch.isfinite(loss)):
+                last = checkpoint.latest(folder)
+                where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
+                raise FloatingPointError(
+                    f"{label}: loss is {loss.item()} at image {nimg}; {where}; "
+                    "lower the learning rate in another --out"
+                )
             dist.average_gradients(together.parameters())
             torch.nn.utils.clip_grad_norm_(together.parameters(), config.clip_norm)
             optimizer.step()
@@ -110,6 +122,8 @@ def fit(
                 path = save() if dist.rank() == 0 else folder
                 dist.barrier()
                 if stopping:
-                    raise Interrupted(f"{label} stopped; safe on disk: {path}; run the same command again to go on")
+                    raise Interrupted(
+                        f"{label} stopped; safe on disk: {path}; run the same command again to go on"
+                    )
     ema.copy_to(together)
     together.eval().requires_grad_(False)

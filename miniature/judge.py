@@ -1,4 +1,6 @@
-"""Where samplers meet measures: what `d2g eval run` and the demo call. Adds the oracle to eval's own networks."""
+"""Where samplers meet measures: what `d2g eval run` and the demo call. Adds the oracle to eval's own
+networks.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -32,12 +34,17 @@ def oracle_features(oracle: Oracle) -> FeatureNet:
     """The caption oracle's pooled features, as the feature network of protocol `miniature`."""
     sha256 = hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
     return FeatureNet(
-        name="oracle", dim=NUM_FEATURES, sha256=sha256, function=lambda images: oracle.features(from_uint8(images))
+        name="oracle",
+        dim=NUM_FEATURES,
+        sha256=sha256,
+        function=lambda images: oracle.features(from_uint8(images)),
     )
 
 
 def oracle_measures(oracle: Oracle) -> dict[str, Any]:
-    """caption_accuracy (share of captioned facts read back right) and caption_exact (share of flawless pictures)."""
+    """caption_accuracy (share of captioned facts read back right) and caption_exact (share of flawless
+    pictures).
+    """
 
     def attributes(images: Tensor, texts: list[str]) -> float:
         return caption_accuracy(oracle, from_uint8(images), texts).attributes
@@ -88,10 +95,11 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Measure a student, a teacher (when no student is given) or images under a named protocol.
 
-    Protocol `miniature` needs nothing else: test captions, rendered references, the oracle and the teacher's CLIP.
-    Raises SettingError when what is to be measured, or what it is measured with, is missing or given twice.
+    Protocol `miniature` needs nothing else: test captions, rendered references, the oracle and the teacher's
+    CLIP. Raises SettingError when what is to be measured, or what it is measured with, is missing or given
+    twice.
     """
-    if images is not None and (student or teacher) or not (images or student or teacher):
+    if (images is not None and (student or teacher)) or not (images or student or teacher):
         raise SettingError("give --student or --teacher, or --images, to say what is measured")
     chosen, device = pick(PROTOCOLS, protocol, "protocol"), "cuda" if torch.cuda.is_available() else "cpu"
     small = protocol == "miniature"
@@ -120,7 +128,9 @@ def run_evaluation(
     if clip_name is None and "clip" in (metrics or chosen.metrics):
         source = teacher or (student_folder(student)[1] if student else None)
         own = pretrained.resolve(source) / "clip" if source else None
-        clip_name = str(own) if own is not None and own.is_dir() else None if chosen.clip == "any" else chosen.clip
+        clip_name = (
+            str(own) if own is not None and own.is_dir() else None if chosen.clip == "any" else chosen.clip
+        )
     clip_net = load_clip(clip_name, device) if clip_name else None
 
     # Samples and reference.
@@ -136,7 +146,9 @@ def run_evaluation(
     if reference is None and small and net is not None:
         from eval.report import collect
 
-        real = collect(real_scenes(count, progress), net, resize=chosen.resize, source="scenes", progress=progress)
+        real = collect(
+            real_scenes(count, progress), net, resize=chosen.resize, source="scenes", progress=progress
+        )
     result = evaluate(
         batches,
         real,

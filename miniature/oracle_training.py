@@ -105,7 +105,7 @@ def fit_oracle(images: Tensor, targets: Tensor, config: OracleConfig, progress: 
                 f"oracle: loss is {loss.item()} at step {step}; lower lr, now {config.lr}"
             )
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(oracle.parameters(), 5.0)
         optimizer.step()
         schedule.step()

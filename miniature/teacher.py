@@ -1,4 +1,6 @@
-"""Train a whole Stable-Diffusion-shaped teacher from captioned pictures: VAE, text encoder, UNet, LatentLPIPS, CLIP."""
+"""Train a whole Stable-Diffusion-shaped teacher from captioned pictures: VAE, text encoder, UNet,
+LatentLPIPS, CLIP.
+"""
 
 import json
 import time
@@ -55,12 +57,16 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         step = 2 ** (len(self.vae.channels) - 1) * 2 ** (len(self.unet.channels) - 1)
         if self.size % step:
-            raise SettingError(f"size is {self.size}; expected a multiple of {step}, the VAE's and UNet's downscaling")
+            raise SettingError(
+                f"size is {self.size}; expected a multiple of {step}, the VAE's and UNet's downscaling"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSummary:
-    """What `train_teacher` made. `params`: of the UNet; `images`: pictures trained on; `scores`: per stage."""
+    """What `train_teacher` made. `params`: of the UNet; `images`: pictures trained on; `scores`: per
+    stage.
+    """
 
     out: str
     params: int
@@ -80,7 +86,8 @@ def train_teacher(
     started, work = time.monotonic(), out / "training"
     for stage in stages:
         pick(dict.fromkeys(STAGES), stage, "stage")
-    RunLog(work, to_json(config))
+    pictures = {key: to_json(config)[key] for key in ("data", "size", "images", "seed", "caption_template")}
+    RunLog(work, pictures)  # each stage checks its own settings against its own folder
     images, captions = cached_images(
         work, config.data, config.size, config.images, config.seed, config.caption_template, progress
     )
@@ -100,7 +107,9 @@ def train_teacher(
     )
 
 
-def _train_vae(config: TeacherConfig, out: Path, images: Tensor, captions: list[str], progress: Progress) -> dict[str, Any]:
+def _train_vae(
+    config: TeacherConfig, out: Path, images: Tensor, captions: list[str], progress: Progress
+) -> dict[str, Any]:
     log = RunLog(out / "training" / "vae", to_json(config.vae))
     vae = train_autoencoder(images, config.vae, log, config.seed, progress)
     if dist.rank() == 0:
@@ -125,7 +134,9 @@ def _latents(out: Path, images: Tensor, progress: Progress) -> Tensor:
     return latents
 
 
-def _train_unet(config: TeacherConfig, out: Path, images: Tensor, captions: list[str], progress: Progress) -> dict[str, Any]:
+def _train_unet(
+    config: TeacherConfig, out: Path, images: Tensor, captions: list[str], progress: Progress
+) -> dict[str, Any]:
     latents, vae = _latents(out, images, progress), load_vae(str(out))
     if dist.rank() == 0:
         tokenizer = new_tokenizer(captions, out / "tokenizer", config.unet.vocab_size, config.unet.max_length)
@@ -135,7 +146,14 @@ def _train_unet(config: TeacherConfig, out: Path, images: Tensor, captions: list
     dist.barrier()
     log = RunLog(out / "training" / "unet", to_json(config.unet))
     text, unet = train_denoiser(
-        latents, captions, load_tokenizer(str(out)), load_schedule(str(out)), config.unet, log, config.seed, progress
+        latents,
+        captions,
+        load_tokenizer(str(out)),
+        load_schedule(str(out)),
+        config.unet,
+        log,
+        config.seed,
+        progress,
     )
     if dist.rank() == 0:
         save_pipeline(out, unet=unet, vae=vae, text=text, set_alpha_to_one=True)
@@ -165,7 +183,8 @@ def _train_clip(
 ) -> dict[str, Any]:
     if dist.rank() != 0:
         return {}
-    return train_clip(images, captions, out / "tokenizer", out / "clip", config.clip, progress)
+    settings = replace(config.clip, image_size=config.size)
+    return train_clip(images, captions, out / "tokenizer", out / "clip", settings, progress=progress)
 
 
 _TRAIN = {"vae": _train_vae, "unet": _train_unet, "lpips": _train_lpips, "clip": _train_clip}

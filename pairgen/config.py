@@ -1,8 +1,9 @@
 """Settings of a pair store, and the presets of the paper's four teachers' data sets (method.md 1.1)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
+from core.config import nearest
 from core.errors import SettingError
 
 
@@ -18,8 +19,9 @@ class PairConfig:
     steps: int = 50
     spacing: Literal["teacher", "leading", "trailing", "linspace"] = "teacher"
     final_alpha: Literal["one", "teacher"] = "one"
-    """`one` ends at clean data; `teacher` obeys the scheduler's set_alpha_to_one, which for SD 1.5 leaves 3 % of
-    noise in the target (method.md 1.3)."""
+    """`one` ends at clean data; `teacher` obeys the scheduler's set_alpha_to_one, which for SD 1.5 leaves 3 %
+    of noise in the target (method.md 1.3).
+    """
     guidance: float = 8.0  # 1 costs one evaluation a step, more cost two
     seed: int = 0
     dtype: Literal["float16", "float32"] = "float16"  # of stored noise and latents
@@ -30,11 +32,17 @@ class PairConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; updates are always fp32
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise SettingError(f"{name} is {value!r}{nearest(value, get_args(hint))}")
         for name in ("per_prompt", "steps", "shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.num_pairs < 0 or self.latent_size < 0:
-            raise SettingError(f"num_pairs {self.num_pairs} and latent_size {self.latent_size} must not be negative")
+            raise SettingError(
+                f"num_pairs {self.num_pairs} and latent_size {self.latent_size} must not be negative"
+            )
         if self.guidance < 1:
             raise SettingError(f"guidance is {self.guidance}; expected 1 (no guidance) or more")
 

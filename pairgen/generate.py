@@ -10,13 +10,14 @@ import torch
 from core import dist, pretrained
 from core.errors import Interrupted, SettingError, UserError
 from core.progress import Progress, quiet
+from core.schedule import timesteps
 from core.seeds import noise
 from core.stop import StopFlag
 from pairgen.config import PairConfig
+from pairgen.layout import StoreSpec, create_store, pending, shards_present
 from pairgen.prompts import prompts_sha256, read_prompts
 from pairgen.sample import evaluations
 from pairgen.store import PairReader
-from pairgen.layout import StoreSpec, create_store, pending, shards_present
 from pairgen.teacher import Teacher, load_teacher
 from pairgen.writer import PairWriter
 
@@ -66,6 +67,10 @@ def open_job(config: PairConfig, device: torch.device | str = "cpu") -> tuple[Te
             raise SettingError(f"{name} is not set; give --{name}")
     prompts = read_prompts(Path(config.prompts))
     teacher = load_teacher(config.teacher, device, config.precision, config.spacing, config.final_alpha)
+    schedule = (
+        teacher.schedule
+    )  # its timesteps are checked here too: a spec of impossible steps is never stored
+    timesteps(len(schedule), config.steps, schedule.spacing, schedule.steps_offset)
     return teacher, prompts, resolve_spec(config, teacher, prompts)
 
 
@@ -74,7 +79,8 @@ def make_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Rows `indices` of the store: noise and latent fp32 [B, C, h, w], and their prompts.
 
-    The noise is rounded to the stored type before the teacher sees it, so that the file holds what it was given.
+    The noise is rounded to the stored type before the teacher sees it, so that the file holds what it was
+    given.
     """
     texts = [prompts[spec.prompt_of(index)] for index in indices]
     drawn = noise(spec.seed, indices, spec.latent_shape, spec.torch_dtype).float()
@@ -85,8 +91,8 @@ def make_rows(
 def generate_pairs(config: PairConfig, out: Path, progress: Progress = quiet) -> PairSummary:
     """Make every row that the store does not hold yet, each rank its own shards. Run again to resume.
 
-    Raises UserError for bad input or a folder of another spec, Interrupted on Ctrl-C with all finished rows safe,
-    FloatingPointError when the teacher's latents are not finite.
+    Raises UserError for bad input or a folder of another spec, Interrupted on Ctrl-C with all finished rows
+    safe, FloatingPointError when the teacher's latents are not finite.
     """
     started = time.monotonic()
     device = dist.init()
@@ -98,11 +104,12 @@ def generate_pairs(config: PairConfig, out: Path, progress: Progress = quiet) ->
     before = spec.num_pairs - sum(map(len, todo))
     dist.barrier()  # every rank has listed the work before one adds to the folder
     mine = todo[dist.rank() :: dist.world_size()]
-    made, total = 0, sum(map(len, mine))
+    made, recovered, total = 0, 0, sum(map(len, mine))
     with StopFlag() as stop:
         for rows in mine:
             with PairWriter(out, spec, rows[0] // spec.shard_size) as writer:
                 missing = writer.missing
+                recovered += len(rows) - len(missing)
                 made += len(rows) - len(missing)
                 for start in range(0, len(missing), config.batch_size):
                     indices = missing[start : start + config.batch_size]
@@ -119,9 +126,9 @@ def generate_pairs(config: PairConfig, out: Path, progress: Progress = quiet) ->
                     f"stopped; {before + made} of {spec.num_pairs} pairs are safe in {out}; "
                     "run the same command again to make the rest"
                 )
-    dist.barrier()
     seconds = time.monotonic() - started
-    pairs, new = len(PairReader(out)), spec.num_pairs - before
+    new = round(dist.mean({"new": float(made - recovered)})["new"] * dist.world_size())  # waits for all ranks
+    pairs = len(PairReader(out))
     return PairSummary(
         out=str(out),
         pairs=pairs,
@@ -144,7 +151,11 @@ def plan_pairs(config: PairConfig, batches: int = 2) -> dict[str, Any]:
     seconds = (time.monotonic() - started) / (batches * config.batch_size)
     channels, height, width = spec.latent_shape
     gib = spec.num_pairs * channels * height * width * spec.torch_dtype.itemsize / 2**30
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     return {
         "pairs": spec.num_pairs,
         "gib": gib,
@@ -158,7 +169,8 @@ def plan_pairs(config: PairConfig, batches: int = 2) -> dict[str, Any]:
 
 
 def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> float:
-    """Send `count` stored rows, evenly spread, through the teacher again; returns the largest absolute difference.
+    """Send `count` stored rows, evenly spread, through the teacher again; returns the largest absolute
+    difference.
 
     Raises UserError when the teacher's weights are not those the store was made with.
     """
@@ -170,7 +182,7 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
             f"teacher {name} has sha256 {found[:12]}, {folder} was made with {spec.teacher_sha256[:12]}; "
             "give --teacher the folder it was made with"
         )
-    teacher = load_teacher(name, dist.init(), spacing=spec.spacing)
+    teacher = load_teacher(name, dist.init(), spacing=spec.spacing)  # type: ignore[arg-type]
     teacher = replace(teacher, schedule=replace(teacher.schedule, final_alpha_one=spec.final_alpha_one))
     rows = sorted({round(i * (len(reader) - 1) / max(1, count - 1)) for i in range(count)})
     batch = reader.read(rows)

@@ -15,7 +15,9 @@ Solver = Literal["ddim", "heun"]
 
 
 def ddim_step(x: Tensor, epsilon: Tensor, now: tuple[float, float], after: tuple[float, float]) -> Tensor:
-    """DDIM with eta = 0 (Song et al. 2021, eq. 12): x_s = alpha_s x0_hat + sigma_s eps. `now`, `after`: (alpha, sigma)."""
+    """DDIM with eta = 0 (Song et al. 2021, eq. 12): x_s = alpha_s x0_hat + sigma_s eps. `now`, `after`:
+    (alpha, sigma).
+    """
     x0 = (x - now[1] * epsilon) / now[0]
     return after[0] * x0 + after[1] * epsilon
 

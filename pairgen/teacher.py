@@ -3,15 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core import pretrained
 from core.latents import LatentSpace, latent_space
 from core.pretrained import TextEncoder
-from core.schedule import Schedule, predict_epsilon
+from core.schedule import Schedule, Spacing, predict_epsilon
 from pairgen.sample import Denoise, Solver, guided, sample_ode
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +22,7 @@ class Teacher:
     """A frozen Stable-Diffusion-shaped teacher on one device. Build with `load_teacher`."""
 
     name: str
-    unet: nn.Module
+    unet: Any
     text: TextEncoder
     schedule: Schedule
     space: LatentSpace
@@ -60,22 +60,26 @@ class Teacher:
 
         return denoise
 
-    def sample(self, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float, solver: Solver) -> Tensor:
-        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w] in fp32, on the teacher's device."""
+    def sample(
+        self, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float, solver: Solver
+    ) -> Tensor:
+        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w] in fp32, on the teacher's
+        device.
+        """
         denoise = self.denoiser(prompts, guidance)
-        return sample_ode(
-            denoise, noise.to(self.device), self.schedule, steps, solver, self.schedule.spacing
-        )
+        return sample_ode(denoise, noise.to(self.device), self.schedule, steps, solver, self.schedule.spacing)
 
 
 def load_teacher(
     name: str,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
-    spacing: str = "teacher",
+    spacing: Spacing | Literal["teacher"] = "teacher",
     final_alpha: str = "one",
 ) -> Teacher:
-    """Load a teacher from a folder or hub id. `spacing` and `final_alpha` as in PairConfig override the scheduler's."""
+    """Load a teacher from a folder or hub id. `spacing` and `final_alpha` as in PairConfig override the
+    scheduler's.
+    """
     device = torch.device(device)
     schedule = pretrained.load_schedule(name)
     if spacing != "teacher":
@@ -104,6 +108,9 @@ def describe_teacher(name: str) -> dict[str, Any]:
             "final_alpha_one": teacher.schedule.final_alpha_one,
             "train_steps": len(teacher.schedule),
         },
-        "conditioning": {"text": type(teacher.text.model).__name__, "tokens": teacher.text.tokenizer.model_max_length},
+        "conditioning": {
+            "text": type(teacher.text.model).__name__,
+            "tokens": teacher.text.tokenizer.model_max_length,
+        },
         "sha256": pretrained.weights_sha256(name),
     }

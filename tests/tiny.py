@@ -22,7 +22,9 @@ CAPTIONS = [
 
 
 def save_teacher(folder: Path, seed: int = 0, latent_channels: int = 4, **scheduler: Any) -> str:
-    """A Stable-Diffusion-shaped teacher with random weights: 16 px images, 4x4 latents, plus latent_lpips/."""
+    """A Stable-Diffusion-shaped teacher with random weights: 16 px images, 4x4 latents, plus
+    latent_lpips/.
+    """
     torch.manual_seed(seed)
     tokenizer = new_tokenizer(CAPTIONS, folder / "tokenizer", 320, 12)
     text = new_text_encoder(tokenizer, width=16, layers=1, heads=2)
@@ -69,5 +71,7 @@ def save_prompts(path: Path) -> str:
 
 def pair_config(teacher: str, prompts: str, **settings: Any) -> PairConfig:
     """A small job: 12 pairs of 4 DDIM steps in shards of 5."""
-    defaults: dict[str, Any] = dict(num_pairs=12, steps=4, guidance=3.0, shard_size=5, batch_size=4, dtype="float32")
+    defaults: dict[str, Any] = dict(
+        num_pairs=12, steps=4, guidance=3.0, shard_size=5, batch_size=4, dtype="float32"
+    )
     return PairConfig(teacher=teacher, prompts=prompts, **{**defaults, **settings})

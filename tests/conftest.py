@@ -1,0 +1,37 @@
+"""What all tests share: one thread per process (xdist runs one process per core), and one tiny teacher."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: two pools of two threads on two cores are slower
+)
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import tiny
+
+torch.set_num_threads(1)  # where a plugin imported torch first
+
+# The same examples on every machine and run, and no clock: a busy machine is no failure.
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable-Diffusion-shaped teacher with random weights. Read only: copy it before changing a byte."""
+    folder = tmp_path_factory.mktemp("tiny") / "teacher"
+    tiny.save_teacher(folder)
+    return folder

@@ -1,0 +1,160 @@
+"""Small whole jobs for tests, and the command line in forked processes: real signals, limits, codes."""
+
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cli
+import tiny
+from core.config import override
+from distill.config import DistillConfig, TrainConfig
+from pairgen.generate import generate_pairs
+
+BATCH = 4
+TRAIN = TrainConfig(
+    images=5 * BATCH,
+    batch_size=BATCH,
+    ema_beta=0.9,
+    precision="fp32",
+    loader_workers=0,
+    report_images=BATCH,
+    checkpoint_images=1_000_000,
+)
+
+
+def make_pairs(teacher: Path, folder: Path, **settings: Any) -> Path:
+    """A store of 12 pairs of tiny.CAPTIONS at `folder`/pairs."""
+    prompts = tiny.save_prompts(folder / "prompts.txt")
+    generate_pairs(tiny.pair_config(str(teacher), prompts, **settings), folder / "pairs")
+    return folder / "pairs"
+
+
+def distill_config(
+    teacher: Path, pairs: Path, *settings: str, stage: Any = "ode", init: Path | str = ""
+) -> DistillConfig:
+    """A few steps of batch 4 that report at every step; `settings` as after --set."""
+    config = DistillConfig(stage=stage, teacher=str(teacher), pairs=str(pairs), init=str(init))
+    return override(replace(config, train=TRAIN), settings)
+
+
+def distill_arguments(config: DistillConfig, out: Path, *settings: str) -> list[str]:
+    """The command line that says what `distill_config` says."""
+    given = ["--pairs", config.pairs, "--teacher", config.teacher, "--out", str(out), "--preset", "miniature"]
+    given += ["--init", config.init] if config.init else []
+    train = {name: getattr(config.train, name) for name in TrainConfig.__dataclass_fields__}
+    sets = [f"train.{name}={'null' if value is None else value}" for name, value in train.items()]
+    return ["distill", config.stage, *given, *(part for s in (*sets, *settings) for part in ("--set", s))]
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one line that starts with `error: `; nothing else of the kind, no traceback."""
+        lines = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.stderr, self.stderr
+        return lines[0]
+
+
+class Running:
+    """`d2g ARGUMENTS` in a forked process: as real as a fresh one, without the imports' seconds."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        file_limit: int = 0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("stdout*")))
+        self.out, self.err = folder / f"stdout{number}", folder / f"stderr{number}"
+        self.out.touch()
+        self.err.touch()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+            self.pid = os.fork()
+        if self.pid == 0:
+            self._child(arguments, environment or {}, file_limit)
+
+    def _child(self, arguments: list[str], environment: Mapping[str, str], file_limit: int) -> None:
+        code = 99
+        try:
+            os.setpgid(0, 0)
+            sys.stdout, sys.stderr = open(self.out, "w"), open(self.err, "w")
+            os.dup2(sys.stdout.fileno(), 1)
+            os.dup2(sys.stderr.fileno(), 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.environ.update(environment)
+            torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
+            cli.reporter = cli.Reporter()
+            if file_limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+            cli.main(arguments)
+            code = 0
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else 0 if left.code is None else 98
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait_for(self, seen: Callable[[], bool], seconds: float = 240) -> None:
+        """Until `seen()`; fails when the process ends or time runs out before."""
+        end = time.monotonic() + seconds
+        while not seen():
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) or time.monotonic() > end:
+                raise AssertionError(f"ended or stuck too early: {self.wait(0)}")
+            time.sleep(0.002)
+
+    def send(self, number: int) -> None:
+        """A signal to the process and its workers, as a terminal's Ctrl-C sends it."""
+        os.killpg(self.pid, number)
+
+    def wait(self, seconds: float = 240) -> Ended:
+        """How it ended; killed when it takes longer."""
+        end = time.monotonic() + seconds
+        while not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if time.monotonic() > end:
+                os.killpg(self.pid, signal.SIGKILL)
+            time.sleep(0.002)
+        _, status = os.waitpid(self.pid, 0)
+        return Ended(os.waitstatus_to_exitcode(status), self.out.read_text(), self.err.read_text())
+
+
+def d2g(arguments: list[str], folder: Path, **settings: Any) -> Ended:
+    """Run a command in a forked process to its end."""
+    return Running(arguments, folder, **settings).wait()
+
+
+def d2g_ranks(arguments: list[str], folder: Path, ranks: int = 2) -> list[Ended]:
+    """Run a command on several ranks, told about each other as torchrun tells them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    started = [
+        Running(arguments, folder / f"rank{r}", {**group, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(ranks)
+    ]
+    return [running.wait() for running in started]

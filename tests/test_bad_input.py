@@ -1,0 +1,381 @@
+"""Bad input and bad luck: one clear line, the right exit code, nothing lost. Real signals, limits and damage.
+
+Every command runs in a process of its own (jobs.d2g), so that what is tested is what a shell would see.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.runlog import read_stats
+from core.seeds import permuted_batch
+from distill.train import train
+from jobs import Running, d2g, distill_arguments, distill_config, make_pairs
+from pairgen.layout import create_store, read_spec
+from pairgen.store import PairReader
+from pairgen.verify import verify_store
+from pairgen.writer import PairWriter
+
+
+@pytest.fixture(scope="module")
+def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prompts.txt, pairs/ and a short ode/ run. Read only."""
+    folder = tmp_path_factory.mktemp("job")
+    train(distill_config(teacher, make_pairs(teacher, folder), "train.images=8"), folder / "ode")
+    return folder
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def generate(teacher: Path | str, prompts: Path | str, out: Path, *sets: str) -> list[str]:
+    chosen = ["num_pairs=12", "steps=4", "guidance=3", "shard_size=5", "batch_size=4", "dtype=float32", *sets]
+    given = ["--teacher", str(teacher), "--prompts", str(prompts), "--out", str(out)]
+    return ["pairs", "generate", *given, *(part for s in chosen for part in ("--set", s))]
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# Teachers.
+
+
+def _without(piece: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.rmtree(folder / piece)
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "the folder is missing": (shutil.rmtree, "no such folder; give a folder in diffusers layout or a hub id"),
+    "no model_index.json": (
+        lambda f: (f / "model_index.json").unlink(),
+        "no model_index.json; expected a folder",
+    ),
+    "no UNet": (
+        _without("unet"),
+        "no unet; expected the pieces unet, vae, text_encoder, tokenizer, scheduler",
+    ),
+    "no VAE": (_without("vae"), "no vae; expected the pieces"),
+    "no text encoder": (_without("text_encoder"), "no text_encoder; expected the pieces"),
+    "no tokenizer": (_without("tokenizer"), "no tokenizer; expected the pieces"),
+    "no scheduler": (_without("scheduler"), "no scheduler; expected the pieces"),
+    "a UNet without weights": (
+        lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
+        "unet cannot be loaded",
+    ),
+    "a UNet cut short": (_cut, "unet cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_broken_teachers_are_named_before_anything_is_written(
+    case: str, teacher: Path, job: Path, tmp_path: Path
+) -> None:
+    damage, says = BROKEN[case]
+    shutil.copytree(teacher, tmp_path / "broken")
+    damage(tmp_path / "broken")
+    ended = d2g(generate(tmp_path / "broken", job / "prompts.txt", tmp_path / "pairs"), tmp_path / "log")
+    assert ended.code == 1 and says in ended.error and str(tmp_path / "broken") in ended.error
+    assert not (tmp_path / "pairs").exists()
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "holds no prompts, expected at least one; check --prompts"),
+        (b"\n  \n\n", "holds no prompts"),
+        (b"a cat\nein B\xe4r\n", "is not UTF-8: line 2, byte offset 11 (0xe4); convert it"),
+        (None, "No such file or directory; check --prompts"),
+    ],
+)
+def test_bad_prompt_files(content: bytes | None, says: str, teacher: Path, tmp_path: Path, log: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    ended = d2g(generate(teacher, file, tmp_path / "pairs"), log)
+    assert ended.code == 1 and says in ended.error and str(file) in ended.error
+    assert not (tmp_path / "pairs").exists()
+
+
+# Damaged pairs.
+
+
+def _truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _flip(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    latent = PairReader(shard.parents[1]).read([7]).latent.numpy().tobytes()
+    data[bytes(data).index(latent)] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip])
+def test_a_damaged_shard_is_named_quarantined_and_made_again(
+    damage: Callable[[Path], None], teacher: Path, job: Path, tmp_path: Path, log: Path
+) -> None:
+    pairs = tmp_path / "pairs"
+    shutil.copytree(job / "pairs", pairs)
+    damage(pairs / "shards" / "pairs-00001.h5")
+    config = distill_config(teacher, pairs, "train.checkpoint_images=4")
+    refused = d2g(distill_arguments(config, tmp_path / "run"), log)
+    assert refused.code == 1 and "pairs-00001.h5" in refused.error and "d2g pairs repair" in refused.error
+    verified = d2g(["pairs", "verify", str(pairs), "--json"], log)
+    assert verified.code == 1 and '"shards/pairs-00001.h5"' in verified.stdout and "not ok" in verified.error
+    assert d2g(["pairs", "repair", str(pairs)], log).code == 0
+    assert (pairs / "quarantine" / "pairs-00001.h5").is_file()
+    assert d2g(generate(teacher, job / "prompts.txt", pairs), log).code == 0
+    assert verify_store(pairs).ok
+    assert torch.equal(
+        PairReader(pairs).read(range(12)).noise, PairReader(job / "pairs").read(range(12)).noise
+    )
+    assert d2g(distill_arguments(config, tmp_path / "run"), log).code == 0
+
+
+def test_a_folder_of_another_spec_is_refused(teacher: Path, job: Path, log: Path) -> None:
+    before = files(job / "pairs")
+    ended = d2g(generate(teacher, job / "prompts.txt", job / "pairs", "guidance=7", "solver=heun"), log)
+    assert ended.code == 1 and "differing: guidance (3.0 -> 7.0), solver ('ddim' -> 'heun')" in ended.error
+    assert files(job / "pairs") == before
+
+
+def test_a_student_or_lpips_that_is_not_there(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+    gan = distill_arguments(
+        distill_config(teacher, job / "pairs", stage="gan", init=tmp_path / "no"), tmp_path / "run"
+    )
+    ended = d2g(gan, log)
+    assert ended.code == 1 and f"student {tmp_path / 'no'}" in ended.error
+    ode = distill_arguments(
+        distill_config(teacher, job / "pairs"), tmp_path / "run", f"lpips={tmp_path / 'no'}"
+    )
+    ended = d2g(ode, log)
+    assert ended.code == 1 and str(tmp_path / "no") in ended.error
+    assert not (tmp_path / "run").exists()
+
+
+# Full disks: the process may not write a file above a limit, and write(2) says so.
+
+
+def test_no_room_for_pairs(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+    """A whole shard is above the limit; with room again the same command makes the store."""
+    out, sets = tmp_path / "pairs", ["num_pairs=48", "shard_size=24", "batch_size=8"]
+    ended = d2g(generate(teacher, job / "prompts.txt", out, *sets), log, file_limit=12_000)
+    assert ended.code == 1 and "no room to write in" in ended.error
+    assert (
+        "0 whole shards and 0 rows of pairs-00000.h5 are safe; make room and run the same command"
+        in ended.error
+    )
+    assert not list(out.rglob("*.tmp")) and not list(out.glob("shards/*"))
+    assert d2g(generate(teacher, job / "prompts.txt", out, *sets), log).code == 0
+    assert verify_store(out).ok
+
+
+def test_no_room_for_a_checkpoint(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+    out = tmp_path / "run"
+    first = distill_config(teacher, job / "pairs", "train.images=8", "train.checkpoint_images=8")
+    assert d2g(distill_arguments(first, out), log).code == 0
+    before = files(out / "checkpoints")
+    more = replace(first, train=replace(first.train, images=24))
+    ended = d2g(distill_arguments(more, out), log, file_limit=50_000)
+    assert (
+        ended.code == 1 and f"the last good checkpoint is {out / 'checkpoints' / '000000008'}" in ended.error
+    )
+    assert "free space, then run the same command again" in ended.error
+    assert files(out / "checkpoints") == before and os.listdir(out / "checkpoints") == ["000000008"]
+    assert d2g(distill_arguments(more, out), log).code == 0
+    assert [line["nimg"] for line in read_stats(out)] == [4, 8, 12, 16, 20, 24]
+
+
+def test_no_room_for_pictures(job: Path, tmp_path: Path, log: Path) -> None:
+    words = ["sample", "--student", str(job / "ode"), "--prompt", "a", "--out", str(tmp_path / "drawn")]
+    ended = d2g(words, log, file_limit=600)
+    assert ended.code == 1 and "cannot write" in ended.error and ".png" in ended.error
+
+
+# Ctrl-C.
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_while_pairs_are_made(
+    number: int, teacher: Path, job: Path, tmp_path: Path, log: Path
+) -> None:
+    out, sets = tmp_path / "pairs", ["num_pairs=60", "steps=8", "shard_size=20", "batch_size=1"]
+    running = Running(generate(teacher, job / "prompts.txt", out, *sets), log)
+    running.wait_for(lambda: (out / "shards" / "pairs-00000.h5").exists())
+    running.send(number)
+    ended = running.wait()
+    assert ended.code == 130 and f"of 60 pairs are safe in {out}; run the same command again" in ended.error
+    safe = int(ended.error.split("stopped; ")[1].split()[0])
+    again = d2g([*generate(teacher, job / "prompts.txt", out, *sets), "--json"], log)
+    assert again.code == 0 and f'"new_pairs": {60 - safe}' in again.stdout and 20 <= safe <= 60
+    assert verify_store(out).ok
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
+@pytest.mark.parametrize(
+    ("stage", "number", "workers"), [("ode", signal.SIGINT, 1), ("gan", signal.SIGTERM, 0)]
+)
+def test_stopping_while_a_student_trains(
+    stage: str, number: int, workers: int, teacher: Path, job: Path, tmp_path: Path, log: Path
+) -> None:
+    out, init = tmp_path / "run", job / "ode" if stage == "gan" else ""
+    settings = ("train.images=1000000", f"train.loader_workers={workers}")
+    config = distill_config(teacher, job / "pairs", *settings, stage=stage, init=init)
+    running = Running(distill_arguments(config, out), log)
+    running.wait_for(lambda: len(read_stats(out)) >= 2 if (out / "stats.jsonl").exists() else False)
+    running.send(number)
+    ended = running.wait()
+    assert ended.code == 130 and "run the same command again to go on" in ended.error
+    (safe,) = (out / "checkpoints").iterdir()
+    assert f"stopped at image {int(safe.name)}; safe on disk: {safe}" in ended.error
+    more = replace(config, train=replace(config.train, images=int(safe.name) + 4))
+    assert d2g(distill_arguments(more, out), log).code == 0
+    assert [line["nimg"] for line in read_stats(out)] == list(range(4, int(safe.name) + 8, 4))
+
+
+def test_ctrl_c_before_the_work_began(teacher: Path, tmp_path: Path, log: Path) -> None:
+    """While a command still reads its input (here: a pipe that nobody fills)."""
+    pipe = tmp_path / "prompts.txt"
+    os.mkfifo(pipe)
+    held: list[int] = []
+
+    def read_by_the_command() -> bool:
+        try:
+            held.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # nobody reads yet
+            return False
+        return True
+
+    running = Running(generate(teacher, pipe, tmp_path / "pairs"), log)
+    running.wait_for(read_by_the_command)
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    os.close(held[0])
+    assert ended.code == 130 and "error: interrupted; what was finished before is safe" in ended.error
+    assert not (tmp_path / "pairs").exists()
+
+
+# Losses that are not finite.
+
+
+@pytest.fixture(scope="module")
+def poisoned(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job's pairs with one huge latent, in the third batch of seed 0: its features overflow."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    spec, rows = read_spec(job / "pairs"), PairReader(job / "pairs").read(range(12))
+    rows.latent[permuted_batch(0, 12, 8, 4)[1]] = 3e38
+    create_store(folder, spec)
+    for shard in range(spec.num_shards):
+        with PairWriter(folder, spec, shard) as writer:
+            index = list(spec.rows(shard))
+            writer.append(rows.noise[index], rows.latent[index], [rows.prompts[i] for i in index], index)
+            writer.commit()
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    stage: str, teacher: Path, job: Path, poisoned: Path, tmp_path: Path, log: Path
+) -> None:
+    out, init = tmp_path / "run", job / "ode" if stage == "gan" else ""
+    sets = ("regression.augment=none", "train.checkpoint_images=4", "gan.r1_gamma=0", "gan.mix_fraction=0")
+    ended = d2g(distill_arguments(distill_config(teacher, poisoned, stage=stage, init=init), out, *sets), log)
+    last = out / "checkpoints" / "000000008"
+    assert (
+        ended.code == 1
+        and "is nan at image 8" in ended.error
+        and f"last good checkpoint: {last};" in ended.error
+    )
+    assert f"lower the learning rate in another --out, from there with --set init={out}" in ended.error
+    assert sorted(os.listdir(out / "checkpoints")) == ["000000004", "000000008"]
+    for name in ("student", "ema"):
+        assert all(torch.isfinite(value).all() for value in load_file(last / f"{name}.safetensors").values())
+    assert [line["nimg"] for line in read_stats(out)] == [4, 8]
+
+
+def test_a_learning_rate_that_blows_up(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+    ended = d2g(
+        distill_arguments(distill_config(teacher, job / "pairs"), tmp_path / "run", "optim.lr=1e30"), log
+    )
+    assert (
+        ended.code == 1
+        and "at image 4; no checkpoint was written before; lower the learning rate" in ended.error
+    )
+
+
+# Output that cannot be written.
+
+
+def _generate(teacher: Path, job: Path, out: Path) -> list[str]:
+    return generate(teacher, job / "prompts.txt", out)
+
+
+def _distill(teacher: Path, job: Path, out: Path) -> list[str]:
+    return distill_arguments(distill_config(teacher, job / "pairs"), out)
+
+
+def _sample(teacher: Path, job: Path, out: Path) -> list[str]:
+    return ["sample", "--student", str(job / "ode"), "--prompt", "a", "--out", str(out)]
+
+
+def _export(teacher: Path, job: Path, out: Path) -> list[str]:
+    return ["export", "--student", str(job / "ode"), "--out", str(out)]
+
+
+def _merge(teacher: Path, job: Path, out: Path) -> list[str]:
+    return ["pairs", "merge", str(job / "pairs"), "--out", str(out)]
+
+
+def _train_teacher(teacher: Path, job: Path, out: Path) -> list[str]:
+    return [
+        "teacher",
+        "train",
+        "--data",
+        "scenes",
+        "--stages",
+        "data",
+        "--out",
+        str(out),
+        "--set",
+        "images=1",
+    ]
+
+
+@pytest.mark.parametrize("words", [_generate, _distill, _sample, _export, _merge, _train_teacher])
+def test_unwritable_output(
+    words: Callable[[Path, Path, Path], list[str]], teacher: Path, job: Path, tmp_path: Path, log: Path
+) -> None:
+    """A path through a file: refused to everyone, root too."""
+    (tmp_path / "file").write_text("not a folder")
+    ended = d2g(words(teacher, job, tmp_path / "file" / "out"), log)
+    assert ended.code == 1 and f"cannot write {tmp_path / 'file' / 'out'}" in ended.error
+    assert "unexpected" not in ended.error and (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_unknown_settings_are_refused_before_anything_runs(
+    teacher: Path, job: Path, tmp_path: Path, log: Path
+) -> None:
+    ended = d2g(generate(teacher, job / "prompts.txt", tmp_path / "pairs", "shardsize=3"), log)
+    assert (
+        ended.code == 2
+        and "unknown setting 'shardsize' in PairConfig; did you mean 'shard_size'?" in ended.error
+    )
+    assert not (tmp_path / "pairs").exists()

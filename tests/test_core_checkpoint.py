@@ -1,0 +1,172 @@
+"""core.checkpoint: whole or absent, strict, newest kept; real full disks and real kills, not pretended
+ones.
+"""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core import checkpoint
+from core.checkpoint import write_atomically
+from core.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def save(folder: Path, nimg: int, **settings: Any) -> Path:
+    return checkpoint.save(
+        folder, nimg, {"net": nn.Linear(2, 2).state_dict()}, {"step": nimg}, {"note": "x"}, **settings
+    )
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses to let files grow beyond `size` bytes: EFBIG, met where a full disk gives ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip_of_tensors_state_and_meta(tmp_path: Path) -> None:
+    net, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    folder = checkpoint.save(
+        tmp_path, 64, {"net": net.state_dict()}, {"adam": optimizer.state_dict()}, {"seed": 3}
+    )
+    assert names(folder) == ["meta.json", "net.safetensors", "state.pt"]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 64 and found.meta == {"seed": 3, "nimg": 64}
+    found.load("net", other)
+    assert torch.equal(other.weight, net.weight) and torch.equal(other.bias, net.bias)
+    moments = found.state()["adam"]["state"][0]
+    assert torch.equal(moments["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_views_and_shared_storage_are_saved_as_they_look(tmp_path: Path) -> None:
+    base = torch.arange(6.0).view(2, 3)
+    checkpoint.save(tmp_path, 1, {"net": {"turned": base.T, "row": base[1]}}, {}, {})
+    tensors = checkpoint.open_checkpoint(tmp_path / "000000001").tensors("net")
+    assert torch.equal(tensors["turned"], base.T) and torch.equal(tensors["row"], base[1])
+
+
+def test_only_the_newest_are_kept_and_latest_counts_images_not_names(tmp_path: Path) -> None:
+    for nimg in (2, 10, 300, 4000):
+        save(tmp_path, nimg, keep=3)
+    assert names(tmp_path) == ["000000010", "000000300", "000004000"]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 4000
+
+
+def test_the_same_point_can_be_written_again(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    first = checkpoint.open_checkpoint(tmp_path / "000000005").tensors("net")["weight"]
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["000000005"]
+    assert not torch.equal(checkpoint.open_checkpoint(tmp_path / "000000005").tensors("net")["weight"], first)
+
+
+def test_an_empty_or_missing_folder_has_no_latest(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_loading_is_strict(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    found = checkpoint.open_checkpoint(tmp_path / "000000001")
+    with pytest.raises(RuntimeError, match=r"Missing key.*Unexpected key|size mismatch"):
+        found.load("net", nn.Linear(2, 3))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        found.load("net", nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_absent_names_are_errors_that_list_what_is_there(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with pytest.raises(UserError, match=r"no checkpoint .*000000003; found 000000001, 000000002"):
+        checkpoint.open_checkpoint(tmp_path / "000000003")
+    with pytest.raises(UserError, match=r"no ema\.safetensors, found net"):
+        checkpoint.open_checkpoint(tmp_path / "000000002").tensors("ema")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path, 1) / "net.safetensors"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-8], "empty": b"", "noise": b"\xff" * len(data)}[damage])
+    with pytest.raises(UserError, match=r"net\.safetensors is damaged .*; delete .*000000001"):
+        checkpoint.open_checkpoint(path.parent).tensors("net")
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    before = (tmp_path / "000000001" / "net.safetensors").read_bytes()
+    large = {"net": {"weight": torch.zeros(1 << 16)}}
+    with files_of_at_most(1 << 14), pytest.raises(UserError) as caught:
+        checkpoint.save(tmp_path, 2, large, {}, {})
+    assert "the last good checkpoint is" in str(caught.value) and "000000001;" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["000000001"], "no half checkpoint stays"
+    assert (tmp_path / "000000001" / "net.safetensors").read_bytes() == before
+    with files_of_at_most(1 << 14), pytest.raises(UserError, match="no checkpoint was written before"):
+        checkpoint.save(tmp_path / "new", 2, large, {}, {})
+    with files_of_at_most(1 << 14), pytest.raises(UserError, match="000000001"):
+        checkpoint.save(tmp_path, 3, {}, {"adam": torch.zeros(1 << 16)}, {})
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*file/checkpoints/000000001"):
+        save(tmp_path / "file" / "checkpoints", 1)
+
+
+KILLED = """
+import resource, signal, sys, torch
+from pathlib import Path
+from core import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the writer in the middle of state.pt
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+checkpoint.save(Path(sys.argv[1]), 2, {"net": {"w": torch.zeros(4)}}, {"adam": torch.zeros(1 << 16)}, {})
+"""
+
+
+def test_a_killed_writer_leaves_no_checkpoint_and_the_next_one_sweeps(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE)
+    assert done.returncode == -signal.SIGXFSZ, done.stderr.decode()
+    assert len(names(tmp_path)) == 2, "the torn one lies there under its temporary name"
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 1
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["000000001", "000000002"]
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    write_atomically(path, json.dumps({"é": 1}))
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+    with files_of_at_most(1 << 12), pytest.raises(UserError, match=r"cannot write .*b\.json: .*; free space"):
+        write_atomically(path, "x" * (1 << 16))
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+    assert names(path.parent) == ["b.json"]
+    with pytest.raises(UserError, match="cannot write"):
+        write_atomically(path / "below", "text")

@@ -1,0 +1,205 @@
+"""core.pretrained: the real loaders on a tiny teacher, and one clear line for every way a teacher can be
+broken.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import tiny
+from core import pretrained
+from core.errors import UserError
+from core.seeds import noise
+
+
+@pytest.fixture
+def broken(teacher: Path, tmp_path: Path) -> Path:
+    """A copy of the teacher to break."""
+    return Path(shutil.copytree(teacher, tmp_path / "broken"))
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture(scope="module")
+def pipeline(teacher: Path) -> Any:
+    result = StableDiffusionPipeline.from_pretrained(teacher)
+    result.set_progress_bar_config(disable=True)
+    return result
+
+
+def test_plain_diffusers_loads_and_samples_what_was_saved(pipeline: Any) -> None:
+    images = pipeline(
+        ["a red cube", "a blue sphere"],
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        latents=noise(0, [0, 1], (4, 4, 4)),
+        output_type="pt",
+    ).images
+    assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
+    assert not torch.equal(images[0], images[1])
+
+
+@torch.no_grad()
+def test_pieces_equal_the_pipelines(teacher: Path, pipeline: Any) -> None:
+    name, prompts = str(teacher), ["a red cube", "two green cones", ""]
+    text = pretrained.load_text_encoder(name)
+    theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    hidden = text.encode(prompts)
+    torch.testing.assert_close(hidden, theirs)
+    assert hidden.shape == (3, 12, 16)
+    x = noise(0, [0, 1, 2], (4, 4, 4))
+    torch.testing.assert_close(
+        pretrained.load_unet(name)(x, 981, hidden).sample, pipeline.unet(x, 981, hidden).sample
+    )
+    pixels = torch.zeros(1, 3, 16, 16)
+    torch.testing.assert_close(
+        pretrained.load_vae(name).encode(pixels).latent_dist.mean,
+        pipeline.vae.encode(pixels).latent_dist.mean,
+    )
+
+
+def test_models_come_frozen_in_eval_mode_and_in_the_asked_dtype(teacher: Path) -> None:
+    unet = pretrained.load_unet(str(teacher), torch.bfloat16)
+    text, vae = pretrained.load_text_encoder(str(teacher)), pretrained.load_vae(str(teacher))
+    assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in (*text.parameters(), *vae.parameters())} == {torch.float32}
+    for module in (unet, text, vae):
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+def test_schedule_is_read_from_the_file(teacher: Path, broken: Path) -> None:
+    schedule = pretrained.load_schedule(str(teacher))
+    assert (len(schedule), schedule.prediction, schedule.spacing) == (1000, "epsilon", "leading")
+    assert schedule.steps_offset == 1 and schedule.final_alpha_one
+    assert float(schedule.alphas_cumprod[999]) == pytest.approx(0.0046601, rel=1e-4)
+    change_json(
+        broken / "scheduler" / "scheduler_config.json",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        set_alpha_to_one=False,
+        rescale_betas_zero_snr=True,
+    )
+    schedule = pretrained.load_schedule(str(broken))
+    assert (schedule.prediction, schedule.spacing, schedule.final_alpha_one) == (
+        "v_prediction",
+        "trailing",
+        False,
+    )
+    assert float(schedule.alphas_cumprod[999]) == pytest.approx(0, abs=1e-7)
+
+
+def test_tokenizer_gives_captions_back_and_pads_and_cuts(teacher: Path) -> None:
+    text = pretrained.load_text_encoder(str(teacher))
+    ids = text.tokens(tiny.CAPTIONS)
+    assert ids.shape == (len(tiny.CAPTIONS), 12)
+    whole = text.tokenizer(tiny.CAPTIONS).input_ids  # not cut
+    decoded = text.tokenizer.batch_decode(whole, skip_special_tokens=True)
+    assert [" ".join(d.split()).replace(" ,", ",") for d in decoded] == tiny.CAPTIONS
+    begin, end = text.tokenizer.bos_token_id, text.tokenizer.eos_token_id
+    assert (ids[:, 0] == begin).all() and (ids[:, -1] == end).all()
+    assert int(ids.max()) == end, "the text model pools at the highest id"
+    long = text.tokens(["red " * 40])
+    assert long.shape == (1, 12) and int(long[0, -1]) == end
+    assert len(set(map(tuple, ids.tolist()))) == len(tiny.CAPTIONS)
+    unknown = text.tokens(["Ünïcode 🟥 7"])
+    assert not torch.equal(unknown, text.tokens([""])), "bytes never seen still have tokens"
+
+
+def test_weight_decay_names_are_those_of_the_attention_blocks(teacher: Path) -> None:
+    unet = pretrained.load_unet(str(teacher))
+    expected = {
+        f"{path}.{name}"
+        for path, module in unet.named_modules()
+        if type(module).__name__ == "Transformer2DModel"
+        for name, _ in module.named_parameters()
+    }
+    names = pretrained.attention_parameters(unet)
+    assert names == expected and any("attn2" in n for n in names)
+    assert names < {n for n, _ in unet.named_parameters()}
+
+
+def test_fingerprint_follows_the_weights_and_nothing_else(teacher: Path, broken: Path) -> None:
+    same = pretrained.weights_sha256(str(teacher))
+    assert pretrained.weights_sha256(str(broken)) == same
+    (broken / "README.md").write_text("a note")
+    (broken / "unet" / ".cache").mkdir()
+    assert pretrained.weights_sha256(str(broken)) == same
+    seen = {same}
+    for piece, name in (
+        ("unet", "diffusion_pytorch_model.safetensors"),
+        ("vae", "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "model.safetensors"),
+        ("tokenizer", "tokenizer.json"),
+        ("scheduler", "scheduler_config.json"),
+    ):
+        path = broken / piece / name
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+        seen.add(pretrained.weights_sha256(str(broken)))
+    assert len(seen) == 6
+
+
+def test_a_missing_folder_and_a_folder_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such folder; give a folder in diffusers layout or a hub id"):
+        pretrained.load_unet(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"no model_index\.json; expected a folder in diffusers layout"):
+        pretrained.load_unet(str(tmp_path))
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"teacher nobody/nothing: .*cannot be fetched") as caught:
+        pretrained.resolve("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+LOADERS = {
+    "unet": pretrained.load_unet,
+    "vae": pretrained.load_vae,
+    "text_encoder": pretrained.load_text_encoder,
+    "tokenizer": pretrained.load_tokenizer,
+    "scheduler": pretrained.load_schedule,
+}
+
+
+@pytest.mark.parametrize("piece", sorted(LOADERS))
+def test_a_missing_piece_is_named(broken: Path, piece: str) -> None:
+    shutil.rmtree(broken / piece)
+    with pytest.raises(UserError, match=rf"no {piece}; expected the pieces unet, vae.*; found .*") as caught:
+        LOADERS[piece](str(broken))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_piece_of_another_class_is_refused(broken: Path) -> None:
+    change_json(broken / "model_index.json", unet=["diffusers", "FluxTransformer2DModel"])
+    with pytest.raises(UserError, match="unet is a FluxTransformer2DModel; supported: UNet2DConditionModel"):
+        pretrained.load_unet(str(broken))
+
+
+@pytest.mark.parametrize("piece", ["unet", "vae", "text_encoder"])
+def test_damaged_weights_are_named(broken: Path, piece: str) -> None:
+    (path,) = (broken / piece).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"{piece} cannot be loaded") as caught:
+        LOADERS[piece](str(broken))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["clip_sample", "thresholding"])
+def test_schedulers_that_touch_x0_are_refused(broken: Path, flag: str) -> None:
+    change_json(broken / "scheduler" / "scheduler_config.json", **{flag: True})
+    with pytest.raises(UserError, match=f"scheduler has {flag}=true"):
+        pretrained.load_schedule(str(broken))
+
+
+def test_flow_matching_is_refused(broken: Path) -> None:
+    (broken / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0, "num_train_timesteps": 1000}')
+    with pytest.raises(UserError, match="no betas; expected a VP schedule"):
+        pretrained.load_schedule(str(broken))

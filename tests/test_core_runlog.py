@@ -1,0 +1,81 @@
+"""core.runlog: one config per run folder, and lines that follow the checkpoint a run resumes from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from core.runlog import RunLog, peak_memory_gib, read_stats
+
+CONFIG = {"seed": 1, "optim": {"lr": 1e-4, "betas": [0.9, 0.999]}, "train": {"images": 100}}
+
+
+def test_config_is_on_disk_before_the_first_step(tmp_path: Path) -> None:
+    RunLog(tmp_path / "run", CONFIG)
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
+
+
+def test_the_same_config_resumes_and_another_is_refused_by_name(tmp_path: Path) -> None:
+    RunLog(tmp_path, CONFIG)
+    RunLog(tmp_path, CONFIG)
+    other = {**CONFIG, "seed": 2, "optim": {"lr": 1e-3, "betas": [0.9, 0.999]}}
+    with pytest.raises(UserError) as caught:
+        RunLog(tmp_path, other)
+    text = str(caught.value)
+    assert "optim.lr (0.0001 -> 0.001)" in text and "seed (1 -> 2)" in text and "betas" not in text
+    assert "another --out" in text and "\n" not in text
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG, "what was there stays"
+
+
+def test_ignored_keys_may_change_and_no_others(tmp_path: Path) -> None:
+    RunLog(tmp_path, CONFIG)
+    RunLog(tmp_path, {**CONFIG, "train": {"images": 200}}, ignore=("train",))
+    with pytest.raises(UserError, match="seed"):
+        RunLog(tmp_path, {**CONFIG, "seed": 2}, ignore=("train",))
+
+
+def test_lines_are_appended_in_order_and_read_back(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, CONFIG)
+    assert log.read() == []
+    log.write(10, {"loss/g": 0.5})
+    RunLog(tmp_path, CONFIG).write(20, {"loss/g": 0.25})
+    assert read_stats(tmp_path) == [{"nimg": 10, "loss/g": 0.5}, {"nimg": 20, "loss/g": 0.25}]
+
+
+def test_rewind_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, CONFIG)
+    for nimg in (10, 20, 30):
+        log.write(nimg, {"loss/g": 1.0})
+    with open(tmp_path / "stats.jsonl", "a") as file:
+        file.write('{"nimg": 35, "loss/')  # killed in the middle of a line
+    log.rewind(20)
+    log.write(25, {"loss/g": 2.0})
+    assert [line["nimg"] for line in log.read()] == [10, 20, 25]
+
+
+def test_rewind_of_a_run_without_lines_makes_no_file(tmp_path: Path) -> None:
+    RunLog(tmp_path, CONFIG).rewind(0)
+    assert not (tmp_path / "stats.jsonl").exists()
+
+
+def test_unwritable_places_are_user_errors(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write .*config\.json"):
+        RunLog(tmp_path / "file" / "run", CONFIG)
+    log = RunLog(tmp_path / "run", CONFIG)
+    (tmp_path / "run" / "stats.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*stats\.jsonl"):
+        log.write(1, {})
+
+
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path / "first", CONFIG)
+    monkeypatch.setenv("RANK", "1")
+    log.write(1, {"loss": 1.0})
+    RunLog(tmp_path / "second", CONFIG)
+    assert log.read() == [] and not (tmp_path / "second").exists()
+
+
+def test_peak_memory_is_in_gib() -> None:
+    assert 0.05 < peak_memory_gib() < 200

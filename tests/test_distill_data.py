@@ -1,0 +1,90 @@
+"""distill.data: batches are a function of (seed, images so far), whatever the ranks, workers and restarts."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from core import pretrained
+from core.errors import UserError
+from core.seeds import permuted_batch
+from distill.data import Rows, open_pairs, pair_batches
+from jobs import make_pairs
+from pairgen.store import PairReader
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("data"))
+
+
+def batches(reader: PairReader, count: int, start: int = 0, workers: int = 0) -> list[list[int]]:
+    stream = pair_batches(reader, 4, 7, start, workers)
+    found = [batch.index.tolist() for batch in islice(stream, count)]
+    stream.close()  # type: ignore[attr-defined]  # a generator; its workers end here
+    return found
+
+
+def test_every_epoch_is_a_fresh_permutation(pairs: Path) -> None:
+    rows = batches(PairReader(pairs), 9)
+    epochs = [[row for batch in rows[i : i + 3] for row in batch] for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_resumed_stream_goes_on_where_it_stopped(pairs: Path) -> None:
+    reader = PairReader(pairs)
+    assert batches(reader, 5, start=16) == batches(reader, 9)[4:]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
+def test_workers_do_not_change_the_order(pairs: Path) -> None:
+    reader = PairReader(pairs)
+    assert batches(reader, 5, workers=1) == batches(reader, 5)
+
+
+def test_ranks_share_each_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by torchrun's environment; the union over ranks is the batch of one process."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        parts.append(list(islice(Rows(12, 4, 7, 8), 3)))
+    assert all(len(part) == 2 for rank in parts for part in rank)
+    joined = [a + b for a, b in zip(*parts, strict=True)]
+    assert joined == [permuted_batch(7, 12, start, 4) for start in (8, 12, 16)]
+
+
+def test_a_whole_store_of_this_teacher_is_taken(pairs: Path, teacher: Path) -> None:
+    reader = open_pairs(str(pairs), pretrained.weights_sha256(str(teacher)))
+    assert len(reader) == 12 and reader.read([3]).noise.dtype == torch.float32
+
+
+def test_an_unfinished_store_is_refused(teacher: Path, tmp_path: Path) -> None:
+    made = make_pairs(teacher, tmp_path)
+    (made / "shards" / "pairs-00001.h5").unlink()
+    with pytest.raises(UserError, match=r"holds 7 of 12 pairs; run the same `d2g pairs generate` again"):
+        open_pairs(str(made), pretrained.weights_sha256(str(teacher)))
+
+
+def test_pairs_of_another_teacher_are_refused(pairs: Path, tmp_path: Path) -> None:
+    tiny.save_teacher(tmp_path / "other", seed=1)
+    other = pretrained.weights_sha256(str(tmp_path / "other"))
+    with pytest.raises(UserError, match=rf"was made by teacher .* --teacher has sha256 {other[:12]}"):
+        open_pairs(str(pairs), other)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_bit_is_one_line_that_names_the_shard(teacher: Path, tmp_path: Path, workers: int) -> None:
+    made = make_pairs(teacher, tmp_path)
+    shard = made / "shards" / "pairs-00002.h5"
+    data = bytearray(shard.read_bytes())
+    latent = PairReader(made).read([11]).latent.numpy().tobytes()
+    data[bytes(data).index(latent)] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"pairs-00002\.h5: unreadable .*d2g pairs repair") as caught:
+        batches(PairReader(made), 3, workers=workers)
+    assert "\n" not in str(caught.value)

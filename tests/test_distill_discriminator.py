@@ -1,0 +1,199 @@
+"""distill.discriminator: diffusers' own forward as judge, its start, and its layout at SD 1.5's size."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from core import pretrained
+from core.errors import UserError
+from core.seeds import generator
+from distill.config import DiscriminatorConfig
+from distill.discriminator import Discriminator, added_parameters, discriminator_from_teacher
+from distill.losses import discriminator_loss
+
+# diffusers' UNet configs of stabilityai/stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0
+SD15: dict[str, Any] = dict(
+    sample_size=64,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280, 1280),
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    cross_attention_dim=768,
+    attention_head_dim=8,
+)
+SDXL: dict[str, Any] = dict(
+    sample_size=128,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+
+
+def inputs(batch: int = 3, size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    x, noise = (torch.randn(batch, 4, size, size, generator=rng) for _ in range(2))
+    return x, noise, torch.randn(batch, 12, 16, generator=rng)
+
+
+def build(teacher: Path, **settings: Any) -> Discriminator:
+    return discriminator_from_teacher(str(teacher), DiscriminatorConfig(**settings), generator(3))
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def one_step(discriminator: Discriminator) -> None:
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-2)
+    x, noise, text = inputs()
+    loss = discriminator_loss(discriminator(x, noise, text), discriminator(x.flip(0), noise, text))
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("size", "timestep"), [(4, 0), (5, 0), (8, 250)])
+def test_the_trunk_is_diffusers_forward(teacher: Path, size: int, timestep: int) -> None:
+    """The features under the last head, through the UNet's own output layers, are diffusers' output."""
+    discriminator = build(teacher, timestep=timestep)
+    seen: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x, noise, text = inputs(size=size)
+    with torch.no_grad():
+        discriminator(x, noise, text)
+        unet = discriminator.unet
+        found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+        expected = pretrained.load_unet(str(teacher))(x, timestep, text).sample
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_at_the_start_it_ignores_the_noise_and_after_a_step_it_does_not(teacher: Path) -> None:
+    discriminator = build(teacher)
+    x, noise, text = inputs()
+    other = 3 * inputs(seed=1)[1]
+    assert equal(discriminator(x, noise, text), discriminator(x, other, text))
+    one_step(discriminator)
+    after, moved = discriminator(x, noise, text), discriminator(x, other, text)
+    assert all((after[k] - moved[k]).abs().max() > 1e-4 for k in after)
+
+
+def test_resized_inputs_enter_through_zero_convolutions(teacher: Path) -> None:
+    discriminator, without = build(teacher), build(teacher, multi_scale_input=False)
+    x, noise, text = inputs()
+    assert equal(discriminator(x, noise, text), without(x, noise, text))
+    one_step(discriminator)
+    after = discriminator(x, noise, text)
+    assert discriminator.conv_scale is not None and len(discriminator.conv_scale) == 1
+    with torch.no_grad():
+        discriminator.conv_scale[0].weight.zero_()
+        discriminator.conv_scale[0].bias.zero_()
+    assert not equal(discriminator(x, noise, text), after)
+
+
+def test_it_reads_the_text(teacher: Path) -> None:
+    discriminator = build(teacher)
+    x, noise, text = inputs()
+    a, b = discriminator(x, noise, text), discriminator(x, noise, text.flip(0))
+    assert all((a[k] - b[k]).abs().max() > 1e-5 for k in a if k != "0_skip")
+
+
+def test_every_trained_parameter_gets_a_gradient(teacher: Path) -> None:
+    discriminator = build(teacher)
+    one_step(discriminator)
+    idle = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = {n for n, p in discriminator.named_parameters() if not p.requires_grad}
+    assert idle == []
+    assert frozen == {f"unet.{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
+
+
+def test_heads_are_read_before_at_and_after_each_scale(teacher: Path) -> None:
+    logits = build(teacher)(*inputs())
+    assert {k: tuple(v.shape) for k, v in logits.items()} == {
+        **{f"0_{place}": (3, 1, 2, 2) for place in ("before", "skip", "after")},
+        **{f"1_{place}": (3, 1, 4, 4) for place in ("before", "skip", "after")},
+    }
+
+
+def test_options_off(teacher: Path) -> None:
+    off = build(teacher, z_conditioning=False, multi_scale_input=False, multi_scale_output=False)
+    assert off.conv_z is None and off.conv_scale is None and list(off.heads) == ["1_after"]
+    x, noise, text = inputs()
+    assert equal(off(x, noise, text), off(x, noise * 0, text)) and off(x, noise, text)["1_after"].shape == (
+        3,
+        1,
+        4,
+        4,
+    )
+    one_step(off)
+    assert equal(off(x, noise, text), off(x, noise * 0, text))
+    assert added_parameters(off) == 8 + 1
+    on = build(teacher, multi_scale_output=False)
+    assert list(on.heads) == ["1_after"] and on.conv_z is not None and on.conv_scale is not None
+
+
+def test_the_generator_draws_the_heads_and_the_rest_is_the_teacher(teacher: Path) -> None:
+    a, b = build(teacher), build(teacher)
+    c = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(4))
+    assert equal(a.state_dict(), b.state_dict())
+    differ = {name for name in a.state_dict() if not torch.equal(a.state_dict()[name], c.state_dict()[name])}
+    assert differ == {f"heads.{name}.weight" for name in a.heads}
+    original = pretrained.load_unet(str(teacher)).state_dict()
+    assert equal(original, a.unet.state_dict())
+
+
+def test_layout_at_stable_diffusions_size() -> None:
+    """method.md 4.2: 12 heads, their widths, and the budget of Table A1 (859.6M against 859.5M)."""
+    with torch.device("meta"):
+        discriminator = Discriminator(pretrained.new_unet(**SD15), DiscriminatorConfig())
+        x, text = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
+        logits = discriminator(x, x, text)
+    widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
+    assert [widths[f"{s}_before"] for s in range(4)] == [1280, 1280, 1280, 640]
+    assert [widths[f"{s}_skip"] for s in range(4)] == [1280, 1280, 640, 320]
+    assert [widths[f"{s}_after"] for s in range(4)] == [1280, 1280, 640, 320]
+    assert len(widths) == 12
+    assert {k: v.shape[2:] for k, v in logits.items()} == {
+        f"{s}_{place}": (8 << s, 8 << s) for s in range(4) for place in ("before", "skip", "after")
+    }
+    assert sum(p.numel() for p in discriminator.unet.parameters()) == 859_520_964
+    # conv_z 11,840; resized inputs 11,840 + 23,680 + 47,360; heads 11,520 weights and 12 biases
+    assert added_parameters(discriminator) == 11_840 + 82_880 + 11_532 == 106_252
+    assert 0.029e6 <= added_parameters(discriminator) <= 0.129e6
+
+
+def test_layout_at_sdxls_size() -> None:
+    with torch.device("meta"):
+        discriminator = Discriminator(pretrained.new_unet(**SDXL), DiscriminatorConfig())
+    widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
+    assert [widths[f"{s}_before"] for s in range(3)] == [1280, 1280, 640]
+    assert [widths[f"{s}_skip"] for s in range(3)] == [1280, 640, 320]
+    assert [widths[f"{s}_after"] for s in range(3)] == [1280, 640, 320]
+    assert len(widths) == 9 and sum(p.numel() for p in discriminator.unet.parameters()) == 2_567_463_684
+
+
+def test_other_blocks_are_refused() -> None:
+    unet = pretrained.new_unet(
+        sample_size=4,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    )
+    with pytest.raises(UserError, match=r"U-Net has a AttnDownBlock2D; supported are DownBlock2D, CrossAttn"):
+        Discriminator(unet, DiscriminatorConfig())

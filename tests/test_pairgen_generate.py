@@ -1,0 +1,260 @@
+"""pairgen.generate: rows are a function of (spec, index), however they are made and whatever interrupts."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from core import seeds
+from core.errors import Interrupted, SettingError, UserError
+from jobs import Running, d2g, make_pairs
+from pairgen.config import PRESETS, PairConfig
+from pairgen.generate import generate_pairs, make_rows, open_job, plan_pairs, resimulate
+from pairgen.layout import read_spec, shards_present
+from pairgen.store import PairReader
+from pairgen.verify import verify_store
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.save_prompts(tmp_path_factory.mktemp("prompts") / "prompts.txt")
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def config(pairs: Path, teacher: Path) -> PairConfig:
+    return tiny.pair_config(str(teacher), str(pairs.parent / "prompts.txt"))
+
+
+def rows(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
+    reader = PairReader(folder)
+    batch = reader.read(range(len(reader)))
+    return batch.noise, batch.latent, batch.prompts
+
+
+def same(found: Path, expected: Path) -> None:
+    (a, x, p), (b, y, q) = rows(found), rows(expected)
+    assert torch.equal(a, b) and p == q
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+
+
+def test_what_a_store_holds(pairs: Path, config: PairConfig) -> None:
+    noise, latent, texts = rows(pairs)
+    assert noise.shape == latent.shape == (12, 4, 4, 4) and texts == tiny.CAPTIONS * 2
+    assert torch.equal(noise, seeds.noise(0, range(12), (4, 4, 4)))
+    teacher, prompts, spec = open_job(config)
+    assert read_spec(pairs) == spec and shards_present(pairs, spec) == [0, 1, 2]
+    _, direct, _ = make_rows(teacher, spec, prompts, list(range(12)))
+    torch.testing.assert_close(latent, direct, rtol=0, atol=1e-4)
+    assert verify_store(pairs).ok
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+def test_rows_do_not_depend_on_the_batch_size(
+    pairs: Path, config: PairConfig, tmp_path: Path, batch_size: int
+) -> None:
+    found = generate_pairs(replace(config, batch_size=batch_size), tmp_path / "pairs")
+    assert (found.pairs, found.new_pairs, found.shards) == (12, 12, 3)
+    same(tmp_path / "pairs", pairs)
+
+
+def test_rows_do_not_depend_on_their_order(config: PairConfig) -> None:
+    teacher, prompts, spec = open_job(config)
+    order = [11, 3, 7, 0]
+    noise, latent, texts = make_rows(teacher, spec, prompts, order)
+    for row, index in enumerate(order):
+        one_noise, one_latent, one_text = make_rows(teacher, spec, prompts, [index])
+        assert torch.equal(noise[row : row + 1], one_noise) and [texts[row]] == one_text
+        torch.testing.assert_close(latent[row : row + 1], one_latent, rtol=0, atol=1e-4)
+
+
+def test_several_noises_of_one_prompt(config: PairConfig, tmp_path: Path) -> None:
+    generate_pairs(replace(config, num_pairs=0, per_prompt=2, steps=1), tmp_path / "pairs")
+    noise, _, texts = rows(tmp_path / "pairs")
+    assert texts == [text for text in tiny.CAPTIONS for _ in range(2)]
+    assert len({tuple(row.flatten().tolist()) for row in noise}) == 12
+
+
+def test_two_processes_of_torchrun_make_the_same_store(
+    pairs: Path, config: PairConfig, tmp_path: Path
+) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = ["--teacher", config.teacher, "--prompts", config.prompts, "--out", str(tmp_path / "pairs")]
+    sets = ["num_pairs=12", "steps=4", "guidance=3", "shard_size=5", "batch_size=4", "dtype=float32"]
+    job = ["-m", "cli", "pairs", "generate", *given, *(part for s in sets for part in ("--set", s)), "--json"]
+    done = subprocess.run([*run, *job], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if '"new_pairs": 12' in line]) == 1
+    same(tmp_path / "pairs", pairs)
+    assert read_spec(tmp_path / "pairs") == read_spec(pairs)
+
+
+# Interruptions.
+
+
+def arguments(teacher: Path, prompts: str, out: Path, *sets: str) -> list[str]:
+    chosen = ["num_pairs=36", "steps=8", "guidance=3", "shard_size=4", "batch_size=1", "dtype=float32", *sets]
+    given = ["--teacher", str(teacher), "--prompts", prompts, "--out", str(out)]
+    return ["pairs", "generate", *given, *(part for s in chosen for part in ("--set", s))]
+
+
+def test_sigkill_leaves_whole_shards_and_the_same_command_goes_on(
+    teacher: Path, prompts: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    running = Running(arguments(teacher, prompts, out), tmp_path / "log")
+    running.wait_for(lambda: len(list(out.glob("shards/*.h5"))) >= 2)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    whole = {path: path.read_bytes() for path in sorted(out.glob("shards/*.h5"))}
+    assert 2 <= len(whole) < 9 and not PairReader(out).complete and not verify_store(out).bad_shards
+    again = d2g(arguments(teacher, prompts, out), tmp_path / "log")
+    assert again.code == 0, again.stderr
+    assert verify_store(out).ok and len(PairReader(out)) == 36
+    assert all(path.read_bytes() == data for path, data in whole.items())
+    d2g(arguments(teacher, prompts, tmp_path / "unbroken", "batch_size=32"), tmp_path / "log")
+    same(out, tmp_path / "unbroken")
+
+
+def test_ctrl_c_keeps_every_finished_row(config: PairConfig, pairs: Path, tmp_path: Path) -> None:
+    """A real SIGINT while the second shard is half made."""
+
+    def press(label: str, done: int, total: int) -> None:
+        if done == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "pairs"
+    with pytest.raises(
+        Interrupted, match=r"stopped; 8 of 12 pairs are safe in .*pairs; run the same command again"
+    ):
+        generate_pairs(replace(config, batch_size=1), out, press)
+    assert shards_present(out, read_spec(out)) == [0] and list(out.glob("partial/*.h5"))
+    again = generate_pairs(replace(config, batch_size=1), out)
+    assert (again.pairs, again.new_pairs) == (12, 4)
+    assert not list(out.glob("partial/*")) and verify_store(out).ok
+    same(out, pairs)
+    assert generate_pairs(config, out).new_pairs == 0
+
+
+# What is refused.
+
+
+def test_other_settings_are_refused_naming_them(config: PairConfig, pairs: Path) -> None:
+    before = {path: path.read_bytes() for path in pairs.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError, match=r"another spec; differing: guidance \(3\.0 -> 4\.0\), steps \(4 -> 5\)"
+    ):
+        generate_pairs(replace(config, guidance=4.0, steps=5), pairs)
+    with pytest.raises(UserError, match=r"num_prompts \(6 -> 1\), prompts_sha256"):
+        (pairs.parent / "one.txt").write_text("only one\n")
+        generate_pairs(replace(config, prompts=str(pairs.parent / "one.txt")), pairs)
+    assert {path: path.read_bytes() for path in pairs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 1001}, {"teacher": ""}, {"prompts": ""}])
+def test_an_impossible_job_writes_nothing(
+    config: PairConfig, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        generate_pairs(replace(config, **wrong), tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"solver": "euler"}, r"solver is 'euler'; known: ddim, heun"),
+        ({"solver": "huen"}, r"did you mean 'heun'\?"),
+        ({"spacing": "trailling"}, r"did you mean 'trailing'\?"),
+        ({"final_alpha": "zero"}, "final_alpha is 'zero'"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"noise": "none"}, "noise is 'none'"),
+        ({"precision": "int8"}, "precision is 'int8'"),
+        ({"guidance": 0.5}, "guidance is 0.5"),
+        ({"steps": 0}, "steps is 0"),
+        ({"num_pairs": -1}, "num_pairs -1"),
+    ],
+)
+def test_impossible_settings(setting: dict[str, object], says: str) -> None:
+    with pytest.raises(SettingError, match=says):
+        PairConfig(**setting)  # type: ignore[arg-type]
+
+
+def test_presets_are_the_supplements() -> None:
+    found = {
+        name: (p.num_pairs, p.guidance, p.steps, p.solver) for name, p in PRESETS.items() if "sd15" in name
+    }
+    assert found == {
+        "sd15-cfg3": (3_000_000, 3.0, 50, "ddim"),
+        "sd15-cfg8": (12_000_000, 8.0, 50, "ddim"),
+    }
+
+
+# Noise and numbers.
+
+
+def test_seeded_noise_reads_back_as_if_stored(config: PairConfig, tmp_path: Path) -> None:
+    sizes = {}
+    for noise in ("stored", "seeded"):
+        generate_pairs(replace(config, noise=noise, dtype="float16"), tmp_path / noise)
+        sizes[noise] = sum(path.stat().st_size for path in tmp_path.glob(f"{noise}/shards/*"))
+    (a, x, p), (b, y, q) = rows(tmp_path / "stored"), rows(tmp_path / "seeded")
+    assert torch.equal(a, b) and torch.equal(x, y) and p == q and sizes["seeded"] < sizes["stored"]
+
+
+def test_half_precision_noise_is_rounded_before_the_teacher_sees_it(
+    config: PairConfig, tmp_path: Path
+) -> None:
+    job = replace(config, dtype="float16")
+    generate_pairs(job, tmp_path / "pairs")
+    noise, latent, texts = rows(tmp_path / "pairs")
+    teacher, _, spec = open_job(job)
+    assert torch.equal(noise, noise.half().float())
+    from_stored = teacher.sample(noise, texts, spec.steps, spec.guidance, "ddim")
+    from_drawn = teacher.sample(
+        seeds.noise(0, range(12), (4, 4, 4)), texts, spec.steps, spec.guidance, "ddim"
+    )
+    assert (latent - from_stored).abs().max() <= latent.abs().max() * 2.0**-10  # storage's own rounding
+    assert torch.equal(from_stored.half().float(), latent) or (
+        (from_stored.half().float() != latent).float().mean() < 0.01
+    )
+    assert (from_drawn - from_stored).abs().max() > 1e-4
+
+
+def test_resimulation_finds_what_was_stored(pairs: Path, tmp_path: Path, teacher: Path) -> None:
+    assert resimulate(pairs, 3) < 1e-4
+    assert resimulate(pairs, 100, str(teacher)) < 1e-4
+    tiny.save_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"has sha256 .* was made with .*--teacher"):
+        resimulate(pairs, 3, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("final_alpha", ["one", "teacher"])
+def test_resimulation_obeys_the_specs_last_step(tmp_path: Path, final_alpha: str) -> None:
+    tiny.save_teacher(tmp_path / "teacher", set_alpha_to_one=False)
+    made = make_pairs(
+        tmp_path / "teacher", tmp_path, final_alpha=final_alpha, spacing="trailing", solver="heun"
+    )
+    assert read_spec(made).final_alpha_one == (final_alpha == "one")
+    assert resimulate(made, 4) < 1e-4
+
+
+def test_the_plan_counts_what_generation_makes(config: PairConfig, pairs: Path) -> None:
+    plan = plan_pairs(replace(config, dtype="float16", num_pairs=2**20))
+    assert plan["pairs"] == 2**20 and plan["shards"] == -(-(2**20) // 5)
+    assert plan["gib"] == 64 * 2 * 2**20 / 2**30 and plan["gib_with_noise"] == 2 * plan["gib"]
+    assert plan["evaluations_per_pair"] == 8 and plan["seconds_per_pair"] > 0
+    assert plan["gpu_hours"] == pytest.approx(plan["seconds_per_pair"] * 2**20 / 3600)
+    assert "cpu" in plan["measured_on"] or torch.cuda.is_available()
