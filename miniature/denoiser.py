@@ -30,7 +30,9 @@ class DenoiserConfig:
     caption_dropout: float = 0.1
     min_snr_gamma: float = 5.0  # Hang et al. 2023: epsilon loss weighted by min(SNR, gamma) / SNR
     fit: FitConfig = field(
-        default_factory=lambda: FitConfig(images=600_000, batch_size=128, lr=2e-3, weight_decay=0.0)
+        default_factory=lambda: FitConfig(
+            images=500_000, batch_size=64, lr=1.5e-3, warmup_images=10_000, weight_decay=0.0, ema=0.9993
+        )
     )
 
     def __post_init__(self) -> None:

@@ -196,13 +196,15 @@ PRESETS = {
         size=32,
         images=60_000,
         vae=AutoencoderConfig(
-            channels=(16, 32, 64), latent_channels=4, fit=FitConfig(images=120_000, batch_size=64, lr=1.5e-3)
+            channels=(16, 32, 64), latent_channels=4, fit=FitConfig(
+                images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995
+            )
         ),
         unet=DenoiserConfig(
             channels=(64, 96),
             text_layers=1,
             max_length=12,
-            fit=FitConfig(images=250_000, batch_size=128, lr=2e-3, weight_decay=0.0),
+            fit=FitConfig(images=110_000, batch_size=64, lr=1.5e-3, weight_decay=0.0, ema=0.998),
         ),
     ),
 }
