@@ -419,26 +419,39 @@ def distill_gan(
 @app.command()
 def sample(
     student: Annotated[
-        str, typer.Option(help="Run folder, exported student, or a shipped name.")
-    ] = "miniature",
+        str | None, typer.Option(help="Run folder, exported student, or a shipped name.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text; repeatable.")] = None,
     prompts: Prompts = None,
     out: Out = Path("samples"),
-    num: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    num: Annotated[int | None, typer.Option(help="Images per prompt [1].")] = None,
     teacher: TeacherOption = None,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 32,
-    seed: Annotated[int, typer.Option(help="Image i uses the noise of (seed, i).")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step [32].")] = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) [0].")] = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Draw images in one step: PNGs that carry their prompt, and a grid."""
+    from distill.config import SAMPLE_PRESETS
+
+    options = {
+        "student": student, "prompt": tuple(prompt) if prompt else None, "prompts": prompts, "num": num,
+        "teacher": teacher, "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    config = configure(pick(SAMPLE_PRESETS, preset or "default", "preset"), options, sets)
+    if dry_run:
+        dry(config, as_json)
     from distill.sample import save_samples
     from pairgen.prompts import read_prompts
 
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-    if not texts or num < 1:
-        raise SettingError("nothing to draw; give --prompt TEXT or --prompts FILE, and --num of 1 or more")
-    texts = [text for text in texts for _ in range(num)]
-    emit(save_samples(student, texts, out, seed, batch_size, teacher, reporter), as_json, "samples")
+    texts = [*config.prompt, *(read_prompts(Path(config.prompts)) if config.prompts else [])]
+    if not texts:
+        raise SettingError("nothing to draw; give --prompt TEXT or --prompts FILE")
+    texts = [text for text in texts for _ in range(config.num)]
+    drawn = save_samples(config.student, texts, out, config.seed, config.batch_size, config.teacher, reporter)
+    emit(drawn, as_json, "samples")
 
 
 @eval_app.command("run")
@@ -448,45 +461,52 @@ def eval_run(
     ] = None,
     teacher: TeacherOption = None,
     images: Annotated[Path | None, typer.Option(help="Folder or parquet of images to measure.")] = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="Real images: folder, parquet or `eval stats` file.")
-    ] = None,
-    protocol: Annotated[str, typer.Option(help="Named protocol.")] = "custom",
-    metrics: Annotated[
-        str | None, typer.Option(help="Comma-separated: fid,kid,clip,pr [the protocol's].")
-    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="Real images: folder or parquet.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Named protocol [custom].")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Of fid,kid,clip,pr, comma-separated.")] = None,
     features: Annotated[
-        str | None, typer.Option(help="Feature network: inception, squeezenet, clip, oracle.")
+        str | None, typer.Option(help="inception, inception-tf, squeezenet, clip, oracle.")
     ] = None,
     feature_weights: Annotated[
-        str | None, typer.Option(help="Its weights file (clip: model name or folder).")
+        str | None, typer.Option(help="Its weights file (clip: name or folder).")
     ] = None,
     clip: Annotated[
         str | None, typer.Option(help="CLIP for the score: open_clip name:tag or folder.")
     ] = None,
     prompts: Prompts = None,
     num: Annotated[int | None, typer.Option(help="Images to draw [one per prompt].")] = None,
-    steps: Annotated[int, typer.Option(help="Solver steps of a teacher.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Guidance of a teacher.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
+    steps: Annotated[int | None, typer.Option(help="Solver steps of a teacher [50].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance of a teacher [3].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch [64].")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
-    seed: Annotated[int, typer.Option(help="Image i uses the noise of (seed, i).")] = 0,
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) [0].")] = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """FID, CLIP score, precision and recall of a student, a teacher or a folder of images."""
+    from eval.config import PRESETS
+
+    given = locals()
+    names = (
+        "student", "teacher", "images", "reference", "protocol", "features", "feature_weights", "clip",
+        "prompts", "num", "steps", "guidance", "batch_size", "seed",
+    )  # fmt: skip
+    options = {name: given[name] for name in names} | {
+        "metrics": tuple(metrics.split(",")) if metrics else None
+    }
+    config = configure(pick(PRESETS, preset or "default", "preset"), options, sets)
+    if dry_run:
+        dry(config, as_json)
     from miniature.judge import run_evaluation
 
-    result = run_evaluation(
-        student=student, teacher=teacher, images=images, reference=reference, protocol=protocol,
-        metrics=metrics.split(",") if metrics else None, features=features, feature_weights=feature_weights,
-        clip=clip, prompts=prompts, num=num, steps=steps, guidance=guidance, batch_size=batch_size, seed=seed,
-        progress=reporter,
-    )  # fmt: skip
+    result = run_evaluation(**asdict(config), progress=reporter)
     if out is not None:
         from core.checkpoint import write_atomically
 
         write_atomically(out, json.dumps(result, indent=1))
-    emit(result, as_json, f"protocol {protocol}")
+    emit(result, as_json, f"protocol {config.protocol}")
 
 
 @eval_app.command("compare")

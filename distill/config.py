@@ -112,14 +112,35 @@ class DistillConfig:
 
 _SD15 = TrainConfig(batch_size=2048, images=50_000 * 2048, ema_start_images=4_000 * 2048)
 _MINIATURE = TrainConfig(
-    images=40_000,
+    images=24_000,
     batch_size=64,
     ema_beta=0.99,
     precision="fp32",
     loader_workers=0,
-    report_images=1_280,
-    checkpoint_images=12_800,
+    report_images=640,
+    checkpoint_images=6_400,
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """One `d2g sample`: which student draws what."""
+
+    student: str = "miniature"
+    prompt: tuple[str, ...] = ()
+    prompts: str | None = None  # a prompt file, after `prompt`
+    num: int = 1  # images per prompt
+    teacher: str | None = None  # instead of the one the student names
+    batch_size: int = 32
+    seed: int = 0  # image i uses the noise of (seed, i)
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or self.batch_size < 1:
+            raise SettingError(f"num is {self.num} and batch_size {self.batch_size}; expected 1 or more")
+
+
+SAMPLE_PRESETS = {"default": SampleConfig()}
+"""Presets of `d2g sample`."""
 
 PRESETS: dict[str, dict[str, DistillConfig]] = {
     "sd15-cfg3": {
@@ -148,9 +169,9 @@ PRESETS: dict[str, dict[str, DistillConfig]] = {
         "gan": DistillConfig(
             stage="gan",
             teacher="miniature",
-            optim=OptimConfig(lr=2e-4, betas=(0.5, 0.99)),
-            gan=DiscriminatorConfig(r1_interval=8, optim=OptimConfig(lr=2e-4, betas=(0.5, 0.99))),
-            train=replace(_MINIATURE, images=15_000),
+            optim=OptimConfig(lr=1e-4, betas=(0.5, 0.99)),
+            gan=DiscriminatorConfig(r1_interval=8, optim=OptimConfig(lr=3e-4, betas=(0.5, 0.99))),
+            train=replace(_MINIATURE, images=12_000, batch_size=32, checkpoint_images=3_200),
         ),
     },
 }

@@ -100,3 +100,30 @@ _ALL = (
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({protocol.name: protocol for protocol in _ALL})
 """The protocols one can name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalRun:
+    """One `d2g eval run`: what is measured, and with what. Files and folders are strings."""
+
+    student: str | None = None
+    teacher: str | None = None
+    images: str | None = None
+    reference: str | None = None
+    protocol: str = "custom"
+    metrics: tuple[str, ...] = ()  # empty: the protocol's
+    features: str | None = None
+    feature_weights: str | None = None
+    clip: str | None = None
+    prompts: str | None = None
+    num: int | None = None
+    steps: int = 50
+    guidance: float = 3.0
+    batch_size: int = 64
+    seed: int = 0
+
+
+PRESETS: Mapping[str, EvalRun] = MappingProxyType(
+    {"default": EvalRun(), "miniature": EvalRun(student="miniature", protocol="miniature")}
+)
+"""Presets of `d2g eval run`."""

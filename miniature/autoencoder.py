@@ -23,7 +23,11 @@ class AutoencoderConfig:
     kl_weight: float = 3e-5  # per latent element, against a mean absolute pixel error
     square_weight: float = 10.0  # of the squared error, beside the absolute one
     edge_weight: float = 0.5  # of the error of pixel differences, which keeps edges sharp
-    fit: FitConfig = field(default_factory=lambda: FitConfig(images=70_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995))
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(
+            images=70_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995
+        )
+    )
 
     def __post_init__(self) -> None:
         if len(self.channels) < 2 or any(c % 8 for c in self.channels):

@@ -78,14 +78,14 @@ def run_evaluation(
     *,
     student: str | None = None,
     teacher: str | None = None,
-    images: Path | None = None,
-    reference: Path | None = None,
+    images: str | Path | None = None,
+    reference: str | Path | None = None,
     protocol: str = "custom",
-    metrics: list[str] | None = None,
+    metrics: Sequence[str] = (),
     features: str | None = None,
     feature_weights: str | None = None,
     clip: str | None = None,
-    prompts: Path | None = None,
+    prompts: str | Path | None = None,
     num: int | None = None,
     steps: int = 50,
     guidance: float = 3.0,
@@ -108,7 +108,7 @@ def run_evaluation(
     if images is None:
         if prompts is None and not small:
             raise SettingError("--prompts is not set; give the file of captions to draw")
-        listed = scene_captions(count, TEST_SEED) if prompts is None else read_prompts(prompts)
+        listed = scene_captions(count, TEST_SEED) if prompts is None else read_prompts(Path(prompts))
         count = count or len(listed)
         texts = [listed[i % len(listed)] for i in range(count)]
 

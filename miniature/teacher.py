@@ -196,9 +196,9 @@ PRESETS = {
         size=32,
         images=60_000,
         vae=AutoencoderConfig(
-            channels=(16, 32, 64), latent_channels=4, fit=FitConfig(
-                images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995
-            )
+            channels=(16, 32, 64),
+            latent_channels=4,
+            fit=FitConfig(images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
         ),
         unet=DenoiserConfig(
             channels=(64, 96),

@@ -52,6 +52,6 @@ PRESETS: dict[str, PairConfig] = {
     # Table A1 of the supplement: pairs and guidance; prompts are yours to bring
     "sd15-cfg3": PairConfig(num_pairs=3_000_000, guidance=3.0, precision="fp16"),
     "sd15-cfg8": PairConfig(num_pairs=12_000_000, guidance=8.0, precision="fp16"),
-    "miniature": PairConfig(teacher="miniature", guidance=3.0, steps=25, batch_size=128, shard_size=512),
+    "miniature": PairConfig(teacher="miniature", guidance=3.0, steps=20, batch_size=128, shard_size=512),
 }
 """Presets of `d2g pairs generate`."""

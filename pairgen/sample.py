@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from core.schedule import Schedule, Spacing, timesteps
@@ -62,8 +61,3 @@ def evaluations(steps: int, solver: Solver, guidance: float) -> int:
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022): eps = eps_null + w (eps_text - eps_null)."""
     return unconditional + guidance * (conditional - unconditional)
-
-
-def has_finite_rows(latents: Tensor) -> bool:
-    """Whether every value is finite."""
-    return bool(torch.isfinite(latents).all())
