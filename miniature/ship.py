@@ -62,6 +62,9 @@ def ship_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progress =
         "scores": score(str(out), progress),
     }
     write_atomically(out / "meta.json", json.dumps(meta, indent=1) + "\n")
+    lpips = {"what": "LatentLPIPS of the miniature's latents", "commit": meta["commit"], **how}
+    scores = {"scores": stages.get("lpips", {})}
+    write_atomically(out / "latent_lpips" / "meta.json", json.dumps(lpips | scores, indent=1) + "\n")
     return meta
 
 

@@ -32,7 +32,16 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 
 COMMANDS = list(commands())
-DRY = ["demo", "teacher train", "pairs generate", "pairs plan", "distill ode", "distill gan"]
+WORKS = [
+    "demo",
+    "teacher train",
+    "pairs generate",
+    "pairs plan",
+    "distill ode",
+    "distill gan",
+    "sample",
+    "eval run",
+]
 
 
 class Said:
@@ -118,7 +127,7 @@ def test_the_contracts_commands_are_there() -> None:
     contract = {"demo", "doctor", "teacher train", "teacher info", "sample", "export", "lpips distance"}
     contract |= {f"pairs {name}" for name in ("plan", "generate", "info", "verify", "repair", "merge")}
     contract |= {"distill ode", "distill gan", "eval run", "eval compare"}
-    assert contract <= named and set(DRY) <= named
+    assert contract <= named and set(WORKS) <= named
 
 
 def test_help_needs_no_torch() -> None:
@@ -157,6 +166,7 @@ def test_version_from_a_fresh_process() -> None:
         ("teacher train --stages vae,unett --out x", "did you mean 'unet'?"),
         ("demo --preset quik", "did you mean 'quick'?"),
         ("sample --student x", "nothing to draw"),
+        ("sample --student x --prompt a --num 0", "num is 0"),
         ("eval run", "give --student or --teacher, or --images"),
         ("eval run --images x --protocol minature", "did you mean 'miniature'?"),
         ("export --student x --dtype int8 --out y", "dtype is 'int8'"),
@@ -173,7 +183,7 @@ def test_bad_usage_exits_2_and_names_what_is_right(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", DRY)
+@pytest.mark.parametrize("words", WORKS)
 def test_a_dry_run_touches_nothing(
     d2g: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

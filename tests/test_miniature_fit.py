@@ -71,12 +71,13 @@ def test_the_vae_learns_and_its_latents_have_unit_variance(unbroken: tuple[nn.Mo
     assert not any(p.requires_grad for p in vae.parameters())
 
 
-def test_reconstruction_counts_pixels_and_edges() -> None:
+def test_reconstruction_counts_pixels_squares_and_edges() -> None:
     pixels = torch.zeros(1, 1, 2, 2)
-    decoded = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
-    # |error| is 1/4; two row differences |1|, |0|, two column differences |1|, |0|
-    assert reconstruction_loss(pixels, decoded, 0.0).item() == 0.25
-    assert reconstruction_loss(pixels, decoded, 2.0).item() == 0.25 + 2 * (0.5 + 0.5)
+    decoded = torch.tensor([[[[2.0, 0.0], [0.0, 0.0]]]])
+    # mean |error| 2/4, mean square 4/4; row differences |2|, |0| and column differences |2|, |0|
+    assert reconstruction_loss(pixels, decoded, 0.0, 0.0).item() == 0.5
+    assert reconstruction_loss(pixels, decoded, 3.0, 0.0).item() == 0.5 + 3 * 1.0
+    assert reconstruction_loss(pixels, decoded, 0.0, 2.0).item() == 0.5 + 2 * (1.0 + 1.0)
 
 
 def test_rates_warm_up_and_fall_to_zero() -> None:
