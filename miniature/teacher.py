@@ -190,7 +190,11 @@ def _train_clip(
 _TRAIN = {"vae": _train_vae, "unet": _train_unet, "lpips": _train_lpips, "clip": _train_clip}
 
 PRESETS = {
-    "scenes": TeacherConfig(),
+    # what the shipped miniature was trained with; its scores stand in weights/teacher/meta.json
+    "scenes": TeacherConfig(
+        lpips=replace(LPIPS_PRESETS["small"], trunk=replace(LPIPS_PRESETS["small"].trunk, images=50_000)),
+        clip=ClipConfig(patch=16, batch_size=128, images=400_000, minutes=7.0, warmup_images=5_000),
+    ),
     # 28x28 garments at 32 px in a 4x8x8 latent space (f = 4); results: docs/LOG.md
     "fashion": TeacherConfig(
         size=32,
@@ -206,6 +210,8 @@ PRESETS = {
             max_length=12,
             fit=FitConfig(images=110_000, batch_size=64, lr=1.5e-3, weight_decay=0.0, ema=0.998),
         ),
+        lpips=replace(LPIPS_PRESETS["small"], trunk=replace(LPIPS_PRESETS["small"].trunk, images=40_000)),
+        clip=ClipConfig(image_size=32, batch_size=128, images=200_000, minutes=7.0, warmup_images=5_000),
     ),
 }
 """Presets of `d2g teacher train`."""
