@@ -509,6 +509,23 @@ def eval_run(
     emit(result, as_json, f"protocol {config.protocol}")
 
 
+@eval_app.command("stats")
+def eval_stats(
+    images: Annotated[Path, typer.Option(help="Real images: folder or parquet.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write, for `eval run --reference`.")],
+    features: Annotated[str, typer.Option(help="inception, inception-tf, squeezenet or clip.")],
+    feature_weights: Annotated[str, typer.Option(help="Its weights file (clip: name or folder).")],
+    protocol: Annotated[str, typer.Option(help="Named protocol.")] = "custom",
+    as_json: Json = False,
+) -> None:
+    """Feature statistics of a reference set, computed once."""
+    from miniature.judge import save_statistics
+
+    if out.suffix != ".safetensors":
+        raise SettingError(f"--out is {out}; expected a name ending in .safetensors")
+    emit(save_statistics(images, out, protocol, features, feature_weights, reporter), as_json, str(out))
+
+
 @eval_app.command("compare")
 def eval_compare(results: list[Path], as_json: Json = False) -> None:
     """A table of several results; refuses mixed protocols."""

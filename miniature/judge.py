@@ -20,7 +20,7 @@ from distill.sample import load_one_step, student_folder
 from eval.config import PROTOCOLS
 from eval.features import FEATURES, FeatureNet, load_clip
 from eval.images import Batch, read_images
-from eval.report import evaluate
+from eval.report import collect, evaluate, reference_stats
 from miniature.oracle import NUM_FEATURES, SHIPPED, Oracle, caption_accuracy, load_oracle
 from miniature.scenes import captions as scene_captions
 from miniature.scenes import render_dataset
@@ -72,6 +72,22 @@ def teacher_batches(
         latents = teacher.sample(drawn, texts, steps, guidance, "ddim")
         with torch.no_grad():
             yield to_uint8(decode(vae, latents)).cpu(), texts
+
+
+def save_statistics(
+    images: Path,
+    out: Path,
+    protocol: str,
+    features: str,
+    weights: str,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Feature statistics of real images under a protocol, kept in OUT (.safetensors) for `--reference`."""
+    chosen, device = pick(PROTOCOLS, protocol, "protocol"), "cuda" if torch.cuda.is_available() else "cpu"
+    net = pick(FEATURES, features, "feature network")(weights, device)
+    stats = reference_stats(images, chosen, net, progress=progress)
+    stats.save(out)
+    return {"out": str(out), "images": stats.count, "features": net.name, "features_sha256": net.sha256}
 
 
 def run_evaluation(
@@ -144,8 +160,6 @@ def run_evaluation(
         batches = teacher_batches(load_teacher(teacher, device), texts, seed, steps, guidance, batch_size)
     real: Any = reference
     if reference is None and small and net is not None:
-        from eval.report import collect
-
         real = collect(
             real_scenes(count, progress), net, resize=chosen.resize, source="scenes", progress=progress
         )
