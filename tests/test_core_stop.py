@@ -18,6 +18,7 @@ SIGNALLED = """
 import os, signal, sys
 from core.stop import StopFlag
 number = int(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 before = signal.getsignal(number)
 with StopFlag() as stop:
     assert not stop
