@@ -239,14 +239,22 @@ def new_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int, max_le
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    texts = list(captions)
+    words = {
+        word
+        for text in sorted(set(texts))
+        for word, _ in bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(text))
+    }
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[],
+        # The trainer numbers word-final letters in hash order, which also breaks ties between merges; named
+        # here, they get their numbers from us, and equal captions give equal tokenizers.
+        special_tokens=sorted({f"{word[-1]}</w>" for word in words}),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator(captions, trainer)
+    bpe.train_from_iterator(texts, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     vocab = dict(learnt["vocab"])
     for token in special:  # last, as in CLIP: the text model pools at the highest id

@@ -34,12 +34,17 @@ def captioned_images(
         images, captions = load_all(read_images(folder, limit=limit, resize=resize))
     else:
         parts = [load_all(read_images(path, limit=limit, resize=resize)) for path in classes]
-        images = torch.cat([part for part, _ in parts])[:limit]
-        captions = [
+        names = [
             template.format(path.name.replace("_", " "))
             for path, (part, _) in zip(classes, parts, strict=True)
             for _ in range(len(part))
-        ][:limit]
+        ]
+        # Above the limit, evenly spaced pictures stay, so that every class keeps its share.
+        kept = (
+            [row * len(names) // limit for row in range(limit)] if len(names) > limit else range(len(names))
+        )
+        images = torch.cat([part for part, _ in parts])[list(kept)]
+        captions = [names[row] for row in kept]
     if "" in captions:
         raise UserError(
             f"{source}: {captions.count('')} of {len(captions)} images have no caption; "

@@ -3,7 +3,10 @@ broken.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import tiny
 from core import pretrained
 from core.errors import UserError
 from core.seeds import noise
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -203,3 +208,17 @@ def test_flow_matching_is_refused(broken: Path) -> None:
     (broken / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0, "num_train_timesteps": 1000}')
     with pytest.raises(UserError, match="no betas; expected a VP schedule"):
         pretrained.load_schedule(str(broken))
+
+
+def test_equal_captions_give_equal_tokenizers_in_every_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import tiny; from core.pretrained import new_tokenizer; "
+        "new_tokenizer(tiny.CAPTIONS, Path(sys.argv[1]), 320, 12)"
+    )
+    texts = []
+    for run in ("a", "b"):
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        command = [sys.executable, "-c", code, str(tmp_path / run)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        texts.append((tmp_path / run / "tokenizer.json").read_bytes())
+    assert texts[0] == texts[1]

@@ -179,3 +179,10 @@ def test_presets_fit_together() -> None:
         assert preset.size % preset.clip.patch == 0, name
         latent = preset.size // 2 ** (len(preset.vae.channels) - 1)
         assert latent == 8 and latent % 2 ** (len(preset.unet.channels) - 1) == 0, name
+
+
+def test_a_limit_keeps_every_classs_share(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    images, captions = captioned_images(str(tmp_path), SIZE, 16, 0, "a photo of a {}")
+    assert len(images) == 16
+    assert {captions.count(caption) for caption in set(captions)} == {2} and len(set(captions)) == 8
