@@ -308,11 +308,22 @@ def pairs_verify(
 
 
 @pairs_app.command("repair")
-def pairs_repair(folder: Path, as_json: Json = False) -> None:
-    """Move bad shards to quarantine/; `pairs generate` then makes their rows again."""
+def pairs_repair(
+    folder: Path,
+    prompts: Annotated[
+        Path | None, typer.Option(help="The store's prompt file: also make missing rows.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Move bad shards to quarantine/; with --prompts, make the missing rows again."""
     from pairgen.verify import repair_store
 
-    emit({"quarantined": repair_store(folder, reporter)}, as_json, str(folder))
+    quarantined, regenerated = repair_store(folder, reporter), 0
+    if prompts is not None:
+        from pairgen.generate import regenerate
+
+        regenerated = regenerate(folder, prompts, reporter)
+    emit({"quarantined": quarantined, "regenerated": regenerated}, as_json, str(folder))
 
 
 @pairs_app.command("merge")

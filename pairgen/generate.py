@@ -14,7 +14,7 @@ from core.schedule import timesteps
 from core.seeds import noise
 from core.stop import StopFlag
 from pairgen.config import PairConfig
-from pairgen.layout import StoreSpec, create_store, pending, shards_present
+from pairgen.layout import StoreSpec, create_store, pending, read_spec, shards_present
 from pairgen.prompts import prompts_sha256, read_prompts
 from pairgen.sample import evaluations
 from pairgen.store import PairReader
@@ -137,6 +137,31 @@ def generate_pairs(config: PairConfig, out: Path, progress: Progress = quiet) ->
         seconds=seconds,
         pairs_per_sec=new / seconds,
     )
+
+
+def regenerate(folder: Path, prompts: Path, progress: Progress = quiet) -> int:
+    """Make the rows that a store lacks, with the settings in its own spec; returns how many were made.
+
+    Raises UserError when teacher or prompts are not those the store was made with.
+    """
+    spec = read_spec(folder)
+    config = PairConfig(
+        teacher=spec.teacher,
+        prompts=str(prompts),
+        num_pairs=spec.num_pairs,
+        per_prompt=spec.per_prompt,
+        solver=spec.solver,  # type: ignore[arg-type]  # a spec's words were a config's once
+        steps=spec.steps,
+        spacing=spec.spacing,  # type: ignore[arg-type]
+        final_alpha="one" if spec.final_alpha_one else "teacher",
+        guidance=spec.guidance,
+        seed=spec.seed,
+        dtype=spec.dtype,
+        noise=spec.noise,
+        shard_size=spec.shard_size,
+        latent_size=spec.latent_shape[1],
+    )
+    return generate_pairs(config, folder, progress).new_pairs
 
 
 def plan_pairs(config: PairConfig, batches: int = 2) -> dict[str, Any]:
