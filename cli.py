@@ -134,7 +134,7 @@ def demo(
         "d2g-demo"
     ),
     quick: Annotated[
-        bool, typer.Option("--quick", help="A two-minute smoke run; its numbers mean little.")
+        bool, typer.Option("--quick", help="A smoke run of half a minute; its numbers mean little.")
     ] = False,
     preset: Preset = None,
     sets: Sets = None,
