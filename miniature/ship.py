@@ -49,6 +49,10 @@ def ship_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progress =
         if (out / piece).is_dir():
             shutil.rmtree(out / piece)
         shutil.copytree(run / piece, out / piece)
+        if (config := out / piece / "config.json").is_file():
+            facts = json.loads(config.read_text(encoding="utf-8"))
+            facts.pop("_name_or_path", None)  # a path of the machine that trained it
+            write_atomically(config, json.dumps(facts, indent=2) + "\n")
     for piece in ("unet", "vae", "text_encoder", "latent_lpips"):
         halve(out / piece)
     stages = {
