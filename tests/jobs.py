@@ -17,6 +17,7 @@ import torch
 
 import cli
 import tiny
+from commands.common import reporter
 from core.config import override
 from distill.config import DistillConfig, TrainConfig
 from pairgen.generate import generate_pairs
@@ -105,7 +106,7 @@ class Running:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ.update(environment)
             torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
-            cli.reporter = cli.Reporter()
+            reporter.__init__()  # type: ignore[misc]  # its bars belong to the parent
             if file_limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
             cli.main(arguments)

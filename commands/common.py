@@ -1,0 +1,110 @@
+"""What every command shares: option types, progress on stderr, configs from options, one way to print."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from core.config import override, to_json
+
+T = TypeVar("T")
+
+Preset = Annotated[str | None, typer.Option(help="A named set of settings.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one setting, a.b=value; repeatable.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings and plan; touch nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as stdout's last line.")]
+Out = Annotated[Path, typer.Option(help="Output folder. Run the same command again to resume.")]
+TeacherOption = Annotated[
+    str | None, typer.Option(help="Folder or hub id in diffusers layout, or a shipped name: miniature.")
+]
+Prompts = Annotated[Path | None, typer.Option(help=".txt .jsonl .csv .tsv .json (COCO) .parquet")]
+
+
+class Reporter:
+    """Progress on stderr: rich bars on a terminal, else a line every 10 seconds."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.begun: dict[str, tuple[float, int]] = {}
+        self.last = 0.0
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        from core import dist
+
+        if dist.rank() != 0:
+            return
+        now = time.monotonic()
+        started, first = self.begun.setdefault(label, (now, done))
+        rate = (done - first) / (now - started) if now > started else 0.0
+        if self.console.is_terminal:
+            if not self.tasks:
+                self.bars.start()
+            if label not in self.tasks:
+                self.tasks[label] = self.bars.add_task(label, total=total or None, rate="")
+            self.bars.update(self.tasks[label], completed=done, rate=f"{rate:.1f}/s")
+        elif now - self.last >= 10 or (total and done >= total):
+            self.last = now
+            left = f", {(total - done) / rate:.0f} s left" if rate and total else ""
+            print(f"{label}: {done}/{total or '?'} ({rate:.1f}/s{left})", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Leave the terminal clean before anything else is printed."""
+        if self.tasks:
+            self.bars.stop()
+
+
+reporter = Reporter()
+
+
+def configure(config: T, options: Mapping[str, Any], sets: list[str] | None) -> T:
+    """A preset's config with the options that were given, then --set overrides."""
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
+    return override(replace(config, **given), sets or [])  # type: ignore[type-var]  # every config is a dataclass
+
+
+def emit(result: Any, as_json: bool, title: str) -> None:
+    """Print a result: one JSON line, or a table for people. Only rank 0 speaks."""
+    from core import dist
+
+    reporter.stop()
+    data = result if isinstance(result, dict) else asdict(result)
+    if dist.rank() != 0:
+        return
+    if as_json:
+        print(json.dumps(data, default=str), flush=True)
+        return
+    table = Table(title=title, show_header=False)
+    for key, value in data.items():
+        shown = (
+            f"{value:.4g}"
+            if isinstance(value, float)
+            else json.dumps(value, default=str)
+            if isinstance(value, dict | list)
+            else str(value)
+        )
+        table.add_row(key, shown)
+    Console().print(table)
+
+
+def dry(config: Any, as_json: bool, plan: Mapping[str, Any] | None = None) -> None:
+    """Print what would run and leave."""
+    emit({"config": to_json(config), **(plan or {})}, as_json, "dry run: nothing was touched")
+    raise typer.Exit
