@@ -79,6 +79,10 @@ def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(value, next(a for a in args if a is not type(None)), full, text)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise SettingError(f"setting {full!r} takes a JSON object, got {text!r}")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise SettingError(f"setting {full!r} takes a JSON list, got {text!r}")

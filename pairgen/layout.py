@@ -8,7 +8,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from core.config import differing, digest, from_json, to_json
 from core.errors import SettingError, UserError
 from core.latents import LatentSpace
 
-SCHEMA = 1
+SCHEMA = 2
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -29,6 +29,9 @@ class StoreSpec:
     schema: int = SCHEMA
     teacher: str
     teacher_sha256: str
+    conditioning: Literal["text", "label", "none"] = "text"
+    teacher_facts: dict[str, Any] = field(default_factory=dict)
+    """What else of the teacher's family decides latents: micro-conditioning, the null condition, a shift."""
     prompts_sha256: str
     num_pairs: int
     num_prompts: int
@@ -39,6 +42,7 @@ class StoreSpec:
     final_alpha_one: bool
     guidance: float
     guidance_rescale: float = 0.0
+    precision: str = "fp32"
     seed: int
     dtype: Literal["float16", "float32"] = "float16"
     latent_shape: tuple[int, int, int]
@@ -96,6 +100,27 @@ def shards_present(folder: Path, spec: StoreSpec) -> list[int]:
     return sorted(int(m[1]) for m in found if m and int(m[1]) < spec.num_shards)
 
 
+def quarantine_path(folder: Path, shard: int) -> Path:
+    """The record of the rows that a whole shard lacks because the teacher gave no finite latent."""
+    return Path(folder) / "quarantine" / f"pairs-{shard:05d}.rows.json"
+
+
+def quarantined_rows(folder: Path, spec: StoreSpec) -> dict[int, list[dict[str, Any]]]:
+    """Shard number -> the rows set aside there: {"index", "prompt", "reason"}, in order of index.
+
+    Raises UserError for a record that cannot be read; the shard's own header holds the indices too.
+    """
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in sorted((Path(folder) / "quarantine").glob("pairs-*.rows.json")):
+        shard = int(path.name.removeprefix("pairs-").split(".")[0])
+        try:
+            rows = json.loads(path.read_bytes())["rows"]
+            found[shard] = sorted(rows, key=lambda row: int(row["index"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); run `d2g pairs repair {folder}`") from error
+    return found
+
+
 def pending(folder: Path, spec: StoreSpec) -> list[range]:
     """Pair indices of the shards that are not yet whole, one range per shard, in order."""
     present = set(shards_present(folder, spec))
@@ -109,7 +134,7 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
     """
     folder = Path(folder)
     with writing(folder, "nothing was written"):
-        for name in ("shards", "partial"):
+        for name in ("shards", "partial", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if (folder / "store.json").exists():
             refuse_other(folder, read_spec(folder), spec)
@@ -126,9 +151,9 @@ def read_spec(folder: Path) -> StoreSpec:
     path = Path(folder) / "store.json"
     try:
         content = json.loads(path.read_bytes())
-        if content["schema"] > SCHEMA:
-            found = content["schema"]
-            raise UserError(f"{path}: pair schema {found}, this version reads up to {SCHEMA}; upgrade")
+        if (found := content["schema"]) != SCHEMA:
+            todo = "upgrade" if found > SCHEMA else "read it with the version that made it, or make it again"
+            raise UserError(f"{path}: pair schema {found}, this version reads schema {SCHEMA}; {todo}")
         spec = from_json(StoreSpec, content["spec"])
         if spec.sha256 != content["sha256"]:
             raise ValueError("its sha256 does not match its spec")

@@ -10,6 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,20 @@ UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, TypeError)  # what h5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairBatch:
-    """Rows: noise and scaled latent [B, C, H, W], B prompts, index [B] int64 (the pairs' numbers)."""
+    """Rows: noise and scaled latent [B, C, H, W], B prompts, index [B] int64 (the pairs' numbers).
+
+    A class-conditional teacher's prompts are its class numbers in decimal; an unconditional one's are empty.
+    """
 
     noise: Tensor
     latent: Tensor
     prompts: list[str]
     index: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The class numbers [B] int64 of a class-conditional teacher's rows."""
+        return torch.tensor([int(prompt) for prompt in self.prompts], dtype=torch.int64)
 
 
 def _seal(image: bytes | memoryview) -> bytes:
@@ -72,29 +81,47 @@ def _noise_sha256(noise: Tensor) -> str:
     return hashlib.sha256(np.ascontiguousarray(noise.numpy()).data).hexdigest()
 
 
-def encode_rows(spec: StoreSpec, rows: PairBatch) -> memoryview:
-    """One HDF5 file as bytes, in memory: a full disk then meets a plain write, never HDF5 half way."""
-    size = max(1, CHUNK_BYTES // rows.latent[0].numpy().nbytes)
-    chunks = (min(len(rows.index), size), *spec.latent_shape)
-    prompts = [prompt.encode() for prompt in rows.prompts]
-    # Fixed length: variable-length strings live in HDF5's global heap, which no checksum covers.
-    text = h5py.string_dtype("utf-8", max(1, *map(len, prompts)))
+def encode_rows(spec: StoreSpec, rows: PairBatch, quarantined: Sequence[int] = ()) -> memoryview:
+    """One HDF5 file as bytes, in memory: a full disk then meets a plain write, never HDF5 half way.
+
+    `quarantined`: the pairs of this shard that are not among `rows`, because they have no finite latent.
+    """
+    row_bytes = prod(spec.latent_shape) * np.dtype(spec.dtype).itemsize
+    chunks = (max(1, min(len(rows.index), CHUNK_BYTES // row_bytes)), *spec.latent_shape)
     buffer = io.BytesIO()
     # The 1.10 format checksums its metadata; the older default lets a flipped bit there change what is read.
     with h5py.File(buffer, "w", userblock_size=SEAL, libver=("v110", "v110")) as file:
         if spec.noise == "stored":
-            file.create_dataset("noise", data=rows.noise.numpy(), chunks=chunks, fletcher32=True)
-        file.create_dataset("latent", data=rows.latent.numpy(), chunks=chunks, fletcher32=True)
-        file.create_dataset("prompt", data=prompts, dtype=text, fletcher32=True, compression="gzip")
-        file.create_dataset("index", data=rows.index.numpy().astype(np.uint64), fletcher32=True)
+            _write_values(file, "noise", rows.noise, chunks)
+        _write_values(file, "latent", rows.latent, chunks)
+        if spec.conditioning == "text":
+            _write_prompts(file, [prompt.encode() for prompt in rows.prompts])
+        elif spec.conditioning == "label":
+            file.create_dataset("label", data=rows.labels.numpy(), maxshape=(None,), fletcher32=True)
+        index = rows.index.numpy().astype(np.uint64)
+        file.create_dataset("index", data=index, maxshape=(None,), fletcher32=True)
         file.attrs["schema"] = SCHEMA
         file.attrs["spec"] = json.dumps(spec.as_json(), sort_keys=True)
         file.attrs["spec_sha256"] = spec.sha256
         file.attrs["rows"] = len(rows.index)
+        file.attrs["quarantined"] = json.dumps(list(quarantined))
         file.attrs["noise_sha256"] = _noise_sha256(rows.noise)
     image = buffer.getbuffer()
     image[:SEAL] = _seal(image)
     return image
+
+
+def _write_values(file: Any, name: str, values: Tensor, chunks: tuple[int, ...]) -> None:
+    # maxshape: HDF5 wants it for a dataset without rows, which a shard of quarantined rows has
+    shape = (None, *chunks[1:])
+    file.create_dataset(name, data=values.numpy(), chunks=chunks, maxshape=shape, fletcher32=True)
+
+
+def _write_prompts(file: Any, prompts: list[bytes]) -> None:
+    # Fixed length: variable-length strings live in HDF5's global heap, which no checksum covers.
+    text = h5py.string_dtype("utf-8", max([1, *map(len, prompts)]))
+    column = np.array(prompts, dtype=text)
+    file.create_dataset("prompt", data=column, maxshape=(None,), fletcher32=True, compression="gzip")
 
 
 def load_rows(path: Path, spec: StoreSpec) -> PairBatch:
@@ -111,7 +138,7 @@ def load_rows(path: Path, spec: StoreSpec) -> PairBatch:
             index = file["index"][:].astype(np.int64)
             latent = torch.from_numpy(file["latent"][:])
             noise = torch.from_numpy(file["noise"][:]) if "noise" in file else redraw(spec, index)
-            prompts = [text.decode() for text in file["prompt"][:]]
+            prompts = _prompts_of(file, spec, slice(None))
             noise_sha256 = file.attrs["noise_sha256"]
     except UNREADABLE as error:
         raise _damaged(path, f"unreadable ({error})") from error
@@ -121,6 +148,14 @@ def load_rows(path: Path, spec: StoreSpec) -> PairBatch:
     if _noise_sha256(noise) != noise_sha256:
         raise _damaged(path, "its noise is not the noise the teacher saw (noise_sha256 differs)")
     return PairBatch(noise=noise, latent=latent, prompts=prompts, index=torch.from_numpy(index))
+
+
+def _prompts_of(file: Any, spec: StoreSpec, rows: slice) -> list[str]:
+    if spec.conditioning == "text":
+        return [text.decode() for text in file["prompt"][rows]]
+    if spec.conditioning == "label":
+        return [str(number) for number in file["label"][rows]]
+    return [""] * len(file["index"][rows])
 
 
 def redraw(spec: StoreSpec, index: Iterable[int]) -> Tensor:
@@ -134,7 +169,9 @@ def _check_header(file: Any, path: Path, spec: StoreSpec) -> None:
         names = differing(spec.as_json(), json.loads(file.attrs["spec"])) or ["spec_sha256"]
         raise _damaged(path, f"made with another spec: {', '.join(names)}")
     rows = int(file.attrs["rows"])
-    expected = {"latent": (rows, *spec.latent_shape), "prompt": (rows,), "index": (rows,)}
+    expected: dict[str, tuple[int, ...]] = {"latent": (rows, *spec.latent_shape), "index": (rows,)}
+    if spec.conditioning != "none":
+        expected["prompt" if spec.conditioning == "text" else "label"] = (rows,)
     if spec.noise == "stored":
         expected["noise"] = expected["latent"]
     for name, shape in expected.items():

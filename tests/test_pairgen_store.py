@@ -380,8 +380,8 @@ def test_a_shard_of_another_store_is_refused(store: Path, tmp_path: Path) -> Non
         b"",
         b"{}",
         b"[1]",
-        b'{"schema": 1, "sha256": "", "spec": []}',
-        b'{"schema": 1, "sha256": "", "spec": {}}',
+        b'{"schema": 2, "sha256": "", "spec": []}',
+        b'{"schema": 2, "sha256": "", "spec": {}}',
     ],
 )
 def test_damaged_store_json(store: Path, content: bytes) -> None:
@@ -396,9 +396,10 @@ def test_edited_newer_or_absent_store_json(store: Path) -> None:
     (store / "store.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="sha256 does not match"):
         read_spec(store)
-    (store / "store.json").write_text(json.dumps({**content, "schema": 2}))
-    with pytest.raises(UserError, match="reads up to 1; upgrade"):
-        read_spec(store)
+    for schema, todo in ((3, "upgrade"), (1, "read it with the version that made it")):
+        (store / "store.json").write_text(json.dumps({**content, "schema": schema}))
+        with pytest.raises(UserError, match=f"reads schema 2; {todo}"):
+            read_spec(store)
     with pytest.raises(UserError, match="is no pair store"):
         PairReader(store / "shards")
 
