@@ -1,12 +1,11 @@
 """`d2g pairs`: make and look after noise-latent pairs."""
 
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from commands import stores
 from commands.common import (
     DryRun,
     Json,
@@ -22,6 +21,7 @@ from commands.common import (
     reporter,
 )
 from core.config import pick
+from core.errors import UserError
 
 app = typer.Typer(help="Make and look after noise-latent pairs.", no_args_is_help=True)
 
@@ -35,8 +35,24 @@ def _pair_config(preset: str | None, sets: list[str] | None, **options: Any) -> 
 NumPairs = Annotated[int | None, typer.Option(help="Default: one per prompt.")]
 Steps = Annotated[int | None, typer.Option(help="Solver steps [50].")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance [8]; 1 is none.")]
-Solver = Annotated[str | None, typer.Option(help="ddim or heun.")]
-BatchSize = Annotated[int | None, typer.Option(help="Rows per network evaluation.")]
+PerPrompt = Annotated[int | None, typer.Option(help="Rows per prompt, each with its own noise [1].")]
+Solver = Annotated[
+    str | None, typer.Option(help="ddim, heun or euler [the teacher's: ddim, for a flow euler].")
+]
+
+
+def _batch_size(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a number of rows nor auto")
+    return int(text)
+
+
+BatchSize = Annotated[
+    int | None,
+    typer.Option(parser=_batch_size, metavar="ROWS|auto", help="Rows per network evaluation; auto measures."),
+]
 
 
 @app.command("generate")
@@ -48,6 +64,7 @@ def pairs_generate(
     steps: Steps = None,
     guidance: Guidance = None,
     solver: Solver = None,
+    per_prompt: PerPrompt = None,
     batch_size: BatchSize = None,
     dtype: Annotated[str | None, typer.Option(help="Stored type, float16 or float32.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Rows per shard.")] = None,
@@ -70,6 +87,7 @@ def pairs_generate(
         "steps",
         "guidance",
         "solver",
+        "per_prompt",
         "batch_size",
         "dtype",
         "shard_size",
@@ -80,9 +98,17 @@ def pairs_generate(
     if dry_run:
         dry(config, as_json)
     try:
-        emit(generate_pairs(config, out, reporter), as_json, "pairs")
+        made = generate_pairs(config, out, reporter)
+        emit(made, as_json, "pairs")
     finally:
         dist.finish()
+    if made.quarantined:
+        shown = ", ".join(map(str, made.quarantined[:10])) + (" ..." if len(made.quarantined) > 10 else "")
+        raise UserError(
+            f"{len(made.quarantined)} of {made.pairs + len(made.quarantined)} pairs have no finite latent: "
+            f"{shown}; their prompts stand in {out / 'quarantine'}, the others are usable, "
+            f"`d2g pairs repair {out}` tries these again"
+        )
 
 
 @app.command("plan")
@@ -93,7 +119,9 @@ def pairs_plan(
     steps: Steps = None,
     guidance: Guidance = None,
     solver: Solver = None,
+    per_prompt: PerPrompt = None,
     batch_size: BatchSize = None,
+    price: Annotated[float, typer.Option(help="Of one GPU-hour, in any currency: adds costs.")] = 0.0,
     preset: Preset = None,
     sets: Sets = None,
     seed: Seed = None,
@@ -101,70 +129,28 @@ def pairs_plan(
     as_json: Json = False,
 ) -> None:
     """Time a few batches here; print GPU-hours, GiB and shards before anything is spent."""
-    from pairgen.generate import plan_pairs
+    from pairgen.plan import plan_pairs
 
     given = locals()
-    names = ("teacher", "prompts", "num_pairs", "steps", "guidance", "solver", "batch_size", "seed")
+    names = (
+        "teacher",
+        "prompts",
+        "num_pairs",
+        "steps",
+        "guidance",
+        "solver",
+        "per_prompt",
+        "batch_size",
+        "seed",
+    )
     config = _pair_config(preset, sets, **{name: given[name] for name in names})
     if dry_run:
         dry(config, as_json)
-    emit(plan_pairs(config), as_json, "plan")
+    emit(plan_pairs(config, price=price, progress=reporter), as_json, "plan")
 
 
-@app.command("info")
-def pairs_info(folder: Path, as_json: Json = False) -> None:
-    """Pairs, shards, spec and size of a store."""
-    from pairgen.verify import store_info
-
-    emit(store_info(folder), as_json, str(folder))
-
-
-@app.command("verify")
-def pairs_verify(
-    folder: Path,
-    resimulate: Annotated[int, typer.Option(help="Also send this many rows through the teacher again.")] = 0,
-    teacher: TeacherOption = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference --resimulate accepts.")] = 0.02,
-    as_json: Json = False,
-) -> None:
-    """Read every byte of a store and say what is damaged or missing. Exit 1 when not ok."""
-    from pairgen.verify import verify_store
-
-    result: dict[str, Any] = asdict(verify_store(folder, reporter)) | {"max_abs_err": None}
-    if resimulate and result["ok"]:
-        from pairgen.generate import resimulate as again
-
-        result["max_abs_err"] = again(folder, resimulate, teacher)
-        result["ok"] = result["max_abs_err"] <= tolerance
-    emit(result, as_json, str(folder))
-    if not result["ok"]:
-        print(f"error: {folder} is not ok; `d2g pairs repair {folder}`, then generate again", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-@app.command("repair")
-def pairs_repair(
-    folder: Path,
-    prompts: Annotated[
-        Path | None, typer.Option(help="The store's prompt file: also make missing rows.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Move bad shards to quarantine/; with --prompts, make the missing rows again."""
-    from pairgen.verify import repair_store
-
-    quarantined, regenerated = repair_store(folder, reporter), 0
-    if prompts is not None:
-        from pairgen.generate import regenerate
-
-        regenerated = regenerate(folder, prompts, reporter)
-    emit({"quarantined": quarantined, "regenerated": regenerated}, as_json, str(folder))
-
-
-@app.command("merge")
-def pairs_merge(folders: list[Path], out: Out, as_json: Json = False) -> None:
-    """Join stores of one spec that hold different shards."""
-    from pairgen.verify import merge_stores, store_info
-
-    merge_stores(folders, out)
-    emit(store_info(out), as_json, str(out))
+app.command("info")(stores.info)
+app.command("verify")(stores.verify)
+app.command("repair")(stores.repair)
+app.command("merge")(stores.merge)
+app.command("stats")(stores.stats)

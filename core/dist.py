@@ -2,16 +2,24 @@
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
 
-def init() -> torch.device:
-    """Join the process group that torchrun announced, if any; return this process's device."""
+def init(patient: bool = False) -> torch.device:
+    """Join the process group that torchrun announced, if any; return this process's device.
+
+    `patient`: for ranks that meet at the start and at the end of days of work only. NCCL would give up after
+    minutes.
+    """
     if "RANK" in os.environ and not td.is_initialized():
-        td.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if patient:
+            td.init_process_group("gloo", timeout=timedelta(days=30))
+        else:
+            td.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -54,6 +62,21 @@ def mean(values: dict[str, float]) -> dict[str, float]:
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank."""
     return mean({"flag": float(flag)})["flag"] > 0
+
+
+def gather(rows: Tensor) -> list[Tensor]:
+    """Every rank's rows [n_r, ...], in rank order, on every rank. Only n_r may differ between ranks."""
+    if not td.is_initialized():
+        return [rows]
+    on = torch.device("cuda" if td.get_backend() == "nccl" else "cpu")
+    counts = [torch.zeros(1, dtype=torch.int64, device=on) for _ in range(td.get_world_size())]
+    td.all_gather(counts, torch.tensor([len(rows)], device=on))
+    longest = max(1, *(int(count) for count in counts))  # gloo takes no empty tensors
+    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=on)
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    td.all_gather(parts, padded)
+    return [part[: int(count)].to(rows.device) for part, count in zip(parts, counts, strict=True)]
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

@@ -4,10 +4,13 @@ latents.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +31,35 @@ class LatentSpace:
         return scaled / self.scale + self.shift
 
 
+class PixelSpace(nn.Module):
+    """The autoencoder of a teacher that works in pixels: nothing to encode, nothing to decode."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            latent_channels=channels, block_out_channels=(1,), scaling_factor=1.0, shift_factor=None
+        )
+        self.where = nn.Parameter(torch.zeros(()), requires_grad=False)  # a device and a dtype, as VAEs have
+
+    def encode(self, pixels: Tensor) -> SimpleNamespace:
+        """Pixels, as they are."""
+        return SimpleNamespace(latents=pixels)
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        """Pixels, as they are."""
+        return SimpleNamespace(sample=latents)
+
+
 def latent_space(vae: Any) -> LatentSpace:
-    """The latent space of a diffusers AutoencoderKL or AutoencoderTiny, read from its config."""
+    """The latent space of a diffusers AutoencoderKL, AutoencoderTiny or VQModel, read from its config.
+
+    Raises UserError for spaces normalised channel by channel, which one scale and shift cannot say.
+    """
     config = vae.config
+    if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
+        raise UserError(
+            "the VAE has latents_mean and latents_std, a scale per channel; expected one scaling_factor"
+        )
     levels = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
     return LatentSpace(
         channels=int(config.latent_channels),
@@ -44,9 +73,9 @@ def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -
     """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f]: the posterior's mean, or a sample
     of it when a generator is given. Computed in the VAE's dtype, returned in fp32."""
     output = vae.encode(pixels.to(next(vae.parameters()).dtype))
-    if hasattr(output, "latents"):  # AutoencoderTiny: deterministic, already scaled
+    if hasattr(output, "latents"):  # deterministic: AutoencoderTiny's are scaled already, VQModel's are not
         latents: Tensor = output.latents.float()
-        return latents
+        return latents if "Tiny" in type(vae).__name__ else latent_space(vae).scaled(latents)
     raw = output.latent_dist.mode() if generator is None else output.latent_dist.sample(generator)
     return latent_space(vae).scaled(raw.float())
 

@@ -1,13 +1,11 @@
-"""The one door to diffusers, transformers and tokenizers: pieces of a Stable-Diffusion-shaped pipeline.
+"""Models of a pipeline, loaded from its folder or built new: the door to transformers and tokenizers.
 
-Everything loads from a folder in diffusers layout or from a hub id, and is built new from plain settings by
-the `new_*` functions (the miniature and the tests do).
+`core.pipelines` knows which pipelines there are and where their pieces lie, `core.schedulers` schedules.
+The `new_*` functions build pieces of a Stable-Diffusion shape (the miniature and the tests do).
 """
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,97 +15,101 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.schedule import Schedule
+from core.latents import PixelSpace
+from core.pipelines import PIPELINES, Pipeline, choose_weights, open_pipeline
+from core.pipelines import SHIPPED as SHIPPED
+from core.pipelines import resolve as resolve
+from core.pipelines import weights_sha256 as weights_sha256
+from core.schedulers import load_schedule as load_schedule
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader workers fork
 
-PIECES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "scheduler": (),
-}
 
-
-SHIPPED = {"miniature": Path(__file__).resolve().parents[1] / "miniature" / "weights"}
-"""Names that stand for folders in this distribution: teacher/, student/ and more inside each."""
-
-
-def resolve(name: str) -> Path:
-    """The folder of a pipeline: `name` itself if it is one, a shipped name's, or the snapshot of a hub id.
-
-    Raises UserError for a missing folder, a folder without model_index.json, and a failed download.
-    """
-    folder = SHIPPED[name] / "teacher" if name in SHIPPED else Path(name)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(
-                f"teacher {name}: no model_index.json; expected a folder in diffusers layout, "
-                "as StableDiffusionPipeline.save_pretrained writes"
-            )
-        return folder
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise UserError(
-            f"teacher {name}: no such folder; give a folder in diffusers layout or a hub id org/name"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["model_index.json", *(f"{piece}/*" for piece in PIECES)]
-        return Path(
-            snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.fp16.*", "*.ckpt"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"teacher {name}: no such folder here, and as a hub id it cannot be fetched ({first}); "
-            "check the name"
-        ) from error
-
-
-def _piece(folder: Path, piece: str) -> tuple[Any, str]:
-    """The class of a pipeline's piece, by its name in model_index.json, and that name."""
-    index = json.loads((folder / "model_index.json").read_text())
-    entry = index.get(piece)
-    if not entry or entry[0] is None or not (folder / piece).is_dir():
-        raise UserError(
-            f"teacher {folder}: no {piece}; expected the pieces {', '.join(PIECES)} in diffusers layout; "
-            f"found {', '.join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or 'none'}"
-        )
-    library, name = entry
-    if PIECES[piece] and name not in PIECES[piece]:
-        raise UserError(f"teacher {folder}: {piece} is a {name}; supported: {', '.join(PIECES[piece])}")
+def _class(pipeline: Pipeline, piece: str) -> Any:
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()  # progress is the caller's business
     transformers.utils.logging.disable_progress_bar()
-    return getattr(transformers if library == "transformers" else diffusers, name), name
+    name = (
+        pipeline.class_name(piece)
+        if "vae" in piece or "token" in piece
+        else PIPELINES[pipeline.kind][piece][0]
+    )
+    return getattr(diffusers, str(name), None) or getattr(transformers, str(name))
 
 
-def _load(name: str, piece: str, dtype: torch.dtype = torch.float32) -> Any:
-    folder = resolve(name)
-    kind, _ = _piece(folder, piece)
-    keyword = "dtype" if piece == "text_encoder" else "torch_dtype"
+def load_model(name: str, piece: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A piece with weights: from safetensors, directly in `dtype`, eval, frozen.
+
+    Raises UserError for a missing piece or class, and for weights that are missing, damaged or incomplete.
+    """
+    pipeline = open_pipeline(name)
+    home, kind = pipeline.home(piece), _class(pipeline, piece)
+    keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     try:
-        module = kind.from_pretrained(folder, subfolder=piece, **{keyword: dtype})
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        variant, _ = choose_weights(path.name for path in home.iterdir())
+        module, report = kind.from_pretrained(
+            home, variant=variant, use_safetensors=True, output_loading_info=True, **{keyword: dtype}
+        )
+        if report["missing_keys"]:  # diffusers would fill them with random numbers and a warning
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    except (OSError, ValueError, RuntimeError, SafetensorError, UserError) as error:
         raise UserError(
-            f"teacher {folder}: {piece} cannot be loaded: {str(error).splitlines()[0]}"
+            f"teacher {pipeline.folder}: {piece} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     return module.eval().requires_grad_(False)
 
 
+def skeleton(name: str, piece: str) -> Any:
+    """A piece without weights, on torch's meta device: its config and its shapes, at no cost."""
+    pipeline = open_pipeline(name)
+    home, kind = pipeline.home(piece), _class(pipeline, piece)
+    try:
+        with torch.device("meta"):
+            if kind.__module__.startswith("transformers"):
+                return kind(kind.config_class.from_pretrained(home))
+            return kind.from_config(kind.load_config(home))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"teacher {pipeline.folder}: {piece} has no config that can be read: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_tokenizer(name: str, piece: str = "tokenizer") -> Any:
+    """One of the pipeline's tokenizers."""
+    pipeline = open_pipeline(name)
+    home, kind = pipeline.home(piece), _class(pipeline, piece)
+    try:
+        return kind.from_pretrained(home)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"teacher {pipeline.folder}: {piece} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def load_unet(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline's UNet2DConditionModel: eval, frozen."""
-    return _load(name, "unet", dtype)
+    """The UNet2DConditionModel of a StableDiffusionPipeline: eval, frozen."""
+    _expect_sd(name)
+    return load_model(name, "unet", dtype)
+
+
+def vae_piece(name: str) -> str | None:
+    """The piece that turns latents to pixels; None for pipelines that work in pixels."""
+    return next((piece for piece in open_pipeline(name).pieces if piece in ("vae", "vqvae")), None)
 
 
 def load_vae(name: str) -> Any:
-    """The pipeline's AutoencoderKL or AutoencoderTiny: fp32, eval, frozen."""
-    return _load(name, "vae")
+    """The pipeline's autoencoder: fp32, eval, frozen. A pipeline in pixel space has a PixelSpace instead."""
+    piece = vae_piece(name)
+    if piece is None:
+        return PixelSpace(int(skeleton(name, "unet").config.in_channels))
+    return load_model(name, piece)
+
+
+def _expect_sd(name: str) -> None:
+    if (kind := open_pipeline(name).kind) != "StableDiffusionPipeline":
+        raise UserError(f"teacher {name} is a {kind}; students are made of StableDiffusionPipeline teachers")
 
 
 class TextEncoder(nn.Module):
@@ -140,66 +142,10 @@ class TextEncoder(nn.Module):
         return self.forward(self.tokens(prompts))
 
 
-def load_tokenizer(name: str) -> Any:
-    """The pipeline's CLIP tokenizer."""
-    folder = resolve(name)
-    kind, _ = _piece(folder, "tokenizer")
-    try:
-        return kind.from_pretrained(folder / "tokenizer")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"teacher {folder}: tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
-
-
 def load_text_encoder(name: str) -> TextEncoder:
-    """The pipeline's CLIP text encoder with its tokenizer."""
-    return TextEncoder(load_tokenizer(name), _load(name, "text_encoder")).eval().requires_grad_(False)
-
-
-def load_schedule(name: str) -> Schedule:
-    """The noise schedule and sampler conventions in the pipeline's scheduler_config.json, whatever its class.
-
-    Raises UserError for schedulers that are not variance-preserving (flow matching), or clip or threshold
-    x_0.
-    """
-    folder = resolve(name)
-    _, kind = _piece(folder, "scheduler")
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    if "beta_start" not in config and "trained_betas" not in config:
-        raise UserError(
-            f"teacher {folder}: scheduler {kind} has no betas; expected a VP schedule like DDIM's"
-        )
-    for flag in ("clip_sample", "thresholding"):
-        if config.get(flag):
-            raise UserError(
-                f"teacher {folder}: scheduler has {flag}=true, which latent teachers never use; set it false"
-            )
-    from diffusers import DDIMScheduler
-
-    known = {k: v for k, v in config.items() if not k.startswith("_")}
-    ddim = DDIMScheduler.from_config({**known, "clip_sample": False})
-    return Schedule(
-        alphas_cumprod=ddim.alphas_cumprod.double(),
-        prediction=config.get("prediction_type", "epsilon"),
-        spacing=config.get("timestep_spacing", "leading"),
-        steps_offset=int(config.get("steps_offset", 0)),
-        final_alpha_one=bool(config.get("set_alpha_to_one", True)),
-    )
-
-
-def weights_sha256(name: str) -> str:
-    """sha256 over the files that decide what a teacher draws: UNet, text encoder, tokenizer, scheduler,
-    VAE.
-    """
-    folder, total = resolve(name), hashlib.sha256()
-    for piece in sorted(PIECES):
-        for path in sorted((folder / piece).glob("*")):
-            if path.suffix in (".json", ".safetensors", ".txt"):
-                total.update(path.name.encode())
-                with open(path, "rb") as file:
-                    total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    """The CLIP text encoder of a StableDiffusionPipeline, with its tokenizer."""
+    _expect_sd(name)
+    return TextEncoder(load_tokenizer(name), load_model(name, "text_encoder")).eval().requires_grad_(False)
 
 
 def attention_parameters(unet: nn.Module) -> set[str]:

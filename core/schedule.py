@@ -1,7 +1,12 @@
-"""Noise schedules and the algebra of predictions, as plain functions: x_t = alpha_t x_0 + sigma_t eps."""
+"""Noise schedules and the algebra of predictions, as plain functions: x = alpha x_0 + sigma eps.
 
+Two kinds of teacher: variance-preserving over a table of timesteps (`Schedule`), and rectified flow, where
+alpha = 1 - s and sigma = s (`FlowSchedule`).
+"""
+
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +14,26 @@ from torch import Tensor
 from core.errors import SettingError, UserError
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+FlowPrediction = Literal["flow_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
+
+NO_SIGNAL = 1e-6
+"""Below this alpha, x holds no data to speak of: zero terminal SNR, where nothing may be divided by alpha."""
+
+
+class Point(NamedTuple):
+    """One place between noise and data: x = alpha x_0 + sigma eps; `t` is what the network is told there."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+
+class Denoised(NamedTuple):
+    """What a network's output says at one point, fp32 [B, C, h, w] each: x = alpha x0 + sigma epsilon."""
+
+    x0: Tensor
+    epsilon: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +57,80 @@ class Schedule:
         else:
             bar = float(self.alphas_cumprod[timestep])
         return bar**0.5, (1.0 - bar) ** 0.5
+
+    def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
+        """The `steps` points at which a sampler asks the network, and the one after them, where it ends.
+
+        `size` (latent height and width) decides nothing here: it does for flows. Raises SettingError as
+        `timesteps` does.
+        """
+        grid = timesteps(len(self), steps, self.spacing, self.steps_offset)
+        return [Point(t, *self.alpha_sigma(t)) for t in [*grid, -1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicShift:
+    """A flow's shift that follows the picture's size: mu is linear in the number of patches."""
+
+    base_shift: float
+    max_shift: float
+    base_length: int
+    max_length: int
+    kind: Literal["exponential", "linear"]
+    patch_size: int
+
+    def factor(self, size: tuple[int, int]) -> float:
+        """What stands in for `shift` at this latent height and width."""
+        slope = (self.max_shift - self.base_shift) / (self.max_length - self.base_length)
+        patches = (size[0] // self.patch_size) * (size[1] // self.patch_size)
+        mu = self.base_shift + slope * (patches - self.base_length)
+        return math.exp(mu) if self.kind == "exponential" else mu
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSchedule:
+    """Rectified flow (Esser et al. 2024): x_s = (1 - s) x_0 + s eps, v = eps - x_0, s from 1 down to 0.
+
+    The network is told s * `train_steps`. `shift` (eq. 23) moves the steps towards noise; `dynamic` replaces
+    it by one that depends on the latent's size.
+    """
+
+    train_steps: int
+    shift: float
+    spacing: Literal["trailing", "linspace"]
+    dynamic: DynamicShift | None = None
+
+    prediction: FlowPrediction = "flow_prediction"
+    final_alpha_one: bool = True  # a flow ends at data
+
+    def __len__(self) -> int:
+        return self.train_steps
+
+    def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
+        """The `steps` points at which a sampler asks the network, and the end, t = 0. `size`: of the latent.
+
+        linspace is what diffusers' scheduler does with a number of steps: from 1 to the last entry of its
+        table, which is shifted already when it is static, and then shifted. trailing is 1, 1 - 1/n …, shifted
+        once, as pipelines that pass their own sigmas have it. Raises SettingError for impossible steps.
+        """
+        if not 1 <= steps <= self.train_steps:
+            raise SettingError(
+                f"steps is {steps}; expected 1 to {self.train_steps}, the teacher's training steps"
+            )
+        factor = self.shift if self.dynamic is None else self.dynamic.factor(size)
+        if self.spacing == "trailing":
+            grid = [1 - i / steps for i in range(steps)]
+        else:
+            last = 1 / self.train_steps
+            last = last if self.dynamic else shifted(last, factor)
+            grid = [1 - i * (1 - last) / max(steps - 1, 1) for i in range(steps)]
+        sigmas = [*(shifted(s, factor) for s in grid), 0.0]
+        return [Point(s * self.train_steps, 1 - s, s) for s in sigmas]
+
+
+def shifted(s: float, factor: float) -> float:
+    """The shift of Esser et al. 2024, eq. 23: keeps 0 and 1, and moves what is between towards 1."""
+    return factor * s / (1 + (factor - 1) * s)
 
 
 def timesteps(num_train: int, steps: int, spacing: Spacing, offset: int) -> list[int]:
@@ -66,7 +164,7 @@ def predict_x0(output: Tensor, x: Tensor, alpha: float, sigma: float, prediction
         return output
     if prediction == "v_prediction":
         return alpha * x - sigma * output
-    if alpha < 1e-6:
+    if alpha < NO_SIGNAL:
         raise UserError("an epsilon teacher has no x_0 at zero terminal SNR; use a v-prediction teacher")
     return (x - sigma * output) / alpha
 
@@ -79,6 +177,19 @@ def predict_epsilon(output: Tensor, x: Tensor, alpha: float, sigma: float, predi
     if prediction == "v_prediction":
         return alpha * output + sigma * x
     return (x - alpha * output) / sigma
+
+
+def denoised(output: Tensor, x: Tensor, point: Point, prediction: Prediction | FlowPrediction) -> Denoised:
+    """x_0 and epsilon from a network output at `point`, in fp32. Nothing is divided by alpha but an epsilon
+    teacher's x_0, which is a UserError at zero terminal SNR.
+    """
+    if prediction == "flow_prediction":  # x = (1 - s) x_0 + s eps and v = eps - x_0, solved for both
+        output, x = output.float(), x.float()
+        return Denoised(x - point.sigma * output, x + point.alpha * output)
+    return Denoised(
+        predict_x0(output, x, point.alpha, point.sigma, prediction),
+        predict_epsilon(output, x, point.alpha, point.sigma, prediction),
+    )
 
 
 def diffuse(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, timestep: Tensor) -> Tensor:

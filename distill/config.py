@@ -111,6 +111,7 @@ class DistillConfig:
 
 
 _SD15 = TrainConfig(batch_size=2048, images=50_000 * 2048, ema_start_images=4_000 * 2048)
+_TRIAL = TrainConfig(images=64, batch_size=8, ema_start_images=16, report_images=16, checkpoint_images=32)
 _MINIATURE = TrainConfig(
     images=24_000,
     batch_size=64,
@@ -161,6 +162,20 @@ PRESETS: dict[str, dict[str, DistillConfig]] = {
             stage="gan",
             optim=OptimConfig(lr=1e-5),
             train=replace(_SD15, batch_size=1024, images=10_000 * 1024, ema_start_images=4_000 * 1024),
+        ),
+    },
+    # Every command of a run, small enough for a laptop: to see that all is in place before the real one
+    "trial": {
+        "ode": DistillConfig(
+            regression=RegressionConfig(augment="bgo", latent_lpips=1.0),
+            train=_TRIAL,
+        ),
+        "gan": DistillConfig(
+            stage="gan",
+            optim=OptimConfig(lr=1e-5),
+            regression=RegressionConfig(augment="bgo", latent_lpips=1.0),
+            gan=DiscriminatorConfig(r1_interval=4),
+            train=_TRIAL,
         ),
     },
     # Two CPU cores; results: docs/LOG.md

@@ -7,8 +7,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from core import dist
 from core.errors import UserError
-from core.seeds import permuted_batch
-from pairgen.store import PairBatch, PairReader
+from core.shuffle import permuted_batch
+from pairgen.reader import PairReader
+from pairgen.store import PairBatch
 
 
 class PairRows(Dataset[PairBatch | UserError]):
@@ -27,6 +28,9 @@ class PairRows(Dataset[PairBatch | UserError]):
             return error
 
 
+AHEAD = 4096  # rows put in order at a time: a call takes about as long for one as for hundreds
+
+
 class Rows(Sampler[list[int]]):
     """Endless batches of row numbers from image `start` on; each rank takes its slice of every global batch.
 
@@ -38,11 +42,13 @@ class Rows(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         local = self.batch_size // dist.world_size()
+        ahead = self.batch_size * max(1, AHEAD // self.batch_size)
         nimg = self.nimg
         while True:
-            rows = permuted_batch(self.seed, self.size, nimg, self.batch_size)
-            yield rows[dist.rank() * local :][:local]
-            nimg += self.batch_size
+            rows = permuted_batch(self.seed, self.size, nimg, ahead)
+            for first in range(dist.rank() * local, ahead, self.batch_size):
+                yield rows[first : first + local]
+            nimg += ahead
 
 
 def open_pairs(folder: str, teacher_sha256: str) -> PairReader:

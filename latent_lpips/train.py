@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from core.errors import UserError
 from core.progress import Progress, quiet
-from core.seeds import generator, permuted_batch
+from core.seeds import generator
+from core.shuffle import permuted_batch
 from latent_lpips import augment
 from latent_lpips.config import (
     AugmentConfig,

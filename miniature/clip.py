@@ -16,7 +16,8 @@ from core.config import to_json
 from core.errors import SettingError, UserError
 from core.latents import from_uint8
 from core.progress import Progress, quiet
-from core.seeds import generator, permuted_batch
+from core.seeds import generator
+from core.shuffle import permuted_batch
 from eval.features import clip_tokenizer, new_clip, save_clip
 from eval.prompt_score import retrieval_top1
 

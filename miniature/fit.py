@@ -13,7 +13,8 @@ from core import checkpoint, dist
 from core.errors import Interrupted, SettingError
 from core.progress import Progress, quiet
 from core.runlog import RunLog
-from core.seeds import permuted_batch, seed_step
+from core.seeds import seed_step
+from core.shuffle import permuted_batch
 from core.stop import StopFlag
 from distill.ema import EMA
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from core.errors import SettingError
 from core.progress import Progress, quiet
-from core.seeds import generator, permuted_batch
+from core.seeds import generator
+from core.shuffle import permuted_batch
 from miniature.oracle import HEADS, OBJECT_HEADS, SIDES, Oracle, caption_accuracy
 from miniature.render import render
 from miniature.scenes import sample_scene

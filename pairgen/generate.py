@@ -1,25 +1,35 @@
-"""Teacher -> stored (noise, latent, prompt, index): the loop, and the plan printed before it."""
+"""Teacher -> stored (noise, latent, prompt, index): the loop."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from core import dist, pretrained
-from core.errors import Interrupted, SettingError, UserError
+from core.errors import Interrupted, UserError
 from core.progress import Progress, quiet
-from core.schedule import timesteps
-from core.seeds import noise
 from core.stop import StopFlag
+from pairgen.claims import Claims
 from pairgen.config import PairConfig
-from pairgen.layout import StoreSpec, create_store, pending, read_spec, shards_present
-from pairgen.prompts import prompts_sha256, read_prompts
-from pairgen.sample import evaluations
-from pairgen.store import PairReader
-from pairgen.teacher import Teacher, load_teacher
-from pairgen.writer import PairWriter
+from pairgen.job import Job, batched, config_of, open_job
+from pairgen.layout import (
+    StoreSpec,
+    create_store,
+    pending,
+    prompts_path,
+    quarantined_rows,
+    read_spec,
+    shards_present,
+    writing,
+)
+from pairgen.plan import fastest_batch
+from pairgen.reader import PairReader
+from pairgen.writer import PairWriter, Pen
+
+CHECK_BAD_AFTER = 256  # rows; before, a bad prompt or two say nothing about the teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,165 +42,148 @@ class PairSummary:
     shards: int
     seconds: float
     pairs_per_sec: float
+    complete: bool  # no shard is left to be made, here or by another job
+    batch_size: int
+    quarantined: list[int]  # pairs without a finite latent; DIR/quarantine says more
 
 
-def resolve_spec(config: PairConfig, teacher: Teacher, prompts: list[str]) -> StoreSpec:
-    """The store's spec: everything that decides its rows, with the settings left to the teacher filled in."""
-    channels, height, width = teacher.latent_shape
-    if config.latent_size:
-        height = width = config.latent_size
-    return StoreSpec(
-        teacher=config.teacher,
-        teacher_sha256=pretrained.weights_sha256(config.teacher),
-        prompts_sha256=prompts_sha256(prompts),
-        num_pairs=config.num_pairs or len(prompts) * config.per_prompt,
-        num_prompts=len(prompts),
-        per_prompt=config.per_prompt,
-        solver=config.solver,
-        steps=config.steps,
-        spacing=teacher.schedule.spacing,
-        final_alpha_one=teacher.schedule.final_alpha_one,
-        guidance=config.guidance,
-        seed=config.seed,
-        dtype=config.dtype,
-        latent_shape=(channels, height, width),
-        latent_space=teacher.space,
-        noise=config.noise,
-        shard_size=config.shard_size,
-    )
+class Tally:
+    """Rows made and rows without a finite latent, counted where they are written."""
+
+    def __init__(self, max_bad: float) -> None:
+        self.made, self.bad, self.max_bad = 0, 0, max_bad
+
+    def append(
+        self, writer: PairWriter, noise: Tensor, latents: Tensor, prompts: list[str], index: list[int]
+    ) -> None:
+        before = len(writer.quarantined)
+        writer.append(noise, latents, prompts, index)
+        self.made += len(index)
+        self.bad += len(writer.quarantined) - before
+        if self.made >= CHECK_BAD_AFTER and self.bad > self.max_bad * self.made:
+            last = list(writer.quarantined.values())[-1]
+            raise FloatingPointError(
+                f"{self.bad} of {self.made} latents are not finite, the last that of pair {last['index']} "
+                f"({last['prompt']!r}); max_bad is {self.max_bad}: try another precision, or raise max_bad"
+            )
 
 
-def open_job(config: PairConfig, device: torch.device | str = "cpu") -> tuple[Teacher, list[str], StoreSpec]:
-    """Load what a job needs, and check it, before anything is written."""
-    for name in ("teacher", "prompts"):
-        if not getattr(config, name):
-            raise SettingError(f"{name} is not set; give --{name}")
-    prompts = read_prompts(Path(config.prompts))
-    teacher = load_teacher(config.teacher, device, config.precision, config.spacing, config.final_alpha)
-    schedule = (
-        teacher.schedule
-    )  # its timesteps are checked here too: a spec of impossible steps is never stored
-    timesteps(len(schedule), config.steps, schedule.spacing, schedule.steps_offset)
-    return teacher, prompts, resolve_spec(config, teacher, prompts)
+def generate_pairs(
+    config: PairConfig, out: Path, progress: Progress = quiet, retry: bool = False
+) -> PairSummary:
+    """Make every row that the store does not hold yet. Run again to resume; run it elsewhere too, on the same
+    folder, to share the work: shards are claimed one by one (`pairgen.claims`).
 
-
-def make_rows(
-    teacher: Teacher, spec: StoreSpec, prompts: list[str], indices: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Rows `indices` of the store: noise and latent fp32 [B, C, h, w], and their prompts.
-
-    The noise is rounded to the stored type before the teacher sees it, so that the file holds what it was
-    given.
-    """
-    texts = [prompts[spec.prompt_of(index)] for index in indices]
-    drawn = noise(spec.seed, indices, spec.latent_shape, spec.torch_dtype).float()
-    latents = teacher.sample(drawn, texts, spec.steps, spec.guidance, spec.solver)  # type: ignore[arg-type]
-    return drawn, latents.cpu(), texts
-
-
-def generate_pairs(config: PairConfig, out: Path, progress: Progress = quiet) -> PairSummary:
-    """Make every row that the store does not hold yet, each rank its own shards. Run again to resume.
-
-    Raises UserError for bad input or a folder of another spec, Interrupted on Ctrl-C with all finished rows
-    safe, FloatingPointError when the teacher's latents are not finite.
+    `retry`: also make quarantined rows again. Raises UserError for bad input or a folder of another spec,
+    Interrupted on Ctrl-C with all finished rows safe, FloatingPointError when too many latents are not
+    finite.
     """
     started = time.monotonic()
-    device = dist.init()
-    teacher, prompts, spec = open_job(config, device)
-    if dist.rank() == 0:
-        create_store(out, spec)
-    dist.barrier()
-    todo = pending(out, spec)
-    before = spec.num_pairs - sum(map(len, todo))
-    dist.barrier()  # every rank has listed the work before one adds to the folder
-    mine = todo[dist.rank() :: dist.world_size()]
-    made, recovered, total = 0, 0, sum(map(len, mine))
-    with StopFlag() as stop:
-        for rows in mine:
-            with PairWriter(out, spec, rows[0] // spec.shard_size) as writer:
-                missing = writer.missing
-                recovered += len(rows) - len(missing)
-                made += len(rows) - len(missing)
-                for start in range(0, len(missing), config.batch_size):
-                    indices = missing[start : start + config.batch_size]
-                    drawn, latents, texts = make_rows(teacher, spec, prompts, indices)
-                    writer.append(drawn, latents, texts, torch.tensor(indices))
-                    made += len(indices)
-                    progress("pairs", made, total)
-                    if stop:
-                        break
-                if not writer.missing:
-                    writer.commit()
+    device = dist.init(patient=True)
+    job = open_store(config, Path(out), device)
+    spec, folder, tally = job.spec, Path(out), Tally(config.max_bad)
+    batch_size = config.batch_size or fastest_batch(job)
+    offload = config.text_cache > 0 and device.type != "cpu"
+    again = sorted(quarantined_rows(folder, spec))[dist.rank() :: dist.world_size()] if retry else []
+    handed: set[int] = set()  # shards that the pen is about to commit
+    with StopFlag() as stop, Claims(folder, config.patience) as claims, Pen() as pen:
+        while (shard := next_shard(claims, folder, spec, again, stop)) is not None:
+            writer = PairWriter(folder, spec, shard, retry=shard in again)
+            again = [other for other in again if other != shard]
+            whole = pairs_present(folder, spec, handed)
+            try:
+                todo = writer.open()
+                for chunk in batched(todo, max(config.text_cache, batch_size)):
+                    encoded = job.encode(chunk, offload)
+                    for indices in batched(chunk, batch_size):
+                        if stop or claims.lost(shard):
+                            break
+                        pen.put(tally.append, writer, *job.rows(indices, encoded), indices)
+                        progress("pairs", whole + indices[-1] - spec.rows(shard)[0] + 1, spec.num_pairs)
+            finally:
+                pen.put(writer.flush)  # whatever happened, what was made reaches the disk
             if stop:
+                pen.finish()
+                safe = pairs_present(folder, spec) + len(spec.rows(shard)) - len(writer.missing)
                 raise Interrupted(
-                    f"stopped; {before + made} of {spec.num_pairs} pairs are safe in {out}; "
+                    f"stopped; {safe} of {spec.num_pairs} pairs are safe in {out}; "
                     "run the same command again to make the rest"
                 )
-    seconds = time.monotonic() - started
-    new = round(dist.mean({"new": float(made - recovered)})["new"] * dist.world_size())  # waits for all ranks
-    pairs = len(PairReader(out))
+            if not claims.lost(shard):  # else this job was asleep, and another makes it
+                pen.put(commit, writer, claims, shard)
+                handed.add(shard)
+        pen.finish()
+    if stop:
+        raise Interrupted(
+            f"stopped; {pairs_present(folder, spec)} of {spec.num_pairs} pairs are safe in {out}"
+        )
+    totals = dist.mean({"made": float(tally.made - tally.bad)})  # waits for all ranks
+    new, seconds = round(totals["made"] * dist.world_size()), time.monotonic() - started
     return PairSummary(
         out=str(out),
-        pairs=pairs,
+        pairs=pairs_present(folder, spec),
         new_pairs=new,
-        shards=len(shards_present(out, spec)),
+        shards=len(shards_present(folder, spec)),
         seconds=seconds,
         pairs_per_sec=new / seconds,
+        complete=not pending(folder, spec),
+        batch_size=batch_size,
+        quarantined=[row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows],
     )
 
 
-def regenerate(folder: Path, prompts: Path, progress: Progress = quiet) -> int:
-    """Make the rows that a store lacks, with the settings in its own spec; returns how many were made.
+def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
+    """Rank 0 resolves the config and makes the store; the others take its spec and its prompts."""
+    if dist.rank() == 0:
+        job = open_job(config, device, folder)
+        create_store(folder, job.spec)
+        if not prompts_path(folder).exists():
+            with writing(folder, "nothing was lost"):
+                job.prompts.save(prompts_path(folder))
+    dist.barrier()
+    return job if dist.rank() == 0 else open_job(config, device, folder, read_spec(folder))
 
-    Raises UserError when teacher or prompts are not those the store was made with.
+
+def next_shard(claims: Claims, folder: Path, spec: StoreSpec, again: list[int], stop: StopFlag) -> int | None:
+    """Claim a shard that is not whole, or one of `again`; None when only what living jobs make is left.
+
+    A claim of which it is not known yet whether its job lives is waited for: its shard may be ours to finish.
     """
-    spec = read_spec(folder)
-    config = PairConfig(
-        teacher=spec.teacher,
-        prompts=str(prompts),
-        num_pairs=spec.num_pairs,
-        per_prompt=spec.per_prompt,
-        solver=spec.solver,  # type: ignore[arg-type]  # a spec's words were a config's once
-        steps=spec.steps,
-        spacing=spec.spacing,  # type: ignore[arg-type]
-        final_alpha="one" if spec.final_alpha_one else "teacher",
-        guidance=spec.guidance,
-        seed=spec.seed,
-        dtype=spec.dtype,
-        noise=spec.noise,
-        shard_size=spec.shard_size,
-        latent_size=spec.latent_shape[1],
-    )
-    return generate_pairs(config, folder, progress).new_pairs
+    while not stop:
+        left = [*again, *(rows[0] // spec.shard_size for rows in pending(folder, spec))]
+        shard = claims.take(left)
+        if shard is None:
+            if not claims.undecided(left):
+                return None
+            time.sleep(min(1.0, claims.patience / 8))
+        elif shard in again or shard not in shards_present(folder, spec):
+            return shard
+        else:
+            claims.release(shard)  # another job finished it between the listing and the claim
+    return None
 
 
-def plan_pairs(config: PairConfig, batches: int = 2) -> dict[str, Any]:
-    """Time a few batches here and extrapolate: GPU-hours, GiB and shards, before anything is spent."""
-    device = dist.init()
-    teacher, prompts, spec = open_job(config, device)
-    make_rows(teacher, spec, prompts, list(range(config.batch_size)))  # warm-up
-    started = time.monotonic()
-    for batch in range(batches):
-        first = batch * config.batch_size
-        make_rows(teacher, spec, prompts, list(range(first, first + config.batch_size)))
-    seconds = (time.monotonic() - started) / (batches * config.batch_size)
-    channels, height, width = spec.latent_shape
-    gib = spec.num_pairs * channels * height * width * spec.torch_dtype.itemsize / 2**30
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
-    return {
-        "pairs": spec.num_pairs,
-        "gib": gib,
-        "gib_with_noise": 2 * gib,
-        "shards": spec.num_shards,
-        "evaluations_per_pair": evaluations(spec.steps, config.solver, spec.guidance),
-        "seconds_per_pair": seconds,
-        "gpu_hours": seconds * spec.num_pairs / 3600,
-        "measured_on": name,
-    }
+def commit(writer: PairWriter, claims: Claims, shard: int) -> None:
+    """Bring a finished shard under its name, then let go of it."""
+    writer.commit()
+    claims.release(shard)
+
+
+def pairs_present(folder: Path, spec: StoreSpec, also: Collection[int] = ()) -> int:
+    """Rows in whole shards, and in the shards `also`."""
+    present = {*shards_present(folder, spec), *also}
+    aside = sum(len(rows) for shard, rows in quarantined_rows(folder, spec).items() if shard in present)
+    return sum(len(spec.rows(shard)) for shard in present) - aside
+
+
+def regenerate(folder: Path, prompts: Path | None = None, progress: Progress = quiet) -> int:
+    """Make the rows that a store lacks, quarantined ones too, with the settings in its own spec.
+
+    `prompts`: a file, for a store that does not hold its own. Returns how many were made. Raises UserError
+    when teacher or prompts are not those the store was made with.
+    """
+    config = config_of(read_spec(folder), prompts=str(prompts or ""))
+    return generate_pairs(config, folder, progress, retry=True).new_pairs
 
 
 def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> float:
@@ -207,9 +200,11 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
             f"teacher {name} has sha256 {found[:12]}, {folder} was made with {spec.teacher_sha256[:12]}; "
             "give --teacher the folder it was made with"
         )
-    teacher = load_teacher(name, dist.init(), spacing=spec.spacing)  # type: ignore[arg-type]
-    teacher = replace(teacher, schedule=replace(teacher.schedule, final_alpha_one=spec.final_alpha_one))
-    rows = sorted({round(i * (len(reader) - 1) / max(1, count - 1)) for i in range(count)})
-    batch = reader.read(rows)
-    latents = teacher.sample(batch.noise, batch.prompts, spec.steps, spec.guidance, spec.solver)  # type: ignore[arg-type]
-    return float((latents.cpu() - batch.latent).abs().max())
+    job = open_job(config_of(spec, teacher=name), dist.init(), folder, spec)
+    positions = sorted({round(i * (len(reader) - 1) / max(1, count - 1)) for i in range(count)})
+    worst = 0.0
+    for batch in batched(positions, job.spec.shard_size):
+        rows = reader.read(batch)
+        _, latents, _ = job.rows(rows.index.tolist())
+        worst = max(worst, float((latents.cpu() - rows.latent).abs().max()))
+    return worst

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,13 +36,13 @@ class StoreSpec:
     num_pairs: int
     num_prompts: int
     per_prompt: int = 1
-    solver: str
+    solver: Literal["ddim", "heun", "euler"]
     steps: int
-    spacing: str
+    spacing: Literal["leading", "trailing", "linspace"]
     final_alpha_one: bool
     guidance: float
     guidance_rescale: float = 0.0
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int
     dtype: Literal["float16", "float32"] = "float16"
     latent_shape: tuple[int, int, int]
@@ -96,8 +96,18 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def shards_present(folder: Path, spec: StoreSpec) -> list[int]:
     """Numbers of the shards that stand under their names. Those are whole: they were renamed into place."""
-    found = (re.fullmatch(r"pairs-(\d{5,})\.h5", p.name) for p in (Path(folder) / "shards").glob("*.h5"))
+    return named_shards(spec, (path.name for path in (Path(folder) / "shards").glob("*.h5")))
+
+
+def named_shards(spec: StoreSpec, names: Iterable[str]) -> list[int]:
+    """Numbers of the shards among file names, sorted."""
+    found = (re.fullmatch(r"pairs-(\d{5,})\.h5", name) for name in names)
     return sorted(int(m[1]) for m in found if m and int(m[1]) < spec.num_shards)
+
+
+def prompts_path(folder: Path) -> Path:
+    """The store's own copy of its prompt list."""
+    return Path(folder) / "prompts.jsonl"
 
 
 def quarantine_path(folder: Path, shard: int) -> Path:
@@ -105,20 +115,39 @@ def quarantine_path(folder: Path, shard: int) -> Path:
     return Path(folder) / "quarantine" / f"pairs-{shard:05d}.rows.json"
 
 
+def encode_record(shard: int, rows: Sequence[dict[str, Any]]) -> bytes:
+    """A quarantine record of rows {"index", "prompt", "reason"}."""
+    content = {"shard": f"pairs-{shard:05d}.h5", "sha256": digest(rows), "rows": rows}
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def read_record(folder: Path, shard: int) -> list[dict[str, Any]]:
+    """The rows of a shard's quarantine record. Raises UserError for one that is not as it was written."""
+    path = quarantine_path(folder, shard)
+    try:
+        data = path.read_bytes()
+        rows: list[dict[str, Any]] = json.loads(data)["rows"]
+        if data != encode_record(shard, rows):
+            raise ValueError("its sha256 does not match its rows")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); run `d2g pairs repair {folder}`") from error
+    return rows
+
+
+def records_present(folder: Path) -> list[int]:
+    """Numbers of the shards that have a quarantine record."""
+    names = (p.name for p in (Path(folder) / "quarantine").glob("*.rows.json"))
+    return sorted(
+        int(m[1]) for m in (re.fullmatch(r"pairs-(\d{5,})\.rows\.json", name) for name in names) if m
+    )
+
+
 def quarantined_rows(folder: Path, spec: StoreSpec) -> dict[int, list[dict[str, Any]]]:
     """Shard number -> the rows set aside there: {"index", "prompt", "reason"}, in order of index.
 
-    Raises UserError for a record that cannot be read; the shard's own header holds the indices too.
+    Raises UserError for a damaged record; the shard's own header holds the indices too.
     """
-    found: dict[int, list[dict[str, Any]]] = {}
-    for path in sorted((Path(folder) / "quarantine").glob("pairs-*.rows.json")):
-        shard = int(path.name.removeprefix("pairs-").split(".")[0])
-        try:
-            rows = json.loads(path.read_bytes())["rows"]
-            found[shard] = sorted(rows, key=lambda row: int(row["index"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); run `d2g pairs repair {folder}`") from error
-    return found
+    return {shard: read_record(folder, shard) for shard in records_present(folder) if shard < spec.num_shards}
 
 
 def pending(folder: Path, spec: StoreSpec) -> list[range]:
@@ -150,22 +179,28 @@ def read_spec(folder: Path) -> StoreSpec:
     """The spec in DIR/store.json. Raises UserError when it is missing, damaged or of a newer schema."""
     path = Path(folder) / "store.json"
     try:
-        content = json.loads(path.read_bytes())
-        if (found := content["schema"]) != SCHEMA:
-            todo = "upgrade" if found > SCHEMA else "read it with the version that made it, or make it again"
-            raise UserError(f"{path}: pair schema {found}, this version reads schema {SCHEMA}; {todo}")
-        spec = from_json(StoreSpec, content["spec"])
-        if spec.sha256 != content["sha256"]:
-            raise ValueError("its sha256 does not match its spec")
+        return parse_spec(path.read_bytes(), str(path))
     except OSError as error:
         text = f"{folder} is no pair store: cannot read {path} ({error.strerror})"
         raise UserError(f"{text}; make one with `d2g pairs generate`") from error
+
+
+def parse_spec(content: bytes, name: str) -> StoreSpec:
+    """The spec in the bytes of a store.json called `name`. Raises UserError."""
+    try:
+        facts = json.loads(content)
+        if (found := facts["schema"]) != SCHEMA:
+            todo = "upgrade" if found > SCHEMA else "read it with the version that made it, or make it again"
+            raise UserError(f"{name}: pair schema {found}, this version reads schema {SCHEMA}; {todo}")
+        spec = from_json(StoreSpec, facts["spec"])
+        if spec.sha256 != facts["sha256"]:
+            raise ValueError("its sha256 does not match its spec")
     except (ValueError, KeyError, TypeError, AttributeError, SettingError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it from the run that made it") from error
+        raise UserError(f"{name} is damaged ({error}); restore it from the run that made it") from error
     return spec
 
 
-def refuse_other(folder: Path, found: StoreSpec, expected: StoreSpec) -> None:
+def refuse_other(folder: Path | str, found: StoreSpec, expected: StoreSpec) -> None:
     if names := differing(found.as_json(), expected.as_json()):
         text = f"{folder} holds pairs of another spec; differing: {', '.join(names)}"
         raise UserError(f"{text}; choose another folder, or the settings this one was made with")
@@ -198,7 +233,12 @@ def publish(data: bytes | memoryview, path: Path, scratch: Path) -> None:
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

@@ -1,35 +1,132 @@
-"""Prompt files of every usual kind -> a clean list of different prompts in file order."""
+"""Prompt lists of any length: clean, each prompt once, in file order, one buffer instead of many strings."""
 
-import csv
-import io
+import difflib
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+import mmap
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from operator import index as as_integer
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from core.config import digest
+import numpy as np
+from numpy.typing import NDArray
+
 from core.errors import UserError
+from pairgen.layout import publish, writing
+from pairgen.prompt_files import cells
 
-COLUMNS = ("prompt", "Prompt", "caption")
-BOM = b"\xef\xbb\xbf"
+NEWLINE, QUOTE = 10, 34
+SCAN = 1 << 24  # bytes of a saved list looked at together
+KEY = 16  # bytes of a prompt's hash: among 12M prompts, two of one hash are expected once in 10^24 files
+COMPACTED = 1 << 16  # prompts moved together
+RESTORE = "restore it from the job's prompt file"
+
+encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def read_prompts(path: Path) -> list[str]:
+class PromptList(Sequence[str]):
+    """Prompts by position, held as JSON lines: one JSON string a line, UTF-8, as in a store's prompts.jsonl.
+
+    An `open`ed list is a memory map of its file, which processes of one machine share; beside it stand
+    8 bytes a prompt. Slices of step 1 share the buffer. Equal to any sequence of the same strings.
+    """
+
+    def __init__(self, lines: bytes | bytearray | mmap.mmap | memoryview, ends: NDArray[np.int64]) -> None:
+        """`lines`: the buffer; line i is lines[ends[i] : ends[i + 1]], so that there is one end more."""
+        self._lines, self._ends = memoryview(lines), ends
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "PromptList":
+        """These strings as they are, in their order, repeats and all."""
+        lines, ends, _ = _gathered(texts)
+        return cls(lines, _as_numbers(ends))
+
+    @classmethod
+    def open(cls, path: Path) -> "PromptList":
+        """A saved list, memory-mapped. Raises UserError for a file that is missing or no such list."""
+        try:
+            with Path(path).open("rb") as file:
+                lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            reason = getattr(error, "strerror", None) or "it is empty"
+            raise UserError(f"cannot read prompts from {path}: {reason}; {RESTORE}") from error
+        values = np.frombuffer(lines, np.uint8)
+        blocks = (
+            np.flatnonzero(values[at : at + SCAN] == NEWLINE) + at + 1 for at in range(0, len(values), SCAN)
+        )
+        ends = np.concatenate([np.zeros(1, np.int64), *blocks])
+        starts, stops = ends[:-1], ends[1:]
+        quoted = stops - starts >= 3
+        if ends[-1] != len(values) or not quoted.all() or (values[[starts, stops - 2]] != QUOTE).any():
+            raise _damaged(path)
+        return cls(lines, ends)
+
+    def save(self, path: Path) -> None:
+        """Write the list for `open`: whole or not there. Raises UserError when the disk refuses."""
+        path = Path(path)
+        scratch = path.parent / "partial"
+        with writing(path.parent, "no prompt list was written"):
+            publish(self.buffer, path, scratch if scratch.is_dir() else path.parent)
+
+    @property
+    def buffer(self) -> memoryview:
+        """The JSON lines of these prompts: what `save` writes and `prompts_sha256` digests."""
+        return self._lines[int(self._ends[0]) : int(self._ends[-1])]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, item: int) -> str: ...
+    @overload
+    def __getitem__(self, item: slice) -> "PromptList": ...
+    def __getitem__(self, item: int | slice) -> "str | PromptList":
+        if isinstance(item, slice):
+            start, stop, step = item.indices(len(self))
+            if step != 1:
+                return PromptList.of(self[i] for i in range(start, stop, step))
+            return PromptList(self._lines, self._ends[start : max(start, stop) + 1])
+        number = as_integer(item)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"prompt {number} of {len(self)}")
+        number %= len(self)
+        return _decoded(self._lines[int(self._ends[number]) : int(self._ends[number + 1])])
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), COMPACTED):
+            ends = self._ends[start : start + COMPACTED + 1].tolist()
+            yield from (_decoded(self._lines[a:b]) for a, b in pairwise(ends))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, PromptList):
+            return bool(len(self) == len(other) and self.buffer == other.buffer)
+        if not isinstance(other, Sequence) or isinstance(other, str | bytes):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self[:3]))
+        return f"PromptList of {len(self)}: {shown}{', ...' if len(self) > 3 else ''}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PromptList, (bytes(self.buffer), self._ends - self._ends[0])
+
+
+def read_prompts(path: Path) -> PromptList:
     """The prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
 
-    Stripped; blank lines dropped; exact duplicates dropped, the first stays. A prompt's position in the list
-    is its id. Raises UserError for a file that is missing, empty, not UTF-8, without a prompt column, damaged
-    or of another kind.
+    Stripped; blank ones dropped; exact duplicates dropped, the first stays. A prompt's position in the list
+    is its id. 12M prompts of 60 bytes end as 0.9 GB. Raises UserError for a file that is missing, empty, not
+    UTF-8, without a prompt column, damaged or of another kind.
     """
     path = Path(path)
-    if path.suffix.lower() not in READERS:
-        known = " ".join(READERS)
-        raise UserError(
-            f"{path}: prompt files end in {known}, got {path.suffix!r}; convert it to one of these"
-        )
     try:
-        texts = READERS[path.suffix.lower()](path)
-        prompts = list(dict.fromkeys(text for text in (_clean(path, text) for text in texts) if text))
+        prompts = distinct(text for text in (_clean(path, cell) for cell in cells(path)) if text)
     except OSError as error:
         raise UserError(
             f"cannot read prompts from {path}: {error.strerror or error}; check --prompts"
@@ -39,123 +136,135 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def prompts_sha256(prompts: list[str]) -> str:
-    """sha256 of the list's compact JSON: equal when the same prompts stand in the same order."""
-    return digest(prompts)
+def distinct(texts: Iterable[str]) -> PromptList:
+    """These strings in their order, each once: the first stays."""
+    lines, ends, keys = _gathered(texts, lambda line: hashlib.blake2b(line, digest_size=KEY).digest())
+    numbers = _as_numbers(ends)
+    first = _first_seen(np.frombuffer(keys, np.uint64).reshape(-1, 2))
+    if not first.all():
+        numbers = _compact(lines, numbers, first)
+    return PromptList(lines, numbers)
 
 
-def _clean(path: Path, text: Any) -> str:
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise UserError(f"{path}: prompts must be text, got {str(text)[:40]!r} ({type(text).__name__})")
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(
-            f"{path}: prompt {text[:40]!r} holds a NUL or half a surrogate pair; mend or remove it"
+def label_list(num_labels: int) -> PromptList:
+    """The prompts of a class-conditional job without a prompt file: all class numbers in decimal."""
+    return PromptList.of(map(str, range(num_labels)))
+
+
+def check_labels(
+    prompts: Sequence[str], num_labels: int, names: Mapping[str, int] | None = None
+) -> PromptList:
+    """A class-conditional job's prompts as class numbers in decimal, each once.
+
+    A prompt is a number from 0 to `num_labels` - 1 or one of the teacher's class `names` (name -> number).
+    Raises UserError that counts and names the others.
+    """
+    names = names or {}
+    numbers = [_label(text, num_labels, names) for text in prompts]
+    wrong = [i for i, number in enumerate(numbers) if number is None]
+    if wrong:
+        shown = ", ".join(f"prompt {i} {prompts[i][:40]!r}" for i in wrong[:3]) + (
+            ", ..." if wrong[3:] else ""
         )
-    return text.strip()
+        close = difflib.get_close_matches(prompts[wrong[0]], names, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        expected = f"a number from 0 to {num_labels - 1}" + (" or a class name" if names else "")
+        raise UserError(
+            f"{len(wrong)} of {len(prompts)} prompts are no class of the teacher: {shown}; "
+            f"expected {expected}{hint}"
+        )
+    return distinct(map(str, numbers))
 
 
-def _decode(path: Path) -> str:
-    data = path.read_bytes()
+def _label(text: str, num_labels: int, names: Mapping[str, int]) -> int | None:
+    if text in names:
+        return names[text]
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else num_labels
+    return number if number < num_labels else None
+
+
+def prompts_sha256(prompts: Iterable[str]) -> str:
+    """sha256 of the list's JSON lines (docs/pair-format.md): equal for the same prompts in the same order."""
+    if isinstance(prompts, PromptList):
+        return hashlib.sha256(prompts.buffer).hexdigest()
+    total = hashlib.sha256()
+    for prompt in prompts:
+        total.update(encode(prompt).encode() + b"\n")
+    return total.hexdigest()
+
+
+def _clean(path: Path, cell: Any) -> str:
+    if cell is None:
+        return ""
+    if not isinstance(cell, str):
+        raise UserError(f"{path}: prompts must be text, got {str(cell)[:40]!r} ({type(cell).__name__})")
     try:
-        return data.removeprefix(BOM).decode()
-    except UnicodeDecodeError as error:
-        offset = error.start + (len(BOM) if data.startswith(BOM) else 0)
-        line = data.count(b"\n", 0, offset) + 1
-        where = f"line {line}, byte offset {offset} (0x{data[offset]:02x})"
-        raise UserError(f"{path} is not UTF-8: {where}; convert it, for example with iconv") from error
+        cell.encode()
+        whole = "\0" not in cell
+    except UnicodeEncodeError:
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{path}: prompt {cell[:40]!r} holds a NUL or half a surrogate pair; mend or remove it"
+        )
+    return cell.strip()
 
 
-def _txt(path: Path) -> list[str]:
-    return _decode(path).split("\n")  # splitlines() would also split at form feeds and U+2028
+def _gathered(
+    texts: Iterable[str], key: Callable[[bytes], bytes] | None = None
+) -> tuple[bytearray, "array[int]", bytearray]:
+    """JSON lines of `texts`, where each ends (with a 0 in front), and the keys of all, one after another."""
+    lines, ends, keys = bytearray(), array("q", [0]), bytearray()
+    for text in texts:
+        line = encode(text).encode() + b"\n"
+        lines += line
+        ends.append(len(lines))
+        if key is not None:
+            keys += key(line)
+    return lines, ends, keys
 
 
-def _jsonl(path: Path) -> Iterable[Any]:
-    for number, line in enumerate(_decode(path).split("\n"), 1):
-        if line.strip():
-            row = _json(path, line, f"line {number}")
-            if not isinstance(row, dict) or "prompt" not in row:
-                found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-                raise UserError(
-                    f'{path} line {number}: expected {{"prompt": "..."}}, found {found or "no keys"}'
-                )
-            yield row["prompt"]
+def _as_numbers(ends: "array[int]") -> NDArray[np.int64]:
+    return np.frombuffer(ends, np.int64)
 
 
-def _coco(path: Path) -> Iterable[Any]:
-    content = _json(path, _decode(path), "the file")
+def _first_seen(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of the keys [n, 2] stand in no earlier row."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in order
+    again = np.ones(max(0, len(keys) - 1), np.bool_)
+    for half in (0, 1):
+        column = keys[:, half][order]
+        again &= column[1:] == column[:-1]
+    first = np.ones(len(keys), np.bool_)
+    first[order[1:][again]] = False
+    return first
+
+
+def _compact(lines: bytearray, ends: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Move the lines to keep to the front of the buffer, cut it there, and return their ends."""
+    lengths, stop = np.diff(ends), 0
+    values = np.frombuffer(lines, np.uint8)
+    for start in range(0, len(keep), COMPACTED):
+        rows = slice(start, start + COMPACTED)
+        block = values[ends[start] : ends[min(start + COMPACTED, len(keep))]]
+        kept = block[np.repeat(keep[rows], lengths[rows])]
+        values[stop : stop + len(kept)] = kept
+        stop += len(kept)
+    del values, block
+    del lines[stop:]
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[keep])])
+
+
+def _decoded(line: memoryview) -> str:
+    data = bytes(line)
     try:
-        return [annotation["caption"] for annotation in content["annotations"]]
-    except (KeyError, TypeError) as error:
-        found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
-        expected = 'COCO captions, {"annotations": [{"caption": "..."}]}'
-        raise UserError(f"{path}: expected {expected}, found {found}; use .jsonl for other JSON") from error
+        if b"\\" not in data:
+            return data[1:-2].decode()
+        text: str = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"a prompt list holds {data[:40]!r}, which is no JSON string; restore it") from error
+    return text
 
 
-def _json(path: Path, text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: {what} is not JSON ({error}); mend or remove it") from error
-
-
-def _csv(path: Path) -> Iterable[Any]:
-    rows = csv.DictReader(io.StringIO(_decode(path), newline=""))
-    try:
-        column = _column(path, rows.fieldnames or [])
-        return [row[column] for row in rows]
-    except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num}: {error}; mend the file") from error
-
-
-def _tsv(path: Path) -> Iterable[str]:
-    """Cells are taken as they are, as PartiPrompts.tsv has prompts that begin with a bare quotation mark;
-    only a cell quoted from end to end, as pandas writes them, is unquoted."""
-    rows = [line.rstrip("\r").split("\t") for line in _decode(path).split("\n")]
-    column = rows[0].index(_column(path, rows[0]))
-    for number, cells in enumerate(rows[1:], 2):
-        if any(cells):
-            if len(cells) <= column:
-                text = f"{path} line {number} has {len(cells)} cells, expected {len(rows[0])}"
-                raise UserError(f"{text}; remove line breaks inside cells, or use .csv")
-            yield _unquoted(cells[column])
-
-
-def _unquoted(cell: str) -> str:
-    inner = cell[1:-1].replace('""', "")
-    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner
-    return cell[1:-1].replace('""', '"') if quoted else cell
-
-
-def _parquet(path: Path) -> Iterable[Any]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
-
-    try:
-        file = parquet.ParquetFile(path)
-        column = _column(path, file.schema_arrow.names)
-        return list(file.read(columns=[column]).column(column).to_pylist())
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no readable parquet file ({error}); check --prompts") from error
-
-
-def _column(path: Path, found: Iterable[str]) -> str:
-    names = list(found)
-    for column in COLUMNS:
-        if column in names:
-            return column
-    expected = ", ".join(COLUMNS)
-    raise UserError(
-        f"{path}: expected a column named {expected}; found {', '.join(names) or 'none'}; rename one"
-    )
-
-
-READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
-    ".txt": _txt,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".json": _coco,
-    ".parquet": _parquet,
-}
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: expected one JSON string a line; {RESTORE}")

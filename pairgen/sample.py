@@ -1,63 +1,114 @@
 """Deterministic solvers of the probability-flow ODE as plain functions over a callable denoiser."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
-from core.schedule import Schedule, Spacing, timesteps
+from core.schedule import Denoised, FlowSchedule, Point, Schedule
 
-Denoise = Callable[[Tensor, int], Tensor]
-"""`denoise(x_t, t)`: noisy scaled latents [B, C, h, w] and an integer timestep -> predicted epsilon, fp32."""
+Denoise = Callable[[Tensor, Point], Denoised]
+"""`denoise(x, point)`: noisy scaled latents [B, C, h, w] at a point -> predicted x_0 and epsilon, fp32."""
 
-Solver = Literal["ddim", "heun"]
+Solver = Literal["ddim", "heun", "euler"]
+
+UNBOUNDED = 1e3
+"""A schedule whose sigma / alpha ends beyond this has zero terminal SNR, give or take rounding."""
 
 
-def ddim_step(x: Tensor, epsilon: Tensor, now: tuple[float, float], after: tuple[float, float]) -> Tensor:
-    """DDIM with eta = 0 (Song et al. 2021, eq. 12): x_s = alpha_s x0_hat + sigma_s eps. `now`, `after`:
-    (alpha, sigma).
+def ddim_step(found: Denoised, after: Point) -> Tensor:
+    """DDIM with eta = 0 (Song et al. 2021, eq. 12): x_s = alpha_s x0_hat + sigma_s eps."""
+    return after.alpha * found.x0 + after.sigma * found.epsilon
+
+
+def euler_step(x: Tensor, velocity: Tensor, now: Point, after: Point) -> Tensor:
+    """Euler on a flow's dx/ds = v (Liu et al. 2023, eq. 1), s being sigma."""
+    return x + (after.sigma - now.sigma) * velocity
+
+
+def heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
+    """Heun's second-order step in sigma space (EDM Algorithm 1 without churn) for a VP teacher.
+
+    In x / alpha over sigma / alpha the ODE is d(x / alpha) / d(sigma / alpha) = eps; DDIM is its Euler step.
     """
-    x0 = (x - now[1] * epsilon) / now[0]
-    return after[0] * x0 + after[1] * epsilon
+    first = denoise(x, now)
+    second = denoise(ddim_step(first, after), after)
+    epsilon = (first.epsilon + second.epsilon) / 2
+    run = after.sigma / after.alpha - now.sigma / now.alpha
+    return after.alpha * (x / now.alpha + run * epsilon)
 
 
-def heun_step(
-    denoise: Denoise, x: Tensor, t: int, t_next: int, now: tuple[float, float], after: tuple[float, float]
-) -> Tensor:
-    """Heun's second-order step (EDM Algorithm 1 without churn) for a VP teacher.
+def heun_step_at_noise(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
+    """The same ODE read as d(x / sigma) / d(alpha / sigma) = x_0: what Heun needs near zero terminal SNR.
 
-    In x/alpha over sigma/alpha the ODE is d(x/alpha)/d(sigma/alpha) = eps, and DDIM is its Euler step. A last
-    step (`t_next` < 0) has no network at its end and stays Euler, as in EDM.
+    There sigma / alpha is infinite at first and then halves in one step, however many steps there are, so
+    that sigma space would be of first order only.
     """
-    first = denoise(x, t)
-    euler = ddim_step(x, first, now, after)
-    if t_next < 0:
-        return euler
-    return ddim_step(x, (first + denoise(euler, t_next)) / 2, now, after)
+    first = denoise(x, now)
+    second = denoise(ddim_step(first, after), after)
+    x0 = (first.x0 + second.x0) / 2
+    run = after.alpha / after.sigma - now.alpha / now.sigma
+    return after.sigma * (x / now.sigma + run * x0)
+
+
+def flow_heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
+    """Heun's second-order step in a flow's own time."""
+    first = velocity(denoise(x, now))
+    second = velocity(denoise(euler_step(x, first, now, after), after))
+    return euler_step(x, (first + second) / 2, now, after)
+
+
+def velocity(found: Denoised) -> Tensor:
+    """A flow's v = eps - x_0."""
+    return found.epsilon - found.x0
 
 
 def sample_ode(
-    denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, solver: Solver, spacing: Spacing
+    denoise: Denoise, noise: Tensor, schedule: Schedule | FlowSchedule, steps: int, solver: Solver
 ) -> Tensor:
-    """Integrate from noise [B, C, h, w] at the first timestep to scaled latents of the same shape, in fp32.
+    """Integrate from noise [B, C, h, w] at the first point to scaled latents of the same shape, in fp32.
 
-    `noise` enters as it is, although alpha at the first timestep is not 0 (method.md 2).
+    `noise` enters as it is, although a VP schedule's first alpha need not be 0 (method.md 2). The last step
+    of Heun has no network at its end and is of first order, as in EDM.
     """
-    x, grid = noise.float(), timesteps(len(schedule), steps, spacing, schedule.steps_offset)
-    for t, t_next in zip(grid, [*grid[1:], -1], strict=True):
-        now, after = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
-        if solver == "ddim":
-            x = ddim_step(x, denoise(x, t), now, after)
+    flow = isinstance(schedule, FlowSchedule)
+    assert solver != ("ddim" if flow else "euler"), f"{solver} on a {type(schedule).__name__}"
+    x, (height, width) = noise.float(), noise.shape[-2:]
+    points = schedule.points(steps, (height, width))
+    last = len(points) - 2
+    for i, (now, after) in enumerate(pairwise(points)):
+        if solver == "heun" and i < last:
+            x = _heun(schedule, now)(denoise, x, now, after)
+        elif flow:
+            x = euler_step(x, velocity(denoise(x, now)), now, after)
         else:
-            x = heun_step(denoise, x, t, t_next, now, after)
+            x = ddim_step(denoise(x, now), after)
     return x
+
+
+def _heun(schedule: Schedule | FlowSchedule, now: Point) -> Callable[[Denoise, Tensor, Point, Point], Tensor]:
+    if isinstance(schedule, FlowSchedule):
+        return flow_heun_step
+    alpha, sigma = schedule.alpha_sigma(len(schedule) - 1)
+    unbounded = sigma > UNBOUNDED * alpha
+    return heun_step_at_noise if unbounded and now.sigma > now.alpha else heun_step
 
 
 def evaluations(steps: int, solver: Solver, guidance: float) -> int:
     """Network evaluations of one sample: Heun takes 2 steps - 1, guidance doubles."""
-    return (steps if solver == "ddim" else 2 * steps - 1) * (1 if guidance == 1 else 2)
+    return (2 * steps - 1 if solver == "heun" else steps) * (1 if guidance == 1 else 2)
 
 
-def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): eps = eps_null + w (eps_text - eps_null)."""
-    return unconditional + guidance * (conditional - unconditional)
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022) on network outputs: out = null + w (text - null).
+
+    `rescale` (0 to 1) draws each row's standard deviation back towards that of the conditional output (Lin et
+    al. 2024, section 3.4, eq. 15 and 16), against the overexposure of high guidance.
+    """
+    output = unconditional + guidance * (conditional - unconditional)
+    if rescale == 0:
+        return output
+    axes = tuple(range(1, output.ndim))
+    matched = output * (conditional.std(axes, keepdim=True) / output.std(axes, keepdim=True))
+    return rescale * matched + (1 - rescale) * output

@@ -1,7 +1,6 @@
-"""A diffusion teacher as a sampler needs it: text in, epsilon out, whatever the network predicts."""
+"""A diffusion teacher as a sampler needs it: prompts in, x_0 and epsilon out, whatever it predicts."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -9,9 +8,14 @@ import torch
 from torch import Tensor
 
 from core import pretrained
+from core.errors import SettingError, UserError
 from core.latents import LatentSpace, latent_space
-from core.pretrained import TextEncoder
-from core.schedule import Schedule, Spacing, predict_epsilon
+from core.pipelines import Pipeline, open_pipeline
+from core.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Spacing, denoised
+from core.schedulers import load_any_schedule
+from pairgen.conditioning import Condition as Condition
+from pairgen.conditioning import Conditioner, Kind, Labels
+from pairgen.families import check_network, conditioner, network_piece
 from pairgen.sample import Denoise, Solver, guided, sample_ode
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,55 +23,138 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen Stable-Diffusion-shaped teacher on one device. Build with `load_teacher`."""
+    """A frozen teacher on one device, of any family. Build with `load_teacher`.
+
+    `latent_shape`: (C, h, w) of the resolution the network was trained at; others may be asked for. `network`
+    may be replaced by a compiled one.
+    """
 
     name: str
-    unet: Any
-    text: TextEncoder
-    schedule: Schedule
+    pipeline: str
+    network: Any
+    conditioner: Conditioner
+    schedule: Schedule | FlowSchedule
     space: LatentSpace
+    latent_shape: tuple[int, int, int]
     device: torch.device
+    dtype: torch.dtype
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the resolution the UNet was trained at."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(self.unet.config.in_channels), int(height), int(width)
+    def conditioning(self) -> Kind:
+        """What prompts are: text, class numbers in decimal, or nothing (empty)."""
+        return self.conditioner.kind
 
-    @torch.no_grad()
-    def denoiser(self, prompts: Sequence[str], guidance: float) -> Denoise:
-        """A callable (x_t [B, C, h, w], t) -> epsilon with classifier-free guidance baked in.
+    @property
+    def num_labels(self) -> int:
+        """Number of classes; 0 unless conditioning is "label"."""
+        return self.conditioner.num_labels if isinstance(self.conditioner, Labels) else 0
 
-        The unconditional branch is the encoded empty string, as in SD 1.x; guidance 1 does not evaluate it.
+    @property
+    def label_names(self) -> list[str] | None:
+        """The classes' names, where the pipeline has them."""
+        return self.conditioner.label_names if isinstance(self.conditioner, Labels) else None
+
+    @property
+    def default_solver(self) -> Solver:
+        """The first-order solver of this kind of ODE."""
+        return "euler" if isinstance(self.schedule, FlowSchedule) else "ddim"
+
+    @property
+    def encoders(self) -> list[torch.nn.Module]:
+        """The text encoders, which may lie on another device than the network while their text is kept."""
+        return list(self.conditioner.models.values())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides latents beside weights, prompts and a job's settings. JSON values."""
+        found: dict[str, Any] = {"pipeline": self.pipeline, "prediction_type": self.schedule.prediction}
+        if isinstance(self.schedule, Schedule):
+            found["steps_offset"] = self.schedule.steps_offset
+        elif self.schedule.dynamic is None:
+            found["shift"] = self.schedule.shift
+        else:
+            found["dynamic_shift"] = asdict(self.schedule.dynamic)
+        return {**found, **self.conditioner.facts}
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """What the network is told for these prompts, a row each, and for none: on the teacher's device.
+
+        Text is encoded where the encoders lie. Raises UserError for prompts that are no class numbers.
         """
-        dtype = next(self.unet.parameters()).dtype
-        unique = list(dict.fromkeys(prompts))
-        encoded = self.text.encode([*unique, ""])
-        hidden = encoded[[unique.index(p) for p in prompts]]
-        if guidance != 1:
-            hidden = torch.cat([encoded[-1:].expand_as(hidden), hidden])
-        hidden = hidden.to(self.device, dtype)
+        return self.conditioner.encode(prompts).to(self.device)
+
+    def denoiser(self, condition: Condition, guidance: float, guidance_rescale: float = 0.0) -> Denoise:
+        """A callable (x [B, C, h, w], point) -> x_0 and epsilon, with classifier-free guidance baked in.
+
+        Guidance takes both branches in one batch and acts on the network's own output, before it is read as
+        x_0 and epsilon; guidance 1 evaluates no second branch.
+        """
+        assert guidance == 1 or self.conditioner.has_null, "check_solver comes first"
+        told = condition.rows if guidance == 1 else condition.with_null()
+        told = {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in told.items()}
 
         @torch.no_grad()
-        def denoise(x: Tensor, t: int) -> Tensor:
+        def denoise(x: Tensor, point: Point) -> Denoised:
             doubled = x if guidance == 1 else torch.cat([x, x])
-            output = self.unet(doubled.to(dtype), t, hidden).sample.float()
+            output = self.conditioner.call(self.network, doubled.to(self.dtype), point, told)
+            output = output[:, : x.shape[1]].float()  # a learned variance follows the mean
             if guidance != 1:
                 empty, conditional = output.chunk(2)
-                output = guided(conditional, empty, guidance)
-            return predict_epsilon(output, x, *self.schedule.alpha_sigma(t), self.schedule.prediction)
+                output = guided(conditional, empty, guidance, guidance_rescale)
+            return denoised(output, x, point, self.schedule.prediction)
 
         return denoise
 
     def sample(
-        self, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float, solver: Solver
+        self,
+        noise: Tensor,
+        prompts: Sequence[str],
+        steps: int,
+        guidance: float,
+        solver: Solver,
+        guidance_rescale: float = 0.0,
+        condition: Condition | None = None,
     ) -> Tensor:
-        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w] in fp32, on the teacher's
-        device.
+        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w] in fp32, on the teacher's device.
+
+        `condition`, if given, holds the B prompts' rows, and `prompts` is not read.
         """
-        denoise = self.denoiser(prompts, guidance)
-        return sample_ode(denoise, noise.to(self.device), self.schedule, steps, solver, self.schedule.spacing)
+        if condition is None:
+            unique = list(dict.fromkeys(prompts))
+            place = {prompt: i for i, prompt in enumerate(unique)}
+            condition = self.encode(unique).select([place[prompt] for prompt in prompts])
+        assert len(condition) == len(noise), f"{len(condition)} conditions for {len(noise)} rows of noise"
+        denoise = self.denoiser(condition, guidance, guidance_rescale)
+        return sample_ode(denoise, noise.to(self.device), self.schedule, steps, solver)
+
+
+def check_solver(
+    teacher: Teacher, solver: str, steps: int, guidance: float = 1.0, guidance_rescale: float = 0.0
+) -> None:
+    """Raise SettingError or UserError if `teacher.sample` could not go with these settings."""
+    flow, name = isinstance(teacher.schedule, FlowSchedule), teacher.name
+    if solver not in ("heun", teacher.default_solver):
+        kind = "a flow" if flow else "variance-preserving, and DDIM is its Euler"
+        raise SettingError(
+            f"solver is {solver!r}, but teacher {name} is {kind}; take {teacher.default_solver} or heun"
+        )
+    first = teacher.schedule.points(steps, teacher.latent_shape[1:])[0]
+    if teacher.schedule.prediction == "epsilon" and first.alpha < NO_SIGNAL:
+        raise UserError(
+            f"teacher {name} predicts epsilon, but starts at zero terminal SNR (timestep {first.t}), where "
+            "that says nothing about x_0; take spacing=leading or fewer steps, or a v-prediction teacher"
+        )
+    if guidance != 1 and not teacher.conditioner.has_null:
+        raise SettingError(
+            f"guidance is {guidance:g}, but teacher {name} has no unconditional branch; take guidance 1"
+            + (", or name its null_class in model_index.json" if teacher.num_labels else "")
+        )
+    if not 0 <= guidance_rescale <= 1:
+        raise SettingError(f"guidance_rescale is {guidance_rescale:g}; expected 0 (none) to 1")
+    if guidance == 1 and guidance_rescale:
+        raise SettingError(
+            f"guidance_rescale is {guidance_rescale:g}, but guidance 1 leaves nothing to rescale; set it to 0"
+        )
 
 
 def load_teacher(
@@ -79,38 +166,98 @@ def load_teacher(
 ) -> Teacher:
     """Load a teacher from a folder or hub id. `spacing` and `final_alpha` as in PairConfig override the
     scheduler's.
+
+    Network and text encoders come in `precision`; of the autoencoder only its config is read. Raises
+    UserError for what cannot be a teacher, SettingError for a spacing that a flow does not have.
     """
-    device = torch.device(device)
-    schedule = pretrained.load_schedule(name)
+    device, dtype = torch.device(device), PRECISIONS[precision]
+    teacher = _assemble(
+        name, lambda piece: pretrained.load_model(name, piece, dtype).to(device), spacing, final_alpha
+    )
+    return replace(teacher, device=device, dtype=dtype)
+
+
+def _assemble(
+    name: str,
+    load: Callable[[str], Any],
+    spacing: Spacing | Literal["teacher"] = "teacher",
+    final_alpha: str = "teacher",
+) -> Teacher:
+    """A teacher of the models that `load` gives for the names of pieces."""
+    pipeline = open_pipeline(name)
+    schedule = _override(name, load_any_schedule(name), spacing, final_alpha)
+    space = _space(name, pipeline)
+    skeleton = pretrained.skeleton(name, network_piece(pipeline))
+    shape = check_network(pipeline, skeleton.config, space)
+    tokenizers = {p: pretrained.load_tokenizer(name, p) for p in pipeline.pieces if p.startswith("tokenizer")}
+    models = {piece: load(piece) for piece in pipeline.pieces if piece.startswith("text_encoder")}
+    return Teacher(
+        name=name,
+        pipeline=pipeline.kind,
+        network=load(network_piece(pipeline)),
+        conditioner=conditioner(pipeline, skeleton.config, space, models, tokenizers),
+        schedule=schedule,
+        space=space,
+        latent_shape=shape,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def _override(
+    name: str, schedule: Schedule | FlowSchedule, spacing: Spacing | Literal["teacher"], final_alpha: str
+) -> Schedule | FlowSchedule:
+    if isinstance(schedule, FlowSchedule):
+        if spacing == "leading":
+            raise SettingError(
+                f"spacing is 'leading', which would start short of noise in the flow of teacher {name}; "
+                "take linspace or trailing"
+            )
+        return schedule if spacing == "teacher" else replace(schedule, spacing=spacing)
     if spacing != "teacher":
         schedule = replace(schedule, spacing=spacing)
-    if final_alpha == "one":
-        schedule = replace(schedule, final_alpha_one=True)
-    unet = pretrained.load_unet(name, PRECISIONS[precision]).to(device)
-    text = pretrained.load_text_encoder(name).to(device)
-    return Teacher(name, unet, text, schedule, latent_space(pretrained.load_vae(name)), device)
+    return replace(schedule, final_alpha_one=True) if final_alpha == "one" else schedule
+
+
+def _space(name: str, pipeline: Pipeline) -> LatentSpace:
+    piece = pretrained.vae_piece(name)
+    if piece is None:
+        return latent_space(pretrained.load_vae(name))
+    try:
+        return latent_space(pretrained.skeleton(name, piece))
+    except UserError as error:
+        raise UserError(f"teacher {pipeline.folder}: {error}") from error
 
 
 def describe_teacher(name: str) -> dict[str, Any]:
-    """What `d2g teacher info` prints, found out from the files."""
-    folder, teacher = pretrained.resolve(name), load_teacher(name, final_alpha="teacher")
-    index = json.loads((folder / "model_index.json").read_text())
-    parts = {"unet": teacher.unet, "text_encoder": teacher.text, "vae": pretrained.load_vae(name)}
+    """What `d2g teacher info` prints, found out from the files; no weights are loaded."""
+    teacher = _assemble(name, lambda piece: pretrained.skeleton(name, piece))
+    pipeline, schedule = open_pipeline(name), teacher.schedule
+    parts = {network_piece(pipeline): teacher.network, **teacher.conditioner.models}
+    if (vae := pretrained.vae_piece(name)) is not None:
+        parts[vae] = pretrained.skeleton(name, vae)
+    defaults: dict[str, Any] = {
+        "solver": teacher.default_solver,
+        "spacing": schedule.spacing,
+        "final_alpha_one": schedule.final_alpha_one,
+        "train_steps": len(schedule),
+    }
+    if isinstance(schedule, Schedule):
+        defaults["steps_offset"] = schedule.steps_offset
     return {
-        "pipeline": index.get("_class_name", "unknown"),
-        "prediction_type": teacher.schedule.prediction,
+        "pipeline": teacher.pipeline,
+        "prediction_type": schedule.prediction,
         "latent_shape": list(teacher.latent_shape),
         "latent_space": asdict(teacher.space),
         "params": {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()},
-        "solver_defaults": {
-            "spacing": teacher.schedule.spacing,
-            "steps_offset": teacher.schedule.steps_offset,
-            "final_alpha_one": teacher.schedule.final_alpha_one,
-            "train_steps": len(teacher.schedule),
-        },
+        "solver_defaults": defaults,
         "conditioning": {
-            "text": type(teacher.text.model).__name__,
-            "tokens": teacher.text.tokenizer.model_max_length,
+            "kind": teacher.conditioning,
+            "guidance": teacher.conditioner.has_null,
+            "encoders": {piece: type(model).__name__ for piece, model in teacher.conditioner.models.items()},
+            "num_labels": teacher.num_labels,
         },
+        "facts": teacher.facts,
+        "scheduler": pipeline.class_name("scheduler"),
         "sha256": pretrained.weights_sha256(name),
     }

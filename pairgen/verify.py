@@ -1,25 +1,37 @@
-"""Checking, mending, joining and describing whole pair stores. All HDF5 work is the store's."""
+"""Checking and describing whole pair stores. All HDF5 work is the store's."""
 
-from collections.abc import Sequence
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.errors import UserError
 from core.progress import Progress, quiet
 from pairgen.layout import (
     StoreSpec,
-    create_store,
-    publish,
+    prompts_path,
+    quarantine_path,
+    quarantined_rows,
+    read_record,
     read_spec,
-    refuse_other,
+    records_present,
     shard_path,
     shards_present,
-    writing,
 )
-from pairgen.store import load_rows
+from pairgen.prompts import PromptList, prompts_sha256
+from pairgen.store import DamagedShard, PairBatch, quarantined_in, read_blocks, redraw
+
+T = TypeVar("T")
+S = TypeVar("S")
+I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,110 +40,232 @@ class VerifyReport:
 
     ok: bool
     checked: int  # pairs in sound shards
-    bad_shards: list[dict[str, str]]  # {"shard": path inside the folder, "reason": one line}
+    bad_shards: list[dict[str, str]]  # {"shard": path inside the folder, "reason": one line}, other files too
     missing: list[str]  # shards not made yet, or lost
     duplicates: list[int]  # pair indices that stand in more than one row
+    quarantined: list[int]  # pairs that sound shards lack because the teacher gave no finite latent
+    prompts_checked: bool  # the store holds its prompts, and each row was compared with them
 
 
-def verify_store(folder: Path, progress: Progress = quiet) -> VerifyReport:
-    """Read every byte of every shard and of every partial file; compare hashes, headers, values and indices.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What one file of rows holds. `reason`: why it cannot be trusted; "" when it can."""
 
-    Damage is reported, never raised; a folder without a readable store.json raises UserError.
+    path: Path
+    reason: str
+    index: I64  # [rows], as far as it could be read
+    quarantined: list[int]
+
+
+def verify_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> VerifyReport:
+    """Read every byte of every shard and of every partial file; compare hashes, headers, values, indices,
+    noise with (seed, index), prompts with the store's own list, quarantined rows with their records.
+
+    Runs `workers` threads (0: `default_workers`), each with 16 MiB of latents at a time. Damage is reported,
+    never raised; a folder without a readable store.json raises UserError.
     """
     folder, spec = Path(folder), read_spec(folder)
-    names = {shard_path(folder, shard): shard for shard in range(spec.num_shards)}
-    files = sorted([*(folder / "shards").glob("*"), *(folder / "partial").glob("*.h5")])
-    bad, indices, checked = [], [np.empty(0, np.int64)], 0
-    for done, path in enumerate(files):
-        try:
-            index = load_rows(path, spec).index.numpy()
-            if path.parent.name == "shards":
-                indices.append(index)
-                _check_index(path, index, names, spec)
-                checked += len(index)
-        except UserError as error:
-            bad.append({"shard": str(path.relative_to(folder)), "reason": str(error)})
+    prompts, reason = held_prompts(folder, spec)
+    bad = [{"shard": prompts_path(folder).name, "reason": reason}] if reason else []
+    shards = {shard_path(folder, shard): shard for shard in range(spec.num_shards)}
+    parts = [path for path in (folder / "partial").glob("pairs-*.rows-*.h5") if _PART.fullmatch(path.name)]
+    files = sorted([*(folder / "shards").glob("*"), *parts])
+    examined = in_threads(partial(_examined, shards=shards, spec=spec, prompts=prompts), files, workers)
+    sound, strange = {}, []
+    for done, finding in enumerate(examined):
+        if finding is not None and finding.reason:
+            bad.append({"shard": str(finding.path.relative_to(folder)), "reason": finding.reason})
+        if finding is not None and finding.path.parent.name == "shards":
+            if finding.reason:
+                strange.append(finding.index)
+            else:
+                sound[shards[finding.path]] = finding.quarantined
         progress("verify", done + 1, len(files))
-    values, counts = np.unique(np.concatenate(indices), return_counts=True)
-    duplicates = values[counts > 1].tolist()
-    missing = [str(path.relative_to(folder)) for path in names if not path.exists()]
-    ok = not (bad or missing or duplicates)
-    return VerifyReport(ok=ok, checked=checked, bad_shards=bad, missing=missing, duplicates=duplicates)
+    bad += _bad_records(folder, spec, sound, prompts)
+    missing = [str(path.relative_to(folder)) for path in sorted(set(shards) - set(files))]
+    duplicates = _duplicates(spec, sound, strange)
+    quarantined = [pair for shard in sorted(sound) for pair in sound[shard]]
+    return VerifyReport(
+        ok=not (bad or missing or duplicates or quarantined),
+        checked=sum(len(spec.rows(shard)) for shard in sound) - len(quarantined),
+        bad_shards=bad,
+        missing=missing,
+        duplicates=duplicates,
+        quarantined=quarantined,
+        prompts_checked=prompts is not None,
+    )
 
 
-def _check_index(path: Path, index: np.ndarray, names: dict[Path, int], spec: StoreSpec) -> None:
-    if path not in names:
-        raise UserError(f"{path}: no shard of this store; move it away")
-    rows = spec.rows(names[path])
-    if not np.array_equal(index, np.arange(rows.start, rows.stop)):
-        got = f"{index.min()} to {index.max()} ({len(index)} rows)" if len(index) else "no rows"
-        raise UserError(f"{path}: holds pairs {got}, its name says {rows.start} to {rows.stop - 1}")
+def in_threads(call: Callable[[S], T], items: Iterable[S], workers: int = 0) -> Iterator[T]:
+    """`call` of each item, in their order, `workers` at once (0: `default_workers`) and few waiting.
 
-
-def repair_store(folder: Path, progress: Progress = quiet) -> list[str]:
-    """Move every bad file to DIR/quarantine, so that generating again makes its rows anew. Deletes nothing.
-
-    Returns the paths inside `folder` that were moved.
+    Threads, because hashing, drawing noise and reading let go of Python's lock.
     """
-    folder = Path(folder)
-    names = [bad["shard"] for bad in verify_store(folder, progress).bad_shards]
-    with writing(folder, "no shard was deleted"):
-        for name in names:
-            (folder / "quarantine").mkdir(exist_ok=True)
-            (folder / name).rename(_free_name(folder / "quarantine" / Path(name).name))
-    return names
+    workers = workers or default_workers()
+    calls: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                calls.append(pool.submit(call, item))
+                if len(calls) > 2 * workers:
+                    yield calls.popleft().result()
+            while calls:
+                yield calls.popleft().result()
+        finally:
+            for waiting in calls:
+                waiting.cancel()
 
 
-def _free_name(path: Path) -> Path:
-    number = 0
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}.{number}")
-    return free
+def default_workers() -> int:
+    """This process's processors, at most 8: disks are slower than more of them."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def merge_stores(folders: Sequence[Path], out: Path, progress: Progress = quiet) -> int:
-    """Copy the whole shards of stores of one spec into `out`; every shard is checked on its way.
+def held_prompts(folder: Path, spec: StoreSpec) -> tuple[PromptList | None, str]:
+    """The prompt list that a store holds, None without one, and why it cannot be trusted, "" when it can."""
+    if not prompts_path(folder).exists():
+        return None, ""
+    try:
+        prompts = PromptList.open(prompts_path(folder))
+    except UserError as error:
+        return None, str(error)
+    if len(prompts) != spec.num_prompts or prompts_sha256(prompts) != spec.prompts_sha256:
+        return None, "not the prompts that store.json names (prompts_sha256 differs)"
+    return prompts, ""
 
-    A shard that stands in two places must be the same byte for byte. Returns the number of pairs in `out`.
-    Raises UserError for differing specs (naming the keys), clashes and damage; run again to resume.
+
+# A file of rows.
+
+_PART = re.compile(r"pairs-(\d{5,})\.rows-\d+\.h5")
+
+
+def _examined(
+    path: Path, shards: dict[Path, int], spec: StoreSpec, prompts: PromptList | None
+) -> Finding | None:
+    """None for a partial file that its writer has joined to its shard meanwhile."""
+    if part := _PART.fullmatch(path.name):
+        finding = examine(path, int(part[1]), spec, prompts, whole=False)
+        return finding if path.exists() else None
+    return examine(path, shards.get(path), spec, prompts)
+
+
+def examine(
+    path: Path, shard: int | None, spec: StoreSpec, prompts: PromptList | None, whole: bool = True
+) -> Finding:
+    """Check every byte and every row of a file of shard number `shard`; None says that it is no shard's.
+
+    `whole`: it must hold all rows of its shard but the quarantined ones, else some of them.
     """
-    if not folders:
-        raise UserError("nothing to merge: got no pair folders, expected at least one")
-    spec, out = read_spec(folders[0]), Path(out)
-    for folder in folders:
-        refuse_other(Path(folder), read_spec(folder), spec)
-    create_store(out, spec)
-    work = [(Path(f), shard) for f in folders for shard in shards_present(f, spec)]
-    for done, (folder, shard) in enumerate(work):
-        _copy_shard(shard_path(folder, shard), shard_path(out, shard), shard, spec)
-        progress("merge", done + 1, len(work))
-    return sum(len(spec.rows(shard)) for shard in shards_present(out, spec))
+    reason, index, aside = "", [np.empty(0, np.int64)], list[int]()
+    try:
+        for block in read_blocks(path, spec):
+            index.append(block.index.numpy())
+            reason = reason or _wrong_rows(block, spec, prompts)
+        aside = quarantined_in(path)
+    except UserError as error:
+        reason = error.reason if isinstance(error, DamagedShard) else str(error)
+    found = np.concatenate(index)
+    if shard is None:
+        reason = "no shard of this store; move it away"
+    reason = reason or _wrong_index(found, aside, spec.rows(shard or 0), whole)
+    return Finding(path=path, reason=reason, index=found, quarantined=aside)
 
 
-def _copy_shard(source: Path, target: Path, shard: int, spec: StoreSpec) -> None:
-    _check_index(source, load_rows(source, spec).index.numpy(), {source: shard}, spec)
-    data = source.read_bytes()
-    if not target.exists():
-        with writing(target.parent.parent, "the stores merged from are untouched"):
-            publish(data, target, target.parent.parent / "partial")
-    elif target.read_bytes() != data:
-        raise UserError(
-            f"{source} and {target} hold different bytes for the same pairs; merge only one of them"
-        )
+def _wrong_rows(block: PairBatch, spec: StoreSpec, prompts: PromptList | None) -> str:
+    numbers = block.index.tolist()
+    if spec.noise == "stored":
+        other = (block.noise != redraw(spec, numbers)).flatten(1).any(dim=1)
+        if other.any():
+            return f"noise of pair {numbers[int(other.nonzero()[0])]} is not that of (seed, index)"
+    if prompts is not None:
+        for number, found in zip(numbers, block.prompts, strict=True):
+            if found != (expected := prompts[spec.prompt_of(number)]):
+                return f"pair {number} has prompt {found[:40]!r}, the store's list has {expected[:40]!r}"
+    return ""
+
+
+def _wrong_index(index: I64, aside: Sequence[int], rows: range, whole: bool) -> str:
+    if whole and np.array_equal(np.sort(np.concatenate([index, np.array(aside, np.int64)])), rows):
+        return "" if (np.diff(index) > 0).all() else "its pairs are not in order"
+    if not whole and len(index) and set(index.tolist()) <= set(rows) and (np.diff(index) > 0).all():
+        return ""
+    got = f"{index.min()} to {index.max()} ({len(index)} rows)" if len(index) else "no rows"
+    without = f" and sets aside {len(aside)}" if aside else ""
+    return f"holds pairs {got}{without}, its name says {rows.start} to {rows.stop - 1}"
+
+
+def _duplicates(spec: StoreSpec, sound: dict[int, list[int]], strange: Sequence[I64]) -> list[int]:
+    """Pairs that stand in two rows of bad files, or in one of those and in a sound shard: a sound shard holds
+    each of its own pairs once."""
+    values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *strange]), return_counts=True)
+    owners = (values // spec.shard_size).tolist()
+    again = [
+        count > 1 or (owner in sound and value not in sound[owner])
+        for value, count, owner in zip(values.tolist(), counts.tolist(), owners, strict=True)
+    ]
+    return [int(value) for value in values[np.array(again, bool)]]
+
+
+# Quarantine records.
+
+
+def _bad_records(
+    folder: Path, spec: StoreSpec, sound: dict[int, list[int]], prompts: PromptList | None
+) -> list[dict[str, str]]:
+    """Records that are damaged, or do not name the rows that their (sound) shard's header sets aside."""
+    present = records_present(folder)
+    reasons = {shard: record_fault(folder, spec, shard, sound.get(shard), prompts) for shard in present}
+    for shard in sorted(set(sound) - set(present)):
+        if sound[shard]:
+            reasons[shard] = f"is not there; its shard sets aside {len(sound[shard])} pairs"
+    names = {shard: str(quarantine_path(folder, shard).relative_to(folder)) for shard in reasons}
+    return [{"shard": names[shard], "reason": reasons[shard]} for shard in sorted(reasons) if reasons[shard]]
+
+
+def record_fault(
+    folder: Path, spec: StoreSpec, shard: int, aside: Sequence[int] | None, prompts: PromptList | None
+) -> str:
+    """What is wrong with a shard's quarantine record, "" if nothing.
+
+    aside: the pairs that the shard's header sets aside; None when the shard is not there (yet).
+    """
+    try:
+        rows = read_record(folder, shard)
+        pairs = [int(row["index"]) for row in rows]
+        texts = [str(row["prompt"]) for row in rows]
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        return str(error) if isinstance(error, UserError) else f"is damaged ({error!r})"
+    if aside is not None and pairs != list(aside):
+        return f"names pairs {_few(pairs)}, its shard sets aside {_few(aside)}"
+    if shard >= spec.num_shards or not set(pairs) <= set(spec.rows(shard)):
+        return f"names pairs {_few(pairs)}, which its shard does not hold"
+    if prompts is not None and texts != [prompts[spec.prompt_of(pair)] for pair in pairs]:
+        return "names other prompts than the store's list"
+    return ""
+
+
+def _few(pairs: Sequence[int]) -> str:
+    return (", ".join(map(str, pairs[:5])) or "none") + (" ..." if len(pairs) > 5 else "")
+
+
+# Describing.
 
 
 def store_info(folder: Path) -> dict[str, Any]:
-    """`pairs` and `shards` there, the `spec`, whether it is `complete`, and its size `gib`."""
+    """`pairs` and `shards` there, whether all are (`complete`), rows set aside (`quarantined`), size (`gib`),
+    whether the store holds its prompt list (`prompts_held`), and its `spec`."""
     spec = read_spec(folder)
     shards = shards_present(folder, spec)
-    pairs = sum(len(spec.rows(shard)) for shard in shards)
+    records = quarantined_rows(folder, spec)
+    quarantined = sum(len(records.get(shard, [])) for shard in shards)
+    pairs = sum(len(spec.rows(shard)) for shard in shards) - quarantined
     size = sum(shard_path(folder, shard).stat().st_size for shard in shards)
     return {
         "pairs": pairs,
         "shards": len(shards),
-        "spec": spec.as_json(),
         "complete": pairs == spec.num_pairs,
+        "quarantined": quarantined,
         "gib": size / 2**30,
+        "prompts_held": prompts_path(folder).exists(),
+        "spec": spec.as_json(),
     }

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from core.runlog import read_stats
-from core.seeds import permuted_batch
+from core.shuffle import permuted_batch
 from distill.train import train
 from jobs import Running, d2g, distill_arguments, distill_config, make_pairs
 from pairgen.layout import create_store, read_spec
-from pairgen.store import PairReader
+from pairgen.reader import PairReader
 from pairgen.verify import verify_store
 from pairgen.writer import PairWriter
 

@@ -18,7 +18,7 @@ import cli
 import tiny
 from eval.features import new_clip, save_clip
 from jobs import distill_arguments, distill_config
-from pairgen.store import PairReader
+from pairgen.reader import PairReader
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,10 +9,10 @@ import torch
 import tiny
 from core import pretrained
 from core.errors import UserError
-from core.seeds import permuted_batch
-from distill.data import Rows, open_pairs, pair_batches
+from core.shuffle import permuted_batch
+from distill.data import AHEAD, Rows, open_pairs, pair_batches
 from jobs import make_pairs
-from pairgen.store import PairReader
+from pairgen.reader import PairReader
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,13 @@ def test_ranks_share_each_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(part) == 2 for rank in parts for part in rank)
     joined = [a + b for a, b in zip(*parts, strict=True)]
     assert joined == [permuted_batch(7, 12, start, 4) for start in (8, 12, 16)]
+
+
+@pytest.mark.parametrize("batch_size", [4, 1000, 5000])
+def test_batches_come_one_after_the_other_however_many_are_ordered_at_a_time(batch_size: int) -> None:
+    count = AHEAD // batch_size + 3
+    rows = [row for batch in islice(Rows(97, batch_size, 7, 30), count) for row in batch]
+    assert rows == permuted_batch(7, 97, 30, count * batch_size)
 
 
 def test_a_whole_store_of_this_teacher_is_taken(pairs: Path, teacher: Path) -> None:

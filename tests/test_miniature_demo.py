@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from browser import chromium
 from core.config import override, to_json
 from core.errors import SettingError
 from core.pretrained import SHIPPED, resolve
 from core.seeds import noise
 from miniature.demo import PRESETS, SAMPLERS, DemoConfig, DemoResult, run_demo
-from miniature.judge import run_evaluation
+from miniature.judge import TEST_SEED, run_evaluation
 from miniature.scenes import captions
-from pairgen.store import PairReader
+from pairgen.reader import PairReader
 from pairgen.teacher import load_teacher
 
 TINY = override(
@@ -86,13 +87,28 @@ def test_pictures_stand_side_by_side(made: tuple[DemoResult, Path, list[str]]) -
 def test_the_report_needs_nothing_else(made: tuple[DemoResult, Path, list[str]]) -> None:
     result, _, _ = made
     text = Path(result.report).read_text(encoding="utf-8")
-    sources = re.findall(r"""(?:src|href)\s*=\s*['"]([^'"]{0,40})""", text)
-    assert len(sources) == 4 * 2 + 2 and all(
-        source.startswith("data:image/png;base64,") for source in sources
-    )
-    assert "http" not in text and "<script" not in text and "@import" not in text and "url(" not in text
-    assert all(title in text for title in ("FID", "recall", "CLIP score", "caption accuracy"))
+    sources = re.findall(r"""\ssrc\s*=\s*['"]([^'"]{0,40})""", text)
+    assert len(sources) == 4 * 2 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http:" not in text and "<script" not in text and "@import" not in text and "url(" not in text
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
+
+
+def test_the_report_in_a_browser(made: tuple[DemoResult, Path, list[str]]) -> None:
+    result, _, _ = made
+    with chromium() as browser:
+        for width, dark in ((1400, False), (400, True)):
+            seen = browser.open(Path(result.report), width=width, dark=dark)
+            assert seen.problems == [] and seen.images == 4 * 2
+    assert [text for level, text in seen.headings if level == 2] == [
+        "Metrics", "Same noise, same prompt", "Curves", "Latency", "Time taken",
+    ]  # fmt: skip
+    assert [text for level, text in seen.headings if level == 3] == [
+        "Stage 1: losses", "Stage 2: losses", "Stage 2: the discriminator's mean logits",
+    ]  # fmt: skip
+    for shown in ("Frechet distance (oracle features)", "Recall", "CLIP score", "Caption accuracy", "total"):
+        assert shown in seen.text
+    assert "teacher, 2 DDIM steps" in seen.text  # as configured, not as usual
+    assert all(prompt in seen.text for prompt in captions(2, TEST_SEED))
 
 
 def test_again_keeps_what_is_done(made: tuple[DemoResult, Path, list[str]]) -> None:

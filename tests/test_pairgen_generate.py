@@ -15,9 +15,11 @@ from core import seeds
 from core.errors import Interrupted, SettingError, UserError
 from jobs import Running, d2g, make_pairs
 from pairgen.config import PRESETS, PairConfig
-from pairgen.generate import generate_pairs, make_rows, open_job, plan_pairs, resimulate
+from pairgen.generate import generate_pairs, regenerate, resimulate
+from pairgen.job import config_of, open_job
 from pairgen.layout import read_spec, shards_present
-from pairgen.store import PairReader
+from pairgen.plan import GPU_COUNTS, fastest_batch, plan_pairs
+from pairgen.reader import PairReader
 from pairgen.verify import verify_store
 
 ROOT = Path(__file__).parents[1]
@@ -54,9 +56,9 @@ def test_what_a_store_holds(pairs: Path, config: PairConfig) -> None:
     noise, latent, texts = rows(pairs)
     assert noise.shape == latent.shape == (12, 4, 4, 4) and texts == tiny.CAPTIONS * 2
     assert torch.equal(noise, seeds.noise(0, range(12), (4, 4, 4)))
-    teacher, prompts, spec = open_job(config)
-    assert read_spec(pairs) == spec and shards_present(pairs, spec) == [0, 1, 2]
-    _, direct, _ = make_rows(teacher, spec, prompts, list(range(12)))
+    job = open_job(config)
+    assert read_spec(pairs) == job.spec and shards_present(pairs, job.spec) == [0, 1, 2]
+    _, direct, _ = job.rows(list(range(12)))
     torch.testing.assert_close(latent, direct, rtol=0, atol=1e-4)
     assert verify_store(pairs).ok
 
@@ -71,11 +73,11 @@ def test_rows_do_not_depend_on_the_batch_size(
 
 
 def test_rows_do_not_depend_on_their_order(config: PairConfig) -> None:
-    teacher, prompts, spec = open_job(config)
+    job = open_job(config)
     order = [11, 3, 7, 0]
-    noise, latent, texts = make_rows(teacher, spec, prompts, order)
+    noise, latent, texts = job.rows(order)
     for row, index in enumerate(order):
-        one_noise, one_latent, one_text = make_rows(teacher, spec, prompts, [index])
+        one_noise, one_latent, one_text = job.rows([index])
         assert torch.equal(noise[row : row + 1], one_noise) and [texts[row]] == one_text
         torch.testing.assert_close(latent[row : row + 1], one_latent, rtol=0, atol=1e-4)
 
@@ -175,7 +177,10 @@ def test_an_impossible_job_writes_nothing(
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"solver": "euler"}, r"solver is 'euler'; known: ddim, heun"),
+        ({"solver": "rk4"}, r"solver is 'rk4'; known: ddim, euler, heun, teacher"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale is 1\.5; expected 0 to 1"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"patience": 0.0}, "patience is 0"),
         ({"solver": "huen"}, r"did you mean 'heun'\?"),
         ({"spacing": "trailling"}, r"did you mean 'trailing'\?"),
         ({"final_alpha": "zero"}, "final_alpha is 'zero'"),
@@ -184,7 +189,7 @@ def test_an_impossible_job_writes_nothing(
         ({"precision": "int8"}, "precision is 'int8'"),
         ({"guidance": 0.5}, "guidance is 0.5"),
         ({"steps": 0}, "steps is 0"),
-        ({"num_pairs": -1}, "num_pairs -1"),
+        ({"num_pairs": -1}, "num_pairs is -1"),
     ],
 )
 def test_impossible_settings(setting: dict[str, object], says: str) -> None:
@@ -197,8 +202,8 @@ def test_presets_are_the_supplements() -> None:
         name: (p.num_pairs, p.guidance, p.steps, p.solver) for name, p in PRESETS.items() if "sd15" in name
     }
     assert found == {
-        "sd15-cfg3": (3_000_000, 3.0, 50, "ddim"),
-        "sd15-cfg8": (12_000_000, 8.0, 50, "ddim"),
+        "sd15-cfg3": (3_000_000, 3.0, 50, "teacher"),
+        "sd15-cfg8": (12_000_000, 8.0, 50, "teacher"),
     }
 
 
@@ -220,7 +225,8 @@ def test_half_precision_noise_is_rounded_before_the_teacher_sees_it(
     job = replace(config, dtype="float16")
     generate_pairs(job, tmp_path / "pairs")
     noise, latent, texts = rows(tmp_path / "pairs")
-    teacher, _, spec = open_job(job)
+    opened = open_job(job)
+    teacher, spec = opened.teacher, opened.spec
     assert torch.equal(noise, noise.half().float())
     from_stored = teacher.sample(noise, texts, spec.steps, spec.guidance, "ddim")
     from_drawn = teacher.sample(

@@ -1,0 +1,257 @@
+"""Pair generation against diffusers' own pipeline, its writer's cost, and how cost grows.
+
+    python benchmarks/pairs.py [--sd15] [--quick]
+
+`--sd15` adds a teacher of SD 1.5's size with random weights. Writes benchmarks/pairs_DATE_DEVICE.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import compare, median, table, write
+from core.errors import UserError
+from core.pretrained import SHIPPED, new_text_encoder, new_tokenizer, new_unet, new_vae, save_pipeline
+from pairgen.config import PairConfig
+from pairgen.generate import generate_pairs
+from pairgen.job import Job, open_job
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPTIONS = [
+    f"a {size} {colour} {kind} {shape}, {ground} background"
+    for size in ("small", "large")
+    for colour in ("red", "blue", "green", "yellow")
+    for kind in ("matte", "metal")
+    for shape in ("cube", "sphere", "cone", "torus")
+    for ground in ("white", "pink", "gray", "brown")
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 4096) -> float:
+    """FLOP/s of the best of several square matrix products: what this machine can do at most."""
+    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+    seconds = compare({"mm": lambda: a @ b}, repeats=7, warm_up=2)["mm"]
+    return 2 * size**3 / min(seconds)
+
+
+def sd15_folder(folder: Path) -> str:
+    """A pipeline of SD 1.5's UNet and a text encoder of its width, with random weights."""
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer(CAPTIONS, folder / "tokenizer", 400, 77)
+    text = new_text_encoder(tokenizer, width=768, layers=12, heads=12)
+    blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    unet = new_unet(
+        sample_size=64,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        block_out_channels=(320, 640, 1280, 1280),
+        down_block_types=blocks,
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    vae = new_vae(
+        block_out_channels=(32, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        scaling_factor=0.18215,
+    )
+    save_pipeline(folder, unet=unet, vae=vae, text=text)
+    return str(folder)
+
+
+def against_diffusers(config: PairConfig, batches: list[int], repeats: int) -> list[str]:
+    """Rows/s of both at each batch size, in turns; the ratio at the batch where each is fastest."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    job = open_job(config, DEVICE)
+    folder = SHIPPED[config.teacher] / "teacher" if config.teacher in SHIPPED else config.teacher
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None).to(DEVICE)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def theirs(indices: list[int], noise: torch.Tensor) -> torch.Tensor:
+        texts = job.texts(indices)
+        made: torch.Tensor = pipe(
+            texts,
+            latents=noise.to(DEVICE, dtype),
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance,
+            output_type="latent",
+        ).images
+        return made.float().cpu()
+
+    rows: list[list[object]] = []
+    best = {"ours": 0.0, "diffusers": 0.0}
+    for size in batches:
+        indices = list(range(size))
+        noise, made, _ = job.rows(indices)
+        difference = float((made.cpu() - theirs(indices, noise)).abs().max())
+        contestants = {"ours": partial(ours, job, indices), "diffusers": partial(theirs, indices, noise)}
+        taken = compare(contestants, repeats)
+        speed = {name: size / median(seconds) for name, seconds in taken.items()}
+        best = {name: max(best[name], speed[name]) for name in best}
+        rows.append([size, speed["ours"], speed["diffusers"], speed["ours"] / speed["diffusers"], difference])
+    flops, fastest = row_flops(job), best["ours"]
+    peak = matmul_peak(dtype)
+    return [
+        *table(["batch", "ours, pairs/s", "diffusers, pairs/s", "ratio", "largest difference"], rows),
+        "",
+        f"At the batch where each is fastest: **{best['ours'] / best['diffusers']:.3f}x** "
+        f"({best['ours']:.4g} against {best['diffusers']:.4g} pairs/s).",
+        f"{flops / 1e12:.4g} TFLOP a pair, {flops * fastest / 1e12:.4g} TFLOP/s: "
+        f"**{100 * flops * fastest / peak:.1f} %** of the {peak / 1e12:.4g} TFLOP/s that a {dtype} matrix "
+        "product of 4096 x 4096 reached in this run.",
+    ]
+
+
+def ours(job: Job, indices: list[int]) -> torch.Tensor:
+    """Latents of these pairs, on the CPU, so that the device is waited for."""
+    return job.rows(indices)[1].cpu()
+
+
+def row_flops(job: Job) -> float:
+    """Floating-point operations of one pair: matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        job.rows([0])
+    return float(counter.get_total_flops())
+
+
+def writer_overhead(config: PairConfig, repeats: int) -> list[str]:
+    """The whole of `generate_pairs` against the teacher alone on the same rows."""
+    job = open_job(config, DEVICE)
+    size, spec = config.batch_size, job.spec
+
+    def teacher_only() -> None:
+        for first in range(0, spec.num_pairs, size):
+            job.rows(list(range(first, min(first + size, spec.num_pairs))))[1].cpu()
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs = count()
+
+        def whole() -> None:
+            generate_pairs(config, Path(folder) / str(next(runs)))
+
+        loads = compare({"load": lambda: open_job(config, DEVICE)}, repeats)["load"]
+        taken = compare({"teacher": teacher_only, "generate": whole}, repeats)
+    teacher, generate, load = (median(x) for x in (taken["teacher"], taken["generate"], loads))
+    extra = generate - load - teacher
+    return [
+        f"{spec.num_pairs} pairs of {spec.steps} steps: the teacher alone {teacher:.3f} s, `generate_pairs` "
+        f"{generate:.3f} s, of which {load:.3f} s load the teacher. Checksums, HDF5, fsync and claims: "
+        f"{extra:.3f} s, **{100 * extra / teacher:.1f} %** of the teacher's time.",
+    ]
+
+
+def growth(config: PairConfig, quick: bool) -> list[str]:
+    """Seconds a pair as steps and resolution grow."""
+    rows: list[list[object]] = []
+    for steps, latent in ((5, 8), (10, 8), (20, 8), (50, 8), (20, 4), (20, 16), (20, 32)):
+        job = open_job(replace(config, steps=steps, latent_size=latent), DEVICE)
+        size = max(1, 8 * 64 // latent**2)
+        indices = list(range(size))
+        seconds = median(compare({"ours": partial(ours, job, indices)}, 1 if quick else 3)["ours"]) / size
+        gib = 2 * 1e6 * job.spec.latent_space.channels * latent**2 * 2 / 2**30
+        rows.append([steps, f"{latent}x{latent}", size, 1000 * seconds, seconds * 1e6 / 3600, gib])
+    head = [
+        "steps",
+        "latent",
+        "batch",
+        "ms a pair",
+        "hours a million pairs here",
+        "GiB a million pairs, fp16",
+    ]
+    return table(head, rows)
+
+
+def processes(config: PairConfig, counts: tuple[int, ...]) -> list[str]:
+    """pairs/s of whole `d2g pairs generate` runs by number of processes, one thread each."""
+    rows: list[list[object]] = []
+    for number in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            prompts = Path(folder) / "prompts.txt"
+            prompts.write_text("\n".join(CAPTIONS))
+            settings = {
+                name: getattr(config, name)
+                for name in ("teacher", "num_pairs", "steps", "guidance", "batch_size", "shard_size")
+            }
+            words = [f"{name}={value}" for name, value in settings.items()]
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+            job = [
+                "-m",
+                "cli",
+                "pairs",
+                "generate",
+                "--prompts",
+                str(prompts),
+                "--out",
+                f"{folder}/pairs",
+                "--json",
+            ]
+            done = subprocess.run(
+                [sys.executable, *launch, *job, *(part for word in words for part in ("--set", word))],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise UserError(done.stderr[-2000:])
+            found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        rows.append([number, found["pairs"], found["seconds"], found["pairs_per_sec"]])
+    return table(["processes", "pairs", "seconds, loading included", "pairs/s"], rows)
+
+
+def main() -> None:
+    """Run all parts and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sd15", action="store_true", help="also a teacher of SD 1.5's size")
+    parser.add_argument("--quick", action="store_true", help="a smoke run; its numbers mean little")
+    given = parser.parse_args()
+    repeats = 1 if given.quick else 5
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        prompts = Path(scratch) / "prompts.txt"
+        prompts.write_text("\n".join(CAPTIONS))
+        mini = PairConfig(
+            teacher="miniature", prompts=str(prompts), num_pairs=256, steps=20, guidance=3.0, batch_size=64,
+            shard_size=128,
+        )  # fmt: skip
+        lines = ["## Against diffusers: the miniature teacher, 20 DDIM steps, guidance 3", ""]
+        lines += against_diffusers(mini, [1, 8] if given.quick else [1, 8, 32, 64, 128], repeats)
+        if given.sd15:
+            config = replace(mini, teacher=sd15_folder(Path(scratch) / "sd15"), steps=2, guidance=8.0)
+            gpu = DEVICE == "cuda"
+            config = replace(config, steps=50, precision="fp16", channels_last=True) if gpu else config
+            lines += [
+                "",
+                f"## Against diffusers: SD 1.5's size, random weights, {config.steps} steps, 64x64",
+                "",
+            ]
+            lines += against_diffusers(config, [1, 4, 8, 16, 32] if gpu else [1, 2], 3 if gpu else 2)
+        lines += ["", "## The writer", "", *writer_overhead(mini, repeats)]
+        lines += ["", "## Cost by steps and resolution (miniature)", "", *growth(mini, given.quick)]
+        busy = replace(mini, num_pairs=256 if given.quick else 1024)
+        lines += ["", "## Cost by processes (miniature, one thread each)", ""]
+        lines += processes(busy, (1, 2) if given.quick else (1, 2, 4))
+    lines += ["", f"All of it took {time.monotonic() - started:.0f} s."]
+    write("pairs_quick" if given.quick else "pairs", "Pair generation", lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A pair job: teacher, prompts and spec of a config, and the rows they decide."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import pretrained
+from core.errors import SettingError
+from core.seeds import noise
+from pairgen.config import PairConfig
+from pairgen.layout import StoreSpec, prompts_path
+from pairgen.prompts import PromptList, check_labels, label_list, prompts_sha256, read_prompts
+from pairgen.sample import Solver
+from pairgen.teacher import Condition, Teacher, check_solver, load_teacher
+
+
+@dataclass(frozen=True)
+class Job:
+    """What makes rows: a teacher on one device, the prompts, and the spec that both resolve to."""
+
+    teacher: Teacher
+    prompts: PromptList
+    spec: StoreSpec
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts of these pairs."""
+        return [self.prompts[self.spec.prompt_of(index)] for index in indices]
+
+    def encode(self, indices: Sequence[int], offload: bool = False) -> "Encoded":
+        """Encode the prompts of these pairs, each different one once.
+
+        `offload`: bring the text encoders to the teacher's device for this call only.
+        """
+        unique = list(dict.fromkeys(self.texts(indices)))
+        with_encoders = self.teacher.encoders if offload else []
+        for encoder in with_encoders:
+            encoder.to(self.teacher.device)
+        condition = self.teacher.encode(unique)
+        for encoder in with_encoders:
+            encoder.to("cpu")
+        return Encoded({text: row for row, text in enumerate(unique)}, condition)
+
+    def rows(
+        self, indices: Sequence[int], encoded: "Encoded | None" = None
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """Rows `indices` of the store: noise fp32 [B, C, h, w] on the CPU, latents of that shape on the
+        teacher's device, and their prompts.
+
+        The noise is rounded to the stored type before the teacher sees it, so that the file holds what it was
+        given.
+        """
+        texts, spec = self.texts(indices), self.spec
+        encoded = encoded or self.encode(indices)
+        condition = encoded.condition.select([encoded.position[text] for text in texts])
+        drawn = noise(spec.seed, indices, spec.latent_shape, spec.torch_dtype).float()
+        latents = self.teacher.sample(
+            drawn,
+            texts,
+            spec.steps,
+            spec.guidance,
+            spec.solver,
+            spec.guidance_rescale,
+            condition,
+        )
+        return drawn, latents, texts
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded prompts: text -> row of `condition`."""
+
+    position: dict[str, int]
+    condition: Condition
+
+
+def open_job(
+    config: PairConfig,
+    device: torch.device | str = "cpu",
+    store: Path | None = None,
+    spec: StoreSpec | None = None,
+) -> Job:
+    """Load what a job needs, and check it, before anything is written.
+
+    Prompts come from `config.prompts`, else from a `store` that holds its own, else they are the teacher's
+    classes. `spec`: of the store, where it is known to be this config's. Raises UserError and SettingError
+    for what a user can mend.
+    """
+    if not config.teacher:
+        raise SettingError("teacher is not set; give --teacher")
+    teacher = load_teacher(config.teacher, device, config.precision, config.spacing, config.final_alpha)
+    prompts = _prompts(config, teacher, None if spec is None and config.prompts else store)
+    solver = teacher.default_solver if config.solver == "teacher" else config.solver
+    check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale)
+    if config.channels_last:
+        teacher.network.to(memory_format=torch.channels_last)
+    if config.compile:
+        teacher = replace(teacher, network=torch.compile(teacher.network))
+    return Job(teacher, prompts, spec or resolve_spec(config, teacher, prompts, solver))
+
+
+def _prompts(config: PairConfig, teacher: Teacher, store: Path | None) -> PromptList:
+    if store is not None and prompts_path(store).exists():
+        return PromptList.open(prompts_path(store))
+    if config.prompts:
+        prompts = read_prompts(Path(config.prompts))
+        names = {name: number for number, name in enumerate(teacher.label_names or ())}
+        return check_labels(prompts, teacher.num_labels, names) if teacher.num_labels else prompts
+    if teacher.conditioning == "label":
+        return label_list(teacher.num_labels)
+    if teacher.conditioning == "none":
+        return PromptList.of([""])
+    raise SettingError("prompts is not set; give --prompts")
+
+
+def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solver: Solver) -> StoreSpec:
+    """The store's spec: everything that decides its rows, with the settings left to the teacher filled in."""
+    channels, height, width = teacher.latent_shape
+    if config.latent_size:
+        height = width = config.latent_size
+    return StoreSpec(
+        teacher=config.teacher,
+        teacher_sha256=pretrained.weights_sha256(config.teacher),
+        conditioning=teacher.conditioning,
+        teacher_facts=teacher.facts,
+        prompts_sha256=prompts_sha256(prompts),
+        num_pairs=config.num_pairs or len(prompts) * config.per_prompt,
+        num_prompts=len(prompts),
+        per_prompt=config.per_prompt,
+        solver=solver,
+        steps=config.steps,
+        spacing=teacher.schedule.spacing,
+        final_alpha_one=teacher.schedule.final_alpha_one,
+        guidance=config.guidance,
+        guidance_rescale=config.guidance_rescale,
+        precision=config.precision,
+        seed=config.seed,
+        dtype=config.dtype,
+        latent_shape=(channels, height, width),
+        latent_space=teacher.space,
+        noise=config.noise,
+        shard_size=config.shard_size,
+    )
+
+
+def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
+    """The config that makes more rows of a store, from its spec."""
+    config = PairConfig(
+        teacher=spec.teacher,
+        num_pairs=spec.num_pairs,
+        per_prompt=spec.per_prompt,
+        solver=spec.solver,
+        steps=spec.steps,
+        spacing=spec.spacing,
+        final_alpha="one" if spec.final_alpha_one else "teacher",
+        guidance=spec.guidance,
+        guidance_rescale=spec.guidance_rescale,
+        precision=spec.precision,
+        seed=spec.seed,
+        dtype=spec.dtype,
+        noise=spec.noise,
+        shard_size=spec.shard_size,
+        latent_size=spec.latent_shape[1],
+    )
+    return replace(config, **changes)
+
+
+def batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """`indices` in runs of `size`."""
+    rest = iter(indices)
+    while batch := list(islice(rest, size)):
+        yield batch

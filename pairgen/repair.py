@@ -1,0 +1,49 @@
+"""Mending pair stores: bad files out of the way, lost records written again. Nothing is deleted."""
+
+from pathlib import Path
+from typing import Any
+
+from core.progress import Progress, quiet
+from pairgen.layout import StoreSpec, encode_record, publish, quarantine_path, read_spec, writing
+from pairgen.prompts import PromptList
+from pairgen.verify import held_prompts, verify_store
+
+
+def repair_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> list[str]:
+    """Move every bad file to DIR/quarantine, so that `pairgen.generate.regenerate` makes its rows anew.
+
+    A lost or bad quarantine record is written again from its shard's header. Returns the paths inside
+    `folder` that were moved.
+    """
+    folder, spec = Path(folder), read_spec(folder)
+    report = verify_store(folder, progress, workers)
+    names = [bad["shard"] for bad in report.bad_shards if (folder / bad["shard"]).exists()]
+    with writing(folder, "no shard was deleted"):
+        for name in names:
+            (folder / "quarantine").mkdir(exist_ok=True)
+            (folder / name).rename(_free_name(folder / "quarantine" / Path(name).name))
+        _write_lost_records(folder, spec, report.quarantined)
+    return names
+
+
+def _write_lost_records(folder: Path, spec: StoreSpec, quarantined: list[int]) -> None:
+    prompts, _ = held_prompts(folder, spec)
+    for shard in sorted({pair // spec.shard_size for pair in quarantined}):
+        if not quarantine_path(folder, shard).exists():
+            (folder / "quarantine").mkdir(exist_ok=True)
+            aside = [_lost(pair, spec, prompts) for pair in quarantined if pair in spec.rows(shard)]
+            publish(encode_record(shard, aside), quarantine_path(folder, shard), folder / "partial")
+
+
+def _lost(pair: int, spec: StoreSpec, prompts: PromptList | None) -> dict[str, Any]:
+    text = "" if prompts is None else prompts[spec.prompt_of(pair)]
+    return {"index": pair, "prompt": text, "reason": "its shard sets it aside; the record of why was lost"}
+
+
+def _free_name(path: Path) -> Path:
+    number = 0
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free

@@ -1,0 +1,270 @@
+"""What the rows of a store are like: moments, norms, prompts, whether noise and latent belong together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import ceil, exp, lgamma, prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.errors import UserError
+from core.progress import Progress, quiet
+from pairgen.reader import PairReader
+from pairgen.store import PairBatch
+from pairgen.verify import in_threads
+
+BLOCK_VALUES = 1 << 21  # of latents looked at together
+BINS = 32
+OUTLIER = 6.0  # standard deviations
+NAMED = 100  # outliers named at most
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of noise (0) and latent (1), by channel: values counted, mean [C, 2], sums of products of deviations
+    [C, 2, 2]."""
+
+    count: int
+    mean: F64
+    products: F64
+
+    @staticmethod
+    def of(noise: F64, latent: F64) -> "Moments":
+        """noise, latent: [B, C, H, W]."""
+        both = np.stack([noise, latent]).transpose(2, 0, 1, 3, 4).reshape(noise.shape[1], 2, -1)
+        mean = both.mean(axis=-1)
+        apart = both - mean[..., None]
+        return Moments(both.shape[-1], mean, apart @ apart.transpose(0, 2, 1))
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Moments of both samples together (Chan, Golub and LeVeque 1983, eq. 1.5, for products too)."""
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        outer = apart[:, :, None] * apart[:, None, :] * (self.count * other.count / count)
+        mean = self.mean + apart * (other.count / count)
+        return Moments(count, mean, self.products + other.products + outer)
+
+    @property
+    def std(self) -> F64:
+        """[C, 2], of the population."""
+        std: F64 = np.sqrt(self.products.diagonal(axis1=1, axis2=2) / self.count)
+        return std
+
+    @property
+    def correlation(self) -> F64:
+        """Pearson's, of noise with latent [C]; 0 where one of them is constant."""
+        scale = np.sqrt(self.products[:, 0, 0] * self.products[:, 1, 1])
+        return np.divide(self.products[:, 0, 1], scale, out=np.zeros(len(scale)), where=scale > 0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a few rows add: `own` pairs each noise with its own latent, `other` with the next row's."""
+
+    own: Moments
+    other: Moments | None  # None for a single row
+    norms: F64  # [B, 2] of noise and latent
+    index: I64
+    prompts: list[str]
+    characters: F64
+    tokens: F64
+
+
+def store_statistics(
+    folder: Path, rows: int = 0, teacher: str | None = None, progress: Progress = quiet, workers: int = 0
+) -> dict[str, Any]:
+    """The keys that docs/pair-format.md lists, over all rows of a store or over `rows` evenly spread ones.
+
+    teacher: where its tokenizer is, when not where the store says; without one, tokens are not counted.
+    Raises UserError for an empty store, damage, and a `teacher` without a tokenizer.
+    """
+    reader = PairReader(folder)
+    if not len(reader):
+        raise UserError(f"{folder} holds no pairs yet; make some with `d2g pairs generate`")
+    spec = reader.spec
+    text = spec.conditioning == "text"
+    tokenizer, why_not = _tokenizer(teacher, spec.teacher) if text else (None, None)
+    positions = spread(len(reader), rows)
+    size = max(2, BLOCK_VALUES // prod(spec.latent_shape))
+    batches = (reader.read(positions[start : start + size]) for start in range(0, len(positions), size))
+    blocks = []
+    for block in in_threads(_block, batches, workers):
+        tokens = _token_counts(tokenizer, block.prompts)  # here: tokenizers are not made for threads
+        blocks.append(replace(block, prompts=[], tokens=tokens))
+        progress("stats", sum(len(b.index) for b in blocks), len(positions))
+    own = reduce(Moments.merged, [block.own for block in blocks])
+    others = [block.other for block in blocks if block.other is not None]
+    noise_norm, latent_norm = np.concatenate([block.norms for block in blocks]).T
+    index = np.concatenate([block.index for block in blocks])
+    prompts = prompt_use(spec.prompt_of(index))  # type: ignore[arg-type]  # arithmetic, on all at once
+    if text:
+        prompts["characters"] = _lengths(np.concatenate([block.characters for block in blocks]))
+        prompts["tokens"] = _token_summary(tokenizer, np.concatenate([block.tokens for block in blocks]))
+        prompts["tokens_missing"] = why_not
+    return {
+        "rows": len(positions),
+        "pairs": len(reader),
+        "latent": {"mean": own.mean[:, 1].tolist(), "std": own.std[:, 1].tolist()},
+        "noise": {"mean": own.mean[:, 0].tolist(), "std": own.std[:, 0].tolist()},
+        "latent_norm": summary(latent_norm),
+        "noise_norm": noise_norm_summary(noise_norm, prod(spec.latent_shape)),
+        "correlation": {
+            "noise_latent": own.correlation.tolist(),
+            "noise_next_latent": reduce(Moments.merged, others).correlation.tolist() if others else None,
+            "standard_error": 1 / sqrt(own.count),
+        },
+        "prompts": prompts,
+        "outliers": _outliers(reader, positions, latent_norm, noise_norm),
+    }
+
+
+def spread(size: int, count: int) -> Sequence[int]:
+    """`count` of the positions 0 to size - 1, evenly spread, first and last among them; all for 0."""
+    if not 0 < count < size:
+        return range(size)
+    return sorted({round(i * (size - 1) / max(1, count - 1)) for i in range(count)})
+
+
+def _block(batch: PairBatch) -> Block:
+    noise, latent = batch.noise.double().numpy(), batch.latent.double().numpy()
+    norms = [np.sqrt(np.square(values).sum(axis=(1, 2, 3))) for values in (noise, latent)]
+    return Block(
+        own=Moments.of(noise, latent),
+        other=Moments.of(noise[:-1], latent[1:]) if len(noise) > 1 else None,
+        norms=np.stack(norms, axis=1),
+        index=batch.index.numpy(),
+        prompts=batch.prompts,
+        characters=np.array([len(prompt) for prompt in batch.prompts], np.float64),
+        tokens=np.empty(0),
+    )
+
+
+# Distributions.
+
+
+def summary(values: F64, edges: F64 | None = None) -> dict[str, Any]:
+    """Mean, standard deviation, extremes, median, and a histogram over `edges`, by default BINS equal bins.
+    Values outside are in none of the `counts`."""
+    counts, edges = np.histogram(values, BINS if edges is None else edges)
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "median": float(np.median(values)),
+        "max": float(values.max()),
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+    }
+
+
+def whole_edges(values: F64) -> F64:
+    """Edges of at most BINS bins that each hold equally many whole numbers."""
+    low, high = float(values.min()), float(values.max())
+    width = ceil((high - low + 1) / BINS)
+    return np.arange(low, high + width + 1, width) - 0.5
+
+
+def chi_moments(degrees: int) -> tuple[float, float]:
+    """Mean and standard deviation of the norm of `degrees` independent standard normals."""
+    mean = sqrt(2) * exp(lgamma((degrees + 1) / 2) - lgamma(degrees / 2))
+    return mean, sqrt(degrees - mean * mean)
+
+
+def chi_cdf(values: F64, degrees: int) -> F64:
+    """P(norm <= value)."""
+    half = torch.full((len(values),), degrees / 2, dtype=torch.float64)
+    found: F64 = torch.special.gammainc(half, torch.from_numpy(values).square() / 2).numpy()
+    return found
+
+
+def noise_norm_summary(norms: F64, degrees: int) -> dict[str, Any]:
+    """`summary` over 6 standard deviations of the chi distribution about its mean, with `expected_mean`,
+    `expected_std`, `expected` counts, and how many standard errors the mean is off, `sigmas`."""
+    mean, std = chi_moments(degrees)
+    edges = np.linspace(max(0.0, mean - OUTLIER * std), mean + OUTLIER * std, BINS + 1)
+    found = summary(norms, edges)
+    share = np.diff(chi_cdf(edges, degrees))
+    return found | {
+        "expected_mean": mean,
+        "expected_std": std,
+        "expected": (share * len(norms)).tolist(),
+        "sigmas": (found["mean"] - mean) / (std / sqrt(len(norms))),
+    }
+
+
+def _outliers(
+    reader: PairReader, positions: Sequence[int], latent_norm: F64, noise_norm: F64
+) -> dict[str, Any]:
+    """Rows whose latent's norm lies more than OUTLIER standard deviations from the mean, or whose noise's
+    norm from that of chi: how many, and the NAMED farthest."""
+    mean, std = chi_moments(prod(reader.spec.latent_shape))
+    noise_sigmas = (noise_norm - mean) / std
+    latent_sigmas = (latent_norm - latent_norm.mean()) / (float(latent_norm.std()) or 1.0)
+    worst = np.maximum(np.abs(noise_sigmas), np.abs(latent_sigmas))
+    rows = np.flatnonzero(worst > OUTLIER)
+    named = rows[np.argsort(-worst[rows], kind="stable")][:NAMED].tolist()
+    batch = reader.read([positions[row] for row in named]) if named else None
+    texts = [] if batch is None else zip(named, batch.index.tolist(), batch.prompts, strict=True)
+    found = [
+        {
+            "index": number,
+            "prompt": prompt,
+            "latent_norm": float(latent_norm[row]),
+            "latent_sigmas": float(latent_sigmas[row]),
+            "noise_sigmas": float(noise_sigmas[row]),
+        }
+        for row, number, prompt in texts
+    ]
+    return {"count": len(rows), "rows": found}
+
+
+# Prompts.
+
+
+def prompt_use(numbers: I64) -> dict[str, Any]:
+    """How many different prompts pairs have, and the share of pairs whose prompt another pair has too.
+
+    numbers: of each pair's prompt.
+    """
+    found, counts = np.unique(numbers, return_counts=True)
+    return {"distinct": len(found), "repeated_share": float(counts[counts > 1].sum() / len(numbers))}
+
+
+def _lengths(values: F64) -> dict[str, Any]:
+    return summary(values, whole_edges(values))
+
+
+def _tokenizer(given: str | None, recorded: str) -> tuple[Any, str | None]:
+    from core.pretrained import load_tokenizer
+
+    try:
+        return load_tokenizer(given or recorded), None
+    except UserError as error:
+        if given is not None:
+            raise
+        return None, str(error)
+
+
+def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> F64:
+    """Tokens of each prompt, with the special ones, uncut; none without a tokenizer."""
+    if tokenizer is None:
+        return np.empty(0)
+    unique = list(dict.fromkeys(prompts))
+    found = tokenizer(unique, verbose=False).input_ids
+    lengths = {text: len(ids) for text, ids in zip(unique, found, strict=True)}
+    return np.array([lengths[text] for text in prompts], np.float64)
+
+
+def _token_summary(tokenizer: Any, counts: F64) -> dict[str, Any] | None:
+    """`summary` with the teacher's `limit` of tokens and the share of rows whose prompt it cuts."""
+    if tokenizer is None:
+        return None
+    limit = int(tokenizer.model_max_length)
+    return _lengths(counts) | {"limit": limit, "cut_share": float((counts > limit).mean())}

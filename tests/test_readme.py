@@ -1,0 +1,52 @@
+"""The README's commands, run as they stand there."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from pairgen.reader import PairReader
+
+ROOT = Path(__file__).parents[1]
+TRIAL = {
+    "SD": "miniature",
+    "LPIPS": "miniature/weights/teacher/latent_lpips",
+    "PRESET": "trial",
+    "GPUS": "2",
+}
+
+
+def block(holding: str) -> str:
+    """The README's one bash block that holds a text."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (found,) = [text for text in blocks if holding in text]
+    return str(found)
+
+
+def test_the_commands_of_a_run(tmp_path: Path) -> None:
+    """Pairs, both stages and pictures, with the README's own trial settings, in a copy of the tree."""
+    skip = shutil.ignore_patterns(".git", ".venv", "tests", "docs", "__pycache__", ".*_cache")
+    tree = shutil.copytree(ROOT, tmp_path / "clone", ignore=skip)
+    (tree / "prompts.txt").write_text(
+        "".join(f"a small {colour} cube\n" for colour in ("red", "blue", "green"))
+    )
+    for name, value in TRIAL.items():
+        assert f"{name}={value}" in (ROOT / "README.md").read_text(), f"the README does not offer {name}"
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST")},
+        **TRIAL,
+        "UV_NO_SYNC": "1",  # the environment that runs this test is the one to use
+        "UV_PROJECT_ENVIRONMENT": str(ROOT / ".venv"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block("pairs generate")],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(PairReader(tree / "pairs")) == 64
+    assert len(list((tree / "samples").glob("*.png"))) == 2, "one picture and the grid"
