@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -100,7 +101,7 @@ def emit(result: Any, as_json: bool, title: str) -> None:
             if isinstance(value, dict | list)
             else str(value)
         )
-        table.add_row(key, shown)
+        table.add_row(key, escape(shown))  # a prompt's [brackets] are no markup
     Console().print(table)
 
 

@@ -1,9 +1,8 @@
-"""`d2g eval`: measure students, teachers and images."""
+"""`d2g eval`: measure students, teachers, pipelines and images."""
 
-import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,85 +10,239 @@ from commands.common import DryRun, Json, Preset, Prompts, Sets, TeacherOption, 
 from core.config import pick
 from core.errors import SettingError
 
-app = typer.Typer(help="Measure students, teachers and images.", no_args_is_help=True)
+app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
+
+Student = Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")]
+Pipeline = Annotated[str | None, typer.Option(help="Any diffusers pipeline: folder or hub id.")]
+Images = Annotated[Path | None, typer.Option(help="Folder or parquet of images to measure.")]
+Reference = Annotated[
+    Path | None, typer.Option(help="Real images: a file of `eval stats`, COCO's folder, any folder, parquet.")
+]
+ProtocolName = Annotated[str | None, typer.Option(help="Named protocol; see `eval protocols` [folder].")]
+Metrics = Annotated[str | None, typer.Option(help="fid,clip,pr,…: comma-separated [the protocol's].")]
+Features = Annotated[
+    str | None,
+    typer.Option(help="Feature network, where the protocol leaves it open: inception, squeezenet…"),
+]
+Clip = Annotated[str | None, typer.Option(help="CLIP, where it is open: vit-b-32, MODEL:TAG, or a folder.")]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(help="Weights file of the feature network, or NAME=PATH of dinov2, dreamsim…; repeatable."),
+]
+Num = Annotated[int | None, typer.Option(help="Images, where the protocol leaves it open [one per prompt].")]
+Fewer = Annotated[
+    bool, typer.Option("--allow-fewer", help="Measure fewer than the protocol's; the result says so.")
+]
+Steps = Annotated[int | None, typer.Option(help="Steps of a teacher or pipeline [50].")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance of a teacher [3] or pipeline [its own].")]
+Batch = Annotated[int | None, typer.Option(help="Images per batch [64].")]
+NoiseSeed = Annotated[
+    int | None, typer.Option(help="Image i has the noise of (seed, i) [the protocol's: 0].")
+]
+Work = Annotated[
+    Path | None, typer.Option(help="Where finished parts are kept, to go on from [work/ in an --out folder].")
+]
+Keep = Annotated[Path | None, typer.Option(help="Save the images there as PNG.")]
+
+
+def _configured(given: dict[str, Any], preset: str | None, sets: list[str] | None) -> Any:
+    """EvalRun of a preset, the options that were given, and --set."""
+    from eval.config import PRESETS, EvalRun
+    from eval.protocol import PROTOCOLS
+
+    options = {name: value for name, value in given.items() if name in EvalRun.__dataclass_fields__}
+    if given.get("protocol") is not None:
+        options["protocol"] = pick(PROTOCOLS, given["protocol"], "protocol")
+    if given.get("metrics"):
+        options["metrics"] = tuple(given["metrics"].split(","))
+    if given.get("weights"):
+        options["weights"] = tuple(given["weights"])
+    for flag in ("allow_fewer", "latency", "every"):
+        options[flag] = options.get(flag) or None
+    return configure(pick(PRESETS, preset or "default", "preset"), options, sets)
 
 
 @app.command("run")
 def eval_run(
-    student: Annotated[
-        str | None, typer.Option(help="Run folder, exported student, or a shipped name.")
-    ] = None,
+    student: Student = None,
     teacher: TeacherOption = None,
-    images: Annotated[Path | None, typer.Option(help="Folder or parquet of images to measure.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Real images: folder or parquet.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="Named protocol [custom].")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Of fid,kid,clip,pr, comma-separated.")] = None,
-    features: Annotated[
-        str | None, typer.Option(help="inception, inception-tf, squeezenet, clip, oracle.")
+    pipeline: Pipeline = None,
+    images: Images = None,
+    reference: Reference = None,
+    protocol: ProtocolName = None,
+    metrics: Metrics = None,
+    against: Annotated[
+        str | None, typer.Option(help="The other side of dreamsim, lpips, psnr: teacher or its kept images.")
     ] = None,
-    feature_weights: Annotated[
-        str | None, typer.Option(help="Its weights file (clip: name or folder).")
-    ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP for the score: open_clip name:tag or folder.")
-    ] = None,
+    features: Features = None,
+    clip: Clip = None,
+    weights: Weights = None,
     prompts: Prompts = None,
-    num: Annotated[int | None, typer.Option(help="Images to draw [one per prompt].")] = None,
-    steps: Annotated[int | None, typer.Option(help="Solver steps of a teacher [50].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance of a teacher [3].")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per batch [64].")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    num: Num = None,
+    allow_fewer: Fewer = False,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch_size: Batch = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for result.json, report.html and parts to go on from; or a .json file."),
+    ] = None,
+    work: Work = None,
+    keep: Keep = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Training images, for the report's nearest neighbours.")
+    ] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Also time an image, part by part.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="All checkpoints of a student's run.")] = False,
     preset: Preset = None,
     sets: Sets = None,
-    seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) [0].")] = None,
+    seed: NoiseSeed = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """FID, CLIP score, precision and recall of a student, a teacher or a folder of images."""
-    from eval.config import PRESETS
-
-    given = locals()
-    names = (
-        "student", "teacher", "images", "reference", "protocol", "features", "feature_weights", "clip",
-        "prompts", "num", "steps", "guidance", "batch_size", "seed",
-    )  # fmt: skip
-    options = {name: given[name] for name in names} | {
-        "metrics": tuple(metrics.split(",")) if metrics else None
-    }
-    config = configure(pick(PRESETS, preset or "default", "preset"), options, sets)
+    """FID, CLIP score, precision and recall, and more, under a named protocol."""
+    config = _configured(locals(), preset, sets)
     if dry_run:
-        dry(config, as_json)
+        dry(config, as_json, _plan(config))
+    from core import dist
+    from miniature.curves import run_every
     from miniature.judge import run_evaluation
 
-    result = run_evaluation(**asdict(config), progress=reporter)
-    if out is not None:
-        from core.checkpoint import write_atomically
-
-        write_atomically(out, json.dumps(result, indent=1))
-    emit(result, as_json, f"protocol {config.protocol}")
+    try:
+        result = (run_every if config.every else run_evaluation)(config, reporter)
+        emit(result if as_json else _table(result), as_json, f"protocol {config.protocol.name}")
+    finally:
+        dist.finish()
 
 
 @app.command("stats")
 def eval_stats(
-    images: Annotated[Path, typer.Option(help="Real images: folder or parquet.")],
+    images: Annotated[
+        Path, typer.Option(help="Real images: COCO's folder as downloaded, a folder, parquet.")
+    ],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write, for `eval run --reference`.")],
-    features: Annotated[str, typer.Option(help="inception, inception-tf, squeezenet or clip.")],
-    feature_weights: Annotated[str, typer.Option(help="Its weights file (clip: name or folder).")],
-    protocol: Annotated[str, typer.Option(help="Named protocol.")] = "custom",
+    protocol: ProtocolName = None,
+    metrics: Metrics = None,
+    features: Features = None,
+    weights: Weights = None,
+    allow_fewer: Fewer = False,
+    batch_size: Batch = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: NoiseSeed = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Feature statistics of a reference set, computed once."""
-    from miniature.judge import save_statistics
-
+    """Statistics of real images, and a protocol's prompts, computed once, in one file to hand on."""
     if out.suffix != ".safetensors":
         raise SettingError(f"--out is {out}; expected a name ending in .safetensors")
-    emit(save_statistics(images, out, protocol, features, feature_weights, reporter), as_json, str(out))
+    given = {name: value for name, value in locals().items() if name not in ("images", "out")}
+    config = _configured(given, preset, sets)
+    if dry_run:
+        dry(config, as_json, _plan(config))
+    from core import dist
+    from miniature.judge import save_statistics
+
+    try:
+        emit(save_statistics(config, images, out, reporter), as_json, str(out))
+    finally:
+        dist.finish()
+
+
+@app.command("curve")
+def eval_curve(
+    over: Annotated[
+        str, typer.Option(help="guidance=1,2,4 steps=1,2,4 noise_scale=0.7,1 (truncation) or checkpoints.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for curve.json, curve.png, report.html and parts.")],
+    student: Student = None,
+    teacher: TeacherOption = None,
+    pipeline: Pipeline = None,
+    reference: Reference = None,
+    protocol: ProtocolName = None,
+    metrics: Metrics = None,
+    features: Features = None,
+    clip: Clip = None,
+    weights: Weights = None,
+    prompts: Prompts = None,
+    num: Num = None,
+    allow_fewer: Fewer = False,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch_size: Batch = None,
+    work: Work = None,
+    keep: Keep = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: NoiseSeed = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """FID against CLIP score over guidance, steps, truncation or checkpoints."""
+    from eval.config import CurveRun
+
+    run = _configured({k: v for k, v in locals().items() if k != "over"}, preset, sets)
+    setting, _, text = over.partition("=")
+    try:
+        values = tuple(float(value) for value in text.split(",")) if text else ()
+    except ValueError as error:
+        raise SettingError(f"--over is {over!r}; expected say guidance=1,2,4 ({error})") from error
+    metrics_of_curve = run.metrics or ("fid", "clip")
+    config = CurveRun(run=replace(run, metrics=metrics_of_curve), setting=setting, values=values)
+    if dry_run:
+        dry(config.run, as_json, {"over": setting, "values": list(values), **_plan(config.run)})
+    from core import dist
+    from miniature.curves import run_curve
+
+    try:
+        made = run_curve(config, reporter)
+        emit({"out": str(out), **made}, as_json, f"over {setting}")
+    finally:
+        dist.finish()
 
 
 @app.command("compare")
 def eval_compare(results: list[Path], as_json: Json = False) -> None:
-    """A table of several results; refuses mixed protocols."""
-    from eval.result import EvalResult, compare
+    """A table of several results, and win rates where PickScores were kept; refuses mixed protocols."""
+    from miniature.judge import compare_results
 
-    rows = compare({str(path): EvalResult.load(path) for path in results})
-    emit({"results": rows}, as_json, "comparison")
+    emit(compare_results(results), as_json, "comparison")
+
+
+@app.command("protocols")
+def eval_protocols(
+    name: Annotated[str | None, typer.Argument(help="One of them, in full.")] = None, as_json: Json = False
+) -> None:
+    """The named protocols, with the digest that stands in every result."""
+    from eval.protocol import PROTOCOLS
+
+    if name is not None:
+        chosen = pick(PROTOCOLS, name, "protocol")
+        emit({**chosen.settings(), "metrics": list(chosen.metrics), "sha256": chosen.sha256()}, as_json, name)
+        return
+    if as_json:
+        emit({key: chosen.settings() for key, chosen in PROTOCOLS.items()}, as_json, "protocols")
+        return
+    emit({key: chosen.summary() for key, chosen in PROTOCOLS.items()}, as_json, "protocols")
+
+
+def _plan(config: Any) -> dict[str, Any]:
+    """What a dry run adds: the digest that results will bear, but for what is known later."""
+    return {"protocol_sha256": config.protocol.sha256()}
+
+
+def _table(result: dict[str, Any]) -> dict[str, Any]:
+    """What people want to see of a result."""
+    from eval.result import EvalResult
+
+    known = {key: value for key, value in result.items() if key in EvalResult.__dataclass_fields__}
+    found = EvalResult(**known)
+    lines: dict[str, Any] = dict(found.rows())
+    counts = ", ".join(f"{number:,} {name}" for name, number in found.counts.items())
+    lines |= {"source": str(found.source.get("name", "")), "counts": counts}
+    lines |= {"protocol": f"{found.protocol} {found.protocol_sha256[:12]}"}
+    lines |= {f"note {number}": note for number, note in enumerate(found.notes, 1)}
+    for row in result.get("checkpoints", []):
+        fields = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k != "images")
+        lines[f"{row['images']:.0f} images"] = fields
+    return lines

@@ -51,7 +51,9 @@ def _distill(
         dist.finish()
 
 
-Pairs = Annotated[Path | None, typer.Option(help="Folder of `d2g pairs generate`.")]
+Pairs = Annotated[
+    str | None, typer.Option(help="Folder of `d2g pairs generate`, or its URL (s3://, gs://, hf://).")
+]
 Lpips = Annotated[Path | None, typer.Option(help="LatentLPIPS folder [TEACHER/latent_lpips].")]
 Minutes = Annotated[float | None, typer.Option(help="Stop after so long, with a checkpoint.")]
 Images = Annotated[int | None, typer.Option(help="Training images, over all ranks.")]

@@ -80,16 +80,19 @@ def load_any_pipeline(
 
     diffusers.utils.logging.disable_progress_bar()
     index = Path(name) / "model_index.json"
-    settings: dict[str, Any] = {"torch_dtype": dtype}
+    settings: dict[str, Any] = {}
     if index.is_file() and "safety_checker" in json.loads(index.read_text(encoding="utf-8")):
-        settings |= {"safety_checker": None, "requires_safety_checker": False}
+        settings = {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, **settings)
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"pipeline {name} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"pipeline {name} cannot be loaded ({type(error).__name__}: {reason}); give a folder or hub id "
+            "in diffusers layout"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
-    loaded = AnyPipeline(name, pipe.to(device), torch.device(device))
+    loaded = AnyPipeline(name, pipe.to(device, dtype), torch.device(device))
     for setting, given in (("num_inference_steps", steps), ("guidance_scale", guidance)):
         if given is not None and setting not in loaded.takes:
             raise SettingError(f"pipeline {name} ({type(pipe).__name__}) takes no {setting}; leave it out")

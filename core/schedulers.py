@@ -26,6 +26,16 @@ VARIANCE_PRESERVING = (
 )
 FLOW = ("FlowMatchEulerDiscreteScheduler",)
 
+BETAS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+"""Settings that make the table of alphas, the same in every scheduler that has them."""
+
 _NOISE = "it draws fresh noise at every step"
 _EDM = "its network is preconditioned as in EDM"
 REFUSED = {
@@ -130,7 +140,7 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
 
 
 def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
-    import diffusers
+    from diffusers import DDIMScheduler
 
     where = f"teacher {pipeline.folder}: scheduler {kind}"
     if settings["prediction_type"] not in get_args(Prediction):
@@ -142,9 +152,9 @@ def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
     if spacing not in get_args(Spacing):
         raise UserError(f"{where} has timestep_spacing={spacing}; supported: {', '.join(get_args(Spacing))}")
     try:
-        alphas = getattr(diffusers, kind)(**settings).alphas_cumprod
+        alphas = DDIMScheduler(**{k: settings[k] for k in BETAS if k in settings}).alphas_cumprod
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{where}: its settings are refused by diffusers ({error})") from error
+        raise UserError(f"{where} has betas that DDIMScheduler cannot make: {error}") from error
     return Schedule(
         alphas_cumprod=alphas.double(),
         prediction=settings["prediction_type"],

@@ -102,8 +102,10 @@ def noise(
     normals = np.empty((len(rows), count), dtype=np.float32)
     step = max(1, BLOCK // max(1, words))
     for start in range(0, len(rows), step):
-        block = slice(start, start + step)
-        normals[block] = box_muller(np.stack([_words(seed, row, words) for row in rows[block]]))[:, :count]
+        raw = np.stack([_words(seed, row, words) for row in rows[start : start + step]])
+        for at in range(0, words, BLOCK):
+            values = box_muller(raw[:, at : at + BLOCK])[:, : count - at]
+            normals[start : start + step, at : at + BLOCK] = values
     return torch.from_numpy(normals.reshape(len(rows), *shape)).to(dtype)
 
 

@@ -48,6 +48,7 @@ def _network(keys: U64, rows: U64, columns: U64, cell: U64, tweak: U64) -> U64:
 
 def _shuffled(keys: U64, size: I64, x: I64, tweak: U64) -> I64:
     """Where a permutation of range(size) takes x [N]; `tweak` says which. `size` and `tweak`: [N] or [1]."""
+    assert (x < size).all(), "a walk from outside need not end"
     # An even number of rows: turns of odd rings alone would reach the even permutations only.
     rows = np.sqrt((size - 1).astype(np.float64)).astype(np.int64) // 2 * 2 + 2
     sides = rows.astype(np.uint64), (-(-size // rows)).astype(np.uint64)

@@ -73,7 +73,8 @@ class TrainConfig:
     batch_size: int = 256
     ema_beta: float = 0.9999
     ema_start_images: int = 0  # until then the average is a plain copy
-    precision: Literal["fp32", "bf16"] = "bf16"  # of the networks' arithmetic; weights and losses are fp32
+    # Of the networks' arithmetic, LatentLPIPS' trunk among them; weights and losses are fp32.
+    precision: Literal["fp32", "bf16"] = "bf16"
     loader_workers: int = 2
     report_images: int = 12_800
     checkpoint_images: int = 1_280_000
@@ -87,6 +88,25 @@ class TrainConfig:
             raise SettingError(
                 f"train: ema_beta {self.ema_beta} must be in [0, 1), minutes {self.minutes} positive"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """How pairs are read: their order, what to do about damage, and copies of a store at a URL."""
+
+    block: int = 0  # rows that stay together in the shuffle, for slow disks and URLs; 0: shuffle all rows
+    window: int = 0  # blocks whose rows are shuffled among themselves; with `block` only
+    skip_bad: bool = False  # read the next sound shard's rows in place of damaged ones, with a warning
+    cache: str = ""  # folder for copies of a URL's shards; "": $XDG_CACHE_HOME/diffusion2gan/pairs
+    cache_gib: float = 0.0  # bound of that folder, the longest unused make room; 0: none
+
+    def __post_init__(self) -> None:
+        if min(self.block, self.window) < 0 or bool(self.block) != bool(self.window):
+            raise SettingError(
+                f"data: block {self.block} and window {self.window}; expected both above 0, or both 0"
+            )
+        if self.cache_gib < 0:
+            raise SettingError(f"data.cache_gib is {self.cache_gib}; expected GiB, or 0 for no bound")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +124,7 @@ class DistillConfig:
     regression: RegressionConfig = RegressionConfig()
     gan: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
 
     def __post_init__(self) -> None:
         if self.stage == "gan" and self.gan.mix_fraction > 0 and self.train.batch_size < 2:
@@ -174,7 +195,7 @@ PRESETS: dict[str, dict[str, DistillConfig]] = {
             stage="gan",
             optim=OptimConfig(lr=1e-5),
             regression=RegressionConfig(augment="bgo", latent_lpips=1.0),
-            gan=DiscriminatorConfig(r1_interval=4),
+            gan=DiscriminatorConfig(r1_interval=2),
             train=_TRIAL,
         ),
     },

@@ -25,7 +25,7 @@ from distill.generator import Student, student_from_teacher
 from distill.losses import discriminator_loss, generator_loss, mismatch, mix_and_match
 from distill.r1 import r1_penalty
 from distill.sample import load_student_weights
-from latent_lpips.config import AugmentConfig
+from latent_lpips.config import AugmentConfig, Precision
 from latent_lpips.metric import ELatentLPIPS, LatentLPIPS
 from latent_lpips.weights import load_lpips
 
@@ -50,11 +50,12 @@ class Regression(nn.Module):
     latents.
     """
 
-    def __init__(self, config: DistillConfig, channels: int) -> None:
+    def __init__(self, config: DistillConfig, channels: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config.regression
         folder = config.lpips or str(pretrained.resolve(config.teacher) / "latent_lpips")
-        self.plain: LatentLPIPS = load_lpips(folder, channels)
+        precision: Precision = "auto" if config.train.precision == "bf16" else "fp32"
+        self.plain: LatentLPIPS = load_lpips(folder, channels, precision=precision, device=device)
         augment = AugmentConfig(families=self.config.augment)
         self.augmented = ELatentLPIPS(self.plain, augment, draws=self.config.draws)
 
@@ -143,13 +144,13 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
         raise SettingError(
             f"train.batch_size {batch_size} does not divide over {dist.world_size()} processes"
         )
-    reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher))
+    reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data)
     text_encoder = pretrained.load_text_encoder(config.teacher).to(device)
     student: Student = student_from_teacher(config.teacher, config.student_timestep).to(device)
     if config.init:
         load_student_weights(student, config.init)
     student.requires_grad_(True)
-    regression = Regression(config, reader.spec.latent_shape[0]).to(device)
+    regression = Regression(config, reader.spec.latent_shape[0], device)
     optim_g = optimizer(student, config.optim)
     ema = EMA(student, options.ema_beta, options.ema_start_images)
     discriminator: Discriminator | None = None
@@ -172,6 +173,8 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
         {k: v for k, v in whole["train"].items() if k not in mutable},
         {k: v for k, v in whole["train"].items() if k in mutable},
     )
+    # A run may go on past damage that it met, or with another cache; the order of its rows stays.
+    whole["length"] |= {k: whole["data"].pop(k) for k in ("skip_bad", "cache", "cache_gib")}
     log = RunLog(out, whole, ignore=("length",))
     folder, nimg, steps = out / "checkpoints", 0, 0
     if (last := checkpoint.latest(folder)) is not None:
@@ -203,7 +206,8 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
         return torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
 
     # Train.
-    batches = pair_batches(reader, batch_size, config.seed, nimg, options.loader_workers)
+    pin = device.type == "cuda"
+    batches = pair_batches(reader, batch_size, config.seed, nimg, options.loader_workers, config.data, pin)
     started, first, waited = time.monotonic(), nimg, 0.0
     reported, saved, finished = nimg, nimg, nimg >= options.images
     values: dict[str, float] = {}
@@ -213,7 +217,8 @@ def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> Train
             batch = next(batches)
             waited += time.monotonic() - begun
             rng = seed_step(config.seed, dist.rank(), nimg)
-            noise, real = batch.noise.to(device), batch.latent.to(device)
+            noise = batch.noise.to(device, torch.float32, non_blocking=True)
+            real = batch.latent.to(device, torch.float32, non_blocking=True)
             text = text_encoder.encode(batch.prompts)
             with autocast():
                 fake = student(noise, text)

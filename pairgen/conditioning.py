@@ -33,7 +33,8 @@ class Condition:
         """The rows at these positions, in this order, repeats allowed."""
         if positions and not -self.size <= min(positions) <= max(positions) < self.size:
             raise IndexError(f"positions {min(positions)} to {max(positions)} of {self.size} rows")
-        rows = {name: rows[torch.tensor(positions, device=rows.device)] for name, rows in self.rows.items()}
+        chosen = torch.tensor(positions, dtype=torch.int64)
+        rows = {name: rows[chosen.to(rows.device)] for name, rows in self.rows.items()}
         return Condition(len(positions), rows, self.null)
 
     def to(self, device: torch.device | str) -> "Condition":

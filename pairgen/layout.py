@@ -161,7 +161,7 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
 
     Raises UserError when the folder holds another spec (naming the keys that differ) or cannot be written.
     """
-    folder = Path(folder)
+    folder = local(folder)
     with writing(folder, "nothing was written"):
         for name in ("shards", "partial", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -175,9 +175,16 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
                 leftover.unlink(missing_ok=True)
 
 
+def local(folder: Path | str) -> Path:
+    """`folder` as a Path. Raises UserError for a URL, of which a Path has folded the slashes."""
+    if re.match("[a-z][a-z0-9+.-]+:/", str(folder)):
+        raise UserError(f"{folder} is a URL; this needs a folder of this machine: copy the store here first")
+    return Path(folder)
+
+
 def read_spec(folder: Path) -> StoreSpec:
     """The spec in DIR/store.json. Raises UserError when it is missing, damaged or of a newer schema."""
-    path = Path(folder) / "store.json"
+    path = local(folder) / "store.json"
     try:
         return parse_spec(path.read_bytes(), str(path))
     except OSError as error:

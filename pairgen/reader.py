@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from core.errors import UserError
+from pairgen.buffers import Buffers
 from pairgen.chunks import I64, U8
 from pairgen.layout import StoreSpec, quarantined_rows, refuse_other
 from pairgen.shards import Bad, OpenShards, Part, read_values
@@ -62,6 +63,7 @@ class PairReader:
         rows = [len(self.spec.rows(shard)) for shard in self._source.shards]
         self._ends = np.cumsum([0, *rows]) - np.cumsum([0, *missing])
         self._hinted: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._buffers = Buffers()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_hinted": OrderedDict()}
@@ -101,7 +103,7 @@ class PairReader:
         row = position - self._ends[nth]
         row_bytes = prod(self.spec.latent_shape) * self.spec.torch_dtype.itemsize
         names = ["latent", *(["noise"] if self.spec.noise == "stored" else [])]
-        values = {name: np.empty((len(position), row_bytes), np.uint8) for name in names}
+        values = {name: self._buffers.empty((len(position), row_bytes), np.uint8) for name in names}
         text = [""] * len(position)
         skipped: dict[str, str] = {}
         todo, tries = np.arange(len(position)), 0
@@ -115,17 +117,24 @@ class PairReader:
         self.skipped = skipped | self.skipped
         index = self._index(nth, row)
         tensors = {
-            name: torch.from_numpy(out).view(self.spec.torch_dtype).view(-1, *self.spec.latent_shape)
+            name: torch.from_numpy(out.view(self.spec.dtype).reshape(len(out), *self.spec.latent_shape))
             for name, out in values.items()
         }
         noise = tensors["noise"] if "noise" in tensors else redraw(self.spec, index.tolist())
         return PairBatch(
-            noise=noise.to(dtype or self.spec.torch_dtype),
-            latent=tensors["latent"].to(dtype or self.spec.torch_dtype),
+            noise=self._as(noise, dtype),
+            latent=self._as(tensors["latent"], dtype),
             prompts=text,
             index=torch.from_numpy(index),
             skipped=skipped,
         )
+
+    def _as(self, values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        if dtype is None or dtype == values.dtype:
+            return values
+        if dtype == torch.float32:
+            return torch.from_numpy(self._buffers.empty(tuple(values.shape), np.float32)).copy_(values)
+        return values.to(dtype)
 
     def prompts(self) -> list[str]:
         """The different prompts of the rows present, in order of first use."""
@@ -146,8 +155,8 @@ class PairReader:
         for number in dict.fromkeys((np.asarray(rows, dtype=np.int64) // block).tolist()):
             if (block, number) not in self._hinted:
                 self._hint(number * block, min((number + 1) * block, len(self)))
+            self._hinted.pop((block, number), None)
             self._hinted[block, number] = None
-            self._hinted.move_to_end((block, number))
             if len(self._hinted) > HINTED:
                 self._hinted.popitem(last=False)
 

@@ -19,7 +19,7 @@ from core.config import digest
 from core.errors import SettingError, UserError
 from pairgen.cache import alone, default_cache, growing, make_room, used
 from pairgen.chunks import Descriptor
-from pairgen.layout import DISK_FULL, named_shards, parse_spec, writing
+from pairgen.layout import DISK_FULL, named_shards, parse_spec, prompts_path, writing
 from pairgen.store import SEAL, DamagedShard, damaged, seal_of
 
 T = TypeVar("T")
@@ -71,6 +71,10 @@ class Mirror:
         self._seals: dict[int, tuple[int, str]] = {}
         self._coming: tuple[int, set[int]] = (0, set())
         self._copy_records()
+
+    def holds(self, file: str) -> bool:
+        """Whether the store has a file of this name beside store.json."""
+        return file in self._list("")
 
     def name(self, shard: int) -> str:
         return f"{self.url}/{self._file(shard)}"
@@ -203,7 +207,7 @@ class Mirror:
         fs, root = _file_system(self.url)
         for wait in (*WAITS, None):
             try:
-                return call(fs, f"{root.rstrip('/')}/{file}")
+                return call(fs, f"{root.rstrip('/')}/{file}".rstrip("/"))
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise _Gone(f"{self.url}/{file}: not there; check the URL and the store") from error
             except PermissionError as error:
@@ -218,6 +222,22 @@ class Mirror:
                     raise UserError(f"{text}, then run the same command again") from error
                 time.sleep(wait)
         raise AssertionError("unreachable")
+
+
+def url_info(url: str) -> dict[str, Any]:
+    """What `pairgen.verify.store_info` says of a folder, of a URL; brings no shard."""
+    from pairgen.reader import PairReader
+
+    reader = PairReader(url)
+    return {
+        "pairs": len(reader),
+        "shards": reader.shards,
+        "complete": len(reader) == reader.spec.num_pairs,
+        "quarantined": len(reader.quarantined),
+        "gib": reader.gib,
+        "prompts_held": Mirror(url).holds(prompts_path(Path()).name),
+        "spec": reader.spec.as_json(),
+    }
 
 
 def _file_system(url: str) -> tuple[Any, str]:

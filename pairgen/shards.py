@@ -56,12 +56,11 @@ class OpenShards:
 
     def part(self, shard: int, row: I64, where: I64) -> Part:
         """Rows of a shard. Raises DamagedShard when it cannot be trusted as a whole."""
-        if shard not in self._files:
-            self._files[shard] = self._open(shard)
-            if len(self._files) > (self.source.open_files or OPEN_FILES):
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return Part(shard, self._maps[shard][0], self._files[shard], row, where)
+        file = self._files.pop(shard, None) or self._open(shard)  # threads may meet here
+        self._files[shard] = file
+        if len(self._files) > (self.source.open_files or OPEN_FILES):
+            self._files.popitem(last=False)
+        return Part(shard, self._maps[shard][0], file, row, where)
 
     def error(self, shard: int, reason: str) -> DamagedShard:
         """The error that names a shard, what is wrong, and the remedy."""
@@ -121,15 +120,16 @@ class OpenShards:
         return bad
 
     def _column(self, part: Part, chunk: int) -> list[str]:
-        if (key := (part.shard, chunk)) not in self._texts:
+        column = self._texts.pop((part.shard, chunk), None)
+        if column is None:
             assert part.map.column is not None
             values = np.frombuffer(read_chunk(part.file, part.map.column, chunk), part.map.column_type)
             text = values.dtype.kind == "S"
-            self._texts[key] = [value.decode() if text else str(value) for value in values.tolist()]
-            if len(self._texts) > TEXT_CHUNKS:
-                self._texts.popitem(last=False)
-        self._texts.move_to_end(key)
-        return self._texts[key]
+            column = [value.decode() if text else str(value) for value in values.tolist()]
+        self._texts[part.shard, chunk] = column
+        if len(self._texts) > TEXT_CHUNKS:
+            self._texts.popitem(last=False)
+        return column
 
 
 def read_values(parts: Sequence[Part], name: str, out: U8) -> Bad:

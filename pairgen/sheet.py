@@ -91,7 +91,7 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 def columns(count: int) -> int:
     """About 3 : 2, with as few empty cells as the numbers near it allow."""
     wanted = ceil(sqrt(1.5 * count))
-    return min(range(max(1, wanted - 2), wanted + 3), key=lambda n: (-count % n, abs(n - wanted)))
+    return min(range(ceil(sqrt(count)), wanted + 3), key=lambda n: (-count % n, abs(n - wanted)))
 
 
 def _picture(image: Tensor) -> Image.Image:

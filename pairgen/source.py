@@ -1,10 +1,8 @@
 """Where a reader's shards come from: a folder here; `pairgen.remote` for URLs."""
 
-import re
 from pathlib import Path
 from typing import Protocol
 
-from core.errors import UserError
 from pairgen.chunks import Descriptor
 from pairgen.layout import StoreSpec, read_spec, shard_path, shards_present
 from pairgen.store import DamagedShard, check_seal, quarantined_in
@@ -73,6 +71,4 @@ def open_source(folder: Path | str, cache: Path | str | None, cache_gib: float) 
 
     if is_url(folder):
         return Mirror(str(folder), cache, cache_gib)
-    if isinstance(folder, Path) and re.match("[a-z][a-z0-9+.-]+:/", str(folder)):
-        raise UserError(f"{folder}: a Path folds the slashes of a URL; give it as text")
     return Folder(Path(folder))

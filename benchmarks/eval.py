@@ -1,0 +1,260 @@
+"""Evaluation against the packages that people use: Frechet distance, statistics, precision and recall.
+
+    python benchmarks/eval.py frechet|statistics|neighbours|all [--quick]
+
+Ratios are of one run on one machine, contestants taking turns. `--quick` takes small sizes and writes
+nothing; else it writes benchmarks/eval_DATE_DEVICE.md (`all`) or eval_PART_DATE_DEVICE.md beside this script.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import compare, median, table, write
+from core.seeds import generator
+from eval.frechet import frechet_distance
+from eval.neighbours import precision_recall
+from eval.stats import FeatureStats, Origin
+
+JUDGES = ("scipy", "scikit-learn", "prdc", "torch-fidelity", "torchmetrics")
+ORIGIN = Origin(features="benchmark", features_sha256="", resize="native", source="random rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is measured."""
+
+    dim: int = 2048
+    rows: int = 10_000
+    many_rows: int = 50_000
+    repeats: int = 3
+    memory_gib: int = 12
+
+
+def features(count: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:
+    """fp32 rows whose covariance's eigenvalues fall as 1 / i, about as Inception's do, around a mean."""
+    scale = (torch.arange(dim) + 1.0) ** -0.5
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator(dim)))[0]
+    return torch.randn(count, dim, generator=generator(seed)) * scale @ turn + 0.5 + shift * scale
+
+
+def shown(results: Mapping[str, Any]) -> str:
+    """Results, to see that all measured one thing."""
+    return "; ".join(f"{name} {value:.10g}" for name, value in results.items())
+
+
+def race(calls: Mapping[str, Callable[[], float]], repeats: int) -> list[str]:
+    """A table of the median seconds of calls that return the same number; ours is the first."""
+    found: dict[str, float] = {}
+
+    def keep(name: str) -> Callable[[], None]:
+        return lambda: found.update({name: calls[name]()})
+
+    seconds = compare({name: keep(name) for name in calls}, repeats)
+    ours = median(seconds[next(iter(calls))])
+    rows = [
+        (name, median(times), min(times), max(times), median(times) / ours) for name, times in seconds.items()
+    ]
+    lines = table(("contestant", "median s", "min s", "max s", "times ours"), rows)
+    return [*lines, "", f"Results: {shown(found)}."]
+
+
+# Frechet
+
+
+def frechet(sizes: Sizes) -> list[str]:
+    """Two given means and covariances to a distance."""
+    from scipy.linalg import sqrtm
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+    from torchmetrics.image.fid import _compute_fid
+
+    a, b = (features(sizes.rows, sizes.dim, seed, 0.1 * seed).double() for seed in (0, 1))
+    moments = [(rows.mean(0), rows.T.cov()) for rows in (a, b)]
+    (mean_a, cov_a), (mean_b, cov_b) = moments
+    stats = [{"mu": mean.numpy(), "sigma": cov.numpy()} for mean, cov in moments]
+
+    def by_sqrtm() -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            root = sqrtm((cov_a @ cov_b).numpy())
+        return float((mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * np.trace(root).real)
+
+    calls = {
+        "diffusion2gan": lambda: frechet_distance(mean_a, cov_a, mean_b, cov_b),
+        "scipy.linalg.sqrtm (pytorch-fid, clean-fid)": by_sqrtm,
+        "torch-fidelity (eigvals)": lambda: fid_statistics_to_metric(*stats, verbose=False)[
+            "frechet_inception_distance"
+        ],
+        "torchmetrics (eigvals)": lambda: _compute_fid(mean_a, cov_a, mean_b, cov_b).item(),
+    }
+    head = f"## Frechet distance of two covariances [{sizes.dim}, {sizes.dim}], float64"
+    return [head, "", *race(calls, sizes.repeats)]
+
+
+# Statistics
+
+
+def statistics(sizes: Sizes) -> list[str]:
+    """Rows in batches of 64 to mean and covariance."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    rows = features(sizes.rows, sizes.dim, 0)
+
+    class Pass(torch.nn.Module):
+        num_features = sizes.dim
+
+        def forward(self, given: Tensor) -> Tensor:
+            return given
+
+    def ours() -> float:
+        stats = FeatureStats(sizes.dim, ORIGIN)
+        for batch in rows.split(64):
+            stats.update(batch)
+        return float(stats.covariance.sum())
+
+    def by_fidelity() -> float:
+        kept = torch.cat(list(rows.split(64)))
+        return float(fid_features_to_statistics(kept)["sigma"].sum())
+
+    def by_torchmetrics() -> float:
+        metric = FrechetInceptionDistance(feature=Pass())
+        for batch in rows.split(64):
+            metric.update(batch, real=True)
+        mean = metric.real_features_sum / sizes.rows
+        scatter = metric.real_features_cov_sum - sizes.rows * torch.outer(mean, mean)
+        return float(scatter.sum() / (sizes.rows - 1))
+
+    calls = {
+        "diffusion2gan (streaming, centred)": ours,
+        "torch-fidelity (numpy.cov of all rows)": by_fidelity,
+        "torchmetrics (streaming, not centred)": by_torchmetrics,
+    }
+    head = f"## Mean and covariance of {sizes.rows:,} rows of {sizes.dim} in batches of 64"
+    return [head, "", *race(calls, sizes.repeats), "", "The result is the sum of the covariance."]
+
+
+# Precision and recall
+
+
+def measure_neighbours(package: str, count: int, dim: int) -> dict[str, float]:
+    """Precision, recall, density and coverage at k = 3 of two sets of fp32 rows."""
+    from prdc import compute_prdc  # before the clock starts
+
+    real, fake = features(count, dim, 0), features(count, dim, 1, 0.3) * 0.9
+    started = time.perf_counter()
+    if package == "prdc":
+        with contextlib.redirect_stdout(io.StringIO()):
+            by_prdc = compute_prdc(real.numpy(), fake.numpy(), 3)
+        found = {name: float(value) for name, value in by_prdc.items()}
+    else:
+        found = asdict(precision_recall(real, fake, k=3))
+    return {**found, "seconds": time.perf_counter() - started}
+
+
+def apart(package: str, count: int, sizes: Sizes) -> dict[str, float] | str:
+    """The same in a process of its own that may use `memory_gib` of address space; a failure in words."""
+    command = [sys.executable, __file__, "neighbours", "--apart", package, str(count), str(sizes.dim)]
+    limit = sizes.memory_gib * 2**30
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    # Each thread's arena reserves address space that it never uses.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, env=environment)
+    if done.returncode == 0:
+        result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return result
+    reasons = [line.strip() for line in done.stderr.splitlines() if "Error" in line or "allocate" in line]
+    return f"fails: {reasons[-1][:160] if reasons else f'exit code {done.returncode}'}"
+
+
+def neighbours(sizes: Sizes) -> list[str]:
+    """Two sets, each contestant in fresh processes that take turns, under one memory limit."""
+    head = ("rows", "contestant", "median s", "peak GiB", "precision", "recall", "density", "coverage")
+    rows: list[tuple[object, ...]] = []
+    ratios = []
+    for count, repeats in ((sizes.rows, sizes.repeats), (sizes.many_rows, 1)):
+        found: dict[str, list[dict[str, float] | str]] = {"diffusion2gan": [], "prdc": []}
+        for _ in range(repeats):
+            for package, results in found.items():
+                results.append(apart(package, count, sizes))
+        medians = {}
+        for package, results in found.items():
+            numbers = [result for result in results if isinstance(result, dict)]
+            if numbers:
+                medians[package] = median([result["seconds"] for result in numbers])
+                peak = max(result["peak_gib"] for result in numbers)
+                values = [
+                    f"{numbers[0][name]:.8g}" for name in ("precision", "recall", "density", "coverage")
+                ]
+                rows.append((f"{count:,}", package, medians[package], peak, *values))
+            else:
+                rows.append((f"{count:,}", package, results[0], "", "", "", "", ""))
+        ratio = (
+            f"{medians['prdc'] / medians['diffusion2gan']:.2f}" if len(medians) == 2 else "none, prdc fails"
+        )
+        ratios.append(f"prdc's time over ours at {count:,} rows: {ratio}.")
+    lines = [
+        f"## Precision, recall, density and coverage at k = 3, fp32 rows of {sizes.dim} on either side",
+        "",
+    ]
+    limit = f"Every process may use {sizes.memory_gib} GiB of address space."
+    return [*lines, limit, "", *table(head, rows), "", *ratios]
+
+
+PARTS: dict[str, Callable[[Sizes], list[str]]] = {
+    "frechet": frechet,
+    "statistics": statistics,
+    "neighbours": neighbours,
+}
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
+    parser.add_argument("--apart", nargs=3, metavar=("PACKAGE", "ROWS", "DIM"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.apart:
+        package, count, dim = given.apart
+        found = measure_neighbours(package, int(count), int(dim))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({**found, "peak_gib": peak}))
+        return
+    sizes = Sizes(dim=256, rows=1000, many_rows=2000, repeats=2) if given.quick else Sizes()
+    parts = PARTS if given.part == "all" else {given.part: PARTS[given.part]}
+    lines = [f"- judges: {', '.join(f'{name} {version(name)}' for name in JUDGES)}"]
+    for part in parts.values():
+        lines += ["", *part(sizes)]
+    if given.quick:
+        print("\n".join(lines))
+    else:
+        topic = "eval" if given.part == "all" else f"eval_{given.part}"
+        write(topic, "Evaluation against published packages", lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""One contestant of benchmarks/latent_lpips.py, in a process and, for elatentlpips, a Python of its own.
+
+Reads one JSON object a line on stdin, answers each with one on stdout: `open` makes a distance, `step` times
+one forward and backward pass to one input, `distance` measures stored inputs. Only torch and the package in
+question are needed; elatentlpips is called by its public interface, as its users do.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Request = dict[str, Any]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_theirs(request: Request) -> Any:
+    """E-LatentLPIPS of the package, from ./ckpt of the current folder, where it looks for its files."""
+    import elatentlpips
+
+    metric = elatentlpips.ELatentLPIPS(
+        encoder=request["space"], augment=request.get("augment", "bgco"), verbose=False
+    )
+    metric = metric.to(DEVICE).eval()
+    options = request.get("options", {"ensembling": True, "add_l1_loss": False})
+    return lambda pred, target, **changes: metric(pred, target, **{**options, **changes}).flatten(1).mean(1)
+
+
+def open_ours(request: Request) -> Any:
+    """Our E-LatentLPIPS, from the same file."""
+    sys.path.insert(0, request["root"])
+    from latent_lpips import ELatentLPIPS, load
+
+    metric = load(request["weights"], precision=request["precision"], device=DEVICE)
+    return ELatentLPIPS(metric, request.get("augment", "bgco"))
+
+
+def open_decoded(request: Request) -> Any:
+    """Decode by a VAE of Stable Diffusion's size with random weights, then the package lpips with VGG."""
+    import lpips
+    from diffusers import AutoencoderKL
+
+    blocks = (128, 256, 512, 512)
+    vae = AutoencoderKL(
+        block_out_channels=blocks,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=request["channels"],
+    )
+    vae = vae.to(DEVICE).eval().requires_grad_(False)
+    metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(DEVICE).requires_grad_(False)
+
+    def distance(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            fixed = vae.decode(target).sample
+        value: torch.Tensor = metric(vae.decode(pred).sample, fixed).flatten()
+        return value
+
+    return distance
+
+
+OPENERS = {"theirs": open_theirs, "ours": open_ours, "decoded": open_decoded}
+
+
+def step(distance: Any, request: Request) -> Request:
+    """Seconds (wall, and of this process' threads) and MiB that one pass takes above what was held before."""
+    shape = (request["batch"], request["channels"], request["size"], request["size"])
+    pred, target = (torch.randn(shape, device=DEVICE, requires_grad=k == 0) for k in (0, 1))
+    before = _begin()
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = distance(pred, target).sum()
+    value.backward()
+    gradient = pred.grad
+    assert gradient is not None and bool(gradient.isfinite().all())
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    peak = _peak()
+    return {**seconds, "extra_mib": peak - before, "peak_mib": peak, "distance": float(value)}
+
+
+def _begin() -> float:
+    """Give freed memory back, forget the old peak; MiB held now."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    """MiB of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+
+
+def measure(distance: Any, request: Request) -> Request:
+    """Distances of stored inputs."""
+    pred, target = torch.load(request["inputs"], weights_only=True)
+    with torch.no_grad():
+        return {"distance": distance(pred, target, **request.get("changes", {})).tolist()}
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    warnings.simplefilter("ignore")
+    answers, sys.stdout = sys.stdout, sys.stderr  # elatentlpips prints where answers go
+    distance: Any = None
+    for line in sys.stdin:
+        request: Request = json.loads(line)
+        if request["do"] == "open":
+            torch.set_num_threads(request.get("threads") or torch.get_num_threads())
+            distance = OPENERS[request["who"]](request)
+            answer: Request = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        else:
+            answer = {"step": step, "distance": measure}[request["do"]](distance, request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

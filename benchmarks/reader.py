@@ -1,0 +1,252 @@
+"""Reading pairs: against plain file reading, against what training eats, and opening many shards.
+
+    python benchmarks/reader.py [--rows 32768] [--repeats 5] [--shards 3000] [--folder DIR]
+
+Needs about 64 KiB of disk a row in DIR (a temporary folder if not given). Writes
+benchmarks/reader_DATE_DEVICE.md.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import median, table, write
+from core import pretrained
+from core.latents import LatentSpace
+from distill.config import PRESETS
+from distill.data import pair_batches
+from distill.train import train
+from pairgen.dataset import PairSampler, pair_loader
+from pairgen.layout import StoreSpec, create_store, shard_path
+from pairgen.reader import PairReader
+from pairgen.store import PairBatch, encode_rows
+
+BATCH, BLOCK, WINDOW = 64, 64, 16
+GPU_PEAK = 989e12  # bf16 FLOP/s of an H100 or H200 without sparsity, as NVIDIA states it: no GPU eats faster
+SPEC = StoreSpec(
+    teacher="none",
+    teacher_sha256="0" * 64,
+    prompts_sha256="0" * 64,
+    num_pairs=1,
+    num_prompts=1,
+    solver="ddim",
+    steps=50,
+    spacing="leading",
+    final_alpha_one=True,
+    guidance=8.0,
+    seed=0,
+    latent_shape=(4, 64, 64),
+    latent_space=LatentSpace(channels=4, downscale=8, scale=0.18215),
+    shard_size=4096,
+)
+
+
+def make_store(folder: Path, spec: StoreSpec) -> Path:
+    """A store of random values: reading does not look at them."""
+    create_store(folder, spec)
+    generator = torch.Generator().manual_seed(0)
+    for shard in range(spec.num_shards):
+        index = list(spec.rows(shard))
+        shape = (len(index), *spec.latent_shape)
+        noise, latent = (torch.randn(shape, generator=generator).to(spec.torch_dtype) for _ in range(2))
+        prompts = [f"a photograph of thing number {i}, on a table, in the morning" for i in index]
+        rows = PairBatch(noise=noise, latent=latent, prompts=prompts, index=torch.tensor(index))
+        shard_path(folder, shard).write_bytes(encode_rows(spec, rows))
+    os.sync()
+    return folder
+
+
+def forget(folder: Path) -> None:
+    """Drop the files of a store from the page cache."""
+    for path in sorted((folder / "shards").iterdir()):
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def read_plainly(folder: Path, buffer: bytearray) -> None:
+    """Every byte of every file, one after the other."""
+    for path in sorted((folder / "shards").iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def read_shuffled(
+    reader: PairReader, block: int = 0, window: int = 0, workers: int = 0, dtype: torch.dtype | None = None
+) -> None:
+    """One epoch of batches."""
+    sampler = PairSampler(len(reader), BATCH, 0, block=block, window=window)
+    for _ in islice(pair_loader(reader, sampler, workers=workers, dtype=dtype), len(reader) // BATCH):
+        pass
+
+
+def turns(
+    contestants: dict[str, Callable[[], None]], repeats: int, before: Callable[[], None]
+) -> list[list[float]]:
+    """[wall seconds, CPU seconds of this process] medians of each; they take turns, `before` is not timed."""
+    wall: dict[str, list[float]] = {name: [] for name in contestants}
+    busy: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(repeats + 1):
+        for name, run in contestants.items():
+            before()
+            started, used = time.perf_counter(), time.process_time()
+            run()
+            if repeat:  # the first is a warm-up
+                wall[name].append(time.perf_counter() - started)
+                busy[name].append(time.process_time() - used)
+    return [[statistics.median(wall[name]), statistics.median(busy[name])] for name in contestants]
+
+
+def against_files(folder: Path, repeats: int) -> list[str]:
+    """Tables of shuffled reading against plain reading, from the disk and from memory."""
+    reader, buffer = PairReader(folder), bytearray(1 << 20)
+    reader.read(range(0, len(reader), reader.spec.shard_size))  # shards opened and checked
+    size = sum(path.stat().st_size for path in (folder / "shards").iterdir())
+    contestants: dict[str, Callable[[], None]] = {
+        "plain: open().readinto, in order": partial(read_plainly, folder, buffer),
+        f"blocks of {BLOCK}, window {WINDOW}": partial(read_shuffled, reader, BLOCK, WINDOW),
+        "the same, to fp32": partial(read_shuffled, reader, BLOCK, WINDOW, 0, torch.float32),
+        "all rows shuffled": partial(read_shuffled, reader),
+        "blocks, 1 worker": partial(read_shuffled, reader, BLOCK, WINDOW, 1),
+        "blocks, 2 workers": partial(read_shuffled, reader, BLOCK, WINDOW, 2),
+    }
+    lines: list[str] = []
+    for title, before in (("from the disk", partial(forget, folder)), ("from memory", lambda: None)):
+        times = turns(contestants, repeats, before)
+        rows = [
+            [name, len(reader) / wall, size / wall / 1e9, times[0][0] / wall, busy]
+            for name, (wall, busy) in zip(contestants, times, strict=True)
+        ]
+        head = [title, "rows/s", "GB/s", "of plain", "CPU s of the process"]
+        lines += ["", *table(head, rows), "", f"Load average: {os.getloadavg()[0]:.1f}."]
+    return [
+        f"{len(reader)} rows of 4x64x64 float16 with stored noise, {size / 2**30:.2f} GiB in {reader.shards} "
+        f"shards; batches of {BATCH}, as stored. Medians of {repeats} epochs, contestants taking turns. From the "
+        "disk: the files are dropped from the page cache before each epoch (posix_fadvise). One process each, "
+        "but for the workers; these pass batches on through shared memory, and their CPU time is not counted.",
+        *lines,
+    ]
+
+
+def against_training(folder: Path) -> list[str]:
+    """Rows/s of the reader over images/s of stage 1, on the miniature here, and as a bound for SD 1.5."""
+    config = PRESETS["miniature"]["ode"]
+    teacher = pretrained.resolve(config.teacher)
+    unet = pretrained.load_unet(str(teacher))
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    space = replace(SPEC.latent_space, channels=shape[0])
+    sha256 = pretrained.weights_sha256(config.teacher)
+    spec = replace(
+        SPEC, latent_shape=shape, latent_space=space, teacher_sha256=sha256, num_pairs=8192, shard_size=512
+    )
+    store = make_store(folder / "miniature", spec)
+    images = 8 * config.train.batch_size
+    config = replace(
+        config, pairs=str(store), train=replace(config.train, images=images, checkpoint_images=10**9)
+    )
+    trained = train(config, folder / "run").images_per_sec
+    reader = PairReader(store)
+    read: list[float] = []
+    for _ in range(5):
+        batches = pair_batches(reader, config.train.batch_size, 0, 0, 0)
+        next(batches)
+        started = time.perf_counter()
+        for _ in islice(batches, 40):
+            pass
+        read.append(40 * config.train.batch_size / (time.perf_counter() - started))
+    rate = median(read)
+    return [
+        f"Miniature, batch {config.train.batch_size}, {images} images of stage 1 on this machine: "
+        f"{trained:.1f} images/s. Its rows, all shuffled, read in one process: {rate:.0f} rows/s, "
+        f"{rate / trained:.0f} times as many.",
+    ]
+
+
+def sd15_bound(rows_per_sec: float) -> list[str]:
+    """How fast the fastest single GPU could possibly take SD 1.5 pairs in stage 1."""
+    with torch.device("meta"):
+        unet = pretrained.new_unet(
+            sample_size=64,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        )
+        inputs = torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2])
+    flops = 3 * counter.get_total_flops()
+    bound = GPU_PEAK / flops
+    return [
+        f"SD 1.5, an estimate and not a run: forward and backward of the UNet at 64x64 take {flops / 1e12:.2f} "
+        "TFLOP an image (the forward counted, the backward taken as twice that). At "
+        f"{GPU_PEAK / 1e12:.0f} TFLOP/s, all of an H100's or H200's stated bf16 peak with nothing else to do, that "
+        f"is {bound:.0f} images/s, more than any training reaches. The reader gives {rows_per_sec:.0f} rows/s in "
+        f"blocks from the disk, {rows_per_sec / bound:.0f} times as many.",
+    ]
+
+
+def many_shards(folder: Path, shards: int) -> list[str]:
+    """Seconds to open a store of many small shards."""
+    spec = replace(SPEC, latent_shape=(4, 8, 8), num_pairs=4 * shards, shard_size=4)
+    store = make_store(folder / "many", spec)
+    seconds: dict[str, list[float]] = {"open": [], "first row": [], "a row of every shard": []}
+    for _ in range(3):
+        started = time.perf_counter()
+        reader = PairReader(store)
+        seconds["open"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        reader.read([0])
+        seconds["first row"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        reader.read(range(0, len(reader), 4))
+        seconds["a row of every shard"].append(time.perf_counter() - started)
+    rows = [[name, statistics.median(found)] for name, found in seconds.items()]
+    return [
+        f"{shards} shards of 4 rows of 4x8x8. Opening reads 512 bytes of each; the header, the index and the "
+        "places of all chunks are read with a shard's first row, which `a row of every shard` adds up.",
+        "",
+        *table(["", "seconds (median of 3)"], rows),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=32_768)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=3000)
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        big = make_store(folder / "big", replace(SPEC, num_pairs=options.rows))
+        files = against_files(big, options.repeats)
+        in_blocks = float(files[4].split("|")[2])
+        sections = {
+            "Against plain reading of the same files": files,
+            "Against what training eats": [*against_training(folder), "", *sd15_bound(in_blocks)],
+            "Opening": many_shards(folder, options.shards),
+        }
+    lines = [line for title, body in sections.items() for line in (f"## {title}", "", *body, "")]
+    write("reader", "Reading pairs", lines)
+
+
+if __name__ == "__main__":
+    main()
