@@ -120,6 +120,19 @@ def against_diffusers(config: PairConfig, batches: list[int], repeats: int) -> l
     ]
 
 
+def settings(config: PairConfig, size: int, repeats: int) -> list[str]:
+    """Rows/s by precision, memory format and compilation; the largest difference from plain fp32."""
+    rows: list[list[object]] = []
+    indices = list(range(size))
+    plain = ours(open_job(replace(config, precision="fp32", channels_last=False), DEVICE), indices)
+    for change in ({}, {"channels_last": True}, {"compile": True}, {"precision": "bf16"}):
+        job = open_job(replace(config, **change), DEVICE)  # type: ignore[arg-type]
+        seconds = median(compare({"ours": partial(ours, job, indices)}, repeats)["ours"])
+        difference = float((ours(job, indices) - plain).abs().max())
+        rows.append([", ".join(map(str, change.items())) or "plain", size / seconds, difference])
+    return table(["setting", "pairs/s", "largest difference"], rows)
+
+
 def ours(job: Job, indices: list[int]) -> torch.Tensor:
     """Latents of these pairs, on the CPU, so that the device is waited for."""
     return job.rows(indices)[1].cpu()
@@ -244,6 +257,8 @@ def main() -> None:
                 "",
             ]
             lines += against_diffusers(config, [1, 4, 8, 16, 32] if gpu else [1, 2], 3 if gpu else 2)
+        lines += ["", "## Settings that decide speed (miniature)", ""]
+        lines += settings(mini, 8 if given.quick else 32, repeats)
         lines += ["", "## The writer", "", *writer_overhead(mini, repeats)]
         lines += ["", "## Cost by steps and resolution (miniature)", "", *growth(mini, given.quick)]
         busy = replace(mini, num_pairs=256 if given.quick else 1024)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from core.errors import UserError
+from core.errors import SettingError, UserError
 from core.latents import LatentSpace
 from core.pipelines import Pipeline
 from pairgen.conditioning import Conditioner, Labels, Text, Text3, TextPixArt, TextXL
@@ -41,6 +41,19 @@ def check_network(pipeline: Pipeline, config: Any, space: LatentSpace) -> tuple[
     return space.channels, int(height), int(width)
 
 
+def check_size(name: str, config: Any, size: tuple[int, int]) -> None:
+    """Raise SettingError for a latent height and width that a network, by its config, cannot take."""
+    patch, most = getattr(config, "patch_size", None), getattr(config, "pos_embed_max_size", None)
+    if patch:
+        unit = int(patch)
+    else:  # a UNet2DConditionModel crops what its last levels give too much, a UNet2DModel does not
+        unit = 1 if hasattr(config, "cross_attention_dim") else 2 ** (len(config.block_out_channels) - 1)
+    if any(side < unit or side % unit for side in size):
+        raise SettingError(f"latent size is {size[0]}x{size[1]}; teacher {name} takes multiples of {unit}")
+    if most and max(size) > most * unit:
+        raise SettingError(f"latent size is {size[0]}x{size[1]}; teacher {name} takes {most * unit} at most")
+
+
 def type_of(pipeline: Pipeline) -> str:
     """The class of a pipeline's network, as model_index.json has it."""
     return str(pipeline.class_name(network_piece(pipeline)))
@@ -63,6 +76,10 @@ def conditioner(
     kind = pipeline.kind
     if kind == "StableDiffusionPipeline":
         _expect_added(pipeline, config, None)
+        if getattr(models["text_encoder"].config, "use_attention_mask", False):
+            raise UserError(
+                f"teacher {pipeline.folder}: text_encoder has use_attention_mask; CLIP's have none"
+            )
         return Text(**pieces, facts={"no_prompt": EMPTY})
     if kind == "StableDiffusionXLPipeline":
         _expect_added(pipeline, config, "text_time")

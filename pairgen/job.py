@@ -95,7 +95,8 @@ def open_job(
     teacher = load_teacher(config.teacher, device, config.precision, config.spacing, config.final_alpha)
     prompts = _prompts(config, teacher, None if spec is None and config.prompts else store)
     solver = teacher.default_solver if config.solver == "teacher" else config.solver
-    check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale)
+    size = (config.latent_size, config.latent_size) if config.latent_size else None
+    check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale, size)
     if config.channels_last:
         teacher.network.to(memory_format=torch.channels_last)
     if config.compile:

@@ -82,6 +82,11 @@ class PairReader:
         return self._source.size / 2**30
 
     @property
+    def bounded(self) -> bool:
+        """Whether the cache is too small for copies of all shards."""
+        return self._source.bounded
+
+    @property
     def quarantined(self) -> list[int]:
         """Pairs that whole shards lack because the teacher gave no finite latent for them."""
         return sorted(pair for pairs in self._open.aside.values() for pair in pairs)

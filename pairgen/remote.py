@@ -28,7 +28,6 @@ WAITS = (0.2, 1.0, 5.0, 15.0)  # seconds before each new try
 THREADS = 16
 DOWNLOADS = 4  # at once, of shards that are needed soon
 SAFE = "the store itself is untouched"
-OPEN_FILES = 8  # of a bounded cache: a file keeps its room as long as it is open
 
 
 class _Gone(UserError):
@@ -67,7 +66,7 @@ class Mirror:
             raise SettingError(
                 f"cache_gib is {cache_gib}, one shard of {url} has {largest / 2**30:.3f}; give more"
             )
-        self.open_files = OPEN_FILES if self.limit else 0
+        self.bounded = 0 < self.limit < self.size
         self._seals: dict[int, tuple[int, str]] = {}
         self._coming: tuple[int, set[int]] = (0, set())
         self._copy_records()

@@ -16,6 +16,7 @@ from pairgen.source import Source
 from pairgen.store import DamagedShard, ShardMap, damaged, map_shard
 
 OPEN_FILES = 128
+BOUNDED_FILES = 8  # of shards that make room for others: a file keeps its room as long as it is open
 TEXT_CHUNKS = 256  # of decoded prompts that are kept
 
 Bad = dict[int, str]  # place in a batch -> why its row cannot be trusted
@@ -58,7 +59,7 @@ class OpenShards:
         """Rows of a shard. Raises DamagedShard when it cannot be trusted as a whole."""
         file = self._files.pop(shard, None) or self._open(shard)  # threads may meet here
         self._files[shard] = file
-        if len(self._files) > (self.source.open_files or OPEN_FILES):
+        if len(self._files) > (BOUNDED_FILES if self.source.bounded else OPEN_FILES):
             self._files.popitem(last=False)
         return Part(shard, self._maps[shard][0], file, row, where)
 

@@ -15,7 +15,7 @@ class Source(Protocol):
     spec: StoreSpec
     shards: list[int]
     size: int  # bytes of all shards
-    open_files: int  # at most so many at a time; 0: as the reader likes
+    bounded: bool  # whether shards may have to make room for others
     remedy: str  # what a user can do about a damaged shard
 
     def name(self, shard: int) -> str:
@@ -38,7 +38,7 @@ class Folder:
     """Shards in a folder of this machine."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.spec, self.size, self.open_files = folder, read_spec(folder), 0, 0
+        self.folder, self.spec, self.size, self.bounded = folder, read_spec(folder), 0, False
         self.shards = shards_present(folder, self.spec)
         self.remedy = f"run `d2g pairs repair {folder}`, then `d2g pairs generate` again"
 

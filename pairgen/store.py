@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -310,19 +311,13 @@ def _chunks_of(dataset: Any, base: int) -> Chunks:
     """Where a dataset's chunks lie. Raises ValueError for one that this project's writer cannot have made."""
     plist = dataset.id.get_create_plist()
     filters = [plist.get_filter(number)[0] for number in range(plist.get_nfilters())]
-    rows = dataset.chunks[0]
-    places: dict[int, tuple[int, int]] = {}
-
-    def note(chunk: Any) -> None:
-        if chunk.filter_mask == 0:
-            places[chunk.chunk_offset[0] // rows] = (chunk.byte_offset + base, chunk.size)
-
-    dataset.id.chunk_iter(note)
-    count = -(-dataset.shape[0] // rows)
-    row_bytes = prod(dataset.shape[1:]) * dataset.dtype.itemsize
     deflated = filters == [h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
-    found = [places[chunk] for chunk in range(count) if chunk in places]
-    sound = deflated or all(size == rows * row_bytes + 4 for _, size in found)
-    if len(found) != count or not sound or not (deflated or filters == [h5py.h5z.FILTER_FLETCHER32]):
+    rows, found = dataset.chunks[0], list[Any]()
+    dataset.id.chunk_iter(found.append)
+    found.sort(key=itemgetter(0))  # (coordinates, filters left out, place, size)
+    count, size = -(-dataset.shape[0] // rows), rows * prod(dataset.shape[1:]) * dataset.dtype.itemsize + 4
+    regular = [chunk[0][0] for chunk in found] == list(range(0, count * rows, rows))
+    as_written = all(chunk[1] == 0 and (deflated or chunk[3] == size) for chunk in found)
+    if not (regular and as_written and (deflated or filters == [h5py.h5z.FILTER_FLETCHER32])):
         raise ValueError(f"dataset {dataset.name} is not chunked and checksummed as written")
-    return Chunks.of(rows, deflated, [offset for offset, _ in found], [size for _, size in found])
+    return Chunks.of(rows, deflated, [chunk[2] + base for chunk in found], [chunk[3] for chunk in found])

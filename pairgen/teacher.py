@@ -15,7 +15,7 @@ from core.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Sp
 from core.schedulers import load_any_schedule
 from pairgen.conditioning import Condition as Condition
 from pairgen.conditioning import Conditioner, Kind, Labels
-from pairgen.families import check_network, conditioner, network_piece
+from pairgen.families import check_network, check_size, conditioner, network_piece
 from pairgen.sample import Denoise, Solver, guided, sample_ode
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,16 +129,26 @@ class Teacher:
 
 
 def check_solver(
-    teacher: Teacher, solver: str, steps: int, guidance: float = 1.0, guidance_rescale: float = 0.0
+    teacher: Teacher,
+    solver: str,
+    steps: int,
+    guidance: float = 1.0,
+    guidance_rescale: float = 0.0,
+    size: tuple[int, int] | None = None,
 ) -> None:
-    """Raise SettingError or UserError if `teacher.sample` could not go with these settings."""
+    """Raise SettingError or UserError if `teacher.sample` could not go with these settings.
+
+    `size`: latent height and width, where they are not the network's own.
+    """
+    size = size or teacher.latent_shape[1:]
+    check_size(teacher.name, teacher.network.config, size)
     flow, name = isinstance(teacher.schedule, FlowSchedule), teacher.name
     if solver not in ("heun", teacher.default_solver):
         kind = "a flow" if flow else "variance-preserving, and DDIM is its Euler"
         raise SettingError(
             f"solver is {solver!r}, but teacher {name} is {kind}; take {teacher.default_solver} or heun"
         )
-    first = teacher.schedule.points(steps, teacher.latent_shape[1:])[0]
+    first = teacher.schedule.points(steps, size)[0]
     if teacher.schedule.prediction == "epsilon" and first.alpha < NO_SIGNAL:
         raise UserError(
             f"teacher {name} predicts epsilon, but starts at zero terminal SNR (timestep {first.t}), where "

@@ -264,3 +264,51 @@ def test_the_plan_counts_what_generation_makes(config: PairConfig, pairs: Path) 
     assert plan["evaluations_per_pair"] == 8 and plan["seconds_per_pair"] > 0
     assert plan["gpu_hours"] == pytest.approx(plan["seconds_per_pair"] * 2**20 / 3600)
     assert "cpu" in plan["measured_on"] or torch.cuda.is_available()
+
+
+def test_the_fastest_batch_is_measured(config: PairConfig, tmp_path: Path) -> None:
+    job = open_job(config)
+    size = fastest_batch(job)
+    assert size in [2**n for n in range(11)] and size > 1, "a tiny network is all overhead at batch 1"
+    made = generate_pairs(replace(config, batch_size=0), tmp_path / "pairs")
+    assert made.batch_size in [2**n for n in range(11)] and made.pairs == 12
+
+
+def test_what_the_plan_costs(config: PairConfig) -> None:
+    plan = plan_pairs(replace(config, noise="seeded"), price=2.0)
+    assert plan["gib_here"] == plan["gib"] and list(plan["by_gpus"]) == [str(n) for n in GPU_COUNTS]
+    assert plan["by_gpus"]["8"]["hours"] == pytest.approx(plan["gpu_hours"] / 8)
+    assert plan["by_gpus"]["8"]["cost"] == pytest.approx(2 * plan["gpu_hours"])
+    assert plan["pairs_per_sec"] == pytest.approx(1 / plan["seconds_per_pair"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"text_cache": 5}, {"channels_last": True}, {"per_prompt": 2, "num_pairs": 0}]
+)
+def test_speed_settings_do_not_change_rows(
+    config: PairConfig, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    plain = replace(config, per_prompt=settings.get("per_prompt", 1), num_pairs=settings.get("num_pairs", 12))  # type: ignore[arg-type]
+    generate_pairs(plain, tmp_path / "plain")
+    generate_pairs(replace(config, **settings), tmp_path / "pairs")  # type: ignore[arg-type]
+    same(tmp_path / "pairs", tmp_path / "plain")
+
+
+def test_text_is_encoded_once_per_unique_prompt(config: PairConfig) -> None:
+    job = open_job(config)
+    seen: list[int] = []
+    handle = job.teacher.encoders[0].register_forward_hook(
+        lambda module, given, kwargs, out: seen.append(len((given or tuple(kwargs.values()))[0])),
+        with_kwargs=True,
+    )
+    job.encode([0, 6, 1, 7, 0])  # rows 0, 6 and 1, 7 share their prompts
+    handle.remove()
+    assert seen == [3], "two prompts, and the empty one"
+
+
+def test_a_store_regenerates_from_its_own_prompts(config: PairConfig, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    generate_pairs(config, out)
+    (out / "shards" / "pairs-00001.h5").unlink()
+    assert config_of(read_spec(out)).prompts == "" and regenerate(out) == 5
+    same(out, pairs)

@@ -54,16 +54,16 @@ def same(found: Path, expected: Path) -> None:
 
 def test_twenty_kills_in_a_row(teacher: Path, prompts: str, tmp_path: Path) -> None:
     out, moments = tmp_path / "pairs", random.Random(20)
-    slow = command(teacher, prompts, out, "batch_size=1", "steps=50")
+    slow = command(teacher, prompts, out, "batch_size=1", "steps=30")
     for _ in range(20):
         running = Running(slow, tmp_path / "log")
         time.sleep(moments.uniform(0.05, 0.9))
         running.send(signal.SIGKILL)
         assert running.wait().code == -signal.SIGKILL, "it was done before"
-    done = d2g([*slow, "--batch-size", "16"], tmp_path / "log")
+    done = d2g(command(teacher, prompts, out, "batch_size=16", "steps=30"), tmp_path / "log")
     assert done.code == 0, done.stderr
     whole = tmp_path / "unbroken"
-    assert d2g(command(teacher, prompts, whole, "batch_size=32", "steps=50"), tmp_path / "log").code == 0
+    assert d2g(command(teacher, prompts, whole, "batch_size=32", "steps=30"), tmp_path / "log").code == 0
     same(out, whole)
     assert not list((out / "partial").iterdir()) and not list((out / "claims").glob("*.json"))
 

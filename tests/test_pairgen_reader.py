@@ -1,5 +1,6 @@
 """pairgen.reader: every row or a named reason, wherever it stands and however it is asked for."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -21,7 +22,7 @@ from core.errors import UserError
 from pairgen.chunks import Descriptor
 from pairgen.layout import StoreSpec, quarantine_path, shard_path
 from pairgen.reader import PairReader
-from pairgen.store import DamagedShard, _base
+from pairgen.store import DamagedShard, _base, _seal
 from stores import PROMPTS, SPEC, put_shard, put_store, rows_of, same, spec_of, spoil
 
 ASIDE = [0, 7, 8, 9, 21]
@@ -195,10 +196,21 @@ def test_places_are_right_whatever_hdf5_counts_from(whole: Path) -> None:
             _base(Descriptor(path), SimpleNamespace(id=old))
 
 
+def test_a_dataset_without_checksums_is_refused(store: Path) -> None:
+    """Well sealed, but by other software: nothing would tell its rows from damaged ones."""
+    path = shard_path(store, 1)
+    with h5py.File(path, "r+") as file:
+        latent = file["latent"][:]
+        del file["latent"]
+        file.create_dataset("latent", data=latent, chunks=(4, 4, 8, 8), maxshape=(None, 4, 8, 8))
+    data = path.read_bytes()
+    path.write_bytes(_seal(len(data), hashlib.sha256(data[512:]).hexdigest()) + data[512:])
+    with pytest.raises(DamagedShard, match=r"dataset /latent is not chunked and checksummed as written"):
+        PairReader(store).read([8])
+
+
 def test_a_folded_url_is_no_folder() -> None:
-    with pytest.raises(
-        UserError, match=r"s3:/bucket/pairs: a Path folds the slashes of a URL; give it as text"
-    ):
+    with pytest.raises(UserError, match=r"s3:/bucket/pairs is a URL; this needs a folder of this machine"):
         PairReader(Path("s3://bucket/pairs"))
 
 

@@ -1,6 +1,7 @@
 """pairgen.teacher against diffusers' own StableDiffusionPipeline, and what all families have in common."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -269,6 +270,36 @@ def test_jobs_that_cannot_go_are_named_first(teacher: Path, tmp_path: Path) -> N
     check_solver(load_teacher(str(flawed), spacing="leading"), "ddim", 50)
 
 
+SIZES: list[tuple[Callable[[Path], str], list[tuple[int, int]], tuple[int, int], str]] = [
+    (tiny.save_teacher, [(5, 5), (3, 8)], (0, 4), "0x4; .* takes multiples of 1"),
+    (tiny_teachers.save_sd3, [(16, 16), (6, 2)], (5, 4), "5x4; .* takes multiples of 2"),
+    (tiny_teachers.save_sd3, [], (4, 18), "4x18; .* takes 16 at most"),
+    (tiny_teachers.save_dit, [(6, 6)], (7, 7), "7x7; .* takes multiples of 2"),
+    (tiny_teachers.save_pixels, [(10, 12)], (9, 8), "9x8; .* takes multiples of 2"),
+]
+
+
+@pytest.mark.parametrize(("save", "good", "bad", "says"), SIZES)
+def test_sizes_are_checked_as_the_network_takes_them(
+    tmp_path: Path,
+    save: Callable[[Path], str],
+    good: list[tuple[int, int]],
+    bad: tuple[int, int],
+    says: str,
+) -> None:
+    loaded = load_teacher(save(tmp_path))
+    prompt = {"text": "a", "label": "1", "none": ""}[loaded.conditioning]
+    for size in good:
+        check_solver(loaded, loaded.default_solver, 1, size=size)
+        drawn = noise(0, [0], (loaded.latent_shape[0], *size))
+        assert loaded.sample(drawn, [prompt], 1, 1.0, loaded.default_solver).shape == drawn.shape
+    with pytest.raises(SettingError, match=f"latent size is {says}"):
+        check_solver(loaded, loaded.default_solver, 1, size=bad)
+    with pytest.raises((RuntimeError, ValueError)):  # what would come out of the network
+        drawn = torch.zeros(1, loaded.latent_shape[0], *bad)
+        loaded.sample(drawn, [prompt], 1, 1.0, loaded.default_solver)
+
+
 BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
     "inpainting": ("unet/config.json", dict(in_channels=9), "takes 9 channels, but latents have 4"),
     "two outputs": ("unet/config.json", dict(out_channels=5), "gives 5 channels; expected 4, or 8"),
@@ -282,6 +313,11 @@ BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
         "unet/config.json",
         dict(addition_embed_type="text", cross_attention_dim=16),
         "addition_embed_type=text; a StableDiffusionPipeline expects None",
+    ),
+    "a text encoder with masks": (
+        "text_encoder/config.json",
+        dict(use_attention_mask=True),
+        "text_encoder has use_attention_mask",
     ),
     "a scale per channel": ("vae/config.json", dict(latents_mean=[0.0] * 4), "latents_mean and latents_std"),
 }

@@ -505,7 +505,7 @@ def test_threads_keep_order_and_stop_at_an_error() -> None:
 
     def call(number: int) -> int:
         begun.append(number)
-        time.sleep(0.001 * (number % 3))
+        time.sleep(0.5 if number > 20 else 0.001 * (number % 3))
         if number == 20:
             raise ValueError("twenty")
         return number * number
@@ -513,8 +513,8 @@ def test_threads_keep_order_and_stop_at_an_error() -> None:
     assert list(in_threads(call, range(20), 3)) == [n * n for n in range(20)]
     begun.clear()
     with pytest.raises(ValueError, match="twenty"):
-        list(in_threads(call, range(10_000), 2))
-    assert len(begun) < 40
+        list(in_threads(call, range(10_000), 1))
+    assert begun in ([*range(21)], [*range(22)])  # 22 waited in the queue and was dropped
 
 
 # Repair with a teacher.
