@@ -1,6 +1,6 @@
 """Evaluation against the packages that people use: Frechet distance, statistics, precision and recall.
 
-    python benchmarks/eval.py frechet|statistics|neighbours|all [--quick]
+    python benchmarks/eval.py frechet|statistics|neighbours|images|all [--quick]
 
 Ratios are of one run on one machine, contestants taking turns. `--quick` takes small sizes and writes
 nothing; else it writes benchmarks/eval_DATE_DEVICE.md (`all`) or eval_PART_DATE_DEVICE.md beside this script.
@@ -28,13 +28,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import eval_images
 from benchmarks.common import compare, median, table, write
 from core.seeds import generator
 from eval.frechet import frechet_distance
 from eval.neighbours import precision_recall
 from eval.stats import FeatureStats, Origin
 
-JUDGES = ("scipy", "scikit-learn", "prdc", "torch-fidelity", "torchmetrics")
+JUDGES = ("scipy", "scikit-learn", "prdc", "torch-fidelity", "torchmetrics", "clean-fid", "pillow")
 ORIGIN = Origin(features="benchmark", features_sha256="", resize="native", source="random rows")
 
 
@@ -47,6 +48,7 @@ class Sizes:
     many_rows: int = 50_000
     repeats: int = 3
     memory_gib: int = 12
+    files: int = 256
 
 
 def features(count: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -226,6 +228,7 @@ PARTS: dict[str, Callable[[Sizes], list[str]]] = {
     "frechet": frechet,
     "statistics": statistics,
     "neighbours": neighbours,
+    "images": lambda sizes: eval_images.images(sizes.files, sizes.repeats),
 }
 
 
@@ -244,7 +247,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({**found, "peak_gib": peak}))
         return
-    sizes = Sizes(dim=256, rows=1000, many_rows=2000, repeats=2) if given.quick else Sizes()
+    sizes = Sizes(dim=256, rows=1000, many_rows=2000, repeats=2, files=64) if given.quick else Sizes()
     parts = PARTS if given.part == "all" else {given.part: PARTS[given.part]}
     lines = [f"- judges: {', '.join(f'{name} {version(name)}' for name in JUDGES)}"]
     for part in parts.values():

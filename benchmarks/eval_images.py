@@ -1,7 +1,7 @@
 """The image part of benchmarks/eval.py: from a folder of files to what a network is given, and the network.
 
-Contestants read the same files in turn, with as many worker processes as serves each best (they are tried); ours
-uses threads. torch-fidelity resizes inside its network; its own function is timed with its loader here.
+Contestants read the same files in turn, with several numbers of worker processes; ours uses threads.
+torch-fidelity resizes inside its network; its own function is timed with its loader here.
 """
 
 import itertools
@@ -112,7 +112,11 @@ def images(count: int, repeats: int) -> list[str]:
                     rows += [(shown, task, *row) for row in race(calls, count, repeats)]
         lines += [*table(head, rows), "", *network(repeats)]
     ratios = [float(str(row[4])) for row in rows if row[2] != "diffusion2gan"]
-    return [*lines, "", f"The slowest we are against any setting of any contestant: {min(ratios):.2f} times ours."]
+    return [
+        *lines,
+        "",
+        f"The slowest we are against any setting of any contestant: {min(ratios):.2f} times ours.",
+    ]
 
 
 def _tasks(folder: Path) -> dict[str, dict[str, Callable[[], Tensor]]]:
@@ -121,7 +125,9 @@ def _tasks(folder: Path) -> dict[str, dict[str, Callable[[], Tensor]]]:
     crop: dict[str, Callable[[], Tensor]] = {
         "diffusion2gan": lambda: ours(folder, "crop256-lanczos", resize_clean)
     }
-    graph: dict[str, Callable[[], Tensor]] = {"diffusion2gan": lambda: ours(folder, "native", resize_tensorflow)}
+    graph: dict[str, Callable[[], Tensor]] = {
+        "diffusion2gan": lambda: ours(folder, "native", resize_tensorflow)
+    }
     for workers in WORKERS:
         name = f"clean-fid, {workers} workers"
         clean[name] = lambda workers=workers: by_clean_fid(files, workers, crop=False)  # type: ignore[misc]
@@ -136,7 +142,9 @@ def network(repeats: int) -> list[str]:
 
     torch.manual_seed(0)
     net = fid_inception().eval().requires_grad_(False)
-    pixels = torch.stack([torch.from_numpy(np.array(photograph(299, 299, n))) for n in range(4)]).permute(0, 3, 1, 2)
+    pixels = torch.stack([torch.from_numpy(np.array(photograph(299, 299, n))) for n in range(4)]).permute(
+        0, 3, 1, 2
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.pth"
         torch.save(net.state_dict(), file)
@@ -149,4 +157,8 @@ def network(repeats: int) -> list[str]:
     }
     rows = race(calls, len(pixels), repeats)
     assert all(image.size == (299, 299) for image in itertools.islice(map(to_pil, pixels), 1))
-    return ["### Inception alone", "", *table(("contestant", "images/s", "times ours", "largest difference"), rows)]
+    return [
+        "### Inception alone",
+        "",
+        *table(("contestant", "images/s", "times ours", "largest difference"), rows),
+    ]

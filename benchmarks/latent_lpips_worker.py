@@ -125,7 +125,12 @@ def main() -> None:
         if request["do"] == "open":
             torch.set_num_threads(request.get("threads") or torch.get_num_threads())
             distance = OPENERS[request["who"]](request)
-            answer: Request = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            precision = getattr(getattr(distance, "metric", None), "precision", "fp32")
+            answer: Request = {
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "precision": precision,
+            }
         else:
             answer = {"step": step, "distance": measure}[request["do"]](distance, request)
         print(json.dumps(answer), file=answers, flush=True)

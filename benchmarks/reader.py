@@ -142,8 +142,8 @@ def against_files(folder: Path, repeats: int) -> tuple[list[str], float]:
         f"shards; batches of {BATCH}, as stored. Medians of {repeats} epochs, contestants taking turns. From "
         "the disk: the files are dropped from the page cache before each epoch (posix_fadvise). One process "
         "each, but for the workers; these hand batches over in shared memory, and their CPU time is not "
-        f"counted. Before: the header, index and places of chunks of each shard, {opening * 1e3:.1f} ms of CPU "
-        f"for one of {reader.spec.shard_size} rows.",
+        f"counted. Before: the header, index and places of chunks of each shard, {opening * 1e3:.1f} ms "
+        f"of CPU for one of {reader.spec.shard_size} rows.",
     ]
     return about + lines, in_blocks[0]
 
@@ -202,9 +202,9 @@ def sd15_bound(rows_per_sec: float) -> list[str]:
     return [
         f"SD 1.5, an estimate and not a run: forward and backward of the UNet at 64x64 take "
         f"{flops / 1e12:.2f} TFLOP an image (the forward counted, the backward taken as twice that). At "
-        f"{GPU_PEAK / 1e12:.0f} TFLOP/s, all of an H100's or H200's stated bf16 peak with nothing else to do, "
-        f"that is {bound:.0f} images/s, more than any training reaches. The reader gives {rows_per_sec:.0f} "
-        f"rows/s in blocks from the disk, {rows_per_sec / bound:.0f} times as many.",
+        f"{GPU_PEAK / 1e12:.0f} TFLOP/s, all of an H100's or H200's stated bf16 peak with nothing else to "
+        f"do, that is {bound:.0f} images/s, more than any training reaches. The reader gives "
+        f"{rows_per_sec:.0f} rows/s in blocks from the disk, {rows_per_sec / bound:.0f} times as many.",
     ]
 
 

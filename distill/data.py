@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from core import dist
-from core.errors import UserError
+from core.errors import SettingError, UserError
 from distill.config import DataConfig
 from pairgen.dataset import PairSampler, pair_loader
 from pairgen.reader import PairReader
@@ -19,6 +19,12 @@ def open_pairs(folder: str, teacher_sha256: str, config: DataConfig = PLAIN) -> 
     """
     cache = config.cache or None
     reader = PairReader(folder, skip_bad=config.skip_bad, cache=cache, cache_gib=config.cache_gib)
+    shard_size = reader.spec.shard_size
+    if reader.bounded and config.block < shard_size:
+        text = f"data.cache_gib is {config.cache_gib}, the pairs take {reader.gib:.3g}: shuffled by less than"
+        raise SettingError(
+            f"{text} a shard they would be copied again and again; set data.block={shard_size}"
+        )
     if not reader.complete:
         raise UserError(
             f"{folder} holds {len(reader)} of {reader.spec.num_pairs} pairs; "

@@ -1,139 +1,106 @@
-"""What an evaluation measures and how: a protocol fixes all that changes a number, and has a digest."""
+"""What the evaluation commands are told: configs and their presets."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from core.config import digest, nearest, to_json
 from core.errors import SettingError
-
-METRICS = ("fid", "kid", "clip", "pr")
-"""Frechet distance, kernel distance, CLIP score, precision and recall (with density and coverage)."""
-
-_RESIZE = re.compile(r"native|crop[1-9][0-9]*-(lanczos|bicubic|box)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Protocol:
-    """One way of measuring. Two results are comparable only if their protocols' digests are equal.
-
-    `features` and `clip` name the networks ("any": whichever the caller hands in; the result says which).
-    `resize` is applied alike to generated and reference images: "native" (all of one size) or "cropN-FILTER"
-    (PIL: centre crop of the long edge, then N x N with that filter). Counts of 0 mean "all there are";
-    otherwise a result with other counts carries a note. `neighbours` are the k of precision and recall; the
-    first is the headline.
-    """
-
-    name: str
-    features: str = "any"
-    resize: str = "native"
-    images: int = 0
-    reference_images: int = 0
-    pr_images: int = 10_000
-    neighbours: tuple[int, ...] = (3, 5)
-    clip: str = "any"
-    clip_prefix: str = ""
-    metrics: tuple[str, ...] = METRICS
-
-    def __post_init__(self) -> None:
-        if not _RESIZE.fullmatch(self.resize):
-            raise SettingError(f"resize is {self.resize!r}; expected native or, say, crop256-lanczos")
-        if min(self.images, self.reference_images, self.pr_images) < 0:
-            raise SettingError("image counts of a protocol must be 0 (all) or more")
-        if not self.neighbours or min(self.neighbours) < 1:
-            raise SettingError(f"neighbours are {self.neighbours}; expected one or more positive numbers")
-        check_metrics(self.metrics)
-
-
-def check_metrics(names: tuple[str, ...]) -> None:
-    """Raise SettingError unless `names` is a non-empty selection of METRICS."""
-    if not names:
-        raise SettingError(f"no metrics chosen; choose from {', '.join(METRICS)}")
-    for name in names:
-        if name not in METRICS:
-            raise SettingError(f"unknown metric {name!r}{nearest(name, METRICS)}")
-
-
-def protocol_sha256(protocol: Protocol) -> str:
-    """The digest that `compare` looks at."""
-    return digest(to_json(protocol))
-
-
-def _coco2014(
-    name: str, *, resize: str = "crop256-lanczos", clip: str = "ViT-B-32-quickgelu:openai"
-) -> Protocol:
-    return Protocol(
-        name=name,
-        features="inception",
-        resize=resize,
-        images=30_000,
-        reference_images=40_504,
-        clip=clip,
-        clip_prefix="A photo depicts ",
-    )
-
-
-_ALL = (
-    # Lanczos compares with GigaGAN, DMD and DMD2 (GigaGAN's evaluation code); the supplement of
-    # Diffusion2GAN says bicubic. Neither names its CLIP for certain, hence the third.
-    _coco2014("coco2014-30k"),
-    _coco2014("coco2014-30k-bicubic", resize="crop256-bicubic"),
-    _coco2014("coco2014-30k-vitg14", clip="ViT-g-14:laion2b_s12b_b42k"),
-    Protocol(
-        name="coco2017-5k",
-        features="inception",
-        resize="crop256-lanczos",
-        images=5_000,
-        reference_images=5_000,
-        clip="ViT-g-14:laion2b_s12b_b42k",
-        clip_prefix="A photo depicts ",
-        metrics=("fid", "clip"),
-    ),
-    # The literature's CIFAR10 numbers resize inside the TensorFlow graph, not the clean-fid way.
-    Protocol(
-        name="cifar10-50k", features="inception-tf", images=50_000, reference_images=50_000, metrics=("fid",)
-    ),
-    Protocol(name="custom"),
-    Protocol(name="miniature", features="oracle", resize="crop64-box"),
-    # 28x28 garments as a 32 px teacher sees them, against all 10,000 test photographs; docs/LOG.md.
-    Protocol(
-        name="fashion-1k",
-        features="squeezenet",
-        resize="crop32-lanczos",
-        images=1_000,
-        reference_images=10_000,
-        pr_images=1_000,
-        metrics=("fid", "kid", "pr"),
-    ),
-)
-
-PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({protocol.name: protocol for protocol in _ALL})
-"""The protocols one can name."""
+from eval.protocol import PROTOCOLS, Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRun:
-    """One `d2g eval run`: what is measured, and with what. Files and folders are strings."""
+    """One `d2g eval run`: what is measured, and with what. Files and folders are strings.
+
+    What is measured is a student, a teacher, a pipeline (any of diffusers') or images; a teacher beside a
+    student is the student's own, to load it with. `against`: the other side of pairs, a teacher (by name or
+    folder) or the images that one kept. `train`: images it learnt from, for the report's nearest neighbours.
+    Settings from `batch_size` on change no number.
+    """
 
     student: str | None = None
     teacher: str | None = None
+    pipeline: str | None = None
     images: str | None = None
+    protocol: Protocol = PROTOCOLS["folder"]
+    metrics: tuple[str, ...] = ()
+    """None: the protocol's."""
     reference: str | None = None
-    protocol: str = "custom"
-    metrics: tuple[str, ...] = ()  # empty: the protocol's
+    against: str | None = None
     features: str | None = None
-    feature_weights: str | None = None
     clip: str | None = None
+    weights: tuple[str, ...] = ()
+    """Of networks, NAME=PATH; a path alone is the protocol's feature network's."""
     prompts: str | None = None
-    num: int | None = None
+    num: int = 0
+    """0: the protocol's, else one per prompt."""
+    allow_fewer: bool = False
     steps: int = 50
-    guidance: float = 3.0
+    guidance: float | None = None
+    """None: 3 for a teacher, its own for a pipeline."""
+    solver: str = "teacher"
+    noise_scale: float = 1.0
+    precision: str = "fp32"
+    seed: int | None = None
+    """None: the protocol's."""
+    every: bool = False
+    """All checkpoints of a student's run, one after another."""
+    resamples: int = 200
+
     batch_size: int = 64
-    seed: int = 0
+    part: int = 0
+    out: str | None = None
+    work: str | None = None
+    keep: str | None = None
+    train: str | None = None
+    latency: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("num", "part", "resamples"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 <= self.noise_scale <= 2:
+            raise SettingError(f"noise_scale is {self.noise_scale}; expected 0 (none) to 2 (1: as trained)")
+
+    def weight_table(self) -> dict[str, str]:
+        """`weights` by network."""
+        pairs = [text.partition("=") for text in self.weights]
+        return {name if found else "features": path if found else name for name, found, path in pairs}
 
 
 PRESETS: Mapping[str, EvalRun] = MappingProxyType(
-    {"default": EvalRun(), "miniature": EvalRun(student="miniature", protocol="miniature")}
+    {"default": EvalRun(), "miniature": EvalRun(student="miniature", protocol=PROTOCOLS["miniature"])}
 )
 """Presets of `d2g eval run`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurveRun:
+    """One `d2g eval curve`: the same evaluation at several values of one setting."""
+
+    run: EvalRun = EvalRun()
+    setting: str = "guidance"
+    values: tuple[float, ...] = ()
+    """For the setting `checkpoints`: numbers of images trained on; none: all checkpoints there are."""
+
+    def __post_init__(self) -> None:
+        if self.setting not in CURVE_SETTINGS:
+            raise SettingError(f"curve over {self.setting!r}; choose from {', '.join(CURVE_SETTINGS)}")
+        if self.setting != "checkpoints" and not self.values:
+            raise SettingError(
+                f"a curve over {self.setting} needs its values, say --over {self.setting}=1,2,4"
+            )
+
+    def at(self, value: float) -> EvalRun:
+        """The run at one value of the setting."""
+        if self.setting == "checkpoints":
+            return self.run
+        changed: dict[str, object] = {self.setting: int(value) if self.setting == "steps" else value}
+        return replace(self.run, **changed)  # type: ignore[arg-type]  # the setting decides its type
+
+
+CURVE_SETTINGS = ("guidance", "steps", "noise_scale", "checkpoints")
+"""What a curve can run over. `noise_scale` is truncation: it shrinks a student's noise towards its mean."""

@@ -1,37 +1,49 @@
 """How different are pictures of one prompt: mean pairwise distance (DreamDiv, with any features)."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.errors import UserError
-from eval.features import FeatureNet
 
 
-def prompt_diversity(batches: Iterable[tuple[Tensor, list[str]]], features: FeatureNet) -> dict[str, float]:
-    """Mean over prompts of the mean pairwise 1 - cos of features, over all images of the prompt.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diversity:
+    """Mean over prompts, its standard error (infinite for one prompt), and what went into it."""
 
-    `batches` hold uint8 images and prompts, several images (other noise) per prompt, in any order. With
-    DreamSim embeddings this is Diffusion2GAN's DreamDiv. Returns `diversity`, `prompts` and `images`. Raises
-    UserError when no prompt has two images.
+    mean: float
+    standard_error: float
+    prompts: int
+    images: int
+
+
+def prompt_diversity(features: Tensor, prompts: Sequence[str]) -> Diversity:
+    """Mean over prompts of the mean pairwise 1 - cos of features [N, D], over all images of the prompt.
+
+    Several images (other noise) per prompt, in any order; prompts with one image are left out. With DreamSim
+    embeddings this is Diffusion2GAN's DreamDiv. Raises UserError when no prompt has two images.
     """
-    rows: dict[str, list[Tensor]] = {}
-    for images, prompts in batches:
-        for feature, prompt in zip(normalize(features(images).double(), dim=1).cpu(), prompts, strict=True):
-            rows.setdefault(prompt, []).append(feature)
-    groups = [torch.stack(group) for _, group in sorted(rows.items()) if len(group) > 1]
+    assert len(features) == len(prompts)
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    groups = [group for _, group in sorted(rows.items()) if len(group) > 1]
     if not groups:
         raise UserError(
             "diversity needs at least two images of some prompt; sample each prompt more than once"
         )
-    means = [_pairwise(group) for group in groups]
-    return {
-        "diversity": sum(means) / len(means),
-        "prompts": float(len(groups)),
-        "images": float(sum(map(len, groups))),
-    }
+    unit = normalize(features.double(), dim=1)
+    means = torch.tensor([_pairwise(unit[group]) for group in groups], dtype=torch.float64)
+    error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("inf")
+    return Diversity(
+        mean=means.mean().item(),
+        standard_error=error,
+        prompts=len(groups),
+        images=sum(map(len, groups)),
+    )
 
 
 def _pairwise(rows: Tensor) -> float:

@@ -1,7 +1,7 @@
 """The result of an evaluation: numbers, what they were measured with, and which of them compare."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,16 @@ from core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalResult:
-    """Numbers and what they were measured with. None: not measured. `precision`, `recall`: at the first k."""
+    """Numbers and what they were measured with. None: not measured. `precision`, `recall`: at the first k.
+
+    `settings` are the protocol's, all of them; `protocol_sha256` is their digest. `extra`: every further
+    number by its metric's name. `ci`: 95 % intervals. `latency`: as `eval.speed.measure_latency` gives it.
+    """
 
     protocol: str
     protocol_sha256: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
     fid: float | None = None
     kid: float | None = None
     clip_score: float | None = None
@@ -26,6 +32,7 @@ class EvalResult:
     counts: dict[str, int] = field(default_factory=dict)
     models: dict[str, dict[str, str]] = field(default_factory=dict)
     ci: dict[str, list[float]] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -35,52 +42,96 @@ class EvalResult:
 
     @classmethod
     def load(cls, file: str | Path) -> "EvalResult":
-        """Read a result that was written as JSON. Raises UserError when the file is none."""
+        """Read a result: its JSON file, or the folder that `d2g eval run --out` wrote; else UserError."""
+        path = Path(file) / "result.json" if Path(file).is_dir() else Path(file)
         try:
-            return cls(**json.loads(Path(file).read_text(encoding="utf-8")))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{file} is no evaluation result ({error}); make one with `d2g eval run`"
+                f"{path} is no evaluation result ({error}); make one with `d2g eval run --out`"
             ) from error
 
+    def numbers(self) -> dict[str, float]:
+        """Every number that was measured, by its key."""
+        named = {key: getattr(self, key) for key in HEADLINES}
+        return {key: value for key, value in (named | self.extra).items() if value is not None}
+
     def rows(self) -> list[tuple[str, str]]:
-        """(label, value) lines for people. Only Inception's Frechet distance is called FID."""
-        net = self.models.get("features", {}).get("name", "")
-        fid = "FID" if net.startswith("inception") else f"Frechet distance ({net} features)"
-        named = {
-            "fid": fid,
-            "kid": fid.replace("FID", "KID").replace("Frechet", "Kernel"),
-            "clip_score": f"CLIP score ({self.models.get('clip', {}).get('name', '')})",
-            "precision": "Precision",
-            "recall": "Recall",
-        }
-        lines = [(label, getattr(self, key), self.ci.get(key)) for key, label in named.items()]
-        lines += [(name, value, None) for name, value in sorted(self.extra.items())]
-        return [(label, _shown(value, interval)) for label, value, interval in lines if value is not None]
+        """(label, value) lines for people."""
+        labels = label_table(self.models)
+        return [
+            (labels.get(key, key), shown(value, self.ci.get(key))) for key, value in self.numbers().items()
+        ]
 
 
-def _shown(value: float, interval: Sequence[float] | None) -> str:
+HEADLINES = ("fid", "kid", "clip_score", "precision", "recall")
+"""The numbers with a field of their own."""
+
+
+def label_table(models: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What to call the numbers. Only Inception's Frechet distance is called FID."""
+    net = models.get("features", {}).get("name", "")
+    fid = "FID" if net.startswith("inception") else f"Frechet distance ({net} features)"
+    return {
+        "fid": fid,
+        "fid_infinity": f"{fid}, endless images",
+        "kid": fid.replace("FID", "KID").replace("Frechet", "Kernel"),
+        "clip_score": f"CLIP score ({models.get('clip', {}).get('name', '')})",
+        "precision": "Precision",
+        "recall": "Recall",
+        "density": "Density",
+        "coverage": "Coverage",
+        "is": "Inception score",
+        "fd_dinov2": "FD of DINOv2 features",
+        "fd_clip": "FD of CLIP features",
+        "cmmd": "CMMD",
+        "pickscore": "PickScore",
+        "dreamsim_diversity": "DreamSim diversity",
+        "dreamsim": "DreamSim to the teacher",
+        "lpips": "LPIPS to the teacher",
+        "latent_lpips": "LatentLPIPS to the teacher",
+        "psnr": "PSNR to the teacher (dB)",
+        "caption_accuracy": "Caption accuracy",
+        "caption_exact": "Flawless pictures",
+    }
+
+
+def shown(value: float, interval: Sequence[float] | None) -> str:
+    """A number for people, with its interval."""
     return f"{value:.4g}" + (f"  (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
 
 
 def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
     """Rows {name, fid, clip_score, …} of several results, sorted by name.
 
-    Raises UserError unless all share protocol, networks and reference: other numbers do not compare.
+    Raises UserError unless all share protocol, networks, reference and counts, naming what differs: other
+    numbers do not compare.
     """
     if not results:
         raise UserError("no results to compare; give at least one")
     names = sorted(results)
-    first = _footing(results[names[0]])
+    first = results[names[0]]
     for name in names[1:]:
-        differ = differing(first, _footing(results[name]))
-        if differ:
+        if differ := _differing(first, results[name]):
             raise UserError(f"{names[0]} and {name} do not compare: {'; '.join(differ)}; evaluate them alike")
-    keys = ("fid", "kid", "clip_score", "precision", "recall")
-    return [{"name": n, **{k: getattr(results[n], k) for k in keys}, **results[n].extra} for n in names]
+    return [
+        {"name": name, **{key: getattr(results[name], key) for key in HEADLINES}, **results[name].extra}
+        for name in names
+    ]
 
 
-def _footing(result: EvalResult) -> dict[str, Any]:
-    counts = {"reference": result.counts.get("reference", 0), "images": result.counts["images"]}
-    keys = {"protocol": result.protocol, "protocol_sha256": result.protocol_sha256}
-    return {**keys, "models": result.models, "counts": counts}
+def _differing(a: EvalResult, b: EvalResult) -> list[str]:
+    """What must be equal and is not. Networks count where both used them: the metrics may differ."""
+    shared = a.models.keys() & b.models.keys()
+    return differing(_footing(a, shared), _footing(b, shared))
+
+
+def _footing(result: EvalResult, shared: Collection[str]) -> dict[str, Any]:
+    counts = {key: result.counts[key] for key in ("images", "reference") if key in shared or key == "images"}
+    return {
+        "protocol": result.protocol,
+        "protocol_sha256": result.protocol_sha256,
+        "settings": result.settings,
+        "models": {name: result.models[name] for name in shared},
+        "counts": counts,
+    }

@@ -20,15 +20,20 @@ from distill.config import PRESETS as DISTILL_PRESETS
 from distill.config import DistillConfig
 from distill.sample import OneStep, load_one_step, naive_one_step
 from distill.train import train
-from eval.config import PROTOCOLS
+from eval.build_reference import build_reference
+from eval.evaluate import evaluate
 from eval.features import load_clip
-from eval.report import collect, evaluate
+from eval.networks import Networks
+from eval.page import first_images
+from eval.protocol import PROTOCOLS
 from eval.result import EvalResult
+from eval.source import batch_source
 from eval.speed import milliseconds_per_image
-from miniature.judge import TEST_SEED, oracle_features, oracle_measures, real_scenes, teacher_batches
 from miniature.oracle import load_oracle
 from miniature.report import write_report
+from miniature.scene_measures import TEST_SEED, oracle_features, oracle_measures, real_scenes
 from miniature.scenes import captions
+from miniature.sources import Drawing, ode_source, one_step_source
 from pairgen.config import PRESETS as PAIR_PRESETS
 from pairgen.config import PairConfig
 from pairgen.generate import generate_pairs
@@ -165,7 +170,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
     )
     curves = {stage: read_stats(out / stage) for stage in ("ode", "gan")}
     shown = captions(config.columns, TEST_SEED)
-    write_report(out / "report.html", result.to_json(), first, shown, curves)
+    write_report(out / "report.html", result.to_json(), first, shown, curves, config.teacher_steps)
     write_atomically(out / "demo.json", json.dumps(result.to_json(), indent=1))
     return result
 
@@ -175,22 +180,31 @@ def evaluate_all(
 ) -> tuple[dict[str, EvalResult], dict[str, Tensor]]:
     """Each sampler under protocol `miniature`, and its first images [columns, 3, 64, 64]."""
     oracle, protocol = load_oracle(), PROTOCOLS["miniature"]
-    features, clip = oracle_features(oracle), load_clip(str(pretrained.resolve(teacher.name) / "clip"))
+    networks = Networks(
+        sets={"features": oracle_features(oracle)},
+        clip=load_clip(str(pretrained.resolve(teacher.name) / "clip")),
+        extra=oracle_measures(oracle, protocol.preprocessing),
+    )
     scenes = real_scenes(config.eval_images, progress)
     texts = [text for _, batch in scenes for text in batch]
-    real = collect(scenes, features, resize=protocol.resize, source="scenes")
+    real = build_reference(batch_source("scenes", scenes), protocol, networks.sets)
+    drawing = Drawing(prompts=texts, seed=config.seed, device=teacher.device)
+    guidance = config.pairs.guidance
+    sources = {name: one_step_source(name, one, drawing) for name, one in students.items()}
+    sources["teacher"] = ode_source(teacher, drawing, steps=config.teacher_steps, guidance=guidance)
     results, first = {}, {}
     for name in SAMPLERS:
-        if name == "teacher":
-            steps = config.teacher_steps
-            batches = list(teacher_batches(teacher, texts, config.seed, steps, config.pairs.guidance))
-        else:
-            batches = list(students[name].sample(texts, config.seed, batch_size=64))
-        first[name] = torch.cat([images for images, _ in batches])[: config.columns]
-        results[name] = evaluate(
-            batches, real, protocol, features=features, clip=clip, metrics=("fid", "clip", "pr"),
-            extra=oracle_measures(oracle), resamples=0,
-        )  # fmt: skip
+        found = evaluate(
+            sources[name],
+            protocol,
+            networks,
+            metrics=("fid", "clip", "pr", "caption_accuracy"),
+            reference=real,
+            count=len(texts),
+            resamples=0,
+        )
+        results[name] = found.result
+        first[name] = torch.stack(first_images(sources[name], config.columns))
         progress("evaluate", len(results), len(SAMPLERS))
     return results, first
 

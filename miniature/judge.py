@@ -1,177 +1,181 @@
-"""Where samplers meet measures: what `d2g eval run` and the demo call. Adds the oracle to eval's own
-networks.
-"""
+"""What `d2g eval` calls: one evaluation, reference statistics, and several results in one table."""
 
-import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core import pretrained
-from core.config import pick
-from core.errors import SettingError
-from core.latents import decode, from_uint8, to_uint8
+from core import dist
+from core.checkpoint import write_atomically
+from core.errors import SettingError, UserError
 from core.progress import Progress, quiet
-from core.seeds import noise
-from distill.sample import load_one_step, student_folder
-from eval.config import PROTOCOLS
-from eval.features import FEATURES, FeatureNet, load_clip
-from eval.images import Batch, read_images
-from eval.report import collect, evaluate, reference_stats
-from miniature.oracle import NUM_FEATURES, SHIPPED, Oracle, caption_accuracy, load_oracle
-from miniature.scenes import captions as scene_captions
-from miniature.scenes import render_dataset
-from pairgen.prompts import read_prompts
-from pairgen.teacher import Teacher, load_teacher
+from eval.build_reference import build_reference, keep_reference, reference_files
+from eval.config import EvalRun
+from eval.evaluate import Evaluation
+from eval.gallery import Pictures, beside_neighbours
+from eval.html import write_report
+from eval.images import open_images
+from eval.nearest import nearest
+from eval.page import Numbered, first_images, report_data
+from eval.parts import Work
+from eval.preference import win_rate
+from eval.result import EvalResult, compare
+from eval.source import Source, image_source
+from eval.speed import measure_latency
+from eval.stream import Measure, measure_source
+from eval.summary import REFERENCED
+from miniature.bench import Bench
 
-TEST_SEED = 2  # teachers train on scenes of seed 1
+NEAREST = 8  # images whose neighbours in the training set the report shows
+NEIGHBOURS = 4
 
 
-def oracle_features(oracle: Oracle) -> FeatureNet:
-    """The caption oracle's pooled features, as the feature network of protocol `miniature`."""
-    sha256 = hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
-    return FeatureNet(
-        name="oracle",
-        dim=NUM_FEATURES,
-        sha256=sha256,
-        function=lambda images: oracle.features(from_uint8(images)),
+def run_evaluation(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
+    """Measure a student, a teacher, a pipeline or images under a named protocol; the result as JSON.
+
+    With an `out` folder: result.json, rows.safetensors (scores of each image), report.html, and the parts to
+    go on from. Raises SettingError when what is to be measured, or what it is measured with, is missing or
+    given twice.
+    """
+    bench = Bench(config, progress)
+    source, found = bench.measure(config)
+    if config.latency:
+        found = replace(found, result=replace(found.result, latency=latency(bench, source)))
+    if dist.rank() == 0:
+        _write(bench, source, found)
+    dist.barrier()
+    return found.result.to_json()
+
+
+def latency(bench: Bench, source: Source) -> dict[str, Any]:
+    """How long an image takes, of a student beside its teacher; on rank 0 only."""
+    if source.parts is None:
+        raise SettingError("--latency times a sampler; images are already drawn, leave it out")
+    if dist.rank() != 0:
+        return {}
+    kind = str(source.facts["kind"])
+    models = {kind: source.parts}
+    if kind == "student" and bench.teacher is not None:
+        teacher = bench.other if bench.other and bench.other.parts else None
+        models["teacher"] = (teacher or bench.teacher_source(bench.teacher, bench.config)).parts  # type: ignore[assignment]
+    return measure_latency(models, bench.device)
+
+
+def _write(bench: Bench, source: Source, found: Evaluation) -> None:
+    """The files that the config asks for."""
+    out = bench.config.out
+    if out is None:
+        return
+    text = json.dumps(found.result.to_json(), indent=1)
+    if out.endswith(".json"):
+        write_atomically(Path(out), text)
+        return
+    folder = Path(out)
+    write_atomically(folder / "result.json", text)
+    scores = {name: rows.contiguous() for name, rows in found.rows.values.items() if rows.ndim == 1}
+    try:
+        save_file(scores, folder / "rows.safetensors", {"prompts": json.dumps(found.rows.prompts)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder / 'rows.safetensors'}: {error}; free space") from error
+    data = report_data(
+        _name(source), source, found, other=bench.other, nearest=_nearest(bench, source, found)
     )
+    write_report(folder / "report.html", data)
 
 
-def oracle_measures(oracle: Oracle) -> dict[str, Any]:
-    """caption_accuracy (share of captioned facts read back right) and caption_exact (share of flawless
-    pictures).
-    """
-
-    def attributes(images: Tensor, texts: list[str]) -> float:
-        return caption_accuracy(oracle, from_uint8(images), texts).attributes
-
-    def exact(images: Tensor, texts: list[str]) -> float:
-        return caption_accuracy(oracle, from_uint8(images), texts).exact
-
-    return {"caption_accuracy": attributes, "caption_exact": exact}
+def _name(source: Source) -> str:
+    return str(source.facts["kind"])
 
 
-def real_scenes(num: int, progress: Progress = quiet) -> list[Batch]:
-    """Rendered test scenes and their captions, in batches."""
-    images, texts = render_dataset(num, TEST_SEED, "train", progress)
-    return [(images[i : i + 64], texts[i : i + 64]) for i in range(0, num, 64)]
-
-
-def teacher_batches(
-    teacher: Teacher, prompts: Sequence[str], seed: int, steps: int, guidance: float, batch_size: int = 64
-) -> Iterable[Batch]:
-    """Images of a teacher by DDIM; image i uses the noise of (seed, i), as a student's does."""
-    vae = pretrained.load_vae(teacher.name).to(teacher.device)
-    for first in range(0, len(prompts), batch_size):
-        texts = list(prompts[first : first + batch_size])
-        drawn = noise(seed, range(first, first + len(texts)), teacher.latent_shape)
-        latents = teacher.sample(drawn, texts, steps, guidance, "ddim")
-        with torch.no_grad():
-            yield to_uint8(decode(vae, latents)).cpu(), texts
-
-
-def save_statistics(
-    images: Path,
-    out: Path,
-    protocol: str,
-    features: str,
-    weights: str,
-    progress: Progress = quiet,
-) -> dict[str, Any]:
-    """Feature statistics of real images under a protocol, kept in OUT (.safetensors) for `--reference`."""
-    chosen, device = pick(PROTOCOLS, protocol, "protocol"), "cuda" if torch.cuda.is_available() else "cpu"
-    net = pick(FEATURES, features, "feature network")(weights, device)
-    stats = reference_stats(images, chosen, net, progress=progress)
-    stats.save(out)
-    return {"out": str(out), "images": stats.count, "features": net.name, "features_sha256": net.sha256}
-
-
-def run_evaluation(
-    *,
-    student: str | None = None,
-    teacher: str | None = None,
-    images: str | Path | None = None,
-    reference: str | Path | None = None,
-    protocol: str = "custom",
-    metrics: Sequence[str] = (),
-    features: str | None = None,
-    feature_weights: str | None = None,
-    clip: str | None = None,
-    prompts: str | Path | None = None,
-    num: int | None = None,
-    steps: int = 50,
-    guidance: float = 3.0,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: Progress = quiet,
-) -> dict[str, Any]:
-    """Measure a student, a teacher (when no student is given) or images under a named protocol.
-
-    Protocol `miniature` needs nothing else: test captions, rendered references, the oracle and the teacher's
-    CLIP. Raises SettingError when what is to be measured, or what it is measured with, is missing or given
-    twice.
-    """
-    if (images is not None and (student or teacher)) or not (images or student or teacher):
-        raise SettingError("give --student or --teacher, or --images, to say what is measured")
-    chosen, device = pick(PROTOCOLS, protocol, "protocol"), "cuda" if torch.cuda.is_available() else "cpu"
-    small = protocol == "miniature"
-    count = num or chosen.images or (1_000 if small else 0)
-    texts: list[str] = []
-    if images is None:
-        if prompts is None and not small:
-            raise SettingError("--prompts is not set; give the file of captions to draw")
-        listed = scene_captions(count, TEST_SEED) if prompts is None else read_prompts(Path(prompts))
-        count = count or len(listed)
-        texts = [listed[i % len(listed)] for i in range(count)]
-
-    # Networks.
-    oracle = load_oracle() if small or features == "oracle" else None
-    name = features or ("oracle" if small else None if chosen.features == "any" else chosen.features)
-    net: FeatureNet | None = None
-    if name == "oracle" and oracle is not None:
-        net = oracle_features(oracle)
-    elif name is not None:
-        loader = pick({**FEATURES, "oracle": None}, name, "feature network")
-        if feature_weights is None:
-            raise SettingError(f"--feature-weights is not set; {name} needs its weights file")
-        assert loader is not None
-        net = loader(feature_weights, device)
-    clip_name = clip
-    if clip_name is None and "clip" in (metrics or chosen.metrics):
-        source = teacher or (student_folder(student)[1] if student else None)
-        own = pretrained.resolve(source) / "clip" if source else None
-        clip_name = (
-            str(own) if own is not None and own.is_dir() else None if chosen.clip == "any" else chosen.clip
+def _nearest(bench: Bench, source: Source, found: Evaluation) -> list[Pictures]:
+    """The first images beside the training images that are nearest in the protocol's features."""
+    if bench.config.train is None:
+        return []
+    if "features" not in found.rows.values:
+        raise SettingError("--train looks for neighbours in the protocol's features; add fid to the metrics")
+    net, size = bench.networks.sets["features"], bench.protocol.preprocessing
+    training = image_source(open_images(bench.config.train))
+    assert training.count is not None
+    measure = {"features": Measure(size=size, function=lambda images, _: net(images).float())}
+    rows = measure_source(training, range(training.count), measure, work=Work(), progress=bench.progress)
+    generated = found.rows.values["features"][:NEAREST]
+    near = nearest(generated, rows.values["features"].split(4096), k=min(NEIGHBOURS, training.count))
+    return [
+        beside_neighbours(
+            near,
+            first_images(source, len(generated)),
+            Numbered(training, training.count),
+            found.rows.prompts[: len(generated)],
+            features=net.name,
         )
-    clip_net = load_clip(clip_name, device) if clip_name else None
+    ]
 
-    # Samples and reference.
-    batches: Iterable[Batch]
-    if images is not None:
-        batches = read_images(images, limit=num, resize="native", batch_size=batch_size)
-    elif student is not None:
-        batches = load_one_step(student, teacher, device).sample(texts, seed, batch_size=batch_size)
-    else:
-        assert teacher is not None
-        batches = teacher_batches(load_teacher(teacher, device), texts, seed, steps, guidance, batch_size)
-    real: Any = reference
-    if reference is None and small and net is not None:
-        real = collect(
-            real_scenes(count, progress), net, resize=chosen.resize, source="scenes", progress=progress
-        )
-    result = evaluate(
-        batches,
-        real,
-        chosen,
-        features=net,
-        clip=clip_net,
-        metrics=tuple(metrics) if metrics else None,
-        extra=oracle_measures(oracle) if oracle is not None and small else None,
+
+# References and tables
+
+
+def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress = quiet) -> dict[str, Any]:
+    """Statistics of a protocol's real images, and its prompts, in one file for `--reference`.
+
+    `images`: what people download (COCO's folder), or any folder or parquet. A run that was killed goes on
+    when run again. Raises SettingError when no metric needs a reference.
+    """
+    metrics = config.metrics or config.protocol.metrics
+    compared = tuple(metric for metric in metrics if metric in REFERENCED)
+    if not compared:
+        raise SettingError(f"metrics {', '.join(metrics)} need no reference; name some that do, say fid")
+    bench = Bench(replace(config, images=str(images), metrics=compared), progress)
+    files, prompts = reference_files(images, bench.protocol)
+    work = Work(batch_size=config.batch_size, folder=out.with_suffix(".work"))
+    sets = bench.networks.sets
+    built = build_reference(
+        image_source(files),
+        bench.protocol,
+        sets,
+        prompts=prompts,
+        allow_fewer=config.allow_fewer,
+        work=work,
         progress=progress,
-        seed=seed,
     )
-    return result.to_json()
+    keep_reference(built, out, work, bench.protocol.pr_images)
+    networks = {name: {"name": net.name, "sha256": net.sha256} for name, net in sets.items()}
+    return {"out": str(out), **built.facts, "prompts": len(prompts), "networks": networks}
+
+
+def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
+    """A row per result, and who wins how often by PickScore, where scores of each image were kept.
+
+    Raises UserError for results that do not compare.
+    """
+    results = {str(path): EvalResult.load(path) for path in paths}
+    rows = compare(results)
+    scores = {name: _scores(Path(name)) for name in sorted(results)}
+    wins = []
+    names = [name for name, found in scores.items() if found is not None]
+    for place, first in enumerate(names):
+        for second in names[place + 1 :]:
+            a, b = scores[first], scores[second]
+            assert a is not None and b is not None
+            found = win_rate(a, b)
+            wins.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "win_rate": found.rate,
+                    "ci": list(found.interval),
+                    "wins": found.wins,
+                    "ties": found.ties,
+                    "losses": found.losses,
+                }
+            )
+    return {"results": rows, "pickscore_wins": wins}
+
+
+def _scores(folder: Path) -> Tensor | None:
+    file = folder / "rows.safetensors"
+    return load_file(file).get("pickscore") if file.is_file() else None

@@ -141,15 +141,19 @@ def _reading(best: Mapping[str, int]) -> Reading:
 
 def caption_accuracy(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) -> CaptionAccuracy:
     """How well pictures [B, 3, 64, 64] in [-1, 1] show their captions. Raises UserError as parse_caption."""
+    attributes, exact = caption_scores(oracle, pixels, captions)
+    return CaptionAccuracy(attributes=attributes.mean().item(), exact=exact.mean().item())
+
+
+def caption_scores(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Per picture: the share of captioned facts read back right, and 1 where all are; [B] float64 each."""
     assert len(pixels) == len(captions) > 0, f"{len(pixels)} pictures for {len(captions)} captions"
     scores = [
         count_right(parse_caption(text), reading)
         for text, reading in zip(captions, read(oracle, pixels), strict=True)
     ]
-    return CaptionAccuracy(
-        attributes=sum(right / total for right, total in scores) / len(scores),
-        exact=sum(right == total for right, total in scores) / len(scores),
-    )
+    shares = torch.tensor([right / total for right, total in scores], dtype=torch.float64)
+    return shares, (shares == 1).double()
 
 
 def count_right(facts: SceneFacts, reading: Reading) -> tuple[int, int]:

@@ -17,9 +17,14 @@ from core.progress import Progress, quiet
 from core.seeds import noise
 from distill.export import export_student
 from distill.sample import load_one_step
-from miniature.judge import TEST_SEED, run_evaluation, teacher_batches
+from eval.config import EvalRun
+from eval.protocol import PROTOCOLS
+from eval.resize import NATIVE
+from miniature.judge import run_evaluation
 from miniature.oracle import caption_accuracy, load_oracle
+from miniature.scene_measures import TEST_SEED
 from miniature.scenes import captions
+from miniature.sources import Drawing, ode_source
 from pairgen.teacher import load_teacher
 
 PIECES = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "latent_lpips", "clip")
@@ -80,8 +85,9 @@ def score(
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
         texts, images = captions(num, TEST_SEED, split), []
-        for batch, _ in teacher_batches(loaded, texts, 0, steps, guidance):
-            images.append(batch)
+        source = ode_source(loaded, Drawing(prompts=texts), steps=steps, guidance=guidance)
+        for drawn in source.draw(range(num), 64, (NATIVE,)):
+            images.append(drawn.views[NATIVE])
             progress(f"score {split}", 64 * len(images), num)
         read = caption_accuracy(oracle, from_uint8(torch.cat(images)), texts)
         scores |= {f"{split}_caption_accuracy": read.attributes, f"{split}_caption_exact": read.exact}
@@ -98,7 +104,7 @@ def ship_student(run: Path, out: Path, how: dict[str, Any], progress: Progress =
         pixels = from_uint8(one.images(noise(0, range(256), one.student.latent_shape), texts))
         read = caption_accuracy(oracle, pixels, texts)
         scores |= {f"{split}_caption_accuracy": read.attributes, f"{split}_caption_exact": read.exact}
-    measured = run_evaluation(student=str(out), protocol="miniature", progress=progress)
+    measured = run_evaluation(EvalRun(student=str(out), protocol=PROTOCOLS["miniature"]), progress)
     keep = {key: measured[key] for key in ("fid", "clip_score", "precision", "recall", "counts")}
     parity = {"parity_max_abs_err": exported["parity_max_abs_err"]}
     meta = {"what": "miniature student", "commit": commit(), **how, "scores": scores | keep | parity}

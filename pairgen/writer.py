@@ -56,7 +56,7 @@ class PairWriter:
         return self
 
     def open(self) -> list[int]:
-        """Take up what a killed writer left; returns `missing`. A whole shard is a UserError but to `retry`."""
+        """Take up what a killed writer left; returns `missing`. UserError if whole already (no `retry`)."""
         if self.path.exists() and not self.retry:
             raise UserError(f"{self.path} is already whole; run the same command again to make what is left")
         with writing(self.folder, "nothing was lost"):

@@ -1,11 +1,15 @@
 """What all tests share: one thread per process (xdist runs one process per core), and one tiny teacher."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is imported: two pools of two threads on two cores are slower
 )
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub
+os.environ["D2G_CACHE"] = tempfile.mkdtemp(prefix="d2g-cache-")  # nor use anybody's cache
 
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import torch
 
 import tiny
 
+atexit.register(shutil.rmtree, os.environ["D2G_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # where a plugin imported torch first
 
 # The same examples on every machine and run, and no clock: a busy machine is no failure.

@@ -148,12 +148,15 @@ def d2g(arguments: list[str], folder: Path, **settings: Any) -> Ended:
     return Running(arguments, folder, **settings).wait()
 
 
-def d2g_ranks(arguments: list[str], folder: Path, ranks: int = 2) -> list[Ended]:
+def d2g_ranks(
+    arguments: list[str], folder: Path, ranks: int = 2, environment: Mapping[str, str] | None = None
+) -> list[Ended]:
     """Run a command on several ranks, told about each other as torchrun tells them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    group |= environment or {}
     started = [
         Running(arguments, folder / f"rank{r}", {**group, "RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(ranks)

@@ -41,6 +41,8 @@ WORKS = [
     "distill gan",
     "sample",
     "eval run",
+    "eval stats --images x --out x.safetensors",
+    "eval curve --over guidance=1,2 --out x",
 ]
 
 
@@ -126,8 +128,8 @@ def test_the_contracts_commands_are_there() -> None:
     named = {" ".join(words) for words in COMMANDS}
     contract = {"demo", "doctor", "teacher train", "teacher info", "sample", "export", "lpips distance"}
     contract |= {f"pairs {name}" for name in ("plan", "generate", "info", "verify", "repair", "merge")}
-    contract |= {"distill ode", "distill gan", "eval run", "eval compare"}
-    assert contract <= named and set(WORKS) <= named
+    contract |= {"distill ode", "distill gan", "eval run", "eval compare", "eval stats", "eval curve"}
+    assert contract <= named and {words.partition(" --")[0] for words in WORKS} <= named
 
 
 def test_help_needs_no_torch() -> None:
@@ -169,6 +171,15 @@ def test_version_from_a_fresh_process() -> None:
         ("sample --student x --prompt a --num 0", "num is 0"),
         ("eval run", "give --student or --teacher, or --images"),
         ("eval run --images x --protocol minature", "did you mean 'miniature'?"),
+        ("eval run --images x --set protocol.sise=9", "did you mean 'size'?"),
+        ("eval run --images x --set protocol.resize=lanzcos", "did you mean 'lanczos'?"),
+        ("eval run --images x --metrics fad", "did you mean 'fid'?"),
+        ("eval stats --images x --out x.npz", "expected a name ending in .safetensors"),
+        ("eval curve --student x --out x --over guidence=1", "curve over 'guidence'"),
+        ("eval curve --student x --out x --over guidance=1", "means nothing for a student"),
+        ("eval curve --teacher x --out x --over steps=a", "expected say guidance=1,2,4"),
+        ("eval curve --teacher x --out x.json --over steps=1", "give a folder"),
+        ("eval protocols coco2014-30k", "did you mean 'coco2014-30k-d2gan'?"),
         ("export --student x --dtype int8 --out y", "dtype is 'int8'"),
         ("lpips distance a b", "--teacher is not set"),
     ],
@@ -370,7 +381,7 @@ KEYS = {"protocol", "protocol_sha256", "fid", "clip_score", "precision", "recall
 
 def test_eval_of_images_with_squeezenet(d2g: Any, pictures: Path, squeezenet: Path) -> None:
     words = ["--images", pictures, "--reference", pictures, "--features", "squeezenet", "--metrics", "pr"]
-    found = d2g("eval", "run", *words, "--feature-weights", squeezenet, "--json").json
+    found = d2g("eval", "run", *words, "--weights", squeezenet, "--json").json
     assert KEYS <= set(found) and found["models"]["features"]["name"] == "squeezenet"
     assert (found["precision"], found["recall"], found["counts"]["images"]) == (1.0, 1.0, 10)
 
@@ -389,7 +400,7 @@ def test_eval_of_a_student_and_its_comparison(
         "--metrics",
         "fid,pr,clip",
     ]
-    words += ["--features", "clip", "--feature-weights", clip, "--clip", clip]
+    words += ["--features", "clip", "--weights", clip, "--clip", clip]
     found = {}
     for stage in ("ode", "gan"):
         out = tmp_path / f"{stage}.json"
@@ -405,6 +416,34 @@ def test_eval_of_a_teacher(d2g: Any, job: Path, teacher: Path, pictures: Path, c
     words = ["--prompts", job / "prompts.txt", "--num", 4, "--steps", 2, "--metrics", "clip", "--clip", clip]
     found = d2g("eval", "run", "--teacher", teacher, *words, "--json").json
     assert found["clip_score"] is not None and found["fid"] is None and found["counts"] == {"images": 4}
+
+
+def test_eval_stats_from_a_folder_and_a_curve_with_them(
+    d2g: Any, job: Path, teacher: Path, pictures: Path, clip: Path, tmp_path: Path
+) -> None:
+    networks = ["--features", "clip", "--weights", clip, "--json"]
+    file = tmp_path / "real.safetensors"
+    made = d2g("eval", "stats", "--images", pictures, "--metrics", "fid,pr", "--out", file, *networks).json
+    assert made["images"] == 10 and made["out"] == str(file)
+    words = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num", 8, "--reference", file]
+    words += ["--over", "steps=1,2", "--clip", clip, "--out", tmp_path / "curve", "--set", "resamples=0"]
+    curve = d2g("eval", "curve", *words, *networks).json
+    assert [point["steps"] for point in curve["points"]] == [1, 2]
+    assert {"fid", "clip_score"} <= set(curve["points"][0]) and (tmp_path / "curve" / "curve.png").is_file()
+
+
+def test_eval_protocols(d2g: Any) -> None:
+    shown = d2g("eval", "protocols")
+    assert shown.code == 0 and "coco2014-30k-d2gan" in shown.out and "40,504" in shown.out
+    one = d2g("eval", "protocols", "scenes-5k", "--json").json
+    assert one["images"] == 5_000 and len(one["sha256"]) == 64
+    assert set(d2g("eval", "protocols", "--json").json) > {"folder", "cifar10-50k"}
+
+
+def test_eval_for_people(d2g: Any, job: Path, clip: Path) -> None:
+    words = ["--student", job / "gan", "--prompts", job / "prompts.txt", "--metrics", "clip", "--clip", clip]
+    said = d2g("eval", "run", *words)
+    assert said.code == 0 and "CLIP score" in said.out and "6 images" in said.out, said.err
 
 
 def test_lpips_distance(d2g: Any, teacher: Path, pictures: Path) -> None:

@@ -1,12 +1,15 @@
 """distill.data: batches are a function of (seed, images so far), whatever the ranks, workers and restarts."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import cli
 import tiny
 from core import pretrained
 from core.errors import SettingError, UserError
@@ -128,6 +131,30 @@ def test_pairs_at_a_url(pairs: Path, teacher: Path, tmp_path: Path) -> None:
     reader = open_pairs(f"file://{pairs}", pretrained.weights_sha256(str(teacher)), config)
     assert batches(reader, 4) == batches(PairReader(pairs), 4)
     assert len(list((tmp_path / "cache").glob("*/pairs-*.h5"))) == 3
+    small = {"cache": str(tmp_path / "small"), "cache_gib": 0.9 * reader.gib}
+    with pytest.raises(SettingError, match=r"copied again and again; set data\.block=5"):
+        open_pairs(f"file://{pairs}", reader.spec.teacher_sha256, DataConfig(**small))
+    for folder, config in (
+        (f"file://{pairs}", DataConfig(**small, block=5, window=1)),
+        (str(pairs), DataConfig(**small)),
+    ):
+        assert len(open_pairs(folder, reader.spec.teacher_sha256, config)) == 12
+
+
+def test_a_url_reaches_the_config_as_it_was_given() -> None:
+    words = [
+        "distill",
+        "ode",
+        "--pairs",
+        "s3://bucket/pairs",
+        "--set",
+        "data.skip_bad=true",
+        "--dry-run",
+        "--json",
+    ]
+    ended = CliRunner().invoke(cli.app, words)
+    config = json.loads(ended.stdout.splitlines()[-1])["config"]
+    assert config["pairs"] == "s3://bucket/pairs" and config["data"]["skip_bad"] is True
 
 
 def test_a_store_of_quarantined_rows_only_is_refused(teacher: Path, tmp_path: Path) -> None:

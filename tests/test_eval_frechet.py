@@ -1,41 +1,33 @@
-"""eval.stats and eval.frechet against closed forms."""
+"""eval.frechet against closed forms, SciPy, torch-fidelity and torchmetrics."""
 
-import math
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from torch import Tensor
+from torch import Tensor, nn
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from core.errors import UserError
 from core.seeds import generator
-from eval.frechet import frechet_distance, kernel_distance
-from eval.stats import FeatureStats, Origin
-
-ORIGIN = Origin(features="test", features_sha256="0" * 64, resize="native", source="rows")
+from eval.frechet import factor, frechet_distance, frechet_infinity, frechet_standard_error, frechet_to
 
 
 def rows(count: int, dim: int, seed: int = 0) -> Tensor:
-    mix = torch.randn(dim, dim, generator=generator(seed, 1))
-    return torch.randn(count, dim, generator=generator(seed)) @ mix + 100
+    mix = torch.randn(dim, dim, generator=generator(seed, 1), dtype=torch.float64)
+    return torch.randn(count, dim, generator=generator(seed), dtype=torch.float64) @ mix + 3
 
 
-def stats_of(features: Tensor, batch: int = 64) -> FeatureStats:
-    stats = FeatureStats(features.shape[1], ORIGIN)
-    for start in range(0, len(features), batch):
-        stats.update(features[start : start + batch])
-    return stats
-
-
-def distance(a: FeatureStats, b: FeatureStats) -> float:
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+def distance(a: Tensor, b: Tensor) -> float:
+    return frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
 
 
 def test_equal_covariances_leave_the_squared_distance_of_the_means() -> None:
-    cov = rows(50, 6).double().T.cov()
-    shift = torch.arange(6.0)
-    assert frechet_distance(torch.zeros(6), cov, shift, cov) == pytest.approx(float(shift @ shift), rel=1e-9)
+    for count in (50, 4):  # of full rank, and of rank 3 in 6 dimensions
+        cov = rows(count, 6).T.cov()
+        shift = torch.arange(6.0)
+        got = frechet_distance(torch.zeros(6), cov, shift, cov)
+        assert got == pytest.approx(float(shift @ shift), rel=1e-9)
 
 
 def test_diagonal_covariances_have_a_closed_form() -> None:
@@ -46,89 +38,100 @@ def test_diagonal_covariances_have_a_closed_form() -> None:
 
 
 def test_distance_is_symmetric_and_invariant_to_rotation() -> None:
-    a, b = stats_of(rows(200, 5)), stats_of(rows(200, 5, seed=7) - 1)
+    a, b = rows(200, 5), rows(200, 5, seed=7) - 1
     turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=generator(3)))[0]
-    turned = frechet_distance(
-        turn @ a.mean, turn @ a.covariance @ turn.T, turn @ b.mean, turn @ b.covariance @ turn.T
-    )
     assert distance(a, b) == pytest.approx(distance(b, a), rel=1e-9)
-    assert turned == pytest.approx(distance(a, b), rel=1e-9)
+    assert distance(a @ turn, b @ turn) == pytest.approx(distance(a, b), rel=1e-9)
 
 
-def test_agrees_with_scipys_matrix_square_root() -> None:
-    a, b = stats_of(rows(300, 8)), stats_of(rows(300, 8, seed=5))
-    root = torch.from_numpy(sqrtm((a.covariance @ b.covariance).numpy()).real.copy())
-    expected = (a.mean - b.mean).square().sum() + (a.covariance + b.covariance - 2 * root).trace()
-    assert distance(a, b) == pytest.approx(float(expected), rel=1e-8)
+@pytest.mark.parametrize(("count", "dim"), [(300, 8), (900, 64)])
+def test_agrees_with_sqrtm_torch_fidelity_and_torchmetrics(count: int, dim: int) -> None:
+    a, b = rows(count, dim), rows(count, dim, seed=5)
+    got = distance(a, b)
+    root = sqrtm((a.T.cov() @ b.T.cov()).numpy()).real
+    by_scipy = (a.mean(0) - b.mean(0)).square().sum() + (a.T.cov() + b.T.cov()).trace() - 2 * np.trace(root)
+    assert got == pytest.approx(float(by_scipy), rel=1e-8)
+    statistics = (fid_features_to_statistics(x) for x in (a, b))
+    by_fidelity = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert got == pytest.approx(by_fidelity, rel=1e-8)
+    judge = FrechetInceptionDistance(feature=Pass(dim)).set_dtype(torch.float64)
+    judge.update(a, real=True)
+    judge.update(b, real=False)
+    assert got == pytest.approx(judge.compute().item(), rel=1e-8)
+
+
+class Pass(nn.Module):
+    """A feature network for torchmetrics that is handed features."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_features = dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
 
 
 def test_identical_sets_are_at_zero_even_with_fewer_rows_than_features() -> None:
-    few = stats_of(rows(10, 32))
-    assert distance(few, few) == pytest.approx(0, abs=1e-3 * few.covariance.trace().item())
-    many = stats_of(rows(500, 8))
-    assert distance(many, many) < 1e-6
+    few = rows(10, 64)
+    assert distance(few, few) < 1e-10 * few.T.cov().trace()
+    many = rows(500, 8)
+    assert distance(many, many) < 1e-10 * many.T.cov().trace()
 
 
-def test_batches_and_merging_do_not_change_the_statistics() -> None:
-    features = rows(101, 7)
-    whole = stats_of(features, batch=101)
-    parts = stats_of(features[:40], batch=3)
-    parts.merge(stats_of(features[40:], batch=50))
-    for other in (stats_of(features, batch=1), stats_of(features, batch=16), parts):
-        assert other.count == 101
-        torch.testing.assert_close(other.mean, whole.mean, rtol=1e-12, atol=0)
-        torch.testing.assert_close(other.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
-        assert torch.equal(other.rows, features)
-    torch.testing.assert_close(whole.covariance, features.double().T.cov(), rtol=1e-9, atol=1e-9)
+def test_few_rows_have_the_nuclear_norm_of_their_product() -> None:
+    """tr (A B)^(1/2) is the sum of the singular values of X Y^T / sqrt((n - 1) (m - 1)), X and Y centred."""
+    for n, m in ((9, 14), (14, 9), (9, 200)):
+        a, b = rows(n, 40), rows(m, 40, seed=2)
+        x, y = a - a.mean(0), b - b.mean(0)
+        cross = torch.linalg.svdvals(x @ y.T).sum() / ((n - 1) * (m - 1)) ** 0.5
+        expected = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * cross
+        assert distance(a, b) == pytest.approx(float(expected), rel=1e-9)
+        assert frechet_to(b.mean(0), b.T.cov())(a) == pytest.approx(float(expected), rel=1e-7)
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    stats = stats_of(rows(60, 4))
-    stats.save(tmp_path / "all.safetensors")
-    stats.save(tmp_path / "some.safetensors", keep=10)
-    loaded, some = (FeatureStats.load(tmp_path / f"{name}.safetensors") for name in ("all", "some"))
-    assert loaded.origin == ORIGIN and loaded.count == some.count == 60
-    torch.testing.assert_close(loaded.covariance, stats.covariance, rtol=1e-12, atol=0)
-    assert torch.equal(loaded.rows, stats.rows)
-    assert torch.equal(some.rows, stats.sample(10)) and len(some.rows) == 10
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["all.safetensors", "some.safetensors"]
+def test_a_factor_has_the_covariances_rank() -> None:
+    for count, rank in ((8, 7), (200, 20)):
+        cov = rows(count, 20).T.cov()
+        root = factor(cov)
+        assert root.shape == (20, rank)
+        torch.testing.assert_close(root @ root.T, cov, rtol=0, atol=1e-12 * cov.trace().item())
 
 
-def test_bad_statistics_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone.safetensors: no such statistics file"):
-        FeatureStats.load(tmp_path / "gone.safetensors")
-    stats_of(rows(9, 3)).save(tmp_path / "cut.safetensors")
-    data = (tmp_path / "cut.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"cut.safetensors is no feature statistics file"):
-        FeatureStats.load(tmp_path / "cut.safetensors")
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_the_closed_form_error_is_the_one_that_samples_show(shift: float) -> None:
+    dim, count = 6, 400
+    real = rows(4000, dim, seed=9)
+    mean, cov = real.mean(0), real.T.cov()
+    to_real = frechet_to(mean, cov)
+    draws = (rows(120 * count, dim, seed=5) + shift).split(count)
+    seen = torch.tensor([to_real(draw) for draw in draws]).std().item()
+    said = torch.tensor([frechet_standard_error(draw, mean, cov) for draw in draws[:20]])
+    assert said.mean().item() == pytest.approx(seen, rel=0.2)  # 120 draws tell it to 6.5 %
+    assert said.std() < 0.2 * said.mean()
+    with pytest.raises(UserError, match="more rows than features, got 6 for 6"):
+        frechet_standard_error(draws[0][:6], mean, cov)
 
 
-def test_one_row_and_non_finite_rows_are_refused() -> None:
-    with pytest.raises(UserError, match="needs at least 2"):
-        _ = stats_of(rows(1, 3)).covariance
-    with pytest.raises(UserError, match="not finite"):
-        stats_of(torch.tensor([[1.0, math.nan]]))
+def test_infinity_takes_the_bias_off() -> None:
+    """Both sets are of one distribution, so the distance is 0 but for the bias of small counts."""
+    dim = 16
+    made = torch.randn(4000, dim, generator=generator(1), dtype=torch.float64)
+    mean, cov = torch.zeros(dim), torch.eye(dim)
+    finite = frechet_to(mean, cov)(made[:500])
+    found = frechet_infinity(made, mean, cov, generator(0), smallest=500)
+    assert found.counts[0] == 500 and found.counts[-1] == 4000 and len(found.distances) == 15
+    assert abs(found.value) < 0.1 * finite and 0 < found.standard_error < 0.1 * finite
+    again = frechet_infinity(made, mean, cov, generator(0), smallest=500)
+    assert again == found
+    with pytest.raises(UserError, match="5000 \\+ points rows, got 15 points and 4000 rows"):
+        frechet_infinity(made, mean, cov, generator(0))
 
 
-def test_kernel_distance_is_unbiased_at_zero_and_grows_with_the_shift() -> None:
-    a, b = torch.randn(400, 6, generator=generator(1)), torch.randn(400, 6, generator=generator(2))
-    near = kernel_distance(a, b, generator(0), subsets=20, size=200)
-    far = kernel_distance(a, b + 1, generator(0), subsets=20, size=200)
-    assert abs(near.mean) < 0.1 < far.mean
-    assert kernel_distance(a, b, generator(0), subsets=20, size=200) == near
-
-
-def test_kernel_distance_equals_the_double_sum() -> None:
-    a, b = (
-        torch.randn(5, 3, generator=generator(1)).double(),
-        torch.randn(5, 3, generator=generator(2)).double(),
-    )
-
-    def kernel(x: Tensor, y: Tensor) -> float:
-        return (float(x @ y) / 3 + 1) ** 3
-
-    pairs = [(i, j) for i in range(5) for j in range(5)]
-    within = sum(kernel(a[i], a[j]) + kernel(b[i], b[j]) for i, j in pairs if i != j) / 20
-    expected = within - 2 * sum(kernel(a[i], b[j]) for i, j in pairs) / 25
-    assert kernel_distance(a, b, generator(0), subsets=1).mean == pytest.approx(expected, rel=1e-9)
+def test_infinity_fits_a_line_as_numpy_does() -> None:
+    made = rows(300, 5)
+    found = frechet_infinity(made, torch.zeros(5), torch.eye(5), generator(2), points=6, smallest=50)
+    fit, covariance = np.polyfit(1 / np.array(found.counts), found.distances, 1, cov=True)
+    assert found.value == pytest.approx(fit[1], rel=1e-9)
+    assert found.standard_error == pytest.approx(covariance[1, 1] ** 0.5, rel=1e-6)
+    whole = frechet_distance(made.mean(0), made.T.cov(), torch.zeros(5), torch.eye(5))
+    assert found.distances[-1] == pytest.approx(whole, rel=1e-9), "the last subset is all rows"

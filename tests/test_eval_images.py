@@ -1,10 +1,10 @@
 """eval.images: folders, parquet, sizes, and what is said about broken input."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.seeds import generator
-from eval.images import load_all, read_images, resize_batch, resize_clean, resize_tensorflow, to_pil
+from eval.images import Reading, load_all, open_images, read_images
+from eval.resize import prepare_batch, to_pil
 
 
 def pictures(count: int, height: int = 8, width: int = 8) -> Tensor:
@@ -104,31 +105,57 @@ def test_mixed_sizes_are_refused_across_batches_unless_resized(tmp_path: Path) -
     assert load_all(read_images(tmp_path, resize="crop4-lanczos"))[0].shape == (2, 3, 4, 4)
 
 
-def test_the_centre_of_the_long_edge_is_kept(tmp_path: Path) -> None:
-    wide = pictures(1, 6, 10)
-    assert torch.equal(resize_batch(wide, "crop6-bicubic"), wide[..., 2:8])
-    assert torch.equal(resize_batch(wide, "native"), wide)
-    (tmp_path / "a.png").write_bytes(png(wide[0]))
+def test_pictures_are_resized_as_batches_are(tmp_path: Path) -> None:
+    wide = pictures(3, 6, 10)
+    write_folder(tmp_path, wide)
     read = load_all(read_images(tmp_path, resize="crop3-lanczos"))[0]
-    expected = to_pil(wide[0, :, :, 2:8]).resize((3, 3), Image.Resampling.LANCZOS)
-    assert torch.equal(read[0], torch.from_numpy(np.array(expected)).permute(2, 0, 1))
-    assert not torch.equal(resize_batch(wide, "crop3-lanczos"), resize_batch(wide, "crop3-bicubic"))
+    assert torch.equal(read, prepare_batch(wide, "crop3-lanczos"))
 
 
-@pytest.mark.parametrize("size", [20, 64])
-def test_the_clean_resize_is_pils_in_floating_point(size: int) -> None:
-    images = pictures(2, 32, 32)
-    ours = resize_clean(images, size)
-    for image, got in zip(images, ours, strict=True):
-        for channel, plane in zip(image, got, strict=True):
-            pil = Image.fromarray(channel.float().numpy()).resize((size, size), Image.Resampling.BICUBIC)
-            np.testing.assert_allclose(plane.numpy(), np.asarray(pil), atol=2e-3)
-    if size > 32:
-        assert ours.max() > 255 and ours.min() < 0, "noise overshoots, and clean-fid does not clip"
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_threads_keep_the_order(tmp_path: Path, workers: int) -> None:
+    """The first pictures take longest to decode."""
+    for number in range(24):
+        side = 200 if number < 4 else 2
+        Image.new("RGB", (side, side), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    images, _ = load_all(read_images(tmp_path, resize="crop2-box", batch_size=5, workers=workers))
+    assert images[:, 0, 0, 0].tolist() == list(range(24))
 
 
-def test_the_tensorflow_resize_reads_at_whole_steps() -> None:
-    ramp = torch.arange(8, dtype=torch.uint8).mul(20).expand(1, 3, 8, 8)
-    got = resize_tensorflow(ramp, 20)[0, 0, 0]
-    expected = (torch.arange(20) * 8 / 20).clamp(max=7) * 20
-    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+@pytest.mark.parametrize(("start", "limit"), [(0, None), (3, None), (2, 4), (0, 0), (6, 9), (9, 3), (4, 1)])
+def test_any_stretch_of_folder_and_parquet(tmp_path: Path, start: int, limit: int | None) -> None:
+    """Row groups that lie before it are not read."""
+    images = pictures(10)
+    folder, tables = tmp_path / "folder", tmp_path / "tables"
+    folder.mkdir()
+    tables.mkdir()
+    write_folder(folder, images)
+    for number, part in enumerate(images.split([4, 6])):
+        cells = [{"bytes": png(image), "path": None} for image in part]
+        pq.write_table(pa.table({"img": cells}), tables / f"{number}.parquet", row_group_size=2)
+    expected = images[start:] if limit is None else images[start : start + limit]
+    for source in (folder, tables):
+        files = open_images(source)
+        assert len(files) == 10
+        batches = list(read_images(files, start=start, limit=limit, batch_size=3))
+        got = torch.cat([batch for batch, _ in batches]) if batches else images[:0]
+        assert torch.equal(got, expected)
+
+
+def test_what_was_learnt_while_reading(tmp_path: Path) -> None:
+    write_folder(tmp_path, pictures(3))
+    Image.new("L", (8, 8)).save(tmp_path / "003.png")
+    Image.new("CMYK", (8, 8)).save(tmp_path / "004.jpg")
+    reading = Reading()
+    load_all(read_images(tmp_path, reading=reading))
+    assert dict(reading.converted) == {"grey": 1, "CMYK": 1}
+    files = sorted(tmp_path.iterdir())
+    assert reading.digests == [hashlib.sha256(file.read_bytes()).digest() for file in files]
+
+
+def test_another_file_is_another_listing(tmp_path: Path) -> None:
+    write_folder(tmp_path, pictures(2))
+    before = open_images(tmp_path).listing()
+    assert open_images(tmp_path).listing() == before
+    (tmp_path / "001.png").write_bytes(png(pictures(3)[2], "longer than before"))
+    assert open_images(tmp_path).listing() != before

@@ -15,8 +15,11 @@ from core.config import override, to_json
 from core.errors import SettingError
 from core.pretrained import SHIPPED, resolve
 from core.seeds import noise
+from eval.config import EvalRun
+from eval.protocol import PROTOCOLS
 from miniature.demo import PRESETS, SAMPLERS, DemoConfig, DemoResult, run_demo
-from miniature.judge import TEST_SEED, run_evaluation
+from miniature.judge import run_evaluation
+from miniature.scene_measures import TEST_SEED
 from miniature.scenes import captions
 from pairgen.reader import PairReader
 from pairgen.teacher import load_teacher
@@ -67,7 +70,10 @@ def test_the_parts_are_ordinary_folders(made: tuple[DemoResult, Path, list[str]]
     assert PairReader(out / "pairs").complete
     for stage in ("ode", "gan"):
         assert [p.name for p in (out / stage / "checkpoints").iterdir()] == ["000000016"]
-    found = run_evaluation(student=str(out / "gan"), protocol="miniature", num=8, metrics=["clip"])
+    config = EvalRun(
+        student=str(out / "gan"), protocol=PROTOCOLS["miniature"], num=8, metrics=("clip", "caption_accuracy")
+    )
+    found = run_evaluation(config)
     assert found["clip_score"] == pytest.approx(made[0].clip_score["gan"], abs=1e-6)
     assert found["extra"]["caption_accuracy"] == pytest.approx(made[0].caption_accuracy["gan"])
 

@@ -1,0 +1,63 @@
+"""What a measuring network is: images (or texts) in, rows of features out."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Device = str | torch.device
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation that ImageNet networks expect, of RGB in [0, 1]."""
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""The same for CLIP."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureNet:
+    """A map from uint8 images [B, 3, H, W] to features [B, dim]. `sha256`: of its weights."""
+
+    name: str
+    dim: int
+    sha256: str
+    function: Callable[[Tensor], Tensor]
+    classifier: Callable[[Tensor], Tensor] | None = None
+    """Features [N, dim] -> class logits [N, C], for the Inception score; None where there are no classes."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float [B, dim], on the network's device."""
+        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
+        features = self.function(images)
+        assert features.shape == (len(images), self.dim), (tuple(features.shape), self.dim)
+        return features
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipNet:
+    """Both towers of a CLIP model. `sha256`: of its parameters as loaded."""
+
+    name: str
+    dim: int
+    sha256: str
+    encode_images: Callable[[Tensor], Tensor]
+    """uint8 [B, 3, H, W] -> unit vectors [B, dim], on the CPU in fp32."""
+    encode_texts: Callable[[list[str]], Tensor]
+    """B texts -> unit vectors [B, dim], on the CPU in fp32."""
+
+
+def normalised(images: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    """uint8 [B, 3, H, W] -> fp32: scaled to [0, 1], minus the mean, over the deviation of each channel."""
+    mean, deviation = (torch.tensor(s, device=images.device).view(3, 1, 1) for s in statistics)
+    return (images.float() / 255 - mean) / deviation
+
+
+def parameters_sha256(model: nn.Module) -> str:
+    """sha256 over the names and values of a network's state."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()

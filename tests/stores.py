@@ -1,0 +1,90 @@
+"""Pair stores for reader tests, made of shards that `encode_rows` packs: no teacher, no writer, a few ms."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core import seeds
+from core.latents import LatentSpace
+from pairgen.layout import StoreSpec, create_store, encode_record, quarantine_path, shard_path
+from pairgen.store import PairBatch, encode_rows
+
+SPEC = StoreSpec(
+    teacher="tiny",
+    teacher_sha256="0" * 64,
+    prompts_sha256="1" * 64,
+    num_pairs=22,
+    num_prompts=4,
+    per_prompt=3,
+    solver="ddim",
+    steps=50,
+    spacing="leading",
+    final_alpha_one=True,
+    guidance=8.0,
+    seed=5,
+    latent_shape=(4, 8, 8),
+    latent_space=LatentSpace(channels=4, downscale=8, scale=0.18215),
+    shard_size=8,
+)
+PROMPTS = ["a cat", "ein Bär ☃", "", 'a "sign", red']
+
+
+def spec_of(**settings: Any) -> StoreSpec:
+    """SPEC with other settings; `latent_shape` may have any number of channels."""
+    channels = settings.get("latent_shape", SPEC.latent_shape)[0]
+    space = LatentSpace(channels=channels, downscale=8, scale=0.18215)
+    return replace(SPEC, **{"latent_space": space, **settings})
+
+
+def condition(spec: StoreSpec, index: int) -> str:
+    """What pair `index` is conditioned on, as text."""
+    number = spec.prompt_of(index)
+    return {"text": PROMPTS[number % 4], "label": str(7 * number), "none": ""}[spec.conditioning]
+
+
+def rows_of(spec: StoreSpec, index: Sequence[int]) -> PairBatch:
+    """These pairs in the stored dtype: noise by (seed, index), latent a function of the noise."""
+    noise = seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
+    return PairBatch(
+        noise=noise,
+        latent=(noise.float() * 0.5 + 1).to(spec.torch_dtype),
+        prompts=[condition(spec, i) for i in index],
+        index=torch.tensor(list(index), dtype=torch.int64),
+    )
+
+
+def put_shard(folder: Path, spec: StoreSpec, shard: int, aside: Sequence[int] = ()) -> Path:
+    """Write one shard, without the pairs `aside`, and their record."""
+    index = [i for i in spec.rows(shard) if i not in aside]
+    path = shard_path(folder, shard)
+    path.unlink(missing_ok=True)  # who has it open keeps the old one
+    path.write_bytes(encode_rows(spec, rows_of(spec, index), aside))
+    if aside:
+        record = [{"index": i, "prompt": condition(spec, i), "reason": "not finite"} for i in aside]
+        quarantine_path(folder, shard).parent.mkdir(exist_ok=True)
+        quarantine_path(folder, shard).write_bytes(encode_record(shard, record))
+    return path
+
+
+def put_store(folder: Path, spec: StoreSpec = SPEC, aside: Sequence[int] = ()) -> Path:
+    """A whole store at `folder`, without the pairs `aside`."""
+    create_store(folder, spec)
+    for shard in range(spec.num_shards):
+        put_shard(folder, spec, shard, [i for i in aside if i in spec.rows(shard)])
+    return folder
+
+
+def same(a: PairBatch, b: PairBatch) -> bool:
+    """Bit for bit, in any dtypes that hold the same values."""
+    tensors = ((a.noise, b.noise), (a.latent, b.latent), (a.index, b.index))
+    return a.prompts == b.prompts and all(torch.equal(x.double(), y.double()) for x, y in tensors)
+
+
+def spoil(path: Path, position: int, mask: int = 16) -> None:
+    """Flip bits of one byte of a file; its length and names stay."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= mask
+    path.write_bytes(data)

@@ -1,0 +1,295 @@
+"""Tiny real teachers of every family beside Stable Diffusion's, saved as diffusers saves them.
+
+Each takes well under a second. Pictures are 16 px; latents, where there are any, 4 x 4. Random weights are
+made a little larger than usual, so that conditions and guidance move the latents by more than rounding does.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.pretrained import SD_BETAS, new_tokenizer, new_unet, new_vae
+from tiny import CAPTIONS
+
+LATENT = (4, 4, 4)
+DDIM = dict(SD_BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
+# The betas of DDPM, DiT and PixArt, but ending at alpha = 0.22: a random network leaves about x / alpha in
+# the latents, and large numbers cannot be compared to 1e-4 in fp32.
+LINEAR = dict(num_train_timesteps=1000, beta_schedule="linear", beta_end=0.006, clip_sample=False)
+
+
+def lively(module: nn.Module, scale: float = 1.5) -> Any:
+    """The module with its matrices multiplied, eval. Zero-initialised parts get small random numbers."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale if "embed" not in name else 1.0)
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return module.eval()
+
+
+def clip(tokenizer: Any, width: int, pooled: bool) -> Any:
+    """A CLIP text model of two layers, with or without the projection of its pooled output."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return lively((CLIPTextModelWithProjection if pooled else CLIPTextModel)(config))
+
+
+def clip_tokenizer(folder: Path, pad: str | None = None) -> Any:
+    """A CLIP tokenizer; SDXL's and SD3's second one pads with "!"."""
+    tokenizer = new_tokenizer(CAPTIONS, folder, 320, 12)
+    if pad is not None:
+        tokenizer.pad_token = pad
+    return tokenizer
+
+
+def t5(width: int) -> tuple[Any, Any]:
+    """A T5 tokenizer of letters and a T5 encoder of one layer."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("\u2581red", -1.0)]
+    vocab += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz,ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return tokenizer, T5EncoderModel(config).eval()
+
+
+def vae(channels: int = 4, **settings: Any) -> Any:
+    """An autoencoder of 16 px to 4 x 4."""
+    return new_vae(
+        sample_size=16,
+        latent_channels=channels,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        **{"scaling_factor": 0.7, **settings},
+    )
+
+
+def save_sdxl(folder: Path, zeros: bool = True, scheduler: Any = None, **settings: Any) -> str:
+    """SDXL: two CLIPs, pooled text, time ids."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    torch.manual_seed(0)
+    tokenizers = clip_tokenizer(folder / "tokenizer"), clip_tokenizer(folder / "tokenizer_2", "!")
+    unet = new_unet(
+        sample_size=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+    StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip(tokenizers[0], 16, False),
+        text_encoder_2=clip(tokenizers[1], 24, True),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=lively(unet),
+        scheduler=(scheduler or DDIMScheduler).from_config({**DDIM, **settings}),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_sd3(folder: Path, with_t5: bool = True, **settings: Any) -> str:
+    """SD3: a transformer, two CLIPs and, if asked, a T5."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    torch.manual_seed(0)
+    tokenizers = clip_tokenizer(folder / "tokenizer"), clip_tokenizer(folder / "tokenizer_2", "!")
+    tokenizer_3, text_encoder_3 = t5(48) if with_t5 else (None, None)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=16 + 24,
+        pos_embed_max_size=8,
+    )
+    StableDiffusion3Pipeline(
+        transformer=lively(transformer),
+        vae=vae(8, scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=clip(tokenizers[0], 16, True),
+        text_encoder_2=clip(tokenizers[1], 24, True),
+        text_encoder_3=text_encoder_3,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        tokenizer_3=tokenizer_3,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **settings}),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_pixart(
+    folder: Path, sigma: bool, sized: bool = False, scheduler: Any = None, **settings: Any
+) -> str:
+    """PixArt-alpha or -sigma: T5 with its mask, a learned variance, the picture's size if `sized`."""
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    tokenizer, text_encoder = t5(16)
+    transformer = PixArtTransformer2DModel(
+        # diffusers' pipeline tells the size to networks of 128 alone; theirs then take smaller latents too
+        sample_size=128 if sized else 4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=3 if sized else 2,
+        cross_attention_dim=24 if sized else 16,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+        caption_channels=16,
+        interpolation_scale=1,
+    )
+    (PixArtSigmaPipeline if sigma else PixArtAlphaPipeline)(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae(),
+        transformer=lively(transformer),
+        scheduler=(scheduler or DDIMScheduler).from_config({**LINEAR, **settings}),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_dit(folder: Path, classes: int = 1000, **settings: Any) -> str:
+    """DiT: class-conditional latents with a learned variance."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        sample_size=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+        num_embeds_ada_norm=classes,
+    )
+    DiTPipeline(
+        transformer=lively(transformer),
+        vae=vae(),
+        scheduler=DDIMScheduler(**{**LINEAR, **settings}),
+    ).save_pretrained(folder)
+    # As published; saving drops it.
+    edit(folder, "model_index.json", id2label={str(i): f"thing {i}, thingy {i}" for i in range(classes)})
+    return str(folder)
+
+
+def unet2d(**settings: Any) -> Any:
+    """A UNet2DModel of two levels."""
+    from diffusers import UNet2DModel
+
+    defaults: dict[str, Any] = dict(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return lively(UNet2DModel(**{**defaults, **settings}))
+
+
+def save_ldm(folder: Path, **settings: Any) -> str:
+    """LDM: unconditional latents of a VQ autoencoder."""
+    from diffusers import DDIMScheduler, LDMPipeline, VQModel
+
+    torch.manual_seed(0)
+    vqvae = VQModel(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        num_vq_embeddings=32,
+        mid_block_add_attention=False,
+        scaling_factor=0.3,
+    )
+    LDMPipeline(
+        vqvae=vqvae, unet=unet2d(sample_size=4), scheduler=DDIMScheduler(**{**DDIM, **settings})
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_pixels(folder: Path, classes: int | None = None, scheduler: Any = None, **settings: Any) -> str:
+    """A UNet2DModel in pixel space, as DDIMPipeline saves it; class-conditional if `classes` is given."""
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+
+    torch.manual_seed(0)
+    unet = unet2d(num_class_embeds=classes)
+    if scheduler is None:
+        DDIMPipeline(unet=unet, scheduler=DDIMScheduler(**{**LINEAR, **settings})).save_pretrained(folder)
+    else:  # DDIMPipeline would turn it into a DDIMScheduler
+        DDPMPipeline(unet=unet, scheduler=scheduler(**settings)).save_pretrained(folder)
+    return str(folder)
+
+
+def judge(folder: Path, **pieces: Any) -> Any:
+    """diffusers' own pipeline of a folder; `pieces` it has to be told of."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, **pieces)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def edit(folder: Path, file: str, **values: Any) -> None:
+    """Change keys of one of a folder's JSON files."""
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+class Decoded:
+    """What a pipeline decodes, seen at its autoencoder's door: latents of pipelines that give only pixels."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        self.scale = autoencoder.config.scaling_factor
+        autoencoder.post_quant_conv.register_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.latents = args[0] * self.scale
