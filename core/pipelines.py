@@ -121,9 +121,7 @@ class Pipeline:
             )
         allowed = PIPELINES[self.kind][piece]
         if allowed and name not in allowed:
-            raise UserError(
-                f"teacher {self.folder}: {piece} is a {name}; supported: {', '.join(dict.fromkeys(allowed))}"
-            )
+            raise UserError(f"teacher {self.folder}: {piece} is a {name}; supported: {', '.join(allowed)}")
         return home
 
 

@@ -129,11 +129,11 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
         settings = {k: raw.get(k, p.default) for k, p in known.items() if k != "self"}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: {file.name} cannot be read ({error})") from error
-    for key, value in settings.items():
-        beyond, does, instead = _BEYOND.get(key, (None, "", ""))
-        if beyond is not None and beyond(value):
+    for key in sorted(_BEYOND.keys() & settings.keys()):
+        beyond, does, instead = _BEYOND[key]
+        if beyond(settings[key]):
             raise UserError(
-                f"{where} has {key}={json.dumps(value)}: {does}; "
+                f"{where} has {key}={json.dumps(settings[key])}: {does}; "
                 f"set it to {instead} in {file.relative_to(pipeline.folder)}"
             )
     return kind, settings

@@ -54,9 +54,10 @@ class EvalRun:
     keep: str | None = None
     train: str | None = None
     latency: bool = False
+    latency_repeats: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "latency_repeats"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}; expected 1 or more")
         for name in ("num", "part", "resamples"):

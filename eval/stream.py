@@ -68,7 +68,11 @@ def measure_source(
                 if path is not None:
                     store(path, rows)
                 done.append(rows)
-            progress("measure", min(sum(map(len, done)) * dist.world_size(), len(numbers)), len(numbers))
+            progress(
+                f"measure {source.name}",
+                min(sum(map(len, done)) * dist.world_size(), len(numbers)),
+                len(numbers),
+            )
     return gathered(done, numbers)
 
 

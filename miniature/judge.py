@@ -63,7 +63,8 @@ def latency(bench: Bench, source: Source) -> dict[str, Any]:
     if kind == "student" and bench.teacher is not None:
         teacher = bench.other if bench.other and bench.other.parts else None
         models["teacher"] = (teacher or bench.teacher_source(bench.teacher, bench.config)).parts  # type: ignore[assignment]
-    return measure_latency(models, bench.device)
+    repeats = bench.config.latency_repeats
+    return measure_latency(models, bench.device, repeats=repeats, warmup=max(1, repeats // 5))
 
 
 def _write(bench: Bench, source: Source, found: Evaluation) -> None:

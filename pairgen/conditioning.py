@@ -78,8 +78,10 @@ class Conditioner:
 
 
 def times(x: Tensor, point: Point) -> Tensor:
-    """What the network is told as its time, [B]: integers of a table, or a flow's fractions. A tensor, for a
-    compiled network would be built again for every number."""
+    """What the network is told as its time, [B]: integers of a table, or a flow's fractions of it.
+
+    A tensor, because torch.compile would compile a network anew for every number.
+    """
     dtype = torch.int64 if isinstance(point.t, int) else torch.float32
     return torch.full((len(x),), point.t, dtype=dtype, device=x.device)
 

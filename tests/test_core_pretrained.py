@@ -210,6 +210,22 @@ def test_weights_that_lack_a_tensor_are_refused(broken: Path, piece: str) -> Non
         LOADERS[piece](str(broken))
 
 
+def test_attention_under_its_names_of_2022_is_loaded(tmp_path: Path) -> None:
+    """As in the VAE of SD 1.5: nothing counts as missing, and nothing is left at random."""
+    vae = pretrained.new_vae(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    tiny_teachers.save_dit(tmp_path, classes=2)
+    vae.save_pretrained(tmp_path / "vae")
+    path, old = tmp_path / "vae" / "diffusion_pytorch_model.safetensors", {}
+    for name, tensor in load_file(path).items():
+        for now, then in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(now, then)
+        old[name] = tensor
+    assert any("query" in name for name in old)
+    save_file(old, path, metadata={"format": "pt"})
+    found = pretrained.load_vae(str(tmp_path)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in vae.state_dict().items())
+
+
 def test_a_skeleton_is_the_model_without_its_weights(teacher: Path) -> None:
     for piece in ("unet", "vae", "text_encoder"):
         bare, whole = pretrained.skeleton(str(teacher), piece), pretrained.load_model(str(teacher), piece)

@@ -14,10 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
+from core.config import digest
 from core.errors import SettingError, UserError
 from distill.train import train
 from eval.config import CurveRun, EvalRun
 from eval.features import new_clip, save_clip
+from eval.protocol import PROTOCOLS
+from eval.reference import Reference
 from eval.result import EvalResult
 from jobs import Running, d2g, d2g_ranks, distill_config, make_pairs
 from miniature.bench import read_list
@@ -211,7 +214,7 @@ def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) 
 
 def test_latency_beside_the_numbers(job: Path) -> None:
     run = config(job, student=str(job / "run"), metrics=("clip",), reference=None, latency=True)
-    found = run_evaluation(run)["latency"]
+    found = run_evaluation(replace(run, latency_repeats=1))["latency"]
     assert set(found["models"]) == {"student", "teacher"} and found["teacher_over_student"]["batch_1"] > 0
     for model in found["models"].values():
         assert set(model["batch_1"]["parts_ms"]) == {"text", "network", "decoder"} and model["best"]["ms"] > 0
@@ -337,6 +340,40 @@ def test_statistics_for_others(job: Path, teacher: Path, tmp_path: Path) -> None
         run_evaluation(config(job, teacher=str(teacher), reference=str(file), protocol=other))
     with pytest.raises(SettingError, match="metrics clip need no reference; name some that do, say fid"):
         save_statistics(replace(run, metrics=("clip",)), job / "photographs", file)
+
+
+def coco(folder: Path) -> Path:
+    """Ten photographs in COCO's form."""
+    (folder / "val2014").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    stream = torch.Generator().manual_seed(1)
+    for i in range(10):
+        pixels = torch.randint(256, (20, 24 + i, 3), generator=stream, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "val2014" / f"{i}.jpg")
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(10)],
+        "annotations": [{"id": i, "image_id": i, "caption": tiny.CAPTIONS[i % 6]} for i in range(10)],
+    }
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_coco_from_its_folder_to_a_number(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """Statistics and prompts in one file; who gets it needs neither COCO nor a list of prompts."""
+    named = PROTOCOLS["coco2014-30k-d2gan"]
+    small = replace(named, images=8, reference_images=10, size=16, features="any", clip="any")
+    run = config(job, protocol=small, prompts=None, num=0, reference=None)
+    made = save_statistics(run, coco(tmp_path / "coco"), tmp_path / "coco.safetensors")
+    assert (made["images"], made["prompts"], made["preprocessing"]) == (10, 8, "crop16-bicubic")
+    shared = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco.safetensors")))
+    direct = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco")))
+    assert numbers(shared) == numbers(direct) and shared["counts"]["images"] == 8
+    held = Reference.load(tmp_path / "coco.safetensors").prompts
+    assert shared["settings"]["prompts_sha256"] == digest(list(held)) and len(held) == 8
+    (note,) = [note for note in shared["notes"] if note.startswith("not coco2014-30k-d2gan as it is named")]
+    assert "images (30000 -> 8)" in note and "size (256 -> 16)" in note
+    with pytest.raises(UserError, match="has 10 captioned images, the protocol draws 30000"):
+        save_statistics(replace(run, protocol=named), tmp_path / "coco", tmp_path / "b.safetensors")
 
 
 def test_win_rates_from_kept_scores(job: Path, teacher: Path, tmp_path: Path) -> None:
