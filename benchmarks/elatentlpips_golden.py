@@ -66,7 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = [{**case, "distance": distances(python, case, Path(folder))} for case in CASES]
     facts = "import torch, importlib.metadata as m; print(m.version('elatentlpips'), torch.__version__)"
-    versions = subprocess.run([python, "-c", facts], capture_output=True, text=True, check=True).stdout.split()
+    told = subprocess.run([python, "-c", facts], capture_output=True, text=True, check=True)
+    versions = told.stdout.split()
     text = {
         "made_by": "python benchmarks/elatentlpips_golden.py THEIR_PYTHON",
         "elatentlpips": versions[0],

@@ -3,15 +3,25 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latent_lpips.config import AugmentConfig
     from latent_lpips.metric import ELatentLPIPS, LatentLPIPS
+    from latent_lpips.pixels import PixelLPIPS
+    from latent_lpips.weights import load
 
-__all__ = ["ELatentLPIPS", "LatentLPIPS"]
+_HOMES = {
+    "AugmentConfig": "config",
+    "ELatentLPIPS": "metric",
+    "LatentLPIPS": "metric",
+    "PixelLPIPS": "pixels",
+    "load": "weights",
+}
+__all__ = ["AugmentConfig", "ELatentLPIPS", "LatentLPIPS", "PixelLPIPS", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """Load torch only when a network is asked for: the command line lists presets without it."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from latent_lpips import metric
+    from importlib import import_module
 
-    return getattr(metric, name)
+    return getattr(import_module(f"latent_lpips.{_HOMES[name]}"), name)

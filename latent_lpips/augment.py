@@ -6,7 +6,7 @@ the very same transform reaches both latents of a distance.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -183,7 +183,7 @@ def _resample(x: Tensor, matrix: Tensor) -> Tensor:
     the enlarged sample n sits at ((n - CENTROID) / 2 - pad) in input positions.
     """
     height, width = x.shape[2:]
-    fine = _enlarger(height, x.device) @ x @ _enlarger(width, x.device).T
+    fine = _matrix(_enlarger, height, x) @ x @ _matrix(_enlarger, width, x).T
     ys = (_steps(2 * height + TAPS - 2, x) - CENTROID - (height - 1)) / 2
     xs = (_steps(2 * width + TAPS - 2, x) - CENTROID - (width - 1)) / 2
     u, v = _map(matrix, ys, xs)
@@ -191,7 +191,7 @@ def _resample(x: Tensor, matrix: Tensor) -> Tensor:
     row = 2 * (v + (height - 1) / 2 + _padding(height)) + CENTROID
     grid = torch.stack([2 * column / (fine.shape[3] - 1) - 1, 2 * row / (fine.shape[2] - 1) - 1], -1)
     moved = F.grid_sample(fine, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return _shrinker(height, x.device) @ moved @ _shrinker(width, x.device).T
+    return _matrix(_shrinker, height, x) @ moved @ _matrix(_shrinker, width, x).T
 
 
 def _padding(size: int) -> int:
@@ -199,27 +199,43 @@ def _padding(size: int) -> int:
     return max(size - 1, TAPS)
 
 
-@lru_cache(maxsize=16)
+Maker = Callable[[int, torch.device], Tensor]
+
+
+def _matrix(make: Maker, size: int, like: Tensor) -> Tensor:
+    """make(size, device), kept. Not in a compiled graph, which holds its own constants, nor for a fake
+    tensor, whose constants have no values."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return make(size, like.device)
+    return _kept(make, size, like.device)
+
+
+@lru_cache(maxsize=32)
 @torch.inference_mode(False)  # a cached inference tensor would break a later backward
+def _kept(make: Maker, size: int, device: torch.device) -> Tensor:
+    return make(size, device)
+
+
 def _enlarger(size: int, device: torch.device) -> Tensor:
-    """[2 (size + 2 pad) + TAPS - 2, size]: mirror-pad, then upsample by 2 with gain 2."""
+    """[2 (size + 2 pad) + TAPS - 2, size]: mirror-pad, then upsample by 2 with gain 2. Made where it lives,
+    by comparisons, so that nothing waits for a copy."""
     pad = _padding(size)
-    mirrored = (torch.arange(-pad, size + pad) % (2 * size - 2)).sub(size - 1).abs().neg() + size - 1
     padded = size + 2 * pad
-    filters = torch.zeros(2 * padded + TAPS - 2, padded, dtype=torch.float64)
+    fine = torch.arange(2 * padded + TAPS - 2, device=device)
+    matrix = torch.zeros(len(fine), size, device=device)
     for tap, value in enumerate(LOWPASS):
-        filters[torch.arange(padded) * 2 + tap, torch.arange(padded)] = 2 * value
-    return (filters @ torch.eye(size, dtype=torch.float64)[mirrored]).float().to(device)
+        coarse = (fine - tap).div(2, rounding_mode="floor")
+        inside = ((fine - tap) % 2 == 0) & (coarse >= 0) & (coarse < padded)
+        source = size - 1 - ((coarse - pad) % (2 * size - 2) - (size - 1)).abs()
+        matrix += 2 * value * (inside[:, None] & (source[:, None] == torch.arange(size, device=device)))
+    return matrix
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a cached inference tensor would break a later backward
 def _shrinker(size: int, device: torch.device) -> Tensor:
     """[size, 2 size + TAPS - 2]: the adjoint low-pass, every second sample. Undoes the enlarger exactly."""
-    filters = torch.zeros(size, 2 * size + TAPS - 2, dtype=torch.float64)
-    for tap, value in enumerate(LOWPASS):
-        filters[torch.arange(size), torch.arange(size) * 2 + tap] = value
-    return filters.float().to(device)
+    fine = torch.arange(2 * size + TAPS - 2, device=device)
+    offset = fine - 2 * torch.arange(size, device=device)[:, None]
+    return torch.stack([value * (offset == tap) for tap, value in enumerate(LOWPASS)]).sum(0)
 
 
 def _colour(x: Tensor, params: AugmentParams) -> Tensor:

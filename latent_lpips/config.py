@@ -5,6 +5,9 @@ from typing import Literal
 
 from core.errors import SettingError
 
+Precision = Literal["fp32", "bf16", "auto"]
+"""Of a frozen trunk's convolutions. `auto`: bf16 where the hardware multiplies it, else fp32."""
+
 FAMILIES = "bgco"
 """b: pixel blitting, g: general geometry, c: colour, o: cutout."""
 
@@ -22,13 +25,15 @@ class LPIPSConfig:
     """Channels of the latent: 4 for SD 1.5, 2.1 and SDXL, 16 for SD3 and FLUX."""
     width: float = 1.0
     """Multiplies 64/128/256/512/512 feature channels and the classifier's 4096."""
-    norm: Literal["batch", "none"] = "batch"
-    """`none` is plain VGG16, and what a batch-norm trunk becomes when its norms are folded."""
+    norm: Literal["batch", "group", "none"] = "batch"
+    """`group`: GroupNorm, for batches too small for statistics. `none` is plain VGG16, and what a batch-norm
+    trunk becomes when its norms are folded."""
 
     def __post_init__(self) -> None:
         _require(self.channels > 0, "channels", self.channels, "a positive number")
         _require(1 / 64 <= self.width <= 4, "width", self.width, "1/64 to 4")
-        _require(self.norm in ("batch", "none"), "norm", self.norm, "'batch' or 'none'")
+        known = ("batch", "group", "none")
+        _require(self.norm in known, "norm", self.norm, "'batch', 'group' or 'none'")
 
     @property
     def widths(self) -> tuple[int, ...]:

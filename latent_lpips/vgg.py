@@ -1,15 +1,31 @@
 """VGG16 for latents: torchvision's layout and parameter names, without the first three max-pools."""
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from latent_lpips.config import LPIPSConfig
+from latent_lpips.config import LPIPSConfig, Precision
 
 MIN_SIZE = 4
 """Positions per side: two poolings must leave at least one."""
 CONVS = (2, 2, 3, 3, 3)
 POOLED_STAGES = (3, 4)
+GROUPS = 32
+EXACT_CONVS = 7
+"""A bf16 trunk keeps its first three stages in fp32, 18 % of the work. Their rounding would be most of the
+error: it flips ReLUs in every later layer, and gradients with them."""
+
+
+class Layer(NamedTuple):
+    """A convolution of a trunk without norms, ReLU after it, then perhaps a 2x2 max-pool, perhaps a tap."""
+
+    weight: Tensor
+    bias: Tensor
+    pool: bool
+    tap: bool
 
 
 class VGG16(nn.Module):
@@ -31,6 +47,8 @@ class VGG16(nn.Module):
                 self.features.append(nn.Conv2d(previous, width, 3, padding=1))
                 if config.norm == "batch":
                     self.features.append(nn.BatchNorm2d(width))
+                elif config.norm == "group":
+                    self.features.append(nn.GroupNorm(math.gcd(GROUPS, width), width))
                 self.features.append(nn.ReLU(inplace=True))
                 previous = width
             self.features.append(nn.MaxPool2d(2) if stage in POOLED_STAGES else nn.Identity())
@@ -41,11 +59,12 @@ class VGG16(nn.Module):
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """Latents [B, C, h, w] -> five maps: stages 1-3 at h x w, stage 4 halved, stage 5 halved twice
-        (taps 4 and 5 come after their pools, unlike LPIPS). Raises UserError for latents that don't fit."""
-        self._check(x)
+        (taps 4 and 5 come after their pools, unlike LPIPS), each in the type of its convolutions. Raises
+        UserError for latents that don't fit."""
+        self.check(x)
         maps = []
         for position, module in enumerate(self.features, start=1):
-            x = module(x)
+            x = module(x.to(module.weight.dtype) if isinstance(module, nn.Conv2d) else x)
             if position in self.ends:
                 maps.append(x)
         return maps
@@ -53,11 +72,24 @@ class VGG16(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> class logits [B, classes]."""
         assert self.classifier is not None, "this trunk was built without a classifier"
-        self._check(x)
+        self.check(x)
         logits: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
         return logits
 
-    def _check(self, x: Tensor) -> None:
+    def layers(self) -> list[Layer]:
+        """The convolutions in order, of a trunk without norms (see `folded`)."""
+        assert self.config.norm == "none", f"a trunk with norm {self.config.norm!r} is more than convolutions"
+        found: list[Layer] = []
+        for position, module in enumerate(self.features, start=1):
+            if isinstance(module, nn.Conv2d):
+                assert module.bias is not None
+                found.append(Layer(module.weight, module.bias, pool=False, tap=False))
+            if position in self.ends:
+                found[-1] = found[-1]._replace(pool=isinstance(module, nn.MaxPool2d), tap=True)
+        return found
+
+    def check(self, x: Tensor) -> None:
+        """Raise UserError for latents of another number of channels, or too small for two poolings."""
         if x.dim() != 4 or x.shape[1] != self.config.channels:
             raise UserError(
                 f"LatentLPIPS got latents of shape {tuple(x.shape)}, its trunk takes "
@@ -95,19 +127,41 @@ def _initialise(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def folded(trunk: VGG16) -> VGG16:
+def folded(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
     """The same features without batch norms: running statistics go into the convolutions.
 
-    A frozen trunk never updates them, and a convolution alone is faster. Returns a trunk with norm `none`
-    and no classifier; computed in float64, rounded once.
+    A frozen trunk never updates them, and a convolution alone is faster. Returns a trunk with norm `none`,
+    no classifier and channels-last weights, computed in float64 and rounded once: to fp32, or from the eighth
+    convolution on to bf16 where `precision` says so (see `convolution_dtype`).
     """
     plain = VGG16(LPIPSConfig(channels=trunk.config.channels, width=trunk.config.width, norm="none"))
     target = [m for m in plain.features if isinstance(m, nn.Conv2d)]
-    for conv, (weight, bias) in zip(target, _folded_weights(trunk), strict=True):
+    device = next(trunk.parameters()).device
+    low = convolution_dtype(precision, device)
+    for position, (conv, (weight, bias)) in enumerate(zip(target, _folded_weights(trunk), strict=True)):
         conv.weight.copy_(weight)
         assert conv.bias is not None
         conv.bias.copy_(bias)
-    return plain.to(next(trunk.parameters()).device)
+        conv.to(low if position >= EXACT_CONVS else torch.float32)
+    moved: VGG16 = plain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
+
+
+def convolution_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """What `precision` means on `device`. Only a capability is asked for, nothing is timed: the same machine
+    always gives the same numbers."""
+    if precision == "auto":
+        return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        tell: Any = getattr(torch.cpu, "get_capabilities", dict)  # not in older torch
+        return bool(tell().get("avx512_bf16") or tell().get("amx_bf16"))
+    return False
 
 
 def _folded_weights(trunk: VGG16) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,7 @@
-"""A LatentLPIPS on disk: FOLDER/lpips.safetensors and FOLDER/config.json (network, meta)."""
+"""A LatentLPIPS on disk: FOLDER/lpips.safetensors and FOLDER/config.json (network, meta).
+
+The authors' checkpoint files load too, see latent_lpips.authors.
+"""
 
 import json
 import os
@@ -13,8 +16,9 @@ from torch import Tensor
 
 from core.config import from_json, to_json
 from core.errors import UserError
-from latent_lpips.config import LPIPSConfig
-from latent_lpips.metric import LatentLPIPS
+from latent_lpips.authors import SUFFIXES, check, read_checkpoint
+from latent_lpips.config import LPIPSConfig, Precision
+from latent_lpips.metric import LatentLPIPS, refuse_negative
 
 WEIGHTS, CONFIG = "lpips.safetensors", "config.json"
 PREFIX = "trunk."  # left out on disk, so that the trunk's keys are torchvision's
@@ -26,9 +30,12 @@ def save(
     """Write trunk and heads (stored as `dtype`; fp16 halves the file) and `meta`, any JSON-able facts.
 
     Each file is written under a temporary name and renamed, the config last, so a folder with a config is
-    whole. A folded metric is stored folded. Raises UserError when the folder can't be written.
+    whole. A folded metric is stored folded, but one in bf16 is refused: its weights are rounded. Raises
+    UserError when the folder can't be written.
     """
     folder = Path(folder)
+    if metric.precision == "bf16":
+        raise UserError(f"{folder}: this LatentLPIPS is rounded to bf16; load it with fp32 to save it")
     state = {
         key.removeprefix(PREFIX): _stored(value, dtype).contiguous().cpu()
         for key, value in sorted(metric.state_dict().items())
@@ -46,35 +53,67 @@ def save(
         ) from error
 
 
-def load(path: str | Path, fold: bool = True) -> LatentLPIPS:
-    """The metric of a folder, or of the lpips.safetensors in it, in fp32 on the CPU.
+def load(
+    path: str | Path,
+    fold: bool = True,
+    precision: Precision = "fp32",
+    device: torch.device | str = "cpu",
+) -> LatentLPIPS:
+    """The metric of a folder, of the lpips.safetensors in it, or of an authors' file, on `device`.
 
-    With `fold`, batch norms go into the convolutions (see LatentLPIPS.fold). Raises UserError for missing,
-    damaged or mismatched files and for negative heads.
+    With `fold`, batch norms go into the convolutions, which take `precision` (see LatentLPIPS.fold). Raises
+    UserError for missing, damaged or mismatched files and for negative heads.
     """
-    folder = _folder(path)
-    metric = LatentLPIPS(_network(folder))
-    state = _read(folder / WEIGHTS)
-    state = {key if key.startswith("heads.") else PREFIX + key: value for key, value in state.items()}
-    _check(state, metric.state_dict(), folder)
-    metric.load_state_dict({key: _loaded(value) for key, value in state.items()})
-    return metric.fold() if fold and metric.config.norm == "batch" else metric
+    path = Path(path)
+    if path.suffix in SUFFIXES:
+        metric, _ = read_checkpoint(path)
+    else:
+        folder = _folder(path)
+        metric = LatentLPIPS(_network(folder))
+        state = _read(folder / WEIGHTS)
+        state = {key if key.startswith("heads.") else PREFIX + key: value for key, value in state.items()}
+        check(state, metric.state_dict(), folder / WEIGHTS, CONFIG)
+        heads = [state[key].float() for key in sorted(state) if key.startswith("heads.")]
+        refuse_negative(heads, str(folder / WEIGHTS))
+        metric.load_state_dict({key: _loaded(value) for key, value in state.items()})
+    metric.to(device)
+    return metric.fold(precision) if fold else metric
 
 
-def load_lpips(path: str | Path, latent_channels: int, fold: bool = True) -> LatentLPIPS:
+def load_lpips(
+    path: str | Path,
+    latent_channels: int,
+    fold: bool = True,
+    precision: Precision = "fp32",
+    device: torch.device | str = "cpu",
+) -> LatentLPIPS:
     """`load`, for a latent space of `latent_channels`. Raises UserError when the weights are for another."""
-    folder = _folder(path)
-    channels = _network(folder).channels
+    path = Path(path)
+    metric = None if path.suffix not in SUFFIXES else load(path, fold, precision, device)
+    channels = metric.config.channels if metric else _network(_folder(path)).channels
     if channels != latent_channels:
         raise UserError(
-            f"{folder}: LatentLPIPS weights take latents of {channels} channels, expected {latent_channels} "
+            f"{path}: LatentLPIPS weights take latents of {channels} channels, expected {latent_channels} "
             "as in these latents; give weights trained in the same latent space"
         )
-    return load(folder, fold)
+    return metric if metric else load(path, fold, precision, device)
+
+
+def convert(path: str | Path, out: str | Path, space: str | None = None) -> dict[str, Any]:
+    """Write an authors' file as a folder of ours, with its licence among the facts. Returns the facts, and
+    the latent's channels.
+
+    `space`: see authors.read_checkpoint, whose errors this raises.
+    """
+    metric, facts = read_checkpoint(path, space)
+    save(metric, out, facts)
+    return {"channels": metric.config.channels, **facts}
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """The facts given to `save`."""
+    if Path(path).suffix in SUFFIXES:
+        return read_checkpoint(path)[1]
     meta: dict[str, Any] = _config(_folder(path)).get("meta", {})
     return meta
 
@@ -114,21 +153,6 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not readable as safetensors ({error}); train or copy it again") from error
-
-
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
-    for key in sorted(set(state) ^ set(expected)):
-        what = "lacks" if key in expected else "has the unknown"
-        raise UserError(
-            f"{folder / WEIGHTS}: {what} tensor {key.removeprefix(PREFIX)!r}; copy both files again"
-        )
-    for key in sorted(state):
-        got, want = tuple(state[key].shape), tuple(expected[key].shape)
-        if got != want:
-            raise UserError(
-                f"{folder / WEIGHTS}: tensor {key.removeprefix(PREFIX)!r} is {got}, {CONFIG} says {want}; "
-                "copy both files again"
-            )
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -100,9 +100,11 @@ def generate_pairs(
                             break
                         pen.put(tally.append, writer, *job.rows(indices, encoded), indices)
                         progress("pairs", whole + indices[-1] - spec.rows(shard)[0] + 1, spec.num_pairs)
-            finally:
+            except BaseException:
                 pen.put(writer.flush)  # whatever happened, what was made reaches the disk
+                raise
             if stop:
+                pen.put(writer.flush)
                 pen.finish()
                 safe = pairs_present(folder, spec) + len(spec.rows(shard)) - len(writer.missing)
                 raise Interrupted(

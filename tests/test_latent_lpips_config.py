@@ -26,6 +26,8 @@ def test_widths_scale_and_impossible_values_are_refused() -> None:
     assert LPIPSConfig(width=0.25).widths == (16, 32, 64, 128, 128)
     with pytest.raises(SettingError, match="channels"):
         LPIPSConfig(channels=0)
+    with pytest.raises(SettingError, match=r"norm.*'batch', 'group' or 'none'"):
+        LPIPSConfig(norm="layer")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="rotation"):
         AugmentConfig(rotation=200.0)
 

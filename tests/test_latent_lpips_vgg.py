@@ -80,3 +80,17 @@ def test_plain_vgg_is_numbered_like_torchvisions() -> None:
     published = make_layers([w if w == "M" else w // 16 for w in cfgs["D"]])  # type: ignore[operator]
     ours = tiny("none", channels=3).features.state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in published.state_dict().items()}
+
+
+def test_group_norm_in_place_of_batch_norm() -> None:
+    """For small batches: same numbering, each sample by itself, 32 groups where the width allows them."""
+    ours, batch = tiny("group"), tiny()
+    assert [type(m) for m in ours.features if not isinstance(m, nn.GroupNorm)] == [
+        type(m) for m in batch.features if not isinstance(m, nn.BatchNorm2d)
+    ]
+    assert [m.num_groups for m in ours.features if isinstance(m, nn.GroupNorm)][-1] == 32
+    x = torch.randn(3, 4, 8, 8)
+    for whole, alone in zip(ours.train().taps(x), ours.eval().taps(x[1:2]), strict=True):
+        torch.testing.assert_close(whole[1:2], alone)
+    with pytest.raises(AssertionError, match="norm 'group' is more than convolutions"):
+        ours.layers()

@@ -54,6 +54,14 @@ def test_a_folded_metric_roundtrips(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "fast")(*pair()), fast(*pair()))
 
 
+def test_precision_is_chosen_at_load_and_not_saved(folder: Path, tmp_path: Path) -> None:
+    low = load(folder, precision="bf16")
+    assert low.precision == "bf16" and load(folder).precision == "fp32"
+    torch.testing.assert_close(low(*pair()), load(folder)(*pair()), rtol=1e-2, atol=1e-4)
+    with pytest.raises(UserError, match="rounded to bf16; load it with fp32 to save it"):
+        save(low, tmp_path / "low", {})
+
+
 def test_half_precision_halves_the_file_and_loads_as_fp32(metric: LatentLPIPS, tmp_path: Path) -> None:
     for name, dtype in (("full", torch.float32), ("half", torch.float16)):
         save(metric, tmp_path / name, {}, dtype=dtype)

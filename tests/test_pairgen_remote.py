@@ -233,6 +233,7 @@ def test_another_store_at_the_same_url_is_not_taken_for_the_old(store: Path, cac
     put_store(store, other)
     reader = PairReader(url, cache=cache)
     assert len(reader) == 22 and same(reader.read(EVERY), rows_of(other, EVERY))
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 2
 
 
 def test_a_shard_made_again_is_copied_again(store: Path, cache: Path) -> None:
