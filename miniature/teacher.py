@@ -114,7 +114,8 @@ def _train_vae(
     vae = train_autoencoder(images, config.vae, log, config.seed, progress)
     if dist.rank() == 0:
         save_piece(vae, out / "vae")
-        write_atomically(out / "model_index.json", json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+        index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+        write_atomically(out / "model_index.json", json.dumps(index))
     return {"params": sum(p.numel() for p in vae.parameters()), **log.read()[-1]}
 
 
