@@ -198,7 +198,7 @@ class Pen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        self._pool.shutdown(wait=True)
 
     def put(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Run `call(*arguments)` after those before it."""

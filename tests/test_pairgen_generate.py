@@ -150,6 +150,17 @@ def test_ctrl_c_keeps_every_finished_row(config: PairConfig, pairs: Path, tmp_pa
     assert generate_pairs(config, out).new_pairs == 0
 
 
+def test_an_error_in_the_middle_keeps_every_row_made(config: PairConfig, tmp_path: Path) -> None:
+    def fail(label: str, done: int, total: int) -> None:
+        if done == 8:
+            raise RuntimeError("the machine is on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        generate_pairs(replace(config, batch_size=1), tmp_path / "pairs", fail)
+    again = generate_pairs(replace(config, batch_size=1), tmp_path / "pairs")
+    assert (again.pairs, again.new_pairs) == (12, 4)
+
+
 # What is refused.
 
 
