@@ -1,23 +1,17 @@
 """Evaluation against the packages that people use: Frechet distance, statistics, precision and recall.
 
-    python benchmarks/eval.py frechet|statistics|neighbours|images|all [--quick]
+    python benchmarks/eval.py agreement|frechet|statistics|neighbours|images [--quick]
 
 Ratios are of one run on one machine, contestants taking turns. `--quick` takes small sizes and writes
-nothing; else it writes benchmarks/eval_DATE_DEVICE.md (`all`) or eval_PART_DATE_DEVICE.md beside this script.
+nothing; else each part writes eval_PART_DATE_DEVICE.md beside this script. `agreement` fails where a number
+is not the judges'.
 """
 
 import argparse
-import contextlib
-import io
-import json
-import os
-import resource
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,14 +22,22 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import eval_images
+from benchmarks import eval_agreement, eval_images, eval_neighbours
 from benchmarks.common import compare, median, table, write
 from core.seeds import generator
 from eval.frechet import frechet_distance
-from eval.neighbours import precision_recall
 from eval.stats import FeatureStats, Origin
 
-JUDGES = ("scipy", "scikit-learn", "prdc", "torch-fidelity", "torchmetrics", "clean-fid", "pillow")
+JUDGES = (
+    "scipy",
+    "scikit-learn",
+    "prdc",
+    "torch-fidelity",
+    "torchmetrics",
+    "clean-fid",
+    "dreamsim",
+    "pillow",
+)
 ORIGIN = Origin(features="benchmark", features_sha256="", resize="native", source="random rows")
 
 
@@ -48,7 +50,7 @@ class Sizes:
     many_rows: int = 50_000
     repeats: int = 3
     memory_gib: int = 12
-    files: int = 256
+    files: int = 160
 
 
 def features(count: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -154,109 +156,32 @@ def statistics(sizes: Sizes) -> list[str]:
     return [head, "", *race(calls, sizes.repeats), "", "The result is the sum of the covariance."]
 
 
-# Precision and recall
-
-
-def measure_neighbours(package: str, count: int, dim: int) -> dict[str, float]:
-    """Precision, recall, density and coverage at k = 3 of two sets of fp32 rows."""
-    from prdc import compute_prdc  # before the clock starts
-
-    real, fake = features(count, dim, 0), features(count, dim, 1, 0.3) * 0.9
-    started = time.perf_counter()
-    if package == "prdc":
-        with contextlib.redirect_stdout(io.StringIO()):
-            by_prdc = compute_prdc(real.numpy(), fake.numpy(), 3)
-        found = {name: float(value) for name, value in by_prdc.items()}
-    else:
-        found = asdict(precision_recall(real, fake, k=3))
-    return {**found, "seconds": time.perf_counter() - started}
-
-
-def apart(package: str, count: int, sizes: Sizes) -> dict[str, float] | str:
-    """The same in a process of its own that may use `memory_gib` of address space; a failure in words."""
-    command = [sys.executable, __file__, "neighbours", "--apart", package, str(count), str(sizes.dim)]
-    limit = sizes.memory_gib * 2**30
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-    # Each thread's arena reserves address space that it never uses.
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, env=environment)
-    if done.returncode == 0:
-        result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return result
-    reasons = [line.strip() for line in done.stderr.splitlines() if "Error" in line or "allocate" in line]
-    return f"fails: {reasons[-1][:160] if reasons else f'exit code {done.returncode}'}"
-
-
-def neighbours(sizes: Sizes) -> list[str]:
-    """Two sets, each contestant in fresh processes that take turns, under one memory limit."""
-    head = ("rows", "contestant", "median s", "peak GiB", "precision", "recall", "density", "coverage")
-    rows: list[tuple[object, ...]] = []
-    ratios = []
-    for count, repeats in ((sizes.rows, sizes.repeats), (sizes.many_rows, 1)):
-        found: dict[str, list[dict[str, float] | str]] = {"diffusion2gan": [], "prdc": []}
-        for _ in range(repeats):
-            for package, results in found.items():
-                results.append(apart(package, count, sizes))
-        medians = {}
-        for package, results in found.items():
-            numbers = [result for result in results if isinstance(result, dict)]
-            if numbers:
-                medians[package] = median([result["seconds"] for result in numbers])
-                peak = max(result["peak_gib"] for result in numbers)
-                values = [
-                    f"{numbers[0][name]:.8g}" for name in ("precision", "recall", "density", "coverage")
-                ]
-                rows.append((f"{count:,}", package, medians[package], peak, *values))
-            else:
-                rows.append((f"{count:,}", package, results[0], "", "", "", "", ""))
-        ratio = (
-            f"{medians['prdc'] / medians['diffusion2gan']:.2f}" if len(medians) == 2 else "none, prdc fails"
-        )
-        ratios.append(f"prdc's time over ours at {count:,} rows: {ratio}.")
-    lines = [
-        f"## Precision, recall, density and coverage at k = 3, fp32 rows of {sizes.dim} on either side",
-        "",
-    ]
-    limit = f"Every process may use {sizes.memory_gib} GiB of address space."
-    return [*lines, limit, "", *table(head, rows), "", *ratios]
-
-
 PARTS: dict[str, Callable[[Sizes], list[str]]] = {
+    "agreement": lambda sizes: eval_agreement.agreement(),
     "frechet": frechet,
     "statistics": statistics,
-    "neighbours": neighbours,
+    "neighbours": lambda sizes: eval_neighbours.neighbours(
+        {sizes.rows: sizes.repeats, sizes.many_rows: 1}, sizes.dim, sizes.memory_gib
+    ),
     "images": lambda sizes: eval_images.images(sizes.files, sizes.repeats),
 }
 
 
 def main() -> None:
-    """Run the parts asked for."""
+    """Run the part asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    parser.add_argument("--apart", nargs=3, metavar=("PACKAGE", "ROWS", "DIM"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.apart:
-        package, count, dim = given.apart
-        found = measure_neighbours(package, int(count), int(dim))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({**found, "peak_gib": peak}))
-        return
     sizes = Sizes(dim=256, rows=1000, many_rows=2000, repeats=2, files=64) if given.quick else Sizes()
-    parts = PARTS if given.part == "all" else {given.part: PARTS[given.part]}
-    lines = [f"- judges: {', '.join(f'{name} {version(name)}' for name in JUDGES)}"]
-    for part in parts.values():
-        lines += ["", *part(sizes)]
+    lines = [f"- judges: {', '.join(f'{name} {version(name)}' for name in JUDGES)}", ""]
+    lines += PARTS[given.part](sizes)
     if given.quick:
         print("\n".join(lines))
     else:
-        topic = "eval" if given.part == "all" else f"eval_{given.part}"
-        write(topic, "Evaluation against published packages", lines)
+        write(f"eval_{given.part}", "Evaluation against published packages", lines)
 
 
 if __name__ == "__main__":

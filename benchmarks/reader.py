@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import median, table, write
 from core import pretrained
 from core.latents import LatentSpace
-from distill.config import PRESETS
 from distill.data import pair_batches
+from distill.presets import PRESETS
 from distill.train import train
 from pairgen.dataset import PairSampler, pair_loader
 from pairgen.layout import StoreSpec, create_store, shard_path

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -102,6 +102,21 @@ def emit(result: Any, as_json: bool, title: str) -> None:
             else str(value)
         )
         table.add_row(key, escape(shown))  # a prompt's [brackets] are no markup
+    Console().print(table)
+
+
+def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """Print columns for people. Only rank 0 speaks."""
+    from core import dist
+
+    reporter.stop()
+    if dist.rank() != 0:
+        return
+    table = Table(title=escape(title))
+    for name in head:
+        table.add_column(escape(name), overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 

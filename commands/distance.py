@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
+from commands import perceptual
 from commands.common import Json, TeacherOption, emit
 from core.errors import SettingError
 
 app = typer.Typer(help="The latent perceptual distance.", no_args_is_help=True)
+for name in ("train", "calibrate", "score", "overfit", "triplets"):
+    app.command(name)(getattr(perceptual, name))
 
 
 @app.command("distance")

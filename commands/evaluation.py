@@ -6,60 +6,43 @@ from typing import Annotated, Any
 
 import typer
 
-from commands.common import DryRun, Json, Preset, Prompts, Sets, TeacherOption, configure, dry, emit, reporter
+from commands.common import (
+    DryRun,
+    Json,
+    Preset,
+    Prompts,
+    Sets,
+    TeacherOption,
+    dry,
+    emit,
+    emit_table,
+    reporter,
+)
+from commands.eval_options import (
+    Batch,
+    Clip,
+    Features,
+    Fewer,
+    Guidance,
+    Images,
+    Keep,
+    Metrics,
+    NoiseSeed,
+    Num,
+    Pipeline,
+    ProtocolName,
+    Reference,
+    Steps,
+    Student,
+    Weights,
+    Work,
+    configured,
+)
+from commands.eval_shown import cell, lines_of
 from core.config import pick
 from core.errors import SettingError
 
 app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
-
-Student = Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")]
-Pipeline = Annotated[str | None, typer.Option(help="Any diffusers pipeline: folder or hub id.")]
-Images = Annotated[Path | None, typer.Option(help="Folder or parquet of images to measure.")]
-Reference = Annotated[
-    Path | None, typer.Option(help="Real images: a file of `eval stats`, COCO's folder, any folder, parquet.")
-]
-ProtocolName = Annotated[str | None, typer.Option(help="Named protocol; see `eval protocols` [folder].")]
-Metrics = Annotated[str | None, typer.Option(help="fid,clip,pr,…: comma-separated [the protocol's].")]
-Features = Annotated[
-    str | None,
-    typer.Option(help="Feature network, where the protocol leaves it open: inception, squeezenet…"),
-]
-Clip = Annotated[str | None, typer.Option(help="CLIP, where it is open: vit-b-32, MODEL:TAG, or a folder.")]
-Weights = Annotated[
-    list[str] | None,
-    typer.Option(help="Weights file of the feature network, or NAME=PATH of dinov2, dreamsim…; repeatable."),
-]
-Num = Annotated[int | None, typer.Option(help="Images, where the protocol leaves it open [one per prompt].")]
-Fewer = Annotated[
-    bool, typer.Option("--allow-fewer", help="Measure fewer than the protocol's; the result says so.")
-]
-Steps = Annotated[int | None, typer.Option(help="Steps of a teacher or pipeline [50].")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance of a teacher [3] or pipeline [its own].")]
-Batch = Annotated[int | None, typer.Option(help="Images per batch [64].")]
-NoiseSeed = Annotated[
-    int | None, typer.Option(help="Image i has the noise of (seed, i) [the protocol's: 0].")
-]
-Work = Annotated[
-    Path | None, typer.Option(help="Where finished parts are kept, to go on from [work/ in an --out folder].")
-]
-Keep = Annotated[Path | None, typer.Option(help="Save the images there as PNG.")]
-
-
-def _configured(given: dict[str, Any], preset: str | None, sets: list[str] | None) -> Any:
-    """EvalRun of a preset, the options that were given, and --set."""
-    from eval.config import PRESETS, EvalRun
-    from eval.protocol import PROTOCOLS
-
-    options = {name: value for name, value in given.items() if name in EvalRun.__dataclass_fields__}
-    if given.get("protocol") is not None:
-        options["protocol"] = pick(PROTOCOLS, given["protocol"], "protocol")
-    if given.get("metrics"):
-        options["metrics"] = tuple(given["metrics"].split(","))
-    if given.get("weights"):
-        options["weights"] = tuple(given["weights"])
-    for flag in ("allow_fewer", "latency", "every"):
-        options[flag] = options.get(flag) or None
-    return configure(pick(PRESETS, preset or "default", "preset"), options, sets)
 
 
 @app.command("run")
@@ -101,7 +84,7 @@ def eval_run(
     as_json: Json = False,
 ) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
-    config = _configured(locals(), preset, sets)
+    config = configured(locals(), preset, sets)
     if dry_run:
         dry(config, as_json, _plan(config))
     from core import dist
@@ -110,7 +93,7 @@ def eval_run(
 
     try:
         result = (run_every if config.every else run_evaluation)(config, reporter)
-        emit(result if as_json else _table(result), as_json, f"protocol {config.protocol.name}")
+        emit(result if as_json else lines_of(result), as_json, f"protocol {config.protocol.name}")
     finally:
         dist.finish()
 
@@ -137,7 +120,7 @@ def eval_stats(
     if out.suffix != ".safetensors":
         raise SettingError(f"--out is {out}; expected a name ending in .safetensors")
     given = {name: value for name, value in locals().items() if name not in ("images", "out")}
-    config = _configured(given, preset, sets)
+    config = configured(given, preset, sets)
     if dry_run:
         dry(config, as_json, _plan(config))
     from core import dist
@@ -181,7 +164,7 @@ def eval_curve(
     """FID against CLIP score over guidance, steps, truncation or checkpoints."""
     from eval.config import CurveRun
 
-    run = _configured({k: v for k, v in locals().items() if k != "over"}, preset, sets)
+    run = configured({k: v for k, v in locals().items() if k != "over"}, preset, sets)
     setting, _, text = over.partition("=")
     try:
         values = tuple(float(value) for value in text.split(",")) if text else ()
@@ -196,7 +179,12 @@ def eval_curve(
 
     try:
         made = run_curve(config, reporter)
-        emit({"out": str(out), **made}, as_json, f"over {setting}")
+        if as_json:
+            emit({"out": str(out), **made}, as_json, f"over {setting}")
+        else:
+            keys = [key for key in made["points"][0] if key != "ci"]
+            cells = [[cell(point, key) for key in keys] for point in made["points"]]
+            emit_table([made["labels"].get(key, key) for key in keys], cells, f"{made['protocol']}: {out}")
     finally:
         dist.finish()
 
@@ -206,7 +194,17 @@ def eval_compare(results: list[Path], as_json: Json = False) -> None:
     """A table of several results, and win rates where PickScores were kept; refuses mixed protocols."""
     from miniature.judge import compare_results
 
-    emit(compare_results(results), as_json, "comparison")
+    found = compare_results(results)
+    if as_json:
+        emit(found, as_json, "comparison")
+        return
+    rows, wins = found["results"], found["pickscore_wins"]
+    lines = [[label, *(cell(row, key) for row in rows)] for key, label in found["labels"].items()]
+    title = f"{found['protocol']} {found['protocol_sha256'][:12]}"
+    emit_table(["", *(row["name"] for row in rows)], lines, title)
+    shown = [[win["first"], win["second"], f"{win['win_rate']:.1%}"] for win in wins]
+    if shown:
+        emit_table(["PickScore prefers", "to", "in"], shown, "win rates")
 
 
 @app.command("protocols")
@@ -229,20 +227,3 @@ def eval_protocols(
 def _plan(config: Any) -> dict[str, Any]:
     """What a dry run adds: the digest that results will bear, but for what is known later."""
     return {"protocol_sha256": config.protocol.sha256()}
-
-
-def _table(result: dict[str, Any]) -> dict[str, Any]:
-    """What people want to see of a result."""
-    from eval.result import EvalResult
-
-    known = {key: value for key, value in result.items() if key in EvalResult.__dataclass_fields__}
-    found = EvalResult(**known)
-    lines: dict[str, Any] = dict(found.rows())
-    counts = ", ".join(f"{number:,} {name}" for name, number in found.counts.items())
-    lines |= {"source": str(found.source.get("name", "")), "counts": counts}
-    lines |= {"protocol": f"{found.protocol} {found.protocol_sha256[:12]}"}
-    lines |= {f"note {number}": note for number, note in enumerate(found.notes, 1)}
-    for row in result.get("checkpoints", []):
-        fields = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k != "images")
-        lines[f"{row['images']:.0f} images"] = fields
-    return lines

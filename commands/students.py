@@ -60,12 +60,52 @@ def sample(
 
 
 def export(
-    student: Annotated[str, typer.Option(help="Run folder.")],
-    out: Out,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
+    student: Annotated[str | None, typer.Option(help="Run folder, or exported student.")] = None,
+    out: Out = Path("exported"),
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="safetensors [default], diffusers: a pipeline folder, lora: adapters only, or onnx.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16 [safetensors fp16, else fp32].")
+    ] = None,
+    teacher: TeacherOption = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="A result of `d2g eval run` for the card; repeatable.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="The teacher's licence, where its folder says none.")
+    ] = None,
+    watts: Annotated[
+        float | None, typer.Option(help="A device's mean power, for the CO2 of the card [400].")
+    ] = None,
+    kg_per_kwh: Annotated[
+        float | None, typer.Option(help="CO2 of electricity, kg a kWh, for the card [0.48].")
+    ] = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run's student as a small safetensors folder that `sample` and `distill gan --init` take."""
-    from distill.export import export_student
+    """Write a student for others: small safetensors, a diffusers pipeline, adapters or ONNX, with a card."""
+    from dataclasses import replace
 
-    emit(export_student(student, out, dtype), as_json, "export")
+    from distill.export import EXPORT_PRESETS, export
+
+    config = pick(EXPORT_PRESETS, preset or "default", "preset")
+    card = {
+        "scores": tuple(str(file) for file in scores) if scores else None,
+        "licence": licence,
+        "watts": watts,
+        "kg_per_kwh": kg_per_kwh,
+    }
+    config = replace(config, card=configure(config.card, card, None))
+    config = configure(config, {"student": student, "format": form, "dtype": dtype, "teacher": teacher}, sets)
+    if dry_run:
+        dry(config, as_json)
+    import torch
+
+    emit(export(config, out, "cuda" if torch.cuda.is_available() else "cpu"), as_json, "export")

@@ -19,8 +19,10 @@ from commands.common import (
     emit,
     reporter,
 )
+from commands.watch import watch
 
 app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
+app.command("watch")(watch)
 
 
 def _distill(
@@ -34,13 +36,13 @@ def _distill(
     train_options: dict[str, Any],
 ) -> None:
     from core import dist
-    from distill.config import preset as distill_preset
+    from distill.presets import preset as distill_preset
 
     config = distill_preset(preset or "sd15-cfg8", stage)
     config = replace(config, train=configure(config.train, train_options, None))
     config = configure(config, options, sets)
     if dry_run:
-        from distill.config import plan
+        from distill.bookkeeping import plan
 
         dry(config, as_json, plan(config))
     from distill.train import train

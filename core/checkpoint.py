@@ -6,7 +6,7 @@ RUN/checkpoints/000012800/{student,ema,…}.safetensors  state.pt (optimisers)  
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,15 +108,26 @@ def save(
         raise UserError(
             f"cannot write checkpoint {target}: {error}; {safe}; free space, then run the same command again"
         ) from error
-    for old in _whole(folder)[:-keep]:
-        shutil.rmtree(old)
+    prune(folder, keep)
     return target
+
+
+def prune(folder: Path, keep: int, spare: Collection[str] = ()) -> None:
+    """Drop all whole checkpoints but the newest `keep` and those named in `spare`."""
+    for old in _whole(folder)[:-keep]:
+        if old.name not in spare:
+            shutil.rmtree(old)
 
 
 def _whole(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / "meta.json").is_file())
+
+
+def whole_points(folder: Path) -> list[int]:
+    """Images at each whole checkpoint of a run's `checkpoints` folder, ascending."""
+    return [int(path.name) for path in _whole(folder)]
 
 
 def latest(folder: Path) -> Checkpoint | None:

@@ -30,17 +30,21 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 def override(config: T, settings: Sequence[str]) -> T:
     """Apply `a.b=value` strings to a frozen dataclass. Values are JSON, or bare words for strings.
 
-    Raises SettingError for an unknown name (with the nearest one) or a value of another type.
+    A group is rebuilt once, with all that is set in it: two settings may need each other. Raises SettingError
+    for an unknown name (with the nearest one) or a value of another type.
     """
+    values: dict[tuple[str, ...], Any] = {}
     for setting in settings:
         path, found, text = setting.partition("=")
         if not found:
             raise SettingError(f"--set takes name=value, got {setting!r}; write for example --set seed=1")
-        config = _set(config, path.strip().split("."), text.strip(), path.strip())
-    return config
+        names = tuple(path.strip().split("."))
+        values[names] = _value(config, names, text.strip(), path.strip())
+    return _rebuilt(config, values)
 
 
-def _set(config: Any, path: list[str], text: str, full: str) -> Any:
+def _value(config: Any, path: tuple[str, ...], text: str, full: str) -> Any:
+    """What `text` says for the setting at `path`."""
     hints = get_type_hints(type(config))
     if path[0] not in hints:
         hint = nearest(path[0], hints)
@@ -49,11 +53,19 @@ def _set(config: Any, path: list[str], text: str, full: str) -> Any:
     if len(path) > 1:
         if not is_dataclass(current):
             raise SettingError(f"setting {full!r}: {path[0]!r} is a single value and has no {path[1]!r}")
-        return replace(config, **{path[0]: _set(current, path[1:], text, full)})
+        return _value(current, path[1:], text, full)
     if is_dataclass(current):
         names = ", ".join(f.name for f in fields(current))
         raise SettingError(f"setting {full!r} is a group; set one of its members: {names}")
-    return replace(config, **{path[0]: _parse(text, hints[path[0]], full)})
+    return _parse(text, hints[path[0]], full)
+
+
+def _rebuilt(config: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
+    changes: dict[str, Any] = {path[0]: value for path, value in values.items() if len(path) == 1}
+    for group in dict.fromkeys(path[0] for path in values if len(path) > 1):
+        inside = {path[1:]: v for path, v in values.items() if path[0] == group}
+        changes[group] = _rebuilt(getattr(config, group), inside)
+    return replace(config, **changes) if changes else config
 
 
 def _parse(text: str, hint: Any, full: str) -> Any:

@@ -3,10 +3,14 @@
 import os
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def init(patient: bool = False) -> torch.device:
@@ -19,16 +23,57 @@ def init(patient: bool = False) -> torch.device:
         if patient:
             td.init_process_group("gloo", timeout=timedelta(days=30))
         else:
-            td.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            td.init_process_group(_backend())
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def join_alone() -> None:
+    """A process group of one, where torchrun announced none: FSDP2 needs one."""
+    if not td.is_initialized():
+        td.init_process_group(_backend(), store=td.HashStore(), rank=0, world_size=1)
+
+
+LOST = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Socket closed",
+    "remote process exited",
+)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an exchange failed because another process is gone."""
+    return isinstance(error, td.DistBackendError | td.DistNetworkError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
+    )
+
+
+def joined() -> bool:
+    """Whether this process is in a group."""
+    return td.is_initialized()
+
+
+@cache
+def side_group() -> td.ProcessGroup:
+    """A second gloo group of all ranks, for a thread that must not disturb the first. Call on every rank."""
+    group = td.new_group(backend="gloo")
+    assert group is not None
+    return group
+
+
+def _backend() -> str:
+    """gloo also beside nccl: for flags and checkpoints, which are on the CPU."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 def finish() -> None:
     """Leave the process group, if there is one."""
     if td.is_initialized():
+        side_group.cache_clear()
         td.destroy_process_group()
 
 
@@ -53,10 +98,18 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     if not td.is_initialized():
         return values
     names = sorted(values)
-    device = "cuda" if td.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([values[n] for n in names], dtype=torch.float64, device=device)
+    tensor = torch.tensor([values[n] for n in names], dtype=torch.float64)
     td.all_reduce(tensor)
     return dict(zip(names, (tensor / td.get_world_size()).tolist(), strict=True))
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's small picklable value, in rank order, on every rank."""
+    if not td.is_initialized():
+        return [value]
+    values: list[Any] = [None] * td.get_world_size()
+    td.all_gather_object(values, value)
+    return values
 
 
 def any_rank(flag: bool) -> bool:
@@ -64,15 +117,19 @@ def any_rank(flag: bool) -> bool:
     return mean({"flag": float(flag)})["flag"] > 0
 
 
+def any_of(flags: dict[str, bool]) -> dict[str, bool]:
+    """Which of the flags hold on any rank, in one exchange."""
+    return {name: value > 0 for name, value in mean({k: float(v) for k, v in flags.items()}).items()}
+
+
 def gather(rows: Tensor) -> list[Tensor]:
     """Every rank's rows [n_r, ...], in rank order, on every rank. Only n_r may differ between ranks."""
     if not td.is_initialized():
         return [rows]
-    on = torch.device("cuda" if td.get_backend() == "nccl" else "cpu")
-    counts = [torch.zeros(1, dtype=torch.int64, device=on) for _ in range(td.get_world_size())]
-    td.all_gather(counts, torch.tensor([len(rows)], device=on))
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(td.get_world_size())]
+    td.all_gather(counts, torch.tensor([len(rows)]))
     longest = max(1, *(int(count) for count in counts))  # gloo takes no empty tensors
-    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=on)
+    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype)
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
     td.all_gather(parts, padded)
@@ -84,6 +141,31 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     if td.is_initialized():
         for tensor in tensors:
             td.broadcast(tensor, 0)
+
+
+class _Mean(torch.autograd.Function):
+    """Its gradient is the mean over ranks again: every rank's loss depends on every rank's value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _averaged(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _averaged(gradient)
+
+
+def _averaged(x: Tensor) -> Tensor:
+    x = x.clone()
+    td.all_reduce(x)
+    return x / td.get_world_size()
+
+
+def all_mean(x: Tensor) -> Tensor:
+    """The mean over ranks of each element, on every rank; of one shape everywhere. Differentiable: with
+    `average_gradients` behind it, the gradient is that of the mean of the ranks' losses."""
+    mean: Tensor = _Mean.apply(x) if td.is_initialized() else x
+    return mean
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -69,9 +69,11 @@ def latent_space(vae: Any) -> LatentSpace:
     )
 
 
-def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def encode(
+    vae: Any, pixels: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f]: the posterior's mean, or a sample
-    of it when a generator is given. Computed in the VAE's dtype, returned in fp32."""
+    of it when a generator is given, or one for each row. Computed in the VAE's dtype, returned in fp32."""
     output = vae.encode(pixels.to(next(vae.parameters()).dtype))
     if hasattr(output, "latents"):  # deterministic: AutoencoderTiny's are scaled already, VQModel's are not
         latents: Tensor = output.latents.float()

@@ -260,6 +260,14 @@ def piece_files(home: Path) -> list[Path]:
     return [home / name for name in names if name in chosen or name.endswith(_TEXT)]
 
 
+def piece_sha256(home: Path) -> str:
+    """sha256 over the files of one piece."""
+    total = hashlib.sha256()
+    for path in piece_files(home):
+        total.update(path.name.encode() + _file_sha256(path))
+    return total.hexdigest()
+
+
 def _file_sha256(path: Path) -> bytes:
     facts = path.stat()
     return _digest(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)

@@ -6,7 +6,7 @@ The `new_*` functions build pieces of a Stable-Diffusion shape (the miniature an
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +15,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.latents import PixelSpace
-from core.pipelines import PIPELINES, Pipeline, choose_weights, open_pipeline
+from core.latents import PixelSpace, latent_space
+from core.pipelines import PIPELINES, Pipeline, choose_weights, open_pipeline, piece_sha256
 from core.pipelines import SHIPPED as SHIPPED
 from core.pipelines import resolve as resolve
 from core.pipelines import weights_sha256 as weights_sha256
 from core.schedulers import load_schedule as load_schedule
+from core.text import TextEncoderXL
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader workers fork
+
+STUDENTS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""Pipelines whose U-Net a student can be made of."""
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
+"""Classes that may stand in a folder by themselves."""
 
 
 def _class(pipeline: Pipeline, piece: str) -> Any:
@@ -45,7 +52,12 @@ def load_model(name: str, piece: str, dtype: torch.dtype = torch.float32) -> Any
     Raises UserError for a missing piece or class, and for weights that are missing, damaged or incomplete.
     """
     pipeline = open_pipeline(name)
-    home, kind = pipeline.home(piece), _class(pipeline, piece)
+    return _with_weights(
+        pipeline.home(piece), _class(pipeline, piece), dtype, f"teacher {pipeline.folder}: {piece}"
+    )
+
+
+def _with_weights(home: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
     keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     try:
         variant, _ = choose_weights(path.name for path in home.iterdir())
@@ -55,9 +67,7 @@ def load_model(name: str, piece: str, dtype: torch.dtype = torch.float32) -> Any
         if report["missing_keys"]:  # diffusers would fill them with random numbers and a warning
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     except (OSError, ValueError, RuntimeError, SafetensorError, UserError) as error:
-        raise UserError(
-            f"teacher {pipeline.folder}: {piece} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from error
     return module.eval().requires_grad_(False)
 
 
@@ -89,7 +99,7 @@ def load_tokenizer(name: str, piece: str = "tokenizer") -> Any:
 
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The UNet2DConditionModel of a StableDiffusionPipeline: eval, frozen."""
+    """The UNet2DConditionModel of a Stable Diffusion pipeline: eval, frozen."""
     _expect_sd(name)
     return load_model(name, "unet", dtype)
 
@@ -107,9 +117,46 @@ def load_vae(name: str) -> Any:
     return load_model(name, piece)
 
 
+def load_autoencoder(name: str) -> Any:
+    """The autoencoder in a folder of its own, or a pipeline's as in `load_vae`: fp32, eval, frozen.
+
+    Raises UserError for what is neither, and for classes that `core.latents` does not know.
+    """
+    if (home := _autoencoder_home(name)) is None:
+        return load_vae(name)
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    kind = json.loads((home / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    if kind not in AUTOENCODERS:
+        raise UserError(f"autoencoder {home} is a {kind}; supported: {', '.join(AUTOENCODERS)}")
+    return _with_weights(home, getattr(diffusers, kind), torch.float32, f"autoencoder {home}")
+
+
+def autoencoder_sha256(name: str) -> str:
+    """sha256 over the files that decide the latents of `load_autoencoder(name)`."""
+    if (home := _autoencoder_home(name)) is None:
+        piece = vae_piece(name)
+        home = open_pipeline(name).home(piece) if piece else None
+    return piece_sha256(home) if home else "pixels"
+
+
+def _autoencoder_home(name: str) -> Path | None:
+    """The folder, if it holds an autoencoder and no pipeline."""
+    folder = Path(name)
+    alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return folder if alone else None
+
+
+def latent_downscale(name: str) -> int:
+    """Pixels of a picture's side by its latents', from the autoencoder's config alone."""
+    piece = vae_piece(name)
+    return latent_space(skeleton(name, piece) if piece else load_vae(name)).downscale
+
+
 def _expect_sd(name: str) -> None:
-    if (kind := open_pipeline(name).kind) != "StableDiffusionPipeline":
-        raise UserError(f"teacher {name} is a {kind}; students are made of StableDiffusionPipeline teachers")
+    if (kind := open_pipeline(name).kind) not in STUDENTS:
+        raise UserError(f"teacher {name} is a {kind}; students are made of {' or '.join(STUDENTS)} teachers")
 
 
 class TextEncoder(nn.Module):
@@ -142,10 +189,18 @@ class TextEncoder(nn.Module):
         return self.forward(self.tokens(prompts))
 
 
-def load_text_encoder(name: str) -> TextEncoder:
-    """The CLIP text encoder of a StableDiffusionPipeline, with its tokenizer."""
+def load_text_encoder(name: str) -> TextEncoder | TextEncoderXL:
+    """The CLIP text encoder of a StableDiffusionPipeline, or the two of SDXL, with their tokenizers."""
     _expect_sd(name)
-    return TextEncoder(load_tokenizer(name), load_model(name, "text_encoder")).eval().requires_grad_(False)
+    if open_pipeline(name).kind == "StableDiffusionPipeline":
+        encoder = TextEncoder(load_tokenizer(name), load_model(name, "text_encoder"))
+        return encoder.eval().requires_grad_(False)
+    numbers = ("", "_2")
+    both = TextEncoderXL(
+        [load_tokenizer(name, f"tokenizer{n}") for n in numbers],
+        [load_model(name, f"text_encoder{n}") for n in numbers],
+    )
+    return both.eval().requires_grad_(False)
 
 
 def attention_parameters(unet: nn.Module) -> set[str]:
@@ -153,6 +208,21 @@ def attention_parameters(unet: nn.Module) -> set[str]:
     rule).
     """
     return {name for name, _ in unet.named_parameters() if ".attentions." in f".{name}"}
+
+
+def layers(network: nn.Module) -> Iterator[nn.Module]:
+    """The layers that hold nearly all weights and activations of a U-Net, or of what is built around one:
+    residual blocks, transformer blocks, and attentions without such.
+
+    They are what FSDP2 gathers at once, and what activation checkpointing computes again.
+    """
+    for module in network.modules():
+        kind = type(module).__name__
+        if kind.startswith("ResnetBlock") or kind == "BasicTransformerBlock":
+            yield module
+        elif kind == "AttentionBlock" or (kind == "Attention" and hasattr(module, "group_norm")):
+            if getattr(module, "group_norm", None) is not None:
+                yield module
 
 
 def new_unet(**settings: Any) -> Any:

@@ -4,25 +4,32 @@ another.
 
 import json
 import resource
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from core import dist
 from core.checkpoint import write_atomically
 from core.config import differing
 from core.errors import UserError
+from core.loggers import Logger, open_loggers
+from core.pictures import save_png
 
 
 class RunLog:
-    """Owner of RUN/config.json and RUN/stats.jsonl. Only rank 0 writes."""
+    """Owner of RUN/config.json, RUN/stats.jsonl and RUN/previews. Only rank 0 writes."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
         """Open a run folder. `ignore`: top-level keys that may change between resumes (lengths, intervals).
 
         Raises UserError when the folder holds a run with another config, naming the keys that differ.
         """
-        self.folder = folder
+        self.folder, self.config = folder, config
+        self.loggers: list[Logger] = []
         path = folder / "config.json"
         if path.is_file():
             old = json.loads(path.read_text())
@@ -43,9 +50,13 @@ class RunLog:
         """Drop lines written after the checkpoint that a resumed run starts from."""
         path = self.folder / "stats.jsonl"
         if dist.rank() == 0 and path.is_file():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["nimg"] <= nimg]
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            kept = [line for line in read_stats(self.folder) if line["nimg"] <= nimg]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def attach(self, names: Sequence[str], nimg: int) -> None:
+        """Also tell these loggers of `core.loggers` from now on; what they hold of later than `nimg` goes."""
+        if dist.rank() == 0:
+            self.loggers = open_loggers(names, self.folder, self.config, nimg)
 
     def write(self, nimg: int, values: Mapping[str, float]) -> None:
         """Append one line of scalars."""
@@ -55,6 +66,21 @@ class RunLog:
                     file.write(json.dumps({"nimg": nimg, **values}) + "\n")
             except OSError as error:
                 raise UserError(f"cannot write {self.folder / 'stats.jsonl'}: {error.strerror}") from error
+            for logger in self.loggers:
+                logger.write(nimg, values)
+
+    def picture(self, nimg: int, name: str, image: Tensor, text: Mapping[str, str]) -> None:
+        """Keep uint8 [3, H, W] as RUN/previews/NAME-NIMG.png, with `text` as its metadata."""
+        if dist.rank() == 0:
+            save_png(image, self.folder / "previews" / f"{name}-{nimg:09d}.png", text)
+            for logger in self.loggers:
+                logger.picture(nimg, name, image)
+
+    def close(self) -> None:
+        """Let the loggers finish what they hold back. stats.jsonl needs none of it."""
+        for logger in self.loggers:
+            logger.close()
+        self.loggers = []
 
     def read(self) -> list[dict[str, float]]:
         """All lines so far."""
@@ -62,9 +88,58 @@ class RunLog:
 
 
 def read_stats(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run folder's stats.jsonl; none when nothing was reported yet."""
+    """The lines of a run folder's stats.jsonl; none when nothing was reported yet.
+
+    A last line that is half there, of a run that writes it now or was killed at it, does not count. Raises
+    UserError for any other line that is no JSON object.
+    """
     path = folder / "stats.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    if lines and not lines[-1].endswith("}\n"):
+        lines.pop()
+    found: list[dict[str, float]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values: dict[str, float] = json.loads(line)
+            values["nimg"] = int(values["nimg"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: line {number} is damaged ({error!r}); delete that line") from error
+        found.append(values)
+    return found
+
+
+class Pace:
+    """How fast a run is, and what it has cost: measured here, reported beside the losses, decides nothing.
+
+    `before`: the lines of the run so far, for the hours spent before a restart.
+    """
+
+    def __init__(self, before: Sequence[Mapping[str, float]], nimg: int, devices: int) -> None:
+        self.devices, self.nimg = devices, nimg
+        self.hours = max((line.get("time/device_hours", 0.0) for line in before), default=0.0)
+        self.waited, self.since = 0.0, time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        begun = time.monotonic()
+        yield
+        self.waited += time.monotonic() - begun
+
+    def report(self, nimg: int) -> dict[str, float]:
+        """Since the last report: images per second, and the share of time spent waiting for data. Over all
+        starts of the run: device hours. Memory: this process's peak.
+        """
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        self.hours += seconds * self.devices / 3600
+        values = {
+            "time/images_per_sec": (nimg - self.nimg) / seconds,
+            "time/loader_wait": self.waited / seconds,
+            "time/device_hours": self.hours,
+            "mem/peak_gib": peak_memory_gib(),
+        }
+        self.nimg, self.waited, self.since = nimg, 0.0, time.monotonic()
+        return values
 
 
 def peak_memory_gib() -> float:

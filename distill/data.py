@@ -5,18 +5,25 @@ from collections.abc import Iterator
 from core import dist
 from core.errors import SettingError, UserError
 from distill.config import DataConfig
-from pairgen.dataset import PairSampler, pair_loader
+from distill.joined import JoinedReader
+from pairgen.dataset import PairRows, PairSampler, pair_loader
 from pairgen.reader import PairReader
 from pairgen.store import PairBatch
 
 PLAIN = DataConfig()
 
 
-def open_pairs(folder: str, teacher_sha256: str, config: DataConfig = PLAIN) -> PairReader:
-    """The pairs of a run, at a path or an fsspec URL.
+def open_pairs(folders: str, teacher_sha256: str, config: DataConfig = PLAIN, told: bool = False) -> PairRows:
+    """The pairs of a run, at a path or an fsspec URL, or of several, separated by commas.
 
+    told: rows come with their guidance scale, as GuidedBatch; without it all stores must have the same.
     Raises UserError for an empty or unfinished store, or one made by another teacher.
     """
+    readers = [_open(folder, teacher_sha256, config) for folder in folders.split(",")]
+    return readers[0] if len(readers) == 1 and not told else JoinedReader(readers, told)
+
+
+def _open(folder: str, teacher_sha256: str, config: DataConfig) -> PairReader:
     cache = config.cache or None
     reader = PairReader(folder, skip_bad=config.skip_bad, cache=cache, cache_gib=config.cache_gib)
     shard_size = reader.spec.shard_size
@@ -42,20 +49,23 @@ def open_pairs(folder: str, teacher_sha256: str, config: DataConfig = PLAIN) -> 
 
 
 def pair_batches(
-    reader: PairReader,
+    reader: PairRows,
     batch_size: int,
     seed: int,
     start: int,
     workers: int,
     config: DataConfig = PLAIN,
     pin_memory: bool = False,
+    held_out: int = 0,
 ) -> Iterator[PairBatch]:
     """This rank's endless batches in the stored dtype, read ahead by `workers` processes (0: in this one).
+
+    held_out: so many of the last pairs are never read.
 
     Raises UserError on damage; with `skip_bad` it warns once of each damaged shard instead.
     """
     sampler = PairSampler(
-        len(reader),
+        len(reader) - held_out,
         batch_size,
         seed,
         start,

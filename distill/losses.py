@@ -1,42 +1,90 @@
 """Loss terms as plain functions over tensors; nothing here calls backward."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.errors import SettingError
+from core.text import Text, Told
+from distill.options import GanLoss, Reduction
+
 Logits = Mapping[str, Tensor]
+T = TypeVar("T", Tensor, Told)
 
 
-def discriminator_loss(real: Logits, fake: Logits) -> Tensor:
-    """Non-saturating D loss, softplus(-D(real)) + softplus(D(fake)): mean over positions, then over heads."""
-    terms = [F.softplus(-real[h].float()).mean() + F.softplus(fake[h].float()).mean() for h in real]
-    return torch.stack(terms).mean()
+def discriminator_loss(
+    real: Logits, fake: Logits, kind: GanLoss = "ns", reduction: Reduction = "mean"
+) -> Tensor:
+    """D's loss: mean over rows and positions, then `reduction` over the heads. fp32.
+
+    ns: softplus(-D(real)) + softplus(D(fake)) (method.md 4.1). hinge: relu(1 - D(real)) + relu(1 + D(fake))
+    (Lim and Ye 2017). rpgan: softplus(D(fake) - D(real)), each row against its own: they share z and c
+    (Jolicoeur-Martineau 2018; R3GAN, eq. 2).
+    """
+    return reduced([_against(real[h].float(), fake[h].float(), kind).mean() for h in real], reduction)
 
 
-def generator_loss(fake: Logits) -> Tensor:
-    """-E[log D(G)] = softplus(-D(G)) (method.md 4.1): mean over positions, then over heads."""
-    return torch.stack([F.softplus(-logits.float()).mean() for logits in fake.values()]).mean()
+def _against(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
+    if kind == "rpgan":
+        return F.softplus(fake - real)
+    if kind == "hinge":
+        return F.relu(1 - real) + F.relu(1 + fake)
+    return F.softplus(-real) + F.softplus(fake)
 
 
-def mismatch(prompts: Sequence[str], fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mix-and-match draws for a batch of fake rows: (mode [B], partner [B]).
+def generator_loss(
+    fake: Logits, kind: GanLoss = "ns", reduction: Reduction = "mean", real: Logits | None = None
+) -> Tensor:
+    """G's loss, reduced as D's. ns: softplus(-D(G)); hinge: -D(G); rpgan: softplus(D(real) - D(G)), for which
+    `real` is needed: D's logits of the same rows' targets, by the same weights of D.
+    """
+    if kind == "rpgan":
+        assert real is not None, "the relativistic loss needs D's logits of the real rows"
+        return reduced([F.softplus(real[h].float() - v.float()).mean() for h, v in fake.items()], reduction)
+    terms = [(-v.float() if kind == "hinge" else F.softplus(-v.float())).mean() for v in fake.values()]
+    return reduced(terms, reduction)
+
+
+def reduced(terms: Sequence[Tensor], reduction: Reduction) -> Tensor:
+    """Mean or sum of the heads' terms."""
+    stacked = torch.stack(list(terms))
+    return stacked.sum() if reduction == "sum" else stacked.mean()
+
+
+def refuse_single_rows(rows: int, fraction: float) -> None:
+    """Raise SettingError for a micro-batch whose rows have no other to be mixed with."""
+    if fraction > 0 and rows < 2:
+        raise SettingError(
+            f"gan.mix_fraction is {fraction}, but a micro-batch has {rows} row per process; each is mixed "
+            "with another of its own micro-batch; expected 2 rows or more: raise train.batch_size, lower "
+            "engine.accumulate or the number of processes, or set gan.mix_fraction=0"
+        )
+
+
+def mismatch(
+    prompts: Sequence[str],
+    fraction: float,
+    drawn: Tensor,
+    shares: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> tuple[Tensor, Tensor]:
+    """Mix-and-match for a batch of fake rows: (mode [B], partner [B]).
 
     mode 0: plain; 1, 2, 3: x, c or z comes from row `partner`, which never has the row's own prompt. A row
-    without such a partner stays plain. `fraction` is shared by the three swaps (method.md 4.4).
+    without such a partner stays plain. `fraction` goes to the three swaps by their relative `shares`
+    (method.md 4.4), according to `drawn` [B] ~ U(0, 1). Rows come in random order, so the neighbour serves:
+    the partner is the first of i^1, i^2, ... with another prompt, and where prompts differ it does not depend
+    on how a batch is shared out.
     """
     size = len(prompts)
-    drawn = torch.rand(size, generator=generator)
-    start = torch.randint(size, (size,), generator=generator)
-    mode = (
-        torch.where(drawn < fraction, 1 + (drawn / fraction * 3).long().clamp(max=2), 0)
-        if fraction
-        else drawn.long()
-    )
+    first, second = shares[0] / sum(shares), (shares[0] + shares[1]) / sum(shares)
+    swap = 1 + (drawn >= fraction * first).long() + (drawn >= fraction * second).long()
+    mode = torch.where(drawn < fraction, swap, 0)
     partner = torch.arange(size)
     for row in range(size):
-        others = ((int(start[row]) + step) % size for step in range(size))
+        others = (row ^ step for step in range(1, 2 * size) if row ^ step < size)
         match = next((other for other in others if prompts[other] != prompts[row]), None)
         if match is None:
             mode[row] = 0
@@ -46,8 +94,8 @@ def mismatch(prompts: Sequence[str], fraction: float, generator: torch.Generator
 
 
 def mix_and_match(
-    fake: Tensor, real: Tensor, noise: Tensor, text: Tensor, mode: Tensor, partner: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    fake: Tensor, real: Tensor, noise: Tensor, text: T, mode: Tensor, partner: Tensor
+) -> tuple[Tensor, Tensor, T]:
     """The fake batch (x, z, c) with some rows replaced by real triples that have one wrong member.
 
     x-swap: another row's target latent with this row's noise and text; c-swap and z-swap: this row's target
@@ -59,6 +107,7 @@ def mix_and_match(
         return torch.where(chosen.view(-1, *[1] * (b.ndim - 1)), a, b)
 
     x = where(mode == 1, real[partner], where(mode >= 2, real, fake))
-    c = where(mode == 2, text[partner], text)
     z = where(mode == 3, noise[partner], noise)
-    return x, z, c
+    if isinstance(text, Text):
+        return x, z, text[partner].map(lambda a, b: where(mode == 2, a, b), text)
+    return x, z, where(mode == 2, text[partner], text)

@@ -1,25 +1,100 @@
-"""Single-sample R1: the gradient penalty on one real row, with attention that has a second derivative."""
+"""Gradient penalties of the discriminator, with attention that has a second derivative.
+
+Forms: R1 of one real row (method.md 4.3) or of all, R1 and R2 (R3GAN), and APT's approximation, which needs
+no second derivative. `penalty` chooses by the config.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill.discriminator import Discriminator
+from core.text import Told
+from distill.losses import Logits, reduced
+from distill.options import DiscriminatorConfig, Reduction
+
+Judge = Callable[[Tensor, Tensor, Told, Tensor | None], dict[str, Tensor]]
+"""A Discriminator, or a wrapper of one: (x, noise, text, t) -> logits per head."""
 
 
-def r1_penalty(discriminator: Discriminator, real: Tensor, noise: Tensor, text: Tensor) -> Tensor:
-    """||grad_x s||^2 with s = sum over heads of the mean logit (method.md 4.3), mean over the rows given,
-    fp32.
+@dataclass(frozen=True)
+class Shown:
+    """What D is shown: x and noise [B, C, h, w], text and time [B] (None: D's constant)."""
 
-    real, noise: [B, C, h, w], text: [B, L, D]; B = 1 for the paper's single-sample form. The gradient also
-    flows through D's resized copies of x; noise and text are constants. Flash and memory-efficient attention
-    have no second derivative, so the forward runs with the math kernel (method.md 10.1), outside autocast.
-    float64 stays float64.
+    x: Tensor
+    noise: Tensor
+    text: Told
+    t: Tensor | None = None
+
+    def row(self, number: int) -> "Shown":
+        """One row, as a batch of one."""
+        one = slice(number, number + 1)
+        t = None if self.t is None else self.t[one]
+        return Shown(self.x[one], self.noise[one], self.text[one], t)
+
+
+def penalty(
+    config: DiscriminatorConfig,
+    discriminator: Judge,
+    real: Shown,
+    fake: Shown,
+    logits_real: Logits,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a step adds to D's loss where `config.penalty` is due, and its unweighted parts for the log.
+
+    Weights: gamma / 2 x interval for R1 and R2 (StyleGAN2's lazy regularisation; method.md 4.3), or
+    approx_weight for the approximation, which compares with `logits_real`, D's logits of `real`. `generator`
+    draws the row of the single-sample form, and the approximation's noise.
     """
-    dtype = torch.promote_types(real.dtype, torch.float32)
-    x = real.detach().to(dtype).requires_grad_(True)
+    assert config.penalty != "none"
+    lazy = 0.5 * config.r1_gamma * config.r1_interval
+    if config.penalty == "approx":
+        eps = torch.randn(real.x.shape, generator=generator, device=generator.device).to(real.x)
+        moved = discriminator(real.x + config.approx_sigma * eps, real.noise, real.text, real.t)
+        value = approximate_r1(logits_real, moved, config.head_reduction)
+        return config.approx_weight * value, {"loss/r1_approx": value}
+    if config.penalty == "single":
+        real = real.row(int(torch.randint(len(real.x), (), generator=generator)))
+    parts = {"loss/r1": _of(discriminator, real, config.r1_reduction)}
+    if config.penalty == "r1r2":
+        parts["loss/r2"] = _of(discriminator, fake, config.r1_reduction)
+    return lazy * torch.stack(list(parts.values())).sum(), parts
+
+
+def _of(discriminator: Judge, shown: Shown, reduction: Reduction) -> Tensor:
+    return r1_penalty(discriminator, shown.x, shown.noise, shown.text, shown.t, reduction)
+
+
+def r1_penalty(
+    discriminator: Judge,
+    x: Tensor,
+    noise: Tensor,
+    text: Told,
+    t: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """||grad_x s||^2 with s = sum over heads of the logits' mean, or sum, over positions (method.md 4.3),
+    mean over the rows given, fp32. Real rows give R1, fake ones R2.
+
+    x, noise: [B, C, h, w], text of B rows; B = 1 for the paper's single-sample form. The gradient also flows
+    through D's resized copies of x; noise and text are constants. Flash and memory-efficient attention have
+    no second derivative, so the forward runs with the math kernel (method.md 10.1), outside autocast. float64
+    stays float64.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.detach().to(dtype).requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
-        logits = discriminator(x, noise.detach().to(dtype), text.detach().to(dtype))
-        score = torch.stack([head.mean(dim=(1, 2, 3)) for head in logits.values()]).sum()
-        (gradient,) = torch.autograd.grad(score, x, create_graph=True)
+        logits = discriminator(x, noise.detach().to(dtype), text.detach().to(dtype), t)
+        over = (1, 2, 3)
+        heads = [v.sum(over) if reduction == "sum" else v.mean(over) for v in logits.values()]
+        (gradient,) = torch.autograd.grad(torch.stack(heads).sum(), x, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def approximate_r1(clean: Logits, moved: Logits, reduction: Reduction = "mean") -> Tensor:
+    """(D(x) - D(x + N(0, sigma^2)))^2, mean over rows and positions, then over heads (APT 3.3). Its
+    expectation for small sigma is sigma^2 times the squared gradient norm of a logit."""
+    return reduced([(clean[h].float() - moved[h].float()).square().mean() for h in clean], reduction)

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from core import checkpoint, pretrained
+from core.config import from_json
 from core.errors import UserError
 from core.latents import decode, to_uint8
+from core.lora import has_lora, merged
 from core.pictures import grid, save_png
 from core.pretrained import TextEncoder
 from core.progress import Progress, quiet
 from core.seeds import noise
-from distill.generator import Student, student_from_teacher
+from core.text import TextEncoderXL
+from distill.generator import Student, student_from_teacher, told_guidance
+from distill.options import StudentConfig
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,16 @@ class OneStep:
     """A student with the text encoder and VAE around it, on one device."""
 
     student: Student
-    text: TextEncoder
+    text: TextEncoder | TextEncoderXL
     vae: Any
     device: torch.device
+    guidance: float = 8.0  # told to a student that is told a scale; others have theirs in the weights
 
     @torch.no_grad()
     def latents(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
         """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w]: one network evaluation."""
-        latents: Tensor = self.student(drawn.to(self.device), self.text.encode(prompts))
+        told = torch.full((len(drawn),), self.guidance) if self.student.guided else None
+        latents: Tensor = self.student(drawn.to(self.device), self.text.encode(prompts), told)
         return latents
 
     @torch.no_grad()
@@ -81,10 +87,30 @@ def student_folder(name: str) -> tuple[Path, str, int]:
         raise UserError(f"student {name}: {file} has no {error}; expected a folder that d2g wrote") from error
 
 
-def load_student_weights(student: Student, name: str) -> None:
-    """Put the EMA weights of a run, or an exported student's weights, into `student`, strictly."""
+def student_tensors(name: str) -> dict[str, Tensor]:
+    """The EMA weights of a run, or an exported student's weights: adapters, if any, merged into them."""
     folder, _, _ = student_folder(name)
     tensors = checkpoint.Checkpoint(folder, 0, {}).tensors("ema")
+    if not has_lora(tensors):
+        return tensors
+    config = student_config(name)
+    return merged(tensors, config.lora_rank, config.alpha)
+
+
+def student_config(name: str) -> StudentConfig:
+    """What a run's student is beside the teacher's network."""
+    config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    return from_json(StudentConfig, config["student"])
+
+
+def load_student_weights(student: Student, name: str) -> None:
+    """Put the EMA weights of a run, or an exported student's weights, into a bare `student`, strictly.
+
+    Adapters are merged first; one that was told the guidance scale makes `student` one that is.
+    """
+    tensors = student_tensors(name)
+    if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
+        told_guidance(student.unet)
     try:
         student.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
     except RuntimeError as error:

@@ -1,6 +1,5 @@
-"""The training loop of both stages, and what it is set up with."""
+"""The training loop of both stages."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -8,26 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from core import checkpoint, dist, pretrained
+from core import checkpoint, dist, pretrained, sharded
 from core.config import to_json
 from core.errors import Interrupted, SettingError, UserError
+from core.loggers import check_loggers
 from core.progress import Progress, quiet
-from core.runlog import RunLog, peak_memory_gib
-from core.seeds import generator, seed_step
+from core.runlog import Pace, RunLog
 from core.stop import StopFlag
-from distill.config import DistillConfig, OptimConfig
+from distill.config import DistillConfig
 from distill.data import open_pairs, pair_batches
-from distill.discriminator import Discriminator, discriminator_from_teacher
-from distill.ema import EMA
-from distill.generator import Student, student_from_teacher
-from distill.losses import discriminator_loss, generator_loss, mismatch, mix_and_match
-from distill.r1 import r1_penalty
-from distill.sample import load_student_weights
-from latent_lpips.config import AugmentConfig, Precision
-from latent_lpips.metric import ELatentLPIPS, LatentLPIPS
-from latent_lpips.weights import load_lpips
+from distill.health import logit_report, spread
+from distill.losses import discriminator_loss, generator_loss, mismatch, mix_and_match, refuse_single_rows
+from distill.micro import Draws, MicroBatch, draw_step, split
+from distill.noising import Noiser
+from distill.optim import learning_rate, update
+from distill.r1 import Shown, penalty
+from distill.regression import Regression
+from distill.state import State, new_state
+from distill.text_cache import TextCache
+from distill.validate import Validate
+from distill.watching import Watching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,273 +46,251 @@ class TrainSummary:
     checkpoint: str
 
 
-class Regression(nn.Module):
-    """The regression loss: E-LatentLPIPS, and as set beside it plain LatentLPIPS and L1, on scaled
-    latents.
-    """
-
-    def __init__(self, config: DistillConfig, channels: int, device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.config = config.regression
-        folder = config.lpips or str(pretrained.resolve(config.teacher) / "latent_lpips")
-        precision: Precision = "auto" if config.train.precision == "bf16" else "fp32"
-        self.plain: LatentLPIPS = load_lpips(folder, channels, precision=precision, device=device)
-        augment = AugmentConfig(families=self.config.augment)
-        self.augmented = ELatentLPIPS(self.plain, augment, draws=self.config.draws)
-
-    def forward(self, pred: Tensor, target: Tensor, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """pred, target [B, C, h, w] -> (weighted sum, its unweighted parts), means over the batch."""
-        parts = {"loss/e_latent_lpips": self.augmented(pred, target, generator=rng).mean()}
-        total = self.config.weight * parts["loss/e_latent_lpips"]
-        if self.config.latent_lpips:
-            parts["loss/latent_lpips"] = self.plain(pred, target).mean()
-            total = total + self.config.latent_lpips * parts["loss/latent_lpips"]
-        if self.config.l1:
-            parts["loss/l1"] = (pred - target).abs().mean()
-            total = total + self.config.l1 * parts["loss/l1"]
-        return total, parts
-
-
-def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with the attention weight-decay rule (method.md 5): 1e-5 inside attention modules, 1e-2
-    elsewhere.
-    """
-    inside = pretrained.attention_parameters(module)
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if n in inside], "weight_decay": config.attention_weight_decay},
-        {"params": [p for n, p in named if n not in inside], "weight_decay": config.weight_decay},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
-
-
-def learning_rate(nimg: int, config: OptimConfig, batch_size: int) -> float:
-    """Linear warm-up, then constant or a cosine to zero, as functions of images."""
-    warmup = min(1.0, (nimg + batch_size) / config.warmup_images) if config.warmup_images else 1.0
-    if not config.decay_images:
-        return config.lr * warmup
-    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, nimg / config.decay_images)))
-
-
-def step(
-    optim: torch.optim.Optimizer,
-    module: nn.Module,
-    config: OptimConfig,
-    lr: float,
-    check: Callable[[Tensor], None],
-) -> float:
-    """Average gradients over ranks, clip, update, clear. Returns the gradient norm before clipping.
-
-    `check` sees that norm before the update, and may raise: a finite loss can have a gradient that is not.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    dist.average_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
-    check(norm)
-    for group in optim.param_groups:
-        group["lr"] = lr
-    optim.step()
-    optim.zero_grad(set_to_none=True)
-    return float(norm)
-
-
-def check_finite(losses: Mapping[str, Tensor], nimg: int, folder: Path) -> None:
-    """Raise FloatingPointError for a value that is not finite, on every rank, before the optimizer step."""
-    bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-    if dist.any_rank(bool(bad)):
-        last = checkpoint.latest(folder)
-        where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
-        what = f"{bad[0]} is {losses[bad[0]].item()}" if bad else "a loss on another rank is not finite"
-        raise FloatingPointError(
-            f"{what} at image {nimg}; {where}; lower the learning rate in another --out"
-            + (f", from there with --set init={folder.parent}" if last else "")
-        )
-
-
-def train(config: DistillConfig, out: Path, progress: Progress = quiet) -> TrainSummary:
+def train(
+    config: DistillConfig, out: Path, progress: Progress = quiet, validate: Validate | None = None
+) -> TrainSummary:
     """Run one stage to its end, or on from the newest checkpoint in `out`. Runs on every rank of torchrun.
 
-    Raises UserError for input that does not fit together, FloatingPointError at the first loss that is not
-    finite, Interrupted on Ctrl-C; each leaves a whole checkpoint behind if there was one.
+    `validate`: measured at each validation beside the held-out pairs. Raises UserError for input that does
+    not fit together, FloatingPointError at the first gradient that is not finite, sentinels.Collapse when
+    asked to stop at one, Interrupted on Ctrl-C; each leaves a whole checkpoint behind if there was one.
     """
+    try:
+        return _train(config, out, progress, validate)
+    except RuntimeError as error:
+        if not dist.lost_peer(error):
+            raise
+        last = checkpoint.latest(out / "checkpoints")
+        where = f"from {last.folder}" if last else "from the start"
+        raise UserError(
+            f"another process of this run is gone (process {dist.rank()} lost it); its own message says why; "
+            f"the same command goes on {where}"
+        ) from error
+
+
+def _train(config: DistillConfig, out: Path, progress: Progress, validate: Validate | None) -> TrainSummary:
     # Set up.
     device = dist.init()
-    for name in ("pairs", "teacher", *(["init"] if config.stage == "gan" else [])):
-        if not getattr(config, name):
-            raise SettingError(f"{name} is not set; give --{name}")
-    options, batch_size = config.train, config.train.batch_size
-    if batch_size % dist.world_size():
-        raise SettingError(
-            f"train.batch_size {batch_size} does not divide over {dist.world_size()} processes"
-        )
-    reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data)
+    _refuse(config)
+    options, gan, accumulate = config.train, config.gan, config.engine.accumulate
+    size = options.batch_size
+    told = config.student.guidance_conditioning
+    reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, told)
     text_encoder = pretrained.load_text_encoder(config.teacher).to(device)
-    student: Student = student_from_teacher(config.teacher, config.student_timestep).to(device)
-    if config.init:
-        load_student_weights(student, config.init)
-    student.requires_grad_(True)
+    encode = TextCache(text_encoder.encode, config.data.text_cache, device)
     regression = Regression(config, reader.spec.latent_shape[0], device)
-    optim_g = optimizer(student, config.optim)
-    ema = EMA(student, options.ema_beta, options.ema_start_images)
-    discriminator: Discriminator | None = None
-    if config.stage == "gan":
-        rng = generator(config.seed, 0xD15C)
-        discriminator = discriminator_from_teacher(config.teacher, config.gan, rng).to(device)
-        optim_d = optimizer(discriminator, config.gan.optim)
+    noised = Noiser(config, device)
+    state: State = new_state(config, device)
+    student, discriminator = state.student, state.discriminator
 
     # Resume.
-    whole = to_json(config)
-    mutable = {
-        "images",
-        "minutes",
-        "loader_workers",
-        "report_images",
-        "checkpoint_images",
-        "keep_checkpoints",
-    }
-    whole["train"], whole["length"] = (
-        {k: v for k, v in whole["train"].items() if k not in mutable},
-        {k: v for k, v in whole["train"].items() if k in mutable},
-    )
-    # A run may go on past damage that it met, or with another cache; the order of its rows stays.
-    whole["length"] |= {k: whole["data"].pop(k) for k in ("skip_bad", "cache", "cache_gib")}
-    log = RunLog(out, whole, ignore=("length",))
-    folder, nimg, steps = out / "checkpoints", 0, 0
+    log = RunLog(out, _split_config(config), ignore=("length",))
+    folder = out / "checkpoints"
     if (last := checkpoint.latest(folder)) is not None:
-        last.load("student", student)
-        ema.load(last.tensors("ema"))
-        state = last.state()
-        optim_g.load_state_dict(state["optim_g"])
-        if discriminator is not None:
-            last.load("discriminator", discriminator)
-            optim_d.load_state_dict(state["optim_d"])
-        nimg, steps = last.nimg, int(last.meta["steps"])
-        log.rewind(nimg)
+        state.load(last, config)
+        log.rewind(state.nimg)
+    log.attach(options.loggers, state.nimg)
+    watching = Watching(config, log, reader, state, regression, encode, device, validate)
+    writer = sharded.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
 
-    def save() -> None:
-        if dist.rank() == 0:
-            modules: dict[str, Mapping[str, Tensor]] = {"student": student.state_dict(), "ema": ema.tensors}
-            state = {"optim_g": optim_g.state_dict()}
-            if discriminator is not None:
-                modules["discriminator"] = discriminator.state_dict()
-                state["optim_d"] = optim_d.state_dict()
-            meta = {"steps": steps, "stage": config.stage}
-            checkpoint.save(folder, nimg, modules, state, meta, options.keep_checkpoints)
-        dist.barrier()
-
-    def check(name: str) -> Callable[[Tensor], None]:
-        return lambda value: check_finite({name: value}, nimg, folder)
+    def check(name: str, parts: Mapping[str, Tensor]) -> Callable[[Tensor], None]:
+        return lambda norm: check_finite(name, norm, parts, state.nimg, folder)
 
     def autocast() -> AbstractContextManager[None]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+        whole = options.precision == "bf16" and config.engine.parallel == "ddp"
+        return torch.autocast(device.type, torch.bfloat16, enabled=whole)
 
     # Train.
     pin = device.type == "cuda"
-    batches = pair_batches(reader, batch_size, config.seed, nimg, options.loader_workers, config.data, pin)
-    started, first, waited = time.monotonic(), nimg, 0.0
-    reported, saved, finished = nimg, nimg, nimg >= options.images
-    values: dict[str, float] = {}
+    workers, held_out = options.loader_workers, options.validate_pairs
+    batches = pair_batches(reader, size, config.seed, state.nimg, workers, config.data, pin, held_out)
+    pace = Pace(log.read(), state.nimg, dist.world_size())
+    started, first = time.monotonic(), state.nimg
+    finished = state.nimg >= options.images
     with StopFlag() as stop:
         while not finished:
-            begun = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - begun
-            rng = seed_step(config.seed, dist.rank(), nimg)
-            noise = batch.noise.to(device, torch.float32, non_blocking=True)
-            real = batch.latent.to(device, torch.float32, non_blocking=True)
-            text = text_encoder.encode(batch.prompts)
-            with autocast():
-                fake = student(noise, text)
-            norms: dict[str, float] = {}
-            gan_parts: dict[str, Tensor] = {}
+            with pace.waiting():
+                batch = next(batches)
+            nimg, step = state.nimg, state.steps
+            draws: Draws = draw_step(config, regression, reader.spec.latent_shape, nimg, noised.levels)
+            micros: list[MicroBatch] = split(batch, draws, encode, accumulate, device)
+            moves_g = discriminator is None or step % gan.updates == gan.updates - 1
+            shared = accumulate == 1 and moves_g  # one pass of the student serves both networks
+            parts: dict[str, Tensor] = {}
+            norms: dict[str, Tensor] = {}
 
-            # Discriminator: real rows, generated rows of which some are mismatched real ones, lazy R1.
+            def add(found: Mapping[str, Tensor], parts: dict[str, Tensor] = parts) -> None:
+                for name, value in found.items():
+                    parts[name] = parts.get(name, 0) + value.detach().float() / accumulate
+
+            for micro in micros if discriminator is not None or shared else []:
+                with autocast(), torch.set_grad_enabled(shared):
+                    micro.fake = student(micro.noise, micro.text, *micro.guidance)
+
+            # Discriminator: real rows; generated rows, of which some are mismatched real ones; a penalty.
             if discriminator is not None:
-                discriminator.requires_grad_(True)
-                mode, partner = mismatch(batch.prompts, config.gan.mix_fraction, rng)
-                wrong = mix_and_match(fake.detach(), real, noise, text, mode, partner)
-                with autocast():
-                    logits_real = discriminator(real, noise, text)
-                    logits_fake = discriminator(*wrong)
-                loss_d = gan_parts["loss/d"] = discriminator_loss(logits_real, logits_fake)
-                if config.gan.r1_gamma and steps % config.gan.r1_interval == 0:
-                    row = int(torch.randint(len(noise), (), generator=rng))
-                    one = slice(row, row + 1)
-                    penalty = gan_parts["loss/r1"] = r1_penalty(
-                        discriminator, real[one], noise[one], text[one]
+                assert state.optim_d is not None
+                discriminator.module.requires_grad_(True)
+                for micro in micros:
+                    prompts, real, fake = micro.prompts, micro.real, micro.fake.detach()
+                    shares = (gan.mix_x, gan.mix_c, gan.mix_z)
+                    micro.mode, partner = mismatch(prompts, gan.mix_fraction, micro.mix, shares)
+                    x, z, c = mix_and_match(fake, real, micro.noise, micro.text, micro.mode, partner)
+                    micro.shown = (
+                        Shown(noised(real, micro.rows, micro.t, 0), micro.noise, micro.text, micro.t),
+                        Shown(noised(x, micro.rows, micro.t, 1), z, c, micro.t),
                     )
-                    loss_d = loss_d + 0.5 * config.gan.r1_gamma * config.gan.r1_interval * penalty
-                check_finite(gan_parts, nimg, folder)
-                loss_d.backward()
-                lr = learning_rate(nimg, config.gan.optim, batch_size)
-                norms["grad/d"] = step(optim_d, discriminator, config.gan.optim, lr, check("grad/d"))
-                discriminator.requires_grad_(False)
+                due = gan.penalty != "none" and step % gan.penalty_interval == 0
+                if due and gan.penalty != "approx":
+                    rows = micros[:1] if gan.penalty == "single" else micros
+                    with discriminator.bare() as judge:
+                        for micro in rows:
+                            value, found = penalty(gan, judge, *micro.shown, {}, draws.mine)
+                            (value / len(rows)).backward()
+                            add({name: v * accumulate / len(rows) for name, v in found.items()})
+                for number, micro in enumerate(micros):
+                    with discriminator.unaveraged(number < accumulate - 1):
+                        with autocast():
+                            said = [discriminator(s.x, s.noise, s.text, s.t) for s in micro.shown]
+                            loss_d = discriminator_loss(*said, gan.loss, gan.head_reduction)
+                            add({"loss/d": loss_d})
+                            if due and gan.penalty == "approx":
+                                value, found = penalty(gan, discriminator, *micro.shown, said[0], draws.mine)
+                                loss_d = loss_d + value
+                                add(found)
+                        (loss_d / accumulate).backward()
+                lr = learning_rate(nimg, gan.optim, size)
+                norms["grad/d"] = update(state.optim_d, discriminator, gan.optim, lr, check("grad/d", parts))
+                discriminator.module.requires_grad_(False)
 
-            # Student: regression on the pair, and the discriminator's verdict on the same latents.
-            loss_g, parts = regression(fake, real, rng)
-            if discriminator is not None:
-                with autocast():
-                    verdict = discriminator(fake, noise, text)
-                parts["loss/g_gan"] = generator_loss(verdict)
-                loss_g = loss_g + config.gan.weight * parts["loss/g_gan"]
-                parts |= gan_parts | _logit_means(logits_real, logits_fake, mode == 0, verdict)
-            parts["loss/g"] = loss_g
-            check_finite({k: v for k, v in parts.items() if k.startswith("loss/")}, nimg, folder)
-            loss_g.backward()
-            lr = learning_rate(nimg, config.optim, batch_size)
-            norms["grad/g"] = step(optim_g, student, config.optim, lr, check("grad/g"))
-            nimg, steps = nimg + batch_size, steps + 1
-            ema.update(student, nimg)
-            progress(config.stage, min(nimg, options.images), options.images)
+            # Student: regression on the pair, and the discriminator's verdict on the same latents. Their
+            # slope at the latents goes on into the student once the discriminator's graph is gone.
+            for number, micro in enumerate(micros if moves_g else []):
+                with student.unaveraged(number < accumulate - 1):
+                    if not shared:
+                        with autocast():
+                            micro.fake = student(micro.noise, micro.text, *micro.guidance)
+                    latents = micro.fake.detach().requires_grad_()
+                    loss_g, found = regression(latents, micro.real, micro.transforms)
+                    if discriminator is not None:
+                        with autocast():
+                            verdict = discriminator.frozen(
+                                noised(latents, micro.rows, micro.t, 1), micro.noise, micro.text, micro.t
+                            )
+                            rival = None
+                            if gan.loss == "rpgan":
+                                with torch.no_grad():
+                                    s = micro.shown[0]
+                                    rival = discriminator.frozen(s.x, s.noise, s.text, s.t)
+                        found["loss/g_gan"] = generator_loss(verdict, gan.loss, gan.head_reduction, rival)
+                        loss_g = loss_g + gan.weight * found["loss/g_gan"]
+                    add({**found, "loss/g": loss_g})
+                    (slope,) = torch.autograd.grad(loss_g, latents)
+                    micro.fake.backward(slope / accumulate)
+            if moves_g:
+                lr = learning_rate(nimg, config.optim, size)
+                norms["grad/g"] = update(state.optim_g, student, config.optim, lr, check("grad/g", parts))
+                state.ema.update(student.module, nimg + size)
+            state.nimg, state.steps = nimg + size, step + 1
+            progress(config.stage, min(state.nimg, options.images), options.images)
 
-            # Report and save.
+            # Report, validate, save.
             late = options.minutes is not None and time.monotonic() - started > 60 * options.minutes
-            stopping = dist.any_rank(bool(stop))
-            finished = nimg >= options.images or dist.any_rank(late)
-            if nimg - reported >= options.report_images or finished:
-                reported, seconds = nimg, time.monotonic() - started
-                values = _average({**{k: float(v.detach()) for k, v in parts.items()}, **norms})
-                rate = {"time/images_per_sec": (nimg - first) / seconds, "time/loader_wait": waited / seconds}
-                log.write(nimg, {**values, **rate, "mem/peak_gib": peak_memory_gib()})
-            if nimg - saved >= options.checkpoint_images or finished or stopping:
-                saved = nimg
-                save()
-            if stopping and not finished:
+            flags = dist.any_of({"stop": bool(stop), "late": late, "writing": not writer.done})
+            finished = state.nimg >= options.images or flags["late"]
+            if not flags["writing"]:
+                writer.finish()
+            if crossed(state.nimg, size, options.report_images) or finished:
+                health = {"latent/spread": spread(micros[-1].fake, micros[-1].real)}
+                if discriminator is not None and moves_g:
+                    health |= logit_report(*said, micros[-1].mode == 0, verdict)
+                watching.report({**parts, **health, **norms}, pace)
+            best = watching.validate(finished or flags["stop"])
+            if crossed(state.nimg, size, options.checkpoint_images) or finished or flags["stop"] or best:
+                writer.spare = watching.spare()
+                state.save(writer, config)
+            if finished or flags["stop"]:
+                watching.panel()
+            if flags["stop"] and not finished:
+                writer.finish()
                 raise Interrupted(
-                    f"stopped at image {nimg}; safe on disk: {folder / f'{nimg:09d}'}; "
+                    f"stopped at image {state.nimg}; safe on disk: {folder / f'{state.nimg:09d}'}; "
                     "run the same command again to go on"
                 )
-    if not values and (lines := log.read()):
-        values = {k: v for k, v in lines[-1].items() if "/" in k}
+    writer.finish()
+    log.close()
     seconds = time.monotonic() - started
     newest = checkpoint.latest(folder)
     if newest is None:
         raise UserError(f"{out}: nothing to train, train.images is {options.images}")
+    lines = log.read()  # a validation has a line of its own
+    values = {k: v for line in lines if line["nimg"] == lines[-1]["nimg"] for k, v in line.items()}
     return TrainSummary(
         out=str(out),
-        images=nimg,
-        steps=steps,
+        images=state.nimg,
+        steps=state.steps,
         seconds=seconds,
-        images_per_sec=(nimg - first) / seconds if nimg > first else 0.0,
+        images_per_sec=(state.nimg - first) / seconds if state.nimg > first else 0.0,
         loss={k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")},
         checkpoint=str(newest.folder),
     )
 
 
-def _average(values: Mapping[str, float]) -> dict[str, float]:
-    """Means over the ranks on which a value is a number; left out where it is NaN on every rank."""
-    known = dist.mean({k: float(not math.isnan(v)) for k, v in values.items()})
-    sums = dist.mean({k: 0.0 if math.isnan(v) else v for k, v in values.items()})
-    return {k: sums[k] / known[k] for k in values if known[k] > 0}
+def crossed(nimg: int, size: int, interval: int) -> bool:
+    """Whether a multiple of `interval` lies in the last step's images: the same after a restart."""
+    return nimg // interval > (nimg - size) // interval
 
 
-def _logit_means(
-    real: Mapping[str, Tensor], fake: Mapping[str, Tensor], plain: Tensor, verdict: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Mean logits of real, plain fake and mismatched rows, and of each head's verdict on the student."""
-    each_fake = torch.stack([v.detach().float().mean((1, 2, 3)) for v in fake.values()]).mean(0)
-    plain = plain.to(each_fake.device)
-    means = {"logit/real": torch.stack([v.detach().float().mean() for v in real.values()]).mean()}
-    for name, rows in (("logit/fake", plain), ("logit/mismatched", ~plain)):
-        means[name] = each_fake[rows].mean()  # NaN without such rows
-    return means | {f"logit/student/{head}": v.detach().float().mean() for head, v in verdict.items()}
+def check_finite(name: str, norm: Tensor, parts: Mapping[str, Tensor], nimg: int, folder: Path) -> None:
+    """Raise FloatingPointError for a gradient norm that is not finite, before the optimizer's step.
+
+    The norm is over all ranks, so all of them raise; the text names this rank's first bad loss, if any.
+    """
+    if torch.isfinite(norm):
+        return
+    bad = {k: v for k, v in {**parts, name: norm}.items() if not torch.isfinite(v)}
+    culprit, value = next(iter(bad.items()))
+    last = checkpoint.latest(folder)
+    where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
+    raise FloatingPointError(
+        f"{culprit} is {value.item()} at image {nimg}; {where}; lower the learning rate in another --out"
+        + (f", from there with --set init={folder.parent}" if last else "")
+    )
+
+
+def _refuse(config: DistillConfig) -> None:
+    """What can be known before anything is loaded."""
+    for name in ("pairs", "teacher", *(["init"] if config.stage == "gan" else [])):
+        if not getattr(config, name):
+            raise SettingError(f"{name} is not set; give --{name}")
+    size, parts = config.train.batch_size, dist.world_size() * config.engine.accumulate
+    if size % parts:
+        raise SettingError(
+            f"train.batch_size {size} does not divide over {dist.world_size()} processes"
+            + (f" x {config.engine.accumulate} micro-batches" if config.engine.accumulate > 1 else "")
+        )
+    if config.stage == "gan":
+        refuse_single_rows(size // parts, config.gan.mix_fraction)
+    check_loggers(config.train.loggers)
+
+
+_MAY_CHANGE = {
+    "train": (
+        *("images", "minutes", "loader_workers", "report_images", "checkpoint_images", "keep_checkpoints"),
+        *("keep_best", "validate_images", "preview_prompts", "loggers", "sentinels"),
+    ),
+    # A run may go on past damage that it met, or with another cache; the order of its rows stays.
+    "data": ("skip_bad", "cache", "cache_gib", "text_cache"),
+    "engine": (
+        *("parallel", "shard_size", "accumulate", "activation_checkpointing", "compiler", "gpus"),
+        "async_checkpoints",
+    ),
+}
+"""Settings that a resumed run may have other values of: none changes what is learnt beyond rounding."""
+
+
+def _split_config(config: DistillConfig) -> dict[str, object]:
+    """The config as JSON, with what may change at a resume apart, under `length`."""
+    whole = to_json(config)
+    length = {name: whole[group].pop(name) for group, names in _MAY_CHANGE.items() for name in names}
+    return {**whole, "length": length}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 
 from core.errors import SettingError
@@ -65,6 +66,27 @@ class EvalRun:
                 raise SettingError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.noise_scale <= 2:
             raise SettingError(f"noise_scale is {self.noise_scale}; expected 0 (none) to 2 (1: as trained)")
+
+    def check_source(self) -> None:
+        """Raise SettingError unless one thing is to be measured, with settings that mean something for it."""
+        given = [name for name in ("student", "pipeline", "images") if getattr(self, name)]
+        if (
+            len(given) > 1
+            or (not given and not self.teacher)
+            or (self.teacher and given and given != ["student"])
+        ):
+            raise SettingError(
+                "give --student or --teacher, or --images, or --pipeline, to say what is measured: "
+                "one of them"
+            )
+        if self.noise_scale != 1 and self.student is None:
+            raise SettingError("noise_scale is a student's setting; leave it out")
+        if self.every and (self.student is None or not (Path(self.student) / "checkpoints").is_dir()):
+            raise SettingError("--every goes over a run's checkpoints; give --student the folder of a run")
+        if self.keep and self.images:
+            raise SettingError(
+                "--keep saves what a sampler draws, and --images are files already; leave it out"
+            )
 
     def weight_table(self) -> dict[str, str]:
         """`weights` by network."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from core import dist
 from core.errors import SettingError, UserError
 from core.progress import Progress, quiet
+from eval.frechet import subset_sizes
 from eval.networks import DREAMSIM, Networks, measures_of
 from eval.parts import Rows, Work
 from eval.protocol import ANY, PAIRED, Protocol, check_metrics
@@ -60,6 +61,7 @@ def evaluate(
         raise SettingError(f"metric {paired[0]!r} needs images to compare with; give --against")
     check_networks(protocol, networks)
     number = images_of(source, protocol, count, allow_fewer)
+    check_number(number, metrics, protocol, networks)
     real = reference() if callable(reference) else reference
     if real is not None:
         compared = {name: net for name, net in networks.sets.items() if name != DREAMSIM}
@@ -122,3 +124,19 @@ def images_of(source: Source, protocol: Protocol, count: int, allow_fewer: bool)
     if number < 2:
         raise UserError(f"{source.name}: got {number} image(s) to evaluate; expected at least 2")
     return number
+
+
+def check_number(number: int, metrics: tuple[str, ...], protocol: Protocol, networks: Networks) -> None:
+    """Raise UserError for too few images for a metric, before any is drawn."""
+    if {"pr", "dc"} & set(metrics) and number <= max(protocol.neighbours):
+        raise UserError(
+            f"precision and recall with k = {max(protocol.neighbours)} need more images than that, got "
+            f"{number}; make more, or leave pr and dc out"
+        )
+    if "is" in metrics and number < protocol.is_splits:
+        raise UserError(
+            f"the Inception score of {protocol.is_splits} splits needs as many images, got {number}; make "
+            "more, or leave is out"
+        )
+    if "fid_infinity" in metrics:
+        subset_sizes(number, networks.sets["features"].dim)

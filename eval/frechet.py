@@ -106,20 +106,16 @@ def frechet_infinity(
     generator: torch.Generator,
     *,
     points: int = 15,
-    smallest: int = 5000,
+    smallest: int = 0,
 ) -> FrechetInfinity:
     """FID-infinity (Chong & Forsyth 2020): the bias of the distance is linear in 1 / N, so fit and read at 0.
 
-    Distances to the reference of `points` random subsets of rows [N, D], of `smallest` to N rows evenly. The
-    value may be negative. Raises UserError for fewer than `smallest` + `points` rows.
+    Distances to the reference of `points` random subsets of rows [N, D], of `smallest` (0: their
+    5,000, or N / 2 where that is less) to N rows evenly. The value may be negative. Raises UserError as
+    `subset_sizes` does.
     """
-    if points < 3 or len(rows) < smallest + points:
-        raise UserError(
-            f"extrapolating takes 3 points or more and {smallest} + points rows, got {points} points and "
-            f"{len(rows)} rows; make more images or lower the smallest subset"
-        )
+    counts = subset_sizes(*rows.shape, points=points, smallest=smallest)
     distance = frechet_to(mean, covariance)
-    counts = [int(count) for count in np.linspace(smallest, len(rows), points)]
     distances = [distance(rows[torch.randperm(len(rows), generator=generator)[:count]]) for count in counts]
     inverse = 1 / np.array(counts)
     slope, intercept = np.polyfit(inverse, distances, 1)
@@ -132,3 +128,17 @@ def frechet_infinity(
         counts=tuple(counts),
         distances=tuple(distances),
     )
+
+
+def subset_sizes(rows: int, dim: int, *, points: int = 15, smallest: int = 0) -> list[int]:
+    """How many of `rows` rows each point of FID-infinity takes. Raises UserError where they are too few:
+    below two rows per feature the bias is no line.
+    """
+    smallest = smallest or min(5000, rows // 2)
+    if points < 3 or smallest < 2 * dim or rows < smallest + points:
+        raise UserError(
+            f"extrapolating the Frechet distance of {dim} features takes 3 points or more from {2 * dim} "
+            f"images on, got {points} points and subsets of {smallest} to {rows}; make more images, or "
+            "leave fid_infinity out"
+        )
+    return [int(count) for count in np.linspace(smallest, rows, points)]

@@ -1,5 +1,6 @@
 """Inception score: are single images recognisable, and all of them together various."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,11 @@ class InceptionScore:
     mean: float
     deviation: float
     splits: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, from the deviation of splits, which share no image; needs two of them."""
+        return self.deviation / math.sqrt(self.splits - 1)
 
 
 def inception_score(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from core.errors import SettingError, UserError
+from eval.pairwise import SPARE, closest
 
-_MARGIN = 8  # candidates beyond k that are measured exactly: more than one product's rounding can swap
 _QUERIES = 256  # generated rows at a time, so that the candidates of many queries stay small
 
 
@@ -32,31 +32,20 @@ def nearest(generated: Tensor, training: Iterable[Tensor], *, k: int) -> Nearest
     if k < 1:
         raise SettingError(f"k is {k}; expected 1 or more neighbours")
     queries = _checked(generated, "generated", generated.shape[1])
-    distances = torch.empty(len(queries), 0, dtype=torch.float64)
+    squared = torch.empty(len(queries), 0, dtype=torch.float64)
     indices = torch.empty(len(queries), 0, dtype=torch.int64)
-    count = 0
+    centre, count = queries.double().mean(0), 0
     for chunk in training:
         rows = _checked(chunk, "training", queries.shape[1])
-        found = [_in_chunk(part, rows, k) for part in queries.split(_QUERIES)]
-        distances = torch.cat([distances, torch.cat([near.distances for near in found])], 1)
-        indices = torch.cat([indices, torch.cat([near.indices for near in found]) + count], 1)
+        found = [closest(part, rows, centre, k + SPARE) for part in queries.split(_QUERIES)]
+        squared = torch.cat([squared, torch.cat([near for near, _ in found])], 1)
+        indices = torch.cat([indices, torch.cat([where for _, where in found]) + count], 1)
         # What is kept is sorted and of lower indices than what is new: a stable sort settles ties.
-        distances, order = (part[:, :k] for part in distances.sort(dim=1, stable=True))
+        squared, order = (part[:, :k] for part in squared.sort(dim=1, stable=True))
         indices, count = indices.gather(1, order), count + len(rows)
     if count < k:
         raise UserError(f"the training set has {count} images; {k} nearest neighbours need at least {k}")
-    return Nearest(distances=distances, indices=indices)
-
-
-def _in_chunk(queries: Tensor, rows: Tensor, k: int) -> Nearest:
-    """Candidates by products, which are fast; their distances by differences, which are exact."""
-    centre = queries.mean(0)  # products lose digits far from the origin
-    a, b = queries - centre, rows - centre
-    squared = b.square().sum(1) - 2 * a @ b.T  # up to a constant per query
-    candidates = squared.topk(min(k + _MARGIN, len(rows)), dim=1, largest=False).indices.sort(dim=1).values
-    distances = (rows[candidates] - queries[:, None]).square().sum(2).sqrt()
-    distances, order = (part[:, :k] for part in distances.sort(dim=1, stable=True))
-    return Nearest(distances=distances, indices=candidates.gather(1, order))
+    return Nearest(distances=squared.sqrt(), indices=indices)
 
 
 def _checked(rows: Tensor, name: str, width: int) -> Tensor:
@@ -66,4 +55,4 @@ def _checked(rows: Tensor, name: str, width: int) -> Tensor:
         )
     if not rows.isfinite().all():
         raise UserError(f"{name} features hold a value that is not finite; look for a broken image")
-    return rows.double().cpu()
+    return rows.cpu()

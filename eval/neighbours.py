@@ -1,6 +1,6 @@
 """Improved precision and recall, density and coverage: fidelity and diversity by nearest neighbours."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from eval.pairwise import Block, Rows, blocks, reaches
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbours:
-    """Fractions in [0, 1]; density may exceed 1."""
+    """Fractions in [0, 1]; density may exceed 1, and has a standard error: other fakes, the same balls."""
 
     precision: float
     recall: float
     density: float
     coverage: float
+    density_error: float = field(default=0.0, compare=False)
 
 
 def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -> Neighbours:
@@ -60,6 +61,7 @@ def precision_recalls(
             recall=_share(recalled[i]),
             density=balls[i].double().sum().item() / (k * len(fake)),
             coverage=_share(covered[i]),
+            density_error=balls[i].double().std().item() / (k * len(fake) ** 0.5),
         )
         for i, k in enumerate(ks)
     }

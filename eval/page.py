@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -12,7 +13,7 @@ from eval.evaluate import Evaluation
 from eval.gallery import Better, Pictures, Ranking, rank
 from eval.html import Latency, Metric, ReportData
 from eval.resize import NATIVE
-from eval.result import label_table
+from eval.result import EvalResult, label_table
 from eval.source import Source
 from eval.svg import Curve
 
@@ -55,9 +56,8 @@ def better(key: str) -> Better:
     return "" if key in NEUTRAL else "lower" if key in LOWER else "higher"
 
 
-def metrics_of(evaluations: Mapping[str, Evaluation]) -> list[Metric]:
-    """Every number of every evaluation, beside the others'."""
-    results = {name: evaluation.result for name, evaluation in evaluations.items()}
+def metrics_of(results: Mapping[str, EvalResult]) -> list[Metric]:
+    """Every number of every result, beside the others'."""
     keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
     labels = label_table(next(iter(results.values())).models)
     return [
@@ -71,12 +71,19 @@ def metrics_of(evaluations: Mapping[str, Evaluation]) -> list[Metric]:
     ]
 
 
+def beside_name(name: str, other: Source) -> str:
+    """What to call the other side of pairs: teacher, or the folder that holds its images."""
+    kind = str(other.facts["kind"])
+    shown = Path(other.name).name if kind == "images" else kind
+    return "beside" if shown == name else shown
+
+
 def rankings(name: str, source: Source, evaluation: Evaluation, other: Source | None = None) -> list[Ranking]:
     """The images that score worst and best, by what was measured of each."""
     rows, labels = evaluation.rows, label_table(evaluation.result.models)
     columns = {name: Numbered(source, len(rows))}
     if other is not None:
-        columns["beside"] = Numbered(other, len(rows))
+        columns[beside_name(name, other)] = Numbered(other, len(rows))
     return [
         rank(
             labels.get(key, key),
@@ -132,18 +139,18 @@ def report_data(
     beside = []
     if other is not None:
         pair = min(BESIDE, count)
-        columns = {name: shown[:pair], other.name: first_images(other, pair)}
-        beside = [Pictures(title="The same noise", columns=columns, prompts=_told(prompts[:pair]))]
+        columns = {name: shown[:pair], beside_name(name, other): first_images(other, pair)}
+        beside = [Pictures(title="Same noise, same prompt", columns=columns, prompts=_told(prompts[:pair]))]
     return ReportData(
         title=f"{name} under {result.protocol}",
         protocol=result.protocol,
         protocol_sha256=result.protocol_sha256,
         settings=result.settings,
-        sources={name: source.name} | ({"beside": other.name} if other else {}),
+        sources={name: source.name} | ({beside_name(name, other): other.name} if other else {}),
         models=result.models,
         counts=result.counts,
         notes=result.notes,
-        metrics=metrics_of({name: evaluation}),
+        metrics=metrics_of({name: result}),
         beside=beside,
         grids=[Pictures(title=f"The first {count}", columns={name: shown}, prompts=_told(prompts[:count]))],
         rankings=rankings(name, source, evaluation, other),

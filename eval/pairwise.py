@@ -122,7 +122,8 @@ def reaches(a: Rows, ranks: Sequence[int], chunk: int) -> Tensor:
     if keep < number:  # a row that was left out may be as near
         doubtful = (squared[:, most - 1] > best[:, -1].double() - bound).nonzero()[:, 0]
         for chosen in blocks(len(doubtful), max(1, chunk * chunk // number)):
-            squared[doubtful[chosen]] = _reaches_fine(a, doubtful[chosen], keep)
+            part = doubtful[chosen]
+            squared[part] = closest(a.exact[part], a.exact, a.centre, keep, itself=part)[0]
     return squared[:, wanted]
 
 
@@ -135,10 +136,18 @@ def _merge(best: Tensor, where: Tensor, squared: Tensor, start: int) -> None:
     where.copy_(numbers.gather(1, order))
 
 
-def _reaches_fine(a: Rows, part: Tensor, keep: int) -> Tensor:
-    """The `keep` smallest of rows `part` [n], picked by float64 products, measured by differences."""
-    x, y = a.centred(part, torch.float64), a.centred(slice(None), torch.float64)
-    squared, _ = _products(x, x.square().sum(1), y, y.square().sum(1))
-    squared[torch.arange(len(part), device=part.device), part] = torch.inf
-    nearest = squared.topk(keep, largest=False).indices
-    return measure(a.exact[part, None], a.exact[nearest]).sort(dim=1).values
+def closest(
+    x: Tensor, y: Tensor, centre: Tensor, count: int, itself: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Squared distances [n, count], ascending, of rows x [n, D] to the nearest of y [m, D], and their places.
+
+    Picked by float64 products around `centre` [D], measured by differences. Ties go to the lower place;
+    `itself` [n]: the row of y that is no neighbour of a row of x.
+    """
+    a, b = x.double() - centre, y.double() - centre
+    squared, _ = _products(a, a.square().sum(1), b, b.square().sum(1))
+    if itself is not None:
+        squared[torch.arange(len(x), device=x.device), itself] = torch.inf
+    where = squared.topk(min(count, len(y)), largest=False).indices.sort(dim=1).values
+    squared, order = measure(x[:, None], y[where]).sort(dim=1, stable=True)
+    return squared, where.gather(1, order)

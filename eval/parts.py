@@ -1,5 +1,6 @@
 """What was measured, image by image, and the files that keep it while a run is under way."""
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -81,16 +82,24 @@ def open_work(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def store(path: Path, rows: Rows) -> None:
     """Write a finished part: whole or not there. Raises UserError when the disk refuses."""
+    write_whole(path, _packed([rows]))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all, readable to whom the umask lets read (safetensors' own writer hides
+    its files from all others). Raises UserError when the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(_packed([rows]))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may never have come to be
+            temporary.unlink()
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space, then run the same command again"
         ) from error

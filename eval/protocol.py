@@ -74,7 +74,7 @@ class Protocol:
     kid_subset_size: int = 1_000
     is_splits: int = 10
     diversity_images: int = 4
-    seed: int = 0
+    seed: int = 1_000  # not that of training pairs, 0 unless told: a student is measured on noise new to it
     metrics: tuple[str, ...] = ("fid", "kid", "clip", "pr")
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """Reference statistics in one file: what real images look like to each network, and the prompts of them."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from core.config import differing
 from core.errors import UserError
 from eval.nets import FeatureNet
+from eval.parts import write_whole
 from eval.protocol import Protocol
 from eval.stats import FeatureStats, Origin
 
@@ -51,14 +51,7 @@ class Reference:
             bytearray(json.dumps(list(self.prompts)).encode()), dtype=torch.uint8
         )
         facts = {"version": VERSION, "facts": dict(self.facts), "origins": origins}
-        partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, {"d2g_reference": json.dumps(facts, sort_keys=True)})
-            os.replace(partial, file)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write {file}: {error}; free space or choose another place") from error
+        write_whole(file, save(tensors, {"d2g_reference": json.dumps(facts, sort_keys=True)}))
 
     @classmethod
     def load(cls, file: Path) -> "Reference":

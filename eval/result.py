@@ -102,7 +102,7 @@ def shown(value: float, interval: Sequence[float] | None) -> str:
 
 
 def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
-    """Rows {name, fid, clip_score, …} of several results, sorted by name.
+    """Rows {name, fid, clip_score, …, ci} of several results, sorted by name.
 
     Raises UserError unless all share protocol, networks, reference and counts, naming what differs: other
     numbers do not compare.
@@ -115,7 +115,12 @@ def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
         if differ := _differing(first, results[name]):
             raise UserError(f"{names[0]} and {name} do not compare: {'; '.join(differ)}; evaluate them alike")
     return [
-        {"name": name, **{key: getattr(results[name], key) for key in HEADLINES}, **results[name].extra}
+        {
+            "name": name,
+            **{key: getattr(results[name], key) for key in HEADLINES},
+            **results[name].extra,
+            "ci": results[name].ci,
+        }
         for name in names
     ]
 

@@ -116,6 +116,7 @@ def _measured(
         if pairs:
             twin = next(others, None)
             assert twin is not None and len(twin) == len(drawn)
+            _check_twin(source, drawn, other, twin)
             for name, pair in pairs.items():
                 images, theirs = drawn.views[pair.size], twin.views[pair.size]
                 _check_sizes(source, images, other, theirs)
@@ -149,6 +150,17 @@ def _check_sizes(source: Source, images: Tensor, other: Source | None, others: T
         raise UserError(
             f"{source.name} gives {width}x{height} pixels and {name} {wide}x{high}; pairs must be of one size"
         )
+
+
+def _check_twin(source: Source, drawn: Drawn, other: Source | None, twin: Drawn) -> None:
+    """Pairs are of one prompt, where both sides know theirs: a kept folder may be another protocol's."""
+    for offset, (text, theirs) in enumerate(zip(drawn.prompts, twin.prompts, strict=True)):
+        if text and theirs and text != theirs:
+            name = other.name if other is not None else ""
+            raise UserError(
+                f"image {drawn.first + offset} of {source.name} shows {text[:80]!r}, of {name} "
+                f"{theirs[:80]!r}; pairs are of one prompt and noise, make both under one protocol and seed"
+            )
 
 
 def _check_prompts(drawn: Drawn, measures: Mapping[str, Measure]) -> None:

@@ -73,7 +73,8 @@ def summarise(
             limit = frechet_infinity(fakes["features"].rows, real.mean, real.covariance, generator(seed, 4))
             numbers.add("fid_infinity", limit.value, around(limit.value, limit.standard_error))
         if "cmmd" in metrics:
-            numbers.add("cmmd", cmmd(fakes["cmmd"].rows, reference.stats["cmmd"].rows))
+            found = cmmd(fakes["cmmd"].rows, reference.stats["cmmd"].rows)
+            numbers.add("cmmd", found.value, around(found.value, found.standard_error))
         if {"kid", "pr", "dc"} & set(metrics):
             counts |= _neighbourhood(
                 reference.stats["features"], fakes["features"], protocol, metrics, numbers
@@ -84,7 +85,7 @@ def summarise(
         score = inception_score(
             net.classifier(rows.values["features"]), generator(seed, 5), splits=protocol.is_splits
         )
-        numbers.add("is", score.mean)
+        numbers.add("is", score.mean, around(score.mean, score.standard_error) if score.splits > 1 else None)
         numbers.add("is_deviation", score.deviation)
     if "dreamsim_diversity" in metrics:
         embedded, prompts = _with_more(rows, more)
@@ -143,8 +144,7 @@ def _neighbourhood(
     if "kid" in metrics:
         subsets, size = protocol.kid_subsets, protocol.kid_subset_size
         found = kernel_distance(b, a, generator(protocol.seed, 1), subsets=subsets, size=size)
-        whole = found.size == min(len(a), len(b))  # then all subsets are one, and say nothing of chance
-        numbers.add("kid", found.mean, None if whole else around(found.mean, found.standard_error))
+        numbers.add("kid", found.mean, around(found.mean, found.standard_error))
     if {"pr", "dc"} & set(metrics):
         by_k = {str(k): asdict(n) for k, n in precision_recalls(a, b, ks=protocol.neighbours).items()}
         numbers.neighbours = by_k
@@ -153,7 +153,7 @@ def _neighbourhood(
             numbers.add("precision", first["precision"], wilson(first["precision"], len(b)))
             numbers.add("recall", first["recall"], wilson(first["recall"], len(a)))
         if "dc" in metrics:
-            numbers.add("density", first["density"])
+            numbers.add("density", first["density"], around(first["density"], first["density_error"]))
             numbers.add("coverage", first["coverage"], wilson(first["coverage"], len(a)))
     return {"pr_images": len(b), "pr_reference": len(a)}
 

@@ -7,7 +7,7 @@ the very same transform reaches both latents of a distance.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -91,6 +91,12 @@ def draw(
         centre=uniform[:, 9:11],
         cutout=config.cutout,
     )
+
+
+def take(params: AugmentParams, rows: slice) -> AugmentParams:
+    """The transforms of some of the samples."""
+    changes = {f.name: v[rows] for f in fields(params) if isinstance(v := getattr(params, f.name), Tensor)}
+    return replace(params, **changes)
 
 
 def apply(x: Tensor, params: AugmentParams) -> Tensor:

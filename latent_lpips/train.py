@@ -201,8 +201,26 @@ def calibrate(
     train, held = split(len(triplets.judge), config.held_out, seed)
     means0 = _channel_means(metric, triplets.ref, triplets.p0, progress)
     means1 = _channel_means(metric, triplets.ref, triplets.p1, progress)
+    judge = triplets.judge.to(means0.device).float()
+    fit_heads(metric, means0, means1, judge, train, config, seed, progress)
+    held = held.to(means0.device)
+    weights = torch.cat(list(metric.heads))
+    return agreement(means0[held] @ weights, means1[held] @ weights, judge[held])
+
+
+def fit_heads(
+    metric: LatentLPIPS,
+    means0: Tensor,
+    means1: Tensor,
+    judge: Tensor,
+    train: Tensor,
+    config: CalibrateConfig,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> None:
+    """Fit the heads, in place, on the rows `train` of the channel averages means0, means1 [N, sum of
+    channels] between ref and p0, p1, and of judge [N]; all on one device. Starts at the heads as they are."""
     device = means0.device
-    judge = triplets.judge.to(device).float()
     with _seeded(seed, device):
         weights = nn.Parameter(torch.cat([w.detach().clone() for w in metric.heads]))
         ranking = RankingNet().to(device)
@@ -224,8 +242,6 @@ def calibrate(
     with torch.no_grad():
         for head, fitted in zip(metric.heads, torch.split(weights, list(metric.config.widths)), strict=True):
             head.copy_(fitted)
-        held = held.to(device)
-        return agreement(means0[held] @ weights, means1[held] @ weights, judge[held])
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ MIN_SIZE = 4
 CONVS = (2, 2, 3, 3, 3)
 POOLED_STAGES = (3, 4)
 GROUPS = 32
-EXACT_CONVS = 7
-"""A bf16 trunk keeps its first three stages in fp32, 18 % of the work. Their rounding would be most of the
+EXACT_CONVS = 5
+"""A bf16 trunk keeps its first five convolutions in fp32, 6 % of the work. Their rounding would be most of the
 error: it flips ReLUs in every later layer, and gradients with them."""
 
 
@@ -131,7 +131,7 @@ def folded(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
     """The same features without batch norms: running statistics go into the convolutions.
 
     A frozen trunk never updates them, and a convolution alone is faster. Returns a trunk with norm `none`,
-    no classifier and channels-last weights, computed in float64 and rounded once: to fp32, or from the eighth
+    no classifier and channels-last weights, computed in float64 and rounded once: to fp32, or from the sixth
     convolution on to bf16 where `precision` says so (see `convolution_dtype`).
     """
     plain = VGG16(LPIPSConfig(channels=trunk.config.channels, width=trunk.config.width, norm="none"))

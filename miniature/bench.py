@@ -39,7 +39,7 @@ class Bench:
         self.protocol = protocol if config.seed is None else replace(protocol, seed=config.seed)
         self.metrics = config.metrics or self.protocol.metrics
         check_metrics(self.metrics)
-        _check_what(config)
+        config.check_source()
 
     @property
     def scenes(self) -> bool:
@@ -225,25 +225,6 @@ class Bench:
             }
             open_work(folder, facts)
         return Work(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
-
-
-def _check_what(config: EvalRun) -> None:
-    """Raise SettingError unless one thing is to be measured, with settings that mean something for it."""
-    given = [name for name in ("student", "pipeline", "images") if getattr(config, name)]
-    if (
-        len(given) > 1
-        or (not given and not config.teacher)
-        or (config.teacher and given and given != ["student"])
-    ):
-        raise SettingError(
-            "give --student or --teacher, or --images, or --pipeline, to say what is measured: one of them"
-        )
-    if config.noise_scale != 1 and config.student is None:
-        raise SettingError("noise_scale is a student's setting; leave it out")
-    if config.every and (config.student is None or not (Path(config.student) / "checkpoints").is_dir()):
-        raise SettingError("--every goes over a run's checkpoints; give --student the folder of a run")
-    if config.keep and config.images:
-        raise SettingError("--keep saves what a sampler draws, and --images are files already; leave it out")
 
 
 def read_list(path: Path) -> list[str]:

@@ -51,7 +51,7 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
     if config.run.out is not None and dist.rank() == 0:
         out = Path(config.run.out)
         rows = [{**row, "label": f"{row[config.setting]:g}"} for row in made["points"]]
-        curve = fid_clip_curve({config.setting: rows}, label=label_table(made["models"])["fid"])
+        curve = fid_clip_curve({config.setting: rows}, label=made["labels"]["fid"])
         write_atomically(out / "curve.json", json.dumps(made, indent=1))
         plot_curve(curve, out / "curve.png")
         _write_report(out, points, config.setting, [curve])
@@ -140,6 +140,7 @@ def _facts(points: Sequence[Point], setting: str) -> dict[str, Any]:
         "protocol_sha256": first.protocol_sha256,
         "setting": setting,
         "points": [point.row(setting) for point in points],
+        "labels": {key: label_table(first.models).get(key, key) for key in first.numbers()},
         "models": first.models,
         "notes": first.notes,
     }
@@ -147,7 +148,7 @@ def _facts(points: Sequence[Point], setting: str) -> dict[str, Any]:
 
 def _over_training(made: Mapping[str, Any]) -> list[Curve]:
     """Each number over the images trained on."""
-    labels, rows = label_table(made["models"]), made["points"]
+    labels, rows = made["labels"], made["points"]
     keys = [key for key in rows[0] if key not in ("images", "ci")]
     return [
         Curve(
@@ -163,6 +164,6 @@ def _over_training(made: Mapping[str, Any]) -> list[Curve]:
 def _write_report(out: Path, points: Sequence[Point], setting: str, curves: Sequence[Curve]) -> None:
     last = points[-1]
     data = report_data(str(last.source.facts["kind"]), last.source, last.evaluation, curves=curves)
-    named = {f"{setting} {point.value:g}": point.evaluation for point in points}
+    named = {f"{setting} {point.value:g}": point.evaluation.result for point in points}
     title = f"{last.evaluation.result.protocol}, over {setting}"
     write_report(out / "report.html", replace(data, title=title, metrics=metrics_of(named)))

@@ -16,8 +16,8 @@ from core.pictures import grid, save_png
 from core.progress import Progress, quiet
 from core.runlog import read_stats
 from core.seeds import noise
-from distill.config import PRESETS as DISTILL_PRESETS
 from distill.config import DistillConfig
+from distill.presets import PRESETS as DISTILL_PRESETS
 from distill.sample import OneStep, load_one_step, naive_one_step
 from distill.train import train
 from eval.build_reference import build_reference

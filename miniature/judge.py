@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from core import dist
 from core.checkpoint import write_atomically
-from core.errors import SettingError, UserError
+from core.errors import SettingError
 from core.progress import Progress, quiet
 from eval.build_reference import build_reference, keep_reference, reference_files
 from eval.config import EvalRun
@@ -22,9 +21,9 @@ from eval.html import write_report
 from eval.images import open_images
 from eval.nearest import nearest
 from eval.page import Numbered, first_images, report_data
-from eval.parts import Work
+from eval.parts import Work, write_whole
 from eval.preference import win_rate
-from eval.result import EvalResult, compare
+from eval.result import EvalResult, compare, label_table
 from eval.source import Source, image_source
 from eval.speed import measure_latency
 from eval.stream import Measure, measure_source
@@ -79,10 +78,7 @@ def _write(bench: Bench, source: Source, found: Evaluation) -> None:
     folder = Path(out)
     write_atomically(folder / "result.json", text)
     scores = {name: rows.contiguous() for name, rows in found.rows.values.items() if rows.ndim == 1}
-    try:
-        save_file(scores, folder / "rows.safetensors", {"prompts": json.dumps(found.rows.prompts)})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder / 'rows.safetensors'}: {error}; free space") from error
+    write_whole(folder / "rows.safetensors", save(scores, {"prompts": json.dumps(found.rows.prompts)}))
     data = report_data(
         _name(source), source, found, other=bench.other, nearest=_nearest(bench, source, found)
     )
@@ -149,9 +145,8 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
 
 
 def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
-    """A row per result, and who wins how often by PickScore, where scores of each image were kept.
-
-    Raises UserError for results that do not compare.
+    """A row per result, what to call its numbers, and who wins how often by PickScore, where the scores of
+    each image were kept. Raises UserError for results that do not compare.
     """
     results = {str(path): EvalResult.load(path) for path in paths}
     rows = compare(results)
@@ -174,7 +169,17 @@ def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
                     "losses": found.losses,
                 }
             )
-    return {"results": rows, "pickscore_wins": wins}
+    models = {name: facts for result in results.values() for name, facts in result.models.items()}
+    any_of = next(iter(results.values()))
+    labels = label_table(models)
+    keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
+    return {
+        "protocol": any_of.protocol,
+        "protocol_sha256": any_of.protocol_sha256,
+        "labels": {key: labels.get(key, key) for key in keys},
+        "results": rows,
+        "pickscore_wins": wins,
+    }
 
 
 def _scores(folder: Path) -> Tensor | None:

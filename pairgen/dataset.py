@@ -4,18 +4,30 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from core.errors import SettingError, UserError
 from core.shuffle import permuted_batch
-from pairgen.reader import PairReader
-from pairgen.store import PairBatch
+from pairgen.store import PairBatch, StoreSpec
 
 ORDERED = 4096  # positions whose order is computed at a time
 AHEAD = 4  # batches of a full shuffle that are announced before they are read
+
+
+class PairRows(Protocol):
+    """Rows by position: a PairReader, or what reads like one."""
+
+    @property
+    def spec(self) -> StoreSpec: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Sequence[int], dtype: torch.dtype | None = torch.float32) -> PairBatch: ...
+
+    def prefetch(self, rows: Sequence[int], block: int = 1) -> None: ...
 
 
 class PairDataset(Dataset[PairBatch]):
@@ -27,7 +39,7 @@ class PairDataset(Dataset[PairBatch]):
     dtype: of noise and latent; None leaves them as stored, mostly half the bytes to move.
     """
 
-    def __init__(self, reader: PairReader, dtype: torch.dtype | None = torch.float32) -> None:
+    def __init__(self, reader: PairRows, dtype: torch.dtype | None = torch.float32) -> None:
         self.reader, self.dtype = reader, dtype
 
     def __len__(self) -> int:
@@ -113,7 +125,7 @@ class _Answers(Dataset[PairBatch | UserError]):
 
 
 def pair_loader(
-    reader: PairReader,
+    reader: PairRows,
     sampler: PairSampler,
     *,
     workers: int = 0,

@@ -1,5 +1,6 @@
 """Small whole jobs for tests, and the command line in forked processes: real signals, limits, codes."""
 
+import json
 import os
 import resource
 import signal
@@ -31,6 +32,7 @@ TRAIN = TrainConfig(
     loader_workers=0,
     report_images=BATCH,
     checkpoint_images=1_000_000,
+    sentinels="off",  # such short runs of random networks look like anything
 )
 
 
@@ -54,7 +56,7 @@ def distill_arguments(config: DistillConfig, out: Path, *settings: str) -> list[
     given = ["--pairs", config.pairs, "--teacher", config.teacher, "--out", str(out), "--preset", "miniature"]
     given += ["--init", config.init] if config.init else []
     train = {name: getattr(config.train, name) for name in TrainConfig.__dataclass_fields__}
-    sets = [f"train.{name}={'null' if value is None else value}" for name, value in train.items()]
+    sets = [f"train.{name}={json.dumps(value)}" for name, value in train.items()]
     return ["distill", config.stage, *given, *(part for s in (*sets, *settings) for part in ("--set", s))]
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import cli
 import tiny
 from eval.features import new_clip, save_clip
+from eval.html_parts import shown
 from jobs import distill_arguments, distill_config
 from pairgen.reader import PairReader
 
@@ -410,6 +411,10 @@ def test_eval_of_a_student_and_its_comparison(
         assert found[stage]["counts"] == {"images": 8, "reference": 10, "pr_images": 8, "pr_reference": 10}
     rows = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json", "--json").json["results"]
     assert {Path(row["name"]).stem: row["fid"] for row in rows} == {s: found[s]["fid"] for s in found}
+    said = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json").out
+    for stage in found:
+        assert shown(found[stage]["fid"], found[stage]["ci"]["fid"])[0] in said, stage
+    assert "CLIP score" in said and "{" not in said
 
 
 def test_eval_of_a_teacher(d2g: Any, job: Path, teacher: Path, pictures: Path, clip: Path) -> None:
@@ -430,6 +435,8 @@ def test_eval_stats_from_a_folder_and_a_curve_with_them(
     curve = d2g("eval", "curve", *words, *networks).json
     assert [point["steps"] for point in curve["points"]] == [1, 2]
     assert {"fid", "clip_score"} <= set(curve["points"][0]) and (tmp_path / "curve" / "curve.png").is_file()
+    said = d2g("eval", "curve", *words, *networks[:-1]).out
+    assert f"{curve['points'][1]['fid']:.4g}" in said and "CLIP score" in said and "{" not in said
 
 
 def test_eval_protocols(d2g: Any) -> None:
@@ -442,8 +449,9 @@ def test_eval_protocols(d2g: Any) -> None:
 
 def test_eval_for_people(d2g: Any, job: Path, clip: Path) -> None:
     words = ["--student", job / "gan", "--prompts", job / "prompts.txt", "--metrics", "clip", "--clip", clip]
-    said = d2g("eval", "run", *words)
+    said = d2g("eval", "run", *words, "--latency", "--set", "latency_repeats=1")
     assert said.code == 0 and "CLIP score" in said.out and "6 images" in said.out, said.err
+    assert "student, an image" in said.out and "teacher, an image" in said.out and "ms at batch 1" in said.out
 
 
 def test_lpips_distance(d2g: Any, teacher: Path, pictures: Path) -> None:

@@ -1,12 +1,15 @@
 """core.runlog: one config per run folder, and lines that follow the checkpoint a run resumes from."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from core.errors import UserError
-from core.runlog import RunLog, peak_memory_gib, read_stats
+from core.runlog import Pace, RunLog, peak_memory_gib, read_stats
 
 CONFIG = {"seed": 1, "optim": {"lr": 1e-4, "betas": [0.9, 0.999]}, "train": {"images": 100}}
 
@@ -57,6 +60,40 @@ def test_rewind_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path: Pa
 def test_rewind_of_a_run_without_lines_makes_no_file(tmp_path: Path) -> None:
     RunLog(tmp_path, CONFIG).rewind(0)
     assert not (tmp_path / "stats.jsonl").exists()
+
+
+def test_a_line_that_is_half_there_does_not_count_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    """A reader may look while the run writes."""
+    log = RunLog(tmp_path, CONFIG)
+    for nimg in (10, 20):
+        log.write(nimg, {"loss/g": 1.0})
+    whole = (tmp_path / "stats.jsonl").read_text()
+    for cut in range(len(whole.splitlines()[0]) + 1, len(whole)):
+        (tmp_path / "stats.jsonl").write_text(whole[:cut])
+        assert [line["nimg"] for line in read_stats(tmp_path)] == [10], whole[:cut]
+    for damage in ('{"nimg": 1', "[1]", '{"loss/g": 1.0}', '"text"'):
+        (tmp_path / "stats.jsonl").write_text(f"{whole}{damage}\n{whole}")
+        with pytest.raises(UserError, match=r"stats\.jsonl: line 3 is damaged .*; delete that line"):
+            read_stats(tmp_path)
+
+
+def test_pace_counts_since_the_last_report_and_hours_over_restarts() -> None:
+    pace = Pace([{"nimg": 5, "time/device_hours": 2.0}, {"nimg": 9}], 100, devices=8)
+    with pace.waiting():
+        time.sleep(0.02)
+    first = pace.report(300)
+    assert 0.02 / 60 < first["time/loader_wait"] <= 1 and 0 < first["time/images_per_sec"] <= 200 / 0.02
+    assert 2.0 + 8 * 0.02 / 3600 <= first["time/device_hours"] < 2.1 and first["mem/peak_gib"] > 0
+    second = pace.report(300)
+    assert second["time/loader_wait"] == 0 and second["time/images_per_sec"] == 0
+    assert second["time/device_hours"] > first["time/device_hours"]
+
+
+def test_pictures_lie_in_previews_with_their_text(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, CONFIG)
+    log.picture(1280, "pairs", torch.full((3, 4, 5), 7, dtype=torch.uint8), {"prompts": "a red cube"})
+    with Image.open(tmp_path / "previews" / "pairs-000001280.png") as image:
+        assert image.size == (5, 4) and image.info == {"prompts": "a red cube"}
 
 
 def test_unwritable_places_are_user_errors(tmp_path: Path) -> None:

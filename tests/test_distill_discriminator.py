@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny_teachers
 from core import pretrained
 from core.errors import UserError
 from core.seeds import generator
+from core.text import Text
 from distill.config import DiscriminatorConfig
 from distill.discriminator import Discriminator, added_parameters, discriminator_from_teacher
 from distill.losses import discriminator_loss
@@ -50,6 +52,10 @@ def inputs(batch: int = 3, size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor
 
 def build(teacher: Path, **settings: Any) -> Discriminator:
     return discriminator_from_teacher(str(teacher), DiscriminatorConfig(**settings), generator(3))
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -150,7 +156,11 @@ def test_the_generator_draws_the_heads_and_the_rest_is_the_teacher(teacher: Path
     differ = {name for name in a.state_dict() if not torch.equal(a.state_dict()[name], c.state_dict()[name])}
     assert differ == {f"heads.{name}.weight" for name in a.heads}
     original = pretrained.load_unet(str(teacher)).state_dict()
-    assert equal(original, a.unet.state_dict())
+    enlarging = {
+        f"up_blocks.{name.replace('.', '.upsamplers.', 1)}": value
+        for name, value in a.upsamplers.state_dict().items()
+    }
+    assert enlarging and equal(original, a.unet.state_dict() | enlarging)
 
 
 def test_layout_at_stable_diffusions_size() -> None:
@@ -167,7 +177,7 @@ def test_layout_at_stable_diffusions_size() -> None:
     assert {k: v.shape[2:] for k, v in logits.items()} == {
         f"{s}_{place}": (8 << s, 8 << s) for s in range(4) for place in ("before", "skip", "after")
     }
-    assert sum(p.numel() for p in discriminator.unet.parameters()) == 859_520_964
+    assert parameters(discriminator) - added_parameters(discriminator) == 859_520_964
     # conv_z 11,840; resized inputs 11,840 + 23,680 + 47,360; heads 11,520 weights and 12 biases
     assert added_parameters(discriminator) == 11_840 + 82_880 + 11_532 == 106_252
     assert 0.029e6 <= added_parameters(discriminator) <= 0.129e6
@@ -176,24 +186,149 @@ def test_layout_at_stable_diffusions_size() -> None:
 def test_layout_at_sdxls_size() -> None:
     with torch.device("meta"):
         discriminator = Discriminator(pretrained.new_unet(**SDXL), DiscriminatorConfig())
+        x = torch.empty(1, 4, 128, 128)
+        logits = discriminator(x, x, Text(torch.empty(1, 77, 2048), torch.empty(1, 1280)))
     widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
     assert [widths[f"{s}_before"] for s in range(3)] == [1280, 1280, 640]
     assert [widths[f"{s}_skip"] for s in range(3)] == [1280, 640, 320]
     assert [widths[f"{s}_after"] for s in range(3)] == [1280, 640, 320]
-    assert len(widths) == 9 and sum(p.numel() for p in discriminator.unet.parameters()) == 2_567_463_684
+    assert len(logits) == len(widths) == 9
+    assert parameters(discriminator) - added_parameters(discriminator) == 2_567_463_684
 
 
-def test_other_blocks_are_refused() -> None:
-    unet = pretrained.new_unet(
-        sample_size=4,
-        block_out_channels=(8, 8),
+def test_sdxls_discriminator_is_told_the_pooled_text_and_the_pictures_size(tmp_path: Path) -> None:
+    """Its trunk is diffusers' forward with added conditions, which decide every head but the first skip."""
+    tiny_teachers.save_sdxl(tmp_path)
+    discriminator = build(tmp_path)
+    rng = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(2, 4, 4, 4, generator=rng) for _ in range(2))
+    text = Text(torch.randn(2, 12, 40, generator=rng), torch.randn(2, 24, generator=rng))
+    sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 2)
+    seen: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        plain = discriminator(x, noise, text)
+        unet = discriminator.unet
+        found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+        added = {"text_embeds": text.pooled, "time_ids": sizes}
+        expected = pretrained.load_unet(str(tmp_path))(x, 0, text.hidden, added_cond_kwargs=added).sample
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert equal(plain, discriminator(x, noise, Text(text.hidden, text.pooled, sizes)))
+        others = [Text(text.hidden, -text.pooled), Text(text.hidden, text.pooled, sizes + 400)]  # type: ignore[operator]
+        for other in others:
+            changed = discriminator(x, noise, other)
+            assert all((plain[k] - changed[k]).abs().max() > 1e-6 for k in plain)
+    with pytest.raises(AssertionError, match="pooled"):
+        discriminator(x, noise, text.hidden)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "sd2": dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        use_linear_projection=True,
+        attention_head_dim=(2, 4),
+        layers_per_block=2,
+    ),
+    "only cross attention": dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        only_cross_attention=True,
+        center_input_sample=True,
+    ),
+    "layers by block": dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=(1, 2),
+        transformer_layers_per_block=(2, 1),
+    ),
+    "simple cross attention": dict(
+        down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+    ),
+    "no middle": dict(
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         mid_block_type=None,
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=16,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_unet(name: str) -> None:
+    """diffusers' own forward as judge."""
+    torch.manual_seed(0)
+    settings = dict(
+        layers_per_block=1, norm_num_groups=4, attention_head_dim=2, cross_attention_dim=16, sample_size=4
     )
-    with pytest.raises(UserError, match=r"U-Net has a AttnDownBlock2D; supported are DownBlock2D, CrossAttn"):
+    unet = pretrained.new_unet(**{**settings, "block_out_channels": (8, 16), **OTHERS[name]}).eval()
+    x, noise, text = inputs()
+    with torch.no_grad():
+        expected = unet(x, 7, text).sample
+    discriminator = Discriminator(unet, DiscriminatorConfig(timestep=7))
+    seen: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits = discriminator(x, noise, text)
+    assert len(logits) == 6
+    found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.stack([v.mean() for v in logits.values()]).sum().backward()
+    idle = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == []
+
+
+def test_it_is_told_a_time_for_each_row(teacher: Path) -> None:
+    discriminator = build(teacher, timestep=5)
+    x, noise, text = inputs()
+    constant = discriminator(x, noise, text)
+    assert equal(constant, discriminator(x, noise, text, torch.full((3,), 5)))
+    mixed = discriminator(x, noise, text, torch.tensor([5, 900, 5]))
+    for name in constant:
+        same = (mixed[name] - constant[name]).abs().amax((1, 2, 3)) < 1e-6
+        assert same.tolist() == [True, name == "1_skip", True]  # conv_in's own output knows no time
+
+
+def test_a_frozen_backbone_trains_heads_and_new_convolutions_only(teacher: Path) -> None:
+    discriminator = build(teacher, freeze_backbone=True)
+    before = {k: v.clone() for k, v in discriminator.state_dict().items()}
+    one_step(discriminator)
+    moved = {k for k, v in discriminator.state_dict().items() if not torch.equal(v, before[k])}
+    assert {name.split(".")[0] for name in moved} == {"heads", "conv_z", "conv_scale"}
+    discriminator.requires_grad_(False)
+    assert not any(p.requires_grad for p in discriminator.parameters())
+    discriminator.requires_grad_(True)
+    trained = {n for n, p in discriminator.named_parameters() if p.requires_grad}
+    assert trained == moved and not any(n.startswith(("unet.", "upsamplers.")) for n in trained)
+    whole = build(teacher).requires_grad_(False).requires_grad_(True)
+    frozen = {n for n, p in whole.named_parameters() if not p.requires_grad}
+    assert frozen == {f"unet.{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
+
+
+def small(**settings: Any) -> Any:
+    given = dict(
+        sample_size=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=2
+    )
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    return pretrained.new_unet(**{**given, **blocks, "cross_attention_dim": 16, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"down_block_types": ("DownBlock2D", "KDownBlock2D")},
+            r"U-Net has a KDownBlock2D; supported are DownBlock2D, UpBlock2D, CrossAttn",
+        ),
+        ({"num_class_embeds": 3}, "U-Net has num_class_embeds 3; supported: None"),
+        (
+            {"addition_embed_type": "text_image", "cross_attention_dim": 16},
+            "addition_embed_type 'text_image'; supported: None, 'text', 'text_time'",
+        ),
+    ],
+)
+def test_other_unets_are_refused(settings: dict[str, Any], says: str) -> None:
+    unet = small(**settings)
+    with pytest.raises(UserError, match=says):
         Discriminator(unet, DiscriminatorConfig())

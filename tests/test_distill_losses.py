@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses import discriminator_loss, generator_loss, mismatch, mix_and_match
+from core.errors import SettingError
+from core.text import Text
+from distill.losses import discriminator_loss, generator_loss, mismatch, mix_and_match, refuse_single_rows
+from distill.options import GanLoss
 
 
 def softplus(x: float) -> float:
@@ -48,34 +51,46 @@ def test_losses_are_fp32_on_half_precision_logits() -> None:
 PROMPTS = [f"prompt {i // 3}" for i in range(30)]  # each three times
 
 
+def uniform(size: int, seed: int = 0) -> Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed))
+
+
 def test_a_row_is_never_paired_with_its_own_prompt() -> None:
     for seed in range(50):
-        mode, partner = mismatch(PROMPTS, 0.9, torch.Generator().manual_seed(seed))
+        mode, partner = mismatch(PROMPTS, 0.9, uniform(30, seed))
+        assert mode.count_nonzero() > 15
         for row in torch.nonzero(mode).flatten().tolist():
             assert PROMPTS[int(partner[row])] != PROMPTS[row]
 
 
 def test_modes_share_the_fraction() -> None:
     prompts = [str(i) for i in range(6_000)]
-    mode, partner = mismatch(prompts, 0.25, torch.Generator().manual_seed(0))
-    counts = torch.bincount(mode, minlength=4).tolist()
-    assert len(counts) == 4 and abs(counts[0] / 6_000 - 0.75) < 0.02
-    assert all(abs(c / 6_000 - 0.25 / 3) < 0.015 for c in counts[1:])
-    assert partner.unique().numel() > 3_000  # partners are drawn all over the batch
+    for shares in ((1.0, 1.0, 1.0), (2.0, 1.0, 0.0), (0.0, 0.0, 5.0)):
+        mode, _ = mismatch(prompts, 0.25, uniform(6_000), shares)
+        counts = torch.bincount(mode, minlength=4).tolist()
+        assert len(counts) == 4 and abs(counts[0] / 6_000 - 0.75) < 0.02
+        for count, share in zip(counts[1:], shares, strict=True):
+            assert abs(count / 6_000 - 0.25 * share / sum(shares)) < 0.015 and (share or count == 0)
 
 
 def test_no_fraction_and_no_partner_stay_plain() -> None:
-    rng = torch.Generator().manual_seed(0)
-    assert mismatch(PROMPTS, 0.0, rng)[0].tolist() == [0] * 30
-    mode, partner = mismatch(["same"] * 8, 0.99, rng)
+    assert mismatch(PROMPTS, 0.0, uniform(30))[0].tolist() == [0] * 30
+    mode, partner = mismatch(["same"] * 8, 0.99, uniform(8))
     assert mode.tolist() == [0] * 8 and partner.tolist() == list(range(8))
-    assert mismatch(["alone"], 0.99, rng)[0].tolist() == [0]
+    assert mismatch(["alone"], 0.99, uniform(1))[0].tolist() == [0]
+    lonely = mismatch(["a", "b", "c"], 0.99, torch.zeros(3))
+    assert lonely[0].tolist() == [1, 1, 1] and lonely[1].tolist() == [1, 0, 0]
 
 
-def test_the_generator_decides() -> None:
-    draws = [mismatch(PROMPTS, 0.5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[0][1], draws[1][1])
-    assert not torch.equal(draws[0][0], draws[2][0])
+def test_parts_of_a_batch_are_mixed_as_the_whole() -> None:
+    """Where prompts differ: the partner is the neighbour, whoever has the rows."""
+    prompts, drawn = [str(i) for i in range(16)], uniform(16)
+    mode, partner = mismatch(prompts, 0.5, drawn)
+    for size in (2, 4, 8):
+        for first in range(0, 16, size):
+            part = mismatch(prompts[first : first + size], 0.5, drawn[first : first + size])
+            assert torch.equal(part[0], mode[first : first + size])
+            assert torch.equal(part[1] + first, partner[first : first + size])
 
 
 def test_each_swap_has_exactly_one_wrong_member() -> None:
@@ -92,3 +107,50 @@ def test_plain_rows_are_the_fakes_untouched() -> None:
     fake, real, noise, text = (torch.randn(3, 4, 2, 2) for _ in range(4))
     x, z, c = mix_and_match(fake, real, noise, text, torch.zeros(3, dtype=torch.long), torch.arange(3))
     assert torch.equal(x, fake) and torch.equal(z, noise) and torch.equal(c, text)
+
+
+def test_hinge_in_closed_form() -> None:
+    """relu(1 - real) + relu(1 + fake), heads (0.5 + 1.5, 0 + 0) and -D(G)."""
+    real, fake = heads(0.5, 2.0), heads(0.5, -3.0)
+    assert discriminator_loss(real, fake, "hinge").item() == pytest.approx(2.0 / 2, rel=1e-6)
+    assert generator_loss(fake, "hinge").item() == pytest.approx((-0.5 + 3.0) / 2, rel=1e-6)
+    assert generator_loss(fake, "hinge", real=real).item() == pytest.approx(1.25, rel=1e-6)
+
+
+def test_the_relativistic_loss_compares_each_row_with_its_own() -> None:
+    real = {"0": torch.tensor([1.0, -2.0]).view(2, 1, 1, 1)}
+    fake = {"0": torch.tensor([3.0, 0.5]).view(2, 1, 1, 1)}
+    expected = (softplus(2.0) + softplus(2.5)) / 2
+    assert discriminator_loss(real, fake, "rpgan").item() == pytest.approx(expected, rel=1e-6)
+    expected = (softplus(-2.0) + softplus(-2.5)) / 2
+    assert generator_loss(fake, "rpgan", real=real).item() == pytest.approx(expected, rel=1e-6)
+    swapped = {"0": real["0"].flip(0)}
+    assert discriminator_loss(swapped, fake, "rpgan").item() != pytest.approx(expected, rel=1e-3)
+    with pytest.raises(AssertionError, match="needs D's logits"):
+        generator_loss(fake, "rpgan")
+
+
+@pytest.mark.parametrize("kind", ["ns", "hinge", "rpgan"])
+def test_heads_are_averaged_or_summed(kind: GanLoss) -> None:
+    real, fake = heads(0.3, -0.2, 0.9), heads(0.1, 0.4, -0.7)
+    mean, total = (discriminator_loss(real, fake, kind, r).item() for r in ("mean", "sum"))  # type: ignore[arg-type]
+    assert total == pytest.approx(3 * mean, rel=1e-6)
+    mean, total = (generator_loss(fake, kind, r, real).item() for r in ("mean", "sum"))  # type: ignore[arg-type]
+    assert total == pytest.approx(3 * mean, rel=1e-6)
+
+
+def test_one_row_cannot_be_mixed() -> None:
+    with pytest.raises(SettingError, match="has 1 row per process; each is mixed with another"):
+        refuse_single_rows(1, 0.25)
+    refuse_single_rows(2, 0.25)
+    refuse_single_rows(1, 0.0)
+
+
+def test_all_that_a_text_holds_is_swapped_together() -> None:
+    fake, real, noise = (torch.randn(2, 4, 2, 2) for _ in range(3))
+    text = Text(torch.randn(2, 5, 6), torch.randn(2, 3), torch.randn(2, 6))
+    mode, partner = torch.tensor([2, 0]), torch.tensor([1, 0])
+    _, z, c = mix_and_match(fake, real, noise, text, mode, partner)
+    assert torch.equal(z, noise) and c.pooled is not None and c.time_ids is not None
+    for found, given in ((c.hidden, text.hidden), (c.pooled, text.pooled), (c.time_ids, text.time_ids)):
+        assert given is not None and torch.equal(found, given[[1, 1]])

@@ -1,6 +1,7 @@
 """distill.r1 against finite differences in float64, on a tiny UNet with every zero weight set moving."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.seeds import generator
+from core.text import Told
 from distill.config import DiscriminatorConfig
 from distill.discriminator import Discriminator, discriminator_from_teacher
-from distill.r1 import r1_penalty
+from distill.r1 import Shown, approximate_r1, penalty, r1_penalty
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +111,92 @@ def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(teacher: Path) -> 
         found = r1_penalty(made, x, noise, text)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
     assert not x.requires_grad and x.grad is None
+
+
+def shown(rows: int, seed: int = 0) -> Shown:
+    rng = torch.Generator().manual_seed(seed)
+    x, noise = (torch.randn(rows, 4, 4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
+    return Shown(x, noise, torch.randn(rows, 12, 16, generator=rng, dtype=torch.float64))
+
+
+def of(judge: Discriminator, s: Shown, **settings: Any) -> float:
+    return r1_penalty(judge, s.x, s.noise, s.text, s.t, **settings).item()
+
+
+def asked(judge: Discriminator, seed: int = 0, **settings: Any) -> tuple[float, dict[str, float]]:
+    config = DiscriminatorConfig(r1_gamma=0.5, r1_interval=4, **settings)
+    rng = torch.Generator().manual_seed(seed)
+    real, fake = shown(3), shown(3, 9)
+    value, parts = penalty(config, judge, real, fake, judge(real.x, real.noise, real.text), rng)
+    return value.item(), {k: v.item() for k, v in parts.items()}
+
+
+def test_a_linear_judge_in_closed_form() -> None:
+    """D(x) = w . x at every position: the mean's gradient is w / positions, the sum's is w, at each."""
+
+    def judge(x: Tensor, noise: Tensor, text: Told, t: Tensor | None) -> dict[str, Tensor]:
+        return {"a": 2 * x.sum(1, keepdim=True), "b": -x.sum(1, keepdim=True)}
+
+    s = shown(2)
+    slope, positions, channels = 2.0 - 1.0, 16, 4
+    mean = r1_penalty(judge, s.x, s.noise, s.text)
+    assert mean.item() == pytest.approx(channels * positions * (slope / positions) ** 2)
+    total = r1_penalty(judge, s.x, s.noise, s.text, reduction="sum")
+    assert total.item() == pytest.approx(channels * positions * slope**2)
+
+
+def test_each_form_is_of_its_rows_and_weighted_for_its_interval(judge: Discriminator) -> None:
+    real, fake, lazy = shown(3), shown(3, 9), 0.5 * 0.5 * 4
+    rows = [of(judge, real.row(i)) for i in range(3)]
+    value, parts = asked(judge, r1="full")
+    assert parts == {"loss/r1": pytest.approx(sum(rows) / 3)} and value == pytest.approx(lazy * sum(rows) / 3)
+    value, parts = asked(judge, r1="r1r2")
+    second = of(judge, fake)
+    assert parts == {"loss/r1": pytest.approx(sum(rows) / 3), "loss/r2": pytest.approx(second)}
+    assert value == pytest.approx(lazy * (sum(rows) / 3 + second))
+    drawn = [asked(judge, seed, r1="single") for seed in range(12)]
+    found = {min(range(3), key=lambda i: abs(rows[i] - parts["loss/r1"])) for _, parts in drawn}
+    assert found == {0, 1, 2}
+    for value, parts in drawn:
+        assert min(abs(parts["loss/r1"] / r - 1) for r in rows) < 1e-9
+        assert value == pytest.approx(lazy * parts["loss/r1"])
+    value, parts = asked(judge, r1="full", r1_reduction="sum")
+    assert parts["loss/r1"] == pytest.approx(of(judge, real, reduction="sum"))
+    assert parts["loss/r1"] != pytest.approx(sum(rows) / 3, rel=0.1)
+
+
+def test_the_approximation_nears_the_squared_gradient(judge: Discriminator) -> None:
+    """E (D(x) - D(x + sigma n))^2 -> sigma^2 |grad D|^2 (APT): over many draws, for a linear judge."""
+
+    def linear(x: Tensor, noise: Tensor, text: Told, t: Tensor | None) -> dict[str, Tensor]:
+        return {"a": 3 * x.mean((1, 2, 3), keepdim=True)}
+
+    config = DiscriminatorConfig(r1="approx", approx_sigma=0.1, approx_weight=7.0)
+    s, rng = shown(1), torch.Generator().manual_seed(0)
+    clean = linear(s.x, s.noise, s.text, None)
+    values = [penalty(config, linear, s, s, clean, rng) for _ in range(4_000)]
+    slopes = 64 * (3 / 64) ** 2
+    mean = sum(parts["loss/r1_approx"].item() for _, parts in values) / len(values)
+    assert mean == pytest.approx(0.1**2 * slopes, rel=0.1)
+    assert all(v.item() == pytest.approx(7 * parts["loss/r1_approx"].item()) for v, parts in values)
+
+
+def test_the_approximations_gradient_reaches_both_sides(judge: Discriminator) -> None:
+    clean = {"a": torch.tensor([[[[1.0]]]], requires_grad=True)}
+    moved = {"a": torch.tensor([[[[3.0]]]], requires_grad=True)}
+    approximate_r1(clean, moved).backward()
+    assert clean["a"].grad is not None and clean["a"].grad.item() == -4.0
+    assert moved["a"].grad is not None and moved["a"].grad.item() == 4.0
+    two = {"a": torch.zeros(2, 1, 2, 2), "b": torch.zeros(2, 1, 1, 1)}
+    one = {"a": torch.ones(2, 1, 2, 2), "b": 3 * torch.ones(2, 1, 1, 1)}
+    assert approximate_r1(two, one).item() == 5.0 and approximate_r1(two, one, "sum").item() == 10.0
+
+
+def test_it_is_asked_at_the_rows_time() -> None:
+    def judge(x: Tensor, noise: Tensor, text: Told, t: Tensor | None) -> dict[str, Tensor]:
+        assert t is not None
+        return {"a": (x * t.view(-1, 1, 1, 1)).sum((1, 2, 3), keepdim=True)}
+
+    s = shown(3)
+    told = Shown(s.x, s.noise, s.text, torch.tensor([0, 2, 5]))
+    assert [of(judge, told.row(i)) for i in range(3)] == [0.0, 64 * 4.0, 64 * 25.0]  # type: ignore[arg-type]

@@ -159,11 +159,12 @@ def test_batches_and_parts_do_not_change_the_result(size: int, tmp_path: Path) -
 
 def test_every_metric_gives_its_numbers() -> None:
     protocol = dataclasses.replace(TINY, diversity_images=3, is_splits=5)
-    against = {"fid", "kid", "pr", "dc", "fd_dinov2", "fd_clip", "cmmd"}
+    against = {"fid", "fid_infinity", "kid", "pr", "dc", "fd_dinov2", "fd_clip", "cmmd"}
     metrics = (*sorted(against), "is", "clip", "pickscore", "dreamsim_diversity", "dreamsim", "psnr")
     reference = real(protocol, EVERYTHING)
+    other = batch_source("other", [(pictures(90, 3)[0], [""] * 90)])
     found = measure(
-        endless(), protocol, EVERYTHING, metrics=metrics, reference=reference, other=source(90, 3), count=90
+        endless(), protocol, EVERYTHING, metrics=metrics, reference=reference, other=other, count=90
     )
     numbers = found.numbers()
     more = {"clip_score", "precision", "recall", "density", "coverage", "is_deviation"}
@@ -172,6 +173,8 @@ def test_every_metric_gives_its_numbers() -> None:
     assert found.counts["diversity_images"] == 270 and found.counts["diversity_prompts"] == 90
     networks = {"features", "dinov2", "fd_clip", "cmmd", DREAMSIM, "clip", "pickscore"}
     assert set(found.models) == {*networks, "reference"}
+    for name in numbers.keys() - {"is_deviation"}:
+        assert found.ci[name][0] <= numbers[name] <= found.ci[name][1], name
     labels = dict(found.rows())
     assert "PSNR to the teacher (dB)" in labels and "(95 %:" in labels["PickScore"]
 
@@ -257,6 +260,23 @@ def test_a_sampler_is_not_asked_for_more_than_the_protocol_wants() -> None:
     assert [n for part in asked for n in part] == list(range(30))
 
 
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("pr", "k = 5 need more images than that, got 5"),
+        ("is", "of 10 splits needs as many images, got 5"),
+        ("fid_infinity", "of 12 features takes 3 points or more from 24 images on"),
+    ],
+)
+def test_too_few_images_for_a_metric_are_refused_before_any_is_drawn(metric: str, says: str) -> None:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+        raise AssertionError("an image was drawn")
+
+    sampler = Source(name="sampler", facts={"kind": "test"}, draw=draw)
+    with pytest.raises(UserError, match=says):
+        measure(sampler, networks=EVERYTHING, metrics=(metric,), count=5)
+
+
 def test_only_inception_is_called_fid() -> None:
     labels = dict(measure(source(30, 2)).rows())
     assert "Frechet distance (oracle features)" in labels and "Kernel distance (oracle features)" in labels
@@ -308,12 +328,13 @@ def test_compare_refuses_what_does_not_compare(tmp_path: Path) -> None:
     a, b = measure(source(30, 2)), measure(source(30, 3))
     rows = compare({"b": b, "a": a})
     assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["fid"] == a.fid
+    assert rows[0]["ci"] == a.ci and a.ci["fid"][0] < a.fid
     other = dataclasses.replace(TINY, clip_prefix="A photo depicts ")
     with pytest.raises(
         UserError, match=r"a and mixed do not compare: protocol_sha256 .*settings.clip_prefix \('' -> 'A"
     ):
         compare({"a": a, "mixed": measure(source(30, 3), other)})
-    with pytest.raises(UserError, match=r"settings.seed \(0 -> 1\)"):
+    with pytest.raises(UserError, match=r"settings.seed \(1000 -> 1\)"):
         compare({"a": a, "mixed": measure(source(30, 3), dataclasses.replace(TINY, seed=1))})
     with pytest.raises(UserError, match=r"counts.images \(30 -> 27\)"):
         compare({"a": a, "b": measure(source(27, 3))})

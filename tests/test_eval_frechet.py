@@ -10,7 +10,14 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from core.errors import UserError
 from core.seeds import generator
-from eval.frechet import factor, frechet_distance, frechet_infinity, frechet_standard_error, frechet_to
+from eval.frechet import (
+    factor,
+    frechet_distance,
+    frechet_infinity,
+    frechet_standard_error,
+    frechet_to,
+    subset_sizes,
+)
 
 
 def rows(count: int, dim: int, seed: int = 0) -> Tensor:
@@ -123,8 +130,17 @@ def test_infinity_takes_the_bias_off() -> None:
     assert abs(found.value) < 0.1 * finite and 0 < found.standard_error < 0.1 * finite
     again = frechet_infinity(made, mean, cov, generator(0), smallest=500)
     assert again == found
-    with pytest.raises(UserError, match="5000 \\+ points rows, got 15 points and 4000 rows"):
-        frechet_infinity(made, mean, cov, generator(0))
+    assert frechet_infinity(made, mean, cov, generator(0)).counts[0] == 2000, "half of fewer than 10,000"
+    with pytest.raises(
+        UserError, match=r"16 features .* from 32 images on, got 15 points and subsets of 20 to 40"
+    ):
+        frechet_infinity(made[:40], mean, cov, generator(0))
+
+
+def test_infinity_begins_at_5000_where_there_are_enough() -> None:
+    assert subset_sizes(50_000, 2048)[::14] == [5_000, 50_000] and len(subset_sizes(50_000, 2048)) == 15
+    with pytest.raises(UserError, match=r"2048 features takes .* from 4096 images on"):
+        subset_sizes(5_000, 2048)
 
 
 def test_infinity_fits_a_line_as_numpy_does() -> None:

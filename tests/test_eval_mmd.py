@@ -38,6 +38,14 @@ def test_the_error_counts_rows_not_subsets() -> None:
     assert said * 2 == pytest.approx(float(np.mean([draw.deviation for draw in draws])))
 
 
+def test_where_a_subset_is_all_rows_the_error_is_that_of_other_draws() -> None:
+    real = rows(90, 3, 0)
+    draws = [kernel_distance(rows(90, 3, seed, 0.5), real, generator(0), subsets=2) for seed in range(1, 81)]
+    assert {draw.size for draw in draws} == {90}
+    seen = float(np.std([draw.mean for draw in draws], ddof=1))
+    assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(seen, rel=0.3)
+
+
 def test_polynomial_mmd_equals_the_double_sum_and_the_packages() -> None:
     a, b = rows(5, 3, 1), rows(5, 3, 2)
 
@@ -65,10 +73,17 @@ def test_cmmd_equals_torch_fidelitys_biased_estimate() -> None:
         return np.exp(-np.square(p[:, None] - q[None]).sum(2) / 200)
 
     expected = 1000 * mmd2(kernel(x, x), kernel(x, y), kernel(y, y), mmd_est="biased")
-    assert cmmd(a[:50], b) == pytest.approx(expected, rel=1e-8)
+    assert cmmd(a[:50], b).value == pytest.approx(expected, rel=1e-8)
     for chunk in (1, 7, 1000):
-        assert cmmd(a, b, chunk=chunk) == pytest.approx(cmmd(a, b), rel=1e-12)
-    assert cmmd(a, 3 * a) == pytest.approx(0, abs=1e-12) and cmmd(a, b) > 0
+        assert cmmd(a, b, chunk=chunk).value == pytest.approx(cmmd(a, b).value, rel=1e-12)
+    assert cmmd(a, 3 * a).value == pytest.approx(0, abs=1e-12) and cmmd(a, b).value > 0
+
+
+def test_cmmds_error_is_that_of_other_draws() -> None:
+    real = rows(500, 6, 0)
+    draws = [cmmd(rows(200, 6, seed, 0.5), real) for seed in range(1, 61)]
+    seen = float(np.std([draw.value for draw in draws], ddof=1))
+    assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(seen, rel=0.25)
 
 
 def test_too_few_rows() -> None:

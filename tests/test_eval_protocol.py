@@ -23,7 +23,7 @@ def test_the_protocols_that_papers_compare_by() -> None:
         p = PROTOCOLS[name]
         sizes = (p.preprocessing, p.clip_preprocessing)
         assert (p.images, p.reference_images, *sizes, p.clip) == expected, name
-        assert p.features == "inception" and p.clip_prefix == "A photo depicts " and p.seed == 0
+        assert p.features == "inception" and p.clip_prefix == "A photo depicts " and p.seed == 1000
         assert p.neighbours == (3, 5) and p.pr_images == 10_000
     cifar = PROTOCOLS["cifar10-50k"]
     assert (cifar.images, cifar.reference_images, cifar.features) == (50_000, 50_000, "inception-tf")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_coco_as_downloaded_becomes_one_file(coco: Path, tmp_path: Path) -> None:
     found = open_reference(coco, COCO, SETS)
-    chosen = chosen_images(read_coco(coco, "val2014"), 6, 0)
+    chosen = chosen_images(read_coco(coco, "val2014"), 6, COCO.seed)
     assert found.prompts == [f"photo {i}, 0" for i in chosen]
     assert found.count == 10 and found.facts["converted"] == {"grey": 1}
     rows = quarters(load_all(read_images(coco / "val2014", resize="crop8-bicubic"))[0]).double()
@@ -72,7 +73,7 @@ def test_the_prompted_photographs_alone(coco: Path) -> None:
     """coco2014-10k-sdxl compares with the photographs of its prompts."""
     protocol = dataclasses.replace(COCO, reference="coco2014-val-prompted", reference_images=6)
     files, prompts = reference_files(coco, protocol)
-    chosen = chosen_images(read_coco(coco, "val2014"), 6, 0)
+    chosen = chosen_images(read_coco(coco, "val2014"), 6, COCO.seed)
     assert [path.name for path in files.pictures] == [f"COCO_val2014_{i:012}.jpg" for i in sorted(chosen)]
     assert prompts == [f"photo {i}, 0" for i in chosen]
     assert open_reference(coco, protocol, SETS).count == 6
@@ -189,3 +190,16 @@ def test_cmmd_keeps_all_rows(coco: Path, tmp_path: Path) -> None:
     built.save(tmp_path / "a.safetensors", keep=3)
     read = Reference.load(tmp_path / "a.safetensors")
     assert (len(read.stats["features"].rows), len(read.stats["cmmd"].rows)) == (3, 10)
+
+
+def test_a_file_to_hand_on_can_be_read_by_others(coco: Path, tmp_path: Path) -> None:
+    built = build_reference(image_source(open_images(coco / "val2014")), COCO, SETS)
+    before = os.umask(0o022)
+    try:
+        built.save(tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(UserError, match=r"cannot write .*a.safetensors/b.safetensors: .*; free space"):
+        built.save(tmp_path / "a.safetensors" / "b.safetensors")
+    assert os.listdir(tmp_path) == ["a.safetensors"]

@@ -251,6 +251,13 @@ def test_pairs_are_of_the_same_numbers_and_one_size() -> None:
         UserError, match="sampler gives 4x4 pixels and sampler 6x6; pairs must be of one size"
     ):
         measure_source(sampler(), range(4), {}, pairs=pairs, other=sampler(side=6))
+    images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
+    measure_source(sampler(), range(4), {}, pairs=pairs, other=batch_source("silent", [(images, [""] * 4)]))
+    swapped = batch_source("swapped", [(images, ["red", "green", "red", "red"])])
+    with pytest.raises(
+        UserError, match="image 2 of sampler shows 'blue', of swapped 'red'; pairs are of one"
+    ):
+        measure_source(sampler(), range(4), {}, pairs=pairs, other=swapped, work=Work(batch_size=2))
 
 
 def test_of_files_it_is_known_which_they_were(tmp_path: Path) -> None:

@@ -32,13 +32,22 @@ DOORS = {
     "kornia": {"latent_lpips/augment.py"},
     "open_clip": {"eval/clip_net.py"},
     "torchvision.models.inception": {"eval/inception.py"},
-    "diffusers": {"core/pretrained.py", "core/schedulers.py", "core/any_pipeline.py"},
+    "diffusers": {
+        "core/pretrained.py",
+        "core/schedulers.py",
+        "core/any_pipeline.py",
+        "core/one_step_pipeline.py",
+    },
     "transformers": {"core/pretrained.py", "core/vision.py"},
+    "peft": {"core/lora.py"},
     "tokenizers": {"core/pretrained.py"},
     "huggingface_hub": {"core/pipelines.py", "core/vision.py"},
     "torch.distributed": {"core/dist.py"},
     "typer": {"cli.py", "commands/"},
-    "rich": {"commands/common.py"},
+    "rich": {"commands/common.py", "commands/watch.py"},
+    "torch.utils.tensorboard": {"core/loggers.py"},
+    "wandb": {"core/loggers.py"},
+    "onnxruntime": {"core/onnx_model.py"},
 }
 
 # What `--help` must not wait for.

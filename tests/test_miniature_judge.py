@@ -183,7 +183,8 @@ def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) 
     run = config(job, student=str(job / "run"), metrics=metrics, reference=None, steps=3, guidance=2.0)
     drawn = run_evaluation(replace(run, out=str(tmp_path / "out")))
     assert 0 < drawn["extra"]["psnr"] < 60 and drawn["extra"]["latent_lpips"] > 0
-    assert "beside" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('<section id="beside"') == 1 and '<th scope="col">teacher</th>' in page
     keep = config(
         job,
         teacher=str(teacher),
@@ -194,8 +195,9 @@ def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) 
         guidance=2.0,
     )
     run_evaluation(keep)
-    kept = run_evaluation(replace(run, against=str(tmp_path / "kept")))
+    kept = run_evaluation(replace(run, against=str(tmp_path / "kept"), out=str(tmp_path / "again")))
     assert kept["extra"] == pytest.approx(drawn["extra"], rel=1e-6)
+    assert '<th scope="col">kept</th>' in (tmp_path / "again" / "report.html").read_text()
     itself = run_evaluation(
         config(
             job,
@@ -205,9 +207,11 @@ def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) 
             steps=3,
             guidance=2.0,
             against=str(teacher),
+            out=str(tmp_path / "itself"),
         )
     )
     assert itself["extra"]["psnr"] > 70, "the teacher is nearest to itself"
+    assert '<th scope="col">beside</th>' in (tmp_path / "itself" / "report.html").read_text()
     with pytest.raises(SettingError, match="there is nothing to compare image by image; give --against"):
         run_evaluation(config(job, teacher=str(teacher), metrics=("psnr",), reference=None))
 

@@ -1,0 +1,165 @@
+"""`d2g lpips train`, `calibrate`, `score`, `overfit`, `triplets`: a LatentLPIPS of one's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from commands.common import DryRun, Json, Out, Preset, Seed, Sets, configure, dry, emit, reporter
+from core.config import pick
+
+Latents = Annotated[
+    str | None,
+    typer.Option(help="Autoencoder in diffusers layout, or a pipeline (folder, hub id, miniature) with one."),
+]
+Bapps = Annotated[
+    Path | None, typer.Option(help="BAPPS layout: train/ and val/ splits, or one with ref/ p0/ p1/ judge/.")
+]
+Images = Annotated[Path | None, typer.Option(help="Folder of images, or image-parquet.")]
+Weights = Annotated[Path | None, typer.Option(help="LatentLPIPS folder or authors' file.")]
+
+
+def _show(work: Callable[[], Any], as_json: bool, title: str) -> None:
+    from core import dist
+
+    try:
+        emit(work(), as_json, title)
+    finally:
+        dist.finish()
+
+
+def train(
+    data: Annotated[
+        Path | None, typer.Option(help="A subfolder for each class, or image-parquet with `label`.")
+    ] = None,
+    latents: Latents = None,
+    out: Out = Path("lpips"),
+    val: Annotated[Path | None, typer.Option(help="The same, to score on [val/ in data, or a part].")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long, with a checkpoint.")] = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train a trunk: classify labelled images in an autoencoder's latent space. Presets: paper, small."""
+    from latent_lpips.recipes import TRAIN_PRESETS
+
+    options = {"data": data, "latents": latents, "val": val, "minutes": minutes, "seed": seed}
+    config = configure(pick(TRAIN_PRESETS, preset or "paper", "preset"), options, sets)
+    if dry_run:
+        kept = f"{config.crops} crops of each image, kept on disk" if config.crops else "fresh crops"
+        dry(config, as_json, {"out": str(out), "latents": kept})
+    from latent_lpips.classify import train_classifier
+
+    _show(lambda: train_classifier(config, out, reporter), as_json, "lpips train")
+
+
+def calibrate(
+    weights: Weights = None,
+    data: Bapps = None,
+    latents: Latents = None,
+    out: Out = Path("lpips-calibrated"),
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Fit the heads to two-alternative judgements, the trunk frozen. Presets: paper, small."""
+    from latent_lpips.recipes import HEADS_PRESETS
+
+    options = {"weights": weights, "data": data, "latents": latents, "seed": seed}
+    config = configure(pick(HEADS_PRESETS, preset or "paper", "preset"), options, sets)
+    if dry_run:
+        dry(config, as_json, {"out": str(out)})
+    from latent_lpips.calibration import calibrate_folder
+
+    _show(lambda: calibrate_folder(config, out, reporter), as_json, "lpips calibrate")
+
+
+def score(
+    weights: Weights = None,
+    data: Bapps = None,
+    latents: Latents = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    baselines: Annotated[str | None, typer.Option(help="Score these too: l2,ssim.")] = None,
+    pixels: Annotated[
+        str | None, typer.Option(help="Score LPIPS in pixels too: vgg, alex or squeeze.")
+    ] = None,
+    pixel_weights: Annotated[Path | None, typer.Option(help="Torchvision's file of its trunk.")] = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Agreement with people (2AFC and JND), by split, with 95 % intervals. Presets: paper, small."""
+    from latent_lpips.recipes import SCORE_PRESETS
+
+    options = {"weights": weights, "data": data, "latents": latents, "seed": seed}
+    options |= {"lpips": pixels, "lpips_weights": pixel_weights}
+    if baselines is not None:
+        options["baselines"] = tuple(baselines.split(","))
+    config = configure(pick(SCORE_PRESETS, preset or "paper", "preset"), options, sets)
+    if dry_run:
+        dry(config, as_json, {"out": str(out) if out else None})
+    from latent_lpips.score import score_folder
+
+    _show(lambda: score_folder(config, out, reporter), as_json, "lpips score")
+
+
+def overfit(
+    weights: Weights = None,
+    data: Images = None,
+    latents: Latents = None,
+    out: Out = Path("lpips-overfit"),
+    families: Annotated[
+        str | None, typer.Option(help="Transforms to compare, comma-separated [none,b,bg,bgc,bgco].")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run.")] = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Can the distance alone bring random latents to an image's? With plot and pictures. Presets: paper,
+    small."""
+    from latent_lpips.recipes import OVERFIT_PRESETS
+
+    options = {"weights": weights, "data": data, "latents": latents, "steps": steps, "seed": seed}
+    if families is not None:
+        options["families"] = tuple(families.split(","))
+    config = configure(pick(OVERFIT_PRESETS, preset or "paper", "preset"), options, sets)
+    if dry_run:
+        dry(config, as_json, {"out": str(out), "runs": len(config.families)})
+    from latent_lpips.overfit import overfit as run
+
+    _show(lambda: run(config, out, reporter), as_json, "lpips overfit")
+
+
+def triplets(
+    data: Images = None,
+    out: Out = Path("triplets"),
+    decoder: Annotated[
+        list[str] | None, typer.Option(help="Autoencoder whose reconstructions are a kind too; repeatable.")
+    ] = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write judgements of known order in BAPPS layout: one distortion at two strengths. Presets: patches,
+    pictures."""
+    from latent_lpips.recipes import TRIPLETS_PRESETS
+
+    options = {"data": data, "seed": seed, "decoders": tuple(decoder) if decoder else None}
+    config = configure(pick(TRIPLETS_PRESETS, preset or "patches", "preset"), options, sets)
+    if dry_run:
+        dry(config, as_json, {"out": str(out), "made": list(config.made)})
+    from latent_lpips.triplets import make_triplets
+
+    _show(lambda: make_triplets(config, out, reporter), as_json, "lpips triplets")

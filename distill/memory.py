@@ -1,0 +1,226 @@
+"""Memory of a training run per GPU, predicted from its config without weights or a GPU.
+
+Weights, gradients and optimiser states are counted; what networks keep for the backward pass is found out by
+running them on fake tensors, which have shapes and no data, and adding up what autograd saves.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from core import parallel, pretrained
+from core.text import Text
+from distill.config import DistillConfig
+from distill.discriminator import Discriminator
+from distill.generator import Student, equip, train_only
+from distill.options import OptimConfig
+from distill.r1 import r1_penalty
+
+STATES = {"adamw": 8, "adamw_fused": 8, "adamw8bit": 2, "radam": 8}
+"""Bytes of an optimiser's states by parameter: two moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """GiB on one GPU at the worst moment of a step, less the CUDA context (about 0.5) and fragmentation."""
+
+    weights: float
+    optimizer: float
+    average: float
+    frozen: float
+    """Text encoders."""
+    working: float
+    """Gradients, and what is kept for the backward pass, at the worst moment."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.optimizer + self.average + self.frozen + self.working
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes that a forward pass keeps for its backward pass: those of a pass, and those of each row."""
+
+    fixed: float
+    row: float
+
+    def of(self, rows: float) -> float:
+        """Bytes for so many rows."""
+        return self.fixed + rows * self.row
+
+
+def predict(config: DistillConfig, world_size: int) -> Memory:
+    """Memory of a run on `world_size` processes. Reads configs of the teacher's pieces, no weights."""
+    with FakeTensorMode():
+        student = _student(config)
+        discriminator = _discriminator(config) if config.stage == "gan" else None
+        frozen = _bytes(p for encoder in _encoders(config.teacher) for p in encoder.parameters())
+        rows = config.train.batch_size / world_size / config.engine.accumulate
+        g = _kept(config, student, lambda b: student(b.noise, b.text, *b.guidance), rows)
+        shards = (config.engine.shard_size or world_size) if config.engine.parallel == "fsdp" else 1
+        working = max(g.of(rows), _update(student, config.optim, shards))
+        networks: list[tuple[nn.Module, OptimConfig]] = [(student, config.optim)]
+        if discriminator is not None:
+            networks.append((discriminator, config.gan.optim))
+            working = max(working, _with_discriminator(config, discriminator, g, rows, shards))
+    whole = sum(_bytes(network.parameters()) for network, _ in networks)
+    states = sum(STATES[o.name] / 4 * _bytes(_trained(network)) for network, o in networks)
+    gib = 2.0**30
+    return Memory(
+        weights=whole / shards / gib,
+        optimizer=states / shards / gib,
+        average=_bytes(student.parameters()) / shards / gib,
+        frozen=frozen / gib,
+        working=working / gib,
+    )
+
+
+def _update(network: nn.Module, optim: OptimConfig, shards: int) -> float:
+    """Bytes of gradients, and of what the optimiser's step makes of them where it is not one kernel."""
+    temporary = 1.0 if optim.name in ("adamw", "radam") else 0.0
+    return (1 + temporary) * _bytes(_trained(network)) / shards
+
+
+def _with_discriminator(
+    config: DistillConfig, discriminator: Discriminator, g: Kept, rows: float, shards: int
+) -> float:
+    """D's update while the student's graph waits: real and fake kept, or D's gradients, or its penalty."""
+    waiting = g.of(rows) if config.engine.accumulate == 1 else 0.0
+    d = _kept(config, discriminator, lambda b: discriminator(b.noise, b.noise, b.text), rows)
+    passes = 3 if config.gan.penalty == "approx" else 2
+    gradients = _bytes(_trained(discriminator)) / shards
+    moments = [d.of(passes * rows), _update(discriminator, config.gan.optim, shards)]
+    if config.gan.penalty not in ("none", "approx"):
+        one = 1 if config.gan.penalty == "single" else rows
+        moments.append(gradients + _penalty(discriminator, config).of(one))
+    return waiting + max(moments)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    noise: Tensor
+    text: Text
+    guidance: tuple[Tensor, ...]
+
+
+def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
+    unet, tokens = network.unet.config, 77
+    size = unet.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pooled = None
+    if unet.addition_embed_type == "text_time":
+        pooled = torch.empty(
+            count, unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        )
+    told = (torch.empty(count),) if isinstance(network, Student) and network.guided else ()
+    hidden = torch.empty(count, tokens, unet.cross_attention_dim)
+    return _Rows(torch.empty(count, unet.in_channels, height, width), Text(hidden, pooled), told)
+
+
+def _kept(config: DistillConfig, network: Any, run: Callable[[_Rows], Any], rows: float) -> Kept:
+    """Two small batches tell what a pass keeps in any case, and what it keeps for each row."""
+    half = config.train.precision == "bf16"
+    one, two = (_saved(network, lambda n=n: run(_rows(config, network, n)), half) for n in (1, 2))
+    fixed = 2 * one - two
+    if config.engine.parallel == "fsdp":  # gathered weights are freed after each layer
+        fixed = 0.0
+    return Kept(fixed=fixed, row=two - one)
+
+
+def _penalty(discriminator: Discriminator, config: DistillConfig) -> Kept:
+    """Of a pass whose gradient is differentiated again."""
+    b = _rows(config, discriminator, 1)
+    with sdpa_kernel(SDPBackend.MATH):
+        row = _saved(discriminator, lambda: r1_penalty(discriminator, b.noise, b.noise, b.text), False)
+    return Kept(fixed=0.0, row=row)
+
+
+def _saved(network: nn.Module, run: Callable[[], Any], half: bool) -> float:
+    """Bytes of the storages that autograd saves, each once, the network's own weights left out."""
+    own = {p.untyped_storage()._cdata for p in network.parameters()}
+    storages: dict[int, tuple[int, Any]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = (storage.nbytes(), storage)
+        return tensor
+
+    def inputs(layer: nn.Module, args: Any, settings: Any) -> None:
+        for value in (*args, *settings.values()):
+            if isinstance(value, Tensor):
+                pack(value)
+
+    # What is computed again keeps its inputs, which autograd does not know of.
+    again = [layer for layer in network.modules() if isinstance(layer.forward, partial)]
+    hooks = [layer.register_forward_pre_hook(inputs, with_kwargs=True) for layer in again]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        _as_on_cuda(half),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        kept = run()
+    assert kept is not None
+    for hook in hooks:
+        hook.remove()
+    return float(sum(size for size, _ in storages.values()))
+
+
+class _WideNorms(TorchFunctionMode):
+    """CUDA's autocast runs norms in fp32, the CPU's does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.group_norm, F.layer_norm):
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _as_on_cuda(half: bool) -> Iterator[None]:
+    if not half:
+        yield
+        return
+    with _WideNorms():
+        yield
+
+
+def _student(config: DistillConfig) -> Student:
+    unet = pretrained.skeleton(config.teacher, "unet").to_empty(device="cpu").requires_grad_(True)
+    schedule = pretrained.load_schedule(config.teacher)
+    student = equip(Student(unet, schedule, config.student_timestep), config.student, config.seed)
+    train_only(student, config.student)
+    return _recomputed(config, student)
+
+
+def _discriminator(config: DistillConfig) -> Discriminator:
+    unet = pretrained.skeleton(config.teacher, "unet").to_empty(device="cpu")
+    return _recomputed(config, Discriminator(unet, config.gan))
+
+
+def _recomputed(config: DistillConfig, network: Any) -> Any:
+    if config.engine.activation_checkpointing:
+        parallel.recompute(list(pretrained.layers(network)))
+    return network
+
+
+def _encoders(teacher: str) -> list[nn.Module]:
+    pieces = [p for p in pretrained.open_pipeline(teacher).pieces if p.startswith("text_encoder")]
+    return [pretrained.skeleton(teacher, piece) for piece in pieces]
+
+
+def _trained(network: nn.Module) -> list[nn.Parameter]:
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def _bytes(parameters: Any) -> float:
+    """In fp32."""
+    return 4.0 * sum(p.numel() for p in parameters)

@@ -1,0 +1,76 @@
+"""What D is told as its time, and the noise that real and fake get before it (method.md 4.2)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from core import pretrained
+from core.errors import SettingError
+from core.schedule import diffuse
+from core.seeds import generator, noise
+from distill.config import DistillConfig
+from distill.options import DiscriminatorConfig
+
+Levels = Callable[[int, torch.Generator], Tensor | None]
+"""(rows, generator) -> D's time inputs [rows]; None where its constant stands."""
+
+
+def draw_times(
+    config: DiscriminatorConfig, rows: int, train_steps: int, generator: torch.Generator
+) -> Tensor | None:
+    """D's time inputs [rows], int64 on the generator's device; None where D's constant stands.
+
+    random: t = T s u / (1 + (s - 1) u) with u ~ U(0, 1) and s = timestep_shift (APT 3.3). With noise
+    augmentation it is the level of the noise: uniform over 0 to max - 1, or "small", max u^2, half of them
+    below max / 4. Raises SettingError for a max beyond the schedule's `train_steps`.
+    """
+    if config.noise_augment != "none" and config.noise_max_timestep > train_steps:
+        raise SettingError(
+            f"gan.noise_max_timestep is {config.noise_max_timestep}; the teacher's schedule has {train_steps}"
+        )
+    if config.noise_augment == "none" and config.timestep_mode == "constant":
+        return None
+    u = torch.rand(rows, generator=generator, device=generator.device)
+    if config.noise_augment == "none":
+        shift, length = config.timestep_shift, train_steps
+        u = shift * u / (1 + (shift - 1) * u)
+    else:
+        length = config.noise_max_timestep
+        u = u.square() if config.noise_augment == "small" else u
+    return (length * u).long().clamp(max=length - 1)
+
+
+def with_noise(x: Tensor, alphas_cumprod: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_t = alpha_t x + sigma_t eps of scaled latents [B, C, h, w] at levels t [B], eps ~ N(0, 1).
+
+    Called once for the real and once for the fake rows: the same process and t, noise of their own.
+    """
+    return diffuse(x, eps.to(x), alphas_cumprod, t.to(x.device))
+
+
+class Noiser:
+    """Diffuses what D is shown, where the config says so; else it passes latents through.
+
+    The noise of a row is a function of (seed, the row's number, real or fake) alone.
+    """
+
+    def __init__(self, config: DistillConfig, device: torch.device) -> None:
+        self.gan, self.seed = config.gan, config.seed
+        self.active = config.stage == "gan" and config.gan.noise_augment != "none"
+        schedule = pretrained.load_schedule(config.teacher)
+        self.train_steps = len(schedule)
+        self.alphas_cumprod = schedule.alphas_cumprod.to(device)
+
+    def levels(self, rows: int, rng: torch.Generator) -> Tensor | None:
+        """D's time inputs of a step's rows. Raises SettingError for a maximum beyond the schedule."""
+        return draw_times(self.gan, rows, self.train_steps, rng)
+
+    def __call__(self, x: Tensor, rows: Sequence[int], t: Tensor | None, stream: int) -> Tensor:
+        """x [B, C, h, w] of the rows `rows`, at levels t [B]. stream 0: real rows, 1: fake ones."""
+        if not self.active:
+            return x
+        assert t is not None
+        seed = generator(self.seed, 0x2015E, stream).initial_seed()
+        eps = noise(seed, rows, (x.shape[1], x.shape[2], x.shape[3]))
+        return with_noise(x, self.alphas_cumprod, t, eps.to(x.device))

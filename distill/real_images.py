@@ -1,0 +1,137 @@
+"""Captioned images as more of what is real to the discriminator, beside the teacher's own latents.
+
+A source is a folder of images with captions (`metadata.jsonl` of file_name and caption, or NAME.txt beside
+NAME.jpg), or a .parquet file, or a folder of such, with columns `image` (bytes) and `caption`.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from core.errors import UserError
+from core.shuffle import permuted_batch
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTIONS = ("caption", "text", "prompt")
+"""Names under which a caption is looked for, in this order."""
+BLOCK, WINDOW = 512, 8  # parquet rows that stay together in the shuffle: a row group is read as one
+
+
+class RealImages:
+    """Images of a source by number, in an endless random order that is a function of (seed, images so far).
+
+    Raises UserError for a source without images, or an image without a caption or that cannot be read.
+    """
+
+    def __init__(self, source: str, size: tuple[int, int]) -> None:
+        """size: height and width in pixels to which images are cropped, about the centre, and resized."""
+        self.source, self.size = Path(source), size
+        self._tables = _parquets(self.source)
+        self._rows = [] if self._tables else _captioned(self.source)
+        self._ends = np.cumsum([0, *(table.metadata.num_rows for table in self._tables)])
+        if not len(self):
+            raise UserError(f"{source} holds no images; expected captioned images, or .parquet")
+        self._group = lru_cache(maxsize=16)(self._read_group)
+
+    def __len__(self) -> int:
+        return len(self._rows) or int(self._ends[-1])
+
+    def batch(self, seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
+        """Images `start` to `start + count` of the random order: pixels [B, 3, H, W] in [-1, 1], captions."""
+        block = (BLOCK, WINDOW) if self._tables else (0, 0)
+        return self.read(permuted_batch(seed, len(self), start, count, *block))
+
+    def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """The images of these numbers: pixels [B, 3, H, W] in [-1, 1], and captions."""
+        found = [self._table_row(n) if self._tables else self._file(n) for n in numbers]
+        pixels = [self._pixels(data, name) for data, _, name in found]
+        return torch.stack(pixels), [caption for _, caption, _ in found]
+
+    def _file(self, number: int) -> tuple[bytes, str, str]:
+        path, caption = self._rows[number]
+        try:
+            return path.read_bytes(), caption, str(path)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read: {error.strerror}; restore it or drop its caption"
+            ) from error
+
+    def _table_row(self, number: int) -> tuple[bytes, str, str]:
+        table = int(np.searchsorted(self._ends, number, side="right")) - 1
+        row, group, meta = number - int(self._ends[table]), 0, self._tables[table].metadata
+        while row >= meta.row_group(group).num_rows:
+            row, group = row - meta.row_group(group).num_rows, group + 1
+        images, captions = self._group(table, group)
+        image = images[row].as_py()
+        data = image["bytes"] if isinstance(image, dict) else image
+        caption = captions[row].as_py()
+        name = f"{self.source}, row {number}"
+        if not data or not caption:
+            raise UserError(f"{name} has no {'caption' if data else 'image bytes'}; drop the row")
+        return data, caption, name
+
+    def _read_group(self, table: int, group: int) -> tuple[Any, Any]:
+        names = self._tables[table].schema_arrow.names
+        caption = next((name for name in CAPTIONS if name in names), None)
+        if caption is None or "image" not in names:
+            raise UserError(f"{self.source} has columns {', '.join(names)}; expected image and caption")
+        rows = self._tables[table].read_row_group(group, columns=["image", caption])
+        return rows["image"], rows[caption]
+
+    def _pixels(self, data: bytes, name: str) -> Tensor:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                height, width = self.size
+                fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{name} is no image that can be read ({error}); drop it") from error
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _parquets(source: Path) -> list[Any]:
+    files = [source] if source.suffix == ".parquet" else sorted(source.glob("*.parquet"))
+    if not files:
+        return []
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return [pq.ParquetFile(file) for file in files]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{source} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+def _captioned(folder: Path) -> list[tuple[Path, str]]:
+    """(file, caption) of a folder's images, sorted."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected captioned images, or .parquet")
+    if (folder / "metadata.jsonl").is_file():
+        return sorted(_listed(folder))
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    for file in files:
+        if not file.with_suffix(".txt").is_file():
+            raise UserError(f"{file} has no caption; write it to {file.with_suffix('.txt').name} beside it")
+    return [(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+
+
+def _listed(folder: Path) -> list[tuple[Path, str]]:
+    rows = []
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            caption = next(row[name] for name in CAPTIONS if name in row)
+            rows.append((folder / row["file_name"], str(caption)))
+        except (ValueError, KeyError, StopIteration, TypeError) as error:
+            raise UserError(
+                f"{folder}/metadata.jsonl, line {number}: expected file_name and caption, got {line[:50]!r}"
+            ) from error
+    return rows

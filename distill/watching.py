@@ -1,0 +1,129 @@
+"""What a run tells of itself: reports, the panel, previews, validations, watchmen. Rank 0 writes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import dist, pretrained
+from core.checkpoint import whole_points
+from core.runlog import Pace, RunLog
+from distill import sentinels
+from distill.config import DistillConfig
+from distill.health import plot_health
+from distill.preview import preview, preview_latents, preview_text
+from distill.regression import Regression
+from distill.state import State
+from distill.text_cache import TextCache
+from distill.validate import Validate, averaged, best, held_out, measure
+from pairgen.dataset import PairRows
+
+
+class Watching:
+    """Reports and validations of one run. Every method is called on every rank."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        log: RunLog,
+        reader: PairRows,
+        state: State,
+        regression: Regression,
+        encode: TextCache,
+        device: torch.device,
+        also: Validate | None,
+    ) -> None:
+        self.config, self.log, self.reader, self.state = config.train, log, reader, state
+        self.regression, self.encode, self.device, self.also = regression, encode, device, also
+        self.folder, self.seed, self.told = log.folder / "checkpoints", config.seed, set[str]()
+        self.batch = max(1, self.config.batch_size // dist.world_size() // config.engine.accumulate)
+        self.vae: Any = None
+        if self.config.preview_prompts:
+            self.vae = pretrained.load_vae(config.teacher).to(device)
+        if self.config.validate_pairs:
+            held_out(len(reader), self.config.validate_pairs)  # refuse before the first step
+
+    def report(self, values: Mapping[str, Tensor | float], pace: Pace) -> None:
+        """One line of stats.jsonl, and a preview; then the watchmen, who may stop the run."""
+        nimg = self.state.nimg
+        means = average({name: float(value) for name, value in values.items()})
+        means["ema/drift"] = self.state.ema.drift(self.state.student.module)
+        self.log.write(nimg, {**means, **pace.report(nimg)})
+        self._preview(nimg)
+        found: list[sentinels.Finding] = []
+        if dist.rank() == 0:
+            found = sentinels.findings(self.log.read())
+        told = self.told if dist.rank() == 0 else {finding.kind for finding in found}
+        for part in dist.gather_objects(found)[:1]:  # what rank 0 saw stops all
+            quiet = None if dist.rank() == 0 else _say_nothing
+            sentinels.act(part, self.config.sentinels, told, quiet)
+
+    def _preview(self, nimg: int) -> None:
+        if self.vae is None:
+            return
+        rows = range(len(self.reader))[-self.config.validate_pairs :][: self.config.preview_prompts]
+        pairs = self.reader.read(list(rows))
+        with averaged(self.state.student.module, self.state.ema.tensors):
+            drawn, stored = preview_latents(self._draw, pairs, self.device, self.batch)
+        if dist.rank() == 0:
+            picture = preview(drawn, stored, self.vae)
+            self.log.picture(nimg, "preview", picture, preview_text(pairs.prompts, nimg))
+
+    @torch.no_grad()
+    def _draw(self, noise: Tensor, prompts: Sequence[str], *told: Tensor) -> Tensor:
+        latents: Tensor = self.state.student.frozen(noise, self.encode(prompts), *told)
+        return latents
+
+    def validate(self, now: bool) -> bool:
+        """Validate when it is time, or `now` if this point was not; whether a new best must be kept."""
+        interval, nimg = self.config.validate_images, self.state.nimg
+        if not interval or not (now or nimg // interval > (nimg - self.config.batch_size) // interval):
+            return False
+        module = self.state.student.module
+        training = module.training
+        module.eval()
+        with averaged(module, self.state.ema.tensors):
+            values = measure(
+                self._draw,
+                self.reader,
+                held_out(len(self.reader), self.config.validate_pairs),
+                getattr(self.regression, "augmented", None),
+                batch_size=self.batch,
+                device=self.device,
+                seed=self.seed,
+            )
+            if self.also is not None:
+                values |= self.also(module, nimg)  # type: ignore[arg-type]  # a Student
+        module.train(training)
+        self.log.write(nimg, values)
+        return self.config.keep_best and self.best(nimg) == nimg
+
+    def best(self, nimg: int) -> int | None:
+        """The best validated point among those saved and `nimg`, as rank 0 sees it."""
+        found = None
+        if dist.rank() == 0 and (point := best(self.log.read(), {*whole_points(self.folder), nimg})):
+            found = point[0]
+        return dist.gather_objects(found)[0]
+
+    def panel(self) -> None:
+        """RUN/health.png of all reports so far."""
+        if dist.rank() == 0 and (lines := self.log.read()):
+            plot_health(lines, self.log.folder / "health.png", str(self.log.folder))
+
+    def spare(self) -> set[str]:
+        """Names of checkpoints that stay beside the newest, when this point is saved."""
+        point = self.best(self.state.nimg) if self.config.keep_best else None
+        return set() if point is None else {f"{point:09d}"}
+
+
+def average(values: Mapping[str, float]) -> dict[str, float]:
+    """Means over the ranks on which a value is a number; left out where it is NaN on every rank."""
+    known = dist.mean({k: float(not math.isnan(v)) for k, v in values.items()})
+    sums = dist.mean({k: 0.0 if math.isnan(v) else v for k, v in values.items()})
+    return {k: sums[k] / known[k] for k in values if known[k] > 0}
+
+
+def _say_nothing(text: str) -> None:
+    pass

@@ -1,0 +1,119 @@
+"""One rank of test_core_parallel.py: D's gradients, R1 among them, under every engine, and one update.
+
+torchrun … parallel_worker.py FOLDER    writes FOLDER/CASE.pt from rank 0
+"""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tiny
+from core import dist, parallel, pretrained
+from core.parallel import Parallel
+from distill.config import DiscriminatorConfig
+from distill.discriminator import Discriminator, discriminator_from_teacher
+from distill.losses import discriminator_loss
+from distill.r1 import r1_penalty
+
+ROWS = 8
+CASES = {
+    "ddp": {},
+    "ddp-accumulate": {"accumulate": 2},
+    "ddp-recompute": {"recompute": True},
+    "ddp-autocast": {"half": True},
+    "fsdp": {"kind": "fsdp"},
+    "fsdp-accumulate": {"kind": "fsdp", "accumulate": 2},
+    "fsdp-recompute": {"kind": "fsdp", "recompute": True},
+    "fsdp-half": {"kind": "fsdp", "half": True},
+    "fsdp-replicas": {"kind": "fsdp", "replicas": 2},
+}
+
+
+def new_discriminator(teacher: str, seed: int) -> Discriminator:
+    """Heads differ by seed; nothing that matters is zero."""
+    rng = torch.Generator().manual_seed(seed)
+    discriminator = discriminator_from_teacher(teacher, DiscriminatorConfig(), rng)
+    with torch.no_grad():
+        for p in (discriminator.conv_z.weight, discriminator.heads["0_skip"].weight):  # type: ignore[union-attr]
+            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
+    return discriminator
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """real, fake, noise, text of the whole batch."""
+    rng = torch.Generator().manual_seed(5)
+    real, fake, noise = (torch.randn(ROWS, 4, 4, 4, generator=rng) for _ in range(3))
+    return real, fake, noise, torch.randn(ROWS, 12, 16, generator=rng)
+
+
+def gradients(
+    teacher: str,
+    kind: str = "ddp",
+    accumulate: int = 1,
+    recompute: bool = False,
+    half: bool = False,
+    replicas: int = 1,
+) -> dict[str, Tensor]:
+    """Whole gradients of this world's D loss with R1 on one row a rank, then the weights after one update."""
+    rank, world = dist.rank(), dist.world_size()
+    if kind == "fsdp" and rank:
+        network = Discriminator(pretrained.skeleton(teacher, "unet"), DiscriminatorConfig()).to("meta")
+    else:
+        network = new_discriminator(teacher, seed=rank)
+    layers = list(pretrained.layers(network))
+    if recompute:
+        parallel.recompute(layers)
+    policy = torch.bfloat16 if half and kind == "fsdp" else None
+    d = Parallel(
+        network, kind, torch.device("cpu"), layers=layers, roots=[network], replicas=replicas, half=policy
+    )
+    mixed = torch.autocast("cpu", torch.bfloat16) if half and kind == "ddp" else nullcontext()
+    optim = torch.optim.SGD(d.parameters(), 0.1)
+    local = ROWS // world
+    rows = [part[rank * local : (rank + 1) * local] for part in batch()]
+    for _ in range(2):  # twice: what the first step leaves behind must not show in the second
+        optim.zero_grad(set_to_none=True)
+        real, fake, noise, text = rows
+        with d.bare() as bare:
+            (3.0 * r1_penalty(bare, real[:1], noise[:1], text[:1])).backward()
+        for part in range(accumulate):
+            real, fake, noise, text = (x.chunk(accumulate)[part] for x in rows)
+            with d.unaveraged(part < accumulate - 1):
+                with mixed:
+                    logits = d(real, noise, text), d(fake, noise, text)
+                (discriminator_loss(*logits) / accumulate).backward()
+        found = {
+            f"grad.{n}": parallel.whole(p.grad) for n, p in network.named_parameters() if p.grad is not None
+        }
+        norm = d.clip(1.0)
+        optim.step()
+    found["norm"] = norm
+    # A pass that trains nothing leaves no gradients, and sees the updated weights.
+    optim.zero_grad(set_to_none=True)
+    network.requires_grad_(False)
+    x = rows[1].clone().requires_grad_()
+    out = torch.stack([v.float().mean() for v in d.frozen(x, rows[2], rows[3]).values()]).mean()
+    (slope,) = torch.autograd.grad(out, x)
+    assert all(p.grad is None for p in network.parameters())
+    found["slope"] = torch.cat(dist.gather(slope))
+    found |= {f"weight.{n}": parallel.whole(p.detach()).clone() for n, p in network.named_parameters()}
+    return found
+
+
+def main() -> None:
+    """All cases."""
+    folder = Path(sys.argv[1])
+    dist.init()
+    for name, settings in CASES.items():
+        found = gradients(str(folder / "teacher"), **settings)  # type: ignore[arg-type]
+        if dist.rank() == 0:
+            torch.save(found, folder / f"{name}.pt")
+        dist.barrier()
+    dist.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Ways to run that must not change what is learnt, and bad times: killed ranks, other worlds, long prompts."""
+
+import json
+import os
+import random
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tiny
+from core import checkpoint, sharded
+from core.runlog import read_stats
+from distill.config import DistillConfig
+from distill.train import train
+from jobs import Running, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from pairgen.generate import generate_pairs
+
+STEPS = ("gan.r1_interval=2", "gan.mix_fraction=0.5", "gan.optim.lr=1e-4", "train.images=16")
+PLAIN = (*STEPS, "gan.r1=full")
+"""Full R1: of the single-sample form each rank and micro-batch has a row of its own."""
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def ode(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short first stage to start from."""
+    out = tmp_path_factory.mktemp("ode")
+    train(distill_config(teacher, pairs, "train.images=8"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def config(teacher: Path, pairs: Path, ode: Path) -> DistillConfig:
+    return distill_config(teacher, pairs, stage="gan", init=ode)
+
+
+@pytest.fixture(scope="module")
+def plain(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps on one process with nothing special."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    done = d2g(distill_arguments(config, out, *PLAIN), out.parent / "log")
+    assert done.code == 0, done.stderr
+    return out
+
+
+def averages(run: Path, nimg: int = 16) -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / f"{nimg:09d}" / "ema.safetensors")
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in read_stats(run)]
+
+
+def assert_same_learning(run: Path, plain: Path, rel: float = 1e-4) -> None:
+    """Losses within rounding, and averages that moved alike."""
+    for a, b in zip(losses(run), losses(plain), strict=True):
+        assert a == pytest.approx(b, rel=rel, abs=1e-6)
+    a, b = averages(run), averages(plain)
+    assert a.keys() == b.keys() and all((a[k] - b[k]).abs().mean() < 1e-4 for k in b)
+
+
+ALONE = {
+    "accumulate": ["engine.accumulate=2"],
+    "recompute": ["engine.activation_checkpointing=true"],
+    "fsdp": ["engine.parallel=fsdp"],
+    "async": ["engine.async_checkpoints=true", "train.checkpoint_images=4"],
+    "cache": ["data.text_cache=3"],
+    "fused": ["optim.name=adamw_fused", "gan.optim.name=adamw_fused"],
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_the_engine_does_not_change_what_is_learnt(
+    case: str, config: DistillConfig, plain: Path, tmp_path: Path
+) -> None:
+    done = d2g(distill_arguments(config, tmp_path / "run", *PLAIN, *ALONE[case]), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    assert_same_learning(tmp_path / "run", plain)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_are_one_and_either_goes_on_for_the_other(
+    parallel: str, config: DistillConfig, plain: Path, tmp_path: Path
+) -> None:
+    """Two steps on two ranks, then two on one, with another engine: as four on one."""
+    out = tmp_path / "run"
+    first = distill_arguments(config, out, *PLAIN, f"engine.parallel={parallel}", "train.images=8")
+    both = d2g_ranks(first, tmp_path / "log")
+    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    last = checkpoint.latest(out / "checkpoints")
+    assert last is not None and last.meta["processes"] == 2
+    assert len(list((last.folder / "state").glob("*.distcp"))) == 2, "each rank writes its own"
+    done = d2g(distill_arguments(config, out, *PLAIN), tmp_path / "log1")
+    assert done.code == 0, done.stderr
+    assert_same_learning(out, plain)
+
+
+def test_two_ranks_go_on_for_one(config: DistillConfig, plain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = d2g(distill_arguments(config, out, *PLAIN, "train.images=8"), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    more = distill_arguments(config, out, *PLAIN, "engine.parallel=fsdp", "engine.accumulate=1")
+    both = d2g_ranks(more, tmp_path / "log")
+    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    assert_same_learning(out, plain)
+
+
+# Killed.
+
+
+def start_ranks(arguments: list[str], folder: Path) -> list[Running]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [
+        Running(arguments, folder / f"rank{r}", {**group, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def long(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[str, ...], Path]:
+    """Twelve steps on two ranks that save at each, unbroken."""
+    out = tmp_path_factory.mktemp("long") / "run"
+    settings = (*STEPS, "train.images=48", "train.checkpoint_images=4")
+    both = d2g_ranks(distill_arguments(config, out, *settings), out.parent / "log")
+    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    return settings, out
+
+
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_killed_ranks(
+    which: str, config: DistillConfig, long: tuple[tuple[str, ...], Path], tmp_path: Path
+) -> None:
+    """kill -9 at a random moment; the other rank ends with one line; the rerun ends bit for bit as unbroken."""
+    settings, unbroken = long
+    out = tmp_path / "run"
+    arguments = distill_arguments(config, out, *settings)
+    moment = random.Random(os.getpid()).randrange(1, 8)
+    running = start_ranks(arguments, tmp_path / "first")
+    folder = out / "checkpoints"
+    running[0].wait_for(lambda: len(checkpoint.whole_points(folder)) > 0)
+    running[0].wait_for(lambda: checkpoint.whole_points(folder)[-1:] >= [4 * moment])
+    for victim in running if which == "all" else running[1:]:
+        victim.send(signal.SIGKILL)
+    ended = [each.wait(120) for each in running]
+    assert ended[1].code == -signal.SIGKILL
+    if which == "one":
+        assert ended[0].code == 1
+        assert "another process of this run is gone" in ended[0].error and "goes on from" in ended[0].error
+    again = d2g_ranks(arguments, tmp_path / "again")
+    assert [each.code for each in again] == [0, 0], again[0].stderr
+    last = [checkpoint.open_checkpoint(run / "checkpoints" / "000000048") for run in (out, unbroken)]
+    states = [sharded.read(each) for each in last]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    assert losses(out) == losses(unbroken)
+
+
+def test_sigterm_saves_on_all_ranks(config: DistillConfig, tmp_path: Path) -> None:
+    """As on a machine that is taken away: only one rank may hear of it."""
+    out = tmp_path / "run"
+    arguments = distill_arguments(config, out, *STEPS, "train.images=4000")
+    running = start_ranks(arguments, tmp_path / "log")
+    running[0].wait_for(lambda: len(read_stats(out)) > 1)
+    running[1].send(signal.SIGTERM)
+    ended = [each.wait(120) for each in running]
+    assert [each.code for each in ended] == [130, 130], [each.stderr for each in ended]
+    last = checkpoint.latest(out / "checkpoints")
+    assert last is not None and "safe on disk" in ended[0].stderr
+    sharded.verify(last)
+
+
+# Other bad times.
+
+
+def damaged(run: Path) -> None:
+    shard = next((run / "checkpoints" / "000000016" / "state").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-64])
+
+
+@pytest.mark.parametrize("harm", [damaged, None])
+def test_a_checkpoint_that_is_not_this_run_s(
+    harm: Callable[[Path], None] | None, config: DistillConfig, plain: Path, ode: Path, tmp_path: Path
+) -> None:
+    """A damaged file, or a folder that another config wrote, put in place of one's own."""
+    out = tmp_path / "run"
+    done = d2g(distill_arguments(config, out, *PLAIN), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    if harm is not None:
+        harm(out)
+    else:
+        other = d2g(distill_arguments(config, tmp_path / "other", *PLAIN, "gan.weight=1"), tmp_path / "log")
+        assert other.code == 0, other.stderr
+        (out / "checkpoints" / "000000016").rename(tmp_path / "away")
+        (tmp_path / "other" / "checkpoints" / "000000016").rename(out / "checkpoints" / "000000016")
+    ended = d2g(distill_arguments(config, out, *PLAIN, "train.images=20"), tmp_path / "log")
+    assert ended.code == 1 and "go on from the checkpoint before it" in ended.error
+    assert ("of a run with other networks" in ended.error) == (harm is None)
+
+
+def test_a_batch_of_one_per_rank_is_refused(config: DistillConfig, tmp_path: Path) -> None:
+    both = d2g_ranks(distill_arguments(config, tmp_path / "run", "train.batch_size=2"), tmp_path / "log")
+    assert [ended.code for ended in both] == [2, 2]
+    assert "a micro-batch has 1 row per process" in both[0].error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_beyond_the_tokenizer_s_limit_is_cut_as_the_teacher_cut_it(
+    teacher: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(" ".join([caption] * 40) for caption in tiny.CAPTIONS) + "\n")
+    generate_pairs(tiny.pair_config(str(teacher), str(prompts)), tmp_path / "pairs")
+    found = train(distill_config(teacher, tmp_path / "pairs", "train.images=8"), tmp_path / "run")
+    assert found.images == 8 and found.loss["g"] > 0
+
+
+# Validation.
+
+
+def test_validation_does_not_touch_training_and_the_best_stays(
+    config: DistillConfig, teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """A learning rate that soon is too high: the best is an early point, which pruning leaves."""
+    held = ("train.validate_pairs=4", "train.validate_images=4", "train.images=40", "optim.lr=0.01")
+    keep = ("train.keep_best=true", "train.keep_checkpoints=1", "train.preview_prompts=2")
+    train(distill_config(teacher, pairs, *held), tmp_path / "seen")
+    train(distill_config(teacher, pairs, *held, *keep), tmp_path / "kept")
+    plain = [line for line in losses(tmp_path / "seen") if line]
+    assert plain == [line for line in losses(tmp_path / "kept") if line] and len(plain) == 10
+    values = {
+        int(line["nimg"]): line["val/e_latent_lpips"]
+        for line in read_stats(tmp_path / "kept")
+        if "val/e_latent_lpips" in line
+    }
+    assert sorted(values) == list(range(4, 44, 4))
+    best = min(values, key=lambda nimg: (values[nimg], nimg))
+    assert checkpoint.whole_points(tmp_path / "kept" / "checkpoints") == sorted({best, 40})
+    assert (tmp_path / "kept" / "health.png").is_file()
+    assert len(list((tmp_path / "kept" / "previews").glob("preview-*.png"))) == 10
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["length"]["keep_best"] is True
