@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as td
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ def init(patient: bool = False) -> torch.device:
 def join_alone() -> None:
     """A process group of one, where torchrun announced none: FSDP2 needs one."""
     if not td.is_initialized():
-        td.init_process_group(_backend(), store=td.HashStore(), rank=0, world_size=1)
+        td.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
 
 
 LOST = (
@@ -61,7 +62,7 @@ def joined() -> bool:
 def side_group() -> td.ProcessGroup:
     """A second gloo group of all ranks, for a thread that must not disturb the first. Call on every rank."""
     group = td.new_group(backend="gloo")
-    assert group is not None
+    assert isinstance(group, td.ProcessGroup)  # this rank is in it
     return group
 
 

@@ -185,4 +185,4 @@ def recompute(layers: Iterable[nn.Module]) -> None:
     Non-reentrant, the one form that allows a second derivative (method.md 10.2).
     """
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from core import dist
 from core.checkpoint import Checkpoint, latest, prune
@@ -85,21 +88,22 @@ class Writer:
                 for name, values in gathered.items():
                     save_file(values, temporary / f"{name}.safetensors")
         with _together(temporary, target, self.folder):
-            future = self._write(dict(tensors), dcp.FileSystemWriter(temporary / STATE))
+            future = self._write(dict(tensors), FileSystemWriter(temporary / STATE))
         self._pending = (target, {**meta, "nimg": nimg, "processes": dist.world_size()}, future)
         if not self.background:
             self.finish()
 
-    def _write(self, tensors: dict[str, Tensor], writer: dcp.FileSystemWriter) -> "Future[Any]":
+    def _write(self, tensors: dict[str, Tensor], writer: FileSystemWriter) -> "Future[Any]":
         if not self.background:
             done: Future[Any] = Future()
-            done.set_result(_save(tensors, writer))
+            _save(tensors, writer)
+            done.set_result(None)
             return done
         if not dist.joined():
             copies = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
             return self._thread.submit(_save, copies, writer)
         # A group of its own: its messages must not mix with those of the gradients.
-        writing = dcp.async_save(tensors, storage_writer=writer, process_group=dist.side_group())
+        writing = async_save(tensors, storage_writer=writer, process_group=dist.side_group())
         assert isinstance(writing, Future)
         return writing
 
@@ -156,9 +160,9 @@ class _together:
         ) from error
 
 
-def _save(tensors: dict[str, Tensor], writer: dcp.FileSystemWriter) -> None:
+def _save(tensors: dict[str, Tensor], writer: FileSystemWriter) -> None:
     with _alone_is_fine():
-        dcp.save(tensors, storage_writer=writer, no_dist=not dist.joined())
+        dcp_save(tensors, storage_writer=writer, no_dist=not dist.joined())
 
 
 @contextmanager
@@ -227,14 +231,14 @@ def verify(last: Checkpoint) -> None:
 
 def read(last: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of a checkpoint's state by name, whole, on the CPU of this process alone."""
-    reader = dcp.FileSystemReader(last.folder / STATE)
+    reader = FileSystemReader(last.folder / STATE)
     tensors = {
         name: torch.empty(facts.size, dtype=facts.properties.dtype)
         for name, facts in reader.read_metadata().state_dict_metadata.items()
         if isinstance(facts, TensorStorageMetadata)
     }
     with _alone_is_fine():
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -243,7 +247,7 @@ def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.opti
 
     Raises UserError where names or shapes differ from what the network has.
     """
-    reader = dcp.FileSystemReader(last.folder / STATE)
+    reader = FileSystemReader(last.folder / STATE)
     stored = reader.read_metadata().state_dict_metadata
     tensors = network_tensors(prefix, module)
     memory: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -258,7 +262,7 @@ def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.opti
     if odd := sorted(expected ^ set(tensors)):
         raise UserError(f"{last.folder}: {odd[0]} is in the checkpoint or in the network, not in both")
     with _alone_is_fine():
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.joined())
+        dcp_load(tensors, storage_reader=reader, no_dist=not dist.joined())
     for parameter, values in memory.items():
         optimizer.state[parameter] = values
 

@@ -41,8 +41,8 @@ class ExportConfig:
         known = get_args(ExportConfig.__annotations__["format"])
         if self.format not in known:
             raise SettingError(f"format is {self.format!r}{nearest(self.format, known)}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise SettingError(f"dtype is {self.dtype!r}; expected {', '.join(DTYPES)}")
+        if self.dtype is not None:
+            _dtype(self.dtype)
 
 
 EXPORT_PRESETS = {"default": ExportConfig()}

@@ -60,20 +60,25 @@ class Kept:
 
 def predict(config: DistillConfig, world_size: int) -> Memory:
     """Memory of a run on `world_size` processes. Reads configs of the teacher's pieces, no weights."""
+    student = _student(config)
+    discriminator = _discriminator(config) if config.stage == "gan" else None
+    frozen = _bytes(p for encoder in _encoders(config.teacher) for p in encoder.parameters())
     with FakeTensorMode():
-        student = _student(config)
-        discriminator = _discriminator(config) if config.stage == "gan" else None
-        frozen = _bytes(p for encoder in _encoders(config.teacher) for p in encoder.parameters())
+        for network in (student, discriminator):
+            if network is not None:
+                _without_data(network)
+                if config.engine.activation_checkpointing:
+                    parallel.recompute(list(pretrained.layers(network)))
         rows = config.train.batch_size / world_size / config.engine.accumulate
-        g = _kept(config, student, lambda b: student(b.noise, b.text, *b.guidance), rows)
+        g = _kept(config, student, lambda b: student(b.noise, b.text, *b.guidance))
         shards = (config.engine.shard_size or world_size) if config.engine.parallel == "fsdp" else 1
         working = max(g.of(rows), _update(student, config.optim, shards))
-        networks: list[tuple[nn.Module, OptimConfig]] = [(student, config.optim)]
+        trained: list[tuple[nn.Module, OptimConfig]] = [(student, config.optim)]
         if discriminator is not None:
-            networks.append((discriminator, config.gan.optim))
+            trained.append((discriminator, config.gan.optim))
             working = max(working, _with_discriminator(config, discriminator, g, rows, shards))
-    whole = sum(_bytes(network.parameters()) for network, _ in networks)
-    states = sum(STATES[o.name] / 4 * _bytes(_trained(network)) for network, o in networks)
+    whole = sum(_bytes(network.parameters()) for network, _ in trained)
+    states = sum(STATES[o.name] / 4 * _bytes(_trained(network)) for network, o in trained)
     gib = 2.0**30
     return Memory(
         weights=whole / shards / gib,
@@ -95,14 +100,16 @@ def _with_discriminator(
 ) -> float:
     """D's update while the student's graph waits: real and fake kept, or D's gradients, or its penalty."""
     waiting = g.of(rows) if config.engine.accumulate == 1 else 0.0
-    d = _kept(config, discriminator, lambda b: discriminator(b.noise, b.noise, b.text), rows)
+    d = _kept(config, discriminator, lambda b: discriminator(b.noise, b.noise, b.text))
     passes = 3 if config.gan.penalty == "approx" else 2
     gradients = _bytes(_trained(discriminator)) / shards
-    moments = [d.of(passes * rows), _update(discriminator, config.gan.optim, shards)]
-    if config.gan.penalty not in ("none", "approx"):
-        one = 1 if config.gan.penalty == "single" else rows
-        moments.append(gradients + _penalty(discriminator, config).of(one))
-    return waiting + max(moments)
+    update = _update(discriminator, config.gan.optim, shards)
+    if config.gan.penalty in ("none", "approx"):
+        return waiting + max(d.of(passes * rows), update)
+    # The penalty has a pass of its own, whose gradients are there when the others begin.
+    one = 1 if config.gan.penalty == "single" else rows
+    largest = max(d.of(passes * rows), _penalty(discriminator, config).of(one))
+    return waiting + max(gradients + largest, update)
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
     return _Rows(torch.empty(count, unet.in_channels, height, width), Text(hidden, pooled), told)
 
 
-def _kept(config: DistillConfig, network: Any, run: Callable[[_Rows], Any], rows: float) -> Kept:
+def _kept(config: DistillConfig, network: Any, run: Callable[[_Rows], Any]) -> Kept:
     """Two small batches tell what a pass keeps in any case, and what it keeps for each row."""
     half = config.train.precision == "bf16"
     one, two = (_saved(network, lambda n=n: run(_rows(config, network, n)), half) for n in (1, 2))
@@ -168,8 +175,7 @@ def _saved(network: nn.Module, run: Callable[[], Any], half: bool) -> float:
         _as_on_cuda(half),
         torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):
-        kept = run()
-    assert kept is not None
+        run()
     for hook in hooks:
         hook.remove()
     return float(sum(size for size, _ in storages.values()))
@@ -194,22 +200,28 @@ def _as_on_cuda(half: bool) -> Iterator[None]:
 
 
 def _student(config: DistillConfig) -> Student:
-    unet = pretrained.skeleton(config.teacher, "unet").to_empty(device="cpu").requires_grad_(True)
+    unet = pretrained.skeleton(config.teacher, "unet").requires_grad_(True)
     schedule = pretrained.load_schedule(config.teacher)
-    student = equip(Student(unet, schedule, config.student_timestep), config.student, config.seed)
+    downscale = pretrained.latent_downscale(config.teacher)
+    student = equip(Student(unet, schedule, config.student_timestep, downscale), config.student, config.seed)
     train_only(student, config.student)
-    return _recomputed(config, student)
+    return student
 
 
 def _discriminator(config: DistillConfig) -> Discriminator:
-    unet = pretrained.skeleton(config.teacher, "unet").to_empty(device="cpu")
-    return _recomputed(config, Discriminator(unet, config.gan))
+    with torch.device("meta"):
+        return Discriminator(pretrained.skeleton(config.teacher, "unet"), config.gan)
 
 
-def _recomputed(config: DistillConfig, network: Any) -> Any:
-    if config.engine.activation_checkpointing:
-        parallel.recompute(list(pretrained.layers(network)))
-    return network
+def _without_data(network: nn.Module) -> None:
+    """Parameters and buffers as fake tensors on the CPU; to be called in a FakeTensorMode."""
+    for module in network.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _encoders(teacher: str) -> list[nn.Module]:

@@ -46,9 +46,10 @@ class MicroBatch:
     mix: Tensor
     t: Tensor | None
     rows: range  # numbers of the rows since the run began
-    fake: Tensor = field(default_factory=lambda: torch.empty(0))  # the student's latents
-    mode: Tensor = field(default_factory=lambda: torch.empty(0))  # how each was mismatched, 0: not
-    shown: tuple[Shown, ...] = ()  # real, fake as D sees them
+    fake: Tensor = field(init=False)  # the student's latents
+    mode: Tensor = field(init=False)  # how each was mismatched, 0: not
+    shown_real: Shown = field(init=False)  # what D sees
+    shown_fake: Shown = field(init=False)
 
 
 def draw_step(

@@ -153,6 +153,8 @@ class DiscriminatorConfig:
         if self.timestep and self.timestep_mode == "random":
             raise SettingError(f"gan.timestep is {self.timestep}, but timestep_mode random draws it; set 0")
         require(0 <= self.real_fraction < 1, "gan.real_fraction", self.real_fraction, "0 up to below 1")
+        if self.real and self.loss == "rpgan":
+            raise SettingError("gan.real rows have no fake of their own to be compared with; set gan.loss=ns")
         if bool(self.real) != bool(self.real_fraction):
             raise SettingError(
                 f"gan.real is {self.real!r} and real_fraction {self.real_fraction}; expected both, or neither"

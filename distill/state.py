@@ -136,6 +136,7 @@ def _student(config: DistillConfig) -> Student:
         raise SettingError(f"{config.init} is told its guidance; set student.guidance_conditioning=true")
     equip(student, config.student, config.seed)
     train_only(student, config.student)
+    student.train(config.student.dropout > 0)
     return student
 
 
@@ -145,4 +146,5 @@ def _blank_student(config: DistillConfig) -> Student:
     unet = pretrained.skeleton(config.teacher, "unet")
     student = equip(Student(unet, schedule, config.student_timestep, downscale), config.student, config.seed)
     train_only(student, config.student)
+    student.train(config.student.dropout > 0)
     return student

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from distill.micro import Draws, MicroBatch, draw_step, split
 from distill.noising import Noiser
 from distill.optim import learning_rate, update
 from distill.r1 import Shown, penalty
+from distill.real_rows import RealRows
 from distill.regression import Regression
 from distill.state import State, new_state
 from distill.text_cache import TextCache
@@ -80,6 +81,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     encode = TextCache(text_encoder.encode, config.data.text_cache, device)
     regression = Regression(config, reader.spec.latent_shape[0], device)
     noised = Noiser(config, device)
+    with_real = RealRows(config, reader.spec.latent_shape, encode, device)
     state: State = new_state(config, device)
     student, discriminator = state.student, state.discriminator
 
@@ -123,6 +125,8 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                 for name, value in found.items():
                     parts[name] = parts.get(name, 0) + value.detach().float() / accumulate
 
+            if config.student.dropout:  # the one thing that draws from torch's own state
+                torch.manual_seed(draws.mine.initial_seed())
             for micro in micros if discriminator is not None or shared else []:
                 with autocast(), torch.set_grad_enabled(shared):
                     micro.fake = student(micro.noise, micro.text, *micro.guidance)
@@ -132,30 +136,37 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                 assert state.optim_d is not None
                 discriminator.module.requires_grad_(True)
                 for micro in micros:
-                    prompts, real, fake = micro.prompts, micro.real, micro.fake.detach()
                     shares = (gan.mix_x, gan.mix_c, gan.mix_z)
-                    micro.mode, partner = mismatch(prompts, gan.mix_fraction, micro.mix, shares)
-                    x, z, c = mix_and_match(fake, real, micro.noise, micro.text, micro.mode, partner)
-                    micro.shown = (
-                        Shown(noised(real, micro.rows, micro.t, 0), micro.noise, micro.text, micro.t),
-                        Shown(noised(x, micro.rows, micro.t, 1), z, c, micro.t),
+                    micro.mode, partner = mismatch(micro.prompts, gan.mix_fraction, micro.mix, shares)
+                    x, z, c = mix_and_match(
+                        micro.fake.detach(), micro.real, micro.noise, micro.text, micro.mode, partner
                     )
+                    shown = with_real(Shown(micro.real, micro.noise, micro.text, micro.t), micro.rows)
+                    micro.shown_real = replace(shown, x=noised(shown.x, micro.rows, micro.t, 0))
+                    micro.shown_fake = Shown(noised(x, micro.rows, micro.t, 1), z, c, micro.t)
                 due = gan.penalty != "none" and step % gan.penalty_interval == 0
                 if due and gan.penalty != "approx":
                     rows = micros[:1] if gan.penalty == "single" else micros
                     with discriminator.bare() as judge:
                         for micro in rows:
-                            value, found = penalty(gan, judge, *micro.shown, {}, draws.mine)
+                            seen = (micro.shown_real, micro.shown_fake)
+                            value, found = penalty(gan, judge, *seen, {}, draws.mine)
                             (value / len(rows)).backward()
                             add({name: v * accumulate / len(rows) for name, v in found.items()})
                 for number, micro in enumerate(micros):
                     with discriminator.unaveraged(number < accumulate - 1):
                         with autocast():
-                            said = [discriminator(s.x, s.noise, s.text, s.t) for s in micro.shown]
-                            loss_d = discriminator_loss(*said, gan.loss, gan.head_reduction)
+                            real, fake = micro.shown_real, micro.shown_fake
+                            logits_real = discriminator(real.x, real.noise, real.text, real.t)
+                            logits_fake = discriminator(fake.x, fake.noise, fake.text, fake.t)
+                            loss_d = discriminator_loss(
+                                logits_real, logits_fake, gan.loss, gan.head_reduction
+                            )
                             add({"loss/d": loss_d})
                             if due and gan.penalty == "approx":
-                                value, found = penalty(gan, discriminator, *micro.shown, said[0], draws.mine)
+                                value, found = penalty(
+                                    gan, discriminator, real, fake, logits_real, draws.mine
+                                )
                                 loss_d = loss_d + value
                                 add(found)
                         (loss_d / accumulate).backward()
@@ -180,7 +191,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                             rival = None
                             if gan.loss == "rpgan":
                                 with torch.no_grad():
-                                    s = micro.shown[0]
+                                    s = micro.shown_real
                                     rival = discriminator.frozen(s.x, s.noise, s.text, s.t)
                         found["loss/g_gan"] = generator_loss(verdict, gan.loss, gan.head_reduction, rival)
                         loss_g = loss_g + gan.weight * found["loss/g_gan"]
@@ -203,7 +214,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             if crossed(state.nimg, size, options.report_images) or finished:
                 health = {"latent/spread": spread(micros[-1].fake, micros[-1].real)}
                 if discriminator is not None and moves_g:
-                    health |= logit_report(*said, micros[-1].mode == 0, verdict)
+                    health |= logit_report(logits_real, logits_fake, micros[-1].mode == 0, verdict)
                 watching.report({**parts, **health, **norms}, pace)
             best = watching.validate(finished or flags["stop"])
             if crossed(state.nimg, size, options.checkpoint_images) or finished or flags["stop"] or best:

@@ -73,7 +73,9 @@ class Watching:
 
     @torch.no_grad()
     def _draw(self, noise: Tensor, prompts: Sequence[str], *told: Tensor) -> Tensor:
-        latents: Tensor = self.state.student.frozen(noise, self.encode(prompts), *told)
+        latents: Tensor = self.state.student.frozen(
+            noise, self.encode(prompts), *(t.to(self.device) for t in told)
+        )
         return latents
 
     def validate(self, now: bool) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image
 from core.errors import UserError
 from labelled import save_differences, save_judgements
 from latent_lpips.bapps import batches, find_splits, open_split, upsampled
+from latent_lpips.crops import to_tensor
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def test_batches_keep_the_order_and_the_pixels(split: Path) -> None:
     parts = list(batches(found, 0, 2))
     assert [len(part[0]) for part in parts] == [2, 2, 1] and parts[0][0].shape == (2, 3, 16, 16)
     p1 = torch.cat([part[2] for part in parts])
-    by_hand = np.asarray(Image.open(split / "p1" / "003.png"))
-    assert torch.equal((p1[3] + 1) * 127.5, torch.from_numpy(by_hand.copy()).permute(2, 0, 1).float())
+    with Image.open(split / "p1" / "003.png") as opened:
+        assert torch.equal(((p1[3] + 1) * 127.5).round().byte(), to_tensor(opened))
     some = list(batches(found, 0, 9, [3, 1]))
     assert torch.equal(some[0][2], p1[[3, 1]])
     assert next(batches(found, 8, 2))[0].shape == (2, 3, 8, 8)

@@ -40,7 +40,7 @@ def config(data: Path, teacher: Path, **settings: Any) -> HeadsConfig:
 
 def test_heads_are_fitted_and_the_trunk_is_not(data: Path, teacher: Path, tmp_path: Path) -> None:
     result = calibrate_folder(config(data, teacher), tmp_path / "out")
-    assert result.accuracy >= result.before and set(result.by_split) == {"cnn", "noise"}
+    assert result.accuracy > 0.8 and set(result.by_split) == {"cnn", "noise"}
     assert (result.train, result.held_out) == (24, 24)
     assert result.accuracy == pytest.approx(sum(result.by_split.values()) / 2)
     before, after = load(teacher / "latent_lpips"), load(tmp_path / "out")

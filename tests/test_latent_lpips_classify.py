@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from core import checkpoint
+from core import checkpoint, pretrained
 from core.errors import SettingError, UserError
 from core.seeds import generator
 from jobs import d2g_ranks
@@ -20,7 +20,7 @@ from latent_lpips.classify import classify, plan, shifted, train_classifier
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.pictures import open_labelled
 from latent_lpips.recipes import ClassifyConfig
-from latent_lpips.sources import Item
+from latent_lpips.sources import Encoder, Item, open_stream
 from latent_lpips.vgg import VGG16
 from latent_lpips.weights import read_meta
 
@@ -77,22 +77,29 @@ def test_resumed_equals_unbroken(data: Path, teacher: Path, tmp_path: Path, sett
     assert runs == 9 and equal(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_crops_don_t_depend_on_the_batch_and_cached_ones_are_the_fresh_ones(
-    data: Path, teacher: Path, tmp_path: Path
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_latents_depend_on_picture_and_crop_alone(
+    data: Path, teacher: Path, tmp_path: Path, posterior: str
 ) -> None:
-    """One epoch of crops kept on disk trains as fresh ones do, to fp16."""
-    fresh, kept = tmp_path / "fresh", tmp_path / "kept"
-    train_classifier(config(data, teacher, epochs=1, optimizer="sgd"), fresh)
-    train_classifier(config(data, teacher, epochs=1, optimizer="sgd", crops=2), kept)
-    assert not equal(fresh, kept)
-    for name, value in weights(fresh).items():
-        torch.testing.assert_close(value.double(), weights(kept)[name].double(), rtol=0.02, atol=2e-3)
+    """Not on the batch; and those kept on disk are the fresh ones of the first epochs, in turn, to fp16."""
+    settings = config(data, teacher, crops=2, posterior=posterior)
+    vae = pretrained.load_vae(str(teacher))
+    encoder = Encoder(settings, vae, open_labelled(str(data))[0], torch.device("cpu"))
+    items = [Item(row, crop) for crop in range(4) for row in (5, 0, 20)]
+    fresh = torch.cat(list(encoder.stream([items[:5], items[5:6], items[6:]])))
+    torch.testing.assert_close(fresh, next(encoder.stream([items])), rtol=1e-5, atol=1e-5)
+    assert len({tuple(x.flatten()[:4].tolist()) for x in fresh}) == 12
+    kept = torch.cat(list(open_stream(encoder, tmp_path, "train", "sha")([items[:7], items[7:]])))
+    torch.testing.assert_close(kept, fresh[[*range(6), *range(6)]], rtol=2e-3, atol=2e-3)
+    centres = next(open_stream(encoder, tmp_path, "val", "sha")([[Item(5, -1)]]))
+    torch.testing.assert_close(centres, next(encoder.stream([[Item(5, -1)]])), rtol=2e-3, atol=2e-3)
 
 
 def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> None:
     words = ["lpips", "train", "--json", "--data", str(data), "--latents", str(teacher)]
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in SETTINGS.items()}
-    settings |= {"epochs": 2, "optimizer": "sgd", "lr": 0.05, "crops": 1, "shift": 0.25, "schedule": "step"}
+    settings |= {"epochs": 1, "optimizer": "sgd", "lr": 0.05, "crops": 1, "shift": 0.25, "schedule": "step"}
+    settings["batch"] = 26  # two steps: afterwards, chaos takes over from rounding
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
     for ended in d2g_ranks([*words, "--out", str(tmp_path / "two")], tmp_path):

@@ -67,11 +67,11 @@ def test_intervals_cover_as_often_as_they_say_and_repeat() -> None:
 def test_ssim_is_the_published_one() -> None:
     a = torch.rand(3, 3, 40, 33) * 2 - 1
     b = (a + 0.3 * torch.randn_like(a)).clamp(-1, 1)
-    theirs = structural_similarity_index_measure(
-        b.double(), a.double(), data_range=2.0, gaussian_kernel=True, sigma=1.5, kernel_size=11
+    _, full = structural_similarity_index_measure(
+        b.double(), a.double(), data_range=2.0, sigma=1.5, kernel_size=11, return_full_image=True
     )
-    # torchmetrics pads by reflection and cuts that off again.
-    assert structural_similarity(a, b).mean().item() == pytest.approx(float(theirs), abs=1e-4)
+    theirs = full[:, :, 5:-5, 5:-5].mean((1, 2, 3))  # it counts a border of reflected pixels too
+    torch.testing.assert_close(structural_similarity(a, b).double(), theirs, rtol=1e-5, atol=1e-6)
     assert structural_distance(a, a).abs().max() < 1e-6
     assert squared_error(a, a + 0.5).tolist() == pytest.approx([0.25] * 3)
     with pytest.raises(UserError, match="SSIM takes images of 11 pixels or more, got 10x40"):
@@ -100,7 +100,7 @@ def test_scores_by_split_with_baselines(data: Path, teacher: Path, tmp_path: Pat
     result = score_folder(config, tmp_path / "score.json")
     assert set(result.two_afc) == {"noise", "other", "mean"} and set(result.jnd) == {"noise", "mean"}
     assert result.baselines["l2"]["two_afc"] == {"noise": 1.0, "other": 1.0, "mean": 1.0}
-    assert result.baselines["l2"]["jnd"]["noise"] > 0.9 and result.people["mean"] == 1.0
+    assert result.baselines["l2"]["jnd"]["noise"] > 0.85 and result.people["mean"] == 1.0
     assert result.two_afc["mean"] == pytest.approx((result.two_afc["noise"] + result.two_afc["other"]) / 2)
     assert result.judgements == {"two_afc": {"noise": 10, "other": 6}, "jnd": {"noise": 10}}
     low, high = result.ci["two_afc"]["noise"]

@@ -24,6 +24,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_classes(tmp_path_factory.mktemp("triplets") / "data", 4)
 
 
+def read(path: Path) -> np.ndarray:  # type: ignore[type-arg]
+    with Image.open(path) as opened:
+        return np.asarray(opened).astype(float)
+
+
 def listing(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.*")) if f.is_file()}
 
@@ -38,7 +43,7 @@ def test_all_kinds_are_written_and_read_back(data: Path, teacher: Path, tmp_path
         for split in splits:
             assert set(split.answers.tolist()) == {0.0, 1.0}
             for paths, judge in zip(split.pictures, split.answers.tolist(), strict=True):
-                ref, p0, p1 = (np.asarray(Image.open(path)).astype(float) for path in paths)
+                ref, p0, p1 = (read(path) for path in paths)
                 assert ref.shape == (32, 32, 3)
                 if split.name != "warp":  # whose squared error need not grow
                     assert (((p1 - ref) ** 2).mean() < ((p0 - ref) ** 2).mean()) == bool(judge), paths

@@ -1,0 +1,68 @@
+"""Photographs among the rows that D is shown as real (limitation 1 of the supplement, F)."""
+
+from collections.abc import Callable
+from math import floor
+
+import torch
+from torch import Tensor
+
+from core import pretrained
+from core.latents import encode, latent_space
+from core.seeds import generator, noise
+from core.text import Text, Told
+from distill.config import DistillConfig
+from distill.r1 import Shown
+from distill.real_images import RealImages
+from distill.text_cache import TextCache
+
+
+class RealRows:
+    """Puts images with their captions in the place of every 1 / fraction-th real row, if the config has such.
+
+    An image has no noise that it came from, so it is shown with one of its own. Which rows, which images and
+    which noise are functions of (seed, the row's number).
+    """
+
+    def __init__(
+        self, config: DistillConfig, shape: tuple[int, int, int], text: TextCache, device: torch.device
+    ) -> None:
+        self.fraction, self.seed, self.text, self.device = config.gan.real_fraction, config.seed, text, device
+        if config.stage != "gan" or not config.gan.real:
+            self.fraction = 0.0
+            return
+        self.vae = pretrained.load_vae(config.teacher).to(device)
+        downscale = latent_space(self.vae).downscale
+        self.images = RealImages(config.gan.real, (shape[1] * downscale, shape[2] * downscale))
+
+    def __call__(self, shown: Shown, rows: range) -> Shown:
+        """What D is shown for the rows of these numbers, some of them replaced."""
+        first, last = floor(rows.start * self.fraction), floor(rows.stop * self.fraction)
+        if first == last:
+            return shown
+        where = [n - rows.start for n in rows if floor((n + 1) * self.fraction) > floor(n * self.fraction)]
+        pixels, captions = self.images.batch(self.seed, first, last - first)
+        streams = [generator(self.seed, 0x2EA1, number, device=self.device) for number in range(first, last)]
+        with torch.no_grad():
+            x = encode(self.vae, pixels.to(self.device), streams)
+        stream = generator(self.seed, 0x2EA2).initial_seed()
+        z = noise(stream, range(first, last), (x.shape[1], x.shape[2], x.shape[3])).to(self.device)
+        at = torch.tensor(where, device=self.device)
+        return Shown(
+            _put(shown.x, at, x),
+            _put(shown.noise, at, z),
+            _told(shown.text, at, self.text(captions)),
+            shown.t,
+        )
+
+
+def _put(rows: Tensor, at: Tensor, others: Tensor) -> Tensor:
+    return rows.index_copy(0, at, others.to(rows.dtype))
+
+
+def _told(text: Told, at: Tensor, others: Told) -> Told:
+    put: Callable[[Tensor, Tensor], Tensor] = lambda rows, other: _put(rows, at, other)  # noqa: E731
+    if isinstance(text, Text):
+        assert isinstance(others, Text)
+        return text.map(put, others)
+    assert isinstance(others, Tensor)
+    return put(text, others)
