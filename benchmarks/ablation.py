@@ -1,0 +1,156 @@
+"""Each part of the method by itself, on the miniature: FID, recall, caption accuracy, over several seeds.
+
+    python benchmarks/ablation.py run --pairs DIR --out DIR --seed 0     one seed's runs; again to go on
+    python benchmarks/ablation.py table --out DIR                        benchmarks/ablation_DATE_cpu.md
+
+Pairs: `d2g pairs generate --preset miniature`, or the demo's. All rows of one seed share their first stage;
+the parts (method.md 4.5) go on from it for the same number of images, the regression alone too. The losses
+(method.md 8) are first stages. Each student is judged on the same captions and noise, by its averages.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import table, write
+from core import pretrained
+from core.checkpoint import write_atomically
+from core.progress import Progress
+from distill.config import DistillConfig
+from distill.presets import PRESETS
+from distill.sample import load_one_step
+from distill.train import train
+from eval.build_reference import build_reference
+from eval.evaluate import evaluate
+from eval.features import load_clip
+from eval.networks import Networks
+from eval.protocol import PROTOCOLS
+from eval.source import batch_source
+from miniature.oracle import load_oracle
+from miniature.scene_measures import oracle_features, oracle_measures, real_scenes
+from miniature.sources import Drawing, one_step_source
+
+PARTS = ("d", "z", "r1", "multiscale", "mix")
+LOSSES = ("mse", "pseudo-huber", "latent-lpips", "e-latent-lpips")
+COLUMNS = ("fid", "precision", "recall", "caption_accuracy", "caption_exact")
+
+
+def shortened(config: DistillConfig, images: int) -> DistillConfig:
+    """For so many images, with few reports and one checkpoint in the middle."""
+    return replace(
+        config,
+        train=replace(config.train, images=images, report_images=images // 8, checkpoint_images=images // 2),
+    )
+
+
+def plan(pairs: str, out: Path, seed: int, images: tuple[int, int, int]) -> dict[str, DistillConfig]:
+    """Every run of a seed by name, the shared first stage in front."""
+    first = replace(PRESETS["miniature"]["ode"], pairs=pairs, seed=seed)
+    runs = {"first stage": shortened(first, images[0])}
+    start = str(out / str(seed) / "first stage")
+    parts = {name: PRESETS[f"miniature-ablation-{name}"]["gan"] for name in PARTS}
+    parts = {"regression": replace(parts["d"], stage="ode"), **parts}
+    for name, config in parts.items():
+        later = replace(config, pairs=pairs, seed=seed, init=start)
+        runs[f"part {name}"] = shortened(later, images[1])
+    for name in LOSSES:
+        alone = replace(PRESETS[f"miniature-loss-{name}"]["ode"], pairs=pairs, seed=seed)
+        runs[f"loss {name}"] = shortened(alone, images[2])
+    return runs
+
+
+def judge(run: Path, count: int) -> dict[str, float]:
+    """The student's numbers on `count` test scenes."""
+    oracle, protocol = load_oracle(), PROTOCOLS["miniature"]
+    networks = Networks(
+        sets={"features": oracle_features(oracle)},
+        clip=load_clip(str(pretrained.resolve("miniature") / "clip")),
+        extra=oracle_measures(oracle, protocol.preprocessing),
+    )
+    scenes = real_scenes(count, lambda *_: None)
+    texts = [text for _, batch in scenes for text in batch]
+    real = build_reference(batch_source("scenes", scenes), protocol, networks.sets)
+    source = one_step_source(str(run), load_one_step(str(run)), Drawing(prompts=texts, seed=0, device="cpu"))
+    metrics = ("fid", "pr", "caption_accuracy")
+    found = evaluate(
+        source, protocol, networks, metrics=metrics, reference=real, count=count, resamples=0
+    ).result
+    values = {name: getattr(found, name) for name in ("fid", "precision", "recall")}
+    return {k: float(v) for k, v in {**values, **found.extra}.items() if k in COLUMNS and v is not None}
+
+
+def run(pairs: str, out: Path, seed: int, images: tuple[int, int, int], count: int) -> None:
+    """Train and judge what is not there yet."""
+
+    def tell(name: str) -> Progress:
+        return lambda _, done, total: (
+            print(f"{seed} {name}: {done}/{total}", flush=True) if done == total else None
+        )
+
+    for name, config in plan(pairs, out, seed, images).items():
+        folder = out / str(seed) / name
+        if (folder / "scores.json").is_file():
+            continue
+        summary = train(config, folder, tell(name))
+        facts = {"images": summary.images, "batch_size": config.train.batch_size, "judged": count}
+        write_atomically(folder / "scores.json", json.dumps({**judge(folder, count), **facts}, indent=1))
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return (
+        f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else float('nan'):.3f}"
+    )
+
+
+def tables(out: Path) -> list[str]:
+    """A table of parts and one of losses."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for file in sorted(out.glob("*/*/scores.json")):
+        found.setdefault(file.parent.name, []).append(json.loads(file.read_text()))
+    lines = []
+    for title, kind, names in (
+        ("Parts, each added to the row above", "part", ("regression", *PARTS)),
+        ("Losses of the first stage", "loss", LOSSES),
+    ):
+        rows = []
+        for name in names:
+            scores = found.get(f"{kind} {name}", [])
+            if scores:
+                cells = [spread([score[column] for score in scores]) for column in COLUMNS]
+                rows.append([name, len(scores), int(scores[0]["images"]), *cells])
+        lines += [f"## {title}", "", *table(["", "seeds", "images", *COLUMNS], rows), ""]
+    if first := found.get("first stage"):
+        cells = [f"{column} {spread([score[column] for score in first])}" for column in COLUMNS]
+        lines += [
+            f"The first stage that the parts start from, {int(first[0]['images'])} images: {', '.join(cells)}."
+        ]
+    return lines
+
+
+def main() -> None:
+    """Run one seed, or write the table of all."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("--pairs")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--images", type=int, nargs=3, default=(24_000, 12_000, 24_000), metavar=("FIRST", "PART", "LOSS")
+    )
+    parser.add_argument("--judged", type=int, default=2_048, help="test scenes per student")
+    given = parser.parse_args()
+    if given.what == "run":
+        run(given.pairs, given.out, given.seed, tuple(given.images), given.judged)
+    else:
+        write("ablation", "Ablation on the miniature", tables(given.out))
+
+
+if __name__ == "__main__":
+    main()
