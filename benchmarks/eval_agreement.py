@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import table
-from benchmarks.eval_images import photograph
+from benchmarks.eval_images import photograph, random_inception
 from benchmarks.eval_neighbours import features
 from core.seeds import generator
 from eval.frechet import frechet_distance
-from eval.inception import fid_inception
 from eval.inception_score import inception_score
 from eval.mmd import cmmd, polynomial_mmd
 from eval.neighbours import precision_recall
@@ -191,12 +190,7 @@ def network() -> list[tuple[str, str, str, str]]:
     """Inception of random weights, in float64 and float32."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = fid_inception().eval().requires_grad_(False)
-        for module in net.modules():  # torch's own initialisation fades to nothing over 94 layers
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    net = random_inception()
     pixels = torch.stack([_picture(299, 299, n) for n in range(2)])
     with tempfile.TemporaryDirectory() as folder:
         torch.save(net.state_dict(), file := Path(folder) / "weights.pth")

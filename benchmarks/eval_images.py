@@ -136,12 +136,22 @@ def _tasks(folder: Path) -> dict[str, dict[str, Callable[[], Tensor]]]:
     return {"clean": clean, "crop to 256, then clean": crop, "TensorFlow's bilinear": graph}
 
 
+def random_inception() -> torch.nn.Module:
+    """FID's network, of random weights that keep activations alive over 94 layers; torch's own fade."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = fid_inception().eval().requires_grad_(False)
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return net
+
+
 def network(repeats: int) -> list[str]:
     """Inception alone, the same random weights in ours and torch-fidelity's, on prepared pixels."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    torch.manual_seed(0)
-    net = fid_inception().eval().requires_grad_(False)
+    net = random_inception()
     pixels = torch.stack([torch.from_numpy(np.array(photograph(299, 299, n))) for n in range(4)]).permute(
         0, 3, 1, 2
     )

@@ -1,11 +1,22 @@
 """`d2g demo` and `d2g doctor`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from commands.common import DryRun, Json, Preset, Seed, Sets, configure, dry, emit, reporter
+from commands.common import (
+    DryRun,
+    Json,
+    Preset,
+    Seed,
+    Sets,
+    TeacherOption,
+    configure,
+    dry,
+    emit,
+    reporter,
+)
 from core.config import pick
 
 
@@ -34,8 +45,34 @@ def demo(
     emit(result, as_json, f"pictures and curves: {result.report}")
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    preset: Annotated[str | None, typer.Option(help="Also: would this preset of `d2g distill` fit?")] = None,
+    teacher: TeacherOption = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of that run [the preset's].")] = None,
+    as_json: Json = False,
+) -> None:
     """What this machine has, and what stands in the way."""
     from core.doctor import examine
 
-    emit(examine(), as_json, "d2g doctor")
+    found = examine()
+    if preset is not None:
+        found |= _memory(preset, teacher, gpus, found)
+    emit(found, as_json, "d2g doctor")
+
+
+def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[str, Any]) -> dict[str, Any]:
+    """Predicted GiB per GPU of each stage, and the problems with what does not fit."""
+    from distill.memory import forecast, too_large
+    from distill.presets import PRESETS
+
+    memory, problems = {}, list(machine["problems"])
+    for stage, config in pick(PRESETS, preset, "preset").items():
+        config = configure(config, {"teacher": teacher}, None)
+        predicted = forecast(config, gpus or config.engine.gpus or 1)
+        if predicted is None:
+            problems.append(f"{preset} {stage}: memory is unknown; give --teacher, a folder on this disk")
+            continue
+        memory[stage] = predicted
+        if machine["cuda"] and (why := too_large(config, predicted["total"], machine["memory_gib"])):
+            problems.append(f"{preset}: {why}")
+    return {"memory_gib_per_gpu": memory, "problems": problems}

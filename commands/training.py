@@ -42,15 +42,28 @@ def _distill(
     config = replace(config, train=configure(config.train, train_options, None))
     config = configure(config, options, sets)
     if dry_run:
-        from distill.bookkeeping import plan
-
-        dry(config, as_json, plan(config))
+        dry(config, as_json, _plan(config, preset or ""))
     from distill.train import train
 
     try:
         emit(train(config, out, reporter), as_json, f"distill {stage}")
     finally:
         dist.finish()
+
+
+def _plan(config: Any, preset: str) -> dict[str, Any]:
+    """What a run costs. Raises UserError where it cannot fit the GPU that is here."""
+    from core import dist
+    from core.doctor import examine
+    from core.errors import UserError
+    from distill.bookkeeping import plan
+    from distill.memory import forecast, too_large
+
+    gpus = config.engine.gpus or dist.world_size()
+    memory, machine = forecast(config, gpus), examine()
+    if memory and machine["cuda"] and (why := too_large(config, memory["total"], machine["memory_gib"])):
+        raise UserError(why)
+    return plan(config, preset, gpus) | {"memory_gib_per_gpu": memory or "unknown until the teacher is here"}
 
 
 Pairs = Annotated[

@@ -6,8 +6,9 @@ running them on fake tensors, which have shapes and no data, and adding up what 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from core import parallel, pretrained
+from core.pipelines import open_pipeline
 from core.text import Text
 from distill.config import DistillConfig
 from distill.discriminator import Discriminator
@@ -28,6 +30,9 @@ from distill.r1 import r1_penalty
 STATES = {"adamw": 8, "adamw_fused": 8, "adamw8bit": 2, "radam": 8}
 """Bytes of an optimiser's states by parameter: two moments."""
 
+CONTEXT_GIB = 0.5
+"""What CUDA takes for itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -37,7 +42,7 @@ class Memory:
     optimizer: float
     average: float
     frozen: float
-    """Text encoders."""
+    """Text encoders, and the autoencoder where it is used."""
     working: float
     """Gradients, and what is kept for the backward pass, at the worst moment."""
 
@@ -59,10 +64,14 @@ class Kept:
 
 
 def predict(config: DistillConfig, world_size: int) -> Memory:
-    """Memory of a run on `world_size` processes. Reads configs of the teacher's pieces, no weights."""
+    """Memory of a run on `world_size` processes. Reads configs of the teacher's pieces, no weights.
+
+    What the regression's own network keeps is left out: little for distances of latents, not so for `lpips`,
+    which differentiates the decoder.
+    """
     student = _student(config)
     discriminator = _discriminator(config) if config.stage == "gan" else None
-    frozen = _bytes(p for encoder in _encoders(config.teacher) for p in encoder.parameters())
+    frozen = _bytes(p for model in _frozen(config) for p in model.parameters())
     with FakeTensorMode():
         for network in (student, discriminator):
             if network is not None:
@@ -86,6 +95,31 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
         average=_bytes(student.parameters()) / shards / gib,
         frozen=frozen / gib,
         working=working / gib,
+    )
+
+
+def forecast(config: DistillConfig, gpus: int) -> dict[str, float] | None:
+    """GiB per GPU by what takes them, and `total`; None where the teacher's configs are not on this disk."""
+    if not (config.teacher in pretrained.SHIPPED or Path(config.teacher or "-").is_dir()):
+        return None
+    found = predict(config, gpus)
+    return {**{k: round(v, 3) for k, v in asdict(found).items()}, "total": round(found.total, 3)}
+
+
+def too_large(config: DistillConfig, total_gib: float, device_gib: float) -> str | None:
+    """Why a run does not fit a GPU of `device_gib`, and what to change first; None where it fits."""
+    needed = total_gib + CONTEXT_GIB
+    if needed <= device_gib:
+        return None
+    ways = {
+        "engine.parallel=fsdp over several GPUs": config.engine.parallel != "fsdp",
+        "engine.activation_checkpointing=true": not config.engine.activation_checkpointing,
+        "a larger engine.accumulate": True,
+        "train.precision=bf16": config.train.precision != "bf16",
+    }
+    first = ", ".join([way for way, open_ in ways.items() if open_][:3])
+    return (
+        f"stage {config.stage} needs about {needed:.1f} GiB per GPU, there are {device_gib:.1f}; set {first}"
     )
 
 
@@ -224,9 +258,13 @@ def _without_data(network: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _encoders(teacher: str) -> list[nn.Module]:
-    pieces = [p for p in pretrained.open_pipeline(teacher).pieces if p.startswith("text_encoder")]
-    return [pretrained.skeleton(teacher, piece) for piece in pieces]
+def _frozen(config: DistillConfig) -> list[nn.Module]:
+    """Text encoders, and the autoencoder where anything is decoded or encoded."""
+    pieces = [p for p in open_pipeline(config.teacher).pieces if p.startswith("text_encoder")]
+    pictures = config.regression.kind == "lpips" or config.gan.real or config.train.preview_prompts
+    if pictures and (vae := pretrained.vae_piece(config.teacher)) is not None:
+        pieces.append(vae)
+    return [pretrained.skeleton(config.teacher, piece) for piece in pieces]
 
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:

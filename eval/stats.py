@@ -140,16 +140,17 @@ class FeatureStats:
 
     def _add(self, rows: Tensor) -> None:
         mean = rows.mean(0)
-        centred = rows - mean
-        self._combine(len(rows), mean, centred.T @ centred)
+        centred = (rows - mean).numpy()
+        # NumPy sees that the factors are one matrix and computes one triangle (dsyrk); PyTorch both.
+        self._combine(len(rows), mean, torch.from_numpy(centred.T @ centred))
 
     def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if count == 0:
             return
         total = self._count + count
         delta = mean - self._mean
+        self._scatter.add_(scatter).addr_(delta, delta, alpha=self._count * count / total)
         # Not in place: a caller may hold the mean.
-        self._scatter = (self._scatter + scatter).addr_(delta, delta, alpha=self._count * count / total)
         self._mean = self._mean + delta * (count / total)
         self._count = total
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from core import pretrained
 from core.errors import UserError
 from core.latents import decode
-from distill.config import DistillConfig
+from distill.config import DistillConfig, TrainConfig
 from distill.options import RegressionConfig
 from distill.regression import Regression, pseudo_huber, squared_error
 from latent_lpips.weights import load_lpips
 
 
 def made(teacher: Path, **settings: Any) -> Regression:
-    return Regression(DistillConfig(teacher=str(teacher), regression=RegressionConfig(**settings)), 4)
+    train, regression = TrainConfig(precision="fp32"), RegressionConfig(**settings)
+    return Regression(DistillConfig(teacher=str(teacher), regression=regression, train=train), 4)
 
 
 def latents(seed: int = 0) -> Tensor:

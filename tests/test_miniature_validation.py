@@ -1,0 +1,48 @@
+"""miniature.validation: a number measured while training is the one that `d2g eval run` gives afterwards."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.errors import SettingError
+from core.runlog import read_stats
+from distill.sample import load_one_step
+from distill.train import train
+from eval.config import EvalRun
+from eval.protocol import PROTOCOLS
+from jobs import distill_config, make_pairs
+from miniature.judge import run_evaluation
+from miniature.validation import measuring
+from test_miniature_judge import config, job  # noqa: F401  # a fixture
+
+
+def test_numbers_of_a_student_in_training_are_those_of_its_evaluation(job: Path, teacher: Path) -> None:  # noqa: F811
+    run = config(job)
+    validate = measuring(run, str(teacher))
+    one = load_one_step(str(job / "run"))
+    expected = run_evaluation(replace(run, student=str(job / "run")))
+    for _ in range(2):
+        found = validate(one.student, 16)
+        assert found.keys() == {"val/fid", "val/clip_score", "val/precision", "val/recall"}
+        assert found == {key: pytest.approx(expected[key.removeprefix("val/")], rel=1e-4) for key in found}
+
+
+def test_a_run_reports_them_and_keeps_the_best(job: Path, teacher: Path, tmp_path: Path) -> None:  # noqa: F811
+    settings = (
+        "train.images=16",
+        "train.validate_images=8",
+        "train.validate_pairs=3",
+        "train.keep_best=true",
+    )
+    made = distill_config(teacher, make_pairs(teacher, tmp_path), *settings)
+    train(made, tmp_path / "run", validate=measuring(replace(config(job), metrics=("fid",)), str(teacher)))
+    lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
+    assert [line["nimg"] for line in lines] == [8, 16] and all("val/psnr" in line for line in lines)
+    best = min(lines, key=lambda line: line["val/fid"])["nimg"]
+    assert (tmp_path / "run" / "checkpoints" / f"{int(best):09d}").is_dir()
+
+
+def test_metrics_of_pairs_are_refused() -> None:
+    with pytest.raises(SettingError, match="'psnr' compares images pair by pair"):
+        measuring(EvalRun(protocol=PROTOCOLS["folder"], metrics=("psnr", "fid")), "miniature")
