@@ -128,7 +128,7 @@ def tables(out: Path) -> list[str]:
     if first := found.get("first stage"):
         cells = [f"{column} {spread([score[column] for score in first])}" for column in COLUMNS]
         lines += [
-            f"The first stage that the parts start from, {int(first[0]['images'])} images: {', '.join(cells)}."
+            f"The first stage that parts start from, {int(first[0]['images'])} images: {', '.join(cells)}."
         ]
     return lines
 

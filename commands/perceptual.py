@@ -98,7 +98,7 @@ def score(
     """Agreement with people (2AFC and JND), by split, with 95 % intervals. Presets: paper, small."""
     from latent_lpips.recipes import SCORE_PRESETS
 
-    options = {"weights": weights, "data": data, "latents": latents, "seed": seed}
+    options: dict[str, Any] = {"weights": weights, "data": data, "latents": latents, "seed": seed}
     options |= {"lpips": pixels, "lpips_weights": pixel_weights}
     if baselines is not None:
         options["baselines"] = tuple(baselines.split(","))
@@ -129,7 +129,8 @@ def overfit(
     small."""
     from latent_lpips.recipes import OVERFIT_PRESETS
 
-    options = {"weights": weights, "data": data, "latents": latents, "steps": steps, "seed": seed}
+    options: dict[str, Any] = {"weights": weights, "data": data, "latents": latents}
+    options |= {"steps": steps, "seed": seed}
     if families is not None:
         options["families"] = tuple(families.split(","))
     config = configure(pick(OVERFIT_PRESETS, preset or "paper", "preset"), options, sets)

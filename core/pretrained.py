@@ -127,7 +127,10 @@ def load_autoencoder(name: str) -> Any:
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
-    kind = json.loads((home / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    try:
+        kind = json.loads((home / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{home / 'config.json'} is not readable as JSON ({error}); copy it again") from error
     if kind not in AUTOENCODERS:
         raise UserError(f"autoencoder {home} is a {kind}; supported: {', '.join(AUTOENCODERS)}")
     return _with_weights(home, getattr(diffusers, kind), torch.float32, f"autoencoder {home}")

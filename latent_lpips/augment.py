@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def draw(
 
 def take(params: AugmentParams, rows: slice) -> AugmentParams:
     """The transforms of some of the samples."""
-    changes = {f.name: v[rows] for f in fields(params) if isinstance(v := getattr(params, f.name), Tensor)}
+    found = {f.name: getattr(params, f.name) for f in fields(params)}
+    changes: dict[str, Any] = {name: v[rows] for name, v in found.items() if isinstance(v, Tensor)}
     return replace(params, **changes)
 
 

@@ -43,4 +43,5 @@ def _blurred(x: Tensor) -> Tensor:
     kernel = torch.softmax(-at.square() / (2 * SIGMA**2), dim=0)
     flat = x.flatten(0, 1)[:, None]
     across = F.conv2d(F.conv2d(flat, kernel[None, None, None]), kernel[None, None, :, None])
-    return across[:, 0].unflatten(0, x.shape[:2])
+    blurred: Tensor = across[:, 0].unflatten(0, x.shape[:2])
+    return blurred

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,6 @@ from core.seeds import generator
 from core.shuffle import permuted_batch
 from core.stop import StopFlag
 from latent_lpips import augment, weights
-from latent_lpips.augment import AugmentParams
 from latent_lpips.config import AugmentConfig, LPIPSConfig
 from latent_lpips.metric import LatentLPIPS
 from latent_lpips.pictures import Pictures, open_labelled
@@ -139,7 +138,7 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     facts = {"classes": len(train.classes), "train": len(train), "val": len(val)}
     if rank == 0:
         meta = {"trained_on": train.name, "autoencoder": config.latents, "autoencoder_sha256": sha256}
-        metric = LatentLPIPS(network, model.eval().cpu().to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+        metric = LatentLPIPS(network, model.eval().cpu().to(memory_format=torch.contiguous_format))
         weights.save(metric, out, {**meta, **facts, **values, "images": nimg, "calibrated": False})
     dist.barrier()
     return ClassifyResult(
@@ -181,12 +180,7 @@ def shifted(x: Tensor, config: ClassifyConfig, nimg: int, part: slice) -> Tensor
         return x
     moves = AugmentConfig(families="b", flip=False, quarter_turns=False, integer_shift=config.shift)
     drawn = augment.draw(moves, config.batch, x.shape[2:], generator(config.seed, 0xA06, nimg), x.device)
-    return augment.apply(x, _rows(drawn, part))
-
-
-def _rows(params: AugmentParams, part: slice) -> AugmentParams:
-    tensors = {f.name: getattr(params, f.name) for f in fields(params)}
-    return replace(params, **{k: v[part] for k, v in tensors.items() if isinstance(v, Tensor)})
+    return augment.apply(x, augment.take(drawn, part))
 
 
 def classify(model: VGG16, x: Tensor, rng: torch.Generator, batch: int, part: slice) -> Tensor:

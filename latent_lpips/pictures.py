@@ -165,7 +165,9 @@ def _columns(file: Path, labelled: bool) -> tuple[list[bytes], list[Any]]:
         table = pq.read_table(file, columns=[column, "label"] if labelled else [column])
     except (ArrowException, OSError) as error:
         raise UserError(f"{file} is no readable parquet file ({error}); fetch it again") from error
-    cells = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in table[column].to_pylist()]
+    cells: list[Any] = [
+        cell.get("bytes") if isinstance(cell, dict) else cell for cell in table[column].to_pylist()
+    ]
     if bad := [row for row, cell in enumerate(cells) if not isinstance(cell, bytes)]:
         raise UserError(f"{file} row {bad[0]}: `image` holds no bytes; expected encoded images inside")
     labels = table["label"].to_pylist() if labelled else []

@@ -124,7 +124,8 @@ def colour(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
     """Away from the picture's colours: every channel its own gain and offset, and less or more contrast."""
     gain, offset = (torch.rand(2, 3, generator=rng) * 2 - 1).view(2, 1, 3, 1, 1)
     mean = x.mean((2, 3), keepdim=True)
-    return (x - mean) * (1 + 0.6 * strength * gain) + mean + 0.5 * strength * offset
+    changed: Tensor = (x - mean) * (1 + 0.6 * strength * gain) + mean + 0.5 * strength * offset
+    return changed
 
 
 @torch.no_grad()

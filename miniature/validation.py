@@ -4,13 +4,14 @@ from dataclasses import replace
 
 from core import dist, pretrained
 from core.errors import SettingError
+from core.parallel import local
 from distill.generator import Student
 from distill.sample import OneStep
 from distill.validate import Validate
 from eval.config import EvalRun
 from eval.evaluate import evaluate
 from eval.parts import Work
-from eval.summary import PAIRED
+from eval.protocol import PAIRED
 from miniature.bench import Bench
 from miniature.sources import one_step_source
 
@@ -20,8 +21,9 @@ def measuring(run: EvalRun, teacher: str) -> Validate:
     as `val/fid`, `val/clip_score` and so on, the same on every rank.
 
     run: protocol, metrics, reference, prompts, number of images and weights, as of `d2g eval run`; networks
-    and reference are loaded once, at the first call. Keep `num` small: a validation draws them all, and numbers
-    of fewer images than the protocol's compare with each other only. Raises SettingError for metrics of pairs.
+    and reference are loaded once, at the first call. Keep `num` small: a validation draws all. Numbers of
+    fewer images than the protocol's compare with each other only. Raises SettingError for metrics of pairs,
+    and for weights in shards, which all ranks would have to gather equally often.
     """
     if paired := sorted(set(run.metrics or run.protocol.metrics) & set(PAIRED)):
         raise SettingError(
@@ -30,6 +32,8 @@ def measuring(run: EvalRun, teacher: str) -> Validate:
     made: list[tuple[Bench, OneStep]] = []
 
     def validate(student: Student, nimg: int) -> dict[str, float]:
+        if any(local(value) is not value for value in student.parameters()):
+            raise SettingError("validation by images needs whole weights; set engine.parallel=ddp")
         if not made:  # the run has joined its process group by now
             bench = Bench(replace(run, student=None, pipeline=None, images=None, teacher=teacher))
             text, vae = pretrained.load_text_encoder(teacher), pretrained.load_vae(teacher)

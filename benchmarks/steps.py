@@ -1,0 +1,180 @@
+"""Step time and memory of both stages: penalties, compilers, processes.
+
+    python benchmarks/steps.py --pairs DIR [--teacher miniature] [--preset miniature] [--init RUN]
+                               [--batch 32] [--rounds 3] [--set a.b=c ...]
+
+Each variant is `d2g distill` in processes of its own, for 48 steps that report every 16: the first report is
+warm-up, the other two are counted, so that a penalty of interval 16 falls in each once. Rounds take turns.
+Without --init a first stage of one step is made. Writes benchmarks/steps_DATE_DEVICE.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import table, write  # noqa: E402
+
+STEPS, EVERY = 48, 16
+CORES = torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a stage. `processes` of `threads` each."""
+
+    name: str
+    stage: str
+    settings: tuple[str, ...] = ()
+    processes: int = 1
+    threads: int = CORES
+
+
+PENALTY = ("gan.r1_interval=16",)
+VARIANTS = (
+    Variant("stage 1", "ode"),
+    Variant("stage 1, inductor", "ode", ("engine.compiler=inductor",)),
+    Variant("stage 1, recompute", "ode", ("engine.activation_checkpointing=true",)),
+    Variant("stage 2, no penalty", "gan", ("gan.r1=none",)),
+    Variant("stage 2, R1 of one row", "gan", ("gan.r1=single", *PENALTY)),
+    Variant("stage 2, R1 of the batch", "gan", ("gan.r1=full", *PENALTY)),
+    Variant(
+        "stage 2, R1 of one row, inductor", "gan", ("gan.r1=single", "engine.compiler=inductor", *PENALTY)
+    ),
+    Variant("stage 1, 1 process of 1 thread", "ode", threads=1),
+    Variant("stage 1, 2 processes of 1 thread, ddp", "ode", processes=2, threads=1),
+    Variant("stage 1, 2 processes of 1 thread, fsdp", "ode", ("engine.parallel=fsdp",), 2, 1),
+)
+
+
+def run(variant: Variant, given: argparse.Namespace, init: str, folder: Path) -> dict[str, float]:
+    """Seconds a step, share of them waiting for data, and peak GiB of a process."""
+    batch = given.batch
+    sets = (
+        f"train.batch_size={batch}",
+        f"train.report_images={EVERY * batch}",
+        "train.checkpoint_images=1000000000",
+        "train.sentinels=off",
+        *variant.settings,
+        *given.sets,
+    )
+    out = folder / "run"
+    command = ["distill", variant.stage, "--preset", given.preset, "--teacher", given.teacher]
+    command += ["--pairs", given.pairs, "--out", str(out), "--images", str(STEPS * batch)]
+    command += ["--init", init] if variant.stage == "gan" else []
+    command += [part for setting in sets for part in ("--set", setting)]
+    launch = [sys.executable, "-m"]
+    if variant.processes > 1:
+        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(variant.processes), "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(variant.threads)}
+    done = subprocess.run(
+        [*launch, "cli", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{variant.name}: {done.stderr[-2000:]}")
+    lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()][1:]
+    return {
+        "seconds": statistics.mean(batch / line["time/images_per_sec"] for line in lines),
+        "waited": statistics.mean(line["time/loader_wait"] for line in lines),
+        "gib": max(line["mem/peak_gib"] for line in lines),
+    }
+
+
+def first_stage(given: argparse.Namespace, folder: Path) -> str:
+    """A first stage of one step to start the second from."""
+    out = str(folder / "first")
+    command = [
+        sys.executable,
+        "-m",
+        "cli",
+        "distill",
+        "ode",
+        "--preset",
+        given.preset,
+        "--teacher",
+        given.teacher,
+    ]
+    command += ["--pairs", given.pairs, "--out", out, "--images", str(given.batch)]
+    sets = (f"train.batch_size={given.batch}", *given.sets)
+    command += [part for setting in sets for part in ("--set", setting)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+def main() -> None:
+    """Run every variant in turns and write the page."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--pairs", required=True, type=lambda text: str(Path(text).absolute()))
+    parser.add_argument("--teacher", default="miniature")
+    parser.add_argument("--preset", default="miniature")
+    parser.add_argument("--init")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="variants whose name has this in it")
+    parser.add_argument("--set", dest="sets", action="append", default=[])
+    given = parser.parse_args()
+    chosen = [variant for variant in VARIANTS if given.only in variant.name]
+    found: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in chosen}
+    with tempfile.TemporaryDirectory() as folder:
+        init = given.init or first_stage(given, Path(folder))
+        for number in range(given.rounds):
+            for variant in chosen:
+                with tempfile.TemporaryDirectory() as own:
+                    found[variant.name].append(run(variant, given, init, Path(own)))
+                print(number, variant.name, found[variant.name][-1], file=sys.stderr, flush=True)
+    best = {name: min(r["seconds"] for r in results) for name, results in found.items()}
+    middle = {name: statistics.median(r["seconds"] for r in results) for name, results in found.items()}
+    rows = []
+    for name, results in found.items():
+        waited, gib = max(r["waited"] for r in results), max(r["gib"] for r in results)
+        rows.append([name, middle[name], best[name], given.batch / middle[name], f"{waited:.2%}", gib])
+    lines = [f"Batch {given.batch} over all processes, {given.teacher}, {given.rounds} rounds.", ""]
+    lines += table(["variant", "median s a step", "fastest", "images/s", "waited", "peak GiB of one"], rows)
+    lines += ["", *ratios(middle)]
+    write("steps", "Training steps", lines)
+
+
+def ratios(seconds: dict[str, float]) -> list[str]:
+    """What the issue of speed comes down to; of the variants that ran."""
+    wanted = (
+        ("R1 of one row adds to the mean step", "stage 2, R1 of one row", "stage 2, no penalty"),
+        ("R1 of the batch adds to the mean step", "stage 2, R1 of the batch", "stage 2, no penalty"),
+        ("recompute adds to stage 1", "stage 1, recompute", "stage 1"),
+    )
+    lines = [
+        f"- {what}: {seconds[a] / seconds[b] - 1:+.1%}"
+        for what, a, b in wanted
+        if a in seconds and b in seconds
+    ]
+    faster = (
+        ("inductor, stage 1", "stage 1", "stage 1, inductor"),
+        ("inductor, stage 2", "stage 2, R1 of one row", "stage 2, R1 of one row, inductor"),
+        (
+            "2 processes with DDP against 1",
+            "stage 1, 1 process of 1 thread",
+            "stage 1, 2 processes of 1 thread, ddp",
+        ),
+        (
+            "2 processes with FSDP2 against 1",
+            "stage 1, 1 process of 1 thread",
+            "stage 1, 2 processes of 1 thread, fsdp",
+        ),
+    )
+    return lines + [
+        f"- {what}: {seconds[a] / seconds[b]:.2f}x" for what, a, b in faster if a in seconds and b in seconds
+    ]
+
+
+if __name__ == "__main__":
+    main()
