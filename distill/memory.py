@@ -27,8 +27,8 @@ from distill.generator import Student, equip, train_only
 from distill.options import OptimConfig
 from distill.r1 import r1_penalty
 
-STATES = {"adamw": 8, "adamw_fused": 8, "adamw8bit": 2, "radam": 8}
-"""Bytes of an optimiser's states by parameter: two moments."""
+STATES = 8
+"""Bytes of an optimiser's states by parameter: two moments in fp32."""
 
 CONTEXT_GIB = 0.5
 """What CUDA takes for itself."""
@@ -87,7 +87,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
             trained.append((discriminator, config.gan.optim))
             working = max(working, _with_discriminator(config, discriminator, g, rows, shards))
     whole = sum(_bytes(network.parameters()) for network, _ in trained)
-    states = sum(STATES[o.name] / 4 * _bytes(_trained(network)) for network, o in trained)
+    states = sum(STATES / 4 * _bytes(_trained(network)) for network, _ in trained)
     gib = 2.0**30
     return Memory(
         weights=whole / shards / gib,

@@ -1,27 +1,19 @@
 """Optimisers and learning rates, as functions of a config."""
 
-import importlib
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core import pretrained
-from core.errors import UserError
 from core.parallel import Parallel
 from distill.options import OptimConfig
-
-EIGHT_BIT = ("torchao.optim", "bitsandbytes.optim")
-"""Modules that have an AdamW8bit, the first that is installed is taken; torchao's knows FSDP2's shards."""
 
 
 def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The config's optimiser of what in `module` has gradients, with the attention weight-decay rule: one
     decay inside attention modules, another elsewhere (method.md 5). Weight decay is decoupled in all.
-
-    Raises UserError for adamw8bit without a package that has it.
     """
     inside = pretrained.attention_parameters(module)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -32,23 +24,8 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     if config.name == "radam":
         return torch.optim.RAdam(groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True)
-    if config.name == "adamw8bit":
-        made: torch.optim.Optimizer = _eight_bit()(groups, lr=config.lr, betas=config.betas)
-        return made
     fused = True if config.name == "adamw_fused" else None
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-
-
-def _eight_bit() -> Any:
-    for name in EIGHT_BIT:
-        try:
-            return importlib.import_module(name).AdamW8bit
-        except ImportError:
-            continue
-    raise UserError(
-        "optim.name is adamw8bit, but neither torchao nor bitsandbytes is installed; "
-        "run `pip install torchao`, or set optim.name=adamw_fused"
-    )
 
 
 def learning_rate(nimg: int, config: OptimConfig, batch_size: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from core.config import nearest
 from core.errors import SettingError
 
-Optimizer = Literal["adamw", "adamw_fused", "adamw8bit", "radam"]
+Optimizer = Literal["adamw", "adamw_fused", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]

@@ -10,7 +10,7 @@ Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 WIDTH, HEIGHT = 480.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 12.0, 46.0
+LEFT, RIGHT, TOP, BOTTOM = 76.0, 32.0, 12.0, 46.0  # room for ticks like 0.91650 and 1,000,000
 SERIES = 8  # colours of the style sheet; further lines repeat them with another dash
 _DASHES = ("", "7 3", "2 3")
 _MOST = 300  # points of a line; more are averaged in groups
@@ -72,7 +72,8 @@ def line_chart(curve: Curve) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<text class="mid" x="{middle[0]:g}" y="{HEIGHT - 8:g}">{escape(curve.x)}</text>')
     turned = f'transform="translate(13 {middle[1]:g}) rotate(-90)"'
-    parts.append(f'<text class="mid" {turned}>{escape(curve.y)}</text>')
+    if curve.y != curve.title:  # which stands above, and has more room
+        parts.append(f'<text class="mid" {turned}>{escape(curve.y)}</text>')
     for order, (name, line) in enumerate(curve.lines.items()):
         drawn = line if name in curve.labels else grouped(line, curve.group())
         parts += _line(order, name, drawn, [place(point) for point in drawn])

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from core import checkpoint, sharded
+import tiny_teachers
+from core import checkpoint, pretrained, sharded
 from core.runlog import read_stats
 from distill.config import DistillConfig
 from distill.train import train
@@ -225,6 +227,40 @@ def test_a_prompt_beyond_the_tokenizer_s_limit_is_cut_as_the_teacher_cut_it(
     generate_pairs(tiny.pair_config(str(teacher), str(prompts)), tmp_path / "pairs")
     found = train(distill_config(teacher, tmp_path / "pairs", "train.images=8"), tmp_path / "run")
     assert found.images == 8 and found.loss["g"] > 0
+
+
+# SDXL.
+
+
+def test_sdxl_s_recipe_on_a_tiny_sdxl(tmp_path: Path) -> None:
+    """Both stages with two text encoders and pooled text: noise before D, no R1, held-out pairs, a preview."""
+    folder = tiny_teachers.save_sdxl(tmp_path / "teacher")
+    tiny.save_lpips(tmp_path / "teacher" / "latent_lpips")
+    made, held = make_pairs(Path(folder), tmp_path), ("train.validate_pairs=3", "train.validate_images=8")
+    train(distill_config(Path(folder), made, *held, "train.preview_prompts=2"), tmp_path / "ode")
+    settings = ("gan.r1=none", "gan.noise_augment=uniform", "gan.weight=1", "data.text_cache=10")
+    config = distill_config(Path(folder), made, *settings, stage="gan", init=tmp_path / "ode")
+    found = train(config, tmp_path / "gan")
+    assert found.images == 20 and set(found.loss) == {"d", "e_latent_lpips", "g_gan", "g"}
+    heads = {name for name in read_stats(tmp_path / "gan")[-1] if name.startswith("logit/real/")}
+    blocks = len(pretrained.skeleton(folder, "unet").up_blocks)
+    assert len(heads) == 3 * blocks
+
+
+def test_photographs_count_as_real(config: DistillConfig, plain: Path, tmp_path: Path) -> None:
+    """They move D's loss, the same on two ranks as on one."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(5):
+        Image.new("RGB", (40, 30), (40 * number, 10, 200)).save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text(f"a red cube {number}")
+    settings = (*PLAIN, f"gan.real={photos}", "gan.real_fraction=0.3")
+    done = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    both = d2g_ranks(distill_arguments(config, tmp_path / "two", *settings), tmp_path / "log")
+    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    assert_same_learning(tmp_path / "two", tmp_path / "one")
+    assert losses(tmp_path / "one")[0]["loss/d"] != losses(plain)[0]["loss/d"]
 
 
 # Validation.

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
@@ -18,18 +17,15 @@ from torch import Tensor
 import cli
 import tiny
 import tiny_teachers
-from core import onnx_model
 from core.any_pipeline import load_any_pipeline
 from core.checkpoint import save, write_atomically
 from core.config import to_json
 from core.errors import SettingError, UserError
 from core.latents import decode
 from core.one_step_pipeline import draw_plainly, one_step_scheduler
-from core.onnx_model import run_onnx
 from core.schedule import predict_x0
 from core.schedulers import load_schedule
 from core.seeds import generator, noise
-from core.text import as_text
 from distill.card import CardOptions, kg_co2, licence_of, stages
 from distill.config import DistillConfig
 from distill.export import ExportConfig, export, export_lora, export_pipeline, export_student
@@ -258,40 +254,6 @@ def test_what_has_no_adapters_is_refused(run: str, teacher: Path, tmp_path: Path
     both = as_run(tmp_path / "both", str(teacher), StudentConfig(lora_rank=2, guidance_conditioning=True))
     with pytest.raises(UserError, match="told the guidance scale, which adapters alone cannot hold"):
         export_lora(both, tmp_path / "out")
-
-
-# ONNX.
-
-
-@pytest.mark.parametrize("kind", ["sd", "sd told the scale", "sdxl"])
-def test_onnxruntime_draws_our_image(kind: str, teacher: Path, tmp_path: Path) -> None:
-    name = tiny_teachers.save_sdxl(tmp_path / "teacher") if kind == "sdxl" else str(teacher)
-    run = as_run(tmp_path / "run", name, StudentConfig(guidance_conditioning="scale" in kind))
-    out = tmp_path / "out"
-    assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
-    one, drawn = load_one_step(run), noise(7, range(3), (4, 4, 4))
-    text = as_text(one.text.encode([*PROMPT, "a blue sphere"]))
-    told_text = {"hidden": text.hidden} | ({} if text.pooled is None else {"pooled": text.pooled})
-    scale = {"guidance": torch.full((3,), 8.0)} if "scale" in kind else {}
-    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, **told_text, **scale})
-    torch.testing.assert_close(latents, one.latents(drawn, [*PROMPT, "a blue sphere"]), rtol=0, atol=1e-4)
-    (code,) = re.findall(r"```python\n(.*?)```", told(out), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code.replace("THIS_FOLDER", str(out)), names)
-    assert names["image"].size == (16, 16) and np.asarray(names["image"]).std() > 1
-
-
-def test_onnx_is_fp32_and_asks_for_what_it_needs(
-    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(SettingError, match="'fp16'; the format onnx is written in fp32"):
-        export(ExportConfig(student=run, format="onnx", dtype="fp16"), tmp_path)
-    monkeypatch.setattr(onnx_model, "PACKAGES", ("onnx", "no_such_package"))
-    with pytest.raises(
-        SettingError, match="needs no_such_package, not installed; `pip install no_such_package"
-    ):
-        export(ExportConfig(student=run, format="onnx"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # The card.

@@ -1,6 +1,5 @@
 """distill.optim: which optimiser, and the learning rate as a function of images."""
 
-import importlib.util
 import math
 from typing import Any
 
@@ -8,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import UserError
-from distill.optim import EIGHT_BIT, learning_rate, optimizer
+from distill.optim import learning_rate, optimizer
 from distill.options import OptimConfig
 
 
@@ -42,14 +40,6 @@ def test_weight_decay_is_decoupled(name: Any) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer(net, OptimConfig(name=name, lr=0.1, weight_decay=0.5)).step()
     torch.testing.assert_close(net.rest.weight.detach(), before * (1 - 0.1 * 0.5))
-
-
-def test_eight_bits_need_a_package() -> None:
-    installed = [name for name in EIGHT_BIT if importlib.util.find_spec(name.partition(".")[0])]
-    if installed:
-        pytest.skip(f"{installed} installed")
-    with pytest.raises(UserError, match="neither torchao nor bitsandbytes is installed; run `pip install"):
-        optimizer(Net(), OptimConfig(name="adamw8bit"))
 
 
 def rates(config: OptimConfig, *images: int) -> list[float]:

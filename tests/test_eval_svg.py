@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from eval.svg import HEIGHT, LEFT, WIDTH, Curve, bar, grouped, legend, line_chart, tick_labels, ticks
+from eval.svg import _LETTER, HEIGHT, LEFT, WIDTH, Curve, bar, grouped, legend, line_chart, tick_labels, ticks
 
 LINE = [(0.0, 3.0), (1.0, 1.0), (2.0, 2.0), (3.0, 0.5)]
 RANGES = st.tuples(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
@@ -117,3 +117,20 @@ def test_bars_are_as_long_as_their_parts() -> None:
         ("s0", "0.000", "12.500"),
         ("s2", "12.500", "37.500"),
     ]
+
+
+def test_ticks_stay_inside_and_clear_of_the_axis_title() -> None:
+    line = [(960_000.0, 0.91575), (1_000_000.0, 0.9166)]
+    curve = Curve(title="Score over training", x="images", y="Score", lines={"student": line})
+    svg = ET.fromstring(line_chart(curve))
+    ticks_up = [text for text in svg.iter("text") if text.attrib["class"] == "end"]
+    assert ticks_up and max(len(text.text or "") for text in ticks_up) == 7
+    assert all(float(t.attrib["x"]) - _LETTER * len(t.text or "") > 18 for t in ticks_up), (
+        "the title ends there"
+    )
+    across = [t for t in svg.iter("text") if t.attrib["class"] == "mid" and "x" in t.attrib]
+    assert "1,000,000" in [text.text for text in across]
+    assert all(float(t.attrib["x"]) + _LETTER * len(t.text or "") / 2 < WIDTH for t in across)
+    assert "Score" in [text.text for text in svg.iter("text")]
+    alone = ET.fromstring(line_chart(Curve(title="Score", x="images", y="Score", lines={"student": line})))
+    assert "Score" not in [text.text for text in alone.iter("text")]

@@ -1,0 +1,52 @@
+"""distill.export_onnx: onnxruntime draws our student's image, and the README's own words draw a picture."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_teachers
+from core import onnx_model
+from core.errors import SettingError
+from core.onnx_model import run_onnx
+from core.seeds import noise
+from core.text import as_text
+from distill.export import ExportConfig, export
+from distill.options import StudentConfig
+from distill.sample import load_one_step
+from test_distill_export import PROMPT, as_run, told
+
+
+@pytest.mark.parametrize("kind", ["sd told the scale", "sdxl"])
+def test_onnxruntime_draws_our_image(kind: str, teacher: Path, tmp_path: Path) -> None:
+    name = tiny_teachers.save_sdxl(tmp_path / "teacher") if kind == "sdxl" else str(teacher)
+    run = as_run(tmp_path / "run", name, StudentConfig(guidance_conditioning="scale" in kind))
+    out = tmp_path / "out"
+    assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
+    one, drawn = load_one_step(run), noise(7, range(3), (4, 4, 4))
+    text = as_text(one.text.encode([*PROMPT, "a blue sphere"]))
+    told_text = {"hidden": text.hidden} | ({} if text.pooled is None else {"pooled": text.pooled})
+    scale = {"guidance": torch.full((3,), 8.0)} if "scale" in kind else {}
+    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, **told_text, **scale})
+    torch.testing.assert_close(latents, one.latents(drawn, [*PROMPT, "a blue sphere"]), rtol=0, atol=1e-4)
+    (code,) = re.findall(r"```python\n(.*?)```", told(out), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER", str(out)), names)
+    assert names["image"].size == (16, 16) and np.asarray(names["image"]).std() > 1
+
+
+def test_onnx_is_fp32_and_asks_for_what_it_needs(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = as_run(tmp_path / "run", str(teacher))
+    with pytest.raises(SettingError, match="'fp16'; the format onnx is written in fp32"):
+        export(ExportConfig(student=run, format="onnx", dtype="fp16"), tmp_path)
+    monkeypatch.setattr(onnx_model, "PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(
+        SettingError, match="needs no_such_package, not installed; `pip install no_such_package"
+    ):
+        export(ExportConfig(student=run, format="onnx"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
