@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import tiny
 from core import dist, parallel, pretrained
 from core.parallel import Parallel
 from distill.config import DiscriminatorConfig

@@ -111,7 +111,7 @@ def test_eager_inside_bare_compiled_outside(folder: Path) -> None:
     """The compiled network agrees with the eager one, and R1 still has its second derivative."""
     network = new_discriminator(str(folder / "teacher"), seed=0)
     compiled = Parallel(network, "ddp", torch.device("cpu"), compiler="aot_eager")
-    real, fake, noise, text = batch()
+    real, _, noise, text = batch()
     for name, value in compiled(real, noise, text).items():
         torch.testing.assert_close(value, network(real, noise, text)[name])
     with compiled.bare() as bare:

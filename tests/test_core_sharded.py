@@ -113,7 +113,7 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
         shard = last.folder / "ema.safetensors"
         shard.unlink()
     with pytest.raises(
-        UserError, match="delete .*000000008 to go on from the checkpoint before it"
+        UserError, match=r"delete .*000000008 to go on from the checkpoint before it"
     ) as caught:
         sharded.verify(last)
     assert str(caught.value).startswith(str(shard))

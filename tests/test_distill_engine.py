@@ -1,4 +1,4 @@
-"""Ways to run that must not change what is learnt, and bad times: killed ranks, other worlds, long prompts."""
+"""Ways to run that must not change what is learnt, and bad times: killed ranks, damage, long prompts."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def long(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_killed_ranks(
     which: str, config: DistillConfig, long: tuple[tuple[str, ...], Path], tmp_path: Path
 ) -> None:
-    """kill -9 at a random moment; the other rank ends with one line; the rerun ends bit for bit as unbroken."""
+    """kill -9 at a random moment; the other rank ends with one line; the rerun ends bit for bit alike."""
     settings, unbroken = long
     out = tmp_path / "run"
     arguments = distill_arguments(config, out, *settings)
@@ -203,7 +203,8 @@ def test_a_checkpoint_that_is_not_this_run_s(
     if harm is not None:
         harm(out)
     else:
-        other = d2g(distill_arguments(config, tmp_path / "other", *PLAIN, "gan.weight=1"), tmp_path / "log")
+        changed = distill_arguments(config, tmp_path / "other", *PLAIN, "gan.weight=1")
+        other = d2g(changed, tmp_path / "log")
         assert other.code == 0, other.stderr
         (out / "checkpoints" / "000000016").rename(tmp_path / "away")
         (tmp_path / "other" / "checkpoints" / "000000016").rename(out / "checkpoints" / "000000016")

@@ -13,7 +13,7 @@ from distill.config import DistillConfig, EngineConfig, TrainConfig
 from distill.discriminator import Discriminator, added_parameters
 from distill.generator import student_from_teacher
 from distill.memory import Memory, _saved, predict
-from distill.options import DiscriminatorConfig, OptimConfig, StudentConfig
+from distill.options import DiscriminatorConfig, StudentConfig
 
 
 def config(teacher: Path, **settings: Any) -> DistillConfig:
