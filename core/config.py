@@ -40,7 +40,8 @@ def override(config: T, settings: Sequence[str]) -> T:
             raise SettingError(f"--set takes name=value, got {setting!r}; write for example --set seed=1")
         names = tuple(path.strip().split("."))
         values[names] = _value(config, names, text.strip(), path.strip())
-    return _rebuilt(config, values)
+    rebuilt: T = _rebuilt(config, values)
+    return rebuilt
 
 
 def _value(config: Any, path: tuple[str, ...], text: str, full: str) -> Any:

@@ -170,7 +170,7 @@ def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
 def _kept(config: DistillConfig, network: Any, run: Callable[[_Rows], Any]) -> Kept:
     """Two small batches tell what a pass keeps in any case, and what it keeps for each row."""
     half = config.train.precision == "bf16"
-    one, two = (_saved(network, lambda n=n: run(_rows(config, network, n)), half) for n in (1, 2))
+    one, two = (_saved(network, partial(lambda n: run(_rows(config, network, n)), n), half) for n in (1, 2))
     fixed = 2 * one - two
     if config.engine.parallel == "fsdp":  # gathered weights are freed after each layer
         fixed = 0.0
@@ -273,4 +273,4 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
 
 def _bytes(parameters: Any) -> float:
     """In fp32."""
-    return 4.0 * sum(p.numel() for p in parameters)
+    return 4.0 * sum(int(p.numel()) for p in parameters)

@@ -100,8 +100,8 @@ def _parquets(source: Path) -> list[Any]:
     files = [source] if source.suffix == ".parquet" else sorted(source.glob("*.parquet"))
     if not files:
         return []
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         return [pq.ParquetFile(file) for file in files]

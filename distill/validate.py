@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +128,8 @@ def psnr(mean_square: Tensor, peak: float) -> Tensor:
 def _joined(parts: Sequence[AugmentParams]) -> AugmentParams:
     """Transforms of one row each as those of a batch."""
     names = [f.name for f in fields(AugmentParams) if isinstance(getattr(parts[0], f.name), Tensor)]
-    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **joined)
 
 
 PREFERRED = ("val/fid", "val/e_latent_lpips", "val/psnr")

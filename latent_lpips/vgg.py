@@ -15,8 +15,8 @@ CONVS = (2, 2, 3, 3, 3)
 POOLED_STAGES = (3, 4)
 GROUPS = 32
 EXACT_CONVS = 5
-"""A bf16 trunk keeps its first five convolutions in fp32, 6 % of the work. Their rounding would be most of the
-error: it flips ReLUs in every later layer, and gradients with them."""
+"""A bf16 trunk keeps its first five convolutions in fp32, 6 % of the work. Their rounding would be most of
+the error: it flips ReLUs in every later layer, and gradients with them."""
 
 
 class Layer(NamedTuple):

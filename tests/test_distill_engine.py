@@ -234,7 +234,7 @@ def test_a_prompt_beyond_the_tokenizer_s_limit_is_cut_as_the_teacher_cut_it(
 
 
 def test_sdxl_s_recipe_on_a_tiny_sdxl(tmp_path: Path) -> None:
-    """Both stages with two text encoders and pooled text: noise before D, no R1, held-out pairs, a preview."""
+    """Both stages with two text encoders: noise before D, no R1, held-out pairs, a preview."""
     folder = tiny_teachers.save_sdxl(tmp_path / "teacher")
     tiny.save_lpips(tmp_path / "teacher" / "latent_lpips")
     made, held = make_pairs(Path(folder), tmp_path), ("train.validate_pairs=3", "train.validate_images=8")
