@@ -34,6 +34,7 @@ def _distill(
     as_json: bool,
     options: dict[str, Any],
     train_options: dict[str, Any],
+    validate: dict[str, Any],
 ) -> None:
     from core import dist
     from distill.presets import preset as distill_preset
@@ -46,9 +47,37 @@ def _distill(
     from distill.train import train
 
     try:
-        emit(train(config, out, reporter), as_json, f"distill {stage}")
+        emit(train(config, out, reporter, _validator(config, validate)), as_json, f"distill {stage}")
     finally:
         dist.finish()
+
+
+def _validator(config: Any, given: dict[str, Any]) -> Any:
+    """What measures FID on the way, if asked for."""
+    from core.errors import SettingError
+
+    given = {name: value for name, value in given.items() if value is not None}
+    if "protocol" not in given:
+        if given:
+            raise SettingError(f"--validate-{next(iter(given))} says how; give --validate PROTOCOL too")
+        return None
+    from core.config import pick
+    from eval.config import EvalRun
+    from eval.protocol import PROTOCOLS
+    from miniature.validation import validator
+
+    protocol = pick(PROTOCOLS, given.pop("protocol"), "protocol")
+    weights = tuple(str(path) for path in [given.pop("weights", None)] if path)
+    run = EvalRun(
+        teacher=config.teacher,
+        protocol=protocol,
+        metrics=("fid",),
+        weights=weights,
+        resamples=0,
+        allow_fewer=True,
+        **given,
+    )
+    return validator(config, run)
 
 
 def _plan(config: Any, preset: str) -> dict[str, Any]:
@@ -71,7 +100,18 @@ Pairs = Annotated[
 ]
 Lpips = Annotated[Path | None, typer.Option(help="LatentLPIPS folder [TEACHER/latent_lpips].")]
 Minutes = Annotated[float | None, typer.Option(help="Stop after so long, with a checkpoint.")]
+Validation = Annotated[
+    str | None, typer.Option("--validate", help="Protocol of `d2g eval` whose FID to measure on the way.")
+]
+Reference = Annotated[str | None, typer.Option(help="Its reference, as --reference of `d2g eval run`.")]
+ValidateNum = Annotated[int | None, typer.Option(help="Images to draw for it [the protocol's].")]
+ValidatePrompts = Annotated[str | None, typer.Option(help="Prompts to draw for it [the protocol's].")]
+ValidateWeights = Annotated[Path | None, typer.Option(help="Weights of its feature network.")]
 Images = Annotated[int | None, typer.Option(help="Training images, over all ranks.")]
+
+
+def _judged(*values: Any) -> dict[str, Any]:
+    return dict(zip(("protocol", "reference", "num", "prompts", "weights"), values, strict=True))
 
 
 @app.command("ode")
@@ -82,6 +122,11 @@ def distill_ode(
     lpips: Lpips = None,
     minutes: Minutes = None,
     images: Images = None,
+    validate: Validation = None,
+    validate_reference: Reference = None,
+    validate_num: ValidateNum = None,
+    validate_prompts: ValidatePrompts = None,
+    validate_weights: ValidateWeights = None,
     preset: Preset = None,
     sets: Sets = None,
     seed: Seed = None,
@@ -90,7 +135,9 @@ def distill_ode(
 ) -> None:
     """Stage 1: regress the teacher's latents from their noise in one step."""
     options = {"pairs": pairs, "teacher": teacher, "lpips": lpips, "seed": seed}
-    _distill("ode", preset, sets, out, dry_run, as_json, options, {"minutes": minutes, "images": images})
+    length = {"minutes": minutes, "images": images}
+    judged = _judged(validate, validate_reference, validate_num, validate_prompts, validate_weights)
+    _distill("ode", preset, sets, out, dry_run, as_json, options, length, judged)
 
 
 @app.command("gan")
@@ -102,6 +149,11 @@ def distill_gan(
     lpips: Lpips = None,
     minutes: Minutes = None,
     images: Images = None,
+    validate: Validation = None,
+    validate_reference: Reference = None,
+    validate_num: ValidateNum = None,
+    validate_prompts: ValidatePrompts = None,
+    validate_weights: ValidateWeights = None,
     preset: Preset = None,
     sets: Sets = None,
     seed: Seed = None,
@@ -110,4 +162,6 @@ def distill_gan(
 ) -> None:
     """Stage 2: add the text- and noise-conditional discriminator."""
     options = {"pairs": pairs, "teacher": teacher, "lpips": lpips, "init": init, "seed": seed}
-    _distill("gan", preset, sets, out, dry_run, as_json, options, {"minutes": minutes, "images": images})
+    length = {"minutes": minutes, "images": images}
+    judged = _judged(validate, validate_reference, validate_num, validate_prompts, validate_weights)
+    _distill("gan", preset, sets, out, dry_run, as_json, options, length, judged)

@@ -160,15 +160,16 @@ def _last(lines: Sequence[Line], names: Sequence[str], count: int) -> list[Line]
 def _best_and_now(
     lines: Sequence[Line], name: str, count: int, better: Callable[[list[float]], float]
 ) -> tuple[float, float | None]:
-    """The best median over `count` reports that lie apart from the last ones, and the last ones' median.
+    """The best median over four times `count` reports, and the best of the last `count`, after those.
 
-    Medians, for one batch in a hundred is odd.
+    One step's loss is noisy: the best of short windows would be luck, and the last reports must all agree.
     """
     values = [line[name] for line in lines if name in line and math.isfinite(line[name])]
-    windows = [values[i : i + count] for i in range(0, len(values) - 2 * count + 1)]
+    width = 4 * count
+    windows = [values[i : i + width] for i in range(0, len(values) - count - width + 1)]
     if not windows:
         return math.nan, None
-    return better([median(window) for window in windows]), median(values[-count:])
+    return better([median(window) for window in windows]), better(values[-count:])
 
 
 def _at(lines: Sequence[Line]) -> str:

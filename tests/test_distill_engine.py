@@ -288,3 +288,22 @@ def test_validation_does_not_touch_training_and_the_best_stays(
     assert (tmp_path / "kept" / "health.png").is_file()
     assert len(list((tmp_path / "kept" / "previews").glob("preview-*.png"))) == 10
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["length"]["keep_best"] is True
+
+
+def test_fid_on_the_way_decides_which_point_is_best(tmp_path: Path) -> None:
+    """`--validate`: the miniature's own protocol, on a few scenes, through the command line."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cube\na blue sphere\na green cone\n")
+    settings = tiny.pair_config("miniature", str(prompts), num_pairs=8, steps=2, dtype="float16")
+    generate_pairs(settings, tmp_path / "pairs")
+    config = distill_config(Path("miniature"), tmp_path / "pairs", "train.images=8")
+    held = ("train.validate_pairs=2", "train.validate_images=4", "train.keep_best=true")
+    arguments = distill_arguments(config, tmp_path / "run", *held)
+    asked = ["--validate", "miniature", "--validate-num", "16"]
+    done = d2g([*arguments, *asked], tmp_path / "log")
+    assert done.code == 0, done.stderr
+    lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
+    assert [line["nimg"] for line in lines] == [4, 8]
+    assert all(line["val/fid"] > 0 and line["val/psnr"] > 0 for line in lines)
+    again = d2g([*distill_arguments(config, tmp_path / "other"), *asked], tmp_path / "log")
+    assert again.code == 2 and "train.validate_images" in again.error

@@ -1,6 +1,7 @@
 """distill.sentinels: constructed logs, each with one thing wrong, and a real run made to collapse."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_discriminator_that_has_won() -> None:
 def test_validations_between_the_reports_break_no_streak() -> None:
     """They are lines of their own, without losses."""
     for late in ({"d__auc": [1.0] * 5, "loss__d": [0.01] * 5}, {"latent__spread": [0.1] * 5}):
-        lines = log(20, **late)
+        lines = log(30, **late)
         mixed = [part for line in lines for part in (line, {"nimg": line["nimg"], "val/psnr": 9.0})]
         assert kinds(mixed) == kinds(lines) and len(kinds(lines)) == 1
     assert kinds([*log(3, val__psnr=[math.nan]), {"nimg": 20, "val/fid": 9.0}]) == ["not_finite"]
@@ -74,25 +75,34 @@ def test_a_blind_discriminator_is_told_but_never_fatal() -> None:
 
 
 def test_a_student_whose_rows_become_alike() -> None:
-    lines = log(20, latent__spread=[0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.2])
-    assert kinds(lines) == ["g_collapse"] and "0.30 times" in findings(lines)[0].text
-    rising = log(20)
+    lines = log(30, latent__spread=[0.9, 0.7, 0.4, 0.4, 0.3, 0.2, 0.2])
+    assert kinds(lines) == ["g_collapse"] and "0.40 times" in findings(lines)[0].text
+    assert kinds(log(24, latent__spread=[0.1] * 5)) == [], "too young a run to have a best"
+    rising = log(30)
     for number, line in enumerate(rising):
         line["latent/spread"] = 0.05 + 0.04 * number  # blurred at the start, as every student
     assert kinds(rising) == []
-    assert kinds(log(20, latent__spread=[0.1, 0.1])) == [], "two odd batches"
+    assert kinds(log(30, latent__spread=[0.1] * 4)) == [], "four odd batches"
 
 
 @pytest.mark.parametrize("name", ["loss/e_latent_lpips", "loss/mse"])
 def test_a_student_that_leaves_the_teacher(name: str) -> None:
-    lines = [{**line, name: line["loss/e_latent_lpips"]} for line in log(20)]
+    lines = [{**line, name: line["loss/e_latent_lpips"]} for line in log(30)]
     assert kinds(lines) == []
-    for line in lines[-3:]:
+    for line in lines[-5:]:
         line[name] = 0.5
     assert kinds(lines) == ["g_regression"] and findings(lines)[0].text.count(name) == 1
-    for line in lines[-3:]:
+    for line in lines[-5:]:
         line[name] = 0.44
     assert kinds(lines) == [], "a little worse is no alarm"
+
+
+def test_noise_alone_is_no_alarm() -> None:
+    """A thousand reports of one batch each, with a third of deviation: the best of them is far below."""
+    rng = random.Random(0)
+    lines = [{"nimg": i, "loss/mse": rng.lognormvariate(0, 0.33), "latent/spread": rng.lognormvariate(0, 0.33)}
+             for i in range(1000)]  # fmt: skip
+    assert not any(findings(lines[:end]) for end in range(25, 1001, 25))
 
 
 def test_stopping_warning_and_silence() -> None:
@@ -117,11 +127,10 @@ def test_limits_check_themselves() -> None:
 
 
 def test_a_real_run_that_falls_apart_is_noticed(teacher: Path, tmp_path: Path) -> None:
-    """Sane for ten steps, then a thousand times the learning rate: the distance to the teacher leaps."""
+    """The same run twice: as it should be, and with a rate that grows without end."""
     pairs = make_pairs(teacher, tmp_path)
-    sane = ("train.images=80", "optim.lr=1e-4")
-    train(distill_config(teacher, pairs, *sane), tmp_path / "sane")
-    assert kinds(read_stats(tmp_path / "sane"), Limits(reports=3)) == []
-    wild = ("train.images=80", "optim.lr=0.3", "optim.warmup_images=4000")
-    train(distill_config(teacher, pairs, *wild), tmp_path / "wild")
-    assert "g_regression" in kinds(read_stats(tmp_path / "wild"), Limits(reports=3))
+    settings = ("train.images=100", "regression.kind=mse", "train.sentinels=off")
+    for name, rate in (("sane", ()), ("wild", ("optim.lr=1", "optim.warmup_images=4000"))):
+        train(distill_config(teacher, pairs, *settings, *rate), tmp_path / name)
+    found = {name: kinds(read_stats(tmp_path / name), Limits(reports=3)) for name in ("sane", "wild")}
+    assert found["sane"] == [] and "g_regression" in found["wild"], found
