@@ -31,7 +31,7 @@ class Limits:
     blind_auc: float = 0.02  # D: the share is this near to 0.5,
     blind_gap: float = 0.02  # and the mean logits this near to each other
     spread: float = 0.5  # G: variance over a batch below this share of the run's own best
-    rise: float = 1.5  # G: regression loss above this many times the run's own best
+    rise: float = 2.0  # G: regression loss above this many times the run's own best
 
     def __post_init__(self) -> None:
         if self.reports < 1 or not (0 < self.spread < 1 < self.rise):

@@ -90,18 +90,20 @@ def test_a_student_that_leaves_the_teacher(name: str) -> None:
     lines = [{**line, name: line["loss/e_latent_lpips"]} for line in log(30)]
     assert kinds(lines) == []
     for line in lines[-5:]:
-        line[name] = 0.5
+        line[name] = 0.65
     assert kinds(lines) == ["g_regression"] and findings(lines)[0].text.count(name) == 1
     for line in lines[-5:]:
-        line[name] = 0.44
+        line[name] = 0.55
     assert kinds(lines) == [], "a little worse is no alarm"
 
 
 def test_noise_alone_is_no_alarm() -> None:
     """A thousand reports of one batch each, with a third of deviation: the best of them is far below."""
     rng = random.Random(0)
-    lines = [{"nimg": i, "loss/mse": rng.lognormvariate(0, 0.33), "latent/spread": rng.lognormvariate(0, 0.33)}
-             for i in range(1000)]  # fmt: skip
+    lines = [
+        {"nimg": i, **{name: rng.lognormvariate(0, 0.33) for name in ("loss/mse", "latent/spread")}}
+        for i in range(1000)
+    ]
     assert not any(findings(lines[:end]) for end in range(25, 1001, 25))
 
 
