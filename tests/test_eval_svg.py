@@ -120,7 +120,7 @@ def test_bars_are_as_long_as_their_parts() -> None:
 
 
 def test_ticks_stay_inside_and_clear_of_the_axis_title() -> None:
-    line = [(960_000.0, 0.91575), (1_000_000.0, 0.9166)]
+    line = [(960_000.0, 0.91565), (1_000_000.0, 0.9167)]
     curve = Curve(title="Score over training", x="images", y="Score", lines={"student": line})
     svg = ET.fromstring(line_chart(curve))
     ticks_up = [text for text in svg.iter("text") if text.attrib["class"] == "end"]
