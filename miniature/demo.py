@@ -188,7 +188,7 @@ def evaluate_all(
     scenes = real_scenes(config.eval_images, progress)
     texts = [text for _, batch in scenes for text in batch]
     real = build_reference(batch_source("scenes", scenes), protocol, networks.sets)
-    drawing = Drawing(prompts=texts, seed=config.seed, device=teacher.device)
+    drawing = Drawing(prompts=texts, seed=protocol.seed, device=teacher.device)
     guidance = config.pairs.guidance
     sources = {name: one_step_source(name, one, drawing) for name, one in students.items()}
     sources["teacher"] = ode_source(teacher, drawing, steps=config.teacher_steps, guidance=guidance)
