@@ -109,6 +109,8 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     pace = Pace(log.read(), state.nimg, dist.world_size())
     started, first = time.monotonic(), state.nimg
     finished = state.nimg >= options.images
+    latest: dict[str, Tensor] = {}  # each value's last, since the last report: not every step has all
+    verdict: dict[str, Tensor] = {}  # D's last logits of the student
     with StopFlag() as stop:
         while not finished:
             with pace.waiting():
@@ -119,7 +121,6 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             moves_g = discriminator is None or step % gan.updates == gan.updates - 1
             shared = accumulate == 1 and moves_g  # one pass of the student serves both networks
             parts: dict[str, Tensor] = {}
-            norms: dict[str, Tensor] = {}
 
             def add(found: Mapping[str, Tensor], parts: dict[str, Tensor] = parts) -> None:
                 for name, value in found.items():
@@ -171,7 +172,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                                 add(found)
                         (loss_d / accumulate).backward()
                 lr = learning_rate(nimg, gan.optim, size)
-                norms["grad/d"] = update(state.optim_d, discriminator, gan.optim, lr, check("grad/d", parts))
+                parts["grad/d"] = update(state.optim_d, discriminator, gan.optim, lr, check("grad/d", parts))
                 discriminator.module.requires_grad_(False)
 
             # Student: regression on the pair, and the discriminator's verdict on the same latents. Their
@@ -200,8 +201,9 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                     micro.fake.backward(slope / accumulate)
             if moves_g:
                 lr = learning_rate(nimg, config.optim, size)
-                norms["grad/g"] = update(state.optim_g, student, config.optim, lr, check("grad/g", parts))
+                parts["grad/g"] = update(state.optim_g, student, config.optim, lr, check("grad/g", parts))
                 state.ema.update(student.module, nimg + size)
+            latest |= parts
             state.nimg, state.steps = nimg + size, step + 1
             progress(config.stage, min(state.nimg, options.images), options.images)
 
@@ -213,9 +215,10 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                 writer.finish()
             if crossed(state.nimg, size, options.report_images) or finished:
                 health = {"latent/spread": spread(micros[-1].fake, micros[-1].real)}
-                if discriminator is not None and moves_g:
+                if verdict:
                     health |= logit_report(logits_real, logits_fake, micros[-1].mode == 0, verdict)
-                watching.report({**parts, **health, **norms}, pace)
+                watching.report(latest | health, pace)
+                latest.clear()
             best = watching.validate(finished or flags["stop"])
             if crossed(state.nimg, size, options.checkpoint_images) or finished or flags["stop"] or best:
                 writer.spare = watching.spare()

@@ -307,3 +307,14 @@ def test_fid_on_the_way_decides_which_point_is_best(tmp_path: Path) -> None:
     assert all(line["val/fid"] > 0 and line["val/psnr"] > 0 for line in lines)
     again = d2g([*distill_arguments(config, tmp_path / "other"), *asked], tmp_path / "log")
     assert again.code == 2 and "train.validate_images" in again.error
+
+
+def test_reports_hold_what_only_some_steps_have(config: DistillConfig, tmp_path: Path) -> None:
+    """R1 of the third step and G's losses of even ones, in reports at other steps."""
+    settings = ("gan.r1_interval=3", "gan.updates=2", "train.report_images=20", "train.images=40")
+    done = d2g(distill_arguments(config, tmp_path / "run", *settings), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    lines = read_stats(tmp_path / "run")
+    assert [line["nimg"] for line in lines] == [20, 40]
+    for line in lines:
+        assert {"loss/r1", "loss/d", "loss/g", "loss/g_gan", "grad/g", "grad/d", "d/auc"} <= set(line)

@@ -16,7 +16,7 @@ from latent_lpips import load
 from latent_lpips.calibration import calibrate_folder
 from latent_lpips.config import CalibrateConfig
 from latent_lpips.recipes import HeadsConfig, PatchConfig
-from latent_lpips.weights import read_meta
+from latent_lpips.weights import read_meta, save
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,15 @@ def test_bad_input(data: Path, teacher: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"0-cnn-00000.*npy is damaged"):
         calibrate_folder(config(data, teacher), tmp_path / "first")
+
+
+def test_heads_are_fitted_anew_whatever_they_were(data: Path, teacher: Path, tmp_path: Path) -> None:
+    other = load(teacher / "latent_lpips", fold=False)
+    for head in other.heads:
+        head[::2] = 0
+    save(other, tmp_path / "other", {})
+    plain = calibrate_folder(config(data, teacher), tmp_path / "a")
+    again = calibrate_folder(config(data, teacher, weights=str(tmp_path / "other")), tmp_path / "b")
+    assert again.before == plain.before > 0.6
+    pairs = zip(load(tmp_path / "a").heads, load(tmp_path / "b").heads, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
