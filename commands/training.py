@@ -61,10 +61,18 @@ def _validator(config: Any, given: dict[str, Any]) -> Any:
         if given:
             raise SettingError(f"--validate-{next(iter(given))} says how; give --validate PROTOCOL too")
         return None
+    if not config.train.validate_images:
+        raise SettingError(
+            "--validate needs to know when; set train.validate_images=N and train.validate_pairs=K"
+        )
+    if config.engine.parallel == "fsdp":
+        raise SettingError(
+            "--validate draws whole students; set engine.parallel=ddp, or `d2g eval run --every`"
+        )
     from core.config import pick
     from eval.config import EvalRun
     from eval.protocol import PROTOCOLS
-    from miniature.validation import validator
+    from miniature.validation import measuring
 
     protocol = pick(PROTOCOLS, given.pop("protocol"), "protocol")
     weights = tuple(str(path) for path in [given.pop("weights", None)] if path)
@@ -77,7 +85,7 @@ def _validator(config: Any, given: dict[str, Any]) -> Any:
         allow_fewer=True,
         **given,
     )
-    return validator(config, run)
+    return measuring(run, config.teacher)
 
 
 def _plan(config: Any, preset: str) -> dict[str, Any]:

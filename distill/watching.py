@@ -1,7 +1,8 @@
 """What a run tells of itself: reports, the panel, previews, validations, watchmen. Rank 0 writes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,11 +66,21 @@ class Watching:
             return
         rows = range(len(self.reader))[-self.config.validate_pairs :][: self.config.preview_prompts]
         pairs = self.reader.read(list(rows))
-        with averaged(self.state.student.module, self.state.ema.tensors):
+        with self._averaged():
             drawn, stored = preview_latents(self._draw, pairs, self.device, self.batch)
         if dist.rank() == 0:
             picture = preview(drawn, stored, self.vae)
             self.log.picture(nimg, "preview", picture, preview_text(pairs.prompts, nimg))
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged student, without dropout."""
+        module = self.state.student.module
+        training = module.training
+        module.eval()
+        with averaged(module, self.state.ema.tensors):
+            yield
+        module.train(training)
 
     @torch.no_grad()
     def _draw(self, noise: Tensor, prompts: Sequence[str], *told: Tensor) -> Tensor:
@@ -84,9 +95,7 @@ class Watching:
         if not interval or not (now or nimg // interval > (nimg - self.config.batch_size) // interval):
             return False
         module = self.state.student.module
-        training = module.training
-        module.eval()
-        with averaged(module, self.state.ema.tensors):
+        with self._averaged():
             values = measure(
                 self._draw,
                 self.reader,
@@ -98,7 +107,6 @@ class Watching:
             )
             if self.also is not None:
                 values |= self.also(module, nimg)  # type: ignore[arg-type]  # a Student
-        module.train(training)
         self.log.write(nimg, values)
         return self.config.keep_best and self.best(nimg) == nimg
 

@@ -1,58 +1,59 @@
-"""FID while a student trains: what `d2g distill --validate` measures beside the held-out pairs."""
+"""FID and its like while a student trains: where training and measures meet."""
 
-from functools import cached_property
-from pathlib import Path
+from dataclasses import replace
 
-from core import pretrained
+from core import dist, pretrained
 from core.errors import SettingError
-from distill.config import DistillConfig
+from core.parallel import local
 from distill.generator import Student
 from distill.sample import OneStep
 from distill.validate import Validate
 from eval.config import EvalRun
-from eval.source import Source
+from eval.evaluate import evaluate
+from eval.parts import Work
+from eval.protocol import PAIRED
 from miniature.bench import Bench
 from miniature.sources import one_step_source
 
 
-class _During(Bench):
-    """A bench whose source is the student that is being trained, whatever its weights are just now."""
+def measuring(run: EvalRun, teacher: str) -> Validate:
+    """What `distill.train.train` calls at each validation: an evaluation of the averaged student, its numbers
+    as `val/fid`, `val/clip_score` and so on, the same on every rank.
 
-    student: Student
-
-    @cached_property
-    def _around(self) -> OneStep:
-        """Text encoder and VAE, loaded at the first validation."""
-        assert self.config.teacher is not None
-        text = pretrained.load_text_encoder(self.config.teacher).to(self.device)
-        vae = pretrained.load_vae(self.config.teacher).to(self.device)
-        return OneStep(self.student, text, vae, self.device)
-
-    def source(self, config: EvalRun, checkpoint: Path | None = None) -> Source:
-        """The student's images of the protocol's prompts."""
-        return one_step_source("student", self._around, self.drawing(self.prompts))
-
-
-def validator(config: DistillConfig, run: EvalRun) -> Validate:
-    """(averaged student, images seen) -> `val/fid` under the run's protocol, from the same noise each time.
-
-    run: its protocol, reference, weights, prompts and number of images. Raises SettingError where the config
-    validates nothing, or shards the student: ranks draw different numbers of images.
+    run: protocol, metrics, reference, prompts, number of images and weights, as of `d2g eval run`; networks
+    and reference are loaded once, at the first call. Keep `num` small: a validation draws all. Numbers of
+    fewer images than the protocol's compare with each other only. Raises SettingError for metrics of pairs,
+    and for weights in shards, which all ranks would have to gather equally often.
     """
-    if not config.train.validate_images:
+    if paired := sorted(set(run.metrics or run.protocol.metrics) & set(PAIRED)):
         raise SettingError(
-            "--validate needs to know when; give --set train.validate_images=N --set train.validate_pairs=K"
+            f"metric {paired[0]!r} compares images pair by pair; validation takes fid and the like"
         )
-    if config.engine.parallel == "fsdp":
-        raise SettingError(
-            "--validate draws whole students; set engine.parallel=ddp, or `d2g eval run --every`"
+    made: list[tuple[Bench, OneStep]] = []
+
+    def validate(student: Student, nimg: int) -> dict[str, float]:
+        if any(local(value) is not value for value in student.parameters()):
+            raise SettingError("validation by images needs whole weights; set engine.parallel=ddp")
+        if not made:  # the run has joined its process group by now
+            bench = Bench(replace(run, student=None, pipeline=None, images=None, teacher=teacher))
+            text, vae = pretrained.load_text_encoder(teacher), pretrained.load_vae(teacher)
+            made.append((bench, OneStep(student, text.to(bench.device), vae.to(bench.device), bench.device)))
+        bench, one = made[0]
+        one = replace(one, student=student)
+        given = bench.scenes or run.reference is not None
+        found = evaluate(
+            one_step_source(f"{nimg} images", one, bench.drawing(bench.prompts)),
+            bench.protocol,
+            bench.networks,
+            metrics=bench.metrics,
+            reference=(lambda: bench.reference) if given else None,
+            count=bench.count or len(bench.prompts),
+            allow_fewer=True,
+            work=Work(batch_size=run.batch_size),
+            resamples=0,
         )
-    bench = _During(run)
+        return {
+            f"val/{name}": value for name, value in dist.gather_objects(found.result.numbers())[0].items()
+        }
 
-    def measure(student: Student, nimg: int) -> dict[str, float]:
-        bench.student = student
-        _, found = bench.measure(run)
-        assert found.result.fid is not None
-        return {"val/fid": float(found.result.fid)}
-
-    return measure
+    return validate
