@@ -32,6 +32,9 @@ def sample(
     num: Annotated[int | None, typer.Option(help="Images per prompt [1].")] = None,
     teacher: TeacherOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step [32].")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale to imitate, for a student that is told it [8].")
+    ] = None,
     preset: Preset = None,
     sets: Sets = None,
     seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) [0].")] = None,
@@ -44,6 +47,7 @@ def sample(
     options = {
         "student": student, "prompt": tuple(prompt) if prompt else None, "prompts": prompts, "num": num,
         "teacher": teacher, "batch_size": batch_size, "seed": seed,
+        "guidance": guidance,
     }  # fmt: skip
     config = configure(pick(SAMPLE_PRESETS, preset or "default", "preset"), options, sets)
     if dry_run:
@@ -55,7 +59,16 @@ def sample(
     if not texts:
         raise SettingError("nothing to draw; give --prompt TEXT or --prompts FILE")
     texts = [text for text in texts for _ in range(config.num)]
-    drawn = save_samples(config.student, texts, out, config.seed, config.batch_size, config.teacher, reporter)
+    drawn = save_samples(
+        config.student,
+        texts,
+        out,
+        config.seed,
+        config.batch_size,
+        config.teacher,
+        config.guidance,
+        reporter,
+    )
     emit(drawn, as_json, "samples")
 
 

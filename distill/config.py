@@ -144,6 +144,7 @@ class SampleConfig:
     teacher: str | None = None  # instead of the one the student names
     batch_size: int = 32
     seed: int = 0  # image i uses the noise of (seed, i)
+    guidance: float | None = None  # told to a student that is told a scale; None: 8
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.batch_size < 1:

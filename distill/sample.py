@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core import checkpoint, pretrained
 from core.config import from_json
-from core.errors import UserError
+from core.errors import SettingError, UserError
 from core.latents import decode, to_uint8
 from core.lora import has_lora, merged
 from core.pictures import grid, save_png
@@ -140,10 +140,21 @@ def save_samples(
     seed: int,
     batch_size: int = 32,
     teacher: str | None = None,
+    guidance: float | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Draw one image per prompt and write OUT/00000.png … with the prompt in each file, and OUT/grid.png."""
+    """Draw one image per prompt and write OUT/00000.png … with the prompt in each file, and OUT/grid.png.
+
+    guidance: the scale to imitate. Raises SettingError for a student that is told none.
+    """
     one = load_one_step(name, teacher, "cuda" if torch.cuda.is_available() else "cpu")
+    if guidance is not None:
+        if not one.student.guided:
+            raise SettingError(
+                f"student {name} has its guidance in its weights; leave --guidance out, or train one with "
+                "student.guidance_conditioning=true"
+            )
+        one = replace(one, guidance=guidance)
     started, everything = time.monotonic(), []
     for images, _ in one.sample(prompts, seed, batch_size=batch_size):
         everything += list(images)

@@ -1,5 +1,6 @@
 """distill.joined: several stores read as one, each row with the scale it was made with."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from core import pretrained
+from core import checkpoint, pretrained
 from core.errors import SettingError, UserError
 from distill.data import open_pairs, pair_batches
+from distill.generator import student_from_teacher
 from distill.joined import GuidedBatch, JoinedReader, scales
+from distill.sample import load_one_step, save_samples
 from distill.train import train
 from jobs import distill_config, make_pairs
 from pairgen.reader import PairReader
@@ -100,9 +103,21 @@ def test_a_student_is_trained_on_several_scales(stores: list[Path], teacher: Pat
     )
     summary = train(config, tmp_path / "run")
     assert summary.images == 8
-    from distill.sample import load_one_step
-
     one = load_one_step(str(tmp_path / "run"))
     assert one.student.guided
     weight = one.student.unet.time_embedding.cond_proj.weight
     assert weight.abs().max() > 0
+    images = {}
+    for scale in (2.0, 6.0):
+        save_samples(str(tmp_path / "run"), ["a red cube"], tmp_path / str(scale), 0, guidance=scale)
+        images[scale] = (tmp_path / str(scale) / "00000.png").read_bytes()
+    assert images[2.0] != images[6.0]
+    with torch.no_grad():
+        drawn = [replace(one, guidance=scale).latents(torch.ones(1, 4, 4, 4), ["a"]) for scale in (2.0, 6.0)]
+    assert not torch.equal(*drawn)
+    plain = student_from_teacher(str(teacher))
+    checkpoint.save(tmp_path / "plain" / "checkpoints", 1, {"ema": plain.state_dict()}, {}, {})
+    facts = {"teacher": str(teacher), "student_timestep": -1}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(SettingError, match="has its guidance in its weights; leave --guidance out"):
+        save_samples(str(tmp_path / "plain"), ["a"], tmp_path / "out", 0, guidance=3.0)
