@@ -4,10 +4,10 @@
 
 RAID: the folder of answers.csv and responses.csv (Daudén-Oliver et al., RAID-Database: Human Responses to
 Affine Image Distortions). KODAK: the 24 photographs in order of name, 768x512 or 512x768. The stimuli are
-rendered again: level 1 is the photograph, level 10 turned by 18 degrees, moved sideways by 0.63 degrees of the visual
-field, or enlarged by 9 %, the others evenly between; then the middle, half as wide and high, which no border
-reaches. What the README does not say, and is assumed: directions, and pixels per degree. The trials
-with noise are left out, for their noise is not known. Prints JSON; weights are named by their folders.
+rendered again: level 1 is the photograph, level 10 turned by 18 degrees, moved sideways by 0.63 degrees of
+the visual field, or enlarged by 9 %, the others evenly between; then the middle, half as wide and high, which
+no border reaches. What the README does not say, and is assumed: directions, and pixels per degree. The trials
+with noise are left out, for that noise is not known. Prints JSON; weights are named by their folders.
 """
 
 import argparse
