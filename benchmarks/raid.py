@@ -6,8 +6,12 @@ RAID: the folder of answers.csv and responses.csv (Daudén-Oliver et al., RAID-D
 Affine Image Distortions). KODAK: the 24 photographs in order of name, 768x512 or 512x768. The stimuli are
 rendered again: level 1 is the photograph, level 10 turned by 18 degrees, moved sideways by 0.63 degrees of
 the visual field, or enlarged by 9 %, the others evenly between; then the middle, half as wide and high, which
-no border reaches. What the README does not say, and is assumed: directions, and pixels per degree. The trials
-with noise are left out, for that noise is not known. Prints JSON; weights are named by their folders.
+no border reaches. The trials with noise are left out, for that noise is not known. Prints JSON; weights are
+named by their folders; differences from a count of levels, l2 and ssim are paired over photographs.
+
+What the README does not say, and is assumed: 40 pixels per degree (--pixels-per-degree); the directions,
+clockwise about the middle, to the right, and larger (it gives turns and sizes as plus or minus); steps even in
+angle, way and size; that photograph N is Kodak's N; bicubic resampling; and the crop.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from core.latents import encode, from_uint8
 from core.seeds import generator
 from latent_lpips.baselines import squared_error, structural_distance
 from latent_lpips.crops import to_tensor
+from latent_lpips.metric import LatentLPIPS, normalise
 from latent_lpips.weights import load_lpips
 
 LEVELS = 10
@@ -57,13 +62,25 @@ def distances(measures: Mapping[str, object], vae: object, pixels: Tensor) -> di
     latents = torch.cat([encode(vae, x[None]) for x in pixels])
     found = {}
     for name, measure in measures.items():
-        x = pixels if name in ("l2", "ssim") else latents
-        d = torch.cat([measure(x[a : a + 1], x[b : b + 1]).double() for a, b in PAIRS])  # type: ignore[operator]
+        if isinstance(measure, LatentLPIPS):
+            d = between(measure, latents)
+        else:
+            d = torch.cat([measure(pixels[a : a + 1], pixels[b : b + 1]).double() for a, b in PAIRS])  # type: ignore[operator]
         table = torch.zeros(LEVELS, LEVELS, dtype=torch.float64)
         for (a, b), value in zip(PAIRS, d, strict=True):
             table[a, b] = table[b, a] = value
         found[name] = table
     return found
+
+
+def between(metric: LatentLPIPS, latents: Tensor) -> Tensor:
+    """The metric's distances of all PAIRS, with the features of each level computed once."""
+    features = [[normalise(f) for f in metric.taps(x[None])] for x in latents]
+    rows = []
+    for a, b in PAIRS:
+        squares = [(f - g).square().mean((2, 3)) for f, g in zip(features[a], features[b], strict=True)]
+        rows.append(sum((s @ w for s, w in zip(squares, metric.heads, strict=True)), torch.zeros(1)))
+    return torch.cat(rows).double()
 
 
 def agreement(
@@ -94,6 +111,28 @@ def interval(values: Tensor, groups: Tensor) -> list[float]:
     drawn = torch.randint(count, (RESAMPLES, count), generator=rng)
     means = sums[drawn].sum(1) / sizes[drawn].sum(1)
     return [round(float(q), 4) for q in np.percentile(means.numpy(), [2.5, 97.5])]
+
+
+def paired(first: Mapping[str, object], other: Mapping[str, object], groups: Tensor) -> dict[str, object]:
+    """Differences, other less first, in agreement and in Spearman over all kinds, with 95 % over photographs
+    drawn anew, the same ones for both."""
+    gain = other["right"] - first["right"]  # type: ignore[operator]
+    rng, count = generator(0, 0x2A1D), int(groups.max()) + 1
+    drawn = torch.randint(count, (RESAMPLES, count), generator=rng).tolist()
+    people = np.asarray(first["people"])  # [photographs, points]
+    a, b = np.asarray(first["distances"]), np.asarray(other["distances"])
+
+    def difference(rows: Sequence[int]) -> float:
+        y = people[rows].ravel()
+        return spearman(b[rows].ravel(), y) - spearman(a[rows].ravel(), y)
+
+    spread = np.percentile([difference(rows) for rows in drawn], [2.5, 97.5])
+    return {
+        "agreement": round(gain.mean().item(), 4),
+        "agreement_ci": interval(gain, groups),
+        "spearman": round(difference(range(count)), 4),
+        "spearman_ci": [round(float(q), 4) for q in spread],
+    }
 
 
 def read_trials(file: Path) -> list[tuple[str, int, list[int], int]]:
@@ -157,6 +196,7 @@ def main() -> None:
         print(f"{file.name}: {photograph + 1}/24", file=sys.stderr, flush=True)
     result: dict[str, object] = {"trials": len(trials), "pixels_per_degree": options.pixels_per_degree}
     groups = torch.tensor([photograph for _, photograph, _, _ in trials])
+    raw: dict[str, dict[str, object]] = {}
     for name, table in tables.items():
         right = agreement(trials, table)
         entry: dict[str, object] = {
@@ -171,6 +211,17 @@ def main() -> None:
             y = [scale[key][level] for key in keys for level in range(1, LEVELS)]
             entry[f"spearman_{kinds[0] if len(kinds) == 1 else 'all'}"] = round(spearman(x, y), 4)
         result[name] = entry
+        shown = [[(kind, n) for kind in KINDS] for n in range(len(files))]
+        raw[name] = {
+            "right": right,
+            "distances": [[float(table[k][0, i]) for k in ks for i in range(1, LEVELS)] for ks in shown],
+            "people": [[scale[k][i] for k in ks for i in range(1, LEVELS)] for ks in shown],
+        }
+    reference, *others = raw
+    result[f"less_{reference}"] = {name: paired(raw[reference], raw[name], groups) for name in others}
+    for name in ("l2", "ssim"):
+        latent = [folder for folder in raw if folder not in (reference, "l2", "ssim")]
+        result[f"less_{name}"] = {folder: paired(raw[name], raw[folder], groups) for folder in latent}
     print(json.dumps(result, indent=1))
 
 

@@ -37,7 +37,9 @@ def _distill(
     validate: dict[str, Any],
 ) -> None:
     from core import dist
+    from core.errors import Interrupted
     from distill.presets import preset as distill_preset
+    from distill.sentinels import Collapse
 
     config = distill_preset(preset or "sd15-cfg8", stage)
     config = replace(config, train=configure(config.train, train_options, None))
@@ -47,9 +49,13 @@ def _distill(
     from distill.train import train
 
     try:
-        emit(train(config, out, reporter, _validator(config, validate)), as_json, f"distill {stage}")
-    finally:
+        found = train(config, out, reporter, _validator(config, validate))
+    except (Interrupted, FloatingPointError, Collapse):  # which all processes raise together
         dist.finish()
+        raise
+    # After any other error this process just ends: leaving the group would wait for the others.
+    dist.finish()
+    emit(found, as_json, f"distill {stage}")
 
 
 def _validator(config: Any, given: dict[str, Any]) -> Any:

@@ -116,7 +116,9 @@ def prune(folder: Path, keep: int, spare: Collection[str] = ()) -> None:
     """Drop all whole checkpoints but the newest `keep` and those named in `spare`."""
     for old in _whole(folder)[:-keep]:
         if old.name not in spare:
-            shutil.rmtree(old)
+            away = old.with_name(f".{old.name}.tmp")  # a kill halfway leaves nothing that looks whole
+            os.replace(old, away)
+            shutil.rmtree(away)
 
 
 def _whole(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ A second backward pass through DDP is not averaged, and one through FSDP2 meets 
 averages everything; under FSDP2 the gathered weights stay until the pass is over.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -144,7 +145,10 @@ class Parallel:
     def clip(self, most: float) -> Tensor:
         """Scale gradients so that their norm over all parameters and ranks is at most `most`; return the
         norm it was."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), most)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if math.isfinite(most):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), most, norm)
         return whole(norm)
 
 

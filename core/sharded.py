@@ -2,7 +2,7 @@
 
 RUN/checkpoints/000012800/state/      torch.distributed.checkpoint: weights and optimizers
 RUN/checkpoints/000012800/ema.safetensors   whole, for whoever draws
-RUN/checkpoints/000012800/meta.json   images, steps, config digest, and the size and sha256 of every file
+RUN/checkpoints/000012800/meta.json   images, steps, what the networks are, every file's size and sha256
 
 The folder has a temporary name until all of it is synced: what bears a number is whole.
 """
@@ -12,16 +12,17 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -34,6 +35,7 @@ from core.errors import UserError
 from core.parallel import whole
 
 STATE = "state"
+T = TypeVar("T")
 
 
 def network_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -79,29 +81,32 @@ class Writer:
         self.finish()
         temporary = self.folder / f".{nimg:09d}.tmp"
         target = self.folder / f"{nimg:09d}"
-        gathered = {name: _on_rank_0(values) for name, values in files.items()}
+        gathered = {name: _on_rank_0(values, self.background) for name, values in files.items()}
         with _together(temporary, target, self.folder):
             if dist.rank() == 0:
                 for torn in self.folder.glob(".*.tmp"):  # what killed writers left; a run has one writer
                     shutil.rmtree(torn)
                 (temporary / STATE).mkdir(parents=True)
-                for name, values in gathered.items():
-                    save_file(values, temporary / f"{name}.safetensors")
         with _together(temporary, target, self.folder):
-            future = self._write(dict(tensors), FileSystemWriter(temporary / STATE))
+            writing = self._write(dict(tensors), FileSystemWriter(temporary / STATE))
+            future = self._submit(lambda: _complete(writing, gathered, temporary))
         self._pending = (target, {**meta, "nimg": nimg, "processes": dist.world_size()}, future)
         if not self.background:
             self.finish()
 
+    def _submit(self, work: Callable[[], T]) -> "Future[T]":
+        """In the writer's thread with `background`, else at once."""
+        if self.background:
+            return self._thread.submit(work)
+        done: Future[T] = Future()
+        done.set_result(work())
+        return done
+
     def _write(self, tensors: dict[str, Tensor], writer: FileSystemWriter) -> "Future[Any]":
-        if not self.background:
-            done: Future[Any] = Future()
-            _save(tensors, writer)
-            done.set_result(None)
-            return done
-        if not dist.joined():
-            copies = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
-            return self._thread.submit(_save, copies, writer)
+        if not self.background or not dist.joined():
+            if self.background:
+                tensors = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
+            return self._submit(lambda: _save(tensors, writer))
         # A group of its own: its messages must not mix with those of the gradients.
         writing = async_save(tensors, storage_writer=writer, process_group=dist.side_group())
         assert isinstance(writing, Future)
@@ -121,15 +126,17 @@ class Writer:
         temporary = target.with_name(f".{target.name}.tmp")
         mine: dict[str, list[Any]] = {}
         with _together(temporary, target, self.folder):
-            future.result()
-            mine = {str(path.relative_to(temporary)): _facts(path) for path in _mine(temporary)}
+            mine = future.result()
         files = {name: facts for part in dist.gather_objects(mine) for name, facts in part.items()}
         with _together(temporary, target, self.folder):
             if dist.rank() == 0:
                 _sync_write(temporary / "meta.json", json.dumps({**meta, "files": files}, indent=1))
+                for folder in (temporary / STATE, temporary):
+                    _sync_folder(folder)
                 if target.exists():  # the same point of the same run, written again after a resume
                     shutil.rmtree(target)
                 os.replace(temporary, target)
+                _sync_folder(self.folder)
                 prune(self.folder, self.keep, self.spare)
 
 
@@ -143,8 +150,8 @@ class _together:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return
+        if error is not None and not isinstance(error, Exception | CheckpointException):
+            return  # Ctrl-C. DCP's own error is no Exception either, but one that all ranks have
         reasons = [
             reason for reason in dist.gather_objects(None if error is None else _first(error)) if reason
         ]
@@ -158,6 +165,16 @@ class _together:
             f"cannot write checkpoint {self.target}: {reasons[0]}; {safe}; "
             "free space, then run the same command again"
         ) from error
+
+
+def _complete(
+    writing: "Future[Any]", files: Mapping[str, dict[str, Tensor]], temporary: Path
+) -> dict[str, list[Any]]:
+    """Once DCP has written: whole files, on rank 0; then the facts of what this rank wrote, all synced."""
+    writing.result()
+    for name, values in files.items() if dist.rank() == 0 else ():
+        save_file(values, temporary / f"{name}.safetensors")
+    return {str(path.relative_to(temporary)): _facts(path) for path in _mine(temporary)}
 
 
 def _save(tensors: dict[str, Tensor], writer: FileSystemWriter) -> None:
@@ -181,13 +198,13 @@ def _first(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _on_rank_0(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on rank 0's CPU, one at a time; nothing elsewhere."""
+def _on_rank_0(values: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:
+    """Whole tensors on rank 0's CPU, gathered one at a time. `copy`: also of those that are there."""
     found = {}
     for name, value in values.items():
         full = whole(value.detach())
         if dist.rank() == 0:
-            found[name] = full.cpu().contiguous()
+            found[name] = full.to("cpu", copy=copy).contiguous()
     return found
 
 
@@ -203,6 +220,15 @@ def _facts(path: Path) -> list[Any]:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names, too, survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sync_write(path: Path, text: str) -> None:
@@ -263,7 +289,11 @@ def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.opti
         raise UserError(f"{last.folder}: {odd[0]} is in the checkpoint or in the network, not in both")
     with _alone_is_fine():
         dcp_load(tensors, storage_reader=reader, no_dist=not dist.joined())
+    # Fused kernels want their step counters beside the parameters; others, on the host.
+    beside = {p for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
     for parameter, values in memory.items():
+        if parameter in beside and "step" in values:
+            values["step"] = values["step"].to(parameter.device, torch.float32)
         optimizer.state[parameter] = values
 
 

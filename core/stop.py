@@ -31,6 +31,7 @@ class StopFlag:
         return self.signal is not None
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        # Clusters send SIGTERM to every process and torchrun sends it on: a second one is no more urgent.
+        if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number

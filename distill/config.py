@@ -61,7 +61,9 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How the work is spread over processes and memory. Nothing here changes a result beyond rounding."""
+    """How the work is spread over processes and memory. Nothing here changes a result beyond rounding, but
+    for what distill/micro.py names.
+    """
 
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimiser states in shards
     shard_size: int = 0  # of fsdp: ranks that share one copy, a divisor of their number; 0: all of them

@@ -34,7 +34,7 @@ class EMA:
             average = local(self.tensors[name])
             if average.is_floating_point():
                 averages.append(average)
-                values.append(local(value.detach()).to(average))
+                values.append(local(value).detach().to(average))
             else:
                 average.copy_(local(value))
         torch._foreach_lerp_(averages, values, 1.0 - beta)  # one launch for a thousand tensors
@@ -51,13 +51,13 @@ class EMA:
     @torch.no_grad()
     def drift(self, module: nn.Module) -> float:
         """|avg - weights| / |weights|, all of them as one vector. On every rank."""
-        apart = size = 0.0
+        apart = size = torch.zeros((), dtype=torch.float64)
         for name, value in module.state_dict().items():
             if value.is_floating_point():
                 average, weights = local(self.tensors[name]), local(value).float()
-                apart += float((average - weights).square().sum())
-                size += float(weights.square().sum())
-        sums = dist.mean({"apart": apart, "size": size})  # of shards, or of equals
+                apart = apart.to(weights.device) + (average - weights).square().sum()
+                size = size.to(weights.device) + weights.square().sum()
+        sums = dist.mean({"apart": float(apart), "size": float(size)})  # of shards, or of equals
         return math.sqrt(sums["apart"] / sums["size"])
 
     def copy_to(self, module: nn.Module) -> None:

@@ -81,11 +81,15 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
         rows = config.train.batch_size / world_size / config.engine.accumulate
         g = _kept(config, student, lambda b: student(b.noise, b.text, *b.guidance))
         shards = (config.engine.shard_size or world_size) if config.engine.parallel == "fsdp" else 1
-        working = max(g.of(rows), _update(student, config.optim, shards))
+        # DDP's buckets hold the gradients of both networks for as long as the run lasts.
+        kept = config.engine.parallel == "ddp" and world_size > 1
+        working = max(g.of(rows), _update(student, config.optim, shards, kept))
         trained: list[tuple[nn.Module, OptimConfig]] = [(student, config.optim)]
         if discriminator is not None:
             trained.append((discriminator, config.gan.optim))
-            working = max(working, _with_discriminator(config, discriminator, g, rows, shards))
+            working = max(working, _with_discriminator(config, discriminator, g, rows, shards, kept))
+        if kept:
+            working += sum(_bytes(_trained(network)) for network, _ in trained)
     whole = sum(_bytes(network.parameters()) for network, _ in trained)
     states = sum(STATES / 4 * _bytes(_trained(network)) for network, _ in trained)
     gib = 2.0**30
@@ -123,21 +127,22 @@ def too_large(config: DistillConfig, total_gib: float, device_gib: float) -> str
     )
 
 
-def _update(network: nn.Module, optim: OptimConfig, shards: int) -> float:
-    """Bytes of gradients, and of what the optimiser's step makes of them where it is not one kernel."""
+def _update(network: nn.Module, optim: OptimConfig, shards: int, kept: bool) -> float:
+    """Bytes of gradients, unless they are `kept` in any case, and of what the optimiser's step makes of them
+    where it is not one kernel."""
     temporary = 1.0 if optim.name in ("adamw", "radam") else 0.0
-    return (1 + temporary) * _bytes(_trained(network)) / shards
+    return ((not kept) + temporary) * _bytes(_trained(network)) / shards
 
 
 def _with_discriminator(
-    config: DistillConfig, discriminator: Discriminator, g: Kept, rows: float, shards: int
+    config: DistillConfig, discriminator: Discriminator, g: Kept, rows: float, shards: int, kept: bool
 ) -> float:
     """D's update while the student's graph waits: real and fake kept, or D's gradients, or its penalty."""
     waiting = g.of(rows) if config.engine.accumulate == 1 else 0.0
     d = _kept(config, discriminator, lambda b: discriminator(b.noise, b.noise, b.text))
     passes = 3 if config.gan.penalty == "approx" else 2
     gradients = _bytes(_trained(discriminator)) / shards
-    update = _update(discriminator, config.gan.optim, shards)
+    update = _update(discriminator, config.gan.optim, shards, kept)
     if config.gan.penalty in ("none", "approx"):
         return waiting + max(d.of(passes * rows), update)
     # The penalty has a pass of its own, whose gradients are there when the others begin.

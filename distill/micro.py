@@ -1,7 +1,8 @@
 """One step's random numbers and rows: the same whatever the number of processes and micro-batches.
 
 All that is drawn for a step is drawn for the whole batch, from (seed, images seen), and each process takes
-its rows of it. Only which row a single-sample penalty falls on is a process's own.
+its rows of it. A process's own are only the row that a single-sample penalty falls on, the noise of the
+approximated one, and dropout.
 """
 
 from dataclasses import dataclass, field

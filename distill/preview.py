@@ -1,4 +1,6 @@
-"""Pictures of a run's first held-out pairs, student beneath teacher: the same noise at every report."""
+"""Pictures of a run's first held-out pairs, or of its first where it holds none out: student beneath teacher,
+of the same noise at every report.
+"""
 
 import json
 from collections.abc import Sequence

@@ -15,6 +15,9 @@ from distill.r1 import Shown
 from distill.real_images import RealImages
 from distill.text_cache import TextCache
 
+AT_ONCE = 4
+"""Images that the VAE encodes at once: its activations are large."""
+
 
 class RealRows:
     """Puts images with their captions in the place of every 1 / fraction-th real row, if the config has such.
@@ -43,7 +46,8 @@ class RealRows:
         pixels, captions = self.images.batch(self.seed, first, last - first)
         streams = [generator(self.seed, 0x2EA1, number, device=self.device) for number in range(first, last)]
         with torch.no_grad():
-            x = encode(self.vae, pixels.to(self.device), streams)
+            parts = [slice(start, start + AT_ONCE) for start in range(0, len(streams), AT_ONCE)]
+            x = torch.cat([encode(self.vae, pixels[p].to(self.device), streams[p]) for p in parts])
         stream = generator(self.seed, 0x2EA2).initial_seed()
         z = noise(stream, range(first, last), (x.shape[1], x.shape[2], x.shape[3])).to(self.device)
         at = torch.tensor(where, device=self.device)

@@ -53,8 +53,8 @@ class State:
             raise UserError(f"{last.folder} was written by an older version; start another --out with init")
         if last.meta["networks"] != _networks(config):
             raise UserError(
-                f"{last.folder} is of a run with other networks than this one's; delete the folder to go on "
-                "from the checkpoint before it"
+                f"{last.folder} is of a run with other networks (kind, teacher, pairs or seed); "
+                "delete the folder to go on from the checkpoint before it"
             )
         sharded.verify(last)
         sharded.load(last, "student", self.student.module, self.optim_g)

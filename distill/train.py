@@ -88,7 +88,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     # Resume.
     log = RunLog(out, _split_config(config), ignore=("length",))
     folder = out / "checkpoints"
-    if (last := checkpoint.latest(folder)) is not None:
+    if (last := _agreed(folder)) is not None:
         state.load(last, config)
         log.rewind(state.nimg)
     log.attach(options.loggers, state.nimg)
@@ -96,7 +96,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     writer = sharded.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
 
     def check(name: str, parts: Mapping[str, Tensor]) -> Callable[[Tensor], None]:
-        return lambda norm: check_finite(name, norm, parts, state.nimg, folder)
+        return lambda norm: check_finite(name, norm, parts, state.nimg, folder, writer)
 
     def autocast() -> AbstractContextManager[None]:
         whole = options.precision == "bf16" and config.engine.parallel == "ddp"
@@ -142,7 +142,8 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                     x, z, c = mix_and_match(
                         micro.fake.detach(), micro.real, micro.noise, micro.text, micro.mode, partner
                     )
-                    shown = with_real(Shown(micro.real, micro.noise, micro.text, micro.t), micro.rows)
+                    with pace.waiting():  # for photographs, if there are to be any
+                        shown = with_real(Shown(micro.real, micro.noise, micro.text, micro.t), micro.rows)
                     micro.shown_real = replace(shown, x=noised(shown.x, micro.rows, micro.t, 0))
                     micro.shown_fake = Shown(noised(x, micro.rows, micro.t, 1), z, c, micro.t)
                 due = gan.penalty != "none" and step % gan.penalty_interval == 0
@@ -217,21 +218,26 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                 health = {"latent/spread": spread(micros[-1].fake, micros[-1].real)}
                 if verdict:
                     health |= logit_report(logits_real, logits_fake, micros[-1].mode == 0, verdict)
-                watching.report(latest | health, pace)
+                watching.report(latest | health, pace, writer)
                 latest.clear()
-            best = watching.validate(finished or flags["stop"])
-            if crossed(state.nimg, size, options.checkpoint_images) or finished or flags["stop"] or best:
+            # Saved first: whoever sends SIGTERM does not wait for a validation.
+            due = crossed(state.nimg, size, options.checkpoint_images) or finished or flags["stop"]
+            if due:
                 writer.spare = watching.spare()
                 state.save(writer, config)
+            if not flags["stop"] and watching.due(finished):
+                writer.finish()  # what is being written counts among the points to choose from
+                if watching.validate() and not due:
+                    writer.spare = watching.spare()
+                    state.save(writer, config)
             if finished or flags["stop"]:
+                writer.finish()
                 watching.panel()
             if flags["stop"] and not finished:
-                writer.finish()
                 raise Interrupted(
                     f"stopped at image {state.nimg}; safe on disk: {folder / f'{state.nimg:09d}'}; "
                     "run the same command again to go on"
                 )
-    writer.finish()
     log.close()
     seconds = time.monotonic() - started
     newest = checkpoint.latest(folder)
@@ -255,13 +261,29 @@ def crossed(nimg: int, size: int, interval: int) -> bool:
     return nimg // interval > (nimg - size) // interval
 
 
-def check_finite(name: str, norm: Tensor, parts: Mapping[str, Tensor], nimg: int, folder: Path) -> None:
+def _agreed(folder: Path) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint as rank 0 sees it: a network disk may show another node an older folder."""
+    last = checkpoint.latest(folder)
+    name = dist.gather_objects(None if last is None else last.folder.name)[0]
+    return None if name is None else checkpoint.open_checkpoint(folder / name)
+
+
+def check_finite(
+    name: str,
+    norm: Tensor,
+    parts: Mapping[str, Tensor],
+    nimg: int,
+    folder: Path,
+    writer: sharded.Writer | None = None,
+) -> None:
     """Raise FloatingPointError for a gradient norm that is not finite, before the optimizer's step.
 
     The norm is over all ranks, so all of them raise; the text names this rank's first bad loss, if any.
     """
     if torch.isfinite(norm):
         return
+    if writer is not None:
+        writer.finish()  # a checkpoint on its way is as good as any
     bad = {k: v for k, v in {**parts, name: norm}.items() if not torch.isfinite(v)}
     culprit, value = next(iter(bad.items()))
     last = checkpoint.latest(folder)

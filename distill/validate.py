@@ -1,5 +1,6 @@
 """Validation during training: pairs kept out of it, drawn by the averaged student; which point was best."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -145,7 +146,11 @@ def best(lines: Sequence[Mapping[str, float]], saved: Collection[int]) -> tuple[
     None where no saved point was validated.
     """
     for name in PREFERRED:
-        found = [(line[name], int(line["nimg"])) for line in lines if name in line and line["nimg"] in saved]
+        found = [
+            (line[name], int(line["nimg"]))
+            for line in lines
+            if math.isfinite(line.get(name, math.nan)) and line["nimg"] in saved
+        ]
         if found:
             sign = -1 if name in HIGHER else 1
             value, nimg = min(found, key=lambda point: (sign * point[0], point[1]))

@@ -11,6 +11,7 @@ from torch import Tensor
 from core import dist, pretrained
 from core.checkpoint import whole_points
 from core.runlog import Pace, RunLog
+from core.sharded import Writer
 from distill import sentinels
 from distill.config import DistillConfig
 from distill.health import plot_health
@@ -46,7 +47,7 @@ class Watching:
         if self.config.validate_pairs:
             held_out(len(reader), self.config.validate_pairs)  # refuse before the first step
 
-    def report(self, values: Mapping[str, Tensor | float], pace: Pace) -> None:
+    def report(self, values: Mapping[str, Tensor | float], pace: Pace, writer: Writer) -> None:
         """One line of stats.jsonl, and a preview; then the watchmen, who may stop the run."""
         nimg = self.state.nimg
         means = average({name: float(value) for name, value in values.items()})
@@ -56,10 +57,14 @@ class Watching:
         found: list[sentinels.Finding] = []
         if dist.rank() == 0:
             found = sentinels.findings(self.log.read())
-        told = self.told if dist.rank() == 0 else {finding.kind for finding in found}
+        told = self.told if dist.rank() == 0 else set()
         for part in dist.gather_objects(found)[:1]:  # what rank 0 saw stops all
             quiet = None if dist.rank() == 0 else _say_nothing
-            sentinels.act(part, self.config.sentinels, told, quiet)
+            try:
+                sentinels.act(part, self.config.sentinels, told, quiet)
+            except sentinels.Collapse:
+                writer.finish()  # what is being written is kept
+                raise
 
     def _preview(self, nimg: int) -> None:
         if self.vae is None:
@@ -89,11 +94,14 @@ class Watching:
         )
         return latents
 
-    def validate(self, now: bool) -> bool:
-        """Validate when it is time, or `now` if this point was not; whether a new best must be kept."""
+    def due(self, now: bool) -> bool:
+        """Whether it is time to validate; `now`: at the end it is, if ever."""
         interval, nimg = self.config.validate_images, self.state.nimg
-        if not interval or not (now or nimg // interval > (nimg - self.config.batch_size) // interval):
-            return False
+        return bool(interval) and (now or nimg // interval > (nimg - self.config.batch_size) // interval)
+
+    def validate(self) -> bool:
+        """Measure the averaged student; whether this point is a new best, to be kept."""
+        nimg = self.state.nimg
         module = self.state.student.module
         with self._averaged():
             values = measure(

@@ -2,9 +2,12 @@
 
 2AFC: SPLIT/{ref,p0,p1}/NAME.png and SPLIT/judge/NAME.npy, the share of people who find p1 closer to ref.
 JND:  SPLIT/{p0,p1}/NAME.png and SPLIT/same/NAME.npy, the share of people who see no difference.
+A NAME of the form PICTURE.N says that these judgements, N = 0, 1, ..., are of parts of one picture.
 Splits lie in DATA/train and DATA/val (for JND also in DATA/jnd/val), or DATA is one itself.
 """
 
+import hashlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +45,34 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def shown(self) -> list[tuple[str, str]]:
+        """Per judgement the PICTURE of its name, and the sha256 of its first picture's file."""
+        firsts = [paths[0] for paths in self.pictures]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
+            hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), firsts)
+            return [(path.stem.split(".")[0], sha256) for path, sha256 in zip(firsts, hashes, strict=True)]
+
+
+def picture_numbers(splits: Sequence[Split]) -> dict[str, Tensor]:
+    """Per split [N] int64: which picture each judgement shows, numbered over all splits. One picture: equal
+    first files, and within a split equal PICTUREs of names."""
+    parent: dict[object, object] = {}
+
+    def root(x: object) -> object:
+        while parent.setdefault(x, x) != x:
+            x = parent[x]
+        return x
+
+    shown = {split.name: split.shown() for split in splits}
+    for name, judgements in shown.items():
+        for picture, sha256 in judgements:
+            parent[root(sha256)] = root((name, picture))
+    numbers: dict[object, int] = {}
+    return {
+        name: torch.tensor([numbers.setdefault(root(sha256), len(numbers)) for _, sha256 in judgements])
+        for name, judgements in shown.items()
+    }
 
 
 def find_splits(data: str | Path, task: Task, part: Literal["train", "val"]) -> list[Split]:
@@ -110,12 +141,22 @@ def write_triplet(folder: Path, stem: str, pictures: dict[str, Image.Image], jud
     """One 2AFC judgement: `pictures` ref, p0 and p1 as PNG, and its share."""
     try:
         for name, image in pictures.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            image.save(folder / name / f"{stem}.png")
-        (folder / "judge").mkdir(parents=True, exist_ok=True)
-        np.save(folder / "judge" / f"{stem}.npy", np.array([judge], dtype=np.float32))
+            image.save(buffer := io.BytesIO(), "PNG")
+            _replace(folder / name / f"{stem}.png", buffer.getvalue())
+        np.save(buffer := io.BytesIO(), np.array([judge], dtype=np.float32))
+        _replace(folder / "judge" / f"{stem}.npy", buffer.getvalue())  # last: with it the judgement is whole
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; free space") from error
+
+
+def _replace(file: Path, data: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def batches(split: Split, load: int, size: int, rows: Sequence[int] | None = None) -> Iterator[list[Tensor]]:

@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +21,30 @@ from torch import Tensor
 from core import dist
 from core.checkpoint import write_atomically
 from core.config import differing
-from core.errors import UserError
+from core.errors import Interrupted, UserError
 from core.progress import Progress, quiet
 
 SHARD = 1024
 """Rows of a shard."""
 DIGITS = 16
 """Of the sha256 in a shard's name."""
+OPEN = 64
+"""Shards mapped at a time: each holds a file open, and ImageNet has thousands."""
 
 
 class Rows:
     """[N, …] rows, mapped from disk: only what is asked for is read."""
 
-    def __init__(self, parts: Sequence[np.ndarray[Any, Any]]) -> None:
-        self.parts = parts
+    def __init__(self, files: Sequence[Path], count: int) -> None:
+        self.files, self.count = files, count
+        self._map = lru_cache(OPEN)(lambda shard: np.load(files[shard], mmap_mode="r"))
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
+        return self.count
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """The rows asked for, in fp32."""
-        picked = [self.parts[row // SHARD][row % SHARD] for row in rows]
+        picked = [self._map(row // SHARD)[row % SHARD] for row in rows]
         return torch.from_numpy(np.stack(picked)).float()
 
 
@@ -51,25 +56,38 @@ def cached(
     make: Callable[[range], Tensor],
     progress: Progress = quiet,
     dtype: torch.dtype = torch.float16,
+    late: Callable[[], bool] = lambda: False,
 ) -> Rows:
     """`count` rows that `make(range of rows)` gives, computed where they are not on disk yet.
 
     facts: what decides the rows. Every rank calls it and gets all rows. Raises UserError for a folder that
-    holds rows of other facts, naming what differs, and for damaged shards.
+    holds rows of other facts, naming what differs, and for damaged shards; Interrupted when `late` between
+    two shards.
     """
     _claim(folder / f"{name}.json", {"rows": count, "dtype": str(dtype), **facts})
     ranges = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
-    todo = [i for i in range(len(ranges)) if not _find(folder, name, i)]
+    found = _shards(folder, name)
+    todo = [i for i in range(len(ranges)) if i not in found]
     dist.barrier()  # all have looked before anybody writes
     rows_left = sum(len(ranges[shard]) for shard in todo)
-    for done, shard in enumerate(todo[dist.rank() :: dist.world_size()]):
-        rows = make(ranges[shard]).to(dtype).cpu().numpy()
-        assert len(rows) == len(ranges[shard]), f"{len(rows)} rows for {len(ranges[shard])}"
-        _write(folder, name, shard, rows)
-        progress(f"making {name}", min((done + 1) * dist.world_size() * SHARD, rows_left), rows_left)
+    for start in range(0, len(todo), dist.world_size()):
+        # Ranks meet after each shard: none waits for so long that the process group gives up.
+        for shard in todo[start : start + dist.world_size()][dist.rank() :: dist.world_size()]:
+            rows = make(ranges[shard]).to(dtype).cpu().numpy()
+            assert len(rows) == len(ranges[shard]), f"{len(rows)} rows for {len(ranges[shard])}"
+            _write(folder, name, shard, rows)
+        made = min((start + dist.world_size()) * SHARD, rows_left)
+        progress(f"making {name}", made, rows_left)
+        if dist.any_rank(late()) and made < rows_left:
+            raise Interrupted(
+                f"time is over; safe on disk: {count - rows_left + made} of {count} rows of {name} in "
+                f"{folder}; run the same command again to go on"
+            )
     dist.barrier()
+    found = _shards(folder, name)
     with ThreadPoolExecutor() as pool:
-        return Rows(list(pool.map(lambda i: _open(folder, name, i, len(ranges[i])), range(len(ranges)))))
+        checked = pool.map(lambda i: _checked(folder, name, i, found.get(i)), range(len(ranges)))
+        return Rows(list(checked), count)
 
 
 def _claim(file: Path, facts: Mapping[str, Any]) -> None:
@@ -88,8 +106,11 @@ def _claim(file: Path, facts: Mapping[str, Any]) -> None:
         write_atomically(file, json.dumps(facts, indent=1))
 
 
-def _find(folder: Path, name: str, shard: int) -> Path | None:
-    return next(iter(sorted(folder.glob(f"{name}-{shard:05d}.*.npy"))), None)
+def _shards(folder: Path, name: str) -> dict[int, Path]:
+    """The shards that are there, by number."""
+    form = re.compile(re.escape(name) + r"-(\d{5,})\.[0-9a-f]+\.npy")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {int(match[1]): file for file in files if (match := form.fullmatch(file.name))}
 
 
 def _write(folder: Path, name: str, shard: int, rows: np.ndarray[Any, Any]) -> None:
@@ -109,14 +130,12 @@ def _write(folder: Path, name: str, shard: int, rows: np.ndarray[Any, Any]) -> N
         raise UserError(f"cannot write {target}: {error.strerror}; free space, then run again") from error
 
 
-def _open(folder: Path, name: str, shard: int, count: int) -> np.ndarray[Any, Any]:
-    path = _find(folder, name, shard)
+def _checked(folder: Path, name: str, shard: int, path: Path | None) -> Path:
+    """The shard's file, whose bytes are those that were written."""
     if path is None:
         raise UserError(f"{folder}: shard {shard} of {name} is gone; run again")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest[:DIGITS] != path.name.split(".")[-2]:
         raise UserError(f"{path} is damaged (its sha256 is not the one in its name); delete it and run again")
-    rows: np.ndarray[Any, Any] = np.load(path, mmap_mode="r")
-    assert len(rows) == count, f"{path} holds {len(rows)} rows, expected {count}"
-    return rows
+    return path

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core import checkpoint, dist, pretrained
-from core.config import to_json
+from core.config import digest, to_json
 from core.errors import Interrupted, SettingError, UserError
 from core.latents import latent_space
 from core.progress import Progress, quiet
@@ -55,9 +55,15 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     """Train to the end, or on from the newest checkpoint in OUT/run, and write OUT as a LatentLPIPS folder.
 
     Runs on every rank of torchrun, and gives to rounding the same there. Raises UserError for input that
-    does not fit together, FloatingPointError at the first loss that is not finite, Interrupted on Ctrl-C.
+    does not fit together, FloatingPointError at the first loss that is not finite, Interrupted on Ctrl-C and
+    where `minutes` are over before all latents are on disk.
     """
     # Set up.
+    begun = time.monotonic()
+
+    def late() -> bool:
+        return config.minutes is not None and time.monotonic() - begun > 60 * config.minutes
+
     device = dist.init()
     given(config, "data", "latents")
     world, rank = dist.world_size(), dist.rank()
@@ -68,11 +74,16 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     train, val = sets(config)
     whole = to_json(config)
     length = {name: whole.pop(name) for name in MUTABLE}
-    log = RunLog(out / "run", {**whole, "autoencoder": sha256, "length": length}, ignore=("length",))
+    facts = {
+        "autoencoder": sha256,
+        "classes": {"number": len(train.classes), "names": digest(list(train.classes))},
+        "pictures": {"train": train.digest(), "val": val.digest()},
+    }
+    log = RunLog(out / "run", {**whole, **facts, "length": length}, ignore=("length",))
     cache = Path(config.cache) if config.cache else out / "run" / "latents"
     encoders = [Encoder(config, vae.to(device), pictures, device) for pictures in (train, val)]
-    stream = open_stream(encoders[0], cache, "train", sha256, progress)
-    scored = open_stream(encoders[1], cache, "val", sha256, progress)
+    stream = open_stream(encoders[0], cache, "train", sha256, progress, late)
+    scored = open_stream(encoders[1], cache, "val", sha256, progress, late)
     network = LPIPSConfig(channels=latent_space(vae).channels, width=config.width, norm=config.norm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -84,19 +95,32 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     # Resume.
     folder, nimg = out / "run" / "checkpoints", 0
     values: dict[str, float] = {}
+    loss_sum, steps = 0.0, 0  # since the last report
     if (last := checkpoint.latest(folder)) is not None:
         last.load("classifier", model)
         optimizer.load_state_dict(last.state()["optimizer"])
-        nimg, values = last.nimg, dict(last.meta["values"])
-        log.rewind(nimg)
+        nimg, loss_sum, steps = last.nimg, last.meta["loss_sum"], last.meta["steps"]
+        values = next((line for line in log.read() if line["nimg"] == nimg), {})
+        dist.barrier()  # all have read before lines go
+    reporting = nimg > 0 and reports_at(config, len(train), nimg, total)
+    log.rewind(nimg if reporting else nimg - 1)  # the line of a run that `minutes` ended is no report
+    if reporting and values:
+        reporting, loss_sum, steps = False, 0.0, 0
 
     # Train.
     part = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
     batches = stream(plan(config, len(train), nimg, part))
-    started, first, scored_at = time.monotonic(), nimg, nimg
-    finished, losses = nimg >= total, []
+    started, first, finished = time.monotonic(), nimg, nimg >= total
     with StopFlag() as stop:
-        while not finished:
+        while True:
+            if reporting:
+                values = dist.mean({"loss": loss_sum / steps})
+                values |= score(model, scored, val, config.batch, device)
+                loss_sum, steps = 0.0, 0
+                rate = (nimg - first) / (time.monotonic() - started)
+                log.write(nimg, {**values, "time/images_per_sec": rate, "mem/peak_gib": peak_memory_gib()})
+            if finished:
+                break
             rows = permuted_batch(config.seed, len(train), nimg, config.batch)[part]
             x = shifted(next(batches), config, nimg, part)
             for group in optimizer.param_groups:
@@ -110,47 +134,50 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
             torch.autograd.backward(loss)
             dist.average_gradients(model.parameters())
             optimizer.step()
-            losses.append(loss.detach())
+            loss_sum, steps = loss_sum + loss.item(), steps + 1
             nimg += config.batch
             progress("classifier", min(nimg, total), total)
 
-            late = config.minutes is not None and time.monotonic() - started > 60 * config.minutes
-            stopping = dist.any_rank(bool(stop))
-            finished = nimg >= total or dist.any_rank(late)
-            if nimg - scored_at >= config.score_epochs * len(train) or finished or stopping:
-                scored_at = nimg
-                values = {"loss": torch.stack(losses).mean().item()}
-                values = dist.mean(values) | score(model, scored, val, config.batch, device)
-                losses.clear()
-                rate = (nimg - first) / (time.monotonic() - started)
-                log.write(nimg, {**values, "time/images_per_sec": rate, "mem/peak_gib": peak_memory_gib()})
+            flags = dist.any_of({"stopping": bool(stop), "late": late()})
+            finished = nimg >= total or flags["late"]
+            reporting = finished or reports_at(config, len(train), nimg, total)
+            if reporting or flags["stopping"]:  # before the scoring, which may take longer than a kill waits
+                loss_sum = dist.mean({"loss": loss_sum})["loss"]
                 if rank == 0:
                     state = {"optimizer": optimizer.state_dict()}
-                    meta = {"values": values, "classes": list(train.classes)}
+                    meta = {"loss_sum": loss_sum, "steps": steps, "classes": list(train.classes)}
                     checkpoint.save(folder, nimg, {"classifier": model.state_dict()}, state, meta)
                 dist.barrier()
-            if stopping and not finished:
+            if flags["stopping"]:
                 raise Interrupted(
                     f"stopped at image {nimg}; safe on disk: {folder / f'{nimg:09d}'}; "
                     "run the same command again to go on"
                 )
     seconds = time.monotonic() - started
-    facts = {"classes": len(train.classes), "train": len(train), "val": len(val)}
+    counts = {"classes": len(train.classes), "train": len(train), "val": len(val)}
+    values = {name: values[name] for name in ("loss", "top1", "top5")}
     if rank == 0:
         meta = {"trained_on": train.name, "autoencoder": config.latents, "autoencoder_sha256": sha256}
         metric = LatentLPIPS(network, model.eval().cpu().to(memory_format=torch.contiguous_format))
-        weights.save(metric, out, {**meta, **facts, **values, "images": nimg, "calibrated": False})
+        weights.save(metric, out, {**meta, **counts, **values, "images": nimg, "calibrated": False})
     dist.barrier()
     return ClassifyResult(
         out=str(out),
         top1=values["top1"],
         top5=values["top5"],
         loss=values["loss"],
-        **facts,
+        **counts,
         images=nimg,
         seconds=seconds,
         images_per_sec=(nimg - first) / seconds if nimg > first else 0.0,
     )
+
+
+def reports_at(config: ClassifyConfig, pictures: int, nimg: int, total: int) -> bool:
+    """Whether a run is scored after image `nimg`: at its end, and once in `score_epochs`, whatever the points
+    where it was broken off."""
+    interval = config.score_epochs * pictures
+    return nimg >= total or nimg // interval > (nimg - config.batch) // interval
 
 
 def sets(config: ClassifyConfig) -> tuple[Pictures, Pictures]:

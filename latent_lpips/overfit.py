@@ -3,8 +3,10 @@
 OUT/FAMILIES/{config.json,stats.jsonl,checkpoints/}  OUT/curves.svg|png  OUT/decoded.png
 """
 
+import hashlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from core.progress import Progress, quiet
 from core.runlog import RunLog, read_stats
 from core.seeds import generator, noise
 from core.stop import StopFlag
-from latent_lpips.calibration import open_metric
+from latent_lpips.calibration import metric_sha256, open_metric
 from latent_lpips.crops import centre_crop
 from latent_lpips.metric import ELatentLPIPS, LatentLPIPS
 from latent_lpips.pictures import open_pictures
@@ -33,7 +35,7 @@ from latent_lpips.sources import alone, check_size
 @dataclass(frozen=True, kw_only=True)
 class OverfitResult:
     """final: per families the last latent_lpips (without transforms), pixel_mse (decoded, range [0, 1], to
-    the decoded target), psnr in dB and loss. order: families by pixel_mse, best first."""
+    the decoded target), psnr in dB (at most 120) and loss. order: families by pixel_mse, best first."""
 
     out: str
     final: dict[str, dict[str, float]]
@@ -56,7 +58,7 @@ def overfit(config: OverfitConfig, out: Path, progress: Progress = quiet) -> Ove
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = pretrained.load_autoencoder(config.latents).to(device)
     check_size(vae, config.size)
-    metric = open_metric(config.weights, vae, device)
+    metric = open_metric(config.weights, config.latents, vae, device)
     pictures = open_pictures(config.data)
     if len(pictures) < config.count:
         raise UserError(f"{config.data} holds {len(pictures)} pictures, expected {config.count}; set count")
@@ -64,8 +66,13 @@ def overfit(config: OverfitConfig, out: Path, progress: Progress = quiet) -> Ove
     with torch.no_grad():
         target = encode(vae, from_uint8(pixels).to(device))
         aim = decode(vae, target)
+    facts = {
+        "metric": metric_sha256(metric),
+        "autoencoder": pretrained.autoencoder_sha256(config.latents),
+        "pictures": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
+    }
     found = {
-        families: _one(config, out / families, families, vae, metric, target, aim, progress)
+        families: _one(config, facts, out / families, families, vae, metric, target, aim, progress)
         for families in config.families
     }
     curves = {
@@ -94,6 +101,7 @@ def overfit(config: OverfitConfig, out: Path, progress: Progress = quiet) -> Ove
 
 def _one(
     config: OverfitConfig,
+    facts: Mapping[str, str],
     folder: Path,
     families: str,
     vae: Any,
@@ -106,7 +114,7 @@ def _one(
     loss_of = ELatentLPIPS(metric, families, draws=config.draws)
     whole = to_json(replace(config, families=(families,)))
     length = {name: whole.pop(name) for name in ("steps", "report_steps", "checkpoint_steps")}
-    log = RunLog(folder, {**whole, "length": length}, ignore=("length",))
+    log = RunLog(folder, {**whole, **facts, "length": length}, ignore=("length",))
     x = noise(config.seed, range(len(target)), target.shape[1:]).to(target.device).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=config.lr)
     step = 0
@@ -115,8 +123,13 @@ def _one(
             x.copy_(last.tensors("latents")["x"])
         optimizer.load_state_dict(last.state()["optimizer"])
         step = last.nimg
-        if step < config.steps:
-            log.rewind(step - 1)  # a step's line is written before the step
+    if step > config.steps:
+        raise UserError(
+            f"{folder} holds a run of {step} steps, more than the {config.steps} asked for; "
+            f"ask for {step} or more, or name another --out"
+        )
+    if step < config.steps:
+        log.rewind(step - 1)  # a step's line is written before the step
     with StopFlag() as stop:
         while step < config.steps:
             # Each picture is an experiment of its own: Adam treats every number alone, and so does the sum.
@@ -152,5 +165,6 @@ def _state(x: Tensor, target: Tensor, aim: Tensor, vae: Any, metric: LatentLPIPS
     return {
         "latent_lpips": metric(x, target).mean().item(),
         "pixel_mse": error.mean().item(),
+        # Below 120 dB: there float32 has no digits left.
         "psnr": (-10 * error.clamp(min=1e-12).log10()).mean().item(),
     }

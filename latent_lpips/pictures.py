@@ -1,7 +1,9 @@
 """Labelled pictures: a folder with a subfolder for each class (ImageNet's layout), or image-parquet."""
 
+import hashlib
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.config import digest
 from core.errors import UserError
 
+HELD = ("val", "validation", "test")
+"""Folders, or beginnings of parquet files' names, that are never trained on."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
@@ -26,6 +31,8 @@ class Pictures:
     readers: Sequence[Callable[[], bytes]]
     labels: Tensor
     classes: Sequence[str]
+    in_memory: bool = False
+    """Cells of a table; else files, which `names` are the paths of."""
 
     def __len__(self) -> int:
         return len(self.readers)
@@ -42,7 +49,27 @@ class Pictures:
             readers=[self.readers[row] for row in rows],
             labels=self.labels[list(rows)] if len(self.labels) else self.labels,
             classes=self.classes,
+            in_memory=self.in_memory,
         )
+
+    def digest(self) -> str:
+        """Changes when a picture, a label or their order does: sha256 of cells and labels; of a file its path
+        below the source, size and time of change stand for its bytes."""
+        told: Sequence[Any]
+        if self.in_memory:
+            told = [hashlib.sha256(read()).hexdigest() for read in self.readers]
+        else:
+            told = file_marks(self.name, map(Path, self.names))
+        return digest([told, self.labels.tolist()])
+
+
+def file_marks(root: str | Path, files: Iterable[Path]) -> list[list[Any]]:
+    """What tells that a file below `root` is another now: its place, size and time of change."""
+    marks = []
+    for file in files:
+        known = file.stat()
+        marks.append([os.path.relpath(file, root), file.name, known.st_size, known.st_mtime_ns])
+    return marks
 
 
 def open_rgb(read: Callable[[], bytes], name: str) -> Image.Image:
@@ -57,7 +84,10 @@ def open_rgb(read: Callable[[], bytes], name: str) -> Image.Image:
 
 def open_labelled(data: str, val: str = "") -> tuple[Pictures, Pictures | None]:
     """Training pictures of `data`, and those to score on: `val`, else data's own val/ or validation files,
-    else None. Raises UserError for a missing source, one class alone, and val classes that train lacks."""
+    else None. What HELD names is not trained on, whichever of it is scored on.
+
+    Raises UserError for a missing source, one class alone, and val classes that train lacks.
+    """
     train = _labelled(Path(data), "train")
     if len(train.classes) < 2:
         raise UserError(
@@ -86,22 +116,25 @@ def _existing(root: Path) -> Path:
 
 
 def _validation(root: Path) -> Pictures | None:
-    for name in ("val", "validation", "test"):
+    for name in HELD:
         if (root / name).is_dir() or (root.is_dir() and list(root.glob(f"{name}*.parquet"))):
             return _labelled(root, name)
     return None
 
 
 def _labelled(root: Path, part: str) -> Pictures:
-    """What `root` holds for `part`: its subfolder or parquet files of that name, else all of it."""
+    """What `root` holds for `part`: its subfolder or parquet files of that name, else all of it, which for
+    training is all but HELD."""
     _existing(root)
-    if root.is_dir() and (root / part).is_dir():
-        root = root / part
+    own = root.is_dir() and (root / part).is_dir()
+    root = root / part if own else root
+    held = HELD if part == "train" and not own and root.is_dir() else ()
     tables = [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet"))
-    if tables:
-        named = [table for table in tables if table.name.startswith(part)]
-        return _of_tables(str(root), named or tables, labelled=True)
+    if left := [table for table in tables if not table.name.startswith(held)]:
+        named = [table for table in left if table.name.startswith(part)]
+        return _of_tables(str(root), named or left, labelled=True)
     homes = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    homes = [home for home in homes if home.name not in held]
     found = {
         home.name: [f for f in sorted(home.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file()]
         for home in homes
@@ -145,6 +178,7 @@ def _of_tables(name: str, files: Sequence[Path], labelled: bool) -> Pictures:
         readers=[partial(_same, cell) for cell in cells],
         labels=torch.tensor([number[label] for label in labels], dtype=torch.int64),
         classes=[str(label) for label in classes],
+        in_memory=True,
     )
 
 
@@ -190,4 +224,5 @@ def _renumbered(pictures: Pictures, classes: Sequence[str]) -> Pictures:
         readers=pictures.readers,
         labels=order[pictures.labels],
         classes=classes,
+        in_memory=pictures.in_memory,
     )

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.config import digest
 from core.errors import SettingError, UserError
 from core.latents import encode, from_uint8, latent_space
 from core.progress import Progress, quiet
@@ -25,7 +24,7 @@ from latent_lpips.vgg import MIN_SIZE
 AHEAD = 3
 """Batches whose pictures are decoded before they are asked for."""
 ENCODE = 64
-"""Pictures that are encoded at a time where none is trained on."""
+"""Pictures that are encoded at a time: a KL autoencoder's memory grows with them."""
 
 
 class Item(NamedTuple):
@@ -72,6 +71,10 @@ class Encoder:
     @torch.no_grad()
     def latents(self, items: Sequence[Item], pixels: Sequence[Tensor]) -> Tensor:
         """Scaled latents [B, C, h, w] of the items' pixels."""
+        parts = [slice(start, start + ENCODE) for start in range(0, len(items), ENCODE)]
+        return torch.cat([self._encoded(items[part], pixels[part]) for part in parts])
+
+    def _encoded(self, items: Sequence[Item], pixels: Sequence[Tensor]) -> Tensor:
         rngs = None
         if self.config.posterior == "sample" and items[0].crop >= 0:
             rngs = [generator(self.config.seed, 0x905E, *item) for item in items]
@@ -101,7 +104,12 @@ Stream = Callable[[Iterable[Sequence[Item]]], Iterator[Tensor]]
 
 
 def open_stream(
-    encoder: Encoder, folder: Path, name: str, vae_sha256: str, progress: Progress = quiet
+    encoder: Encoder,
+    folder: Path,
+    name: str,
+    vae_sha256: str,
+    progress: Progress = quiet,
+    late: Callable[[], bool] = lambda: False,
 ) -> Stream:
     """The encoder itself, or where `crops` is set, what it gave once: `name` is train or val.
 
@@ -114,7 +122,7 @@ def open_stream(
     count = len(pictures)
     facts = {
         "autoencoder": vae_sha256,
-        "pictures": digest([_entry(pictures, row) for row in range(count)]),
+        "pictures": pictures.digest(),
         "seed": config.seed,
         "size": config.size,
         "crops": config.crops,
@@ -128,7 +136,7 @@ def open_stream(
         plan = [items[start : start + ENCODE] for start in range(0, len(items), ENCODE)]
         return torch.cat([latents.cpu() for latents in encoder.stream(plan)])
 
-    rows = cached(folder, name, count * len(crops), facts, make, progress)
+    rows = cached(folder, name, count * len(crops), facts, make, progress, late=late)
 
     def stream(plan: Iterable[Sequence[Item]]) -> Iterator[Tensor]:
         for items in plan:
@@ -136,11 +144,3 @@ def open_stream(
             yield rows[at].to(encoder.device, non_blocking=True)
 
     return stream
-
-
-def _entry(pictures: Pictures, row: int) -> list[Any]:
-    """What changes when a picture does: a file's size, or a table's bytes."""
-    name = pictures.names[row]
-    path = Path(name)
-    size = path.stat().st_size if path.is_file() else len(pictures.readers[row]())
-    return [path.name, size]

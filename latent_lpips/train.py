@@ -219,7 +219,8 @@ def fit_heads(
     progress: Progress = quiet,
 ) -> None:
     """Fit the heads, in place, on the rows `train` of the channel averages means0, means1 [N, sum of
-    channels] between ref and p0, p1, and of judge [N]; all on one device. Starts at the heads as they are."""
+    channels] between ref and p0, p1, and of judge [N]; all on one device. Starts at the heads as they are.
+    Raises UserError when the loss or the heads stop being finite."""
     device = means0.device
     with _seeded(seed, device):
         weights = nn.Parameter(torch.cat([w.detach().clone() for w in metric.heads]))
@@ -233,12 +234,21 @@ def fit_heads(
             kept = F.dropout(torch.ones_like(weights), config.dropout) * weights
             logits = ranking(means0[rows] @ kept, means1[rows] @ kept)
             loss = F.binary_cross_entropy_with_logits(logits, judge[rows])
+            if not math.isfinite(loss.item()):
+                raise UserError(
+                    f"LatentLPIPS heads: loss is {loss.item()} at step {step}, expected a finite one; "
+                    f"lower the learning rate ({config.lr:g})"
+                )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
             with torch.no_grad():
                 weights.clamp_(min=0)
             progress("LatentLPIPS heads", step + 1, steps)
+    if not torch.isfinite(weights).all():
+        raise UserError(
+            f"LatentLPIPS heads are not finite after the last step; lower the learning rate ({config.lr:g})"
+        )
     with torch.no_grad():
         for head, fitted in zip(metric.heads, torch.split(weights, list(metric.config.widths)), strict=True):
             head.copy_(fitted)

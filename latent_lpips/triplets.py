@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from core import pretrained
-from core.config import digest, to_json
+from core.config import to_json
 from core.errors import UserError
 from core.latents import decode, encode, from_uint8, to_uint8
 from core.progress import Progress, quiet
@@ -27,24 +27,28 @@ from latent_lpips.sources import alone, check_size
 
 BEST, WORST = 92, 4
 """JPEG qualities of the weakest and the strongest."""
+ATTEMPTS = 4
+"""To draw two versions that differ."""
 Distort = Callable[[Tensor, float, torch.Generator], Tensor]
 """Pixels [1, 3, H, W] in [-1, 1], a strength in (0, 1], draws -> pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TripletsResult:
-    """How many triplets lie in OUT/train and OUT/val, per kind."""
+    """How many triplets lie in OUT/train and OUT/val, per kind. left_out: those whose two versions came out
+    equal, say of a flat patch."""
 
     out: str
     train: dict[str, int]
     val: dict[str, int]
+    left_out: int
 
 
 def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet) -> TripletsResult:
     """Write, for each patch and each kind, ref and two versions of one distortion at two strengths.
 
-    The stronger one is by construction farther from ref, so the judgement is 0 or 1. Triplet i is a function
-    of (seed, i): run again, it goes on. Raises UserError for bad input.
+    The stronger one is taken to be farther from ref, so the judgement is 0 or 1. Names are PICTURE.PATCH.
+    Triplet i is a function of (seed, i): run again, it goes on. Raises UserError for bad input.
     """
     alone("triplets")
     given(config, "data")
@@ -53,34 +57,46 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
     for vae in vaes:
         check_size(vae, config.size)
     hashes = [pretrained.autoencoder_sha256(name) for name in config.decoders]
-    names = digest([Path(name).name for name in pictures.names])
-    RunLog(out, {**to_json(config), "autoencoders": hashes, "pictures": names})
+    RunLog(out, {**to_json(config), "autoencoders": hashes, "pictures": pictures.digest()})
     distort = distortions(vaes)
     counts: dict[str, dict[str, int]] = {part: dict.fromkeys(config.made, 0) for part in ("train", "val")}
     held = _held(config, len(pictures))
-    total = len(pictures) * config.patches
+    total, left_out = len(pictures) * config.patches, 0
     for i in range(total):
         row = i // config.patches
         part = "val" if row in held else "train"
         ref: Tensor | None = None
+        stem = f"{row:06d}.{i % config.patches}"
         for number, kind in enumerate(config.made):
-            counts[part][kind] += 1
             home = out / part / kind
-            if (home / "judge" / f"{i:06d}.npy").is_file():  # written last
+            if (home / "judge" / f"{stem}.npy").is_file():  # written last
+                counts[part][kind] += 1
                 continue
             ref = patch(pictures, row, i, config) if ref is None else ref
             rng = generator(config.seed, 0x3A1, i, number)
-            versions, judge = triplet(ref, distort[kind], config.ratio, rng)
+            if (made := triplet(ref, distort[kind], config.ratio, rng)) is None:
+                left_out += 1
+                continue
+            versions, judge = made
             pictured = {"ref": ref, **versions}
-            write_triplet(home, f"{i:06d}", {name: to_pil(x) for name, x in pictured.items()}, judge)
+            write_triplet(home, stem, {name: to_pil(x) for name, x in pictured.items()}, judge)
+            counts[part][kind] += 1
         progress("triplets", i + 1, total)
-    return TripletsResult(out=str(out), train=counts["train"], val=counts["val"])
+    return TripletsResult(out=str(out), train=counts["train"], val=counts["val"], left_out=left_out)
 
 
 def triplet(
     ref: Tensor, distort: Distort, ratio: float, rng: torch.Generator
+) -> tuple[dict[str, Tensor], float] | None:
+    """p0 and p1, uint8 like `ref` [3, H, W], and the judgement: 1 where p1 is the weaker. Drawn anew while
+    the two are equal, which nobody can judge; None where they stay so."""
+    attempts = (_triplet(ref, distort, ratio, rng) for _ in range(ATTEMPTS))
+    return next((made for made in attempts if not torch.equal(made[0]["p0"], made[0]["p1"])), None)
+
+
+def _triplet(
+    ref: Tensor, distort: Distort, ratio: float, rng: torch.Generator
 ) -> tuple[dict[str, Tensor], float]:
-    """p0 and p1, uint8 like `ref` [3, H, W], and the judgement: 1 where p1 is the weaker."""
     weak = 0.05 + (1 / ratio - 0.05) * float(torch.rand((), generator=rng))
     strong = weak * (ratio + (1 / weak - ratio) * float(torch.rand((), generator=rng)))
     swap = bool(torch.rand((), generator=rng) < 0.5)

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,12 +172,14 @@ def test_killed_ranks(
 
 
 def test_sigterm_saves_on_all_ranks(config: DistillConfig, tmp_path: Path) -> None:
-    """As on a machine that is taken away: only one rank may hear of it."""
+    """As on a machine that is taken away: only one rank may hear of it, and its loader's workers too."""
     out = tmp_path / "run"
-    arguments = distill_arguments(config, out, *STEPS, "train.images=4000")
+    arguments = distill_arguments(config, out, *STEPS, "train.images=4000", "train.loader_workers=2")
     running = start_ranks(arguments, tmp_path / "log")
     running[0].wait_for(lambda: len(read_stats(out)) > 1)
-    running[1].send(signal.SIGTERM)
+    for _ in range(2):
+        running[1].send(signal.SIGTERM)  # to the whole group
+        time.sleep(0.05)
     ended = [each.wait(120) for each in running]
     assert [each.code for each in ended] == [130, 130], [each.stderr for each in ended]
     last = checkpoint.latest(out / "checkpoints")

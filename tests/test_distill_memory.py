@@ -86,7 +86,9 @@ def test_rows_cost_and_less_so_in_micro_batches_or_when_computed_again(teacher: 
 
     one, two = working(train=large()), working(train=large(batch_size=8192))
     assert two == pytest.approx(2 * one, rel=0.01)
-    assert predict(config(teacher, train=large(batch_size=8192)), 2).working == pytest.approx(one)
+    # Of two processes each has half of the rows, and DDP's buckets of all gradients.
+    half = predict(config(teacher, train=large(batch_size=8192)), 2).working
+    assert half == pytest.approx(one + gib(numbers(teacher)))
     split = EngineConfig(accumulate=4)
     assert working(train=large(), engine=split) == pytest.approx(one / 4, rel=0.01)
     again = EngineConfig(activation_checkpointing=True)

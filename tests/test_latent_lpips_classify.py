@@ -1,6 +1,8 @@
 """`d2g lpips train`: the whole path on tiny pictures and a tiny real VAE."""
 
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from torch import nn
 
 from core import checkpoint, pretrained
 from core.errors import SettingError, UserError
+from core.runlog import read_stats
 from core.seeds import generator
-from jobs import d2g_ranks
+from jobs import Running, d2g_ranks
 from labelled import save_classes, save_table
 from latent_lpips import load
 from latent_lpips.classify import classify, plan, shifted, train_classifier
@@ -245,3 +248,101 @@ def test_only_whole_checkpoints_are_left(data: Path, teacher: Path, tmp_path: Pa
     train_classifier(config(data, teacher, epochs=3, score_epochs=1), tmp_path / "out")
     last = checkpoint.latest(tmp_path / "out" / "run" / "checkpoints")
     assert last is not None and last.nimg == 84 and last.meta["classes"] == ["blue", "green", "red"]
+
+
+def lines_of(out: Path) -> list[dict[str, float]]:
+    """The reports without what time decides."""
+    names = ("nimg", "loss", "top1", "top5")
+    return [{name: line[name] for name in names} for line in read_stats(out / "run")]
+
+
+def test_reports_of_a_broken_run_are_those_of_an_unbroken_one(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    whole = config(data, teacher, epochs=6, score_epochs=2)
+    train_classifier(whole, tmp_path / "whole")
+    while train_classifier(replace(whole, minutes=1e-6), tmp_path / "broken").images < 168:
+        pass
+    assert [line["nimg"] for line in lines_of(tmp_path / "whole")] == [60, 108, 168]
+    assert lines_of(tmp_path / "broken") == lines_of(tmp_path / "whole")
+
+
+def test_a_kill_before_the_scoring_or_before_any_checkpoint_leaves_no_trace(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(data, teacher, epochs=4, score_epochs=2)
+    result = train_classifier(settings, tmp_path / "out")
+    expected = lines_of(tmp_path / "out")
+    stats = tmp_path / "out" / "run" / "stats.jsonl"
+    stats.write_text("".join(stats.read_text().splitlines(keepends=True)[:-1]))
+    assert train_classifier(settings, tmp_path / "out").top1 == result.top1
+    assert lines_of(tmp_path / "out") == expected
+    shutil.rmtree(tmp_path / "out" / "run" / "checkpoints")
+    train_classifier(settings, tmp_path / "out")
+    assert lines_of(tmp_path / "out") == expected
+
+
+def test_a_signal_saves_and_leaves_without_scoring(data: Path, teacher: Path, tmp_path: Path) -> None:
+    words = ["lpips", "train", "--json", "--data", str(data), "--latents", str(teacher)]
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in SETTINGS.items()}
+    for name, value in {**settings, "epochs": 4000, "score_epochs": 1000}.items():
+        words += ["--set", f"{name}={value}"]
+    out = tmp_path / "out"
+    running = Running([*words, "--out", str(out)], tmp_path / "job")
+    running.wait_for(lambda: "classifier" in running.err.read_text())
+    running.send(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == 130 and "safe on disk" in ended.stderr, ended
+    last = checkpoint.latest(out / "run" / "checkpoints")
+    assert last is not None and last.meta["steps"] * 12 == last.nimg and not read_stats(out / "run")
+
+
+def test_large_batches_are_encoded_in_parts(data: Path, teacher: Path) -> None:
+    vae = pretrained.load_vae(str(teacher))
+    sizes: list[int] = []
+    vae.encoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    train, _ = open_labelled(str(data))
+    encoder = Encoder(config(data, teacher, posterior="sample"), vae, train, torch.device("cpu"))
+    items = [Item(row % 36, row // 36) for row in range(150)]
+    whole = next(encoder.stream([items]))
+    assert sizes == [64, 64, 22]
+    torch.testing.assert_close(whole[100:], next(encoder.stream([items[100:]])), rtol=1e-5, atol=1e-5)
+
+
+def test_a_changed_picture_or_class_is_another_run(data: Path, teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    settings = config(tmp_path / "data", teacher, epochs=1)
+    train_classifier(settings, tmp_path / "out")
+    first = tmp_path / "data" / "red" / "00.png"
+    known = first.stat()
+    shutil.copy(tmp_path / "data" / "red" / "01.png", first)
+    with pytest.raises(UserError, match=r"another config: pictures\."):
+        train_classifier(settings, tmp_path / "out")
+    shutil.copy(data / "red" / "00.png", first)
+    os.utime(first, ns=(known.st_atime_ns, known.st_mtime_ns))
+    (tmp_path / "data" / "red").rename(tmp_path / "data" / "pink")
+    with pytest.raises(UserError, match=r"another config: classes\.names"):
+        train_classifier(settings, tmp_path / "out")
+
+
+def test_cells_of_a_table_are_told_by_their_bytes(tmp_path: Path) -> None:
+    a = open_labelled(str(save_table(tmp_path / "a.parquet")))[0]
+    again = open_labelled(str(save_table(tmp_path / "b" / "c.parquet")))[0]
+    assert a.digest() == again.digest()
+    order = [1, 0, *range(2, 36)]
+    swapped = replace(a, readers=[a.readers[row] for row in order])
+    assert a.digest() not in {swapped.digest(), replace(a, labels=a.labels[order]).digest()}
+
+
+@pytest.mark.parametrize("held", ["val", "validation", "test"])
+def test_what_is_held_out_beside_the_classes_is_not_trained_on(tmp_path: Path, held: str) -> None:
+    save_classes(tmp_path / "data", 2)
+    save_classes(tmp_path / "data" / held, 1)
+    train, val = open_labelled(str(tmp_path / "data"))
+    assert train.classes == ["blue", "green", "red"] and (len(train), val and len(val)) == (6, 3)
+    train, _ = open_labelled(str(tmp_path / "data"), str(save_classes(tmp_path / "other", 1)))
+    assert len(train) == 6
+    save_table(tmp_path / "tables" / "all.parquet")
+    save_table(tmp_path / "tables" / f"{held}-0.parquet", 2)
+    train, val = open_labelled(str(tmp_path / "tables"))
+    assert (len(train), val and len(val)) == (36, 6)

@@ -1,5 +1,6 @@
 """`d2g lpips overfit`: the supplement's single-sample experiment, small."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny
 from core import checkpoint, pretrained
 from core.errors import SettingError, UserError
 from core.latents import decode, encode, from_uint8
@@ -102,3 +104,44 @@ def test_bad_input(data: Path, teacher: Path, tmp_path: Path) -> None:
     save(broken, tmp_path / "broken", {})
     with pytest.raises(FloatingPointError, match="overfit none: loss is nan at step 0; lower lr"):
         overfit(config(data, teacher, weights=str(tmp_path / "broken")), tmp_path)
+
+
+def test_other_inputs_under_the_same_names_are_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
+    for name, source in (("data", data), ("weights", teacher / "latent_lpips"), ("vae", teacher / "vae")):
+        shutil.copytree(source, tmp_path / name)
+    same = config(tmp_path / "data", tmp_path / "vae", weights=str(tmp_path / "weights"))
+    same = replace(same, families=("b",), steps=2)
+    out = tmp_path / "out"
+    overfit(same, out)
+    overfit(same, out)
+
+    metric = load(tmp_path / "weights", fold=False)
+    metric.heads[0][0] += 0.5
+    save(metric, tmp_path / "weights", {})
+    with pytest.raises(UserError, match="another config: metric"):
+        overfit(same, out)
+    shutil.copytree(teacher / "latent_lpips", tmp_path / "weights", dirs_exist_ok=True)
+
+    shutil.copy(data / "red" / "00.png", tmp_path / "data" / "blue" / "00.png")
+    with pytest.raises(UserError, match="another config: pictures"):
+        overfit(same, out)
+    shutil.copytree(data, tmp_path / "data", dirs_exist_ok=True)
+
+    tiny.save_teacher(tmp_path / "other", seed=1)
+    shutil.copytree(tmp_path / "other" / "vae", tmp_path / "vae", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="another config: autoencoder"):
+        overfit(same, out)
+
+
+def test_lines_of_a_run_without_a_checkpoint_go_and_fewer_steps_are_refused(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(data, teacher, families=("none",))
+    result = overfit(settings, tmp_path)
+    shutil.rmtree(tmp_path / "none" / "checkpoints")
+    assert overfit(settings, tmp_path).final == result.final
+    assert [line["nimg"] for line in read_stats(tmp_path / "none")] == [0, 10, 20, 30, 40]
+    with pytest.raises(
+        UserError, match="a run of 40 steps, more than the 30 asked for; ask for 40 or more, or"
+    ):
+        overfit(replace(settings, steps=30), tmp_path)

@@ -1,6 +1,8 @@
 """2AFC and JND scores, their intervals, and the baselines, against published implementations."""
 
 import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import lpips
@@ -13,9 +15,12 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from core.errors import SettingError, UserError
 from labelled import save_differences, save_judgements
+from latent_lpips import load
+from latent_lpips.bapps import open_split, picture_numbers
 from latent_lpips.baselines import squared_error, structural_distance, structural_similarity
 from latent_lpips.recipes import PatchConfig, ScoreConfig
-from latent_lpips.score import intervals, jnd_score, score_folder, two_afc_rows, two_afc_score
+from latent_lpips.score import intervals, jnd_score, score_folder, two_afc_rows, two_afc_score, two_people
+from latent_lpips.weights import save
 
 
 def published_jnd(distances: np.ndarray, same: np.ndarray) -> float:
@@ -48,20 +53,92 @@ def test_two_afc_by_hand() -> None:
     assert two_afc_score(d, answers) == pytest.approx(2 / 3)
 
 
+def interval_of_a(d: torch.Tensor, resamples: int, seed: int) -> dict[str, list[float]]:
+    one = torch.arange(len(d))
+    return intervals({"a": d}, {"a": torch.ones(len(d))}, {"a": one}, two_afc_score, resamples, seed)
+
+
 def test_intervals_cover_as_often_as_they_say_and_repeat() -> None:
     """Of a share of 0.8 in 150 judgements, intervals hold 0.8 in about 95 % of worlds."""
     held, first = 0, None
     for world in range(60):
         right = torch.rand(150, generator=torch.Generator().manual_seed(world)) < 0.8
         d = torch.stack([right.double(), 1 - right.double()], 1)
-        found = intervals({"a": d}, {"a": torch.ones(150)}, two_afc_score, 200, 0)
+        found = interval_of_a(d, 200, 0)
         first = first or (d, found)
         held += found["a"][0] <= 0.8 <= found["a"][1]
     assert 52 <= held <= 60
     assert first is not None
-    assert intervals({"a": first[0]}, {"a": torch.ones(150)}, two_afc_score, 200, 0) == first[1]
-    assert intervals({"a": first[0]}, {"a": torch.ones(150)}, two_afc_score, 200, 1) != first[1]
-    assert intervals({"a": first[0]}, {"a": torch.ones(150)}, two_afc_score, 0, 0) == {}
+    assert interval_of_a(first[0], 200, 0) == first[1] != interval_of_a(first[0], 200, 1)
+    assert interval_of_a(first[0], 0, 0) == {}
+
+
+def test_judgements_of_one_picture_are_drawn_together_in_all_splits() -> None:
+    """Ten copies of a judgement say no more than one, and splits of the same pictures share their draws."""
+    right = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7
+    d = torch.stack([right.double(), 1 - right.double()], 1)
+    once = interval_of_a(d, 300, 0)["a"]
+    pictures, ones = torch.arange(40).repeat(10), torch.ones(400)
+    copied = intervals({"a": d.repeat(10, 1)}, {"a": ones}, {"a": pictures}, two_afc_score, 300, 0)["a"]
+    assert copied == pytest.approx(once)
+
+    def mean_of(others: torch.Tensor) -> list[float]:
+        both = {"a": d, "b": d.flip(1)}  # whose scores add up to 1, picture by picture
+        shown = {"a": torch.arange(40), "b": others}
+        return intervals(both, dict.fromkeys(both, torch.ones(40)), shown, two_afc_score, 300, 0)["mean"]
+
+    assert mean_of(torch.arange(40)) == pytest.approx([0.5, 0.5])
+    low, high = mean_of(torch.arange(40, 80))
+    assert high - low > 0.1
+
+
+def test_pictures_are_told_by_their_files_and_names(tmp_path: Path) -> None:
+    save_judgements(tmp_path / "a", 4)
+    save_judgements(tmp_path / "b", 4, seed=5)  # the same references
+    for name in ("ref", "p0", "p1", "judge"):
+        for file in sorted((tmp_path / "a" / name).glob("00[01].*")):
+            file.rename(file.with_name(f"x.{file.name}"))
+    a, b = (open_split(tmp_path / name) for name in "ab")
+    numbers = picture_numbers([a, b])
+    by_stem = {paths[0].stem: n for paths, n in zip(a.pictures, numbers["a"].tolist(), strict=True)}
+    assert by_stem["x.000"] == by_stem["x.001"] and len(set(by_stem.values())) == 3
+    first, second, *rest = numbers["b"].tolist()
+    assert first == second == by_stem["x.000"] and rest == [by_stem["002"], by_stem["003"]]
+    assert not set(picture_numbers([b])["b"].tolist()) - set(range(4))
+
+
+def test_people_are_how_often_two_of_them_agree() -> None:
+    assert two_people(torch.tensor([0.25])) == pytest.approx(0.625)
+    assert two_people(torch.tensor([0.0, 0.5, 1.0])) == pytest.approx(2.5 / 3)
+
+
+def test_what_is_not_finite_is_refused_or_left_out(data: Path, teacher: Path, tmp_path: Path) -> None:
+    broken = load(teacher / "latent_lpips", fold=False)
+    next(broken.trunk.parameters())[0] = torch.nan
+    save(broken, tmp_path / "broken", {})
+    settings = ScoreConfig(
+        data=str(data), latents=str(teacher), weights=str(tmp_path / "broken"), resamples=20
+    )
+    with pytest.raises(UserError, match="latent_lpips gives distances that are not finite on noise"):
+        score_folder(settings)
+    save_differences(tmp_path / "val" / "seen")
+    for file in (tmp_path / "val" / "seen" / "same").iterdir():
+        np.save(file, np.zeros(1))
+    shutil.copytree(data / "jnd" / "val" / "noise", tmp_path / "val" / "noise")
+    good = ScoreConfig(
+        data=str(tmp_path), latents=str(teacher), weights=str(teacher / "latent_lpips"), resamples=20
+    )
+    result = score_folder(good)
+    assert set(result.jnd) == {"noise", "mean"} == set(result.ci["jnd"])
+    assert "NaN" not in json.dumps(asdict(result))
+
+
+def test_weights_say_which_patches_they_want(data: Path, teacher: Path, tmp_path: Path) -> None:
+    save(load(teacher / "latent_lpips", fold=False), tmp_path, {"patch": {"load": 16, "upsample": 32}})
+    settings = ScoreConfig(data=str(data), latents=str(teacher), weights=str(tmp_path), resamples=0)
+    with pytest.raises(UserError, match=r"set patch.load=16 patch.upsample=32, or calibrate anew"):
+        score_folder(settings)
+    score_folder(replace(settings, patch=PatchConfig(load=16, upsample=32, batch=3)))
 
 
 def test_ssim_is_the_published_one() -> None:

@@ -1,6 +1,7 @@
 """`d2g lpips triplets`: folders in BAPPS' layout whose order is true."""
 
 import io
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from core.errors import SettingError, UserError
 from labelled import picture, save_classes, save_table
-from latent_lpips.bapps import find_splits
+from latent_lpips.bapps import find_splits, write_triplet
 from latent_lpips.crops import to_pil, to_tensor
 from latent_lpips.pictures import open_pictures
 from latent_lpips.recipes import KINDS, TripletsConfig
@@ -55,7 +56,7 @@ def test_a_torn_folder_is_completed_alike(data: Path, tmp_path: Path) -> None:
     config = TripletsConfig(data=str(data), size=16, kinds=("jpeg", "noise"))
     make_triplets(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "torn")
-    for file in sorted((tmp_path / "torn" / "train" / "noise").rglob("00000[37].*")):
+    for file in sorted((tmp_path / "torn" / "train" / "noise").rglob("00000[37].0.*")):
         file.unlink()
     make_triplets(config, tmp_path / "torn")
     assert listing(tmp_path / "torn") == listing(tmp_path / "whole")
@@ -75,7 +76,9 @@ def test_strengths_keep_their_ratio_and_share_their_draws() -> None:
     ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
     judges = []
     for seed in range(200):
-        versions, judge = triplet(ref, watch, 1.5, torch.Generator().manual_seed(seed))
+        drawn = triplet(ref, watch, 1.5, torch.Generator().manual_seed(seed))
+        assert drawn is not None
+        versions, judge = drawn
         (weak, first), (strong, second) = seen[-2:]
         assert 0.05 <= weak and 1.5 * weak <= strong * (1 + 1e-9) and strong <= 1 and first == second
         nearer = versions["p1"] if judge else versions["p0"]
@@ -129,3 +132,47 @@ def test_parquet_serves_and_bad_input_is_one_line(data: Path, tmp_path: Path) ->
     single = TripletsConfig(data=str(data / "red" / "00.png"))
     with pytest.raises(UserError, match="1 pictures, 1 for val/; give more, or set val=0"):
         make_triplets(single, tmp_path / "x2")
+
+
+def test_equal_versions_are_drawn_again_or_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (40, 40), (90, 120, 30)).save(folder / "flat.png")
+    picture(1, 0, 40, 40).save(folder / "other.png")
+    config = TripletsConfig(data=str(folder), size=16, kinds=("blur", "noise", "colour"), val=0)
+    made = make_triplets(config, tmp_path / "out")
+    assert made.train == {"blur": 1, "noise": 2, "colour": 2} and made.left_out == 1
+    (split,) = (s for s in find_splits(tmp_path / "out", "2afc", "train") if s.name == "blur")
+    assert [paths[0].stem for paths in split.pictures] == ["000001.0"]
+    assert make_triplets(config, tmp_path / "out") == made
+
+    def steps(x: torch.Tensor, strength: float, rng: torch.Generator) -> torch.Tensor:
+        return x - 0.5 * (strength > 0.9)  # only a strong enough one changes anything
+
+    ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
+    drawn = [triplet(ref, steps, 1.3, torch.Generator().manual_seed(seed)) for seed in range(100)]
+    found = [made[0] for made in drawn if made is not None]
+    assert 15 < len(found) < 100 and not any(torch.equal(v["p0"], v["p1"]) for v in found)
+    once = sum(not torch.equal(v["p0"], v["p1"]) for v in map(first_draw, range(100)))
+    assert len(found) > 1.5 * once
+
+
+def first_draw(seed: int) -> dict[str, torch.Tensor]:
+    """What the strengths of the first attempt give."""
+    rng = torch.Generator().manual_seed(seed)
+    weak = 0.05 + (1 / 1.3 - 0.05) * float(torch.rand((), generator=rng))
+    strong = weak * (1.3 + (1 / weak - 1.3) * float(torch.rand((), generator=rng)))
+    return {"p0": torch.tensor(weak > 0.9), "p1": torch.tensor(strong > 0.9)}
+
+
+def test_judgements_appear_whole(tmp_path: Path) -> None:
+    """By rename: who has the old file open, or another name of it, keeps the old one."""
+    images = {name: picture(0, number, 16, 16) for number, name in enumerate(("ref", "p0", "p1"))}
+    write_triplet(tmp_path, "a", images, 0.0)
+    for name in ("judge/a.npy", "ref/a.png"):
+        os.link(tmp_path / name, tmp_path / Path(name).name)
+    old = (tmp_path / "a.png").read_bytes()
+    write_triplet(tmp_path, "a", {**images, "ref": picture(2, 7, 16, 16)}, 1.0)
+    assert np.load(tmp_path / "a.npy").item() == 0 and np.load(tmp_path / "judge" / "a.npy").item() == 1
+    assert (tmp_path / "a.png").read_bytes() == old != (tmp_path / "ref" / "a.png").read_bytes()
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(".*"))
