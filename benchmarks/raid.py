@@ -10,8 +10,8 @@ no border reaches. The trials with noise are left out, for that noise is not kno
 named by their folders; differences from a count of levels, l2 and ssim are paired over photographs.
 
 What the README does not say, and is assumed: 40 pixels per degree (--pixels-per-degree); the directions,
-clockwise about the middle, to the right, and larger (it gives turns and sizes as plus or minus); steps even in
-angle, way and size; that photograph N is Kodak's N; bicubic resampling; and the crop.
+clockwise about the middle, to the right, and larger (it gives turns and sizes as plus or minus); steps even
+in angle, way and size; that photograph N is Kodak's N; bicubic resampling; and the crop.
 """
 
 import argparse

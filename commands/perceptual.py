@@ -36,7 +36,7 @@ def train(
     latents: Latents = None,
     out: Out = Path("lpips"),
     val: Annotated[Path | None, typer.Option(help="The same, to score on [val/ in data, or a part].")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long, with a checkpoint.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop so long after the start.")] = None,
     preset: Preset = None,
     sets: Sets = None,
     seed: Seed = None,

@@ -108,7 +108,11 @@ def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet)
         seconds=time.monotonic() - started,
     )
     if dist.rank() == 0:
-        facts = {"autoencoder": config.latents, "autoencoder_sha256": sha256, "calibrated_on": config.data}
+        facts: dict[str, Any] = {
+            "autoencoder": config.latents,
+            "autoencoder_sha256": sha256,
+            "calibrated_on": config.data,
+        }
         facts |= {"patch": patch_facts(config.patch), "heads": to_json(config.heads), "seed": config.seed}
         scores = {"two_afc": accuracy, "two_afc_before": before, "two_afc_by_split": by_split}
         weights.save(

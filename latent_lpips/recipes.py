@@ -27,7 +27,8 @@ class ClassifyConfig:
     supplement names (pytorch/examples/imagenet)."""
 
     data: str = ""
-    """Subfolders for the classes, these perhaps in train/ and val/; or image-parquet with `label`."""
+    """Subfolders for the classes, these perhaps in train/ and val/; or image-parquet with `label`. What is
+    named val, validation or test is never trained on."""
     val: str = ""
     """The same, to score on [val/ or validation files in data, else `held_out` of data]."""
     latents: str = ""
@@ -67,7 +68,7 @@ class ClassifyConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast in the classifier; weights, statistics and the autoencoder stay in fp32."""
     minutes: float | None = None
-    """Stop after so long, with a checkpoint; the same command goes on."""
+    """Stop so long after the start, encoding included, with a checkpoint; the same command goes on."""
     workers: int = 0
     """Threads that decode pictures; 0: two more than cores."""
     score_epochs: int = 1

@@ -16,8 +16,8 @@ def make(rows: range) -> torch.Tensor:
 
 def test_a_large_cache_holds_few_files_open(tmp_path: Path) -> None:
     shards = OPEN + 20
-    rows = cached(tmp_path, "train", shards * SHARD, {}, make, dtype=torch.float32)
     before = len(os.listdir("/proc/self/fd"))
+    rows = cached(tmp_path, "train", shards * SHARD, {}, make, dtype=torch.float32)
     everywhere = torch.arange(0, shards * SHARD, SHARD // 2)
     for _ in range(2):
         assert torch.equal(rows[everywhere.tolist()][:, 0], everywhere.float())
