@@ -1,6 +1,6 @@
 """Pairs for training: a map-style dataset, and batches in a random order whose whole state is one integer."""
 
-import signal
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -125,11 +125,11 @@ class _Answers(Dataset[PairBatch | UserError]):
             return error
 
 
-def _deaf(worker: int) -> None:
-    """A signal to the whole group (torchrun's, a cluster's, Ctrl-C) is the trainer's to answer: without its
-    workers it could not finish the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _apart(worker: int) -> None:
+    """A signal to the trainer's process group (torchrun's, Ctrl-C) is the trainer's to answer: without its
+    workers it could not finish the step. One to the worker itself still ends it, as its parent does at exit.
+    """
+    os.setpgid(0, 0)
 
 
 def pair_loader(
@@ -157,7 +157,7 @@ def pair_loader(
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
         multiprocessing_context=context if workers else None,
-        worker_init_fn=_deaf if workers else None,
+        worker_init_fn=_apart if workers else None,
     )
     known: set[str] = set()
     for batch in loader:
