@@ -1,17 +1,22 @@
 """The one door to torch.distributed. Everything runs without a process group as rank 0 of 1."""
 
 import os
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as td
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others to start."""
 
 
 def init(patient: bool = False) -> torch.device:
@@ -22,13 +27,50 @@ def init(patient: bool = False) -> torch.device:
     """
     if "RANK" in os.environ and not td.is_initialized():
         if patient:
-            td.init_process_group("gloo", timeout=timedelta(days=30))
+            _join("gloo", timedelta(days=30))
         else:
-            td.init_process_group(_backend())
+            _join(_backend())
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _join(backend: str, timeout: timedelta | None = None) -> None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 has a store of its own, a new one
+        td.init_process_group(backend, timeout=timeout)
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = TCPStore(host, port, is_master=False, timeout=PATIENCE)
+    fresh = PrefixStore(agree(kept, rank(), world_size()), kept)
+    td.init_process_group(backend, timeout=timeout, store=fresh, rank=rank(), world_size=world_size())
+
+
+def agree(store: Store, rank: int, world_size: int) -> str:
+    """A name that is known to the processes of this start alone; call on every rank.
+
+    torchrun's store outlives its restarts: whoever comes first after one would find the others' addresses of
+    before it, and connect to nobody (torch 2.15; pytorch/pytorch#135712). So each rank tells rank 0 a number
+    of its own, and what is answered to that number cannot be old. Raises DistStoreError when others never
+    come.
+    """
+    mine, end = uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
+    if rank:
+        store.set(f"hello/{rank}", mine)
+        name = str(store.get(f"name/{mine}").decode())
+        store.set(f"heard/{name}/{rank}", "")
+        return name
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):
+                store.set(f"name/{store.get(f'hello/{other}').decode()}", mine)
+            if store.check([f"heard/{mine}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise td.DistStoreError(f"ranks {sorted(missing)} did not come within {PATIENCE}")
+        time.sleep(0.02)
+    return mine
 
 
 def join_alone() -> None:

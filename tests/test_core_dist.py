@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 
 from core import dist
 
@@ -103,3 +106,18 @@ def test_rank_is_known_from_the_launcher_before_init(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert (dist.rank(), dist.world_size()) == (3, 8)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_each_start_agrees_on_a_name_of_its_own_in_a_store_that_stays(late: int) -> None:
+    """What a start before left behind misleads nobody, whoever comes last."""
+    store = HashStore()
+
+    def come(rank: int) -> str:
+        time.sleep(0.2 if rank == late else 0)
+        return dist.agree(store, rank, 3)
+
+    with ThreadPoolExecutor(3) as pool:
+        names = [set(pool.map(come, range(3))) for _ in range(3)]
+    assert [len(of_a_start) for of_a_start in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3

@@ -5,6 +5,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +171,29 @@ def test_killed_ranks(
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
     assert losses(out) == losses(unbroken)
+
+
+def test_torchrun_starts_killed_workers_again(
+    config: DistillConfig, long: tuple[tuple[str, ...], Path], tmp_path: Path
+) -> None:
+    """One worker is killed with -9; torchrun ends the other, starts both, and they go on to the same end."""
+    settings, unbroken = long
+    out, root = tmp_path / "run", Path(__file__).resolve().parents[1]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, "-m", *launch, "-m", "cli", *distill_arguments(config, out, *settings)]
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+    try:
+        while not checkpoint.whole_points(out / "checkpoints"):
+            assert running.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert running.wait(240) == 0, (tmp_path / "log").read_text()
+    finally:
+        running.kill()
+    assert losses(out) == losses(unbroken)
+    assert all(torch.equal(value, averages(unbroken, 48)[name]) for name, value in averages(out, 48).items())
 
 
 def test_sigterm_saves_on_all_ranks(config: DistillConfig, tmp_path: Path) -> None:
