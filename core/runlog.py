@@ -30,6 +30,7 @@ class RunLog:
         """
         self.folder, self.config = folder, config
         self.loggers: list[Logger] = []
+        self.lines: list[dict[str, float]] | None = None  # of stats.jsonl, once they were read
         path = folder / "config.json"
         if path.is_file():
             old = json.loads(path.read_text())
@@ -52,6 +53,7 @@ class RunLog:
         if dist.rank() == 0 and path.is_file():
             kept = [line for line in read_stats(self.folder) if line["nimg"] <= nimg]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.lines = None
 
     def attach(self, names: Sequence[str], nimg: int) -> None:
         """Also tell these loggers of `core.loggers` from now on; what they hold of later than `nimg` goes."""
@@ -66,6 +68,8 @@ class RunLog:
                     file.write(json.dumps({"nimg": nimg, **values}) + "\n")
             except OSError as error:
                 raise UserError(f"cannot write {self.folder / 'stats.jsonl'}: {error.strerror}") from error
+            if self.lines is not None:
+                self.lines.append({"nimg": nimg, **values})
             for logger in self.loggers:
                 logger.write(nimg, values)
 
@@ -83,8 +87,12 @@ class RunLog:
         self.loggers = []
 
     def read(self) -> list[dict[str, float]]:
-        """All lines so far."""
-        return read_stats(self.folder)
+        """All lines so far. The rank that writes them reads its file once."""
+        if dist.rank() != 0:
+            return read_stats(self.folder)
+        if self.lines is None:
+            self.lines = read_stats(self.folder)
+        return list(self.lines)
 
 
 def read_stats(folder: Path) -> list[dict[str, float]]:

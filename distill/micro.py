@@ -6,6 +6,7 @@ approximated one, and dropout.
 """
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +16,15 @@ from core.seeds import generator
 from core.text import Told
 from distill.config import DistillConfig
 from distill.joined import scales
-from distill.noising import Levels
+from distill.losses import mismatch
+from distill.noising import Levels, Noiser
 from distill.r1 import Shown
 from distill.regression import Regression, Transforms
 from distill.text_cache import TextCache
 from latent_lpips.augment import take
 from pairgen.store import PairBatch
+
+X = TypeVar("X", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,13 @@ class MicroBatch:
     text: Told
     guidance: tuple[Tensor, ...]  # (scales [b],) for a student that is told it
     transforms: Transforms
-    mix: Tensor
-    t: Tensor | None
     rows: range  # numbers of the rows since the run began
+    # Of the second stage:
+    mode: Tensor  # [b] how each fake row is mismatched, 0: not
+    partner: Tensor  # [b] and with which
+    t: Tensor | None  # D's time inputs
+    eps: tuple[Tensor | None, Tensor | None]  # noise of the real and of the fake rows before D
     fake: Tensor = field(init=False)  # the student's latents
-    mode: Tensor = field(init=False)  # how each was mismatched, 0: not
     shown_real: Shown = field(init=False)  # what D sees
     shown_fake: Shown = field(init=False)
 
@@ -70,27 +76,49 @@ def draw_step(
 
 
 def split(
-    batch: PairBatch, draws: Draws, encode: TextCache, parts: int, device: torch.device
+    batch: PairBatch,
+    draws: Draws,
+    encode: TextCache,
+    config: DistillConfig,
+    noised: Noiser,
+    device: torch.device,
 ) -> list[MicroBatch]:
-    """This process's rows as `parts` micro-batches on the device."""
-    local = len(batch.prompts)
+    """This process's rows as micro-batches on the device.
+
+    All that a step needs from the CPU goes over here, before its first forward pass: a copy in the midst of
+    it would wait for the GPU to have done what it was given.
+    """
+    gan, parts, local = config.gan, config.engine.accumulate, len(batch.prompts)
     size, first = local // parts, dist.rank() * local
     noise, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latent))
     text = encode(batch.prompts)
     found = []
     for start in range(0, local, size):
         here, there = slice(start, start + size), slice(first + start, first + start + size)
+        prompts, rows = list(batch.prompts[here]), range(draws.nimg + there.start, draws.nimg + there.stop)
+        shares = (gan.mix_x, gan.mix_c, gan.mix_z)
+        mode, partner = mismatch(prompts, gan.mix_fraction, draws.mix[there], shares)
+        shape = (noise.shape[1], noise.shape[2], noise.shape[3])
         found.append(
             MicroBatch(
-                prompts=list(batch.prompts[here]),
+                prompts=prompts,
                 noise=noise[here],
                 real=real[here],
                 text=text[here],
-                guidance=tuple(t[here].to(device) for t in scales(batch)),
+                guidance=tuple(sent(t[here], device) for t in scales(batch)),
                 transforms=None if draws.transforms is None else [take(t, there) for t in draws.transforms],
-                mix=draws.mix[there],
-                t=None if draws.levels is None else draws.levels[there].to(device),
-                rows=range(draws.nimg + there.start, draws.nimg + there.stop),
+                rows=rows,
+                mode=sent(mode, device),
+                partner=sent(partner, device),
+                t=sent(None if draws.levels is None else draws.levels[there], device),
+                eps=(sent(noised.eps(rows, shape, 0), device), sent(noised.eps(rows, shape, 1), device)),
             )
         )
     return found
+
+
+def sent(x: X, device: torch.device) -> X:
+    """`x` of the CPU on the device, without waiting for it: from pageable memory it would."""
+    if x is None:
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

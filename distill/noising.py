@@ -66,11 +66,16 @@ class Noiser:
         """D's time inputs of a step's rows. Raises SettingError for a maximum beyond the schedule."""
         return draw_times(self.gan, rows, self.train_steps, rng)
 
-    def __call__(self, x: Tensor, rows: Sequence[int], t: Tensor | None, stream: int) -> Tensor:
-        """x [B, C, h, w] of the rows `rows`, at levels t [B]. stream 0: real rows, 1: fake ones."""
+    def eps(self, rows: Sequence[int], shape: tuple[int, int, int], stream: int) -> Tensor | None:
+        """The noise [B, C, h, w] of the rows of these numbers, on the CPU; None where there is none to add.
+        stream 0: real rows, 1: fake ones."""
         if not self.active:
+            return None
+        return noise(generator(self.seed, 0x2015E, stream).initial_seed(), rows, shape)
+
+    def __call__(self, x: Tensor, t: Tensor | None, eps: Tensor | None) -> Tensor:
+        """x [B, C, h, w] at levels t [B] with this noise; x itself where there is none."""
+        if eps is None:
             return x
         assert t is not None
-        seed = generator(self.seed, 0x2015E, stream).initial_seed()
-        eps = noise(seed, rows, (x.shape[1], x.shape[2], x.shape[3]))
-        return with_noise(x, self.alphas_cumprod, t, eps.to(x.device))
+        return with_noise(x, self.alphas_cumprod, t, eps)

@@ -18,8 +18,9 @@ from core.runlog import Pace, RunLog
 from core.stop import StopFlag
 from distill.config import DistillConfig
 from distill.data import open_pairs, pair_batches
+from distill.generator import check_teacher
 from distill.health import logit_report, spread
-from distill.losses import discriminator_loss, generator_loss, mismatch, mix_and_match, refuse_single_rows
+from distill.losses import discriminator_loss, generator_loss, mix_and_match, refuse_single_rows
 from distill.micro import Draws, MicroBatch, draw_step, split
 from distill.noising import Noiser
 from distill.optim import learning_rate, update
@@ -77,6 +78,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     size = options.batch_size
     told = config.student.guidance_conditioning
     reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, told)
+    check_teacher(config.teacher, config.stage, config.student)
     text_encoder = pretrained.load_text_encoder(config.teacher).to(device)
     encode = TextCache(text_encoder.encode, config.data.text_cache, device)
     regression = Regression(config, reader.spec.latent_shape[0], device)
@@ -85,6 +87,10 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     state: State = new_state(config, device)
     student, discriminator = state.student, state.discriminator
 
+    def autocast() -> AbstractContextManager[None]:
+        whole = options.precision == "bf16" and config.engine.parallel == "ddp"
+        return torch.autocast(device.type, torch.bfloat16, enabled=whole)
+
     # Resume.
     log = RunLog(out, _split_config(config), ignore=("length",))
     folder = out / "checkpoints"
@@ -92,15 +98,11 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
         state.load(last, config)
         log.rewind(state.nimg)
     log.attach(options.loggers, state.nimg)
-    watching = Watching(config, log, reader, state, regression, encode, device, validate)
+    watching = Watching(config, log, reader, state, regression, encode, device, autocast, validate)
     writer = sharded.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
 
     def check(name: str, parts: Mapping[str, Tensor]) -> Callable[[Tensor], None]:
         return lambda norm: check_finite(name, norm, parts, state.nimg, folder, writer)
-
-    def autocast() -> AbstractContextManager[None]:
-        whole = options.precision == "bf16" and config.engine.parallel == "ddp"
-        return torch.autocast(device.type, torch.bfloat16, enabled=whole)
 
     # Train.
     pin = device.type == "cuda"
@@ -117,7 +119,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                 batch = next(batches)
             nimg, step = state.nimg, state.steps
             draws: Draws = draw_step(config, regression, reader.spec.latent_shape, nimg, noised.levels)
-            micros: list[MicroBatch] = split(batch, draws, encode, accumulate, device)
+            micros: list[MicroBatch] = split(batch, draws, encode, config, noised, device)
             moves_g = discriminator is None or step % gan.updates == gan.updates - 1
             shared = accumulate == 1 and moves_g  # one pass of the student serves both networks
             parts: dict[str, Tensor] = {}
@@ -137,15 +139,13 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                 assert state.optim_d is not None
                 discriminator.module.requires_grad_(True)
                 for micro in micros:
-                    shares = (gan.mix_x, gan.mix_c, gan.mix_z)
-                    micro.mode, partner = mismatch(micro.prompts, gan.mix_fraction, micro.mix, shares)
                     x, z, c = mix_and_match(
-                        micro.fake.detach(), micro.real, micro.noise, micro.text, micro.mode, partner
+                        micro.fake.detach(), micro.real, micro.noise, micro.text, micro.mode, micro.partner
                     )
                     with pace.waiting():  # for photographs, if there are to be any
                         shown = with_real(Shown(micro.real, micro.noise, micro.text, micro.t), micro.rows)
-                    micro.shown_real = replace(shown, x=noised(shown.x, micro.rows, micro.t, 0))
-                    micro.shown_fake = Shown(noised(x, micro.rows, micro.t, 1), z, c, micro.t)
+                    micro.shown_real = replace(shown, x=noised(shown.x, micro.t, micro.eps[0]))
+                    micro.shown_fake = Shown(noised(x, micro.t, micro.eps[1]), z, c, micro.t)
                 due = gan.penalty != "none" and step % gan.penalty_interval == 0
                 if due and gan.penalty != "approx":
                     rows = micros[:1] if gan.penalty == "single" else micros
@@ -188,7 +188,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                     if discriminator is not None:
                         with autocast():
                             verdict = discriminator.frozen(
-                                noised(latents, micro.rows, micro.t, 1), micro.noise, micro.text, micro.t
+                                noised(latents, micro.t, micro.eps[1]), micro.noise, micro.text, micro.t
                             )
                             rival = None
                             if gan.loss == "rpgan":

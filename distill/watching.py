@@ -1,8 +1,8 @@
 """What a run tells of itself: reports, the panel, previews, validations, watchmen. Rank 0 writes."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -35,10 +35,12 @@ class Watching:
         regression: Regression,
         encode: TextCache,
         device: torch.device,
+        autocast: Callable[[], AbstractContextManager[None]],
         also: Validate | None,
     ) -> None:
         self.config, self.log, self.reader, self.state = config.train, log, reader, state
-        self.regression, self.encode, self.device, self.also = regression, encode, device, also
+        self.regression, self.encode, self.device = regression, encode, device
+        self.autocast, self.also = autocast, also
         self.folder, self.seed, self.told = log.folder / "checkpoints", config.seed, set[str]()
         self.batch = max(1, self.config.batch_size // dist.world_size() // config.engine.accumulate)
         self.vae: Any = None
@@ -89,9 +91,10 @@ class Watching:
 
     @torch.no_grad()
     def _draw(self, noise: Tensor, prompts: Sequence[str], *told: Tensor) -> Tensor:
-        latents: Tensor = self.state.student.frozen(
-            noise, self.encode(prompts), *(t.to(self.device) for t in told)
-        )
+        with self.autocast():
+            latents: Tensor = self.state.student.frozen(
+                noise, self.encode(prompts), *(t.to(self.device) for t in told)
+            )
         return latents
 
     def due(self, now: bool) -> bool:

@@ -12,6 +12,7 @@ from core.errors import UserError
 from core.runlog import Pace, RunLog, peak_memory_gib, read_stats
 
 CONFIG = {"seed": 1, "optim": {"lr": 1e-4, "betas": [0.9, 0.999]}, "train": {"images": 100}}
+LAST = {"nimg": 25, "loss/g": 2.0}
 
 
 def test_config_is_on_disk_before_the_first_step(tmp_path: Path) -> None:
@@ -52,9 +53,11 @@ def test_rewind_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path: Pa
         log.write(nimg, {"loss/g": 1.0})
     with open(tmp_path / "stats.jsonl", "a") as file:
         file.write('{"nimg": 35, "loss/')  # killed in the middle of a line
+    assert [line["nimg"] for line in log.read()] == [10, 20, 30]
     log.rewind(20)
+    assert [line["nimg"] for line in log.read()] == [10, 20]
     log.write(25, {"loss/g": 2.0})
-    assert [line["nimg"] for line in log.read()] == [10, 20, 25]
+    assert log.read() == read_stats(tmp_path) == [*({"nimg": n, "loss/g": 1.0} for n in (10, 20)), LAST]
 
 
 def test_rewind_of_a_run_without_lines_makes_no_file(tmp_path: Path) -> None:

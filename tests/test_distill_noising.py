@@ -67,23 +67,26 @@ def noiser(teacher: Path, **settings: Any) -> Noiser:
 def test_real_and_fake_share_the_level_but_not_the_noise(teacher: Path) -> None:
     noised, x = noiser(teacher, noise_augment="uniform"), torch.zeros(2, 4, 4, 4)
     t = noised.levels(2, torch.Generator().manual_seed(1))
-    real, fake = noised(x, range(8, 10), t, 0), noised(x, range(8, 10), t, 1)
-    assert torch.equal(real, noised(x, range(8, 10), t, 0)) and not torch.equal(real, fake)
-    assert torch.equal(real[1:], noised(x[1:], [9], None if t is None else t[1:], 0))  # a row's own noise
+    one, two = (noised.eps(range(8, 10), (4, 4, 4), stream) for stream in (0, 1))
+    alone = noised.eps([9], (4, 4, 4), 0)
+    assert one is not None and alone is not None and torch.equal(one[1:], alone)  # a row's own noise
+    real, fake = noised(x, t, one), noised(x, t, two)
+    assert torch.equal(real, noised(x, t, one)) and not torch.equal(real, fake)
     ratio = real.std((1, 2, 3)) / fake.std((1, 2, 3))
     assert ((ratio - 1).abs() < 0.4).all()
 
 
 def test_latents_pass_where_there_is_no_augmentation(teacher: Path) -> None:
     x = torch.randn(2, 4, 4, 4)
-    assert noiser(teacher)(x, range(2), None, 0) is x
+    plain = noiser(teacher)
+    assert plain.eps(range(2), (4, 4, 4), 0) is None and plain(x, None, None) is x
     random = noiser(teacher, timestep_mode="random")
     t = random.levels(2, torch.Generator().manual_seed(1))
-    assert t is not None and random(x, range(2), t, 0) is x
+    assert t is not None and random(x, t, random.eps(range(2), (4, 4, 4), 0)) is x
 
 
 def test_gradients_pass_through_the_noise(teacher: Path) -> None:
     noised, x = noiser(teacher, noise_augment="uniform"), torch.zeros(1, 4, 4, 4, requires_grad=True)
-    noised(x, [0], torch.tensor([399]), 1).sum().backward()
+    noised(x, torch.tensor([399]), noised.eps([0], (4, 4, 4), 1)).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, torch.full_like(x, 0.652753), rtol=1e-4, atol=1e-4)
