@@ -1,12 +1,17 @@
-"""core.loggers: TensorBoard holds what stats.jsonl holds; what is absent is refused by name."""
+"""core.loggers: TensorBoard and W&B hold what stats.jsonl holds; what is absent is refused by name."""
 
+import json
+import struct
+import time
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from core.errors import SettingError, UserError
-from core.loggers import LOGGERS, TensorBoard, check_loggers, open_loggers
+from core.loggers import LOGGERS, TensorBoard, WandB, check_loggers, open_loggers
 from core.runlog import RunLog
 
 CONFIG = {"seed": 1, "length": {"images": 100}}
@@ -44,6 +49,44 @@ def test_a_resumed_run_hides_what_a_killed_one_wrote_after_its_checkpoint(tmp_pa
     second.write(25, {"loss/g": 25.0})
     second.close()
     assert scalars(tmp_path)["loss/g"] == [(10, 10.0), (20, 20.0), (25, 25.0)]
+
+
+def told_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
+    """(the run's id, its rows) in what W&B keeps offline: 7 bytes, then records behind headers of 7 bytes."""
+    proto: Any = import_module("wandb.proto.wandb_internal_pb2")
+    name, kind, end = "", None, time.monotonic() + 60
+    rows: list[dict[str, float]] = []
+    while kind != "exit":  # its own process writes, and may still do so after `finish`
+        assert time.monotonic() < end, "no last record"
+        name, rows, data, at = "", [], file.read_bytes(), 7
+        while at + 7 <= len(data):
+            _, size, piece = struct.unpack_from("<IHB", data, at)
+            if at + 7 + size > len(data):
+                break
+            assert piece == 1, "a record in pieces"
+            record = proto.Record.FromString(data[at + 7 : at + 7 + size])
+            at, kind = at + 7 + size, record.WhichOneof("record_type")
+            name = record.run.run_id or name
+            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            rows += [{k: v for k, v in items.items() if k in ("nimg", "loss/g")}] if items else []
+    return name, rows
+
+
+def test_wandb_holds_the_reports_and_a_restart_is_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told = []
+    for number, config in enumerate((CONFIG, {**CONFIG, "length": {"images": 200}}, {**CONFIG, "seed": 2})):
+        logger = WandB(tmp_path, config, 0)
+        logger.write(10 + number, {"loss/g": 0.5})
+        logger.picture(10 + number, "pairs", torch.zeros(3, 8, 8, dtype=torch.uint8))
+        logger.close()
+        files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda f: f.stat().st_mtime_ns)
+        told.append(told_wandb(files[-1]))
+        rows = [{"nimg": 10 + number, "loss/g": 0.5}, {"nimg": 10 + number}]
+        assert told[-1][1] == rows and len(list(files[-1].parent.glob("files/media/images/**/*.png"))) >= 1
+    assert told[0][0] == told[1][0] != told[2][0]
 
 
 def test_loggers_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
