@@ -43,6 +43,7 @@ class Variant:
 PENALTY = ("gan.r1_interval=16",)
 VARIANTS = (
     Variant("stage 1", "ode"),
+    Variant("stage 1, a loader worker", "ode", ("train.loader_workers=1",)),
     Variant("stage 1, inductor", "ode", ("engine.compiler=inductor",)),
     Variant("stage 1, recompute", "ode", ("engine.activation_checkpointing=true",)),
     Variant("stage 2, no penalty", "gan", ("gan.r1=none",)),
