@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from core.config import override, to_json
+from core.config import override, pick, to_json
 
 T = TypeVar("T")
 
@@ -79,6 +80,22 @@ def configure(config: T, options: Mapping[str, Any], sets: list[str] | None) -> 
     """A preset's config with the options that were given, then --set overrides."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     return override(replace(config, **given), sets or [])  # type: ignore[type-var]  # every config is a dataclass
+
+
+def chosen(presets: Mapping[str, T], name: str, options: Mapping[str, Any], sets: list[str] | None) -> T:
+    """`configure` from the preset of that name."""
+    return configure(pick(presets, name, "preset"), options, sets)
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Leave the process group, if there is one, however the block ends."""
+    from core import dist
+
+    try:
+        yield
+    finally:
+        dist.finish()
 
 
 def emit(result: Any, as_json: bool, title: str) -> None:

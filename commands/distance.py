@@ -20,7 +20,7 @@ def lpips_distance(
     b: Annotated[Path, typer.Argument(help="Image file of the same size.")],
     teacher: TeacherOption = None,
     weights: Annotated[
-        Path | None, typer.Option(help="LatentLPIPS folder or authors' file [TEACHER/latent_lpips].")
+        Path | None, typer.Option(help="LatentLPIPS folder or authors' file (TEACHER/latent_lpips).")
     ] = None,
     pixels: Annotated[
         str | None, typer.Option(help="LPIPS in pixels instead: vgg, alex or squeeze; no teacher.")
@@ -53,7 +53,7 @@ def lpips_convert(
     ],
     out: Annotated[Path, typer.Option(help="Folder for lpips.safetensors and config.json.")],
     space: Annotated[
-        str | None, typer.Option(help="sd15, sd21, sdxl, sd3 or flux [what the file's name begins with].")
+        str | None, typer.Option(help="sd15, sd21, sdxl, sd3 or flux (what the file's name begins with).")
     ] = None,
     as_json: Json = False,
 ) -> None:

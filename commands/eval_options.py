@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from commands.common import configure
+from commands.common import chosen
 from core.config import pick
 
 Student = Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")]
@@ -14,8 +14,8 @@ Images = Annotated[Path | None, typer.Option(help="Folder or parquet of images t
 Reference = Annotated[
     Path | None, typer.Option(help="Real images: a file of `eval stats`, COCO's folder, any folder, parquet.")
 ]
-ProtocolName = Annotated[str | None, typer.Option(help="Named protocol; see `eval protocols` [folder].")]
-Metrics = Annotated[str | None, typer.Option(help="fid,clip,pr,…: comma-separated [the protocol's].")]
+ProtocolName = Annotated[str | None, typer.Option(help="Named protocol; see `eval protocols` (folder).")]
+Metrics = Annotated[str | None, typer.Option(help="fid,clip,pr,…: comma-separated (the protocol's).")]
 Features = Annotated[
     str | None,
     typer.Option(help="Feature network, where the protocol leaves it open: inception, squeezenet…"),
@@ -25,24 +25,24 @@ Weights = Annotated[
     list[str] | None,
     typer.Option(help="Weights file of the feature network, or NAME=PATH of dinov2, dreamsim…; repeatable."),
 ]
-Num = Annotated[int | None, typer.Option(help="Images, where the protocol leaves it open [one per prompt].")]
+Num = Annotated[int | None, typer.Option(help="Images, where the protocol leaves it open (one per prompt).")]
 Fewer = Annotated[
     bool, typer.Option("--allow-fewer", help="Measure fewer than the protocol's; the result says so.")
 ]
-Steps = Annotated[int | None, typer.Option(help="Steps of a teacher or pipeline [50].")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance of a teacher [3] or pipeline [its own].")]
-Batch = Annotated[int | None, typer.Option(help="Images per batch [64].")]
+Steps = Annotated[int | None, typer.Option(help="Steps of a teacher or pipeline (50).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance of a teacher (3) or pipeline (its own).")]
+Batch = Annotated[int | None, typer.Option(help="Images per batch (64).")]
 NoiseSeed = Annotated[
-    int | None, typer.Option(help="Image i has the noise of (seed, i) [the protocol's: 1000].")
+    int | None, typer.Option(help="Image i has the noise of (seed, i) (the protocol's: 1000).")
 ]
 Work = Annotated[
-    Path | None, typer.Option(help="Where finished parts are kept, to go on from [work/ in an --out folder].")
+    Path | None, typer.Option(help="Where finished parts are kept, to go on from (work/ in an --out folder).")
 ]
 Keep = Annotated[Path | None, typer.Option(help="Save the images there as PNG.")]
 
 
-def configured(given: dict[str, Any], preset: str | None, sets: list[str] | None) -> Any:
-    """EvalRun of a preset, the options that were given, and --set."""
+def configured(given: dict[str, Any]) -> Any:
+    """EvalRun of a command's parameters: of a preset, the options that were given, and --set."""
     from eval.config import PRESETS, EvalRun
     from eval.protocol import PROTOCOLS
 
@@ -55,4 +55,4 @@ def configured(given: dict[str, Any], preset: str | None, sets: list[str] | None
         options["weights"] = tuple(given["weights"])
     for flag in ("allow_fewer", "latency", "every"):
         options[flag] = options.get(flag) or None
-    return configure(pick(PRESETS, preset or "default", "preset"), options, sets)
+    return chosen(PRESETS, given["preset"] or "default", options, given["sets"])

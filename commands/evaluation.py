@@ -16,6 +16,7 @@ from commands.common import (
     dry,
     emit,
     emit_table,
+    finishing,
     reporter,
 )
 from commands.eval_options import (
@@ -84,18 +85,15 @@ def eval_run(
     as_json: Json = False,
 ) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
-    config = configured(locals(), preset, sets)
+    config = configured(locals())
     if dry_run:
         dry(config, as_json, _plan(config))
-    from core import dist
     from miniature.curves import run_every
     from miniature.judge import run_evaluation
 
-    try:
+    with finishing():
         result = (run_every if config.every else run_evaluation)(config, reporter)
         emit(result if as_json else lines_of(result), as_json, f"protocol {config.protocol.name}")
-    finally:
-        dist.finish()
 
 
 @app.command("stats")
@@ -119,17 +117,13 @@ def eval_stats(
     """Statistics of real images, and a protocol's prompts, computed once, in one file to hand on."""
     if out.suffix != ".safetensors":
         raise SettingError(f"--out is {out}; expected a name ending in .safetensors")
-    given = {name: value for name, value in locals().items() if name not in ("images", "out")}
-    config = configured(given, preset, sets)
+    config = configured({name: value for name, value in locals().items() if name not in ("images", "out")})
     if dry_run:
         dry(config, as_json, _plan(config))
-    from core import dist
     from miniature.judge import save_statistics
 
-    try:
+    with finishing():
         emit(save_statistics(config, images, out, reporter), as_json, str(out))
-    finally:
-        dist.finish()
 
 
 @app.command("curve")
@@ -162,22 +156,21 @@ def eval_curve(
     as_json: Json = False,
 ) -> None:
     """FID against CLIP score over guidance, steps, truncation or checkpoints."""
+    run = configured(locals())
     from eval.config import CurveRun
 
-    run = configured({k: v for k, v in locals().items() if k != "over"}, preset, sets)
     setting, _, text = over.partition("=")
     try:
         values = tuple(float(value) for value in text.split(",")) if text else ()
     except ValueError as error:
         raise SettingError(f"--over is {over!r}; expected say guidance=1,2,4 ({error})") from error
-    metrics_of_curve = run.metrics or ("fid", "clip")
-    config = CurveRun(run=replace(run, metrics=metrics_of_curve), setting=setting, values=values)
+    run = replace(run, metrics=run.metrics or ("fid", "clip"))
+    config = CurveRun(run=run, setting=setting, values=values)
     if dry_run:
-        dry(config.run, as_json, {"over": setting, "values": list(values), **_plan(config.run)})
-    from core import dist
+        dry(run, as_json, {"over": setting, "values": list(values), **_plan(run)})
     from miniature.curves import run_curve
 
-    try:
+    with finishing():
         made = run_curve(config, reporter)
         if as_json:
             emit({"out": str(out), **made}, as_json, f"over {setting}")
@@ -185,8 +178,6 @@ def eval_curve(
             keys = [key for key in made["points"][0] if key != "ci"]
             cells = [[cell(point, key) for key in keys] for point in made["points"]]
             emit_table([made["labels"].get(key, key) for key in keys], cells, f"{made['protocol']}: {out}")
-    finally:
-        dist.finish()
 
 
 @app.command("compare")
@@ -218,10 +209,8 @@ def eval_protocols(
         chosen = pick(PROTOCOLS, name, "protocol")
         emit({**chosen.settings(), "metrics": list(chosen.metrics), "sha256": chosen.sha256()}, as_json, name)
         return
-    if as_json:
-        emit({key: chosen.settings() for key, chosen in PROTOCOLS.items()}, as_json, "protocols")
-        return
-    emit({key: chosen.summary() for key, chosen in PROTOCOLS.items()}, as_json, "protocols")
+    every = {key: one.settings() if as_json else one.summary() for key, one in PROTOCOLS.items()}
+    emit(every, as_json, "protocols")
 
 
 def _plan(config: Any) -> dict[str, Any]:

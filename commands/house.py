@@ -1,22 +1,12 @@
 """`d2g demo` and `d2g doctor`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from commands.common import (
-    DryRun,
-    Json,
-    Preset,
-    Seed,
-    Sets,
-    TeacherOption,
-    configure,
-    dry,
-    emit,
-    reporter,
-)
+from commands.common import DryRun, Json, Preset, Seed, Sets, TeacherOption, chosen, dry, emit, reporter
 from core.config import pick
 
 
@@ -36,9 +26,7 @@ def demo(
     """Distil the bundled miniature teacher: pairs, both stages, evaluation, a report with pictures."""
     from miniature.demo import PRESETS, run_demo
 
-    config = configure(
-        pick(PRESETS, preset or ("quick" if quick else "default"), "preset"), {"seed": seed}, sets
-    )
+    config = chosen(PRESETS, preset or ("quick" if quick else "default"), {"seed": seed}, sets)
     if dry_run:
         dry(config, as_json)
     result = run_demo(config, out, reporter)
@@ -48,7 +36,7 @@ def demo(
 def doctor(
     preset: Annotated[str | None, typer.Option(help="Also: would this preset of `d2g distill` fit?")] = None,
     teacher: TeacherOption = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs of that run [the preset's].")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of that run (the preset's).")] = None,
     as_json: Json = False,
 ) -> None:
     """What this machine has, and what stands in the way."""
@@ -67,7 +55,7 @@ def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[st
 
     memory, problems = {}, list(machine["problems"])
     for stage, config in pick(PRESETS, preset, "preset").items():
-        config = configure(config, {"teacher": teacher}, None)
+        config = replace(config, teacher=config.teacher if teacher is None else teacher)
         predicted = forecast(config, gpus or config.engine.gpus or 1)
         if predicted is None:
             problems.append(f"{preset} {stage}: memory is unknown; give --teacher, a folder on this disk")

@@ -15,29 +15,31 @@ from commands.common import (
     Seed,
     Sets,
     TeacherOption,
-    configure,
+    chosen,
     dry,
     emit,
+    finishing,
     reporter,
 )
-from core.config import pick
 from core.errors import UserError
 
 app = typer.Typer(help="Make and look after noise-latent pairs.", no_args_is_help=True)
 
 
-def _pair_config(preset: str | None, sets: list[str] | None, **options: Any) -> Any:
-    from pairgen.config import PRESETS
+def _pair_config(given: dict[str, Any]) -> Any:
+    """PairConfig of a command's parameters."""
+    from pairgen.config import PRESETS, PairConfig
 
-    return configure(pick(PRESETS, preset or "default", "preset"), options, sets)
+    options = {name: value for name, value in given.items() if name in PairConfig.__dataclass_fields__}
+    return chosen(PRESETS, given["preset"] or "default", options, given["sets"])
 
 
 NumPairs = Annotated[int | None, typer.Option(help="Default: one per prompt.")]
-Steps = Annotated[int | None, typer.Option(help="Solver steps [50].")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance [8]; 1 is none.")]
-PerPrompt = Annotated[int | None, typer.Option(help="Rows per prompt, each with its own noise [1].")]
+Steps = Annotated[int | None, typer.Option(help="Solver steps (50).")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance (8); 1 is none.")]
+PerPrompt = Annotated[int | None, typer.Option(help="Rows per prompt, each with its own noise (1).")]
 Solver = Annotated[
-    str | None, typer.Option(help="ddim, heun or euler [the teacher's: ddim, for a flow euler].")
+    str | None, typer.Option(help="ddim, heun or euler (the teacher's: ddim, for a flow euler).")
 ]
 
 
@@ -76,37 +78,19 @@ def pairs_generate(
     as_json: Json = False,
 ) -> None:
     """Send noise through the teacher and store (noise, latent, prompt) rows."""
-    from core import dist
-    from pairgen.generate import generate_pairs
-
-    given = locals()
-    names = (
-        "teacher",
-        "prompts",
-        "num_pairs",
-        "steps",
-        "guidance",
-        "solver",
-        "per_prompt",
-        "batch_size",
-        "dtype",
-        "shard_size",
-        "noise",
-        "seed",
-    )
-    config = _pair_config(preset, sets, **{name: given[name] for name in names})
+    config = _pair_config(locals())
     if dry_run:
         dry(config, as_json)
-    try:
+    from pairgen.generate import generate_pairs
+
+    with finishing():
         made = generate_pairs(config, out, reporter)
         emit(made, as_json, "pairs")
-    finally:
-        dist.finish()
     if made.quarantined:
-        shown = ", ".join(map(str, made.quarantined[:10])) + (" ..." if len(made.quarantined) > 10 else "")
+        bad = made.quarantined
         raise UserError(
-            f"{len(made.quarantined)} of {made.pairs + len(made.quarantined)} pairs have no finite latent: "
-            f"{shown}; their prompts stand in {out / 'quarantine'}, the others are usable, "
+            f"{len(bad)} of {made.pairs + len(bad)} pairs have no finite latent: {stores.first_ten(bad)}; "
+            f"their prompts stand in {out / 'quarantine'}, the others are usable, "
             f"`d2g pairs repair {out}` tries these again"
         )
 
@@ -129,23 +113,11 @@ def pairs_plan(
     as_json: Json = False,
 ) -> None:
     """Time a few batches here; print GPU-hours, GiB and shards before anything is spent."""
-    from pairgen.plan import plan_pairs
-
-    given = locals()
-    names = (
-        "teacher",
-        "prompts",
-        "num_pairs",
-        "steps",
-        "guidance",
-        "solver",
-        "per_prompt",
-        "batch_size",
-        "seed",
-    )
-    config = _pair_config(preset, sets, **{name: given[name] for name in names})
+    config = _pair_config(locals())
     if dry_run:
         dry(config, as_json)
+    from pairgen.plan import plan_pairs
+
     emit(plan_pairs(config, price=price, progress=reporter), as_json, "plan")
 
 

@@ -1,13 +1,11 @@
 """`d2g lpips train`, `calibrate`, `score`, `overfit`, `triplets`: a LatentLPIPS of one's own."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from commands.common import DryRun, Json, Out, Preset, Seed, Sets, configure, dry, emit, reporter
-from core.config import pick
+from commands.common import DryRun, Json, Out, Preset, Seed, Sets, chosen, dry, emit, finishing, reporter
 
 Latents = Annotated[
     str | None,
@@ -20,22 +18,13 @@ Images = Annotated[Path | None, typer.Option(help="Folder of images, or image-pa
 Weights = Annotated[Path | None, typer.Option(help="LatentLPIPS folder or authors' file.")]
 
 
-def _show(work: Callable[[], Any], as_json: bool, title: str) -> None:
-    from core import dist
-
-    try:
-        emit(work(), as_json, title)
-    finally:
-        dist.finish()
-
-
 def train(
     data: Annotated[
         Path | None, typer.Option(help="A subfolder for each class, or image-parquet with `label`.")
     ] = None,
     latents: Latents = None,
     out: Out = Path("lpips"),
-    val: Annotated[Path | None, typer.Option(help="The same, to score on [val/ in data, or a part].")] = None,
+    val: Annotated[Path | None, typer.Option(help="The same, to score on (val/ in data, or a part).")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop so long after the start.")] = None,
     preset: Preset = None,
     sets: Sets = None,
@@ -47,13 +36,14 @@ def train(
     from latent_lpips.recipes import TRAIN_PRESETS
 
     options = {"data": data, "latents": latents, "val": val, "minutes": minutes, "seed": seed}
-    config = configure(pick(TRAIN_PRESETS, preset or "paper", "preset"), options, sets)
+    config = chosen(TRAIN_PRESETS, preset or "paper", options, sets)
     if dry_run:
         kept = f"{config.crops} crops of each image, kept on disk" if config.crops else "fresh crops"
         dry(config, as_json, {"out": str(out), "latents": kept})
     from latent_lpips.classify import train_classifier
 
-    _show(lambda: train_classifier(config, out, reporter), as_json, "lpips train")
+    with finishing():
+        emit(train_classifier(config, out, reporter), as_json, "lpips train")
 
 
 def calibrate(
@@ -71,12 +61,13 @@ def calibrate(
     from latent_lpips.recipes import HEADS_PRESETS
 
     options = {"weights": weights, "data": data, "latents": latents, "seed": seed}
-    config = configure(pick(HEADS_PRESETS, preset or "paper", "preset"), options, sets)
+    config = chosen(HEADS_PRESETS, preset or "paper", options, sets)
     if dry_run:
         dry(config, as_json, {"out": str(out)})
     from latent_lpips.calibration import calibrate_folder
 
-    _show(lambda: calibrate_folder(config, out, reporter), as_json, "lpips calibrate")
+    with finishing():
+        emit(calibrate_folder(config, out, reporter), as_json, "lpips calibrate")
 
 
 def score(
@@ -102,12 +93,13 @@ def score(
     options |= {"lpips": pixels, "lpips_weights": pixel_weights}
     if baselines is not None:
         options["baselines"] = tuple(baselines.split(","))
-    config = configure(pick(SCORE_PRESETS, preset or "paper", "preset"), options, sets)
+    config = chosen(SCORE_PRESETS, preset or "paper", options, sets)
     if dry_run:
         dry(config, as_json, {"out": str(out) if out else None})
     from latent_lpips.score import score_folder
 
-    _show(lambda: score_folder(config, out, reporter), as_json, "lpips score")
+    with finishing():
+        emit(score_folder(config, out, reporter), as_json, "lpips score")
 
 
 def overfit(
@@ -116,7 +108,7 @@ def overfit(
     latents: Latents = None,
     out: Out = Path("lpips-overfit"),
     families: Annotated[
-        str | None, typer.Option(help="Transforms to compare, comma-separated [none,b,bg,bgc,bgco].")
+        str | None, typer.Option(help="Transforms to compare, comma-separated (none,b,bg,bgc,bgco).")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of each run.")] = None,
     preset: Preset = None,
@@ -133,12 +125,13 @@ def overfit(
     options |= {"steps": steps, "seed": seed}
     if families is not None:
         options["families"] = tuple(families.split(","))
-    config = configure(pick(OVERFIT_PRESETS, preset or "paper", "preset"), options, sets)
+    config = chosen(OVERFIT_PRESETS, preset or "paper", options, sets)
     if dry_run:
         dry(config, as_json, {"out": str(out), "runs": len(config.families)})
     from latent_lpips.overfit import overfit as run
 
-    _show(lambda: run(config, out, reporter), as_json, "lpips overfit")
+    with finishing():
+        emit(run(config, out, reporter), as_json, "lpips overfit")
 
 
 def triplets(
@@ -158,9 +151,10 @@ def triplets(
     from latent_lpips.recipes import TRIPLETS_PRESETS
 
     options = {"data": data, "seed": seed, "decoders": tuple(decoder) if decoder else None}
-    config = configure(pick(TRIPLETS_PRESETS, preset or "patches", "preset"), options, sets)
+    config = chosen(TRIPLETS_PRESETS, preset or "patches", options, sets)
     if dry_run:
         dry(config, as_json, {"out": str(out), "made": list(config.made)})
     from latent_lpips.triplets import make_triplets
 
-    _show(lambda: make_triplets(config, out, reporter), as_json, "lpips triplets")
+    with finishing():
+        emit(make_triplets(config, out, reporter), as_json, "lpips triplets")

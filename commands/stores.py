@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from commands.common import DryRun, Json, Out, Prompts, TeacherOption, emit, reporter
+from commands.common import DryRun, Json, Out, Prompts, TeacherOption, emit, finishing, reporter
 from core.errors import UserError
 
 Store = Annotated[Path, typer.Argument(help="The store's folder.")]
-Workers = Annotated[int, typer.Option(min=0, help="Files at once [one per processor, at most 8].")]
+Workers = Annotated[int, typer.Option(min=0, help="Files at once (one per processor, at most 8).")]
 Tolerance = Annotated[float, typer.Option(help="Largest difference of latents that counts as rounding.")]
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN = 8  # of a list's items
@@ -85,7 +85,6 @@ def repair(
 
     The store's own prompt list is used; --prompts is for a store without one.
     """
-    from core import dist
     from pairgen.layout import pending, quarantined_rows, read_spec
     from pairgen.repair import repair_store
     from pairgen.verify import verify_store
@@ -103,18 +102,19 @@ def repair(
         from pairgen.generate import regenerate
 
         _expect_prompts(folder, prompts, spec.conditioning)
-        try:
+        with finishing():
             made = regenerate(folder, prompts, reporter)
-        finally:
-            dist.finish()
     _show({"quarantined": moved, "regenerated": made}, as_json, str(folder))
     aside = [row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows]
     if aside and not no_regenerate:
-        shown = ", ".join(map(str, aside[:10])) + (" ..." if len(aside) > 10 else "")
         raise UserError(
-            f"{len(aside)} pairs still have no finite latent: {shown}; "
+            f"{len(aside)} pairs still have no finite latent: {first_ten(aside)}; "
             f"their prompts stand in {folder / 'quarantine'}, the other pairs are usable"
         )
+
+
+def first_ten(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (" ..." if len(numbers) > 10 else "")
 
 
 def _expect_prompts(folder: Path, prompts: Path | None, conditioning: str) -> None:
@@ -151,7 +151,7 @@ def merge(
 
 def stats(
     folder: Store,
-    rows: Annotated[int, typer.Option(min=0, help="Evenly spread rows to look at [all].")] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="Evenly spread rows to look at (all).")] = 0,
     sheet: Annotated[
         Path | None, typer.Option(help="Also write a PNG of decoded rows with their prompts.")
     ] = None,

@@ -1,7 +1,7 @@
 """`d2g sample` and `d2g export`: use a finished student."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,31 +13,33 @@ from commands.common import (
     Prompts,
     Sets,
     TeacherOption,
+    chosen,
     configure,
     dry,
     emit,
     reporter,
 )
 from core.config import pick
-from core.errors import SettingError
 
 
 def sample(
     student: Annotated[
         str | None, typer.Option(help="Run folder, exported student, or a shipped name.")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text; repeatable.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text, or a class number (every class); repeatable.")
+    ] = None,
     prompts: Prompts = None,
     out: Out = Path("samples"),
-    num: Annotated[int | None, typer.Option(help="Images per prompt [1].")] = None,
+    num: Annotated[int | None, typer.Option(help="Images per prompt (1).")] = None,
     teacher: TeacherOption = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step [32].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step (32).")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Scale to imitate, for a student that is told it [8].")
+        float | None, typer.Option(help="Scale to imitate, for a student that is told it (8).")
     ] = None,
     preset: Preset = None,
     sets: Sets = None,
-    seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) [0].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) (0).")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -46,28 +48,19 @@ def sample(
 
     options = {
         "student": student, "prompt": tuple(prompt) if prompt else None, "prompts": prompts, "num": num,
-        "teacher": teacher, "batch_size": batch_size, "seed": seed,
-        "guidance": guidance,
+        "teacher": teacher, "batch_size": batch_size, "seed": seed, "guidance": guidance,
     }  # fmt: skip
-    config = configure(pick(SAMPLE_PRESETS, preset or "default", "preset"), options, sets)
+    config = chosen(SAMPLE_PRESETS, preset or "default", options, sets)
     if dry_run:
         dry(config, as_json)
-    from distill.sample import save_samples
+    from distill.sample import own_prompts, save_samples
     from pairgen.prompts import read_prompts
 
     texts = [*config.prompt, *(read_prompts(Path(config.prompts)) if config.prompts else [])]
-    if not texts:
-        raise SettingError("nothing to draw; give --prompt TEXT or --prompts FILE")
+    texts = texts or own_prompts(config.student, config.teacher)
     texts = [text for text in texts for _ in range(config.num)]
     drawn = save_samples(
-        config.student,
-        texts,
-        out,
-        config.seed,
-        config.batch_size,
-        config.teacher,
-        config.guidance,
-        reporter,
+        config.student, texts, out, config.seed, config.batch_size, config.teacher, config.guidance, reporter
     )
     emit(drawn, as_json, "samples")
 
@@ -79,11 +72,11 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="safetensors [default], diffusers: a pipeline folder, lora: adapters only, or onnx.",
+            help="safetensors (default), diffusers: a pipeline folder, lora: adapters only, or onnx.",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16 [safetensors fp16, else fp32].")
+        str | None, typer.Option(help="fp32, fp16 or bf16 (safetensors fp16, else fp32).")
     ] = None,
     teacher: TeacherOption = None,
     scores: Annotated[
@@ -93,10 +86,10 @@ def export(
         str | None, typer.Option(help="The teacher's licence, where its folder says none.")
     ] = None,
     watts: Annotated[
-        float | None, typer.Option(help="A device's mean power, for the CO2 of the card [400].")
+        float | None, typer.Option(help="A device's mean power, for the CO2 of the card (400).")
     ] = None,
     kg_per_kwh: Annotated[
-        float | None, typer.Option(help="CO2 of electricity, kg a kWh, for the card [0.48].")
+        float | None, typer.Option(help="CO2 of electricity, kg a kWh, for the card (0.48).")
     ] = None,
     preset: Preset = None,
     sets: Sets = None,
@@ -109,12 +102,8 @@ def export(
     from distill.export import EXPORT_PRESETS, export
 
     config = pick(EXPORT_PRESETS, preset or "default", "preset")
-    card = {
-        "scores": tuple(str(file) for file in scores) if scores else None,
-        "licence": licence,
-        "watts": watts,
-        "kg_per_kwh": kg_per_kwh,
-    }
+    card: dict[str, Any] = {"scores": tuple(map(str, scores)) if scores else None, "licence": licence}
+    card |= {"watts": watts, "kg_per_kwh": kg_per_kwh}
     config = replace(config, card=configure(config.card, card, None))
     config = configure(config, {"student": student, "format": form, "dtype": dtype, "teacher": teacher}, sets)
     if dry_run:

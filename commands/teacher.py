@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DryRun, Json, Out, Preset, Seed, Sets, configure, dry, emit, reporter
-from core.config import pick
+from commands.common import DryRun, Json, Out, Preset, Seed, Sets, chosen, dry, emit, reporter
 
 app = typer.Typer(help="Train or inspect a teacher.", no_args_is_help=True)
 
@@ -25,7 +24,7 @@ def teacher_train(
     """Train a small Stable-Diffusion-shaped teacher on captioned pictures."""
     from miniature.teacher import PRESETS, train_teacher
 
-    config = configure(pick(PRESETS, preset or "scenes", "preset"), {"data": data, "seed": seed}, sets)
+    config = chosen(PRESETS, preset or "scenes", {"data": data, "seed": seed}, sets)
     if dry_run:
         dry(config, as_json)
     emit(train_teacher(config, out, tuple(stages.split(",")), reporter), as_json, "teacher")

@@ -25,31 +25,25 @@ app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
 app.command("watch")(watch)
 
 
-def _distill(
-    stage: str,
-    preset: str | None,
-    sets: list[str] | None,
-    out: Path,
-    dry_run: bool,
-    as_json: bool,
-    options: dict[str, Any],
-    train_options: dict[str, Any],
-    validate: dict[str, Any],
-) -> None:
+def _distill(stage: str, given: dict[str, Any]) -> None:
+    """Train as the command's parameters say."""
     from core import dist
     from core.errors import Interrupted
     from distill.presets import preset as distill_preset
     from distill.sentinels import Collapse
 
+    options = {name: given.get(name) for name in ("pairs", "teacher", "lpips", "init", "seed")}
+    length = {name: given[name] for name in ("minutes", "images")}
+    preset, as_json = given["preset"], given["as_json"]
     config = distill_preset(preset or "sd15-cfg8", stage)
-    config = replace(config, train=configure(config.train, train_options, None))
-    config = configure(config, options, sets)
-    if dry_run:
+    config = replace(config, train=configure(config.train, length, None))
+    config = configure(config, options, given["sets"])
+    if given["dry_run"]:
         dry(config, as_json, _plan(config, preset or ""))
     from distill.train import train
 
     try:
-        found = train(config, out, reporter, _validator(config, validate))
+        found = train(config, given["out"], reporter, _validator(config, given))
     except (Interrupted, FloatingPointError, Collapse):  # which all processes raise together
         dist.finish()
         raise
@@ -62,35 +56,26 @@ def _validator(config: Any, given: dict[str, Any]) -> Any:
     """What measures FID on the way, if asked for."""
     from core.errors import SettingError
 
-    given = {name: value for name, value in given.items() if value is not None}
-    if "protocol" not in given:
-        if given:
-            raise SettingError(f"--validate-{next(iter(given))} says how; give --validate PROTOCOL too")
+    how = {name: given[f"validate_{name}"] for name in ("reference", "num", "prompts", "weights")}
+    how = {name: value for name, value in how.items() if value is not None}
+    if given["validate"] is None:
+        if how:
+            raise SettingError(f"--validate-{next(iter(how))} says how; give --validate PROTOCOL too")
         return None
     if not config.train.validate_images:
         raise SettingError(
             "--validate needs to know when; set train.validate_images=N and train.validate_pairs=K"
-        )
-    if config.engine.parallel == "fsdp":
-        raise SettingError(
-            "--validate draws whole students; set engine.parallel=ddp, or `d2g eval run --every`"
         )
     from core.config import pick
     from eval.config import EvalRun
     from eval.protocol import PROTOCOLS
     from miniature.validation import measuring
 
-    protocol = pick(PROTOCOLS, given.pop("protocol"), "protocol")
-    weights = tuple(str(path) for path in [given.pop("weights", None)] if path)
-    run = EvalRun(
-        teacher=config.teacher,
-        protocol=protocol,
-        metrics=("fid",),
-        weights=weights,
-        resamples=0,
-        allow_fewer=True,
-        **given,
-    )
+    protocol = pick(PROTOCOLS, given["validate"], "protocol")
+    if "weights" in how:
+        how["weights"] = (str(how["weights"]),)
+    told: dict[str, Any] = {"metrics": ("fid",), "resamples": 0, "allow_fewer": True, **how}
+    run = EvalRun(teacher=config.teacher, protocol=protocol, **told)
     return measuring(run, config.teacher)
 
 
@@ -112,20 +97,16 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
 Pairs = Annotated[
     str | None, typer.Option(help="Folder of `d2g pairs generate`, or its URL (s3://, gs://, hf://).")
 ]
-Lpips = Annotated[Path | None, typer.Option(help="LatentLPIPS folder [TEACHER/latent_lpips].")]
+Lpips = Annotated[Path | None, typer.Option(help="LatentLPIPS folder (TEACHER/latent_lpips).")]
 Minutes = Annotated[float | None, typer.Option(help="Stop after so long, with a checkpoint.")]
 Validation = Annotated[
     str | None, typer.Option("--validate", help="Protocol of `d2g eval` whose FID to measure on the way.")
 ]
 Reference = Annotated[str | None, typer.Option(help="Its reference, as --reference of `d2g eval run`.")]
-ValidateNum = Annotated[int | None, typer.Option(help="Images to draw for it [the protocol's].")]
-ValidatePrompts = Annotated[str | None, typer.Option(help="Prompts to draw for it [the protocol's].")]
+ValidateNum = Annotated[int | None, typer.Option(help="Images to draw for it (the protocol's).")]
+ValidatePrompts = Annotated[str | None, typer.Option(help="Prompts to draw for it (the protocol's).")]
 ValidateWeights = Annotated[Path | None, typer.Option(help="Weights of its feature network.")]
 Images = Annotated[int | None, typer.Option(help="Training images, over all ranks.")]
-
-
-def _judged(*values: Any) -> dict[str, Any]:
-    return dict(zip(("protocol", "reference", "num", "prompts", "weights"), values, strict=True))
 
 
 @app.command("ode")
@@ -148,10 +129,7 @@ def distill_ode(
     as_json: Json = False,
 ) -> None:
     """Stage 1: regress the teacher's latents from their noise in one step."""
-    options = {"pairs": pairs, "teacher": teacher, "lpips": lpips, "seed": seed}
-    length = {"minutes": minutes, "images": images}
-    judged = _judged(validate, validate_reference, validate_num, validate_prompts, validate_weights)
-    _distill("ode", preset, sets, out, dry_run, as_json, options, length, judged)
+    _distill("ode", locals())
 
 
 @app.command("gan")
@@ -175,7 +153,4 @@ def distill_gan(
     as_json: Json = False,
 ) -> None:
     """Stage 2: add the text- and noise-conditional discriminator."""
-    options = {"pairs": pairs, "teacher": teacher, "lpips": lpips, "init": init, "seed": seed}
-    length = {"minutes": minutes, "images": images}
-    judged = _judged(validate, validate_reference, validate_num, validate_prompts, validate_weights)
-    _distill("gan", preset, sets, out, dry_run, as_json, options, length, judged)
+    _distill("gan", locals())

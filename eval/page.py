@@ -43,11 +43,11 @@ class Numbered(Sequence[Tensor]):
         return self.source.image(item)
 
 
-def first_images(source: Source, count: int, batch_size: int = 16) -> list[Tensor]:
+def first_images(source: Source, count: int) -> list[Tensor]:
     """The first images of a source as they are, uint8 [3, H, W] each."""
     if source.count is not None:  # files: of several sizes, maybe
         return Numbered(source, count)[:]
-    drawn = source.draw(range(count), batch_size, (NATIVE,))
+    drawn = source.draw(range(count), 16, (NATIVE,))
     return [image.cpu() for batch in drawn for image in batch.views[NATIVE]]
 
 

@@ -31,18 +31,16 @@ class PickNet:
     score: Callable[[Tensor, list[str]], Tensor]
 
 
-def load_pickscore(
-    weights: str | None = None, tokenizer: str | None = None, device: Device = "cpu"
-) -> PickNet:
+def load_pickscore(weights: str | None = None, device: Device = "cpu") -> PickNet:
     """PickScore (Kirstain et al. 2023): exp(logit scale) times the cosine of image and prompt.
 
-    `weights`, `tokenizer`: folders or hub ids in transformers' format; None: PICKSCORE and
-    PICKSCORE_TOKENIZER, or the given weights' folder for both. Images go through PIL's bicubic filter to the
-    model's size, around their centre. Raises UserError when either is missing.
+    `weights`: folder or hub id in transformers' format, tokenizer included; None: PICKSCORE and
+    PICKSCORE_TOKENIZER. Images go through PIL's bicubic filter to the model's size, around their centre.
+    Raises UserError when either is missing.
     """
     source = weights or PICKSCORE
     model = vision.load_clip(source).to(device)
-    words = vision.load_clip_tokenizer(tokenizer or (PICKSCORE_TOKENIZER if weights is None else source))
+    words = vision.load_clip_tokenizer(PICKSCORE_TOKENIZER if weights is None else source)
     size, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
     @torch.no_grad()

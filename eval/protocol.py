@@ -167,6 +167,19 @@ _GIGAGAN = Protocol(
     metrics=("fid", "clip", "pr"),
 )
 
+_SCENES = Protocol(
+    name="scenes-5k",
+    prompts="scenes",
+    reference="scenes",
+    images=5_000,
+    reference_images=5_000,
+    size=64,
+    resize="box",
+    crop="centre",
+    features="oracle",
+    metrics=("fid", "kid", "clip", "pr", "caption_accuracy"),
+)
+
 _ALL = (
     # GigaGAN's evaluation code, which DMD and DMD2 also use: Lanczos, OpenAI's ViT-B/32.
     _GIGAGAN,
@@ -207,29 +220,9 @@ _ALL = (
         features="inception-tf",
         metrics=("fid",),
     ),
-    Protocol(
-        name="scenes-5k",
-        prompts="scenes",
-        reference="scenes",
-        images=5_000,
-        reference_images=5_000,
-        size=64,
-        resize="box",
-        crop="centre",
-        features="oracle",
-        metrics=("fid", "kid", "clip", "pr", "caption_accuracy"),
-    ),
+    _SCENES,
     # The same on as many scenes as one asks for: the demo's.
-    Protocol(
-        name="miniature",
-        prompts="scenes",
-        reference="scenes",
-        size=64,
-        resize="box",
-        crop="centre",
-        features="oracle",
-        metrics=("fid", "kid", "clip", "pr", "caption_accuracy"),
-    ),
+    replace(_SCENES, name="miniature", images=0, reference_images=0),
     # 28x28 garments as a 32 px teacher sees them, against all 10,000 test photographs; docs/LOG.md.
     Protocol(
         name="fashion-1k",

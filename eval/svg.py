@@ -178,9 +178,9 @@ def grouped(line: Sequence[Point], group: int) -> list[Point]:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten) within [low, high], about `about` of them."""
-    rough = (high - low) / about
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten) within [low, high], about five of them."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

@@ -4,10 +4,8 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ from latent_lpips.metric import LatentLPIPS
 from latent_lpips.pictures import Pictures, open_labelled
 from latent_lpips.recipes import ClassifyConfig, given
 from latent_lpips.sources import Encoder, Item, Stream, check_size, open_stream
-from latent_lpips.train import learning_rate, split
+from latent_lpips.train import learning_rate, make_optimizer, split
 from latent_lpips.vgg import VGG16
 
 MUTABLE = ("minutes", "workers", "cache", "score_epochs")
@@ -245,16 +243,6 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         norm.num_batches_tracked += 1
     gain = norm.weight * (variance + norm.eps).rsqrt()
     return (centred * gain[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
-
-
-def make_optimizer(model: nn.Module, config: ClassifyConfig) -> torch.optim.Optimizer:
-    """SGD as in the ImageNet recipe, or AdamW."""
-    if config.optimizer == "sgd":
-        kind: Any = partial(torch.optim.SGD, momentum=config.momentum)
-    else:
-        kind = partial(torch.optim.AdamW, betas=(config.momentum, 0.999))
-    made: torch.optim.Optimizer = kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    return made
 
 
 def check_finite(loss: Tensor, nimg: int, folder: Path, lr: float) -> None:

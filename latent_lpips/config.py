@@ -12,9 +12,11 @@ FAMILIES = "bgco"
 """b: pixel blitting, g: general geometry, c: colour, o: cutout."""
 
 
-def _require(ok: bool, name: str, got: object, expected: str) -> None:
-    if not ok:
-        raise SettingError(f"setting {name!r} is {got!r}, expected {expected}")
+def require(config: object, **rules: tuple[bool, str]) -> None:
+    """Raise SettingError for the first setting of `config` whose rule (holds, what is expected) fails."""
+    for name, (ok, expected) in rules.items():
+        if not ok:
+            raise SettingError(f"setting {name!r} is {getattr(config, name)!r}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +32,12 @@ class LPIPSConfig:
     trunk becomes when its norms are folded."""
 
     def __post_init__(self) -> None:
-        _require(self.channels > 0, "channels", self.channels, "a positive number")
-        _require(1 / 64 <= self.width <= 4, "width", self.width, "1/64 to 4")
-        known = ("batch", "group", "none")
-        _require(self.norm in known, "norm", self.norm, "'batch', 'group' or 'none'")
+        require(
+            self,
+            channels=(self.channels > 0, "a positive number"),
+            width=(1 / 64 <= self.width <= 4, "1/64 to 4"),
+            norm=(self.norm in ("batch", "group", "none"), "'batch', 'group' or 'none'"),
+        )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -72,13 +76,13 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         letters = "" if self.families == "none" else self.families
-        known = set(letters) <= set(FAMILIES) and len(set(letters)) == len(letters)
-        _require(known and self.families != "", "families", self.families, "'none' or letters of 'bgco'")
+        known = set(letters) <= set(FAMILIES) and len(set(letters)) == len(letters) and self.families != ""
+        require(self, families=(known, "'none' or letters of 'bgco'"))
         for name in ("integer_shift", "scale_std", "stretch_std", "shift_std", "brightness"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(self, **{name: (getattr(self, name) >= 0, "0 or more")})
         for name in ("contrast", "saturation", "cutout"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
-        _require(0 <= self.rotation <= 180, "rotation", self.rotation, "0 to 180 degrees")
+            require(self, **{name: (0 <= getattr(self, name) <= 1, "0 to 1")})
+        require(self, rotation=(0 <= self.rotation <= 180, "0 to 180 degrees"))
 
     @property
     def letters(self) -> str:
@@ -112,14 +116,17 @@ class TrunkTrainConfig:
     held_out: float = 0.05
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", self.lr, "a positive number")
-        _require(self.batch >= 2, "batch", self.batch, "2 or more, for the batch statistics")
-        _require(self.images >= 1, "images", self.images, "1 or more")
-        _require(self.minutes is None or self.minutes > 0, "minutes", self.minutes, "a positive number")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to below 1")
-        _require(self.grid >= 1, "grid", self.grid, "1 or more")
-        _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
-        _require(0 <= self.shift < 1, "shift", self.shift, "0 up to below 1")
+        require(
+            self,
+            lr=(self.lr > 0, "a positive number"),
+            batch=(self.batch >= 2, "2 or more, for the batch statistics"),
+            images=(self.images >= 1, "1 or more"),
+            minutes=(self.minutes is None or self.minutes > 0, "a positive number"),
+            dropout=(0 <= self.dropout < 1, "0 up to below 1"),
+            grid=(self.grid >= 1, "1 or more"),
+            held_out=(0 < self.held_out < 1, "between 0 and 1"),
+            shift=(0 <= self.shift < 1, "0 up to below 1"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,11 +140,14 @@ class CalibrateConfig:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", self.lr, "a positive number")
-        _require(self.batch >= 1, "batch", self.batch, "1 or more")
-        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to below 1")
-        _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
+        require(
+            self,
+            lr=(self.lr > 0, "a positive number"),
+            batch=(self.batch >= 1, "1 or more"),
+            epochs=(self.epochs >= 1, "1 or more"),
+            dropout=(0 <= self.dropout < 1, "0 up to below 1"),
+            held_out=(0 < self.held_out < 1, "between 0 and 1"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,11 +165,12 @@ class LPIPSTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.triplets >= 2, "triplets", self.triplets, "2 or more")
-        _require(
-            self.unrelated is None or self.unrelated > 0, "unrelated", self.unrelated, "positive or null"
+        require(
+            self,
+            triplets=(self.triplets >= 2, "2 or more"),
+            unrelated=(self.unrelated is None or self.unrelated > 0, "positive or null"),
+            seed=(self.seed >= 0, "0 or more"),
         )
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
 _SMALL = TrunkTrainConfig(

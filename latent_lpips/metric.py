@@ -30,7 +30,7 @@ class PerceptualDistance(nn.Module):
         """Feature maps [B, C_l, h_l, w_l] of inputs [B, C, h, w], one for each head [C_l]."""
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: batch norm must use the statistics of the trunk's training (method 10.8)."""
+        """Stays in eval mode: batch norm must use the statistics of the trunk's training."""
         return super().train(False)
 
     def forward(self, pred: Tensor, target: Tensor, spatial: bool = False) -> Tensor:
@@ -219,7 +219,7 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 
 def _refuse_negative_heads(module: nn.Module, _: object) -> None:
-    """A distance with a negative weight can fall below 0 and be minimised without end (method 10.8)."""
+    """A distance with a negative weight can fall below 0 and be minimised without end."""
     assert isinstance(module, LatentLPIPS)
     refuse_negative(module.heads)
 

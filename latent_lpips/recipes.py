@@ -4,14 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from core.errors import SettingError
-from latent_lpips.config import AugmentConfig, CalibrateConfig
-
-
-def require(config: object, **rules: tuple[bool, str]) -> None:
-    """Raise SettingError for the first setting of `config` whose rule (holds, what is expected) fails."""
-    for name, (ok, expected) in rules.items():
-        if not ok:
-            raise SettingError(f"setting {name!r} is {getattr(config, name)!r}, expected {expected}")
+from latent_lpips.config import AugmentConfig, CalibrateConfig, require
 
 
 def given(config: Any, *names: str) -> None:
@@ -118,7 +111,7 @@ class PatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadsConfig:
-    """Calibration on two-alternative judgements, LPIPS' protocol (method 3.2)."""
+    """Calibration on two-alternative judgements, LPIPS' protocol (Zhang et al. 2018)."""
 
     data: str = ""
     """BAPPS: train/ and val/ with a folder for each kind, or one folder with ref/ p0/ p1/ judge/."""

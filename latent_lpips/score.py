@@ -25,6 +25,7 @@ from latent_lpips.calibration import open_metric, patch_facts, to_latents
 from latent_lpips.pixels import PixelLPIPS
 from latent_lpips.recipes import ScoreConfig, given
 from latent_lpips.sources import alone
+from latent_lpips.train import agreement
 
 OURS = "latent_lpips"
 
@@ -141,20 +142,14 @@ def split_distances(
 
 def two_afc_score(distances: Tensor, answers: Tensor) -> float:
     """Mean agreement of distances [N, 2] with shares [N] that prefer p1; a tie counts a half."""
-    return two_afc_rows(distances, answers).mean().item()
+    d0, d1 = distances.unbind(1)
+    return agreement(d0, d1, answers)
 
 
 def two_people(answers: Tensor) -> float:
     """How often two people, drawn at random, agree about a judgement: shares [N] that prefer p1 -> mean."""
     p = answers.double()
     return (p**2 + (1 - p) ** 2).mean().item()
-
-
-def two_afc_rows(distances: Tensor, answers: Tensor) -> Tensor:
-    """Each judgement's agreement, [N]."""
-    d0, d1 = distances.unbind(1)
-    answers = answers.double()
-    return (d0 < d1) * (1 - answers) + (d1 < d0) * answers + (d0 == d1) * 0.5
 
 
 def jnd_score(distances: Tensor, answers: Tensor) -> float:

@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from latent_lpips.config import (
 )
 from latent_lpips.data import Triplets, caption_targets, synthetic_triplets
 from latent_lpips.metric import LatentLPIPS
+from latent_lpips.recipes import ClassifyConfig
 from latent_lpips.vgg import VGG16
 
 BATCH = 250
@@ -91,7 +94,7 @@ def train_trunk(
     shift = AugmentConfig(families="b", flip=config.flip, quarter_turns=False, integer_shift=config.shift)
     with _seeded(seed, device):
         model = VGG16(network, classes, config.dropout, config.grid).to(device).train()
-        optimizer = _optimizer(model, config)
+        optimizer = make_optimizer(model, config)
         started, seen, fraction = time.monotonic(), 0, 0.0
         while fraction < 1:
             for group in optimizer.param_groups:
@@ -137,14 +140,14 @@ def _seeded(seed: int, device: torch.device | str) -> Iterator[None]:
         yield
 
 
-def _optimizer(model: nn.Module, config: TrunkTrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrunkTrainConfig | ClassifyConfig) -> torch.optim.Optimizer:
+    """SGD as in the ImageNet recipe, or AdamW."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return torch.optim.AdamW(
-        model.parameters(), config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay
-    )
+        kind: Any = partial(torch.optim.SGD, momentum=config.momentum)
+    else:
+        kind = partial(torch.optim.AdamW, betas=(config.momentum, 0.999))
+    made: torch.optim.Optimizer = kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    return made
 
 
 def _classification_loss(logits: Tensor, targets: Tensor) -> Tensor:

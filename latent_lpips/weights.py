@@ -83,20 +83,19 @@ def load(
 def load_lpips(
     path: str | Path,
     latent_channels: int,
-    fold: bool = True,
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
 ) -> LatentLPIPS:
     """`load`, for a latent space of `latent_channels`. Raises UserError when the weights are for another."""
     path = Path(path)
-    metric = None if path.suffix not in SUFFIXES else load(path, fold, precision, device)
+    metric = None if path.suffix not in SUFFIXES else load(path, precision=precision, device=device)
     channels = metric.config.channels if metric else _network(_folder(path)).channels
     if channels != latent_channels:
         raise UserError(
             f"{path}: LatentLPIPS weights take latents of {channels} channels, expected {latent_channels} "
             "as in these latents; give weights trained in the same latent space"
         )
-    return metric if metric else load(path, fold, precision, device)
+    return metric if metric else load(path, precision=precision, device=device)
 
 
 def convert(path: str | Path, out: str | Path, space: str | None = None) -> dict[str, Any]:

@@ -162,13 +162,6 @@ class Browser:
         self._session = ""
         self.call("Browser.close")
 
-    def screenshot(self, file: Path) -> None:
-        """The whole page as it was opened, as PNG."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        file.write_bytes(base64.b64decode(shot["data"]))
-
     def pdf(self) -> bytes:
         """The page as a reader with a dark screen would print it on A4."""
         dark = [{"name": "prefers-color-scheme", "value": "dark"}]

@@ -11,7 +11,9 @@ os.environ["OMP_NUM_THREADS"] = (
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub
 os.environ["D2G_CACHE"] = tempfile.mkdtemp(prefix="d2g-cache-")  # nor use anybody's cache
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -40,3 +42,26 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "teacher"
     tiny.save_teacher(folder)
     return folder
+
+
+@pytest.fixture
+def d2g(capfd: pytest.CaptureFixture[str]) -> Any:
+    """`d2g(words…)`: the command line in this process; gives a jobs.Ended."""
+    import cli
+    from jobs import Ended
+
+    def run(*words: object) -> Ended:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(word) for word in words])
+        code = left.value.code
+        return Ended(code if isinstance(code, int) else 0, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

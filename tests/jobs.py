@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -21,6 +20,8 @@ import tiny
 from commands.common import reporter
 from core.config import override
 from distill.config import DistillConfig, TrainConfig
+from eval.features import new_clip, save_clip
+from forks import environments
 from pairgen.generate import generate_pairs
 
 BATCH = 4
@@ -41,6 +42,22 @@ def make_pairs(teacher: Path, folder: Path, **settings: Any) -> Path:
     prompts = tiny.save_prompts(folder / "prompts.txt")
     generate_pairs(tiny.pair_config(str(teacher), prompts, **settings), folder / "pairs")
     return folder / "pairs"
+
+
+def make_clip(teacher: Path, folder: Path) -> Path:
+    """A CLIP of 16 px and 8 features at `folder`, untrained, with the teacher's tokenizer."""
+    tower = {"width": 16, "layers": 1, "mlp_ratio": 1.0}
+    vocabulary = len(json.loads((teacher / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
+    text = {"context_length": 12, "vocab_size": vocabulary, "heads": 2, **tower}
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "head_width": 8, **tower},
+        "text_cfg": {**text, "hf_tokenizer_name": "tokenizer files beside this one"},
+    }
+    torch.manual_seed(0)
+    shape = {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_clip(new_clip(config), config, shape, teacher / "tokenizer", folder)
+    return folder
 
 
 def distill_config(
@@ -67,6 +84,14 @@ class Ended:
     code: int
     stdout: str
     stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """stdout of a command that ended well: one object on one line and nothing else."""
+        assert self.code == 0, self.stderr
+        assert len(self.stdout.splitlines()) == 1, self.stdout
+        found: dict[str, Any] = json.loads(self.stdout)
+        return found
 
     @property
     def error(self) -> str:
@@ -154,13 +179,8 @@ def d2g_ranks(
     arguments: list[str], folder: Path, ranks: int = 2, environment: Mapping[str, str] | None = None
 ) -> list[Ended]:
     """Run a command on several ranks, told about each other as torchrun tells them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    group |= environment or {}
     started = [
-        Running(arguments, folder / f"rank{r}", {**group, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(ranks)
+        Running(arguments, folder / f"rank{rank}", {**told, **(environment or {})})
+        for rank, told in enumerate(environments(ranks))
     ]
     return [running.wait() for running in started]

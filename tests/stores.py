@@ -1,4 +1,4 @@
-"""Pair stores for reader tests, made of shards that `encode_rows` packs: no teacher, no writer, a few ms."""
+"""Pair stores without a teacher: `put_store` packs shards in a few ms, `make_store` writes as a job does."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core import seeds
 from core.latents import LatentSpace
-from pairgen.layout import StoreSpec, create_store, encode_record, quarantine_path, shard_path
+from pairgen.layout import StoreSpec, create_store, encode_record, pending, quarantine_path, shard_path
 from pairgen.store import PairBatch, encode_rows
+from pairgen.writer import PairWriter
 
 SPEC = StoreSpec(
     teacher="tiny",
@@ -83,8 +85,28 @@ def same(a: PairBatch, b: PairBatch) -> bool:
     return a.prompts == b.prompts and all(torch.equal(x.double(), y.double()) for x, y in tensors)
 
 
-def spoil(path: Path, position: int, mask: int = 16) -> None:
-    """Flip bits of one byte of a file; its length and names stay."""
+def spoil(path: Path, position: int) -> None:
+    """Flip a bit of one byte of a file; its length and names stay."""
     data = bytearray(path.read_bytes())
-    data[position] ^= mask
+    data[position] ^= 16
     path.write_bytes(data)
+
+
+def rows(spec: StoreSpec, index: list[int]) -> tuple[Tensor, Tensor, list[str], list[int]]:
+    """What a generator would append for these pairs: noise, latent, prompts, index."""
+    noise = seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
+    return noise, noise.float() * 0.5 + 1, [PROMPTS[spec.prompt_of(i)] for i in index], index
+
+
+def write_shard(folder: Path, spec: StoreSpec, shard: int, batch: int = 3, flush_seconds: float = 60) -> None:
+    with PairWriter(folder, spec, shard, flush_seconds=flush_seconds) as writer:
+        while writer.missing:
+            writer.append(*rows(spec, writer.missing[:batch]))
+        writer.commit()
+
+
+def make_store(folder: Path, spec: StoreSpec = SPEC) -> Path:
+    create_store(folder, spec)
+    for work in pending(folder, spec):
+        write_shard(folder, spec, work.start // spec.shard_size)
+    return folder

@@ -1,44 +1,20 @@
 """`d2g lpips train | calibrate | score | overfit | triplets`, through the command line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import cli
 from labelled import save_classes
 from latent_lpips import load
 
 WORKS = ["train", "calibrate", "score", "overfit", "triplets"]
 
 
-class Said:
-    """A command's exit code and words."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> dict[str, Any]:
-        assert self.code == 0, self.err
-        assert len(self.out.splitlines()) == 1, self.out
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-
 @pytest.fixture
-def lpips(capfd: pytest.CaptureFixture[str]) -> Any:
+def lpips(d2g: Any) -> Any:
     """`lpips(words…)`: `d2g lpips words… --json` in this process."""
-
-    def run(*words: object) -> Said:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main(["lpips", *(str(word) for word in words), "--json"])
-        code = left.value.code
-        return Said(code if isinstance(code, int) else 0, *capfd.readouterr())
-
-    return run
+    return lambda *words: d2g("lpips", *words, "--json")
 
 
 def sets(**settings: object) -> list[str]:
@@ -81,20 +57,20 @@ def test_dry_runs_touch_nothing_and_presets_are_named(
     assert found["config"]["seed"] == 7 and "out" in found and list(tmp_path.iterdir()) == []
     said = lpips(command, "--preset", "smal")
     hint = "known: patches, pictures" if command == "triplets" else "did you mean 'small'?"
-    assert said.code == 2 and hint in said.err
+    assert said.code == 2 and hint in said.stderr
     said = lpips(command, "--set", "sed=1")
-    assert said.code == 2 and "did you mean 'seed'?" in said.err
+    assert said.code == 2 and "did you mean 'seed'?" in said.stderr
     said = lpips(command)
-    assert said.code == 2 and "is not set; give --" in said.err and list(tmp_path.iterdir()) == []
+    assert said.code == 2 and "is not set; give --" in said.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_failures_are_one_line(lpips: Any, teacher: Path, tmp_path: Path) -> None:
     said = lpips("train", "--data", tmp_path / "no", "--latents", teacher, "--out", tmp_path / "out")
-    assert said.code == 1 and said.err.strip().splitlines()[-1].startswith("error: ")
+    assert said.code == 1 and said.stderr.strip().splitlines()[-1].startswith("error: ")
     said = lpips("score", "--pixels", "vg", "--data", tmp_path)
-    assert said.code == 2 and "expected vgg, alex or squeeze" in said.err
+    assert said.code == 2 and "expected vgg, alex or squeeze" in said.stderr
     said = lpips("train", "--data", tmp_path, "--latents", tmp_path, "--out", tmp_path / "out")
-    assert said.code == 1 and "no model_index.json" in said.err
+    assert said.code == 1 and "no model_index.json" in said.stderr
 
 
 @pytest.mark.parametrize("command", ["score", "overfit", "triplets"])
@@ -103,4 +79,4 @@ def test_commands_of_one_process_refuse_several(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = lpips(command)
-    assert said.code == 2 and f"{command} runs in one process, got 2" in said.err
+    assert said.code == 2 and f"{command} runs in one process, got 2" in said.stderr

@@ -17,14 +17,7 @@ import torch
 
 import tiny_teachers
 from core.errors import UserError
-from core.pipelines import (
-    OPTIONAL,
-    PIPELINES,
-    choose_weights,
-    open_pipeline,
-    piece_files,
-    weights_sha256,
-)
+from core.pipelines import OPTIONAL, PIPELINES, choose_weights, open_pipeline, piece_files, weights_sha256
 from core.pretrained import load_model
 from core.seeds import noise
 from pairgen.teacher import load_teacher

@@ -10,36 +10,16 @@ from torch.nn.functional import normalize
 
 import tiny
 from core.errors import UserError
-from core.pretrained import new_tokenizer
 from core.seeds import generator
-from eval.clip_net import CLIP_PRESETS, load_clip, load_clip_features, new_clip, save_clip
+from eval.clip_net import CLIP_PRESETS, load_clip, load_clip_features
 from eval.mmd import cmmd
 from eval.prompt_score import clip_scores
+from jobs import make_clip
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = tmp_path_factory.mktemp("words")
-    size = len(new_tokenizer(tiny.CAPTIONS, words, 320, 12))
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-        "text_cfg": {
-            "context_length": 12,
-            "vocab_size": size,
-            "width": 16,
-            "heads": 2,
-            "layers": 1,
-            "hf_tokenizer_name": ".",
-        },
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = new_clip(config)
-    out = tmp_path_factory.mktemp("clip") / "small"
-    statistics = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    save_clip(net, config, statistics, words, out)
-    return out
+def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(teacher, tmp_path_factory.mktemp("clip") / "small")
 
 
 def pictures(count: int) -> Tensor:

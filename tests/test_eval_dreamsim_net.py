@@ -116,7 +116,7 @@ def test_embeddings_and_distances_are_dreamsims(folder: Path, judge: tuple[Any, 
 
 
 @torch.no_grad()
-def test_the_adapter_counts(folder: Path, judge: tuple[Any, Any]) -> None:
+def test_the_adapter_counts(judge: tuple[Any, Any]) -> None:
     """Without it the judge itself is far off: agreement above is not agreement of plain ViTs."""
     model, _ = judge
     pixels = torch.rand(2, 3, 224, 224, generator=generator(0))

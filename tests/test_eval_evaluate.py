@@ -324,7 +324,7 @@ def test_a_missing_prompt_is_named() -> None:
         measure(batch_source("x", [(images, ["", *prompts[1:]])]))
 
 
-def test_compare_refuses_what_does_not_compare(tmp_path: Path) -> None:
+def test_compare_refuses_what_does_not_compare() -> None:
     a, b = measure(source(30, 2)), measure(source(30, 3))
     rows = compare({"b": b, "a": a})
     assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["fid"] == a.fid

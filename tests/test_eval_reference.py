@@ -126,7 +126,7 @@ def test_changed_files_are_measured_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert after.facts["files_sha256"] != before.facts["files_sha256"]
 
 
-def test_the_digest_is_of_the_files_bytes_in_order(coco: Path, tmp_path: Path) -> None:
+def test_the_digest_is_of_the_files_bytes_in_order(coco: Path) -> None:
     """So that two people know they have the same reference, wherever it lies."""
     import hashlib
 

@@ -1,10 +1,6 @@
 """eval.stats: closed forms, batches, files, and one to three processes."""
 
 import math
-import os
-import socket
-import traceback
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ from core.errors import UserError
 from core.seeds import generator
 from eval.frechet import frechet_distance
 from eval.stats import BLOCK, FeatureStats, Origin
+from forks import on_ranks
 
 ORIGIN = Origin(features="test", features_sha256="0" * 64, resize="native", source="rows")
 
@@ -65,48 +62,21 @@ def test_indices_put_rows_in_order() -> None:
         stats.update(features)
 
 
-def _rank(rank: int, ranks: int, port: int, features: Tensor, folder: Path) -> None:
-    """One process: its share of the batches, then everybody's statistics into a file."""
-    group = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "RANK": str(rank),
-    }
-    os.environ.update(group)
-    torch.set_num_threads(1)
-    dist.init()
-    stats = FeatureStats(features.shape[1], ORIGIN)
-    for indices in torch.arange(len(features)).split(8)[rank::ranks]:
-        stats.update(features[indices], indices)
-    merged = stats.gather()
-    tensors = {"mean": merged.mean, "covariance": merged.covariance, "rows": merged.rows}
-    save_file({**tensors, "count": torch.tensor(merged.count)}, folder / f"{rank}.safetensors")
-    dist.barrier()
-    dist.finish()
+def gathered(ranks: int, features: Tensor, folder: Path) -> list[dict[str, Tensor]]:
+    """What each of `ranks` processes has after sharing out the batches and gathering."""
 
+    def work(rank: int) -> None:
+        dist.init()
+        stats = FeatureStats(features.shape[1], ORIGIN)
+        for indices in torch.arange(len(features)).split(8)[rank::ranks]:
+            stats.update(features[indices], indices)
+        merged = stats.gather()
+        tensors = {"mean": merged.mean, "covariance": merged.covariance, "rows": merged.rows}
+        save_file({**tensors, "count": torch.tensor(merged.count)}, folder / f"{rank}.safetensors")
+        dist.barrier()
+        dist.finish()
 
-def on_ranks(ranks: int, features: Tensor, folder: Path) -> list[dict[str, Tensor]]:
-    """What each of `ranks` processes gathered; forked, for a fresh one takes seconds to import torch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(ranks):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
-            child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                _rank(rank, ranks, port, features, folder)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * ranks
+    on_ranks(ranks, work)
     return [load_file(folder / f"{rank}.safetensors") for rank in range(ranks)]
 
 
@@ -118,7 +88,7 @@ def test_one_two_and_three_processes_agree(count: int, tmp_path: Path) -> None:
     assert alone.gather() is alone
     expected = frechet_distance(alone.mean, alone.covariance, real.mean, real.covariance)
     for ranks in (2, 3):
-        for got in on_ranks(ranks, features, tmp_path):
+        for got in gathered(ranks, features, tmp_path):
             assert int(got["count"]) == count and torch.equal(got["rows"], features)
             torch.testing.assert_close(got["mean"], alone.mean, rtol=1e-12, atol=0)
             torch.testing.assert_close(got["covariance"], alone.covariance, rtol=1e-9, atol=1e-9)

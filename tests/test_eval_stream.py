@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import socket
 import time
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +21,7 @@ from eval.parts import Rows, Work, open_work, store, stored
 from eval.resize import NATIVE
 from eval.source import Drawn, Source, batch_source, image_source, views_of
 from eval.stream import FILE_SHA256, Measure, PairMeasure, measure_source
+from forks import fork, on_ranks
 
 PROMPTS = ["red", "green", "blue"]
 
@@ -101,49 +99,20 @@ def test_a_finished_part_is_not_drawn_again(tmp_path: Path) -> None:
     assert same(again, WHOLE) and asked == [range(20, 30)]
 
 
-def _rank(rank: int, ranks: int, port: int, folder: Path) -> None:
-    group = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "RANK": str(rank),
-    }
-    os.environ.update(group)
-    torch.set_num_threads(1)
-    dist.init(patient=True)
-    pairs = {"apart": PairMeasure(size=NATIVE, function=lambda a, b: (a != b).double().mean((1, 2, 3)))}
-    rows = measure_source(
-        sampler(), range(50), MEASURES, pairs=pairs, other=sampler(1), work=Work(part=8, batch_size=rank + 3)
-    )
-    store(folder / f"{rank}.safetensors", rows)
-    dist.barrier()
-    dist.finish()
-
-
-def _fork(job: object, *arguments: object) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            job(*arguments)  # type: ignore[operator]
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
-
-
 @pytest.mark.parametrize("ranks", [2, 3, 9])
 def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path) -> None:
     """Nine of them share seven parts, so two have none."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [_fork(_rank, rank, ranks, port, tmp_path) for rank in range(ranks)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * ranks
+    pairs = {"apart": PairMeasure(size=NATIVE, function=lambda a, b: (a != b).double().mean((1, 2, 3)))}
+
+    def work(rank: int) -> None:
+        dist.init(patient=True)
+        part = Work(part=8, batch_size=rank + 3)
+        rows = measure_source(sampler(), range(50), MEASURES, pairs=pairs, other=sampler(1), work=part)
+        store(tmp_path / f"{rank}.safetensors", rows)
+        dist.barrier()
+        dist.finish()
+
+    on_ranks(ranks, work)
     found = [stored(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
     for rows in found:
         assert same(rows, found[0])
@@ -151,15 +120,11 @@ def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path)
         assert rows.values["apart"].min() > 0.5
 
 
-def _slowly(folder: Path) -> None:
-    torch.set_num_threads(1)
-    measure_source(sampler(seconds=0.02), range(50), MEASURES, work=Work(part=5, batch_size=5, folder=folder))
-
-
 def test_killed_and_resumed_gives_the_same_rows(tmp_path: Path) -> None:
     """SIGKILL at four moments, each wherever it falls, and once more to the end."""
+    work = Work(part=5, batch_size=5, folder=tmp_path)
     for wanted in (1, 3, 6, 9):
-        child = _fork(_slowly, tmp_path)
+        child = fork(lambda: measure_source(sampler(seconds=0.02), range(50), MEASURES, work=work))
         end = time.monotonic() + 60
         while len(list((tmp_path / "parts").glob("0*"))) < wanted:
             assert time.monotonic() < end
@@ -232,7 +197,7 @@ def test_rows_that_are_not_finite_name_the_image() -> None:
         measure_source(sampler(), range(16), {"c": Measure(size="crop2-box", function=broken)})
 
 
-def test_a_measure_that_needs_prompts_names_the_image_without(tmp_path: Path) -> None:
+def test_a_measure_that_needs_prompts_names_the_image_without() -> None:
     source = batch_source("x", [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), ["a", "", "b"])])
     measures = {"clip_score": Measure(size=NATIVE, function=mean_level, needs_prompts=True)}
     with pytest.raises(UserError, match=r"^image 1 has no prompt, so it has no clip_score; give captions"):

@@ -196,9 +196,7 @@ def test_what_is_not_finite_or_empty_is_refused(data: Path, teacher: Path, tmp_p
         calibrate_folder(config(tmp_path / "data", teacher), tmp_path / "empty")
 
 
-def test_the_scale_is_set_on_references_in_an_order_of_their_own(
-    data: Path, teacher: Path, tmp_path: Path
-) -> None:
+def test_the_scale_is_set_on_references_in_an_order_of_their_own(teacher: Path, tmp_path: Path) -> None:
     """A folder where neighbours show one picture: their distance of 0 must not set the scale."""
     bare = tmp_path / "pairs"
     save_judgements(bare, 16)

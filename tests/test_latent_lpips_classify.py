@@ -202,7 +202,7 @@ def test_bad_input_is_one_line(data: Path, teacher: Path, tmp_path: Path, case: 
     assert "\n" not in str(caught.value) and not (tmp_path / "out" / "config.json").exists()
 
 
-def test_bad_tables_and_settings(tmp_path: Path, teacher: Path) -> None:
+def test_bad_tables_and_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="columns image; expected `image` and `label`"):
         open_labelled(str(save_table(tmp_path / "a.parquet", label=False)))
     with pytest.raises(UserError, match="of one class"):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,10 +24,10 @@ def latents(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=rng(seed))
 
 
-def lively(width: float, channels: int = 4) -> LatentLPIPS:
+def lively(width: float) -> LatentLPIPS:
     """Random weights, and norms that do something."""
     torch.manual_seed(0)
-    metric = LatentLPIPS(LPIPSConfig(channels=channels, width=width))
+    metric = LatentLPIPS(LPIPSConfig(width=width))
     for module in metric.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, 0, 0.2)  # type: ignore[arg-type]
@@ -183,13 +182,6 @@ def test_group_norm_cannot_be_folded_and_works_unfolded() -> None:
     assert torch.equal(metric.fold("bf16")(a, b), before) and metric.config.norm == "group"
     alone = metric(a[:1], b[:1])
     torch.testing.assert_close(alone, before[:1])
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,8 +1,6 @@
 import copy
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -218,13 +216,6 @@ def test_transforms_can_be_drawn_first_and_looked_at(metric: LatentLPIPS) -> Non
     torch.testing.assert_close(loss(a, b, transforms=still), metric(a, b))
 
 
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def test_compiles_in_one_graph_for_drawn_transforms(metric: LatentLPIPS, fresh_dynamo: None) -> None:
     """No break: nothing in the path reads a value on the host. Without transforms, draws are in the graph."""
     loss = ELatentLPIPS(copy.deepcopy(metric).fold(), ensemble=1.0, l1=1.0)
@@ -246,7 +237,7 @@ def test_generators_work_under_compile_with_a_break(metric: LatentLPIPS, fresh_d
     torch.testing.assert_close(compiled(a, b, generator=rng(3)), loss(a, b, generator=rng(3)))
 
 
-def test_works_inside_data_parallel_training(metric: LatentLPIPS, tmp_path: Path) -> None:
+def test_works_inside_data_parallel_training(metric: LatentLPIPS) -> None:
     """The loss as part of the wrapped module: nothing in it is trained, averaged or broadcast to harm."""
 
     class Step(nn.Module):

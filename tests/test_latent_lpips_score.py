@@ -19,7 +19,7 @@ from latent_lpips import load
 from latent_lpips.bapps import open_split, picture_numbers
 from latent_lpips.baselines import squared_error, structural_distance, structural_similarity
 from latent_lpips.recipes import PatchConfig, ScoreConfig
-from latent_lpips.score import intervals, jnd_score, score_folder, two_afc_rows, two_afc_score, two_people
+from latent_lpips.score import intervals, jnd_score, score_folder, two_afc_score, two_people
 from latent_lpips.weights import save
 
 
@@ -49,7 +49,8 @@ def test_jnd_of_a_perfect_a_blind_and_an_impossible_order() -> None:
 def test_two_afc_by_hand() -> None:
     d = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])
     answers = torch.tensor([0.25, 0.75, 0.9])
-    assert two_afc_rows(d, answers).tolist() == pytest.approx([0.75, 0.75, 0.5])
+    each = [two_afc_score(d[i : i + 1], answers[i : i + 1]) for i in range(3)]
+    assert each == pytest.approx([0.75, 0.75, 0.5])
     assert two_afc_score(d, answers) == pytest.approx(2 / 3)
 
 

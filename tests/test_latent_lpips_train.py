@@ -39,11 +39,11 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def separable(count: int = 200) -> tuple[Tensor, Tensor]:
+def separable() -> tuple[Tensor, Tensor]:
     """Latents whose class is which of three channels is raised."""
-    labels = torch.arange(count) % 3
+    labels = torch.arange(200) % 3
     lift = F.one_hot(labels, 4).float()[:, :, None, None]
-    return torch.randn(count, 4, 4, 4, generator=rng()) + 3 * lift, labels
+    return torch.randn(200, 4, 4, 4, generator=rng()) + 3 * lift, labels
 
 
 def test_trunk_learns_separable_classes_and_attributes() -> None:

@@ -18,11 +18,10 @@ from core.config import digest
 from core.errors import SettingError, UserError
 from distill.train import train
 from eval.config import CurveRun, EvalRun
-from eval.features import new_clip, save_clip
 from eval.protocol import PROTOCOLS
 from eval.reference import Reference
 from eval.result import EvalResult
-from jobs import Running, d2g, d2g_ranks, distill_config, make_pairs
+from jobs import Running, d2g, d2g_ranks, distill_config, make_clip, make_pairs
 from miniature.bench import read_list
 from miniature.curves import run_curve, run_every
 from miniature.judge import compare_results, run_evaluation, save_statistics
@@ -42,27 +41,6 @@ def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels.numpy()).save(folder / "photographs" / f"{number:02}.png")
     make_clip(teacher, folder / "clip")
     return folder
-
-
-def make_clip(teacher: Path, folder: Path) -> None:
-    """A CLIP of 16 px and 8 features, untrained."""
-    tower = {"width": 16, "layers": 1, "mlp_ratio": 1.0}
-    vocabulary = len(json.loads((teacher / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
-    text = {
-        "context_length": 12,
-        "vocab_size": vocabulary,
-        "heads": 2,
-        "hf_tokenizer_name": "beside",
-        **tower,
-    }
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 16, "patch_size": 8, "head_width": 8, **tower},
-        "text_cfg": text,
-    }
-    torch.manual_seed(0)
-    shape = {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
-    save_clip(new_clip(config), config, shape, teacher / "tokenizer", folder)
 
 
 def config(job: Path, **settings: Any) -> EvalRun:
@@ -100,9 +78,9 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in NUMBERS}
 
 
-def close(a: dict[str, Any], b: dict[str, Any], rel: float = 1e-9) -> None:
+def close(a: dict[str, Any], b: dict[str, Any]) -> None:
     for name in ("fid", "clip_score"):
-        assert a[name] == pytest.approx(b[name], rel=rel), name
+        assert a[name] == pytest.approx(b[name], rel=1e-9), name
     for name in ("precision", "recall", "counts", "protocol_sha256", "models"):
         assert a[name] == b[name], name
 
@@ -126,7 +104,7 @@ def test_an_out_folder_holds_all_there_is_to_know(job: Path, tmp_path: Path) -> 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
     """SIGKILL as soon as one part is there, then as soon as two are, then to the end."""
-    whole = json.loads(d2g(words(job, teacher), tmp_path / "whole").stdout)
+    whole = d2g(words(job, teacher), tmp_path / "whole").json
     out = tmp_path / "out"
     for wanted in (1, 2):
         running = Running(words(job, teacher, out=out), tmp_path / f"killed{wanted}")
@@ -136,7 +114,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(job: Path, teacher: Path, tmp_
         assert not (out / "result.json").exists()
     ended = d2g(words(job, teacher, out=out), tmp_path / "end")
     assert ended.code == 0, ended.stderr
-    assert numbers(json.loads(ended.stdout)) == numbers(whole), "in every digit"
+    assert numbers(ended.json) == numbers(whole), "in every digit"
     other = d2g(words(job, teacher, out=out, steps=3), tmp_path / "other")
     assert other.code == 1 and "holds parts of another evaluation: source.steps (2 -> 3)" in other.error
 
@@ -146,16 +124,13 @@ def test_processes_share_the_work_and_one_speaks(
     job: Path, teacher: Path, tmp_path: Path, ranks: int
 ) -> None:
     """The reference too: each process measures its share of the photographs."""
-    alone = json.loads(d2g(words(job, teacher), tmp_path / "alone").stdout)
+    alone = d2g(words(job, teacher), tmp_path / "alone").json
     cache = {"D2G_CACHE": str(tmp_path / "cache")}
     ended = d2g_ranks(words(job, teacher, out=tmp_path / "out"), tmp_path / "ranks", ranks, cache)
     assert [one.code for one in ended] == [0] * ranks, [one.stderr for one in ended]
     assert [bool(one.stdout) for one in ended] == [True] + [False] * (ranks - 1)
-    close(json.loads(ended[0].stdout), alone)
-    assert (
-        json.loads((tmp_path / "out" / "result.json").read_text())["fid"]
-        == json.loads(ended[0].stdout)["fid"]
-    )
+    close(ended[0].json, alone)
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["fid"] == ended[0].json["fid"]
 
 
 def test_kept_images_measure_the_same(job: Path, teacher: Path, tmp_path: Path) -> None:

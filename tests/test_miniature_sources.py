@@ -83,7 +83,7 @@ def test_truncation_draws_from_less_noise(teacher: Path) -> None:
     assert full.std(0).mean() > half.std(0).mean() > none.std(0).mean() == 0
 
 
-def test_an_image_that_is_not_finite_is_named(teacher: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_not_finite_is_named(teacher: Path) -> None:
     """A VAE that overflows, say, in half precision."""
     broken = load_teacher(str(teacher))
     bias = broken.network.conv_out.bias

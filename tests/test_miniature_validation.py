@@ -1,12 +1,15 @@
 """miniature.validation: a number measured while training is the one that `d2g eval run` gives afterwards."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from core.errors import SettingError
 from core.runlog import read_stats
+from core.seeds import noise
 from distill.sample import load_one_step
 from distill.train import train
 from eval.config import EvalRun
@@ -22,8 +25,12 @@ def test_numbers_of_a_student_in_training_are_those_of_its_evaluation(job: Path,
     validate = measuring(run, str(teacher))
     one = load_one_step(str(job / "run"))
     expected = run_evaluation(replace(run, student=str(job / "run")))
+
+    def drawn(seed: int, prompts: Sequence[str]) -> Tensor:
+        return one.latents(noise(seed, range(len(prompts)), one.student.latent_shape), prompts)
+
     for _ in range(2):
-        found = validate(one.student, 16)
+        found = validate(drawn, 16)
         assert found.keys() == {"val/fid", "val/clip_score", "val/precision", "val/recall"}
         assert found == {key: pytest.approx(expected[key.removeprefix("val/")], rel=1e-4) for key in found}
 

@@ -1,7 +1,5 @@
-"""verify finds every planted fault and nothing else; repair mends it; merge joins what was made apart."""
+"""verify finds every planted fault and nothing else; repair moves it away."""
 
-import json
-import os
 import random
 import shutil
 import time
@@ -12,135 +10,40 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
-from torch import Tensor
 
-from core import seeds
 from core.errors import UserError
-from core.latents import LatentSpace
-from jobs import Ended, Running, d2g, make_pairs
-from pairgen.layout import (
-    StoreSpec,
-    create_store,
-    encode_record,
-    pending,
-    prompts_path,
-    publish,
-    quarantine_path,
-    quarantined_rows,
-    read_spec,
-    shard_path,
-    shards_present,
-)
-from pairgen.merge import merge_stores
-from pairgen.prompts import PromptList, label_list, prompts_sha256
+from pairgen.layout import encode_record, prompts_path, quarantined_rows, read_spec, shard_path
 from pairgen.repair import repair_store
-from pairgen.store import PairBatch, encode_rows, load_rows
 from pairgen.verify import in_threads, store_info, verify_store
 from pairgen.writer import PairWriter
+from spoilt import (
+    LISTS,
+    RECORD,
+    S0,
+    S1,
+    S2,
+    SPEC,
+    bad_files,
+    chosen,
+    flipped,
+    make_store,
+    other_prompt,
+    pack,
+    rows,
+    spec_of,
+    taken,
+    tree,
+    truncate,
+    write_record,
+    write_shard,
+)
 
-LISTS = {
-    "text": PromptList.of(["a cat", "ein Bär ☃", 'a "sign", red', "x" * 90]),
-    "label": label_list(4),
-    "none": PromptList.of([""]),
-}
 KINDS = [(kind, noise) for kind in LISTS for noise in ("stored", "seeded")]
-
-
-def spec_of(kind: str = "text", noise: str = "stored", **changes: object) -> StoreSpec:
-    """22 pairs in shards of 8, 8 and 6."""
-    spec = StoreSpec(
-        teacher="tiny",
-        teacher_sha256="0" * 64,
-        conditioning=kind,  # type: ignore[arg-type]
-        prompts_sha256=prompts_sha256(LISTS[kind]),
-        num_pairs=22,
-        num_prompts=len(LISTS[kind]),
-        per_prompt=3,
-        solver="ddim",
-        steps=50,
-        spacing="leading",
-        final_alpha_one=True,
-        guidance=8.0,
-        seed=5,
-        latent_shape=(4, 4, 4),
-        latent_space=LatentSpace(channels=4, downscale=8, scale=0.18215),
-        noise=noise,  # type: ignore[arg-type]
-        shard_size=8,
-    )
-    return replace(spec, **changes)  # type: ignore[arg-type]
-
-
-SPEC = spec_of()
-Row = tuple[Tensor, Tensor, list[str], list[int]]
-
-
-def rows(spec: StoreSpec, index: list[int], bad: tuple[int, ...] = ()) -> Row:
-    """What a generator would append for these pairs: noise, latent (NaN for `bad`), prompts, index."""
-    noise = seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
-    latent = noise.float() * 0.5 + 1
-    latent[[pair in bad for pair in index], 0, 0, 0] = float("nan")
-    prompts = LISTS[spec.conditioning]
-    return noise, latent, [prompts[spec.prompt_of(i)] for i in index], index
-
-
-def write_shard(folder: Path, spec: StoreSpec, shard: int, bad: tuple[int, ...] = ()) -> None:
-    with PairWriter(folder, spec, shard, retry=shard in shards_present(folder, spec)) as writer:
-        if writer.missing:
-            writer.append(*rows(spec, writer.missing, bad))
-        writer.commit()
-
-
-def make_store(
-    folder: Path, spec: StoreSpec = SPEC, bad: tuple[int, ...] = (), shards: tuple[int, ...] = (0, 1, 2)
-) -> Path:
-    create_store(folder, spec)
-    LISTS[spec.conditioning].save(prompts_path(folder))
-    for shard in shards:
-        if shard not in shards_present(folder, spec):
-            write_shard(folder, spec, shard, bad)
-    return folder
-
-
-def pack(folder: Path, shard: int, batch: PairBatch, aside: tuple[int, ...] = ()) -> None:
-    """Put rows under a shard's name with right checksums, whatever the rows are."""
-    spec = read_spec(folder)
-    publish(encode_rows(spec, batch, aside), shard_path(folder, shard), folder / "partial")
-
-
-def taken(folder: Path, shard: int) -> PairBatch:
-    return load_rows(shard_path(folder, shard), read_spec(folder))
-
-
-def chosen(batch: PairBatch, keep: list[int]) -> PairBatch:
-    prompts = [batch.prompts[row] for row in keep]
-    return PairBatch(
-        noise=batch.noise[keep], latent=batch.latent[keep], prompts=prompts, index=batch.index[keep]
-    )
-
-
-def flipped(data: bytes, position: int, bit: int) -> bytes:
-    bad = bytearray(data)
-    bad[position] ^= 1 << bit
-    return bytes(bad)
-
-
-def bad_files(folder: Path) -> list[str]:
-    return [bad["shard"] for bad in verify_store(folder).bad_shards]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file of a store but scratch."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and "claims" not in p.parts]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return make_store(tmp_path / "pairs")
-
-
-S0, S1, S2 = (f"shards/pairs-0000{shard}.h5" for shard in range(3))
-RECORD = "quarantine/pairs-00001.rows.json"
 
 
 # Sound stores raise no alarm.
@@ -221,11 +124,6 @@ def test_a_flipped_bit_in_every_512_bytes_is_found(tmp_path: Path, kind: str, no
     assert bad_files(tmp_path) == []
 
 
-def _truncate(folder: Path) -> None:
-    path = shard_path(folder, 1)
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def _empty(folder: Path) -> None:
     shard_path(folder, 1).write_bytes(b"")
 
@@ -292,13 +190,6 @@ def _noise_off_by_one_bit(folder: Path) -> None:
     pack(folder, 1, batch)
 
 
-def _other_prompt(folder: Path) -> None:
-    batch = taken(folder, 1)
-    prompts = list(LISTS[read_spec(folder).conditioning])
-    wrong = prompts[(prompts.index(batch.prompts[4]) + 1) % len(prompts)]
-    pack(folder, 1, replace(batch, prompts=[*batch.prompts[:4], wrong, *batch.prompts[5:]]))
-
-
 def _aside_unrecorded(folder: Path) -> None:
     pack(folder, 1, chosen(taken(folder, 1), [0, 1, 2, 4, 5, 6, 7]), aside=(12,))
 
@@ -309,7 +200,7 @@ def _folder(folder: Path) -> None:
 
 
 FAULTS: dict[Callable[[Path], None], tuple[list[str], str]] = {
-    _truncate: ([S1], "truncated"),
+    truncate: ([S1], "truncated"),
     _empty: ([S1], "truncated or overwritten (0 bytes"),
     _append: ([S1], "truncated or overwritten"),
     _swap: ([S0, S1], "holds pairs 8 to 15 (8 rows), its name says 0 to 7"),
@@ -356,7 +247,7 @@ def test_planted_faults_are_found_and_mended(
 @pytest.mark.parametrize("kind", ["text", "label"])
 def test_a_row_of_another_prompt_is_found(tmp_path: Path, kind: str) -> None:
     make_store(tmp_path, spec_of(kind))
-    _other_prompt(tmp_path)
+    other_prompt(tmp_path)
     report = verify_store(tmp_path)
     assert [bad["shard"] for bad in report.bad_shards] == [S1] and report.duplicates == []
     assert report.bad_shards[0]["reason"].startswith("pair 12 has prompt ")
@@ -424,11 +315,6 @@ def test_every_flip_in_a_quarantine_record_is_found(tmp_path: Path) -> None:
     assert [row["prompt"] for row in quarantined_rows(tmp_path, SPEC)[1]] == ["a cat"]
 
 
-def _write_record(folder: Path, shard: int, *rows: dict[str, object]) -> None:
-    quarantine_path(folder, shard).parent.mkdir(exist_ok=True)
-    quarantine_path(folder, shard).write_bytes(encode_record(shard, rows))
-
-
 @pytest.mark.parametrize(
     ("pairs", "prompt", "says"),
     [
@@ -442,7 +328,7 @@ def test_a_record_that_disagrees_with_its_shard(
     tmp_path: Path, pairs: tuple[int, ...], prompt: str, says: str
 ) -> None:
     make_store(tmp_path, bad=(9,))
-    _write_record(tmp_path, 1, *({"index": i, "prompt": prompt, "reason": "nan"} for i in pairs))
+    write_record(tmp_path, 1, *({"index": i, "prompt": prompt, "reason": "nan"} for i in pairs))
     report = verify_store(tmp_path)
     assert report.bad_shards == [{"shard": RECORD, "reason": says}] and report.quarantined == [9]
     assert repair_store(tmp_path) == [RECORD] and bad_files(tmp_path) == []
@@ -466,7 +352,7 @@ def test_a_lost_a_stale_and_a_strange_record(tmp_path: Path) -> None:
         {"prompt": "a cat"},
         {"index": "9", "prompt": 1},
     ):
-        _write_record(tmp_path, 3, row)
+        write_record(tmp_path, 3, row)
         assert bad_files(tmp_path) == ["quarantine/pairs-00003.rows.json"]
     assert len(repair_store(tmp_path)) == 1 and verify_store(tmp_path).ok
 
@@ -515,233 +401,3 @@ def test_threads_keep_order_and_stop_at_an_error() -> None:
     with pytest.raises(ValueError, match="twenty"):
         list(in_threads(call, range(10_000), 1))
     assert begun in ([*range(21)], [*range(22)])  # 22 waited in the queue and was dropped
-
-
-# Repair with a teacher.
-
-
-@pytest.fixture(scope="module")
-def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """prompts.txt and pairs/ of a tiny teacher. Read only."""
-    folder = tmp_path_factory.mktemp("job")
-    make_pairs(teacher, folder)
-    return folder
-
-
-@pytest.fixture
-def pairs(job: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(job / "pairs", tmp_path / "pairs"))
-
-
-def close(found: PairBatch, expected: PairBatch) -> bool:
-    """The same rows; latents but for the rounding of another batch size."""
-    same = torch.equal(found.noise, expected.noise) and torch.equal(found.index, expected.index)
-    apart = (found.latent - expected.latent).abs().max()
-    return same and found.prompts == expected.prompts and float(apart) < 1e-4
-
-
-def last_json(ended: Ended) -> dict[str, object]:
-    found: dict[str, object] = json.loads(ended.stdout.splitlines()[-1])
-    return found
-
-
-def test_repair_needs_nothing_but_the_store(job: Path, pairs: Path, tmp_path: Path) -> None:
-    path = shard_path(pairs, 1)
-    path.write_bytes(flipped(path.read_bytes(), 3000, 1))
-    plan = d2g(["pairs", "repair", str(pairs), "--dry-run", "--json"], tmp_path / "log")
-    assert last_json(plan)["rows_to_make"] == 5 and plan.code == 0 and not (pairs / "quarantine").exists()
-    ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
-    assert ended.code == 0 and last_json(ended) == {"quarantined": [S1], "regenerated": 5}, ended.stderr
-    assert verify_store(pairs).ok and close(taken(pairs, 1), taken(job / "pairs", 1))
-
-
-def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: Path) -> None:
-    batch, spec = taken(pairs, 1), read_spec(pairs)
-    pack(pairs, 1, chosen(batch, [0, 1, 3, 4]), aside=(7,))
-    _write_record(pairs, 1, {"index": 7, "prompt": batch.prompts[2], "reason": "its latent was not finite"})
-    verified = d2g(["pairs", "verify", str(pairs), "--json"], tmp_path / "log")
-    assert verified.code == 1 and last_json(verified)["quarantined"] == [7]
-    assert "not ok: 1 pairs without a finite latent; `d2g pairs repair" in verified.error
-    only_moved = d2g(["pairs", "repair", str(pairs), "--no-regenerate", "--json"], tmp_path / "log")
-    assert last_json(only_moved) == {"quarantined": [], "regenerated": 0} and only_moved.code == 0
-    assert verify_store(pairs).quarantined == [7]
-    ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
-    assert ended.code == 0 and last_json(ended) == {"quarantined": [], "regenerated": 1}, ended.stderr
-    assert verify_store(pairs).ok and quarantined_rows(pairs, spec) == {}
-    assert close(taken(pairs, 1), taken(job / "pairs", 1))
-
-
-def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_path: Path) -> None:
-    prompts_path(pairs).write_text("?")
-    shard_path(pairs, 2).unlink()
-    words = ["pairs", "repair", str(pairs), "--json"]
-    ended = d2g(words, tmp_path / "log")
-    assert ended.code == 1 and "holds no prompt list to make them from; give --prompts FILE" in ended.error
-    assert "moved 1 files to" in ended.stderr and (pairs / "quarantine" / "prompts.jsonl").exists()
-    ended = d2g([*words, "--prompts", str(job / "prompts.txt")], tmp_path / "log")
-    assert ended.code == 0 and last_json(ended)["regenerated"] == 2, ended.stderr
-    assert verify_store(pairs).ok and verify_store(pairs).prompts_checked
-
-
-def test_verify_and_info_for_people(pairs: Path, tmp_path: Path) -> None:
-    _truncate(pairs)
-    shard_path(pairs, 0).unlink()
-    ended = d2g(["pairs", "verify", str(pairs), "--workers", "1"], tmp_path / "log")
-    assert (
-        ended.code == 1
-        and "1 files that cannot be trusted, 1 shards missing; `d2g pairs repair" in ended.error
-    )
-    assert "truncated" in ended.stdout and S1 in ended.stdout
-    shown = d2g(["pairs", "info", str(pairs)], tmp_path / "log")
-    assert shown.code == 0 and "spec.guidance" in shown.stdout and "4, 4, 4" in shown.stdout
-
-
-# Merging.
-
-
-def test_merge_joins_shards_made_apart(tmp_path: Path, store: Path) -> None:
-    a = make_store(tmp_path / "a", shards=(0, 2))
-    b = make_store(tmp_path / "b", shards=(1, 2))
-    before = tree(a), tree(b)
-    for copied in (3, 0):  # again is no clash
-        report = merge_stores([a, b], tmp_path / "out")
-        assert (report.pairs, report.shards, report.copied, report.differing) == (22, 3, copied, [])
-        assert tree(tmp_path / "out") == tree(store) and verify_store(tmp_path / "out").ok
-    assert (tree(a), tree(b)) == before
-    merge_stores([b], a)  # into one of them
-    assert tree(a) == tree(store)
-    merge_stores([a, a], a)
-    assert tree(a) == tree(store)
-
-
-def test_merge_by_links(tmp_path: Path, store: Path) -> None:
-    report = merge_stores([store], tmp_path / "out", link=True)
-    assert report.copied == 3 and verify_store(tmp_path / "out").ok
-    assert shard_path(tmp_path / "out", 1).samefile(shard_path(store, 1))
-    assert merge_stores([store], tmp_path / "out", link=True).copied == 0
-    assert not list((tmp_path / "out" / "partial").iterdir())
-
-
-@pytest.mark.skipif(
-    not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev, reason="one disk"
-)
-def test_links_across_disks_are_refused(store: Path, tmp_path: Path) -> None:
-    out = Path("/dev/shm") / f"d2g-{os.getpid()}-{tmp_path.name}"
-    try:
-        with pytest.raises(UserError, match=r"hard link of .*pairs-0000\d\.h5.*leave out --link"):
-            merge_stores([store], out, link=True)
-        assert not list((out / "partial").iterdir())
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-
-
-def _other_rounding(folder: Path, by: float, shards: tuple[int, ...] = (1,)) -> Path:
-    make_store(folder, shards=shards)
-    for shard in shards:
-        batch = taken(folder, shard)
-        batch.latent[3, 2, 1, 0] += by
-        pack(folder, shard, batch)
-    return folder
-
-
-def test_merge_keeps_the_first_of_shards_that_rounding_tells_apart(tmp_path: Path, store: Path) -> None:
-    other = _other_rounding(tmp_path / "other", 0.01)
-    report = merge_stores([store, other], tmp_path / "out")
-    assert [(d["shard"], d["kept"], d["left_out"]) for d in report.differing] == [
-        ("pairs-00001.h5", str(shard_path(store, 1)), str(shard_path(other, 1)))
-    ]
-    assert 0.005 < report.differing[0]["max_abs_err"] < 0.02 and tree(tmp_path / "out") == tree(store)
-    report = merge_stores([other, store], tmp_path / "out")  # what is there comes first
-    assert report.copied == 0 and len(report.differing) == 1 and tree(tmp_path / "out") == tree(store)
-    assert taken(merged(tmp_path / "b", other, store), 1).latent.equal(taken(other, 1).latent)
-    with pytest.raises(
-        UserError, match=r"pairs/shards/pairs-00001.*other/shards/pairs-00001.*apart, tolerance 0\.001"
-    ):
-        merge_stores([store, other], tmp_path / "c", tolerance=0.001)
-
-
-def merged(out: Path, *folders: Path) -> Path:
-    merge_stores(folders, out)
-    return out
-
-
-def test_merge_refuses_clashes_damage_and_other_specs(tmp_path: Path, store: Path) -> None:
-    other = make_store(tmp_path / "other", replace(SPEC, seed=6))
-    with pytest.raises(UserError, match=r"seed \(6 -> 5\)"):
-        merge_stores([store, other], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="nothing to merge"):
-        merge_stores([], tmp_path / "out")
-    clash = _other_rounding(tmp_path / "clash", 1.0)
-    with pytest.raises(
-        UserError, match=r"pairs-00001\.h5 and .*clash.* hold different rows.*latents up to 1 apart"
-    ):
-        merge_stores([store, clash], tmp_path / "out")
-    _truncate(store)
-    with pytest.raises(UserError, match=r"pairs-00001\.h5: truncated.*d2g pairs repair .*pairs`, then merge"):
-        merge_stores([store], tmp_path / "out2")
-    prompts_path(clash).write_bytes(b'"a"\n')
-    with pytest.raises(UserError, match=r"clash/prompts\.jsonl: not the prompts.*d2g pairs repair"):
-        merge_stores([clash], tmp_path / "out3")
-
-
-def test_merge_of_stores_without_lists_compares_their_prompts(tmp_path: Path, store: Path) -> None:
-    other = make_store(tmp_path / "other")
-    for folder in (store, other):
-        prompts_path(folder).unlink()
-    merge_stores([store, other], tmp_path / "out")
-    assert not prompts_path(tmp_path / "out").exists()
-    _other_prompt(other)
-    with pytest.raises(UserError, match=r"hold different rows for the same pairs \(other noise or prompts\)"):
-        merge_stores([store, other], tmp_path / "out")
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_merge_keeps_the_shard_with_the_most_rows(
-    tmp_path: Path, store: Path, order: tuple[int, int]
-) -> None:
-    few = make_store(tmp_path / "few", bad=(9, 10, 17))
-    folders = [[store, few][number] for number in order]
-    assert tree(merged(tmp_path / "out", *folders)) == tree(store)
-    fewer = make_store(tmp_path / "fewer", bad=(9, 17))
-    report = merge_stores([few, fewer], tmp_path / "both")
-    assert report.pairs == 20 and tree(tmp_path / "both") == tree(fewer)
-    report = merge_stores([store], tmp_path / "both")  # the missing rows arrive later
-    assert report.pairs == 22 and report.copied == 2
-    assert tree(tmp_path / "both") == tree(store) and verify_store(tmp_path / "both").ok
-
-
-def test_merge_refuses_a_shard_whose_record_is_lost(tmp_path: Path) -> None:
-    few = make_store(tmp_path / "few", bad=(9,))
-    (few / RECORD).unlink()
-    with pytest.raises(UserError, match=r"rows\.json.*d2g pairs repair .*few"):
-        merge_stores([few], tmp_path / "out")
-
-
-def test_a_merge_killed_anywhere_is_finished_by_the_same_command(tmp_path: Path) -> None:
-    spec = replace(SPEC, num_pairs=96)
-    whole = make_store(tmp_path / "whole", spec, bad=(3, 70), shards=tuple(range(12)))
-    few = make_store(tmp_path / "few", spec, bad=(3, 50, 70), shards=(0, 3, 6, 8, 9))
-    words = ["pairs", "merge", str(few), str(whole), "--out", str(tmp_path / "out"), "--json"]
-    moments, unfinished = random.Random(4), 0
-    for _ in range(5):
-        running = Running(words, tmp_path / "log")
-        time.sleep(moments.uniform(0.02, 0.15))
-        running.send(9)
-        unfinished += running.wait().code == -9
-        if (tmp_path / "out" / "store.json").exists():
-            assert verify_store(tmp_path / "out").bad_shards == []
-    assert unfinished > 0
-    ended = d2g(words, tmp_path / "log")
-    assert ended.code == 0 and last_json(ended)["pairs"] == 94, ended.stderr
-    scratch = {name for name in tree(tmp_path / "out") if name.startswith("partial")}
-    assert {n: d for n, d in tree(tmp_path / "out").items() if n not in scratch} == tree(whole)
-
-
-def test_merge_on_the_command_line(pairs: Path, tmp_path: Path) -> None:
-    words = ["pairs", "merge", str(pairs), "--out", str(tmp_path / "out")]
-    plan = d2g([*words, "--dry-run", "--json"], tmp_path / "log")
-    assert last_json(plan)["shards"] == {str(pairs): 3} and not (tmp_path / "out").exists()
-    ended = d2g([*words, "--link", "--json"], tmp_path / "log")
-    assert last_json(ended)["pairs"] == 12 and last_json(ended)["copied"] == 3, ended.stderr
-    assert verify_store(tmp_path / "out").ok and pending(tmp_path / "out", read_spec(pairs)) == []
