@@ -3,17 +3,20 @@
     python benchmarks/memory.py [--widths 128 256 512] [--size 32] [--batch 4] [--set a.b=c ...]
 
 A U-Net of these widths with random weights, a few random pairs, three steps of each stage in a process of its
-own. On a GPU the allocator's peak is read; on a CPU the resident set, less that of a process that has loaded
-the same code and run a step of a tiny network. Writes benchmarks/memory_DATE_DEVICE.md.
+own, which has trained a tiny network before, so that all code is loaded. On a GPU the allocator's peak is
+read; on a CPU the peak of the resident set, less what was resident before (Linux only). The optimiser is the
+fused AdamW: the plain one's temporaries exist on GPUs alone. Writes benchmarks/memory_DATE_DEVICE.md.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 from benchmarks.common import table, write  # noqa: E402
 from core import pretrained  # noqa: E402
-from core.config import override  # noqa: E402
+from core.config import from_json, override, to_json  # noqa: E402
+from distill.config import DistillConfig  # noqa: E402
 from distill.memory import predict  # noqa: E402
 from distill.presets import PRESETS  # noqa: E402
+from distill.train import train  # noqa: E402
 from pairgen.generate import generate_pairs  # noqa: E402
 
 VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -54,25 +59,53 @@ def teacher(folder: Path, widths: list[int], size: int) -> str:
     return str(folder)
 
 
-def measured(stage: str, settings: list[str], init: str, folder: Path) -> float:
-    """GiB at the peak of a process that trains for three steps."""
-    command = [sys.executable, "-m", "cli", "distill", stage, "--preset", "miniature", "--out", str(folder)]
-    command += ["--init", init] if stage == "gan" else []
-    command += [part for setting in settings for part in ("--set", setting)]
+def peak_gib() -> float:
+    """Of the GPU's allocator, else of the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+def forget_peak() -> None:
+    """Let the peak begin at what is in use now."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def work(tiny_run: DistillConfig, run: DistillConfig, folder: Path) -> None:
+    """In a process of its own: print the peak of `run` in GiB, less what was in use before."""
+    train(tiny_run, folder / "before")
+    forget_peak()
+    before = peak_gib()
+    train(run, folder / "run")
+    print(json.dumps(peak_gib() - before))
+
+
+def measured(tiny_run: DistillConfig, run: DistillConfig, folder: Path) -> float:
+    """GiB that a process takes for `run`."""
     # glibc keeps freed memory otherwise, which no GPU's allocator counts.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    given = [json.dumps(to_json(config)) for config in (tiny_run, run)]
+    command = [sys.executable, __file__, "--work", *given, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    lines = (folder / "stats.jsonl").read_text().splitlines()
-    return float(json.loads(lines[-1])["mem/peak_gib"])
+    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def settings(made: str, pairs: Path, batch: int, more: tuple[str, ...]) -> list[str]:
-    """After --set."""
+def configured(
+    stage: str, made: str, pairs: Path, init: str, batch: int, more: Sequence[str]
+) -> DistillConfig:
+    """Three steps of a stage."""
     length = (f"train.batch_size={batch}", f"train.images={3 * batch}", f"train.report_images={3 * batch}")
-    common = (f"teacher={made}", f"pairs={pairs}", "train.sentinels=off", "gan.r1_interval=1")
-    return [*common, *length, *more]
+    fused = ("optim.name=adamw_fused", "gan.optim.name=adamw_fused")
+    common = (f"teacher={made}", f"pairs={pairs}", f"init={init}", "train.sentinels=off", "gan.r1_interval=1")
+    return override(PRESETS["miniature"][stage], [*common, *length, *fused, *more])
 
 
 def main() -> None:
@@ -83,7 +116,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.work:
+        tiny_run, run = (from_json(DistillConfig, json.loads(text)) for text in given.work[:2])
+        return work(tiny_run, run, Path(given.work[2]))
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -96,19 +133,14 @@ def main() -> None:
         init = {}
         for kind, (made, pairs) in stores.items():
             init[kind] = str(root / f"{kind}-first")
-            measured("ode", settings(made, pairs, 2, ()), "", Path(init[kind]))
+            train(configured("ode", made, pairs, "", 2, ()), Path(init[kind]))
         for stage in ("ode", "gan"):
-            base = 0.0
-            if not torch.cuda.is_available():
-                made, pairs = stores["tiny"]
-                base = measured(stage, settings(made, pairs, 2, ()), init["tiny"], root / f"base-{stage}")
-            made, pairs = stores["large"]
+            before = configured(stage, *stores["tiny"], init["tiny"] if stage == "gan" else "", 2, ())
             for label, more in VARIANTS:
-                sets = settings(made, pairs, given.batch, (*more, *given.sets))
-                folder = root / f"{stage}-{label}"
-                peak = measured(stage, sets, init["large"], folder) - base
-                config = override(replace(PRESETS["miniature"][stage]), sets)
-                expected = predict(config, 1).total
+                start = init["large"] if stage == "gan" else ""
+                run = configured(stage, *stores["large"], start, given.batch, (*more, *given.sets))
+                peak = measured(before, run, root / f"{stage}-{label}")
+                expected = predict(run, 1).total
                 rows.append([stage, label, expected, peak, f"{expected / peak - 1:+.1%}"])
                 print(rows[-1], file=sys.stderr, flush=True)
         parameters = sum(p.numel() for p in pretrained.skeleton(stores["large"][0], "unet").parameters())

@@ -4,12 +4,12 @@ Weights, gradients and optimiser states are counted; what networks keep for the 
 running them on fake tensors, which have shapes and no data, and adding up what autograd saves.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from core import parallel, pretrained
 from core.pipelines import open_pipeline
-from core.text import Text
+from core.text import Text, Told
 from distill.config import DistillConfig
 from distill.discriminator import Discriminator
-from distill.generator import Student, equip, train_only
+from distill.generator import Student, blank_student, check_teacher, train_only
 from distill.options import OptimConfig
 from distill.r1 import r1_penalty
 
@@ -154,7 +154,7 @@ def _with_discriminator(
 @dataclass(frozen=True)
 class _Rows:
     noise: Tensor
-    text: Text
+    text: Told
     guidance: tuple[Tensor, ...]
 
 
@@ -162,6 +162,9 @@ def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
     unet, tokens = network.unet.config, 77
     size = unet.sample_size
     height, width = (size, size) if isinstance(size, int) else size
+    noise = torch.empty(count, unet.in_channels, height, width)
+    if isinstance(network, Student) and not network.reads_text:
+        return _Rows(noise, torch.zeros(count, dtype=torch.int64), ())
     pooled = None
     if unet.addition_embed_type == "text_time":
         pooled = torch.empty(
@@ -169,7 +172,7 @@ def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
         )
     told = (torch.empty(count),) if isinstance(network, Student) and network.guided else ()
     hidden = torch.empty(count, tokens, unet.cross_attention_dim)
-    return _Rows(torch.empty(count, unet.in_channels, height, width), Text(hidden, pooled), told)
+    return _Rows(noise, Text(hidden, pooled), told)
 
 
 def _kept(config: DistillConfig, network: Any, run: Callable[[_Rows], Any]) -> Kept:
@@ -191,33 +194,57 @@ def _penalty(discriminator: Discriminator, config: DistillConfig) -> Kept:
 
 
 def _saved(network: nn.Module, run: Callable[[], Any], half: bool) -> float:
-    """Bytes of the storages that autograd saves, each once, the network's own weights left out."""
+    """Bytes of the storages that autograd saves, each once, the network's own weights left out; of layers
+    that are computed again what the largest needs when its turn comes.
+    """
     own = {p.untyped_storage()._cdata for p in network.parameters()}
-    storages: dict[int, tuple[int, Any]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = (storage.nbytes(), storage)
-        return tensor
+    storages, largest = _Storages(own), 0.0
 
     def inputs(layer: nn.Module, args: Any, settings: Any) -> None:
+        """What is computed again keeps its inputs, which autograd does not know of."""
+        nonlocal largest
         for value in (*args, *settings.values()):
             if isinstance(value, Tensor):
-                pack(value)
+                storages(value)
+        inside = _Storages({*own, *storages.sizes})
+        with torch.autograd.graph.saved_tensors_hooks(inside, _itself):
+            cast(Any, layer.forward).args[0](*args, **settings)
+        largest = max(largest, inside.total)
 
-    # What is computed again keeps its inputs, which autograd does not know of.
     again = [layer for layer in network.modules() if isinstance(layer.forward, partial)]
     hooks = [layer.register_forward_pre_hook(inputs, with_kwargs=True) for layer in again]
     with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(storages, _itself),
         _as_on_cuda(half),
         torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):
         run()
     for hook in hooks:
         hook.remove()
-    return float(sum(size for size, _ in storages.values()))
+    return storages.total + largest
+
+
+class _Storages:
+    """Called with tensors, adds up their storages, each once, but those that are `known`. Keeps them: else
+    another could get the same number."""
+
+    def __init__(self, known: Collection[int]) -> None:
+        self.known, self.sizes, self.kept = known, dict[int, int](), list[Any]()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known and storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.kept.append(storage)
+        return tensor
+
+    @property
+    def total(self) -> float:
+        return float(sum(self.sizes.values()))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _WideNorms(TorchFunctionMode):
@@ -239,10 +266,8 @@ def _as_on_cuda(half: bool) -> Iterator[None]:
 
 
 def _student(config: DistillConfig) -> Student:
-    unet = pretrained.skeleton(config.teacher, "unet").requires_grad_(True)
-    schedule = pretrained.load_schedule(config.teacher)
-    downscale = pretrained.latent_downscale(config.teacher)
-    student = equip(Student(unet, schedule, config.student_timestep, downscale), config.student, config.seed)
+    check_teacher(config.teacher, config.stage, config.student)
+    student = blank_student(config.teacher, config.student_timestep, config.student, config.seed)
     train_only(student, config.student)
     return student
 

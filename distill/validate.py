@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from core import dist
 from core.errors import SettingError
 from core.parallel import local
-from core.seeds import generator
-from distill.generator import Student
+from core.seeds import generator, noise
 from distill.joined import scales
 from latent_lpips.augment import AugmentParams
 from latent_lpips.metric import ELatentLPIPS
@@ -22,8 +21,12 @@ from pairgen.dataset import PairRows
 Draw = Callable[..., Tensor]
 """Noise [B, C, h, w] fp32 on the run's device, B prompts, scales(pairs) -> scaled latents [B, C, h, w]."""
 
-Validate = Callable[[Student, int], dict[str, float]]
-"""What else to measure, from the commands: (averaged student, images seen) -> values named `val/...`."""
+Drawn = Callable[[int, Sequence[str]], Tensor]
+"""(seed, N prompts) -> the averaged student's latents [N, C, h, w] of them, fp32 on the CPU, the same on every
+rank, of the noise of (seed, 0) to (seed, N - 1). To be called on every rank."""
+
+Validate = Callable[[Drawn, int], dict[str, float]]
+"""What else to measure, from the commands: (the student, images seen) -> values named `val/...`."""
 
 _DRAWS = 0x7A11D  # the stream of the transforms below
 
@@ -79,9 +82,8 @@ def measure(
     the batch size and the number of ranks, over which the rows are shared out. Every rank draws equally often
     (FSDP2 gathers weights together) and returns the same values.
     """
-    world = dist.world_size()
-    places = range(dist.rank(), -(-len(rows) // world) * world, world)
-    found = [_rows(draw, reader, rows, part, distance, device, seed) for part in _parts(places, batch_size)]
+    shares = _shares(len(rows), batch_size)
+    found = [_rows(draw, reader, rows, part, distance, device, seed) for part in shares]
     together = torch.cat(dist.gather(torch.cat(found)))
     together = together[together[:, 0].argsort()]  # one order of summing, whatever the ranks
     _, square, low, high, *rest = together.unbind(1)
@@ -115,7 +117,33 @@ def _rows(
     return lines[lines[:, 0] < len(rows)]
 
 
-def _parts(places: range, size: int) -> list[range]:
+@torch.no_grad()
+def draw_together(
+    draw: Draw,
+    shape: tuple[int, int, int],
+    seed: int,
+    prompts: Sequence[str],
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    guidance: float | None = None,
+) -> Tensor:
+    """Latents as `Drawn` says, the work shared out over the ranks, which draw equally often. `guidance`: for
+    a student that is told it."""
+    found = []
+    for part in _shares(len(prompts), batch_size):
+        numbers = [min(place, len(prompts) - 1) for place in part]
+        told = () if guidance is None else (torch.full((len(numbers),), guidance),)
+        z = noise(seed, numbers, shape).to(device)
+        found.append(draw(z, [prompts[n] for n in numbers], *told).float().cpu())
+    together = torch.stack(dist.gather(torch.cat(found)), dim=1)  # [share, rank, ...]: place by place
+    return together.flatten(0, 1)[: len(prompts)]
+
+
+def _shares(count: int, size: int) -> list[range]:
+    """This rank's places of 0 to `count` - 1 in batches: as many on every rank, the last of them beyond."""
+    world = dist.world_size()
+    places = range(dist.rank(), -(-count // world) * world, world)
     return [places[first : first + size] for first in range(0, len(places), size)]
 
 

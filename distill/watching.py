@@ -17,9 +17,10 @@ from distill.config import DistillConfig
 from distill.health import plot_health
 from distill.preview import preview, preview_latents, preview_text
 from distill.regression import Regression
+from distill.sample import OneStep
 from distill.state import State
 from distill.text_cache import TextCache
-from distill.validate import Validate, averaged, best, held_out, measure
+from distill.validate import Validate, averaged, best, draw_together, held_out, measure
 from pairgen.dataset import PairRows
 
 
@@ -42,6 +43,7 @@ class Watching:
         self.regression, self.encode, self.device = regression, encode, device
         self.autocast, self.also = autocast, also
         self.folder, self.seed, self.told = log.folder / "checkpoints", config.seed, set[str]()
+        self.guided = config.student.guidance_conditioning
         self.batch = max(1, self.config.batch_size // dist.world_size() // config.engine.accumulate)
         self.vae: Any = None
         if self.config.preview_prompts:
@@ -97,6 +99,17 @@ class Watching:
             )
         return latents
 
+    def _drawn(self, seed: int, prompts: Sequence[str]) -> Tensor:
+        return draw_together(
+            self._draw,
+            self.reader.spec.latent_shape,
+            seed,
+            prompts,
+            batch_size=self.batch,
+            device=self.device,
+            guidance=OneStep.guidance if self.guided else None,
+        )
+
     def due(self, now: bool) -> bool:
         """Whether it is time to validate; `now`: at the end it is, if ever."""
         interval, nimg = self.config.validate_images, self.state.nimg
@@ -105,7 +118,6 @@ class Watching:
     def validate(self) -> bool:
         """Measure the averaged student; whether this point is a new best, to be kept."""
         nimg = self.state.nimg
-        module = self.state.student.module
         with self._averaged():
             values = measure(
                 self._draw,
@@ -117,7 +129,7 @@ class Watching:
                 seed=self.seed,
             )
             if self.also is not None:
-                values |= self.also(module, nimg)  # type: ignore[arg-type]  # a Student
+                values |= self.also(self._drawn, nimg)
         self.log.write(nimg, values)
         return self.config.keep_best and self.best(nimg) == nimg
 

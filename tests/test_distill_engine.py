@@ -333,6 +333,11 @@ def test_fid_on_the_way_decides_which_point_is_best(tmp_path: Path) -> None:
     lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
     assert [line["nimg"] for line in lines] == [4, 8]
     assert all(line["val/fid"] > 0 and line["val/psnr"] > 0 for line in lines)
+    shards = distill_arguments(config, tmp_path / "shards", *held, "engine.parallel=fsdp")
+    both = d2g_ranks([*shards, *asked], tmp_path / "log")
+    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    found = [line["val/fid"] for line in read_stats(tmp_path / "shards") if "val/fid" in line]
+    assert found == pytest.approx([line["val/fid"] for line in lines], rel=1e-3)
     again = d2g([*distill_arguments(config, tmp_path / "other"), *asked], tmp_path / "log")
     assert again.code == 2 and "train.validate_images" in again.error
 

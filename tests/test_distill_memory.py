@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tiny_teachers
-from core import pretrained
+from core import parallel, pretrained
 from distill.config import DistillConfig, EngineConfig, TrainConfig
 from distill.discriminator import Discriminator, added_parameters
 from distill.generator import student_from_teacher
@@ -118,3 +119,12 @@ def test_sdxl(tmp_path: Path) -> None:
     encoders = pretrained.load_text_encoder(str(tmp_path))
     assert found.working > 0
     assert found.frozen == pytest.approx(gib(sum(p.numel() for p in encoders.parameters())))
+
+
+def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> None:
+    """Two layers of 4 numbers in and out, 8 and 16 wide: both inputs, and tanh's output in the wider one."""
+    narrow, wide = (nn.Sequential(nn.Linear(4, w), nn.Tanh(), nn.Linear(w, 4)) for w in (8, 16))
+    both, x = nn.Sequential(narrow, wide), torch.randn(2, 4)
+    assert _saved(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 8 + 2 * 4 + 2 * 16)
+    parallel.recompute([narrow, wide])
+    assert _saved(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 4 + 2 * 16)

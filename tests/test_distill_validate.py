@@ -15,10 +15,11 @@ from core import dist
 from core.errors import SettingError
 from core.latents import decode, to_uint8
 from core.pretrained import load_text_encoder, load_vae
+from core.seeds import noise
 from distill.ema import EMA
 from distill.generator import student_from_teacher
 from distill.preview import preview, preview_latents, preview_text
-from distill.validate import averaged, best, held_out, measure, psnr
+from distill.validate import averaged, best, draw_together, held_out, measure, psnr
 from jobs import make_pairs
 from latent_lpips.metric import ELatentLPIPS
 from latent_lpips.weights import load_lpips
@@ -89,6 +90,13 @@ def test_batches_do_not_matter_and_the_draws_stay(
     assert mean == pytest.approx(once["val/e_latent_lpips"], rel=1e-5), "a row's draws are its own"
 
 
+PROMPTS = ["a", "b", "c", "d", "e"]
+
+
+def lettered(noise: Tensor, prompts: Sequence[str]) -> Tensor:
+    return noise + torch.tensor([float(ord(prompt)) for prompt in prompts]).view(-1, 1, 1, 1)
+
+
 def _on_rank(rank: int, port: int, folder: str, teacher: str, out: str) -> None:
     import os
 
@@ -103,7 +111,8 @@ def _on_rank(rank: int, port: int, folder: str, teacher: str, out: str) -> None:
 
     metric = ELatentLPIPS(load_lpips(str(Path(teacher) / "latent_lpips"), 4), "bgco", draws=2)
     found = measure(draw, PairReader(folder), ROWS, metric, batch_size=2)
-    torch.save((found, calls), f"{out}/{rank}.pt")
+    many = draw_together(lettered, (4, 2, 2), 5, PROMPTS, batch_size=2)
+    torch.save((found, calls, many), f"{out}/{rank}.pt")
     dist.finish()
 
 
@@ -119,8 +128,11 @@ def test_ranks_share_the_rows_and_draw_equally_often(
     )
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     alone = measure(lambda z, p: z * 0.5, reader, ROWS, distance, batch_size=2)
-    assert all(found == pytest.approx(alone, rel=1e-6) for found, _ in ranks)
-    assert ranks[0][0] == ranks[1][0] == ranks[2][0] and [calls for _, calls in ranks] == [[2, 1]] * 3
+    assert all(found == pytest.approx(alone, rel=1e-6) for found, *_ in ranks)
+    assert ranks[0][0] == ranks[1][0] == ranks[2][0]
+    assert [calls for _, calls, _ in ranks] == [[2, 1]] * 3
+    expected = torch.cat([lettered(noise(5, [i], (4, 2, 2)), [text]) for i, text in enumerate(PROMPTS)])
+    assert all(torch.equal(many, expected) for *_, many in ranks)
 
 
 def test_averages_go_in_and_out_bit_for_bit() -> None:
