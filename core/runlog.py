@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,14 +19,18 @@ from core.errors import UserError
 from core.loggers import Logger, open_loggers
 from core.pictures import save_png
 
+ENDED = "ended.json"
+Ending = Literal["done", "minutes", "stopped", "failed"]
+
 
 class RunLog:
-    """Owner of RUN/config.json, RUN/stats.jsonl and RUN/previews. Only rank 0 writes."""
+    """Owner of RUN/config.json, RUN/stats.jsonl, RUN/previews and RUN/ended.json. Only rank 0 writes."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
         """Open a run folder. `ignore`: top-level keys that may change between resumes (lengths, intervals).
 
-        Raises UserError when the folder holds a run with another config, naming the keys that differ.
+        Raises UserError when the folder holds a run with another config, naming the keys that differ. A run
+        that ended before it left anything is no obstacle.
         """
         self.folder, self.config = folder, config
         self.loggers: list[Logger] = []
@@ -39,13 +43,27 @@ class RunLog:
                 {k: v for k, v in old.items() if k not in drop},
                 {k: v for k, v in config.items() if k not in drop},
             )
-            if keys:
+            if keys and not {entry.name for entry in folder.iterdir()} <= {path.name, ENDED}:
                 raise UserError(
                     f"{folder} holds a run with another config: {', '.join(keys)}; "
                     "give the same settings to resume it, or another --out"
                 )
-        elif dist.rank() == 0:
+            if not keys:
+                return
+        if dist.rank() == 0:
             write_atomically(path, json.dumps(config, indent=1))
+
+    def begin(self) -> None:
+        """From now on nobody knows how the run ends."""
+        if dist.rank() == 0:
+            (self.folder / ENDED).unlink(missing_ok=True)
+
+    def end(self, how: Ending, why: str = "") -> None:
+        """Write RUN/ended.json: images at the last report, how the run ended, and why if not of itself."""
+        if dist.rank() == 0:
+            lines = self.read()
+            facts = {"nimg": int(lines[-1]["nimg"]) if lines else 0, "how": how, "why": why}
+            write_atomically(self.folder / ENDED, json.dumps(facts, indent=1))
 
     def rewind(self, nimg: int) -> None:
         """Drop lines written after the checkpoint that a resumed run starts from."""

@@ -82,13 +82,18 @@ _PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("losses", ("loss/",), True),
     ("D's mean logits", ("logit/real", "logit/fake", "logit/mismatched", "logit/student"), False),
     ("D's logits of real rows, per head", ("logit/real/",), False),
+    ("D's logits of the mixed batch's generated rows, per head", ("logit/fake/",), False),
+    ("D's logits of mismatched rows, per head", ("logit/mismatched/",), False),
     ("D's logits of the student, per head", ("logit/student/",), False),
     ("D's order of real and student (AUC)", ("d/auc",), False),
     ("R1: squared gradient norm", ("loss/r1",), True),
     ("gradient norms", ("grad/",), True),
     ("student's spread over teacher's", ("latent/spread",), False),
     ("EMA drift", ("ema/",), True),
-    ("held-out pairs", ("val/",), False),
+    ("held-out pairs: E-LatentLPIPS", ("val/e_latent_lpips",), False),
+    ("held-out pairs: PSNR, dB", ("val/psnr",), False),
+    ("held-out images: FID", ("val/fid",), False),
+    ("validation", ("val/",), False),
     ("images per second", ("time/images_per_sec",), False),
     ("share of time waiting for data", ("time/loader_wait",), False),
     ("peak memory, GiB", ("mem/",), False),
@@ -100,11 +105,12 @@ def panels(lines: Sequence[Line]) -> list[Panel]:
     """The panels that a run's reports have something for, in a fixed order."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     found = []
+    alone = {starts[0] for _, starts, _ in _PANELS if len(starts) == 1}  # scales of their own
     for title, starts, log in _PANELS:
-        own = [n for n in names if any(n == s or (s.endswith("/") and n.startswith(s)) for s in starts)]
-        own = [
-            n for n in own if (n == "loss/r1") == (starts == ("loss/r1",))
-        ]  # of another order of magnitude
+        own = [n for n in names if n in starts]
+        own += [
+            n for n in names if n not in alone and any(s.endswith("/") and n.startswith(s) for s in starts)
+        ]
         series = {n: _series(lines, n) for n in own}
         if series := {n: s for n, s in series.items() if s[0]}:
             found.append(Panel(title, series, log and all(v > 0 for _, vs in series.values() for v in vs)))
@@ -137,7 +143,7 @@ def plot_health(lines: Sequence[Line], file: Path, title: str = "") -> None:
         axis.set_title(panel.title, fontsize=9)
         axis.set_yscale("log" if panel.log else "linear")
         axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         if len(panel.series) > 1:
             axis.legend(fontsize=5, ncols=2 if len(panel.series) > 6 else 1)
     for axis in axes[len(shown) :]:

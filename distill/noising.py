@@ -23,12 +23,8 @@ def draw_times(
 
     random: t = T s u / (1 + (s - 1) u) with u ~ U(0, 1) and s = timestep_shift (APT 3.3). With noise
     augmentation it is the level of the noise: uniform over 0 to max - 1, or "small", max u^2, half of them
-    below max / 4. Raises SettingError for a max beyond the schedule's `train_steps`.
+    below max / 4.
     """
-    if config.noise_augment != "none" and config.noise_max_timestep > train_steps:
-        raise SettingError(
-            f"gan.noise_max_timestep is {config.noise_max_timestep}; the teacher's schedule has {train_steps}"
-        )
     if config.noise_augment == "none" and config.timestep_mode == "constant":
         return None
     u = torch.rand(rows, generator=generator, device=generator.device)
@@ -52,18 +48,24 @@ def with_noise(x: Tensor, alphas_cumprod: Tensor, t: Tensor, eps: Tensor) -> Ten
 class Noiser:
     """Diffuses what D is shown, where the config says so; else it passes latents through.
 
-    The noise of a row is a function of (seed, the row's number, real or fake) alone.
+    The noise of a row is a function of (seed, the row's number, real or fake) alone. Raises SettingError for
+    a largest level beyond the teacher's schedule.
     """
 
     def __init__(self, config: DistillConfig, device: torch.device) -> None:
         self.gan, self.seed = config.gan, config.seed
         self.active = config.stage == "gan" and config.gan.noise_augment != "none"
-        schedule = pretrained.load_schedule(config.teacher)
-        self.train_steps = len(schedule)
-        self.alphas_cumprod = schedule.alphas_cumprod.to(device)
+        gan = config.stage == "gan"  # without D there are no levels, and the teacher may be an EDM
+        bars = pretrained.load_schedule(config.teacher).alphas_cumprod if gan else torch.empty(0)
+        self.train_steps, self.alphas_cumprod = len(bars), bars.to(device)
+        if self.active and config.gan.noise_max_timestep > self.train_steps:
+            raise SettingError(
+                f"gan.noise_max_timestep is {config.gan.noise_max_timestep}; the teacher's schedule has "
+                f"{self.train_steps}"
+            )
 
     def levels(self, rows: int, rng: torch.Generator) -> Tensor | None:
-        """D's time inputs of a step's rows. Raises SettingError for a maximum beyond the schedule."""
+        """D's time inputs of a step's rows."""
         return draw_times(self.gan, rows, self.train_steps, rng)
 
     def eps(self, rows: Sequence[int], shape: tuple[int, int, int], stream: int) -> Tensor | None:

@@ -30,7 +30,7 @@ class Limits:
     won_loss: float = 0.02  # and no more loss than this
     blind_auc: float = 0.02  # D: the share is this near to 0.5,
     blind_gap: float = 0.02  # and the mean logits this near to each other
-    spread: float = 0.5  # G: variance over a batch below this share of the run's own best
+    spread: float = 0.5  # G: variance over a batch below this share of the run's own best, or the teacher's
     rise: float = 2.0  # G: regression loss above this many times the run's own best
 
     def __post_init__(self) -> None:
@@ -124,10 +124,10 @@ def d_blind(lines: Sequence[Line], limits: Limits) -> Finding | None:
 
 def g_collapse(lines: Sequence[Line], limits: Limits) -> Finding | None:
     """The student's latents of a batch become alike. Against the run's own best, for one-step students
-    start blurred and alike.
+    start blurred and alike; but never above the teacher's, as those that start wild have to come down.
     """
     then, now = _best_and_now(lines, "latent/spread", limits.reports, max)
-    if now is None or not now < limits.spread * then:
+    if now is None or not now < limits.spread * min(then, 1.0):
         return None
     text = (
         f"{_at(lines)}: the student collapses: its latents vary {now:.2f} times as much over a batch as the "

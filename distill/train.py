@@ -29,7 +29,7 @@ from distill.real_rows import RealRows
 from distill.regression import Regression
 from distill.state import State, new_state
 from distill.text_cache import TextCache
-from distill.validate import Validate
+from distill.validate import Validate, held_out
 from distill.watching import Watching
 
 
@@ -78,13 +78,16 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     size = options.batch_size
     told = config.student.guidance_conditioning
     reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, told)
+    held_out(len(reader), options.validate_pairs)
     check_teacher(config.teacher, config.stage, config.student)
     text_encoder = pretrained.load_text_encoder(config.teacher).to(device)
     encode = TextCache(text_encoder.encode, config.data.text_cache, device)
     regression = Regression(config, reader.spec.latent_shape[0], device)
     noised = Noiser(config, device)
     with_real = RealRows(config, reader.spec.latent_shape, encode, device)
-    state: State = new_state(config, device)
+    folder = out / "checkpoints"
+    last = _agreed(folder)
+    state: State = new_state(config, device, fresh=last is None)
     student, discriminator = state.student, state.discriminator
 
     def autocast() -> AbstractContextManager[None]:
@@ -93,10 +96,9 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
 
     # Resume.
     log = RunLog(out, _split_config(config), ignore=("length",))
-    folder = out / "checkpoints"
-    if (last := _agreed(folder)) is not None:
+    if last is not None:
         state.load(last, config)
-        log.rewind(state.nimg)
+    log.rewind(state.nimg)
     log.attach(options.loggers, state.nimg)
     watching = Watching(config, log, reader, state, regression, encode, device, autocast, validate)
     writer = sharded.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
@@ -106,14 +108,16 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
 
     # Train.
     pin = device.type == "cuda"
-    workers, held_out = options.loader_workers, options.validate_pairs
-    batches = pair_batches(reader, size, config.seed, state.nimg, workers, config.data, pin, held_out)
+    workers, kept = options.loader_workers, options.validate_pairs
+    batches = pair_batches(reader, size, config.seed, state.nimg, workers, config.data, pin, kept)
     pace = Pace(log.read(), state.nimg, dist.world_size())
     started, first = time.monotonic(), state.nimg
     finished = state.nimg >= options.images
     latest: dict[str, Tensor] = {}  # each value's last, since the last report: not every step has all
     verdict: dict[str, Tensor] = {}  # D's last logits of the student
-    with StopFlag() as stop:
+    with watching.to_the_end(), StopFlag() as stop:
+        if last is not None and watching.missed():
+            watching.validate()
         while not finished:
             with pace.waiting():
                 batch = next(batches)
@@ -223,6 +227,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             # Saved first: whoever sends SIGTERM does not wait for a validation.
             due = crossed(state.nimg, size, options.checkpoint_images) or finished or flags["stop"]
             if due:
+                writer.finish()  # the one before it has its name now, and may be the best
                 writer.spare = watching.spare()
                 state.save(writer, config)
             if not flags["stop"] and watching.due(finished):
@@ -232,13 +237,11 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                     state.save(writer, config)
             if finished or flags["stop"]:
                 writer.finish()
-                watching.panel()
             if flags["stop"] and not finished:
                 raise Interrupted(
                     f"stopped at image {state.nimg}; safe on disk: {folder / f'{state.nimg:09d}'}; "
                     "run the same command again to go on"
                 )
-    log.close()
     seconds = time.monotonic() - started
     newest = checkpoint.latest(folder)
     if newest is None:

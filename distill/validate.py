@@ -22,8 +22,8 @@ Draw = Callable[..., Tensor]
 """Noise [B, C, h, w] fp32 on the run's device, B prompts, scales(pairs) -> scaled latents [B, C, h, w]."""
 
 Drawn = Callable[[int, Sequence[str]], Tensor]
-"""(seed, N prompts) -> the averaged student's latents [N, C, h, w] of them, fp32 on the CPU, the same on every
-rank, of the noise of (seed, 0) to (seed, N - 1). To be called on every rank."""
+"""(seed, N prompts) -> the averaged student's latents [N, C, h, w] of them, fp32 on the CPU, the same on
+every rank, of the noise of (seed, 0) to (seed, N - 1). To be called on every rank."""
 
 Validate = Callable[[Drawn, int], dict[str, float]]
 """What else to measure, from the commands: (the student, images seen) -> values named `val/...`."""

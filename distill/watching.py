@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from core import dist, pretrained
 from core.checkpoint import whole_points
+from core.errors import Interrupted, UserError
 from core.runlog import Pace, RunLog
 from core.sharded import Writer
 from distill import sentinels
@@ -48,8 +49,30 @@ class Watching:
         self.vae: Any = None
         if self.config.preview_prompts:
             self.vae = pretrained.load_vae(config.teacher).to(device)
-        if self.config.validate_pairs:
-            held_out(len(reader), self.config.validate_pairs)  # refuse before the first step
+
+    @contextmanager
+    def to_the_end(self) -> Iterator[None]:
+        """Around training: whatever ends it, loggers are closed, the panel is drawn, and it is written down
+        how it ended. A run that was at its end before is left alone.
+        """
+        if self.state.nimg >= self.config.images:
+            yield
+            return self.log.close()
+        self.log.begin()
+        try:
+            yield
+        except BaseException as error:
+            self.log.close()
+            with suppress(
+                UserError
+            ):  # what is on its way up says more than a disk that is full for this, too
+                self.log.end("stopped" if isinstance(error, Interrupted) else "failed", str(error))
+                if isinstance(error, Exception):  # else somebody is in a hurry
+                    self.panel()
+            raise
+        self.log.close()
+        self.panel()
+        self.log.end("done" if self.state.nimg >= self.config.images else "minutes")
 
     def report(self, values: Mapping[str, Tensor | float], pace: Pace, writer: Writer) -> None:
         """One line of stats.jsonl, and a preview; then the watchmen, who may stop the run."""
@@ -114,6 +137,12 @@ class Watching:
         """Whether it is time to validate; `now`: at the end it is, if ever."""
         interval, nimg = self.config.validate_images, self.state.nimg
         return bool(interval) and (now or nimg // interval > (nimg - self.config.batch_size) // interval)
+
+    def missed(self) -> bool:
+        """Whether the point that a run goes on from was to be validated, and a kill came first."""
+        nimg = self.state.nimg
+        done = any(line["nimg"] == nimg and "val/psnr" in line for line in self.log.read())
+        return dist.gather_objects(self.due(nimg >= self.config.images) and not done)[0]
 
     def validate(self) -> bool:
         """Measure the averaged student; whether this point is a new best, to be kept."""

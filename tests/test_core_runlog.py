@@ -22,7 +22,7 @@ def test_config_is_on_disk_before_the_first_step(tmp_path: Path) -> None:
 
 def test_the_same_config_resumes_and_another_is_refused_by_name(tmp_path: Path) -> None:
     RunLog(tmp_path, CONFIG)
-    RunLog(tmp_path, CONFIG)
+    RunLog(tmp_path, CONFIG).write(10, {"loss/g": 1.0})
     other = {**CONFIG, "seed": 2, "optim": {"lr": 1e-3, "betas": [0.9, 0.999]}}
     with pytest.raises(UserError) as caught:
         RunLog(tmp_path, other)
@@ -32,8 +32,17 @@ def test_the_same_config_resumes_and_another_is_refused_by_name(tmp_path: Path) 
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG, "what was there stays"
 
 
+def test_a_run_that_left_nothing_is_no_obstacle(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, CONFIG)
+    log.end("failed", "train.validate_pairs is 5000 of 12 pairs")
+    assert json.loads((tmp_path / "ended.json").read_text())["how"] == "failed"
+    RunLog(tmp_path, {**CONFIG, "seed": 2}).begin()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_ignored_keys_may_change_and_no_others(tmp_path: Path) -> None:
-    RunLog(tmp_path, CONFIG)
+    RunLog(tmp_path, CONFIG).write(10, {"loss/g": 1.0})
     RunLog(tmp_path, {**CONFIG, "train": {"images": 200}}, ignore=("train",))
     with pytest.raises(UserError, match="seed"):
         RunLog(tmp_path, {**CONFIG, "seed": 2}, ignore=("train",))

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from torch import Tensor
 import tiny
 import tiny_teachers
 from core import checkpoint, pretrained, sharded
+from core.config import override
+from core.errors import SettingError, UserError
 from core.runlog import read_stats
 from distill.config import DistillConfig
 from distill.train import train
@@ -78,6 +82,7 @@ ALONE = {
     "accumulate": ["engine.accumulate=2"],
     "recompute": ["engine.activation_checkpointing=true"],
     "fsdp": ["engine.parallel=fsdp"],
+    "compile": ["engine.compiler=aot_eager"],
     "async": ["engine.async_checkpoints=true", "train.checkpoint_images=4"],
     "cache": ["data.text_cache=3"],
     "fused": ["optim.name=adamw_fused", "gan.optim.name=adamw_fused"],
@@ -99,7 +104,8 @@ def test_two_ranks_are_one_and_either_goes_on_for_the_other(
 ) -> None:
     """Two steps on two ranks, then two on one, with another engine: as four on one."""
     out = tmp_path / "run"
-    first = distill_arguments(config, out, *PLAIN, f"engine.parallel={parallel}", "train.images=8")
+    late = f"engine.async_checkpoints={json.dumps(parallel == 'fsdp')}"
+    first = distill_arguments(config, out, *PLAIN, f"engine.parallel={parallel}", late, "train.images=8")
     both = d2g_ranks(first, tmp_path / "log")
     assert [ended.code for ended in both] == [0, 0], both[0].stderr
     last = checkpoint.latest(out / "checkpoints")
@@ -316,6 +322,62 @@ def test_validation_does_not_touch_training_and_the_best_stays(
     assert (tmp_path / "kept" / "health.png").is_file()
     assert len(list((tmp_path / "kept" / "previews").glob("preview-*.png"))) == 10
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["length"]["keep_best"] is True
+
+
+def test_a_validation_that_a_kill_came_before_is_made_up_for(
+    teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    held = ("train.validate_pairs=4", "train.validate_images=8", "train.images=16")
+    made = distill_config(teacher, pairs, *held)
+    train(made, tmp_path)
+    stats, whole = tmp_path / "stats.jsonl", read_stats(tmp_path)
+    assert [line["nimg"] for line in whole if "val/psnr" in line] == [8, 16]
+    stats.write_text("".join(stats.read_text().splitlines(keepends=True)[:-1]))
+    train(made, tmp_path)
+    assert read_stats(tmp_path) == whole
+
+
+def test_a_run_needs_its_init_only_to_begin(config: DistillConfig, ode: Path, tmp_path: Path) -> None:
+    init = tmp_path / "init"
+    shutil.copytree(ode, init)
+    made = replace(config, init=str(init))
+    for images in (4, 8):
+        settings = override(made, [f"train.images={images}"])
+        train(settings, tmp_path / "run")
+        shutil.rmtree(init, ignore_errors=True)
+
+
+def test_lines_of_a_run_that_died_before_its_first_checkpoint_go(
+    teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    out, made = tmp_path / "run", distill_config(teacher, pairs, "train.images=8")
+    running = Running(distill_arguments(made, out, "train.images=4000"), tmp_path / "log")
+    running.wait_for(lambda: len(read_stats(out)) > 2)
+    running.send(signal.SIGKILL)
+    running.wait()
+    assert not (out / "ended.json").exists(), "nobody knows how it ended"
+    done = d2g(distill_arguments(made, out), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    assert [line["nimg"] for line in read_stats(out)] == [4, 8]
+    assert json.loads((out / "ended.json").read_text())["how"] == "done"
+
+
+def test_a_run_that_breaks_says_so_and_leaves_its_panel(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    settings = ("optim.lr=1e30", "train.sentinels=stop", "train.images=400")
+    with pytest.raises((FloatingPointError, UserError)) as caught:
+        train(distill_config(teacher, pairs, *settings), tmp_path)
+    ended = json.loads((tmp_path / "ended.json").read_text())
+    assert ended["how"] == "failed" and ended["why"] == str(caught.value)
+    assert (tmp_path / "health.png").is_file()
+
+
+def test_what_is_refused_before_the_first_step_blocks_no_folder(
+    teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    held = ("train.validate_images=4", "train.images=4")
+    with pytest.raises(SettingError, match="validate_pairs is 5000 of 12 pairs"):
+        train(distill_config(teacher, pairs, *held, "train.validate_pairs=5000"), tmp_path)
+    train(distill_config(teacher, pairs, *held, "train.validate_pairs=4"), tmp_path)
 
 
 def test_fid_on_the_way_decides_which_point_is_best(tmp_path: Path) -> None:

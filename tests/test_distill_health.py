@@ -64,13 +64,33 @@ LINES = [
 
 def test_every_reported_kind_has_its_panel_and_no_other() -> None:
     titles = [panel.title for panel in panels(LINES)]
-    assert titles[0] == "losses" and "R1: squared gradient norm" in titles and "held-out pairs" not in titles
+    assert (
+        titles[0] == "losses"
+        and "R1: squared gradient norm" in titles
+        and not any("held-out" in t for t in titles)
+    )
     assert set(panels(LINES)[0].series) == {"loss/g", "loss/d"}
     shown = {name for panel in panels(LINES) for name in panel.series}
     assert shown == {name for line in LINES for name in line} - {"nimg"}
     assert panels([]) == [] and panels([{"nimg": 0, "loss/g": math.nan}]) == []
     below = panels([{"nimg": 0, "loss/g": -1.0}])[0]
     assert not below.log, "a logarithm has no place for it"
+
+
+def test_what_has_a_scale_of_its_own_has_axes_of_its_own() -> None:
+    line = {
+        "val/psnr": 25.0,
+        "val/e_latent_lpips": 0.2,
+        "val/fid": 40.0,
+        "val/recall": 0.9,
+        "val/clip_score": 0.3,
+    }
+    found = {
+        panel.title: set(panel.series)
+        for panel in panels([{"nimg": 10, "loss/r1": 5.0, "loss/g": 1.0, **line}])
+    }
+    assert found.pop("validation") == {"val/recall", "val/clip_score"}
+    assert all(len(series) == 1 for series in found.values()) and len(found) == 5
 
 
 def test_values_missing_from_a_report_leave_gaps_only() -> None:

@@ -43,9 +43,9 @@ def test_distributions_of_times(settings: dict[str, Any], expected: list[float])
     assert t is not None and 0 <= t.min() and t.max() < settings.get("noise_max_timestep", 1000)
 
 
-def test_levels_beyond_the_schedule_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"noise_max_timestep is 1000; the teacher's schedule has 500"):
-        times(steps=500, noise_augment="uniform")
+def test_levels_beyond_the_schedule_are_refused(teacher: Path) -> None:
+    with pytest.raises(SettingError, match=r"noise_max_timestep is 1200; the teacher's schedule has 1000"):
+        noiser(teacher, noise_augment="uniform", noise_max_timestep=1200)
 
 
 def test_noise_has_the_schedules_share(teacher: Path) -> None:

@@ -82,6 +82,11 @@ def test_a_student_whose_rows_become_alike() -> None:
     for number, line in enumerate(rising):
         line["latent/spread"] = 0.05 + 0.04 * number  # blurred at the start, as every student
     assert kinds(rising) == []
+    falling = log(60)
+    for number, line in enumerate(falling):
+        line["latent/spread"] = 1.0 + 12 * 0.9**number  # wild at the start, as the miniature's
+    assert not any(kinds(falling[:end]) for end in range(len(falling) + 1))
+    assert kinds([*falling, *log(5, latent__spread=[0.4] * 5)]) == ["g_collapse"]
     assert kinds(log(30, latent__spread=[0.1] * 4)) == [], "four odd batches"
 
 
@@ -129,10 +134,15 @@ def test_limits_check_themselves() -> None:
 
 
 def test_a_real_run_that_falls_apart_is_noticed(teacher: Path, tmp_path: Path) -> None:
-    """The same run twice: as it should be, and with a rate that grows without end."""
+    """A run as it should be, in which nothing is wrong although it starts wild, and then with a rate that
+    grows without end."""
     pairs = make_pairs(teacher, tmp_path)
-    settings = ("train.images=100", "regression.kind=mse", "train.sentinels=off")
-    for name, rate in (("sane", ()), ("wild", ("optim.lr=1", "optim.warmup_images=4000"))):
-        train(distill_config(teacher, pairs, *settings, *rate), tmp_path / name)
-    found = {name: kinds(read_stats(tmp_path / name), Limits(reports=3)) for name in ("sane", "wild")}
-    assert found["sane"] == [] and {"g_regression", "g_collapse"} & {*found["wild"]}, found
+    settings = ("regression.kind=mse", "train.sentinels=off")
+    rising = ("train.images=40", "optim.lr=10", "optim.warmup_images=400", f"init={tmp_path / 'sane'}")
+    train(distill_config(teacher, pairs, *settings, "train.images=100", "optim.lr=1e-3"), tmp_path / "sane")
+    train(distill_config(teacher, pairs, *settings, *rising), tmp_path / "wild")
+    sane, limits = read_stats(tmp_path / "sane"), Limits(reports=3)
+    assert sane[0]["latent/spread"] > 10 and sane[-1]["loss/mse"] < 0.5 * sane[0]["loss/mse"]
+    assert not any(kinds(sane[:end], limits) for end in range(1, len(sane) + 1))
+    both = [*sane, *({**line, "nimg": line["nimg"] + 100} for line in read_stats(tmp_path / "wild"))]
+    assert "g_regression" in kinds(both, limits), both

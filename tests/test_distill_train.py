@@ -177,6 +177,7 @@ def test_a_finished_run_is_left_alone(unbroken: dict[str, Path], teacher: Path, 
 def test_minutes_end_a_run_with_a_checkpoint(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     found = train(distill_config(teacher, pairs, "train.images=100000", "train.minutes=1e-6"), tmp_path)
     assert (found.images, found.steps) == (4, 1) and Path(found.checkpoint).name == "000000004"
+    assert json.loads((tmp_path / "ended.json").read_text()) == {"nimg": 4, "how": "minutes", "why": ""}
 
 
 def test_checkpoints_are_pruned_and_bf16_keeps_fp32_weights(
@@ -199,7 +200,10 @@ def test_checkpoints_are_pruned_and_bf16_keeps_fp32_weights(
 
 # Several ranks. Only the row of a single-sample penalty is a rank's own.
 
-SAME = ("gan.mix_fraction=0.5", "gan.r1=full", "gan.r1_interval=2", "train.images=12")
+SAME = {
+    "ode": ("train.images=12",),
+    "gan": ("train.images=12", "gan.mix_fraction=0.5", "gan.r1=full", "gan.r1_interval=2"),
+}
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
@@ -208,8 +212,8 @@ def test_two_ranks_train_as_one(
 ) -> None:
     init = unbroken["ode"] if stage == "gan" else ""
     config = distill_config(teacher, pairs, stage=stage, init=init)
-    alone = d2g(distill_arguments(config, tmp_path / "one", *SAME), tmp_path / "log")
-    both = d2g_ranks([*distill_arguments(config, tmp_path / "two", *SAME), "--json"], tmp_path / "log")
+    alone = d2g(distill_arguments(config, tmp_path / "one", *SAME[stage]), tmp_path / "log")
+    both = d2g_ranks([*distill_arguments(config, tmp_path / "two", *SAME[stage]), "--json"], tmp_path / "log")
     assert [ended.code for ended in (alone, *both)] == [0, 0, 0], [ended.stderr for ended in (alone, *both)]
     assert json.loads(both[0].stdout)["images"] == 12 and both[1].stdout == ""
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
