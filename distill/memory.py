@@ -6,9 +6,10 @@ running them on fake tensors, which have shapes and no data, and adding up what 
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -19,13 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from core import parallel, pretrained
+from core.latents import decode
 from core.pipelines import open_pipeline
 from core.text import Text, Told
 from distill.config import DistillConfig
 from distill.discriminator import Discriminator
 from distill.generator import Student, blank_student, check_teacher, train_only
+from distill.known import NAMES, configs_only, kind_of
 from distill.options import OptimConfig
 from distill.r1 import r1_penalty
+from latent_lpips.pixels import PixelLPIPS
 
 STATES = 8
 """Bytes of an optimiser's states by parameter: two moments in fp32."""
@@ -66,12 +70,14 @@ class Kept:
 def predict(config: DistillConfig, world_size: int) -> Memory:
     """Memory of a run on `world_size` processes. Reads configs of the teacher's pieces, no weights.
 
-    What the regression's own network keeps is left out: little for distances of latents, not so for `lpips`,
-    which differentiates the decoder.
+    Of the regression's own networks only those of `lpips` are counted, which differentiates the decoder too;
+    a distance of latents keeps little.
     """
     student = _student(config)
     discriminator = _discriminator(config) if config.stage == "gan" else None
+    pixels = _pixels(config) if config.regression.kind == "lpips" else None
     frozen = _bytes(p for model in _frozen(config) for p in model.parameters())
+    frozen += _bytes(pixels[0].parameters()) if pixels is not None else 0.0
     with FakeTensorMode():
         for network in (student, discriminator):
             if network is not None:
@@ -83,7 +89,11 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
         shards = (config.engine.shard_size or world_size) if config.engine.parallel == "fsdp" else 1
         # DDP's buckets hold the gradients of both networks for as long as the run lasts.
         kept = config.engine.parallel == "ddp" and world_size > 1
-        working = max(g.of(rows), _update(student, config.optim, shards, kept))
+        working = g.of(rows)
+        if pixels is not None:  # the student's graph waits meanwhile
+            _without_data(pixels)
+            working += _distance(pixels, student.latent_shape).of(rows)
+        working = max(working, _update(student, config.optim, shards, kept))
         trained: list[tuple[nn.Module, OptimConfig]] = [(student, config.optim)]
         if discriminator is not None:
             trained.append((discriminator, config.gan.optim))
@@ -102,12 +112,21 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     )
 
 
-def forecast(config: DistillConfig, gpus: int) -> dict[str, float] | None:
-    """GiB per GPU by what takes them, and `total`; None where the teacher's configs are not on this disk."""
-    if not (config.teacher in pretrained.SHIPPED or Path(config.teacher or "-").is_dir()):
+def forecast(config: DistillConfig, gpus: int, preset: str = "") -> dict[str, Any] | None:
+    """GiB per GPU by what takes them, and `total`. Where the teacher is not on this disk, of the networks
+    that the preset is for, which `assumed` then names; None where that is not known either.
+    """
+    if config.teacher in pretrained.SHIPPED or Path(config.teacher or "-").is_dir():
+        return _rounded(predict(config, gpus))
+    if (kind := kind_of(preset)) is None:
         return None
-    found = predict(config, gpus)
-    return {**{k: round(v, 3) for k, v in asdict(found).items()}, "total": round(found.total, 3)}
+    with TemporaryDirectory() as folder:
+        found = predict(replace(config, teacher=configs_only(kind, Path(folder) / kind)), gpus)
+    return {**_rounded(found), "assumed": f"{NAMES[kind]}'s networks; the teacher is not on this disk"}
+
+
+def _rounded(memory: Memory) -> dict[str, Any]:
+    return {**{k: round(v, 3) for k, v in asdict(memory).items()}, "total": round(memory.total, 3)}
 
 
 def too_large(config: DistillConfig, total_gib: float, device_gib: float) -> str | None:
@@ -193,6 +212,17 @@ def _penalty(discriminator: Discriminator, config: DistillConfig) -> Kept:
     return Kept(fixed=0.0, row=row)
 
 
+def _distance(pixels: nn.ModuleList, shape: tuple[int, int, int]) -> Kept:
+    """Of LPIPS between the student's latents and the teacher's, in fp32."""
+
+    def saved(rows: int) -> float:
+        pred = torch.empty(rows, *shape, requires_grad=True)
+        return _saved(pixels, lambda: pixels[0](pred, torch.empty(rows, *shape)), False)
+
+    one, two = saved(1), saved(2)
+    return Kept(fixed=2 * one - two, row=two - one)
+
+
 def _saved(network: nn.Module, run: Callable[[], Any], half: bool) -> float:
     """Bytes of the storages that autograd saves, each once, the network's own weights left out; of layers
     that are computed again what the largest needs when its turn comes.
@@ -275,6 +305,15 @@ def _student(config: DistillConfig) -> Student:
 def _discriminator(config: DistillConfig) -> Discriminator:
     with torch.device("meta"):
         return Discriminator(pretrained.skeleton(config.teacher, "unet"), config.gan)
+
+
+def _pixels(config: DistillConfig) -> nn.ModuleList:
+    """LPIPS as the config has it, with random weights, and the decoder before it, without any."""
+    piece, options = pretrained.vae_piece(config.teacher), config.regression
+    vae = pretrained.skeleton(config.teacher, piece) if piece else pretrained.load_vae(config.teacher)
+    resize = options.lpips_resize or None
+    metric = PixelLPIPS(options.lpips_net, pretrained=False, decode=partial(decode, vae), resize=resize)
+    return nn.ModuleList([metric, vae.requires_grad_(False)])
 
 
 def _without_data(network: nn.Module) -> None:

@@ -16,6 +16,11 @@ def _train(batch: int, iterations: int, ema_start: int = 4_000) -> TrainConfig:
     return TrainConfig(batch_size=batch, images=iterations * batch, ema_start_images=ema_start * batch)
 
 
+def _thrifty(gpus: int) -> EngineConfig:
+    """With recomputation, without which these would not fit 80 GB (tests/test_distill_presets.py)."""
+    return EngineConfig(gpus=gpus, activation_checkpointing=True)
+
+
 _CFG3 = RegressionConfig(augment="bgo", latent_lpips=1.0)
 _GAN = DistillConfig(stage="gan", optim=OptimConfig(lr=1e-5))
 
@@ -32,21 +37,21 @@ TABLE_A1: dict[str, Stages] = {
     },
     "sd15-cfg3": {
         "ode": DistillConfig(regression=_CFG3, train=_train(256, 150_000), engine=EngineConfig(gpus=16)),
-        "gan": replace(_GAN, regression=_CFG3, train=_train(256, 10_000), engine=EngineConfig(gpus=16)),
+        "gan": replace(_GAN, regression=_CFG3, train=_train(256, 10_000), engine=_thrifty(16)),
     },
     "sd15-cfg8": {
         "ode": DistillConfig(train=_train(2048, 50_000), engine=EngineConfig(gpus=64)),
-        "gan": replace(_GAN, train=_train(1024, 10_000), engine=EngineConfig(gpus=64)),
+        "gan": replace(_GAN, train=_train(1024, 10_000), engine=_thrifty(64)),
     },
     "sdxl-cfg7": {
-        "ode": DistillConfig(train=_train(1024, 20_000), engine=EngineConfig(gpus=128)),
+        "ode": DistillConfig(train=_train(1024, 20_000), engine=_thrifty(128)),
         "gan": replace(
             _GAN,
             gan=DiscriminatorConfig(
                 weight=1.0, r1="none", noise_augment="uniform", optim=OptimConfig(lr=1e-5, betas=(0.0, 0.99))
             ),
             train=_train(512, 30_000),
-            engine=EngineConfig(gpus=128),
+            engine=replace(_thrifty(128), parallel="fsdp"),
         ),
     },
 }

@@ -13,8 +13,9 @@ from core import parallel, pretrained
 from distill.config import DistillConfig, EngineConfig, TrainConfig
 from distill.discriminator import Discriminator, added_parameters
 from distill.generator import student_from_teacher
-from distill.memory import Memory, _saved, predict
+from distill.memory import Memory, _saved, forecast, predict
 from distill.options import DiscriminatorConfig, StudentConfig
+from distill.presets import PRESETS
 
 
 def config(teacher: Path, **settings: Any) -> DistillConfig:
@@ -128,3 +129,14 @@ def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> Non
     assert _saved(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 8 + 2 * 4 + 2 * 16)
     parallel.recompute([narrow, wide])
     assert _saved(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 4 + 2 * 16)
+
+
+def test_a_teacher_that_is_not_here_is_taken_for_the_presets_own() -> None:
+    """SD 1.5's 859.5M parameters, in fp32; what a preset has no network for stays unknown."""
+    far = PRESETS["ablation-z"]["ode"]
+    found = forecast(replace(far, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"), 16, "ablation-z")
+    assert found is not None and found["weights"] == pytest.approx(gib(859_520_964), abs=1e-3)
+    assert found["assumed"] == "SD 1.5's networks; the teacher is not on this disk"
+    assert forecast(far, 16, "cifar10") is None
+    near = forecast(PRESETS["miniature"]["ode"], 1, "sd15-cfg3")
+    assert near is not None and "assumed" not in near
