@@ -125,6 +125,22 @@ class Pipeline:
         return home
 
 
+def classes(pipeline: Pipeline, embeddings: int | None) -> tuple[int, int | None]:
+    """(classes that may be asked for, the one that stands for none) of a UNet2DModel with so many embeddings
+    of classes; (0, None) of an unconditional one.
+
+    The network has no null class of its own; model_index.json may name its last one, as `null_class`. Raises
+    UserError where it names another.
+    """
+    null = pipeline.index.get("null_class")
+    if null is not None and (embeddings is None or null != embeddings - 1):
+        raise UserError(
+            f"teacher {pipeline.folder}: model_index.json has null_class={null}, but the UNet has "
+            f"{embeddings or 'no'} classes; expected the last of them"
+        )
+    return (embeddings or 0) - (null is not None), null
+
+
 def _may_be_flat(kind: str) -> bool:
     """DDPM repositories of two pieces keep both at the root, and diffusers finds them there."""
     return PIPELINES[kind] is _PIXELS

@@ -16,17 +16,22 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.latents import PixelSpace, latent_space
-from core.pipelines import PIPELINES, Pipeline, choose_weights, open_pipeline, piece_sha256
+from core.pipelines import PIPELINES, Pipeline, choose_weights, classes, open_pipeline, piece_sha256
 from core.pipelines import SHIPPED as SHIPPED
 from core.pipelines import resolve as resolve
 from core.pipelines import weights_sha256 as weights_sha256
+from core.schedulers import UNETS
 from core.schedulers import load_schedule as load_schedule
-from core.text import TextEncoderXL
+from core.schedulers import load_student_schedule as load_student_schedule
+from core.text import LabelEncoder, NoEncoder, TextEncoderXL
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader workers fork
 
-STUDENTS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+STUDENTS = UNETS
 """Pipelines whose U-Net a student can be made of."""
+
+TEXT_STUDENTS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""Those whose U-Net is told text."""
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 """Classes that may stand in a folder by themselves."""
@@ -99,8 +104,9 @@ def load_tokenizer(name: str, piece: str = "tokenizer") -> Any:
 
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The UNet2DConditionModel of a Stable Diffusion pipeline: eval, frozen."""
-    _expect_sd(name)
+    """The U-Net of a pipeline that students are made of: a UNet2DConditionModel of Stable Diffusion, else a
+    UNet2DModel; eval, frozen."""
+    _expect_student(name)
     return load_model(name, "unet", dtype)
 
 
@@ -157,7 +163,7 @@ def latent_downscale(name: str) -> int:
     return latent_space(skeleton(name, piece) if piece else load_vae(name)).downscale
 
 
-def _expect_sd(name: str) -> None:
+def _expect_student(name: str) -> None:
     if (kind := open_pipeline(name).kind) not in STUDENTS:
         raise UserError(f"teacher {name} is a {kind}; students are made of {' or '.join(STUDENTS)} teachers")
 
@@ -192,10 +198,20 @@ class TextEncoder(nn.Module):
         return self.forward(self.tokens(prompts))
 
 
-def load_text_encoder(name: str) -> TextEncoder | TextEncoderXL:
-    """The CLIP text encoder of a StableDiffusionPipeline, or the two of SDXL, with their tokenizers."""
-    _expect_sd(name)
-    if open_pipeline(name).kind == "StableDiffusionPipeline":
+Encoder = TextEncoder | TextEncoderXL | LabelEncoder | NoEncoder
+"""What turns prompts into what a U-Net is told: each has `encode(prompts)`."""
+
+
+def load_text_encoder(name: str) -> Encoder:
+    """The CLIP text encoder of a StableDiffusionPipeline, or the two of SDXL, with their tokenizers; of a
+    pipeline that knows no text, what reads class numbers, or nothing."""
+    _expect_student(name)
+    pipeline = open_pipeline(name)
+    if pipeline.kind not in TEXT_STUDENTS:
+        embeddings = skeleton(name, "unet").config.num_class_embeds
+        count, _ = classes(pipeline, embeddings)
+        return NoEncoder() if embeddings is None else LabelEncoder(count)
+    if pipeline.kind == "StableDiffusionPipeline":
         encoder = TextEncoder(load_tokenizer(name), load_model(name, "text_encoder"))
         return encoder.eval().requires_grad_(False)
     numbers = ("", "_2")
@@ -204,6 +220,15 @@ def load_text_encoder(name: str) -> TextEncoder | TextEncoderXL:
         [load_model(name, f"text_encoder{n}") for n in numbers],
     )
     return both.eval().requires_grad_(False)
+
+
+def default_prompts(name: str) -> list[str]:
+    """What a pipeline's students are asked for where nobody says: every class in turn, or nothing; of text,
+    nothing stands for all, and the list is empty."""
+    if open_pipeline(name).kind in TEXT_STUDENTS:
+        return []
+    encoder = load_text_encoder(name)
+    return [str(label) for label in range(encoder.count)] if isinstance(encoder, LabelEncoder) else [""]
 
 
 def attention_parameters(unet: nn.Module) -> set[str]:

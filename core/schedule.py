@@ -1,7 +1,7 @@
 """Noise schedules and the algebra of predictions, as plain functions: x = alpha x_0 + sigma eps.
 
 Two kinds of teacher: variance-preserving over a table of timesteps (`Schedule`), and rectified flow, where
-alpha = 1 - s and sigma = s (`FlowSchedule`).
+alpha = 1 - s and sigma = s (`FlowSchedule`). A third, where alpha = 1, is in core/edm.py.
 """
 
 import math
@@ -36,8 +36,26 @@ class Denoised(NamedTuple):
     epsilon: Tensor
 
 
+class _AsItIs:
+    """Networks that are shown x itself, from noise of unit variance on."""
+
+    prediction: Prediction | FlowPrediction
+
+    def start(self, noise: Tensor) -> Tensor:
+        """x at the first point: the noise, though a VP schedule's alpha need not be 0 there (method.md 2)."""
+        return noise.float()
+
+    def shown(self, x: Tensor, point: Point) -> Tensor:
+        """What the network takes at `point`."""
+        return x
+
+    def read(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
+        """`denoised` with this schedule's prediction."""
+        return denoised(output, x, point, self.prediction)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class Schedule(_AsItIs):
     """A variance-preserving discrete schedule. `alphas_cumprod`: float64 [T], alpha_t^2 of method.md 1.2."""
 
     alphas_cumprod: Tensor
@@ -67,6 +85,20 @@ class Schedule:
         grid = timesteps(len(self), steps, self.spacing, self.steps_offset)
         return [Point(t, *self.alpha_sigma(t)) for t in [*grid, -1]]
 
+    def one_step(self, timestep: int) -> Point:
+        """Where a one-step student starts; -1: at the last timestep. Raises SettingError for one that is not
+        there."""
+        chosen = len(self) - 1 if timestep == -1 else timestep
+        if not 0 <= chosen < len(self):
+            raise SettingError(
+                f"student_timestep is {timestep}; expected 0 to {len(self) - 1}, or -1 for the last"
+            )
+        return Point(chosen, *self.alpha_sigma(chosen))
+
+    def x0(self, output: Tensor, x: Tensor, point: Point) -> Tensor:
+        """x_0 from a network output, fp32."""
+        return predict_x0(output, x, point.alpha, point.sigma, self.prediction)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicShift:
@@ -88,7 +120,7 @@ class DynamicShift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowSchedule:
+class FlowSchedule(_AsItIs):
     """Rectified flow (Esser et al. 2024): x_s = (1 - s) x_0 + s eps, v = eps - x_0, s from 1 down to 0.
 
     The network is told s * `train_steps`. `shift` (eq. 23) moves the steps towards noise; `dynamic` replaces

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any, get_args
 
+from core.edm import EDMPrediction, EDMSchedule, SigmaGrid
 from core.errors import UserError
 from core.pipelines import Pipeline, open_pipeline
 from core.schedule import DynamicShift, FlowSchedule, Prediction, Schedule, Spacing
@@ -25,6 +26,18 @@ VARIANCE_PRESERVING = (
     "UniPCMultistepScheduler",
 )
 FLOW = ("FlowMatchEulerDiscreteScheduler",)
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+
+AnySchedule = Schedule | FlowSchedule | EDMSchedule
+
+UNETS = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "LDMPipeline",
+    "DDIMPipeline",
+    "DDPMPipeline",
+)
+"""Kinds of pipeline whose network takes any real number as its time, and so may be an EDM's."""
 
 BETAS = (
     "num_train_timesteps",
@@ -37,7 +50,6 @@ BETAS = (
 """Settings that make the table of alphas, the same in every scheduler that has them."""
 
 _NOISE = "it draws fresh noise at every step"
-_EDM = "its network is preconditioned as in EDM"
 REFUSED = {
     "DDPMScheduler": _NOISE,
     "DDPMParallelScheduler": _NOISE,
@@ -54,8 +66,6 @@ REFUSED = {
     "CMStochasticIterativeScheduler": _NOISE,
     "ScoreSdeVeScheduler": _NOISE,
     "DEISMultistepScheduler": "its final sigma is not 0",
-    "EDMEulerScheduler": _EDM,
-    "EDMDPMSolverMultistepScheduler": _EDM,
 }
 """Schedulers that people meet, and why no pairs are made with them."""
 
@@ -74,7 +84,7 @@ _BEYOND: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_flow_sigmas": (bool, "a flow needs a FlowMatchEulerDiscreteScheduler", "false"),
     "interpolation_type": (lambda v: v != "linear", "it spaces steps in log sigma", '"linear"'),
     "timestep_type": (lambda v: v != "discrete", "its network is told log sigma", '"discrete"'),
-    "sigma_min": (lambda v: v is not None, "it cuts the range of sigmas", "null"),
+    "sigma_min": (lambda v: v is not None, "it cuts the range of sigmas", "null"),  # but for EDM's
     "sigma_max": (lambda v: v is not None, "it cuts the range of sigmas", "null"),
     "lambda_min_clipped": (lambda v: v != float("-inf"), "it drops the first steps", "-Infinity"),
     "shift_terminal": (lambda v: v is not None, "it stretches the steps", "null"),
@@ -85,8 +95,22 @@ _BEYOND: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 def load_schedule(name: str) -> Schedule:
     """The noise schedule and sampler conventions of a variance-preserving pipeline, whatever its scheduler.
 
-    Raises UserError for flows, for schedulers that are stochastic or do not end at sigma = 0, and for
-    settings that our solvers do not follow.
+    Raises UserError for flows and EDM's, for schedulers that are stochastic or do not end at sigma = 0, and
+    for settings that our solvers do not follow.
+    """
+    schedule = load_student_schedule(name)
+    if isinstance(schedule, EDMSchedule):
+        raise UserError(
+            f"teacher {name} is preconditioned as in EDM; expected a variance-preserving teacher, such as "
+            "SD 1.5"
+        )
+    return schedule
+
+
+def load_student_schedule(name: str) -> Schedule | EDMSchedule:
+    """The schedule of a pipeline that a one-step student can be made of: variance-preserving, or EDM's.
+
+    Raises UserError as `load_schedule` does, but for EDM's.
     """
     schedule = load_any_schedule(name)
     if isinstance(schedule, FlowSchedule):
@@ -94,13 +118,15 @@ def load_schedule(name: str) -> Schedule:
     return schedule
 
 
-def load_any_schedule(name: str) -> Schedule | FlowSchedule:
-    """The schedule of a pipeline, found out from its files: variance-preserving or a flow.
+def load_any_schedule(name: str) -> AnySchedule:
+    """The schedule of a pipeline, found out from its files: variance-preserving, a flow or EDM's.
 
-    Raises UserError as `load_schedule` does, but for flows.
+    Raises UserError as `load_schedule` does, but for flows and EDM's.
     """
     pipeline = open_pipeline(name)
     kind, settings = _settings(pipeline)
+    if kind in EDM:
+        return _edm(pipeline, kind, settings)
     return (_flow if kind in FLOW else _vp)(pipeline, kind, settings)
 
 
@@ -110,10 +136,11 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
 
     home, kind = pipeline.home("scheduler"), pipeline.class_name("scheduler")
     where = f"teacher {pipeline.folder}: scheduler {kind}"
-    supported = FLOW if pipeline.kind == "StableDiffusion3Pipeline" else VARIANCE_PRESERVING
+    flow = pipeline.kind == "StableDiffusion3Pipeline"
+    supported = FLOW if flow else VARIANCE_PRESERVING + (EDM if pipeline.kind in UNETS else ())
     mend = (
         f"in diffusers, set pipe.scheduler = {supported[0]}.from_config(pipe.scheduler.config"
-        f"{'' if supported is FLOW else ', clip_sample=False'}) and save_pretrained the pipeline"
+        f"{'' if flow else ', clip_sample=False'}) and save_pretrained the pipeline"
     )
     assert kind is not None, "home() has seen it"
     if kind in REFUSED:
@@ -129,7 +156,8 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
         settings = {k: raw.get(k, p.default) for k, p in known.items() if k != "self"}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: {file.name} cannot be read ({error})") from error
-    for key in sorted(_BEYOND.keys() & settings.keys()):
+    own = {"sigma_min", "sigma_max"} if kind in EDM else set()
+    for key in sorted(_BEYOND.keys() & settings.keys() - own):
         beyond, does, instead = _BEYOND[key]
         if beyond(settings[key]):
             raise UserError(
@@ -181,4 +209,31 @@ def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedu
         shift=float(settings["shift"]),
         spacing="linspace",
         dynamic=dynamic,
+    )
+
+
+def _edm(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> EDMSchedule:
+    where = f"teacher {pipeline.folder}: scheduler {kind}"
+    for key, known in (("prediction_type", EDMPrediction), ("sigma_schedule", SigmaGrid)):
+        if settings[key] not in get_args(known):
+            raise UserError(f"{where} has {key}={settings[key]}; supported: {', '.join(get_args(known))}")
+    network = json.loads((pipeline.home("unet") / "config.json").read_text(encoding="utf-8"))
+    if (embedding := network.get("time_embedding_type", "positional")) != "positional":
+        raise UserError(
+            f"{where} tells c_noise, which may be negative, but the UNet has "
+            f"time_embedding_type={embedding}; expected positional"
+        )
+    low, high, data, rho = (float(settings[k]) for k in ("sigma_min", "sigma_max", "sigma_data", "rho"))
+    if not (0 < low < high and data > 0 and rho > 0):
+        raise UserError(
+            f"{where} has sigma_min={low:g}, sigma_max={high:g}, sigma_data={data:g}, rho={rho:g}; expected "
+            "0 < sigma_min < sigma_max, and the others above 0"
+        )
+    return EDMSchedule(
+        sigma_min=low,
+        sigma_max=high,
+        sigma_data=data,
+        rho=rho,
+        grid=settings["sigma_schedule"],
+        prediction=settings["prediction_type"],
     )

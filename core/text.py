@@ -1,4 +1,4 @@
-"""What a text-to-image U-Net is told beside noise and time, as one value, and SDXL's encoder of it."""
+"""What a U-Net is told beside noise and time, as one value; encoders of SDXL's text, classes, and nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Text:
 torch.export.register_dataclass(Text)
 
 Told = Tensor | Text
-"""Hidden states alone, or with what goes beside them."""
+"""Of B prompts: hidden states [B, L, D] alone, or with what goes beside them; class numbers, int64 [B]; or
+[B, 0] for a network that is told nothing."""
 
 
 def as_text(told: Told) -> Text:
@@ -104,3 +107,40 @@ class TextEncoderXL(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts -> Text, without a graph."""
         return self.forward(self.tokens(prompts))
+
+
+def class_numbers(prompts: Sequence[str], count: int) -> list[int]:
+    """Prompts that are class numbers in decimal, 0 to `count` - 1, as numbers. Raises UserError."""
+    for prompt in prompts:
+        if not (prompt.isascii() and prompt.isdecimal() and int(prompt) < count):
+            raise UserError(f"prompt {prompt!r}: expected a class number, 0 to {count - 1}")
+    return [int(prompt) for prompt in prompts]
+
+
+def expect_empty(prompts: Sequence[str]) -> None:
+    """Raise UserError for prompts that say something, where nothing can be told."""
+    if any(prompts):
+        raise UserError(
+            f"prompt {next(filter(None, prompts))!r}: this teacher is unconditional; expected none"
+        )
+
+
+class LabelEncoder(nn.Module):
+    """Class numbers as a text encoder would have them: prompts -> int64 [B], on the CPU."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> class numbers [B]. Raises UserError for what is none."""
+        return torch.tensor(class_numbers(prompts, self.count), dtype=torch.int64)
+
+
+class NoEncoder(nn.Module):
+    """Of a network that is told nothing: empty prompts -> [B, 0], on the CPU."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Empty prompts -> [B, 0]. Raises UserError for prompts that are not."""
+        expect_empty(prompts)
+        return torch.empty(len(prompts), 0)

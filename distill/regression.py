@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core import pretrained
+from core.errors import SettingError
 from core.latents import decode
 from distill.config import DistillConfig
 from latent_lpips import augment
@@ -36,13 +37,15 @@ def pseudo_huber(pred: Tensor, target: Tensor, c: float) -> Tensor:
 class Regression(nn.Module):
     """The config's distance between scaled latents, and as set beside it plain LatentLPIPS and L1.
 
-    Raises UserError for weights that are missing or of another latent space.
+    Raises UserError for weights that are missing or of another latent space, SettingError for a distance of
+    latents where the teacher draws pixels.
     """
 
     def __init__(self, config: DistillConfig, channels: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config.regression
         if self.config.needs_latent_lpips:
+            _expect_latents(config)
             folder = config.lpips or str(pretrained.resolve(config.teacher) / "latent_lpips")
             precision: Precision = "auto" if config.train.precision == "bf16" else "fp32"
             self.plain = load_lpips(folder, channels, precision=precision, device=device)
@@ -94,3 +97,12 @@ class Regression(nn.Module):
             parts["loss/l1"] = (pred - target).abs().mean()
             total = total + self.config.l1 * parts["loss/l1"]
         return total, parts
+
+
+def _expect_latents(config: DistillConfig) -> None:
+    if pretrained.vae_piece(config.teacher) is None:
+        beside = config.regression.kind not in ("e_latent_lpips", "latent_lpips")
+        raise SettingError(
+            f"teacher {config.teacher} draws pixels, of which there is no LatentLPIPS; set "
+            + ("regression.latent_lpips=0" if beside else "regression.kind=lpips, pseudo_huber or mse")
+        )

@@ -1,6 +1,5 @@
 """Load a student from a run or an exported folder, and draw images from it in one step."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,28 +10,41 @@ import torch
 from torch import Tensor
 
 from core import checkpoint, pretrained
-from core.config import from_json
+from core.config import WRITTEN_ANEW, from_json, read_object
 from core.errors import SettingError, UserError
 from core.latents import decode, to_uint8
 from core.lora import has_lora, merged
 from core.pictures import grid, save_png
-from core.pretrained import TextEncoder
+from core.pretrained import Encoder
 from core.progress import Progress, quiet
 from core.seeds import noise
-from core.text import TextEncoderXL
+from core.text import LabelEncoder, NoEncoder
 from distill.generator import Student, student_from_teacher, told_guidance
 from distill.options import StudentConfig
+
+REMEDIES = {
+    "student.json": "export the student again",
+    "config.json": WRITTEN_ANEW,
+}
+"""Files that say what a student is, and what to do when they are damaged."""
 
 
 @dataclass(frozen=True)
 class OneStep:
-    """A student with the text encoder and VAE around it, on one device."""
+    """A student with the text encoder, or what stands for one, and the VAE around it, on one device."""
 
     student: Student
-    text: TextEncoder | TextEncoderXL
+    text: Encoder
     vae: Any
     device: torch.device
     guidance: float = 8.0  # told to a student that is told a scale; others have theirs in the weights
+
+    @property
+    def examples(self) -> list[str]:
+        """Two prompts that it understands, to compare two forms of it with."""
+        if isinstance(self.text, LabelEncoder):
+            return ["0", str(self.text.count - 1)]
+        return ["", "" if isinstance(self.text, NoEncoder) else "a red cube on a wooden table"]
 
     @torch.no_grad()
     def latents(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -67,9 +79,9 @@ def student_folder(name: str) -> tuple[Path, str, int]:
     Raises UserError for a folder that is neither, or a run without a checkpoint.
     """
     folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
-    for file in ("student.json", "config.json"):
+    for file in REMEDIES:
         if (folder / file).is_file():
-            config = json.loads((folder / file).read_text())
+            config = read_object(folder / file, REMEDIES[file])
             break
     else:
         raise UserError(
@@ -99,7 +111,7 @@ def student_tensors(name: str) -> dict[str, Tensor]:
 
 def student_config(name: str) -> StudentConfig:
     """What a run's student is beside the teacher's network."""
-    config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    config = read_object(Path(name) / "config.json", REMEDIES["config.json"])
     return from_json(StudentConfig, config["student"])
 
 
@@ -116,6 +128,15 @@ def load_student_weights(student: Student, name: str) -> None:
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"student {name} does not fit its teacher: {first}") from error
+
+
+def own_prompts(name: str, teacher: str | None = None) -> list[str]:
+    """What a student draws where nobody says: every class in turn, or nothing. Raises SettingError for one
+    that is told text."""
+    found = pretrained.default_prompts(teacher or student_folder(name)[1])
+    if not found:
+        raise SettingError("nothing to draw; give --prompt TEXT or --prompts FILE")
+    return found
 
 
 def load_one_step(name: str, teacher: str | None = None, device: torch.device | str = "cpu") -> OneStep:

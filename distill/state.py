@@ -16,7 +16,7 @@ from core.seeds import generator
 from distill.config import DistillConfig
 from distill.discriminator import Discriminator, discriminator_from_teacher
 from distill.ema import EMA
-from distill.generator import Student, equip, student_from_teacher, train_only
+from distill.generator import Student, blank_student, equip, student_from_teacher, train_only
 from distill.optim import optimizer
 from distill.sample import load_student_weights
 
@@ -70,10 +70,16 @@ def _networks(config: DistillConfig) -> str:
     return digest([whole[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")])
 
 
-def new_state(config: DistillConfig, device: torch.device) -> State:
-    """A run at its first image. Raises UserError for weights that do not fit, SettingError for settings."""
+def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -> State:
+    """A run at its first image; if not `fresh`, one that is loaded next, for which `config.init` need not be
+    there any more. Raises UserError for weights that do not fit, SettingError for settings.
+    """
     student = _spread(
-        config, device, lambda: _student(config), lambda: _blank_student(config), lambda net: [net.unet]
+        config,
+        device,
+        lambda: _student(config, fresh),
+        lambda: _blank_student(config),
+        lambda net: [net.unet],
     )
     discriminator: Parallel | None = None
     optim_d: torch.optim.Optimizer | None = None
@@ -128,9 +134,9 @@ def _spread(
     )
 
 
-def _student(config: DistillConfig) -> Student:
+def _student(config: DistillConfig, fresh: bool) -> Student:
     student = student_from_teacher(config.teacher, config.student_timestep)
-    if config.init:
+    if config.init and fresh:
         load_student_weights(student, config.init)
     if student.guided and not config.student.guidance_conditioning:
         raise SettingError(f"{config.init} is told its guidance; set student.guidance_conditioning=true")
@@ -141,10 +147,7 @@ def _student(config: DistillConfig) -> Student:
 
 
 def _blank_student(config: DistillConfig) -> Student:
-    schedule = pretrained.load_schedule(config.teacher)
-    downscale = pretrained.latent_downscale(config.teacher)
-    unet = pretrained.skeleton(config.teacher, "unet")
-    student = equip(Student(unet, schedule, config.student_timestep, downscale), config.student, config.seed)
+    student = blank_student(config.teacher, config.student_timestep, config.student, config.seed)
     train_only(student, config.student)
     student.train(config.student.dropout > 0)
     return student

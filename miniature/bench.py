@@ -122,9 +122,10 @@ class Bench:
         if config.images is not None:
             return image_source(open_images(config.images), self.prompts if config.prompts else ())
         if config.student is not None:
+            assert self.teacher is not None, "a student has one"
             return student_source(
                 config.student,
-                self.drawing(self.prompts),
+                self.drawing(self.prompts or pretrained.default_prompts(self.teacher)),
                 teacher=config.teacher,
                 folder=checkpoint,
                 noise_scale=config.noise_scale,

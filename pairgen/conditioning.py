@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from core.errors import UserError
 from core.schedule import Point
+from core.text import class_numbers, expect_empty
 
 Kind = Literal["text", "label", "none"]
 
@@ -66,10 +66,7 @@ class Conditioner:
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """One row per prompt. Raises UserError for prompts that the teacher cannot be told."""
-        if any(prompts):
-            raise UserError(
-                f"prompt {next(filter(None, prompts))!r}: this teacher is unconditional; expected none"
-            )
+        expect_empty(prompts)
         return Condition(len(prompts), {}, {})
 
     def call(self, network: Any, x: Tensor, point: Point, told: dict[str, Tensor]) -> Tensor:
@@ -78,7 +75,8 @@ class Conditioner:
 
 
 def times(x: Tensor, point: Point) -> Tensor:
-    """What the network is told as its time, [B]: integers of a table, or a flow's fractions of it.
+    """What the network is told as its time, [B]: integers of a table, a flow's fractions of it, or EDM's
+    c_noise.
 
     A tensor, because torch.compile would compile a network anew for every number.
     """
@@ -105,10 +103,7 @@ class Labels(Conditioner):
         return self.null_label is not None
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        for prompt in prompts:
-            if not (prompt.isascii() and prompt.isdecimal() and int(prompt) < self.num_labels):
-                raise UserError(f"prompt {prompt!r}: expected a class number, 0 to {self.num_labels - 1}")
-        labels = torch.tensor([int(prompt) for prompt in prompts], dtype=torch.int64)
+        labels = torch.tensor(class_numbers(prompts, self.num_labels), dtype=torch.int64)
         null = {} if self.null_label is None else {"class_labels": torch.tensor([self.null_label])}
         return Condition(len(prompts), {"class_labels": labels}, null)
 

@@ -16,7 +16,7 @@ class PairConfig:
     num_pairs: int = 0  # 0: one per prompt
     per_prompt: int = 1  # rows i, i + 1 … of one prompt, each with its own noise
     solver: Literal["teacher", "ddim", "heun", "euler"] = "teacher"
-    """`teacher`: DDIM for a diffusion, Euler for a flow."""
+    """`teacher`: DDIM for a diffusion, Euler for a flow and for an EDM."""
     steps: int = 50
     spacing: Literal["teacher", "leading", "trailing", "linspace"] = "teacher"
     final_alpha: Literal["one", "teacher"] = "one"
@@ -62,6 +62,7 @@ class PairConfig:
 PRESETS: dict[str, PairConfig] = {
     "default": PairConfig(),
     # Table A1 of the supplement: pairs and guidance; prompts are yours to bring
+    "cifar10": PairConfig(num_pairs=1_000_000, guidance=1.0, solver="heun", steps=18, batch_size=512),
     "sd15-cfg3": PairConfig(num_pairs=3_000_000, guidance=3.0, precision="fp16"),
     "sd15-cfg8": PairConfig(num_pairs=12_000_000, guidance=8.0, precision="fp16"),
     "sdxl-cfg7": PairConfig(num_pairs=8_000_000, guidance=7.0, precision="bf16", batch_size=8),

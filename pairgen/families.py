@@ -4,7 +4,7 @@ from typing import Any
 
 from core.errors import SettingError, UserError
 from core.latents import LatentSpace
-from core.pipelines import Pipeline
+from core.pipelines import Pipeline, classes
 from pairgen.conditioning import Conditioner, Labels, Text, Text3, TextPixArt, TextXL
 
 T5_TOKENS = {"StableDiffusion3Pipeline": 256, "PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -125,20 +125,13 @@ def conditioner(
 
 
 def _unet2d(pipeline: Pipeline, config: Any) -> Conditioner:
-    """A UNet2DModel has no null class of its own; model_index.json may name its last one, as `null_class`."""
-    count, null = getattr(config, "num_class_embeds", None), pipeline.index.get("null_class")
-    if null is not None and (count is None or null != count - 1):
-        raise UserError(
-            f"teacher {pipeline.folder}: model_index.json has null_class={null}, but the UNet has "
-            f"{count or 'no'} classes; expected the last of them"
-        )
-    if count is None:
+    count, null = classes(pipeline, config.num_class_embeds)
+    if config.num_class_embeds is None:
         return Conditioner()
-    num_labels = count if null is None else count - 1
     return Labels(
-        num_labels=num_labels,
+        num_labels=count,
         null_label=null,
-        label_names=_names(pipeline, num_labels),
+        label_names=_names(pipeline, count),
         facts={"null_label": null},
     )
 

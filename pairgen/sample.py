@@ -6,7 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from core.schedule import Denoised, FlowSchedule, Point, Schedule
+from core.edm import EDMSchedule
+from core.schedule import Denoised, FlowSchedule, Point
+from core.schedulers import AnySchedule
 
 Denoise = Callable[[Tensor, Point], Denoised]
 """`denoise(x, point)`: noisy scaled latents [B, C, h, w] at a point -> predicted x_0 and epsilon, fp32."""
@@ -28,9 +30,10 @@ def euler_step(x: Tensor, velocity: Tensor, now: Point, after: Point) -> Tensor:
 
 
 def heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
-    """Heun's second-order step in sigma space (EDM Algorithm 1 without churn) for a VP teacher.
+    """Heun's second-order step in sigma space (EDM Algorithm 1 without churn).
 
     In x / alpha over sigma / alpha the ODE is d(x / alpha) / d(sigma / alpha) = eps; DDIM is its Euler step.
+    With alpha = 1 it is the paper's own, line by line.
     """
     first = denoise(x, now)
     second = denoise(ddim_step(first, after), after)
@@ -64,32 +67,35 @@ def velocity(found: Denoised) -> Tensor:
     return found.epsilon - found.x0
 
 
-def sample_ode(
-    denoise: Denoise, noise: Tensor, schedule: Schedule | FlowSchedule, steps: int, solver: Solver
-) -> Tensor:
-    """Integrate from noise [B, C, h, w] at the first point to scaled latents of the same shape, in fp32.
+def first_order(schedule: AnySchedule) -> Solver:
+    """The first-order solver of a kind of ODE, as it is called there: DDIM is Euler in sigma / alpha."""
+    return "euler" if isinstance(schedule, FlowSchedule | EDMSchedule) else "ddim"
 
-    `noise` enters as it is, although a VP schedule's first alpha need not be 0 (method.md 2). The last step
-    of Heun has no network at its end and is of first order, as in EDM.
+
+def sample_ode(denoise: Denoise, noise: Tensor, schedule: AnySchedule, steps: int, solver: Solver) -> Tensor:
+    """Integrate from noise [B, C, h, w] of unit variance to scaled latents of the same shape, in fp32.
+
+    The last step of Heun has no network at its end and is of first order, as in EDM.
     """
-    flow = isinstance(schedule, FlowSchedule)
-    assert solver != ("ddim" if flow else "euler"), f"{solver} on a {type(schedule).__name__}"
-    x, (height, width) = noise.float(), noise.shape[-2:]
+    assert solver in ("heun", first_order(schedule)), f"{solver} on a {type(schedule).__name__}"
+    x, (height, width) = schedule.start(noise), noise.shape[-2:]
     points = schedule.points(steps, (height, width))
     last = len(points) - 2
     for i, (now, after) in enumerate(pairwise(points)):
         if solver == "heun" and i < last:
             x = _heun(schedule, now)(denoise, x, now, after)
-        elif flow:
+        elif isinstance(schedule, FlowSchedule):
             x = euler_step(x, velocity(denoise(x, now)), now, after)
         else:
             x = ddim_step(denoise(x, now), after)
     return x
 
 
-def _heun(schedule: Schedule | FlowSchedule, now: Point) -> Callable[[Denoise, Tensor, Point, Point], Tensor]:
+def _heun(schedule: AnySchedule, now: Point) -> Callable[[Denoise, Tensor, Point, Point], Tensor]:
     if isinstance(schedule, FlowSchedule):
         return flow_heun_step
+    if isinstance(schedule, EDMSchedule):
+        return heun_step
     alpha, sigma = schedule.alpha_sigma(len(schedule) - 1)
     unbounded = sigma > UNBOUNDED * alpha
     return heun_step_at_noise if unbounded and now.sigma > now.alpha else heun_step

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from core import pretrained
+from core.edm import EDMSchedule
 from core.errors import SettingError, UserError
 from core.latents import LatentSpace, latent_space
 from core.pipelines import Pipeline, open_pipeline
-from core.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Spacing, denoised
-from core.schedulers import load_any_schedule
+from core.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Spacing
+from core.schedulers import AnySchedule, load_any_schedule
 from pairgen.conditioning import Condition as Condition
 from pairgen.conditioning import Conditioner, Kind, Labels
 from pairgen.families import check_network, check_size, conditioner, network_piece
-from pairgen.sample import Denoise, Solver, guided, sample_ode
+from pairgen.sample import Denoise, Solver, first_order, guided, sample_ode
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +34,7 @@ class Teacher:
     pipeline: str
     network: Any
     conditioner: Conditioner
-    schedule: Schedule | FlowSchedule
+    schedule: AnySchedule
     space: LatentSpace
     latent_shape: tuple[int, int, int]
     device: torch.device
@@ -57,7 +58,7 @@ class Teacher:
     @property
     def default_solver(self) -> Solver:
         """The first-order solver of this kind of ODE."""
-        return "euler" if isinstance(self.schedule, FlowSchedule) else "ddim"
+        return first_order(self.schedule)
 
     @property
     def encoders(self) -> list[torch.nn.Module]:
@@ -70,6 +71,8 @@ class Teacher:
         found: dict[str, Any] = {"pipeline": self.pipeline, "prediction_type": self.schedule.prediction}
         if isinstance(self.schedule, Schedule):
             found["steps_offset"] = self.schedule.steps_offset
+        elif isinstance(self.schedule, EDMSchedule):
+            found |= _edm_facts(self.schedule)
         elif self.schedule.dynamic is None:
             found["shift"] = self.schedule.shift
         else:
@@ -96,12 +99,13 @@ class Teacher:
         @torch.no_grad()
         def denoise(x: Tensor, point: Point) -> Denoised:
             doubled = x if guidance == 1 else torch.cat([x, x])
-            output = self.conditioner.call(self.network, doubled.to(self.dtype), point, told)
+            shown = self.schedule.shown(doubled, point).to(self.dtype)
+            output = self.conditioner.call(self.network, shown, point, told)
             output = output[:, : x.shape[1]].float()  # a learned variance follows the mean
             if guidance != 1:
                 empty, conditional = output.chunk(2)
                 output = guided(conditional, empty, guidance, guidance_rescale)
-            return denoised(output, x, point, self.schedule.prediction)
+            return self.schedule.read(output, x, point)
 
         return denoise
 
@@ -142,9 +146,9 @@ def check_solver(
     """
     size = size or teacher.latent_shape[1:]
     check_size(teacher.name, teacher.network.config, size)
-    flow, name = isinstance(teacher.schedule, FlowSchedule), teacher.name
+    name = teacher.name
     if solver not in ("heun", teacher.default_solver):
-        kind = "a flow" if flow else "variance-preserving, and DDIM is its Euler"
+        kind = _KINDS[type(teacher.schedule)]
         raise SettingError(
             f"solver is {solver!r}, but teacher {name} is {kind}; take {teacher.default_solver} or heun"
         )
@@ -167,6 +171,19 @@ def check_solver(
         )
 
 
+_KINDS = {
+    Schedule: "variance-preserving, and DDIM is its Euler",
+    FlowSchedule: "a flow",
+    EDMSchedule: "preconditioned as in EDM",
+}
+
+
+def _edm_facts(schedule: EDMSchedule) -> dict[str, Any]:
+    rho = {"rho": schedule.rho} if schedule.grid == "karras" else {}
+    ends = {name: getattr(schedule, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
+    return {"preconditioning": "edm", **ends, "sigma_schedule": schedule.grid, **rho}
+
+
 def load_teacher(
     name: str,
     device: torch.device | str = "cpu",
@@ -178,7 +195,7 @@ def load_teacher(
     scheduler's.
 
     Network and text encoders come in `precision`; of the autoencoder only its config is read. Raises
-    UserError for what cannot be a teacher, SettingError for a spacing that a flow does not have.
+    UserError for what cannot be a teacher, SettingError for a spacing that a flow or an EDM does not have.
     """
     device, dtype = torch.device(device), PRECISIONS[precision]
     bare = _skeleton(name, spacing, final_alpha)  # every refusal comes before gigabytes are read
@@ -220,8 +237,15 @@ def _skeleton(name: str, spacing: Spacing | Literal["teacher"], final_alpha: str
 
 
 def _override(
-    name: str, schedule: Schedule | FlowSchedule, spacing: Spacing | Literal["teacher"], final_alpha: str
-) -> Schedule | FlowSchedule:
+    name: str, schedule: AnySchedule, spacing: Spacing | Literal["teacher"], final_alpha: str
+) -> AnySchedule:
+    if isinstance(schedule, EDMSchedule):
+        if spacing not in ("teacher", schedule.spacing):
+            raise SettingError(
+                f"spacing is {spacing!r}, but teacher {name} is preconditioned as in EDM, and its steps lie "
+                f"as its scheduler's sigma_schedule, {schedule.grid}, says; take spacing=teacher"
+            )
+        return schedule
     if isinstance(schedule, FlowSchedule):
         if spacing == "leading":
             raise SettingError(
@@ -255,8 +279,9 @@ def describe_teacher(name: str) -> dict[str, Any]:
         "solver": teacher.default_solver,
         "spacing": schedule.spacing,
         "final_alpha_one": schedule.final_alpha_one,
-        "train_steps": len(schedule),
     }
+    if not isinstance(schedule, EDMSchedule):
+        defaults["train_steps"] = len(schedule)
     if isinstance(schedule, Schedule):
         defaults["steps_offset"] = schedule.steps_offset
     return {

@@ -47,13 +47,13 @@ def save_table(file: Path, count: int = 12, label: object = None) -> Path:
     return file
 
 
-def save_judgements(folder: Path, count: int = 12, size: int = 16, seed: int = 0) -> Path:
+def save_judgements(folder: Path, count: int = 12, seed: int = 0) -> Path:
     """A 2AFC split: p0 and p1 are ref and noise, the judge finds the quieter one closer."""
     rng = np.random.default_rng(seed)
     for name in ("ref", "p0", "p1", "judge"):
         (folder / name).mkdir(parents=True)
     for number in range(count):
-        ref = np.asarray(picture(number % 3, number, size, size)).astype(float)
+        ref = np.asarray(picture(number % 3, number, 16, 16)).astype(float)
         levels = rng.permutation([4.0, 30.0])
         for name, level in (("ref", 0.0), ("p0", levels[0]), ("p1", levels[1])):
             noisy = np.clip(ref + level * rng.standard_normal(ref.shape), 0, 255).astype(np.uint8)
@@ -62,12 +62,12 @@ def save_judgements(folder: Path, count: int = 12, size: int = 16, seed: int = 0
     return folder
 
 
-def save_differences(folder: Path, count: int = 10) -> Path:
+def save_differences(folder: Path) -> Path:
     """A JND split: pairs of no and of much noise, which one in ten of the first calls different."""
     rng = np.random.default_rng(1)
     for name in ("p0", "p1", "same"):
         (folder / name).mkdir(parents=True)
-    for number in range(count):
+    for number in range(10):
         first = np.asarray(picture(number % 3, number, 16, 16)).astype(float)
         level = 2.0 if number % 2 else 40.0
         second = np.clip(first + level * rng.standard_normal(first.shape), 0, 255)

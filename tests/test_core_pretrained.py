@@ -234,13 +234,28 @@ def test_a_skeleton_is_the_model_without_its_weights(teacher: Path) -> None:
         assert next(shapes) == next(shapes) and type(bare) is type(whole)
 
 
-def test_students_are_made_of_stable_diffusion(tmp_path: Path) -> None:
-    other = tiny_teachers.save_pixels(tmp_path)
+def test_students_are_made_of_unets(tmp_path: Path) -> None:
+    other = tiny_teachers.save_dit(tmp_path, classes=4)
     for load in (pretrained.load_unet, pretrained.load_text_encoder):
-        with pytest.raises(
-            UserError, match="is a DDIMPipeline; students are made of StableDiffusionPipeline"
-        ):
+        with pytest.raises(UserError, match="is a DiTPipeline; students are made of StableDiffusionPipeline"):
             load(other)
+
+
+def test_what_stands_for_a_text_encoder(teacher: Path, tmp_path: Path) -> None:
+    classes = tiny_teachers.save_pixels(tmp_path / "classes", classes=10)
+    nothing = tiny_teachers.save_ldm(tmp_path / "nothing")
+    told = pretrained.load_text_encoder(classes).encode(["9", "0"])
+    assert told.dtype == torch.int64 and told.tolist() == [9, 0]
+    assert pretrained.load_text_encoder(nothing).encode(["", "", ""]).shape == (3, 0)
+    with pytest.raises(UserError, match="prompt '10': expected a class number, 0 to 9"):
+        pretrained.load_text_encoder(classes).encode(["1", "10"])
+    with pytest.raises(UserError, match="prompt 'a cat': this teacher is unconditional; expected none"):
+        pretrained.load_text_encoder(nothing).encode(["", "a cat"])
+    tiny_teachers.edit(Path(classes), "model_index.json", null_class=9)
+    with pytest.raises(UserError, match="prompt '9': expected a class number, 0 to 8"):
+        pretrained.load_text_encoder(classes).encode(["9"])
+    assert pretrained.default_prompts(classes) == [str(i) for i in range(9)]
+    assert pretrained.default_prompts(nothing) == [""] and pretrained.default_prompts(str(teacher)) == []
 
 
 def test_equal_captions_give_equal_tokenizers_in_every_process(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import tiny_teachers
 from core.errors import UserError
 from core.pretrained import SD_BETAS
 from core.schedule import FlowSchedule, Schedule
-from core.schedulers import FLOW, REFUSED, VARIANCE_PRESERVING, load_any_schedule, load_schedule
+from core.schedulers import EDM, FLOW, REFUSED, VARIANCE_PRESERVING, load_any_schedule, load_schedule
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def put(folder: Path, kind: str, **settings: Any) -> str:
 
 
 def test_the_tables_name_what_diffusers_has() -> None:
-    for name in (*VARIANCE_PRESERVING, *FLOW, *REFUSED):
+    for name in (*VARIANCE_PRESERVING, *FLOW, *EDM, *REFUSED):
         assert hasattr(diffusers, name), name
-    assert not set(REFUSED) & {*VARIANCE_PRESERVING, *FLOW}
+    assert not set(REFUSED) & {*VARIANCE_PRESERVING, *FLOW, *EDM}
 
 
 @pytest.mark.parametrize("kind", VARIANCE_PRESERVING)

@@ -61,14 +61,14 @@ def test_the_combination_is_fp32_under_autocast(teacher: Path) -> None:
         found, raw = student(drawn, text), student.unet(drawn, 999, text).sample
     assert raw.dtype == torch.bfloat16 and found.dtype == torch.float32
     torch.testing.assert_close(
-        found, (drawn - student.sigma * raw.float()) / student.alpha, rtol=1e-5, atol=1e-5
+        found, (drawn - student.point.sigma * raw.float()) / student.point.alpha, rtol=1e-5, atol=1e-5
     )
 
 
 def test_timesteps(teacher: Path) -> None:
     schedule = pretrained.load_schedule(str(teacher))
     student = student_from_teacher(str(teacher), 981)
-    assert student.timestep == 981 and (student.alpha, student.sigma) == schedule.alpha_sigma(981)
+    assert student.timestep == 981 and student.point[1:] == schedule.alpha_sigma(981)
     for wrong in (1000, -2):
         with pytest.raises(SettingError, match=f"student_timestep is {wrong}; expected 0 to 999"):
             student_from_teacher(str(teacher), wrong)

@@ -40,8 +40,8 @@ def start(job: Callable[..., None], *arguments: Any) -> BaseProcess:
     return child
 
 
-def until(seen: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def until(seen: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
     while not seen():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)

@@ -138,9 +138,9 @@ def test_spread() -> None:
 # A store.
 
 
-def latents_of(count: int, shape: tuple[int, int, int] = (2, 4, 4)) -> torch.Tensor:
-    noise = seeds.noise(3, range(count), shape)
-    return 0.5 * noise + seeds.noise(4, range(count), shape) + torch.tensor([1.0, -2.0])[:, None, None]
+def latents_of(count: int) -> torch.Tensor:
+    first, second = (seeds.noise(seed, range(count), (2, 4, 4)) for seed in (3, 4))
+    return 0.5 * first + second + torch.tensor([1.0, -2.0])[:, None, None]
 
 
 @pytest.mark.parametrize("block_values", [1, 300, 1 << 21])
@@ -318,8 +318,8 @@ def test_a_class_is_a_caption_too(tmp_path: Path, teacher: Path) -> None:
 def test_stats_on_the_command_line(pairs: Path, tmp_path: Path) -> None:
     words = ["pairs", "stats", str(pairs), "--sheet", str(tmp_path / "sheet.png"), "--cells", "3"]
     ended = d2g([*words, "--json"], tmp_path / "log")
-    found = json.loads(ended.stdout.splitlines()[-1])
-    assert ended.code == 0 and found["rows"] == 12 and found["prompts"]["tokens"]["limit"] == 12, ended.stderr
+    found = ended.json
+    assert found["rows"] == 12 and found["prompts"]["tokens"]["limit"] == 12
     assert found["sheet"] == str(tmp_path / "sheet.png") and Path(found["sheet"]).is_file()
     shown = d2g(["pairs", "stats", str(pairs), "--rows", "5"], tmp_path / "log")
     assert shown.code == 0 and re.search(r"latent_norm\.counts +│ [ ▁▂▃▄▅▆▇█]+│", shown.stdout), shown.stdout

@@ -269,6 +269,17 @@ def save_pixels(folder: Path, classes: int | None = None, scheduler: Any = None,
     return str(folder)
 
 
+EDM = dict(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+"""The settings of Karras et al. 2022."""
+
+
+def save_edm(folder: Path, classes: int | None = 10, scheduler: Any = None, **settings: Any) -> str:
+    """A UNet2DModel in pixel space that is preconditioned as in EDM; with classes, as CIFAR-10's."""
+    from diffusers import EDMEulerScheduler
+
+    return save_pixels(folder, classes, scheduler or EDMEulerScheduler, **{**EDM, **settings})
+
+
 def judge(folder: Path, **pieces: Any) -> Any:
     """diffusers' own pipeline of a folder; `pieces` it has to be told of."""
     from diffusers import DiffusionPipeline
