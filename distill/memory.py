@@ -4,20 +4,17 @@ Weights, gradients and optimiser states are counted; what networks keep for the 
 running them on fake tensors, which have shapes and no data, and adding up what autograd saves.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from core import parallel, pretrained
 from core.latents import decode
@@ -26,6 +23,7 @@ from core.text import Text, Told
 from distill.config import DistillConfig
 from distill.discriminator import Discriminator
 from distill.generator import Student, blank_student, check_teacher, train_only
+from distill.kept import Kept, saved
 from distill.known import NAMES, configs_only, kind_of
 from distill.options import OptimConfig
 from distill.r1 import r1_penalty
@@ -53,18 +51,6 @@ class Memory:
     @property
     def total(self) -> float:
         return self.weights + self.optimizer + self.average + self.frozen + self.working
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Bytes that a forward pass keeps for its backward pass: those of a pass, and those of each row."""
-
-    fixed: float
-    row: float
-
-    def of(self, rows: float) -> float:
-        """Bytes for so many rows."""
-        return self.fixed + rows * self.row
 
 
 def predict(config: DistillConfig, world_size: int) -> Memory:
@@ -197,7 +183,7 @@ def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
 def _kept(config: DistillConfig, network: Any, run: Callable[[_Rows], Any]) -> Kept:
     """Two small batches tell what a pass keeps in any case, and what it keeps for each row."""
     half = config.train.precision == "bf16"
-    one, two = (_saved(network, partial(lambda n: run(_rows(config, network, n)), n), half) for n in (1, 2))
+    one, two = (saved(network, partial(lambda n: run(_rows(config, network, n)), n), half) for n in (1, 2))
     fixed = 2 * one - two
     if config.engine.parallel == "fsdp":  # gathered weights are freed after each layer
         fixed = 0.0
@@ -208,91 +194,19 @@ def _penalty(discriminator: Discriminator, config: DistillConfig) -> Kept:
     """Of a pass whose gradient is differentiated again."""
     b = _rows(config, discriminator, 1)
     with sdpa_kernel(SDPBackend.MATH):
-        row = _saved(discriminator, lambda: r1_penalty(discriminator, b.noise, b.noise, b.text), False)
+        row = saved(discriminator, lambda: r1_penalty(discriminator, b.noise, b.noise, b.text), False)
     return Kept(fixed=0.0, row=row)
 
 
 def _distance(pixels: nn.ModuleList, shape: tuple[int, int, int]) -> Kept:
     """Of LPIPS between the student's latents and the teacher's, in fp32."""
 
-    def saved(rows: int) -> float:
+    def of(rows: int) -> float:
         pred = torch.empty(rows, *shape, requires_grad=True)
-        return _saved(pixels, lambda: pixels[0](pred, torch.empty(rows, *shape)), False)
+        return saved(pixels, lambda: pixels[0](pred, torch.empty(rows, *shape)), False)
 
-    one, two = saved(1), saved(2)
+    one, two = of(1), of(2)
     return Kept(fixed=2 * one - two, row=two - one)
-
-
-def _saved(network: nn.Module, run: Callable[[], Any], half: bool) -> float:
-    """Bytes of the storages that autograd saves, each once, the network's own weights left out; of layers
-    that are computed again what the largest needs when its turn comes.
-    """
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
-    storages, largest = _Storages(own), 0.0
-
-    def inputs(layer: nn.Module, args: Any, settings: Any) -> None:
-        """What is computed again keeps its inputs, which autograd does not know of."""
-        nonlocal largest
-        for value in (*args, *settings.values()):
-            if isinstance(value, Tensor):
-                storages(value)
-        inside = _Storages({*own, *storages.sizes})
-        with torch.autograd.graph.saved_tensors_hooks(inside, _itself):
-            cast(Any, layer.forward).args[0](*args, **settings)
-        largest = max(largest, inside.total)
-
-    again = [layer for layer in network.modules() if isinstance(layer.forward, partial)]
-    hooks = [layer.register_forward_pre_hook(inputs, with_kwargs=True) for layer in again]
-    with (
-        torch.autograd.graph.saved_tensors_hooks(storages, _itself),
-        _as_on_cuda(half),
-        torch.autocast("cpu", torch.bfloat16, enabled=half),
-    ):
-        run()
-    for hook in hooks:
-        hook.remove()
-    return storages.total + largest
-
-
-class _Storages:
-    """Called with tensors, adds up their storages, each once, but those that are `known`. Keeps them: else
-    another could get the same number."""
-
-    def __init__(self, known: Collection[int]) -> None:
-        self.known, self.sizes, self.kept = known, dict[int, int](), list[Any]()
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.known and storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.kept.append(storage)
-        return tensor
-
-    @property
-    def total(self) -> float:
-        return float(sum(self.sizes.values()))
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-class _WideNorms(TorchFunctionMode):
-    """CUDA's autocast runs norms in fp32, the CPU's does not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.group_norm, F.layer_norm):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _as_on_cuda(half: bool) -> Iterator[None]:
-    if not half:
-        yield
-        return
-    with _WideNorms():
-        yield
 
 
 def _student(config: DistillConfig) -> Student:
