@@ -62,7 +62,7 @@ def row(
     config = replace(TABLE_A1[name][stage], teacher=teacher)
     local = config.train.batch_size // gpus
     tries = [
-        {"parallel": "ddp"},
+        {"parallel": "ddp", "activation_checkpointing": False},
         {"parallel": "ddp", "activation_checkpointing": True},
         *(
             {"parallel": "fsdp", "activation_checkpointing": True, "accumulate": n}
