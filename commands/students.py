@@ -1,5 +1,6 @@
 """`d2g sample` and `d2g export`: use a finished student."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,14 +98,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a student for others: small safetensors, a diffusers pipeline, adapters or ONNX, with a card."""
-    from dataclasses import replace
-
     from distill.export import EXPORT_PRESETS, export
 
     config = pick(EXPORT_PRESETS, preset or "default", "preset")
-    card: dict[str, Any] = {"scores": tuple(map(str, scores)) if scores else None, "licence": licence}
+    card: dict[str, Any] = {"scores": list(map(str, scores or [])) or None, "licence": licence}
     card |= {"watts": watts, "kg_per_kwh": kg_per_kwh}
-    config = replace(config, card=configure(config.card, card, None))
+    # With --set, not before: which formats have a card is known when all is.
+    sets = [*(f"card.{k}={json.dumps(v)}" for k, v in card.items() if v is not None), *(sets or [])]
     config = configure(config, {"student": student, "format": form, "dtype": dtype, "teacher": teacher}, sets)
     if dry_run:
         dry(config, as_json)

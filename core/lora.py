@@ -44,6 +44,59 @@ def merged(tensors: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, 
     return plain
 
 
-def adapters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters alone, under the names that diffusers' `load_lora_weights` reads: *.lora_A.weight."""
-    return {k.replace(".default.", "."): v for k, v in tensors.items() if ".lora_" in k}
+def whole_update(
+    tensors: Mapping[str, Tensor], teacher: Mapping[str, Tensor], rank: int, alpha: float
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(adapters, unexplained): adapters of scale 1 that make `merged(tensors, rank, alpha)` of the teacher's
+    weights, under the names that diffusers' `load_lora_weights` reads; names of the weights, outside the
+    layers with adapters, that are not the teacher's.
+
+    A run that began from another's adapters stands on base weights with those merged in: what the base is
+    apart from the teacher is factored again, and stands beside the run's own in one adapter. It is taken from
+    the weights, for the earlier run may have moved or gone on. `teacher` has the plain names of `tensors`.
+    """
+    earlier: dict[str, tuple[Tensor, Tensor]] = {}
+    unexplained = []
+    for name, value in tensors.items():
+        stem, adapted, last = name.rpartition(".base_layer.")
+        plain = f"{stem}.{last}" if adapted else name
+        if ".lora_" in name or torch.equal(value.float(), teacher[plain].float()):
+            continue
+        if adapted and last == "weight":
+            rows, columns = value.flatten(1).shape
+            noise = torch.finfo(torch.float32).eps * float(value.abs().max()) * (rows**0.5 + columns**0.5)
+            earlier[stem] = factors((value.double() - teacher[plain].double()).flatten(1), noise)
+        else:
+            unexplained.append(plain)
+    width = max((len(a) for _, a in earlier.values()), default=0)  # one rank for all, as readers expect
+    found = {}
+    for name in tensors:
+        stem, own, _ = name.rpartition(".lora_A.default.weight")
+        if not own:
+            continue
+        a, b = (tensors[f"{stem}.lora_{factor}.default.weight"].float() for factor in "AB")
+        b0, a0 = earlier.get(stem, (b[:, :0], a[:0]))
+        spare = width - len(a0)
+        found[f"{stem}.lora_A.weight"] = torch.cat([a, a0, a.new_zeros(spare, a.shape[1])])
+        found[f"{stem}.lora_B.weight"] = torch.cat([b * (alpha / rank), b0, b.new_zeros(len(b), spare)], 1)
+    return found, unexplained
+
+
+def factors(matrix: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """(B [m, r], A [r, n]) in fp32 of the least rank r with B A = matrix [m, n], fp64, but for singular
+    values up to `noise`.
+
+    Only a sketch is decomposed, by the randomised range finder (Halko et al. 2011, algorithm 4.1): a matrix
+    of a thousand rows and rank 64 takes milliseconds.
+    """
+    rng, least, width = torch.Generator().manual_seed(0), min(matrix.shape), 32
+    while True:
+        width = min(2 * width, least)
+        probes = torch.randn(matrix.shape[1], width, generator=rng, dtype=matrix.dtype)
+        basis = torch.linalg.qr(matrix @ probes).Q
+        u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        rank = int((s > noise).sum())
+        if rank <= width - 8 or width == least:  # some to spare, or nothing to miss
+            break
+    root = s[:rank].sqrt()
+    return (basis @ u[:, :rank] * root).float(), (root[:, None] * v[:rank]).float()

@@ -8,8 +8,8 @@ from typing import Any
 
 from core.errors import SettingError, UserError
 from core.pretrained import SHIPPED, resolve
-from core.runlog import read_stats
-from pairgen.reader import PairReader
+from distill.card_runs import History, cost_lines, pairs_lines, recipe_lines
+from distill.card_runs import history as history
 
 LICENCES = {
     "miniature": "apache-2.0",
@@ -37,38 +37,6 @@ class CardOptions:
             raise SettingError(
                 f"--watts is {self.watts} and --kg-per-kwh {self.kg_per_kwh}; expected above 0, and 0 or more"
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
-    """One run on the way to a student: its settings, how far it came, what it cost."""
-
-    config: dict[str, Any]
-    nimg: int
-    device_hours: float | None
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations: one of G an image; of D three with one update of it, two more with each."""
-        updates = int(self.config.get("gan", {}).get("updates", 1))
-        return self.nimg * (1 if self.config["stage"] == "ode" else 2 + 2 * updates)
-
-
-def stages(student: str) -> list[Stage]:
-    """The runs that led to a student, first one first, as far back as their folders are at hand."""
-    found: list[Stage] = []
-    folder = Path(student)
-    while (folder / "config.json").is_file() and len(found) < 16:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lines = read_stats(folder)
-        hours = max(
-            (line["time/device_hours"] for line in lines if "time/device_hours" in line), default=None
-        )
-        found.insert(0, Stage(config=config, nimg=int(lines[-1]["nimg"]) if lines else 0, device_hours=hours))
-        if not config.get("init"):
-            break
-        folder = Path(config["init"])
-    return found
 
 
 def kg_co2(device_hours: float, options: CardOptions) -> float:
@@ -105,23 +73,25 @@ def card(
     *,
     student: str,
     teacher: str,
-    timestep: int,
+    where: str,
     parity: float,
     options: CardOptions,
     scores: Sequence[Mapping[str, Any]],
     what: str,
     use: Sequence[str],
     library: str = "diffusers",
+    text: bool = True,
 ) -> str:
-    """The README.md of an export, in the hub's format. what: as in "One-step LoRA"; use: lines that show
-    how to draw; scores: results as `read_result` gives them.
+    """The README.md of an export, in the hub's format. where: the point at which the network is asked; what:
+    as in "One-step LoRA"; use: lines that show how to draw; scores: results as `read_result` gives them;
+    text: whether it is told any.
     """
-    runs, licence, named = stages(student), options.licence or licence_of(teacher), _named(teacher)
+    runs, licence, named = history(student), options.licence or licence_of(teacher), _named(teacher)
     say = (
         f"Distilled with diffusion2gan (Diffusion2GAN, Kang et al., ECCV 2024) from {named}: one evaluation "
     )
-    say += f"of the network at timestep {timestep} turns noise into the teacher's image."
-    front = ["---", *_front(named, licence, library), "---"]
+    say += f"of the network at {where} turns noise into the teacher's image."
+    front = ["---", *_front(named, licence, library, text), "---"]
     return "\n".join(
         [
             *front, "", f"# {what} of {named}", "", say,
@@ -133,22 +103,23 @@ def card(
 
 def pipeline_usage(kind: str, guided: bool, dtype: str) -> list[str]:
     """How to draw from an exported pipeline of this class."""
+    untold = kind in ("DDPMPipeline", "LDMPipeline")
+    told = "" if untold else '"a red cube", '
     scale = ", guidance_scale=8.0" if guided else ""
+    if guided:
+        note = " The student is told `guidance_scale` and imitates it in its one evaluation."
+    else:
+        note = " `guidance_scale` and negative prompts do nothing: guidance is in the weights."
     return [
         "```python",
         "import torch",
         f"from diffusers import {kind}",
         "",
         f'pipe = {kind}.from_pretrained("THIS_FOLDER").to(torch.{dtype})',
-        f'image = pipe("a red cube", num_inference_steps=1{scale}).images[0]',
+        f"image = pipe({told}num_inference_steps=1{scale}).images[0]",
         "```",
         "",
-        "Other numbers of steps are refused by the scheduler. "
-        + (
-            "The student is told `guidance_scale` and imitates it in its one evaluation."
-            if guided
-            else "`guidance_scale` and negative prompts do nothing: guidance is in the weights."
-        ),
+        "Other numbers of steps are refused by the scheduler." + ("" if untold else note),
     ]
 
 
@@ -169,7 +140,7 @@ def adapter_usage(kind: str, rank: int) -> list[str]:
 
 
 def _measured(
-    runs: Sequence[Stage],
+    runs: History,
     teacher: str,
     licence: str | None,
     parity: float,
@@ -180,7 +151,7 @@ def _measured(
     check = "Largest difference in latents and in pixels from the training code's own student, drawn from "
     check += f"this folder in fp32: {parity:.2e}."
     return [
-        *_section("How it was made", [*_teacher(teacher, licence), *_pairs(runs), *_recipe(runs)]),
+        *_section("How it was made", [*_teacher(teacher, licence), *pairs_lines(runs), *recipe_lines(runs)]),
         *_section("Scores", [line for result in scores for line in _scores(result)]),
         *_section("Cost", _cost(runs, options)),
         *_section("Check", [check, ""]),
@@ -196,12 +167,12 @@ def _named(teacher: str) -> str:
     return teacher if teacher in SHIPPED or not Path(teacher).exists() else Path(teacher).resolve().name
 
 
-def _front(teacher: str, licence: str | None, library: str) -> list[str]:
+def _front(teacher: str, licence: str | None, library: str, text: bool) -> list[str]:
     return [
         f"license: {licence or 'other'}",
         *([f"base_model: {teacher}"] if "/" in teacher else []),
         f"library_name: {library}",
-        "pipeline_tag: text-to-image",
+        f"pipeline_tag: {'text-to-image' if text else 'unconditional-image-generation'}",
         "tags: [one-step, distillation, diffusion2gan]",
     ]
 
@@ -209,43 +180,6 @@ def _front(teacher: str, licence: str | None, library: str) -> list[str]:
 def _teacher(teacher: str, licence: str | None) -> list[str]:
     known = licence or "not stated in its folder; look it up before you share this"
     return [f"- Teacher: {teacher}. Licence: {known}. Its terms hold for this student too."]
-
-
-def _pairs(runs: Sequence[Stage]) -> list[str]:
-    """What the last run's pairs are, where their folder is at hand."""
-    if not runs:
-        return ["- Pairs and recipe: not recorded with an exported student; export the run itself."]
-    spec = _spec(runs[-1])
-    if spec is None:
-        return ["- Pairs: their folder was not at hand when this was written."]
-    return [
-        f"- Pairs: {spec.num_pairs:,} of {spec.num_prompts:,} prompts, {spec.solver} with {spec.steps} "
-        f"steps, guidance {spec.guidance:g}, latents {'x'.join(map(str, spec.latent_shape))}, "
-        f"spec `{spec.sha256[:16]}`."
-    ]
-
-
-def _spec(run: Stage) -> Any:
-    """The spec of a run's (first) pairs, or None where they are not on this machine."""
-    folder = Path(str(run.config["pairs"]).split(",")[0])
-    return PairReader(folder).spec if (folder / "store.json").is_file() else None
-
-
-def _recipe(runs: Sequence[Stage]) -> list[str]:
-    lines = []
-    for run in runs:
-        c, train = run.config, run.config["train"]
-        text = (
-            f"- Stage `{c['stage']}`: {run.nimg:,} images in batches of {train['batch_size']}, learning rate "
-        )
-        text += f"{c['optim']['lr']:g}, {train['precision']}, EMA {train['ema_beta']}, seed {c['seed']}"
-        if c["stage"] == "gan":
-            text += f"; GAN weight {c['gan']['weight']:g}, R1 gamma {c['gan']['r1_gamma']:g} every "
-            text += f"{c['gan']['r1_interval']} steps, mix-and-match {c['gan']['mix_fraction']:g}"
-        lines.append(text + ".")
-    if runs and runs[-1].config.get("init") and len(runs) == 1:
-        lines.append("- It started from another student, whose run was not at hand when this was written.")
-    return lines
 
 
 def _scores(result: Mapping[str, Any]) -> list[str]:
@@ -263,22 +197,13 @@ def _scores(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _cost(runs: Sequence[Stage], options: CardOptions) -> list[str]:
-    if not runs:
-        return ["Not recorded with an exported student; export the run itself."]
-    lines, spec = [], _spec(runs[-1])
-    if spec is not None:
-        evaluations = spec.num_pairs * spec.steps * (1 if spec.guidance == 1 else 2)
-        evaluations *= 2 if spec.solver == "heun" else 1
-        lines.append(f"- Pairs: {evaluations:.3g} evaluations of the teacher.")
-    for run in runs:
-        lines.append(f"- Stage `{run.config['stage']}`: {run.evaluations:.3g} evaluations of student and D.")
-    hours = [run.device_hours for run in runs]
-    if any(h is None for h in hours):
-        return [*lines, "- Device hours: not recorded."]
-    total = sum(h for h in hours if h is not None)
+def _cost(runs: History, options: CardOptions) -> list[str]:
+    lines, hours = cost_lines(runs)
+    if hours is None:
+        return [*lines, *(["- Device hours: not recorded."] if runs.stages else [])]
     return [
         *lines,
-        f"- Training: {total:.3g} device hours, about {kg_co2(total, options):.3g} kg CO2 (assumed: "
-        f"{options.watts:g} W a device, {options.kg_per_kwh:g} kg CO2 a kWh; the pairs not counted).",
+        f"- Training: {hours:.3g} device hours, about {kg_co2(hours, options):.3g} kg CO2 (assumed: "
+        f"{options.watts:g} W a device, {options.kg_per_kwh:g} kg CO2 a kWh; the pairs not counted). What "
+        "kind of device is not recorded.",
     ]

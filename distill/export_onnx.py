@@ -1,4 +1,4 @@
-"""A student as three ONNX files, for machines without torch: text encoder, one-step network, decoder."""
+"""A student as ONNX files, for machines without torch: text encoder, one-step network, decoder."""
 
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,19 @@ from core.latents import decode
 from core.onnx_model import check_onnx, run_onnx, save_onnx
 from core.pipelines import open_pipeline
 from core.seeds import noise
-from core.text import Text, as_text
+from core.text import LabelEncoder, NoEncoder, Text, as_text
 from distill.card import CardOptions, card, read_result
+from distill.export_out import apart, check_out, checked, staged
 from distill.generator import Student
-from distill.sample import load_one_step, student_folder
-
-PROMPTS = ["", "a red cube on a wooden table"]
-"""What parity is measured with, in every format; the noise is that of (0, 0) and (0, 1)."""
+from distill.sample import OneStep, load_one_step, student_folder
 
 
 def export_onnx(
     student: str, out: Path, teacher: str | None = None, options: CardOptions | None = None
 ) -> dict[str, Any]:
     """Write OUT/{text_encoder,student,decoder}.onnx in fp32 with a free batch size, OUT/tokenizer and a
-    README.md with the few lines of numpy between them.
+    README.md with the few lines of numpy between them. A student that is told classes, or nothing, has
+    neither text encoder nor tokenizer.
 
     Returns `out` and `parity_max_abs_err`: the largest difference in latents and in images in [0, 1] between
     our own student and the files run by onnxruntime on the CPU, on two noises.
@@ -34,44 +33,63 @@ def export_onnx(
     options = options or CardOptions()
     scores = [read_result(file) for file in options.scores]  # what is wrong with them shows before the work
     source = teacher or student_folder(student)[1]
+    check_out(out, student, source)
     one = load_one_step(student, source)
-    drawn = noise(0, range(2), one.student.latent_shape)
-    tokens = one.text.tokens(PROMPTS)
-    text = as_text(one.text(tokens))
-    told = _told(text, one.student, one.guidance)
-    own = one.latents(drawn, PROMPTS)
+    with staged(out) as folder:
+        parity = _write(one, student, source, folder, options, scores)
+    return {"out": str(out), "parity_max_abs_err": parity}
 
-    outputs = ["hidden", "pooled"][: 1 if text.pooled is None else 2]
-    save_onnx(_Encoder(one.text), {"tokens": tokens}, outputs, out / "text_encoder.onnx")
-    save_onnx(_OneStep(one.student), {"noise": drawn, **told}, ["latents"], out / "student.onnx")
+
+def _write(
+    one: OneStep,
+    student: str,
+    source: str,
+    out: Path,
+    options: CardOptions,
+    scores: list[dict[str, Any]],
+) -> float:
+    """Write the files to a folder; their parity."""
+    drawn = noise(0, range(2), one.student.latent_shape)
+    own = one.latents(drawn, one.examples)
+    told, found, outputs = _encoded(one, out)
+    scale = {"guidance": torch.full((2,), one.guidance)} if one.student.guided else {}
+    save_onnx(_OneStep(one.student), {"noise": drawn, **told, **scale}, ["latents"], out / "student.onnx")
     save_onnx(_Decoder(one.vae), {"latents": own}, ["images"], out / "decoder.onnx")
     tokenizers = [piece for piece in open_pipeline(source).pieces if piece.startswith("tokenizer")]
     for piece in tokenizers:
         pretrained.load_tokenizer(source, piece).save_pretrained(out / piece)
 
-    found = dict(zip(outputs, run_onnx(out / "text_encoder.onnx", {"tokens": tokens}), strict=True))
-    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, **told, **found})
+    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, **found, **scale})
     (images,) = run_onnx(out / "decoder.onnx", {"latents": latents})
     with torch.no_grad():
-        pairs = ((latents, own), (images, _Decoder(one.vae)(own)))
-    parity = max(float((a - b).abs().max()) for a, b in pairs)
+        parity = apart((latents, own), (images, _Decoder(one.vae)(own)))
     write_atomically(
         out / "README.md",
         card(
-            student=student, teacher=source, timestep=one.student.timestep, parity=parity, options=options,
-            scores=scores, what="One-step student", library="onnx",
-            use=_usage(tokenizers, one.student, outputs),
+            student=student, teacher=source, where=one.student.where, parity=checked(parity, torch.float32),
+            options=options, scores=scores, what="One-step student", library="onnx",
+            text=one.student.reads_text, use=_usage(tokenizers, one.student, outputs),
         ),
     )  # fmt: skip
-    return {"out": str(out), "parity_max_abs_err": parity}
+    return parity
 
 
-def _told(text: Text, student: Student, guidance: float) -> dict[str, Tensor]:
-    """What the network is told beside noise, by the names of its inputs."""
-    told = {"hidden": text.hidden}
-    if text.pooled is not None:
-        told["pooled"] = text.pooled
-    return {**told, "guidance": torch.full((len(text),), guidance)} if student.guided else told
+def _encoded(one: OneStep, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """What the network is told of the student's examples, by the names of its inputs: from our own encoder,
+    and from OUT/text_encoder.onnx, which is written where there is text; and the names of its outputs."""
+    encoder = one.text
+    if isinstance(encoder, LabelEncoder):
+        labels = {"labels": encoder.encode(one.examples)}
+        return labels, labels, []
+    if isinstance(encoder, NoEncoder):
+        return {}, {}, []
+    tokens = encoder.tokens(one.examples)
+    with torch.no_grad():
+        text = as_text(encoder(tokens))
+    told = {"hidden": text.hidden} | ({} if text.pooled is None else {"pooled": text.pooled})
+    save_onnx(_Encoder(encoder), {"tokens": tokens}, list(told), out / "text_encoder.onnx")
+    found = run_onnx(out / "text_encoder.onnx", {"tokens": tokens})
+    return told, dict(zip(told, found, strict=True)), list(told)
 
 
 class _Encoder(nn.Module):
@@ -91,10 +109,16 @@ class _OneStep(nn.Module):
         self.student = student
 
     def forward(
-        self, noise: Tensor, hidden: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        noise: Tensor,
+        hidden: Tensor | None = None,
+        pooled: Tensor | None = None,
+        labels: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        """Noise and text -> scaled latents."""
-        latents: Tensor = self.student(noise, Text(hidden, pooled), guidance)
+        """Noise and text, classes or nothing -> scaled latents."""
+        told = noise.new_empty(len(noise), 0) if labels is None else labels
+        latents: Tensor = self.student(noise, told if hidden is None else Text(hidden, pooled), guidance)
         return latents
 
 
@@ -110,27 +134,34 @@ class _Decoder(nn.Module):
 
 def _usage(tokenizers: list[str], student: Student, outputs: list[str]) -> list[str]:
     channels, height, width = student.latent_shape
-    scale = ", guidance=np.full(1, 8.0, np.float32)" if student.guided else ""
-    calls = [f'tokens_of("{piece}")' for piece in tokenizers]
-    tokens = calls[0] if len(calls) == 1 else f"np.stack([{', '.join(calls)}], 1)"
+    told, read = "", []
+    if student.reads_text:
+        told = ", **text" + (", guidance=np.full(1, 8.0, np.float32)" if student.guided else "")
+        calls = [f'tokens_of("{piece}")' for piece in tokenizers]
+        tokens = calls[0] if len(calls) == 1 else f"np.stack([{', '.join(calls)}], 1)"
+        read = [
+            "def tokens_of(name):",
+            '    tokenizer = CLIPTokenizer.from_pretrained(f"THIS_FOLDER/{name}")',
+            '    settings = dict(padding="max_length", truncation=True, return_tensors="np")',
+            '    return tokenizer(["a red cube"], **settings).input_ids',
+            "",
+            f'text = dict(zip({outputs}, run("text_encoder", tokens={tokens})))',
+        ]
+    elif student.unet.config.num_class_embeds is not None:
+        told = ", labels=np.array([0])"
     return [
         "```python",
         "import numpy as np",
         "from onnxruntime import InferenceSession",
         "from PIL import Image",
-        "from transformers import CLIPTokenizer",
+        *(["from transformers import CLIPTokenizer"] if read else []),
         "",
         "def run(name, **inputs):",
         '    return InferenceSession(f"THIS_FOLDER/{name}.onnx").run(None, inputs)',
         "",
-        "def tokens_of(name):",
-        '    tokenizer = CLIPTokenizer.from_pretrained(f"THIS_FOLDER/{name}")',
-        '    told = tokenizer(["a red cube"], padding="max_length", truncation=True, return_tensors="np")',
-        "    return told.input_ids",
-        "",
-        f'text = dict(zip({outputs}, run("text_encoder", tokens={tokens})))',
+        *read,
         f"noise = np.random.default_rng(0).standard_normal((1, {channels}, {height}, {width}), np.float32)",
-        f'(latents,) = run("student", noise=noise, **text{scale})',
+        f'(latents,) = run("student", noise=noise{told})',
         '(images,) = run("decoder", latents=latents)',
         "image = Image.fromarray((images[0].transpose(1, 2, 0) * 255).round().astype(np.uint8))",
         "```",

@@ -22,17 +22,17 @@ from core.checkpoint import save, write_atomically
 from core.config import to_json
 from core.errors import SettingError, UserError
 from core.latents import decode
-from core.one_step_pipeline import draw_plainly, one_step_scheduler
+from core.one_step_pipeline import draw_plainly, draw_untold, one_step_scheduler
 from core.schedule import predict_x0
 from core.schedulers import load_schedule
 from core.seeds import generator, noise
-from distill.card import CardOptions, kg_co2, licence_of, stages
+from distill.card import CardOptions, licence_of
 from distill.config import DistillConfig
 from distill.export import ExportConfig, export, export_lora, export_pipeline, export_student
 from distill.generator import student_from_teacher
 from distill.options import StudentConfig
 from distill.sample import load_one_step
-from jobs import distill_config, make_pairs
+from distill.state import new_state
 
 PROMPT = ["a red cube", "two green cones"]
 V = {"prediction_type": "v_prediction"}
@@ -201,43 +201,84 @@ def test_a_student_told_the_scale_is_told_it_by_diffusers(teacher: Path, tmp_pat
     assert "guidance_scale=8.0" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Adapters whose base weights are the teacher's, alpha not the rank."""
-    folder = tmp_path_factory.mktemp("lora") / "run"
-    config = StudentConfig(lora_rank=2, lora_alpha=6.0)
-    student = student_from_teacher(str(teacher), -1, config)
-    rng = generator(4, 1)
+def lora_run(folder: Path, teacher: str, config: StudentConfig, init: str = "", seed: int = 4) -> str:
+    """A run whose student has adapters that do something, on the weights that a run of it would have."""
+    whole = DistillConfig(teacher=teacher, student=config, init=init)
+    student = new_state(whole, torch.device("cpu")).student.module
+    rng = generator(seed, 1)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if ".lora_" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
-    whole = DistillConfig(teacher=str(teacher), student=config)
     write_atomically(folder / "config.json", json.dumps(to_json(whole)))
     save(folder / "checkpoints", 4, {"ema": student.state_dict()}, {}, {"steps": 1})
-    drawn = noise(5, range(2), (4, 4, 4))
-    merged, text = load_one_step(str(folder)), load_one_step(str(folder)).text.encode(PROMPT)
-    torch.testing.assert_close(merged.latents(drawn, PROMPT), student(drawn, text), rtol=0, atol=1e-4)
-    base = student_from_teacher(str(teacher))
-    assert (base(drawn, text) - student(drawn, text)).abs().max() > 0.1
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = StudentConfig(lora_rank=2, lora_alpha=6.0)
+    return lora_run(tmp_path_factory.mktemp("lora") / "run", str(teacher), config)
+
+
+def test_adapters_do_something(lora: str, teacher: Path) -> None:
+    drawn = noise(5, range(2), (4, 4, 4))
+    merged, base = load_one_step(lora), student_from_teacher(str(teacher))
+    assert (base(drawn, merged.text.encode(PROMPT)) - merged.latents(drawn, PROMPT)).abs().max() > 0.1
+
+
+def plainly_with_adapters(teacher: Path, adapters: Path, drawn: Tensor) -> Tensor:
+    """diffusers' own words, in the teacher's own pipeline."""
+    pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
+    pipe.scheduler = LCMScheduler.from_pretrained(adapters, subfolder="scheduler")
+    pipe.load_lora_weights(adapters)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "latent"}
+    found: Tensor = pipe(PROMPT, latents=drawn, **settings).images
+    return found
 
 
 def test_adapters_load_into_the_teachers_own_pipeline(lora: str, teacher: Path, tmp_path: Path) -> None:
     found = export_lora(lora, tmp_path / "out")
     assert found["parity_max_abs_err"] <= 1e-4
-    pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
-    pipe.scheduler = LCMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
-    pipe.load_lora_weights(tmp_path / "out")
-    pipe.set_progress_bar_config(disable=True)
     drawn = noise(5, range(2), (4, 4, 4))
-    latents = pipe(
-        PROMPT, num_inference_steps=1, guidance_scale=1, latents=drawn, output_type="latent"
-    ).images
+    latents = plainly_with_adapters(teacher, tmp_path / "out", drawn)
     torch.testing.assert_close(latents, load_one_step(lora).latents(drawn, PROMPT), rtol=0, atol=1e-4)
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(".lora_" in name and ".default" not in name for name in tensors)
-    assert "rank 2" in (tmp_path / "out" / "README.md").read_text()
+    assert "rank 2." in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("at_hand", [True, False], ids=["both runs", "the second alone"])
+def test_adapters_of_two_stages_are_one(at_hand: bool, lora: str, teacher: Path, tmp_path: Path) -> None:
+    first = shutil.copytree(lora, tmp_path / "first")
+    config = StudentConfig(lora_rank=3, lora_alpha=1.5)
+    second = lora_run(tmp_path / "second", str(teacher), config, str(first), seed=5)
+    if not at_hand:
+        shutil.rmtree(first)
+    assert export_lora(second, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
+    drawn = noise(5, range(2), (4, 4, 4))
+    own = load_one_step(second).latents(drawn, PROMPT)
+    latents = plainly_with_adapters(teacher, tmp_path / "out", drawn)
+    torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
+    assert (load_one_step(lora).latents(drawn, PROMPT) - own).abs().max() > 0.1, "each stage did something"
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert {len(value) for name, value in tensors.items() if "lora_A" in name} == {5}
+    assert "rank 5." in told(tmp_path / "out")
+
+
+def test_a_student_that_is_more_than_adapters(run: str, lora: str, teacher: Path, tmp_path: Path) -> None:
+    config = StudentConfig(lora_rank=2)
+    whole = lora_run(tmp_path / "after", str(teacher), config, run)
+    export_student(lora, tmp_path / "half")
+    rounded = lora_run(tmp_path / "rounded", str(teacher), config, str(tmp_path / "half"))
+    for student in (whole, rounded):
+        with pytest.raises(UserError, match=r"is more than adapters: \d+ weights without any, first unet\."):
+            export_lora(student, tmp_path / "out")
+    other = tiny.save_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="or the teacher is another; export it with --format diffusers"):
+        export_lora(lora, tmp_path / "out", teacher=other)
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_are_merged_elsewhere(lora: str, tmp_path: Path) -> None:
@@ -267,47 +308,6 @@ def test_the_cards_own_words_draw_a_picture(exported: tuple[Path, float]) -> Non
     names: dict[str, Any] = {}
     exec(code.replace("THIS_FOLDER", str(exported[0])), names)
     assert names["image"].size == (16, 16)
-
-
-def test_a_card_of_what_was_measured(teacher: Path, tmp_path: Path) -> None:
-    pairs = make_pairs(teacher, tmp_path)
-    for stage, init, hours in (("ode", "", 10.0), ("gan", tmp_path / "ode", 5.0)):
-        config = distill_config(teacher, pairs, "gan.updates=2", stage=stage, init=init)
-        run = as_run(tmp_path / stage, str(teacher))
-        write_atomically(Path(run) / "config.json", json.dumps(to_json(config)))
-        line = {"nimg": 1000, "loss/g": 1.0, "time/device_hours": hours}
-        (Path(run) / "stats.jsonl").write_text(json.dumps(line) + "\n")
-    result = {
-        "protocol": "coco",
-        "protocol_sha256": "abc" * 20,
-        "fid": 9.29,
-        "recall": None,
-        "counts": {"images": 30000},
-    }
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    options = CardOptions(scores=(str(tmp_path / "result.json"),), licence="mit", watts=300, kg_per_kwh=0.1)
-    export_pipeline(str(tmp_path / "gan"), tmp_path / "out", options=options)
-    text = told(tmp_path / "out")
-    assert text.startswith("---\nlicense: mit\nlibrary_name: diffusers\n")
-    for part in (
-        "12 of 6 prompts, ddim with 4 steps, guidance 3,", "Stage `ode`: 1,000 images",
-        "Stage `gan`: 1,000 images", "| fid | 9.29 |", "30,000 images", "Pairs: 96 evaluations",
-        "Stage `ode`: 1e+03 eval", "Stage `gan`: 6e+03 eval",
-        "15 device hours, about 0.45 kg CO2 (assumed: 300 W a device, 0.1 kg CO2 a kWh",
-    ):  # fmt: skip
-        assert part in text, (part, text)
-    assert "recall" not in text and str(tmp_path) not in text
-    assert kg_co2(1000, CardOptions()) == pytest.approx(192)
-
-
-def test_a_card_says_what_it_does_not_know(exported: tuple[Path, float], run: str) -> None:
-    text = told(exported[0])
-    for part in (
-        "license: other", "not stated in its folder", "Pairs: their folder was not at hand",
-        "## Scores\n\nNot measured.", "Device hours: not recorded",
-    ):  # fmt: skip
-        assert part in text, part
-    assert [stage.device_hours for stage in stages(run)] == [None]
 
 
 def test_an_export_of_an_export(run: str, tmp_path: Path) -> None:
@@ -381,3 +381,53 @@ def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "license: mit" in told(out)
     code, _, error = d2g(capfd, "export", "--student", run, "--format", "onx", "--out", out)
     assert code == 2 and "format is 'onx'" in error
+
+
+# Students without text.
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_diffusers_draws_unconditional_students(kind: str, tmp_path: Path) -> None:
+    make = {"pixels": tiny_teachers.save_pixels, "latents": tiny_teachers.save_ldm}[kind]
+    run = as_run(tmp_path / "run", make(tmp_path / "teacher"))
+    found = export(ExportConfig(student=run, format="diffusers"), tmp_path / "out")
+    assert found["parity_max_abs_err"] <= 1e-4
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == {"pixels": "DDPMPipeline", "latents": "LDMPipeline"}[kind]
+    one = load_one_step(run)
+    drawn = torch.randn(3, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
+    own = (decode(one.vae, one.latents(drawn, [""] * 3)) / 2 + 0.5).clamp(0, 1)
+    assert own.std() > 0.1
+    torch.testing.assert_close(draw_untold(tmp_path / "out", 3), own, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        tiny_teachers.judge(tmp_path / "out")(1)
+    assert "pipe(num_inference_steps=1)" in told(tmp_path / "out")
+    assert "guidance" not in told(tmp_path / "out").partition("## How it was made")[0]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "EDM": ({}, "diffusers", "no scheduler of diffusers starts from sigma_max .* safetensors or onnx"),
+    "classes": ({"classes": 10}, "diffusers", "told classes, and no pipeline of diffusers tells them"),
+    "adapters": ({}, "lora", "is a DDIMPipeline, into which diffusers loads no adapters; .* safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_diffusers_cannot_draw_is_not_written(case: str, tmp_path: Path) -> None:
+    settings, form, says = REFUSED[case]
+    make = tiny_teachers.save_edm if case == "EDM" else tiny_teachers.save_pixels
+    run = as_run(tmp_path / "run", make(tmp_path / "teacher", **settings))
+    with pytest.raises(UserError, match=says):
+        export(ExportConfig(student=run, format=form), tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_a_student_of_classes_are_merged(tmp_path: Path) -> None:
+    teacher = tiny_teachers.save_edm(tmp_path / "teacher")
+    run = as_run(tmp_path / "run", teacher, StudentConfig(lora_rank=2))
+    found = export(ExportConfig(student=run, dtype="fp32"), tmp_path / "out")
+    assert found["parity_max_abs_err"] <= 1e-5
+    z = noise(5, range(2), (3, 8, 8))
+    own, plain = (load_one_step(name).latents(z, ["2", "7"]) for name in (run, str(tmp_path / "out")))
+    torch.testing.assert_close(own, plain, rtol=0, atol=1e-5)
+    assert (own - student_from_teacher(teacher)(z, torch.tensor([2, 7]))).abs().max() > 1e-2

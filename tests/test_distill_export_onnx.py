@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_teachers
 from core import onnx_model
 from core.errors import SettingError
 from core.onnx_model import run_onnx
@@ -33,6 +34,25 @@ def test_onnxruntime_draws_our_image(teacher: Path, tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(code.replace("THIS_FOLDER", str(out)), names)
     assert names["image"].size == (16, 16) and np.asarray(names["image"]).std() > 1
+
+
+def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
+    """Of an EDM teacher in pixels: its time, a fraction, stands in the file."""
+    run, out = as_run(tmp_path / "run", tiny_teachers.save_edm(tmp_path / "teacher")), tmp_path / "out"
+    assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "decoder.onnx", "student.onnx"]
+    one, drawn = load_one_step(run), noise(7, range(3), (3, 8, 8))
+    labels = torch.tensor([4, 0, 9])
+    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "labels": labels})
+    torch.testing.assert_close(latents, one.latents(drawn, ["4", "0", "9"]), rtol=0, atol=1e-4)
+    readme = told(out)
+    assert "of the network at sigma 80 turns noise" in readme
+    assert "pipeline_tag: unconditional-image-generation" in readme
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER", str(out)), names)
+    own = one.images(torch.from_numpy(names["noise"]), ["0"])[0].permute(1, 2, 0).int().numpy()
+    assert np.abs(np.asarray(names["image"]).astype(int) - own).max() <= 1
 
 
 def test_onnx_is_fp32_and_asks_for_what_it_needs(
