@@ -1,5 +1,6 @@
 """`d2g`: the program. Commands live in commands/; here they are hung up, and failures become one line."""
 
+import os
 import sys
 import traceback
 from importlib.metadata import version as installed_version
@@ -8,7 +9,7 @@ from typing import Annotated
 import typer
 
 from commands import distance, evaluation, house, pairs, students, teacher, training
-from commands.common import reporter
+from commands.common import last_word, reporter
 from core.errors import UserError
 
 app = typer.Typer(help="Distill diffusion teachers into one-step conditional GANs.", no_args_is_help=True)
@@ -55,20 +56,25 @@ def main(arguments: list[str] | None = None) -> None:
             )
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
-        _fail(
-            error,
-            f"{type(error).__name__}: {text}; this is unexpected, run again with --debug and report it",
-            1,
-            debug,
-        )
+        _fail(error, _unexpected(error), 1, debug)
+
+
+def _unexpected(error: Exception) -> str:
+    """What to say of an error that nobody foresaw, or that an error of another process led to."""
+    if "WORLD_SIZE" in os.environ:  # asked without torch
+        from core import dist
+
+        if dist.lost_peer(error):
+            return f"another process is gone (process {dist.rank()} lost it); its own message says why"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}; this is unexpected, run again with --debug and report it"
 
 
 def _fail(error: BaseException, text: str, code: int, debug: bool) -> None:
     reporter.stop()
     if debug:
         traceback.print_exception(error)
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    last_word(text, to_itself=debug)
     sys.exit(code)
 
 

@@ -1,6 +1,8 @@
 """What every command shares: option types, progress on stderr, configs from options, one way to print."""
 
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from core.config import override, pick, to_json
+from core.errors import SettingError
 
 T = TypeVar("T")
 
@@ -78,6 +81,9 @@ reporter = Reporter()
 
 def configure(config: T, options: Mapping[str, Any], sets: list[str] | None) -> T:
     """A preset's config with the options that were given, then --set overrides."""
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingError(f"--{name.replace('_', '-')} is {value}; expected a finite number")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     return override(replace(config, **given), sets or [])  # type: ignore[type-var]  # every config is a dataclass
 
@@ -96,6 +102,21 @@ def finishing() -> Iterator[None]:
         yield
     finally:
         dist.finish()
+
+
+def last_word(text: str, to_itself: bool = False) -> None:
+    """Print the line that a process fails with. Of torchrun's processes that all fail with the same, rank 0
+    prints it; `to_itself`: each does.
+    """
+    alone = to_itself or "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # asked without torch
+    if not alone:
+        from core import dist
+
+        if dist.rank() != 0 and dist.word_was_left(text):
+            return
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    if not alone and dist.rank() == 0:
+        dist.leave_word(text)
 
 
 def emit(result: Any, as_json: bool, title: str) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from commands.common import DryRun, Json, Preset, Seed, Sets, TeacherOption, chosen, dry, emit, reporter
 from core.config import pick
+from core.errors import SettingError, UserError
 
 
 def demo(
@@ -42,6 +43,11 @@ def doctor(
     """What this machine has, and what stands in the way."""
     from core.doctor import examine
 
+    if gpus is not None and gpus < 1:
+        raise SettingError(f"--gpus is {gpus}; expected 1 or more")
+    if preset is None and (teacher is not None or gpus is not None):
+        name = "--gpus" if teacher is None else "--teacher"
+        raise SettingError(f"{name} says of which run; give --preset NAME of `d2g distill` too")
     found = examine()
     if preset is not None:
         found |= _memory(preset, teacher, gpus, found)
@@ -50,13 +56,20 @@ def doctor(
 
 def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[str, Any]) -> dict[str, Any]:
     """Predicted GiB per GPU of each stage, and the problems with what does not fit."""
+    from core.pipelines import SHIPPED
     from distill.memory import forecast, too_large
     from distill.presets import PRESETS
 
+    stages = pick(PRESETS, preset, "preset")
+    if teacher is not None and not (teacher in SHIPPED or Path(teacher).is_dir()):
+        raise UserError(
+            f"--teacher {teacher}: no such folder; memory is read from a teacher's files: give its folder on "
+            f"this disk, or a shipped name: {', '.join(SHIPPED)}"
+        )
     memory, problems = {}, list(machine["problems"])
-    for stage, config in pick(PRESETS, preset, "preset").items():
+    for stage, config in stages.items():
         config = replace(config, teacher=config.teacher if teacher is None else teacher)
-        predicted = forecast(config, gpus or config.engine.gpus or 1)
+        predicted = forecast(config, gpus or config.engine.gpus or 1, preset)
         if predicted is None:
             problems.append(f"{preset} {stage}: memory is unknown; give --teacher, a folder on this disk")
             continue

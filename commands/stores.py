@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from commands.common import DryRun, Json, Out, Prompts, TeacherOption, emit, finishing, reporter
-from core.errors import UserError
+from core.errors import SettingError, UserError
 
 Store = Annotated[Path, typer.Argument(help="The store's folder.")]
 Workers = Annotated[int, typer.Option(min=0, help="Files at once (one per processor, at most 8).")]
@@ -41,6 +41,7 @@ def verify(
     """Read every byte of a store and say what is damaged or missing. Exit 1 when not ok."""
     from pairgen.verify import verify_store
 
+    _expect_tolerance(tolerance)
     report = verify_store(folder, reporter, workers)
     result = asdict(report) | {"max_abs_err": None}
     if resimulate and report.checked and not report.bad_shards:
@@ -51,6 +52,11 @@ def verify(
     _show(result, as_json, str(folder))
     if not result["ok"]:
         raise UserError(f"{folder} is not ok: {_faults(folder, result, tolerance)}")
+
+
+def _expect_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < float("inf"):  # of NaN nothing holds
+        raise SettingError(f"--tolerance is {tolerance}; expected 0 or more")
 
 
 def _faults(folder: Path, result: dict[str, Any], tolerance: float) -> str:
@@ -141,6 +147,7 @@ def merge(
     from pairgen.merge import merge_stores
     from pairgen.verify import store_info
 
+    _expect_tolerance(tolerance)
     if dry_run:
         held = {str(folder): len(shards_present(folder, read_spec(folder))) for folder in folders}
         _show({"out": str(out), "shards": held}, as_json, "dry run: nothing was touched")

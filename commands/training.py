@@ -28,7 +28,8 @@ app.command("watch")(watch)
 def _distill(stage: str, given: dict[str, Any]) -> None:
     """Train as the command's parameters say."""
     from core import dist
-    from core.errors import Interrupted
+    from core.errors import Interrupted, SettingError
+    from distill.idle import refuse_idle
     from distill.presets import preset as distill_preset
     from distill.sentinels import Collapse
 
@@ -38,12 +39,17 @@ def _distill(stage: str, given: dict[str, Any]) -> None:
     config = distill_preset(preset or "sd15-cfg8", stage)
     config = replace(config, train=configure(config.train, length, None))
     config = configure(config, options, given["sets"])
+    if config.stage != stage:
+        raise SettingError(f"stage is {config.stage!r}; expected {stage!r} of `d2g distill {stage}`")
+    named = [text.partition("=")[0].strip() for text in given["sets"] or []]
+    refuse_idle(config, [*(name for name, value in options.items() if value), *named])
+    validate = _validator(config, given)
     if given["dry_run"]:
         dry(config, as_json, _plan(config, preset or ""))
     from distill.train import train
 
     try:
-        found = train(config, given["out"], reporter, _validator(config, given))
+        found = train(config, given["out"], reporter, validate)
     except (Interrupted, FloatingPointError, Collapse):  # which all processes raise together
         dist.finish()
         raise
@@ -62,16 +68,17 @@ def _validator(config: Any, given: dict[str, Any]) -> Any:
         if how:
             raise SettingError(f"--validate-{next(iter(how))} says how; give --validate PROTOCOL too")
         return None
+    from core.config import pick
+    from eval.protocol import PROTOCOLS
+
+    protocol = pick(PROTOCOLS, given["validate"], "--validate protocol")
     if not config.train.validate_images:
         raise SettingError(
             "--validate needs to know when; set train.validate_images=N and train.validate_pairs=K"
         )
-    from core.config import pick
     from eval.config import EvalRun
-    from eval.protocol import PROTOCOLS
     from miniature.validation import measuring
 
-    protocol = pick(PROTOCOLS, given["validate"], "protocol")
     if "weights" in how:
         how["weights"] = (str(how["weights"]),)
     told: dict[str, Any] = {"metrics": ("fid",), "resamples": 0, "allow_fewer": True, **how}
@@ -88,7 +95,7 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from distill.memory import forecast, too_large
 
     gpus = config.engine.gpus or dist.world_size()
-    memory, machine = forecast(config, gpus), examine()
+    memory, machine = forecast(config, gpus, preset), examine()
     if memory and machine["cuda"] and (why := too_large(config, memory["total"], machine["memory_gib"])):
         raise UserError(why)
     return plan(config, preset, gpus) | {"memory_gib_per_gpu": memory or "unknown until the teacher is here"}

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +29,12 @@ def watch(
     from distill.health import plot_health
     from distill.watch import view
 
-    if every <= 0:
+    if not 0 < every < float("inf"):
         raise SettingError(f"--every is {every}; expected seconds above 0")
+    if png is not None and png.is_dir():
+        raise SettingError(
+            f"--png {png} is a folder; give the name of a file in it, say {png / 'health.png'}"
+        )
     seen = view(folder)
     if png is not None:
         plot_health(read_stats(folder), png, str(folder))
@@ -44,20 +49,25 @@ def watch(
         show = live.update if live else console.print  # a file gets a table for every report
         try:
             show(render(seen))
-            while not seen.finished:
+            while not seen.over:
                 time.sleep(every)
                 before, seen = seen, view(folder)
-                if seen != before:
+                if news(before, seen, bool(live)):
                     show(render(seen))
         except KeyboardInterrupt:  # how people leave; the run itself goes on
             return
 
 
+def news(before: Any, seen: Any, live: bool) -> bool:
+    """Whether there is something to show; that a run is still silent is, where it can be overwritten."""
+    if not live and None not in (before.silent_minutes, seen.silent_minutes):
+        seen = replace(seen, silent_minutes=before.silent_minutes)
+    return bool(seen != before)
+
+
 def render(seen: Any) -> Group:
     """A distill.watch.View as a table of its panels, warnings beneath."""
-    left = f", {seen.seconds_left / 60:.0f} min left" if seen.seconds_left and not seen.finished else ""
-    state = "finished" if seen.finished else f"{seen.nimg / seen.images:.1%}{left}"
-    title = f"{escape(seen.out)}  {seen.stage}  {seen.nimg:,} of {seen.images:,} images, {state}"
+    title = f"{escape(seen.out)}  {seen.stage}  {seen.nimg:,} of {seen.images:,} images, {_state(seen)}"
     table = Table(title=title, show_header=False, title_justify="left")
     shown = ""
     for row in seen.rows:
@@ -65,6 +75,19 @@ def render(seen: Any) -> Group:
         shown = row.panel
     if not seen.rows:
         table.add_row("no reports yet")
-    notes = [Text(text, style="bold red") for text in seen.warnings]
+    notes = [Text(text, style="bold red") for text in (*seen.warnings, *([seen.why] if seen.why else []))]
     files = [f"{name}: {path}" for name in ("checkpoint", "preview") if (path := getattr(seen, name))]
     return Group(table, *notes, *(Text(line, style="dim") for line in files))
+
+
+def _state(seen: Any) -> str:
+    """How far a run is, or how it ended."""
+    share = f"{seen.nimg / seen.images:.1%}"
+    ends = {"minutes": "its minutes were over", "stopped": "it was stopped", "failed": "it failed"}
+    if seen.ended in ends:
+        return f"{share}, {ends[seen.ended]}"
+    if seen.over:
+        return "finished"
+    if seen.silent_minutes is not None:
+        return f"{share}, no report for {seen.silent_minutes} minutes"
+    return f"{share}, {seen.seconds_left / 60:.0f} min left" if seen.seconds_left else share

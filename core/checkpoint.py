@@ -3,8 +3,10 @@
 RUN/checkpoints/000012800/{student,ema,…}.safetensors  state.pt (optimisers)  meta.json
 """
 
+import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from core.config import read_object
 from core.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write meets where there is no room."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -31,9 +37,8 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or choose another folder, then run again"
-        ) from error
+        way = "free space" if error.errno in FULL else "choose another place, or mend this one"
+        raise UserError(f"cannot write {path}: {error.strerror}; {way}, then run again") from error
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,16 @@ class Checkpoint:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise UserError(
-                f"{path} is damaged ({error}); delete {self.folder} to go on from the checkpoint before it"
-            ) from error
+            raise UserError(f"{path} is damaged ({error}); {remedy(self.folder)}") from error
 
     def state(self) -> dict[str, Any]:
-        """Optimiser states and the like."""
-        state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True)
+        """Optimiser states and the like. Raises UserError where they are absent or damaged."""
+        path = self.folder / "state.pt"
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{path} is damaged ({why}); {remedy(self.folder)}") from error
         return state
 
 
@@ -143,5 +151,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "meta.json").is_file():
         found = [p.name for p in _whole(folder.parent)]
         raise UserError(f"no checkpoint {folder}; found {', '.join(found) or 'none'} beside it")
-    meta = json.loads((folder / "meta.json").read_text())
-    return Checkpoint(folder, int(meta["nimg"]), meta)
+    meta = read_object(folder / "meta.json", remedy(folder))
+    if not isinstance(nimg := meta.get("nimg"), int):
+        raise UserError(f"{folder / 'meta.json'} is damaged (it names no nimg); {remedy(folder)}")
+    return Checkpoint(folder, nimg, meta)
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    return f"delete {folder} to go on from the checkpoint before it"

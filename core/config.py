@@ -3,12 +3,14 @@
 import difflib
 import hashlib
 import json
+import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from core.errors import SettingError
+from core.errors import SettingError, UserError
 
 T = TypeVar("T")
 
@@ -72,7 +74,7 @@ def _rebuilt(config: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
 def _parse(text: str, hint: Any, full: str) -> Any:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:  # a bare word, or a number of more digits than Python reads
         value = text
     return _convert(value, hint, full, text)
 
@@ -104,8 +106,10 @@ def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
         if len(hints) != len(value):
             raise SettingError(f"setting {full!r} takes {len(hints)} values, got {text!r}")
         return tuple(_convert(v, h, full, text) for v, h in zip(value, hints, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) <= sys.float_info.max:  # NaN is not
+            return float(value)
+        raise SettingError(f"setting {full!r} is {text!r}; expected a finite number")
     if hint is str and not isinstance(value, str):
         value = text
     if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
@@ -128,6 +132,23 @@ def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
             raise SettingError(f"unknown setting {key!r} in {cls.__name__}{nearest(key, hints)}")
         values[key] = _convert(value, hints[key], key, json.dumps(value))
     return cls(**values)
+
+
+WRITTEN_ANEW = "delete it, and the same command as before writes it anew"
+"""What to do about a damaged config.json of a run."""
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file that we wrote. Raises UserError, ending in `remedy`, where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (expected a JSON object, got {str(found)[:40]!r}); {remedy}")
+    return found
 
 
 def digest(data: Any) -> str:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -13,10 +14,15 @@ import torch.distributed as td
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from core.stop import StopFlag
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others to start."""
+
+GRACE = timedelta(seconds=10)
+"""How long a process that ends waits for rank 0 to end likewise."""
 
 
 def init(patient: bool = False) -> torch.device:
@@ -37,11 +43,10 @@ def init(patient: bool = False) -> torch.device:
 
 
 def _join(backend: str, timeout: timedelta | None = None) -> None:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 has a store of its own, a new one
+    if not by_torchrun():  # rank 0 has a store of its own, a new one
         td.init_process_group(backend, timeout=timeout)
         return
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    kept = TCPStore(host, port, is_master=False, timeout=PATIENCE)
+    kept = _kept(PATIENCE)
     fresh = PrefixStore(agree(kept, rank(), world_size()), kept)
     td.init_process_group(backend, timeout=timeout, store=fresh, rank=rank(), world_size=world_size())
 
@@ -71,6 +76,42 @@ def agree(store: Store, rank: int, world_size: int) -> str:
             raise td.DistStoreError(f"ranks {sorted(missing)} did not come within {PATIENCE}")
         time.sleep(0.02)
     return mine
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun started this process, and keeps a store for it and its like."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def leave_word(text: str) -> None:
+    """Tell the others what rank 0 has printed as its last: call there, under torchrun."""
+    with suppress(RuntimeError):  # the store is gone: they print it themselves
+        _kept(GRACE).set(_word(), text)
+
+
+def word_was_left(text: str) -> bool:
+    """Whether rank 0 prints `text` as its last too: call elsewhere, under torchrun. Waits for as long as it
+    may need to get there, or until this process is told to end.
+    """
+    end = time.monotonic() + GRACE.total_seconds()
+    try:
+        kept, word = _kept(GRACE), _word()
+        with StopFlag() as stop:
+            while not kept.check([word]) and not stop and time.monotonic() < end:
+                time.sleep(0.02)
+        return bool(kept.check([word]) and kept.get(word).decode() == text)
+    except RuntimeError:  # the store is gone, and with it what was said
+        return False
+
+
+def _word() -> str:
+    return f"word/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # of this start, not of one before
+
+
+def _kept(timeout: timedelta) -> TCPStore:
+    """torchrun's own store, which outlives its workers."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False, timeout=timeout)
 
 
 def join_alone() -> None:

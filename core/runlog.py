@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core import dist
 from core.checkpoint import write_atomically
-from core.config import differing
+from core.config import WRITTEN_ANEW, differing, read_object
 from core.errors import UserError
 from core.loggers import Logger, open_loggers
 from core.pictures import save_png
@@ -37,7 +37,7 @@ class RunLog:
         self.lines: list[dict[str, float]] | None = None  # of stats.jsonl, once they were read
         path = folder / "config.json"
         if path.is_file():
-            old = json.loads(path.read_text())
+            old = read_object(path, WRITTEN_ANEW)
             drop = {*ignore}
             keys = differing(
                 {k: v for k, v in old.items() if k not in drop},

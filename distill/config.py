@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from core.config import nearest
 from core.errors import SettingError
 from distill.options import DiscriminatorConfig as DiscriminatorConfig
 from distill.options import OptimConfig as OptimConfig
 from distill.options import RegressionConfig as RegressionConfig
 from distill.options import StudentConfig as StudentConfig
-from distill.options import check_names, require
+from distill.options import check_values, require
 
 Logger = Literal["tensorboard", "wandb"]
 
@@ -36,16 +37,15 @@ class TrainConfig:
     sentinels: Literal["off", "warn", "stop"] = "warn"  # when D or G collapses
 
     def __post_init__(self) -> None:
-        check_names(self, "train")
+        check_values(self, "train")
         for name in ("images", "batch_size", "report_images", "checkpoint_images", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         for name in ("loader_workers", "ema_start_images", "validate_images", "validate_pairs"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         require(self.preview_prompts >= 0, "train.preview_prompts", self.preview_prompts, "0 or more")
-        if not 0 <= self.ema_beta < 1 or (self.minutes is not None and self.minutes <= 0):
-            raise SettingError(
-                f"train: ema_beta {self.ema_beta} must be in [0, 1), minutes {self.minutes} positive"
-            )
+        require(0 <= self.ema_beta < 1, "train.ema_beta", self.ema_beta, "0 up to below 1")
+        lasting = self.minutes is None or self.minutes > 0
+        require(lasting, "train.minutes", self.minutes, "a positive number, or null for no limit")
         unknown = sorted(set(self.loggers) - set(get_args(Logger)))
         require(not unknown, "train.loggers", unknown, f"names of {', '.join(get_args(Logger))}")
         if bool(self.validate_images) != bool(self.validate_pairs):
@@ -74,10 +74,16 @@ class EngineConfig:
     gpus: int = 0  # for --dry-run's bookkeeping: how many the run is meant for; 0: those it is started on
 
     def __post_init__(self) -> None:
-        check_names(self, "engine")
+        check_values(self, "engine")
         for name in ("shard_size", "gpus"):
             require(getattr(self, name) >= 0, f"engine.{name}", getattr(self, name), "0 or more")
         require(self.accumulate >= 1, "engine.accumulate", self.accumulate, "1 or more")
+        if self.compiler:
+            from torch.compiler import list_backends  # seconds: only for those who compile
+
+            if self.compiler not in list_backends(exclude_tags=()):  # the hint leaves out those for debugging
+                hint = nearest(self.compiler, list_backends())
+                raise SettingError(f"engine.compiler is {self.compiler!r}{hint}")
         if self.shard_size and self.parallel != "fsdp":
             raise SettingError(
                 f"engine.shard_size is {self.shard_size} but parallel {self.parallel}; set parallel=fsdp or 0"
@@ -96,6 +102,7 @@ class DataConfig:
     text_cache: int = 0  # prompts whose encodings are kept in memory; 0: encode every batch anew
 
     def __post_init__(self) -> None:
+        check_values(self, "data")
         require(self.text_cache >= 0, "data.text_cache", self.text_cache, "0 or more")
         if min(self.block, self.window) < 0 or bool(self.block) != bool(self.window):
             raise SettingError(
@@ -125,7 +132,7 @@ class DistillConfig:
     data: DataConfig = DataConfig()
 
     def __post_init__(self) -> None:
-        check_names(self, "distill")
+        check_values(self, "distill")
         size, accumulate = self.train.batch_size, self.engine.accumulate
         if size % accumulate:
             raise SettingError(

@@ -48,6 +48,19 @@ def _open(folder: str, teacher_sha256: str, config: DataConfig) -> PairReader:
     return reader
 
 
+def expect_enough(pairs: int, batch_size: int, held_out: int = 0) -> None:
+    """Raise UserError where a batch is larger than the pairs that are trained on: rows would repeat in it.
+
+    held_out: of the `pairs`, never trained on.
+    """
+    if batch_size > pairs - held_out:
+        kept = f" ({pairs} less {held_out} held out)" if held_out else ""
+        raise UserError(
+            f"train.batch_size is {batch_size}, but there are {pairs - held_out} pairs to train on{kept}; "
+            "make more pairs, or set a smaller batch"
+        )
+
+
 def pair_batches(
     reader: PairRows,
     batch_size: int,
@@ -62,8 +75,10 @@ def pair_batches(
 
     held_out: so many of the last pairs are never read.
 
-    Raises UserError on damage; with `skip_bad` it warns once of each damaged shard instead.
+    Raises UserError on damage, with `skip_bad` it warns once of each damaged shard instead; and for a batch
+    larger than what there is.
     """
+    expect_enough(len(reader), batch_size, held_out)
     sampler = PairSampler(
         len(reader) - held_out,
         batch_size,

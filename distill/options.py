@@ -4,11 +4,13 @@ Sources: "A1" is Table A1 of the supplement, "4.2" and the like are sections of 
 default that no source fixes says so.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from core.config import nearest
 from core.errors import SettingError
+from latent_lpips.config import FAMILIES, families_known
 
 Optimizer = Literal["adamw", "adamw_fused", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
@@ -23,12 +25,16 @@ def require(ok: bool, name: str, got: object, expected: str) -> None:
         raise SettingError(f"{name} is {got!r}; expected {expected}")
 
 
-def check_names(config: Any, prefix: str) -> None:
-    """Raise SettingError for a Literal field whose value is not one of its names."""
+def check_values(config: Any, prefix: str) -> None:
+    """Raise SettingError for a Literal field whose value is not one of its names, or a float that is no
+    finite number."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise SettingError(f"{prefix}.{name} is {value!r}{nearest(str(value), get_args(hint))}")
+        for part in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(part, float) or math.isfinite(part)
+            require(finite, f"{prefix}.{name}", value, "finite numbers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +53,7 @@ class OptimConfig:
     clip_norm: float = 0.0  # 0: off, as in the paper; DMD: 10
 
     def __post_init__(self) -> None:
-        check_names(self, "optim")
+        check_values(self, "optim")
         if self.lr <= 0 or min(self.weight_decay, self.attention_weight_decay, self.clip_norm) < 0:
             raise SettingError(f"optim: lr {self.lr} must be positive; decays and clip_norm not negative")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
@@ -78,7 +84,9 @@ class RegressionConfig:
     )
 
     def __post_init__(self) -> None:
-        check_names(self, "regression")
+        check_values(self, "regression")
+        known = f"'none' or letters of {FAMILIES!r}, each once"
+        require(families_known(self.augment), "regression.augment", self.augment, known)
         if min(self.weight, self.latent_lpips, self.l1) < 0 or self.draws < 1:
             raise SettingError("regression: weights must not be negative and draws at least 1")
         require(self.huber_c > 0, "regression.huber_c", self.huber_c, "a positive number")
@@ -133,7 +141,7 @@ class DiscriminatorConfig:
     optim: OptimConfig = OptimConfig(lr=1e-5)  # 5
 
     def __post_init__(self) -> None:
-        check_names(self, "gan")
+        check_values(self, "gan")
         require(0 <= self.mix_fraction < 1, "gan.mix_fraction", self.mix_fraction, "0 up to below 1")
         if self.r1_gamma < 0 or self.r1_interval < 1 or self.weight < 0 or self.timestep < 0:
             raise SettingError(
@@ -181,6 +189,7 @@ class StudentConfig:
     dropout: float = 0.0  # A1: CIFAR10 0.1
 
     def __post_init__(self) -> None:
+        check_values(self, "student")
         require(self.lora_rank >= 0, "student.lora_rank", self.lora_rank, "0 or more")
         require(self.lora_alpha >= 0, "student.lora_alpha", self.lora_alpha, "0 or more")
         require(0 <= self.dropout < 1, "student.dropout", self.dropout, "0 up to below 1")

@@ -6,6 +6,7 @@ NAME.jpg), or a .parquet file, or a folder of such, with columns `image` (bytes)
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,13 +29,15 @@ BLOCK, WINDOW = 512, 8  # parquet rows that stay together in the shuffle: a row 
 class RealImages:
     """Images of a source by number, in an endless random order that is a function of (seed, images so far).
 
-    Raises UserError for a source without images, or an image without a caption or that cannot be read.
+    Raises UserError at once for a source without images or captions, or whose list names files that are not
+    there; and when it is met, for an image that cannot be read.
     """
 
     def __init__(self, source: str, size: tuple[int, int]) -> None:
         """size: height and width in pixels to which images are cropped, about the centre, and resized."""
         self.source, self.size = Path(source), size
         self._tables = _parquets(self.source)
+        self._captions = [_caption_column(table, self.source) for table in self._tables]
         self._rows = [] if self._tables else _captioned(self.source)
         self._ends = np.cumsum([0, *(table.metadata.num_rows for table in self._tables)])
         if not len(self):
@@ -79,10 +82,7 @@ class RealImages:
         return data, caption, name
 
     def _read_group(self, table: int, group: int) -> tuple[Any, Any]:
-        names = self._tables[table].schema_arrow.names
-        caption = next((name for name in CAPTIONS if name in names), None)
-        if caption is None or "image" not in names:
-            raise UserError(f"{self.source} has columns {', '.join(names)}; expected image and caption")
+        caption = self._captions[table]
         rows = self._tables[table].read_row_group(group, columns=["image", caption])
         return rows["image"], rows[caption]
 
@@ -109,6 +109,14 @@ def _parquets(source: Path) -> list[Any]:
         raise UserError(f"{source} cannot be read as parquet: {str(error).splitlines()[0]}") from error
 
 
+def _caption_column(table: Any, source: Path) -> str:
+    names = table.schema_arrow.names
+    caption = next((name for name in CAPTIONS if name in names), None)
+    if caption is None or "image" not in names:
+        raise UserError(f"{source} has columns {', '.join(names)}; expected image and caption")
+    return caption
+
+
 def _captioned(folder: Path) -> list[tuple[Path, str]]:
     """(file, caption) of a folder's images, sorted."""
     if not folder.is_dir():
@@ -116,22 +124,44 @@ def _captioned(folder: Path) -> list[tuple[Path, str]]:
     if (folder / "metadata.jsonl").is_file():
         return sorted(_listed(folder))
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    for file in files:
-        if not file.with_suffix(".txt").is_file():
-            raise UserError(f"{file} has no caption; write it to {file.with_suffix('.txt').name} beside it")
-    return [(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+    return [(file, _beside(file)) for file in files]
+
+
+def _beside(file: Path) -> str:
+    """The caption of an image, from the text file beside it."""
+    text = file.with_suffix(".txt")
+    if not text.is_file():
+        raise UserError(f"{file} has no caption; write it to {text.name} beside it")
+    if not (caption := _utf8(text).strip()):
+        raise UserError(f"{text} is empty; write the caption of {file.name} to it")
+    return caption
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8: byte offset {error.start}; convert it") from error
 
 
 def _listed(folder: Path) -> list[tuple[Path, str]]:
-    rows = []
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    rows, list_ = [], folder / "metadata.jsonl"
+    for number, line in enumerate(_utf8(list_).splitlines(), start=1):
         try:
             row = json.loads(line)
             caption = next(row[name] for name in CAPTIONS if name in row)
-            rows.append((folder / row["file_name"], str(caption)))
+            if not isinstance(caption, str) or not caption.strip():
+                raise ValueError("no caption")
+            rows.append((folder / row["file_name"], caption))
         except (ValueError, KeyError, StopIteration, TypeError) as error:
             raise UserError(
-                f"{folder}/metadata.jsonl, line {number}: expected file_name and caption, got {line[:50]!r}"
+                f"{list_}, line {number}: expected file_name and caption, got {line[:50]!r}"
             ) from error
+    parents = {path.parent for path, _ in rows}
+    there = {parent: set(os.listdir(parent)) if parent.is_dir() else set() for parent in parents}
+    if absent := [path for path, _ in rows if path.name not in there[path.parent]]:
+        raise UserError(
+            f"{list_} names {len(absent)} files that are not there, the first is {absent[0]}; "
+            "restore them, or drop their lines"
+        )
     return rows

@@ -17,7 +17,7 @@ from core.progress import Progress, quiet
 from core.runlog import Pace, RunLog
 from core.stop import StopFlag
 from distill.config import DistillConfig
-from distill.data import open_pairs, pair_batches
+from distill.data import expect_enough, open_pairs, pair_batches
 from distill.generator import check_teacher
 from distill.health import logit_report, spread
 from distill.losses import discriminator_loss, generator_loss, mix_and_match, refuse_single_rows
@@ -79,6 +79,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     told = config.student.guidance_conditioning
     reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, told)
     held_out(len(reader), options.validate_pairs)
+    expect_enough(len(reader), size, options.validate_pairs)
     check_teacher(config.teacher, config.stage, config.student)
     text_encoder = pretrained.load_text_encoder(config.teacher).to(device)
     encode = TextCache(text_encoder.encode, config.data.text_cache, device)

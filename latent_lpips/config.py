@@ -12,6 +12,12 @@ FAMILIES = "bgco"
 """b: pixel blitting, g: general geometry, c: colour, o: cutout."""
 
 
+def families_known(families: str) -> bool:
+    """Whether these are `none`, or letters of `FAMILIES`, each once."""
+    letters = set(families)
+    return families == "none" or (0 < len(families) == len(letters) and letters <= set(FAMILIES))
+
+
 def require(config: object, **rules: tuple[bool, str]) -> None:
     """Raise SettingError for the first setting of `config` whose rule (holds, what is expected) fails."""
     for name, (ok, expected) in rules.items():
@@ -75,9 +81,7 @@ class AugmentConfig:
     """o: side of the zeroed square, as a fraction of the size."""
 
     def __post_init__(self) -> None:
-        letters = "" if self.families == "none" else self.families
-        known = set(letters) <= set(FAMILIES) and len(set(letters)) == len(letters) and self.families != ""
-        require(self, families=(known, "'none' or letters of 'bgco'"))
+        require(self, families=(families_known(self.families), "'none' or letters of 'bgco'"))
         for name in ("integer_shift", "scale_std", "stretch_std", "shift_std", "brightness"):
             require(self, **{name: (getattr(self, name) >= 0, "0 or more")})
         for name in ("contrast", "saturation", "cutout"):

@@ -6,20 +6,24 @@ Every command runs in a process of its own (jobs.d2g), so that what is tested is
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from core import sharded
 from core.checkpoint import open_checkpoint
+from core.dist import GRACE
 from core.runlog import read_stats
 from core.shuffle import permuted_batch
 from distill.train import train
-from jobs import Running, d2g, distill_arguments, distill_config, make_pairs
+from forks import environments
+from jobs import Running, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 from pairgen.layout import create_store, read_spec
 from pairgen.reader import PairReader
 from pairgen.verify import verify_store
@@ -185,6 +189,69 @@ def test_a_student_or_lpips_that_is_not_there(teacher: Path, job: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+# Damage to what a run wrote about itself.
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("config.json", "delete it, and the same command as before writes it anew"),
+        ("checkpoints/000000008/meta.json", "000000008 to go on from the checkpoint before it"),
+    ],
+)
+def test_damaged_facts_of_a_run_are_named(
+    file: str, remedy: str, job: Path, teacher: Path, tmp_path: Path, log: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(job / "ode", run)
+    (run / file).write_bytes((run / file).read_bytes()[:20])
+    drawn = d2g(["sample", "--student", str(run), "--prompt", "a", "--out", str(tmp_path / "drawn")], log)
+    gan = distill_config(teacher, job / "pairs", stage="gan", init=run)
+    for ended in (drawn, d2g(distill_arguments(gan, tmp_path / "gan"), log)):
+        assert ended.code == 1 and f"{run / file} is damaged" in ended.error
+        assert ended.error.endswith(remedy), ended.error
+    assert not (tmp_path / "drawn").exists() and not (tmp_path / "gan").exists()
+
+
+def test_a_damaged_export_is_named(job: Path, tmp_path: Path, log: Path) -> None:
+    assert d2g(_export(tmp_path, job, tmp_path / "student"), log).code == 0
+    file = tmp_path / "student" / "student.json"
+    file.write_bytes(file.read_bytes()[:20])
+    words = ["sample", "--student", str(file.parent), "--prompt", "a", "--out", str(tmp_path / "drawn")]
+    ended = d2g(words, log)
+    assert (
+        ended.code == 1 and f"{file} is damaged" in ended.error and "export the student again" in ended.error
+    )
+
+
+def test_a_run_goes_on_without_its_damaged_checkpoint(
+    teacher: Path, job: Path, tmp_path: Path, log: Path
+) -> None:
+    """As the message says: delete that folder, run the same command."""
+    config = distill_config(teacher, job / "pairs", "train.images=12", "train.checkpoint_images=4")
+    arguments = distill_arguments(config, tmp_path / "run")
+    assert d2g(arguments, log).code == 0
+    last = tmp_path / "run" / "checkpoints" / "000000012"
+    (last / "meta.json").write_text("{")
+    assert f"delete {last} to go on" in d2g(arguments, log).error
+    shutil.rmtree(last)
+    assert d2g(arguments, log).code == 0
+    assert [line["nimg"] for line in read_stats(tmp_path / "run")] == [4, 8, 12]
+
+
+def test_a_batch_larger_than_the_pairs(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+    sets = ("train.batch_size=16", "train.validate_pairs=4", "train.validate_images=16")
+    config = distill_config(teacher, job / "pairs", *sets)
+    ended = d2g(distill_arguments(config, tmp_path / "run"), log)
+    assert ended.code == 1 and "train.batch_size is 16, but there are 8 pairs to train on" in ended.error
+    assert "12 less 4 held out" in ended.error
+
+
+def test_the_empty_prompt_is_a_prompt(job: Path, tmp_path: Path, log: Path) -> None:
+    words = ["sample", "--student", str(job / "ode"), "--prompt", "", "--out", str(tmp_path), "--json"]
+    assert d2g(words, log).json["images"] == 1 and (tmp_path / "00000.png").is_file()
+
+
 # Full disks: the process may not write a file above a limit, and write(2) says so.
 
 
@@ -310,7 +377,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     stage: str, teacher: Path, job: Path, poisoned: Path, tmp_path: Path, log: Path
 ) -> None:
     out, init = tmp_path / "run", job / "ode" if stage == "gan" else ""
-    sets = ("regression.augment=none", "train.checkpoint_images=4", "gan.r1_gamma=0", "gan.mix_fraction=0")
+    sets = ["regression.augment=none", "train.checkpoint_images=4"]
+    sets += ["gan.r1_gamma=0", "gan.mix_fraction=0"] if stage == "gan" else []
     ended = d2g(distill_arguments(distill_config(teacher, poisoned, stage=stage, init=init), out, *sets), log)
     last = out / "checkpoints" / "000000008"
     assert (
@@ -393,3 +461,79 @@ def test_unknown_settings_are_refused_before_anything_runs(
         and "unknown setting 'shardsize' in PairConfig; did you mean 'shard_size'?" in ended.error
     )
     assert not (tmp_path / "pairs").exists()
+
+
+# Several processes under torchrun, which keeps a store for them: what all of them say is said once.
+
+
+@pytest.fixture
+def torchrun() -> Iterator[dict[str, str]]:
+    """A store as torchrun's, and what it tells its processes."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+
+
+WRONG = ["distill", "ode", "--set", "optim.lr=Infinity"]
+
+
+def alone(arguments: list[str], log: Path, told: Mapping[str, str]) -> Running:
+    """Rank 1 of two."""
+    return Running(arguments, log / "rank1", {**environments(2)[1], **told})
+
+
+def test_a_wrong_setting_is_told_once(torchrun: dict[str, str], log: Path) -> None:
+    first, second = d2g_ranks(WRONG, log, environment=torchrun)
+    assert (first.code, second.code, second.stderr) == (2, 2, "")
+    assert first.error == "error: setting 'optim.lr' is 'Infinity'; expected a finite number"
+    first, second = d2g_ranks(["--debug", *WRONG], log / "debug", environment=torchrun)
+    assert "Traceback" in first.stderr and "Traceback" in second.stderr
+
+
+def test_what_all_ranks_find_once_they_have_met_is_told_once(
+    teacher: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
+) -> None:
+    arguments = distill_arguments(distill_config(teacher, tmp_path / "none"), tmp_path / "run")
+    first, second = d2g_ranks(arguments, log, environment=torchrun)
+    assert (first.code, second.code, second.stderr) == (1, 1, "")
+    assert str(tmp_path / "none") in first.error
+
+
+def test_a_rank_that_another_left_says_so(
+    teacher: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
+) -> None:
+    """Only rank 0 reads the prompts; the other meets a closed connection."""
+    arguments = generate(teacher, tmp_path / "none.txt", tmp_path / "pairs")
+    first, second = d2g_ranks(arguments, log, environment=torchrun)
+    assert (first.code, second.code) == (1, 1) and "none.txt: No such file" in first.error
+    assert second.error == ("error: another process is gone (process 1 lost it); its own message says why")
+
+
+def waiting(running: Running) -> bool:
+    """Whether it catches SIGTERM, as it does while it waits for what rank 0 says."""
+    status = Path(f"/proc/{running.pid}/status").read_text()
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1))
+
+
+def test_what_one_rank_alone_finds_is_told(torchrun: dict[str, str], log: Path) -> None:
+    """Rank 0 says something else, or has said the same at an earlier start only. Told to end, as torchrun
+    does once any rank has ended, a process says at once what it held back.
+    """
+    second = alone(WRONG, log, torchrun)
+    other = ["distill", "ode", "--set", "optim.lr=x"]
+    first = d2g(other, log, environment={**environments(2)[0], **torchrun})
+    assert "takes float" in first.error and "'optim.lr' is 'Infinity'" in second.wait().error
+    again = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    assert d2g(WRONG, log, environment={**environments(2)[0], **torchrun, **again}).code == 2
+    second = alone(WRONG, log / "again", {**torchrun, "TORCHELASTIC_RESTART_COUNT": "2"})
+    second.wait_for(lambda: waiting(second))
+    time.sleep(0.2)
+    second.send(signal.SIGTERM)
+    begun = time.monotonic()
+    ended = second.wait()
+    assert time.monotonic() - begun < GRACE.total_seconds() / 2
+    assert ended.code == 2 and "'optim.lr' is 'Infinity'" in ended.error
+
+
+def test_without_the_store_each_rank_tells(torchrun: dict[str, str], log: Path) -> None:
+    for ended in d2g_ranks(WRONG, log):
+        assert ended.code == 2 and "'optim.lr' is 'Infinity'" in ended.error

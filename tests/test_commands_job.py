@@ -116,6 +116,15 @@ def test_teacher_info_and_doctor(d2g: Any, teacher: Path) -> None:
     assert doctor["torch"] == torch.__version__ and doctor["memory_gib"] > 0
 
 
+def test_doctor_says_what_a_preset_takes(d2g: Any, tmp_path: Path) -> None:
+    words = ["--preset", "miniature-loss-mse", "--teacher", "miniature", "--gpus", "2"]
+    assert set(d2g("doctor", *words, "--json").json["memory_gib_per_gpu"]) == {"ode"}
+    for absent in (tmp_path / "none", "org/name"):
+        said = d2g("doctor", "--preset", "sd15-cfg8", "--teacher", absent)
+        assert said.code == 1 and said.stdout == "" and len(said.stderr.splitlines()) == 1
+        assert said.stderr.startswith(f"error: --teacher {absent}: no such folder; ")
+
+
 def test_a_table_for_people(d2g: Any, job: Path) -> None:
     said = d2g("pairs", "info", job / "pairs")
     assert said.code == 0 and "complete" in said.stdout and "True" in said.stdout

@@ -4,6 +4,7 @@ ones.
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,40 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         checkpoint.open_checkpoint(path.parent).tensors("net")
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"note": "x", "ni', r"Unterminated string .*"),
+        ("", r"Expecting value: .*"),
+        ("[]", r"expected a JSON object, got '\[\]'"),
+        ('{"nimg": "2"}', r"it names no nimg"),
+    ],
+)
+def test_a_damaged_meta_is_named(tmp_path: Path, content: str, why: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "meta.json"
+    path.write_text(content)
+    damaged = rf"^{path} is damaged \({why}\); delete {path.parent} to go on from the checkpoint before it$"
+    with pytest.raises(UserError, match=damaged):
+        checkpoint.latest(tmp_path)
+    assert checkpoint.whole_points(tmp_path) == [1, 2]
+    shutil.rmtree(path.parent)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone"])
+def test_a_damaged_state_is_named(tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path, 1) / "state.pt"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-8], "empty": b"", "noise": b"\xff" * len(data), "gone": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match=r"state\.pt is damaged .*; delete .*000000001 to go on") as caught:
+        checkpoint.open_checkpoint(path.parent).state()
+    assert "\n" not in str(caught.value)
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = (tmp_path / "000000001" / "net.safetensors").read_bytes()
@@ -168,5 +203,7 @@ def test_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_atomically(path, "x" * (1 << 16))
     assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
     assert names(path.parent) == ["b.json"]
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=r"cannot write .*; choose another place, or mend this one"):
         write_atomically(path / "below", "text")
+    with pytest.raises(UserError, match=r"cannot write .*: Is a directory; choose another place"):
+        write_atomically(tmp_path / "a", "text")

@@ -2,14 +2,15 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import differing, digest, from_json, nearest, override, pick, to_json
-from core.errors import SettingError
+from core.config import differing, digest, from_json, nearest, override, pick, read_object, to_json
+from core.errors import SettingError, UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +80,13 @@ def test_later_overrides_win() -> None:
         ("seed=1.5", ["'seed' takes int", "'1.5'"]),
         ("seed=true", ["'seed' takes int"]),
         ("minutes=true", ["'minutes' takes float"]),
+        ("optim.lr=NaN", ["'optim.lr' is 'NaN'; expected a finite number"]),
+        ("optim.lr=nan", ["'optim.lr' takes float, got 'nan'"]),
+        ("minutes=-Infinity", ["'minutes' is '-Infinity'; expected a finite number"]),
+        ("minutes=1e999", ["'minutes' is '1e999'; expected a finite number"]),
+        (f"minutes=1{'0' * 400}", ["'minutes' is '1000", "expected a finite number"]),
+        (f"seed=1{'0' * 5000}", ["'seed' takes int"]),
+        ("optim.betas=[0, NaN]", ["'optim.betas' is '[0, NaN]'; expected a finite number"]),
         ("sparse=1", ["'sparse' takes bool"]),
         ("optim.kind=adm", ["'optim.kind' is 'adm'", "did you mean 'adam'?"]),
         ("optim.betas=[1]", ["takes 2 values", "[1]"]),
@@ -131,6 +139,33 @@ def test_from_json_takes_defaults_and_refuses_strangers() -> None:
         from_json(Job, {"optm": {}})
     with pytest.raises(SettingError, match="unknown setting 'rl' in Optim; did you mean 'lr'"):
         from_json(Job, {"optim": {"rl": 1}})
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_from_json_refuses_what_is_no_number(number: str) -> None:
+    with pytest.raises(SettingError, match=r"'lr' is .*; expected a finite number"):
+        from_json(Job, json.loads(f'{{"optim": {{"lr": {number}}}}}'))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"seed": 1', r"is damaged \(Expecting .*\); delete it"),
+        (b"", r"is damaged \(Expecting value: .*\); delete it"),
+        (b'{"name": "\xff"}', r"is damaged \(.*can't decode byte.*\); delete it"),
+        (b"[1]", r"is damaged \(expected a JSON object, got '\[1\]'\); delete it"),
+        (None, r"cannot be read: No such file or directory; delete it"),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(content: bytes | None, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "facts.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        read_object(file, "delete it")
+    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+    file.write_text('{"seed": 1}', encoding="utf-8")
+    assert read_object(file, "delete it") == {"seed": 1}
 
 
 def test_a_group_that_is_no_group_is_a_setting_error() -> None:

@@ -32,6 +32,13 @@ def test_the_same_config_resumes_and_another_is_refused_by_name(tmp_path: Path) 
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG, "what was there stays"
 
 
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    RunLog(tmp_path, CONFIG)
+    (tmp_path / "config.json").write_text('{"seed": 1, "opt')
+    with pytest.raises(UserError, match=r"config\.json is damaged .*; delete it, and the same command"):
+        RunLog(tmp_path, CONFIG)
+
+
 def test_a_run_that_left_nothing_is_no_obstacle(tmp_path: Path) -> None:
     log = RunLog(tmp_path, CONFIG)
     log.end("failed", "train.validate_pairs is 5000 of 12 pairs")

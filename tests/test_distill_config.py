@@ -10,6 +10,7 @@ from core.config import from_json, override, to_json
 from core.errors import SettingError
 from distill.bookkeeping import column, plan, table_evaluations
 from distill.config import (
+    DataConfig,
     DiscriminatorConfig,
     DistillConfig,
     EngineConfig,
@@ -18,6 +19,7 @@ from distill.config import (
     StudentConfig,
     TrainConfig,
 )
+from distill.idle import ACTS, refuse_idle
 from distill.options import RegressionKind
 from distill.presets import PRESETS, TABLE_A1, preset
 
@@ -246,8 +248,24 @@ def test_what_penalty_acts() -> None:
         ),
         (lambda: preset("cifar10", "gan"), "preset 'cifar10' has no stage 'gan'; it has ode"),
         (lambda: TrainConfig(batch_size=0), "train.batch_size is 0"),
-        (lambda: TrainConfig(ema_beta=1), "ema_beta 1"),
-        (lambda: TrainConfig(minutes=0), "minutes 0"),
+        (lambda: TrainConfig(ema_beta=1), r"^train\.ema_beta is 1; expected 0 up to below 1$"),
+        (lambda: TrainConfig(minutes=-1), r"^train\.minutes is -1; expected a positive number"),
+        (lambda: TrainConfig(minutes=float("inf")), r"^train\.minutes is inf; expected finite numbers$"),
+        (lambda: OptimConfig(lr=float("nan")), r"^optim\.lr is nan; expected finite numbers$"),
+        (lambda: OptimConfig(betas=(0.9, float("nan"))), r"^optim\.betas is \(0\.9, nan\); expected finite"),
+        (lambda: DataConfig(cache_gib=float("inf")), r"^data\.cache_gib is inf"),
+        (lambda: StudentConfig(lora_alpha=float("inf")), r"^student\.lora_alpha is inf"),
+        (
+            lambda: RegressionConfig(augment="zzz"),
+            r"^regression\.augment is 'zzz'; expected 'none' or letters",
+        ),
+        (lambda: RegressionConfig(augment="bb"), r"^regression\.augment is 'bb'"),
+        (lambda: RegressionConfig(augment=""), r"^regression\.augment is ''"),
+        (
+            lambda: EngineConfig(compiler="inductr"),
+            r"^engine\.compiler is 'inductr'; did you mean 'inductor'\?$",
+        ),
+        (lambda: EngineConfig(compiler="zz"), r"^engine\.compiler is 'zz'; known: cudagraphs, inductor"),
         (
             lambda: DistillConfig(stage="gan", train=TrainConfig(batch_size=1)),
             "mix-and-match needs train.batch_size",
@@ -257,3 +275,51 @@ def test_what_penalty_acts() -> None:
 def test_impossible_settings(make: Callable[[], object], says: str) -> None:
     with pytest.raises(SettingError, match=says):
         make()
+
+
+def test_the_backends_that_compile_are_not_refused() -> None:
+    assert EngineConfig(compiler="inductor").compiler == "inductor"
+    assert EngineConfig(compiler="eager").compiler == "eager"  # one for debugging, no less there
+
+
+# What changes nothing where it is given.
+
+IDLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+    # a setting, with what it changes nothing, and with what it acts
+    ("gan.weight=1", ("stage=ode",), ("stage=gan",)),
+    ("gan.optim.lr=1", ("stage=ode",), ("stage=gan",)),
+    ("gan.r1_interval=2", ("gan.r1=approx",), ("gan.r1=full",)),
+    ("gan.r1_interval=2", ("gan.r1_gamma=0",), ()),
+    ("gan.r1_reduction=sum", ("gan.r1=none",), ("gan.r1=r1r2",)),
+    ("gan.r1_gamma=2", ("gan.r1=approx",), ("gan.r1=single",)),
+    ("gan.approx_sigma=2", (), ("gan.r1=approx",)),
+    ("gan.approx_weight=2", ("gan.r1=none",), ("gan.r1=approx",)),
+    *((f"gan.mix_{row}=2", ("gan.mix_fraction=0",), ()) for row in "xcz"),
+    ("gan.timestep_shift=2", (), ("gan.timestep_mode=random",)),
+    ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
+    ("gan.optim.decay=step", ("optim.decay_images=9",), ("gan.optim.decay_images=9",)),
+    ("optim.decay=step", ("gan.optim.decay_images=9",), ("optim.decay_images=9",)),
+    ("regression.augment=bg", ("regression.kind=mse",), ()),
+    ("regression.draws=2", ("regression.kind=latent_lpips",), ()),
+    ("regression.huber_c=2", (), ("regression.kind=pseudo_huber",)),
+    ("regression.lpips_net=alex", (), ("regression.kind=lpips",)),
+    ("regression.lpips_weights=x", ("regression.kind=mse",), ("regression.kind=lpips",)),
+    ("regression.lpips_resize=9", (), ("regression.kind=lpips",)),
+    ("lpips=x", ("regression.kind=mse",), ("regression.kind=mse", "regression.latent_lpips=1")),
+]
+
+
+@pytest.mark.parametrize(("setting", "without", "with_it"), IDLE)
+def test_settings_that_change_nothing(
+    setting: str, without: tuple[str, ...], with_it: tuple[str, ...]
+) -> None:
+    name, start = setting.partition("=")[0], DistillConfig(stage="gan")
+    with pytest.raises(SettingError, match=rf"^{name} is set, but acts only (in|with) .*; leave it out$"):
+        refuse_idle(override(start, [*without, setting]), ["seed", name])
+    refuse_idle(override(start, [*with_it, setting]), [name])
+
+
+def test_every_rule_about_what_acts_is_tested_and_presets_may_carry_what_does_not() -> None:
+    tested = {setting.partition("=")[0] for setting, _, _ in IDLE}
+    assert {name for names in ACTS for name in names} <= tested | {"gan."}
+    refuse_idle(PRESETS["cifar10"]["ode"], [])

@@ -15,7 +15,7 @@ from core import pretrained
 from core.errors import SettingError, UserError
 from core.shuffle import permuted_batch
 from distill.config import DataConfig
-from distill.data import open_pairs, pair_batches
+from distill.data import expect_enough, open_pairs, pair_batches
 from jobs import make_pairs
 from pairgen.reader import PairReader
 from stores import SPEC, put_store
@@ -171,3 +171,16 @@ def test_a_store_of_quarantined_rows_only_is_refused(teacher: Path, tmp_path: Pa
 def test_impossible_settings(wrong: dict[str, float]) -> None:
     with pytest.raises(SettingError, match="data"):
         DataConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_batch_larger_than_the_pairs_is_refused(pairs: Path) -> None:
+    reader = PairReader(pairs)
+    pair_batches(reader, 12, 7, 0, 0).close()  # type: ignore[attr-defined]  # a generator
+    with pytest.raises(
+        UserError, match=r"^train\.batch_size is 13, but there are 12 pairs to train on; make"
+    ):
+        pair_batches(reader, 13, 7, 0, 0)
+    pair_batches(reader, 8, 7, 0, 0, held_out=4).close()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"9, but there are 8 pairs to train on \(12 less 4 held out\)"):
+        pair_batches(reader, 9, 7, 0, 0, held_out=4)
+    expect_enough(12, 12)

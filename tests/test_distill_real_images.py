@@ -86,20 +86,41 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(0))
     with pytest.raises(UserError, match=r"a.png has no caption; write it to a.txt"):
         RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"a.txt is empty; write the caption of a.png to it"):
+        RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "a.txt").write_bytes(b"B\xe4r")
+    with pytest.raises(UserError, match=r"a.txt is not UTF-8: byte offset 1; convert it"):
+        RealImages(str(tmp_path), (8, 8))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"a.png is no image that can be read"):
         RealImages(str(tmp_path), (8, 8)).read([0])
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
-    with pytest.raises(UserError, match=r"metadata.jsonl, line 1: expected file_name and caption"):
+    for row in ('{"file_name": "a.png"}', '{"file_name": "a.png", "caption": null}', "{", '{"text": "a"}'):
+        (tmp_path / "metadata.jsonl").write_text(row)
+        with pytest.raises(UserError, match=r"metadata.jsonl, line 1: expected file_name and caption"):
+            RealImages(str(tmp_path), (8, 8))
+    for caption in (" ", 3):
+        row = json.dumps({"file_name": "a.png", "caption": caption})
+        (tmp_path / "metadata.jsonl").write_text(row)
+        with pytest.raises(UserError, match=r"metadata.jsonl, line 1: expected file_name and caption"):
+            RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "caption": "B\xe4r"}')
+    with pytest.raises(UserError, match=r"metadata.jsonl is not UTF-8: byte offset 36"):
         RealImages(str(tmp_path), (8, 8))
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "caption": "b"}')
-    with pytest.raises(UserError, match=r"b.png cannot be read: No such file"):
-        RealImages(str(tmp_path), (8, 8)).read([0])
+    rows = [{"file_name": name, "caption": "b"} for name in ("a.png", "b.png", "none/c.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"names 2 files that are not there, the first is .*b.png; restore"):
+        RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]))
+    images = RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a.png cannot be read: No such file"):
+        images.read([0])
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"picture": [b""], "caption": ["x"]}), file)
     with pytest.raises(UserError, match="has columns picture, caption; expected image and caption"):
-        RealImages(str(file), (8, 8)).read([0])
+        RealImages(str(file), (8, 8))
     pq.write_table(pa.table({"image": [encoded(0)], "caption": [None]}), file)
     with pytest.raises(UserError, match="row 0 has no caption"):
         RealImages(str(file), (8, 8)).read([0])

@@ -1,7 +1,9 @@
 """`d2g distill watch`: any run, also while it writes, as text, JSON and a picture; it changes nothing."""
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 
 import cli
+from commands.watch import news
 from core.errors import UserError
-from core.runlog import RunLog
-from distill.watch import view
+from core.runlog import RunLog, read_stats
+from distill.watch import usual_gap, view
 from jobs import Running
 
 LINE = {"loss/g": 0.5, "loss/d": 1.0, "grad/g": 1.0, "logit/real": 0.2, "time/images_per_sec": 20.0}
@@ -97,11 +100,120 @@ def test_a_run_without_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 
 def test_folders_that_are_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for content in (None, "{", "[]", '{"stage": "ode"}'):
+    for content, says in (
+        (None, "holds no run"),
+        ("{", "config.json is damaged .*; delete it, and the same command"),
+        ("[]", "config.json is damaged"),
+        ('{"stage": "ode"}', "holds no run"),
+    ):
         if content is not None:
             (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match="holds no run"):
+        with pytest.raises(UserError, match=says):
             view(tmp_path)
     code, _, err = watch(capfd, tmp_path, "--once")
     assert code == 1 and err.startswith("error: ") and "give the --out of `d2g distill`" in err
-    assert watch(capfd, tmp_path, "--every", "0")[0] == 2
+
+
+@pytest.mark.parametrize("every", ["0", "-1", "nan", "inf"])
+def test_seconds_between_looks(every: str, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, _, err = watch(capfd, run, "--every", every)
+    assert code == 2 and "expected seconds above 0" in err
+
+
+def test_a_picture_is_a_file(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = watch(capfd, run, "--png", run)
+    assert code == 2 and out == "" and list(run.glob("*.png")) == []
+    assert err == f"error: --png {run} is a folder; give the name of a file in it, say {run / 'health.png'}\n"
+
+
+# How runs end.
+
+ENDINGS = [
+    ("done", "", "40 of 100 images, finished"),
+    ("minutes", "", "40.0%, its minutes were over"),
+    ("stopped", "stopped at image 40; safe on disk", "40.0%, it was stopped"),
+    ("failed", "cannot write\ncheckpoint: no room", "40.0%, it failed"),
+]
+
+
+@pytest.mark.parametrize(("how", "why", "shown"), ENDINGS)
+def test_what_a_run_wrote_about_its_end(
+    how: Any, why: str, shown: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The live view leaves, and all three say how it ended; nothing is left, so no time is."""
+    RunLog(run, json.loads((run / "config.json").read_text())).end(how, why)
+    silent = time.time() - 10_000
+    os.utime(run / "stats.jsonl", (silent, silent))
+    os.utime(run / "config.json", (silent, silent))
+    code, out, _ = watch(capfd, run)
+    out = " ".join(out.split())  # a title is broken where its table ends
+    assert code == 0 and shown in out and " ".join(why.split()) in out and "left" not in out
+    assert "no report for" not in out
+    code, out, _ = watch(capfd, run, "--once")
+    assert code == 0 and shown in " ".join(out.split())
+    code, out, _ = watch(capfd, run, "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["ended"], found["why"]) == (how, " ".join(why.split()))
+    assert found["silent_minutes"] is found["seconds_left"] is None and not found["finished"]
+
+
+def test_a_live_view_leaves_when_the_run_fails(run: Path, tmp_path: Path) -> None:
+    running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
+    running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
+    RunLog(run, json.loads((run / "config.json").read_text())).end("failed", "loss/g is nan at image 40")
+    ended = running.wait(30)
+    shown = " ".join(ended.stdout.split())
+    assert ended.code == 0 and "40.0%, it failed" in shown and "loss/g is nan" in shown
+
+
+def test_a_damaged_end_is_named(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (run / "ended.json").write_text('{"how": "fai')
+    code, _, err = watch(capfd, run, "--once")
+    assert code == 1 and f"{run / 'ended.json'} is damaged" in err and "delete it" in err
+
+
+def test_a_run_that_was_killed_is_said_to_be_silent(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its reports came every half second: ten minutes are long. Nothing else tells."""
+    last = (run / "stats.jsonl").stat().st_mtime
+    assert usual_gap(read_stats(run)) == 0.5
+    assert view(run, now=last + 590).silent_minutes is None
+    assert view(run, now=last + 590).seconds_left == 3
+    seen = view(run, now=last + 14 * 60)
+    assert seen.silent_minutes == 14 and seen.seconds_left is None and not seen.over
+    for file in ("stats.jsonl", "config.json"):
+        os.utime(run / file, (last - 1000, last - 1000))
+    code, out, _ = watch(capfd, run, "--once")
+    out = " ".join(out.split())
+    assert code == 0 and "40.0%, no report for 16 minutes" in out and "left" not in out
+    code, out, _ = watch(capfd, run, "--json")
+    assert json.loads(out)["silent_minutes"] == 16 and json.loads(out)["ended"] is None
+
+
+def test_rare_reports_are_no_silence(run: Path) -> None:
+    log = RunLog(run, json.loads((run / "config.json").read_text()))
+    for nimg in (50, 60, 70, 80, 90):
+        log.write(nimg, {**LINE, "time/images_per_sec": 10 / 300})  # 300 seconds each
+    last = (run / "stats.jsonl").stat().st_mtime
+    assert usual_gap(read_stats(run)) == pytest.approx(300)
+    assert view(run, now=last + 1490).silent_minutes is None
+    assert view(run, now=last + 1510).silent_minutes == 25
+
+
+def test_a_run_without_reports_can_be_silent_too(tmp_path: Path) -> None:
+    RunLog(tmp_path, {"stage": "ode", "train": {"images": 50}})
+    begun = (tmp_path / "config.json").stat().st_mtime
+    assert view(tmp_path, now=begun + 599).silent_minutes is None
+    assert view(tmp_path, now=begun + 700).silent_minutes == 11
+
+
+def test_a_file_is_told_once_of_silence_and_a_terminal_every_minute(run: Path) -> None:
+    last = (run / "stats.jsonl").stat().st_mtime
+    talks, silent, longer = (view(run, now=last + 60 * minutes) for minutes in (0, 11, 12))
+    for live in (False, True):
+        assert news(talks, silent, live) and news(silent, talks, live)
+        assert not news(silent, silent, live) and news(silent, longer, live) == live
+
+
+def test_a_checkpoint_with_a_damaged_meta_does_not_end_the_view(run: Path) -> None:
+    (run / "checkpoints" / "000000040" / "meta.json").write_text("{")
+    assert view(run).checkpoint == str(run / "checkpoints" / "000000040")
