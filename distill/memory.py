@@ -64,6 +64,9 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     pixels = _pixels(config) if config.regression.kind == "lpips" else None
     frozen = _bytes(p for model in _frozen(config) for p in model.parameters())
     frozen += _bytes(pixels[0].parameters()) if pixels is not None else 0.0
+    # Autograd's first pass decides whether it has threads. On fake tensors it would start some, and processes
+    # forked from this one could not train.
+    torch.ones((), requires_grad=True).backward()
     with FakeTensorMode():
         for network in (student, discriminator):
             if network is not None:

@@ -78,9 +78,9 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     size = options.batch_size
     told = config.student.guidance_conditioning
     reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, told)
+    check_teacher(config.teacher, config.stage, config.student)
     held_out(len(reader), options.validate_pairs)
     expect_enough(len(reader), size, options.validate_pairs)
-    check_teacher(config.teacher, config.stage, config.student)
     text_encoder = pretrained.load_text_encoder(config.teacher).to(device)
     encode = TextCache(text_encoder.encode, config.data.text_cache, device)
     regression = Regression(config, reader.spec.latent_shape[0], device)

@@ -1,6 +1,7 @@
 """Every command at work on one tiny job, and the JSON keys that docs and scripts rely on."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_pairs_generate_again_makes_nothing_new(d2g: Any, job: Path, teacher: Pa
     assert (found["pairs"], found["new_pairs"], found["shards"]) == (12, 0, 3)
 
 
-def test_pairs_info_verify_and_repair(d2g: Any, job: Path) -> None:
+def test_pairs_info_verify_and_repair(d2g: Any, job: Path, tmp_path: Path) -> None:
     info = d2g("pairs", "info", job / "pairs", "--json").json
     assert {"pairs", "shards", "spec", "complete", "gib"} <= set(info)
     assert info["complete"] is True and info["spec"]["guidance"] == 3.0
@@ -55,8 +56,13 @@ def test_pairs_info_verify_and_repair(d2g: Any, job: Path) -> None:
     assert {"ok", "checked", "bad_shards", "max_abs_err"} <= set(verified)
     assert verified["ok"] is True and verified["checked"] == 12 and verified["max_abs_err"] < 1e-4
     assert d2g("pairs", "repair", job / "pairs", "--json").json == {"quarantined": [], "regenerated": 0}
-    strict = d2g("pairs", "verify", job / "pairs", "--resimulate", 3, "--tolerance", -1)
-    assert strict.code == 1 and "not ok" in strict.error
+    shutil.copytree(job / "pairs", tmp_path / "pairs")
+    shard = next((tmp_path / "pairs").rglob("*.h5"))
+    spoilt = bytearray(shard.read_bytes())
+    spoilt[len(spoilt) // 2] ^= 1
+    shard.write_bytes(spoilt)
+    found = d2g("pairs", "verify", tmp_path / "pairs")
+    assert found.code == 1 and "not ok" in found.error
 
 
 def test_pairs_plan(d2g: Any, job: Path, teacher: Path) -> None:

@@ -20,7 +20,8 @@ from core.schedule import Point, Schedule
 from core.seeds import noise
 from distill.config import DistillConfig, EngineConfig, RegressionConfig, TrainConfig
 from distill.generator import Student, check_teacher, equip, student_from_teacher, train_only
-from distill.memory import _saved, predict
+from distill.kept import saved
+from distill.memory import predict
 from distill.options import StudentConfig
 from distill.regression import Regression
 from distill.sample import naive_one_step
@@ -218,7 +219,7 @@ def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
     metric = PixelLPIPS("squeeze", pretrained=False, decode=partial(decode, vae), resize=40)
     shape = student_from_teacher(folder).latent_shape
     pred, target = noise(0, range(2), shape).requires_grad_(), noise(1, range(2), shape)
-    real = _saved(nn.ModuleList([metric, vae]), lambda: metric(pred, target), False)
+    real = saved(nn.ModuleList([metric, vae]), lambda: metric(pred, target), False)
     gib = (found.working - without.working) * 2**30
     assert gib == pytest.approx(rows / 2 * real, rel=0.02) and real > 0
     trunk = sum(p.numel() for p in metric.parameters())

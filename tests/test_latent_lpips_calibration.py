@@ -81,7 +81,7 @@ def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> N
     for setting in ("heads.lr=0.05", "heads.epochs=20", "heads.batch=8", "patch.batch=5"):
         words += ["--set", setting]
     for ended in d2g_ranks(words, tmp_path):
-        assert ended.code == 0, ended.err
+        assert ended.code == 0, ended.stderr
     left, right = (load_file(tmp_path / name / "lpips.safetensors") for name in ("one", "two"))
     for key, value in left.items():
         torch.testing.assert_close(right[key], value, rtol=1e-4, atol=1e-6)

@@ -106,7 +106,7 @@ def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> N
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
     for ended in d2g_ranks([*words, "--out", str(tmp_path / "two")], tmp_path):
-        assert ended.code == 0, ended.err
+        assert ended.code == 0, ended.stderr
     one = ClassifyConfig(
         data=str(data), latents=str(teacher), **{**settings, "area": (0.5, 1.0), "workers": 1}
     )
