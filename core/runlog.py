@@ -43,7 +43,8 @@ class RunLog:
                 {k: v for k, v in old.items() if k not in drop},
                 {k: v for k, v in config.items() if k not in drop},
             )
-            if keys and not {entry.name for entry in folder.iterdir()} <= {path.name, ENDED}:
+            left = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+            if keys and not left <= {path.name, ENDED}:
                 raise UserError(
                     f"{folder} holds a run with another config: {', '.join(keys)}; "
                     "give the same settings to resume it, or another --out"
