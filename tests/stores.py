@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from core.latents import LatentSpace
 from pairgen.layout import StoreSpec, create_store, encode_record, pending, quarantine_path, shard_path
 from pairgen.store import PairBatch, encode_rows
 from pairgen.writer import PairWriter
+
+FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+"""Of tests that fork: Python 3.12 warns of threads."""
 
 SPEC = StoreSpec(
     teacher="tiny",

@@ -20,9 +20,8 @@ from pairgen.dataset import PairDataset, PairSampler, pair_loader
 from pairgen.layout import shard_path
 from pairgen.reader import PairReader
 from pairgen.store import PairBatch
-from stores import SPEC, put_store, rows_of, same, spec_of, spoil
+from stores import FORKS, SPEC, put_store, rows_of, same, spec_of, spoil
 
-FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 BLOCKS: dict[str, Any] = {"block": 3, "window": 2}
 

@@ -20,7 +20,7 @@ from pairgen.reader import PairReader
 from pairgen.store import PairBatch, create_store, pending, read_spec
 from pairgen.verify import store_info, verify_store
 from pairgen.writer import PairWriter
-from stores import PROMPTS, SPEC, make_store, rows, same, write_shard
+from stores import FORKS, PROMPTS, SPEC, make_store, rows, same, write_shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,9 +33,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return make_store(tmp_path / "pairs")
-
-
-FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
 
 
 # What goes in comes out.

@@ -23,7 +23,7 @@ from pairgen.repair import repair_store
 from pairgen.store import create_store, load_rows, pending, read_spec
 from pairgen.verify import verify_store
 from pairgen.writer import PairWriter, Pen
-from stores import SPEC, make_store, rows, same, write_shard
+from stores import FORKS, SPEC, make_store, rows, same, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return make_store(tmp_path / "pairs")
-
-
-FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
 
 
 def start(job: Callable[[Path, Connection], None], folder: Path) -> tuple[BaseProcess, Connection]:
