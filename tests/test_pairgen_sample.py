@@ -148,14 +148,15 @@ ORDERS: dict[str, tuple[AnySchedule, Solver, float]] = {
 def test_order_of_convergence(case: str) -> None:
     """Errors against the closed form, and against 1000 steps of Heun, fall with the solver's order."""
     schedule, solver, order = ORDERS[case]
-    exact, counts = Gaussian(), (20, 40, 100)
+    exact = Gaussian()
+    counts = (40, 80, 200) if isinstance(schedule, EDMSchedule) else (20, 40, 100)  # five decades of sigma
     points = schedule.points(1, (2, 2))
     truth = exact.solution(schedule.start(noise()), points[0], points[-1])
     fine = sample_ode(exact, noise(), schedule, STEPS, "heun")
     found = [sample_ode(exact, noise(), schedule, n, solver) for n in counts]
     for reference in (truth, fine):
         errors = [(x - reference).abs().max().item() for x in found]
-        assert all(abs(slope - order) < 0.2 for slope in slopes(counts, errors)), errors
+        assert all(abs(slope - order) < 0.15 for slope in slopes(counts, errors)), errors
         assert errors[-1] < 0.05
 
 
