@@ -176,7 +176,8 @@ def _penalty(c: DiscriminatorConfig) -> str:
         return "no gradient penalty"
     if c.penalty == "approx":
         return f"approximated R1, weight {c.approx_weight:g}, sigma {c.approx_sigma:g}, every step"
-    what = {"single": "R1 of one row", "full": "R1 of all rows", "r1r2": "R1 and R2 of all rows"}[c.penalty]
+    rows = "one row" if c.r1_rows == 1 else f"{c.r1_rows} rows"
+    what = {"single": f"R1 of {rows}", "full": "R1 of all rows", "r1r2": "R1 and R2 of all rows"}[c.penalty]
     often = f"every {c.penalty_interval} steps" if c.penalty_interval > 1 else "every step"
     return f"{what}, gamma {c.r1_gamma:g}, {often}"
 

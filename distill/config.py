@@ -9,7 +9,7 @@ from distill.options import DiscriminatorConfig as DiscriminatorConfig
 from distill.options import OptimConfig as OptimConfig
 from distill.options import RegressionConfig as RegressionConfig
 from distill.options import StudentConfig as StudentConfig
-from distill.options import check_values, require
+from distill.options import check_values, refuse_lone_rows, require
 
 Logger = Literal["tensorboard", "wandb"]
 
@@ -61,9 +61,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How the work is spread over processes and memory. Nothing here changes a result beyond rounding, but
-    for what distill/micro.py names.
-    """
+    """How the work is spread over processes and memory. Nothing here changes a result beyond rounding."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimiser states in shards
     shard_size: int = 0  # of fsdp: ranks that share one copy, a divisor of their number; 0: all of them
@@ -138,8 +136,11 @@ class DistillConfig:
             raise SettingError(
                 f"train.batch_size {size} does not divide into engine.accumulate {accumulate} micro-batches"
             )
-        if self.stage == "gan" and self.gan.mix_fraction > 0 and size // accumulate < 2:
-            raise SettingError("mix-and-match needs train.batch_size of 2 or more; or set gan.mix_fraction=0")
+        if self.stage == "gan":
+            refuse_lone_rows(size // accumulate, self.gan.mix_fraction)
+            rows = self.gan.r1_rows
+            if self.gan.penalty == "single" and size % rows:
+                raise SettingError(f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

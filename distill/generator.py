@@ -14,6 +14,7 @@ from core.pipelines import open_pipeline
 from core.schedule import Schedule
 from core.seeds import generator
 from core.text import Told, added_conditions, as_text
+from distill.dropout import RowDropout
 from distill.options import StudentConfig
 
 GUIDANCE_WIDTH = 256
@@ -161,10 +162,9 @@ def equip(student: Student, config: StudentConfig, seed: int = 0) -> Student:
     Raises SettingError for adapters of a network without attention.
     """
     if config.dropout:
-        for module in student.unet.modules():
-            if type(module).__name__.startswith("ResnetBlock"):
-                module.dropout.p = config.dropout
-                module.dropout.train()  # the rest of a U-Net is the same in training and use
+        blocks = [m for m in student.unet.modules() if type(m).__name__.startswith("ResnetBlock")]
+        for number, block in enumerate(blocks):  # the rest of a U-Net is the same in training and use
+            block.dropout = RowDropout(config.dropout, number)
     if config.lora_rank:
         if not any(name.endswith(TARGETS) for name, _ in student.unet.named_modules()):
             raise SettingError(

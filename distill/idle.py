@@ -13,6 +13,7 @@ ACTS: dict[tuple[str, ...], tuple[Acts, str]] = {
         lambda c: c.gan.penalty not in ("approx", "none"),
         "with gan.r1=single, full or r1r2 and gan.r1_gamma above 0",
     ),
+    ("gan.r1_rows",): (lambda c: c.gan.penalty == "single", "with gan.r1=single and gan.r1_gamma above 0"),
     ("gan.r1_gamma",): (
         lambda c: c.gan.r1 not in ("approx", "none"),
         "with gan.r1=single, full or r1r2",

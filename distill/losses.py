@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.errors import SettingError
 from core.text import Text, Told
 from distill.options import GanLoss, Reduction
 
@@ -54,16 +53,6 @@ def reduced(terms: Sequence[Tensor], reduction: Reduction) -> Tensor:
     return stacked.sum() if reduction == "sum" else stacked.mean()
 
 
-def refuse_single_rows(rows: int, fraction: float) -> None:
-    """Raise SettingError for a micro-batch whose rows have no other to be mixed with."""
-    if fraction > 0 and rows < 2:
-        raise SettingError(
-            f"gan.mix_fraction is {fraction}, but a micro-batch has {rows} row per process; each is mixed "
-            "with another of its own micro-batch; expected 2 rows or more: raise train.batch_size, lower "
-            "engine.accumulate or the number of processes, or set gan.mix_fraction=0"
-        )
-
-
 def mismatch(
     prompts: Sequence[str],
     fraction: float,
@@ -72,24 +61,19 @@ def mismatch(
 ) -> tuple[Tensor, Tensor]:
     """Mix-and-match for a batch of fake rows: (mode [B], partner [B]).
 
-    mode 0: plain; 1, 2, 3: x, c or z comes from row `partner`, which never has the row's own prompt. A row
-    without such a partner stays plain. `fraction` goes to the three swaps by their relative `shares`
-    (method.md 4.4), according to `drawn` [B] ~ U(0, 1). Rows come in random order, so the neighbour serves:
-    the partner is the first of i^1, i^2, ... with another prompt, and where prompts differ it does not depend
-    on how a batch is shared out.
+    mode 0: plain; 1, 2, 3: x, c or z comes from row `partner`, which never has the row's own prompt.
+    `fraction` goes to the three swaps by their relative `shares` (method.md 4.4), according to `drawn` [B] ~
+    U(0, 1). Rows come in random order, so the neighbour serves: rows 2i and 2i + 1 are partners, however a
+    batch is shared out. Where the two have one prompt both stay plain. B is even unless `fraction` is 0.
     """
-    size = len(prompts)
     first, second = shares[0] / sum(shares), (shares[0] + shares[1]) / sum(shares)
     swap = 1 + (drawn >= fraction * first).long() + (drawn >= fraction * second).long()
     mode = torch.where(drawn < fraction, swap, 0)
-    partner = torch.arange(size)
-    for row in range(size):
-        others = (row ^ step for step in range(1, 2 * size) if row ^ step < size)
-        match = next((other for other in others if prompts[other] != prompts[row]), None)
-        if match is None:
-            mode[row] = 0
-        else:
-            partner[row] = match
+    partner = torch.arange(len(prompts))
+    if fraction > 0:
+        partner ^= 1
+        alike = [prompts[row] == prompts[row ^ 1] for row in range(len(prompts))]
+        mode[torch.tensor(alike)] = 0
     return mode, partner
 
 

@@ -22,6 +22,7 @@ from core.pipelines import open_pipeline
 from core.text import Text, Told
 from distill.config import DistillConfig
 from distill.discriminator import Discriminator
+from distill.dropout import give_keys
 from distill.generator import Student, blank_student, check_teacher, train_only
 from distill.kept import Kept, saved
 from distill.known import NAMES, configs_only, kind_of
@@ -74,7 +75,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
                 if config.engine.activation_checkpointing:
                     parallel.recompute(list(pretrained.layers(network)))
         rows = config.train.batch_size / world_size / config.engine.accumulate
-        g = _kept(config, student, lambda b: student(b.noise, b.text, *b.guidance))
+        g = _kept(config, student, partial(_generate, student))
         shards = (config.engine.shard_size or world_size) if config.engine.parallel == "fsdp" else 1
         # DDP's buckets hold the gradients of both networks for as long as the run lasts.
         kept = config.engine.parallel == "ddp" and world_size > 1
@@ -181,6 +182,12 @@ def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
     told = (torch.empty(count),) if isinstance(network, Student) and network.guided else ()
     hidden = torch.empty(count, tokens, unet.cross_attention_dim)
     return _Rows(noise, Text(hidden, pooled), told)
+
+
+def _generate(student: Student, b: _Rows) -> Tensor:
+    give_keys(student, torch.zeros(len(b.noise), dtype=torch.int64))
+    latents: Tensor = student(b.noise, b.text, *b.guidance)
+    return latents
 
 
 def _kept(config: DistillConfig, network: Any, run: Callable[[_Rows], Any]) -> Kept:

@@ -1,10 +1,10 @@
 """One step's random numbers and rows: the same whatever the number of processes and micro-batches.
 
 All that is drawn for a step is drawn for the whole batch, from (seed, images seen), and each process takes
-its rows of it. A process's own are only the row that a single-sample penalty falls on, the noise of the
-approximated one, and dropout.
+its rows of it; or for each row, from (seed, the row's number).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.seeds import generator
+from core.seeds import generator, noise
 from core.text import Told
 from distill.config import DistillConfig
+from distill.dropout import row_keys
 from distill.joined import scales
 from distill.losses import mismatch
 from distill.noising import Levels, Noiser
-from distill.r1 import Shown
+from distill.options import Penalty
+from distill.r1 import Shown, drawn_rows
 from distill.regression import Regression, Transforms
 from distill.text_cache import TextCache
 from latent_lpips.augment import take
@@ -34,7 +36,7 @@ class Draws:
     transforms: Transforms  # of the regression's distance
     mix: Tensor  # [B] in (0, 1): which rows are mismatched, and how
     levels: Tensor | None  # [B] D's time inputs; None: its constant
-    mine: torch.Generator  # of this process alone
+    penalised: list[int]  # rows of the batch on which single-sample R1 falls; none where it is not due
     nimg: int  # the first row's number
 
 
@@ -49,11 +51,13 @@ class MicroBatch:
     guidance: tuple[Tensor, ...]  # (scales [b],) for a student that is told it
     transforms: Transforms
     rows: range  # numbers of the rows since the run began
+    keys: Tensor | None  # [b] of the student's dropout
     # Of the second stage:
     mode: Tensor  # [b] how each fake row is mismatched, 0: not
     partner: Tensor  # [b] and with which
     t: Tensor | None  # D's time inputs
     eps: tuple[Tensor | None, Tensor | None]  # noise of the real and of the fake rows before D
+    moved: Tensor | None  # noise of the approximated R1
     fake: Tensor = field(init=False)  # the student's latents
     shown_real: Shown = field(init=False)  # what D sees
     shown_fake: Shown = field(init=False)
@@ -66,11 +70,12 @@ def draw_step(
     off does not move the others."""
     size = config.train.batch_size
     gan = config.stage == "gan"
+    single = gan and config.gan.penalty == "single"
     return Draws(
         transforms=regression.draw(size, shape, generator(config.seed, nimg, 1)),
         mix=torch.rand(size, generator=generator(config.seed, nimg, 2)),
         levels=levels(size, generator(config.seed, nimg, 3)) if gan else None,
-        mine=generator(config.seed, nimg, 4, dist.rank()),
+        penalised=drawn_rows(size, config.gan.r1_rows, generator(config.seed, nimg, 4)) if single else [],
         nimg=nimg,
     )
 
@@ -90,30 +95,58 @@ def split(
     """
     gan, parts, local = config.gan, config.engine.accumulate, len(batch.prompts)
     size, first = local // parts, dist.rank() * local
-    noise, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latent))
+    z, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latent))
     text = encode(batch.prompts)
+    approx = config.stage == "gan" and gan.penalty == "approx"
+    moves = generator(config.seed, 0xA991).initial_seed()
     found = []
     for start in range(0, local, size):
         here, there = slice(start, start + size), slice(first + start, first + start + size)
         prompts, rows = list(batch.prompts[here]), range(draws.nimg + there.start, draws.nimg + there.stop)
         shares = (gan.mix_x, gan.mix_c, gan.mix_z)
         mode, partner = mismatch(prompts, gan.mix_fraction, draws.mix[there], shares)
-        shape = (noise.shape[1], noise.shape[2], noise.shape[3])
+        shape = (z.shape[1], z.shape[2], z.shape[3])
         found.append(
             MicroBatch(
                 prompts=prompts,
-                noise=noise[here],
+                noise=z[here],
                 real=real[here],
                 text=text[here],
                 guidance=tuple(sent(t[here], device) for t in scales(batch)),
                 transforms=None if draws.transforms is None else [take(t, there) for t in draws.transforms],
                 rows=rows,
+                keys=sent(row_keys(config.seed, rows) if config.student.dropout else None, device),
                 mode=sent(mode, device),
                 partner=sent(partner, device),
                 t=sent(None if draws.levels is None else draws.levels[there], device),
                 eps=(sent(noised.eps(rows, shape, 0), device), sent(noised.eps(rows, shape, 1), device)),
+                moved=sent(noise(moves, rows, shape) if approx else None, device),
             )
         )
+    return found
+
+
+def penalised(
+    micros: Sequence[MicroBatch], draws: Draws, penalty: Penalty
+) -> list[tuple[Shown, Shown, float]]:
+    """What this process's passes of a penalty are on: real and fake, and the pass's weight in the mean over
+    processes. All processes have as many passes: sharded networks are gathered by all together.
+
+    Of the single-sample form a pass is one row. A process with fewer of the drawn rows than another repeats
+    its first row at weight 0.
+    """
+    if penalty != "single":
+        return [(m.shown_real, m.shown_fake, 1 / len(micros)) for m in micros]
+    size = len(micros[0].prompts)
+    local, world = size * len(micros), dist.world_size()
+    here = [row - dist.rank() * local for row in draws.penalised if row // local == dist.rank()]
+    passes = max(sum(row // local == rank for row in draws.penalised) for rank in range(world))
+    weight = world / len(draws.penalised)
+    rows = [(row, weight) for row in here] + [(0, 0.0)] * (passes - len(here))
+    found = []
+    for row, weight in rows:
+        micro, one = micros[row // size], row % size
+        found.append((micro.shown_real.row(one), micro.shown_fake.row(one), weight))
     return found
 
 

@@ -37,6 +37,16 @@ def check_values(config: Any, prefix: str) -> None:
             require(finite, f"{prefix}.{name}", value, "finite numbers")
 
 
+def refuse_lone_rows(rows: int, fraction: float) -> None:
+    """Raise SettingError for micro-batches of a number of rows that does not divide into pairs."""
+    if fraction > 0 and rows % 2:
+        raise SettingError(
+            f"gan.mix_fraction is {fraction}, but a micro-batch has {rows} row{'s'[: rows - 1]} per process; "
+            "rows are mixed in pairs, each with its neighbour; expected an even number: change "
+            "train.batch_size, engine.accumulate or the number of processes, or set gan.mix_fraction=0"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """The optimiser of one network, and its learning rate over the images seen."""
@@ -129,6 +139,7 @@ class DiscriminatorConfig:
     mix_z: float = 1.0  # ... or noise (4.4); no source for their proportions
 
     r1: Penalty = "single"  # 4.3; A1: SDXL none. approx: APT; r1r2: R3GAN, whole batch; full: whole batch
+    r1_rows: int = 1  # of single: one from each of so many equal parts of the batch (4.3; presets: one a GPU)
     r1_gamma: float = 0.01  # A1; counted as gamma / 2 x interval, StyleGAN's convention (4.3). 0: no R1
     r1_interval: int = 16  # A1; R3GAN: 1
     r1_reduction: Reduction = "mean"  # of a head's logits over positions before the gradient; no source (4.3)
@@ -150,7 +161,7 @@ class DiscriminatorConfig:
         shares = (self.mix_x, self.mix_c, self.mix_z)
         if min(shares) < 0 or (self.mix_fraction > 0 and sum(shares) == 0):
             raise SettingError(f"gan: mix_x, mix_c, mix_z are {shares}; expected 0 or more, one above 0")
-        for name in ("updates", "noise_max_timestep"):
+        for name in ("updates", "noise_max_timestep", "r1_rows"):
             require(getattr(self, name) >= 1, f"gan.{name}", getattr(self, name), "1 or more")
         for name in ("timestep_shift", "approx_sigma", "approx_weight"):
             require(getattr(self, name) > 0, f"gan.{name}", getattr(self, name), "a positive number")

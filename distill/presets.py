@@ -37,11 +37,19 @@ TABLE_A1: dict[str, Stages] = {
     },
     "sd15-cfg3": {
         "ode": DistillConfig(regression=_CFG3, train=_train(256, 150_000), engine=EngineConfig(gpus=16)),
-        "gan": replace(_GAN, regression=_CFG3, train=_train(256, 10_000), engine=_thrifty(16)),
+        "gan": replace(
+            _GAN,
+            regression=_CFG3,
+            gan=DiscriminatorConfig(r1_rows=16),
+            train=_train(256, 10_000),
+            engine=_thrifty(16),
+        ),
     },
     "sd15-cfg8": {
         "ode": DistillConfig(train=_train(2048, 50_000), engine=EngineConfig(gpus=64)),
-        "gan": replace(_GAN, train=_train(1024, 10_000), engine=_thrifty(64)),
+        "gan": replace(
+            _GAN, gan=DiscriminatorConfig(r1_rows=64), train=_train(1024, 10_000), engine=_thrifty(64)
+        ),
     },
     "sdxl-cfg7": {
         "ode": DistillConfig(train=_train(1024, 20_000), engine=_thrifty(128)),

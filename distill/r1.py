@@ -1,7 +1,7 @@
 """Gradient penalties of the discriminator, with attention that has a second derivative.
 
 Forms: R1 of one real row (method.md 4.3) or of all, R1 and R2 (R3GAN), and APT's approximation, which needs
-no second derivative. `penalty` chooses by the config.
+no second derivative.
 """
 
 from collections.abc import Callable
@@ -35,29 +35,23 @@ class Shown:
         return Shown(self.x[one], self.noise[one], self.text[one], t)
 
 
-def penalty(
-    config: DiscriminatorConfig,
-    discriminator: Judge,
-    real: Shown,
-    fake: Shown,
-    logits_real: Logits,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a step adds to D's loss where `config.penalty` is due, and its unweighted parts for the log.
-
-    Weights: gamma / 2 x interval for R1 and R2 (StyleGAN2's lazy regularisation; method.md 4.3), or
-    approx_weight for the approximation, which compares with `logits_real`, D's logits of `real`. `generator`
-    draws the row of the single-sample form, and the approximation's noise.
+def drawn_rows(rows: int, count: int, generator: torch.Generator) -> list[int]:
+    """The rows that single-sample R1 falls on: one from each of `count` equal parts of a batch of `rows`, so
+    that no process has many more than another. `count` divides `rows`.
     """
-    assert config.penalty != "none"
+    part = rows // count
+    return (part * torch.arange(count) + torch.randint(part, (count,), generator=generator)).tolist()
+
+
+def penalty(
+    config: DiscriminatorConfig, discriminator: Judge, real: Shown, fake: Shown
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a step adds to D's loss where a penalty of second order is due, and its unweighted parts for the
+    log. The weight is gamma / 2 x interval (StyleGAN2's lazy regularisation; method.md 4.3). Of the
+    single-sample form the rows are those of `drawn_rows`, one at a time.
+    """
+    assert config.penalty in ("single", "full", "r1r2")
     lazy = 0.5 * config.r1_gamma * config.r1_interval
-    if config.penalty == "approx":
-        eps = torch.randn(real.x.shape, generator=generator, device=generator.device).to(real.x)
-        moved = discriminator(real.x + config.approx_sigma * eps, real.noise, real.text, real.t)
-        value = approximate_r1(logits_real, moved, config.head_reduction)
-        return config.approx_weight * value, {"loss/r1_approx": value}
-    if config.penalty == "single":
-        real = real.row(int(torch.randint(len(real.x), (), generator=generator)))
     parts = {"loss/r1": _of(discriminator, real, config.r1_reduction)}
     if config.penalty == "r1r2":
         parts["loss/r2"] = _of(discriminator, fake, config.r1_reduction)
@@ -92,6 +86,16 @@ def r1_penalty(
         heads = [v.sum(over) if reduction == "sum" else v.mean(over) for v in logits.values()]
         (gradient,) = torch.autograd.grad(torch.stack(heads).sum(), x, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def approximation(
+    config: DiscriminatorConfig, discriminator: Judge, real: Shown, logits: Logits, eps: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """APT's term of D's loss, and it unweighted for the log. logits: D's of `real`; eps [B, C, h, w] ~
+    N(0, 1)."""
+    moved = discriminator(real.x + config.approx_sigma * eps.to(real.x), real.noise, real.text, real.t)
+    value = approximate_r1(logits, moved, config.head_reduction)
+    return config.approx_weight * value, {"loss/r1_approx": value}
 
 
 def approximate_r1(clean: Logits, moved: Logits, reduction: Reduction = "mean") -> Tensor:

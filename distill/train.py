@@ -18,13 +18,15 @@ from core.runlog import Pace, RunLog
 from core.stop import StopFlag
 from distill.config import DistillConfig
 from distill.data import expect_enough, open_pairs, pair_batches
+from distill.dropout import give_keys
 from distill.generator import check_teacher
 from distill.health import logit_report, spread
-from distill.losses import discriminator_loss, generator_loss, mix_and_match, refuse_single_rows
-from distill.micro import Draws, MicroBatch, draw_step, split
+from distill.losses import discriminator_loss, generator_loss, mix_and_match
+from distill.micro import Draws, MicroBatch, draw_step, penalised, split
 from distill.noising import Noiser
 from distill.optim import learning_rate, update
-from distill.r1 import Shown, penalty
+from distill.options import refuse_lone_rows
+from distill.r1 import Shown, approximation, penalty
 from distill.real_rows import RealRows
 from distill.regression import Regression
 from distill.state import State, new_state
@@ -95,6 +97,13 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
         whole = options.precision == "bf16" and config.engine.parallel == "ddp"
         return torch.autocast(device.type, torch.bfloat16, enabled=whole)
 
+    def generate(micro: MicroBatch) -> Tensor:
+        if micro.keys is not None:
+            give_keys(student.module, micro.keys)
+        with autocast():
+            latents: Tensor = student(micro.noise, micro.text, *micro.guidance)
+        return latents
+
     # Resume.
     log = RunLog(out, _split_config(config), ignore=("length",))
     if last is not None:
@@ -133,11 +142,9 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                 for name, value in found.items():
                     parts[name] = parts.get(name, 0) + value.detach().float() / accumulate
 
-            if config.student.dropout:  # the one thing that draws from torch's own state
-                torch.manual_seed(draws.mine.initial_seed())
             for micro in micros if discriminator is not None or shared else []:
-                with autocast(), torch.set_grad_enabled(shared):
-                    micro.fake = student(micro.noise, micro.text, *micro.guidance)
+                with torch.set_grad_enabled(shared):
+                    micro.fake = generate(micro)
 
             # Discriminator: real rows; generated rows, of which some are mismatched real ones; a penalty.
             if discriminator is not None:
@@ -151,15 +158,13 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                         shown = with_real(Shown(micro.real, micro.noise, micro.text, micro.t), micro.rows)
                     micro.shown_real = replace(shown, x=noised(shown.x, micro.t, micro.eps[0]))
                     micro.shown_fake = Shown(noised(x, micro.t, micro.eps[1]), z, c, micro.t)
-                due = gan.penalty != "none" and step % gan.penalty_interval == 0
-                if due and gan.penalty != "approx":
-                    rows = micros[:1] if gan.penalty == "single" else micros
+                second = gan.penalty not in ("none", "approx")
+                if second and step % gan.penalty_interval == 0:
                     with discriminator.bare() as judge:
-                        for micro in rows:
-                            seen = (micro.shown_real, micro.shown_fake)
-                            value, found = penalty(gan, judge, *seen, {}, draws.mine)
-                            (value / len(rows)).backward()
-                            add({name: v * accumulate / len(rows) for name, v in found.items()})
+                        for real, fake, weight in penalised(micros, draws, gan.penalty):
+                            value, found = penalty(gan, judge, real, fake)
+                            (weight * value).backward()
+                            add({name: accumulate * weight * v for name, v in found.items()})
                 for number, micro in enumerate(micros):
                     with discriminator.unaveraged(number < accumulate - 1):
                         with autocast():
@@ -170,9 +175,9 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                                 logits_real, logits_fake, gan.loss, gan.head_reduction
                             )
                             add({"loss/d": loss_d})
-                            if due and gan.penalty == "approx":
-                                value, found = penalty(
-                                    gan, discriminator, real, fake, logits_real, draws.mine
+                            if micro.moved is not None:
+                                value, found = approximation(
+                                    gan, discriminator, real, logits_real, micro.moved
                                 )
                                 loss_d = loss_d + value
                                 add(found)
@@ -186,8 +191,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             for number, micro in enumerate(micros if moves_g else []):
                 with student.unaveraged(number < accumulate - 1):
                     if not shared:
-                        with autocast():
-                            micro.fake = student(micro.noise, micro.text, *micro.guidance)
+                        micro.fake = generate(micro)
                     latents = micro.fake.detach().requires_grad_()
                     loss_g, found = regression(latents, micro.real, micro.transforms)
                     if discriminator is not None:
@@ -310,7 +314,7 @@ def _refuse(config: DistillConfig) -> None:
             + (f" x {config.engine.accumulate} micro-batches" if config.engine.accumulate > 1 else "")
         )
     if config.stage == "gan":
-        refuse_single_rows(size // parts, config.gan.mix_fraction)
+        refuse_lone_rows(size // parts, config.gan.mix_fraction)
     check_loggers(config.train.loggers)
 
 

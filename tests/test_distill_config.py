@@ -244,7 +244,7 @@ def test_what_penalty_acts() -> None:
             lambda: DistillConfig(
                 stage="gan", train=TrainConfig(batch_size=4), engine=EngineConfig(accumulate=4)
             ),
-            "mix-and-match needs",
+            r"^gan\.mix_fraction is 0\.25, but a micro-batch has 1 row per process",
         ),
         (lambda: preset("cifar10", "gan"), "preset 'cifar10' has no stage 'gan'; it has ode"),
         (lambda: TrainConfig(batch_size=0), "train.batch_size is 0"),
@@ -268,8 +268,15 @@ def test_what_penalty_acts() -> None:
         (lambda: EngineConfig(compiler="zz"), r"^engine\.compiler is 'zz'; known: cudagraphs, inductor"),
         (
             lambda: DistillConfig(stage="gan", train=TrainConfig(batch_size=1)),
-            "mix-and-match needs train.batch_size",
+            "a micro-batch has 1 row per process",
         ),
+        (
+            lambda: DistillConfig(
+                stage="gan", train=TrainConfig(batch_size=6), gan=DiscriminatorConfig(r1_rows=4)
+            ),
+            r"^gan\.r1_rows is 4; expected a divisor of train\.batch_size, 6$",
+        ),
+        (lambda: DiscriminatorConfig(r1_rows=0), r"^gan\.r1_rows is 0; expected 1 or more$"),
     ],
 )
 def test_impossible_settings(make: Callable[[], object], says: str) -> None:
@@ -290,6 +297,7 @@ IDLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("gan.optim.lr=1", ("stage=ode",), ("stage=gan",)),
     ("gan.r1_interval=2", ("gan.r1=approx",), ("gan.r1=full",)),
     ("gan.r1_interval=2", ("gan.r1_gamma=0",), ()),
+    ("gan.r1_rows=2", ("gan.r1=full",), ("gan.r1=single",)),
     ("gan.r1_reduction=sum", ("gan.r1=none",), ("gan.r1=r1r2",)),
     ("gan.r1_gamma=2", ("gan.r1=approx",), ("gan.r1=single",)),
     ("gan.approx_sigma=2", (), ("gan.r1=approx",)),

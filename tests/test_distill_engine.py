@@ -31,8 +31,6 @@ from jobs import Running, d2g, d2g_ranks, distill_arguments, distill_config, mak
 from pairgen.generate import generate_pairs
 
 STEPS = ("gan.r1_interval=2", "gan.mix_fraction=0.5", "gan.optim.lr=1e-4", "train.images=16")
-PLAIN = (*STEPS, "gan.r1=full")
-"""Full R1: of the single-sample form each rank and micro-batch has a row of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def config(teacher: Path, pairs: Path, ode: Path) -> DistillConfig:
 def plain(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps on one process with nothing special."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    done = d2g(distill_arguments(config, out, *PLAIN), out.parent / "log")
+    done = d2g(distill_arguments(config, out, *STEPS), out.parent / "log")
     assert done.code == 0, done.stderr
     return out
 
@@ -93,7 +91,7 @@ ALONE = {
 def test_the_engine_does_not_change_what_is_learnt(
     case: str, config: DistillConfig, plain: Path, tmp_path: Path
 ) -> None:
-    done = d2g(distill_arguments(config, tmp_path / "run", *PLAIN, *ALONE[case]), tmp_path / "log")
+    done = d2g(distill_arguments(config, tmp_path / "run", *STEPS, *ALONE[case]), tmp_path / "log")
     assert done.code == 0, done.stderr
     assert_same_learning(tmp_path / "run", plain)
 
@@ -105,22 +103,44 @@ def test_two_ranks_are_one_and_either_goes_on_for_the_other(
     """Two steps on two ranks, then two on one, with another engine: as four on one."""
     out = tmp_path / "run"
     late = f"engine.async_checkpoints={json.dumps(parallel == 'fsdp')}"
-    first = distill_arguments(config, out, *PLAIN, f"engine.parallel={parallel}", late, "train.images=8")
+    first = distill_arguments(config, out, *STEPS, f"engine.parallel={parallel}", late, "train.images=8")
     both = d2g_ranks(first, tmp_path / "log")
     assert [ended.code for ended in both] == [0, 0], both[0].stderr
     last = checkpoint.latest(out / "checkpoints")
     assert last is not None and last.meta["processes"] == 2
     assert len(list((last.folder / "state").glob("*.distcp"))) == 2, "each rank writes its own"
-    done = d2g(distill_arguments(config, out, *PLAIN), tmp_path / "log1")
+    done = d2g(distill_arguments(config, out, *STEPS), tmp_path / "log1")
     assert done.code == 0, done.stderr
     assert_same_learning(out, plain)
 
 
+ROWS = (
+    "gan.r1_rows=2",  # one for each rank
+    "gan.r1_rows=4",
+    "gan.r1=approx gan.approx_sigma=1",
+    "student.dropout=0.3",
+    "gan.noise_augment=small",
+)
+
+
+@pytest.mark.parametrize("option", ROWS)
+def test_what_is_drawn_for_a_row_is_the_row_s_own(option: str, config: DistillConfig, tmp_path: Path) -> None:
+    """Eight rows in one batch, and as two ranks' two micro-batches of two."""
+    steps = STEPS[1:] if "approx" in option else STEPS  # the approximation is for every step
+    settings = (*steps, "train.batch_size=8", "train.report_images=8", *option.split())
+    alone = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
+    assert alone.code == 0, alone.stderr
+    shared = distill_arguments(config, tmp_path / "two", *settings, "engine.accumulate=2")
+    both = d2g_ranks(shared, tmp_path / "log")
+    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    assert_same_learning(tmp_path / "two", tmp_path / "one")
+
+
 def test_two_ranks_go_on_for_one(config: DistillConfig, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = d2g(distill_arguments(config, out, *PLAIN, "train.images=8"), tmp_path / "log")
+    done = d2g(distill_arguments(config, out, *STEPS, "train.images=8"), tmp_path / "log")
     assert done.code == 0, done.stderr
-    more = distill_arguments(config, out, *PLAIN, "engine.parallel=fsdp", "engine.accumulate=1")
+    more = distill_arguments(config, out, *STEPS, "engine.parallel=fsdp", "engine.accumulate=1")
     both = d2g_ranks(more, tmp_path / "log")
     assert [ended.code for ended in both] == [0, 0], both[0].stderr
     assert_same_learning(out, plain)
@@ -232,17 +252,17 @@ def test_a_checkpoint_that_is_not_this_run_s(
 ) -> None:
     """A damaged file, or a folder that another config wrote, put in place of one's own."""
     out = tmp_path / "run"
-    done = d2g(distill_arguments(config, out, *PLAIN), tmp_path / "log")
+    done = d2g(distill_arguments(config, out, *STEPS), tmp_path / "log")
     assert done.code == 0, done.stderr
     if harm is not None:
         harm(out)
     else:
-        changed = distill_arguments(config, tmp_path / "other", *PLAIN, "gan.weight=1")
+        changed = distill_arguments(config, tmp_path / "other", *STEPS, "gan.weight=1")
         other = d2g(changed, tmp_path / "log")
         assert other.code == 0, other.stderr
         (out / "checkpoints" / "000000016").rename(tmp_path / "away")
         (tmp_path / "other" / "checkpoints" / "000000016").rename(out / "checkpoints" / "000000016")
-    ended = d2g(distill_arguments(config, out, *PLAIN, "train.images=20"), tmp_path / "log")
+    ended = d2g(distill_arguments(config, out, *STEPS, "train.images=20"), tmp_path / "log")
     assert ended.code == 1 and "go on from the checkpoint before it" in ended.error
     assert ("of a run with other networks" in ended.error) == (harm is None)
 
@@ -289,7 +309,7 @@ def test_photographs_count_as_real(config: DistillConfig, plain: Path, tmp_path:
     for number in range(5):
         Image.new("RGB", (40, 30), (40 * number, 10, 200)).save(photos / f"{number}.png")
         (photos / f"{number}.txt").write_text(f"a red cube {number}")
-    settings = (*PLAIN, f"gan.real={photos}", "gan.real_fraction=0.3")
+    settings = (*STEPS, f"gan.real={photos}", "gan.real_fraction=0.3")
     done = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
     assert done.code == 0, done.stderr
     both = d2g_ranks(distill_arguments(config, tmp_path / "two", *settings), tmp_path / "log")
