@@ -97,14 +97,15 @@ def split(
     size, first = local // parts, dist.rank() * local
     z, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latent))
     text = encode(batch.prompts)
-    approx = config.stage == "gan" and gan.penalty == "approx"
+    second = config.stage == "gan"
+    fraction, approx = gan.mix_fraction * second, second and gan.penalty == "approx"
     moves = generator(config.seed, 0xA991).initial_seed()
     found = []
     for start in range(0, local, size):
         here, there = slice(start, start + size), slice(first + start, first + start + size)
         prompts, rows = list(batch.prompts[here]), range(draws.nimg + there.start, draws.nimg + there.stop)
         shares = (gan.mix_x, gan.mix_c, gan.mix_z)
-        mode, partner = mismatch(prompts, gan.mix_fraction, draws.mix[there], shares)
+        mode, partner = mismatch(prompts, fraction, draws.mix[there], shares)
         shape = (z.shape[1], z.shape[2], z.shape[3])
         found.append(
             MicroBatch(

@@ -274,6 +274,16 @@ def test_a_batch_of_one_per_rank_is_refused(config: DistillConfig, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_the_first_stage_and_one_without_mixing_take_odd_numbers(
+    config: DistillConfig, teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    rows = ("train.batch_size=3", "train.images=6")
+    assert train(distill_config(teacher, pairs, *rows), tmp_path / "ode").images == 6
+    assert train(override(config, [*rows, "gan.mix_fraction=0"]), tmp_path / "gan").images == 6
+    with pytest.raises(SettingError, match="has 3 rows per process"):
+        override(config, rows)
+
+
 def test_a_prompt_beyond_the_tokenizer_s_limit_is_cut_as_the_teacher_cut_it(
     teacher: Path, tmp_path: Path
 ) -> None:
