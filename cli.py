@@ -3,16 +3,43 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from commands import distance, evaluation, house, pairs, students, teacher, training
-from commands.common import last_word, reporter
+from commands.common import last_word, reporter, tell_others, told_by_rank_0
 from core.errors import UserError
 
-app = typer.Typer(help="Distill diffusion teachers into one-step conditional GANs.", no_args_is_help=True)
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """typer itself prints what is wrong with the words given: of torchrun's processes on rank 0 alone."""
+    try:
+        yield
+    except typer.TyperException as error:
+        if told_by_rank_0(error.format_message()):
+            raise typer.Exit(error.exit_code) from error
+        raise
+
+
+class _Group(TyperGroup):
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        with _told_once():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _told_once():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Group, help="Distill diffusion teachers into one-step conditional GANs.", no_args_is_help=True
+)
 app.command()(house.demo)
 app.command()(house.doctor)
 app.add_typer(teacher.app, name="teacher")
@@ -49,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     except FloatingPointError as error:
         _fail(error, str(error), 1, debug)
     except SystemExit as left:
+        if isinstance(left.__context__, typer.TyperException):
+            tell_others(left.__context__.format_message())
         # typer turns Ctrl-C outside the loops, which have their own answer, into a silent exit.
         if isinstance(left.__context__ and left.__context__.__cause__, KeyboardInterrupt):
             _fail(

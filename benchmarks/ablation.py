@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import table, write
 from core import pretrained
-from core.checkpoint import write_atomically
+from core.files import write_atomically
 from core.progress import Progress
 from distill.config import DistillConfig
 from distill.presets import PRESETS

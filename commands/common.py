@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from core.config import override, pick, to_json
-from core.errors import SettingError
+from core.errors import Interrupted, SettingError
 
 T = TypeVar("T")
 
@@ -85,7 +85,22 @@ def configure(config: T, options: Mapping[str, Any], sets: list[str] | None) -> 
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingError(f"--{name.replace('_', '-')} is {value}; expected a finite number")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    return override(replace(config, **given), sets or [])  # type: ignore[type-var]  # every config is a dataclass
+    config = override(replace(config, **given), sets or [])  # type: ignore[type-var]  # all are dataclasses
+    if (seed := getattr(config, "seed", None)) is not None:
+        from core.seeds import checked_key
+
+        checked_key("seed", seed)
+    return config
+
+
+def expect(least: float = 0, most: float = math.inf, **options: float) -> None:
+    """Raise SettingError for the first of the options, which no config holds, that is not finite or not from
+    `least` to `most`.
+    """
+    for name, value in options.items():
+        if not (math.isfinite(value) and least <= value <= most):
+            wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise SettingError(f"--{name.replace('_', '-')} is {value}; expected {wanted}")
 
 
 def chosen(presets: Mapping[str, T], name: str, options: Mapping[str, Any], sets: list[str] | None) -> T:
@@ -94,29 +109,50 @@ def chosen(presets: Mapping[str, T], name: str, options: Mapping[str, Any], sets
 
 
 @contextmanager
-def finishing() -> Iterator[None]:
-    """Leave the process group, if there is one, however the block ends."""
+def finishing(*together: type[Exception]) -> Iterator[None]:
+    """Leave the process group, if there is one, when the block ends, or fails as all processes do together:
+    with Ctrl-C, a loss that is not finite, or one of `together`.
+
+    After any other error this process just says why and ends: leaving the group could wait for the others, or
+    show them that it is gone before it has said so.
+    """
     from core import dist
 
+    shared: tuple[type[Exception], ...] = (Interrupted, FloatingPointError, *together)
     try:
         yield
-    finally:
+    except shared:
         dist.finish()
+        raise
+    dist.finish()
 
 
 def last_word(text: str, to_itself: bool = False) -> None:
     """Print the line that a process fails with. Of torchrun's processes that all fail with the same, rank 0
     prints it; `to_itself`: each does.
     """
-    alone = to_itself or "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # asked without torch
-    if not alone:
+    if to_itself or not told_by_rank_0(text):
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    if not to_itself:
+        tell_others(text)
+
+
+def told_by_rank_0(text: str) -> bool:
+    """Whether this is another of torchrun's processes, and rank 0 prints `text` as its last too."""
+    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # asked without torch
+        return False
+    from core import dist
+
+    return dist.rank() != 0 and dist.word_was_left(text)
+
+
+def tell_others(text: str) -> None:
+    """Of torchrun's processes on rank 0: let the others know what was printed last."""
+    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
         from core import dist
 
-        if dist.rank() != 0 and dist.word_was_left(text):
-            return
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    if not alone and dist.rank() == 0:
-        dist.leave_word(text)
+        if dist.rank() == 0:
+            dist.leave_word(text)
 
 
 def emit(result: Any, as_json: bool, title: str) -> None:

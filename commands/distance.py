@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from commands import perceptual
-from commands.common import Json, TeacherOption, emit
+from commands.common import Json, TeacherOption, emit, expect
 from core.errors import SettingError
 
 app = typer.Typer(help="The latent perceptual distance.", no_args_is_help=True)
@@ -33,6 +33,8 @@ def lpips_distance(
     """LatentLPIPS between two images, in a teacher's latent space; or LPIPS, with --pixels."""
     from eval.lpips_pair import image_distance, pixel_distance
 
+    expect(1, draws=draws)
+    expect(0, 2**63 - 1, seed=seed)
     if (teacher is None) == (pixels is None):
         raise SettingError(
             "--teacher is not set; its VAE makes the latents (or give --pixels vgg)"

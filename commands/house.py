@@ -57,6 +57,7 @@ def doctor(
 def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[str, Any]) -> dict[str, Any]:
     """Predicted GiB per GPU of each stage, and the problems with what does not fit."""
     from core.pipelines import SHIPPED
+    from distill.config import rows_each
     from distill.memory import forecast, too_large
     from distill.presets import PRESETS
 
@@ -69,7 +70,13 @@ def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[st
     memory, problems = {}, list(machine["problems"])
     for stage, config in stages.items():
         config = replace(config, teacher=config.teacher if teacher is None else teacher)
-        predicted = forecast(config, gpus or config.engine.gpus or 1, preset)
+        many = gpus or config.engine.gpus or 1
+        try:
+            rows_each(config, many)
+        except SettingError as error:
+            problems.append(f"{preset} {stage}: {error}")
+            continue
+        predicted = forecast(config, many, preset)
         if predicted is None:
             problems.append(f"{preset} {stage}: memory is unknown; give --teacher, a folder on this disk")
             continue

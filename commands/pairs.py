@@ -18,6 +18,7 @@ from commands.common import (
     chosen,
     dry,
     emit,
+    expect,
     finishing,
     reporter,
 )
@@ -114,6 +115,7 @@ def pairs_plan(
 ) -> None:
     """Time a few batches here; print GPU-hours, GiB and shards before anything is spent."""
     config = _pair_config(locals())
+    expect(price=price)
     if dry_run:
         dry(config, as_json)
     from pairgen.plan import plan_pairs

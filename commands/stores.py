@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from commands.common import DryRun, Json, Out, Prompts, TeacherOption, emit, finishing, reporter
-from core.errors import SettingError, UserError
+from commands.common import DryRun, Json, Out, Prompts, TeacherOption, emit, expect, finishing, reporter
+from core.errors import UserError
 
 Store = Annotated[Path, typer.Argument(help="The store's folder.")]
-Workers = Annotated[int, typer.Option(min=0, help="Files at once (one per processor, at most 8).")]
+Workers = Annotated[int, typer.Option(help="Files at once (one per processor, at most 8).")]
 Tolerance = Annotated[float, typer.Option(help="Largest difference of latents that counts as rounding.")]
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN = 8  # of a list's items
@@ -30,9 +30,7 @@ def info(
 
 def verify(
     folder: Store,
-    resimulate: Annotated[
-        int, typer.Option(min=0, help="Also send this many rows through the teacher again.")
-    ] = 0,
+    resimulate: Annotated[int, typer.Option(help="Also send this many rows through the teacher again.")] = 0,
     teacher: TeacherOption = None,
     tolerance: Tolerance = 0.02,
     workers: Workers = 0,
@@ -41,7 +39,7 @@ def verify(
     """Read every byte of a store and say what is damaged or missing. Exit 1 when not ok."""
     from pairgen.verify import verify_store
 
-    _expect_tolerance(tolerance)
+    expect(tolerance=tolerance, workers=workers, resimulate=resimulate)
     report = verify_store(folder, reporter, workers)
     result = asdict(report) | {"max_abs_err": None}
     if resimulate and report.checked and not report.bad_shards:
@@ -52,11 +50,6 @@ def verify(
     _show(result, as_json, str(folder))
     if not result["ok"]:
         raise UserError(f"{folder} is not ok: {_faults(folder, result, tolerance)}")
-
-
-def _expect_tolerance(tolerance: float) -> None:
-    if not 0 <= tolerance < float("inf"):  # of NaN nothing holds
-        raise SettingError(f"--tolerance is {tolerance}; expected 0 or more")
 
 
 def _faults(folder: Path, result: dict[str, Any], tolerance: float) -> str:
@@ -95,6 +88,7 @@ def repair(
     from pairgen.repair import repair_store
     from pairgen.verify import verify_store
 
+    expect(workers=workers)
     spec = read_spec(folder)
     if dry_run:
         report = verify_store(folder, reporter, workers)
@@ -147,7 +141,7 @@ def merge(
     from pairgen.merge import merge_stores
     from pairgen.verify import store_info
 
-    _expect_tolerance(tolerance)
+    expect(tolerance=tolerance, workers=workers)
     if dry_run:
         held = {str(folder): len(shards_present(folder, read_spec(folder))) for folder in folders}
         _show({"out": str(out), "shards": held}, as_json, "dry run: nothing was touched")
@@ -158,11 +152,11 @@ def merge(
 
 def stats(
     folder: Store,
-    rows: Annotated[int, typer.Option(min=0, help="Evenly spread rows to look at (all).")] = 0,
+    rows: Annotated[int, typer.Option(help="Evenly spread rows to look at (all).")] = 0,
     sheet: Annotated[
         Path | None, typer.Option(help="Also write a PNG of decoded rows with their prompts.")
     ] = None,
-    cells: Annotated[int, typer.Option(min=1, max=1024, help="Pictures on the sheet.")] = 48,
+    cells: Annotated[int, typer.Option(help="Pictures on the sheet.")] = 48,
     teacher: TeacherOption = None,
     workers: Workers = 0,
     as_json: Json = False,
@@ -170,6 +164,8 @@ def stats(
     """Moments, norms, prompt lengths and outliers of a store's rows, and a contact sheet."""
     from pairgen.statistics import store_statistics
 
+    expect(rows=rows, workers=workers)
+    expect(1, 1024, cells=cells)
     result = store_statistics(folder, rows, teacher, reporter, workers) | {"sheet": None}
     if sheet is not None:
         from pairgen.sheet import save_sheet

@@ -17,6 +17,7 @@ from commands.common import (
     configure,
     dry,
     emit,
+    finishing,
     reporter,
 )
 from commands.watch import watch
@@ -27,8 +28,7 @@ app.command("watch")(watch)
 
 def _distill(stage: str, given: dict[str, Any]) -> None:
     """Train as the command's parameters say."""
-    from core import dist
-    from core.errors import Interrupted, SettingError
+    from core.errors import SettingError
     from distill.idle import refuse_idle
     from distill.presets import preset as distill_preset
     from distill.sentinels import Collapse
@@ -48,14 +48,8 @@ def _distill(stage: str, given: dict[str, Any]) -> None:
         dry(config, as_json, _plan(config, preset or ""))
     from distill.train import train
 
-    try:
-        found = train(config, given["out"], reporter, validate)
-    except (Interrupted, FloatingPointError, Collapse):  # which all processes raise together
-        dist.finish()
-        raise
-    # After any other error this process just ends: leaving the group would wait for the others.
-    dist.finish()
-    emit(found, as_json, f"distill {stage}")
+    with finishing(Collapse):
+        emit(train(config, given["out"], reporter, validate), as_json, f"distill {stage}")
 
 
 def _validator(config: Any, given: dict[str, Any]) -> Any:
@@ -87,7 +81,8 @@ def _validator(config: Any, given: dict[str, Any]) -> Any:
 
 
 def _plan(config: Any, preset: str) -> dict[str, Any]:
-    """What a run costs. Raises UserError where it cannot fit the GPU that is here."""
+    """What a run costs. Raises SettingError for rows that cannot be shared out, UserError where it cannot fit
+    the GPU that is here."""
     from core import dist
     from core.doctor import examine
     from core.errors import UserError
@@ -95,10 +90,11 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from distill.memory import forecast, too_large
 
     gpus = config.engine.gpus or dist.world_size()
+    cost = plan(config, preset, gpus)
     memory, machine = forecast(config, gpus, preset), examine()
     if memory and machine["cuda"] and (why := too_large(config, memory["total"], machine["memory_gib"])):
         raise UserError(why)
-    return plan(config, preset, gpus) | {"memory_gib_per_gpu": memory or "unknown until the teacher is here"}
+    return cost | {"memory_gib_per_gpu": memory or "unknown until the teacher is here"}
 
 
 Pairs = Annotated[

@@ -3,7 +3,6 @@
 RUN/checkpoints/000012800/{student,ema,…}.safetensors  state.pt (optimisers)  meta.json
 """
 
-import errno
 import json
 import os
 import pickle
@@ -20,25 +19,7 @@ from torch import Tensor, nn
 
 from core.config import read_object
 from core.errors import UserError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write meets where there is no room."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-        way = "free space" if error.errno in FULL else "choose another place, or mend this one"
-        raise UserError(f"cannot write {path}: {error.strerror}; {way}, then run again") from error
+from core.files import sync
 
 
 @dataclass(frozen=True)
@@ -103,12 +84,12 @@ def save(
             )
         torch.save(dict(state), temporary / "state.pt")
         (temporary / "meta.json").write_text(json.dumps({**meta, "nimg": nimg}, indent=1))
-        for path in sorted(temporary.iterdir()):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in (*sorted(temporary.iterdir()), temporary):
+            sync(path)
         if target.exists():  # the same point of the same run, written again after a resume
             shutil.rmtree(target)
         os.replace(temporary, target)
+        sync(folder)  # before older ones go
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest(folder)

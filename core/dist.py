@@ -24,6 +24,9 @@ PATIENCE = timedelta(minutes=30)
 GRACE = timedelta(seconds=10)
 """How long a process that ends waits for rank 0 to end likewise."""
 
+STEP = timedelta(seconds=2)
+"""The same once rank 0 has come to the others: they work in step, and what all find they find together."""
+
 
 def init(patient: bool = False) -> torch.device:
     """Join the process group that torchrun announced, if any; return this process's device.
@@ -47,6 +50,8 @@ def _join(backend: str, timeout: timedelta | None = None) -> None:
         td.init_process_group(backend, timeout=timeout)
         return
     kept = _kept(PATIENCE)
+    if rank() == 0:
+        kept.set(_key("come"), "")
     fresh = PrefixStore(agree(kept, rank(), world_size()), kept)
     td.init_process_group(backend, timeout=timeout, store=fresh, rank=rank(), world_size=world_size())
 
@@ -86,26 +91,28 @@ def by_torchrun() -> bool:
 def leave_word(text: str) -> None:
     """Tell the others what rank 0 has printed as its last: call there, under torchrun."""
     with suppress(RuntimeError):  # the store is gone: they print it themselves
-        _kept(GRACE).set(_word(), text)
+        _kept(GRACE).set(_key("word"), text)
 
 
 def word_was_left(text: str) -> bool:
     """Whether rank 0 prints `text` as its last too: call elsewhere, under torchrun. Waits for as long as it
     may need to get there, or until this process is told to end.
     """
-    end = time.monotonic() + GRACE.total_seconds()
+    begun = time.monotonic()
     try:
-        kept, word = _kept(GRACE), _word()
+        kept, word, come = _kept(GRACE), _key("word"), _key("come")
         with StopFlag() as stop:
-            while not kept.check([word]) and not stop and time.monotonic() < end:
+            while not kept.check([word]) and not stop:
+                if time.monotonic() - begun > (STEP if kept.check([come]) else GRACE).total_seconds():
+                    break
                 time.sleep(0.02)
         return bool(kept.check([word]) and kept.get(word).decode() == text)
     except RuntimeError:  # the store is gone, and with it what was said
         return False
 
 
-def _word() -> str:
-    return f"word/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # of this start, not of one before
+def _key(name: str) -> str:
+    return f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # of this start, not of one before
 
 
 def _kept(timeout: timedelta) -> TCPStore:

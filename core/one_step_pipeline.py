@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from core import pretrained
-from core.checkpoint import write_atomically
 from core.edm import EDMSchedule
 from core.errors import UserError
+from core.files import write_atomically
 from core.pipelines import Pipeline, open_pipeline
 from core.schedule import Schedule
 

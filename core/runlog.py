@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from core import dist
-from core.checkpoint import write_atomically
 from core.config import WRITTEN_ANEW, differing, read_object
 from core.errors import UserError
+from core.files import write_atomically
 from core.loggers import Logger, open_loggers
 from core.pictures import save_png
 

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from core import dist
 from core.checkpoint import Checkpoint, latest, prune
 from core.errors import UserError
+from core.files import sync
 from core.parallel import whole
 
 STATE = "state"
@@ -130,13 +131,14 @@ class Writer:
         files = {name: facts for part in dist.gather_objects(mine) for name, facts in part.items()}
         with _together(temporary, target, self.folder):
             if dist.rank() == 0:
-                _sync_write(temporary / "meta.json", json.dumps({**meta, "files": files}, indent=1))
-                for folder in (temporary / STATE, temporary):
-                    _sync_folder(folder)
+                facts = temporary / "meta.json"
+                facts.write_text(json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
+                for path in (facts, temporary / STATE, temporary):
+                    sync(path)
                 if target.exists():  # the same point of the same run, written again after a resume
                     shutil.rmtree(target)
                 os.replace(temporary, target)
-                _sync_folder(self.folder)
+                sync(self.folder)
                 prune(self.folder, self.keep, self.spare)
 
 
@@ -217,25 +219,9 @@ def _mine(temporary: Path) -> Iterable[Path]:
 
 
 def _facts(path: Path) -> list[Any]:
+    sync(path)
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names, too, survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def verify(last: Checkpoint) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from distill.config import DistillConfig
+from distill.config import DistillConfig, rows_each
 from distill.options import DiscriminatorConfig
 from distill.presets import TABLE_A1, Stages
 
@@ -64,13 +64,14 @@ def plan(config: DistillConfig, preset: str = "", world_size: int = 1) -> dict[s
     """Steps, evaluations and rows for --dry-run; of a preset that is a column of Table A1, the column's sums.
 
     The rows of a process are those on `engine.gpus` GPUs, or on `world_size` processes where that is 0.
+    Raises SettingError for a batch that does not divide over them.
     """
     gpus = config.engine.gpus or world_size
     found: dict[str, Any] = {
         "steps": -(-config.train.images // config.train.batch_size),
         "evaluations": evaluations(config),
         "gpus": gpus,
-        "rows_per_gpu": config.train.batch_size / gpus / config.engine.accumulate,
+        "rows_per_gpu": rows_each(config, gpus),
     }
     return found | ({"table_a1": column(preset)} if preset in PUBLISHED else {})
 

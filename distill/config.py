@@ -1,5 +1,6 @@
 """Settings of a run of either distillation stage. Presets: distill/presets.py."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -131,16 +132,26 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "distill")
-        size, accumulate = self.train.batch_size, self.engine.accumulate
-        if size % accumulate:
-            raise SettingError(
-                f"train.batch_size {size} does not divide into engine.accumulate {accumulate} micro-batches"
-            )
-        if self.stage == "gan":
-            refuse_lone_rows(size // accumulate, self.gan.mix_fraction)
-            rows = self.gan.r1_rows
-            if self.gan.penalty == "single" and size % rows:
-                raise SettingError(f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}")
+        rows_each(self, 1)
+        size, rows = self.train.batch_size, self.gan.r1_rows
+        if self.stage == "gan" and self.gan.penalty == "single" and size % rows:
+            raise SettingError(f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}")
+
+
+def rows_each(config: DistillConfig, processes: int) -> int:
+    """Rows of a micro-batch on each of so many processes. Raises SettingError where the batch does not
+    divide, or leaves lone rows to mix-and-match.
+    """
+    size, accumulate = config.train.batch_size, config.engine.accumulate
+    if size % (processes * accumulate):
+        raise SettingError(
+            f"train.batch_size {size} does not divide over {processes} process{'es' * (processes > 1)}"
+            + (f" x {accumulate} micro-batches (engine.accumulate)" if accumulate > 1 else "")
+        )
+    rows = size // processes // accumulate
+    if config.stage == "gan":
+        refuse_lone_rows(rows, config.gan.mix_fraction)
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +170,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.num < 1 or self.batch_size < 1:
             raise SettingError(f"num is {self.num} and batch_size {self.batch_size}; expected 1 or more")
+        if self.guidance is not None and not 1 <= self.guidance < math.inf:
+            raise SettingError(f"guidance is {self.guidance}; expected 1 (no guidance) or more")
 
 
 SAMPLE_PRESETS = {"default": SampleConfig()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from core import pretrained
-from core.checkpoint import write_atomically
+from core.files import write_atomically
 from core.latents import decode
 from core.onnx_model import check_onnx, run_onnx, save_onnx
 from core.pipelines import open_pipeline

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import SettingError, UserError
 from core.pipelines import SHIPPED
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PARITY_BOUND = 1e-3
 """Of an export in fp32: a quarter of the step between two 8-bit pixels, and above the 1e-4 within which two
 orders of the same fp32 sums stay. Half precision has none, for what rounding the weights changes depends on
@@ -38,6 +41,13 @@ def _ours(folder: Path) -> bool:
     return readme.is_file() and "diffusion2gan" in readme.read_text(encoding="utf-8", errors="replace")
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """One of DTYPES. Raises SettingError for another name."""
+    if name not in DTYPES:
+        raise SettingError(f"dtype is {name!r}; expected {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A folder to write an export into. When the block ends well, what is in it takes the place of what OUT
@@ -60,6 +70,17 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if made and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a .safetensors file. Raises UserError when the disk refuses."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {file.parent}: {error}; free space or choose another --out, then run again"
+        ) from error
 
 
 def apart(*pairs: tuple[Tensor, Tensor]) -> float:

@@ -3,8 +3,8 @@
 Everything is made from the lines of stats.jsonl, so that a panel can be drawn of any run, also after its end.
 """
 
+import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.files import write_atomically
 
 Line = Mapping[str, float]
 
@@ -150,16 +151,8 @@ def plot_health(lines: Sequence[Line], file: Path, title: str = "") -> None:
         axis.set_axis_off()
     figure.suptitle(title, fontsize=10)
     figure.supxlabel("images", fontsize=8)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=110, format="png")
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-        raise UserError(
-            f"cannot write {file}: {error.strerror or error}; free space, then run again"
-        ) from error
+    figure.savefig(drawn := io.BytesIO(), dpi=110, format="png")
+    write_atomically(file, drawn.getvalue())
 
 
 # As text.

@@ -65,7 +65,7 @@ TABLE_A1: dict[str, Stages] = {
 }
 """One recipe per column of the supplement's Table A1."""
 
-_SHORT = TrainConfig(images=64, batch_size=8, ema_start_images=16, report_images=16, checkpoint_images=32)
+_SHORT = TrainConfig(images=64, batch_size=16, ema_start_images=16, report_images=16, checkpoint_images=32)
 _MINIATURE = TrainConfig(
     images=24_000,
     batch_size=64,

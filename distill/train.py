@@ -16,7 +16,7 @@ from core.loggers import check_loggers
 from core.progress import Progress, quiet
 from core.runlog import Pace, RunLog
 from core.stop import StopFlag
-from distill.config import DistillConfig
+from distill.config import DistillConfig, rows_each
 from distill.data import expect_enough, open_pairs, pair_batches
 from distill.dropout import give_keys
 from distill.generator import check_teacher
@@ -25,7 +25,6 @@ from distill.losses import discriminator_loss, generator_loss, mix_and_match
 from distill.micro import Draws, MicroBatch, draw_step, penalised, split
 from distill.noising import Noiser
 from distill.optim import learning_rate, update
-from distill.options import refuse_lone_rows
 from distill.r1 import Shown, approximation, penalty
 from distill.real_rows import RealRows
 from distill.regression import Regression
@@ -307,14 +306,7 @@ def _refuse(config: DistillConfig) -> None:
     for name in ("pairs", "teacher", *(["init"] if config.stage == "gan" else [])):
         if not getattr(config, name):
             raise SettingError(f"{name} is not set; give --{name}")
-    size, parts = config.train.batch_size, dist.world_size() * config.engine.accumulate
-    if size % parts:
-        raise SettingError(
-            f"train.batch_size {size} does not divide over {dist.world_size()} processes"
-            + (f" x {config.engine.accumulate} micro-batches" if config.engine.accumulate > 1 else "")
-        )
-    if config.stage == "gan":
-        refuse_lone_rows(size // parts, config.gan.mix_fraction)
+    rows_each(config, dist.world_size())
     check_loggers(config.train.loggers)
 
 

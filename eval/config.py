@@ -1,5 +1,6 @@
 """What the evaluation commands are told: configs and their presets."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,8 @@ class EvalRun:
         for name in ("num", "part", "resamples"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise SettingError(f"guidance is {self.guidance}; expected 0 or more")
         if not 0 <= self.noise_scale <= 2:
             raise SettingError(f"noise_scale is {self.noise_scale}; expected 0 (none) to 2 (1: as trained)")
 
@@ -116,11 +119,15 @@ class CurveRun:
             raise SettingError(
                 f"a curve over {self.setting} needs its values, say --over {self.setting}=1,2,4"
             )
+        for value in self.values:
+            self.at(value)  # a wrong last one shows before the first is measured
 
     def at(self, value: float) -> EvalRun:
         """The run at one value of the setting."""
         if self.setting == "checkpoints":
             return self.run
+        if self.setting == "steps" and not float(value).is_integer():
+            raise SettingError(f"curve over steps: {value}; expected whole numbers")
         changed: dict[str, object] = {self.setting: int(value) if self.setting == "steps" else value}
         return replace(self.run, **changed)  # type: ignore[arg-type]  # the setting decides its type
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from core.checkpoint import write_atomically
 from core.errors import UserError
+from core.files import write_atomically
 from eval.gallery import Pictures, Ranking
 from eval.html_numbers import Latency as Latency
 from eval.html_numbers import Metric as Metric

@@ -1,8 +1,6 @@
 """What was measured, image by image, and the files that keep it while a run is under way."""
 
-import contextlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from core import dist
-from core.checkpoint import write_atomically
 from core.config import differing
 from core.errors import UserError
+from core.files import write_atomically
 from eval.nets import FeatureNet
 from eval.stats import FeatureStats, Origin
 
@@ -82,27 +80,7 @@ def open_work(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def store(path: Path, rows: Rows) -> None:
     """Write a finished part: whole or not there. Raises UserError when the disk refuses."""
-    write_whole(path, _packed([rows]))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all, readable to whom the umask lets read (safetensors' own writer hides
-    its files from all others). Raises UserError when the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # it may never have come to be
-            temporary.unlink()
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space, then run the same command again"
-        ) from error
+    write_atomically(path, _packed([rows]))
 
 
 def stored(path: Path) -> Rows:

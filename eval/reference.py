@@ -12,8 +12,8 @@ from safetensors.torch import save
 
 from core.config import differing
 from core.errors import UserError
+from core.files import write_atomically
 from eval.nets import FeatureNet
-from eval.parts import write_whole
 from eval.protocol import Protocol
 from eval.stats import FeatureStats, Origin
 
@@ -51,7 +51,7 @@ class Reference:
             bytearray(json.dumps(list(self.prompts)).encode()), dtype=torch.uint8
         )
         facts = {"version": VERSION, "facts": dict(self.facts), "origins": origins}
-        write_whole(file, save(tensors, {"d2g_reference": json.dumps(facts, sort_keys=True)}))
+        write_atomically(file, save(tensors, {"d2g_reference": json.dumps(facts, sort_keys=True)}))
 
     @classmethod
     def load(cls, file: Path) -> "Reference":

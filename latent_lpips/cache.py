@@ -6,7 +6,6 @@ FOLDER/NAME.json (what they are)  FOLDER/NAME-00000.1f0c….npy (rows, sha256 of
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.checkpoint import write_atomically
 from core.config import differing
 from core.errors import Interrupted, UserError
+from core.files import write_atomically
 from core.progress import Progress, quiet
 
 SHARD = 1024
@@ -118,16 +117,7 @@ def _write(folder: Path, name: str, shard: int, rows: np.ndarray[Any, Any]) -> N
     np.save(buffer, rows)
     data = buffer.getvalue()
     target = folder / f"{name}-{shard:05d}.{hashlib.sha256(data).hexdigest()[:DIGITS]}.npy"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {target}: {error.strerror}; free space, then run again") from error
+    write_atomically(target, data)
 
 
 def _checked(folder: Path, name: str, shard: int, path: Path | None) -> Path:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from core import dist, pretrained
-from core.checkpoint import write_atomically
 from core.config import to_json
 from core.errors import UserError
+from core.files import write_atomically
 from core.progress import Progress, quiet
 from core.seeds import generator
 from latent_lpips import weights

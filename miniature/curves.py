@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from core import dist
-from core.checkpoint import write_atomically
 from core.errors import SettingError, UserError
+from core.files import write_atomically
 from core.progress import Progress, quiet
 from eval.config import CurveRun, EvalRun
 from eval.evaluate import Evaluation

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.checkpoint import write_atomically
 from core.errors import UserError
+from core.files import write_atomically
 from core.progress import Progress, quiet
 from eval.images import SUFFIXES, load_all, read_images
 from miniature.scenes import render_dataset

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from core import dist, pretrained
-from core.checkpoint import write_atomically
 from core.errors import SettingError
+from core.files import write_atomically
 from core.pictures import grid, save_png
 from core.progress import Progress, quiet
 from core.runlog import read_stats

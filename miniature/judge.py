@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from core import dist
-from core.checkpoint import write_atomically
 from core.errors import SettingError
+from core.files import write_atomically
 from core.progress import Progress, quiet
 from eval.build_reference import build_reference, keep_reference, reference_files
 from eval.config import EvalRun
@@ -21,7 +21,7 @@ from eval.html import write_report
 from eval.images import open_images
 from eval.nearest import nearest
 from eval.page import Numbered, first_images, report_data
-from eval.parts import Work, write_whole
+from eval.parts import Work
 from eval.preference import win_rate
 from eval.result import EvalResult, compare, label_table
 from eval.source import Source, image_source
@@ -78,7 +78,7 @@ def _write(bench: Bench, source: Source, found: Evaluation) -> None:
     folder = Path(out)
     write_atomically(folder / "result.json", text)
     scores = {name: rows.contiguous() for name, rows in found.rows.values.items() if rows.ndim == 1}
-    write_whole(folder / "rows.safetensors", save(scores, {"prompts": json.dumps(found.rows.prompts)}))
+    write_atomically(folder / "rows.safetensors", save(scores, {"prompts": json.dumps(found.rows.prompts)}))
     data = report_data(
         _name(source), source, found, other=bench.other, nearest=_nearest(bench, source, found)
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.checkpoint import write_atomically
+from core.files import write_atomically
 from core.latents import from_uint8
 from core.progress import Progress, quiet
 from core.seeds import noise

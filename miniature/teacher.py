@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.checkpoint import write_atomically
 from core.config import pick, to_json
 from core.errors import SettingError
+from core.files import write_atomically
 from core.latents import encode, from_uint8
 from core.pretrained import (
     load_schedule,

@@ -1,11 +1,7 @@
 """What a pair folder holds and where: its spec, its shards' names, writing whole or not at all."""
 
-import errno
 import json
-import os
 import re
-import shutil
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from core import files
 from core.config import differing, digest, from_json, to_json
 from core.errors import SettingError, UserError
 from core.latents import LatentSpace
 
 SCHEMA = 2
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,34 +215,19 @@ def writing(folder: Path, safe: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
-            there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-            free = shutil.disk_usage(there).free / 2**20
-            text = f"no room to write in {folder} ({error.strerror}; {free:.1f} MiB free on its disk); {safe}"
+        if error.errno in files.FULL:
+            free = f"{files.mib_free(folder):.1f} MiB free on its disk"
+            text = f"no room to write in {folder} ({error.strerror}; {free}); {safe}"
             raise UserError(f"{text}; make room and run the same command again") from error
         text = f"cannot write {error.filename or folder} ({error.strerror}); {safe}"
         raise UserError(f"{text}; mend it or choose another output folder") from error
 
 
 def publish(data: bytes | memoryview, path: Path, scratch: Path) -> None:
-    """Write `data` under a temporary name in `scratch`, fsync, rename to `path`: whole or not there."""
-    temporary = scratch / f"{path.stem}.{socket.gethostname()}-{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    """Write `data` under a temporary name in `scratch`, sync it, rename it to `path`: whole or not there."""
+    files.publish(data, path, temporary_name(path, scratch))
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def temporary_name(path: Path, scratch: Path) -> Path:
+    """What `path` is called in `scratch` until it is whole."""
+    return scratch / f"{path.stem}.{files.own_mark()}.tmp"

@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from core.errors import UserError
+from core.files import sync
 from core.progress import Progress, quiet
 from pairgen.layout import (
     StoreSpec,
@@ -23,7 +23,7 @@ from pairgen.layout import (
     refuse_other,
     shard_path,
     shards_present,
-    sync_folder,
+    temporary_name,
     writing,
 )
 from pairgen.prompts import PromptList
@@ -167,7 +167,7 @@ def _copy(source: Path, target: Path, scratch: Path) -> None:
 
 
 def _link(source: Path, target: Path, scratch: Path) -> None:
-    temporary = scratch / f"{target.stem}.{socket.gethostname()}-{os.getpid()}.tmp"
+    temporary = temporary_name(target, scratch)
     temporary.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), temporary)
@@ -175,4 +175,4 @@ def _link(source: Path, target: Path, scratch: Path) -> None:
         text = f"cannot make a hard link of {source} in {scratch} ({error.strerror})"
         raise UserError(f"{text}; leave out --link to copy") from error
     temporary.replace(target)
-    sync_folder(target.parent)
+    sync(target.parent)

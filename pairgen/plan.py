@@ -22,7 +22,7 @@ def plan_pairs(
     """Time a few batches here and extrapolate: pairs/s, GPU-hours, GiB, shards; hours and cost by number of
     GPUs.
 
-    `price`: of one GPU-hour, in any currency; 0 leaves costs out.
+    `price`: of one GPU-hour, in any currency, 0 or more; 0 leaves costs out.
     """
     device = dist.init()
     job = open_job(config, device)

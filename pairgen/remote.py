@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 from core.config import digest
 from core.errors import SettingError, UserError
+from core.files import FULL
 from pairgen.cache import alone, default_cache, growing, make_room, used
 from pairgen.chunks import Descriptor
-from pairgen.layout import DISK_FULL, named_shards, parse_spec, prompts_path, writing
+from pairgen.layout import named_shards, parse_spec, prompts_path, writing
 from pairgen.store import SEAL, DamagedShard, damaged, seal_of
 
 T = TypeVar("T")
@@ -213,7 +214,7 @@ class Mirror:
                 text = f"{self.url}/{file}: access denied ({_line(error)})"
                 raise UserError(f"{text}; give credentials as this protocol's package takes them") from error
             except Exception as error:  # each protocol has its own
-                if isinstance(error, OSError) and error.errno in DISK_FULL:
+                if isinstance(error, OSError) and error.errno in FULL:
                     raise
                 if wait is None:
                     what = f"{type(error).__name__} ({_line(error)}), tried {len(WAITS) + 1} times"

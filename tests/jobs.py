@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,17 @@ def distill_arguments(config: DistillConfig, out: Path, *settings: str) -> list[
     train = {name: getattr(config.train, name) for name in TrainConfig.__dataclass_fields__}
     sets = [f"train.{name}={json.dumps(value)}" for name, value in train.items()]
     return ["distill", config.stage, *given, *(part for s in (*sets, *settings) for part in ("--set", s))]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses to let files grow beyond `size` bytes: EFBIG, met where a full disk gives ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @dataclass

@@ -489,6 +489,30 @@ def test_a_wrong_setting_is_told_once(torchrun: dict[str, str], log: Path) -> No
     assert "Traceback" in first.stderr and "Traceback" in second.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("pairs generate --gidance 3", "--guidance"),
+        ("pairs genrate", "generate"),
+        ("--nope", "--nope"),
+        ("pairs generate --steps many", "--steps"),
+        ("pairs generate --batch-size none", "neither a number of rows nor auto"),
+    ],
+)
+def test_wrong_words_are_told_once(words: str, names: str, torchrun: dict[str, str], log: Path) -> None:
+    told = {**torchrun, "COLUMNS": "200"}
+    first, second = d2g_ranks(words.split(), log, environment=told)
+    assert (first.code, second.code, second.stderr, second.stdout) == (2, 2, "", "")
+    assert names in first.stderr and first.stdout == ""
+
+
+def test_wrong_words_of_one_rank_alone_are_told(torchrun: dict[str, str], log: Path) -> None:
+    second = alone(["pairs", "genrate"], log, torchrun)
+    first = d2g(WRONG, log, environment={**environments(2)[0], **torchrun})
+    ended = second.wait()
+    assert (first.code, ended.code) == (2, 2) and "'genrate'" in ended.stderr
+
+
 def test_what_all_ranks_find_once_they_have_met_is_told_once(
     teacher: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
 ) -> None:
@@ -506,6 +530,28 @@ def test_a_rank_that_another_left_says_so(
     first, second = d2g_ranks(arguments, log, environment=torchrun)
     assert (first.code, second.code) == (1, 1) and "none.txt: No such file" in first.error
     assert second.error == ("error: another process is gone (process 1 lost it); its own message says why")
+
+
+@pytest.mark.parametrize("command", ["pairs", "distill"])
+def test_what_a_rank_lacks_is_told_at_once_and_first(
+    command: str, teacher: Path, job: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
+) -> None:
+    """The second's disk has no teacher, or no pairs; the first waits for it, and loses it."""
+    there, lacks = tmp_path / "there", tmp_path / "lacks"
+    there.symlink_to(teacher if command == "pairs" else job / "pairs")
+
+    def arguments(source: Path) -> list[str]:
+        if command == "pairs":
+            return generate(source, job / "prompts.txt", tmp_path / "out")
+        return distill_arguments(distill_config(teacher, source), tmp_path / "out")
+
+    begun = time.monotonic()
+    second = alone(arguments(lacks), log, torchrun)
+    first = Running(arguments(there), log / "rank0", {**environments(2)[0], **torchrun})
+    ended = second.wait()
+    assert time.monotonic() - begun < GRACE.total_seconds() and str(lacks) in ended.error
+    assert "is gone (process 0 lost it); its own message says why" in first.wait().error and ended.code == 1
+    assert second.err.stat().st_mtime_ns < first.err.stat().st_mtime_ns
 
 
 def waiting(running: Running) -> bool:

@@ -1,10 +1,11 @@
 """The command line: help, usage errors and --dry-run."""
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -118,6 +119,12 @@ def test_version_from_a_fresh_process() -> None:
         ("pairs verify x --tolerance nan", "--tolerance is nan; expected 0 or more"),
         ("pairs merge x --out y --tolerance -1", "--tolerance is -1.0; expected 0 or more"),
         ("pairs generate --guidance inf", "--guidance is inf; expected a finite number"),
+        ("pairs plan --price nan", "--price is nan; expected 0 or more"),
+        ("pairs plan --price -1 --dry-run", "--price is -1.0; expected 0 or more"),
+        ("demo --seed 9223372036854775808", "seed is 9223372036854775808; give an integer from 0 to 2^63"),
+        ("sample --prompt a --guidance 0", "guidance is 0.0; expected 1 (no guidance) or more"),
+        ("pairs stats x --cells 1025", "--cells is 1025; expected 1 to 1024"),
+        ("lpips distance a b --teacher x --draws 0", "--draws is 0; expected 1 or more"),
         ("doctor --gpus 0 --preset miniature", "--gpus is 0; expected 1 or more"),
         ("doctor --gpus -3", "--gpus is -3; expected 1 or more"),
         ("doctor --gpus 2", "--gpus says of which run; give --preset"),
@@ -136,6 +143,10 @@ def test_version_from_a_fresh_process() -> None:
         ("eval curve --student x --out x --over guidence=1", "curve over 'guidence'"),
         ("eval curve --student x --out x --over guidance=1", "means nothing for a student"),
         ("eval curve --teacher x --out x --over steps=a", "expected say guidance=1,2,4"),
+        ("eval curve --teacher x --out x --over guidance=1,nan", "guidance is nan; expected 0 or more"),
+        ("eval curve --teacher x --out x --over steps=4,0", "steps is 0; expected 1 or more"),
+        ("eval curve --teacher x --out x --over steps=2.5", "over steps: 2.5; expected whole numbers"),
+        ("eval curve --teacher x --out x --over steps=inf", "over steps: inf; expected whole numbers"),
         ("eval curve --teacher x --out x.json --over steps=1", "give a folder"),
         ("eval protocols coco2014-30k", "did you mean 'coco2014-30k-d2gan'?"),
         ("export --student x --dtype int8 --out y", "dtype is 'int8'"),
@@ -151,6 +162,54 @@ def test_bad_usage_exits_2_and_names_what_is_right(
     assert said.code == 2 and names in said.stderr and said.stdout == "", said.stderr
     assert "Traceback" not in said.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+BESIDES = {  # what a command wants besides, to come as far as its numbers
+    "doctor": "--preset miniature",
+    "sample": "--prompt a",
+    "export": "--student x --format diffusers",
+    "pairs verify": "x",
+    "pairs repair": "x",
+    "pairs merge": "x --out y",
+    "pairs stats": "x",
+    "lpips distance": "a b --teacher x",
+    "distill ode": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
+    "distill gan": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
+    "distill watch": "x",
+    "eval run": "--teacher x",
+    "eval stats": "--images x --out x.safetensors",
+    "eval curve": "--teacher x --out x --over guidance=1",
+}
+
+
+def numbers() -> Iterator[tuple[str, str, str]]:
+    """Every option that takes a number: its command, its name, what makes no sense of it."""
+    for words in COMMANDS:
+        command: Any = typer.main.get_command(cli.app)
+        for word in words:
+            command = command.commands[word]
+        told = {} if hasattr(command, "commands") else inspect.signature(command.callback).parameters
+        for param in command.params if told else ():
+            hint = told[param.name].annotation
+            (kind,) = get_args(hint)[:1] or (hint,)
+            kinds = {kind, *get_args(kind)}
+            if kinds & {int, float}:
+                for value in ("-1", "nan", "inf") if float in kinds else ("-1",):
+                    yield " ".join(words), param.opts[0], value
+
+
+@pytest.mark.parametrize(("words", "option", "value"), [*numbers()])
+def test_numbers_that_make_no_sense(
+    d2g: Any, words: str, option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every option of every command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    said = d2g(*words.split(), *BESIDES.get(words, "").split(), option, value)
+    assert said.code == 2 and said.stdout == "" and list(tmp_path.iterdir()) == [], said.stderr
+    name = option.removeprefix("--").removeprefix("validate-").replace("-", "_")
+    assert option in said.stderr or name in said.stderr, said.stderr
+    assert value in said.stderr.lower(), said.stderr  # JSON's NaN and Infinity too
 
 
 @pytest.mark.parametrize("words", WORKS)

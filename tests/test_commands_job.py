@@ -122,6 +122,13 @@ def test_teacher_info_and_doctor(d2g: Any, teacher: Path) -> None:
     assert doctor["torch"] == torch.__version__ and doctor["memory_gib"] > 0
 
 
+def test_doctor_says_where_rows_cannot_be_shared_out(d2g: Any) -> None:
+    found = d2g("doctor", "--preset", "miniature", "--gpus", "32", "--json").json
+    (problem,) = [text for text in found["problems"] if text.startswith("miniature")]
+    assert problem.startswith("miniature gan: gan.mix_fraction is 0.25, but a micro-batch has 1 row")
+    assert set(found["memory_gib_per_gpu"]) == {"ode"}
+
+
 def test_doctor_says_what_a_preset_takes(d2g: Any, tmp_path: Path) -> None:
     words = ["--preset", "miniature-loss-mse", "--teacher", "miniature", "--gpus", "2"]
     assert set(d2g("doctor", *words, "--json").json["memory_gib_per_gpu"]) == {"ode"}

@@ -2,14 +2,10 @@
 ones.
 """
 
-import json
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,8 @@ import torch
 from torch import nn
 
 from core import checkpoint
-from core.checkpoint import write_atomically
 from core.errors import UserError
+from jobs import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,17 +24,6 @@ def save(folder: Path, nimg: int, **settings: Any) -> Path:
     return checkpoint.save(
         folder, nimg, {"net": nn.Linear(2, 2).state_dict()}, {"step": nimg}, {"note": "x"}, **settings
     )
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The kernel refuses to let files grow beyond `size` bytes: EFBIG, met where a full disk gives ENOSPC."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def names(folder: Path) -> list[str]:
@@ -193,17 +178,3 @@ def test_a_killed_writer_leaves_no_checkpoint_and_the_next_one_sweeps(tmp_path: 
     assert found is not None and found.nimg == 1
     save(tmp_path, 2)
     assert names(tmp_path) == ["000000001", "000000002"]
-
-
-def test_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b.json"
-    write_atomically(path, json.dumps({"é": 1}))
-    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
-    with files_of_at_most(1 << 12), pytest.raises(UserError, match=r"cannot write .*b\.json: .*; free space"):
-        write_atomically(path, "x" * (1 << 16))
-    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
-    assert names(path.parent) == ["b.json"]
-    with pytest.raises(UserError, match=r"cannot write .*; choose another place, or mend this one"):
-        write_atomically(path / "below", "text")
-    with pytest.raises(UserError, match=r"cannot write .*: Is a directory; choose another place"):
-        write_atomically(tmp_path / "a", "text")

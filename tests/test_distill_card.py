@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from core.checkpoint import write_atomically
 from core.config import override, to_json
 from core.errors import UserError
+from core.files import write_atomically
 from distill.bookkeeping import evaluations
 from distill.card import CardOptions, card, history, kg_co2, read_result
 from distill.config import DistillConfig

@@ -167,20 +167,25 @@ def test_overrides_reach_every_level() -> None:
     ],
 )
 def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int, table: int) -> None:
-    train = TrainConfig(images=1000, batch_size=250)
+    train = TrainConfig(images=1000, batch_size=200)
     config = DistillConfig(stage="gan", train=train, gan=DiscriminatorConfig(**settings))
     assert plan(config, world_size=5) == {
-        "steps": 4,
+        "steps": 5,
         "evaluations": evaluations,
         "gpus": 5,
-        "rows_per_gpu": 50,
+        "rows_per_gpu": 40,
     }
     assert table_evaluations(config) == table
     ode = DistillConfig(train=train)
     assert plan(ode)["evaluations"] == table_evaluations(ode) == 1000
     apart = plan(replace(config, engine=EngineConfig(accumulate=5, gpus=2)))
     assert apart["evaluations"] == evaluations + 1000 // config.gan.updates
-    assert (apart["gpus"], apart["rows_per_gpu"]) == (2, 25)
+    assert (apart["gpus"], apart["rows_per_gpu"]) == (2, 20)
+    with pytest.raises(SettingError, match="batch_size 200 does not divide over 64 processes"):
+        plan(config, world_size=64)
+    with pytest.raises(SettingError, match="a micro-batch has 25 rows per process"):
+        plan(config, world_size=8)
+    assert plan(PRESETS["trial"]["gan"], world_size=8)["rows_per_gpu"] == 2, "on a node of eight"
     assert plan(PRESETS["sd15-cfg8"]["ode"], "sd15-cfg8")["table_a1"] == column("sd15-cfg8")
 
 
@@ -237,7 +242,7 @@ def test_what_penalty_acts() -> None:
         (lambda: EngineConfig(parallel="zero"), "engine.parallel is 'zero'"),  # type: ignore[arg-type]
         (
             lambda: DistillConfig(engine=EngineConfig(accumulate=3)),
-            "does not divide into engine.accumulate 3",
+            "does not divide over 1 process x 3 micro-batches",
         ),
         (lambda: DistillConfig(stage="both"), "distill.stage is 'both'"),  # type: ignore[arg-type]
         (

@@ -18,9 +18,10 @@ import cli
 import tiny
 import tiny_teachers
 from core.any_pipeline import load_any_pipeline
-from core.checkpoint import save, write_atomically
+from core.checkpoint import save
 from core.config import to_json
 from core.errors import SettingError, UserError
+from core.files import write_atomically
 from core.latents import decode
 from core.one_step_pipeline import draw_plainly, draw_untold, one_step_scheduler
 from core.schedule import predict_x0
