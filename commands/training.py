@@ -35,8 +35,8 @@ def _distill(stage: str, given: dict[str, Any]) -> None:
 
     options = {name: given.get(name) for name in ("pairs", "teacher", "lpips", "init", "seed")}
     length = {name: given[name] for name in ("minutes", "images")}
-    preset, as_json = given["preset"], given["as_json"]
-    config = distill_preset(preset or "sd15-cfg8", stage)
+    preset, as_json = given["preset"] or "sd15-cfg8", given["as_json"]
+    config = distill_preset(preset, stage)
     config = replace(config, train=configure(config.train, length, None))
     config = configure(config, options, given["sets"])
     if config.stage != stage:
@@ -45,7 +45,7 @@ def _distill(stage: str, given: dict[str, Any]) -> None:
     refuse_idle(config, [*(name for name, value in options.items() if value), *named])
     validate = _validator(config, given)
     if given["dry_run"]:
-        dry(config, as_json, _plan(config, preset or ""))
+        dry(config, as_json, _plan(config, preset))
     from distill.train import train
 
     with finishing(Collapse):

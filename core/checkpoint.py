@@ -87,7 +87,7 @@ def save(
         for path in (*sorted(temporary.iterdir()), temporary):
             sync(path)
         if target.exists():  # the same point of the same run, written again after a resume
-            shutil.rmtree(target)
+            discard(target)
         os.replace(temporary, target)
         sync(folder)  # before older ones go
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -105,9 +105,15 @@ def prune(folder: Path, keep: int, spare: Collection[str] = ()) -> None:
     """Drop all whole checkpoints but the newest `keep` and those named in `spare`."""
     for old in _whole(folder)[:-keep]:
         if old.name not in spare:
-            away = old.with_name(f".{old.name}.tmp")  # a kill halfway leaves nothing that looks whole
-            os.replace(old, away)
-            shutil.rmtree(away)
+            discard(old)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint. A kill halfway leaves a name that no reader sees and the next writer sweeps."""
+    away = folder.with_name(f".{folder.name}.old.tmp")
+    os.replace(folder, away)
+    sync(folder.parent)
+    shutil.rmtree(away)
 
 
 def _whole(folder: Path) -> list[Path]:
@@ -121,14 +127,32 @@ def whole_points(folder: Path) -> list[int]:
     return [int(path.name) for path in _whole(folder)]
 
 
+def all_whole(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` folder, oldest first. Raises UserError for one without a
+    meta.json: its writer gave it its name when all of it was there.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.isdigit():
+            _refuse_lost_meta(path)
+    return _whole(folder)
+
+
+def _refuse_lost_meta(folder: Path) -> None:
+    meta = folder / "meta.json"
+    # Asked twice, for a writer may drop the folder, or write it again, meanwhile.
+    if not meta.is_file() and folder.is_dir() and not meta.is_file():
+        raise UserError(f"{folder} is damaged (it has no meta.json); delete {folder} to go on without it")
+
+
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run's `checkpoints` folder, or None."""
-    whole = _whole(folder)
+    """The newest checkpoint of a run's `checkpoints` folder, or None. Raises UserError for damage."""
+    whole = all_whole(folder)
     return open_checkpoint(whole[-1]) if whole else None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint folder by name. Raises UserError naming the ones that are there."""
+    """A checkpoint folder by name. Raises UserError for damage, or naming the ones that are there."""
+    _refuse_lost_meta(folder)
     if not (folder / "meta.json").is_file():
         found = [p.name for p in _whole(folder.parent)]
         raise UserError(f"no checkpoint {folder}; found {', '.join(found) or 'none'} beside it")

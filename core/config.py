@@ -134,8 +134,8 @@ def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     return cls(**values)
 
 
-WRITTEN_ANEW = "delete it, and the same command as before writes it anew"
-"""What to do about a damaged config.json of a run."""
+WRITTEN_ANEW = "copy it from another --out, where the same command as before writes it at its start"
+"""What to do about a config.json of a run that is damaged or gone."""
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as td
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import GradBucket, HashStore, PrefixStore, Store, TCPStore
 
 from core.stop import StopFlag
 
@@ -225,6 +225,18 @@ def gather(rows: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(padded) for _ in counts]
     td.all_gather(parts, padded)
     return [part[: int(count)].to(rows.device) for part, count in zip(parts, counts, strict=True)]
+
+
+def average_in_order(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's hook for gloo, which sums the parts of a buffer in orders that differ by place: the mean over
+    ranks, summed in rank order. DDP moves gradients to other places after a run's first step, so that with
+    three processes or more a resumed run would differ from an unbroken one by rounding.
+    """
+    own, size = bucket.buffer(), td.get_world_size()
+    parts = [torch.empty_like(own) for _ in range(size)]
+    work = td.all_gather(parts, own, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda _: sum(parts[1:], start=parts[0]).div_(size))
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

@@ -59,6 +59,8 @@ class Parallel:
             if dist.world_size() > 1:
                 ids = [device] if device.type == "cuda" else None
                 self.call = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+                if device.type == "cpu" and dist.world_size() > 2:
+                    self.call.register_comm_hook(None, dist.average_in_order)
         self.compiled = bool(compiler)
         self.alone: Callable[..., Any] = module
         if compiler:

@@ -77,14 +77,14 @@ def _with_weights(home: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
 
 
 def skeleton(name: str, piece: str) -> Any:
-    """A piece without weights, on torch's meta device: its config and its shapes, at no cost."""
+    """A piece as it is loaded, but without weights, on torch's meta device: its shapes, at no cost."""
     pipeline = open_pipeline(name)
     home, kind = pipeline.home(piece), _class(pipeline, piece)
     try:
         with torch.device("meta"):
             if kind.__module__.startswith("transformers"):
-                return kind(kind.config_class.from_pretrained(home))
-            return kind.from_config(kind.load_config(home))
+                return kind(kind.config_class.from_pretrained(home)).eval()
+            return kind.from_config(kind.load_config(home)).eval()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"teacher {pipeline.folder}: {piece} has no config that can be read: {str(error).splitlines()[0]}"

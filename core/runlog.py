@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from core import dist
+from core.checkpoint import whole_points
 from core.config import WRITTEN_ANEW, differing, read_object
 from core.errors import UserError
 from core.files import write_atomically
@@ -29,8 +30,8 @@ class RunLog:
     def __init__(self, folder: Path, config: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
         """Open a run folder. `ignore`: top-level keys that may change between resumes (lengths, intervals).
 
-        Raises UserError when the folder holds a run with another config, naming the keys that differ. A run
-        that ended before it left anything is no obstacle.
+        Raises UserError when the folder holds a run with another config, naming the keys that differ, or
+        checkpoints of nobody knows which. A run that ended before it left anything is no obstacle.
         """
         self.folder, self.config = folder, config
         self.loggers: list[Logger] = []
@@ -51,6 +52,11 @@ class RunLog:
                 )
             if not keys:
                 return
+        elif whole_points(folder / "checkpoints"):
+            raise UserError(
+                f"{folder} holds checkpoints but no config.json; {WRITTEN_ANEW}, or delete {folder} to begin "
+                "anew"
+            )
         if dist.rank() == 0:
             write_atomically(path, json.dumps(config, indent=1))
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from core import dist
-from core.checkpoint import Checkpoint, latest, prune
+from core.checkpoint import Checkpoint, discard, latest, prune
 from core.errors import UserError
 from core.files import sync
 from core.parallel import whole
@@ -136,7 +136,7 @@ class Writer:
                 for path in (facts, temporary / STATE, temporary):
                     sync(path)
                 if target.exists():  # the same point of the same run, written again after a resume
-                    shutil.rmtree(target)
+                    discard(target)
                 os.replace(temporary, target)
                 sync(self.folder)
                 prune(self.folder, self.keep, self.spare)

@@ -43,21 +43,28 @@ def table_evaluations(config: DistillConfig) -> int:
 
 
 def evaluations(config: DistillConfig) -> int:
-    """Forward passes that this run does: G's one serves both updates, where a step has no micro-batches, and
-    losses and penalties have passes of their own. A single-sample penalty is not counted.
+    """Forward passes of a row that this run does, in whole steps: G's one serves both updates, where a step
+    has no micro-batches, and losses and penalties have passes of their own.
     """
+    size = config.train.batch_size
+    steps = _steps(config)
     if config.stage == "ode":
-        return config.train.images
-    gan, images = config.gan, config.train.images
-    student_steps = images // gan.updates
+        return steps * size
+    gan = config.gan
+    student_steps = steps // gan.updates
     again = 0 if config.engine.accumulate == 1 else student_steps
     rival = student_steps if gan.loss == "rpgan" else 0
-    return 3 * images + again + student_steps + rival + _penalty_passes(gan, images)
+    penalties = -(-steps // gan.penalty_interval)  # the first step has one
+    return size * (3 * steps + again + student_steps + rival) + penalties * _penalty_rows(gan, size)
 
 
-def _penalty_passes(gan: DiscriminatorConfig, images: int) -> int:
-    rows = {"none": 0, "single": 0, "approx": 1, "full": 1, "r1r2": 2}[gan.penalty]
-    return rows * images // gan.penalty_interval
+def _penalty_rows(gan: DiscriminatorConfig, size: int) -> int:
+    """Rows that pass through D for one penalty."""
+    return {"none": 0, "single": gan.r1_rows, "approx": size, "full": size, "r1r2": 2 * size}[gan.penalty]
+
+
+def _steps(config: DistillConfig) -> int:
+    return -(-config.train.images // config.train.batch_size)
 
 
 def plan(config: DistillConfig, preset: str = "", world_size: int = 1) -> dict[str, Any]:
@@ -68,7 +75,7 @@ def plan(config: DistillConfig, preset: str = "", world_size: int = 1) -> dict[s
     """
     gpus = config.engine.gpus or world_size
     found: dict[str, Any] = {
-        "steps": -(-config.train.images // config.train.batch_size),
+        "steps": _steps(config),
         "evaluations": evaluations(config),
         "gpus": gpus,
         "rows_per_gpu": rows_each(config, gpus),

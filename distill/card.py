@@ -1,15 +1,15 @@
 """A model card filled from what was measured: nothing in it is made up, and what is not known says so."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import SettingError, UserError
+from core.errors import SettingError
 from core.pretrained import SHIPPED, resolve
 from distill.card_runs import History, cost_lines, pairs_lines, recipe_lines
 from distill.card_runs import history as history
+from distill.card_scores import score_lines
 
 LICENCES = {
     "miniature": "apache-2.0",
@@ -55,20 +55,6 @@ def licence_of(teacher: str) -> str | None:
     return LICENCES.get(teacher)
 
 
-def read_result(file: str) -> dict[str, Any]:
-    """A result of `d2g eval run`: its JSON, or the folder that holds it; else UserError."""
-    path = Path(file) / "result.json" if Path(file).is_dir() else Path(file)
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"protocol", "protocol_sha256"} <= result.keys():
-            raise ValueError("it names no protocol")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"--scores {path} is no evaluation result ({error}); make one with `d2g eval run --out`"
-        ) from error
-    return result
-
-
 def card(
     *,
     student: str,
@@ -83,14 +69,14 @@ def card(
     text: bool = True,
 ) -> str:
     """The README.md of an export, in the hub's format. where: the point at which the network is asked; what:
-    as in "One-step LoRA"; use: lines that show how to draw; scores: results as `read_result` gives them;
+    as in "One-step LoRA"; use: lines that show how to draw; scores: results as `own_results` gives them;
     text: whether it is told any.
     """
     runs, licence, named = history(student), options.licence or licence_of(teacher), _named(teacher)
     say = (
         f"Distilled with diffusion2gan (Diffusion2GAN, Kang et al., ECCV 2024) from {named}: one evaluation "
     )
-    say += f"of the network at {where} turns noise into the teacher's image."
+    say += f"of the network at {where} turns noise into an image."
     front = ["---", *_front(named, licence, library, text), "---"]
     return "\n".join(
         [
@@ -152,7 +138,7 @@ def _measured(
     check += f"this folder in fp32: {parity:.2e}."
     return [
         *_section("How it was made", [*_teacher(teacher, licence), *pairs_lines(runs), *recipe_lines(runs)]),
-        *_section("Scores", [line for result in scores for line in _scores(result)]),
+        *_section("Scores", [line for result in scores for line in score_lines(result)]),
         *_section("Cost", _cost(runs, options)),
         *_section("Check", [check, ""]),
     ]
@@ -180,21 +166,6 @@ def _front(teacher: str, licence: str | None, library: str, text: bool) -> list[
 def _teacher(teacher: str, licence: str | None) -> list[str]:
     known = licence or "not stated in its folder; look it up before you share this"
     return [f"- Teacher: {teacher}. Licence: {known}. Its terms hold for this student too."]
-
-
-def _scores(result: Mapping[str, Any]) -> list[str]:
-    numbers = {k: result.get(k) for k in ("fid", "kid", "clip_score", "precision", "recall")}
-    numbers |= result.get("extra", {})
-    counts = ", ".join(f"{v:,} {k}" for k, v in result.get("counts", {}).items())
-    told = f"`{result['protocol_sha256'][:16]}`; {counts or 'counts not given'}"
-    return [
-        f"Protocol `{result['protocol']}` ({told}):",
-        "",
-        "| measure | value |",
-        "|---|---|",
-        *(f"| {k} | {v:.4g} |" for k, v in numbers.items() if isinstance(v, int | float)),
-        "",
-    ]
 
 
 def _cost(runs: History, options: CardOptions) -> list[str]:

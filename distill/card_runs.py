@@ -168,7 +168,7 @@ def _gan(c: DiscriminatorConfig) -> str:
     text += f", {c.updates} updates for one of the student" if c.updates > 1 else ""
     text += f"; {_penalty(c)}; mix-and-match {c.mix_fraction:g}"
     text += f"; noise before it: {c.noise_augment}" if c.noise_augment != "none" else ""
-    return text + (f"; photographs, {c.real_fraction:g} of its rows" if c.real_fraction else "")
+    return text + (f"; photographs, {c.real_fraction:g} of its real rows" if c.real_fraction else "")
 
 
 def _penalty(c: DiscriminatorConfig) -> str:

@@ -135,7 +135,10 @@ class DistillConfig:
         rows_each(self, 1)
         size, rows = self.train.batch_size, self.gan.r1_rows
         if self.stage == "gan" and self.gan.penalty == "single" and size % rows:
-            raise SettingError(f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}")
+            raise SettingError(
+                f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}; set gan.r1_rows or "
+                "train.batch_size"
+            )
 
 
 def rows_each(config: DistillConfig, processes: int) -> int:

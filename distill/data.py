@@ -61,6 +61,22 @@ def expect_enough(pairs: int, batch_size: int, held_out: int = 0) -> None:
         )
 
 
+def bad_pairs(batch: PairBatch, folder: str) -> str:
+    """What to do about pairs of all ranks' batches that hold values that are not finite; "" where none does.
+    Call on every rank.
+    """
+    finite = (batch.noise.isfinite() & batch.latent.isfinite()).flatten(1).all(dim=1)
+    found = dist.gather_objects(batch.index[~finite].tolist())
+    numbers = sorted(number for of_rank in found for number in of_rank)
+    if not numbers:
+        return ""
+    which = f"pair{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:8]))}"
+    return (
+        f"{which} of {folder}: values that are not finite; `d2g pairs verify` names the shard, "
+        "`d2g pairs repair` makes it again, then the same command goes on"
+    )
+
+
 def pair_batches(
     reader: PairRows,
     batch_size: int,

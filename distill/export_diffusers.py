@@ -23,7 +23,8 @@ from core.one_step_pipeline import (
 from core.pipelines import open_pipeline
 from core.schedule import Schedule
 from core.seeds import noise
-from distill.card import CardOptions, adapter_usage, card, pipeline_usage, read_result
+from distill.card import CardOptions, adapter_usage, card, pipeline_usage
+from distill.card_scores import own_results
 from distill.export_out import apart, check_out, checked, named_dtype, save_tensors, staged
 from distill.generator import told_guidance
 from distill.sample import OneStep, load_one_step, student_config, student_folder
@@ -47,7 +48,7 @@ def export_pipeline(
     our own student and the folder, loaded by diffusers in fp32, on two noises.
     """
     chosen, options = named_dtype(dtype), options or CardOptions()
-    scores = [read_result(file) for file in options.scores]  # what is wrong with them shows before the work
+    scores = own_results(student, options.scores)  # what is wrong with them shows before the work
     source = teacher or student_folder(student)[1]
     schedule = pipeline_schedule(source)  # refuses before the work
     check_out(out, student, source)
@@ -103,7 +104,7 @@ def export_lora(
     runs' (`core.lora.whole_update`). Raises UserError for a student without adapters, or with more than such.
     """
     chosen, options = named_dtype(dtype), options or CardOptions()
-    scores = [read_result(file) for file in options.scores]  # what is wrong with them shows before the work
+    scores = own_results(student, options.scores)  # what is wrong with them shows before the work
     folder, named, _ = student_folder(student)
     source = teacher or named
     if (kind := open_pipeline(source).kind) not in pretrained.TEXT_STUDENTS:

@@ -13,7 +13,8 @@ from core.onnx_model import check_onnx, run_onnx, save_onnx
 from core.pipelines import open_pipeline
 from core.seeds import noise
 from core.text import LabelEncoder, NoEncoder, Text, as_text
-from distill.card import CardOptions, card, read_result
+from distill.card import CardOptions, card
+from distill.card_scores import own_results
 from distill.export_out import apart, check_out, checked, staged
 from distill.generator import Student
 from distill.sample import OneStep, load_one_step, student_folder
@@ -31,7 +32,7 @@ def export_onnx(
     """
     check_onnx()
     options = options or CardOptions()
-    scores = [read_result(file) for file in options.scores]  # what is wrong with them shows before the work
+    scores = own_results(student, options.scores)  # what is wrong with them shows before the work
     source = teacher or student_folder(student)[1]
     check_out(out, student, source)
     one = load_one_step(student, source)

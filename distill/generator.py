@@ -163,7 +163,7 @@ def equip(student: Student, config: StudentConfig, seed: int = 0) -> Student:
     """
     if config.dropout:
         blocks = [m for m in student.unet.modules() if type(m).__name__.startswith("ResnetBlock")]
-        for number, block in enumerate(blocks):  # the rest of a U-Net is the same in training and use
+        for number, block in enumerate(blocks):
             block.dropout = RowDropout(config.dropout, number)
     if config.lora_rank:
         if not any(name.endswith(TARGETS) for name, _ in student.unet.named_modules()):

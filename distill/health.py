@@ -1,4 +1,4 @@
-"""How the two networks do: what a report holds of them, and the panel that shows a run's reports.
+"""How the two networks do: the panel that shows a run's reports.
 
 Everything is made from the lines of stats.jsonl, so that a panel can be drawn of any run, also after its end.
 """
@@ -10,61 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from core.errors import UserError
 from core.files import write_atomically
 
 Line = Mapping[str, float]
-
-
-# What a report holds.
-
-
-@torch.no_grad()
-def logit_report(
-    real: Mapping[str, Tensor], fake: Mapping[str, Tensor], plain: Tensor, verdict: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What D says, as scalars on its device: [B, 1, h_s, w_s] logits of every head.
-
-    real: of the pairs; fake: of the mixed batch, whose rows `plain` [B] (bool) are the student's and whose
-    others are mismatched; verdict: of the student after D's step. `logit/KIND/HEAD` are means over rows and
-    positions, `logit/KIND` means over heads. `d/auc` in [0, 1]: the share of (real, student's) row pairs that
-    D orders rightly, 0.5 for a blind one, whatever the GAN loss. NaN without rows of a kind.
-    """
-    plain = plain.to(next(iter(fake.values())).device)
-    rows = {
-        "real": {head: _row_means(v) for head, v in real.items()},
-        "fake": {head: _row_means(v)[plain] for head, v in fake.items()},
-        "mismatched": {head: _row_means(v)[~plain] for head, v in fake.items()},
-        "student": {head: _row_means(v) for head, v in verdict.items()},
-    }
-    means = {kind: {head: v.mean() for head, v in of.items()} for kind, of in rows.items()}
-    report = {f"logit/{kind}": torch.stack([*of.values()]).mean() for kind, of in means.items()}
-    report |= {f"logit/{kind}/{head}": v for kind, of in means.items() for head, v in of.items()}
-    scores = [torch.stack([*rows[kind].values()]).mean(0) for kind in ("real", "fake")]
-    return report | {"d/auc": auc(*scores)}
-
-
-def _row_means(logits: Tensor) -> Tensor:
-    return logits.detach().float().flatten(1).mean(1)
-
-
-def auc(real: Tensor, fake: Tensor) -> Tensor:
-    """The share of pairs (i, j) with real[i] > fake[j], ties counting half. NaN where one is empty."""
-    apart = real[:, None] - fake[None]
-    return ((apart > 0).float() + 0.5 * (apart == 0).float()).mean()
-
-
-@torch.no_grad()
-def spread(student: Tensor, teacher: Tensor) -> Tensor:
-    """Variance over a batch, mean over positions: the student's latents' over the teacher's, [B, C, h, w]
-    each. About 1 when all is well, 0 when every row is the same; NaN for a batch of one.
-    """
-    if len(student) < 2:
-        return student.new_full((), math.nan, dtype=torch.float32)
-    return student.float().var(0).mean() / teacher.float().var(0).mean().clamp(min=1e-12)
 
 
 # The panel.

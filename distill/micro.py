@@ -36,7 +36,7 @@ class Draws:
     transforms: Transforms  # of the regression's distance
     mix: Tensor  # [B] in (0, 1): which rows are mismatched, and how
     levels: Tensor | None  # [B] D's time inputs; None: its constant
-    penalised: list[int]  # rows of the batch on which single-sample R1 falls; none where it is not due
+    penalised: list[int]  # rows of the batch for single-sample R1, in every step, due or not; none without it
     nimg: int  # the first row's number
 
 

@@ -147,7 +147,7 @@ class DiscriminatorConfig:
     approx_weight: float = 100.0  # APT 3.3
 
     real: str = ""  # folder of captioned images that count as real beside the pairs (limitation 1 of 9: F)
-    real_fraction: float = 0.0  # of D's rows that are such images; the paper 0
+    real_fraction: float = 0.0  # of the real rows that are such images; the paper 0
 
     optim: OptimConfig = OptimConfig(lr=1e-5)  # 5
 

@@ -142,12 +142,10 @@ def _student(config: DistillConfig, fresh: bool) -> Student:
         raise SettingError(f"{config.init} is told its guidance; set student.guidance_conditioning=true")
     equip(student, config.student, config.seed)
     train_only(student, config.student)
-    student.train(config.student.dropout > 0)
     return student
 
 
 def _blank_student(config: DistillConfig) -> Student:
     student = blank_student(config.teacher, config.student_timestep, config.student, config.seed)
     train_only(student, config.student)
-    student.train(config.student.dropout > 0)
     return student

@@ -17,10 +17,9 @@ from core.progress import Progress, quiet
 from core.runlog import Pace, RunLog
 from core.stop import StopFlag
 from distill.config import DistillConfig, rows_each
-from distill.data import expect_enough, open_pairs, pair_batches
+from distill.data import bad_pairs, expect_enough, open_pairs, pair_batches
 from distill.dropout import give_keys
 from distill.generator import check_teacher
-from distill.health import logit_report, spread
 from distill.losses import discriminator_loss, generator_loss, mix_and_match
 from distill.micro import Draws, MicroBatch, draw_step, penalised, split
 from distill.noising import Noiser
@@ -28,10 +27,12 @@ from distill.optim import learning_rate, update
 from distill.r1 import Shown, approximation, penalty
 from distill.real_rows import RealRows
 from distill.regression import Regression
+from distill.seen import Seen
 from distill.state import State, new_state
 from distill.text_cache import TextCache
 from distill.validate import Validate, held_out
 from distill.watching import Watching
+from pairgen.store import PairBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,8 @@ def train(
 
 def _train(config: DistillConfig, out: Path, progress: Progress, validate: Validate | None) -> TrainSummary:
     # Set up.
+    _refuse(config)  # before the processes meet: who leaves then would hold up the others
     device = dist.init()
-    _refuse(config)
     options, gan, accumulate = config.train, config.gan, config.engine.accumulate
     size = options.batch_size
     told = config.student.guidance_conditioning
@@ -112,8 +113,13 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     watching = Watching(config, log, reader, state, regression, encode, device, autocast, validate)
     writer = sharded.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
 
-    def check(name: str, parts: Mapping[str, Tensor]) -> Callable[[Tensor], None]:
-        return lambda norm: check_finite(name, norm, parts, state.nimg, folder, writer)
+    def check(name: str, parts: Mapping[str, Tensor], batch: PairBatch) -> Callable[[Tensor], None]:
+        def checked(norm: Tensor) -> None:
+            if not torch.isfinite(norm):  # the norm is over all ranks, so that all of them come here
+                writer.finish()  # a checkpoint on its way is as good as any
+                raise not_finite(name, norm, parts, state.nimg, folder, bad_pairs(batch, config.pairs))
+
+        return checked
 
     # Train.
     pin = device.type == "cuda"
@@ -123,7 +129,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     started, first = time.monotonic(), state.nimg
     finished = state.nimg >= options.images
     latest: dict[str, Tensor] = {}  # each value's last, since the last report: not every step has all
-    verdict: dict[str, Tensor] = {}  # D's last logits of the student
+    seen = Seen()
     with watching.to_the_end(), StopFlag() as stop:
         if last is not None and watching.missed():
             watching.validate()
@@ -174,6 +180,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                                 logits_real, logits_fake, gan.loss, gan.head_reduction
                             )
                             add({"loss/d": loss_d})
+                            seen.add(number, real=logits_real, fake=logits_fake)
                             if micro.moved is not None:
                                 value, found = approximation(
                                     gan, discriminator, real, logits_real, micro.moved
@@ -182,7 +189,9 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                                 add(found)
                         (loss_d / accumulate).backward()
                 lr = learning_rate(nimg, gan.optim, size)
-                parts["grad/d"] = update(state.optim_d, discriminator, gan.optim, lr, check("grad/d", parts))
+                parts["grad/d"] = update(
+                    state.optim_d, discriminator, gan.optim, lr, check("grad/d", parts, batch)
+                )
                 discriminator.module.requires_grad_(False)
 
             # Student: regression on the pair, and the discriminator's verdict on the same latents. Their
@@ -203,6 +212,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                                 with torch.no_grad():
                                     s = micro.shown_real
                                     rival = discriminator.frozen(s.x, s.noise, s.text, s.t)
+                        seen.add(number, student=verdict)
                         found["loss/g_gan"] = generator_loss(verdict, gan.loss, gan.head_reduction, rival)
                         loss_g = loss_g + gan.weight * found["loss/g_gan"]
                     add({**found, "loss/g": loss_g})
@@ -210,7 +220,9 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                     micro.fake.backward(slope / accumulate)
             if moves_g:
                 lr = learning_rate(nimg, config.optim, size)
-                parts["grad/g"] = update(state.optim_g, student, config.optim, lr, check("grad/g", parts))
+                parts["grad/g"] = update(
+                    state.optim_g, student, config.optim, lr, check("grad/g", parts, batch)
+                )
                 state.ema.update(student.module, nimg + size)
             latest |= parts
             state.nimg, state.steps = nimg + size, step + 1
@@ -223,10 +235,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             if not flags["writing"]:
                 writer.finish()
             if crossed(state.nimg, size, options.report_images) or finished:
-                health = {"latent/spread": spread(micros[-1].fake, micros[-1].real)}
-                if verdict:
-                    health |= logit_report(logits_real, logits_fake, micros[-1].mode == 0, verdict)
-                watching.report(latest | health, pace, writer)
+                watching.report({**latest, **seen.report(micros)}, pace, writer)
                 latest.clear()
             # Saved first: whoever sends SIGTERM does not wait for a validation.
             due = crossed(state.nimg, size, options.checkpoint_images) or finished or flags["stop"]
@@ -275,30 +284,21 @@ def _agreed(folder: Path) -> checkpoint.Checkpoint | None:
     return None if name is None else checkpoint.open_checkpoint(folder / name)
 
 
-def check_finite(
-    name: str,
-    norm: Tensor,
-    parts: Mapping[str, Tensor],
-    nimg: int,
-    folder: Path,
-    writer: sharded.Writer | None = None,
-) -> None:
-    """Raise FloatingPointError for a gradient norm that is not finite, before the optimizer's step.
-
-    The norm is over all ranks, so all of them raise; the text names this rank's first bad loss, if any.
+def not_finite(
+    name: str, norm: Tensor, parts: Mapping[str, Tensor], nimg: int, folder: Path, pairs: str = ""
+) -> FloatingPointError:
+    """The error of a gradient norm that is not finite, to be raised before the optimizer's step. It names
+    this rank's first bad loss, if any. pairs: what is wrong with those of this step, if they are at fault.
     """
-    if torch.isfinite(norm):
-        return
-    if writer is not None:
-        writer.finish()  # a checkpoint on its way is as good as any
     bad = {k: v for k, v in {**parts, name: norm}.items() if not torch.isfinite(v)}
     culprit, value = next(iter(bad.items()))
     last = checkpoint.latest(folder)
     where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
-    raise FloatingPointError(
-        f"{culprit} is {value.item()} at image {nimg}; {where}; lower the learning rate in another --out"
-        + (f", from there with --set init={folder.parent}" if last else "")
-    )
+    way = "lower the learning rate in another --out"
+    way += f", from there with --set init={folder.parent}" if last else ""
+    if pairs:  # which the same command meets again, whatever the rate
+        return FloatingPointError(f"{pairs}; training stopped at image {nimg}; {where}")
+    return FloatingPointError(f"{culprit} is {value.item()} at image {nimg}; {where}; {way}")
 
 
 def _refuse(config: DistillConfig) -> None:

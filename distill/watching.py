@@ -1,6 +1,5 @@
 """What a run tells of itself: reports, the panel, previews, validations, watchmen. Rank 0 writes."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
@@ -15,6 +14,7 @@ from core.runlog import Pace, RunLog
 from core.sharded import Writer
 from distill import sentinels
 from distill.config import DistillConfig
+from distill.dropout import switch
 from distill.health import plot_health
 from distill.preview import preview, preview_latents, preview_text
 from distill.regression import Regression
@@ -77,7 +77,7 @@ class Watching:
     def report(self, values: Mapping[str, Tensor | float], pace: Pace, writer: Writer) -> None:
         """One line of stats.jsonl, and a preview; then the watchmen, who may stop the run."""
         nimg = self.state.nimg
-        means = average({name: float(value) for name, value in values.items()})
+        means = dist.mean({name: float(value) for name, value in values.items()})
         means["ema/drift"] = self.state.ema.drift(self.state.student.module)
         self.log.write(nimg, {**means, **pace.report(nimg)})
         self._preview(nimg)
@@ -108,11 +108,10 @@ class Watching:
     def _averaged(self) -> Iterator[None]:
         """The averaged student, without dropout."""
         module = self.state.student.module
-        training = module.training
-        module.eval()
+        switch(module, on=False)
         with averaged(module, self.state.ema.tensors):
             yield
-        module.train(training)
+        switch(module, on=True)
 
     @torch.no_grad()
     def _draw(self, noise: Tensor, prompts: Sequence[str], *told: Tensor) -> Tensor:
@@ -178,13 +177,6 @@ class Watching:
         """Names of checkpoints that stay beside the newest, when this point is saved."""
         point = self.best(self.state.nimg) if self.config.keep_best else None
         return set() if point is None else {f"{point:09d}"}
-
-
-def average(values: Mapping[str, float]) -> dict[str, float]:
-    """Means over the ranks on which a value is a number; left out where it is NaN on every rank."""
-    known = dist.mean({k: float(not math.isnan(v)) for k, v in values.items()})
-    sums = dist.mean({k: 0.0 if math.isnan(v) else v for k, v in values.items()})
-    return {k: sums[k] / known[k] for k in values if known[k] > 0}
 
 
 def _say_nothing(text: str) -> None:

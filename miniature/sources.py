@@ -144,7 +144,7 @@ def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device |
 def checkpoints(run: str) -> list[Path]:
     """The checkpoint folders of a run, oldest first. Raises UserError where there is none."""
     folder = Path(run) / "checkpoints"
-    found = sorted(path for path in folder.glob("[0-9]*") if (path / "meta.json").is_file())
+    found = checkpoint.all_whole(folder)
     if not found:
         raise UserError(f"{folder} holds no checkpoint; give a run of `d2g distill` that has some")
     return found

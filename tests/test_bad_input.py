@@ -195,7 +195,10 @@ def test_a_student_or_lpips_that_is_not_there(teacher: Path, job: Path, tmp_path
 @pytest.mark.parametrize(
     ("file", "remedy"),
     [
-        ("config.json", "delete it, and the same command as before writes it anew"),
+        (
+            "config.json",
+            "copy it from another --out, where the same command as before writes it at its start",
+        ),
         ("checkpoints/000000008/meta.json", "000000008 to go on from the checkpoint before it"),
     ],
 )

@@ -229,7 +229,15 @@ def test_a_dry_run_shows_presets_options_and_overrides_in_that_order(d2g: Any) -
     found = [config[name] for name in ("num_pairs", "guidance", "seed", "steps")]
     assert found == [3_000_000, 4.0, 2, 9]
     plan = d2g("distill", "gan", "--preset", "sd15-cfg3", "--images", "512", "--dry-run", "--json").json
-    assert (plan["steps"], plan["evaluations"], plan["config"]["train"]["images"]) == (2, 2048, 512)
+    assert (plan["steps"], plan["evaluations"], plan["config"]["train"]["images"]) == (2, 2064, 512)
+
+
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+def test_a_dry_run_without_a_preset_is_that_of_the_default(stage: str, d2g: Any) -> None:
+    told = d2g("distill", stage, "--dry-run", "--json").json
+    named = d2g("distill", stage, "--preset", "sd15-cfg8", "--dry-run", "--json").json
+    assert told == named and told["table_a1"]["gpus"] == 64
+    assert told["memory_gib_per_gpu"]["assumed"].startswith("SD 1.5's networks")
 
 
 def test_debug_shows_the_traceback(d2g: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 ones.
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from core import checkpoint
+from core import checkpoint, sharded
 from core.errors import UserError
+from forks import fork
 from jobs import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +126,24 @@ def test_a_damaged_meta_is_named(tmp_path: Path, content: str, why: str) -> None
     assert found is not None and found.nimg == 1
 
 
+def test_a_checkpoint_without_its_meta_is_damage(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    (path / "meta.json").unlink()
+    damaged = rf"^{path} is damaged \(it has no meta\.json\); delete {path} to go on without it$"
+    for look, folder in (
+        (checkpoint.latest, tmp_path),
+        (checkpoint.all_whole, tmp_path),
+        (checkpoint.open_checkpoint, path),
+    ):
+        with pytest.raises(UserError, match=damaged):
+            look(folder)
+    assert checkpoint.whole_points(tmp_path) == [1]
+    shutil.rmtree(path)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 1 and checkpoint.all_whole(tmp_path) == [found.folder]
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone"])
 def test_a_damaged_state_is_named(tmp_path: Path, damage: str) -> None:
     path = save(tmp_path, 1) / "state.pt"
@@ -178,3 +198,47 @@ def test_a_killed_writer_leaves_no_checkpoint_and_the_next_one_sweeps(tmp_path: 
     assert found is not None and found.nimg == 1
     save(tmp_path, 2)
     assert names(tmp_path) == ["000000001", "000000002"]
+
+
+def _kill_at(number: int) -> None:
+    """From now on this process is killed right before it deletes its `number`-th file or folder."""
+    met = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal met
+        if event in ("os.remove", "os.rmdir"):
+            met += 1
+            if met == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+@pytest.mark.parametrize("nimg", [3, 2], ids=["drops the oldest", "written again"])
+def test_a_kill_in_the_midst_of_deleting_is_no_damage(nimg: int, kind: str, tmp_path: Path) -> None:
+    """At every file and folder that goes, for an old checkpoint or one that is written once more."""
+
+    def write(point: int) -> None:
+        if kind == "plain":
+            save(tmp_path, point)
+            return
+        tensors = {"net": torch.zeros(4)}
+        sharded.Writer(tmp_path).save(point, tensors, {"ema": tensors}, {})
+
+    killed, number = True, 0
+    while killed:
+        number += 1
+        write(1)
+        write(2)
+        child = fork(lambda: (_kill_at(number), write(nimg)))  # noqa: B023
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        killed = code == -signal.SIGKILL
+        assert killed or code == 0
+        found = checkpoint.latest(tmp_path)
+        assert found is not None and found.nimg >= (1 if nimg == 2 else 2)
+        write(nimg)
+        assert checkpoint.whole_points(tmp_path)[-1] == nimg
+        assert all(name.isdigit() for name in names(tmp_path)), "what was left is swept"
+        shutil.rmtree(tmp_path)
+    assert number > 4, "each of its files, and the folder"

@@ -1,6 +1,7 @@
 """core.runlog: one config per run folder, and lines that follow the checkpoint a run resumes from."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core.checkpoint import save
 from core.errors import UserError
 from core.runlog import Pace, RunLog, peak_memory_gib, read_stats
 
@@ -35,8 +37,23 @@ def test_the_same_config_resumes_and_another_is_refused_by_name(tmp_path: Path) 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     RunLog(tmp_path, CONFIG)
     (tmp_path / "config.json").write_text('{"seed": 1, "opt')
-    with pytest.raises(UserError, match=r"config\.json is damaged .*; delete it, and the same command"):
+    with pytest.raises(UserError, match=r"config\.json is damaged .*; copy it from another --out, where"):
         RunLog(tmp_path, CONFIG)
+
+
+def test_checkpoints_without_a_config_are_damage(tmp_path: Path) -> None:
+    """And what the message says helps."""
+    (tmp_path / "run" / "checkpoints" / ".000000004.tmp").mkdir(parents=True)
+    RunLog(tmp_path / "run", CONFIG)
+    (tmp_path / "run" / "config.json").unlink()
+    save(tmp_path / "run" / "checkpoints", 4, {}, {}, {})
+    lost = r"run holds checkpoints but no config\.json; copy it from another --out, .*, or delete .*run to"
+    with pytest.raises(UserError, match=lost):
+        RunLog(tmp_path / "run", {**CONFIG, "seed": 2})
+    assert not (tmp_path / "run" / "config.json").exists()
+    RunLog(tmp_path / "new", CONFIG)
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "run")
+    RunLog(tmp_path / "run", CONFIG)
 
 
 def test_a_run_that_left_nothing_is_no_obstacle(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """distill.card and distill.card_runs: every number of a model card is one that was measured or set."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from core.config import override, to_json
 from core.errors import UserError
 from core.files import write_atomically
 from distill.bookkeeping import evaluations
-from distill.card import CardOptions, card, history, kg_co2, read_result
+from distill.card import CardOptions, card, history, kg_co2
+from distill.card_scores import own_results
 from distill.config import DistillConfig
 from distill.train import train
 from jobs import distill_config, make_pairs
@@ -35,7 +37,7 @@ def run_of(folder: Path, settings: tuple[str, ...] = (), nimg: int = 600, **fiel
 
 def said(student: Path | str, **settings: Any) -> str:
     options = CardOptions(**settings)
-    scores = [read_result(file) for file in options.scores]
+    scores = own_results(str(student), options.scores)
     return card(
         student=str(student), teacher="miniature", where="timestep 999", parity=2e-6, options=options,
         scores=scores, what="One-step student", use=[],
@@ -49,9 +51,9 @@ def stage(text: str, name: str) -> str:
 
 
 def test_images_and_hours_are_those_of_the_exported_checkpoint(tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", ("train.images=5000",))
+    run = run_of(tmp_path / "run", ("train.images=5000", "train.batch_size=100"))
     text = said(run, watts=300, kg_per_kwh=0.1)
-    assert "600 images in batches of 256" in stage(text, "ode")
+    assert "600 images in batches of 100" in stage(text, "ode")
     assert "Stage `ode`: 600 evaluations of student." in text
     assert "8 device hours, about 0.24 kg CO2 (assumed: 300 W a device, 0.1 kg CO2 a kWh" in text
     assert "What kind of device is not recorded." in text
@@ -59,22 +61,24 @@ def test_images_and_hours_are_those_of_the_exported_checkpoint(tmp_path: Path) -
 
 
 EVALUATIONS = {
-    "D and G, three of D on two networks, and G's own": ((), 4),
-    "one update of the student for two": (("gan.updates=2",), 3.5),
-    "with micro-batches the student runs twice": (("engine.accumulate=2",), 5),
-    "relativistic": (("gan.loss=rpgan",), 5),
-    "R1 of all rows, every 4 steps": (("gan.r1=full", "gan.r1_interval=4"), 4.25),
-    "APT's approximation, every step": (("gan.r1=approx",), 5),
+    "D and G, three of D on two networks, and G's own": (("gan.r1=none",), 3200),
+    "one update of the student for two": (("gan.r1=none", "gan.updates=2"), 2800),
+    "with micro-batches the student runs twice": (("gan.r1=none", "engine.accumulate=2"), 4000),
+    "relativistic": (("gan.r1=none", "gan.loss=rpgan"), 4000),
+    "R1 of all rows, every 4 steps": (("gan.r1=full", "gan.r1_interval=4"), 3400),
+    "R1 of two rows, every 16 steps": (("gan.r1_rows=2",), 3214),
+    "APT's approximation, every step": (("gan.r1=approx",), 4000),
 }
 
 
 @pytest.mark.parametrize("case", EVALUATIONS)
 def test_evaluations_are_the_bookkeepings(case: str, tmp_path: Path) -> None:
-    settings, each = EVALUATIONS[case]
-    run = run_of(tmp_path / "run", settings, nimg=800, stage="gan")
+    """Of 100 steps of 8 images."""
+    settings, expected = EVALUATIONS[case]
+    run = run_of(tmp_path / "run", ("train.batch_size=8", *settings), nimg=800, stage="gan")
     (found,) = history(str(run)).stages
-    assert evaluations(found.config) == 800 * each
-    assert f"Stage `gan`: {800 * each:.3g} evaluations of student and discriminator." in said(run)
+    assert evaluations(found.config) == expected
+    assert f"Stage `gan`: {expected:.3g} evaluations of student and discriminator." in said(run)
 
 
 RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
@@ -101,7 +105,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
         ("gan.updates=3", "gan.noise_augment=uniform", "gan.mix_fraction=0.5", "gan.real=photos",
          "gan.real_fraction=0.3"),
         ("3 updates for one of the student", "noise before it: uniform", "mix-and-match 0.5",
-         "photographs, 0.3 of its rows"), ("photos,",),
+         "photographs, 0.3 of its real rows"), ("photos,",),
     ),
     "ensemble": (
         "ode", ("regression.augment=bgo", "regression.latent_lpips=0.5", "regression.l1=0.25",
@@ -170,7 +174,7 @@ def test_what_came_before_and_is_not_known_is_said(tmp_path: Path) -> None:
         run_of(tmp_path / "new", stage="gan", init=str(old))
     )
     bare = run_of(tmp_path / "bare")
-    (bare / "checkpoints" / "000000600" / "meta.json").unlink()
+    shutil.rmtree(bare / "checkpoints" / "000000600")
     assert "Before that: a run whose checkpoints are gone" in said(
         run_of(tmp_path / "last", stage="gan", init=str(bare))
     )
@@ -190,6 +194,7 @@ def test_what_came_before_and_is_not_known_is_said(tmp_path: Path) -> None:
 def test_scores_and_licence_are_as_given(tmp_path: Path) -> None:
     result = {"protocol": "coco", "protocol_sha256": "abc" * 20, "fid": 9.29, "recall": None}
     result |= {"counts": {"images": 30000}, "extra": {"cmmd": 0.5}}
+    result |= {"source": {"kind": "images", "name": "drawn"}}
     write_atomically(tmp_path / "scores" / "result.json", json.dumps(result))
     text = said("miniature", scores=(str(tmp_path / "scores"),), licence="mit")
     assert text.startswith("---\nlicense: mit\nlibrary_name: diffusers\n") and "Licence: mit." in text

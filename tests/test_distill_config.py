@@ -9,6 +9,7 @@ import pytest
 from core.config import from_json, override, to_json
 from core.errors import SettingError
 from distill.bookkeeping import column, plan, table_evaluations
+from distill.bookkeeping import evaluations as evaluations_of
 from distill.config import (
     DataConfig,
     DiscriminatorConfig,
@@ -158,11 +159,14 @@ def test_overrides_reach_every_level() -> None:
 @pytest.mark.parametrize(
     ("settings", "evaluations", "table"),
     [
-        ({}, 4000, 5000),  # one D step and one G step share G's forward
-        ({"updates": 4}, 3250, 3500),
-        ({"loss": "rpgan"}, 5000, 5000),
-        ({"r1": "full", "r1_interval": 10}, 4100, 5000),
-        ({"r1": "r1r2", "r1_interval": 10}, 4200, 5000),
+        ({"r1": "none"}, 4000, 5000),  # one D step and one G step share G's forward
+        ({}, 4001, 5000),  # a row of R1 in the first of five steps
+        ({"r1_rows": 8, "r1_interval": 2}, 4024, 5000),  # in the first, third and fifth
+        ({"updates": 4}, 3201, 3500),  # G moves in the fourth
+        ({"loss": "rpgan"}, 5001, 5000),
+        ({"r1": "full", "r1_interval": 10}, 4200, 5000),
+        ({"r1": "full", "r1_interval": 2}, 4600, 5000),
+        ({"r1": "r1r2", "r1_interval": 10}, 4400, 5000),
         ({"r1": "approx"}, 5000, 5000),
     ],
 )
@@ -178,8 +182,9 @@ def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int,
     assert table_evaluations(config) == table
     ode = DistillConfig(train=train)
     assert plan(ode)["evaluations"] == table_evaluations(ode) == 1000
+    assert evaluations_of(replace(ode, train=replace(train, images=801))) == 1000, "steps are whole"
     apart = plan(replace(config, engine=EngineConfig(accumulate=5, gpus=2)))
-    assert apart["evaluations"] == evaluations + 1000 // config.gan.updates
+    assert apart["evaluations"] == evaluations + 200 * (5 // config.gan.updates)
     assert (apart["gpus"], apart["rows_per_gpu"]) == (2, 20)
     with pytest.raises(SettingError, match="batch_size 200 does not divide over 64 processes"):
         plan(config, world_size=64)
@@ -279,7 +284,7 @@ def test_what_penalty_acts() -> None:
             lambda: DistillConfig(
                 stage="gan", train=TrainConfig(batch_size=6), gan=DiscriminatorConfig(r1_rows=4)
             ),
-            r"^gan\.r1_rows is 4; expected a divisor of train\.batch_size, 6$",
+            r"^gan\.r1_rows is 4; expected a divisor of train\.batch_size, 6; set gan\.r1_rows or train",
         ),
         (lambda: DiscriminatorConfig(r1_rows=0), r"^gan\.r1_rows is 0; expected 1 or more$"),
     ],

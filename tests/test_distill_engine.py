@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from PIL import Image
@@ -265,6 +266,41 @@ def test_a_checkpoint_that_is_not_this_run_s(
     ended = d2g(distill_arguments(config, out, *STEPS, "train.images=20"), tmp_path / "log")
     assert ended.code == 1 and "go on from the checkpoint before it" in ended.error
     assert ("of a run with other networks" in ended.error) == (harm is None)
+
+
+def test_a_pair_that_is_not_finite_is_named_and_made_again(
+    config: DistillConfig, plain: Path, tmp_path: Path
+) -> None:
+    store, out = tmp_path / "pairs", tmp_path / "run"
+    shutil.copytree(config.pairs, store)
+    with h5py.File(sorted(store.rglob("*.h5"))[1], "r+") as file:
+        number = int(file["index"][2])
+        file["latent"][2, 0, 0, 0] = float("nan")
+    arguments = distill_arguments(replace(config, pairs=str(store)), out, *STEPS)
+    both = d2g_ranks(arguments, tmp_path / "log")
+    for ended in both:
+        assert ended.code == 1 and f"error: pair {number} of {store}: values that are not" in ended.error
+        assert "`d2g pairs repair` makes it again, then the same command goes on" in ended.error
+    assert d2g(["pairs", "repair", str(store)], tmp_path / "log").code == 0
+    both = d2g_ranks(arguments, tmp_path / "log")
+    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    assert_same_learning(out, plain)
+
+
+def test_three_ranks_resume_bit_for_bit(config: DistillConfig, tmp_path: Path) -> None:
+    """DDP moves gradients about after a run's first step, where the order of a sum of three would show."""
+    settings = (*STEPS, "train.batch_size=6", "train.report_images=6", "train.images=24")
+    for run, lengths in (("once", (24,)), ("twice", (12, 24))):
+        for images in lengths:
+            arguments = distill_arguments(config, tmp_path / run, *settings, f"train.images={images}")
+            ended = d2g_ranks(arguments, tmp_path / "log", 3)
+            assert [each.code for each in ended] == [0, 0, 0], ended[0].stderr
+    states = [
+        sharded.read(checkpoint.open_checkpoint(tmp_path / run / "checkpoints" / "000000024"))
+        for run in ("once", "twice")
+    ]
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    assert losses(tmp_path / "once") == losses(tmp_path / "twice")
 
 
 def test_a_batch_of_one_per_rank_is_refused(config: DistillConfig, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from core.errors import SettingError
 from core.onnx_model import run_onnx
 from core.seeds import noise
 from core.text import as_text
+from distill.card import CardOptions
 from distill.export import ExportConfig, export
 from distill.options import StudentConfig
 from distill.sample import load_one_step
+from test_distill_card_scores import evaluated
 from test_distill_export import PROMPT, as_run, told
 
 
@@ -24,7 +26,9 @@ def test_onnxruntime_draws_our_image(teacher: Path, tmp_path: Path) -> None:
     """A student told the scale. SDXL's networks take torch.export a minute: not here."""
     run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
     out = tmp_path / "out"
-    assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
+    scores = CardOptions(scores=(evaluated(tmp_path / "result.json", run),))
+    assert export(ExportConfig(student=run, format="onnx", card=scores), out)["parity_max_abs_err"] <= 1e-4
+    assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in told(out)
     one, drawn = load_one_step(run), noise(7, range(3), (4, 4, 4))
     hidden = as_text(one.text.encode([*PROMPT, "a blue sphere"])).hidden
     scale = torch.full((3,), 8.0)

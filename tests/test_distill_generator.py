@@ -1,12 +1,14 @@
 """distill.generator: a student starts as the teacher's own x_0 prediction, for every kind of teacher."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tiny
 import tiny_teachers
@@ -14,8 +16,14 @@ from core import lora, pretrained
 from core.errors import SettingError
 from core.seeds import noise
 from core.text import Text
-from distill.dropout import give_keys, row_keys
-from distill.generator import Student, guidance_embedding, student_from_teacher, train_only
+from distill.dropout import RowDropout, give_keys, row_keys, switch
+from distill.generator import (
+    Student,
+    blank_student,
+    guidance_embedding,
+    student_from_teacher,
+    train_only,
+)
 from distill.options import StudentConfig
 from pairgen.teacher import load_teacher
 
@@ -216,6 +224,23 @@ def test_the_scale_is_told_as_diffusers_tells_it() -> None:
     scales = torch.tensor([1.0, 1.5, 3.0, 8.0])
     expected = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, 256)  # type: ignore[arg-type]
     torch.testing.assert_close(guidance_embedding(scales, 256), expected, rtol=1e-4, atol=2e-3)
+
+
+def test_the_teacher_s_own_dropout_is_off(teacher: Path, tmp_path: Path) -> None:
+    """Also on ranks that build a network without weights, and with the student's own on and off again."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dropout": 0.5}))
+    own = StudentConfig(dropout=0.3)
+    students = [make(str(folder), -1, own) for make in (student_from_teacher, blank_student)]
+    for network in (*students, student_from_teacher(str(folder)), pretrained.skeleton(str(folder), "unet")):
+        switch(network, on=False)
+        assert not any(isinstance(m, RowDropout) and m.training for m in network.modules())
+        switch(network, on=True)
+        others = [m for m in network.modules() if isinstance(m, nn.Dropout)]
+        assert others and not any(m.training for m in others)
+    assert all(any(isinstance(m, RowDropout) and m.training for m in s.modules()) for s in students)
 
 
 def test_dropout_acts_in_the_residual_blocks(teacher: Path) -> None:

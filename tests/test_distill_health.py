@@ -1,56 +1,14 @@
-"""distill.health: what a report says of the networks in closed form, and panels of any run."""
+"""distill.health: panels of any run."""
 
 import json
 import math
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
 
 from core.errors import UserError
-from distill.health import auc, health_rows, logit_report, panels, plot_health, sparkline, spread
-
-values = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=9)
-
-
-def heads(a: list[float], b: list[float]) -> dict[str, Tensor]:
-    """Two heads of two sizes, constant over positions."""
-    first = torch.tensor(a).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-    return {"0_before": first, "1_after": torch.tensor(b).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)}
-
-
-def test_logits_by_kind_and_head() -> None:
-    real, fake = heads([3.0, 1.0, 2.0], [1.0, 1.0, 4.0]), heads([0.0, 4.0, -2.0], [0.0, 2.0, 0.0])
-    report = logit_report(real, fake, torch.tensor([True, False, True]), heads([1.0], [2.0]))
-    assert {name: float(value) for name, value in report.items()} == {
-        "logit/real": 2.0, "logit/real/0_before": 2.0, "logit/real/1_after": 2.0,
-        "logit/fake": -0.5, "logit/fake/0_before": -1.0, "logit/fake/1_after": 0.0,
-        "logit/mismatched": 3.0, "logit/mismatched/0_before": 4.0, "logit/mismatched/1_after": 2.0,
-        "logit/student": 1.5, "logit/student/0_before": 1.0, "logit/student/1_after": 2.0,
-        "d/auc": 1.0,
-    }  # fmt: skip
-    assert not any(value.requires_grad for value in report.values())
-    alone = logit_report(real, fake, torch.ones(3, dtype=torch.bool), real)
-    assert math.isnan(alone["logit/mismatched"]) and math.isfinite(alone["d/auc"])
-
-
-@given(values, values)
-def test_auc_is_the_share_of_ordered_pairs(a: list[float], b: list[float]) -> None:
-    share = sum((x > y) + 0.5 * (x == y) for x in a for y in b) / (len(a) * len(b))
-    assert float(auc(torch.tensor(a), torch.tensor(b))) == pytest.approx(share, abs=1e-6)
-
-
-def test_spread_is_one_for_the_teacher_and_nought_for_one_image() -> None:
-    teacher = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert float(spread(teacher, teacher)) == pytest.approx(1)
-    assert float(spread(0.5 * teacher + 3, teacher)) == pytest.approx(0.25)
-    assert float(spread(teacher[:1].expand(16, -1, -1, -1), teacher)) == pytest.approx(0, abs=1e-6)
-    assert math.isnan(spread(teacher[:1], teacher[:1]))
-
+from distill.health import health_rows, panels, plot_health, sparkline
 
 LINES = [
     {

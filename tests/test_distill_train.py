@@ -27,7 +27,7 @@ from core.runlog import read_stats
 from distill.config import DistillConfig, OptimConfig
 from distill.generator import student_from_teacher
 from distill.optim import learning_rate, optimizer, update
-from distill.train import check_finite, train
+from distill.train import not_finite, train
 from jobs import BATCH, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -333,7 +333,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     adam = torch.optim.AdamW(module.parameters(), lr=1.0)
 
     def check(norm: Tensor) -> None:
-        check_finite("grad/g", norm, {"loss/g": torch.tensor(1.0)}, 8, tmp_path)
+        raise not_finite("grad/g", norm, {"loss/g": torch.tensor(1.0)}, 8, tmp_path)
 
     with pytest.raises(
         FloatingPointError, match="grad/g is nan at image 8; no checkpoint was written before"

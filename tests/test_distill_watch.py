@@ -102,7 +102,7 @@ def test_a_run_without_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 def test_folders_that_are_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for content, says in (
         (None, "holds no run"),
-        ("{", "config.json is damaged .*; delete it, and the same command"),
+        ("{", "config.json is damaged .*; copy it from another --out"),
         ("[]", "config.json is damaged"),
         ('{"stage": "ode"}', "holds no run"),
     ):
