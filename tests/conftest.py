@@ -23,6 +23,9 @@ import tiny
 
 atexit.register(shutil.rmtree, os.environ["D2G_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # where a plugin imported torch first
+# Autograd's first pass decides whether it has threads, and torch.export's would start some: then no forked
+# process could train.
+torch.ones((), requires_grad=True).backward()
 
 # The same examples on every machine and run, and no clock: a busy machine is no failure.
 hypothesis.settings.register_profile(
