@@ -97,8 +97,8 @@ def split(
     size, first = local // parts, dist.rank() * local
     z, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latent))
     text = encode(batch.prompts)
-    second = config.stage == "gan"
-    fraction, approx = gan.mix_fraction * second, second and gan.penalty == "approx"
+    approx = config.stage == "gan" and gan.penalty == "approx"
+    fraction = gan.mix_fraction if config.stage == "gan" else 0.0
     moves = generator(config.seed, 0xA991).initial_seed()
     found = []
     for start in range(0, local, size):

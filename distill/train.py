@@ -163,8 +163,8 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                         shown = with_real(Shown(micro.real, micro.noise, micro.text, micro.t), micro.rows)
                     micro.shown_real = replace(shown, x=noised(shown.x, micro.t, micro.eps[0]))
                     micro.shown_fake = Shown(noised(x, micro.t, micro.eps[1]), z, c, micro.t)
-                second = gan.penalty not in ("none", "approx")
-                if second and step % gan.penalty_interval == 0:
+                apart = gan.penalty not in ("none", "approx")  # a pass of its own, differentiated twice
+                if apart and step % gan.penalty_interval == 0:
                     with discriminator.bare() as judge:
                         for real, fake, weight in penalised(micros, draws, gan.penalty):
                             value, found = penalty(gan, judge, real, fake)

@@ -58,7 +58,7 @@ def uniform(size: int, seed: int = 0) -> Tensor:
 def test_a_row_is_never_paired_with_its_own_prompt() -> None:
     for seed in range(50):
         mode, partner = mismatch(PROMPTS, 0.9, uniform(30, seed))
-        assert 0 < mode.count_nonzero() <= 10
+        assert 7 <= mode.count_nonzero() <= 10
         for row in torch.nonzero(mode).flatten().tolist():
             assert PROMPTS[int(partner[row])] != PROMPTS[row]
 
