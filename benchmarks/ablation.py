@@ -18,22 +18,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import table, write
-from core import pretrained
-from core.files import write_atomically
-from core.progress import Progress
-from distill.config import DistillConfig
-from distill.presets import PRESETS
-from distill.sample import load_one_step
-from distill.train import train
-from eval.build_reference import build_reference
+from d2g.core.atomic_files import write_atomically
+from d2g.core.progress import Progress
+from d2g.diffusion import pretrained
+from distill.config.presets import PRESETS
+from distill.config.run import DistillConfig
+from distill.sampling import load_one_step
+from distill.training.train import train
 from eval.evaluate import evaluate
-from eval.features import load_clip
-from eval.networks import Networks
-from eval.protocol import PROTOCOLS
-from eval.source import batch_source
+from eval.measure.build_reference import build_reference
+from eval.measure.required_networks import Networks
+from eval.measure.source import batch_source
+from eval.networks.registry import load_clip
+from eval.protocols.protocol import PROTOCOLS
+from eval.runner.samplers import Drawing, one_step_source
+from miniature.metrics import oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
-from miniature.scene_measures import oracle_features, oracle_measures, real_scenes
-from miniature.sources import Drawing, one_step_source
 
 PARTS = ("d", "z", "r1", "multiscale", "mix")
 LOSSES = ("mse", "pseudo-huber", "latent-lpips", "e-latent-lpips")

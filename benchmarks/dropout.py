@@ -15,7 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import compare, median, table, write
-from distill.dropout import RowDropout, give_keys, row_keys
+from distill.models.row_dropout import RowDropout, give_keys, row_keys
 
 SHAPE, P, REPEATS = (64, 256, 32, 32), 0.1, 15
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import authors  # noqa: E402
 from benchmarks.worker import Worker  # noqa: E402
-from core.seeds import noise  # noqa: E402
+from d2g.core.seeds import noise  # noqa: E402
 
 CASES: list[dict[str, Any]] = [
     {"space": "sd15", "channels": 4, "weights": 11, "size": [16, 16]},
@@ -35,7 +35,7 @@ CASES: list[dict[str, Any]] = [
     {"space": "flux", "channels": 16, "weights": 12, "size": [8, 8], "normalize": True},
     {"space": "flux", "channels": 16, "weights": 12, "size": [8, 8], "l1": True},
 ]
-"""`weights` seeds tests/authors.py; inputs are rows of core.seeds.noise(3, …), `normalize` calls them raw."""
+"""`weights` seeds tests/authors.py; inputs are rows of d2g.core.seeds.noise(3, …), `normalize` calls them raw."""
 
 
 def distances(python: str, case: dict[str, Any], folder: Path) -> list[float]:

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import eval_agreement, eval_images, eval_neighbours
 from benchmarks.common import compare, median, table, write
-from core.seeds import generator
-from eval.frechet import frechet_distance
-from eval.stats import FeatureStats, Origin
+from d2g.core.seeds import generator
+from eval.metrics.feature_stats import FeatureStats, Origin
+from eval.metrics.frechet import frechet_distance
 
 JUDGES = (
     "scipy",

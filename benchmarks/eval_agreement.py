@@ -15,13 +15,13 @@ from torch import Tensor
 from benchmarks.common import table
 from benchmarks.eval_images import photograph, random_inception
 from benchmarks.eval_neighbours import features
-from core.seeds import generator
-from eval.frechet import frechet_distance
-from eval.inception_score import inception_score
-from eval.mmd import cmmd, polynomial_mmd
-from eval.neighbours import precision_recall
-from eval.paired import cosine_distance, psnr
-from eval.resize import FILTERS, resize_clean, resize_tensorflow, resize_uint8, to_pil, to_tensor
+from d2g.core.seeds import generator
+from eval.images.resize import FILTERS, resize_clean, resize_tensorflow, resize_uint8, to_pil, to_tensor
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.inception_score import inception_score
+from eval.metrics.kernel import cmmd, polynomial_mmd
+from eval.metrics.paired import cosine_distance, psnr
+from eval.metrics.precision_recall import precision_recall
 
 ROWS, DIM = 2_000, 64
 Line = tuple[str, str, float, float]

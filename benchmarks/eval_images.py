@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.common import compare, median, table
-from core.seeds import generator
-from eval.images import read_images
-from eval.inception import fid_inception
-from eval.resize import prepare, resize_clean, resize_tensorflow, to_pil
+from d2g.core.seeds import generator
+from eval.images.folders import read_images
+from eval.images.resize import prepare, resize_clean, resize_tensorflow, to_pil
+from eval.networks.inception import fid_inception
 
 BATCH = 32
 WORKERS = (0, 2, 4, 12)  # clean-fid takes 12 by default, torch-fidelity 4

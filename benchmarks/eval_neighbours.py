@@ -18,8 +18,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import median, table
-from core.seeds import generator
-from eval.neighbours import precision_recall
+from d2g.core.seeds import generator
+from eval.metrics.precision_recall import precision_recall
 
 CAUSES = 16
 """What images differ in: about as many numbers as Inception's features of photographs seem to have, for P and

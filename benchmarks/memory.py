@@ -27,12 +27,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
 from benchmarks.common import table, write  # noqa: E402
-from core import pretrained  # noqa: E402
-from core.config import from_json, override, to_json  # noqa: E402
-from distill.config import DistillConfig  # noqa: E402
-from distill.memory import predict  # noqa: E402
-from distill.presets import PRESETS  # noqa: E402
-from distill.train import train  # noqa: E402
+from d2g.core.config import from_json, override, to_json  # noqa: E402
+from d2g.diffusion import pretrained  # noqa: E402
+from distill.config.presets import PRESETS  # noqa: E402
+from distill.config.run import DistillConfig  # noqa: E402
+from distill.planning.memory import predict  # noqa: E402
+from distill.training.train import train  # noqa: E402
 from pairgen.generate import generate_pairs  # noqa: E402
 
 VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -24,13 +24,20 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import compare, median, table, write
-from core import seeds
-from core.errors import UserError
-from core.pretrained import SHIPPED, new_text_encoder, new_tokenizer, new_unet, new_vae, save_pipeline
+from d2g.core import seeds
+from d2g.core.errors import UserError
+from d2g.diffusion.pretrained import (
+    SHIPPED,
+    new_text_encoder,
+    new_tokenizer,
+    new_unet,
+    new_vae,
+    save_pipeline,
+)
 from pairgen.config import PairConfig
 from pairgen.job import Job, batched, open_job
-from pairgen.layout import create_store
-from pairgen.writer import PairWriter
+from pairgen.store.spec import create_store
+from pairgen.store.writer import PairWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = [

@@ -29,12 +29,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core import pretrained
-from core.latents import encode, from_uint8
-from core.seeds import generator
-from latent_lpips.baselines import squared_error, structural_distance
-from latent_lpips.crops import to_tensor
-from latent_lpips.metric import LatentLPIPS, normalise
+from d2g.core.seeds import generator
+from d2g.diffusion import pretrained
+from d2g.diffusion.latents import encode, from_uint8
+from latent_lpips.distance import LatentLPIPS, normalise
+from latent_lpips.training.baselines import squared_error, structural_distance
+from latent_lpips.training.crops import to_tensor
 from latent_lpips.weights import load_lpips
 
 LEVELS = 10

@@ -24,15 +24,15 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import median, table, write
-from core import pretrained
-from core.latents import LatentSpace
-from distill.data import pair_batches
-from distill.presets import PRESETS
-from distill.train import train
-from pairgen.dataset import PairSampler, pair_loader
-from pairgen.layout import StoreSpec, create_store, shard_path
-from pairgen.reader import PairReader
-from pairgen.store import PairBatch, encode_rows
+from d2g.diffusion import pretrained
+from d2g.diffusion.latents import LatentSpace
+from distill.config.presets import PRESETS
+from distill.training.data import pair_batches
+from distill.training.train import train
+from pairgen.store.dataset import PairSampler, pair_loader
+from pairgen.store.hdf5 import PairBatch, encode_rows
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import StoreSpec, create_store, shard_path
 
 BATCH, BLOCK, WINDOW = 64, 64, 16
 GPU_PEAK = 989e12  # bf16 FLOP/s of an H100 or H200 without sparsity, as NVIDIA states it: no GPU eats faster

@@ -21,13 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, table
-from core import pretrained
-from core.text import Text
-from distill.bookkeeping import PUBLISHED, column
-from distill.config import DistillConfig
-from distill.known import UNETS, configs_only
-from distill.memory import CONTEXT_GIB, predict
-from distill.presets import TABLE_A1
+from d2g.diffusion import pretrained
+from d2g.diffusion.text_encoders import Text
+from distill.config.presets import TABLE_A1
+from distill.config.run import DistillConfig
+from distill.planning.cost import PUBLISHED, column
+from distill.planning.memory import CONTEXT_GIB, predict
+from distill.planning.reference_models import UNETS, configs_only
 
 LATENT_LPIPS = 3 * 77e9 / 64**2
 """FLOP of a distance with its gradient, per latent position (benchmarks/latent_lpips.py)."""

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from core import dist
-from core.errors import SettingError, UserError
-from core.progress import Progress, quiet
-from eval.frechet import subset_sizes
-from eval.networks import DREAMSIM, Networks, measures_of
-from eval.parts import Rows, Work
-from eval.protocol import ANY, PAIRED, Protocol, check_metrics
-from eval.reference import Reference
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError, UserError
+from d2g.core.progress import Progress, quiet
+from eval.measure.measure import measure_source
+from eval.measure.reference import Reference
+from eval.measure.required_networks import DREAMSIM, Networks, measures_of
+from eval.measure.rows import Rows, Work
+from eval.measure.source import Source
+from eval.metrics.frechet import subset_sizes
+from eval.protocols.protocol import ANY, PAIRED, Protocol, check_metrics
 from eval.result import EvalResult
-from eval.source import Source
-from eval.stream import measure_source
 from eval.summary import check_reference, prompts_sha256, summarise
 
 GetReference = Callable[[], Reference | None]
@@ -81,7 +81,7 @@ def evaluate(
         clip=networks.clip.name if networks.clip else ANY,
         prompts_sha256=prompts_sha256(rows),
     )
-    if dist.rank() != 0:
+    if process_group.rank() != 0:
         empty = EvalResult(protocol=resolved.name, protocol_sha256=resolved.sha256())
         return Evaluation(result=empty, rows=rows)
     result = summarise(

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.config import differing
-from core.errors import UserError
+from d2g.core.config import differing
+from d2g.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +15,7 @@ class EvalResult:
     """Numbers and what they were measured with. None: not measured. `precision`, `recall`: at the first k.
 
     `settings` are the protocol's, all of them; `protocol_sha256` is their digest. `extra`: every further
-    number by its metric's name. `ci`: 95 % intervals. `latency`: as `eval.speed.measure_latency` gives it.
+    number by its metric's name. `ci`: 95 % intervals. `latency`: as `eval.measure.latency.measure_latency` gives it.
     """
 
     protocol: str

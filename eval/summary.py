@@ -7,23 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import digest
-from core.errors import SettingError
-from core.progress import Progress, quiet
-from core.seeds import generator
-from eval.diversity import prompt_diversity
-from eval.frechet import frechet_distance, frechet_infinity
-from eval.inception_score import inception_score
-from eval.intervals import around, frechet_interval, mean_interval, wilson
-from eval.mmd import cmmd, kernel_distance
-from eval.neighbours import precision_recalls
-from eval.networks import DREAMSIM, Networks
-from eval.notes import notes
-from eval.parts import Rows, stats_of
-from eval.protocol import METRICS, PAIRED, Protocol
-from eval.reference import Reference
+from d2g.core.config import digest
+from d2g.core.errors import SettingError
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import generator
+from eval.caveats import notes
+from eval.measure.reference import Reference
+from eval.measure.required_networks import DREAMSIM, Networks
+from eval.measure.rows import Rows, stats_of
+from eval.metrics.diversity import prompt_diversity
+from eval.metrics.feature_stats import FeatureStats
+from eval.metrics.frechet import frechet_distance, frechet_infinity
+from eval.metrics.inception_score import inception_score
+from eval.metrics.intervals import around, frechet_interval, mean_interval, wilson
+from eval.metrics.kernel import cmmd, kernel_distance
+from eval.metrics.precision_recall import precision_recalls
+from eval.protocols.protocol import METRICS, PAIRED, Protocol
 from eval.result import HEADLINES, EvalResult
-from eval.stats import FeatureStats
 
 FRECHET = {"fid": "features", "fd_dinov2": "dinov2", "fd_clip": "fd_clip"}
 """Frechet distances -> the rows they are of."""
@@ -54,7 +54,7 @@ def summarise(
     """All numbers of `metrics`. `more`: further images of the same prompts, for the diversity.
 
     `ci` holds 95 % intervals: bootstrap percentiles (`resamples`, 0: none) of means over images, closed forms
-    or the bootstrap's deviation of distances (`eval.intervals`), Wilson's of shares. Raises SettingError for
+    or the bootstrap's deviation of distances (`eval.metrics.intervals`), Wilson's of shares. Raises SettingError for
     a metric without its reference, UserError for too few images.
     """
     check_reference(metrics, reference)

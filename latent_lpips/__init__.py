@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latent_lpips.config import AugmentConfig
-    from latent_lpips.metric import ELatentLPIPS, LatentLPIPS
-    from latent_lpips.pixels import PixelLPIPS
+    from latent_lpips.distance import ELatentLPIPS, LatentLPIPS
+    from latent_lpips.lpips import PixelLPIPS
     from latent_lpips.weights import load
 
 _HOMES = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from core.errors import SettingError
+from d2g.core.errors import SettingError
 
 Precision = Literal["fp32", "bf16", "auto"]
 """Of a frozen trunk's convolutions. `auto`: bf16 where the hardware multiplies it, else fp32."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from core.errors import UserError
+from d2g.core.errors import UserError
 from latent_lpips.config import LPIPSConfig, Precision
 
 MIN_SIZE = 4

@@ -1,6 +1,6 @@
 """A LatentLPIPS on disk: FOLDER/lpips.safetensors and FOLDER/config.json (network, meta).
 
-The authors' checkpoint files load too, see latent_lpips.authors.
+The authors' checkpoint files load too, see latent_lpips.official_checkpoints.
 """
 
 import json
@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.config import from_json, to_json
-from core.errors import UserError
-from latent_lpips.authors import SUFFIXES, check, read_checkpoint
+from d2g.core.config import from_json, to_json
+from d2g.core.errors import UserError
 from latent_lpips.config import LPIPSConfig, Precision
-from latent_lpips.metric import LatentLPIPS, refuse_negative
+from latent_lpips.distance import LatentLPIPS, refuse_negative
+from latent_lpips.official_checkpoints import SUFFIXES, check, read_checkpoint
 
 WEIGHTS, CONFIG = "lpips.safetensors", "config.json"
 PREFIX = "trunk."  # left out on disk, so that the trunk's keys are torchvision's

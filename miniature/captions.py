@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NoReturn
 
-from core.errors import UserError
+from d2g.core.errors import UserError
 
 SIZES = ("large", "small")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")

@@ -9,35 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import dist, pretrained
-from core.errors import SettingError
-from core.files import write_atomically
-from core.pictures import grid, save_png
-from core.progress import Progress, quiet
-from core.runlog import read_stats
-from core.seeds import noise
-from distill.config import DistillConfig
-from distill.presets import PRESETS as DISTILL_PRESETS
-from distill.sample import OneStep, load_one_step, naive_one_step
-from distill.train import train
-from eval.build_reference import build_reference
+from d2g.core.atomic_files import write_atomically
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError
+from d2g.core.png import grid, save_png
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import noise
+from d2g.core.tracking.run_directory import read_stats
+from d2g.diffusion import pretrained
+from d2g.diffusion.teacher import Teacher, load_teacher
+from distill.config.presets import PRESETS as DISTILL_PRESETS
+from distill.config.run import DistillConfig
+from distill.sampling import OneStep, load_one_step, naive_one_step
+from distill.training.train import train
 from eval.evaluate import evaluate
-from eval.features import load_clip
-from eval.networks import Networks
-from eval.page import first_images
-from eval.protocol import PROTOCOLS
+from eval.measure.build_reference import build_reference
+from eval.measure.latency import milliseconds_per_image
+from eval.measure.required_networks import Networks
+from eval.measure.source import batch_source
+from eval.networks.registry import load_clip
+from eval.protocols.protocol import PROTOCOLS
+from eval.report.page import first_images
 from eval.result import EvalResult
-from eval.source import batch_source
-from eval.speed import milliseconds_per_image
+from eval.runner.samplers import Drawing, ode_source, one_step_source
+from miniature.demo_report import write_report
+from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
-from miniature.report import write_report
-from miniature.scene_measures import TEST_SEED, oracle_features, oracle_measures, real_scenes
-from miniature.scenes import captions
-from miniature.sources import Drawing, ode_source, one_step_source
+from miniature.sampling import captions
 from pairgen.config import PRESETS as PAIR_PRESETS
 from pairgen.config import PairConfig
 from pairgen.generate import generate_pairs
-from pairgen.teacher import Teacher, load_teacher
 
 PROMPT_SEED = 3  # seed 1 trained the teacher, seed 2 is for tests
 SAMPLERS = ("naive", "ode", "gan", "teacher")
@@ -111,7 +112,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
     Raises what the stages raise; nothing of a finished stage is lost.
     """
     started, timings = time.monotonic(), {}
-    device = dist.init()
+    device = process_group.init()
 
     def timed(label: str, since: float) -> None:
         timings[label] = time.monotonic() - since

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.errors import UserError
-from core.files import write_atomically
+from d2g.core.atomic_files import write_atomically
+from d2g.core.errors import UserError
 from miniature.captions import (
     BACKGROUNDS,
     COLOURS,

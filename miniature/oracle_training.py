@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.errors import SettingError
-from core.progress import Progress, quiet
-from core.seeds import generator
-from core.shuffle import permuted_batch
+from d2g.core.errors import SettingError
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import generator
+from d2g.core.shuffle import permuted_batch
 from miniature.oracle import HEADS, OBJECT_HEADS, SIDES, Oracle, caption_accuracy
 from miniature.render import render
-from miniature.scenes import sample_scene
-from miniature.world import Scene, project
+from miniature.sampling import sample_scene
+from miniature.scene import Scene, project
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

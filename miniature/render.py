@@ -11,11 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from miniature.scene import Scene
+from miniature.scene_tensors import (
+    Objects,
+    Views,
+    by_shape,
+    make_objects,
+    make_views,
+    pixel_axis,
+    ray_directions,
+)
+from miniature.sdf import march
 from miniature.shading import shade_ground, shade_objects
-from miniature.shapes import march
-from miniature.stage import Objects, Views, by_shape, make_objects, make_views, pixel_axis, ray_directions
-from miniature.vectors import Vector, along, dot, take
-from miniature.world import Scene
+from miniature.vec3 import Vector, along, dot, take
 
 CHUNK = 16  # scenes at a time: temporaries stay in the cache
 SAMPLES = 3  # per pixel and axis, for objects; the ground is smooth and needs one

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from miniature.shapes import normals, soft_shadow
-from miniature.stage import Objects, Views, by_shape, rows_by_shape, to_local
-from miniature.vectors import Vector, dot, normalise, take
+from miniature.scene_tensors import Objects, Views, by_shape, rows_by_shape, to_local
+from miniature.sdf import normals, soft_shadow
+from miniature.vec3 import Vector, dot, normalise, take
 
 
 def shade_objects(

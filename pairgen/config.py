@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from core.config import nearest
-from core.errors import SettingError
+from d2g.core.config import nearest
+from d2g.core.errors import SettingError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core import dist, pretrained
-from core.errors import Interrupted, UserError
-from core.progress import Progress, quiet
-from core.stop import StopFlag
-from pairgen.claims import Claims
+from d2g.core.distributed import process_group
+from d2g.core.errors import Interrupted, UserError
+from d2g.core.progress import Progress, quiet
+from d2g.core.signals import StopFlag
+from d2g.diffusion import pretrained
 from pairgen.config import PairConfig
+from pairgen.cost import fastest_batch
 from pairgen.job import Job, batched, config_of, open_job
-from pairgen.layout import (
+from pairgen.shard_claims import Claims
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import (
     StoreSpec,
     create_store,
     pending,
@@ -25,9 +28,7 @@ from pairgen.layout import (
     shards_present,
     writing,
 )
-from pairgen.plan import fastest_batch
-from pairgen.reader import PairReader
-from pairgen.writer import PairWriter, Pen
+from pairgen.store.writer import PairWriter, Pen
 
 CHECK_BAD_AFTER = 256  # rows; before, a bad prompt or two say nothing about the teacher
 
@@ -72,19 +73,23 @@ def generate_pairs(
     config: PairConfig, out: Path, progress: Progress = quiet, retry: bool = False
 ) -> PairSummary:
     """Make every row that the store does not hold yet. Run again to resume; run it elsewhere too, on the same
-    folder, to share the work: shards are claimed one by one (`pairgen.claims`).
+    folder, to share the work: shards are claimed one by one (`pairgen.shard_claims`).
 
     `retry`: also make quarantined rows again. Raises UserError for bad input or a folder of another spec,
     Interrupted on Ctrl-C with all finished rows safe, FloatingPointError when too many latents are not
     finite.
     """
     started = time.monotonic()
-    device = dist.init(patient=True)
+    device = process_group.init(patient=True)
     job = open_store(config, Path(out), device)
     spec, folder, tally = job.spec, Path(out), Tally(config.max_bad)
     batch_size = config.batch_size or fastest_batch(job)
     offload = config.text_cache > 0 and device.type != "cpu"
-    again = sorted(quarantined_rows(folder, spec))[dist.rank() :: dist.world_size()] if retry else []
+    again = (
+        sorted(quarantined_rows(folder, spec))[process_group.rank() :: process_group.world_size()]
+        if retry
+        else []
+    )
     handed: set[int] = set()  # shards that the pen is about to commit
     with StopFlag() as stop, Claims(folder, config.patience) as claims, Pen() as pen:
         while (shard := next_shard(claims, folder, spec, again, stop)) is not None:
@@ -119,8 +124,8 @@ def generate_pairs(
         raise Interrupted(
             f"stopped; {pairs_present(folder, spec)} of {spec.num_pairs} pairs are safe in {out}"
         )
-    totals = dist.mean({"made": float(tally.made - tally.bad)})  # waits for all ranks
-    new, seconds = round(totals["made"] * dist.world_size()), time.monotonic() - started
+    totals = process_group.mean({"made": float(tally.made - tally.bad)})  # waits for all ranks
+    new, seconds = round(totals["made"] * process_group.world_size()), time.monotonic() - started
     return PairSummary(
         out=str(out),
         pairs=pairs_present(folder, spec),
@@ -136,14 +141,14 @@ def generate_pairs(
 
 def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
     """Rank 0 resolves the config and makes the store; the others take its spec and its prompts."""
-    if dist.rank() == 0:
+    if process_group.rank() == 0:
         job = open_job(config, device, folder)
         create_store(folder, job.spec)
         if not prompts_path(folder).exists():
             with writing(folder, "nothing was lost"):
                 job.prompts.save(prompts_path(folder))
-    dist.barrier()
-    return job if dist.rank() == 0 else open_job(config, device, folder, read_spec(folder))
+    process_group.barrier()
+    return job if process_group.rank() == 0 else open_job(config, device, folder, read_spec(folder))
 
 
 def next_shard(claims: Claims, folder: Path, spec: StoreSpec, again: list[int], stop: StopFlag) -> int | None:
@@ -202,7 +207,7 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
             f"teacher {name} has sha256 {found[:12]}, {folder} was made with {spec.teacher_sha256[:12]}; "
             "give --teacher the folder it was made with"
         )
-    job = open_job(config_of(spec, teacher=name), dist.init(), folder, spec)
+    job = open_job(config_of(spec, teacher=name), process_group.init(), folder, spec)
     positions = sorted({round(i * (len(reader) - 1) / max(1, count - 1)) for i in range(count)})
     worst = 0.0
     for batch in batched(positions, job.spec.shard_size):

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import pretrained
-from core.errors import SettingError
-from core.seeds import noise
+from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
+from d2g.diffusion import pretrained
+from d2g.diffusion.solvers import Solver
+from d2g.diffusion.teacher import Condition, Teacher, check_solver, load_teacher
 from pairgen.config import PairConfig
-from pairgen.layout import StoreSpec, prompts_path
 from pairgen.prompts import PromptList, check_labels, label_list, prompts_sha256, read_prompts
-from pairgen.sample import Solver
-from pairgen.teacher import Condition, Teacher, check_solver, load_teacher
+from pairgen.store.spec import StoreSpec, prompts_path
 
 
 @dataclass(frozen=True)

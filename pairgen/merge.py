@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from core.errors import UserError
-from core.files import sync
-from core.progress import Progress, quiet
-from pairgen.layout import (
+from d2g.core.atomic_files import sync
+from d2g.core.errors import UserError
+from d2g.core.progress import Progress, quiet
+from pairgen.prompts import PromptList
+from pairgen.store.hdf5 import SEAL, load_rows, read_blocks
+from pairgen.store.spec import (
     StoreSpec,
     create_store,
     prompts_path,
@@ -26,8 +28,6 @@ from pairgen.layout import (
     temporary_name,
     writing,
 )
-from pairgen.prompts import PromptList
-from pairgen.store import SEAL, load_rows, read_blocks
 from pairgen.verify import Finding, examine, held_prompts, in_threads, record_fault, store_info
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
+from d2g.core.errors import UserError
 
 COLUMNS = ("prompt", "Prompt", "caption")
 WINDOW = 1 << 20  # characters of a .json file in memory at least

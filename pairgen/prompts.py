@@ -14,9 +14,9 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import UserError
-from pairgen.layout import publish, writing
+from d2g.core.errors import UserError
 from pairgen.prompt_files import cells
+from pairgen.store.spec import publish, writing
 
 NEWLINE, QUOTE = 10, 34
 SCAN = 1 << 24  # bytes of a saved list looked at together

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from core.progress import Progress, quiet
-from pairgen.layout import StoreSpec, encode_record, publish, quarantine_path, read_spec, writing
+from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList
+from pairgen.store.spec import StoreSpec, encode_record, publish, quarantine_path, read_spec, writing
 from pairgen.verify import held_prompts, verify_store
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.errors import UserError
-from core.progress import Progress, quiet
-from pairgen.reader import PairReader
-from pairgen.store import PairBatch
+from d2g.core.errors import UserError
+from d2g.core.progress import Progress, quiet
+from pairgen.store.hdf5 import PairBatch
+from pairgen.store.reader import PairReader
 from pairgen.verify import in_threads
 
 BLOCK_VALUES = 1 << 19  # of latents looked at together
@@ -242,7 +242,7 @@ def _lengths(values: F64) -> dict[str, Any]:
 
 
 def _tokenizer(given: str | None, recorded: str) -> tuple[Any, str | None]:
-    from core.pretrained import load_tokenizer
+    from d2g.diffusion.pretrained import load_tokenizer
 
     try:
         return load_tokenizer(given or recorded), None

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import UserError
-from core.progress import Progress, quiet
-from pairgen.layout import (
+from d2g.core.errors import UserError
+from d2g.core.progress import Progress, quiet
+from pairgen.prompts import PromptList, prompts_sha256
+from pairgen.store.hdf5 import DamagedShard, PairBatch, quarantined_in, read_blocks, redraw
+from pairgen.store.spec import (
     StoreSpec,
     prompts_path,
     quarantine_path,
@@ -26,8 +28,6 @@ from pairgen.layout import (
     shard_path,
     shards_present,
 )
-from pairgen.prompts import PromptList, prompts_sha256
-from pairgen.store import DamagedShard, PairBatch, quarantined_in, read_blocks, redraw
 
 T = TypeVar("T")
 S = TypeVar("S")

@@ -50,7 +50,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def d2g(capfd: pytest.CaptureFixture[str]) -> Any:
     """`d2g(words…)`: the command line in this process; gives a jobs.Ended."""
-    import cli
+    from d2g_cli import main as cli
     from jobs import Ended
 
     def run(*words: object) -> Ended:

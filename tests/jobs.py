@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-import cli
 import tiny
-from commands.common import reporter
-from core.config import override
-from distill.config import DistillConfig, TrainConfig
-from eval.features import new_clip, save_clip
+from d2g.core.config import override
+from d2g_cli import main as cli
+from d2g_cli.common import reporter
+from distill.config.run import DistillConfig, TrainConfig
+from eval.networks.registry import new_clip, save_clip
 from forks import environments
 from pairgen.generate import generate_pairs
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core import dist, parallel, pretrained
-from core.parallel import Parallel
-from distill.config import DiscriminatorConfig
-from distill.discriminator import Discriminator, discriminator_from_teacher
-from distill.losses import discriminator_loss
-from distill.r1 import r1_penalty
+from d2g.core.distributed import engine, process_group
+from d2g.core.distributed.engine import Parallel
+from d2g.diffusion import pretrained
+from distill.config.run import DiscriminatorConfig
+from distill.losses.adversarial import discriminator_loss
+from distill.losses.gradient_penalty import r1_penalty
+from distill.models.unet_discriminator import Discriminator, discriminator_from_teacher
 
 ROWS = 8
 CASES = {
@@ -57,14 +58,14 @@ def gradients(
     replicas: int = 1,
 ) -> dict[str, Tensor]:
     """Whole gradients of this world's D loss with R1 on one row a rank, then the weights after one update."""
-    rank, world = dist.rank(), dist.world_size()
+    rank, world = process_group.rank(), process_group.world_size()
     if kind == "fsdp" and rank:
         network = Discriminator(pretrained.skeleton(teacher, "unet"), DiscriminatorConfig()).to("meta")
     else:
         network = new_discriminator(teacher, seed=rank)
     layers = list(pretrained.layers(network))
     if recompute:
-        parallel.recompute(layers)
+        engine.recompute(layers)
     policy = torch.bfloat16 if half and kind == "fsdp" else None
     d = Parallel(
         network, kind, torch.device("cpu"), layers=layers, roots=[network], replicas=replicas, half=policy
@@ -85,7 +86,7 @@ def gradients(
                     logits = d(real, noise, text), d(fake, noise, text)
                 (discriminator_loss(*logits) / accumulate).backward()
         found = {
-            f"grad.{n}": parallel.whole(p.grad) for n, p in network.named_parameters() if p.grad is not None
+            f"grad.{n}": engine.whole(p.grad) for n, p in network.named_parameters() if p.grad is not None
         }
         norm = d.clip(1.0)
         optim.step()
@@ -97,21 +98,21 @@ def gradients(
     out = torch.stack([v.float().mean() for v in d.frozen(x, rows[2], rows[3]).values()]).mean()
     (slope,) = torch.autograd.grad(out, x)
     assert all(p.grad is None for p in network.parameters())
-    found["slope"] = torch.cat(dist.gather(slope))
-    found |= {f"weight.{n}": parallel.whole(p.detach()).clone() for n, p in network.named_parameters()}
+    found["slope"] = torch.cat(process_group.gather(slope))
+    found |= {f"weight.{n}": engine.whole(p.detach()).clone() for n, p in network.named_parameters()}
     return found
 
 
 def main() -> None:
     """All cases."""
     folder = Path(sys.argv[1])
-    dist.init()
+    process_group.init()
     for name, settings in CASES.items():
         found = gradients(str(folder / "teacher"), **settings)  # type: ignore[arg-type]
-        if dist.rank() == 0:
+        if process_group.rank() == 0:
             torch.save(found, folder / f"{name}.pt")
-        dist.barrier()
-    dist.finish()
+        process_group.barrier()
+    process_group.finish()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from pathlib import Path
 from torch import Tensor
 
 import stores
-from core import seeds
-from pairgen.layout import (
+from d2g.core import seeds
+from pairgen.prompts import PromptList, label_list, prompts_sha256
+from pairgen.store.hdf5 import PairBatch, encode_rows, load_rows
+from pairgen.store.spec import (
     StoreSpec,
     create_store,
     encode_record,
@@ -18,10 +20,8 @@ from pairgen.layout import (
     shard_path,
     shards_present,
 )
-from pairgen.prompts import PromptList, label_list, prompts_sha256
-from pairgen.store import PairBatch, encode_rows, load_rows
+from pairgen.store.writer import PairWriter
 from pairgen.verify import verify_store
-from pairgen.writer import PairWriter
 
 LISTS = {
     "text": PromptList.of(["a cat", "ein Bär ☃", 'a "sign", red', "x" * 90]),

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import seeds
-from core.latents import LatentSpace
-from pairgen.layout import StoreSpec, create_store, encode_record, pending, quarantine_path, shard_path
-from pairgen.store import PairBatch, encode_rows
-from pairgen.writer import PairWriter
+from d2g.core import seeds
+from d2g.diffusion.latents import LatentSpace
+from pairgen.store.hdf5 import PairBatch, encode_rows
+from pairgen.store.spec import StoreSpec, create_store, encode_record, pending, quarantine_path, shard_path
+from pairgen.store.writer import PairWriter
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 """Of tests that fork: Python 3.12 warns of threads."""

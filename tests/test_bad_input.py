@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from core import sharded
-from core.checkpoint import open_checkpoint
-from core.dist import GRACE
-from core.runlog import read_stats
-from core.shuffle import permuted_batch
-from distill.train import train
+from d2g.core.distributed import sharded_checkpoint
+from d2g.core.distributed.checkpoint import open_checkpoint
+from d2g.core.distributed.process_group import GRACE
+from d2g.core.shuffle import permuted_batch
+from d2g.core.tracking.run_directory import read_stats
+from distill.training.train import train
 from forks import environments
 from jobs import Running, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
-from pairgen.layout import create_store, read_spec
-from pairgen.reader import PairReader
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import create_store, read_spec
+from pairgen.store.writer import PairWriter
 from pairgen.verify import verify_store
-from pairgen.writer import PairWriter
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +391,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     )
     assert f"lower the learning rate in another --out, from there with --set init={out}" in ended.error
     assert sorted(os.listdir(out / "checkpoints")) == ["000000004", "000000008"]
-    kept = [*load_file(last / "ema.safetensors").values(), *sharded.read(open_checkpoint(last)).values()]
+    kept = [
+        *load_file(last / "ema.safetensors").values(),
+        *sharded_checkpoint.read(open_checkpoint(last)).values(),
+    ]
     assert all(torch.isfinite(value).all() for value in kept)
     assert [line["nimg"] for line in read_stats(out)] == [4, 8]
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pairgen.reader import PairReader
+from pairgen.store.reader import PairReader
 
 ROOT = Path(__file__).parents[1]
 TRIAL = {

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from core.pretrained import new_text_encoder, new_tokenizer, new_unet, new_vae, save_pipeline
+from d2g.diffusion.pretrained import new_text_encoder, new_tokenizer, new_unet, new_vae, save_pipeline
 from latent_lpips import weights as lpips_weights
 from latent_lpips.config import LPIPSConfig
-from latent_lpips.metric import LatentLPIPS
+from latent_lpips.distance import LatentLPIPS
 from pairgen.config import PairConfig
 
 CAPTIONS = [

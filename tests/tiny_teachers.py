@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.pretrained import SD_BETAS, new_tokenizer, new_unet, new_vae
+from d2g.diffusion.pretrained import SD_BETAS, new_tokenizer, new_unet, new_vae
 from tiny import CAPTIONS
 
 LATENT = (4, 4, 4)

@@ -1,0 +1,194 @@
+"""A network under DDP, FSDP2 or alone, with gradients that stay exact where backward runs more than once.
+
+A second backward pass through DDP is not averaged, and one through FSDP2 meets freed storage (method.md 10.4,
+10.5). Here such passes run on the bare network: under DDP their gradients stay local until the last pass
+averages everything; under FSDP2 the gathered weights stay until the pass is over.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError
+
+Kind = Literal["ddp", "fsdp"]
+
+
+class Parallel:
+    """One network that is trained: call it as the network itself.
+
+    `module`: the bare network, its parameters those to optimise; under FSDP2 they are DTensors. Make the
+    optimizer after this. Every rank ends up with rank 0's weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        kind: Kind,
+        device: torch.device,
+        *,
+        layers: Iterable[nn.Module] = (),
+        roots: Iterable[nn.Module] = (),
+        replicas: int = 1,
+        half: torch.dtype | None = None,
+        compiler: str = "",
+    ) -> None:
+        """layers: what is gathered at once under FSDP2. roots: the modules that hold the rest, each cast to
+        `half` at its own boundary; what surrounds them stays in fp32. replicas: groups of ranks that each
+        hold all of the weights (hybrid sharding). compiler: a torch.compile backend; "" runs eagerly.
+        """
+        self.module, self.kind = module, kind
+        self.call: Callable[..., Any] = module
+        if kind == "fsdp":
+            self._shard(list(layers), list(roots), device, replicas, half)
+        else:
+            module.to(device)
+            if process_group.world_size() > 1:
+                ids = [device] if device.type == "cuda" else None
+                self.call = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+                if device.type == "cpu" and process_group.world_size() > 2:
+                    self.call.register_comm_hook(None, process_group.average_in_order)
+        self.compiled = bool(compiler)
+        self.alone: Callable[..., Any] = module
+        if compiler:
+            self.alone = torch.compile(module, backend=compiler)
+            self.call = self.alone if self.call is module else torch.compile(self.call, backend=compiler)
+
+    def __call__(self, *args: Any) -> Any:
+        """The network's forward pass, as the engine runs it."""
+        return self.call(*args)
+
+    def _shard(
+        self,
+        layers: list[nn.Module],
+        roots: list[nn.Module],
+        device: torch.device,
+        replicas: int,
+        half: torch.dtype | None,
+    ) -> None:
+        mesh = _mesh(device, replicas)
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
+        whole = self.module.state_dict() if process_group.rank() == 0 else {}
+        for part in (*layers, *roots):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        self.module.to_empty(device=device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+        set_model_state_dict(self.module, whole, options=options)
+
+    @property
+    def sharded(self) -> list[FSDPModule]:
+        """The modules that FSDP2 gathers and frees."""
+        return [part for part in self.module.modules() if isinstance(part, FSDPModule)]
+
+    @contextmanager
+    def unaveraged(self, really: bool = True) -> Iterator[None]:
+        """Backward passes inside add to this rank's gradients; the next one outside averages them all.
+
+        FSDP2 averages and adds pass by pass, which is as exact.
+        """
+        inside: AbstractContextManager[Any] = nullcontext()
+        if really and isinstance(self.wrapper, DistributedDataParallel):
+            inside = self.wrapper.no_sync()
+        with inside:
+            yield
+
+    def frozen(self, *args: Any) -> Any:
+        """A forward pass that trains nothing, while no parameter asks for a gradient: DDP stays out of it."""
+        return self.alone(*args)
+
+    @property
+    def wrapper(self) -> nn.Module:
+        """What DDP made, or the network."""
+        inner = getattr(self.call, "_orig_mod", self.call)
+        assert isinstance(inner, nn.Module)
+        return inner
+
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """The network for passes whose gradient is differentiated again: eager, unwrapped, with attention
+        that has a second derivative (method.md 10.1), also where activations are computed again.
+
+        Call backward inside. An averaged pass must follow before the optimizer's step (DDP).
+        """
+        with ExitStack() as stack:
+            if self.compiled:  # set_stance loads dynamo, which takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(self.unaveraged())
+            for part in self.sharded:
+                part.set_reshard_after_backward(False, recurse=False)
+            yield self.module
+            for p in self.parameters():  # DDP wants gradients laid out as their parameters
+                if p.grad is not None and p.grad.stride() != p.stride():
+                    p.grad = torch.empty_like(p).copy_(p.grad)
+            # Without this the optimizer would update the shards, and the next pass use the old weights.
+            for part in self.sharded:
+                part.reshard()
+                part.set_reshard_after_backward(True, recurse=False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def clip(self, most: float) -> Tensor:
+        """Scale gradients so that their norm over all parameters and ranks is at most `most`; return the
+        norm it was."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if math.isfinite(most):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), most, norm)
+        return whole(norm)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `full`, where `like` is sharded; no communication."""
+    if not isinstance(like, DTensor):
+        return full.to(like)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        full.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
+    world = process_group.world_size()
+    if world % replicas:
+        raise SettingError(f"engine.replicas is {replicas}; expected a divisor of the {world} processes")
+    process_group.join_alone()
+    if replicas == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replica", "shard"))
+
+
+def recompute(layers: Iterable[nn.Module]) -> None:
+    """Keep only the inputs of these layers for backward, and run them again there.
+
+    Non-reentrant, the one form that allows a second derivative (method.md 10.2).
+    """
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -1,0 +1,131 @@
+"""Randomness as a function of keys: pair noise of (seed, index), streams of (seed, rank, nimg).
+
+Pair noise is ours bit for bit. NumPy guarantees the raw stream of its Philox bit generator; the normal
+transform below uses only operations that IEEE 754 rounds in one way (+, -, *, /, sqrt) and integer ones.
+NumPy's log and cos differ in the last bit between CPUs and releases, torch.randn between devices, too.
+docs/pair-format.md gives outsiders the same arithmetic: change both or none.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import factorial, prod
+from operator import index as as_integer
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2g.core.errors import SettingError
+
+F64 = NDArray[np.float64]
+U64 = NDArray[np.uint64]
+
+KEYS = 2**63  # seeds and indices lie below: what int64 columns and torch generators hold
+BLOCK = 2**15  # words transformed at a time: operands of 128 KiB, which caches hold
+LN2, PI = 0.6931471805599453, 3.141592653589793
+# 4 atanh(s) = 4s + s * sum of ATANH[k] s^(2k+2), |s| < 0.1716; sin(a) = a + a * sum of SIN[k] a^(2k+2),
+# |a| < pi / 4: as many Taylor terms as can change a float64.
+ATANH = [4 / (2 * k + 1) for k in range(1, 11)]
+SIN = [(-1) ** k / factorial(2 * k + 1) for k in range(1, 9)]
+
+
+def checked_key(name: str, value: int) -> int:
+    """`value` as an int. Raises SettingError outside 0 to 2^63 - 1."""
+    if not 0 <= (number := as_integer(value)) < KEYS:
+        raise SettingError(f"{name} is {number}; give an integer from 0 to 2^63 - 1")
+    return number
+
+
+def _series(z: F64, terms: Sequence[float]) -> F64:
+    """terms[0] z + terms[1] z^2 + …, by Horner's rule."""
+    total = z * terms[-1]
+    for term in reversed(terms[:-1]):
+        total += term
+        total *= z
+    return total
+
+
+def _radius(words: U64) -> F64:
+    """sqrt(-2 ln u), where u is the odd multiple of 2^-53 that the top 52 bits say: never 0 or 1."""
+    bits = ((words >> 11) | 1).astype(np.float64).view(np.int64)
+    # u 2^53 = m 2^power with m from sqrt(1/2) to sqrt(2): the constant is the bits of sqrt(1/2).
+    power = (bits - 0x3FE6A09E667F3BCD) >> 52
+    m = (bits - (power << 52)).view(np.float64)
+    s = (1 - m) / (1 + m)  # -2 ln m = 4 atanh(s)
+    square = _series(s * s, ATANH)
+    square *= s
+    square += 4 * s
+    square += (53 - power) * (2 * LN2)
+    return np.asarray(np.sqrt(square))
+
+
+def box_muller(words: U64) -> F64:
+    """Standard normals of 64-bit words [..., 2k], in the same shape; each within 4 ulp of the formula.
+
+    Words w0, w1 give sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v) (Box and Muller, 1958), where
+    u = (floor(w0 / 2^12) + 1/2) / 2^52 and v = (floor(w1 / 2^11) + 1/2) / 2^53. At most 8.572 in size.
+    """
+    radius, v = _radius(words[..., 0::2]), words[..., 1::2]
+    quarter = (v + 2**61) >> 62  # the nearest multiple of pi / 2; `angle` is what is left
+    angle = (((v << 2).view(np.int64) >> 12) | 1) * (PI * 2.0**-53)
+    sin = _series(angle * angle, SIN)
+    sin *= angle
+    sin += angle
+    cos = np.sqrt(1 - sin * sin)  # sin^2 <= 1/2: nothing cancels
+    odd = (quarter & 1).astype(bool)
+    normals = np.empty(words.shape)
+    np.multiply(radius, np.where(odd, sin, cos), out=normals[..., 0::2])
+    np.multiply(radius, np.where(odd, cos, sin), out=normals[..., 1::2])
+    signs = normals.view(np.uint64)
+    signs[..., 0::2] ^= ((quarter + 1) >> 1) << 63  # the cosine is negative in quarters 1 and 2
+    signs[..., 1::2] ^= (quarter >> 1) << 63  # the sine in quarters 2 and 3
+    return normals
+
+
+def _words(seed: int, index: int, count: int) -> U64:
+    """The first `count` raw words of Philox-4x64 under the key (seed, index)."""
+    return np.random.Philox(key=np.array([seed, index], dtype=np.uint64)).random_raw(count)
+
+
+def noise(
+    seed: int, indices: Iterable[int], shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Noise rows [B, *shape] ~ N(0, 1) on the CPU. Row i depends on (seed, indices[i]) only, and a smaller
+    shape takes the first values of a larger one.
+
+    Computed in float64, rounded to float32, and that to `dtype`: float16 noise is the float32 noise rounded.
+    Seed and indices are integers from 0 to 2^63 - 1, else SettingError.
+    """
+    seed, count = checked_key("noise: seed", seed), prod(shape)
+    rows = [checked_key("noise: index", index) for index in indices]
+    words = count + count % 2
+    normals = np.empty((len(rows), count), dtype=np.float32)
+    step = max(1, BLOCK // max(1, words))
+    for start in range(0, len(rows), step):
+        raw = np.stack([_words(seed, row, words) for row in rows[start : start + step]])
+        for at in range(0, words, BLOCK):
+            values = box_muller(raw[:, at : at + BLOCK])[:, : count - at]
+            normals[start : start + step, at : at + BLOCK] = values
+    return torch.from_numpy(normals.reshape(len(rows), *shape)).to(dtype)
+
+
+def seed_sequence(*key: int) -> np.random.SeedSequence:
+    """NumPy's mixer over all of `key`: integers from 0 to 2^63 - 1, else SettingError. All keys differ.
+
+    SeedSequence by itself strings 32-bit words together and ignores zeros at the end: (1,) is (1, 0) to it,
+    and (2^32,) is (0, 1). A length in front and two words for each integer tell them apart.
+    """
+    parts = [checked_key("random key", part) for part in key]
+    halves = [half for part in parts for half in (part % 2**32, part >> 32)]
+    return np.random.SeedSequence([len(parts), *halves])
+
+
+def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A torch generator whose seed mixes all of `key` (see seed_sequence)."""
+    state = seed_sequence(*key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))
+
+
+def seed_step(seed: int, rank: int, nimg: int) -> torch.Generator:
+    """The generator of one training step: re-derived, so that a resumed run equals an unbroken one."""
+    return generator(seed, rank, nimg)

@@ -1,0 +1,99 @@
+"""Any diffusers pipeline as a sampler, called as its own documentation says: the second door to diffusers.
+
+`d2g.diffusion.pretrained` takes pipelines apart for training; here they stay whole, to measure what others ship.
+"""
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import generator, noise
+
+
+class AnyPipeline:
+    """A pipeline of diffusers on one device. Build with `load_any_pipeline`."""
+
+    def __init__(self, name: str, pipe: Any, device: torch.device) -> None:
+        self.name, self.pipe, self.device = name, pipe, device
+        self.takes = set(inspect.signature(pipe.__call__).parameters)
+
+    @property
+    def conditioning(self) -> str:
+        """What its prompts are: text, label (class numbers in decimal) or none (empty)."""
+        return "text" if "prompt" in self.takes else "label" if "class_labels" in self.takes else "none"
+
+    @torch.no_grad()
+    def images(
+        self, seed: int, numbers: range, prompts: Sequence[str], steps: int, guidance: float | None
+    ) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], fp32, of these numbers. Image i depends on (seed, i) and its prompt.
+
+        Where the pipeline takes latents of a UNet's size it gets our noise, as teacher and student do, else a
+        generator for each image, which also feeds samplers that draw again. `guidance` None: the pipeline's.
+        """
+        settings: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
+        if "generator" in self.takes:
+            settings["generator"] = [generator(seed, number) for number in numbers]
+        if (shape := self._latent_shape()) is not None:
+            settings["latents"] = noise(seed, numbers, shape).to(self.device, self.pipe.dtype)
+        if guidance is not None:
+            settings["guidance_scale"] = guidance
+        settings |= self._conditions(prompts)
+        pixels = torch.from_numpy(self.pipe(**settings).images).float()
+        return pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+
+    def _latent_shape(self) -> tuple[int, int, int] | None:
+        unet, vae = getattr(self.pipe, "unet", None), getattr(self.pipe, "vae", None)
+        if "latents" not in self.takes or unet is None or not isinstance(unet.config.sample_size, int):
+            return None
+        channels = unet.config.in_channels if vae is None else vae.config.latent_channels
+        return int(channels), unet.config.sample_size, unet.config.sample_size
+
+    def _conditions(self, prompts: Sequence[str]) -> dict[str, Any]:
+        if self.conditioning == "text":
+            return {"prompt": list(prompts)}
+        count = {"batch_size": len(prompts)} if "batch_size" in self.takes else {}
+        if self.conditioning == "none":
+            return count
+        try:
+            return {"class_labels": [int(prompt) for prompt in prompts], **count}
+        except ValueError as error:
+            raise UserError(
+                f"pipeline {self.name} draws classes, and its prompts must be their numbers ({error})"
+            ) from error
+
+
+def load_any_pipeline(
+    name: str, device: torch.device | str, dtype: torch.dtype, steps: int, guidance: float | None
+) -> AnyPipeline:
+    """Load a folder or hub id with DiffusionPipeline, without a safety checker, which would black images out.
+
+    Raises UserError where it cannot be loaded, SettingError for settings that the pipeline does not take.
+    """
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    index = Path(name) / "model_index.json"
+    settings: dict[str, Any] = {}
+    if index.is_file() and "safety_checker" in json.loads(index.read_text(encoding="utf-8")):
+        settings = {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(name, **settings)
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"pipeline {name} cannot be loaded ({type(error).__name__}: {reason}); give a folder or hub id "
+            "in diffusers layout"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    loaded = AnyPipeline(name, pipe.to(device, dtype), torch.device(device))
+    for setting, given in (("num_inference_steps", steps), ("guidance_scale", guidance)):
+        if given is not None and setting not in loaded.takes:
+            raise SettingError(f"pipeline {name} ({type(pipe).__name__}) takes no {setting}; leave it out")
+    return loaded

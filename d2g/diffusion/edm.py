@@ -1,0 +1,112 @@
+"""Networks preconditioned as in EDM (Karras et al. 2022): x = x_0 + sigma eps, sigma from sigma_max to 0."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from d2g.core.errors import SettingError
+from d2g.diffusion.schedule import Denoised, Point
+
+EDMPrediction = Literal["epsilon", "v_prediction"]
+"""diffusers' names for the sign of c_out: + is the paper's, - is that of v = alpha eps - sigma x_0."""
+
+SigmaGrid = Literal["karras", "exponential"]
+
+
+class Preconditioning(NamedTuple):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), eq. 7."""
+
+    c_skip: float
+    c_out: float
+    c_in: float
+    c_noise: float
+
+
+def preconditioning(sigma: float, sigma_data: float) -> Preconditioning:
+    """Table 1's last column at sigma > 0: unit variance in and out, for data of deviation `sigma_data`."""
+    total = math.hypot(sigma, sigma_data)
+    return Preconditioning(
+        c_skip=(sigma_data / total) ** 2,
+        c_out=sigma * sigma_data / total,
+        c_in=1 / total,
+        c_noise=math.log(sigma) / 4,
+    )
+
+
+def sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float, grid: SigmaGrid) -> list[float]:
+    """`steps` noise levels from `sigma_max` down to `sigma_min`, and 0 after them.
+
+    karras: even in sigma^(1 / rho), eq. 5; exponential: even in log sigma, its limit for large rho.
+    """
+    ramp = [i / max(steps - 1, 1) for i in range(steps)]
+    if grid == "karras":
+        high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+        levels = [(high + r * (low - high)) ** rho for r in ramp]
+    else:
+        levels = [sigma_max * (sigma_min / sigma_max) ** r for r in ramp]
+    return [*levels, 0.0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMSchedule:
+    """An EDM network's noise levels and preconditioning. Noise is stored with unit variance; the sampler
+    starts from sigma_max times it (Algorithm 1). The network is told c_noise = ln(sigma) / 4.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float
+    rho: float
+    grid: SigmaGrid
+    prediction: EDMPrediction
+
+    spacing: Literal["linspace"] = "linspace"  # even, both ends included, in what `grid` says
+    final_alpha_one: bool = True  # it ends at data
+
+    def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
+        """The `steps` points at which a sampler asks the network, and the end, sigma = 0, where none is told
+        a time. `size`, of the latent, decides nothing here. Raises SettingError for no steps.
+        """
+        if steps < 1:
+            raise SettingError(f"steps is {steps}; expected 1 or more")
+        levels = sigmas(steps, self.sigma_min, self.sigma_max, self.rho, self.grid)
+        return [self._point(sigma) for sigma in levels]
+
+    def one_step(self, timestep: int) -> Point:
+        """Where a one-step student starts: at sigma_max. Raises SettingError for any timestep but -1."""
+        if timestep != -1:
+            raise SettingError(
+                f"student_timestep is {timestep}, but the teacher is preconditioned as in EDM, and its "
+                f"students start at sigma_max, {self.sigma_max:g}; set student_timestep=-1"
+            )
+        return self._point(self.sigma_max)
+
+    def _point(self, sigma: float) -> Point:
+        time = preconditioning(sigma, self.sigma_data).c_noise if sigma else -math.inf
+        return Point(time, 1.0, sigma)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """x at sigma_max, fp32, from noise of unit variance."""
+        return self.sigma_max * noise.float()
+
+    def shown(self, x: Tensor, point: Point) -> Tensor:
+        """What the network takes: c_in x, fp32."""
+        return preconditioning(point.sigma, self.sigma_data).c_in * x.float()
+
+    def x0(self, output: Tensor, x: Tensor, point: Point) -> Tensor:
+        """D(x; sigma) from the network's output, fp32."""
+        c = preconditioning(point.sigma, self.sigma_data)
+        return c.c_skip * x.float() + self._sign * c.c_out * output.float()
+
+    def read(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
+        """x_0 = D and eps = (x - D) / sigma, fp32; eps is written out, for at a small sigma the difference
+        would have no digits left."""
+        c = preconditioning(point.sigma, self.sigma_data)
+        epsilon = point.sigma * c.c_in**2 * x.float() - self._sign * self.sigma_data * c.c_in * output.float()
+        return Denoised(self.x0(output, x, point), epsilon)
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self.prediction == "v_prediction" else 1.0

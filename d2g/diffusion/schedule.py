@@ -1,0 +1,230 @@
+"""Noise schedules and the algebra of predictions, as plain functions: x = alpha x_0 + sigma eps.
+
+Two kinds of teacher: variance-preserving over a table of timesteps (`Schedule`), and rectified flow, where
+alpha = 1 - s and sigma = s (`FlowSchedule`). A third, where alpha = 1, is in d2g/diffusion/edm.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2g.core.errors import SettingError, UserError
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+FlowPrediction = Literal["flow_prediction"]
+Spacing = Literal["leading", "trailing", "linspace"]
+
+NO_SIGNAL = 1e-6
+"""Below this alpha, x holds no data to speak of: zero terminal SNR, where nothing may be divided by alpha."""
+
+
+class Point(NamedTuple):
+    """One place between noise and data: x = alpha x_0 + sigma eps; `t` is what the network is told there."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+
+class Denoised(NamedTuple):
+    """What a network's output says at one point, fp32 [B, C, h, w] each: x = alpha x0 + sigma epsilon."""
+
+    x0: Tensor
+    epsilon: Tensor
+
+
+class _AsItIs:
+    """Networks that are shown x itself, from noise of unit variance on."""
+
+    prediction: Prediction | FlowPrediction
+
+    def start(self, noise: Tensor) -> Tensor:
+        """x at the first point: the noise, though a VP schedule's alpha need not be 0 there (method.md 2)."""
+        return noise.float()
+
+    def shown(self, x: Tensor, point: Point) -> Tensor:
+        """What the network takes at `point`."""
+        return x
+
+    def read(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
+        """`denoised` with this schedule's prediction."""
+        return denoised(output, x, point, self.prediction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(_AsItIs):
+    """A variance-preserving discrete schedule. `alphas_cumprod`: float64 [T], alpha_t^2 of method.md 1.2."""
+
+    alphas_cumprod: Tensor
+    prediction: Prediction
+    spacing: Spacing
+    steps_offset: int
+    final_alpha_one: bool
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def alpha_sigma(self, timestep: int) -> tuple[float, float]:
+        """(alpha_t, sigma_t) at an integer timestep; -1 stands for clean data under `final_alpha_one`,
+        else for alpha-bar_0, as diffusers' DDIM does (`set_alpha_to_one`)."""
+        if timestep < 0:
+            bar = 1.0 if self.final_alpha_one else float(self.alphas_cumprod[0])
+        else:
+            bar = float(self.alphas_cumprod[timestep])
+        return bar**0.5, (1.0 - bar) ** 0.5
+
+    def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
+        """The `steps` points at which a sampler asks the network, and the one after them, where it ends.
+
+        `size` (latent height and width) decides nothing here: it does for flows. Raises SettingError as
+        `timesteps` does.
+        """
+        grid = timesteps(len(self), steps, self.spacing, self.steps_offset)
+        return [Point(t, *self.alpha_sigma(t)) for t in [*grid, -1]]
+
+    def one_step(self, timestep: int) -> Point:
+        """Where a one-step student starts; -1: at the last timestep. Raises SettingError for one that is not
+        there."""
+        chosen = len(self) - 1 if timestep == -1 else timestep
+        if not 0 <= chosen < len(self):
+            raise SettingError(
+                f"student_timestep is {timestep}; expected 0 to {len(self) - 1}, or -1 for the last"
+            )
+        return Point(chosen, *self.alpha_sigma(chosen))
+
+    def x0(self, output: Tensor, x: Tensor, point: Point) -> Tensor:
+        """x_0 from a network output, fp32."""
+        return predict_x0(output, x, point.alpha, point.sigma, self.prediction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicShift:
+    """A flow's shift that follows the picture's size: mu is linear in the number of patches."""
+
+    base_shift: float
+    max_shift: float
+    base_length: int
+    max_length: int
+    kind: Literal["exponential", "linear"]
+    patch_size: int
+
+    def factor(self, size: tuple[int, int]) -> float:
+        """What stands in for `shift` at this latent height and width."""
+        slope = (self.max_shift - self.base_shift) / (self.max_length - self.base_length)
+        patches = (size[0] // self.patch_size) * (size[1] // self.patch_size)
+        mu = self.base_shift + slope * (patches - self.base_length)
+        return math.exp(mu) if self.kind == "exponential" else mu
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSchedule(_AsItIs):
+    """Rectified flow (Esser et al. 2024): x_s = (1 - s) x_0 + s eps, v = eps - x_0, s from 1 down to 0.
+
+    The network is told s * `train_steps`. `shift` (eq. 23) moves the steps towards noise; `dynamic` replaces
+    it by one that depends on the latent's size.
+    """
+
+    train_steps: int
+    shift: float
+    spacing: Literal["trailing", "linspace"]
+    dynamic: DynamicShift | None = None
+
+    prediction: FlowPrediction = "flow_prediction"
+    final_alpha_one: bool = True  # a flow ends at data
+
+    def __len__(self) -> int:
+        return self.train_steps
+
+    def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
+        """The `steps` points at which a sampler asks the network, and the end, t = 0. `size`: of the latent.
+
+        linspace is what diffusers' scheduler does with a number of steps: from 1 to the last entry of its
+        table, which is shifted already when it is static, and then shifted. trailing is 1, 1 - 1/n …, shifted
+        once, as pipelines that pass their own sigmas have it. Raises SettingError for impossible steps.
+        """
+        if not 1 <= steps <= self.train_steps:
+            raise SettingError(
+                f"steps is {steps}; expected 1 to {self.train_steps}, the teacher's training steps"
+            )
+        factor = self.shift if self.dynamic is None else self.dynamic.factor(size)
+        if self.spacing == "trailing":
+            grid = [1 - i / steps for i in range(steps)]
+        else:
+            last = 1 / self.train_steps
+            last = last if self.dynamic else shifted(last, factor)
+            grid = [1 - i * (1 - last) / max(steps - 1, 1) for i in range(steps)]
+        sigmas = [*(shifted(s, factor) for s in grid), 0.0]
+        return [Point(s * self.train_steps, 1 - s, s) for s in sigmas]
+
+
+def shifted(s: float, factor: float) -> float:
+    """The shift of Esser et al. 2024, eq. 23: keeps 0 and 1, and moves what is between towards 1."""
+    return factor * s / (1 + (factor - 1) * s)
+
+
+def timesteps(num_train: int, steps: int, spacing: Spacing, offset: int) -> list[int]:
+    """Descending integer timesteps of a `steps`-step sampler, as diffusers' DDIMScheduler spaces them.
+
+    leading: 0, r, 2r … + offset (starts at 981 for SD 1.5 and 50 steps); trailing ends at T - 1; linspace
+    spans all.
+    """
+    if not 1 <= steps <= num_train:
+        raise SettingError(f"steps is {steps}; expected 1 to {num_train}, the teacher's training steps")
+    ratio = num_train / steps
+    if spacing == "leading":
+        grid = [i * (num_train // steps) + offset for i in reversed(range(steps))]
+        if grid[0] >= num_train:
+            raise SettingError(
+                f"steps is {steps}: leading spacing with steps_offset {offset} would start at "
+                f"timestep {grid[0]}, the last is {num_train - 1}; take fewer steps or another spacing"
+            )
+        return grid
+    if spacing == "trailing":
+        return [round(num_train - i * ratio) - 1 for i in range(steps)]
+    return torch.linspace(0, num_train - 1, steps, dtype=torch.float64).round().long().flip(0).tolist()
+
+
+def predict_x0(output: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Prediction) -> Tensor:
+    """x_0 from a network output at (alpha, sigma), in fp32. method.md 2: for epsilon 1/alpha = 14.6
+    multiplies rounding errors at T, so the inputs are widened before the combination.
+    """
+    output, x = output.float(), x.float()
+    if prediction == "sample":
+        return output
+    if prediction == "v_prediction":
+        return alpha * x - sigma * output
+    if alpha < NO_SIGNAL:
+        raise UserError("an epsilon teacher has no x_0 at zero terminal SNR; use a v-prediction teacher")
+    return (x - sigma * output) / alpha
+
+
+def predict_epsilon(output: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Prediction) -> Tensor:
+    """epsilon from a network output at (alpha, sigma), in fp32."""
+    output, x = output.float(), x.float()
+    if prediction == "epsilon":
+        return output
+    if prediction == "v_prediction":
+        return alpha * output + sigma * x
+    return (x - alpha * output) / sigma
+
+
+def denoised(output: Tensor, x: Tensor, point: Point, prediction: Prediction | FlowPrediction) -> Denoised:
+    """x_0 and epsilon from a network output at `point`, in fp32. Nothing is divided by alpha but an epsilon
+    teacher's x_0, which is a UserError at zero terminal SNR.
+    """
+    if prediction == "flow_prediction":  # x = (1 - s) x_0 + s eps and v = eps - x_0, solved for both
+        output, x = output.float(), x.float()
+        return Denoised(x - point.sigma * output, x + point.alpha * output)
+    return Denoised(
+        predict_x0(output, x, point.alpha, point.sigma, prediction),
+        predict_epsilon(output, x, point.alpha, point.sigma, prediction),
+    )
+
+
+def diffuse(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, timestep: Tensor) -> Tensor:
+    """x_t = alpha_t x_0 + sigma_t eps for a batch of timesteps [B]."""
+    bar = alphas_cumprod.to(x0.device)[timestep].view(-1, *[1] * (x0.ndim - 1))
+    return (bar.sqrt() * x0 + (1 - bar).sqrt() * noise).to(x0.dtype)

@@ -1,0 +1,239 @@
+"""Scheduler files -> schedules. What a scheduler adds that our solvers do not follow is refused by name.
+
+Of a scheduler we take the ODE (betas, prediction, shift) and where its steps lie, never its own solver: pairs
+need a deterministic sampler that ends at sigma = 0, whatever the pipeline was published with.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any, get_args
+
+from d2g.core.errors import UserError
+from d2g.diffusion.edm import EDMPrediction, EDMSchedule, SigmaGrid
+from d2g.diffusion.pipelines import Pipeline, open_pipeline
+from d2g.diffusion.schedule import DynamicShift, FlowSchedule, Prediction, Schedule, Spacing
+
+VARIANCE_PRESERVING = (
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
+FLOW = ("FlowMatchEulerDiscreteScheduler",)
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+
+AnySchedule = Schedule | FlowSchedule | EDMSchedule
+
+UNETS = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "LDMPipeline",
+    "DDIMPipeline",
+    "DDPMPipeline",
+)
+"""Kinds of pipeline whose network takes any real number as its time, and so may be an EDM's."""
+
+BETAS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+"""Settings that make the table of alphas, the same in every scheduler that has them."""
+
+_NOISE = "it draws fresh noise at every step"
+REFUSED = {
+    "DDPMScheduler": _NOISE,
+    "DDPMParallelScheduler": _NOISE,
+    "DDPMWuerstchenScheduler": _NOISE,
+    "EulerAncestralDiscreteScheduler": _NOISE,
+    "KDPM2AncestralDiscreteScheduler": _NOISE,
+    "DPMSolverSDEScheduler": _NOISE,
+    "SASolverScheduler": _NOISE,
+    "LCMScheduler": _NOISE,
+    "TCDScheduler": _NOISE,
+    "FlowMatchLCMScheduler": _NOISE,
+    "RePaintScheduler": _NOISE,
+    "UnCLIPScheduler": _NOISE,
+    "CMStochasticIterativeScheduler": _NOISE,
+    "ScoreSdeVeScheduler": _NOISE,
+    "DEISMultistepScheduler": "its final sigma is not 0",
+}
+"""Schedulers that people meet, and why no pairs are made with them."""
+
+
+# Setting -> (whether its value is beyond us, what it does, the value to give it).
+_BEYOND: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "clip_sample": (bool, "it clips x_0, which is no ODE", "false"),
+    "thresholding": (bool, "it clips x_0, which is no ODE", "false"),
+    "algorithm_type": (lambda v: "sde" in str(v), _NOISE, '"dpmsolver++"'),
+    "stochastic_sampling": (bool, _NOISE, "false"),
+    "final_sigmas_type": (lambda v: v != "zero", "its final sigma is not 0", '"zero"'),
+    "use_karras_sigmas": (bool, "it leaves the timesteps the network was trained at", "false"),
+    "use_exponential_sigmas": (bool, "it leaves the timesteps the network was trained at", "false"),
+    "use_beta_sigmas": (bool, "it leaves the timesteps the network was trained at", "false"),
+    "use_lu_lambdas": (bool, "it leaves the timesteps the network was trained at", "false"),
+    "use_flow_sigmas": (bool, "a flow needs a FlowMatchEulerDiscreteScheduler", "false"),
+    "interpolation_type": (lambda v: v != "linear", "it spaces steps in log sigma", '"linear"'),
+    "timestep_type": (lambda v: v != "discrete", "its network is told log sigma", '"discrete"'),
+    "sigma_min": (lambda v: v is not None, "it cuts the range of sigmas", "null"),  # but for EDM's
+    "sigma_max": (lambda v: v is not None, "it cuts the range of sigmas", "null"),
+    "lambda_min_clipped": (lambda v: v != float("-inf"), "it drops the first steps", "-Infinity"),
+    "shift_terminal": (lambda v: v is not None, "it stretches the steps", "null"),
+    "invert_sigmas": (bool, "it runs from data to noise", "false"),
+}
+
+
+def load_schedule(name: str) -> Schedule:
+    """The noise schedule and sampler conventions of a variance-preserving pipeline, whatever its scheduler.
+
+    Raises UserError for flows and EDM's, for schedulers that are stochastic or do not end at sigma = 0, and
+    for settings that our solvers do not follow.
+    """
+    schedule = load_student_schedule(name)
+    if isinstance(schedule, EDMSchedule):
+        raise UserError(
+            f"teacher {name} is preconditioned as in EDM; expected a variance-preserving teacher, such as "
+            "SD 1.5"
+        )
+    return schedule
+
+
+def load_student_schedule(name: str) -> Schedule | EDMSchedule:
+    """The schedule of a pipeline that a one-step student can be made of: variance-preserving, or EDM's.
+
+    Raises UserError as `load_schedule` does, but for EDM's.
+    """
+    schedule = load_any_schedule(name)
+    if isinstance(schedule, FlowSchedule):
+        raise UserError(f"teacher {name} is a flow; expected a variance-preserving teacher, such as SD 1.5")
+    return schedule
+
+
+def load_any_schedule(name: str) -> AnySchedule:
+    """The schedule of a pipeline, found out from its files: variance-preserving, a flow or EDM's.
+
+    Raises UserError as `load_schedule` does, but for flows and EDM's.
+    """
+    pipeline = open_pipeline(name)
+    kind, settings = _settings(pipeline)
+    if kind in EDM:
+        return _edm(pipeline, kind, settings)
+    return (_flow if kind in FLOW else _vp)(pipeline, kind, settings)
+
+
+def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
+    """The scheduler's class and what its own constructor would make of its file, after every refusal."""
+    import diffusers
+
+    home, kind = pipeline.home("scheduler"), pipeline.class_name("scheduler")
+    where = f"teacher {pipeline.folder}: scheduler {kind}"
+    flow = pipeline.kind == "StableDiffusion3Pipeline"
+    supported = FLOW if flow else VARIANCE_PRESERVING + (EDM if pipeline.kind in UNETS else ())
+    mend = (
+        f"in diffusers, set pipe.scheduler = {supported[0]}.from_config(pipe.scheduler.config"
+        f"{'' if flow else ', clip_sample=False'}) and save_pretrained the pipeline"
+    )
+    assert kind is not None, "home() has seen it"
+    if kind in REFUSED:
+        raise UserError(f"{where} cannot make pairs: {REFUSED[kind]}; {mend}")
+    if kind not in supported:
+        raise UserError(f"{where} does not go with {pipeline.kind}; expected {', '.join(supported)}; {mend}")
+    file = home / "scheduler_config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        known = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        # Files carry keys of schedulers they once had: SDXL's Euler file says set_alpha_to_one, which Euler
+        # never reads, and taking it up is the known bug of method.md 1.3.
+        settings = {k: raw.get(k, p.default) for k, p in known.items() if k != "self"}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: {file.name} cannot be read ({error})") from error
+    own = {"sigma_min", "sigma_max"} if kind in EDM else set()
+    for key in sorted(_BEYOND.keys() & settings.keys() - own):
+        beyond, does, instead = _BEYOND[key]
+        if beyond(settings[key]):
+            raise UserError(
+                f"{where} has {key}={json.dumps(settings[key])}: {does}; "
+                f"set it to {instead} in {file.relative_to(pipeline.folder)}"
+            )
+    return kind, settings
+
+
+def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
+    from diffusers import DDIMScheduler
+
+    where = f"teacher {pipeline.folder}: scheduler {kind}"
+    if settings["prediction_type"] not in get_args(Prediction):
+        raise UserError(
+            f"{where} has prediction_type={settings['prediction_type']}; "
+            f"supported: {', '.join(get_args(Prediction))}"
+        )
+    spacing = settings.get("timestep_spacing", "linspace")
+    if spacing not in get_args(Spacing):
+        raise UserError(f"{where} has timestep_spacing={spacing}; supported: {', '.join(get_args(Spacing))}")
+    try:
+        alphas = DDIMScheduler(**{k: settings[k] for k in BETAS if k in settings}).alphas_cumprod
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{where} has betas that DDIMScheduler cannot make: {error}") from error
+    return Schedule(
+        alphas_cumprod=alphas.double(),
+        prediction=settings["prediction_type"],
+        spacing=spacing,
+        steps_offset=int(settings.get("steps_offset", 0)),
+        final_alpha_one=bool(settings.get("set_alpha_to_one", True)),  # those without it end at sigma = 0
+    )
+
+
+def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedule:
+    dynamic = None
+    if settings["use_dynamic_shifting"]:
+        network = json.loads((pipeline.home("transformer") / "config.json").read_text(encoding="utf-8"))
+        dynamic = DynamicShift(
+            base_shift=float(settings["base_shift"]),
+            max_shift=float(settings["max_shift"]),
+            base_length=int(settings["base_image_seq_len"]),
+            max_length=int(settings["max_image_seq_len"]),
+            kind=settings["time_shift_type"],
+            patch_size=int(network.get("patch_size", 2)),
+        )
+    return FlowSchedule(
+        train_steps=int(settings["num_train_timesteps"]),
+        shift=float(settings["shift"]),
+        spacing="linspace",
+        dynamic=dynamic,
+    )
+
+
+def _edm(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> EDMSchedule:
+    where = f"teacher {pipeline.folder}: scheduler {kind}"
+    for key, known in (("prediction_type", EDMPrediction), ("sigma_schedule", SigmaGrid)):
+        if settings[key] not in get_args(known):
+            raise UserError(f"{where} has {key}={settings[key]}; supported: {', '.join(get_args(known))}")
+    network = json.loads((pipeline.home("unet") / "config.json").read_text(encoding="utf-8"))
+    if (embedding := network.get("time_embedding_type", "positional")) != "positional":
+        raise UserError(
+            f"{where} tells c_noise, which may be negative, but the UNet has "
+            f"time_embedding_type={embedding}; expected positional"
+        )
+    low, high, data, rho = (float(settings[k]) for k in ("sigma_min", "sigma_max", "sigma_data", "rho"))
+    if not (0 < low < high and data > 0 and rho > 0):
+        raise UserError(
+            f"{where} has sigma_min={low:g}, sigma_max={high:g}, sigma_data={data:g}, rho={rho:g}; expected "
+            "0 < sigma_min < sigma_max, and the others above 0"
+        )
+    return EDMSchedule(
+        sigma_min=low,
+        sigma_max=high,
+        sigma_data=data,
+        rho=rho,
+        grid=settings["sigma_schedule"],
+        prediction=settings["prediction_type"],
+    )

@@ -1,0 +1,65 @@
+"""`d2g lpips`: the latent perceptual distance."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2g.core.errors import SettingError
+from d2g_cli import lpips_train
+from d2g_cli.common import Json, TeacherOption, emit, expect
+
+app = typer.Typer(help="The latent perceptual distance.", no_args_is_help=True)
+for name in ("train", "calibrate", "score", "overfit", "triplets"):
+    app.command(name)(getattr(lpips_train, name))
+
+
+@app.command("distance")
+def lpips_distance(
+    a: Annotated[Path, typer.Argument(help="Image file.")],
+    b: Annotated[Path, typer.Argument(help="Image file of the same size.")],
+    teacher: TeacherOption = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="LatentLPIPS folder or authors' file (TEACHER/latent_lpips).")
+    ] = None,
+    pixels: Annotated[
+        str | None, typer.Option(help="LPIPS in pixels instead: vgg, alex or squeeze; no teacher.")
+    ] = None,
+    augment: Annotated[str, typer.Option(help="none, or letters of bgco.")] = "none",
+    draws: Annotated[int, typer.Option(help="Transforms averaged over, with --augment.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the transforms.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """LatentLPIPS between two images, in a teacher's latent space; or LPIPS, with --pixels."""
+    from eval.measure.image_pair import image_distance, pixel_distance
+
+    expect(1, draws=draws)
+    expect(0, 2**63 - 1, seed=seed)
+    if (teacher is None) == (pixels is None):
+        raise SettingError(
+            "--teacher is not set; its VAE makes the latents (or give --pixels vgg)"
+            if teacher is None
+            else "--teacher and --pixels are both set; latents or pixels, expected one of them"
+        )
+    if teacher is not None:
+        distance = image_distance(a, b, teacher, weights, augment, draws, seed)
+    else:
+        distance = pixel_distance(a, b, pixels, weights, augment, draws, seed)
+    emit({"distance": distance}, as_json, f"{a} | {b}")
+
+
+@app.command("convert")
+def lpips_convert(
+    file: Annotated[
+        Path, typer.Argument(help="elatentlpips checkpoint: …_tuned.pth, or a trunk's .pth.tar.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for lpips.safetensors and config.json.")],
+    space: Annotated[
+        str | None, typer.Option(help="sd15, sd21, sdxl, sd3 or flux (what the file's name begins with).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint of LatentLPIPS' authors (for non-commercial use) into a folder of ours."""
+    from latent_lpips.weights import convert
+
+    emit({"out": str(out), **convert(file, out, space)}, as_json, f"{file.name} in our form")

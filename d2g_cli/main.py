@@ -1,0 +1,110 @@
+"""`d2g`: the program. Commands live in commands/; here they are hung up, and failures become one line."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version as installed_version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from d2g.core.errors import UserError
+from d2g_cli import demo_doctor, distill, lpips, pairs, student, teacher
+from d2g_cli import eval as eval_commands
+from d2g_cli.common import last_word, reporter, tell_others, told_by_rank_0
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """typer itself prints what is wrong with the words given: of torchrun's processes on rank 0 alone."""
+    try:
+        yield
+    except typer.TyperException as error:
+        if told_by_rank_0(error.format_message()):
+            raise typer.Exit(error.exit_code) from error
+        raise
+
+
+class _Group(TyperGroup):
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        with _told_once():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _told_once():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Group, help="Distill diffusion teachers into one-step conditional GANs.", no_args_is_help=True
+)
+app.command()(demo_doctor.demo)
+app.command()(demo_doctor.doctor)
+app.add_typer(teacher.app, name="teacher")
+app.add_typer(pairs.app, name="pairs")
+app.add_typer(lpips.app, name="lpips")
+app.add_typer(distill.app, name="distill")
+app.command()(student.sample)
+app.add_typer(eval_commands.app, name="eval")
+app.command()(student.export)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"diffusion2gan {installed_version('diffusion2gan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; every failure becomes one `error:` line and an exit code."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in argv
+    try:
+        app(args=[a for a in argv if a != "--debug"], standalone_mode=True)
+    except UserError as error:
+        _fail(error, str(error), error.exit_code, debug)
+    except FloatingPointError as error:
+        _fail(error, str(error), 1, debug)
+    except SystemExit as left:
+        if isinstance(left.__context__, typer.TyperException):
+            tell_others(left.__context__.format_message())
+        # typer turns Ctrl-C outside the loops, which have their own answer, into a silent exit.
+        if isinstance(left.__context__ and left.__context__.__cause__, KeyboardInterrupt):
+            _fail(
+                left, "interrupted; what was finished before is safe, run the same command again", 130, debug
+            )
+        raise
+    except Exception as error:
+        _fail(error, _unexpected(error), 1, debug)
+
+
+def _unexpected(error: Exception) -> str:
+    """What to say of an error that nobody foresaw, or that an error of another process led to."""
+    if "WORLD_SIZE" in os.environ:  # asked without torch
+        from d2g.core.distributed import process_group
+
+        if process_group.lost_peer(error):
+            return (
+                f"another process is gone (process {process_group.rank()} lost it); its own message says why"
+            )
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}; this is unexpected, run again with --debug and report it"
+
+
+def _fail(error: BaseException, text: str, code: int, debug: bool) -> None:
+    reporter.stop()
+    if debug:
+        traceback.print_exception(error)
+    last_word(text, to_itself=debug)
+    sys.exit(code)

@@ -1,0 +1,209 @@
+"""Looking after pair stores: `d2g pairs info | verify | repair | merge | stats`."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2g.core.errors import UserError
+from d2g_cli.common import DryRun, Json, Out, Prompts, TeacherOption, emit, expect, finishing, reporter
+
+Store = Annotated[Path, typer.Argument(help="The store's folder.")]
+Workers = Annotated[int, typer.Option(help="Files at once (one per processor, at most 8).")]
+Tolerance = Annotated[float, typer.Option(help="Largest difference of latents that counts as rounding.")]
+BARS = " ▁▂▃▄▅▆▇█"
+SHOWN = 8  # of a list's items
+
+
+def info(
+    folder: Annotated[str, typer.Argument(help="The store's folder, or its URL (s3://, gs://, hf://).")],
+    as_json: Json = False,
+) -> None:
+    """Pairs, shards, spec and size of a store."""
+    from pairgen.store.remote import is_url, url_info
+    from pairgen.verify import store_info
+
+    _show(url_info(folder) if is_url(folder) else store_info(Path(folder)), as_json, folder)
+
+
+def verify(
+    folder: Store,
+    resimulate: Annotated[int, typer.Option(help="Also send this many rows through the teacher again.")] = 0,
+    teacher: TeacherOption = None,
+    tolerance: Tolerance = 0.02,
+    workers: Workers = 0,
+    as_json: Json = False,
+) -> None:
+    """Read every byte of a store and say what is damaged or missing. Exit 1 when not ok."""
+    from pairgen.verify import verify_store
+
+    expect(tolerance=tolerance, workers=workers, resimulate=resimulate)
+    report = verify_store(folder, reporter, workers)
+    result = asdict(report) | {"max_abs_err": None}
+    if resimulate and report.checked and not report.bad_shards:
+        from pairgen.generate import resimulate as again
+
+        result["max_abs_err"] = again(folder, resimulate, teacher)
+        result["ok"] &= result["max_abs_err"] <= tolerance
+    _show(result, as_json, str(folder))
+    if not result["ok"]:
+        raise UserError(f"{folder} is not ok: {_faults(folder, result, tolerance)}")
+
+
+def _faults(folder: Path, result: dict[str, Any], tolerance: float) -> str:
+    """What `verify` found, in one line, and what to do."""
+    counted = {
+        "files that cannot be trusted": len(result["bad_shards"]),
+        "shards missing": len(result["missing"]),
+        "pairs in two rows": len(result["duplicates"]),
+        "pairs without a finite latent": len(result["quarantined"]),
+    }
+    found = [f"{count} {what}" for what, count in counted.items() if count]
+    if found:
+        return f"{', '.join(found)}; `d2g pairs repair {folder}` mends it"
+    worst = result["max_abs_err"]
+    return (
+        f"rows sent through the teacher again differ by up to {worst:.3g}, tolerance {tolerance:g}; "
+        "another processor rounds differently (raise --tolerance), or it is not the teacher that made them"
+    )
+
+
+def repair(
+    folder: Store,
+    prompts: Prompts = None,
+    no_regenerate: Annotated[
+        bool, typer.Option("--no-regenerate", help="Only move bad files away: needs no teacher.")
+    ] = False,
+    workers: Workers = 0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Move bad files to quarantine/, then make the rows that are missing, quarantined ones too.
+
+    The store's own prompt list is used; --prompts is for a store without one.
+    """
+    from pairgen.repair import repair_store
+    from pairgen.store.spec import pending, quarantined_rows, read_spec
+    from pairgen.verify import verify_store
+
+    expect(workers=workers)
+    spec = read_spec(folder)
+    if dry_run:
+        report = verify_store(folder, reporter, workers)
+        plan = {"bad": report.bad_shards, "rows_to_make": spec.num_pairs - report.checked}
+        _show(plan, as_json, f"dry run: nothing was touched in {folder}")
+        return
+    moved, made = repair_store(folder, reporter, workers), 0
+    if moved:
+        print(f"moved {len(moved)} files to {folder / 'quarantine'}", file=sys.stderr)
+    if not no_regenerate and (pending(folder, spec) or quarantined_rows(folder, spec)):
+        from pairgen.generate import regenerate
+
+        _expect_prompts(folder, prompts, spec.conditioning)
+        with finishing():
+            made = regenerate(folder, prompts, reporter)
+    _show({"quarantined": moved, "regenerated": made}, as_json, str(folder))
+    aside = [row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows]
+    if aside and not no_regenerate:
+        raise UserError(
+            f"{len(aside)} pairs still have no finite latent: {first_ten(aside)}; "
+            f"their prompts stand in {folder / 'quarantine'}, the other pairs are usable"
+        )
+
+
+def first_ten(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (" ..." if len(numbers) > 10 else "")
+
+
+def _expect_prompts(folder: Path, prompts: Path | None, conditioning: str) -> None:
+    from pairgen.store.spec import prompts_path
+
+    if prompts is None and conditioning == "text" and not prompts_path(folder).exists():
+        raise UserError(
+            f"rows are missing, and {folder} holds no prompt list to make them from; "
+            "give --prompts FILE, the one it was made with, or --no-regenerate"
+        )
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Stores of equal spec.")],
+    out: Out,
+    link: Annotated[bool, typer.Option("--link", help="Hard links in place of copies.")] = False,
+    tolerance: Tolerance = 0.02,
+    workers: Workers = 0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Join stores of one spec that hold different shards. Run again to resume."""
+    from pairgen.merge import merge_stores
+    from pairgen.store.spec import read_spec, shards_present
+    from pairgen.verify import store_info
+
+    expect(tolerance=tolerance, workers=workers)
+    if dry_run:
+        held = {str(folder): len(shards_present(folder, read_spec(folder))) for folder in folders}
+        _show({"out": str(out), "shards": held}, as_json, "dry run: nothing was touched")
+        return
+    report = merge_stores(folders, out, reporter, link=link, tolerance=tolerance, workers=workers)
+    _show(store_info(out) | asdict(report), as_json, str(out))
+
+
+def stats(
+    folder: Store,
+    rows: Annotated[int, typer.Option(help="Evenly spread rows to look at (all).")] = 0,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also write a PNG of decoded rows with their prompts.")
+    ] = None,
+    cells: Annotated[int, typer.Option(help="Pictures on the sheet.")] = 48,
+    teacher: TeacherOption = None,
+    workers: Workers = 0,
+    as_json: Json = False,
+) -> None:
+    """Moments, norms, prompt lengths and outliers of a store's rows, and a contact sheet."""
+    from pairgen.statistics import store_statistics
+
+    expect(rows=rows, workers=workers)
+    expect(1, 1024, cells=cells)
+    result = store_statistics(folder, rows, teacher, reporter, workers) | {"sheet": None}
+    if sheet is not None:
+        from pairgen.contact_sheet import save_sheet
+
+        save_sheet(folder, sheet, cells, teacher, reporter)
+        result["sheet"] = str(sheet)
+    _show(result, as_json, str(folder))
+
+
+def _show(result: dict[str, Any], as_json: bool, title: str) -> None:
+    emit(result if as_json else readable(result), as_json, title)
+
+
+def readable(result: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A result for people: groups as dotted names, histograms as bars, long lists cut."""
+    flat: dict[str, Any] = {}
+    for key, value in result.items():
+        if key == "edges":
+            continue  # of the histogram beside it, between min and max
+        if isinstance(value, dict) and value:
+            flat |= readable(value, f"{prefix}{key}.")
+        elif key in ("counts", "expected"):
+            flat[prefix + key] = _bars(value)
+        elif isinstance(value, list):
+            more = [f"and {len(value) - SHOWN} more"] if len(value) > SHOWN else []
+            between = ", " if all(isinstance(item, int | float) for item in value) else "\n"
+            flat[prefix + key] = between.join([*map(_item, value[:SHOWN]), *more]) or "none"
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def _item(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_item(part)}" for key, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _bars(counts: list[float]) -> str:
+    top = max(counts) or 1
+    return "".join(BARS[min(8, -int(-8 * count // top))] for count in counts)

@@ -1,0 +1,185 @@
+"""The discriminator: the teacher's U-Net with noise input, resized inputs and thin readouts at every scale.
+
+An explicit forward over the U-Net's blocks, without hooks: hooks fire twice under activation checkpointing
+and break under sharding (method.md 10.18). Layout: method.md 4.2. No public reference implementation exists.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2g.core.errors import UserError
+from d2g.diffusion import pretrained
+from d2g.diffusion.text_encoders import Told, added_conditions, as_text
+from distill.config.run import DiscriminatorConfig
+
+WAYS = (
+    "{}Block2D",
+    "CrossAttn{}Block2D",
+    "SimpleCrossAttn{}Block2D",
+    "Attn{}Block2D",
+    "Resnet{}sampleBlock2D",
+)
+BLOCKS = tuple(way.format(direction) for way in WAYS for direction in ("Down", "Up"))
+"""Kinds of U-Net blocks that are known here."""
+
+
+class Discriminator(nn.Module):
+    """D(x, z, c): patch logits of every head. Built from a UNet2DConditionModel, which it takes over and
+    trains.
+
+    h0 = conv_in(x) + conv_z(z), conv_z zero at the start; Resize(x) enters each lower encoder scale through a
+    zero convolution, so that D starts as the teacher; per decoder scale three 1x1 heads: on what comes up
+    from below, on the encoder's skip, and on the scale's output. Heads are not zero, or no gradient would
+    pass. `downscale`: pixels of a picture by its latents', which SDXL's U-Net is told.
+
+    Raises UserError for a U-Net with blocks or conditions that are not known here.
+    """
+
+    def __init__(self, unet: Any, config: DiscriminatorConfig, downscale: int = 8) -> None:
+        super().__init__()
+        _refuse_unknown(unet)
+        self.unet: Any = unet
+        self.timestep, self.downscale = config.timestep, downscale
+        channels, first = unet.config.in_channels, unet.conv_in.out_channels
+        lower = [b.resnets[0].out_channels for b in unet.down_blocks if b.downsamplers is not None]
+        self.conv_z = _zeroed(nn.Conv2d(channels, first, 3, padding=1)) if config.z_conditioning else None
+        self.conv_scale = (
+            nn.ModuleList(_zeroed(nn.Conv2d(channels, width, 3, padding=1)) for width in lower)
+            if config.multi_scale_input
+            else None
+        )
+        last = f"{len(unet.up_blocks) - 1}_after"
+        self.heads = nn.ModuleDict(
+            {n: nn.Conv2d(w, 1, 1) for n, w in _head_widths(unet) if config.multi_scale_output or n == last}
+        )
+        # A block's output is read before it is enlarged, so that is done here and not in the block.
+        self.upsamplers = nn.ModuleList(nn.ModuleList(block.upsamplers or ()) for block in unet.up_blocks)
+        for block in unet.up_blocks:
+            block.upsamplers = None
+        self._frozen: list[nn.Module | None] = (
+            [unet, self.upsamplers] if config.freeze_backbone else [unet.conv_norm_out, unet.conv_out]
+        )  # no head reads the U-Net's own output
+        self.requires_grad_(True)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Switch the gradients of what is trained; what is frozen stays so."""
+        super().requires_grad_(requires_grad)
+        for part in self._frozen:
+            if part is not None:
+                part.requires_grad_(False)
+        return self
+
+    def forward(self, x: Tensor, noise: Tensor, text: Told, t: Tensor | None = None) -> dict[str, Tensor]:
+        """x and noise [B, C, h, w], text of B rows -> logits [B, 1, h_s, w_s] per head.
+
+        t [B]: the noise level of x, or whatever else D is told as its time; None: the config's constant.
+        """
+        unet, logits = self.unet, {}
+        text = as_text(text)
+        if t is None:
+            t = torch.full((len(x),), self.timestep, device=x.device)
+        t = t.to(x.device)
+        temb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
+        added = added_conditions(unet, text, x, self.downscale)
+        more = unet.get_aug_embed(emb=temb, encoder_hidden_states=text.hidden, added_cond_kwargs=added)
+        temb = temb if more is None else temb + more
+        temb = temb if unet.time_embed_act is None else unet.time_embed_act(temb)
+        hidden = unet.process_encoder_hidden_states(
+            encoder_hidden_states=text.hidden, added_cond_kwargs=added
+        )
+
+        def read(scale: int, place: str, features: Tensor) -> None:
+            if (name := f"{scale}_{place}") in self.heads:
+                logits[name] = self.heads[name](features)
+
+        def run(block: Any, *features: Any) -> Any:
+            told = {"encoder_hidden_states": hidden} if getattr(block, "has_cross_attention", False) else {}
+            return block(*features, temb=temb, **told)
+
+        h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
+        if self.conv_z is not None:
+            h = h + self.conv_z(noise)
+        skips = [h]
+        for scale, block in enumerate(unet.down_blocks):
+            h, passed = run(block, h)
+            skips += passed
+            if self.conv_scale is not None and block.downsamplers is not None:
+                h = h + self.conv_scale[scale](_resize(x, h.shape[2:]))
+        if unet.mid_block is not None:
+            h = run(unet.mid_block, h)
+        for scale, block in enumerate(unet.up_blocks):
+            count = len(block.resnets)
+            passed, skips = tuple(skips[-count:]), skips[:-count]
+            read(scale, "before", h)
+            read(scale, "skip", passed[-1])
+            h = run(block, h, passed)
+            read(scale, "after", h)
+            for up in self.upsamplers[scale]:  # type: ignore[attr-defined]
+                h = up(h, temb) if "Resnet" in type(up).__name__ else up(h, skips[-1].shape[2:])
+        return logits
+
+
+def discriminator_from_teacher(
+    teacher: str, config: DiscriminatorConfig, generator: torch.Generator
+) -> Discriminator:
+    """A discriminator with the teacher's weights; `generator` draws the heads."""
+    discriminator = Discriminator(pretrained.load_unet(teacher), config, pretrained.latent_downscale(teacher))
+    for head in discriminator.heads.values():
+        assert isinstance(head, nn.Conv2d) and head.bias is not None
+        bound = head.weight[0].numel() ** -0.5
+        nn.init.uniform_(head.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(head.bias)
+    return discriminator
+
+
+def added_parameters(discriminator: Discriminator) -> int:
+    """Parameters beyond the U-Net's own (Table A1: at most 0.13M for SD 1.5)."""
+    own = ("unet.", "upsamplers.")
+    return sum(p.numel() for name, p in discriminator.named_parameters() if not name.startswith(own))
+
+
+def _refuse_unknown(unet: Any) -> None:
+    for kind in (type(block).__name__ for block in (*unet.down_blocks, *unet.up_blocks)):
+        if kind not in BLOCKS:
+            raise UserError(
+                f"discriminator: the teacher's U-Net has a {kind}; supported are {', '.join(BLOCKS)}"
+            )
+    for name, known in (
+        ("class_embed_type", (None,)),
+        ("num_class_embeds", (None,)),
+        ("addition_embed_type", (None, "text", "text_time")),
+        ("encoder_hid_dim_type", (None, "text_proj")),
+    ):
+        if (value := getattr(unet.config, name)) not in known:
+            raise UserError(
+                f"discriminator: the teacher's U-Net has {name} {value!r}; supported: "
+                + ", ".join(map(repr, known))
+            )
+
+
+def _head_widths(unet: Any) -> Iterator[tuple[str, int]]:
+    """(name, channels) of every readout, from the block widths: the resnets' own input and skip counts."""
+    below = unet.down_blocks[-1].resnets[-1].out_channels
+    for scale, block in enumerate(unet.up_blocks):
+        yield f"{scale}_before", below
+        yield f"{scale}_skip", block.resnets[0].in_channels - below
+        below = block.resnets[-1].out_channels
+        yield f"{scale}_after", below
+
+
+def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Antialiased bilinear: differentiable twice, as R1 needs."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # the CPU has no bf16 form
+    small = F.interpolate(wide, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    return small.to(x.dtype)
+
+
+def _zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv

@@ -1,0 +1,118 @@
+"""What a run folder says of a run, while it runs or after: for `d2g distill watch`. Reads, never writes."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from d2g.core.config import WRITTEN_ANEW, read_object
+from d2g.core.distributed.checkpoint import whole_points
+from d2g.core.errors import UserError
+from d2g.core.tracking.run_directory import ENDED, read_stats
+from distill.monitoring.collapse import findings
+from distill.monitoring.plots import Row, health_rows
+
+PATIENCE = 600.0
+"""Seconds without a report of which nothing is said; where reports are rare, five times their usual gap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A run at one moment. `images`: how many it is meant to see; `ended`: None while it runs, or until it
+    was killed, else done, minutes, stopped or failed, and `why` it failed or was stopped; `silent_minutes`:
+    since the last report, where that is too long; `seconds_left`: at its last rate; `values`: the latest of
+    every kind.
+    """
+
+    out: str
+    stage: str
+    nimg: int
+    images: int
+    finished: bool
+    ended: str | None
+    why: str
+    silent_minutes: int | None
+    seconds_left: float | None
+    values: dict[str, float]
+    warnings: list[str]
+    checkpoint: str | None
+    preview: str | None
+    rows: list[Row]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to come."""
+        return self.finished or self.ended is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the rows for people. Values that are not finite become null: JSON knows none."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rows"}
+        finite = {k: v if abs(v) < float("inf") else None for k, v in self.values.items()}
+        return {**data, "values": finite}
+
+
+def view(folder: Path, width: int = 24, now: float | None = None) -> View:
+    """Read a run as it is `now`, in seconds since 1970. Raises UserError for a folder that holds none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run (no config.json); give the --out of `d2g distill`")
+    config = read_object(path, WRITTEN_ANEW)
+    try:
+        stage, length = str(config["stage"]), {**config["train"], **config.get("length", {})}
+        images = int(length["images"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} holds no run ({type(error).__name__}: {error}); give the --out of `d2g distill`"
+        ) from error
+    lines = read_stats(folder)
+    latest = {"nimg": 0.0} | {name: value for line in lines for name, value in line.items()}
+    nimg, rate = int(latest["nimg"]), latest.get("time/images_per_sec", 0.0)
+    ended, why = _ending(folder)
+    finished, silent = nimg >= images, None
+    if not (finished or ended):
+        silent = _silent_minutes(folder, lines, time.time() if now is None else now)
+    going = finished or not (ended or silent)
+    points = whole_points(folder / "checkpoints")
+    previews = sorted((folder / "previews").glob("*.png"), key=lambda path: path.stem.rpartition("-")[2])
+    return View(
+        out=str(folder),
+        stage=stage,
+        nimg=nimg,
+        images=images,
+        finished=finished,
+        ended=ended,
+        why=why,
+        silent_minutes=silent,
+        seconds_left=max(0, images - nimg) / rate if rate > 0 and going else None,
+        values={k: v for k, v in latest.items() if k != "nimg"},
+        warnings=[found.text for found in findings(lines)],
+        checkpoint=str(folder / "checkpoints" / f"{points[-1]:09d}") if points else None,
+        preview=str(previews[-1]) if previews else None,
+        rows=health_rows(lines, width),
+    )
+
+
+def _ending(folder: Path) -> tuple[str | None, str]:
+    """How a run ended, and why, where it had the time to write it down."""
+    path = folder / ENDED
+    if not path.is_file():
+        return None, ""
+    facts = read_object(path, "delete it: it only says how the run ended")
+    return str(facts.get("how")), " ".join(str(facts.get("why") or "").split())
+
+
+def _silent_minutes(folder: Path, lines: Sequence[Mapping[str, float]], now: float) -> int | None:
+    """Minutes since the last report, or since the start; None unless they are more than is usual."""
+    files = [path for name in ("config.json", "stats.jsonl") if (path := folder / name).is_file()]
+    silent = now - max(path.stat().st_mtime for path in files)
+    return int(silent // 60) if silent > max(PATIENCE, 5 * usual_gap(lines)) else None
+
+
+def usual_gap(lines: Sequence[Mapping[str, float]]) -> float:
+    """The median of seconds between a run's last twenty reports; 0 where there are fewer than two."""
+    paced = [(line["nimg"], rate) for line in lines if (rate := line.get("time/images_per_sec", 0.0)) > 0]
+    gaps = [(nimg - before) / rate for (before, _), (nimg, rate) in pairwise(paced[-21:])]
+    return median(gaps) if gaps else 0.0

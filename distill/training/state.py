@@ -1,0 +1,153 @@
+"""What a run trains: networks under their engine, optimizers, the average; and its way to disk and back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from d2g.core.config import digest, to_json
+from d2g.core.distributed import engine as parallel
+from d2g.core.distributed import process_group, sharded_checkpoint
+from d2g.core.distributed.checkpoint import Checkpoint
+from d2g.core.distributed.engine import Parallel
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import generator
+from d2g.diffusion import pretrained
+from distill.config.run import DistillConfig
+from distill.models.ema import EMA
+from distill.models.student import Student, blank_student, equip, student_from_teacher, train_only
+from distill.models.unet_discriminator import Discriminator, discriminator_from_teacher
+from distill.sampling import load_student_weights
+from distill.training.optim import optimizer
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@dataclass
+class State:
+    """All that a checkpoint holds. `nimg`: images seen, which alone decides rows and random numbers."""
+
+    student: Parallel
+    optim_g: torch.optim.Optimizer
+    ema: EMA
+    discriminator: Parallel | None
+    optim_d: torch.optim.Optimizer | None
+    nimg: int = 0
+    steps: int = 0
+
+    def save(self, writer: sharded_checkpoint.Writer, config: DistillConfig) -> None:
+        """Write a checkpoint, or begin to. On every rank; raises UserError."""
+        tensors = sharded_checkpoint.network_tensors("student", self.student.module)
+        tensors |= sharded_checkpoint.optimizer_tensors("optim.student", self.optim_g, self.student.module)
+        if self.discriminator is not None and self.optim_d is not None:
+            tensors |= sharded_checkpoint.network_tensors("discriminator", self.discriminator.module)
+            tensors |= sharded_checkpoint.optimizer_tensors(
+                "optim.discriminator", self.optim_d, self.discriminator.module
+            )
+        meta = {"steps": self.steps, "stage": config.stage, "networks": _networks(config)}
+        writer.save(self.nimg, tensors, {"ema": self.ema.tensors}, meta)
+
+    def load(self, last: Checkpoint, config: DistillConfig) -> None:
+        """Go back to a checkpoint, whatever the number of processes was. On every rank; raises UserError."""
+        if "files" not in last.meta:
+            raise UserError(f"{last.folder} was written by an older version; start another --out with init")
+        if last.meta["networks"] != _networks(config):
+            raise UserError(
+                f"{last.folder} is of a run with other networks (kind, teacher, pairs or seed); "
+                "delete the folder to go on from the checkpoint before it"
+            )
+        sharded_checkpoint.verify(last)
+        sharded_checkpoint.load(last, "student", self.student.module, self.optim_g)
+        if self.discriminator is not None and self.optim_d is not None:
+            sharded_checkpoint.load(last, "discriminator", self.discriminator.module, self.optim_d)
+        self.ema.load(last.tensors("ema"))
+        self.nimg, self.steps = last.nimg, int(last.meta["steps"])
+
+
+def _networks(config: DistillConfig) -> str:
+    """A digest of what decides which tensors there are and whose."""
+    whole = to_json(config)
+    return digest([whole[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")])
+
+
+def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -> State:
+    """A run at its first image; if not `fresh`, one that is loaded next, for which `config.init` need not be
+    there any more. Raises UserError for weights that do not fit, SettingError for settings.
+    """
+    student = _spread(
+        config,
+        device,
+        lambda: _student(config, fresh),
+        lambda: _blank_student(config),
+        lambda net: [net.unet],
+    )
+    discriminator: Parallel | None = None
+    optim_d: torch.optim.Optimizer | None = None
+    if config.stage == "gan":
+        rng = generator(config.seed, 0xD15C)
+        discriminator = _spread(
+            config,
+            device,
+            lambda: discriminator_from_teacher(config.teacher, config.gan, rng),
+            lambda: Discriminator(
+                pretrained.skeleton(config.teacher, "unet"),
+                config.gan,
+                pretrained.latent_downscale(config.teacher),
+            ),
+            lambda net: [net],
+        )
+        optim_d = optimizer(discriminator.module, config.gan.optim)
+    average = EMA(student.module, config.train.ema_beta, config.train.ema_start_images)
+    return State(student, optimizer(student.module, config.optim), average, discriminator, optim_d)
+
+
+def _spread(
+    config: DistillConfig,
+    device: torch.device,
+    load: Callable[[], N],
+    blank: Callable[[], N],
+    roots: Callable[[N], list[nn.Module]],
+) -> Parallel:
+    """A network under the config's engine. Where it is sharded, only rank 0 ever holds all of it."""
+    engine = config.engine
+    if engine.parallel == "fsdp" and process_group.rank() != 0:
+        network = blank().to("meta")
+    else:
+        network = load()
+    layers = list(pretrained.layers(network))
+    if engine.activation_checkpointing:
+        parallel.recompute(layers)
+    size = engine.shard_size or process_group.world_size()
+    if process_group.world_size() % size:
+        raise SettingError(
+            f"engine.shard_size is {size}; expected a divisor of the {process_group.world_size()} processes"
+        )
+    return Parallel(
+        network,
+        engine.parallel,
+        device,
+        layers=layers,
+        roots=roots(network),
+        replicas=process_group.world_size() // size,
+        half=torch.bfloat16 if config.train.precision == "bf16" else None,
+        compiler=engine.compiler,
+    )
+
+
+def _student(config: DistillConfig, fresh: bool) -> Student:
+    student = student_from_teacher(config.teacher, config.student_timestep)
+    if config.init and fresh:
+        load_student_weights(student, config.init)
+    if student.guided and not config.student.guidance_conditioning:
+        raise SettingError(f"{config.init} is told its guidance; set student.guidance_conditioning=true")
+    equip(student, config.student, config.seed)
+    train_only(student, config.student)
+    return student
+
+
+def _blank_student(config: DistillConfig) -> Student:
+    student = blank_student(config.teacher, config.student_timestep, config.student, config.seed)
+    train_only(student, config.student)
+    return student

@@ -1,0 +1,40 @@
+"""Encodings of prompts that came before, so that a list that is short is encoded once."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from d2g.diffusion.text_encoders import Text, Told
+
+
+class TextCache:
+    """`encode` with a memory of the `limit` prompts used last, on the CPU; with 0 it forgets everything.
+
+    With a memory, prompts are encoded one at a time: an encoding's last digits depend on its batch, and a
+    resumed run must not differ from an unbroken one by what it remembers.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[str]], Told], limit: int, device: torch.device) -> None:
+        self.encode, self.limit, self.device = encode, limit, device
+        self.known: OrderedDict[str, Told] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> Told:
+        """Prompts -> what the networks are told, on the device."""
+        if not self.limit:
+            return self.encode(prompts).to(self.device)
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.known:
+                self.known[prompt] = self.encode([prompt]).to("cpu")
+            self.known.move_to_end(prompt)
+        joined = _joined([self.known[prompt] for prompt in prompts])
+        while len(self.known) > self.limit:
+            self.known.popitem(last=False)
+        return joined.to(self.device)
+
+
+def _joined(rows: Sequence[Told]) -> Told:
+    if isinstance(first := rows[0], Text):
+        return first.map(lambda *parts: torch.cat(parts), *[row for row in rows[1:] if isinstance(row, Text)])
+    return torch.cat([row for row in rows if isinstance(row, Tensor)])

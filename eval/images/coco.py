@@ -1,0 +1,79 @@
+"""MS COCO as people download it: FOLDER/val2014/*.jpg and FOLDER/annotations/captions_val2014.json.
+
+No source fixes which captions the published protocols draw, so here is ours: each image's caption of the
+lowest annotation id, images in the order of sha256("SEED:IMAGE ID"). Anyone can repeat it in any language.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from d2g.core.errors import UserError
+from eval.images.folders import ImageFiles
+
+SPLITS: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {"coco2014-val": ("val2014", 40_504), "coco2017-val": ("val2017", 5_000)}
+)
+"""Reference set -> name of the split in COCO's files, and its number of images."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coco:
+    """One split: the folder of its images, image id -> file name, image id -> caption."""
+
+    images: Path
+    files: Mapping[int, str]
+    captions: Mapping[int, str]
+
+
+def read_coco(folder: str | Path, split: str) -> Coco:
+    """Read `split` ("val2014") of a COCO folder. Raises UserError where a part is missing or damaged."""
+    images, annotations = Path(folder) / split, Path(folder) / "annotations" / f"captions_{split}.json"
+    for path, found in ((images, images.is_dir()), (annotations, annotations.is_file())):
+        if not found:
+            raise UserError(
+                f"{path} is missing; expected COCO as downloaded: {split}/*.jpg and "
+                f"annotations/captions_{split}.json in {folder}"
+            )
+    try:
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
+        lines = sorted((int(a["id"]), int(a["image_id"]), str(a["caption"])) for a in content["annotations"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{annotations} is no COCO captions file ({error}); fetch it again") from error
+    captions: dict[int, str] = {}
+    for _, image, caption in lines:
+        captions.setdefault(image, " ".join(caption.split()))
+    if strange := sorted(captions.keys() - files.keys()):
+        raise UserError(f"{annotations} does not list image {strange[0]}, which has captions; fetch it again")
+    return Coco(images=images, files=files, captions=captions)
+
+
+def chosen_images(coco: Coco, count: int, seed: int) -> list[int]:
+    """`count` captioned images' ids (0: all) in the order of sha256("SEED:ID"): smaller choices begin larger
+    ones. Raises UserError when there are not so many.
+    """
+    if count > len(coco.captions):
+        raise UserError(
+            f"{coco.images.name} has {len(coco.captions)} captioned images, the protocol draws {count}; "
+            "fetch the whole split"
+        )
+    ordered = sorted(coco.captions, key=lambda image: hashlib.sha256(f"{seed}:{image}".encode()).digest())
+    return ordered[:count] if count else ordered
+
+
+def chosen_captions(coco: Coco, images: Sequence[int]) -> list[str]:
+    """The captions of `images`, line breaks and doubled blanks made single blanks."""
+    return [coco.captions[image] for image in images]
+
+
+def image_files(coco: Coco, images: Sequence[int]) -> ImageFiles:
+    """The files of `images` and their captions, by name. Raises UserError naming the first missing one."""
+    captions = {coco.images / coco.files[image]: coco.captions.get(image, "") for image in images}
+    for file in sorted(captions):
+        if not file.is_file():
+            raise UserError(f"{file} is missing; fetch {coco.images.name} again")
+    return ImageFiles(name=str(coco.images), pictures=sorted(captions), captions=captions)

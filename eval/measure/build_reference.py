@@ -1,0 +1,142 @@
+"""Measure reference images once: COCO as downloaded or any folder, in resumable parts, cached by digest."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from d2g.core.config import digest
+from d2g.core.distributed import process_group
+from d2g.core.errors import UserError
+from d2g.core.progress import Progress, quiet
+from eval.images.coco import SPLITS, chosen_captions, chosen_images, image_files, read_coco
+from eval.images.folders import ImageFiles, open_images
+from eval.measure.measure import FILE_SHA256, Measure, measure_source
+from eval.measure.reference import VERSION, Reference
+from eval.measure.rows import Work, open_work, stats_of
+from eval.measure.source import Source, image_source
+from eval.networks.base import FeatureNet
+from eval.protocols.protocol import Protocol
+
+
+def reference_files(folder: Path, protocol: Protocol) -> tuple[ImageFiles, list[str]]:
+    """(the protocol's reference images, its prompts) of what people download: COCO's folder, or any images.
+
+    A COCO protocol also takes the folder of the images alone; the prompts then come from elsewhere.
+    """
+    split = protocol.reference.removesuffix("-prompted")
+    if split not in SPLITS:
+        return open_images(folder), []
+    name, _ = SPLITS[split]
+    if not (folder / "annotations").is_dir() and protocol.reference == split:
+        return open_images(folder), []
+    coco = read_coco(folder, name)
+    chosen = chosen_images(coco, protocol.images, protocol.seed)
+    prompts = chosen_captions(coco, chosen)
+    images = chosen if protocol.reference.endswith("-prompted") else sorted(coco.files)
+    return image_files(coco, images), prompts
+
+
+def build_reference(
+    source: Source,
+    protocol: Protocol,
+    sets: Mapping[str, FeatureNet],
+    *,
+    prompts: Sequence[str] = (),
+    allow_fewer: bool = False,
+    work: Work | None = None,
+    progress: Progress = quiet,
+) -> Reference:
+    """Measure the protocol's reference images. Raises UserError when there are fewer than it has."""
+    count = protocol.reference_images or source.count or 0
+    if source.count is not None and source.count < count:
+        if not allow_fewer:
+            raise UserError(
+                f"{source.name} holds {source.count} images, protocol {protocol.name} compares with {count}; "
+                "fetch the rest, or give --allow-fewer, and the result says so"
+            )
+        count = source.count
+    elif source.count is not None and source.count > count:
+        raise UserError(
+            f"{source.name} holds {source.count} images, protocol {protocol.name} compares with {count}; "
+            "give the folder of just these"
+        )
+    if count < 2:
+        raise UserError(f"{source.name} holds {count} image(s); a reference needs at least 2")
+    measures = {
+        name: Measure(size=protocol.preprocessing, function=lambda images, _, net=net: net(images).float())  # type: ignore[misc]
+        for name, net in sets.items()
+    }
+    if work is not None and work.folder is not None:
+        networks = {name: net.sha256 for name, net in sets.items()}
+        open_work(
+            work.folder, {**source.facts, "networks": networks, "preprocessing": protocol.preprocessing}
+        )
+    rows = measure_source(source, range(count), measures, work=work, progress=progress)
+    shown = Path(source.name).name
+    facts = {
+        "source": shown,
+        "reference": protocol.reference,
+        "images": count,
+        "preprocessing": protocol.preprocessing,
+        "files_sha256": _digest_of(rows.values.get(FILE_SHA256)),
+        "converted": dict(sorted(rows.converted.items())),
+    }
+    stats = stats_of(rows, sets, protocol.preprocessing, shown)
+    return Reference(stats=stats, prompts=prompts, facts=facts)
+
+
+def _digest_of(digests: Tensor | None) -> str:
+    return "" if digests is None else digest(digests.numpy().tobytes().hex())
+
+
+def cache_folder() -> Path:
+    """Where references are cached: $D2G_CACHE, else diffusion2gan in the user's cache folder."""
+    if given := os.environ.get("D2G_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion2gan"
+
+
+def open_reference(
+    path: Path,
+    protocol: Protocol,
+    sets: Mapping[str, FeatureNet],
+    *,
+    allow_fewer: bool = False,
+    batch_size: int = 64,
+    progress: Progress = quiet,
+) -> Reference:
+    """A reference from a file of `d2g eval stats`, or from images, measured once and then found in the cache.
+
+    The key is the digest of the files' names, sizes and times, the networks, and how the protocol prepares
+    images and chooses prompts. Raises UserError as `build_reference` and `Reference.check` do.
+    """
+    if path.suffix == ".safetensors":
+        reference = Reference.load(path)
+    else:
+        files, prompts = reference_files(path, protocol)
+        source = image_source(files)
+        networks = {name: [net.name, net.sha256] for name, net in sets.items()}
+        settings = {name: protocol.settings()[name] for name in ("prompts", "reference", "images", "seed")}
+        key = digest([VERSION, dict(source.facts), networks, settings, protocol.preprocessing, allow_fewer])
+        file = cache_folder() / "reference" / f"{key}.safetensors"
+        if not file.is_file():
+            work = Work(batch_size=batch_size, folder=file.with_suffix(".work"))
+            built = build_reference(
+                source, protocol, sets, prompts=prompts, allow_fewer=allow_fewer, work=work, progress=progress
+            )
+            keep_reference(built, file, work, protocol.pr_images)
+        reference = Reference.load(file)
+    reference.check(protocol, sets)
+    return reference
+
+
+def keep_reference(reference: Reference, file: Path, work: Work, keep: int) -> None:
+    """Save a reference from one process and drop the parts it was made from; all processes wait for it."""
+    if process_group.rank() == 0:
+        reference.save(file, keep=keep)
+        if work.folder is not None:
+            shutil.rmtree(work.folder, ignore_errors=True)
+    process_group.barrier()

@@ -1,0 +1,172 @@
+"""How long an image takes: end to end and part by part, one model beside another."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from d2g.core.errors import SettingError, UserError
+
+Parts = Callable[[int], Mapping[str, Callable[[], object]]]
+"""Batch size -> the parts that make one batch, in order (text, network, decoder): calls that do it once."""
+
+PLATEAU = 1.02
+"""A larger batch that is not this much faster per image is no better."""
+
+
+def milliseconds_per_image(sample_one: Callable[[], object], *, repeats: int = 20, warmup: int = 3) -> float:
+    """Median milliseconds of `sample_one()`, which must make one image end to end (text encoder, U-Net, VAE).
+
+    Waits for the GPU before and after each call, where one is in use (method notes 7.5: batch 1).
+    """
+    _check(repeats, warmup)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    times = [_once({"": sample_one}, device)[0] for _ in range(warmup + repeats)]
+    return statistics.median(times[warmup:])
+
+
+def measure_latency(
+    models: Mapping[str, Parts],
+    device: str | torch.device,
+    *,
+    batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    repeats: int = 20,
+    warmup: int = 3,
+) -> dict[str, Any]:
+    """Latency at batch 1 and throughput at the best batch of each model ("student", "teacher", …), JSON-able.
+
+    At each batch size the models take turns, so that a busy minute meets all of them; the first `warmup`
+    rounds don't count. On CUDA parts are timed by device events, which don't hold the queue up, and the whole
+    by the clock, from an idle device to an idle device. A model gets no larger batch once it is out of memory
+    (`stopped` says so) or two in a row brought nothing. Per model: `batch_1`, `best` and `by_batch`, each
+    with `batch`, `ms` (median of a batch end to end), `ms_p10`, `ms_p90`, `ms_per_image`, `images_per_sec`
+    and `parts_ms`. With a teacher and a student also `teacher_over_student`, the ratio of both. Raises
+    SettingError for batches that do not ascend from 1, UserError when a model can't do batch 1.
+    """
+    _check(repeats, warmup)
+    if not batches or batches[0] != 1 or list(batches) != sorted(set(batches)):
+        raise SettingError(f"batches are {list(batches)}; expected ascending sizes from 1")
+    device = torch.device(device)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    stopped: dict[str, str] = {}
+    for batch in batches:
+        racing = {name: parts for name, parts in models.items() if name not in stopped}
+        for name, times in _race(racing, batch, device, repeats, warmup, stopped).items():
+            found[name].append(_summary(batch, times))
+            rates = [entry["images_per_sec"] for entry in found[name]]
+            if len(rates) > 2 and max(rates[-2:]) < PLATEAU * max(rates[:-2]):
+                stopped[name] = f"no faster from batch {found[name][-3]['batch']} on"
+    for name, entries in found.items():
+        if not entries:
+            raise UserError(f"{name} has no latency: {stopped[name]}; free the device's memory")
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "clock": "device events and wall" if device.type == "cuda" else "wall",
+        "repeats": repeats,
+        "warmup": warmup,
+        "models": {
+            name: {
+                "batch_1": entries[0],
+                "best": max(entries, key=lambda entry: entry["images_per_sec"]),
+                "by_batch": entries,
+                "stopped": stopped.get(name),
+            }
+            for name, entries in found.items()
+        },
+    }
+    if {"teacher", "student"} <= set(models):
+        teacher, student = result["models"]["teacher"], result["models"]["student"]
+        result["teacher_over_student"] = {
+            "batch_1": teacher["batch_1"]["ms"] / student["batch_1"]["ms"],
+            "best": student["best"]["images_per_sec"] / teacher["best"]["images_per_sec"],
+        }
+    return result
+
+
+Times = list[tuple[float, dict[str, float]]]
+"""Per repeat: milliseconds end to end, and of each part."""
+
+
+def _race(
+    models: Mapping[str, Parts],
+    batch: int,
+    device: torch.device,
+    repeats: int,
+    warmup: int,
+    stopped: dict[str, str],
+) -> dict[str, Times]:
+    """All repeats of the models that have memory for this batch; names the others in `stopped`."""
+    ready: dict[str, Mapping[str, Callable[[], object]]] = {}
+    times: dict[str, Times] = {}
+    for repeat in range(-1, warmup + repeats):
+        for name, parts in models.items():
+            if name in stopped:
+                continue
+            try:
+                if repeat < 0:
+                    ready[name], times[name] = parts(batch), []
+                else:
+                    times[name].append(_once(ready[name], device))
+            except torch.OutOfMemoryError:
+                stopped[name] = f"out of memory at batch {batch}"
+                times.pop(name, None)
+    return {name: rows[warmup:] for name, rows in times.items()}
+
+
+def _once(parts: Mapping[str, Callable[[], object]], device: torch.device) -> tuple[float, dict[str, float]]:
+    """Milliseconds of one batch end to end, and of each part."""
+    _wait(device)
+    start = time.perf_counter()
+    marks = [_mark(device)]
+    for call in parts.values():
+        call()
+        marks.append(_mark(device))
+    _wait(device)
+    whole = (time.perf_counter() - start) * 1000
+    spans = [_between(a, b) for a, b in itertools.pairwise(marks)]
+    return whole, dict(zip(parts, spans, strict=True))
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in time: of the device's queue on CUDA, of the clock with all work done elsewhere."""
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+    _wait(device)
+    return time.perf_counter()
+
+
+def _between(a: Any, b: Any) -> float:
+    return float(a.elapsed_time(b)) if isinstance(a, torch.cuda.Event) else (b - a) * 1000
+
+
+def _summary(batch: int, times: Times) -> dict[str, Any]:
+    wholes = sorted(whole for whole, _ in times)
+    median = statistics.median(wholes)
+    tenth = len(wholes) // 10
+    return {
+        "batch": batch,
+        "ms": median,
+        "ms_p10": wholes[tenth],
+        "ms_p90": wholes[-1 - tenth],
+        "ms_per_image": median / batch,
+        "images_per_sec": batch * 1000 / median,
+        "parts_ms": {name: statistics.median(row[name] for _, row in times) for name in times[0][1]},
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _check(repeats: int, warmup: int) -> None:
+    if repeats < 1 or warmup < 0:
+        raise SettingError(f"timing takes repeats >= 1 and warmup >= 0, got {repeats} and {warmup}")

@@ -1,0 +1,96 @@
+"""Reference statistics in one file: what real images look like to each network, and the prompts of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import differing
+from d2g.core.errors import UserError
+from eval.metrics.feature_stats import FeatureStats, Origin
+from eval.networks.base import FeatureNet
+from eval.protocols.protocol import Protocol
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Statistics by the name of their rows (features, dinov2, …), and the protocol's prompts, if it has any.
+
+    `facts`: source, images, files_sha256 (of all files' sha256, in order), preprocessing, converted.
+    """
+
+    stats: Mapping[str, FeatureStats]
+    prompts: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Images measured."""
+        return next(iter(self.stats.values())).count
+
+    def save(self, file: Path, *, keep: int = 0) -> None:
+        """Write one .safetensors file with `keep` random rows of each network (0: all), whole or not at all.
+
+        CMMD is of all rows, and has them all. Raises UserError when the disk refuses.
+        """
+        origins = {name: asdict(stats.origin) | {"count": stats.count} for name, stats in self.stats.items()}
+        tensors = {
+            f"{name}/{part}": tensor
+            for name, stats in self.stats.items()
+            for part, tensor in stats.tensors(0 if name == "cmmd" else keep).items()
+        }
+        tensors["prompts"] = torch.frombuffer(
+            bytearray(json.dumps(list(self.prompts)).encode()), dtype=torch.uint8
+        )
+        facts = {"version": VERSION, "facts": dict(self.facts), "origins": origins}
+        write_atomically(file, save(tensors, {"d2g_reference": json.dumps(facts, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, file: Path) -> "Reference":
+        """Read what `save` wrote. Raises UserError for a missing, damaged or foreign file."""
+        if not file.is_file():
+            raise UserError(f"{file}: no such statistics file; make one with `d2g eval stats`")
+        try:
+            with safe_open(str(file), "pt") as held:
+                facts = json.loads((held.metadata() or {})["d2g_reference"])
+                tensors = {name: held.get_tensor(name) for name in held.keys()}
+            if facts["version"] != VERSION:
+                raise ValueError(f"version {facts['version']}, expected {VERSION}")
+            stats = {}
+            for name, origin in facts["origins"].items():
+                parts = {part: tensors[f"{name}/{part}"] for part in ("mean", "covariance", "rows")}
+                count = int(origin.pop("count"))
+                stats[name] = FeatureStats.restored(Origin(**origin), count, parts)
+            prompts = json.loads(tensors["prompts"].numpy().tobytes())
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{file} is no reference statistics file ({error}); make it with `d2g eval stats`"
+            ) from error
+        return cls(stats=stats, prompts=prompts, facts=facts["facts"])
+
+    def check(self, protocol: Protocol, sets: Mapping[str, FeatureNet]) -> None:
+        """Raise UserError unless these are statistics of this protocol's pictures and of these networks."""
+        wanted: dict[str, Any] = {"preprocessing": protocol.preprocessing, "reference": protocol.reference}
+        differ = differing({name: self.facts.get(name, wanted[name]) for name in wanted}, wanted)
+        for name, net in sets.items():
+            if name not in self.stats:
+                raise UserError(
+                    f"reference {self.facts.get('source')} has no statistics of {net.name} features; make it "
+                    "again with `d2g eval stats` and the same --metrics"
+                )
+            origin = self.stats[name].origin
+            expected = {"features": net.name, "features_sha256": net.sha256, "resize": protocol.preprocessing}
+            differ += differing({key: getattr(origin, key) for key in expected}, expected, f"{name}.")
+        if differ:
+            raise UserError(
+                f"reference {self.facts.get('source')} was measured another way: {', '.join(differ)}; make "
+                "its statistics again"
+            )

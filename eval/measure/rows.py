@@ -1,0 +1,141 @@
+"""What was measured, image by image, and the files that keep it while a run is under way."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import differing
+from d2g.core.distributed import process_group
+from d2g.core.errors import UserError
+from eval.metrics.feature_stats import FeatureStats, Origin
+from eval.networks.base import FeatureNet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """What was measured of the images of `numbers`: name -> [N] or [N, D]; their N prompts. Of files also how
+    many were converted from what.
+    """
+
+    numbers: range
+    values: dict[str, Tensor] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    converted: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """How the images are gone through. None of it changes a number.
+
+    `folder`: where finished parts are kept, to go on from after a kill. `keep`: where images are saved as
+    PNG. `part`: images per part (0: a 64th of all, from 16 to 512).
+    """
+
+    batch_size: int = 64
+    folder: Path | None = None
+    keep: Path | None = None
+    part: int = 0
+
+    def parts(self, numbers: range) -> list[range]:
+        """The numbers in parts, in order: the same for any number of processes."""
+        size = self.part or max(16, min(512, len(numbers) // 64))
+        starts = range(numbers.start, numbers.stop, size)
+        return [range(start, min(start + size, numbers.stop)) for start in starts]
+
+    def path(self, part: range) -> Path | None:
+        """The file of a finished part, if parts are kept."""
+        return (
+            self.folder / "parts" / f"{part.start:08d}-{part.stop:08d}.safetensors" if self.folder else None
+        )
+
+
+def open_work(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Make a work folder for the run that `facts` (JSON) describe, or go on in it.
+
+    Raises UserError when it belongs to another run, naming what differs.
+    """
+    path = folder / "work.json"
+    if path.is_file():
+        differ = differing(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(facts)))
+        if differ:
+            raise UserError(
+                f"{folder} holds parts of another evaluation: {', '.join(differ)}; give the same settings to "
+                "go on with it, or another folder"
+            )
+    elif process_group.rank() == 0:
+        write_atomically(path, json.dumps(facts, indent=1))
+
+
+def store(path: Path, rows: Rows) -> None:
+    """Write a finished part: whole or not there. Raises UserError when the disk refuses."""
+    write_atomically(path, _packed([rows]))
+
+
+def stored(path: Path) -> Rows:
+    """Read a finished part. Raises UserError when it is damaged."""
+    try:
+        (rows,) = _unpacked(path.read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+    return rows
+
+
+def gathered(done: list[Rows], numbers: range) -> Rows:
+    """All processes' parts as one, in order, on every process."""
+    if process_group.world_size() > 1:
+        packed = torch.frombuffer(bytearray(_packed(done)), dtype=torch.uint8)
+        done = [rows for data in process_group.gather(packed) for rows in _unpacked(data.numpy().tobytes())]
+    done = sorted(done, key=lambda rows: rows.numbers.start)
+    assert [n for rows in done for n in rows.numbers] == list(numbers), "parts are missing or doubled"
+    names = done[0].values.keys() if done else ()
+    values = {name: torch.cat([rows.values[name] for rows in done]) for name in names}
+    prompts = [text for rows in done for text in rows.prompts]
+    converted = sum((rows.converted for rows in done), Counter[str]())
+    return Rows(numbers=numbers, values=values, prompts=prompts, converted=converted)
+
+
+def _packed(parts: Iterable[Rows]) -> bytes:
+    tensors: dict[str, Tensor] = {}
+    for rows in parts:
+        key = f"{rows.numbers.start}:{rows.numbers.stop}"
+        text = bytearray(json.dumps([rows.prompts, rows.converted]).encode())
+        tensors[f"{key}/facts"] = torch.frombuffer(text, dtype=torch.uint8)
+        tensors |= {f"{key}/rows/{name}": value.contiguous() for name, value in rows.values.items()}
+    return save(tensors)
+
+
+def _unpacked(data: bytes) -> list[Rows]:
+    found: dict[str, Rows] = {}
+    for name, tensor in load(data).items():
+        key, _, column = name.partition("/")
+        start, stop = (int(number) for number in key.split(":"))
+        rows = found.setdefault(key, Rows(numbers=range(start, stop)))
+        if column == "facts":
+            prompts, converted = json.loads(tensor.numpy().tobytes())
+            rows.prompts.extend(prompts)
+            rows.converted.update(converted)
+        else:
+            rows.values[column.removeprefix("rows/")] = tensor
+    return list(found.values())
+
+
+def stats_of(rows: Rows, sets: Mapping[str, FeatureNet], resize: str, source: str) -> dict[str, FeatureStats]:
+    """Statistics of the rows of each network."""
+    found = {}
+    for name, net in sets.items():
+        origin = Origin(features=net.name, features_sha256=net.sha256, resize=resize, source=source)
+        found[name] = FeatureStats(net.dim, origin)
+        found[name].update(rows.values[name])
+    return found

@@ -1,0 +1,38 @@
+"""Does a picture show its prompt: CLIP score and image-to-text retrieval."""
+
+import torch
+from torch import Tensor
+
+from d2g.core.seeds import generator
+from eval.networks.registry import ClipNet
+
+
+def clip_scores(clip: ClipNet, images: Tensor, prompts: list[str], *, prefix: str = "") -> Tensor:
+    """Cosine of each uint8 image [B, 3, H, W] and `prefix + prompt`. Returns [B] float64 in [-1, 1], not
+    x100.
+
+    The mean over images is the CLIP score as GigaGAN and Diffusion2GAN report it (Hessel et al. 2021 clip at
+    0 and multiply by 2.5).
+    """
+    assert len(images) == len(prompts)
+    texts = clip.encode_texts([prefix + prompt for prompt in prompts])
+    return (clip.encode_images(images).double() * texts.double()).sum(1)
+
+
+def retrieval_top1(
+    images: Tensor, texts: Tensor, captions: list[str], *, candidates: int = 100, seed: int = 0
+) -> float:
+    """Share of images whose own caption is nearest among `candidates` distinct captions (itself included).
+
+    images, texts [N, D] unit vectors of image i and caption i. Fewer distinct captions: all are candidates.
+    """
+    first = {caption: row for row, caption in reversed(list(enumerate(captions)))}
+    distinct = sorted(first.values())
+    number = min(candidates, len(distinct))
+    stream, right = generator(seed), 0
+    for row, caption in enumerate(captions):
+        shuffled = torch.randperm(len(distinct), generator=stream)[:number].tolist()
+        others = [distinct[i] for i in shuffled if distinct[i] != first[caption]][: number - 1]
+        scores = texts[others] @ images[row]
+        right += bool(scores.numel() == 0 or texts[row] @ images[row] > scores.max())
+    return right / len(captions)

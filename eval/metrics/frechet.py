@@ -1,0 +1,144 @@
+"""Frechet distance of two sets of features (FID), without a matrix square root."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2g.core.errors import UserError
+
+
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) in float64 (Heusel et al. 2017, eq. 6). Means [D], covs
+    [D, D].
+
+    tr (A B)^(1/2) is the sum of the square roots of the eigenvalues of F^T B F with A = F F^T, which is
+    symmetric: no complex parts, and singular covariances (fewer images than features) need no offset. The
+    factor is that of the covariance of lower rank, so that no eigenvalue is rounding alone.
+    """
+    a, b = cov_a.double(), cov_b.double()
+    factor_a, factor_b = factor(a), factor(b)
+    if factor_a.shape[1] <= factor_b.shape[1]:
+        cross = _root_trace(factor_a.T @ b @ factor_a)
+    else:
+        cross = _root_trace(factor_b.T @ a @ factor_b)
+    distance = (mean_a.double() - mean_b.double()).square().sum() + a.trace() + b.trace() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def factor(covariance: Tensor) -> Tensor:
+    """F [D, r] of full column rank with F F^T = covariance [D, D], positive semi-definite of rank r.
+
+    Cholesky at full rank, else eigenvectors, without eigenvalues below D * eps * the largest: rounding.
+    """
+    whole: Tensor
+    whole, failed = torch.linalg.cholesky_ex(covariance)
+    if not int(failed):
+        return whole
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    whole = vectors[:, kept] * values[kept].sqrt()
+    return whole
+
+
+def _root_trace(matrix: Tensor) -> float:
+    return float(torch.linalg.eigvalsh(matrix).clamp(min=0).sqrt().sum())
+
+
+def frechet_to(mean: Tensor, covariance: Tensor) -> Callable[[Tensor], float]:
+    """The Frechet distance of rows [N, D] (N >= 2) to one reference, which is factored once."""
+    mean, covariance = mean.double(), covariance.double()
+    root, trace = factor(covariance), float(covariance.trace())
+
+    def distance(rows: Tensor) -> float:
+        centre = rows.double().mean(0)
+        scaled = (rows.double() - centre) / (len(rows) - 1) ** 0.5
+        if len(rows) <= root.shape[1]:
+            cross = _root_trace(scaled @ covariance @ scaled.T)
+        else:
+            cross = _root_trace(root.T @ (scaled.T @ scaled) @ root)
+        total = float((centre - mean).square().sum() + scaled.square().sum()) + trace - 2 * cross
+        return max(total, 0.0)
+
+    return distance
+
+
+def frechet_standard_error(rows: Tensor, mean: Tensor, covariance: Tensor) -> float:
+    """Standard error of the Frechet distance of rows [N, D] to a fixed reference, in closed form.
+
+    Delta method: the distance's influence function at row x, with d = x - mean of the rows, is
+    d^T (I - T) d - tr((I - T) A) + 2 (mean of the rows - mean)^T d, where T = F (F^T A F)^(-1/2) F^T is the
+    optimal transport map from the rows' Gaussian to the reference F F^T (Takatsu 2011, Lemma 2.4). Good for
+    N well beyond D; raises UserError unless N > D.
+    """
+    if len(rows) <= rows.shape[1]:
+        raise UserError(
+            f"the closed-form interval needs more rows than features, got {len(rows)} for {rows.shape[1]}; "
+            "use the bootstrap"
+        )
+    root = factor(covariance.double())
+    centre = rows.double().mean(0)
+    centred = rows.double() - centre
+    projected = centred @ root
+    values, vectors = torch.linalg.eigh(projected.T @ projected / (len(rows) - 1))
+    transported = projected @ (vectors * values.clamp(min=values[-1] * 1e-12) ** -0.25)
+    shift = centred @ (centre - mean.double())
+    influence = centred.square().sum(1) - transported.square().sum(1) + 2 * shift
+    return float(influence.std()) / float(len(rows) ** 0.5)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrechetInfinity:
+    """The distance at endless images, the fit's standard error, and the points it is fitted to."""
+
+    value: float
+    standard_error: float
+    counts: tuple[int, ...]
+    distances: tuple[float, ...]
+
+
+def frechet_infinity(
+    rows: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    generator: torch.Generator,
+    *,
+    points: int = 15,
+    smallest: int = 0,
+) -> FrechetInfinity:
+    """FID-infinity (Chong & Forsyth 2020): the bias of the distance is linear in 1 / N, so fit and read at 0.
+
+    Distances to the reference of `points` random subsets of rows [N, D], of `smallest` (0: their
+    5,000, or N / 2 where that is less) to N rows evenly. The value may be negative. Raises UserError as
+    `subset_sizes` does.
+    """
+    counts = subset_sizes(*rows.shape, points=points, smallest=smallest)
+    distance = frechet_to(mean, covariance)
+    distances = [distance(rows[torch.randperm(len(rows), generator=generator)[:count]]) for count in counts]
+    inverse = 1 / np.array(counts)
+    slope, intercept = np.polyfit(inverse, distances, 1)
+    residual = np.square(np.array(distances) - intercept - slope * inverse).sum() / (points - 2)
+    spread = np.square(inverse - inverse.mean()).sum()
+    error = float(residual * (1 / points + inverse.mean() ** 2 / spread)) ** 0.5
+    return FrechetInfinity(
+        value=float(intercept),
+        standard_error=error,
+        counts=tuple(counts),
+        distances=tuple(distances),
+    )
+
+
+def subset_sizes(rows: int, dim: int, *, points: int = 15, smallest: int = 0) -> list[int]:
+    """How many of `rows` rows each point of FID-infinity takes. Raises UserError where they are too few:
+    below two rows per feature the bias is no line.
+    """
+    smallest = smallest or min(5000, rows // 2)
+    if points < 3 or smallest < 2 * dim or rows < smallest + points:
+        raise UserError(
+            f"extrapolating the Frechet distance of {dim} features takes 3 points or more from {2 * dim} "
+            f"images on, got {points} points and subsets of {smallest} to {rows}; make more images, or "
+            "leave fid_infinity out"
+        )
+    return [int(count) for count in np.linspace(smallest, rows, points)]

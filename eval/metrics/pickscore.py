@@ -1,0 +1,89 @@
+"""PickScore: which picture of a prompt would people pick, and how often does one model win."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2g.core.errors import UserError
+from eval.images.resize import prepare_batch
+from eval.metrics.intervals import wilson
+from eval.networks import transformers_vision
+from eval.networks.base import OPENAI, Device, normalised, parameters_sha256
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+"""CLIP ViT-H/14 tuned on people's choices (MIT, Kirstain et al. 2023)."""
+PICKSCORE_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Whose tokenizer the authors use; PickScore's own repository holds none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PickNet:
+    """`score`: uint8 images [B, 3, H, W] and their B prompts -> [B], higher is better. `sha256`: of its
+    parameters.
+    """
+
+    name: str
+    sha256: str
+    score: Callable[[Tensor, list[str]], Tensor]
+
+
+def load_pickscore(weights: str | None = None, device: Device = "cpu") -> PickNet:
+    """PickScore (Kirstain et al. 2023): exp(logit scale) times the cosine of image and prompt.
+
+    `weights`: folder or hub id in transformers' format, tokenizer included; None: PICKSCORE and
+    PICKSCORE_TOKENIZER. Images go through PIL's bicubic filter to the model's size, around their centre.
+    Raises UserError when either is missing.
+    """
+    source = weights or PICKSCORE
+    model = transformers_vision.load_clip(source).to(device)
+    words = transformers_vision.load_clip_tokenizer(PICKSCORE_TOKENIZER if weights is None else source)
+    size, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        assert len(images) == len(prompts)
+        pixels = normalised(prepare_batch(images.to(device), f"crop{size}-bicubic"), OPENAI)
+        tokens = words(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(
+            device
+        )
+        seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        read = model.text_projection(
+            model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        )
+        cosine = (F.normalize(seen, dim=1) * F.normalize(read, dim=1)).sum(1)
+        scores: Tensor = model.logit_scale.exp() * cosine
+        return scores.double().cpu()
+
+    return PickNet(name=Path(source).name, sha256=parameters_sha256(model), score=score)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WinRate:
+    """Share of prompts that the first model wins, a tie counting half; `interval`: 95 %."""
+
+    rate: float
+    interval: tuple[float, float]
+    wins: int
+    ties: int
+    losses: int
+
+
+def win_rate(first: Tensor, second: Tensor, *, margin: float = 0.0) -> WinRate:
+    """How often `first` [N] scores above `second` [N] on the same N prompts (and noise).
+
+    Scores within `margin` of each other tie: equal ones at 0. The interval is Wilson's (1927) of the rate,
+    which is wide enough with ties too, since half points vary less than wins and losses. Raises UserError for
+    no prompts.
+    """
+    assert first.shape == second.shape and first.ndim == 1 and margin >= 0
+    if not len(first):
+        raise UserError("a win rate needs at least one prompt; got none")
+    difference = first.double() - second.double()
+    wins, losses = int((difference > margin).sum()), int((difference < -margin).sum())
+    ties = len(first) - wins - losses
+    rate = (wins + ties / 2) / len(first)
+    return WinRate(rate=rate, interval=wilson(rate, len(first)), wins=wins, ties=ties, losses=losses)

@@ -1,0 +1,184 @@
+"""DreamSim's ensemble (Fu et al. 2023), three ViT-B/16 with LoRA, from its published checkpoints."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2g.core.errors import UserError
+from eval.images.resize import prepare_batch
+from eval.networks.base import IMAGENET, OPENAI, Device, FeatureNet, normalised, parameters_sha256
+from eval.networks.weights import fill, read_checkpoint, read_state, weights_folder
+
+SIZE = 224
+HEAD = 64
+"""Channels per attention head in every ViT-B."""
+ADAPTER = "ensemble_lora"
+CHECKPOINT = (
+    "dreamsim_ensemble_checkpoint.zip (release v0.2.0-checkpoints of ssundaram21/dreamsim on GitHub, MIT)"
+)
+DINO = "dino_vitbase16_pretrain.pth"
+"""DINO's ViT-B/16 (facebookresearch/dino, Apache-2.0), which DreamSim's own code fetches beside its zip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Branch:
+    """One ViT of the ensemble. `projected`: its feature is the normed class token times a matrix, as in CLIP;
+    else the class token as it leaves the last block.
+    """
+
+    file: str
+    projected: bool
+    quick: bool = False
+    """OpenAI's quick GELU."""
+
+
+BRANCHES = (
+    Branch(file=DINO, projected=False),
+    Branch(file="clip_vitb16_pretrain.pth.tar", projected=True, quick=True),
+    Branch(file="open_clip_vitb16_pretrain.pth.tar", projected=True),
+)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, hidden: int, eps: float, quick: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.quick = quick
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attn["proj"](mixed)
+        hidden = self.mlp["fc1"](self.norm2(x))
+        active = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
+        out: Tensor = x + self.mlp["fc2"](active)
+        return out
+
+
+class ViT(nn.Module):
+    """A vision transformer under DINO's names, of the sizes that a state dict has."""
+
+    def __init__(self, state: Mapping[str, Tensor], branch: Branch) -> None:
+        super().__init__()
+        kernel = state["patch_embed.proj.weight"]
+        width, eps = len(kernel), 1e-5 if branch.projected else 1e-6
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        hidden = len(state["blocks.0.mlp.fc1.weight"])
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros_like(state["pos_embed"]))
+        patches = nn.Conv2d(3, width, kernel.shape[2], kernel.shape[2])
+        self.patch_embed = nn.ModuleDict({"proj": patches})
+        # Where DINO drops positions in training, CLIP normalises.
+        self.pos_drop = nn.LayerNorm(width, eps=eps) if branch.projected else nn.Identity()
+        self.blocks = nn.ModuleList(_Block(width, hidden, eps, branch.quick) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, 224, 224] -> tokens [B, L, D] before the last norm."""
+        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        x = self.pos_drop(x)
+        for block in self.blocks:
+            x = block(x)
+        tokens: Tensor = x
+        return tokens
+
+
+class DreamSim(nn.Module):
+    """The ensemble's embedding; the distance of two images is 1 - the cosine of theirs."""
+
+    def __init__(self, states: list[dict[str, Tensor]], folder: Path) -> None:
+        super().__init__()
+        self.projections = nn.ParameterList()
+        self.branches = nn.ModuleList()
+        for branch, state in zip(BRANCHES, states, strict=True):
+            projection = state.pop("proj") if branch.projected else torch.empty(0)
+            self.projections.append(nn.Parameter(projection))
+            self.branches.append(ViT(state, branch))
+            fill(self.branches[-1], state, folder / branch.file, f"DreamSim's {branch.file}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, 224, 224] -> [B, D], of mean 0 and length 1."""
+        parts = []
+        for branch, vit, projection in zip(BRANCHES, self.branches, self.projections, strict=True):
+            tokens = vit(normalised(images, OPENAI if branch.projected else IMAGENET))
+            token = tokens[:, 0]
+            parts.append(vit.get_submodule("norm")(token) @ projection if branch.projected else token)
+        joined = torch.cat(parts, 1)
+        return F.normalize(joined - joined.mean(1, keepdim=True), dim=1)
+
+
+def load_dreamsim(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
+    """DreamSim's embeddings [B, 1792]: 1 - their cosine is the distance.
+
+    `weights`: the folder that the published zip unpacks to, with DINO's own file beside (or in checkpoints/,
+    where DreamSim's code puts it); None: dreamsim/ where PyTorch keeps weights. Images are resized whole to
+    224 px with PIL's bicubic filter. Raises UserError for missing, damaged or foreign files.
+    """
+    folder = weights_folder() / "dreamsim" if weights is None else Path(weights)
+    if not (folder / ADAPTER).is_dir():
+        raise UserError(
+            f"no DreamSim in {folder}: fetch {CHECKPOINT} and unpack it there, or give its folder"
+        )
+    states = [_state(folder, branch) for branch in BRANCHES]
+    model = DreamSim(states, folder)
+    _adapt(model, folder / ADAPTER)
+    model = model.to(device).eval().requires_grad_(False)
+    with torch.no_grad():
+        dim = model(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8, device=device)).shape[1]
+    return FeatureNet(
+        name="dreamsim",
+        dim=dim,
+        sha256=parameters_sha256(model),
+        function=lambda images: model(prepare_batch(images.to(device), f"squash{SIZE}-bicubic")),
+    )
+
+
+def _state(folder: Path, branch: Branch) -> dict[str, Tensor]:
+    what = f"DreamSim's {branch.file}"
+    if branch.projected:
+        held = read_checkpoint(folder / branch.file, what)
+        state = held.get("state_dict")
+        if not isinstance(state, dict) or "proj" not in state:
+            raise UserError(f"{folder / branch.file} is not {what}; unpack the zip again")
+        return dict(state)
+    places = [folder / "checkpoints" / DINO, folder / DINO]
+    held_at = next((place for place in places if place.is_file()), None)
+    if held_at is None:
+        raise UserError(
+            f"no {DINO} in {folder}: fetch DINO's ViT-B/16 backbone (facebookresearch/dino) and put it there"
+        )
+    return read_state(held_at, "DINO's ViT-B/16 backbone")
+
+
+def _adapt(model: DreamSim, folder: Path) -> None:
+    """Add the low-rank updates (Hu et al. 2021) to the weights: W + alpha / r * B A."""
+    files = [file for name in ("safetensors", "bin") if (file := folder / f"adapter_model.{name}").is_file()]
+    if not files or not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} lacks adapter_config.json and adapter_model.safetensors; unpack the zip again"
+        )
+    state = read_state(files[0], "DreamSim's LoRA adapter")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    prefix, suffix = "base_model.model.extractor_list.", ".lora_A.weight"
+    for name in sorted(state):
+        if name.endswith(".lora_B.weight"):
+            continue
+        number, _, path = name.removeprefix(prefix).removesuffix(suffix).partition(".model.")
+        lower, upper = state[name], state.get(name.replace("lora_A", "lora_B"))
+        if (
+            not (name.startswith(prefix) and name.endswith(suffix) and number in {"0", "1", "2"})
+            or upper is None
+        ):
+            raise UserError(f"{files[0]}: unknown tensor {name!r}; expected DreamSim's ensemble adapter")
+        weight = model.branches[int(number)].get_parameter(f"{path}.weight")
+        with torch.no_grad():
+            weight.add_(upper.float() @ lower.float(), alpha=config["lora_alpha"] / config["r"])

@@ -1,0 +1,52 @@
+"""LPIPS between images (Zhang et al. 2018), its trunk from where PyTorch keeps weights or a local file."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from d2g.core.config import pick
+from d2g.diffusion.latents import from_uint8
+from eval.networks.base import Device
+from eval.networks.weights import Published, find
+from latent_lpips.lpips import PixelLPIPS
+
+TRUNKS: Mapping[str, Published] = MappingProxyType(
+    {
+        "alex": Published(
+            names=("alexnet-owt-7be5be79.pth",),
+            sha256="7be5be79",
+            mib=233,
+            source="torchvision's alexnet, IMAGENET1K_V1",
+        ),
+        "vgg": Published(
+            names=("vgg16-397923af.pth",),
+            sha256="397923af",
+            mib=528,
+            source="torchvision's vgg16, IMAGENET1K_V1",
+        ),
+    }
+)
+"""Trunks by the names that the package lpips gives them (BSD-3); their heads come with the package (BSD-2).
+"""
+
+
+def load_pixel_lpips(
+    net: Literal["alex", "vgg"] = "alex", trunk: str | Path | None = None, device: Device = "cpu"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS v0.1 of uint8 images [B, 3, H, W] and as many others: [B], >= 0, 0 when equal.
+
+    `net`: alex (the authors' choice for measuring) or vgg; `trunk`: its file in torchvision's names, None:
+    where PyTorch keeps it. Raises UserError when the file is missing or another network's.
+    """
+    metric = PixelLPIPS(net, find(pick(TRUNKS, net, "LPIPS network"), trunk)).to(device).eval()
+
+    @torch.no_grad()
+    def distance(images: Tensor, others: Tensor) -> Tensor:
+        values: Tensor = metric(from_uint8(images.to(device)), from_uint8(others.to(device)))
+        return values.double().cpu()
+
+    return distance

@@ -1,0 +1,67 @@
+"""Feature networks by name, and SqueezeNet. `eval.networks.inception`, `clip_net`, `dinov2` and `dreamsim_net` load
+the others.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from d2g.core.errors import UserError
+from eval.images.resize import resize_clean
+from eval.networks.base import ClipNet as ClipNet
+from eval.networks.base import Device
+from eval.networks.base import FeatureNet as FeatureNet
+from eval.networks.clip import CLIP_PRESETS as CLIP_PRESETS
+from eval.networks.clip import clip_tokenizer as clip_tokenizer
+from eval.networks.clip import load_clip as load_clip
+from eval.networks.clip import load_clip_features as load_clip_features
+from eval.networks.clip import new_clip as new_clip
+from eval.networks.clip import save_clip as save_clip
+from eval.networks.dinov2 import load_dinov2
+from eval.networks.dreamsim import load_dreamsim
+from eval.networks.inception import INCEPTION_FILE as INCEPTION_FILE
+from eval.networks.inception import INCEPTION_SHA256_PREFIX as INCEPTION_SHA256_PREFIX
+from eval.networks.inception import load_inception, load_inception_tf, load_inception_torchvision
+from eval.networks.weights import file_sha256, load_strict
+
+
+def load_squeezenet(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
+    """ImageNet SqueezeNet 1.0, features [B, 512] averaged over the last fire module. RGB minus (123, 117,
+    104), 227 px.
+
+    A small stand-in where no Inception is at hand; its distances are no FID.
+    """
+    from torchvision.models import squeezenet1_0
+
+    what = "a squeezenet1_0.safetensors with torchvision's keys"
+    if weights is None:
+        raise UserError(f"squeezenet has no weights of its own; give the path of {what}")
+    net = squeezenet1_0(weights=None)
+    load_strict(net, weights, what)
+    net = net.to(device).eval().requires_grad_(False)
+    mean = torch.tensor([123.0, 117.0, 104.0], device=device).view(3, 1, 1)
+
+    def features(images: Tensor) -> Tensor:
+        output: Tensor = net.features(resize_clean(images.to(device), 227) - mean)
+        return output.mean((2, 3))
+
+    return FeatureNet(name="squeezenet", dim=512, sha256=file_sha256(weights), function=features)
+
+
+FEATURES: Mapping[str, Callable[[str | Path | None, Device], FeatureNet]] = MappingProxyType(
+    {
+        "inception": load_inception,
+        "inception-tf": load_inception_tf,
+        "torchvision-inception": load_inception_torchvision,
+        "dinov2": load_dinov2,
+        "clip": load_clip_features,
+        "dreamsim": load_dreamsim,
+        "squeezenet": load_squeezenet,
+    }
+)
+"""Feature networks by the names that protocols use; each takes its weights (None: where they usually lie) and
+a device.
+"""

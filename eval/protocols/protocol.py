@@ -1,0 +1,243 @@
+"""Protocols: everything that changes a number, under one name and one digest."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from d2g.core.config import digest, nearest
+from d2g.core.errors import SettingError
+
+ANY = "any"
+METRICS: Mapping[str, str] = MappingProxyType(
+    {
+        "fid": "Frechet distance of the protocol's features",
+        "fid_infinity": "the same, extrapolated to endless images",
+        "kid": "kernel distance of the protocol's features",
+        "is": "Inception score",
+        "pr": "precision and recall",
+        "dc": "density and coverage",
+        "fd_dinov2": "Frechet distance of DINOv2 features",
+        "fd_clip": "Frechet distance of CLIP features",
+        "cmmd": "maximum mean discrepancy of CLIP features",
+        "clip": "CLIP score: does an image show its prompt",
+        "pickscore": "PickScore: would people prefer it for its prompt",
+        "caption_accuracy": "share of a scene's captioned facts that the oracle reads back",
+        "dreamsim_diversity": "DreamSim distance between images of one prompt",
+        "dreamsim": "DreamSim distance to the teacher's image of the same noise",
+        "lpips": "LPIPS to the teacher's image of the same noise",
+        "latent_lpips": "LatentLPIPS to the teacher's image of the same noise",
+        "psnr": "peak signal-to-noise ratio to the teacher's image of the same noise",
+    }
+)
+"""What can be measured. The last four want a second source of images, on the same noise."""
+
+DISTANCES = ("fid", "fid_infinity", "kid", "pr", "dc")
+"""Measured on the protocol's features, against a reference."""
+PAIRED = ("dreamsim", "lpips", "latent_lpips", "psnr")
+
+Prompts = Literal["given", "coco2014-val", "coco2017-val", "classes", "scenes"]
+Reference = Literal[
+    "given", "coco2014-val", "coco2014-val-prompted", "coco2017-val", "cifar10-train", "scenes"
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """One way of measuring. Two results are comparable only if their protocols' digests are equal.
+
+    `prompts` is the rule that selects them (`eval.images.coco`, or "given": by the caller), `prompts_sha256` the
+    digest of the list, once known. Pictures, real and made, are cropped to the centre square or not, then
+    resized with PIL's `resize` to `size` (0: neither); `clip_size` is another size for the CLIP score.
+    `features` and `clip` name networks ("any": whichever the caller hands in; the digest then holds its
+    name). Counts of 0 mean "all there are". Precision, recall, density and coverage are of `pr_images` drawn
+    at random from either side, at each k of `neighbours`; the first is the headline. `seed` draws noise and
+    every random subset.
+    """
+
+    name: str
+    prompts: Prompts = "given"
+    prompts_sha256: str = ""
+    reference: Reference = "given"
+    images: int = 0
+    reference_images: int = 0
+    size: int = 0
+    resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    crop: Literal["none", "centre"] = "centre"
+    features: str = ANY
+    clip: str = ANY
+    clip_prefix: str = ""
+    clip_size: int = 0
+    neighbours: tuple[int, ...] = (3, 5)
+    pr_images: int = 10_000
+    kid_subsets: int = 100
+    kid_subset_size: int = 1_000
+    is_splits: int = 10
+    diversity_images: int = 4
+    seed: int = 1_000  # not that of training pairs, 0 unless told: a student is measured on noise new to it
+    metrics: tuple[str, ...] = ("fid", "kid", "clip", "pr")
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise SettingError(
+                    f"protocol {self.name}: {name} is {value!r}{nearest(value, get_args(hint))}"
+                )
+        for name in ("images", "reference_images", "size", "clip_size", "pr_images", "seed"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"protocol {self.name}: {name} is negative; expected 0 or more")
+        least = {"kid_subsets": 1, "kid_subset_size": 2, "is_splits": 1, "diversity_images": 2}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise SettingError(f"protocol {self.name}: {name} is below {minimum}")
+        if not self.neighbours or min(self.neighbours) < 1:
+            raise SettingError(f"neighbours are {self.neighbours}; expected one or more positive numbers")
+        check_metrics(self.metrics)
+
+    @property
+    def preprocessing(self) -> str:
+        """What `eval.images.resize.prepare` takes: native, or, say, crop256-lanczos."""
+        return self._to_size(self.size)
+
+    @property
+    def clip_preprocessing(self) -> str:
+        """The same for the CLIP score."""
+        return self._to_size(self.clip_size or self.size)
+
+    def _to_size(self, size: int) -> str:
+        if size == 0:
+            return "native"
+        return f"{'crop' if self.crop == 'centre' else 'squash'}{size}-{self.resize}"
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes a number: every field but the default selection of metrics."""
+        facts = asdict(self)
+        del facts["metrics"]
+        if self.size == 0:
+            facts |= {"resize": "none", "crop": "none"}
+        return {**facts, "neighbours": list(self.neighbours)}
+
+    def summary(self) -> str:
+        """One line for a table."""
+        images = f"{self.images:,}" if self.images else "all"
+        real = f"{self.reference_images:,}" if self.reference_images else "all"
+        parts = [f"{images} images against {real} ({self.reference})", self.preprocessing, self.features]
+        return f"{'; '.join([*parts, self.clip])}; {', '.join(self.metrics)}; sha256 {self.sha256()[:12]}"
+
+    def sha256(self) -> str:
+        """The digest that stands in every result."""
+        return digest(self.settings())
+
+    def resolved(self, *, features: str, clip: str, prompts_sha256: str) -> "Protocol":
+        """With the names of the networks and the digest of the prompts that are really used."""
+        return replace(
+            self,
+            features=features if self.features == ANY else self.features,
+            clip=clip if self.clip == ANY else self.clip,
+            prompts_sha256=prompts_sha256,
+        )
+
+
+def check_metrics(names: tuple[str, ...]) -> None:
+    """Raise SettingError unless `names` is a non-empty selection of METRICS."""
+    if not names:
+        raise SettingError(f"no metrics chosen; choose from {', '.join(METRICS)}")
+    for name in names:
+        if name not in METRICS:
+            raise SettingError(f"unknown metric {name!r}{nearest(name, METRICS)}")
+
+
+VIT_B_32 = "ViT-B-32-quickgelu:openai"
+VIT_G_14 = "ViT-g-14:laion2b_s12b_b42k"
+_PREFIX = "A photo depicts "  # GigaGAN's evaluation code puts these tokens before each caption
+
+_GIGAGAN = Protocol(
+    name="coco2014-30k-gigagan",
+    prompts="coco2014-val",
+    reference="coco2014-val",
+    images=30_000,
+    reference_images=40_504,
+    size=256,
+    resize="lanczos",
+    crop="centre",
+    features="inception",
+    clip=VIT_B_32,
+    clip_prefix=_PREFIX,
+    metrics=("fid", "clip", "pr"),
+)
+
+_SCENES = Protocol(
+    name="scenes-5k",
+    prompts="scenes",
+    reference="scenes",
+    images=5_000,
+    reference_images=5_000,
+    size=64,
+    resize="box",
+    crop="centre",
+    features="oracle",
+    metrics=("fid", "kid", "clip", "pr", "caption_accuracy"),
+)
+
+_ALL = (
+    # GigaGAN's evaluation code, which DMD and DMD2 also use: Lanczos, OpenAI's ViT-B/32.
+    _GIGAGAN,
+    # Diffusion2GAN, supplement B: bicubic. It does not name its CLIP; ViT-g-14 fits its Table A4 better.
+    replace(_GIGAGAN, name="coco2014-30k-d2gan", resize="bicubic", clip=VIT_G_14),
+    # Its SDXL table: 5,000 pairs of COCO 2017, and DreamSim's two questions. No source says how many images
+    # of a prompt DreamDiv compares: diversity_images is ours.
+    replace(
+        _GIGAGAN,
+        name="coco2017-5k-d2gan",
+        prompts="coco2017-val",
+        reference="coco2017-val",
+        images=5_000,
+        reference_images=5_000,
+        resize="bicubic",
+        clip=VIT_G_14,
+        metrics=("fid", "clip", "dreamsim_diversity", "dreamsim"),
+    ),
+    # DMD2's SDXL commands: FID at 512 px against the 10,000 photographs of the prompts, CLIP score at 256 px.
+    replace(
+        _GIGAGAN,
+        name="coco2014-10k-sdxl",
+        reference="coco2014-val-prompted",
+        images=10_000,
+        reference_images=10_000,
+        size=512,
+        clip=VIT_G_14,
+        clip_size=256,
+        metrics=("fid", "clip"),
+    ),
+    # The literature's CIFAR10 numbers resize inside the TensorFlow graph, and compare with the training set.
+    Protocol(
+        name="cifar10-50k",
+        prompts="classes",
+        reference="cifar10-train",
+        images=50_000,
+        reference_images=50_000,
+        features="inception-tf",
+        metrics=("fid",),
+    ),
+    _SCENES,
+    # The same on as many scenes as one asks for: the demo's.
+    replace(_SCENES, name="miniature", images=0, reference_images=0),
+    # 28x28 garments as a 32 px teacher sees them, against all 10,000 test photographs; docs/LOG.md.
+    Protocol(
+        name="fashion-1k",
+        images=1_000,
+        reference_images=10_000,
+        size=32,
+        resize="lanczos",
+        crop="centre",
+        features="squeezenet",
+        pr_images=1_000,
+        metrics=("fid", "kid", "pr"),
+    ),
+    # Your own images against your own reference: only what you name is fixed.
+    Protocol(name="folder"),
+)
+
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({protocol.name: protocol for protocol in _ALL})
+"""The protocols one can name."""

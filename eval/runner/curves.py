@@ -1,0 +1,169 @@
+"""The same evaluation at several values of one setting: a curve, or a run's checkpoints."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError, UserError
+from d2g.core.progress import Progress, quiet
+from eval.evaluate import Evaluation
+from eval.measure.source import Source
+from eval.protocols.config import CurveRun, EvalRun
+from eval.report.html import write_report
+from eval.report.page import fid_clip_curve, metrics_of, report_data
+from eval.report.plot import plot_curve
+from eval.report.svg import Curve
+from eval.result import label_table
+from eval.runner.samplers import checkpoints
+from eval.runner.session import Bench
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One value of the setting, and what was measured at it."""
+
+    value: float
+    source: Source
+    evaluation: Evaluation
+
+    def row(self, setting: str) -> dict[str, Any]:
+        """The point as JSON."""
+        result = self.evaluation.result
+        return {setting: self.value, **result.numbers(), "ci": result.ci}
+
+
+def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
+    """FID over CLIP score at several values of one setting (StyleGAN-T, Fig. 5).
+
+    With an `out` folder: curve.json, curve.png, report.html, and each point's parts to go on from. Raises
+    SettingError for a setting that the sampler does not have.
+    """
+    _check(config)
+    bench = Bench(config.run, progress)
+    if not {"fid", "clip"} <= set(bench.metrics):
+        raise SettingError("a curve is of FID over CLIP score, so its metrics must have fid and clip")
+    points = measure_points(bench, config)
+    made = _facts(points, config.setting)
+    if config.run.out is not None and process_group.rank() == 0:
+        out = Path(config.run.out)
+        rows = [{**row, "label": f"{row[config.setting]:g}"} for row in made["points"]]
+        curve = fid_clip_curve({config.setting: rows}, label=made["labels"]["fid"])
+        write_atomically(out / "curve.json", json.dumps(made, indent=1))
+        plot_curve(curve, out / "curve.png")
+        _write_report(out, points, config.setting, [curve])
+    process_group.barrier()
+    return made
+
+
+def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
+    """All checkpoints of a student's run: the newest one's result, and a row for each under `checkpoints`.
+
+    With an `out` folder: result.json of the newest, checkpoints.json, report.html with the numbers over
+    training, and each checkpoint's parts to go on from.
+    """
+    if config.latency:
+        raise SettingError("--latency is of one student; leave --every out")
+    curve = CurveRun(run=config, setting="checkpoints")
+    bench = Bench(config, progress)
+    points = measure_points(bench, curve)
+    made, newest = _facts(points, "images"), points[-1].evaluation.result.to_json()
+    if config.out is not None and process_group.rank() == 0:
+        if config.out.endswith(".json"):
+            write_atomically(Path(config.out), json.dumps(made, indent=1))
+        else:
+            out = Path(config.out)
+            write_atomically(out / "result.json", json.dumps(newest, indent=1))
+            write_atomically(out / "checkpoints.json", json.dumps(made, indent=1))
+            _write_report(out, points, "images", _over_training(made))
+    process_group.barrier()
+    return newest | {"checkpoints": made["points"]}
+
+
+def measure_points(bench: Bench, config: CurveRun) -> list[Point]:
+    """Every point, with networks and reference loaded once; in an out folder, each with its own parts.
+
+    Raises UserError for a checkpoint that is not there.
+    """
+    folders: Mapping[float, Path | None] = dict.fromkeys(config.values)
+    if config.setting == "checkpoints":
+        folders = _checkpoints(str(config.run.student), config.values)
+    found: list[Point] = []
+    for value, folder in folders.items():
+        bench.progress(f"points over {config.setting}", len(found), len(folders))
+        source, evaluation = bench.measure(_at(config, value), folder)
+        found.append(Point(value=value, source=source, evaluation=evaluation))
+    bench.progress(f"points over {config.setting}", len(found), len(folders))
+    return found
+
+
+def _at(config: CurveRun, value: float) -> EvalRun:
+    """The run at one value, with folders of its own."""
+    run, name = config.at(value), f"{config.setting}-{value:g}"
+    if run.keep is not None:
+        run = replace(run, keep=str(Path(run.keep) / name))
+    if run.work is not None:
+        return replace(run, work=str(Path(run.work) / name))
+    if run.out is not None and not run.out.endswith(".json"):
+        return replace(run, work=str(Path(run.out) / "work" / name))
+    return run
+
+
+def _checkpoints(run: str, values: Sequence[float]) -> dict[float, Path | None]:
+    there: dict[float, Path | None] = {float(folder.name): folder for folder in checkpoints(run)}
+    if missing := sorted(set(values) - set(there)):
+        known = ", ".join(f"{number:.0f}" for number in there)
+        raise UserError(f"{run} has no checkpoint at {missing[0]:.0f} images; it has {known}")
+    return {value: there[value] for value in values or there}
+
+
+def _check(config: CurveRun) -> None:
+    run, setting = config.run, config.setting
+    if run.out is not None and run.out.endswith(".json"):
+        raise SettingError(f"--out is {run.out}; a curve writes several files, give a folder")
+    student = run.student is not None
+    sampler = not student and run.images is None
+    fits = {"noise_scale": student, "checkpoints": student, "guidance": sampler, "steps": sampler}
+    if not fits[setting]:
+        what = "a student" if student else "a teacher or pipeline" if sampler else "images"
+        usable = ", ".join(name for name, fit in fits.items() if fit) or "none"
+        raise SettingError(f"a curve over {setting} means nothing for {what}; settings it has: {usable}")
+
+
+def _facts(points: Sequence[Point], setting: str) -> dict[str, Any]:
+    first = points[0].evaluation.result
+    return {
+        "protocol": first.protocol,
+        "protocol_sha256": first.protocol_sha256,
+        "setting": setting,
+        "points": [point.row(setting) for point in points],
+        "labels": {key: label_table(first.models).get(key, key) for key in first.numbers()},
+        "models": first.models,
+        "notes": first.notes,
+    }
+
+
+def _over_training(made: Mapping[str, Any]) -> list[Curve]:
+    """Each number over the images trained on."""
+    labels, rows = made["labels"], made["points"]
+    keys = [key for key in rows[0] if key not in ("images", "ci")]
+    return [
+        Curve(
+            title=labels.get(key, key),
+            x="images trained on",
+            y=labels.get(key, key),
+            lines={"student": [(row["images"], row[key]) for row in rows]},
+        )
+        for key in keys
+    ]
+
+
+def _write_report(out: Path, points: Sequence[Point], setting: str, curves: Sequence[Curve]) -> None:
+    last = points[-1]
+    data = report_data(str(last.source.facts["kind"]), last.source, last.evaluation, curves=curves)
+    named = {f"{setting} {point.value:g}": point.evaluation.result for point in points}
+    title = f"{last.evaluation.result.protocol}, over {setting}"
+    write_report(out / "report.html", replace(data, title=title, metrics=metrics_of(named)))

@@ -1,0 +1,245 @@
+"""A bench: what all points of one evaluation share, so that a curve loads networks and reference once."""
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError, UserError
+from d2g.core.progress import Progress, quiet
+from d2g.diffusion import pretrained
+from d2g.diffusion.teacher import load_teacher
+from distill.sampling import student_folder
+from eval.evaluate import Evaluation, evaluate, images_of
+from eval.images.folders import open_images
+from eval.measure.build_reference import open_reference, reference_files
+from eval.measure.reference import Reference
+from eval.measure.required_networks import DREAMSIM, Networks, load_networks
+from eval.measure.rows import Work, open_work
+from eval.measure.source import Source, image_source
+from eval.protocols.config import EvalRun
+from eval.protocols.protocol import ANY, PAIRED, check_metrics
+from eval.runner.samplers import Drawing, ode_source, pipeline_source, student_source
+from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, scenes_reference
+from miniature.oracle import load_oracle
+from miniature.sampling import captions as scene_captions
+from pairgen.prompt_files import cells
+from pairgen.prompts import label_list
+
+SCENES = 1_000  # where a scenes protocol leaves the number open
+GUIDANCE = 3.0  # of a teacher that is told none
+
+
+class Bench:
+    """All that the points of one evaluation share: protocol, prompts, networks, reference, loaded once."""
+
+    def __init__(self, config: EvalRun, progress: Progress = quiet) -> None:
+        self.config, self.progress = config, progress
+        self.device = process_group.init(patient=True)
+        protocol = config.protocol
+        self.protocol = protocol if config.seed is None else replace(protocol, seed=config.seed)
+        self.metrics = config.metrics or self.protocol.metrics
+        check_metrics(self.metrics)
+        config.check_source()
+
+    @property
+    def scenes(self) -> bool:
+        """Whether the protocol is about the miniature's own scenes."""
+        return self.protocol.reference == "scenes"
+
+    @property
+    def teacher(self) -> str | None:
+        """The teacher in whose latent space, and beside which, is measured."""
+        if self.config.student is not None:
+            return self.config.teacher or student_folder(self.config.student)[1]
+        return self.config.teacher or ("miniature" if self.scenes else None)
+
+    @cached_property
+    def networks(self) -> Networks:
+        """What the metrics need."""
+        config = self.config
+        name = config.features or self.protocol.features
+        oracle = load_oracle() if name == "oracle" or "caption_accuracy" in self.metrics else None
+        if "caption_accuracy" in self.metrics and not self.scenes:
+            raise SettingError(
+                "metric 'caption_accuracy' reads the miniature's scenes; take protocol scenes-5k or miniature"
+            )
+        features = oracle_features(oracle) if oracle is not None and name == "oracle" else config.features
+        found = load_networks(
+            self.metrics,
+            self.protocol,
+            features=features,
+            clip=config.clip or self._own_clip(),
+            weights=config.weight_table(),
+            teacher=self.teacher,
+            device=self.device,
+        )
+        if oracle is None or "caption_accuracy" not in self.metrics:
+            return found
+        return replace(found, extra=oracle_measures(oracle, self.protocol.preprocessing))
+
+    def _own_clip(self) -> str | None:
+        """The CLIP in the teacher's folder, where the protocol leaves it open."""
+        if self.protocol.clip != ANY or "clip" not in self.metrics or self.teacher is None:
+            return None
+        folder = pretrained.resolve(self.teacher) / "clip"
+        return str(folder) if folder.is_dir() else None
+
+    @cached_property
+    def count(self) -> int:
+        """Images, where something other than the source fixes them; 0: as many as there are."""
+        return self.config.num or self.protocol.images or (SCENES if self.scenes else 0)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The prompts that are drawn, in order; none where images bring their own."""
+        config, rule = self.config, self.protocol.prompts
+        if config.prompts is not None:
+            return read_list(Path(config.prompts))
+        if rule == "scenes":
+            return scene_captions(self.count, TEST_SEED)
+        if config.reference is not None and rule.startswith("coco"):
+            path = Path(config.reference)
+            held = (
+                Reference.load(path).prompts
+                if path.suffix == ".safetensors"
+                else reference_files(path, self.protocol)[1]
+            )
+            if held:
+                return list(held)
+        return []
+
+    def drawing(self, prompts: list[str]) -> Drawing:
+        """What a sampler draws. Raises SettingError when nobody said."""
+        if not prompts:
+            raise SettingError("--prompts is not set; give the file of captions to draw")
+        shown = prompts[: self.count] if self.count else prompts
+        return Drawing(
+            prompts=shown, seed=self.protocol.seed, device=self.device, precision=self.config.precision
+        )
+
+    def source(self, config: EvalRun, checkpoint: Path | None = None) -> Source:
+        """What is measured."""
+        if config.images is not None:
+            return image_source(open_images(config.images), self.prompts if config.prompts else ())
+        if config.student is not None:
+            assert self.teacher is not None, "a student has one"
+            return student_source(
+                config.student,
+                self.drawing(self.prompts or pretrained.default_prompts(self.teacher)),
+                teacher=config.teacher,
+                folder=checkpoint,
+                noise_scale=config.noise_scale,
+            )
+        if config.pipeline is not None:
+            drawing = self.drawing(self.prompts)
+            return pipeline_source(config.pipeline, drawing, steps=config.steps, guidance=config.guidance)
+        assert config.teacher is not None
+        return self.teacher_source(config.teacher, config)
+
+    def teacher_source(self, name: str, config: EvalRun) -> Source:
+        """A teacher; a class-conditional one draws all classes in turn, an unconditional one just noise."""
+        teacher = load_teacher(name, self.device, config.precision)
+        prompts = self.prompts
+        if not prompts and teacher.conditioning == "label":
+            prompts = list(label_list(teacher.num_labels))
+        if not prompts and teacher.conditioning == "none":
+            prompts = [""]
+        guidance = (
+            GUIDANCE if config.guidance is None and teacher.conditioner.has_null else config.guidance or 1.0
+        )
+        drawing = self.drawing(prompts)
+        return ode_source(teacher, drawing, steps=config.steps, guidance=guidance, solver=config.solver)
+
+    @cached_property
+    def other(self) -> Source | None:
+        """The other side of pairs: the images or the teacher that was named, else the student's own."""
+        config = self.config
+        if not set(PAIRED) & set(self.metrics) and config.against is None:
+            return None
+        name = config.against or (self.teacher if config.student is not None else None)
+        if name is None:
+            raise SettingError(
+                "there is nothing to compare image by image; give --against a teacher or the images it kept"
+            )
+        if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+            return image_source(open_images(name))
+        return self.teacher_source(name, config)
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        """The reference's statistics, measured or from the cache; on rank 0 only."""
+        compared = {name: net for name, net in self.networks.sets.items() if name != DREAMSIM}
+        if not compared:
+            return None
+        if self.config.reference is None and self.scenes:
+            return scenes_reference(
+                self.protocol.reference_images or self.count, self.protocol, compared, self.progress
+            )
+        assert self.config.reference is not None
+        return open_reference(
+            Path(self.config.reference),
+            self.protocol,
+            compared,
+            allow_fewer=self.config.allow_fewer,
+            batch_size=self.config.batch_size,
+            progress=self.progress,
+        )
+
+    def measure(self, config: EvalRun, checkpoint: Path | None = None) -> tuple[Source, Evaluation]:
+        """One point: draw, measure, sum up."""
+        source, networks = self.source(config, checkpoint), self.networks
+        work = self._work(config, source)
+        given = self.scenes or self.config.reference is not None
+        found = evaluate(
+            source,
+            self.protocol,
+            networks,
+            metrics=self.metrics,
+            reference=(lambda: self.reference) if given else None,
+            other=self.other,
+            count=self._count(source),
+            allow_fewer=config.allow_fewer,
+            work=work,
+            resamples=config.resamples,
+            progress=self.progress,
+        )
+        return source, found
+
+    def _count(self, source: Source) -> int:
+        """Images to measure; a sampler without a number draws one per prompt."""
+        return self.count or (len(self.prompts) if source.count is None else 0)
+
+    def _work(self, config: EvalRun, source: Source) -> Work:
+        folder = Path(config.work) if config.work else None
+        if folder is None and config.out is not None and not config.out.endswith(".json"):
+            folder = Path(config.out) / "work"
+        keep = Path(config.keep) if config.keep else None
+        if folder is not None:
+            facts = {
+                "source": dict(source.facts),
+                "against": dict(self.other.facts) if self.other else None,
+                "settings": self.protocol.settings(),
+                "networks": self.networks.models(),
+                "metrics": sorted(self.metrics),
+                "images": images_of(source, self.protocol, self._count(source), config.allow_fewer),
+                "part": config.part,
+            }
+            open_work(folder, facts)
+        return Work(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
+
+
+def read_list(path: Path) -> list[str]:
+    """The prompts of a file in its order. Repeats stay: a protocol counts them, and COCO has some."""
+    try:
+        texts = [cell for cell in cells(path) if cell is not None]
+    except OSError as error:
+        raise UserError(
+            f"cannot read prompts from {path}: {error.strerror or error}; check --prompts"
+        ) from error
+    if wrong := next((cell for cell in texts if not isinstance(cell, str)), None):
+        raise UserError(f"{path}: prompts must be text, got {str(wrong)[:40]!r}")
+    prompts = [text.strip() for text in texts if text.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts, expected at least one; check --prompts")
+    return prompts

@@ -1,0 +1,96 @@
+"""LPIPS in pixels (Zhang et al. 2018) behind the interface of LatentLPIPS; with a decoder, of latents."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2g.core.errors import SettingError, UserError
+from latent_lpips.distance import PerceptualDistance, refuse_negative
+
+NETS = ("vgg", "alex", "squeeze")
+
+
+class PixelLPIPS(PerceptualDistance):
+    """LPIPS v0.1 of images [B, 3, H, W] in [-1, 1]; with `decode`, of what it makes of its inputs.
+
+    Networks and heads come from the package lpips (BSD-2; trunks of torchvision, BSD-3), the distance is
+    PerceptualDistance's: equal to theirs to 1e-5, with finite gradients at all-zero features.
+    """
+
+    def __init__(
+        self,
+        net: Literal["vgg", "alex", "squeeze"] = "vgg",
+        weights: str | Path | None = None,
+        pretrained: bool = True,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        resize: int | None = None,
+    ) -> None:
+        """`weights`: a local state dict of torchvision's vgg16, alexnet or squeezenet1_1; None: PyTorch's hub
+        folder, filled by download. `pretrained=False` leaves the trunk random, for tests and timings.
+        `decode`: scaled latents -> pixels, say `partial(d2g.diffusion.latents.decode, vae)` with a frozen VAE.
+        `resize`: side in pixels that images are enlarged to, bilinearly (224 for CIFAR in DMD's practice).
+
+        Raises SettingError for an unknown `net`, UserError for weights that are missing or another network's.
+        """
+        super().__init__()
+        if net not in NETS:
+            raise SettingError(f"LPIPS network {net!r} is unknown, expected one of {', '.join(NETS)}")
+        if resize is not None and resize < 1:
+            raise SettingError(f"PixelLPIPS: resize is {resize}, expected a positive number of pixels")
+        published = _published(net, download=pretrained and weights is None)
+        if weights is not None:
+            _fill(published.net, Path(weights), net)
+        self.trunk, self.scaling = published.net, published.scaling_layer
+        self.heads = nn.ParameterList(lin.model[-1].weight.detach().flatten() for lin in published.lins)
+        refuse_negative(self.heads, f"LPIPS {net}")
+        self.decode, self.resize = decode, resize
+        for part in (self.trunk, self.scaling, self.heads):
+            part.requires_grad_(False)
+        self.train()
+
+    def taps(self, x: Tensor) -> list[Tensor]:
+        """The trunk's feature maps, 5 (squeeze: 7), of images, or of inputs to the decoder."""
+        pixels = self.decode(x) if self.decode is not None else x.float()
+        if pixels.dim() != 4 or pixels.shape[1] != 3:
+            raise UserError(f"LPIPS got pixels of shape {tuple(pixels.shape)}, expected [B, 3, H, W]")
+        if self.resize is not None:
+            pixels = F.interpolate(pixels, (self.resize, self.resize), mode="bilinear")
+        return list(self.trunk(self.scaling(pixels.float())))
+
+
+def _published(net: str, download: bool) -> Any:
+    """The package's network with its heads, its trunk pretrained or random."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it passes torchvision an argument of old
+        try:
+            return lpips.LPIPS(net=net, pnet_rand=not download, verbose=False)
+        except (URLError, OSError) as error:
+            raise UserError(
+                f"LPIPS {net}: the trunk is not in {torch.hub.get_dir()} and cannot be fetched ({error}); "
+                "give its file as `weights`"
+            ) from error
+
+
+def _fill(trunk: nn.Module, file: Path, net: str) -> None:
+    """Torchvision's tensors into the package's slices: features.3.weight is slice2.3.weight there."""
+    own = trunk.state_dict()
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        found = {name: state[f"features.{name.partition('.')[2]}"] for name in own}
+        trunk.load_state_dict(found)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file, expected torchvision's weights of {net}") from error
+    except Exception as error:  # on damaged bytes the unpickler raises almost anything
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{file} is not torchvision's state dict of {net} ({first}); give the file that torchvision "
+            "publishes"
+        ) from error

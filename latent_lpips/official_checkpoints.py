@@ -1,0 +1,171 @@
+"""The authors' own checkpoints of LatentLPIPS (package elatentlpips, github.com/mingukkang/elatentlpips).
+
+Two forms. A trunk, `SPACE_latent_vgg16.pth.tar`: its `state_dict` holds `[module.]model.features.N…`
+and the classifier. A calibrated distance, `SPACE_latest_vgg16_tuned.pth`: `net.sliceK.N…`,
+`linL.model.1.weight` and its copy `lins.L.model.1.weight`. Only these names and shapes are known here; no
+code is shared.
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError, UserError
+from d2g.diffusion.latents import LatentSpace
+from latent_lpips.config import LPIPSConfig
+from latent_lpips.distance import LatentLPIPS, refuse_negative
+
+SUFFIXES = (".pth", ".tar")
+LICENCE = "CC-BY-NC-4.0"
+NOTICE = f"{{file}}: weights of the authors of elatentlpips, licence {LICENCE}: for non-commercial use only"
+SPACES: Mapping[str, LatentSpace] = MappingProxyType(
+    {
+        "sd15": LatentSpace(channels=4, downscale=8, scale=0.18215),
+        "sd21": LatentSpace(channels=4, downscale=8, scale=0.18215),
+        "sdxl": LatentSpace(channels=4, downscale=8, scale=0.13025),
+        "sd3": LatentSpace(channels=16, downscale=8, scale=1.5305, shift=0.0609),
+        "flux": LatentSpace(channels=16, downscale=8, scale=0.3611, shift=0.1159),
+    }
+)
+"""The latent spaces that the authors published weights for, under the names that their files begin with."""
+
+
+def read_checkpoint(path: str | Path, space: str | None = None) -> tuple[LatentLPIPS, dict[str, Any]]:
+    """The metric of either form, not folded, fp32 on the CPU, and its facts for `weights.save`.
+
+    A trunk alone has heads of 1: the uncalibrated distance. `space` is a name of SPACES; None: the one that
+    the file's name begins with, if any. Nothing but tensors and plain values is unpickled. Prints the
+    licence on stderr. Raises UserError for damaged, unsafe, incomplete or unknown files, for another latent
+    space than `space`, and for negative heads; SettingError for an unknown space.
+    """
+    path = Path(path)
+    if space is not None and space not in SPACES:
+        raise SettingError(f"latent space {space!r} is unknown, expected one of {', '.join(SPACES)}")
+    content = _unpickle(path)
+    tuned = "state_dict" not in content
+    state = _tuned(content, path) if tuned else _trunk(content["state_dict"], path)
+    metric = LatentLPIPS(_network(state, path))
+    expected = metric.state_dict()
+    if not tuned:
+        state |= {key: value for key, value in expected.items() if key.startswith("heads.")}
+    # Files of old torch lack these counters, and nothing reads them in eval mode.
+    state |= {
+        key: v for key, v in expected.items() if key.endswith("num_batches_tracked") and key not in state
+    }
+    check(state, expected, path, "VGG16-BN")
+    refuse_negative([state[key] for key in sorted(state) if key.startswith("heads.")], str(path))
+    metric.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
+    facts = _facts(path, tuned, _space(path, space, metric.config.channels))
+    if process_group.rank() == 0:
+        print(NOTICE.format(file=path.name), file=sys.stderr)
+    return metric, facts
+
+
+def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, authority: str) -> None:
+    """Raise UserError unless names and shapes are the expected ones; `authority` says whose they are."""
+    for key in sorted(set(state) ^ set(expected)):
+        what = "lacks" if key in expected else "has the unknown"
+        raise UserError(f"{file}: {what} tensor {key.removeprefix('trunk.')!r}; copy the file again")
+    for key in sorted(state):
+        got, want = tuple(state[key].shape), tuple(expected[key].shape)
+        if got != want:
+            raise UserError(
+                f"{file}: tensor {key.removeprefix('trunk.')!r} is {got}, {authority} says {want}; "
+                "copy the file again"
+            )
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file, expected an elatentlpips checkpoint") from error
+    except Exception as error:  # on damaged bytes the unpickler raises almost anything
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: not a checkpoint of tensors alone ({first}); fetch it again, and don't open files that "
+            "need more than that"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
+    return content
+
+
+def _trunk(state: Any, path: Path) -> dict[str, Tensor]:
+    """Our names for a classifier's state; the classifier itself is left out."""
+    found: dict[str, Tensor] = {}
+    for key, value in _tensors(state, path).items():
+        name = key.removeprefix("module.").removeprefix("model.")
+        if not name.startswith("classifier."):
+            found[f"trunk.{name}"] = value
+    return found
+
+
+def _tuned(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """Our names for a calibrated distance's state. The copies of its heads must be copies."""
+    found: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for key, value in _tensors(state, path).items():
+        if match := re.fullmatch(r"net\.slice\d+\.(\d+\..+)", key):
+            found[f"trunk.features.{match[1]}"] = value
+        elif match := re.fullmatch(r"(lin|lins\.)(\d+)\.model\.1\.weight", key):
+            (found if match[1] == "lin" else copies)[f"heads.{match[2]}"] = value.flatten()
+        else:
+            found[key] = value  # refused by name in `check`
+    for key, value in copies.items():
+        if key not in found or not torch.equal(found[key], value):
+            raise UserError(
+                f"{path}: lins and lin differ in {key.replace('heads.', 'head ')}; fetch it again"
+            )
+    return found
+
+
+def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: expected an elatentlpips checkpoint, tensors by name; got something else")
+    return dict(state)
+
+
+def _network(state: Mapping[str, Tensor], path: Path) -> LPIPSConfig:
+    first = state.get("trunk.features.0.weight")
+    if first is None or first.dim() != 4:
+        raise UserError(
+            f"{path}: has no first convolution; expected an elatentlpips checkpoint, either a trunk "
+            "(state_dict) or a calibrated distance (net.slice1.0.weight)"
+        )
+    return LPIPSConfig(channels=first.shape[1], width=first.shape[0] / 64)
+
+
+def _space(path: Path, given: str | None, channels: int) -> str | None:
+    name = given or next((name for name in SPACES if path.name.startswith(f"{name}_")), None)
+    if name is not None and SPACES[name].channels != channels:
+        raise UserError(
+            f"{path}: takes latents of {channels} channels, {name} has {SPACES[name].channels}; "
+            "give the latent space that the file was made for"
+        )
+    return name
+
+
+def _facts(path: Path, calibrated: bool, space: str | None) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    facts: dict[str, Any] = {
+        "source": f"elatentlpips, {path.name}",
+        "sha256": digest.hexdigest(),
+        "licence": LICENCE,
+        "calibrated": calibrated,
+    }
+    if space is not None:
+        scale, shift = SPACES[space].scale, SPACES[space].shift
+        facts |= {"latent_space": space, "scaling_factor": scale, "shift_factor": shift}
+    return facts

@@ -1,0 +1,146 @@
+"""Latents to classify: encoded as they are asked for, or once, to shards on disk."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError, UserError
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import generator
+from d2g.diffusion.latents import encode, from_uint8, latent_space
+from latent_lpips.training.config import ClassifyConfig
+from latent_lpips.training.crops import centre_crop, random_crop
+from latent_lpips.training.labelled_images import Pictures
+from latent_lpips.training.latent_cache import cached
+from latent_lpips.vgg import MIN_SIZE
+
+AHEAD = 3
+"""Batches whose pictures are decoded before they are asked for."""
+ENCODE = 64
+"""Pictures that are encoded at a time: a KL autoencoder's memory grows with them."""
+
+
+class Item(NamedTuple):
+    """A picture's row, and which of its crops: -1 is the centre."""
+
+    row: int
+    crop: int
+
+
+def check_size(vae: Any, size: int, name: str = "size") -> None:
+    """Raise UserError for a picture that the autoencoder, or two poolings after it, cannot take."""
+    step = latent_space(vae).downscale
+    if size % step or size // step < MIN_SIZE:
+        raise UserError(
+            f"{name} is {size} pixels; the autoencoder and LatentLPIPS take multiples of {step}, "
+            f"{MIN_SIZE * step} or more; set another"
+        )
+
+
+def alone(command: str) -> None:
+    """Raise SettingError under torchrun, for a command that has nothing to share out."""
+    if process_group.world_size() > 1:
+        raise SettingError(
+            f"{command} runs in one process, got {process_group.world_size()}; start it without torchrun"
+        )
+
+
+class Encoder:
+    """Crops of pictures as scaled latents. Each depends on (seed, row, crop), and to rounding on nothing
+    else: not on the batch, the rank or the number of threads."""
+
+    def __init__(self, config: ClassifyConfig, vae: Any, pictures: Pictures, device: torch.device) -> None:
+        self.config, self.vae, self.pictures, self.device = config, vae, pictures, device
+        self.workers = config.workers or len(os.sched_getaffinity(0)) + 2
+
+    def pixels(self, item: Item) -> Tensor:
+        """uint8 [3, size, size]."""
+        image, config = self.pictures.open(item.row), self.config
+        if item.crop < 0:
+            return centre_crop(image, config.size)
+        rng = generator(config.seed, 0xC709, item.row, item.crop)
+        return random_crop(image, config.size, config.area, config.mirror, rng)
+
+    @torch.no_grad()
+    def latents(self, items: Sequence[Item], pixels: Sequence[Tensor]) -> Tensor:
+        """Scaled latents [B, C, h, w] of the items' pixels."""
+        parts = [slice(start, start + ENCODE) for start in range(0, len(items), ENCODE)]
+        return torch.cat([self._encoded(items[part], pixels[part]) for part in parts])
+
+    def _encoded(self, items: Sequence[Item], pixels: Sequence[Tensor]) -> Tensor:
+        rngs = None
+        if self.config.posterior == "sample" and items[0].crop >= 0:
+            rngs = [generator(self.config.seed, 0x905E, *item) for item in items]
+        return encode(self.vae, from_uint8(torch.stack(list(pixels)).to(self.device)), rngs)
+
+    def stream(self, plan: Iterable[Sequence[Item]]) -> Iterator[Tensor]:
+        """The plan's batches, in order; pictures are decoded ahead, in threads."""
+        pending: deque[tuple[Sequence[Item], list[Future[Tensor]]]] = deque()
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            for items in plan:
+                pending.append((items, [pool.submit(self.pixels, item) for item in items]))
+                if len(pending) > AHEAD:
+                    yield self._next(pending)
+            while pending:
+                yield self._next(pending)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _next(self, pending: deque[tuple[Sequence[Item], list[Future[Tensor]]]]) -> Tensor:
+        items, futures = pending.popleft()
+        return self.latents(items, [future.result() for future in futures])
+
+
+Stream = Callable[[Iterable[Sequence[Item]]], Iterator[Tensor]]
+"""From a plan of batches to their latents."""
+
+
+def open_stream(
+    encoder: Encoder,
+    folder: Path,
+    name: str,
+    vae_sha256: str,
+    progress: Progress = quiet,
+    late: Callable[[], bool] = lambda: False,
+) -> Stream:
+    """The encoder itself, or where `crops` is set, what it gave once: `name` is train or val.
+
+    Raises UserError as `cached` does.
+    """
+    config, pictures = encoder.config, encoder.pictures
+    if not config.crops:
+        return encoder.stream
+    crops = [-1] if name == "val" else list(range(config.crops))
+    count = len(pictures)
+    facts = {
+        "autoencoder": vae_sha256,
+        "pictures": pictures.digest(),
+        "seed": config.seed,
+        "size": config.size,
+        "crops": config.crops,
+        "area": config.area,
+        "mirror": config.mirror,
+        "posterior": config.posterior,
+    }
+
+    def make(rows: range) -> Tensor:
+        items = [Item(row % count, crops[row // count]) for row in rows]
+        plan = [items[start : start + ENCODE] for start in range(0, len(items), ENCODE)]
+        return torch.cat([latents.cpu() for latents in encoder.stream(plan)])
+
+    rows = cached(folder, name, count * len(crops), facts, make, progress, late=late)
+
+    def stream(plan: Iterable[Sequence[Item]]) -> Iterator[Tensor]:
+        for items in plan:
+            at = [item.row + count * (item.crop % config.crops if item.crop >= 0 else 0) for item in items]
+            yield rows[at].to(encoder.device, non_blocking=True)
+
+    return stream

@@ -1,0 +1,247 @@
+"""`d2g lpips score`: how far distances agree with people, in BAPPS' two tasks."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import to_json
+from d2g.core.distributed import process_group
+from d2g.core.errors import UserError
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import generator
+from d2g.diffusion import pretrained
+from latent_lpips import weights
+from latent_lpips.lpips import PixelLPIPS
+from latent_lpips.training.bapps import Split, batches, find_splits, picture_numbers
+from latent_lpips.training.baselines import squared_error, structural_distance
+from latent_lpips.training.calibrate import open_metric, patch_facts, to_latents
+from latent_lpips.training.config import ScoreConfig, given
+from latent_lpips.training.latent_stream import alone
+from latent_lpips.training.small import agreement
+
+OURS = "latent_lpips"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A distance in two steps, so that a reference is prepared once: pixels -> what `compare` takes, two of
+    which -> [B]."""
+
+    prepare: Callable[[Tensor], Tensor]
+    compare: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreResult:
+    """Per split, and as `mean` over splits. two_afc, jnd: LatentLPIPS; others by name in `baselines`. A split
+    in which nobody sees two as the same has no jnd.
+
+    ci: 95 % percentile intervals over pictures drawn anew. people: how often two people drawn at random
+    agree, the mean of p^2 + (1 - p)^2 over shares p (Zhang et al. 2018 score a person so). It is no bound: a
+    distance that sides with the majority has the mean of max(p, 1 - p). judgements, pictures: how many.
+    """
+
+    two_afc: dict[str, float]
+    jnd: dict[str, float]
+    ci: dict[str, dict[str, list[float]]]
+    baselines: dict[str, dict[str, Any]]
+    people: dict[str, float]
+    judgements: dict[str, dict[str, int]]
+    pictures: dict[str, dict[str, int]]
+    seconds: float
+
+
+def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progress = quiet) -> ScoreResult:
+    """Score LatentLPIPS, and beside it what `baselines` and `lpips` name, on the val/ splits of a BAPPS
+    folder (on all, where it has no parts), and into the JSON file `out`. Raises UserError for bad input."""
+    alone("score")
+    given(config, "data", "latents", "weights")
+    started = time.monotonic()
+    check_patch(config)
+    tasks = {
+        "two_afc": find_splits(config.data, "2afc", "val"),
+        "jnd": find_splits(config.data, "jnd", "val"),
+    }
+    if not any(tasks.values()):
+        raise UserError(f"{config.data}: no judgements in val/, expected folders with ref/ p0/ p1/ judge/")
+    measures = open_measures(config, process_group.init())
+    scored: dict[str, dict[str, Any]] = {name: {"ci": {}} for name in measures}
+    numbers = {task: picture_numbers(splits) for task, splits in tasks.items()}
+    for task, splits in tasks.items():
+        scorer = two_afc_score if task == "two_afc" else jnd_score
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in measures}
+        for split in splits:
+            for name, d in split_distances(measures, split, config, progress).items():
+                found[name][split.name] = d
+        answers = {split.name: split.answers for split in splits}
+        for name, by_split in found.items():
+            scored[name][task] = _with_mean({s: scorer(d, answers[s]) for s, d in by_split.items()})
+            scored[name]["ci"][task] = intervals(
+                by_split, answers, numbers[task], scorer, config.resamples, config.seed
+            )
+    ours = scored.pop(OURS)
+    people = {split.name: two_people(split.answers) for split in tasks["two_afc"]}
+    result = ScoreResult(
+        two_afc=ours["two_afc"],
+        jnd=ours["jnd"],
+        ci=ours["ci"],
+        baselines=scored,
+        people=_with_mean(people),
+        judgements={task: {split.name: len(split) for split in splits} for task, splits in tasks.items()},
+        pictures={task: {s: len(n.unique()) for s, n in found.items()} for task, found in numbers.items()},
+        seconds=time.monotonic() - started,
+    )
+    if out is not None:
+        write_atomically(out, json.dumps({"config": to_json(config), **asdict(result)}, indent=1))
+    return result
+
+
+def open_measures(config: ScoreConfig, device: torch.device) -> dict[str, Measure]:
+    """LatentLPIPS and the baselines by name, all from pixels [B, 3, H, W] in [-1, 1]."""
+    vae = pretrained.load_autoencoder(config.latents).to(device)
+    metric = open_metric(config.weights, config.latents, vae, device)
+    measures = {OURS: Measure(lambda x: to_latents(x, config.patch, vae, device), metric)}
+    pixels: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": squared_error, "ssim": structural_distance}
+    for name in config.baselines:
+        measures[name] = Measure(lambda x: x.to(device), pixels[name])
+    if config.lpips:
+        lpips = PixelLPIPS(config.lpips, config.lpips_weights or None).to(device)
+        measures[f"lpips_{config.lpips}"] = Measure(lambda x: x.to(device), lpips)
+    return measures
+
+
+@torch.no_grad()
+def split_distances(
+    measures: Mapping[str, Measure], split: Split, config: ScoreConfig, progress: Progress = quiet
+) -> dict[str, Tensor]:
+    """Per measure [N, 2], from ref to p0 and to p1; for JND [N, 1], from p0 to p1. Raises UserError for a
+    distance that is not finite."""
+    found: dict[str, list[Tensor]] = {name: [] for name in measures}
+    done = 0
+    for first, *others in batches(split, config.patch.load, config.patch.batch):
+        for name, measure in measures.items():
+            anchor = measure.prepare(first)
+            rows = [measure.compare(measure.prepare(other), anchor).double().cpu() for other in others]
+            found[name].append(torch.stack(rows, 1))
+            if not torch.isfinite(found[name][-1]).all():
+                raise UserError(
+                    f"{name} gives distances that are not finite on {split.name}; mend its weights"
+                )
+        done += len(first)
+        progress(f"scoring {split.name}", done, len(split))
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def two_afc_score(distances: Tensor, answers: Tensor) -> float:
+    """Mean agreement of distances [N, 2] with shares [N] that prefer p1; a tie counts a half."""
+    d0, d1 = distances.unbind(1)
+    return agreement(d0, d1, answers)
+
+
+def two_people(answers: Tensor) -> float:
+    """How often two people, drawn at random, agree about a judgement: shares [N] that prefer p1 -> mean."""
+    p = answers.double()
+    return (p**2 + (1 - p) ** 2).mean().item()
+
+
+def jnd_score(distances: Tensor, answers: Tensor) -> float:
+    """Average precision of distances [N, 1], nearest first, for shares [N] that see no difference: the area
+    under the precision-recall curve, precision made monotone (Zhang et al. 2018; Everingham et al. 2010).
+    NaN where nobody sees two as the same."""
+    order = distances[:, 0].argsort(stable=True)
+    same = answers.double()[order].numpy()
+    if same.sum() == 0:
+        return float("nan")
+    precision = same.cumsum() / np.arange(1, len(same) + 1)
+    recall = same.cumsum() / same.sum()
+    highest = np.maximum.accumulate(precision[::-1])[::-1]
+    return float((np.diff(recall, prepend=0.0) * highest).sum())
+
+
+def intervals(
+    distances: Mapping[str, Tensor],
+    answers: Mapping[str, Tensor],
+    pictures: Mapping[str, Tensor],
+    scorer: Callable[[Tensor, Tensor], float],
+    resamples: int,
+    seed: int,
+) -> dict[str, list[float]]:
+    """95 % percentile intervals of each split's score and of their mean, over pictures drawn anew (Efron &
+    Tibshirani 1993; Field & Welsh 2007 for clusters): judgements of one picture come and go together, in all
+    splits that show it. The draws don't depend on the distances: measures are comparable.
+
+    pictures: [N] of each split, as picture_numbers gives them.
+    """
+    if not resamples or not distances:
+        return {}
+    draws: dict[str, list[float]] = {}
+    for number, splits in enumerate(_sharing(pictures)):
+        rng = generator(seed, 0xB007, number)
+        shown = torch.cat([pictures[split] for split in splits]).unique()
+        rows = {split: _Clusters(pictures[split], shown) for split in splits}
+        for _ in range(resamples):
+            drawn = torch.randint(len(shown), (len(shown),), generator=rng)
+            for split in splits:
+                own = rows[split].rows(drawn)
+                value = scorer(distances[split][own], answers[split][own]) if len(own) else math.nan
+                draws.setdefault(split, []).append(value)
+    scored = [values for values in draws.values() if not all(map(math.isnan, values))]
+    draws["mean"] = np.mean(scored, axis=0).tolist() if scored else []
+    spread = {split: [v for v in values if not math.isnan(v)] for split, values in draws.items()}
+    return {split: [float(q) for q in np.percentile(v, [2.5, 97.5])] for split, v in spread.items() if v}
+
+
+class _Clusters:
+    """A split's rows by picture, so that drawn pictures become rows without a loop."""
+
+    def __init__(self, pictures: Tensor, shown: Tensor) -> None:
+        numbers = torch.searchsorted(shown, pictures)
+        self.order = numbers.argsort(stable=True)
+        self.sizes = numbers.bincount(minlength=len(shown))
+        self.starts = self.sizes.cumsum(0) - self.sizes
+
+    def rows(self, drawn: Tensor) -> Tensor:
+        sizes = self.sizes[drawn]
+        before = sizes.cumsum(0) - sizes
+        offsets = torch.repeat_interleave(self.starts[drawn] - before, sizes)
+        return self.order[offsets + torch.arange(len(offsets))]
+
+
+def _sharing(pictures: Mapping[str, Tensor]) -> list[list[str]]:
+    """Splits in groups: within one, each shows a picture that another shows too."""
+    groups: list[tuple[list[str], set[int]]] = []
+    for split, numbers in pictures.items():
+        own = set(numbers.tolist())
+        near = [group for group in groups if group[1] & own]
+        names = [name for group in near for name in group[0]] + [split]
+        groups = [group for group in groups if group not in near]
+        groups.append((names, own.union(*(group[1] for group in near))))
+    return [names for names, _ in groups]
+
+
+def check_patch(config: ScoreConfig) -> None:
+    """Raise UserError where the weights were calibrated on patches made in another way."""
+    said, got = weights.read_meta(config.weights).get("patch"), patch_facts(config.patch)
+    if said is not None and said != got:
+        raise UserError(
+            f"{config.weights} was calibrated with {_settings(said)}, got {_settings(got)}; "
+            f"set {_settings(said)}, or calibrate anew"
+        )
+
+
+def _settings(patch: Mapping[str, int]) -> str:
+    return " ".join(f"patch.{name}={value}" for name, value in patch.items())
+
+
+def _with_mean(scores: dict[str, float]) -> dict[str, float]:
+    scores = {split: value for split, value in scores.items() if not math.isnan(value)}
+    return {**scores, "mean": sum(scores.values()) / len(scores)} if scores else {}

@@ -1,0 +1,312 @@
+"""Training a LatentLPIPS for a latent space: trunk by classification, heads by two-alternative judgements."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2g.core.errors import UserError
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import generator
+from d2g.core.shuffle import permuted_batch
+from latent_lpips import augment
+from latent_lpips.config import (
+    AugmentConfig,
+    CalibrateConfig,
+    LPIPSConfig,
+    LPIPSTrainConfig,
+    TrunkTrainConfig,
+)
+from latent_lpips.distance import LatentLPIPS
+from latent_lpips.training.config import ClassifyConfig
+from latent_lpips.training.synthetic_triplets import Triplets, caption_targets, synthetic_triplets
+from latent_lpips.vgg import VGG16
+
+BATCH = 250
+"""Rows per forward pass where nothing is trained."""
+
+
+def train_latent_lpips(
+    config: LPIPSTrainConfig,
+    latents: Tensor,
+    captions: Sequence[str],
+    images: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    progress: Progress = quiet,
+    device: torch.device | str = "cpu",
+) -> tuple[LatentLPIPS, dict[str, float]]:
+    """Trunk on the captions' words, then heads on synthetic judgements of the images.
+
+    latents: scaled [N, C, h, w]; captions: N; images: uint8 [M, 3, H, W], of the same kind; encode: pixels
+    in [-1, 1] -> scaled latents. Returns the metric on `device` and its scores on held-out data.
+    """
+    if len(captions) != len(latents):
+        raise UserError(f"got {len(captions)} captions for {len(latents)} latents, expected one for each")
+    targets, _ = caption_targets(captions)
+    trunk, scores = train_trunk(
+        config.network, latents, targets, config.trunk, seed=config.seed, progress=progress, device=device
+    )
+    metric = LatentLPIPS(config.network, trunk).fold()
+    triplets = synthetic_triplets(images[: config.triplets], encode, config.seed, progress)
+    _, held = split(len(triplets.judge), config.calibrate.held_out, config.seed)
+    scores["two_afc_before"] = two_afc(metric, *_rows(triplets, held))
+    scores["two_afc"] = calibrate(metric, triplets, config.calibrate, seed=config.seed, progress=progress)
+    if config.unrelated is not None:
+        rescale(metric, latents, config.unrelated)
+    return metric, scores
+
+
+def split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers (train, held out), disjoint, a function of the arguments. Raises UserError below 2 rows."""
+    if count < 2:
+        raise UserError(
+            f"got {count} samples, expected at least 2, some of which are held out; give more data"
+        )
+    order = torch.randperm(count, generator=generator(seed, 0x5B117))
+    held = min(max(1, round(count * held_out)), count - 1)
+    return order[held:], order[:held]
+
+
+def train_trunk(
+    network: LPIPSConfig,
+    latents: Tensor,
+    targets: Tensor,
+    config: TrunkTrainConfig,
+    seed: int = 0,
+    progress: Progress = quiet,
+    device: torch.device | str = "cpu",
+) -> tuple[VGG16, dict[str, float]]:
+    """Train the VGG16 to classify latents [N, C, h, w].
+
+    targets: int [N], classes (cross-entropy; score `top1`), or float multi-hot [N, K], attributes (binary
+    cross-entropy; score `accuracy`, balanced, averaged over attributes). Scores on the held-out rows.
+    Raises UserError when the loss stops being finite.
+    """
+    single = targets.dim() == 1
+    classes = int(targets.max()) + 1 if single else targets.shape[1]
+    train, held = split(len(latents), config.held_out, seed)
+    shift = AugmentConfig(families="b", flip=config.flip, quarter_turns=False, integer_shift=config.shift)
+    with _seeded(seed, device):
+        model = VGG16(network, classes, config.dropout, config.grid).to(device).train()
+        optimizer = make_optimizer(model, config)
+        started, seen, fraction = time.monotonic(), 0, 0.0
+        while fraction < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * learning_rate(config.schedule, fraction)
+            rows = train[permuted_batch(seed, len(train), seen, config.batch)]
+            x, y = latents[rows].to(device).float(), targets[rows].to(device)
+            params = augment.draw(shift, len(x), x.shape[2:], generator(seed, 0xA06, seen), device)
+            loss = _classification_loss(model(augment.apply(x, params)), y)
+            if not math.isfinite(loss.item()):
+                raise UserError(
+                    f"LatentLPIPS trunk: loss is {loss.item()} after {seen} latents, expected a finite one; "
+                    f"lower the learning rate ({config.lr:g}) or look for non-finite latents"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            seen += config.batch
+            fraction = _spent(config, seen, time.monotonic() - started)
+            progress("LatentLPIPS trunk", min(seen, config.images), config.images)
+    return model.eval(), _scores(model, latents[held], targets[held], device)
+
+
+def learning_rate(schedule: str, fraction: float) -> float:
+    """The rate as a multiple of its maximum, at `fraction` in [0, 1) of the training."""
+    if schedule == "step":
+        return float(0.1 ** math.floor(3 * fraction))
+    if fraction < 0.1:
+        return (fraction + 0.01) / 0.11
+    return 0.5 * (1 + math.cos(math.pi * (fraction - 0.1) / 0.9))
+
+
+def _spent(config: TrunkTrainConfig, seen: int, seconds: float) -> float:
+    by_time = seconds / (60 * config.minutes) if config.minutes is not None else 0.0
+    return max(seen / config.images, by_time)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Initial weights and dropout from `seed`; the caller's random state is put back afterwards."""
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def make_optimizer(model: nn.Module, config: TrunkTrainConfig | ClassifyConfig) -> torch.optim.Optimizer:
+    """SGD as in the ImageNet recipe, or AdamW."""
+    if config.optimizer == "sgd":
+        kind: Any = partial(torch.optim.SGD, momentum=config.momentum)
+    else:
+        kind = partial(torch.optim.AdamW, betas=(config.momentum, 0.999))
+    made: torch.optim.Optimizer = kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    return made
+
+
+def _classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    if targets.dim() == 1:
+        return F.cross_entropy(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+@torch.no_grad()
+def _scores(model: VGG16, latents: Tensor, targets: Tensor, device: torch.device | str) -> dict[str, float]:
+    logits = torch.cat([model(x.to(device).float()).cpu() for x in torch.split(latents, BATCH)])
+    if targets.dim() == 1:
+        return {"top1": (logits.argmax(1) == targets).double().mean().item()}
+    said, true = logits > 0, targets > 0.5
+    # An attribute that no held-out row has (or that all have) can't be scored on both sides: left out.
+    present = true.any(0) & (~true).any(0)
+    found = (said & true).sum(0).double() / true.sum(0).clamp(min=1)
+    spared = (~said & ~true).sum(0).double() / (~true).sum(0).clamp(min=1)
+    return {"accuracy": ((found + spared) / 2)[present].mean().item() if present.any() else math.nan}
+
+
+class RankingNet(nn.Module):
+    """LPIPS' G: how likely p1 is found closer, from the distances d0 and d1 [B]. Returns logits [B]."""
+
+    def __init__(self, hidden: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(5, hidden),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden, hidden),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden, 1),
+        )
+
+    def forward(self, d0: Tensor, d1: Tensor) -> Tensor:
+        features = torch.stack([d0, d1, d0 - d1, d0 / (d1 + 0.1), d1 / (d0 + 0.1)], dim=1)
+        logits: Tensor = self.layers(features)[:, 0]
+        return logits
+
+
+def calibrate(
+    metric: LatentLPIPS,
+    triplets: Triplets,
+    config: CalibrateConfig,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> float:
+    """Fit the heads to judgements, in place (Zhang et al. 2018, `lin`). Returns 2AFC on the held-out part.
+
+    The trunk stays as it is, so the channel averages are computed once and each step is a dot product.
+    Dropout therefore hides whole channels, the same ones from both distances. Heads are clamped at 0 after
+    every step.
+    """
+    train, held = split(len(triplets.judge), config.held_out, seed)
+    means0 = _channel_means(metric, triplets.ref, triplets.p0, progress)
+    means1 = _channel_means(metric, triplets.ref, triplets.p1, progress)
+    judge = triplets.judge.to(means0.device).float()
+    fit_heads(metric, means0, means1, judge, train, config, seed, progress)
+    held = held.to(means0.device)
+    weights = torch.cat(list(metric.heads))
+    return agreement(means0[held] @ weights, means1[held] @ weights, judge[held])
+
+
+def fit_heads(
+    metric: LatentLPIPS,
+    means0: Tensor,
+    means1: Tensor,
+    judge: Tensor,
+    train: Tensor,
+    config: CalibrateConfig,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> None:
+    """Fit the heads, in place, on the rows `train` of the channel averages means0, means1 [N, sum of
+    channels] between ref and p0, p1, and of judge [N]; all on one device. Starts at the heads as they are.
+    Raises UserError when the loss or the heads stop being finite."""
+    device = means0.device
+    with _seeded(seed, device):
+        weights = nn.Parameter(torch.cat([w.detach().clone() for w in metric.heads]))
+        ranking = RankingNet().to(device)
+        optimizer = torch.optim.Adam([weights, *ranking.parameters()], lr=config.lr, betas=(0.5, 0.999))
+        steps = config.epochs * math.ceil(len(train) / config.batch)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1.0, 2 * (1 - step / steps))
+            rows = train[permuted_batch(seed, len(train), step * config.batch, config.batch)].to(device)
+            kept = F.dropout(torch.ones_like(weights), config.dropout) * weights
+            logits = ranking(means0[rows] @ kept, means1[rows] @ kept)
+            loss = F.binary_cross_entropy_with_logits(logits, judge[rows])
+            if not math.isfinite(loss.item()):
+                raise UserError(
+                    f"LatentLPIPS heads: loss is {loss.item()} at step {step}, expected a finite one; "
+                    f"lower the learning rate ({config.lr:g})"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            with torch.no_grad():
+                weights.clamp_(min=0)
+            progress("LatentLPIPS heads", step + 1, steps)
+    if not torch.isfinite(weights).all():
+        raise UserError(
+            f"LatentLPIPS heads are not finite after the last step; lower the learning rate ({config.lr:g})"
+        )
+    with torch.no_grad():
+        for head, fitted in zip(metric.heads, torch.split(weights, list(metric.config.widths)), strict=True):
+            head.copy_(fitted)
+
+
+@torch.no_grad()
+def _channel_means(metric: LatentLPIPS, a: Tensor, b: Tensor, progress: Progress) -> Tensor:
+    """[N, sum of channels] on the metric's device."""
+    device, rows = metric.heads[0].device, []
+    for start in range(0, len(a), BATCH):
+        x, y = (t[start : start + BATCH].to(device) for t in (a, b))
+        rows.append(torch.cat(metric.channel_means(x, y), 1))
+        progress("LatentLPIPS features", min(start + BATCH, len(a)), len(a))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def two_afc(metric: LatentLPIPS, ref: Tensor, p0: Tensor, p1: Tensor, judge: Tensor) -> float:
+    """Two-alternative forced choice: mean agreement with `judge` [N], the fraction that prefers p1."""
+    device = metric.heads[0].device
+    d0, d1 = (
+        torch.cat(
+            [
+                metric(x.to(device), r.to(device))
+                for x, r in zip(torch.split(p, BATCH), torch.split(ref, BATCH), strict=True)
+            ]
+        )
+        for p in (p0, p1)
+    )
+    return agreement(d0, d1, judge.to(device))
+
+
+def agreement(d0: Tensor, d1: Tensor, judge: Tensor) -> float:
+    """2AFC score of distances [N]; a tie counts one half. Zhang et al. 2018."""
+    judge = judge.double()
+    score = (d0 < d1) * (1 - judge) + (d1 < d0) * judge + (d0 == d1) * 0.5
+    return score.mean().item()
+
+
+@torch.no_grad()
+def rescale(metric: LatentLPIPS, latents: Tensor, distance: float, count: int = 512) -> None:
+    """Multiply the heads so that neighbours in `latents`, taken as unrelated, are `distance` apart on
+    average. In place; the first `count` latents [N, C, h, w] serve."""
+    device = metric.heads[0].device
+    x = latents[:count].to(device)
+    pairs = zip(torch.split(x, BATCH), torch.split(x.roll(1, 0), BATCH), strict=True)
+    mean = torch.cat([metric(a, b) for a, b in pairs]).mean()
+    if not mean > 0:
+        raise UserError(
+            f"LatentLPIPS finds unrelated latents {mean.item():g} apart, expected more than 0; "
+            "train the trunk for longer or give more varied latents"
+        )
+    for head in metric.heads:
+        head.mul_(distance / mean)
+
+
+def _rows(triplets: Triplets, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return triplets.ref[rows], triplets.p0[rows], triplets.p1[rows], triplets.judge[rows]

@@ -1,0 +1,140 @@
+"""What LatentLPIPS learns from: words of captions as classes, and synthetic two-alternative judgements."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2g.core.errors import UserError
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import generator
+from d2g.diffusion.latents import from_uint8
+
+CHUNK = 64
+"""Images that share one generator: fixed, so that results don't depend on a batch size."""
+BLOCK = 8
+"""JPEG's transform size."""
+
+
+def caption_targets(
+    captions: Sequence[str], rarest: float = 0.01, commonest: float = 0.9
+) -> tuple[Tensor, list[str]]:
+    """Multi-hot [N, K] fp32 of the K words that stand in `rarest` to `commonest` of the captions, sorted.
+
+    Words in nearly all captions ("a", "photo") say nothing, rare ones can't be learned. Raises UserError
+    when no word is left.
+    """
+    bags = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
+    counts = Counter(word for bag in bags for word in bag)
+    low, high = rarest * len(bags), commonest * len(bags)
+    words = sorted(word for word, count in counts.items() if low <= count <= high)
+    if not words:
+        raise UserError(
+            f"{len(captions)} captions share no word that tells them apart, expected some that stand in "
+            f"{rarest:.0%} to {commonest:.0%} of them; give more varied captions"
+        )
+    return torch.tensor([[float(word in bag) for word in words] for bag in bags]), words
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Triplets:
+    """Two-alternative judgements in latent space, [N, C, h, w] scaled latents each."""
+
+    ref: Tensor
+    p0: Tensor
+    p1: Tensor
+    judge: Tensor
+    """[N]: the fraction that finds p1 closer to ref (LPIPS' convention); here 0 or 1."""
+
+
+def synthetic_triplets(
+    images: Tensor, encode: Callable[[Tensor], Tensor], seed: int, progress: Progress = quiet
+) -> Triplets:
+    """Judgements whose truth is known: both alternatives got one kind of distortion, at two strengths.
+
+    images: uint8 [N, 3, H, W]. encode: pixels [B, 3, H, W] in [-1, 1] -> scaled latents. Row i depends on
+    (seed, i, the images of its chunk of 64). A stand-in for human judgements where there are none.
+    """
+    parts: dict[str, list[Tensor]] = {"ref": [], "p0": [], "p1": [], "judge": []}
+    for start in range(0, len(images), CHUNK):
+        pixels = from_uint8(images[start : start + CHUNK])
+        rng = generator(seed, 0x2AFC, start)
+        strengths = _strengths(len(pixels), rng)
+        kinds = torch.randint(len(DISTORTIONS), (len(pixels),), generator=rng)
+        parts["judge"].append((strengths[1] < strengths[0]).float())
+        parts["ref"].append(encode(pixels).cpu())
+        for name, strength in zip(("p0", "p1"), strengths, strict=True):
+            parts[name].append(encode(_distort(pixels, kinds, strength, rng)).cpu())
+        progress("triplets", min(start + CHUNK, len(images)), len(images))
+    return Triplets(**{name: torch.cat(rows) for name, rows in parts.items()})
+
+
+def _strengths(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two in (0, 1], at least a factor 1.3 apart, so that the judgement is never a toss."""
+    weak = 0.05 + 0.65 * torch.rand(count, generator=rng)
+    strong = weak * (1.3 + torch.rand(count, generator=rng) * (1 / weak - 1.3).clamp(min=0))
+    swap = torch.rand(count, generator=rng) < 0.5
+    return torch.where(swap, weak, strong), torch.where(swap, strong, weak)
+
+
+def _distort(pixels: Tensor, kinds: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
+    result = pixels.clone()
+    for kind, distortion in enumerate(DISTORTIONS):
+        rows = (kinds == kind).nonzero()[:, 0]
+        if len(rows):
+            result[rows] = distortion(pixels[rows], strength[rows, None, None, None], rng)
+    return result.clamp(-1, 1)
+
+
+def _blur(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
+    """Gaussian, sigma up to 1/16 of the size, as one matrix per sample and axis."""
+
+    def kernel(size: int) -> Tensor:
+        at = torch.arange(size, dtype=x.dtype)
+        sigma = 0.35 + strength[:, 0] * size / 16  # less than 0.35 pixels would change nothing
+        return torch.softmax(-(at[:, None] - at).square() / (2 * sigma.square()), dim=2)[:, None]
+
+    blurred: Tensor = kernel(x.shape[2]) @ x @ kernel(x.shape[3]).transpose(2, 3)
+    return blurred
+
+
+def _noise(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
+    return x + 0.5 * strength * torch.randn(x.shape, generator=rng)
+
+
+def _tone(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
+    """Towards a brighter or darker, lower-contrast picture."""
+    sign = torch.randint(2, strength.shape, generator=rng) * 2 - 1
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * (1 - 0.6 * strength) + mean + 0.5 * strength * sign
+
+
+def _warp(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
+    """A smooth displacement field, translation included, of up to 7.5 % of the size (root mean square)."""
+    bend, shift = (torch.rand(len(x), 2, n, n, generator=rng) - 0.5 for n in (4, 1))
+    coarse = bend + shift
+    field = F.interpolate(coarse, x.shape[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    field = field / field.square().mean((1, 2, 3), keepdim=True).sqrt()
+    still = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, still + 0.15 * strength * field, padding_mode="reflection", align_corners=False)
+
+
+def _blocks(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
+    """JPEG-like: 8x8 cosine transform, coefficients rounded to steps that grow with frequency."""
+    at = torch.arange(BLOCK, dtype=x.dtype)
+    dct = torch.cos(torch.pi * (2 * at + 1) * at[:, None] / (2 * BLOCK)) * (2 / BLOCK) ** 0.5
+    dct[0] /= 2**0.5
+    height, width = x.shape[2:]
+    padded = F.pad(x, (0, -width % BLOCK, 0, -height % BLOCK), mode="replicate")
+    tiles = padded.unfold(2, BLOCK, BLOCK).unfold(3, BLOCK, BLOCK)  # [B, 3, rows, columns, 8, 8]
+    step = 0.4 * strength[..., None, None] * (1 + at[:, None] + at)
+    tiles = dct.T @ ((dct @ tiles @ dct.T / step).round() * step) @ dct
+    result: Tensor = tiles.transpose(3, 4).reshape(padded.shape)[:, :, :height, :width]
+    return result
+
+
+DISTORTIONS = (_blur, _noise, _tone, _warp, _blocks)

@@ -1,0 +1,91 @@
+"""The demo's page: what the demo measured, as a report of `eval.report.html`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from eval.report.gallery import Better, Pictures
+from eval.report.html import Latency, Metric, ReportData
+from eval.report.html import write_report as write_page
+from eval.report.svg import Curve
+
+METRICS: Mapping[str, tuple[str, Better]] = {
+    "fid": ("Frechet distance (oracle features)", "lower"),
+    "recall": ("Recall", "higher"),
+    "precision": ("Precision", "higher"),
+    "clip_score": ("CLIP score", "higher"),
+    "caption_accuracy": ("Caption accuracy", "higher"),
+    "caption_exact": ("Flawless pictures", "higher"),
+}
+STAGES = {"ode": "Stage 1", "gan": "Stage 2"}
+NOTES = (
+    "The Frechet distance is of the caption oracle's features against rendered scenes of the same captions: "
+    "not an Inception FID.",
+    "Caption accuracy: share of captioned facts that the oracle reads back. Flawless pictures: share of "
+    "pictures with all of them right.",
+)
+
+
+def write_report(
+    path: Path,
+    result: Mapping[str, Any],
+    pictures: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    teacher_steps: int,
+) -> None:
+    """Write the page. pictures: per sampler uint8 [columns, 3, H, W]; curves: per stage the lines of
+    stats.jsonl.
+    """
+    titles = {
+        "naive": "teacher, one step, no training",
+        "ode": "after stage 1 (regression)",
+        "gan": "after stage 2 (GAN)",
+        "teacher": f"teacher, {teacher_steps} DDIM steps",
+    }
+    speed = result["ms_per_image"]
+    data = ReportData(
+        title="A diffusion teacher, distilled into one step",
+        summary=f"{result['pairs']:,} noise-latent pairs, two stages, measured in {result['seconds']:.0f} s. "
+        f"One image takes {speed['student']:.1f} ms, the teacher's {speed['teacher']:.0f} ms "
+        f"({speed['teacher'] / speed['student']:.0f}\u00d7).",
+        notes=NOTES,
+        metrics=[
+            Metric(
+                name=name, better=better, values={title: result[key][who] for who, title in titles.items()}
+            )
+            for key, (name, better) in METRICS.items()
+        ],
+        beside=[
+            Pictures(
+                title="Same noise, same prompt",
+                columns={titles[who]: images for who, images in pictures.items()},
+                prompts=prompts,
+            )
+        ],
+        curves=[curve for stage, lines in curves.items() for curve in _training(STAGES[stage], lines)],
+        latency=[
+            Latency(name=titles[who], milliseconds=speed[key])
+            for who, key in (("teacher", "teacher"), ("gan", "student"))
+        ],
+        timings=result["timings"],
+    )
+    write_page(path, data)
+
+
+def _training(title: str, lines: Sequence[Mapping[str, float]]) -> list[Curve]:
+    """Loss parts and the discriminator's mean logits over images seen, where they were reported."""
+    curves = []
+    for prefix, what in (("loss", "losses"), ("logit", "the discriminator's mean logits")):
+        names = sorted({name for line in lines for name in line if _part_of(name, prefix)})
+        points = {name: [(line["nimg"], line[name]) for line in lines if name in line] for name in names}
+        if points:
+            curves.append(Curve(title=f"{title}: {what}", x="images", y=prefix, lines=points))
+    return curves
+
+
+def _part_of(name: str, prefix: str) -> bool:
+    """loss/g and logit/real, but no head of the discriminator by itself."""
+    return name.startswith(f"{prefix}/") and name.count("/") == 1

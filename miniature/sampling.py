@@ -1,0 +1,190 @@
+"""Scenes of the miniature world: a pure function of (seed, index), or of (caption, seed, index)."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from d2g.core.errors import UserError
+from d2g.core.progress import Progress, quiet
+from miniature.captions import (
+    BACKGROUNDS,
+    RELATIONS,
+    SIZES,
+    SPLITS,
+    TRIPLES,
+    ObjectSpec,
+    SceneFacts,
+    parse_caption,
+)
+from miniature.render import render
+from miniature.scene import Placement, Scene, View, project
+
+__all__ = [
+    "ObjectSpec",
+    "Scene",
+    "SceneFacts",
+    "caption",
+    "captions",
+    "parse_caption",
+    "render",
+    "render_dataset",
+    "sample_facts",
+    "sample_scene",
+    "scene_from_caption",
+]
+
+T = TypeVar("T")
+Disc = tuple[float, float, float]  # right, up, radius on the screen
+
+# A large sphere is about 21-28 pixels across, a small one 14-19: the bands stay apart at every depth.
+RADII = {"large": (1.10, 1.24), "small": (0.72, 0.82)}
+PROB_TWO_OBJECTS = 0.6
+MAX_OVERLAP = 0.15  # largest share of the farther object's disc that the nearer one's may cover
+MARGIN = 0.03  # free border, in half pictures
+MAX_DEPTH = 0.5  # between two objects side by side
+MIN_DEPTH = 1.5  # between one in front and one behind
+MAX_DRAWS = 20_000  # the hardest captions, two large objects side by side, take about 20 on average
+
+
+def caption(scene: Scene) -> str:
+    """The caption of a scene, which `parse_caption` reads back to `scene.facts`."""
+    return str(scene.facts)
+
+
+def sample_scene(seed: int, index: int, split: str = "train") -> Scene:
+    """The scene number `index` of a seed. Equal to scene_from_caption(its caption, seed, index)."""
+    facts = sample_facts(seed, index, split)
+    return _place(facts, seed, index)
+
+
+def scene_from_caption(text: str, seed: int, index: int) -> Scene:
+    """A scene that the caption describes; (seed, index) decides all that it leaves open. Raises UserError."""
+    return _place(parse_caption(text), seed, index)
+
+
+def sample_facts(seed: int, index: int, split: str = "train") -> SceneFacts:
+    """Attributes of scene `index`: 40 % one object, else two that differ in colour, shape or material.
+
+    A "train" scene has no held-out (colour, shape, material), a "heldout" scene at least one.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: expected {' or '.join(SPLITS)}")
+    rng = _generator(seed, index, 1 + SPLITS.index(split))
+    num_objects = 2 if rng.random() < PROB_TWO_OBJECTS else 1
+    triples = [_pick(rng, TRIPLES[split])]
+    if num_objects == 2:
+        others = TRIPLES["train" if split == "train" else "all"]
+        triples.append(_pick(rng, tuple(other for other in others if other != triples[0])))
+        rng.shuffle(triples)
+    objects = tuple(
+        ObjectSpec(_pick(rng, SIZES), colour, material, shape) for colour, shape, material in triples
+    )
+    relation = _pick(rng, RELATIONS) if num_objects == 2 else None
+    return SceneFacts(objects, relation, _pick(rng, BACKGROUNDS))
+
+
+def captions(num: int, seed: int, split: str = "train") -> list[str]:
+    """Captions of the first `num` scenes of a seed."""
+    return [str(sample_facts(seed, index, split)) for index in range(num)]
+
+
+def render_dataset(
+    num: int, seed: int, split: str = "train", progress: Progress = quiet, batch: int = 64
+) -> tuple[torch.Tensor, list[str]]:
+    """Pictures uint8 [num, 3, 64, 64] and captions of the first `num` scenes of a seed."""
+    images = torch.empty(num, 3, 64, 64, dtype=torch.uint8)
+    texts: list[str] = []
+    for start in range(0, num, batch):
+        scenes = [sample_scene(seed, index, split) for index in range(start, min(start + batch, num))]
+        images[start : start + len(scenes)] = render(scenes)
+        texts.extend(map(caption, scenes))
+        progress("render scenes", len(texts), num)
+    return images, texts
+
+
+def _place(facts: SceneFacts, seed: int, index: int) -> Scene:
+    """Draws view and placements until the objects are in the picture, apart, and in the relation."""
+    rng = _generator(seed, index, 0)
+    for _ in range(MAX_DRAWS):
+        view = View(
+            elevation=math.radians(rng.uniform(22.0, 27.0)),
+            zoom=rng.uniform(0.97, 1.03),
+            shift_x=rng.uniform(-0.12, 0.12),
+            light_azimuth=math.radians(rng.uniform(-75.0, -30.0)),
+            light_elevation=math.radians(rng.uniform(44.0, 60.0)),
+        )
+        scene = Scene(facts, _placements(rng, facts), view)
+        if _is_clear(scene):
+            return scene
+    raise AssertionError(f"no placement found for {facts} with seed {seed}, index {index}")
+
+
+def _placements(rng: np.random.Generator, facts: SceneFacts) -> tuple[Placement, ...]:
+    """A guess in the order that the relation asks for, so that few are thrown away."""
+    count = len(facts.objects)
+    x = rng.uniform(-2.3, 2.3, count)
+    z = rng.uniform(-2.4, 2.0, count)
+    if facts.relation in ("left of", "right of"):
+        z[1:] = z[0] + rng.uniform(-MAX_DEPTH, MAX_DEPTH)
+        x = np.sort(x) if facts.relation == "left of" else -np.sort(-x)
+    elif count == 2:
+        z = np.sort(z) if facts.relation == "behind" else -np.sort(-z)
+    radii = [rng.uniform(*RADII[item.size]) for item in facts.objects]
+    # 11 to 45 degrees either way: a cube shows two sides, and a torus its hole.
+    yaws = rng.uniform(0.2, 0.8, count) * rng.choice([-1.0, 1.0], count)
+    return tuple(Placement(r, float(x[k]), float(z[k]), float(yaws[k])) for k, r in enumerate(radii))
+
+
+def _is_clear(scene: Scene) -> bool:
+    discs: list[Disc] = []
+    for spot in scene.placements:
+        right, up, scale = project(scene.view, spot.x, 0.9 * spot.radius, spot.z)
+        radius = spot.radius * scale
+        if max(abs(right), abs(up)) + radius > 1.0 - MARGIN:
+            return False
+        discs.append((right, up, radius))
+    if len(discs) == 1:
+        return True
+    far, near = sorted((0, 1), key=lambda k: scene.placements[k].z)
+    return _relation_holds(scene) and _covered(discs[far], discs[near]) <= MAX_OVERLAP
+
+
+def _relation_holds(scene: Scene) -> bool:
+    """Left, right: apart sideways, hardly in depth. In front, behind: apart in depth, both in view."""
+    first, second = scene.placements
+    reach = first.radius + second.radius
+    sideways, depth = first.x - second.x, first.z - second.z
+    if math.hypot(sideways, depth) < 1.08 * reach:
+        return False
+    if scene.relation in ("left of", "right of"):
+        sign = -1.0 if scene.relation == "left of" else 1.0
+        return sign * sideways >= reach and abs(depth) <= MAX_DEPTH
+    sign = 1.0 if scene.relation == "in front of" else -1.0
+    return sign * depth >= MIN_DEPTH and abs(sideways) >= 0.7
+
+
+def _covered(far: Disc, near: Disc) -> float:
+    """Share of the farther disc that the nearer one covers (area of the lens between two circles)."""
+    distance = math.hypot(near[0] - far[0], near[1] - far[1])
+    if distance >= near[2] + far[2]:
+        return 0.0
+    if distance <= abs(near[2] - far[2]):
+        return 1.0
+    r, s = near[2], far[2]
+    angle_r = math.acos((distance**2 + r**2 - s**2) / (2 * distance * r))
+    angle_s = math.acos((distance**2 + s**2 - r**2) / (2 * distance * s))
+    lens = r**2 * (angle_r - math.sin(2 * angle_r) / 2) + s**2 * (angle_s - math.sin(2 * angle_s) / 2)
+    return lens / (math.pi * s**2)
+
+
+def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    """Stream 0 draws what captions leave open; the others draw attributes, one stream per split."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index, stream))))
+
+
+def _pick(rng: np.random.Generator, values: tuple[T, ...]) -> T:
+    return values[int(rng.integers(len(values)))]

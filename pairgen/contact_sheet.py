@@ -1,0 +1,155 @@
+"""A contact sheet: decoded rows of a store in one picture, with their prompts."""
+
+from collections.abc import Iterator, Sequence
+from math import ceil, sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from d2g.core.distributed import process_group
+from d2g.core.errors import UserError
+from d2g.core.png import grid, save_png
+from d2g.core.progress import Progress, quiet
+from d2g.diffusion.latents import decode_uint8, latent_space
+from d2g.diffusion.pretrained import load_vae
+from pairgen.statistics import spread
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import StoreSpec
+
+SMALLEST, LARGEST = 160, 256  # pixels of a picture's longer side on the sheet
+LINES = 3  # of a caption
+FONT, TITLE = 11, 14
+MARGIN = 8
+INK, FAINT, PAPER = (30, 30, 30), (120, 120, 120), (255, 255, 255)
+
+
+def save_sheet(
+    folder: Path, path: Path, count: int = 48, teacher: str | None = None, progress: Progress = quiet
+) -> list[int]:
+    """Decode `count` evenly spread rows of a store and write them to `path` as PNG; returns their pairs.
+
+    teacher: where the VAE is, when not where the store says. Raises UserError for an empty store, a teacher
+    of another latent space, damage, and a file that cannot be written.
+    """
+    reader = PairReader(folder)
+    if not len(reader):
+        raise UserError(f"{folder} holds no pairs yet; make some with `d2g pairs generate`")
+    spec = reader.spec
+    vae = load_vae(teacher or spec.teacher).to(process_group.init())
+    if (space := latent_space(vae)) != spec.latent_space:
+        raise UserError(
+            f"teacher {teacher or spec.teacher} has {space}, {folder} was made in {spec.latent_space}"
+        )
+    rows = reader.read(spread(len(reader), count))
+    images = []
+    for batch in decode_uint8(vae, rows.latent, batch_size=8):
+        images.append(batch)
+        progress("decode", sum(map(len, images)), len(rows.index))
+    captions = [caption(spec, *row) for row in zip(rows.index.tolist(), rows.prompts, strict=True)]
+    sheet = contact_sheet(torch.cat(images), captions, title(folder, spec, len(captions), len(reader)))
+    save_png(sheet, Path(path), {"pairs": str(rows.index.tolist()), "spec_sha256": spec.sha256})
+    return rows.index.tolist()
+
+
+def caption(spec: StoreSpec, number: int, prompt: str) -> str:
+    """The words below a picture."""
+    text = {"text": f": {prompt}", "label": f": class {prompt}", "none": ""}[spec.conditioning]
+    return f"{number}{text}"
+
+
+def title(folder: Path, spec: StoreSpec, shown: int, pairs: int) -> str:
+    """The line above the pictures."""
+    made = f"{spec.solver}, {spec.steps} steps, guidance {spec.guidance:g}, seed {spec.seed}"
+    return f"{Path(folder).absolute().name}: {shown} of {pairs} pairs of {Path(spec.teacher).name}, {made}"
+
+
+def contact_sheet(images: Tensor, captions: Sequence[str], heading: str) -> Tensor:
+    """uint8 [N, 3 or 1, H, W] and N captions -> one picture [3, height, width] under a heading.
+
+    Small pictures are enlarged pixel by pixel, large ones averaged down; captions are cut to LINES lines.
+    """
+    font = load_font(FONT)
+    pictures = [_picture(image) for image in images]
+    wrapped = [wrap(caption, font, pictures[0].width, LINES) for caption in captions]
+    depth = max(map(len, wrapped)) * (FONT + 3) + 4
+    cells = [_cell(picture, lines, font, depth) for picture, lines in zip(pictures, wrapped, strict=True)]
+    table = F.pad(grid(torch.stack(cells), columns(len(cells)), gap=MARGIN), (MARGIN, 0), value=255)
+    return torch.cat([_heading(heading, table.shape[2]), table], dim=1)
+
+
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib carries: Pillow's own font has no accents, no Greek and no Cyrillic."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def columns(count: int) -> int:
+    """About 3 : 2, with as few empty cells as the numbers near it allow."""
+    wanted = ceil(sqrt(1.5 * count))
+    return min(range(ceil(sqrt(count)), wanted + 3), key=lambda n: (-count % n, abs(n - wanted)))
+
+
+def _picture(image: Tensor) -> Image.Image:
+    picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    longer = max(picture.size)
+    if longer < SMALLEST:
+        times = ceil(SMALLEST / longer)
+        return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    if longer > LARGEST:
+        side = (max(1, picture.width * LARGEST // longer), max(1, picture.height * LARGEST // longer))
+        return picture.resize(side, Image.Resampling.BOX)
+    return picture
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """`text` in at most `lines` lines of `width` pixels, broken between words; … for more."""
+    found = [""]
+    for word in _pieces(text, font, width):
+        joined = f"{found[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            found[-1] = joined
+        else:
+            found.append(word)
+    if len(found) > lines:
+        last = found[lines - 1]
+        while last and font.getlength(f"{last}…") > width:
+            last = last[:-1]
+        found = [*found[: lines - 1], f"{last.rstrip()}…"]
+    return found
+
+
+def _pieces(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
+    """Words, the ones too long for a line in parts."""
+    for word in text[:1000].split():
+        while font.getlength(word) > width and len(word) > 1:
+            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            yield word[:fits]
+            word = word[fits:]
+        yield word
+
+
+def _cell(picture: Image.Image, lines: Sequence[str], font: ImageFont.FreeTypeFont, depth: int) -> Tensor:
+    cell = Image.new("RGB", (picture.width, picture.height + depth), PAPER)
+    cell.paste(picture)
+    draw = ImageDraw.Draw(cell)
+    for number, line in enumerate(lines):
+        draw.text((0, picture.height + 2 + number * (FONT + 3)), line, INK, font)
+    return _tensor(cell)
+
+
+def _heading(text: str, width: int) -> Tensor:
+    font = load_font(TITLE)
+    lines = wrap(text, font, width - 2 * MARGIN, LINES)
+    image = Image.new("RGB", (width, len(lines) * (TITLE + 5) + 2 * MARGIN), PAPER)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((MARGIN, MARGIN + number * (TITLE + 5)), line, FAINT, font)
+    return _tensor(image)
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

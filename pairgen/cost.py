@@ -1,0 +1,102 @@
+"""What a job would cost, measured here before anything is spent."""
+
+import time
+from typing import Any
+
+import torch
+
+from d2g.core.distributed import process_group
+from d2g.core.progress import Progress, quiet
+from d2g.diffusion.solvers import evaluations
+from pairgen.config import PairConfig
+from pairgen.job import Job, open_job
+
+LARGEST_BATCH = 1024
+GAIN = 1.03  # a batch twice as large must be this much faster a row, or it is not worth its memory
+GPU_COUNTS = (1, 8, 64, 128)
+
+
+def plan_pairs(
+    config: PairConfig, batches: int = 2, price: float = 0.0, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Time a few batches here and extrapolate: pairs/s, GPU-hours, GiB, shards; hours and cost by number of
+    GPUs.
+
+    `price`: of one GPU-hour, in any currency, 0 or more; 0 leaves costs out.
+    """
+    device = process_group.init()
+    job = open_job(config, device)
+    spec = job.spec
+    batch_size = config.batch_size or fastest_batch(job)
+    seconds = seconds_per_row(job, batch_size, batches, progress=progress)
+    channels, height, width = spec.latent_shape
+    gib = spec.num_pairs * channels * height * width * spec.torch_dtype.itemsize / 2**30
+    hours = seconds * spec.num_pairs / 3600
+    return {
+        "pairs": spec.num_pairs,
+        "gib": gib,
+        "gib_with_noise": 2 * gib,
+        "gib_here": gib if spec.noise == "seeded" else 2 * gib,
+        "shards": spec.num_shards,
+        "evaluations_per_pair": evaluations(spec.steps, spec.solver, spec.guidance),
+        "batch_size": batch_size,
+        "seconds_per_pair": seconds,
+        "pairs_per_sec": 1 / seconds,
+        "gpu_hours": hours,
+        "by_gpus": {
+            str(count): {"hours": hours / count} | ({"cost": hours * price} if price else {})
+            for count in GPU_COUNTS
+        },
+        "measured_on": device_name(device),
+    }
+
+
+def seconds_per_row(job: Job, batch_size: int, batches: int, progress: Progress = quiet) -> float:
+    """Mean seconds a row takes in full, after a warm-up batch."""
+    started = 0.0
+    for batch in range(batches + 1):
+        first = batch * batch_size
+        indices = [index % job.spec.num_pairs for index in range(first, first + batch_size)]
+        job.rows(indices)[1].cpu()  # waits for the device
+        if batch == 0:
+            started = time.monotonic()
+        progress("timing", batch, batches)
+    return (time.monotonic() - started) / (batches * batch_size)
+
+
+@torch.no_grad()
+def fastest_batch(job: Job) -> int:
+    """The batch size with the most rows/s: doubled until that gains nothing twice, or memory is full."""
+    best, best_seconds, size = 1, float("inf"), 1
+    while size <= min(4 * best, LARGEST_BATCH):
+        try:
+            seconds = _evaluation_seconds(job, size) / size
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if seconds * GAIN < best_seconds:
+            best, best_seconds = size, seconds
+        size *= 2
+    return best
+
+
+def _evaluation_seconds(job: Job, size: int) -> float:
+    """Seconds of one evaluation of the guided network, the fastest of three after a warm-up."""
+    spec = job.spec
+    indices = [index % spec.num_pairs for index in range(size)]
+    encoded = job.encode(indices)
+    condition = encoded.condition.select([encoded.position[text] for text in job.texts(indices)])
+    noise = torch.zeros(size, *spec.latent_shape)
+    taken = []
+    for _ in range(4):
+        started = time.monotonic()
+        job.teacher.sample(noise, job.texts(indices), 1, spec.guidance, spec.solver, 0.0, condition).cpu()
+        taken.append(time.monotonic() - started)
+    return min(taken[1:])
+
+
+def device_name(device: torch.device) -> str:
+    """The device as people name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,275 @@
+"""Pair stores at URLs: any file system that fsspec knows, behind a local cache of whole shards.
+
+A shard gets its name in the cache only when its length and sha256 are what its first 512 bytes say, and that
+name holds the sha256: what is there is whole, and no older shard passes for a newer one. Credentials and
+endpoints are for the file system's own package (its environment variables, ~/.config/fsspec).
+"""
+
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from d2g.core.atomic_files import FULL
+from d2g.core.config import digest
+from d2g.core.errors import SettingError, UserError
+from pairgen.store.cache import alone, default_cache, growing, make_room, used
+from pairgen.store.hdf5 import SEAL, DamagedShard, damaged, seal_of
+from pairgen.store.hdf5_chunks import Descriptor
+from pairgen.store.spec import named_shards, parse_spec, prompts_path, writing
+
+T = TypeVar("T")
+
+WAITS = (0.2, 1.0, 5.0, 15.0)  # seconds before each new try
+THREADS = 16
+DOWNLOADS = 4  # at once, of shards that are needed soon
+SAFE = "the store itself is untouched"
+
+
+class _Gone(UserError):
+    """A file that the store does not have."""
+
+
+def is_url(folder: Path | str) -> bool:
+    """Whether `folder` is an fsspec URL. A Path never is: it folds the slashes of one."""
+    return isinstance(folder, str) and ("://" in folder or "::" in folder)
+
+
+class Mirror:
+    """The shards of the store at `url`, each copied to a folder inside `cache` when it is first needed.
+
+    cache_gib: bounds all of `cache`; copies used longest ago make room. 0: no bound. Processes may share it.
+    """
+
+    def __init__(self, url: str, cache: Path | str | None = None, cache_gib: float = 0.0) -> None:
+        if cache_gib < 0:
+            raise SettingError(f"cache_gib is {cache_gib}; expected GiB for copies, or 0 for no bound")
+        self.url, self.root = url.rstrip("/"), Path(cache or default_cache())
+        self.limit = int(cache_gib * 2**30)
+        try:
+            content = self._ask("store.json", _whole)
+        except _Gone as error:
+            raise UserError(f"{url} is no pair store: it has no store.json; check the URL") from error
+        self.spec = parse_spec(content, f"{self.url}/store.json")
+        label = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(self.url).name)
+        self.folder = self.root / f"{label}-{digest([self.url, self.spec.sha256])[:16]}"
+        self.remedy = f"repair the store there; if it is sound, remove its copy {self.folder}"
+        sizes = self._list("shards")
+        self.shards = named_shards(self.spec, sizes)
+        self.sizes = {shard: sizes[PurePosixPath(self._file(shard)).name] for shard in self.shards}
+        self.size = sum(self.sizes.values())
+        if self.limit and (largest := max(self.sizes.values(), default=0)) > self.limit:
+            raise SettingError(
+                f"cache_gib is {cache_gib}, one shard of {url} has {largest / 2**30:.3f}; give more"
+            )
+        self.bounded = 0 < self.limit < self.size
+        self._seals: dict[int, tuple[int, str]] = {}
+        self._coming: tuple[int, set[int]] = (0, set())
+        self._copy_records()
+
+    def holds(self, file: str) -> bool:
+        """Whether the store has a file of this name beside store.json."""
+        return file in self._list("")
+
+    def name(self, shard: int) -> str:
+        return f"{self.url}/{self._file(shard)}"
+
+    def check(self) -> dict[int, str]:
+        """Ask whether the shards that are here are still those there, and drop what is out of date."""
+        here: dict[int, list[Path]] = {}
+        for path in self.folder.glob("pairs-*-*.h5"):
+            here.setdefault(int(path.name.split("-")[1]), []).append(path)
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = dict(pool.map(self._wrong, sorted(here.keys() & set(self.shards))))
+        for shard, paths in here.items():
+            for path in paths:
+                if shard not in self.sizes or (not found[shard] and path != self._path(shard)):
+                    path.unlink(missing_ok=True)
+        return {shard: reason for shard, reason in found.items() if reason}
+
+    def quarantined(self, shard: int, recorded: list[int]) -> list[int]:
+        return recorded
+
+    def open(self, shard: int) -> Descriptor:
+        path = self._path(shard)
+        for _ in range(10):
+            try:
+                file = Descriptor(path)
+                used(file)
+                return file
+            except FileNotFoundError:
+                self._download(shard, path)
+        raise UserError(f"{self.root}: copies vanish before they are read; raise cache_gib")
+
+    def bring(self, shard: int) -> bool:
+        if shard in self._seals and self._path(shard).exists():
+            return True
+        if self._coming[0] != os.getpid():  # threads do not cross a fork
+            self._coming = os.getpid(), set()
+        coming = self._coming[1]
+        if shard not in coming and len(coming) < DOWNLOADS:
+            coming.add(shard)
+            threading.Thread(target=self._bring, args=(shard, coming), daemon=True).start()
+        return False
+
+    def _bring(self, shard: int, coming: set[int]) -> None:
+        try:
+            self.open(shard)
+        except UserError:
+            pass  # whoever reads a row of it meets the same, and says so
+        finally:
+            coming.discard(shard)
+
+    def _file(self, shard: int) -> str:
+        return f"shards/pairs-{shard:05d}.h5"
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"pairs-{shard:05d}-{self._seal(shard)[1][:16]}.h5"
+
+    def _seal(self, shard: int) -> tuple[int, str]:
+        """Length and sha256 that the shard's first bytes claim, as they were when first asked for."""
+        if shard not in self._seals:
+            file = self._file(shard)
+            head = self._ask(file, lambda fs, path: bytes(fs.cat_file(path, start=0, end=SEAL))[:SEAL])
+            length, sha256 = seal_of(head)
+            if length != (self.sizes[shard] or length) or not re.fullmatch("[0-9a-f]{64}", sha256):
+                reason = f"truncated or overwritten ({self.sizes[shard]} bytes, its header says {length})"
+                raise damaged(self.name(shard), reason, self.remedy)
+            self._seals[shard] = length, sha256
+        return self._seals[shard]
+
+    def _wrong(self, shard: int) -> tuple[int, str]:
+        try:
+            self._seal(shard)
+        except DamagedShard as error:
+            return shard, error.reason
+        return shard, ""
+
+    def _download(self, shard: int, path: Path) -> None:
+        """Bring a shard to `path`, whole or not at all; one process at a time, the others find it there."""
+        length, sha256 = self._seal(shard)
+        with writing(self.root, SAFE), alone(self.folder, f"pairs-{shard:05d}") as locked:
+            if path.exists():
+                return
+            if locked:  # what is left of a killed download
+                for leftover in self.folder.glob(f"pairs-{shard:05d}-*.tmp"):
+                    leftover.unlink(missing_ok=True)
+            temporary = growing(path, length)
+            try:
+                make_room(self.root, self.limit, temporary)
+                for _ in range(2):  # a network may spoil a file once
+                    self._ask(self._file(shard), lambda fs, there: fs.get_file(there, str(temporary)))
+                    if _sound(temporary, length, sha256):
+                        temporary.replace(path)
+                        return
+            finally:
+                temporary.unlink(missing_ok=True)
+        reason = "its bytes do not match their sha256, or changed while it was read"
+        raise damaged(self.name(shard), reason, self.remedy)
+
+    def _copy_records(self) -> None:
+        """The records of quarantined rows, as they are now."""
+        names = [name for name in self._list("quarantine") if name.endswith(".rows.json")]
+        with ThreadPoolExecutor(THREADS) as pool:
+            files = [f"quarantine/{name}" for name in names]
+            contents = list(pool.map(lambda file: self._ask(file, _whole), files))
+        folder = self.folder / "quarantine"
+        with writing(self.root, SAFE):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in zip(names, contents, strict=True):
+                temporary = folder / f"{name}.{os.getpid()}.tmp"
+                temporary.write_bytes(content)
+                temporary.replace(folder / name)
+            for path in folder.glob("*.rows.json"):
+                if path.name not in names:
+                    path.unlink(missing_ok=True)
+
+    def _list(self, folder: str) -> dict[str, int]:
+        """Names and sizes of the files in a folder of the store, none if there is no such folder."""
+
+        def listed(fs: Any, path: str) -> list[dict[str, Any]]:
+            fs.invalidate_cache()
+            return list(fs.ls(path, detail=True))
+
+        try:
+            entries = self._ask(folder, listed)
+        except _Gone:
+            return {}
+        return {PurePosixPath(entry["name"]).name: int(entry["size"] or 0) for entry in entries}
+
+    def _ask(self, file: str, call: Callable[[Any, str], T]) -> T:
+        """`call(file system, path)`, again when it fails as networks do. Raises UserError: _Gone or other."""
+        fs, root = _file_system(self.url)
+        for wait in (*WAITS, None):
+            try:
+                return call(fs, f"{root.rstrip('/')}/{file}".rstrip("/"))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise _Gone(f"{self.url}/{file}: not there; check the URL and the store") from error
+            except PermissionError as error:
+                text = f"{self.url}/{file}: access denied ({_line(error)})"
+                raise UserError(f"{text}; give credentials as this protocol's package takes them") from error
+            except Exception as error:  # each protocol has its own
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
+                if wait is None:
+                    what = f"{type(error).__name__} ({_line(error)}), tried {len(WAITS) + 1} times"
+                    text = f"{self.url}/{file}: {what}; check the network and the URL"
+                    raise UserError(f"{text}, then run the same command again") from error
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+
+def url_info(url: str) -> dict[str, Any]:
+    """What `pairgen.verify.store_info` says of a folder, of a URL; brings no shard."""
+    from pairgen.store.reader import PairReader
+
+    reader = PairReader(url)
+    return {
+        "pairs": len(reader),
+        "shards": reader.shards,
+        "complete": len(reader) == reader.spec.num_pairs,
+        "quarantined": len(reader.quarantined),
+        "gib": reader.gib,
+        "prompts_held": Mirror(url).holds(prompts_path(Path()).name),
+        "spec": reader.spec.as_json(),
+    }
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and its path there. fsspec keeps one for each process and thread."""
+    import fsspec  # type: ignore[import-untyped]
+
+    protocol = url.split("::")[0].split("://")[0]
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{url}: {protocol}:// needs another package: {_line(error)}") from error
+    except ValueError as error:
+        text = f"{url}: {_line(error)}"
+        raise UserError(f"{text}; give a folder, or a URL such as s3://bucket/pairs") from error
+    return fs, str(root)
+
+
+def _whole(fs: Any, path: str) -> bytes:
+    return bytes(fs.cat_file(path))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _sound(path: Path, length: int, sha256: str) -> bool:
+    """Whether a file is what its store says; if so, on the disk for good."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != length:
+            return False
+        file.seek(SEAL)
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return False
+        os.fsync(file.fileno())
+    return True

@@ -1,0 +1,233 @@
+"""What a pair folder holds and where: its spec, its shards' names, writing whole or not at all."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from d2g.core import atomic_files
+from d2g.core.config import differing, digest, from_json, to_json
+from d2g.core.errors import SettingError, UserError
+from d2g.diffusion.latents import LatentSpace
+
+SCHEMA = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSpec:
+    """Everything that decides a store's rows. Stores of equal spec hold interchangeable shards."""
+
+    schema: int = SCHEMA
+    teacher: str
+    teacher_sha256: str
+    conditioning: Literal["text", "label", "none"] = "text"
+    teacher_facts: dict[str, Any] = field(default_factory=dict)
+    """What else of the teacher's family decides latents: micro-conditioning, the null condition, a shift."""
+    prompts_sha256: str
+    num_pairs: int
+    num_prompts: int
+    per_prompt: int = 1
+    solver: Literal["ddim", "heun", "euler"]
+    steps: int
+    spacing: Literal["leading", "trailing", "linspace"]
+    final_alpha_one: bool
+    guidance: float
+    guidance_rescale: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int
+    dtype: Literal["float16", "float32"] = "float16"
+    latent_shape: tuple[int, int, int]
+    latent_space: LatentSpace
+    noise: Literal["stored", "seeded"] = "stored"
+    shard_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_pairs", "num_prompts", "per_prompt", "steps", "shard_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise SettingError(f"seed is {self.seed}, expected 0 to 2^63 - 1")
+        if self.dtype not in ("float16", "float32"):
+            raise SettingError(f"dtype is {self.dtype!r}, expected 'float16' or 'float32'")
+        if self.noise not in ("stored", "seeded"):
+            raise SettingError(f"noise is {self.noise!r}, expected 'stored' or 'seeded'")
+        if min(self.latent_shape) < 1 or self.latent_shape[0] != self.latent_space.channels:
+            channels = self.latent_space.channels
+            raise SettingError(f"latent_shape is {self.latent_shape}, expected ({channels}, height, width)")
+
+    def as_json(self) -> dict[str, Any]:
+        """The spec as stored. Whole numbers in float fields become floats first: one spec, one digest."""
+        return to_json(from_json(StoreSpec, to_json(self)))
+
+    @property
+    def sha256(self) -> str:
+        return digest(self.as_json())
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float16 if self.dtype == "float16" else torch.float32
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_pairs // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        """The pair indices that shard number `shard` owns."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_pairs))
+
+    def prompt_of(self, index: int) -> int:
+        """Which prompt pair `index` was made from: a position in the prompt list."""
+        return index // self.per_prompt % self.num_prompts
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return Path(folder) / "shards" / f"pairs-{shard:05d}.h5"
+
+
+def shards_present(folder: Path, spec: StoreSpec) -> list[int]:
+    """Numbers of the shards that stand under their names. Those are whole: they were renamed into place."""
+    return named_shards(spec, (path.name for path in (Path(folder) / "shards").glob("*.h5")))
+
+
+def named_shards(spec: StoreSpec, names: Iterable[str]) -> list[int]:
+    """Numbers of the shards among file names, sorted."""
+    found = (re.fullmatch(r"pairs-(\d{5,})\.h5", name) for name in names)
+    return sorted(int(m[1]) for m in found if m and int(m[1]) < spec.num_shards)
+
+
+def prompts_path(folder: Path) -> Path:
+    """The store's own copy of its prompt list."""
+    return Path(folder) / "prompts.jsonl"
+
+
+def quarantine_path(folder: Path, shard: int) -> Path:
+    """The record of the rows that a whole shard lacks because the teacher gave no finite latent."""
+    return Path(folder) / "quarantine" / f"pairs-{shard:05d}.rows.json"
+
+
+def encode_record(shard: int, rows: Sequence[dict[str, Any]]) -> bytes:
+    """A quarantine record of rows {"index", "prompt", "reason"}."""
+    content = {"shard": f"pairs-{shard:05d}.h5", "sha256": digest(rows), "rows": rows}
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def read_record(folder: Path, shard: int) -> list[dict[str, Any]]:
+    """The rows of a shard's quarantine record. Raises UserError for one that is not as it was written."""
+    path = quarantine_path(folder, shard)
+    try:
+        data = path.read_bytes()
+        rows: list[dict[str, Any]] = json.loads(data)["rows"]
+        if data != encode_record(shard, rows):
+            raise ValueError("its sha256 does not match its rows")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); run `d2g pairs repair {folder}`") from error
+    return rows
+
+
+def records_present(folder: Path) -> list[int]:
+    """Numbers of the shards that have a quarantine record."""
+    names = (p.name for p in (Path(folder) / "quarantine").glob("*.rows.json"))
+    return sorted(
+        int(m[1]) for m in (re.fullmatch(r"pairs-(\d{5,})\.rows\.json", name) for name in names) if m
+    )
+
+
+def quarantined_rows(folder: Path, spec: StoreSpec) -> dict[int, list[dict[str, Any]]]:
+    """Shard number -> the rows set aside there: {"index", "prompt", "reason"}, in order of index.
+
+    Raises UserError for a damaged record; the shard's own header holds the indices too.
+    """
+    return {shard: read_record(folder, shard) for shard in records_present(folder) if shard < spec.num_shards}
+
+
+def pending(folder: Path, spec: StoreSpec) -> list[range]:
+    """Pair indices of the shards that are not yet whole, one range per shard, in order."""
+    present = set(shards_present(folder, spec))
+    return [spec.rows(shard) for shard in range(spec.num_shards) if shard not in present]
+
+
+def create_store(folder: Path, spec: StoreSpec) -> None:
+    """Make DIR/store.json, or check that the one there holds `spec`; sweep what killed writers left behind.
+
+    Raises UserError when the folder holds another spec (naming the keys that differ) or cannot be written.
+    """
+    folder = local(folder)
+    with writing(folder, "nothing was written"):
+        for name in ("shards", "partial", "claims"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if (folder / "store.json").exists():
+            refuse_other(folder, read_spec(folder), spec)
+        else:
+            content = {"schema": SCHEMA, "sha256": spec.sha256, "spec": spec.as_json()}
+            publish(json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial")
+        for shard in shards_present(folder, spec):
+            for leftover in (folder / "partial").glob(f"{shard_path(folder, shard).stem}.*"):
+                leftover.unlink(missing_ok=True)
+
+
+def local(folder: Path | str) -> Path:
+    """`folder` as a Path. Raises UserError for a URL, of which a Path has folded the slashes."""
+    if re.match("[a-z][a-z0-9+.-]+:/", str(folder)):
+        raise UserError(f"{folder} is a URL; this needs a folder of this machine: copy the store here first")
+    return Path(folder)
+
+
+def read_spec(folder: Path) -> StoreSpec:
+    """The spec in DIR/store.json. Raises UserError when it is missing, damaged or of a newer schema."""
+    path = local(folder) / "store.json"
+    try:
+        return parse_spec(path.read_bytes(), str(path))
+    except OSError as error:
+        text = f"{folder} is no pair store: cannot read {path} ({error.strerror})"
+        raise UserError(f"{text}; make one with `d2g pairs generate`") from error
+
+
+def parse_spec(content: bytes, name: str) -> StoreSpec:
+    """The spec in the bytes of a store.json called `name`. Raises UserError."""
+    try:
+        facts = json.loads(content)
+        if (found := facts["schema"]) != SCHEMA:
+            todo = "upgrade" if found > SCHEMA else "read it with the version that made it, or make it again"
+            raise UserError(f"{name}: pair schema {found}, this version reads schema {SCHEMA}; {todo}")
+        spec = from_json(StoreSpec, facts["spec"])
+        if spec.sha256 != facts["sha256"]:
+            raise ValueError("its sha256 does not match its spec")
+    except (ValueError, KeyError, TypeError, AttributeError, SettingError) as error:
+        raise UserError(f"{name} is damaged ({error}); restore it from the run that made it") from error
+    return spec
+
+
+def refuse_other(folder: Path | str, found: StoreSpec, expected: StoreSpec) -> None:
+    if names := differing(found.as_json(), expected.as_json()):
+        text = f"{folder} holds pairs of another spec; differing: {', '.join(names)}"
+        raise UserError(f"{text}; choose another folder, or the settings this one was made with")
+
+
+@contextmanager
+def writing(folder: Path, safe: str) -> Iterator[None]:
+    """Turns the operating system's refusal to write into one line that also says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in atomic_files.FULL:
+            free = f"{atomic_files.mib_free(folder):.1f} MiB free on its disk"
+            text = f"no room to write in {folder} ({error.strerror}; {free}); {safe}"
+            raise UserError(f"{text}; make room and run the same command again") from error
+        text = f"cannot write {error.filename or folder} ({error.strerror}); {safe}"
+        raise UserError(f"{text}; mend it or choose another output folder") from error
+
+
+def publish(data: bytes | memoryview, path: Path, scratch: Path) -> None:
+    """Write `data` under a temporary name in `scratch`, sync it, rename it to `path`: whole or not there."""
+    atomic_files.publish(data, path, temporary_name(path, scratch))
+
+
+def temporary_name(path: Path, scratch: Path) -> Path:
+    """What `path` is called in `scratch` until it is whole."""
+    return scratch / f"{path.stem}.{atomic_files.own_mark()}.tmp"

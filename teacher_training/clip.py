@@ -1,0 +1,207 @@
+"""The small CLIP that scores the miniature: under a million parameters, in open_clip's format."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2g.core.config import to_json
+from d2g.core.errors import SettingError, UserError
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import generator
+from d2g.core.shuffle import permuted_batch
+from d2g.diffusion.latents import from_uint8
+from eval.metrics.clip_score import retrieval_top1
+from eval.networks.registry import clip_tokenizer, new_clip, save_clip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipConfig:
+    """A ViT and a text transformer, and how to train them."""
+
+    image_size: int = 64
+    patch: int = 8
+    width: int = 128
+    layers: int = 4
+    text_width: int = 96
+    text_layers: int = 3
+    context: int = 32
+    embed: int = 128
+    head: int = 32
+    images: int = 2_000_000
+    """Training images, repeats counted."""
+    minutes: float = 0.0
+    """Stop after so long, with the learning rate at zero by then; 0: no limit."""
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_images: int = 50_000
+    held_out: int = 1000
+    """Images, at most a tenth, kept from training for the retrieval score."""
+    candidates: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch or self.width % self.head or self.text_width % self.head:
+            raise SettingError(
+                f"patch must divide image_size and head both widths, got {self.patch}, {self.image_size}, "
+                f"{self.head}, {self.width}, {self.text_width}"
+            )
+        if min(self.images, self.batch_size - 1, self.held_out, self.candidates - 1) < 1 or self.minutes < 0:
+            raise SettingError(
+                "a CLIP needs images >= 1, batch_size >= 2, held_out >= 1, candidates >= 2 and minutes >= 0"
+            )
+
+
+def model_config(config: ClipConfig, vocabulary: int, eos: int) -> dict[str, Any]:
+    """The `model_cfg` of open_clip_config.json. Text is pooled at the first `eos`, whatever pads it."""
+    return {
+        "embed_dim": config.embed,
+        "vision_cfg": {
+            "image_size": config.image_size,
+            "patch_size": config.patch,
+            "width": config.width,
+            "layers": config.layers,
+            "head_width": config.head,
+            "mlp_ratio": 2.0,
+        },
+        "text_cfg": {
+            "context_length": config.context,
+            "vocab_size": vocabulary,
+            "width": config.text_width,
+            "heads": config.text_width // config.head,
+            "layers": config.text_layers,
+            "mlp_ratio": 2.0,
+            "pool_type": "eos",
+            "eos_id": eos,
+            "hf_tokenizer_name": "tokenizer files beside this one",
+        },
+    }
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, caption_ids: Tensor) -> Tensor:
+    """Symmetric cross-entropy (Radford et al. 2021) of unit vectors [B, D]; equal captions are positives.
+
+    Each row's target is uniform over the columns with its caption, so that a twin's caption is never pushed
+    away.
+    """
+    logits = scale * images @ texts.T
+    target = (caption_ids[:, None] == caption_ids).float()
+    target = target / target.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train_clip(
+    images: Tensor,
+    captions: list[str],
+    tokenizer: str | Path,
+    out: str | Path,
+    config: ClipConfig,
+    *,
+    progress: Progress = quiet,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """Train on uint8 images [N, 3, S, S] with N captions; write an open_clip folder; return scores.
+
+    `tokenizer`: a folder of CLIPTokenizer files, copied into `out`. Scores: `retrieval_top1` on held-out
+    images, its chance level, `loss` (mean of the last tenth), `params`, `images`, `seconds`; also in
+    `out`/meta.json.
+    """
+    if images.shape[1:] != (3, config.image_size, config.image_size) or len(images) != len(captions):
+        raise UserError(
+            f"got images {tuple(images.shape)} and {len(captions)} captions; expected as many captions as "
+            f"images [N, 3, {config.image_size}, {config.image_size}]"
+        )
+    tokenize = clip_tokenizer(tokenizer, config.context)
+    inner = tokenize.tokenizer  # type: ignore[attr-defined]
+    settings = model_config(config, len(inner), inner.eos_token_id)
+    ids = {caption: number for number, caption in enumerate(sorted(set(captions)))}
+    tokens = tokenize(list(ids))
+    caption_ids = torch.tensor([ids[caption] for caption in captions])
+    order = torch.randperm(len(images), generator=generator(config.seed, 0xC11B))
+    held = order[: max(1, min(config.held_out, len(images) // 10))]
+    train = order[len(held) :]
+    if len(train) < 2:
+        raise UserError(f"got {len(images)} images; training a CLIP needs at least 3")
+
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = new_clip(settings).to(device).train()
+    optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
+    losses: list[Tensor] = []
+    start = time.perf_counter()
+    nimg = 0
+    while nimg < config.images and not _late(start, config):
+        rows = train[permuted_batch(config.seed, len(train), nimg, config.batch_size)]
+        pixels, texts = from_uint8(images[rows]).to(device), caption_ids[rows]
+        image_vectors = F.normalize(model.encode_image(pixels), dim=1)
+        text_vectors = F.normalize(model.encode_text(tokens[texts].to(device)), dim=1)
+        loss = contrastive_loss(image_vectors, text_vectors, model.logit_scale.exp(), texts.to(device))
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the CLIP's loss is {loss.item()} at image {nimg}; lower its lr from {config.lr}"
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _schedule(nimg, time.perf_counter() - start, config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        losses.append(loss.detach())
+        nimg += config.batch_size
+        progress("train CLIP", min(nimg, config.images), config.images)
+
+    seconds = time.perf_counter() - start
+    own = [captions[row] for row in held.tolist()]
+    vectors = torch.cat(list(_image_vectors(model.eval(), images[held], device)))
+    with torch.no_grad():
+        texts = F.normalize(model.encode_text(tokens[caption_ids[held]].to(device)), dim=1).cpu()
+    top1 = retrieval_top1(vectors, texts, own, candidates=config.candidates)
+    scores = {
+        "retrieval_top1": top1,
+        "retrieval_chance": 1 / min(config.candidates, len(set(own))),
+        "loss": torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item(),
+        "params": float(sum(p.numel() for p in model.parameters())),
+        "images": float(nimg),
+        "seconds": seconds,
+    }
+    preprocess = {"size": config.image_size, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    save_clip(model, settings, preprocess, tokenizer, out)
+    meta = json.dumps({"config": to_json(config), "scores": scores}, indent=2)
+    (Path(out) / "meta.json").write_text(meta + "\n", encoding="utf-8")
+    return scores
+
+
+@torch.no_grad()
+def _image_vectors(model: Any, images: Tensor, device: str | torch.device) -> Iterator[Tensor]:
+    for batch in images.split(256):
+        yield F.normalize(model.encode_image(from_uint8(batch).to(device)), dim=1).cpu()
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings decay; gains, biases and the logit scale don't."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _late(start: float, config: ClipConfig) -> bool:
+    return config.minutes > 0 and time.perf_counter() - start > 60 * config.minutes
+
+
+def _schedule(nimg: int, seconds: float, config: ClipConfig) -> float:
+    """Linear warm-up, cosine to zero; a function of images, or of time where that runs out first."""
+    share = nimg / config.images
+    if config.minutes > 0:
+        share = max(share, min(seconds / (60 * config.minutes), 1.0))
+    warm = min(1.0, (nimg + config.batch_size) / max(config.warmup_images, 1))
+    return warm * 0.5 * (1 + math.cos(math.pi * share))

@@ -1,0 +1,218 @@
+"""Train a whole Stable-Diffusion-shaped teacher from captioned pictures: VAE, text encoder, UNet,
+LatentLPIPS, CLIP.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import pick, to_json
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError
+from d2g.core.progress import Progress, quiet
+from d2g.core.tracking.run_directory import RunLog
+from d2g.diffusion.latents import encode, from_uint8
+from d2g.diffusion.pretrained import (
+    load_schedule,
+    load_tokenizer,
+    load_unet,
+    load_vae,
+    new_tokenizer,
+    save_piece,
+    save_pipeline,
+)
+from latent_lpips import weights as lpips_weights
+from latent_lpips.config import PRESETS as LPIPS_PRESETS
+from latent_lpips.config import LPIPSTrainConfig
+from latent_lpips.training.small import train_latent_lpips
+from teacher_training.autoencoder import AutoencoderConfig, train_autoencoder
+from teacher_training.clip import ClipConfig, train_clip
+from teacher_training.data import cached_images
+from teacher_training.loop import FitConfig
+from teacher_training.unet import DenoiserConfig, build, train_denoiser
+
+STAGES = ("data", "vae", "unet", "lpips", "clip")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """What to train a teacher on, and each piece's shape and length."""
+
+    data: str = "scenes"
+    size: int = 64
+    images: int = 40_000  # at most this many pictures
+    seed: int = 1
+    caption_template: str = "a photo of a {}"
+    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    unet: DenoiserConfig = field(default_factory=DenoiserConfig)
+    lpips: LPIPSTrainConfig = LPIPS_PRESETS["small"]
+    clip: ClipConfig = field(default_factory=ClipConfig)
+
+    def __post_init__(self) -> None:
+        step = 2 ** (len(self.vae.channels) - 1) * 2 ** (len(self.unet.channels) - 1)
+        if self.size % step:
+            raise SettingError(
+                f"size is {self.size}; expected a multiple of {step}, the VAE's and UNet's downscaling"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSummary:
+    """What `train_teacher` made. `params`: of the UNet; `images`: pictures trained on; `scores`: per
+    stage.
+    """
+
+    out: str
+    params: int
+    images: int
+    seconds: float
+    scores: dict[str, Any]
+
+
+def train_teacher(
+    config: TeacherConfig, out: Path, stages: tuple[str, ...] = STAGES, progress: Progress = quiet
+) -> TeacherSummary:
+    """Train the stages that are not done yet; each is whole on disk before the next begins.
+
+    OUT is a StableDiffusionPipeline in diffusers layout with latent_lpips/ and clip/ beside its pieces, and
+    training/ with caches, configs, curves and checkpoints. Runs on every rank of torchrun.
+    """
+    started, work = time.monotonic(), out / "training"
+    for stage in stages:
+        pick(dict.fromkeys(STAGES), stage, "stage")
+    pictures = {key: to_json(config)[key] for key in ("data", "size", "images", "seed", "caption_template")}
+    RunLog(work, pictures)  # each stage checks its own settings against its own folder
+    images, captions = cached_images(
+        work, config.data, config.size, config.images, config.seed, config.caption_template, progress
+    )
+    scores: dict[str, Any] = {}
+    for stage in [s for s in STAGES[1:] if s in stages]:
+        done = work / stage / "scores.json"
+        if not done.is_file():
+            begun = time.monotonic()
+            result = _TRAIN[stage](config, out, images, captions, progress)
+            if process_group.rank() == 0:
+                write_atomically(done, json.dumps({**result, "seconds": time.monotonic() - begun}))
+            process_group.barrier()
+        scores[stage] = json.loads(done.read_text())
+    params = sum(p.numel() for p in load_unet(str(out)).parameters()) if (out / "unet").is_dir() else 0
+    return TeacherSummary(
+        out=str(out), params=params, images=len(images), seconds=time.monotonic() - started, scores=scores
+    )
+
+
+def _train_vae(
+    config: TeacherConfig, out: Path, images: Tensor, captions: list[str], progress: Progress
+) -> dict[str, Any]:
+    log = RunLog(out / "training" / "vae", to_json(config.vae))
+    vae = train_autoencoder(images, config.vae, log, config.seed, progress)
+    if process_group.rank() == 0:
+        save_piece(vae, out / "vae")
+        index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+        write_atomically(out / "model_index.json", json.dumps(index))
+    return {"params": sum(p.numel() for p in vae.parameters()), **log.read()[-1]}
+
+
+def _latents(out: Path, images: Tensor, progress: Progress) -> Tensor:
+    """Scaled latents [N, C, h, w] of all pictures: posterior means, cached by rank 0."""
+    path = out / "training" / "latents.pt"
+    if not path.is_file() and process_group.rank() == 0:
+        vae, rows = load_vae(str(out)), []
+        with torch.no_grad():
+            for part in images.split(128):
+                rows.append(encode(vae, from_uint8(part)))
+                progress("encode", sum(map(len, rows)), len(images))
+        torch.save(torch.cat(rows), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+    process_group.barrier()
+    latents: Tensor = torch.load(path, weights_only=True)
+    return latents
+
+
+def _train_unet(
+    config: TeacherConfig, out: Path, images: Tensor, captions: list[str], progress: Progress
+) -> dict[str, Any]:
+    latents, vae = _latents(out, images, progress), load_vae(str(out))
+    if process_group.rank() == 0:
+        tokenizer = new_tokenizer(captions, out / "tokenizer", config.unet.vocab_size, config.unet.max_length)
+        # The schedule must be on disk before training: it is read back as any teacher's is.
+        text, unet = build(config.unet, tokenizer, latents.shape[1], latents.shape[-1])
+        save_pipeline(out, unet=unet, vae=vae, text=text, set_alpha_to_one=True)
+    process_group.barrier()
+    log = RunLog(out / "training" / "unet", to_json(config.unet))
+    text, unet = train_denoiser(
+        latents,
+        captions,
+        load_tokenizer(str(out)),
+        load_schedule(str(out)),
+        config.unet,
+        log,
+        config.seed,
+        progress,
+    )
+    if process_group.rank() == 0:
+        save_pipeline(out, unet=unet, vae=vae, text=text, set_alpha_to_one=True)
+    return {"params": sum(p.numel() for p in unet.parameters()), **log.read()[-1]}
+
+
+def _train_lpips(
+    config: TeacherConfig, out: Path, images: Tensor, captions: list[str], progress: Progress
+) -> dict[str, Any]:
+    if process_group.rank() != 0:
+        return {}
+    latents, vae = _latents(out, images, progress), load_vae(str(out))
+
+    def encode_uint8(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return encode(vae, from_uint8(rows))
+
+    network = replace(config.lpips.network, channels=latents.shape[1])
+    settings = replace(config.lpips, network=network)
+    metric, scores = train_latent_lpips(settings, latents, captions, images, encode_uint8, progress)
+    lpips_weights.save(metric, out / "latent_lpips", {"trained_on": config.data, **scores})
+    return scores
+
+
+def _train_clip(
+    config: TeacherConfig, out: Path, images: Tensor, captions: list[str], progress: Progress
+) -> dict[str, Any]:
+    if process_group.rank() != 0:
+        return {}
+    settings = replace(config.clip, image_size=config.size)
+    return train_clip(images, captions, out / "tokenizer", out / "clip", settings, progress=progress)
+
+
+_TRAIN = {"vae": _train_vae, "unet": _train_unet, "lpips": _train_lpips, "clip": _train_clip}
+
+PRESETS = {
+    # what the shipped miniature was trained with; its scores stand in weights/teacher/meta.json
+    "scenes": TeacherConfig(
+        lpips=replace(LPIPS_PRESETS["small"], trunk=replace(LPIPS_PRESETS["small"].trunk, images=50_000)),
+        clip=ClipConfig(patch=16, batch_size=128, images=400_000, minutes=7.0, warmup_images=5_000),
+    ),
+    # 28x28 garments at 32 px in a 4x8x8 latent space (f = 4); results: docs/LOG.md
+    "fashion": TeacherConfig(
+        size=32,
+        images=60_000,
+        vae=AutoencoderConfig(
+            channels=(16, 32, 64),
+            latent_channels=4,
+            fit=FitConfig(images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
+        ),
+        unet=DenoiserConfig(
+            channels=(64, 96),
+            text_layers=1,
+            max_length=12,
+            fit=FitConfig(images=110_000, batch_size=64, lr=1.5e-3, weight_decay=0.0, ema=0.998),
+        ),
+        lpips=replace(LPIPS_PRESETS["small"], trunk=replace(LPIPS_PRESETS["small"].trunk, images=40_000)),
+        clip=ClipConfig(image_size=32, batch_size=128, images=200_000, minutes=7.0, warmup_images=5_000),
+    ),
+}
+"""Presets of `d2g teacher train`."""

@@ -1,0 +1,95 @@
+"""The miniature's text encoder and UNet, trained together on epsilon prediction with caption dropout."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2g.core.errors import SettingError
+from d2g.core.progress import Progress, quiet
+from d2g.core.tracking.run_directory import RunLog
+from d2g.diffusion.pretrained import TextEncoder, new_text_encoder, new_unet
+from d2g.diffusion.schedule import Schedule, diffuse
+from teacher_training.loop import FitConfig, fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiserConfig:
+    """Shape and training of text encoder and UNet. Both train together, as in latent diffusion before
+    CLIP.
+    """
+
+    channels: tuple[int, ...] = (64, 96)
+    layers_per_block: int = 1
+    heads: int = 4
+    text_width: int = 96
+    text_layers: int = 3
+    vocab_size: int = 512
+    max_length: int = 24
+    caption_dropout: float = 0.1
+    min_snr_gamma: float = 5.0  # Hang et al. 2023: epsilon loss weighted by min(SNR, gamma) / SNR
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(
+            images=500_000, batch_size=64, lr=1.5e-3, warmup_images=10_000, weight_decay=0.0, ema=0.9993
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if any(c % 8 for c in self.channels) or not 0 <= self.caption_dropout < 1:
+            raise SettingError(
+                f"unet.channels {self.channels} must be multiples of 8 "
+                f"and caption_dropout {self.caption_dropout} in [0, 1)"
+            )
+
+
+def build(
+    config: DenoiserConfig, tokenizer: Any, latent_channels: int, latent_size: int
+) -> tuple[TextEncoder, nn.Module]:
+    """Fresh text encoder and UNet2DConditionModel with cross-attention at every scale."""
+    levels = len(config.channels)
+    unet = new_unet(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        layers_per_block=config.layers_per_block,
+        block_out_channels=config.channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        cross_attention_dim=config.text_width,
+        attention_head_dim=config.heads,  # diffusers reads this as the number of heads, as in SD 1.5's config
+        norm_num_groups=8,
+    )
+    return new_text_encoder(tokenizer, config.text_width, config.text_layers, config.heads), unet
+
+
+def train_denoiser(
+    latents: Tensor,
+    captions: list[str],
+    tokenizer: Any,
+    schedule: Schedule,
+    config: DenoiserConfig,
+    log: RunLog,
+    seed: int,
+    progress: Progress = quiet,
+) -> tuple[TextEncoder, nn.Module]:
+    """Train on scaled latents [N, C, h, w] with one caption each; returns EMA weights."""
+    torch.manual_seed(seed)
+    text, unet = build(config, tokenizer, latents.shape[1], latents.shape[-1])
+    tokens, empty = text.tokens(captions), text.tokens([""])
+    bars = schedule.alphas_cumprod.float()
+    snr = bars / (1 - bars)
+    weights = snr.clamp(max=config.min_snr_gamma) / snr
+
+    def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        x0 = latents[rows]
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(len(schedule), (len(rows),), generator=generator)
+        dropped = torch.rand(len(rows), 1, generator=generator) < config.caption_dropout
+        hidden = text(torch.where(dropped, empty, tokens[rows]))
+        epsilon = unet(diffuse(x0, noise, bars, t), t, hidden).sample
+        each = (epsilon.float() - noise).square().mean((1, 2, 3))
+        return (weights[t] * each).mean(), {"loss/mse": each.mean()}
+
+    fit("unet", log, {"text": text.model, "unet": unet}, loss_of, len(latents), config.fit, seed, progress)
+    return text.eval(), unet

@@ -1,0 +1,69 @@
+"""d2g.core.atomic_files: the old file or the new one, never half of one; real refusals, not pretended ones."""
+
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from d2g.core.atomic_files import publish, sync, write_atomically
+from d2g.core.errors import UserError
+from forks import fork
+from jobs import files_of_at_most
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    write_atomically(path, "é\n")
+    assert path.read_bytes() == "é\n".encode()
+    write_atomically(path, b"\xff\r\n")
+    assert path.read_bytes() == b"\xff\r\n"
+    for content in ("x" * (1 << 16), bytes(1 << 16)):
+        full = pytest.raises(UserError, match=r"cannot write .*b\.json: File too large, \d+\.\d MiB free on ")
+        with files_of_at_most(1 << 12), full as caught:
+            write_atomically(path, content)
+        assert str(caught.value).endswith("its disk; free space, then run the same command again")
+        assert path.read_bytes() == b"\xff\r\n" and names(path.parent) == ["b.json"]
+    elsewhere = "; choose another place, or mend this one, then run the same command again$"
+    with pytest.raises(UserError, match=f"cannot write .*below: File exists{elsewhere}"):
+        write_atomically(path / "below", "text")
+    with pytest.raises(UserError, match=f"cannot write .*: Is a directory{elsewhere}"):
+        write_atomically(tmp_path / "a", "text")
+    assert names(tmp_path) == ["a"] and names(path.parent) == ["b.json"]
+
+
+def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "a", b"")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C while the bytes of a pipe that nobody reads are on their way."""
+    pipe, path = tmp_path / "scratch", tmp_path / "file"
+    os.mkfifo(pipe)
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            publish(b"data", path, pipe)
+
+    child = fork(work)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert names(tmp_path) == []
+
+
+def test_what_is_not_there_cannot_be_synced(tmp_path: Path) -> None:
+    sync(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "none")

@@ -1,0 +1,244 @@
+"""d2g.core.distributed.checkpoint: whole or absent, strict, newest kept; real full disks and real kills, not pretended
+ones.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from d2g.core.distributed import checkpoint, sharded_checkpoint
+from d2g.core.errors import UserError
+from forks import fork
+from jobs import files_of_at_most
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def save(folder: Path, nimg: int, **settings: Any) -> Path:
+    return checkpoint.save(
+        folder, nimg, {"net": nn.Linear(2, 2).state_dict()}, {"step": nimg}, {"note": "x"}, **settings
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip_of_tensors_state_and_meta(tmp_path: Path) -> None:
+    net, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    folder = checkpoint.save(
+        tmp_path, 64, {"net": net.state_dict()}, {"adam": optimizer.state_dict()}, {"seed": 3}
+    )
+    assert names(folder) == ["meta.json", "net.safetensors", "state.pt"]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 64 and found.meta == {"seed": 3, "nimg": 64}
+    found.load("net", other)
+    assert torch.equal(other.weight, net.weight) and torch.equal(other.bias, net.bias)
+    moments = found.state()["adam"]["state"][0]
+    assert torch.equal(moments["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_views_and_shared_storage_are_saved_as_they_look(tmp_path: Path) -> None:
+    base = torch.arange(6.0).view(2, 3)
+    checkpoint.save(tmp_path, 1, {"net": {"turned": base.T, "row": base[1]}}, {}, {})
+    tensors = checkpoint.open_checkpoint(tmp_path / "000000001").tensors("net")
+    assert torch.equal(tensors["turned"], base.T) and torch.equal(tensors["row"], base[1])
+
+
+def test_only_the_newest_are_kept_and_latest_counts_images_not_names(tmp_path: Path) -> None:
+    for nimg in (2, 10, 300, 4000):
+        save(tmp_path, nimg, keep=3)
+    assert names(tmp_path) == ["000000010", "000000300", "000004000"]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 4000
+
+
+def test_the_same_point_can_be_written_again(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    first = checkpoint.open_checkpoint(tmp_path / "000000005").tensors("net")["weight"]
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["000000005"]
+    assert not torch.equal(checkpoint.open_checkpoint(tmp_path / "000000005").tensors("net")["weight"], first)
+
+
+def test_an_empty_or_missing_folder_has_no_latest(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_loading_is_strict(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    found = checkpoint.open_checkpoint(tmp_path / "000000001")
+    with pytest.raises(RuntimeError, match=r"Missing key.*Unexpected key|size mismatch"):
+        found.load("net", nn.Linear(2, 3))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        found.load("net", nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_absent_names_are_errors_that_list_what_is_there(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with pytest.raises(UserError, match=r"no checkpoint .*000000003; found 000000001, 000000002"):
+        checkpoint.open_checkpoint(tmp_path / "000000003")
+    with pytest.raises(UserError, match=r"no ema\.safetensors, found net"):
+        checkpoint.open_checkpoint(tmp_path / "000000002").tensors("ema")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path, 1) / "net.safetensors"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-8], "empty": b"", "noise": b"\xff" * len(data)}[damage])
+    with pytest.raises(UserError, match=r"net\.safetensors is damaged .*; delete .*000000001"):
+        checkpoint.open_checkpoint(path.parent).tensors("net")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"note": "x", "ni', r"Unterminated string .*"),
+        ("", r"Expecting value: .*"),
+        ("[]", r"expected a JSON object, got '\[\]'"),
+        ('{"nimg": "2"}', r"it names no nimg"),
+    ],
+)
+def test_a_damaged_meta_is_named(tmp_path: Path, content: str, why: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "meta.json"
+    path.write_text(content)
+    damaged = rf"^{path} is damaged \({why}\); delete {path.parent} to go on from the checkpoint before it$"
+    with pytest.raises(UserError, match=damaged):
+        checkpoint.latest(tmp_path)
+    assert checkpoint.whole_points(tmp_path) == [1, 2]
+    shutil.rmtree(path.parent)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 1
+
+
+def test_a_checkpoint_without_its_meta_is_damage(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    (path / "meta.json").unlink()
+    damaged = rf"^{path} is damaged \(it has no meta\.json\); delete {path} to go on without it$"
+    for look, folder in (
+        (checkpoint.latest, tmp_path),
+        (checkpoint.all_whole, tmp_path),
+        (checkpoint.open_checkpoint, path),
+    ):
+        with pytest.raises(UserError, match=damaged):
+            look(folder)
+    assert checkpoint.whole_points(tmp_path) == [1]
+    shutil.rmtree(path)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 1 and checkpoint.all_whole(tmp_path) == [found.folder]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone"])
+def test_a_damaged_state_is_named(tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path, 1) / "state.pt"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-8], "empty": b"", "noise": b"\xff" * len(data), "gone": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match=r"state\.pt is damaged .*; delete .*000000001 to go on") as caught:
+        checkpoint.open_checkpoint(path.parent).state()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    before = (tmp_path / "000000001" / "net.safetensors").read_bytes()
+    large = {"net": {"weight": torch.zeros(1 << 16)}}
+    with files_of_at_most(1 << 14), pytest.raises(UserError) as caught:
+        checkpoint.save(tmp_path, 2, large, {}, {})
+    assert "the last good checkpoint is" in str(caught.value) and "000000001;" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["000000001"], "no half checkpoint stays"
+    assert (tmp_path / "000000001" / "net.safetensors").read_bytes() == before
+    with files_of_at_most(1 << 14), pytest.raises(UserError, match="no checkpoint was written before"):
+        checkpoint.save(tmp_path / "new", 2, large, {}, {})
+    with files_of_at_most(1 << 14), pytest.raises(UserError, match="000000001"):
+        checkpoint.save(tmp_path, 3, {}, {"adam": torch.zeros(1 << 16)}, {})
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*file/checkpoints/000000001"):
+        save(tmp_path / "file" / "checkpoints", 1)
+
+
+KILLED = """
+import resource, signal, sys, torch
+from pathlib import Path
+from core import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the writer in the middle of state.pt
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+checkpoint.save(Path(sys.argv[1]), 2, {"net": {"w": torch.zeros(4)}}, {"adam": torch.zeros(1 << 16)}, {})
+"""
+
+
+def test_a_killed_writer_leaves_no_checkpoint_and_the_next_one_sweeps(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE)
+    assert done.returncode == -signal.SIGXFSZ, done.stderr.decode()
+    assert len(names(tmp_path)) == 2, "the torn one lies there under its temporary name"
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.nimg == 1
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["000000001", "000000002"]
+
+
+def _kill_at(number: int) -> None:
+    """From now on this process is killed right before it deletes its `number`-th file or folder."""
+    met = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal met
+        if event in ("os.remove", "os.rmdir"):
+            met += 1
+            if met == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+@pytest.mark.parametrize("nimg", [3, 2], ids=["drops the oldest", "written again"])
+def test_a_kill_in_the_midst_of_deleting_is_no_damage(nimg: int, kind: str, tmp_path: Path) -> None:
+    """At every file and folder that goes, for an old checkpoint or one that is written once more."""
+
+    def write(point: int) -> None:
+        if kind == "plain":
+            save(tmp_path, point)
+            return
+        tensors = {"net": torch.zeros(4)}
+        sharded_checkpoint.Writer(tmp_path).save(point, tensors, {"ema": tensors}, {})
+
+    killed, number = True, 0
+    while killed:
+        number += 1
+        write(1)
+        write(2)
+        child = fork(lambda: (_kill_at(number), write(nimg)))  # noqa: B023
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        killed = code == -signal.SIGKILL
+        assert killed or code == 0
+        found = checkpoint.latest(tmp_path)
+        assert found is not None and found.nimg >= (1 if nimg == 2 else 2)
+        write(nimg)
+        assert checkpoint.whole_points(tmp_path)[-1] == nimg
+        assert all(name.isdigit() for name in names(tmp_path)), "what was left is swept"
+        shutil.rmtree(tmp_path)
+    assert number > 4, "each of its files, and the folder"

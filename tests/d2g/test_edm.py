@@ -1,0 +1,105 @@
+"""d2g.diffusion.edm: the identities of the paper's preconditioning, and its noise levels against diffusers'."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from d2g.core.errors import SettingError
+from d2g.core.seeds import generator
+from d2g.diffusion.edm import EDMSchedule, preconditioning, sigmas
+from d2g.diffusion.schedule import Point
+
+SCHEDULE = EDMSchedule(
+    sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0, grid="karras", prediction="epsilon"
+)
+SIGMA = st.floats(1e-3, 1e3)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape or (2, 3, 4, 4), generator=generator(seed, 0xED))
+
+
+@given(sigma=SIGMA, data=st.floats(0.1, 10))
+def test_unit_variance_in_and_out(sigma: float, data: float) -> None:
+    """Appendix B.6 of the paper: inputs and targets of the network have variance 1, and c_skip is what makes
+    c_out, which multiplies its errors, the least."""
+    c = preconditioning(sigma, data)
+    assert c.c_in**2 * (data**2 + sigma**2) == pytest.approx(1)
+    target = ((1 - c.c_skip) * data) ** 2 + (c.c_skip * sigma) ** 2  # of x_0 - c_skip (x_0 + n)
+    assert c.c_out**2 == pytest.approx(target)
+    for other in (c.c_skip * 1.01, c.c_skip * 0.99):
+        assert ((1 - other) * data) ** 2 + (other * sigma) ** 2 >= target * (1 - 1e-12)
+    assert c.c_noise == pytest.approx(0.25 * math.log(sigma))
+
+
+def test_the_published_numbers_at_80() -> None:
+    c = preconditioning(80.0, 0.5)
+    assert (c.c_skip, c.c_out, c.c_in) == pytest.approx((3.906e-5, 0.49999, 0.0125), rel=1e-3)
+
+
+def test_without_noise_the_input_is_the_answer() -> None:
+    c = preconditioning(1e-9, 0.5)
+    assert (c.c_skip, c.c_in) == pytest.approx((1, 2)) and c.c_out < 1e-8
+    x, output = drawn(1), drawn(2)
+    torch.testing.assert_close(SCHEDULE.x0(output, x, Point(0.0, 1.0, 1e-9)), x)
+
+
+@pytest.mark.parametrize("kind", [diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler])
+@pytest.mark.parametrize("steps", [2, 18, 50])
+@pytest.mark.parametrize(
+    "settings", [{}, {"sigma_schedule": "exponential"}, {"rho": 3.0, "sigma_max": 20.0, "sigma_data": 1.0}]
+)
+def test_levels_and_times_are_diffusers(kind: Any, steps: int, settings: dict[str, Any]) -> None:
+    judge = kind(**settings)
+    judge.set_timesteps(steps)
+    names = {"rho": "rho", "sigma_max": "sigma_max", "sigma_data": "sigma_data", "sigma_schedule": "grid"}
+    ours = replace(SCHEDULE, **{names[name]: value for name, value in settings.items()})
+    points = ours.points(steps, (4, 4))
+    torch.testing.assert_close(torch.tensor([p.sigma for p in points]), judge.sigmas, rtol=2e-5, atol=0)
+    told = torch.tensor([p.t for p in points[:-1]])
+    torch.testing.assert_close(told, judge.timesteps, rtol=1e-4, atol=1e-5)
+    assert all(p.alpha == 1 for p in points) and points[-1].sigma == 0 and len(points) == steps + 1
+
+
+def test_one_step_goes_from_sigma_max() -> None:
+    """diffusers' exponential grid of one step would start at sigma_min."""
+    for grid in ("karras", "exponential"):
+        assert sigmas(1, 0.002, 80.0, 7.0, grid) == pytest.approx([80.0, 0.0])
+    with pytest.raises(SettingError, match="steps is 0; expected 1 or more"):
+        SCHEDULE.points(0, (4, 4))
+    assert SCHEDULE.one_step(-1) == SCHEDULE.points(5, (4, 4))[0]
+    assert SCHEDULE.one_step(-1).t == pytest.approx(math.log(80) / 4)
+    with pytest.raises(SettingError, match=r"student_timestep is 999, .* start at sigma_max, 80; set .*=-1"):
+        SCHEDULE.one_step(999)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sigma", [0.002, 0.5, 80.0])
+def test_outputs_are_read_as_diffusers_reads_them(prediction: Any, sigma: float) -> None:
+    judge = diffusers.EDMEulerScheduler(prediction_type=prediction)
+    ours, point = replace(SCHEDULE, prediction=prediction), Point(0.0, 1.0, sigma)
+    x, output = sigma * drawn(1) + 0.5 * drawn(3), drawn(2)
+    found = ours.read(output, x, point)
+    torch.testing.assert_close(found.x0, judge.precondition_outputs(x, output, sigma))
+    torch.testing.assert_close(ours.shown(x, point), judge.precondition_inputs(x, sigma))
+    assert torch.equal(ours.x0(output, x, point), found.x0)
+    # x = x_0 + sigma eps to rounding of x, at every level
+    torch.testing.assert_close(found.x0 + sigma * found.epsilon, x, rtol=1e-6, atol=1e-6)
+    exact = (x.double() - found.x0.double()) / sigma
+    torch.testing.assert_close(found.epsilon.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_noise_is_kept_with_unit_variance_and_widened_first() -> None:
+    """The sampler's start, in fp32 whatever the noise is stored in: 80 times a half's rounding shows."""
+    z = drawn(1).half()
+    x = SCHEDULE.start(z)
+    assert x.dtype == torch.float32 and torch.equal(x, 80 * z.float())
+    shown = SCHEDULE.shown(x, SCHEDULE.one_step(-1))
+    torch.testing.assert_close(shown, z.float() * 0.99998, rtol=1e-6, atol=0)

@@ -1,0 +1,124 @@
+"""d2g.core.distributed.engine: under DDP and FSDP2 on two processes, D's gradients with R1 are those of one process."""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import parallel_worker
+import tiny
+from d2g.core.distributed.engine import Parallel
+from distill.losses.adversarial import discriminator_loss
+from distill.losses.gradient_penalty import r1_penalty
+from parallel_worker import CASES, ROWS, batch, gradients, new_discriminator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case on two processes: FOLDER/CASE.pt."""
+    folder = tmp_path_factory.mktemp("parallel")
+    tiny.save_teacher(folder / "teacher")
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", parallel_worker.__file__]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def one_process(teacher: str, parts: int, half: bool) -> dict[str, Tensor]:
+    """The same two steps written out: `parts` micro-batches, R1 on the first row of either half."""
+    network = new_discriminator(teacher, seed=0)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optim = torch.optim.SGD(trained, 0.1)
+    real, fake, noise, text = batch()
+    for _ in range(2):
+        optim.zero_grad()
+        first = [0, ROWS // 2]
+        (3.0 * r1_penalty(network, real[first], noise[first], text[first])).backward()
+        for rows in torch.arange(ROWS).chunk(parts):
+            with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+                logits = [network(x[rows], noise[rows], text[rows]) for x in (real, fake)]
+            (discriminator_loss(*logits) / parts).backward()
+        found = {f"grad.{n}": p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+        found["norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optim.step()
+    x = fake.clone().requires_grad_()
+    heads = network(x, noise, text).values()
+    found["slope"] = torch.autograd.grad(torch.stack([v.mean() for v in heads]).mean(), x)[0]
+    return found | {f"weight.{n}": p.detach() for n, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case: str, folder: Path) -> None:
+    """1e-6 in fp32, and where each rank's part is one micro-batch under autocast. FSDP2's own bf16 casts the
+    weights too: 3 % of the gradients' norm.
+    """
+    found = torch.load(folder / f"{case}.pt", weights_only=True)
+    half = case == "ddp-autocast"
+    wanted = one_process(str(folder / "teacher"), 2 if half else 1, half)
+    found["slope"] /= 2  # each rank's mean is over half of the rows
+    assert found.keys() == wanted.keys() and len(found) > 100
+    if case == "fsdp-half":
+        a, b = (torch.cat([v.flatten() for k, v in of.items() if "grad" in k]) for of in (found, wanted))
+        assert 0 < (a - b).norm() < 0.03 * b.norm()
+        return
+    for name, value in wanted.items():
+        if half and name == "slope":
+            continue  # that pass is not under autocast
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_alone_it_is_the_network(kind: str, folder: Path) -> None:
+    """One process, no torchrun: FSDP2 in a subprocess, since it needs a process group of its own."""
+    script = (
+        "import sys, torch, parallel_worker as w; from core import dist\n"
+        f"torch.save(w.gradients(sys.argv[1], kind={kind!r}), sys.argv[2]); dist.finish()"
+    )
+    out = folder / f"alone-{kind}.pt"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(folder / "teacher"), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(out, weights_only=True)
+    network = new_discriminator(str(folder / "teacher"), seed=0)
+    real, fake, noise, text = batch()
+    assert torch.equal(found["weight.unet.conv_norm_out.weight"], network.unet.conv_norm_out.weight)
+    with_r1 = gradients(str(folder / "teacher"))
+    for name, value in with_r1.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+    assert len(real) == len(fake) == len(noise) == len(text) == ROWS
+
+
+def test_eager_inside_bare_compiled_outside(folder: Path) -> None:
+    """The compiled network agrees with the eager one, and R1 still has its second derivative."""
+    network = new_discriminator(str(folder / "teacher"), seed=0)
+    compiled = Parallel(network, "ddp", torch.device("cpu"), compiler="aot_eager")
+    real, _, noise, text = batch()
+    for name, value in compiled(real, noise, text).items():
+        torch.testing.assert_close(value, network(real, noise, text)[name])
+    with compiled.bare() as bare:
+        r1_penalty(bare, real[:1], noise[:1], text[:1]).backward()
+    found = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    r1_penalty(network, real[:1], noise[:1], text[:1]).backward()
+    assert found and all(
+        torch.equal(p.grad, found[n]) for n, p in network.named_parameters() if p.grad is not None
+    )

@@ -1,0 +1,116 @@
+"""d2g.core.tracking.loggers: TensorBoard and W&B hold what stats.jsonl holds; what is absent is refused by name."""
+
+import json
+import struct
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2g.core.errors import SettingError, UserError
+from d2g.core.tracking.loggers import LOGGERS, TensorBoard, WandB, check_loggers, open_loggers
+from d2g.core.tracking.run_directory import RunLog
+
+CONFIG = {"seed": 1, "length": {"images": 100}}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard itself reads from its folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(folder / "tensorboard"))
+    seen.Reload()
+    return {
+        name: [(event.step, event.value) for event in seen.Scalars(name)] for name in seen.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_holds_the_reports(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, CONFIG)
+    log.attach(("tensorboard",), 0)
+    log.write(10, {"loss/g": 0.5, "grad/g": 2.0})
+    log.write(20, {"loss/g": 0.25})
+    log.picture(20, "pairs", torch.zeros(3, 8, 8, dtype=torch.uint8), {"nimg": "20"})
+    log.close()
+    assert scalars(tmp_path) == {"loss/g": [(10, 0.5), (20, 0.25)], "grad/g": [(10, 2.0)]}
+    assert (tmp_path / "previews" / "pairs-000000020.png").is_file()
+    assert [line["loss/g"] for line in log.read()] == [0.5, 0.25], "stats.jsonl all the same"
+
+
+def test_a_resumed_run_hides_what_a_killed_one_wrote_after_its_checkpoint(tmp_path: Path) -> None:
+    first = TensorBoard(tmp_path, CONFIG, 0)
+    for nimg in (10, 20, 30):
+        first.write(nimg, {"loss/g": float(nimg)})
+    first.close()
+    second = TensorBoard(tmp_path, CONFIG, 20)
+    second.write(25, {"loss/g": 25.0})
+    second.close()
+    assert scalars(tmp_path)["loss/g"] == [(10, 10.0), (20, 20.0), (25, 25.0)]
+
+
+def told_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
+    """(the run's id, its rows) in what W&B keeps offline: 7 bytes, then records behind headers of 7 bytes."""
+    proto: Any = import_module("wandb.proto.wandb_internal_pb2")
+    name, kind, end = "", None, time.monotonic() + 60
+    rows: list[dict[str, float]] = []
+    while kind != "exit":  # its own process writes, and may still do so after `finish`
+        assert time.monotonic() < end, "no last record"
+        name, rows, data, at = "", [], file.read_bytes(), 7
+        while at + 7 <= len(data):
+            _, size, piece = struct.unpack_from("<IHB", data, at)
+            if at + 7 + size > len(data):
+                break
+            assert piece == 1, "a record in pieces"
+            record = proto.Record.FromString(data[at + 7 : at + 7 + size])
+            at, kind = at + 7 + size, record.WhichOneof("record_type")
+            name = record.run.run_id or name
+            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            rows += [{k: v for k, v in items.items() if k in ("nimg", "loss/g")}] if items else []
+    return name, rows
+
+
+def test_wandb_holds_the_reports_and_a_restart_is_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told = []
+    for number, config in enumerate((CONFIG, {**CONFIG, "length": {"images": 200}}, {**CONFIG, "seed": 2})):
+        logger = WandB(tmp_path, config, 0)
+        logger.write(10 + number, {"loss/g": 0.5})
+        logger.picture(10 + number, "pairs", torch.zeros(3, 8, 8, dtype=torch.uint8))
+        logger.close()
+        files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda f: f.stat().st_mtime_ns)
+        told.append(told_wandb(files[-1]))
+        rows = [{"nimg": 10 + number, "loss/g": 0.5}, {"nimg": 10 + number}]
+        assert told[-1][1] == rows and len(list(files[-1].parent.glob("files/media/images/**/*.png"))) >= 1
+    assert told[0][0] == told[1][0] != told[2][0]
+
+
+def test_loggers_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingError, match="unknown logger 'tensorbord'; did you mean 'tensorboard'"):
+        check_loggers(["tensorbord"])
+    monkeypatch.setitem(LOGGERS, "no_such_package", TensorBoard)
+    with pytest.raises(
+        SettingError, match="no_such_package', which is not installed; `pip install no_such_p"
+    ):
+        check_loggers(["no_such_package"])
+    assert open_loggers((), Path("nowhere"), CONFIG, 0) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard"):
+        open_loggers(["tensorboard"], tmp_path, CONFIG, 0)
+
+
+def test_other_ranks_open_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path, CONFIG)
+    monkeypatch.setenv("RANK", "1")
+    log.attach(("tensorboard",), 0)
+    log.write(10, {"loss/g": 0.5})
+    log.picture(10, "pairs", torch.zeros(3, 8, 8, dtype=torch.uint8), {})
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

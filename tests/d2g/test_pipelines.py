@@ -1,0 +1,277 @@
+"""d2g.diffusion.pipelines: what a folder or hub id holds, which of its files are loaded, and their fingerprint."""
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_teachers
+from d2g.core.errors import UserError
+from d2g.core.seeds import noise
+from d2g.diffusion.pipelines import (
+    OPTIONAL,
+    PIPELINES,
+    choose_weights,
+    open_pipeline,
+    piece_files,
+    weights_sha256,
+)
+from d2g.diffusion.pretrained import load_model
+from d2g.diffusion.teacher import load_teacher
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdxl") / "teacher"
+    tiny_teachers.save_sdxl(out)
+    return out
+
+
+@pytest.fixture
+def copy(teacher: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(teacher, tmp_path / "copy"))
+
+
+def test_the_table_names_what_diffusers_has() -> None:
+    import diffusers
+    import transformers
+
+    for kind, pieces in PIPELINES.items():
+        assert hasattr(diffusers, kind)
+        for names in pieces.values():
+            assert all(hasattr(diffusers, name) or hasattr(transformers, name) for name in names)
+    assert all(set(pieces) <= set(PIPELINES[kind]) for kind, pieces in OPTIONAL.items())
+
+
+def test_other_pipelines_are_refused_with_those_we_know(copy: Path) -> None:
+    tiny_teachers.edit(copy, "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(
+        UserError, match="says FluxPipeline, which is not supported; supported: Stab"
+    ) as caught:
+        open_pipeline(str(copy))
+    assert all(kind in str(caught.value) for kind in PIPELINES) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '"SD"'])
+def test_a_model_index_that_cannot_be_read(copy: Path, content: str) -> None:
+    (copy / "model_index.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"model_index\.json cannot be read .*; expected JSON with _class_name"
+    ):
+        open_pipeline(str(copy))
+
+
+def test_only_t5_may_be_left_out(sdxl: Path, tmp_path: Path) -> None:
+    sd3 = Path(tiny_teachers.save_sd3(tmp_path / "sd3"))
+    assert "text_encoder_3" in open_pipeline(str(sd3)).pieces
+    tiny_teachers.edit(sd3, "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    assert not {"text_encoder_3", "tokenizer_3"} & set(open_pipeline(str(sd3)).pieces)
+    folder = Path(shutil.copytree(sdxl, tmp_path / "sdxl"))
+    tiny_teachers.edit(folder, "model_index.json", text_encoder=[None, None])
+    with pytest.raises(UserError, match="no text_encoder; expected the pieces unet, vae, text_encoder"):
+        load_teacher(str(folder))
+
+
+PLAIN, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "variant", "chosen"),
+    [
+        ([PLAIN, HALF, "diffusion_pytorch_model.non_ema.safetensors", "config.json"], None, [PLAIN]),
+        ([HALF, "config.json", "diffusion_pytorch_model.bin"], "fp16", [HALF]),
+        (["model.safetensors", "model.onnx", "pytorch_model.bin"], None, ["model.safetensors"]),
+        ([*SHARDS, "model.safetensors.index.json"], None, SHARDS),
+        (
+            ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"],
+            "fp16",
+            ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"],
+        ),
+        (["model.bf16.safetensors", "model.fp16.safetensors"], "bf16", ["model.bf16.safetensors"]),
+    ],
+)
+def test_full_precision_is_chosen_where_there_is_any(
+    names: list[str], variant: str | None, chosen: list[str]
+) -> None:
+    assert choose_weights(names) == (variant, chosen)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(copy: Path) -> None:
+    unet = copy / "unet"
+    (unet / PLAIN).rename(unet / "diffusion_pytorch_model.bin")
+    says = r"unet cannot be loaded: no safetensors weights among its files \(config.json, diffusion_.*bin\)"
+    with pytest.raises(UserError, match=says) as caught:
+        load_model(str(copy), "unet")
+    assert "safe_serialization=True" in str(caught.value)
+
+
+def same_latents(a: Path, b: Path) -> bool:
+    drawn = noise(0, [0], (4, 4, 4))
+    found = (load_teacher(str(f)).sample(drawn, ["a red cube"], 2, 3.0, "ddim") for f in (a, b))
+    return torch.equal(next(found), next(found))
+
+
+def test_sharded_weights_are_loaded_and_every_shard_is_fingerprinted(teacher: Path, copy: Path) -> None:
+    for piece in ("unet", "text_encoder"):
+        module = load_model(str(copy), piece)
+        for file in (copy / piece).glob("*.safetensors"):
+            file.unlink()
+        module.save_pretrained(copy / piece, max_shard_size="20KB", safe_serialization=True)
+        assert len(list((copy / piece).glob("*-of-*.safetensors"))) > 1
+    assert same_latents(copy, teacher)
+    before = weights_sha256(str(copy))
+    for shard in sorted(copy.glob("*/*-of-*.safetensors")):
+        data = shard.read_bytes()
+        shard.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+        assert weights_sha256(str(copy)) != before, shard
+        shard.write_bytes(data)
+    assert weights_sha256(str(copy)) == before
+    sorted((copy / "unet").glob("*-of-*.safetensors"))[0].unlink()
+    with pytest.raises(UserError, match="unet cannot be loaded"):
+        load_model(str(copy), "unet")
+
+
+def test_a_repository_with_half_precision_only(teacher: Path, copy: Path) -> None:
+    for piece in ("unet", "text_encoder", "vae"):
+        module = load_model(str(copy), piece, torch.float16)
+        for file in (copy / piece).glob("*.safetensors"):
+            file.unlink()
+        module.save_pretrained(copy / piece, variant="fp16", safe_serialization=True)
+    weights = load_model(str(copy), "unet").conv_in.weight
+    assert weights.dtype == torch.float32
+    assert torch.equal(weights, load_model(str(teacher), "unet").conv_in.weight.half().float())
+    assert [path.name for path in piece_files(copy / "unet")] == ["config.json", HALF]
+    assert not same_latents(copy, teacher)
+
+
+def test_the_fingerprint_covers_the_family_and_no_unused_copy(sdxl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sdxl, tmp_path / "copy"))
+    same = weights_sha256(str(folder))
+    assert same == weights_sha256(str(sdxl))
+    shutil.copy(folder / "unet" / PLAIN, folder / "unet" / HALF)
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    assert weights_sha256(str(folder)) == same
+    seen = {same}
+    for piece in open_pipeline(str(folder)).pieces:
+        path = piece_files(folder / piece)[-1]
+        path.write_bytes(path.read_bytes() + b" ")
+        seen.add(weights_sha256(str(folder)))
+    tiny_teachers.edit(folder, "model_index.json", force_zeros_for_empty_prompt=False)
+    seen.add(weights_sha256(str(folder)))
+    assert len(seen) == 1 + len(PIPELINES["StableDiffusionXLPipeline"]) + 1
+
+
+# The hub: its real client, and a server of two folders on this machine.
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as its client asks for: a repository's facts, its tree, and files."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _answer(self, body: bool) -> None:
+        commit, path = "a" * 40, self.path.split("?")[0]
+        files = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*") if p.is_file()}
+        if "/resolve/" in path:
+            name = path.split("/resolve/")[1].split("/", 1)[1]
+            if name not in files:
+                return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, body)
+            data = files[name].read_bytes()
+            self.asked.append(name)
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            return self._send(200, data, {"ETag": etag, "X-Repo-Commit": commit}, body)
+        if "/tree/" in path:
+            rows = [
+                {"type": "file", "path": name, "size": p.stat().st_size, "oid": "b" * 40}
+                for name, p in files.items()
+            ]
+            return self._send(200, json.dumps(rows).encode(), {}, body)
+        facts = {"id": "org/name", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        return self._send(200, json.dumps(facts).encode(), {}, body)
+
+    def _send(self, code: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(code)
+        for key, value in {
+            "Content-Type": "application/json",
+            **headers,
+            "Content-Length": str(len(data)),
+        }.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(copy: Path) -> Iterator[tuple[str, list[str]]]:
+    """(address, names of files asked for) of a repository with much beside what anybody needs."""
+    for name in (
+        "v1-5-pruned.safetensors",
+        "README.md",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/model.onnx",
+    ):
+        (copy / name).write_bytes(b"gigabytes")
+    shutil.copy(copy / "unet" / PLAIN, copy / "unet" / HALF)
+    (copy / "text_encoder" / "model.safetensors").rename(copy / "text_encoder" / "model.fp16.safetensors")
+    asked: list[str] = []
+    handler = type("Handler", (Hub,), {"folder": copy, "asked": asked})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_hub_id_fetches_what_its_kind_needs_and_then_works_offline(
+    hub: tuple[str, list[str]], copy: Path, tmp_path: Path
+) -> None:
+    address, asked = hub
+    code = (
+        "from d2g.diffusion.pipelines import *; print(resolve('org/name')); print(weights_sha256('org/name'))"
+    )
+
+    def run(**environment: str) -> list[str]:
+        given = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", **environment}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    folder, sha256 = run(HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    expected = {"model_index.json", "unet/config.json", f"unet/{PLAIN}", "text_encoder/config.json"}
+    expected |= {"text_encoder/model.fp16.safetensors", "vae/config.json", f"vae/{PLAIN}"}
+    expected |= {f"tokenizer/{p.name}" for p in (copy / "tokenizer").iterdir()}
+    expected |= {"scheduler/scheduler_config.json"}
+    assert set(asked) == expected
+    assert {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()} == expected
+    assert sha256 == weights_sha256(str(copy))
+    asked.clear()
+    assert run(HF_HUB_OFFLINE="1") == [folder, sha256] and not asked

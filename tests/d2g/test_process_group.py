@@ -1,0 +1,127 @@
+"""d2g.core.distributed.process_group: two gloo processes under torchrun agree with one process; alone everything is the identity."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+
+from d2g.core.distributed import process_group
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WORKER = """
+import json, sys
+import torch
+from torch import nn
+from core import dist
+
+rank_before = dist.rank()
+device = dist.init()
+rank = dist.rank()
+assert (dist.world_size(), rank_before, device.type) == (2, rank, "cpu")
+
+torch.manual_seed(rank)
+net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+dist.broadcast(net.state_dict().values())
+
+x = torch.arange(24.0).view(8, 3).cos()[rank * 4 : rank * 4 + 4]
+frozen, idle = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
+net(x).square().mean().backward()
+x.requires_grad_(True)  # a second backward pass of second order adds to the same gradients, as R1 does
+(slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+slope.square().mean().backward()
+if rank == 0:
+    idle.grad = torch.tensor([2.0, 4.0])
+dist.average_gradients([*net.parameters(), frozen, idle])
+
+result = {
+    "weights": [p.tolist() for p in net.parameters()],
+    "gradients": [p.grad.tolist() for p in net.parameters()],
+    "idle": idle.grad.tolist(),
+    "frozen": frozen.grad is None,
+    "mean": dist.mean({"b": 1.0 + rank, "a": 10.0 * rank}),
+    "any": [dist.any_rank(rank == 1), dist.any_rank(False)],
+}
+open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(result))
+dist.barrier()
+dist.finish()
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second, "every rank holds the same weights, gradients and means"
+
+    torch.manual_seed(0)  # broadcast gave everyone rank 0's weights
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    for weight, got in zip(net.parameters(), first["weights"], strict=True):
+        assert torch.equal(weight, torch.tensor(got))
+    x = torch.arange(24.0).view(8, 3).cos().requires_grad_(True)
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    (net(x).square().mean() + slope.square().mean()).backward()
+    for weight, got in zip(net.parameters(), first["gradients"], strict=True):
+        torch.testing.assert_close(torch.tensor(got), weight.grad, atol=1e-6, rtol=1e-6)
+    assert first["idle"] == [1.0, 2.0], "a rank without a gradient counts as zero"
+    assert first["frozen"] is True
+    assert first["mean"] == {"a": 5.0, "b": 1.5} and first["any"] == [True, False]
+
+
+def test_alone_everything_is_rank_0_of_1() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.tensor([1.0, 2.0])
+    process_group.average_gradients([weight])
+    process_group.broadcast([weight.data])
+    process_group.barrier()
+    process_group.finish()
+    assert (process_group.rank(), process_group.world_size()) == (0, 1)
+    assert weight.grad.tolist() == [1.0, 2.0]
+    assert (
+        process_group.mean({"a": 3.0}) == {"a": 3.0}
+        and process_group.any_rank(True)
+        and not process_group.any_rank(False)
+    )
+
+
+def test_rank_is_known_from_the_launcher_before_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert (process_group.rank(), process_group.world_size()) == (3, 8)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_each_start_agrees_on_a_name_of_its_own_in_a_store_that_stays(late: int) -> None:
+    """What a start before left behind misleads nobody, whoever comes last."""
+    store = HashStore()
+
+    def come(rank: int) -> str:
+        time.sleep(0.2 if rank == late else 0)
+        return process_group.agree(store, rank, 3)
+
+    with ThreadPoolExecutor(3) as pool:
+        names = [set(pool.map(come, range(3))) for _ in range(3)]
+    assert [len(of_a_start) for of_a_start in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3

@@ -1,0 +1,57 @@
+"""d2g.core.signals: the first signal raises a flag, the second interrupts; real signals in a process of their
+own.
+"""
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from d2g.core.signals import StopFlag
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SIGNALLED = """
+import os, signal, sys
+from d2g.core.signals import StopFlag
+number = int(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
+before = signal.getsignal(number)
+with StopFlag() as stop:
+    assert not stop
+    os.kill(os.getpid(), number)
+    assert stop and stop.signal == number
+    print("flag up, still running", flush=True)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        print("second signal interrupts", flush=True)
+assert signal.getsignal(number) is before
+print("handlers back", flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_a_flag_second_interrupts_and_handlers_return(number: signal.Signals) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(int(number))], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["flag up, still running", "second signal interrupts", "handlers back"]
+    assert done.stderr.endswith("KeyboardInterrupt\n") and done.returncode == -signal.SIGINT
+
+
+def test_outside_the_main_thread_the_flag_stays_down() -> None:
+    seen: list[bool] = []
+
+    def work() -> None:
+        with StopFlag() as stop:
+            seen.append(bool(stop))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]

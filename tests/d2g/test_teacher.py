@@ -1,0 +1,372 @@
+"""d2g.diffusion.teacher against diffusers' own StableDiffusionPipeline, and what all families have in common."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+import tiny
+import tiny_teachers
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import noise
+from d2g.diffusion.schedule import Point
+from d2g.diffusion.solvers import guided
+from d2g.diffusion.teacher import Teacher, check_solver, describe_teacher, load_teacher
+
+SHAPE = (4, 4, 4)
+
+# Steps that divide 1000, not linspace: elsewhere diffusers leaves its own grid (next = t - 1000 // steps).
+CASES: dict[str, dict[str, Any]] = {
+    "epsilon, as SD 1.5 is": dict(
+        prediction_type="epsilon", timestep_spacing="leading", set_alpha_to_one=False
+    ),
+    "epsilon, trailing": dict(prediction_type="epsilon", timestep_spacing="trailing", set_alpha_to_one=True),
+    "v, as SD 2.1 is": dict(
+        prediction_type="v_prediction", timestep_spacing="leading", set_alpha_to_one=False
+    ),
+    "v from zero terminal SNR": dict(
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        rescale_betas_zero_snr=True,
+    ),
+    "sample, leading": dict(prediction_type="sample", timestep_spacing="leading", set_alpha_to_one=True),
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teachers") / "teacher"
+    tiny.save_teacher(out, **CASES[request.param])
+    return out
+
+
+def pipeline_latents(
+    folder: Path, latents: Tensor, prompts: list[str], steps: int, **settings: Any
+) -> Tensor:
+    """The judge: diffusers' StableDiffusionPipeline on the same noise."""
+    pipe = tiny_teachers.judge(folder)
+    assert type(pipe).__name__ == "StableDiffusionPipeline" and pipe.scheduler.init_noise_sigma == 1.0
+    images: Tensor = pipe(
+        prompt=prompts, latents=latents, num_inference_steps=steps, output_type="latent", **settings
+    ).images
+    return images
+
+
+def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
+    teacher = load_teacher(str(folder), final_alpha="teacher")
+    drawn, prompts = noise(0, range(3), SHAPE), tiny.CAPTIONS[:3]
+    for guidance, rescale in ((3.0, 0.0), (1.0, 0.0), (5.0, 0.7)):
+        found = teacher.sample(drawn, prompts, 8, guidance, "ddim", rescale)
+        expected = pipeline_latents(
+            folder, drawn, prompts, 8, guidance_scale=guidance, guidance_rescale=rescale
+        )
+        assert found.abs().max() > 0.5
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_every_spacing_equals_ddims_timesteps_and_arithmetic(teacher: Path, spacing: Any) -> None:
+    """The plain loop with diffusers' scheduler; its step leaves linspace's grid, so that is asked for x_0."""
+    loaded = load_teacher(str(teacher), spacing=spacing, final_alpha="teacher")
+    judge = DDIMScheduler.from_pretrained(teacher / "scheduler", timestep_spacing=spacing)
+    judge.set_timesteps(5)
+    told = loaded.encode(["a red cube"]).rows["hidden"]
+    x = drawn = noise(0, [0], SHAPE)
+    grid = [*judge.timesteps.tolist(), -1]
+    with torch.no_grad():
+        for t, after in pairwise(grid):
+            step = judge.step(epsilon := loaded.network(x, t, told).sample, t, x)
+            bar = judge.alphas_cumprod[after] if after >= 0 else judge.final_alpha_cumprod
+            x = bar.sqrt() * step.pred_original_sample + (1 - bar).sqrt() * epsilon
+            if spacing != "linspace":
+                torch.testing.assert_close(x, step.prev_sample)
+    found = loaded.sample(drawn, ["a red cube"], 5, 1.0, "ddim")
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-4)
+
+
+def with_scheduler(teacher: Path, folder: Path, **settings: Any) -> Path:
+    """A copy of the teacher whose scheduler_config.json says something else."""
+    shutil.copytree(teacher, folder)
+    tiny_teachers.edit(folder, "scheduler/scheduler_config.json", **settings)
+    return folder
+
+
+def test_final_alpha_one_drops_the_last_steps_noise(teacher: Path, tmp_path: Path) -> None:
+    """Overriding SD's set_alpha_to_one=False equals a pipeline whose scheduler says True."""
+    sd = with_scheduler(teacher, tmp_path / "sd", set_alpha_to_one=False)
+    one = with_scheduler(teacher, tmp_path / "one", set_alpha_to_one=True)
+    drawn, prompts = noise(0, range(2), SHAPE), tiny.CAPTIONS[:2]
+    expected = pipeline_latents(one, drawn, prompts, 4, guidance_scale=3.0)
+    found = load_teacher(str(sd), final_alpha="one").sample(drawn, prompts, 4, 3.0, "ddim")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    kept = load_teacher(str(sd), final_alpha="teacher").sample(drawn, prompts, 4, 3.0, "ddim")
+    assert (kept - expected).abs().max() > 1e-3
+
+
+def test_spacing_overrides_the_schedulers(teacher: Path, tmp_path: Path) -> None:
+    trailing = with_scheduler(teacher, tmp_path / "trailing", timestep_spacing="trailing")
+    drawn = noise(0, range(2), SHAPE)
+    found = load_teacher(str(teacher), spacing="trailing").sample(drawn, ["a", "b"], 4, 3.0, "ddim")
+    assert torch.equal(found, load_teacher(str(trailing)).sample(drawn, ["a", "b"], 4, 3.0, "ddim"))
+    assert not torch.equal(found, load_teacher(str(teacher)).sample(drawn, ["a", "b"], 4, 3.0, "ddim"))
+
+
+@pytest.mark.parametrize("t", [0, 500, 981])
+def test_x0_and_epsilon_from_every_prediction(folder: Path, t: int) -> None:
+    """alpha x0 + sigma eps = x and, for v, v = alpha eps - sigma x0: solved for x0 from the raw output."""
+    teacher = load_teacher(str(folder))
+    x, told = noise(1, range(2), SHAPE), teacher.encode(tiny.CAPTIONS[:2])
+    raw = teacher.network(x, t, told.rows["hidden"]).sample
+    assert not isinstance(teacher.schedule.prediction, tuple)
+    point = Point(t, *teacher.schedule.alpha_sigma(t))  # type: ignore[union-attr]
+    x0 = {
+        "epsilon": (x - point.sigma * raw) / point.alpha,
+        "v_prediction": point.alpha * x - point.sigma * raw,
+        "sample": raw,
+    }[teacher.schedule.prediction]
+    found = teacher.denoiser(told, 1.0)(x, point)
+    torch.testing.assert_close(found.x0, x0, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(point.alpha * x0 + point.sigma * found.epsilon, x, rtol=0, atol=5e-5)
+
+
+class Calls:
+    """Sees every evaluation of a network from outside: batch sizes, and the text it was given."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.rows: list[int] = []
+        self.text: list[Tensor] = []
+        unet.register_forward_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.rows.append(len(args[0]))
+        self.text.append(args[2] if len(args) > 2 else kwargs["encoder_hidden_states"])
+
+
+@pytest.fixture
+def watched(teacher: Path) -> tuple[Teacher, Calls]:
+    loaded = load_teacher(str(teacher))
+    return loaded, Calls(loaded.network)
+
+
+def test_no_guidance_costs_one_evaluation_a_step(watched: tuple[Teacher, Calls]) -> None:
+    teacher, calls = watched
+    teacher.sample(noise(0, range(3), SHAPE), ["a", "b", "c"], 4, 1.0, "ddim")
+    assert calls.rows == [3] * 4
+    teacher.sample(noise(0, range(3), SHAPE), ["a", "b", "c"], 4, 2.0, "ddim")
+    assert calls.rows[4:] == [6] * 4
+    teacher.sample(noise(0, range(3), SHAPE), ["a", "b", "c"], 4, 1.0, "heun")
+    assert calls.rows[8:] == [3] * 7
+
+
+def test_the_unconditional_branch_is_the_encoded_empty_string(watched: tuple[Teacher, Calls]) -> None:
+    teacher, calls = watched
+    prompts = ["a red cube", "a blue sphere", "a red cube"]
+    teacher.sample(noise(0, range(3), SHAPE), prompts, 1, 3.0, "ddim")
+    empty, text = calls.text[0].chunk(2)
+    torch.testing.assert_close(empty, teacher.encode([""]).rows["hidden"].expand_as(empty))
+    torch.testing.assert_close(text, teacher.encode(prompts).rows["hidden"])
+    assert (text[0] - text[1]).abs().max() > 1e-3
+
+
+def test_text_is_encoded_once_for_each_different_prompt(teacher: Path) -> None:
+    loaded = load_teacher(str(teacher))
+    seen: list[int] = []
+    loaded.encoders[0].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    prompts = ["a", "b", "a", "a"]
+    found = loaded.sample(noise(0, range(4), SHAPE), prompts, 2, 3.0, "ddim")
+    assert seen == [3], "a, b and the empty prompt"
+    condition = loaded.encode(["a", "b"]).select([0, 1, 0, 0])
+    loaded.encoders[0].to("meta")  # gone: nothing below may touch it
+    for row in range(4):
+        alone = loaded.sample(noise(0, [row], SHAPE), [], 2, 3.0, "ddim", condition=condition.select([row]))
+        torch.testing.assert_close(alone, found[row : row + 1], rtol=0, atol=1e-5)
+
+
+def test_conditions_are_chosen_by_position(teacher: Path) -> None:
+    condition = load_teacher(str(teacher)).encode(["a", "b"])
+    assert len(condition) == 2 and len(condition.select([1, 1, 0])) == 3
+    assert torch.equal(condition.select([1]).rows["hidden"][0], condition.rows["hidden"][1])
+    assert torch.equal(condition.select([1]).null["hidden"], condition.null["hidden"])
+    assert len(condition.select([])) == 0
+    with pytest.raises(IndexError, match="positions 0 to 2 of 2 rows"):
+        condition.select([0, 2])
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
+    teacher, prompts = load_teacher(str(folder)), tiny.CAPTIONS[:4]
+    together = teacher.sample(noise(0, range(4), SHAPE), prompts, 4, 2.0, solver)
+    for row in (0, 3):
+        alone = teacher.sample(noise(0, [row], SHAPE), prompts[row : row + 1], 4, 2.0, solver)
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
+    assert together.isfinite().all()
+
+
+def test_half_precision_networks_still_update_in_fp32(teacher: Path) -> None:
+    """The network's output is the only thing in bf16: the judge is diffusers' scheduler on fp32 latents."""
+    half = load_teacher(str(teacher), precision="bf16")
+    assert {p.dtype for m in (half.network, *half.encoders) for p in m.parameters()} == {torch.bfloat16}
+    drawn, told = noise(0, range(2), SHAPE), half.encode(["a", "b"])
+    judge = DDIMScheduler.from_pretrained(teacher / "scheduler")
+    judge.set_timesteps(4)
+    x, hidden = drawn, told.with_null()["hidden"]
+    for t in judge.timesteps:
+        with torch.no_grad():
+            raw = half.network(torch.cat([x, x]).bfloat16(), t, hidden).sample.float()
+        empty, text = raw.chunk(2)
+        x = judge.step(guided(text, empty, 3.0), t, x).prev_sample
+    found = half.sample(drawn, ["a", "b"], 4, 3.0, "ddim")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
+    full = load_teacher(str(teacher)).sample(drawn, ["a", "b"], 4, 3.0, "ddim")
+    assert 0 < (found - full).abs().max() < 0.2 * full.abs().max()
+
+
+def test_the_network_may_be_replaced(teacher: Path) -> None:
+    """As a compiled one is: the same module behind a wrapper that forwards calls only."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    loaded, drawn = load_teacher(str(teacher)), noise(0, range(2), SHAPE)
+    wrapped = replace(loaded, network=Wrapper(loaded.network))
+    found = wrapped.sample(drawn, ["a", "b"], 2, 3.0, "ddim")
+    assert torch.equal(found, loaded.sample(drawn, ["a", "b"], 2, 3.0, "ddim"))
+
+
+def test_jobs_that_cannot_go_are_named_first(teacher: Path, tmp_path: Path) -> None:
+    loaded = load_teacher(str(teacher))
+    check_solver(loaded, "ddim", 50, 3.0, 0.7)
+    check_solver(loaded, "heun", 18)
+    for solver, steps, guidance, rescale, says in (
+        ("euler", 50, 1.0, 0.0, "solver is 'euler', but teacher .* take ddim or heun"),
+        ("ddim", 2000, 1.0, 0.0, "steps is 2000; expected 1 to 1000"),
+        ("ddim", 50, 3.0, 1.5, "guidance_rescale is 1.5; expected 0"),
+        ("ddim", 50, 1.0, 0.7, "guidance_rescale is 0.7, but guidance 1 leaves nothing to rescale"),
+    ):
+        with pytest.raises(SettingError, match=says) as caught:
+            check_solver(loaded, solver, steps, guidance, rescale)
+        assert "\n" not in str(caught.value)
+    flawed = with_scheduler(
+        teacher, tmp_path / "flawed", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    with pytest.raises(
+        UserError, match=r"predicts epsilon, but starts at zero terminal SNR \(timestep 999\)"
+    ):
+        check_solver(load_teacher(str(flawed)), "ddim", 50)
+    check_solver(load_teacher(str(flawed), spacing="leading"), "ddim", 50)
+
+
+SIZES: list[tuple[Callable[[Path], str], list[tuple[int, int]], tuple[int, int], str]] = [
+    (tiny.save_teacher, [(5, 5), (3, 8)], (0, 4), "0x4; .* takes multiples of 1"),
+    (tiny_teachers.save_sd3, [(16, 16), (6, 2)], (5, 4), "5x4; .* takes multiples of 2"),
+    (tiny_teachers.save_sd3, [], (4, 18), "4x18; .* takes 16 at most"),
+    (tiny_teachers.save_dit, [(6, 6)], (7, 7), "7x7; .* takes multiples of 2"),
+    (tiny_teachers.save_pixels, [(10, 12)], (9, 8), "9x8; .* takes multiples of 2"),
+]
+
+
+@pytest.mark.parametrize(("save", "good", "bad", "says"), SIZES)
+def test_sizes_are_checked_as_the_network_takes_them(
+    tmp_path: Path,
+    save: Callable[[Path], str],
+    good: list[tuple[int, int]],
+    bad: tuple[int, int],
+    says: str,
+) -> None:
+    loaded = load_teacher(save(tmp_path))
+    prompt = {"text": "a", "label": "1", "none": ""}[loaded.conditioning]
+    for size in good:
+        check_solver(loaded, loaded.default_solver, 1, size=size)
+        drawn = noise(0, [0], (loaded.latent_shape[0], *size))
+        assert loaded.sample(drawn, [prompt], 1, 1.0, loaded.default_solver).shape == drawn.shape
+    with pytest.raises(SettingError, match=f"latent size is {says}"):
+        check_solver(loaded, loaded.default_solver, 1, size=bad)
+    with pytest.raises((RuntimeError, ValueError)):  # what would come out of the network
+        drawn = torch.zeros(1, loaded.latent_shape[0], *bad)
+        loaded.sample(drawn, [prompt], 1, 1.0, loaded.default_solver)
+
+
+BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
+    "inpainting": ("unet/config.json", dict(in_channels=9), "takes 9 channels, but latents have 4"),
+    "two outputs": ("unet/config.json", dict(out_channels=5), "gives 5 channels; expected 4, or 8"),
+    "a guidance-distilled UNet": (
+        "unet/config.json",
+        dict(time_cond_proj_dim=8),
+        "has time_cond_proj_dim=8, which StableDiffusionPipeline never feeds",
+    ),
+    "a UNet without a size": ("unet/config.json", dict(sample_size=None), "has no sample_size"),
+    "a UNet of SDXL": (
+        "unet/config.json",
+        dict(addition_embed_type="text", cross_attention_dim=16),
+        "addition_embed_type=text; a StableDiffusionPipeline expects None",
+    ),
+    "a text encoder with masks": (
+        "text_encoder/config.json",
+        dict(use_attention_mask=True),
+        "text_encoder has use_attention_mask",
+    ),
+    "a scale per channel": ("vae/config.json", dict(latents_mean=[0.0] * 4), "latents_mean and latents_std"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_what_is_no_teacher_is_named_before_its_weights_are_read(
+    case: str, teacher: Path, tmp_path: Path
+) -> None:
+    file, values, says = BEYOND[case]
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    tiny_teachers.edit(folder, file, **values)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=says) as caught:
+        load_teacher(str(folder))
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_teacher_describes_itself(folder: Path) -> None:
+    found, loaded = describe_teacher(str(folder)), load_teacher(str(folder), final_alpha="teacher")
+    assert found["pipeline"] == "StableDiffusionPipeline" and found["latent_shape"] == [4, 4, 4]
+    assert found["latent_space"] == {"channels": 4, "downscale": 4, "scale": 0.7, "shift": 0.0}
+    assert found["conditioning"] == {
+        "kind": "text",
+        "guidance": True,
+        "encoders": {"text_encoder": "CLIPTextModel"},
+        "num_labels": 0,
+    }
+    assert found["params"]["unet"] == sum(p.numel() for p in loaded.network.parameters())
+    assert found["params"]["text_encoder"] == sum(p.numel() for p in loaded.encoders[0].parameters())
+    schedule, defaults = loaded.schedule, found["solver_defaults"]
+    assert found["prediction_type"] == schedule.prediction and defaults["solver"] == "ddim"
+    assert (defaults["spacing"], defaults["final_alpha_one"]) == (schedule.spacing, schedule.final_alpha_one)
+    assert defaults["train_steps"] == 1000 and len(found["sha256"]) == 64
+    assert (
+        found["facts"]
+        == loaded.facts
+        == {
+            "pipeline": "StableDiffusionPipeline",
+            "prediction_type": schedule.prediction,
+            "steps_offset": 1,
+            "no_prompt": "the empty prompt",
+        }
+    )
+
+
+def test_describing_reads_no_weights(teacher: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    before = describe_teacher(str(folder))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert {**describe_teacher(str(folder)), "sha256": ""} == {**before, "sha256": ""}

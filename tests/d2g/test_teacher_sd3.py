@@ -1,0 +1,160 @@
+"""SD3 teachers, a flow over three text encoders, against diffusers' StableDiffusion3Pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+import tiny_teachers
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import noise
+from d2g.diffusion.latents import latent_space
+from d2g.diffusion.pretrained import load_vae
+from d2g.diffusion.schedule import FlowSchedule
+from d2g.diffusion.teacher import check_solver, describe_teacher, load_teacher
+
+SHAPE, PROMPTS = (8, 4, 4), [*tiny.CAPTIONS[:2], ""]
+DYNAMIC = dict(use_dynamic_shifting=True, base_image_seq_len=2, max_image_seq_len=16, max_shift=2.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sd3") / "teacher"
+    tiny_teachers.save_sd3(out)
+    return out
+
+
+def judged(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor:
+    bare = not (folder / "text_encoder_3").exists()
+    pipe = tiny_teachers.judge(folder, **(dict(text_encoder_3=None, tokenizer_3=None) if bare else {}))
+    assert type(pipe).__name__ == "StableDiffusion3Pipeline"
+    images: Tensor = pipe(
+        PROMPTS, latents=latents, num_inference_steps=steps, output_type="latent", **settings
+    ).images
+    return images
+
+
+def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
+    teacher, drawn = load_teacher(str(folder)), noise(0, range(3), SHAPE)
+    for steps, guidance in ((8, 3.0), (7, 1.0), (1, 3.0)):
+        found = teacher.sample(drawn, PROMPTS, steps, guidance, "euler")
+        expected = judged(folder, drawn, steps, guidance_scale=guidance)
+        assert found.abs().max() > 0.5
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_trailing_equals_the_pipeline_with_its_sigmas(folder: Path) -> None:
+    teacher, drawn = load_teacher(str(folder), spacing="trailing"), noise(0, range(3), SHAPE)
+    found = teacher.sample(drawn, PROMPTS, 6, 3.0, "euler")
+    pipe = tiny_teachers.judge(folder)
+    expected = pipe(
+        PROMPTS,
+        latents=drawn,
+        sigmas=np.linspace(1.0, 1 / 6, 6).tolist(),
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    linspace = load_teacher(str(folder)).sample(drawn, PROMPTS, 6, 3.0, "euler")
+    assert (found - linspace).abs().max() > 1e-2
+
+
+def test_without_t5_zeros_stand_in_for_it(folder: Path, tmp_path: Path) -> None:
+    bare, drawn = Path(tiny_teachers.save_sd3(tmp_path / "bare", with_t5=False)), noise(0, range(3), SHAPE)
+    teacher = load_teacher(str(bare))
+    found = teacher.sample(drawn, PROMPTS, 6, 3.0, "euler")
+    torch.testing.assert_close(found, judged(bare, drawn, 6, guidance_scale=3.0), rtol=0, atol=1e-4)
+    hidden = teacher.encode(["a red cube"]).rows["hidden"]
+    assert hidden.shape == (1, 12 + 256, 48) and not hidden[:, 12:].any() and hidden[:, :12].any()
+    assert (teacher.facts["t5"], len(teacher.encoders)) == ("absent: zeros", 2)
+    whole = load_teacher(str(folder))
+    assert (whole.facts["t5"], len(whole.encoders)) == ("encoded", 3)
+    assert whole.encode(["a red cube"]).rows["hidden"][:, 12:].any()
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_shift_that_follows_the_size(kind: str, tmp_path: Path) -> None:
+    folder = Path(tiny_teachers.save_sd3(tmp_path / "dynamic", time_shift_type=kind, **DYNAMIC))
+    teacher, found = load_teacher(str(folder)), {}
+    for size in (4, 6):
+        drawn = noise(0, range(3), (8, size, 4))
+        found[size] = teacher.sample(drawn, PROMPTS, 5, 3.0, "euler")
+        expected = judged(folder, drawn, 5, guidance_scale=3.0, height=4 * size, width=16)
+        torch.testing.assert_close(found[size], expected, rtol=0, atol=1e-4)
+    schedule = teacher.schedule
+    assert schedule.points(5, (4, 4))[2].sigma != schedule.points(5, (6, 4))[2].sigma
+    assert teacher.facts["dynamic_shift"]["kind"] == kind and "shift" not in teacher.facts
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
+    teacher = load_teacher(str(folder))
+    together = teacher.sample(noise(0, range(3), SHAPE), PROMPTS, 4, 3.0, solver)
+    for row in range(3):
+        alone = teacher.sample(noise(0, [row], SHAPE), PROMPTS[row : row + 1], 4, 3.0, solver)
+        assert (alone[0] - together[row]).abs().max() < 1e-5 * together.abs().max()
+
+
+def test_the_flow_is_integrated_in_fp32(folder: Path) -> None:
+    """Only the network's output is in bf16: the judge is diffusers' scheduler on fp32 latents."""
+    teacher = load_teacher(str(folder), precision="bf16")
+    drawn, told = noise(0, range(3), SHAPE), teacher.encode(PROMPTS)
+    scheduler = tiny_teachers.judge(folder).scheduler
+    scheduler.set_timesteps(5)
+    x = drawn
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            velocity = teacher.network(
+                hidden_states=x.bfloat16(),
+                timestep=t.expand(3),
+                encoder_hidden_states=told.rows["hidden"],
+                pooled_projections=told.rows["pooled"],
+            ).sample.float()
+        x = scheduler.step(velocity, t, x).prev_sample
+    found = teacher.sample(drawn, PROMPTS, 5, 1.0, "euler")
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
+
+
+def test_what_a_flow_cannot_do_is_named(folder: Path) -> None:
+    teacher = load_teacher(str(folder))
+    assert teacher.default_solver == "euler" and isinstance(teacher.schedule, FlowSchedule)
+    check_solver(teacher, "euler", 28, 7.0)
+    check_solver(teacher, "heun", 28, 7.0)
+    with pytest.raises(SettingError, match=r"solver is 'ddim', but teacher .* is a flow; take euler or heun"):
+        check_solver(teacher, "ddim", 28)
+    with pytest.raises(SettingError, match="steps is 1001; expected 1 to 1000"):
+        check_solver(teacher, "euler", 1001)
+    with pytest.raises(SettingError, match=r"spacing is 'leading', .* take linspace or trailing"):
+        load_teacher(str(folder), spacing="leading")
+
+
+def test_it_describes_itself(folder: Path) -> None:
+    found = describe_teacher(str(folder))
+    assert found["pipeline"] == "StableDiffusion3Pipeline"
+    assert found["prediction_type"] == "flow_prediction" and found["latent_shape"] == [8, 4, 4]
+    assert found["latent_space"] == {"channels": 8, "downscale": 4, "scale": 1.5305, "shift": 0.0609}
+    assert found["solver_defaults"] == {
+        "solver": "euler",
+        "spacing": "linspace",
+        "final_alpha_one": True,
+        "train_steps": 1000,
+    }
+    assert found["facts"]["shift"] == 3.0 and found["facts"]["t5_tokens"] == 256
+    assert set(found["params"]) >= {"transformer", "text_encoder_3", "vae"}
+
+
+def test_scale_and_shift_are_the_autoencoders(folder: Path) -> None:
+    assert load_teacher(str(folder)).space == latent_space(load_vae(str(folder)))
+
+
+def test_a_vp_scheduler_does_not_go_with_it(tmp_path: Path) -> None:
+    folder = Path(tiny_teachers.save_sd3(tmp_path / "odd", with_t5=False))
+    tiny_teachers.edit(folder, "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    with pytest.raises(
+        UserError, match="DDIMScheduler does not go with StableDiffusion3Pipeline; expected Flow"
+    ):
+        load_teacher(str(folder))

@@ -1,0 +1,250 @@
+"""Every command at work on one tiny job, and the JSON keys that docs and scripts rely on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import tiny
+from d2g_cli import main as cli
+from eval.report.parts import shown
+from jobs import distill_arguments, distill_config, make_clip
+from pairgen.store.reader import PairReader
+
+
+@pytest.fixture(scope="module")
+def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prompts.txt, pairs/, ode/ and gan/, made through the command line."""
+    folder = tmp_path_factory.mktemp("job")
+    tiny.save_prompts(folder / "prompts.txt")
+    for words in (pair_words(teacher, folder), *(stage_words(s, teacher, folder) for s in ("ode", "gan"))):
+        with pytest.raises(SystemExit) as left:
+            cli.main(words)
+        assert left.value.code == 0, words
+    return folder
+
+
+def pair_words(teacher: Path, folder: Path) -> list[str]:
+    given = ["--teacher", teacher, "--prompts", folder / "prompts.txt", "--out", folder / "pairs"]
+    given += ["--num-pairs", 12, "--steps", 4, "--guidance", 3, "--solver", "ddim", "--dtype", "float32"]
+    given += ["--shard-size", 5, "--batch-size", 4]
+    return ["pairs", "generate", *map(str, given)]
+
+
+def stage_words(stage: str, teacher: Path, folder: Path) -> list[str]:
+    init = folder / "ode" if stage == "gan" else ""
+    config = distill_config(teacher, folder / "pairs", stage=stage, init=init)
+    return distill_arguments(config, folder / stage)
+
+
+def test_pairs_generate_again_makes_nothing_new(d2g: Any, job: Path, teacher: Path) -> None:
+    found = d2g(*pair_words(teacher, job), "--json").json
+    assert {"out", "pairs", "new_pairs", "shards", "seconds", "pairs_per_sec"} <= set(found)
+    assert (found["pairs"], found["new_pairs"], found["shards"]) == (12, 0, 3)
+
+
+def test_pairs_info_verify_and_repair(d2g: Any, job: Path, tmp_path: Path) -> None:
+    info = d2g("pairs", "info", job / "pairs", "--json").json
+    assert {"pairs", "shards", "spec", "complete", "gib"} <= set(info)
+    assert info["complete"] is True and info["spec"]["guidance"] == 3.0
+    verified = d2g("pairs", "verify", job / "pairs", "--resimulate", 3, "--json").json
+    assert {"ok", "checked", "bad_shards", "max_abs_err"} <= set(verified)
+    assert verified["ok"] is True and verified["checked"] == 12 and verified["max_abs_err"] < 1e-4
+    assert d2g("pairs", "repair", job / "pairs", "--json").json == {"quarantined": [], "regenerated": 0}
+    shutil.copytree(job / "pairs", tmp_path / "pairs")
+    shard = next((tmp_path / "pairs").rglob("*.h5"))
+    spoilt = bytearray(shard.read_bytes())
+    spoilt[len(spoilt) // 2] ^= 1
+    shard.write_bytes(spoilt)
+    found = d2g("pairs", "verify", tmp_path / "pairs")
+    assert found.code == 1 and "not ok" in found.error
+
+
+def test_pairs_plan(d2g: Any, job: Path, teacher: Path) -> None:
+    given = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num-pairs", 2**20, "--steps", 4]
+    plan = d2g("pairs", "plan", *given, "--batch-size", 2, "--json").json
+    keys = {"pairs", "gib", "gib_with_noise", "shards", "seconds_per_pair", "gpu_hours", "measured_on"}
+    assert keys <= set(plan) and plan["pairs"] == 2**20 and plan["gib"] == 0.125
+
+
+def test_pairs_merge(d2g: Any, job: Path, tmp_path: Path) -> None:
+    found = d2g("pairs", "merge", job / "pairs", job / "pairs", "--out", tmp_path / "all", "--json").json
+    assert found["pairs"] == 12 and PairReader(tmp_path / "all").complete
+
+
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+def test_distill_again_is_done_already(d2g: Any, job: Path, teacher: Path, stage: str) -> None:
+    found = d2g(*stage_words(stage, teacher, job), "--json").json
+    assert {"out", "images", "steps", "seconds", "images_per_sec", "loss", "checkpoint"} <= set(found)
+    assert (found["images"], found["steps"]) == (20, 5) and Path(found["checkpoint"]).is_dir()
+    wanted = {"g", "e_latent_lpips"} | ({"d", "g_gan"} if stage == "gan" else set())
+    assert wanted <= set(found["loss"])
+
+
+def test_distill_goes_on_from_where_it_stopped(d2g: Any, job: Path, teacher: Path) -> None:
+    words = distill_arguments(distill_config(teacher, job / "pairs"), job / "more", "train.images=8")
+    assert d2g(*words, "--json").json["steps"] == 2
+    assert d2g(*words, "--images", 99, "--set", "train.images=12", "--json").json["steps"] == 3
+
+
+def test_sample(d2g: Any, job: Path, tmp_path: Path) -> None:
+    words = ["--prompt", "a red cube", "--prompt", "a blue sphere", "--num", 2, "--seed", 3]
+    found = d2g(
+        "sample", "--student", job / "gan", *words, "--batch-size", 3, "--out", tmp_path, "--json"
+    ).json
+    assert {"out", "images", "seconds_per_image"} <= set(found) and found["images"] == 4
+    with Image.open(tmp_path / "00003.png") as image:
+        assert image.info == {"prompt": "a blue sphere", "seed": "3", "index": "3"}
+    words = ["--prompts", job / "prompts.txt", "--out", tmp_path]
+    assert d2g("sample", "--student", job / "ode", *words, "--json").json["images"] == 6
+
+
+def test_export(d2g: Any, job: Path, tmp_path: Path) -> None:
+    found = d2g("export", "--student", job / "gan", "--out", tmp_path / "student", "--json").json
+    assert {"out", "parity_max_abs_err"} <= set(found) and found["parity_max_abs_err"] < 0.05
+    words = ["--prompt", "a", "--out", tmp_path / "drawn"]
+    assert d2g("sample", "--student", tmp_path / "student", *words, "--json").json["images"] == 1
+
+
+def test_teacher_info_and_doctor(d2g: Any, teacher: Path) -> None:
+    info = d2g("teacher", "info", teacher, "--json").json
+    keys = {"pipeline", "prediction_type", "latent_shape", "params", "solver_defaults", "conditioning"}
+    assert keys <= set(info)
+    assert info["latent_shape"] == [4, 4, 4]
+    doctor = d2g("doctor", "--json").json
+    keys = {"torch", "cuda", "devices", "bf16", "memory_gib", "disk_free_gib", "versions", "problems"}
+    assert keys <= set(doctor)
+    assert doctor["torch"] == torch.__version__ and doctor["memory_gib"] > 0
+
+
+def test_doctor_says_where_rows_cannot_be_shared_out(d2g: Any) -> None:
+    found = d2g("doctor", "--preset", "miniature", "--gpus", "32", "--json").json
+    (problem,) = [text for text in found["problems"] if text.startswith("miniature")]
+    assert problem.startswith("miniature gan: gan.mix_fraction is 0.25, but a micro-batch has 1 row")
+    assert set(found["memory_gib_per_gpu"]) == {"ode"}
+
+
+def test_doctor_says_what_a_preset_takes(d2g: Any, tmp_path: Path) -> None:
+    words = ["--preset", "miniature-loss-mse", "--teacher", "miniature", "--gpus", "2"]
+    assert set(d2g("doctor", *words, "--json").json["memory_gib_per_gpu"]) == {"ode"}
+    for absent in (tmp_path / "none", "org/name"):
+        said = d2g("doctor", "--preset", "sd15-cfg8", "--teacher", absent)
+        assert said.code == 1 and said.stdout == "" and len(said.stderr.splitlines()) == 1
+        assert said.stderr.startswith(f"error: --teacher {absent}: no such folder; ")
+
+
+def test_a_table_for_people(d2g: Any, job: Path) -> None:
+    said = d2g("pairs", "info", job / "pairs")
+    assert said.code == 0 and "complete" in said.stdout and "True" in said.stdout
+
+
+# Evaluation.
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = torch.Generator().manual_seed(0)
+    for number in range(10):
+        pixels = torch.randint(256, (16, 16, 3), generator=rng, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    lines = [json.dumps({"file_name": f"{n}.png", "caption": tiny.CAPTIONS[n % 6]}) for n in range(10)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def squeezenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from torchvision.models import squeezenet1_0
+
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "squeezenet.safetensors"
+    save_file(squeezenet1_0(weights=None).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def clip(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(teacher, tmp_path_factory.mktemp("clip"))
+
+
+KEYS = {"protocol", "protocol_sha256", "fid", "clip_score", "precision", "recall", "counts", "models", "ci"}
+
+
+def test_eval_of_images_with_squeezenet(d2g: Any, pictures: Path, squeezenet: Path) -> None:
+    words = ["--images", pictures, "--reference", pictures, "--features", "squeezenet", "--metrics", "pr"]
+    found = d2g("eval", "run", *words, "--weights", squeezenet, "--json").json
+    assert KEYS <= set(found) and found["models"]["features"]["name"] == "squeezenet"
+    assert (found["precision"], found["recall"], found["counts"]["images"]) == (1.0, 1.0, 10)
+
+
+def test_eval_of_a_student_and_its_comparison(
+    d2g: Any, job: Path, pictures: Path, clip: Path, tmp_path: Path
+) -> None:
+    """FID, CLIP score, precision and recall of one-step images against pictures, all with one tiny CLIP."""
+    words = ["--prompts", job / "prompts.txt", "--num", 8, "--reference", pictures]
+    words += ["--metrics", "fid,pr,clip", "--features", "clip", "--weights", clip, "--clip", clip]
+    found = {}
+    for stage in ("ode", "gan"):
+        out = tmp_path / f"{stage}.json"
+        found[stage] = d2g("eval", "run", "--student", job / stage, *words, "--out", out, "--json").json
+        assert KEYS <= set(found[stage]) and found[stage] == json.loads(out.read_text())
+        assert found[stage]["fid"] > 0 and -1 <= found[stage]["clip_score"] <= 1
+        assert found[stage]["counts"] == {"images": 8, "reference": 10, "pr_images": 8, "pr_reference": 10}
+    rows = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json", "--json").json["results"]
+    assert {Path(row["name"]).stem: row["fid"] for row in rows} == {s: found[s]["fid"] for s in found}
+    said = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json").stdout
+    for stage in found:
+        assert shown(found[stage]["fid"], found[stage]["ci"]["fid"])[0] in said, stage
+    assert "CLIP score" in said and "{" not in said
+
+
+def test_eval_of_a_teacher(d2g: Any, job: Path, teacher: Path, clip: Path) -> None:
+    words = ["--prompts", job / "prompts.txt", "--num", 4, "--steps", 2, "--metrics", "clip", "--clip", clip]
+    found = d2g("eval", "run", "--teacher", teacher, *words, "--json").json
+    assert found["clip_score"] is not None and found["fid"] is None and found["counts"] == {"images": 4}
+
+
+def test_eval_stats_from_a_folder_and_a_curve_with_them(
+    d2g: Any, job: Path, teacher: Path, pictures: Path, clip: Path, tmp_path: Path
+) -> None:
+    networks = ["--features", "clip", "--weights", clip, "--json"]
+    file = tmp_path / "real.safetensors"
+    made = d2g("eval", "stats", "--images", pictures, "--metrics", "fid,pr", "--out", file, *networks).json
+    assert made["images"] == 10 and made["out"] == str(file)
+    words = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num", 8, "--reference", file]
+    words += ["--over", "steps=1,2", "--clip", clip, "--out", tmp_path / "curve", "--set", "resamples=0"]
+    curve = d2g("eval", "curve", *words, *networks).json
+    assert [point["steps"] for point in curve["points"]] == [1, 2]
+    assert {"fid", "clip_score"} <= set(curve["points"][0]) and (tmp_path / "curve" / "curve.png").is_file()
+    said = d2g("eval", "curve", *words, *networks[:-1]).stdout
+    assert f"{curve['points'][1]['fid']:.4g}" in said and "CLIP score" in said and "{" not in said
+
+
+def test_eval_protocols(d2g: Any) -> None:
+    shown = d2g("eval", "protocols")
+    assert shown.code == 0 and "coco2014-30k-d2gan" in shown.stdout and "40,504" in shown.stdout
+    one = d2g("eval", "protocols", "scenes-5k", "--json").json
+    assert one["images"] == 5_000 and len(one["sha256"]) == 64
+    assert set(d2g("eval", "protocols", "--json").json) > {"folder", "cifar10-50k"}
+
+
+def test_eval_for_people(d2g: Any, job: Path, clip: Path) -> None:
+    words = ["--student", job / "gan", "--prompts", job / "prompts.txt", "--metrics", "clip", "--clip", clip]
+    said = d2g("eval", "run", *words, "--latency", "--set", "latency_repeats=1")
+    assert said.code == 0 and "CLIP score" in said.stdout and "6 images" in said.stdout, said.stderr
+    for text in ("student, an image", "teacher, an image", "ms at batch 1"):
+        assert text in said.stdout
+
+
+def test_lpips_distance(d2g: Any, teacher: Path, pictures: Path) -> None:
+    def distance(a: str, b: str) -> float:
+        words = [pictures / a, pictures / b, "--teacher", teacher, "--json"]
+        return float(d2g("lpips", "distance", *words).json["distance"])
+
+    assert distance("0.png", "0.png") == 0.0 and distance("0.png", "1.png") > 0

@@ -1,0 +1,158 @@
+"""distill.losses.adversarial: closed forms of both losses, and who is paired with whom in mix-and-match."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2g.core.errors import SettingError
+from d2g.diffusion.text_encoders import Text
+from distill.config.components import GanLoss, refuse_lone_rows
+from distill.losses.adversarial import discriminator_loss, generator_loss, mismatch, mix_and_match
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def heads(*values: float) -> dict[str, Tensor]:
+    return {str(i): torch.full((2, 1, 2 + i, 2 + i), v) for i, v in enumerate(values)}
+
+
+def test_the_discriminators_loss_is_binary_cross_entropy() -> None:
+    expected = (softplus(-1.5) + softplus(0.5) + softplus(2.0) + softplus(-3.0)) / 2
+    assert discriminator_loss(heads(1.5, -2.0), heads(0.5, -3.0)).item() == pytest.approx(expected, rel=1e-6)
+    assert discriminator_loss(heads(0.0), heads(0.0)).item() == pytest.approx(2 * math.log(2), rel=1e-6)
+
+
+def test_the_generators_loss_is_non_saturating() -> None:
+    """-log D(G), whose gradient by the logit is -(1 - D): near -1 where D is sure of a fake."""
+    assert generator_loss(heads(1.5, -2.0)).item() == pytest.approx(
+        (softplus(-1.5) + softplus(2.0)) / 2, rel=1e-6
+    )
+    logit = torch.full((1, 1, 1, 1), -20.0, requires_grad=True)
+    generator_loss({"0": logit}).backward()
+    assert logit.grad is not None and logit.grad.item() == pytest.approx(-1.0, abs=1e-6)
+
+
+def test_heads_count_alike_whatever_their_size() -> None:
+    small, large = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 64, 64), -1.0)
+    expected = (softplus(-2.0) + softplus(1.0)) / 2
+    assert generator_loss({"a": small, "b": large}).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_losses_are_fp32_on_half_precision_logits() -> None:
+    half = {"0": torch.full((1, 1, 1, 1), 7.0, dtype=torch.bfloat16)}
+    assert generator_loss(half).dtype == discriminator_loss(half, half).dtype == torch.float32
+    assert generator_loss(half).item() == pytest.approx(softplus(-7.0), rel=1e-5)
+
+
+PROMPTS = [f"prompt {i // 3}" for i in range(30)]  # each three times: 5 of 15 pairs have two
+
+
+def uniform(size: int, seed: int = 0) -> Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_row_is_never_paired_with_its_own_prompt() -> None:
+    for seed in range(50):
+        mode, partner = mismatch(PROMPTS, 0.9, uniform(30, seed))
+        assert 7 <= mode.count_nonzero() <= 10
+        for row in torch.nonzero(mode).flatten().tolist():
+            assert PROMPTS[int(partner[row])] != PROMPTS[row]
+
+
+def test_modes_share_the_fraction() -> None:
+    prompts = [str(i) for i in range(6_000)]
+    for shares in ((1.0, 1.0, 1.0), (2.0, 1.0, 0.0), (0.0, 0.0, 5.0)):
+        mode, _ = mismatch(prompts, 0.25, uniform(6_000), shares)
+        counts = torch.bincount(mode, minlength=4).tolist()
+        assert len(counts) == 4 and abs(counts[0] / 6_000 - 0.75) < 0.02
+        for count, share in zip(counts[1:], shares, strict=True):
+            assert abs(count / 6_000 - 0.25 * share / sum(shares)) < 0.015 and (share or count == 0)
+
+
+def test_no_fraction_and_no_partner_stay_plain() -> None:
+    assert mismatch(PROMPTS, 0.0, uniform(30))[0].tolist() == [0] * 30
+    assert mismatch(["same"] * 8, 0.99, uniform(8))[0].tolist() == [0] * 8
+    assert mismatch(["alone"], 0.0, uniform(1))[0].tolist() == [0]
+    half = mismatch(["a", "b", "c", "c"], 0.99, torch.zeros(4))
+    assert half[0].tolist() == [1, 1, 0, 0] and half[1].tolist() == [1, 0, 3, 2]
+
+
+def test_parts_of_a_batch_are_mixed_as_the_whole() -> None:
+    """The partner is the neighbour, whoever has the rows, also where prompts come more than once."""
+    prompts, drawn = [str(i % 3 * (i % 5)) for i in range(24)], uniform(24)
+    mode, partner = mismatch(prompts, 0.5, drawn)
+    assert 0 < mode.count_nonzero() < 24
+    for size in (2, 4, 8, 6):
+        for first in range(0, 24, size):
+            part = mismatch(prompts[first : first + size], 0.5, drawn[first : first + size])
+            assert torch.equal(part[0], mode[first : first + size])
+            assert torch.equal(part[1] + first, partner[first : first + size])
+
+
+def test_each_swap_has_exactly_one_wrong_member() -> None:
+    fake, real, noise = (torch.randn(4, 4, 2, 2) for _ in range(3))
+    text = torch.randn(4, 5, 6)
+    mode, partner = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 0])
+    x, z, c = mix_and_match(fake, real, noise, text, mode, partner)
+    assert torch.equal(x, torch.stack([fake[0], real[2], real[2], real[3]]))
+    assert torch.equal(c, torch.stack([text[0], text[1], text[3], text[3]]))
+    assert torch.equal(z, torch.stack([noise[0], noise[1], noise[2], noise[0]]))
+
+
+def test_plain_rows_are_the_fakes_untouched() -> None:
+    fake, real, noise, text = (torch.randn(3, 4, 2, 2) for _ in range(4))
+    x, z, c = mix_and_match(fake, real, noise, text, torch.zeros(3, dtype=torch.long), torch.arange(3))
+    assert torch.equal(x, fake) and torch.equal(z, noise) and torch.equal(c, text)
+
+
+def test_hinge_in_closed_form() -> None:
+    """relu(1 - real) + relu(1 + fake), heads (0.5 + 1.5, 0 + 0) and -D(G)."""
+    real, fake = heads(0.5, 2.0), heads(0.5, -3.0)
+    assert discriminator_loss(real, fake, "hinge").item() == pytest.approx(2.0 / 2, rel=1e-6)
+    assert generator_loss(fake, "hinge").item() == pytest.approx((-0.5 + 3.0) / 2, rel=1e-6)
+    assert generator_loss(fake, "hinge", real=real).item() == pytest.approx(1.25, rel=1e-6)
+
+
+def test_the_relativistic_loss_compares_each_row_with_its_own() -> None:
+    real = {"0": torch.tensor([1.0, -2.0]).view(2, 1, 1, 1)}
+    fake = {"0": torch.tensor([3.0, 0.5]).view(2, 1, 1, 1)}
+    expected = (softplus(2.0) + softplus(2.5)) / 2
+    assert discriminator_loss(real, fake, "rpgan").item() == pytest.approx(expected, rel=1e-6)
+    expected = (softplus(-2.0) + softplus(-2.5)) / 2
+    assert generator_loss(fake, "rpgan", real=real).item() == pytest.approx(expected, rel=1e-6)
+    swapped = {"0": real["0"].flip(0)}
+    assert discriminator_loss(swapped, fake, "rpgan").item() != pytest.approx(expected, rel=1e-3)
+    with pytest.raises(AssertionError, match="needs D's logits"):
+        generator_loss(fake, "rpgan")
+
+
+@pytest.mark.parametrize("kind", ["ns", "hinge", "rpgan"])
+def test_heads_are_averaged_or_summed(kind: GanLoss) -> None:
+    real, fake = heads(0.3, -0.2, 0.9), heads(0.1, 0.4, -0.7)
+    mean, total = (discriminator_loss(real, fake, kind, r).item() for r in ("mean", "sum"))  # type: ignore[arg-type]
+    assert total == pytest.approx(3 * mean, rel=1e-6)
+    mean, total = (generator_loss(fake, kind, r, real).item() for r in ("mean", "sum"))  # type: ignore[arg-type]
+    assert total == pytest.approx(3 * mean, rel=1e-6)
+
+
+def test_one_row_cannot_be_mixed() -> None:
+    with pytest.raises(SettingError, match="has 1 row per process; rows are mixed in pairs"):
+        refuse_lone_rows(1, 0.25)
+    with pytest.raises(SettingError, match=r"has 3 rows per process; .* expected an even number"):
+        refuse_lone_rows(3, 0.25)
+    refuse_lone_rows(2, 0.25)
+    refuse_lone_rows(1, 0.0)
+
+
+def test_all_that_a_text_holds_is_swapped_together() -> None:
+    fake, real, noise = (torch.randn(2, 4, 2, 2) for _ in range(3))
+    text = Text(torch.randn(2, 5, 6), torch.randn(2, 3), torch.randn(2, 6))
+    mode, partner = torch.tensor([2, 0]), torch.tensor([1, 0])
+    _, z, c = mix_and_match(fake, real, noise, text, mode, partner)
+    assert torch.equal(z, noise) and c.pooled is not None and c.time_ids is not None
+    for found, given in ((c.hidden, text.hidden), (c.pooled, text.pooled), (c.time_ids, text.time_ids)):
+        assert given is not None and torch.equal(found, given[[1, 1]])

@@ -1,0 +1,108 @@
+"""distill.export.card_scores: a card holds the scores of the weights that are exported, and says so of images."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.errors import UserError
+from d2g.diffusion.pretrained import SHIPPED
+from distill.config.components import StudentConfig
+from distill.export.card_scores import own_results, score_lines
+from distill.export.export import ExportConfig, export, export_student
+from distill.export.model_card import CardOptions
+from exported import as_run, evaluated, lora_run, result, told
+
+OWN = hashlib.sha256((SHIPPED["miniature"] / "student" / "ema.safetensors").read_bytes()).hexdigest()
+
+
+def lines(file: str) -> str:
+    (found,) = own_results("miniature", (file,))
+    return "\n".join(score_lines(found))
+
+
+def test_a_students_own_result(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"kind": "student", "name": "runs/gan", "weights_sha256": OWN, "precision": "fp32"}
+    text = lines(result(tmp_path / "a.json", **own, noise_scale=1.0))
+    assert "Protocol `coco` (`abcabcabcabcabca`; 30,000 images), of these weights:" in text
+    assert "| fid | 9.29 |" in text
+    text = lines(result(tmp_path / "b.json", **own | {"precision": "bf16"}, noise_scale=0.8))
+    assert "of these weights, in bf16, noise scaled by 0.8:" in text
+
+
+def test_images_are_named_as_what_they_are(tmp_path: Path) -> None:
+    text = lines(result(tmp_path / "a.json", kind="images", name="/somewhere/of/mine/samples", images=30000))
+    assert "images), of the images in `samples`, which nobody has checked to be this student's:" in text
+    assert "| fid | 9.29 |" in text and "somewhere" not in text and "these weights" not in text
+
+
+@pytest.mark.parametrize(
+    ("source", "got"),
+    [
+        ({"kind": "teacher"}, "of a teacher"),
+        ({"kind": "teacher", "name": "sd15, 9 steps", "weights_sha256": OWN}, "of a teacher, sd15, 9 steps,"),
+        ({"kind": "pipeline", "name": "x", "files_sha256": OWN}, "of a pipeline, x, weights not named"),
+        ({"kind": "student", "name": "runs/b", "weights_sha256": "f" * 64}, "b, weights ffffffffffffffff;"),
+        ({"kind": "student", "name": "runs/b"}, "of a student, runs/b, weights not named;"),
+        ({"kind": "memory", "name": "x"}, "of a memory, x"),
+        ({}, "of a source that it does not name, weights not named;"),
+    ],
+)  # fmt: skip
+def test_results_of_anything_else_are_refused(source: dict[str, Any], got: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        own_results("miniature", (result(tmp_path / "result.json", **source),))
+    text = str(caught.value)
+    assert f"--scores {tmp_path / 'result.json'} is of " in text and got in text
+    assert f"expected one of the student miniature, weights {OWN[:16]}" in text and "\n" not in text
+    assert text.endswith("make one with `d2g eval run --student miniature --out FOLDER`")
+
+
+def test_a_source_that_is_no_object(tmp_path: Path) -> None:
+    facts = {"protocol": "coco", "protocol_sha256": "abc", "source": "runs/gan"}
+    write_atomically(tmp_path / "result.json", json.dumps(facts))
+    with pytest.raises(UserError, match="of a source that it does not name"):
+        own_results("miniature", (str(tmp_path),))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lora", "onnx"])
+def test_every_format_asks_before_the_work(form: Any, teacher: Path, tmp_path: Path) -> None:
+    """Of a LoRA run, whose weights on disk are not merged."""
+    run = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
+    other = as_run(tmp_path / "other", str(teacher))
+    wrong = CardOptions(scores=(evaluated(tmp_path / "wrong.json", other),))
+    with pytest.raises(UserError, match=rf"wrong\.json is of a student, {other}, weights .*; expected"):
+        export(ExportConfig(student=run, format=form, card=wrong), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if (
+        form == "onnx"
+    ):  # its card: test_distill_export_onnx.py, for after torch.export no fork here could train
+        return
+    right = CardOptions(scores=(evaluated(tmp_path / "right.json", run),))
+    export(ExportConfig(student=run, format=form, card=right), tmp_path / "out")
+    assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in told(tmp_path / "out")
+
+
+def test_the_weights_are_those_that_are_given_not_those_that_are_written(
+    teacher: Path, tmp_path: Path
+) -> None:
+    run, small = as_run(tmp_path / "run", str(teacher)), str(tmp_path / "small")
+    export_student(run, Path(small))  # rounded to fp16: other weights
+    of_run, of_small = (evaluated(tmp_path / f"{Path(name).name}.json", name) for name in (run, small))
+    for student, scores in ((run, of_run), (small, of_small)):
+        config = ExportConfig(
+            student=student, format="diffusers", dtype="fp16", card=CardOptions(scores=(scores,))
+        )
+        export(config, tmp_path / "out")
+        assert "of these weights:" in told(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"of a student, {run}, weights .* student {small}, weights"):
+        own_results(small, (of_run,))
+
+
+def test_weights_that_are_gone(teacher: Path, tmp_path: Path) -> None:
+    run = as_run(tmp_path / "run", str(teacher))
+    (tmp_path / "run" / "checkpoints" / "000000004" / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"ema\.safetensors cannot be read: No such file"):
+        own_results(run, (result(tmp_path / "a.json", kind="images", name="x"),))

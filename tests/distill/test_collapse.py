@@ -1,0 +1,148 @@
+"""distill.monitoring.collapse: constructed logs, each with one thing wrong, and a real run made to collapse."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2g.core.errors import SettingError, UserError
+from d2g.core.tracking.run_directory import read_stats
+from distill.monitoring.collapse import Collapse, Finding, Limits, act, findings
+from distill.training.train import train
+from jobs import distill_config, make_pairs
+
+HEALTHY = {
+    "loss/d": 1.2, "loss/g": 0.4, "loss/e_latent_lpips": 0.3, "grad/g": 1.0, "grad/d": 0.5,
+    "d/auc": 0.7, "logit/real": 0.3, "logit/fake": -0.3, "latent/spread": 0.9,
+}  # fmt: skip
+
+
+def log(count: int, **late: Any) -> list[dict[str, float]]:
+    """`count` healthy reports; `late`: values of the last ones, written a__b for a/b."""
+    lines: list[dict[str, float]] = [{"nimg": 10 * i, **HEALTHY} for i in range(count)]
+    for name, values in late.items():
+        for line, value in zip(lines[-len(values) :], values, strict=True):
+            line[name.replace("__", "/")] = value
+    return lines
+
+
+def kinds(lines: list[dict[str, float]], limits: Limits | None = None) -> list[str]:
+    return [found.kind for found in findings(lines, limits)]
+
+
+def test_a_healthy_run_has_no_findings() -> None:
+    for count in (0, 1, 4, 5, 12, 200):
+        assert findings(log(count)) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_named(value: float) -> None:
+    found = findings(log(3, val__psnr=[value]))
+    assert [f.kind for f in found] == ["not_finite"] and found[0].fatal
+    assert found[0].text.startswith("image 20: val/psnr not finite; ")
+    assert kinds([*log(3, val__psnr=[value]), {"nimg": 30, **HEALTHY}]) == [], "only the last report counts"
+
+
+def test_a_discriminator_that_has_won() -> None:
+    lines = log(12, d__auc=[1.0] * 5, loss__d=[0.01] * 5)
+    assert kinds(lines) == ["d_collapse"] and findings(lines)[0].fatal
+    assert "gan.optim.lr" in findings(lines)[0].text and "100.0%" in findings(lines)[0].text
+    assert kinds(log(12, d__auc=[1.0] * 4, loss__d=[0.01] * 4)) == [], "four reports are not five"
+    assert kinds(log(12, d__auc=[1.0] * 4, loss__d=[0.01] * 4), Limits(reports=4)) == ["d_collapse"]
+    assert kinds(log(12, d__auc=[1.0] * 5)) == [], "in order, but by a margin that still teaches"
+    assert kinds(log(12, loss__d=[0.01] * 5)) == [], "a low loss by itself, as with a paired one"
+    assert kinds(log(12, d__auc=[1.0, 1.0, 0.9, 1.0, 1.0], loss__d=[0.01] * 5)) == []
+
+
+def test_validations_between_the_reports_break_no_streak() -> None:
+    """They are lines of their own, without losses."""
+    for late in ({"d__auc": [1.0] * 5, "loss__d": [0.01] * 5}, {"latent__spread": [0.1] * 5}):
+        lines = log(30, **late)
+        mixed = [part for line in lines for part in (line, {"nimg": line["nimg"], "val/psnr": 9.0})]
+        assert kinds(mixed) == kinds(lines) and len(kinds(lines)) == 1
+    assert kinds([*log(3, val__psnr=[math.nan]), {"nimg": 20, "val/fid": 9.0}]) == ["not_finite"]
+
+
+def test_a_blind_discriminator_is_told_but_never_fatal() -> None:
+    lines = log(20, d__auc=[0.5] * 10, logit__real=[0.01] * 10, logit__fake=[0.0] * 10)
+    (found,) = findings(lines)
+    assert found.kind == "d_blind" and not found.fatal
+    act([found], "stop", set(), lambda text: None)
+    assert kinds(log(20, d__auc=[0.5] * 9, logit__real=[0.01] * 9, logit__fake=[0.0] * 9)) == []
+    assert kinds(log(20, d__auc=[0.5] * 10)) == [], "logits apart: rows overlap, the means do not"
+
+
+def test_a_student_whose_rows_become_alike() -> None:
+    lines = log(30, latent__spread=[0.9, 0.7, 0.4, 0.4, 0.3, 0.2, 0.2])
+    assert kinds(lines) == ["g_collapse"] and "0.40 times" in findings(lines)[0].text
+    assert kinds(log(24, latent__spread=[0.1] * 5)) == [], "too young a run to have a best"
+    rising = log(30)
+    for number, line in enumerate(rising):
+        line["latent/spread"] = 0.05 + 0.04 * number  # blurred at the start, as every student
+    assert kinds(rising) == []
+    falling = log(60)
+    for number, line in enumerate(falling):
+        line["latent/spread"] = 1.0 + 12 * 0.9**number  # wild at the start, as the miniature's
+    assert not any(kinds(falling[:end]) for end in range(len(falling) + 1))
+    assert kinds([*falling, *log(5, latent__spread=[0.4] * 5)]) == ["g_collapse"]
+    assert kinds(log(30, latent__spread=[0.1] * 4)) == [], "four odd batches"
+
+
+@pytest.mark.parametrize("name", ["loss/e_latent_lpips", "loss/mse"])
+def test_a_student_that_leaves_the_teacher(name: str) -> None:
+    lines = [{**line, name: line["loss/e_latent_lpips"]} for line in log(30)]
+    assert kinds(lines) == []
+    for line in lines[-5:]:
+        line[name] = 0.65
+    assert kinds(lines) == ["g_regression"] and findings(lines)[0].text.count(name) == 1
+    for line in lines[-5:]:
+        line[name] = 0.55
+    assert kinds(lines) == [], "a little worse is no alarm"
+
+
+def test_noise_alone_is_no_alarm() -> None:
+    """A thousand reports of one batch each, with a third of deviation: the best of them is far below."""
+    rng = random.Random(0)
+    lines = [
+        {"nimg": i, **{name: rng.lognormvariate(0, 0.33) for name in ("loss/mse", "latent/spread")}}
+        for i in range(1000)
+    ]
+    assert not any(findings(lines[:end]) for end in range(25, 1001, 25))
+
+
+def test_stopping_warning_and_silence() -> None:
+    found = [Finding(kind="g_collapse", text="image 10: it collapses; try less", fatal=True)]
+    said: list[str] = []
+    told: set[str] = set()
+    for _ in range(3):
+        act(found, "warn", told, said.append)
+        act(found, "off", set(), said.append)
+    assert said == ["image 10: it collapses; try less"], "once"
+    with pytest.raises(Collapse, match=r"try less, or go on with --set train\.sentinels=warn"):
+        act(found, "stop", told, said.append)
+    assert issubclass(Collapse, UserError)
+    with pytest.warns(UserWarning, match="it collapses"):
+        act(found, "warn", set())
+
+
+def test_limits_check_themselves() -> None:
+    for settings in ({"reports": 0}, {"spread": 1.5}, {"rise": 0.9}):
+        with pytest.raises(SettingError, match="sentinels: reports"):
+            Limits(**settings)
+
+
+def test_a_real_run_that_falls_apart_is_noticed(teacher: Path, tmp_path: Path) -> None:
+    """A run as it should be, in which nothing is wrong although it starts wild, and then with a rate that
+    grows without end."""
+    pairs = make_pairs(teacher, tmp_path)
+    settings = ("regression.kind=mse", "train.sentinels=off")
+    rising = ("train.images=40", "optim.lr=10", "optim.warmup_images=400", f"init={tmp_path / 'sane'}")
+    train(distill_config(teacher, pairs, *settings, "train.images=100", "optim.lr=1e-3"), tmp_path / "sane")
+    train(distill_config(teacher, pairs, *settings, *rising), tmp_path / "wild")
+    sane, limits = read_stats(tmp_path / "sane"), Limits(reports=3)
+    assert sane[0]["latent/spread"] > 10 and sane[-1]["loss/mse"] < 0.5 * sane[0]["loss/mse"]
+    assert not any(kinds(sane[:end], limits) for end in range(1, len(sane) + 1))
+    both = [*sane, *({**line, "nimg": line["nimg"] + 100} for line in read_stats(tmp_path / "wild"))]
+    assert "g_regression" in kinds(both, limits), both

@@ -1,0 +1,84 @@
+"""Every choice of the second stage through real training: it changes what is learnt, and resumes exactly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2g.core.tracking.run_directory import read_stats
+from distill.training.train import train
+from jobs import BATCH, distill_config, make_pairs
+
+STEPS = 3
+ALL = (
+    f"train.images={STEPS * BATCH}",
+    "gan.r1_interval=2",
+    "gan.r1_gamma=1",
+    "gan.mix_fraction=0.5",
+    "gan.optim.lr=1e-3",
+    "optim.lr=1e-3",
+)
+OPTIONS = (
+    "gan.loss=hinge",
+    "gan.loss=rpgan",
+    "gan.r1=full",
+    "gan.r1=r1r2",
+    "gan.r1=approx",
+    "gan.r1=none",
+    "gan.r1_reduction=sum",
+    "gan.head_reduction=sum",
+    "gan.timestep_mode=random",
+    "gan.timestep=500",
+    "gan.noise_augment=small",
+    "gan.z_conditioning=false",
+    "gan.multi_scale_input=false",
+    "gan.multi_scale_output=false",
+    "gan.freeze_backbone=true",
+    "gan.mix_c=0",
+    "gan.updates=2",
+)
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def ode(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ode")
+    train(distill_config(teacher, pairs, f"train.images={BATCH}"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(teacher: Path, pairs: Path, ode: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plain")
+    train(distill_config(teacher, pairs, *ALL, stage="gan", init=ode), out)
+    return out
+
+
+def learnt(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"{STEPS * BATCH:09d}" / "ema.safetensors")
+
+
+def reported(run: Path) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in read_stats(run)
+    ]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_option_matters_and_a_resumed_run_is_an_unbroken_one(
+    option: str, teacher: Path, pairs: Path, ode: Path, plain: Path, tmp_path: Path
+) -> None:
+    config = distill_config(teacher, pairs, *ALL, option, stage="gan", init=ode)
+    train(config, tmp_path / "once")
+    first = distill_config(teacher, pairs, *ALL, option, f"train.images={BATCH}", stage="gan", init=ode)
+    train(first, tmp_path / "twice")
+    train(config, tmp_path / "twice")
+    once, twice = learnt(tmp_path / "once"), learnt(tmp_path / "twice")
+    assert all(torch.equal(once[name], value) for name, value in twice.items())
+    assert reported(tmp_path / "once") == reported(tmp_path / "twice")
+    assert any(not torch.equal(once[name], value) for name, value in learnt(plain).items())

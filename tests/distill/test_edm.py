@@ -1,0 +1,212 @@
+"""CIFAR-10's column of Table A1 from end to end at 8 px: an EDM's pairs by Heun, LPIPS in pixels, RAdam."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchvision.models import squeezenet1_1
+
+import tiny_teachers
+from d2g.core.config import override, to_json
+from d2g.core.distributed import checkpoint, sharded_checkpoint
+from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
+from d2g.core.tracking.run_directory import read_stats
+from distill.config.components import OptimConfig, RegressionConfig
+from distill.config.presets import preset
+from distill.config.run import DistillConfig
+from distill.export.export import ExportConfig, export
+from distill.sampling import load_one_step, own_prompts
+from distill.training.train import train
+from eval.images.resize import NATIVE
+from eval.protocols.config import EvalRun
+from eval.protocols.protocol import PROTOCOLS
+from eval.runner.session import Bench
+from jobs import TRAIN, d2g, d2g_ranks
+from pairgen.config import PairConfig
+from pairgen.generate import generate_pairs
+from pairgen.store.reader import PairReader
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with teacher/, pairs/ and LPIPS' trunk, made by the command line."""
+    folder = tmp_path_factory.mktemp("edm")
+    tiny_teachers.save_edm(folder / "teacher")
+    torch.manual_seed(0)
+    torch.save(squeezenet1_1(weights=None).state_dict(), folder / "squeeze.pth")
+    made = d2g(
+        [
+            *("pairs", "generate", "--preset", "cifar10", "--teacher", str(folder / "teacher")),
+            *("--out", str(folder / "pairs"), "--num-pairs", "24", "--json"),
+            *("--set", "shard_size=10", "--set", "batch_size=8", "--set", "dtype=float32"),
+        ],
+        folder / "log",
+    )
+    assert made.code == 0, made.stderr
+    return folder
+
+
+def sets(world: Path, steps: int, **more: Any) -> list[str]:
+    """The preset's settings that a test cannot wait for."""
+    small = {
+        **{f"train.{name}": value for name, value in to_json(TRAIN).items() if name != "ema_beta"},
+        "train.images": steps * BATCH,
+        "train.batch_size": BATCH,
+        "train.checkpoint_images": 100_000,
+        "train.ema_start_images": 2 * BATCH,
+        "train.ema_beta": 0.9,
+        "regression.lpips_net": "squeeze",
+        "regression.lpips_weights": str(world / "squeeze.pth"),
+        "regression.lpips_resize": 24,
+    }
+    return [f"{name}={json.dumps(value)}" for name, value in {**small, **more}.items()]
+
+
+def arguments(world: Path, out: Path, steps: int, **more: Any) -> list[str]:
+    given = ["--pairs", str(world / "pairs"), "--teacher", str(world / "teacher"), "--out", str(out)]
+    chosen = [part for s in sets(world, steps, **more) for part in ("--set", s)]
+    return ["distill", "ode", "--preset", "cifar10", *given, *chosen, "--json"]
+
+
+@pytest.fixture(scope="module")
+def run(world: Path) -> Path:
+    """Six steps in one go, with previews and validations."""
+    out = world / "run"
+    watched = {"train.preview_prompts": 4, "train.validate_images": 24, "train.validate_pairs": 4}
+    done = d2g(arguments(world, out, 6, **watched), world / "log")
+    assert done.code == 0, done.stderr
+    return out
+
+
+def test_the_preset_is_the_papers_but_for_size(world: Path) -> None:
+    config = override(preset("cifar10", "ode"), sets(world, 6))
+    assert (config.student.dropout, config.optim.name, config.optim.lr) == (0.1, "radam", 4e-4)
+    assert config.regression.kind == "lpips" and preset("cifar10", "ode").regression.lpips_resize == 224
+    spec = PairReader(str(world / "pairs")).spec
+    assert (spec.solver, spec.steps, spec.guidance, spec.conditioning) == ("heun", 18, 1.0, "label")
+
+
+def test_stored_pairs_are_the_teachers_ode(world: Path) -> None:
+    """Noise of unit variance beside pictures of EDM's."""
+    done = d2g(["pairs", "verify", str(world / "pairs"), "--resimulate", "8", "--json"], world / "log")
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["ok"] and found["max_abs_err"] < 1e-4
+    batch = PairReader(str(world / "pairs")).read(list(range(24)))
+    assert torch.equal(batch.noise, noise(0, range(24), (3, 8, 8)))
+    assert batch.prompts[:12] == [str(i % 10) for i in range(12)]
+
+
+def test_it_trains_validates_and_shows(run: Path) -> None:
+    lines = read_stats(run)
+    losses = [line["loss/lpips"] for line in lines if "loss/lpips" in line]
+    assert len(losses) == 6 and all(loss > 0 for loss in losses)
+    assert [line["nimg"] for line in lines if "val/psnr" in line] == [24, 48]
+    assert len(list((run / "previews").glob("*.png"))) == 6
+
+
+def test_three_and_three_more_steps_are_six(world: Path, run: Path, tmp_path: Path) -> None:
+    """Bit for bit, dropout included."""
+    watched = {"train.preview_prompts": 4, "train.validate_images": 24, "train.validate_pairs": 4}
+    for steps in (3, 6):
+        done = d2g(arguments(world, tmp_path / "run", steps, **watched), tmp_path / "log")
+        assert done.code == 0, done.stderr
+    states = [
+        sharded_checkpoint.read(checkpoint.open_checkpoint(p / "checkpoints" / "000000048"))
+        for p in (tmp_path / "run", run)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    averages = [load_file(p / "checkpoints/000000048/ema.safetensors") for p in (tmp_path / "run", run)]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(world: Path, engine: str, tmp_path: Path) -> None:
+    """Dropout's masks too are the rows' own."""
+    alone = d2g(arguments(world, tmp_path / "one", 3), tmp_path / "log")
+    assert alone.code == 0, alone.stderr
+    more = {"engine.parallel": engine, "data.text_cache": 4}
+    for ended in d2g_ranks(arguments(world, tmp_path / "two", 3, **more), tmp_path / "log"):
+        assert ended.code == 0, ended.stderr
+    curves = [[line["loss/lpips"] for line in read_stats(tmp_path / name)] for name in ("one", "two")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4) and len(curves[0]) == 3
+
+
+def test_it_learns_its_pairs_by_heart(world: Path, tmp_path: Path) -> None:
+    """Sixteen pairs of Heun's 18 steps: squared error falls twentyfold in 150 steps."""
+    pairs = PairConfig(
+        teacher=str(world / "teacher"), num_pairs=16, guidance=1.0, steps=18, solver="heun", dtype="float32"
+    )
+    generate_pairs(pairs, tmp_path / "pairs")
+    config = DistillConfig(
+        teacher=str(world / "teacher"),
+        pairs=str(tmp_path / "pairs"),
+        optim=OptimConfig(name="radam", lr=1e-2, weight_decay=0.0, attention_weight_decay=0.0),
+        regression=RegressionConfig(kind="mse"),
+        train=replace(TRAIN, images=16 * 150, batch_size=16, report_images=16 * 10),
+    )
+    train(config, tmp_path / "run")
+    losses = [line["loss/mse"] for line in read_stats(tmp_path / "run")]
+
+    assert losses[-1] < losses[0] / 20, losses
+
+
+def test_there_is_no_second_stage(world: Path, run: Path, tmp_path: Path) -> None:
+    config = DistillConfig(
+        stage="gan", teacher=str(world / "teacher"), pairs=str(world / "pairs"), init=str(run)
+    )
+    with pytest.raises(SettingError, match="stage gan needs a variance-preserving teacher of text"):
+        train(config, tmp_path / "gan")
+    assert not (tmp_path / "gan").exists()
+
+
+# What becomes of it.
+
+
+def test_it_draws_classes(world: Path, run: Path, tmp_path: Path) -> None:
+    done = d2g(["sample", "--student", str(run), "--out", str(tmp_path / "all"), "--json"], tmp_path / "log")
+    assert done.code == 0, done.stderr
+    assert len(list((tmp_path / "all").glob("0*.png"))) == 10, "every class where none is named"
+    assert own_prompts(str(run)) == [str(i) for i in range(10)]
+    told = [
+        "sample",
+        "--student",
+        str(run),
+        "--prompt",
+        "3",
+        "--prompt",
+        "ship",
+        "--out",
+        str(tmp_path / "no"),
+    ]
+    done = d2g(told, tmp_path / "log")
+    assert done.code == 1 and "prompt 'ship': expected a class number, 0 to 9" in done.error
+
+
+def test_its_safetensors_draw_the_same(run: Path, tmp_path: Path) -> None:
+    assert export(ExportConfig(student=str(run), dtype="fp32"), tmp_path)["parity_max_abs_err"] == 0
+    z = noise(5, range(2), (3, 8, 8))
+    own, other = (load_one_step(str(folder)).latents(z, ["2", "7"]) for folder in (run, tmp_path))
+    assert torch.equal(own, other)
+    assert json.loads((tmp_path / "student.json").read_text())["student_timestep"] == -1
+
+
+def test_text_students_ask_for_a_prompt(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="nothing to draw; give --prompt TEXT"):
+        own_prompts("none", str(teacher))
+
+
+def test_eval_draws_every_class_in_turn(run: Path) -> None:
+    bench = Bench(EvalRun(student=str(run), protocol=PROTOCOLS["cifar10-50k"], seed=4))
+    (drawn,) = bench.source(bench.config).draw(range(8, 13), 64, (NATIVE,))
+    assert drawn.prompts == ["8", "9", "0", "1", "2"]
+    own = load_one_step(str(run)).images(noise(4, range(8, 13), (3, 8, 8)), drawn.prompts)
+    assert (drawn.views[NATIVE].int() - own.int()).abs().max() <= 1

@@ -1,0 +1,398 @@
+"""distill.export.export and distill.export.model_card: plain diffusers draws our student's image from the folder, in one step."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tiny
+import tiny_teachers
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import generator, noise
+from d2g.diffusion.diffusers_pipeline import load_any_pipeline
+from d2g.diffusion.latents import decode
+from d2g.diffusion.schedule import predict_x0
+from d2g.diffusion.scheduler_files import load_schedule
+from d2g_cli import main as cli
+from distill.config.components import StudentConfig
+from distill.export.export import ExportConfig, export, export_lora, export_pipeline, export_student
+from distill.export.model_card import CardOptions, licence_of
+from distill.export.one_step_pipeline import draw_plainly, draw_untold, one_step_scheduler
+from distill.models.student import student_from_teacher
+from distill.sampling import load_one_step
+from exported import PROMPT, as_run, lora_run, told
+
+V = {"prediction_type": "v_prediction"}
+ZERO_SNR = {**V, "rescale_betas_zero_snr": True}
+
+
+def plainly(folder: Path, drawn: Tensor, **settings: Any) -> Tensor:
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=False)
+    pipe.set_progress_bar_config(disable=True)
+    found: Tensor = pipe(
+        PROMPT, num_inference_steps=1, latents=drawn, output_type="latent", **settings
+    ).images
+    return found
+
+
+@pytest.mark.parametrize("timestep", [-1, 399, 1])
+@pytest.mark.parametrize(
+    "scheduler",
+    [{}, V, ZERO_SNR, {"prediction_type": "sample"}, {"beta_schedule": "linear", "set_alpha_to_one": False}],
+    ids=["epsilon", "v", "zero-snr", "sample", "linear"],
+)
+def test_one_step_of_the_scheduler_is_the_data_prediction(
+    scheduler: dict[str, Any], timestep: int, tmp_path: Path
+) -> None:
+    """Against the algebra of d2g.diffusion.schedule, for any network output."""
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", **scheduler}
+    tiny.save_teacher(tmp_path, **settings)
+    schedule = load_schedule(str(tmp_path))
+    t = len(schedule) - 1 if timestep == -1 else timestep
+    made = one_step_scheduler(schedule, t)
+    made.set_timesteps(1)
+    assert made.timesteps.tolist() == [t] and made.init_noise_sigma == 1
+    x, output = (torch.randn(2, 4, 8, 8, generator=generator(i)) for i in (1, 2))
+    step = made.step(output, made.timesteps[0], made.scale_model_input(x, t))
+    expected = predict_x0(output, x, *schedule.alpha_sigma(t), schedule.prediction)
+    torch.testing.assert_close(step.prev_sample, expected, rtol=1e-5, atol=1e-5)
+    made.save_pretrained(tmp_path / "saved")
+    again = LCMScheduler.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.alphas_cumprod, made.alphas_cumprod), "JSON keeps every bit"
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        again.set_timesteps(2)
+
+
+@pytest.fixture(scope="module")
+def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return as_run(tmp_path_factory.mktemp("export") / "run", str(teacher))
+
+
+@pytest.fixture(scope="module")
+def exported(run: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    out = tmp_path_factory.mktemp("exported") / "pipeline"
+    found = export_pipeline(run, out)
+    assert found["out"] == str(out)
+    return out, found["parity_max_abs_err"]
+
+
+def test_diffusers_draws_our_image(run: str, exported: tuple[Path, float]) -> None:
+    out, parity = exported
+    assert 0 <= parity <= 1e-4
+    one, drawn = load_one_step(run), noise(5, range(2), (4, 4, 4))
+    own = one.latents(drawn, PROMPT)
+    latents, images = draw_plainly(out, drawn, PROMPT)
+    torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
+    expected = (decode(one.vae, own) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+def test_no_scale_and_no_negative_prompt_change_it_and_more_steps_are_refused(
+    exported: tuple[Path, float],
+) -> None:
+    out, drawn = exported[0], noise(5, range(2), (4, 4, 4))
+    plain = plainly(out, drawn)
+    for settings in ({"guidance_scale": 1.0}, {"guidance_scale": 20.0}, {"negative_prompt": ["a", "b"]}):
+        assert torch.equal(plainly(out, drawn, **settings), plain)
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    with pytest.raises(ValueError, match="`num_inference_steps`: 50"):
+        pipe(PROMPT, latents=drawn)
+
+
+def test_parity_would_see_another_network(exported: tuple[Path, float], tmp_path: Path) -> None:
+    out, drawn = exported[0], noise(5, range(2), (4, 4, 4))
+    other = shutil.copytree(out, tmp_path / "other")
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    facts = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps(facts | {"prediction_type": "v_prediction"}))
+    assert (plainly(other, drawn) - plainly(out, drawn)).abs().max() > 0.1
+
+
+def test_the_folder_says_nothing_of_this_machine(exported: tuple[Path, float], teacher: Path) -> None:
+    out = exported[0]
+    names = {path.name for path in out.iterdir()}
+    assert names == {"README.md", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    for file in (p for p in out.rglob("*") if p.suffix in (".json", ".md", ".txt")):
+        text = file.read_text()
+        assert str(teacher.parent) not in text and "_name_or_path" not in text, file
+    assert json.loads((out / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_a_teacher_it_cannot_be(exported: tuple[Path, float]) -> None:
+    with pytest.raises(UserError, match="LCMScheduler cannot make pairs"):
+        load_schedule(str(exported[0]))
+    pipe = load_any_pipeline(str(exported[0]), "cpu", torch.float32, 1, None)
+    assert pipe.images(0, range(2), PROMPT, 1, None).shape == (2, 3, 16, 16), "but `d2g eval` measures it"
+
+
+@pytest.mark.parametrize(("scheduler", "timestep"), [(V, 399), (ZERO_SNR, -1)], ids=["v", "zero-snr"])
+def test_other_predictions_and_timesteps(scheduler: dict[str, Any], timestep: int, tmp_path: Path) -> None:
+    teacher = tiny.save_teacher(tmp_path / "teacher", **scheduler)
+    run = as_run(tmp_path / "run", teacher, student_timestep=timestep)
+    assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_is_half_the_bytes(
+    run: str, exported: tuple[Path, float], dtype: str, tmp_path: Path
+) -> None:
+    parity = export_pipeline(run, tmp_path / "half", dtype)["parity_max_abs_err"]
+    assert 1e-5 < parity < {"fp16": 0.5, "bf16": 4}[dtype]
+    for name in ("unet", "vae"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        tensors = load_file(tmp_path / "half" / file)
+        assert {t.dtype for t in tensors.values()} == {{"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]}
+    assert (
+        f".to(torch.{ {'fp16': 'float16', 'bf16': 'bfloat16'}[dtype] }"
+        in (tmp_path / "half" / "README.md").read_text()
+    )
+
+
+def test_sdxl(tmp_path: Path) -> None:
+    teacher = tiny_teachers.save_sdxl(tmp_path / "teacher")
+    run = as_run(tmp_path / "run", teacher)
+    assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
+    drawn = noise(5, range(2), (4, 4, 4))
+    own = load_one_step(run).latents(drawn, PROMPT)
+    for settings in ({}, {"guidance_scale": 1.0}, {"negative_prompt": ["a", "b"]}):
+        latents = plainly(tmp_path / "out", drawn, **settings)
+        torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
+    assert "StableDiffusionXLPipeline" in told(tmp_path / "out")
+
+
+# Students with something beside the teacher's network.
+
+
+def test_a_student_told_the_scale_is_told_it_by_diffusers(teacher: Path, tmp_path: Path) -> None:
+    run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
+    assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
+    one, drawn = load_one_step(run), noise(5, range(2), (4, 4, 4))
+    for scale in (1.5, 8.0):
+        own = replace(one, guidance=scale).latents(drawn, PROMPT)
+        torch.testing.assert_close(
+            plainly(tmp_path / "out", drawn, guidance_scale=scale), own, rtol=0, atol=1e-4
+        )
+    assert "guidance_scale=8.0" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = StudentConfig(lora_rank=2, lora_alpha=6.0)
+    return lora_run(tmp_path_factory.mktemp("lora") / "run", str(teacher), config)
+
+
+def test_adapters_do_something(lora: str, teacher: Path) -> None:
+    drawn = noise(5, range(2), (4, 4, 4))
+    merged, base = load_one_step(lora), student_from_teacher(str(teacher))
+    assert (base(drawn, merged.text.encode(PROMPT)) - merged.latents(drawn, PROMPT)).abs().max() > 0.1
+
+
+def plainly_with_adapters(teacher: Path, adapters: Path, drawn: Tensor) -> Tensor:
+    """diffusers' own words, in the teacher's own pipeline."""
+    pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
+    pipe.scheduler = LCMScheduler.from_pretrained(adapters, subfolder="scheduler")
+    pipe.load_lora_weights(adapters)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "latent"}
+    found: Tensor = pipe(PROMPT, latents=drawn, **settings).images
+    return found
+
+
+def test_adapters_load_into_the_teachers_own_pipeline(lora: str, teacher: Path, tmp_path: Path) -> None:
+    found = export_lora(lora, tmp_path / "out")
+    assert found["parity_max_abs_err"] <= 1e-4
+    drawn = noise(5, range(2), (4, 4, 4))
+    latents = plainly_with_adapters(teacher, tmp_path / "out", drawn)
+    torch.testing.assert_close(latents, load_one_step(lora).latents(drawn, PROMPT), rtol=0, atol=1e-4)
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert all(".lora_" in name and ".default" not in name for name in tensors)
+    assert "rank 2." in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("at_hand", [True, False], ids=["both runs", "the second alone"])
+def test_adapters_of_two_stages_are_one(at_hand: bool, lora: str, teacher: Path, tmp_path: Path) -> None:
+    first = shutil.copytree(lora, tmp_path / "first")
+    config = StudentConfig(lora_rank=3, lora_alpha=1.5)
+    second = lora_run(tmp_path / "second", str(teacher), config, str(first), seed=5)
+    if not at_hand:
+        shutil.rmtree(first)
+    assert export_lora(second, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
+    drawn = noise(5, range(2), (4, 4, 4))
+    own = load_one_step(second).latents(drawn, PROMPT)
+    latents = plainly_with_adapters(teacher, tmp_path / "out", drawn)
+    torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
+    assert (load_one_step(lora).latents(drawn, PROMPT) - own).abs().max() > 0.1, "each stage did something"
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert {len(value) for name, value in tensors.items() if "lora_A" in name} == {5}
+    assert "rank 5." in told(tmp_path / "out")
+
+
+def test_a_student_that_is_more_than_adapters(run: str, lora: str, teacher: Path, tmp_path: Path) -> None:
+    config = StudentConfig(lora_rank=2)
+    whole = lora_run(tmp_path / "after", str(teacher), config, run)
+    export_student(lora, tmp_path / "half")
+    rounded = lora_run(tmp_path / "rounded", str(teacher), config, str(tmp_path / "half"))
+    for student in (whole, rounded):
+        with pytest.raises(UserError, match=r"is more than adapters: \d+ weights without any, first unet\."):
+            export_lora(student, tmp_path / "out")
+    other = tiny.save_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="or the teacher is another; export it with --format diffusers"):
+        export_lora(lora, tmp_path / "out", teacher=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_merged_elsewhere(lora: str, tmp_path: Path) -> None:
+    assert export_pipeline(lora, tmp_path / "pipeline")["parity_max_abs_err"] <= 1e-4
+    assert export_student(lora, tmp_path / "small", "fp32")["parity_max_abs_err"] == 0
+    for folder in ("pipeline/unet/diffusion_pytorch_model", "small/ema"):
+        assert not any("lora" in name for name in load_file(tmp_path / f"{folder}.safetensors"))
+
+
+def test_what_has_no_adapters_is_refused(run: str, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no adapters; export it with --format diffusers"):
+        export_lora(run, tmp_path / "out")
+    both = as_run(tmp_path / "both", str(teacher), StudentConfig(lora_rank=2, guidance_conditioning=True))
+    with pytest.raises(UserError, match="told the guidance scale, which adapters alone cannot hold"):
+        export_lora(both, tmp_path / "out")
+
+
+# The card.
+
+
+def test_the_cards_own_words_draw_a_picture(exported: tuple[Path, float]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", told(exported[0]), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER", str(exported[0])), names)
+    assert names["image"].size == (16, 16)
+
+
+def test_an_export_of_an_export(run: str, tmp_path: Path) -> None:
+    export_student(run, tmp_path / "small", "fp32")
+    assert export_pipeline(str(tmp_path / "small"), tmp_path / "out")["parity_max_abs_err"] <= 1e-4
+    assert "not recorded with an exported student" in told(tmp_path / "out")
+
+
+def test_licences(teacher: Path, tmp_path: Path) -> None:
+    assert licence_of("miniature") == "apache-2.0" and licence_of(str(teacher)) is None
+    copy = shutil.copytree(teacher, tmp_path / "teacher")
+    (copy / "README.md").write_text("---\nlanguage: en\nlicense: 'cc0-1.0'\n---\n# It\nlicense: no\n")
+    assert licence_of(str(copy)) == "cc0-1.0"
+    (copy / "README.md").write_text("# It\nlicense: no\n")
+    assert licence_of(str(copy)) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fid": 3}', None])
+def test_scores_that_are_none(content: str | None, run: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"--scores .*result\.json is no evaluation result"):
+        export_pipeline(run, tmp_path / "out", options=CardOptions(scores=(str(tmp_path / "result.json"),)))
+    assert not (tmp_path / "out").exists(), "found out before the work"
+
+
+def test_settings(run: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="format is 'diffuser'; did you mean 'diffusers'"):
+        ExportConfig(format="diffuser")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="student is not set"):
+        export(ExportConfig(), tmp_path)
+    with pytest.raises(SettingError, match=r"--watts is -1"):
+        CardOptions(watts=-1)
+    found = export(ExportConfig(student=run), tmp_path / "small")
+    assert math.isfinite(found["parity_max_abs_err"]) and (tmp_path / "small" / "ema.safetensors").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        export_pipeline(run, tmp_path / "file" / "out")
+
+
+def test_the_shipped_miniature(tmp_path: Path) -> None:
+    assert export_pipeline("miniature", tmp_path / "out")["parity_max_abs_err"] <= 1e-4
+    assert told(tmp_path / "out").startswith("---\nlicense: apache-2.0\n")
+
+
+# The command.
+
+
+def d2g(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(word) for word in words])
+    code = left.value.code
+    return (code if isinstance(code, int) else 0), *capfd.readouterr()
+
+
+def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ("export", "--student", run, "--format", "diffusers", "--out", out, "--watts", 250, "--json")
+    code, said, _ = d2g(capfd, *words, "--dry-run")
+    config = json.loads(said)["config"]
+    assert code == 0 and not out.exists()
+    assert (config["format"], config["card"]["watts"], config["card"]["kg_per_kwh"]) == (
+        "diffusers",
+        250,
+        0.48,
+    )
+    code, said, _ = d2g(capfd, *words, "--set", "card.licence=mit")
+    found = json.loads(said)
+    assert code == 0 and found["out"] == str(out) and found["parity_max_abs_err"] <= 1e-4
+    assert "license: mit" in told(out)
+    code, _, error = d2g(capfd, "export", "--student", run, "--format", "onx", "--out", out)
+    assert code == 2 and "format is 'onx'" in error
+
+
+# Students without text.
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_diffusers_draws_unconditional_students(kind: str, tmp_path: Path) -> None:
+    make = {"pixels": tiny_teachers.save_pixels, "latents": tiny_teachers.save_ldm}[kind]
+    run = as_run(tmp_path / "run", make(tmp_path / "teacher"))
+    found = export(ExportConfig(student=run, format="diffusers"), tmp_path / "out")
+    assert found["parity_max_abs_err"] <= 1e-4
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == {"pixels": "DDPMPipeline", "latents": "LDMPipeline"}[kind]
+    one = load_one_step(run)
+    drawn = torch.randn(3, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
+    own = (decode(one.vae, one.latents(drawn, [""] * 3)) / 2 + 0.5).clamp(0, 1)
+    assert own.std() > 0.1
+    torch.testing.assert_close(draw_untold(tmp_path / "out", 3), own, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        tiny_teachers.judge(tmp_path / "out")(1)
+    assert "pipe(num_inference_steps=1)" in told(tmp_path / "out")
+    assert "guidance" not in told(tmp_path / "out").partition("## How it was made")[0]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "EDM": ({}, "diffusers", "no scheduler of diffusers starts from sigma_max .* safetensors or onnx"),
+    "classes": ({"classes": 10}, "diffusers", "told classes, and no pipeline of diffusers tells them"),
+    "adapters": ({}, "lora", "is a DDIMPipeline, into which diffusers loads no adapters; .* safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_diffusers_cannot_draw_is_not_written(case: str, tmp_path: Path) -> None:
+    settings, form, says = REFUSED[case]
+    make = tiny_teachers.save_edm if case == "EDM" else tiny_teachers.save_pixels
+    run = as_run(tmp_path / "run", make(tmp_path / "teacher", **settings))
+    with pytest.raises(UserError, match=says):
+        export(ExportConfig(student=run, format=form), tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_a_student_of_classes_are_merged(tmp_path: Path) -> None:
+    teacher = tiny_teachers.save_edm(tmp_path / "teacher")
+    run = as_run(tmp_path / "run", teacher, StudentConfig(lora_rank=2))
+    found = export(ExportConfig(student=run, dtype="fp32"), tmp_path / "out")
+    assert found["parity_max_abs_err"] <= 1e-5
+    z = noise(5, range(2), (3, 8, 8))
+    own, plain = (load_one_step(name).latents(z, ["2", "7"]) for name in (run, str(tmp_path / "out")))
+    torch.testing.assert_close(own, plain, rtol=0, atol=1e-5)
+    assert (own - student_from_teacher(teacher)(z, torch.tensor([2, 7]))).abs().max() > 1e-2

@@ -1,0 +1,144 @@
+"""distill.planning.memory: sums in closed form, and what a pass keeps against the same pass with data."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tiny_teachers
+from d2g.core.distributed import engine as parallel
+from d2g.diffusion import pretrained
+from distill.config.components import DiscriminatorConfig, StudentConfig
+from distill.config.presets import PRESETS
+from distill.config.run import DistillConfig, EngineConfig, TrainConfig
+from distill.models.student import student_from_teacher
+from distill.models.unet_discriminator import Discriminator, added_parameters
+from distill.planning.memory import Memory, forecast, predict
+from distill.planning.saved_activations import saved
+
+
+def config(teacher: Path, **settings: Any) -> DistillConfig:
+    train = TrainConfig(batch_size=8, precision="fp32")
+    return replace(DistillConfig(teacher=str(teacher), train=train), **settings)
+
+
+def numbers(teacher: Path) -> int:
+    return sum(p.numel() for p in pretrained.skeleton(str(teacher), "unet").parameters())
+
+
+def gib(values: float) -> float:
+    return 4 * values / 2**30
+
+
+def test_weights_states_and_averages_in_closed_form(teacher: Path) -> None:
+    g = numbers(teacher)
+    found = predict(config(teacher), 1)
+    assert isinstance(found, Memory) and found.weights == pytest.approx(gib(g))
+    assert found.optimizer == pytest.approx(gib(2 * g)) and found.average == pytest.approx(gib(g))
+    assert found.total == pytest.approx(
+        found.weights + found.optimizer + found.average + found.frozen + found.working
+    )
+    encoder = pretrained.load_text_encoder(str(teacher))
+    assert found.frozen == pytest.approx(gib(sum(p.numel() for p in encoder.parameters())))
+    vae = sum(p.numel() for p in pretrained.load_vae(str(teacher)).parameters())
+    seen = predict(config(teacher, train=TrainConfig(batch_size=8, preview_prompts=1)), 1)
+    assert seen.frozen == pytest.approx(found.frozen + gib(vae))
+
+
+def test_stage_two_has_two_networks(teacher: Path) -> None:
+    g = numbers(teacher)
+    gan = predict(config(teacher, stage="gan"), 1)
+    d = Discriminator(pretrained.load_unet(str(teacher)), DiscriminatorConfig())
+    trained = sum(p.numel() for p in d.parameters() if p.requires_grad)
+    assert gan.weights == pytest.approx(gib(2 * g + added_parameters(d)))
+    assert gan.optimizer == pytest.approx(gib(2 * (g + trained)))
+    assert gan.average == pytest.approx(gib(g))
+    assert gan.working > predict(config(teacher), 1).working
+
+
+def test_shards_divide_what_is_held(teacher: Path) -> None:
+    whole = predict(config(teacher, stage="gan"), 4)
+    for engine, parts in (
+        (EngineConfig(parallel="fsdp"), 4),
+        (EngineConfig(parallel="fsdp", shard_size=2), 2),
+    ):
+        found = predict(config(teacher, stage="gan", engine=engine), 4)
+        for name in ("weights", "optimizer", "average"):
+            assert getattr(found, name) == pytest.approx(getattr(whole, name) / parts)
+        assert found.frozen == whole.frozen
+
+
+def test_adapters_need_no_states_for_the_rest(teacher: Path) -> None:
+    adapted = StudentConfig(lora_rank=2)
+    student = student_from_teacher(str(teacher), -1, adapted)
+    ours = sum(p.numel() for n, p in student.named_parameters() if ".lora_" in n)
+    found = predict(config(teacher, student=adapted), 1)
+    assert found.optimizer == pytest.approx(gib(2 * ours))
+    assert found.average == pytest.approx(gib(numbers(teacher) + ours))
+
+
+def large(**train: Any) -> TrainConfig:
+    return TrainConfig(**{"batch_size": 4096, "precision": "fp32", **train})
+
+
+def test_rows_cost_and_less_so_in_micro_batches_or_when_computed_again(teacher: Path) -> None:
+    def working(**settings: Any) -> float:
+        return predict(config(teacher, **settings), 1).working
+
+    one, two = working(train=large()), working(train=large(batch_size=8192))
+    assert two == pytest.approx(2 * one, rel=0.01)
+    # Of two processes each has half of the rows, and DDP's buckets of all gradients.
+    half = predict(config(teacher, train=large(batch_size=8192)), 2).working
+    assert half == pytest.approx(one + gib(numbers(teacher)))
+    split = EngineConfig(accumulate=4)
+    assert working(train=large(), engine=split) == pytest.approx(one / 4, rel=0.01)
+    again = EngineConfig(activation_checkpointing=True)
+    assert 0 < working(train=large(), engine=again) < 0.6 * one
+    assert working(train=large(precision="bf16")) < one
+    gan = working(stage="gan", train=large())
+    assert 2.5 * one < gan < 3.5 * one  # the student's graph, and D's of real and fake
+    assert working(stage="gan", train=large(), gan=DiscriminatorConfig(r1="full")) > gan
+
+
+def test_fake_tensors_keep_what_real_ones_do(teacher: Path) -> None:
+    student = student_from_teacher(str(teacher)).requires_grad_(True)
+    batch = 16
+    noise, text = torch.randn(batch, 4, 4, 4), torch.randn(batch, 77, 16)
+    real = saved(student, lambda: student(noise, text), False) / 2**30
+    train = TrainConfig(batch_size=batch, precision="fp32")
+    small = predict(config(teacher, train=train), 1).working
+    # Gradients and the optimiser's temporaries are the larger part of so small a batch.
+    train = TrainConfig(batch_size=batch * 64, precision="fp32")
+    many = predict(config(teacher, train=train), 1).working
+    assert many == pytest.approx(64 * real, rel=0.02) and small >= 0.99 * real
+
+
+def test_sdxl(tmp_path: Path) -> None:
+    tiny_teachers.save_sdxl(tmp_path)
+    found = predict(config(tmp_path, stage="gan"), 1)
+    encoders = pretrained.load_text_encoder(str(tmp_path))
+    assert found.working > 0
+    assert found.frozen == pytest.approx(gib(sum(p.numel() for p in encoders.parameters())))
+
+
+def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> None:
+    """Two layers of 4 numbers in and out, 8 and 16 wide: both inputs, and tanh's output in the wider one."""
+    narrow, wide = (nn.Sequential(nn.Linear(4, w), nn.Tanh(), nn.Linear(w, 4)) for w in (8, 16))
+    both, x = nn.Sequential(narrow, wide), torch.randn(2, 4)
+    assert saved(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 8 + 2 * 4 + 2 * 16)
+    parallel.recompute([narrow, wide])
+    assert saved(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 4 + 2 * 16)
+
+
+def test_a_teacher_that_is_not_here_is_taken_for_the_presets_own() -> None:
+    """SD 1.5's 859.5M parameters, in fp32; what a preset has no network for stays unknown."""
+    far = PRESETS["ablation-z"]["ode"]
+    found = forecast(replace(far, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"), 16, "ablation-z")
+    assert found is not None and found["weights"] == pytest.approx(gib(859_520_964), abs=1e-3)
+    assert found["assumed"] == "SD 1.5's networks; the teacher is not on this disk"
+    assert forecast(far, 16, "cifar10") is None
+    near = forecast(PRESETS["miniature"]["ode"], 1, "sd15-cfg3")
+    assert near is not None and "assumed" not in near

@@ -1,0 +1,213 @@
+"""distill.export.model_card and distill.export.card_history: every number of a model card is one that was measured or set."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import override, to_json
+from d2g.core.errors import UserError
+from distill.config.run import DistillConfig
+from distill.export.card_scores import own_results
+from distill.export.model_card import CardOptions, card, history, kg_co2
+from distill.planning.cost import evaluations
+from distill.training.train import train
+from jobs import distill_config, make_pairs
+
+SECRET = "/somewhere/of/mine"
+
+
+def run_of(folder: Path, settings: tuple[str, ...] = (), nimg: int = 600, **fields: Any) -> Path:
+    """A run folder as training leaves it, without weights: what may change at a resume lies under `length`,
+    the last report is later than the checkpoint, and a checkpoint is a name and its meta.json."""
+    config = to_json(override(DistillConfig(teacher="miniature", **fields), settings))
+    length = {name: config["train"].pop(name) for name in ("images", "minutes", "loggers")}
+    length |= config.pop("engine") | {"text_cache": config["data"].pop("text_cache")}
+    length["compiler"] = "one of another machine"
+    write_atomically(folder / "config.json", json.dumps({**config, "length": length}))
+    lines = [{"nimg": nimg * i // 2, "loss/g": 1.0, "time/device_hours": 4.0 * i} for i in (1, 2, 3)]
+    write_atomically(folder / "stats.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    meta = {"nimg": nimg, "steps": 1}
+    write_atomically(folder / "checkpoints" / f"{nimg:09d}" / "meta.json", json.dumps(meta))
+    return folder
+
+
+def said(student: Path | str, **settings: Any) -> str:
+    options = CardOptions(**settings)
+    scores = own_results(str(student), options.scores)
+    return card(
+        student=str(student), teacher="miniature", where="timestep 999", parity=2e-6, options=options,
+        scores=scores, what="One-step student", use=[],
+    )  # fmt: skip
+
+
+def stage(text: str, name: str) -> str:
+    """A stage's lines of the recipe, as one."""
+    part = text.partition(f"- Stage `{name}`: ")[2].partition("\n- ")[0].partition("\n\n")[0]
+    return " ".join(part.split())
+
+
+def test_images_and_hours_are_those_of_the_exported_checkpoint(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", ("train.images=5000", "train.batch_size=100"))
+    text = said(run, watts=300, kg_per_kwh=0.1)
+    assert "600 images in batches of 100" in stage(text, "ode")
+    assert "Stage `ode`: 600 evaluations of student." in text
+    assert "8 device hours, about 0.24 kg CO2 (assumed: 300 W a device, 0.1 kg CO2 a kWh" in text
+    assert "What kind of device is not recorded." in text
+    assert kg_co2(1000, CardOptions()) == pytest.approx(192)
+
+
+EVALUATIONS = {
+    "D and G, three of D on two networks, and G's own": (("gan.r1=none",), 3200),
+    "one update of the student for two": (("gan.r1=none", "gan.updates=2"), 2800),
+    "with micro-batches the student runs twice": (("gan.r1=none", "engine.accumulate=2"), 4000),
+    "relativistic": (("gan.r1=none", "gan.loss=rpgan"), 4000),
+    "R1 of all rows, every 4 steps": (("gan.r1=full", "gan.r1_interval=4"), 3400),
+    "R1 of two rows, every 16 steps": (("gan.r1_rows=2",), 3214),
+    "APT's approximation, every step": (("gan.r1=approx",), 4000),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATIONS)
+def test_evaluations_are_the_bookkeepings(case: str, tmp_path: Path) -> None:
+    """Of 100 steps of 8 images."""
+    settings, expected = EVALUATIONS[case]
+    run = run_of(tmp_path / "run", ("train.batch_size=8", *settings), nimg=800, stage="gan")
+    (found,) = history(str(run)).stages
+    assert evaluations(found.config) == expected
+    assert f"Stage `gan`: {expected:.3g} evaluations of student and discriminator." in said(run)
+
+
+RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "as it comes": (
+        "gan", (),
+        ("adamw, learning rate 0.0001, bf16, EMA 0.9999, seed 0; all weights trained.",
+         "Regression: `e_latent_lpips`, transforms `bgco`, weight 1.",
+         "Discriminator: loss `ns`, weight 0.25, adamw, learning rate 1e-05; "
+         "R1 of one row, gamma 0.01, every 16 steps; mix-and-match 0.25."),
+        ("LoRA", "L1", "without transforms", "photographs", "dropout", "updates"),
+    ),
+    "no R1": ("gan", ("gan.r1=none",), ("; no gradient penalty; mix",), ("R1", "gamma", "16 steps")),
+    "no gamma": ("gan", ("gan.r1_gamma=0",), ("; no gradient penalty; mix",), ("R1", "gamma", "16 steps")),
+    "approx": (
+        "gan", ("gan.r1=approx", "gan.approx_weight=50", "gan.approx_sigma=0.1"),
+        ("approximated R1, weight 50, sigma 0.1, every step",), ("gamma", "16 steps"),
+    ),
+    "R3GAN": (
+        "gan", ("gan.r1=r1r2", "gan.r1_interval=1", "gan.r1_gamma=2", "gan.loss=rpgan"),
+        ("loss `rpgan`", "R1 and R2 of all rows, gamma 2, every step"), (),
+    ),
+    "the rest of D": (
+        "gan",
+        ("gan.updates=3", "gan.noise_augment=uniform", "gan.mix_fraction=0.5", "gan.real=photos",
+         "gan.real_fraction=0.3"),
+        ("3 updates for one of the student", "noise before it: uniform", "mix-and-match 0.5",
+         "photographs, 0.3 of its real rows"), ("photos,",),
+    ),
+    "ensemble": (
+        "ode", ("regression.augment=bgo", "regression.latent_lpips=0.5", "regression.l1=0.25",
+                "regression.draws=2", "regression.weight=3"),
+        ("`e_latent_lpips`, transforms `bgo`, 2 draws, weight 3; LatentLPIPS without transforms, weight 0.5; "
+         "L1, weight 0.25.",), ("Discriminator", "R1"),
+    ),
+    "pixels": (
+        "ode", ("regression.kind=lpips", "regression.lpips_net=alex", "regression.lpips_resize=224"),
+        ("Regression: `lpips` of alex at 224 pixels, weight 1.",), ("transforms",),
+    ),
+    "pseudo-Huber": (
+        "ode", ("regression.kind=pseudo_huber", "regression.huber_c=0.01"),
+        ("Regression: `pseudo_huber`, c 0.01, weight 1.",), ("transforms",),
+    ),
+    "student": (
+        "ode", ("student.lora_rank=8", "student.lora_alpha=4", "student.guidance_conditioning=true",
+                "student.dropout=0.1", "train.precision=fp32", "train.ema_beta=0.5", "seed=7",
+                "optim.lr=0.002", "optim.name=radam", "train.batch_size=32"),
+        ("batches of 32, radam, learning rate 0.002, fp32, EMA 0.5, seed 7; LoRA of rank 8, alpha 4, "
+         "told the guidance scale, dropout 0.1.",), ("all weights",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_recipe_says_what_acted(case: str, tmp_path: Path) -> None:
+    name, settings, there, absent = RECIPES[case]
+    found = stage(said(run_of(tmp_path / "run", settings, stage=name)), name)
+    for part in there:
+        assert part in found, (part, found)
+    for part in absent:
+        assert part not in found, (part, found)
+
+
+def test_pairs_of_several_stores_are_all_told(teacher: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    a = make_pairs(teacher, tmp_path / "a")
+    b = make_pairs(teacher, tmp_path / "b", guidance=1.0, steps=5, solver="heun", num_pairs=6)
+    ode = run_of(tmp_path / "ode", pairs=f"{a},{SECRET}/gone")
+    gan = run_of(tmp_path / "gan", stage="gan", init=str(ode), pairs=f"{a},{b}")
+    text = said(gan)
+    assert text.count("12 of 6 prompts, ddim with 4 steps, guidance 3, latents 4x4x4") == 1
+    assert text.count("6 of 6 prompts, heun with 5 steps, guidance 1, latents 4x4x4") == 1
+    assert text.count("Pairs `gone`: their folder was not at hand") == 1
+    assert f"Pairs: {12 * 4 * 2 + 6 * 9} evaluations of the teacher, without those of `gone`." in text
+    assert SECRET not in text and str(tmp_path) not in text
+
+
+def test_stages_are_told_in_their_order_and_their_hours_add_up(tmp_path: Path) -> None:
+    ode = run_of(tmp_path / "ode", nimg=1000)
+    text = said(run_of(tmp_path / "gan", stage="gan", init=str(ode)))
+    assert 0 < text.index("Stage `ode`: 1,000 images") < text.index("Stage `gan`: 600 images")
+    assert "Training: 16 device hours" in text and "Before that" not in text
+
+
+def test_what_came_before_and_is_not_known_is_said(tmp_path: Path) -> None:
+    text = said(run_of(tmp_path / "gan", stage="gan", init=f"{SECRET}/ode"))
+    assert text.count("- Before that: an exported student or a run that is not at hand") == 2
+    assert SECRET not in text
+    old = run_of(tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    write_atomically(old / "config.json", json.dumps({**config, "widget": 3}))
+    assert "another version (unknown setting 'widget'" in said(
+        run_of(tmp_path / "new", stage="gan", init=str(old))
+    )
+    bare = run_of(tmp_path / "bare")
+    shutil.rmtree(bare / "checkpoints" / "000000600")
+    assert "Before that: a run whose checkpoints are gone" in said(
+        run_of(tmp_path / "last", stage="gan", init=str(bare))
+    )
+    circle = run_of(tmp_path / "circle", stage="gan", init=str(tmp_path / "circle"))
+    assert len(history(str(circle)).stages) == 1 and "trained anew since" in said(circle)
+    text = said("miniature")
+    assert "Pairs and recipe: not recorded with an exported student; export the run itself." in text
+    assert "Evaluations and device hours: not recorded" in text and "## Scores\n\nNot measured." in text
+    (old / "stats.jsonl").unlink()
+    write_atomically(old / "config.json", json.dumps(config))
+    assert "Device hours: not recorded." in said(old)
+    (old / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        said(old)
+
+
+def test_scores_and_licence_are_as_given(tmp_path: Path) -> None:
+    result = {"protocol": "coco", "protocol_sha256": "abc" * 20, "fid": 9.29, "recall": None}
+    result |= {"counts": {"images": 30000}, "extra": {"cmmd": 0.5}}
+    result |= {"source": {"kind": "images", "name": "drawn"}}
+    write_atomically(tmp_path / "scores" / "result.json", json.dumps(result))
+    text = said("miniature", scores=(str(tmp_path / "scores"),), licence="mit")
+    assert text.startswith("---\nlicense: mit\nlibrary_name: diffusers\n") and "Licence: mit." in text
+    for part in ("Protocol `coco` (`abcabcabcabcabca`; 30,000 images)", "| fid | 9.29 |", "| cmmd | 0.5 |"):
+        assert part in text
+    assert "| recall" not in text and "## Scores\n\nNot" not in text and "in fp32: 2.00e-06." in text
+
+
+def test_a_real_run_can_be_read_back(teacher: Path, tmp_path: Path) -> None:
+    """What training wrote, not what this file writes."""
+    config = distill_config(teacher, make_pairs(teacher, tmp_path), "engine.accumulate=2")
+    train(config, tmp_path / "ode")
+    found = history(str(tmp_path / "ode"))
+    assert found.gap == "" and found.stages[0].device_hours is not None
+    assert found.stages[0].config.train == config.train and found.stages[0].config.engine == config.engine
+    assert found.stages[0].device_hours > 0

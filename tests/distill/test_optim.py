@@ -1,0 +1,60 @@
+"""distill.training.optim: which optimiser, and the learning rate as a function of images."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distill.config.components import OptimConfig
+from distill.training.optim import learning_rate, optimizer
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([nn.Linear(3, 3)])
+        self.rest = nn.Linear(3, 3)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("adamw_fused", "AdamW"), ("radam", "RAdam")])
+def test_each_name_is_that_optimiser(name: Any, kind: str) -> None:
+    config = OptimConfig(name=name, lr=0.01, betas=(0.5, 0.9))
+    made = optimizer(Net(), config)
+    assert type(made).__name__ == kind
+    assert [len(g["params"]) for g in made.param_groups] == [2, 2]
+    assert [g["weight_decay"] for g in made.param_groups] == [1e-5, 1e-2]
+    for group in made.param_groups:
+        assert (group["lr"], group["betas"]) == (0.01, (0.5, 0.9))
+        assert group.get("fused") is (True if name == "adamw_fused" else None)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_fused", "radam"])
+def test_weight_decay_is_decoupled(name: Any) -> None:
+    """Without a gradient, a step multiplies by 1 - lr decay: coupled decay would be rescaled to about lr."""
+    net = Net()
+    before = net.rest.weight.detach().clone()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer(net, OptimConfig(name=name, lr=0.1, weight_decay=0.5)).step()
+    torch.testing.assert_close(net.rest.weight.detach(), before * (1 - 0.1 * 0.5))
+
+
+def rates(config: OptimConfig, *images: int) -> list[float]:
+    return [learning_rate(n, config, 4) for n in images]
+
+
+def test_learning_rates_are_functions_of_images() -> None:
+    assert rates(OptimConfig(lr=2.0), 0, 10**9) == [2.0, 2.0]
+    assert rates(OptimConfig(lr=2.0, warmup_images=16), 0, 4, 12, 100) == [0.5, 1.0, 2.0, 2.0]
+    cosine = OptimConfig(lr=2.0, decay_images=100)
+    assert rates(cosine, 0, 50, 100, 200) == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert learning_rate(25, cosine, 4) == pytest.approx(1 + math.cos(math.pi / 4))
+    linear = OptimConfig(lr=2.0, decay_images=100, decay="linear", final_lr=1.0)
+    assert rates(linear, 0, 25, 100, 900) == pytest.approx([2.0, 1.75, 1.0, 1.0])
+    step = OptimConfig(lr=1e-4, decay_images=100, decay="step", final_lr=1e-5)
+    assert rates(step, 0, 99, 100) == pytest.approx([1e-4, 1e-4, 1e-5])
+    both = OptimConfig(lr=2.0, warmup_images=8, decay_images=100, final_lr=0.5)
+    assert rates(both, 0, 50, 100) == pytest.approx([1.0, 1.25, 0.5])

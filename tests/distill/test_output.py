@@ -1,0 +1,207 @@
+"""distill.export.output: where an export may go, and that nothing of a wrong one stays."""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LCMScheduler
+from safetensors.torch import load_file, save_file
+
+from d2g.core.errors import SettingError, UserError
+from distill.config.components import StudentConfig
+from distill.export.export import ExportConfig, export
+from distill.export.model_card import CardOptions
+from distill.export.output import PARITY_BOUND, apart, checked, exact_sums, staged
+from exported import as_run, lora_run
+
+FORMATS = ("safetensors", "diffusers", "lora", "onnx")
+
+
+@pytest.fixture(scope="module")
+def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return as_run(tmp_path_factory.mktemp("out") / "run", str(teacher), StudentConfig(lora_rank=2))
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("where", ["run", "another run", "teacher", "pipeline", "a piece"])
+def test_an_export_over_what_is_precious_is_refused(
+    where: str, form: Any, run: str, teacher: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(teacher, tmp_path / "teacher")
+    student = shutil.copytree(run, tmp_path / "run")
+    config = student / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "teacher": str(own)}))
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(teacher, tmp_path / "other")
+    out, says = {
+        "run": (student, r"holds a run or a model \(config.json, checkpoints\)"),
+        "another run": (tmp_path / "new", r"holds a run or a model \(checkpoints\)"),
+        "teacher": (tmp_path / "other" / ".." / "teacher", "is the teacher itself"),
+        "pipeline": (tmp_path / "other", "holds a pipeline that no export wrote"),
+        "a piece": (own / "unet", r"holds a run or a model \(config.json\)"),
+    }[where]
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=f"^--out .* {says}; choose another --out$") as caught:
+        export(ExportConfig(student=str(student), format=form), out)
+    assert caught.value.exit_code == 1 and listing(tmp_path) == before
+
+
+def test_an_export_is_not_written_over_itself_but_over_an_earlier_one(run: str, tmp_path: Path) -> None:
+    small, pipeline = tmp_path / "small", tmp_path / "pipeline"
+    export(ExportConfig(student=run), small)
+    with pytest.raises(UserError, match="is the student itself"):
+        export(ExportConfig(student=str(small), dtype="bf16"), small)
+    (small / "notes.txt").write_text("mine")
+    export(ExportConfig(student=run, dtype="bf16"), small)
+    assert {t.dtype for t in load_file(small / "ema.safetensors").values()} == {torch.bfloat16}
+    assert sorted(p.name for p in small.iterdir()) == ["ema.safetensors", "notes.txt", "student.json"]
+    export(ExportConfig(student=run, format="diffusers"), pipeline)
+    (pipeline / "unet" / "stale.safetensors").write_text("")
+    export(ExportConfig(student=run, format="diffusers"), pipeline)
+    assert not (pipeline / "unet" / "stale.safetensors").exists()
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="stop"), staged(out) as folder:
+        (folder / "a").write_text("new")
+        raise UserError("stop")
+    assert not out.exists()
+    (out / ".export.1.tmp").mkdir(parents=True)  # a killed one's
+    (out / "a").write_text("old")
+    with pytest.raises(UserError, match="stop"), staged(out) as folder:
+        (folder / "a").write_text("new")
+        raise UserError("stop")
+    assert listing(out) == {"a": b"old"} and len(list(out.iterdir())) == 1
+    with staged(out) as folder:
+        (folder / "a").write_text("new")
+    assert listing(out) == {"a": b"new"}
+    with (
+        pytest.raises(UserError, match=r"cannot write .*out.*free space or choose another --out"),
+        staged(out / "a"),
+    ):
+        raise AssertionError("not reached")
+
+
+def test_the_bound() -> None:
+    assert checked(PARITY_BOUND, torch.float32) == PARITY_BOUND
+    with pytest.raises(UserError, match=r"differ by 1\.50e-02 .* at most 0\.001 in float32; nothing was"):
+        checked(1.5e-2, torch.float32)
+    assert checked(0.5, torch.float16) == 0.5
+    for dtype in (torch.float32, torch.bfloat16):
+        for parity in (math.nan, math.inf):
+            with pytest.raises(UserError, match="values that are not finite"):
+                checked(parity, dtype)
+
+
+def test_a_nan_anywhere_is_the_largest_difference() -> None:
+    a, b = torch.zeros(2, 3), torch.tensor([[0.0, 1, 2], [0, 0, 0]])
+    assert apart((a, a), (a, b)) == apart((a, b), (a, a)) == 2
+    assert math.isnan(apart((a, a * math.nan), (a, b))) and math.isnan(apart((a, b), (a, a * math.nan)))
+
+
+def test_sums_are_exact_only_where_asked() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with exact_sums():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def spoilt(run: str, folder: Path, value: float) -> str:
+    """The run with one weight of its student at `value`."""
+    copy = shutil.copytree(run, folder)
+    file = copy / "checkpoints" / "000000004" / "ema.safetensors"
+    tensors = load_file(file)
+    tensors["unet.conv_out.bias"][0] = value
+    save_file(tensors, file)
+    return str(copy)
+
+
+def test_a_student_beyond_half_precision_is_not_exported_in_it(run: str, tmp_path: Path) -> None:
+    big = spoilt(run, tmp_path / "run", 1e6)
+    with pytest.raises(UserError, match="in float16, draws values that are not finite"):
+        export(ExportConfig(student=big), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    broken = spoilt(run, tmp_path / "broken", math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        export(ExportConfig(student=broken, format="diffusers"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lora"])
+def test_an_export_that_draws_something_else_is_not_left_behind(
+    form: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another version of diffusers had another scheduler."""
+    run, step = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2)), LCMScheduler.step
+
+    def changed(*given: Any, **settings: Any) -> Any:
+        found = step(*given, **settings)
+        return tuple(1.01 * part for part in found)
+
+    monkeypatch.setattr(LCMScheduler, "step", changed)
+    with pytest.raises(UserError, match=r"latents or images differ by .* at most 0\.001 in float32; nothing"):
+        export(ExportConfig(student=run, format=form), tmp_path / "new" / "out")
+    assert not (tmp_path / "new" / "out").exists()
+
+
+@pytest.mark.parametrize("given", [{"scores": ("a.json",)}, {"licence": "mit"}, {"watts": 3.0}])
+def test_what_a_format_has_no_use_for_is_refused(given: dict[str, Any]) -> None:
+    (name,) = given
+    says = f"the format safetensors has no model card, and no use for {name}; .* diffusers, lora, onnx"
+    with pytest.raises(SettingError, match=says):
+        ExportConfig(card=CardOptions(**given))
+    ExportConfig(card=CardOptions(**given), format="onnx")
+
+
+@pytest.fixture
+def chatter() -> Iterator[list[str]]:
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener = Listener()
+    for name in ("diffusers", "peft"):
+        logging.getLogger(name).addHandler(listener)
+    yield said
+    for name in ("diffusers", "peft"):
+        logging.getLogger(name).removeHandler(listener)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lora"])
+def test_an_export_says_nothing_of_its_own(
+    form: Any, teacher: Path, chatter: list[str], tmp_path: Path
+) -> None:
+    run = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
+    export(ExportConfig(student=run, format=form), tmp_path / "out")
+    # The tiny tokenizer is shorter than the sentence to compare with; a real one's is not.
+    assert chatter and all("truncated because CLIP" in line for line in chatter), chatter
+
+
+def test_the_command_refuses_in_one_line(d2g: Any, run: str, tmp_path: Path) -> None:
+    words, scores = (
+        ("export", "--student", run, "--out", tmp_path / "out"),
+        ("--scores", tmp_path / "none.json"),
+    )
+    for more in ((), ("--dry-run",)):
+        ended = d2g(*words, *scores, *more)
+        assert ended.code == 2 and "safetensors has no model card, and no use for scores" in ended.error
+    ended = d2g(*words, *scores, "--format", "lora")
+    assert ended.code == 1 and "none.json is no evaluation result" in ended.error
+    assert not (tmp_path / "out").exists()
+    ended = d2g("export", "--student", run, "--out", run)
+    assert ended.code == 1 and "holds a run" in ended.error
+    ended = d2g(*words, *scores, "--set", "format=onnx", "--dry-run", "--json")
+    assert ended.json["config"]["card"]["scores"] == [str(tmp_path / "none.json")]

@@ -1,0 +1,129 @@
+"""distill.training.real_images: three kinds of sources give the same images, in an order of (seed, images so far)."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from d2g.core.errors import UserError
+from distill.training.real_images import RealImages
+
+NAMES = [f"{number:02d}.png" for number in range(7)]
+
+
+def picture(number: int) -> Image.Image:
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (12, 8, 3), dtype=np.uint8))
+
+
+def encoded(number: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(number).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module", params=["txt", "jsonl", "parquet", "parquets"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder: Path = tmp_path_factory.mktemp("real")
+    captions = [f"picture {number}" for number in range(7)]
+    if request.param in ("txt", "jsonl"):
+        for number, name in enumerate(NAMES):
+            (folder / name).write_bytes(encoded(number))
+            if request.param == "txt":
+                (folder / name).with_suffix(".txt").write_text(captions[number] + "\n")
+        rows = [{"file_name": n, "text": c} for n, c in zip(NAMES, captions, strict=True)]
+        if request.param == "jsonl":
+            (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
+        return str(folder)
+    images = [{"bytes": encoded(number), "path": None} for number in range(7)]
+    table = pa.table({"image": images, "caption": captions})
+    if request.param == "parquet":
+        pq.write_table(table, folder / "all.parquet", row_group_size=2)
+        return str(folder / "all.parquet")
+    pq.write_table(table.slice(0, 3), folder / "a.parquet", row_group_size=2)
+    pq.write_table(table.slice(3), folder / "b.parquet")
+    return str(folder)
+
+
+def test_images_and_captions_belong_together(source: str) -> None:
+    images = RealImages(source, (12, 8))
+    assert len(images) == 7
+    pixels, captions = images.read([6, 0, 3, 0])
+    assert captions == ["picture 6", "picture 0", "picture 3", "picture 0"]
+    for row, number in enumerate((6, 0, 3, 0)):
+        expected = torch.from_numpy(np.array(picture(number))).permute(2, 0, 1).float() / 127.5 - 1
+        torch.testing.assert_close(pixels[row], expected)
+
+
+def test_other_shapes_are_cropped_about_the_centre(source: str) -> None:
+    images = RealImages(source, (8, 8))
+    pixels, _ = images.read([2])
+    whole = torch.from_numpy(np.array(picture(2))).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(pixels[0], whole[:, 2:10])
+    assert RealImages(source, (16, 24)).read([1])[0].shape == (1, 3, 16, 24)
+
+
+def test_the_order_is_a_function_of_the_seed_and_the_images_so_far(source: str) -> None:
+    images = RealImages(source, (12, 8))
+    _, whole = images.batch(3, 0, 14)
+    assert sorted(whole[:7]) == sorted(whole[7:]) == [f"picture {n}" for n in range(7)]
+    assert images.batch(3, 5, 4)[1] == whole[5:9]
+    assert RealImages(source, (12, 8)).batch(3, 5, 4)[1] == whole[5:9]
+    assert images.batch(4, 0, 14)[1] != whole
+
+
+def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        RealImages(str(tmp_path / "none"), (8, 8))
+    with pytest.raises(UserError, match="holds no images"):
+        RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "a.png").write_bytes(encoded(0))
+    with pytest.raises(UserError, match=r"a.png has no caption; write it to a.txt"):
+        RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"a.txt is empty; write the caption of a.png to it"):
+        RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "a.txt").write_bytes(b"B\xe4r")
+    with pytest.raises(UserError, match=r"a.txt is not UTF-8: byte offset 1; convert it"):
+        RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"a.png is no image that can be read"):
+        RealImages(str(tmp_path), (8, 8)).read([0])
+    for row in ('{"file_name": "a.png"}', '{"file_name": "a.png", "caption": null}', "{", '{"text": "a"}'):
+        (tmp_path / "metadata.jsonl").write_text(row)
+        with pytest.raises(UserError, match=r"metadata.jsonl, line 1: expected file_name and caption"):
+            RealImages(str(tmp_path), (8, 8))
+    for caption in (" ", 3):
+        row = json.dumps({"file_name": "a.png", "caption": caption})
+        (tmp_path / "metadata.jsonl").write_text(row)
+        with pytest.raises(UserError, match=r"metadata.jsonl, line 1: expected file_name and caption"):
+            RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "caption": "B\xe4r"}')
+    with pytest.raises(UserError, match=r"metadata.jsonl is not UTF-8: byte offset 36"):
+        RealImages(str(tmp_path), (8, 8))
+    rows = [{"file_name": name, "caption": "b"} for name in ("a.png", "b.png", "none/c.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"names 2 files that are not there, the first is .*b.png; restore"):
+        RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]))
+    images = RealImages(str(tmp_path), (8, 8))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a.png cannot be read: No such file"):
+        images.read([0])
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"picture": [b""], "caption": ["x"]}), file)
+    with pytest.raises(UserError, match="has columns picture, caption; expected image and caption"):
+        RealImages(str(file), (8, 8))
+    pq.write_table(pa.table({"image": [encoded(0)], "caption": [None]}), file)
+    with pytest.raises(UserError, match="row 0 has no caption"):
+        RealImages(str(file), (8, 8)).read([0])
+    file.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        RealImages(str(file), (8, 8))

@@ -1,0 +1,129 @@
+"""distill.losses.regression: every kind of distance in closed form or against the library that owns it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2g.core.errors import UserError
+from d2g.diffusion import pretrained
+from d2g.diffusion.latents import decode
+from distill.config.components import RegressionConfig
+from distill.config.run import DistillConfig, TrainConfig
+from distill.losses.regression import Regression, pseudo_huber, squared_error
+from latent_lpips.weights import load_lpips
+
+
+def made(teacher: Path, **settings: Any) -> Regression:
+    train, regression = TrainConfig(precision="fp32"), RegressionConfig(**settings)
+    return Regression(DistillConfig(teacher=str(teacher), regression=regression, train=train), 4)
+
+
+def latents(seed: int = 0) -> Tensor:
+    return torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def of(regression: Regression, pred: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    transforms = regression.draw(len(pred), (4, 4, 4), torch.Generator().manual_seed(2))
+    total, parts = regression(pred, target, transforms)
+    return total, parts
+
+
+def test_closed_forms() -> None:
+    a, b = torch.zeros(2, 4, 2, 2), torch.stack([torch.full((4, 2, 2), 3.0), torch.zeros(4, 2, 2)])
+    assert squared_error(a, b).tolist() == [9.0, 0.0]
+    c = 0.5 * math.sqrt(16)
+    expected = [math.sqrt(16 * 9 + c * c) - c, 0.0]
+    assert pseudo_huber(a, b, 0.5).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_pseudo_huber_is_square_near_zero_and_straight_far_away() -> None:
+    c = 0.00054 * math.sqrt(64)
+    near, far = torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4)
+    near[0, 0, 0, 0], far[0, 0, 0, 0] = 0.01 * c, 1e4
+    zero = torch.zeros(1, 4, 4, 4, dtype=torch.float64)
+    assert pseudo_huber(near.double(), zero, 0.00054).item() == pytest.approx(
+        (0.01 * c) ** 2 / (2 * c), rel=1e-3
+    )
+    assert pseudo_huber(far, zero.float(), 0.00054).item() == pytest.approx(1e4, rel=1e-5)
+    still = torch.zeros(1, 4, 4, 4, requires_grad=True)
+    pseudo_huber(still, zero.float(), 0.00054).sum().backward()
+    assert still.grad is not None and still.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["e_latent_lpips", "latent_lpips", "mse", "pseudo_huber"])
+def test_each_kind_is_a_distance_with_a_gradient(teacher: Path, kind: Any) -> None:
+    regression, target = made(teacher, kind=kind, weight=2.0), latents(1)
+    pred = latents().requires_grad_(True)
+    total, parts = of(regression, pred, target)
+    assert set(parts) == {f"loss/{kind}"}
+    assert total.item() == pytest.approx(2 * parts[f"loss/{kind}"].item()) and total.item() > 0
+    total.backward()
+    assert pred.grad is not None and (pred.grad.abs().amax((1, 2, 3)) > 0).all()
+    assert of(regression, target, target)[0].item() == pytest.approx(0.0, abs=1e-6)
+    metric = load_lpips(str(teacher / "latent_lpips"), 4)
+    judged = {
+        "latent_lpips": lambda: metric(pred, target).mean(),
+        "mse": lambda: torch.nn.functional.mse_loss(pred, target),
+        "pseudo_huber": lambda: pseudo_huber(pred, target, 0.00054).mean(),
+    }
+    if kind in judged:
+        torch.testing.assert_close(parts[f"loss/{kind}"], judged[kind]())
+
+
+def test_what_stands_beside_is_added_by_its_weight(teacher: Path) -> None:
+    pred, target = latents(), latents(1)
+    alone, _ = of(made(teacher, kind="mse"), pred, target)
+    total, parts = of(made(teacher, kind="mse", latent_lpips=3.0, l1=0.5), pred, target)
+    assert set(parts) == {"loss/mse", "loss/latent_lpips", "loss/l1"}
+    assert parts["loss/l1"].item() == pytest.approx((pred - target).abs().mean().item())
+    expected = alone + 3 * parts["loss/latent_lpips"] + 0.5 * parts["loss/l1"]
+    torch.testing.assert_close(total, expected)
+
+
+def test_draws_and_families_belong_to_the_ensemble(teacher: Path) -> None:
+    pred, target = latents(), latents(1)
+    augmented, plain = made(teacher, augment="none"), made(teacher, kind="latent_lpips")
+    torch.testing.assert_close(of(augmented, pred, target)[0], of(plain, pred, target)[0])
+    rng = torch.Generator().manual_seed(0)
+    two = made(teacher, draws=2).draw(3, (4, 4, 4), rng)
+    assert two is not None and len(two) == 2 and plain.draw(3, (4, 4, 4), rng) is None
+
+
+def test_weights_are_read_where_they_are_needed(teacher: Path, tmp_path: Path) -> None:
+    config = RegressionConfig(kind="mse")
+    Regression(DistillConfig(teacher=str(teacher), lpips=str(tmp_path), regression=config), 4)
+    for settings in ({"kind": "latent_lpips"}, {"kind": "mse", "latent_lpips": 1.0}):
+        config = RegressionConfig(**settings)  # type: ignore[arg-type]
+        with pytest.raises(UserError):
+            Regression(DistillConfig(teacher=str(teacher), lpips=str(tmp_path), regression=config), 4)
+
+
+def test_lpips_in_pixels_sees_decoded_latents(teacher: Path, tmp_path: Path) -> None:
+    """The published network on the VAE's pictures, enlarged: the lpips package as judge."""
+    import warnings
+
+    import lpips
+    import torchvision
+
+    torch.manual_seed(0)
+    file = tmp_path / "squeeze.pth"
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
+    regression = made(teacher, kind="lpips", lpips_net="squeeze", lpips_weights=str(file), lpips_resize=40)
+    pred, target = latents().requires_grad_(True), latents(1)
+    total, parts = of(regression, pred, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        judge = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
+    judge.net.load_state_dict(regression.pixels.trunk.state_dict())
+    vae = pretrained.load_vae(str(teacher))
+    pictures = [
+        torch.nn.functional.interpolate(decode(vae, x), (40, 40), mode="bilinear") for x in (pred, target)
+    ]
+    torch.testing.assert_close(total, judge(*pictures).mean(), rtol=1e-4, atol=1e-6)
+    total.backward()
+    assert set(parts) == {"loss/lpips"} and pred.grad is not None and pred.grad.abs().max() > 0
+    assert all(p.grad is None for p in regression.parameters())

@@ -1,0 +1,343 @@
+"""distill.config.run: the supplement's table, and impossible settings."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from d2g.core.config import from_json, override, to_json
+from d2g.core.errors import SettingError
+from distill.config.components import RegressionKind
+from distill.config.presets import PRESETS, TABLE_A1, preset
+from distill.config.run import (
+    DataConfig,
+    DiscriminatorConfig,
+    DistillConfig,
+    EngineConfig,
+    OptimConfig,
+    RegressionConfig,
+    StudentConfig,
+    TrainConfig,
+)
+from distill.config.unused_settings import ACTS, refuse_idle
+from distill.planning.cost import column, plan, table_evaluations
+from distill.planning.cost import evaluations as evaluations_of
+
+
+def test_presets_are_table_a1() -> None:
+    table = {
+        (name, stage): (
+            p.train.images // p.train.batch_size,
+            p.train.batch_size,
+            p.optim.lr,
+            p.regression.kind,
+            p.regression.augment,
+            p.regression.latent_lpips,
+            p.train.ema_start_images // p.train.batch_size,
+            p.engine.gpus,
+        )
+        for name, stages in TABLE_A1.items()
+        for stage, p in stages.items()
+    }
+    own = "e_latent_lpips"
+    assert table == {
+        ("cifar10", "ode"): (150_000, 512, 4e-4, "lpips", "bgco", 0.0, 20_000, 8),
+        ("sd15-cfg3", "ode"): (150_000, 256, 1e-4, own, "bgo", 1.0, 4_000, 16),
+        ("sd15-cfg3", "gan"): (10_000, 256, 1e-5, own, "bgo", 1.0, 4_000, 16),
+        ("sd15-cfg8", "ode"): (50_000, 2048, 1e-4, own, "bgco", 0.0, 4_000, 64),
+        ("sd15-cfg8", "gan"): (10_000, 1024, 1e-5, own, "bgco", 0.0, 4_000, 64),
+        ("sdxl-cfg7", "ode"): (20_000, 1024, 1e-4, own, "bgco", 0.0, 4_000, 128),
+        ("sdxl-cfg7", "gan"): (30_000, 512, 1e-5, own, "bgco", 0.0, 4_000, 128),
+    }
+    assert {
+        name: (
+            p.gan.weight,
+            p.gan.penalty,
+            p.gan.noise_augment,
+            p.gan.optim.betas,
+            p.gan.mix_fraction > 0,
+            p.gan.optim.lr,
+        )
+        for name, stages in TABLE_A1.items()
+        if (p := stages.get("gan"))
+    } == {
+        "sd15-cfg3": (0.25, "single", "none", (0.9, 0.999), True, 1e-5),
+        "sd15-cfg8": (0.25, "single", "none", (0.9, 0.999), True, 1e-5),
+        "sdxl-cfg7": (1.0, "none", "uniform", (0.0, 0.99), True, 1e-5),
+    }
+    for name, stages in TABLE_A1.items():
+        for p in stages.values():
+            cifar = name == "cifar10"
+            assert (p.train.precision, p.train.ema_beta, p.optim.betas) == ("bf16", 0.9999, (0.9, 0.999))
+            decay = (p.optim.weight_decay, p.optim.attention_weight_decay)
+            assert decay == ((0.0, 0.0) if cifar else (1e-2, 1e-5))
+            assert (p.optim.name, p.student.dropout) == (("radam", 0.1) if cifar else ("adamw", 0.0))
+            assert (p.gan.r1_gamma, p.gan.r1_interval, p.gan.updates) == (0.01, 16, 1)
+
+
+def test_the_sums_are_table_a1s() -> None:
+    """Its row of network evaluations, and the seconds a step that its GPU-days imply (method.md 5)."""
+    million = 1_000_000
+    expected = {
+        "cifar10": {"pairs": 35.0, "ode": 76.8, "total": 111.8},
+        "sd15-cfg3": {"pairs": 150.0, "ode": 38.4, "gan": 12.8, "total": 201.2},
+        "sd15-cfg8": {"pairs": 600.0, "ode": 102.4, "gan": 51.2, "total": 753.6},
+        "sdxl-cfg7": {"pairs": 400.0, "ode": 20.48, "gan": 76.8, "total": 497.28},
+    }
+    found = {name: column(name) for name in TABLE_A1}
+    for name, sums in expected.items():
+        assert {k: found[name][k] / million for k in sums} == sums
+        assert set(found[name]) == {*sums, "gpus", "gpu_days", "seconds_per_step"}
+    assert [(c["gpus"], c["gpu_days"]) for c in found.values()] == [
+        (8, 6.0),
+        (16, 43.6),
+        (64, 119.2),
+        (128, 356.8),
+    ]
+    seconds = [round(c["seconds_per_step"], 2) for c in found.values()]
+    assert seconds == [0.43, 1.47, 2.68, 4.82]
+
+
+def parts_of(name: str) -> set[str]:
+    gan = PRESETS[name]["gan"].gan
+    scales = {gan.multi_scale_input, gan.multi_scale_output}
+    assert len(scales) == 1
+    have = {"z": gan.z_conditioning, "r1": gan.penalty == "single", "multiscale": scales == {True}}
+    return {part for part, there in {**have, "mix": gan.mix_fraction > 0}.items() if there}
+
+
+@pytest.mark.parametrize(("prefix", "base"), [("", "sd15-cfg3"), ("miniature-", "miniature")])
+def test_each_row_of_the_ablation_adds_one_part(prefix: str, base: str) -> None:
+    rows = ["d", "z", "r1", "multiscale", "mix"]
+    assert [parts_of(f"{prefix}ablation-{row}") for row in rows] == [set(rows[1 : i + 1]) for i in range(5)]
+    assert PRESETS[f"{prefix}ablation-regression"] == {"ode": PRESETS[base]["ode"]}
+    assert PRESETS[f"{prefix}ablation-mix"] == PRESETS[base]
+    for row in rows:  # and nothing else
+        config = PRESETS[f"{prefix}ablation-{row}"]["gan"]
+        assert replace(config, gan=PRESETS[base]["gan"].gan) == PRESETS[base]["gan"]
+
+
+@pytest.mark.parametrize(("prefix", "base"), [("", "sd15-cfg3"), ("miniature-", "miniature")])
+def test_the_rows_of_the_loss_comparison_differ_in_the_loss_only(prefix: str, base: str) -> None:
+    kinds: dict[str, RegressionKind] = {
+        "mse": "mse",
+        "pseudo-huber": "pseudo_huber",
+        "lpips": "lpips",
+        "latent-lpips": "latent_lpips",
+        "e-latent-lpips": "e_latent_lpips",
+    }
+    first = PRESETS[f"{prefix}loss-mse"]["ode"]
+    for name, kind in kinds.items():
+        stages = PRESETS[f"{prefix}loss-{name}"]
+        assert set(stages) == {"ode"} and stages["ode"].regression.kind == kind
+        assert stages["ode"] == replace(first, regression=replace(first.regression, kind=kind))
+    ode = PRESETS[base]["ode"]
+    regression = replace(ode.regression, kind="mse", latent_lpips=0.0)
+    assert first == replace(ode, regression=regression, train=replace(ode.train, images=first.train.images))
+    if not prefix:
+        assert (first.train.images, first.train.batch_size) == (20_000 * 256, 256)
+
+
+def test_every_preset_names_its_stage_and_survives_json() -> None:
+    for name, stages in PRESETS.items():
+        assert {"ode"} <= set(stages) <= {"ode", "gan"}
+        for stage, config in stages.items():
+            assert config.stage == stage and preset(name, stage) is config
+            assert from_json(DistillConfig, to_json(config)) == config
+    with pytest.raises(SettingError, match=r"unknown preset 'minature'; did you mean 'miniature'\?"):
+        preset("minature", "ode")
+
+
+def test_overrides_reach_every_level() -> None:
+    config = override(DistillConfig(), ["gan.optim.betas=[0, 0.99]", "train.minutes=2", "gan.r1_gamma=1"])
+    assert (
+        config.gan.optim.betas == (0.0, 0.99) and config.train.minutes == 2.0 and config.gan.r1_gamma == 1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluations", "table"),
+    [
+        ({"r1": "none"}, 4000, 5000),  # one D step and one G step share G's forward
+        ({}, 4001, 5000),  # a row of R1 in the first of five steps
+        ({"r1_rows": 8, "r1_interval": 2}, 4024, 5000),  # in the first, third and fifth
+        ({"updates": 4}, 3201, 3500),  # G moves in the fourth
+        ({"loss": "rpgan"}, 5001, 5000),
+        ({"r1": "full", "r1_interval": 10}, 4200, 5000),
+        ({"r1": "full", "r1_interval": 2}, 4600, 5000),
+        ({"r1": "r1r2", "r1_interval": 10}, 4400, 5000),
+        ({"r1": "approx"}, 5000, 5000),
+    ],
+)
+def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int, table: int) -> None:
+    train = TrainConfig(images=1000, batch_size=200)
+    config = DistillConfig(stage="gan", train=train, gan=DiscriminatorConfig(**settings))
+    assert plan(config, world_size=5) == {
+        "steps": 5,
+        "evaluations": evaluations,
+        "gpus": 5,
+        "rows_per_gpu": 40,
+    }
+    assert table_evaluations(config) == table
+    ode = DistillConfig(train=train)
+    assert plan(ode)["evaluations"] == table_evaluations(ode) == 1000
+    assert evaluations_of(replace(ode, train=replace(train, images=801))) == 1000, "steps are whole"
+    apart = plan(replace(config, engine=EngineConfig(accumulate=5, gpus=2)))
+    assert apart["evaluations"] == evaluations + 200 * (5 // config.gan.updates)
+    assert (apart["gpus"], apart["rows_per_gpu"]) == (2, 20)
+    with pytest.raises(SettingError, match="batch_size 200 does not divide over 64 processes"):
+        plan(config, world_size=64)
+    with pytest.raises(SettingError, match="a micro-batch has 25 rows per process"):
+        plan(config, world_size=8)
+    assert plan(PRESETS["trial"]["gan"], world_size=8)["rows_per_gpu"] == 2, "on a node of eight"
+    assert plan(PRESETS["sd15-cfg8"]["ode"], "sd15-cfg8")["table_a1"] == column("sd15-cfg8")
+
+
+def test_settings_that_need_each_other_can_be_set_together() -> None:
+    config = override(
+        DistillConfig(), ["student.lora_alpha=4", "student.lora_rank=8", "data.block=2", "data.window=3"]
+    )
+    assert (config.student.lora_rank, config.student.alpha, config.data.block) == (8, 4.0, 2)
+    assert override(DistillConfig(), ["student.lora_rank=8"]).student.alpha == 8
+
+
+def test_what_penalty_acts() -> None:
+    assert DiscriminatorConfig().penalty == "single" and DiscriminatorConfig().penalty_interval == 16
+    assert DiscriminatorConfig(r1_gamma=0).penalty == DiscriminatorConfig(r1="none").penalty == "none"
+    approximate = DiscriminatorConfig(r1="approx", r1_gamma=0)
+    assert (approximate.penalty, approximate.penalty_interval) == ("approx", 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: OptimConfig(lr=0), "lr 0"),
+        (lambda: OptimConfig(weight_decay=-1), "not negative"),
+        (lambda: RegressionConfig(draws=0), "draws"),
+        (lambda: RegressionConfig(l1=-1), "regression"),
+        (lambda: DiscriminatorConfig(mix_fraction=1), "gan.mix_fraction is 1"),
+        (lambda: DiscriminatorConfig(r1_interval=0), "r1_interval"),
+        (lambda: OptimConfig(betas=(0.9, 1.0)), "optim.betas"),
+        (lambda: OptimConfig(name="adam"), r"optim.name is 'adam'; did you mean 'radam'\?"),  # type: ignore[arg-type]
+        (lambda: OptimConfig(final_lr=1e-5), "set decay_images"),
+        (lambda: OptimConfig(final_lr=1.0, decay_images=1), "optim.final_lr is 1.0; expected 0 to lr"),
+        (lambda: RegressionConfig(kind="latent_lpips", latent_lpips=1), "set weight instead"),
+        (lambda: RegressionConfig(huber_c=0), "huber_c"),
+        (lambda: RegressionConfig(kind="huber"), "did you mean 'pseudo_huber'"),  # type: ignore[arg-type]
+        (lambda: DiscriminatorConfig(loss="wgan"), "gan.loss is 'wgan'"),  # type: ignore[arg-type]
+        (lambda: DiscriminatorConfig(mix_x=0, mix_c=0, mix_z=0), "one above 0"),
+        (lambda: DiscriminatorConfig(mix_x=-1), "mix_x"),
+        (lambda: DiscriminatorConfig(updates=0), "gan.updates is 0"),
+        (lambda: DiscriminatorConfig(noise_max_timestep=0), "gan.noise_max_timestep"),
+        (lambda: DiscriminatorConfig(approx_sigma=0), "gan.approx_sigma"),
+        (lambda: DiscriminatorConfig(noise_augment="uniform", timestep=5), "tells D the drawn noise level"),
+        (lambda: DiscriminatorConfig(timestep_mode="random", timestep=5), "timestep_mode random draws it"),
+        (lambda: DiscriminatorConfig(real="photos"), "expected both, or neither"),
+        (lambda: DiscriminatorConfig(real_fraction=0.5), "expected both, or neither"),
+        (lambda: StudentConfig(lora_rank=-1), "student.lora_rank is -1"),
+        (lambda: StudentConfig(lora_alpha=2), "lora_rank 0; set lora_rank"),
+        (lambda: StudentConfig(dropout=1), "student.dropout"),
+        (lambda: TrainConfig(validate_images=10), "expected both above 0"),
+        (lambda: TrainConfig(keep_best=True), "train.keep_best needs validation"),
+        (lambda: TrainConfig(loggers=("wandb", "mlflow")), "mlflow"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(precision="fp16"), "train.precision is 'fp16'"),  # type: ignore[arg-type]
+        (lambda: EngineConfig(accumulate=0), "engine.accumulate is 0"),
+        (lambda: EngineConfig(shard_size=2), "set parallel=fsdp"),
+        (lambda: EngineConfig(parallel="zero"), "engine.parallel is 'zero'"),  # type: ignore[arg-type]
+        (
+            lambda: DistillConfig(engine=EngineConfig(accumulate=3)),
+            "does not divide over 1 process x 3 micro-batches",
+        ),
+        (lambda: DistillConfig(stage="both"), "distill.stage is 'both'"),  # type: ignore[arg-type]
+        (
+            lambda: DistillConfig(
+                stage="gan", train=TrainConfig(batch_size=4), engine=EngineConfig(accumulate=4)
+            ),
+            r"^gan\.mix_fraction is 0\.25, but a micro-batch has 1 row per process",
+        ),
+        (lambda: preset("cifar10", "gan"), "preset 'cifar10' has no stage 'gan'; it has ode"),
+        (lambda: TrainConfig(batch_size=0), "train.batch_size is 0"),
+        (lambda: TrainConfig(ema_beta=1), r"^train\.ema_beta is 1; expected 0 up to below 1$"),
+        (lambda: TrainConfig(minutes=-1), r"^train\.minutes is -1; expected a positive number"),
+        (lambda: TrainConfig(minutes=float("inf")), r"^train\.minutes is inf; expected finite numbers$"),
+        (lambda: OptimConfig(lr=float("nan")), r"^optim\.lr is nan; expected finite numbers$"),
+        (lambda: OptimConfig(betas=(0.9, float("nan"))), r"^optim\.betas is \(0\.9, nan\); expected finite"),
+        (lambda: DataConfig(cache_gib=float("inf")), r"^data\.cache_gib is inf"),
+        (lambda: StudentConfig(lora_alpha=float("inf")), r"^student\.lora_alpha is inf"),
+        (
+            lambda: RegressionConfig(augment="zzz"),
+            r"^regression\.augment is 'zzz'; expected 'none' or letters",
+        ),
+        (lambda: RegressionConfig(augment="bb"), r"^regression\.augment is 'bb'"),
+        (lambda: RegressionConfig(augment=""), r"^regression\.augment is ''"),
+        (
+            lambda: EngineConfig(compiler="inductr"),
+            r"^engine\.compiler is 'inductr'; did you mean 'inductor'\?$",
+        ),
+        (lambda: EngineConfig(compiler="zz"), r"^engine\.compiler is 'zz'; known: cudagraphs, inductor"),
+        (
+            lambda: DistillConfig(stage="gan", train=TrainConfig(batch_size=1)),
+            "a micro-batch has 1 row per process",
+        ),
+        (
+            lambda: DistillConfig(
+                stage="gan", train=TrainConfig(batch_size=6), gan=DiscriminatorConfig(r1_rows=4)
+            ),
+            r"^gan\.r1_rows is 4; expected a divisor of train\.batch_size, 6; set gan\.r1_rows or train",
+        ),
+        (lambda: DiscriminatorConfig(r1_rows=0), r"^gan\.r1_rows is 0; expected 1 or more$"),
+    ],
+)
+def test_impossible_settings(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(SettingError, match=says):
+        make()
+
+
+def test_the_backends_that_compile_are_not_refused() -> None:
+    assert EngineConfig(compiler="inductor").compiler == "inductor"
+    assert EngineConfig(compiler="eager").compiler == "eager"  # one for debugging, no less there
+
+
+# What changes nothing where it is given.
+
+IDLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+    # a setting, with what it changes nothing, and with what it acts
+    ("gan.weight=1", ("stage=ode",), ("stage=gan",)),
+    ("gan.optim.lr=1", ("stage=ode",), ("stage=gan",)),
+    ("gan.r1_interval=2", ("gan.r1=approx",), ("gan.r1=full",)),
+    ("gan.r1_interval=2", ("gan.r1_gamma=0",), ()),
+    ("gan.r1_rows=2", ("gan.r1=full",), ("gan.r1=single",)),
+    ("gan.r1_reduction=sum", ("gan.r1=none",), ("gan.r1=r1r2",)),
+    ("gan.r1_gamma=2", ("gan.r1=approx",), ("gan.r1=single",)),
+    ("gan.approx_sigma=2", (), ("gan.r1=approx",)),
+    ("gan.approx_weight=2", ("gan.r1=none",), ("gan.r1=approx",)),
+    *((f"gan.mix_{row}=2", ("gan.mix_fraction=0",), ()) for row in "xcz"),
+    ("gan.timestep_shift=2", (), ("gan.timestep_mode=random",)),
+    ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
+    ("gan.optim.decay=step", ("optim.decay_images=9",), ("gan.optim.decay_images=9",)),
+    ("optim.decay=step", ("gan.optim.decay_images=9",), ("optim.decay_images=9",)),
+    ("regression.augment=bg", ("regression.kind=mse",), ()),
+    ("regression.draws=2", ("regression.kind=latent_lpips",), ()),
+    ("regression.huber_c=2", (), ("regression.kind=pseudo_huber",)),
+    ("regression.lpips_net=alex", (), ("regression.kind=lpips",)),
+    ("regression.lpips_weights=x", ("regression.kind=mse",), ("regression.kind=lpips",)),
+    ("regression.lpips_resize=9", (), ("regression.kind=lpips",)),
+    ("lpips=x", ("regression.kind=mse",), ("regression.kind=mse", "regression.latent_lpips=1")),
+]
+
+
+@pytest.mark.parametrize(("setting", "without", "with_it"), IDLE)
+def test_settings_that_change_nothing(
+    setting: str, without: tuple[str, ...], with_it: tuple[str, ...]
+) -> None:
+    name, start = setting.partition("=")[0], DistillConfig(stage="gan")
+    with pytest.raises(SettingError, match=rf"^{name} is set, but acts only (in|with) .*; leave it out$"):
+        refuse_idle(override(start, [*without, setting]), ["seed", name])
+    refuse_idle(override(start, [*with_it, setting]), [name])
+
+
+def test_every_rule_about_what_acts_is_tested_and_presets_may_carry_what_does_not() -> None:
+    tested = {setting.partition("=")[0] for setting, _, _ in IDLE}
+    assert {name for names in ACTS for name in names} <= tested | {"gan."}
+    refuse_idle(PRESETS["cifar10"]["ode"], [])

@@ -1,0 +1,153 @@
+"""distill.sampling and distill.export.export: images are a function of (seed, index), files say what they are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import tiny
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import noise
+from distill.export.export import export_student
+from distill.models.student import student_from_teacher
+from distill.sampling import (
+    load_one_step,
+    load_student_weights,
+    naive_one_step,
+    save_samples,
+    student_folder,
+)
+from distill.training.train import train
+from jobs import distill_config, make_pairs
+
+PROMPTS = [*tiny.CAPTIONS, "ein Bär ☃"]
+
+
+@pytest.fixture(scope="module")
+def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    train(distill_config(teacher, make_pairs(teacher, folder)), folder / "ode")
+    return folder / "ode"
+
+
+def test_an_image_depends_on_seed_and_index_only(run: Path) -> None:
+    one = load_one_step(str(run))
+
+    def images(batch_size: int, start: int = 0, seed: int = 5) -> torch.Tensor:
+        parts = one.sample(PROMPTS[start:], seed, start, batch_size)
+        return torch.cat([part for part, _ in parts])
+
+    whole = images(32)
+    assert whole.shape == (7, 3, 16, 16) and whole.dtype == torch.uint8
+    for again in (images(1), images(3), torch.cat([whole[:2], images(4, start=2)])):
+        assert (again.int() - whole.int()).abs().max() <= 1  # a rounding to uint8 may tip
+    assert (images(32, seed=6).int() - whole.int()).abs().max() > 10
+    assert [text for _, texts in one.sample(PROMPTS, 5, batch_size=3) for text in texts] == PROMPTS
+
+
+def test_one_image_is_one_evaluation(run: Path) -> None:
+    one, calls = load_one_step(str(run)), []
+    one.student.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    one.images(noise(0, range(3), (4, 4, 4)), PROMPTS[:3])
+    assert calls == [3]
+
+
+def test_files_carry_their_prompt_and_the_grid_shows_all(run: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    found = save_samples(
+        str(run), PROMPTS, tmp_path, 5, 3, progress=lambda label, done, total: seen.append(done)
+    )
+    assert found["out"] == str(tmp_path) and found["images"] == 7 and found["seconds_per_image"] > 0
+    assert seen == [3, 6, 7]
+    expected = torch.cat([part for part, _ in load_one_step(str(run)).sample(PROMPTS, 5, batch_size=3)])
+    for number, prompt in enumerate(PROMPTS):
+        with Image.open(tmp_path / f"{number:05d}.png") as image:
+            assert image.info == {"prompt": prompt, "seed": "5", "index": str(number)}
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert torch.equal(pixels, expected[number])
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (3 * 18, 3 * 18)
+
+
+def test_a_run_draws_from_the_averages(run: Path) -> None:
+    tensors = load_file(run / "checkpoints" / "000000020" / "ema.safetensors")
+    student = load_one_step(str(run)).student
+    assert all(torch.equal(value, tensors[name]) for name, value in student.state_dict().items())
+
+
+def test_the_naive_student_is_the_teacher_in_one_step(teacher: Path, run: Path) -> None:
+    drawn = noise(0, range(2), (4, 4, 4))
+    naive = naive_one_step(str(teacher))
+    expected = student_from_teacher(str(teacher))(drawn, naive.text.encode(PROMPTS[:2]))
+    assert torch.equal(naive.latents(drawn, PROMPTS[:2]), expected)
+    assert not torch.equal(load_one_step(str(run)).latents(drawn, PROMPTS[:2]), expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_export_keeps_the_student(run: Path, tmp_path: Path, dtype: str) -> None:
+    found = export_student(str(run), tmp_path / "student", dtype)
+    limit = {"fp32": 0.0, "fp16": 0.05, "bf16": 0.5}[dtype]
+    assert found["out"] == str(tmp_path / "student") and found["parity_max_abs_err"] <= limit
+    assert sorted(p.name for p in (tmp_path / "student").iterdir()) == ["ema.safetensors", "student.json"]
+    drawn = noise(0, range(2), (4, 4, 4))
+    a, b = (load_one_step(str(name)).latents(drawn, PROMPTS[:2]) for name in (run, tmp_path / "student"))
+    torch.testing.assert_close(a, b, rtol=0, atol=2 * limit)
+
+
+def test_an_export_starts_a_student_and_names_another_teacher(
+    run: Path, teacher: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(teacher, tmp_path / "moved")
+    export_student(str(run), tmp_path / "student", teacher=str(tmp_path / "moved"))
+    assert student_folder(str(tmp_path / "student"))[1:] == (str(tmp_path / "moved"), -1)
+    student = student_from_teacher(str(teacher))
+    load_student_weights(student, str(tmp_path / "student"))
+    trained = load_one_step(str(run)).student
+    for a, b in zip(student.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# What is refused.
+
+
+def test_folders_that_are_no_student(tmp_path: Path, teacher: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"expected a run of `d2g distill` \(config.json\) or an exported student"
+    ):
+        load_one_step(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text(json.dumps({"teacher": str(teacher), "student_timestep": -1}))
+    with pytest.raises(UserError, match="has no checkpoint yet; train it first"):
+        load_one_step(str(tmp_path))
+    (tmp_path / "student.json").write_text("{}")
+    with pytest.raises(UserError, match=r"student\.json has no 'teacher'"):
+        load_one_step(str(tmp_path))
+
+
+def test_weights_that_do_not_fit_are_refused(run: Path, teacher: Path, tmp_path: Path) -> None:
+    tiny.save_teacher(tmp_path / "wide", latent_channels=8)
+    with pytest.raises(UserError, match=r"student .* does not fit its teacher: .*size mismatch") as caught:
+        load_one_step(str(run), str(tmp_path / "wide"))
+    assert "\n" not in str(caught.value)
+    export_student(str(run), tmp_path / "student")
+    file = tmp_path / "student" / "ema.safetensors"
+    tensors = load_file(file)
+    tensors.pop("unet.conv_in.bias")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"does not fit its teacher: .*Missing key.*unet\.conv_in\.bias"):
+        load_one_step(str(tmp_path / "student"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
+        load_one_step(str(tmp_path / "student"))
+
+
+def test_an_export_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="dtype is 'int8'; expected fp32, fp16, bf16"):
+        export_student(str(run), tmp_path / "student", "int8")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        export_student(str(run), tmp_path / "file" / "student")

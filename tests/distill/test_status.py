@@ -1,0 +1,219 @@
+"""`d2g distill watch`: any run, also while it writes, as text, JSON and a picture; it changes nothing."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2g.core.errors import UserError
+from d2g.core.tracking.run_directory import RunLog, read_stats
+from d2g_cli import main as cli
+from d2g_cli.watch import news
+from distill.monitoring.status import usual_gap, view
+from jobs import Running
+
+LINE = {"loss/g": 0.5, "loss/d": 1.0, "grad/g": 1.0, "logit/real": 0.2, "time/images_per_sec": 20.0}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that stands at 40 of 100 images, and has a checkpoint and two previews."""
+    log = RunLog(tmp_path / "run", {"stage": "gan", "train": {"batch_size": 4}, "length": {"images": 100}})
+    for nimg in (10, 20, 30, 40):
+        log.write(nimg, {**LINE, "loss/g": 1 / nimg})
+    for nimg in (20, 40):
+        log.picture(nimg, "pairs", torch.zeros(3, 2, 2, dtype=torch.uint8), {})
+    checkpoint = log.folder / "checkpoints" / "000000040"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text('{"nimg": 40}')
+    return log.folder
+
+
+def watch(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as left:
+        cli.main(["distill", "watch", *map(str, words)])
+    code = left.value.code
+    return (code if isinstance(code, int) else 0), *capfd.readouterr()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_view_of_a_run(run: Path) -> None:
+    seen = view(run)
+    assert (seen.stage, seen.nimg, seen.images, seen.finished) == ("gan", 40, 100, False)
+    assert seen.seconds_left == pytest.approx(60 / 20) and seen.values["loss/g"] == 1 / 40
+    assert seen.checkpoint == str(run / "checkpoints" / "000000040")
+    assert seen.preview == str(run / "previews" / "pairs-000000040.png")
+    assert seen.warnings == [] and {row.name for row in seen.rows} == set(LINE)
+
+
+def test_json_is_one_object_and_nothing_changes(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    RunLog(run, json.loads((run / "config.json").read_text())).write(100, {**LINE, "val/psnr": float("nan")})
+    before = snapshot(run)
+    code, out, _ = watch(capfd, run, "--json")
+    found: dict[str, Any] = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and len(out.splitlines()) == 1 and found["finished"] and found["nimg"] == 100
+    assert found["values"]["val/psnr"] is None and found["seconds_left"] == 0
+    assert len(found["warnings"]) == 1 and "val/psnr not finite" in found["warnings"][0]
+    assert snapshot(run) == before
+
+
+def test_once_and_the_picture(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = watch(capfd, run, "--once")
+    assert code == 0 and "40 of 100 images, 40.0%" in out and "loss/g" in out and "▁" in out
+    code, out, _ = watch(capfd, run, "--png", tmp_path / "health.png", "--json")
+    assert code == 0 and json.loads(out)["png"] == str(tmp_path / "health.png")
+    assert (tmp_path / "health.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_live_view_follows_the_run_to_its_end(run: Path, tmp_path: Path) -> None:
+    log = RunLog(run, json.loads((run / "config.json").read_text()))
+    running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
+    running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
+    log.write(70, LINE)
+    log.write(100, LINE)
+    ended = running.wait(30)
+    assert ended.code == 0 and "100 of 100 images, finished" in ended.stdout
+
+
+def test_ctrl_c_leaves_the_view_quietly(run: Path, tmp_path: Path) -> None:
+    running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
+    running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
+    running.send(signal.SIGINT)
+    ended = running.wait(30)
+    assert ended.code == 0 and "error" not in ended.stderr
+
+
+def test_a_run_without_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    RunLog(tmp_path, {"stage": "ode", "train": {"images": 50}})
+    assert view(tmp_path).nimg == 0 and view(tmp_path).seconds_left is None
+    code, out, _ = watch(capfd, tmp_path, "--once")
+    assert code == 0 and "no reports yet" in out
+
+
+def test_folders_that_are_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for content, says in (
+        (None, "holds no run"),
+        ("{", "config.json is damaged .*; copy it from another --out"),
+        ("[]", "config.json is damaged"),
+        ('{"stage": "ode"}', "holds no run"),
+    ):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=says):
+            view(tmp_path)
+    code, _, err = watch(capfd, tmp_path, "--once")
+    assert code == 1 and err.startswith("error: ") and "give the --out of `d2g distill`" in err
+
+
+@pytest.mark.parametrize("every", ["0", "-1", "nan", "inf"])
+def test_seconds_between_looks(every: str, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, _, err = watch(capfd, run, "--every", every)
+    assert code == 2 and "expected seconds above 0" in err
+
+
+def test_a_picture_is_a_file(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = watch(capfd, run, "--png", run)
+    assert code == 2 and out == "" and list(run.glob("*.png")) == []
+    assert err == f"error: --png {run} is a folder; give the name of a file in it, say {run / 'health.png'}\n"
+
+
+# How runs end.
+
+ENDINGS = [
+    ("done", "", "40 of 100 images, finished"),
+    ("minutes", "", "40.0%, its minutes were over"),
+    ("stopped", "stopped at image 40; safe on disk", "40.0%, it was stopped"),
+    ("failed", "cannot write\ncheckpoint: no room", "40.0%, it failed"),
+]
+
+
+@pytest.mark.parametrize(("how", "why", "shown"), ENDINGS)
+def test_what_a_run_wrote_about_its_end(
+    how: Any, why: str, shown: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The live view leaves, and all three say how it ended; nothing is left, so no time is."""
+    RunLog(run, json.loads((run / "config.json").read_text())).end(how, why)
+    silent = time.time() - 10_000
+    os.utime(run / "stats.jsonl", (silent, silent))
+    os.utime(run / "config.json", (silent, silent))
+    code, out, _ = watch(capfd, run)
+    out = " ".join(out.split())  # a title is broken where its table ends
+    assert code == 0 and shown in out and " ".join(why.split()) in out and "left" not in out
+    assert "no report for" not in out
+    code, out, _ = watch(capfd, run, "--once")
+    assert code == 0 and shown in " ".join(out.split())
+    code, out, _ = watch(capfd, run, "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["ended"], found["why"]) == (how, " ".join(why.split()))
+    assert found["silent_minutes"] is found["seconds_left"] is None and not found["finished"]
+
+
+def test_a_live_view_leaves_when_the_run_fails(run: Path, tmp_path: Path) -> None:
+    running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
+    running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
+    RunLog(run, json.loads((run / "config.json").read_text())).end("failed", "loss/g is nan at image 40")
+    ended = running.wait(30)
+    shown = " ".join(ended.stdout.split())
+    assert ended.code == 0 and "40.0%, it failed" in shown and "loss/g is nan" in shown
+
+
+def test_a_damaged_end_is_named(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (run / "ended.json").write_text('{"how": "fai')
+    code, _, err = watch(capfd, run, "--once")
+    assert code == 1 and f"{run / 'ended.json'} is damaged" in err and "delete it" in err
+
+
+def test_a_run_that_was_killed_is_said_to_be_silent(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its reports came every half second: ten minutes are long. Nothing else tells."""
+    last = (run / "stats.jsonl").stat().st_mtime
+    assert usual_gap(read_stats(run)) == 0.5
+    assert view(run, now=last + 590).silent_minutes is None
+    assert view(run, now=last + 590).seconds_left == 3
+    seen = view(run, now=last + 14 * 60)
+    assert seen.silent_minutes == 14 and seen.seconds_left is None and not seen.over
+    for file in ("stats.jsonl", "config.json"):
+        os.utime(run / file, (last - 1000, last - 1000))
+    code, out, _ = watch(capfd, run, "--once")
+    out = " ".join(out.split())
+    assert code == 0 and "40.0%, no report for 16 minutes" in out and "left" not in out
+    code, out, _ = watch(capfd, run, "--json")
+    assert json.loads(out)["silent_minutes"] == 16 and json.loads(out)["ended"] is None
+
+
+def test_rare_reports_are_no_silence(run: Path) -> None:
+    log = RunLog(run, json.loads((run / "config.json").read_text()))
+    for nimg in (50, 60, 70, 80, 90):
+        log.write(nimg, {**LINE, "time/images_per_sec": 10 / 300})  # 300 seconds each
+    last = (run / "stats.jsonl").stat().st_mtime
+    assert usual_gap(read_stats(run)) == pytest.approx(300)
+    assert view(run, now=last + 1490).silent_minutes is None
+    assert view(run, now=last + 1510).silent_minutes == 25
+
+
+def test_a_run_without_reports_can_be_silent_too(tmp_path: Path) -> None:
+    RunLog(tmp_path, {"stage": "ode", "train": {"images": 50}})
+    begun = (tmp_path / "config.json").stat().st_mtime
+    assert view(tmp_path, now=begun + 599).silent_minutes is None
+    assert view(tmp_path, now=begun + 700).silent_minutes == 11
+
+
+def test_a_file_is_told_once_of_silence_and_a_terminal_every_minute(run: Path) -> None:
+    last = (run / "stats.jsonl").stat().st_mtime
+    talks, silent, longer = (view(run, now=last + 60 * minutes) for minutes in (0, 11, 12))
+    for live in (False, True):
+        assert news(talks, silent, live) and news(silent, talks, live)
+        assert not news(silent, silent, live) and news(silent, longer, live) == live
+
+
+def test_a_checkpoint_with_a_damaged_meta_does_not_end_the_view(run: Path) -> None:
+    (run / "checkpoints" / "000000040" / "meta.json").write_text("{")
+    assert view(run).checkpoint == str(run / "checkpoints" / "000000040")

@@ -1,0 +1,257 @@
+"""distill.models.student: a student starts as the teacher's own x_0 prediction, for every kind of teacher."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+import tiny_teachers
+from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
+from d2g.diffusion import lora, pretrained
+from d2g.diffusion.teacher import load_teacher
+from d2g.diffusion.text_encoders import Text
+from distill.config.components import StudentConfig
+from distill.models.row_dropout import RowDropout, give_keys, row_keys, switch
+from distill.models.student import (
+    Student,
+    blank_student,
+    guidance_embedding,
+    student_from_teacher,
+    train_only,
+)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_at_the_start_it_is_the_teachers_prediction(tmp_path: Path, prediction: str) -> None:
+    """One DDIM step from T to clean data is x_0 hat: the student against the teacher's own sampler."""
+    tiny.save_teacher(tmp_path, prediction_type=prediction, timestep_spacing="trailing")
+    drawn, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
+    teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
+    found = student(drawn, teacher.encode(prompts).rows["hidden"])
+    expected = teacher.sample(drawn, prompts, 1, 1.0, "ddim")
+    assert student.timestep == 999
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_papers_formula(teacher: Path) -> None:
+    """Supplement eq. 2 with SD's alpha and sigma at 999 (method.md 1.2), on the raw network output."""
+    student = student_from_teacher(str(teacher))
+    drawn, text = (
+        noise(0, range(2), (4, 4, 4)),
+        torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0)),
+    )
+    epsilon = student.unet(drawn, 999, text).sample
+    torch.testing.assert_close(
+        student(drawn, text), (drawn - 0.997667 * epsilon) / 0.068265, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_it_has_the_unets_parameters_and_no_others(teacher: Path) -> None:
+    student = student_from_teacher(str(teacher))
+    names = {f"unet.{name}" for name in pretrained.load_unet(str(teacher)).state_dict()}
+    assert set(student.state_dict()) == names and student.latent_shape == (4, 4, 4)
+
+
+def test_the_combination_is_fp32_under_autocast(teacher: Path) -> None:
+    """Rounding the network to bf16 costs 15 roundings (1 / alpha); rounding the sum too would cost more."""
+    student = student_from_teacher(str(teacher))
+    drawn, text = (
+        noise(0, range(2), (4, 4, 4)),
+        torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0)),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found, raw = student(drawn, text), student.unet(drawn, 999, text).sample
+    assert raw.dtype == torch.bfloat16 and found.dtype == torch.float32
+    torch.testing.assert_close(
+        found, (drawn - student.point.sigma * raw.float()) / student.point.alpha, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_timesteps(teacher: Path) -> None:
+    schedule = pretrained.load_schedule(str(teacher))
+    student = student_from_teacher(str(teacher), 981)
+    assert student.timestep == 981 and student.point[1:] == schedule.alpha_sigma(981)
+    for wrong in (1000, -2):
+        with pytest.raises(SettingError, match=f"student_timestep is {wrong}; expected 0 to 999"):
+            student_from_teacher(str(teacher), wrong)
+
+
+def test_zero_terminal_snr_is_finite_for_v_and_refused_for_epsilon(teacher: Path) -> None:
+    """At alpha = 0 the v formula is -v; the epsilon formula divides by zero (method.md 2)."""
+    schedule = pretrained.load_schedule(str(teacher))
+    bars = schedule.alphas_cumprod.clone()
+    bars[-1] = 0.0
+    zero = replace(schedule, alphas_cumprod=bars, prediction="v_prediction")
+    unet = pretrained.load_unet(str(teacher))
+    drawn, text = noise(0, range(1), (4, 4, 4)), torch.zeros(1, 12, 16)
+    torch.testing.assert_close(Student(unet, zero)(drawn, text), -unet(drawn, 999, text).sample)
+    with pytest.raises(Exception, match="zero terminal SNR"):
+        Student(unet, replace(zero, prediction="epsilon"))(drawn, text)
+
+
+def drawn_and_text(rows: int = 3) -> tuple[Tensor, Tensor]:
+    text = torch.randn(rows, 12, 16, generator=torch.Generator().manual_seed(0))
+    return noise(0, range(rows), (4, 4, 4)), text
+
+
+def test_sdxls_student_starts_as_its_teacher(tmp_path: Path) -> None:
+    """Pooled text and the picture's size reach the network: the teacher's own sampler as judge."""
+    tiny_teachers.save_sdxl(tmp_path, timestep_spacing="trailing")
+    drawn, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
+    teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
+    text = pretrained.load_text_encoder(str(tmp_path)).encode(prompts)
+    assert isinstance(text, Text) and text.pooled is not None
+    rows = teacher.encode(prompts).rows
+    assert torch.equal(text.hidden, rows["hidden"]) and torch.equal(text.pooled, rows["pooled"])
+    expected = teacher.sample(drawn, prompts, 1, 1.0, "ddim")
+    torch.testing.assert_close(student(drawn, text), expected, rtol=1e-4, atol=1e-3)
+    other = student(drawn, Text(text.hidden, text.pooled.flip(0)))
+    assert (other - expected).abs().max() > 1e-2
+    sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 3)
+    same = student(drawn, Text(text.hidden, text.pooled, sizes))
+    torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-3)
+
+
+# Adapters.
+
+
+def with_adapters(teacher: Path, **settings: Any) -> tuple[Student, StudentConfig]:
+    config = StudentConfig(lora_rank=2, **settings)
+    student = student_from_teacher(str(teacher), -1, config, seed=3)
+    train_only(student, config)
+    return student, config
+
+
+def trained_once(student: Student) -> None:
+    """One step that leaves no weight that is trained where it was."""
+    drawn, text = drawn_and_text()
+    given = (torch.tensor([1.0, 3.0, 8.0]),) if student.guided else ()
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):  # the second factor of an adapter is zero at first, so the first waits a step
+        optimizer.zero_grad()
+        student(drawn, text, *given).square().mean().backward()
+        optimizer.step()
+
+
+def test_adapters_start_as_the_teacher_and_alone_are_trained(teacher: Path) -> None:
+    student, _ = with_adapters(teacher)
+    drawn, text = drawn_and_text()
+    plain = student_from_teacher(str(teacher))
+    assert torch.equal(student(drawn, text), plain(drawn, text))
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    trained_once(student)
+    moved = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+    ours = {k for k in before if ".lora_A." in k or ".lora_B." in k}
+    assert moved == ours == {n for n, p in student.named_parameters() if p.requires_grad}
+    layers = {k.split(".lora_")[0].rpartition("attn")[2][2:] for k in ours}
+    assert layers == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert all(min(student.state_dict()[k].shape) == 2 for k in ours)
+
+
+def test_merged_adapters_give_the_same_latents(teacher: Path) -> None:
+    """W + alpha / rank B A in the plain network: the adapted network as judge, and peft's own merge."""
+    student, config = with_adapters(teacher, lora_alpha=5.0)
+    trained_once(student)
+    plain = student_from_teacher(str(teacher))
+    drawn, text = drawn_and_text()
+    start = plain(drawn, text)
+    tensors = lora.merged(student.state_dict(), config.lora_rank, config.alpha)
+    plain.load_state_dict(tensors, strict=True)
+    torch.testing.assert_close(plain(drawn, text), student(drawn, text), rtol=1e-4, atol=1e-4)
+    assert (plain(drawn, text) - start).abs().max() > 1e-2
+    assert lora.has_lora(student.state_dict()) and not lora.has_lora(tensors)
+    for name, module in student.named_modules():
+        if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+            module.merge()
+            torch.testing.assert_close(module.get_base_layer().weight, tensors[f"{name}.weight"])
+
+
+def test_adapters_are_a_function_of_the_seed_alone(teacher: Path) -> None:
+    state = torch.get_rng_state()
+    a = student_from_teacher(str(teacher), -1, StudentConfig(lora_rank=2), seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    b = student_from_teacher(str(teacher), -1, StudentConfig(lora_rank=2), seed=3).state_dict()
+    c = student_from_teacher(str(teacher), -1, StudentConfig(lora_rank=2), seed=4).state_dict()
+    first = [k for k in a if ".lora_A." in k]
+    assert all(torch.equal(a[k], b[k]) for k in a) and all(not torch.equal(a[k], c[k]) for k in first)
+    for k in first:
+        bound = a[k].shape[1] ** -0.5
+        assert a[k].abs().max() <= bound and a[k].std() > 0.3 * bound
+
+
+# Guidance as an input.
+
+
+def test_guidance_starts_without_effect_and_is_learnt(teacher: Path) -> None:
+    student = student_from_teacher(str(teacher), -1, StudentConfig(guidance_conditioning=True))
+    drawn, text = drawn_and_text()
+    low, high = torch.full((3,), 1.5), torch.full((3,), 8.0)
+    plain = student_from_teacher(str(teacher))(drawn, text)
+    assert student.guided and not student_from_teacher(str(teacher)).guided
+    assert torch.equal(student(drawn, text, low), plain) and torch.equal(student(drawn, text, high), plain)
+    student.requires_grad_(True)
+    student.unet.time_embedding.cond_proj.weight.data.normal_(
+        std=0.5, generator=torch.Generator().manual_seed(0)
+    )
+    found = student(drawn, text, torch.tensor([1.5, 8.0, 1.5]))
+    torch.testing.assert_close(found[0], student(drawn, text, low)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], student(drawn, text, high)[1], rtol=1e-4, atol=1e-4)
+    assert (student(drawn, text, low) - student(drawn, text, high)).abs().max() > 1e-2
+    with pytest.raises(AssertionError, match="one guidance scale for each row"):
+        student(drawn, text)
+
+
+def test_guidance_reaches_its_weight_through_training(teacher: Path) -> None:
+    config = StudentConfig(guidance_conditioning=True, lora_rank=2)
+    student = student_from_teacher(str(teacher), -1, config)
+    train_only(student, config)
+    trained_once(student)
+    assert student.unet.time_embedding.cond_proj.weight.abs().max() > 0
+
+
+def test_the_scale_is_told_as_diffusers_tells_it() -> None:
+    """So that an exported student can be asked by StableDiffusionPipeline(guidance_scale=w)."""
+    from diffusers import StableDiffusionPipeline
+
+    scales = torch.tensor([1.0, 1.5, 3.0, 8.0])
+    expected = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, 256)  # type: ignore[arg-type]
+    torch.testing.assert_close(guidance_embedding(scales, 256), expected, rtol=1e-4, atol=2e-3)
+
+
+def test_the_teacher_s_own_dropout_is_off(teacher: Path, tmp_path: Path) -> None:
+    """Also on ranks that build a network without weights, and with the student's own on and off again."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dropout": 0.5}))
+    own = StudentConfig(dropout=0.3)
+    students = [make(str(folder), -1, own) for make in (student_from_teacher, blank_student)]
+    for network in (*students, student_from_teacher(str(folder)), pretrained.skeleton(str(folder), "unet")):
+        switch(network, on=False)
+        assert not any(isinstance(m, RowDropout) and m.training for m in network.modules())
+        switch(network, on=True)
+        others = [m for m in network.modules() if isinstance(m, nn.Dropout)]
+        assert others and not any(m.training for m in others)
+    assert all(any(isinstance(m, RowDropout) and m.training for m in s.modules()) for s in students)
+
+
+def test_dropout_acts_in_the_residual_blocks(teacher: Path) -> None:
+    student = student_from_teacher(str(teacher), -1, StudentConfig(dropout=0.5))
+    drawn, text = drawn_and_text()
+    with pytest.raises(AssertionError, match="a key for each row"):
+        student(drawn, text)
+    give_keys(student, row_keys(0, range(len(drawn))))
+    a, again = student(drawn, text), student(drawn, text)
+    give_keys(student, row_keys(1, range(len(drawn))))
+    b = student(drawn, text)
+    assert torch.equal(a, again) and not torch.equal(a, b)
+    plain = student_from_teacher(str(teacher))
+    assert torch.equal(plain(drawn, text), plain(drawn, text))

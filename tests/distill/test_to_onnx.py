@@ -1,0 +1,72 @@
+"""distill.export.to_onnx: onnxruntime draws our student's image, and the README's own words draw a picture."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_teachers
+from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
+from d2g.diffusion.text_encoders import as_text
+from distill.config.components import StudentConfig
+from distill.export import onnx_runtime
+from distill.export.export import ExportConfig, export
+from distill.export.model_card import CardOptions
+from distill.export.onnx_runtime import run_onnx
+from distill.sampling import load_one_step
+from exported import PROMPT, as_run, evaluated, told
+
+
+def test_onnxruntime_draws_our_image(teacher: Path, tmp_path: Path) -> None:
+    """A student told the scale. SDXL's networks take torch.export a minute: not here."""
+    run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
+    out = tmp_path / "out"
+    scores = CardOptions(scores=(evaluated(tmp_path / "result.json", run),))
+    assert export(ExportConfig(student=run, format="onnx", card=scores), out)["parity_max_abs_err"] <= 1e-4
+    assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in told(out)
+    one, drawn = load_one_step(run), noise(7, range(3), (4, 4, 4))
+    hidden = as_text(one.text.encode([*PROMPT, "a blue sphere"])).hidden
+    scale = torch.full((3,), 8.0)
+    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "hidden": hidden, "guidance": scale})
+    torch.testing.assert_close(latents, one.latents(drawn, [*PROMPT, "a blue sphere"]), rtol=0, atol=1e-4)
+    (code,) = re.findall(r"```python\n(.*?)```", told(out), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER", str(out)), names)
+    assert names["image"].size == (16, 16) and np.asarray(names["image"]).std() > 1
+
+
+def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
+    """Of an EDM teacher in pixels: its time, a fraction, stands in the file."""
+    run, out = as_run(tmp_path / "run", tiny_teachers.save_edm(tmp_path / "teacher")), tmp_path / "out"
+    assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "decoder.onnx", "student.onnx"]
+    one, drawn = load_one_step(run), noise(7, range(3), (3, 8, 8))
+    labels = torch.tensor([4, 0, 9])
+    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "labels": labels})
+    torch.testing.assert_close(latents, one.latents(drawn, ["4", "0", "9"]), rtol=0, atol=1e-4)
+    readme = told(out)
+    assert "of the network at sigma 80 turns noise" in readme
+    assert "pipeline_tag: unconditional-image-generation" in readme
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER", str(out)), names)
+    own = one.images(torch.from_numpy(names["noise"]), ["0"])[0].permute(1, 2, 0).int().numpy()
+    assert np.abs(np.asarray(names["image"]).astype(int) - own).max() <= 1
+
+
+def test_onnx_is_fp32_and_asks_for_what_it_needs(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = as_run(tmp_path / "run", str(teacher))
+    with pytest.raises(SettingError, match="'fp16'; the format onnx is written in fp32"):
+        export(ExportConfig(student=run, format="onnx", dtype="fp16"), tmp_path)
+    monkeypatch.setattr(onnx_runtime, "PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(
+        SettingError, match="needs no_such_package, not installed; `pip install no_such_package"
+    ):
+        export(ExportConfig(student=run, format="onnx"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

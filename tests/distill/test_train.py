@@ -1,0 +1,352 @@
+"""distill.training.train: exact resume, golden curves, several ranks, and the pieces that the loop is made of.
+
+Golden curves: tests/golden/distill_{ode,gan}.json hold the first six reports of both stages on the tiny
+teacher. After a change that is meant to move them, write them anew and say why they moved:
+
+    D2G_WRITE_GOLDEN=1 uv run pytest -n 0 tests/distill/test_train.py -k golden
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import tiny
+from d2g.core.distributed import checkpoint, sharded_checkpoint
+from d2g.core.distributed.engine import Parallel
+from d2g.core.errors import SettingError, UserError
+from d2g.core.tracking.run_directory import read_stats
+from d2g.diffusion import pretrained
+from distill.config.run import DistillConfig, OptimConfig
+from distill.models.student import student_from_teacher
+from distill.training.optim import learning_rate, optimizer, update
+from distill.training.train import not_finite, train
+from jobs import BATCH, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+COMMON = (
+    "optim.warmup_images=24",
+    "optim.decay_images=200",
+    "optim.clip_norm=5",
+    "regression.latent_lpips=0.5",
+    "regression.l1=0.1",
+    "train.ema_start_images=16",
+)
+SETTINGS = {"ode": COMMON, "gan": (*COMMON, "gan.r1_interval=4", "gan.r1_gamma=0.1", "gan.optim.lr=1e-4")}
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny teacher with a pinned tokenizer: training one numbers equally frequent pairs at random."""
+    folder = tmp_path_factory.mktemp("pinned") / "teacher"
+    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("tokenizer"))
+    shutil.copytree(GOLDEN / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both stages, 20 steps each, in one go."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for stage in ("ode", "gan"):
+        train(config_of(stage, teacher, pairs, folder), folder / stage)
+    return {stage: folder / stage for stage in ("ode", "gan")}
+
+
+def config_of(stage: str, teacher: Path, pairs: Path, folder: Path, steps: int = 20) -> DistillConfig:
+    init = folder / "ode" if stage == "gan" else ""
+    images = f"train.images={steps * BATCH}"
+    return distill_config(teacher, pairs, *SETTINGS[stage], images, stage=stage, init=init)
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """Reports without what depends on the machine."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in read_stats(run)
+    ]
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+def test_ten_and_ten_more_steps_are_twenty(
+    stage: str, unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: weights, averages, optimisers and every reported number."""
+    folder, out = unbroken["ode"].parent, tmp_path / stage
+    first = train(config_of(stage, teacher, pairs, folder, steps=10), out)
+    assert (first.images, first.steps) == (40, 10) and first.checkpoint.endswith("000000040")
+    second = train(config_of(stage, teacher, pairs, folder), out)
+    assert (second.images, second.steps) == (80, 20)
+    a, b = (run / "checkpoints" / "000000080" for run in (out, unbroken[stage]))
+    assert equal(*(load_file(path / "ema.safetensors") for path in (a, b)))
+    states = [sharded_checkpoint.read(checkpoint.open_checkpoint(path)) for path in (a, b)]
+    assert equal(*states)
+    names = {"ode": ["student"], "gan": ["discriminator", "student"]}[stage]
+    assert sorted({name.partition(".")[0] for name in states[0]} - {"optim"}) == names
+    remembered = {name.split(".")[1] for name in states[0] if name.startswith("optim.")}
+    assert sorted(remembered) == names and any(name.endswith(".exp_avg_sq") for name in states[0])
+    assert curve(out) == curve(unbroken[stage]) and len(curve(out)) == 20
+    assert second.loss == {
+        k.removeprefix("loss/"): v for k, v in curve(out)[-1].items() if k.startswith("loss/")
+    }
+
+
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+def test_golden_curves(stage: str, unbroken: dict[str, Path]) -> None:
+    found = [{k: v for k, v in line.items() if k.startswith("loss/")} for line in curve(unbroken[stage])[:6]]
+    file = GOLDEN / f"distill_{stage}.json"
+    if os.environ.get("D2G_WRITE_GOLDEN"):
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    expected = json.loads(file.read_text())
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for line, wanted in zip(found, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-3)
+
+
+def test_both_stages_learn(unbroken: dict[str, Path]) -> None:
+    ode, gan = curve(unbroken["ode"]), curve(unbroken["gan"])
+
+    def mean(lines: list[dict[str, float]], name: str) -> float:
+        return sum(line[name] for line in lines) / len(lines)
+
+    assert mean(ode[-5:], "loss/latent_lpips") < 0.9 * mean(ode[:5], "loss/latent_lpips")
+    assert mean(gan[-5:], "loss/d") < mean(gan[:5], "loss/d")
+    assert mean(gan[-5:], "logit/real") > mean(gan[-5:], "logit/fake")
+
+
+def test_reports_name_what_was_measured(unbroken: dict[str, Path]) -> None:
+    ode, gan = curve(unbroken["ode"]), curve(unbroken["gan"])
+    assert [line["nimg"] for line in ode] == list(range(4, 84, 4))
+    losses = {"loss/e_latent_lpips", "loss/latent_lpips", "loss/l1", "loss/g"}
+    assert set(ode[0]) == {"nimg", "grad/g", "latent/spread", "ema/drift", *losses}
+    assert [("loss/r1" in line) for line in gan] == [index % 4 == 0 for index in range(20)]
+    assert {"loss/d", "loss/g_gan", "logit/real", "logit/student/0_skip", "d/auc", "grad/d"} <= set(gan[1])
+    for line in ode:
+        total = line["loss/e_latent_lpips"] + 0.5 * line["loss/latent_lpips"] + 0.1 * line["loss/l1"]
+        assert line["loss/g"] == pytest.approx(total, rel=1e-5)
+    for line in gan:
+        total = line["loss/e_latent_lpips"] + 0.5 * line["loss/latent_lpips"] + 0.1 * line["loss/l1"]
+        assert line["loss/g"] == pytest.approx(total + 0.25 * line["loss/g_gan"], rel=1e-5)
+
+
+def test_the_second_stage_starts_from_the_averages_of_the_first(
+    unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Also from an exported student; a step too small to see keeps what it started from."""
+    settings = ("optim.lr=1e-30", "optim.weight_decay=0", "train.images=4")
+    config = distill_config(teacher, pairs, *settings, stage="gan", init=unbroken["ode"])
+    train(config, tmp_path)
+    before = load_file(unbroken["ode"] / "checkpoints" / "000000080" / "ema.safetensors")
+    after = sharded_checkpoint.read(checkpoint.open_checkpoint(tmp_path / "checkpoints" / "000000004"))
+    assert equal(before, {name: after[f"student.{name}"] for name in before})
+
+
+def test_a_finished_run_is_left_alone(unbroken: dict[str, Path], teacher: Path, pairs: Path) -> None:
+    before = {
+        p: p.stat().st_mtime_ns for p in unbroken["ode"].rglob("*") if p.is_file() and p.name != "stats.jsonl"
+    }
+    again = train(config_of("ode", teacher, pairs, unbroken["ode"].parent), unbroken["ode"])
+    assert (again.images, again.steps, again.images_per_sec) == (80, 20, 0.0) and set(again.loss) >= {"g"}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_minutes_end_a_run_with_a_checkpoint(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    found = train(distill_config(teacher, pairs, "train.images=100000", "train.minutes=1e-6"), tmp_path)
+    assert (found.images, found.steps) == (4, 1) and Path(found.checkpoint).name == "000000004"
+    assert json.loads((tmp_path / "ended.json").read_text()) == {"nimg": 4, "how": "minutes", "why": ""}
+
+
+def test_checkpoints_are_pruned_and_bf16_keeps_fp32_weights(
+    teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    settings = (
+        "train.precision=bf16",
+        "train.checkpoint_images=4",
+        "train.keep_checkpoints=2",
+        "train.images=16",
+    )
+    train(distill_config(teacher, pairs, *settings), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000000012", "000000016"]
+    last = checkpoint.latest(tmp_path / "checkpoints")
+    assert last is not None
+    tensors = [*last.tensors("ema").values(), *sharded_checkpoint.read(last).values()]
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+    assert all(math.isfinite(line["loss/g"]) for line in curve(tmp_path))
+
+
+# Several ranks.
+
+SAME = {
+    "ode": ("train.images=12",),
+    "gan": ("train.images=12", "gan.mix_fraction=0.5", "gan.r1_interval=2"),
+}
+
+
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+def test_two_ranks_train_as_one(
+    stage: str, unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    init = unbroken["ode"] if stage == "gan" else ""
+    config = distill_config(teacher, pairs, stage=stage, init=init)
+    alone = d2g(distill_arguments(config, tmp_path / "one", *SAME[stage]), tmp_path / "log")
+    both = d2g_ranks([*distill_arguments(config, tmp_path / "two", *SAME[stage]), "--json"], tmp_path / "log")
+    assert [ended.code for ended in (alone, *both)] == [0, 0, 0], [ended.stderr for ended in (alone, *both)]
+    assert json.loads(both[0].stdout)["images"] == 12 and both[1].stdout == ""
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [line["nimg"] for line in two] == [4, 8, 12]
+    for a, b in zip(one, two, strict=True):
+        losses = {k: v for k, v in a.items() if k.startswith("loss/")}
+        assert {k: b[k] for k in losses} == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    a, b = (
+        load_file(tmp_path / run / "checkpoints" / "000000012" / "ema.safetensors") for run in ("one", "two")
+    )
+    assert all((a[k] - b[k]).abs().mean() < 1e-4 for k in a)
+
+
+def test_ranks_whose_rows_differ_in_kind_still_report_together(
+    unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """With two rows each, some rank often has no mismatched row, or no plain one."""
+    config = distill_config(teacher, pairs, stage="gan", init=unbroken["ode"])
+    sets = ("gan.mix_fraction=0.6", "gan.r1_interval=2", "train.images=24")
+    both = d2g_ranks(distill_arguments(config, tmp_path / "run", *sets), tmp_path / "log")
+    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    lines = curve(tmp_path / "run")
+    assert len(lines) == 6 and all(math.isfinite(v) for line in lines for v in line.values())
+    assert any("logit/mismatched" in line for line in lines) and any("logit/fake" in line for line in lines)
+
+
+def test_a_batch_that_does_not_divide_is_refused(
+    teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingError, match=r"train\.batch_size 4 does not divide over 3 processes"):
+        train(distill_config(teacher, pairs), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# What is refused.
+
+
+def test_another_config_is_refused_naming_the_keys(
+    unbroken: dict[str, Path], teacher: Path, pairs: Path
+) -> None:
+    config = config_of("ode", teacher, pairs, unbroken["ode"].parent)
+    other = replace(config, seed=1, optim=replace(config.optim, lr=3e-4))
+    with pytest.raises(UserError, match=r"another config: optim\.lr \(0\.0001 -> 0\.0003\), seed \(0 -> 1\)"):
+        train(other, unbroken["ode"])
+
+
+def test_other_pairs_and_teachers_are_refused(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    tiny.save_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="was made by teacher"):
+        train(distill_config(tmp_path / "other", pairs), tmp_path / "run")
+    for name in ("pairs", "teacher", "init"):
+        config = distill_config(teacher, pairs, stage="gan", init="somewhere")
+        with pytest.raises(SettingError, match=f"{name} is not set; give --{name}"):
+            train(replace(config, **{name: ""}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Pieces.
+
+
+def test_weight_decay_groups(teacher: Path) -> None:
+    """Everything inside attention layers decays by 1e-5, the rest by 1e-2; each once (method.md 5)."""
+    student = student_from_teacher(str(teacher)).requires_grad_(True)
+    found = {
+        id(p): g["weight_decay"] for g in optimizer(student, OptimConfig()).param_groups for p in g["params"]
+    }
+    expected = {id(p): 1e-5 if ".attentions." in n else 1e-2 for n, p in student.named_parameters()}
+    assert found == expected and set(found.values()) == {1e-5, 1e-2}
+    inside = {n for n, _ in student.named_parameters() if ".attn1." in n or ".attn2." in n or ".ff." in n}
+    assert inside <= {n for n, p in student.named_parameters() if found[id(p)] == 1e-5}
+
+
+def test_decay_is_decoupled(teacher: Path) -> None:
+    """With zero gradients AdamW multiplies by 1 - lr * decay and nothing else."""
+    student = student_from_teacher(str(teacher)).requires_grad_(True)
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    update(optimizer(student, OptimConfig()), alone(student), OptimConfig(), 0.5, lambda norm: None)
+    for name, parameter in student.named_parameters():
+        decay = 1e-5 if ".attentions." in name else 1e-2
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * decay))
+        assert parameter.grad is None
+
+
+def test_frozen_parameters_are_left_out(teacher: Path) -> None:
+    unet = pretrained.load_unet(str(teacher))
+    unet.conv_in.requires_grad_(True)
+    groups = optimizer(unet, OptimConfig()).param_groups
+    assert [len(g["params"]) for g in groups] == [2] and groups[0]["weight_decay"] == 1e-2
+
+
+def alone(module: nn.Module) -> Parallel:
+    return Parallel(module, "ddp", torch.device("cpu"))
+
+
+def test_clipping_and_the_reported_norm() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    for clip, expected in ((0.0, 3.0), (1.0, 1.0), (10.0, 3.0)):
+        config = OptimConfig(clip_norm=clip)
+        seen: list[float] = []
+        sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+        before = module.weight.detach().clone()
+        module.weight.grad = torch.full((1, 1), 3.0)
+        assert (
+            update(sgd, alone(module), config, 1.0, lambda norm, seen=seen: seen.append(norm.item())) == 3.0
+        )
+        torch.testing.assert_close(before - module.weight.detach(), torch.full((1, 1), expected))
+        assert seen == [3.0]
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    module = nn.Linear(1, 1)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    module.weight.grad, module.bias.grad = torch.full((1, 1), math.nan), torch.ones(1)
+    adam = torch.optim.AdamW(module.parameters(), lr=1.0)
+
+    def check(norm: Tensor) -> None:
+        raise not_finite("grad/g", norm, {"loss/g": torch.tensor(1.0)}, 8, tmp_path)
+
+    with pytest.raises(
+        FloatingPointError, match="grad/g is nan at image 8; no checkpoint was written before"
+    ):
+        update(adam, alone(module), OptimConfig(), 1.0, check)
+    assert equal(before, dict(module.state_dict())) and not adam.state
+
+
+def test_learning_rates_are_functions_of_images() -> None:
+    assert [learning_rate(n, OptimConfig(lr=2.0), 4) for n in (0, 10**9)] == [2.0, 2.0]
+    warm = OptimConfig(lr=2.0, warmup_images=16)
+    assert [learning_rate(n, warm, 4) for n in (0, 4, 12, 100)] == [0.5, 1.0, 2.0, 2.0]
+    cosine = OptimConfig(lr=2.0, decay_images=100)
+    assert [learning_rate(n, cosine, 4) for n in (0, 50, 100, 200)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert learning_rate(25, cosine, 4) == pytest.approx(1 + math.cos(math.pi / 4))

@@ -1,0 +1,334 @@
+"""distill.models.unet_discriminator: diffusers' own forward as judge, its start, and its layout at SD 1.5's size."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_teachers
+from d2g.core.errors import UserError
+from d2g.core.seeds import generator
+from d2g.diffusion import pretrained
+from d2g.diffusion.text_encoders import Text
+from distill.config.run import DiscriminatorConfig
+from distill.losses.adversarial import discriminator_loss
+from distill.models.unet_discriminator import Discriminator, added_parameters, discriminator_from_teacher
+
+# diffusers' UNet configs of stabilityai/stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0
+SD15: dict[str, Any] = dict(
+    sample_size=64,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280, 1280),
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    cross_attention_dim=768,
+    attention_head_dim=8,
+)
+SDXL: dict[str, Any] = dict(
+    sample_size=128,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+
+
+def inputs(batch: int = 3, size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    x, noise = (torch.randn(batch, 4, size, size, generator=rng) for _ in range(2))
+    return x, noise, torch.randn(batch, 12, 16, generator=rng)
+
+
+def build(teacher: Path, **settings: Any) -> Discriminator:
+    return discriminator_from_teacher(str(teacher), DiscriminatorConfig(**settings), generator(3))
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def one_step(discriminator: Discriminator) -> None:
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-2)
+    x, noise, text = inputs()
+    loss = discriminator_loss(discriminator(x, noise, text), discriminator(x.flip(0), noise, text))
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("size", "timestep"), [(4, 0), (5, 0), (8, 250)])
+def test_the_trunk_is_diffusers_forward(teacher: Path, size: int, timestep: int) -> None:
+    """The features under the last head, through the UNet's own output layers, are diffusers' output."""
+    discriminator = build(teacher, timestep=timestep)
+    seen: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x, noise, text = inputs(size=size)
+    with torch.no_grad():
+        discriminator(x, noise, text)
+        unet = discriminator.unet
+        found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+        expected = pretrained.load_unet(str(teacher))(x, timestep, text).sample
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_at_the_start_it_ignores_the_noise_and_after_a_step_it_does_not(teacher: Path) -> None:
+    discriminator = build(teacher)
+    x, noise, text = inputs()
+    other = 3 * inputs(seed=1)[1]
+    assert equal(discriminator(x, noise, text), discriminator(x, other, text))
+    one_step(discriminator)
+    after, moved = discriminator(x, noise, text), discriminator(x, other, text)
+    assert all((after[k] - moved[k]).abs().max() > 1e-4 for k in after)
+
+
+def test_resized_inputs_enter_through_zero_convolutions(teacher: Path) -> None:
+    discriminator, without = build(teacher), build(teacher, multi_scale_input=False)
+    x, noise, text = inputs()
+    assert equal(discriminator(x, noise, text), without(x, noise, text))
+    one_step(discriminator)
+    after = discriminator(x, noise, text)
+    assert discriminator.conv_scale is not None and len(discriminator.conv_scale) == 1
+    with torch.no_grad():
+        discriminator.conv_scale[0].weight.zero_()
+        discriminator.conv_scale[0].bias.zero_()
+    assert not equal(discriminator(x, noise, text), after)
+
+
+def test_it_reads_the_text(teacher: Path) -> None:
+    discriminator = build(teacher)
+    x, noise, text = inputs()
+    a, b = discriminator(x, noise, text), discriminator(x, noise, text.flip(0))
+    assert all((a[k] - b[k]).abs().max() > 1e-5 for k in a if k != "0_skip")
+
+
+def test_every_trained_parameter_gets_a_gradient(teacher: Path) -> None:
+    discriminator = build(teacher)
+    one_step(discriminator)
+    idle = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = {n for n, p in discriminator.named_parameters() if not p.requires_grad}
+    assert idle == []
+    assert frozen == {f"unet.{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
+
+
+def test_heads_are_read_before_at_and_after_each_scale(teacher: Path) -> None:
+    logits = build(teacher)(*inputs())
+    assert {k: tuple(v.shape) for k, v in logits.items()} == {
+        **{f"0_{place}": (3, 1, 2, 2) for place in ("before", "skip", "after")},
+        **{f"1_{place}": (3, 1, 4, 4) for place in ("before", "skip", "after")},
+    }
+
+
+def test_options_off(teacher: Path) -> None:
+    off = build(teacher, z_conditioning=False, multi_scale_input=False, multi_scale_output=False)
+    assert off.conv_z is None and off.conv_scale is None and list(off.heads) == ["1_after"]
+    x, noise, text = inputs()
+    assert equal(off(x, noise, text), off(x, noise * 0, text)) and off(x, noise, text)["1_after"].shape == (
+        3,
+        1,
+        4,
+        4,
+    )
+    one_step(off)
+    assert equal(off(x, noise, text), off(x, noise * 0, text))
+    assert added_parameters(off) == 8 + 1
+    on = build(teacher, multi_scale_output=False)
+    assert list(on.heads) == ["1_after"] and on.conv_z is not None and on.conv_scale is not None
+
+
+def test_the_generator_draws_the_heads_and_the_rest_is_the_teacher(teacher: Path) -> None:
+    a, b = build(teacher), build(teacher)
+    c = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(4))
+    assert equal(a.state_dict(), b.state_dict())
+    differ = {name for name in a.state_dict() if not torch.equal(a.state_dict()[name], c.state_dict()[name])}
+    assert differ == {f"heads.{name}.weight" for name in a.heads}
+    original = pretrained.load_unet(str(teacher)).state_dict()
+    enlarging = {
+        f"up_blocks.{name.replace('.', '.upsamplers.', 1)}": value
+        for name, value in a.upsamplers.state_dict().items()
+    }
+    assert enlarging and equal(original, a.unet.state_dict() | enlarging)
+
+
+def test_layout_at_stable_diffusions_size() -> None:
+    """method.md 4.2: 12 heads, their widths, and the budget of Table A1 (859.6M against 859.5M)."""
+    with torch.device("meta"):
+        discriminator = Discriminator(pretrained.new_unet(**SD15), DiscriminatorConfig())
+        x, text = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
+        logits = discriminator(x, x, text)
+    widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
+    assert [widths[f"{s}_before"] for s in range(4)] == [1280, 1280, 1280, 640]
+    assert [widths[f"{s}_skip"] for s in range(4)] == [1280, 1280, 640, 320]
+    assert [widths[f"{s}_after"] for s in range(4)] == [1280, 1280, 640, 320]
+    assert len(widths) == 12
+    assert {k: v.shape[2:] for k, v in logits.items()} == {
+        f"{s}_{place}": (8 << s, 8 << s) for s in range(4) for place in ("before", "skip", "after")
+    }
+    assert parameters(discriminator) - added_parameters(discriminator) == 859_520_964
+    # conv_z 11,840; resized inputs 11,840 + 23,680 + 47,360; heads 11,520 weights and 12 biases
+    assert added_parameters(discriminator) == 11_840 + 82_880 + 11_532 == 106_252
+    assert 0.029e6 <= added_parameters(discriminator) <= 0.129e6
+
+
+def test_layout_at_sdxls_size() -> None:
+    with torch.device("meta"):
+        discriminator = Discriminator(pretrained.new_unet(**SDXL), DiscriminatorConfig())
+        x = torch.empty(1, 4, 128, 128)
+        logits = discriminator(x, x, Text(torch.empty(1, 77, 2048), torch.empty(1, 1280)))
+    widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
+    assert [widths[f"{s}_before"] for s in range(3)] == [1280, 1280, 640]
+    assert [widths[f"{s}_skip"] for s in range(3)] == [1280, 640, 320]
+    assert [widths[f"{s}_after"] for s in range(3)] == [1280, 640, 320]
+    assert len(logits) == len(widths) == 9
+    assert parameters(discriminator) - added_parameters(discriminator) == 2_567_463_684
+
+
+def test_sdxls_discriminator_is_told_the_pooled_text_and_the_pictures_size(tmp_path: Path) -> None:
+    """Its trunk is diffusers' forward with added conditions, which decide every head but the first skip."""
+    tiny_teachers.save_sdxl(tmp_path)
+    discriminator = build(tmp_path)
+    rng = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(2, 4, 4, 4, generator=rng) for _ in range(2))
+    text = Text(torch.randn(2, 12, 40, generator=rng), torch.randn(2, 24, generator=rng))
+    sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 2)
+    seen: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        plain = discriminator(x, noise, text)
+        unet = discriminator.unet
+        found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+        added = {"text_embeds": text.pooled, "time_ids": sizes}
+        expected = pretrained.load_unet(str(tmp_path))(x, 0, text.hidden, added_cond_kwargs=added).sample
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert equal(plain, discriminator(x, noise, Text(text.hidden, text.pooled, sizes)))
+        others = [Text(text.hidden, -text.pooled), Text(text.hidden, text.pooled, sizes + 400)]  # type: ignore[operator]
+        for other in others:
+            changed = discriminator(x, noise, other)
+            assert all((plain[k] - changed[k]).abs().max() > 1e-6 for k in plain)
+    with pytest.raises(AssertionError, match="pooled"):
+        discriminator(x, noise, text.hidden)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "sd2": dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        use_linear_projection=True,
+        attention_head_dim=(2, 4),
+        layers_per_block=2,
+    ),
+    "only cross attention": dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        only_cross_attention=True,
+        center_input_sample=True,
+    ),
+    "layers by block": dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=(1, 2),
+        transformer_layers_per_block=(2, 1),
+    ),
+    "simple cross attention": dict(
+        down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+    ),
+    "no middle": dict(
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_unet(name: str) -> None:
+    """diffusers' own forward as judge."""
+    torch.manual_seed(0)
+    settings = dict(
+        layers_per_block=1, norm_num_groups=4, attention_head_dim=2, cross_attention_dim=16, sample_size=4
+    )
+    unet = pretrained.new_unet(**{**settings, "block_out_channels": (8, 16), **OTHERS[name]}).eval()
+    x, noise, text = inputs()
+    with torch.no_grad():
+        expected = unet(x, 7, text).sample
+    discriminator = Discriminator(unet, DiscriminatorConfig(timestep=7))
+    seen: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits = discriminator(x, noise, text)
+    assert len(logits) == 6
+    found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.stack([v.mean() for v in logits.values()]).sum().backward()
+    idle = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == []
+
+
+def test_it_is_told_a_time_for_each_row(teacher: Path) -> None:
+    discriminator = build(teacher, timestep=5)
+    x, noise, text = inputs()
+    constant = discriminator(x, noise, text)
+    assert equal(constant, discriminator(x, noise, text, torch.full((3,), 5)))
+    mixed = discriminator(x, noise, text, torch.tensor([5, 900, 5]))
+    for name in constant:
+        same = (mixed[name] - constant[name]).abs().amax((1, 2, 3)) < 1e-6
+        assert same.tolist() == [True, False, True], name
+
+
+def test_a_frozen_backbone_trains_heads_and_new_convolutions_only(teacher: Path) -> None:
+    discriminator = build(teacher, freeze_backbone=True)
+    before = {k: v.clone() for k, v in discriminator.state_dict().items()}
+    one_step(discriminator)
+    moved = {k for k, v in discriminator.state_dict().items() if not torch.equal(v, before[k])}
+    assert {name.split(".")[0] for name in moved} == {"heads", "conv_z", "conv_scale"}
+    discriminator.requires_grad_(False)
+    assert not any(p.requires_grad for p in discriminator.parameters())
+    discriminator.requires_grad_(True)
+    trained = {n for n, p in discriminator.named_parameters() if p.requires_grad}
+    assert trained == moved and not any(n.startswith(("unet.", "upsamplers.")) for n in trained)
+    whole = build(teacher).requires_grad_(False).requires_grad_(True)
+    frozen = {n for n, p in whole.named_parameters() if not p.requires_grad}
+    assert frozen == {f"unet.{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
+
+
+def small(**settings: Any) -> Any:
+    given = dict(
+        sample_size=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=2
+    )
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    return pretrained.new_unet(**{**given, **blocks, "cross_attention_dim": 16, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"down_block_types": ("DownBlock2D", "KDownBlock2D")},
+            r"U-Net has a KDownBlock2D; supported are DownBlock2D, UpBlock2D, CrossAttn",
+        ),
+        ({"num_class_embeds": 3}, "U-Net has num_class_embeds 3; supported: None"),
+        (
+            {"addition_embed_type": "text_image", "cross_attention_dim": 16},
+            "addition_embed_type 'text_image'; supported: None, 'text', 'text_time'",
+        ),
+    ],
+)
+def test_other_unets_are_refused(settings: dict[str, Any], says: str) -> None:
+    unet = small(**settings)
+    with pytest.raises(UserError, match=says):
+        Discriminator(unet, DiscriminatorConfig())

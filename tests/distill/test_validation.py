@@ -1,0 +1,200 @@
+"""distill.training.validation and distill.training.preview: the same numbers whatever the batch, the ranks and the order."""
+
+import math
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
+from d2g.diffusion.latents import decode, to_uint8
+from d2g.diffusion.pretrained import load_text_encoder, load_vae
+from distill.models.ema import EMA
+from distill.models.student import student_from_teacher
+from distill.training.preview import preview, preview_latents, preview_text
+from distill.training.validation import averaged, best, draw_together, held_out, measure, psnr
+from jobs import make_pairs
+from latent_lpips.distance import ELatentLPIPS
+from latent_lpips.weights import load_lpips
+from pairgen.store.reader import PairReader
+
+ROWS = range(4, 11)
+
+
+@pytest.fixture(scope="module")
+def reader(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> PairReader:
+    return PairReader(make_pairs(teacher, tmp_path_factory.mktemp("validate")))
+
+
+@pytest.fixture(scope="module")
+def distance(teacher: Path) -> ELatentLPIPS:
+    return ELatentLPIPS(load_lpips(str(teacher / "latent_lpips"), 4), "bgco", draws=2)
+
+
+@pytest.fixture(scope="module")
+def draw(teacher: Path) -> Any:
+    student, text = student_from_teacher(str(teacher)), load_text_encoder(str(teacher))
+    return lambda noise, prompts: student(noise, text.encode(prompts))
+
+
+def exact(reader: PairReader) -> Any:
+    """A student that knows every answer."""
+    known = reader.read(range(len(reader)))
+
+    def draw(noise: Tensor, prompts: Sequence[str]) -> Tensor:
+        rows = [next(i for i, z in enumerate(known.noise) if torch.equal(z, row)) for row in noise]
+        return known.latent[rows]
+
+    return draw
+
+
+def test_the_last_pairs_are_kept_out() -> None:
+    assert held_out(100, 10) == range(90, 100) and held_out(100, 0) == range(100, 100)
+    with pytest.raises(SettingError, match=r"train\.validate_pairs is 12 of 12 pairs; expected fewer"):
+        held_out(12, 12)
+
+
+def test_a_perfect_student_has_no_distance(reader: PairReader, distance: ELatentLPIPS) -> None:
+    found = measure(exact(reader), reader, ROWS, distance, batch_size=3)
+    assert found == {"val/e_latent_lpips": pytest.approx(0, abs=1e-7), "val/psnr": pytest.approx(200)}
+
+
+def test_values_are_those_of_their_definitions(reader: PairReader, distance: ELatentLPIPS) -> None:
+    target = reader.read(ROWS).latent
+    found = measure(lambda z, p: z, reader, ROWS, None, batch_size=4)
+    noise, peak = reader.read(ROWS).noise, float(target.max() - target.min())
+    square = (noise - target).square().mean((1, 2, 3))
+    expected = sum(10 * math.log10(peak**2 / float(s)) for s in square) / len(ROWS)
+    assert found == {"val/psnr": pytest.approx(expected, rel=1e-5)}
+    assert float(psnr(torch.tensor(0.01), 1.0)) == pytest.approx(20)
+
+
+def test_batches_do_not_matter_and_the_draws_stay(
+    reader: PairReader, distance: ELatentLPIPS, draw: Any
+) -> None:
+    once = measure(draw, reader, ROWS, distance, batch_size=7)
+    for size in (1, 2, 3, 100):
+        assert measure(draw, reader, ROWS, distance, batch_size=size) == pytest.approx(once, rel=1e-5)
+    torch.manual_seed(5)
+    assert measure(draw, reader, ROWS, distance, batch_size=7) == once, "nor the global generator"
+    assert measure(draw, reader, ROWS, distance, batch_size=7, seed=1) != once
+    part = [measure(draw, reader, range(i, i + 1), distance, batch_size=1) for i in ROWS]
+    mean = sum(one["val/e_latent_lpips"] for one in part) / len(ROWS)
+    assert mean == pytest.approx(once["val/e_latent_lpips"], rel=1e-5), "a row's draws are its own"
+
+
+PROMPTS = ["a", "b", "c", "d", "e"]
+
+
+def lettered(noise: Tensor, prompts: Sequence[str]) -> Tensor:
+    return noise + torch.tensor([float(ord(prompt)) for prompt in prompts]).view(-1, 1, 1, 1)
+
+
+def _on_rank(rank: int, port: int, folder: str, teacher: str, out: str) -> None:
+    import os
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3", "RANK": str(rank)}
+    torch.set_num_threads(1)
+    process_group.init()
+    calls = []
+
+    def draw(noise: Tensor, prompts: Sequence[str]) -> Tensor:
+        calls.append(len(noise))
+        return noise * 0.5
+
+    metric = ELatentLPIPS(load_lpips(str(Path(teacher) / "latent_lpips"), 4), "bgco", draws=2)
+    found = measure(draw, PairReader(folder), ROWS, metric, batch_size=2)
+    many = draw_together(lettered, (4, 2, 2), 5, PROMPTS, batch_size=2)
+    torch.save((found, calls, many), f"{out}/{rank}.pt")
+    process_group.finish()
+
+
+def test_ranks_share_the_rows_and_draw_equally_often(
+    teacher: Path, reader: PairReader, distance: ELatentLPIPS, tmp_path: Path
+) -> None:
+    """Seven rows on three ranks: with FSDP2 a rank that drew less often would leave the others waiting."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _on_rank, (port, str(reader.folder), str(teacher), str(tmp_path)), nprocs=3, start_method="fork"
+    )
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    alone = measure(lambda z, p: z * 0.5, reader, ROWS, distance, batch_size=2)
+    assert all(found == pytest.approx(alone, rel=1e-6) for found, *_ in ranks)
+    assert ranks[0][0] == ranks[1][0] == ranks[2][0]
+    assert [calls for _, calls, _ in ranks] == [[2, 1]] * 3
+    expected = torch.cat([lettered(noise(5, [i], (4, 2, 2)), [text]) for i, text in enumerate(PROMPTS)])
+    assert all(torch.equal(many, expected) for *_, many in ranks)
+
+
+def test_averages_go_in_and_out_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    ema = EMA(module, 0.9)
+    with torch.no_grad():
+        module[0].weight.add_(1)
+        module[1].num_batches_tracked.add_(7)
+    own = {k: v.clone() for k, v in module.state_dict().items()}
+    average = {k: v.clone() for k, v in ema.tensors.items()}
+    with averaged(module, ema.tensors):
+        assert all(torch.equal(v, average[k]) for k, v in module.state_dict().items())
+    for _ in range(2):
+        assert all(torch.equal(v, own[k]) for k, v in module.state_dict().items())
+        assert all(torch.equal(v, average[k]) for k, v in ema.tensors.items())
+        with pytest.raises(ZeroDivisionError), averaged(module, ema.tensors):
+            _ = 1 / 0
+
+
+def test_the_best_of_the_points_that_were_kept() -> None:
+    lines = [
+        {"nimg": 10, "val/e_latent_lpips": 0.5, "val/psnr": 9.0},
+        {"nimg": 20, "val/e_latent_lpips": 0.3, "val/psnr": 8.0},
+        {"nimg": 30, "loss/g": 1.0},
+        {"nimg": 40, "val/e_latent_lpips": 0.3, "val/psnr": 9.5},
+    ]
+    assert best(lines, {10, 20, 30, 40}) == (20, "val/e_latent_lpips", 0.3), "the first of equals"
+    assert best(lines, {10, 40}) == (40, "val/e_latent_lpips", 0.3)
+    assert best(lines, {30}) is None and best([], {10}) is None
+    only = [{k: v for k, v in line.items() if k != "val/e_latent_lpips"} for line in lines]
+    assert best(only, {10, 20, 40}) == (40, "val/psnr", 9.5), "more decibels are better"
+    fid = [{**line, "val/fid": line["nimg"]} for line in lines]
+    assert best(fid, {10, 20, 40}) == (10, "val/fid", 10), "FID decides where it is measured"
+
+
+# Previews.
+
+
+def test_a_preview_is_the_stored_latents_above_the_students(
+    teacher: Path, reader: PairReader, draw: Any
+) -> None:
+    vae, pairs = load_vae(str(teacher)), reader.read(range(3))
+    student, stored = preview_latents(draw, pairs, "cpu", batch_size=2)
+    assert torch.equal(stored, pairs.latent)
+    picture = preview(student, stored, vae, batch_size=2)
+    assert picture.shape == (3, 2 * 18, 3 * 18) and picture.dtype == torch.uint8
+    for row, latents in enumerate((stored, student)):
+        with torch.no_grad():
+            images = to_uint8(decode(vae, latents))
+        for column in range(3):
+            cell = picture[:, 18 * row : 18 * row + 16, 18 * column : 18 * column + 16]
+            assert (cell.int() - images[column].int()).abs().max() <= 1
+    assert (
+        preview_text(pairs.prompts, 5)["nimg"] == "5"
+        and tiny.CAPTIONS[0] in preview_text(pairs.prompts, 5)["prompts"]
+    )
+
+
+def test_more_than_eight_pairs_stay_above_each_other(teacher: Path) -> None:
+    vae = load_vae(str(teacher))
+    latents = torch.zeros(10, 4, 4, 4)
+    picture = preview(latents, latents, vae)
+    assert picture.shape == (3, 4 * 18, 8 * 18)
+    assert (picture[:, 2 * 18 :, 2 * 18 :] == 255).all() and (picture[:, 36:52, :16] != 255).any()

@@ -1,0 +1,50 @@
+"""eval.networks.clip: presets that open_clip knows, and features as a CLIP gives them."""
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import tiny
+from d2g.core.errors import UserError
+from d2g.core.seeds import generator
+from eval.metrics.clip_score import clip_scores
+from eval.metrics.kernel import cmmd
+from eval.networks.clip import CLIP_PRESETS, load_clip, load_clip_features
+from jobs import make_clip
+
+
+@pytest.fixture(scope="module")
+def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(teacher, tmp_path_factory.mktemp("clip") / "small")
+
+
+def pictures(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator(count))
+
+
+def test_presets_are_models_and_tags_of_open_clip() -> None:
+    known = set(open_clip.list_pretrained())
+    assert {"vit-b-32", "vit-g-14", "vit-l-14-336"} <= set(CLIP_PRESETS)
+    for name in CLIP_PRESETS.values():
+        model, _, tag = name.partition(":")
+        assert (model, tag) in known
+    assert open_clip.get_model_config("ViT-L-14-336-quickgelu")["vision_cfg"]["image_size"] == 336
+    with pytest.raises(UserError, match="for example vit-b-32, vit-g-14"):
+        load_clip("vit-b")
+
+
+def test_features_keep_their_length_and_scores_do_not_need_it(folder: Path) -> None:
+    features, clip = load_clip_features(folder), load_clip(str(folder))
+    images = pictures(5)
+    raw = features(images)
+    assert features.name == "clip:local-dir:small" and raw.shape == (5, 8)
+    assert (raw.norm(dim=1) - 1).abs().min() > 0.01
+    torch.testing.assert_close(normalize(raw, dim=1).cpu(), clip.encode_images(images))
+    assert cmmd(raw[:3], raw[2:]) == pytest.approx(cmmd(2 * raw[:3], raw[2:]))
+    scores = clip_scores(clip, images, tiny.CAPTIONS[:5], prefix="a photo of ")
+    texts = clip.encode_texts([f"a photo of {caption}" for caption in tiny.CAPTIONS[:5]])
+    torch.testing.assert_close(scores, (normalize(raw, dim=1).double() * texts.double()).sum(1))

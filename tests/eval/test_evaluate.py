@@ -1,0 +1,362 @@
+"""eval.evaluate, eval.summary and eval.result, end to end on tiny tensors."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import generator
+from eval.evaluate import Evaluation, evaluate
+from eval.images.folders import Batch
+from eval.images.resize import NATIVE
+from eval.measure.build_reference import build_reference
+from eval.measure.measure import Measure
+from eval.measure.reference import Reference
+from eval.measure.required_networks import DREAMSIM, Networks
+from eval.measure.rows import Work
+from eval.measure.source import Drawn, Source, batch_source, views_of
+from eval.metrics.paired import cosine_distance, encoded, psnr
+from eval.metrics.pickscore import PickNet
+from eval.networks.base import ClipNet, FeatureNet
+from eval.protocols.protocol import Protocol
+from eval.result import EvalResult, compare
+
+CHANNELS = ("red", "green", "blue")
+TINY = Protocol(name="tiny", features="oracle", neighbours=(3, 5), pr_images=100, kid_subsets=5)
+
+
+def mean_colour(images: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(images.double(), 2).flatten(1)
+
+
+def ten_classes(features: Tensor) -> Tensor:
+    return features[:, :10].double() / 20
+
+
+ORACLE = FeatureNet(name="oracle", dim=12, sha256="0a" * 32, function=mean_colour, classifier=ten_classes)
+
+
+def colour_clip() -> ClipNet:
+    """A CLIP whose pictures are their mean colour and whose texts are the colour they name."""
+
+    def texts(prompts: list[str]) -> Tensor:
+        return F.normalize(torch.tensor([[float(c in p) for c in CHANNELS] for p in prompts]), dim=1)
+
+    def images(batch: Tensor) -> Tensor:
+        return F.normalize(batch.float().mean((2, 3)), dim=1)
+
+    return ClipNet(name="colours", dim=3, sha256="0b" * 32, encode_images=images, encode_texts=texts)
+
+
+def pick_score(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.double().mean((1, 2, 3))
+
+
+PICK = PickNet(name="pick", sha256="0d" * 32, score=pick_score)
+NETWORKS = Networks(sets={"features": ORACLE}, clip=colour_clip())
+EVERYTHING = Networks(
+    sets={name: dataclasses.replace(ORACLE, name=name) for name in ("dinov2", "fd_clip", "cmmd", DREAMSIM)}
+    | {"features": ORACLE},
+    clip=colour_clip(),
+    pick=PICK,
+    pairs={"dreamsim": encoded(ORACLE, cosine_distance), "psnr": psnr},
+)
+
+
+def pictures(count: int, seed: int, spread: float = 40.0, shift: float = 0.0) -> Batch:
+    """Noisy pictures, each mainly of the colour in its prompt."""
+    wanted = torch.arange(count) % 3
+    base = 60 + 100 * F.one_hot(wanted, 3)[:, :, None, None] + shift
+    images = base + spread * torch.randn(count, 3, 4, 4, generator=generator(seed))
+    return images.clamp(0, 255).to(torch.uint8), [f"all {CHANNELS[i]}" for i in wanted.tolist()]
+
+
+def source(count: int, seed: int, **options: float) -> Source:
+    return batch_source(f"{count} of {seed}", [pictures(count, seed, **options)])
+
+
+def real(protocol: Protocol = TINY, networks: Networks = NETWORKS) -> Reference:
+    return build_reference(source(120, 1), protocol, networks.sets)
+
+
+REFERENCE = real()
+
+
+def run(
+    images: Source, protocol: Protocol = TINY, networks: Networks = NETWORKS, **options: Any
+) -> Evaluation:
+    settings: dict[str, Any] = {"reference": REFERENCE, "resamples": 20, **options}
+    return evaluate(images, protocol, networks, **settings)
+
+
+def measure(
+    images: Source, protocol: Protocol = TINY, networks: Networks = NETWORKS, **options: Any
+) -> EvalResult:
+    return run(images, protocol, networks, **options).result
+
+
+def test_the_contracts_keys_and_sane_numbers() -> None:
+    data = measure(source(90, seed=2)).to_json()
+    keys = {
+        "protocol",
+        "protocol_sha256",
+        "fid",
+        "clip_score",
+        "precision",
+        "recall",
+        "counts",
+        "models",
+        "ci",
+    }
+    assert keys <= set(data)
+    assert data["counts"] == {"images": 90, "reference": 120, "pr_images": 90, "pr_reference": 100}
+    assert data["models"]["features"] == {"name": "oracle", "dim": "12", "sha256": "0a" * 32}
+    assert data["models"]["clip"]["name"] == "colours"
+    assert data["models"]["reference"]["images"] == "120"
+    for key in ("fid", "clip_score", "precision", "recall"):
+        assert data["ci"][key][0] < data[key] < data["ci"][key][1], key
+    assert data["precision"] == data["neighbours"]["3"]["precision"] <= data["neighbours"]["5"]["precision"]
+    assert data["settings"]["clip"] == "colours" and data["settings"]["prompts_sha256"]
+    assert data["source"] == {"name": "90 of 2", "kind": "memory"} | {"name": "90 of 2"}
+    json.dumps(data)
+
+
+def test_better_pictures_score_better() -> None:
+    good, worse = measure(source(90, 2)), measure(source(90, 2, shift=60.0))
+    images, prompts = pictures(90, seed=2)
+    swapped = measure(batch_source("swapped", [(images, prompts[1:] + prompts[:1])]))
+    assert good.fid is not None and worse.fid is not None and worse.fid > 10 * good.fid
+    assert good.precision is not None and worse.precision is not None and worse.precision < good.precision
+    assert good.clip_score is not None and swapped.clip_score is not None
+    assert swapped.clip_score < good.clip_score - 0.1
+    assert swapped.fid == good.fid
+
+
+def test_the_reference_against_itself_is_at_zero() -> None:
+    result = measure(source(120, 1))
+    assert result.fid == pytest.approx(0, abs=1e-6) and (result.precision, result.recall) == (1, 1)
+
+
+def test_a_collapsed_generator_has_precision_but_no_recall() -> None:
+    images, prompts = pictures(90, seed=2, spread=2.0)
+    collapsed = measure(batch_source("one colour", [(images[:3].repeat(30, 1, 1, 1), prompts)]))
+    assert collapsed.precision == 1 and collapsed.recall is not None and collapsed.recall < 0.2
+
+
+@pytest.mark.parametrize("size", [1, 7, 90])
+def test_batches_and_parts_do_not_change_the_result(size: int, tmp_path: Path) -> None:
+    whole = measure(source(90, 2), work=Work(batch_size=32))
+    other = measure(source(90, 2), work=Work(batch_size=size, part=17, folder=tmp_path))
+    assert other == whole
+
+
+def test_every_metric_gives_its_numbers() -> None:
+    protocol = dataclasses.replace(TINY, diversity_images=3, is_splits=5)
+    against = {"fid", "fid_infinity", "kid", "pr", "dc", "fd_dinov2", "fd_clip", "cmmd"}
+    metrics = (*sorted(against), "is", "clip", "pickscore", "dreamsim_diversity", "dreamsim", "psnr")
+    reference = real(protocol, EVERYTHING)
+    other = batch_source("other", [(pictures(90, 3)[0], [""] * 90)])
+    found = measure(
+        endless(), protocol, EVERYTHING, metrics=metrics, reference=reference, other=other, count=90
+    )
+    numbers = found.numbers()
+    more = {"clip_score", "precision", "recall", "density", "coverage", "is_deviation"}
+    assert set(numbers) == {*metrics, *more} - {"clip", "pr", "dc"}
+    assert numbers["fd_dinov2"] == pytest.approx(numbers["fid"]) and 1 < numbers["is"] < 10
+    assert found.counts["diversity_images"] == 270 and found.counts["diversity_prompts"] == 90
+    networks = {"features", "dinov2", "fd_clip", "cmmd", DREAMSIM, "clip", "pickscore"}
+    assert set(found.models) == {*networks, "reference"}
+    for name in numbers.keys() - {"is_deviation"}:
+        assert found.ci[name][0] <= numbers[name] <= found.ci[name][1], name
+    labels = dict(found.rows())
+    assert "PSNR to the teacher (dB)" in labels and "(95 %:" in labels["PickScore"]
+
+
+def endless() -> Source:
+    """A sampler whose image i shows prompt i, of 90."""
+
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+        for first in range(numbers.start, numbers.stop, batch_size):
+            part = range(first, min(first + batch_size, numbers.stop))
+            images = torch.cat([pictures(1, 1_000 + number)[0] for number in part])
+            texts = [f"{number % 90}: all red" for number in part]
+            yield Drawn(first=first, views=views_of(images, sizes), prompts=texts)
+
+    return Source(name="endless", facts={"kind": "test"}, draw=draw)
+
+
+def test_an_extra_measure_is_averaged() -> None:
+    brightness = Measure(size=NATIVE, function=lambda images, _: images.double().mean((1, 2, 3)))
+    networks = dataclasses.replace(NETWORKS, extra={"caption_accuracy": brightness})
+    found = run(source(90, 2), networks=networks)
+    expected = pictures(90, seed=2)[0].double().mean().item()
+    assert found.result.extra["caption_accuracy"] == pytest.approx(expected)
+    assert found.rows.values["caption_accuracy"].shape == (90,)
+
+
+def test_one_metric_needs_only_its_own_network() -> None:
+    only = Networks(clip=colour_clip())
+    clip_only = measure(source(9, 2), networks=only, metrics=("clip",), reference=None)
+    assert clip_only.fid is None and clip_only.clip_score is not None and set(clip_only.models) == {"clip"}
+    sets = Networks(sets={"features": ORACLE})
+    fid_only = measure(source(30, 2), networks=sets, metrics=("fid",), resamples=0)
+    assert fid_only.clip_score is None and fid_only.precision is None and fid_only.ci == {}
+    with pytest.raises(SettingError, match=r"metric 'fid' .* needs a reference; give --reference"):
+        measure(source(9, 2), reference=None)
+    with pytest.raises(SettingError, match="metric 'psnr' needs images to compare with; give --against"):
+        measure(source(9, 2), metrics=("psnr",))
+    with pytest.raises(SettingError, match="unknown metric 'fad'; did you mean 'fid'"):
+        measure(source(9, 2), metrics=("fad",))
+
+
+def test_fewer_images_than_the_protocol_wants_are_refused_or_stated() -> None:
+    protocol = dataclasses.replace(TINY, images=40, reference_images=120)
+    exact = measure(source(90, 2), protocol)
+    assert exact.counts["images"] == 40
+    assert not any("the protocol has" in note for note in exact.notes)
+    with pytest.raises(
+        UserError, match="30 of 2 gives 30 images, protocol tiny measures 40; make the rest or give"
+    ):
+        measure(source(30, 2), protocol)
+    with pytest.raises(UserError, match="gives 20 images, protocol tiny measures 40"):
+        measure(source(90, 2), protocol, count=20)
+    fewer = measure(source(30, 2), protocol, allow_fewer=True)
+    assert "30 images, the protocol has 40: not comparable with published numbers" in fewer.notes
+    with pytest.raises(UserError, match=r"got 1 image\(s\) to evaluate; expected at least 2"):
+        measure(source(1, 2))
+    with pytest.raises(UserError, match="got no images at all"):
+        batch_source("none", [])
+
+
+def test_fewer_images_than_features_are_stated() -> None:
+    few = measure(source(9, 2))
+    assert any(
+        note.startswith(
+            "9 images for 12 oracle features: covariances are singular, and Frechet distances biased"
+        )
+        for note in few.notes
+    )
+    assert few.fid is not None and few.fid > 0
+    assert not any("covariances are singular" in note for note in measure(source(30, 2)).notes)
+
+
+def test_a_sampler_is_not_asked_for_more_than_the_protocol_wants() -> None:
+    asked: list[range] = []
+    inner = source(90, 2)
+
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+        asked.append(numbers)
+        return inner.draw(numbers, batch_size, sizes)
+
+    sampler = Source(name="sampler", facts={}, draw=draw)
+    measure(sampler, dataclasses.replace(TINY, images=30), resamples=0)
+    assert [n for part in asked for n in part] == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("pr", "k = 5 need more images than that, got 5"),
+        ("is", "of 10 splits needs as many images, got 5"),
+        ("fid_infinity", "of 12 features takes 3 points or more from 24 images on"),
+    ],
+)
+def test_too_few_images_for_a_metric_are_refused_before_any_is_drawn(metric: str, says: str) -> None:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+        raise AssertionError("an image was drawn")
+
+    sampler = Source(name="sampler", facts={"kind": "test"}, draw=draw)
+    with pytest.raises(UserError, match=says):
+        measure(sampler, networks=EVERYTHING, metrics=(metric,), count=5)
+
+
+def test_only_inception_is_called_fid() -> None:
+    labels = dict(measure(source(30, 2)).rows())
+    assert "Frechet distance (oracle features)" in labels and "Kernel distance (oracle features)" in labels
+    assert not any("FID" in label for label in labels)
+    named = dataclasses.replace(ORACLE, name="inception")
+    networks, protocol = (
+        Networks(sets={"features": named}, clip=colour_clip()),
+        dataclasses.replace(TINY, features="inception"),
+    )
+    result = measure(source(30, 2), protocol, networks, reference=real(protocol, networks), resamples=0)
+    assert "FID" in dict(result.rows())
+    assert any("Inception weights are not the published" in note for note in result.notes)
+
+
+def test_a_reference_measured_another_way_is_refused() -> None:
+    other = Networks(sets={"features": dataclasses.replace(ORACLE, sha256="0c" * 32)}, clip=colour_clip())
+    with pytest.raises(
+        UserError, match=r"reference 120 of 1 was measured another way: features.features_sha256"
+    ):
+        measure(source(9, 2), networks=other)
+    with pytest.raises(UserError, match=r"another way: preprocessing \('native' -> 'crop4-box'\)"):
+        measure(source(9, 2), dataclasses.replace(TINY, size=4, resize="box", crop="centre"))
+    with pytest.raises(UserError, match=r"another way: reference \('given' -> 'coco2014-val'\)"):
+        measure(source(9, 2), dataclasses.replace(TINY, reference="coco2014-val"))
+    wrong = Networks(sets={"features": dataclasses.replace(ORACLE, name="guess")}, clip=colour_clip())
+    with pytest.raises(UserError, match="measures with features 'oracle', got 'guess'"):
+        measure(source(9, 2), networks=wrong)
+    with pytest.raises(UserError, match="measures with CLIP 'ViT', got 'colours'"):
+        measure(source(9, 2), dataclasses.replace(TINY, clip="ViT"))
+    with pytest.raises(UserError, match="has no statistics of dinov2 features; make it again"):
+        measure(source(9, 2), networks=EVERYTHING, metrics=("fd_dinov2",))
+
+
+def test_a_reference_is_built_only_when_all_else_is_right() -> None:
+    def never() -> Reference:
+        raise AssertionError("built too early")
+
+    with pytest.raises(UserError, match="expected at least 2"):
+        measure(source(1, 2), reference=never)
+
+
+def test_a_missing_prompt_is_named() -> None:
+    images, prompts = pictures(9, 2)
+    with pytest.raises(UserError, match="image 0 has no prompt, so it has no clip_score"):
+        measure(batch_source("x", [(images, ["", *prompts[1:]])]))
+
+
+def test_compare_refuses_what_does_not_compare() -> None:
+    a, b = measure(source(30, 2)), measure(source(30, 3))
+    rows = compare({"b": b, "a": a})
+    assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["fid"] == a.fid
+    assert rows[0]["ci"] == a.ci and a.ci["fid"][0] < a.fid
+    other = dataclasses.replace(TINY, clip_prefix="A photo depicts ")
+    with pytest.raises(
+        UserError, match=r"a and mixed do not compare: protocol_sha256 .*settings.clip_prefix \('' -> 'A"
+    ):
+        compare({"a": a, "mixed": measure(source(30, 3), other)})
+    with pytest.raises(UserError, match=r"settings.seed \(1000 -> 1\)"):
+        compare({"a": a, "mixed": measure(source(30, 3), dataclasses.replace(TINY, seed=1))})
+    with pytest.raises(UserError, match=r"counts.images \(30 -> 27\)"):
+        compare({"a": a, "b": measure(source(27, 3))})
+    images, prompts = pictures(30, 3)
+    swapped = measure(batch_source("x", [(images, prompts[1:] + prompts[:1])]))
+    with pytest.raises(UserError, match=r"settings.prompts_sha256"):
+        compare({"a": a, "b": swapped})
+    clip_only = measure(
+        source(30, 3), networks=Networks(clip=colour_clip()), metrics=("clip",), reference=None
+    )
+    assert clip_only.settings["features"] == "oracle"
+    assert len(compare({"a": a, "clip only": clip_only})) == 2, "fewer metrics are no other protocol"
+    with pytest.raises(UserError, match="no results to compare"):
+        compare({})
+
+
+def test_results_are_read_back_from_file_and_folder(tmp_path: Path) -> None:
+    a = measure(source(30, 2))
+    (tmp_path / "result.json").write_text(json.dumps(a.to_json()))
+    assert EvalResult.load(tmp_path / "result.json") == a == EvalResult.load(tmp_path)
+    with pytest.raises(UserError, match=r"b.json is no evaluation result"):
+        EvalResult.load(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text('{"fid": 3}')
+    with pytest.raises(UserError, match=r"c.json is no evaluation result"):
+        EvalResult.load(tmp_path / "c.json")

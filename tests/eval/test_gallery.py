@@ -1,0 +1,114 @@
+"""eval.report.gallery: worst and best, neighbours, thumbnails."""
+
+import base64
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2g.core.errors import UserError
+from d2g.core.seeds import generator
+from eval.metrics.nearest import Nearest
+from eval.report.gallery import Pictures, beside_neighbours, rank, thumbnail
+
+
+def pictures(count: int, side: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator(seed), dtype=torch.uint8)
+
+
+def decoded(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1])))
+
+
+class Lazy:
+    """A folder's images, read when asked for."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.read = images, set[int]()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Tensor:
+        self.read.add(row)
+        return self.images[row]
+
+
+def test_worst_and_best_are_the_ends_of_the_score() -> None:
+    images, prompts = Lazy(pictures(6, 4)), [f"p{i}" for i in range(6)]
+    values = [0.3, 0.9, 0.1, 0.5, 0.9, 0.2]
+    ranking = rank("CLIP score", values, {"student": images}, prompts, better="higher", count=2)  # type: ignore[dict-item]
+    assert list(ranking.worst.prompts) == ["p2", "p5"] and list(ranking.best.prompts) == ["p1", "p4"]
+    assert ranking.worst.title == "Worst by CLIP score"
+    assert ranking.worst.notes[0] == "CLIP score 0.1, image 2"
+    assert torch.equal(ranking.best.columns["student"][1], images.images[4])
+    assert images.read == {2, 5, 1, 4}  # nothing else was loaded
+    turned = rank("distance", values, {"student": images.images}, prompts, better="lower", count=2)
+    assert list(turned.worst.prompts) == ["p1", "p4"] and list(turned.best.prompts) == ["p2", "p5"]
+
+
+def test_few_rows_are_shared_out_and_bad_scores_refused() -> None:
+    ranking = rank("s", [3.0, 1.0, 2.0], {"a": pictures(3, 4)}, (), better="lower", count=8)
+    assert len(ranking.worst) == len(ranking.best) == 1 and not ranking.best.prompts
+    for values in ([1.0], [1.0, math.nan]):
+        with pytest.raises(UserError, match="two or more finite values"):
+            rank("s", values, {"a": pictures(len(values), 4)}, (), better="lower")
+
+
+def test_neighbours_stand_beside_what_was_generated() -> None:
+    generated, training = pictures(2, 4), pictures(9, 8, seed=1)
+    found = Nearest(distances=torch.tensor([[0.5, 1.25], [2.0, 3.0]]), indices=torch.tensor([[4, 7], [0, 8]]))
+    block = beside_neighbours(found, generated, training, ["a", "b"], features="oracle")
+    assert list(block.columns) == ["generated", "nearest", "nearest 2"]
+    assert torch.equal(block.columns["nearest"][1], training[0])
+    assert torch.equal(block.columns["nearest 2"][0], training[7])
+    assert list(block.captions["nearest 2"]) == ["1.25, image 7", "3, image 8"]
+    assert "oracle" in block.text and "generated" not in block.captions
+
+
+def test_parts_of_a_block_must_agree() -> None:
+    for wrong in (
+        {"prompts": ["one"]},
+        {"notes": ["one"]},
+        {"captions": {"a": ["one"]}},
+        {"captions": {"b": ["one", "two"]}},
+        {"columns": {"a": pictures(2, 4), "b": pictures(3, 4)}},
+        {"columns": {}},
+    ):
+        settings = {"title": "t", "columns": {"a": pictures(2, 4)}} | wrong
+        with pytest.raises(AssertionError, match="t: "):
+            Pictures(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("side", "shown"), [(28, 112), (32, 128), (64, 128), (100, 100), (128, 128)])
+def test_small_images_keep_every_pixel_and_grow_by_whole_steps(side: int, shown: int) -> None:
+    (image,) = pictures(1, side)
+    small = thumbnail(image, 256)
+    assert small.url.startswith("data:image/png;base64,") and small.pixelated
+    assert (small.width, small.height) == (shown, shown) and shown % side == 0
+    found = torch.from_numpy(np.array(decoded(small.url))).permute(2, 0, 1)
+    assert torch.equal(found, image)
+
+
+def test_large_images_become_small_files_of_their_shape() -> None:
+    ramp = torch.linspace(0, 255, 600).to(torch.uint8).expand(3, 300, 600)
+    large = thumbnail(ramp, 256)
+    assert large.url.startswith("data:image/webp;base64,") and not large.pixelated
+    assert (large.width, large.height) == decoded(large.url).size == (256, 128)
+    difference = np.asarray(decoded(large.url).convert("L"), float)[0] - np.linspace(0, 255, 256)
+    assert np.abs(difference).max() < 6 and len(large.url) < 5_000
+    checks = (
+        (255 * ((torch.arange(512) + torch.arange(512)[:, None]) % 2)).to(torch.uint8).expand(3, 512, 512)
+    )
+    grey = np.asarray(decoded(thumbnail(checks, 256).url), float)[8:-8, 8:-8]
+    assert np.abs(grey - 127.5).max() < 4  # averaged, not picked
+
+
+def test_only_uint8_rgb_is_drawn() -> None:
+    for wrong in (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(AssertionError):
+            thumbnail(wrong, 256)

@@ -1,0 +1,65 @@
+"""eval.metrics.intervals: do 95 % intervals hold the truth in 95 % of cases?"""
+
+import pytest
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from d2g.core.seeds import generator
+from eval.metrics.feature_stats import FeatureStats, Origin
+from eval.metrics.frechet import frechet_distance, frechet_standard_error
+from eval.metrics.intervals import Z, around, frechet_interval, mean_interval, wilson
+
+ORIGIN = Origin(features="test", features_sha256="0" * 64, resize="native", source="rows")
+
+
+def stats_of(rows: Tensor) -> FeatureStats:
+    stats = FeatureStats(rows.shape[1], ORIGIN)
+    stats.update(rows)
+    return stats
+
+
+def test_z_is_the_normal_quantile() -> None:
+    assert pytest.approx(norm.ppf(0.975), rel=1e-12) == Z
+    assert around(3.0, 0.5) == (pytest.approx(3 - 0.5 * Z), pytest.approx(3 + 0.5 * Z))
+
+
+def test_wilson_covers_shares() -> None:
+    count, truth = 50, 0.9
+    draws = (torch.rand(2000, count, generator=generator(0)) < truth).double().mean(1)
+    held = sum(low <= truth <= high for low, high in (wilson(share, count) for share in draws.tolist()))
+    assert 0.93 < held / 2000 < 0.98
+    assert wilson(1.0, 10)[1] == pytest.approx(1) and wilson(0.0, 10)[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_bootstrap_covers_means() -> None:
+    draws = torch.randn(200, 60, generator=generator(1)).exp()  # skewed, mean exp(1/2)
+    held = sum(
+        low <= torch.tensor(0.5).exp().item() <= high
+        for low, high in (mean_interval("x", draw, 200, 0)["x"] for draw in draws)
+    )
+    assert 0.84 < held / 200 < 0.98
+    assert mean_interval("x", draws[0], 200, 0) == mean_interval("x", draws[0], 200, 0)
+    assert mean_interval("x", draws[0], 0, 0) == {}
+
+
+@pytest.mark.parametrize(("count", "dim"), [(200, 4), (6, 4)])
+def test_frechet_intervals_hold_their_estimate(count: int, dim: int) -> None:
+    """In closed form with rows enough, by the bootstrap with few."""
+    fake = stats_of(torch.randn(count, dim, generator=generator(2)) + 0.5)
+    real = stats_of(torch.randn(500, dim, generator=generator(3)))
+    estimate = frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)
+    (low, high) = frechet_interval(estimate, fake, real, 60, 0)["fid"]
+    assert (low + high) / 2 == pytest.approx(estimate) and low < estimate < high
+    error = frechet_standard_error(fake.rows, real.mean, real.covariance)
+    assert ((high - low) / 2 == pytest.approx(Z * error)) == (count == 200)
+    assert frechet_interval(estimate, fake, real, 60, 0)["fid"] == [low, high]
+    assert frechet_interval(estimate, fake, real, 0, 0) == {}
+
+
+def test_the_bootstrap_tells_its_progress() -> None:
+    seen: list[tuple[int, int]] = []
+    few = stats_of(torch.randn(6, 8, generator=generator(2)))
+    real = stats_of(torch.randn(50, 8, generator=generator(3)))
+    frechet_interval(1.0, few, real, 5, 0, lambda _, done, total: seen.append((done, total)))
+    assert seen == [(i, 5) for i in range(1, 6)]

@@ -1,0 +1,247 @@
+"""eval.measure.measure and eval.measure.rows: rows that do not depend on batches, parts, processes or kills."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2g.core.distributed import process_group
+from d2g.core.errors import Interrupted, UserError
+from d2g.core.seeds import noise
+from eval.images.folders import open_images
+from eval.images.resize import NATIVE
+from eval.measure.measure import FILE_SHA256, Measure, PairMeasure, measure_source
+from eval.measure.rows import Rows, Work, open_work, store, stored
+from eval.measure.source import Drawn, Source, batch_source, image_source, views_of
+from forks import fork, on_ranks
+
+PROMPTS = ["red", "green", "blue"]
+
+
+def sampler(seed: int = 0, seconds: float = 0.0, shift: int = 0, side: int = 4) -> Source:
+    """Images of (seed, number), as slow as asked for."""
+
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+        for first in range(numbers.start, numbers.stop, batch_size):
+            part = range(first, min(first + batch_size, numbers.stop))
+            time.sleep(seconds)
+            images = (noise(seed, part, (3, side, side)) * 60 + 128 + shift).clamp(0, 255).to(torch.uint8)
+            yield Drawn(first=first, views=views_of(images, sizes), prompts=[PROMPTS[i % 3] for i in part])
+
+    return Source(name="sampler", facts={"kind": "test", "seed": seed}, draw=draw)
+
+
+def mean_level(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.double().mean((1, 2, 3))
+
+
+def colours(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.float().mean((2, 3))
+
+
+MEASURES = {
+    "level": Measure(size=NATIVE, function=mean_level),
+    "colours": Measure(size="crop2-box", function=colours),
+}
+
+
+def same(a: Rows, b: Rows) -> bool:
+    return (
+        a.prompts == b.prompts
+        and a.values.keys() == b.values.keys()
+        and all(torch.equal(a.values[name], b.values[name]) for name in a.values)
+        and a.converted == b.converted
+    )
+
+
+WHOLE = measure_source(sampler(), range(50), MEASURES)
+
+
+@pytest.mark.parametrize(("batch_size", "part"), [(1, 0), (7, 50), (64, 13), (3, 1)])
+def test_rows_do_not_depend_on_batches_or_parts(batch_size: int, part: int, tmp_path: Path) -> None:
+    work = Work(batch_size=batch_size, part=part, folder=tmp_path)
+    found = measure_source(sampler(), range(50), MEASURES, work=work)
+    assert same(found, WHOLE) and found.values["colours"].shape == (50, 3)
+    assert same(measure_source(sampler(), range(50), MEASURES, work=work), WHOLE), "from the files"
+    assert len(found.prompts) == len(found) == 50
+
+
+def test_parts_cover_all_and_are_neither_tiny_nor_huge() -> None:
+    for count in (1, 15, 16, 1_000, 5_000, 30_000, 200_000):
+        parts = Work().parts(range(count))
+        assert [n for part in parts for n in part] == list(range(count))
+        assert max(map(len, parts)) <= 512 and (count < 32 or min(map(len, parts[:-1])) >= 16)
+    assert [len(part) for part in Work(part=4).parts(range(10, 20))] == [4, 4, 2]
+
+
+def test_a_finished_part_is_not_drawn_again(tmp_path: Path) -> None:
+    work = Work(part=10, folder=tmp_path)
+    measure_source(sampler(), range(50), MEASURES, work=work)
+    names = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert names == [f"{start:08}-{start + 10:08}.safetensors" for start in range(0, 50, 10)]
+    (tmp_path / "parts" / names[2]).unlink()
+    asked: list[range] = []
+    inner = sampler()
+
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+        asked.append(numbers)
+        return inner.draw(numbers, batch_size, sizes)
+
+    again = measure_source(Source(name="x", facts={}, draw=draw), range(50), MEASURES, work=work)
+    assert same(again, WHOLE) and asked == [range(20, 30)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 9])
+def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path) -> None:
+    """Nine of them share seven parts, so two have none."""
+    pairs = {"apart": PairMeasure(size=NATIVE, function=lambda a, b: (a != b).double().mean((1, 2, 3)))}
+
+    def work(rank: int) -> None:
+        process_group.init(patient=True)
+        part = Work(part=8, batch_size=rank + 3)
+        rows = measure_source(sampler(), range(50), MEASURES, pairs=pairs, other=sampler(1), work=part)
+        store(tmp_path / f"{rank}.safetensors", rows)
+        process_group.barrier()
+        process_group.finish()
+
+    on_ranks(ranks, work)
+    found = [stored(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
+    for rows in found:
+        assert same(rows, found[0])
+        assert rows.prompts == WHOLE.prompts and torch.equal(rows.values["level"], WHOLE.values["level"])
+        assert rows.values["apart"].min() > 0.5
+
+
+def test_killed_and_resumed_gives_the_same_rows(tmp_path: Path) -> None:
+    """SIGKILL at four moments, each wherever it falls, and once more to the end."""
+    work = Work(part=5, batch_size=5, folder=tmp_path)
+    for wanted in (1, 3, 6, 9):
+        child = fork(lambda: measure_source(sampler(seconds=0.02), range(50), MEASURES, work=work))
+        end = time.monotonic() + 60
+        while len(list((tmp_path / "parts").glob("0*"))) < wanted:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(list((tmp_path / "parts").glob("0*"))) < 10
+    found = measure_source(sampler(), range(50), MEASURES, work=Work(part=5, folder=tmp_path))
+    assert same(found, WHOLE)
+
+
+def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+        for drawn in sampler().draw(numbers, batch_size, sizes):
+            if drawn.first == 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield drawn
+
+    stopping = Source(name="x", facts={}, draw=draw)
+    work = Work(part=10, batch_size=5, folder=tmp_path)
+    with pytest.raises(
+        Interrupted, match=rf"the measures of 20 of 50 images are safe in {tmp_path}; run the same"
+    ):
+        measure_source(stopping, range(50), MEASURES, work=work)
+    with pytest.raises(Interrupted, match="nothing was kept, give --out a folder"):
+        measure_source(stopping, range(50), MEASURES, work=Work(part=10, batch_size=5))
+    assert same(measure_source(sampler(), range(50), MEASURES, work=work), WHOLE)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    facts = {"source": {"seed": 0}, "metrics": ("fid",)}
+    open_work(tmp_path, facts)
+    open_work(tmp_path, facts)
+    with pytest.raises(
+        UserError, match=r"holds parts of another evaluation: source.seed \(0 -> 1\); give the same"
+    ):
+        open_work(tmp_path, {**facts, "source": {"seed": 1}})
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    work = Work(part=25, folder=tmp_path)
+    measure_source(sampler(), range(50), MEASURES, work=work)
+    file = sorted((tmp_path / "parts").iterdir())[1]
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"^{file} is damaged .* delete it and run the same command again$"):
+        measure_source(sampler(), range(50), MEASURES, work=work)
+
+
+def test_images_are_kept_with_their_numbers(tmp_path: Path) -> None:
+    measure_source(sampler(), range(7), {"c": MEASURES["colours"]}, work=Work(keep=tmp_path / "kept"))
+    files = sorted((tmp_path / "kept").iterdir())
+    assert [file.name for file in files] == [f"{number:08}.png" for number in range(7)]
+    with Image.open(files[4]) as image:
+        assert image.info == {"prompt": "green", "index": "4"}
+    again = image_source(open_images(tmp_path / "kept"))
+    kept = measure_source(again, range(7), {"level": MEASURES["level"]})
+    assert torch.equal(kept.values["level"], WHOLE.values["level"][:7]) and kept.prompts == WHOLE.prompts[:7]
+
+
+def test_rows_that_are_not_finite_name_the_image() -> None:
+    def broken(images: Tensor, prompts: list[str]) -> Tensor:
+        rows = images.float().mean((2, 3))
+        rows[:, 1] = torch.where(rows[:, 0] == rows[:, 0].max(), torch.nan, rows[:, 1])
+        return rows
+
+    worst = int(WHOLE.values["colours"][:16, 0].argmax())
+    with pytest.raises(
+        UserError, match=rf"^sampler: c of image {worst} \('{PROMPTS[worst % 3]}'\) is not finite"
+    ):
+        measure_source(sampler(), range(16), {"c": Measure(size="crop2-box", function=broken)})
+
+
+def test_a_measure_that_needs_prompts_names_the_image_without() -> None:
+    source = batch_source("x", [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), ["a", "", "b"])])
+    measures = {"clip_score": Measure(size=NATIVE, function=mean_level, needs_prompts=True)}
+    with pytest.raises(UserError, match=r"^image 1 has no prompt, so it has no clip_score; give captions"):
+        measure_source(source, range(3), measures)
+    with pytest.raises(UserError, match="x gave 3 images for numbers 0 to 3"):
+        measure_source(source, range(4), {"level": MEASURES["level"]})
+
+
+def test_pairs_are_of_the_same_numbers_and_one_size() -> None:
+    pairs = {"shift": PairMeasure(size=NATIVE, function=lambda a, b: mean_level(b, []) - mean_level(a, []))}
+    found = measure_source(
+        sampler(), range(20), MEASURES, pairs=pairs, other=sampler(shift=5), work=Work(batch_size=3)
+    )
+    assert found.values["shift"].min() > 4 and torch.equal(found.values["level"], WHOLE.values["level"][:20])
+    with pytest.raises(
+        UserError, match="sampler gives 4x4 pixels and sampler 6x6; pairs must be of one size"
+    ):
+        measure_source(sampler(), range(4), {}, pairs=pairs, other=sampler(side=6))
+    images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
+    measure_source(sampler(), range(4), {}, pairs=pairs, other=batch_source("silent", [(images, [""] * 4)]))
+    swapped = batch_source("swapped", [(images, ["red", "green", "red", "red"])])
+    with pytest.raises(
+        UserError, match="image 2 of sampler shows 'blue', of swapped 'red'; pairs are of one"
+    ):
+        measure_source(sampler(), range(4), {}, pairs=pairs, other=swapped, work=Work(batch_size=2))
+
+
+def test_of_files_it_is_known_which_they_were(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(5):
+        mode = "L" if number == 3 else "RGB"
+        Image.new(mode, (9, 7 + number), number * 10 if mode == "L" else (number * 10,) * 3).save(
+            folder / f"{number}.png"
+        )
+    source = image_source(open_images(folder), ["a", "b", "c", "d", "e"])
+    measures = {"colours": MEASURES["colours"]}
+    found = measure_source(
+        source, range(5), measures, work=Work(part=2, folder=tmp_path / "work", batch_size=1)
+    )
+    assert found.values[FILE_SHA256].shape == (5, 32) and found.converted == Counter(grey=1)
+    assert found.prompts == ["a", "b", "c", "d", "e"]
+    again = measure_source(source, range(5), measures, work=Work(part=2, folder=tmp_path / "work"))
+    assert same(found, again), "counts of what was converted are kept too"
+    with pytest.raises(UserError, match="holds 5 images, and there are 2 prompts; give one for each"):
+        image_source(open_images(folder), ["a", "b"])
+    assert json.dumps(source.facts) and source.facts["images"] == 5

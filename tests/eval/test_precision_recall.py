@@ -1,0 +1,176 @@
+"""eval.metrics.precision_recall and eval.metrics.distances against brute force, prdc and torch-fidelity, and on hard sets."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from prdc import compute_prdc
+from torch import Tensor
+from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+from d2g.core.errors import UserError
+from d2g.core.seeds import generator
+from eval.metrics import distances as pairwise
+from eval.metrics.precision_recall import Neighbours, precision_recall, precision_recalls
+
+
+def points(count: int, seed: int, scale: float = 1.0, dim: int = 4) -> Tensor:
+    return torch.randn(count, dim, generator=generator(seed)) * scale
+
+
+def brute_force(real: Tensor, fake: Tensor, k: int) -> Neighbours:
+    def distances(a: Tensor, b: Tensor) -> Tensor:
+        return (a.double()[:, None] - b.double()[None]).square().sum(2)
+
+    def radii(rows: Tensor) -> Tensor:
+        return distances(rows, rows).fill_diagonal_(torch.inf).kthvalue(k).values
+
+    between = distances(real, fake)
+    inside = between <= radii(real)[:, None]
+    return Neighbours(
+        precision=inside.any(0).double().mean().item(),
+        recall=(between <= radii(fake)).any(1).double().mean().item(),
+        density=inside.double().sum().item() / (k * len(fake)),
+        coverage=inside.any(1).double().mean().item(),
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_equals_brute_force_for_any_chunk(k: int) -> None:
+    real, fake = points(30, 0), points(25, 1, 1.5) + 1
+    expected = brute_force(real, fake, k)
+    for chunk in (1, 7, 1024):
+        assert precision_recall(real, fake, k=k, chunk=chunk) == expected
+    assert 0 < expected.precision < 1 and 0 < expected.recall < 1
+
+
+def test_several_k_are_each_their_own() -> None:
+    real, fake = points(40, 0), points(45, 1, 1.3)
+    found = precision_recalls(real, fake, ks=(5, 1, 3), chunk=16)
+    assert list(found) == [5, 1, 3]
+    assert all(found[k] == brute_force(real, fake, k) for k in found)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_agrees_with_prdc_and_torch_fidelity(k: int) -> None:
+    """In float64 on either side; prdc keeps float32 features' distances in float32."""
+    real = points(300, 0, dim=16).double()
+    fake = points(280, 1, 0.8, dim=16).double() + 0.2
+    ours = precision_recall(real, fake, k=k, chunk=64)
+    judged = compute_prdc(real.numpy(), fake.numpy(), k)
+    for name, value in judged.items():
+        assert getattr(ours, name) == pytest.approx(float(value), abs=1e-12), name
+    precision, recall = calculate_precision_recall_part(fake, real, neighborhood=k)
+    # It returns means in float32.
+    assert (ours.precision, ours.recall) == (
+        pytest.approx(precision, abs=1e-6),
+        pytest.approx(recall, abs=1e-6),
+    )
+    assert 0.1 < ours.recall < 0.9 and ours.precision < 1
+
+
+@given(
+    real=st.lists(st.tuples(*[st.integers(-3, 3)] * 3), min_size=4, max_size=30),
+    fake=st.lists(st.tuples(*[st.integers(-3, 3)] * 3), min_size=4, max_size=30),
+    k=st.integers(1, 3),
+    chunk=st.integers(1, 40),
+    far=st.sampled_from([0.0, 4096.0]),
+)
+def test_repeated_and_equidistant_points_count_as_they_are(
+    real: list[tuple[int, ...]], fake: list[tuple[int, ...]], k: int, chunk: int, far: float
+) -> None:
+    """Whole numbers: distances are exact in any type, and most of them tie."""
+    a, b = torch.tensor(real) + far, torch.tensor(fake) + far
+    assert precision_recall(a, b, k=k, chunk=chunk) == brute_force(a, b, k)
+
+
+def test_collapse_keeps_precision_and_loses_recall() -> None:
+    real = points(200, 0)
+    collapsed = real[:1] + points(200, 1, 1e-3)
+    result = precision_recall(real, collapsed, k=3)
+    assert result.precision == 1 and result.recall <= 0.01 and result.coverage < 0.1
+    modes = real[:5].repeat_interleave(40, 0) + points(200, 1, 1e-7)  # nearer than float32 resolves
+    result = precision_recall(real, modes, k=3)
+    assert result == brute_force(real, modes, 3)
+    assert result.precision == 1 and result.recall <= 0.05
+
+
+def test_one_image_repeated_is_a_collapse_too() -> None:
+    real = points(150, 0, dim=32)
+    result = precision_recall(real, real[:1].repeat(150, 1), k=3, chunk=64)
+    assert result.precision == 1 and result.recall == pytest.approx(1 / 150)
+    assert result == brute_force(real, real[:1].repeat(150, 1), 3)
+
+
+def test_spread_keeps_recall_and_loses_precision() -> None:
+    result = precision_recall(points(200, 0), points(200, 1, 10), k=3)
+    assert result.precision < 0.2 and result.recall > 0.9
+
+
+def test_identical_sets_are_perfect_far_from_the_origin() -> None:
+    real = points(100, 0) + 1e4
+    result = precision_recall(real, real.clone(), k=3)
+    assert (result.precision, result.recall, result.coverage) == (1, 1, 1)
+
+
+def test_a_grid_is_all_ties() -> None:
+    """Every row has many neighbours at one distance, which rounding must not tell apart."""
+    axis = torch.arange(7.0)
+    grid = torch.cartesian_prod(axis, axis, axis) * 0.1
+    shifted = grid + torch.tensor([0.05, 0.0, 0.0])
+    for chunk in (50, 343):
+        assert precision_recall(grid, shifted, k=3, chunk=chunk) == brute_force(grid, shifted, 3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_float32_only_sorts_out_what_is_clear(scale: float) -> None:
+    """Rows of length 100 whose neighbours lie `scale` apart: in float32 products all of them look alike."""
+    base = points(12, 0, 100.0, dim=64)
+    real = (base.repeat(10, 1) + points(120, 1, scale, dim=64)).float()
+    fake = (base.repeat(10, 1) + points(120, 2, scale, dim=64)).float()
+    expected = brute_force(real, fake, 2)
+    assert precision_recall(real, fake, k=2, chunk=32) == expected
+    assert 0 < expected.precision < 1
+
+
+def test_where_products_may_be_rounded_coarsely_float64_does_all() -> None:
+    before = torch.get_float32_matmul_precision()
+    real, fake = points(40, 0), points(40, 1)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert pairwise.Rows(real, real.double().mean(0)).rough.dtype == torch.float64
+        assert precision_recall(real, fake, k=3) == brute_force(real, fake, 3)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_memory_grows_with_the_chunk_not_with_n_squared() -> None:
+    """The largest tensor in the whole measurement of 2,000 rows, by what PyTorch allocates."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for value in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(value, Tensor) and value.untyped_storage().size():
+                    largest = max(largest, value.untyped_storage().nbytes())
+            return result
+
+    real, fake = points(2000, 0, dim=8), points(2000, 1, dim=8)
+    with Watch():
+        precision_recall(real, fake, k=3, chunk=256)
+    assert 0 < largest < 2000 * 2000 // 8, "not even a bit per pair"
+
+
+def test_too_few_images() -> None:
+    with pytest.raises(UserError, match="k = 3 need more than 3 images, got 3 and 9"):
+        precision_recall(points(3, 0), points(9, 1), k=3)
+
+
+def test_reaches_are_distances_to_others() -> None:
+    rows = points(50, 3, dim=5)
+    got = pairwise.reaches(pairwise.Rows(rows, rows.double().mean(0)), (1, 4), 16)
+    expected = np.sort(((rows[:, None] - rows[None]).double().square().sum(2)).numpy(), axis=1)[:, [1, 4]]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)

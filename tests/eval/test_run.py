@@ -1,0 +1,363 @@
+"""eval.runner.run, bench and curves: evaluations of tiny models, killed, shared out, and over settings."""
+
+import json
+import re
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import tiny
+from d2g.core.config import digest
+from d2g.core.errors import SettingError, UserError
+from eval.measure.reference import Reference
+from eval.protocols.config import CurveRun, EvalRun
+from eval.protocols.protocol import PROTOCOLS
+from eval.result import EvalResult
+from eval.runner.curves import run_curve, run_every
+from eval.runner.run import compare_results, run_evaluation, save_statistics
+from eval.runner.session import read_list
+from eval_jobs import config
+from jobs import Running, d2g, d2g_ranks
+
+
+def words(job: Path, teacher: Path, **options: Any) -> list[str]:
+    """The command line that says what `config` says."""
+    made = config(job)
+    given: dict[str, Any] = {"teacher": teacher, "prompts": made.prompts, "num": 12, "steps": 2}
+    given |= {"reference": made.reference, "metrics": "fid,pr,clip", "features": "clip", "clip": made.clip}
+    given |= {"weights": made.weights[0], "batch-size": 4, **options}
+    flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    return ["eval", "run", *flags, "--set", "part=4", "--set", "resamples=10", "--json"]
+
+
+NUMBERS = ("fid", "clip_score", "precision", "recall", "ci", "counts", "protocol_sha256", "models", "source")
+
+
+def numbers(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: result[name] for name in NUMBERS}
+
+
+def close(a: dict[str, Any], b: dict[str, Any]) -> None:
+    for name in ("fid", "clip_score"):
+        assert a[name] == pytest.approx(b[name], rel=1e-9), name
+    for name in ("precision", "recall", "counts", "protocol_sha256", "models"):
+        assert a[name] == b[name], name
+
+
+def test_an_out_folder_holds_all_there_is_to_know(job: Path, tmp_path: Path) -> None:
+    result = run_evaluation(config(job, student=str(job / "run"), out=str(tmp_path / "out")))
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"result.json", "report.html", "rows.safetensors", "work"}
+    assert EvalResult.load(out).to_json() == result
+    scores = load_file(out / "rows.safetensors")
+    assert set(scores) == {"clip_score"} and scores["clip_score"].mean().item() == pytest.approx(
+        result["clip_score"]
+    )
+    assert (out / "work" / "parts" / "00000000-00000004.safetensors").is_file()
+    page = (out / "report.html").read_text()
+    assert result["protocol_sha256"] in page and tiny.CAPTIONS[0] in page
+    single = tmp_path / "one.json"
+    again = run_evaluation(config(job, student=str(job / "run"), out=str(single)))
+    assert json.loads(single.read_text()) == again == result and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as one part is there, then as soon as two are, then to the end."""
+    whole = d2g(words(job, teacher), tmp_path / "whole").json
+    out = tmp_path / "out"
+    for wanted in (1, 2):
+        running = Running(words(job, teacher, out=out), tmp_path / f"killed{wanted}")
+        running.wait_for(lambda wanted=wanted: len(list((out / "work" / "parts").glob("0*"))) >= wanted)  # type: ignore[misc]
+        running.send(signal.SIGKILL)
+        assert running.wait().code == -signal.SIGKILL
+        assert not (out / "result.json").exists()
+    ended = d2g(words(job, teacher, out=out), tmp_path / "end")
+    assert ended.code == 0, ended.stderr
+    assert numbers(ended.json) == numbers(whole), "in every digit"
+    other = d2g(words(job, teacher, out=out, steps=3), tmp_path / "other")
+    assert other.code == 1 and "holds parts of another evaluation: source.steps (2 -> 3)" in other.error
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_share_the_work_and_one_speaks(
+    job: Path, teacher: Path, tmp_path: Path, ranks: int
+) -> None:
+    """The reference too: each process measures its share of the photographs."""
+    alone = d2g(words(job, teacher), tmp_path / "alone").json
+    cache = {"D2G_CACHE": str(tmp_path / "cache")}
+    ended = d2g_ranks(words(job, teacher, out=tmp_path / "out"), tmp_path / "ranks", ranks, cache)
+    assert [one.code for one in ended] == [0] * ranks, [one.stderr for one in ended]
+    assert [bool(one.stdout) for one in ended] == [True] + [False] * (ranks - 1)
+    close(ended[0].json, alone)
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["fid"] == ended[0].json["fid"]
+
+
+def test_kept_images_measure_the_same(job: Path, teacher: Path, tmp_path: Path) -> None:
+    drawn = run_evaluation(config(job, teacher=str(teacher), keep=str(tmp_path / "kept")))
+    assert len(list((tmp_path / "kept").iterdir())) == 12
+    read = run_evaluation(config(job, images=str(tmp_path / "kept"), prompts=None, num=0))
+    assert {k: read[k] for k in ("fid", "clip_score", "protocol_sha256")} == {
+        k: drawn[k] for k in ("fid", "clip_score", "protocol_sha256")
+    }
+    told = run_evaluation(
+        config(job, images=str(tmp_path / "kept"), num=0, prompts=str(twelve(job, tmp_path)))
+    )
+    assert told["clip_score"] == drawn["clip_score"]
+
+
+def twelve(job: Path, folder: Path) -> Path:
+    prompts = read_list(job / "prompts.txt")
+    (folder / "twelve.txt").write_text("\n".join(prompts[i % len(prompts)] for i in range(12)))
+    return folder / "twelve.txt"
+
+
+def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """Distances of pairs: to the teacher drawn now, and to the images it kept."""
+    metrics = ("psnr", "latent_lpips")
+    run = config(job, student=str(job / "run"), metrics=metrics, reference=None, steps=3, guidance=2.0)
+    drawn = run_evaluation(replace(run, out=str(tmp_path / "out")))
+    assert 0 < drawn["extra"]["psnr"] < 60 and drawn["extra"]["latent_lpips"] > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('<section id="beside"') == 1 and '<th scope="col">teacher</th>' in page
+    keep = config(
+        job,
+        teacher=str(teacher),
+        metrics=("clip",),
+        reference=None,
+        keep=str(tmp_path / "kept"),
+        steps=3,
+        guidance=2.0,
+    )
+    run_evaluation(keep)
+    kept = run_evaluation(replace(run, against=str(tmp_path / "kept"), out=str(tmp_path / "again")))
+    assert kept["extra"] == pytest.approx(drawn["extra"], rel=1e-6)
+    assert '<th scope="col">kept</th>' in (tmp_path / "again" / "report.html").read_text()
+    itself = run_evaluation(
+        config(
+            job,
+            teacher=str(teacher),
+            metrics=("psnr",),
+            reference=None,
+            steps=3,
+            guidance=2.0,
+            against=str(teacher),
+            out=str(tmp_path / "itself"),
+        )
+    )
+    assert itself["extra"]["psnr"] > 70, "the teacher is nearest to itself"
+    assert '<th scope="col">beside</th>' in (tmp_path / "itself" / "report.html").read_text()
+    with pytest.raises(SettingError, match="there is nothing to compare image by image; give --against"):
+        run_evaluation(config(job, teacher=str(teacher), metrics=("psnr",), reference=None))
+
+
+def test_latency_beside_the_numbers(job: Path) -> None:
+    run = config(job, student=str(job / "run"), metrics=("clip",), reference=None, latency=True)
+    found = run_evaluation(replace(run, latency_repeats=1))["latency"]
+    assert set(found["models"]) == {"student", "teacher"} and found["teacher_over_student"]["batch_1"] > 0
+    for model in found["models"].values():
+        assert set(model["batch_1"]["parts_ms"]) == {"text", "network", "decoder"} and model["best"]["ms"] > 0
+    with pytest.raises(SettingError, match="--latency times a sampler; images are already drawn"):
+        run_evaluation(
+            config(job, images=str(job / "photographs"), prompts=None, num=0, metrics=("fid",), latency=True)
+        )
+
+
+def test_neighbours_in_the_training_set(job: Path, tmp_path: Path) -> None:
+    run = config(job, student=str(job / "run"), out=str(tmp_path / "out"), train=str(job / "photographs"))
+    run_evaluation(run)
+    assert "Nearest training images" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(
+        SettingError, match="--train looks for neighbours in the protocol's features; add fid"
+    ):
+        run_evaluation(replace(run, metrics=("clip",), out=str(tmp_path / "other")))
+
+
+def test_a_curve_over_a_setting(job: Path, teacher: Path, tmp_path: Path) -> None:
+    run = config(job, teacher=str(teacher), metrics=("fid", "clip"), out=str(tmp_path / "curve"))
+    made = run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0)))
+    assert [point["guidance"] for point in made["points"]] == [1.0, 3.0]
+    for point in made["points"]:
+        alone = run_evaluation(
+            config(job, teacher=str(teacher), metrics=("fid", "clip"), guidance=point["guidance"])
+        )
+        assert point["fid"] == pytest.approx(alone["fid"]) and point["clip_score"] == pytest.approx(
+            alone["clip_score"]
+        )
+    out = tmp_path / "curve"
+    assert json.loads((out / "curve.json").read_text()) == made
+    with Image.open(out / "curve.png") as image:
+        assert image.width > 600 and len(image.convert("L").getcolors(256) or []) > 20
+    page = (out / "report.html").read_text()
+    assert "FID over CLIP score" in page and page.count("<svg") >= 1
+    assert sorted(path.name for path in (out / "work").iterdir()) == ["guidance-1", "guidance-3"]
+    assert run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0))) == made, "from the parts"
+
+
+def test_a_curve_of_truncation(job: Path, tmp_path: Path) -> None:
+    run = config(job, student=str(job / "run"), metrics=("fid", "clip"), out=str(tmp_path / "curve"))
+    made = run_curve(CurveRun(run=run, setting="noise_scale", values=(0.5, 1.0)))
+    assert made["points"][0]["fid"] != made["points"][1]["fid"]
+
+
+def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
+    run = config(job, student=str(job / "run"), every=True, out=str(tmp_path / "out"))
+    made = run_every(run)
+    assert [row["images"] for row in made["checkpoints"]] == [8.0, 16.0]
+    newest = run_evaluation(config(job, student=str(job / "run")))
+    assert made["fid"] == pytest.approx(newest["fid"]) == pytest.approx(made["checkpoints"][-1]["fid"])
+    assert made["checkpoints"][0]["fid"] != made["checkpoints"][1]["fid"]
+    assert "images trained on" in (tmp_path / "out" / "report.html").read_text()
+    assert EvalResult.load(tmp_path / "out").fid == made["fid"]
+    points = replace(run, every=False, metrics=("fid", "clip"), out=str(tmp_path / "curve"))
+    curve = run_curve(CurveRun(run=points, setting="checkpoints", values=(8.0,)))
+    assert curve["points"][0]["fid"] == pytest.approx(made["checkpoints"][0]["fid"])
+    with pytest.raises(UserError, match="has no checkpoint at 9 images; it has 8, 16"):
+        run_curve(CurveRun(run=points, setting="checkpoints", values=(9.0,)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "give --student or --teacher, or --images, or --pipeline"),
+        ({"student": "x", "images": "y"}, "one of them"),
+        ({"teacher": "x", "pipeline": "y"}, "one of them"),
+        ({"teacher": "x", "noise_scale": 0.5}, "noise_scale is a student's setting"),
+        ({"student": "miniature", "every": True}, "--every goes over a run's checkpoints"),
+        ({"images": "x", "keep": "y"}, "--keep saves what a sampler draws"),
+        ({"images": "x", "metrics": ("fad",)}, "unknown metric 'fad'; did you mean 'fid'"),
+        ({"images": "x", "metrics": ("caption_accuracy",)}, "take protocol scenes-5k or miniature"),
+        ({"images": "x", "metrics": ("fid",)}, "leaves the features open; give --features"),
+        (
+            {"images": "x", "metrics": ("clip",)},
+            "needs a CLIP, and protocol folder leaves it open; give --clip",
+        ),
+        (
+            {"images": "x", "metrics": ("latent_lpips",), "against": "y"},
+            "needs a teacher for its latent space",
+        ),
+        (
+            {"images": "x", "metrics": ("psnr",), "weights": ("incption=x",)},
+            "unknown network 'incption' in --weights",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "x" / "a.png")
+    settings = {k: str(tmp_path / "x") if v == "x" and k == "images" else v for k, v in settings.items()}
+    with pytest.raises(SettingError, match=re.escape(says)):
+        run_evaluation(EvalRun(**settings))
+
+
+def test_missing_weights_say_what_to_fetch(
+    job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for metrics, features, says in (
+        (("fid",), "inception", "pt_inception-2015-12-05-6726825d.pth"),
+        (("dreamsim_diversity",), "clip", "dreamsim_ensemble_checkpoint.zip"),
+        (("lpips",), "clip", "alexnet-owt-7be5be79.pth"),
+    ):
+        run = config(job, student=str(job / "run"), metrics=metrics, features=features, weights=())
+        with pytest.raises(UserError, match=says):
+            run_evaluation(run)
+
+
+def test_statistics_for_others(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """Made once from a folder, used without it, and refused by another protocol."""
+    run = config(job, metrics=("fid", "pr", "clip"), reference=None, prompts=None, num=0)
+    file = tmp_path / "real.safetensors"
+    made = save_statistics(run, job / "photographs", file)
+    assert (
+        made["images"] == 12 and made["networks"]["features"]["name"].startswith("clip:") and file.is_file()
+    )
+    shared = run_evaluation(config(job, teacher=str(teacher), reference=str(file)))
+    close(shared, run_evaluation(config(job, teacher=str(teacher))))
+    other = replace(config(job).protocol, size=8, resize="box", crop="centre")
+    with pytest.raises(UserError, match=r"another way: preprocessing \('native' -> 'crop8-box'\)"):
+        run_evaluation(config(job, teacher=str(teacher), reference=str(file), protocol=other))
+    with pytest.raises(SettingError, match="metrics clip need no reference; name some that do, say fid"):
+        save_statistics(replace(run, metrics=("clip",)), job / "photographs", file)
+
+
+def coco(folder: Path) -> Path:
+    """Ten photographs in COCO's form."""
+    (folder / "val2014").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    stream = torch.Generator().manual_seed(1)
+    for i in range(10):
+        pixels = torch.randint(256, (20, 24 + i, 3), generator=stream, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "val2014" / f"{i}.jpg")
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(10)],
+        "annotations": [{"id": i, "image_id": i, "caption": tiny.CAPTIONS[i % 6]} for i in range(10)],
+    }
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_coco_from_its_folder_to_a_number(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """Statistics and prompts in one file; who gets it needs neither COCO nor a list of prompts."""
+    named = PROTOCOLS["coco2014-30k-d2gan"]
+    small = replace(named, images=8, reference_images=10, size=16, features="any", clip="any")
+    run = config(job, protocol=small, prompts=None, num=0, reference=None)
+    made = save_statistics(run, coco(tmp_path / "coco"), tmp_path / "coco.safetensors")
+    assert (made["images"], made["prompts"], made["preprocessing"]) == (10, 8, "crop16-bicubic")
+    shared = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco.safetensors")))
+    direct = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco")))
+    assert numbers(shared) == numbers(direct) and shared["counts"]["images"] == 8
+    held = Reference.load(tmp_path / "coco.safetensors").prompts
+    assert shared["settings"]["prompts_sha256"] == digest(list(held)) and len(held) == 8
+    (note,) = [note for note in shared["notes"] if note.startswith("not coco2014-30k-d2gan as it is named")]
+    assert "images (30000 -> 8)" in note and "size (256 -> 16)" in note
+    with pytest.raises(UserError, match="has 10 captioned images, the protocol draws 30000"):
+        save_statistics(replace(run, protocol=named), tmp_path / "coco", tmp_path / "b.safetensors")
+
+
+def test_win_rates_from_kept_scores(job: Path, teacher: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name, shift in (("a", 0.0), ("b", 1.0)):
+        run_evaluation(config(job, teacher=str(teacher), out=str(tmp_path / name)))
+        scores = {"pickscore": torch.arange(12.0) + shift}
+        save_file(scores, tmp_path / name / "rows.safetensors")
+    found = compare_results([tmp_path / "b", tmp_path / "a"])
+    assert [row["name"] for row in found["results"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    (wins,) = found["pickscore_wins"]
+    assert (wins["first"], wins["win_rate"], wins["losses"]) == (str(tmp_path / "a"), 0.0, 12)
+    assert compare_results([tmp_path / "a"])["pickscore_wins"] == []
+
+
+def test_repeated_prompts_stay(tmp_path: Path) -> None:
+    """COCO's 30,000 captions hold 505 that stand there twice, and all are drawn."""
+    (tmp_path / "a.txt").write_text("one\n two \none\n\nthree\n")
+    assert read_list(tmp_path / "a.txt") == ["one", "two", "one", "three"]
+    (tmp_path / "b.txt").write_text("\n")
+    for name, says in (
+        ("b.txt", "holds no prompts"),
+        ("c.txt", "cannot read prompts from"),
+        ("d.pdf", "prompt files end in"),
+    ):
+        with pytest.raises(UserError, match=says):
+            read_list(tmp_path / name)
+
+
+def test_a_broken_teacher_is_named_and_nothing_is_written(teacher: Path, job: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "teacher"
+    shutil.copytree(teacher, broken)
+    file = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_out.bias"].fill_(float("nan"))
+    save_file(tensors, file, {"format": "pt"})
+    ended = d2g(words(job, broken, out=tmp_path / "out"), tmp_path / "run")
+    assert ended.code == 1 and "image 0" in ended.error and "is not finite" in ended.error
+    assert not (tmp_path / "out" / "result.json").exists()

@@ -1,0 +1,55 @@
+"""eval.runner.validation: a number measured while training is the one that `d2g eval run` gives afterwards."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
+from d2g.core.tracking.run_directory import read_stats
+from distill.sampling import load_one_step
+from distill.training.train import train
+from eval.protocols.config import EvalRun
+from eval.protocols.protocol import PROTOCOLS
+from eval.runner.run import run_evaluation
+from eval.runner.validation import measuring
+from eval_jobs import config
+from jobs import distill_config, make_pairs
+
+
+def test_numbers_of_a_student_in_training_are_those_of_its_evaluation(job: Path, teacher: Path) -> None:
+    run = config(job)
+    validate = measuring(run, str(teacher))
+    one = load_one_step(str(job / "run"))
+    expected = run_evaluation(replace(run, student=str(job / "run")))
+
+    def drawn(seed: int, prompts: Sequence[str]) -> Tensor:
+        return one.latents(noise(seed, range(len(prompts)), one.student.latent_shape), prompts)
+
+    for _ in range(2):
+        found = validate(drawn, 16)
+        assert found.keys() == {"val/fid", "val/clip_score", "val/precision", "val/recall"}
+        assert found == {key: pytest.approx(expected[key.removeprefix("val/")], rel=1e-4) for key in found}
+
+
+def test_a_run_reports_them_and_keeps_the_best(job: Path, teacher: Path, tmp_path: Path) -> None:
+    settings = (
+        "train.images=16",
+        "train.validate_images=8",
+        "train.validate_pairs=3",
+        "train.keep_best=true",
+    )
+    made = distill_config(teacher, make_pairs(teacher, tmp_path), *settings)
+    train(made, tmp_path / "run", validate=measuring(replace(config(job), metrics=("fid",)), str(teacher)))
+    lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
+    assert [line["nimg"] for line in lines] == [8, 16] and all("val/psnr" in line for line in lines)
+    best = min(lines, key=lambda line: line["val/fid"])["nimg"]
+    assert (tmp_path / "run" / "checkpoints" / f"{int(best):09d}").is_dir()
+
+
+def test_metrics_of_pairs_are_refused() -> None:
+    with pytest.raises(SettingError, match="'psnr' compares images pair by pair"):
+        measuring(EvalRun(protocol=PROTOCOLS["folder"], metrics=("psnr", "fid")), "miniature")

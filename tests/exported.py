@@ -1,0 +1,63 @@
+"""Run folders and results to export and to quote on a model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import to_json
+from d2g.core.distributed.checkpoint import save
+from d2g.core.seeds import generator
+from distill.config.components import StudentConfig
+from distill.config.run import DistillConfig
+from distill.models.student import student_from_teacher
+from distill.training.state import new_state
+from eval.runner.samplers import Drawing, student_source
+
+PROMPT = ["a red cube", "two green cones"]
+
+
+def as_run(folder: Path, teacher: str, config: StudentConfig | None = None, **settings: Any) -> str:
+    """A run folder whose student is the teacher with every weight moved a little, as training would."""
+    whole = DistillConfig(teacher=teacher, student=config or StudentConfig(), **settings)
+    student = student_from_teacher(teacher, whole.student_timestep, whole.student)
+    rng = generator(3, 1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=rng))
+    write_atomically(folder / "config.json", json.dumps(to_json(whole)))
+    save(folder / "checkpoints", 4, {"ema": student.state_dict()}, {}, {"steps": 1})
+    return str(folder)
+
+
+def lora_run(folder: Path, teacher: str, config: StudentConfig, init: str = "", seed: int = 4) -> str:
+    """A run whose student has adapters that do something, on the weights that a run of it would have."""
+    whole = DistillConfig(teacher=teacher, student=config, init=init)
+    student = new_state(whole, torch.device("cpu")).student.module
+    rng = generator(seed, 1)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+    write_atomically(folder / "config.json", json.dumps(to_json(whole)))
+    save(folder / "checkpoints", 4, {"ema": student.state_dict()}, {}, {"steps": 1})
+    return str(folder)
+
+
+def told(exported: Path) -> str:
+    return (exported / "README.md").read_text(encoding="utf-8")
+
+
+def evaluated(file: Path, student: str) -> str:
+    """What `d2g eval run --student` would write, but for the numbers."""
+    source = student_source(student, Drawing(prompts=["a red cube"]))
+    return result(file, name=source.name, **source.facts)
+
+
+def result(file: Path, **source: Any) -> str:
+    """A result of `d2g eval run` with this source."""
+    facts = {"protocol": "coco", "protocol_sha256": "abc" * 20, "fid": 9.29, "counts": {"images": 30000}}
+    write_atomically(file, json.dumps({**facts, "source": source}))
+    return str(file)

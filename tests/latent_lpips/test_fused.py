@@ -1,0 +1,202 @@
+"""The sweep without autograd's graph, against autograd in float64, and what it promises about memory."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from latent_lpips import fused
+from latent_lpips.config import LPIPSConfig, Precision
+from latent_lpips.distance import LatentLPIPS
+from latent_lpips.vgg import EXACT_CONVS, convolution_dtype, folded
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def latents(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=rng(seed))
+
+
+def lively(width: float) -> LatentLPIPS:
+    """Random weights, and norms that do something."""
+    torch.manual_seed(0)
+    metric = LatentLPIPS(LPIPSConfig(width=width))
+    for module in metric.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+    for head in metric.heads:
+        head.uniform_(0, 2)
+    return metric
+
+
+@pytest.fixture(scope="module")
+def metric() -> LatentLPIPS:
+    return lively(1 / 16)
+
+
+@pytest.fixture(scope="module")
+def half() -> LatentLPIPS:
+    return lively(0.5)
+
+
+def with_gradient(metric: LatentLPIPS, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    pred = pred.detach().requires_grad_()
+    distance = metric(pred, target)
+    (gradient,) = torch.autograd.grad(distance.sum(), pred)
+    return distance.detach(), gradient
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
+
+
+@pytest.mark.parametrize("noise", [math.inf, 1.0, 0.1])
+def test_fast_path_agrees_with_float64(half: LatentLPIPS, noise: float) -> None:
+    """1e-5 in fp32, 1e-2 in bf16, gradients' cosine 0.999; from unrelated latents to close ones. At full
+    width, benchmarks/latent_lpips.py says so."""
+    pred, other = latents(2, 4, 16, 16), latents(2, 4, 16, 16, seed=1)
+    target = other if noise == math.inf else pred + noise * other
+    exact, slope = with_gradient(copy.deepcopy(half).double(), pred.double(), target.double())
+    assert exact.dtype == slope.dtype == torch.float64
+    bounds: dict[Precision, tuple[float, float]] = {"fp32": (1e-5, 1 - 1e-6), "bf16": (1e-2, 0.999)}
+    for precision, (error, least) in bounds.items():
+        distance, gradient = with_gradient(copy.deepcopy(half).fold(precision), pred, target)
+        assert (distance / exact - 1).abs().max() < error, precision
+        assert cosine(gradient, slope) > least, precision
+        assert (gradient.norm() / slope.norm()).item() == pytest.approx(1, abs=10 * error)
+
+
+def test_gradient_passes_the_numerical_check(metric: LatentLPIPS) -> None:
+    exact = copy.deepcopy(metric).fold().double()
+    pred, target = latents(1, 4, 4, 4).double(), latents(1, 4, 4, 4, seed=1).double()
+    assert torch.autograd.gradcheck(lambda x: exact(x, target), pred.requires_grad_(), eps=1e-7, atol=1e-4)
+
+
+def test_folded_agrees_with_autograd_layer_by_layer_and_weight_by_weight(metric: LatentLPIPS) -> None:
+    quick = copy.deepcopy(metric).fold()
+    pred, target = latents(3, 4, 9, 14).requires_grad_(), latents(3, 4, 9, 14, seed=1)
+    torch.testing.assert_close(quick.layers(pred, target), metric.layers(pred, target))
+    torch.testing.assert_close(quick(pred, target), quick.layers(pred, target).sum(1))
+    weights = torch.tensor([0.5, -2.0, 0.0])
+    slopes = [torch.autograd.grad((weights * m(pred, target)).sum(), pred)[0] for m in (quick, metric)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-7)
+    assert torch.equal(slopes[0][2], torch.zeros(4, 9, 14))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_equal_inputs_are_exactly_zero_apart(metric: LatentLPIPS, precision: Precision) -> None:
+    quick, x = copy.deepcopy(metric).fold(precision), latents(3, 4, 16, 16)
+    distance, gradient = with_gradient(quick, x, x.clone())
+    assert torch.equal(distance, torch.zeros(3)) and torch.equal(gradient, torch.zeros_like(x))
+    assert torch.equal(quick(x, x.clone()), torch.zeros(3))
+
+
+def test_a_rows_result_does_not_depend_on_the_batch(metric: LatentLPIPS) -> None:
+    """7 latents of 48x64 make four sweeps of two rows and one."""
+    quick = copy.deepcopy(metric).fold()
+    pred, target = latents(7, 4, 48, 64), latents(7, 4, 48, 64, seed=1)
+    assert [len(p) for p, _ in fused._rows(pred, target)] == [2, 2, 2, 1]
+    distance, gradient = with_gradient(quick, pred, target)
+    for row in (0, 3, 6):
+        alone = with_gradient(quick, pred[row : row + 1], target[row : row + 1])
+        torch.testing.assert_close(alone, (distance[row : row + 1], gradient[row : row + 1]))
+    torch.testing.assert_close(quick(pred, target), distance)
+
+
+def test_graph_holds_one_gradient_and_no_features(metric: LatentLPIPS) -> None:
+    quick, held = copy.deepcopy(metric).fold(), []
+    pred, target = latents(4, 4, 16, 16).requires_grad_(), latents(4, 4, 16, 16, seed=1)
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        quick(pred, target)
+    assert [tuple(tensor.shape) for tensor in held] == [tuple(pred.shape)]
+
+
+def test_runs_under_deterministic_algorithms(metric: LatentLPIPS) -> None:
+    quick, (pred, target) = copy.deepcopy(metric).fold(), (latents(2, 4, 9, 8), latents(2, 4, 9, 8, seed=1))
+    expected = with_gradient(quick, pred, target)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = with_gradient(quick, pred, target)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_gradients_of_gradients_are_refused_and_autograd_has_them(metric: LatentLPIPS) -> None:
+    quick = copy.deepcopy(metric).fold()
+    pred, target = latents(1, 4, 8, 8).requires_grad_(), latents(1, 4, 8, 8, seed=1)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*use metric.layers\(pred, target\)"):
+        torch.autograd.grad(quick(pred, target).sum(), pred, create_graph=True)
+    (slope,) = torch.autograd.grad(quick.layers(pred, target).sum(), pred, create_graph=True)
+    slope.square().sum().backward()
+    assert pred.grad is not None and pred.grad.abs().max() > 0
+
+
+def test_all_zero_features_have_a_finite_gradient(metric: LatentLPIPS) -> None:
+    dead = copy.deepcopy(metric).fold()
+    for layer in dead.trunk.layers():
+        layer.bias.fill_(-1e6)
+    distance, gradient = with_gradient(dead, latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1))
+    assert torch.equal(distance, torch.zeros(2)) and torch.equal(gradient, torch.zeros(2, 4, 8, 8))
+    features = torch.zeros(1, 3, 2, 2).requires_grad_()
+    (slope,) = torch.autograd.grad(fused.normalise(features).sum(), features)
+    assert slope.isfinite().all()
+
+
+def test_bf16_starts_after_the_exact_stages(metric: LatentLPIPS) -> None:
+    trunk = folded(copy.deepcopy(metric.trunk), "bf16")
+    types = [layer.weight.dtype for layer in trunk.layers()]
+    assert types == [torch.float32] * EXACT_CONVS + [torch.bfloat16] * (13 - EXACT_CONVS)
+    assert (metric.precision, copy.deepcopy(metric).fold("bf16").precision) == ("fp32", "bf16")
+    assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in trunk.layers())
+
+
+def test_precision_is_a_function_of_the_device() -> None:
+    cpu = torch.device("cpu")
+    assert convolution_dtype("fp32", cpu) == torch.float32
+    assert convolution_dtype("bf16", cpu) == torch.bfloat16
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    expected = torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32
+    assert convolution_dtype("auto", cpu) == expected
+    assert convolution_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_group_norm_cannot_be_folded_and_works_unfolded() -> None:
+    torch.manual_seed(0)
+    metric = LatentLPIPS(LPIPSConfig(width=1 / 16, norm="group"))
+    a, b = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
+    before = metric(a, b)
+    assert torch.equal(metric.fold("bf16")(a, b), before) and metric.config.norm == "group"
+    alone = metric(a[:1], b[:1])
+    torch.testing.assert_close(alone, before[:1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiles_in_one_graph(metric: LatentLPIPS, precision: Precision, fresh_dynamo: None) -> None:
+    quick = copy.deepcopy(metric).fold(precision)
+    compiled = torch.compile(quick, fullgraph=True, backend="aot_eager")
+    pred, target = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
+    torch.testing.assert_close(with_gradient(compiled, pred, target), with_gradient(quick, pred, target))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices_agree(metric: LatentLPIPS, device: str) -> None:
+    quick = copy.deepcopy(metric).fold()
+    pred, target = latents(2, 4, 16, 16), latents(2, 4, 16, 16, seed=1)
+    expected = with_gradient(quick, pred, target)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found = with_gradient(copy.deepcopy(quick).to(device), pred.to(device), target.to(device))
+    torch.testing.assert_close([t.cpu() for t in found], list(expected), rtol=1e-4, atol=1e-7)

@@ -1,0 +1,56 @@
+"""Rows on disk: how many files are open, odd names, and time that is over."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from d2g.core.errors import Interrupted
+from latent_lpips.training.latent_cache import OPEN, SHARD, cached
+
+
+def make(rows: range) -> torch.Tensor:
+    return torch.tensor(rows)[:, None].float()
+
+
+def test_a_large_cache_holds_few_files_open(tmp_path: Path) -> None:
+    shards = OPEN + 20
+    before = len(os.listdir("/proc/self/fd"))
+    rows = cached(tmp_path, "train", shards * SHARD, {}, make, dtype=torch.float32)
+    everywhere = torch.arange(0, shards * SHARD, SHARD // 2)
+    for _ in range(2):
+        assert torch.equal(rows[everywhere.tolist()][:, 0], everywhere.float())
+    assert len(os.listdir("/proc/self/fd")) - before <= OPEN and len(rows) == shards * SHARD
+
+
+def test_names_with_brackets_are_found_again(tmp_path: Path) -> None:
+    made: list[range] = []
+
+    def watched(rows: range) -> torch.Tensor:
+        made.append(rows)
+        return make(rows)
+
+    for name in ("noise[1]", "noise1", "noise*"):
+        for _ in range(2):
+            assert cached(tmp_path, name, 5, {}, watched)[[4]].item() == 4
+    assert len(made) == 3
+
+
+def test_time_is_looked_at_between_shards_and_each_start_makes_one(tmp_path: Path) -> None:
+    starts = 0
+    while True:
+        starts += 1
+        try:
+            rows = cached(tmp_path, "train", 3 * SHARD - 5, {}, make, late=lambda: True, dtype=torch.float32)
+            break
+        except Interrupted as left:
+            assert f"{starts * SHARD} of {3 * SHARD - 5} rows of train" in str(left)
+    assert starts == 3 and rows[[3 * SHARD - 6]].item() == 3 * SHARD - 6
+
+
+def test_the_clock_runs_from_the_first_shard(tmp_path: Path) -> None:
+    """Time that is over at the last shard leaves nothing to stop."""
+    ticks: Iterator[bool] = iter([False, True])
+    cached(tmp_path, "train", 2 * SHARD, {}, make, late=lambda: next(ticks))
+    assert next(ticks, None) is None

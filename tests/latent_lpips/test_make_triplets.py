@@ -1,0 +1,178 @@
+"""`d2g lpips triplets`: folders in BAPPS' layout whose order is true."""
+
+import io
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d2g.core.errors import SettingError, UserError
+from labelled import picture, save_classes, save_table
+from latent_lpips.training.bapps import find_splits, write_triplet
+from latent_lpips.training.config import KINDS, TripletsConfig
+from latent_lpips.training.crops import to_pil, to_tensor
+from latent_lpips.training.labelled_images import open_pictures
+from latent_lpips.training.make_triplets import distortions, jpeg, make_triplets, patch, triplet
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_classes(tmp_path_factory.mktemp("triplets") / "data", 4)
+
+
+def read(path: Path) -> np.ndarray:  # type: ignore[type-arg]
+    with Image.open(path) as opened:
+        return np.asarray(opened).astype(float)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.*")) if f.is_file()}
+
+
+def test_all_kinds_are_written_and_read_back(data: Path, teacher: Path, tmp_path: Path) -> None:
+    config = TripletsConfig(data=str(data), decoders=(str(teacher),), size=32, patches=2, val=0.25)
+    result = make_triplets(config, tmp_path)
+    assert result.train == dict.fromkeys(KINDS, 18) and result.val == dict.fromkeys(KINDS, 6)
+    for part, count in (("train", 18), ("val", 6)):
+        splits = find_splits(tmp_path, "2afc", part)  # type: ignore[arg-type]
+        assert {split.name for split in splits} == set(KINDS) and {len(s) for s in splits} == {count}
+        for split in splits:
+            assert set(split.answers.tolist()) == {0.0, 1.0}
+            for paths, judge in zip(split.pictures, split.answers.tolist(), strict=True):
+                ref, p0, p1 = (read(path) for path in paths)
+                assert ref.shape == (32, 32, 3)
+                if split.name != "warp":  # whose squared error need not grow
+                    assert (((p1 - ref) ** 2).mean() < ((p0 - ref) ** 2).mean()) == bool(judge), paths
+    train, val = ({f.name for f in (tmp_path / part).rglob("*.png")} for part in ("train", "val"))
+    assert not train & val
+
+
+def test_a_torn_folder_is_completed_alike(data: Path, tmp_path: Path) -> None:
+    config = TripletsConfig(data=str(data), size=16, kinds=("jpeg", "noise"))
+    make_triplets(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+    for file in sorted((tmp_path / "torn" / "train" / "noise").rglob("00000[37].0.*")):
+        file.unlink()
+    make_triplets(config, tmp_path / "torn")
+    assert listing(tmp_path / "torn") == listing(tmp_path / "whole")
+    make_triplets(replace(config, seed=1), tmp_path / "other")
+    assert listing(tmp_path / "other") != listing(tmp_path / "whole")
+    with pytest.raises(UserError, match="another config: seed"):
+        make_triplets(replace(config, seed=1), tmp_path / "torn")
+
+
+def test_strengths_keep_their_ratio_and_share_their_draws() -> None:
+    seen: list[tuple[float, float]] = []
+
+    def watch(x: torch.Tensor, strength: float, rng: torch.Generator) -> torch.Tensor:
+        seen.append((strength, float(torch.rand((), generator=rng))))
+        return x * (1 - strength)
+
+    ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
+    judges = []
+    for seed in range(200):
+        drawn = triplet(ref, watch, 1.5, torch.Generator().manual_seed(seed))
+        assert drawn is not None
+        versions, judge = drawn
+        (weak, first), (strong, second) = seen[-2:]
+        assert 0.05 <= weak and 1.5 * weak <= strong * (1 + 1e-9) and strong <= 1 and first == second
+        nearer = versions["p1"] if judge else versions["p0"]
+        farther = versions["p0"] if judge else versions["p1"]
+        assert (nearer.float() - ref).abs().mean() < (farther.float() - ref).abs().mean()
+        judges.append(judge)
+    assert 70 < sum(judges) < 130
+
+
+def test_jpeg_is_pillow_s() -> None:
+    image = picture(1, 3, 32, 32)
+    x = to_tensor(image)[None].float() / 127.5 - 1
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=48)
+    ours = jpeg(x, 0.5, torch.Generator())
+    theirs = to_tensor(Image.open(buffer).convert("RGB"))[None].float() / 127.5 - 1
+    assert torch.equal(ours, theirs)
+    assert set(distortions([])) == set(KINDS)
+
+
+def test_patches_are_squares_of_the_picture(tmp_path: Path) -> None:
+    board = np.zeros((40, 60, 3), np.uint8)
+    board[:, :, 0], board[:, :, 1] = np.arange(60), np.arange(40)[:, None]
+    (tmp_path / "data").mkdir()
+    Image.fromarray(board).save(tmp_path / "data" / "a.png")
+    pictures = open_pictures(str(tmp_path / "data"))
+    config = TripletsConfig(data=str(tmp_path / "data"), size=40)
+    lefts = set()
+    for number in range(30):
+        cut = patch(pictures, 0, number, config)  # the whole height: nothing is resized
+        assert cut.shape == (3, 40, 40)
+        lefts.add(int(cut[0, 0, 0]))
+        assert torch.equal(cut[0, 0], torch.arange(cut[0, 0, 0], cut[0, 0, 0] + 40).to(torch.uint8))
+    assert min(lefts) < 5 and max(lefts) > 15
+    assert to_pil(patch(pictures, 0, 0, replace(config, size=64))).size == (64, 64)
+
+
+def test_parquet_serves_and_bad_input_is_one_line(data: Path, tmp_path: Path) -> None:
+    table = save_table(tmp_path / "a.parquet", 2, label=False)
+    made = make_triplets(TripletsConfig(data=str(table), size=16, kinds=("blur",)), tmp_path / "out")
+    assert made.train == {"blur": 5} and made.val == {"blur": 1}
+    with pytest.raises(SettingError, match="no decoder is given; give --decoder"):
+        TripletsConfig(kinds=("decoder",))
+    with pytest.raises(SettingError, match="ratio"):
+        TripletsConfig(ratio=1.0)
+    with pytest.raises(SettingError, match="data is not set"):
+        make_triplets(TripletsConfig(), tmp_path / "x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        make_triplets(TripletsConfig(data=str(tmp_path / "empty")), tmp_path / "x")
+    single = TripletsConfig(data=str(data / "red" / "00.png"))
+    with pytest.raises(UserError, match="1 pictures, 1 for val/; give more, or set val=0"):
+        make_triplets(single, tmp_path / "x2")
+
+
+def test_equal_versions_are_drawn_again_or_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (40, 40), (90, 120, 30)).save(folder / "flat.png")
+    picture(1, 0, 40, 40).save(folder / "other.png")
+    config = TripletsConfig(data=str(folder), size=16, kinds=("blur", "noise", "colour"), val=0)
+    made = make_triplets(config, tmp_path / "out")
+    assert made.train == {"blur": 1, "noise": 2, "colour": 2} and made.left_out == 1
+    (split,) = (s for s in find_splits(tmp_path / "out", "2afc", "train") if s.name == "blur")
+    assert [paths[0].stem for paths in split.pictures] == ["000001.0"]
+    assert make_triplets(config, tmp_path / "out") == made
+
+    def steps(x: torch.Tensor, strength: float, rng: torch.Generator) -> torch.Tensor:
+        return x - 0.5 * (strength > 0.9)  # only a strong enough one changes anything
+
+    ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
+    drawn = [triplet(ref, steps, 1.3, torch.Generator().manual_seed(seed)) for seed in range(100)]
+    found = [made[0] for made in drawn if made is not None]
+    assert 15 < len(found) < 100 and not any(torch.equal(v["p0"], v["p1"]) for v in found)
+    once = sum(not torch.equal(v["p0"], v["p1"]) for v in map(first_draw, range(100)))
+    assert len(found) > 1.5 * once
+
+
+def first_draw(seed: int) -> dict[str, torch.Tensor]:
+    """What the strengths of the first attempt give."""
+    rng = torch.Generator().manual_seed(seed)
+    weak = 0.05 + (1 / 1.3 - 0.05) * float(torch.rand((), generator=rng))
+    strong = weak * (1.3 + (1 / weak - 1.3) * float(torch.rand((), generator=rng)))
+    return {"p0": torch.tensor(weak > 0.9), "p1": torch.tensor(strong > 0.9)}
+
+
+def test_judgements_appear_whole(tmp_path: Path) -> None:
+    """By rename: who has the old file open, or another name of it, keeps the old one."""
+    images = {name: picture(0, number, 16, 16) for number, name in enumerate(("ref", "p0", "p1"))}
+    write_triplet(tmp_path, "a", images, 0.0)
+    for name in ("judge/a.npy", "ref/a.png"):
+        os.link(tmp_path / name, tmp_path / Path(name).name)
+    old = (tmp_path / "a.png").read_bytes()
+    write_triplet(tmp_path, "a", {**images, "ref": picture(2, 7, 16, 16)}, 1.0)
+    assert np.load(tmp_path / "a.npy").item() == 0 and np.load(tmp_path / "judge" / "a.npy").item() == 1
+    assert (tmp_path / "a.png").read_bytes() == old != (tmp_path / "ref" / "a.png").read_bytes()
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(".*"))

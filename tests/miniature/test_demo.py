@@ -1,0 +1,170 @@
+"""miniature.demo on the shipped teacher, cut to a few steps: files, keys, pictures, a report in one file."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from browser import chromium
+from d2g.core.config import override, to_json
+from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
+from d2g.diffusion.pretrained import SHIPPED, resolve
+from d2g.diffusion.teacher import load_teacher
+from eval.protocols.config import EvalRun
+from eval.protocols.protocol import PROTOCOLS
+from eval.runner.run import run_evaluation
+from miniature.demo import PRESETS, SAMPLERS, DemoConfig, DemoResult, run_demo
+from miniature.metrics import TEST_SEED
+from miniature.sampling import captions
+from pairgen.store.reader import PairReader
+
+TINY = override(
+    PRESETS["quick"],
+    [
+        "pairs.num_pairs=8",
+        "pairs.steps=2",
+        "pairs.shard_size=4",
+        "ode.train.images=16",
+        "gan.train.images=16",
+        "ode.train.batch_size=8",
+        "gan.train.batch_size=8",
+        "ode.train.report_images=8",
+        "gan.train.report_images=8",
+        "eval_images=8",
+        "teacher_steps=2",
+        "columns=2",
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, list[str]]:
+    out, labels = tmp_path_factory.mktemp("demo") / "out", []
+    result = run_demo(TINY, out, lambda label, done, total: labels.append(label))
+    return result, out, labels
+
+
+def test_the_contracts_keys(made: tuple[DemoResult, Path, list[str]]) -> None:
+    result, out, labels = made
+    found = json.loads((out / "demo.json").read_text())
+    assert found == result.to_json()
+    assert {"out", "report", "seconds", "pairs", "caption_accuracy", "fid", "recall", "ms_per_image"} <= set(
+        found
+    )
+    for key in ("fid", "caption_accuracy", "recall", "precision", "clip_score", "caption_exact"):
+        assert set(found[key]) == set(SAMPLERS), key
+        assert all(math.isfinite(value) for value in found[key].values())
+    assert set(found["ms_per_image"]) == {"teacher", "student"} and min(found["ms_per_image"].values()) > 0
+    assert set(found["timings"]) == {"pairs", "stage 1", "stage 2", "evaluation"} and found["pairs"] == 8
+    assert {"pairs", "ode", "gan", "evaluate"} <= set(labels)
+
+
+def test_the_parts_are_ordinary_folders(made: tuple[DemoResult, Path, list[str]]) -> None:
+    _, out, _ = made
+    assert PairReader(out / "pairs").complete
+    for stage in ("ode", "gan"):
+        assert [p.name for p in (out / stage / "checkpoints").iterdir()] == ["000000016"]
+    config = EvalRun(
+        student=str(out / "gan"),
+        protocol=PROTOCOLS["miniature"],
+        num=8,
+        metrics=("clip", "caption_accuracy"),
+    )
+    found = run_evaluation(config)
+    assert found["clip_score"] == pytest.approx(made[0].clip_score["gan"], abs=1e-6)
+    assert found["extra"]["caption_accuracy"] == pytest.approx(made[0].caption_accuracy["gan"])
+
+
+def test_pictures_stand_side_by_side(made: tuple[DemoResult, Path, list[str]]) -> None:
+    _, out, _ = made
+    strips = []
+    for name in SAMPLERS:
+        with Image.open(out / f"{name}.png") as image:
+            assert image.size == (2 * 66, 66) and image.mode == "RGB"
+            strips.append(image.tobytes())
+    with Image.open(out / "side-by-side.png") as image:
+        assert image.size == (2 * 66, 4 * 66) and image.tobytes() == b"".join(strips)
+    assert len(set(strips)) == 4
+
+
+def test_the_report_needs_nothing_else(made: tuple[DemoResult, Path, list[str]]) -> None:
+    result, _, _ = made
+    text = Path(result.report).read_text(encoding="utf-8")
+    sources = re.findall(r"""\ssrc\s*=\s*['"]([^'"]{0,40})""", text)
+    assert len(sources) == 4 * 2 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http:" not in text and "<script" not in text and "@import" not in text and "url(" not in text
+    assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
+
+
+def test_the_report_in_a_browser(made: tuple[DemoResult, Path, list[str]]) -> None:
+    result, _, _ = made
+    with chromium() as browser:
+        for width, dark in ((1400, False), (400, True)):
+            seen = browser.open(Path(result.report), width=width, dark=dark)
+            assert seen.problems == [] and seen.images == 4 * 2
+    assert [text for level, text in seen.headings if level == 2] == [
+        "Metrics", "Same noise, same prompt", "Curves", "Latency", "Time taken",
+    ]  # fmt: skip
+    assert [text for level, text in seen.headings if level == 3] == [
+        "Stage 1: losses", "Stage 2: losses", "Stage 2: the discriminator's mean logits",
+    ]  # fmt: skip
+    for shown in ("Frechet distance (oracle features)", "Recall", "CLIP score", "Caption accuracy", "total"):
+        assert shown in seen.text
+    assert "teacher, 2 DDIM steps" in seen.text  # as configured, not as usual
+    assert all(prompt in seen.text for prompt in captions(2, TEST_SEED))
+
+
+def test_again_keeps_what_is_done(made: tuple[DemoResult, Path, list[str]]) -> None:
+    first, out, _ = made
+    kept = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".h5", ".safetensors")
+    }
+    again = run_demo(TINY, out)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert again.fid == pytest.approx(first.fid, rel=1e-6) and again.recall == first.recall
+
+
+def test_stable_diffusion_pipeline_samples_the_shipped_teacher() -> None:
+    """Plain diffusers loads the folder, and our pairs are its latents."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(SHIPPED["miniature"] / "teacher")
+    pipe.set_progress_bar_config(disable=True)
+    teacher, prompts = load_teacher("miniature", final_alpha="teacher"), captions(2, 2)
+    drawn = noise(0, range(2), teacher.latent_shape)
+
+    def by_diffusers(kind: str) -> object:
+        return pipe(
+            prompts, latents=drawn, num_inference_steps=5, guidance_scale=3.0, output_type=kind
+        ).images
+
+    latents = by_diffusers("latent")
+    found = teacher.sample(drawn, prompts, 5, 3.0, "ddim")
+    torch.testing.assert_close(found, latents, rtol=0, atol=1e-4)
+    pictures = by_diffusers("pil")
+    assert isinstance(pictures, list) and [p.size for p in pictures] == [(64, 64)] * 2
+    assert all(max(hi - lo for lo, hi in picture.getextrema()) > 50 for picture in pictures)
+
+
+def test_shipped_folders_are_small_and_say_what_they_are() -> None:
+    folder = SHIPPED["miniature"]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}  # no pickles
+    assert resolve("miniature") == folder / "teacher" and (folder / "student" / "student.json").is_file()
+
+
+def test_presets_and_impossible_sizes() -> None:
+    assert set(PRESETS) == {"default", "quick"} and PRESETS["default"] == DemoConfig()
+    for preset in PRESETS.values():
+        assert preset.ode.teacher == preset.gan.teacher == preset.pairs.teacher == "miniature"
+        assert override(DemoConfig(), []) == DemoConfig() and to_json(preset)["columns"] == preset.columns
+    for wrong in ({"eval_images": 1}, {"columns": 0}, {"columns": 1000}):
+        with pytest.raises(SettingError, match="eval_images is"):
+            replace(DemoConfig(), **wrong)

@@ -1,0 +1,124 @@
+"""pairgen.store.concat: several stores read as one, each row with the scale it was made with."""
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2g.core.distributed import checkpoint
+from d2g.core.errors import SettingError, UserError
+from d2g.diffusion import pretrained
+from distill.models.student import student_from_teacher
+from distill.sampling import load_one_step, save_samples
+from distill.training.data import open_pairs, pair_batches
+from distill.training.train import train
+from jobs import distill_config, make_pairs
+from pairgen.store.concat import GuidedBatch, JoinedReader, scales
+from pairgen.store.reader import PairReader
+
+
+@pytest.fixture(scope="module")
+def stores(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    low, high = (tmp_path_factory.mktemp(name) for name in ("low", "high"))
+    return [
+        make_pairs(teacher, low, guidance=2.0, num_pairs=8),
+        make_pairs(teacher, high, guidance=6.0),
+    ]
+
+
+def joined(stores: list[Path], told: bool = True) -> JoinedReader:
+    return JoinedReader([PairReader(store) for store in stores], told)
+
+
+def test_rows_are_the_stores_own_with_their_scale(stores: list[Path]) -> None:
+    reader, own = joined(stores), [PairReader(store) for store in stores]
+    assert len(reader) == 8 + 12 and reader.spec == own[0].spec
+    batch = reader.read(range(20))
+    assert isinstance(batch, GuidedBatch) and sorted(set(batch.guidance.tolist())) == [2.0, 6.0]
+    for scale, source in ((2.0, own[0]), (6.0, own[1])):
+        here = batch.guidance == scale
+        whole = source.read(range(len(source)))
+        assert batch.index[here].tolist() == whole.index.tolist()
+        assert torch.equal(batch.noise[here], whole.noise)
+        assert torch.equal(batch.latent[here], whole.latent)
+        assert [p for p, ours in zip(batch.prompts, here, strict=True) if ours] == whole.prompts
+
+
+def test_any_stretch_of_rows_has_every_scale_by_its_share(stores: list[Path]) -> None:
+    reader = joined(stores)
+    for start in range(0, 15):
+        low = (reader.read(range(start, start + 5)).guidance == 2.0).sum()  # type: ignore[attr-defined]
+        assert 1 <= low <= 3
+
+
+def test_order_and_repeats_are_the_callers(stores: list[Path]) -> None:
+    reader = joined(stores)
+    rows = [17, 3, 3, 0, 9]
+    whole, some = reader.read(range(20)), reader.read(rows)
+    assert isinstance(whole, GuidedBatch) and isinstance(some, GuidedBatch)
+    assert torch.equal(some.latent, whole.latent[rows]) and torch.equal(some.guidance, whole.guidance[rows])
+    assert some.prompts == [whole.prompts[row] for row in rows]
+    assert torch.equal(some.index, whole.index[rows])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
+def test_batches_come_through_workers(stores: list[Path], teacher: Path) -> None:
+    sha256 = pretrained.weights_sha256(str(teacher))
+    reader = open_pairs(",".join(map(str, stores)), sha256, told=True)
+    streams = [pair_batches(reader, 4, 7, 0, workers) for workers in (0, 1)]
+    for a, b in zip(*(list(islice(s, 5)) for s in streams), strict=True):
+        assert torch.equal(a.latent, b.latent) and torch.equal(scales(a)[0], scales(b)[0])
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+
+
+def test_one_store_stays_itself_or_tells_its_scale(stores: list[Path], teacher: Path) -> None:
+    sha256 = pretrained.weights_sha256(str(teacher))
+    plain = open_pairs(str(stores[0]), sha256)
+    assert isinstance(plain, PairReader) and scales(plain.read([0])) == ()
+    (told,) = scales(open_pairs(str(stores[0]), sha256, told=True).read([0, 1]))
+    assert told.tolist() == [2.0, 2.0]
+
+
+def test_what_does_not_go_together(stores: list[Path], teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"guidance scales 2, 6; set student.guidance_conditioning=true"):
+        joined(stores, told=False)
+    same = joined([stores[0], stores[0]], told=False)
+    assert len(same) == 16 and not isinstance(same.read([0]), GuidedBatch)
+    readers = [PairReader(store) for store in stores]
+    readers[1].spec = replace(readers[1].spec, teacher_sha256="other")
+    with pytest.raises(UserError, match="has teacher_sha256 other"):
+        JoinedReader(readers, True)
+
+
+def test_a_student_is_trained_on_several_scales(stores: list[Path], teacher: Path, tmp_path: Path) -> None:
+    config = distill_config(teacher, stores[0])
+    config = replace(
+        config,
+        pairs=",".join(map(str, stores)),
+        student=replace(config.student, guidance_conditioning=True),
+        train=replace(config.train, images=8, validate_images=4, validate_pairs=4),
+    )
+    summary = train(config, tmp_path / "run")
+    assert summary.images == 8
+    one = load_one_step(str(tmp_path / "run"))
+    assert one.student.guided
+    weight = one.student.unet.time_embedding.cond_proj.weight
+    assert weight.abs().max() > 0
+    images = {}
+    for scale in (2.0, 6.0):
+        save_samples(str(tmp_path / "run"), ["a red cube"], tmp_path / str(scale), 0, guidance=scale)
+        images[scale] = (tmp_path / str(scale) / "00000.png").read_bytes()
+    assert images[2.0] != images[6.0]
+    with torch.no_grad():
+        drawn = [replace(one, guidance=scale).latents(torch.ones(1, 4, 4, 4), ["a"]) for scale in (2.0, 6.0)]
+    assert not torch.equal(*drawn)
+    plain = student_from_teacher(str(teacher))
+    checkpoint.save(tmp_path / "plain" / "checkpoints", 1, {"ema": plain.state_dict()}, {}, {})
+    facts = {"teacher": str(teacher), "student_timestep": -1}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(SettingError, match="has its guidance in its weights; leave --guidance out"):
+        save_samples(str(tmp_path / "plain"), ["a"], tmp_path / "out", 0, guidance=3.0)

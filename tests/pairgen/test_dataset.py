@@ -1,0 +1,233 @@
+"""pairgen.store.dataset: one order from a seed, whatever the ranks, workers and restarts; one line on damage."""
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from d2g.core.errors import SettingError, UserError
+from d2g.core.shuffle import permuted_batch
+from pairgen.store.dataset import PairDataset, PairSampler, pair_loader
+from pairgen.store.hdf5 import PairBatch
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import shard_path
+from stores import FORKS, SPEC, put_store, rows_of, same, spec_of, spoil
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+BLOCKS: dict[str, Any] = {"block": 3, "window": 2}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return put_store(tmp_path_factory.mktemp("dataset") / "pairs", aside=[2, 3])
+
+
+def taken(batches: Iterator[PairBatch], count: int) -> list[PairBatch]:
+    found = list(islice(batches, count))
+    batches.close()  # type: ignore[attr-defined]  # a generator; its workers end here
+    return found
+
+
+# The order.
+
+
+@given(
+    size=st.integers(1, 40),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 2**63 - 1),
+    skipped=st.integers(0, 30),
+    order=st.sampled_from([{}, BLOCKS, {"block": 1, "window": 50}]),
+)
+def test_a_sampler_takes_up_any_point_of_its_stream(
+    size: int, batch: int, seed: int, skipped: int, order: dict[str, int]
+) -> None:
+    stream = list(islice(PairSampler(size, batch, seed, **order), skipped + 5))
+    again = list(islice(PairSampler(size, batch, seed, skipped * batch, **order), 5))
+    assert again == stream[skipped:]
+    flat = [row for rows in stream for row in rows]
+    assert flat == permuted_batch(seed, size, 0, len(flat), order.get("block", 0), order.get("window", 0))
+    for start in range(0, len(flat) - size + 1, size):
+        assert sorted(flat[start : start + size]) == list(range(size)), "an epoch gives each row once"
+
+
+@pytest.mark.parametrize("order", [{}, BLOCKS])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_ranks_share_each_global_batch(ranks: int, order: dict[str, int]) -> None:
+    alone = list(islice(PairSampler(20, 6, 3, 12, **order), 900))  # beyond what is ordered at a time
+    parts = [islice(PairSampler(20, 6, 3, 12, rank=r, world_size=ranks, **order), 900) for r in range(ranks)]
+    joined = [[row for part in parts for row in part] for parts in zip(*parts, strict=True)]
+    assert joined == alone
+
+
+def test_a_batch_may_be_larger_than_what_is_ordered_at_a_time() -> None:
+    first, second = islice(PairSampler(7, 5000, 1), 2)
+    assert first + second == permuted_batch(1, 7, 0, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"batch_size": 5, "world_size": 2}, "batches of 5 from 20 pairs for 2 processes"),
+        ({"batch_size": 0}, "batches of 0"),
+        ({"size": 0}, "from 0 pairs"),
+        ({"start": -1}, "start -1"),
+        ({"block": 4}, "block 4, window 0"),
+        ({"window": 4}, "block 0, window 4"),
+    ],
+)
+def test_impossible_orders(settings: dict[str, int], says: str) -> None:
+    with pytest.raises(SettingError, match=says):
+        PairSampler(**{"size": 20, "batch_size": 4, "seed": 0, **settings})
+
+
+# The data set in a DataLoader of one's own.
+
+
+def test_one_position_or_many(whole: Path) -> None:
+    dataset = PairDataset(PairReader(whole), dtype=None)
+    assert len(dataset) == 20 and dataset[2].noise.dtype == torch.float16
+    assert same(dataset[2], rows_of(SPEC, [4])) and same(dataset[[19, 2]], rows_of(SPEC, [21, 4]))
+
+
+def test_an_endless_sampler(whole: Path) -> None:
+    dataset = PairDataset(PairReader(whole))
+    loader = DataLoader(dataset, sampler=PairSampler(len(dataset), 5, 0), batch_size=None)
+    found = list(islice(loader, 7))
+    assert sorted(i for batch in found[:4] for i in batch.index.tolist()) == [
+        i for i in range(22) if i not in (2, 3)
+    ]
+    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in found)
+
+
+@FORKS
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_that_persist(whole: Path, start: str) -> None:
+    dataset = PairDataset(PairReader(whole))
+    dataset[range(20)]  # all files are open before a fork
+    batches: Any = list(islice(PairSampler(len(dataset), 5, 0), 6))
+    loader = DataLoader(
+        dataset,
+        sampler=batches,
+        batch_size=None,
+        num_workers=2 if start == "fork" else 1,
+        persistent_workers=True,
+        multiprocessing_context=start,
+    )
+    for _ in range(2):
+        assert all(same(batch, dataset[rows]) for batch, rows in zip(loader, batches, strict=True))
+
+
+# The loader.
+
+
+@FORKS
+@pytest.mark.parametrize("order", [{}, BLOCKS])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_are_those_of_the_sampler(whole: Path, workers: int, order: dict[str, int]) -> None:
+    reader = PairReader(whole)
+    expected = [reader.read(rows).index.tolist() for rows in islice(PairSampler(20, 4, 7, 8, **order), 12)]
+    found = taken(pair_loader(reader, PairSampler(20, 4, 7, 8, **order), workers=workers), 12)
+    assert [batch.index.tolist() for batch in found] == expected
+    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in found)
+    assert found[0].noise.dtype == torch.float32
+
+
+@FORKS
+def test_the_stored_type_is_half_the_bytes(whole: Path) -> None:
+    for workers in (0, 1):
+        (batch,) = taken(
+            pair_loader(PairReader(whole), PairSampler(20, 4, 0), workers=workers, dtype=None), 1
+        )
+        assert batch.noise.dtype == batch.latent.dtype == torch.float16
+        assert same(batch, rows_of(SPEC, batch.index.tolist()))
+
+
+def test_labels_come_through(tmp_path: Path) -> None:
+    spec = spec_of(conditioning="label", noise="seeded")
+    reader = PairReader(put_store(tmp_path, spec))
+    for batch in taken(pair_loader(reader, PairSampler(22, 4, 0)), 6):
+        assert same(batch, rows_of(spec, batch.index.tolist()))
+        assert batch.labels.tolist() == [7 * spec.prompt_of(i) for i in batch.index.tolist()]
+
+
+def test_pinned_batches_keep_all_they_hold(whole: Path) -> None:
+    """Page-locking needs a GPU; without one torch says so, and a loader leaves batches as they are."""
+    batch = PairReader(whole).read([3, 1])
+    if torch.cuda.is_available():
+        pinned = batch.pin_memory()
+        assert pinned.noise.is_pinned() and pinned.latent.is_pinned() and same(pinned, batch)
+        (found,) = taken(pair_loader(PairReader(whole), PairSampler(20, 4, 0), pin_memory=True), 1)
+        assert found.noise.is_pinned()
+    else:
+        with pytest.raises(RuntimeError):
+            batch.pin_memory()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            (found,) = taken(pair_loader(PairReader(whole), PairSampler(20, 4, 0), pin_memory=True), 1)
+    assert same(found, rows_of(SPEC, found.index.tolist()))
+
+
+# Damage.
+
+
+@pytest.fixture
+def damaged(whole: Path, tmp_path: Path) -> Path:
+    store = Path(shutil.copytree(whole, tmp_path / "pairs"))
+    path = shard_path(store, 1)
+    latent = rows_of(SPEC, [12]).latent.numpy().tobytes()
+    spoil(path, path.read_bytes().index(latent) + 9)
+    return store
+
+
+@FORKS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_one_line(damaged: Path, workers: int) -> None:
+    batches = pair_loader(PairReader(damaged), PairSampler(20, 4, 0), workers=workers)
+    with pytest.raises(UserError, match=r"pairs-00001\.h5: unreadable .*d2g pairs repair") as caught:
+        taken(batches, 5)
+    assert "\n" not in str(caught.value)
+
+
+@FORKS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_files_are_named_once(damaged: Path, workers: int) -> None:
+    said: list[str] = []
+    reader = PairReader(damaged, skip_bad=True)
+    found = taken(pair_loader(reader, PairSampler(20, 4, 0), workers=workers, on_skip=said.append), 10)
+    assert len(said) == 1 and said[0].startswith(f"{shard_path(damaged, 1)}: unreadable (latent does not")
+    expected = [i if not 8 <= i < 16 else 16 + (i - 8) % 6 for i in range(22) if i not in (2, 3)]
+    rows = islice(PairSampler(20, 4, 0), 10)
+    assert [batch.index.tolist() for batch in found] == [[expected[i] for i in row] for row in rows]
+    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in found)
+
+
+def test_without_a_listener_it_is_a_warning(damaged: Path) -> None:
+    reader = PairReader(damaged, skip_bad=True)
+    with pytest.warns(UserWarning, match=r"pairs-00001\.h5: .* replaced by those of the next") as caught:
+        taken(pair_loader(reader, PairSampler(20, 4, 0)), 10)
+    assert len(caught) == 1
+
+
+def test_the_documented_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/pair-format.md, as it stands there; its endless loop is stopped at the second batch."""
+    text = (Path(__file__).parents[2] / "docs" / "pair-format.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from pairgen\.dataset.*?)```", text, re.DOTALL)
+    put_store(tmp_path / "pairs", spec_of(num_pairs=80, shard_size=40))
+    monkeypatch.chdir(tmp_path)
+    seen: list[PairBatch] = []
+    place = {"seen": seen}
+    code = (
+        code.replace("workers=4", "workers=0")
+        + "    seen.append(batch)\n    if len(seen) == 2:\n        break\n"
+    )
+    exec(code, place)
+    assert [row for batch in seen for row in batch.index.tolist()] == permuted_batch(0, 80, 12_800, 128)

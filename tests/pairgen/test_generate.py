@@ -1,0 +1,333 @@
+"""pairgen.generate: rows are a function of (spec, index), however they are made and whatever interrupts."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from d2g.core import seeds
+from d2g.core.errors import Interrupted, SettingError, UserError
+from jobs import Running, d2g, make_pairs
+from pairgen.config import PRESETS, PairConfig
+from pairgen.cost import GPU_COUNTS, fastest_batch, plan_pairs
+from pairgen.generate import generate_pairs, regenerate, resimulate
+from pairgen.job import config_of, open_job
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import read_spec, shards_present
+from pairgen.verify import verify_store
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.save_prompts(tmp_path_factory.mktemp("prompts") / "prompts.txt")
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def config(pairs: Path, teacher: Path) -> PairConfig:
+    return tiny.pair_config(str(teacher), str(pairs.parent / "prompts.txt"))
+
+
+def rows(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
+    reader = PairReader(folder)
+    batch = reader.read(range(len(reader)))
+    return batch.noise, batch.latent, batch.prompts
+
+
+def same(found: Path, expected: Path) -> None:
+    (a, x, p), (b, y, q) = rows(found), rows(expected)
+    assert torch.equal(a, b) and p == q
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+
+
+def test_what_a_store_holds(pairs: Path, config: PairConfig) -> None:
+    noise, latent, texts = rows(pairs)
+    assert noise.shape == latent.shape == (12, 4, 4, 4) and texts == tiny.CAPTIONS * 2
+    assert torch.equal(noise, seeds.noise(0, range(12), (4, 4, 4)))
+    job = open_job(config)
+    assert read_spec(pairs) == job.spec and shards_present(pairs, job.spec) == [0, 1, 2]
+    _, direct, _ = job.rows(list(range(12)))
+    torch.testing.assert_close(latent, direct, rtol=0, atol=1e-4)
+    assert verify_store(pairs).ok
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+def test_rows_do_not_depend_on_the_batch_size(
+    pairs: Path, config: PairConfig, tmp_path: Path, batch_size: int
+) -> None:
+    found = generate_pairs(replace(config, batch_size=batch_size), tmp_path / "pairs")
+    assert (found.pairs, found.new_pairs, found.shards) == (12, 12, 3)
+    same(tmp_path / "pairs", pairs)
+
+
+def test_rows_do_not_depend_on_their_order(config: PairConfig) -> None:
+    job = open_job(config)
+    order = [11, 3, 7, 0]
+    noise, latent, texts = job.rows(order)
+    for row, index in enumerate(order):
+        one_noise, one_latent, one_text = job.rows([index])
+        assert torch.equal(noise[row : row + 1], one_noise) and [texts[row]] == one_text
+        torch.testing.assert_close(latent[row : row + 1], one_latent, rtol=0, atol=1e-4)
+
+
+def test_several_noises_of_one_prompt(config: PairConfig, tmp_path: Path) -> None:
+    generate_pairs(replace(config, num_pairs=0, per_prompt=2, steps=1), tmp_path / "pairs")
+    noise, _, texts = rows(tmp_path / "pairs")
+    assert texts == [text for text in tiny.CAPTIONS for _ in range(2)]
+    assert len({tuple(row.flatten().tolist()) for row in noise}) == 12
+
+
+def test_two_processes_of_torchrun_make_the_same_store(
+    pairs: Path, config: PairConfig, tmp_path: Path
+) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = ["--teacher", config.teacher, "--prompts", config.prompts, "--out", str(tmp_path / "pairs")]
+    sets = ["num_pairs=12", "steps=4", "guidance=3", "shard_size=5", "batch_size=4", "dtype=float32"]
+    job = [
+        "-m",
+        "d2g_cli",
+        "pairs",
+        "generate",
+        *given,
+        *(part for s in sets for part in ("--set", s)),
+        "--json",
+    ]
+    done = subprocess.run([*run, *job], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if '"new_pairs": 12' in line]) == 1
+    same(tmp_path / "pairs", pairs)
+    assert read_spec(tmp_path / "pairs") == read_spec(pairs)
+
+
+# Interruptions.
+
+
+def arguments(teacher: Path, prompts: str, out: Path, *sets: str) -> list[str]:
+    chosen = ["num_pairs=36", "steps=8", "guidance=3", "shard_size=4", "batch_size=1", "dtype=float32", *sets]
+    given = ["--teacher", str(teacher), "--prompts", prompts, "--out", str(out)]
+    return ["pairs", "generate", *given, *(part for s in chosen for part in ("--set", s))]
+
+
+def test_sigkill_leaves_whole_shards_and_the_same_command_goes_on(
+    teacher: Path, prompts: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    running = Running(arguments(teacher, prompts, out), tmp_path / "log")
+    running.wait_for(lambda: len(list(out.glob("shards/*.h5"))) >= 2)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    whole = {path: path.read_bytes() for path in sorted(out.glob("shards/*.h5"))}
+    assert 2 <= len(whole) < 9 and not PairReader(out).complete and not verify_store(out).bad_shards
+    again = d2g(arguments(teacher, prompts, out), tmp_path / "log")
+    assert again.code == 0, again.stderr
+    assert verify_store(out).ok and len(PairReader(out)) == 36
+    assert all(path.read_bytes() == data for path, data in whole.items())
+    d2g(arguments(teacher, prompts, tmp_path / "unbroken", "batch_size=32"), tmp_path / "log")
+    same(out, tmp_path / "unbroken")
+
+
+def test_ctrl_c_keeps_every_finished_row(config: PairConfig, pairs: Path, tmp_path: Path) -> None:
+    """A real SIGINT while the second shard is half made."""
+
+    def press(label: str, done: int, total: int) -> None:
+        if done == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "pairs"
+    with pytest.raises(
+        Interrupted, match=r"stopped; 8 of 12 pairs are safe in .*pairs; run the same command again"
+    ):
+        generate_pairs(replace(config, batch_size=1), out, press)
+    assert shards_present(out, read_spec(out)) == [0] and list(out.glob("partial/*.h5"))
+    again = generate_pairs(replace(config, batch_size=1), out)
+    assert (again.pairs, again.new_pairs) == (12, 4)
+    assert not list(out.glob("partial/*")) and verify_store(out).ok
+    same(out, pairs)
+    assert generate_pairs(config, out).new_pairs == 0
+
+
+def test_an_error_in_the_middle_keeps_every_row_made(config: PairConfig, tmp_path: Path) -> None:
+    def fail(label: str, done: int, total: int) -> None:
+        if done == 8:
+            raise RuntimeError("the machine is on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        generate_pairs(replace(config, batch_size=1), tmp_path / "pairs", fail)
+    again = generate_pairs(replace(config, batch_size=1), tmp_path / "pairs")
+    assert (again.pairs, again.new_pairs) == (12, 4)
+
+
+# What is refused.
+
+
+def test_other_settings_are_refused_naming_them(config: PairConfig, pairs: Path) -> None:
+    before = {path: path.read_bytes() for path in pairs.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError, match=r"another spec; differing: guidance \(3\.0 -> 4\.0\), steps \(4 -> 5\)"
+    ):
+        generate_pairs(replace(config, guidance=4.0, steps=5), pairs)
+    with pytest.raises(UserError, match=r"num_prompts \(6 -> 1\), prompts_sha256"):
+        (pairs.parent / "one.txt").write_text("only one\n")
+        generate_pairs(replace(config, prompts=str(pairs.parent / "one.txt")), pairs)
+    assert {path: path.read_bytes() for path in pairs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 1001}, {"teacher": ""}, {"prompts": ""}])
+def test_an_impossible_job_writes_nothing(
+    config: PairConfig, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        generate_pairs(replace(config, **wrong), tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"solver": "rk4"}, r"solver is 'rk4'; known: ddim, euler, heun, teacher"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale is 1\.5; expected 0 to 1"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"patience": 0.0}, "patience is 0"),
+        ({"solver": "huen"}, r"did you mean 'heun'\?"),
+        ({"spacing": "trailling"}, r"did you mean 'trailing'\?"),
+        ({"final_alpha": "zero"}, "final_alpha is 'zero'"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"noise": "none"}, "noise is 'none'"),
+        ({"precision": "int8"}, "precision is 'int8'"),
+        ({"guidance": 0.5}, "guidance is 0.5"),
+        ({"steps": 0}, "steps is 0"),
+        ({"num_pairs": -1}, "num_pairs is -1"),
+    ],
+)
+def test_impossible_settings(setting: dict[str, object], says: str) -> None:
+    with pytest.raises(SettingError, match=says):
+        PairConfig(**setting)  # type: ignore[arg-type]
+
+
+def test_presets_are_the_supplements() -> None:
+    found = {
+        name: (p.num_pairs, p.guidance, p.steps, p.solver) for name, p in PRESETS.items() if "sd15" in name
+    }
+    assert found == {
+        "sd15-cfg3": (3_000_000, 3.0, 50, "teacher"),
+        "sd15-cfg8": (12_000_000, 8.0, 50, "teacher"),
+    }
+
+
+# Noise and numbers.
+
+
+def test_seeded_noise_reads_back_as_if_stored(config: PairConfig, tmp_path: Path) -> None:
+    sizes = {}
+    for noise in ("stored", "seeded"):
+        generate_pairs(replace(config, noise=noise, dtype="float16"), tmp_path / noise)
+        sizes[noise] = sum(path.stat().st_size for path in tmp_path.glob(f"{noise}/shards/*"))
+    (a, x, p), (b, y, q) = rows(tmp_path / "stored"), rows(tmp_path / "seeded")
+    assert torch.equal(a, b) and torch.equal(x, y) and p == q and sizes["seeded"] < sizes["stored"]
+
+
+def test_half_precision_noise_is_rounded_before_the_teacher_sees_it(
+    config: PairConfig, tmp_path: Path
+) -> None:
+    job = replace(config, dtype="float16")
+    generate_pairs(job, tmp_path / "pairs")
+    noise, latent, texts = rows(tmp_path / "pairs")
+    opened = open_job(job)
+    teacher, spec = opened.teacher, opened.spec
+    assert torch.equal(noise, noise.half().float())
+    from_stored = teacher.sample(noise, texts, spec.steps, spec.guidance, "ddim")
+    from_drawn = teacher.sample(
+        seeds.noise(0, range(12), (4, 4, 4)), texts, spec.steps, spec.guidance, "ddim"
+    )
+    assert (latent - from_stored).abs().max() <= latent.abs().max() * 2.0**-10  # storage's own rounding
+    assert torch.equal(from_stored.half().float(), latent) or (
+        (from_stored.half().float() != latent).float().mean() < 0.01
+    )
+    assert (from_drawn - from_stored).abs().max() > 1e-4
+
+
+def test_resimulation_finds_what_was_stored(pairs: Path, tmp_path: Path, teacher: Path) -> None:
+    assert resimulate(pairs, 3) < 1e-4
+    assert resimulate(pairs, 100, str(teacher)) < 1e-4
+    tiny.save_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"has sha256 .* was made with .*--teacher"):
+        resimulate(pairs, 3, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("final_alpha", ["one", "teacher"])
+def test_resimulation_obeys_the_specs_last_step(tmp_path: Path, final_alpha: str) -> None:
+    tiny.save_teacher(tmp_path / "teacher", set_alpha_to_one=False)
+    made = make_pairs(
+        tmp_path / "teacher", tmp_path, final_alpha=final_alpha, spacing="trailing", solver="heun"
+    )
+    assert read_spec(made).final_alpha_one == (final_alpha == "one")
+    assert resimulate(made, 4) < 1e-4
+
+
+def test_the_plan_counts_what_generation_makes(config: PairConfig, pairs: Path) -> None:
+    plan = plan_pairs(replace(config, dtype="float16", num_pairs=2**20))
+    assert plan["pairs"] == 2**20 and plan["shards"] == -(-(2**20) // 5)
+    assert plan["gib"] == 64 * 2 * 2**20 / 2**30 and plan["gib_with_noise"] == 2 * plan["gib"]
+    assert plan["evaluations_per_pair"] == 8 and plan["seconds_per_pair"] > 0
+    assert plan["gpu_hours"] == pytest.approx(plan["seconds_per_pair"] * 2**20 / 3600)
+    assert "cpu" in plan["measured_on"] or torch.cuda.is_available()
+
+
+def test_the_fastest_batch_is_measured(config: PairConfig, tmp_path: Path) -> None:
+    job = open_job(config)
+    size = fastest_batch(job)
+    assert size in [2**n for n in range(11)] and size > 1, "a tiny network is all overhead at batch 1"
+    made = generate_pairs(replace(config, batch_size=0), tmp_path / "pairs")
+    assert made.batch_size in [2**n for n in range(11)] and made.pairs == 12
+
+
+def test_what_the_plan_costs(config: PairConfig) -> None:
+    plan = plan_pairs(replace(config, noise="seeded"), price=2.0)
+    assert plan["gib_here"] == plan["gib"] and list(plan["by_gpus"]) == [str(n) for n in GPU_COUNTS]
+    assert plan["by_gpus"]["8"]["hours"] == pytest.approx(plan["gpu_hours"] / 8)
+    assert plan["by_gpus"]["8"]["cost"] == pytest.approx(2 * plan["gpu_hours"])
+    assert plan["pairs_per_sec"] == pytest.approx(1 / plan["seconds_per_pair"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"text_cache": 5}, {"channels_last": True}, {"per_prompt": 2, "num_pairs": 0}]
+)
+def test_speed_settings_do_not_change_rows(
+    config: PairConfig, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    plain = replace(config, per_prompt=settings.get("per_prompt", 1), num_pairs=settings.get("num_pairs", 12))  # type: ignore[arg-type]
+    generate_pairs(plain, tmp_path / "plain")
+    generate_pairs(replace(config, **settings), tmp_path / "pairs")  # type: ignore[arg-type]
+    same(tmp_path / "pairs", tmp_path / "plain")
+
+
+def test_text_is_encoded_once_per_unique_prompt(config: PairConfig) -> None:
+    job = open_job(config)
+    seen: list[int] = []
+    handle = job.teacher.encoders[0].register_forward_hook(
+        lambda module, given, kwargs, out: seen.append(len((given or tuple(kwargs.values()))[0])),
+        with_kwargs=True,
+    )
+    job.encode([0, 6, 1, 7, 0])  # rows 0, 6 and 1, 7 share their prompts
+    handle.remove()
+    assert seen == [3], "two prompts, and the empty one"
+
+
+def test_a_store_regenerates_from_its_own_prompts(config: PairConfig, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    generate_pairs(config, out)
+    (out / "shards" / "pairs-00001.h5").unlink()
+    assert config_of(read_spec(out)).prompts == "" and regenerate(out) == 5
+    same(out, pairs)

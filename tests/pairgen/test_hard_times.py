@@ -1,0 +1,226 @@
+"""A pair job in hard times: kills, full disks, rivals, bad teachers. Processes, signals, disks are real."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from d2g.diffusion.pretrained import load_text_encoder, save_piece
+from distill.training.data import open_pairs
+from jobs import Running, d2g, make_pairs
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import quarantined_rows, read_spec, shard_path
+from pairgen.verify import verify_store
+
+PAIRS = 240
+TORUS = 3  # tiny.CAPTIONS[3] is the only one with a torus
+
+
+def command(teacher: Path, prompts: str, out: Path, *sets: str) -> list[str]:
+    chosen = [f"num_pairs={PAIRS}", "steps=8", "guidance=3", "shard_size=16", "batch_size=2", *sets]
+    given = ["--teacher", str(teacher), "--prompts", prompts, "--out", str(out), "--json"]
+    return ["pairs", "generate", *given, *(part for s in chosen for part in ("--set", s))]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.save_prompts(tmp_path_factory.mktemp("prompts") / "prompts.txt")
+
+
+@pytest.fixture(scope="module")
+def unbroken(teacher: Path, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store made in one go, in larger batches."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = d2g(command(teacher, prompts, folder / "pairs", "batch_size=32"), folder / "log")
+    assert done.code == 0, done.stderr
+    return folder / "pairs"
+
+
+def same(found: Path, expected: Path) -> None:
+    """Noise bit for bit, latents within fp16's rounding of fp32 sums in another order."""
+    a, b = (PairReader(folder).read(range(PAIRS)) for folder in (found, expected))
+    assert torch.equal(a.noise, b.noise) and torch.equal(a.index, b.index) and a.prompts == b.prompts
+    torch.testing.assert_close(a.latent, b.latent, rtol=2e-3, atol=2e-3)
+    assert verify_store(found).ok
+
+
+def test_twenty_kills_in_a_row(teacher: Path, prompts: str, tmp_path: Path) -> None:
+    out, moments = tmp_path / "pairs", random.Random(20)
+    slow = command(teacher, prompts, out, "batch_size=1", "steps=30")
+    for _ in range(20):
+        running = Running(slow, tmp_path / "log")
+        time.sleep(moments.uniform(0.05, 0.9))
+        running.send(signal.SIGKILL)
+        assert running.wait().code == -signal.SIGKILL, "it was done before"
+    done = d2g(command(teacher, prompts, out, "batch_size=16", "steps=30"), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    whole = tmp_path / "unbroken"
+    assert d2g(command(teacher, prompts, whole, "batch_size=32", "steps=30"), tmp_path / "log").code == 0
+    same(out, whole)
+    assert not list((out / "partial").iterdir()) and not list((out / "claims").glob("*.json"))
+
+
+def test_two_jobs_on_one_folder_share_the_work(
+    teacher: Path, prompts: str, unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    jobs = [Running(command(teacher, prompts, out), tmp_path / f"log{number}") for number in range(2)]
+    ended = [job.wait() for job in jobs]
+    new = [job.json["new_pairs"] for job in ended]
+    assert sum(new) == PAIRS and min(new) > 0, "every row once, and both had some"
+    same(out, unbroken)
+
+
+def test_the_shard_of_a_killed_job_is_taken_over(
+    teacher: Path, prompts: str, unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    victim = Running(command(teacher, prompts, out), tmp_path / "victim")
+    victim.wait_for(lambda: len(list(out.glob("shards/*.h5"))) >= 1)
+    heir = Running(command(teacher, prompts, out), tmp_path / "heir")
+    heir.wait_for(lambda: len(list(out.glob("claims/*.json"))) >= 2)
+    victim.send(signal.SIGKILL)
+    victim.wait()
+    ended = heir.wait()
+    assert ended.json["complete"], ended
+    same(out, unbroken)
+
+
+def test_ctrl_c_twice_leaves_at_once_and_keeps_what_was_whole(
+    teacher: Path, prompts: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    running = Running(command(teacher, prompts, out, "batch_size=64", "steps=200"), tmp_path / "log")
+    running.wait_for(lambda: bool(list(out.glob("claims/*.json"))))
+    running.send(signal.SIGINT)
+    time.sleep(0.1)
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 130 and "same command again" in ended.error
+    assert verify_store(out).bad_shards == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk(teacher: Path, prompts: str, unbroken: Path, small_disk: Path, tmp_path: Path) -> None:
+    out = small_disk / "pairs"
+    (small_disk / "ballast").write_bytes(b"x" * 150_000)
+    ended = d2g(command(teacher, prompts, out), tmp_path / "log")
+    assert ended.code == 1 and "no room to write" in ended.error and "make room" in ended.error
+    assert verify_store(out).bad_shards == [] and len(PairReader(out)) < PAIRS
+    (small_disk / "ballast").unlink()
+    assert d2g(command(teacher, prompts, out), tmp_path / "log").code == 0
+    same(out, unbroken)
+
+
+def test_a_read_only_folder(teacher: Path, prompts: str, small_disk: Path, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    ended = d2g(command(teacher, prompts, small_disk / "pairs"), tmp_path / "log")
+    assert ended.code == 1 and "Read-only file system" in ended.error and not list(small_disk.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "another spec", "gone"])
+def test_damage_is_found_and_mended(teacher: Path, tmp_path: Path, damage: str) -> None:
+    store = make_pairs(teacher, tmp_path)
+    before = PairReader(store).read(range(12))
+    shard = shard_path(store, 1)
+    data = bytearray(shard.read_bytes())
+    if damage == "flipped bit":
+        data[len(data) // 2] ^= 16
+        shard.write_bytes(data)
+    elif damage == "truncated":
+        shard.write_bytes(data[:-1])
+    elif damage == "another spec":
+        (tmp_path / "other").mkdir()
+        other = make_pairs(teacher, tmp_path / "other", seed=1)
+        shard.write_bytes(shard_path(other, 1).read_bytes())
+    else:
+        shard.unlink()
+    ended = d2g(["pairs", "verify", str(store), "--json"], tmp_path / "log")
+    found = json.loads(ended.stdout.splitlines()[-1])
+    bad = [entry["shard"] for entry in found["bad_shards"]]
+    assert ended.code == 1 and not found["ok"] and found["checked"] == 7
+    assert bad == ([] if damage == "gone" else ["shards/pairs-00001.h5"])
+    mended = d2g(["pairs", "repair", str(store), "--json"], tmp_path / "log")
+    assert mended.json["regenerated"] == 5
+    assert verify_store(store).ok
+    after = PairReader(store).read(range(12))
+    assert torch.equal(before.noise, after.noise)
+    torch.testing.assert_close(before.latent, after.latent, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def nan_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that knows no torus: its embedding is not a number."""
+    folder = Path(tiny.save_teacher(tmp_path_factory.mktemp("teachers") / "nan"))
+    text = load_text_encoder(str(folder))
+    torus, others = (
+        set(text.tokenizer(words).input_ids)
+        for words in (tiny.CAPTIONS[TORUS], " ".join(c for i, c in enumerate(tiny.CAPTIONS) if i != TORUS))
+    )
+    with torch.no_grad():
+        text.model.get_input_embeddings().weight[sorted(torus - others)] = float("nan")
+    save_piece(text.model, folder / "text_encoder")
+    return folder
+
+
+def test_prompts_that_give_nan_are_named_and_the_run_goes_on(
+    nan_teacher: Path, prompts: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    ended = d2g(command(nan_teacher, prompts, out, "num_pairs=48"), tmp_path / "log")
+    bad = list(range(TORUS, 48, 6))
+    assert ended.code == 1 and "8 of 48 pairs have no finite latent: 3, 9, 15" in ended.error
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result["pairs"] == 40 and result["quarantined"] == bad and result["complete"]
+    records = [row for rows in quarantined_rows(out, read_spec(out)).values() for row in rows]
+    assert [row["index"] for row in records] == bad
+    assert {row["prompt"] for row in records} == {tiny.CAPTIONS[TORUS]}
+
+    report = verify_store(out)
+    assert not report.ok and report.quarantined == bad and not report.bad_shards and not report.missing
+    reader = PairReader(out)
+    assert len(reader) == 40 and reader.read(range(40)).latent.isfinite().all()
+    assert not set(reader.read(range(40)).index.tolist()) & set(bad)
+    assert len(open_pairs(str(out), reader.spec.teacher_sha256)) == 40, "the others are there to train on"
+    again = d2g(command(nan_teacher, prompts, out, "num_pairs=48"), tmp_path / "log")
+    assert again.code == 1 and json.loads(again.stdout.splitlines()[-1])["new_pairs"] == 0
+    assert d2g(["pairs", "repair", str(out)], tmp_path / "log").code == 1, "they are tried again, in vain"
+    assert verify_store(out).quarantined == bad
+
+
+def test_a_teacher_that_is_mostly_nan_stops_the_run(nan_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a yellow torus\na torus, pink background\na red cube\n")
+    prompts, sets = str(tmp_path / "prompts.txt"), ("num_pairs=3000", "batch_size=64", "steps=1")
+    ended = d2g(command(nan_teacher, prompts, tmp_path / "pairs", *sets), tmp_path / "log")
+    assert ended.code == 1 and "latents are not finite" in ended.error and "max_bad" in ended.error
+    assert len(list((tmp_path / "pairs").glob("shards/*"))) < 40, "it stopped early"
+
+
+def test_changed_prompts_are_refused(teacher: Path, tmp_path: Path) -> None:
+    store = make_pairs(teacher, tmp_path)
+    before = {path: path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+    (tmp_path / "prompts.txt").write_text("\n".join(reversed(tiny.CAPTIONS)))
+    spec = replace(tiny.pair_config(str(teacher), str(tmp_path / "prompts.txt")))
+    sets = [f"{name}={getattr(spec, name)}" for name in ("num_pairs", "steps", "shard_size", "dtype")]
+    ended = d2g(command(teacher, str(tmp_path / "prompts.txt"), store, *sets), tmp_path / "log")
+    assert ended.code == 1 and "another spec" in ended.error and "prompts_sha256" in ended.error
+    assert {path: path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()} == before

@@ -1,0 +1,349 @@
+"""pairgen.store.reader: every row or a named reason, wherever it stands and however it is asked for."""
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2g.core.errors import UserError
+from pairgen.store.hdf5 import DamagedShard, _base, _seal
+from pairgen.store.hdf5_chunks import Descriptor
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import StoreSpec, quarantine_path, shard_path
+from stores import PROMPTS, SPEC, put_shard, put_store, rows_of, same, spec_of, spoil
+
+ASIDE = [0, 7, 8, 9, 21]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return put_store(tmp_path_factory.mktemp("reader") / "pairs")
+
+
+@pytest.fixture
+def store(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "pairs"))
+
+
+def place_of(path: Path, name: str, row: int) -> int:
+    """Where in the file the bytes of one row of a dataset begin."""
+    with h5py.File(path) as file:
+        dataset = file[name]
+        size = dataset.chunks[0]
+        index = [dataset.id.get_chunk_info(k) for k in range(dataset.id.get_num_chunks())]
+        (chunk,) = (c for c in index if c.chunk_offset[0] == row - row % size)
+        return int(chunk.byte_offset + row % size * dataset[0].nbytes)
+
+
+# Rows.
+
+
+@pytest.mark.parametrize("conditioning", ["text", "label", "none"])
+@pytest.mark.parametrize("noise", ["stored", "seeded"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("float16", (4, 8, 8)), ("float32", (3, 5, 5)), ("float16", (1, 1, 1))]
+)
+def test_rows_are_what_was_written(
+    tmp_path: Path, conditioning: str, noise: str, dtype: str, shape: tuple[int, int, int]
+) -> None:
+    spec = spec_of(conditioning=conditioning, noise=noise, dtype=dtype, latent_shape=shape)
+    reader = PairReader(put_store(tmp_path, spec, aside=ASIDE), expect=spec)
+    pairs = [i for i in range(22) if i not in ASIDE]
+    assert len(reader) == 17 and reader.complete and reader.quarantined == ASIDE and reader.shards == 3
+    order = [16, 3, 0, 0, 9, 12, 5, 1, 8]
+    found, expected = reader.read(order), rows_of(spec, [pairs[i] for i in order])
+    assert same(found, expected) and found.noise.dtype == found.latent.dtype == torch.float32
+    stored = reader.read(order, None)
+    assert same(stored, expected) and stored.noise.dtype == stored.latent.dtype == spec.torch_dtype
+    if conditioning == "label":
+        assert found.labels.tolist() == [int(text) for text in expected.prompts]
+    assert reader.prompts() == list(dict.fromkeys(rows_of(spec, pairs).prompts))
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 64), (4, 128, 128)])
+def test_rows_as_large_as_a_chunk(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    spec = spec_of(latent_shape=shape, num_pairs=9, shard_size=5)
+    reader = PairReader(put_store(tmp_path, spec, aside=[4]))
+    with h5py.File(shard_path(tmp_path, 0)) as file:
+        assert file["latent"].chunks[0] == 1
+    assert same(reader.read([7, 0, 3, 4, 3]), rows_of(spec, [8, 0, 3, 5, 3]))
+
+
+@given(st.lists(st.integers(0, 21), max_size=12))
+def test_any_positions_in_any_order(whole: Path, order: list[int]) -> None:
+    found = PairReader(whole).read(order)
+    assert found.noise.shape == (len(order), 4, 8, 8) and found.index.tolist() == order
+    if order:
+        assert same(found, rows_of(SPEC, order))
+
+
+def test_shards_without_rows(tmp_path: Path) -> None:
+    spec = spec_of(num_pairs=20)
+    reader = PairReader(put_store(tmp_path / "a", spec, aside=[*range(8, 16), 19]))
+    assert len(reader) == 11 and reader.complete and reader.prompts() == PROMPTS[:3]
+    assert reader.read([8, 7, 10]).index.tolist() == [16, 7, 18]
+    reader.prefetch(range(11), block=4)
+    nothing = PairReader(put_store(tmp_path / "b", spec, aside=range(20)))
+    assert len(nothing) == 0 and nothing.complete and nothing.prompts() == []
+    assert nothing.read([]).index.tolist() == []
+    with pytest.raises(IndexError, match="positions 0 to 0 of 0"):
+        nothing.read([0])
+
+
+def test_records_of_shards_not_made_yet_do_not_count(store: Path) -> None:
+    put_shard(store, SPEC, 1, aside=[9])
+    shard_path(store, 1).unlink()
+    reader = PairReader(store)
+    assert len(reader) == 14 and reader.quarantined == [] and not reader.complete
+    assert reader.read([8]).index.tolist() == [16]
+
+
+def test_positions_outside_are_refused(whole: Path) -> None:
+    for wrong in ([22], [0, -1]):
+        with pytest.raises(IndexError, match="of 22 pairs"):
+            PairReader(whole).read(wrong)
+
+
+# What is checked, and when.
+
+
+def test_opening_checks_lengths_and_the_first_row_of_a_shard_the_rest(store: Path) -> None:
+    shard_path(store, 1).write_bytes(shard_path(store, 0).read_bytes())
+    reader = PairReader(store)
+    assert reader.read([0, 21]).index.tolist() == [0, 21]
+    with pytest.raises(
+        DamagedShard, match=r"pairs-00001\.h5: index is not 8 to 15, as its name says; run `d2g pairs"
+    ):
+        reader.read([0, 8])
+    shard_path(store, 1).write_bytes(shard_path(store, 0).read_bytes()[:-1])
+    with pytest.raises(DamagedShard, match=r"pairs-00001\.h5: truncated"):
+        PairReader(store)
+
+
+def test_a_shard_that_lacks_pairs_without_a_record(store: Path) -> None:
+    put_shard(store, SPEC, 1, aside=[9])
+    quarantine_path(store, 1).unlink()
+    reader = PairReader(store)
+    with pytest.raises(
+        DamagedShard, match=r"pairs-00001.h5: sets pairs \[9\] aside, the record .* says \[\]; run"
+    ):
+        reader.read([8])
+
+
+def test_the_header_is_right_where_a_record_is_out_of_date(store: Path) -> None:
+    """A writer that made a quarantined row after all may be killed before it removes the record."""
+    put_shard(store, SPEC, 1, aside=[9, 11])
+    record = quarantine_path(store, 1).read_bytes()
+    put_shard(store, SPEC, 1, aside=[11])
+    quarantine_path(store, 1).write_bytes(record)
+    reader = PairReader(store)
+    assert reader.quarantined == [11] and reader.complete and same(reader.read([9]), rows_of(SPEC, [9]))
+
+
+def test_an_open_shard_that_is_replaced_is_checked_again(store: Path) -> None:
+    reader = PairReader(store)
+    before = reader.read(range(22))
+    put_shard(store, SPEC, 0)  # the same rows, another file
+    assert same(pickle.loads(pickle.dumps(reader)).read(range(22)), before)
+    put_shard(store, SPEC, 0, aside=[3])
+    assert same(reader.read(range(22)), before), "open files stay as they were"
+    with pytest.raises(DamagedShard, match=r"sets pairs \[3\] aside"):
+        pickle.loads(pickle.dumps(reader)).read([0])
+
+
+@pytest.mark.parametrize("name", ["noise", "latent", "prompt", "index"])
+def test_a_flipped_bit_is_found_when_its_chunk_is_read(store: Path, name: str) -> None:
+    path = shard_path(store, 2)
+    spoil(path, place_of(path, name, 0) + 3)
+    reader = PairReader(store)
+    assert same(reader.read(range(16)), rows_of(SPEC, range(16)))
+    with pytest.raises(
+        DamagedShard, match=rf"{re.escape(str(path))}: unreadable .*; run `d2g pairs repair"
+    ) as caught:
+        reader.read([3, 21])
+    assert "\n" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_places_are_right_whatever_hdf5_counts_from(whole: Path) -> None:
+    """HDF5 before 1.14.4 reported places without the 512 bytes in front."""
+    path = shard_path(whole, 0)
+    with h5py.File(path) as file:
+        dataset = file["index"].id
+        true = dataset.get_chunk_info(0)
+        for base in (0, 512):
+            reported = SimpleNamespace(byte_offset=true.byte_offset - base, size=true.size)
+            old: Any = SimpleNamespace(
+                get_chunk_info=lambda number, r=reported: r, read_direct_chunk=dataset.read_direct_chunk
+            )
+            assert _base(Descriptor(path), SimpleNamespace(id=old)) == base
+        lost = SimpleNamespace(byte_offset=true.byte_offset + 8, size=true.size)
+        old = SimpleNamespace(get_chunk_info=lambda number: lost, read_direct_chunk=dataset.read_direct_chunk)
+        with pytest.raises(OSError, match="not where"):
+            _base(Descriptor(path), SimpleNamespace(id=old))
+
+
+def test_a_dataset_without_checksums_is_refused(store: Path) -> None:
+    """Well sealed, but by other software: nothing would tell its rows from damaged ones."""
+    path = shard_path(store, 1)
+    with h5py.File(path, "r+") as file:
+        latent = file["latent"][:]
+        del file["latent"]
+        file.create_dataset("latent", data=latent, chunks=(4, 4, 8, 8), maxshape=(None, 4, 8, 8))
+    data = path.read_bytes()
+    path.write_bytes(_seal(len(data), hashlib.sha256(data[512:]).hexdigest()) + data[512:])
+    with pytest.raises(DamagedShard, match=r"dataset /latent is not chunked and checksummed as written"):
+        PairReader(store).read([8])
+
+
+def test_a_folded_url_is_no_folder() -> None:
+    with pytest.raises(UserError, match=r"s3:/bucket/pairs is a URL; this needs a folder of this machine"):
+        PairReader(Path("s3://bucket/pairs"))
+
+
+# Damage that may be skipped.
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def swap(path: Path) -> None:
+    path.write_bytes(path.with_name("pairs-00000.h5").read_bytes())
+
+
+def flip_header(path: Path) -> None:
+    spoil(path, 540)
+
+
+def other_spec(path: Path) -> None:
+    put_store(path.parents[2] / "other", spec_of(seed=6))
+    path.write_bytes((path.parents[2] / "other" / "shards" / path.name).read_bytes())
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, swap, flip_header, other_spec])
+def test_a_whole_shard_is_replaced_by_the_next(store: Path, damage: Callable[[Path], None]) -> None:
+    bad = shard_path(store, 1)
+    damage(bad)
+    reader = PairReader(store, skip_bad=True)
+    assert len(reader) == 22 and reader.complete
+    expected = [*range(8), 16, 17, 18, 19, 20, 21, 16, 17, *range(16, 22)]  # the next shard has 6 rows
+    found = reader.read(range(22))
+    assert found.index.tolist() == expected and same(found, rows_of(SPEC, expected))
+    assert list(found.skipped) == [str(bad)] == list(reader.skipped)
+    assert reader.read([0]).skipped == {}, "this batch had nothing to do with it"
+    with pytest.raises(DamagedShard, match=r"pairs-00001\.h5"):
+        PairReader(store).read(range(22))
+
+
+def test_only_rows_that_cannot_be_trusted_are_replaced(tmp_path: Path) -> None:
+    """So that the rows read do not depend on which chunks a process met before."""
+    spec = spec_of(latent_shape=(4, 64, 64), num_pairs=14, shard_size=5)
+    store = put_store(tmp_path, spec)
+    for shard, row in ((1, 2), (2, 2)):
+        path = shard_path(store, shard)
+        spoil(path, place_of(path, "latent", row))
+    reader = PairReader(store, skip_bad=True)
+    expected = [0, 1, 2, 3, 4, 5, 6, 2, 8, 9, 10, 11, 2, 13]  # 7 -> 12, which is bad too -> 2
+    together = reader.read(range(14))
+    assert together.index.tolist() == expected and same(together, rows_of(spec, expected))
+    assert list(together.skipped) == [str(shard_path(store, 1)), str(shard_path(store, 2))]
+    for position in range(14):
+        alone = PairReader(store, skip_bad=True).read([position])
+        assert same(alone, rows_of(spec, [expected[position]]))
+    assert same(pickle.loads(pickle.dumps(reader)).read([7, 12, 7]), rows_of(spec, [2, 2, 2]))
+
+
+def test_a_damaged_last_shard_wraps_around_and_an_empty_one_is_passed_over(tmp_path: Path) -> None:
+    store = put_store(tmp_path, SPEC, aside=range(8))
+    truncate(shard_path(store, 2))
+    reader = PairReader(store, skip_bad=True)
+    assert reader.read(range(14)).index.tolist() == [*range(8, 16), *range(8, 14)]
+
+
+def test_prompts_of_damaged_chunks(store: Path) -> None:
+    path = shard_path(store, 0)
+    spoil(path, place_of(path, "prompt", 0) + 2)
+    reader = PairReader(store, skip_bad=True)
+    assert reader.read([0, 1, 21]).index.tolist() == [8, 9, 21]
+    assert set(reader.prompts()) == {PROMPTS[SPEC.prompt_of(i)] for i in range(8, 22)}
+    with pytest.raises(DamagedShard, match="prompts: its bytes do not match"):
+        PairReader(store).prompts()
+
+
+def test_without_a_sound_shard_there_is_nothing_to_give(store: Path) -> None:
+    for shard in range(3):
+        truncate(shard_path(store, shard))
+    reader = PairReader(store, skip_bad=True)
+    with pytest.raises(UserError, match="no sound row for 2 pairs; run `d2g pairs repair"):
+        reader.read([0, 21])
+    assert len(reader.skipped) == 3
+
+
+# Processes, threads, files.
+
+
+def test_many_shards_need_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pairgen.store.open_shards.OPEN_FILES", 5)
+    spec = spec_of(num_pairs=20, shard_size=1)
+    reader = PairReader(put_store(tmp_path, spec))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert same(reader.read(range(len(reader))), rows_of(spec, range(len(reader))))
+        assert len(os.listdir("/proc/self/fd")) - before <= 5
+    del reader
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_threads_may_share_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pairgen.store.open_shards.OPEN_FILES", 3)
+    spec = spec_of(num_pairs=20, shard_size=1)
+    reader, wrong = PairReader(put_store(tmp_path, spec)), list[int]()
+
+    def read(start: int) -> None:
+        for i in range(start, start + 210, 7):
+            if not same(reader.read([i % len(reader)]), rows_of(spec, [i % len(reader)])):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=read, args=(start,)) for start in (0, 5, 11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_announced_rows_are_the_same_rows(store: Path) -> None:
+    reader = PairReader(store)
+    reader.prefetch([5, 21, 0], block=1)
+    reader.prefetch(np.arange(22), block=3)
+    reader.prefetch([])
+    assert same(reader.read(range(22)), rows_of(SPEC, range(22)))
+    swap(shard_path(store, 1))
+    reader = PairReader(store)
+    reader.prefetch(range(22), block=5)  # damage is for `read` to say
+    with pytest.raises(DamagedShard, match="pairs-00001"):
+        reader.read([10])
+
+
+def test_another_spec_is_refused_by_name(whole: Path) -> None:
+    other: StoreSpec = spec_of(guidance=3.0)
+    with pytest.raises(UserError, match=r"guidance \(8\.0 -> 3\.0\)"):
+        PairReader(whole, expect=other)

@@ -1,0 +1,85 @@
+"""`d2g pairs repair`, `verify` and `info` on a store of a teacher: what was bad is made again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import d2g, make_pairs
+from pairgen.store.hdf5 import PairBatch
+from pairgen.store.spec import prompts_path, quarantined_rows, read_spec, shard_path
+from pairgen.verify import verify_store
+from spoilt import S1, chosen, flipped, pack, taken, truncate, write_record
+
+
+@pytest.fixture(scope="module")
+def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """prompts.txt and pairs/ of a tiny teacher. Read only."""
+    folder = tmp_path_factory.mktemp("job")
+    make_pairs(teacher, folder)
+    return folder
+
+
+@pytest.fixture
+def pairs(job: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(job / "pairs", tmp_path / "pairs"))
+
+
+def close(found: PairBatch, expected: PairBatch) -> bool:
+    """The same rows; latents but for the rounding of another batch size."""
+    same = torch.equal(found.noise, expected.noise) and torch.equal(found.index, expected.index)
+    apart = (found.latent - expected.latent).abs().max()
+    return same and found.prompts == expected.prompts and float(apart) < 1e-4
+
+
+def test_repair_needs_nothing_but_the_store(job: Path, pairs: Path, tmp_path: Path) -> None:
+    path = shard_path(pairs, 1)
+    path.write_bytes(flipped(path.read_bytes(), 3000, 1))
+    plan = d2g(["pairs", "repair", str(pairs), "--dry-run", "--json"], tmp_path / "log")
+    assert plan.json["rows_to_make"] == 5 and plan.code == 0 and not (pairs / "quarantine").exists()
+    ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
+    assert ended.code == 0 and ended.json == {"quarantined": [S1], "regenerated": 5}, ended.stderr
+    assert verify_store(pairs).ok and close(taken(pairs, 1), taken(job / "pairs", 1))
+
+
+def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: Path) -> None:
+    batch, spec = taken(pairs, 1), read_spec(pairs)
+    pack(pairs, 1, chosen(batch, [0, 1, 3, 4]), aside=(7,))
+    write_record(pairs, 1, {"index": 7, "prompt": batch.prompts[2], "reason": "its latent was not finite"})
+    verified = d2g(["pairs", "verify", str(pairs), "--json"], tmp_path / "log")
+    assert verified.code == 1 and json.loads(verified.stdout)["quarantined"] == [7]
+    assert "not ok: 1 pairs without a finite latent; `d2g pairs repair" in verified.error
+    only_moved = d2g(["pairs", "repair", str(pairs), "--no-regenerate", "--json"], tmp_path / "log")
+    assert only_moved.json == {"quarantined": [], "regenerated": 0} and only_moved.code == 0
+    assert verify_store(pairs).quarantined == [7]
+    ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
+    assert ended.code == 0 and ended.json == {"quarantined": [], "regenerated": 1}, ended.stderr
+    assert verify_store(pairs).ok and quarantined_rows(pairs, spec) == {}
+    assert close(taken(pairs, 1), taken(job / "pairs", 1))
+
+
+def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_path: Path) -> None:
+    prompts_path(pairs).write_text("?")
+    shard_path(pairs, 2).unlink()
+    words = ["pairs", "repair", str(pairs), "--json"]
+    ended = d2g(words, tmp_path / "log")
+    assert ended.code == 1 and "holds no prompt list to make them from; give --prompts FILE" in ended.error
+    assert "moved 1 files to" in ended.stderr and (pairs / "quarantine" / "prompts.jsonl").exists()
+    ended = d2g([*words, "--prompts", str(job / "prompts.txt")], tmp_path / "log")
+    assert ended.code == 0 and ended.json["regenerated"] == 2, ended.stderr
+    assert verify_store(pairs).ok and verify_store(pairs).prompts_checked
+
+
+def test_verify_and_info_for_people(pairs: Path, tmp_path: Path) -> None:
+    truncate(pairs)
+    shard_path(pairs, 0).unlink()
+    ended = d2g(["pairs", "verify", str(pairs), "--workers", "1"], tmp_path / "log")
+    assert (
+        ended.code == 1
+        and "1 files that cannot be trusted, 1 shards missing; `d2g pairs repair" in ended.error
+    )
+    assert "truncated" in ended.stdout and S1 in ended.stdout
+    shown = d2g(["pairs", "info", str(pairs)], tmp_path / "log")
+    assert shown.code == 0 and "spec.guidance" in shown.stdout and "4, 4, 4" in shown.stdout

@@ -1,0 +1,327 @@
+"""Statistics of a store against NumPy and SciPy, and the contact sheet against the decoder."""
+
+import json
+import re
+from functools import reduce
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import tiny
+from d2g.core import seeds
+from d2g.core.errors import UserError
+from d2g.diffusion.latents import LatentSpace, decode_uint8
+from d2g.diffusion.pretrained import load_vae
+from jobs import d2g, make_pairs
+from pairgen import statistics
+from pairgen.contact_sheet import SMALLEST, columns, contact_sheet, load_font, save_sheet, wrap
+from pairgen.prompts import PromptList, label_list, prompts_sha256
+from pairgen.statistics import Moments, chi_cdf, chi_moments, spread, store_statistics, summary, whole_edges
+from pairgen.store.hdf5 import PairBatch, encode_rows
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import StoreSpec, create_store, prompts_path, publish, shard_path
+
+ROOT = Path(__file__).parents[2]
+TEXTS = PromptList.of(["a cat", "two dogs and a very long tail", "☃"])
+
+
+def make_store(
+    folder: Path,
+    latent: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    texts: PromptList = TEXTS,
+    kind: Any = "text",
+) -> StoreSpec:
+    """A store of one shard with these latents [N, C, H, W], and the noise of (seed, index) if not given."""
+    spec = StoreSpec(
+        teacher="nowhere",
+        teacher_sha256="0" * 64,
+        conditioning=kind,
+        prompts_sha256=prompts_sha256(texts),
+        num_pairs=len(latent),
+        num_prompts=len(texts),
+        solver="ddim",
+        steps=1,
+        spacing="leading",
+        final_alpha_one=True,
+        guidance=1.0,
+        seed=3,
+        dtype="float32",
+        latent_shape=tuple(latent.shape[1:]),  # type: ignore[arg-type]
+        latent_space=LatentSpace(channels=latent.shape[1], downscale=4, scale=0.7),
+        shard_size=len(latent),
+    )
+    create_store(folder, spec)
+    texts.save(prompts_path(folder))
+    index = torch.arange(len(latent))
+    drawn = seeds.noise(3, index.tolist(), spec.latent_shape) if noise is None else noise
+    prompts = [texts[spec.prompt_of(i)] for i in range(len(latent))]
+    rows = PairBatch(noise=drawn, latent=latent, prompts=prompts, index=index)
+    publish(encode_rows(spec, rows), shard_path(folder, 0), folder / "partial")
+    return spec
+
+
+# Moments.
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([0.0, -7.0, 1e6]))
+def test_moments_of_any_split_are_those_of_the_whole(sizes: list[int], shift: float) -> None:
+    draw = np.random.default_rng(sum(sizes))
+    noise = draw.normal(size=(sum(sizes), 3, 2, 4))
+    latent = 0.3 * noise + draw.normal(size=noise.shape) + shift
+    places = np.cumsum(sizes)[:-1]
+    parts = zip(np.split(noise, places), np.split(latent, places), strict=True)
+    found = reduce(Moments.merged, [Moments.of(a, b) for a, b in parts])
+    by_channel = [values.transpose(1, 0, 2, 3).reshape(3, -1) for values in (noise, latent)]
+    assert found.count == sum(sizes) * 8
+    np.testing.assert_allclose(found.mean, np.stack([v.mean(axis=1) for v in by_channel], axis=1), atol=1e-9)
+    np.testing.assert_allclose(found.std, np.stack([v.std(axis=1) for v in by_channel], axis=1), rtol=1e-8)
+    expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(*by_channel, strict=True)]
+    np.testing.assert_allclose(found.correlation, expected, atol=1e-8)
+
+
+def test_a_constant_has_no_correlation() -> None:
+    noise = np.random.default_rng(0).normal(size=(3, 2, 2, 2))
+    assert Moments.of(noise, np.ones_like(noise)).correlation.tolist() == [0.0, 0.0]
+
+
+# Distributions.
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 64, 4096, 16_384, 262_144])
+def test_chi_is_scipys(degrees: int) -> None:
+    judge = scipy.stats.chi(degrees)
+    mean, std = chi_moments(degrees)
+    assert mean == pytest.approx(judge.mean(), rel=1e-9) and std == pytest.approx(judge.std(), rel=1e-4)
+    values = np.linspace(max(0.0, mean - 6 * std), mean + 6 * std, 50)
+    np.testing.assert_allclose(chi_cdf(values, degrees), judge.cdf(values), atol=1e-9)
+
+
+@given(st.lists(st.integers(0, 500), min_size=1))
+def test_bins_of_whole_numbers_hold_equally_many(values: list[int]) -> None:
+    numbers = np.array(values, np.float64)
+    edges = whole_edges(numbers)
+    assert len(edges) <= statistics.BINS + 1 and sum(summary(numbers, edges)["counts"]) == len(values)
+    assert len({len(range(int(a + 0.5), int(b + 0.5))) for a, b in pairwise(edges)}) == 1
+
+
+def test_summary() -> None:
+    values = np.random.default_rng(1).normal(size=1000)
+    found = summary(values)
+    assert (
+        found["mean"] == values.mean()
+        and found["std"] == values.std()
+        and found["median"] == np.median(values)
+    )
+    assert (
+        (found["edges"][0], found["edges"][-1])
+        == (values.min(), values.max())
+        == (found["min"], found["max"])
+    )
+    assert sum(found["counts"]) == 1000 and len(found["counts"]) == statistics.BINS
+
+
+def test_spread() -> None:
+    assert list(spread(10, 0)) == list(spread(10, 10)) == list(spread(10, 99)) == list(range(10))
+    assert list(spread(10, 3)) == [0, 4, 9] and list(spread(10, 1)) == [0]
+    assert all(len(spread(1000, count)) == count for count in range(1, 999, 37))
+
+
+# A store.
+
+
+def latents_of(count: int) -> torch.Tensor:
+    first, second = (seeds.noise(seed, range(count), (2, 4, 4)) for seed in (3, 4))
+    return 0.5 * first + second + torch.tensor([1.0, -2.0])[:, None, None]
+
+
+@pytest.mark.parametrize("block_values", [1, 300, 1 << 21])
+def test_statistics_are_those_of_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_values: int
+) -> None:
+    monkeypatch.setattr(statistics, "BLOCK_VALUES", block_values)
+    latent = latents_of(101)
+    make_store(tmp_path, latent)
+    noise, x = seeds.noise(3, range(101), (2, 4, 4)).double().numpy(), latent.double().numpy()
+    seen: list[tuple[str, int, int]] = []
+    found = store_statistics(tmp_path, progress=lambda *event: seen.append(event))
+    assert found == store_statistics(tmp_path, workers=1) and seen[-1] == ("stats", 101, 101)
+    assert json.loads(json.dumps(found)) == found and (found["rows"], found["pairs"]) == (101, 101)
+    for name, values in (("noise", noise), ("latent", x)):
+        np.testing.assert_allclose(found[name]["mean"], values.mean(axis=(0, 2, 3)), atol=1e-12)
+        np.testing.assert_allclose(found[name]["std"], values.std(axis=(0, 2, 3)), rtol=1e-12)
+        norms = np.linalg.norm(values.reshape(101, -1), axis=1)
+        assert found[f"{name}_norm"]["mean"] == pytest.approx(norms.mean())
+        assert found[f"{name}_norm"]["median"] == pytest.approx(np.median(norms))
+    own = [np.corrcoef(noise[:, c].ravel(), x[:, c].ravel())[0, 1] for c in range(2)]
+    np.testing.assert_allclose(found["correlation"]["noise_latent"], own, atol=1e-12)
+    error = found["correlation"]["standard_error"]
+    assert min(own) > 10 * error and error == (101 * 16) ** -0.5
+    assert max(map(abs, found["correlation"]["noise_next_latent"])) < 4 * error
+    assert abs(found["noise_norm"]["sigmas"]) < 4 and sum(found["noise_norm"]["expected"]) == pytest.approx(
+        101
+    )
+    assert found["outliers"] == {"count": 0, "rows": []}
+
+
+def test_rows_that_do_not_belong_together_show(tmp_path: Path) -> None:
+    """What the correlation is for: latents one row off, as a bug in batching would leave them."""
+    make_store(tmp_path, latents_of(200).roll(-1, 0))
+    found = store_statistics(tmp_path)["correlation"]
+    assert max(map(abs, found["noise_latent"])) < 4 * found["standard_error"]
+
+
+def test_evenly_spread_rows(tmp_path: Path) -> None:
+    latent = latents_of(101)
+    make_store(tmp_path, latent)
+    found = store_statistics(tmp_path, rows=11)
+    assert (found["rows"], found["pairs"]) == (11, 101)
+    np.testing.assert_allclose(found["latent"]["mean"], latent[::10].double().mean(dim=(0, 2, 3)), rtol=1e-9)
+    one = store_statistics(tmp_path, rows=1)
+    assert one["rows"] == 1 and one["correlation"]["noise_next_latent"] is None
+
+
+def test_outliers_are_named_the_farthest_first(tmp_path: Path) -> None:
+    latent, noise = latents_of(400), seeds.noise(3, range(400), (2, 4, 4))
+    latent[77] *= 40
+    noise[[5, 9]] *= torch.tensor([3.0, 0.0])[:, None, None, None]
+    make_store(tmp_path, latent, noise)
+    found = store_statistics(tmp_path)["outliers"]
+    assert found["count"] == 3 and [row["index"] for row in found["rows"]] == [77, 5, 9]
+    assert found["rows"][0]["prompt"] == TEXTS[77 % 3] and found["rows"][0]["latent_sigmas"] > 6
+    assert found["rows"][1]["noise_sigmas"] > 6 and found["rows"][2]["noise_sigmas"] < -6
+    many = store_statistics(tmp_path)["noise_norm"]
+    assert sum(many["counts"]) == 398  # two lie outside of what chi allows
+
+
+def test_prompts_are_measured(tmp_path: Path, teacher: Path) -> None:
+    make_store(tmp_path, latents_of(7))
+    found = store_statistics(tmp_path)["prompts"]
+    assert (found["distinct"], found["repeated_share"]) == (3, 1.0) and found["tokens"] is None
+    assert found["tokens_missing"].startswith("teacher nowhere: no such folder")
+    lengths = [len(TEXTS[i % 3]) for i in range(7)]
+    assert found["characters"]["mean"] == pytest.approx(np.mean(lengths)) and found["characters"]["max"] == 29
+    found = store_statistics(tmp_path, teacher=str(teacher))["prompts"]["tokens"]
+    assert found["limit"] == 12 and found["cut_share"] == 2 / 7 and found["max"] > 12
+    four = store_statistics(tmp_path, rows=4)["prompts"]  # rows 0, 2, 4, 6: prompts 0, 2, 1, 0
+    assert (four["distinct"], four["repeated_share"]) == (3, 0.5)
+    with pytest.raises(UserError, match="no such folder"):
+        store_statistics(tmp_path, teacher="elsewhere")
+
+
+@pytest.mark.parametrize("kind", ["label", "none"])
+def test_stores_without_text(tmp_path: Path, kind: str) -> None:
+    texts = label_list(3) if kind == "label" else PromptList.of([""])
+    make_store(tmp_path, latents_of(7), texts=texts, kind=kind)
+    assert store_statistics(tmp_path)["prompts"] == {"distinct": len(texts), "repeated_share": 1.0}
+
+
+def test_an_empty_store_has_no_statistics(tmp_path: Path) -> None:
+    make_store(tmp_path, latents_of(2))
+    shard_path(tmp_path, 0).unlink()
+    for call in (store_statistics, lambda folder: save_sheet(folder, tmp_path / "s.png")):
+        with pytest.raises(UserError, match="holds no pairs yet"):
+            call(tmp_path)
+
+
+def test_every_key_is_documented(tmp_path: Path, teacher: Path) -> None:
+    make_store(tmp_path, latents_of(7))
+    text = (ROOT / "docs" / "pair-format.md").read_text()
+
+    def keys(value: Any) -> set[str]:
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        return set(value if isinstance(value, dict) else ()).union(*map(keys, parts))
+
+    missing = {
+        key for key in keys(store_statistics(tmp_path, teacher=str(teacher))) if f"`{key}`" not in text
+    }
+    assert not missing
+
+
+# The sheet.
+
+
+@given(st.text(max_size=300), st.integers(20, 300), st.integers(1, 4))
+def test_captions_fit_and_lose_only_their_end(text: str, width: int, lines: int) -> None:
+    font = load_font(11)
+    found = wrap(text, font, width, lines)
+    assert 1 <= len(found) <= lines and all(font.getlength(line) <= width or len(line) <= 2 for line in found)
+    packed, shown = "".join(text.split()), "".join("".join(found).split())
+    assert shown == packed or (len(found) == lines and shown.endswith("…") and packed.startswith(shown[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, 1), (2, 2), (12, 4), (24, 6), (47, 8), (48, 8), (49, 7), (64, 8)]
+)
+def test_columns_leave_few_cells_empty(count: int, expected: int) -> None:
+    assert columns(count) == expected
+
+
+@pytest.mark.parametrize(("size", "shown"), [(16, 160), (30, 180), (200, 200), (512, 256), (1000, 256)])
+def test_pictures_of_any_size_are_shown_whole(size: int, shown: int) -> None:
+    image = torch.zeros(1, 1, size, size, dtype=torch.uint8)
+    image[..., size // 2 :] = 200
+    sheet = contact_sheet(image.expand(3, -1, -1, -1), [""] * 3, "heading")
+    assert sheet.dtype == torch.uint8 and sheet.shape[2] == 3 * (shown + 8) + 8
+    top = next(y for y in range(sheet.shape[1]) if sheet[0, y, 8] == 0)
+    cell = sheet[:, top : top + shown, 8 : 8 + shown]
+    assert (cell[:, :, : shown // 2 - 1] == 0).all() and (cell[:, :, shown // 2 + 1 :] == 200).all()
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+
+
+def test_a_sheet_shows_decoded_rows_and_their_prompts(pairs: Path, teacher: Path, tmp_path: Path) -> None:
+    shown = save_sheet(pairs, tmp_path / "deep" / "sheet.png", 4)
+    assert shown == [0, 4, 7, 11]
+    with Image.open(tmp_path / "deep" / "sheet.png") as file:
+        assert (
+            json.loads(file.info["pairs"]) == shown
+            and file.info["spec_sha256"] == PairReader(pairs).spec.sha256
+        )
+        sheet = np.asarray(file.convert("RGB")).copy()
+    decoded = torch.cat(list(decode_uint8(load_vae(str(teacher)), PairReader(pairs).read(shown).latent)))
+    enlarged = decoded.repeat_interleave(SMALLEST // 16, 2).repeat_interleave(SMALLEST // 16, 3)
+    first = enlarged[0].permute(1, 2, 0).numpy()
+    places = [y for y in range(60) if np.array_equal(sheet[y : y + SMALLEST, 8 : 8 + SMALLEST], first)]
+    assert len(places) == 1
+    captions = sheet[places[0] + SMALLEST : places[0] + SMALLEST + 20]
+    assert (captions < 128).any() and (
+        sheet[: places[0]] < 200
+    ).any()  # ink below the picture and in the heading
+
+
+def test_a_sheet_of_another_teacher_is_refused(pairs: Path, tmp_path: Path) -> None:
+    other = tiny.save_teacher(tmp_path / "other", latent_channels=3)
+    with pytest.raises(UserError, match=r"has LatentSpace\(channels=3.*was made in LatentSpace\(channels=4"):
+        save_sheet(pairs, tmp_path / "sheet.png", teacher=other)
+    with pytest.raises(UserError, match=r"cannot write .*sheet\.png"):
+        save_sheet(pairs, tmp_path / "other" / "model_index.json" / "sheet.png")
+
+
+def test_a_class_is_a_caption_too(tmp_path: Path, teacher: Path) -> None:
+    latent = torch.zeros(6, 4, 4, 4)
+    make_store(tmp_path / "a", latent, texts=label_list(3), kind="label")
+    assert save_sheet(tmp_path / "a", tmp_path / "a.png", teacher=str(teacher)) == list(range(6))
+
+
+def test_stats_on_the_command_line(pairs: Path, tmp_path: Path) -> None:
+    words = ["pairs", "stats", str(pairs), "--sheet", str(tmp_path / "sheet.png"), "--cells", "3"]
+    ended = d2g([*words, "--json"], tmp_path / "log")
+    found = ended.json
+    assert found["rows"] == 12 and found["prompts"]["tokens"]["limit"] == 12
+    assert found["sheet"] == str(tmp_path / "sheet.png") and Path(found["sheet"]).is_file()
+    shown = d2g(["pairs", "stats", str(pairs), "--rows", "5"], tmp_path / "log")
+    assert shown.code == 0 and re.search(r"latent_norm\.counts +│ [ ▁▂▃▄▅▆▇█]+│", shown.stdout), shown.stdout
+    wrong = d2g(["pairs", "stats", str(pairs), "--rows", "-1"], tmp_path / "log")
+    assert wrong.code == 2

@@ -1,0 +1,131 @@
+"""teacher_training.loop: an interrupted training goes on as if nothing had happened; NaN stops it."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from d2g.core.errors import Interrupted, SettingError
+from d2g.core.tracking.run_directory import RunLog, read_stats
+from d2g.diffusion.latents import decode, encode, from_uint8
+from teacher_training.autoencoder import AutoencoderConfig, reconstruction_loss, train_autoencoder
+from teacher_training.loop import FitConfig, fit, learning_rate
+
+FIT = FitConfig(images=96, batch_size=8, lr=2e-3, warmup_images=16, ema=0.5)
+VAE = AutoencoderConfig(channels=(8, 8), latent_channels=4, fit=FIT)
+
+
+def pictures(count: int = 24) -> Tensor:
+    """Smooth random pictures, uint8 [N, 3, 16, 16]."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    fine = nn.functional.interpolate(coarse, 16, mode="bilinear")
+    return (fine * 255).to(torch.uint8)
+
+
+def run(folder: Path, stop_at: int = -1) -> nn.Module:
+    def progress(label: str, done: int, total: int) -> None:
+        if done == stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+    return train_autoencoder(pictures(), VAE, RunLog(folder, {}), 5, progress)
+
+
+def reported(folder: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_stats(folder)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return run(folder), folder
+
+
+def test_a_resumed_training_equals_an_unbroken_one(unbroken: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Bit for bit, over a real SIGINT: weights that are handed back, raw weights, averages and reports."""
+    with pytest.raises(
+        Interrupted, match=r"vae stopped; safe on disk: .*000000040; run the same command again"
+    ):
+        run(tmp_path, stop_at=40)
+    found, (expected, folder) = run(tmp_path), unbroken
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in found.state_dict().items())
+    assert found.config.scaling_factor == expected.config.scaling_factor
+    a, b = (f / "checkpoints" / "000000096" for f in (tmp_path, folder))
+    for name in ("model", "ema"):
+        one, two = (load_file(path / f"{name}.safetensors") for path in (a, b))
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert reported(tmp_path) == reported(folder) and len(reported(folder)) == 12
+
+
+def test_the_vae_learns_and_its_latents_have_unit_variance(unbroken: tuple[nn.Module, Path]) -> None:
+    vae, folder = unbroken
+    lines = reported(folder)
+    assert lines[-1]["loss/rec"] < 0.8 * lines[0]["loss/rec"]
+    with torch.no_grad():
+        latents = encode(vae, from_uint8(pictures()))
+        assert latents.shape == (24, 4, 8, 8) and abs(latents.std().item() - 1) < 0.02
+        assert decode(vae, latents).shape == (24, 3, 16, 16)
+    assert not any(p.requires_grad for p in vae.parameters())
+
+
+def test_reconstruction_counts_pixels_squares_and_edges() -> None:
+    pixels = torch.zeros(1, 1, 2, 2)
+    decoded = torch.tensor([[[[2.0, 0.0], [0.0, 0.0]]]])
+    # mean |error| 2/4, mean square 4/4; row differences |2|, |0| and column differences |2|, |0|
+    assert reconstruction_loss(pixels, decoded, 0.0, 0.0).item() == 0.5
+    assert reconstruction_loss(pixels, decoded, 3.0, 0.0).item() == 0.5 + 3 * 1.0
+    assert reconstruction_loss(pixels, decoded, 0.0, 2.0).item() == 0.5 + 2 * (1.0 + 1.0)
+
+
+def test_rates_warm_up_and_fall_to_zero() -> None:
+    rates = [learning_rate(n, replace(FIT, lr=1.0)) for n in (0, 8, 48, 96)]
+    assert rates[0] == 0.5 and rates[1] == pytest.approx(0.9830, abs=1e-4) and rates[2] == pytest.approx(0.5)
+    assert rates[3] == 0.0
+
+
+def test_the_averages_are_handed_back(tmp_path: Path) -> None:
+    """One weight under a constant gradient: AdamW moves it by the rate, the average follows."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    config = FitConfig(images=2, batch_size=1, lr=1.0, warmup_images=0, weight_decay=0.0, ema=0.75)
+
+    def loss_of(rows: list[int], rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = module.weight.sum()
+        return loss, {"loss": loss}
+
+    fit("one", RunLog(tmp_path, {}), {"one": module}, loss_of, 1, config, 0)
+    first, second = -1.0, -1.0 - learning_rate(1, config)
+    average = 0.75 * (0.25 * first) + 0.25 * second
+    assert module.weight.item() == pytest.approx(average, rel=1e-5)
+    raw = load_file(tmp_path / "checkpoints" / "000000002" / "model.safetensors")
+    assert raw["one.weight"].item() == pytest.approx(second, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(module.weight)
+
+    def loss_of(rows: list[int], rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = (module.weight - 1e30).square().sum()
+        return loss, {"loss": loss}
+
+    config = FitConfig(images=4, batch_size=1, lr=1.0)
+    with pytest.raises(
+        FloatingPointError, match=r"big: loss is inf at image 0; no checkpoint was written before"
+    ):
+        fit("big", RunLog(tmp_path, {}), {"one": module}, loss_of, 1, config, 0)
+    assert module.weight.item() == 1.0 and not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_impossible_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for wrong in ({"images": 0}, {"batch_size": 0}, {"lr": 0.0}):
+        with pytest.raises(SettingError, match="must be positive"):
+            replace(FIT, **wrong)
+    with pytest.raises(SettingError, match="multiples of 8"):
+        AutoencoderConfig(channels=(8, 9))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingError, match="batch_size 8 does not divide over 3 processes"):
+        run(tmp_path)

@@ -1,0 +1,188 @@
+"""teacher_training.train: a whole teacher from anyone's captioned pictures, every stage, very small."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import noise
+from d2g.diffusion import pretrained
+from d2g.diffusion.teacher import load_teacher
+from eval.networks.registry import load_clip
+from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
+from latent_lpips.weights import load_lpips
+from teacher_training.autoencoder import AutoencoderConfig
+from teacher_training.clip import ClipConfig
+from teacher_training.data import captioned_images
+from teacher_training.loop import FitConfig
+from teacher_training.train import PRESETS, TeacherConfig, train_teacher
+from teacher_training.unet import DenoiserConfig
+
+SIZE = 16
+CONFIG = TeacherConfig(
+    size=SIZE,
+    images=40,
+    vae=AutoencoderConfig(
+        channels=(8, 8), latent_channels=4, fit=FitConfig(images=64, batch_size=16, lr=1e-3)
+    ),
+    unet=DenoiserConfig(
+        channels=(8, 16),
+        text_width=16,
+        text_layers=1,
+        vocab_size=300,
+        max_length=12,
+        fit=FitConfig(images=64, batch_size=16, lr=1e-3),
+    ),
+    lpips=LPIPSTrainConfig(
+        network=LPIPSConfig(width=1 / 16),
+        trunk=TrunkTrainConfig(optimizer="adamw", lr=1e-3, batch=16, images=32, grid=2, held_out=0.2),
+        calibrate=CalibrateConfig(epochs=1),
+        triplets=20,
+    ),
+    clip=ClipConfig(
+        patch=8,
+        width=32,
+        layers=1,
+        text_width=32,
+        text_layers=1,
+        context=12,
+        embed=16,
+        images=32,
+        batch_size=16,
+    ),
+)
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+def picture(number: int) -> tuple[Image.Image, str, str]:
+    """(picture, colour, shape): a disc or a box, not square, so that cropping has work."""
+    colour, shape = COLOURS[number % 4], ("disc", "box")[number // 4 % 2]
+    image = Image.new("RGB", (SIZE + 4, SIZE), "white")
+    draw = ImageDraw.Draw(image)
+    left = 3 + number % 5
+    (draw.ellipse if shape == "disc" else draw.rectangle)((left, 3, left + 9, 12), fill=colour)
+    return image, colour, shape
+
+
+def image_folder(folder: Path) -> None:
+    lines = []
+    for number in range(40):
+        image, colour, shape = picture(number)
+        image.save(folder / f"{number:03d}.png")
+        lines.append(json.dumps({"file_name": f"{number:03d}.png", "caption": f"a {colour} {shape}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def class_folders(folder: Path) -> None:
+    for number in range(40):
+        image, colour, shape = picture(number)
+        (folder / f"{colour}_{shape}").mkdir(exist_ok=True)
+        image.save(folder / f"{colour}_{shape}" / f"{number:03d}.png")
+
+
+def parquet(folder: Path) -> None:
+    rows = []
+    for number in range(40):
+        image, colour, shape = picture(number)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        rows.append({"image": {"bytes": buffer.getvalue()}, "caption": f"a {colour} {shape}"})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+
+
+SOURCES = {"an image folder": image_folder, "class-named subfolders": class_folders, "parquet": parquet}
+
+
+@pytest.mark.parametrize("source", list(SOURCES))
+def test_a_teacher_from_captioned_pictures(source: str, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "teacher"
+    data.mkdir()
+    SOURCES[source](data)
+    config = replace(CONFIG, data=str(data))
+    made = train_teacher(config, out)
+    assert made.images == 40 and made.params > 0 and set(made.scores) == {"vae", "unet", "lpips", "clip"}
+
+    # It is a teacher like any other: for diffusers, for pairs, for both losses and for scores.
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = noise(0, [0], (4, 8, 8))
+    prompt = "a photo of a red disc" if source.startswith("class") else "a red disc"
+    expected = pipe(
+        prompt, latents=drawn, num_inference_steps=4, guidance_scale=3.0, output_type="latent"
+    ).images
+    teacher = load_teacher(str(out), final_alpha="teacher")
+    assert teacher.latent_shape == (4, 8, 8) and teacher.space.downscale == 2
+    torch.testing.assert_close(teacher.sample(drawn, [prompt], 4, 3.0, "ddim"), expected, rtol=0, atol=1e-4)
+    assert load_lpips(out / "latent_lpips", 4)(expected, expected).item() == 0.0
+    assert load_clip(str(out / "clip")).encode_texts([prompt]).shape == (1, 16)
+    captions = json.loads((out / "training" / "captions.json").read_text())
+    assert prompt in captions and len(captions) == 40 and len(set(captions)) == 8
+
+    # Again: all stages are there already.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert train_teacher(config, out).scores == made.scores
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_captions_belong_to_their_pictures(tmp_path: Path) -> None:
+    """Read back: the middle pixel has the colour that the caption names, from every kind of source."""
+    names = {(255, 0, 0): "red", (0, 128, 0): "green", (0, 0, 255): "blue", (255, 255, 0): "yellow"}
+    for source, write in SOURCES.items():
+        folder = tmp_path / source.replace(" ", "_")
+        folder.mkdir()
+        write(folder)
+        images, captions = captioned_images(str(folder), SIZE, 100, 0, "a photo of a {}")
+        assert images.shape == (40, 3, SIZE, SIZE) and images.dtype == torch.uint8 and len(captions) == 40
+        for image, caption in zip(images, captions, strict=True):
+            assert names[tuple(image[:, 7, 7].tolist())] in caption
+        few, texts = captioned_images(str(folder), SIZE, 7, 0, "a photo of a {}")
+        assert len(few) == len(texts) == 7
+
+
+def test_stages_can_be_made_one_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    image_folder(tmp_path / "data")
+    config, out = replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "teacher"
+    assert train_teacher(config, out, ("data",)).scores == {} and not (out / "vae").exists()
+    made = train_teacher(config, out, ("vae",))
+    assert set(made.scores) == {"vae"} and (made.params, made.images) == (0, 40)
+    assert pretrained.load_vae(str(out)).config.scaling_factor != 0.18215
+    with pytest.raises(SettingError, match=r"unknown stage 'unett'; did you mean 'unet'\?"):
+        train_teacher(config, out, ("unett",))
+
+
+def test_pictures_that_cannot_be_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    picture(0)[0].save(tmp_path / "data" / "a.png")
+    with pytest.raises(UserError, match=r"1 of 1 images have no caption; expected a metadata\.jsonl"):
+        train_teacher(replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "teacher", ("data",))
+    with pytest.raises(UserError, match="scenes are rendered at 64 pixels, got size 16"):
+        train_teacher(CONFIG, tmp_path / "scenes", ("data",))
+    with pytest.raises(UserError, match="no such file or folder"):
+        train_teacher(replace(CONFIG, data=str(tmp_path / "none")), tmp_path / "none-teacher", ("data",))
+    with pytest.raises(SettingError, match="size is 18; expected a multiple of 4"):
+        replace(CONFIG, size=18)
+
+
+def test_presets_fit_together() -> None:
+    """A latent of the size the UNet halves, and a CLIP whose patches tile the picture."""
+    for name, preset in PRESETS.items():
+        assert preset.size % preset.clip.patch == 0, name
+        latent = preset.size // 2 ** (len(preset.vae.channels) - 1)
+        assert latent == 8 and latent % 2 ** (len(preset.unet.channels) - 1) == 0, name
+
+
+def test_a_limit_keeps_every_classs_share(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    images, captions = captioned_images(str(tmp_path), SIZE, 16, 0, "a photo of a {}")
+    assert len(images) == 16
+    assert {captions.count(caption) for caption in set(captions)} == {2} and len(set(captions)) == 8
