@@ -31,7 +31,7 @@ from eval.measure.required_networks import Networks
 from eval.measure.source import batch_source
 from eval.networks.registry import load_clip
 from eval.protocols.protocol import PROTOCOLS
-from eval.runner.samplers import Drawing, one_step_source
+from eval.runner.samplers import SamplingRequest, one_step_source
 from miniature.metrics import oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
 
@@ -75,7 +75,9 @@ def judge(run: Path, count: int) -> dict[str, float]:
     scenes = real_scenes(count, lambda *_: None)
     texts = [text for _, batch in scenes for text in batch]
     real = build_reference(batch_source("scenes", scenes), protocol, networks.sets)
-    source = one_step_source(str(run), load_one_step(str(run)), Drawing(prompts=texts, seed=0, device="cpu"))
+    source = one_step_source(
+        str(run), load_one_step(str(run)), SamplingRequest(prompts=texts, seed=0, device="cpu")
+    )
     metrics = ("fid", "pr", "caption_accuracy")
     found = evaluate(
         source, protocol, networks, metrics=metrics, reference=real, count=count, resamples=0

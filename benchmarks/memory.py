@@ -38,7 +38,7 @@ from pairgen.generate import generate_pairs  # noqa: E402
 VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("plain", ()),
     ("recompute", ("engine.activation_checkpointing=true",)),
-    ("2 micro-batches", ("engine.accumulate=2",)),
+    ("2 micro-batches", ("engine.gradient_accumulation=2",)),
 )
 
 
@@ -104,7 +104,13 @@ def configured(
     """Three steps of a stage."""
     length = (f"train.batch_size={batch}", f"train.images={3 * batch}", f"train.report_images={3 * batch}")
     fused = ("optim.name=adamw_fused", "gan.optim.name=adamw_fused")
-    common = (f"teacher={made}", f"pairs={pairs}", f"init={init}", "train.sentinels=off", "gan.r1_interval=1")
+    common = (
+        f"teacher={made}",
+        f"pairs={pairs}",
+        f"init={init}",
+        "train.on_collapse=off",
+        "gan.r1_interval=1",
+    )
     return override(PRESETS["miniature"][stage], [*common, *length, *fused, *more])
 
 
@@ -143,7 +149,7 @@ def main() -> None:
                 expected = predict(run, 1).total
                 rows.append([stage, label, expected, peak, f"{expected / peak - 1:+.1%}"])
                 print(rows[-1], file=sys.stderr, flush=True)
-        parameters = sum(p.numel() for p in pretrained.skeleton(stores["large"][0], "unet").parameters())
+        parameters = sum(p.numel() for p in pretrained.load_on_meta(stores["large"][0], "unet").parameters())
     lines = [f"{parameters / 1e6:.0f}M parameters, {given.size}x{given.size} latents, batch {given.batch}."]
     lines += ["", *table(["stage", "variant", "predicted GiB", "measured GiB", "prediction off by"], rows)]
     write("memory", "Memory of a training process", lines)

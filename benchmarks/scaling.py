@@ -81,19 +81,19 @@ def row(
     work = local * (passes(config) * flops + LATENT_LPIPS * positions)
     compute = work / (given.tflops * 1e12 * given.used)
     networks = 1 if stage == "ode" else 2
-    parameters = sum(p.numel() for p in pretrained.skeleton(teacher, "unet").parameters())
+    parameters = sum(p.numel() for p in pretrained.load_on_meta(teacher, "unet").parameters())
     ring = (gpus - 1) / gpus
     if config.engine.parallel == "ddp":
         traffic = networks * 2 * ring * 4 * parameters
     else:  # bf16 weights gathered for forward and backward of each pass, fp32 gradients scattered
-        rounds = (2 if stage == "ode" else 2 + 4 + 2) * config.engine.accumulate
-        traffic = ring * parameters * (2 * rounds + 4 * networks * config.engine.accumulate)
+        rounds = (2 if stage == "ode" else 2 + 4 + 2) * config.engine.gradient_accumulation
+        traffic = ring * parameters * (2 * rounds + 4 * networks * config.engine.gradient_accumulation)
     exchange = traffic / (given.gbytes * 1e9)
     steps = config.train.images // size
     days = (max(compute, exchange), compute + exchange)
     engine = config.engine
     how = engine.parallel + (", recompute" if engine.activation_checkpointing else "")
-    how += f", {engine.accumulate} micro-batches" if engine.accumulate > 1 else ""
+    how += f", {engine.gradient_accumulation} micro-batches" if engine.gradient_accumulation > 1 else ""
     spent = " to ".join(f"{seconds * steps * gpus / 86_400:.1f}" for seconds in days)
     return [name, stage, gpus, local, how, memory.total, compute, traffic / 1e9, exchange, spent]
 

@@ -44,13 +44,13 @@ PENALTY = ("gan.r1_interval=16",)
 VARIANTS = (
     Variant("stage 1", "ode"),
     Variant("stage 1, a loader worker", "ode", ("train.loader_workers=1",)),
-    Variant("stage 1, inductor", "ode", ("engine.compiler=inductor",)),
+    Variant("stage 1, inductor", "ode", ("engine.compile=inductor",)),
     Variant("stage 1, recompute", "ode", ("engine.activation_checkpointing=true",)),
-    Variant("stage 2, no penalty", "gan", ("gan.r1=none",)),
-    Variant("stage 2, R1 of one row", "gan", ("gan.r1=single", *PENALTY)),
-    Variant("stage 2, R1 of the batch", "gan", ("gan.r1=full", *PENALTY)),
+    Variant("stage 2, no penalty", "gan", ("gan.penalty=none",)),
+    Variant("stage 2, R1 of one row", "gan", ("gan.penalty=single", *PENALTY)),
+    Variant("stage 2, R1 of the batch", "gan", ("gan.penalty=full", *PENALTY)),
     Variant(
-        "stage 2, R1 of one row, inductor", "gan", ("gan.r1=single", "engine.compiler=inductor", *PENALTY)
+        "stage 2, R1 of one row, inductor", "gan", ("gan.penalty=single", "engine.compile=inductor", *PENALTY)
     ),
     Variant("stage 1, 1 process of 1 thread", "ode", threads=1),
     Variant("stage 1, 2 processes of 1 thread, ddp", "ode", processes=2, threads=1),
@@ -65,7 +65,7 @@ def run(variant: Variant, given: argparse.Namespace, init: str, folder: Path) ->
         f"train.batch_size={batch}",
         f"train.report_images={EVERY * batch}",
         "train.checkpoint_images=1000000000",
-        "train.sentinels=off",
+        "train.on_collapse=off",
         *variant.settings,
         *given.sets,
     )

@@ -58,7 +58,7 @@ def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[st
     """Predicted GiB per GPU of each stage, and the problems with what does not fit."""
     from d2g.diffusion.pipelines import SHIPPED
     from distill.config.presets import PRESETS
-    from distill.config.run import rows_each
+    from distill.config.run import microbatch_size
     from distill.planning.memory import forecast, too_large
 
     stages = pick(PRESETS, preset, "preset")
@@ -72,7 +72,7 @@ def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[st
         config = replace(config, teacher=config.teacher if teacher is None else teacher)
         many = gpus or config.engine.gpus or 1
         try:
-            rows_each(config, many)
+            microbatch_size(config, many)
         except SettingError as error:
             problems.append(f"{preset} {stage}: {error}")
             continue

@@ -21,7 +21,7 @@ from d2g.diffusion.lora import has_lora, merged
 from d2g.diffusion.pretrained import Encoder
 from d2g.diffusion.text_encoders import LabelEncoder, NoEncoder
 from distill.config.components import StudentConfig
-from distill.models.student import Student, student_from_teacher, told_guidance
+from distill.models.student import Student, add_guidance_embedding, student_from_teacher
 
 REMEDIES = {
     "student.json": "export the student again",
@@ -123,7 +123,7 @@ def load_student_weights(student: Student, name: str) -> None:
     """
     tensors = student_tensors(name)
     if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
-        told_guidance(student.unet)
+        add_guidance_embedding(student.unet)
     try:
         student.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
     except RuntimeError as error:
@@ -190,7 +190,7 @@ def save_samples(
     return {"out": str(out), "images": len(everything), "seconds_per_image": seconds / len(everything)}
 
 
-def naive_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:
+def untrained_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:
     """The teacher itself in one step, without guidance: where every student starts."""
     device = torch.device(device)
     return OneStep(

@@ -20,7 +20,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import Teacher, load_teacher
 from distill.config.presets import PRESETS as DISTILL_PRESETS
 from distill.config.run import DistillConfig
-from distill.sampling import OneStep, load_one_step, naive_one_step
+from distill.sampling import OneStep, load_one_step, untrained_one_step
 from distill.training.train import train
 from eval.evaluate import evaluate
 from eval.measure.build_reference import build_reference
@@ -31,7 +31,7 @@ from eval.networks.registry import load_clip
 from eval.protocols.protocol import PROTOCOLS
 from eval.report.page import first_images
 from eval.result import EvalResult
-from eval.runner.samplers import Drawing, ode_source, one_step_source
+from eval.runner.samplers import SamplingRequest, ode_source, one_step_source
 from miniature.demo_report import write_report
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
@@ -140,7 +140,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
     name = config.pairs.teacher
     teacher = load_teacher(name, device)
     students = {
-        "naive": naive_one_step(name, device),
+        "naive": untrained_one_step(name, device),
         "ode": load_one_step(str(out / "ode"), device=device),
         "gan": load_one_step(str(out / "gan"), device=device),
     }
@@ -189,7 +189,7 @@ def evaluate_all(
     scenes = real_scenes(config.eval_images, progress)
     texts = [text for _, batch in scenes for text in batch]
     real = build_reference(batch_source("scenes", scenes), protocol, networks.sets)
-    drawing = Drawing(prompts=texts, seed=protocol.seed, device=teacher.device)
+    drawing = SamplingRequest(prompts=texts, seed=protocol.seed, device=teacher.device)
     guidance = config.pairs.guidance
     sources = {name: one_step_source(name, one, drawing) for name, one in students.items()}
     sources["teacher"] = ode_source(teacher, drawing, steps=config.teacher_steps, guidance=guidance)

@@ -209,10 +209,10 @@ def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
 
 def load_oracle(folder: Path = SHIPPED) -> Oracle:
     """An oracle in eval mode, frozen, in fp32. Raises UserError where a piece is absent or damaged."""
-    for piece in ("config.json", "model.safetensors"):
-        if not (folder / piece).is_file():
+    for component in ("config.json", "model.safetensors"):
+        if not (folder / component).is_file():
             raise UserError(
-                f"{folder} is no oracle: {piece} is missing, expected config.json and model.safetensors; "
+                f"{folder} is no oracle: {component} is missing, expected config.json and model.safetensors; "
                 "name a folder that save_oracle wrote"
             )
     try:

@@ -22,7 +22,7 @@ from eval.images.resize import NATIVE
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.runner.run import run_evaluation
-from eval.runner.samplers import Drawing, ode_source
+from eval.runner.samplers import SamplingRequest, ode_source
 from miniature.metrics import TEST_SEED
 from miniature.oracle import caption_accuracy, load_oracle
 from miniature.sampling import captions
@@ -50,16 +50,16 @@ def ship_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progress =
     """Copy a finished `d2g teacher train` folder without training/, halve it, measure it, write meta.json."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "model_index.json", out / "model_index.json")
-    for piece in PIECES:
-        if (out / piece).is_dir():
-            shutil.rmtree(out / piece)
-        shutil.copytree(run / piece, out / piece)
-        if (config := out / piece / "config.json").is_file():
+    for component in PIECES:
+        if (out / component).is_dir():
+            shutil.rmtree(out / component)
+        shutil.copytree(run / component, out / component)
+        if (config := out / component / "config.json").is_file():
             facts = json.loads(config.read_text(encoding="utf-8"))
             facts.pop("_name_or_path", None)  # a path of the machine that trained it
             write_atomically(config, json.dumps(facts, indent=2) + "\n")
-    for piece in ("unet", "vae", "text_encoder", "latent_lpips"):
-        halve(out / piece)
+    for component in ("unet", "vae", "text_encoder", "latent_lpips"):
+        halve(out / component)
     stages = {
         p.parent.name: json.loads(p.read_text()) for p in sorted((run / "training").glob("*/scores.json"))
     }
@@ -85,7 +85,7 @@ def score(
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
         texts, images = captions(num, TEST_SEED, split), []
-        source = ode_source(loaded, Drawing(prompts=texts), steps=steps, guidance=guidance)
+        source = ode_source(loaded, SamplingRequest(prompts=texts), steps=steps, guidance=guidance)
         for drawn in source.draw(range(num), 64, (NATIVE,)):
             images.append(drawn.views[NATIVE])
             progress(f"score {split}", 64 * len(images), num)

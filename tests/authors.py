@@ -46,8 +46,8 @@ def tuned_state(channels: int, seed: int, width: float = 1.0) -> dict[str, Tenso
     state: dict[str, Tensor] = {}
     for key, value in features(channels, seed, width).items():
         number = int(key.split(".")[0])
-        piece = 1 + next(i for i, end in enumerate(SLICE_ENDS) if number < end)
-        state[f"net.slice{piece}.{key}"] = value
+        component = 1 + next(i for i, end in enumerate(SLICE_ENDS) if number < end)
+        state[f"net.slice{component}.{key}"] = value
     for layer, full in enumerate(TAPS):
         head = _noise(seed, 200 + layer, 1, round(full * width), 1, 1).abs()
         state[f"lin{layer}.model.1.weight"] = state[f"lins.{layer}.model.1.weight"] = head

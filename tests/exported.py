@@ -14,7 +14,7 @@ from distill.config.components import StudentConfig
 from distill.config.run import DistillConfig
 from distill.models.student import student_from_teacher
 from distill.training.state import new_state
-from eval.runner.samplers import Drawing, student_source
+from eval.runner.samplers import SamplingRequest, student_source
 
 PROMPT = ["a red cube", "two green cones"]
 
@@ -52,7 +52,7 @@ def told(exported: Path) -> str:
 
 def evaluated(file: Path, student: str) -> str:
     """What `d2g eval run --student` would write, but for the numbers."""
-    source = student_source(student, Drawing(prompts=["a red cube"]))
+    source = student_source(student, SamplingRequest(prompts=["a red cube"]))
     return result(file, name=source.name, **source.facts)
 
 

@@ -34,7 +34,7 @@ TRAIN = TrainConfig(
     loader_workers=0,
     report_images=BATCH,
     checkpoint_images=1_000_000,
-    sentinels="off",  # such short runs of random networks look like anything
+    on_collapse="off",  # such short runs of random networks look like anything
 )
 
 

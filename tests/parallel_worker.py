@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.distributed import engine, process_group
-from d2g.core.distributed.engine import Parallel
+from d2g.core.distributed.engine import DistributedModule
 from d2g.diffusion import pretrained
 from distill.config.run import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
@@ -60,14 +60,14 @@ def gradients(
     """Whole gradients of this world's D loss with R1 on one row a rank, then the weights after one update."""
     rank, world = process_group.rank(), process_group.world_size()
     if kind == "fsdp" and rank:
-        network = Discriminator(pretrained.skeleton(teacher, "unet"), DiscriminatorConfig()).to("meta")
+        network = Discriminator(pretrained.load_on_meta(teacher, "unet"), DiscriminatorConfig()).to("meta")
     else:
         network = new_discriminator(teacher, seed=rank)
     layers = list(pretrained.layers(network))
     if recompute:
         engine.recompute(layers)
     policy = torch.bfloat16 if half and kind == "fsdp" else None
-    d = Parallel(
+    d = DistributedModule(
         network, kind, torch.device("cpu"), layers=layers, roots=[network], replicas=replicas, half=policy
     )
     mixed = torch.autocast("cpu", torch.bfloat16) if half and kind == "ddp" else nullcontext()
@@ -81,7 +81,7 @@ def gradients(
             (3.0 * r1_penalty(bare, real[:1], noise[:1], text[:1])).backward()
         for part in range(accumulate):
             real, fake, noise, text = (x.chunk(accumulate)[part] for x in rows)
-            with d.unaveraged(part < accumulate - 1):
+            with d.no_sync(part < accumulate - 1):
                 with mixed:
                     logits = d(real, noise, text), d(fake, noise, text)
                 (discriminator_loss(*logits) / accumulate).backward()

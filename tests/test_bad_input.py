@@ -56,8 +56,8 @@ def files(folder: Path) -> dict[Path, bytes]:
 # Teachers.
 
 
-def _without(piece: str) -> Callable[[Path], None]:
-    return lambda folder: shutil.rmtree(folder / piece)
+def _without(component: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.rmtree(folder / component)
 
 
 def _cut(folder: Path) -> None:

@@ -280,11 +280,11 @@ def save_edm(folder: Path, classes: int | None = 10, scheduler: Any = None, **se
     return save_pixels(folder, classes, scheduler or EDMEulerScheduler, **{**EDM, **settings})
 
 
-def judge(folder: Path, **pieces: Any) -> Any:
+def judge(folder: Path, **components: Any) -> Any:
     """diffusers' own pipeline of a folder; `pieces` it has to be told of."""
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, **pieces)
+    pipeline = DiffusionPipeline.from_pretrained(folder, **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -97,32 +97,34 @@ class Pipeline:
     index: dict[str, Any]
 
     @property
-    def pieces(self) -> list[str]:
+    def components(self) -> list[str]:
         """The pieces it has, of those its kind needs."""
         absent = {p for p in OPTIONAL.get(self.kind, ()) if self.class_name(p) is None}
-        return [piece for piece in PIPELINES[self.kind] if piece not in absent]
+        return [component for component in PIPELINES[self.kind] if component not in absent]
 
-    def class_name(self, piece: str) -> str | None:
+    def class_name(self, component: str) -> str | None:
         """The class that model_index.json names for a piece; None where it says [null, null] or nothing."""
-        entry = self.index.get(piece)
+        entry = self.index.get(component)
         return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
-    def home(self, piece: str) -> Path:
+    def component_dir(self, component: str) -> Path:
         """The folder of a piece. Raises UserError when the piece is missing or of a class we do not load."""
-        name, home = self.class_name(piece), self.folder / piece
-        if not home.is_dir() and _may_be_flat(self.kind):
-            file = "scheduler_config.json" if piece == "scheduler" else "config.json"
-            home = self.folder if (self.folder / file).is_file() else home
-        if name is None or not home.is_dir():
+        name, component_dir = self.class_name(component), self.folder / component
+        if not component_dir.is_dir() and _may_be_flat(self.kind):
+            file = "scheduler_config.json" if component == "scheduler" else "config.json"
+            component_dir = self.folder if (self.folder / file).is_file() else component_dir
+        if name is None or not component_dir.is_dir():
             found = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.is_dir())) or "none"
             raise UserError(
-                f"teacher {self.folder}: no {piece}; expected the pieces {', '.join(PIPELINES[self.kind])} "
+                f"teacher {self.folder}: no {component}; expected the pieces {', '.join(PIPELINES[self.kind])} "
                 f"in diffusers layout; found {found}"
             )
-        allowed = PIPELINES[self.kind][piece]
+        allowed = PIPELINES[self.kind][component]
         if allowed and name not in allowed:
-            raise UserError(f"teacher {self.folder}: {piece} is a {name}; supported: {', '.join(allowed)}")
-        return home
+            raise UserError(
+                f"teacher {self.folder}: {component} is a {name}; supported: {', '.join(allowed)}"
+            )
+        return component_dir
 
 
 def classes(pipeline: Pipeline, embeddings: int | None) -> tuple[int, int | None]:
@@ -201,9 +203,9 @@ def _snapshot(name: str) -> Path:
 
     try:
         pipeline = _read_index(fetch(["model_index.json"]))
-        pieces = pipeline.pieces
-        models = [p for p in pieces if p != "scheduler" and not p.startswith("tokenizer")]
-        wanted = [f"{piece}/*{suffix}" for piece in pieces for suffix in _TEXT]
+        components = pipeline.components
+        models = [p for p in components if p != "scheduler" and not p.startswith("tokenizer")]
+        wanted = [f"{component}/*{suffix}" for component in components for suffix in _TEXT]
         wanted += [f"{model}/{file}" for model in models for file in weight_patterns(None)]
         if _may_be_flat(pipeline.kind):
             wanted += ["config.json", "scheduler_config.json", *weight_patterns(None)]
@@ -257,7 +259,11 @@ def weights_sha256(name: str) -> str:
     Files are hashed side by side, and each once per process.
     """
     pipeline, total = open_pipeline(name), hashlib.sha256()
-    files = [path for piece in sorted(pipeline.pieces) for path in piece_files(pipeline.home(piece))]
+    files = [
+        path
+        for component in sorted(pipeline.components)
+        for path in piece_files(pipeline.component_dir(component))
+    ]
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         digests = list(pool.map(_file_sha256, files))
     for path, digest in zip(files, digests, strict=True):
@@ -268,18 +274,18 @@ def weights_sha256(name: str) -> str:
     return total.hexdigest()
 
 
-def piece_files(home: Path) -> list[Path]:
+def piece_files(component_dir: Path) -> list[Path]:
     """The files of a piece that are loaded, in order of name; other variants and formats are left out."""
-    names = sorted(path.name for path in home.iterdir() if path.is_file())
+    names = sorted(path.name for path in component_dir.iterdir() if path.is_file())
     weights = [name for name in names if name.endswith(".safetensors")]
     chosen = set(choose_weights(names)[1]) if weights else set()
-    return [home / name for name in names if name in chosen or name.endswith(_TEXT)]
+    return [component_dir / name for name in names if name in chosen or name.endswith(_TEXT)]
 
 
-def piece_sha256(home: Path) -> str:
+def piece_sha256(component_dir: Path) -> str:
     """sha256 over the files of one piece."""
     total = hashlib.sha256()
-    for path in piece_files(home):
+    for path in piece_files(component_dir):
         total.update(path.name.encode() + _file_sha256(path))
     return total.hexdigest()
 

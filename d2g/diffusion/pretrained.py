@@ -37,37 +37,40 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 """Classes that may stand in a folder by themselves."""
 
 
-def _class(pipeline: Pipeline, piece: str) -> Any:
+def _class(pipeline: Pipeline, component: str) -> Any:
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()  # progress is the caller's business
     transformers.utils.logging.disable_progress_bar()
     name = (
-        pipeline.class_name(piece)
-        if "vae" in piece or "token" in piece
-        else PIPELINES[pipeline.kind][piece][0]
+        pipeline.class_name(component)
+        if "vae" in component or "token" in component
+        else PIPELINES[pipeline.kind][component][0]
     )
     return getattr(diffusers, str(name), None) or getattr(transformers, str(name))
 
 
-def load_model(name: str, piece: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(name: str, component: str, dtype: torch.dtype = torch.float32) -> Any:
     """A piece with weights: from safetensors, directly in `dtype`, eval, frozen.
 
     Raises UserError for a missing piece or class, and for weights that are missing, damaged or incomplete.
     """
     pipeline = open_pipeline(name)
     return _with_weights(
-        pipeline.home(piece), _class(pipeline, piece), dtype, f"teacher {pipeline.folder}: {piece}"
+        pipeline.component_dir(component),
+        _class(pipeline, component),
+        dtype,
+        f"teacher {pipeline.folder}: {component}",
     )
 
 
-def _with_weights(home: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
+def _with_weights(component_dir: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
     keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     try:
-        variant, _ = choose_weights(path.name for path in home.iterdir())
+        variant, _ = choose_weights(path.name for path in component_dir.iterdir())
         module, report = kind.from_pretrained(
-            home, variant=variant, use_safetensors=True, output_loading_info=True, **{keyword: dtype}
+            component_dir, variant=variant, use_safetensors=True, output_loading_info=True, **{keyword: dtype}
         )
         if report["missing_keys"]:  # diffusers would fill them with random numbers and a warning
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
@@ -76,30 +79,30 @@ def _with_weights(home: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def skeleton(name: str, piece: str) -> Any:
+def load_on_meta(name: str, component: str) -> Any:
     """A piece as it is loaded, but without weights, on torch's meta device: its shapes, at no cost."""
     pipeline = open_pipeline(name)
-    home, kind = pipeline.home(piece), _class(pipeline, piece)
+    component_dir, kind = pipeline.component_dir(component), _class(pipeline, component)
     try:
         with torch.device("meta"):
             if kind.__module__.startswith("transformers"):
-                return kind(kind.config_class.from_pretrained(home)).eval()
-            return kind.from_config(kind.load_config(home)).eval()
+                return kind(kind.config_class.from_pretrained(component_dir)).eval()
+            return kind.from_config(kind.load_config(component_dir)).eval()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"teacher {pipeline.folder}: {piece} has no config that can be read: {str(error).splitlines()[0]}"
+            f"teacher {pipeline.folder}: {component} has no config that can be read: {str(error).splitlines()[0]}"
         ) from error
 
 
-def load_tokenizer(name: str, piece: str = "tokenizer") -> Any:
+def load_tokenizer(name: str, component: str = "tokenizer") -> Any:
     """One of the pipeline's tokenizers."""
     pipeline = open_pipeline(name)
-    home, kind = pipeline.home(piece), _class(pipeline, piece)
+    component_dir, kind = pipeline.component_dir(component), _class(pipeline, component)
     try:
-        return kind.from_pretrained(home)
+        return kind.from_pretrained(component_dir)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"teacher {pipeline.folder}: {piece} cannot be loaded: {str(error).splitlines()[0]}"
+            f"teacher {pipeline.folder}: {component} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -112,15 +115,17 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def vae_piece(name: str) -> str | None:
     """The piece that turns latents to pixels; None for pipelines that work in pixels."""
-    return next((piece for piece in open_pipeline(name).pieces if piece in ("vae", "vqvae")), None)
+    return next(
+        (component for component in open_pipeline(name).components if component in ("vae", "vqvae")), None
+    )
 
 
 def load_vae(name: str) -> Any:
     """The pipeline's autoencoder: fp32, eval, frozen. A pipeline in pixel space has a PixelSpace instead."""
-    piece = vae_piece(name)
-    if piece is None:
-        return PixelSpace(int(skeleton(name, "unet").config.in_channels))
-    return load_model(name, piece)
+    component = vae_piece(name)
+    if component is None:
+        return PixelSpace(int(load_on_meta(name, "unet").config.in_channels))
+    return load_model(name, component)
 
 
 def load_autoencoder(name: str) -> Any:
@@ -128,26 +133,28 @@ def load_autoencoder(name: str) -> Any:
 
     Raises UserError for what is neither, and for classes that `d2g.diffusion.latents` does not know.
     """
-    if (home := _autoencoder_home(name)) is None:
+    if (component_dir := _autoencoder_home(name)) is None:
         return load_vae(name)
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
     try:
-        kind = json.loads((home / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        kind = json.loads((component_dir / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{home / 'config.json'} is not readable as JSON ({error}); copy it again") from error
+        raise UserError(f"{component_dir / 'config.json'} is not readable as JSON ({error}); copy it again") from error
     if kind not in AUTOENCODERS:
-        raise UserError(f"autoencoder {home} is a {kind}; supported: {', '.join(AUTOENCODERS)}")
-    return _with_weights(home, getattr(diffusers, kind), torch.float32, f"autoencoder {home}")
+        raise UserError(f"autoencoder {component_dir} is a {kind}; supported: {', '.join(AUTOENCODERS)}")
+    return _with_weights(
+        component_dir, getattr(diffusers, kind), torch.float32, f"autoencoder {component_dir}"
+    )
 
 
 def autoencoder_sha256(name: str) -> str:
     """sha256 over the files that decide the latents of `load_autoencoder(name)`."""
-    if (home := _autoencoder_home(name)) is None:
-        piece = vae_piece(name)
-        home = open_pipeline(name).home(piece) if piece else None
-    return piece_sha256(home) if home else "pixels"
+    if (component_dir := _autoencoder_home(name)) is None:
+        component = vae_piece(name)
+        component_dir = open_pipeline(name).component_dir(component) if component else None
+    return piece_sha256(component_dir) if component_dir else "pixels"
 
 
 def _autoencoder_home(name: str) -> Path | None:
@@ -159,8 +166,8 @@ def _autoencoder_home(name: str) -> Path | None:
 
 def latent_downscale(name: str) -> int:
     """Pixels of a picture's side by its latents', from the autoencoder's config alone."""
-    piece = vae_piece(name)
-    return latent_space(skeleton(name, piece) if piece else load_vae(name)).downscale
+    component = vae_piece(name)
+    return latent_space(load_on_meta(name, component) if component else load_vae(name)).downscale
 
 
 def _expect_student(name: str) -> None:
@@ -208,7 +215,7 @@ def load_text_encoder(name: str) -> Encoder:
     _expect_student(name)
     pipeline = open_pipeline(name)
     if pipeline.kind not in TEXT_STUDENTS:
-        embeddings = skeleton(name, "unet").config.num_class_embeds
+        embeddings = load_on_meta(name, "unet").config.num_class_embeds
         count, _ = classes(pipeline, embeddings)
         return NoEncoder() if embeddings is None else LabelEncoder(count)
     if pipeline.kind == "StableDiffusionPipeline":

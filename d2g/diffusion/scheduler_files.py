@@ -134,7 +134,7 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     """The scheduler's class and what its own constructor would make of its file, after every refusal."""
     import diffusers
 
-    home, kind = pipeline.home("scheduler"), pipeline.class_name("scheduler")
+    component_dir, kind = pipeline.component_dir("scheduler"), pipeline.class_name("scheduler")
     where = f"teacher {pipeline.folder}: scheduler {kind}"
     flow = pipeline.kind == "StableDiffusion3Pipeline"
     supported = FLOW if flow else VARIANCE_PRESERVING + (EDM if pipeline.kind in UNETS else ())
@@ -147,7 +147,7 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{where} cannot make pairs: {REFUSED[kind]}; {mend}")
     if kind not in supported:
         raise UserError(f"{where} does not go with {pipeline.kind}; expected {', '.join(supported)}; {mend}")
-    file = home / "scheduler_config.json"
+    file = component_dir / "scheduler_config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         known = inspect.signature(getattr(diffusers, kind).__init__).parameters
@@ -195,7 +195,9 @@ def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
 def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedule:
     dynamic = None
     if settings["use_dynamic_shifting"]:
-        network = json.loads((pipeline.home("transformer") / "config.json").read_text(encoding="utf-8"))
+        network = json.loads(
+            (pipeline.component_dir("transformer") / "config.json").read_text(encoding="utf-8")
+        )
         dynamic = DynamicShift(
             base_shift=float(settings["base_shift"]),
             max_shift=float(settings["max_shift"]),
@@ -217,7 +219,7 @@ def _edm(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> EDMSchedule
     for key, known in (("prediction_type", EDMPrediction), ("sigma_schedule", SigmaGrid)):
         if settings[key] not in get_args(known):
             raise UserError(f"{where} has {key}={settings[key]}; supported: {', '.join(get_args(known))}")
-    network = json.loads((pipeline.home("unet") / "config.json").read_text(encoding="utf-8"))
+    network = json.loads((pipeline.component_dir("unet") / "config.json").read_text(encoding="utf-8"))
     if (embedding := network.get("time_embedding_type", "positional")) != "positional":
         raise UserError(
             f"{where} tells c_noise, which may be negative, but the UNet has "

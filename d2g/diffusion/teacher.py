@@ -200,14 +200,14 @@ def load_teacher(
     device, dtype = torch.device(device), PRECISIONS[precision]
     bare = _skeleton(name, spacing, final_alpha)  # every refusal comes before gigabytes are read
 
-    def load(piece: str) -> Any:
-        return pretrained.load_model(name, piece, dtype).to(device)
+    def load(component: str) -> Any:
+        return pretrained.load_model(name, component, dtype).to(device)
 
     return replace(
         bare,
         network=load(network_piece(open_pipeline(name))),
         conditioner=replace(
-            bare.conditioner, models={piece: load(piece) for piece in bare.conditioner.models}
+            bare.conditioner, models={component: load(component) for component in bare.conditioner.models}
         ),
         device=device,
         dtype=dtype,
@@ -219,10 +219,14 @@ def _skeleton(name: str, spacing: Spacing | Literal["teacher"], final_alpha: str
     pipeline = open_pipeline(name)
     schedule = _override(name, load_any_schedule(name), spacing, final_alpha)
     space = _space(name, pipeline)
-    network = pretrained.skeleton(name, network_piece(pipeline))
+    network = pretrained.load_on_meta(name, network_piece(pipeline))
     shape = check_network(pipeline, network.config, space)
-    tokenizers = {p: pretrained.load_tokenizer(name, p) for p in pipeline.pieces if p.startswith("tokenizer")}
-    encoders = {p: pretrained.skeleton(name, p) for p in pipeline.pieces if p.startswith("text_encoder")}
+    tokenizers = {
+        p: pretrained.load_tokenizer(name, p) for p in pipeline.components if p.startswith("tokenizer")
+    }
+    encoders = {
+        p: pretrained.load_on_meta(name, p) for p in pipeline.components if p.startswith("text_encoder")
+    }
     return Teacher(
         name=name,
         pipeline=pipeline.kind,
@@ -259,11 +263,11 @@ def _override(
 
 
 def _space(name: str, pipeline: Pipeline) -> LatentSpace:
-    piece = pretrained.vae_piece(name)
-    if piece is None:
+    component = pretrained.vae_piece(name)
+    if component is None:
         return latent_space(pretrained.load_vae(name))
     try:
-        return latent_space(pretrained.skeleton(name, piece))
+        return latent_space(pretrained.load_on_meta(name, component))
     except UserError as error:
         raise UserError(f"teacher {pipeline.folder}: {error}") from error
 
@@ -274,7 +278,7 @@ def describe_teacher(name: str) -> dict[str, Any]:
     pipeline, schedule = open_pipeline(name), teacher.schedule
     parts = {network_piece(pipeline): teacher.network, **teacher.conditioner.models}
     if (vae := pretrained.vae_piece(name)) is not None:
-        parts[vae] = pretrained.skeleton(name, vae)
+        parts[vae] = pretrained.load_on_meta(name, vae)
     defaults: dict[str, Any] = {
         "solver": teacher.default_solver,
         "spacing": schedule.spacing,
@@ -294,7 +298,9 @@ def describe_teacher(name: str) -> dict[str, Any]:
         "conditioning": {
             "kind": teacher.conditioning,
             "guidance": teacher.conditioner.has_null,
-            "encoders": {piece: type(model).__name__ for piece, model in teacher.conditioner.models.items()},
+            "encoders": {
+                component: type(model).__name__ for component, model in teacher.conditioner.models.items()
+            },
             "num_labels": teacher.num_labels,
         },
         "facts": teacher.facts,

@@ -52,12 +52,12 @@ class Text:
 # Known to torch as a container, so that wrappers (DDP, FSDP2, checkpointing) find the tensors in it.
 torch.export.register_dataclass(Text)
 
-Told = Tensor | Text
+Conditioning = Tensor | Text
 """Of B prompts: hidden states [B, L, D] alone, or with what goes beside them; class numbers, int64 [B]; or
 [B, 0] for a network that is told nothing."""
 
 
-def as_text(told: Told) -> Text:
+def as_text(told: Conditioning) -> Text:
     """`told` as Text."""
     return told if isinstance(told, Text) else Text(told)
 

@@ -37,13 +37,13 @@ def check_values(config: Any, prefix: str) -> None:
             require(finite, f"{prefix}.{name}", value, "finite numbers")
 
 
-def refuse_lone_rows(rows: int, fraction: float) -> None:
+def require_even_microbatch(rows: int, fraction: float) -> None:
     """Raise SettingError for micro-batches of a number of rows that does not divide into pairs."""
     if fraction > 0 and rows % 2:
         raise SettingError(
             f"gan.mix_fraction is {fraction}, but a micro-batch has {rows} row{'s'[: rows - 1]} per process; "
             "rows are mixed in pairs, each with its neighbour; expected an even number: change "
-            "train.batch_size, engine.accumulate or the number of processes, or set gan.mix_fraction=0"
+            "train.batch_size, engine.gradient_accumulation or the number of processes, or set gan.mix_fraction=0"
         )
 
 
@@ -84,8 +84,12 @@ class RegressionConfig:
     kind: RegressionKind = "e_latent_lpips"  # the others: the comparison of 8; CIFAR10 (A1): lpips, in pixels
     augment: str = "bgco"  # of e_latent_lpips: families of 3.3; A1 "bgc+cutout"; SD-CFG-3 "bgo"
     draws: int = 1  # of e_latent_lpips: transforms per sample and step; the paper draws one (3.3)
-    latent_lpips: float = 0.0  # weight of un-augmented LatentLPIPS beside it; A1: SD-CFG-3's ensemble, 1
-    l1: float = 0.0  # weight of mean absolute error on un-augmented latents; authors' package 1, paper off
+    latent_lpips_weight: float = (
+        0.0  # weight of un-augmented LatentLPIPS beside it; A1: SD-CFG-3's ensemble, 1
+    )
+    l1_weight: float = (
+        0.0  # weight of mean absolute error on un-augmented latents; authors' package 1, paper off
+    )
     huber_c: float = 0.00054  # of pseudo_huber: c = huber_c sqrt(C h w) (Song and Dhariwal 2024, eq. 7 ff.)
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"  # of lpips; DMD B.1: VGG
     lpips_weights: str = ""  # of lpips: torchvision's file of that network; "": PyTorch's hub folder
@@ -97,19 +101,19 @@ class RegressionConfig:
         check_values(self, "regression")
         known = f"'none' or letters of {FAMILIES!r}, each once"
         require(families_known(self.augment), "regression.augment", self.augment, known)
-        if min(self.weight, self.latent_lpips, self.l1) < 0 or self.draws < 1:
+        if min(self.weight, self.latent_lpips_weight, self.l1_weight) < 0 or self.draws < 1:
             raise SettingError("regression: weights must not be negative and draws at least 1")
         require(self.huber_c > 0, "regression.huber_c", self.huber_c, "a positive number")
         require(self.lpips_resize >= 0, "regression.lpips_resize", self.lpips_resize, "pixels, or 0")
-        if self.kind == "latent_lpips" and self.latent_lpips:
+        if self.kind == "latent_lpips" and self.latent_lpips_weight:
             raise SettingError(
-                "regression.latent_lpips adds what regression.kind is already; set weight instead"
+                "regression.latent_lpips_weight adds what regression.kind is already; set weight instead"
             )
 
     @property
     def needs_latent_lpips(self) -> bool:
         """Whether the weights of LatentLPIPS are read."""
-        return self.kind in ("e_latent_lpips", "latent_lpips") or self.latent_lpips > 0
+        return self.kind in ("e_latent_lpips", "latent_lpips") or self.latent_lpips_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +123,7 @@ class DiscriminatorConfig:
     weight: float = 0.25  # lambda_GAN of the student's loss; A1: SD-CFG-3 and -8 0.25, SDXL 1
     loss: GanLoss = "ns"  # 4.1; hinge: Lim and Ye 2017; rpgan: R3GAN's relativistic pairs
     head_reduction: Reduction = "mean"  # of the heads' losses; no source (4.2)
-    updates: int = 1  # of D for one of G (A1); DMD2: 5 to 10
+    d_steps_per_g_step: int = 1  # of D for one of G (A1); DMD2: 5 to 10
 
     z_conditioning: bool = True  # 4.2
     multi_scale_input: bool = True  # 4.2
@@ -138,7 +142,9 @@ class DiscriminatorConfig:
     mix_c: float = 1.0  # ... text, ...
     mix_z: float = 1.0  # ... or noise (4.4); no source for their proportions
 
-    r1: Penalty = "single"  # 4.3; A1: SDXL none. approx: APT; r1r2: R3GAN, whole batch; full: whole batch
+    penalty: Penalty = (
+        "single"  # 4.3; A1: SDXL none. approx: APT; r1r2: R3GAN, whole batch; full: whole batch
+    )
     r1_rows: int = 1  # of single: one from each of so many equal parts of the batch (4.3; presets: one a GPU)
     r1_gamma: float = 0.01  # A1; counted as gamma / 2 x interval, StyleGAN's convention (4.3). 0: no R1
     r1_interval: int = 16  # A1; R3GAN: 1
@@ -161,7 +167,7 @@ class DiscriminatorConfig:
         shares = (self.mix_x, self.mix_c, self.mix_z)
         if min(shares) < 0 or (self.mix_fraction > 0 and sum(shares) == 0):
             raise SettingError(f"gan: mix_x, mix_c, mix_z are {shares}; expected 0 or more, one above 0")
-        for name in ("updates", "noise_max_timestep", "r1_rows"):
+        for name in ("d_steps_per_g_step", "noise_max_timestep", "r1_rows"):
             require(getattr(self, name) >= 1, f"gan.{name}", getattr(self, name), "1 or more")
         for name in ("timestep_shift", "approx_sigma", "approx_weight"):
             require(getattr(self, name) > 0, f"gan.{name}", getattr(self, name), "a positive number")
@@ -180,14 +186,14 @@ class DiscriminatorConfig:
             )
 
     @property
-    def penalty(self) -> Penalty:
+    def active_penalty(self) -> Penalty:
         """The gradient penalty that acts: none where gamma is 0."""
-        return "none" if self.r1 != "approx" and self.r1_gamma == 0 else self.r1
+        return "none" if self.penalty != "approx" and self.r1_gamma == 0 else self.penalty
 
     @property
     def penalty_interval(self) -> int:
         """Steps between penalties: `r1_interval`, or 1 for the approximation, which needs no second order."""
-        return 1 if self.r1 == "approx" else self.r1_interval
+        return 1 if self.penalty == "approx" else self.r1_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ def _thrifty(gpus: int) -> EngineConfig:
     return EngineConfig(gpus=gpus, activation_checkpointing=True)
 
 
-_CFG3 = RegressionConfig(augment="bgo", latent_lpips=1.0)
+_CFG3 = RegressionConfig(augment="bgo", latent_lpips_weight=1.0)
 _GAN = DistillConfig(stage="gan", optim=OptimConfig(lr=1e-5))
 
 TABLE_A1: dict[str, Stages] = {
@@ -56,7 +56,10 @@ TABLE_A1: dict[str, Stages] = {
         "gan": replace(
             _GAN,
             gan=DiscriminatorConfig(
-                weight=1.0, r1="none", noise_augment="uniform", optim=OptimConfig(lr=1e-5, betas=(0.0, 0.99))
+                weight=1.0,
+                penalty="none",
+                noise_augment="uniform",
+                optim=OptimConfig(lr=1e-5, betas=(0.0, 0.99)),
             ),
             train=_train(512, 30_000),
             engine=replace(_thrifty(128), parallel="fsdp"),
@@ -98,7 +101,7 @@ SMALL: dict[str, Stages] = {
 _PARTS: dict[str, dict[str, Any]] = {
     "d": {},
     "z": {"z_conditioning": False},
-    "r1": {"r1": "none"},
+    "r1": {"penalty": "none"},
     "multiscale": {"multi_scale_input": False, "multi_scale_output": False},
     "mix": {"mix_fraction": 0.0},
 }
@@ -130,7 +133,7 @@ def ablation(base: Stages, prefix: str = "") -> dict[str, Stages]:
 def losses(base: Stages, images: int, prefix: str = "") -> dict[str, Stages]:
     """The rows of method.md 8 over a recipe's first stage, by name, each for so many images."""
     ode = replace(base["ode"], train=replace(base["ode"].train, images=images))
-    plain = replace(ode.regression, latent_lpips=0.0)
+    plain = replace(ode.regression, latent_lpips_weight=0.0)
     return {
         f"{prefix}loss-{name}": {"ode": replace(ode, regression=replace(plain, kind=kind))}
         for name, kind in _LOSSES.items()

@@ -10,7 +10,7 @@ from distill.config.components import DiscriminatorConfig as DiscriminatorConfig
 from distill.config.components import OptimConfig as OptimConfig
 from distill.config.components import RegressionConfig as RegressionConfig
 from distill.config.components import StudentConfig as StudentConfig
-from distill.config.components import check_values, refuse_lone_rows, require
+from distill.config.components import check_values, require, require_even_microbatch
 
 Logger = Literal["tensorboard", "wandb"]
 
@@ -35,7 +35,7 @@ class TrainConfig:
     validate_pairs: int = 0  # the last pairs by number, kept out of training; 0: none
     preview_prompts: int = 0  # pairs drawn at each report, student beside teacher; 0: none
     loggers: tuple[Logger, ...] = ()  # beside stats.jsonl
-    sentinels: Literal["off", "warn", "stop"] = "warn"  # when D or G collapses
+    on_collapse: Literal["off", "warn", "stop"] = "warn"  # when D or G collapses
 
     def __post_init__(self) -> None:
         check_values(self, "train")
@@ -66,9 +66,9 @@ class EngineConfig:
 
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimiser states in shards
     shard_size: int = 0  # of fsdp: ranks that share one copy, a divisor of their number; 0: all of them
-    accumulate: int = 1  # micro-batches per step and rank (A1: 1)
+    gradient_accumulation: int = 1  # micro-batches per step and rank (A1: 1)
     activation_checkpointing: bool = False  # recompute in the backward pass what the forward pass made
-    compiler: str = ""  # torch.compile's backend, "inductor" mostly; "": eager. The penalty is always eager
+    compile: str = ""  # torch.compile's backend, "inductor" mostly; "": eager. The penalty is always eager
     async_checkpoints: bool = False  # write while the next steps run
     gpus: int = 0  # for --dry-run's bookkeeping: how many the run is meant for; 0: those it is started on
 
@@ -76,13 +76,18 @@ class EngineConfig:
         check_values(self, "engine")
         for name in ("shard_size", "gpus"):
             require(getattr(self, name) >= 0, f"engine.{name}", getattr(self, name), "0 or more")
-        require(self.accumulate >= 1, "engine.accumulate", self.accumulate, "1 or more")
-        if self.compiler:
+        require(
+            self.gradient_accumulation >= 1,
+            "engine.gradient_accumulation",
+            self.gradient_accumulation,
+            "1 or more",
+        )
+        if self.compile:
             from torch.compiler import list_backends  # seconds: only for those who compile
 
-            if self.compiler not in list_backends(exclude_tags=()):  # the hint leaves out those for debugging
-                hint = nearest(self.compiler, list_backends())
-                raise SettingError(f"engine.compiler is {self.compiler!r}{hint}")
+            if self.compile not in list_backends(exclude_tags=()):  # the hint leaves out those for debugging
+                hint = nearest(self.compile, list_backends())
+                raise SettingError(f"engine.compile is {self.compile!r}{hint}")
         if self.shard_size and self.parallel != "fsdp":
             raise SettingError(
                 f"engine.shard_size is {self.shard_size} but parallel {self.parallel}; set parallel=fsdp or 0"
@@ -132,28 +137,28 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "distill")
-        rows_each(self, 1)
+        microbatch_size(self, 1)
         size, rows = self.train.batch_size, self.gan.r1_rows
-        if self.stage == "gan" and self.gan.penalty == "single" and size % rows:
+        if self.stage == "gan" and self.gan.active_penalty == "single" and size % rows:
             raise SettingError(
                 f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}; set gan.r1_rows or "
                 "train.batch_size"
             )
 
 
-def rows_each(config: DistillConfig, processes: int) -> int:
+def microbatch_size(config: DistillConfig, processes: int) -> int:
     """Rows of a micro-batch on each of so many processes. Raises SettingError where the batch does not
     divide, or leaves lone rows to mix-and-match.
     """
-    size, accumulate = config.train.batch_size, config.engine.accumulate
+    size, accumulate = config.train.batch_size, config.engine.gradient_accumulation
     if size % (processes * accumulate):
         raise SettingError(
             f"train.batch_size {size} does not divide over {processes} process{'es' * (processes > 1)}"
-            + (f" x {accumulate} micro-batches (engine.accumulate)" if accumulate > 1 else "")
+            + (f" x {accumulate} micro-batches (engine.gradient_accumulation)" if accumulate > 1 else "")
         )
     rows = size // processes // accumulate
     if config.stage == "gan":
-        refuse_lone_rows(rows, config.gan.mix_fraction)
+        require_even_microbatch(rows, config.gan.mix_fraction)
     return rows
 
 

@@ -10,15 +10,21 @@ Acts = Callable[[DistillConfig], bool]
 ACTS: dict[tuple[str, ...], tuple[Acts, str]] = {
     ("gan.",): (lambda c: c.stage == "gan", "in `d2g distill gan`"),
     ("gan.r1_interval", "gan.r1_reduction"): (
-        lambda c: c.gan.penalty not in ("approx", "none"),
-        "with gan.r1=single, full or r1r2 and gan.r1_gamma above 0",
+        lambda c: c.gan.active_penalty not in ("approx", "none"),
+        "with gan.penalty=single, full or r1r2 and gan.r1_gamma above 0",
     ),
-    ("gan.r1_rows",): (lambda c: c.gan.penalty == "single", "with gan.r1=single and gan.r1_gamma above 0"),
+    ("gan.r1_rows",): (
+        lambda c: c.gan.active_penalty == "single",
+        "with gan.penalty=single and gan.r1_gamma above 0",
+    ),
     ("gan.r1_gamma",): (
-        lambda c: c.gan.r1 not in ("approx", "none"),
-        "with gan.r1=single, full or r1r2",
+        lambda c: c.gan.penalty not in ("approx", "none"),
+        "with gan.penalty=single, full or r1r2",
     ),
-    ("gan.approx_sigma", "gan.approx_weight"): (lambda c: c.gan.r1 == "approx", "with gan.r1=approx"),
+    ("gan.approx_sigma", "gan.approx_weight"): (
+        lambda c: c.gan.penalty == "approx",
+        "with gan.penalty=approx",
+    ),
     ("gan.mix_x", "gan.mix_c", "gan.mix_z"): (
         lambda c: c.gan.mix_fraction > 0,
         "with gan.mix_fraction above 0",
@@ -47,7 +53,7 @@ ACTS: dict[tuple[str, ...], tuple[Acts, str]] = {
     ),
     ("lpips",): (
         lambda c: c.regression.needs_latent_lpips,
-        "with regression.kind=e_latent_lpips or latent_lpips, or regression.latent_lpips above 0",
+        "with regression.kind=e_latent_lpips or latent_lpips, or regression.latent_lpips_weight above 0",
     ),
 }
 """Settings, or with a dot at the end groups of them: when they act, and that in words."""

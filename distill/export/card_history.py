@@ -93,7 +93,7 @@ def _config(written: dict[str, Any]) -> DistillConfig:
         known = type(getattr(DistillConfig(), group)).__dataclass_fields__
         written[group] = written.get(group, {}) | {k: v for k, v in length.items() if k in known}
     engine = written.get("engine", {}) | length
-    written["engine"] = {"accumulate": engine.get("accumulate", 1)}
+    written["engine"] = {"gradient_accumulation": engine.get("gradient_accumulation", 1)}
     return from_json(DistillConfig, written)
 
 
@@ -159,26 +159,30 @@ def _regression(c: RegressionConfig) -> str:
         "lpips": f" of {c.lpips_net}" + (f" at {c.lpips_resize} pixels" if c.lpips_resize else ""),
     }
     text = f"`{c.kind}`{detail.get(c.kind, '')}, weight {c.weight:g}"
-    text += f"; LatentLPIPS without transforms, weight {c.latent_lpips:g}" if c.latent_lpips else ""
-    return text + (f"; L1, weight {c.l1:g}" if c.l1 else "")
+    text += (
+        f"; LatentLPIPS without transforms, weight {c.latent_lpips_weight:g}" if c.latent_lpips_weight else ""
+    )
+    return text + (f"; L1, weight {c.l1_weight:g}" if c.l1_weight else "")
 
 
 def _gan(c: DiscriminatorConfig) -> str:
     text = f"loss `{c.loss}`, weight {c.weight:g}, {c.optim.name}, learning rate {c.optim.lr:g}"
-    text += f", {c.updates} updates for one of the student" if c.updates > 1 else ""
+    text += f", {c.d_steps_per_g_step} updates for one of the student" if c.d_steps_per_g_step > 1 else ""
     text += f"; {_penalty(c)}; mix-and-match {c.mix_fraction:g}"
     text += f"; noise before it: {c.noise_augment}" if c.noise_augment != "none" else ""
     return text + (f"; photographs, {c.real_fraction:g} of its real rows" if c.real_fraction else "")
 
 
 def _penalty(c: DiscriminatorConfig) -> str:
-    if c.penalty == "none":
+    if c.active_penalty == "none":
         return "no gradient penalty"
-    if c.penalty == "approx":
+    if c.active_penalty == "approx":
         return f"approximated R1, weight {c.approx_weight:g}, sigma {c.approx_sigma:g}, every step"
     rows = "one row" if c.r1_rows == 1 else f"{c.r1_rows} rows"
-    what = {"single": f"R1 of {rows}", "full": "R1 of all rows", "r1r2": "R1 and R2 of all rows"}[c.penalty]
-    often = f"every {c.penalty_interval} steps" if c.penalty_interval > 1 else "every step"
+    what = {"single": f"R1 of {rows}", "full": "R1 of all rows", "r1r2": "R1 and R2 of all rows"}[
+        c.active_penalty
+    ]
+    often = f"every {c.penalty_interval} steps" if c.active_penalty_interval > 1 else "every step"
     return f"{what}, gamma {c.r1_gamma:g}, {often}"
 
 

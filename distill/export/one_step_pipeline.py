@@ -57,7 +57,7 @@ def pipeline_schedule(teacher: str) -> Schedule:
             f"sigma_max times the noise, as its students do; {instead}"
         )
     if pipeline.kind not in pretrained.TEXT_STUDENTS:
-        config = pretrained.skeleton(teacher, "unet").config
+        config = pretrained.load_on_meta(teacher, "unet").config
         if config.num_class_embeds is not None:
             raise UserError(
                 f"teacher {teacher} is told classes, and no pipeline of diffusers tells them to a "
@@ -83,15 +83,15 @@ def save_one_step(
     pipeline = open_pipeline(teacher)
     if pipeline.kind in pretrained.TEXT_STUDENTS:
         assert unet.config.time_cond_proj_dim is not None, "diffusers would add classifier-free guidance"  # type: ignore[union-attr]
-    pieces: dict[str, Any] = {"unet": nn.Module.to(unet, dtype)}
-    for piece in pipeline.pieces:
-        if piece.startswith("tokenizer"):
-            pieces[piece] = pretrained.load_tokenizer(teacher, piece)
-        elif piece not in ("unet", "scheduler"):
-            pieces[piece] = pretrained.load_model(teacher, piece, dtype)
-    pieces["scheduler"] = one_step_scheduler(schedule, timestep)
+    components: dict[str, Any] = {"unet": nn.Module.to(unet, dtype)}
+    for component in pipeline.components:
+        if component.startswith("tokenizer"):
+            components[component] = pretrained.load_tokenizer(teacher, component)
+        elif component not in ("unet", "scheduler"):
+            components[component] = pretrained.load_model(teacher, component, dtype)
+    components["scheduler"] = one_step_scheduler(schedule, timestep)
     try:
-        _assembled(pipeline, pieces).save_pretrained(folder, safe_serialization=True)
+        _assembled(pipeline, components).save_pretrained(folder, safe_serialization=True)
         _forget_paths(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -106,19 +106,19 @@ def written_kind(teacher: str) -> str:
     return "DDPMPipeline" if kind == "DDIMPipeline" else kind
 
 
-def _assembled(pipeline: Pipeline, pieces: dict[str, Any]) -> Any:
+def _assembled(pipeline: Pipeline, components: dict[str, Any]) -> Any:
     import diffusers
 
     if pipeline.kind == "StableDiffusionPipeline":
         return diffusers.StableDiffusionPipeline(
-            **pieces, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     if pipeline.kind == "LDMPipeline":
-        return diffusers.LDMPipeline(**pieces)
+        return diffusers.LDMPipeline(**components)
     if pipeline.kind in ("DDIMPipeline", "DDPMPipeline"):
-        return diffusers.DDPMPipeline(**pieces)
+        return diffusers.DDPMPipeline(**components)
     zeros = pipeline.index.get("force_zeros_for_empty_prompt", True)
-    return diffusers.StableDiffusionXLPipeline(**pieces, force_zeros_for_empty_prompt=zeros)
+    return diffusers.StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=zeros)
 
 
 def _forget_paths(folder: Path) -> None:
@@ -173,15 +173,15 @@ def draw_with_adapters(
     import diffusers
 
     pipeline = open_pipeline(teacher)
-    pieces: dict[str, Any] = {
-        piece: pretrained.load_tokenizer(teacher, piece)
-        if piece.startswith("tokenizer")
-        else pretrained.load_model(teacher, piece)
-        for piece in pipeline.pieces
-        if piece != "scheduler"
+    components: dict[str, Any] = {
+        component: pretrained.load_tokenizer(teacher, component)
+        if component.startswith("tokenizer")
+        else pretrained.load_model(teacher, component)
+        for component in pipeline.components
+        if component != "scheduler"
     }
-    pieces["scheduler"] = diffusers.LCMScheduler.from_pretrained(folder / "scheduler")
-    pipe = _assembled(pipeline, pieces)
+    components["scheduler"] = diffusers.LCMScheduler.from_pretrained(folder / "scheduler")
+    pipe = _assembled(pipeline, components)
     with _errors_only():  # it warns that no text encoder has adapters
         pipe.load_lora_weights(folder)
     return _drawn(pipe, noise, prompts, 1.0, device)
@@ -191,9 +191,9 @@ def _placed(pipe: Any, device: torch.device | str) -> None:
     """Ready to draw in fp32, adapters too. diffusers' own `to` with a type warns of layers to be kept in
     fp32, of which there are none."""
     pipe.set_progress_bar_config(disable=True)
-    for piece in pipe.components.values():
-        if isinstance(piece, nn.Module):
-            nn.Module.to(piece, device, torch.float32)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            nn.Module.to(component, device, torch.float32)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from distill.export.one_step_pipeline import (
     written_kind,
 )
 from distill.export.output import apart, check_out, checked, named_dtype, save_tensors, staged
-from distill.models.student import told_guidance
+from distill.models.student import add_guidance_embedding
 from distill.sampling import OneStep, load_one_step, student_config, student_folder
 
 
@@ -61,7 +61,7 @@ def export_pipeline(
             latents = one.latents(drawn, one.examples)
             own = latents.cpu(), _images(one, latents)
             if not guided:
-                told_guidance(one.student.unet)
+                add_guidance_embedding(one.student.unet)
             save_one_step(source, one.student.unet, schedule, timestep, folder, chosen)
             found = draw_plainly(folder, drawn, one.examples, one.guidance if guided else None, device)
             parity = apart(*zip(own, found, strict=True))

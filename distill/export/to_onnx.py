@@ -56,9 +56,11 @@ def _write(
     scale = {"guidance": torch.full((2,), one.guidance)} if one.student.guided else {}
     save_onnx(_OneStep(one.student), {"noise": drawn, **told, **scale}, ["latents"], out / "student.onnx")
     save_onnx(_Decoder(one.vae), {"latents": own}, ["images"], out / "decoder.onnx")
-    tokenizers = [piece for piece in open_pipeline(source).pieces if piece.startswith("tokenizer")]
-    for piece in tokenizers:
-        pretrained.load_tokenizer(source, piece).save_pretrained(out / piece)
+    tokenizers = [
+        component for component in open_pipeline(source).components if component.startswith("tokenizer")
+    ]
+    for component in tokenizers:
+        pretrained.load_tokenizer(source, component).save_pretrained(out / component)
 
     (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, **found, **scale})
     (images,) = run_onnx(out / "decoder.onnx", {"latents": latents})
@@ -138,7 +140,7 @@ def _usage(tokenizers: list[str], student: Student, outputs: list[str]) -> list[
     told, read = "", []
     if student.reads_text:
         told = ", **text" + (", guidance=np.full(1, 8.0, np.float32)" if student.guided else "")
-        calls = [f'tokens_of("{piece}")' for piece in tokenizers]
+        calls = [f'tokens_of("{component}")' for component in tokenizers]
         tokens = calls[0] if len(calls) == 1 else f"np.stack([{', '.join(calls)}], 1)"
         read = [
             "def tokens_of(name):",

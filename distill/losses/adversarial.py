@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2g.diffusion.text_encoders import Text, Told
+from d2g.diffusion.text_encoders import Conditioning, Text
 from distill.config.components import GanLoss, Reduction
 
 Logits = Mapping[str, Tensor]
-T = TypeVar("T", Tensor, Told)
+T = TypeVar("T", Tensor, Conditioning)
 
 
 def discriminator_loss(

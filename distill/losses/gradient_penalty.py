@@ -11,28 +11,28 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d2g.diffusion.text_encoders import Told
+from d2g.diffusion.text_encoders import Conditioning
 from distill.config.components import DiscriminatorConfig, Reduction
 from distill.losses.adversarial import Logits, reduced
 
-Judge = Callable[[Tensor, Tensor, Told, Tensor | None], dict[str, Tensor]]
+DiscriminatorFn = Callable[[Tensor, Tensor, Conditioning, Tensor | None], dict[str, Tensor]]
 """A Discriminator, or a wrapper of one: (x, noise, text, t) -> logits per head."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class DiscriminatorInput:
     """What D is shown: x and noise [B, C, h, w], text and time [B] (None: D's constant)."""
 
     x: Tensor
     noise: Tensor
-    text: Told
+    text: Conditioning
     t: Tensor | None = None
 
-    def row(self, number: int) -> "Shown":
+    def row(self, number: int) -> "DiscriminatorInput":
         """One row, as a batch of one."""
         one = slice(number, number + 1)
         t = None if self.t is None else self.t[one]
-        return Shown(self.x[one], self.noise[one], self.text[one], t)
+        return DiscriminatorInput(self.x[one], self.noise[one], self.text[one], t)
 
 
 def drawn_rows(rows: int, count: int, generator: torch.Generator) -> list[int]:
@@ -44,29 +44,32 @@ def drawn_rows(rows: int, count: int, generator: torch.Generator) -> list[int]:
 
 
 def penalty(
-    config: DiscriminatorConfig, discriminator: Judge, real: Shown, fake: Shown
+    config: DiscriminatorConfig,
+    discriminator: DiscriminatorFn,
+    real: DiscriminatorInput,
+    fake: DiscriminatorInput,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a step adds to D's loss where a penalty of second order is due, and its unweighted parts for the
     log. The weight is gamma / 2 x interval (StyleGAN2's lazy regularisation; method.md 4.3). Of the
     single-sample form the rows are those of `drawn_rows`, one at a time.
     """
-    assert config.penalty in ("single", "full", "r1r2")
+    assert config.active_penalty in ("single", "full", "r1r2")
     lazy = 0.5 * config.r1_gamma * config.r1_interval
     parts = {"loss/r1": _of(discriminator, real, config.r1_reduction)}
-    if config.penalty == "r1r2":
+    if config.active_penalty == "r1r2":
         parts["loss/r2"] = _of(discriminator, fake, config.r1_reduction)
     return lazy * torch.stack(list(parts.values())).sum(), parts
 
 
-def _of(discriminator: Judge, shown: Shown, reduction: Reduction) -> Tensor:
+def _of(discriminator: DiscriminatorFn, shown: DiscriminatorInput, reduction: Reduction) -> Tensor:
     return r1_penalty(discriminator, shown.x, shown.noise, shown.text, shown.t, reduction)
 
 
 def r1_penalty(
-    discriminator: Judge,
+    discriminator: DiscriminatorFn,
     x: Tensor,
     noise: Tensor,
-    text: Told,
+    text: Conditioning,
     t: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -89,7 +92,11 @@ def r1_penalty(
 
 
 def approximation(
-    config: DiscriminatorConfig, discriminator: Judge, real: Shown, logits: Logits, eps: Tensor
+    config: DiscriminatorConfig,
+    discriminator: DiscriminatorFn,
+    real: DiscriminatorInput,
+    logits: Logits,
+    eps: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """APT's term of D's loss, and it unweighted for the log. logits: D's of `real`; eps [B, C, h, w] ~
     N(0, 1)."""

@@ -90,12 +90,12 @@ class Regression(nn.Module):
         """
         parts = {f"loss/{self.config.kind}": self.distance(pred, target, transforms).mean()}
         total = self.config.weight * parts[f"loss/{self.config.kind}"]
-        if self.config.latent_lpips:
+        if self.config.latent_lpips_weight:
             parts["loss/latent_lpips"] = self.plain(pred, target).mean()
-            total = total + self.config.latent_lpips * parts["loss/latent_lpips"]
-        if self.config.l1:
+            total = total + self.config.latent_lpips_weight * parts["loss/latent_lpips"]
+        if self.config.l1_weight:
             parts["loss/l1"] = (pred - target).abs().mean()
-            total = total + self.config.l1 * parts["loss/l1"]
+            total = total + self.config.l1_weight * parts["loss/l1"]
         return total, parts
 
 
@@ -104,5 +104,5 @@ def _expect_latents(config: DistillConfig) -> None:
         beside = config.regression.kind not in ("e_latent_lpips", "latent_lpips")
         raise SettingError(
             f"teacher {config.teacher} draws pixels, of which there is no LatentLPIPS; set "
-            + ("regression.latent_lpips=0" if beside else "regression.kind=lpips, pseudo_huber or mse")
+            + ("regression.latent_lpips_weight=0" if beside else "regression.kind=lpips, pseudo_huber or mse")
         )

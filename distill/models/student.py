@@ -13,7 +13,7 @@ from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.lora import TARGETS, add_lora
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
-from d2g.diffusion.text_encoders import Told, added_conditions, as_text
+from d2g.diffusion.text_encoders import Conditioning, added_conditions, as_text
 from distill.config.components import StudentConfig
 from distill.models.row_dropout import RowDropout
 
@@ -39,7 +39,7 @@ class Student(nn.Module):
         if isinstance(schedule, EDMSchedule):
             _told_exactly(unet.time_proj, self.point.t)
 
-    def forward(self, noise: Tensor, text: Told, guidance: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, text: Conditioning, guidance: Tensor | None = None) -> Tensor:
         """noise [B, C, h, w] ~ N(0, 1), what a text encoder, or its like, gives of B prompts -> scaled
         latents [B, C, h, w], fp32.
 
@@ -51,7 +51,7 @@ class Student(nn.Module):
         with torch.autocast(noise.device.type, enabled=False):
             return self.schedule.x0(output, x, self.point)
 
-    def _of_text(self, x: Tensor, told: Told, guidance: Tensor | None) -> Tensor:
+    def _of_text(self, x: Tensor, told: Conditioning, guidance: Tensor | None) -> Tensor:
         """A UNet2DConditionModel's output."""
         text, scale = as_text(told), None
         if (width := self.unet.config.time_cond_proj_dim) is not None:
@@ -66,7 +66,7 @@ class Student(nn.Module):
         ).sample
         return output
 
-    def _of_classes(self, x: Tensor, told: Told) -> Tensor:
+    def _of_classes(self, x: Tensor, told: Conditioning) -> Tensor:
         """A UNet2DModel's output, without a learned variance."""
         assert isinstance(told, Tensor), "class numbers, or nothing"
         labels = None if self.unet.config.num_class_embeds is None else told.to(x.device)
@@ -122,17 +122,17 @@ def student_from_teacher(
     return _around(pretrained.load_unet(teacher), teacher, timestep, config, seed)
 
 
-def blank_student(
+def meta_student(
     teacher: str, timestep: int = -1, config: StudentConfig | None = None, seed: int = 0
 ) -> Student:
     """The same without weights, on torch's meta device but for what `equip` adds."""
-    return _around(pretrained.skeleton(teacher, "unet"), teacher, timestep, config, seed)
+    return _around(pretrained.load_on_meta(teacher, "unet"), teacher, timestep, config, seed)
 
 
 def _around(unet: Any, teacher: str, timestep: int, config: StudentConfig | None, seed: int) -> Student:
     schedule = pretrained.load_student_schedule(teacher)
     student = Student(unet, schedule, timestep, pretrained.latent_downscale(teacher))
-    return equip(student, config, seed) if config is not None else student
+    return add_adapters(student, config, seed) if config is not None else student
 
 
 def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
@@ -156,7 +156,7 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
         )
 
 
-def equip(student: Student, config: StudentConfig, seed: int = 0) -> Student:
+def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Student:
     """Dropout, adapters and guidance input into a student, which still gives what it gave (dropout aside).
 
     Raises SettingError for adapters of a network without attention.
@@ -174,11 +174,11 @@ def equip(student: Student, config: StudentConfig, seed: int = 0) -> Student:
         add_lora(student.unet, config.lora_rank, config.alpha, generator(seed, 0x10BA))
     if config.guidance_conditioning and not student.guided:
         assert student.reads_text, "check_teacher comes first"
-        told_guidance(student.unet)
+        add_guidance_embedding(student.unet)
     return student
 
 
-def told_guidance(unet: Any) -> None:
+def add_guidance_embedding(unet: Any) -> None:
     """Give a U-Net the input of `timestep_cond` that diffusers' pipelines feed with the guidance scale.
 
     Its weight is zero: the network starts as it was.
@@ -200,7 +200,7 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def train_only(student: Student, config: StudentConfig) -> None:
+def set_trainable(student: Student, config: StudentConfig) -> None:
     """Gradients for what is trained: everything, or with LoRA the adapters and the guidance input."""
     student.requires_grad_(not config.lora_rank)
     if config.lora_rank:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
-from d2g.diffusion.text_encoders import Told, added_conditions, as_text
+from d2g.diffusion.text_encoders import Conditioning, added_conditions, as_text
 from distill.config.run import DiscriminatorConfig
 
 WAYS = (
@@ -73,7 +73,9 @@ class Discriminator(nn.Module):
                 part.requires_grad_(False)
         return self
 
-    def forward(self, x: Tensor, noise: Tensor, text: Told, t: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """x and noise [B, C, h, w], text of B rows -> logits [B, 1, h_s, w_s] per head.
 
         t [B]: the noise level of x, or whatever else D is told as its time; None: the config's constant.

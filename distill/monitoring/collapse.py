@@ -72,7 +72,7 @@ def act(
         return
     for finding in found:
         if finding.fatal and mode == "stop":
-            raise Collapse(f"{finding.text}, or go on with --set train.sentinels=warn")
+            raise Collapse(f"{finding.text}, or go on with --set train.on_collapse=warn")
         if finding.kind not in told:
             told.add(finding.kind)
             (tell or _warn)(finding.text)

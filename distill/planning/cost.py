@@ -5,7 +5,7 @@ from typing import Any
 
 from distill.config.components import DiscriminatorConfig
 from distill.config.presets import TABLE_A1, Stages
-from distill.config.run import DistillConfig, rows_each
+from distill.config.run import DistillConfig, microbatch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def table_evaluations(config: DistillConfig) -> int:
     update is G, D(real), D(fake) and G's is G, D(fake) (method.md 4.4).
     """
     images = config.train.images
-    return images if config.stage == "ode" else images * 3 + 2 * (images // config.gan.updates)
+    return images if config.stage == "ode" else images * 3 + 2 * (images // config.gan.d_steps_per_g_step)
 
 
 def evaluations(config: DistillConfig) -> int:
@@ -51,8 +51,8 @@ def evaluations(config: DistillConfig) -> int:
     if config.stage == "ode":
         return steps * size
     gan = config.gan
-    student_steps = steps // gan.updates
-    again = 0 if config.engine.accumulate == 1 else student_steps
+    student_steps = steps // gan.d_steps_per_g_step
+    again = 0 if config.engine.gradient_accumulation == 1 else student_steps
     rival = student_steps if gan.loss == "rpgan" else 0
     penalties = -(-steps // gan.penalty_interval)  # the first step has one
     return size * (3 * steps + again + student_steps + rival) + penalties * _penalty_rows(gan, size)
@@ -60,7 +60,9 @@ def evaluations(config: DistillConfig) -> int:
 
 def _penalty_rows(gan: DiscriminatorConfig, size: int) -> int:
     """Rows that pass through D for one penalty."""
-    return {"none": 0, "single": gan.r1_rows, "approx": size, "full": size, "r1r2": 2 * size}[gan.penalty]
+    return {"none": 0, "single": gan.r1_rows, "approx": size, "full": size, "r1r2": 2 * size}[
+        gan.active_penalty
+    ]
 
 
 def _steps(config: DistillConfig) -> int:
@@ -78,7 +80,7 @@ def plan(config: DistillConfig, preset: str = "", world_size: int = 1) -> dict[s
         "steps": _steps(config),
         "evaluations": evaluations(config),
         "gpus": gpus,
-        "rows_per_gpu": rows_each(config, gpus),
+        "rows_per_gpu": microbatch_size(config, gpus),
     }
     return found | ({"table_a1": column(preset)} if preset in PUBLISHED else {})
 

@@ -20,12 +20,12 @@ from d2g.core.distributed import engine
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import open_pipeline
-from d2g.diffusion.text_encoders import Text, Told
+from d2g.diffusion.text_encoders import Conditioning, Text
 from distill.config.components import OptimConfig
 from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import r1_penalty
 from distill.models.row_dropout import give_keys
-from distill.models.student import Student, blank_student, check_teacher, train_only
+from distill.models.student import Student, check_teacher, meta_student, set_trainable
 from distill.models.unet_discriminator import Discriminator
 from distill.planning.reference_models import NAMES, configs_only, kind_of
 from distill.planning.saved_activations import Kept, saved
@@ -75,7 +75,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
                 _without_data(network)
                 if config.engine.activation_checkpointing:
                     engine.recompute(list(pretrained.layers(network)))
-        rows = config.train.batch_size / world_size / config.engine.accumulate
+        rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
         g = _kept(config, student, partial(_generate, student))
         shards = (config.engine.shard_size or world_size) if config.engine.parallel == "fsdp" else 1
         # DDP's buckets hold the gradients of both networks for as long as the run lasts.
@@ -128,7 +128,7 @@ def too_large(config: DistillConfig, total_gib: float, device_gib: float) -> str
     ways = {
         "engine.parallel=fsdp over several GPUs": config.engine.parallel != "fsdp",
         "engine.activation_checkpointing=true": not config.engine.activation_checkpointing,
-        "a larger engine.accumulate": True,
+        "a larger engine.gradient_accumulation": True,
         "train.precision=bf16": config.train.precision != "bf16",
     }
     first = ", ".join([way for way, open_ in ways.items() if open_][:3])
@@ -148,15 +148,15 @@ def _with_discriminator(
     config: DistillConfig, discriminator: Discriminator, g: Kept, rows: float, shards: int, kept: bool
 ) -> float:
     """D's update while the student's graph waits: real and fake kept, or D's gradients, or its penalty."""
-    waiting = g.of(rows) if config.engine.accumulate == 1 else 0.0
+    waiting = g.of(rows) if config.engine.gradient_accumulation == 1 else 0.0
     d = _kept(config, discriminator, lambda b: discriminator(b.noise, b.noise, b.text))
-    passes = 3 if config.gan.penalty == "approx" else 2
+    passes = 3 if config.gan.active_penalty == "approx" else 2
     gradients = _bytes(_trained(discriminator)) / shards
     update = _update(discriminator, config.gan.optim, shards, kept)
-    if config.gan.penalty in ("none", "approx"):
+    if config.gan.active_penalty in ("none", "approx"):
         return waiting + max(d.of(passes * rows), update)
     # The penalty has a pass of its own, whose gradients are there when the others begin.
-    one = 1 if config.gan.penalty == "single" else rows
+    one = 1 if config.gan.active_penalty == "single" else rows
     largest = max(d.of(passes * rows), _penalty(discriminator, config).of(one))
     return waiting + max(gradients + largest, update)
 
@@ -164,7 +164,7 @@ def _with_discriminator(
 @dataclass(frozen=True)
 class _Rows:
     noise: Tensor
-    text: Told
+    text: Conditioning
     guidance: tuple[Tensor, ...]
 
 
@@ -222,20 +222,24 @@ def _distance(pixels: nn.ModuleList, shape: tuple[int, int, int]) -> Kept:
 
 def _student(config: DistillConfig) -> Student:
     check_teacher(config.teacher, config.stage, config.student)
-    student = blank_student(config.teacher, config.student_timestep, config.student, config.seed)
-    train_only(student, config.student)
+    student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
+    set_trainable(student, config.student)
     return student
 
 
 def _discriminator(config: DistillConfig) -> Discriminator:
     with torch.device("meta"):
-        return Discriminator(pretrained.skeleton(config.teacher, "unet"), config.gan)
+        return Discriminator(pretrained.load_on_meta(config.teacher, "unet"), config.gan)
 
 
 def _pixels(config: DistillConfig) -> nn.ModuleList:
     """LPIPS as the config has it, with random weights, and the decoder before it, without any."""
-    piece, options = pretrained.vae_piece(config.teacher), config.regression
-    vae = pretrained.skeleton(config.teacher, piece) if piece else pretrained.load_vae(config.teacher)
+    component, options = pretrained.vae_piece(config.teacher), config.regression
+    vae = (
+        pretrained.load_on_meta(config.teacher, component)
+        if component
+        else pretrained.load_vae(config.teacher)
+    )
     resize = options.lpips_resize or None
     metric = PixelLPIPS(options.lpips_net, pretrained=False, decode=partial(decode, vae), resize=resize)
     return nn.ModuleList([metric, vae.requires_grad_(False)])
@@ -254,11 +258,11 @@ def _without_data(network: nn.Module) -> None:
 
 def _frozen(config: DistillConfig) -> list[nn.Module]:
     """Text encoders, and the autoencoder where anything is decoded or encoded."""
-    pieces = [p for p in open_pipeline(config.teacher).pieces if p.startswith("text_encoder")]
+    components = [p for p in open_pipeline(config.teacher).components if p.startswith("text_encoder")]
     pictures = config.regression.kind == "lpips" or config.gan.real or config.train.preview_prompts
     if pictures and (vae := pretrained.vae_piece(config.teacher)) is not None:
-        pieces.append(vae)
-    return [pretrained.skeleton(config.teacher, piece) for piece in pieces]
+        components.append(vae)
+    return [pretrained.load_on_meta(config.teacher, component) for component in components]
 
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:

@@ -38,7 +38,7 @@ SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end"
 def configs_only(kind: str, folder: Path) -> str:
     """A pipeline folder with the configs of SD 1.5 or SDXL, and no weights."""
     xl = kind == "sdxl"
-    pieces: dict[str, tuple[str, str, dict[str, Any]]] = {
+    components: dict[str, tuple[str, str, dict[str, Any]]] = {
         "unet": ("diffusers", "UNet2DConditionModel", UNETS[kind]),
         "vae": ("diffusers", "AutoencoderKL", VAE),
         "scheduler": ("diffusers", "DDIMScheduler", SCHEDULER),
@@ -46,18 +46,18 @@ def configs_only(kind: str, folder: Path) -> str:
         "tokenizer": ("transformers", "CLIPTokenizer", {}),
     }
     if xl:
-        pieces["text_encoder_2"] = (
+        components["text_encoder_2"] = (
             "transformers",
             "CLIPTextModelWithProjection",
             {"model_type": "clip_text_model", "projection_dim": 1280, **CLIP_G},
         )
-        pieces["tokenizer_2"] = ("transformers", "CLIPTokenizer", {})
-    for name, (_, kind_of, config) in pieces.items():
+        components["tokenizer_2"] = ("transformers", "CLIPTokenizer", {})
+    for name, (_, kind_of, config) in components.items():
         (folder / name).mkdir(parents=True)
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (folder / name / file).write_text(json.dumps({"_class_name": kind_of, **config}))
     pipeline = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-    index = {"_class_name": pipeline, **{name: [lib, cls] for name, (lib, cls, _) in pieces.items()}}
+    index = {"_class_name": pipeline, **{name: [lib, cls] for name, (lib, cls, _) in components.items()}}
     (folder / "model_index.json").write_text(json.dumps(index))
     return str(folder)
 

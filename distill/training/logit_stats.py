@@ -12,7 +12,7 @@ from d2g.core.distributed import process_group
 from distill.training.microbatch import MicroBatch
 
 
-class Seen:
+class LogitStats:
     """What D said of this process's rows, of each kind the last time.
 
     `real`: of the pairs; `fake`: of the mixed batch; `student`: of the student after D's step, which not

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from d2g.core.distributed import process_group
 from d2g.core.seeds import generator, noise
-from d2g.diffusion.text_encoders import Told
+from d2g.diffusion.text_encoders import Conditioning
 from distill.config.components import Penalty
 from distill.config.run import DistillConfig
 from distill.losses.adversarial import mismatch
-from distill.losses.gradient_penalty import Shown, drawn_rows
+from distill.losses.gradient_penalty import DiscriminatorInput, drawn_rows
 from distill.losses.noise_augmentation import Levels, Noiser
 from distill.losses.regression import Regression, Transforms
 from distill.models.row_dropout import row_keys
@@ -30,7 +30,7 @@ X = TypeVar("X", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
-class Draws:
+class StepRandomness:
     """A step's draws for a batch of B rows over all processes."""
 
     transforms: Transforms  # of the regression's distance
@@ -47,7 +47,7 @@ class MicroBatch:
     prompts: list[str]
     noise: Tensor  # [b, C, h, w] fp32, as real
     real: Tensor
-    text: Told
+    text: Conditioning
     guidance: tuple[Tensor, ...]  # (scales [b],) for a student that is told it
     transforms: Transforms
     rows: range  # numbers of the rows since the run began
@@ -59,19 +59,19 @@ class MicroBatch:
     eps: tuple[Tensor | None, Tensor | None]  # noise of the real and of the fake rows before D
     moved: Tensor | None  # noise of the approximated R1
     fake: Tensor = field(init=False)  # the student's latents
-    shown_real: Shown = field(init=False)  # what D sees
-    shown_fake: Shown = field(init=False)
+    d_real: DiscriminatorInput = field(init=False)  # what D sees
+    d_fake: DiscriminatorInput = field(init=False)
 
 
-def draw_step(
+def sample_step_randomness(
     config: DistillConfig, regression: Regression, shape: tuple[int, int, int], nimg: int, levels: Levels
-) -> Draws:
+) -> StepRandomness:
     """The draws of the step at `nimg` images. Each kind has a generator of its own: switching one of them
     off does not move the others."""
     size = config.train.batch_size
     gan = config.stage == "gan"
-    single = gan and config.gan.penalty == "single"
-    return Draws(
+    single = gan and config.gan.active_penalty == "single"
+    return StepRandomness(
         transforms=regression.draw(size, shape, generator(config.seed, nimg, 1)),
         mix=torch.rand(size, generator=generator(config.seed, nimg, 2)),
         levels=levels(size, generator(config.seed, nimg, 3)) if gan else None,
@@ -82,7 +82,7 @@ def draw_step(
 
 def split(
     batch: PairBatch,
-    draws: Draws,
+    draws: StepRandomness,
     encode: TextCache,
     config: DistillConfig,
     noised: Noiser,
@@ -93,11 +93,11 @@ def split(
     All that a step needs from the CPU goes over here, before its first forward pass: a copy in the midst of
     it would wait for the GPU to have done what it was given.
     """
-    gan, parts, local = config.gan, config.engine.accumulate, len(batch.prompts)
+    gan, parts, local = config.gan, config.engine.gradient_accumulation, len(batch.prompts)
     size, first = local // parts, process_group.rank() * local
     z, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latent))
     text = encode(batch.prompts)
-    approx = config.stage == "gan" and gan.penalty == "approx"
+    approx = config.stage == "gan" and gan.active_penalty == "approx"
     fraction = gan.mix_fraction if config.stage == "gan" else 0.0
     moves = generator(config.seed, 0xA991).initial_seed()
     found = []
@@ -128,8 +128,8 @@ def split(
 
 
 def penalised(
-    micros: Sequence[MicroBatch], draws: Draws, penalty: Penalty
-) -> list[tuple[Shown, Shown, float]]:
+    micros: Sequence[MicroBatch], draws: StepRandomness, penalty: Penalty
+) -> list[tuple[DiscriminatorInput, DiscriminatorInput, float]]:
     """What this process's passes of a penalty are on: real and fake, and the pass's weight in the mean over
     processes. All processes have as many passes: sharded networks are gathered by all together.
 
@@ -137,7 +137,7 @@ def penalised(
     its first row at weight 0.
     """
     if penalty != "single":
-        return [(m.shown_real, m.shown_fake, 1 / len(micros)) for m in micros]
+        return [(m.d_real, m.d_fake, 1 / len(micros)) for m in micros]
     size = len(micros[0].prompts)
     local, world = size * len(micros), process_group.world_size()
     here = [
@@ -149,7 +149,7 @@ def penalised(
     found = []
     for row, weight in rows:
         micro, one = micros[row // size], row % size
-        found.append((micro.shown_real.row(one), micro.shown_fake.row(one), weight))
+        found.append((micro.d_real.row(one), micro.d_fake.row(one), weight))
     return found
 
 

@@ -46,7 +46,9 @@ class Watching:
         self.autocast, self.also = autocast, also
         self.folder, self.seed, self.told = log.folder / "checkpoints", config.seed, set[str]()
         self.guided = config.student.guidance_conditioning
-        self.batch = max(1, self.config.batch_size // process_group.world_size() // config.engine.accumulate)
+        self.batch = max(
+            1, self.config.batch_size // process_group.world_size() // config.engine.gradient_accumulation
+        )
         self.vae: Any = None
         if self.config.preview_prompts:
             self.vae = pretrained.load_vae(config.teacher).to(device)
@@ -89,7 +91,7 @@ class Watching:
         for part in process_group.gather_objects(found)[:1]:  # what rank 0 saw stops all
             quiet = None if process_group.rank() == 0 else _say_nothing
             try:
-                collapse.act(part, self.config.sentinels, told, quiet)
+                collapse.act(part, self.config.on_collapse, told, quiet)
             except collapse.Collapse:
                 writer.finish()  # what is being written is kept
                 raise

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from d2g.core.distributed.engine import Parallel
+from d2g.core.distributed.engine import DistributedModule
 from d2g.diffusion import pretrained
 from distill.config.components import OptimConfig
 
@@ -44,7 +44,7 @@ def learning_rate(nimg: int, config: OptimConfig, batch_size: int) -> float:
 
 def update(
     optim: torch.optim.Optimizer,
-    network: Parallel,
+    network: DistributedModule,
     config: OptimConfig,
     lr: float,
     check: Callable[[Tensor], None],

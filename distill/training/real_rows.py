@@ -9,9 +9,9 @@ from torch import Tensor
 from d2g.core.seeds import generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
-from d2g.diffusion.text_encoders import Text, Told
+from d2g.diffusion.text_encoders import Conditioning, Text
 from distill.config.run import DistillConfig
-from distill.losses.gradient_penalty import Shown
+from distill.losses.gradient_penalty import DiscriminatorInput
 from distill.training.real_images import RealImages
 from distill.training.text_cache import TextCache
 
@@ -37,7 +37,7 @@ class RealRows:
         downscale = latent_space(self.vae).downscale
         self.images = RealImages(config.gan.real, (shape[1] * downscale, shape[2] * downscale))
 
-    def __call__(self, shown: Shown, rows: range) -> Shown:
+    def __call__(self, shown: DiscriminatorInput, rows: range) -> DiscriminatorInput:
         """What D is shown for the rows of these numbers, some of them replaced."""
         first, last = floor(rows.start * self.fraction), floor(rows.stop * self.fraction)
         if first == last:
@@ -51,7 +51,7 @@ class RealRows:
         stream = generator(self.seed, 0x2EA2).initial_seed()
         z = noise(stream, range(first, last), (x.shape[1], x.shape[2], x.shape[3])).to(self.device)
         at = torch.tensor(where, device=self.device)
-        return Shown(
+        return DiscriminatorInput(
             _put(shown.x, at, x),
             _put(shown.noise, at, z),
             _told(shown.text, at, self.text(captions)),
@@ -63,7 +63,7 @@ def _put(rows: Tensor, at: Tensor, others: Tensor) -> Tensor:
     return rows.index_copy(0, at, others.to(rows.dtype))
 
 
-def _told(text: Told, at: Tensor, others: Told) -> Told:
+def _told(text: Conditioning, at: Tensor, others: Conditioning) -> Conditioning:
     put: Callable[[Tensor, Tensor], Tensor] = lambda rows, other: _put(rows, at, other)  # noqa: E731
     if isinstance(text, Text):
         assert isinstance(others, Text)

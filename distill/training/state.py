@@ -11,13 +11,13 @@ from d2g.core.config import digest, to_json
 from d2g.core.distributed import engine as parallel
 from d2g.core.distributed import process_group, sharded_checkpoint
 from d2g.core.distributed.checkpoint import Checkpoint
-from d2g.core.distributed.engine import Parallel
+from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
 from distill.models.ema import EMA
-from distill.models.student import Student, blank_student, equip, student_from_teacher, train_only
+from distill.models.student import Student, add_adapters, meta_student, set_trainable, student_from_teacher
 from distill.models.unet_discriminator import Discriminator, discriminator_from_teacher
 from distill.sampling import load_student_weights
 from distill.training.optim import optimizer
@@ -29,10 +29,10 @@ N = TypeVar("N", bound=nn.Module)
 class State:
     """All that a checkpoint holds. `nimg`: images seen, which alone decides rows and random numbers."""
 
-    student: Parallel
+    student: DistributedModule
     optim_g: torch.optim.Optimizer
     ema: EMA
-    discriminator: Parallel | None
+    discriminator: DistributedModule | None
     optim_d: torch.optim.Optimizer | None
     nimg: int = 0
     steps: int = 0
@@ -83,7 +83,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
         lambda: _blank_student(config),
         lambda net: [net.unet],
     )
-    discriminator: Parallel | None = None
+    discriminator: DistributedModule | None = None
     optim_d: torch.optim.Optimizer | None = None
     if config.stage == "gan":
         rng = generator(config.seed, 0xD15C)
@@ -92,7 +92,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
             device,
             lambda: discriminator_from_teacher(config.teacher, config.gan, rng),
             lambda: Discriminator(
-                pretrained.skeleton(config.teacher, "unet"),
+                pretrained.load_on_meta(config.teacher, "unet"),
                 config.gan,
                 pretrained.latent_downscale(config.teacher),
             ),
@@ -109,7 +109,7 @@ def _spread(
     load: Callable[[], N],
     blank: Callable[[], N],
     roots: Callable[[N], list[nn.Module]],
-) -> Parallel:
+) -> DistributedModule:
     """A network under the config's engine. Where it is sharded, only rank 0 ever holds all of it."""
     engine = config.engine
     if engine.parallel == "fsdp" and process_group.rank() != 0:
@@ -124,7 +124,7 @@ def _spread(
         raise SettingError(
             f"engine.shard_size is {size}; expected a divisor of the {process_group.world_size()} processes"
         )
-    return Parallel(
+    return DistributedModule(
         network,
         engine.parallel,
         device,
@@ -132,7 +132,7 @@ def _spread(
         roots=roots(network),
         replicas=process_group.world_size() // size,
         half=torch.bfloat16 if config.train.precision == "bf16" else None,
-        compiler=engine.compiler,
+        compile_backend=engine.compile,
     )
 
 
@@ -142,12 +142,12 @@ def _student(config: DistillConfig, fresh: bool) -> Student:
         load_student_weights(student, config.init)
     if student.guided and not config.student.guidance_conditioning:
         raise SettingError(f"{config.init} is told its guidance; set student.guidance_conditioning=true")
-    equip(student, config.student, config.seed)
-    train_only(student, config.student)
+    add_adapters(student, config.student, config.seed)
+    set_trainable(student, config.student)
     return student
 
 
 def _blank_student(config: DistillConfig) -> Student:
-    student = blank_student(config.teacher, config.student_timestep, config.student, config.seed)
-    train_only(student, config.student)
+    student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
+    set_trainable(student, config.student)
     return student

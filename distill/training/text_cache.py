@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from d2g.diffusion.text_encoders import Text, Told
+from d2g.diffusion.text_encoders import Conditioning, Text
 
 
 class TextCache:
@@ -16,11 +16,13 @@ class TextCache:
     resumed run must not differ from an unbroken one by what it remembers.
     """
 
-    def __init__(self, encode: Callable[[Sequence[str]], Told], limit: int, device: torch.device) -> None:
+    def __init__(
+        self, encode: Callable[[Sequence[str]], Conditioning], limit: int, device: torch.device
+    ) -> None:
         self.encode, self.limit, self.device = encode, limit, device
-        self.known: OrderedDict[str, Told] = OrderedDict()
+        self.known: OrderedDict[str, Conditioning] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str]) -> Told:
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> what the networks are told, on the device."""
         if not self.limit:
             return self.encode(prompts).to(self.device)
@@ -34,7 +36,7 @@ class TextCache:
         return joined.to(self.device)
 
 
-def _joined(rows: Sequence[Told]) -> Told:
+def _joined(rows: Sequence[Conditioning]) -> Conditioning:
     if isinstance(first := rows[0], Text):
         return first.map(lambda *parts: torch.cat(parts), *[row for row in rows[1:] if isinstance(row, Text)])
     return torch.cat([row for row in rows if isinstance(row, Tensor)])

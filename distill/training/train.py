@@ -17,16 +17,16 @@ from d2g.core.signals import StopFlag
 from d2g.core.tracking.loggers import check_loggers
 from d2g.core.tracking.run_directory import Pace, RunLog
 from d2g.diffusion import pretrained
-from distill.config.run import DistillConfig, rows_each
+from distill.config.run import DistillConfig, microbatch_size
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
-from distill.losses.gradient_penalty import Shown, approximation, penalty
+from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
 from distill.losses.noise_augmentation import Noiser
 from distill.losses.regression import Regression
 from distill.models.row_dropout import give_keys
 from distill.models.student import check_teacher
 from distill.training.data import bad_pairs, expect_enough, open_pairs, pair_batches
-from distill.training.logit_stats import Seen
-from distill.training.microbatch import Draws, MicroBatch, draw_step, penalised, split
+from distill.training.logit_stats import LogitStats
+from distill.training.microbatch import MicroBatch, StepRandomness, penalised, sample_step_randomness, split
 from distill.training.monitor import Watching
 from distill.training.optim import learning_rate, update
 from distill.training.real_rows import RealRows
@@ -77,7 +77,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     # Set up.
     _refuse(config)  # before the processes meet: who leaves then would hold up the others
     device = process_group.init()
-    options, gan, accumulate = config.train, config.gan, config.engine.accumulate
+    options, gan, accumulate = config.train, config.gan, config.engine.gradient_accumulation
     size = options.batch_size
     told = config.student.guidance_conditioning
     reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, told)
@@ -90,7 +90,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     noised = Noiser(config, device)
     with_real = RealRows(config, reader.spec.latent_shape, encode, device)
     folder = out / "checkpoints"
-    last = _agreed(folder)
+    last = agree_on_checkpoint(folder)
     state: State = new_state(config, device, fresh=last is None)
     student, discriminator = state.student, state.discriminator
 
@@ -130,7 +130,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     started, first = time.monotonic(), state.nimg
     finished = state.nimg >= options.images
     latest: dict[str, Tensor] = {}  # each value's last, since the last report: not every step has all
-    seen = Seen()
+    seen = LogitStats()
     with watching.to_the_end(), StopFlag() as stop:
         if last is not None and watching.missed():
             watching.validate()
@@ -138,9 +138,11 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             with pace.waiting():
                 batch = next(batches)
             nimg, step = state.nimg, state.steps
-            draws: Draws = draw_step(config, regression, reader.spec.latent_shape, nimg, noised.levels)
+            draws: StepRandomness = sample_step_randomness(
+                config, regression, reader.spec.latent_shape, nimg, noised.levels
+            )
             micros: list[MicroBatch] = split(batch, draws, encode, config, noised, device)
-            moves_g = discriminator is None or step % gan.updates == gan.updates - 1
+            moves_g = discriminator is None or step % gan.d_steps_per_g_step == gan.d_steps_per_g_step - 1
             shared = accumulate == 1 and moves_g  # one pass of the student serves both networks
             parts: dict[str, Tensor] = {}
 
@@ -161,20 +163,25 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                         micro.fake.detach(), micro.real, micro.noise, micro.text, micro.mode, micro.partner
                     )
                     with pace.waiting():  # for photographs, if there are to be any
-                        shown = with_real(Shown(micro.real, micro.noise, micro.text, micro.t), micro.rows)
-                    micro.shown_real = replace(shown, x=noised(shown.x, micro.t, micro.eps[0]))
-                    micro.shown_fake = Shown(noised(x, micro.t, micro.eps[1]), z, c, micro.t)
-                apart = gan.penalty not in ("none", "approx")  # a pass of its own, differentiated twice
+                        shown = with_real(
+                            DiscriminatorInput(micro.real, micro.noise, micro.text, micro.t), micro.rows
+                        )
+                    micro.d_real = replace(shown, x=noised(shown.x, micro.t, micro.eps[0]))
+                    micro.d_fake = DiscriminatorInput(noised(x, micro.t, micro.eps[1]), z, c, micro.t)
+                apart = gan.active_penalty not in (
+                    "none",
+                    "approx",
+                )  # a pass of its own, differentiated twice
                 if apart and step % gan.penalty_interval == 0:
                     with discriminator.bare() as judge:
-                        for real, fake, weight in penalised(micros, draws, gan.penalty):
+                        for real, fake, weight in penalised(micros, draws, gan.active_penalty):
                             value, found = penalty(gan, judge, real, fake)
                             (weight * value).backward()
                             add({name: accumulate * weight * v for name, v in found.items()})
                 for number, micro in enumerate(micros):
-                    with discriminator.unaveraged(number < accumulate - 1):
+                    with discriminator.no_sync(number < accumulate - 1):
                         with autocast():
-                            real, fake = micro.shown_real, micro.shown_fake
+                            real, fake = micro.d_real, micro.d_fake
                             logits_real = discriminator(real.x, real.noise, real.text, real.t)
                             logits_fake = discriminator(fake.x, fake.noise, fake.text, fake.t)
                             loss_d = discriminator_loss(
@@ -198,7 +205,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             # Student: regression on the pair, and the discriminator's verdict on the same latents. Their
             # slope at the latents goes on into the student once the discriminator's graph is gone.
             for number, micro in enumerate(micros if moves_g else []):
-                with student.unaveraged(number < accumulate - 1):
+                with student.no_sync(number < accumulate - 1):
                     if not shared:
                         micro.fake = generate(micro)
                     latents = micro.fake.detach().requires_grad_()
@@ -211,7 +218,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                             rival = None
                             if gan.loss == "rpgan":
                                 with torch.no_grad():
-                                    s = micro.shown_real
+                                    s = micro.d_real
                                     rival = discriminator.frozen(s.x, s.noise, s.text, s.t)
                         seen.add(number, student=verdict)
                         found["loss/g_gan"] = generator_loss(verdict, gan.loss, gan.head_reduction, rival)
@@ -235,11 +242,11 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             finished = state.nimg >= options.images or flags["late"]
             if not flags["writing"]:
                 writer.finish()
-            if crossed(state.nimg, size, options.report_images) or finished:
+            if passed_interval(state.nimg, size, options.report_images) or finished:
                 watching.report({**latest, **seen.report(micros)}, pace, writer)
                 latest.clear()
             # Saved first: whoever sends SIGTERM does not wait for a validation.
-            due = crossed(state.nimg, size, options.checkpoint_images) or finished or flags["stop"]
+            due = passed_interval(state.nimg, size, options.checkpoint_images) or finished or flags["stop"]
             if due:
                 writer.finish()  # the one before it has its name now, and may be the best
                 writer.spare = watching.spare()
@@ -273,12 +280,12 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     )
 
 
-def crossed(nimg: int, size: int, interval: int) -> bool:
+def passed_interval(nimg: int, size: int, interval: int) -> bool:
     """Whether a multiple of `interval` lies in the last step's images: the same after a restart."""
     return nimg // interval > (nimg - size) // interval
 
 
-def _agreed(folder: Path) -> checkpoint.Checkpoint | None:
+def agree_on_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
     """The newest checkpoint as rank 0 sees it: a network disk may show another node an older folder."""
     last = checkpoint.latest(folder)
     name = process_group.gather_objects(None if last is None else last.folder.name)[0]
@@ -307,19 +314,19 @@ def _refuse(config: DistillConfig) -> None:
     for name in ("pairs", "teacher", *(["init"] if config.stage == "gan" else [])):
         if not getattr(config, name):
             raise SettingError(f"{name} is not set; give --{name}")
-    rows_each(config, process_group.world_size())
+    microbatch_size(config, process_group.world_size())
     check_loggers(config.train.loggers)
 
 
 _MAY_CHANGE = {
     "train": (
         *("images", "minutes", "loader_workers", "report_images", "checkpoint_images", "keep_checkpoints"),
-        *("keep_best", "validate_images", "preview_prompts", "loggers", "sentinels"),
+        *("keep_best", "validate_images", "preview_prompts", "loggers", "on_collapse"),
     ),
     # A run may go on past damage that it met, or with another cache; the order of its rows stays.
     "data": ("skip_bad", "cache", "cache_gib", "text_cache"),
     "engine": (
-        *("parallel", "shard_size", "accumulate", "activation_checkpointing", "compiler", "gpus"),
+        *("parallel", "shard_size", "gradient_accumulation", "activation_checkpointing", "compile", "gpus"),
         "async_checkpoints",
     ),
 }

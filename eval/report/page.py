@@ -24,7 +24,7 @@ RANKINGS = ("clip_score", "pickscore", "caption_accuracy", "dreamsim", "lpips", 
 """Rows that images are ranked by, where they were measured."""
 
 
-class Numbered(Sequence[Tensor]):
+class LazyImages(Sequence[Tensor]):
     """A source's images, drawn when they are asked for."""
 
     def __init__(self, source: Source, count: int) -> None:
@@ -46,7 +46,7 @@ class Numbered(Sequence[Tensor]):
 def first_images(source: Source, count: int) -> list[Tensor]:
     """The first images of a source as they are, uint8 [3, H, W] each."""
     if source.count is not None:  # files: of several sizes, maybe
-        return Numbered(source, count)[:]
+        return LazyImages(source, count)[:]
     drawn = source.draw(range(count), 16, (NATIVE,))
     return [image.cpu() for batch in drawn for image in batch.views[NATIVE]]
 
@@ -81,9 +81,9 @@ def beside_name(name: str, other: Source) -> str:
 def rankings(name: str, source: Source, evaluation: Evaluation, other: Source | None = None) -> list[Ranking]:
     """The images that score worst and best, by what was measured of each."""
     rows, labels = evaluation.rows, label_table(evaluation.result.models)
-    columns = {name: Numbered(source, len(rows))}
+    columns = {name: LazyImages(source, len(rows))}
     if other is not None:
-        columns[beside_name(name, other)] = Numbered(other, len(rows))
+        columns[beside_name(name, other)] = LazyImages(other, len(rows))
     return [
         rank(
             labels.get(key, key),

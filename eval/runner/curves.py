@@ -19,7 +19,7 @@ from eval.report.plot import plot_curve
 from eval.report.svg import Curve
 from eval.result import label_table
 from eval.runner.samplers import checkpoints
-from eval.runner.session import Bench
+from eval.runner.session import EvalSession
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
     SettingError for a setting that the sampler does not have.
     """
     _check(config)
-    bench = Bench(config.run, progress)
+    bench = EvalSession(config.run, progress)
     if not {"fid", "clip"} <= set(bench.metrics):
         raise SettingError("a curve is of FID over CLIP score, so its metrics must have fid and clip")
     points = measure_points(bench, config)
@@ -68,7 +68,7 @@ def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
     if config.latency:
         raise SettingError("--latency is of one student; leave --every out")
     curve = CurveRun(run=config, setting="checkpoints")
-    bench = Bench(config, progress)
+    bench = EvalSession(config, progress)
     points = measure_points(bench, curve)
     made, newest = _facts(points, "images"), points[-1].evaluation.result.to_json()
     if config.out is not None and process_group.rank() == 0:
@@ -83,7 +83,7 @@ def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
     return newest | {"checkpoints": made["points"]}
 
 
-def measure_points(bench: Bench, config: CurveRun) -> list[Point]:
+def measure_points(bench: EvalSession, config: CurveRun) -> list[Point]:
     """Every point, with networks and reference loaded once; in an out folder, each with its own parts.
 
     Raises UserError for a checkpoint that is not there.

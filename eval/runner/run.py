@@ -25,9 +25,9 @@ from eval.metrics.pickscore import win_rate
 from eval.protocols.config import EvalRun
 from eval.report.gallery import Pictures, beside_neighbours
 from eval.report.html import write_report
-from eval.report.page import Numbered, first_images, report_data
+from eval.report.page import LazyImages, first_images, report_data
 from eval.result import EvalResult, compare, label_table
-from eval.runner.session import Bench
+from eval.runner.session import EvalSession
 from eval.summary import REFERENCED
 
 NEAREST = 8  # images whose neighbours in the training set the report shows
@@ -41,7 +41,7 @@ def run_evaluation(config: EvalRun, progress: Progress = quiet) -> dict[str, Any
     go on from. Raises SettingError when what is to be measured, or what it is measured with, is missing or
     given twice.
     """
-    bench = Bench(config, progress)
+    bench = EvalSession(config, progress)
     source, found = bench.measure(config)
     if config.latency:
         found = replace(found, result=replace(found.result, latency=latency(bench, source)))
@@ -51,7 +51,7 @@ def run_evaluation(config: EvalRun, progress: Progress = quiet) -> dict[str, Any
     return found.result.to_json()
 
 
-def latency(bench: Bench, source: Source) -> dict[str, Any]:
+def latency(bench: EvalSession, source: Source) -> dict[str, Any]:
     """How long an image takes, of a student beside its teacher; on rank 0 only."""
     if source.parts is None:
         raise SettingError("--latency times a sampler; images are already drawn, leave it out")
@@ -66,7 +66,7 @@ def latency(bench: Bench, source: Source) -> dict[str, Any]:
     return measure_latency(models, bench.device, repeats=repeats, warmup=max(1, repeats // 5))
 
 
-def _write(bench: Bench, source: Source, found: Evaluation) -> None:
+def _write(bench: EvalSession, source: Source, found: Evaluation) -> None:
     """The files that the config asks for."""
     out = bench.config.out
     if out is None:
@@ -89,7 +89,7 @@ def _name(source: Source) -> str:
     return str(source.facts["kind"])
 
 
-def _nearest(bench: Bench, source: Source, found: Evaluation) -> list[Pictures]:
+def _nearest(bench: EvalSession, source: Source, found: Evaluation) -> list[Pictures]:
     """The first images beside the training images that are nearest in the protocol's features."""
     if bench.config.train is None:
         return []
@@ -106,7 +106,7 @@ def _nearest(bench: Bench, source: Source, found: Evaluation) -> list[Pictures]:
         beside_neighbours(
             near,
             first_images(source, len(generated)),
-            Numbered(training, training.count),
+            LazyImages(training, training.count),
             found.rows.prompts[: len(generated)],
             features=net.name,
         )
@@ -126,7 +126,7 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
     compared = tuple(metric for metric in metrics if metric in REFERENCED)
     if not compared:
         raise SettingError(f"metrics {', '.join(metrics)} need no reference; name some that do, say fid")
-    bench = Bench(replace(config, images=str(images), metrics=compared), progress)
+    bench = EvalSession(replace(config, images=str(images), metrics=compared), progress)
     files, prompts = reference_files(images, bench.protocol)
     work = Work(batch_size=config.batch_size, folder=out.with_suffix(".work"))
     sets = bench.networks.sets

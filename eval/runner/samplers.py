@@ -23,12 +23,12 @@ from distill.sampling import OneStep, load_one_step, student_folder
 from eval.measure.latency import Parts
 from eval.measure.source import Drawn, Source, views_of
 
-Make = Callable[[range, list[str]], Tensor]
+SampleFn = Callable[[range, list[str]], Tensor]
 """(numbers, their prompts) -> pixels [B, 3, H, W] in [-1, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drawing:
+class SamplingRequest:
     """What is drawn: image i shows prompt i (round and round) from the noise of (seed, i)."""
 
     prompts: Sequence[str]
@@ -52,7 +52,7 @@ class Drawing:
 
 
 def sampler_source(
-    name: str, facts: Mapping[str, Any], drawing: Drawing, make: Make, parts: Parts | None = None
+    name: str, facts: Mapping[str, Any], drawing: SamplingRequest, make: SampleFn, parts: Parts | None = None
 ) -> Source:
     """A source that makes its images. Raises UserError for one that is not finite, by number and prompt."""
 
@@ -76,7 +76,7 @@ def sampler_source(
 def one_step_source(
     name: str,
     one: OneStep,
-    drawing: Drawing,
+    drawing: SamplingRequest,
     *,
     noise_scale: float = 1.0,
     facts: Mapping[str, Any] | None = None,
@@ -107,7 +107,7 @@ def one_step_source(
 
 def student_source(
     name: str,
-    drawing: Drawing,
+    drawing: SamplingRequest,
     *,
     teacher: str | None = None,
     folder: Path | None = None,
@@ -152,7 +152,12 @@ def checkpoints(run: str) -> list[Path]:
 
 
 def ode_source(
-    teacher: Teacher, drawing: Drawing, *, steps: int = 50, guidance: float = 3.0, solver: str = "teacher"
+    teacher: Teacher,
+    drawing: SamplingRequest,
+    *,
+    steps: int = 50,
+    guidance: float = 3.0,
+    solver: str = "teacher",
 ) -> Source:
     """A teacher in memory, by its ODE, with the noise that its students get."""
     vae = pretrained.load_vae(teacher.name).to(teacher.device)
@@ -186,7 +191,9 @@ def ode_source(
     return sampler_source(shown, facts, drawing, make, parts)
 
 
-def pipeline_source(name: str, drawing: Drawing, *, steps: int = 50, guidance: float | None = None) -> Source:
+def pipeline_source(
+    name: str, drawing: SamplingRequest, *, steps: int = 50, guidance: float | None = None
+) -> Source:
     """Any diffusers pipeline, with its own scheduler: what others ship, measured alike."""
     pipe = load_any_pipeline(name, drawing.device, PRECISIONS[drawing.precision], steps, guidance)
 

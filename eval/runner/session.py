@@ -19,7 +19,7 @@ from eval.measure.rows import Work, open_work
 from eval.measure.source import Source, image_source
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import ANY, PAIRED, check_metrics
-from eval.runner.samplers import Drawing, ode_source, pipeline_source, student_source
+from eval.runner.samplers import SamplingRequest, ode_source, pipeline_source, student_source
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, scenes_reference
 from miniature.oracle import load_oracle
 from miniature.sampling import captions as scene_captions
@@ -30,7 +30,7 @@ SCENES = 1_000  # where a scenes protocol leaves the number open
 GUIDANCE = 3.0  # of a teacher that is told none
 
 
-class Bench:
+class EvalSession:
     """All that the points of one evaluation share: protocol, prompts, networks, reference, loaded once."""
 
     def __init__(self, config: EvalRun, progress: Progress = quiet) -> None:
@@ -109,12 +109,12 @@ class Bench:
                 return list(held)
         return []
 
-    def drawing(self, prompts: list[str]) -> Drawing:
+    def drawing(self, prompts: list[str]) -> SamplingRequest:
         """What a sampler draws. Raises SettingError when nobody said."""
         if not prompts:
             raise SettingError("--prompts is not set; give the file of captions to draw")
         shown = prompts[: self.count] if self.count else prompts
-        return Drawing(
+        return SamplingRequest(
             prompts=shown, seed=self.protocol.seed, device=self.device, precision=self.config.precision
         )
 

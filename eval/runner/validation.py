@@ -17,7 +17,7 @@ from eval.measure.rows import Work
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PAIRED
 from eval.runner.samplers import sampler_source
-from eval.runner.session import Bench
+from eval.runner.session import EvalSession
 
 
 def measuring(run: EvalRun, teacher: str) -> Validate:
@@ -35,8 +35,8 @@ def measuring(run: EvalRun, teacher: str) -> Validate:
         )
 
     @cache
-    def bench() -> Bench:  # the run has joined its process group by the first call
-        return Bench(replace(run, student=None, pipeline=None, images=None, teacher=teacher))
+    def bench() -> EvalSession:  # the run has joined its process group by the first call
+        return EvalSession(replace(run, student=None, pipeline=None, images=None, teacher=teacher))
 
     @cache
     def vae() -> Any:

@@ -86,7 +86,7 @@ def find_splits(data: str | Path, task: Task, part: Literal["train", "val"]) -> 
         return [open_split(base, task)]
     parted = (base / "train").is_dir() or (base / "val").is_dir()
     homes = sorted((base / part).glob("*")) if parted else sorted(base.glob("*"))
-    found = [open_split(home, task) for home in homes if _is_split(home, task)]
+    found = [open_split(component_dir, task) for component_dir in homes if _is_split(component_dir, task)]
     if not found and task == "2afc" and not (parted and part == "val"):
         raise UserError(
             f"{base / part if parted else base} holds no judgements; expected ref/, p0/, p1/ and judge/, "

@@ -134,10 +134,12 @@ def _labelled(root: Path, part: str) -> Pictures:
         named = [table for table in left if table.name.startswith(part)]
         return _of_tables(str(root), named or left, labelled=True)
     homes = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    homes = [home for home in homes if home.name not in held]
+    homes = [component_dir for component_dir in homes if component_dir.name not in held]
     found = {
-        home.name: [f for f in sorted(home.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file()]
-        for home in homes
+        component_dir.name: [
+            f for f in sorted(component_dir.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file()
+        ]
+        for component_dir in homes
     }
     classes = [name for name, files in found.items() if files]
     if not classes:

@@ -68,8 +68,8 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
         ref: Tensor | None = None
         stem = f"{row:06d}.{i % config.patches}"
         for number, kind in enumerate(config.made):
-            home = out / part / kind
-            if (home / "judge" / f"{stem}.npy").is_file():  # written last
+            component_dir = out / part / kind
+            if (component_dir / "judge" / f"{stem}.npy").is_file():  # written last
                 counts[part][kind] += 1
                 continue
             ref = patch(pictures, row, i, config) if ref is None else ref
@@ -79,7 +79,7 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
                 continue
             versions, judge = made
             pictured = {"ref": ref, **versions}
-            write_triplet(home, stem, {name: to_pil(x) for name, x in pictured.items()}, judge)
+            write_triplet(component_dir, stem, {name: to_pil(x) for name, x in pictured.items()}, judge)
             counts[part][kind] += 1
         progress("triplets", i + 1, total)
     return TripletsResult(out=str(out), train=counts["train"], val=counts["val"], left_out=left_out)

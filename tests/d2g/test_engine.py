@@ -12,7 +12,7 @@ from torch import Tensor
 
 import parallel_worker
 import tiny
-from d2g.core.distributed.engine import Parallel
+from d2g.core.distributed.engine import DistributedModule
 from distill.losses.adversarial import discriminator_loss
 from distill.losses.gradient_penalty import r1_penalty
 from parallel_worker import CASES, ROWS, batch, gradients, new_discriminator
@@ -110,7 +110,7 @@ def test_alone_it_is_the_network(kind: str, folder: Path) -> None:
 def test_eager_inside_bare_compiled_outside(folder: Path) -> None:
     """The compiled network agrees with the eager one, and R1 still has its second derivative."""
     network = new_discriminator(str(folder / "teacher"), seed=0)
-    compiled = Parallel(network, "ddp", torch.device("cpu"), compiler="aot_eager")
+    compiled = DistributedModule(network, "ddp", torch.device("cpu"), compile_backend="aot_eager")
     real, _, noise, text = batch()
     for name, value in compiled(real, noise, text).items():
         torch.testing.assert_close(value, network(real, noise, text)[name])

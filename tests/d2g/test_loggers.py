@@ -60,10 +60,10 @@ def told_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
         assert time.monotonic() < end, "no last record"
         name, rows, data, at = "", [], file.read_bytes(), 7
         while at + 7 <= len(data):
-            _, size, piece = struct.unpack_from("<IHB", data, at)
+            _, size, component = struct.unpack_from("<IHB", data, at)
             if at + 7 + size > len(data):
                 break
-            assert piece == 1, "a record in pieces"
+            assert component == 1, "a record in pieces"
             record = proto.Record.FromString(data[at + 7 : at + 7 + size])
             at, kind = at + 7 + size, record.WhichOneof("record_type")
             name = record.run.run_id or name

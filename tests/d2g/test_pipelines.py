@@ -48,11 +48,11 @@ def test_the_table_names_what_diffusers_has() -> None:
     import diffusers
     import transformers
 
-    for kind, pieces in PIPELINES.items():
+    for kind, components in PIPELINES.items():
         assert hasattr(diffusers, kind)
-        for names in pieces.values():
+        for names in components.values():
             assert all(hasattr(diffusers, name) or hasattr(transformers, name) for name in names)
-    assert all(set(pieces) <= set(PIPELINES[kind]) for kind, pieces in OPTIONAL.items())
+    assert all(set(components) <= set(PIPELINES[kind]) for kind, components in OPTIONAL.items())
 
 
 def test_other_pipelines_are_refused_with_those_we_know(copy: Path) -> None:
@@ -75,9 +75,9 @@ def test_a_model_index_that_cannot_be_read(copy: Path, content: str) -> None:
 
 def test_only_t5_may_be_left_out(sdxl: Path, tmp_path: Path) -> None:
     sd3 = Path(tiny_teachers.save_sd3(tmp_path / "sd3"))
-    assert "text_encoder_3" in open_pipeline(str(sd3)).pieces
+    assert "text_encoder_3" in open_pipeline(str(sd3)).components
     tiny_teachers.edit(sd3, "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
-    assert not {"text_encoder_3", "tokenizer_3"} & set(open_pipeline(str(sd3)).pieces)
+    assert not {"text_encoder_3", "tokenizer_3"} & set(open_pipeline(str(sd3)).components)
     folder = Path(shutil.copytree(sdxl, tmp_path / "sdxl"))
     tiny_teachers.edit(folder, "model_index.json", text_encoder=[None, None])
     with pytest.raises(UserError, match="no text_encoder; expected the pieces unet, vae, text_encoder"):
@@ -125,12 +125,12 @@ def same_latents(a: Path, b: Path) -> bool:
 
 
 def test_sharded_weights_are_loaded_and_every_shard_is_fingerprinted(teacher: Path, copy: Path) -> None:
-    for piece in ("unet", "text_encoder"):
-        module = load_model(str(copy), piece)
-        for file in (copy / piece).glob("*.safetensors"):
+    for component in ("unet", "text_encoder"):
+        module = load_model(str(copy), component)
+        for file in (copy / component).glob("*.safetensors"):
             file.unlink()
-        module.save_pretrained(copy / piece, max_shard_size="20KB", safe_serialization=True)
-        assert len(list((copy / piece).glob("*-of-*.safetensors"))) > 1
+        module.save_pretrained(copy / component, max_shard_size="20KB", safe_serialization=True)
+        assert len(list((copy / component).glob("*-of-*.safetensors"))) > 1
     assert same_latents(copy, teacher)
     before = weights_sha256(str(copy))
     for shard in sorted(copy.glob("*/*-of-*.safetensors")):
@@ -145,11 +145,11 @@ def test_sharded_weights_are_loaded_and_every_shard_is_fingerprinted(teacher: Pa
 
 
 def test_a_repository_with_half_precision_only(teacher: Path, copy: Path) -> None:
-    for piece in ("unet", "text_encoder", "vae"):
-        module = load_model(str(copy), piece, torch.float16)
-        for file in (copy / piece).glob("*.safetensors"):
+    for component in ("unet", "text_encoder", "vae"):
+        module = load_model(str(copy), component, torch.float16)
+        for file in (copy / component).glob("*.safetensors"):
             file.unlink()
-        module.save_pretrained(copy / piece, variant="fp16", safe_serialization=True)
+        module.save_pretrained(copy / component, variant="fp16", safe_serialization=True)
     weights = load_model(str(copy), "unet").conv_in.weight
     assert weights.dtype == torch.float32
     assert torch.equal(weights, load_model(str(teacher), "unet").conv_in.weight.half().float())
@@ -166,8 +166,8 @@ def test_the_fingerprint_covers_the_family_and_no_unused_copy(sdxl: Path, tmp_pa
     (folder / "safety_checker" / "config.json").write_text("{}")
     assert weights_sha256(str(folder)) == same
     seen = {same}
-    for piece in open_pipeline(str(folder)).pieces:
-        path = piece_files(folder / piece)[-1]
+    for component in open_pipeline(str(folder)).components:
+        path = piece_files(folder / component)[-1]
         path.write_bytes(path.read_bytes() + b" ")
         seen.add(weights_sha256(str(folder)))
     tiny_teachers.edit(folder, "model_index.json", force_zeros_for_empty_prompt=False)

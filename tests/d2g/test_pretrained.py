@@ -139,14 +139,14 @@ def test_fingerprint_follows_the_weights_and_nothing_else(teacher: Path, broken:
     (broken / "unet" / ".cache").mkdir()
     assert pretrained.weights_sha256(str(broken)) == same
     seen = {same}
-    for piece, name in (
+    for component, name in (
         ("unet", "diffusion_pytorch_model.safetensors"),
         ("vae", "diffusion_pytorch_model.safetensors"),
         ("text_encoder", "model.safetensors"),
         ("tokenizer", "tokenizer.json"),
         ("scheduler", "scheduler_config.json"),
     ):
-        path = broken / piece / name
+        path = broken / component / name
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
         path.write_bytes(data)
@@ -177,10 +177,12 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("piece", sorted(LOADERS))
-def test_a_missing_piece_is_named(broken: Path, piece: str) -> None:
-    shutil.rmtree(broken / piece)
-    with pytest.raises(UserError, match=rf"no {piece}; expected the pieces unet, vae.*; found .*") as caught:
-        LOADERS[piece](str(broken))
+def test_a_missing_piece_is_named(broken: Path, component: str) -> None:
+    shutil.rmtree(broken / component)
+    with pytest.raises(
+        UserError, match=rf"no {component}; expected the pieces unet, vae.*; found .*"
+    ) as caught:
+        LOADERS[component](str(broken))
     assert "\n" not in str(caught.value)
 
 
@@ -191,23 +193,23 @@ def test_a_piece_of_another_class_is_refused(broken: Path) -> None:
 
 
 @pytest.mark.parametrize("piece", ["unet", "vae", "text_encoder"])
-def test_damaged_weights_are_named(broken: Path, piece: str) -> None:
-    (path,) = (broken / piece).glob("*.safetensors")
+def test_damaged_weights_are_named(broken: Path, component: str) -> None:
+    (path,) = (broken / component).glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=rf"{piece} cannot be loaded") as caught:
-        LOADERS[piece](str(broken))
+    with pytest.raises(UserError, match=rf"{component} cannot be loaded") as caught:
+        LOADERS[component](str(broken))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("piece", ["unet", "vae", "text_encoder"])
-def test_weights_that_lack_a_tensor_are_refused(broken: Path, piece: str) -> None:
+def test_weights_that_lack_a_tensor_are_refused(broken: Path, component: str) -> None:
     """diffusers and transformers would fill it with random numbers, and warn."""
-    (path,) = (broken / piece).glob("*.safetensors")
+    (path,) = (broken / component).glob("*.safetensors")
     tensors = load_file(path)
     gone = sorted(tensors)[3]
     save_file({k: v for k, v in tensors.items() if k != gone}, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"{piece} cannot be loaded: its weights lack .*{gone[-10:]}"):
-        LOADERS[piece](str(broken))
+    with pytest.raises(UserError, match=rf"{component} cannot be loaded: its weights lack .*{gone[-10:]}"):
+        LOADERS[component](str(broken))
 
 
 def test_attention_under_its_names_of_2022_is_loaded(tmp_path: Path) -> None:
@@ -227,8 +229,11 @@ def test_attention_under_its_names_of_2022_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_skeleton_is_the_model_without_its_weights(teacher: Path) -> None:
-    for piece in ("unet", "vae", "text_encoder"):
-        bare, whole = pretrained.skeleton(str(teacher), piece), pretrained.load_model(str(teacher), piece)
+    for component in ("unet", "vae", "text_encoder"):
+        bare, whole = (
+            pretrained.load_on_meta(str(teacher), component),
+            pretrained.load_model(str(teacher), component),
+        )
         assert {p.device.type for p in bare.parameters()} == {"meta"}
         shapes = ({name: p.shape for name, p in m.named_parameters()} for m in (bare, whole))
         assert next(shapes) == next(shapes) and type(bare) is type(whole)

@@ -108,7 +108,10 @@ def test_version_from_a_fresh_process() -> None:
             "distill ode --set gan.weight=1",
             "gan.weight is set, but acts only in `d2g distill gan`; leave it out",
         ),
-        ("distill gan --set gan.r1=approx --set gan.r1_interval=4", "gan.r1_interval is set, but acts only"),
+        (
+            "distill gan --set gan.penalty=approx --set gan.r1_interval=4",
+            "gan.r1_interval is set, but acts only",
+        ),
         (
             "distill ode --lpips x --set regression.kind=mse",
             "lpips is set, but acts only with regression.kind",

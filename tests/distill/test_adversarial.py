@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError
 from d2g.diffusion.text_encoders import Text
-from distill.config.components import GanLoss, refuse_lone_rows
+from distill.config.components import GanLoss, require_even_microbatch
 from distill.losses.adversarial import discriminator_loss, generator_loss, mismatch, mix_and_match
 
 
@@ -141,11 +141,11 @@ def test_heads_are_averaged_or_summed(kind: GanLoss) -> None:
 
 def test_one_row_cannot_be_mixed() -> None:
     with pytest.raises(SettingError, match="has 1 row per process; rows are mixed in pairs"):
-        refuse_lone_rows(1, 0.25)
+        require_even_microbatch(1, 0.25)
     with pytest.raises(SettingError, match=r"has 3 rows per process; .* expected an even number"):
-        refuse_lone_rows(3, 0.25)
-    refuse_lone_rows(2, 0.25)
-    refuse_lone_rows(1, 0.0)
+        require_even_microbatch(3, 0.25)
+    require_even_microbatch(2, 0.25)
+    require_even_microbatch(1, 0.0)
 
 
 def test_all_that_a_text_holds_is_swapped_together() -> None:

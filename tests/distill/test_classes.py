@@ -23,10 +23,10 @@ from distill.config.components import StudentConfig
 from distill.config.run import DistillConfig, EngineConfig, RegressionConfig, TrainConfig
 from distill.losses.regression import Regression
 from distill.models.row_dropout import give_keys, row_keys
-from distill.models.student import Student, check_teacher, equip, student_from_teacher, train_only
+from distill.models.student import Student, add_adapters, check_teacher, set_trainable, student_from_teacher
 from distill.planning.memory import predict
 from distill.planning.saved_activations import saved
-from distill.sampling import naive_one_step
+from distill.sampling import untrained_one_step
 from latent_lpips.lpips import PixelLPIPS
 
 
@@ -82,7 +82,7 @@ def test_it_starts_as_one_step_of_the_teacher(kind: str, folders: dict[str, str]
         expected = teacher.sample(z, prompts, 1, 1.0, "euler")
     assert found.std() > 0.1 and student.latent_shape == teacher.latent_shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    images = naive_one_step(folder).images(z, prompts)
+    images = untrained_one_step(folder).images(z, prompts)
     assert images.dtype == torch.uint8 and images.shape[:2] == (2, 3)
 
 
@@ -137,7 +137,7 @@ def test_dropout_and_adapters(folders: dict[str, str]) -> None:
     assert torch.equal(dropped.eval()(z, labels), plain)
     config = StudentConfig(lora_rank=2)
     adapted = student_from_teacher(folder, -1, config, seed=3)
-    train_only(adapted, config)
+    set_trainable(adapted, config)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all(".lora_" in name for name in trained)
     torch.testing.assert_close(adapted(z, labels), plain)
@@ -148,7 +148,7 @@ def test_adapters_need_attention(tmp_path: Path) -> None:
     unet = tiny_teachers.unet2d(**blocks, add_attention=False)
     bare = Student(unet, pretrained.load_schedule(tiny_teachers.save_pixels(tmp_path)))
     with pytest.raises(SettingError, match="lora_rank is 2, but the network has no attention to adapt"):
-        equip(bare, StudentConfig(lora_rank=2))
+        add_adapters(bare, StudentConfig(lora_rank=2))
 
 
 def test_a_learned_variance_is_left_out(tmp_path: Path) -> None:
@@ -192,14 +192,14 @@ def test_guidance_is_told_to_networks_of_text_alone(folders: dict[str, str]) -> 
 def test_memory_is_foretold(kind: str, folders: dict[str, str]) -> None:
     """Weights and states in closed form; a forward pass on fake tensors is what it is with data."""
     folder = folders[kind]
-    params = sum(p.numel() for p in pretrained.skeleton(folder, "unet").parameters())
+    params = sum(p.numel() for p in pretrained.load_on_meta(folder, "unet").parameters())
     config = DistillConfig(
         teacher=folder,
         student=StudentConfig(dropout=0.1),
         regression=RegressionConfig(kind="mse"),
         train=TrainConfig(batch_size=4096, precision="fp32"),
     )
-    found, two = predict(config, 1), predict(replace(config, engine=EngineConfig(accumulate=2)), 1)
+    found, two = predict(config, 1), predict(replace(config, engine=EngineConfig(gradient_accumulation=2)), 1)
     assert found.weights == pytest.approx(4 * params / 2**30)
     assert found.optimizer == pytest.approx(2 * found.weights) and found.frozen == 0
     assert 0.4 < two.working / found.working < 0.6, "activations of rows, not weights, fill it"
@@ -233,7 +233,7 @@ def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
     [
         ({"kind": "e_latent_lpips"}, "set regression.kind=lpips, pseudo_huber or mse"),
         ({"kind": "latent_lpips"}, "set regression.kind=lpips, pseudo_huber or mse"),
-        ({"kind": "mse", "latent_lpips": 1.0}, "set regression.latent_lpips=0"),
+        ({"kind": "mse", "latent_lpips": 1.0}, "set regression.latent_lpips_weight=0"),
     ],
 )
 def test_there_is_no_latent_distance_of_pixels(

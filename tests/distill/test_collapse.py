@@ -120,7 +120,7 @@ def test_stopping_warning_and_silence() -> None:
         act(found, "warn", told, said.append)
         act(found, "off", set(), said.append)
     assert said == ["image 10: it collapses; try less"], "once"
-    with pytest.raises(Collapse, match=r"try less, or go on with --set train\.sentinels=warn"):
+    with pytest.raises(Collapse, match=r"try less, or go on with --set train\.on_collapse=warn"):
         act(found, "stop", told, said.append)
     assert issubclass(Collapse, UserError)
     with pytest.warns(UserWarning, match="it collapses"):
@@ -137,7 +137,7 @@ def test_a_real_run_that_falls_apart_is_noticed(teacher: Path, tmp_path: Path) -
     """A run as it should be, in which nothing is wrong although it starts wild, and then with a rate that
     grows without end."""
     pairs = make_pairs(teacher, tmp_path)
-    settings = ("regression.kind=mse", "train.sentinels=off")
+    settings = ("regression.kind=mse", "train.on_collapse=off")
     rising = ("train.images=40", "optim.lr=10", "optim.warmup_images=400", f"init={tmp_path / 'sane'}")
     train(distill_config(teacher, pairs, *settings, "train.images=100", "optim.lr=1e-3"), tmp_path / "sane")
     train(distill_config(teacher, pairs, *settings, *rising), tmp_path / "wild")

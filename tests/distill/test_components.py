@@ -22,10 +22,10 @@ ALL = (
 OPTIONS = (
     "gan.loss=hinge",
     "gan.loss=rpgan",
-    "gan.r1=full",
-    "gan.r1=r1r2",
-    "gan.r1=approx",
-    "gan.r1=none",
+    "gan.penalty=full",
+    "gan.penalty=r1r2",
+    "gan.penalty=approx",
+    "gan.penalty=none",
     "gan.r1_reduction=sum",
     "gan.head_reduction=sum",
     "gan.timestep_mode=random",
@@ -36,7 +36,7 @@ OPTIONS = (
     "gan.multi_scale_output=false",
     "gan.freeze_backbone=true",
     "gan.mix_c=0",
-    "gan.updates=2",
+    "gan.d_steps_per_g_step=2",
 )
 
 

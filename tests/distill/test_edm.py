@@ -25,7 +25,7 @@ from distill.training.train import train
 from eval.images.resize import NATIVE
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
-from eval.runner.session import Bench
+from eval.runner.session import EvalSession
 from jobs import TRAIN, d2g, d2g_ranks
 from pairgen.config import PairConfig
 from pairgen.generate import generate_pairs
@@ -205,7 +205,7 @@ def test_text_students_ask_for_a_prompt(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_eval_draws_every_class_in_turn(run: Path) -> None:
-    bench = Bench(EvalRun(student=str(run), protocol=PROTOCOLS["cifar10-50k"], seed=4))
+    bench = EvalSession(EvalRun(student=str(run), protocol=PROTOCOLS["cifar10-50k"], seed=4))
     (drawn,) = bench.source(bench.config).draw(range(8, 13), 64, (NATIVE,))
     assert drawn.prompts == ["8", "9", "0", "1", "2"]
     own = load_one_step(str(run)).images(noise(4, range(8, 13), (3, 8, 8)), drawn.prompts)

@@ -79,10 +79,10 @@ def assert_same_learning(run: Path, plain: Path, rel: float = 1e-4) -> None:
 
 
 ALONE = {
-    "accumulate": ["engine.accumulate=2"],
+    "accumulate": ["engine.gradient_accumulation=2"],
     "recompute": ["engine.activation_checkpointing=true"],
     "fsdp": ["engine.parallel=fsdp"],
-    "compile": ["engine.compiler=aot_eager"],
+    "compile": ["engine.compile=aot_eager"],
     "async": ["engine.async_checkpoints=true", "train.checkpoint_images=4"],
     "cache": ["data.text_cache=3"],
     "fused": ["optim.name=adamw_fused", "gan.optim.name=adamw_fused"],
@@ -119,7 +119,7 @@ def test_two_ranks_are_one_and_either_goes_on_for_the_other(
 ROWS = (
     "gan.r1_rows=2",  # one for each rank
     "gan.r1_rows=4",
-    "gan.r1=approx gan.approx_sigma=1",
+    "gan.penalty=approx gan.approx_sigma=1",
     "student.dropout=0.3",
     "gan.noise_augment=small",
 )
@@ -132,7 +132,7 @@ def test_what_is_drawn_for_a_row_is_the_row_s_own(option: str, config: DistillCo
     settings = (*steps, "train.batch_size=8", "train.report_images=8", *option.split())
     alone = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
     assert alone.code == 0, alone.stderr
-    shared = distill_arguments(config, tmp_path / "two", *settings, "engine.accumulate=2")
+    shared = distill_arguments(config, tmp_path / "two", *settings, "engine.gradient_accumulation=2")
     both = d2g_ranks(shared, tmp_path / "log")
     assert [ended.code for ended in both] == [0, 0], both[0].stderr
     assert_same_learning(tmp_path / "two", tmp_path / "one")
@@ -142,7 +142,7 @@ def test_two_ranks_go_on_for_one(config: DistillConfig, plain: Path, tmp_path: P
     out = tmp_path / "run"
     done = d2g(distill_arguments(config, out, *STEPS, "train.images=8"), tmp_path / "log")
     assert done.code == 0, done.stderr
-    more = distill_arguments(config, out, *STEPS, "engine.parallel=fsdp", "engine.accumulate=1")
+    more = distill_arguments(config, out, *STEPS, "engine.parallel=fsdp", "engine.gradient_accumulation=1")
     both = d2g_ranks(more, tmp_path / "log")
     assert [ended.code for ended in both] == [0, 0], both[0].stderr
     assert_same_learning(out, plain)
@@ -340,12 +340,12 @@ def test_sdxl_s_recipe_on_a_tiny_sdxl(tmp_path: Path) -> None:
     tiny.save_lpips(tmp_path / "teacher" / "latent_lpips")
     made, held = make_pairs(Path(folder), tmp_path), ("train.validate_pairs=3", "train.validate_images=8")
     train(distill_config(Path(folder), made, *held, "train.preview_prompts=2"), tmp_path / "ode")
-    settings = ("gan.r1=none", "gan.noise_augment=uniform", "gan.weight=1", "data.text_cache=10")
+    settings = ("gan.penalty=none", "gan.noise_augment=uniform", "gan.weight=1", "data.text_cache=10")
     config = distill_config(Path(folder), made, *settings, stage="gan", init=tmp_path / "ode")
     found = train(config, tmp_path / "gan")
     assert found.images == 20 and set(found.loss) == {"d", "e_latent_lpips", "g_gan", "g"}
     heads = {name for name in read_stats(tmp_path / "gan")[-1] if name.startswith("logit/real/")}
-    blocks = len(pretrained.skeleton(folder, "unet").up_blocks)
+    blocks = len(pretrained.load_on_meta(folder, "unet").up_blocks)
     assert len(heads) == 3 * blocks
 
 
@@ -430,7 +430,7 @@ def test_lines_of_a_run_that_died_before_its_first_checkpoint_go(
 
 
 def test_a_run_that_breaks_says_so_and_leaves_its_panel(teacher: Path, pairs: Path, tmp_path: Path) -> None:
-    settings = ("optim.lr=1e30", "train.sentinels=stop", "train.images=400")
+    settings = ("optim.lr=1e30", "train.on_collapse=stop", "train.images=400")
     with pytest.raises((FloatingPointError, UserError)) as caught:
         train(distill_config(teacher, pairs, *settings), tmp_path)
     ended = json.loads((tmp_path / "ended.json").read_text())
@@ -473,7 +473,7 @@ def test_fid_on_the_way_decides_which_point_is_best(tmp_path: Path) -> None:
 
 def test_reports_hold_what_only_some_steps_have(config: DistillConfig, tmp_path: Path) -> None:
     """R1 of the third step and G's losses of even ones, in reports at other steps."""
-    settings = ("gan.r1_interval=3", "gan.updates=2", "train.report_images=20", "train.images=40")
+    settings = ("gan.r1_interval=3", "gan.d_steps_per_g_step=2", "train.report_images=20", "train.images=40")
     done = d2g(distill_arguments(config, tmp_path / "run", *settings), tmp_path / "log")
     assert done.code == 0, done.stderr
     lines = read_stats(tmp_path / "run")

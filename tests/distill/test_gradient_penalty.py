@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d2g.core.seeds import generator
-from d2g.diffusion.text_encoders import Told
+from d2g.diffusion.text_encoders import Conditioning
 from distill.config.run import DiscriminatorConfig
 from distill.losses.gradient_penalty import (
-    Shown,
+    DiscriminatorInput,
     approximate_r1,
     approximation,
     drawn_rows,
@@ -120,13 +120,13 @@ def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(teacher: Path) -> 
     assert not x.requires_grad and x.grad is None
 
 
-def shown(rows: int, seed: int = 0) -> Shown:
+def shown(rows: int, seed: int = 0) -> DiscriminatorInput:
     rng = torch.Generator().manual_seed(seed)
     x, noise = (torch.randn(rows, 4, 4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
-    return Shown(x, noise, torch.randn(rows, 12, 16, generator=rng, dtype=torch.float64))
+    return DiscriminatorInput(x, noise, torch.randn(rows, 12, 16, generator=rng, dtype=torch.float64))
 
 
-def of(judge: Discriminator, s: Shown, **settings: Any) -> float:
+def of(judge: Discriminator, s: DiscriminatorInput, **settings: Any) -> float:
     return r1_penalty(judge, s.x, s.noise, s.text, s.t, **settings).item()
 
 
@@ -139,7 +139,7 @@ def asked(judge: Discriminator, **settings: Any) -> tuple[float, dict[str, float
 def test_a_linear_judge_in_closed_form() -> None:
     """D(x) = w . x at every position: the mean's gradient is w / positions, the sum's is w, at each."""
 
-    def judge(x: Tensor, noise: Tensor, text: Told, t: Tensor | None) -> dict[str, Tensor]:
+    def judge(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
         return {"a": 2 * x.sum(1, keepdim=True), "b": -x.sum(1, keepdim=True)}
 
     s = shown(2)
@@ -153,13 +153,13 @@ def test_a_linear_judge_in_closed_form() -> None:
 def test_each_form_is_of_its_rows_and_weighted_for_its_interval(judge: Discriminator) -> None:
     real, fake, lazy = shown(3), shown(3, 9), 0.5 * 0.5 * 4
     rows = [of(judge, real.row(i)) for i in range(3)]
-    value, parts = asked(judge, r1="full")
+    value, parts = asked(judge, penalty="full")
     assert parts == {"loss/r1": pytest.approx(sum(rows) / 3)} and value == pytest.approx(lazy * sum(rows) / 3)
-    value, parts = asked(judge, r1="r1r2")
+    value, parts = asked(judge, penalty="r1r2")
     second = of(judge, fake)
     assert parts == {"loss/r1": pytest.approx(sum(rows) / 3), "loss/r2": pytest.approx(second)}
     assert value == pytest.approx(lazy * (sum(rows) / 3 + second))
-    value, parts = asked(judge, r1="full", r1_reduction="sum")
+    value, parts = asked(judge, penalty="full", r1_reduction="sum")
     assert parts["loss/r1"] == pytest.approx(of(judge, real, reduction="sum"))
     assert parts["loss/r1"] != pytest.approx(sum(rows) / 3, rel=0.1)
 
@@ -177,10 +177,10 @@ def test_single_rows_are_one_of_each_part_and_all_alike_likely(rows: int, count:
 def test_the_approximation_nears_the_squared_gradient(judge: Discriminator) -> None:
     """E (D(x) - D(x + sigma n))^2 -> sigma^2 |grad D|^2 (APT): over many draws, for a linear judge."""
 
-    def linear(x: Tensor, noise: Tensor, text: Told, t: Tensor | None) -> dict[str, Tensor]:
+    def linear(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
         return {"a": 3 * x.mean((1, 2, 3), keepdim=True)}
 
-    config = DiscriminatorConfig(r1="approx", approx_sigma=0.1, approx_weight=7.0)
+    config = DiscriminatorConfig(penalty="approx", approx_sigma=0.1, approx_weight=7.0)
     s, rng = shown(1), torch.Generator().manual_seed(0)
     clean = linear(s.x, s.noise, s.text, None)
     eps = torch.randn(4_000, *s.x.shape, generator=rng)
@@ -203,10 +203,10 @@ def test_the_approximations_gradient_reaches_both_sides(judge: Discriminator) ->
 
 
 def test_it_is_asked_at_the_rows_time() -> None:
-    def judge(x: Tensor, noise: Tensor, text: Told, t: Tensor | None) -> dict[str, Tensor]:
+    def judge(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
         assert t is not None
         return {"a": (x * t.view(-1, 1, 1, 1)).sum((1, 2, 3), keepdim=True)}
 
     s = shown(3)
-    told = Shown(s.x, s.noise, s.text, torch.tensor([0, 2, 5]))
+    told = DiscriminatorInput(s.x, s.noise, s.text, torch.tensor([0, 2, 5]))
     assert [of(judge, told.row(i)) for i in range(3)] == [0.0, 64 * 4.0, 64 * 25.0]  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from d2g.core.tracking.run_directory import read_stats
 from distill.config.run import DistillConfig
-from distill.training.logit_stats import Seen, auc, logit_report, spread
+from distill.training.logit_stats import LogitStats, auc, logit_report, spread
 from distill.training.microbatch import MicroBatch
 from distill.training.train import train
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
@@ -65,7 +65,7 @@ def test_what_was_said_of_micro_batches_is_of_all_their_rows() -> None:
     g = torch.Generator().manual_seed(0)
     fake, real, *said = (torch.randn(6, 1, 4, 4, generator=g) for _ in range(5))
     mode = torch.tensor([0, 1, 0, 0, 3, 0])
-    seen, micros = Seen(), []
+    seen, micros = LogitStats(), []
     for number, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 6))):
         blank = torch.zeros(2, 1, 4, 4)
         micro = MicroBatch(
@@ -82,7 +82,7 @@ def test_what_was_said_of_micro_batches_is_of_all_their_rows() -> None:
     expected = logit_report(dict(zip(("real", "fake", "student"), means, strict=True)), ["a", "b"], mode == 0)
     expected["latent/spread"] = float(fake.var(0).mean() / real.var(0).mean())
     assert seen.report(micros) == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert set(Seen().report(micros)) == {"latent/spread"}, "the first stage"
+    assert set(LogitStats().report(micros)) == {"latent/spread"}, "the first stage"
 
 
 # Of the whole batch, in real training.
@@ -90,7 +90,7 @@ def test_what_was_said_of_micro_batches_is_of_all_their_rows() -> None:
 KINDS = ("logit/", "d/auc", "latent/spread")
 WHOLE = ("train.batch_size=12", "train.images=36", "train.report_images=12", "gan.mix_fraction=0.4")
 PAIR = ("train.batch_size=2", "train.images=6", "train.report_images=2", "gan.mix_fraction=0")
-STEPS = ("gan.r1=none", "gan.updates=2", "gan.optim.lr=1e-5")
+STEPS = ("gan.penalty=none", "gan.d_steps_per_g_step=2", "gan.optim.lr=1e-5")
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,9 @@ def health(run: Path) -> list[dict[str, float]]:
 
 
 CASES = {
-    "accumulate 2": (WHOLE, 1, "engine.accumulate=2"),
-    "accumulate 3": (WHOLE, 1, "engine.accumulate=3"),
-    "two ranks, three each": (WHOLE, 2, "engine.accumulate=3"),
+    "accumulate 2": (WHOLE, 1, "engine.gradient_accumulation=2"),
+    "accumulate 3": (WHOLE, 1, "engine.gradient_accumulation=3"),
+    "two ranks, three each": (WHOLE, 2, "engine.gradient_accumulation=3"),
     "two ranks of FSDP2": (WHOLE, 2, "engine.parallel=fsdp"),
     "one row a process": (PAIR, 2, "engine.parallel=ddp"),
 }

@@ -26,7 +26,7 @@ def config(teacher: Path, **settings: Any) -> DistillConfig:
 
 
 def numbers(teacher: Path) -> int:
-    return sum(p.numel() for p in pretrained.skeleton(str(teacher), "unet").parameters())
+    return sum(p.numel() for p in pretrained.load_on_meta(str(teacher), "unet").parameters())
 
 
 def gib(values: float) -> float:
@@ -93,14 +93,14 @@ def test_rows_cost_and_less_so_in_micro_batches_or_when_computed_again(teacher: 
     # Of two processes each has half of the rows, and DDP's buckets of all gradients.
     half = predict(config(teacher, train=large(batch_size=8192)), 2).working
     assert half == pytest.approx(one + gib(numbers(teacher)))
-    split = EngineConfig(accumulate=4)
+    split = EngineConfig(gradient_accumulation=4)
     assert working(train=large(), engine=split) == pytest.approx(one / 4, rel=0.01)
     again = EngineConfig(activation_checkpointing=True)
     assert 0 < working(train=large(), engine=again) < 0.6 * one
     assert working(train=large(precision="bf16")) < one
     gan = working(stage="gan", train=large())
     assert 2.5 * one < gan < 3.5 * one  # the student's graph, and D's of real and fake
-    assert working(stage="gan", train=large(), gan=DiscriminatorConfig(r1="full")) > gan
+    assert working(stage="gan", train=large(), gan=DiscriminatorConfig(penalty="full")) > gan
 
 
 def test_fake_tensors_keep_what_real_ones_do(teacher: Path) -> None:

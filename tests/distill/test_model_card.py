@@ -26,7 +26,7 @@ def run_of(folder: Path, settings: tuple[str, ...] = (), nimg: int = 600, **fiel
     config = to_json(override(DistillConfig(teacher="miniature", **fields), settings))
     length = {name: config["train"].pop(name) for name in ("images", "minutes", "loggers")}
     length |= config.pop("engine") | {"text_cache": config["data"].pop("text_cache")}
-    length["compiler"] = "one of another machine"
+    length["compile"] = "one of another machine"
     write_atomically(folder / "config.json", json.dumps({**config, "length": length}))
     lines = [{"nimg": nimg * i // 2, "loss/g": 1.0, "time/device_hours": 4.0 * i} for i in (1, 2, 3)]
     write_atomically(folder / "stats.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -61,13 +61,16 @@ def test_images_and_hours_are_those_of_the_exported_checkpoint(tmp_path: Path) -
 
 
 EVALUATIONS = {
-    "D and G, three of D on two networks, and G's own": (("gan.r1=none",), 3200),
-    "one update of the student for two": (("gan.r1=none", "gan.updates=2"), 2800),
-    "with micro-batches the student runs twice": (("gan.r1=none", "engine.accumulate=2"), 4000),
-    "relativistic": (("gan.r1=none", "gan.loss=rpgan"), 4000),
-    "R1 of all rows, every 4 steps": (("gan.r1=full", "gan.r1_interval=4"), 3400),
+    "D and G, three of D on two networks, and G's own": (("gan.penalty=none",), 3200),
+    "one update of the student for two": (("gan.penalty=none", "gan.d_steps_per_g_step=2"), 2800),
+    "with micro-batches the student runs twice": (
+        ("gan.penalty=none", "engine.gradient_accumulation=2"),
+        4000,
+    ),
+    "relativistic": (("gan.penalty=none", "gan.loss=rpgan"), 4000),
+    "R1 of all rows, every 4 steps": (("gan.penalty=full", "gan.r1_interval=4"), 3400),
     "R1 of two rows, every 16 steps": (("gan.r1_rows=2",), 3214),
-    "APT's approximation, every step": (("gan.r1=approx",), 4000),
+    "APT's approximation, every step": (("gan.penalty=approx",), 4000),
 }
 
 
@@ -90,25 +93,25 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
          "R1 of one row, gamma 0.01, every 16 steps; mix-and-match 0.25."),
         ("LoRA", "L1", "without transforms", "photographs", "dropout", "updates"),
     ),
-    "no R1": ("gan", ("gan.r1=none",), ("; no gradient penalty; mix",), ("R1", "gamma", "16 steps")),
+    "no R1": ("gan", ("gan.penalty=none",), ("; no gradient penalty; mix",), ("R1", "gamma", "16 steps")),
     "no gamma": ("gan", ("gan.r1_gamma=0",), ("; no gradient penalty; mix",), ("R1", "gamma", "16 steps")),
     "approx": (
-        "gan", ("gan.r1=approx", "gan.approx_weight=50", "gan.approx_sigma=0.1"),
+        "gan", ("gan.penalty=approx", "gan.approx_weight=50", "gan.approx_sigma=0.1"),
         ("approximated R1, weight 50, sigma 0.1, every step",), ("gamma", "16 steps"),
     ),
     "R3GAN": (
-        "gan", ("gan.r1=r1r2", "gan.r1_interval=1", "gan.r1_gamma=2", "gan.loss=rpgan"),
+        "gan", ("gan.penalty=r1r2", "gan.r1_interval=1", "gan.r1_gamma=2", "gan.loss=rpgan"),
         ("loss `rpgan`", "R1 and R2 of all rows, gamma 2, every step"), (),
     ),
     "the rest of D": (
         "gan",
-        ("gan.updates=3", "gan.noise_augment=uniform", "gan.mix_fraction=0.5", "gan.real=photos",
+        ("gan.d_steps_per_g_step=3", "gan.noise_augment=uniform", "gan.mix_fraction=0.5", "gan.real=photos",
          "gan.real_fraction=0.3"),
         ("3 updates for one of the student", "noise before it: uniform", "mix-and-match 0.5",
          "photographs, 0.3 of its real rows"), ("photos,",),
     ),
     "ensemble": (
-        "ode", ("regression.augment=bgo", "regression.latent_lpips=0.5", "regression.l1=0.25",
+        "ode", ("regression.augment=bgo", "regression.latent_lpips_weight=0.5", "regression.l1_weight=0.25",
                 "regression.draws=2", "regression.weight=3"),
         ("`e_latent_lpips`, transforms `bgo`, 2 draws, weight 3; LatentLPIPS without transforms, weight 0.5; "
          "L1, weight 0.25.",), ("Discriminator", "R1"),
@@ -205,7 +208,7 @@ def test_scores_and_licence_are_as_given(tmp_path: Path) -> None:
 
 def test_a_real_run_can_be_read_back(teacher: Path, tmp_path: Path) -> None:
     """What training wrote, not what this file writes."""
-    config = distill_config(teacher, make_pairs(teacher, tmp_path), "engine.accumulate=2")
+    config = distill_config(teacher, make_pairs(teacher, tmp_path), "engine.gradient_accumulation=2")
     train(config, tmp_path / "ode")
     found = history(str(tmp_path / "ode"))
     assert found.gap == "" and found.stages[0].device_hours is not None

@@ -77,7 +77,7 @@ def test_each_kind_is_a_distance_with_a_gradient(teacher: Path, kind: Any) -> No
 def test_what_stands_beside_is_added_by_its_weight(teacher: Path) -> None:
     pred, target = latents(), latents(1)
     alone, _ = of(made(teacher, kind="mse"), pred, target)
-    total, parts = of(made(teacher, kind="mse", latent_lpips=3.0, l1=0.5), pred, target)
+    total, parts = of(made(teacher, kind="mse", latent_lpips_weight=3.0, l1_weight=0.5), pred, target)
     assert set(parts) == {"loss/mse", "loss/latent_lpips", "loss/l1"}
     assert parts["loss/l1"].item() == pytest.approx((pred - target).abs().mean().item())
     expected = alone + 3 * parts["loss/latent_lpips"] + 0.5 * parts["loss/l1"]

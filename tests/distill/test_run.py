@@ -33,7 +33,7 @@ def test_presets_are_table_a1() -> None:
             p.optim.lr,
             p.regression.kind,
             p.regression.augment,
-            p.regression.latent_lpips,
+            p.regression.latent_lpips_weight,
             p.train.ema_start_images // p.train.batch_size,
             p.engine.gpus,
         )
@@ -53,7 +53,7 @@ def test_presets_are_table_a1() -> None:
     assert {
         name: (
             p.gan.weight,
-            p.gan.penalty,
+            p.gan.active_penalty,
             p.gan.noise_augment,
             p.gan.optim.betas,
             p.gan.mix_fraction > 0,
@@ -73,7 +73,7 @@ def test_presets_are_table_a1() -> None:
             decay = (p.optim.weight_decay, p.optim.attention_weight_decay)
             assert decay == ((0.0, 0.0) if cifar else (1e-2, 1e-5))
             assert (p.optim.name, p.student.dropout) == (("radam", 0.1) if cifar else ("adamw", 0.0))
-            assert (p.gan.r1_gamma, p.gan.r1_interval, p.gan.updates) == (0.01, 16, 1)
+            assert (p.gan.r1_gamma, p.gan.r1_interval, p.gan.d_steps_per_g_step) == (0.01, 16, 1)
 
 
 def test_the_sums_are_table_a1s() -> None:
@@ -103,7 +103,7 @@ def parts_of(name: str) -> set[str]:
     gan = PRESETS[name]["gan"].gan
     scales = {gan.multi_scale_input, gan.multi_scale_output}
     assert len(scales) == 1
-    have = {"z": gan.z_conditioning, "r1": gan.penalty == "single", "multiscale": scales == {True}}
+    have = {"z": gan.z_conditioning, "r1": gan.active_penalty == "single", "multiscale": scales == {True}}
     return {part for part, there in {**have, "mix": gan.mix_fraction > 0}.items() if there}
 
 
@@ -133,7 +133,7 @@ def test_the_rows_of_the_loss_comparison_differ_in_the_loss_only(prefix: str, ba
         assert set(stages) == {"ode"} and stages["ode"].regression.kind == kind
         assert stages["ode"] == replace(first, regression=replace(first.regression, kind=kind))
     ode = PRESETS[base]["ode"]
-    regression = replace(ode.regression, kind="mse", latent_lpips=0.0)
+    regression = replace(ode.regression, kind="mse", latent_lpips_weight=0.0)
     assert first == replace(ode, regression=regression, train=replace(ode.train, images=first.train.images))
     if not prefix:
         assert (first.train.images, first.train.batch_size) == (20_000 * 256, 256)
@@ -159,15 +159,15 @@ def test_overrides_reach_every_level() -> None:
 @pytest.mark.parametrize(
     ("settings", "evaluations", "table"),
     [
-        ({"r1": "none"}, 4000, 5000),  # one D step and one G step share G's forward
+        ({"penalty": "none"}, 4000, 5000),  # one D step and one G step share G's forward
         ({}, 4001, 5000),  # a row of R1 in the first of five steps
         ({"r1_rows": 8, "r1_interval": 2}, 4024, 5000),  # in the first, third and fifth
-        ({"updates": 4}, 3201, 3500),  # G moves in the fourth
+        ({"d_steps_per_g_step": 4}, 3201, 3500),  # G moves in the fourth
         ({"loss": "rpgan"}, 5001, 5000),
-        ({"r1": "full", "r1_interval": 10}, 4200, 5000),
-        ({"r1": "full", "r1_interval": 2}, 4600, 5000),
-        ({"r1": "r1r2", "r1_interval": 10}, 4400, 5000),
-        ({"r1": "approx"}, 5000, 5000),
+        ({"penalty": "full", "r1_interval": 10}, 4200, 5000),
+        ({"penalty": "full", "r1_interval": 2}, 4600, 5000),
+        ({"penalty": "r1r2", "r1_interval": 10}, 4400, 5000),
+        ({"penalty": "approx"}, 5000, 5000),
     ],
 )
 def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int, table: int) -> None:
@@ -183,8 +183,8 @@ def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int,
     ode = DistillConfig(train=train)
     assert plan(ode)["evaluations"] == table_evaluations(ode) == 1000
     assert evaluations_of(replace(ode, train=replace(train, images=801))) == 1000, "steps are whole"
-    apart = plan(replace(config, engine=EngineConfig(accumulate=5, gpus=2)))
-    assert apart["evaluations"] == evaluations + 200 * (5 // config.gan.updates)
+    apart = plan(replace(config, engine=EngineConfig(gradient_accumulation=5, gpus=2)))
+    assert apart["evaluations"] == evaluations + 200 * (5 // config.gan.d_steps_per_g_step)
     assert (apart["gpus"], apart["rows_per_gpu"]) == (2, 20)
     with pytest.raises(SettingError, match="batch_size 200 does not divide over 64 processes"):
         plan(config, world_size=64)
@@ -204,9 +204,13 @@ def test_settings_that_need_each_other_can_be_set_together() -> None:
 
 def test_what_penalty_acts() -> None:
     assert DiscriminatorConfig().penalty == "single" and DiscriminatorConfig().penalty_interval == 16
-    assert DiscriminatorConfig(r1_gamma=0).penalty == DiscriminatorConfig(r1="none").penalty == "none"
-    approximate = DiscriminatorConfig(r1="approx", r1_gamma=0)
-    assert (approximate.penalty, approximate.penalty_interval) == ("approx", 1)
+    assert (
+        DiscriminatorConfig(r1_gamma=0).active_penalty
+        == DiscriminatorConfig(penalty="none").active_penalty
+        == "none"
+    )
+    approximate = DiscriminatorConfig(penalty="approx", r1_gamma=0)
+    assert (approximate.active_penalty, approximate.active_penalty_interval) == ("approx", 1)
 
 
 @pytest.mark.parametrize(
@@ -215,20 +219,20 @@ def test_what_penalty_acts() -> None:
         (lambda: OptimConfig(lr=0), "lr 0"),
         (lambda: OptimConfig(weight_decay=-1), "not negative"),
         (lambda: RegressionConfig(draws=0), "draws"),
-        (lambda: RegressionConfig(l1=-1), "regression"),
+        (lambda: RegressionConfig(l1_weight=-1), "regression"),
         (lambda: DiscriminatorConfig(mix_fraction=1), "gan.mix_fraction is 1"),
         (lambda: DiscriminatorConfig(r1_interval=0), "r1_interval"),
         (lambda: OptimConfig(betas=(0.9, 1.0)), "optim.betas"),
         (lambda: OptimConfig(name="adam"), r"optim.name is 'adam'; did you mean 'radam'\?"),  # type: ignore[arg-type]
         (lambda: OptimConfig(final_lr=1e-5), "set decay_images"),
         (lambda: OptimConfig(final_lr=1.0, decay_images=1), "optim.final_lr is 1.0; expected 0 to lr"),
-        (lambda: RegressionConfig(kind="latent_lpips", latent_lpips=1), "set weight instead"),
+        (lambda: RegressionConfig(kind="latent_lpips", latent_lpips_weight=1), "set weight instead"),
         (lambda: RegressionConfig(huber_c=0), "huber_c"),
         (lambda: RegressionConfig(kind="huber"), "did you mean 'pseudo_huber'"),  # type: ignore[arg-type]
         (lambda: DiscriminatorConfig(loss="wgan"), "gan.loss is 'wgan'"),  # type: ignore[arg-type]
         (lambda: DiscriminatorConfig(mix_x=0, mix_c=0, mix_z=0), "one above 0"),
         (lambda: DiscriminatorConfig(mix_x=-1), "mix_x"),
-        (lambda: DiscriminatorConfig(updates=0), "gan.updates is 0"),
+        (lambda: DiscriminatorConfig(d_steps_per_g_step=0), "gan.d_steps_per_g_step is 0"),
         (lambda: DiscriminatorConfig(noise_max_timestep=0), "gan.noise_max_timestep"),
         (lambda: DiscriminatorConfig(approx_sigma=0), "gan.approx_sigma"),
         (lambda: DiscriminatorConfig(noise_augment="uniform", timestep=5), "tells D the drawn noise level"),
@@ -242,17 +246,17 @@ def test_what_penalty_acts() -> None:
         (lambda: TrainConfig(keep_best=True), "train.keep_best needs validation"),
         (lambda: TrainConfig(loggers=("wandb", "mlflow")), "mlflow"),  # type: ignore[arg-type]
         (lambda: TrainConfig(precision="fp16"), "train.precision is 'fp16'"),  # type: ignore[arg-type]
-        (lambda: EngineConfig(accumulate=0), "engine.accumulate is 0"),
+        (lambda: EngineConfig(gradient_accumulation=0), "engine.gradient_accumulation is 0"),
         (lambda: EngineConfig(shard_size=2), "set parallel=fsdp"),
         (lambda: EngineConfig(parallel="zero"), "engine.parallel is 'zero'"),  # type: ignore[arg-type]
         (
-            lambda: DistillConfig(engine=EngineConfig(accumulate=3)),
+            lambda: DistillConfig(engine=EngineConfig(gradient_accumulation=3)),
             "does not divide over 1 process x 3 micro-batches",
         ),
         (lambda: DistillConfig(stage="both"), "distill.stage is 'both'"),  # type: ignore[arg-type]
         (
             lambda: DistillConfig(
-                stage="gan", train=TrainConfig(batch_size=4), engine=EngineConfig(accumulate=4)
+                stage="gan", train=TrainConfig(batch_size=4), engine=EngineConfig(gradient_accumulation=4)
             ),
             r"^gan\.mix_fraction is 0\.25, but a micro-batch has 1 row per process",
         ),
@@ -272,10 +276,10 @@ def test_what_penalty_acts() -> None:
         (lambda: RegressionConfig(augment="bb"), r"^regression\.augment is 'bb'"),
         (lambda: RegressionConfig(augment=""), r"^regression\.augment is ''"),
         (
-            lambda: EngineConfig(compiler="inductr"),
-            r"^engine\.compiler is 'inductr'; did you mean 'inductor'\?$",
+            lambda: EngineConfig(compile="inductr"),
+            r"^engine\.compile is 'inductr'; did you mean 'inductor'\?$",
         ),
-        (lambda: EngineConfig(compiler="zz"), r"^engine\.compiler is 'zz'; known: cudagraphs, inductor"),
+        (lambda: EngineConfig(compile="zz"), r"^engine\.compile is 'zz'; known: cudagraphs, inductor"),
         (
             lambda: DistillConfig(stage="gan", train=TrainConfig(batch_size=1)),
             "a micro-batch has 1 row per process",
@@ -295,8 +299,8 @@ def test_impossible_settings(make: Callable[[], object], says: str) -> None:
 
 
 def test_the_backends_that_compile_are_not_refused() -> None:
-    assert EngineConfig(compiler="inductor").compiler == "inductor"
-    assert EngineConfig(compiler="eager").compiler == "eager"  # one for debugging, no less there
+    assert EngineConfig(compile="inductor").compile == "inductor"
+    assert EngineConfig(compile="eager").compile == "eager"  # one for debugging, no less there
 
 
 # What changes nothing where it is given.
@@ -305,13 +309,13 @@ IDLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     # a setting, with what it changes nothing, and with what it acts
     ("gan.weight=1", ("stage=ode",), ("stage=gan",)),
     ("gan.optim.lr=1", ("stage=ode",), ("stage=gan",)),
-    ("gan.r1_interval=2", ("gan.r1=approx",), ("gan.r1=full",)),
+    ("gan.r1_interval=2", ("gan.penalty=approx",), ("gan.penalty=full",)),
     ("gan.r1_interval=2", ("gan.r1_gamma=0",), ()),
-    ("gan.r1_rows=2", ("gan.r1=full",), ("gan.r1=single",)),
-    ("gan.r1_reduction=sum", ("gan.r1=none",), ("gan.r1=r1r2",)),
-    ("gan.r1_gamma=2", ("gan.r1=approx",), ("gan.r1=single",)),
-    ("gan.approx_sigma=2", (), ("gan.r1=approx",)),
-    ("gan.approx_weight=2", ("gan.r1=none",), ("gan.r1=approx",)),
+    ("gan.r1_rows=2", ("gan.penalty=full",), ("gan.penalty=single",)),
+    ("gan.r1_reduction=sum", ("gan.penalty=none",), ("gan.penalty=r1r2",)),
+    ("gan.r1_gamma=2", ("gan.penalty=approx",), ("gan.penalty=single",)),
+    ("gan.approx_sigma=2", (), ("gan.penalty=approx",)),
+    ("gan.approx_weight=2", ("gan.penalty=none",), ("gan.penalty=approx",)),
     *((f"gan.mix_{row}=2", ("gan.mix_fraction=0",), ()) for row in "xcz"),
     ("gan.timestep_shift=2", (), ("gan.timestep_mode=random",)),
     ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
@@ -323,7 +327,7 @@ IDLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("regression.lpips_net=alex", (), ("regression.kind=lpips",)),
     ("regression.lpips_weights=x", ("regression.kind=mse",), ("regression.kind=lpips",)),
     ("regression.lpips_resize=9", (), ("regression.kind=lpips",)),
-    ("lpips=x", ("regression.kind=mse",), ("regression.kind=mse", "regression.latent_lpips=1")),
+    ("lpips=x", ("regression.kind=mse",), ("regression.kind=mse", "regression.latent_lpips_weight=1")),
 ]
 
 

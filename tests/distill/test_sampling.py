@@ -18,9 +18,9 @@ from distill.models.student import student_from_teacher
 from distill.sampling import (
     load_one_step,
     load_student_weights,
-    naive_one_step,
     save_samples,
     student_folder,
+    untrained_one_step,
 )
 from distill.training.train import train
 from jobs import distill_config, make_pairs
@@ -82,7 +82,7 @@ def test_a_run_draws_from_the_averages(run: Path) -> None:
 
 def test_the_naive_student_is_the_teacher_in_one_step(teacher: Path, run: Path) -> None:
     drawn = noise(0, range(2), (4, 4, 4))
-    naive = naive_one_step(str(teacher))
+    naive = untrained_one_step(str(teacher))
     expected = student_from_teacher(str(teacher))(drawn, naive.text.encode(PROMPTS[:2]))
     assert torch.equal(naive.latents(drawn, PROMPTS[:2]), expected)
     assert not torch.equal(load_one_step(str(run)).latents(drawn, PROMPTS[:2]), expected)

@@ -21,10 +21,10 @@ from distill.config.components import StudentConfig
 from distill.models.row_dropout import RowDropout, give_keys, row_keys, switch
 from distill.models.student import (
     Student,
-    blank_student,
     guidance_embedding,
+    meta_student,
+    set_trainable,
     student_from_teacher,
-    train_only,
 )
 
 
@@ -125,7 +125,7 @@ def test_sdxls_student_starts_as_its_teacher(tmp_path: Path) -> None:
 def with_adapters(teacher: Path, **settings: Any) -> tuple[Student, StudentConfig]:
     config = StudentConfig(lora_rank=2, **settings)
     student = student_from_teacher(str(teacher), -1, config, seed=3)
-    train_only(student, config)
+    set_trainable(student, config)
     return student, config
 
 
@@ -212,7 +212,7 @@ def test_guidance_starts_without_effect_and_is_learnt(teacher: Path) -> None:
 def test_guidance_reaches_its_weight_through_training(teacher: Path) -> None:
     config = StudentConfig(guidance_conditioning=True, lora_rank=2)
     student = student_from_teacher(str(teacher), -1, config)
-    train_only(student, config)
+    set_trainable(student, config)
     trained_once(student)
     assert student.unet.time_embedding.cond_proj.weight.abs().max() > 0
 
@@ -233,8 +233,12 @@ def test_the_teacher_s_own_dropout_is_off(teacher: Path, tmp_path: Path) -> None
     file = folder / "unet" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "dropout": 0.5}))
     own = StudentConfig(dropout=0.3)
-    students = [make(str(folder), -1, own) for make in (student_from_teacher, blank_student)]
-    for network in (*students, student_from_teacher(str(folder)), pretrained.skeleton(str(folder), "unet")):
+    students = [make(str(folder), -1, own) for make in (student_from_teacher, meta_student)]
+    for network in (
+        *students,
+        student_from_teacher(str(folder)),
+        pretrained.load_on_meta(str(folder), "unet"),
+    ):
         switch(network, on=False)
         assert not any(isinstance(m, RowDropout) and m.training for m in network.modules())
         switch(network, on=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import tiny
 from d2g.core.distributed import checkpoint, sharded_checkpoint
-from d2g.core.distributed.engine import Parallel
+from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
@@ -36,8 +36,8 @@ COMMON = (
     "optim.warmup_images=24",
     "optim.decay_images=200",
     "optim.clip_norm=5",
-    "regression.latent_lpips=0.5",
-    "regression.l1=0.1",
+    "regression.latent_lpips_weight=0.5",
+    "regression.l1_weight=0.1",
     "train.ema_start_images=16",
 )
 SETTINGS = {"ode": COMMON, "gan": (*COMMON, "gan.r1_interval=4", "gan.r1_gamma=0.1", "gan.optim.lr=1e-4")}
@@ -308,8 +308,8 @@ def test_frozen_parameters_are_left_out(teacher: Path) -> None:
     assert [len(g["params"]) for g in groups] == [2] and groups[0]["weight_decay"] == 1e-2
 
 
-def alone(module: nn.Module) -> Parallel:
-    return Parallel(module, "ddp", torch.device("cpu"))
+def alone(module: nn.Module) -> DistributedModule:
+    return DistributedModule(module, "ddp", torch.device("cpu"))
 
 
 def test_clipping_and_the_reported_norm() -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 import tiny
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.teacher import load_teacher
-from distill.sampling import naive_one_step
+from distill.sampling import untrained_one_step
 from eval.images.resize import NATIVE
 from eval.measure.source import Source
-from eval.runner.samplers import Drawing, checkpoints, ode_source, one_step_source, pipeline_source
+from eval.runner.samplers import SamplingRequest, checkpoints, ode_source, one_step_source, pipeline_source
 
-DRAWING = Drawing(prompts=tiny.CAPTIONS[:4], seed=3)
+DRAWING = SamplingRequest(prompts=tiny.CAPTIONS[:4], seed=3)
 
 
 def images(source: Source, numbers: range, batch_size: int = 64) -> Tensor:
@@ -26,7 +26,7 @@ def images(source: Source, numbers: range, batch_size: int = 64) -> Tensor:
 def sources(teacher: Path) -> dict[str, Source]:
     name = str(teacher)
     return {
-        "student": one_step_source("naive", naive_one_step(name), DRAWING),
+        "student": one_step_source("naive", untrained_one_step(name), DRAWING),
         "teacher": ode_source(load_teacher(name), DRAWING, steps=3, guidance=2.0),
         "pipeline": pipeline_source(name, DRAWING, steps=3, guidance=2.0),
     }
@@ -36,8 +36,8 @@ def test_an_image_is_a_function_of_its_number(teacher: Path) -> None:
     """Other batches round the last bit of a convolution elsewhere: one grey level, here and there."""
     for name, source in sources(teacher).items():
         whole = images(source, range(7)).int()
-        pieces = torch.cat([images(source, range(3), 2), images(source, range(3, 7), 3)]).int()
-        assert (whole - pieces).abs().max() <= 1 and (whole != pieces).float().mean() < 0.01, name
+        components = torch.cat([images(source, range(3), 2), images(source, range(3, 7), 3)]).int()
+        assert (whole - components).abs().max() <= 1 and (whole != components).float().mean() < 0.01, name
         assert (source.image(5).int() - whole[5]).abs().max() <= 1, name
         assert len({image.numpy().tobytes() for image in whole}) == 7, "other noise, other image"
         assert source.count is None and source.facts["seed"] == 3
@@ -58,7 +58,7 @@ def test_pipeline_and_teacher_agree_on_the_same_noise(teacher: Path) -> None:
 
 def test_facts_tell_samplers_apart(teacher: Path) -> None:
     name = str(teacher)
-    one, loaded = naive_one_step(name), load_teacher(name)
+    one, loaded = untrained_one_step(name), load_teacher(name)
     facts = [
         ode_source(loaded, DRAWING, steps=3).facts,
         ode_source(loaded, DRAWING, steps=4).facts,
@@ -73,7 +73,7 @@ def test_facts_tell_samplers_apart(teacher: Path) -> None:
 
 
 def test_truncation_draws_from_less_noise(teacher: Path) -> None:
-    one = naive_one_step(str(teacher))
+    one = untrained_one_step(str(teacher))
     full, half, none = (
         images(
             one_step_source("x", one, replace(DRAWING, prompts=["a"]), noise_scale=scale), range(8)
@@ -101,9 +101,9 @@ def test_what_a_pipeline_does_not_take_is_refused(teacher: Path, tmp_path: Path)
     with pytest.raises(UserError, match=rf"pipeline {folder} cannot be loaded"):
         pipeline_source(str(folder), DRAWING)
     with pytest.raises(SettingError, match="precision is 'fp8'; expected fp32, bf16, fp16"):
-        Drawing(prompts=["a"], precision="fp8")
+        SamplingRequest(prompts=["a"], precision="fp8")
     with pytest.raises(SettingError, match="there is no prompt to draw"):
-        Drawing(prompts=[])
+        SamplingRequest(prompts=[])
     with pytest.raises(UserError, match="holds no checkpoint; give a run of `d2g distill`"):
         checkpoints(str(tmp_path))
 
@@ -122,11 +122,11 @@ def test_unconditional_and_class_pipelines(tmp_path: Path) -> None:
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=10)).save_pretrained(tmp_path)
-    source = pipeline_source(str(tmp_path), Drawing(prompts=[""]), steps=4)
+    source = pipeline_source(str(tmp_path), SamplingRequest(prompts=[""]), steps=4)
     whole = images(source, range(4)).int()
     assert (whole - images(source, range(4), 3).int()).abs().max() <= 1, "ancestral noise is per image too"
     with pytest.raises(SettingError, match="takes no guidance_scale; leave it out"):
-        pipeline_source(str(tmp_path), Drawing(prompts=[""]), steps=4, guidance=2.0)
+        pipeline_source(str(tmp_path), SamplingRequest(prompts=[""]), steps=4, guidance=2.0)
 
 
 def test_latency_has_its_parts(teacher: Path) -> None:

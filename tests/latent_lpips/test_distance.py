@@ -269,8 +269,8 @@ def test_works_inside_data_parallel_training(metric: LatentLPIPS) -> None:
 def test_generator_may_live_on_the_device_or_on_the_cpu(metric: LatentLPIPS, device: str) -> None:
     loss = ELatentLPIPS(copy.deepcopy(metric).fold().to(device))
     a, b = latents(2, 4, 8, 8).to(device).requires_grad_(), latents(2, 4, 8, 8, seed=1).to(device)
-    for home in {"cpu", device}:
-        one, two = (loss(a, b, generator=torch.Generator(home).manual_seed(3)) for _ in range(2))
+    for component_dir in {"cpu", device}:
+        one, two = (loss(a, b, generator=torch.Generator(component_dir).manual_seed(3)) for _ in range(2))
         assert torch.equal(one, two) and one.device.type == device
         one.sum().backward()
     assert a.grad is not None and a.grad.isfinite().all()

@@ -226,10 +226,10 @@ def test_a_saved_oracle_reads_as_before(tmp_path, oracle, pictures):
 
 
 @pytest.mark.parametrize("piece", ["model.safetensors", "config.json"])
-def test_a_folder_without_a_piece_is_refused(tmp_path, oracle, piece):
+def test_a_folder_without_a_piece_is_refused(tmp_path, oracle, component):
     save_oracle(oracle, tmp_path, {})
-    (tmp_path / piece).unlink()
-    with pytest.raises(UserError, match=rf"is no oracle: {piece} is missing"):
+    (tmp_path / component).unlink()
+    with pytest.raises(UserError, match=rf"is no oracle: {component} is missing"):
         load_oracle(tmp_path)
 
 

@@ -27,7 +27,7 @@ from d2g.core.errors import SettingError
 Kind = Literal["ddp", "fsdp"]
 
 
-class Parallel:
+class DistributedModule:
     """One network that is trained: call it as the network itself.
 
     `module`: the bare network, its parameters those to optimise; under FSDP2 they are DTensors. Make the
@@ -44,11 +44,11 @@ class Parallel:
         roots: Iterable[nn.Module] = (),
         replicas: int = 1,
         half: torch.dtype | None = None,
-        compiler: str = "",
+        compile_backend: str = "",
     ) -> None:
         """layers: what is gathered at once under FSDP2. roots: the modules that hold the rest, each cast to
         `half` at its own boundary; what surrounds them stays in fp32. replicas: groups of ranks that each
-        hold all of the weights (hybrid sharding). compiler: a torch.compile backend; "" runs eagerly.
+        hold all of the weights (hybrid sharding). compile_backend: a torch.compile backend; "" runs eagerly.
         """
         self.module, self.kind = module, kind
         self.call: Callable[..., Any] = module
@@ -61,11 +61,13 @@ class Parallel:
                 self.call = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
                 if device.type == "cpu" and process_group.world_size() > 2:
                     self.call.register_comm_hook(None, process_group.average_in_order)
-        self.compiled = bool(compiler)
+        self.compiled = bool(compile_backend)
         self.alone: Callable[..., Any] = module
-        if compiler:
-            self.alone = torch.compile(module, backend=compiler)
-            self.call = self.alone if self.call is module else torch.compile(self.call, backend=compiler)
+        if compile_backend:
+            self.alone = torch.compile(module, backend=compile_backend)
+            self.call = (
+                self.alone if self.call is module else torch.compile(self.call, backend=compile_backend)
+            )
 
     def __call__(self, *args: Any) -> Any:
         """The network's forward pass, as the engine runs it."""
@@ -94,7 +96,7 @@ class Parallel:
         return [part for part in self.module.modules() if isinstance(part, FSDPModule)]
 
     @contextmanager
-    def unaveraged(self, really: bool = True) -> Iterator[None]:
+    def no_sync(self, really: bool = True) -> Iterator[None]:
         """Backward passes inside add to this rank's gradients; the next one outside averages them all.
 
         FSDP2 averages and adds pass by pass, which is as exact.
@@ -127,7 +129,7 @@ class Parallel:
             if self.compiled:  # set_stance loads dynamo, which takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(self.unaveraged())
+            stack.enter_context(self.no_sync())
             for part in self.sharded:
                 part.set_reshard_after_backward(False, recurse=False)
             yield self.module

@@ -61,7 +61,7 @@ def type_of(pipeline: Pipeline) -> str:
 
 def network_piece(pipeline: Pipeline) -> str:
     """The piece that denoises."""
-    return "unet" if "unet" in pipeline.pieces else "transformer"
+    return "unet" if "unet" in pipeline.components else "transformer"
 
 
 def conditioner(
@@ -72,7 +72,7 @@ def conditioner(
     tokenizers: dict[str, Any],
 ) -> Conditioner:
     """How this pipeline's network (whose `config` is given) is told what to draw."""
-    pieces: dict[str, Any] = {"models": models, "tokenizers": tokenizers}
+    components: dict[str, Any] = {"models": models, "tokenizers": tokenizers}
     kind = pipeline.kind
     if kind == "StableDiffusionPipeline":
         _expect_added(pipeline, config, None)
@@ -80,16 +80,16 @@ def conditioner(
             raise UserError(
                 f"teacher {pipeline.folder}: text_encoder has use_attention_mask; CLIP's have none"
             )
-        return Text(**pieces, facts={"no_prompt": EMPTY})
+        return Text(**components, facts={"no_prompt": EMPTY})
     if kind == "StableDiffusionXLPipeline":
         _expect_added(pipeline, config, "text_time")
         _check_time_ids(pipeline, config, models["text_encoder_2"].config.projection_dim)
         zeros = bool(pipeline.index.get("force_zeros_for_empty_prompt", True))
         facts = {"no_prompt": "zeros" if zeros else EMPTY, "time_ids": "height, width, 0, 0, height, width"}
-        return TextXL(**pieces, downscale=space.downscale, zeros=zeros, facts=facts)
+        return TextXL(**components, downscale=space.downscale, zeros=zeros, facts=facts)
     if kind == "StableDiffusion3Pipeline":
         return Text3(
-            **pieces,
+            **components,
             width=config.joint_attention_dim,
             t5_tokens=T5_TOKENS[kind],
             facts={
@@ -102,7 +102,7 @@ def conditioner(
         asked = config.use_additional_conditions
         sized = config.sample_size == 128 if asked is None else bool(asked)
         return TextPixArt(
-            **pieces,
+            **components,
             downscale=space.downscale,
             t5_tokens=T5_TOKENS[kind],
             sized=sized,
