@@ -141,7 +141,9 @@ def load_autoencoder(name: str) -> Any:
     try:
         kind = json.loads((component_dir / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{component_dir / 'config.json'} is not readable as JSON ({error}); copy it again") from error
+        raise UserError(
+            f"{component_dir / 'config.json'} is not readable as JSON ({error}); copy it again"
+        ) from error
     if kind not in AUTOENCODERS:
         raise UserError(f"autoencoder {component_dir} is a {kind}; supported: {', '.join(AUTOENCODERS)}")
     return _with_weights(

@@ -182,7 +182,7 @@ def _penalty(c: DiscriminatorConfig) -> str:
     what = {"single": f"R1 of {rows}", "full": "R1 of all rows", "r1r2": "R1 and R2 of all rows"}[
         c.active_penalty
     ]
-    often = f"every {c.penalty_interval} steps" if c.active_penalty_interval > 1 else "every step"
+    often = f"every {c.penalty_interval} steps" if c.penalty_interval > 1 else "every step"
     return f"{what}, gamma {c.r1_gamma:g}, {often}"
 
 
