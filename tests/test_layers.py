@@ -1,61 +1,84 @@
-"""The import table of docs/architecture.md, read from the syntax trees: who may import whom, and the
-doors.
+"""Who may import whom, read from the syntax trees: imports point down, files form no cycles, and each third
+party with one entry point stays behind it. docs/architecture.md explains the floors.
 """
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERYTHING = {"core", "pairgen", "latent_lpips", "distill", "eval", "miniature"}
+PACKAGES = (
+    "d2g",
+    "d2g_cli",
+    "pairgen",
+    "latent_lpips",
+    "distill",
+    "eval",
+    "teacher_training",
+    "miniature",
+)
 
-# Our packages or modules that a package may import beside itself. A name allows everything below it.
-MAY_IMPORT: dict[str, set[str]] = {
-    "core": set(),
-    "pairgen": {"core"},
-    "latent_lpips": {"core"},
-    "distill": {
-        "core",
-        "pairgen.store.hdf5",
-        "pairgen.store.reader",
-        "pairgen.store.dataset",
-        "latent_lpips",
-    },
-    "eval": {"core", "pairgen.store.hdf5", "pairgen.store.reader", "pairgen.store.dataset", "latent_lpips"},
-    "miniature": {"core", "pairgen", "latent_lpips", "distill", "eval"},
-    "commands": EVERYTHING,
-    "cli": {"commands", "core"},
+# Rooms from the ground floor up. A file may import its own room and rooms on lower floors, not a neighbor on
+# its own floor. The longest matching name decides which room a module is in.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("d2g",),
+    ("d2g.core",),
+    ("d2g.core.distributed",),
+    ("d2g.core.tracking",),
+    ("d2g.diffusion",),
+    ("pairgen.store", "latent_lpips"),
+    ("latent_lpips.training",),
+    ("pairgen",),
+    ("distill.config",),
+    ("distill.models", "distill.losses"),
+    ("distill.sampling",),
+    ("distill.planning", "distill.monitoring"),
+    ("distill.training",),
+    ("distill.export",),
+    ("distill",),
+    ("eval.images", "eval.protocols"),
+    ("eval.networks",),
+    ("eval.metrics",),
+    ("eval.measure",),
+    ("eval",),
+    ("eval.report",),
+    ("eval.runner",),
+    ("teacher_training",),
+    ("miniature",),
+    ("d2g_cli",),
+    ("cli",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+# Rooms that are lower and forbidden all the same, with what they may use of them instead.
+FORBIDDEN: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "distill": (("pairgen", ("pairgen.store",)),),
+    "eval": (("pairgen", ("pairgen.store",)), ("distill", ())),
+    "eval.runner": (("distill", ("distill.sampling",)),),
 }
 
-# Third parties with one door each, by the longest matching prefix. torch.utils.data is no process group.
-DOORS = {
-    "h5py": {"pairgen/store/hdf5.py"},
+# Third parties with one entry point each, by the longest matching prefix.
+ENTRY_POINTS = {
+    "h5py": {"pairgen/store/"},
     "fsspec": {"pairgen/store/remote.py"},
-    "kornia": {"latent_lpips/augment.py"},
+    "kornia": {"latent_lpips/"},
     "open_clip": {"eval/networks/clip.py"},
     "torchvision.models.inception": {"eval/networks/inception.py"},
-    "diffusers": {
-        "d2g/diffusion/pretrained.py",
-        "d2g/diffusion/scheduler_files.py",
-        "d2g/diffusion/diffusers_pipeline.py",
-        "distill/export/one_step_pipeline.py",
-    },
-    "transformers": {"d2g/diffusion/pretrained.py", "eval/networks/transformers_vision.py"},
+    "diffusers": {"d2g/diffusion/", "distill/export/"},
+    "transformers": {"d2g/diffusion/", "eval/networks/transformers_vision.py"},
     "peft": {"d2g/diffusion/lora.py"},
     "tokenizers": {"d2g/diffusion/pretrained.py"},
-    "huggingface_hub": {"d2g/diffusion/pipelines.py", "eval/networks/transformers_vision.py"},
-    "torch.distributed": {
-        "d2g/core/distributed/process_group.py",
-        "d2g/core/distributed/engine.py",
-        "d2g/core/distributed/sharded_checkpoint.py",
-    },
-    "torch._C._distributed_c10d": {"d2g/core/distributed/process_group.py"},
-    "typer": {"cli.py", "commands/"},
-    "rich": {"d2g_cli/common.py", "d2g_cli/watch.py"},
+    "huggingface_hub": {"d2g/diffusion/", "distill/export/", "eval/networks/"},
+    "torch.distributed": {"d2g/core/distributed/"},
+    "torch._C._distributed_c10d": {"d2g/core/distributed/"},
+    "typer": {"d2g_cli/"},
+    "rich": {"d2g_cli/"},
     "torch.utils.tensorboard": {"d2g/core/tracking/loggers.py"},
     "wandb": {"d2g/core/tracking/loggers.py"},
     "onnxruntime": {"distill/export/onnx_runtime.py"},
@@ -75,6 +98,23 @@ HEAVY = (
 )
 
 
+def read_trees() -> dict[str, ast.Module]:
+    """Syntax trees of our files by dotted module name; a package's name stands for its `__init__.py`."""
+    trees = {}
+    for path in sorted([ROOT / "cli.py", *(file for p in PACKAGES for file in (ROOT / p).rglob("*.py"))]):
+        name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
+
+
+TREES = read_trees()
+
+
+def file_name(module: str) -> str:
+    path = module.replace(".", "/")
+    return f"{path}/__init__.py" if (ROOT / path).is_dir() else f"{path}.py"
+
+
 def imports(tree: ast.AST) -> Iterator[str]:
     """Dotted names that a tree imports, at any depth; `from a import b` counts as a.b, for b may be a
     module.
@@ -88,85 +128,141 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def at_import_time(tree: ast.Module) -> Iterator[str]:
-    """Dotted names imported when the module is: everything outside function bodies."""
+    """Dotted names imported when the module is: everything outside function bodies and TYPE_CHECKING."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from imports(node)
+        elif isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            pending += node.orelse
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             pending += ast.iter_child_nodes(node)
 
 
-def below(name: str, prefixes: set[str]) -> bool:
+def below(name: str, prefixes: set[str] | tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-FILES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for package in sorted(EVERYTHING | {"commands"})
-    for path in (ROOT / package).rglob("*.py")
-)
-TREES = {name: ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in [*FILES, "cli.py"]}
+def our_module(name: str) -> str | None:
+    """The module of ours that an imported name lies in, if any."""
+    while name and name not in TREES:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
-def test_the_tree_has_the_packages_of_the_table() -> None:
-    for package in EVERYTHING:
-        assert any(name.startswith(f"{package}/") for name in FILES), f"{package} has no module"
+def our_imports(module: str) -> set[str]:
+    return {target for name in imports(TREES[module]) if (target := our_module(name))} - {module}
 
 
-@pytest.mark.parametrize("file", TREES)
-def test_imports_point_one_way(file: str) -> None:
-    package = file.removesuffix(".py").split("/")[0]
-    known = EVERYTHING | {"commands", "cli", "tests", "benchmarks"}
-    ours = {name for name in imports(TREES[file]) if below(name, known)}
-    wrong = sorted(name for name in ours if not below(name, MAY_IMPORT[package] | {package}))
-    assert not wrong, f"{file} imports {', '.join(wrong)}; {package} may import {sorted(MAY_IMPORT[package])}"
+def room(module: str) -> str:
+    while module not in FLOOR:
+        module = module.rpartition(".")[0]
+    return module
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_third_parties_come_in_by_their_door(door: str) -> None:
-    users = {name for name, tree in TREES.items() if any(below(used, {door}) for used in imports(tree))}
-    users = {name for name in users if not any(name.startswith(d) for d in DOORS[door] if d.endswith("/"))}
-    assert users <= DOORS[door], f"{sorted(users - DOORS[door])} import {door}; its door is {DOORS[door]}"
+def is_public_api(module: str) -> bool:
+    """The `__init__.py` of a top-level package: it re-exports names from the rooms above it."""
+    return module in PACKAGES
 
 
-def test_cli_imports_ours_inside_commands_only() -> None:
-    for file in ["cli.py", *(name for name in FILES if name.startswith("commands/"))]:
-        early = {name for name in at_import_time(TREES[file]) if below(name, EVERYTHING)}
-        late = sorted(name for name in early if not below(name, {"d2g.core.config", "d2g.core.errors"}))
-        assert not late, f"{file} imports {', '.join(late)} at its top; import inside the command"
+def test_every_package_is_there() -> None:
+    for package in PACKAGES:
+        assert package in TREES, f"{package}/__init__.py is missing"
+        assert (ROOT / package / "py.typed").is_file(), f"{package}/py.typed is missing"
 
 
-def test_diffusers_and_friends_are_opened_late() -> None:
+@pytest.mark.parametrize("module", [name for name in TREES if not is_public_api(name)])
+def test_imports_point_down(module: str) -> None:
+    own = room(module)
+    for target in our_imports(module) - set(PACKAGES):
+        other = room(target)
+        assert other == own or FLOOR[other] < FLOOR[own], f"{module} imports {target}, which is not below it"
+        rules = FORBIDDEN.get(own) or FORBIDDEN.get(own.split(".")[0], ())
+        for forbidden, allowed in rules:
+            wrong = (
+                below(target, {forbidden}) and not below(target, allowed) and not below(module, {forbidden})
+            )
+            assert not wrong, (
+                f"{module} imports {target}; of {forbidden} it may import {allowed or 'nothing'}"
+            )
+
+
+def test_packages_import_no_package_as_a_whole() -> None:
+    """Inside the toolkit, names come from the file that defines them, not through the public API."""
+    for module in TREES:
+        names = {target for name in imports(TREES[module]) if (target := our_module(name)) in PACKAGES}
+        assert not names - {module}, (
+            f"{module} imports {sorted(names)}; import the file that defines the name"
+        )
+
+
+def test_files_form_no_cycles() -> None:
+    graph = {module: our_imports(module) for module in TREES if not is_public_api(module)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("library", ENTRY_POINTS)
+def test_third_parties_come_in_by_their_entry_point(library: str) -> None:
+    allowed = ENTRY_POINTS[library]
+    for module, tree in TREES.items():
+        if any(below(name, {library}) for name in imports(tree)):
+            file = file_name(module)
+            assert any(file == a or (a.endswith("/") and file.startswith(a)) for a in allowed), (
+                f"{file} imports {library}; its entry point is {sorted(allowed)}"
+            )
+
+
+def test_commands_import_ours_inside_functions_only() -> None:
+    light = {"d2g.core.config", "d2g.core.errors", "d2g_cli"}
+    for module in TREES:
+        if below(module, {"d2g_cli", "cli"}):
+            early = {t for name in at_import_time(TREES[module]) if (t := our_module(name))}
+            late = sorted(name for name in early if not below(name, light))
+            assert not late, f"{module} imports {', '.join(late)} at its top; import inside the command"
+
+
+def test_heavy_libraries_are_imported_late() -> None:
     """Importing diffusers takes seconds; only functions that need it may."""
-    for file, tree in TREES.items():
-        early = [
-            n for n in at_import_time(tree) if below(n, {"diffusers", "transformers", "open_clip", "kornia"})
-        ]
-        assert not early, f"{file} imports {', '.join(early)} at its top"
+    heavy = {"diffusers", "transformers", "open_clip", "kornia"}
+    for module, tree in TREES.items():
+        early = [name for name in at_import_time(tree) if below(name, heavy)]
+        assert not early, f"{module} imports {', '.join(early)} at its top"
 
 
-def test_importing_cli_loads_nothing_heavy() -> None:
-    code = f"import sys, cli; print([m for m in {HEAVY} if m in sys.modules])"
+@pytest.mark.parametrize("module", ["d2g_cli.main", *PACKAGES])
+def test_importing_a_package_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def test_nobody_shadows_a_third_party() -> None:
-    """`python eval/clip.py` would import itself where it means the third party."""
-    taken = {
-        "lpips",
-        "clip",
-        "kornia",
-        "diffusers",
-        "transformers",
-        "torch",
-        "h5py",
-        "numpy",
-        "rich",
-        "typer",
-    }
-    allowed = {"teacher_training/clip.py"}  # run as a module only; the third party `clip` is not used here
-    clashes = {name for name in FILES if Path(name).stem in taken} - allowed
-    assert not clashes
+    """No top-level package of ours bears the name of a library that we or our dependencies import."""
+    assert not set(PACKAGES) & {"lpips", "clip", "kornia", "diffusers", "transformers", "torch", "h5py"}
+
+
+def public_names(module: str) -> set[str]:
+    """Public functions, classes and constants that a module defines at its top level."""
+    names = set()
+    for node in TREES[module].body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return {name for name in names if not name.startswith("_") and len(name) > 1}  # T is a TypeVar
+
+
+def test_a_public_name_stands_in_one_module() -> None:
+    homes = defaultdict(list)
+    for module in TREES:
+        if not below(module, {"d2g_cli"}):  # a command bears the name of what it calls
+            for name in public_names(module):
+                homes[name].append(module)
+    twice = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert not twice, f"public names that stand in several modules: {twice}"
