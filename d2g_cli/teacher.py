@@ -22,8 +22,10 @@ def teacher_train(
     as_json: Json = False,
 ) -> None:
     """Train a small Stable-Diffusion-shaped teacher on captioned pictures."""
+    from miniature.registration import register_scenes
     from teacher_training.train import PRESETS, train_teacher
 
+    register_scenes()
     config = chosen(PRESETS, preset or "scenes", {"data": data, "seed": seed}, sets)
     if dry_run:
         dry(config, as_json)

@@ -10,17 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.progress import Progress
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import load_teacher
 from eval.networks.registry import load_clip
 from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
 from latent_lpips.weights import load_lpips
+from miniature.registration import register_scenes
 from teacher_training.autoencoder import AutoencoderConfig
 from teacher_training.clip import ClipConfig
-from teacher_training.data import captioned_images
+from teacher_training.data import captioned_images, register_data
 from teacher_training.loop import FitConfig
 from teacher_training.train import PRESETS, TeacherConfig, train_teacher
 from teacher_training.unet import DenoiserConfig
@@ -165,12 +168,29 @@ def test_pictures_that_cannot_be_trained_on(tmp_path: Path) -> None:
     picture(0)[0].save(tmp_path / "data" / "a.png")
     with pytest.raises(UserError, match=r"1 of 1 images have no caption; expected a metadata\.jsonl"):
         train_teacher(replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "teacher", ("data",))
+    register_scenes()
     with pytest.raises(UserError, match="scenes are rendered at 64 pixels, got size 16"):
         train_teacher(CONFIG, tmp_path / "scenes", ("data",))
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(
+        UserError, match=r"no such file or folder; .* or a registered name \(there are the data s"
+    ):
         train_teacher(replace(CONFIG, data=str(tmp_path / "none")), tmp_path / "none-teacher", ("data",))
     with pytest.raises(SettingError, match="size is 18; expected a multiple of 4"):
         replace(CONFIG, size=18)
+
+
+def test_registered_data_is_found_by_name() -> None:
+    """Under its name, with the size, limit and seed asked for; a name belongs to one function."""
+
+    def load(size: int, limit: int, seed: int, progress: Progress) -> tuple[Tensor, list[str]]:
+        return torch.full((limit, 3, size, size), seed, dtype=torch.uint8), ["a gray square"] * limit
+
+    register_data("gray squares", load)
+    register_data("gray squares", load)
+    images, captions = captioned_images("gray squares", SIZE, 3, 7, "a photo of a {}")
+    assert images.shape == (3, 3, SIZE, SIZE) and (images == 7).all() and captions == ["a gray square"] * 3
+    with pytest.raises(AssertionError, match="data source 'gray squares' is already registered"):
+        register_data("gray squares", lambda size, limit, seed, progress: load(size, limit, seed, progress))
 
 
 def test_presets_fit_together() -> None:
