@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AugmentConfig": "config",
-    "ELatentLPIPS": "metric",
-    "LatentLPIPS": "metric",
-    "PixelLPIPS": "pixels",
+    "ELatentLPIPS": "distance",
+    "LatentLPIPS": "distance",
+    "PixelLPIPS": "lpips",
     "load": "weights",
 }
 __all__ = ["AugmentConfig", "ELatentLPIPS", "LatentLPIPS", "PixelLPIPS", "load"]

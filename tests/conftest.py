@@ -39,6 +39,25 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 
+OPT_IN = ("slow", "gpu")
+"""Marks whose tests run only when `-m` names the mark: `pytest -m slow`."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide CUDA devices unless GPU tests are asked for: forked tests cannot run backward beside one."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of marks that `-m` does not name, and say so in pytest's own count."""
+    absent = [mark for mark in OPT_IN if mark not in config.option.markexpr]
+    left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in absent)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable-Diffusion-shaped teacher with random weights. Read only: copy it before changing a byte."""

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from pairgen.store.reader import PairReader
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +26,7 @@ def block(holding: str) -> str:
     return str(found)
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_run(tmp_path: Path) -> None:
     """Pairs, both stages and pictures, with the README's own trial settings, in a copy of the tree."""
     skip = shutil.ignore_patterns(".git", ".venv", "tests", "docs", "__pycache__", ".*_cache")

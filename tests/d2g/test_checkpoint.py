@@ -181,7 +181,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 KILLED = """
 import resource, signal, sys, torch
 from pathlib import Path
-from core import checkpoint
+from d2g.core.distributed import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the writer in the middle of state.pt
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))

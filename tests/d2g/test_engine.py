@@ -88,8 +88,8 @@ def test_two_processes_are_one(case: str, folder: Path) -> None:
 def test_alone_it_is_the_network(kind: str, folder: Path) -> None:
     """One process, no torchrun: FSDP2 in a subprocess, since it needs a process group of its own."""
     script = (
-        "import sys, torch, parallel_worker as w; from core import dist\n"
-        f"torch.save(w.gradients(sys.argv[1], kind={kind!r}), sys.argv[2]); dist.finish()"
+        "import sys, torch, parallel_worker as w; from d2g.core.distributed import process_group\n"
+        f"torch.save(w.gradients(sys.argv[1], kind={kind!r}), sys.argv[2]); process_group.finish()"
     )
     out = folder / f"alone-{kind}.pt"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -176,7 +176,7 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("piece", sorted(LOADERS))
+@pytest.mark.parametrize("component", sorted(LOADERS))
 def test_a_missing_piece_is_named(broken: Path, component: str) -> None:
     shutil.rmtree(broken / component)
     with pytest.raises(
@@ -192,7 +192,7 @@ def test_a_piece_of_another_class_is_refused(broken: Path) -> None:
         pretrained.load_unet(str(broken))
 
 
-@pytest.mark.parametrize("piece", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_damaged_weights_are_named(broken: Path, component: str) -> None:
     (path,) = (broken / component).glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:100])
@@ -201,7 +201,7 @@ def test_damaged_weights_are_named(broken: Path, component: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("piece", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_weights_that_lack_a_tensor_are_refused(broken: Path, component: str) -> None:
     """diffusers and transformers would fill it with random numbers, and warn."""
     (path,) = (broken / component).glob("*.safetensors")

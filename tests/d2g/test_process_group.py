@@ -21,16 +21,16 @@ WORKER = """
 import json, sys
 import torch
 from torch import nn
-from core import dist
+from d2g.core.distributed import process_group
 
-rank_before = dist.rank()
-device = dist.init()
-rank = dist.rank()
-assert (dist.world_size(), rank_before, device.type) == (2, rank, "cpu")
+rank_before = process_group.rank()
+device = process_group.init()
+rank = process_group.rank()
+assert (process_group.world_size(), rank_before, device.type) == (2, rank, "cpu")
 
 torch.manual_seed(rank)
 net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-dist.broadcast(net.state_dict().values())
+process_group.broadcast(net.state_dict().values())
 
 x = torch.arange(24.0).view(8, 3).cos()[rank * 4 : rank * 4 + 4]
 frozen, idle = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
@@ -40,19 +40,19 @@ x.requires_grad_(True)  # a second backward pass of second order adds to the sam
 slope.square().mean().backward()
 if rank == 0:
     idle.grad = torch.tensor([2.0, 4.0])
-dist.average_gradients([*net.parameters(), frozen, idle])
+process_group.average_gradients([*net.parameters(), frozen, idle])
 
 result = {
     "weights": [p.tolist() for p in net.parameters()],
     "gradients": [p.grad.tolist() for p in net.parameters()],
     "idle": idle.grad.tolist(),
     "frozen": frozen.grad is None,
-    "mean": dist.mean({"b": 1.0 + rank, "a": 10.0 * rank}),
-    "any": [dist.any_rank(rank == 1), dist.any_rank(False)],
+    "mean": process_group.mean({"b": 1.0 + rank, "a": 10.0 * rank}),
+    "any": [process_group.any_rank(rank == 1), process_group.any_rank(False)],
 }
 open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(result))
-dist.barrier()
-dist.finish()
+process_group.barrier()
+process_group.finish()
 """
 
 

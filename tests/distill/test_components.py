@@ -69,6 +69,7 @@ def reported(run: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_option_matters_and_a_resumed_run_is_an_unbroken_one(
     option: str, teacher: Path, pairs: Path, ode: Path, plain: Path, tmp_path: Path

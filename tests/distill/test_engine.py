@@ -125,6 +125,7 @@ ROWS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ROWS)
 def test_what_is_drawn_for_a_row_is_the_row_s_own(option: str, config: DistillConfig, tmp_path: Path) -> None:
     """Eight rows in one batch, and as two ranks' two micro-batches of two."""
@@ -172,6 +173,7 @@ def long(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
     return settings, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["one", "all"])
 def test_killed_ranks(
     which: str, config: DistillConfig, long: tuple[tuple[str, ...], Path], tmp_path: Path
@@ -201,6 +203,7 @@ def test_killed_ranks(
     assert losses(out) == losses(unbroken)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_killed_workers_again(
     config: DistillConfig, long: tuple[tuple[str, ...], Path], tmp_path: Path
 ) -> None:

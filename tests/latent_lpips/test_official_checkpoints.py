@@ -12,7 +12,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import authors
-from cli import app
+from d2g_cli.main import app
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from latent_lpips import ELatentLPIPS, load

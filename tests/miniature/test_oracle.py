@@ -225,7 +225,7 @@ def test_a_saved_oracle_reads_as_before(tmp_path, oracle, pictures):
     assert not any(value.requires_grad for value in again.parameters()) and not again.training
 
 
-@pytest.mark.parametrize("piece", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("component", ["model.safetensors", "config.json"])
 def test_a_folder_without_a_piece_is_refused(tmp_path, oracle, component):
     save_oracle(oracle, tmp_path, {})
     (tmp_path / component).unlink()

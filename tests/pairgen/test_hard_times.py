@@ -52,6 +52,7 @@ def same(found: Path, expected: Path) -> None:
     assert verify_store(found).ok
 
 
+@pytest.mark.slow
 def test_twenty_kills_in_a_row(teacher: Path, prompts: str, tmp_path: Path) -> None:
     out, moments = tmp_path / "pairs", random.Random(20)
     slow = command(teacher, prompts, out, "batch_size=1", "steps=30")
