@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import authors  # noqa: E402
 from benchmarks.common import compare, median, table, write  # noqa: E402
 from benchmarks.worker import Worker  # noqa: E402
-from latent_lpips import load  # noqa: E402
+from latent_lpips import load_lpips  # noqa: E402
 
 SIZES, BATCHES, CHANNELS = (64, 128), (1, 4, 16), 4
 LARGE = 4 * 64 * 64  # positions above which a pass needs no warm-up
@@ -137,7 +137,7 @@ def against_decoding(weights: Path, cases: list[Case], repeats: int) -> list[str
 
 def accuracy(weights: Path, size: int) -> list[str]:
     """Relative error of the distance and cosine of its gradient, against float64 through autograd."""
-    exact = load(weights, fold=False).double()
+    exact = load_lpips(weights, fold=False).double()
     pred = torch.randn(2, CHANNELS, size, size, generator=torch.Generator().manual_seed(0))
     other = torch.randn(2, CHANNELS, size, size, generator=torch.Generator().manual_seed(1))
     rows: list[list[object]] = []
@@ -145,7 +145,7 @@ def accuracy(weights: Path, size: int) -> list[str]:
     for what, target in targets.items():
         distance, slope = with_gradient(exact, pred.double(), target.double())
         for precision in ("fp32", "bf16"):
-            quick = load(weights, precision=precision).to(DEVICE)
+            quick = load_lpips(weights, precision=precision).to(DEVICE)
             found, gradient = (x.cpu() for x in with_gradient(quick, pred.to(DEVICE), target.to(DEVICE)))
             error = (found / distance - 1).abs().max().item()
             cosine = torch.cosine_similarity(gradient.double().flatten(), slope.flatten(), 0).item()
@@ -165,7 +165,7 @@ def use_of_peak(weights: Path) -> list[str]:
     rows: list[list[object]] = []
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(4096, 4096, device=DEVICE).to(dtype) for _ in range(2))
-        metric = load(weights, precision=precision, device=DEVICE)  # type: ignore[arg-type]
+        metric = load_lpips(weights, precision=precision, device=DEVICE)  # type: ignore[arg-type]
         pred, target = (torch.randn(16, CHANNELS, 64, 64, device=DEVICE) for _ in range(2))
         contestants = {"mm": partial(torch.mm, a, b), "ours": partial(with_gradient, metric, pred, target)}
         taken = compare(contestants, repeats=7, warm_up=2)

@@ -35,9 +35,9 @@ def open_theirs(request: Request) -> Any:
 def open_ours(request: Request) -> Any:
     """Our E-LatentLPIPS, from the same file."""
     sys.path.insert(0, request["root"])
-    from latent_lpips import ELatentLPIPS, load
+    from latent_lpips import ELatentLPIPS, load_lpips
 
-    metric = load(request["weights"], precision=request["precision"], device=DEVICE)
+    metric = load_lpips(request["weights"], precision=request["precision"], device=DEVICE)
     return ELatentLPIPS(metric, request.get("augment", "bgco"))
 
 

@@ -1,4 +1,4 @@
-"""Human judgements of rotated, moved and enlarged photographs (RAID) against distances.
+"""Human judgments of rotated, moved and enlarged photographs (RAID) against distances.
 
     python benchmarks/raid.py --data RAID --photographs KODAK --latents VAE --weights DIR [--weights DIR …]
 
@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, from_uint8
-from latent_lpips.distance import LatentLPIPS, normalise
-from latent_lpips.training.baselines import squared_error, structural_distance
-from latent_lpips.training.crops import to_tensor
+from latent_lpips.distance import LatentLPIPS, normalize
+from latent_lpips.training.baselines import pixel_squared_error, ssim_distance
+from latent_lpips.training.crops import image_to_tensor
 from latent_lpips.weights import load_lpips
 
 LEVELS = 10
@@ -54,7 +54,7 @@ def stimulus(image: Image.Image, kind: str, level: int, pixels_per_degree: float
     matrix = (a, b, x - a * x - b * y - move, -b, a, y + b * x - a * y)
     moved = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
     box = (image.width // 4, image.height // 4, 3 * image.width // 4, 3 * image.height // 4)
-    return to_tensor(moved.crop(box))
+    return image_to_tensor(moved.crop(box))
 
 
 def distances(measures: Mapping[str, object], vae: object, pixels: Tensor) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def distances(measures: Mapping[str, object], vae: object, pixels: Tensor) -> di
 
 def between(metric: LatentLPIPS, latents: Tensor) -> Tensor:
     """The metric's distances of all PAIRS, with the features of each level computed once."""
-    features = [[normalise(f) for f in metric.taps(x[None])] for x in latents]
+    features = [[normalize(f) for f in metric.taps(x[None])] for x in latents]
     rows = []
     for a, b in PAIRS:
         squares = [(f - g).square().mean((2, 3)) for f, g in zip(features[a], features[b], strict=True)]
@@ -176,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     trials, scale = read_trials(options.data / "answers.csv"), read_scale(options.data / "responses.csv")
     vae = pretrained.load_autoencoder(options.latents)
-    measures: dict[str, object] = {"l2": squared_error, "ssim": structural_distance}
+    measures: dict[str, object] = {"l2": pixel_squared_error, "ssim": ssim_distance}
     for folder in options.weights:
         measures[str(folder)] = load_lpips(folder, int(vae.config.latent_channels))
     files = sorted(options.photographs.glob("*.png"))

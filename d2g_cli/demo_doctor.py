@@ -25,9 +25,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Distil the bundled miniature teacher: pairs, both stages, evaluation, a report with pictures."""
-    from miniature.demo import PRESETS, run_demo
+    from miniature.demo import DEMO_PRESETS, run_demo
 
-    config = chosen(PRESETS, preset or ("quick" if quick else "default"), {"seed": seed}, sets)
+    config = chosen(DEMO_PRESETS, preset or ("quick" if quick else "default"), {"seed": seed}, sets)
     if dry_run:
         dry(config, as_json)
     result = run_demo(config, out, reporter)

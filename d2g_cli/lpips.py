@@ -60,6 +60,10 @@ def lpips_convert(
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint of LatentLPIPS' authors (for non-commercial use) into a folder of ours."""
-    from latent_lpips.weights import convert
+    from latent_lpips.weights import convert_official_checkpoint
 
-    emit({"out": str(out), **convert(file, out, space)}, as_json, f"{file.name} in our form")
+    emit(
+        {"out": str(out), **convert_official_checkpoint(file, out, space)},
+        as_json,
+        f"{file.name} in our form",
+    )

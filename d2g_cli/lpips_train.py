@@ -128,7 +128,7 @@ def overfit(
     config = chosen(OVERFIT_PRESETS, preset or "paper", options, sets)
     if dry_run:
         dry(config, as_json, {"out": str(out), "runs": len(config.families)})
-    from latent_lpips.training.overfit import overfit as run
+    from latent_lpips.training.overfit import overfit_latents as run
 
     with finishing():
         emit(run(config, out, reporter), as_json, "lpips overfit")

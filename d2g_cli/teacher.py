@@ -23,10 +23,10 @@ def teacher_train(
 ) -> None:
     """Train a small Stable-Diffusion-shaped teacher on captioned pictures."""
     from miniature.registration import register_scenes
-    from teacher_training.train import PRESETS, train_teacher
+    from teacher_training.train import TEACHER_PRESETS, train_teacher
 
     register_scenes()
-    config = chosen(PRESETS, preset or "scenes", {"data": data, "seed": seed}, sets)
+    config = chosen(TEACHER_PRESETS, preset or "scenes", {"data": data, "seed": seed}, sets)
     if dry_run:
         dry(config, as_json)
     emit(train_teacher(config, out, tuple(stages.split(",")), reporter), as_json, "teacher")

@@ -1,7 +1,7 @@
 """Random transforms of latents for E-LatentLPIPS, first-order differentiable, in plain PyTorch.
 
 Written from the description of adaptive discriminator augmentation (Karras et al. 2020, appendix B) with
-every probability 1, and of DiffAugment's colour ops (Zhao et al. 2020). Draw and apply are apart, so that
+every probability 1, and of DiffAugment's color ops (Zhao et al. 2020). Draw and apply are apart, so that
 the very same transform reaches both latents of a distance.
 """
 
@@ -33,7 +33,7 @@ SYM6 = (
     -0.007800708325034148,
 )
 LOWPASS = tuple(c / math.sqrt(2) for c in SYM6)  # sums to 1
-TAPS = len(LOWPASS)
+FILTER_TAPS = len(LOWPASS)
 CENTROID = sum(i * c for i, c in enumerate(LOWPASS))
 """Where a filtered sample sits, in taps. Not the middle 5.5: sym6 is only nearly symmetric."""
 
@@ -54,11 +54,11 @@ class AugmentParams:
     brightness: Tensor  # added
     contrast: Tensor  # factor
     saturation: Tensor  # factor
-    centre: Tensor  # [B, 2] of the cutout, fraction of the size
+    center: Tensor  # [B, 2] of the cutout, fraction of the size
     cutout: float  # its side, fraction of the size
 
 
-def draw(
+def sample_transforms(
     config: AugmentConfig,
     batch: int,
     size: Sequence[int],
@@ -89,19 +89,19 @@ def draw(
         brightness=signed[:, 6] * config.brightness,
         contrast=1 + signed[:, 7] * config.contrast,
         saturation=1 + signed[:, 8] * config.saturation,
-        centre=uniform[:, 9:11],
+        center=uniform[:, 9:11],
         cutout=config.cutout,
     )
 
 
-def take(params: AugmentParams, rows: slice) -> AugmentParams:
+def select_transforms(params: AugmentParams, rows: slice) -> AugmentParams:
     """The transforms of some of the samples."""
     found = {f.name: getattr(params, f.name) for f in fields(params)}
     changes: dict[str, Any] = {name: v[rows] for name, v in found.items() if isinstance(v, Tensor)}
     return replace(params, **changes)
 
 
-def apply(x: Tensor, params: AugmentParams) -> Tensor:
+def apply_transforms(x: Tensor, params: AugmentParams) -> Tensor:
     """Transform latents [B, C, h, w], sample i by params' row i. Returns fp32 of the same shape.
 
     Order: geometry (b and g as one resampling), brightness, contrast, saturation, cutout. Contrast uses
@@ -114,14 +114,14 @@ def apply(x: Tensor, params: AugmentParams) -> Tensor:
         elif "b" in params.letters:
             x = _blit(x, inverse_affine(params, x.shape[2:]))
         if "c" in params.letters:
-            x = _colour(x, params)
+            x = _color(x, params)
         if "o" in params.letters:
             x = _cutout(x, params)
         return x
 
 
 def inverse_affine(params: AugmentParams, size: Sequence[int]) -> Tensor:
-    """[B, 3, 3]: where in the input an output position lies; both about the centre, in positions, (x, y).
+    """[B, 3, 3]: where in the input an output position lies; both about the center, in positions, (x, y).
 
     The transforms act in the order b, g; the inverse is the product of their inverses in that order.
     """
@@ -192,8 +192,8 @@ def _resample(x: Tensor, matrix: Tensor) -> Tensor:
     """
     height, width = x.shape[2:]
     fine = _matrix(_enlarger, height, x) @ x @ _matrix(_enlarger, width, x).T
-    ys = (_steps(2 * height + TAPS - 2, x) - CENTROID - (height - 1)) / 2
-    xs = (_steps(2 * width + TAPS - 2, x) - CENTROID - (width - 1)) / 2
+    ys = (_steps(2 * height + FILTER_TAPS - 2, x) - CENTROID - (height - 1)) / 2
+    xs = (_steps(2 * width + FILTER_TAPS - 2, x) - CENTROID - (width - 1)) / 2
     u, v = _map(matrix, ys, xs)
     column = 2 * (u + (width - 1) / 2 + _padding(width)) + CENTROID
     row = 2 * (v + (height - 1) / 2 + _padding(height)) + CENTROID
@@ -204,13 +204,13 @@ def _resample(x: Tensor, matrix: Tensor) -> Tensor:
 
 def _padding(size: int) -> int:
     """One whole mirror image, and on tiny latents enough for both filters' reach."""
-    return max(size - 1, TAPS)
+    return max(size - 1, FILTER_TAPS)
 
 
-Maker = Callable[[int, torch.device], Tensor]
+MatrixBuilder = Callable[[int, torch.device], Tensor]
 
 
-def _matrix(make: Maker, size: int, like: Tensor) -> Tensor:
+def _matrix(make: MatrixBuilder, size: int, like: Tensor) -> Tensor:
     """make(size, device), kept. Not in a compiled graph, which holds its own constants, nor for a fake
     tensor, whose constants have no values."""
     if torch.compiler.is_compiling() or type(like) is not Tensor:
@@ -220,7 +220,7 @@ def _matrix(make: Maker, size: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # a cached inference tensor would break a later backward
-def _kept(make: Maker, size: int, device: torch.device) -> Tensor:
+def _kept(make: MatrixBuilder, size: int, device: torch.device) -> Tensor:
     return make(size, device)
 
 
@@ -229,7 +229,7 @@ def _enlarger(size: int, device: torch.device) -> Tensor:
     by comparisons, so that nothing waits for a copy."""
     pad = _padding(size)
     padded = size + 2 * pad
-    fine = torch.arange(2 * padded + TAPS - 2, device=device)
+    fine = torch.arange(2 * padded + FILTER_TAPS - 2, device=device)
     matrix = torch.zeros(len(fine), size, device=device)
     for tap, value in enumerate(LOWPASS):
         coarse = (fine - tap).div(2, rounding_mode="floor")
@@ -241,12 +241,12 @@ def _enlarger(size: int, device: torch.device) -> Tensor:
 
 def _shrinker(size: int, device: torch.device) -> Tensor:
     """[size, 2 size + TAPS - 2]: the adjoint low-pass, every second sample. Undoes the enlarger exactly."""
-    fine = torch.arange(2 * size + TAPS - 2, device=device)
+    fine = torch.arange(2 * size + FILTER_TAPS - 2, device=device)
     offset = fine - 2 * torch.arange(size, device=device)[:, None]
     return torch.stack([value * (offset == tap) for tap, value in enumerate(LOWPASS)]).sum(0)
 
 
-def _colour(x: Tensor, params: AugmentParams) -> Tensor:
+def _color(x: Tensor, params: AugmentParams) -> Tensor:
     x = x + params.brightness[:, None, None, None]
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * params.contrast[:, None, None, None] + mean
@@ -258,6 +258,6 @@ def _cutout(x: Tensor, params: AugmentParams) -> Tensor:
     height, width = x.shape[2:]
     xs = (torch.arange(width, device=x.device) + 0.5) / width
     ys = (torch.arange(height, device=x.device) + 0.5) / height
-    inside_x = (xs - params.centre[:, :1]).abs() < params.cutout / 2
-    inside_y = (ys - params.centre[:, 1:]).abs() < params.cutout / 2
+    inside_x = (xs - params.center[:, :1]).abs() < params.cutout / 2
+    inside_y = (ys - params.center[:, 1:]).abs() < params.cutout / 2
     return x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)

@@ -8,17 +8,17 @@ from d2g.core.errors import SettingError
 Precision = Literal["fp32", "bf16", "auto"]
 """Of a frozen trunk's convolutions. `auto`: bf16 where the hardware multiplies it, else fp32."""
 
-FAMILIES = "bgco"
-"""b: pixel blitting, g: general geometry, c: colour, o: cutout."""
+AUGMENT_FAMILIES = "bgco"
+"""b: pixel blitting, g: general geometry, c: color, o: cutout."""
 
 
-def families_known(families: str) -> bool:
+def are_augment_families(families: str) -> bool:
     """Whether these are `none`, or letters of `FAMILIES`, each once."""
     letters = set(families)
-    return families == "none" or (0 < len(families) == len(letters) and letters <= set(FAMILIES))
+    return families == "none" or (0 < len(families) == len(letters) and letters <= set(AUGMENT_FAMILIES))
 
 
-def require(config: object, **rules: tuple[bool, str]) -> None:
+def require_settings(config: object, **rules: tuple[bool, str]) -> None:
     """Raise SettingError for the first setting of `config` whose rule (holds, what is expected) fails."""
     for name, (ok, expected) in rules.items():
         if not ok:
@@ -38,7 +38,7 @@ class LPIPSConfig:
     trunk becomes when its norms are folded."""
 
     def __post_init__(self) -> None:
-        require(
+        require_settings(
             self,
             channels=(self.channels > 0, "a positive number"),
             width=(1 / 64 <= self.width <= 4, "1/64 to 4"),
@@ -81,17 +81,17 @@ class AugmentConfig:
     """o: side of the zeroed square, as a fraction of the size."""
 
     def __post_init__(self) -> None:
-        require(self, families=(families_known(self.families), "'none' or letters of 'bgco'"))
+        require_settings(self, families=(are_augment_families(self.families), "'none' or letters of 'bgco'"))
         for name in ("integer_shift", "scale_std", "stretch_std", "shift_std", "brightness"):
-            require(self, **{name: (getattr(self, name) >= 0, "0 or more")})
+            require_settings(self, **{name: (getattr(self, name) >= 0, "0 or more")})
         for name in ("contrast", "saturation", "cutout"):
-            require(self, **{name: (0 <= getattr(self, name) <= 1, "0 to 1")})
-        require(self, rotation=(0 <= self.rotation <= 180, "0 to 180 degrees"))
+            require_settings(self, **{name: (0 <= getattr(self, name) <= 1, "0 to 1")})
+        require_settings(self, rotation=(0 <= self.rotation <= 180, "0 to 180 degrees"))
 
     @property
     def letters(self) -> str:
         """The families in the order in which they act; empty for `none`."""
-        return "".join(c for c in FAMILIES if self.families != "none" and c in self.families)
+        return "".join(c for c in AUGMENT_FAMILIES if self.families != "none" and c in self.families)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,7 @@ class TrunkTrainConfig:
     held_out: float = 0.05
 
     def __post_init__(self) -> None:
-        require(
+        require_settings(
             self,
             lr=(self.lr > 0, "a positive number"),
             batch=(self.batch >= 2, "2 or more, for the batch statistics"),
@@ -144,7 +144,7 @@ class CalibrateConfig:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        require(
+        require_settings(
             self,
             lr=(self.lr > 0, "a positive number"),
             batch=(self.batch >= 1, "1 or more"),
@@ -162,14 +162,14 @@ class LPIPSTrainConfig:
     trunk: TrunkTrainConfig = field(default_factory=TrunkTrainConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     triplets: int = 20_000
-    """Synthetic two-alternative judgements to calibrate on; at most one per image."""
+    """Synthetic two-alternative judgments to calibrate on; at most one per image."""
     unrelated: float | None = 1.0
     """Scale the heads until two unrelated latents are this far apart on average, so that loss weights
     carry over between latent spaces. null keeps the scale that calibration found."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(
+        require_settings(
             self,
             triplets=(self.triplets >= 2, "2 or more"),
             unrelated=(self.unrelated is None or self.unrelated > 0, "positive or null"),
@@ -180,7 +180,7 @@ class LPIPSTrainConfig:
 _SMALL = TrunkTrainConfig(
     optimizer="adamw", lr=2e-3, schedule="onecycle", weight_decay=0.05, batch=128, images=150_000, grid=2
 )
-PRESETS: dict[str, LPIPSTrainConfig] = {
+LPIPS_PRESETS: dict[str, LPIPSTrainConfig] = {
     "paper": LPIPSTrainConfig(),
     "small": LPIPSTrainConfig(
         network=LPIPSConfig(width=0.25),

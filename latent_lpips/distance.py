@@ -12,8 +12,8 @@ from d2g.core.errors import SettingError, UserError
 from latent_lpips import augment
 from latent_lpips.augment import AugmentParams
 from latent_lpips.config import AugmentConfig, LPIPSConfig, Precision
-from latent_lpips.fused import distance_with_gradient, distances, normalise, wide
-from latent_lpips.vgg import VGG16, folded
+from latent_lpips.fused import at_least_fp32, distance_with_gradient, layer_distances, normalize_features
+from latent_lpips.vgg import VGG16, fold_batch_norms
 
 
 class PerceptualDistance(nn.Module):
@@ -63,8 +63,8 @@ class PerceptualDistance(nn.Module):
     def _squares(self, pred: Tensor, target: Tensor) -> list[Tensor]:
         self._check(pred, target)
         with torch.no_grad():
-            fixed = [normalise(f) for f in self.taps(target)]
-        return [(normalise(f) - g).square() for f, g in zip(self.taps(pred), fixed, strict=True)]
+            fixed = [normalize_features(f) for f in self.taps(target)]
+        return [(normalize_features(f) - g).square() for f, g in zip(self.taps(pred), fixed, strict=True)]
 
     def _check(self, pred: Tensor, target: Tensor) -> None:
         if pred.shape != target.shape:
@@ -112,7 +112,7 @@ class LatentLPIPS(PerceptualDistance):
         folded: such a trunk stays as it is.
         """
         if self.config.norm != "group":
-            self.trunk = folded(self.trunk, precision).requires_grad_(False).eval()
+            self.trunk = fold_batch_norms(self.trunk, precision).requires_grad_(False).eval()
         return self
 
     def taps(self, x: Tensor) -> list[Tensor]:
@@ -188,23 +188,26 @@ class ELatentLPIPS(nn.Module):
         if self.ensemble:
             found["latent_lpips"] = self.metric(pred, target)
         if self.l1:
-            found["l1"] = (wide(pred) - wide(target)).abs().mean((1, 2, 3))
+            found["l1"] = (at_least_fp32(pred) - at_least_fp32(target)).abs().mean((1, 2, 3))
         return found
 
     def draw(self, pred: Tensor, generator: torch.Generator | None = None) -> list[AugmentParams]:
         """`draws` transforms of each sample of `pred` [B, C, h, w]; of no family, one is enough."""
         size, draws = pred.shape[2:], self.draws if self.augment.letters else 1
-        return [augment.draw(self.augment, len(pred), size, generator, pred.device) for _ in range(draws)]
+        return [
+            augment.sample_transforms(self.augment, len(pred), size, generator, pred.device)
+            for _ in range(draws)
+        ]
 
     def _under(self, transform: AugmentParams, pred: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            target = augment.apply(target, transform)
-        distance: Tensor = self.metric(augment.apply(pred, transform), target)
+            target = augment.apply_transforms(target, transform)
+        distance: Tensor = self.metric(augment.apply_transforms(pred, transform), target)
         return distance
 
 
 def _distance(layers: Sequence[Any], heads: Sequence[Tensor], pred: Tensor, target: Tensor) -> Tensor:
-    return distances(layers, heads, pred, target).sum(1)
+    return layer_distances(layers, heads, pred, target).sum(1)
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -219,12 +222,12 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 
 def _refuse_negative_heads(module: nn.Module, _: object) -> None:
-    """A distance with a negative weight can fall below 0 and be minimised without end."""
+    """A distance with a negative weight can fall below 0 and be minimized without end."""
     assert isinstance(module, LatentLPIPS)
-    refuse_negative(module.heads)
+    require_nonnegative_heads(module.heads)
 
 
-def refuse_negative(heads: Sequence[Tensor] | nn.ParameterList, where: str = "LatentLPIPS") -> None:
+def require_nonnegative_heads(heads: Sequence[Tensor] | nn.ParameterList, where: str = "LatentLPIPS") -> None:
     """Raise UserError for a head [C] with a weight below 0 or not a number."""
     for layer, weight in enumerate(heads):
         low = weight.min().item()

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latent_lpips.vgg import Layer
+from latent_lpips.vgg import ConvLayer
 
-EPS = 1e-8
+NORM_EPS = 1e-8
 CPU_POSITIONS, GPU_POSITIONS = 2**13, 2**16
 """Latent positions per sweep: a CPU is busy with two latents of 64x64 (180 MB in fp32), a GPU with 16."""
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """At least fp32: squares and sums of features in bf16 would lose the small differences."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def normalise(features: Tensor) -> Tensor:
+def normalize_features(features: Tensor) -> Tensor:
     """Features [B, C, h, w] -> unit length over C at every position, fp32 (fp64 stays).
 
     The epsilon stands inside the root: outside it, the gradient at all-zero features would be 0/0.
@@ -32,19 +32,23 @@ def normalise(features: Tensor) -> Tensor:
     return _unit(features)[0]
 
 
-def distances(layers: Sequence[Layer], heads: Sequence[Tensor], pred: Tensor, target: Tensor) -> Tensor:
+def layer_distances(
+    layers: Sequence[ConvLayer], heads: Sequence[Tensor], pred: Tensor, target: Tensor
+) -> Tensor:
     """The taps' shares of the distance between latents [B, C, h, w]: [B, taps], without a gradient."""
     parts = []
     with torch.no_grad():
         for p, t in _rows(pred, target):
             taps = zip(_taps(layers, p), _taps(layers, t), heads, strict=True)
-            means = [((normalise(f) - normalise(g)).square().mean((2, 3)), w) for f, g, w in taps]
+            means = [
+                ((normalize_features(f) - normalize_features(g)).square().mean((2, 3)), w) for f, g, w in taps
+            ]
             parts.append(torch.stack([mean @ w.to(mean.dtype) for mean, w in means], 1))
     return torch.cat(parts)
 
 
 def distance_with_gradient(
-    layers: Sequence[Layer], heads: Sequence[Tensor], pred: Tensor, target: Tensor
+    layers: Sequence[ConvLayer], heads: Sequence[Tensor], pred: Tensor, target: Tensor
 ) -> Tensor:
     """The distance [B] of latents [B, C, h, w]; its backward pass reaches `pred`."""
     with torch.no_grad():
@@ -81,7 +85,7 @@ def _rows(pred: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(pred.split(rows), target.split(rows), strict=True))
 
 
-class Step(NamedTuple):
+class LayerRecord(NamedTuple):
     """What the way back needs of a layer: a byte per feature in place of the feature."""
 
     positive: Tensor  # [b, C, h, w] bool, after the pool if there is one
@@ -90,10 +94,10 @@ class Step(NamedTuple):
 
 
 def _sweep(
-    layers: Sequence[Layer], heads: Sequence[Tensor], pred: Tensor, target: Tensor
+    layers: Sequence[ConvLayer], heads: Sequence[Tensor], pred: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Distance [b] and its gradient with respect to `pred` [b, C, h, w]."""
-    trail: list[Step] = []
+    trail: list[LayerRecord] = []
     fixed, moving = _taps(layers, target), _taps(layers, pred, trail)
     terms = [_term(f, g, w) for f, g, w in zip(moving, fixed, heads, strict=True)]
     distance, slopes = torch.stack([term for term, _ in terms]).sum(0), [slope for _, slope in terms]
@@ -111,7 +115,7 @@ def _sweep(
     return distance, gradient
 
 
-def _taps(layers: Sequence[Layer], x: Tensor, trail: list[Step] | None = None) -> list[Tensor]:
+def _taps(layers: Sequence[ConvLayer], x: Tensor, trail: list[LayerRecord] | None = None) -> list[Tensor]:
     """The trunk's taps; into `trail`, its steps."""
     x = x.contiguous(memory_format=torch.channels_last)
     taps = []
@@ -121,7 +125,7 @@ def _taps(layers: Sequence[Layer], x: Tensor, trail: list[Step] | None = None) -
         if layer.pool:
             x, indices = F.max_pool2d(x, 2, return_indices=True)
         if trail is not None:
-            trail.append(Step(x.bool(), size, indices))
+            trail.append(LayerRecord(x.bool(), size, indices))
         if layer.tap:
             taps.append(x)
     return taps
@@ -149,6 +153,6 @@ def _term(f: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
     """Unit features, and the factor that made them so [B, 1, h, w]."""
-    features = wide(features)
-    scale = (features.square().sum(1, keepdim=True) + EPS).rsqrt()
+    features = at_least_fp32(features)
+    scale = (features.square().sum(1, keepdim=True) + NORM_EPS).rsqrt()
     return features * scale, scale

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2g.core.errors import SettingError, UserError
-from latent_lpips.distance import PerceptualDistance, refuse_negative
+from latent_lpips.distance import PerceptualDistance, require_nonnegative_heads
 
-NETS = ("vgg", "alex", "squeeze")
+LPIPS_NETS = ("vgg", "alex", "squeeze")
 
 
 class PixelLPIPS(PerceptualDistance):
@@ -39,8 +39,8 @@ class PixelLPIPS(PerceptualDistance):
         Raises SettingError for an unknown `net`, UserError for weights that are missing or another network's.
         """
         super().__init__()
-        if net not in NETS:
-            raise SettingError(f"LPIPS network {net!r} is unknown, expected one of {', '.join(NETS)}")
+        if net not in LPIPS_NETS:
+            raise SettingError(f"LPIPS network {net!r} is unknown, expected one of {', '.join(LPIPS_NETS)}")
         if resize is not None and resize < 1:
             raise SettingError(f"PixelLPIPS: resize is {resize}, expected a positive number of pixels")
         published = _published(net, download=pretrained and weights is None)
@@ -48,7 +48,7 @@ class PixelLPIPS(PerceptualDistance):
             _fill(published.net, Path(weights), net)
         self.trunk, self.scaling = published.net, published.scaling_layer
         self.heads = nn.ParameterList(lin.model[-1].weight.detach().flatten() for lin in published.lins)
-        refuse_negative(self.heads, f"LPIPS {net}")
+        require_nonnegative_heads(self.heads, f"LPIPS {net}")
         self.decode, self.resize = decode, resize
         for part in (self.trunk, self.scaling, self.heads):
             part.requires_grad_(False)

@@ -21,12 +21,12 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.latents import LatentSpace
 from latent_lpips.config import LPIPSConfig
-from latent_lpips.distance import LatentLPIPS, refuse_negative
+from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
 
-SUFFIXES = (".pth", ".tar")
-LICENCE = "CC-BY-NC-4.0"
-NOTICE = f"{{file}}: weights of the authors of elatentlpips, licence {LICENCE}: for non-commercial use only"
-SPACES: Mapping[str, LatentSpace] = MappingProxyType(
+CHECKPOINT_SUFFIXES = (".pth", ".tar")
+WEIGHTS_LICENSE = "CC-BY-NC-4.0"
+LICENSE_NOTICE = f"{{file}}: weights of the authors of elatentlpips, license {WEIGHTS_LICENSE}: for non-commercial use only"
+OFFICIAL_SPACES: Mapping[str, LatentSpace] = MappingProxyType(
     {
         "sd15": LatentSpace(channels=4, downscale=8, scale=0.18215),
         "sd21": LatentSpace(channels=4, downscale=8, scale=0.18215),
@@ -38,17 +38,19 @@ SPACES: Mapping[str, LatentSpace] = MappingProxyType(
 """The latent spaces that the authors published weights for, under the names that their files begin with."""
 
 
-def read_checkpoint(path: str | Path, space: str | None = None) -> tuple[LatentLPIPS, dict[str, Any]]:
+def read_official_checkpoint(
+    path: str | Path, space: str | None = None
+) -> tuple[LatentLPIPS, dict[str, Any]]:
     """The metric of either form, not folded, fp32 on the CPU, and its facts for `weights.save`.
 
     A trunk alone has heads of 1: the uncalibrated distance. `space` is a name of SPACES; None: the one that
     the file's name begins with, if any. Nothing but tensors and plain values is unpickled. Prints the
-    licence on stderr. Raises UserError for damaged, unsafe, incomplete or unknown files, for another latent
+    license on stderr. Raises UserError for damaged, unsafe, incomplete or unknown files, for another latent
     space than `space`, and for negative heads; SettingError for an unknown space.
     """
     path = Path(path)
-    if space is not None and space not in SPACES:
-        raise SettingError(f"latent space {space!r} is unknown, expected one of {', '.join(SPACES)}")
+    if space is not None and space not in OFFICIAL_SPACES:
+        raise SettingError(f"latent space {space!r} is unknown, expected one of {', '.join(OFFICIAL_SPACES)}")
     content = _unpickle(path)
     tuned = "state_dict" not in content
     state = _tuned(content, path) if tuned else _trunk(content["state_dict"], path)
@@ -60,16 +62,18 @@ def read_checkpoint(path: str | Path, space: str | None = None) -> tuple[LatentL
     state |= {
         key: v for key, v in expected.items() if key.endswith("num_batches_tracked") and key not in state
     }
-    check(state, expected, path, "VGG16-BN")
-    refuse_negative([state[key] for key in sorted(state) if key.startswith("heads.")], str(path))
+    check_state_dict(state, expected, path, "VGG16-BN")
+    require_nonnegative_heads([state[key] for key in sorted(state) if key.startswith("heads.")], str(path))
     metric.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
     facts = _facts(path, tuned, _space(path, space, metric.config.channels))
     if process_group.rank() == 0:
-        print(NOTICE.format(file=path.name), file=sys.stderr)
+        print(LICENSE_NOTICE.format(file=path.name), file=sys.stderr)
     return metric, facts
 
 
-def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, authority: str) -> None:
+def check_state_dict(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, authority: str
+) -> None:
     """Raise UserError unless names and shapes are the expected ones; `authority` says whose they are."""
     for key in sorted(set(state) ^ set(expected)):
         what = "lacks" if key in expected else "has the unknown"
@@ -145,10 +149,10 @@ def _network(state: Mapping[str, Tensor], path: Path) -> LPIPSConfig:
 
 
 def _space(path: Path, given: str | None, channels: int) -> str | None:
-    name = given or next((name for name in SPACES if path.name.startswith(f"{name}_")), None)
-    if name is not None and SPACES[name].channels != channels:
+    name = given or next((name for name in OFFICIAL_SPACES if path.name.startswith(f"{name}_")), None)
+    if name is not None and OFFICIAL_SPACES[name].channels != channels:
         raise UserError(
-            f"{path}: takes latents of {channels} channels, {name} has {SPACES[name].channels}; "
+            f"{path}: takes latents of {channels} channels, {name} has {OFFICIAL_SPACES[name].channels}; "
             "give the latent space that the file was made for"
         )
     return name
@@ -162,10 +166,10 @@ def _facts(path: Path, calibrated: bool, space: str | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "source": f"elatentlpips, {path.name}",
         "sha256": digest.hexdigest(),
-        "licence": LICENCE,
+        "license": WEIGHTS_LICENSE,
         "calibrated": calibrated,
     }
     if space is not None:
-        scale, shift = SPACES[space].scale, SPACES[space].shift
+        scale, shift = OFFICIAL_SPACES[space].scale, OFFICIAL_SPACES[space].shift
         facts |= {"latent_space": space, "scaling_factor": scale, "shift_factor": shift}
     return facts

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from d2g.core.errors import UserError
 from latent_lpips.config import LPIPSConfig, Precision
 
-MIN_SIZE = 4
+MIN_LATENT_SIZE = 4
 """Positions per side: two poolings must leave at least one."""
-CONVS = (2, 2, 3, 3, 3)
+CONVS_PER_STAGE = (2, 2, 3, 3, 3)
 POOLED_STAGES = (3, 4)
-GROUPS = 32
-EXACT_CONVS = 5
+MAX_NORM_GROUPS = 32
+FP32_CONVS = 5
 """A bf16 trunk keeps its first five convolutions in fp32, 6 % of the work. Their rounding would be most of
 the error: it flips ReLUs in every later layer, and gradients with them."""
 
 
-class Layer(NamedTuple):
+class ConvLayer(NamedTuple):
     """A convolution of a trunk without norms, ReLU after it, then perhaps a 2x2 max-pool, perhaps a tap."""
 
     weight: Tensor
@@ -42,20 +42,20 @@ class VGG16(nn.Module):
         self.features = nn.Sequential()
         self.ends: list[int] = []  # each tap is read after features[end - 1], the stage's pool
         previous = config.channels
-        for stage, (width, convs) in enumerate(zip(config.widths, CONVS, strict=True)):
+        for stage, (width, convs) in enumerate(zip(config.widths, CONVS_PER_STAGE, strict=True)):
             for _ in range(convs):
                 self.features.append(nn.Conv2d(previous, width, 3, padding=1))
                 if config.norm == "batch":
                     self.features.append(nn.BatchNorm2d(width))
                 elif config.norm == "group":
-                    self.features.append(nn.GroupNorm(math.gcd(GROUPS, width), width))
+                    self.features.append(nn.GroupNorm(math.gcd(MAX_NORM_GROUPS, width), width))
                 self.features.append(nn.ReLU(inplace=True))
                 previous = width
             self.features.append(nn.MaxPool2d(2) if stage in POOLED_STAGES else nn.Identity())
             self.ends.append(len(self.features))
         self.avgpool = nn.AdaptiveAvgPool2d(grid)
         self.classifier = _classifier(config, classes, dropout, grid) if classes else None
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """Latents [B, C, h, w] -> five maps: stages 1-3 at h x w, stage 4 halved, stage 5 halved twice
@@ -76,14 +76,14 @@ class VGG16(nn.Module):
         logits: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
         return logits
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[ConvLayer]:
         """The convolutions in order, of a trunk without norms (see `folded`)."""
         assert self.config.norm == "none", f"a trunk with norm {self.config.norm!r} is more than convolutions"
-        found: list[Layer] = []
+        found: list[ConvLayer] = []
         for position, module in enumerate(self.features, start=1):
             if isinstance(module, nn.Conv2d):
                 assert module.bias is not None
-                found.append(Layer(module.weight, module.bias, pool=False, tap=False))
+                found.append(ConvLayer(module.weight, module.bias, pool=False, tap=False))
             if position in self.ends:
                 found[-1] = found[-1]._replace(pool=isinstance(module, nn.MaxPool2d), tap=True)
         return found
@@ -95,10 +95,10 @@ class VGG16(nn.Module):
                 f"LatentLPIPS got latents of shape {tuple(x.shape)}, its trunk takes "
                 f"[B, {self.config.channels}, h, w]; use weights made for this latent space"
             )
-        if min(x.shape[2:]) < MIN_SIZE:
+        if min(x.shape[2:]) < MIN_LATENT_SIZE:
             raise UserError(
                 f"LatentLPIPS got latents of {x.shape[2]}x{x.shape[3]} positions, expected at least "
-                f"{MIN_SIZE}x{MIN_SIZE}; use larger images"
+                f"{MIN_LATENT_SIZE}x{MIN_LATENT_SIZE}; use larger images"
             )
 
 
@@ -115,7 +115,7 @@ def _classifier(config: LPIPSConfig, classes: int, dropout: float, grid: int) ->
     )
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """He's. For linear layers torchvision's N(0, 0.01^2) is that at full width; narrow ones it starves."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -127,7 +127,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def folded(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
+def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
     """The same features without batch norms: running statistics go into the convolutions.
 
     A frozen trunk never updates them, and a convolution alone is faster. Returns a trunk with norm `none`,
@@ -142,7 +142,7 @@ def folded(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
         conv.weight.copy_(weight)
         assert conv.bias is not None
         conv.bias.copy_(bias)
-        conv.to(low if position >= EXACT_CONVS else torch.float32)
+        conv.to(low if position >= FP32_CONVS else torch.float32)
     moved: VGG16 = plain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
 

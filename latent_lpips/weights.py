@@ -17,14 +17,14 @@ from torch import Tensor
 from d2g.core.config import from_json, to_json
 from d2g.core.errors import UserError
 from latent_lpips.config import LPIPSConfig, Precision
-from latent_lpips.distance import LatentLPIPS, refuse_negative
-from latent_lpips.official_checkpoints import SUFFIXES, check, read_checkpoint
+from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
+from latent_lpips.official_checkpoints import CHECKPOINT_SUFFIXES, check_state_dict, read_official_checkpoint
 
-WEIGHTS, CONFIG = "lpips.safetensors", "config.json"
-PREFIX = "trunk."  # left out on disk, so that the trunk's keys are torchvision's
+WEIGHTS_FILE, CONFIG_FILE = "lpips.safetensors", "config.json"
+TRUNK_PREFIX = "trunk."  # left out on disk, so that the trunk's keys are torchvision's
 
 
-def save(
+def save_lpips(
     metric: LatentLPIPS, folder: str | Path, meta: Mapping[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
     """Write trunk and heads (stored as `dtype`; fp16 halves the file) and `meta`, any JSON-able facts.
@@ -37,15 +37,15 @@ def save(
     if metric.precision == "bf16":
         raise UserError(f"{folder}: this LatentLPIPS is rounded to bf16; load it with fp32 to save it")
     state = {
-        key.removeprefix(PREFIX): _stored(value, dtype).contiguous().cpu()
+        key.removeprefix(TRUNK_PREFIX): _stored(value, dtype).contiguous().cpu()
         for key, value in sorted(metric.state_dict().items())
     }
     text = json.dumps({"network": to_json(metric.config), "meta": dict(meta)}, indent=2)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / f"{WEIGHTS}.tmp")
-        (folder / f"{CONFIG}.tmp").write_text(text + "\n", encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
+        save_file(state, folder / f"{WEIGHTS_FILE}.tmp")
+        (folder / f"{CONFIG_FILE}.tmp").write_text(text + "\n", encoding="utf-8")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(folder / f"{name}.tmp", folder / name)
     except (SafetensorError, OSError) as error:
         raise UserError(
@@ -53,66 +53,66 @@ def save(
         ) from error
 
 
-def load(
+def load_lpips(
     path: str | Path,
+    latent_channels: int | None = None,
+    *,
     fold: bool = True,
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
 ) -> LatentLPIPS:
-    """The metric of a folder, of the lpips.safetensors in it, or of an authors' file, on `device`.
+    """Load a LatentLPIPS from a folder, from the lpips.safetensors in it, or from a file of the authors.
 
-    With `fold`, batch norms go into the convolutions, which take `precision` (see LatentLPIPS.fold). Raises
-    UserError for missing, damaged or mismatched files and for negative heads.
+    With `fold`, batch norms are folded into the convolutions, which then compute in `precision` (see
+    `LatentLPIPS.fold`). With `latent_channels`, weights for latents of another number of channels are an
+    error. Raises UserError for missing, damaged or mismatched files and for negative head weights.
     """
     path = Path(path)
-    if path.suffix in SUFFIXES:
-        metric, _ = read_checkpoint(path)
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        metric, _ = read_official_checkpoint(path)
+        _check_channels(path, metric.config.channels, latent_channels)
     else:
         folder = _folder(path)
-        metric = LatentLPIPS(_network(folder))
-        state = _read(folder / WEIGHTS)
-        state = {key if key.startswith("heads.") else PREFIX + key: value for key, value in state.items()}
-        check(state, metric.state_dict(), folder / WEIGHTS, CONFIG)
+        config = _network(folder)
+        _check_channels(path, config.channels, latent_channels)
+        metric = LatentLPIPS(config)
+        state = _read(folder / WEIGHTS_FILE)
+        state = {
+            key if key.startswith("heads.") else TRUNK_PREFIX + key: value for key, value in state.items()
+        }
+        check_state_dict(state, metric.state_dict(), folder / WEIGHTS_FILE, CONFIG_FILE)
         heads = [state[key].float() for key in sorted(state) if key.startswith("heads.")]
-        refuse_negative(heads, str(folder / WEIGHTS))
+        require_nonnegative_heads(heads, str(folder / WEIGHTS_FILE))
         metric.load_state_dict({key: _loaded(value) for key, value in state.items()})
     metric.to(device)
     return metric.fold(precision) if fold else metric
 
 
-def load_lpips(
-    path: str | Path,
-    latent_channels: int,
-    precision: Precision = "fp32",
-    device: torch.device | str = "cpu",
-) -> LatentLPIPS:
-    """`load`, for a latent space of `latent_channels`. Raises UserError when the weights are for another."""
-    path = Path(path)
-    metric = None if path.suffix not in SUFFIXES else load(path, precision=precision, device=device)
-    channels = metric.config.channels if metric else _network(_folder(path)).channels
-    if channels != latent_channels:
+def _check_channels(path: Path, channels: int, expected: int | None) -> None:
+    if expected is not None and channels != expected:
         raise UserError(
-            f"{path}: LatentLPIPS weights take latents of {channels} channels, expected {latent_channels} "
+            f"{path}: LatentLPIPS weights take latents of {channels} channels, expected {expected} "
             "as in these latents; give weights trained in the same latent space"
         )
-    return metric if metric else load(path, precision=precision, device=device)
 
 
-def convert(path: str | Path, out: str | Path, space: str | None = None) -> dict[str, Any]:
-    """Write an authors' file as a folder of ours, with its licence among the facts. Returns the facts, and
+def convert_official_checkpoint(
+    path: str | Path, out: str | Path, space: str | None = None
+) -> dict[str, Any]:
+    """Write an authors' file as a folder of ours, with its license among the facts. Returns the facts, and
     the latent's channels.
 
     `space`: see authors.read_checkpoint, whose errors this raises.
     """
-    metric, facts = read_checkpoint(path, space)
-    save(metric, out, facts)
+    metric, facts = read_official_checkpoint(path, space)
+    save_lpips(metric, out, facts)
     return {"channels": metric.config.channels, **facts}
 
 
-def read_meta(path: str | Path) -> dict[str, Any]:
+def read_lpips_meta(path: str | Path) -> dict[str, Any]:
     """The facts given to `save`."""
-    if Path(path).suffix in SUFFIXES:
-        return read_checkpoint(path)[1]
+    if Path(path).suffix in CHECKPOINT_SUFFIXES:
+        return read_official_checkpoint(path)[1]
     meta: dict[str, Any] = _config(_folder(path)).get("meta", {})
     return meta
 
@@ -120,10 +120,10 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 def _folder(path: str | Path) -> Path:
     path = Path(path)
     folder = path.parent if path.suffix == ".safetensors" else path
-    for name in (WEIGHTS, CONFIG):
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder}: no {name}, expected a LatentLPIPS folder with {WEIGHTS} and {CONFIG}; "
+                f"{folder}: no {name}, expected a LatentLPIPS folder with {WEIGHTS_FILE} and {CONFIG_FILE}; "
                 "make one with `d2g lpips train` or name another folder"
             )
     return folder
@@ -131,14 +131,14 @@ def _folder(path: str | Path) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{folder / CONFIG}: not readable as JSON ({error}); train or copy it again"
+            f"{folder / CONFIG_FILE}: not readable as JSON ({error}); train or copy it again"
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("network"), dict):
         raise UserError(
-            f"{folder / CONFIG}: has no 'network' entry, expected a LatentLPIPS config; copy it again"
+            f"{folder / CONFIG_FILE}: has no 'network' entry, expected a LatentLPIPS config; copy it again"
         )
     return data
 

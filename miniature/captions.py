@@ -1,7 +1,7 @@
 """The words of the miniature world: what a scene's caption says, and how to read it back.
 
 Grammar, with one or two objects:
-    OBJECT = "a" SIZE COLOUR MATERIAL SHAPE
+    OBJECT = "a" SIZE COLOR MATERIAL SHAPE
     caption = OBJECT [RELATION OBJECT] ", " BACKGROUND " background"
 for example "a large red metal sphere left of a small blue matte cube, pink background".
 """
@@ -16,14 +16,14 @@ from typing import NoReturn
 from d2g.core.errors import UserError
 
 SIZES = ("large", "small")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
+COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 MATERIALS = ("matte", "metal")
 SHAPES = ("sphere", "cube", "cylinder", "cone", "torus")
 BACKGROUNDS = ("pink", "gray", "white", "teal", "brown")
 RELATIONS = ("left of", "right of", "in front of", "behind")
-SPLITS = ("train", "heldout")
+SCENE_SPLITS = ("train", "heldout")
 
-OBJECT_SLOTS = (("a size", SIZES), ("a colour", COLOURS), ("a material", MATERIALS), ("a shape", SHAPES))
+OBJECT_SLOTS = (("a size", SIZES), ("a color", COLORS), ("a material", MATERIALS), ("a shape", SHAPES))
 
 Triple = tuple[str, str, str]
 
@@ -33,17 +33,17 @@ class ObjectSpec:
     """What a caption says of one object."""
 
     size: str
-    colour: str
+    color: str
     material: str
     shape: str
 
     @property
     def triple(self) -> Triple:
         """The attributes whose combination decides the split."""
-        return (self.colour, self.shape, self.material)
+        return (self.color, self.shape, self.material)
 
     def __str__(self) -> str:
-        return f"a {self.size} {self.colour} {self.material} {self.shape}"
+        return f"a {self.size} {self.color} {self.material} {self.shape}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +59,24 @@ class SceneFacts:
 
 
 def _heldout_triples() -> frozenset[Triple]:
-    """One triple of each colour, the one with the smallest hash: the same for every seed and platform."""
+    """One triple of each color, the one with the smallest hash: the same for every seed and platform."""
 
     def rank(triple: Triple) -> bytes:
         return hashlib.sha256(" ".join(triple).encode()).digest()
 
-    return frozenset(min(product((colour,), SHAPES, MATERIALS), key=rank) for colour in COLOURS)
+    return frozenset(min(product((color,), SHAPES, MATERIALS), key=rank) for color in COLORS)
 
 
 HELDOUT_TRIPLES = _heldout_triples()
 TRIPLES = {
-    "all": tuple(product(COLOURS, SHAPES, MATERIALS)),
+    "all": tuple(product(COLORS, SHAPES, MATERIALS)),
     "heldout": tuple(sorted(HELDOUT_TRIPLES)),
-    "train": tuple(t for t in product(COLOURS, SHAPES, MATERIALS) if t not in HELDOUT_TRIPLES),
+    "train": tuple(t for t in product(COLORS, SHAPES, MATERIALS) if t not in HELDOUT_TRIPLES),
 }
 
 
 def split_of(facts: SceneFacts) -> str:
-    """ "heldout" when any object is a held-out (colour, shape, material), else "train"."""
+    """ "heldout" when any object is a held-out (color, shape, material), else "train"."""
     return "heldout" if any(item.triple in HELDOUT_TRIPLES for item in facts.objects) else "train"
 
 

@@ -32,16 +32,16 @@ from eval.protocols.protocol import PROTOCOLS
 from eval.report.page import first_images
 from eval.result import EvalResult
 from eval.runner.samplers import SamplingRequest, ode_source, one_step_source
-from miniature.demo_report import write_report
+from miniature.demo_report import write_demo_report
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
-from miniature.sampling import captions
+from miniature.sampling import scene_captions
 from pairgen.config import PRESETS as PAIR_PRESETS
 from pairgen.config import PairConfig
 from pairgen.generate import generate_pairs
 
 PROMPT_SEED = 3  # seed 1 trained the teacher, seed 2 is for tests
-SAMPLERS = ("naive", "ode", "gan", "teacher")
+DEMO_SAMPLERS = ("naive", "ode", "gan", "teacher")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ def _short(config: DistillConfig, images: int) -> DistillConfig:
     )
 
 
-PRESETS = {
+DEMO_PRESETS = {
     "default": DemoConfig(),
     "quick": DemoConfig(
         pairs=replace(PAIR_PRESETS["miniature"], num_pairs=64, steps=5, shard_size=32),
@@ -119,7 +119,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
 
     # Pairs.
     begun, prompts = time.monotonic(), out / "prompts.txt"
-    texts = list(dict.fromkeys(captions(config.pairs.num_pairs, PROMPT_SEED)))
+    texts = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))
     write_atomically(prompts, "\n".join(texts) + "\n")
     job = replace(config.pairs, prompts=str(prompts), seed=config.seed)
     made = generate_pairs(job, out / "pairs", progress)
@@ -144,9 +144,9 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         "ode": load_one_step(str(out / "ode"), device=device),
         "gan": load_one_step(str(out / "gan"), device=device),
     }
-    results, first = evaluate_all(config, teacher, students, progress)
+    results, first = evaluate_samplers(config, teacher, students, progress)
     timed("evaluation", begun)
-    speed = time_one(config, teacher, students["gan"])
+    speed = measure_latency(config, teacher, students["gan"])
 
     # Report.
     pick = {
@@ -170,13 +170,13 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         **extra,
     )
     curves = {stage: read_stats(out / stage) for stage in ("ode", "gan")}
-    shown = captions(config.columns, TEST_SEED)
-    write_report(out / "report.html", result.to_json(), first, shown, curves, config.teacher_steps)
+    shown = scene_captions(config.columns, TEST_SEED)
+    write_demo_report(out / "report.html", result.to_json(), first, shown, curves, config.teacher_steps)
     write_atomically(out / "demo.json", json.dumps(result.to_json(), indent=1))
     return result
 
 
-def evaluate_all(
+def evaluate_samplers(
     config: DemoConfig, teacher: Teacher, students: dict[str, OneStep], progress: Progress
 ) -> tuple[dict[str, EvalResult], dict[str, Tensor]]:
     """Each sampler under protocol `miniature`, and its first images [columns, 3, 64, 64]."""
@@ -194,7 +194,7 @@ def evaluate_all(
     sources = {name: one_step_source(name, one, drawing) for name, one in students.items()}
     sources["teacher"] = ode_source(teacher, drawing, steps=config.teacher_steps, guidance=guidance)
     results, first = {}, {}
-    for name in SAMPLERS:
+    for name in DEMO_SAMPLERS:
         found = evaluate(
             sources[name],
             protocol,
@@ -206,13 +206,13 @@ def evaluate_all(
         )
         results[name] = found.result
         first[name] = torch.stack(first_images(sources[name], config.columns))
-        progress("evaluate", len(results), len(SAMPLERS))
+        progress("evaluate", len(results), len(DEMO_SAMPLERS))
     return results, first
 
 
-def time_one(config: DemoConfig, teacher: Teacher, student: OneStep) -> dict[str, float]:
+def measure_latency(config: DemoConfig, teacher: Teacher, student: OneStep) -> dict[str, float]:
     """Milliseconds of one image, end to end at batch 1: text encoder, UNet, VAE."""
-    text, drawn = captions(1, TEST_SEED), noise(config.seed, [0], teacher.latent_shape)
+    text, drawn = scene_captions(1, TEST_SEED), noise(config.seed, [0], teacher.latent_shape)
 
     def by_teacher() -> None:
         latents = teacher.sample(drawn, text, config.teacher_steps, config.pairs.guidance, "ddim")

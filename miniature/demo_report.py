@@ -11,7 +11,7 @@ from eval.report.html import Latency, Metric, ReportData
 from eval.report.html import write_report as write_page
 from eval.report.svg import Curve
 
-METRICS: Mapping[str, tuple[str, Better]] = {
+DEMO_METRICS: Mapping[str, tuple[str, Better]] = {
     "fid": ("Frechet distance (oracle features)", "lower"),
     "recall": ("Recall", "higher"),
     "precision": ("Precision", "higher"),
@@ -19,8 +19,8 @@ METRICS: Mapping[str, tuple[str, Better]] = {
     "caption_accuracy": ("Caption accuracy", "higher"),
     "caption_exact": ("Flawless pictures", "higher"),
 }
-STAGES = {"ode": "Stage 1", "gan": "Stage 2"}
-NOTES = (
+STAGE_TITLES = {"ode": "Stage 1", "gan": "Stage 2"}
+DEMO_NOTES = (
     "The Frechet distance is of the caption oracle's features against rendered scenes of the same captions: "
     "not an Inception FID.",
     "Caption accuracy: share of captioned facts that the oracle reads back. Flawless pictures: share of "
@@ -28,7 +28,7 @@ NOTES = (
 )
 
 
-def write_report(
+def write_demo_report(
     path: Path,
     result: Mapping[str, Any],
     pictures: Mapping[str, Tensor],
@@ -51,12 +51,12 @@ def write_report(
         summary=f"{result['pairs']:,} noise-latent pairs, two stages, measured in {result['seconds']:.0f} s. "
         f"One image takes {speed['student']:.1f} ms, the teacher's {speed['teacher']:.0f} ms "
         f"({speed['teacher'] / speed['student']:.0f}\u00d7).",
-        notes=NOTES,
+        notes=DEMO_NOTES,
         metrics=[
             Metric(
                 name=name, better=better, values={title: result[key][who] for who, title in titles.items()}
             )
-            for key, (name, better) in METRICS.items()
+            for key, (name, better) in DEMO_METRICS.items()
         ],
         beside=[
             Pictures(
@@ -65,7 +65,7 @@ def write_report(
                 prompts=prompts,
             )
         ],
-        curves=[curve for stage, lines in curves.items() for curve in _training(STAGES[stage], lines)],
+        curves=[curve for stage, lines in curves.items() for curve in _training(STAGE_TITLES[stage], lines)],
         latency=[
             Latency(name=titles[who], milliseconds=speed[key])
             for who, key in (("teacher", "teacher"), ("gan", "student"))

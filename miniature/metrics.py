@@ -18,7 +18,7 @@ from eval.measure.rows import Work
 from eval.measure.source import batch_source
 from eval.networks.base import FeatureNet
 from eval.protocols.protocol import Protocol
-from miniature.oracle import NUM_FEATURES, SHIPPED, Oracle, caption_scores
+from miniature.oracle import NUM_FEATURES, ORACLE_FOLDER, Oracle, caption_scores
 from miniature.sampling import render_dataset
 
 TEST_SEED = 2  # teachers train on scenes of seed 1
@@ -26,7 +26,7 @@ TEST_SEED = 2  # teachers train on scenes of seed 1
 
 def oracle_features(oracle: Oracle) -> FeatureNet:
     """The caption oracle's pooled features, as the feature network of the scenes protocols."""
-    sha256 = hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
+    sha256 = hashlib.sha256((ORACLE_FOLDER / "model.safetensors").read_bytes()).hexdigest()
     return FeatureNet(
         name="oracle",
         dim=NUM_FEATURES,

@@ -22,7 +22,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
 from miniature.captions import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     MATERIALS,
     SHAPES,
     SIZES,
@@ -31,17 +31,17 @@ from miniature.captions import (
     parse_caption,
 )
 
-SHIPPED = Path(__file__).parent / "weights" / "oracle"
+ORACLE_FOLDER = Path(__file__).parent / "weights" / "oracle"
 NUM_FEATURES = 128
 
 COUNTS = ("1", "2")
-SIDES = ("left", "right")
-OBJECT_HEADS = {"size": SIZES, "colour": COLOURS, "material": MATERIALS, "shape": SHAPES}
-HEADS: dict[str, tuple[str, ...]] = {
+OBJECT_SIDES = ("left", "right")
+OBJECT_HEADS = {"size": SIZES, "color": COLORS, "material": MATERIALS, "shape": SHAPES}
+ORACLE_HEADS: dict[str, tuple[str, ...]] = {
     "count": COUNTS,
     "background": BACKGROUNDS,
-    "nearer": SIDES,
-    **{f"{side}_{name}": values for side in SIDES for name, values in OBJECT_HEADS.items()},
+    "nearer": OBJECT_SIDES,
+    **{f"{side}_{name}": values for side in OBJECT_SIDES for name, values in OBJECT_HEADS.items()},
 }
 
 
@@ -83,7 +83,7 @@ class Oracle(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.slots = nn.Linear(width, 2, bias=False)
         self.pool = nn.Linear(3 * width, NUM_FEATURES)
-        self.head = nn.Linear(NUM_FEATURES, sum(map(len, HEADS.values())))
+        self.head = nn.Linear(NUM_FEATURES, sum(map(len, ORACLE_HEADS.values())))
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pooled features [B, 128] of pixels [B, 3, 64, 64] in [-1, 1]."""
@@ -95,15 +95,17 @@ class Oracle(nn.Module):
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Logits by head: [B, number of values]. pixels: [B, 3, 64, 64] in [-1, 1]."""
-        logits = torch.split(self.head(self.features(pixels)), [len(values) for values in HEADS.values()], 1)
-        return dict(zip(HEADS, logits, strict=True))
+        logits = torch.split(
+            self.head(self.features(pixels)), [len(values) for values in ORACLE_HEADS.values()], 1
+        )
+        return dict(zip(ORACLE_HEADS, logits, strict=True))
 
 
 # ---- reading
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class OracleReading:
     """What the oracle sees: objects from left to right, and which of two (0 left, 1 right) is nearer."""
 
     objects: tuple[ObjectSpec, ...]
@@ -120,10 +122,10 @@ class CaptionAccuracy:
 
 
 @torch.no_grad()
-def read(oracle: Oracle, pixels: Tensor, batch: int = 128) -> list[Reading]:
+def read_attributes(oracle: Oracle, pixels: Tensor, batch: int = 128) -> list[OracleReading]:
     """Reads pictures [B, 3, 64, 64] in [-1, 1]; puts the oracle in eval mode."""
     oracle.eval()
-    readings: list[Reading] = []
+    readings: list[OracleReading] = []
     for part in torch.split(pixels, batch):
         best = {name: logits.argmax(1).tolist() for name, logits in oracle(part).items()}
         readings += [
@@ -132,11 +134,11 @@ def read(oracle: Oracle, pixels: Tensor, batch: int = 128) -> list[Reading]:
     return readings
 
 
-def _reading(best: Mapping[str, int]) -> Reading:
-    words = {name: HEADS[name][index] for name, index in best.items()}
-    sides = SIDES[: int(words["count"])]
+def _reading(best: Mapping[str, int]) -> OracleReading:
+    words = {name: ORACLE_HEADS[name][index] for name, index in best.items()}
+    sides = OBJECT_SIDES[: int(words["count"])]
     objects = tuple(ObjectSpec(*(words[f"{side}_{name}"] for name in OBJECT_HEADS)) for side in sides)
-    return Reading(objects, words["background"], best["nearer"])
+    return OracleReading(objects, words["background"], best["nearer"])
 
 
 def caption_accuracy(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) -> CaptionAccuracy:
@@ -149,14 +151,14 @@ def caption_scores(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) -> t
     """Per picture: the share of captioned facts read back right, and 1 where all are; [B] float64 each."""
     assert len(pixels) == len(captions) > 0, f"{len(pixels)} pictures for {len(captions)} captions"
     scores = [
-        count_right(parse_caption(text), reading)
-        for text, reading in zip(captions, read(oracle, pixels), strict=True)
+        count_correct(parse_caption(text), reading)
+        for text, reading in zip(captions, read_attributes(oracle, pixels), strict=True)
     ]
     shares = torch.tensor([right / total for right, total in scores], dtype=torch.float64)
     return shares, (shares == 1).double()
 
 
-def count_right(facts: SceneFacts, reading: Reading) -> tuple[int, int]:
+def count_correct(facts: SceneFacts, reading: OracleReading) -> tuple[int, int]:
     """(facts read back right, facts in the caption): count, background, four per object, and the relation.
 
     Captioned objects are matched with seen ones so that as many attributes as possible agree; only then is
@@ -181,7 +183,7 @@ def _agreement(said: ObjectSpec, seen: ObjectSpec | None) -> int:
     return 0 if seen is None else sum(getattr(said, name) == getattr(seen, name) for name in OBJECT_HEADS)
 
 
-def _holds(relation: str, match: tuple[int, ...], reading: Reading) -> bool:
+def _holds(relation: str, match: tuple[int, ...], reading: OracleReading) -> bool:
     first, second = match
     if len(reading.objects) < 2:
         return False
@@ -207,7 +209,7 @@ def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
     write_atomically(folder / "meta.json", json.dumps(dict(meta), indent=1) + "\n")
 
 
-def load_oracle(folder: Path = SHIPPED) -> Oracle:
+def load_oracle(folder: Path = ORACLE_FOLDER) -> Oracle:
     """An oracle in eval mode, frozen, in fp32. Raises UserError where a piece is absent or damaged."""
     for component in ("config.json", "model.safetensors"):
         if not (folder / component).is_file():

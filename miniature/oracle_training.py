@@ -12,8 +12,8 @@ from d2g.core.errors import SettingError
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import generator
 from d2g.core.shuffle import permuted_batch
-from miniature.oracle import HEADS, OBJECT_HEADS, SIDES, Oracle, caption_accuracy
-from miniature.render import render
+from miniature.oracle import OBJECT_HEADS, OBJECT_SIDES, ORACLE_HEADS, Oracle, caption_accuracy
+from miniature.render import render_scenes
 from miniature.sampling import sample_scene
 from miniature.scene import Scene, project
 
@@ -46,7 +46,7 @@ class OracleConfig:
 def train_oracle(config: OracleConfig, progress: Progress = quiet) -> tuple[Oracle, dict[str, float]]:
     """Renders scenes of both splits, fits an oracle, and scores it on fresh scenes."""
     parts = [
-        oracle_data(num, config.seed, split, progress)
+        render_oracle_data(num, config.seed, split, progress)
         for num, split in ((config.train, "train"), (config.heldout, "heldout"))
     ]
     images = torch.cat([images for images, _ in parts])
@@ -55,15 +55,15 @@ def train_oracle(config: OracleConfig, progress: Progress = quiet) -> tuple[Orac
     return oracle, score_oracle(oracle, config.test, config.test_seed, progress)
 
 
-def oracle_data(num: int, seed: int, split: str, progress: Progress = quiet) -> tuple[Tensor, Tensor]:
+def render_oracle_data(num: int, seed: int, split: str, progress: Progress = quiet) -> tuple[Tensor, Tensor]:
     """Pictures uint8 [num, 3, 64, 64] and the heads' right answers [num, heads], -100 where none is asked."""
     images, targets = (
         torch.empty(num, 3, 64, 64, dtype=torch.uint8),
-        torch.empty(num, len(HEADS), dtype=torch.long),
+        torch.empty(num, len(ORACLE_HEADS), dtype=torch.long),
     )
     for start in range(0, num, 64):
         scenes = [sample_scene(seed, index, split) for index in range(start, min(start + 64, num))]
-        images[start : start + len(scenes)] = render(scenes)
+        images[start : start + len(scenes)] = render_scenes(scenes)
         targets[start : start + len(scenes)] = torch.tensor([scene_targets(scene) for scene in scenes])
         progress(f"render {split} scenes", start + len(scenes), num)
     return images, targets
@@ -75,10 +75,10 @@ def scene_targets(scene: Scene) -> list[int]:
     order = sorted(range(len(places)), key=places.__getitem__)
     answers = {"count": str(len(order)), "background": scene.background}
     if scene.relation in ("in front of", "behind"):
-        answers["nearer"] = SIDES[order.index(0 if scene.relation == "in front of" else 1)]
-    for side, place in zip(SIDES, order, strict=False):
+        answers["nearer"] = OBJECT_SIDES[order.index(0 if scene.relation == "in front of" else 1)]
+    for side, place in zip(OBJECT_SIDES, order, strict=False):
         answers |= {f"{side}_{name}": getattr(scene.objects[place], name) for name in OBJECT_HEADS}
-    return [values.index(answers[name]) if name in answers else -100 for name, values in HEADS.items()]
+    return [values.index(answers[name]) if name in answers else -100 for name, values in ORACLE_HEADS.items()]
 
 
 def fit_oracle(images: Tensor, targets: Tensor, config: OracleConfig, progress: Progress = quiet) -> Oracle:
@@ -92,7 +92,7 @@ def fit_oracle(images: Tensor, targets: Tensor, config: OracleConfig, progress: 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.15)
     for step in range(steps):
         rows = torch.tensor(permuted_batch(config.seed, len(images), step * config.batch, config.batch))
-        pixels = augment(images[rows].float() / 127.5 - 1, generator(config.seed, step))
+        pixels = augment_pixels(images[rows].float() / 127.5 - 1, generator(config.seed, step))
         logits = oracle(pixels.contiguous(memory_format=torch.channels_last))
         answers = targets[rows].unbind(1)
         loss = torch.stack(
@@ -116,7 +116,7 @@ def fit_oracle(images: Tensor, targets: Tensor, config: OracleConfig, progress: 
     return oracle.eval()
 
 
-def augment(pixels: Tensor, rng: torch.Generator) -> Tensor:
+def augment_pixels(pixels: Tensor, rng: torch.Generator) -> Tensor:
     """Slight shift, blur, contrast, brightness and noise, so that a decoder's pictures are read as well."""
     num = len(pixels)
 
@@ -138,7 +138,7 @@ def score_oracle(oracle: Oracle, num: int, seed: int, progress: Progress = quiet
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
         scenes = [sample_scene(seed, index, split) for index in range(num)]
-        pixels = render(scenes).float() / 127.5 - 1
+        pixels = render_scenes(scenes).float() / 127.5 - 1
         accuracy = caption_accuracy(oracle, pixels, [str(scene.facts) for scene in scenes])
         scores |= {f"{split}_{name}": value for name, value in asdict(accuracy).items()}
         progress(f"score oracle on {split} scenes", num, num)

@@ -25,12 +25,12 @@ from eval.runner.run import run_evaluation
 from eval.runner.samplers import SamplingRequest, ode_source
 from miniature.metrics import TEST_SEED
 from miniature.oracle import caption_accuracy, load_oracle
-from miniature.sampling import captions
+from miniature.sampling import scene_captions
 
-PIECES = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "latent_lpips", "clip")
+COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "latent_lpips", "clip")
 
 
-def halve(folder: Path) -> None:
+def store_as_fp16(folder: Path) -> None:
     """Store every fp32 tensor of a folder's safetensors files as fp16, in place."""
     for path in sorted(folder.rglob("*.safetensors")):
         tensors = load_file(path)
@@ -38,7 +38,7 @@ def halve(folder: Path) -> None:
         save_file(half, path, metadata={"format": "pt"})
 
 
-def commit() -> str:
+def source_commit() -> str:
     """The commit that this tree stands at."""
     command = ["git", "rev-parse", "HEAD"]
     return subprocess.run(
@@ -46,11 +46,11 @@ def commit() -> str:
     ).stdout.strip()
 
 
-def ship_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progress = quiet) -> dict[str, Any]:
+def release_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progress = quiet) -> dict[str, Any]:
     """Copy a finished `d2g teacher train` folder without training/, halve it, measure it, write meta.json."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "model_index.json", out / "model_index.json")
-    for component in PIECES:
+    for component in COMPONENTS:
         if (out / component).is_dir():
             shutil.rmtree(out / component)
         shutil.copytree(run / component, out / component)
@@ -59,16 +59,16 @@ def ship_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progress =
             facts.pop("_name_or_path", None)  # a path of the machine that trained it
             write_atomically(config, json.dumps(facts, indent=2) + "\n")
     for component in ("unet", "vae", "text_encoder", "latent_lpips"):
-        halve(out / component)
+        store_as_fp16(out / component)
     stages = {
         p.parent.name: json.loads(p.read_text()) for p in sorted((run / "training").glob("*/scores.json"))
     }
     meta = {
         "what": "miniature teacher",
-        "commit": commit(),
+        "commit": source_commit(),
         **how,
         "stages": stages,
-        "scores": score(str(out), progress),
+        "scores": score_teacher(str(out), progress),
     }
     write_atomically(out / "meta.json", json.dumps(meta, indent=1) + "\n")
     lpips = {"what": "LatentLPIPS of the miniature's latents", "commit": meta["commit"], **how}
@@ -77,14 +77,14 @@ def ship_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progress =
     return meta
 
 
-def score(
+def score_teacher(
     teacher: str, progress: Progress, num: int = 256, steps: int = 50, guidance: float = 3.0
 ) -> dict[str, float]:
     """Caption accuracy of the teacher's samples on `num` captions of each split."""
     oracle, loaded = load_oracle(), load_teacher(teacher)
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
-        texts, images = captions(num, TEST_SEED, split), []
+        texts, images = scene_captions(num, TEST_SEED, split), []
         source = ode_source(loaded, SamplingRequest(prompts=texts), steps=steps, guidance=guidance)
         for drawn in source.draw(range(num), 64, (NATIVE,)):
             images.append(drawn.views[NATIVE])
@@ -94,19 +94,19 @@ def score(
     return {**scores, "images": num, "steps": steps, "guidance": guidance}
 
 
-def ship_student(run: Path, out: Path, how: dict[str, Any], progress: Progress = quiet) -> dict[str, Any]:
+def release_student(run: Path, out: Path, how: dict[str, Any], progress: Progress = quiet) -> dict[str, Any]:
     """Export a run's student in half precision, measure it, write meta.json."""
     exported = export_student(str(run), out, "fp16", teacher="miniature")
     oracle, one = load_oracle(), load_one_step(str(out))
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
-        texts = captions(256, TEST_SEED, split)
+        texts = scene_captions(256, TEST_SEED, split)
         pixels = from_uint8(one.images(noise(0, range(256), one.student.latent_shape), texts))
         read = caption_accuracy(oracle, pixels, texts)
         scores |= {f"{split}_caption_accuracy": read.attributes, f"{split}_caption_exact": read.exact}
     measured = run_evaluation(EvalRun(student=str(out), protocol=PROTOCOLS["miniature"]), progress)
     keep = {key: measured[key] for key in ("fid", "clip_score", "precision", "recall", "counts")}
     parity = {"parity_max_abs_err": exported["parity_max_abs_err"]}
-    meta = {"what": "miniature student", "commit": commit(), **how, "scores": scores | keep | parity}
+    meta = {"what": "miniature student", "commit": source_commit(), **how, "scores": scores | keep | parity}
     write_atomically(out / "meta.json", json.dumps(meta, indent=1) + "\n")
     return meta

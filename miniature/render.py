@@ -1,7 +1,7 @@
-"""Pictures of scenes: sphere tracing and shading in plain vectorised torch.
+"""Pictures of scenes: sphere tracing and shading in plain vectorized torch.
 
 Every value is computed per ray from exactly rounded operations, so a picture does not depend on its batch.
-Colours are linear light inside and gamma 2 in the picture.
+Colors are linear light inside and gamma 2 in the picture.
 """
 
 from __future__ import annotations
@@ -23,56 +23,60 @@ from miniature.scene_tensors import (
 )
 from miniature.sdf import march
 from miniature.shading import shade_ground, shade_objects
-from miniature.vec3 import Vector, along, dot, take
+from miniature.vec3 import Vector, dot_product, point_along, take_rows
 
-CHUNK = 16  # scenes at a time: temporaries stay in the cache
-SAMPLES = 3  # per pixel and axis, for objects; the ground is smooth and needs one
+SCENES_PER_CHUNK = 16  # scenes at a time: temporaries stay in the cache
+SAMPLES_PER_AXIS = 3  # per pixel and axis, for objects; the ground is smooth and needs one
 
 
-def render(scenes: Sequence[Scene], size: int = 64) -> Tensor:
+def render_scenes(scenes: Sequence[Scene], size: int = 64) -> Tensor:
     """Pictures of scenes: uint8 [B, 3, size, size]. Equal bit for bit under any batching."""
-    chunks = [_render_chunk(scenes[i : i + CHUNK], size) for i in range(0, len(scenes), CHUNK)]
+    chunks = [
+        _render_chunk(scenes[i : i + SCENES_PER_CHUNK], size) for i in range(0, len(scenes), SCENES_PER_CHUNK)
+    ]
     return torch.cat(chunks) if chunks else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
 @torch.no_grad()
 def _render_chunk(scenes: Sequence[Scene], size: int) -> Tensor:
     views, objects = make_views(scenes), make_objects(scenes)
-    fine = size * SAMPLES
+    fine = size * SAMPLES_PER_AXIS
 
     # Objects: (object, ray) pairs whose ray passes the bounding sphere, marched by shape.
     item, ray = _pairs(views, objects, fine)
     scene = objects.scene[item]
     direction = ray_directions(views, scene, ray, fine)
-    camera = take(views.camera, scene)
+    camera = take_rows(views.camera, scene)
     length = by_shape(objects, item, march, camera, direction) * objects.radius[item]
     seen = _nearest(scene * fine * fine + ray, objects.slot[item], length, len(scenes) * fine * fine)
     item, ray, scene, length = item[seen], ray[seen], scene[seen], length[seen]
-    direction = take(direction, seen)
-    camera = take(camera, seen)
-    point = along(camera, direction, length)
-    colour = shade_objects(views, objects, scene, item, point, direction)
+    direction = take_rows(direction, seen)
+    camera = take_rows(camera, seen)
+    point = point_along(camera, direction, length)
+    color = shade_objects(views, objects, scene, item, point, direction)
 
     # Ground: one sample per pixel.
     ground, ground_point = _ground_points(views, len(scenes), size)
     backdrop = shade_ground(views, objects, ground, ground_point).view(3, len(scenes), size, size)
 
     # Each pixel is the mean of its samples, in linear light.
-    total = backdrop.repeat_interleave(SAMPLES, 2).repeat_interleave(SAMPLES, 3).reshape(3, -1)
-    total[:, scene * fine * fine + ray] = colour
-    total = total.view(3, len(scenes), size, SAMPLES, size, SAMPLES)
-    parts = [total[:, :, :, i, :, j] for i in range(SAMPLES) for j in range(SAMPLES)]
-    mean = sum(parts[1:], parts[0]) / SAMPLES**2
+    total = (
+        backdrop.repeat_interleave(SAMPLES_PER_AXIS, 2).repeat_interleave(SAMPLES_PER_AXIS, 3).reshape(3, -1)
+    )
+    total[:, scene * fine * fine + ray] = color
+    total = total.view(3, len(scenes), size, SAMPLES_PER_AXIS, size, SAMPLES_PER_AXIS)
+    parts = [total[:, :, :, i, :, j] for i in range(SAMPLES_PER_AXIS) for j in range(SAMPLES_PER_AXIS)]
+    mean = sum(parts[1:], parts[0]) / SAMPLES_PER_AXIS**2
     return (mean.clamp(0, 1).sqrt() * 255 + 0.5).to(torch.uint8).transpose(0, 1).contiguous()
 
 
 def _pairs(views: Views, objects: Objects, fine: int) -> tuple[Tensor, Tensor]:
     """Indices (object, ray within the picture) whose ray may meet the object's bounding sphere."""
-    camera = take(views.camera, objects.scene)
-    offset = (objects.centre[0] - camera[0], objects.centre[1] - camera[1], objects.centre[2] - camera[2])
-    depth = dot(offset, take(views.forward, objects.scene))
+    camera = take_rows(views.camera, objects.scene)
+    offset = (objects.center[0] - camera[0], objects.center[1] - camera[1], objects.center[2] - camera[2])
+    depth = dot_product(offset, take_rows(views.forward, objects.scene))
     scale = 1 / (depth * views.tan[objects.scene])
-    u, v = offset[0] * scale, dot(offset, take(views.up, objects.scene)) * scale
+    u, v = offset[0] * scale, dot_product(offset, take_rows(views.up, objects.scene)) * scale
     reach = 1.03 * objects.radius * objects.bound * scale  # 3 % for perspective
     axis = pixel_axis(fine)
     du, dv = axis[None] - u[:, None], -axis[None] - v[:, None]
@@ -93,8 +97,8 @@ def _nearest(cell: Tensor, slot: Tensor, length: Tensor, num_cells: int) -> Tens
 
 
 def _ground_points(views: Views, num: int, size: int) -> tuple[Tensor, Vector]:
-    """Scene and ground point of every pixel's centre; the camera looks down, so every ray gets there."""
+    """Scene and ground point of every pixel's center; the camera looks down, so every ray gets there."""
     scene = torch.arange(num).repeat_interleave(size * size)
     direction = ray_directions(views, scene, torch.arange(size * size).repeat(num), size)
-    camera = take(views.camera, scene)
-    return scene, along(camera, direction, -camera[1] / direction[1])
+    camera = take_rows(views.camera, scene)
+    return scene, point_along(camera, direction, -camera[1] / direction[1])

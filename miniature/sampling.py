@@ -13,44 +13,30 @@ from d2g.core.progress import Progress, quiet
 from miniature.captions import (
     BACKGROUNDS,
     RELATIONS,
+    SCENE_SPLITS,
     SIZES,
-    SPLITS,
     TRIPLES,
     ObjectSpec,
     SceneFacts,
     parse_caption,
 )
-from miniature.render import render
-from miniature.scene import Placement, Scene, View, project
-
-__all__ = [
-    "ObjectSpec",
-    "Scene",
-    "SceneFacts",
-    "caption",
-    "captions",
-    "parse_caption",
-    "render",
-    "render_dataset",
-    "sample_facts",
-    "sample_scene",
-    "scene_from_caption",
-]
+from miniature.render import render_scenes
+from miniature.scene import CameraView, Placement, Scene, project
 
 T = TypeVar("T")
-Disc = tuple[float, float, float]  # right, up, radius on the screen
+ScreenDisc = tuple[float, float, float]  # right, up, radius on the screen
 
 # A large sphere is about 21-28 pixels across, a small one 14-19: the bands stay apart at every depth.
 RADII = {"large": (1.10, 1.24), "small": (0.72, 0.82)}
 PROB_TWO_OBJECTS = 0.6
 MAX_OVERLAP = 0.15  # largest share of the farther object's disc that the nearer one's may cover
-MARGIN = 0.03  # free border, in half pictures
+SCREEN_MARGIN = 0.03  # free border, in half pictures
 MAX_DEPTH = 0.5  # between two objects side by side
 MIN_DEPTH = 1.5  # between one in front and one behind
 MAX_DRAWS = 20_000  # the hardest captions, two large objects side by side, take about 20 on average
 
 
-def caption(scene: Scene) -> str:
+def caption_of(scene: Scene) -> str:
     """The caption of a scene, which `parse_caption` reads back to `scene.facts`."""
     return str(scene.facts)
 
@@ -67,13 +53,13 @@ def scene_from_caption(text: str, seed: int, index: int) -> Scene:
 
 
 def sample_facts(seed: int, index: int, split: str = "train") -> SceneFacts:
-    """Attributes of scene `index`: 40 % one object, else two that differ in colour, shape or material.
+    """Attributes of scene `index`: 40 % one object, else two that differ in color, shape or material.
 
-    A "train" scene has no held-out (colour, shape, material), a "heldout" scene at least one.
+    A "train" scene has no held-out (color, shape, material), a "heldout" scene at least one.
     """
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: expected {' or '.join(SPLITS)}")
-    rng = _generator(seed, index, 1 + SPLITS.index(split))
+    if split not in SCENE_SPLITS:
+        raise UserError(f"unknown split {split!r}: expected {' or '.join(SCENE_SPLITS)}")
+    rng = _generator(seed, index, 1 + SCENE_SPLITS.index(split))
     num_objects = 2 if rng.random() < PROB_TWO_OBJECTS else 1
     triples = [_pick(rng, TRIPLES[split])]
     if num_objects == 2:
@@ -81,13 +67,13 @@ def sample_facts(seed: int, index: int, split: str = "train") -> SceneFacts:
         triples.append(_pick(rng, tuple(other for other in others if other != triples[0])))
         rng.shuffle(triples)
     objects = tuple(
-        ObjectSpec(_pick(rng, SIZES), colour, material, shape) for colour, shape, material in triples
+        ObjectSpec(_pick(rng, SIZES), color, material, shape) for color, shape, material in triples
     )
     relation = _pick(rng, RELATIONS) if num_objects == 2 else None
     return SceneFacts(objects, relation, _pick(rng, BACKGROUNDS))
 
 
-def captions(num: int, seed: int, split: str = "train") -> list[str]:
+def scene_captions(num: int, seed: int, split: str = "train") -> list[str]:
     """Captions of the first `num` scenes of a seed."""
     return [str(sample_facts(seed, index, split)) for index in range(num)]
 
@@ -100,8 +86,8 @@ def render_dataset(
     texts: list[str] = []
     for start in range(0, num, batch):
         scenes = [sample_scene(seed, index, split) for index in range(start, min(start + batch, num))]
-        images[start : start + len(scenes)] = render(scenes)
-        texts.extend(map(caption, scenes))
+        images[start : start + len(scenes)] = render_scenes(scenes)
+        texts.extend(map(caption_of, scenes))
         progress("render scenes", len(texts), num)
     return images, texts
 
@@ -110,7 +96,7 @@ def _place(facts: SceneFacts, seed: int, index: int) -> Scene:
     """Draws view and placements until the objects are in the picture, apart, and in the relation."""
     rng = _generator(seed, index, 0)
     for _ in range(MAX_DRAWS):
-        view = View(
+        view = CameraView(
             elevation=math.radians(rng.uniform(22.0, 27.0)),
             zoom=rng.uniform(0.97, 1.03),
             shift_x=rng.uniform(-0.12, 0.12),
@@ -140,11 +126,11 @@ def _placements(rng: np.random.Generator, facts: SceneFacts) -> tuple[Placement,
 
 
 def _is_clear(scene: Scene) -> bool:
-    discs: list[Disc] = []
+    discs: list[ScreenDisc] = []
     for spot in scene.placements:
         right, up, scale = project(scene.view, spot.x, 0.9 * spot.radius, spot.z)
         radius = spot.radius * scale
-        if max(abs(right), abs(up)) + radius > 1.0 - MARGIN:
+        if max(abs(right), abs(up)) + radius > 1.0 - SCREEN_MARGIN:
             return False
         discs.append((right, up, radius))
     if len(discs) == 1:
@@ -167,7 +153,7 @@ def _relation_holds(scene: Scene) -> bool:
     return sign * depth >= MIN_DEPTH and abs(sideways) >= 0.7
 
 
-def _covered(far: Disc, near: Disc) -> float:
+def _covered(far: ScreenDisc, near: ScreenDisc) -> float:
     """Share of the farther disc that the nearer one covers (area of the lens between two circles)."""
     distance = math.hypot(near[0] - far[0], near[1] - far[1])
     if distance >= near[2] + far[2]:

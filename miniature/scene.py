@@ -27,7 +27,7 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class CameraView:
     """Angles in radians; `zoom` about 1; `shift_x`: how far the camera stands to the right."""
 
     elevation: float
@@ -43,7 +43,7 @@ class Scene:
 
     facts: SceneFacts
     placements: tuple[Placement, ...]
-    view: View
+    view: CameraView
 
     @property
     def objects(self) -> tuple[ObjectSpec, ...]:
@@ -58,7 +58,7 @@ class Scene:
         return self.facts.background
 
 
-def project(view: View, x: float, y: float, z: float) -> tuple[float, float, float]:
+def project(view: CameraView, x: float, y: float, z: float) -> tuple[float, float, float]:
     """(right, up) of a world point, -1 to 1 across the picture, and the length there of a world unit."""
     sin, cos = math.sin(view.elevation), math.cos(view.elevation)
     x, y = x - view.shift_x, y - TARGET_HEIGHT

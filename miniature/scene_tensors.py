@@ -12,12 +12,12 @@ from torch import Tensor
 from miniature.captions import SHAPES
 from miniature.scene import CAMERA_DISTANCE, FIELD_OF_VIEW_TAN, TARGET_HEIGHT, Scene
 from miniature.sdf import SHAPE_TABLE
-from miniature.vec3 import Vector, normalise, take
+from miniature.vec3 import Vector, normalize_vector, take_rows
 
-Along = Callable[[str, Vector, Vector], Tensor]
+RayFunction = Callable[[str, Vector, Vector], Tensor]
 
-# Display colours, 0 to 1.
-OBJECT_COLOURS = {
+# Display colors, 0 to 1.
+OBJECT_COLORS = {
     "red": (0.86, 0.12, 0.12),
     "green": (0.16, 0.68, 0.18),
     "blue": (0.14, 0.28, 0.90),
@@ -25,7 +25,7 @@ OBJECT_COLOURS = {
     "purple": (0.56, 0.16, 0.80),
     "cyan": (0.12, 0.82, 0.92),
 }
-BACKGROUND_COLOURS = {
+BACKGROUND_COLORS = {
     "pink": (0.96, 0.66, 0.76),
     "gray": (0.50, 0.50, 0.52),
     "white": (0.96, 0.96, 0.95),
@@ -54,12 +54,12 @@ class Objects:
     slot: Tensor
     other: Tensor  # index of the scene's other object, or -1
     shape: list[str]
-    centre: Vector
+    center: Vector
     radius: Tensor
     bound: Tensor
     cos: Tensor
     sin: Tensor
-    colour: Tensor  # [3, K], linear
+    color: Tensor  # [3, K], linear
     metal: Tensor
 
 
@@ -80,7 +80,7 @@ def make_views(scenes: Sequence[Scene]) -> Views:
             column(lambda s: math.sin(s.view.light_elevation)),
             column(lambda s: math.cos(s.view.light_elevation) * math.cos(s.view.light_azimuth)),
         ),
-        ground=linear_light([BACKGROUND_COLOURS[s.background] for s in scenes]),
+        ground=linear_light([BACKGROUND_COLORS[s.background] for s in scenes]),
     )
 
 
@@ -96,7 +96,7 @@ def make_objects(scenes: Sequence[Scene]) -> Objects:
         slot=torch.tensor([k for _, k in rows]),
         other=torch.tensor(others),
         shape=[spec.shape for spec in specs],
-        centre=(
+        center=(
             torch.tensor([s.x for s in spots]),
             torch.tensor(heights),
             torch.tensor([s.z for s in spots]),
@@ -105,13 +105,13 @@ def make_objects(scenes: Sequence[Scene]) -> Objects:
         bound=torch.tensor(bounds),
         cos=torch.tensor([math.cos(s.yaw) for s in spots]),
         sin=torch.tensor([math.sin(s.yaw) for s in spots]),
-        colour=linear_light([OBJECT_COLOURS[spec.colour] for spec in specs]),
+        color=linear_light([OBJECT_COLORS[spec.color] for spec in specs]),
         metal=torch.tensor([spec.material == "metal" for spec in specs]),
     )
 
 
-def linear_light(colours: list[tuple[float, float, float]]) -> Tensor:
-    display = torch.tensor(colours, dtype=torch.float32).T
+def linear_light(colors: list[tuple[float, float, float]]) -> Tensor:
+    display = torch.tensor(colors, dtype=torch.float32).T
     return (display * display).contiguous()
 
 
@@ -122,18 +122,20 @@ def pixel_axis(count: int) -> Tensor:
 def ray_directions(views: Views, scene: Tensor, ray: Tensor, count: int) -> Vector:
     axis, tan = pixel_axis(count), views.tan[scene]
     u, v = axis[ray % count] * tan, -axis[ray // count] * tan
-    forward, up = take(views.forward, scene), take(views.up, scene)
-    return normalise((u, forward[1] + v * up[1], forward[2] + v * up[2]))
+    forward, up = take_rows(views.forward, scene), take_rows(views.up, scene)
+    return normalize_vector((u, forward[1] + v * up[1], forward[2] + v * up[2]))
 
 
-def by_shape(objects: Objects, item: Tensor, function: Along, position: Vector, direction: Vector) -> Tensor:
+def by_shape(
+    objects: Objects, item: Tensor, function: RayFunction, position: Vector, direction: Vector
+) -> Tensor:
     """function(shape, position, direction) in each object's own frame; [N] values, in the order of `item`."""
     local = to_local(objects, item, position)
     cos, sin = objects.cos[item], objects.sin[item]
     turned = (cos * direction[0] - sin * direction[2], direction[1], sin * direction[0] + cos * direction[2])
     result = torch.empty_like(cos)
     for shape, rows in rows_by_shape(objects, item):
-        result[rows] = function(shape, take(local, rows), take(turned, rows))
+        result[rows] = function(shape, take_rows(local, rows), take_rows(turned, rows))
     return result
 
 
@@ -143,7 +145,7 @@ def rows_by_shape(objects: Objects, item: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def to_local(objects: Objects, item: Tensor, point: Vector) -> Vector:
-    """World points in the frame of their object: its centre at 0, its radius as unit, its yaw undone."""
+    """World points in the frame of their object: its center at 0, its radius as unit, its yaw undone."""
     cos, sin, inverse = objects.cos[item], objects.sin[item], 1 / objects.radius[item]
-    x, y, z = (p - c[item] for p, c in zip(point, objects.centre, strict=True))
+    x, y, z = (p - c[item] for p, c in zip(point, objects.center, strict=True))
     return (cos * x - sin * z) * inverse, y * inverse, (sin * x + cos * z) * inverse

@@ -1,6 +1,6 @@
 """Signed distances of the five unit shapes, and marching along rays through them.
 
-Positions are in an object's own frame: its centre at the origin, its `radius` as the unit, its yaw undone.
+Positions are in an object's own frame: its center at the origin, its `radius` as the unit, its yaw undone.
 Only + - * / sqrt min max are used: they are exactly rounded, so no result depends on how rays are batched.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from miniature.vec3 import Vector, dot, length2, length3, normalise
+from miniature.vec3 import Vector, dot_product, length2, length3, normalize_vector
 
-Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
+SignedDistance = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MARCH_STEPS = 28
 COMPACT_EVERY = 7
-SURFACE = 1e-3
+HIT_DISTANCE = 1e-3
 SHADOW_STEPS = 14
 SHADOW_SHARPNESS = 5.0
 SHADOW_MARGIN = 0.35  # beyond the bounding sphere, for the penumbra
@@ -66,8 +66,8 @@ def _torus(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return length2(length2(x, y) - TORUS_RING, z) - TORUS_TUBE
 
 
-# shape: (distance, height of the centre above the ground, bounding radius)
-SHAPE_TABLE: dict[str, tuple[Distance, float, float]] = {
+# shape: (distance, height of the center above the ground, bounding radius)
+SHAPE_TABLE: dict[str, tuple[SignedDistance, float, float]] = {
     "sphere": (_sphere, SPHERE_RADIUS, SPHERE_RADIUS),
     "cube": (_cube, CUBE_HALF, 1.22),
     "cylinder": (_cylinder, CYLINDER_HALF, 1.12),
@@ -79,8 +79,8 @@ SHAPE_TABLE: dict[str, tuple[Distance, float, float]] = {
 def march(shape: str, origin: Vector, direction: Vector) -> Tensor:
     """Sphere tracing. origin, direction (unit length): [N] each. Returns [N] ray lengths, inf for a miss."""
     distance, _, bound = SHAPE_TABLE[shape]
-    closest = -dot(origin, direction)
-    chord = bound * bound - (dot(origin, origin) - closest * closest)
+    closest = -dot_product(origin, direction)
+    chord = bound * bound - (dot_product(origin, origin) - closest * closest)
     half = chord.clamp(min=0).sqrt()
     result = torch.full_like(closest, torch.inf)
     live = (chord > 0).nonzero().squeeze(1)
@@ -92,7 +92,7 @@ def march(shape: str, origin: Vector, direction: Vector) -> Tensor:
         h = distance(ox + t * dx, oy + t * dy, oz + t * dz)
         t = t + h
         if step % COMPACT_EVERY == COMPACT_EVERY - 1:
-            hit = h < (SURFACE if step < MARCH_STEPS - 1 else 10 * SURFACE)
+            hit = h < (HIT_DISTANCE if step < MARCH_STEPS - 1 else 10 * HIT_DISTANCE)
             result[live[hit]] = t[hit]
             keep = (~hit & (t < end)).nonzero().squeeze(1)
             live, t = live[keep], t[keep]
@@ -100,20 +100,20 @@ def march(shape: str, origin: Vector, direction: Vector) -> Tensor:
     return result
 
 
-def normals(shape: str, x: Tensor, y: Tensor, z: Tensor) -> Vector:
+def surface_normals(shape: str, x: Tensor, y: Tensor, z: Tensor) -> Vector:
     """Unit gradient of the distance at [N] points, from four samples at the corners of a tetrahedron."""
     distance, e = SHAPE_TABLE[shape][0], 0.01
     a, b = distance(x + e, y - e, z - e), distance(x - e, y - e, z + e)
     c, d = distance(x - e, y + e, z - e), distance(x + e, y + e, z + e)
-    return normalise((a - b - c + d, c + d - a - b, b + d - a - c))
+    return normalize_vector((a - b - c + d, c + d - a - b, b + d - a - c))
 
 
 def soft_shadow(shape: str, origin: Vector, light: Vector) -> Tensor:
     """How much light reaches [N] points past the shape: 0 dark, 1 lit; penumbra = sharpness * h / t."""
     distance, _, bound = SHAPE_TABLE[shape]
     reach = bound + SHADOW_MARGIN
-    closest = -dot(origin, light)
-    gap2 = dot(origin, origin) - closest * closest
+    closest = -dot_product(origin, light)
+    gap2 = dot_product(origin, origin) - closest * closest
     result = torch.ones_like(closest)
     live = ((gap2 < reach * reach) & (closest > -bound)).nonzero().squeeze(1)
     ox, oy, oz, lx, ly, lz = (value[live] for value in (*origin, *light))

@@ -1,4 +1,4 @@
-"""The light that surfaces and the ground send to the camera, in linear colour."""
+"""The light that surfaces and the ground send to the camera, in linear color."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from miniature.scene_tensors import Objects, Views, by_shape, rows_by_shape, to_local
-from miniature.sdf import normals, soft_shadow
-from miniature.vec3 import Vector, dot, normalise, take
+from miniature.sdf import soft_shadow, surface_normals
+from miniature.vec3 import Vector, dot_product, normalize_vector, take_rows
 
 
 def shade_objects(
     views: Views, objects: Objects, scene: Tensor, item: Tensor, point: Vector, direction: Vector
 ) -> Tensor:
-    """Linear colour [3, N] of surface points: Lambert and a sky for matte, a mirror of a studio for metal."""
+    """Linear color [3, N] of surface points: Lambert and a sky for matte, a mirror of a studio for metal."""
     normal = _world_normals(objects, item, point)
-    light, ground = take(views.light, scene), views.ground[:, scene]
-    albedo, metal = objects.colour[:, item], objects.metal[item]
+    light, ground = take_rows(views.light, scene), views.ground[:, scene]
+    albedo, metal = objects.color[:, item], objects.metal[item]
     other = objects.other[item]
     lit = torch.ones_like(point[0])
     pair = (other >= 0).nonzero().squeeze(1)
-    lit[pair] = by_shape(objects, other[pair], soft_shadow, take(point, pair), take(light, pair))
+    lit[pair] = by_shape(objects, other[pair], soft_shadow, take_rows(point, pair), take_rows(light, pair))
 
-    facing = dot(normal, light)
+    facing = dot_product(normal, light)
     sun = facing.clamp(min=0) * lit
     sky = 0.5 + 0.5 * normal[1]
     near_ground = (point[1] / (0.6 * objects.radius[item])).clamp(0, 1)
@@ -31,14 +31,14 @@ def shade_objects(
     matte = matte + albedo * ground * (0.22 * (1 - sky) * open_sky)
 
     mirrored = _reflect(direction, normal)
-    glint = dot(mirrored, light).clamp(min=0)
+    glint = dot_product(mirrored, light).clamp(min=0)
     glint = _power(glint, 5) * lit
-    edge = 1 + dot(direction, normal).clamp(max=0)
+    edge = 1 + dot_product(direction, normal).clamp(max=0)
     fresnel = edge * edge * edge
     studio = _studio(objects, item, point, mirrored, ground)
     tint = albedo + (1 - albedo) * (0.5 * fresnel)
-    metal_colour = tint * studio * (0.55 + 0.45 * lit) * open_sky + albedo * (0.18 * sun) + 1.6 * glint
-    return torch.where(metal, metal_colour, matte)
+    metal_color = tint * studio * (0.55 + 0.45 * lit) * open_sky + albedo * (0.18 * sun) + 1.6 * glint
+    return torch.where(metal, metal_color, matte)
 
 
 def _world_normals(objects: Objects, item: Tensor, point: Vector) -> Vector:
@@ -46,7 +46,7 @@ def _world_normals(objects: Objects, item: Tensor, point: Vector) -> Vector:
     cos, sin = objects.cos[item], objects.sin[item]
     nx, ny, nz = (torch.empty_like(cos) for _ in range(3))
     for shape, rows in rows_by_shape(objects, item):
-        nx[rows], ny[rows], nz[rows] = normals(shape, *take(local, rows))
+        nx[rows], ny[rows], nz[rows] = surface_normals(shape, *take_rows(local, rows))
     return cos * nx + sin * nz, ny, cos * nz - sin * nx
 
 
@@ -54,13 +54,13 @@ def _studio(objects: Objects, item: Tensor, point: Vector, mirrored: Vector, gro
     """What a mirror sees: the floor, a dark horizon, a sky that brightens upwards, and a bright lamp panel.
 
     The ray's start counts as well as its direction, as in a room and not in an endless landscape: otherwise
-    each flat face would reflect one single colour.
+    each flat face would reflect one single color.
     """
     x, y, z = (
         m + 0.55 * (p - c[item]) / objects.radius[item]
-        for m, p, c in zip(mirrored, point, objects.centre, strict=True)
+        for m, p, c in zip(mirrored, point, objects.center, strict=True)
     )
-    x, y, z = normalise((x, y, z))
+    x, y, z = normalize_vector((x, y, z))
     sky = 0.10 + 1.25 * _ramp(y, 0.05, 0.95)
     panel_height = _ramp(y, 0.30, 0.38) * (1 - _ramp(y, 0.58, 0.66))
     panel = 1.7 * panel_height * _ramp(x, -0.75, -0.6) * (1 - _ramp(x, 0.1, 0.25))
@@ -71,8 +71,8 @@ def _studio(objects: Objects, item: Tensor, point: Vector, mirrored: Vector, gro
 
 
 def shade_ground(views: Views, objects: Objects, scene: Tensor, point: Vector) -> Tensor:
-    """Linear colour [3, N] of ground points: lit floor with shadows that turns into a paler wall far away."""
-    light = take(views.light, scene)
+    """Linear color [3, N] of ground points: lit floor with shadows that turns into a paler wall far away."""
+    light = take_rows(views.light, scene)
     shadow, contact = torch.ones_like(point[0]), torch.ones_like(point[0])
     for slot in (0, 1):
         owners = (objects.slot == slot).nonzero().squeeze(1)
@@ -81,9 +81,9 @@ def shade_ground(views: Views, objects: Objects, scene: Tensor, point: Vector) -
         item = table[scene]
         rows = (item >= 0).nonzero().squeeze(1)
         item = item[rows]
-        here = take(point, rows)
-        shadow[rows] *= by_shape(objects, item, soft_shadow, here, take(light, rows))
-        dx, dz = here[0] - objects.centre[0][item], here[2] - objects.centre[2][item]
+        here = take_rows(point, rows)
+        shadow[rows] *= by_shape(objects, item, soft_shadow, here, take_rows(light, rows))
+        dx, dz = here[0] - objects.center[0][item], here[2] - objects.center[2][item]
         gap = (dx * dx + dz * dz).sqrt() / objects.radius[item]
         contact[rows] *= 0.6 + 0.4 * _ramp(gap, 0.55, 1.5)
     wall = _ramp(-point[2], 3.2, 5.6)
@@ -107,7 +107,7 @@ def _power(x: Tensor, doublings: int) -> Tensor:
 
 
 def _reflect(direction: Vector, normal: Vector) -> Vector:
-    twice = 2 * dot(direction, normal)
+    twice = 2 * dot_product(direction, normal)
     return (
         direction[0] - twice * normal[0],
         direction[1] - twice * normal[1],

@@ -7,16 +7,16 @@ from torch import Tensor
 Vector = tuple[Tensor, Tensor, Tensor]
 
 
-def dot(a: Vector, b: Vector) -> Tensor:
+def dot_product(a: Vector, b: Vector) -> Tensor:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def normalise(v: Vector) -> Vector:
+def normalize_vector(v: Vector) -> Vector:
     scale = 1 / length3(*v).clamp(min=1e-9)
     return v[0] * scale, v[1] * scale, v[2] * scale
 
 
-def along(origin: Vector, direction: Vector, length: Tensor) -> Vector:
+def point_along(origin: Vector, direction: Vector, length: Tensor) -> Vector:
     return (
         origin[0] + length * direction[0],
         origin[1] + length * direction[1],
@@ -24,7 +24,7 @@ def along(origin: Vector, direction: Vector, length: Tensor) -> Vector:
     )
 
 
-def take(vector: Vector, rows: Tensor) -> Vector:
+def take_rows(vector: Vector, rows: Tensor) -> Vector:
     return vector[0][rows], vector[1][rows], vector[2][rows]
 
 

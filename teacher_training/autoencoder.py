@@ -11,7 +11,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.pretrained import new_vae
-from teacher_training.loop import FitConfig, fit
+from teacher_training.loop import FitConfig, fit_modules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class AutoencoderConfig:
             raise SettingError(f"vae.channels is {self.channels}; expected two or more multiples of 8")
 
 
-def build(config: AutoencoderConfig, size: int) -> Any:
+def build_autoencoder(config: AutoencoderConfig, size: int) -> Any:
     """A fresh AutoencoderKL."""
     levels = len(config.channels)
     return new_vae(
@@ -53,7 +53,7 @@ def reconstruction_loss(pixels: Tensor, decoded: Tensor, square_weight: float, e
     """Mean absolute plus squared error of pixels, plus absolute error of pixel differences. Inputs [B, 3, H,
     W].
 
-    The squared part finds the colours of small objects early; absolute error alone takes the background first
+    The squared part finds the colors of small objects early; absolute error alone takes the background first
     and was still gray after 30,000 pictures (docs/LOG.md).
     """
     error = decoded - pixels
@@ -68,7 +68,7 @@ def train_autoencoder(
     variance.
     """
     torch.manual_seed(seed)
-    vae = build(config, images.shape[-1]).to(memory_format=torch.channels_last)
+    vae = build_autoencoder(config, images.shape[-1]).to(memory_format=torch.channels_last)
 
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = from_uint8(images[rows]).contiguous(memory_format=torch.channels_last)
@@ -78,7 +78,7 @@ def train_autoencoder(
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return rec + config.kl_weight * kl, {"loss/rec": rec, "loss/kl": kl}
 
-    fit("vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress)
+    fit_modules("vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress)
     with torch.no_grad():
         sample = from_uint8(images[: min(len(images), 1024)])
         raw = torch.cat([vae.encode(rows).latent_dist.mode() for rows in sample.split(64)])

@@ -18,12 +18,12 @@ from d2g.core.signals import StopFlag
 from d2g.core.tracking.run_directory import RunLog
 from distill.models.ema import EMA
 
-Loss = Callable[[list[int], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+LossFn = Callable[[list[int], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitConfig:
-    """Length and optimiser of one training. `images`: total over all ranks; `batch_size`: per step over all
+    """Length and optimizer of one training. `images`: total over all ranks; `batch_size`: per step over all
     ranks.
     """
 
@@ -43,17 +43,17 @@ class FitConfig:
             )
 
 
-def learning_rate(nimg: int, config: FitConfig) -> float:
+def cosine_learning_rate(nimg: int, config: FitConfig) -> float:
     """Linear warm-up, then a cosine to zero, both in images."""
     warmup = min(1.0, (nimg + config.batch_size) / max(1, config.warmup_images))
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, nimg / config.images)))
 
 
-def fit(
+def fit_modules(
     label: str,
     log: RunLog,
     modules: Mapping[str, nn.Module],
-    loss_of: Loss,
+    loss_of: LossFn,
     size: int,
     config: FitConfig,
     seed: int,
@@ -94,7 +94,7 @@ def fit(
         while nimg < config.images:
             rows = permuted_batch(seed, size, nimg, config.batch_size)[process_group.rank() * local :][:local]
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(nimg, config)
+                group["lr"] = cosine_learning_rate(nimg, config)
             loss, parts = loss_of(rows, seed_step(seed, process_group.rank(), nimg))
             loss.backward()
             if process_group.any_rank(not torch.isfinite(loss)):

@@ -28,16 +28,16 @@ from d2g.diffusion.pretrained import (
     save_pipeline,
 )
 from latent_lpips import weights as lpips_weights
-from latent_lpips.config import PRESETS as LPIPS_PRESETS
+from latent_lpips.config import LPIPS_PRESETS as LPIPS_PRESETS
 from latent_lpips.config import LPIPSTrainConfig
 from latent_lpips.training.small import train_latent_lpips
 from teacher_training.autoencoder import AutoencoderConfig, train_autoencoder
 from teacher_training.clip import ClipConfig, train_clip
 from teacher_training.data import cached_images
 from teacher_training.loop import FitConfig
-from teacher_training.unet import DenoiserConfig, build, train_denoiser
+from teacher_training.unet import DenoiserConfig, build_denoiser, train_denoiser
 
-STAGES = ("data", "vae", "unet", "lpips", "clip")
+TEACHER_STAGES = ("data", "vae", "unet", "lpips", "clip")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class TeacherSummary:
 
 
 def train_teacher(
-    config: TeacherConfig, out: Path, stages: tuple[str, ...] = STAGES, progress: Progress = quiet
+    config: TeacherConfig, out: Path, stages: tuple[str, ...] = TEACHER_STAGES, progress: Progress = quiet
 ) -> TeacherSummary:
     """Train the stages that are not done yet; each is whole on disk before the next begins.
 
@@ -85,14 +85,14 @@ def train_teacher(
     """
     started, work = time.monotonic(), out / "training"
     for stage in stages:
-        pick(dict.fromkeys(STAGES), stage, "stage")
+        pick(dict.fromkeys(TEACHER_STAGES), stage, "stage")
     pictures = {key: to_json(config)[key] for key in ("data", "size", "images", "seed", "caption_template")}
     RunLog(work, pictures)  # each stage checks its own settings against its own folder
     images, captions = cached_images(
         work, config.data, config.size, config.images, config.seed, config.caption_template, progress
     )
     scores: dict[str, Any] = {}
-    for stage in [s for s in STAGES[1:] if s in stages]:
+    for stage in [s for s in TEACHER_STAGES[1:] if s in stages]:
         done = work / stage / "scores.json"
         if not done.is_file():
             begun = time.monotonic()
@@ -142,7 +142,7 @@ def _train_unet(
     if process_group.rank() == 0:
         tokenizer = new_tokenizer(captions, out / "tokenizer", config.unet.vocab_size, config.unet.max_length)
         # The schedule must be on disk before training: it is read back as any teacher's is.
-        text, unet = build(config.unet, tokenizer, latents.shape[1], latents.shape[-1])
+        text, unet = build_denoiser(config.unet, tokenizer, latents.shape[1], latents.shape[-1])
         save_pipeline(out, unet=unet, vae=vae, text=text, set_alpha_to_one=True)
     process_group.barrier()
     log = RunLog(out / "training" / "unet", to_json(config.unet))
@@ -175,7 +175,7 @@ def _train_lpips(
     network = replace(config.lpips.network, channels=latents.shape[1])
     settings = replace(config.lpips, network=network)
     metric, scores = train_latent_lpips(settings, latents, captions, images, encode_uint8, progress)
-    lpips_weights.save(metric, out / "latent_lpips", {"trained_on": config.data, **scores})
+    lpips_weights.save_lpips(metric, out / "latent_lpips", {"trained_on": config.data, **scores})
     return scores
 
 
@@ -190,7 +190,7 @@ def _train_clip(
 
 _TRAIN = {"vae": _train_vae, "unet": _train_unet, "lpips": _train_lpips, "clip": _train_clip}
 
-PRESETS = {
+TEACHER_PRESETS = {
     # what the shipped miniature was trained with; its scores stand in weights/teacher/meta.json
     "scenes": TeacherConfig(
         lpips=replace(LPIPS_PRESETS["small"], trunk=replace(LPIPS_PRESETS["small"].trunk, images=50_000)),

@@ -11,7 +11,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.pretrained import TextEncoder, new_text_encoder, new_unet
 from d2g.diffusion.schedule import Schedule, diffuse
-from teacher_training.loop import FitConfig, fit
+from teacher_training.loop import FitConfig, fit_modules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class DenoiserConfig:
             )
 
 
-def build(
+def build_denoiser(
     config: DenoiserConfig, tokenizer: Any, latent_channels: int, latent_size: int
 ) -> tuple[TextEncoder, nn.Module]:
     """Fresh text encoder and UNet2DConditionModel with cross-attention at every scale."""
@@ -75,7 +75,7 @@ def train_denoiser(
 ) -> tuple[TextEncoder, nn.Module]:
     """Train on scaled latents [N, C, h, w] with one caption each; returns EMA weights."""
     torch.manual_seed(seed)
-    text, unet = build(config, tokenizer, latents.shape[1], latents.shape[-1])
+    text, unet = build_denoiser(config, tokenizer, latents.shape[1], latents.shape[-1])
     tokens, empty = text.tokens(captions), text.tokens([""])
     bars = schedule.alphas_cumprod.float()
     snr = bars / (1 - bars)
@@ -91,5 +91,7 @@ def train_denoiser(
         each = (epsilon.float() - noise).square().mean((1, 2, 3))
         return (weights[t] * each).mean(), {"loss/mse": each.mean()}
 
-    fit("unet", log, {"text": text.model, "unet": unet}, loss_of, len(latents), config.fit, seed, progress)
+    fit_modules(
+        "unet", log, {"text": text.model, "unet": unet}, loss_of, len(latents), config.fit, seed, progress
+    )
     return text.eval(), unet

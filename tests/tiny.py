@@ -60,7 +60,7 @@ def save_lpips(folder: Path, channels: int = 4) -> None:
     """A narrow LatentLPIPS with random weights."""
     torch.manual_seed(7)
     metric = LatentLPIPS(LPIPSConfig(channels=channels, width=1 / 16))
-    lpips_weights.save(metric, folder, {"note": "random"})
+    lpips_weights.save_lpips(metric, folder, {"note": "random"})
 
 
 def save_prompts(path: Path) -> str:

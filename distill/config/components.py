@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from d2g.core.config import nearest
 from d2g.core.errors import SettingError
-from latent_lpips.config import FAMILIES, families_known
+from latent_lpips.config import AUGMENT_FAMILIES, are_augment_families
 
 Optimizer = Literal["adamw", "adamw_fused", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
@@ -99,8 +99,8 @@ class RegressionConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "regression")
-        known = f"'none' or letters of {FAMILIES!r}, each once"
-        require(families_known(self.augment), "regression.augment", self.augment, known)
+        known = f"'none' or letters of {AUGMENT_FAMILIES!r}, each once"
+        require(are_augment_families(self.augment), "regression.augment", self.augment, known)
         if min(self.weight, self.latent_lpips_weight, self.l1_weight) < 0 or self.draws < 1:
             raise SettingError("regression: weights must not be negative and draws at least 1")
         require(self.huber_c > 0, "regression.huber_c", self.huber_c, "a positive number")

@@ -67,7 +67,8 @@ class Regression(nn.Module):
             return None
         size, device = shape[1:], next(self.plain.parameters()).device
         return [
-            augment.draw(self.augmented.augment, rows, size, rng, device) for _ in range(self.config.draws)
+            augment.sample_transforms(self.augmented.augment, rows, size, rng, device)
+            for _ in range(self.config.draws)
         ]
 
     def distance(self, pred: Tensor, target: Tensor, transforms: Transforms) -> Tensor:

@@ -22,7 +22,7 @@ from distill.losses.noise_augmentation import Levels, Noiser
 from distill.losses.regression import Regression, Transforms
 from distill.models.row_dropout import row_keys
 from distill.training.text_cache import TextCache
-from latent_lpips.augment import take
+from latent_lpips.augment import select_transforms
 from pairgen.store.concat import scales
 from pairgen.store.hdf5 import PairBatch
 
@@ -114,7 +114,9 @@ def split(
                 real=real[here],
                 text=text[here],
                 guidance=tuple(sent(t[here], device) for t in scales(batch)),
-                transforms=None if draws.transforms is None else [take(t, there) for t in draws.transforms],
+                transforms=None
+                if draws.transforms is None
+                else [select_transforms(t, there) for t in draws.transforms],
                 rows=rows,
                 keys=sent(row_keys(config.seed, rows) if config.student.dropout else None, device),
                 mode=sent(mode, device),

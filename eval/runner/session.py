@@ -22,7 +22,7 @@ from eval.protocols.protocol import ANY, PAIRED, check_metrics
 from eval.runner.samplers import SamplingRequest, ode_source, pipeline_source, student_source
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, scenes_reference
 from miniature.oracle import load_oracle
-from miniature.sampling import captions as scene_captions
+from miniature.sampling import scene_captions as scene_captions
 from pairgen.prompt_files import cells
 from pairgen.prompts import label_list
 

@@ -1,8 +1,8 @@
-"""Human judgements on disk, in BAPPS' layout (Zhang et al. 2018).
+"""Human judgments on disk, in BAPPS' layout (Zhang et al. 2018).
 
 2AFC: SPLIT/{ref,p0,p1}/NAME.png and SPLIT/judge/NAME.npy, the share of people who find p1 closer to ref.
 JND:  SPLIT/{p0,p1}/NAME.png and SPLIT/same/NAME.npy, the share of people who see no difference.
-A NAME of the form PICTURE.N says that these judgements, N = 0, 1, ..., are of parts of one picture.
+A NAME of the form PICTURE.N says that these judgments, N = 0, 1, ..., are of parts of one picture.
 Splits lie in DATA/train and DATA/val (for JND also in DATA/jnd/val), or DATA is one itself.
 """
 
@@ -25,17 +25,17 @@ from torch.nn import functional as F
 
 from d2g.core.errors import UserError
 from d2g.diffusion.latents import from_uint8
-from latent_lpips.training.crops import to_tensor
-from latent_lpips.training.labelled_images import SUFFIXES, open_rgb
+from latent_lpips.training.crops import image_to_tensor
+from latent_lpips.training.labeled_images import PIL_SUFFIXES, decode_rgb
 
-IMAGES = {"2afc": ("ref", "p0", "p1"), "jnd": ("p0", "p1")}
-ANSWERS = {"2afc": "judge", "jnd": "same"}
-Task = Literal["2afc", "jnd"]
+IMAGE_FOLDERS = {"2afc": ("ref", "p0", "p1"), "jnd": ("p0", "p1")}
+ANSWER_FOLDERS = {"2afc": "judge", "jnd": "same"}
+JudgmentTask = Literal["2afc", "jnd"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """One kind of distortion: per judgement its pictures and its answer."""
+class JudgmentSplit:
+    """One kind of distortion: per judgment its pictures and its answer."""
 
     name: str
     pictures: Sequence[tuple[Path, ...]]
@@ -47,15 +47,15 @@ class Split:
         return len(self.pictures)
 
     def shown(self) -> list[tuple[str, str]]:
-        """Per judgement the PICTURE of its name, and the sha256 of its first picture's file."""
+        """Per judgment the PICTURE of its name, and the sha256 of its first picture's file."""
         firsts = [paths[0] for paths in self.pictures]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
             hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), firsts)
             return [(path.stem.split(".")[0], sha256) for path, sha256 in zip(firsts, hashes, strict=True)]
 
 
-def picture_numbers(splits: Sequence[Split]) -> dict[str, Tensor]:
-    """Per split [N] int64: which picture each judgement shows, numbered over all splits. One picture: equal
+def picture_numbers(splits: Sequence[JudgmentSplit]) -> dict[str, Tensor]:
+    """Per split [N] int64: which picture each judgment shows, numbered over all splits. One picture: equal
     first files, and within a split equal PICTUREs of names."""
     parent: dict[object, object] = {}
 
@@ -65,22 +65,24 @@ def picture_numbers(splits: Sequence[Split]) -> dict[str, Tensor]:
         return x
 
     shown = {split.name: split.shown() for split in splits}
-    for name, judgements in shown.items():
-        for picture, sha256 in judgements:
+    for name, judgments in shown.items():
+        for picture, sha256 in judgments:
             parent[root(sha256)] = root((name, picture))
     numbers: dict[object, int] = {}
     return {
-        name: torch.tensor([numbers.setdefault(root(sha256), len(numbers)) for _, sha256 in judgements])
-        for name, judgements in shown.items()
+        name: torch.tensor([numbers.setdefault(root(sha256), len(numbers)) for _, sha256 in judgments])
+        for name, judgments in shown.items()
     }
 
 
-def find_splits(data: str | Path, task: Task, part: Literal["train", "val"]) -> list[Split]:
+def find_splits(data: str | Path, task: JudgmentTask, part: Literal["train", "val"]) -> list[JudgmentSplit]:
     """The splits of a part, in order of name; all there are where the data has no parts. None for JND where
-    there are none. Raises UserError for a folder without judgements, and as `open_split`."""
+    there are none. Raises UserError for a folder without judgments, and as `open_split`."""
     root = Path(data)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; expected BAPPS' layout, with {', '.join(IMAGES['2afc'])}")
+        raise UserError(
+            f"{root}: no such folder; expected BAPPS' layout, with {', '.join(IMAGE_FOLDERS['2afc'])}"
+        )
     base = root / task if (root / task).is_dir() else root
     if _is_split(base, task):
         return [open_split(base, task)]
@@ -89,38 +91,38 @@ def find_splits(data: str | Path, task: Task, part: Literal["train", "val"]) -> 
     found = [open_split(component_dir, task) for component_dir in homes if _is_split(component_dir, task)]
     if not found and task == "2afc" and not (parted and part == "val"):
         raise UserError(
-            f"{base / part if parted else base} holds no judgements; expected ref/, p0/, p1/ and judge/, "
+            f"{base / part if parted else base} holds no judgments; expected ref/, p0/, p1/ and judge/, "
             "or folders that hold them, perhaps in train/ and val/"
         )
     return found
 
 
-def _is_split(folder: Path, task: Task) -> bool:
+def _is_split(folder: Path, task: JudgmentTask) -> bool:
     """JND has no ref/, and its answers have another name; anything that has part of it is one."""
-    return (folder / ANSWERS[task]).is_dir() or (task == "2afc" and (folder / "ref").is_dir())
+    return (folder / ANSWER_FOLDERS[task]).is_dir() or (task == "2afc" and (folder / "ref").is_dir())
 
 
-def open_split(folder: Path, task: Task = "2afc") -> Split:
+def open_split(folder: Path, task: JudgmentTask = "2afc") -> JudgmentSplit:
     """List one split and read its answers. Raises UserError for what is missing, empty or no share."""
-    where, answers = IMAGES[task], ANSWERS[task]
+    where, answers = IMAGE_FOLDERS[task], ANSWER_FOLDERS[task]
     for name in (*where, answers):
         if not (folder / name).is_dir():
             raise UserError(f"{folder}: no {name}/, expected {', '.join(where)} and {answers}; copy it again")
     files = {
-        name: {f.stem: f for f in sorted((folder / name).iterdir()) if f.suffix.lower() in SUFFIXES}
+        name: {f.stem: f for f in sorted((folder / name).iterdir()) if f.suffix.lower() in PIL_SUFFIXES}
         for name in where
     }
     judged = {f.stem: f for f in sorted((folder / answers).glob("*.npy"))}
     stems = sorted(set(judged).union(*files.values()))
     if not stems:
-        raise UserError(f"{folder} holds no judgements; expected pictures and .npy files of the same names")
+        raise UserError(f"{folder} holds no judgments; expected pictures and .npy files of the same names")
     for name, listed in {**files, answers: judged}.items():
         if missing := [stem for stem in stems if stem not in listed]:
             raise UserError(
                 f"{folder}: {name}/ lacks {missing[0]} ({len(missing)} of {len(stems)} are missing); "
                 "copy it again or remove the others"
             )
-    return Split(
+    return JudgmentSplit(
         name=folder.name,
         pictures=[tuple(files[name][stem] for name in where) for stem in stems],
         answers=torch.tensor([_answer(judged[stem]) for stem in stems]),
@@ -138,13 +140,13 @@ def _answer(file: Path) -> float:
 
 
 def write_triplet(folder: Path, stem: str, pictures: dict[str, Image.Image], judge: float) -> None:
-    """One 2AFC judgement: `pictures` ref, p0 and p1 as PNG, and its share."""
+    """One 2AFC judgment: `pictures` ref, p0 and p1 as PNG, and its share."""
     try:
         for name, image in pictures.items():
             image.save(buffer := io.BytesIO(), "PNG")
             _replace(folder / name / f"{stem}.png", buffer.getvalue())
         np.save(buffer := io.BytesIO(), np.array([judge], dtype=np.float32))
-        _replace(folder / "judge" / f"{stem}.npy", buffer.getvalue())  # last: with it the judgement is whole
+        _replace(folder / "judge" / f"{stem}.npy", buffer.getvalue())  # last: with it the judgment is whole
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; free space") from error
 
@@ -159,10 +161,12 @@ def _replace(file: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def batches(split: Split, load: int, size: int, rows: Sequence[int] | None = None) -> Iterator[list[Tensor]]:
-    """Batches of `size` judgements: for each picture of a judgement [B, 3, H, W] in [-1, 1].
+def image_batches(
+    split: JudgmentSplit, load: int, size: int, rows: Sequence[int] | None = None
+) -> Iterator[list[Tensor]]:
+    """Batches of `size` judgments: for each picture of a judgment [B, 3, H, W] in [-1, 1].
 
-    load: see PatchConfig. rows: some of the judgements. Raises UserError for unreadable pictures and for
+    load: see PatchConfig. rows: some of the judgments. Raises UserError for unreadable pictures and for
     pictures of several sizes.
     """
     chosen = [split.pictures[row] for row in rows] if rows is not None else split.pictures
@@ -184,13 +188,13 @@ def batches(split: Split, load: int, size: int, rows: Sequence[int] | None = Non
 
 
 def _patch(path: Path, load: int) -> Tensor:
-    image = open_rgb(path.read_bytes, str(path))
+    image = decode_rgb(path.read_bytes, str(path))
     if load and image.size != (load, load):
         image = image.resize((load, load), Image.Resampling.BILINEAR)
-    return to_tensor(image)
+    return image_to_tensor(image)
 
 
-def upsampled(pixels: Tensor, size: int) -> Tensor:
+def upsample_pixels(pixels: Tensor, size: int) -> Tensor:
     """Pixels [B, 3, H, W] at `size` x `size`, bicubic, in [-1, 1]; 0: as they are."""
     if not size:
         return pixels

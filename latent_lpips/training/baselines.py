@@ -10,12 +10,12 @@ WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
 
 
-def squared_error(a: Tensor, b: Tensor) -> Tensor:
+def pixel_squared_error(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared error per image: [B, 3, H, W] -> [B]."""
     return (a - b).square().mean((1, 2, 3))
 
 
-def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
+def ssim(a: Tensor, b: Tensor) -> Tensor:
     """SSIM per image in [-1, 1], mean over channels and positions: pixels [B, 3, H, W] in [-1, 1] -> [B].
 
     Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, K 0.01 and 0.03, where the window fits. Raises
@@ -33,9 +33,9 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
     return (top / bottom).mean((1, 2, 3)).float()
 
 
-def structural_distance(a: Tensor, b: Tensor) -> Tensor:
+def ssim_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 - SSIM: [B], in [0, 2]."""
-    return 1 - structural_similarity(a, b)
+    return 1 - ssim(a, b)
 
 
 def _blurred(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`d2g lpips calibrate`: heads for a trunk, from two-alternative judgements in BAPPS' layout."""
+"""`d2g lpips calibrate`: heads for a trunk, from two-alternative judgments in BAPPS' layout."""
 
 import hashlib
 import time
@@ -21,20 +21,20 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
 from latent_lpips import weights
 from latent_lpips.distance import LatentLPIPS
-from latent_lpips.training.bapps import Split, batches, find_splits, upsampled
-from latent_lpips.training.config import HeadsConfig, PatchConfig, given
-from latent_lpips.training.labelled_images import file_marks
-from latent_lpips.training.latent_cache import Rows, cached
-from latent_lpips.training.latent_stream import check_size
-from latent_lpips.training.small import agreement, fit_heads, rescale, split
+from latent_lpips.training.bapps import JudgmentSplit, find_splits, image_batches, upsample_pixels
+from latent_lpips.training.config import HeadsConfig, PatchConfig, require_given
+from latent_lpips.training.labeled_images import file_fingerprints
+from latent_lpips.training.latent_cache import CachedRows, cached_rows
+from latent_lpips.training.latent_stream import check_image_size
+from latent_lpips.training.small import fit_heads, rescale_heads, split_rows, two_afc_agreement
 
-UNRELATED = 256
-"""Judgements whose references set the scale."""
+SCALE_IMAGES = 256
+"""Judgments whose references set the scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsResult:
-    """What `calibrate_folder` left. accuracy: mean over splits of the 2AFC score on judgements that were not
+    """What `calibrate_folder` left. accuracy: mean over splits of the 2AFC score on judgments that were not
     trained on, as `score` counts; `before`: with the heads that it began with, all equal; `by_split`: of each
     split that has such; `zeros`: share of weights at 0."""
 
@@ -51,12 +51,12 @@ class HeadsResult:
 def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet) -> HeadsResult:
     """Fit the heads of `weights` anew and write OUT, a LatentLPIPS folder.
 
-    The trunk is in eval mode throughout. Its features of the judgements, nearly all of the work, are kept in
+    The trunk is in eval mode throughout. Its features of the judgments, nearly all of the work, are kept in
     OUT/run: a killed run goes on there, and other settings of the fit take them as they are. Ranks of
     torchrun share them. Raises UserError for bad input.
     """
     device = process_group.init()
-    given(config, "data", "latents", "weights")
+    require_given(config, "data", "latents", "weights")
     started = time.monotonic()
     vae = pretrained.load_autoencoder(config.latents).to(device)
     metric = open_metric(config.weights, config.latents, vae, device)
@@ -80,13 +80,13 @@ def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet)
     if val:
         learnt, held = (owner < len(train)).nonzero()[:, 0], (owner >= len(train)).nonzero()[:, 0]
     else:
-        learnt, held = split(len(judge), config.heads.held_out, config.seed)
+        learnt, held = split_rows(len(judge), config.heads.held_out, config.seed)
 
     def two_afc() -> dict[str, float]:
         flat = torch.cat(list(metric.heads))
         own = [(part.name, held[owner[held] == i].to(device)) for i, part in enumerate(parts)]
         return {
-            name: agreement(means0[rows] @ flat, means1[rows] @ flat, judge[rows])
+            name: two_afc_agreement(means0[rows] @ flat, means1[rows] @ flat, judge[rows])
             for name, rows in own
             if len(rows)
         }
@@ -96,7 +96,7 @@ def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet)
     by_split = two_afc()
     accuracy = fmean(by_split.values())
     if config.unrelated is not None:
-        rescale(metric, _references(config, parts[0], vae, device), config.unrelated, UNRELATED)
+        rescale_heads(metric, _references(config, parts[0], vae, device), config.unrelated, SCALE_IMAGES)
     flat = torch.cat(list(metric.heads))
     result = HeadsResult(
         out=str(out),
@@ -116,8 +116,8 @@ def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet)
         }
         facts |= {"patch": patch_facts(config.patch), "heads": to_json(config.heads), "seed": config.seed}
         scores = {"two_afc": accuracy, "two_afc_before": before, "two_afc_by_split": by_split}
-        weights.save(
-            metric, out, {**weights.read_meta(config.weights), **facts, **scores, "calibrated": True}
+        weights.save_lpips(
+            metric, out, {**weights.read_lpips_meta(config.weights), **facts, **scores, "calibrated": True}
         )
     process_group.barrier()
     return result
@@ -127,7 +127,7 @@ def open_metric(path: str, latents: str, vae: Any, device: torch.device) -> Late
     """The metric of `weights` for the latents of `vae`, which is `latents`, folded. Raises UserError where
     channels, the autoencoder that the weights name, or the scale that they say are others."""
     metric = weights.load_lpips(path, int(vae.config.latent_channels), device=device)
-    meta = weights.read_meta(path)
+    meta = weights.read_lpips_meta(path)
     made = meta.get("autoencoder_sha256")
     if made is not None and made != (sha256 := pretrained.autoencoder_sha256(latents)):
         raise UserError(
@@ -151,20 +151,20 @@ def patch_facts(patch: PatchConfig) -> dict[str, int]:
 
 
 @torch.no_grad()
-def to_latents(pixels: Tensor, patch: PatchConfig, vae: Any, device: torch.device) -> Tensor:
+def encode_patches(pixels: Tensor, patch: PatchConfig, vae: Any, device: torch.device) -> Tensor:
     """Patches [B, 3, H, W] in [-1, 1], of any size the autoencoder takes once enlarged -> scaled latents."""
-    large = upsampled(pixels.to(device), patch.upsample)
+    large = upsample_pixels(pixels.to(device), patch.upsample)
     for side in large.shape[2:]:
-        check_size(vae, int(side), "a patch (patch.load, patch.upsample)")
+        check_image_size(vae, int(side), "a patch (patch.load, patch.upsample)")
     return encode(vae, large)
 
 
-def _validation(data: str) -> list[Split]:
+def _validation(data: str) -> list[JudgmentSplit]:
     """The splits of val/; none where the data is in no parts, and splits are the same for both."""
     parted = [folder for folder in (Path(data) / "2afc" / "val", Path(data) / "val") if folder.is_dir()]
     found = find_splits(data, "2afc", "val") if parted else []
     if parted and not found:
-        raise UserError(f"{parted[0]} holds no 2AFC judgements; fill it, or remove it to hold out a part")
+        raise UserError(f"{parted[0]} holds no 2AFC judgments; fill it, or remove it to hold out a part")
     return found
 
 
@@ -172,7 +172,7 @@ def _features(
     config: HeadsConfig,
     decides: Mapping[str, Any],
     out: Path,
-    part: Split,
+    part: JudgmentSplit,
     vae: Any,
     metric: LatentLPIPS,
     progress: Progress,
@@ -183,8 +183,8 @@ def _features(
     @torch.no_grad()
     def make(rows: range) -> Tensor:
         made = []
-        for done, pixels in enumerate(batches(part, config.patch.load, batch, rows)):
-            ref, p0, p1 = (to_latents(x, config.patch, vae, device) for x in pixels)
+        for done, pixels in enumerate(image_batches(part, config.patch.load, batch, rows)):
+            ref, p0, p1 = (encode_patches(x, config.patch, vae, device) for x in pixels)
             both = [torch.cat(metric.channel_means(p, ref), 1) for p in (p0, p1)]
             made.append(torch.stack(both, 1).cpu())
             if not torch.isfinite(made[-1]).all():
@@ -195,10 +195,12 @@ def _features(
             progress(f"features of {part.name}", min(rows.start + (done + 1) * batch, len(part)), len(part))
         return torch.cat(made)
 
-    marks = file_marks(config.data, (path for paths in part.pictures for path in paths))
+    marks = file_fingerprints(config.data, (path for paths in part.pictures for path in paths))
     facts = {**{name: decides[name] for name in ("patch", "autoencoder", "trunk")}, "pictures": digest(marks)}
     name = f"{part.name}-{digest(facts)[:12]}"
-    rows: Rows = cached(out / "run" / "features", name, len(part), facts, make, dtype=torch.float32)
+    rows: CachedRows = cached_rows(
+        out / "run" / "features", name, len(part), facts, make, dtype=torch.float32
+    )
     both = rows[range(len(rows))]
     return both[:, 0], both[:, 1]
 
@@ -211,11 +213,11 @@ def metric_sha256(metric: LatentLPIPS, heads: bool = True) -> str:
     return total.hexdigest()
 
 
-def _references(config: HeadsConfig, part: Split, vae: Any, device: torch.device) -> Tensor:
-    """Latents of references in an order of their own: neighbours in a split may show one picture."""
+def _references(config: HeadsConfig, part: JudgmentSplit, vae: Any, device: torch.device) -> Tensor:
+    """Latents of references in an order of their own: neighbors in a split may show one picture."""
     if len(part) < 2:
-        raise UserError(f"{part.name} holds one judgement; expected two or more to set the scale")
+        raise UserError(f"{part.name} holds one judgment; expected two or more to set the scale")
     order = torch.randperm(len(part), generator=generator(0, 0x0DD5))
-    rows = order[:UNRELATED].tolist()
-    found = batches(part, config.patch.load, config.patch.batch, rows)
-    return torch.cat([to_latents(pixels[0], config.patch, vae, device) for pixels in found])
+    rows = order[:SCALE_IMAGES].tolist()
+    found = image_batches(part, config.patch.load, config.patch.batch, rows)
+    return torch.cat([encode_patches(pixels[0], config.patch, vae, device) for pixels in found])

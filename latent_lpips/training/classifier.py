@@ -1,4 +1,4 @@
-"""`d2g lpips train`: the trunk of a LatentLPIPS, as a classifier of the latents of labelled pictures."""
+"""`d2g lpips train`: the trunk of a LatentLPIPS, as a classifier of the latents of labeled pictures."""
 
 import math
 import time
@@ -24,13 +24,19 @@ from d2g.diffusion.latents import latent_space
 from latent_lpips import augment, weights
 from latent_lpips.config import AugmentConfig, LPIPSConfig
 from latent_lpips.distance import LatentLPIPS
-from latent_lpips.training.config import ClassifyConfig, given
-from latent_lpips.training.labelled_images import Pictures, open_labelled
-from latent_lpips.training.latent_stream import Encoder, Item, Stream, check_size, open_stream
-from latent_lpips.training.small import learning_rate, make_optimizer, split
+from latent_lpips.training.config import ClassifyConfig, require_given
+from latent_lpips.training.labeled_images import LabeledImages, open_labeled
+from latent_lpips.training.latent_stream import (
+    CropEncoder,
+    CropItem,
+    LatentStream,
+    check_image_size,
+    open_latent_stream,
+)
+from latent_lpips.training.small import build_optimizer, learning_rate_factor, split_rows
 from latent_lpips.vgg import VGG16
 
-MUTABLE = ("minutes", "workers", "cache", "score_epochs")
+RESUMABLE_SETTINGS = ("minutes", "workers", "cache", "score_epochs")
 """Settings that may change between resumes: they decide no weight."""
 
 
@@ -64,15 +70,15 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
         return config.minutes is not None and time.monotonic() - begun > 60 * config.minutes
 
     device = process_group.init()
-    given(config, "data", "latents")
+    require_given(config, "data", "latents")
     world, rank = process_group.world_size(), process_group.rank()
     if config.batch % world:
         raise SettingError(f"batch {config.batch} does not divide over {world} processes")
     vae, sha256 = pretrained.load_autoencoder(config.latents), pretrained.autoencoder_sha256(config.latents)
-    check_size(vae, config.size)
-    train, val = sets(config)
+    check_image_size(vae, config.size)
+    train, val = open_image_sets(config)
     whole = to_json(config)
-    length = {name: whole.pop(name) for name in MUTABLE}
+    length = {name: whole.pop(name) for name in RESUMABLE_SETTINGS}
     facts = {
         "autoencoder": sha256,
         "classes": {"number": len(train.classes), "names": digest(list(train.classes))},
@@ -80,15 +86,15 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     }
     log = RunLog(out / "run", {**whole, **facts, "length": length}, ignore=("length",))
     cache = Path(config.cache) if config.cache else out / "run" / "latents"
-    encoders = [Encoder(config, vae.to(device), pictures, device) for pictures in (train, val)]
-    stream = open_stream(encoders[0], cache, "train", sha256, progress, late)
-    scored = open_stream(encoders[1], cache, "val", sha256, progress, late)
+    encoders = [CropEncoder(config, vae.to(device), pictures, device) for pictures in (train, val)]
+    stream = open_latent_stream(encoders[0], cache, "train", sha256, progress, late)
+    scored = open_latent_stream(encoders[1], cache, "val", sha256, progress, late)
     network = LPIPSConfig(channels=latent_space(vae).channels, width=config.width, norm=config.norm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = VGG16(network, len(train.classes), config.dropout, config.grid)
     model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = make_optimizer(model, config)
+    optimizer = build_optimizer(model, config)
     total = -(-config.epochs * len(train) // config.batch) * config.batch
 
     # Resume.
@@ -108,27 +114,27 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
 
     # Train.
     part = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
-    batches = stream(plan(config, len(train), nimg, part))
+    batches = stream(plan_batches(config, len(train), nimg, part))
     started, first, finished = time.monotonic(), nimg, nimg >= total
     with StopFlag() as stop:
         while True:
             if reporting:
                 values = process_group.mean({"loss": loss_sum / steps})
-                values |= score(model, scored, val, config.batch, device)
+                values |= score_classifier(model, scored, val, config.batch, device)
                 loss_sum, steps = 0.0, 0
                 rate = (nimg - first) / (time.monotonic() - started)
                 log.write(nimg, {**values, "time/images_per_sec": rate, "mem/peak_gib": peak_memory_gib()})
             if finished:
                 break
             rows = permuted_batch(config.seed, len(train), nimg, config.batch)[part]
-            x = shifted(next(batches), config, nimg, part)
+            x = shift_latents(next(batches), config, nimg, part)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * learning_rate(config.schedule, nimg / total)
+                group["lr"] = config.lr * learning_rate_factor(config.schedule, nimg / total)
             rng = generator(config.seed, 0xD50, nimg)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                logits = classify(model, x, rng, config.batch, part)
+                logits = classify_in_training(model, x, rng, config.batch, part)
             loss = F.cross_entropy(logits.float(), train.labels[rows].to(device))
-            check_finite(loss, nimg, folder, config.lr)
+            check_classifier_loss(loss, nimg, folder, config.lr)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             process_group.average_gradients(model.parameters())
@@ -158,7 +164,7 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     if rank == 0:
         meta = {"trained_on": train.name, "autoencoder": config.latents, "autoencoder_sha256": sha256}
         metric = LatentLPIPS(network, model.eval().cpu().to(memory_format=torch.contiguous_format))
-        weights.save(metric, out, {**meta, **counts, **values, "images": nimg, "calibrated": False})
+        weights.save_lpips(metric, out, {**meta, **counts, **values, "images": nimg, "calibrated": False})
     process_group.barrier()
     return ClassifyResult(
         out=str(out),
@@ -179,11 +185,11 @@ def reports_at(config: ClassifyConfig, pictures: int, nimg: int, total: int) -> 
     return nimg >= total or nimg // interval > (nimg - config.batch) // interval
 
 
-def sets(config: ClassifyConfig) -> tuple[Pictures, Pictures]:
-    """Pictures to train and to score on. Raises UserError as `open_labelled`, and for too few pictures."""
-    train, val = open_labelled(config.data, config.val)
+def open_image_sets(config: ClassifyConfig) -> tuple[LabeledImages, LabeledImages]:
+    """Pictures to train and to score on. Raises UserError as `open_labeled`, and for too few pictures."""
+    train, val = open_labeled(config.data, config.val)
     if val is None:
-        kept, held = split(len(train), config.held_out, config.seed)
+        kept, held = split_rows(len(train), config.held_out, config.seed)
         train, val = train.rows(sorted(kept.tolist())), train.rows(sorted(held.tolist()))
     if len(train) < config.batch:
         raise UserError(
@@ -193,29 +199,31 @@ def sets(config: ClassifyConfig) -> tuple[Pictures, Pictures]:
     return train, val
 
 
-def plan(config: ClassifyConfig, pictures: int, nimg: int, part: slice) -> Iterator[list[Item]]:
+def plan_batches(config: ClassifyConfig, pictures: int, nimg: int, part: slice) -> Iterator[list[CropItem]]:
     """This process's items of each batch from image `nimg` on, without end."""
     for start in count(nimg, config.batch):
         rows = permuted_batch(config.seed, pictures, start, config.batch)
-        yield [Item(row, (start + i) // pictures) for i, row in enumerate(rows)][part]
+        yield [CropItem(row, (start + i) // pictures) for i, row in enumerate(rows)][part]
 
 
-def shifted(x: Tensor, config: ClassifyConfig, nimg: int, part: slice) -> Tensor:
+def shift_latents(x: Tensor, config: ClassifyConfig, nimg: int, part: slice) -> Tensor:
     """Latents moved by whole positions, drawn for the whole batch, whatever this process has of it."""
     if not config.shift:
         return x
     moves = AugmentConfig(families="b", flip=False, quarter_turns=False, integer_shift=config.shift)
-    drawn = augment.draw(moves, config.batch, x.shape[2:], generator(config.seed, 0xA06, nimg), x.device)
-    return augment.apply(x, augment.take(drawn, part))
+    drawn = augment.sample_transforms(
+        moves, config.batch, x.shape[2:], generator(config.seed, 0xA06, nimg), x.device
+    )
+    return augment.apply_transforms(x, augment.select_transforms(drawn, part))
 
 
-def classify(model: VGG16, x: Tensor, rng: torch.Generator, batch: int, part: slice) -> Tensor:
+def classify_in_training(model: VGG16, x: Tensor, rng: torch.Generator, batch: int, part: slice) -> Tensor:
     """Class logits in training. Batch statistics and dropout are those of the whole batch of `batch` latents,
     of which x [b, C, h, w] are the rows `part`: one process or eight, the step is the same."""
     assert model.classifier is not None
     model.check(x)
     for module in model.features:
-        x = batch_norm(module, x) if isinstance(module, nn.BatchNorm2d) else module(x)
+        x = synchronized_batch_norm(module, x) if isinstance(module, nn.BatchNorm2d) else module(x)
     x = model.avgpool(x).flatten(1)
     for module in model.classifier:
         if isinstance(module, nn.Dropout):
@@ -226,7 +234,7 @@ def classify(model: VGG16, x: Tensor, rng: torch.Generator, batch: int, part: sl
     return x
 
 
-def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def synchronized_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """`norm(x)` in training, with mean and variance over all processes' rows (as many in each)."""
     if process_group.world_size() == 1:
         normed: Tensor = norm(x)
@@ -234,8 +242,8 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     wide = x.float()
     count = len(x) * x.shape[2] * x.shape[3] * process_group.world_size()
     mean = process_group.all_mean(wide.mean((0, 2, 3)))
-    centred = wide - mean[:, None, None]
-    variance = process_group.all_mean(centred.square().mean((0, 2, 3)))
+    centered = wide - mean[:, None, None]
+    variance = process_group.all_mean(centered.square().mean((0, 2, 3)))
     with torch.no_grad():
         assert norm.momentum is not None and norm.running_mean is not None and norm.running_var is not None
         norm.running_mean.lerp_(mean, norm.momentum)
@@ -243,10 +251,10 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked += 1
     gain = norm.weight * (variance + norm.eps).rsqrt()
-    return (centred * gain[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
+    return (centered * gain[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
 
 
-def check_finite(loss: Tensor, nimg: int, folder: Path, lr: float) -> None:
+def check_classifier_loss(loss: Tensor, nimg: int, folder: Path, lr: float) -> None:
     """Raise FloatingPointError on every rank, before the step, where any rank's loss is not finite."""
     if process_group.any_rank(not math.isfinite(loss.item())):
         last = checkpoint.latest(folder)
@@ -258,10 +266,14 @@ def check_finite(loss: Tensor, nimg: int, folder: Path, lr: float) -> None:
 
 
 @torch.no_grad()
-def score(model: VGG16, stream: Stream, val: Pictures, batch: int, device: torch.device) -> dict[str, float]:
+def score_classifier(
+    model: VGG16, stream: LatentStream, val: LabeledImages, batch: int, device: torch.device
+) -> dict[str, float]:
     """Shares of `val` whose class is the likeliest, and among the five likeliest. Ranks share the work."""
     rows = list(range(len(val)))[process_group.rank() :: process_group.world_size()]
-    plan = [[Item(row, -1) for row in rows[start : start + batch]] for start in range(0, len(rows), batch)]
+    plan = [
+        [CropItem(row, -1) for row in rows[start : start + batch]] for start in range(0, len(rows), batch)
+    ]
     model.eval()
     right = torch.zeros(2, device=device)
     for items, x in zip(plan, stream(plan), strict=True):

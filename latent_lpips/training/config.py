@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from d2g.core.errors import SettingError
-from latent_lpips.config import AugmentConfig, CalibrateConfig, require
+from latent_lpips.config import AugmentConfig, CalibrateConfig, require_settings
 
 
-def given(config: Any, *names: str) -> None:
+def require_given(config: Any, *names: str) -> None:
     """Raise SettingError for the first of `names` that nobody set."""
     for name in names:
         if not getattr(config, name):
@@ -16,7 +16,7 @@ def given(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifyConfig:
-    """Trunk training: classify the latents of labelled images. Defaults: the ImageNet recipe that the paper's
+    """Trunk training: classify the latents of labeled images. Defaults: the ImageNet recipe that the paper's
     supplement names (pytorch/examples/imagenet)."""
 
     data: str = ""
@@ -69,7 +69,7 @@ class ClassifyConfig:
 
     def __post_init__(self) -> None:
         low, high = self.area
-        require(
+        require_settings(
             self,
             size=(self.size >= 1, "1 or more"),
             area=(0 < low <= high <= 1, "two shares, 0 < from <= to <= 1"),
@@ -101,7 +101,7 @@ class PatchConfig:
     batch: int = 50
 
     def __post_init__(self) -> None:
-        require(
+        require_settings(
             self,
             load=(self.load >= 0, "0 or more"),
             upsample=(self.upsample >= 0, "0 or more"),
@@ -111,7 +111,7 @@ class PatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadsConfig:
-    """Calibration on two-alternative judgements, LPIPS' protocol (Zhang et al. 2018)."""
+    """Calibration on two-alternative judgments, LPIPS' protocol (Zhang et al. 2018)."""
 
     data: str = ""
     """BAPPS: train/ and val/ with a folder for each kind, or one folder with ref/ p0/ p1/ judge/."""
@@ -127,12 +127,12 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         unrelated = self.unrelated is None or self.unrelated > 0
-        require(self, unrelated=(unrelated, "positive or null"), seed=(self.seed >= 0, "0 or more"))
+        require_settings(self, unrelated=(unrelated, "positive or null"), seed=(self.seed >= 0, "0 or more"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
-    """Agreement with human judgements: 2AFC and JND, by split."""
+    """Agreement with human judgments: 2AFC and JND, by split."""
 
     data: str = ""
     latents: str = ""
@@ -152,7 +152,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         known = set(self.baselines) <= {"l2", "ssim"}
-        require(
+        require_settings(
             self,
             baselines=(known and len(set(self.baselines)) == len(self.baselines), "some of l2, ssim"),
             lpips=(self.lpips in ("", "vgg", "alex", "squeeze"), "vgg, alex or squeeze"),
@@ -187,7 +187,7 @@ class OverfitConfig:
         for families in self.families:
             AugmentConfig(families=families)
         distinct = len(set(self.families)) == len(self.families) > 0
-        require(
+        require_settings(
             self,
             families=(distinct, "one or more, each once"),
             count=(self.count >= 1, "1 or more"),
@@ -201,7 +201,7 @@ class OverfitConfig:
         )
 
 
-KINDS = ("blur", "noise", "jpeg", "warp", "colour", "decoder")
+DISTORTION_KINDS = ("blur", "noise", "jpeg", "warp", "color", "decoder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,7 +213,7 @@ class TripletsConfig:
     decoders: tuple[str, ...] = ()
     """Autoencoders, say undertrained ones, whose reconstructions are the kind `decoder`."""
     kinds: tuple[str, ...] = ()
-    """Some of blur, noise, jpeg, warp, colour, decoder; none: all that can be made."""
+    """Some of blur, noise, jpeg, warp, color, decoder; none: all that can be made."""
     seed: int = 0
     size: int = 64
     """Side of a patch in pixels."""
@@ -225,9 +225,9 @@ class TripletsConfig:
     """Share of pictures whose patches go to val/."""
 
     def __post_init__(self) -> None:
-        require(
+        require_settings(
             self,
-            kinds=(set(self.kinds) <= set(KINDS), f"some of {', '.join(KINDS)}"),
+            kinds=(set(self.kinds) <= set(DISTORTION_KINDS), f"some of {', '.join(DISTORTION_KINDS)}"),
             size=(self.size >= 16, "16 or more"),
             patches=(self.patches >= 1, "1 or more"),
             ratio=(1.25 <= self.ratio <= 10, "1.25 to 10: closer ones can be one JPEG quality"),
@@ -240,7 +240,7 @@ class TripletsConfig:
     @property
     def made(self) -> tuple[str, ...]:
         """The kinds that are made, in order."""
-        return self.kinds or tuple(kind for kind in KINDS if kind != "decoder" or self.decoders)
+        return self.kinds or tuple(kind for kind in DISTORTION_KINDS if kind != "decoder" or self.decoders)
 
 
 _SMALL = ClassifyConfig(

@@ -8,26 +8,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-ASPECT = (3 / 4, 4 / 3)
-ATTEMPTS = 10
-RESIZE = 256 / 224
-"""Scoring resizes the short side to this multiple of the crop, then takes the centre."""
+CROP_ASPECT = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+CENTER_CROP_RESIZE = 256 / 224
+"""Scoring resizes the short side to this multiple of the crop, then takes the center."""
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom
+CropBox = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-def random_box(width: int, height: int, area: Sequence[float], rng: torch.Generator) -> Box:
+def random_box(width: int, height: int, area: Sequence[float], rng: torch.Generator) -> CropBox:
     """A crop of `area` [0] to [1] of the picture, log-uniform aspect in 3/4 to 4/3 (Szegedy et al. 2015, as
-    torchvision's RandomResizedCrop): what fits of ten attempts, else the largest centre of a legal aspect."""
-    for share, aspect, x, y in torch.rand(ATTEMPTS, 4, generator=rng).tolist():
+    torchvision's RandomResizedCrop): what fits of ten attempts, else the largest center of a legal aspect."""
+    for share, aspect, x, y in torch.rand(CROP_ATTEMPTS, 4, generator=rng).tolist():
         pixels = width * height * (area[0] + share * (area[1] - area[0]))
-        ratio = math.exp(math.log(ASPECT[0]) + aspect * math.log(ASPECT[1] / ASPECT[0]))
+        ratio = math.exp(math.log(CROP_ASPECT[0]) + aspect * math.log(CROP_ASPECT[1] / CROP_ASPECT[0]))
         w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
             return left, top, left + w, top + h
-    w = min(width, round(height * ASPECT[1]))
-    h = min(height, round(width / ASPECT[0]))
+    w = min(width, round(height * CROP_ASPECT[1]))
+    h = min(height, round(width / CROP_ASPECT[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -39,23 +39,23 @@ def random_crop(
     flip = bool(torch.rand((), generator=rng) < 0.5) and mirror
     box = random_box(*image.size, area, rng)
     cut = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
-    return to_tensor(cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cut)
+    return image_to_tensor(cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cut)
 
 
-def centre_crop(image: Image.Image, size: int, resize: float = RESIZE) -> Tensor:
-    """Short side to size * resize, bilinear; then the centre. uint8 [3, size, size]."""
+def center_crop_resized(image: Image.Image, size: int, resize: float = CENTER_CROP_RESIZE) -> Tensor:
+    """Short side to size * resize, bilinear; then the center. uint8 [3, size, size]."""
     short = int(size * resize)
     width, height = (int(short * n / min(image.size)) for n in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return to_tensor(image.crop((left, top, left + size, top + size)))
+    return image_to_tensor(image.crop((left, top, left + size, top + size)))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def image_to_tensor(image: Image.Image) -> Tensor:
     """PIL RGB -> uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def to_pil(image: Tensor) -> Image.Image:
+def tensor_to_image(image: Tensor) -> Image.Image:
     """uint8 [3, H, W] -> PIL RGB."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

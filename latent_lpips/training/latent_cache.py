@@ -23,31 +23,31 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.progress import Progress, quiet
 
-SHARD = 1024
+ROWS_PER_SHARD = 1024
 """Rows of a shard."""
-DIGITS = 16
+HASH_DIGITS = 16
 """Of the sha256 in a shard's name."""
-OPEN = 64
+MAX_OPEN_SHARDS = 64
 """Shards mapped at a time: each holds a file open, and ImageNet has thousands."""
 
 
-class Rows:
+class CachedRows:
     """[N, …] rows, mapped from disk: only what is asked for is read."""
 
     def __init__(self, files: Sequence[Path], count: int) -> None:
         self.files, self.count = files, count
-        self._map = lru_cache(OPEN)(lambda shard: np.load(files[shard], mmap_mode="r"))
+        self._map = lru_cache(MAX_OPEN_SHARDS)(lambda shard: np.load(files[shard], mmap_mode="r"))
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """The rows asked for, in fp32."""
-        picked = [self._map(row // SHARD)[row % SHARD] for row in rows]
+        picked = [self._map(row // ROWS_PER_SHARD)[row % ROWS_PER_SHARD] for row in rows]
         return torch.from_numpy(np.stack(picked)).float()
 
 
-def cached(
+def cached_rows(
     folder: Path,
     name: str,
     count: int,
@@ -56,7 +56,7 @@ def cached(
     progress: Progress = quiet,
     dtype: torch.dtype = torch.float16,
     late: Callable[[], bool] = lambda: False,
-) -> Rows:
+) -> CachedRows:
     """`count` rows that `make(range of rows)` gives, computed where they are not on disk yet.
 
     facts: what decides the rows. Every rank calls it and gets all rows. Raises UserError for a folder that
@@ -64,7 +64,7 @@ def cached(
     two shards.
     """
     _claim(folder / f"{name}.json", {"rows": count, "dtype": str(dtype), **facts})
-    ranges = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
+    ranges = [range(start, min(start + ROWS_PER_SHARD, count)) for start in range(0, count, ROWS_PER_SHARD)]
     found = _shards(folder, name)
     todo = [i for i in range(len(ranges)) if i not in found]
     process_group.barrier()  # all have looked before anybody writes
@@ -77,7 +77,7 @@ def cached(
             rows = make(ranges[shard]).to(dtype).cpu().numpy()
             assert len(rows) == len(ranges[shard]), f"{len(rows)} rows for {len(ranges[shard])}"
             _write(folder, name, shard, rows)
-        made = min((start + process_group.world_size()) * SHARD, rows_left)
+        made = min((start + process_group.world_size()) * ROWS_PER_SHARD, rows_left)
         progress(f"making {name}", made, rows_left)
         if process_group.any_rank(late()) and made < rows_left:
             raise Interrupted(
@@ -88,7 +88,7 @@ def cached(
     found = _shards(folder, name)
     with ThreadPoolExecutor() as pool:
         checked = pool.map(lambda i: _checked(folder, name, i, found.get(i)), range(len(ranges)))
-        return Rows(list(checked), count)
+        return CachedRows(list(checked), count)
 
 
 def _claim(file: Path, facts: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ def _write(folder: Path, name: str, shard: int, rows: np.ndarray[Any, Any]) -> N
     buffer = io.BytesIO()
     np.save(buffer, rows)
     data = buffer.getvalue()
-    target = folder / f"{name}-{shard:05d}.{hashlib.sha256(data).hexdigest()[:DIGITS]}.npy"
+    target = folder / f"{name}-{shard:05d}.{hashlib.sha256(data).hexdigest()[:HASH_DIGITS]}.npy"
     write_atomically(target, data)
 
 
@@ -128,6 +128,6 @@ def _checked(folder: Path, name: str, shard: int, path: Path | None) -> Path:
         raise UserError(f"{folder}: shard {shard} of {name} is gone; run again")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest[:DIGITS] != path.name.split(".")[-2]:
+    if digest[:HASH_DIGITS] != path.name.split(".")[-2]:
         raise UserError(f"{path} is damaged (its sha256 is not the one in its name); delete it and run again")
     return path

@@ -16,35 +16,35 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import generator
 from d2g.diffusion.latents import encode, from_uint8, latent_space
 from latent_lpips.training.config import ClassifyConfig
-from latent_lpips.training.crops import centre_crop, random_crop
-from latent_lpips.training.labelled_images import Pictures
-from latent_lpips.training.latent_cache import cached
-from latent_lpips.vgg import MIN_SIZE
+from latent_lpips.training.crops import center_crop_resized, random_crop
+from latent_lpips.training.labeled_images import LabeledImages
+from latent_lpips.training.latent_cache import cached_rows
+from latent_lpips.vgg import MIN_LATENT_SIZE
 
-AHEAD = 3
+PREFETCHED_BATCHES = 3
 """Batches whose pictures are decoded before they are asked for."""
-ENCODE = 64
+ENCODE_BATCH = 64
 """Pictures that are encoded at a time: a KL autoencoder's memory grows with them."""
 
 
-class Item(NamedTuple):
-    """A picture's row, and which of its crops: -1 is the centre."""
+class CropItem(NamedTuple):
+    """A picture's row, and which of its crops: -1 is the center."""
 
     row: int
     crop: int
 
 
-def check_size(vae: Any, size: int, name: str = "size") -> None:
+def check_image_size(vae: Any, size: int, name: str = "size") -> None:
     """Raise UserError for a picture that the autoencoder, or two poolings after it, cannot take."""
     step = latent_space(vae).downscale
-    if size % step or size // step < MIN_SIZE:
+    if size % step or size // step < MIN_LATENT_SIZE:
         raise UserError(
             f"{name} is {size} pixels; the autoencoder and LatentLPIPS take multiples of {step}, "
-            f"{MIN_SIZE * step} or more; set another"
+            f"{MIN_LATENT_SIZE * step} or more; set another"
         )
 
 
-def alone(command: str) -> None:
+def require_single_process(command: str) -> None:
     """Raise SettingError under torchrun, for a command that has nothing to share out."""
     if process_group.world_size() > 1:
         raise SettingError(
@@ -52,65 +52,67 @@ def alone(command: str) -> None:
         )
 
 
-class Encoder:
+class CropEncoder:
     """Crops of pictures as scaled latents. Each depends on (seed, row, crop), and to rounding on nothing
     else: not on the batch, the rank or the number of threads."""
 
-    def __init__(self, config: ClassifyConfig, vae: Any, pictures: Pictures, device: torch.device) -> None:
+    def __init__(
+        self, config: ClassifyConfig, vae: Any, pictures: LabeledImages, device: torch.device
+    ) -> None:
         self.config, self.vae, self.pictures, self.device = config, vae, pictures, device
         self.workers = config.workers or len(os.sched_getaffinity(0)) + 2
 
-    def pixels(self, item: Item) -> Tensor:
+    def pixels(self, item: CropItem) -> Tensor:
         """uint8 [3, size, size]."""
         image, config = self.pictures.open(item.row), self.config
         if item.crop < 0:
-            return centre_crop(image, config.size)
+            return center_crop_resized(image, config.size)
         rng = generator(config.seed, 0xC709, item.row, item.crop)
         return random_crop(image, config.size, config.area, config.mirror, rng)
 
     @torch.no_grad()
-    def latents(self, items: Sequence[Item], pixels: Sequence[Tensor]) -> Tensor:
+    def latents(self, items: Sequence[CropItem], pixels: Sequence[Tensor]) -> Tensor:
         """Scaled latents [B, C, h, w] of the items' pixels."""
-        parts = [slice(start, start + ENCODE) for start in range(0, len(items), ENCODE)]
+        parts = [slice(start, start + ENCODE_BATCH) for start in range(0, len(items), ENCODE_BATCH)]
         return torch.cat([self._encoded(items[part], pixels[part]) for part in parts])
 
-    def _encoded(self, items: Sequence[Item], pixels: Sequence[Tensor]) -> Tensor:
+    def _encoded(self, items: Sequence[CropItem], pixels: Sequence[Tensor]) -> Tensor:
         rngs = None
         if self.config.posterior == "sample" and items[0].crop >= 0:
             rngs = [generator(self.config.seed, 0x905E, *item) for item in items]
         return encode(self.vae, from_uint8(torch.stack(list(pixels)).to(self.device)), rngs)
 
-    def stream(self, plan: Iterable[Sequence[Item]]) -> Iterator[Tensor]:
+    def stream(self, plan: Iterable[Sequence[CropItem]]) -> Iterator[Tensor]:
         """The plan's batches, in order; pictures are decoded ahead, in threads."""
-        pending: deque[tuple[Sequence[Item], list[Future[Tensor]]]] = deque()
+        pending: deque[tuple[Sequence[CropItem], list[Future[Tensor]]]] = deque()
         pool = ThreadPoolExecutor(self.workers)
         try:
             for items in plan:
                 pending.append((items, [pool.submit(self.pixels, item) for item in items]))
-                if len(pending) > AHEAD:
+                if len(pending) > PREFETCHED_BATCHES:
                     yield self._next(pending)
             while pending:
                 yield self._next(pending)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _next(self, pending: deque[tuple[Sequence[Item], list[Future[Tensor]]]]) -> Tensor:
+    def _next(self, pending: deque[tuple[Sequence[CropItem], list[Future[Tensor]]]]) -> Tensor:
         items, futures = pending.popleft()
         return self.latents(items, [future.result() for future in futures])
 
 
-Stream = Callable[[Iterable[Sequence[Item]]], Iterator[Tensor]]
+LatentStream = Callable[[Iterable[Sequence[CropItem]]], Iterator[Tensor]]
 """From a plan of batches to their latents."""
 
 
-def open_stream(
-    encoder: Encoder,
+def open_latent_stream(
+    encoder: CropEncoder,
     folder: Path,
     name: str,
     vae_sha256: str,
     progress: Progress = quiet,
     late: Callable[[], bool] = lambda: False,
-) -> Stream:
+) -> LatentStream:
     """The encoder itself, or where `crops` is set, what it gave once: `name` is train or val.
 
     Raises UserError as `cached` does.
@@ -132,13 +134,13 @@ def open_stream(
     }
 
     def make(rows: range) -> Tensor:
-        items = [Item(row % count, crops[row // count]) for row in rows]
-        plan = [items[start : start + ENCODE] for start in range(0, len(items), ENCODE)]
+        items = [CropItem(row % count, crops[row // count]) for row in rows]
+        plan = [items[start : start + ENCODE_BATCH] for start in range(0, len(items), ENCODE_BATCH)]
         return torch.cat([latents.cpu() for latents in encoder.stream(plan)])
 
-    rows = cached(folder, name, count * len(crops), facts, make, progress, late=late)
+    rows = cached_rows(folder, name, count * len(crops), facts, make, progress, late=late)
 
-    def stream(plan: Iterable[Sequence[Item]]) -> Iterator[Tensor]:
+    def stream(plan: Iterable[Sequence[CropItem]]) -> Iterator[Tensor]:
         for items in plan:
             at = [item.row + count * (item.crop % config.crops if item.crop >= 0 else 0) for item in items]
             yield rows[at].to(encoder.device, non_blocking=True)

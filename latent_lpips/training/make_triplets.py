@@ -1,4 +1,4 @@
-"""`d2g lpips triplets`: judgements whose truth is known, written in BAPPS' layout."""
+"""`d2g lpips triplets`: judgments whose truth is known, written in BAPPS' layout."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -19,17 +19,17 @@ from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, encode, from_uint8, to_uint8
 from latent_lpips.training.bapps import write_triplet
-from latent_lpips.training.config import TripletsConfig, given
-from latent_lpips.training.crops import centre_crop, to_pil, to_tensor
-from latent_lpips.training.labelled_images import Pictures, open_pictures
-from latent_lpips.training.latent_stream import alone, check_size
+from latent_lpips.training.config import TripletsConfig, require_given
+from latent_lpips.training.crops import center_crop_resized, image_to_tensor, tensor_to_image
+from latent_lpips.training.labeled_images import LabeledImages, open_unlabeled
+from latent_lpips.training.latent_stream import check_image_size, require_single_process
 from latent_lpips.training.synthetic_triplets import DISTORTIONS
 
-BEST, WORST = 92, 4
+BEST_JPEG, WORST_JPEG = 92, 4
 """JPEG qualities of the weakest and the strongest."""
-ATTEMPTS = 4
+MAX_ATTEMPTS = 4
 """To draw two versions that differ."""
-Distort = Callable[[Tensor, float, torch.Generator], Tensor]
+DistortFn = Callable[[Tensor, float, torch.Generator], Tensor]
 """Pixels [1, 3, H, W] in [-1, 1], a strength in (0, 1], draws -> pixels."""
 
 
@@ -47,18 +47,18 @@ class TripletsResult:
 def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet) -> TripletsResult:
     """Write, for each patch and each kind, ref and two versions of one distortion at two strengths.
 
-    The stronger one is taken to be farther from ref, so the judgement is 0 or 1. Names are PICTURE.PATCH.
+    The stronger one is taken to be farther from ref, so the judgment is 0 or 1. Names are PICTURE.PATCH.
     Triplet i is a function of (seed, i): run again, it goes on. Raises UserError for bad input.
     """
-    alone("triplets")
-    given(config, "data")
-    pictures = open_pictures(config.data)
+    require_single_process("triplets")
+    require_given(config, "data")
+    pictures = open_unlabeled(config.data)
     vaes = [pretrained.load_autoencoder(name) for name in config.decoders]
     for vae in vaes:
-        check_size(vae, config.size)
+        check_image_size(vae, config.size)
     hashes = [pretrained.autoencoder_sha256(name) for name in config.decoders]
     RunLog(out, {**to_json(config), "autoencoders": hashes, "pictures": pictures.digest()})
-    distort = distortions(vaes)
+    distort = distortion_functions(vaes)
     counts: dict[str, dict[str, int]] = {part: dict.fromkeys(config.made, 0) for part in ("train", "val")}
     held = _held(config, len(pictures))
     total, left_out = len(pictures) * config.patches, 0
@@ -72,30 +72,32 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
             if (component_dir / "judge" / f"{stem}.npy").is_file():  # written last
                 counts[part][kind] += 1
                 continue
-            ref = patch(pictures, row, i, config) if ref is None else ref
+            ref = cut_patch(pictures, row, i, config) if ref is None else ref
             rng = generator(config.seed, 0x3A1, i, number)
-            if (made := triplet(ref, distort[kind], config.ratio, rng)) is None:
+            if (made := make_triplet(ref, distort[kind], config.ratio, rng)) is None:
                 left_out += 1
                 continue
             versions, judge = made
             pictured = {"ref": ref, **versions}
-            write_triplet(component_dir, stem, {name: to_pil(x) for name, x in pictured.items()}, judge)
+            write_triplet(
+                component_dir, stem, {name: tensor_to_image(x) for name, x in pictured.items()}, judge
+            )
             counts[part][kind] += 1
         progress("triplets", i + 1, total)
     return TripletsResult(out=str(out), train=counts["train"], val=counts["val"], left_out=left_out)
 
 
-def triplet(
-    ref: Tensor, distort: Distort, ratio: float, rng: torch.Generator
+def make_triplet(
+    ref: Tensor, distort: DistortFn, ratio: float, rng: torch.Generator
 ) -> tuple[dict[str, Tensor], float] | None:
-    """p0 and p1, uint8 like `ref` [3, H, W], and the judgement: 1 where p1 is the weaker. Drawn anew while
+    """p0 and p1, uint8 like `ref` [3, H, W], and the judgment: 1 where p1 is the weaker. Drawn anew while
     the two are equal, which nobody can judge; None where they stay so."""
-    attempts = (_triplet(ref, distort, ratio, rng) for _ in range(ATTEMPTS))
+    attempts = (_triplet(ref, distort, ratio, rng) for _ in range(MAX_ATTEMPTS))
     return next((made for made in attempts if not torch.equal(made[0]["p0"], made[0]["p1"])), None)
 
 
 def _triplet(
-    ref: Tensor, distort: Distort, ratio: float, rng: torch.Generator
+    ref: Tensor, distort: DistortFn, ratio: float, rng: torch.Generator
 ) -> tuple[dict[str, Tensor], float]:
     weak = 0.05 + (1 / ratio - 0.05) * float(torch.rand((), generator=rng))
     strong = weak * (ratio + (1 / weak - ratio) * float(torch.rand((), generator=rng)))
@@ -111,11 +113,11 @@ def _triplet(
     return {"p0": p0, "p1": p1}, 0.0 if swap else 1.0
 
 
-def distortions(vaes: list[Any]) -> Mapping[str, Distort]:
+def distortion_functions(vaes: list[Any]) -> Mapping[str, DistortFn]:
     """By kind; `decoder` reconstructs through one of `vaes`."""
     tensors = {kind.__name__.strip("_"): partial(_of_tensor, kind) for kind in DISTORTIONS}
-    made: dict[str, Distort] = {name: tensors[name] for name in ("blur", "noise", "warp")}
-    return made | {"jpeg": jpeg, "colour": colour, "decoder": partial(reconstruct, vaes)}
+    made: dict[str, DistortFn] = {name: tensors[name] for name in ("blur", "noise", "warp")}
+    return made | {"jpeg": distort_jpeg, "color": distort_color, "decoder": partial(distort_decoder, vaes)}
 
 
 def _of_tensor(
@@ -127,17 +129,17 @@ def _of_tensor(
     return kind(x, torch.full((len(x), 1, 1, 1), strength), rng)
 
 
-def jpeg(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
+def distort_jpeg(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
     """Real JPEG, quality BEST to WORST, through Pillow."""
-    quality = round(BEST + (WORST - BEST) * strength)
+    quality = round(BEST_JPEG + (WORST_JPEG - BEST_JPEG) * strength)
     buffer = io.BytesIO()
-    to_pil(to_uint8(x)[0]).save(buffer, "JPEG", quality=quality)
+    tensor_to_image(to_uint8(x)[0]).save(buffer, "JPEG", quality=quality)
     with Image.open(buffer) as opened:
-        return from_uint8(to_tensor(opened.convert("RGB"))[None])
+        return from_uint8(image_to_tensor(opened.convert("RGB"))[None])
 
 
-def colour(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Away from the picture's colours: every channel its own gain and offset, and less or more contrast."""
+def distort_color(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
+    """Away from the picture's colors: every channel its own gain and offset, and less or more contrast."""
     gain, offset = (torch.rand(2, 3, generator=rng) * 2 - 1).view(2, 1, 3, 1, 1)
     mean = x.mean((2, 3), keepdim=True)
     changed: Tensor = (x - mean) * (1 + 0.6 * strength * gain) + mean + 0.5 * strength * offset
@@ -145,13 +147,13 @@ def colour(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(vaes: list[Any], x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
+def distort_decoder(vaes: list[Any], x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
     """Towards one autoencoder's reconstruction, all the way at strength 1."""
     vae = vaes[int(torch.randint(len(vaes), (), generator=rng))]
     return x + strength * (decode(vae, encode(vae, x)) - x)
 
 
-def patch(pictures: Pictures, row: int, number: int, config: TripletsConfig) -> Tensor:
+def cut_patch(pictures: LabeledImages, row: int, number: int, config: TripletsConfig) -> Tensor:
     """Patch `number`, from picture `row`: a square of a random place and size, at least config.size where
     the picture has it. uint8 [3, size, size]."""
     image = pictures.open(row)
@@ -160,7 +162,7 @@ def patch(pictures: Pictures, row: int, number: int, config: TripletsConfig) -> 
     least = min(config.size, short)
     side = least + int(torch.randint(short - least + 1, (), generator=rng))
     left, top = (int(torch.randint(n - side + 1, (), generator=rng)) for n in image.size)
-    return centre_crop(image.crop((left, top, left + side, top + side)), config.size, 1.0)
+    return center_crop_resized(image.crop((left, top, left + side, top + side)), config.size, 1.0)
 
 
 def _held(config: TripletsConfig, pictures: int) -> set[int]:

@@ -26,10 +26,10 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, encode, from_uint8, to_uint8
 from latent_lpips.distance import ELatentLPIPS, LatentLPIPS
 from latent_lpips.training.calibrate import metric_sha256, open_metric
-from latent_lpips.training.config import OverfitConfig, given
-from latent_lpips.training.crops import centre_crop
-from latent_lpips.training.labelled_images import open_pictures
-from latent_lpips.training.latent_stream import alone, check_size
+from latent_lpips.training.config import OverfitConfig, require_given
+from latent_lpips.training.crops import center_crop_resized
+from latent_lpips.training.labeled_images import open_unlabeled
+from latent_lpips.training.latent_stream import check_image_size, require_single_process
 from latent_lpips.training.plot import plot_overfit
 
 
@@ -47,23 +47,25 @@ class OverfitResult:
     seconds: float
 
 
-def overfit(config: OverfitConfig, out: Path, progress: Progress = quiet) -> OverfitResult:
-    """Minimise E-LatentLPIPS from random latents to those of `count` pictures, once for each of `families`.
+def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet) -> OverfitResult:
+    """Minimize E-LatentLPIPS from random latents to those of `count` pictures, once for each of `families`.
 
     Each starts from the same noise; runs go on from their newest checkpoints. Raises UserError for bad input,
     FloatingPointError when a loss is not finite, Interrupted on Ctrl-C.
     """
-    alone("overfit")
-    given(config, "data", "latents", "weights")
+    require_single_process("overfit")
+    require_given(config, "data", "latents", "weights")
     started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = pretrained.load_autoencoder(config.latents).to(device)
-    check_size(vae, config.size)
+    check_image_size(vae, config.size)
     metric = open_metric(config.weights, config.latents, vae, device)
-    pictures = open_pictures(config.data)
+    pictures = open_unlabeled(config.data)
     if len(pictures) < config.count:
         raise UserError(f"{config.data} holds {len(pictures)} pictures, expected {config.count}; set count")
-    pixels = torch.stack([centre_crop(pictures.open(row), config.size, 1.0) for row in range(config.count)])
+    pixels = torch.stack(
+        [center_crop_resized(pictures.open(row), config.size, 1.0) for row in range(config.count)]
+    )
     with torch.no_grad():
         target = encode(vae, from_uint8(pixels).to(device))
         aim = decode(vae, target)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from d2g.core.errors import UserError
 
-PANELS = {"latent_lpips": "LatentLPIPS without transforms", "pixel_mse": "pixel MSE, decoded"}
+OVERFIT_PANELS = {"latent_lpips": "LatentLPIPS without transforms", "pixel_mse": "pixel MSE, decoded"}
 
 
 def plot_overfit(curves: Mapping[str, Sequence[Mapping[str, float]]], files: Sequence[Path]) -> None:
@@ -15,7 +15,9 @@ def plot_overfit(curves: Mapping[str, Sequence[Mapping[str, float]]], files: Seq
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axis, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+    for axis, (key, title) in zip(
+        figure.subplots(1, len(OVERFIT_PANELS)), OVERFIT_PANELS.items(), strict=True
+    ):
         for family, lines in curves.items():
             axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=family)
         axis.set_yscale("log")

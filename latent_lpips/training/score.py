@@ -21,18 +21,18 @@ from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from latent_lpips import weights
 from latent_lpips.lpips import PixelLPIPS
-from latent_lpips.training.bapps import Split, batches, find_splits, picture_numbers
-from latent_lpips.training.baselines import squared_error, structural_distance
-from latent_lpips.training.calibrate import open_metric, patch_facts, to_latents
-from latent_lpips.training.config import ScoreConfig, given
-from latent_lpips.training.latent_stream import alone
-from latent_lpips.training.small import agreement
+from latent_lpips.training.bapps import JudgmentSplit, find_splits, image_batches, picture_numbers
+from latent_lpips.training.baselines import pixel_squared_error, ssim_distance
+from latent_lpips.training.calibrate import encode_patches, open_metric, patch_facts
+from latent_lpips.training.config import ScoreConfig, require_given
+from latent_lpips.training.latent_stream import require_single_process
+from latent_lpips.training.small import two_afc_agreement
 
-OURS = "latent_lpips"
+LATENT_LPIPS = "latent_lpips"
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class ScoredDistance:
     """A distance in two steps, so that a reference is prepared once: pixels -> what `compare` takes, two of
     which -> [B]."""
 
@@ -47,7 +47,7 @@ class ScoreResult:
 
     ci: 95 % percentile intervals over pictures drawn anew. people: how often two people drawn at random
     agree, the mean of p^2 + (1 - p)^2 over shares p (Zhang et al. 2018 score a person so). It is no bound: a
-    distance that sides with the majority has the mean of max(p, 1 - p). judgements, pictures: how many.
+    distance that sides with the majority has the mean of max(p, 1 - p). judgments, pictures: how many.
     """
 
     two_afc: dict[str, float]
@@ -55,7 +55,7 @@ class ScoreResult:
     ci: dict[str, dict[str, list[float]]]
     baselines: dict[str, dict[str, Any]]
     people: dict[str, float]
-    judgements: dict[str, dict[str, int]]
+    judgments: dict[str, dict[str, int]]
     pictures: dict[str, dict[str, int]]
     seconds: float
 
@@ -63,17 +63,17 @@ class ScoreResult:
 def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progress = quiet) -> ScoreResult:
     """Score LatentLPIPS, and beside it what `baselines` and `lpips` name, on the val/ splits of a BAPPS
     folder (on all, where it has no parts), and into the JSON file `out`. Raises UserError for bad input."""
-    alone("score")
-    given(config, "data", "latents", "weights")
+    require_single_process("score")
+    require_given(config, "data", "latents", "weights")
     started = time.monotonic()
-    check_patch(config)
+    check_patch_settings(config)
     tasks = {
         "two_afc": find_splits(config.data, "2afc", "val"),
         "jnd": find_splits(config.data, "jnd", "val"),
     }
     if not any(tasks.values()):
-        raise UserError(f"{config.data}: no judgements in val/, expected folders with ref/ p0/ p1/ judge/")
-    measures = open_measures(config, process_group.init())
+        raise UserError(f"{config.data}: no judgments in val/, expected folders with ref/ p0/ p1/ judge/")
+    measures = open_scored_distances(config, process_group.init())
     scored: dict[str, dict[str, Any]] = {name: {"ci": {}} for name in measures}
     numbers = {task: picture_numbers(splits) for task, splits in tasks.items()}
     for task, splits in tasks.items():
@@ -85,18 +85,18 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
         answers = {split.name: split.answers for split in splits}
         for name, by_split in found.items():
             scored[name][task] = _with_mean({s: scorer(d, answers[s]) for s, d in by_split.items()})
-            scored[name]["ci"][task] = intervals(
+            scored[name]["ci"][task] = bootstrap_intervals(
                 by_split, answers, numbers[task], scorer, config.resamples, config.seed
             )
-    ours = scored.pop(OURS)
-    people = {split.name: two_people(split.answers) for split in tasks["two_afc"]}
+    ours = scored.pop(LATENT_LPIPS)
+    people = {split.name: human_agreement(split.answers) for split in tasks["two_afc"]}
     result = ScoreResult(
         two_afc=ours["two_afc"],
         jnd=ours["jnd"],
         ci=ours["ci"],
         baselines=scored,
         people=_with_mean(people),
-        judgements={task: {split.name: len(split) for split in splits} for task, splits in tasks.items()},
+        judgments={task: {split.name: len(split) for split in splits} for task, splits in tasks.items()},
         pictures={task: {s: len(n.unique()) for s, n in found.items()} for task, found in numbers.items()},
         seconds=time.monotonic() - started,
     )
@@ -105,29 +105,32 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
     return result
 
 
-def open_measures(config: ScoreConfig, device: torch.device) -> dict[str, Measure]:
+def open_scored_distances(config: ScoreConfig, device: torch.device) -> dict[str, ScoredDistance]:
     """LatentLPIPS and the baselines by name, all from pixels [B, 3, H, W] in [-1, 1]."""
     vae = pretrained.load_autoencoder(config.latents).to(device)
     metric = open_metric(config.weights, config.latents, vae, device)
-    measures = {OURS: Measure(lambda x: to_latents(x, config.patch, vae, device), metric)}
-    pixels: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": squared_error, "ssim": structural_distance}
+    measures = {LATENT_LPIPS: ScoredDistance(lambda x: encode_patches(x, config.patch, vae, device), metric)}
+    pixels: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": pixel_squared_error, "ssim": ssim_distance}
     for name in config.baselines:
-        measures[name] = Measure(lambda x: x.to(device), pixels[name])
+        measures[name] = ScoredDistance(lambda x: x.to(device), pixels[name])
     if config.lpips:
         lpips = PixelLPIPS(config.lpips, config.lpips_weights or None).to(device)
-        measures[f"lpips_{config.lpips}"] = Measure(lambda x: x.to(device), lpips)
+        measures[f"lpips_{config.lpips}"] = ScoredDistance(lambda x: x.to(device), lpips)
     return measures
 
 
 @torch.no_grad()
 def split_distances(
-    measures: Mapping[str, Measure], split: Split, config: ScoreConfig, progress: Progress = quiet
+    measures: Mapping[str, ScoredDistance],
+    split: JudgmentSplit,
+    config: ScoreConfig,
+    progress: Progress = quiet,
 ) -> dict[str, Tensor]:
     """Per measure [N, 2], from ref to p0 and to p1; for JND [N, 1], from p0 to p1. Raises UserError for a
     distance that is not finite."""
     found: dict[str, list[Tensor]] = {name: [] for name in measures}
     done = 0
-    for first, *others in batches(split, config.patch.load, config.patch.batch):
+    for first, *others in image_batches(split, config.patch.load, config.patch.batch):
         for name, measure in measures.items():
             anchor = measure.prepare(first)
             rows = [measure.compare(measure.prepare(other), anchor).double().cpu() for other in others]
@@ -144,11 +147,11 @@ def split_distances(
 def two_afc_score(distances: Tensor, answers: Tensor) -> float:
     """Mean agreement of distances [N, 2] with shares [N] that prefer p1; a tie counts a half."""
     d0, d1 = distances.unbind(1)
-    return agreement(d0, d1, answers)
+    return two_afc_agreement(d0, d1, answers)
 
 
-def two_people(answers: Tensor) -> float:
-    """How often two people, drawn at random, agree about a judgement: shares [N] that prefer p1 -> mean."""
+def human_agreement(answers: Tensor) -> float:
+    """How often two people, drawn at random, agree about a judgment: shares [N] that prefer p1 -> mean."""
     p = answers.double()
     return (p**2 + (1 - p) ** 2).mean().item()
 
@@ -167,7 +170,7 @@ def jnd_score(distances: Tensor, answers: Tensor) -> float:
     return float((np.diff(recall, prepend=0.0) * highest).sum())
 
 
-def intervals(
+def bootstrap_intervals(
     distances: Mapping[str, Tensor],
     answers: Mapping[str, Tensor],
     pictures: Mapping[str, Tensor],
@@ -176,7 +179,7 @@ def intervals(
     seed: int,
 ) -> dict[str, list[float]]:
     """95 % percentile intervals of each split's score and of their mean, over pictures drawn anew (Efron &
-    Tibshirani 1993; Field & Welsh 2007 for clusters): judgements of one picture come and go together, in all
+    Tibshirani 1993; Field & Welsh 2007 for clusters): judgments of one picture come and go together, in all
     splits that show it. The draws don't depend on the distances: measures are comparable.
 
     pictures: [N] of each split, as picture_numbers gives them.
@@ -228,9 +231,9 @@ def _sharing(pictures: Mapping[str, Tensor]) -> list[list[str]]:
     return [names for names, _ in groups]
 
 
-def check_patch(config: ScoreConfig) -> None:
+def check_patch_settings(config: ScoreConfig) -> None:
     """Raise UserError where the weights were calibrated on patches made in another way."""
-    said, got = weights.read_meta(config.weights).get("patch"), patch_facts(config.patch)
+    said, got = weights.read_lpips_meta(config.weights).get("patch"), patch_facts(config.patch)
     if said is not None and said != got:
         raise UserError(
             f"{config.weights} was calibrated with {_settings(said)}, got {_settings(got)}; "

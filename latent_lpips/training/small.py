@@ -1,4 +1,4 @@
-"""Training a LatentLPIPS for a latent space: trunk by classification, heads by two-alternative judgements."""
+"""Training a LatentLPIPS for a latent space: trunk by classification, heads by two-alternative judgments."""
 
 import math
 import time
@@ -28,7 +28,7 @@ from latent_lpips.training.config import ClassifyConfig
 from latent_lpips.training.synthetic_triplets import Triplets, caption_targets, synthetic_triplets
 from latent_lpips.vgg import VGG16
 
-BATCH = 250
+EVAL_BATCH = 250
 """Rows per forward pass where nothing is trained."""
 
 
@@ -41,7 +41,7 @@ def train_latent_lpips(
     progress: Progress = quiet,
     device: torch.device | str = "cpu",
 ) -> tuple[LatentLPIPS, dict[str, float]]:
-    """Trunk on the captions' words, then heads on synthetic judgements of the images.
+    """Trunk on the captions' words, then heads on synthetic judgments of the images.
 
     latents: scaled [N, C, h, w]; captions: N; images: uint8 [M, 3, H, W], of the same kind; encode: pixels
     in [-1, 1] -> scaled latents. Returns the metric on `device` and its scores on held-out data.
@@ -54,15 +54,17 @@ def train_latent_lpips(
     )
     metric = LatentLPIPS(config.network, trunk).fold()
     triplets = synthetic_triplets(images[: config.triplets], encode, config.seed, progress)
-    _, held = split(len(triplets.judge), config.calibrate.held_out, config.seed)
-    scores["two_afc_before"] = two_afc(metric, *_rows(triplets, held))
-    scores["two_afc"] = calibrate(metric, triplets, config.calibrate, seed=config.seed, progress=progress)
+    _, held = split_rows(len(triplets.judge), config.calibrate.held_out, config.seed)
+    scores["two_afc_before"] = two_afc_of_metric(metric, *_rows(triplets, held))
+    scores["two_afc"] = calibrate_heads(
+        metric, triplets, config.calibrate, seed=config.seed, progress=progress
+    )
     if config.unrelated is not None:
-        rescale(metric, latents, config.unrelated)
+        rescale_heads(metric, latents, config.unrelated)
     return metric, scores
 
 
-def split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_rows(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     """Row numbers (train, held out), disjoint, a function of the arguments. Raises UserError below 2 rows."""
     if count < 2:
         raise UserError(
@@ -90,19 +92,21 @@ def train_trunk(
     """
     single = targets.dim() == 1
     classes = int(targets.max()) + 1 if single else targets.shape[1]
-    train, held = split(len(latents), config.held_out, seed)
+    train, held = split_rows(len(latents), config.held_out, seed)
     shift = AugmentConfig(families="b", flip=config.flip, quarter_turns=False, integer_shift=config.shift)
     with _seeded(seed, device):
         model = VGG16(network, classes, config.dropout, config.grid).to(device).train()
-        optimizer = make_optimizer(model, config)
+        optimizer = build_optimizer(model, config)
         started, seen, fraction = time.monotonic(), 0, 0.0
         while fraction < 1:
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * learning_rate(config.schedule, fraction)
+                group["lr"] = config.lr * learning_rate_factor(config.schedule, fraction)
             rows = train[permuted_batch(seed, len(train), seen, config.batch)]
             x, y = latents[rows].to(device).float(), targets[rows].to(device)
-            params = augment.draw(shift, len(x), x.shape[2:], generator(seed, 0xA06, seen), device)
-            loss = _classification_loss(model(augment.apply(x, params)), y)
+            params = augment.sample_transforms(
+                shift, len(x), x.shape[2:], generator(seed, 0xA06, seen), device
+            )
+            loss = _classification_loss(model(augment.apply_transforms(x, params)), y)
             if not math.isfinite(loss.item()):
                 raise UserError(
                     f"LatentLPIPS trunk: loss is {loss.item()} after {seen} latents, expected a finite one; "
@@ -117,7 +121,7 @@ def train_trunk(
     return model.eval(), _scores(model, latents[held], targets[held], device)
 
 
-def learning_rate(schedule: str, fraction: float) -> float:
+def learning_rate_factor(schedule: str, fraction: float) -> float:
     """The rate as a multiple of its maximum, at `fraction` in [0, 1) of the training."""
     if schedule == "step":
         return float(0.1 ** math.floor(3 * fraction))
@@ -140,7 +144,7 @@ def _seeded(seed: int, device: torch.device | str) -> Iterator[None]:
         yield
 
 
-def make_optimizer(model: nn.Module, config: TrunkTrainConfig | ClassifyConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrunkTrainConfig | ClassifyConfig) -> torch.optim.Optimizer:
     """SGD as in the ImageNet recipe, or AdamW."""
     if config.optimizer == "sgd":
         kind: Any = partial(torch.optim.SGD, momentum=config.momentum)
@@ -158,7 +162,7 @@ def _classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _scores(model: VGG16, latents: Tensor, targets: Tensor, device: torch.device | str) -> dict[str, float]:
-    logits = torch.cat([model(x.to(device).float()).cpu() for x in torch.split(latents, BATCH)])
+    logits = torch.cat([model(x.to(device).float()).cpu() for x in torch.split(latents, EVAL_BATCH)])
     if targets.dim() == 1:
         return {"top1": (logits.argmax(1) == targets).double().mean().item()}
     said, true = logits > 0, targets > 0.5
@@ -188,27 +192,27 @@ class RankingNet(nn.Module):
         return logits
 
 
-def calibrate(
+def calibrate_heads(
     metric: LatentLPIPS,
     triplets: Triplets,
     config: CalibrateConfig,
     seed: int = 0,
     progress: Progress = quiet,
 ) -> float:
-    """Fit the heads to judgements, in place (Zhang et al. 2018, `lin`). Returns 2AFC on the held-out part.
+    """Fit the heads to judgments, in place (Zhang et al. 2018, `lin`). Returns 2AFC on the held-out part.
 
     The trunk stays as it is, so the channel averages are computed once and each step is a dot product.
     Dropout therefore hides whole channels, the same ones from both distances. Heads are clamped at 0 after
     every step.
     """
-    train, held = split(len(triplets.judge), config.held_out, seed)
+    train, held = split_rows(len(triplets.judge), config.held_out, seed)
     means0 = _channel_means(metric, triplets.ref, triplets.p0, progress)
     means1 = _channel_means(metric, triplets.ref, triplets.p1, progress)
     judge = triplets.judge.to(means0.device).float()
     fit_heads(metric, means0, means1, judge, train, config, seed, progress)
     held = held.to(means0.device)
     weights = torch.cat(list(metric.heads))
-    return agreement(means0[held] @ weights, means1[held] @ weights, judge[held])
+    return two_afc_agreement(means0[held] @ weights, means1[held] @ weights, judge[held])
 
 
 def fit_heads(
@@ -261,30 +265,30 @@ def fit_heads(
 def _channel_means(metric: LatentLPIPS, a: Tensor, b: Tensor, progress: Progress) -> Tensor:
     """[N, sum of channels] on the metric's device."""
     device, rows = metric.heads[0].device, []
-    for start in range(0, len(a), BATCH):
-        x, y = (t[start : start + BATCH].to(device) for t in (a, b))
+    for start in range(0, len(a), EVAL_BATCH):
+        x, y = (t[start : start + EVAL_BATCH].to(device) for t in (a, b))
         rows.append(torch.cat(metric.channel_means(x, y), 1))
-        progress("LatentLPIPS features", min(start + BATCH, len(a)), len(a))
+        progress("LatentLPIPS features", min(start + EVAL_BATCH, len(a)), len(a))
     return torch.cat(rows)
 
 
 @torch.no_grad()
-def two_afc(metric: LatentLPIPS, ref: Tensor, p0: Tensor, p1: Tensor, judge: Tensor) -> float:
+def two_afc_of_metric(metric: LatentLPIPS, ref: Tensor, p0: Tensor, p1: Tensor, judge: Tensor) -> float:
     """Two-alternative forced choice: mean agreement with `judge` [N], the fraction that prefers p1."""
     device = metric.heads[0].device
     d0, d1 = (
         torch.cat(
             [
                 metric(x.to(device), r.to(device))
-                for x, r in zip(torch.split(p, BATCH), torch.split(ref, BATCH), strict=True)
+                for x, r in zip(torch.split(p, EVAL_BATCH), torch.split(ref, EVAL_BATCH), strict=True)
             ]
         )
         for p in (p0, p1)
     )
-    return agreement(d0, d1, judge.to(device))
+    return two_afc_agreement(d0, d1, judge.to(device))
 
 
-def agreement(d0: Tensor, d1: Tensor, judge: Tensor) -> float:
+def two_afc_agreement(d0: Tensor, d1: Tensor, judge: Tensor) -> float:
     """2AFC score of distances [N]; a tie counts one half. Zhang et al. 2018."""
     judge = judge.double()
     score = (d0 < d1) * (1 - judge) + (d1 < d0) * judge + (d0 == d1) * 0.5
@@ -292,12 +296,12 @@ def agreement(d0: Tensor, d1: Tensor, judge: Tensor) -> float:
 
 
 @torch.no_grad()
-def rescale(metric: LatentLPIPS, latents: Tensor, distance: float, count: int = 512) -> None:
-    """Multiply the heads so that neighbours in `latents`, taken as unrelated, are `distance` apart on
+def rescale_heads(metric: LatentLPIPS, latents: Tensor, distance: float, count: int = 512) -> None:
+    """Multiply the heads so that neighbors in `latents`, taken as unrelated, are `distance` apart on
     average. In place; the first `count` latents [N, C, h, w] serve."""
     device = metric.heads[0].device
     x = latents[:count].to(device)
-    pairs = zip(torch.split(x, BATCH), torch.split(x.roll(1, 0), BATCH), strict=True)
+    pairs = zip(torch.split(x, EVAL_BATCH), torch.split(x.roll(1, 0), EVAL_BATCH), strict=True)
     mean = torch.cat([metric(a, b) for a, b in pairs]).mean()
     if not mean > 0:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What LatentLPIPS learns from: words of captions as classes, and synthetic two-alternative judgements."""
+"""What LatentLPIPS learns from: words of captions as classes, and synthetic two-alternative judgments."""
 
 import re
 from collections import Counter
@@ -14,9 +14,9 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import generator
 from d2g.diffusion.latents import from_uint8
 
-CHUNK = 64
+IMAGES_PER_GENERATOR = 64
 """Images that share one generator: fixed, so that results don't depend on a batch size."""
-BLOCK = 8
+JPEG_BLOCK = 8
 """JPEG's transform size."""
 
 
@@ -42,7 +42,7 @@ def caption_targets(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Triplets:
-    """Two-alternative judgements in latent space, [N, C, h, w] scaled latents each."""
+    """Two-alternative judgments in latent space, [N, C, h, w] scaled latents each."""
 
     ref: Tensor
     p0: Tensor
@@ -54,14 +54,14 @@ class Triplets:
 def synthetic_triplets(
     images: Tensor, encode: Callable[[Tensor], Tensor], seed: int, progress: Progress = quiet
 ) -> Triplets:
-    """Judgements whose truth is known: both alternatives got one kind of distortion, at two strengths.
+    """Judgments whose truth is known: both alternatives got one kind of distortion, at two strengths.
 
     images: uint8 [N, 3, H, W]. encode: pixels [B, 3, H, W] in [-1, 1] -> scaled latents. Row i depends on
-    (seed, i, the images of its chunk of 64). A stand-in for human judgements where there are none.
+    (seed, i, the images of its chunk of 64). A stand-in for human judgments where there are none.
     """
     parts: dict[str, list[Tensor]] = {"ref": [], "p0": [], "p1": [], "judge": []}
-    for start in range(0, len(images), CHUNK):
-        pixels = from_uint8(images[start : start + CHUNK])
+    for start in range(0, len(images), IMAGES_PER_GENERATOR):
+        pixels = from_uint8(images[start : start + IMAGES_PER_GENERATOR])
         rng = generator(seed, 0x2AFC, start)
         strengths = _strengths(len(pixels), rng)
         kinds = torch.randint(len(DISTORTIONS), (len(pixels),), generator=rng)
@@ -69,12 +69,12 @@ def synthetic_triplets(
         parts["ref"].append(encode(pixels).cpu())
         for name, strength in zip(("p0", "p1"), strengths, strict=True):
             parts[name].append(encode(_distort(pixels, kinds, strength, rng)).cpu())
-        progress("triplets", min(start + CHUNK, len(images)), len(images))
+        progress("triplets", min(start + IMAGES_PER_GENERATOR, len(images)), len(images))
     return Triplets(**{name: torch.cat(rows) for name, rows in parts.items()})
 
 
 def _strengths(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two in (0, 1], at least a factor 1.3 apart, so that the judgement is never a toss."""
+    """Two in (0, 1], at least a factor 1.3 apart, so that the judgment is never a toss."""
     weak = 0.05 + 0.65 * torch.rand(count, generator=rng)
     strong = weak * (1.3 + torch.rand(count, generator=rng) * (1 / weak - 1.3).clamp(min=0))
     swap = torch.rand(count, generator=rng) < 0.5
@@ -125,12 +125,14 @@ def _warp(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
 
 def _blocks(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
     """JPEG-like: 8x8 cosine transform, coefficients rounded to steps that grow with frequency."""
-    at = torch.arange(BLOCK, dtype=x.dtype)
-    dct = torch.cos(torch.pi * (2 * at + 1) * at[:, None] / (2 * BLOCK)) * (2 / BLOCK) ** 0.5
+    at = torch.arange(JPEG_BLOCK, dtype=x.dtype)
+    dct = torch.cos(torch.pi * (2 * at + 1) * at[:, None] / (2 * JPEG_BLOCK)) * (2 / JPEG_BLOCK) ** 0.5
     dct[0] /= 2**0.5
     height, width = x.shape[2:]
-    padded = F.pad(x, (0, -width % BLOCK, 0, -height % BLOCK), mode="replicate")
-    tiles = padded.unfold(2, BLOCK, BLOCK).unfold(3, BLOCK, BLOCK)  # [B, 3, rows, columns, 8, 8]
+    padded = F.pad(x, (0, -width % JPEG_BLOCK, 0, -height % JPEG_BLOCK), mode="replicate")
+    tiles = padded.unfold(2, JPEG_BLOCK, JPEG_BLOCK).unfold(
+        3, JPEG_BLOCK, JPEG_BLOCK
+    )  # [B, 3, rows, columns, 8, 8]
     step = 0.4 * strength[..., None, None] * (1 + at[:, None] + at)
     tiles = dct.T @ ((dct @ tiles @ dct.T / step).round() * step) @ dct
     result: Tensor = tiles.transpose(3, 4).reshape(padded.shape)[:, :, :height, :width]

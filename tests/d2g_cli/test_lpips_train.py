@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from labelled import save_classes
-from latent_lpips import load
+from labeled import save_classes
+from latent_lpips import load_lpips
 
 WORKS = ["train", "calibrate", "score", "overfit", "triplets"]
 
@@ -35,7 +35,7 @@ def test_from_pictures_to_a_calibrated_scored_metric(lpips: Any, teacher: Path, 
     judged = ("--data", tmp_path / "judged", "--latents", teacher, "--preset", "small")
     words = ("--weights", tmp_path / "trunk", "--out", tmp_path / "heads", *sets(**{"heads.epochs": 2}))
     fitted = lpips("calibrate", *judged, *words).json
-    assert 0 <= fitted["accuracy"] <= 1 and load(tmp_path / "heads").config.channels == 4
+    assert 0 <= fitted["accuracy"] <= 1 and load_lpips(tmp_path / "heads").config.channels == 4
 
     file = tmp_path / "scores" / "score.json"
     words = ("--weights", tmp_path / "heads", "--baselines", "l2,ssim", "--out", file, *sets(resamples=20))

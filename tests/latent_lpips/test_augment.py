@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latent_lpips import augment
-from latent_lpips.augment import AugmentParams, apply, draw
+from latent_lpips.augment import AugmentParams, apply_transforms, sample_transforms
 from latent_lpips.config import AugmentConfig
 
 STILL = AugmentConfig(
@@ -24,7 +24,7 @@ def rng(seed: int = 0) -> torch.Generator:
 def still(letters: str, batch: int, size: tuple[int, int]) -> AugmentParams:
     """The identity of every family, to be changed by `replace`."""
     config = replace(STILL, families=letters, quarter_turns=False, brightness=0, contrast=0, saturation=0)
-    return draw(config, batch, size, rng())
+    return sample_transforms(config, batch, size, rng())
 
 
 def uniform_like(values: Tensor, low: float, high: float) -> None:
@@ -42,7 +42,7 @@ def normal_like(values: Tensor, std: float) -> None:
 
 
 def test_every_parameter_follows_its_published_distribution() -> None:
-    p = draw(AugmentConfig(), COUNT, (64, 32), rng())
+    p = sample_transforms(AugmentConfig(), COUNT, (64, 32), rng())
     assert torch.bincount(p.flip.int(), minlength=2).div(COUNT).tolist() == pytest.approx(
         [0.5, 0.5], abs=0.02
     )
@@ -58,11 +58,11 @@ def test_every_parameter_follows_its_published_distribution() -> None:
     uniform_like(p.brightness, -0.5, 0.5)
     uniform_like(p.contrast, 0.5, 1.5)
     uniform_like(p.saturation, 0, 2)
-    uniform_like(p.centre, 0, 1)
+    uniform_like(p.center, 0, 1)
 
 
 def test_parameters_are_independent_of_each_other() -> None:
-    p = draw(AugmentConfig(), COUNT, (64, 64), rng())
+    p = sample_transforms(AugmentConfig(), COUNT, (64, 64), rng())
     columns = [getattr(p, f.name) for f in fields(p) if f.name not in ("letters", "cutout")]
     table = torch.cat([c.reshape(COUNT, -1) for c in columns], 1)
     off_diagonal = torch.corrcoef(table.T) - torch.eye(table.shape[1])
@@ -71,8 +71,8 @@ def test_parameters_are_independent_of_each_other() -> None:
 
 
 def test_same_generator_same_transform_whatever_the_families() -> None:
-    one, two = (draw(AugmentConfig(families=f), 5, (8, 8), rng(9)) for f in ("b", "bgco"))
-    other = draw(AugmentConfig(families="b"), 5, (8, 8), rng(10))
+    one, two = (sample_transforms(AugmentConfig(families=f), 5, (8, 8), rng(9)) for f in ("b", "bgco"))
+    other = sample_transforms(AugmentConfig(families="b"), 5, (8, 8), rng(10))
     for f in fields(one):
         if f.name not in ("letters", "cutout"):
             assert torch.equal(getattr(one, f.name), getattr(two, f.name))
@@ -82,8 +82,8 @@ def test_same_generator_same_transform_whatever_the_families() -> None:
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (64, 64), (7, 7)])
 def test_blitting_equals_exact_flips_turns_and_mirrored_shifts(size: tuple[int, int]) -> None:
     x = torch.randn(32, 4, *size, generator=rng())
-    p = draw(AugmentConfig(families="b", integer_shift=0.3), 32, size, rng(1))
-    moved, n = apply(x, p), size[0]
+    p = sample_transforms(AugmentConfig(families="b", integer_shift=0.3), 32, size, rng(1))
+    moved, n = apply_transforms(x, p), size[0]
     for i in range(32):
         image = x[i].flip(2) if p.flip[i] else x[i]
         image = torch.rot90(image, -int(p.quarter[i]), (1, 2))
@@ -97,14 +97,14 @@ def test_blitting_equals_exact_flips_turns_and_mirrored_shifts(size: tuple[int, 
 def test_resampling_chain_keeps_a_still_latent(size: tuple[int, int]) -> None:
     """An orthonormal wavelet's low-pass, down after up, is the identity."""
     x = torch.randn(2, 4, *size, generator=rng())
-    torch.testing.assert_close(apply(x, still("g", 2, size)), x, rtol=0, atol=1e-3)
+    torch.testing.assert_close(apply_transforms(x, still("g", 2, size)), x, rtol=0, atol=1e-3)
 
 
 def test_resampling_chain_shifts_whole_positions_exactly() -> None:
     x = torch.randn(1, 4, 16, 16, generator=rng())
     p = replace(still("g", 1, (16, 16)), shift=torch.tensor([[2 / 16, -1 / 16]]))
     expected = F.pad(x, (2, 0, 0, 1), mode="reflect")[:, :, 1:, :16]
-    torch.testing.assert_close(apply(x, p), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(apply_transforms(x, p), expected, rtol=0, atol=1e-3)
 
 
 def test_sym6_is_orthonormal_with_six_vanishing_moments() -> None:
@@ -135,7 +135,7 @@ def test_rotation_and_scale_of_a_band_limited_function_match_the_function(degree
     size, angle = 64, math.radians(degrees)
     x, y = grid(size)
     p = replace(still("g", 1, (size, size)), rotate_pre=torch.tensor([angle]), scale=torch.tensor([scale]))
-    moved = apply(wave(x, y)[None, None], p)[0, 0]
+    moved = apply_transforms(wave(x, y)[None, None], p)[0, 0]
     # The picture turns by `angle` from x towards y (downwards) and grows by `scale`.
     u = (math.cos(angle) * x + math.sin(angle) * y) / scale
     v = (-math.sin(angle) * x + math.cos(angle) * y) / scale
@@ -152,7 +152,7 @@ def test_low_pass_resampling_beats_bilinear_on_a_high_resolution_reference() -> 
     at = torch.stack([u, v], -1)[None] * 2 / (size - 1)
     bilinear = F.grid_sample(image, at, align_corners=True, padding_mode="reflection")[0, 0]
     expected, inner = wave(1.8 * u, 1.8 * v), x.square() + y.square() < 20**2
-    ours = (apply(image, p)[0, 0] - expected)[inner].square().mean().sqrt()
+    ours = (apply_transforms(image, p)[0, 0] - expected)[inner].square().mean().sqrt()
     assert ours < 0.4 * (bilinear - expected)[inner].square().mean().sqrt()
 
 
@@ -161,7 +161,7 @@ def test_shrinking_filters_what_would_alias() -> None:
     image = torch.cos(2 * math.pi * 0.42 * x)[None, None] * torch.ones_like(y)
     p = replace(still("g", 1, (64, 64)), scale=torch.tensor([0.55]))
     inner = slice(22, 42)
-    assert apply(image, p)[0, 0, inner, inner].std() < 0.3 * image.std()
+    assert apply_transforms(image, p)[0, 0, inner, inner].std() < 0.3 * image.std()
 
 
 def picture(x: Tensor, y: Tensor) -> Tensor:
@@ -178,10 +178,10 @@ def test_rotated_latents_match_a_high_resolution_reference() -> None:
     thousandth of its variance wrong, and less than a third of what bilinear sampling makes wrong."""
     size, count = 64, 24
     x, y = grid(size)
-    p = draw(replace(STILL, rotation=180, shift_std=0.02), count, (size, size), rng(5))
+    p = sample_transforms(replace(STILL, rotation=180, shift_std=0.02), count, (size, size), rng(5))
     inverse = augment.inverse_affine(p, (size, size))
     image = picture(x, y)[None, None].expand(count, 1, -1, -1)
-    ours, errors = apply(image, p)[:, 0], []
+    ours, errors = apply_transforms(image, p)[:, 0], []
     for row in range(count):
         u, v = (inverse[row, k, 0] * x + inverse[row, k, 1] * y + inverse[row, k, 2] for k in (0, 1))
         at = torch.stack([u, v], -1)[None] * 2 / (size - 1)
@@ -195,7 +195,7 @@ def test_rotated_latents_match_a_high_resolution_reference() -> None:
 def test_families_compose_b_first_then_g() -> None:
     p = replace(still("bg", 1, (16, 16)), flip=torch.ones(1), shift=torch.tensor([[0.25, 0.0]]), letters="bg")
     matrix = augment.inverse_affine(p, (16, 16))[0]
-    # Output 3 right of the centre: undo the shift by 4 first, then the mirror.
+    # Output 3 right of the center: undo the shift by 4 first, then the mirror.
     torch.testing.assert_close(matrix @ torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 1.0]))
 
 
@@ -215,7 +215,7 @@ def test_stretch_acts_between_the_two_rotations() -> None:
     assert np.allclose(inverse, np.linalg.inv(forward), atol=1e-6)
 
 
-def test_colour_equals_the_hand_formula_with_each_inputs_own_mean() -> None:
+def test_color_equals_the_hand_formula_with_each_inputs_own_mean() -> None:
     x = torch.randn(2, 4, 8, 8, generator=rng())
     p = replace(
         still("c", 2, (8, 8)),
@@ -227,13 +227,13 @@ def test_colour_equals_the_hand_formula_with_each_inputs_own_mean() -> None:
         y = x[i] + p.brightness[i]
         y = (y - y.mean()) * p.contrast[i] + y.mean()
         y = (y - y.mean(0)) * p.saturation[i] + y.mean(0)
-        torch.testing.assert_close(apply(x, p)[i], y)
+        torch.testing.assert_close(apply_transforms(x, p)[i], y)
 
 
 def test_cutout_zeroes_one_square_of_half_the_size() -> None:
     x = torch.ones(2, 4, 8, 8)
-    p = replace(still("o", 2, (8, 8)), centre=torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
-    cut = apply(x, p)
+    p = replace(still("o", 2, (8, 8)), center=torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    cut = apply_transforms(x, p)
     expected = torch.ones(2, 8, 8)
     expected[0, 2:6, 2:6] = 0
     expected[1, :2, 6:] = 0
@@ -242,16 +242,16 @@ def test_cutout_zeroes_one_square_of_half_the_size() -> None:
 
 def test_a_samples_result_does_not_depend_on_its_batch() -> None:
     x = torch.randn(6, 4, 8, 8, generator=rng())
-    p = draw(AugmentConfig(), 6, (8, 8), rng(2))
+    p = sample_transforms(AugmentConfig(), 6, (8, 8), rng(2))
     alone = {f.name: getattr(p, f.name)[3:4] for f in fields(p) if f.name not in ("letters", "cutout")}
-    single = apply(x[3:4], AugmentParams(letters=p.letters, cutout=p.cutout, **alone))
-    torch.testing.assert_close(apply(x, p)[3:4], single, rtol=0, atol=1e-5)
+    single = apply_transforms(x[3:4], AugmentParams(letters=p.letters, cutout=p.cutout, **alone))
+    torch.testing.assert_close(apply_transforms(x, p)[3:4], single, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (64, 64), (6, 10)])
 def test_all_families_give_finite_values_and_gradients(size: tuple[int, int]) -> None:
     x = torch.randn(8, 4, *size, generator=rng()).requires_grad_()
-    moved = apply(x, draw(AugmentConfig(), 8, size, rng(3)))
+    moved = apply_transforms(x, sample_transforms(AugmentConfig(), 8, size, rng(3)))
     moved.square().sum().backward()
     assert moved.shape == x.shape and moved.isfinite().all()
     assert x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() > 0
@@ -259,9 +259,9 @@ def test_all_families_give_finite_values_and_gradients(size: tuple[int, int]) ->
 
 def test_constants_made_in_inference_mode_still_serve_training() -> None:
     augment._kept.cache_clear()
-    p = draw(AugmentConfig(), 1, (9, 9), rng())
+    p = sample_transforms(AugmentConfig(), 1, (9, 9), rng())
     with torch.inference_mode():
-        apply(torch.randn(1, 4, 9, 9), p)
+        apply_transforms(torch.randn(1, 4, 9, 9), p)
     x = torch.randn(1, 4, 9, 9).requires_grad_()
-    apply(x, p).sum().backward()
+    apply_transforms(x, p).sum().backward()
     assert x.grad is not None

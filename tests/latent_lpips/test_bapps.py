@@ -9,20 +9,20 @@ import torch
 from PIL import Image
 
 from d2g.core.errors import UserError
-from labelled import save_differences, save_judgements
-from latent_lpips.training.bapps import batches, find_splits, open_split, upsampled
-from latent_lpips.training.crops import to_tensor
+from labeled import save_differences, save_judgments
+from latent_lpips.training.bapps import find_splits, image_batches, open_split, upsample_pixels
+from latent_lpips.training.crops import image_to_tensor
 
 
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
-    return save_judgements(tmp_path / "noise", 5)
+    return save_judgments(tmp_path / "noise", 5)
 
 
 @pytest.mark.parametrize("root", ["", "2afc"])
 def test_parts_and_splits_are_found_wherever_bapps_puts_them(tmp_path: Path, root: str) -> None:
     for name in ("train/cnn", "train/mix", "val/cnn"):
-        save_judgements(tmp_path / root / name, 3)
+        save_judgments(tmp_path / root / name, 3)
     save_differences(tmp_path / ("jnd" if root else "") / "val" / "traditional")
     assert [s.name for s in find_splits(tmp_path, "2afc", "train")] == ["cnn", "mix"]
     assert [s.name for s in find_splits(tmp_path, "2afc", "val")] == ["cnn"]
@@ -40,23 +40,23 @@ def test_a_folder_without_parts_is_both(split: Path, tmp_path: Path) -> None:
 
 def test_batches_keep_the_order_and_the_pixels(split: Path) -> None:
     found = open_split(split)
-    parts = list(batches(found, 0, 2))
+    parts = list(image_batches(found, 0, 2))
     assert [len(part[0]) for part in parts] == [2, 2, 1] and parts[0][0].shape == (2, 3, 16, 16)
     p1 = torch.cat([part[2] for part in parts])
     with Image.open(split / "p1" / "003.png") as opened:
-        assert torch.equal(((p1[3] + 1) * 127.5).round().byte(), to_tensor(opened))
-    some = list(batches(found, 0, 9, [3, 1]))
+        assert torch.equal(((p1[3] + 1) * 127.5).round().byte(), image_to_tensor(opened))
+    some = list(image_batches(found, 0, 9, [3, 1]))
     assert torch.equal(some[0][2], p1[[3, 1]])
-    assert next(batches(found, 8, 2))[0].shape == (2, 3, 8, 8)
+    assert next(image_batches(found, 8, 2))[0].shape == (2, 3, 8, 8)
 
 
 def test_upsampling_is_bicubic_within_range_and_optional() -> None:
     x = torch.rand(2, 3, 8, 8) * 2 - 1
-    assert upsampled(x, 0) is x
-    large = upsampled(x, 32)
+    assert upsample_pixels(x, 0) is x
+    large = upsample_pixels(x, 32)
     assert large.shape == (2, 3, 32, 32) and large.abs().max() <= 1
     flat = torch.full((1, 3, 8, 8), 0.25)
-    torch.testing.assert_close(upsampled(flat, 20), torch.full((1, 3, 20, 20), 0.25))
+    torch.testing.assert_close(upsample_pixels(flat, 20), torch.full((1, 3, 20, 20), 0.25))
 
 
 def save_half(split: Path) -> None:
@@ -71,10 +71,10 @@ BAD = {
     "one picture": (lambda s: (s / "p0" / "004.png").unlink(), "p0/ lacks 004"),
     "no share": (save_half, r"002.npy holds \[1.5\], expected one share between 0 and 1"),
     "no npy": (lambda s: (s / "judge" / "002.npy").write_bytes(b"no"), "002.npy is no readable .npy file"),
-    "empty": (lambda s: [f.unlink() for f in s.rglob("*.*")], "noise holds no judgements"),
+    "empty": (lambda s: [f.unlink() for f in s.rglob("*.*")], "noise holds no judgments"),
     "nothing": (
         lambda s: [shutil.rmtree(p) for p in s.iterdir()],
-        "noise holds no judgements; expected ref/",
+        "noise holds no judgments; expected ref/",
     ),
 }
 
@@ -91,8 +91,8 @@ def test_bad_folders_are_one_line(split: Path, case: str) -> None:
 def test_bad_pictures_are_one_line(split: Path) -> None:
     Image.new("RGB", (8, 16)).save(split / "p0" / "003.png")
     with pytest.raises(UserError, match=r"p0/003.png has 8x16 pixels, .*ref/000.png 16x16; .* patch.load"):
-        list(batches(open_split(split), 0, 2))
-    assert len(list(batches(open_split(split), 16, 2))) == 3
+        list(image_batches(open_split(split), 0, 2))
+    assert len(list(image_batches(open_split(split), 16, 2))) == 3
     (split / "p1" / "001.png").write_bytes(b"no")
     with pytest.raises(UserError, match=r"p1/001.png is no readable image"):
-        list(batches(open_split(split), 16, 2))
+        list(image_batches(open_split(split), 16, 2))

@@ -1,4 +1,4 @@
-"""`d2g lpips calibrate`: heads from judgements in BAPPS' layout."""
+"""`d2g lpips calibrate`: heads from judgments in BAPPS' layout."""
 
 import os
 import shutil
@@ -15,21 +15,21 @@ from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode
 from jobs import d2g_ranks
-from labelled import save_judgements
-from latent_lpips import load
+from labeled import save_judgments
+from latent_lpips import load_lpips
 from latent_lpips.config import CalibrateConfig
-from latent_lpips.training.bapps import batches, open_split
+from latent_lpips.training.bapps import image_batches, open_split
 from latent_lpips.training.calibrate import calibrate_folder
 from latent_lpips.training.config import HeadsConfig, PatchConfig, ScoreConfig
 from latent_lpips.training.score import score_folder
-from latent_lpips.weights import read_meta, save
+from latent_lpips.weights import read_lpips_meta, save_lpips
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bapps")
     for number, name in enumerate(("train/cnn", "train/noise", "val/cnn", "val/noise")):
-        save_judgements(root / name, 12, seed=number)
+        save_judgments(root / name, 12, seed=number)
     return root
 
 
@@ -49,13 +49,13 @@ def test_heads_are_fitted_and_the_trunk_is_not(data: Path, teacher: Path, tmp_pa
     assert result.accuracy > 0.8 and set(result.by_split) == {"cnn", "noise"}
     assert (result.train, result.held_out) == (24, 24)
     assert result.accuracy == pytest.approx(sum(result.by_split.values()) / 2)
-    before, after = load(teacher / "latent_lpips"), load(tmp_path / "out")
+    before, after = load_lpips(teacher / "latent_lpips"), load_lpips(tmp_path / "out")
     pairs = zip(before.trunk.parameters(), after.trunk.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     heads = torch.cat(list(after.heads))
     assert heads.min() >= 0 and heads.std() > 0.01
     assert (heads == 0).float().mean().item() == pytest.approx(result.zeros)
-    meta = read_meta(tmp_path / "out")
+    meta = read_lpips_meta(tmp_path / "out")
     assert meta["calibrated"] and meta["two_afc"] == result.accuracy and meta["note"] == "random"
 
 
@@ -93,9 +93,9 @@ def test_a_bare_folder_is_split_and_upsampled_and_the_scale_set(
     bare = config(data / "train" / "cnn", teacher, patch=PatchConfig(upsample=32), unrelated=0.5)
     result = calibrate_folder(bare, tmp_path / "out")
     assert (result.train, result.held_out, result.by_split) == (9, 3, {"cnn": result.accuracy})
-    flat = torch.cat(list(load(tmp_path / "out").heads))
+    flat = torch.cat(list(load_lpips(tmp_path / "out").heads))
     other = calibrate_folder(replace(bare, unrelated=None), tmp_path / "plain")
-    plain = torch.cat(list(load(tmp_path / "plain").heads))
+    plain = torch.cat(list(load_lpips(tmp_path / "plain").heads))
     torch.testing.assert_close(flat / flat.sum(), plain / plain.sum())
     assert other.accuracy == result.accuracy and not torch.allclose(flat, plain)
 
@@ -119,14 +119,14 @@ def test_bad_input(data: Path, teacher: Path, tmp_path: Path) -> None:
 
 
 def test_heads_are_fitted_anew_whatever_they_were(data: Path, teacher: Path, tmp_path: Path) -> None:
-    other = load(teacher / "latent_lpips", fold=False)
+    other = load_lpips(teacher / "latent_lpips", fold=False)
     for head in other.heads:
         head[::2] = 0
-    save(other, tmp_path / "other", {})
+    save_lpips(other, tmp_path / "other", {})
     plain = calibrate_folder(config(data, teacher), tmp_path / "a")
     again = calibrate_folder(config(data, teacher, weights=str(tmp_path / "other")), tmp_path / "b")
     assert again.before == plain.before > 0.6
-    pairs = zip(load(tmp_path / "a").heads, load(tmp_path / "b").heads, strict=True)
+    pairs = zip(load_lpips(tmp_path / "a").heads, load_lpips(tmp_path / "b").heads, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -139,10 +139,10 @@ def test_other_fits_take_the_features_that_are_there(data: Path, teacher: Path, 
         return {f.name: f.stat().st_mtime_ns for f in (out / "run" / "features").iterdir()}
 
     calibrate_folder(first, out)
-    before, plain = stamps(), read_meta(out)
+    before, plain = stamps(), read_lpips_meta(out)
     heads = replace(first.heads, lr=0.01)
     calibrate_folder(replace(first, seed=1, heads=heads, patch=PatchConfig(batch=7)), out)
-    assert stamps() == before and read_meta(out)["heads"]["lr"] == 0.01 != plain["heads"]["lr"]
+    assert stamps() == before and read_lpips_meta(out)["heads"]["lr"] == 0.01 != plain["heads"]["lr"]
     assert plain["patch"] == {"load": 0, "upsample": 0}
     changed = tmp_path / "data" / "val" / "cnn" / "p0" / "003.png"
     known = changed.stat()
@@ -153,7 +153,7 @@ def test_other_fits_take_the_features_that_are_there(data: Path, teacher: Path, 
 
 def test_accuracy_is_the_mean_of_splits_as_score_counts(data: Path, teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    save_judgements(tmp_path / "data" / "val" / "third", 3, seed=9)
+    save_judgments(tmp_path / "data" / "val" / "third", 3, seed=9)
     settings = config(tmp_path / "data", teacher)
     fitted = calibrate_folder(settings, tmp_path / "out")
     scored = score_folder(
@@ -165,16 +165,16 @@ def test_accuracy_is_the_mean_of_splits_as_score_counts(data: Path, teacher: Pat
 
 
 def test_weights_of_another_latent_space_are_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
-    trunk = load(teacher / "latent_lpips", fold=False)
-    save(trunk, tmp_path / "own", {"autoencoder": "mine", "autoencoder_sha256": "abc" * 20})
+    trunk = load_lpips(teacher / "latent_lpips", fold=False)
+    save_lpips(trunk, tmp_path / "own", {"autoencoder": "mine", "autoencoder_sha256": "abc" * 20})
     with pytest.raises(
         UserError, match=r"belong to the latents of mine \(sha256 abcabcabcabc\), got .*teacher"
     ):
         calibrate_folder(config(data, teacher, weights=str(tmp_path / "own")), tmp_path / "out")
-    save(trunk, tmp_path / "sd15", {"scaling_factor": 0.18215, "shift_factor": 0.0})
+    save_lpips(trunk, tmp_path / "sd15", {"scaling_factor": 0.18215, "shift_factor": 0.0})
     with pytest.raises(UserError, match=r"take latents of scale 0.18215 and shift 0, .* has 0.7 and 0; give"):
         calibrate_folder(config(data, teacher, weights=str(tmp_path / "sd15")), tmp_path / "out")
-    save(trunk, tmp_path / "same", {"scaling_factor": 0.7, "shift_factor": 0.0})
+    save_lpips(trunk, tmp_path / "same", {"scaling_factor": 0.7, "shift_factor": 0.0})
     calibrate_folder(config(data, teacher, weights=str(tmp_path / "same")), tmp_path / "out")
     made = str(tmp_path / "out")  # says its autoencoder now
     assert calibrate_folder(config(data, teacher, weights=made), tmp_path / "again").accuracy > 0.5
@@ -185,26 +185,26 @@ def test_what_is_not_finite_or_empty_is_refused(data: Path, teacher: Path, tmp_p
     with pytest.raises(UserError, match=r"heads.*; lower the learning rate \(1e\+30\)"):
         calibrate_folder(wild, tmp_path / "wild")
     assert not (tmp_path / "wild" / "config.json").exists()
-    broken = load(teacher / "latent_lpips", fold=False)
+    broken = load_lpips(teacher / "latent_lpips", fold=False)
     next(broken.trunk.parameters())[0] = torch.nan
-    save(broken, tmp_path / "broken", {})
+    save_lpips(broken, tmp_path / "broken", {})
     with pytest.raises(UserError, match="features of split cnn are not finite"):
         calibrate_folder(config(data, teacher, weights=str(tmp_path / "broken")), tmp_path / "out")
     shutil.copytree(data / "train", tmp_path / "data" / "train")
     (tmp_path / "data" / "val").mkdir()
-    with pytest.raises(UserError, match="data/val holds no 2AFC judgements"):
+    with pytest.raises(UserError, match="data/val holds no 2AFC judgments"):
         calibrate_folder(config(tmp_path / "data", teacher), tmp_path / "empty")
 
 
 def test_the_scale_is_set_on_references_in_an_order_of_their_own(teacher: Path, tmp_path: Path) -> None:
-    """A folder where neighbours show one picture: their distance of 0 must not set the scale."""
+    """A folder where neighbors show one picture: their distance of 0 must not set the scale."""
     bare = tmp_path / "pairs"
-    save_judgements(bare, 16)
+    save_judgments(bare, 16)
     for number in range(0, 16, 2):
         shutil.copy(bare / "ref" / f"{number:03d}.png", bare / "ref" / f"{number + 1:03d}.png")
     calibrate_folder(config(bare, teacher, unrelated=1.0), tmp_path / "out")
-    metric, vae = load(tmp_path / "out"), pretrained.load_vae(str(teacher))
+    metric, vae = load_lpips(tmp_path / "out"), pretrained.load_vae(str(teacher))
     with torch.no_grad():
-        latents = encode(vae, next(batches(open_split(bare), 0, 16))[0])[::2]
+        latents = encode(vae, next(image_batches(open_split(bare), 0, 16))[0])[::2]
         apart = metric(latents, latents.roll(1, 0)).mean().item()
     assert 0.8 < apart < 1.4  # about 2, had every other pair been equal

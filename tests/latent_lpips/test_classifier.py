@@ -18,15 +18,20 @@ from d2g.core.seeds import generator
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from jobs import Running, d2g_ranks
-from labelled import save_classes, save_table
-from latent_lpips import load
+from labeled import save_classes, save_table
+from latent_lpips import load_lpips
 from latent_lpips.config import LPIPSConfig
-from latent_lpips.training.classifier import classify, plan, shifted, train_classifier
+from latent_lpips.training.classifier import (
+    classify_in_training,
+    plan_batches,
+    shift_latents,
+    train_classifier,
+)
 from latent_lpips.training.config import ClassifyConfig
-from latent_lpips.training.labelled_images import open_labelled
-from latent_lpips.training.latent_stream import Encoder, Item, open_stream
+from latent_lpips.training.labeled_images import open_labeled
+from latent_lpips.training.latent_stream import CropEncoder, CropItem, open_latent_stream
 from latent_lpips.vgg import VGG16
-from latent_lpips.weights import read_meta
+from latent_lpips.weights import read_lpips_meta
 
 SETTINGS: dict[str, Any] = dict(
     size=16, width=1 / 16, grid=1, dropout=0.1, batch=12, epochs=10, held_out=0.25, optimizer="adamw", lr=3e-3
@@ -58,9 +63,9 @@ def test_it_learns_and_its_folder_loads(
 ) -> None:
     result = train_classifier(config(data, teacher, epochs=60, **settings), tmp_path / "out")
     assert result.top1 > 0.7 and result.top5 == 1.0 and (result.train, result.val) == (27, 9)
-    metric = load(tmp_path / "out")
+    metric = load_lpips(tmp_path / "out")
     assert metric.config.channels == 4 and all(torch.equal(h, torch.ones_like(h)) for h in metric.heads)
-    meta = read_meta(tmp_path / "out")
+    meta = read_lpips_meta(tmp_path / "out")
     assert meta["top1"] == result.top1 and meta["calibrated"] is False
     again = train_classifier(config(data, teacher, epochs=60, **settings), tmp_path / "out")
     assert (again.top1, again.images) == (result.top1, result.images)
@@ -88,15 +93,15 @@ def test_latents_depend_on_picture_and_crop_alone(
     """Not on the batch; and those kept on disk are the fresh ones of the first epochs, in turn, to fp16."""
     settings = config(data, teacher, crops=2, posterior=posterior)
     vae = pretrained.load_vae(str(teacher))
-    encoder = Encoder(settings, vae, open_labelled(str(data))[0], torch.device("cpu"))
-    items = [Item(row, crop) for crop in range(4) for row in (5, 0, 20)]
+    encoder = CropEncoder(settings, vae, open_labeled(str(data))[0], torch.device("cpu"))
+    items = [CropItem(row, crop) for crop in range(4) for row in (5, 0, 20)]
     fresh = torch.cat(list(encoder.stream([items[:5], items[5:6], items[6:]])))
     torch.testing.assert_close(fresh, next(encoder.stream([items])), rtol=1e-5, atol=1e-5)
     assert len({tuple(x.flatten()[:4].tolist()) for x in fresh}) == 12
-    kept = torch.cat(list(open_stream(encoder, tmp_path, "train", "sha")([items[:7], items[7:]])))
+    kept = torch.cat(list(open_latent_stream(encoder, tmp_path, "train", "sha")([items[:7], items[7:]])))
     torch.testing.assert_close(kept, fresh[[*range(6), *range(6)]], rtol=2e-3, atol=2e-3)
-    centres = next(open_stream(encoder, tmp_path, "val", "sha")([[Item(5, -1)]]))
-    torch.testing.assert_close(centres, next(encoder.stream([[Item(5, -1)]])), rtol=2e-3, atol=2e-3)
+    centers = next(open_latent_stream(encoder, tmp_path, "val", "sha")([[CropItem(5, -1)]]))
+    torch.testing.assert_close(centers, next(encoder.stream([[CropItem(5, -1)]])), rtol=2e-3, atol=2e-3)
 
 
 def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -123,29 +128,31 @@ def test_classify_is_the_models_own_forward_without_dropout() -> None:
     torch.manual_seed(0)
     model = VGG16(LPIPSConfig(width=1 / 16), classes=3, dropout=0.0, grid=2)
     x = torch.randn(4, 4, 8, 8)
-    ours = classify(model, x, generator(0), 4, slice(0, 4))
+    ours = classify_in_training(model, x, generator(0), 4, slice(0, 4))
     torch.testing.assert_close(ours, model(x))
     model.classifier[2] = nn.Dropout(0.5)  # type: ignore[index]
-    whole = classify(model.eval(), x, generator(0), 4, slice(0, 4))
-    half = classify(model.eval(), x[2:], generator(0), 4, slice(2, 4))
+    whole = classify_in_training(model.eval(), x, generator(0), 4, slice(0, 4))
+    half = classify_in_training(model.eval(), x[2:], generator(0), 4, slice(2, 4))
     torch.testing.assert_close(half, whole[2:])
 
 
 def test_the_plan_covers_each_epoch_once_and_ranks_share_it() -> None:
     settings = ClassifyConfig(batch=6)
-    stream = plan(settings, 9, 0, slice(0, 6))
+    stream = plan_batches(settings, 9, 0, slice(0, 6))
     items = [item for _ in range(3) for item in next(stream)]
-    assert sorted(items) == [Item(row, epoch) for row in range(9) for epoch in range(2)]
-    halves = [next(plan(settings, 9, 6, part)) for part in (slice(0, 3), slice(3, 6))]
+    assert sorted(items) == [CropItem(row, epoch) for row in range(9) for epoch in range(2)]
+    halves = [next(plan_batches(settings, 9, 6, part)) for part in (slice(0, 3), slice(3, 6))]
     assert halves[0] + halves[1] == items[6:12]
 
 
 def test_shift_moves_whole_positions_alike_for_every_split_of_the_batch() -> None:
     settings = ClassifyConfig(batch=4, shift=0.25)
     x = torch.randn(4, 2, 8, 8)
-    whole = shifted(x, settings, 0, slice(0, 4))
-    assert torch.equal(shifted(x[2:], settings, 0, slice(2, 4)), whole[2:]) and not torch.equal(whole, x)
-    assert shifted(x, ClassifyConfig(), 0, slice(0, 4)) is x
+    whole = shift_latents(x, settings, 0, slice(0, 4))
+    assert torch.equal(shift_latents(x[2:], settings, 0, slice(2, 4)), whole[2:]) and not torch.equal(
+        whole, x
+    )
+    assert shift_latents(x, ClassifyConfig(), 0, slice(0, 4)) is x
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -153,7 +160,7 @@ def test_parquet_and_parts_by_name(tmp_path: Path, named: bool) -> None:
     save_table(tmp_path / "data" / ("train-0.parquet" if named else "all.parquet"))
     if named:
         save_table(tmp_path / "data" / "validation-0.parquet", count=2)
-    train, val = open_labelled(str(tmp_path / "data"))
+    train, val = open_labeled(str(tmp_path / "data"))
     assert len(train) == 36 and train.classes == ["0", "1", "2"] and train.open(0).size == (40, 36)
     assert (None if val is None else len(val)) == (6 if named else None)
 
@@ -161,12 +168,12 @@ def test_parquet_and_parts_by_name(tmp_path: Path, named: bool) -> None:
 def test_imagenet_s_layout_numbers_val_by_the_training_classes(tmp_path: Path) -> None:
     save_classes(tmp_path / "train", 3)
     save_classes(tmp_path / "val", 2, classes=("green", "red"))
-    train, val = open_labelled(str(tmp_path))
+    train, val = open_labeled(str(tmp_path))
     assert val is not None and val.labels.tolist() == [1, 1, 2, 2]
     assert train.labels.bincount().tolist() == [3, 3, 3]
     save_classes(tmp_path / "val2", 1, classes=("green", "pink"))
     with pytest.raises(UserError, match="class pink is not among the 3 training classes"):
-        open_labelled(str(tmp_path), str(tmp_path / "val2"))
+        open_labeled(str(tmp_path), str(tmp_path / "val2"))
 
 
 def break_picture(data: Path) -> None:
@@ -183,7 +190,7 @@ BAD = {
     "no pictures": (
         lambda data: [shutil.rmtree(data / name) for name in ("red", "green", "blue")],
         {},
-        "holds no labelled images",
+        "holds no labeled images",
     ),
     "unreadable": (break_picture, {}, r"03.png is no readable image .*; remove it"),
     "size": (lambda data: None, {"size": 18}, "size is 18 pixels; .* multiples of 4, 16 or more"),
@@ -205,12 +212,12 @@ def test_bad_input_is_one_line(data: Path, teacher: Path, tmp_path: Path, case: 
 
 def test_bad_tables_and_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="columns image; expected `image` and `label`"):
-        open_labelled(str(save_table(tmp_path / "a.parquet", label=False)))
+        open_labeled(str(save_table(tmp_path / "a.parquet", label=False)))
     with pytest.raises(UserError, match="of one class"):
-        open_labelled(str(save_table(tmp_path / "b.parquet", label=7)))
+        open_labeled(str(save_table(tmp_path / "b.parquet", label=7)))
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="no readable parquet"):
-        open_labelled(str(tmp_path / "c.parquet"))
+        open_labeled(str(tmp_path / "c.parquet"))
     with pytest.raises(SettingError, match="data is not set; give --data"):
         train_classifier(ClassifyConfig(), tmp_path / "out")
     for settings in ({"area": (0.5, 0.1)}, {"batch": 1}, {"held_out": 1.0}, {"minutes": 0.0}):
@@ -302,9 +309,9 @@ def test_large_batches_are_encoded_in_parts(data: Path, teacher: Path) -> None:
     vae = pretrained.load_vae(str(teacher))
     sizes: list[int] = []
     vae.encoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
-    train, _ = open_labelled(str(data))
-    encoder = Encoder(config(data, teacher, posterior="sample"), vae, train, torch.device("cpu"))
-    items = [Item(row % 36, row // 36) for row in range(150)]
+    train, _ = open_labeled(str(data))
+    encoder = CropEncoder(config(data, teacher, posterior="sample"), vae, train, torch.device("cpu"))
+    items = [CropItem(row % 36, row // 36) for row in range(150)]
     whole = next(encoder.stream([items]))
     assert sizes == [64, 64, 22]
     torch.testing.assert_close(whole[100:], next(encoder.stream([items[100:]])), rtol=1e-5, atol=1e-5)
@@ -327,8 +334,8 @@ def test_a_changed_picture_or_class_is_another_run(data: Path, teacher: Path, tm
 
 
 def test_cells_of_a_table_are_told_by_their_bytes(tmp_path: Path) -> None:
-    a = open_labelled(str(save_table(tmp_path / "a.parquet")))[0]
-    again = open_labelled(str(save_table(tmp_path / "b" / "c.parquet")))[0]
+    a = open_labeled(str(save_table(tmp_path / "a.parquet")))[0]
+    again = open_labeled(str(save_table(tmp_path / "b" / "c.parquet")))[0]
     assert a.digest() == again.digest()
     order = [1, 0, *range(2, 36)]
     swapped = replace(a, readers=[a.readers[row] for row in order])
@@ -339,11 +346,11 @@ def test_cells_of_a_table_are_told_by_their_bytes(tmp_path: Path) -> None:
 def test_what_is_held_out_beside_the_classes_is_not_trained_on(tmp_path: Path, held: str) -> None:
     save_classes(tmp_path / "data", 2)
     save_classes(tmp_path / "data" / held, 1)
-    train, val = open_labelled(str(tmp_path / "data"))
+    train, val = open_labeled(str(tmp_path / "data"))
     assert train.classes == ["blue", "green", "red"] and (len(train), val and len(val)) == (6, 3)
-    train, _ = open_labelled(str(tmp_path / "data"), str(save_classes(tmp_path / "other", 1)))
+    train, _ = open_labeled(str(tmp_path / "data"), str(save_classes(tmp_path / "other", 1)))
     assert len(train) == 6
     save_table(tmp_path / "tables" / "all.parquet")
     save_table(tmp_path / "tables" / f"{held}-0.parquet", 2)
-    train, val = open_labelled(str(tmp_path / "tables"))
+    train, val = open_labeled(str(tmp_path / "tables"))
     assert (len(train), val and len(val)) == (36, 6)

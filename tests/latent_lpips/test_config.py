@@ -4,7 +4,7 @@ import pytest
 
 from d2g.core.config import from_json, override, to_json
 from d2g.core.errors import SettingError
-from latent_lpips.config import PRESETS, AugmentConfig, LPIPSConfig, LPIPSTrainConfig
+from latent_lpips.config import LPIPS_PRESETS, AugmentConfig, LPIPSConfig, LPIPSTrainConfig
 
 
 def test_every_combination_of_families_parses_in_acting_order() -> None:
@@ -32,11 +32,11 @@ def test_widths_scale_and_impossible_values_are_refused() -> None:
         AugmentConfig(rotation=200.0)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted(LPIPS_PRESETS))
 def test_presets_survive_json(preset: str) -> None:
-    assert from_json(LPIPSTrainConfig, to_json(PRESETS[preset])) == PRESETS[preset]
+    assert from_json(LPIPSTrainConfig, to_json(LPIPS_PRESETS[preset])) == LPIPS_PRESETS[preset]
 
 
 def test_settings_can_be_overridden_by_dotted_name() -> None:
-    config = override(PRESETS["small"], ["network.width=0.5", "trunk.minutes=2", "unrelated=null"])
+    config = override(LPIPS_PRESETS["small"], ["network.width=0.5", "trunk.minutes=2", "unrelated=null"])
     assert (config.network.width, config.trunk.minutes, config.unrelated) == (0.5, 2.0, None)

@@ -7,8 +7,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
-from labelled import picture
-from latent_lpips.training.crops import centre_crop, random_box, random_crop, to_pil, to_tensor
+from labeled import picture
+from latent_lpips.training.crops import (
+    center_crop_resized,
+    image_to_tensor,
+    random_box,
+    random_crop,
+    tensor_to_image,
+)
 
 
 @given(st.integers(20, 300), st.integers(20, 300), st.integers(0, 10_000), st.floats(0.05, 1.0))
@@ -32,7 +38,7 @@ def test_boxes_are_distributed_as_torchvision_s() -> None:
         assert (steps[0] - steps[1]).abs().max() < 1.63 * (2 / 3000) ** 0.5  # Kolmogorov-Smirnov, 1 %
 
 
-def test_a_long_picture_falls_back_to_its_centre() -> None:
+def test_a_long_picture_falls_back_to_its_center() -> None:
     box = random_box(1000, 10, (0.9, 1.0), torch.Generator().manual_seed(0))
     assert box == (493, 0, 506, 10)
 
@@ -41,7 +47,7 @@ def test_a_long_picture_falls_back_to_its_centre() -> None:
 def test_scoring_crops_are_torchvision_s(size: tuple[int, int]) -> None:
     image = picture(1, 0, *size)
     theirs = CenterCrop(28)(Resize(32, interpolation=InterpolationMode.BILINEAR)(image))
-    assert torch.equal(centre_crop(image, 28), to_tensor(theirs))
+    assert torch.equal(center_crop_resized(image, 28), image_to_tensor(theirs))
 
 
 def test_half_of_the_crops_are_mirrored_if_asked() -> None:
@@ -54,4 +60,4 @@ def test_half_of_the_crops_are_mirrored_if_asked() -> None:
         assert torch.equal(crop.flip(2) if mirrored else crop, plain)
         falling.append(mirrored)
     assert 70 < sum(falling) < 130
-    assert to_pil(plain.byte()).size == (16, 16)
+    assert tensor_to_image(plain.byte()).size == (16, 16)

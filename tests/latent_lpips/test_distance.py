@@ -71,12 +71,12 @@ def test_zero_at_identity_for_every_draw_and_never_negative(metric: LatentLPIPS,
 def test_both_inputs_get_the_same_transform(metric: LatentLPIPS, families: str) -> None:
     config = AugmentConfig(families=families)
     a, b = latents(4, 4, 8, 8), latents(4, 4, 8, 8, seed=1)
-    params = augment.draw(config, 4, (8, 8), rng(3))
-    expected = metric(augment.apply(a, params), augment.apply(b, params))
+    params = augment.sample_transforms(config, 4, (8, 8), rng(3))
+    expected = metric(augment.apply_transforms(a, params), augment.apply_transforms(b, params))
     assert torch.equal(ELatentLPIPS(metric, config)(a, b, generator=rng(3)), expected)
     if families != "none":
-        other = augment.draw(config, 4, (8, 8), rng(4))
-        mixed = metric(augment.apply(a, params), augment.apply(b, other))
+        other = augment.sample_transforms(config, 4, (8, 8), rng(4))
+        mixed = metric(augment.apply_transforms(a, params), augment.apply_transforms(b, other))
         assert (mixed - expected).abs().max() > 1e-3
 
 

@@ -13,7 +13,7 @@ from torchvision.models import vgg16
 import tiny
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
-from latent_lpips.official_checkpoints import SPACES
+from latent_lpips.official_checkpoints import OFFICIAL_SPACES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "latent-lpips.md").read_text()
 
@@ -54,7 +54,7 @@ def test_every_block_runs(tmp_path: Path, teacher: Path, monkeypatch: pytest.Mon
 
 
 def test_the_table_of_spaces_is_the_codes() -> None:
-    for name, space in SPACES.items():
+    for name, space in OFFICIAL_SPACES.items():
         (row,) = [line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}`" in line]
         assert [float(cell) for cell in row.strip("| ").split("|")[1:]] == [
             space.scale,

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from latent_lpips import fused
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.distance import LatentLPIPS
-from latent_lpips.vgg import EXACT_CONVS, convolution_dtype, folded
+from latent_lpips.vgg import FP32_CONVS, convolution_dtype, fold_batch_norms
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -152,14 +152,14 @@ def test_all_zero_features_have_a_finite_gradient(metric: LatentLPIPS) -> None:
     distance, gradient = with_gradient(dead, latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1))
     assert torch.equal(distance, torch.zeros(2)) and torch.equal(gradient, torch.zeros(2, 4, 8, 8))
     features = torch.zeros(1, 3, 2, 2).requires_grad_()
-    (slope,) = torch.autograd.grad(fused.normalise(features).sum(), features)
+    (slope,) = torch.autograd.grad(fused.normalize_features(features).sum(), features)
     assert slope.isfinite().all()
 
 
 def test_bf16_starts_after_the_exact_stages(metric: LatentLPIPS) -> None:
-    trunk = folded(copy.deepcopy(metric.trunk), "bf16")
+    trunk = fold_batch_norms(copy.deepcopy(metric.trunk), "bf16")
     types = [layer.weight.dtype for layer in trunk.layers()]
-    assert types == [torch.float32] * EXACT_CONVS + [torch.bfloat16] * (13 - EXACT_CONVS)
+    assert types == [torch.float32] * FP32_CONVS + [torch.bfloat16] * (13 - FP32_CONVS)
     assert (metric.precision, copy.deepcopy(metric).fold("bf16").precision) == ("fp32", "bf16")
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in trunk.layers())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from d2g.core.errors import Interrupted
-from latent_lpips.training.latent_cache import OPEN, SHARD, cached
+from latent_lpips.training.latent_cache import MAX_OPEN_SHARDS, ROWS_PER_SHARD, cached_rows
 
 
 def make(rows: range) -> torch.Tensor:
@@ -15,13 +15,15 @@ def make(rows: range) -> torch.Tensor:
 
 
 def test_a_large_cache_holds_few_files_open(tmp_path: Path) -> None:
-    shards = OPEN + 20
+    shards = MAX_OPEN_SHARDS + 20
     before = len(os.listdir("/proc/self/fd"))
-    rows = cached(tmp_path, "train", shards * SHARD, {}, make, dtype=torch.float32)
-    everywhere = torch.arange(0, shards * SHARD, SHARD // 2)
+    rows = cached_rows(tmp_path, "train", shards * ROWS_PER_SHARD, {}, make, dtype=torch.float32)
+    everywhere = torch.arange(0, shards * ROWS_PER_SHARD, ROWS_PER_SHARD // 2)
     for _ in range(2):
         assert torch.equal(rows[everywhere.tolist()][:, 0], everywhere.float())
-    assert len(os.listdir("/proc/self/fd")) - before <= OPEN and len(rows) == shards * SHARD
+    assert (
+        len(os.listdir("/proc/self/fd")) - before <= MAX_OPEN_SHARDS and len(rows) == shards * ROWS_PER_SHARD
+    )
 
 
 def test_names_with_brackets_are_found_again(tmp_path: Path) -> None:
@@ -33,7 +35,7 @@ def test_names_with_brackets_are_found_again(tmp_path: Path) -> None:
 
     for name in ("noise[1]", "noise1", "noise*"):
         for _ in range(2):
-            assert cached(tmp_path, name, 5, {}, watched)[[4]].item() == 4
+            assert cached_rows(tmp_path, name, 5, {}, watched)[[4]].item() == 4
     assert len(made) == 3
 
 
@@ -42,15 +44,17 @@ def test_time_is_looked_at_between_shards_and_each_start_makes_one(tmp_path: Pat
     while True:
         starts += 1
         try:
-            rows = cached(tmp_path, "train", 3 * SHARD - 5, {}, make, late=lambda: True, dtype=torch.float32)
+            rows = cached_rows(
+                tmp_path, "train", 3 * ROWS_PER_SHARD - 5, {}, make, late=lambda: True, dtype=torch.float32
+            )
             break
         except Interrupted as left:
-            assert f"{starts * SHARD} of {3 * SHARD - 5} rows of train" in str(left)
-    assert starts == 3 and rows[[3 * SHARD - 6]].item() == 3 * SHARD - 6
+            assert f"{starts * ROWS_PER_SHARD} of {3 * ROWS_PER_SHARD - 5} rows of train" in str(left)
+    assert starts == 3 and rows[[3 * ROWS_PER_SHARD - 6]].item() == 3 * ROWS_PER_SHARD - 6
 
 
 def test_the_clock_runs_from_the_first_shard(tmp_path: Path) -> None:
     """Time that is over at the last shard leaves nothing to stop."""
     ticks: Iterator[bool] = iter([False, True])
-    cached(tmp_path, "train", 2 * SHARD, {}, make, late=lambda: next(ticks))
+    cached_rows(tmp_path, "train", 2 * ROWS_PER_SHARD, {}, make, late=lambda: next(ticks))
     assert next(ticks, None) is None

@@ -12,12 +12,18 @@ import torch
 from PIL import Image
 
 from d2g.core.errors import SettingError, UserError
-from labelled import picture, save_classes, save_table
+from labeled import picture, save_classes, save_table
 from latent_lpips.training.bapps import find_splits, write_triplet
-from latent_lpips.training.config import KINDS, TripletsConfig
-from latent_lpips.training.crops import to_pil, to_tensor
-from latent_lpips.training.labelled_images import open_pictures
-from latent_lpips.training.make_triplets import distortions, jpeg, make_triplets, patch, triplet
+from latent_lpips.training.config import DISTORTION_KINDS, TripletsConfig
+from latent_lpips.training.crops import image_to_tensor, tensor_to_image
+from latent_lpips.training.labeled_images import open_unlabeled
+from latent_lpips.training.make_triplets import (
+    cut_patch,
+    distort_jpeg,
+    distortion_functions,
+    make_triplet,
+    make_triplets,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +43,14 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_all_kinds_are_written_and_read_back(data: Path, teacher: Path, tmp_path: Path) -> None:
     config = TripletsConfig(data=str(data), decoders=(str(teacher),), size=32, patches=2, val=0.25)
     result = make_triplets(config, tmp_path)
-    assert result.train == dict.fromkeys(KINDS, 18) and result.val == dict.fromkeys(KINDS, 6)
+    assert result.train == dict.fromkeys(DISTORTION_KINDS, 18) and result.val == dict.fromkeys(
+        DISTORTION_KINDS, 6
+    )
     for part, count in (("train", 18), ("val", 6)):
         splits = find_splits(tmp_path, "2afc", part)  # type: ignore[arg-type]
-        assert {split.name for split in splits} == set(KINDS) and {len(s) for s in splits} == {count}
+        assert {split.name for split in splits} == set(DISTORTION_KINDS) and {len(s) for s in splits} == {
+            count
+        }
         for split in splits:
             assert set(split.answers.tolist()) == {0.0, 1.0}
             for paths, judge in zip(split.pictures, split.answers.tolist(), strict=True):
@@ -76,7 +86,7 @@ def test_strengths_keep_their_ratio_and_share_their_draws() -> None:
     ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
     judges = []
     for seed in range(200):
-        drawn = triplet(ref, watch, 1.5, torch.Generator().manual_seed(seed))
+        drawn = make_triplet(ref, watch, 1.5, torch.Generator().manual_seed(seed))
         assert drawn is not None
         versions, judge = drawn
         (weak, first), (strong, second) = seen[-2:]
@@ -90,13 +100,13 @@ def test_strengths_keep_their_ratio_and_share_their_draws() -> None:
 
 def test_jpeg_is_pillow_s() -> None:
     image = picture(1, 3, 32, 32)
-    x = to_tensor(image)[None].float() / 127.5 - 1
+    x = image_to_tensor(image)[None].float() / 127.5 - 1
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=48)
-    ours = jpeg(x, 0.5, torch.Generator())
-    theirs = to_tensor(Image.open(buffer).convert("RGB"))[None].float() / 127.5 - 1
+    ours = distort_jpeg(x, 0.5, torch.Generator())
+    theirs = image_to_tensor(Image.open(buffer).convert("RGB"))[None].float() / 127.5 - 1
     assert torch.equal(ours, theirs)
-    assert set(distortions([])) == set(KINDS)
+    assert set(distortion_functions([])) == set(DISTORTION_KINDS)
 
 
 def test_patches_are_squares_of_the_picture(tmp_path: Path) -> None:
@@ -104,16 +114,16 @@ def test_patches_are_squares_of_the_picture(tmp_path: Path) -> None:
     board[:, :, 0], board[:, :, 1] = np.arange(60), np.arange(40)[:, None]
     (tmp_path / "data").mkdir()
     Image.fromarray(board).save(tmp_path / "data" / "a.png")
-    pictures = open_pictures(str(tmp_path / "data"))
+    pictures = open_unlabeled(str(tmp_path / "data"))
     config = TripletsConfig(data=str(tmp_path / "data"), size=40)
     lefts = set()
     for number in range(30):
-        cut = patch(pictures, 0, number, config)  # the whole height: nothing is resized
+        cut = cut_patch(pictures, 0, number, config)  # the whole height: nothing is resized
         assert cut.shape == (3, 40, 40)
         lefts.add(int(cut[0, 0, 0]))
         assert torch.equal(cut[0, 0], torch.arange(cut[0, 0, 0], cut[0, 0, 0] + 40).to(torch.uint8))
     assert min(lefts) < 5 and max(lefts) > 15
-    assert to_pil(patch(pictures, 0, 0, replace(config, size=64))).size == (64, 64)
+    assert tensor_to_image(cut_patch(pictures, 0, 0, replace(config, size=64))).size == (64, 64)
 
 
 def test_parquet_serves_and_bad_input_is_one_line(data: Path, tmp_path: Path) -> None:
@@ -139,9 +149,9 @@ def test_equal_versions_are_drawn_again_or_left_out(tmp_path: Path) -> None:
     folder.mkdir()
     Image.new("RGB", (40, 40), (90, 120, 30)).save(folder / "flat.png")
     picture(1, 0, 40, 40).save(folder / "other.png")
-    config = TripletsConfig(data=str(folder), size=16, kinds=("blur", "noise", "colour"), val=0)
+    config = TripletsConfig(data=str(folder), size=16, kinds=("blur", "noise", "color"), val=0)
     made = make_triplets(config, tmp_path / "out")
-    assert made.train == {"blur": 1, "noise": 2, "colour": 2} and made.left_out == 1
+    assert made.train == {"blur": 1, "noise": 2, "color": 2} and made.left_out == 1
     (split,) = (s for s in find_splits(tmp_path / "out", "2afc", "train") if s.name == "blur")
     assert [paths[0].stem for paths in split.pictures] == ["000001.0"]
     assert make_triplets(config, tmp_path / "out") == made
@@ -150,7 +160,7 @@ def test_equal_versions_are_drawn_again_or_left_out(tmp_path: Path) -> None:
         return x - 0.5 * (strength > 0.9)  # only a strong enough one changes anything
 
     ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
-    drawn = [triplet(ref, steps, 1.3, torch.Generator().manual_seed(seed)) for seed in range(100)]
+    drawn = [make_triplet(ref, steps, 1.3, torch.Generator().manual_seed(seed)) for seed in range(100)]
     found = [made[0] for made in drawn if made is not None]
     assert 15 < len(found) < 100 and not any(torch.equal(v["p0"], v["p1"]) for v in found)
     once = sum(not torch.equal(v["p0"], v["p1"]) for v in map(first_draw, range(100)))
@@ -165,7 +175,7 @@ def first_draw(seed: int) -> dict[str, torch.Tensor]:
     return {"p0": torch.tensor(weak > 0.9), "p1": torch.tensor(strong > 0.9)}
 
 
-def test_judgements_appear_whole(tmp_path: Path) -> None:
+def test_judgments_appear_whole(tmp_path: Path) -> None:
     """By rename: who has the old file open, or another name of it, keeps the old one."""
     images = {name: picture(0, number, 16, 16) for number, name in enumerate(("ref", "p0", "p1"))}
     write_triplet(tmp_path, "a", images, 0.0)

@@ -1,4 +1,4 @@
-"""The authors' checkpoint files: their package's own numbers, strictness, safety, licence, conversion."""
+"""The authors' checkpoint files: their package's own numbers, strictness, safety, license, conversion."""
 
 import json
 import os
@@ -15,10 +15,10 @@ import authors
 from d2g_cli.main import app
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
-from latent_lpips import ELatentLPIPS, load
+from latent_lpips import ELatentLPIPS
 from latent_lpips.config import LPIPSConfig
-from latent_lpips.official_checkpoints import SPACES, read_checkpoint
-from latent_lpips.weights import convert, load_lpips, read_meta
+from latent_lpips.official_checkpoints import OFFICIAL_SPACES, read_official_checkpoint
+from latent_lpips.weights import convert_official_checkpoint, load_lpips, read_lpips_meta
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "elatentlpips.json").read_text())
 WIDTH = 1 / 16
@@ -46,24 +46,24 @@ def pair(channels: int = 4) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("fold", [False, True])
 def test_distances_equal_the_authors_packages(full: dict[int, Path], fold: bool) -> None:
     """Numbers of elatentlpips 0.2 itself, without augmentation: see made_by in the file. To 1e-5 in fp32."""
-    metrics = {seed: load(file, fold=fold) for seed, file in full.items()}
+    metrics = {seed: load_lpips(file, fold=fold) for seed, file in full.items()}
     for case in GOLDEN["cases"]:
         shape, metric = (case["channels"], *case["size"]), metrics[case["weights"]]
         pred, target = (noise(3, rows, shape) for rows in ((0, 1), (2, 3)))
         if case.get("normalize"):
-            pred, target = (SPACES[case["space"]].scaled(x) for x in (pred, target))
+            pred, target = (OFFICIAL_SPACES[case["space"]].scaled(x) for x in (pred, target))
         distance = ELatentLPIPS(metric, "none", l1=float(case.get("l1", False)))(pred, target)
         assert distance.tolist() == pytest.approx(case["distance"], rel=1e-5), case["space"]
 
 
 def test_all_published_latent_spaces_were_compared() -> None:
-    assert {case["space"] for case in GOLDEN["cases"]} == set(SPACES)
+    assert {case["space"] for case in GOLDEN["cases"]} == set(OFFICIAL_SPACES)
 
 
 def test_a_calibrated_file_gives_trunk_heads_and_facts(
     tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metric, facts = read_checkpoint(tuned)
+    metric, facts = read_official_checkpoint(tuned)
     state = torch.load(tuned, weights_only=True)
     assert torch.equal(metric.trunk.state_dict()["features.40.weight"], state["net.slice5.40.weight"])
     assert torch.equal(metric.heads[3], state["lin3.model.1.weight"].flatten())
@@ -71,7 +71,7 @@ def test_a_calibrated_file_gives_trunk_heads_and_facts(
     assert facts | {"sha256": ""} == {
         "source": "elatentlpips, sd15_latest_vgg16_tuned.pth",
         "sha256": "",
-        "licence": "CC-BY-NC-4.0",
+        "license": "CC-BY-NC-4.0",
         "calibrated": True,
         "latent_space": "sd15",
         "scaling_factor": 0.18215,
@@ -83,29 +83,31 @@ def test_a_calibrated_file_gives_trunk_heads_and_facts(
 
 def test_a_trunk_file_is_the_uncalibrated_distance(tmp_path: Path, tuned: Path) -> None:
     file = authors.trunk_file(tmp_path / "sd15_latent_vgg16.pth.tar", 4, 1, WIDTH, hidden=8)
-    trunk, facts = read_checkpoint(file)
+    trunk, facts = read_official_checkpoint(file)
     assert not facts["calibrated"] and all(torch.equal(h, torch.ones_like(h)) for h in trunk.heads)
-    calibrated, _ = read_checkpoint(tuned)  # same seed, same trunk
+    calibrated, _ = read_official_checkpoint(tuned)  # same seed, same trunk
     shares = zip(trunk.channel_means(*pair()), calibrated.channel_means(*pair()), strict=True)
     assert all(torch.equal(a, b) for a, b in shares)
-    assert load(file)(*pair()).shape == (2,)
+    assert load_lpips(file)(*pair()).shape == (2,)
 
 
-@pytest.mark.parametrize(("space", "channels"), [(name, space.channels) for name, space in SPACES.items()])
+@pytest.mark.parametrize(
+    ("space", "channels"), [(name, space.channels) for name, space in OFFICIAL_SPACES.items()]
+)
 def test_every_space_loads_and_another_is_refused(space: str, channels: int, tmp_path: Path) -> None:
     file = authors.tuned_file(tmp_path / f"{space}_latest_vgg16_tuned.pth", channels, 1, WIDTH)
     assert load_lpips(file, channels)(*pair(channels)).min() > 0
-    assert read_meta(file)["latent_space"] == space
+    assert read_lpips_meta(file)["latent_space"] == space
     other = "flux" if channels == 4 else "sdxl"
     with pytest.raises(UserError, match=f"takes latents of {channels} channels, {other} has"):
-        read_checkpoint(file, other)
+        read_official_checkpoint(file, other)
     with pytest.raises(UserError, match=f"latents of {channels} channels, expected 20 "):
         load_lpips(file, 20)
 
 
 def test_an_unknown_space_is_a_setting_error(tuned: Path) -> None:
     with pytest.raises(SettingError, match="'sd4' is unknown, expected one of sd15, sd21, sdxl, sd3, flux"):
-        read_checkpoint(tuned, "sd4")
+        read_official_checkpoint(tuned, "sd4")
 
 
 CHANGES: dict[str, tuple[Any, str]] = {
@@ -129,14 +131,14 @@ def test_loading_is_strict(change: str, tuned: Path) -> None:
     edit(state)
     torch.save(state, tuned)
     with pytest.raises(UserError, match=message):
-        load(tuned)
+        load_lpips(tuned)
 
 
 def test_old_files_without_batch_counters_and_copies_load(tuned: Path) -> None:
-    expected = load(tuned)(*pair())
+    expected = load_lpips(tuned)(*pair())
     state = torch.load(tuned, weights_only=True)
     torch.save({k: v for k, v in state.items() if "num_batches" not in k and "lins" not in k}, tuned)
-    assert torch.equal(load(tuned)(*pair()), expected)
+    assert torch.equal(load_lpips(tuned)(*pair()), expected)
 
 
 def test_a_negative_head_is_an_error_that_says_so(tuned: Path) -> None:
@@ -147,7 +149,7 @@ def test_a_negative_head_is_an_error_that_says_so(tuned: Path) -> None:
     with pytest.raises(
         UserError, match=r"tuned.pth: head 2 holds the weight -0.5, .*makes negative distances"
     ):
-        load(tuned)
+        load_lpips(tuned)
 
 
 class Evil:
@@ -161,7 +163,7 @@ class Evil:
 def test_a_file_that_would_run_code_is_refused(tuned: Path, tmp_path: Path) -> None:
     torch.save({**torch.load(tuned, weights_only=True), "lin0.model.1.weight": Evil(tmp_path / "ran")}, tuned)
     with pytest.raises(UserError, match="not a checkpoint of tensors alone"):
-        load(tuned)
+        load_lpips(tuned)
     assert not (tmp_path / "ran").exists()
 
 
@@ -170,16 +172,16 @@ def test_damage_is_one_clear_line(content: bytes | None, tuned: Path) -> None:
     data = tuned.read_bytes()
     tuned.write_bytes(data[: len(data) // 2] if content is None else content)
     with pytest.raises(UserError, match=r"tuned.pth: (not a checkpoint|holds a list)") as raised:
-        load(tuned)
+        load_lpips(tuned)
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match="no such file, expected an elatentlpips checkpoint"):
-        load(tuned.with_name("other.pth"))
+        load_lpips(tuned.with_name("other.pth"))
 
 
-def test_conversion_keeps_the_distance_and_the_licence(tuned: Path, tmp_path: Path) -> None:
-    facts = convert(tuned, tmp_path / "ours")
-    assert facts["channels"] == 4 and read_meta(tmp_path / "ours")["licence"] == "CC-BY-NC-4.0"
-    assert torch.equal(load(tmp_path / "ours")(*pair()), load(tuned)(*pair()))
+def test_conversion_keeps_the_distance_and_the_license(tuned: Path, tmp_path: Path) -> None:
+    facts = convert_official_checkpoint(tuned, tmp_path / "ours")
+    assert facts["channels"] == 4 and read_lpips_meta(tmp_path / "ours")["license"] == "CC-BY-NC-4.0"
+    assert torch.equal(load_lpips(tmp_path / "ours")(*pair()), load_lpips(tuned)(*pair()))
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["config.json", "lpips.safetensors"]
 
 
@@ -188,4 +190,4 @@ def test_the_command_converts(tuned: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["latent_space"] == "sd15" and "non-commercial" in done.stderr
-    assert load(tmp_path / "ours").config.channels == 4
+    assert load_lpips(tmp_path / "ours").config.channels == 4

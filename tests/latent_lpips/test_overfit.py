@@ -15,12 +15,12 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, encode, from_uint8
-from labelled import save_classes
-from latent_lpips import load
+from labeled import save_classes
+from latent_lpips import load_lpips
 from latent_lpips.training.config import OverfitConfig
-from latent_lpips.training.crops import centre_crop
-from latent_lpips.training.overfit import overfit
-from latent_lpips.weights import save
+from latent_lpips.training.crops import center_crop_resized
+from latent_lpips.training.overfit import overfit_latents
+from latent_lpips.weights import save_lpips
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def config(data: Path, teacher: Path, **settings: Any) -> OverfitConfig:
 
 
 def test_it_converges_and_says_what_is_on_disk(data: Path, teacher: Path, tmp_path: Path) -> None:
-    result = overfit(config(data, teacher), tmp_path)
+    result = overfit_latents(config(data, teacher), tmp_path)
     assert set(result.final) == {"none", "bg"} and set(result.order) == set(result.final)
     assert result.images == ["00.png", "01.png"]
     for families, final in result.final.items():
@@ -60,14 +60,14 @@ def test_it_converges_and_says_what_is_on_disk(data: Path, teacher: Path, tmp_pa
 
 
 def test_the_reported_errors_are_those_of_the_latents(data: Path, teacher: Path, tmp_path: Path) -> None:
-    result = overfit(config(data, teacher, families=("none",)), tmp_path)
+    result = overfit_latents(config(data, teacher, families=("none",)), tmp_path)
     last = checkpoint.latest(tmp_path / "none" / "checkpoints")
     assert last is not None and last.nimg == 40
     x, vae = last.tensors("latents")["x"], pretrained.load_vae(str(teacher))
-    pictures = [centre_crop(Image.open(data / "blue" / f"0{i}.png"), 32, 1.0) for i in range(2)]
+    pictures = [center_crop_resized(Image.open(data / "blue" / f"0{i}.png"), 32, 1.0) for i in range(2)]
     with torch.no_grad():
         target = encode(vae, from_uint8(torch.stack(pictures)))
-        distance = load(teacher / "latent_lpips")(x, target).mean().item()
+        distance = load_lpips(teacher / "latent_lpips")(x, target).mean().item()
         error = (decode(vae, x).clamp(-1, 1) - decode(vae, target).clamp(-1, 1)).square().mean() / 4
     assert result.final["none"]["latent_lpips"] == pytest.approx(distance, rel=1e-4)
     assert result.final["none"]["pixel_mse"] == pytest.approx(error.item(), rel=1e-3)
@@ -75,36 +75,36 @@ def test_the_reported_errors_are_those_of_the_latents(data: Path, teacher: Path,
 
 def test_resumed_and_prolonged_equal_unbroken(data: Path, teacher: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    result = overfit(config(data, teacher, families=("bg",)), whole)
-    overfit(config(data, teacher, families=("bg",), steps=17), broken)
-    again = overfit(config(data, teacher, families=("bg",)), broken)
+    result = overfit_latents(config(data, teacher, families=("bg",)), whole)
+    overfit_latents(config(data, teacher, families=("bg",), steps=17), broken)
+    again = overfit_latents(config(data, teacher, families=("bg",)), broken)
     assert again.final == result.final
     lines = [
         [{k: v for k, v in line.items() if k != "time"} for line in read_stats(folder / "bg")]
         for folder in (whole, broken)
     ]
     assert lines[0] == lines[1]
-    assert overfit(config(data, teacher, families=("bg",)), broken).final == result.final
+    assert overfit_latents(config(data, teacher, families=("bg",)), broken).final == result.final
     with pytest.raises(UserError, match=r"another config: lr \(0.05 -> 0.1\)"):
-        overfit(config(data, teacher, families=("bg",), lr=0.1), broken)
+        overfit_latents(config(data, teacher, families=("bg",), lr=0.1), broken)
 
 
 def test_bad_input(data: Path, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds 6 pictures, expected 9; set count"):
-        overfit(config(data, teacher, count=9), tmp_path)
+        overfit_latents(config(data, teacher, count=9), tmp_path)
     with pytest.raises(UserError, match="size is 30 pixels"):
-        overfit(config(data, teacher, size=30), tmp_path)
+        overfit_latents(config(data, teacher, size=30), tmp_path)
     with pytest.raises(SettingError, match="families"):
         config(data, teacher, families=("bx",))
     with pytest.raises(SettingError, match="families"):
         config(data, teacher, families=("b", "b"))
     with pytest.raises(SettingError, match="weights is not set; give --weights"):
-        overfit(config(data, teacher, weights=""), tmp_path)
-    broken = load(teacher / "latent_lpips", fold=False)
+        overfit_latents(config(data, teacher, weights=""), tmp_path)
+    broken = load_lpips(teacher / "latent_lpips", fold=False)
     next(broken.trunk.parameters()).fill_(torch.nan)
-    save(broken, tmp_path / "broken", {})
+    save_lpips(broken, tmp_path / "broken", {})
     with pytest.raises(FloatingPointError, match="overfit none: loss is nan at step 0; lower lr"):
-        overfit(config(data, teacher, weights=str(tmp_path / "broken")), tmp_path)
+        overfit_latents(config(data, teacher, weights=str(tmp_path / "broken")), tmp_path)
 
 
 def test_other_inputs_under_the_same_names_are_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -113,36 +113,36 @@ def test_other_inputs_under_the_same_names_are_refused(data: Path, teacher: Path
     same = config(tmp_path / "data", tmp_path / "vae", weights=str(tmp_path / "weights"))
     same = replace(same, families=("b",), steps=2)
     out = tmp_path / "out"
-    overfit(same, out)
-    overfit(same, out)
+    overfit_latents(same, out)
+    overfit_latents(same, out)
 
-    metric = load(tmp_path / "weights", fold=False)
+    metric = load_lpips(tmp_path / "weights", fold=False)
     metric.heads[0][0] += 0.5
-    save(metric, tmp_path / "weights", {})
+    save_lpips(metric, tmp_path / "weights", {})
     with pytest.raises(UserError, match="another config: metric"):
-        overfit(same, out)
+        overfit_latents(same, out)
     shutil.copytree(teacher / "latent_lpips", tmp_path / "weights", dirs_exist_ok=True)
 
     shutil.copy(data / "red" / "00.png", tmp_path / "data" / "blue" / "00.png")
     with pytest.raises(UserError, match="another config: pictures"):
-        overfit(same, out)
+        overfit_latents(same, out)
     shutil.copytree(data, tmp_path / "data", dirs_exist_ok=True)
 
     tiny.save_teacher(tmp_path / "other", seed=1)
     shutil.copytree(tmp_path / "other" / "vae", tmp_path / "vae", dirs_exist_ok=True)
     with pytest.raises(UserError, match="another config: autoencoder"):
-        overfit(same, out)
+        overfit_latents(same, out)
 
 
 def test_lines_of_a_run_without_a_checkpoint_go_and_fewer_steps_are_refused(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     settings = config(data, teacher, families=("none",))
-    result = overfit(settings, tmp_path)
+    result = overfit_latents(settings, tmp_path)
     shutil.rmtree(tmp_path / "none" / "checkpoints")
-    assert overfit(settings, tmp_path).final == result.final
+    assert overfit_latents(settings, tmp_path).final == result.final
     assert [line["nimg"] for line in read_stats(tmp_path / "none")] == [0, 10, 20, 30, 40]
     with pytest.raises(
         UserError, match="a run of 40 steps, more than the 30 asked for; ask for 40 or more, or"
     ):
-        overfit(replace(settings, steps=30), tmp_path)
+        overfit_latents(replace(settings, steps=30), tmp_path)

@@ -14,13 +14,19 @@ from hypothesis import strategies as st
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from d2g.core.errors import SettingError, UserError
-from labelled import save_differences, save_judgements
-from latent_lpips import load
+from labeled import save_differences, save_judgments
+from latent_lpips import load_lpips
 from latent_lpips.training.bapps import open_split, picture_numbers
-from latent_lpips.training.baselines import squared_error, structural_distance, structural_similarity
+from latent_lpips.training.baselines import pixel_squared_error, ssim, ssim_distance
 from latent_lpips.training.config import PatchConfig, ScoreConfig
-from latent_lpips.training.score import intervals, jnd_score, score_folder, two_afc_score, two_people
-from latent_lpips.weights import save
+from latent_lpips.training.score import (
+    bootstrap_intervals,
+    human_agreement,
+    jnd_score,
+    score_folder,
+    two_afc_score,
+)
+from latent_lpips.weights import save_lpips
 
 
 def published_jnd(distances: np.ndarray, same: np.ndarray) -> float:
@@ -56,11 +62,13 @@ def test_two_afc_by_hand() -> None:
 
 def interval_of_a(d: torch.Tensor, resamples: int, seed: int) -> dict[str, list[float]]:
     one = torch.arange(len(d))
-    return intervals({"a": d}, {"a": torch.ones(len(d))}, {"a": one}, two_afc_score, resamples, seed)
+    return bootstrap_intervals(
+        {"a": d}, {"a": torch.ones(len(d))}, {"a": one}, two_afc_score, resamples, seed
+    )
 
 
 def test_intervals_cover_as_often_as_they_say_and_repeat() -> None:
-    """Of a share of 0.8 in 150 judgements, intervals hold 0.8 in about 95 % of worlds."""
+    """Of a share of 0.8 in 150 judgments, intervals hold 0.8 in about 95 % of worlds."""
     held, first = 0, None
     for world in range(60):
         right = torch.rand(150, generator=torch.Generator().manual_seed(world)) < 0.8
@@ -74,19 +82,23 @@ def test_intervals_cover_as_often_as_they_say_and_repeat() -> None:
     assert interval_of_a(first[0], 0, 0) == {}
 
 
-def test_judgements_of_one_picture_are_drawn_together_in_all_splits() -> None:
-    """Ten copies of a judgement say no more than one, and splits of the same pictures share their draws."""
+def test_judgments_of_one_picture_are_drawn_together_in_all_splits() -> None:
+    """Ten copies of a judgment say no more than one, and splits of the same pictures share their draws."""
     right = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7
     d = torch.stack([right.double(), 1 - right.double()], 1)
     once = interval_of_a(d, 300, 0)["a"]
     pictures, ones = torch.arange(40).repeat(10), torch.ones(400)
-    copied = intervals({"a": d.repeat(10, 1)}, {"a": ones}, {"a": pictures}, two_afc_score, 300, 0)["a"]
+    copied = bootstrap_intervals({"a": d.repeat(10, 1)}, {"a": ones}, {"a": pictures}, two_afc_score, 300, 0)[
+        "a"
+    ]
     assert copied == pytest.approx(once)
 
     def mean_of(others: torch.Tensor) -> list[float]:
         both = {"a": d, "b": d.flip(1)}  # whose scores add up to 1, picture by picture
         shown = {"a": torch.arange(40), "b": others}
-        return intervals(both, dict.fromkeys(both, torch.ones(40)), shown, two_afc_score, 300, 0)["mean"]
+        return bootstrap_intervals(both, dict.fromkeys(both, torch.ones(40)), shown, two_afc_score, 300, 0)[
+            "mean"
+        ]
 
     assert mean_of(torch.arange(40)) == pytest.approx([0.5, 0.5])
     low, high = mean_of(torch.arange(40, 80))
@@ -94,8 +106,8 @@ def test_judgements_of_one_picture_are_drawn_together_in_all_splits() -> None:
 
 
 def test_pictures_are_told_by_their_files_and_names(tmp_path: Path) -> None:
-    save_judgements(tmp_path / "a", 4)
-    save_judgements(tmp_path / "b", 4, seed=5)  # the same references
+    save_judgments(tmp_path / "a", 4)
+    save_judgments(tmp_path / "b", 4, seed=5)  # the same references
     for name in ("ref", "p0", "p1", "judge"):
         for file in sorted((tmp_path / "a" / name).glob("00[01].*")):
             file.rename(file.with_name(f"x.{file.name}"))
@@ -109,14 +121,14 @@ def test_pictures_are_told_by_their_files_and_names(tmp_path: Path) -> None:
 
 
 def test_people_are_how_often_two_of_them_agree() -> None:
-    assert two_people(torch.tensor([0.25])) == pytest.approx(0.625)
-    assert two_people(torch.tensor([0.0, 0.5, 1.0])) == pytest.approx(2.5 / 3)
+    assert human_agreement(torch.tensor([0.25])) == pytest.approx(0.625)
+    assert human_agreement(torch.tensor([0.0, 0.5, 1.0])) == pytest.approx(2.5 / 3)
 
 
 def test_what_is_not_finite_is_refused_or_left_out(data: Path, teacher: Path, tmp_path: Path) -> None:
-    broken = load(teacher / "latent_lpips", fold=False)
+    broken = load_lpips(teacher / "latent_lpips", fold=False)
     next(broken.trunk.parameters())[0] = torch.nan
-    save(broken, tmp_path / "broken", {})
+    save_lpips(broken, tmp_path / "broken", {})
     settings = ScoreConfig(
         data=str(data), latents=str(teacher), weights=str(tmp_path / "broken"), resamples=20
     )
@@ -135,7 +147,9 @@ def test_what_is_not_finite_is_refused_or_left_out(data: Path, teacher: Path, tm
 
 
 def test_weights_say_which_patches_they_want(data: Path, teacher: Path, tmp_path: Path) -> None:
-    save(load(teacher / "latent_lpips", fold=False), tmp_path, {"patch": {"load": 16, "upsample": 32}})
+    save_lpips(
+        load_lpips(teacher / "latent_lpips", fold=False), tmp_path, {"patch": {"load": 16, "upsample": 32}}
+    )
     settings = ScoreConfig(data=str(data), latents=str(teacher), weights=str(tmp_path), resamples=0)
     with pytest.raises(UserError, match=r"set patch.load=16 patch.upsample=32, or calibrate anew"):
         score_folder(settings)
@@ -149,19 +163,19 @@ def test_ssim_is_the_published_one() -> None:
         b.double(), a.double(), data_range=2.0, sigma=1.5, kernel_size=11, return_full_image=True
     )
     theirs = full[:, :, 5:-5, 5:-5].mean((1, 2, 3))  # it counts a border of reflected pixels too
-    torch.testing.assert_close(structural_similarity(a, b).double(), theirs, rtol=1e-5, atol=1e-6)
-    assert structural_distance(a, a).abs().max() < 1e-6
-    assert squared_error(a, a + 0.5).tolist() == pytest.approx([0.25] * 3)
+    torch.testing.assert_close(ssim(a, b).double(), theirs, rtol=1e-5, atol=1e-6)
+    assert ssim_distance(a, a).abs().max() < 1e-6
+    assert pixel_squared_error(a, a + 0.5).tolist() == pytest.approx([0.25] * 3)
     with pytest.raises(UserError, match="SSIM takes images of 11 pixels or more, got 10x40"):
-        structural_similarity(a[:, :, :, :10], b[:, :, :, :10])
+        ssim(a[:, :, :, :10], b[:, :, :, :10])
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bapps")
-    save_judgements(root / "train" / "noise", 4)
-    save_judgements(root / "val" / "noise", 10)
-    save_judgements(root / "val" / "other", 6, seed=3)
+    save_judgments(root / "train" / "noise", 4)
+    save_judgments(root / "val" / "noise", 10)
+    save_judgments(root / "val" / "other", 6, seed=3)
     save_differences(root / "jnd" / "val" / "noise")
     return root
 
@@ -180,7 +194,7 @@ def test_scores_by_split_with_baselines(data: Path, teacher: Path, tmp_path: Pat
     assert result.baselines["l2"]["two_afc"] == {"noise": 1.0, "other": 1.0, "mean": 1.0}
     assert result.baselines["l2"]["jnd"]["noise"] > 0.85 and result.people["mean"] == 1.0
     assert result.two_afc["mean"] == pytest.approx((result.two_afc["noise"] + result.two_afc["other"]) / 2)
-    assert result.judgements == {"two_afc": {"noise": 10, "other": 6}, "jnd": {"noise": 10}}
+    assert result.judgments == {"two_afc": {"noise": 10, "other": 6}, "jnd": {"noise": 10}}
     low, high = result.ci["two_afc"]["noise"]
     assert 0 <= low <= result.two_afc["noise"] <= high <= 1
     again = score_folder(ScoreConfig(**{f: getattr(config, f) for f in config.__slots__}))

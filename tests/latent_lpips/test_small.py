@@ -11,14 +11,14 @@ from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, 
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.training.small import (
     RankingNet,
-    agreement,
-    calibrate,
-    learning_rate,
-    rescale,
-    split,
+    calibrate_heads,
+    learning_rate_factor,
+    rescale_heads,
+    split_rows,
     train_latent_lpips,
     train_trunk,
-    two_afc,
+    two_afc_agreement,
+    two_afc_of_metric,
 )
 from latent_lpips.training.synthetic_triplets import (
     DISTORTIONS,
@@ -101,18 +101,18 @@ def test_a_non_finite_loss_stops_the_training() -> None:
 
 
 def test_learning_rates_follow_the_schedules() -> None:
-    assert [learning_rate("step", f) for f in (0, 0.3, 0.34, 0.7)] == pytest.approx([1, 1, 0.1, 0.01])
-    rates = [learning_rate("onecycle", f / 100) for f in range(100)]
+    assert [learning_rate_factor("step", f) for f in (0, 0.3, 0.34, 0.7)] == pytest.approx([1, 1, 0.1, 0.01])
+    rates = [learning_rate_factor("onecycle", f / 100) for f in range(100)]
     assert max(rates) == pytest.approx(1, abs=0.01) and rates.index(max(rates)) in (9, 10)
     assert rates[0] < 0.1 and rates[-1] < 0.01
 
 
 def test_split_is_disjoint_complete_and_repeatable() -> None:
-    train, held = split(40, 0.1, 3)
+    train, held = split_rows(40, 0.1, 3)
     assert sorted(train.tolist() + held.tolist()) == list(range(40)) and len(held) == 4
-    assert torch.equal(split(40, 0.1, 3)[1], held)
+    assert torch.equal(split_rows(40, 0.1, 3)[1], held)
     with pytest.raises(UserError, match="got 1 samples"):
-        split(1, 0.1, 0)
+        split_rows(1, 0.1, 0)
 
 
 def test_caption_targets_keep_the_words_that_tell_captions_apart() -> None:
@@ -125,13 +125,13 @@ def test_caption_targets_keep_the_words_that_tell_captions_apart() -> None:
 
 
 def images(count: int) -> Tensor:
-    """Smooth random colour pictures, uint8 [count, 3, 32, 32]."""
+    """Smooth random color pictures, uint8 [count, 3, 32, 32]."""
     coarse = torch.rand(count, 3, 5, 5, generator=rng())
     return (255 * F.interpolate(coarse, (32, 32), mode="bilinear")).to(torch.uint8)
 
 
 def encode(pixels: Tensor) -> Tensor:
-    """A fixed linear autoencoder's latent: 4x4 means of the colours, and of their mean."""
+    """A fixed linear autoencoder's latent: 4x4 means of the colors, and of their mean."""
     small = F.avg_pool2d(pixels, 4)
     return torch.cat([small, small.mean(1, keepdim=True)], 1)
 
@@ -143,7 +143,7 @@ def test_triplets_are_balanced_repeatable_and_truthful() -> None:
     assert torch.equal(again.p1, triplets.p1[:128])
     assert 0.35 < triplets.judge.mean() < 0.65 and set(triplets.judge.tolist()) == {0.0, 1.0}
     d0, d1 = ((p - triplets.ref).square().mean((1, 2, 3)) for p in (triplets.p0, triplets.p1))
-    assert agreement(d0, d1, triplets.judge) > 0.8
+    assert two_afc_agreement(d0, d1, triplets.judge) > 0.8
     assert triplets.p0.abs().max() <= 1 and triplets.p0.shape == pictures.shape
 
 
@@ -186,13 +186,13 @@ def sighted_metric() -> LatentLPIPS:
 
 def test_calibration_raises_agreement_and_keeps_heads_non_negative() -> None:
     metric, data = sighted_metric(), one_channel_matters(600)
-    _, held = split(600, 0.3, 0)
+    _, held = split_rows(600, 0.3, 0)
     held_out = (data.ref[held], data.p0[held], data.p1[held], data.judge[held])
     trunk = {k: v.clone() for k, v in metric.trunk.state_dict().items()}
-    before = two_afc(metric, *held_out)
-    after = calibrate(metric, data, CalibrateConfig(lr=3e-2, epochs=30, held_out=0.3))
+    before = two_afc_of_metric(metric, *held_out)
+    after = calibrate_heads(metric, data, CalibrateConfig(lr=3e-2, epochs=30, held_out=0.3))
     assert after > before + 0.05
-    assert two_afc(metric, *held_out) == pytest.approx(after, abs=0.01)
+    assert two_afc_of_metric(metric, *held_out) == pytest.approx(after, abs=0.01)
     assert min(head.min() for head in metric.heads) == 0  # the clamp was at work
     assert all(torch.equal(v, trunk[k]) for k, v in metric.trunk.state_dict().items())
     assert not any(p.requires_grad for p in metric.parameters())
@@ -208,15 +208,17 @@ def test_ranking_net_sees_the_five_published_features() -> None:
 
 def test_agreement_counts_fractions_and_ties() -> None:
     d0, d1 = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([2.0, 1.0, 1.0])
-    assert agreement(d0, d1, torch.tensor([0.25, 0.75, 0.9])) == pytest.approx((0.75 + 0.75 + 0.5) / 3)
+    assert two_afc_agreement(d0, d1, torch.tensor([0.25, 0.75, 0.9])) == pytest.approx(
+        (0.75 + 0.75 + 0.5) / 3
+    )
 
 
 def test_rescaling_sets_the_mean_distance_of_unrelated_latents() -> None:
     metric, latents = sighted_metric(), torch.randn(300, 4, 8, 8, generator=rng())
-    rescale(metric, latents, 0.7)
+    rescale_heads(metric, latents, 0.7)
     assert metric(latents, latents.roll(1, 0)).mean().item() == pytest.approx(0.7, rel=0.02)
     with pytest.raises(UserError, match="unrelated latents 0 apart"):
-        rescale(metric, latents[:1].expand(4, -1, -1, -1), 1.0)
+        rescale_heads(metric, latents[:1].expand(4, -1, -1, -1), 1.0)
 
 
 def test_whole_training_from_captions_and_images() -> None:

@@ -6,7 +6,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from d2g.core.errors import UserError
 from latent_lpips.config import LPIPSConfig
-from latent_lpips.vgg import VGG16, folded
+from latent_lpips.vgg import VGG16, fold_batch_norms
 
 
 def tiny(norm: str = "batch", channels: int = 4) -> VGG16:
@@ -67,7 +67,7 @@ def test_folding_the_norms_keeps_the_features() -> None:
             nn.init.normal_(module.bias, 0, 0.2)
             nn.init.normal_(module.running_mean, 0, 0.2)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
-    plain = folded(trunk)
+    plain = fold_batch_norms(trunk)
     assert plain.config.norm == "none"
     assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
     x = torch.randn(3, 4, 8, 8)

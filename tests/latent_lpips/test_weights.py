@@ -9,7 +9,7 @@ from torch import nn
 from d2g.core.errors import UserError
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.distance import LatentLPIPS
-from latent_lpips.weights import load, load_lpips, read_meta, save
+from latent_lpips.weights import load_lpips, read_lpips_meta, save_lpips
 
 CONFIG = LPIPSConfig(width=1 / 16)
 
@@ -28,7 +28,7 @@ def metric() -> LatentLPIPS:
 
 @pytest.fixture
 def folder(metric: LatentLPIPS, tmp_path: Path) -> Path:
-    save(metric, tmp_path / "lpips", {"seed": 3})
+    save_lpips(metric, tmp_path / "lpips", {"seed": 3})
     return tmp_path / "lpips"
 
 
@@ -38,36 +38,36 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_roundtrip_is_exact_unfolded_and_close_folded(metric: LatentLPIPS, folder: Path) -> None:
-    again = load(folder, fold=False)
+    again = load_lpips(folder, fold=False)
     assert all(torch.equal(v, metric.state_dict()[k]) for k, v in again.state_dict().items())
     assert torch.equal(again(*pair()), metric(*pair()))
-    fast = load(folder / "lpips.safetensors")
+    fast = load_lpips(folder / "lpips.safetensors")
     assert fast.config.norm == "none"
     torch.testing.assert_close(fast(*pair()), metric(*pair()), rtol=1e-5, atol=1e-5)
-    assert read_meta(folder) == {"seed": 3}
+    assert read_lpips_meta(folder) == {"seed": 3}
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "lpips.safetensors"]
 
 
 def test_a_folded_metric_roundtrips(folder: Path, tmp_path: Path) -> None:
-    fast = load(folder)
-    save(fast, tmp_path / "fast", {})
-    assert torch.equal(load(tmp_path / "fast")(*pair()), fast(*pair()))
+    fast = load_lpips(folder)
+    save_lpips(fast, tmp_path / "fast", {})
+    assert torch.equal(load_lpips(tmp_path / "fast")(*pair()), fast(*pair()))
 
 
 def test_precision_is_chosen_at_load_and_not_saved(folder: Path, tmp_path: Path) -> None:
-    low = load(folder, precision="bf16")
-    assert low.precision == "bf16" and load(folder).precision == "fp32"
-    torch.testing.assert_close(low(*pair()), load(folder)(*pair()), rtol=1e-2, atol=1e-4)
+    low = load_lpips(folder, precision="bf16")
+    assert low.precision == "bf16" and load_lpips(folder).precision == "fp32"
+    torch.testing.assert_close(low(*pair()), load_lpips(folder)(*pair()), rtol=1e-2, atol=1e-4)
     with pytest.raises(UserError, match="rounded to bf16; load it with fp32 to save it"):
-        save(low, tmp_path / "low", {})
+        save_lpips(low, tmp_path / "low", {})
 
 
 def test_half_precision_halves_the_file_and_loads_as_fp32(metric: LatentLPIPS, tmp_path: Path) -> None:
     for name, dtype in (("full", torch.float32), ("half", torch.float16)):
-        save(metric, tmp_path / name, {}, dtype=dtype)
+        save_lpips(metric, tmp_path / name, {}, dtype=dtype)
     full, half = ((tmp_path / n / "lpips.safetensors").stat().st_size for n in ("full", "half"))
     assert half < 0.6 * full
-    loaded = load(tmp_path / "half")
+    loaded = load_lpips(tmp_path / "half")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     torch.testing.assert_close(loaded(*pair()), metric(*pair()), rtol=1e-2, atol=1e-3)
 
@@ -88,7 +88,7 @@ def test_another_latent_space_is_refused(folder: Path) -> None:
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"no {name}, expected a LatentLPIPS folder.*d2g lpips train"):
-        load(folder)
+        load_lpips(folder)
 
 
 @pytest.mark.parametrize("name", ["lpips.safetensors", "config.json"])
@@ -96,7 +96,7 @@ def test_a_truncated_file_is_named(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=f"{name}: not readable"):
-        load(folder)
+        load_lpips(folder)
 
 
 def test_files_that_disagree_are_refused(folder: Path) -> None:
@@ -104,10 +104,10 @@ def test_files_that_disagree_are_refused(folder: Path) -> None:
     config["network"]["width"] = 0.125
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"'heads.0' is \(4,\), config.json says \(8,\)"):
-        load(folder)
+        load_lpips(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match="no 'network' entry"):
-        load(folder)
+        load_lpips(folder)
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "negative"])
@@ -126,10 +126,10 @@ def test_loading_is_strict(folder: Path, change: str) -> None:
         "negative": "head 2 holds the weight -",
     }
     with pytest.raises(UserError, match=expected[change]):
-        load(folder)
+        load_lpips(folder)
 
 
 def test_an_unwritable_folder_is_one_clear_error(metric: LatentLPIPS, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/lpips: .*could not be written.*name another folder"):
-        save(metric, tmp_path / "file" / "lpips", {})
+        save_lpips(metric, tmp_path / "file" / "lpips", {})

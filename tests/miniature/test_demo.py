@@ -19,13 +19,13 @@ from d2g.diffusion.teacher import load_teacher
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.runner.run import run_evaluation
-from miniature.demo import PRESETS, SAMPLERS, DemoConfig, DemoResult, run_demo
+from miniature.demo import DEMO_PRESETS, DEMO_SAMPLERS, DemoConfig, DemoResult, run_demo
 from miniature.metrics import TEST_SEED
-from miniature.sampling import captions
+from miniature.sampling import scene_captions
 from pairgen.store.reader import PairReader
 
 TINY = override(
-    PRESETS["quick"],
+    DEMO_PRESETS["quick"],
     [
         "pairs.num_pairs=8",
         "pairs.steps=2",
@@ -58,7 +58,7 @@ def test_the_contracts_keys(made: tuple[DemoResult, Path, list[str]]) -> None:
         found
     )
     for key in ("fid", "caption_accuracy", "recall", "precision", "clip_score", "caption_exact"):
-        assert set(found[key]) == set(SAMPLERS), key
+        assert set(found[key]) == set(DEMO_SAMPLERS), key
         assert all(math.isfinite(value) for value in found[key].values())
     assert set(found["ms_per_image"]) == {"teacher", "student"} and min(found["ms_per_image"].values()) > 0
     assert set(found["timings"]) == {"pairs", "stage 1", "stage 2", "evaluation"} and found["pairs"] == 8
@@ -84,7 +84,7 @@ def test_the_parts_are_ordinary_folders(made: tuple[DemoResult, Path, list[str]]
 def test_pictures_stand_side_by_side(made: tuple[DemoResult, Path, list[str]]) -> None:
     _, out, _ = made
     strips = []
-    for name in SAMPLERS:
+    for name in DEMO_SAMPLERS:
         with Image.open(out / f"{name}.png") as image:
             assert image.size == (2 * 66, 66) and image.mode == "RGB"
             strips.append(image.tobytes())
@@ -117,7 +117,7 @@ def test_the_report_in_a_browser(made: tuple[DemoResult, Path, list[str]]) -> No
     for shown in ("Frechet distance (oracle features)", "Recall", "CLIP score", "Caption accuracy", "total"):
         assert shown in seen.text
     assert "teacher, 2 DDIM steps" in seen.text  # as configured, not as usual
-    assert all(prompt in seen.text for prompt in captions(2, TEST_SEED))
+    assert all(prompt in seen.text for prompt in scene_captions(2, TEST_SEED))
 
 
 def test_again_keeps_what_is_done(made: tuple[DemoResult, Path, list[str]]) -> None:
@@ -136,7 +136,7 @@ def test_stable_diffusion_pipeline_samples_the_shipped_teacher() -> None:
 
     pipe = StableDiffusionPipeline.from_pretrained(SHIPPED["miniature"] / "teacher")
     pipe.set_progress_bar_config(disable=True)
-    teacher, prompts = load_teacher("miniature", final_alpha="teacher"), captions(2, 2)
+    teacher, prompts = load_teacher("miniature", final_alpha="teacher"), scene_captions(2, 2)
     drawn = noise(0, range(2), teacher.latent_shape)
 
     def by_diffusers(kind: str) -> object:
@@ -161,8 +161,8 @@ def test_shipped_folders_are_small_and_say_what_they_are() -> None:
 
 
 def test_presets_and_impossible_sizes() -> None:
-    assert set(PRESETS) == {"default", "quick"} and PRESETS["default"] == DemoConfig()
-    for preset in PRESETS.values():
+    assert set(DEMO_PRESETS) == {"default", "quick"} and DEMO_PRESETS["default"] == DemoConfig()
+    for preset in DEMO_PRESETS.values():
         assert preset.ode.teacher == preset.gan.teacher == preset.pairs.teacher == "miniature"
         assert override(DemoConfig(), []) == DemoConfig() and to_json(preset)["columns"] == preset.columns
     for wrong in ({"eval_images": 1}, {"columns": 0}, {"columns": 1000}):

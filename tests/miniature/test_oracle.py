@@ -9,28 +9,28 @@ import torch
 from d2g.core.errors import SettingError, UserError
 from miniature.captions import parse_caption
 from miniature.oracle import (
-    HEADS,
     NUM_FEATURES,
-    SHIPPED,
+    ORACLE_FOLDER,
+    ORACLE_HEADS,
     Oracle,
-    Reading,
+    OracleReading,
     caption_accuracy,
-    count_right,
+    count_correct,
     load_oracle,
-    read,
+    read_attributes,
     save_oracle,
 )
 from miniature.oracle_training import (
     OracleConfig,
-    augment,
+    augment_pixels,
     fit_oracle,
-    oracle_data,
+    render_oracle_data,
     scene_targets,
     score_oracle,
     train_oracle,
 )
-from miniature.render import render
-from miniature.sampling import caption, sample_scene, scene_from_caption
+from miniature.render import render_scenes
+from miniature.sampling import caption_of, sample_scene, scene_from_caption
 
 SIDE_BY_SIDE = "a large red metal sphere left of a small blue matte cube, pink background"
 DEPTH = "a large red metal sphere in front of a small blue matte cube, pink background"
@@ -46,60 +46,60 @@ def oracle() -> Oracle:
 def pictures() -> tuple[torch.Tensor, list[str]]:
     """200 fresh scenes of both splits, of a seed that nothing was trained on."""
     scenes = [sample_scene(77, index, split) for split in ("train", "heldout") for index in range(100)]
-    return render(scenes).float() / 127.5 - 1, [caption(scene) for scene in scenes]
+    return render_scenes(scenes).float() / 127.5 - 1, [caption_of(scene) for scene in scenes]
 
 
 # ---- scoring
 
 
-def reading_of(text: str, order: tuple[int, ...] = (0, 1), nearer: int = 0) -> Reading:
+def reading_of(text: str, order: tuple[int, ...] = (0, 1), nearer: int = 0) -> OracleReading:
     facts = parse_caption(text)
-    return Reading(tuple(facts.objects[k] for k in order), facts.background, nearer)
+    return OracleReading(tuple(facts.objects[k] for k in order), facts.background, nearer)
 
 
 def test_a_right_reading_has_every_fact():
-    assert count_right(parse_caption(SIDE_BY_SIDE), reading_of(SIDE_BY_SIDE)) == (11, 11)
+    assert count_correct(parse_caption(SIDE_BY_SIDE), reading_of(SIDE_BY_SIDE)) == (11, 11)
     one = "a small yellow matte cone, gray background"
-    assert count_right(parse_caption(one), reading_of(one, (0,))) == (6, 6)
+    assert count_correct(parse_caption(one), reading_of(one, (0,))) == (6, 6)
 
 
 def test_objects_the_other_way_round_miss_the_relation_only():
-    assert count_right(parse_caption(SIDE_BY_SIDE), reading_of(SIDE_BY_SIDE, (1, 0))) == (10, 11)
+    assert count_correct(parse_caption(SIDE_BY_SIDE), reading_of(SIDE_BY_SIDE, (1, 0))) == (10, 11)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_in_front_is_judged_by_nearness_whatever_the_sides(order):
     facts = parse_caption(DEPTH)
     first = order.index(0)
-    assert count_right(facts, reading_of(DEPTH, order, nearer=first)) == (11, 11)
-    assert count_right(facts, reading_of(DEPTH, order, nearer=1 - first)) == (10, 11)
+    assert count_correct(facts, reading_of(DEPTH, order, nearer=first)) == (11, 11)
+    assert count_correct(facts, reading_of(DEPTH, order, nearer=1 - first)) == (10, 11)
     behind = parse_caption(DEPTH.replace("in front of", "behind"))
-    assert count_right(behind, reading_of(DEPTH, order, nearer=1 - first)) == (11, 11)
-    assert count_right(behind, reading_of(DEPTH, order, nearer=first)) == (10, 11)
+    assert count_correct(behind, reading_of(DEPTH, order, nearer=1 - first)) == (11, 11)
+    assert count_correct(behind, reading_of(DEPTH, order, nearer=first)) == (10, 11)
 
 
 def test_each_wrong_attribute_costs_one_fact():
     facts, reading = parse_caption(SIDE_BY_SIDE), reading_of(SIDE_BY_SIDE)
-    green = replace(reading.objects[1], colour="green")
-    assert count_right(facts, replace(reading, objects=(reading.objects[0], green))) == (10, 11)
-    assert count_right(facts, replace(reading, background="teal")) == (10, 11)
+    green = replace(reading.objects[1], color="green")
+    assert count_correct(facts, replace(reading, objects=(reading.objects[0], green))) == (10, 11)
+    assert count_correct(facts, replace(reading, background="teal")) == (10, 11)
 
 
 def test_a_missing_object_costs_its_facts_the_count_and_the_relation():
     reading = reading_of(SIDE_BY_SIDE)
     for seen in reading.objects:
-        assert count_right(parse_caption(SIDE_BY_SIDE), replace(reading, objects=(seen,))) == (5, 11)
+        assert count_correct(parse_caption(SIDE_BY_SIDE), replace(reading, objects=(seen,))) == (5, 11)
 
 
 def test_an_object_too_many_costs_the_count():
     facts = parse_caption("a small blue matte cube, pink background")
-    assert count_right(facts, reading_of(SIDE_BY_SIDE)) == (5, 6)
+    assert count_correct(facts, reading_of(SIDE_BY_SIDE)) == (5, 6)
 
 
 def test_equal_attributes_do_not_hide_a_relation_that_holds():
     """Where two matchings agree with as many attributes, the one in which the relation holds counts."""
     twins = "a large red metal cube right of a large red metal cube, pink background"
-    assert count_right(parse_caption(twins), reading_of(twins)) == (11, 11)
+    assert count_correct(parse_caption(twins), reading_of(twins)) == (11, 11)
 
 
 # ---- the shipped oracle
@@ -113,7 +113,7 @@ def test_the_shipped_oracle_reads_fresh_renders(oracle, pictures):
 
 def test_the_shipped_oracle_bears_blur_and_noise(oracle, pictures):
     pixels, captions = pictures
-    damaged = augment(pixels, torch.Generator().manual_seed(0))
+    damaged = augment_pixels(pixels, torch.Generator().manual_seed(0))
     assert caption_accuracy(oracle, damaged, captions).attributes >= 0.98
 
 
@@ -125,7 +125,7 @@ def test_pictures_of_other_captions_score_low(oracle, pictures):
 
 
 def test_meta_states_how_it_was_trained_and_how_well_it_reads():
-    meta = json.loads((SHIPPED / "meta.json").read_text())
+    meta = json.loads((ORACLE_FOLDER / "meta.json").read_text())
     assert meta["parameters"] == sum(value.numel() for value in load_oracle().parameters()) <= 500_000
     assert {"train_attributes", "train_exact", "heldout_attributes", "heldout_exact"} == set(meta["scores"])
     assert min(meta["scores"]["train_attributes"], meta["scores"]["heldout_attributes"]) >= 0.99
@@ -136,7 +136,7 @@ def test_features_are_pooled_and_do_not_depend_on_the_batch(oracle, pictures):
     features = oracle.features(pixels)
     assert features.shape == (7, NUM_FEATURES)
     assert (features[2:3] - oracle.features(pixels[2:3])).abs().max() < 1e-4
-    assert read(oracle, pixels, batch=2) == read(oracle, pixels)
+    assert read_attributes(oracle, pixels, batch=2) == read_attributes(oracle, pixels)
 
 
 def test_an_unreadable_caption_is_refused(oracle, pictures):
@@ -149,21 +149,21 @@ def test_an_unreadable_caption_is_refused(oracle, pictures):
 
 def test_targets_are_ordered_from_left_to_right():
     text = "a large red metal sphere right of a small blue matte cube, teal background"
-    answers = dict(zip(HEADS, scene_targets(scene_from_caption(text, 1, 0)), strict=True))
-    words = {name: HEADS[name][value] for name, value in answers.items() if value >= 0}
+    answers = dict(zip(ORACLE_HEADS, scene_targets(scene_from_caption(text, 1, 0)), strict=True))
+    words = {name: ORACLE_HEADS[name][value] for name, value in answers.items() if value >= 0}
     assert words == {
         "count": "2",
         "background": "teal",
         **dict(
             zip(
-                ("left_size", "left_colour", "left_material", "left_shape"),
+                ("left_size", "left_color", "left_material", "left_shape"),
                 "small blue matte cube".split(),
                 strict=True,
             )
         ),
         **dict(
             zip(
-                ("right_size", "right_colour", "right_material", "right_shape"),
+                ("right_size", "right_color", "right_material", "right_shape"),
                 "large red metal sphere".split(),
                 strict=True,
             )
@@ -172,7 +172,7 @@ def test_targets_are_ordered_from_left_to_right():
 
 
 def test_nearness_is_asked_where_one_is_in_front():
-    nearer = list(HEADS).index("nearer")
+    nearer = list(ORACLE_HEADS).index("nearer")
     for index in range(20):
         scene = scene_from_caption(DEPTH, 1, index)
         left_is_first = scene.placements[0].x < scene.placements[1].x
@@ -182,18 +182,18 @@ def test_nearness_is_asked_where_one_is_in_front():
 
 def test_a_single_object_asks_nothing_of_the_right_side():
     answers = scene_targets(scene_from_caption("a small cyan matte cone, white background", 1, 0))
-    asked = {name for name, answer in zip(HEADS, answers, strict=True) if answer >= 0}
-    assert asked == {"count", "background", "left_size", "left_colour", "left_material", "left_shape"}
+    asked = {name for name, answer in zip(ORACLE_HEADS, answers, strict=True) if answer >= 0}
+    assert asked == {"count", "background", "left_size", "left_color", "left_material", "left_shape"}
 
 
 def test_training_learns_repeats_and_scores():
     """A minute oracle finds the background within 40 steps, and a second run gives the same weights."""
     first, scores = train_oracle(TINY)
-    images, targets = oracle_data(64, TINY.test_seed, "train")
+    images, targets = render_oracle_data(64, TINY.test_seed, "train")
     with torch.no_grad():
         right = (
             first(images.float() / 127.5 - 1)["background"].argmax(1)
-            == targets[:, list(HEADS).index("background")]
+            == targets[:, list(ORACLE_HEADS).index("background")]
         )
     assert right.float().mean() > 0.6  # 0.2 by chance
     assert scores == score_oracle(first, TINY.test, TINY.test_seed)
@@ -203,7 +203,7 @@ def test_training_learns_repeats_and_scores():
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
-    images, targets = oracle_data(16, 1, "train")
+    images, targets = render_oracle_data(16, 1, "train")
     with pytest.raises(FloatingPointError, match=r"oracle: loss is (nan|inf) at step \d+"):
         fit_oracle(images, targets, replace(TINY, lr=1e30, batch=16))
 

@@ -9,31 +9,31 @@ from torch import Tensor
 from d2g.core.errors import UserError
 from miniature.captions import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     HELDOUT_TRIPLES,
     MATERIALS,
     RELATIONS,
+    SCENE_SPLITS,
     SHAPES,
-    SPLITS,
     ObjectSpec,
     SceneFacts,
     parse_caption,
     split_of,
 )
-from miniature.render import render
+from miniature.render import render_scenes
 from miniature.sampling import (
     MAX_DEPTH,
     MIN_DEPTH,
     RADII,
-    caption,
-    captions,
+    caption_of,
     render_dataset,
     sample_scene,
+    scene_captions,
     scene_from_caption,
 )
 from miniature.scene import project
-from miniature.scene_tensors import BACKGROUND_COLOURS, OBJECT_COLOURS
-from miniature.sdf import SHAPE_TABLE, march, normals, soft_shadow
+from miniature.scene_tensors import BACKGROUND_COLORS, OBJECT_COLORS
+from miniature.sdf import SHAPE_TABLE, march, soft_shadow, surface_normals
 
 EXAMPLE = "a large red metal sphere left of a small blue matte cube, pink background"
 GOLDEN_MEAN = [133.13, 125.96, 126.64]
@@ -41,17 +41,17 @@ GOLDEN_MEAN = [133.13, 125.96, 126.64]
 
 def show(text: str, index: int = 0) -> Tensor:
     """Float picture [3, 64, 64] in 0 to 1 of a caption."""
-    return render([scene_from_caption(text, 5, index)])[0].float() / 255
+    return render_scenes([scene_from_caption(text, 5, index)])[0].float() / 255
 
 
-def near_colour(picture: Tensor, colour: str) -> Tensor:
-    """Pixels [64, 64] whose hue is that of an object colour rather than of the others or of the ground."""
+def near_color(picture: Tensor, color: str) -> Tensor:
+    """Pixels [64, 64] whose hue is that of an object color rather than of the others or of the ground."""
     hues = {
-        name: torch.tensor(rgb) / sum(rgb) for name, rgb in {**OBJECT_COLOURS, **BACKGROUND_COLOURS}.items()
+        name: torch.tensor(rgb) / sum(rgb) for name, rgb in {**OBJECT_COLORS, **BACKGROUND_COLORS}.items()
     }
     shade = picture / picture.sum(0, keepdim=True).clamp(min=1e-3)
     distance = torch.stack([(shade - hue.view(3, 1, 1)).square().sum(0) for hue in hues.values()])
-    return distance.argmin(0) == list(hues).index(colour)
+    return distance.argmin(0) == list(hues).index(color)
 
 
 # ---- captions
@@ -73,7 +73,7 @@ def test_example_caption_reads_as_its_facts():
 def test_captions_read_back_to_the_facts_of_their_scene(split):
     for index in range(100):
         scene = sample_scene(3, index, split)
-        assert parse_caption(caption(scene)) == scene.facts
+        assert parse_caption(caption_of(scene)) == scene.facts
 
 
 def test_capital_letters_and_spaces_are_let_through():
@@ -85,7 +85,7 @@ def test_capital_letters_and_spaces_are_let_through():
 @pytest.mark.parametrize(
     ("text", "got", "expected"),
     [
-        ("a large gold metal sphere, pink background", "'gold'", "a colour (red, green"),
+        ("a large gold metal sphere, pink background", "'gold'", "a color (red, green"),
         ("a large red metal dog, pink background", "'dog'", "a shape (sphere"),
         ("large red metal sphere, pink background", "'large'", "'a'"),
         ("a red metal sphere, pink background", "'red'", "a size (large, small)"),
@@ -110,28 +110,28 @@ def test_a_scene_depends_on_seed_and_index_alone():
     assert sample_scene(1, 7) == sample_scene(1, 7)
     scenes = {sample_scene(seed, index).view for seed in (1, 2) for index in range(20)}
     assert len(scenes) == 40
-    assert scene_from_caption(caption(sample_scene(1, 7)), 1, 7) == sample_scene(1, 7)
-    assert captions(5, seed=1) == [caption(sample_scene(1, index)) for index in range(5)]
+    assert scene_from_caption(caption_of(sample_scene(1, 7)), 1, 7) == sample_scene(1, 7)
+    assert scene_captions(5, seed=1) == [caption_of(sample_scene(1, index)) for index in range(5)]
 
 
 def test_one_caption_gives_many_scenes():
     scenes = [scene_from_caption(EXAMPLE, 1, index) for index in range(10)]
-    assert {caption(scene) for scene in scenes} == {EXAMPLE}
+    assert {caption_of(scene) for scene in scenes} == {EXAMPLE}
     assert len({scene.placements for scene in scenes}) == 10
 
 
 def test_heldout_combinations_are_kept_apart():
-    for split in SPLITS:
-        assert all(split_of(parse_caption(text)) == split for text in captions(400, 1, split))
-    assert len(HELDOUT_TRIPLES) == len(COLOURS) * len(SHAPES) * len(MATERIALS) // 10
-    seen = {item.triple for text in captions(2000, 1) for item in parse_caption(text).objects}
+    for split in SCENE_SPLITS:
+        assert all(split_of(parse_caption(text)) == split for text in scene_captions(400, 1, split))
+    assert len(HELDOUT_TRIPLES) == len(COLORS) * len(SHAPES) * len(MATERIALS) // 10
+    seen = {item.triple for text in scene_captions(2000, 1) for item in parse_caption(text).objects}
     assert len(seen) == 60 - len(HELDOUT_TRIPLES)  # train scenes show all the others
 
 
 def test_heldout_triples_are_fixed_for_good():
     assert ("green", "torus", "matte") in HELDOUT_TRIPLES
     assert ("cyan", "sphere", "metal") in HELDOUT_TRIPLES
-    assert {colour for colour, _, _ in HELDOUT_TRIPLES} == set(COLOURS)
+    assert {color for color, _, _ in HELDOUT_TRIPLES} == set(COLORS)
 
 
 def test_an_unknown_split_is_refused():
@@ -174,7 +174,7 @@ def test_placements_mean_what_the_caption_says():
 
 
 def test_two_objects_never_meet():
-    """The distance from each object's centre to the other, sampled on its surface's bounding circle."""
+    """The distance from each object's center to the other, sampled on its surface's bounding circle."""
     widest = {"sphere": 0.98, "cube": 1.02, "cylinder": 0.76, "cone": 0.92, "torus": 0.98}
     for index in range(500):
         scene = sample_scene(6, index)
@@ -193,40 +193,40 @@ def test_two_objects_never_meet():
 
 def test_a_picture_does_not_depend_on_its_batch():
     scenes = [sample_scene(2, index) for index in range(20)]
-    together = render(scenes)
+    together = render_scenes(scenes)
     assert together.shape == (20, 3, 64, 64) and together.dtype == torch.uint8
-    assert torch.equal(together, torch.cat([render([scene]) for scene in scenes]))
-    assert torch.equal(together.flip(0), render(scenes[::-1]))
-    assert render([]).shape == (0, 3, 64, 64)
+    assert torch.equal(together, torch.cat([render_scenes([scene]) for scene in scenes]))
+    assert torch.equal(together.flip(0), render_scenes(scenes[::-1]))
+    assert render_scenes([]).shape == (0, 3, 64, 64)
 
 
 def test_pictures_keep_the_look_that_the_weights_were_trained_on():
     """Channel means of 32 scenes, measured when the shipped models were trained: the renderer is frozen."""
-    mean = render([sample_scene(1, index) for index in range(32)]).double().mean((0, 2, 3))
+    mean = render_scenes([sample_scene(1, index) for index in range(32)]).double().mean((0, 2, 3))
     assert mean.tolist() == pytest.approx(GOLDEN_MEAN, abs=0.05)
 
 
 def test_half_the_size_shows_the_same_picture():
     scenes = [sample_scene(2, index) for index in range(8)]
-    small = render(scenes, size=32).float()
-    shrunk = torch.nn.functional.avg_pool2d(render(scenes).float(), 2)
+    small = render_scenes(scenes, size=32).float()
+    shrunk = torch.nn.functional.avg_pool2d(render_scenes(scenes).float(), 2)
     assert (small - shrunk).abs().mean() < 3
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [("large", 20, 30), ("small", 13, 20)])
 def test_sizes_are_far_apart_on_the_screen(size, low, high):
     for index in range(12):
-        mask = near_colour(show(f"a {size} red matte sphere, white background", index), "red")
+        mask = near_color(show(f"a {size} red matte sphere, white background", index), "red")
         assert low <= int(mask.any(0).sum()) <= high
 
 
-@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_colours_are_told_apart_on_every_background(colour, background):
-    picture = show(f"a large {colour} matte sphere, {background} background")
-    counts = {other: int(near_colour(picture, other).sum()) for other in COLOURS}
-    assert max(counts, key=counts.__getitem__) == colour
-    assert counts[colour] > 200
+def test_colors_are_told_apart_on_every_background(color, background):
+    picture = show(f"a large {color} matte sphere, {background} background")
+    counts = {other: int(near_color(picture, other).sum()) for other in COLORS}
+    assert max(counts, key=counts.__getitem__) == color
+    assert counts[color] > 200
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -235,8 +235,8 @@ def test_metal_has_highlights_that_matte_has_not(shape):
     matte = scene_from_caption(f"a large purple matte {shape}, gray background", 5, 1)
     metal_object = replace(matte.objects[0], material="metal")
     metal = replace(matte, facts=replace(matte.facts, objects=(metal_object,)))
-    pictures = render([matte, metal]).float().mean(1) / 255
-    mask = near_colour(render([matte])[0].float() / 255, "purple")
+    pictures = render_scenes([matte, metal]).float().mean(1) / 255
+    mask = near_color(render_scenes([matte])[0].float() / 255, "purple")
     assert pictures[1][mask].std() > 1.3 * pictures[0][mask].std()
 
 
@@ -246,7 +246,7 @@ def test_the_relation_is_seen_in_the_picture(relation):
         picture = show(
             f"a small red matte cube {relation} a large blue matte sphere, white background", index
         )
-        red, blue = (near_colour(picture, colour).nonzero().float() for colour in ("red", "blue"))
+        red, blue = (near_color(picture, color).nonzero().float() for color in ("red", "blue"))
         assert len(red) > 80 and len(blue) > 200  # neither hides the other
         right = float(red[:, 1].mean() - blue[:, 1].mean())
         down = float(red[:, 0].quantile(0.97) - blue[:, 0].quantile(0.97))  # where they stand on the ground
@@ -265,7 +265,7 @@ def test_objects_cast_shadows_away_from_the_light():
     """The light comes from the left, so the ground is darker right of an object than left of it."""
     scene = scene_from_caption("a large green matte cube, white background", 5, 2)
     scene = replace(scene, placements=(replace(scene.placements[0], x=0.0, z=0.0),))
-    picture = render([scene])[0].float()
+    picture = render_scenes([scene])[0].float()
     left, right = picture[:, 38, 8:16].mean(), picture[:, 38, 45:53].mean()
     assert right < 0.8 * left
 
@@ -277,9 +277,9 @@ def test_the_nearer_object_hides_the_farther_one():
     behind = replace(scene.placements[1], x=0.0, z=-1.5)
     hidden = replace(scene, placements=(replace(scene.placements[0], x=0.0, z=1.5), behind))
     swapped = replace(scene, placements=(behind, replace(scene.placements[0], x=0.0, z=1.5)))
-    red, blue = (int(near_colour(render([hidden])[0].float() / 255, c).sum()) for c in ("red", "blue"))
+    red, blue = (int(near_color(render_scenes([hidden])[0].float() / 255, c).sum()) for c in ("red", "blue"))
     assert red > 1.5 * blue
-    red, blue = (int(near_colour(render([swapped])[0].float() / 255, c).sum()) for c in ("red", "blue"))
+    red, blue = (int(near_color(render_scenes([swapped])[0].float() / 255, c).sum()) for c in ("red", "blue"))
     assert blue > 1.5 * red
 
 
@@ -289,8 +289,8 @@ def test_render_dataset_gives_pictures_with_their_captions():
         10, 9, "heldout", lambda _, done, total: calls.append((done, total)), batch=4
     )
     assert calls == [(4, 10), (8, 10), (10, 10)]
-    assert texts == captions(10, 9, "heldout")
-    assert torch.equal(images[3:4], render([sample_scene(9, 3, "heldout")]))
+    assert texts == scene_captions(10, 9, "heldout")
+    assert torch.equal(images[3:4], render_scenes([sample_scene(9, 3, "heldout")]))
 
 
 # ---- shapes
@@ -335,7 +335,7 @@ def test_normals_are_the_gradient_of_the_distance(shape):
     x, y, z = (value.double().requires_grad_() for value in points(300))
     value = SHAPE_TABLE[shape][0](x, y, z)
     exact = torch.stack(torch.autograd.grad(value.sum(), (x, y, z)))
-    ours = torch.stack(normals(shape, x.detach(), y.detach(), z.detach()))
+    ours = torch.stack(surface_normals(shape, x.detach(), y.detach(), z.detach()))
     away = value > 0.05  # inside, and at creases, the four samples may straddle an edge
     assert (exact[:, away] * ours[:, away]).sum(0).quantile(0.05) > 0.99
 

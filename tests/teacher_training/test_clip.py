@@ -16,16 +16,16 @@ from eval.metrics.clip_score import clip_scores, retrieval_top1
 from eval.networks.registry import FEATURES, load_clip
 from teacher_training.clip import ClipConfig, contrastive_loss, train_clip
 
-COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (240, 240, 240)}
+COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (240, 240, 240)}
 TINY = ClipConfig(
     image_size=16, patch=8, width=32, layers=1, text_width=32, text_layers=1, context=24, embed=16,
     images=2000, batch_size=40, warmup_images=200, lr=3e-3, held_out=40,
 )  # fmt: skip
 
 
-def coloured(count: int) -> tuple[Tensor, list[str]]:
-    names = [sorted(COLOURS)[i % len(COLOURS)] for i in range(count)]
-    flat = torch.tensor([COLOURS[name] for name in names])[:, :, None, None]
+def colored(count: int) -> tuple[Tensor, list[str]]:
+    names = [sorted(COLORS)[i % len(COLORS)] for i in range(count)]
+    flat = torch.tensor([COLORS[name] for name in names])[:, :, None, None]
     noise = torch.randint(-15, 16, (count, 3, 16, 16), generator=generator(count))
     return (flat + noise).clamp(0, 255).to(torch.uint8), [f"a {name} wall" for name in names]
 
@@ -42,10 +42,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("clip") / "tiny"
-    return folder, train_clip(*coloured(400), tokenizer, folder, TINY)
+    return folder, train_clip(*colored(400), tokenizer, folder, TINY)
 
 
-def test_it_learns_to_tell_colours_apart(trained: tuple[Path, dict[str, float]]) -> None:
+def test_it_learns_to_tell_colors_apart(trained: tuple[Path, dict[str, float]]) -> None:
     folder, scores = trained
     assert scores["retrieval_chance"] == 0.25
     assert scores["retrieval_top1"] > 0.9
@@ -58,7 +58,7 @@ def test_open_clips_factory_loads_the_folder(trained: tuple[Path, dict[str, floa
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     tokens = open_clip.get_tokenizer(name)(["a red wall", "a blue wall"])
     assert tokens.shape == (2, TINY.context)
-    images, captions = coloured(4)
+    images, captions = colored(4)
     net = load_clip(str(trained[0]))
     with torch.no_grad():
         expected = F.normalize(model.eval().encode_text(tokens), dim=1)
@@ -71,7 +71,7 @@ def test_open_clips_factory_loads_the_folder(trained: tuple[Path, dict[str, floa
 
 def test_clip_scores_are_cosines_of_single_pairs(trained: tuple[Path, dict[str, float]]) -> None:
     net = load_clip(f"local-dir:{trained[0]}")
-    images, captions = coloured(5)
+    images, captions = colored(5)
     scores = clip_scores(net, images, captions)
     assert scores.shape == (5,) and scores.abs().max() <= 1 + 1e-6
     alone = torch.cat([clip_scores(net, images[i : i + 1], captions[i : i + 1]) for i in range(5)])
@@ -88,20 +88,20 @@ def test_one_name_and_digest_for_one_model(trained: tuple[Path, dict[str, float]
     assert by_path.name == by_schema.name == "local-dir:tiny"
     assert by_path.sha256 == by_schema.sha256
     features = FEATURES["clip"](trained[0], "cpu")
-    assert features.sha256 == by_path.sha256 and features(coloured(2)[0]).shape == (2, TINY.embed)
+    assert features.sha256 == by_path.sha256 and features(colored(2)[0]).shape == (2, TINY.embed)
 
 
 def test_training_is_deterministic(tokenizer: Path, tmp_path: Path) -> None:
     short = ClipConfig(**{**{n: getattr(TINY, n) for n in ("width", "layers", "text_width", "text_layers")},
                           "image_size": 16, "images": 80, "batch_size": 20})  # fmt: skip
     for name in ("a", "b"):
-        train_clip(*coloured(60), tokenizer, tmp_path / name, short)
+        train_clip(*colored(60), tokenizer, tmp_path / name, short)
     assert load_clip(str(tmp_path / "a")).sha256 == load_clip(str(tmp_path / "b")).sha256
 
 
 def test_minutes_end_training(tokenizer: Path, tmp_path: Path) -> None:
     config = ClipConfig(image_size=16, width=32, layers=1, batch_size=4, minutes=1e-4)
-    scores = train_clip(*coloured(20), tokenizer, tmp_path, config)
+    scores = train_clip(*colored(20), tokenizer, tmp_path, config)
     assert 0 < scores["images"] < config.images / 100
     assert scores["params"] < 1e6
 
@@ -148,8 +148,8 @@ def test_bad_clip_sources_are_named(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(UserError, match="does not load"):
         load_clip(f"ViT-B-32:{tmp_path / 'gone.pt'}")
     with pytest.raises(UserError, match="holds no tokenizer"):
-        train_clip(*coloured(20), tmp_path, tmp_path / "out", TINY)
+        train_clip(*colored(20), tmp_path, tmp_path / "out", TINY)
     with pytest.raises(UserError, match="expected as many captions as images"):
-        train_clip(coloured(20)[0], ["a"], tokenizer, tmp_path / "out", TINY)
+        train_clip(colored(20)[0], ["a"], tokenizer, tmp_path / "out", TINY)
     with pytest.raises(SettingError, match="patch must divide image_size"):
         ClipConfig(patch=7)

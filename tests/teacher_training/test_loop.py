@@ -13,7 +13,7 @@ from d2g.core.errors import Interrupted, SettingError
 from d2g.core.tracking.run_directory import RunLog, read_stats
 from d2g.diffusion.latents import decode, encode, from_uint8
 from teacher_training.autoencoder import AutoencoderConfig, reconstruction_loss, train_autoencoder
-from teacher_training.loop import FitConfig, fit, learning_rate
+from teacher_training.loop import FitConfig, cosine_learning_rate, fit_modules
 
 FIT = FitConfig(images=96, batch_size=8, lr=2e-3, warmup_images=16, ema=0.5)
 VAE = AutoencoderConfig(channels=(8, 8), latent_channels=4, fit=FIT)
@@ -81,7 +81,7 @@ def test_reconstruction_counts_pixels_squares_and_edges() -> None:
 
 
 def test_rates_warm_up_and_fall_to_zero() -> None:
-    rates = [learning_rate(n, replace(FIT, lr=1.0)) for n in (0, 8, 48, 96)]
+    rates = [cosine_learning_rate(n, replace(FIT, lr=1.0)) for n in (0, 8, 48, 96)]
     assert rates[0] == 0.5 and rates[1] == pytest.approx(0.9830, abs=1e-4) and rates[2] == pytest.approx(0.5)
     assert rates[3] == 0.0
 
@@ -96,8 +96,8 @@ def test_the_averages_are_handed_back(tmp_path: Path) -> None:
         loss = module.weight.sum()
         return loss, {"loss": loss}
 
-    fit("one", RunLog(tmp_path, {}), {"one": module}, loss_of, 1, config, 0)
-    first, second = -1.0, -1.0 - learning_rate(1, config)
+    fit_modules("one", RunLog(tmp_path, {}), {"one": module}, loss_of, 1, config, 0)
+    first, second = -1.0, -1.0 - cosine_learning_rate(1, config)
     average = 0.75 * (0.25 * first) + 0.25 * second
     assert module.weight.item() == pytest.approx(average, rel=1e-5)
     raw = load_file(tmp_path / "checkpoints" / "000000002" / "model.safetensors")
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None
     with pytest.raises(
         FloatingPointError, match=r"big: loss is inf at image 0; no checkpoint was written before"
     ):
-        fit("big", RunLog(tmp_path, {}), {"one": module}, loss_of, 1, config, 0)
+        fit_modules("big", RunLog(tmp_path, {}), {"one": module}, loss_of, 1, config, 0)
     assert module.weight.item() == 1.0 and not list(tmp_path.glob("checkpoints/*"))
 
 

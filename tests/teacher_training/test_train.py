@@ -25,7 +25,7 @@ from teacher_training.autoencoder import AutoencoderConfig
 from teacher_training.clip import ClipConfig
 from teacher_training.data import captioned_images, register_data
 from teacher_training.loop import FitConfig
-from teacher_training.train import PRESETS, TeacherConfig, train_teacher
+from teacher_training.train import TEACHER_PRESETS, TeacherConfig, train_teacher
 from teacher_training.unet import DenoiserConfig
 
 SIZE = 16
@@ -61,42 +61,42 @@ CONFIG = TeacherConfig(
         batch_size=16,
     ),
 )
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 
 
 def picture(number: int) -> tuple[Image.Image, str, str]:
-    """(picture, colour, shape): a disc or a box, not square, so that cropping has work."""
-    colour, shape = COLOURS[number % 4], ("disc", "box")[number // 4 % 2]
+    """(picture, color, shape): a disc or a box, not square, so that cropping has work."""
+    color, shape = COLORS[number % 4], ("disc", "box")[number // 4 % 2]
     image = Image.new("RGB", (SIZE + 4, SIZE), "white")
     draw = ImageDraw.Draw(image)
     left = 3 + number % 5
-    (draw.ellipse if shape == "disc" else draw.rectangle)((left, 3, left + 9, 12), fill=colour)
-    return image, colour, shape
+    (draw.ellipse if shape == "disc" else draw.rectangle)((left, 3, left + 9, 12), fill=color)
+    return image, color, shape
 
 
 def image_folder(folder: Path) -> None:
     lines = []
     for number in range(40):
-        image, colour, shape = picture(number)
+        image, color, shape = picture(number)
         image.save(folder / f"{number:03d}.png")
-        lines.append(json.dumps({"file_name": f"{number:03d}.png", "caption": f"a {colour} {shape}"}))
+        lines.append(json.dumps({"file_name": f"{number:03d}.png", "caption": f"a {color} {shape}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
 def class_folders(folder: Path) -> None:
     for number in range(40):
-        image, colour, shape = picture(number)
-        (folder / f"{colour}_{shape}").mkdir(exist_ok=True)
-        image.save(folder / f"{colour}_{shape}" / f"{number:03d}.png")
+        image, color, shape = picture(number)
+        (folder / f"{color}_{shape}").mkdir(exist_ok=True)
+        image.save(folder / f"{color}_{shape}" / f"{number:03d}.png")
 
 
 def parquet(folder: Path) -> None:
     rows = []
     for number in range(40):
-        image, colour, shape = picture(number)
+        image, color, shape = picture(number)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        rows.append({"image": {"bytes": buffer.getvalue()}, "caption": f"a {colour} {shape}"})
+        rows.append({"image": {"bytes": buffer.getvalue()}, "caption": f"a {color} {shape}"})
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
 
 
@@ -137,7 +137,7 @@ def test_a_teacher_from_captioned_pictures(source: str, tmp_path: Path) -> None:
 
 
 def test_captions_belong_to_their_pictures(tmp_path: Path) -> None:
-    """Read back: the middle pixel has the colour that the caption names, from every kind of source."""
+    """Read back: the middle pixel has the color that the caption names, from every kind of source."""
     names = {(255, 0, 0): "red", (0, 128, 0): "green", (0, 0, 255): "blue", (255, 255, 0): "yellow"}
     for source, write in SOURCES.items():
         folder = tmp_path / source.replace(" ", "_")
@@ -195,7 +195,7 @@ def test_registered_data_is_found_by_name() -> None:
 
 def test_presets_fit_together() -> None:
     """A latent of the size the UNet halves, and a CLIP whose patches tile the picture."""
-    for name, preset in PRESETS.items():
+    for name, preset in TEACHER_PRESETS.items():
         assert preset.size % preset.clip.patch == 0, name
         latent = preset.size // 2 ** (len(preset.vae.channels) - 1)
         assert latent == 8 and latent % 2 ** (len(preset.unet.channels) - 1) == 0, name

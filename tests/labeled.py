@@ -47,7 +47,7 @@ def save_table(file: Path, count: int = 12, label: object = None) -> Path:
     return file
 
 
-def save_judgements(folder: Path, count: int = 12, seed: int = 0) -> Path:
+def save_judgments(folder: Path, count: int = 12, seed: int = 0) -> Path:
     """A 2AFC split: p0 and p1 are ref and noise, the judge finds the quieter one closer."""
     rng = np.random.default_rng(seed)
     for name in ("ref", "p0", "p1", "judge"):
