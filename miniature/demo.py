@@ -146,7 +146,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
     }
     results, first = evaluate_samplers(config, teacher, students, progress)
     timed("evaluation", begun)
-    speed = measure_latency(config, teacher, students["gan"])
+    speed = measure_sampling_time(config, teacher, students["gan"])
 
     # Report.
     pick = {
@@ -210,7 +210,7 @@ def evaluate_samplers(
     return results, first
 
 
-def measure_latency(config: DemoConfig, teacher: Teacher, student: OneStep) -> dict[str, float]:
+def measure_sampling_time(config: DemoConfig, teacher: Teacher, student: OneStep) -> dict[str, float]:
     """Milliseconds of one image, end to end at batch 1: text encoder, UNet, VAE."""
     text, drawn = scene_captions(1, TEST_SEED), noise(config.seed, [0], teacher.latent_shape)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import authors
-from d2g_cli.main import app
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
+from d2g_cli.main import app
 from latent_lpips import ELatentLPIPS
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.official_checkpoints import OFFICIAL_SPACES, read_official_checkpoint
