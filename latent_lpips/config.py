@@ -1,9 +1,9 @@
 """What can be set about the perceptual distance: network, augmentation, training."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from d2g.core.errors import SettingError
+from d2g.core.config import require, setting
 
 Precision = Literal["fp32", "bf16", "auto"]
 """Of a frozen trunk's convolutions. `auto`: bf16 where the hardware multiplies it, else fp32."""
@@ -13,32 +13,31 @@ AUGMENT_FAMILIES = "bgco"
 
 
 def are_augment_families(families: str) -> bool:
-    """Whether these are `none`, or letters of `FAMILIES`, each once."""
+    """Whether these are `none`, or letters of `AUGMENT_FAMILIES`, each once."""
     letters = set(families)
     return families == "none" or (0 < len(families) == len(letters) and letters <= set(AUGMENT_FAMILIES))
-
-
-def require_settings(config: object, **rules: tuple[bool, str]) -> None:
-    """Raise SettingError for the first setting of `config` whose rule (holds, what is expected) fails."""
-    for name, (ok, expected) in rules.items():
-        if not ok:
-            raise SettingError(f"setting {name!r} is {getattr(config, name)!r}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LPIPSConfig:
     """The trunk: VGG16 for latents, its first three max-pools removed (Diffusion2GAN, supplement C.2)."""
 
-    channels: int = 4
-    """Channels of the latent: 4 for SD 1.5, 2.1 and SDXL, 16 for SD3 and FLUX."""
-    width: float = 1.0
-    """Multiplies 64/128/256/512/512 feature channels and the classifier's 4096."""
-    norm: Literal["batch", "group", "none"] = "batch"
-    """`group`: GroupNorm, for batches too small for statistics. `none` is plain VGG16, and what a batch-norm
-    trunk becomes when its norms are folded."""
+    channels: int = setting(
+        4,
+        "Latent channels: 4 for SD 1.5, 2.1 and SDXL, 16 for SD3 and FLUX",
+        source="supplement C.2",
+        recipe=True,
+    )
+    width: float = setting(1.0, "Factor on the 64/128/256/512/512 feature channels and the classifier's 4096")
+    norm: Literal["batch", "group", "none"] = setting(
+        "batch",
+        "Normalization layers: batch; group, for batches too small for batch statistics; none, plain VGG16,"
+        " which a batch-norm trunk becomes when its norms are folded into the convolutions",
+        source="supplement C.2",
+    )
 
     def __post_init__(self) -> None:
-        require_settings(
+        require(
             self,
             channels=(self.channels > 0, "a positive number"),
             width=(1 / 64 <= self.width <= 4, "1/64 to 4"),
@@ -55,38 +54,45 @@ class LPIPSConfig:
 class AugmentConfig:
     """E-LatentLPIPS' random transforms: every op of a chosen family is drawn for every sample."""
 
-    families: str = "bgco"
-    """Letters of `bgco`, or `none`. The paper: `bgo` (SD-CFG-3), `bgco` (SD-CFG-8, SDXL)."""
-    flip: bool = True
-    """b: mirror left-right, for half of the samples."""
-    quarter_turns: bool = True
-    """b: rotate by 0, 90, 180 or 270 degrees."""
-    integer_shift: float = 0.125
-    """b: translate by U(-s, s) of the size, rounded to whole positions."""
-    scale_std: float = 0.2
-    """g: isotropic scale 2^N(0, s^2)."""
-    rotation: float = 180.0
-    """g: one rotation before and one after the stretch, each U(-r, r) degrees."""
-    stretch_std: float = 0.2
-    """g: anisotropic scale (s, 1/s) with s = 2^N(0, std^2)."""
-    shift_std: float = 0.125
-    """g: translate by N(0, s^2) of the size."""
-    brightness: float = 0.5
-    """c: add U(-b, b) to all channels."""
-    contrast: float = 0.5
-    """c: scale about the sample's mean by U(1 - c, 1 + c)."""
-    saturation: float = 1.0
-    """c: scale about each position's channel mean by U(1 - s, 1 + s)."""
-    cutout: float = 0.5
-    """o: side of the zeroed square, as a fraction of the size."""
+    families: str = setting(
+        "bgco",
+        "Letters of bgco, or none: b blitting, g geometry, c color, o cutout. The paper: bgo for SD-CFG-3, "
+        "bgco for SD-CFG-8 and SDXL",
+        source="Table A1",
+    )
+    flip: bool = setting(True, "b: mirror half of the rows left-right", source="method.md 3.3")
+    quarter_turns: bool = setting(True, "b: rotate by 0, 90, 180 or 270 degrees", source="method.md 3.3")
+    integer_shift: float = setting(
+        0.125, "b: translate by U(-s, s) of the size, rounded to whole positions", source="method.md 3.3"
+    )
+    scale_std: float = setting(0.2, "g: isotropic scale 2^N(0, s^2)", source="method.md 3.3")
+    rotation: float = setting(
+        180.0,
+        "g: one rotation before and one after the stretch, each U(-r, r) degrees",
+        source="method.md 3.3",
+    )
+    stretch_std: float = setting(
+        0.2, "g: anisotropic scale (s, 1/s) with s = 2^N(0, std^2)", source="method.md 3.3"
+    )
+    shift_std: float = setting(0.125, "g: translate by N(0, s^2) of the size", source="method.md 3.3")
+    brightness: float = setting(0.5, "c: add U(-b, b) to all channels", source="method.md 3.3")
+    contrast: float = setting(
+        0.5, "c: scale about the mean of the row by U(1 - c, 1 + c)", source="method.md 3.3"
+    )
+    saturation: float = setting(
+        1.0, "c: scale about the channel mean at each position by U(1 - s, 1 + s)", source="method.md 3.3"
+    )
+    cutout: float = setting(
+        0.5, "o: side of the zeroed square as a fraction of the size", source="method.md 3.3"
+    )
 
     def __post_init__(self) -> None:
-        require_settings(self, families=(are_augment_families(self.families), "'none' or letters of 'bgco'"))
+        require(self, families=(are_augment_families(self.families), "'none' or letters of 'bgco'"))
         for name in ("integer_shift", "scale_std", "stretch_std", "shift_std", "brightness"):
-            require_settings(self, **{name: (getattr(self, name) >= 0, "0 or more")})
+            require(self, **{name: (getattr(self, name) >= 0, "0 or more")})
         for name in ("contrast", "saturation", "cutout"):
-            require_settings(self, **{name: (0 <= getattr(self, name) <= 1, "0 to 1")})
-        require_settings(self, rotation=(0 <= self.rotation <= 180, "0 to 180 degrees"))
+            require(self, **{name: (0 <= getattr(self, name) <= 1, "0 to 1")})
+        require(self, rotation=(0 <= self.rotation <= 180, "0 to 180 degrees"))
 
     @property
     def letters(self) -> str:
@@ -98,29 +104,36 @@ class AugmentConfig:
 class TrunkTrainConfig:
     """Classification in latent space. Defaults: the ImageNet recipe that the paper's supplement names."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.1
-    schedule: Literal["step", "onecycle"] = "step"
-    """step: x0.1 after each third; onecycle: linear rise over 10 %, cosine to 0."""
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    batch: int = 256
-    images: int = 90 * 1_281_167
-    """Samples to see, repeats included."""
-    minutes: float | None = None
-    """Stop after so much time, if that comes first; the schedule follows."""
-    dropout: float = 0.5
-    """In the classifier."""
-    grid: int = 7
-    """The classifier sees features pooled to grid x grid."""
-    shift: float = 0.125
-    """Random translation, whole positions, fraction of the size."""
-    flip: bool = False
-    """Off: captions say left and right."""
-    held_out: float = 0.05
+    optimizer: Literal["sgd", "adamw"] = setting(
+        "sgd", "Optimizer of the trunk", source="pytorch/examples/imagenet"
+    )
+    lr: float = setting(0.1, "Learning rate", source="pytorch/examples/imagenet", recipe=True)
+    schedule: Literal["step", "onecycle"] = setting(
+        "step",
+        "step: x0.1 after each third; onecycle: linear rise over 10 %, cosine to 0",
+        source="pytorch/examples/imagenet",
+    )
+    momentum: float = setting(0.9, "Momentum of sgd", source="pytorch/examples/imagenet")
+    weight_decay: float = setting(1e-4, "Weight decay", source="pytorch/examples/imagenet")
+    batch: int = setting(256, "Images per optimizer step", source="pytorch/examples/imagenet")
+    images: int = setting(
+        90 * 1_281_167, "Training images, repeats included", source="pytorch/examples/imagenet"
+    )
+    minutes: float | None = setting(
+        None, "Stop after this many minutes, if that comes first; the schedule follows; null: no limit"
+    )
+    dropout: float = setting(0.5, "Dropout probability in the classifier", source="pytorch/examples/imagenet")
+    grid: int = setting(
+        7, "The classifier sees features pooled to grid x grid", source="pytorch/examples/imagenet"
+    )
+    shift: float = setting(
+        0.125, "Random translation of latents by whole positions, as a fraction of the size"
+    )
+    flip: bool = setting(False, "Mirror half of the latents; off because captions say left and right")
+    held_out: float = setting(0.05, "Share of the images kept for scoring")
 
     def __post_init__(self) -> None:
-        require_settings(
+        require(
             self,
             lr=(self.lr > 0, "a positive number"),
             batch=(self.batch >= 2, "2 or more, for the batch statistics"),
@@ -137,14 +150,19 @@ class TrunkTrainConfig:
 class CalibrateConfig:
     """Linear heads on a frozen trunk, LPIPS protocol: constant rate for half of the epochs, then to 0."""
 
-    lr: float = 1e-4
-    batch: int = 50
-    epochs: int = 10
-    dropout: float = 0.5
-    held_out: float = 0.1
+    lr: float = setting(1e-4, "Learning rate of the heads", source="Zhang et al. 2018", recipe=True)
+    batch: int = setting(50, "Judgments per optimizer step", source="Zhang et al. 2018")
+    epochs: int = setting(
+        10,
+        "Epochs: constant learning rate for the first half, linear decay to 0 in the second",
+        source="Zhang et al. 2018",
+        recipe=True,
+    )
+    dropout: float = setting(0.5, "Dropout probability before the heads", source="Zhang et al. 2018")
+    held_out: float = setting(0.1, "Share of the judgments kept for scoring; unused where the data has val/")
 
     def __post_init__(self) -> None:
-        require_settings(
+        require(
             self,
             lr=(self.lr > 0, "a positive number"),
             batch=(self.batch >= 1, "1 or more"),
@@ -158,18 +176,21 @@ class CalibrateConfig:
 class LPIPSTrainConfig:
     """A LatentLPIPS for a new latent space: trunk, then calibration."""
 
-    network: LPIPSConfig = field(default_factory=LPIPSConfig)
-    trunk: TrunkTrainConfig = field(default_factory=TrunkTrainConfig)
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    triplets: int = 20_000
-    """Synthetic two-alternative judgments to calibrate on; at most one per image."""
-    unrelated: float | None = 1.0
-    """Scale the heads until two unrelated latents are this far apart on average, so that loss weights
-    carry over between latent spaces. null keeps the scale that calibration found."""
-    seed: int = 0
+    network: LPIPSConfig = setting(LPIPSConfig(), "The trunk")
+    trunk: TrunkTrainConfig = setting(TrunkTrainConfig(), "Training of the trunk")
+    calibrate: CalibrateConfig = setting(CalibrateConfig(), "Training of the heads")
+    triplets: int = setting(
+        20_000, "Synthetic two-alternative judgments to calibrate on; at most one per image"
+    )
+    unrelated: float | None = setting(
+        1.0,
+        "Scale the heads until two unrelated latents are this far apart on average, so that loss weights "
+        "carry over between latent spaces; null keeps the scale of the calibration",
+    )
+    seed: int = setting(0, "Seed of everything random (option --seed)")
 
     def __post_init__(self) -> None:
-        require_settings(
+        require(
             self,
             triplets=(self.triplets >= 2, "2 or more"),
             unrelated=(self.unrelated is None or self.unrelated > 0, "positive or null"),

@@ -1,62 +1,88 @@
-"""Settings of a pair store, and the presets of the paper's four teachers' data sets (method.md 1.1)."""
+"""Settings of a pair store, and the presets of the paper's four teachers' data sets (docs/method.md 1.1)."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from d2g.core.config import nearest
-from d2g.core.errors import SettingError
+from d2g.core.config import check_values, require, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairConfig:
-    """What a pair store is made with. The group from `batch_size` on decides speed, not rows."""
+    """How a pair store is generated. The settings from `batch_size` on change the speed, not the rows."""
 
-    teacher: str = ""
-    prompts: str = ""  # may stay empty for a class-conditional teacher (all classes) or an unconditional one
-    num_pairs: int = 0  # 0: one per prompt
-    per_prompt: int = 1  # rows i, i + 1 … of one prompt, each with its own noise
-    solver: Literal["teacher", "ddim", "heun", "euler"] = "teacher"
-    """`teacher`: DDIM for a diffusion, Euler for a flow and for an EDM."""
-    steps: int = 50
-    spacing: Literal["teacher", "leading", "trailing", "linspace"] = "teacher"
-    final_alpha: Literal["one", "teacher"] = "one"
-    """`one` ends at clean data; `teacher` obeys the scheduler's set_alpha_to_one, which for SD 1.5 leaves 3 %
-    of noise in the target (method.md 1.3).
-    """
-    guidance: float = 8.0  # 1 costs one evaluation a step, more cost two
-    guidance_rescale: float = 0.0  # Lin et al. 2023, section 3.4; they take 0.7
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; updates are always fp32
-    seed: int = 0
-    dtype: Literal["float16", "float32"] = "float16"  # of stored noise and latents
-    noise: Literal["stored", "seeded"] = "stored"
-    shard_size: int = 4096
-    latent_size: int = 0  # height and width of latents; 0: the UNet's own
+    teacher: str = setting("", "Teacher folder, hub id or shipped name (option --teacher)", recipe=True)
+    prompts: str = setting(
+        "",
+        "Prompt file (option --prompts); empty for a class-conditional teacher (all classes) or an "
+        "unconditional one",
+        recipe=True,
+    )
+    num_pairs: int = setting(0, "Number of pairs; 0: one per prompt", source="Table A1", recipe=True)
+    per_prompt: int = setting(1, "Consecutive rows per prompt, each with its own noise")
+    solver: Literal["teacher", "ddim", "heun", "euler"] = setting(
+        "teacher",
+        "ODE solver; teacher takes ddim for a diffusion model, euler for a flow and for an EDM",
+        source="method.md 1",
+        recipe=True,
+    )
+    steps: int = setting(50, "Solver steps", source="method.md 1", recipe=True)
+    spacing: Literal["teacher", "leading", "trailing", "linspace"] = setting(
+        "teacher", "Spacing of the timesteps; teacher takes its scheduler's", source="method.md 1"
+    )
+    final_alpha: Literal["one", "teacher"] = setting(
+        "one",
+        "one ends at clean data; teacher obeys the scheduler's set_alpha_to_one, which leaves 3 % of noise "
+        "in "
+        "SD 1.5's targets",
+        source="method.md 1.3",
+    )
+    guidance: float = setting(
+        8.0,
+        "Classifier-free guidance scale; 1 is none and costs one evaluation per step, others cost two",
+        source="Table A1",
+        recipe=True,
+    )
+    guidance_rescale: float = setting(
+        0.0, "Rescaling of guided predictions; Lin et al. use 0.7", source="Lin et al. 2023, section 3.4"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "Arithmetic of the network; solver updates are always fp32"
+    )
+    seed: int = setting(0, "Seed of the noise: row i uses the noise of (seed, i)")
+    dtype: Literal["float16", "float32"] = setting("float16", "Type of stored noise and latents")
+    noise: Literal["stored", "seeded"] = setting(
+        "stored", "stored: write the noise; seeded: readers compute it again from (seed, row)"
+    )
+    shard_size: int = setting(4096, "Rows per shard file")
+    latent_size: int = setting(0, "Height and width of the latents; 0: the network's own")
 
-    batch_size: int = 32  # 0: measured, the fastest on this machine
-    text_cache: int = 0  # encode so many rows' prompts at once, text encoders off the GPU meanwhile; 0: never
-    channels_last: bool = False
-    compile: bool = False  # torch.compile of the network
-    patience: float = 120.0  # seconds after which a silent job's shard is taken over
-    max_bad: float = 0.1  # stop when more of the rows than this have no finite latent
+    batch_size: int = setting(32, "Rows per network evaluation; 0 measures the fastest on this machine")
+    text_cache: int = setting(
+        0,
+        "Rows whose prompts are encoded at once, with the text encoders off the GPU in between; 0 keeps "
+        "them on it",
+    )
+    channels_last: bool = setting(False, "Run the network in channels-last memory format")
+    compile: bool = setting(False, "Run the network through torch.compile")
+    patience: float = setting(120.0, "Seconds after which the shard of a silent process is taken over")
+    max_bad: float = setting(0.1, "Stop when more than this share of the rows has no finite latent")
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise SettingError(f"{name} is {value!r}{nearest(value, get_args(hint))}")
-        for name in ("per_prompt", "steps", "shard_size"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("num_pairs", "latent_size", "batch_size", "text_cache"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("guidance_rescale", "max_bad"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"{name} is {getattr(self, name)}; expected 0 to 1")
-        if self.patience <= 0:
-            raise SettingError(f"patience is {self.patience}; expected seconds, more than 0")
-        if self.guidance < 1:
-            raise SettingError(f"guidance is {self.guidance}; expected 1 (no guidance) or more")
+        check_values(self)
+        require(
+            self,
+            per_prompt=(self.per_prompt >= 1, "1 or more"),
+            steps=(self.steps >= 1, "1 or more"),
+            shard_size=(self.shard_size >= 1, "1 or more"),
+            num_pairs=(self.num_pairs >= 0, "0 or more"),
+            latent_size=(self.latent_size >= 0, "0 or more"),
+            batch_size=(self.batch_size >= 0, "0 or more"),
+            text_cache=(self.text_cache >= 0, "0 or more"),
+            guidance_rescale=(0 <= self.guidance_rescale <= 1, "0 to 1"),
+            max_bad=(0 <= self.max_bad <= 1, "0 to 1"),
+            patience=(self.patience > 0, "seconds, more than 0"),
+            guidance=(self.guidance >= 1, "1 (no guidance) or more"),
+        )
 
 
 PRESETS: dict[str, PairConfig] = {

@@ -3,10 +3,12 @@
 import difflib
 import hashlib
 import json
+import math
 import sys
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -29,46 +31,110 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     return table[name]
 
 
+def setting(default: T, meaning: str, *, source: str = "", recipe: bool = False) -> T:
+    """A config field with its documentation. `d2g settings` and docs/settings are generated from it.
+
+    default: the field's default value, an immutable one. meaning: what the setting does, with its unit.
+    source: where the default comes from (a table of the paper, an equation, a section of docs/method.md).
+    recipe: whether the setting is part of the published recipe and is listed first.
+    """
+    documentation = {"meaning": meaning, "source": source, "recipe": recipe}
+    value: T = field(default=default, metadata=documentation)
+    return value
+
+
+def require(config: Any, **rules: tuple[bool, str]) -> None:
+    """Raise SettingError for the first field of `config` whose rule `(holds, expected value)` does not hold.
+
+    The message begins with the field's own name: `override`, `with_values` and `from_json` put the path of
+    the config in front of it.
+    """
+    for name, (holds, expected) in rules.items():
+        if not holds:
+            raise SettingError(f"{name} is {getattr(config, name)!r}; expected {expected}")
+
+
+def check_values(config: Any) -> None:
+    """Raise SettingError for a Literal field with another value than its choices, or for a float that is
+    not finite.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise SettingError(f"{name} is {value!r}{nearest(str(value), map(str, get_args(hint)))}")
+        for part in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(part, float) or math.isfinite(part)
+            require(config, **{name: (finite, "finite numbers")})
+
+
 def override(config: T, settings: Sequence[str]) -> T:
     """Apply `a.b=value` strings to a frozen dataclass. Values are JSON, or bare words for strings.
 
-    A group is rebuilt once, with all that is set in it: two settings may need each other. Raises SettingError
-    for an unknown name (with the nearest one) or a value of another type.
+    Each group is rebuilt once, with all its new values, because two settings may need each other. Raises
+    SettingError for an unknown name (with the nearest one) or a value of another type.
     """
-    values: dict[tuple[str, ...], Any] = {}
-    for setting in settings:
-        path, found, text = setting.partition("=")
-        if not found:
-            raise SettingError(f"--set takes name=value, got {setting!r}; write for example --set seed=1")
-        names = tuple(path.strip().split("."))
-        values[names] = _value(config, names, text.strip(), path.strip())
-    rebuilt: T = _rebuilt(config, values)
+    values: dict[str, Any] = {}
+    for assignment in settings:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise SettingError(f"--set takes name=value, got {assignment!r}; write for example --set seed=1")
+        values[path.strip()] = _parse(text.strip(), _type_of(config, path.strip()), path.strip())
+    return with_values(config, values)
+
+
+def with_values(config: T, values: Mapping[str, Any]) -> T:
+    """The config with new values by dotted name, such as `{"gan.optim.lr": 1e-5}`. Raises SettingError for a
+    value that the config refuses, with the full path of the setting.
+    """
+    rebuilt: T = _rebuild(config, {tuple(path.split(".")): value for path, value in values.items()}, "")
     return rebuilt
 
 
-def _value(config: Any, path: tuple[str, ...], text: str, full: str) -> Any:
-    """What `text` says for the setting at `path`."""
-    hints = get_type_hints(type(config))
-    if path[0] not in hints:
-        hint = nearest(path[0], hints)
-        raise SettingError(f"unknown setting {path[0]!r} in {type(config).__name__}{hint}")
-    current = getattr(config, path[0])
-    if len(path) > 1:
-        if not is_dataclass(current):
-            raise SettingError(f"setting {full!r}: {path[0]!r} is a single value and has no {path[1]!r}")
-        return _value(current, path[1:], text, full)
-    if is_dataclass(current):
-        names = ", ".join(f.name for f in fields(current))
-        raise SettingError(f"setting {full!r} is a group; set one of its members: {names}")
-    return _parse(text, hints[path[0]], full)
+def _type_of(config: Any, full: str) -> Any:
+    """The declared type of the setting with the dotted name `full`."""
+    *groups, last = full.split(".")
+    for depth, group in enumerate(groups):
+        _check_known(config, group, ".".join(groups[:depth]))
+        config = getattr(config, group)
+        if not is_dataclass(config):
+            member = full.split(".")[depth + 1]
+            raise SettingError(f"setting {full!r}: {group!r} is a single value and has no {member!r}")
+    _check_known(config, last, ".".join(groups))
+    if is_dataclass(value := getattr(config, last)):
+        members = ", ".join(f.name for f in fields(value))
+        raise SettingError(f"setting {full!r} is a group; set one of its members: {members}")
+    return get_type_hints(type(config))[last]
 
 
-def _rebuilt(config: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
-    changes: dict[str, Any] = {path[0]: value for path, value in values.items() if len(path) == 1}
-    for group in dict.fromkeys(path[0] for path in values if len(path) > 1):
-        inside = {path[1:]: v for path, v in values.items() if path[0] == group}
-        changes[group] = _rebuilt(getattr(config, group), inside)
-    return replace(config, **changes) if changes else config
+def _check_known(config: Any, name: str, path: str) -> None:
+    """Raise SettingError when the config, or config class, found at `path` has no field `name`."""
+    cls = config if isinstance(config, type) else type(config)
+    known = [_join(path, f.name) for f in fields(cls)]
+    if (full := _join(path, name)) not in known:
+        raise SettingError(f"unknown setting {full!r} in {cls.__name__}{nearest(full, known)}")
+
+
+def _rebuild(config: Any, values: Mapping[tuple[str, ...], Any], path: str) -> Any:
+    """`config`, which stands at `path`, with new values by relative path."""
+    changes: dict[str, Any] = {names[0]: value for names, value in values.items() if len(names) == 1}
+    for group in dict.fromkeys(names[0] for names in values if len(names) > 1):
+        members = {names[1:]: value for names, value in values.items() if names[0] == group}
+        changes[group] = _rebuild(getattr(config, group), members, _join(path, group))
+    with _errors_at(path):
+        return replace(config, **changes) if changes else config
+
+
+@contextmanager
+def _errors_at(path: str) -> Iterator[None]:
+    """Put `path` in front of the field name with which a config's own SettingError begins."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(_join(path, str(error))) from error
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _parse(text: str, hint: Any, full: str) -> Any:
@@ -85,7 +151,7 @@ def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
             raise SettingError(f"setting {full!r} is a group of {hint.__name__}, got {text!r}")
-        return from_json(hint, value)
+        return from_json(hint, value, full)
     if origin is Literal:
         if value not in args:
             raise SettingError(f"setting {full!r} is {text!r}{nearest(str(value), [str(a) for a in args])}")
@@ -123,15 +189,17 @@ def to_json(config: Any) -> dict[str, Any]:
     return result
 
 
-def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
-    """The inverse of `to_json`. Unknown keys are SettingErrors; missing keys take their defaults."""
+def from_json(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
+    """The inverse of `to_json`. Missing keys take their defaults. `path`: where the config stands in a larger
+    one, for messages. Raises SettingError for an unknown key or a value of another type.
+    """
     hints = get_type_hints(cls)
     values = {}
     for key, value in data.items():
-        if key not in hints:
-            raise SettingError(f"unknown setting {key!r} in {cls.__name__}{nearest(key, hints)}")
-        values[key] = _convert(value, hints[key], key, json.dumps(value))
-    return cls(**values)
+        _check_known(cls, key, path)
+        values[key] = _convert(value, hints[key], _join(path, key), json.dumps(value))
+    with _errors_at(path):
+        return cls(**values)
 
 
 WRITTEN_ANEW = "copy it from another --out, where the same command as before writes it at its start"

@@ -1,16 +1,16 @@
 """Settings of a run of either distillation stage. Presets: distill/config/presets.py."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-from d2g.core.config import nearest
+from d2g.core.config import check_values, nearest, require, setting
 from d2g.core.errors import SettingError
 from distill.config.components import DiscriminatorConfig as DiscriminatorConfig
 from distill.config.components import OptimConfig as OptimConfig
 from distill.config.components import RegressionConfig as RegressionConfig
 from distill.config.components import StudentConfig as StudentConfig
-from distill.config.components import check_values, require, require_even_microbatch
+from distill.config.components import require_even_microbatch
 
 Logger = Literal["tensorboard", "wandb"]
 
@@ -19,124 +19,168 @@ Logger = Literal["tensorboard", "wandb"]
 class TrainConfig:
     """Length, batch, averaging and reporting. `images` and `batch_size` count over all ranks."""
 
-    images: int = 38_400_000
-    minutes: float | None = None  # stop after so much time in this process, if that comes first
-    batch_size: int = 256
-    ema_beta: float = 0.9999  # A1
-    ema_start_images: int = 0  # until then the average is a plain copy
-    # Of the networks' arithmetic, LatentLPIPS' trunk among them; weights and losses are fp32.
-    precision: Literal["fp32", "bf16"] = "bf16"  # A1
-    loader_workers: int = 2
-    report_images: int = 12_800
-    checkpoint_images: int = 1_280_000
-    keep_checkpoints: int = 2
-    keep_best: bool = False  # beside them, the one of the best validation
-    validate_images: int = 0  # images between validations; 0: none
-    validate_pairs: int = 0  # the last pairs by number, kept out of training; 0: none
-    preview_prompts: int = 0  # pairs drawn at each report, student beside teacher; 0: none
-    loggers: tuple[Logger, ...] = ()  # beside stats.jsonl
-    on_collapse: Literal["off", "warn", "stop"] = "warn"  # when D or G collapses
+    images: int = setting(
+        38_400_000, "Length of the run in training images, over all ranks", source="Table A1", recipe=True
+    )
+    minutes: float | None = setting(
+        None, "Stop after this many minutes of this process, if that comes before images; null: no limit"
+    )
+    batch_size: int = setting(
+        256, "Rows per optimizer step, over all ranks and micro-batches", source="Table A1", recipe=True
+    )
+    ema_beta: float = setting(
+        0.9999, "Decay per step of the student's weight average", source="Table A1", recipe=True
+    )
+    ema_start_images: int = setting(
+        0, "Until this many images the average is a copy of the weights", source="method.md 5"
+    )
+    precision: Literal["fp32", "bf16"] = setting(
+        "bf16",
+        "Arithmetic of the networks, LatentLPIPS' trunk included; weights and losses are fp32",
+        source="Table A1",
+    )
+    loader_workers: int = setting(2, "Threads that read pairs per rank; 0 reads in the training loop")
+    report_images: int = setting(12_800, "Images between reports in stats.jsonl")
+    checkpoint_images: int = setting(1_280_000, "Images between checkpoints")
+    keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep")
+    keep_best: bool = setting(False, "Keep the checkpoint with the best validation too")
+    validate_images: int = setting(0, "Images between validations; 0: none")
+    validate_pairs: int = setting(0, "Pairs held out for validation, the last ones by row number; 0: none")
+    preview_prompts: int = setting(0, "Pairs drawn as images at each report, student beside teacher; 0: none")
+    loggers: tuple[Logger, ...] = setting((), "Loggers in addition to stats.jsonl: tensorboard, wandb")
+    on_collapse: Literal["off", "warn", "stop"] = setting(
+        "warn", "What to do when the discriminator or the student collapses"
+    )
 
     def __post_init__(self) -> None:
-        check_values(self, "train")
-        for name in ("images", "batch_size", "report_images", "checkpoint_images", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
-        for name in ("loader_workers", "ema_start_images", "validate_images", "validate_pairs"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        require(self.preview_prompts >= 0, "train.preview_prompts", self.preview_prompts, "0 or more")
-        require(0 <= self.ema_beta < 1, "train.ema_beta", self.ema_beta, "0 up to below 1")
-        lasting = self.minutes is None or self.minutes > 0
-        require(lasting, "train.minutes", self.minutes, "a positive number, or null for no limit")
+        check_values(self)
         unknown = sorted(set(self.loggers) - set(get_args(Logger)))
-        require(not unknown, "train.loggers", unknown, f"names of {', '.join(get_args(Logger))}")
+        require(
+            self,
+            images=(self.images >= 1, "1 or more"),
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            report_images=(self.report_images >= 1, "1 or more"),
+            checkpoint_images=(self.checkpoint_images >= 1, "1 or more"),
+            keep_checkpoints=(self.keep_checkpoints >= 1, "1 or more"),
+            loader_workers=(self.loader_workers >= 0, "0 or more"),
+            ema_start_images=(self.ema_start_images >= 0, "0 or more"),
+            validate_images=(self.validate_images >= 0, "0 or more"),
+            validate_pairs=(self.validate_pairs >= 0, "0 or more"),
+            preview_prompts=(self.preview_prompts >= 0, "0 or more"),
+            ema_beta=(0 <= self.ema_beta < 1, "0 up to below 1"),
+            minutes=(self.minutes is None or self.minutes > 0, "a positive number, or null for no limit"),
+            loggers=(not unknown, f"names of {', '.join(get_args(Logger))}"),
+        )
         if bool(self.validate_images) != bool(self.validate_pairs):
             raise SettingError(
-                f"train: validate_images {self.validate_images} and validate_pairs {self.validate_pairs}; "
+                f"validate_images is {self.validate_images} and validate_pairs {self.validate_pairs}; "
                 "expected both above 0, or both 0"
             )
         if self.keep_best and not self.validate_images:
-            raise SettingError(
-                "train.keep_best needs validation; set train.validate_images and validate_pairs"
-            )
+            raise SettingError("keep_best needs validation; set validate_images and validate_pairs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """How the work is spread over processes and memory. Nothing here changes a result beyond rounding."""
 
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimiser states in shards
-    shard_size: int = 0  # of fsdp: ranks that share one copy, a divisor of their number; 0: all of them
-    gradient_accumulation: int = 1  # micro-batches per step and rank (A1: 1)
-    activation_checkpointing: bool = False  # recompute in the backward pass what the forward pass made
-    compile: str = ""  # torch.compile's backend, "inductor" mostly; "": eager. The penalty is always eager
-    async_checkpoints: bool = False  # write while the next steps run
-    gpus: int = 0  # for --dry-run's bookkeeping: how many the run is meant for; 0: those it is started on
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", "ddp: a copy of everything per rank; fsdp: weights, gradients and optimizer states in shards"
+    )
+    shard_size: int = setting(
+        0, "Ranks that share one sharded copy with fsdp, a divisor of their number; 0: all of them"
+    )
+    gradient_accumulation: int = setting(1, "Micro-batches per step and rank", source="Table A1")
+    activation_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass to save memory"
+    )
+    compile: str = setting(
+        "", "Backend of torch.compile, such as inductor; empty runs eagerly. The penalty is always eager"
+    )
+    async_checkpoints: bool = setting(False, "Write checkpoints while the next steps run")
+    gpus: int = setting(
+        0, "GPUs that the run is meant for, used by --dry-run's memory plan; 0: those it is started on"
+    )
 
     def __post_init__(self) -> None:
-        check_values(self, "engine")
-        for name in ("shard_size", "gpus"):
-            require(getattr(self, name) >= 0, f"engine.{name}", getattr(self, name), "0 or more")
+        check_values(self)
         require(
-            self.gradient_accumulation >= 1,
-            "engine.gradient_accumulation",
-            self.gradient_accumulation,
-            "1 or more",
+            self,
+            shard_size=(self.shard_size >= 0, "0 or more"),
+            gpus=(self.gpus >= 0, "0 or more"),
+            gradient_accumulation=(self.gradient_accumulation >= 1, "1 or more"),
         )
         if self.compile:
-            from torch.compiler import list_backends  # seconds: only for those who compile
+            from torch.compiler import list_backends  # takes seconds, so only when compiling
 
-            if self.compile not in list_backends(exclude_tags=()):  # the hint leaves out those for debugging
-                hint = nearest(self.compile, list_backends())
-                raise SettingError(f"engine.compile is {self.compile!r}{hint}")
+            if self.compile not in list_backends(exclude_tags=()):  # the hint leaves out debugging backends
+                raise SettingError(f"compile is {self.compile!r}{nearest(self.compile, list_backends())}")
         if self.shard_size and self.parallel != "fsdp":
             raise SettingError(
-                f"engine.shard_size is {self.shard_size} but parallel {self.parallel}; set parallel=fsdp or 0"
+                f"shard_size is {self.shard_size} but parallel is {self.parallel}; set parallel=fsdp or "
+                "shard_size=0"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """How pairs are read: their order, what to do about damage, and copies of a store at a URL."""
+    """How pairs are read: their order, what to do about damage, and the local copy of a store at a URL."""
 
-    block: int = 0  # rows that stay together in the shuffle, for slow disks and URLs; 0: shuffle all rows
-    window: int = 0  # blocks whose rows are shuffled among themselves; with `block` only
-    skip_bad: bool = False  # read the next sound shard's rows in place of damaged ones, with a warning
-    cache: str = ""  # folder for copies of a URL's shards; "": $XDG_CACHE_HOME/diffusion2gan/pairs
-    cache_gib: float = 0.0  # bound of that folder, the longest unused make room; 0: none
-    text_cache: int = 0  # prompts whose encodings are kept in memory; 0: encode every batch anew
+    block: int = setting(
+        0, "Consecutive rows that stay together in the shuffle, for slow disks and URLs; 0 shuffles all rows"
+    )
+    window: int = setting(0, "Blocks whose rows are shuffled among themselves; used with block")
+    skip_bad: bool = setting(False, "Replace damaged rows by rows of the next intact shard, with a warning")
+    cache: str = setting(
+        "", "Folder for copies of a URL's shards; empty: $XDG_CACHE_HOME/diffusion2gan/pairs"
+    )
+    cache_gib: float = setting(
+        0.0, "Bound of the cache folder in GiB, least recently used shards are removed; 0: no bound"
+    )
+    text_cache: int = setting(0, "Prompts whose text embeddings stay in memory; 0 encodes every batch again")
 
     def __post_init__(self) -> None:
-        check_values(self, "data")
-        require(self.text_cache >= 0, "data.text_cache", self.text_cache, "0 or more")
-        if min(self.block, self.window) < 0 or bool(self.block) != bool(self.window):
+        check_values(self)
+        require(
+            self,
+            text_cache=(self.text_cache >= 0, "0 or more"),
+            block=(self.block >= 0, "0 or more"),
+            window=(self.window >= 0, "0 or more"),
+            cache_gib=(self.cache_gib >= 0, "GiB, or 0 for no bound"),
+        )
+        if bool(self.block) != bool(self.window):
             raise SettingError(
-                f"data: block {self.block} and window {self.window}; expected both above 0, or both 0"
+                f"block is {self.block} and window {self.window}; expected both above 0, or both 0"
             )
-        if self.cache_gib < 0:
-            raise SettingError(f"data.cache_gib is {self.cache_gib}; expected GiB, or 0 for no bound")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
-    """One run of one stage: `ode` regresses the pairs, `gan` adds the discriminator."""
+    """One run of one stage: `ode`, the regression stage, or `gan`, which adds the discriminator."""
 
-    stage: Literal["ode", "gan"] = "ode"
-    pairs: str = ""  # a store, or several, separated by commas, that differ in guidance
-    teacher: str = ""
-    lpips: str = ""  # folder of LatentLPIPS weights; "": TEACHER/latent_lpips
-    init: str = ""  # gan: the run or exported student to start from
-    student_timestep: int = -1  # -1: the schedule's last (999)
-    seed: int = 0
-    student: StudentConfig = field(default_factory=StudentConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    regression: RegressionConfig = field(default_factory=RegressionConfig)
-    gan: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    train: TrainConfig = TrainConfig()
-    engine: EngineConfig = EngineConfig()
-    data: DataConfig = DataConfig()
+    stage: Literal["ode", "gan"] = setting(
+        "ode", "ode: regression on the pairs; gan: regression and discriminator"
+    )
+    pairs: str = setting(
+        "", "Pair store, or several separated by commas that differ in guidance (option --pairs)"
+    )
+    teacher: str = setting("", "Teacher folder, hub id or shipped name (option --teacher)")
+    lpips: str = setting("", "Folder of LatentLPIPS weights; empty: TEACHER/latent_lpips (option --lpips)")
+    init: str = setting("", "Run or exported student that the gan stage starts from (option --init)")
+    student_timestep: int = setting(
+        -1, "Timestep that the student is given; -1: the last one of the schedule (999)", source="method.md 2"
+    )
+    seed: int = setting(0, "Seed of everything random (option --seed)")
+    student: StudentConfig = setting(StudentConfig(), "The student")
+    optim: OptimConfig = setting(OptimConfig(), "Optimizer of the student")
+    regression: RegressionConfig = setting(RegressionConfig(), "The regression loss")
+    gan: DiscriminatorConfig = setting(DiscriminatorConfig(), "The discriminator")
+    train: TrainConfig = setting(TrainConfig(), "Length and reporting")
+    engine: EngineConfig = setting(EngineConfig(), "Processes and memory")
+    data: DataConfig = setting(DataConfig(), "Reading pairs")
 
     def __post_init__(self) -> None:
-        check_values(self, "distill")
+        check_values(self)
         microbatch_size(self, 1)
         size, rows = self.train.batch_size, self.gan.r1_rows
         if self.stage == "gan" and self.gan.active_penalty == "single" and size % rows:
@@ -166,20 +210,25 @@ def microbatch_size(config: DistillConfig, processes: int) -> int:
 class SampleConfig:
     """One `d2g sample`: which student draws what."""
 
-    student: str = "miniature"
-    prompt: tuple[str, ...] = ()
-    prompts: str | None = None  # a prompt file, after `prompt`
-    num: int = 1  # images per prompt
-    teacher: str | None = None  # instead of the one the student names
-    batch_size: int = 32
-    seed: int = 0  # image i uses the noise of (seed, i)
-    guidance: float | None = None  # told to a student that is told a scale; None: 8
+    student: str = setting("miniature", "Run folder, exported student, or a shipped name")
+    prompt: tuple[str, ...] = setting((), "Texts, or class numbers")
+    prompts: str | None = setting(None, "Prompt file, read after prompt")
+    num: int = setting(1, "Images per prompt")
+    teacher: str | None = setting(None, "Teacher to load in place of the one that the student names")
+    batch_size: int = setting(32, "Images per forward pass")
+    seed: int = setting(0, "Image i uses the noise of (seed, i)")
+    guidance: float | None = setting(
+        None, "Guidance scale to imitate, for a student with guidance conditioning; null: 8"
+    )
 
     def __post_init__(self) -> None:
-        if self.num < 1 or self.batch_size < 1:
-            raise SettingError(f"num is {self.num} and batch_size {self.batch_size}; expected 1 or more")
-        if self.guidance is not None and not 1 <= self.guidance < math.inf:
-            raise SettingError(f"guidance is {self.guidance}; expected 1 (no guidance) or more")
+        known = self.guidance is None or 1 <= self.guidance < math.inf
+        require(
+            self,
+            num=(self.num >= 1, "1 or more"),
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            guidance=(known, "1 (no guidance) or more"),
+        )
 
 
 SAMPLE_PRESETS = {"default": SampleConfig()}

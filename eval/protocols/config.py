@@ -1,4 +1,4 @@
-"""What the evaluation commands are told: configs and their presets."""
+"""Settings of the evaluation commands and their presets."""
 
 import math
 from collections.abc import Mapping
@@ -6,69 +6,80 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from d2g.core.config import require, setting
 from d2g.core.errors import SettingError
 from eval.protocols.protocol import PROTOCOLS, Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRun:
-    """One `d2g eval run`: what is measured, and with what. Files and folders are strings.
+    """One `d2g eval run`: what is measured, and how. Files and folders are strings.
 
-    What is measured is a student, a teacher, a pipeline (any of diffusers') or images; a teacher beside a
-    student is the student's own, to load it with. `against`: the other side of pairs, a teacher (by name or
-    folder) or the images that one kept. `train`: images it learnt from, for the report's nearest neighbours.
-    Settings from `batch_size` on change no number.
+    Exactly one of student, teacher, pipeline and images is measured; a teacher given with a student is the
+    one that the student is loaded with. Settings from `batch_size` on change no number.
     """
 
-    student: str | None = None
-    teacher: str | None = None
-    pipeline: str | None = None
-    images: str | None = None
-    protocol: Protocol = PROTOCOLS["folder"]
-    metrics: tuple[str, ...] = ()
-    """None: the protocol's."""
-    reference: str | None = None
-    against: str | None = None
-    features: str | None = None
-    clip: str | None = None
-    weights: tuple[str, ...] = ()
-    """Of networks, NAME=PATH; a path alone is the protocol's feature network's."""
-    prompts: str | None = None
-    num: int = 0
-    """0: the protocol's, else one per prompt."""
-    allow_fewer: bool = False
-    steps: int = 50
-    guidance: float | None = None
-    """None: 3 for a teacher, its own for a pipeline."""
-    solver: str = "teacher"
-    noise_scale: float = 1.0
-    precision: str = "fp32"
-    seed: int | None = None
-    """None: the protocol's."""
-    every: bool = False
-    """All checkpoints of a student's run, one after another."""
-    resamples: int = 200
+    student: str | None = setting(
+        None, "Student to measure: run folder, exported student or shipped name", recipe=True
+    )
+    teacher: str | None = setting(
+        None, "Teacher to measure; with student, the teacher that the student is loaded with", recipe=True
+    )
+    pipeline: str | None = setting(None, "Any diffusers pipeline to measure", recipe=True)
+    images: str | None = setting(None, "Folder of images to measure", recipe=True)
+    protocol: Protocol = setting(
+        PROTOCOLS["folder"],
+        "Protocol that fixes prompts, sizes and networks",
+        source="method.md 7",
+        recipe=True,
+    )
+    metrics: tuple[str, ...] = setting((), "Metrics to compute; empty: the protocol's", recipe=True)
+    reference: str | None = setting(
+        None, "Reference statistics or folder of real images; null: none", recipe=True
+    )
+    against: str | None = setting(
+        None, "Other side of paired metrics: a teacher, or the images that its evaluation kept"
+    )
+    features: str | None = setting(None, "Feature network; null: the protocol's")
+    clip: str | None = setting(None, "CLIP model; null: the protocol's")
+    weights: tuple[str, ...] = setting(
+        (), "Weight files of networks as NAME=PATH; a path alone is the feature network's"
+    )
+    prompts: str | None = setting(None, "Prompt file")
+    num: int = setting(0, "Number of images; 0: the protocol's, else one per prompt")
+    allow_fewer: bool = setting(False, "Accept fewer images than the protocol asks for")
+    steps: int = setting(50, "Solver steps of a teacher or pipeline")
+    guidance: float | None = setting(
+        None, "Guidance scale; null: 3 for a teacher, its own default for a pipeline"
+    )
+    solver: str = setting("teacher", "ODE solver of a teacher")
+    noise_scale: float = setting(1.0, "Factor on a student's noise (truncation); 1: as trained")
+    precision: str = setting("fp32", "Arithmetic of the sampler's network")
+    seed: int | None = setting(None, "Seed of the noise; null: the protocol's")
+    every: bool = setting(False, "Evaluate every checkpoint of a student's run")
+    resamples: int = setting(200, "Bootstrap resamples of the confidence intervals; 0: no intervals")
 
-    batch_size: int = 64
-    part: int = 0
-    out: str | None = None
-    work: str | None = None
-    keep: str | None = None
-    train: str | None = None
-    latency: bool = False
-    latency_repeats: int = 10
+    batch_size: int = setting(64, "Images per forward pass")
+    part: int = setting(0, "Images per part, the unit that is saved and resumed; 0: a 64th of all, 16 to 512")
+    out: str | None = setting(None, "Result file or folder")
+    work: str | None = setting(None, "Folder for partial results of an interrupted evaluation")
+    keep: str | None = setting(None, "Folder in which to keep the sampled images")
+    train: str | None = setting(None, "Training images, for the report's nearest neighbors")
+    latency: bool = setting(False, "Measure the time per image too")
+    latency_repeats: int = setting(10, "Repetitions of the latency measurement")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "latency_repeats"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("num", "part", "resamples"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if self.guidance is not None and not 0 <= self.guidance < math.inf:
-            raise SettingError(f"guidance is {self.guidance}; expected 0 or more")
-        if not 0 <= self.noise_scale <= 2:
-            raise SettingError(f"noise_scale is {self.noise_scale}; expected 0 (none) to 2 (1: as trained)")
+        require(
+            self,
+            steps=(self.steps >= 1, "1 or more"),
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            latency_repeats=(self.latency_repeats >= 1, "1 or more"),
+            num=(self.num >= 0, "0 or more"),
+            part=(self.part >= 0, "0 or more"),
+            resamples=(self.resamples >= 0, "0 or more"),
+            guidance=(self.guidance is None or 0 <= self.guidance < math.inf, "0 or more"),
+            noise_scale=(0 <= self.noise_scale <= 2, "0 (none) to 2 (1: as trained)"),
+        )
 
     def check_source(self) -> None:
         """Raise SettingError unless one thing is to be measured, with settings that mean something for it."""
@@ -109,8 +120,9 @@ class CurveRun:
 
     run: EvalRun = EvalRun()
     setting: str = "guidance"
+    """One of `CURVE_SETTINGS`."""
     values: tuple[float, ...] = ()
-    """For the setting `checkpoints`: numbers of images trained on; none: all checkpoints there are."""
+    """Values of the setting. For `checkpoints`: the training images of each; empty: all checkpoints."""
 
     def __post_init__(self) -> None:
         if self.setting not in CURVE_SETTINGS:

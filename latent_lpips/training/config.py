@@ -1,10 +1,11 @@
-"""What `d2g lpips train`, `calibrate`, `score`, `overfit` and `triplets` are told."""
+"""Settings of `d2g lpips train`, `calibrate`, `score`, `overfit` and `triplets`, and their presets."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from d2g.core.config import require, setting
 from d2g.core.errors import SettingError
-from latent_lpips.config import AugmentConfig, CalibrateConfig, require_settings
+from latent_lpips.config import AugmentConfig, CalibrateConfig
 
 
 def require_given(config: Any, *names: str) -> None:
@@ -19,57 +20,90 @@ class ClassifyConfig:
     """Trunk training: classify the latents of labeled images. Defaults: the ImageNet recipe that the paper's
     supplement names (pytorch/examples/imagenet)."""
 
-    data: str = ""
-    """Subfolders for the classes, these perhaps in train/ and val/; or image-parquet with `label`. What is
-    named val, validation or test is never trained on."""
-    val: str = ""
-    """The same, to score on [val/ or validation files in data, else `held_out` of data]."""
-    latents: str = ""
-    """Autoencoder folder, or pipeline (folder, hub id, shipped name) with one."""
-    seed: int = 0
-    size: int = 224
-    """Side of a crop in pixels."""
-    area: tuple[float, float] = (0.08, 1.0)
-    """A training crop's share of the picture, from and to; its sides are 3/4 to 4/3 of each other."""
-    mirror: bool = True
-    """Mirror half of the training crops, before they are encoded: a VAE doesn't commute with mirrors."""
-    posterior: Literal["sample", "mean"] = "sample"
-    """Of a training crop's latent; scoring takes the mean. Some autoencoders have but one answer."""
-    crops: int = 0
-    """0: encode fresh crops in every epoch. n: encode n crops of each picture once, keep their latents on
-    disk in fp16, and take one after the other, epoch by epoch."""
-    cache: str = ""
-    """Folder for these latents [OUT/run/latents]."""
-    shift: float = 0.0
-    """Move training latents by whole positions, up to this fraction of the size (reflected at the border)."""
-    held_out: float = 0.1
-    """Share of data to score on where nothing else is given."""
-    width: float = 1.0
-    norm: Literal["batch", "group", "none"] = "batch"
-    dropout: float = 0.5
-    grid: int = 7
-    """The classifier sees features pooled to grid x grid."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.1
-    schedule: Literal["step", "onecycle"] = "step"
-    """step: x0.1 after each third; onecycle: linear rise over 10 %, cosine to 0."""
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    batch: int = 256
-    """Over all processes, whose batch statistics are taken together."""
-    epochs: int = 90
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast in the classifier; weights, statistics and the autoencoder stay in fp32."""
-    minutes: float | None = None
-    """Stop so long after the start, encoding included, with a checkpoint; the same command goes on."""
-    workers: int = 0
-    """Threads that decode pictures; 0: two more than cores."""
-    score_epochs: int = 1
-    """Score and write a checkpoint after each so many epochs."""
+    data: str = setting(
+        "",
+        "Labeled images (option --data): one subfolder per class, optionally inside train/ and val/, or "
+        "image-parquet with a label column. Anything named val, validation or test is never trained on",
+        recipe=True,
+    )
+    val: str = setting(
+        "", "Labeled images to score on; empty: val/ or validation files of data, else held_out of data"
+    )
+    latents: str = setting(
+        "",
+        "Autoencoder folder, or pipeline with one: folder, hub id or shipped name (option --latents)",
+        recipe=True,
+    )
+    seed: int = setting(0, "Seed of everything random (option --seed)")
+    size: int = setting(
+        224, "Side of a training crop in pixels", source="pytorch/examples/imagenet", recipe=True
+    )
+    area: tuple[float, float] = setting(
+        (0.08, 1.0),
+        "Smallest and largest share of the image that a training crop covers; aspect ratio 3/4 to 4/3",
+        source="pytorch/examples/imagenet",
+    )
+    mirror: bool = setting(
+        True,
+        "Mirror half of the training crops before encoding, because a VAE does not commute with mirroring",
+        source="pytorch/examples/imagenet",
+    )
+    posterior: Literal["sample", "mean"] = setting(
+        "sample", "Latent of a training crop: sample or mean of the posterior; scoring uses the mean"
+    )
+    crops: int = setting(
+        0,
+        "0 encodes fresh crops every epoch; n encodes n crops per image once, stores their latents in fp16 "
+        "and uses one per epoch in turn",
+    )
+    cache: str = setting("", "Folder for stored latents; empty: OUT/run/latents")
+    shift: float = setting(
+        0.0,
+        "Translate training latents by whole positions up to this fraction of the size, reflected at the "
+        "border",
+    )
+    held_out: float = setting(0.1, "Share of data to score on when there is no validation data")
+    width: float = setting(1.0, "Factor on the 64/128/256/512/512 feature channels and the classifier's 4096")
+    norm: Literal["batch", "group", "none"] = setting(
+        "batch",
+        "Normalization layers: batch; group, for batches too small for batch statistics; none, plain VGG16,"
+        " which a batch-norm trunk becomes when its norms are folded into the convolutions",
+        source="supplement C.2",
+    )
+    dropout: float = setting(0.5, "Dropout probability in the classifier", source="pytorch/examples/imagenet")
+    grid: int = setting(
+        7, "The classifier sees features pooled to grid x grid", source="pytorch/examples/imagenet"
+    )
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "Optimizer", source="pytorch/examples/imagenet")
+    lr: float = setting(0.1, "Learning rate", source="pytorch/examples/imagenet", recipe=True)
+    schedule: Literal["step", "onecycle"] = setting(
+        "step",
+        "step: x0.1 after each third; onecycle: linear rise over 10 %, cosine to 0",
+        source="pytorch/examples/imagenet",
+    )
+    momentum: float = setting(0.9, "Momentum of sgd", source="pytorch/examples/imagenet")
+    weight_decay: float = setting(1e-4, "Weight decay", source="pytorch/examples/imagenet")
+    batch: int = setting(
+        256,
+        "Crops per optimizer step, over all processes; batch statistics are taken over all of them",
+        source="pytorch/examples/imagenet",
+        recipe=True,
+    )
+    epochs: int = setting(90, "Training epochs", source="pytorch/examples/imagenet", recipe=True)
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32", "bf16: autocast in the classifier; weights, statistics and the autoencoder stay in fp32"
+    )
+    minutes: float | None = setting(
+        None,
+        "Stop this many minutes after the start, encoding included, with a checkpoint; the same command "
+        "resumes; null: no limit",
+    )
+    workers: int = setting(0, "Threads that decode images; 0: two more than cores")
+    score_epochs: int = setting(1, "Epochs between scores and checkpoints")
 
     def __post_init__(self) -> None:
         low, high = self.area
-        require_settings(
+        require(
             self,
             size=(self.size >= 1, "1 or more"),
             area=(0 < low <= high <= 1, "two shares, 0 < from <= to <= 1"),
@@ -94,14 +128,18 @@ class ClassifyConfig:
 class PatchConfig:
     """How the patches of a BAPPS folder become latents."""
 
-    load: int = 0
-    """Resize patches to this side first (LPIPS: 64), for every measure; 0: as they are."""
-    upsample: int = 0
-    """Enlarge them to this side before they are encoded, bicubic; 0: not."""
-    batch: int = 50
+    load: int = setting(
+        0,
+        "Resize patches to this side first, for every measure (LPIPS: 64); 0 keeps their size",
+        source="Zhang et al. 2018",
+    )
+    upsample: int = setting(
+        0, "Enlarge patches to this side before encoding, bicubic; 0 does not", source="supplement C.2"
+    )
+    batch: int = setting(50, "Patches per forward pass")
 
     def __post_init__(self) -> None:
-        require_settings(
+        require(
             self,
             load=(self.load >= 0, "0 or more"),
             upsample=(self.upsample >= 0, "0 or more"),
@@ -113,46 +151,57 @@ class PatchConfig:
 class HeadsConfig:
     """Calibration on two-alternative judgments, LPIPS' protocol (Zhang et al. 2018)."""
 
-    data: str = ""
-    """BAPPS: train/ and val/ with a folder for each kind, or one folder with ref/ p0/ p1/ judge/."""
-    latents: str = ""
-    weights: str = ""
-    """LatentLPIPS folder (of `lpips train`) or authors' file, whose heads are fitted anew."""
-    seed: int = 0
-    patch: PatchConfig = field(default_factory=PatchConfig)
-    heads: CalibrateConfig = field(default_factory=CalibrateConfig)
-    """`held_out` counts where the data has no val/."""
-    unrelated: float | None = None
-    """Scale the heads until two unrelated patches are this far apart on average; null: as fitted."""
+    data: str = setting(
+        "",
+        "BAPPS folder (option --data): train/ and val/ with one folder per kind, or one folder with ref/ "
+        "p0/ p1/ judge/",
+        recipe=True,
+    )
+    latents: str = setting(
+        "",
+        "Autoencoder folder, or pipeline with one: folder, hub id or shipped name (option --latents)",
+        recipe=True,
+    )
+    weights: str = setting(
+        "",
+        "LatentLPIPS folder (of `d2g lpips train`) or the authors' file, whose heads are fitted again",
+        recipe=True,
+    )
+    seed: int = setting(0, "Seed of everything random (option --seed)")
+    patch: PatchConfig = setting(PatchConfig(), "How patches become latents")
+    heads: CalibrateConfig = setting(CalibrateConfig(), "Training of the heads")
+    unrelated: float | None = setting(
+        None, "Scale the heads until two unrelated patches are this far apart on average; null: as fitted"
+    )
 
     def __post_init__(self) -> None:
         unrelated = self.unrelated is None or self.unrelated > 0
-        require_settings(self, unrelated=(unrelated, "positive or null"), seed=(self.seed >= 0, "0 or more"))
+        require(self, unrelated=(unrelated, "positive or null"), seed=(self.seed >= 0, "0 or more"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
     """Agreement with human judgments: 2AFC and JND, by split."""
 
-    data: str = ""
-    latents: str = ""
-    weights: str = ""
-    """LatentLPIPS folder or authors' file."""
-    seed: int = 0
-    """Of the bootstrap."""
-    patch: PatchConfig = field(default_factory=PatchConfig)
-    baselines: tuple[str, ...] = ()
-    """Scored beside it: l2 and ssim, in pixels."""
-    lpips: Literal["", "vgg", "alex", "squeeze"] = ""
-    """Score LPIPS in pixels too, with this network."""
-    lpips_weights: str = ""
-    """Torchvision's file of its trunk ["": PyTorch's hub folder]."""
-    resamples: int = 1000
-    """Of the bootstrap; 0: no intervals."""
+    data: str = setting("", "BAPPS folder (option --data)", recipe=True)
+    latents: str = setting(
+        "",
+        "Autoencoder folder, or pipeline with one: folder, hub id or shipped name (option --latents)",
+        recipe=True,
+    )
+    weights: str = setting("", "LatentLPIPS folder or the authors' file", recipe=True)
+    seed: int = setting(0, "Seed of the bootstrap")
+    patch: PatchConfig = setting(PatchConfig(), "How patches become latents")
+    baselines: tuple[str, ...] = setting((), "Measures to score too, in pixels: l2, ssim")
+    lpips: Literal["", "vgg", "alex", "squeeze"] = setting(
+        "", "Network of LPIPS to score too, in pixels; empty: none"
+    )
+    lpips_weights: str = setting("", "Torchvision's weight file of that network; empty: PyTorch's hub folder")
+    resamples: int = setting(1000, "Bootstrap resamples; 0: no intervals")
 
     def __post_init__(self) -> None:
         known = set(self.baselines) <= {"l2", "ssim"}
-        require_settings(
+        require(
             self,
             baselines=(known and len(set(self.baselines)) == len(self.baselines), "some of l2, ssim"),
             lpips=(self.lpips in ("", "vgg", "alex", "squeeze"), "vgg, alex or squeeze"),
@@ -160,34 +209,42 @@ class ScoreConfig:
             seed=(self.seed >= 0, "0 or more"),
         )
         if self.lpips_weights and not self.lpips:
-            raise SettingError("setting 'lpips_weights' is set but 'lpips' is not; say vgg, alex or squeeze")
+            raise SettingError("lpips_weights is set but lpips is not; say vgg, alex or squeeze")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverfitConfig:
     """Can the distance alone bring random latents to given ones? Supplement C.1 and its Fig. A1."""
 
-    data: str = ""
-    """Folder of pictures, or one; the first `count` in order of name are taken."""
-    latents: str = ""
-    weights: str = ""
-    seed: int = 0
-    families: tuple[str, ...] = ("none", "b", "bg", "bgc", "bgco")
-    count: int = 4
-    size: int = 512
-    """Pictures are cropped square and resized to this side."""
-    steps: int = 15_000
-    lr: float = 1e-2
-    draws: int = 1
-    """Transforms averaged over in each step; the paper takes one."""
-    report_steps: int = 250
-    checkpoint_steps: int = 1_000
+    data: str = setting(
+        "", "Folder of images, or one image; the first count in order of name are used", recipe=True
+    )
+    latents: str = setting(
+        "",
+        "Autoencoder folder, or pipeline with one: folder, hub id or shipped name (option --latents)",
+        recipe=True,
+    )
+    weights: str = setting("", "LatentLPIPS folder or the authors' file", recipe=True)
+    seed: int = setting(0, "Seed of everything random (option --seed)")
+    families: tuple[str, ...] = setting(
+        ("none", "b", "bg", "bgc", "bgco"),
+        "Augmentations to compare, one optimization each",
+        source="supplement C.1",
+        recipe=True,
+    )
+    count: int = setting(4, "Number of images", source="supplement C.1")
+    size: int = setting(512, "Images are cropped square and resized to this side", source="supplement C.1")
+    steps: int = setting(15_000, "Optimizer steps", source="supplement C.1", recipe=True)
+    lr: float = setting(1e-2, "Learning rate of the latents", source="none")
+    draws: int = setting(1, "Random transforms averaged over in each step", source="supplement C.1")
+    report_steps: int = setting(250, "Steps between reports")
+    checkpoint_steps: int = setting(1_000, "Steps between checkpoints")
 
     def __post_init__(self) -> None:
         for families in self.families:
             AugmentConfig(families=families)
         distinct = len(set(self.families)) == len(self.families) > 0
-        require_settings(
+        require(
             self,
             families=(distinct, "one or more, each once"),
             count=(self.count >= 1, "1 or more"),
@@ -208,24 +265,23 @@ DISTORTION_KINDS = ("blur", "noise", "jpeg", "warp", "color", "decoder")
 class TripletsConfig:
     """Triplets whose order is known: one kind of distortion at two strengths."""
 
-    data: str = ""
-    """Folder of pictures, or image-parquet."""
-    decoders: tuple[str, ...] = ()
-    """Autoencoders, say undertrained ones, whose reconstructions are the kind `decoder`."""
-    kinds: tuple[str, ...] = ()
-    """Some of blur, noise, jpeg, warp, color, decoder; none: all that can be made."""
-    seed: int = 0
-    size: int = 64
-    """Side of a patch in pixels."""
-    patches: int = 1
-    """Patches cut from each picture."""
-    ratio: float = 1.3
-    """The stronger distortion is at least so many times the weaker."""
-    val: float = 0.1
-    """Share of pictures whose patches go to val/."""
+    data: str = setting("", "Folder of images, or image-parquet (option --data)", recipe=True)
+    decoders: tuple[str, ...] = setting(
+        (), "Autoencoders, such as undertrained ones, whose reconstructions are the distortion decoder"
+    )
+    kinds: tuple[str, ...] = setting(
+        (),
+        f"Distortions, some of {', '.join(DISTORTION_KINDS)}; empty: all that the inputs allow",
+        recipe=True,
+    )
+    seed: int = setting(0, "Seed of everything random (option --seed)")
+    size: int = setting(64, "Side of a patch in pixels", recipe=True)
+    patches: int = setting(1, "Patches cut from each image")
+    ratio: float = setting(1.3, "The stronger distortion is at least this many times the weaker one")
+    val: float = setting(0.1, "Share of the images whose patches go to val/")
 
     def __post_init__(self) -> None:
-        require_settings(
+        require(
             self,
             kinds=(set(self.kinds) <= set(DISTORTION_KINDS), f"some of {', '.join(DISTORTION_KINDS)}"),
             size=(self.size >= 16, "16 or more"),
@@ -235,7 +291,7 @@ class TripletsConfig:
             seed=(self.seed >= 0, "0 or more"),
         )
         if "decoder" in self.kinds and not self.decoders:
-            raise SettingError("setting 'kinds' has decoder, but no decoder is given; give --decoder")
+            raise SettingError("kinds has decoder, but no decoder is given; give --decoder")
 
     @property
     def made(self) -> tuple[str, ...]:

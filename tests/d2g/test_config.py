@@ -73,7 +73,7 @@ def test_later_overrides_win() -> None:
     "setting, words",
     [
         ("sede=1", ["unknown setting 'sede'", "Job", "did you mean 'seed'?"]),
-        ("optim.lrr=1", ["unknown setting 'lrr'", "Optim", "did you mean 'lr'?"]),
+        ("optim.lrr=1", ["unknown setting 'optim.lrr'", "Optim", "did you mean 'optim.lr'?"]),
         ("zzzzzzz=1", ["known: minutes, name, optim, seed, sparse, weights, widths"]),
         ("seed", ["name=value", "'seed'"]),
         ("seed=one", ["'seed' takes int", "'one'"]),
@@ -137,13 +137,13 @@ def test_from_json_takes_defaults_and_refuses_strangers() -> None:
     assert from_json(Job, {"seed": 2, "optim": {"lr": 0.5}}) == Job(seed=2, optim=Optim(lr=0.5))
     with pytest.raises(SettingError, match="unknown setting 'optm' in Job; did you mean 'optim'"):
         from_json(Job, {"optm": {}})
-    with pytest.raises(SettingError, match="unknown setting 'rl' in Optim; did you mean 'lr'"):
+    with pytest.raises(SettingError, match=r"unknown setting 'optim\.rl' in Optim; did you mean 'optim\.lr'"):
         from_json(Job, {"optim": {"rl": 1}})
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity"])
 def test_from_json_refuses_what_is_no_number(number: str) -> None:
-    with pytest.raises(SettingError, match=r"'lr' is .*; expected a finite number"):
+    with pytest.raises(SettingError, match=r"'optim.lr' is .*; expected a finite number"):
         from_json(Job, json.loads(f'{{"optim": {{"lr": {number}}}}}'))
 
 
