@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from d2g.core.config import override, pick, to_json
+from d2g.core.config import override, pick, to_json, with_values
 from d2g.core.errors import Interrupted, SettingError
 
 T = TypeVar("T")
@@ -80,12 +80,13 @@ reporter = Reporter()
 
 
 def configure(config: T, options: Mapping[str, Any], sets: list[str] | None) -> T:
-    """A preset's config with the options that were given, then --set overrides."""
+    """A preset's config with the options that are set, by dotted name (None: not set), then --set overrides."""
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise SettingError(f"--{name.replace('_', '-')} is {value}; expected a finite number")
+            option = name.rpartition(".")[2].replace("_", "-")
+            raise SettingError(f"--{option} is {value}; expected a finite number")
     given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    config = override(replace(config, **given), sets or [])  # type: ignore[type-var]  # all are dataclasses
+    config = override(with_values(config, given), sets or [])
     if (seed := getattr(config, "seed", None)) is not None:
         from d2g.core.seeds import checked_key
 

@@ -1,6 +1,5 @@
 """`d2g distill`: train a one-step student."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,11 +33,10 @@ def _distill(stage: str, given: dict[str, Any]) -> None:
     from distill.monitoring.collapse import Collapse
 
     options = {name: given.get(name) for name in ("pairs", "teacher", "lpips", "init", "seed")}
-    length = {name: given[name] for name in ("minutes", "images")}
+    length = {f"train.{name}": given[name] for name in ("minutes", "images")}
     preset, as_json = given["preset"] or "sd15-cfg8", given["as_json"]
     config = distill_preset(preset, stage)
-    config = replace(config, train=configure(config.train, length, None))
-    config = configure(config, options, given["sets"])
+    config = configure(config, {**options, **length}, given["sets"])
     if config.stage != stage:
         raise SettingError(f"stage is {config.stage!r}; expected {stage!r} of `d2g distill {stage}`")
     named = [text.partition("=")[0].strip() for text in given["sets"] or []]
