@@ -138,7 +138,10 @@ class RegressionConfig:
         check_values(self)
         require(
             self,
-            augment=(are_augment_families(self.augment), f"'none' or letters of {AUGMENT_FAMILIES!r}, each once"),
+            augment=(
+                are_augment_families(self.augment),
+                f"'none' or letters of {AUGMENT_FAMILIES!r}, each once",
+            ),
             weight=(self.weight >= 0, "0 or more"),
             latent_lpips_weight=(self.latent_lpips_weight >= 0, "0 or more"),
             l1_weight=(self.l1_weight >= 0, "0 or more"),
