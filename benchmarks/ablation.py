@@ -4,8 +4,9 @@
     python benchmarks/ablation.py table --out DIR                        benchmarks/ablation_DATE_cpu.md
 
 Pairs: `d2g pairs generate --preset miniature`, or the demo's. All rows of one seed share their first stage;
-the parts (method.md 4.5) go on from it for the same number of images, the regression alone too. The losses
-(method.md 8) are first stages. Each student is judged on the same captions and noise, by its averages.
+the parts (method.md "Ablation of the discriminator") go on from it for the same number of images, the
+regression alone too. The losses (method.md "Comparison of regression losses") are first stages. Each student
+is judged on the same captions and noise, by its averages.
 """
 
 import argparse

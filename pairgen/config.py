@@ -1,4 +1,4 @@
-"""Settings of a pair store, and the presets of the paper's four teachers' data sets (docs/method.md 1.1)."""
+"""Settings of a pair store, and the presets of the four data sets of method.md "Pair data sets"."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -22,19 +22,19 @@ class PairConfig:
     solver: Literal["teacher", "ddim", "heun", "euler"] = setting(
         "teacher",
         "ODE solver; teacher takes ddim for a diffusion model, euler for a flow and for an EDM",
-        source="method.md 1",
+        source='method.md "Pair data sets"',
         recipe=True,
     )
-    steps: int = setting(50, "Solver steps", source="method.md 1", recipe=True)
+    steps: int = setting(50, "Solver steps", source='method.md "Pair data sets"', recipe=True)
     spacing: Literal["teacher", "leading", "trailing", "linspace"] = setting(
-        "teacher", "Spacing of the timesteps; teacher takes its scheduler's", source="method.md 1"
+        "teacher", "Spacing of the timesteps; teacher takes its scheduler's", source='method.md "Pair data sets"'
     )
     final_alpha: Literal["one", "teacher"] = setting(
         "one",
         "one ends at clean data; teacher obeys the scheduler's set_alpha_to_one, which leaves 3 % of noise "
         "in "
         "SD 1.5's targets",
-        source="method.md 1.3",
+        source='method.md "Details that change the pairs"',
     )
     guidance: float = setting(
         8.0,

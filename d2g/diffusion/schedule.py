@@ -42,7 +42,9 @@ class _AsItIs:
     prediction: Prediction | FlowPrediction
 
     def start(self, noise: Tensor) -> Tensor:
-        """x at the first point: the noise, though a VP schedule's alpha need not be 0 there (method.md 2)."""
+        """x at the first point: the noise, although a VP schedule's alpha need not be 0 there (method.md
+        "Student generator").
+        """
         return noise.float()
 
     def shown(self, x: Tensor, point: Point) -> Tensor:
@@ -56,7 +58,9 @@ class _AsItIs:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(_AsItIs):
-    """A variance-preserving discrete schedule. `alphas_cumprod`: float64 [T], alpha_t^2 of method.md 1.2."""
+    """A variance-preserving discrete schedule. `alphas_cumprod`: float64 [T], alpha_t^2 (method.md
+    "Solver equations").
+    """
 
     alphas_cumprod: Tensor
     prediction: Prediction
@@ -188,8 +192,9 @@ def timesteps(num_train: int, steps: int, spacing: Spacing, offset: int) -> list
 
 
 def predict_x0(output: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Prediction) -> Tensor:
-    """x_0 from a network output at (alpha, sigma), in fp32. method.md 2: for epsilon 1/alpha = 14.6
-    multiplies rounding errors at T, so the inputs are widened before the combination.
+    """x_0 from a network output at (alpha, sigma), in fp32 (method.md "One-step formulas").
+
+    For epsilon, 1/alpha = 14.6 multiplies rounding errors at T, so the inputs are cast to fp32 first.
     """
     output, x = output.float(), x.float()
     if prediction == "sample":

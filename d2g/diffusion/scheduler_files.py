@@ -152,7 +152,8 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
         raw = json.loads(file.read_text(encoding="utf-8"))
         known = inspect.signature(getattr(diffusers, kind).__init__).parameters
         # Files carry keys of schedulers they once had: SDXL's Euler file says set_alpha_to_one, which Euler
-        # never reads, and taking it up is the known bug of method.md 1.3.
+        # never reads, and taking it up is a known bug
+        # (method.md "Details that change the pairs").
         settings = {k: raw.get(k, p.default) for k, p in known.items() if k != "self"}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: {file.name} cannot be read ({error})") from error

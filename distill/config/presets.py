@@ -1,4 +1,5 @@
-"""Presets of `d2g distill`: Table A1 by column, method.md 4.5 and 8 by row, and sizes to try things at."""
+"""Presets of `d2g distill`: the columns of Table A1, the rows of method.md "Ablation of the
+discriminator" and "Comparison of regression losses", and small sizes to try things at."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ _CFG3 = RegressionConfig(augment="bgo", latent_lpips_weight=1.0)
 _GAN = DistillConfig(stage="gan", optim=OptimConfig(lr=1e-5))
 
 TABLE_A1: dict[str, Stages] = {
-    # Pixels of EDM's teacher and classes, regression only (method.md 6)
+    # Pixels of EDM's teacher and classes, regression only (method.md "CIFAR10 and EDM")
     "cifar10": {
         "ode": DistillConfig(
             student=StudentConfig(dropout=0.1),
@@ -105,7 +106,9 @@ _PARTS: dict[str, dict[str, Any]] = {
     "multiscale": {"multi_scale_input": False, "multi_scale_output": False},
     "mix": {"mix_fraction": 0.0},
 }
-"""Rows of method.md 4.5 after the first, and the settings without the part that each adds."""
+"""Rows of method.md "Ablation of the discriminator" after the first, and the settings without the part that
+each adds.
+"""
 
 _LOSSES: dict[str, RegressionKind] = {
     "mse": "mse",
@@ -117,7 +120,8 @@ _LOSSES: dict[str, RegressionKind] = {
 
 
 def ablation(base: Stages, prefix: str = "") -> dict[str, Stages]:
-    """The rows of method.md 4.5 over a recipe, by name: each adds one part to the row before it.
+    """The rows of method.md "Ablation of the discriminator" over a recipe, by name: each adds one part to the
+    row before it.
 
     The first is its first stage alone; given that run as --init, it goes on for as long as the others.
     """
@@ -131,7 +135,9 @@ def ablation(base: Stages, prefix: str = "") -> dict[str, Stages]:
 
 
 def losses(base: Stages, images: int, prefix: str = "") -> dict[str, Stages]:
-    """The rows of method.md 8 over a recipe's first stage, by name, each for so many images."""
+    """The rows of method.md "Comparison of regression losses" over a recipe's first stage, by name, each for
+    so many images.
+    """
     ode = replace(base["ode"], train=replace(base["ode"].train, images=images))
     plain = replace(ode.regression, latent_lpips_weight=0.0)
     return {

@@ -19,9 +19,9 @@ def discriminator_loss(
 ) -> Tensor:
     """D's loss: mean over rows and positions, then `reduction` over the heads. fp32.
 
-    ns: softplus(-D(real)) + softplus(D(fake)) (method.md 4.1). hinge: relu(1 - D(real)) + relu(1 + D(fake))
-    (Lim and Ye 2017). rpgan: softplus(D(fake) - D(real)), each row against its own: they share z and c
-    (Jolicoeur-Martineau 2018; R3GAN, eq. 2).
+    ns: softplus(-D(real)) + softplus(D(fake)) (method.md "GAN losses"). hinge: relu(1 - D(real)) + relu(1 +
+    D(fake)) (Lim and Ye 2017). rpgan: softplus(D(fake) - D(real)), each row against its own: they share z and
+    c (Jolicoeur-Martineau 2018; R3GAN, eq. 2).
     """
     return reduced([_against(real[h].float(), fake[h].float(), kind).mean() for h in real], reduction)
 
@@ -62,9 +62,10 @@ def mismatch(
     """Mix-and-match for a batch of fake rows: (mode [B], partner [B]).
 
     mode 0: plain; 1, 2, 3: x, c or z comes from row `partner`, which never has the row's own prompt.
-    `fraction` goes to the three swaps by their relative `shares` (method.md 4.4), according to `drawn` [B] ~
-    U(0, 1). Rows come in random order, so the neighbour serves: rows 2i and 2i + 1 are partners, however a
-    batch is shared out. Where the two have one prompt both stay plain. B is even unless `fraction` is 0.
+    `fraction` goes to the three swaps by their relative `shares` (method.md "Mix-and-match augmentation"),
+    according to `drawn` [B] ~ U(0, 1). Rows come in random order, so the neighbour serves: rows 2i and 2i + 1
+    are partners, however a batch is shared out. Where the two have one prompt both stay plain. B is even
+    unless `fraction` is 0.
     """
     first, second = shares[0] / sum(shares), (shares[0] + shares[1]) / sum(shares)
     swap = 1 + (drawn >= fraction * first).long() + (drawn >= fraction * second).long()

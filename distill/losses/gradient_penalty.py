@@ -1,7 +1,7 @@
 """Gradient penalties of the discriminator, with attention that has a second derivative.
 
-Forms: R1 of one real row (method.md 4.3) or of all, R1 and R2 (R3GAN), and APT's approximation, which needs
-no second derivative.
+Forms: R1 of one real row (method.md "Single-sample R1") or of all, R1 and R2 (R3GAN), and APT's
+approximation, which needs no second derivative.
 """
 
 from collections.abc import Callable
@@ -50,8 +50,8 @@ def penalty(
     fake: DiscriminatorInput,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a step adds to D's loss where a penalty of second order is due, and its unweighted parts for the
-    log. The weight is gamma / 2 x interval (StyleGAN2's lazy regularisation; method.md 4.3). Of the
-    single-sample form the rows are those of `drawn_rows`, one at a time.
+    log. The weight is gamma / 2 x interval (StyleGAN2's lazy regularisation; method.md "Single-sample R1").
+    Of the single-sample form the rows are those of `drawn_rows`, one at a time.
     """
     assert config.active_penalty in ("single", "full", "r1r2")
     lazy = 0.5 * config.r1_gamma * config.r1_interval
@@ -73,13 +73,13 @@ def r1_penalty(
     t: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """||grad_x s||^2 with s = sum over heads of the logits' mean, or sum, over positions (method.md 4.3),
-    mean over the rows given, fp32. Real rows give R1, fake ones R2.
+    """||grad_x s||^2 with s = sum over heads of the logits' mean, or sum, over positions (method.md
+    "Single-sample R1"), mean over the rows given, fp32. Real rows give R1, fake ones R2.
 
     x, noise: [B, C, h, w], text of B rows; B = 1 for the paper's single-sample form. The gradient also flows
     through D's resized copies of x; noise and text are constants. Flash and memory-efficient attention have
-    no second derivative, so the forward runs with the math kernel (method.md 10.1), outside autocast. float64
-    stays float64.
+    no second derivative, so the forward runs with the math kernel (method.md "Second derivative of
+    attention"), outside autocast. float64 stays float64.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x.detach().to(dtype).requires_grad_(True)

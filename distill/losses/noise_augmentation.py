@@ -1,4 +1,6 @@
-"""What D is told as its time, and the noise that real and fake get before it (method.md 4.2)."""
+"""What D is told as its time, and the noise that real and fake get before it (method.md "Discriminator
+timestep and noise").
+"""
 
 from collections.abc import Callable, Sequence
 

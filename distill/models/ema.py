@@ -1,5 +1,5 @@
-"""Exponential moving average of weights, in fp32: a bf16 average with beta 0.9999 never moves (method.md
-10.6).
+"""Exponential moving average of weights, in fp32: a bf16 average with beta 0.9999 never moves (method.md "EMA
+in bf16").
 """
 
 import math

@@ -22,8 +22,9 @@ GUIDANCE_WIDTH = 256
 
 
 class Student(nn.Module):
-    """G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2; other predictions: method.md 2), or
-    of an EDM teacher its own c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise, c) (method.md 6).
+    """G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2; other predictions: method.md
+    "One-step formulas"), or of an EDM teacher its own c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise,
+    c) (method.md "CIFAR10 and EDM").
 
     A fixed wrapper without parameters of its own; the combination runs in fp32 whatever the network runs in.
     `downscale`: pixels of a picture's side by its latents', which SDXL's U-Net is told.

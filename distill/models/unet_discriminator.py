@@ -1,7 +1,8 @@
 """The discriminator: the teacher's U-Net with noise input, resized inputs and thin readouts at every scale.
 
 An explicit forward over the U-Net's blocks, without hooks: hooks fire twice under activation checkpointing
-and break under sharding (method.md 10.18). Layout: method.md 4.2. No public reference implementation exists.
+and break under sharding (method.md "Features without hooks"). Layout: method.md "Discriminator architecture".
+No public reference implementation exists.
 """
 
 from collections.abc import Iterator

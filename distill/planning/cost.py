@@ -29,14 +29,14 @@ PUBLISHED = {
 
 def pair_evaluations(solver: str, steps: int) -> int:
     """Network evaluations of a pair. Guidance, which doubles them, is not counted, as in Table A1 (method.md
-    1.1). Heun saves its last correction: 18 steps are 35.
+    "Pair data sets"). Heun saves its last correction: 18 steps are 35.
     """
     return 2 * steps - 1 if solver == "heun" else steps
 
 
 def table_evaluations(config: DistillConfig) -> int:
     """Network evaluations of a run as Table A1 counts them: 1 a sample in stage 1, 5 in stage 2, where D's
-    update is G, D(real), D(fake) and G's is G, D(fake) (method.md 4.4).
+    update is G, D(real), D(fake) and G's is G, D(fake) (method.md "Mix-and-match augmentation").
     """
     images = config.train.images
     return images if config.stage == "ode" else images * 3 + 2 * (images // config.gan.d_steps_per_g_step)

@@ -13,7 +13,8 @@ from distill.config.components import OptimConfig
 
 def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The config's optimiser of what in `module` has gradients, with the attention weight-decay rule: one
-    decay inside attention modules, another elsewhere (method.md 5). Weight decay is decoupled in all.
+    decay inside attention modules, another elsewhere (method.md "Schedule and hyperparameters"). Weight decay
+    is decoupled in all.
     """
     inside = pretrained.attention_parameters(module)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -87,7 +87,7 @@ def test_it_starts_as_one_step_of_the_teacher(kind: str, folders: dict[str, str]
 
 
 def test_of_an_edm_it_is_the_paper_s_formula(folders: dict[str, str]) -> None:
-    """method.md 6, written out with diffusers' own preconditioning."""
+    """method.md "CIFAR10 and EDM", written out with diffusers' own preconditioning."""
     folder = folders["EDM of classes"]
     student, labels = student_from_teacher(folder), torch.tensor([3, 4])
     judge, sigma = diffusers.EDMEulerScheduler(), torch.tensor(80.0)

@@ -73,7 +73,9 @@ def test_presets_are_table_a1() -> None:
 
 
 def test_the_sums_are_table_a1s() -> None:
-    """Its row of network evaluations, and the seconds a step that its GPU-days imply (method.md 5)."""
+    """Its row of network evaluations, and the seconds a step that its GPU-days imply (method.md "Schedule and
+    hyperparameters").
+    """
     million = 1_000_000
     expected = {
         "cifar10": {"pairs": 35.0, "ode": 76.8, "total": 111.8},

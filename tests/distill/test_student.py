@@ -41,7 +41,9 @@ def test_at_the_start_it_is_the_teachers_prediction(tmp_path: Path, prediction: 
 
 
 def test_the_papers_formula(teacher: Path) -> None:
-    """Supplement eq. 2 with SD's alpha and sigma at 999 (method.md 1.2), on the raw network output."""
+    """Supplement eq. 2 with SD's alpha and sigma at 999 (method.md "Solver equations"), on the raw network
+    output.
+    """
     student = student_from_teacher(str(teacher))
     drawn, text = (
         noise(0, range(2), (4, 4, 4)),
@@ -84,7 +86,7 @@ def test_timesteps(teacher: Path) -> None:
 
 
 def test_zero_terminal_snr_is_finite_for_v_and_refused_for_epsilon(teacher: Path) -> None:
-    """At alpha = 0 the v formula is -v; the epsilon formula divides by zero (method.md 2)."""
+    """At alpha = 0 the v formula is -v; the epsilon formula divides by zero (method.md "One-step formulas")."""
     schedule = pretrained.load_schedule(str(teacher))
     bars = schedule.alphas_cumprod.clone()
     bars[-1] = 0.0

@@ -1,4 +1,5 @@
-"""distill.training.train: exact resume, golden curves, several ranks, and the pieces that the loop is made of.
+"""distill.training.train: exact resume, golden curves, several ranks, and the pieces that the loop is made
+of.
 
 Golden curves: tests/golden/distill_{ode,gan}.json hold the first six reports of both stages on the tiny
 teacher. After a change that is meant to move them, write them anew and say why they moved:
@@ -277,7 +278,9 @@ def test_other_pairs_and_teachers_are_refused(teacher: Path, pairs: Path, tmp_pa
 
 
 def test_weight_decay_groups(teacher: Path) -> None:
-    """Everything inside attention layers decays by 1e-5, the rest by 1e-2; each once (method.md 5)."""
+    """Everything inside attention layers decays by 1e-5, the rest by 1e-2; each once (method.md "Schedule and
+    hyperparameters").
+    """
     student = student_from_teacher(str(teacher)).requires_grad_(True)
     found = {
         id(p): g["weight_decay"] for g in optimizer(student, OptimConfig()).param_groups for p in g["params"]

@@ -1,4 +1,6 @@
-"""distill.models.unet_discriminator: diffusers' own forward as judge, its start, and its layout at SD 1.5's size."""
+"""distill.models.unet_discriminator: diffusers' own forward as judge, its start, and its layout at SD 1.5's
+size.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,9 @@ def test_the_generator_draws_the_heads_and_the_rest_is_the_teacher(teacher: Path
 
 
 def test_layout_at_stable_diffusions_size() -> None:
-    """method.md 4.2: 12 heads, their widths, and the budget of Table A1 (859.6M against 859.5M)."""
+    """method.md "Discriminator architecture": 12 heads, their widths, and the budget of Table A1 (859.6M
+    against 859.5M).
+    """
     with torch.device("meta"):
         discriminator = Discriminator(pretrained.new_unet(**SD15), DiscriminatorConfig())
         x, text = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)

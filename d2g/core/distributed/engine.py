@@ -1,8 +1,8 @@
 """A network under DDP, FSDP2 or alone, with gradients that stay exact where backward runs more than once.
 
-A second backward pass through DDP is not averaged, and one through FSDP2 meets freed storage (method.md 10.4,
-10.5). Here such passes run on the bare network: under DDP their gradients stay local until the last pass
-averages everything; under FSDP2 the gathered weights stay until the pass is over.
+A second backward pass through DDP is not averaged, and one through FSDP2 meets freed storage (method.md
+"R1 under DDP" and "R1 under FSDP2"). Here such passes run on the bare network: under DDP their gradients stay
+local until the last pass averages everything; under FSDP2 the gathered weights stay until the pass is over.
 """
 
 import math
@@ -121,7 +121,8 @@ class DistributedModule:
     @contextmanager
     def bare(self) -> Iterator[nn.Module]:
         """The network for passes whose gradient is differentiated again: eager, unwrapped, with attention
-        that has a second derivative (method.md 10.1), also where activations are computed again.
+        that has a second derivative (method.md "Second derivative of attention"), also where activations are
+        computed again.
 
         Call backward inside. An averaged pass must follow before the optimizer's step (DDP).
         """
@@ -190,7 +191,7 @@ def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
 def recompute(layers: Iterable[nn.Module]) -> None:
     """Keep only the inputs of these layers for backward, and run them again there.
 
-    Non-reentrant, the one form that allows a second derivative (method.md 10.2).
+    Non-reentrant, the one form that allows a second derivative (method.md "Activation checkpointing").
     """
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -1,0 +1,48 @@
+"""The code cites docs/method.md by heading: each cited heading exists."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("d2g", "d2g_cli", "pairgen", "latent_lpips", "distill", "eval", "teacher_training", "miniature")
+FOLDERS += ("tests", "benchmarks")
+NUMBERED = re.compile(r"method\.md,? (?:section )?\d")
+CITATION = re.compile(r'method\.md((?:,? (?:and )?\\?"[^"]+")+)')
+
+
+def _headings() -> set[str]:
+    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    return set(re.findall(r"^#{2,} (.+)$", text, re.MULTILINE))
+
+
+def _texts() -> dict[str, str]:
+    """Source and documentation files by path, each paragraph of comments joined to one line."""
+    folders = [ROOT / name for name in FOLDERS]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *(p for f in folders for p in f.rglob("*.py"))]
+    paths += (ROOT / "docs").glob("*.md")
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    return {path: re.sub(r"\s*\n\s*(?:# )?", " ", text) for path, text in texts.items()}
+
+
+def test_every_cited_heading_exists() -> None:
+    headings = _headings()
+    cited = [
+        (path, heading)
+        for path, text in _texts().items()
+        if path not in ("docs/method.md", "tests/test_method.py")
+        for citation in CITATION.findall(text)
+        for heading in re.findall(r'"([^"\\]+)\\?"', citation)
+    ]
+    assert len(cited) > 30
+    assert [(path, heading) for path, heading in cited if heading not in headings] == []
+
+
+def test_no_citation_by_number() -> None:
+    """Numbers would go stale silently when a section is added."""
+    assert [path for path, text in _texts().items() if NUMBERED.search(text)] == []
+
+
+def test_headings_are_unique() -> None:
+    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#{2,} (.+)$", text, re.MULTILINE)
+    assert len(headings) == len(set(headings))
