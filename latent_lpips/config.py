@@ -60,30 +60,38 @@ class AugmentConfig:
         "bgco for SD-CFG-8 and SDXL",
         source="Table A1",
     )
-    flip: bool = setting(True, "b: mirror half of the rows left-right", source="method.md 3.3")
-    quarter_turns: bool = setting(True, "b: rotate by 0, 90, 180 or 270 degrees", source="method.md 3.3")
-    integer_shift: float = setting(
-        0.125, "b: translate by U(-s, s) of the size, rounded to whole positions", source="method.md 3.3"
+    flip: bool = setting(True, "b: mirror half of the rows left-right", source='method.md "E-LatentLPIPS"')
+    quarter_turns: bool = setting(
+        True, "b: rotate by 0, 90, 180 or 270 degrees", source='method.md "E-LatentLPIPS"'
     )
-    scale_std: float = setting(0.2, "g: isotropic scale 2^N(0, s^2)", source="method.md 3.3")
+    integer_shift: float = setting(
+        0.125,
+        "b: translate by U(-s, s) of the size, rounded to whole positions",
+        source='method.md "E-LatentLPIPS"',
+    )
+    scale_std: float = setting(0.2, "g: isotropic scale 2^N(0, s^2)", source='method.md "E-LatentLPIPS"')
     rotation: float = setting(
         180.0,
         "g: one rotation before and one after the stretch, each U(-r, r) degrees",
-        source="method.md 3.3",
+        source='method.md "E-LatentLPIPS"',
     )
     stretch_std: float = setting(
-        0.2, "g: anisotropic scale (s, 1/s) with s = 2^N(0, std^2)", source="method.md 3.3"
+        0.2, "g: anisotropic scale (s, 1/s) with s = 2^N(0, std^2)", source='method.md "E-LatentLPIPS"'
     )
-    shift_std: float = setting(0.125, "g: translate by N(0, s^2) of the size", source="method.md 3.3")
-    brightness: float = setting(0.5, "c: add U(-b, b) to all channels", source="method.md 3.3")
+    shift_std: float = setting(
+        0.125, "g: translate by N(0, s^2) of the size", source='method.md "E-LatentLPIPS"'
+    )
+    brightness: float = setting(0.5, "c: add U(-b, b) to all channels", source='method.md "E-LatentLPIPS"')
     contrast: float = setting(
-        0.5, "c: scale about the mean of the row by U(1 - c, 1 + c)", source="method.md 3.3"
+        0.5, "c: scale about the mean of the row by U(1 - c, 1 + c)", source='method.md "E-LatentLPIPS"'
     )
     saturation: float = setting(
-        1.0, "c: scale about the channel mean at each position by U(1 - s, 1 + s)", source="method.md 3.3"
+        1.0,
+        "c: scale about the channel mean at each position by U(1 - s, 1 + s)",
+        source='method.md "E-LatentLPIPS"',
     )
     cutout: float = setting(
-        0.5, "o: side of the zeroed square as a fraction of the size", source="method.md 3.3"
+        0.5, "o: side of the zeroed square as a fraction of the size", source='method.md "E-LatentLPIPS"'
     )
 
     def __post_init__(self) -> None:

@@ -27,7 +27,9 @@ class PairConfig:
     )
     steps: int = setting(50, "Solver steps", source='method.md "Pair data sets"', recipe=True)
     spacing: Literal["teacher", "leading", "trailing", "linspace"] = setting(
-        "teacher", "Spacing of the timesteps; teacher takes its scheduler's", source='method.md "Pair data sets"'
+        "teacher",
+        "Spacing of the timesteps; teacher takes its scheduler's",
+        source='method.md "Pair data sets"',
     )
     final_alpha: Literal["one", "teacher"] = setting(
         "one",

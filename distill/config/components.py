@@ -37,7 +37,7 @@ class OptimConfig:
         "adamw",
         "Optimizer. The paper says Adam with weight decay 1e-2, read here as decoupled (AdamW); its CIFAR10 "
         "model uses radam",
-        source="Table A1; method.md 5",
+        source='Table A1; method.md "Schedule and hyperparameters"',
     )
     lr: float = setting(1e-4, "Learning rate after warm-up", source="Table A1", recipe=True)
     betas: tuple[float, float] = setting(
@@ -61,7 +61,7 @@ class OptimConfig:
     final_lr: float = setting(
         0.0,
         "Learning rate after decay_images. Table A1's arrow 1e-4 -> 1e-5 for the discriminator may mean this",
-        source="method.md 5",
+        source='method.md "Schedule and hyperparameters"',
     )
     clip_norm: float = setting(
         0.0, "Largest gradient norm; 0 does not clip", source="not in the paper; DMD: 10"
@@ -95,18 +95,20 @@ class RegressionConfig:
         "e_latent_lpips",
         "Main distance; lpips compares decoded images (the paper uses it for CIFAR10, in pixels), the others "
         "reproduce the comparison of losses",
-        source="Table A1; method.md 8",
+        source='Table A1; method.md "Comparison of regression losses"',
         recipe=True,
     )
     augment: str = setting(
         "bgco",
         "Augmentation families of e_latent_lpips: b blitting, g geometry, c color, o cutout, or none; the "
         "paper uses bgo for SD-CFG-3",
-        source="Table A1; method.md 3.3",
+        source='Table A1; method.md "E-LatentLPIPS"',
         recipe=True,
     )
     draws: int = setting(
-        1, "Random transforms per row and step that e_latent_lpips averages over", source="method.md 3.3"
+        1,
+        "Random transforms per row and step that e_latent_lpips averages over",
+        source='method.md "E-LatentLPIPS"',
     )
     latent_lpips_weight: float = setting(
         0.0,
@@ -173,37 +175,47 @@ class DiscriminatorConfig:
     loss: GanLoss = setting(
         "ns",
         "GAN loss: ns non-saturating, hinge (Lim and Ye 2017), rpgan relativistic pairs (R3GAN)",
-        source="method.md 4.1",
+        source='method.md "GAN losses"',
     )
     head_reduction: Reduction = setting(
-        "mean", "How the losses of the heads are combined", source="none; method.md 4.2"
+        "mean",
+        "How the losses of the heads are combined",
+        source='none; method.md "Discriminator architecture"',
     )
     d_steps_per_g_step: int = setting(
         1, "Discriminator updates per generator update; DMD2: 5 to 10", source="Table A1"
     )
 
     z_conditioning: bool = setting(
-        True, "Condition the discriminator on the noise input", source="method.md 4.2"
+        True,
+        "Condition the discriminator on the noise input",
+        source='method.md "Discriminator architecture"',
     )
     multi_scale_input: bool = setting(
-        True, "Feed resized latents to the lower levels of the discriminator", source="method.md 4.2"
+        True,
+        "Feed resized latents to the lower levels of the discriminator",
+        source='method.md "Discriminator architecture"',
     )
     multi_scale_output: bool = setting(
         True,
         "One head per level (SD 1.5: 12, SDXL: 9) in place of the last one alone",
-        source="method.md 4.2",
+        source='method.md "Discriminator architecture"',
     )
     freeze_backbone: bool = setting(
         False,
         "Train the heads and the discriminator's own convolutions only; the paper trains everything",
-        source="method.md 4.2",
+        source='method.md "Discriminator architecture"',
     )
 
     timestep: int = setting(
-        0, "Timestep that the discriminator is given for clean latents", source="none; method.md 4.2"
+        0,
+        "Timestep that the discriminator is given for clean latents",
+        source='none; method.md "Discriminator timestep and noise"',
     )
     timestep_mode: Literal["constant", "random"] = setting(
-        "constant", "constant: always timestep; random: one per row", source="method.md 4.2; APT 3.3"
+        "constant",
+        "constant: always timestep; random: one per row",
+        source='method.md "Discriminator timestep and noise"; APT 3.3',
     )
     timestep_shift: float = setting(
         1.0,
@@ -223,41 +235,50 @@ class DiscriminatorConfig:
     )
 
     mix_fraction: float = setting(
-        0.25, "Share of fake rows replaced by mismatched real rows", source="none; method.md 4.4", recipe=True
+        0.25,
+        "Share of fake rows replaced by mismatched real rows",
+        source='none; method.md "Mix-and-match augmentation"',
+        recipe=True,
     )
     mix_x: float = setting(
-        1.0, "Relative share of mismatched rows with another row's latents", source="none; method.md 4.4"
+        1.0,
+        "Relative share of mismatched rows with another row's latents",
+        source='none; method.md "Mix-and-match augmentation"',
     )
     mix_c: float = setting(
-        1.0, "Relative share of mismatched rows with another row's text", source="none; method.md 4.4"
+        1.0,
+        "Relative share of mismatched rows with another row's text",
+        source='none; method.md "Mix-and-match augmentation"',
     )
     mix_z: float = setting(
-        1.0, "Relative share of mismatched rows with another row's noise", source="none; method.md 4.4"
+        1.0,
+        "Relative share of mismatched rows with another row's noise",
+        source='none; method.md "Mix-and-match augmentation"',
     )
 
     penalty: Penalty = setting(
         "single",
         "Gradient penalty: single R1 on r1_rows rows, full R1 on the batch, approx (APT's finite "
         "difference), r1r2 (R3GAN, on the batch), none (the paper's SDXL)",
-        source="Table A1; method.md 4.3",
+        source='Table A1; method.md "Single-sample R1"',
         recipe=True,
     )
     r1_rows: int = setting(
         1,
         "Rows of the batch that penalty=single uses, one from each equal part; presets: one per GPU",
-        source="method.md 4.3",
+        source='method.md "Single-sample R1"',
     )
     r1_gamma: float = setting(
         0.01,
         "R1 weight; the loss adds gamma / 2 x r1_interval, StyleGAN's convention; 0 turns R1 off",
-        source="Table A1; method.md 4.3",
+        source='Table A1; method.md "Single-sample R1"',
         recipe=True,
     )
     r1_interval: int = setting(16, "Steps between penalties; R3GAN: 1", source="Table A1")
     r1_reduction: Reduction = setting(
         "mean",
         "How a head's logits are reduced over positions before the gradient",
-        source="none; method.md 4.3",
+        source='none; method.md "Single-sample R1"',
     )
     approx_sigma: float = setting(
         0.01,
@@ -267,13 +288,21 @@ class DiscriminatorConfig:
     approx_weight: float = setting(100.0, "Weight of penalty=approx", source="APT 3.3")
 
     real: str = setting(
-        "", "Folder of captioned images used as real rows in addition to the pairs", source="method.md 9"
+        "",
+        "Folder of captioned images used as real rows in addition to the pairs",
+        source='method.md "Limitations and later work"',
     )
     real_fraction: float = setting(
-        0.0, "Share of the real rows that are such images; the paper: 0", source="method.md 9"
+        0.0,
+        "Share of the real rows that are such images; the paper: 0",
+        source='method.md "Limitations and later work"',
     )
 
-    optim: OptimConfig = setting(OptimConfig(lr=1e-5), "Optimizer of the discriminator", source="method.md 5")
+    optim: OptimConfig = setting(
+        OptimConfig(lr=1e-5),
+        "Optimizer of the discriminator",
+        source='method.md "Schedule and hyperparameters"',
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -345,7 +374,7 @@ class StudentConfig:
     guidance_conditioning: bool = setting(
         False,
         "Condition the student on the guidance scale of the pairs; the paper does not",
-        source="method.md 9",
+        source='method.md "Limitations and later work"',
     )
     dropout: float = setting(
         0.0, "Dropout probability in the student; the paper's CIFAR10 model: 0.1", source="Table A1"

@@ -32,7 +32,9 @@ class TrainConfig:
         0.9999, "Decay per step of the student's weight average", source="Table A1", recipe=True
     )
     ema_start_images: int = setting(
-        0, "Until this many images the average is a copy of the weights", source="method.md 5"
+        0,
+        "Until this many images the average is a copy of the weights",
+        source='method.md "Schedule and hyperparameters"',
     )
     precision: Literal["fp32", "bf16"] = setting(
         "bf16",
@@ -168,7 +170,9 @@ class DistillConfig:
     lpips: str = setting("", "Folder of LatentLPIPS weights; empty: TEACHER/latent_lpips (option --lpips)")
     init: str = setting("", "Run or exported student that the gan stage starts from (option --init)")
     student_timestep: int = setting(
-        -1, "Timestep that the student is given; -1: the last one of the schedule (999)", source="method.md 2"
+        -1,
+        "Timestep that the student is given; -1: the last one of the schedule (999)",
+        source='method.md "Student generator"',
     )
     seed: int = setting(0, "Seed of everything random (option --seed)")
     student: StudentConfig = setting(StudentConfig(), "The student")

@@ -30,7 +30,7 @@ class EvalRun:
     protocol: Protocol = setting(
         PROTOCOLS["folder"],
         "Protocol that fixes prompts, sizes and networks",
-        source="method.md 7",
+        source='method.md "Evaluation protocol"',
         recipe=True,
     )
     metrics: tuple[str, ...] = setting((), "Metrics to compute; empty: the protocol's", recipe=True)
