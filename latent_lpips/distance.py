@@ -1,4 +1,4 @@
-"""LatentLPIPS and E-LatentLPIPS (Diffusion2GAN, section 3.2): perceptual distances between latents."""
+"""Perceptual distances between latents: LatentLPIPS and E-LatentLPIPS (Diffusion2GAN, section 3.2)."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,56 +17,67 @@ from latent_lpips.vgg import VGG16, fold_batch_norms
 
 
 class PerceptualDistance(nn.Module):
-    """d(pred, target) = sum over taps of mean over positions of w . (f_pred - f_target)^2, f of unit length.
+    """Base class of LPIPS-like distances.
 
-    Always in eval mode and outside autocast, whatever the caller's mode or input type. Nothing in it is
-    trained through it: gradients go to `pred` only. Non-negative, and 0 for equal inputs, by construction.
+    d(pred, target) = sum over layers l of mean over positions of w_l . (f_l(pred) - f_l(target))^2, where the
+    features f_l have unit length over channels and the head weights w_l are not negative. The distance is
+    therefore never negative, and 0 for equal inputs. It always runs in eval mode and outside autocast.
+    Gradients flow to `pred` only; trunk and heads are frozen.
     """
 
     heads: nn.ParameterList
 
     @abstractmethod
     def taps(self, x: Tensor) -> list[Tensor]:
-        """Feature maps [B, C_l, h_l, w_l] of inputs [B, C, h, w], one for each head [C_l]."""
+        """Return the feature maps [B, C_l, h_l, w_l] of inputs [B, C, h, w], one per head [C_l]."""
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: batch norm must use the statistics of the trunk's training."""
+        """Stay in eval mode: batch norm must use its running statistics, whatever mode the caller sets."""
         return super().train(False)
 
     def forward(self, pred: Tensor, target: Tensor, spatial: bool = False) -> Tensor:
-        """Distance per sample. pred, target: [B, C, h, w]. Returns [B] fp32, >= 0; [B, h, w] if `spatial`."""
+        """Return the distance per sample, [B] in fp32, or a map [B, h, w] with `spatial`.
+
+        `pred` and `target` are [B, C, h, w]. Raises UserError when their shapes differ.
+        """
         return self.spatial(pred, target) if spatial else self.layers(pred, target).sum(1)
 
     def layers(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The taps' shares of the distance, [B, taps]."""
+        """Return each layer's contribution to the distance, [B, layers]. The distance is their sum."""
         parts = self.channel_means(pred, target)
         with _no_autocast(pred):
             weighted = [(p * w.to(p.dtype)).sum(1) for p, w in zip(parts, self.heads, strict=True)]
             return torch.stack(weighted, dim=1)
 
     def spatial(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Where the distance arises: [B, h, w], each tap's map brought to the input's size. Its mean is the
-        distance, where one of the sizes divides the other."""
+        """Return a distance map [B, h, w]: the sum of all layers' maps, resized to the input's size.
+
+        Its mean equals the distance when the input's size is a multiple of each layer's size.
+        """
         with _no_autocast(pred):
             squares = zip(self._squares(pred, target), self.heads, strict=True)
             maps = [(s * w.to(s.dtype)[:, None, None]).sum(1, keepdim=True) for s, w in squares]
-            return torch.cat([_resized(m, pred.shape[2:]) for m in maps], 1).sum(1)
+            return torch.cat([_resize_map(m, pred.shape[2:]) for m in maps], 1).sum(1)
 
     def channel_means(self, pred: Tensor, target: Tensor) -> list[Tensor]:
-        """One [B, C_l] a tap: squared feature differences averaged over positions, before the heads.
+        """Return squared feature differences averaged over positions, [B, C_l] per layer, before the heads.
 
-        Heads are linear, so weighting after the average is the same distance at a fraction of the cost.
+        The heads are linear, so weighting these averages gives the same distance as weighting every position,
+        at a fraction of the cost.
         """
         with _no_autocast(pred):
             return [s.mean((2, 3)) for s in self._squares(pred, target)]
 
     def _squares(self, pred: Tensor, target: Tensor) -> list[Tensor]:
-        self._check(pred, target)
+        self._check_shapes(pred, target)
         with torch.no_grad():
-            fixed = [normalize_features(f) for f in self.taps(target)]
-        return [(normalize_features(f) - g).square() for f, g in zip(self.taps(pred), fixed, strict=True)]
+            target_features = [normalize_features(f) for f in self.taps(target)]
+        return [
+            (normalize_features(f) - g).square()
+            for f, g in zip(self.taps(pred), target_features, strict=True)
+        ]
 
-    def _check(self, pred: Tensor, target: Tensor) -> None:
+    def _check_shapes(self, pred: Tensor, target: Tensor) -> None:
         if pred.shape != target.shape:
             raise UserError(
                 f"{type(self).__name__} compares inputs of one shape, got {tuple(pred.shape)} and "
@@ -75,69 +86,102 @@ class PerceptualDistance(nn.Module):
 
 
 class LatentLPIPS(PerceptualDistance):
-    """The distance of scaled latents, on a VGG16 made for them. Heads start at 1 (uncalibrated).
+    """Perceptual distance between scaled latents, on a VGG16 trained in their latent space.
 
-    Once folded (`latent_lpips.load` does so), the distance and its gradient come from one sweep over a few
-    rows at a time (latent_lpips.fused), so that the gradient is there before `backward` and the trunk's
-    features are not kept. It can be differentiated once; `layers` and `spatial` go through autograd.
+    New heads have weight 1 (uncalibrated); `latent_lpips.load_lpips` loads trained ones. After `fold`, which
+    `load_lpips` calls, the distance and its gradient are computed together, a few rows at a time
+    (latent_lpips/fused.py): the trunk's features are not stored, and memory does not grow with the batch. This
+    path supports one derivative; `layers` and `spatial` use autograd.
+
+    >>> import torch
+    >>> from latent_lpips.config import LPIPSConfig
+    >>> metric = LatentLPIPS(LPIPSConfig(channels=4, width=1 / 16)).fold()
+    >>> pred, target = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 4, 8, 8)
+    >>> distance = metric(pred, target)
+    >>> distance.shape
+    torch.Size([2])
+    >>> distance.mean().backward()
+    >>> pred.grad.shape
+    torch.Size([2, 4, 8, 8])
+    >>> metric(target, target).tolist()
+    [0.0, 0.0]
     """
 
     def __init__(self, config: LPIPSConfig, trunk: VGG16 | None = None) -> None:
         super().__init__()
         self.trunk = trunk if trunk is not None else VGG16(config)
         assert self.trunk.config == config, "the trunk was built with another config"
-        self.trunk.classifier = None  # only its training needs it
+        self.trunk.classifier = None  # only needed to train the trunk
         self.heads = nn.ParameterList(torch.ones(width) for width in config.widths)
         self.requires_grad_(False)
-        register: Any = self.register_load_state_dict_post_hook  # torch leaves it untyped
-        register(_refuse_negative_heads)
+        register: Any = self.register_load_state_dict_post_hook  # untyped in torch
+        register(_check_heads)
         self.train()
 
     @property
     def config(self) -> LPIPSConfig:
-        """The trunk's config; `norm` becomes `none` by folding."""
+        """The trunk's config. Folding changes its `norm` to `none`."""
         return self.trunk.config
 
     @property
     def precision(self) -> Precision:
-        """bf16 if some of the trunk's convolutions are, else fp32."""
+        """bf16 if any of the trunk's convolutions is bf16, else fp32."""
         return "bf16" if any(p.dtype == torch.bfloat16 for p in self.trunk.parameters()) else "fp32"
 
     def fold(self, precision: Precision = "fp32") -> Self:
-        """Put the batch norms into the convolutions, in place. Same distances to 1e-5, less time and memory.
+        """Fold the batch norms into the convolutions, in place. Distances stay equal to 1e-5.
 
-        With bf16 (`auto`: where the hardware multiplies it) half the time again, distances to 1e-2 and
-        gradients to a cosine of 0.999, as long as the latents are not nearly equal (distance above 0.01).
-        In fp32 on CUDA, PyTorch's own switch decides whether cuDNN may round to TF32. GroupNorm can't be
-        folded: such a trunk stays as it is.
+        `precision="bf16"` halves the time again; `"auto"` uses bf16 where the hardware supports it. Distances
+        then agree to 1 % and gradients to a cosine of 0.999, unless the latents are nearly equal (distance
+        below 0.01). In fp32 on CUDA, PyTorch's own setting decides whether cuDNN uses TF32. A trunk with group
+        norm cannot be folded and stays unchanged.
         """
         if self.config.norm != "group":
             self.trunk = fold_batch_norms(self.trunk, precision).requires_grad_(False).eval()
         return self
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        """The trunk's five taps of latents [B, C, h, w] (see VGG16.taps)."""
+        """Return the trunk's five feature maps of latents [B, C, h, w] (see `VGG16.taps`)."""
         return self.trunk.taps(x)
 
     def forward(self, pred: Tensor, target: Tensor, spatial: bool = False) -> Tensor:
-        """Distance per sample. pred, target: scaled latents [B, C, h, w]. Returns [B] fp32, >= 0; [B, h, w]
-        if `spatial`. Raises UserError for latents of two shapes or that don't fit the trunk."""
+        """Return the distance per sample, [B] in fp32, or a map [B, h, w] with `spatial`.
+
+        `pred` and `target` are scaled latents [B, C, h, w]. Raises UserError when their shapes differ or do
+        not fit the trunk.
+        """
         if spatial or self.config.norm != "none":
             return super().forward(pred, target, spatial)
-        self._check(pred, target)
+        self._check_shapes(pred, target)
         self.trunk.check(pred)
-        measure = distance_with_gradient if torch.is_grad_enabled() and pred.requires_grad else _distance
+        compute = (
+            distance_with_gradient
+            if torch.is_grad_enabled() and pred.requires_grad
+            else _distance_without_gradient
+        )
         with _no_autocast(pred):
-            return measure(self.trunk.layers(), list(self.heads), pred, target)
+            return compute(self.trunk.layers(), list(self.heads), pred, target)
 
 
 class ELatentLPIPS(nn.Module):
-    """E over random T of d(T pred, T target): one T per sample and draw, the same for both inputs.
+    """E-LatentLPIPS: the distance d(T pred, T target) under random transforms T (Diffusion2GAN, section 3.2).
 
-    The expectation is meant to be taken by the training iterations, so one draw is the paper's choice;
-    `draws` > 1 averages several. `ensemble` and `l1` are weights of the distance itself and of mean |pred -
-    target|, both of the inputs as they are, added on top (SD-CFG-3: ensemble=1). `metric`: LatentLPIPS, or
-    any PerceptualDistance; `config`: the transforms, or just their families, such as "bgo".
+    Each sample gets its own transform, the same for both inputs. The paper draws one transform per sample and
+    lets the training iterations average; `draws` > 1 averages several per call. `ensemble` and `l1` are the
+    weights of two terms without transforms that are added: the distance itself and mean |pred - target|
+    (the paper's SD-CFG-3 uses ensemble=1). `metric` is a LatentLPIPS or another PerceptualDistance. `config`
+    is an AugmentConfig, or only its families of transforms, such as "bgo".
+
+    >>> import torch
+    >>> from latent_lpips.config import LPIPSConfig
+    >>> from latent_lpips.distance import LatentLPIPS
+    >>> metric = LatentLPIPS(LPIPSConfig(channels=4, width=1 / 16)).fold()
+    >>> loss = ELatentLPIPS(metric, "bgco", ensemble=1.0)
+    >>> pred, target = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    >>> loss(pred, target).shape
+    torch.Size([2])
+    >>> sorted(loss.parts(pred, target, generator=torch.Generator().manual_seed(0)))
+    ['e_latent_lpips', 'latent_lpips']
     """
 
     def __init__(
@@ -149,12 +193,12 @@ class ELatentLPIPS(nn.Module):
         l1: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("draws", draws, 1), ("ensemble", ensemble, 0), ("l1", l1, 0)):
-            if not value >= least:
-                raise SettingError(f"ELatentLPIPS: {name} is {value}, expected {least} or more")
+        for name, value, minimum in (("draws", draws, 1), ("ensemble", ensemble, 0), ("l1", l1, 0)):
+            if not value >= minimum:
+                raise SettingError(f"ELatentLPIPS: {name} is {value}, expected {minimum} or more")
         self.metric = metric
-        given = AugmentConfig() if config is None else config
-        self.augment = AugmentConfig(families=given) if isinstance(given, str) else given
+        config = AugmentConfig() if config is None else config
+        self.augment = AugmentConfig(families=config) if isinstance(config, str) else config
         self.draws, self.ensemble, self.l1 = draws, ensemble, l1
 
     def forward(
@@ -164,7 +208,7 @@ class ELatentLPIPS(nn.Module):
         generator: torch.Generator | None = None,
         transforms: Sequence[AugmentParams] | None = None,
     ) -> Tensor:
-        """Distance per sample, [B, C, h, w] -> [B] fp32, >= 0: the weighted sum of `parts`."""
+        """Return the loss per sample: [B, C, h, w] -> [B] in fp32, >= 0, the weighted sum of `parts`."""
         weights = {"e_latent_lpips": 1.0, "latent_lpips": self.ensemble, "l1": self.l1}
         parts = self.parts(pred, target, generator, transforms)
         return torch.stack([weights[name] * part for name, part in parts.items()]).sum(0)
@@ -176,42 +220,47 @@ class ELatentLPIPS(nn.Module):
         generator: torch.Generator | None = None,
         transforms: Sequence[AugmentParams] | None = None,
     ) -> dict[str, Tensor]:
-        """What the sum is made of, unweighted, [B] each: e_latent_lpips, and as asked for latent_lpips, l1.
+        """Return the unweighted terms by name, [B] each: e_latent_lpips, and latent_lpips and l1 if weighted.
 
-        `generator` may live on the CPU or on the latents' device; without one, torch's global state.
-        `transforms`: from `draw`, for a second look at them, or to stay in one graph under torch.compile,
-        which knows no generators.
+        `generator` may live on the CPU or on the latents' device; by default torch's global generator is used.
+        `transforms` come from `sample_transforms`. Pass them to reuse the same transforms, or to stay in one
+        graph under torch.compile, which does not support generators.
         """
         if transforms is None:
-            transforms = self.draw(pred, generator)
-        found = {"e_latent_lpips": torch.stack([self._under(t, pred, target) for t in transforms]).mean(0)}
+            transforms = self.sample_transforms(pred, generator)
+        distances = [self._transformed_distance(transform, pred, target) for transform in transforms]
+        terms = {"e_latent_lpips": torch.stack(distances).mean(0)}
         if self.ensemble:
-            found["latent_lpips"] = self.metric(pred, target)
+            terms["latent_lpips"] = self.metric(pred, target)
         if self.l1:
-            found["l1"] = (at_least_fp32(pred) - at_least_fp32(target)).abs().mean((1, 2, 3))
-        return found
+            terms["l1"] = (at_least_fp32(pred) - at_least_fp32(target)).abs().mean((1, 2, 3))
+        return terms
 
-    def draw(self, pred: Tensor, generator: torch.Generator | None = None) -> list[AugmentParams]:
-        """`draws` transforms of each sample of `pred` [B, C, h, w]; of no family, one is enough."""
+    def sample_transforms(
+        self, pred: Tensor, generator: torch.Generator | None = None
+    ) -> list[AugmentParams]:
+        """Sample `draws` transforms for each sample of `pred` [B, C, h, w]; only one if `families` is none."""
         size, draws = pred.shape[2:], self.draws if self.augment.letters else 1
         return [
             augment.sample_transforms(self.augment, len(pred), size, generator, pred.device)
             for _ in range(draws)
         ]
 
-    def _under(self, transform: AugmentParams, pred: Tensor, target: Tensor) -> Tensor:
+    def _transformed_distance(self, transform: AugmentParams, pred: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
             target = augment.apply_transforms(target, transform)
         distance: Tensor = self.metric(augment.apply_transforms(pred, transform), target)
         return distance
 
 
-def _distance(layers: Sequence[Any], heads: Sequence[Tensor], pred: Tensor, target: Tensor) -> Tensor:
+def _distance_without_gradient(
+    layers: Sequence[Any], heads: Sequence[Tensor], pred: Tensor, target: Tensor
+) -> Tensor:
     return layer_distances(layers, heads, pred, target).sum(1)
 
 
-def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps [B, 1, h, w] of another size with the same mean: enlarged bilinearly, shrunk by averaging."""
+def _resize_map(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps [B, 1, h, w] and keep their mean: bilinear upsampling, or average pooling."""
     if x.shape[2] > size[0] or x.shape[3] > size[1]:
         return F.adaptive_avg_pool2d(x, (size[0], size[1]))
     return F.interpolate(x, (size[0], size[1]), mode="bilinear")
@@ -221,18 +270,18 @@ def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _refuse_negative_heads(module: nn.Module, _: object) -> None:
-    """A distance with a negative weight can fall below 0 and be minimized without end."""
+def _check_heads(module: nn.Module, _: object) -> None:
+    """Reject negative head weights on loading: the distance could become negative and have no minimum."""
     assert isinstance(module, LatentLPIPS)
     require_nonnegative_heads(module.heads)
 
 
 def require_nonnegative_heads(heads: Sequence[Tensor] | nn.ParameterList, where: str = "LatentLPIPS") -> None:
-    """Raise UserError for a head [C] with a weight below 0 or not a number."""
+    """Raise UserError if a head [C] has a weight that is negative or NaN. `where` begins the message."""
     for layer, weight in enumerate(heads):
-        low = weight.min().item()
-        if not low >= 0:
+        lowest = weight.min().item()
+        if not lowest >= 0:
             raise UserError(
-                f"{where}: head {layer} holds the weight {low:.3g}, expected 0 or more, for a negative one "
-                "makes negative distances; calibrate again, with weights clamped at 0 after each step"
+                f"{where}: head {layer} holds the weight {lowest:.3g}, expected 0 or more, because a negative "
+                "weight makes negative distances; calibrate again and clamp the weights at 0 after each step"
             )

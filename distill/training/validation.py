@@ -110,7 +110,9 @@ def _rows(
     flat = target.flatten(1)
     values = [(drawn - target).square().flatten(1).mean(1), flat.amin(1), flat.amax(1)]
     if distance is not None:
-        transforms = [distance.draw(target[:1], generator(seed, _DRAWS, number)) for number in numbers]
+        transforms = [
+            distance.sample_transforms(target[:1], generator(seed, _DRAWS, number)) for number in numbers
+        ]
         joined = [_joined(of_one_draw) for of_one_draw in zip(*transforms, strict=True)]
         values.append(distance(drawn, target, transforms=joined))
     lines = torch.stack([torch.tensor(part, device=target.device), *values], 1).double().cpu()

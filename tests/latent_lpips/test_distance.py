@@ -210,7 +210,7 @@ def test_ensemble_and_l1_are_added_unaugmented(metric: LatentLPIPS) -> None:
 def test_transforms_can_be_drawn_first_and_looked_at(metric: LatentLPIPS) -> None:
     a, b = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
     loss = ELatentLPIPS(metric, draws=2)
-    transforms = loss.draw(a, rng(5))
+    transforms = loss.sample_transforms(a, rng(5))
     assert torch.equal(loss(a, b, transforms=transforms), loss(a, b, generator=rng(5)))
     still = [replace(t, letters="") for t in transforms]
     torch.testing.assert_close(loss(a, b, transforms=still), metric(a, b))
@@ -220,7 +220,7 @@ def test_compiles_in_one_graph_for_drawn_transforms(metric: LatentLPIPS, fresh_d
     """No break: nothing in the path reads a value on the host. Without transforms, draws are in the graph."""
     loss = ELatentLPIPS(copy.deepcopy(metric).fold(), ensemble=1.0, l1=1.0)
     a, b = latents(2, 4, 8, 8).requires_grad_(), latents(2, 4, 8, 8, seed=1)
-    transforms = loss.draw(a, rng(3))
+    transforms = loss.sample_transforms(a, rng(3))
     expected = loss(a, b, transforms=transforms)
     (slope,) = torch.autograd.grad(expected.sum(), a)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
