@@ -10,7 +10,7 @@ from torch import Tensor
 from d2g.core.config import digest
 from d2g.core.errors import SettingError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import EvalStream, generator
 from eval.caveats import notes
 from eval.measure.reference import Reference
 from eval.measure.required_networks import DREAMSIM, Networks
@@ -70,7 +70,12 @@ def summarise(
                 numbers.add(metric, value, interval.get("fid"))
         if "fid_infinity" in metrics:
             real = reference.stats["features"]
-            limit = frechet_infinity(fakes["features"].rows, real.mean, real.covariance, generator(seed, 4))
+            limit = frechet_infinity(
+                fakes["features"].rows,
+                real.mean,
+                real.covariance,
+                generator(seed, EvalStream.FRECHET_SUBSETS),
+            )
             numbers.add("fid_infinity", limit.value, around(limit.value, limit.standard_error))
         if "cmmd" in metrics:
             found = cmmd(fakes["cmmd"].rows, reference.stats["cmmd"].rows)
@@ -83,7 +88,9 @@ def summarise(
         net = networks.sets["features"]
         assert net.classifier is not None, "load_networks checked it"
         score = inception_score(
-            net.classifier(rows.values["features"]), generator(seed, 5), splits=protocol.is_splits
+            net.classifier(rows.values["features"]),
+            generator(seed, EvalStream.INCEPTION_SPLITS),
+            splits=protocol.is_splits,
         )
         numbers.add("is", score.mean, around(score.mean, score.standard_error) if score.splits > 1 else None)
         numbers.add("is_deviation", score.deviation)
@@ -143,7 +150,9 @@ def _neighbourhood(
     a, b = (stats.sample(protocol.pr_images, protocol.seed) for stats in (real, fake))
     if "kid" in metrics:
         subsets, size = protocol.kid_subsets, protocol.kid_subset_size
-        found = kernel_distance(b, a, generator(protocol.seed, 1), subsets=subsets, size=size)
+        found = kernel_distance(
+            b, a, generator(protocol.seed, EvalStream.KERNEL_SUBSETS), subsets=subsets, size=size
+        )
         numbers.add("kid", found.mean, around(found.mean, found.standard_error))
     if {"pr", "dc"} & set(metrics):
         by_k = {str(k): asdict(n) for k, n in precision_recalls(a, b, ks=protocol.neighbours).items()}

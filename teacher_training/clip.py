@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from d2g.core.config import to_json
 from d2g.core.errors import SettingError, UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.core.shuffle import permuted_batch
 from d2g.diffusion.latents import from_uint8
 from eval.metrics.clip_score import retrieval_top1
@@ -125,7 +125,7 @@ def train_clip(
     ids = {caption: number for number, caption in enumerate(sorted(set(captions)))}
     tokens = tokenize(list(ids))
     caption_ids = torch.tensor([ids[caption] for caption in captions])
-    order = torch.randperm(len(images), generator=generator(config.seed, 0xC11B))
+    order = torch.randperm(len(images), generator=generator(config.seed, Stream.CLIP_SPLIT))
     held = order[: max(1, min(config.held_out, len(images) // 10))]
     train = order[len(held) :]
     if len(train) < 2:

@@ -77,7 +77,7 @@ def gradients(
     for _ in range(2):  # twice: what the first step leaves behind must not show in the second
         optim.zero_grad(set_to_none=True)
         real, fake, noise, text = rows
-        with d.bare() as bare:
+        with d.bare_module() as bare:
             (3.0 * r1_penalty(bare, real[:1], noise[:1], text[:1])).backward()
         for part in range(accumulate):
             real, fake, noise, text = (x.chunk(accumulate)[part] for x in rows)
@@ -95,7 +95,7 @@ def gradients(
     optim.zero_grad(set_to_none=True)
     network.requires_grad_(False)
     x = rows[1].clone().requires_grad_()
-    out = torch.stack([v.float().mean() for v in d.frozen(x, rows[2], rows[3]).values()]).mean()
+    out = torch.stack([v.float().mean() for v in d.forward_frozen(x, rows[2], rows[3]).values()]).mean()
     (slope,) = torch.autograd.grad(out, x)
     assert all(p.grad is None for p in network.parameters())
     found["slope"] = torch.cat(process_group.gather(slope))

@@ -7,6 +7,7 @@ docs/pair-format.md gives outsiders the same arithmetic: change both or none.
 """
 
 from collections.abc import Iterable, Sequence
+from enum import IntEnum, unique
 from math import factorial, prod
 from operator import index as as_integer
 
@@ -27,6 +28,90 @@ LN2, PI = 0.6931471805599453, 3.141592653589793
 # |a| < pi / 4: as many Taylor terms as can change a float64.
 ATANH = [4 / (2 * k + 1) for k in range(1, 11)]
 SIN = [(-1) ** k / factorial(2 * k + 1) for k in range(1, 9)]
+
+
+@unique
+class Stream(IntEnum):
+    """Random streams: the integer after the seed in `generator(seed, stream, ...)`, one for each purpose.
+
+    The values are arbitrary but fixed: changing one changes the numbers of every run.
+    """
+
+    SHUFFLE = 0x5EED
+    """Order of the training pairs."""
+    DISCRIMINATOR_INIT = 0xD15C
+    """Initial weights of the discriminator's own layers."""
+    LORA_INIT = 0x10BA
+    """Initial weights of the adapters."""
+    DROPOUT = 0xD209
+    """Dropout masks of the student, by row."""
+    R1_NOISE = 0xA991
+    """Offsets of the approximate R1 penalty, by row."""
+    NOISE_AUGMENTATION = 0x2015E
+    """Noise that is added to the discriminator's inputs, by row, for real (0) and fake (1) rows."""
+    REAL_IMAGE_POSTERIOR = 0x2EA1
+    """Samples of the VAE posterior of real images, by image."""
+    REAL_IMAGE_NOISE = 0x2EA2
+    """Noise inputs of the discriminator that belong to real images, by image."""
+    VALIDATION_TRANSFORMS = 0x7A11D
+    """Augmentations of the validation distance, by pair."""
+    HELD_OUT_SPLIT = 0x5B117
+    """Which items are held out: latents in small LatentLPIPS training, images in `d2g lpips triplets`."""
+    LATENT_SHIFT = 0xA06
+    """Random translations of training latents, by images seen."""
+    CLASSIFIER_DROPOUT = 0xD50
+    """Dropout of the classifier on latents, by images seen."""
+    CROP = 0xC709
+    """Random crops of training images, by image and crop."""
+    CROP_POSTERIOR = 0x905E
+    """Samples of the VAE posterior of training crops, by image and crop."""
+    SYNTHETIC_TRIPLETS = 0x2AFC
+    """Distortions of synthetic triplets in small LatentLPIPS training, by chunk."""
+    TRIPLET_PATCH = 0x9A7C
+    """Place and size of the patches of `d2g lpips triplets`, by patch."""
+    TRIPLET_DISTORTION = 0x3A1
+    """Distortions of `d2g lpips triplets`, by patch and kind."""
+    SCALE_REFERENCES = 0x0DD5
+    """Which references set the scale of calibrated heads."""
+    OVERFIT_TRANSFORMS = 0x0F17
+    """Augmentations of `d2g lpips overfit`, by step."""
+    SCORE_BOOTSTRAP = 0xB007
+    """Bootstrap of `d2g lpips score`, by group of splits."""
+    CLIP_SPLIT = 0xC11B
+    """Which images are held out when a small CLIP is trained."""
+
+
+@unique
+class StepStream(IntEnum):
+    """Random streams of one training step: the last integer in `generator(seed, nimg, stream)`.
+
+    Each kind of draw has its own stream, so that switching one off does not change the others.
+    """
+
+    TRANSFORMS = 1
+    """Augmentations of the regression distance."""
+    MIX = 2
+    """Which fake rows are replaced by mismatched real rows."""
+    NOISE_LEVELS = 3
+    """Timesteps of the discriminator's inputs."""
+    PENALTY_ROWS = 4
+    """Rows of the batch that the single-sample R1 penalty uses."""
+
+
+@unique
+class EvalStream(IntEnum):
+    """Random streams of an evaluation: the last integer in `generator(seed, stream)`."""
+
+    KERNEL_SUBSETS = 1
+    """Subsets of the kernel distance."""
+    BOOTSTRAP_MEAN = 2
+    """Bootstrap of means over images."""
+    BOOTSTRAP_FRECHET = 3
+    """Bootstrap of the Frechet distance."""
+    FRECHET_SUBSETS = 4
+    """Subsets from which the Frechet distance is extrapolated to infinitely many images."""
+    INCEPTION_SPLITS = 5
+    """Splits of the inception score."""
 
 
 def checked_key(name: str, value: int) -> int:

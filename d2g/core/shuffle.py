@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from d2g.core.seeds import U64, checked_key, seed_sequence
+from d2g.core.seeds import Stream, U64, checked_key, seed_sequence
 
 I64 = NDArray[np.int64]
 
@@ -61,7 +61,7 @@ def _shuffled(keys: U64, size: I64, x: I64, tweak: U64) -> I64:
 
 @lru_cache(maxsize=16)
 def _keys(seed: int, purpose: int) -> U64:
-    return seed_sequence(seed, 0x5EED, purpose).generate_state(ROUNDS, np.uint64).astype(np.uint64)
+    return seed_sequence(seed, Stream.SHUFFLE, purpose).generate_state(ROUNDS, np.uint64).astype(np.uint64)
 
 
 def _arguments(seed: int, epoch: ArrayLike, size: int, positions: ArrayLike) -> tuple[int, U64, I64]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError
-from d2g.core.seeds import generator, noise
+from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.schedule import diffuse
 from distill.config.components import DiscriminatorConfig
@@ -75,7 +75,7 @@ class Noiser:
         stream 0: real rows, 1: fake ones."""
         if not self.active:
             return None
-        return noise(generator(self.seed, 0x2015E, stream).initial_seed(), rows, shape)
+        return noise(generator(self.seed, Stream.NOISE_AUGMENTATION, stream).initial_seed(), rows, shape)
 
     def __call__(self, x: Tensor, t: Tensor | None, eps: Tensor | None) -> Tensor:
         """x [B, C, h, w] at levels t [B] with this noise; x itself where there is none."""

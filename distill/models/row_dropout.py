@@ -8,14 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 
 WORD, ODD = 2**32, 0x45D9F3B
 
 
 def row_keys(seed: int, rows: Iterable[int]) -> Tensor:
     """What the masks of the rows of these numbers depend on: [B] int64 on the CPU, each of 32 bits."""
-    return torch.tensor([generator(seed, 0xD209, row).initial_seed() % WORD for row in rows])
+    return torch.tensor([generator(seed, Stream.DROPOUT, row).initial_seed() % WORD for row in rows])
 
 
 class RowDropout(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import SettingError
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.lora import TARGETS, add_lora
@@ -172,7 +172,7 @@ def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Stud
                 f"student.lora_rank is {config.lora_rank}, but the network has no attention to adapt; set it "
                 "to 0"
             )
-        add_lora(student.unet, config.lora_rank, config.alpha, generator(seed, 0x10BA))
+        add_lora(student.unet, config.lora_rank, config.alpha, generator(seed, Stream.LORA_INIT))
     if config.guidance_conditioning and not student.guided:
         assert student.reads_text, "check_teacher comes first"
         add_guidance_embedding(student.unet)

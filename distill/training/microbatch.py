@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.distributed import process_group
-from d2g.core.seeds import generator, noise
+from d2g.core.seeds import StepStream, Stream, generator, noise
 from d2g.diffusion.text_encoders import Conditioning
 from distill.config.components import Penalty
 from distill.config.run import DistillConfig
@@ -72,10 +72,12 @@ def sample_step_randomness(
     gan = config.stage == "gan"
     single = gan and config.gan.active_penalty == "single"
     return StepRandomness(
-        transforms=regression.draw(size, shape, generator(config.seed, nimg, 1)),
-        mix=torch.rand(size, generator=generator(config.seed, nimg, 2)),
-        levels=levels(size, generator(config.seed, nimg, 3)) if gan else None,
-        penalised=drawn_rows(size, config.gan.r1_rows, generator(config.seed, nimg, 4)) if single else [],
+        transforms=regression.draw(size, shape, generator(config.seed, nimg, StepStream.TRANSFORMS)),
+        mix=torch.rand(size, generator=generator(config.seed, nimg, StepStream.MIX)),
+        levels=levels(size, generator(config.seed, nimg, StepStream.NOISE_LEVELS)) if gan else None,
+        penalised=drawn_rows(size, config.gan.r1_rows, generator(config.seed, nimg, StepStream.PENALTY_ROWS))
+        if single
+        else [],
         nimg=nimg,
     )
 
@@ -99,7 +101,7 @@ def split(
     text = encode(batch.prompts)
     approx = config.stage == "gan" and gan.active_penalty == "approx"
     fraction = gan.mix_fraction if config.stage == "gan" else 0.0
-    moves = generator(config.seed, 0xA991).initial_seed()
+    moves = generator(config.seed, Stream.R1_NOISE).initial_seed()
     found = []
     for start in range(0, local, size):
         here, there = slice(start, start + size), slice(first + start, first + start + size)

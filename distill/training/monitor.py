@@ -119,7 +119,7 @@ class Watching:
     @torch.no_grad()
     def _draw(self, noise: Tensor, prompts: Sequence[str], *told: Tensor) -> Tensor:
         with self.autocast():
-            latents: Tensor = self.state.student.frozen(
+            latents: Tensor = self.state.student.forward_frozen(
                 noise, self.encode(prompts), *(t.to(self.device) for t in told)
             )
         return latents

@@ -6,7 +6,7 @@ from math import floor
 import torch
 from torch import Tensor
 
-from d2g.core.seeds import generator, noise
+from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
 from d2g.diffusion.text_encoders import Conditioning, Text
@@ -44,11 +44,14 @@ class RealRows:
             return shown
         where = [n - rows.start for n in rows if floor((n + 1) * self.fraction) > floor(n * self.fraction)]
         pixels, captions = self.images.batch(self.seed, first, last - first)
-        streams = [generator(self.seed, 0x2EA1, number, device=self.device) for number in range(first, last)]
+        streams = [
+            generator(self.seed, Stream.REAL_IMAGE_POSTERIOR, number, device=self.device)
+            for number in range(first, last)
+        ]
         with torch.no_grad():
             parts = [slice(start, start + AT_ONCE) for start in range(0, len(streams), AT_ONCE)]
             x = torch.cat([encode(self.vae, pixels[p].to(self.device), streams[p]) for p in parts])
-        stream = generator(self.seed, 0x2EA2).initial_seed()
+        stream = generator(self.seed, Stream.REAL_IMAGE_NOISE).initial_seed()
         z = noise(stream, range(first, last), (x.shape[1], x.shape[2], x.shape[3])).to(self.device)
         at = torch.tensor(where, device=self.device)
         return DiscriminatorInput(

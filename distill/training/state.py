@@ -13,7 +13,7 @@ from d2g.core.distributed import process_group, sharded_checkpoint
 from d2g.core.distributed.checkpoint import Checkpoint
 from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
 from distill.models.ema import EMA
@@ -86,7 +86,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
     discriminator: DistributedModule | None = None
     optim_d: torch.optim.Optimizer | None = None
     if config.stage == "gan":
-        rng = generator(config.seed, 0xD15C)
+        rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)
         discriminator = _spread(
             config,
             device,

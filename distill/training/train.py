@@ -173,7 +173,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                     "approx",
                 )  # a pass of its own, differentiated twice
                 if apart and step % gan.penalty_interval == 0:
-                    with discriminator.bare() as judge:
+                    with discriminator.bare_module() as judge:
                         for real, fake, weight in penalised(micros, draws, gan.active_penalty):
                             value, found = penalty(gan, judge, real, fake)
                             (weight * value).backward()
@@ -212,14 +212,14 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
                     loss_g, found = regression(latents, micro.real, micro.transforms)
                     if discriminator is not None:
                         with autocast():
-                            verdict = discriminator.frozen(
+                            verdict = discriminator.forward_frozen(
                                 noised(latents, micro.t, micro.eps[1]), micro.noise, micro.text, micro.t
                             )
                             rival = None
                             if gan.loss == "rpgan":
                                 with torch.no_grad():
                                     s = micro.d_real
-                                    rival = discriminator.frozen(s.x, s.noise, s.text, s.t)
+                                    rival = discriminator.forward_frozen(s.x, s.noise, s.text, s.t)
                         seen.add(number, student=verdict)
                         found["loss/g_gan"] = generator_loss(verdict, gan.loss, gan.head_reduction, rival)
                         loss_g = loss_g + gan.weight * found["loss/g_gan"]

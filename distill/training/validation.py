@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2g.core.distributed import process_group
 from d2g.core.distributed.engine import local
 from d2g.core.errors import SettingError
-from d2g.core.seeds import generator, noise
+from d2g.core.seeds import Stream, generator, noise
 from latent_lpips.augment import AugmentParams
 from latent_lpips.distance import ELatentLPIPS
 from pairgen.store.concat import scales
@@ -27,8 +27,6 @@ every rank, of the noise of (seed, 0) to (seed, N - 1). To be called on every ra
 
 Validate = Callable[[Drawn, int], dict[str, float]]
 """What else to measure, from the commands: (the student, images seen) -> values named `val/...`."""
-
-_DRAWS = 0x7A11D  # the stream of the transforms below
 
 
 def held_out(pairs: int, count: int) -> range:
@@ -111,7 +109,8 @@ def _rows(
     values = [(drawn - target).square().flatten(1).mean(1), flat.amin(1), flat.amax(1)]
     if distance is not None:
         transforms = [
-            distance.sample_transforms(target[:1], generator(seed, _DRAWS, number)) for number in numbers
+            distance.sample_transforms(target[:1], generator(seed, Stream.VALIDATION_TRANSFORMS, number))
+            for number in numbers
         ]
         joined = [_joined(of_one_draw) for of_one_draw in zip(*transforms, strict=True)]
         values.append(distance(drawn, target, transforms=joined))

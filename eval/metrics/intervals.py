@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import EvalStream, generator
 from eval.metrics.feature_stats import FeatureStats
 from eval.metrics.frechet import frechet_standard_error, frechet_to
 
@@ -34,7 +34,7 @@ def mean_interval(name: str, values: Tensor, resamples: int, seed: int) -> dict[
     """Percentile interval of the mean of `values` [N] over bootstrap resamples (Efron & Tibshirani 1993)."""
     if resamples == 0:
         return {}
-    stream = generator(seed, 2)
+    stream = generator(seed, EvalStream.BOOTSTRAP_MEAN)
     draws = (torch.randint(len(values), (len(values),), generator=stream) for _ in range(resamples))
     means = [values[rows].mean().item() for rows in draws]
     return {name: [float(q) for q in np.percentile(means, [2.5, 97.5])]}
@@ -61,7 +61,7 @@ def frechet_interval(
         return {"fid": list(around(estimate, frechet_standard_error(rows, real.mean, real.covariance)))}
     # 20 resamples give the deviation to about 16 %, and at 2048 features each takes a second.
     resamples = min(resamples, 20) if fake.dim > 512 else resamples
-    distance, stream = frechet_to(real.mean, real.covariance), generator(seed, 3)
+    distance, stream = frechet_to(real.mean, real.covariance), generator(seed, EvalStream.BOOTSTRAP_FRECHET)
     distances = []
     for i in range(resamples):
         distances.append(distance(rows[torch.randint(len(rows), (len(rows),), generator=stream)]))

@@ -15,7 +15,7 @@ from d2g.core.config import digest, to_json
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
@@ -217,7 +217,7 @@ def _references(config: HeadsConfig, part: JudgmentSplit, vae: Any, device: torc
     """Latents of references in an order of their own: neighbors in a split may show one picture."""
     if len(part) < 2:
         raise UserError(f"{part.name} holds one judgment; expected two or more to set the scale")
-    order = torch.randperm(len(part), generator=generator(0, 0x0DD5))
+    order = torch.randperm(len(part), generator=generator(0, Stream.SCALE_REFERENCES))
     rows = order[:SCALE_IMAGES].tolist()
     found = image_batches(part, config.patch.load, config.patch.batch, rows)
     return torch.cat([encode_patches(pixels[0], config.patch, vae, device) for pixels in found])

@@ -15,7 +15,7 @@ from d2g.core.config import digest, to_json
 from d2g.core.distributed import checkpoint, process_group
 from d2g.core.errors import Interrupted, SettingError, UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.core.shuffle import permuted_batch
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.run_directory import RunLog, peak_memory_gib
@@ -130,7 +130,7 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
             x = shift_latents(next(batches), config, nimg, part)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate_factor(config.schedule, nimg / total)
-            rng = generator(config.seed, 0xD50, nimg)
+            rng = generator(config.seed, Stream.CLASSIFIER_DROPOUT, nimg)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 logits = classify_in_training(model, x, rng, config.batch, part)
             loss = F.cross_entropy(logits.float(), train.labels[rows].to(device))
@@ -212,7 +212,7 @@ def shift_latents(x: Tensor, config: ClassifyConfig, nimg: int, part: slice) -> 
         return x
     moves = AugmentConfig(families="b", flip=False, quarter_turns=False, integer_shift=config.shift)
     drawn = augment.sample_transforms(
-        moves, config.batch, x.shape[2:], generator(config.seed, 0xA06, nimg), x.device
+        moves, config.batch, x.shape[2:], generator(config.seed, Stream.LATENT_SHIFT, nimg), x.device
     )
     return augment.apply_transforms(x, augment.select_transforms(drawn, part))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.diffusion.latents import encode, from_uint8, latent_space
 from latent_lpips.training.config import ClassifyConfig
 from latent_lpips.training.crops import center_crop_resized, random_crop
@@ -67,7 +67,7 @@ class CropEncoder:
         image, config = self.pictures.open(item.row), self.config
         if item.crop < 0:
             return center_crop_resized(image, config.size)
-        rng = generator(config.seed, 0xC709, item.row, item.crop)
+        rng = generator(config.seed, Stream.CROP, item.row, item.crop)
         return random_crop(image, config.size, config.area, config.mirror, rng)
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class CropEncoder:
     def _encoded(self, items: Sequence[CropItem], pixels: Sequence[Tensor]) -> Tensor:
         rngs = None
         if self.config.posterior == "sample" and items[0].crop >= 0:
-            rngs = [generator(self.config.seed, 0x905E, *item) for item in items]
+            rngs = [generator(self.config.seed, Stream.CROP_POSTERIOR, *item) for item in items]
         return encode(self.vae, from_uint8(torch.stack(list(pixels)).to(self.device)), rngs)
 
     def stream(self, plan: Iterable[Sequence[CropItem]]) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from d2g.core.config import to_json
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, encode, from_uint8, to_uint8
@@ -73,7 +73,7 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
                 counts[part][kind] += 1
                 continue
             ref = cut_patch(pictures, row, i, config) if ref is None else ref
-            rng = generator(config.seed, 0x3A1, i, number)
+            rng = generator(config.seed, Stream.TRIPLET_DISTORTION, i, number)
             if (made := make_triplet(ref, distort[kind], config.ratio, rng)) is None:
                 left_out += 1
                 continue
@@ -157,7 +157,7 @@ def cut_patch(pictures: LabeledImages, row: int, number: int, config: TripletsCo
     """Patch `number`, from picture `row`: a square of a random place and size, at least config.size where
     the picture has it. uint8 [3, size, size]."""
     image = pictures.open(row)
-    rng = generator(config.seed, 0x9A7C, number)
+    rng = generator(config.seed, Stream.TRIPLET_PATCH, number)
     short = min(image.size)
     least = min(config.size, short)
     side = least + int(torch.randint(short - least + 1, (), generator=rng))
@@ -167,7 +167,7 @@ def cut_patch(pictures: LabeledImages, row: int, number: int, config: TripletsCo
 
 def _held(config: TripletsConfig, pictures: int) -> set[int]:
     """Pictures whose patches go to val/. Raises UserError where nothing would be left in train/."""
-    order = torch.randperm(pictures, generator=generator(config.seed, 0x5B117)).tolist()
+    order = torch.randperm(pictures, generator=generator(config.seed, Stream.HELD_OUT_SPLIT)).tolist()
     held = max(1, round(config.val * pictures)) if config.val else 0
     if held >= pictures:
         raise UserError(f"{config.data}: {pictures} pictures, {held} for val/; give more, or set val=0")

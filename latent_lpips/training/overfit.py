@@ -19,7 +19,7 @@ from d2g.core.distributed import checkpoint
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.png import grid, save_png
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator, noise
+from d2g.core.seeds import Stream, generator, noise
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.run_directory import RunLog, read_stats
 from d2g.diffusion import pretrained
@@ -136,7 +136,7 @@ def _one(
     with StopFlag() as stop:
         while step < config.steps:
             # Each picture is an experiment of its own: Adam treats every number alone, and so does the sum.
-            distance = loss_of(x, target, generator=generator(config.seed, 0x0F17, step))
+            distance = loss_of(x, target, generator=generator(config.seed, Stream.OVERFIT_TRANSFORMS, step))
             loss = distance.sum()
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(

@@ -17,7 +17,7 @@ from d2g.core.config import to_json
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from latent_lpips import weights
 from latent_lpips.lpips import PixelLPIPS
@@ -188,7 +188,7 @@ def bootstrap_intervals(
         return {}
     draws: dict[str, list[float]] = {}
     for number, splits in enumerate(_sharing(pictures)):
-        rng = generator(seed, 0xB007, number)
+        rng = generator(seed, Stream.SCORE_BOOTSTRAP, number)
         shown = torch.cat([pictures[split] for split in splits]).unique()
         rows = {split: _Clusters(pictures[split], shown) for split in splits}
         for _ in range(resamples):

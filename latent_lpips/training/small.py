@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.core.shuffle import permuted_batch
 from latent_lpips import augment
 from latent_lpips.config import (
@@ -70,7 +70,7 @@ def split_rows(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"got {count} samples, expected at least 2, some of which are held out; give more data"
         )
-    order = torch.randperm(count, generator=generator(seed, 0x5B117))
+    order = torch.randperm(count, generator=generator(seed, Stream.HELD_OUT_SPLIT))
     held = min(max(1, round(count * held_out)), count - 1)
     return order[held:], order[:held]
 
@@ -104,7 +104,7 @@ def train_trunk(
             rows = train[permuted_batch(seed, len(train), seen, config.batch)]
             x, y = latents[rows].to(device).float(), targets[rows].to(device)
             params = augment.sample_transforms(
-                shift, len(x), x.shape[2:], generator(seed, 0xA06, seen), device
+                shift, len(x), x.shape[2:], generator(seed, Stream.LATENT_SHIFT, seen), device
             )
             loss = _classification_loss(model(augment.apply_transforms(x, params)), y)
             if not math.isfinite(loss.item()):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import generator
+from d2g.core.seeds import Stream, generator
 from d2g.diffusion.latents import from_uint8
 
 IMAGES_PER_GENERATOR = 64
@@ -62,7 +62,7 @@ def synthetic_triplets(
     parts: dict[str, list[Tensor]] = {"ref": [], "p0": [], "p1": [], "judge": []}
     for start in range(0, len(images), IMAGES_PER_GENERATOR):
         pixels = from_uint8(images[start : start + IMAGES_PER_GENERATOR])
-        rng = generator(seed, 0x2AFC, start)
+        rng = generator(seed, Stream.SYNTHETIC_TRIPLETS, start)
         strengths = _strengths(len(pixels), rng)
         kinds = torch.randint(len(DISTORTIONS), (len(pixels),), generator=rng)
         parts["judge"].append((strengths[1] < strengths[0]).float())

@@ -114,7 +114,7 @@ def test_eager_inside_bare_compiled_outside(folder: Path) -> None:
     real, _, noise, text = batch()
     for name, value in compiled(real, noise, text).items():
         torch.testing.assert_close(value, network(real, noise, text)[name])
-    with compiled.bare() as bare:
+    with compiled.bare_module() as bare:
         r1_penalty(bare, real[:1], noise[:1], text[:1]).backward()
     found = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()

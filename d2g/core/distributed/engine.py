@@ -62,11 +62,11 @@ class DistributedModule:
                 if device.type == "cpu" and process_group.world_size() > 2:
                     self.call.register_comm_hook(None, process_group.average_in_order)
         self.compiled = bool(compile_backend)
-        self.alone: Callable[..., Any] = module
+        self.local_call: Callable[..., Any] = module
         if compile_backend:
-            self.alone = torch.compile(module, backend=compile_backend)
+            self.local_call = torch.compile(module, backend=compile_backend)
             self.call = (
-                self.alone if self.call is module else torch.compile(self.call, backend=compile_backend)
+                self.local_call if self.call is module else torch.compile(self.call, backend=compile_backend)
             )
 
     def __call__(self, *args: Any) -> Any:
@@ -107,9 +107,9 @@ class DistributedModule:
         with inside:
             yield
 
-    def frozen(self, *args: Any) -> Any:
+    def forward_frozen(self, *args: Any) -> Any:
         """A forward pass that trains nothing, while no parameter asks for a gradient: DDP stays out of it."""
-        return self.alone(*args)
+        return self.local_call(*args)
 
     @property
     def wrapper(self) -> nn.Module:
@@ -119,7 +119,7 @@ class DistributedModule:
         return inner
 
     @contextmanager
-    def bare(self) -> Iterator[nn.Module]:
+    def bare_module(self) -> Iterator[nn.Module]:
         """The network for passes whose gradient is differentiated again: eager, unwrapped, with attention
         that has a second derivative (method.md "Second derivative of attention"), also where activations are
         computed again.
