@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from d2g.core.seeds import Stream, U64, checked_key, seed_sequence
+from d2g.core.seeds import U64, Stream, checked_key, seed_sequence
 
 I64 = NDArray[np.int64]
 
