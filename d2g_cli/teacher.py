@@ -23,7 +23,8 @@ def teacher_train(
 ) -> None:
     """Train a small Stable-Diffusion-shaped teacher on captioned pictures."""
     from miniature.registration import register_scenes
-    from teacher_training.train import TEACHER_PRESETS, train_teacher
+    from teacher_training.config import TEACHER_PRESETS
+    from teacher_training.train import train_teacher
 
     register_scenes()
     config = chosen(TEACHER_PRESETS, preset or "scenes", {"data": data, "seed": seed}, sets)

@@ -1,37 +1,16 @@
 """A small AutoencoderKL, f = 8 like Stable Diffusion's, trained on pixels alone."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2g.core.errors import SettingError
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.pretrained import new_vae
-from teacher_training.loop import FitConfig, fit_modules
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AutoencoderConfig:
-    """Shape and training of the VAE. The number of channel entries fixes the downscaling: 2^(entries - 1)."""
-
-    channels: tuple[int, ...] = (16, 32, 64, 64)
-    latent_channels: int = 8
-    kl_weight: float = 3e-5  # per latent element, against a mean absolute pixel error
-    square_weight: float = 10.0  # of the squared error, beside the absolute one
-    edge_weight: float = 0.5  # of the error of pixel differences, which keeps edges sharp
-    fit: FitConfig = field(
-        default_factory=lambda: FitConfig(
-            images=70_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995
-        )
-    )
-
-    def __post_init__(self) -> None:
-        if len(self.channels) < 2 or any(c % 8 for c in self.channels):
-            raise SettingError(f"vae.channels is {self.channels}; expected two or more multiples of 8")
+from teacher_training.config import AutoencoderConfig
+from teacher_training.loop import fit_modules
 
 
 def build_autoencoder(config: AutoencoderConfig, size: int) -> Any:

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.core.config import to_json
-from d2g.core.errors import SettingError, UserError
+from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
 from d2g.core.shuffle import permuted_batch
 from d2g.diffusion.latents import from_uint8
 from eval.metrics.clip_score import retrieval_top1
 from eval.networks.registry import clip_tokenizer, new_clip, save_clip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClipConfig:
-    """A ViT and a text transformer, and how to train them."""
-
-    image_size: int = 64
-    patch: int = 8
-    width: int = 128
-    layers: int = 4
-    text_width: int = 96
-    text_layers: int = 3
-    context: int = 32
-    embed: int = 128
-    head: int = 32
-    images: int = 2_000_000
-    """Training images, repeats counted."""
-    minutes: float = 0.0
-    """Stop after so long, with the learning rate at zero by then; 0: no limit."""
-    batch_size: int = 256
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    warmup_images: int = 50_000
-    held_out: int = 1000
-    """Images, at most a tenth, kept from training for the retrieval score."""
-    candidates: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch or self.width % self.head or self.text_width % self.head:
-            raise SettingError(
-                f"patch must divide image_size and head both widths, got {self.patch}, {self.image_size}, "
-                f"{self.head}, {self.width}, {self.text_width}"
-            )
-        if min(self.images, self.batch_size - 1, self.held_out, self.candidates - 1) < 1 or self.minutes < 0:
-            raise SettingError(
-                "a CLIP needs images >= 1, batch_size >= 2, held_out >= 1, candidates >= 2 and minutes >= 0"
-            )
+from teacher_training.config import ClipConfig
 
 
 def model_config(config: ClipConfig, vocabulary: int, eos: int) -> dict[str, Any]:

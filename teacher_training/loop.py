@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,30 +16,9 @@ from d2g.core.shuffle import permuted_batch
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.run_directory import RunLog
 from distill.models.ema import EMA
+from teacher_training.config import FitConfig
 
 LossFn = Callable[[list[int], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitConfig:
-    """Length and optimizer of one training. `images`: total over all ranks; `batch_size`: per step over all
-    ranks.
-    """
-
-    images: int
-    batch_size: int
-    lr: float
-    warmup_images: int = 5_000
-    weight_decay: float = 0.01
-    ema: float = 0.999
-    clip_norm: float = 1.0
-    checkpoint_minutes: float = 3.0
-
-    def __post_init__(self) -> None:
-        if self.images < 1 or self.batch_size < 1 or self.lr <= 0:
-            raise SettingError(
-                f"images, batch_size and lr must be positive, got {self.images}, {self.batch_size}, {self.lr}"
-            )
 
 
 def cosine_learning_rate(nimg: int, config: FitConfig) -> float:

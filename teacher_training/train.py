@@ -4,7 +4,7 @@ LatentLPIPS, CLIP.
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import pick, to_json
 from d2g.core.distributed import process_group
-from d2g.core.errors import SettingError
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import encode, from_uint8
@@ -29,37 +28,14 @@ from d2g.diffusion.pretrained import (
 )
 from latent_lpips import weights as lpips_weights
 from latent_lpips.config import LPIPS_PRESETS as LPIPS_PRESETS
-from latent_lpips.config import LPIPSTrainConfig
 from latent_lpips.training.small import train_latent_lpips
-from teacher_training.autoencoder import AutoencoderConfig, train_autoencoder
-from teacher_training.clip import ClipConfig, train_clip
+from teacher_training.autoencoder import train_autoencoder
+from teacher_training.clip import train_clip
+from teacher_training.config import TeacherConfig
 from teacher_training.data import cached_images
-from teacher_training.loop import FitConfig
-from teacher_training.unet import DenoiserConfig, build_denoiser, train_denoiser
+from teacher_training.unet import build_denoiser, train_denoiser
 
 TEACHER_STAGES = ("data", "vae", "unet", "lpips", "clip")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherConfig:
-    """What to train a teacher on, and each piece's shape and length."""
-
-    data: str = "scenes"
-    size: int = 64
-    images: int = 40_000  # at most this many pictures
-    seed: int = 1
-    caption_template: str = "a photo of a {}"
-    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    unet: DenoiserConfig = field(default_factory=DenoiserConfig)
-    lpips: LPIPSTrainConfig = LPIPS_PRESETS["small"]
-    clip: ClipConfig = field(default_factory=ClipConfig)
-
-    def __post_init__(self) -> None:
-        step = 2 ** (len(self.vae.channels) - 1) * 2 ** (len(self.unet.channels) - 1)
-        if self.size % step:
-            raise SettingError(
-                f"size is {self.size}; expected a multiple of {step}, the VAE's and UNet's downscaling"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,30 +165,3 @@ def _train_clip(
 
 
 _TRAIN = {"vae": _train_vae, "unet": _train_unet, "lpips": _train_lpips, "clip": _train_clip}
-
-TEACHER_PRESETS = {
-    # what the shipped miniature was trained with; its scores stand in weights/teacher/meta.json
-    "scenes": TeacherConfig(
-        lpips=replace(LPIPS_PRESETS["small"], trunk=replace(LPIPS_PRESETS["small"].trunk, images=50_000)),
-        clip=ClipConfig(patch=16, batch_size=128, images=400_000, minutes=7.0, warmup_images=5_000),
-    ),
-    # 28x28 garments at 32 px in a 4x8x8 latent space (f = 4); results: docs/LOG.md
-    "fashion": TeacherConfig(
-        size=32,
-        images=60_000,
-        vae=AutoencoderConfig(
-            channels=(16, 32, 64),
-            latent_channels=4,
-            fit=FitConfig(images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
-        ),
-        unet=DenoiserConfig(
-            channels=(64, 96),
-            text_layers=1,
-            max_length=12,
-            fit=FitConfig(images=110_000, batch_size=64, lr=1.5e-3, weight_decay=0.0, ema=0.998),
-        ),
-        lpips=replace(LPIPS_PRESETS["small"], trunk=replace(LPIPS_PRESETS["small"].trunk, images=40_000)),
-        clip=ClipConfig(image_size=32, batch_size=128, images=200_000, minutes=7.0, warmup_images=5_000),
-    ),
-}
-"""Presets of `d2g teacher train`."""

@@ -1,46 +1,16 @@
 """The miniature's text encoder and UNet, trained together on epsilon prediction with caption dropout."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2g.core.errors import SettingError
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.pretrained import TextEncoder, new_text_encoder, new_unet
 from d2g.diffusion.schedule import Schedule, diffuse
-from teacher_training.loop import FitConfig, fit_modules
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DenoiserConfig:
-    """Shape and training of text encoder and UNet. Both train together, as in latent diffusion before
-    CLIP.
-    """
-
-    channels: tuple[int, ...] = (64, 96)
-    layers_per_block: int = 1
-    heads: int = 4
-    text_width: int = 96
-    text_layers: int = 3
-    vocab_size: int = 512
-    max_length: int = 24
-    caption_dropout: float = 0.1
-    min_snr_gamma: float = 5.0  # Hang et al. 2023: epsilon loss weighted by min(SNR, gamma) / SNR
-    fit: FitConfig = field(
-        default_factory=lambda: FitConfig(
-            images=500_000, batch_size=64, lr=1.5e-3, warmup_images=10_000, weight_decay=0.0, ema=0.9993
-        )
-    )
-
-    def __post_init__(self) -> None:
-        if any(c % 8 for c in self.channels) or not 0 <= self.caption_dropout < 1:
-            raise SettingError(
-                f"unet.channels {self.channels} must be multiples of 8 "
-                f"and caption_dropout {self.caption_dropout} in [0, 1)"
-            )
+from teacher_training.config import DenoiserConfig
+from teacher_training.loop import fit_modules
 
 
 def build_denoiser(

@@ -31,6 +31,14 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     return table[name]
 
 
+class Presets(dict[str, T]):
+    """Configs by name, each with a line for `--help`: `Presets({"small": ("Minutes on a CPU", config)})`."""
+
+    def __init__(self, entries: Mapping[str, tuple[str, T]]) -> None:
+        super().__init__({name: config for name, (_, config) in entries.items()})
+        self.about = {name: about for name, (about, _) in entries.items()}
+
+
 def setting(default: T, meaning: str, *, source: str = "", recipe: bool = False) -> T:
     """A config field with its documentation. `d2g settings` and docs/settings are generated from it.
 

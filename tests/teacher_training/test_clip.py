@@ -14,7 +14,8 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import generator
 from eval.metrics.clip_score import clip_scores, retrieval_top1
 from eval.networks.registry import FEATURES, load_clip
-from teacher_training.clip import ClipConfig, contrastive_loss, train_clip
+from teacher_training.clip import contrastive_loss, train_clip
+from teacher_training.config import ClipConfig
 
 COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (240, 240, 240)}
 TINY = ClipConfig(
@@ -151,5 +152,5 @@ def test_bad_clip_sources_are_named(tmp_path: Path, tokenizer: Path) -> None:
         train_clip(*colored(20), tmp_path, tmp_path / "out", TINY)
     with pytest.raises(UserError, match="expected as many captions as images"):
         train_clip(colored(20)[0], ["a"], tokenizer, tmp_path / "out", TINY)
-    with pytest.raises(SettingError, match="patch must divide image_size"):
+    with pytest.raises(SettingError, match="patch is 7; expected a divisor of image_size, 64"):
         ClipConfig(patch=7)

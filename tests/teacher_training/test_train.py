@@ -21,12 +21,16 @@ from eval.networks.registry import load_clip
 from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
 from latent_lpips.weights import load_lpips
 from miniature.registration import register_scenes
-from teacher_training.autoencoder import AutoencoderConfig
-from teacher_training.clip import ClipConfig
+from teacher_training.config import (
+    TEACHER_PRESETS,
+    AutoencoderConfig,
+    ClipConfig,
+    DenoiserConfig,
+    FitConfig,
+    TeacherConfig,
+)
 from teacher_training.data import captioned_images, register_data
-from teacher_training.loop import FitConfig
-from teacher_training.train import TEACHER_PRESETS, TeacherConfig, train_teacher
-from teacher_training.unet import DenoiserConfig
+from teacher_training.train import train_teacher
 
 SIZE = 16
 CONFIG = TeacherConfig(

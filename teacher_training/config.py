@@ -1,0 +1,186 @@
+"""Settings of `d2g teacher train` and their presets."""
+
+from dataclasses import dataclass, replace
+
+from d2g.core.config import Presets, require, setting
+from d2g.core.errors import SettingError
+from latent_lpips.config import LPIPS_PRESETS, LPIPSTrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitConfig:
+    """Length and optimizer (AdamW) of one training. Images count over all ranks."""
+
+    images: int = setting(500_000, "Training images, repeats included")
+    batch_size: int = setting(64, "Images per step, over all ranks")
+    lr: float = setting(1.5e-3, "Peak learning rate; it falls to 0 along a cosine")
+    warmup_images: int = setting(5_000, "Images over which the learning rate rises linearly")
+    weight_decay: float = setting(0.01, "Weight decay")
+    ema: float = setting(0.999, "Decay per step of the weight average")
+    clip_norm: float = setting(1.0, "Largest gradient norm")
+    checkpoint_minutes: float = setting(3.0, "Minutes between checkpoints")
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            images=(self.images >= 1, "1 or more"),
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            lr=(self.lr > 0, "a positive number"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderConfig:
+    """Shape and training of the VAE. The number of levels fixes the downscaling: 2^(levels - 1)."""
+
+    channels: tuple[int, ...] = setting((16, 32, 64, 64), "Channels of each level", recipe=True)
+    latent_channels: int = setting(8, "Channels of the latents", recipe=True)
+    kl_weight: float = setting(3e-5, "Weight of the KL term per latent element")
+    square_weight: float = setting(10.0, "Weight of the squared pixel error, beside the absolute one")
+    edge_weight: float = setting(0.5, "Weight of the error of pixel differences, which keeps edges sharp")
+    fit: FitConfig = setting(
+        FitConfig(images=70_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
+        "Length and optimizer",
+    )
+
+    def __post_init__(self) -> None:
+        multiples = len(self.channels) >= 2 and all(c % 8 == 0 for c in self.channels)
+        require(self, channels=(multiples, "two or more multiples of 8"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiserConfig:
+    """Shape and training of the text encoder and the UNet, which are trained together."""
+
+    channels: tuple[int, ...] = setting((64, 96), "Channels of each level of the UNet", recipe=True)
+    layers_per_block: int = setting(1, "Layers per block of the UNet")
+    heads: int = setting(4, "Attention heads of the UNet")
+    text_width: int = setting(96, "Width of the text encoder")
+    text_layers: int = setting(3, "Layers of the text encoder")
+    vocab_size: int = setting(512, "Tokens of the tokenizer")
+    max_length: int = setting(24, "Largest number of tokens of a caption")
+    caption_dropout: float = setting(0.1, "Share of captions replaced by the empty one, for guidance")
+    min_snr_gamma: float = setting(
+        5.0, "The epsilon loss is weighted by min(SNR, gamma) / SNR", source="Hang et al. 2023"
+    )
+    fit: FitConfig = setting(
+        FitConfig(
+            images=500_000, batch_size=64, lr=1.5e-3, warmup_images=10_000, weight_decay=0.0, ema=0.9993
+        ),
+        "Length and optimizer",
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            channels=(all(c % 8 == 0 for c in self.channels), "multiples of 8"),
+            caption_dropout=(0 <= self.caption_dropout < 1, "0 up to below 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipConfig:
+    """Shape and training of a small CLIP: a ViT and a text transformer."""
+
+    image_size: int = setting(64, "Side of the images in pixels; a teacher's CLIP takes the teacher's size")
+    patch: int = setting(8, "Side of a ViT patch in pixels, a divisor of image_size")
+    width: int = setting(128, "Width of the ViT")
+    layers: int = setting(4, "Layers of the ViT")
+    text_width: int = setting(96, "Width of the text transformer")
+    text_layers: int = setting(3, "Layers of the text transformer")
+    context: int = setting(32, "Largest number of tokens of a text")
+    embed: int = setting(128, "Dimensions of the joint embedding")
+    head: int = setting(32, "Width of an attention head, a divisor of both widths")
+    images: int = setting(2_000_000, "Training images, repeats included")
+    minutes: float = setting(
+        0.0, "Stop after this many minutes, with the learning rate at zero by then; 0: no limit"
+    )
+    batch_size: int = setting(256, "Pairs of image and caption per step")
+    lr: float = setting(1e-3, "Peak learning rate")
+    weight_decay: float = setting(0.1, "Weight decay")
+    warmup_images: int = setting(50_000, "Images over which the learning rate rises linearly")
+    held_out: int = setting(1000, "Images held out for the retrieval score, at most a tenth of all")
+    candidates: int = setting(100, "Captions among which the retrieval score chooses")
+    seed: int = setting(0, "Seed of everything random")
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            patch=(self.image_size % self.patch == 0, f"a divisor of image_size, {self.image_size}"),
+            head=(
+                self.width % self.head == 0 and self.text_width % self.head == 0,
+                f"a divisor of width, {self.width}, and text_width, {self.text_width}",
+            ),
+            images=(self.images >= 1, "1 or more"),
+            batch_size=(self.batch_size >= 2, "2 or more"),
+            held_out=(self.held_out >= 1, "1 or more"),
+            candidates=(self.candidates >= 2, "2 or more"),
+            minutes=(self.minutes >= 0, "0 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """Training data of a teacher, and shape and training of each of its components."""
+
+    data: str = setting("scenes", "scenes, an image folder, or image-parquet (option --data)", recipe=True)
+    size: int = setting(64, "Side of the images in pixels", recipe=True)
+    images: int = setting(40_000, "Number of images to use, at most", recipe=True)
+    seed: int = setting(1, "Seed of everything random (option --seed)")
+    caption_template: str = setting(
+        "a photo of a {}", "Caption of an image whose class name is all that is known"
+    )
+    vae: AutoencoderConfig = setting(AutoencoderConfig(), "The autoencoder")
+    unet: DenoiserConfig = setting(DenoiserConfig(), "The text encoder and the UNet")
+    lpips: LPIPSTrainConfig = setting(LPIPS_PRESETS["small"], "LatentLPIPS in the latent space of the VAE")
+    clip: ClipConfig = setting(ClipConfig(), "CLIP, for evaluations")
+
+    def __post_init__(self) -> None:
+        step = 2 ** (len(self.vae.channels) - 1) * 2 ** (len(self.unet.channels) - 1)
+        if self.size % step:
+            raise SettingError(
+                f"size is {self.size}; expected a multiple of {step}, the VAE's and UNet's downscaling"
+            )
+
+
+def _lpips(images: int) -> LPIPSTrainConfig:
+    small = LPIPS_PRESETS["small"]
+    return replace(small, trunk=replace(small.trunk, images=images))
+
+
+TEACHER_PRESETS = Presets(
+    {
+        # The shipped miniature was trained with this; its scores are in weights/teacher/meta.json.
+        "scenes": (
+            "Rendered scenes at 64 px: the shipped miniature teacher",
+            TeacherConfig(
+                lpips=_lpips(50_000),
+                clip=ClipConfig(patch=16, batch_size=128, images=400_000, minutes=7.0, warmup_images=5_000),
+            ),
+        ),
+        # Latents of 4 x 8 x 8 (f = 4). Results: docs/LOG.md
+        "fashion": (
+            "28 x 28 garments enlarged to 32 px",
+            TeacherConfig(
+                size=32,
+                images=60_000,
+                vae=AutoencoderConfig(
+                    channels=(16, 32, 64),
+                    latent_channels=4,
+                    fit=FitConfig(images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
+                ),
+                unet=DenoiserConfig(
+                    channels=(64, 96),
+                    text_layers=1,
+                    max_length=12,
+                    fit=FitConfig(images=110_000, batch_size=64, lr=1.5e-3, weight_decay=0.0, ema=0.998),
+                ),
+                lpips=_lpips(40_000),
+                clip=ClipConfig(
+                    image_size=32, batch_size=128, images=200_000, minutes=7.0, warmup_images=5_000
+                ),
+            ),
+        ),
+    }
+)
+"""Presets of `d2g teacher train`."""
