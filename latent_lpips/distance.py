@@ -90,8 +90,8 @@ class LatentLPIPS(PerceptualDistance):
 
     New heads have weight 1 (uncalibrated); `latent_lpips.load_lpips` loads trained ones. After `fold`, which
     `load_lpips` calls, the distance and its gradient are computed together, a few rows at a time
-    (latent_lpips/fused.py): the trunk's features are not stored, and memory does not grow with the batch. This
-    path supports one derivative; `layers` and `spatial` use autograd.
+    (latent_lpips/fused.py): the trunk's features are not stored, and memory does not grow with the batch.
+    This path supports one derivative; `layers` and `spatial` use autograd.
 
     >>> import torch
     >>> from latent_lpips.config import LPIPSConfig
@@ -133,8 +133,8 @@ class LatentLPIPS(PerceptualDistance):
 
         `precision="bf16"` halves the time again; `"auto"` uses bf16 where the hardware supports it. Distances
         then agree to 1 % and gradients to a cosine of 0.999, unless the latents are nearly equal (distance
-        below 0.01). In fp32 on CUDA, PyTorch's own setting decides whether cuDNN uses TF32. A trunk with group
-        norm cannot be folded and stays unchanged.
+        below 0.01). In fp32 on CUDA, PyTorch's own setting decides whether cuDNN uses TF32. A trunk with
+        group norm cannot be folded and stays unchanged.
         """
         if self.config.norm != "group":
             self.trunk = fold_batch_norms(self.trunk, precision).requires_grad_(False).eval()
@@ -222,7 +222,7 @@ class ELatentLPIPS(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the unweighted terms by name, [B] each: e_latent_lpips, and latent_lpips and l1 if weighted.
 
-        `generator` may live on the CPU or on the latents' device; by default torch's global generator is used.
+        `generator` may live on the CPU or on the latents' device; the default is torch's global generator.
         `transforms` come from `sample_transforms`. Pass them to reuse the same transforms, or to stay in one
         graph under torch.compile, which does not support generators.
         """
@@ -239,7 +239,7 @@ class ELatentLPIPS(nn.Module):
     def sample_transforms(
         self, pred: Tensor, generator: torch.Generator | None = None
     ) -> list[AugmentParams]:
-        """Sample `draws` transforms for each sample of `pred` [B, C, h, w]; only one if `families` is none."""
+        """Sample `draws` transforms for each sample of `pred` [B, C, h, w]; one if `families` is none."""
         size, draws = pred.shape[2:], self.draws if self.augment.letters else 1
         return [
             augment.sample_transforms(self.augment, len(pred), size, generator, pred.device)
@@ -282,6 +282,7 @@ def require_nonnegative_heads(heads: Sequence[Tensor] | nn.ParameterList, where:
         lowest = weight.min().item()
         if not lowest >= 0:
             raise UserError(
-                f"{where}: head {layer} holds the weight {lowest:.3g}, expected 0 or more, because a negative "
-                "weight makes negative distances; calibrate again and clamp the weights at 0 after each step"
+                f"{where}: head {layer} holds the weight {lowest:.3g}, expected 0 or more, because a "
+                "negative weight makes negative distances; calibrate again and clamp the weights at 0 "
+                "after each step"
             )

@@ -1,8 +1,8 @@
-"""The distance of a frozen trunk, and its gradient, in one sweep without autograd's graph.
+"""The distance of a frozen trunk and its gradient, computed together without autograd's graph.
 
-A sample's distance depends on that sample alone, so what the backward pass brings is one number per sample,
-times a gradient that the forward pass can compute at once. The sweep does so for a few rows at a time and
-forgets the rest: memory does not grow with the batch, and nothing waits on the GPU for the backward pass.
+The distance of a sample depends on that sample only. The backward pass therefore contributes one factor per
+sample, and the forward pass can already compute the gradient. It does so for a few rows at a time and drops
+the features: memory does not grow with the batch, and no features wait on the GPU for the backward pass.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from latent_lpips.vgg import ConvLayer
 
 NORM_EPS = 1e-8
 CPU_POSITIONS, GPU_POSITIONS = 2**13, 2**16
-"""Latent positions per sweep: a CPU is busy with two latents of 64x64 (180 MB in fp32), a GPU with 16."""
+"""Latent positions per chunk: two latents of 64x64 (180 MB in fp32) keep a CPU busy, 16 a GPU."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """At least fp32: squares and sums of features in bf16 would lose the small differences."""
+    """Convert to fp32 unless it is fp64: squares and sums of bf16 features would lose small differences."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def normalize_features(features: Tensor) -> Tensor:
-    """Features [B, C, h, w] -> unit length over C at every position, fp32 (fp64 stays).
+    """Normalize features [B, C, h, w] to unit length over C at every position, in fp32 (fp64 stays).
 
-    The epsilon stands inside the root: outside it, the gradient at all-zero features would be 0/0.
+    The epsilon is inside the square root, because the gradient at all-zero features would otherwise be 0/0.
     """
     return _unit(features)[0]
 
@@ -35,10 +35,10 @@ def normalize_features(features: Tensor) -> Tensor:
 def layer_distances(
     layers: Sequence[ConvLayer], heads: Sequence[Tensor], pred: Tensor, target: Tensor
 ) -> Tensor:
-    """The taps' shares of the distance between latents [B, C, h, w]: [B, taps], without a gradient."""
+    """Return each layer's contribution to the distance of latents [B, C, h, w]: [B, layers], no gradient."""
     parts = []
     with torch.no_grad():
-        for p, t in _rows(pred, target):
+        for p, t in _row_chunks(pred, target):
             taps = zip(_taps(layers, p), _taps(layers, t), heads, strict=True)
             means = [
                 ((normalize_features(f) - normalize_features(g)).square().mean((2, 3)), w) for f, g, w in taps
@@ -50,16 +50,16 @@ def layer_distances(
 def distance_with_gradient(
     layers: Sequence[ConvLayer], heads: Sequence[Tensor], pred: Tensor, target: Tensor
 ) -> Tensor:
-    """The distance [B] of latents [B, C, h, w]; its backward pass reaches `pred`."""
+    """Return the distance [B] of latents [B, C, h, w]. Gradients flow to `pred`."""
     with torch.no_grad():
-        parts = [_sweep(layers, heads, p, t) for p, t in _rows(pred, target)]
+        parts = [_distance_and_gradient(layers, heads, p, t) for p, t in _row_chunks(pred, target)]
         distance, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
-    attached: Tensor = _Attach.apply(pred, distance, gradient.to(pred.dtype))
-    return attached
+    result: Tensor = _AttachGradient.apply(pred, distance, gradient.to(pred.dtype))
+    return result
 
 
-class _Attach(torch.autograd.Function):
-    """Give a distance [B] the gradient that is known already."""
+class _AttachGradient(torch.autograd.Function):
+    """Attach a precomputed gradient [B, C, h, w] to a distance [B]."""
 
     @staticmethod
     def forward(ctx: Any, pred: Tensor, distance: Tensor, gradient: Tensor) -> Tensor:
@@ -67,56 +67,58 @@ class _Attach(torch.autograd.Function):
         return distance.clone()
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
-        # A constant here would silently drop the second derivative.
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        # The stored gradient is a constant: a second derivative would silently be zero.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "LatentLPIPS' fast path has no second derivative (create_graph=True); "
                 "use metric.layers(pred, target).sum(1), which goes through autograd"
             )
         (gradient,) = ctx.saved_tensors
-        return incoming.to(gradient.dtype)[:, None, None, None] * gradient, None, None
+        return grad_output.to(gradient.dtype)[:, None, None, None] * gradient, None, None
 
 
-def _rows(pred: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Both inputs in sweeps of as many rows as the device has use for."""
+def _row_chunks(pred: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Split both inputs into chunks of as many rows as keep the device busy."""
     positions = CPU_POSITIONS if pred.device.type == "cpu" else GPU_POSITIONS
     rows = max(1, positions // (pred.shape[2] * pred.shape[3]))
     return list(zip(pred.split(rows), target.split(rows), strict=True))
 
 
 class LayerRecord(NamedTuple):
-    """What the way back needs of a layer: a byte per feature in place of the feature."""
+    """What the backward pass needs from a layer: one byte per feature instead of the feature."""
 
-    positive: Tensor  # [b, C, h, w] bool, after the pool if there is one
-    size: tuple[int, int]  # of its features before the pool
-    indices: Tensor | None  # of its pool
+    positive: Tensor  # [b, C, h, w] bool: where ReLU is active, after the pool if the layer has one
+    size: tuple[int, int]  # (h, w) of the features before the pool
+    indices: Tensor | None  # argmax positions of the pool
 
 
-def _sweep(
+def _distance_and_gradient(
     layers: Sequence[ConvLayer], heads: Sequence[Tensor], pred: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Distance [b] and its gradient with respect to `pred` [b, C, h, w]."""
-    trail: list[LayerRecord] = []
-    fixed, moving = _taps(layers, target), _taps(layers, pred, trail)
-    terms = [_term(f, g, w) for f, g, w in zip(moving, fixed, heads, strict=True)]
-    distance, slopes = torch.stack([term for term, _ in terms]).sum(0), [slope for _, slope in terms]
-    del fixed, moving, terms
-    low = layers[-1].weight.dtype  # for the whole way back: rounding a gradient flips no ReLU
-    gradient = torch.zeros_like(slopes[-1])
+    """Return the distance [b] and its gradient with respect to `pred` [b, C, h, w]."""
+    # Forward: the distance, and its gradient with respect to each tapped feature map.
+    records: list[LayerRecord] = []
+    target_taps, pred_taps = _taps(layers, target), _taps(layers, pred, records)
+    terms = [_layer_term(f, g, w) for f, g, w in zip(pred_taps, target_taps, heads, strict=True)]
+    distance, tap_gradients = torch.stack([term for term, _ in terms]).sum(0), [slope for _, slope in terms]
+    del target_taps, pred_taps, terms
+    # Backward through the convolutions, all in the last layer's type: rounding a gradient flips no ReLU.
+    dtype = layers[-1].weight.dtype
+    gradient = torch.zeros_like(tap_gradients[-1])
     for layer in reversed(layers):
         if layer.tap:
-            gradient = gradient + slopes.pop()
-        step = trail.pop()
-        gradient = gradient.to(low).mul_(step.positive)
-        if step.indices is not None:
-            gradient = _unpool(gradient, step.indices, step.size)
-        gradient = F.conv_transpose2d(gradient, layer.weight.to(low), padding=1)
+            gradient = gradient + tap_gradients.pop()
+        record = records.pop()
+        gradient = gradient.to(dtype).mul_(record.positive)
+        if record.indices is not None:
+            gradient = _unpool(gradient, record.indices, record.size)
+        gradient = F.conv_transpose2d(gradient, layer.weight.to(dtype), padding=1)
     return distance, gradient
 
 
-def _taps(layers: Sequence[ConvLayer], x: Tensor, trail: list[LayerRecord] | None = None) -> list[Tensor]:
-    """The trunk's taps; into `trail`, its steps."""
+def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | None = None) -> list[Tensor]:
+    """Return the trunk's tapped feature maps, and append a record of every layer to `records`."""
     x = x.contiguous(memory_format=torch.channels_last)
     taps = []
     for layer in layers:
@@ -124,35 +126,37 @@ def _taps(layers: Sequence[ConvLayer], x: Tensor, trail: list[LayerRecord] | Non
         size, indices = (x.shape[2], x.shape[3]), None
         if layer.pool:
             x, indices = F.max_pool2d(x, 2, return_indices=True)
-        if trail is not None:
-            trail.append(LayerRecord(x.bool(), size, indices))
+        if records is not None:
+            records.append(LayerRecord(x.bool(), size, indices))
         if layer.tap:
             taps.append(x)
     return taps
 
 
 def _unpool(gradient: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
-    """Gradients [b, C, h / 2, w / 2] to where the maxima were in [b, C, h, w]. PyTorch's own two ways refuse
-    to run under its deterministic algorithms."""
+    """Scatter gradients [b, C, h / 2, w / 2] to the positions of the maxima in [b, C, h, w].
+
+    PyTorch's own max-unpooling and max-pool backward fail under deterministic algorithms.
+    """
     flat = gradient.new_zeros((*gradient.shape[:2], size[0] * size[1]))
     flat.scatter_(2, indices.flatten(2), gradient.flatten(2))
     placed: Tensor = flat.unflatten(2, size).contiguous(memory_format=torch.channels_last)
     return placed
 
 
-def _term(f: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """One tap's share [b] = mean over positions of w . (unit f - unit g)^2, and its gradient by f."""
+def _layer_term(f: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean over positions of w . (unit f - unit g)^2, [b], and its gradient with respect to f."""
     unit, scale = _unit(f)
     difference = unit - _unit(g)[0]
     slope = difference * weight.to(unit.dtype)[:, None, None]
-    share = (slope * difference).sum(1).mean((1, 2))
+    term = (slope * difference).sum(1).mean((1, 2))
     slope = slope * (2 / (f.shape[2] * f.shape[3]))
     # d unit / d f = scale (1 - unit unit^T), with the epsilon in scale.
-    return share, (slope - unit * (unit * slope).sum(1, keepdim=True)) * scale
+    return term, (slope - unit * (unit * slope).sum(1, keepdim=True)) * scale
 
 
 def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit features, and the factor that made them so [B, 1, h, w]."""
+    """Return unit features and the factor [B, 1, h, w] that normalizes them."""
     features = at_least_fp32(features)
     scale = (features.square().sum(1, keepdim=True) + NORM_EPS).rsqrt()
     return features * scale, scale

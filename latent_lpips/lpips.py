@@ -1,4 +1,4 @@
-"""LPIPS in pixels (Zhang et al. 2018) behind the interface of LatentLPIPS; with a decoder, of latents."""
+"""LPIPS (Zhang et al. 2018) of images, or of latents through a decoder, with the interface of LatentLPIPS."""
 
 import warnings
 from collections.abc import Callable
@@ -17,10 +17,11 @@ LPIPS_NETS = ("vgg", "alex", "squeeze")
 
 
 class PixelLPIPS(PerceptualDistance):
-    """LPIPS v0.1 of images [B, 3, H, W] in [-1, 1]; with `decode`, of what it makes of its inputs.
+    """LPIPS v0.1 of images [B, 3, H, W] in [-1, 1], or of latents that `decode` turns into images.
 
-    Networks and heads come from the package lpips (BSD-2; trunks of torchvision, BSD-3), the distance is
-    PerceptualDistance's: equal to theirs to 1e-5, with finite gradients at all-zero features.
+    Networks and heads come from the package lpips (BSD-2; its trunks are torchvision's, BSD-3). The distance
+    is computed by PerceptualDistance: it equals the package's to 1e-5 and has finite gradients at all-zero
+    features.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class PixelLPIPS(PerceptualDistance):
         decode: Callable[[Tensor], Tensor] | None = None,
         resize: int | None = None,
     ) -> None:
-        """`weights`: a local state dict of torchvision's vgg16, alexnet or squeezenet1_1; None: PyTorch's hub
-        folder, filled by download. `pretrained=False` leaves the trunk random, for tests and timings.
-        `decode`: scaled latents -> pixels, say `partial(d2g.diffusion.latents.decode, vae)` with a frozen VAE.
-        `resize`: side in pixels that images are enlarged to, bilinearly (224 for CIFAR in DMD's practice).
+        """Build the network `net`.
 
-        Raises SettingError for an unknown `net`, UserError for weights that are missing or another network's.
+        `weights` is a local state dict of torchvision's vgg16, alexnet or squeezenet1_1; by default it is
+        downloaded to PyTorch's hub folder. `pretrained=False` leaves the trunk random, for tests and timings.
+        `decode` maps scaled latents to pixels, for example `partial(d2g.diffusion.latents.decode, vae)` with
+        a frozen VAE. `resize` is the side in pixels to which images are resized bilinearly (DMD uses 224 for
+        CIFAR). Raises SettingError for an unknown `net`, and UserError for weights that are missing or belong
+        to another network.
         """
         super().__init__()
         if net not in LPIPS_NETS:
@@ -45,7 +48,7 @@ class PixelLPIPS(PerceptualDistance):
             raise SettingError(f"PixelLPIPS: resize is {resize}, expected a positive number of pixels")
         published = _published(net, download=pretrained and weights is None)
         if weights is not None:
-            _fill(published.net, Path(weights), net)
+            _load_torchvision(published.net, Path(weights), net)
         self.trunk, self.scaling = published.net, published.scaling_layer
         self.heads = nn.ParameterList(lin.model[-1].weight.detach().flatten() for lin in published.lins)
         require_nonnegative_heads(self.heads, f"LPIPS {net}")
@@ -55,7 +58,7 @@ class PixelLPIPS(PerceptualDistance):
         self.train()
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        """The trunk's feature maps, 5 (squeeze: 7), of images, or of inputs to the decoder."""
+        """Return the trunk's feature maps, 5 (squeeze: 7), of images or of the decoder's inputs."""
         pixels = self.decode(x) if self.decode is not None else x.float()
         if pixels.dim() != 4 or pixels.shape[1] != 3:
             raise UserError(f"LPIPS got pixels of shape {tuple(pixels.shape)}, expected [B, 3, H, W]")
@@ -65,11 +68,11 @@ class PixelLPIPS(PerceptualDistance):
 
 
 def _published(net: str, download: bool) -> Any:
-    """The package's network with its heads, its trunk pretrained or random."""
+    """Build the package's network with its heads; the trunk is pretrained or random."""
     import lpips
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it passes torchvision an argument of old
+        warnings.simplefilter("ignore")  # the package passes a deprecated argument to torchvision
         try:
             return lpips.LPIPS(net=net, pnet_rand=not download, verbose=False)
         except (URLError, OSError) as error:
@@ -79,18 +82,17 @@ def _published(net: str, download: bool) -> Any:
             ) from error
 
 
-def _fill(trunk: nn.Module, file: Path, net: str) -> None:
-    """Torchvision's tensors into the package's slices: features.3.weight is slice2.3.weight there."""
-    own = trunk.state_dict()
+def _load_torchvision(trunk: nn.Module, file: Path, net: str) -> None:
+    """Load torchvision's tensors into the package's slices, which call features.3.weight slice2.3.weight."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        found = {name: state[f"features.{name.partition('.')[2]}"] for name in own}
-        trunk.load_state_dict(found)
+        names = trunk.state_dict()
+        trunk.load_state_dict({name: state[f"features.{name.partition('.')[2]}"] for name in names})
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file, expected torchvision's weights of {net}") from error
     except Exception as error:  # on damaged bytes the unpickler raises almost anything
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{file} is not torchvision's state dict of {net} ({first}); give the file that torchvision "
+            f"{file} is not torchvision's state dict of {net} ({reason}); give the file that torchvision "
             "publishes"
         ) from error

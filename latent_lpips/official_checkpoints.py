@@ -1,9 +1,9 @@
-"""The authors' own checkpoints of LatentLPIPS (package elatentlpips, github.com/mingukkang/elatentlpips).
+"""Reads the authors' checkpoints of LatentLPIPS (package elatentlpips, github.com/mingukkang/elatentlpips).
 
-Two forms. A trunk, `SPACE_latent_vgg16.pth.tar`: its `state_dict` holds `[module.]model.features.N…`
-and the classifier. A calibrated distance, `SPACE_latest_vgg16_tuned.pth`: `net.sliceK.N…`,
-`linL.model.1.weight` and its copy `lins.L.model.1.weight`. Only these names and shapes are known here; no
-code is shared.
+There are two forms. A trunk, `SPACE_latent_vgg16.pth.tar`, has a `state_dict` with
+`[module.]model.features.N…` and the classifier. A calibrated distance, `SPACE_latest_vgg16_tuned.pth`, has `net.sliceK.N…`,
+`linL.model.1.weight` and a copy of it, `lins.L.model.1.weight`. This file knows their names and shapes; it
+shares no code with the package.
 """
 
 import hashlib
@@ -25,7 +25,10 @@ from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
 
 CHECKPOINT_SUFFIXES = (".pth", ".tar")
 WEIGHTS_LICENSE = "CC-BY-NC-4.0"
-LICENSE_NOTICE = f"{{file}}: weights of the authors of elatentlpips, license {WEIGHTS_LICENSE}: for non-commercial use only"
+LICENSE_NOTICE = (
+    f"{{file}}: weights of the authors of elatentlpips, license {WEIGHTS_LICENSE}: "
+    "for non-commercial use only"
+)
 OFFICIAL_SPACES: Mapping[str, LatentSpace] = MappingProxyType(
     {
         "sd15": LatentSpace(channels=4, downscale=8, scale=0.18215),
@@ -35,46 +38,48 @@ OFFICIAL_SPACES: Mapping[str, LatentSpace] = MappingProxyType(
         "flux": LatentSpace(channels=16, downscale=8, scale=0.3611, shift=0.1159),
     }
 )
-"""The latent spaces that the authors published weights for, under the names that their files begin with."""
+"""Latent spaces with published weights, by the prefix of the files' names."""
 
 
 def read_official_checkpoint(
     path: str | Path, space: str | None = None
 ) -> tuple[LatentLPIPS, dict[str, Any]]:
-    """The metric of either form, not folded, fp32 on the CPU, and its facts for `weights.save`.
+    """Load either form: returns the metric (not folded, fp32, on the CPU) and its metadata for `save_lpips`.
 
-    A trunk alone has heads of 1: the uncalibrated distance. `space` is a name of SPACES; None: the one that
-    the file's name begins with, if any. Nothing but tensors and plain values is unpickled. Prints the
-    license on stderr. Raises UserError for damaged, unsafe, incomplete or unknown files, for another latent
-    space than `space`, and for negative heads; SettingError for an unknown space.
+    A trunk alone gets heads of weight 1 (uncalibrated). `space` is a name of OFFICIAL_SPACES; by default it
+    is read from the prefix of the file's name, if there is one. Only tensors and plain values are unpickled.
+    Prints the license on stderr. Raises UserError for damaged, unsafe, incomplete or unknown files, for a
+    file of another latent space than `space`, and for negative heads; SettingError for an unknown space.
     """
     path = Path(path)
     if space is not None and space not in OFFICIAL_SPACES:
         raise SettingError(f"latent space {space!r} is unknown, expected one of {', '.join(OFFICIAL_SPACES)}")
+    # Translate the names of either form to ours.
     content = _unpickle(path)
-    tuned = "state_dict" not in content
-    state = _tuned(content, path) if tuned else _trunk(content["state_dict"], path)
+    calibrated = "state_dict" not in content
+    state = _calibrated_state(content, path) if calibrated else _trunk_state(content["state_dict"], path)
+    # Complete the state: heads of a trunk, and counters that files of old torch versions lack (eval mode
+    # does not read them).
     metric = LatentLPIPS(_network(state, path))
     expected = metric.state_dict()
-    if not tuned:
+    if not calibrated:
         state |= {key: value for key, value in expected.items() if key.startswith("heads.")}
-    # Files of old torch lack these counters, and nothing reads them in eval mode.
     state |= {
         key: v for key, v in expected.items() if key.endswith("num_batches_tracked") and key not in state
     }
     check_state_dict(state, expected, path, "VGG16-BN")
     require_nonnegative_heads([state[key] for key in sorted(state) if key.startswith("heads.")], str(path))
     metric.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
-    facts = _facts(path, tuned, _space(path, space, metric.config.channels))
+    metadata = _metadata(path, calibrated, _space(path, space, metric.config.channels))
     if process_group.rank() == 0:
         print(LICENSE_NOTICE.format(file=path.name), file=sys.stderr)
-    return metric, facts
+    return metric, metadata
 
 
 def check_state_dict(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, authority: str
 ) -> None:
-    """Raise UserError unless names and shapes are the expected ones; `authority` says whose they are."""
+    """Raise UserError unless `state` has the names and shapes of `expected`, which come from `authority`."""
     for key in sorted(set(state) ^ set(expected)):
         what = "lacks" if key in expected else "has the unknown"
         raise UserError(f"{file}: {what} tensor {key.removeprefix('trunk.')!r}; copy the file again")
@@ -93,43 +98,43 @@ def _unpickle(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, expected an elatentlpips checkpoint") from error
     except Exception as error:  # on damaged bytes the unpickler raises almost anything
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: not a checkpoint of tensors alone ({first}); fetch it again, and don't open files that "
-            "need more than that"
+            f"{path}: not a checkpoint of tensors alone ({reason}); fetch it again, and don't open files "
+            "that need more than that"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     return content
 
 
-def _trunk(state: Any, path: Path) -> dict[str, Tensor]:
-    """Our names for a classifier's state; the classifier itself is left out."""
-    found: dict[str, Tensor] = {}
+def _trunk_state(state: Any, path: Path) -> dict[str, Tensor]:
+    """Return a trunk's state under our names, without the classifier's layers."""
+    renamed: dict[str, Tensor] = {}
     for key, value in _tensors(state, path).items():
         name = key.removeprefix("module.").removeprefix("model.")
         if not name.startswith("classifier."):
-            found[f"trunk.{name}"] = value
-    return found
+            renamed[f"trunk.{name}"] = value
+    return renamed
 
 
-def _tuned(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Our names for a calibrated distance's state. The copies of its heads must be copies."""
-    found: dict[str, Tensor] = {}
+def _calibrated_state(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return a calibrated distance's state under our names. Raises UserError if its two heads differ."""
+    renamed: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for key, value in _tensors(state, path).items():
         if match := re.fullmatch(r"net\.slice\d+\.(\d+\..+)", key):
-            found[f"trunk.features.{match[1]}"] = value
+            renamed[f"trunk.features.{match[1]}"] = value
         elif match := re.fullmatch(r"(lin|lins\.)(\d+)\.model\.1\.weight", key):
-            (found if match[1] == "lin" else copies)[f"heads.{match[2]}"] = value.flatten()
+            (renamed if match[1] == "lin" else copies)[f"heads.{match[2]}"] = value.flatten()
         else:
-            found[key] = value  # refused by name in `check`
+            renamed[key] = value  # `check_state_dict` rejects it by name
     for key, value in copies.items():
-        if key not in found or not torch.equal(found[key], value):
+        if key not in renamed or not torch.equal(renamed[key], value):
             raise UserError(
                 f"{path}: lins and lin differ in {key.replace('heads.', 'head ')}; fetch it again"
             )
-    return found
+    return renamed
 
 
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
@@ -148,8 +153,8 @@ def _network(state: Mapping[str, Tensor], path: Path) -> LPIPSConfig:
     return LPIPSConfig(channels=first.shape[1], width=first.shape[0] / 64)
 
 
-def _space(path: Path, given: str | None, channels: int) -> str | None:
-    name = given or next((name for name in OFFICIAL_SPACES if path.name.startswith(f"{name}_")), None)
+def _space(path: Path, space: str | None, channels: int) -> str | None:
+    name = space or next((name for name in OFFICIAL_SPACES if path.name.startswith(f"{name}_")), None)
     if name is not None and OFFICIAL_SPACES[name].channels != channels:
         raise UserError(
             f"{path}: takes latents of {channels} channels, {name} has {OFFICIAL_SPACES[name].channels}; "
@@ -158,12 +163,12 @@ def _space(path: Path, given: str | None, channels: int) -> str | None:
     return name
 
 
-def _facts(path: Path, calibrated: bool, space: str | None) -> dict[str, Any]:
+def _metadata(path: Path, calibrated: bool, space: str | None) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "source": f"elatentlpips, {path.name}",
         "sha256": digest.hexdigest(),
         "license": WEIGHTS_LICENSE,
@@ -171,5 +176,5 @@ def _facts(path: Path, calibrated: bool, space: str | None) -> dict[str, Any]:
     }
     if space is not None:
         scale, shift = OFFICIAL_SPACES[space].scale, OFFICIAL_SPACES[space].shift
-        facts |= {"latent_space": space, "scaling_factor": scale, "shift_factor": shift}
-    return facts
+        metadata |= {"latent_space": space, "scaling_factor": scale, "shift_factor": shift}
+    return metadata

@@ -1,4 +1,4 @@
-"""VGG16 for latents: torchvision's layout and parameter names, without the first three max-pools."""
+"""VGG16 for latents: torchvision's layout and parameter names without the first three max-pools."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,17 +10,18 @@ from d2g.core.errors import UserError
 from latent_lpips.config import LPIPSConfig, Precision
 
 MIN_LATENT_SIZE = 4
-"""Positions per side: two poolings must leave at least one."""
+"""Smallest side of a latent in positions: two poolings must leave at least one."""
 CONVS_PER_STAGE = (2, 2, 3, 3, 3)
 POOLED_STAGES = (3, 4)
 MAX_NORM_GROUPS = 32
 FP32_CONVS = 5
-"""A bf16 trunk keeps its first five convolutions in fp32, 6 % of the work. Their rounding would be most of
-the error: it flips ReLUs in every later layer, and gradients with them."""
+"""A bf16 trunk keeps its first five convolutions, 6 % of the work, in fp32. Rounding them would cause most of
+the error, because it flips ReLUs, and with them gradients, in every later layer."""
 
 
 class ConvLayer(NamedTuple):
-    """A convolution of a trunk without norms, ReLU after it, then perhaps a 2x2 max-pool, perhaps a tap."""
+    """A convolution of a trunk without norms, followed by ReLU. `pool`: a 2x2 max-pool follows. `tap`: the
+    distance uses its output."""
 
     weight: Tensor
     bias: Tensor
@@ -29,18 +30,18 @@ class ConvLayer(NamedTuple):
 
 
 class VGG16(nn.Module):
-    """Trunk of the latent distance, and with `classes` > 0 the classifier that it is trained as.
+    """Trunk of the latent distance; with `classes` > 0 also the classifier that trains it.
 
-    `features` is numbered as in torchvision's vgg16_bn (or vgg16 for norm `none`); the removed pools are
-    Identity, so a state dict of that form loads. Latents are 8x smaller than the pixels that VGG was made
-    for, hence the pools that go are the first three (Diffusion2GAN, supplement C.2).
+    `features` is numbered as in torchvision's vgg16_bn (vgg16 for norm `none`), with Identity in place of the
+    removed pools, so their state dicts load. Latents are 8x smaller than the images VGG was designed for, so
+    the first three pools are removed (Diffusion2GAN, supplement C.2).
     """
 
     def __init__(self, config: LPIPSConfig, classes: int = 0, dropout: float = 0.5, grid: int = 7) -> None:
         super().__init__()
         self.config = config
         self.features = nn.Sequential()
-        self.ends: list[int] = []  # each tap is read after features[end - 1], the stage's pool
+        self.ends: list[int] = []  # each tap is the output of features[end - 1], the stage's pool
         previous = config.channels
         for stage, (width, convs) in enumerate(zip(config.widths, CONVS_PER_STAGE, strict=True)):
             for _ in range(convs):
@@ -55,12 +56,14 @@ class VGG16(nn.Module):
             self.ends.append(len(self.features))
         self.avgpool = nn.AdaptiveAvgPool2d(grid)
         self.classifier = _classifier(config, classes, dropout, grid) if classes else None
-        self.apply(_initialize)
+        self.apply(_initialize_weights)
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        """Latents [B, C, h, w] -> five maps: stages 1-3 at h x w, stage 4 halved, stage 5 halved twice
-        (taps 4 and 5 come after their pools, unlike LPIPS), each in the type of its convolutions. Raises
-        UserError for latents that don't fit."""
+        """Return five feature maps of latents [B, C, h, w], each in the dtype of its convolutions.
+
+        Stages 1 to 3 have size h x w, stage 4 half, stage 5 a quarter of it: unlike in LPIPS, taps 4 and 5
+        come after their pools. Raises UserError for latents that do not fit the trunk.
+        """
         self.check(x)
         maps = []
         for position, module in enumerate(self.features, start=1):
@@ -70,26 +73,26 @@ class VGG16(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> class logits [B, classes]."""
+        """Classify latents [B, C, h, w]: returns logits [B, classes]."""
         assert self.classifier is not None, "this trunk was built without a classifier"
         self.check(x)
         logits: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
         return logits
 
     def layers(self) -> list[ConvLayer]:
-        """The convolutions in order, of a trunk without norms (see `folded`)."""
+        """Return the convolutions of a trunk without norms, in order (see `fold_batch_norms`)."""
         assert self.config.norm == "none", f"a trunk with norm {self.config.norm!r} is more than convolutions"
-        found: list[ConvLayer] = []
+        layers: list[ConvLayer] = []
         for position, module in enumerate(self.features, start=1):
             if isinstance(module, nn.Conv2d):
                 assert module.bias is not None
-                found.append(ConvLayer(module.weight, module.bias, pool=False, tap=False))
+                layers.append(ConvLayer(module.weight, module.bias, pool=False, tap=False))
             if position in self.ends:
-                found[-1] = found[-1]._replace(pool=isinstance(module, nn.MaxPool2d), tap=True)
-        return found
+                layers[-1] = layers[-1]._replace(pool=isinstance(module, nn.MaxPool2d), tap=True)
+        return layers
 
     def check(self, x: Tensor) -> None:
-        """Raise UserError for latents of another number of channels, or too small for two poolings."""
+        """Raise UserError for latents with another number of channels, or too small for two poolings."""
         if x.dim() != 4 or x.shape[1] != self.config.channels:
             raise UserError(
                 f"LatentLPIPS got latents of shape {tuple(x.shape)}, its trunk takes "
@@ -115,8 +118,8 @@ def _classifier(config: LPIPSConfig, classes: int, dropout: float, grid: int) ->
     )
 
 
-def _initialize(module: nn.Module) -> None:
-    """He's. For linear layers torchvision's N(0, 0.01^2) is that at full width; narrow ones it starves."""
+def _initialize_weights(module: nn.Module) -> None:
+    """He initialization. Torchvision's N(0, 0.01^2) for linear layers equals it at full width only."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         assert module.bias is not None
@@ -128,39 +131,39 @@ def _initialize(module: nn.Module) -> None:
 
 @torch.no_grad()
 def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
-    """The same features without batch norms: running statistics go into the convolutions.
+    """Return an equivalent trunk without batch norms: their running statistics go into the convolutions.
 
-    A frozen trunk never updates them, and a convolution alone is faster. Returns a trunk with norm `none`,
-    no classifier and channels-last weights, computed in float64 and rounded once: to fp32, or from the sixth
-    convolution on to bf16 where `precision` says so (see `convolution_dtype`).
+    A frozen trunk never updates them, and a convolution alone is faster. The result has norm `none`, no
+    classifier and channels-last weights. Weights are computed in float64 and rounded once: to fp32, or from
+    the sixth convolution on to bf16 if `precision` says so (see `convolution_dtype`).
     """
     plain = VGG16(LPIPSConfig(channels=trunk.config.channels, width=trunk.config.width, norm="none"))
-    target = [m for m in plain.features if isinstance(m, nn.Conv2d)]
+    convolutions = [m for m in plain.features if isinstance(m, nn.Conv2d)]
     device = next(trunk.parameters()).device
-    low = convolution_dtype(precision, device)
-    for position, (conv, (weight, bias)) in enumerate(zip(target, _folded_weights(trunk), strict=True)):
+    dtype = convolution_dtype(precision, device)
+    for position, (conv, (weight, bias)) in enumerate(zip(convolutions, _folded_weights(trunk), strict=True)):
         conv.weight.copy_(weight)
         assert conv.bias is not None
         conv.bias.copy_(bias)
-        conv.to(low if position >= FP32_CONVS else torch.float32)
-    moved: VGG16 = plain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return moved
+        conv.to(dtype if position >= FP32_CONVS else torch.float32)
+    result: VGG16 = plain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return result
 
 
 def convolution_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """What `precision` means on `device`. Only a capability is asked for, nothing is timed: the same machine
-    always gives the same numbers."""
+    """Return the dtype that `precision` means on `device`. `auto` depends on the hardware's capability only,
+    not on timings, so the same machine always gives the same numbers."""
     if precision == "auto":
-        return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
+        return torch.bfloat16 if _supports_bf16(device) else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _multiplies_bf16(device: torch.device) -> bool:
+def _supports_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        tell: Any = getattr(torch.cpu, "get_capabilities", dict)  # not in older torch
-        return bool(tell().get("avx512_bf16") or tell().get("amx_bf16"))
+        capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
 
 

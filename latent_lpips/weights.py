@@ -1,6 +1,6 @@
-"""A LatentLPIPS on disk: FOLDER/lpips.safetensors and FOLDER/config.json (network, meta).
+"""A LatentLPIPS on disk: FOLDER/lpips.safetensors and FOLDER/config.json with entries `network` and `meta`.
 
-The authors' checkpoint files load too, see latent_lpips.official_checkpoints.
+`load_lpips` also reads the authors' checkpoint files (latent_lpips/official_checkpoints.py).
 """
 
 import json
@@ -21,23 +21,23 @@ from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
 from latent_lpips.official_checkpoints import CHECKPOINT_SUFFIXES, check_state_dict, read_official_checkpoint
 
 WEIGHTS_FILE, CONFIG_FILE = "lpips.safetensors", "config.json"
-TRUNK_PREFIX = "trunk."  # left out on disk, so that the trunk's keys are torchvision's
+TRUNK_PREFIX = "trunk."  # not stored: on disk the trunk has torchvision's keys
 
 
 def save_lpips(
     metric: LatentLPIPS, folder: str | Path, meta: Mapping[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write trunk and heads (stored as `dtype`; fp16 halves the file) and `meta`, any JSON-able facts.
+    """Write trunk and heads in `dtype` (fp16 halves the file) and `meta`, any JSON-serializable metadata.
 
     Each file is written under a temporary name and renamed, the config last, so a folder with a config is
-    whole. A folded metric is stored folded, but one in bf16 is refused: its weights are rounded. Raises
-    UserError when the folder can't be written.
+    complete. A folded metric is stored folded. Raises UserError for a bf16 metric, whose weights are rounded,
+    and for a folder that cannot be written.
     """
     folder = Path(folder)
     if metric.precision == "bf16":
         raise UserError(f"{folder}: this LatentLPIPS is rounded to bf16; load it with fp32 to save it")
     state = {
-        key.removeprefix(TRUNK_PREFIX): _stored(value, dtype).contiguous().cpu()
+        key.removeprefix(TRUNK_PREFIX): _to_stored(value, dtype).contiguous().cpu()
         for key, value in sorted(metric.state_dict().items())
     }
     text = json.dumps({"network": to_json(metric.config), "meta": dict(meta)}, indent=2)
@@ -72,18 +72,18 @@ def load_lpips(
         metric, _ = read_official_checkpoint(path)
         _check_channels(path, metric.config.channels, latent_channels)
     else:
-        folder = _folder(path)
-        config = _network(folder)
+        folder = _complete_folder(path)
+        config = _read_network(folder)
         _check_channels(path, config.channels, latent_channels)
         metric = LatentLPIPS(config)
-        state = _read(folder / WEIGHTS_FILE)
+        state = _read_tensors(folder / WEIGHTS_FILE)
         state = {
             key if key.startswith("heads.") else TRUNK_PREFIX + key: value for key, value in state.items()
         }
         check_state_dict(state, metric.state_dict(), folder / WEIGHTS_FILE, CONFIG_FILE)
         heads = [state[key].float() for key in sorted(state) if key.startswith("heads.")]
         require_nonnegative_heads(heads, str(folder / WEIGHTS_FILE))
-        metric.load_state_dict({key: _loaded(value) for key, value in state.items()})
+        metric.load_state_dict({key: _to_fp32(value) for key, value in state.items()})
     metric.to(device)
     return metric.fold(precision) if fold else metric
 
@@ -99,25 +99,24 @@ def _check_channels(path: Path, channels: int, expected: int | None) -> None:
 def convert_official_checkpoint(
     path: str | Path, out: str | Path, space: str | None = None
 ) -> dict[str, Any]:
-    """Write an authors' file as a folder of ours, with its license among the facts. Returns the facts, and
-    the latent's channels.
+    """Convert a file of the authors to a LatentLPIPS folder `out`; returns its metadata and channels.
 
-    `space`: see authors.read_checkpoint, whose errors this raises.
+    The metadata names the license. `space` and errors: see `read_official_checkpoint`.
     """
-    metric, facts = read_official_checkpoint(path, space)
-    save_lpips(metric, out, facts)
-    return {"channels": metric.config.channels, **facts}
+    metric, metadata = read_official_checkpoint(path, space)
+    save_lpips(metric, out, metadata)
+    return {"channels": metric.config.channels, **metadata}
 
 
 def read_lpips_meta(path: str | Path) -> dict[str, Any]:
-    """The facts given to `save`."""
+    """Return the metadata of a LatentLPIPS folder or of a file of the authors."""
     if Path(path).suffix in CHECKPOINT_SUFFIXES:
         return read_official_checkpoint(path)[1]
-    meta: dict[str, Any] = _config(_folder(path)).get("meta", {})
+    meta: dict[str, Any] = _read_config(_complete_folder(path)).get("meta", {})
     return meta
 
 
-def _folder(path: str | Path) -> Path:
+def _complete_folder(path: str | Path) -> Path:
     path = Path(path)
     folder = path.parent if path.suffix == ".safetensors" else path
     for name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -129,7 +128,7 @@ def _folder(path: str | Path) -> Path:
     return folder
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -143,20 +142,20 @@ def _config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _network(folder: Path) -> LPIPSConfig:
-    return from_json(LPIPSConfig, _config(folder)["network"])
+def _read_network(folder: Path) -> LPIPSConfig:
+    return from_json(LPIPSConfig, _read_config(folder)["network"])
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not readable as safetensors ({error}); train or copy it again") from error
 
 
-def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _loaded(value: Tensor) -> Tensor:
+def _to_fp32(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value

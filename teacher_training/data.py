@@ -50,7 +50,8 @@ def captioned_images(
     if "" in captions:
         raise UserError(
             f"{source}: {captions.count('')} of {len(captions)} images have no caption; "
-            "expected a metadata.jsonl with file_name and caption, a caption column, or class-named subfolders"
+            "expected a metadata.jsonl with file_name and caption, a caption column, or class-named "
+            "subfolders"
         )
     return images, captions
 

@@ -258,7 +258,7 @@ def test_all_families_give_finite_values_and_gradients(size: tuple[int, int]) ->
 
 
 def test_constants_made_in_inference_mode_still_serve_training() -> None:
-    augment._kept.cache_clear()
+    augment._cached_matrix.cache_clear()
     p = sample_transforms(AugmentConfig(), 1, (9, 9), rng())
     with torch.inference_mode():
         apply_transforms(torch.randn(1, 4, 9, 9), p)

@@ -103,7 +103,7 @@ def test_a_rows_result_does_not_depend_on_the_batch(metric: LatentLPIPS) -> None
     """7 latents of 48x64 make four sweeps of two rows and one."""
     quick = copy.deepcopy(metric).fold()
     pred, target = latents(7, 4, 48, 64), latents(7, 4, 48, 64, seed=1)
-    assert [len(p) for p, _ in fused._rows(pred, target)] == [2, 2, 2, 1]
+    assert [len(p) for p, _ in fused._row_chunks(pred, target)] == [2, 2, 2, 1]
     distance, gradient = with_gradient(quick, pred, target)
     for row in (0, 3, 6):
         alone = with_gradient(quick, pred[row : row + 1], target[row : row + 1])
