@@ -155,6 +155,20 @@ def load_one_step(name: str, teacher: str | None = None, device: torch.device | 
     )
 
 
+def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device | str = "cpu") -> OneStep:
+    """Load the averaged student of one checkpoint folder of `run`, ready to sample on `device`."""
+    student = student_from_teacher(teacher, student_folder(run)[2])
+    ema = checkpoint.open_checkpoint(folder).tensors("ema")
+    student.load_state_dict({name: tensor.float() for name, tensor in ema.items()})
+    device = torch.device(device)
+    return OneStep(
+        student.to(device).eval().requires_grad_(False),
+        pretrained.load_text_encoder(teacher).to(device),
+        pretrained.load_vae(teacher).to(device),
+        device,
+    )
+
+
 def save_samples(
     name: str,
     prompts: Sequence[str],

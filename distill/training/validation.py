@@ -21,11 +21,11 @@ from pairgen.store.dataset import PairRows
 Draw = Callable[..., Tensor]
 """Noise [B, C, h, w] fp32 on the run's device, B prompts, scales(pairs) -> scaled latents [B, C, h, w]."""
 
-Drawn = Callable[[int, Sequence[str]], Tensor]
-"""(seed, N prompts) -> the averaged student's latents [N, C, h, w] of them, fp32 on the CPU, the same on
-every rank, of the noise of (seed, 0) to (seed, N - 1). To be called on every rank."""
+SampleLatents = Callable[[int, Sequence[str]], Tensor]
+"""(seed, N prompts) -> latents [N, C, h, w] of the averaged student, fp32 on the CPU and the same on every
+rank. Prompt i gets the noise of (seed, i). Every rank must call it."""
 
-Validate = Callable[[Drawn, int], dict[str, float]]
+Validate = Callable[[SampleLatents, int], dict[str, float]]
 """What else to measure, from the commands: (the student, images seen) -> values named `val/...`."""
 
 
@@ -129,7 +129,7 @@ def draw_together(
     device: torch.device | str = "cpu",
     guidance: float | None = None,
 ) -> Tensor:
-    """Latents as `Drawn` says, the work shared out over the ranks, which draw equally often. `guidance`: for
+    """Latents as `SampleLatents` says, the work shared out over the ranks, which draw equally often. `guidance`: for
     a student that is told it."""
     found = []
     for part in _shares(len(prompts), batch_size):

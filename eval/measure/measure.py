@@ -15,7 +15,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
 from eval.images.resize import NATIVE
 from eval.measure.rows import Rows, Work, gathered, store, stored
-from eval.measure.source import Drawn, Source
+from eval.measure.source import SampledBatch, Source
 
 FILE_SHA256 = "file sha256"
 """The rows [N, 32] that tell which files were measured."""
@@ -100,7 +100,7 @@ def _measured(
     if work.keep and NATIVE not in sizes:
         sizes.append(NATIVE)
     batches = source.draw(part, work.batch_size, sizes)
-    others: Iterator[Drawn | None] = iter(lambda: None, 0)
+    others: Iterator[SampledBatch | None] = iter(lambda: None, 0)
     if pairs:
         assert other is not None
         others = iter(other.draw(part, work.batch_size, sorted({p.size for p in pairs.values()})))
@@ -152,7 +152,7 @@ def _check_sizes(source: Source, images: Tensor, other: Source | None, others: T
         )
 
 
-def _check_twin(source: Source, drawn: Drawn, other: Source | None, twin: Drawn) -> None:
+def _check_twin(source: Source, drawn: SampledBatch, other: Source | None, twin: SampledBatch) -> None:
     """Pairs are of one prompt, where both sides know theirs: a kept folder may be another protocol's."""
     for offset, (text, theirs) in enumerate(zip(drawn.prompts, twin.prompts, strict=True)):
         if text and theirs and text != theirs:
@@ -163,7 +163,7 @@ def _check_twin(source: Source, drawn: Drawn, other: Source | None, twin: Drawn)
             )
 
 
-def _check_prompts(drawn: Drawn, measures: Mapping[str, Measure]) -> None:
+def _check_prompts(drawn: SampledBatch, measures: Mapping[str, Measure]) -> None:
     for name, measure in measures.items():
         if measure.needs_prompts and not all(drawn.prompts):
             number = drawn.first + drawn.prompts.index("")
@@ -173,7 +173,7 @@ def _check_prompts(drawn: Drawn, measures: Mapping[str, Measure]) -> None:
             )
 
 
-def _keep(drawn: Drawn, folder: Path) -> None:
+def _keep(drawn: SampledBatch, folder: Path) -> None:
     for offset, (image, prompt) in enumerate(zip(drawn.views[NATIVE], drawn.prompts, strict=True)):
         number = drawn.first + offset
         save_png(image, folder / f"{number:08d}.png", {"prompt": prompt, "index": str(number)})

@@ -16,7 +16,7 @@ from eval.measure.latency import Parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drawn:
+class SampledBatch:
     """Images `first`, `first` + 1, … at each size asked for (`eval.images.resize` -> uint8 [B, 3, H, W]), and their
     B prompts ("" where there is none). Of files also: how many were converted from what, and sha256 [B, 32].
     """
@@ -31,7 +31,7 @@ class Drawn:
         return len(self.prompts)
 
 
-Draw = Callable[[range, int, Sequence[str]], Iterator[Drawn]]
+Draw = Callable[[range, int, Sequence[str]], Iterator[SampledBatch]]
 """(numbers, batch size, sizes) -> the images of those numbers, in order."""
 
 
@@ -68,7 +68,7 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> Source:
             "the order of the file names"
         )
 
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         # Each size from the file itself: pictures of several sizes cannot be stacked before they are resized.
         reading, before = Reading(), Counter[str]()
         readers = [
@@ -88,7 +88,7 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> Source:
             texts = list(prompts[first : first + len(own)]) if prompts else own
             views = {size: images for size, (images, _) in zip(sizes, batches, strict=True)}
             digests = torch.frombuffer(bytearray(b"".join(reading.digests[-len(own) :])), dtype=torch.uint8)
-            yield Drawn(
+            yield SampledBatch(
                 first=first,
                 views=views,
                 prompts=texts,
@@ -107,9 +107,9 @@ def batch_source(name: str, batches: Iterable[Batch]) -> Source:
     """Images that are in memory already. Raises UserError when there are none."""
     images, prompts = load_all(batches)
 
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for first in range(numbers.start, numbers.stop, batch_size):
             part = slice(first, min(first + batch_size, numbers.stop))
-            yield Drawn(first=first, views=views_of(images[part], sizes), prompts=prompts[part])
+            yield SampledBatch(first=first, views=views_of(images[part], sizes), prompts=prompts[part])
 
     return Source(name=name, facts={"kind": "memory", "name": name}, draw=draw, count=len(images))

@@ -18,10 +18,9 @@ from d2g.diffusion.diffusers_pipeline import load_any_pipeline
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
-from distill.models.student import student_from_teacher
-from distill.sampling import OneStep, load_one_step, student_folder
+from distill.sampling import OneStep, load_checkpoint, load_one_step, student_folder
 from eval.measure.latency import Parts
-from eval.measure.source import Drawn, Source, views_of
+from eval.measure.source import SampledBatch, Source, views_of
 
 SampleFn = Callable[[range, list[str]], Tensor]
 """(numbers, their prompts) -> pixels [B, 3, H, W] in [-1, 1]."""
@@ -56,7 +55,7 @@ def sampler_source(
 ) -> Source:
     """A source that makes its images. Raises UserError for one that is not finite, by number and prompt."""
 
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for first in range(numbers.start, numbers.stop, batch_size):
             part = range(first, min(first + batch_size, numbers.stop))
             texts = drawing.texts(part)
@@ -68,7 +67,7 @@ def sampler_source(
                     f"{name}: image {part[row]} ({texts[row][:80]!r}) is not finite; try precision fp32, or "
                     "look for broken weights"
                 )
-            yield Drawn(first=first, views=views_of(to_uint8(pixels), sizes), prompts=texts)
+            yield SampledBatch(first=first, views=views_of(to_uint8(pixels), sizes), prompts=texts)
 
     return Source(name=name, facts={**facts, **drawing.facts()}, draw=draw, parts=parts)
 
@@ -127,19 +126,6 @@ def student_source(
         "timestep": timestep,
     }
     return one_step_source(shown, one, drawing, noise_scale=noise_scale, facts=facts)
-
-
-def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device | str) -> OneStep:
-    """A student from one checkpoint folder of a run, ready to draw."""
-    student = student_from_teacher(teacher, student_folder(run)[2])
-    ema = checkpoint.open_checkpoint(folder).tensors("ema")
-    student.load_state_dict({name: tensor.float() for name, tensor in ema.items()})
-    return OneStep(
-        student.to(device).eval().requires_grad_(False),
-        pretrained.load_text_encoder(teacher).to(device),
-        pretrained.load_vae(teacher).to(device),
-        torch.device(device),
-    )
 
 
 def checkpoints(run: str) -> list[Path]:

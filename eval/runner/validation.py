@@ -1,5 +1,6 @@
 """FID and its like while a student trains: where training and measures meet."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,6 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
-from distill.training.validation import Drawn, Validate
 from eval.evaluate import evaluate
 from eval.measure.rows import Work
 from eval.protocols.config import EvalRun
@@ -19,8 +19,11 @@ from eval.protocols.protocol import PAIRED
 from eval.runner.samplers import sampler_source
 from eval.runner.session import EvalSession
 
+_SampleLatents = Callable[[int, Sequence[str]], Tensor]
+"""(seed, N prompts) -> latents [N, C, h, w] of the averaged student, the same on every rank."""
 
-def measuring(run: EvalRun, teacher: str) -> Validate:
+
+def measuring(run: EvalRun, teacher: str) -> Callable[[_SampleLatents, int], dict[str, float]]:
     """What `distill.training.train.train` calls at each validation: an evaluation of the averaged student, its numbers
     as `val/fid`, `val/clip_score` and so on, the same on every rank.
 
@@ -42,7 +45,7 @@ def measuring(run: EvalRun, teacher: str) -> Validate:
     def vae() -> Any:
         return pretrained.load_vae(teacher).to(bench().device)
 
-    def validate(student: Drawn, nimg: int) -> dict[str, float]:
+    def validate(student: _SampleLatents, nimg: int) -> dict[str, float]:
         made = bench()
         prompts = made.prompts or pretrained.default_prompts(teacher)
         drawing, count = made.drawing(prompts), made.count or len(prompts)

@@ -21,7 +21,7 @@ from eval.measure.measure import Measure
 from eval.measure.reference import Reference
 from eval.measure.required_networks import DREAMSIM, Networks
 from eval.measure.rows import Work
-from eval.measure.source import Drawn, Source, batch_source, views_of
+from eval.measure.source import SampledBatch, Source, batch_source, views_of
 from eval.metrics.paired import cosine_distance, encoded, psnr
 from eval.metrics.pickscore import PickNet
 from eval.networks.base import ClipNet, FeatureNet
@@ -182,12 +182,12 @@ def test_every_metric_gives_its_numbers() -> None:
 def endless() -> Source:
     """A sampler whose image i shows prompt i, of 90."""
 
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for first in range(numbers.start, numbers.stop, batch_size):
             part = range(first, min(first + batch_size, numbers.stop))
             images = torch.cat([pictures(1, 1_000 + number)[0] for number in part])
             texts = [f"{number % 90}: all red" for number in part]
-            yield Drawn(first=first, views=views_of(images, sizes), prompts=texts)
+            yield SampledBatch(first=first, views=views_of(images, sizes), prompts=texts)
 
     return Source(name="endless", facts={"kind": "test"}, draw=draw)
 
@@ -251,7 +251,7 @@ def test_a_sampler_is_not_asked_for_more_than_the_protocol_wants() -> None:
     asked: list[range] = []
     inner = source(90, 2)
 
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         asked.append(numbers)
         return inner.draw(numbers, batch_size, sizes)
 
@@ -269,7 +269,7 @@ def test_a_sampler_is_not_asked_for_more_than_the_protocol_wants() -> None:
     ],
 )
 def test_too_few_images_for_a_metric_are_refused_before_any_is_drawn(metric: str, says: str) -> None:
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         raise AssertionError("an image was drawn")
 
     sampler = Source(name="sampler", facts={"kind": "test"}, draw=draw)

@@ -20,7 +20,7 @@ from eval.images.folders import open_images
 from eval.images.resize import NATIVE
 from eval.measure.measure import FILE_SHA256, Measure, PairMeasure, measure_source
 from eval.measure.rows import Rows, Work, open_work, store, stored
-from eval.measure.source import Drawn, Source, batch_source, image_source, views_of
+from eval.measure.source import SampledBatch, Source, batch_source, image_source, views_of
 from forks import fork, on_ranks
 
 PROMPTS = ["red", "green", "blue"]
@@ -29,12 +29,14 @@ PROMPTS = ["red", "green", "blue"]
 def sampler(seed: int = 0, seconds: float = 0.0, shift: int = 0, side: int = 4) -> Source:
     """Images of (seed, number), as slow as asked for."""
 
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for first in range(numbers.start, numbers.stop, batch_size):
             part = range(first, min(first + batch_size, numbers.stop))
             time.sleep(seconds)
             images = (noise(seed, part, (3, side, side)) * 60 + 128 + shift).clamp(0, 255).to(torch.uint8)
-            yield Drawn(first=first, views=views_of(images, sizes), prompts=[PROMPTS[i % 3] for i in part])
+            yield SampledBatch(
+                first=first, views=views_of(images, sizes), prompts=[PROMPTS[i % 3] for i in part]
+            )
 
     return Source(name="sampler", facts={"kind": "test", "seed": seed}, draw=draw)
 
@@ -91,7 +93,7 @@ def test_a_finished_part_is_not_drawn_again(tmp_path: Path) -> None:
     asked: list[range] = []
     inner = sampler()
 
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         asked.append(numbers)
         return inner.draw(numbers, batch_size, sizes)
 
@@ -137,7 +139,7 @@ def test_killed_and_resumed_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
-    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[Drawn]:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for drawn in sampler().draw(numbers, batch_size, sizes):
             if drawn.first == 20:
                 os.kill(os.getpid(), signal.SIGTERM)
