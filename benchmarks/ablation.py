@@ -22,7 +22,7 @@ from benchmarks.common import table, write
 from d2g.core.atomic_files import write_atomically
 from d2g.core.progress import Progress
 from d2g.diffusion import pretrained
-from distill.config.presets import PRESETS
+from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig
 from distill.sampling import load_one_step
 from distill.training.train import train
@@ -51,16 +51,16 @@ def shortened(config: DistillConfig, images: int) -> DistillConfig:
 
 def plan(pairs: str, out: Path, seed: int, images: tuple[int, int, int]) -> dict[str, DistillConfig]:
     """Every run of a seed by name, the shared first stage in front."""
-    first = replace(PRESETS["miniature"]["ode"], pairs=pairs, seed=seed)
+    first = replace(DISTILL_PRESETS["miniature"]["ode"], pairs=pairs, seed=seed)
     runs = {"first stage": shortened(first, images[0])}
     start = str(out / str(seed) / "first stage")
-    parts = {name: PRESETS[f"miniature-ablation-{name}"]["gan"] for name in PARTS}
+    parts = {name: DISTILL_PRESETS[f"miniature-ablation-{name}"]["gan"] for name in PARTS}
     parts = {"regression": replace(parts["d"], stage="ode"), **parts}
     for name, config in parts.items():
         later = replace(config, pairs=pairs, seed=seed, init=start)
         runs[f"part {name}"] = shortened(later, images[1])
     for name in LOSSES:
-        alone = replace(PRESETS[f"miniature-loss-{name}"]["ode"], pairs=pairs, seed=seed)
+        alone = replace(DISTILL_PRESETS[f"miniature-loss-{name}"]["ode"], pairs=pairs, seed=seed)
         runs[f"loss {name}"] = shortened(alone, images[2])
     return runs
 

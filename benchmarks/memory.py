@@ -29,7 +29,7 @@ import tiny  # noqa: E402
 from benchmarks.common import table, write  # noqa: E402
 from d2g.core.config import from_json, override, to_json  # noqa: E402
 from d2g.diffusion import pretrained  # noqa: E402
-from distill.config.presets import PRESETS  # noqa: E402
+from distill.config.presets import DISTILL_PRESETS  # noqa: E402
 from distill.config.run import DistillConfig  # noqa: E402
 from distill.planning.memory import predict  # noqa: E402
 from distill.training.train import train  # noqa: E402
@@ -111,7 +111,7 @@ def configured(
         "train.on_collapse=off",
         "gan.r1_interval=1",
     )
-    return override(PRESETS["miniature"][stage], [*common, *length, *fused, *more])
+    return override(DISTILL_PRESETS["miniature"][stage], [*common, *length, *fused, *more])
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import median, table, write
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import LatentSpace
-from distill.config.presets import PRESETS
+from distill.config.presets import DISTILL_PRESETS
 from distill.training.data import pair_batches
 from distill.training.train import train
 from pairgen.store.dataset import PairSampler, pair_loader
@@ -150,7 +150,7 @@ def against_files(folder: Path, repeats: int) -> tuple[list[str], float]:
 
 def against_training(folder: Path) -> list[str]:
     """Rows/s of the reader over images/s of stage 1, on the miniature here, and as a bound for SD 1.5."""
-    config = PRESETS["miniature"]["ode"]
+    config = DISTILL_PRESETS["miniature"]["ode"]
     teacher = pretrained.resolve(config.teacher)
     unet = pretrained.load_unet(str(teacher))
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)

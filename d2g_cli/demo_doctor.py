@@ -57,18 +57,18 @@ def doctor(
 def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[str, Any]) -> dict[str, Any]:
     """Predicted GiB per GPU of each stage, and the problems with what does not fit."""
     from d2g.diffusion.pipelines import SHIPPED
-    from distill.config.presets import PRESETS
+    from distill.config.presets import DISTILL_PRESETS
     from distill.config.run import microbatch_size
     from distill.planning.memory import forecast, too_large
 
-    stages = pick(PRESETS, preset, "preset")
+    recipe = pick(DISTILL_PRESETS, preset, "preset")
     if teacher is not None and not (teacher in SHIPPED or Path(teacher).is_dir()):
         raise UserError(
             f"--teacher {teacher}: no such folder; memory is read from a teacher's files: give its folder on "
             f"this disk, or a shipped name: {', '.join(SHIPPED)}"
         )
     memory, problems = {}, list(machine["problems"])
-    for stage, config in stages.items():
+    for stage, config in recipe.items():
         config = replace(config, teacher=config.teacher if teacher is None else teacher)
         many = gpus or config.engine.gpus or 1
         try:
@@ -76,7 +76,7 @@ def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[st
         except SettingError as error:
             problems.append(f"{preset} {stage}: {error}")
             continue
-        predicted = forecast(config, many, preset)
+        predicted = forecast(config, many, recipe.model)
         if predicted is None:
             problems.append(f"{preset} {stage}: memory is unknown; give --teacher, a folder on this disk")
             continue

@@ -84,12 +84,13 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from d2g.core.distributed import process_group
     from d2g.core.environment import examine
     from d2g.core.errors import UserError
+    from distill.config.presets import DISTILL_PRESETS
     from distill.planning.cost import plan
     from distill.planning.memory import forecast, too_large
 
     gpus = config.engine.gpus or process_group.world_size()
     cost = plan(config, preset, gpus)
-    memory, machine = forecast(config, gpus, preset), examine()
+    memory, machine = forecast(config, gpus, DISTILL_PRESETS[preset].model), examine()
     if memory and machine["cuda"] and (why := too_large(config, memory["total"], machine["memory_gib"])):
         raise UserError(why)
     return cost | {"memory_gib_per_gpu": memory or "unknown until the teacher is here"}

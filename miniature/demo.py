@@ -18,7 +18,7 @@ from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import Teacher, load_teacher
-from distill.config.presets import PRESETS as DISTILL_PRESETS
+from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig
 from distill.sampling import OneStep, load_one_step, untrained_one_step
 from distill.training.train import train

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.config.components import DiscriminatorConfig
-from distill.config.presets import TABLE_A1, Stages
+from distill.config.presets import TABLE_A1, Recipe
 from distill.config.run import DistillConfig, microbatch_size
 
 
@@ -97,7 +97,7 @@ def column(name: str) -> dict[str, float]:
     return {**sums, "gpus": gpus, "gpu_days": paper.gpu_days, "seconds_per_step": seconds}
 
 
-def recipe(stages: Stages, pairs: int, evaluations_per_pair: int) -> dict[str, int]:
+def recipe(stages: Recipe, pairs: int, evaluations_per_pair: int) -> dict[str, int]:
     """Evaluations of a whole recipe as Table A1 counts them: `pairs`, each stage by name, and `total`."""
     sums = {"pairs": pairs * evaluations_per_pair}
     sums |= {stage: table_evaluations(config) for stage, config in stages.items()}

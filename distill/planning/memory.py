@@ -27,7 +27,7 @@ from distill.losses.gradient_penalty import r1_penalty
 from distill.models.row_dropout import give_keys
 from distill.models.student import Student, check_teacher, meta_student, set_trainable
 from distill.models.unet_discriminator import Discriminator
-from distill.planning.reference_models import NAMES, configs_only, kind_of
+from distill.planning.reference_models import NAMES, configs_only
 from distill.planning.saved_activations import Kept, saved
 from latent_lpips.lpips import PixelLPIPS
 
@@ -103,17 +103,17 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     )
 
 
-def forecast(config: DistillConfig, gpus: int, preset: str = "") -> dict[str, Any] | None:
-    """GiB per GPU by what takes them, and `total`. Where the teacher is not on this disk, of the networks
-    that the preset is for, which `assumed` then names; None where that is not known either.
+def forecast(config: DistillConfig, gpus: int, model: str = "") -> dict[str, Any] | None:
+    """GiB per GPU by what takes them, and `total`. When the teacher is not on this disk, the networks of
+    `model` (a preset's) stand in for it, and `assumed` says so; None when that model is not known either.
     """
     if config.teacher in pretrained.SHIPPED or Path(config.teacher or "-").is_dir():
         return _rounded(predict(config, gpus))
-    if (kind := kind_of(preset)) is None:
+    if model not in NAMES:
         return None
     with TemporaryDirectory() as folder:
-        found = predict(replace(config, teacher=configs_only(kind, Path(folder) / kind)), gpus)
-    return {**_rounded(found), "assumed": f"{NAMES[kind]}'s networks; the teacher is not on this disk"}
+        found = predict(replace(config, teacher=configs_only(model, Path(folder) / model)), gpus)
+    return {**_rounded(found), "assumed": f"{NAMES[model]}'s networks; the teacher is not on this disk"}
 
 
 def _rounded(memory: Memory) -> dict[str, Any]:

@@ -60,10 +60,3 @@ def configs_only(kind: str, folder: Path) -> str:
     index = {"_class_name": pipeline, **{name: [lib, cls] for name, (lib, cls, _) in components.items()}}
     (folder / "model_index.json").write_text(json.dumps(index))
     return str(folder)
-
-
-def kind_of(preset: str) -> str | None:
-    """Which of these a preset of `d2g distill` is for, if any."""
-    if preset.startswith("sdxl-"):
-        return "sdxl"
-    return "sd15" if preset.startswith(("sd15-", "ablation-", "loss-", "trial")) else None

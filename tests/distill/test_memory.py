@@ -12,7 +12,7 @@ import tiny_teachers
 from d2g.core.distributed import engine as parallel
 from d2g.diffusion import pretrained
 from distill.config.components import DiscriminatorConfig, StudentConfig
-from distill.config.presets import PRESETS
+from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig, EngineConfig, TrainConfig
 from distill.models.student import student_from_teacher
 from distill.models.unet_discriminator import Discriminator, added_parameters
@@ -135,10 +135,14 @@ def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> Non
 
 def test_a_teacher_that_is_not_here_is_taken_for_the_presets_own() -> None:
     """SD 1.5's 859.5M parameters, in fp32; what a preset has no network for stays unknown."""
-    far = PRESETS["ablation-z"]["ode"]
-    found = forecast(replace(far, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"), 16, "ablation-z")
+    far = DISTILL_PRESETS["ablation-z"]["ode"]
+    found = forecast(
+        replace(far, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        16,
+        DISTILL_PRESETS["ablation-z"].model,
+    )
     assert found is not None and found["weights"] == pytest.approx(gib(859_520_964), abs=1e-3)
     assert found["assumed"] == "SD 1.5's networks; the teacher is not on this disk"
-    assert forecast(far, 16, "cifar10") is None
-    near = forecast(PRESETS["miniature"]["ode"], 1, "sd15-cfg3")
+    assert forecast(far, 16, DISTILL_PRESETS["cifar10"].model) is None
+    near = forecast(DISTILL_PRESETS["miniature"]["ode"], 1, "sd15")
     assert near is not None and "assumed" not in near

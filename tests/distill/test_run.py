@@ -9,7 +9,7 @@ import pytest
 from d2g.core.config import from_json, override, to_json, with_values
 from d2g.core.errors import SettingError
 from distill.config.components import RegressionKind
-from distill.config.presets import PRESETS, TABLE_A1, preset
+from distill.config.presets import DISTILL_PRESETS, TABLE_A1, preset
 from distill.config.run import (
     DiscriminatorConfig,
     DistillConfig,
@@ -98,7 +98,7 @@ def test_the_sums_are_table_a1s() -> None:
 
 
 def parts_of(name: str) -> set[str]:
-    gan = PRESETS[name]["gan"].gan
+    gan = DISTILL_PRESETS[name]["gan"].gan
     scales = {gan.multi_scale_input, gan.multi_scale_output}
     assert len(scales) == 1
     have = {"z": gan.z_conditioning, "r1": gan.active_penalty == "single", "multiscale": scales == {True}}
@@ -109,11 +109,11 @@ def parts_of(name: str) -> set[str]:
 def test_each_row_of_the_ablation_adds_one_part(prefix: str, base: str) -> None:
     rows = ["d", "z", "r1", "multiscale", "mix"]
     assert [parts_of(f"{prefix}ablation-{row}") for row in rows] == [set(rows[1 : i + 1]) for i in range(5)]
-    assert PRESETS[f"{prefix}ablation-regression"] == {"ode": PRESETS[base]["ode"]}
-    assert PRESETS[f"{prefix}ablation-mix"] == PRESETS[base]
+    assert DISTILL_PRESETS[f"{prefix}ablation-regression"] == {"ode": DISTILL_PRESETS[base]["ode"]}
+    assert DISTILL_PRESETS[f"{prefix}ablation-mix"] == DISTILL_PRESETS[base]
     for row in rows:  # and nothing else
-        config = PRESETS[f"{prefix}ablation-{row}"]["gan"]
-        assert replace(config, gan=PRESETS[base]["gan"].gan) == PRESETS[base]["gan"]
+        config = DISTILL_PRESETS[f"{prefix}ablation-{row}"]["gan"]
+        assert replace(config, gan=DISTILL_PRESETS[base]["gan"].gan) == DISTILL_PRESETS[base]["gan"]
 
 
 @pytest.mark.parametrize(("prefix", "base"), [("", "sd15-cfg3"), ("miniature-", "miniature")])
@@ -125,12 +125,12 @@ def test_the_rows_of_the_loss_comparison_differ_in_the_loss_only(prefix: str, ba
         "latent-lpips": "latent_lpips",
         "e-latent-lpips": "e_latent_lpips",
     }
-    first = PRESETS[f"{prefix}loss-mse"]["ode"]
+    first = DISTILL_PRESETS[f"{prefix}loss-mse"]["ode"]
     for name, kind in kinds.items():
-        stages = PRESETS[f"{prefix}loss-{name}"]
+        stages = DISTILL_PRESETS[f"{prefix}loss-{name}"]
         assert set(stages) == {"ode"} and stages["ode"].regression.kind == kind
         assert stages["ode"] == replace(first, regression=replace(first.regression, kind=kind))
-    ode = PRESETS[base]["ode"]
+    ode = DISTILL_PRESETS[base]["ode"]
     regression = replace(ode.regression, kind="mse", latent_lpips_weight=0.0)
     assert first == replace(ode, regression=regression, train=replace(ode.train, images=first.train.images))
     if not prefix:
@@ -138,7 +138,7 @@ def test_the_rows_of_the_loss_comparison_differ_in_the_loss_only(prefix: str, ba
 
 
 def test_every_preset_names_its_stage_and_survives_json() -> None:
-    for name, stages in PRESETS.items():
+    for name, stages in DISTILL_PRESETS.items():
         assert {"ode"} <= set(stages) <= {"ode", "gan"}
         for stage, config in stages.items():
             assert config.stage == stage and preset(name, stage) is config
@@ -188,8 +188,8 @@ def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int,
         plan(config, world_size=64)
     with pytest.raises(SettingError, match="a micro-batch has 25 rows per process"):
         plan(config, world_size=8)
-    assert plan(PRESETS["trial"]["gan"], world_size=8)["rows_per_gpu"] == 2, "on a node of eight"
-    assert plan(PRESETS["sd15-cfg8"]["ode"], "sd15-cfg8")["table_a1"] == column("sd15-cfg8")
+    assert plan(DISTILL_PRESETS["trial"]["gan"], world_size=8)["rows_per_gpu"] == 2, "on a node of eight"
+    assert plan(DISTILL_PRESETS["sd15-cfg8"]["ode"], "sd15-cfg8")["table_a1"] == column("sd15-cfg8")
 
 
 def test_settings_that_need_each_other_can_be_set_together() -> None:
@@ -351,4 +351,4 @@ def test_settings_that_change_nothing(
 def test_every_rule_about_what_acts_is_tested_and_presets_may_carry_what_does_not() -> None:
     tested = {setting.partition("=")[0] for setting, _, _ in IDLE}
     assert {name for names in ACTS for name in names} <= tested | {"gan."}
-    refuse_idle(PRESETS["cifar10"]["ode"], [])
+    refuse_idle(DISTILL_PRESETS["cifar10"]["ode"], [])
