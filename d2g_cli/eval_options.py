@@ -43,7 +43,7 @@ Keep = Annotated[Path | None, typer.Option(help="Save the images there as PNG.")
 
 def configured(given: dict[str, Any]) -> Any:
     """EvalRun of a command's parameters: of a preset, the options that were given, and --set."""
-    from eval.protocols.config import PRESETS, EvalRun
+    from eval.protocols.config import EVAL_PRESETS, EvalRun
     from eval.protocols.protocol import PROTOCOLS
 
     options = {name: value for name, value in given.items() if name in EvalRun.__dataclass_fields__}
@@ -55,4 +55,4 @@ def configured(given: dict[str, Any]) -> Any:
         options["weights"] = tuple(given["weights"])
     for flag in ("allow_fewer", "latency", "every"):
         options[flag] = options.get(flag) or None
-    return chosen(PRESETS, given["preset"] or "default", options, given["sets"])
+    return chosen(EVAL_PRESETS, given["preset"] or "default", options, given["sets"])

@@ -29,10 +29,10 @@ app = typer.Typer(help="Make and look after noise-latent pairs.", no_args_is_hel
 
 def _pair_config(given: dict[str, Any]) -> Any:
     """PairConfig of a command's parameters."""
-    from pairgen.config import PRESETS, PairConfig
+    from pairgen.config import PAIR_PRESETS, PairConfig
 
     options = {name: value for name, value in given.items() if name in PairConfig.__dataclass_fields__}
-    return chosen(PRESETS, given["preset"] or "default", options, given["sets"])
+    return chosen(PAIR_PRESETS, given["preset"] or "default", options, given["sets"])
 
 
 NumPairs = Annotated[int | None, typer.Option(help="Default: one per prompt.")]

@@ -36,8 +36,7 @@ from miniature.demo_report import write_demo_report
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
 from miniature.sampling import scene_captions
-from pairgen.config import PRESETS as PAIR_PRESETS
-from pairgen.config import PairConfig
+from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.generate import generate_pairs
 
 PROMPT_SEED = 3  # seed 1 trained the teacher, seed 2 is for tests

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from d2g.core.config import check_values, require, setting
+from d2g.core.config import Presets, check_values, require, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,15 +87,33 @@ class PairConfig:
         )
 
 
-PRESETS: dict[str, PairConfig] = {
-    "default": PairConfig(),
-    # Table A1 of the supplement: pairs and guidance; prompts are yours to bring
-    "cifar10": PairConfig(num_pairs=1_000_000, guidance=1.0, solver="heun", steps=18, batch_size=512),
-    "sd15-cfg3": PairConfig(num_pairs=3_000_000, guidance=3.0, precision="fp16"),
-    "sd15-cfg8": PairConfig(num_pairs=12_000_000, guidance=8.0, precision="fp16"),
-    "sdxl-cfg7": PairConfig(num_pairs=8_000_000, guidance=7.0, precision="bf16", batch_size=8),
-    # Every command of a run, small enough for a laptop: to see that all is in place before the real one
-    "trial": PairConfig(num_pairs=64, guidance=3.0, steps=4, batch_size=8, shard_size=32),
-    "miniature": PairConfig(teacher="miniature", guidance=3.0, steps=20, batch_size=128, shard_size=512),
-}
-"""Presets of `d2g pairs generate`."""
+PAIR_PRESETS = Presets(
+    {
+        "default": ("50 steps at guidance 8, fp32", PairConfig()),
+        "cifar10": (
+            "The paper's CIFAR10 pairs: EDM with 18 Heun steps, no guidance (Table A1)",
+            PairConfig(num_pairs=1_000_000, guidance=1.0, solver="heun", steps=18, batch_size=512),
+        ),
+        "sd15-cfg3": (
+            "The paper's SD 1.5 pairs at guidance 3 (Table A1)",
+            PairConfig(num_pairs=3_000_000, guidance=3.0, precision="fp16"),
+        ),
+        "sd15-cfg8": (
+            "The paper's SD 1.5 pairs at guidance 8 (Table A1)",
+            PairConfig(num_pairs=12_000_000, guidance=8.0, precision="fp16"),
+        ),
+        "sdxl-cfg7": (
+            "The paper's SDXL pairs at guidance 7 (Table A1)",
+            PairConfig(num_pairs=8_000_000, guidance=7.0, precision="bf16", batch_size=8),
+        ),
+        "trial": (
+            "64 pairs in 4 steps, to check that every command of a run works before the real one",
+            PairConfig(num_pairs=64, guidance=3.0, steps=4, batch_size=8, shard_size=32),
+        ),
+        "miniature": (
+            "The shipped miniature teacher on two CPU cores",
+            PairConfig(teacher="miniature", guidance=3.0, steps=20, batch_size=128, shard_size=512),
+        ),
+    }
+)
+"""Presets of `d2g pairs generate` and `d2g pairs plan`."""

@@ -15,7 +15,7 @@ TeacherModel = Literal["sd15", "sdxl", "edm-cifar10", "miniature"]
 
 @dataclass(frozen=True, eq=False)
 class Recipe(Mapping[str, DistillConfig]):
-    """A preset: a config for each stage, `ode` and, where there is one, `gan`; equal if the configs are equal."""
+    """A preset: a config for each stage, `ode` and, where there is one, `gan`; equal if its configs are."""
 
     about: str
     """One line for `--help`."""
@@ -38,7 +38,7 @@ def _train(batch: int, iterations: int, ema_start: int = 4_000) -> TrainConfig:
 
 
 def _recompute(gpus: int) -> EngineConfig:
-    """Activation checkpointing, without which these recipes do not fit 80 GB (tests/distill/test_presets.py)."""
+    """With activation checkpointing: without it these do not fit 80 GB (tests/distill/test_presets.py)."""
     return EngineConfig(gpus=gpus, activation_checkpointing=True)
 
 
@@ -150,8 +150,8 @@ _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mix": ("mix-and-match augmentation", {"mix_fraction": 0.0}),
 }
-"""Rows of method.md "Ablation of the discriminator" after the first: the part that each adds, and the settings
-that turn it off.
+"""Rows of method.md "Ablation of the discriminator" after the first: the part that each adds, and the
+settings that turn it off.
 """
 
 _LOSSES: dict[str, RegressionKind] = {
@@ -167,7 +167,7 @@ def ablation(base: Recipe, prefix: str = "") -> dict[str, Recipe]:
     """The rows of method.md "Ablation of the discriminator" over a recipe, by name. Each adds one part to the
     row before it.
 
-    The first row is the regression stage alone; given that run as --init, it trains for as long as the others.
+    The first row is the regression stage alone; given that run as --init, it trains as long as the others.
     """
     of = f"Ablation of {base.model}: "
     rows = {f"{prefix}ablation-regression": Recipe(f"{of}regression alone", base.model, {"ode": base["ode"]})}

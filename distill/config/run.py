@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from d2g.core.config import check_values, nearest, require, setting
+from d2g.core.config import Presets, check_values, nearest, require, setting
 from d2g.core.errors import SettingError
 from distill.config.components import DiscriminatorConfig as DiscriminatorConfig
 from distill.config.components import OptimConfig as OptimConfig
@@ -235,5 +235,5 @@ class SampleConfig:
         )
 
 
-SAMPLE_PRESETS = {"default": SampleConfig()}
+SAMPLE_PRESETS = Presets({"default": ("The shipped miniature student", SampleConfig())})
 """Presets of `d2g sample`."""

@@ -1,12 +1,10 @@
 """Settings of the evaluation commands and their presets."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
-from d2g.core.config import require, setting
+from d2g.core.config import Presets, require, setting
 from d2g.core.errors import SettingError
 from eval.protocols.protocol import PROTOCOLS, Protocol
 
@@ -108,8 +106,14 @@ class EvalRun:
         return {name if found else "features": path if found else name for name, found, path in pairs}
 
 
-PRESETS: Mapping[str, EvalRun] = MappingProxyType(
-    {"default": EvalRun(), "miniature": EvalRun(student="miniature", protocol=PROTOCOLS["miniature"])}
+EVAL_PRESETS = Presets(
+    {
+        "default": ("The protocol is given by --protocol, folder if not", EvalRun()),
+        "miniature": (
+            "The shipped miniature student under its own protocol",
+            EvalRun(student="miniature", protocol=PROTOCOLS["miniature"]),
+        ),
+    }
 )
 """Presets of `d2g eval run`."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from d2g.core.config import require, setting
+from d2g.core.config import Presets, require, setting
 from d2g.core.errors import SettingError
 from latent_lpips.config import AugmentConfig, CalibrateConfig
 
@@ -315,24 +315,52 @@ _SMALL = ClassifyConfig(
     epochs=40,
     score_epochs=4,
 )
-TRAIN_PRESETS = {"paper": ClassifyConfig(), "small": _SMALL}
-"""`paper`: ImageNet, 224 pixels. `small`: thousands of pictures, minutes on a CPU."""
+TRAIN_PRESETS = Presets(
+    {
+        "paper": ("The supplement's recipe: ImageNet at 224 pixels", ClassifyConfig()),
+        "small": ("Thousands of images, minutes on a CPU", _SMALL),
+    }
+)
+"""Presets of `d2g lpips train`."""
 
 LPIPS_HEADS = HeadsConfig(patch=PatchConfig(load=64, upsample=512))
-HEADS_PRESETS = {
-    "paper": LPIPS_HEADS,
-    "small": HeadsConfig(heads=CalibrateConfig(lr=3e-3, epochs=20)),
-}
-"""`paper`: BAPPS as LPIPS loads it, enlarged to 512 pixels. `small`: patches as they are, larger steps."""
+HEADS_PRESETS = Presets(
+    {
+        "paper": ("BAPPS patches loaded as by LPIPS, enlarged to 512 pixels", LPIPS_HEADS),
+        "small": (
+            "Patches in their own size, a larger learning rate",
+            HeadsConfig(heads=CalibrateConfig(lr=3e-3, epochs=20)),
+        ),
+    }
+)
+"""Presets of `d2g lpips calibrate`."""
 
-SCORE_PRESETS = {
-    "paper": ScoreConfig(patch=LPIPS_HEADS.patch),
-    "small": ScoreConfig(),
-}
+SCORE_PRESETS = Presets(
+    {
+        "paper": (
+            "BAPPS patches loaded as by LPIPS, enlarged to 512 pixels",
+            ScoreConfig(patch=LPIPS_HEADS.patch),
+        ),
+        "small": ("Patches in their own size", ScoreConfig()),
+    }
+)
+"""Presets of `d2g lpips score`."""
 
-OVERFIT_PRESETS = {
-    "paper": OverfitConfig(),
-    "small": replace(OverfitConfig(), size=128, steps=2_000, report_steps=50),
-}
+OVERFIT_PRESETS = Presets(
+    {
+        "paper": ("512 pixels, 15,000 steps", OverfitConfig()),
+        "small": (
+            "128 pixels, 2,000 steps",
+            replace(OverfitConfig(), size=128, steps=2_000, report_steps=50),
+        ),
+    }
+)
+"""Presets of `d2g lpips overfit`."""
 
-TRIPLETS_PRESETS = {"patches": TripletsConfig(), "pictures": TripletsConfig(size=128)}
+TRIPLETS_PRESETS = Presets(
+    {
+        "patches": ("Patches of 64 pixels", TripletsConfig()),
+        "pictures": ("Patches of 128 pixels", TripletsConfig(size=128)),
+    }
+)
+"""Presets of `d2g lpips triplets`."""

@@ -16,7 +16,7 @@ from d2g.diffusion.pretrained import load_schedule
 from d2g.diffusion.scheduler_files import load_any_schedule, load_student_schedule
 from d2g.diffusion.solvers import evaluations
 from d2g.diffusion.teacher import Teacher, check_solver, describe_teacher, load_teacher
-from pairgen.config import PRESETS, PairConfig
+from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.job import config_of, open_job
 
 LABELS = ["1", "9", "1"]
@@ -123,7 +123,7 @@ def test_a_job_says_what_decides_its_rows(edm: Path) -> None:
     assert open_job(config_of(job.spec)).spec == job.spec, "a store tells how to make more of it"
     drawn, latents, texts = job.rows([0, 3])
     assert 0.5 < drawn.std() < 2 and texts == ["0", "3"] and latents.isfinite().all()
-    published = PRESETS["cifar10"]
+    published = PAIR_PRESETS["cifar10"]
     assert (published.num_pairs, published.steps, published.solver) == (1_000_000, 18, "heun")
     assert published.guidance == 1
 

@@ -7,7 +7,7 @@ import pytest
 
 from d2g.core.errors import SettingError
 from eval.images.resize import NATIVE, PREPROCESSING
-from eval.protocols.config import PRESETS, CurveRun, EvalRun
+from eval.protocols.config import EVAL_PRESETS, CurveRun, EvalRun
 from eval.protocols.protocol import ANY, METRICS, PROTOCOLS, VIT_B_32, VIT_G_14, Protocol
 
 
@@ -102,7 +102,7 @@ def test_impossible_runs_say_why() -> None:
         CurveRun(setting="scale", values=(1.0,))
     with pytest.raises(SettingError, match="needs its values, say --over steps=1,2,4"):
         CurveRun(setting="steps")
-    assert set(PRESETS) == {"default", "miniature"} and PRESETS["default"] == EvalRun()
+    assert set(EVAL_PRESETS) == {"default", "miniature"} and EVAL_PRESETS["default"] == EvalRun()
 
 
 def test_weights_by_network() -> None:

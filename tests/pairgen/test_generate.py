@@ -14,7 +14,7 @@ import tiny
 from d2g.core import seeds
 from d2g.core.errors import Interrupted, SettingError, UserError
 from jobs import Running, d2g, make_pairs
-from pairgen.config import PRESETS, PairConfig
+from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.cost import GPU_COUNTS, fastest_batch, plan_pairs
 from pairgen.generate import generate_pairs, regenerate, resimulate
 from pairgen.job import config_of, open_job
@@ -218,7 +218,9 @@ def test_impossible_settings(setting: dict[str, object], says: str) -> None:
 
 def test_presets_are_the_supplements() -> None:
     found = {
-        name: (p.num_pairs, p.guidance, p.steps, p.solver) for name, p in PRESETS.items() if "sd15" in name
+        name: (p.num_pairs, p.guidance, p.steps, p.solver)
+        for name, p in PAIR_PRESETS.items()
+        if "sd15" in name
     }
     assert found == {
         "sd15-cfg3": (3_000_000, 3.0, 50, "teacher"),
