@@ -1,9 +1,9 @@
 """Reads the authors' checkpoints of LatentLPIPS (package elatentlpips, github.com/mingukkang/elatentlpips).
 
 There are two forms. A trunk, `SPACE_latent_vgg16.pth.tar`, has a `state_dict` with
-`[module.]model.features.N…` and the classifier. A calibrated distance, `SPACE_latest_vgg16_tuned.pth`, has `net.sliceK.N…`,
-`linL.model.1.weight` and a copy of it, `lins.L.model.1.weight`. This file knows their names and shapes; it
-shares no code with the package.
+`[module.]model.features.N…` and the classifier. A calibrated distance, `SPACE_latest_vgg16_tuned.pth`, has
+`net.sliceK.N…`, `linL.model.1.weight` and a copy of it, `lins.L.model.1.weight`. This file knows their names
+and shapes; it shares no code with the package.
 """
 
 import hashlib
