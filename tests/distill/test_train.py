@@ -117,16 +117,31 @@ def test_ten_and_ten_more_steps_are_twenty(
     }
 
 
+def losses_of(run: Path) -> list[dict[str, float]]:
+    """The losses of the first six reports."""
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in curve(run)[:6]]
+
+
+def assert_golden(stage: str, run: Path, tolerance: float) -> None:
+    losses, expected = losses_of(run), json.loads((GOLDEN / f"distill_{stage}.json").read_text())
+    assert [line.keys() for line in losses] == [line.keys() for line in expected]
+    for line, wanted in zip(losses, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=tolerance)
+
+
 @pytest.mark.parametrize("stage", ["ode", "gan"])
 def test_golden_curves(stage: str, unbroken: dict[str, Path]) -> None:
-    found = [{k: v for k, v in line.items() if k.startswith("loss/")} for line in curve(unbroken[stage])[:6]]
-    file = GOLDEN / f"distill_{stage}.json"
     if os.environ.get("D2G_WRITE_GOLDEN"):
-        file.write_text(json.dumps(found, indent=1) + "\n")
-    expected = json.loads(file.read_text())
-    assert [line.keys() for line in found] == [line.keys() for line in expected]
-    for line, wanted in zip(found, expected, strict=True):
-        assert line == pytest.approx(wanted, rel=1e-3)
+        (GOLDEN / f"distill_{stage}.json").write_text(json.dumps(losses_of(unbroken[stage]), indent=1) + "\n")
+    assert_golden(stage, unbroken[stage], 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+def test_golden_curves_on_a_gpu(stage: str, unbroken: dict[str, Path]) -> None:
+    """A CUDA device learns what the CPU does: the draws are made on the CPU, the rest differs by rounding."""
+    assert torch.cuda.is_available(), "no CUDA device; `-m gpu` is for machines that have one"
+    assert_golden(stage, unbroken[stage], 1e-2)
 
 
 def test_both_stages_learn(unbroken: dict[str, Path]) -> None:
