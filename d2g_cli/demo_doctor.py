@@ -25,7 +25,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Distil the bundled miniature teacher: pairs, both stages, evaluation, a report with pictures."""
-    from miniature.demo import DEMO_PRESETS, run_demo
+    from miniature.config import DEMO_PRESETS
+    from miniature.demo import run_demo
 
     config = chosen(DEMO_PRESETS, preset or ("quick" if quick else "default"), {"seed": seed}, sets)
     if dry_run:

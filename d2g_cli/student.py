@@ -98,7 +98,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a student for others: small safetensors, a diffusers pipeline, adapters or ONNX, with a card."""
-    from distill.export.export import EXPORT_PRESETS, export
+    from distill.config.export import EXPORT_PRESETS
+    from distill.export.export import export
 
     config = pick(EXPORT_PRESETS, preset or "default", "preset")
     card: dict[str, Any] = {"scores": list(map(str, scores or [])) or None, "licence": licence}

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
-from d2g.core.errors import SettingError
 from d2g.core.png import grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import Teacher, load_teacher
-from distill.config.presets import DISTILL_PRESETS
-from distill.config.run import DistillConfig
 from distill.sampling import OneStep, load_one_step, untrained_one_step
 from distill.training.train import train
 from eval.evaluate import evaluate
@@ -32,55 +29,15 @@ from eval.protocols.protocol import PROTOCOLS
 from eval.report.page import first_images
 from eval.result import EvalResult
 from eval.runner.samplers import SamplingRequest, ode_source, one_step_source
+from miniature.config import DemoConfig
 from miniature.demo_report import write_demo_report
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
 from miniature.sampling import scene_captions
-from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.generate import generate_pairs
 
 PROMPT_SEED = 3  # seed 1 trained the teacher, seed 2 is for tests
 DEMO_SAMPLERS = ("naive", "ode", "gan", "teacher")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoConfig:
-    """Sizes of the demo. The stages are ordinary configs of pairgen and distill."""
-
-    seed: int = 0
-    pairs: PairConfig = field(default_factory=lambda: replace(PAIR_PRESETS["miniature"], num_pairs=2_048))
-    ode: DistillConfig = DISTILL_PRESETS["miniature"]["ode"]
-    gan: DistillConfig = DISTILL_PRESETS["miniature"]["gan"]
-    eval_images: int = 512
-    teacher_steps: int = 50
-    columns: int = 8  # pictures side by side in the report
-
-    def __post_init__(self) -> None:
-        if self.eval_images < 2 or self.columns < 1 or self.columns > self.eval_images:
-            raise SettingError(
-                f"eval_images is {self.eval_images} and columns {self.columns}; "
-                "expected 2 or more, and fewer columns"
-            )
-
-
-def _short(config: DistillConfig, images: int) -> DistillConfig:
-    return replace(
-        config, train=replace(config.train, images=images, report_images=images // 4, batch_size=16)
-    )
-
-
-DEMO_PRESETS = {
-    "default": DemoConfig(),
-    "quick": DemoConfig(
-        pairs=replace(PAIR_PRESETS["miniature"], num_pairs=64, steps=5, shard_size=32),
-        ode=_short(DISTILL_PRESETS["miniature"]["ode"], 256),
-        gan=_short(DISTILL_PRESETS["miniature"]["gan"], 128),
-        eval_images=32,
-        teacher_steps=10,
-        columns=4,
-    ),
-}
-"""Presets of `d2g demo`."""
 
 
 @dataclass(frozen=True, kw_only=True)

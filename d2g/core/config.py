@@ -68,8 +68,10 @@ def check_values(config: Any) -> None:
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise SettingError(f"{name} is {value!r}{nearest(str(value), map(str, get_args(hint)))}")
+        optional = type(None) in get_args(hint)
+        for choices in get_args(hint) if optional and value is not None else (hint,):
+            if get_origin(choices) is Literal and value not in get_args(choices):
+                raise SettingError(f"{name} is {value!r}{nearest(str(value), map(str, get_args(choices)))}")
         for part in value if isinstance(value, tuple) else (value,):
             finite = not isinstance(part, float) or math.isfinite(part)
             require(config, **{name: (finite, "finite numbers")})

@@ -1,54 +1,21 @@
 """A finished student for others: a small safetensors folder, a diffusers pipeline, LoRA adapters, ONNX."""
 
 import json
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from d2g.core.atomic_files import write_atomically
-from d2g.core.config import nearest
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
-from distill.export.model_card import CardOptions
+from distill.config.export import ExportConfig
 from distill.export.output import DTYPES as DTYPES
 from distill.export.output import apart, check_out, checked, exact_sums, named_dtype, save_tensors, staged
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
 from distill.sampling import load_one_step, student_folder, student_tensors
-
-CARDS = ("diffusers", "lora", "onnx")
-"""Formats with a model card."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportConfig:
-    """One `d2g export`: which student, in what form."""
-
-    student: str = ""
-    format: Literal["safetensors", "diffusers", "lora", "onnx"] = "safetensors"
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None  # None: fp16 of safetensors, fp32 of the others
-    teacher: str | None = None  # instead of the one the student names
-    card: CardOptions = field(default_factory=CardOptions)
-
-    def __post_init__(self) -> None:
-        known = get_args(ExportConfig.__annotations__["format"])
-        if self.format not in known:
-            raise SettingError(f"format is {self.format!r}{nearest(self.format, known)}")
-        if self.dtype is not None:
-            named_dtype(self.dtype)
-        told = [f.name for f in fields(CardOptions) if getattr(self.card, f.name) != f.default]
-        if told and self.format not in CARDS:
-            raise SettingError(
-                f"the format {self.format} has no model card, and no use for {', '.join(told)}; leave it "
-                f"out, or choose --format {', '.join(CARDS)}"
-            )
-
-
-EXPORT_PRESETS = {"default": ExportConfig()}
-"""Presets of `d2g export`."""
 
 
 def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """A model card filled from what was measured: nothing in it is made up, and what is not known says so."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2g.core.errors import SettingError
 from d2g.diffusion.pretrained import SHIPPED, resolve
+from distill.config.export import CardOptions
 from distill.export.card_history import History, cost_lines, pairs_lines, recipe_lines
 from distill.export.card_history import history as history
 from distill.export.card_scores import score_lines
@@ -21,22 +20,6 @@ LICENCES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
 """Licences of teachers whose folder says none, by their hub id."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CardOptions:
-    """What a card cannot find out by itself."""
-
-    scores: tuple[str, ...] = ()  # results of `d2g eval run`
-    licence: str | None = None  # of the teacher, which the student inherits
-    watts: float = 400.0  # a device's mean draw; an A100 SXM's limit
-    kg_per_kwh: float = 0.48  # carbon of electricity, kg CO2 a kWh; the world's mean, Ember, 2023
-
-    def __post_init__(self) -> None:
-        if self.watts <= 0 or self.kg_per_kwh < 0:
-            raise SettingError(
-                f"--watts is {self.watts} and --kg-per-kwh {self.kg_per_kwh}; expected above 0, and 0 or more"
-            )
 
 
 def kg_co2(device_hours: float, options: CardOptions) -> float:

@@ -15,8 +15,9 @@ from d2g.diffusion.latents import decode
 from d2g.diffusion.lora import has_lora, whole_update
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
+from distill.config.export import CardOptions
 from distill.export.card_scores import own_results
-from distill.export.model_card import CardOptions, adapter_usage, card, pipeline_usage
+from distill.export.model_card import adapter_usage, card, pipeline_usage
 from distill.export.one_step_pipeline import (
     draw_plainly,
     draw_untold,

@@ -12,8 +12,9 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.text_encoders import LabelEncoder, NoEncoder, Text, as_text
+from distill.config.export import CardOptions
 from distill.export.card_scores import own_results
-from distill.export.model_card import CardOptions, card
+from distill.export.model_card import card
 from distill.export.onnx_runtime import check_onnx, run_onnx, save_onnx
 from distill.export.output import apart, check_out, checked, staged
 from distill.models.student import Student

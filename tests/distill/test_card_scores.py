@@ -11,9 +11,9 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
 from d2g.diffusion.pretrained import SHIPPED
 from distill.config.components import StudentConfig
+from distill.config.export import CardOptions, ExportConfig
 from distill.export.card_scores import own_results, score_lines
-from distill.export.export import ExportConfig, export, export_student
-from distill.export.model_card import CardOptions
+from distill.export.export import export, export_student
 from exported import as_run, evaluated, lora_run, result, told
 
 OWN = hashlib.sha256((SHIPPED["miniature"] / "student" / "ema.safetensors").read_bytes()).hexdigest()

@@ -17,9 +17,10 @@ from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from distill.config.components import OptimConfig, RegressionConfig
+from distill.config.export import ExportConfig
 from distill.config.presets import preset
 from distill.config.run import DistillConfig
-from distill.export.export import ExportConfig, export
+from distill.export.export import export
 from distill.sampling import load_one_step, own_prompts
 from distill.training.train import train
 from eval.images.resize import NATIVE

@@ -24,8 +24,9 @@ from d2g.diffusion.schedule import predict_x0
 from d2g.diffusion.scheduler_files import load_schedule
 from d2g_cli import main as cli
 from distill.config.components import StudentConfig
-from distill.export.export import ExportConfig, export, export_lora, export_pipeline, export_student
-from distill.export.model_card import CardOptions, licence_of
+from distill.config.export import CardOptions, ExportConfig
+from distill.export.export import export, export_lora, export_pipeline, export_student
+from distill.export.model_card import licence_of
 from distill.export.one_step_pipeline import draw_plainly, draw_untold, one_step_scheduler
 from distill.models.student import student_from_teacher
 from distill.sampling import load_one_step
@@ -304,7 +305,7 @@ def test_settings(run: str, tmp_path: Path) -> None:
         ExportConfig(format="diffuser")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="student is not set"):
         export(ExportConfig(), tmp_path)
-    with pytest.raises(SettingError, match=r"--watts is -1"):
+    with pytest.raises(SettingError, match=r"^watts is -1; expected a positive number$"):
         CardOptions(watts=-1)
     found = export(ExportConfig(student=run), tmp_path / "small")
     assert math.isfinite(found["parity_max_abs_err"]) and (tmp_path / "small" / "ema.safetensors").is_file()

@@ -10,9 +10,10 @@ import pytest
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override, to_json
 from d2g.core.errors import UserError
+from distill.config.export import CardOptions
 from distill.config.run import DistillConfig
 from distill.export.card_scores import own_results
-from distill.export.model_card import CardOptions, card, history, kg_co2
+from distill.export.model_card import card, history, kg_co2
 from distill.planning.cost import evaluations
 from distill.training.train import train
 from jobs import distill_config, make_pairs

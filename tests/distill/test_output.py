@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from d2g.core.errors import SettingError, UserError
 from distill.config.components import StudentConfig
-from distill.export.export import ExportConfig, export
-from distill.export.model_card import CardOptions
+from distill.config.export import CardOptions, ExportConfig
+from distill.export.export import export
 from distill.export.output import PARITY_BOUND, apart, checked, exact_sums, staged
 from exported import as_run, lora_run
 

@@ -13,9 +13,9 @@ from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.diffusion.text_encoders import as_text
 from distill.config.components import StudentConfig
+from distill.config.export import CardOptions, ExportConfig
 from distill.export import onnx_runtime
-from distill.export.export import ExportConfig, export
-from distill.export.model_card import CardOptions
+from distill.export.export import export
 from distill.export.onnx_runtime import run_onnx
 from distill.sampling import load_one_step
 from exported import PROMPT, as_run, evaluated, told

@@ -19,7 +19,8 @@ from d2g.diffusion.teacher import load_teacher
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.runner.run import run_evaluation
-from miniature.demo import DEMO_PRESETS, DEMO_SAMPLERS, DemoConfig, DemoResult, run_demo
+from miniature.config import DEMO_PRESETS, DemoConfig
+from miniature.demo import DEMO_SAMPLERS, DemoResult, run_demo
 from miniature.metrics import TEST_SEED
 from miniature.sampling import scene_captions
 from pairgen.store.reader import PairReader

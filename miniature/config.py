@@ -1,0 +1,53 @@
+"""Settings of `d2g demo` and their presets."""
+
+from dataclasses import dataclass, replace
+
+from d2g.core.config import Presets, require, setting
+from distill.config.presets import DISTILL_PRESETS
+from distill.config.run import DistillConfig
+from pairgen.config import PAIR_PRESETS, PairConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Sizes of the demo. The stages are ordinary configs of pairgen and distill."""
+
+    seed: int = setting(0, "Seed of everything random")
+    pairs: PairConfig = setting(replace(PAIR_PRESETS["miniature"], num_pairs=2_048), "Pair generation")
+    ode: DistillConfig = setting(DISTILL_PRESETS["miniature"]["ode"], "The regression stage")
+    gan: DistillConfig = setting(DISTILL_PRESETS["miniature"]["gan"], "The GAN stage")
+    eval_images: int = setting(512, "Images of each evaluation")
+    teacher_steps: int = setting(50, "Solver steps of the teacher's own samples")
+    columns: int = setting(8, "Images side by side in the report")
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            eval_images=(self.eval_images >= 2, "2 or more"),
+            columns=(1 <= self.columns <= self.eval_images, f"1 to eval_images, {self.eval_images}"),
+        )
+
+
+def _short(config: DistillConfig, images: int) -> DistillConfig:
+    return replace(
+        config, train=replace(config.train, images=images, report_images=images // 4, batch_size=16)
+    )
+
+
+DEMO_PRESETS = Presets(
+    {
+        "default": ("Minutes on two CPU cores", DemoConfig()),
+        "quick": (
+            "A smoke run of half a minute; its numbers mean little",
+            DemoConfig(
+                pairs=replace(PAIR_PRESETS["miniature"], num_pairs=64, steps=5, shard_size=32),
+                ode=_short(DISTILL_PRESETS["miniature"]["ode"], 256),
+                gan=_short(DISTILL_PRESETS["miniature"]["gan"], 128),
+                eval_images=32,
+                teacher_steps=10,
+                columns=4,
+            ),
+        ),
+    }
+)
+"""Presets of `d2g demo`."""
