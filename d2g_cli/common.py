@@ -1,6 +1,7 @@
 """What every command shares: option types, progress on stderr, configs from options, one way to print."""
 
 import json
+import logging
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from d2g.core.config import override, pick, to_json, with_values
 from d2g.core.errors import Interrupted, SettingError
+from d2g.core.logs import logger
 
 T = TypeVar("T")
 
@@ -77,6 +79,24 @@ class Reporter:
 
 
 reporter = Reporter()
+
+
+class _StderrHandler(logging.Handler):
+    """Prints a record as one line on stderr, above the progress bars where there are any."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if reporter.tasks:
+            reporter.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def log_to_stderr() -> None:
+    """Show the log of all packages on stderr. Call it as often as you like."""
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
+        logger.setLevel(logging.INFO)
 
 
 def configure(config: T, options: Mapping[str, Any], sets: list[str] | None) -> T:

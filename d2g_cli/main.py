@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from d2g.core.errors import UserError
 from d2g_cli import demo_doctor, distill, lpips, pairs, student, teacher
 from d2g_cli import eval as eval_commands
-from d2g_cli.common import last_word, reporter, tell_others, told_by_rank_0
+from d2g_cli.common import last_word, log_to_stderr, reporter, tell_others, told_by_rank_0
 
 
 @contextmanager
@@ -64,6 +64,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Options before the command."""
+    log_to_stderr()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,5 @@
 """Looking after pair stores: `d2g pairs info | verify | repair | merge | stats`."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from d2g.core.errors import UserError
+from d2g.core.logs import logger
 from d2g_cli.common import DryRun, Json, Out, Prompts, TeacherOption, emit, expect, finishing, reporter
 
 Store = Annotated[Path, typer.Argument(help="The store's folder.")]
@@ -97,7 +97,7 @@ def repair(
         return
     moved, made = repair_store(folder, reporter, workers), 0
     if moved:
-        print(f"moved {len(moved)} files to {folder / 'quarantine'}", file=sys.stderr)
+        logger.info("moved %d files to %s", len(moved), folder / "quarantine")
     if not no_regenerate and (pending(folder, spec) or quarantined_rows(folder, spec)):
         from pairgen.generate import regenerate
 

@@ -8,7 +8,6 @@ and shapes; it shares no code with the package.
 
 import hashlib
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
 from d2g.diffusion.latents import LatentSpace
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
@@ -71,8 +70,7 @@ def read_official_checkpoint(
     require_nonnegative_heads([state[key] for key in sorted(state) if key.startswith("heads.")], str(path))
     metric.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
     metadata = _metadata(path, calibrated, _space(path, space, metric.config.channels))
-    if process_group.rank() == 0:
-        print(LICENSE_NOTICE.format(file=path.name), file=sys.stderr)
+    logger.warning(LICENSE_NOTICE.format(file=path.name))
     return metric, metadata
 
 

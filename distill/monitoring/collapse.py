@@ -5,13 +5,13 @@ all say the same. Losses that are not finite stop a run by themselves (`distill.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
 
 Line = Mapping[str, float]
 Mode = Literal["off", "warn", "stop"]
@@ -66,7 +66,7 @@ def act(
 ) -> None:
     """Warn of each kind once (`told` remembers), or stop at a fatal one with Collapse. "off" does nothing.
 
-    `tell`: takes the line of a warning; warnings.warn if not given.
+    `tell`: takes the line of a warning; logged if None.
     """
     if mode == "off":
         return
@@ -75,7 +75,7 @@ def act(
             raise Collapse(f"{finding.text}, or go on with --set train.on_collapse=warn")
         if finding.kind not in told:
             told.add(finding.kind)
-            (tell or _warn)(finding.text)
+            (tell or logger.warning)(finding.text)
 
 
 def not_finite(lines: Sequence[Line], limits: Limits) -> Finding | None:
@@ -174,7 +174,3 @@ def _best_and_now(
 
 def _at(lines: Sequence[Line]) -> str:
     return f"image {int(lines[-1]['nimg']):,}"
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)

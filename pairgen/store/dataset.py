@@ -1,7 +1,6 @@
 """Pairs for training: a map-style dataset, and batches in a random order whose whole state is one integer."""
 
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
@@ -11,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import EVERY_RANK, logger
 from d2g.core.shuffle import permuted_batch
 from pairgen.store.hdf5 import PairBatch, StoreSpec
 
@@ -146,7 +146,7 @@ def pair_loader(
 
     dtype: of noise and latent, None as stored. pin_memory: page-locked, for copies to a GPU that overlap its
     work. context: how workers start, "fork" or "spawn". on_skip: told once of each damaged file whose rows a
-    reader with `skip_bad` replaces; warnings.warn if not given. Errors of workers are raised here, as the one
+    reader with `skip_bad` replaces; logged as a warning if None. Errors of workers are raised here, as the one
     line they are.
     """
     loader: DataLoader[Any] = DataLoader(
@@ -166,11 +166,11 @@ def pair_loader(
         for file, reason in batch.skipped.items():
             if file not in known:
                 known.add(file)
-                (on_skip or _warn)(
+                (on_skip or _log_warning)(
                     f"{file}: {reason}; its rows are replaced by those of the next sound shard"
                 )
         yield batch
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+def _log_warning(text: str) -> None:
+    logger.warning(text, extra=EVERY_RANK)

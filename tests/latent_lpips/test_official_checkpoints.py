@@ -61,7 +61,7 @@ def test_all_published_latent_spaces_were_compared() -> None:
 
 
 def test_a_calibrated_file_gives_trunk_heads_and_facts(
-    tuned: Path, capsys: pytest.CaptureFixture[str]
+    tuned: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     metric, facts = read_official_checkpoint(tuned)
     state = torch.load(tuned, weights_only=True)
@@ -78,7 +78,7 @@ def test_a_calibrated_file_gives_trunk_heads_and_facts(
         "shift_factor": 0.0,
     }
     said = capsys.readouterr()
-    assert said.out == "" and said.err.count("CC-BY-NC-4.0: for non-commercial use only") == 1
+    assert said.out == "" and caplog.text.count("CC-BY-NC-4.0: for non-commercial use only") == 1
 
 
 def test_a_trunk_file_is_the_uncalibrated_distance(tmp_path: Path, tuned: Path) -> None:

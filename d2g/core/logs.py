@@ -1,0 +1,22 @@
+"""The log of all packages, `logging.getLogger("d2g")`: under torchrun, rank 0 speaks for the others."""
+
+import logging
+import os
+
+EVERY_RANK = {"every_rank": True}
+"""`extra` of a record that every rank logs, because it is about this rank's own files or rows."""
+
+logger = logging.getLogger("d2g")
+
+
+def _passes(record: logging.LogRecord) -> bool:
+    """Drop records of ranks above 0, except those with `EVERY_RANK`, which are marked with their rank."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank and not getattr(record, "every_rank", False):
+        return False
+    if rank:
+        record.msg = f"rank {rank}: {record.msg}"
+    return True
+
+
+logger.addFilter(_passes)
