@@ -55,7 +55,7 @@ def teacher(folder: Path, widths: list[int], size: int) -> str:
         cross_attention_dim=16,
         attention_head_dim=8,
     )
-    pretrained.save_piece(unet, folder / "unet")
+    pretrained.save_component(unet, folder / "unet")
     return str(folder)
 
 

@@ -28,7 +28,7 @@ from d2g.core import seeds
 from d2g.core.errors import UserError
 from d2g.diffusion.pretrained import (
     SHIPPED,
-    new_text_encoder,
+    new_conditioner,
     new_tokenizer,
     new_unet,
     new_vae,
@@ -62,7 +62,7 @@ def sd15_folder(folder: Path) -> str:
     """A pipeline of SD 1.5's UNet and a text encoder of its width, with random weights."""
     torch.manual_seed(0)
     tokenizer = new_tokenizer(CAPTIONS, folder / "tokenizer", 400, 77)
-    text = new_text_encoder(tokenizer, width=768, layers=12, heads=12)
+    text = new_conditioner(tokenizer, width=768, layers=12, heads=12)
     blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     unet = new_unet(
         sample_size=64,
@@ -79,7 +79,7 @@ def sd15_folder(folder: Path) -> str:
         latent_channels=4,
         scaling_factor=0.18215,
     )
-    save_pipeline(folder, unet=unet, vae=vae, text=text)
+    save_pipeline(folder, unet=unet, vae=vae, conditioner=text)
     return str(folder)
 
 

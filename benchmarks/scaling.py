@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, table
 from d2g.diffusion import pretrained
-from d2g.diffusion.text_encoders import Text
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.presets import TABLE_A1
 from distill.config.run import DistillConfig
 from distill.planning.cost import PUBLISHED, column
@@ -42,7 +42,7 @@ def unet_flops(kind: str) -> float:
         if config.addition_embed_type:
             added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         size = config.sample_size
-        text = Text(torch.empty(1, 77, config.cross_attention_dim))
+        text = Conditioning.from_text(torch.empty(1, 77, config.cross_attention_dim))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             unet(torch.empty(1, 4, size, size), 999, text.hidden, added_cond_kwargs=added)
     return float(counter.get_total_flops())

@@ -16,10 +16,9 @@ from d2g.core.png import grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioner
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.lora import has_lora, merged
-from d2g.diffusion.pretrained import Encoder
-from d2g.diffusion.text_encoders import LabelEncoder, NoEncoder
 from distill.config.components import StudentConfig
 from distill.models.student import Student, add_guidance_embedding, student_from_teacher
 
@@ -35,7 +34,7 @@ class OneStep:
     """A student with the text encoder, or what stands for one, and the VAE around it, on one device."""
 
     student: Student
-    text: Encoder
+    text: Conditioner
     vae: Any
     device: torch.device
     guidance: float = 8.0  # told to a student that is told a scale; others have theirs in the weights
@@ -43,9 +42,7 @@ class OneStep:
     @property
     def examples(self) -> list[str]:
         """Two prompts that it understands, to compare two forms of it with."""
-        if isinstance(self.text, LabelEncoder):
-            return ["0", str(self.text.count - 1)]
-        return ["", "" if isinstance(self.text, NoEncoder) else "a red cube on a wooden table"]
+        return self.text.example_prompts
 
     @torch.no_grad()
     def latents(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -149,7 +146,7 @@ def load_one_step(name: str, teacher: str | None = None, device: torch.device | 
     device = torch.device(device)
     return OneStep(
         student.to(device).eval().requires_grad_(False),
-        pretrained.load_text_encoder(source).to(device),
+        pretrained.load_conditioner(source).to(device),
         pretrained.load_vae(source).to(device),
         device,
     )
@@ -163,7 +160,7 @@ def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device |
     device = torch.device(device)
     return OneStep(
         student.to(device).eval().requires_grad_(False),
-        pretrained.load_text_encoder(teacher).to(device),
+        pretrained.load_conditioner(teacher).to(device),
         pretrained.load_vae(teacher).to(device),
         device,
     )
@@ -209,7 +206,7 @@ def untrained_one_step(teacher: str, device: torch.device | str = "cpu") -> OneS
     device = torch.device(device)
     return OneStep(
         student_from_teacher(teacher).to(device).eval(),
-        pretrained.load_text_encoder(teacher).to(device),
+        pretrained.load_conditioner(teacher).to(device),
         pretrained.load_vae(teacher).to(device),
         device,
     )

@@ -12,8 +12,9 @@ from torch import Tensor
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.solvers import Solver
-from d2g.diffusion.teacher import Condition, Teacher, check_solver, load_teacher
+from d2g.diffusion.teacher import Teacher, check_solver, load_teacher
 from pairgen.config import PairConfig
 from pairgen.prompts import PromptList, check_labels, label_list, prompts_sha256, read_prompts
 from pairgen.store.spec import StoreSpec, prompts_path
@@ -40,10 +41,10 @@ class Job:
         with_encoders = self.teacher.encoders if offload else []
         for encoder in with_encoders:
             encoder.to(self.teacher.device)
-        condition = self.teacher.encode(unique)
+        cond = self.teacher.encode(unique)
         for encoder in with_encoders:
             encoder.to("cpu")
-        return Encoded({text: row for row, text in enumerate(unique)}, condition)
+        return Encoded({text: row for row, text in enumerate(unique)}, cond)
 
     def rows(
         self, indices: Sequence[int], encoded: "Encoded | None" = None
@@ -56,7 +57,7 @@ class Job:
         """
         texts, spec = self.texts(indices), self.spec
         encoded = encoded or self.encode(indices)
-        condition = encoded.condition.select([encoded.position[text] for text in texts])
+        cond = encoded.cond[[encoded.position[text] for text in texts]]
         drawn = noise(spec.seed, indices, spec.latent_shape, spec.torch_dtype).float()
         latents = self.teacher.sample(
             drawn,
@@ -65,17 +66,17 @@ class Job:
             spec.guidance,
             spec.solver,
             spec.guidance_rescale,
-            condition,
+            cond,
         )
         return drawn, latents, texts
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded prompts: text -> row of `condition`."""
+    """Encoded prompts: text -> row of `cond`."""
 
     position: dict[str, int]
-    condition: Condition
+    cond: Conditioning
 
 
 def open_job(

@@ -23,7 +23,7 @@ from d2g.diffusion.pretrained import (
     load_unet,
     load_vae,
     new_tokenizer,
-    save_piece,
+    save_component,
     save_pipeline,
 )
 from latent_lpips import weights as lpips_weights
@@ -89,7 +89,7 @@ def _train_vae(
     log = RunLog(out / "training" / "vae", to_json(config.vae))
     vae = train_autoencoder(images, config.vae, log, config.seed, progress)
     if process_group.rank() == 0:
-        save_piece(vae, out / "vae")
+        save_component(vae, out / "vae")
         index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
         write_atomically(out / "model_index.json", json.dumps(index))
     return {"params": sum(p.numel() for p in vae.parameters()), **log.read()[-1]}
@@ -119,7 +119,7 @@ def _train_unet(
         tokenizer = new_tokenizer(captions, out / "tokenizer", config.unet.vocab_size, config.unet.max_length)
         # The schedule must be on disk before training: it is read back as any teacher's is.
         text, unet = build_denoiser(config.unet, tokenizer, latents.shape[1], latents.shape[-1])
-        save_pipeline(out, unet=unet, vae=vae, text=text, set_alpha_to_one=True)
+        save_pipeline(out, unet=unet, vae=vae, conditioner=text, set_alpha_to_one=True)
     process_group.barrier()
     log = RunLog(out / "training" / "unet", to_json(config.unet))
     text, unet = train_denoiser(
@@ -133,7 +133,7 @@ def _train_unet(
         progress,
     )
     if process_group.rank() == 0:
-        save_pipeline(out, unet=unet, vae=vae, text=text, set_alpha_to_one=True)
+        save_pipeline(out, unet=unet, vae=vae, conditioner=text, set_alpha_to_one=True)
     return {"params": sum(p.numel() for p in unet.parameters()), **log.read()[-1]}
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
-from d2g.diffusion.pretrained import TextEncoder, new_text_encoder, new_unet
+from d2g.diffusion.families.sd import SDConditioner
+from d2g.diffusion.pretrained import new_conditioner, new_unet
 from d2g.diffusion.schedule import Schedule, diffuse
 from teacher_training.config import DenoiserConfig
 from teacher_training.loop import fit_modules
@@ -15,7 +16,7 @@ from teacher_training.loop import fit_modules
 
 def build_denoiser(
     config: DenoiserConfig, tokenizer: Any, latent_channels: int, latent_size: int
-) -> tuple[TextEncoder, nn.Module]:
+) -> tuple[SDConditioner, nn.Module]:
     """Fresh text encoder and UNet2DConditionModel with cross-attention at every scale."""
     levels = len(config.channels)
     unet = new_unet(
@@ -30,7 +31,7 @@ def build_denoiser(
         attention_head_dim=config.heads,  # diffusers reads this as the number of heads, as in SD 1.5's config
         norm_num_groups=8,
     )
-    return new_text_encoder(tokenizer, config.text_width, config.text_layers, config.heads), unet
+    return new_conditioner(tokenizer, config.text_width, config.text_layers, config.heads), unet
 
 
 def train_denoiser(
@@ -42,7 +43,7 @@ def train_denoiser(
     log: RunLog,
     seed: int,
     progress: Progress = quiet,
-) -> tuple[TextEncoder, nn.Module]:
+) -> tuple[SDConditioner, nn.Module]:
     """Train on scaled latents [N, C, h, w] with one caption each; returns EMA weights."""
     torch.manual_seed(seed)
     text, unet = build_denoiser(config, tokenizer, latents.shape[1], latents.shape[-1])
@@ -56,12 +57,19 @@ def train_denoiser(
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(len(schedule), (len(rows),), generator=generator)
         dropped = torch.rand(len(rows), 1, generator=generator) < config.caption_dropout
-        hidden = text(torch.where(dropped, empty, tokens[rows]))
+        hidden = text(torch.where(dropped, empty, tokens[rows])).tensors["hidden"]
         epsilon = unet(diffuse(x0, noise, bars, t), t, hidden).sample
         each = (epsilon.float() - noise).square().mean((1, 2, 3))
         return (weights[t] * each).mean(), {"loss/mse": each.mean()}
 
     fit_modules(
-        "unet", log, {"text": text.model, "unet": unet}, loss_of, len(latents), config.fit, seed, progress
+        "unet",
+        log,
+        {"text": text.models["text_encoder"], "unet": unet},
+        loss_of,
+        len(latents),
+        config.fit,
+        seed,
+        progress,
     )
     return text.eval(), unet

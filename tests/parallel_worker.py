@@ -6,6 +6,7 @@ torchrun … parallel_worker.py FOLDER    writes FOLDER/CASE.pt from rank 0
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from d2g.core.distributed import engine, process_group
 from d2g.core.distributed.engine import DistributedModule
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.pipelines import family_of
 from distill.config.run import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.losses.gradient_penalty import r1_penalty
@@ -42,11 +45,11 @@ def new_discriminator(teacher: str, seed: int) -> Discriminator:
     return discriminator
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """real, fake, noise, text of the whole batch."""
+def batch() -> tuple[Tensor, Tensor, Tensor, Conditioning]:
+    """real, fake, noise, conditioning of the whole batch."""
     rng = torch.Generator().manual_seed(5)
     real, fake, noise = (torch.randn(ROWS, 4, 4, 4, generator=rng) for _ in range(3))
-    return real, fake, noise, torch.randn(ROWS, 12, 16, generator=rng)
+    return real, fake, noise, Conditioning.from_text(torch.randn(ROWS, 12, 16, generator=rng))
 
 
 def gradients(
@@ -63,7 +66,7 @@ def gradients(
         network = Discriminator(pretrained.load_on_meta(teacher, "unet"), DiscriminatorConfig()).to("meta")
     else:
         network = new_discriminator(teacher, seed=rank)
-    layers = list(pretrained.layers(network))
+    layers = list(family_of(teacher).shard_units(network))
     if recompute:
         engine.recompute(layers)
     policy = torch.bfloat16 if half and kind == "fsdp" else None
@@ -73,14 +76,15 @@ def gradients(
     mixed = torch.autocast("cpu", torch.bfloat16) if half and kind == "ddp" else nullcontext()
     optim = torch.optim.SGD(d.parameters(), 0.1)
     local = ROWS // world
-    rows = [part[rank * local : (rank + 1) * local] for part in batch()]
+    size = local // accumulate
+    rows: Any = [part[rank * local : (rank + 1) * local] for part in batch()]
     for _ in range(2):  # twice: what the first step leaves behind must not show in the second
         optim.zero_grad(set_to_none=True)
         real, fake, noise, text = rows
         with d.bare_module() as bare:
             (3.0 * r1_penalty(bare, real[:1], noise[:1], text[:1])).backward()
         for part in range(accumulate):
-            real, fake, noise, text = (x.chunk(accumulate)[part] for x in rows)
+            real, fake, noise, text = (x[part * size : (part + 1) * size] for x in rows)
             with d.no_sync(part < accumulate - 1):
                 with mixed:
                     logits = d(real, noise, text), d(fake, noise, text)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from d2g.diffusion.pretrained import new_text_encoder, new_tokenizer, new_unet, new_vae, save_pipeline
+from d2g.diffusion.pretrained import new_conditioner, new_tokenizer, new_unet, new_vae, save_pipeline
 from latent_lpips import weights as lpips_weights
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.distance import LatentLPIPS
@@ -27,7 +27,7 @@ def save_teacher(folder: Path, seed: int = 0, latent_channels: int = 4, **schedu
     """
     torch.manual_seed(seed)
     tokenizer = new_tokenizer(CAPTIONS, folder / "tokenizer", 320, 12)
-    text = new_text_encoder(tokenizer, width=16, layers=1, heads=2)
+    text = new_conditioner(tokenizer, width=16, layers=1, heads=2)
     vae = new_vae(
         sample_size=16,
         latent_channels=latent_channels,
@@ -51,7 +51,7 @@ def save_teacher(folder: Path, seed: int = 0, latent_channels: int = 4, **schedu
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    save_pipeline(folder, unet=unet, vae=vae, text=text, **scheduler)
+    save_pipeline(folder, unet=unet, vae=vae, conditioner=text, **scheduler)
     save_lpips(folder / "latent_lpips", latent_channels)
     return str(folder)
 

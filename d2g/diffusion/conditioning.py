@@ -1,261 +1,282 @@
-"""What a teacher is told beside the noise: text, a class, or nothing. One class per family of pipelines.
+"""Conditioning of a network (text, class labels or nothing) as one value, and the conditioners that compute it.
 
-Each knows how diffusers' own pipeline encodes prompts, what stands for no prompt, how to call the network.
+Teacher, student and discriminator take the same `Conditioning` from the same conditioner. Each family of models
+defines its conditioner in `d2g/diffusion/families/`; what several families share is here.
 """
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from d2g.diffusion.schedule import Point
-from d2g.diffusion.text_encoders import class_numbers, expect_empty
+from d2g.core.errors import UserError
 
-Kind = Literal["text", "label", "none"]
+ConditioningKind = Literal["text", "label", "none"]
+"""What prompts are: text, class labels in decimal, or empty strings."""
 
 
-@dataclass(frozen=True)
-class Condition:
-    """`size` rows of what a network is told: tensors [size, ...] by name, and [1, ...] for the unconditional
-    branch (empty where a teacher has none). Small enough to keep for as many batches as use the same prompts.
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Conditioning of B rows: tensors [B, ...] by name, and optionally the unconditional row, tensors [1, ...].
+
+    Text: `hidden` [B, L, D]; SDXL and SD3 add `pooled` [B, P]; PixArt adds the padding mask `mask` [B, L];
+    SDXL takes optional `time_ids` [B, 6] (original size, crop, target size in pixels; by default the size of
+    the image, uncropped). Classes: `class_labels`, int64 [B]. An unconditional network: `empty` [B, 0].
     """
 
-    size: int
-    rows: dict[str, Tensor]
-    null: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    null: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_text(cls, hidden: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None) -> Self:
+        """Text embeddings [B, L, D], optionally with pooled embeddings [B, P] and time ids [B, 6]."""
+        named = {"hidden": hidden, "pooled": pooled, "time_ids": time_ids}
+        return cls({name: tensor for name, tensor in named.items() if tensor is not None})
+
+    @classmethod
+    def from_labels(cls, labels: Tensor) -> Self:
+        """Class labels, int64 [B]."""
+        return cls({"class_labels": labels})
+
+    @classmethod
+    def empty(cls, rows: int) -> Self:
+        """Conditioning of an unconditional network, of so many rows."""
+        return cls({"empty": torch.empty(rows, 0)})
+
+    @classmethod
+    def cat(cls, parts: Sequence["Conditioning"]) -> Self:
+        """The rows of several values, one after the other; the unconditional row is that of the first."""
+        names = parts[0].tensors
+        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in names}, parts[0].null)
 
     def __len__(self) -> int:
-        return self.size
+        return len(next(iter(self.tensors.values())))
 
-    def select(self, positions: Sequence[int]) -> "Condition":
-        """The rows at these positions, in this order, repeats allowed."""
-        if positions and not -self.size <= min(positions) <= max(positions) < self.size:
-            raise IndexError(f"positions {min(positions)} to {max(positions)} of {self.size} rows")
-        chosen = torch.tensor(positions, dtype=torch.int64)
-        rows = {name: rows[chosen.to(rows.device)] for name, rows in self.rows.items()}
-        return Condition(len(positions), rows, self.null)
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> "Conditioning":
+        """Some rows, in this order, repeats allowed. Raises IndexError for row numbers that do not exist."""
+        if isinstance(rows, slice | Tensor):
+            return self.map(lambda tensor: tensor[rows])
+        if rows and not -len(self) <= min(rows) <= max(rows) < len(self):
+            raise IndexError(f"positions {min(rows)} to {max(rows)} of {len(self)} rows")
+        positions = torch.tensor(rows, dtype=torch.int64)
+        return self.map(lambda tensor: tensor[positions.to(tensor.device)])
 
-    def to(self, device: torch.device | str) -> "Condition":
-        """The same on another device."""
-        rows, null = ({name: t.to(device) for name, t in part.items()} for part in (self.rows, self.null))
-        return Condition(self.size, rows, null)
+    def map(self, function: Callable[..., Tensor], *others: "Conditioning") -> "Conditioning":
+        """Apply `function` to each tensor and the tensors of that name of `others`; keep the unconditional row."""
+        tensors = {
+            name: function(tensor, *(other.tensors[name] for other in others))
+            for name, tensor in self.tensors.items()
+        }
+        return Conditioning(tensors, self.null)
 
-    def with_null(self) -> dict[str, Tensor]:
-        """Tensors [2 size, ...]: the unconditional branch for every row, then the rows, for guidance in one
-        batch."""
-        return {name: torch.cat([self.null[name].expand_as(t), t]) for name, t in self.rows.items()}
+    def to(self, target: torch.device | str | torch.dtype) -> "Conditioning":
+        """Move to a device, or convert floating-point tensors to a dtype; labels and masks stay integers."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            if isinstance(target, torch.dtype) and not tensor.is_floating_point():
+                return tensor
+            return tensor.to(target)
+
+        tensors, null = (
+            {name: convert(tensor) for name, tensor in part.items()} for part in (self.tensors, self.null)
+        )
+        return Conditioning(tensors, null)
+
+    def detach(self) -> "Conditioning":
+        """The same values without a graph."""
+        return self.map(torch.Tensor.detach)
+
+    def with_null(self) -> "Conditioning":
+        """2 B rows for guidance in one batch: the unconditional row B times, then the rows."""
+        return Conditioning(
+            {name: torch.cat([self.null[name].expand_as(t), t]) for name, t in self.tensors.items()}
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conditioner:
-    """An unconditional UNet2DModel is told nothing (DDIMPipeline, LDMPipeline). Base of the other kinds."""
+# Registered with torch as a container, so that DDP, FSDP2 and activation checkpointing find its tensors.
+torch.export.register_dataclass(Conditioning)
 
-    kind: ClassVar[Kind] = "none"
-    models: dict[str, nn.Module] = field(default_factory=dict)
-    """Text encoders by piece."""
-    tokenizers: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What of the conditioning decides latents beside weights and prompts."""
+
+class Conditioner(nn.Module):
+    """Computes the conditioning of prompts for one teacher.
+
+    `facts`: what decides the conditioning beside weights and prompts, as JSON values for a pair store.
+    """
+
+    kind: ClassVar[ConditioningKind]
+    models: nn.ModuleDict
+    """Text encoders by component; empty where there is no text."""
+
+    def __init__(self, facts: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict()
+        self.facts = dict(facts or {})
 
     @property
     def has_null(self) -> bool:
-        """Whether there is an unconditional branch, so that guidance means something."""
+        """Whether there is an unconditional row, which classifier-free guidance needs."""
         return False
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """One row per prompt. Raises UserError for prompts that the teacher cannot be told."""
-        expect_empty(prompts)
-        return Condition(len(prompts), {}, {})
+    @property
+    def num_labels(self) -> int:
+        """Number of classes; 0 without class labels."""
+        return 0
 
-    def call(self, network: Any, x: Tensor, point: Point, told: dict[str, Tensor]) -> Tensor:
-        """The network's raw output [B, C', h, w] for x [B, C, h, w]; `told`: [B, ...] of a Condition."""
-        return _output(network(x, times(x, point), return_dict=False))
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes, if the pipeline has them."""
+        return None
+
+    @property
+    def default_prompts(self) -> list[str]:
+        """Prompts for drawing when the user gives none: every class in turn, or one empty prompt; none for text."""
+        return []
+
+    @property
+    def example_prompts(self) -> list[str]:
+        """Two valid prompts, to compare two forms of a student with."""
+        return ["", ""]
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], null: bool = False) -> Conditioning:
+        """Encode B prompts, without a graph; with `null`, also the unconditional row if there is one.
+
+        Raises UserError for prompts that the teacher cannot take.
+        """
 
 
-def times(x: Tensor, point: Point) -> Tensor:
-    """What the network is told as its time, [B]: integers of a table, a flow's fractions of it, or EDM's
-    c_noise.
+class UnconditionalConditioner(Conditioner):
+    """For an unconditional network: all prompts are empty."""
 
-    A tensor, because torch.compile would compile a network anew for every number.
+    kind = "none"
+
+    @property
+    def default_prompts(self) -> list[str]:
+        return [""]
+
+    def encode(self, prompts: Sequence[str], null: bool = False) -> Conditioning:
+        if any(prompts):
+            first = next(filter(None, prompts))
+            raise UserError(f"prompt {first!r}: this teacher is unconditional; expected none")
+        return Conditioning.empty(len(prompts))
+
+
+class LabelConditioner(Conditioner):
+    """Class labels: a prompt is a class number in decimal, 0 to `num_labels` - 1.
+
+    `null_label`: the label of the unconditional row; None for networks without one.
     """
-    dtype = torch.int64 if isinstance(point.t, int) else torch.float32
-    return torch.full((len(x),), point.t, dtype=dtype, device=x.device)
 
+    kind = "label"
 
-def _output(result: Any) -> Tensor:
-    output: Tensor = result[0]
-    return output
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labels(Conditioner):
-    """Class numbers: a UNet2DModel with num_class_embeds, or a DiT. Prompts are the numbers in decimal."""
-
-    kind: ClassVar[Kind] = "label"
-    num_labels: int
-    null_label: int | None
-    label_names: list[str] | None = None
+    def __init__(self, num_labels: int, null_label: int | None, names: list[str] | None = None) -> None:
+        super().__init__({"null_label": null_label})
+        self._num_labels, self.null_label, self._names = num_labels, null_label, names
 
     @property
     def has_null(self) -> bool:
         return self.null_label is not None
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        labels = torch.tensor(class_numbers(prompts, self.num_labels), dtype=torch.int64)
-        null = {} if self.null_label is None else {"class_labels": torch.tensor([self.null_label])}
-        return Condition(len(prompts), {"class_labels": labels}, null)
+    @property
+    def num_labels(self) -> int:
+        return self._num_labels
 
-    def call(self, network: Any, x: Tensor, point: Point, told: dict[str, Tensor]) -> Tensor:
-        return _output(network(x, times(x, point), class_labels=told["class_labels"], return_dict=False))
+    @property
+    def label_names(self) -> list[str] | None:
+        return self._names
+
+    @property
+    def default_prompts(self) -> list[str]:
+        return [str(label) for label in range(self._num_labels)]
+
+    @property
+    def example_prompts(self) -> list[str]:
+        return ["0", str(self._num_labels - 1)]
+
+    def encode(self, prompts: Sequence[str], null: bool = False) -> Conditioning:
+        for prompt in prompts:
+            if not (prompt.isascii() and prompt.isdecimal() and int(prompt) < self._num_labels):
+                raise UserError(f"prompt {prompt!r}: expected a class number, 0 to {self._num_labels - 1}")
+        labels = torch.tensor([int(prompt) for prompt in prompts], dtype=torch.int64)
+        null_row = {} if self.null_label is None else {"class_labels": torch.tensor([self.null_label])}
+        return Conditioning({"class_labels": labels}, null_row if null else {})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text(Conditioner):
-    """CLIP's last hidden states (StableDiffusionPipeline); the empty prompt stands for none."""
+class TextConditioner(Conditioner):
+    """Text through the text encoders of a pipeline; the encoded empty prompt is the unconditional row.
 
-    kind: ClassVar[Kind] = "text"
+    Both dictionaries are by component: `models` text_encoder, text_encoder_2 ...; `tokenizers` tokenizer, ...
+    """
+
+    kind = "text"
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(facts)
+        self.models = nn.ModuleDict(models)
+        self.tokenizers = dict(tokenizers)
 
     @property
     def has_null(self) -> bool:
         return True
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        return _split(self.embed([*prompts, ""]))
+    @property
+    def example_prompts(self) -> list[str]:
+        return ["", "a red cube on a wooden table"]
 
-    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors [B, ...] for B prompts, the empty one among them."""
-        ids = tokens(self.tokenizers["tokenizer"], prompts).input_ids
-        return {"hidden": _output(_run(self.models["text_encoder"], ids))}
+    @abstractmethod
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode B prompts, the empty one included."""
 
-    def call(self, network: Any, x: Tensor, point: Point, told: dict[str, Tensor]) -> Tensor:
-        return _output(network(x, times(x, point), told["hidden"], return_dict=False))
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], null: bool = False) -> Conditioning:
+        if not null:
+            return self.embed(prompts)
+        # The last row, of the empty prompt, becomes the unconditional row.
+        embedded = self.embed([*prompts, ""]).tensors
+        return Conditioning(
+            {name: tensor[:-1] for name, tensor in embedded.items()},
+            {name: tensor[-1:] for name, tensor in embedded.items()},
+        )
+
+    def tokenize(self, component: str, prompts: Sequence[str], length: int | None = None) -> Any:
+        """`input_ids` and `attention_mask` [B, L] of a tokenizer, padded and cut to `length` (by default its own)."""
+        tokenizer = self.tokenizers[component]
+        return tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=length or tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+
+    def run(self, component: str, ids: Tensor, **settings: Any) -> Any:
+        """The output of a text encoder for token ids [B, L], computed where the encoder is."""
+        model: Any = self.models[component]
+        return model(ids.to(next(model.parameters()).device), **settings)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextXL(Text):
-    """SDXL: the next to last hidden states of two CLIPs side by side, the second one's pooled output, and the
-    picture's size. Zeros stand for no prompt unless model_index.json says otherwise.
+class CLIPConditioner(TextConditioner):
+    """Text through one or two CLIP text models, from token ids that are one tensor.
+
+    Token ids are a separate step, because a teacher's training and an ONNX export start from them.
     """
 
-    downscale: int
-    zeros: bool
+    @abstractmethod
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids of B prompts, padded and cut to the length of the text models."""
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        if not self.zeros:
-            return super().encode(prompts)
-        rows = self.embed(prompts)
-        return Condition(len(prompts), rows, {name: torch.zeros_like(t[:1]) for name, t in rows.items()})
+    @abstractmethod
+    def forward(self, tokens: Tensor) -> Conditioning:
+        """Conditioning of token ids, with a graph if the text models are trained."""
 
-    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        hidden = []
-        for number in ("", "_2"):
-            ids = tokens(self.tokenizers[f"tokenizer{number}"], prompts).input_ids
-            found = _run(self.models[f"text_encoder{number}"], ids, output_hidden_states=True)
-            hidden.append(found.hidden_states[-2])
-        return {"hidden": torch.cat(hidden, dim=-1), "pooled": _output(found)}
-
-    def call(self, network: Any, x: Tensor, point: Point, told: dict[str, Tensor]) -> Tensor:
-        height, width = (self.downscale * side for side in x.shape[-2:])
-        size = x.new_zeros(
-            len(x), 6, dtype=torch.float32
-        )  # filled where it lies: no copy, no wait for the GPU
-        size[:, 0::4], size[:, 1::4] = height, width  # original size, crop at 0, 0, target size
-        added = {"text_embeds": told["pooled"], "time_ids": size}
-        return _output(
-            network(x, times(x, point), told["hidden"], added_cond_kwargs=added, return_dict=False)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text3(Text):
-    """SD3: two CLIPs side by side, padded to T5's width, T5 after them, and both CLIPs' pooled outputs.
-
-    Without a T5, zeros stand in for it, as in diffusers.
-    """
-
-    width: int
-    t5_tokens: int
-
-    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        hidden, pooled = [], []
-        length = self.tokenizers["tokenizer"].model_max_length
-        for number in ("", "_2"):
-            ids = tokens(self.tokenizers[f"tokenizer{number}"], prompts, length).input_ids
-            found = _run(self.models[f"text_encoder{number}"], ids, output_hidden_states=True)
-            hidden.append(found.hidden_states[-2])
-            pooled.append(_output(found))
-        clip = torch.cat(hidden, dim=-1)
-        clip = nn.functional.pad(clip, (0, self.width - clip.shape[-1]))
-        if "text_encoder_3" in self.models:
-            ids = tokens(self.tokenizers["tokenizer_3"], prompts, self.t5_tokens).input_ids
-            t5 = _output(_run(self.models["text_encoder_3"], ids)).to(clip)
-        else:
-            t5 = clip.new_zeros(len(prompts), self.t5_tokens, self.width)
-        return {"hidden": torch.cat([clip, t5], dim=1), "pooled": torch.cat(pooled, dim=-1)}
-
-    def call(self, network: Any, x: Tensor, point: Point, told: dict[str, Tensor]) -> Tensor:
-        result = network(
-            hidden_states=x,
-            timestep=times(x, point),
-            encoder_hidden_states=told["hidden"],
-            pooled_projections=told["pooled"],
-            return_dict=False,
-        )
-        return _output(result)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextPixArt(Text):
-    """PixArt: T5 with its padding masked, captions in lower case, and the picture's size where the model was
-    trained with it."""
-
-    downscale: int
-    t5_tokens: int
-    sized: bool
-
-    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        found = tokens(self.tokenizers["tokenizer"], [p.lower().strip() for p in prompts], self.t5_tokens)
-        model = self.models["text_encoder"]
-        mask = found.attention_mask.to(next(model.parameters()).device)
-        return {"hidden": _output(_run(model, found.input_ids, attention_mask=mask)), "mask": mask}
-
-    def call(self, network: Any, x: Tensor, point: Point, told: dict[str, Tensor]) -> Tensor:
-        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.sized:
-            height, width = (self.downscale * side for side in x.shape[-2:])
-            size = x.new_full((len(x), 2), height, dtype=torch.float32)
-            size[:, 1] = width
-            added = {"resolution": size, "aspect_ratio": x.new_full((len(x), 1), height / width).float()}
-        result = network(
-            x,
-            encoder_hidden_states=told["hidden"],
-            encoder_attention_mask=told["mask"],
-            timestep=times(x, point),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )
-        return _output(result)
-
-
-def tokens(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Any:
-    """input_ids and attention_mask [B, L], padded and cut to `length` (the tokenizer's own by default)."""
-    return tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=length or tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-
-
-@torch.no_grad()
-def _run(model: Any, ids: Tensor, **settings: Any) -> Any:
-    return model(ids.to(next(model.parameters()).device), **settings)
-
-
-def _split(rows: dict[str, Tensor]) -> Condition:
-    """The last row, of the empty prompt, becomes the unconditional branch."""
-    size = len(next(iter(rows.values()))) - 1
-    return Condition(size, {k: t[:-1] for k, t in rows.items()}, {k: t[-1:] for k, t in rows.items()})
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        embedding: Conditioning = self(self.tokens(prompts))
+        return embedding

@@ -91,7 +91,7 @@ class EDMSchedule:
         """x at sigma_max, fp32, from noise of unit variance."""
         return self.sigma_max * noise.float()
 
-    def shown(self, x: Tensor, point: Point) -> Tensor:
+    def network_input(self, x: Tensor, point: Point) -> Tensor:
         """What the network takes: c_in x, fp32."""
         return preconditioning(point.sigma, self.sigma_data).c_in * x.float()
 
@@ -100,7 +100,7 @@ class EDMSchedule:
         c = preconditioning(point.sigma, self.sigma_data)
         return c.c_skip * x.float() + self._sign * c.c_out * output.float()
 
-    def read(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
+    def denoised(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
         """x_0 = D and eps = (x - D) / sigma, fp32; eps is written out, for at a small sigma the difference
         would have no digits left."""
         c = preconditioning(point.sigma, self.sigma_data)

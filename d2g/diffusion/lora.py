@@ -1,28 +1,28 @@
-"""Low-rank adapters (Hu et al. 2022) on a U-Net's attention: the door to peft."""
+"""Low-rank adapters (Hu et al. 2022): the entry point to peft."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Layers that get an adapter, by the end of their name: diffusers' own choice for Stable Diffusion."""
 
+def add_lora(
+    network: Any, targets: Sequence[str], rank: int, alpha: float, generator: torch.Generator
+) -> None:
+    """Add adapters of `rank`, scaled by alpha / rank, to the layers whose names end with one of `targets`.
 
-def add_lora(unet: Any, rank: int, alpha: float, generator: torch.Generator) -> None:
-    """Put adapters of `rank` into the U-Net's attention layers, scaled by alpha / rank. `generator` draws
-    their first factor; the second is zero, so that the network starts as it was.
+    `generator` draws the first factors; the second ones are zero, so the network's output stays the same.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS), init_lora_weights=True)  # type: ignore[arg-type]
-    with torch.random.fork_rng():  # peft draws from the global state
-        inject_adapter_in_model(config, unet)
-    for name, parameter in unet.named_parameters():
-        if ".lora_A." in name:  # uniform in +-1 / sqrt(inputs), as there
-            drawn = torch.rand(parameter.shape, generator=generator, device=generator.device)
-            parameter.data.copy_((2 * drawn - 1) / parameter.shape[1] ** 0.5)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)  # type: ignore[arg-type]
+    with torch.random.fork_rng():  # peft draws from the global generator
+        inject_adapter_in_model(config, network)
+    for name, parameter in network.named_parameters():
+        if ".lora_A." in name:  # uniform in +-1 / sqrt(inputs), as in peft
+            uniform = torch.rand(parameter.shape, generator=generator, device=generator.device)
+            parameter.data.copy_((2 * uniform - 1) / parameter.shape[1] ** 0.5)
 
 
 def has_lora(tensors: Mapping[str, Tensor]) -> bool:

@@ -1,60 +1,57 @@
-"""Models of a pipeline, loaded from its folder or built new: the door to transformers and tokenizers.
+"""Models of a pipeline, loaded from its folder or built new: the entry point to transformers and tokenizers.
 
-`d2g.diffusion.pipelines` knows which pipelines there are and where their pieces lie, `d2g.diffusion.scheduler_files` schedules.
-The `new_*` functions build pieces of a Stable-Diffusion shape (the miniature and the tests do).
+`d2g.diffusion.pipelines` finds pipelines on disk, `d2g.diffusion.scheduler_files` reads their schedules. The
+`new_*` functions build components of Stable Diffusion's shape, for the miniature and the tests.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from d2g.core.errors import UserError
+from d2g.diffusion.conditioning import Conditioner
+from d2g.diffusion.families.base import Pipeline
+from d2g.diffusion.families.registry import FAMILIES
+from d2g.diffusion.families.sd import SDConditioner
 from d2g.diffusion.latents import PixelSpace, latent_space
-from d2g.diffusion.pipelines import PIPELINES, Pipeline, choose_weights, classes, open_pipeline, piece_sha256
 from d2g.diffusion.pipelines import SHIPPED as SHIPPED
+from d2g.diffusion.pipelines import choose_weights, component_sha256, family_of, open_pipeline
 from d2g.diffusion.pipelines import resolve as resolve
 from d2g.diffusion.pipelines import weights_sha256 as weights_sha256
-from d2g.diffusion.scheduler_files import UNETS
 from d2g.diffusion.scheduler_files import load_schedule as load_schedule
 from d2g.diffusion.scheduler_files import load_student_schedule as load_student_schedule
-from d2g.diffusion.text_encoders import LabelEncoder, NoEncoder, TextEncoderXL
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader workers fork
 
-STUDENTS = UNETS
-"""Pipelines whose U-Net a student can be made of."""
-
-TEXT_STUDENTS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-"""Those whose U-Net is told text."""
-
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
-"""Classes that may stand in a folder by themselves."""
+"""Classes of autoencoders that may have a folder of their own."""
 
 
 def _class(pipeline: Pipeline, component: str) -> Any:
+    """The class to load a component with: for autoencoders and tokenizers the one in model_index.json."""
     import diffusers
     import transformers
 
-    diffusers.utils.logging.disable_progress_bar()  # progress is the caller's business
+    diffusers.utils.logging.disable_progress_bar()  # the caller reports progress
     transformers.utils.logging.disable_progress_bar()
     name = (
         pipeline.class_name(component)
         if "vae" in component or "token" in component
-        else PIPELINES[pipeline.kind][component][0]
+        else pipeline.family.components[component][0]
     )
     return getattr(diffusers, str(name), None) or getattr(transformers, str(name))
 
 
 def load_model(name: str, component: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A piece with weights: from safetensors, directly in `dtype`, eval, frozen.
+    """A component with its weights: from safetensors, directly in `dtype`, in eval mode, frozen.
 
-    Raises UserError for a missing piece or class, and for weights that are missing, damaged or incomplete.
+    Raises UserError for a missing component or class, and for weights that are missing, damaged or incomplete.
     """
     pipeline = open_pipeline(name)
     return _with_weights(
@@ -65,12 +62,13 @@ def load_model(name: str, component: str, dtype: torch.dtype = torch.float32) ->
     )
 
 
-def _with_weights(component_dir: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
+def _with_weights(folder: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
+    """A model of class `kind` from a folder; `what` begins the error messages."""
     keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     try:
-        variant, _ = choose_weights(path.name for path in component_dir.iterdir())
+        variant, _ = choose_weights(path.name for path in folder.iterdir())
         module, report = kind.from_pretrained(
-            component_dir, variant=variant, use_safetensors=True, output_loading_info=True, **{keyword: dtype}
+            folder, variant=variant, use_safetensors=True, output_loading_info=True, **{keyword: dtype}
         )
         if report["missing_keys"]:  # diffusers would fill them with random numbers and a warning
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
@@ -80,14 +78,14 @@ def _with_weights(component_dir: Path, kind: Any, dtype: torch.dtype, what: str)
 
 
 def load_on_meta(name: str, component: str) -> Any:
-    """A piece as it is loaded, but without weights, on torch's meta device: its shapes, at no cost."""
+    """A component without weights, on torch's meta device: its config and shapes, at no cost."""
     pipeline = open_pipeline(name)
-    component_dir, kind = pipeline.component_dir(component), _class(pipeline, component)
+    folder, kind = pipeline.component_dir(component), _class(pipeline, component)
     try:
         with torch.device("meta"):
             if kind.__module__.startswith("transformers"):
-                return kind(kind.config_class.from_pretrained(component_dir)).eval()
-            return kind.from_config(kind.load_config(component_dir)).eval()
+                return kind(kind.config_class.from_pretrained(folder)).eval()
+            return kind.from_config(kind.load_config(folder)).eval()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"teacher {pipeline.folder}: {component} has no config that can be read: {str(error).splitlines()[0]}"
@@ -95,11 +93,11 @@ def load_on_meta(name: str, component: str) -> Any:
 
 
 def load_tokenizer(name: str, component: str = "tokenizer") -> Any:
-    """One of the pipeline's tokenizers."""
+    """One of the pipeline's tokenizers. Raises UserError if it cannot be loaded."""
     pipeline = open_pipeline(name)
-    component_dir, kind = pipeline.component_dir(component), _class(pipeline, component)
+    folder, kind = pipeline.component_dir(component), _class(pipeline, component)
     try:
-        return kind.from_pretrained(component_dir)
+        return kind.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(
             f"teacher {pipeline.folder}: {component} cannot be loaded: {str(error).splitlines()[0]}"
@@ -107,159 +105,109 @@ def load_tokenizer(name: str, component: str = "tokenizer") -> Any:
 
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The U-Net of a pipeline that students are made of: a UNet2DConditionModel of Stable Diffusion, else a
-    UNet2DModel; eval, frozen."""
-    _expect_student(name)
+    """The U-Net of a pipeline that students can be made of, in eval mode, frozen.
+
+    A UNet2DConditionModel of Stable Diffusion, or a UNet2DModel. Raises UserError for other families.
+    """
+    expect_student_family(name)
     return load_model(name, "unet", dtype)
 
 
-def vae_piece(name: str) -> str | None:
-    """The piece that turns latents to pixels; None for pipelines that work in pixels."""
-    return next(
-        (component for component in open_pipeline(name).components if component in ("vae", "vqvae")), None
-    )
-
-
 def load_vae(name: str) -> Any:
-    """The pipeline's autoencoder: fp32, eval, frozen. A pipeline in pixel space has a PixelSpace instead."""
-    component = vae_piece(name)
+    """The pipeline's autoencoder: fp32, in eval mode, frozen; a `PixelSpace` for pipelines in pixel space."""
+    component = family_of(name).autoencoder
     if component is None:
         return PixelSpace(int(load_on_meta(name, "unet").config.in_channels))
     return load_model(name, component)
 
 
 def load_autoencoder(name: str) -> Any:
-    """The autoencoder in a folder of its own, or a pipeline's as in `load_vae`: fp32, eval, frozen.
+    """The autoencoder in a folder of its own, or a pipeline's as in `load_vae`: fp32, in eval mode, frozen.
 
-    Raises UserError for what is neither, and for classes that `d2g.diffusion.latents` does not know.
+    Raises UserError for a folder that is neither, and for classes that `d2g.diffusion.latents` does not know.
     """
-    if (component_dir := _autoencoder_home(name)) is None:
+    if (folder := _standalone_autoencoder(name)) is None:
         return load_vae(name)
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
     try:
-        kind = json.loads((component_dir / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"{component_dir / 'config.json'} is not readable as JSON ({error}); copy it again"
+            f"{folder / 'config.json'} is not readable as JSON ({error}); copy it again"
         ) from error
     if kind not in AUTOENCODERS:
-        raise UserError(f"autoencoder {component_dir} is a {kind}; supported: {', '.join(AUTOENCODERS)}")
-    return _with_weights(
-        component_dir, getattr(diffusers, kind), torch.float32, f"autoencoder {component_dir}"
-    )
+        raise UserError(f"autoencoder {folder} is a {kind}; supported: {', '.join(AUTOENCODERS)}")
+    return _with_weights(folder, getattr(diffusers, kind), torch.float32, f"autoencoder {folder}")
 
 
 def autoencoder_sha256(name: str) -> str:
-    """sha256 over the files that decide the latents of `load_autoencoder(name)`."""
-    if (component_dir := _autoencoder_home(name)) is None:
-        component = vae_piece(name)
-        component_dir = open_pipeline(name).component_dir(component) if component else None
-    return piece_sha256(component_dir) if component_dir else "pixels"
+    """sha256 over the files that decide the latents of `load_autoencoder(name)`; "pixels" in pixel space."""
+    if (folder := _standalone_autoencoder(name)) is not None:
+        return component_sha256(folder)
+    pipeline = open_pipeline(name)
+    component = pipeline.family.autoencoder
+    return component_sha256(pipeline.component_dir(component)) if component else "pixels"
 
 
-def _autoencoder_home(name: str) -> Path | None:
-    """The folder, if it holds an autoencoder and no pipeline."""
+def _standalone_autoencoder(name: str) -> Path | None:
+    """The folder `name`, if it holds an autoencoder and no pipeline."""
     folder = Path(name)
-    alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
-    return folder if alone else None
+    standalone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return folder if standalone else None
+
+
+def autoencoder_on_meta(name: str) -> Any:
+    """The pipeline's autoencoder without weights; a `PixelSpace` for pipelines in pixel space."""
+    component = family_of(name).autoencoder
+    return load_on_meta(name, component) if component else load_vae(name)
 
 
 def latent_downscale(name: str) -> int:
-    """Pixels of a picture's side by its latents', from the autoencoder's config alone."""
-    component = vae_piece(name)
-    return latent_space(load_on_meta(name, component) if component else load_vae(name)).downscale
+    """Pixels per latent along a side, from the autoencoder's config alone."""
+    return latent_space(autoencoder_on_meta(name)).downscale
 
 
-def _expect_student(name: str) -> None:
-    if (kind := open_pipeline(name).kind) not in STUDENTS:
-        raise UserError(f"teacher {name} is a {kind}; students are made of {' or '.join(STUDENTS)} teachers")
-
-
-class TextEncoder(nn.Module):
-    """Tokenizer and CLIP text model: prompts -> hidden states [B, L, D], as StableDiffusionPipeline encodes
-    them.
-    """
-
-    def __init__(self, tokenizer: Any, model: nn.Module) -> None:
-        super().__init__()
-        self.tokenizer, self.model = tokenizer, model
-
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids [B, L], padded and cut to the model's length."""
-        ids = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return cast(Tensor, ids)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, L] -> hidden states [B, L, D]."""
-        return cast(Tensor, self.model(tokens.to(next(self.model.parameters()).device))[0])
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> hidden states [B, L, D], without a graph."""
-        return self.forward(self.tokens(prompts))
-
-
-Encoder = TextEncoder | TextEncoderXL | LabelEncoder | NoEncoder
-"""What turns prompts into what a U-Net is told: each has `encode(prompts)`."""
-
-
-def load_text_encoder(name: str) -> Encoder:
-    """The CLIP text encoder of a StableDiffusionPipeline, or the two of SDXL, with their tokenizers; of a
-    pipeline that knows no text, what reads class numbers, or nothing."""
-    _expect_student(name)
+def expect_student_family(name: str) -> None:
+    """Raise UserError for a teacher of a family that no student can be made of."""
     pipeline = open_pipeline(name)
-    if pipeline.kind not in TEXT_STUDENTS:
-        embeddings = load_on_meta(name, "unet").config.num_class_embeds
-        count, _ = classes(pipeline, embeddings)
-        return NoEncoder() if embeddings is None else LabelEncoder(count)
-    if pipeline.kind == "StableDiffusionPipeline":
-        encoder = TextEncoder(load_tokenizer(name), load_model(name, "text_encoder"))
-        return encoder.eval().requires_grad_(False)
-    numbers = ("", "_2")
-    both = TextEncoderXL(
-        [load_tokenizer(name, f"tokenizer{n}") for n in numbers],
-        [load_model(name, f"text_encoder{n}") for n in numbers],
-    )
-    return both.eval().requires_grad_(False)
+    if not pipeline.family.regression:
+        supported = [kind for family in FAMILIES.values() if family.regression for kind in family.pipelines]
+        raise UserError(
+            f"teacher {name} is a {pipeline.kind}; students are made of {' or '.join(supported)} teachers"
+        )
+
+
+def conditioner_on_meta(name: str) -> Conditioner:
+    """The conditioner of a teacher, whose text encoders have no weights yet.
+
+    Raises UserError for components without a config, and for networks and encoders that do not fit the pipeline.
+    """
+    pipeline = open_pipeline(name)
+    config = load_on_meta(name, pipeline.family.network).config
+    models = {c: load_on_meta(name, c) for c in pipeline.components if c.startswith("text_encoder")}
+    tokenizers = {c: load_tokenizer(name, c) for c in pipeline.components if c.startswith("tokenizer")}
+    return pipeline.family.conditioner(pipeline, config, models, tokenizers).eval()
+
+
+def load_conditioner(
+    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Conditioner:
+    """The conditioner of a teacher, with its text encoders in `dtype`, in eval mode, frozen.
+
+    Raises UserError as `conditioner_on_meta` and `load_model` do.
+    """
+    conditioner = conditioner_on_meta(name)
+    for component in conditioner.models:
+        conditioner.models[component] = load_model(name, component, dtype).to(device)
+    return conditioner
 
 
 def default_prompts(name: str) -> list[str]:
-    """What a pipeline's students are asked for where nobody says: every class in turn, or nothing; of text,
-    nothing stands for all, and the list is empty."""
-    if open_pipeline(name).kind in TEXT_STUDENTS:
-        return []
-    encoder = load_text_encoder(name)
-    return [str(label) for label in range(encoder.count)] if isinstance(encoder, LabelEncoder) else [""]
-
-
-def attention_parameters(unet: nn.Module) -> set[str]:
-    """Names of the parameters inside attention layers and their transformer blocks (the weight-decay
-    rule).
-    """
-    return {name for name, _ in unet.named_parameters() if ".attentions." in f".{name}"}
-
-
-def layers(network: nn.Module) -> Iterator[nn.Module]:
-    """The layers that hold nearly all weights and activations of a U-Net, or of what is built around one:
-    residual blocks, transformer blocks, and attentions without such.
-
-    They are what FSDP2 gathers at once, and what activation checkpointing computes again.
-    """
-    for module in network.modules():
-        kind = type(module).__name__
-        if kind.startswith("ResnetBlock") or kind == "BasicTransformerBlock":
-            yield module
-        elif kind == "AttentionBlock" or (kind == "Attention" and hasattr(module, "group_norm")):
-            if getattr(module, "group_norm", None) is not None:
-                yield module
+    """Prompts for a teacher's students when the user gives none: every class in turn, or one empty prompt;
+    an empty list for text."""
+    return [] if family_of(name).reads_text else conditioner_on_meta(name).default_prompts
 
 
 def new_unet(**settings: Any) -> Any:
@@ -277,7 +225,10 @@ def new_vae(**settings: Any) -> Any:
 
 
 def new_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int, max_length: int) -> Any:
-    """A CLIP-style byte-pair tokenizer learnt from captions, saved to and loaded back from `folder`."""
+    """A CLIP-style byte-pair tokenizer trained on captions, saved to and loaded back from `folder`.
+
+    Equal captions give equal tokenizers in every process.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -292,6 +243,7 @@ def new_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int, max_le
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    # All words of the captions, for their last letters below.
     texts = list(captions)
     words = {
         word
@@ -300,19 +252,20 @@ def new_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int, max_le
     }
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        # The trainer numbers word-final letters in hash order, which also breaks ties between merges; named
-        # here, they get their numbers from us, and equal captions give equal tokenizers.
+        # The trainer numbers word-final letters in hash order, which also decides ties between merges. As
+        # special tokens they are numbered in our order.
         special_tokens=sorted({f"{word[-1]}</w>" for word in words}),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    vocab = dict(learnt["vocab"])
-    for token in special:  # last, as in CLIP: the text model pools at the highest id
+    model = json.loads(bpe.to_str())["model"]
+    # The special tokens come last, as in CLIP: its text model pools at the highest id.
+    vocab = dict(model["vocab"])
+    for token in special:
         vocab[token] = len(vocab)
-    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in learnt["merges"]]
+    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in model["merges"]]
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
@@ -324,8 +277,8 @@ def _regex(pattern: str) -> Any:
     return Regex(pattern)
 
 
-def new_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> TextEncoder:
-    """A CLIP text model with fresh weights for `tokenizer`."""
+def new_conditioner(tokenizer: Any, width: int, layers: int, heads: int) -> SDConditioner:
+    """Stable Diffusion's conditioner for `tokenizer`, with a CLIP text model of fresh weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -340,25 +293,27 @@ def new_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> Tex
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return TextEncoder(tokenizer, CLIPTextModel(config))
+    return SDConditioner({"text_encoder": CLIPTextModel(config)}, {"tokenizer": tokenizer})
 
 
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+"""Stable Diffusion's noise schedule, as settings of a scheduler of diffusers."""
 
 
 def save_pipeline(
-    folder: Path, *, unet: nn.Module, vae: nn.Module, text: TextEncoder, **scheduler: Any
+    folder: Path, *, unet: nn.Module, vae: nn.Module, conditioner: SDConditioner, **scheduler: Any
 ) -> None:
-    """Save the pieces as a StableDiffusionPipeline with a DDIM scheduler of SD's betas (plus `scheduler`
-    settings).
+    """Save the components as a StableDiffusionPipeline with a DDIM scheduler of SD's betas.
+
+    scheduler: further settings of the DDIM scheduler.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     StableDiffusionPipeline(
         vae=vae,
         unet=unet,
-        text_encoder=text.model,
-        tokenizer=text.tokenizer,
+        text_encoder=conditioner.models["text_encoder"],
+        tokenizer=conditioner.tokenizers["tokenizer"],
         scheduler=DDIMScheduler(**{**SD_BETAS, "clip_sample": False, "steps_offset": 1, **scheduler}),
         safety_checker=None,
         feature_extractor=None,
@@ -366,6 +321,6 @@ def save_pipeline(
     ).save_pretrained(folder, safe_serialization=True)
 
 
-def save_piece(module: nn.Module, folder: Path) -> None:
+def save_component(module: nn.Module, folder: Path) -> None:
     """Save one diffusers or transformers model as config.json and safetensors."""
     cast(Any, module).save_pretrained(folder, safe_serialization=True)

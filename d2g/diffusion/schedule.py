@@ -47,11 +47,11 @@ class _AsItIs:
         """
         return noise.float()
 
-    def shown(self, x: Tensor, point: Point) -> Tensor:
+    def network_input(self, x: Tensor, point: Point) -> Tensor:
         """What the network takes at `point`."""
         return x
 
-    def read(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
+    def denoised(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
         """`denoised` with this schedule's prediction."""
         return denoised(output, x, point, self.prediction)
 

@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 from d2g.core.errors import UserError
 from d2g.diffusion.edm import EDMPrediction, EDMSchedule, SigmaGrid
-from d2g.diffusion.pipelines import Pipeline, open_pipeline
+from d2g.diffusion.families.base import Pipeline, ScheduleKind
+from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import DynamicShift, FlowSchedule, Prediction, Schedule, Spacing
 
 VARIANCE_PRESERVING = (
@@ -30,14 +31,16 @@ EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 AnySchedule = Schedule | FlowSchedule | EDMSchedule
 
-UNETS = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "LDMPipeline",
-    "DDIMPipeline",
-    "DDPMPipeline",
-)
-"""Kinds of pipeline whose network takes any real number as its time, and so may be an EDM's."""
+SCHEDULERS: dict[ScheduleKind, tuple[str, ...]] = {"vp": VARIANCE_PRESERVING, "flow": FLOW, "edm": EDM}
+"""Scheduler classes by kind of schedule; a family's `schedules` say which of them its teachers may have."""
+
+
+def schedule_kind(schedule: AnySchedule) -> ScheduleKind:
+    """The kind of a schedule, as families name it."""
+    if isinstance(schedule, FlowSchedule):
+        return "flow"
+    return "edm" if isinstance(schedule, EDMSchedule) else "vp"
+
 
 BETAS = (
     "num_train_timesteps",
@@ -136,8 +139,8 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
 
     component_dir, kind = pipeline.component_dir("scheduler"), pipeline.class_name("scheduler")
     where = f"teacher {pipeline.folder}: scheduler {kind}"
-    flow = pipeline.kind == "StableDiffusion3Pipeline"
-    supported = FLOW if flow else VARIANCE_PRESERVING + (EDM if pipeline.kind in UNETS else ())
+    flow = "flow" in pipeline.family.schedules
+    supported = [name for schedule in pipeline.family.schedules for name in SCHEDULERS[schedule]]
     mend = (
         f"in diffusers, set pipe.scheduler = {supported[0]}.from_config(pipe.scheduler.config"
         f"{'' if flow else ', clip_sample=False'}) and save_pretrained the pipeline"

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
-from d2g.diffusion.conditioning import Condition as Condition
-from d2g.diffusion.conditioning import Conditioner, Kind, Labels
+from d2g.diffusion.conditioning import Conditioner, Conditioning, ConditioningKind
 from d2g.diffusion.edm import EDMSchedule
-from d2g.diffusion.families import check_network, check_size, conditioner, network_piece
+from d2g.diffusion.families.base import SCHEDULE_NAMES, Family
 from d2g.diffusion.latents import LatentSpace, latent_space
-from d2g.diffusion.pipelines import Pipeline, open_pipeline
+from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Spacing
-from d2g.diffusion.scheduler_files import AnySchedule, load_any_schedule
+from d2g.diffusion.scheduler_files import AnySchedule, load_any_schedule, schedule_kind
 from d2g.diffusion.solvers import Denoise, Solver, first_order, guided, sample_ode
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,15 +23,17 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen teacher on one device, of any family. Build with `load_teacher`.
+    """A frozen teacher of any family on one device. Build it with `load_teacher`.
 
-    `latent_shape`: (C, h, w) of the resolution the network was trained at; others may be asked for. `network`
-    may be replaced by a compiled one.
+    `pipeline`: its class in diffusers. `latent_shape`: (C, h, w) of the resolution the network was trained at;
+    it also samples at others. `config`: of the network, which may be replaced by a compiled one.
     """
 
     name: str
     pipeline: str
+    family: Family
     network: Any
+    config: Any
     conditioner: Conditioner
     schedule: AnySchedule
     space: LatentSpace
@@ -41,19 +42,19 @@ class Teacher:
     dtype: torch.dtype
 
     @property
-    def conditioning(self) -> Kind:
-        """What prompts are: text, class numbers in decimal, or nothing (empty)."""
+    def conditioning(self) -> ConditioningKind:
+        """What prompts are: text, class labels in decimal, or empty."""
         return self.conditioner.kind
 
     @property
     def num_labels(self) -> int:
-        """Number of classes; 0 unless conditioning is "label"."""
-        return self.conditioner.num_labels if isinstance(self.conditioner, Labels) else 0
+        """Number of classes; 0 unless `conditioning` is "label"."""
+        return self.conditioner.num_labels
 
     @property
     def label_names(self) -> list[str] | None:
-        """The classes' names, where the pipeline has them."""
-        return self.conditioner.label_names if isinstance(self.conditioner, Labels) else None
+        """The names of the classes, if the pipeline has them."""
+        return self.conditioner.label_names
 
     @property
     def default_solver(self) -> Solver:
@@ -62,50 +63,57 @@ class Teacher:
 
     @property
     def encoders(self) -> list[torch.nn.Module]:
-        """The text encoders, which may lie on another device than the network while their text is kept."""
+        """The text encoders; they may be on another device than the network while their output is cached."""
         return list(self.conditioner.models.values())
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides latents beside weights, prompts and a job's settings. JSON values."""
-        found: dict[str, Any] = {"pipeline": self.pipeline, "prediction_type": self.schedule.prediction}
+        """What decides latents beside weights, prompts and a job's settings, as JSON values."""
+        facts: dict[str, Any] = {"pipeline": self.pipeline, "prediction_type": self.schedule.prediction}
         if isinstance(self.schedule, Schedule):
-            found["steps_offset"] = self.schedule.steps_offset
+            facts["steps_offset"] = self.schedule.steps_offset
         elif isinstance(self.schedule, EDMSchedule):
-            found |= _edm_facts(self.schedule)
+            facts |= _edm_facts(self.schedule)
         elif self.schedule.dynamic is None:
-            found["shift"] = self.schedule.shift
+            facts["shift"] = self.schedule.shift
         else:
-            found["dynamic_shift"] = asdict(self.schedule.dynamic)
-        return {**found, **self.conditioner.facts}
+            facts["dynamic_shift"] = asdict(self.schedule.dynamic)
+        return {**facts, **self.conditioner.facts}
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """What the network is told for these prompts, a row each, and for none: on the teacher's device.
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of B prompts and the unconditional row, on the teacher's device.
 
-        Text is encoded where the encoders lie. Raises UserError for prompts that are no class numbers.
+        Text is encoded on the encoders' device. Raises UserError for prompts that this teacher cannot take.
         """
-        return self.conditioner.encode(prompts).to(self.device)
+        return self.conditioner.encode(prompts, null=True).to(self.device)
 
-    def denoiser(self, condition: Condition, guidance: float, guidance_rescale: float = 0.0) -> Denoise:
-        """A callable (x [B, C, h, w], point) -> x_0 and epsilon, with classifier-free guidance baked in.
+    def denoiser(self, cond: Conditioning, guidance: float, guidance_rescale: float = 0.0) -> Denoise:
+        """A callable (x [B, C, h, w], point) -> x_0 and epsilon, with classifier-free guidance built in.
 
-        Guidance takes both branches in one batch and acts on the network's own output, before it is read as
-        x_0 and epsilon; guidance 1 evaluates no second branch.
+        Guidance evaluates both branches in one batch and combines the network's raw outputs, before they are
+        converted to x_0 and epsilon; with guidance 1 there is no unconditional branch.
         """
-        assert guidance == 1 or self.conditioner.has_null, "check_solver comes first"
-        told = condition.rows if guidance == 1 else condition.with_null()
-        told = {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in told.items()}
+        assert guidance == 1 or self.conditioner.has_null, "check_solver must run first"
+        network_cond = (cond if guidance == 1 else cond.with_null()).to(self.dtype)
 
         @torch.no_grad()
         def denoise(x: Tensor, point: Point) -> Denoised:
-            doubled = x if guidance == 1 else torch.cat([x, x])
-            shown = self.schedule.shown(doubled, point).to(self.dtype)
-            output = self.conditioner.call(self.network, shown, point, told)
+            # One batch: the unconditional rows, then the conditional ones.
+            batch = x if guidance == 1 else torch.cat([x, x])
+            inputs = self.schedule.network_input(batch, point).to(self.dtype)
+            output = self.family.forward(
+                self.network,
+                self.config,
+                inputs,
+                time_input(inputs, point),
+                network_cond,
+                self.space.downscale,
+            )
             output = output[:, : x.shape[1]].float()  # a learned variance follows the mean
             if guidance != 1:
-                empty, conditional = output.chunk(2)
-                output = guided(conditional, empty, guidance, guidance_rescale)
-            return self.schedule.read(output, x, point)
+                unconditional, conditional = output.chunk(2)
+                output = guided(conditional, unconditional, guidance, guidance_rescale)
+            return self.schedule.denoised(output, x, point)
 
         return denoise
 
@@ -117,19 +125,28 @@ class Teacher:
         guidance: float,
         solver: Solver,
         guidance_rescale: float = 0.0,
-        condition: Condition | None = None,
+        cond: Conditioning | None = None,
     ) -> Tensor:
-        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w] in fp32, on the teacher's device.
+        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w], fp32, on the teacher's device.
 
-        `condition`, if given, holds the B prompts' rows, and `prompts` is not read.
+        With `cond`, the encoded prompts of the B rows, `prompts` is not read.
         """
-        if condition is None:
-            unique = list(dict.fromkeys(prompts))
-            place = {prompt: i for i, prompt in enumerate(unique)}
-            condition = self.encode(unique).select([place[prompt] for prompt in prompts])
-        assert len(condition) == len(noise), f"{len(condition)} conditions for {len(noise)} rows of noise"
-        denoise = self.denoiser(condition, guidance, guidance_rescale)
+        if cond is None:
+            unique = list(dict.fromkeys(prompts))  # each different prompt is encoded once
+            position = {prompt: i for i, prompt in enumerate(unique)}
+            cond = self.encode(unique)[[position[prompt] for prompt in prompts]]
+        assert len(cond) == len(noise), f"{len(cond)} rows of conditioning for {len(noise)} rows of noise"
+        denoise = self.denoiser(cond, guidance, guidance_rescale)
         return sample_ode(denoise, noise.to(self.device), self.schedule, steps, solver)
+
+
+def time_input(x: Tensor, point: Point) -> Tensor:
+    """A network's time input [B] at a point: a timestep of the table, a flow's fraction of it, or EDM's c_noise.
+
+    It is a tensor, because torch.compile would compile a network again for every number.
+    """
+    dtype = torch.int64 if isinstance(point.t, int) else torch.float32
+    return torch.full((len(x),), point.t, dtype=dtype, device=x.device)
 
 
 def check_solver(
@@ -140,15 +157,15 @@ def check_solver(
     guidance_rescale: float = 0.0,
     size: tuple[int, int] | None = None,
 ) -> None:
-    """Raise SettingError or UserError if `teacher.sample` could not go with these settings.
+    """Raise SettingError or UserError if `teacher.sample` cannot run with these settings.
 
-    `size`: latent height and width, where they are not the network's own.
+    `size`: latent height and width; by default the network's own.
     """
     size = size or teacher.latent_shape[1:]
-    check_size(teacher.name, teacher.network.config, size)
+    teacher.family.check_size(teacher.name, teacher.config, size)
     name = teacher.name
     if solver not in ("heun", teacher.default_solver):
-        kind = _KINDS[type(teacher.schedule)]
+        kind = _SCHEDULES[type(teacher.schedule)]
         raise SettingError(
             f"solver is {solver!r}, but teacher {name} is {kind}; take {teacher.default_solver} or heun"
         )
@@ -171,7 +188,7 @@ def check_solver(
         )
 
 
-_KINDS = {
+_SCHEDULES = {
     Schedule: "variance-preserving, and DDIM is its Euler",
     FlowSchedule: "a flow",
     EDMSchedule: "preconditioned as in EDM",
@@ -191,50 +208,39 @@ def load_teacher(
     spacing: Spacing | Literal["teacher"] = "teacher",
     final_alpha: str = "one",
 ) -> Teacher:
-    """Load a teacher from a folder or hub id. `spacing` and `final_alpha` as in PairConfig override the
+    """Load a teacher from a folder or hub id. `spacing` and `final_alpha`, as in PairConfig, override the
     scheduler's.
 
-    Network and text encoders come in `precision`; of the autoencoder only its config is read. Raises
+    Network and text encoders are loaded in `precision`; of the autoencoder only the config is read. Raises
     UserError for what cannot be a teacher, SettingError for a spacing that a flow or an EDM does not have.
     """
     device, dtype = torch.device(device), PRECISIONS[precision]
-    bare = _skeleton(name, spacing, final_alpha)  # every refusal comes before gigabytes are read
-
-    def load(component: str) -> Any:
-        return pretrained.load_model(name, component, dtype).to(device)
-
+    teacher = _teacher_on_meta(name, spacing, final_alpha)  # every check runs before gigabytes are read
     return replace(
-        bare,
-        network=load(network_piece(open_pipeline(name))),
-        conditioner=replace(
-            bare.conditioner, models={component: load(component) for component in bare.conditioner.models}
-        ),
+        teacher,
+        network=pretrained.load_model(name, teacher.family.network, dtype).to(device),
+        conditioner=pretrained.load_conditioner(name, dtype, device),
         device=device,
         dtype=dtype,
     )
 
 
-def _skeleton(name: str, spacing: Spacing | Literal["teacher"], final_alpha: str) -> Teacher:
-    """A teacher without weights, checked."""
+def _teacher_on_meta(name: str, spacing: Spacing | Literal["teacher"], final_alpha: str) -> Teacher:
+    """A checked teacher without weights."""
     pipeline = open_pipeline(name)
     schedule = _override(name, load_any_schedule(name), spacing, final_alpha)
-    space = _space(name, pipeline)
-    network = pretrained.load_on_meta(name, network_piece(pipeline))
-    shape = check_network(pipeline, network.config, space)
-    tokenizers = {
-        p: pretrained.load_tokenizer(name, p) for p in pipeline.components if p.startswith("tokenizer")
-    }
-    encoders = {
-        p: pretrained.load_on_meta(name, p) for p in pipeline.components if p.startswith("text_encoder")
-    }
+    space = _latent_space(name)
+    network = pretrained.load_on_meta(name, pipeline.family.network)
     return Teacher(
         name=name,
         pipeline=pipeline.kind,
+        family=pipeline.family,
         network=network,
-        conditioner=conditioner(pipeline, network.config, space, encoders, tokenizers),
+        config=network.config,
         schedule=schedule,
         space=space,
-        latent_shape=shape,
+        latent_shape=pipeline.family.check(pipeline, network.config, space),
+        conditioner=pretrained.conditioner_on_meta(name),
         device=torch.device("meta"),
         dtype=torch.float32,
     )
@@ -243,11 +249,12 @@ def _skeleton(name: str, spacing: Spacing | Literal["teacher"], final_alpha: str
 def _override(
     name: str, schedule: AnySchedule, spacing: Spacing | Literal["teacher"], final_alpha: str
 ) -> AnySchedule:
+    """The schedule with another spacing and end, where its kind allows them."""
     if isinstance(schedule, EDMSchedule):
         if spacing not in ("teacher", schedule.spacing):
             raise SettingError(
-                f"spacing is {spacing!r}, but teacher {name} is preconditioned as in EDM, and its steps lie "
-                f"as its scheduler's sigma_schedule, {schedule.grid}, says; take spacing=teacher"
+                f"spacing is {spacing!r}, but teacher {name} is preconditioned as in EDM, and the "
+                f"sigma_schedule of its scheduler, {schedule.grid}, decides its steps; take spacing=teacher"
             )
         return schedule
     if isinstance(schedule, FlowSchedule):
@@ -262,23 +269,33 @@ def _override(
     return replace(schedule, final_alpha_one=True) if final_alpha == "one" else schedule
 
 
-def _space(name: str, pipeline: Pipeline) -> LatentSpace:
-    component = pretrained.vae_piece(name)
-    if component is None:
-        return latent_space(pretrained.load_vae(name))
+def _latent_space(name: str) -> LatentSpace:
+    autoencoder = pretrained.autoencoder_on_meta(name)
     try:
-        return latent_space(pretrained.load_on_meta(name, component))
+        return latent_space(autoencoder)
     except UserError as error:
-        raise UserError(f"teacher {pipeline.folder}: {error}") from error
+        raise UserError(f"teacher {open_pipeline(name).folder}: {error}") from error
+
+
+def describe_stages(name: str) -> str:
+    """One line for people: which stages support this teacher, and which do not."""
+    pipeline = open_pipeline(name)
+    unconditional = not pipeline.family.reads_text and pretrained.conditioner_on_meta(name).kind == "none"
+    kind = schedule_kind(load_any_schedule(name))
+    supported = pipeline.family.supported_stages(kind, unconditional)
+    missing = [stage for stage, supports in supported.items() if not supports]
+    stages = ", ".join(supports for supports in supported.values() if supports)
+    line = f"teacher {name} ({pipeline.family.title}, {SCHEDULE_NAMES[kind]}) supports {stages}"
+    return f"{line}; not supported: {', '.join(missing)}" if missing else line
 
 
 def describe_teacher(name: str) -> dict[str, Any]:
-    """What `d2g teacher info` prints, found out from the files; no weights are loaded."""
-    teacher = _skeleton(name, "teacher", "teacher")
+    """What `d2g teacher info` prints, from the teacher's files; no weights are loaded."""
+    teacher = _teacher_on_meta(name, "teacher", "teacher")
     pipeline, schedule = open_pipeline(name), teacher.schedule
-    parts = {network_piece(pipeline): teacher.network, **teacher.conditioner.models}
-    if (vae := pretrained.vae_piece(name)) is not None:
-        parts[vae] = pretrained.load_on_meta(name, vae)
+    models = {pipeline.family.network: teacher.network, **dict(teacher.conditioner.models.items())}
+    if (autoencoder := pipeline.family.autoencoder) is not None:
+        models[autoencoder] = pretrained.load_on_meta(name, autoencoder)
     defaults: dict[str, Any] = {
         "solver": teacher.default_solver,
         "spacing": schedule.spacing,
@@ -293,14 +310,12 @@ def describe_teacher(name: str) -> dict[str, Any]:
         "prediction_type": schedule.prediction,
         "latent_shape": list(teacher.latent_shape),
         "latent_space": asdict(teacher.space),
-        "params": {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()},
+        "params": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "solver_defaults": defaults,
         "conditioning": {
             "kind": teacher.conditioning,
             "guidance": teacher.conditioner.has_null,
-            "encoders": {
-                component: type(model).__name__ for component, model in teacher.conditioner.models.items()
-            },
+            "encoders": {c: type(model).__name__ for c, model in teacher.conditioner.models.items()},
             "num_labels": teacher.num_labels,
         },
         "facts": teacher.facts,

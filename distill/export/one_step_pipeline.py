@@ -21,7 +21,8 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.edm import EDMSchedule
-from d2g.diffusion.pipelines import Pipeline, open_pipeline
+from d2g.diffusion.families.base import Pipeline
+from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
 
 # c_skip = 0.25 / (scaling t)^2 of the input stays in a consistency model's answer: nothing, at this scale.
@@ -56,7 +57,7 @@ def pipeline_schedule(teacher: str) -> Schedule:
             f"teacher {teacher} is preconditioned as in EDM, and no scheduler of diffusers starts from "
             f"sigma_max times the noise, as its students do; {instead}"
         )
-    if pipeline.kind not in pretrained.TEXT_STUDENTS:
+    if not pipeline.family.reads_text:
         config = pretrained.load_on_meta(teacher, "unet").config
         if config.num_class_embeds is not None:
             raise UserError(
@@ -81,7 +82,7 @@ def save_one_step(
     UserError for a folder that cannot be written.
     """
     pipeline = open_pipeline(teacher)
-    if pipeline.kind in pretrained.TEXT_STUDENTS:
+    if pipeline.family.reads_text:
         assert unet.config.time_cond_proj_dim is not None, "diffusers would add classifier-free guidance"  # type: ignore[union-attr]
     components: dict[str, Any] = {"unet": nn.Module.to(unet, dtype)}
     for component in pipeline.components:

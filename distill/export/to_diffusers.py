@@ -109,7 +109,9 @@ def export_lora(
     scores = own_results(student, options.scores)  # what is wrong with them shows before the work
     folder, named, _ = student_folder(student)
     source = teacher or named
-    if (kind := open_pipeline(source).kind) not in pretrained.TEXT_STUDENTS:
+    pipeline = open_pipeline(source)
+    kind = pipeline.kind
+    if not pipeline.family.reads_text:
         raise UserError(
             f"teacher {source} is a {kind}, into which diffusers loads no adapters; export the student with "
             "--format safetensors, which merges them"

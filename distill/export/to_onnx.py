@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from d2g.core.atomic_files import write_atomically
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import CLIPConditioner, Conditioning
 from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import open_pipeline
-from d2g.diffusion.text_encoders import LabelEncoder, NoEncoder, Text, as_text
 from distill.config.export import CardOptions
 from distill.export.card_scores import own_results
 from distill.export.model_card import card
@@ -81,30 +81,30 @@ def _write(
 def _encoded(one: OneStep, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """What the network is told of the student's examples, by the names of its inputs: from our own encoder,
     and from OUT/text_encoder.onnx, which is written where there is text; and the names of its outputs."""
-    encoder = one.text
-    if isinstance(encoder, LabelEncoder):
-        labels = {"labels": encoder.encode(one.examples)}
+    conditioner = one.text
+    if conditioner.kind == "label":
+        labels = {"labels": conditioner.encode(one.examples).tensors["class_labels"]}
         return labels, labels, []
-    if isinstance(encoder, NoEncoder):
+    if not isinstance(conditioner, CLIPConditioner):
         return {}, {}, []
-    tokens = encoder.tokens(one.examples)
+    tokens = conditioner.tokens(one.examples)
     with torch.no_grad():
-        text = as_text(encoder(tokens))
-    told = {"hidden": text.hidden} | ({} if text.pooled is None else {"pooled": text.pooled})
-    save_onnx(_Encoder(encoder), {"tokens": tokens}, list(told), out / "text_encoder.onnx")
-    found = run_onnx(out / "text_encoder.onnx", {"tokens": tokens})
-    return told, dict(zip(told, found, strict=True)), list(told)
+        cond: Conditioning = conditioner(tokens)
+    names = list(cond.tensors)
+    save_onnx(_Encoder(conditioner), {"tokens": tokens}, names, out / "text_encoder.onnx")
+    outputs = run_onnx(out / "text_encoder.onnx", {"tokens": tokens})
+    return cond.tensors, dict(zip(names, outputs, strict=True)), names
 
 
 class _Encoder(nn.Module):
-    def __init__(self, text: nn.Module) -> None:
+    def __init__(self, conditioner: CLIPConditioner) -> None:
         super().__init__()
-        self.text = text
+        self.conditioner = conditioner
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Token ids -> hidden states, and SDXL's pooled output."""
-        text = as_text(self.text(tokens))
-        return (text.hidden,) if text.pooled is None else (text.hidden, text.pooled)
+        cond: Conditioning = self.conditioner(tokens)
+        return tuple(cond.tensors.values())
 
 
 class _OneStep(nn.Module):
@@ -120,9 +120,14 @@ class _OneStep(nn.Module):
         labels: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """Noise and text, classes or nothing -> scaled latents."""
-        told = noise.new_empty(len(noise), 0) if labels is None else labels
-        latents: Tensor = self.student(noise, told if hidden is None else Text(hidden, pooled), guidance)
+        """Noise and text, class labels or nothing -> scaled latents."""
+        if hidden is not None:
+            cond = Conditioning.from_text(hidden, pooled)
+        elif labels is not None:
+            cond = Conditioning.from_labels(labels)
+        else:
+            cond = Conditioning({"empty": noise.new_empty(len(noise), 0)})
+        latents: Tensor = self.student(noise, cond, guidance)
         return latents
 
 

@@ -1,17 +1,15 @@
 """Loss terms as plain functions over tensors; nothing here calls backward."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2g.diffusion.text_encoders import Conditioning, Text
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import GanLoss, Reduction
 
 Logits = Mapping[str, Tensor]
-T = TypeVar("T", Tensor, Conditioning)
 
 
 def discriminator_loss(
@@ -79,8 +77,8 @@ def mismatch(
 
 
 def mix_and_match(
-    fake: Tensor, real: Tensor, noise: Tensor, text: T, mode: Tensor, partner: Tensor
-) -> tuple[Tensor, Tensor, T]:
+    fake: Tensor, real: Tensor, noise: Tensor, text: Conditioning, mode: Tensor, partner: Tensor
+) -> tuple[Tensor, Tensor, Conditioning]:
     """The fake batch (x, z, c) with some rows replaced by real triples that have one wrong member.
 
     x-swap: another row's target latent with this row's noise and text; c-swap and z-swap: this row's target
@@ -93,6 +91,4 @@ def mix_and_match(
 
     x = where(mode == 1, real[partner], where(mode >= 2, real, fake))
     z = where(mode == 3, noise[partner], noise)
-    if isinstance(text, Text):
-        return x, z, text[partner].map(lambda a, b: where(mode == 2, a, b), text)
-    return x, z, where(mode == 2, text[partner], text)
+    return x, z, text[partner].map(lambda a, b: where(mode == 2, a, b), text)

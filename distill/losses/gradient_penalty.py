@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d2g.diffusion.text_encoders import Conditioning
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, Reduction
 from distill.losses.adversarial import Logits, reduced
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from d2g.core.errors import SettingError
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
+from d2g.diffusion.pipelines import family_of
 from distill.config.run import DistillConfig
 from latent_lpips import augment
 from latent_lpips.augment import AugmentParams
@@ -101,7 +102,7 @@ class Regression(nn.Module):
 
 
 def _expect_latents(config: DistillConfig) -> None:
-    if pretrained.vae_piece(config.teacher) is None:
+    if family_of(config.teacher).autoencoder is None:
         beside = config.regression.kind not in ("e_latent_lpips", "latent_lpips")
         raise SettingError(
             f"teacher {config.teacher} draws pixels, of which there is no LatentLPIPS; set "

@@ -9,148 +9,147 @@ from torch import Tensor, nn
 from d2g.core.errors import SettingError
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.edm import EDMSchedule
-from d2g.diffusion.lora import TARGETS, add_lora
-from d2g.diffusion.pipelines import open_pipeline
+from d2g.diffusion.families.base import Family
+from d2g.diffusion.lora import add_lora
+from d2g.diffusion.pipelines import family_of, open_pipeline
 from d2g.diffusion.schedule import Schedule
-from d2g.diffusion.text_encoders import Conditioning, added_conditions, as_text
+from d2g.diffusion.scheduler_files import schedule_kind
 from distill.config.components import StudentConfig
 from distill.models.row_dropout import RowDropout
 
 GUIDANCE_WIDTH = 256
-"""Sines and cosines that tell the guidance scale, as in latent consistency models."""
+"""Width of the sinusoidal embedding of the guidance scale, as in latent consistency models."""
 
 
 class Student(nn.Module):
-    """G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2; other predictions: method.md
-    "One-step formulas"), or of an EDM teacher its own c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise,
-    c) (method.md "CIFAR10 and EDM").
+    """The one-step generator G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2).
 
-    A fixed wrapper without parameters of its own; the combination runs in fp32 whatever the network runs in.
-    `downscale`: pixels of a picture's side by its latents', which SDXL's U-Net is told.
+    Other predictions: method.md "One-step formulas". For an EDM teacher (method.md "CIFAR10 and EDM"):
+    c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has no parameters of its own, and combines in fp32 whatever the network runs in.
+    `downscale`: pixels per latent, for networks that take the size of the image.
     """
 
     def __init__(
-        self, unet: Any, schedule: Schedule | EDMSchedule, timestep: int = -1, downscale: int = 8
+        self,
+        unet: Any,
+        schedule: Schedule | EDMSchedule,
+        family: Family,
+        timestep: int = -1,
+        downscale: int = 8,
     ) -> None:
         super().__init__()
         self.unet: Any = unet
+        self.family = family
         self.schedule, self.point, self.downscale = schedule, schedule.one_step(timestep), downscale
-        self.reads_text = hasattr(unet.config, "cross_attention_dim")
         if isinstance(schedule, EDMSchedule):
-            _told_exactly(unet.time_proj, self.point.t)
+            _force_time_input(unet.time_proj, self.point.t)
 
-    def forward(self, noise: Tensor, text: Conditioning, guidance: Tensor | None = None) -> Tensor:
-        """noise [B, C, h, w] ~ N(0, 1), what a text encoder, or its like, gives of B prompts -> scaled
-        latents [B, C, h, w], fp32.
+    def forward(self, noise: Tensor, cond: Conditioning, guidance: Tensor | None = None) -> Tensor:
+        """noise [B, C, h, w] ~ N(0, 1) and the conditioning of B rows -> scaled latents [B, C, h, w], fp32.
 
-        guidance [B]: the scale of classifier-free guidance to imitate, for a student that is told it.
+        guidance [B]: the classifier-free guidance scale to imitate, for a student that takes it as an input.
         """
         x = self.schedule.start(noise)
-        shown = self.schedule.shown(x, self.point).to(next(self.unet.parameters()).dtype)
-        output = self._of_text(shown, text, guidance) if self.reads_text else self._of_classes(shown, text)
+        inputs = self.schedule.network_input(x, self.point).to(next(self.unet.parameters()).dtype)
+        embedding = None
+        if self.guided:
+            assert guidance is not None and guidance.shape == x.shape[:1], "one guidance scale for each row"
+            width = self.unet.config.time_cond_proj_dim
+            embedding = guidance_embedding(guidance.to(x.device), width).to(inputs.dtype)
+        output = self.family.forward(
+            self.unet, self.unet.config, inputs, self.point.t, cond, self.downscale, embedding
+        )
+        output = output[:, : x.shape[1]]  # a learned variance follows the mean
         with torch.autocast(noise.device.type, enabled=False):
             return self.schedule.x0(output, x, self.point)
 
-    def _of_text(self, x: Tensor, told: Conditioning, guidance: Tensor | None) -> Tensor:
-        """A UNet2DConditionModel's output."""
-        text, scale = as_text(told), None
-        if (width := self.unet.config.time_cond_proj_dim) is not None:
-            assert guidance is not None and guidance.shape == x.shape[:1], "one guidance scale for each row"
-            scale = guidance_embedding(guidance.to(x.device), width).to(x.dtype)
-        output: Tensor = self.unet(
-            x,
-            self.point.t,
-            text.hidden.to(x.dtype),
-            timestep_cond=scale,
-            added_cond_kwargs=added_conditions(self.unet, text, x, self.downscale),
-        ).sample
-        return output
-
-    def _of_classes(self, x: Tensor, told: Conditioning) -> Tensor:
-        """A UNet2DModel's output, without a learned variance."""
-        assert isinstance(told, Tensor), "class numbers, or nothing"
-        labels = None if self.unet.config.num_class_embeds is None else told.to(x.device)
-        output: Tensor = self.unet(x, self.point.t, class_labels=labels).sample
-        return output[:, : x.shape[1]]
+    @property
+    def reads_text(self) -> bool:
+        """Whether its conditioning is text."""
+        return self.family.reads_text
 
     @property
     def timestep(self) -> int:
-        """What a run's `student_timestep` stands for; of an EDM teacher, which has none, -1."""
+        """The timestep of the network's one evaluation; -1 for an EDM teacher, which has none."""
         return -1 if isinstance(self.schedule, EDMSchedule) else int(self.point.t)
 
     @property
     def where(self) -> str:
-        """The point at which the network is asked, in words."""
+        """The point at which the network is evaluated, in words."""
         if isinstance(self.schedule, EDMSchedule):
             return f"sigma {self.point.sigma:g}"
         return f"timestep {self.timestep}"
 
     @property
     def guided(self) -> bool:
-        """Whether it is told the guidance scale."""
+        """Whether it takes the guidance scale as an input."""
         return getattr(self.unet.config, "time_cond_proj_dim", None) is not None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) that the UNet was trained at."""
+        """The latent shape (C, h, w) that the U-Net was trained at."""
         config = self.unet.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(config.in_channels), int(height), int(width)
 
 
-def _told_exactly(time_proj: nn.Module, time: float) -> None:
-    """Whatever a U-Net is given as its time, `time` in fp32 reaches its sines.
+def _force_time_input(time_proj: nn.Module, time: float) -> None:
+    """Make the sinusoidal embedding of a U-Net's time input see `time` in fp32, whatever the U-Net is given.
 
-    UNet2DModel takes a number to be an integer, and FSDP2 casts a tensor to bf16, which keeps eight bits of
+    UNet2DModel converts a number to an integer, and FSDP2 casts a tensor to bf16, which keeps eight bits of
     c_noise.
     """
 
-    def exactly(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (torch.full_like(given[0], time, dtype=torch.float32),)
+    def replace_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (torch.full_like(args[0], time, dtype=torch.float32),)
 
-    time_proj.register_forward_pre_hook(exactly)
+    time_proj.register_forward_pre_hook(replace_input)
 
 
 def student_from_teacher(
     teacher: str, timestep: int = -1, config: StudentConfig | None = None, seed: int = 0
 ) -> Student:
-    """A student that starts as the teacher: its output is the teacher's own x0 prediction at T.
+    """A student with the teacher's weights: its output is the teacher's own x_0 prediction at T.
 
-    config: what it has beside the teacher's network (`equip`); `seed` draws the adapters.
+    config: what `add_adapters` adds to the network; `seed` initializes the adapters.
     """
-    return _around(pretrained.load_unet(teacher), teacher, timestep, config, seed)
+    return _wrap(pretrained.load_unet(teacher), teacher, timestep, config, seed)
 
 
 def meta_student(
     teacher: str, timestep: int = -1, config: StudentConfig | None = None, seed: int = 0
 ) -> Student:
-    """The same without weights, on torch's meta device but for what `equip` adds."""
-    return _around(pretrained.load_on_meta(teacher, "unet"), teacher, timestep, config, seed)
+    """The same without weights: on torch's meta device, except for what `add_adapters` adds."""
+    return _wrap(pretrained.load_on_meta(teacher, "unet"), teacher, timestep, config, seed)
 
 
-def _around(unet: Any, teacher: str, timestep: int, config: StudentConfig | None, seed: int) -> Student:
-    schedule = pretrained.load_student_schedule(teacher)
-    student = Student(unet, schedule, timestep, pretrained.latent_downscale(teacher))
+def _wrap(unet: Any, teacher: str, timestep: int, config: StudentConfig | None, seed: int) -> Student:
+    schedule, family = pretrained.load_student_schedule(teacher), family_of(teacher)
+    student = Student(unet, schedule, family, timestep, pretrained.latent_downscale(teacher))
     return add_adapters(student, config, seed) if config is not None else student
 
 
 def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
-    """Raise SettingError for what there is not for this teacher: a discriminator of a network of classes, or
-    of one preconditioned as in EDM (the paper trains none; Table A1, CIFAR10), or its input of guidance."""
-    kind = open_pipeline(teacher).kind
-    text = kind in pretrained.TEXT_STUDENTS
-    if student.guidance_conditioning and not text:
+    """Raise SettingError if a stage, or an input for the guidance scale, is not supported for this teacher.
+
+    The GAN stage needs a variance-preserving teacher of text: the paper trains no discriminator of a
+    class-conditional network or of an EDM (Table A1, CIFAR10).
+    """
+    pipeline = open_pipeline(teacher)
+    family = pipeline.family
+    if student.guidance_conditioning and not family.reads_text:
         raise SettingError(
-            f"student.guidance_conditioning is true, but the network of {teacher}, a {kind}, has no input "
-            "for a guidance scale; set it to false"
+            f"student.guidance_conditioning is true, but the network of {teacher}, a {pipeline.kind}, has no "
+            "input for a guidance scale; set it to false"
         )
+    pretrained.expect_student_family(teacher)
     if stage == "ode":
         return
-    edm = text and isinstance(pretrained.load_student_schedule(teacher), EDMSchedule)
-    if edm or not text:
-        what = "is preconditioned as in EDM" if edm else f"is a {kind}, which knows no text"
+    if not family.gan or schedule_kind(pretrained.load_student_schedule(teacher)) not in family.gan:
+        what = "is preconditioned as in EDM" if family.gan else f"is a {pipeline.kind}, which knows no text"
         raise SettingError(
             f"stage {stage} needs a variance-preserving teacher of text, but {teacher} {what}; its students "
             "are trained by `d2g distill ode` alone"
@@ -158,31 +157,32 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
 
 
 def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Student:
-    """Dropout, adapters and guidance input into a student, which still gives what it gave (dropout aside).
+    """Add dropout, LoRA adapters and a guidance input to a student; dropout aside, its output stays the same.
 
-    Raises SettingError for adapters of a network without attention.
+    `seed` initializes the adapters. Raises SettingError for adapters of a network without attention.
     """
     if config.dropout:
         blocks = [m for m in student.unet.modules() if type(m).__name__.startswith("ResnetBlock")]
         for number, block in enumerate(blocks):
             block.dropout = RowDropout(config.dropout, number)
     if config.lora_rank:
-        if not any(name.endswith(TARGETS) for name, _ in student.unet.named_modules()):
+        targets = student.family.lora_targets
+        if not any(name.endswith(targets) for name, _ in student.unet.named_modules()):
             raise SettingError(
                 f"student.lora_rank is {config.lora_rank}, but the network has no attention to adapt; set it "
                 "to 0"
             )
-        add_lora(student.unet, config.lora_rank, config.alpha, generator(seed, Stream.LORA_INIT))
+        add_lora(student.unet, targets, config.lora_rank, config.alpha, generator(seed, Stream.LORA_INIT))
     if config.guidance_conditioning and not student.guided:
-        assert student.reads_text, "check_teacher comes first"
+        assert student.reads_text, "check_teacher must run first"
         add_guidance_embedding(student.unet)
     return student
 
 
 def add_guidance_embedding(unet: Any) -> None:
-    """Give a U-Net the input of `timestep_cond` that diffusers' pipelines feed with the guidance scale.
+    """Add the input `timestep_cond` to a U-Net, which diffusers' pipelines feed with the guidance scale.
 
-    Its weight is zero: the network starts as it was.
+    Its weight is zero, so the network's output stays the same at first.
     """
     first = unet.time_embedding.linear_1
     projection = nn.utils.skip_init(nn.Linear, GUIDANCE_WIDTH, first.in_features, bias=False)
@@ -192,8 +192,8 @@ def add_guidance_embedding(unet: Any) -> None:
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
-    """[B] -> [B, width] fp32: sines, then cosines, of 1000 (w - 1) at `width` / 2 frequencies from 1 down to
-    1e-4, as diffusers' pipelines tell a latent consistency model its scale (Luo et al. 2023).
+    """Guidance scales w [B] -> embeddings [B, width], fp32: sines, then cosines, of 1000 (w - 1) at `width` / 2
+    frequencies from 1 down to 1e-4, as diffusers does for latent consistency models (Luo et al. 2023).
     """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=guidance.device) * (-math.log(10_000) / (half - 1)))
@@ -202,7 +202,7 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
 
 
 def set_trainable(student: Student, config: StudentConfig) -> None:
-    """Gradients for what is trained: everything, or with LoRA the adapters and the guidance input."""
+    """Require gradients for what is trained: everything, or with LoRA the adapters and the guidance input."""
     student.requires_grad_(not config.lora_rank)
     if config.lora_rank:
         for name, parameter in student.named_parameters():

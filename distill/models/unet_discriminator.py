@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
-from d2g.diffusion.text_encoders import Conditioning, added_conditions, as_text
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.families.unet import added_conditions
 from distill.config.run import DiscriminatorConfig
 
 WAYS = (
@@ -75,25 +76,23 @@ class Discriminator(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None = None
+        self, x: Tensor, noise: Tensor, cond: Conditioning, t: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """x and noise [B, C, h, w], text of B rows -> logits [B, 1, h_s, w_s] per head.
+        """x and noise [B, C, h, w] and the conditioning of B rows -> logits [B, 1, h_s, w_s] per head.
 
-        t [B]: the noise level of x, or whatever else D is told as its time; None: the config's constant.
+        t [B]: the time input, such as the noise level of x; None: the config's constant.
         """
         unet, logits = self.unet, {}
-        text = as_text(text)
+        text = cond.tensors["hidden"]
         if t is None:
             t = torch.full((len(x),), self.timestep, device=x.device)
         t = t.to(x.device)
         temb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
-        added = added_conditions(unet, text, x, self.downscale)
-        more = unet.get_aug_embed(emb=temb, encoder_hidden_states=text.hidden, added_cond_kwargs=added)
+        added = added_conditions(unet.config, cond, x, self.downscale)
+        more = unet.get_aug_embed(emb=temb, encoder_hidden_states=text, added_cond_kwargs=added)
         temb = temb if more is None else temb + more
         temb = temb if unet.time_embed_act is None else unet.time_embed_act(temb)
-        hidden = unet.process_encoder_hidden_states(
-            encoder_hidden_states=text.hidden, added_cond_kwargs=added
-        )
+        hidden = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
 
         def read(scale: int, place: str, features: Tensor) -> None:
             if (name := f"{scale}_{place}") in self.heads:

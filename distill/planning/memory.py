@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d2g.core.distributed import engine
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.latents import decode
-from d2g.diffusion.pipelines import open_pipeline
-from d2g.diffusion.text_encoders import Conditioning, Text
+from d2g.diffusion.pipelines import family_of, open_pipeline
 from distill.config.components import OptimConfig
 from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import r1_penalty
@@ -74,7 +74,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
             if network is not None:
                 _without_data(network)
                 if config.engine.activation_checkpointing:
-                    engine.recompute(list(pretrained.layers(network)))
+                    engine.recompute(list(family_of(config.teacher).shard_units(network)))
         rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
         g = _kept(config, student, partial(_generate, student))
         shards = (config.engine.shard_size or world_size) if config.engine.parallel == "fsdp" else 1
@@ -174,7 +174,7 @@ def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
     height, width = (size, size) if isinstance(size, int) else size
     noise = torch.empty(count, unet.in_channels, height, width)
     if isinstance(network, Student) and not network.reads_text:
-        return _Rows(noise, torch.zeros(count, dtype=torch.int64), ())
+        return _Rows(noise, Conditioning.from_labels(torch.zeros(count, dtype=torch.int64)), ())
     pooled = None
     if unet.addition_embed_type == "text_time":
         pooled = torch.empty(
@@ -182,7 +182,7 @@ def _rows(config: DistillConfig, network: Any, count: int) -> _Rows:
         )
     told = (torch.empty(count),) if isinstance(network, Student) and network.guided else ()
     hidden = torch.empty(count, tokens, unet.cross_attention_dim)
-    return _Rows(noise, Text(hidden, pooled), told)
+    return _Rows(noise, Conditioning.from_text(hidden, pooled), told)
 
 
 def _generate(student: Student, b: _Rows) -> Tensor:
@@ -234,12 +234,7 @@ def _discriminator(config: DistillConfig) -> Discriminator:
 
 def _pixels(config: DistillConfig) -> nn.ModuleList:
     """LPIPS as the config has it, with random weights, and the decoder before it, without any."""
-    component, options = pretrained.vae_piece(config.teacher), config.regression
-    vae = (
-        pretrained.load_on_meta(config.teacher, component)
-        if component
-        else pretrained.load_vae(config.teacher)
-    )
+    vae, options = pretrained.autoencoder_on_meta(config.teacher), config.regression
     resize = options.lpips_resize or None
     metric = PixelLPIPS(options.lpips_net, pretrained=False, decode=partial(decode, vae), resize=resize)
     return nn.ModuleList([metric, vae.requires_grad_(False)])
@@ -260,8 +255,8 @@ def _frozen(config: DistillConfig) -> list[nn.Module]:
     """Text encoders, and the autoencoder where anything is decoded or encoded."""
     components = [p for p in open_pipeline(config.teacher).components if p.startswith("text_encoder")]
     pictures = config.regression.kind == "lpips" or config.gan.real or config.train.preview_prompts
-    if pictures and (vae := pretrained.vae_piece(config.teacher)) is not None:
-        components.append(vae)
+    if pictures and (autoencoder := family_of(config.teacher).autoencoder) is not None:
+        components.append(autoencoder)
     return [pretrained.load_on_meta(config.teacher, component) for component in components]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2g.core.distributed import process_group
 from d2g.core.seeds import StepStream, Stream, generator, noise
-from d2g.diffusion.text_encoders import Conditioning
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import Penalty
 from distill.config.run import DistillConfig
 from distill.losses.adversarial import mismatch

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.distributed.engine import DistributedModule
-from d2g.diffusion import pretrained
+from d2g.diffusion.families.unet import attention_parameters
 from distill.config.components import OptimConfig
 
 
@@ -16,7 +16,7 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     decay inside attention modules, another elsewhere (method.md "Schedule and hyperparameters"). Weight decay
     is decoupled in all.
     """
-    inside = pretrained.attention_parameters(module)
+    inside = attention_parameters(module)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for n, p in named if n in inside], "weight_decay": config.attention_weight_decay},

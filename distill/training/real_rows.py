@@ -1,6 +1,5 @@
 """Photographs among the rows that D is shown as real (limitation 1 of the supplement, F)."""
 
-from collections.abc import Callable
 from math import floor
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
-from d2g.diffusion.text_encoders import Conditioning, Text
 from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import DiscriminatorInput
 from distill.training.real_images import RealImages
@@ -57,19 +55,10 @@ class RealRows:
         return DiscriminatorInput(
             _put(shown.x, at, x),
             _put(shown.noise, at, z),
-            _told(shown.text, at, self.text(captions)),
+            shown.text.map(lambda rows, others: _put(rows, at, others), self.text(captions)),
             shown.t,
         )
 
 
 def _put(rows: Tensor, at: Tensor, others: Tensor) -> Tensor:
     return rows.index_copy(0, at, others.to(rows.dtype))
-
-
-def _told(text: Conditioning, at: Tensor, others: Conditioning) -> Conditioning:
-    put: Callable[[Tensor, Tensor], Tensor] = lambda rows, other: _put(rows, at, other)  # noqa: E731
-    if isinstance(text, Text):
-        assert isinstance(others, Text)
-        return text.map(put, others)
-    assert isinstance(others, Tensor)
-    return put(text, others)

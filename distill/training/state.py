@@ -15,6 +15,7 @@ from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
+from d2g.diffusion.pipelines import family_of
 from distill.config.run import DistillConfig
 from distill.models.ema import EMA
 from distill.models.student import Student, add_adapters, meta_student, set_trainable, student_from_teacher
@@ -116,7 +117,7 @@ def _spread(
         network = blank().to("meta")
     else:
         network = load()
-    layers = list(pretrained.layers(network))
+    layers = list(family_of(config.teacher).shard_units(network))
     if engine.activation_checkpointing:
         parallel.recompute(layers)
     size = engine.shard_size or process_group.world_size()

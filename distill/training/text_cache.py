@@ -4,9 +4,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-from d2g.diffusion.text_encoders import Conditioning, Text
+from d2g.diffusion.conditioning import Conditioning
 
 
 class TextCache:
@@ -30,13 +29,7 @@ class TextCache:
             if prompt not in self.known:
                 self.known[prompt] = self.encode([prompt]).to("cpu")
             self.known.move_to_end(prompt)
-        joined = _joined([self.known[prompt] for prompt in prompts])
+        joined = Conditioning.cat([self.known[prompt] for prompt in prompts])
         while len(self.known) > self.limit:
             self.known.popitem(last=False)
         return joined.to(self.device)
-
-
-def _joined(rows: Sequence[Conditioning]) -> Conditioning:
-    if isinstance(first := rows[0], Text):
-        return first.map(lambda *parts: torch.cat(parts), *[row for row in rows[1:] if isinstance(row, Text)])
-    return torch.cat([row for row in rows if isinstance(row, Tensor)])

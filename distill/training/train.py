@@ -84,7 +84,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     check_teacher(config.teacher, config.stage, config.student)
     held_out(len(reader), options.validate_pairs)
     expect_enough(len(reader), size, options.validate_pairs)
-    text_encoder = pretrained.load_text_encoder(config.teacher).to(device)
+    text_encoder = pretrained.load_conditioner(config.teacher).to(device)
     encode = TextCache(text_encoder.encode, config.data.text_cache, device)
     regression = Regression(config, reader.spec.latent_shape[0], device)
     noised = Noiser(config, device)

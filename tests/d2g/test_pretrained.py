@@ -20,6 +20,8 @@ import tiny_teachers
 from d2g.core.errors import UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
+from d2g.diffusion.families.sd import SDConditioner
+from d2g.diffusion.families.unet import attention_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,9 +58,9 @@ def test_plain_diffusers_loads_and_samples_what_was_saved(pipeline: Any) -> None
 @torch.no_grad()
 def test_pieces_equal_the_pipelines(teacher: Path, pipeline: Any) -> None:
     name, prompts = str(teacher), ["a red cube", "two green cones", ""]
-    text = pretrained.load_text_encoder(name)
+    text = pretrained.load_conditioner(name)
     theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    hidden = text.encode(prompts)
+    hidden = text.encode(prompts).tensors["hidden"]
     torch.testing.assert_close(hidden, theirs)
     assert hidden.shape == (3, 12, 16)
     x = noise(0, [0, 1, 2], (4, 4, 4))
@@ -74,7 +76,7 @@ def test_pieces_equal_the_pipelines(teacher: Path, pipeline: Any) -> None:
 
 def test_models_come_frozen_in_eval_mode_and_in_the_asked_dtype(teacher: Path) -> None:
     unet = pretrained.load_unet(str(teacher), torch.bfloat16)
-    text, vae = pretrained.load_text_encoder(str(teacher)), pretrained.load_vae(str(teacher))
+    text, vae = pretrained.load_conditioner(str(teacher)), pretrained.load_vae(str(teacher))
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in (*text.parameters(), *vae.parameters())} == {torch.float32}
     for module in (unet, text, vae):
@@ -103,13 +105,15 @@ def test_schedule_is_read_from_the_file(teacher: Path, broken: Path) -> None:
 
 
 def test_tokenizer_gives_captions_back_and_pads_and_cuts(teacher: Path) -> None:
-    text = pretrained.load_text_encoder(str(teacher))
+    text = pretrained.load_conditioner(str(teacher))
+    assert isinstance(text, SDConditioner)
+    tokenizer = text.tokenizers["tokenizer"]
     ids = text.tokens(tiny.CAPTIONS)
     assert ids.shape == (len(tiny.CAPTIONS), 12)
-    whole = text.tokenizer(tiny.CAPTIONS).input_ids  # not cut
-    decoded = text.tokenizer.batch_decode(whole, skip_special_tokens=True)
+    whole = tokenizer(tiny.CAPTIONS).input_ids  # not cut
+    decoded = tokenizer.batch_decode(whole, skip_special_tokens=True)
     assert [" ".join(d.split()).replace(" ,", ",") for d in decoded] == tiny.CAPTIONS
-    begin, end = text.tokenizer.bos_token_id, text.tokenizer.eos_token_id
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert (ids[:, 0] == begin).all() and (ids[:, -1] == end).all()
     assert int(ids.max()) == end, "the text model pools at the highest id"
     long = text.tokens(["red " * 40])
@@ -127,7 +131,7 @@ def test_weight_decay_names_are_those_of_the_attention_blocks(teacher: Path) -> 
         if type(module).__name__ == "Transformer2DModel"
         for name, _ in module.named_parameters()
     }
-    names = pretrained.attention_parameters(unet)
+    names = attention_parameters(unet)
     assert names == expected and any("attn2" in n for n in names)
     assert names < {n for n, _ in unet.named_parameters()}
 
@@ -170,7 +174,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_line() -> None:
 LOADERS = {
     "unet": pretrained.load_unet,
     "vae": pretrained.load_vae,
-    "text_encoder": pretrained.load_text_encoder,
+    "text_encoder": pretrained.load_conditioner,
     "tokenizer": pretrained.load_tokenizer,
     "scheduler": pretrained.load_schedule,
 }
@@ -180,7 +184,7 @@ LOADERS = {
 def test_a_missing_piece_is_named(broken: Path, component: str) -> None:
     shutil.rmtree(broken / component)
     with pytest.raises(
-        UserError, match=rf"no {component}; expected the pieces unet, vae.*; found .*"
+        UserError, match=rf"no {component}; expected the components unet, vae.*; found .*"
     ) as caught:
         LOADERS[component](str(broken))
     assert "\n" not in str(caught.value)
@@ -228,7 +232,7 @@ def test_attention_under_its_names_of_2022_is_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in vae.state_dict().items())
 
 
-def test_a_skeleton_is_the_model_without_its_weights(teacher: Path) -> None:
+def test_a_model_on_meta_is_the_model_without_its_weights(teacher: Path) -> None:
     for component in ("unet", "vae", "text_encoder"):
         bare, whole = (
             pretrained.load_on_meta(str(teacher), component),
@@ -241,24 +245,23 @@ def test_a_skeleton_is_the_model_without_its_weights(teacher: Path) -> None:
 
 def test_students_are_made_of_unets(tmp_path: Path) -> None:
     other = tiny_teachers.save_dit(tmp_path, classes=4)
-    for load in (pretrained.load_unet, pretrained.load_text_encoder):
-        with pytest.raises(UserError, match="is a DiTPipeline; students are made of StableDiffusionPipeline"):
-            load(other)
+    with pytest.raises(UserError, match=r"is a DiTPipeline; students are made of .*StableDiffusionPipeline"):
+        pretrained.load_unet(other)
 
 
-def test_what_stands_for_a_text_encoder(teacher: Path, tmp_path: Path) -> None:
+def test_conditioners_of_classes_and_of_nothing(teacher: Path, tmp_path: Path) -> None:
     classes = tiny_teachers.save_pixels(tmp_path / "classes", classes=10)
     nothing = tiny_teachers.save_ldm(tmp_path / "nothing")
-    told = pretrained.load_text_encoder(classes).encode(["9", "0"])
-    assert told.dtype == torch.int64 and told.tolist() == [9, 0]
-    assert pretrained.load_text_encoder(nothing).encode(["", "", ""]).shape == (3, 0)
+    labels = pretrained.load_conditioner(classes).encode(["9", "0"]).tensors["class_labels"]
+    assert labels.dtype == torch.int64 and labels.tolist() == [9, 0]
+    assert len(pretrained.load_conditioner(nothing).encode(["", "", ""])) == 3
     with pytest.raises(UserError, match="prompt '10': expected a class number, 0 to 9"):
-        pretrained.load_text_encoder(classes).encode(["1", "10"])
+        pretrained.load_conditioner(classes).encode(["1", "10"])
     with pytest.raises(UserError, match="prompt 'a cat': this teacher is unconditional; expected none"):
-        pretrained.load_text_encoder(nothing).encode(["", "a cat"])
+        pretrained.load_conditioner(nothing).encode(["", "a cat"])
     tiny_teachers.edit(Path(classes), "model_index.json", null_class=9)
     with pytest.raises(UserError, match="prompt '9': expected a class number, 0 to 8"):
-        pretrained.load_text_encoder(classes).encode(["9"])
+        pretrained.load_conditioner(classes).encode(["9"])
     assert pretrained.default_prompts(classes) == [str(i) for i in range(9)]
     assert pretrained.default_prompts(nothing) == [""] and pretrained.default_prompts(str(teacher)) == []
 

@@ -179,11 +179,11 @@ def test_order_of_convergence_of_real_networks(case: str, tmp_path: Path) -> Non
     embedding = getattr(network, "time_embedding", None) or network.time_text_embed.timestep_embedder
     with torch.no_grad():
         embedding.linear_1.weight.zero_()
-    condition = teacher.encode(["a red cube"])
+    cond = teacher.encode(["a red cube"])
     drawn, counts = seeded(0, [0], teacher.latent_shape), (20, 40)
 
     def run(steps: int, solver: Solver) -> Tensor:
-        return teacher.sample(drawn, [], steps, 1.0, solver, condition=condition)
+        return teacher.sample(drawn, [], steps, 1.0, solver, cond=cond)
 
     fine = run(200, "heun")
     orders: list[tuple[Solver, float]] = [(first_order, 1.0), ("heun", 2.0)]

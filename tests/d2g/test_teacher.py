@@ -78,7 +78,7 @@ def test_every_spacing_equals_ddims_timesteps_and_arithmetic(teacher: Path, spac
     loaded = load_teacher(str(teacher), spacing=spacing, final_alpha="teacher")
     judge = DDIMScheduler.from_pretrained(teacher / "scheduler", timestep_spacing=spacing)
     judge.set_timesteps(5)
-    told = loaded.encode(["a red cube"]).rows["hidden"]
+    told = loaded.encode(["a red cube"]).tensors["hidden"]
     x = drawn = noise(0, [0], SHAPE)
     grid = [*judge.timesteps.tolist(), -1]
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_x0_and_epsilon_from_every_prediction(folder: Path, t: int) -> None:
     """alpha x0 + sigma eps = x and, for v, v = alpha eps - sigma x0: solved for x0 from the raw output."""
     teacher = load_teacher(str(folder))
     x, told = noise(1, range(2), SHAPE), teacher.encode(tiny.CAPTIONS[:2])
-    raw = teacher.network(x, t, told.rows["hidden"]).sample
+    raw = teacher.network(x, t, told.tensors["hidden"]).sample
     assert not isinstance(teacher.schedule.prediction, tuple)
     point = Point(t, *teacher.schedule.alpha_sigma(t))  # type: ignore[union-attr]
     x0 = {
@@ -171,8 +171,8 @@ def test_the_unconditional_branch_is_the_encoded_empty_string(watched: tuple[Tea
     prompts = ["a red cube", "a blue sphere", "a red cube"]
     teacher.sample(noise(0, range(3), SHAPE), prompts, 1, 3.0, "ddim")
     empty, text = calls.text[0].chunk(2)
-    torch.testing.assert_close(empty, teacher.encode([""]).rows["hidden"].expand_as(empty))
-    torch.testing.assert_close(text, teacher.encode(prompts).rows["hidden"])
+    torch.testing.assert_close(empty, teacher.encode([""]).tensors["hidden"].expand_as(empty))
+    torch.testing.assert_close(text, teacher.encode(prompts).tensors["hidden"])
     assert (text[0] - text[1]).abs().max() > 1e-3
 
 
@@ -183,21 +183,21 @@ def test_text_is_encoded_once_for_each_different_prompt(teacher: Path) -> None:
     prompts = ["a", "b", "a", "a"]
     found = loaded.sample(noise(0, range(4), SHAPE), prompts, 2, 3.0, "ddim")
     assert seen == [3], "a, b and the empty prompt"
-    condition = loaded.encode(["a", "b"]).select([0, 1, 0, 0])
+    cond = loaded.encode(["a", "b"])[[0, 1, 0, 0]]
     loaded.encoders[0].to("meta")  # gone: nothing below may touch it
     for row in range(4):
-        alone = loaded.sample(noise(0, [row], SHAPE), [], 2, 3.0, "ddim", condition=condition.select([row]))
+        alone = loaded.sample(noise(0, [row], SHAPE), [], 2, 3.0, "ddim", cond=cond[[row]])
         torch.testing.assert_close(alone, found[row : row + 1], rtol=0, atol=1e-5)
 
 
 def test_conditions_are_chosen_by_position(teacher: Path) -> None:
-    condition = load_teacher(str(teacher)).encode(["a", "b"])
-    assert len(condition) == 2 and len(condition.select([1, 1, 0])) == 3
-    assert torch.equal(condition.select([1]).rows["hidden"][0], condition.rows["hidden"][1])
-    assert torch.equal(condition.select([1]).null["hidden"], condition.null["hidden"])
-    assert len(condition.select([])) == 0
+    cond = load_teacher(str(teacher)).encode(["a", "b"])
+    assert len(cond) == 2 and len(cond[[1, 1, 0]]) == 3
+    assert torch.equal(cond[[1]].tensors["hidden"][0], cond.tensors["hidden"][1])
+    assert torch.equal(cond[[1]].null["hidden"], cond.null["hidden"])
+    assert len(cond[[]]) == 0
     with pytest.raises(IndexError, match="positions 0 to 2 of 2 rows"):
-        condition.select([0, 2])
+        cond[[0, 2]]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
@@ -217,7 +217,7 @@ def test_half_precision_networks_still_update_in_fp32(teacher: Path) -> None:
     drawn, told = noise(0, range(2), SHAPE), half.encode(["a", "b"])
     judge = DDIMScheduler.from_pretrained(teacher / "scheduler")
     judge.set_timesteps(4)
-    x, hidden = drawn, told.with_null()["hidden"]
+    x, hidden = drawn, told.with_null().tensors["hidden"]
     for t in judge.timesteps:
         with torch.no_grad():
             raw = half.network(torch.cat([x, x]).bfloat16(), t, hidden).sample.float()

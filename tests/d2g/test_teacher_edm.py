@@ -134,7 +134,10 @@ def test_what_means_nothing_is_refused(edm: Path) -> None:
         check_solver(teacher, "ddim", 8)
     with pytest.raises(SettingError, match="steps is 0"):
         check_solver(teacher, "euler", 0)
-    with pytest.raises(SettingError, match=r"spacing is 'trailing', .*sigma_schedule, karras, says; take"):
+    with pytest.raises(
+        SettingError,
+        match=r"spacing is 'trailing', .*sigma_schedule of its scheduler, karras, decides its steps; take",
+    ):
         load_teacher(str(edm), spacing="trailing")
     assert load_teacher(str(edm), spacing="linspace").schedule == teacher.schedule
 

@@ -65,7 +65,7 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
 
 def test_captions_are_lowered_as_diffusers_lowers_them(folder: Path) -> None:
     teacher = load_teacher(str(folder))
-    rows = teacher.encode(["A Red Cube ", "a red cube", "a red cub"]).rows
+    rows = teacher.encode(["A Red Cube ", "a red cube", "a red cub"]).tensors
     assert torch.equal(rows["hidden"][0], rows["hidden"][1]) and torch.equal(rows["mask"][0], rows["mask"][1])
     assert not torch.equal(rows["mask"][1], rows["mask"][2])
 
@@ -74,7 +74,7 @@ def test_it_describes_itself(folder: Path) -> None:
     found, teacher = describe_teacher(str(folder)), load_teacher(str(folder))
     alpha = found["pipeline"] == "PixArtAlphaPipeline"
     assert found["facts"]["t5_tokens"] == (120 if alpha else 300)
-    assert teacher.encode(["a"]).rows["hidden"].shape[1] == found["facts"]["t5_tokens"]
+    assert teacher.encode(["a"]).tensors["hidden"].shape[1] == found["facts"]["t5_tokens"]
     sized = teacher.latent_shape[1] == 128
     assert found["facts"]["micro_conditions"] == ("height, width, height / width" if sized else None)
 

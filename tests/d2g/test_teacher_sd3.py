@@ -68,12 +68,12 @@ def test_without_t5_zeros_stand_in_for_it(folder: Path, tmp_path: Path) -> None:
     teacher = load_teacher(str(bare))
     found = teacher.sample(drawn, PROMPTS, 6, 3.0, "euler")
     torch.testing.assert_close(found, judged(bare, drawn, 6, guidance_scale=3.0), rtol=0, atol=1e-4)
-    hidden = teacher.encode(["a red cube"]).rows["hidden"]
+    hidden = teacher.encode(["a red cube"]).tensors["hidden"]
     assert hidden.shape == (1, 12 + 256, 48) and not hidden[:, 12:].any() and hidden[:, :12].any()
     assert (teacher.facts["t5"], len(teacher.encoders)) == ("absent: zeros", 2)
     whole = load_teacher(str(folder))
     assert (whole.facts["t5"], len(whole.encoders)) == ("encoded", 3)
-    assert whole.encode(["a red cube"]).rows["hidden"][:, 12:].any()
+    assert whole.encode(["a red cube"]).tensors["hidden"][:, 12:].any()
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
@@ -111,8 +111,8 @@ def test_the_flow_is_integrated_in_fp32(folder: Path) -> None:
             velocity = teacher.network(
                 hidden_states=x.bfloat16(),
                 timestep=t.expand(3),
-                encoder_hidden_states=told.rows["hidden"],
-                pooled_projections=told.rows["pooled"],
+                encoder_hidden_states=told.tensors["hidden"],
+                pooled_projections=told.tensors["pooled"],
             ).sample.float()
         x = scheduler.step(velocity, t, x).prev_sample
     found = teacher.sample(drawn, PROMPTS, 5, 1.0, "euler")

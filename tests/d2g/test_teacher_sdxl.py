@@ -57,7 +57,7 @@ def test_no_prompt_is_zeros_unless_the_folder_says_otherwise(folder: Path, tmp_p
         null = teacher.encode(["", "a red cube"]).null
         assert all(t.any().item() == (name is encoded) for t in null.values())
         # The prompt "" among the captions is text like any other.
-        assert all(t.any() for t in teacher.encode([""]).rows.values())
+        assert all(t.any() for t in teacher.encode([""]).tensors.values())
         assert teacher.facts["no_prompt"] == ("zeros" if name is folder else "the empty prompt")
     assert (found[folder] - found[encoded]).abs().max() > 1e-3
 

@@ -90,7 +90,7 @@ def test_a_row_does_not_depend_on_its_batch(ldm: Path, solver: Any) -> None:
 def test_what_means_nothing_is_refused(ldm: Path) -> None:
     teacher = load_teacher(str(ldm))
     assert (teacher.conditioning, teacher.num_labels, teacher.label_names) == ("none", 0, None)
-    assert len(teacher.encode([""]).select([0, 0, 0])) == 3
+    assert len(teacher.encode([""])[[0, 0, 0]]) == 3
     with pytest.raises(UserError, match="prompt 'a cat': this teacher is unconditional"):
         teacher.encode(["", "a cat"])
     check_solver(teacher, "ddim", 50)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError
-from d2g.diffusion.text_encoders import Text
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import GanLoss, require_even_microbatch
 from distill.losses.adversarial import discriminator_loss, generator_loss, mismatch, mix_and_match
 
@@ -95,18 +95,21 @@ def test_parts_of_a_batch_are_mixed_as_the_whole() -> None:
 
 def test_each_swap_has_exactly_one_wrong_member() -> None:
     fake, real, noise = (torch.randn(4, 4, 2, 2) for _ in range(3))
-    text = torch.randn(4, 5, 6)
+    hidden = torch.randn(4, 5, 6)
+    text = Conditioning.from_text(hidden)
     mode, partner = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 0])
     x, z, c = mix_and_match(fake, real, noise, text, mode, partner)
     assert torch.equal(x, torch.stack([fake[0], real[2], real[2], real[3]]))
-    assert torch.equal(c, torch.stack([text[0], text[1], text[3], text[3]]))
+    assert torch.equal(c.tensors["hidden"], hidden[[0, 1, 3, 3]])
     assert torch.equal(z, torch.stack([noise[0], noise[1], noise[2], noise[0]]))
 
 
 def test_plain_rows_are_the_fakes_untouched() -> None:
-    fake, real, noise, text = (torch.randn(3, 4, 2, 2) for _ in range(4))
+    fake, real, noise = (torch.randn(3, 4, 2, 2) for _ in range(3))
+    text = Conditioning.from_text(torch.randn(3, 4, 2))
     x, z, c = mix_and_match(fake, real, noise, text, torch.zeros(3, dtype=torch.long), torch.arange(3))
-    assert torch.equal(x, fake) and torch.equal(z, noise) and torch.equal(c, text)
+    assert torch.equal(x, fake) and torch.equal(z, noise)
+    assert torch.equal(c.tensors["hidden"], text.tensors["hidden"])
 
 
 def test_hinge_in_closed_form() -> None:
@@ -150,9 +153,9 @@ def test_one_row_cannot_be_mixed() -> None:
 
 def test_all_that_a_text_holds_is_swapped_together() -> None:
     fake, real, noise = (torch.randn(2, 4, 2, 2) for _ in range(3))
-    text = Text(torch.randn(2, 5, 6), torch.randn(2, 3), torch.randn(2, 6))
+    text = Conditioning.from_text(torch.randn(2, 5, 6), torch.randn(2, 3), torch.randn(2, 6))
     mode, partner = torch.tensor([2, 0]), torch.tensor([1, 0])
     _, z, c = mix_and_match(fake, real, noise, text, mode, partner)
-    assert torch.equal(z, noise) and c.pooled is not None and c.time_ids is not None
-    for found, given in ((c.hidden, text.hidden), (c.pooled, text.pooled), (c.time_ids, text.time_ids)):
-        assert given is not None and torch.equal(found, given[[1, 1]])
+    assert torch.equal(z, noise) and len(c.tensors) == 3
+    for name, tensor in text.tensors.items():
+        assert torch.equal(c.tensors[name], tensor[[1, 1]])

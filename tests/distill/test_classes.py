@@ -16,7 +16,10 @@ import tiny_teachers
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.latents import decode
+from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.schedule import Point, Schedule
 from d2g.diffusion.teacher import load_teacher
 from distill.config.components import StudentConfig
@@ -64,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def told(teacher: str, prompts: list[str]) -> Any:
-    return pretrained.load_text_encoder(teacher).encode(prompts)
+    return pretrained.load_conditioner(teacher).encode(prompts)
 
 
 @torch.no_grad()
@@ -90,14 +93,15 @@ def test_of_an_edm_it_is_the_paper_s_formula(folders: dict[str, str]) -> None:
     """method.md "CIFAR10 and EDM", written out with diffusers' own preconditioning."""
     folder = folders["EDM of classes"]
     student, labels = student_from_teacher(folder), torch.tensor([3, 4])
+    cond = Conditioning.from_labels(labels)
     judge, sigma = diffusers.EDMEulerScheduler(), torch.tensor(80.0)
     z = noise(0, range(2), (3, 8, 8))
     with torch.no_grad():
         time = judge.precondition_noise(sigma)
         output = student.unet(judge.precondition_inputs(80 * z, sigma), time, class_labels=labels).sample
         expected = judge.precondition_outputs(80 * z, output, sigma)
-        torch.testing.assert_close(student(z, labels), expected, rtol=1e-5, atol=1e-6)
-        assert (student(z, labels) - student(z, labels.flip(0))).abs().max() > 1e-2
+        torch.testing.assert_close(student(z, cond), expected, rtol=1e-5, atol=1e-6)
+        assert (student(z, cond) - student(z, cond[[1, 0]])).abs().max() > 1e-2
     assert (student.timestep, student.where) == (-1, "sigma 80")
     with pytest.raises(SettingError, match="student_timestep is 5, but the teacher is preconditioned as in"):
         student_from_teacher(folder, 5)
@@ -108,7 +112,7 @@ def test_its_time_is_exact_whatever_the_engine_casts(folders: dict[str, str]) ->
     student, seen = student_from_teacher(folders["EDM of classes"]), list[Tensor]()
 
     student.unet.time_proj.register_forward_hook(lambda module, given, out: seen.append(given[0]))
-    student(noise(0, range(2), (3, 8, 8)), torch.tensor([3, 4]))
+    student(noise(0, range(2), (3, 8, 8)), Conditioning.from_labels(torch.tensor([3, 4])))
     assert seen[0].dtype == torch.float32
     torch.testing.assert_close(seen[0], torch.full((2,), 80.0).log() / 4, rtol=1e-7, atol=0)
 
@@ -127,26 +131,26 @@ def test_a_combination_in_fp32_of_a_network_in_bf16(kind: str, folders: dict[str
 
 def test_dropout_and_adapters(folders: dict[str, str]) -> None:
     folder, z = folders["EDM of classes"], noise(0, range(2), (3, 8, 8))
-    labels = torch.tensor([3, 4])
-    plain = student_from_teacher(folder)(z, labels)
+    cond = Conditioning.from_labels(torch.tensor([3, 4]))
+    plain = student_from_teacher(folder)(z, cond)
     dropped = student_from_teacher(folder, -1, StudentConfig(dropout=0.5))
     blocks = [m for m in dropped.unet.modules() if type(m).__name__.startswith("ResnetBlock")]
     assert blocks and {m.dropout.p for m in blocks} == {0.5}
     give_keys(dropped, row_keys(0, range(2)))
-    assert not torch.allclose(dropped(z, labels), plain)
-    assert torch.equal(dropped.eval()(z, labels), plain)
+    assert not torch.allclose(dropped(z, cond), plain)
+    assert torch.equal(dropped.eval()(z, cond), plain)
     config = StudentConfig(lora_rank=2)
     adapted = student_from_teacher(folder, -1, config, seed=3)
     set_trainable(adapted, config)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all(".lora_" in name for name in trained)
-    torch.testing.assert_close(adapted(z, labels), plain)
+    torch.testing.assert_close(adapted(z, cond), plain)
 
 
 def test_adapters_need_attention(tmp_path: Path) -> None:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = tiny_teachers.unet2d(**blocks, add_attention=False)
-    bare = Student(unet, pretrained.load_schedule(tiny_teachers.save_pixels(tmp_path)))
+    bare = Student(unet, pretrained.load_schedule(tiny_teachers.save_pixels(tmp_path)), FAMILIES["unet2d"])
     with pytest.raises(SettingError, match="lora_rank is 2, but the network has no attention to adapt"):
         add_adapters(bare, StudentConfig(lora_rank=2))
 
@@ -224,7 +228,7 @@ def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
     gib = (found.working - without.working) * 2**30
     assert gib == pytest.approx(rows / 2 * real, rel=0.02) and real > 0
     trunk = sum(p.numel() for p in metric.parameters())
-    decoder = sum(p.numel() for p in vae.parameters()) if pretrained.vae_piece(folder) else 0
+    decoder = sum(p.numel() for p in vae.parameters()) if family_of(folder).autoencoder else 0
     assert found.frozen * 2**30 == pytest.approx(4 * (trunk + decoder))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d2g.core.seeds import generator
-from d2g.diffusion.text_encoders import Conditioning
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.run import DiscriminatorConfig
 from distill.losses.gradient_penalty import (
     DiscriminatorInput,
@@ -32,14 +32,14 @@ def judge(teacher: Path) -> Discriminator:
     return made.double()
 
 
-def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
     rng = torch.Generator().manual_seed(1)
     x, noise = (torch.randn(batch, 4, 4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
-    return x, noise, torch.randn(batch, 12, 16, generator=rng, dtype=torch.float64)
+    return x, noise, Conditioning.from_text(torch.randn(batch, 12, 16, generator=rng, dtype=torch.float64))
 
 
 @torch.no_grad()
-def score(judge: Discriminator, x: Tensor, noise: Tensor, text: Tensor) -> float:
+def score(judge: Discriminator, x: Tensor, noise: Tensor, text: Conditioning) -> float:
     return float(sum(head.mean() for head in judge(x, noise, text).values()))
 
 
@@ -97,7 +97,7 @@ def test_rows_are_averaged(judge: Discriminator) -> None:
 
 def test_attention_has_a_second_derivative_where_flash_has_none(teacher: Path) -> None:
     made = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
-    x, noise, text = (t.float() for t in inputs())
+    x, noise, text = (t.to(torch.float32) for t in inputs())
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         moving = x.clone().requires_grad_(True)
         total = torch.stack([head.mean() for head in made(moving, noise, text).values()]).sum()
@@ -112,7 +112,7 @@ def test_attention_has_a_second_derivative_where_flash_has_none(teacher: Path) -
 
 def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(teacher: Path) -> None:
     made = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
-    x, noise, text = (t.float() for t in inputs())
+    x, noise, text = (t.to(torch.float32) for t in inputs())
     expected = r1_penalty(made, x, noise, text)
     with torch.autocast("cpu", torch.bfloat16):
         found = r1_penalty(made, x, noise, text)
@@ -123,7 +123,8 @@ def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(teacher: Path) -> 
 def shown(rows: int, seed: int = 0) -> DiscriminatorInput:
     rng = torch.Generator().manual_seed(seed)
     x, noise = (torch.randn(rows, 4, 4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
-    return DiscriminatorInput(x, noise, torch.randn(rows, 12, 16, generator=rng, dtype=torch.float64))
+    hidden = torch.randn(rows, 12, 16, generator=rng, dtype=torch.float64)
+    return DiscriminatorInput(x, noise, Conditioning.from_text(hidden))
 
 
 def of(judge: Discriminator, s: DiscriminatorInput, **settings: Any) -> float:

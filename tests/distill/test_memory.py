@@ -11,6 +11,7 @@ from torch import nn
 import tiny_teachers
 from d2g.core.distributed import engine as parallel
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, StudentConfig
 from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig, EngineConfig, TrainConfig
@@ -41,7 +42,7 @@ def test_weights_states_and_averages_in_closed_form(teacher: Path) -> None:
     assert found.total == pytest.approx(
         found.weights + found.optimizer + found.average + found.frozen + found.working
     )
-    encoder = pretrained.load_text_encoder(str(teacher))
+    encoder = pretrained.load_conditioner(str(teacher))
     assert found.frozen == pytest.approx(gib(sum(p.numel() for p in encoder.parameters())))
     vae = sum(p.numel() for p in pretrained.load_vae(str(teacher)).parameters())
     seen = predict(config(teacher, train=TrainConfig(batch_size=8, preview_prompts=1)), 1)
@@ -106,7 +107,7 @@ def test_rows_cost_and_less_so_in_micro_batches_or_when_computed_again(teacher: 
 def test_fake_tensors_keep_what_real_ones_do(teacher: Path) -> None:
     student = student_from_teacher(str(teacher)).requires_grad_(True)
     batch = 16
-    noise, text = torch.randn(batch, 4, 4, 4), torch.randn(batch, 77, 16)
+    noise, text = torch.randn(batch, 4, 4, 4), Conditioning.from_text(torch.randn(batch, 77, 16))
     real = saved(student, lambda: student(noise, text), False) / 2**30
     train = TrainConfig(batch_size=batch, precision="fp32")
     small = predict(config(teacher, train=train), 1).working
@@ -119,7 +120,7 @@ def test_fake_tensors_keep_what_real_ones_do(teacher: Path) -> None:
 def test_sdxl(tmp_path: Path) -> None:
     tiny_teachers.save_sdxl(tmp_path)
     found = predict(config(tmp_path, stage="gan"), 1)
-    encoders = pretrained.load_text_encoder(str(tmp_path))
+    encoders = pretrained.load_conditioner(str(tmp_path))
     assert found.working > 0
     assert found.frozen == pytest.approx(gib(sum(p.numel() for p in encoders.parameters())))
 

@@ -15,8 +15,9 @@ import tiny_teachers
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.diffusion import lora, pretrained
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.teacher import load_teacher
-from d2g.diffusion.text_encoders import Text
 from distill.config.components import StudentConfig
 from distill.models.row_dropout import RowDropout, give_keys, row_keys, switch
 from distill.models.student import (
@@ -34,7 +35,7 @@ def test_at_the_start_it_is_the_teachers_prediction(tmp_path: Path, prediction: 
     tiny.save_teacher(tmp_path, prediction_type=prediction, timestep_spacing="trailing")
     drawn, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
     teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
-    found = student(drawn, teacher.encode(prompts).rows["hidden"])
+    found = student(drawn, teacher.encode(prompts))
     expected = teacher.sample(drawn, prompts, 1, 1.0, "ddim")
     assert student.timestep == 999
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -45,11 +46,8 @@ def test_the_papers_formula(teacher: Path) -> None:
     output.
     """
     student = student_from_teacher(str(teacher))
-    drawn, text = (
-        noise(0, range(2), (4, 4, 4)),
-        torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0)),
-    )
-    epsilon = student.unet(drawn, 999, text).sample
+    drawn, text = drawn_and_text(2)
+    epsilon = student.unet(drawn, 999, text.tensors["hidden"]).sample
     torch.testing.assert_close(
         student(drawn, text), (drawn - 0.997667 * epsilon) / 0.068265, rtol=1e-3, atol=1e-3
     )
@@ -64,12 +62,9 @@ def test_it_has_the_unets_parameters_and_no_others(teacher: Path) -> None:
 def test_the_combination_is_fp32_under_autocast(teacher: Path) -> None:
     """Rounding the network to bf16 costs 15 roundings (1 / alpha); rounding the sum too would cost more."""
     student = student_from_teacher(str(teacher))
-    drawn, text = (
-        noise(0, range(2), (4, 4, 4)),
-        torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0)),
-    )
+    drawn, text = drawn_and_text(2)
     with torch.autocast("cpu", torch.bfloat16):
-        found, raw = student(drawn, text), student.unet(drawn, 999, text).sample
+        found, raw = student(drawn, text), student.unet(drawn, 999, text.tensors["hidden"]).sample
     assert raw.dtype == torch.bfloat16 and found.dtype == torch.float32
     torch.testing.assert_close(
         found, (drawn - student.point.sigma * raw.float()) / student.point.alpha, rtol=1e-5, atol=1e-5
@@ -92,15 +87,17 @@ def test_zero_terminal_snr_is_finite_for_v_and_refused_for_epsilon(teacher: Path
     bars[-1] = 0.0
     zero = replace(schedule, alphas_cumprod=bars, prediction="v_prediction")
     unet = pretrained.load_unet(str(teacher))
-    drawn, text = noise(0, range(1), (4, 4, 4)), torch.zeros(1, 12, 16)
-    torch.testing.assert_close(Student(unet, zero)(drawn, text), -unet(drawn, 999, text).sample)
+    drawn, hidden = noise(0, range(1), (4, 4, 4)), torch.zeros(1, 12, 16)
+    text, family = Conditioning.from_text(hidden), FAMILIES["sd"]
+    student = Student(unet, zero, family)
+    torch.testing.assert_close(student(drawn, text), -unet(drawn, 999, hidden).sample)
     with pytest.raises(Exception, match="zero terminal SNR"):
-        Student(unet, replace(zero, prediction="epsilon"))(drawn, text)
+        Student(unet, replace(zero, prediction="epsilon"), family)(drawn, text)
 
 
-def drawn_and_text(rows: int = 3) -> tuple[Tensor, Tensor]:
+def drawn_and_text(rows: int = 3) -> tuple[Tensor, Conditioning]:
     text = torch.randn(rows, 12, 16, generator=torch.Generator().manual_seed(0))
-    return noise(0, range(rows), (4, 4, 4)), text
+    return noise(0, range(rows), (4, 4, 4)), Conditioning.from_text(text)
 
 
 def test_sdxls_student_starts_as_its_teacher(tmp_path: Path) -> None:
@@ -108,16 +105,16 @@ def test_sdxls_student_starts_as_its_teacher(tmp_path: Path) -> None:
     tiny_teachers.save_sdxl(tmp_path, timestep_spacing="trailing")
     drawn, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
     teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
-    text = pretrained.load_text_encoder(str(tmp_path)).encode(prompts)
-    assert isinstance(text, Text) and text.pooled is not None
-    rows = teacher.encode(prompts).rows
-    assert torch.equal(text.hidden, rows["hidden"]) and torch.equal(text.pooled, rows["pooled"])
+    text = pretrained.load_conditioner(str(tmp_path)).encode(prompts)
+    hidden, pooled = text.tensors["hidden"], text.tensors["pooled"]
+    rows = teacher.encode(prompts).tensors
+    assert torch.equal(hidden, rows["hidden"]) and torch.equal(pooled, rows["pooled"])
     expected = teacher.sample(drawn, prompts, 1, 1.0, "ddim")
     torch.testing.assert_close(student(drawn, text), expected, rtol=1e-4, atol=1e-3)
-    other = student(drawn, Text(text.hidden, text.pooled.flip(0)))
+    other = student(drawn, Conditioning.from_text(hidden, pooled.flip(0)))
     assert (other - expected).abs().max() > 1e-2
     sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 3)
-    same = student(drawn, Text(text.hidden, text.pooled, sizes))
+    same = student(drawn, Conditioning.from_text(hidden, pooled, sizes))
     torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-3)
 
 

@@ -11,7 +11,6 @@ import torch
 import tiny_teachers
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
-from d2g.diffusion.text_encoders import as_text
 from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
 from distill.export import onnx_runtime
@@ -29,7 +28,7 @@ def test_onnxruntime_draws_our_image(teacher: Path, tmp_path: Path) -> None:
     assert export(ExportConfig(student=run, format="onnx", card=scores), out)["parity_max_abs_err"] <= 1e-4
     assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in told(out)
     one, drawn = load_one_step(run), noise(7, range(3), (4, 4, 4))
-    hidden = as_text(one.text.encode([*PROMPT, "a blue sphere"])).hidden
+    hidden = one.text.encode([*PROMPT, "a blue sphere"]).tensors["hidden"]
     scale = torch.full((3,), 8.0)
     (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "hidden": hidden, "guidance": scale})
     torch.testing.assert_close(latents, one.latents(drawn, [*PROMPT, "a blue sphere"]), rtol=0, atol=1e-4)

@@ -13,7 +13,7 @@ import tiny_teachers
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
-from d2g.diffusion.text_encoders import Text
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.run import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.models.unet_discriminator import Discriminator, added_parameters, discriminator_from_teacher
@@ -46,10 +46,10 @@ SDXL: dict[str, Any] = dict(
 )
 
 
-def inputs(batch: int = 3, size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(batch: int = 3, size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Conditioning]:
     rng = torch.Generator().manual_seed(seed)
     x, noise = (torch.randn(batch, 4, size, size, generator=rng) for _ in range(2))
-    return x, noise, torch.randn(batch, 12, 16, generator=rng)
+    return x, noise, Conditioning.from_text(torch.randn(batch, 12, 16, generator=rng))
 
 
 def build(teacher: Path, **settings: Any) -> Discriminator:
@@ -83,7 +83,7 @@ def test_the_trunk_is_diffusers_forward(teacher: Path, size: int, timestep: int)
         discriminator(x, noise, text)
         unet = discriminator.unet
         found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
-        expected = pretrained.load_unet(str(teacher))(x, timestep, text).sample
+        expected = pretrained.load_unet(str(teacher))(x, timestep, text.tensors["hidden"]).sample
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -113,7 +113,7 @@ def test_resized_inputs_enter_through_zero_convolutions(teacher: Path) -> None:
 def test_it_reads_the_text(teacher: Path) -> None:
     discriminator = build(teacher)
     x, noise, text = inputs()
-    a, b = discriminator(x, noise, text), discriminator(x, noise, text.flip(0))
+    a, b = discriminator(x, noise, text), discriminator(x, noise, text[[2, 1, 0]])
     assert all((a[k] - b[k]).abs().max() > 1e-5 for k in a if k != "0_skip")
 
 
@@ -171,7 +171,7 @@ def test_layout_at_stable_diffusions_size() -> None:
     """
     with torch.device("meta"):
         discriminator = Discriminator(pretrained.new_unet(**SD15), DiscriminatorConfig())
-        x, text = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
+        x, text = torch.empty(1, 4, 64, 64), Conditioning.from_text(torch.empty(1, 77, 768))
         logits = discriminator(x, x, text)
     widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
     assert [widths[f"{s}_before"] for s in range(4)] == [1280, 1280, 1280, 640]
@@ -191,7 +191,7 @@ def test_layout_at_sdxls_size() -> None:
     with torch.device("meta"):
         discriminator = Discriminator(pretrained.new_unet(**SDXL), DiscriminatorConfig())
         x = torch.empty(1, 4, 128, 128)
-        logits = discriminator(x, x, Text(torch.empty(1, 77, 2048), torch.empty(1, 1280)))
+        logits = discriminator(x, x, Conditioning.from_text(torch.empty(1, 77, 2048), torch.empty(1, 1280)))
     widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
     assert [widths[f"{s}_before"] for s in range(3)] == [1280, 1280, 640]
     assert [widths[f"{s}_skip"] for s in range(3)] == [1280, 640, 320]
@@ -206,7 +206,8 @@ def test_sdxls_discriminator_is_told_the_pooled_text_and_the_pictures_size(tmp_p
     discriminator = build(tmp_path)
     rng = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(2, 4, 4, 4, generator=rng) for _ in range(2))
-    text = Text(torch.randn(2, 12, 40, generator=rng), torch.randn(2, 24, generator=rng))
+    hidden, pooled = torch.randn(2, 12, 40, generator=rng), torch.randn(2, 24, generator=rng)
+    text = Conditioning.from_text(hidden, pooled)
     sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 2)
     seen: list[Tensor] = []
     discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -214,16 +215,19 @@ def test_sdxls_discriminator_is_told_the_pooled_text_and_the_pictures_size(tmp_p
         plain = discriminator(x, noise, text)
         unet = discriminator.unet
         found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
-        added = {"text_embeds": text.pooled, "time_ids": sizes}
-        expected = pretrained.load_unet(str(tmp_path))(x, 0, text.hidden, added_cond_kwargs=added).sample
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        expected = pretrained.load_unet(str(tmp_path))(x, 0, hidden, added_cond_kwargs=added).sample
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert equal(plain, discriminator(x, noise, Text(text.hidden, text.pooled, sizes)))
-        others = [Text(text.hidden, -text.pooled), Text(text.hidden, text.pooled, sizes + 400)]  # type: ignore[operator]
+        assert equal(plain, discriminator(x, noise, Conditioning.from_text(hidden, pooled, sizes)))
+        others = [
+            Conditioning.from_text(hidden, -pooled),
+            Conditioning.from_text(hidden, pooled, sizes + 400),
+        ]
         for other in others:
             changed = discriminator(x, noise, other)
             assert all((plain[k] - changed[k]).abs().max() > 1e-6 for k in plain)
     with pytest.raises(AssertionError, match="pooled"):
-        discriminator(x, noise, text.hidden)
+        discriminator(x, noise, Conditioning.from_text(hidden))
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -270,7 +274,7 @@ def test_every_kind_of_unet(name: str) -> None:
     unet = pretrained.new_unet(**{**settings, "block_out_channels": (8, 16), **OTHERS[name]}).eval()
     x, noise, text = inputs()
     with torch.no_grad():
-        expected = unet(x, 7, text).sample
+        expected = unet(x, 7, text.tensors["hidden"]).sample
     discriminator = Discriminator(unet, DiscriminatorConfig(timestep=7))
     seen: list[Tensor] = []
     discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -15,7 +15,7 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.diffusion.latents import decode, to_uint8
-from d2g.diffusion.pretrained import load_text_encoder, load_vae
+from d2g.diffusion.pretrained import load_conditioner, load_vae
 from distill.models.ema import EMA
 from distill.models.student import student_from_teacher
 from distill.training.preview import preview, preview_latents, preview_text
@@ -40,7 +40,7 @@ def distance(teacher: Path) -> ELatentLPIPS:
 
 @pytest.fixture(scope="module")
 def draw(teacher: Path) -> Any:
-    student, text = student_from_teacher(str(teacher)), load_text_encoder(str(teacher))
+    student, text = student_from_teacher(str(teacher)), load_conditioner(str(teacher))
     return lambda noise, prompts: student(noise, text.encode(prompts))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny
-from d2g.diffusion.pretrained import load_text_encoder, save_piece
+from d2g.diffusion.pretrained import load_conditioner, save_component
 from distill.training.data import open_pairs
 from jobs import Running, d2g, make_pairs
 from pairgen.store.reader import PairReader
@@ -172,14 +172,14 @@ def test_damage_is_found_and_mended(teacher: Path, tmp_path: Path, damage: str) 
 def nan_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that knows no torus: its embedding is not a number."""
     folder = Path(tiny.save_teacher(tmp_path_factory.mktemp("teachers") / "nan"))
-    text = load_text_encoder(str(folder))
+    text = load_conditioner(str(folder))
     torus, others = (
-        set(text.tokenizer(words).input_ids)
+        set(text.tokenizers["tokenizer"](words).input_ids)
         for words in (tiny.CAPTIONS[TORUS], " ".join(c for i, c in enumerate(tiny.CAPTIONS) if i != TORUS))
     )
     with torch.no_grad():
-        text.model.get_input_embeddings().weight[sorted(torus - others)] = float("nan")
-    save_piece(text.model, folder / "text_encoder")
+        text.models["text_encoder"].get_input_embeddings().weight[sorted(torus - others)] = float("nan")
+    save_component(text.models["text_encoder"], folder / "text_encoder")
     return folder
 
 

@@ -1,0 +1,229 @@
+"""What a model family is: the base class of the files in this package, and the pipeline files that they read.
+
+A family's file holds everything that is known about it: pipelines and components, checks, conditioner, the call
+of its network, latent shape, repeated blocks, LoRA targets, and the stages that work for it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from d2g.core.errors import SettingError, UserError
+from d2g.diffusion.conditioning import Conditioner, Conditioning
+from d2g.diffusion.latents import LatentSpace
+
+ScheduleKind = Literal["vp", "flow", "edm"]
+"""Variance-preserving, rectified flow, or preconditioned as in EDM."""
+
+SCHEDULE_NAMES: dict[ScheduleKind, str] = {"vp": "variance-preserving", "flow": "flow", "edm": "EDM"}
+
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+CLIP_CLASSES = ("CLIPTextModel",)
+CLIP_POOLED_CLASSES = ("CLIPTextModelWithProjection",)
+CLIP_TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_CLASSES = ("T5EncoderModel",)
+T5_TOKENIZER_CLASSES = ("T5Tokenizer", "T5TokenizerFast")
+Components = Mapping[str, tuple[str, ...]]
+"""Component -> the classes it may have; the first is the one we load."""
+
+ANY_SCHEDULER: tuple[str, ...] = ()
+"""Any class: `d2g.diffusion.scheduler_files` decides."""
+
+EMPTY_PROMPT = "the empty prompt"
+"""The fact that a pair store notes where the encoded empty prompt is the unconditional row."""
+
+
+class ExportFormat(NamedTuple):
+    """A format that `d2g export` writes, and the teachers whose students can have it."""
+
+    name: Literal["safetensors", "diffusers", "lora", "onnx"]
+    schedules: tuple[ScheduleKind, ...]
+    unconditional_only: bool = False
+
+
+class Family(ABC):
+    """One model family. Subclasses set the attributes and the abstract methods; they hold no state."""
+
+    name: str
+    """Short name, as printed by `d2g teacher list`."""
+    title: str
+    """Name for people."""
+    pipelines: tuple[str, ...]
+    """Pipeline classes of diffusers."""
+    components: ClassVar[Components]
+    """All components that its pipelines need."""
+    optional: tuple[str, ...] = ()
+    """Components that a pipeline may leave out, as [null, null] in model_index.json."""
+    network: str
+    """The component that denoises."""
+    autoencoder: str | None = "vae"
+    """The component that turns latents into pixels; None for networks that work in pixels."""
+    flat_layout: bool = False
+    """Whether repositories may keep the components' files at their root."""
+    reads_text: bool = True
+    """Whether prompts are text."""
+
+    schedules: tuple[ScheduleKind, ...]
+    """Kinds of noise schedule that its teachers may have: what pairs can be made with."""
+    regression: tuple[ScheduleKind, ...] = ()
+    """Kinds of schedule for which students can be trained by regression; empty: none."""
+    gan: tuple[ScheduleKind, ...] = ()
+    """Kinds of schedule for which the GAN stage works."""
+    lora: tuple[ScheduleKind, ...] = ()
+    """Kinds of schedule for which students can be trained as LoRA adapters."""
+    exports: tuple[ExportFormat, ...] = ()
+    """Formats of `d2g export`."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get an adapter, by the end of their names."""
+
+    @abstractmethod
+    def conditioner(
+        self,
+        pipeline: "Pipeline",
+        config: Any,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+    ) -> Conditioner:
+        """The conditioner of a teacher from its network's config, text encoders and tokenizers by component.
+
+        Raises UserError for networks and encoders that the pipeline would not feed correctly.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        network: Any,
+        config: Any,
+        x: Tensor,
+        t: Tensor | float,
+        cond: Conditioning,
+        downscale: int,
+        guidance_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """The raw prediction [B, C', h, w] for network inputs x [B, C, h, w]; C' is 2 C with a learned variance.
+
+        config: of the network, which may be compiled or wrapped. t: the time input, a number or a tensor [B]. downscale: pixels per latent, for networks that take the
+        size of the image. guidance_embedding [B, W]: for students that take their guidance scale as an input.
+        """
+
+    def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
+        """The repeated blocks of a student or discriminator: what FSDP2 gathers at once and what activation
+        checkpointing recomputes."""
+        raise UserError(f"students cannot be made of {self.title} teachers")
+
+    def check(self, pipeline: "Pipeline", config: Any, space: LatentSpace) -> tuple[int, int, int]:
+        """The shape (C, h, w) of the latents that a network was trained on, from its config.
+
+        Raises UserError for networks with further inputs or other outputs, or without a `sample_size`.
+        """
+        where = f"teacher {pipeline.folder}: {pipeline.class_name(self.network)}"
+        if config.in_channels != space.channels:
+            raise UserError(
+                f"{where} takes {config.in_channels} channels, but latents have {space.channels}; "
+                "networks for inpainting or editing cannot be teachers"
+            )
+        channels = config.out_channels or config.in_channels  # a DiT may leave it out
+        if channels not in (space.channels, 2 * space.channels):
+            raise UserError(
+                f"{where} gives {channels} channels; expected {space.channels}, "
+                f"or {2 * space.channels} with a learned variance"
+            )
+        for key in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type"):
+            if getattr(config, key, None) is not None:
+                raise UserError(
+                    f"{where} has {key}={getattr(config, key)}, which {pipeline.kind} never feeds"
+                )
+        size = config.sample_size
+        if size is None:
+            raise UserError(f"{where} has no sample_size; write the latents' side into its config.json")
+        height, width = (size, size) if isinstance(size, int) else size
+        return space.channels, int(height), int(width)
+
+    def size_unit(self, config: Any) -> int:
+        """Latent height and width must be multiples of this number: a transformer's patch size by default."""
+        return int(config.patch_size)
+
+    def check_size(self, name: str, config: Any, size: tuple[int, int]) -> None:
+        """Raise SettingError for a latent height and width that a network, by its config, cannot take."""
+        unit, most = self.size_unit(config), getattr(config, "pos_embed_max_size", None)
+        if any(side < unit or side % unit for side in size):
+            raise SettingError(
+                f"latent size is {size[0]}x{size[1]}; teacher {name} takes multiples of {unit}"
+            )
+        if most and max(size) > most * unit:
+            raise SettingError(
+                f"latent size is {size[0]}x{size[1]}; teacher {name} takes {most * unit} at most"
+            )
+
+    def supported_stages(self, schedule: ScheduleKind, unconditional: bool) -> dict[str, str]:
+        """Stage -> what to call it for a teacher with this kind of schedule; "" where the stage does not work."""
+        formats = ", ".join(
+            export.name
+            for export in self.exports
+            if schedule in export.schedules and (unconditional or not export.unconditional_only)
+        )
+        return {
+            "pairs": "pairs",
+            "regression": "regression" if schedule in self.regression else "",
+            "GAN": "GAN" if schedule in self.gan else "",
+            "LoRA": "LoRA" if schedule in self.lora else "",
+            "export": f"export ({formats})" if formats else "",
+        }
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline's folder, its class in diffusers, the content of its model_index.json, and its family."""
+
+    folder: Path
+    kind: str
+    index: dict[str, Any]
+    family: Family
+
+    @property
+    def components(self) -> list[str]:
+        """The components it has, of those that its family needs."""
+        absent = {component for component in self.family.optional if self.class_name(component) is None}
+        return [component for component in self.family.components if component not in absent]
+
+    def class_name(self, component: str) -> str | None:
+        """The class of a component in model_index.json; None where that says [null, null] or nothing."""
+        entry = self.index.get(component)
+        return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+    def component_dir(self, component: str) -> Path:
+        """The folder of a component. Raises UserError if it is missing or of a class that we do not load."""
+        name, folder = self.class_name(component), self.folder / component
+        if not folder.is_dir() and self.family.flat_layout:
+            file = "scheduler_config.json" if component == "scheduler" else "config.json"
+            folder = self.folder if (self.folder / file).is_file() else folder
+        if name is None or not folder.is_dir():
+            folders = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.is_dir())) or "none"
+            raise UserError(
+                f"teacher {self.folder}: no {component}; expected the components "
+                f"{', '.join(self.family.components)} in diffusers layout; found {folders}"
+            )
+        allowed = self.family.components[component]
+        if allowed and name not in allowed:
+            raise UserError(
+                f"teacher {self.folder}: {component} is a {name}; supported: {', '.join(allowed)}"
+            )
+        return folder
+
+    def class_names(self, count: int) -> list[str] | None:
+        """Names of the classes 0 to `count` - 1, if model_index.json has id2label."""
+        names = self.index.get("id2label")
+        return None if not isinstance(names, dict) else [str(names.get(str(i), i)) for i in range(count)]
+
+
+def expect_addition(pipeline: Pipeline, config: Any, expected: str | None) -> None:
+    """Raise UserError unless a U-Net's `addition_embed_type` is the one that its pipeline feeds."""
+    if config.addition_embed_type != expected:
+        raise UserError(
+            f"teacher {pipeline.folder}: the UNet has addition_embed_type={config.addition_embed_type}; "
+            f"a {pipeline.kind} expects {expected}"
+        )

@@ -1,0 +1,68 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net told the last hidden states of one CLIP text model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from d2g.core.errors import UserError
+from d2g.diffusion.conditioning import CLIPConditioner, Conditioning
+from d2g.diffusion.families.base import (
+    ANY_SCHEDULER,
+    CLIP_CLASSES,
+    CLIP_TOKENIZER_CLASSES,
+    EMPTY_PROMPT,
+    VAE_CLASSES,
+    Components,
+    ExportFormat,
+    Pipeline,
+    expect_addition,
+)
+from d2g.diffusion.families.unet import UNetFamily
+
+
+class SDConditioner(CLIPConditioner):
+    """Last hidden states [B, L, D] of the text model, as StableDiffusionPipeline encodes prompts."""
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids [B, L], padded and cut to the text model's length."""
+        ids: Tensor = self.tokenize("tokenizer", prompts).input_ids
+        return ids
+
+    def forward(self, tokens: Tensor) -> Conditioning:
+        """Token ids [B, L] -> hidden states [B, L, D]."""
+        return Conditioning.from_text(self.run("text_encoder", tokens)[0])
+
+
+class StableDiffusion(UNetFamily):
+    """StableDiffusionPipeline: epsilon, v, zero terminal SNR, EDM."""
+
+    name = "sd"
+    title = "Stable Diffusion 1.x, 2.x"
+    pipelines = ("StableDiffusionPipeline",)
+    components: ClassVar[Components] = {
+        "unet": ("UNet2DConditionModel",),
+        "vae": VAE_CLASSES,
+        "text_encoder": CLIP_CLASSES,
+        "tokenizer": CLIP_TOKENIZER_CLASSES,
+        "scheduler": ANY_SCHEDULER,
+    }
+    gan = ("vp",)
+    exports = (
+        ExportFormat("safetensors", ("vp", "edm")),
+        ExportFormat("onnx", ("vp", "edm")),
+        ExportFormat("diffusers", ("vp",)),
+        ExportFormat("lora", ("vp",)),
+    )
+
+    def conditioner(
+        self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
+    ) -> SDConditioner:
+        """Refuses SDXL's U-Net and text models with an attention mask."""
+        expect_addition(pipeline, config, None)
+        encoder: Any = models["text_encoder"]
+        if getattr(encoder.config, "use_attention_mask", False):
+            raise UserError(
+                f"teacher {pipeline.folder}: text_encoder has use_attention_mask; CLIP's have none"
+            )
+        return SDConditioner(models, tokenizers, {"no_prompt": EMPTY_PROMPT})

@@ -1,0 +1,112 @@
+"""Stable Diffusion 3 and 3.5: a transformer and a rectified flow, two CLIP text models and an optional T5."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from d2g.diffusion.conditioning import Conditioning, TextConditioner
+from d2g.diffusion.families.base import (
+    ANY_SCHEDULER,
+    CLIP_POOLED_CLASSES,
+    CLIP_TOKENIZER_CLASSES,
+    EMPTY_PROMPT,
+    T5_CLASSES,
+    T5_TOKENIZER_CLASSES,
+    VAE_CLASSES,
+    Components,
+    Family,
+    Pipeline,
+)
+
+_T5_TOKENS = 256
+"""max_sequence_length of diffusers' own pipeline, by default."""
+
+
+class SD3Conditioner(TextConditioner):
+    """Two CLIPs side by side, padded to T5's width, T5 after them, and both CLIPs' pooled outputs.
+
+    `width`: of the hidden states. Without a T5, zeros take its place, as in diffusers.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+        width: int = 4096,
+    ) -> None:
+        super().__init__(models, tokenizers, facts)
+        self.width = width
+
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts -> hidden states [B, L + 256, width] and pooled embeddings [B, P1 + P2]."""
+        hidden, pooled = [], []
+        length = self.tokenizers["tokenizer"].model_max_length
+        for number in ("", "_2"):
+            ids = self.tokenize(f"tokenizer{number}", prompts, length).input_ids
+            output = self.run(f"text_encoder{number}", ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled.append(output[0])
+        clip = torch.cat(hidden, dim=-1)
+        clip = nn.functional.pad(clip, (0, self.width - clip.shape[-1]))
+        if "text_encoder_3" in self.models:
+            ids = self.tokenize("tokenizer_3", prompts, _T5_TOKENS).input_ids
+            t5 = self.run("text_encoder_3", ids)[0].to(clip)
+        else:
+            t5 = clip.new_zeros(len(prompts), _T5_TOKENS, self.width)
+        return Conditioning.from_text(torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1))
+
+
+class StableDiffusion3(Family):
+    """StableDiffusion3Pipeline, with or without T5."""
+
+    name = "sd3"
+    title = "Stable Diffusion 3, 3.5"
+    pipelines = ("StableDiffusion3Pipeline",)
+    components: ClassVar[Components] = {
+        "transformer": ("SD3Transformer2DModel",),
+        "vae": VAE_CLASSES,
+        "text_encoder": CLIP_POOLED_CLASSES,
+        "tokenizer": CLIP_TOKENIZER_CLASSES,
+        "text_encoder_2": CLIP_POOLED_CLASSES,
+        "tokenizer_2": CLIP_TOKENIZER_CLASSES,
+        "text_encoder_3": T5_CLASSES,
+        "tokenizer_3": T5_TOKENIZER_CLASSES,
+        "scheduler": ANY_SCHEDULER,
+    }
+    optional = ("text_encoder_3", "tokenizer_3")
+    network = "transformer"
+    schedules = ("flow",)
+
+    def conditioner(
+        self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
+    ) -> SD3Conditioner:
+        """Takes the width of the hidden states from the transformer's config."""
+        facts = {
+            "no_prompt": EMPTY_PROMPT,
+            "t5_tokens": _T5_TOKENS,
+            "t5": "encoded" if "text_encoder_3" in models else "absent: zeros",
+        }
+        return SD3Conditioner(models, tokenizers, facts, width=config.joint_attention_dim)
+
+    def forward(
+        self,
+        network: Any,
+        config: Any,
+        x: Tensor,
+        t: Tensor | float,
+        cond: Conditioning,
+        downscale: int,
+        guidance_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states for the joint attention, pooled embeddings for the modulation."""
+        output: Tensor = network(
+            hidden_states=x,
+            timestep=t,
+            encoder_hidden_states=cond.tensors["hidden"],
+            pooled_projections=cond.tensors["pooled"],
+            return_dict=False,
+        )[0]
+        return output

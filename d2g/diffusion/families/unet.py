@@ -1,0 +1,83 @@
+"""What all U-Nets of diffusers share: their call, their repeated blocks, and the stages that work for them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.families.base import Family
+
+
+class UNetFamily(Family):
+    """Base of the families whose network is a UNet2DConditionModel or a UNet2DModel."""
+
+    network = "unet"
+    # These networks take any real number as their time input, so their schedule may also be EDM's.
+    schedules = ("vp", "edm")
+    regression = ("vp", "edm")
+    lora = ("vp", "edm")
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers does for Stable Diffusion
+
+    def forward(
+        self,
+        network: Any,
+        config: Any,
+        x: Tensor,
+        t: Tensor | float,
+        cond: Conditioning,
+        downscale: int,
+        guidance_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """Text goes in as cross-attention states, and for SDXL as added conditions; class labels as such."""
+        if self.reads_text:
+            output: Tensor = network(
+                x,
+                t,
+                cond.tensors["hidden"].to(x.dtype),
+                timestep_cond=guidance_embedding,
+                added_cond_kwargs=added_conditions(config, cond, x, downscale),
+                return_dict=False,
+            )[0]
+            return output
+        labels = cond.tensors["class_labels"].to(x.device) if config.num_class_embeds is not None else None
+        output = network(x, t, class_labels=labels, return_dict=False)[0]
+        return output
+
+    def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
+        """Residual blocks, transformer blocks, and attentions outside them: they hold nearly all weights and
+        activations of a U-Net, or of a network built around one."""
+        for module in network.modules():
+            kind = type(module).__name__
+            if kind.startswith("ResnetBlock") or kind == "BasicTransformerBlock":
+                yield module
+            elif kind == "AttentionBlock" or (kind == "Attention" and hasattr(module, "group_norm")):
+                if getattr(module, "group_norm", None) is not None:
+                    yield module
+
+    def size_unit(self, config: Any) -> int:
+        """A UNet2DConditionModel crops what its last levels return too large; a UNet2DModel does not."""
+        return 1 if self.reads_text else 2 ** (len(config.block_out_channels) - 1)
+
+
+def added_conditions(config: Any, cond: Conditioning, x: Tensor, downscale: int) -> dict[str, Tensor] | None:
+    """diffusers' `added_cond_kwargs` for network inputs x [B, C, h, w]; None if a U-Net's config takes none.
+
+    downscale: pixels per latent. Without `time_ids` in `cond`, the size of the image is that of x, uncropped.
+    """
+    if config.addition_embed_type != "text_time":
+        return None
+    assert "pooled" in cond.tensors, "SDXL's U-Net needs a Conditioning with `pooled`"
+    time_ids = cond.tensors.get("time_ids")
+    if time_ids is None:
+        # Filled in place on x's device: a copy from the CPU would wait for the GPU.
+        time_ids = x.new_zeros(len(x), 6, dtype=torch.float32)
+        time_ids[:, 0::4], time_ids[:, 1::4] = downscale * x.shape[2], downscale * x.shape[3]
+    # fp32 whatever the network runs in: bf16 has eight bits, too few for most sizes above 2048.
+    return {"text_embeds": cond.tensors["pooled"].to(x.dtype), "time_ids": time_ids.float()}
+
+
+def attention_parameters(unet: nn.Module) -> set[str]:
+    """Names of the parameters inside attention layers and their transformer blocks (the weight-decay rule)."""
+    return {name for name, _ in unet.named_parameters() if ".attentions." in f".{name}"}

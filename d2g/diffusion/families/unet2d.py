@@ -1,0 +1,46 @@
+"""UNet2DModel in pixel space (DDIMPipeline, DDPMPipeline): class-conditional or unconditional, VP or EDM."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from d2g.core.errors import UserError
+from d2g.diffusion.conditioning import Conditioner, LabelConditioner, UnconditionalConditioner
+from d2g.diffusion.families.base import ANY_SCHEDULER, Components, ExportFormat, Pipeline
+from d2g.diffusion.families.unet import UNetFamily
+
+
+class UNet2D(UNetFamily):
+    """DDIMPipeline and DDPMPipeline, whose repositories may keep both components at the root.
+
+    The network has no null class of its own; model_index.json may name the last class as `null_class`.
+    """
+
+    name = "unet2d"
+    title = "UNet2DModel in pixel space"
+    pipelines: tuple[str, ...] = ("DDIMPipeline", "DDPMPipeline")
+    components: ClassVar[Components] = {"unet": ("UNet2DModel",), "scheduler": ANY_SCHEDULER}
+    autoencoder: str | None = None
+    flat_layout = True
+    reads_text = False
+    exports = (
+        ExportFormat("safetensors", ("vp", "edm")),
+        ExportFormat("onnx", ("vp", "edm")),
+        ExportFormat("diffusers", ("vp",), unconditional_only=True),
+    )
+
+    def conditioner(
+        self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
+    ) -> Conditioner:
+        """Class labels if the U-Net has embeddings of classes. Raises UserError for a null_class but the last."""
+        embeddings, null = config.num_class_embeds, pipeline.index.get("null_class")
+        if null is not None and (embeddings is None or null != embeddings - 1):
+            raise UserError(
+                f"teacher {pipeline.folder}: model_index.json has null_class={null}, but the UNet has "
+                f"{embeddings or 'no'} classes; expected the last of them"
+            )
+        if embeddings is None:
+            return UnconditionalConditioner()
+        count = embeddings - (null is not None)
+        return LabelConditioner(count, null, pipeline.class_names(count))
