@@ -1,9 +1,9 @@
-"""Human judgments on disk, in BAPPS' layout (Zhang et al. 2018).
+"""Reads and writes human judgments in BAPPS' layout (Zhang et al. 2018).
 
-2AFC: SPLIT/{ref,p0,p1}/NAME.png and SPLIT/judge/NAME.npy, the share of people who find p1 closer to ref.
+2AFC: SPLIT/{ref,p0,p1}/NAME.png and SPLIT/judge/NAME.npy, the share of people who judge p1 closer to ref.
 JND:  SPLIT/{p0,p1}/NAME.png and SPLIT/same/NAME.npy, the share of people who see no difference.
-A NAME of the form PICTURE.N says that these judgments, N = 0, 1, ..., are of parts of one picture.
-Splits lie in DATA/train and DATA/val (for JND also in DATA/jnd/val), or DATA is one itself.
+Names of the form PICTURE.N, N = 0, 1, ..., are judgments of patches of one picture. Splits are folders in
+DATA/train and DATA/val (for JND also in DATA/jnd/val), or DATA is a split itself.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ JudgmentTask = Literal["2afc", "jnd"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgmentSplit:
-    """One kind of distortion: per judgment its pictures and its answer."""
+    """One kind of distortion: the images and the answer of each judgment."""
 
     name: str
     pictures: Sequence[tuple[Path, ...]]
@@ -46,8 +46,8 @@ class JudgmentSplit:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def shown(self) -> list[tuple[str, str]]:
-        """Per judgment the PICTURE of its name, and the sha256 of its first picture's file."""
+    def picture_names(self) -> list[tuple[str, str]]:
+        """Return, per judgment, the PICTURE part of its name and the sha256 of its first image file."""
         firsts = [paths[0] for paths in self.pictures]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
             hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), firsts)
@@ -55,8 +55,12 @@ class JudgmentSplit:
 
 
 def picture_numbers(splits: Sequence[JudgmentSplit]) -> dict[str, Tensor]:
-    """Per split [N] int64: which picture each judgment shows, numbered over all splits. One picture: equal
-    first files, and within a split equal PICTUREs of names."""
+    """Return, per split, the number [N] int64 of the picture that each judgment shows, over all splits.
+
+    Judgments show the same picture if their first files are equal, or if they are in one split and have the
+    same PICTURE in their names.
+    """
+    # Union-find over file hashes and (split, PICTURE) names.
     parent: dict[object, object] = {}
 
     def root(x: object) -> object:
@@ -64,20 +68,22 @@ def picture_numbers(splits: Sequence[JudgmentSplit]) -> dict[str, Tensor]:
             x = parent[x]
         return x
 
-    shown = {split.name: split.shown() for split in splits}
-    for name, judgments in shown.items():
+    names = {split.name: split.picture_names() for split in splits}
+    for name, judgments in names.items():
         for picture, sha256 in judgments:
             parent[root(sha256)] = root((name, picture))
     numbers: dict[object, int] = {}
     return {
         name: torch.tensor([numbers.setdefault(root(sha256), len(numbers)) for _, sha256 in judgments])
-        for name, judgments in shown.items()
+        for name, judgments in names.items()
     }
 
 
 def find_splits(data: str | Path, task: JudgmentTask, part: Literal["train", "val"]) -> list[JudgmentSplit]:
-    """The splits of a part, in order of name; all there are where the data has no parts. None for JND where
-    there are none. Raises UserError for a folder without judgments, and as `open_split`."""
+    """Return the splits of a part, sorted by name; all splits if the data has no parts.
+
+    For JND the list may be empty. Raises UserError for a folder without 2AFC judgments, and as `open_split`.
+    """
     root = Path(data)
     if not root.is_dir():
         raise UserError(
@@ -86,37 +92,42 @@ def find_splits(data: str | Path, task: JudgmentTask, part: Literal["train", "va
     base = root / task if (root / task).is_dir() else root
     if _is_split(base, task):
         return [open_split(base, task)]
-    parted = (base / "train").is_dir() or (base / "val").is_dir()
-    homes = sorted((base / part).glob("*")) if parted else sorted(base.glob("*"))
-    found = [open_split(component_dir, task) for component_dir in homes if _is_split(component_dir, task)]
-    if not found and task == "2afc" and not (parted and part == "val"):
+    has_parts = (base / "train").is_dir() or (base / "val").is_dir()
+    folders = sorted((base / part).glob("*")) if has_parts else sorted(base.glob("*"))
+    splits = [open_split(folder, task) for folder in folders if _is_split(folder, task)]
+    if not splits and task == "2afc" and not (has_parts and part == "val"):
         raise UserError(
-            f"{base / part if parted else base} holds no judgments; expected ref/, p0/, p1/ and judge/, "
+            f"{base / part if has_parts else base} holds no judgments; expected ref/, p0/, p1/ and judge/, "
             "or folders that hold them, perhaps in train/ and val/"
         )
-    return found
+    return splits
 
 
 def _is_split(folder: Path, task: JudgmentTask) -> bool:
-    """JND has no ref/, and its answers have another name; anything that has part of it is one."""
+    """Whether a folder is a split of the task: it has the task's answers, or for 2AFC ref/ (JND has none)."""
     return (folder / ANSWER_FOLDERS[task]).is_dir() or (task == "2afc" and (folder / "ref").is_dir())
 
 
 def open_split(folder: Path, task: JudgmentTask = "2afc") -> JudgmentSplit:
-    """List one split and read its answers. Raises UserError for what is missing, empty or no share."""
-    where, answers = IMAGE_FOLDERS[task], ANSWER_FOLDERS[task]
-    for name in (*where, answers):
+    """List the images of a split and read its answers.
+
+    Raises UserError for missing files, an empty split, and answers that are not shares in [0, 1].
+    """
+    image_folders, answers = IMAGE_FOLDERS[task], ANSWER_FOLDERS[task]
+    for name in (*image_folders, answers):
         if not (folder / name).is_dir():
-            raise UserError(f"{folder}: no {name}/, expected {', '.join(where)} and {answers}; copy it again")
+            raise UserError(
+                f"{folder}: no {name}/, expected {', '.join(image_folders)} and {answers}; copy it again"
+            )
     files = {
         name: {f.stem: f for f in sorted((folder / name).iterdir()) if f.suffix.lower() in PIL_SUFFIXES}
-        for name in where
+        for name in image_folders
     }
-    judged = {f.stem: f for f in sorted((folder / answers).glob("*.npy"))}
-    stems = sorted(set(judged).union(*files.values()))
+    answer_files = {f.stem: f for f in sorted((folder / answers).glob("*.npy"))}
+    stems = sorted(set(answer_files).union(*files.values()))
     if not stems:
         raise UserError(f"{folder} holds no judgments; expected pictures and .npy files of the same names")
-    for name, listed in {**files, answers: judged}.items():
+    for name, listed in {**files, answers: answer_files}.items():
         if missing := [stem for stem in stems if stem not in listed]:
             raise UserError(
                 f"{folder}: {name}/ lacks {missing[0]} ({len(missing)} of {len(stems)} are missing); "
@@ -124,34 +135,36 @@ def open_split(folder: Path, task: JudgmentTask = "2afc") -> JudgmentSplit:
             )
     return JudgmentSplit(
         name=folder.name,
-        pictures=[tuple(files[name][stem] for name in where) for stem in stems],
-        answers=torch.tensor([_answer(judged[stem]) for stem in stems]),
+        pictures=[tuple(files[name][stem] for name in image_folders) for stem in stems],
+        answers=torch.tensor([_read_answer(answer_files[stem]) for stem in stems]),
     )
 
 
-def _answer(file: Path) -> float:
+def _read_answer(file: Path) -> float:
     try:
         value = np.load(file, allow_pickle=False).astype(np.float64).reshape(-1)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file} is no readable .npy file ({error}); copy it again") from error
     if value.shape != (1,) or not 0 <= value[0] <= 1:
-        raise UserError(f"{file} holds {value.tolist()}, expected one share between 0 and 1; mend it")
+        raise UserError(f"{file} holds {value.tolist()}, expected one share between 0 and 1; correct it")
     return float(value[0])
 
 
 def write_triplet(folder: Path, stem: str, pictures: dict[str, Image.Image], judge: float) -> None:
-    """One 2AFC judgment: `pictures` ref, p0 and p1 as PNG, and its share."""
+    """Write one 2AFC judgment: images ref, p0 and p1 as PNG, and the share `judge`, which is written last."""
     try:
         for name, image in pictures.items():
             image.save(buffer := io.BytesIO(), "PNG")
-            _replace(folder / name / f"{stem}.png", buffer.getvalue())
+            _write_atomically(folder / name / f"{stem}.png", buffer.getvalue())
         np.save(buffer := io.BytesIO(), np.array([judge], dtype=np.float32))
-        _replace(folder / "judge" / f"{stem}.npy", buffer.getvalue())  # last: with it the judgment is whole
+        _write_atomically(
+            folder / "judge" / f"{stem}.npy", buffer.getvalue()
+        )  # last: it completes the judgment
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; free space") from error
 
 
-def _replace(file: Path, data: bytes) -> None:
+def _write_atomically(file: Path, data: bytes) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -164,18 +177,20 @@ def _replace(file: Path, data: bytes) -> None:
 def image_batches(
     split: JudgmentSplit, load: int, size: int, rows: Sequence[int] | None = None
 ) -> Iterator[list[Tensor]]:
-    """Batches of `size` judgments: for each picture of a judgment [B, 3, H, W] in [-1, 1].
+    """Yield batches of `size` judgments: per image of a judgment a tensor [B, 3, H, W] in [-1, 1].
 
-    load: see PatchConfig. rows: some of the judgments. Raises UserError for unreadable pictures and for
-    pictures of several sizes.
+    `load` is PatchConfig.load; `rows` selects judgments. Raises UserError for unreadable images and for
+    images of different sizes.
     """
-    chosen = [split.pictures[row] for row in rows] if rows is not None else split.pictures
+    selected = [split.pictures[row] for row in rows] if rows is not None else split.pictures
     first: tuple[Path, Tensor] | None = None
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
-        pending = iter(chosen)
+        pending = iter(selected)
         while group := list(islice(pending, size)):
-            read = list(pool.map(partial(_patch, load=load), [path for paths in group for path in paths]))
-            for path, patch in zip([path for paths in group for path in paths], read, strict=True):
+            patches = list(
+                pool.map(partial(_load_patch, load=load), [path for paths in group for path in paths])
+            )
+            for path, patch in zip([path for paths in group for path in paths], patches, strict=True):
                 first = first or (path, patch)
                 if patch.shape != first[1].shape:
                     raise UserError(
@@ -183,11 +198,11 @@ def image_batches(
                         f"{first[0]} {first[1].shape[2]}x{first[1].shape[1]}; "
                         "make them one size, or set patch.load"
                     )
-            stacked = from_uint8(torch.stack(read)).unflatten(0, (len(group), len(group[0])))
+            stacked = from_uint8(torch.stack(patches)).unflatten(0, (len(group), len(group[0])))
             yield list(stacked.unbind(1))
 
 
-def _patch(path: Path, load: int) -> Tensor:
+def _load_patch(path: Path, load: int) -> Tensor:
     image = decode_rgb(path.read_bytes, str(path))
     if load and image.size != (load, load):
         image = image.resize((load, load), Image.Resampling.BILINEAR)
@@ -195,7 +210,7 @@ def _patch(path: Path, load: int) -> Tensor:
 
 
 def upsample_pixels(pixels: Tensor, size: int) -> Tensor:
-    """Pixels [B, 3, H, W] at `size` x `size`, bicubic, in [-1, 1]; 0: as they are."""
+    """Resize pixels [B, 3, H, W] in [-1, 1] to `size` x `size`, bicubically; 0 leaves them unchanged."""
     if not size:
         return pixels
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)

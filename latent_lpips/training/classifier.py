@@ -298,7 +298,7 @@ def plan_batches(config: ClassifyConfig, num_images: int, nimg: int, rows: slice
 
 
 def shift_latents(x: Tensor, config: ClassifyConfig, nimg: int, rows: slice) -> Tensor:
-    """Shift latents, this rank's `rows` of a batch, by whole positions that are sampled for the whole batch."""
+    """Shift latents, this rank's `rows` of a batch, by whole positions, sampled for the whole batch."""
     if not config.shift:
         return x
     moves = AugmentConfig(families="b", flip=False, quarter_turns=False, integer_shift=config.shift)
@@ -329,7 +329,7 @@ def classify_in_training(model: VGG16, x: Tensor, rng: torch.Generator, batch: i
 
 
 def synchronized_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """`norm(x)` in training mode, with mean and variance over the rows of all ranks (the same number each)."""
+    """`norm(x)` in training mode, with mean and variance over all ranks, which have equally many rows."""
     if process_group.world_size() == 1:
         result: Tensor = norm(x)
         return result

@@ -1,4 +1,4 @@
-"""Crops of ImageNet training: where they lie is a function of a generator, PIL cuts and resizes."""
+"""The crops of ImageNet training: positions come from a generator, PIL crops and resizes."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,17 @@ from torch import Tensor
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 CENTER_CROP_RESIZE = 256 / 224
-"""Scoring resizes the short side to this multiple of the crop, then takes the center."""
+"""Scoring resizes the short side to this multiple of the crop, then crops the center."""
 
 CropBox = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def random_box(width: int, height: int, area: Sequence[float], rng: torch.Generator) -> CropBox:
-    """A crop of `area` [0] to [1] of the picture, log-uniform aspect in 3/4 to 4/3 (Szegedy et al. 2015, as
-    torchvision's RandomResizedCrop): what fits of ten attempts, else the largest center of a legal aspect."""
+    """Sample a crop box as torchvision's RandomResizedCrop does (Szegedy et al. 2015).
+
+    Its share of the image is uniform in `area`, its aspect ratio log-uniform in 3/4 to 4/3. After ten boxes
+    that do not fit, returns the largest center crop with such an aspect ratio.
+    """
     for share, aspect, x, y in torch.rand(CROP_ATTEMPTS, 4, generator=rng).tolist():
         pixels = width * height * (area[0] + share * (area[1] - area[0]))
         ratio = math.exp(math.log(CROP_ASPECT[0]) + aspect * math.log(CROP_ASPECT[1] / CROP_ASPECT[0]))
@@ -35,15 +38,17 @@ def random_box(width: int, height: int, area: Sequence[float], rng: torch.Genera
 def random_crop(
     image: Image.Image, size: int, area: Sequence[float], mirror: bool, rng: torch.Generator
 ) -> Tensor:
-    """A random box of `image`, bilinear to size x size, mirrored for half of the draws. uint8 [3, S, S]."""
+    """Crop a random box, resize it bilinearly, mirror half of them. Returns uint8 [3, size, size]."""
     flip = bool(torch.rand((), generator=rng) < 0.5) and mirror
     box = random_box(*image.size, area, rng)
-    cut = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
-    return image_to_tensor(cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cut)
+    crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    return image_to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)
 
 
 def center_crop_resized(image: Image.Image, size: int, resize: float = CENTER_CROP_RESIZE) -> Tensor:
-    """Short side to size * resize, bilinear; then the center. uint8 [3, size, size]."""
+    """Resize the short side to size * resize, bilinearly, and crop the center. Returns uint8 [3, size,
+    size].
+    """
     short = int(size * resize)
     width, height = (int(short * n / min(image.size)) for n in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -52,10 +57,10 @@ def center_crop_resized(image: Image.Image, size: int, resize: float = CENTER_CR
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """PIL RGB -> uint8 [3, H, W]."""
+    """Convert a PIL RGB image to uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def tensor_to_image(image: Tensor) -> Image.Image:
-    """uint8 [3, H, W] -> PIL RGB."""
+    """Convert uint8 [3, H, W] to a PIL RGB image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

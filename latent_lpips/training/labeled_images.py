@@ -1,4 +1,4 @@
-"""Labeled pictures: a folder with a subfolder for each class (ImageNet's layout), or image-parquet."""
+"""Labeled images from a folder with one subfolder per class (ImageNet's layout) or from image-parquet."""
 
 import hashlib
 import io
@@ -17,32 +17,32 @@ from d2g.core.config import digest
 from d2g.core.errors import UserError
 
 HELD_OUT_NAMES = ("val", "validation", "test")
-"""Folders, or beginnings of parquet files' names, that are never trained on."""
+"""Names of folders, or prefixes of parquet files, that are never used for training."""
 PIL_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabeledImages:
-    """Encoded pictures in a fixed order. `labels` [N]: numbers of `classes`; none where nobody asked."""
+    """Encoded images in a fixed order. `labels` [N] are indices into `classes`; empty for unlabeled images."""
 
     name: str
     names: Sequence[str]
-    """For messages."""
+    """Names for messages; for files their paths."""
     readers: Sequence[Callable[[], bytes]]
     labels: Tensor
     classes: Sequence[str]
     in_memory: bool = False
-    """Cells of a table; else files, which `names` are the paths of."""
+    """Whether the images are cells of a table instead of files."""
 
     def __len__(self) -> int:
         return len(self.readers)
 
     def open(self, row: int) -> Image.Image:
-        """Picture `row` as RGB. Raises UserError where it cannot be read."""
+        """Decode image `row` to RGB. Raises UserError if it cannot be read."""
         return decode_rgb(self.readers[row], self.names[row])
 
     def rows(self, rows: Sequence[int]) -> "LabeledImages":
-        """Some of them, in that order."""
+        """Select `rows`, in that order."""
         return LabeledImages(
             name=self.name,
             names=[self.names[row] for row in rows],
@@ -53,106 +53,113 @@ class LabeledImages:
         )
 
     def digest(self) -> str:
-        """Changes when a picture, a label or their order does: sha256 of cells and labels; of a file its path
-        below the source, size and time of change stand for its bytes."""
-        told: Sequence[Any]
+        """Return a digest that changes when an image, a label or their order changes.
+
+        Cells of a table are hashed; files are represented by relative path, size and modification time.
+        """
+        identities: Sequence[Any]
         if self.in_memory:
-            told = [hashlib.sha256(read()).hexdigest() for read in self.readers]
+            identities = [hashlib.sha256(read()).hexdigest() for read in self.readers]
         else:
-            told = file_fingerprints(self.name, map(Path, self.names))
-        return digest([told, self.labels.tolist()])
+            identities = file_fingerprints(self.name, map(Path, self.names))
+        return digest([identities, self.labels.tolist()])
 
 
 def file_fingerprints(root: str | Path, files: Iterable[Path]) -> list[list[Any]]:
-    """What tells that a file below `root` is another now: its place, size and time of change."""
-    marks = []
+    """Return the relative path, name, size and modification time of each file below `root`."""
+    fingerprints = []
     for file in files:
-        known = file.stat()
-        marks.append([os.path.relpath(file, root), file.name, known.st_size, known.st_mtime_ns])
-    return marks
+        stat = file.stat()
+        fingerprints.append([os.path.relpath(file, root), file.name, stat.st_size, stat.st_mtime_ns])
+    return fingerprints
 
 
 def decode_rgb(read: Callable[[], bytes], name: str) -> Image.Image:
-    """Decode to 8-bit RGB, whatever it was. Raises UserError, with `name`, for what is no whole picture."""
+    """Decode an image of any kind to 8-bit RGB. Raises UserError, naming `name`, if it is damaged."""
     try:
         with Image.open(io.BytesIO(read())) as opened:
             return opened.convert("RGB")
-    except Exception as error:  # on damaged bytes Pillow's readers raise almost anything
+    except Exception as error:  # Pillow raises almost any exception on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} is no readable image ({reason}); remove it or make it again") from error
 
 
 def open_labeled(data: str, val: str = "") -> tuple[LabeledImages, LabeledImages | None]:
-    """Training pictures of `data`, and those to score on: `val`, else data's own val/ or validation files,
-    else None. What HELD names is not trained on, whichever of it is scored on.
+    """Open the training images of `data` and the validation images.
 
-    Raises UserError for a missing source, one class alone, and val classes that train lacks.
+    Validation images come from `val`, else from data's own val/ folder or validation files, else they are
+    None. Names in HELD_OUT_NAMES are never trained on. Raises UserError for a missing source, for a single
+    class, and for validation classes that are not in training.
     """
-    train = _labeled(Path(data), "train")
+    train = _open_part(Path(data), "train")
     if len(train.classes) < 2:
         raise UserError(
             f"{data}: all {len(train)} pictures are of one class ({train.classes[0]}), expected two or more; "
             "expected a subfolder for each class, or a `label` column with several values"
         )
-    held = _labeled(Path(val), "val") if val else _validation(Path(data))
-    return train, None if held is None else _renumbered(held, train.classes)
+    held_out = _open_part(Path(val), "val") if val else _validation_part(Path(data))
+    return train, None if held_out is None else _with_classes(held_out, train.classes)
 
 
 def open_unlabeled(data: str) -> LabeledImages:
-    """All pictures of a file, a folder or image-parquet, in order of name, without labels."""
-    root = _existing(Path(data))
+    """Open all images of a file, a folder or image-parquet, sorted by name, without labels."""
+    root = _require_existing(Path(data))
     files = [root] if root.is_file() else sorted(root.rglob("*"))
-    if found := [f for f in files if f.suffix.lower() in PIL_SUFFIXES and f.is_file()]:
-        return _of_files(data, found, [], [])
+    if images := [f for f in files if f.suffix.lower() in PIL_SUFFIXES and f.is_file()]:
+        return _from_files(data, images, [], [])
     if tables := [f for f in files if f.suffix == ".parquet"]:
-        return _of_tables(data, tables, labeled=False)
+        return _from_tables(data, tables, labeled=False)
     raise UserError(f"{data} holds no images; expected {', '.join(sorted(PIL_SUFFIXES))} or .parquet files")
 
 
-def _existing(root: Path) -> Path:
+def _require_existing(root: Path) -> Path:
     if not root.exists():
         raise UserError(f"{root}: no such file or folder; expected a folder of images or a .parquet file")
     return root
 
 
-def _validation(root: Path) -> LabeledImages | None:
+def _validation_part(root: Path) -> LabeledImages | None:
     for name in HELD_OUT_NAMES:
         if (root / name).is_dir() or (root.is_dir() and list(root.glob(f"{name}*.parquet"))):
-            return _labeled(root, name)
+            return _open_part(root, name)
     return None
 
 
-def _labeled(root: Path, part: str) -> LabeledImages:
-    """What `root` holds for `part`: its subfolder or parquet files of that name, else all of it, which for
-    training is all but HELD."""
-    _existing(root)
-    own = root.is_dir() and (root / part).is_dir()
-    root = root / part if own else root
-    held = HELD_OUT_NAMES if part == "train" and not own and root.is_dir() else ()
+def _open_part(root: Path, part: str) -> LabeledImages:
+    """Open the subfolder or parquet files of `root` that are named `part`, else everything in `root`.
+
+    For training, everything excludes HELD_OUT_NAMES.
+    """
+    _require_existing(root)
+    has_part = root.is_dir() and (root / part).is_dir()
+    root = root / part if has_part else root
+    excluded = HELD_OUT_NAMES if part == "train" and not has_part and root.is_dir() else ()
+    # Parquet files, those named after the part first.
     tables = [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet"))
-    if left := [table for table in tables if not table.name.startswith(held)]:
-        named = [table for table in left if table.name.startswith(part)]
-        return _of_tables(str(root), named or left, labeled=True)
-    homes = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    homes = [component_dir for component_dir in homes if component_dir.name not in held]
-    found = {
-        component_dir.name: [
-            f for f in sorted(component_dir.rglob("*")) if f.suffix.lower() in PIL_SUFFIXES and f.is_file()
+    if tables := [table for table in tables if not table.name.startswith(excluded)]:
+        part_tables = [table for table in tables if table.name.startswith(part)]
+        return _from_tables(str(root), part_tables or tables, labeled=True)
+    # One subfolder per class.
+    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    by_class = {
+        folder.name: [
+            f for f in sorted(folder.rglob("*")) if f.suffix.lower() in PIL_SUFFIXES and f.is_file()
         ]
-        for component_dir in homes
+        for folder in folders
+        if folder.name not in excluded
     }
-    classes = [name for name, files in found.items() if files]
+    classes = [name for name, files in by_class.items() if files]
     if not classes:
         raise UserError(
             f"{root} holds no labeled images; expected a subfolder of images for each class, "
             "or .parquet files with a `label` column"
         )
-    files = [file for name in classes for file in found[name]]
-    labels = [number for number, name in enumerate(classes) for _ in found[name]]
-    return _of_files(str(root), files, labels, classes)
+    files = [file for name in classes for file in by_class[name]]
+    labels = [number for number, name in enumerate(classes) for _ in by_class[name]]
+    return _from_files(str(root), files, labels, classes)
 
 
-def _of_files(
+def _from_files(
     name: str, files: Sequence[Path], labels: Sequence[int], classes: Sequence[str]
 ) -> LabeledImages:
     return LabeledImages(
@@ -164,33 +171,33 @@ def _of_files(
     )
 
 
-def _of_tables(name: str, files: Sequence[Path], labeled: bool) -> LabeledImages:
-    """The encoded pictures stay in memory, for rows of parquet cannot be read one by one."""
+def _from_tables(name: str, files: Sequence[Path], labeled: bool) -> LabeledImages:
+    """Keep the encoded images in memory, because single rows of parquet cannot be read."""
     names: list[str] = []
     cells: list[bytes] = []
     labels: list[Any] = []
     for file in files:
-        images, found = _columns(file, labeled)
+        images, image_labels = _read_table(file, labeled)
         names += [f"{file} row {row}" for row in range(len(images))]
         cells += images
-        labels += found
+        labels += image_labels
     classes = sorted(set(labels))
     number = {label: i for i, label in enumerate(classes)}
     return LabeledImages(
         name=name,
         names=names,
-        readers=[partial(_same, cell) for cell in cells],
+        readers=[partial(_identity, cell) for cell in cells],
         labels=torch.tensor([number[label] for label in labels], dtype=torch.int64),
         classes=[str(label) for label in classes],
         in_memory=True,
     )
 
 
-def _same(cell: bytes) -> bytes:
+def _identity(cell: bytes) -> bytes:
     return cell
 
 
-def _columns(file: Path, labeled: bool) -> tuple[list[bytes], list[Any]]:
+def _read_table(file: Path, labeled: bool) -> tuple[list[bytes], list[Any]]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
     from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
 
@@ -198,8 +205,8 @@ def _columns(file: Path, labeled: bool) -> tuple[list[bytes], list[Any]]:
         names = pq.read_schema(file).names
         column = next((key for key in ("image", "img") if key in names), None)
         if column is None or (labeled and "label" not in names):
-            wanted = "`image` and `label`" if labeled else "`image`"
-            raise UserError(f"{file} has columns {', '.join(names)}; expected {wanted}")
+            expected = "`image` and `label`" if labeled else "`image`"
+            raise UserError(f"{file} has columns {', '.join(names)}; expected {expected}")
         table = pq.read_table(file, columns=[column, "label"] if labeled else [column])
     except (ArrowException, OSError) as error:
         raise UserError(f"{file} is no readable parquet file ({error}); fetch it again") from error
@@ -214,8 +221,8 @@ def _columns(file: Path, labeled: bool) -> tuple[list[bytes], list[Any]]:
     return cells, labels
 
 
-def _renumbered(pictures: LabeledImages, classes: Sequence[str]) -> LabeledImages:
-    """The same with another set's class numbers."""
+def _with_classes(pictures: LabeledImages, classes: Sequence[str]) -> LabeledImages:
+    """Renumber the labels to the indices of `classes`. Raises UserError for a class that is not in it."""
     if missing := [name for name in pictures.classes if name not in classes]:
         raise UserError(
             f"{pictures.name}: class {missing[0]} is not among the {len(classes)} training classes; "

@@ -1,6 +1,7 @@
-"""Rows on disk that are costly to compute: shards that are whole or absent, on which ranks share the work.
+"""A disk cache of rows that are expensive to compute, in shards that ranks compute in parallel.
 
-FOLDER/NAME.json (what they are)  FOLDER/NAME-00000.1f0c….npy (rows, sha256 of the file in its name)
+FOLDER/NAME.json describes the rows. FOLDER/NAME-00000.1f0c….npy is a shard with its sha256 in its name; it is
+either complete or absent.
 """
 
 import hashlib
@@ -24,15 +25,15 @@ from d2g.core.errors import Interrupted, UserError
 from d2g.core.progress import Progress, quiet
 
 ROWS_PER_SHARD = 1024
-"""Rows of a shard."""
+"""Rows per shard."""
 HASH_DIGITS = 16
-"""Of the sha256 in a shard's name."""
+"""Hexadecimal digits of the sha256 in a shard's name."""
 MAX_OPEN_SHARDS = 64
-"""Shards mapped at a time: each holds a file open, and ImageNet has thousands."""
+"""Shards that are mapped at a time: each keeps a file open, and ImageNet has thousands."""
 
 
 class CachedRows:
-    """[N, …] rows, mapped from disk: only what is asked for is read."""
+    """Rows [N, …] that are memory-mapped: only the requested rows are read."""
 
     def __init__(self, files: Sequence[Path], count: int) -> None:
         self.files, self.count = files, count
@@ -42,9 +43,9 @@ class CachedRows:
         return self.count
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """The rows asked for, in fp32."""
-        picked = [self._map(row // ROWS_PER_SHARD)[row % ROWS_PER_SHARD] for row in rows]
-        return torch.from_numpy(np.stack(picked)).float()
+        """Return the requested rows in fp32."""
+        selected = [self._map(row // ROWS_PER_SHARD)[row % ROWS_PER_SHARD] for row in rows]
+        return torch.from_numpy(np.stack(selected)).float()
 
 
 def cached_rows(
@@ -57,41 +58,41 @@ def cached_rows(
     dtype: torch.dtype = torch.float16,
     late: Callable[[], bool] = lambda: False,
 ) -> CachedRows:
-    """`count` rows that `make(range of rows)` gives, computed where they are not on disk yet.
+    """Return `count` rows computed by `make(range of rows)`; rows that are on disk are not computed again.
 
-    facts: what decides the rows. Every rank calls it and gets all rows. Raises UserError for a folder that
-    holds rows of other facts, naming what differs, and for damaged shards; Interrupted when `late` between
-    two shards.
+    `facts` is everything the rows depend on. Every rank calls this function and gets all rows. Raises
+    UserError for a folder with rows of other facts, naming the differences, and for damaged shards, and
+    Interrupted if `late()` is true between two shards.
     """
-    _claim(folder / f"{name}.json", {"rows": count, "dtype": str(dtype), **facts})
+    _check_facts(folder / f"{name}.json", {"rows": count, "dtype": str(dtype), **facts})
     ranges = [range(start, min(start + ROWS_PER_SHARD, count)) for start in range(0, count, ROWS_PER_SHARD)]
-    found = _shards(folder, name)
-    todo = [i for i in range(len(ranges)) if i not in found]
-    process_group.barrier()  # all have looked before anybody writes
-    rows_left = sum(len(ranges[shard]) for shard in todo)
-    for start in range(0, len(todo), process_group.world_size()):
-        # Ranks meet after each shard: none waits for so long that the process group gives up.
-        for shard in todo[start : start + process_group.world_size()][
+    shards = _list_shards(folder, name)
+    missing = [i for i in range(len(ranges)) if i not in shards]
+    process_group.barrier()  # every rank lists the shards before any rank writes
+    rows_left = sum(len(ranges[shard]) for shard in missing)
+    for start in range(0, len(missing), process_group.world_size()):
+        # Ranks synchronize after each shard, so that no collective times out.
+        for shard in missing[start : start + process_group.world_size()][
             process_group.rank() :: process_group.world_size()
         ]:
             rows = make(ranges[shard]).to(dtype).cpu().numpy()
             assert len(rows) == len(ranges[shard]), f"{len(rows)} rows for {len(ranges[shard])}"
-            _write(folder, name, shard, rows)
-        made = min((start + process_group.world_size()) * ROWS_PER_SHARD, rows_left)
-        progress(f"making {name}", made, rows_left)
-        if process_group.any_rank(late()) and made < rows_left:
+            _write_shard(folder, name, shard, rows)
+        done = min((start + process_group.world_size()) * ROWS_PER_SHARD, rows_left)
+        progress(f"making {name}", done, rows_left)
+        if process_group.any_rank(late()) and done < rows_left:
             raise Interrupted(
-                f"time is over; safe on disk: {count - rows_left + made} of {count} rows of {name} in "
+                f"time is over; safe on disk: {count - rows_left + done} of {count} rows of {name} in "
                 f"{folder}; run the same command again to go on"
             )
     process_group.barrier()
-    found = _shards(folder, name)
+    shards = _list_shards(folder, name)
     with ThreadPoolExecutor() as pool:
-        checked = pool.map(lambda i: _checked(folder, name, i, found.get(i)), range(len(ranges)))
-        return CachedRows(list(checked), count)
+        paths = pool.map(lambda i: _verify_shard(folder, name, i, shards.get(i)), range(len(ranges)))
+        return CachedRows(list(paths), count)
 
 
-def _claim(file: Path, facts: Mapping[str, Any]) -> None:
+def _check_facts(file: Path, facts: Mapping[str, Any]) -> None:
     facts = json.loads(json.dumps(facts))
     try:
         old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -107,14 +108,14 @@ def _claim(file: Path, facts: Mapping[str, Any]) -> None:
         write_atomically(file, json.dumps(facts, indent=1))
 
 
-def _shards(folder: Path, name: str) -> dict[int, Path]:
-    """The shards that are there, by number."""
-    form = re.compile(re.escape(name) + r"-(\d{5,})\.[0-9a-f]+\.npy")
+def _list_shards(folder: Path, name: str) -> dict[int, Path]:
+    """Return the shards on disk by number."""
+    pattern = re.compile(re.escape(name) + r"-(\d{5,})\.[0-9a-f]+\.npy")
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {int(match[1]): file for file in files if (match := form.fullmatch(file.name))}
+    return {int(match[1]): file for file in files if (match := pattern.fullmatch(file.name))}
 
 
-def _write(folder: Path, name: str, shard: int, rows: np.ndarray[Any, Any]) -> None:
+def _write_shard(folder: Path, name: str, shard: int, rows: np.ndarray[Any, Any]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, rows)
     data = buffer.getvalue()
@@ -122,10 +123,10 @@ def _write(folder: Path, name: str, shard: int, rows: np.ndarray[Any, Any]) -> N
     write_atomically(target, data)
 
 
-def _checked(folder: Path, name: str, shard: int, path: Path | None) -> Path:
-    """The shard's file, whose bytes are those that were written."""
+def _verify_shard(folder: Path, name: str, shard: int, path: Path | None) -> Path:
+    """Return the shard's file after checking its sha256."""
     if path is None:
-        raise UserError(f"{folder}: shard {shard} of {name} is gone; run again")
+        raise UserError(f"{folder}: shard {shard} of {name} is missing; run again")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest[:HASH_DIGITS] != path.name.split(".")[-2]:

@@ -1,4 +1,4 @@
-"""Latents to classify: encoded as they are asked for, or once, to shards on disk."""
+"""Latents of image crops for training: encoded on the fly, or once to a cache on disk."""
 
 import os
 from collections import deque
@@ -22,20 +22,20 @@ from latent_lpips.training.latent_cache import cached_rows
 from latent_lpips.vgg import MIN_LATENT_SIZE
 
 PREFETCHED_BATCHES = 3
-"""Batches whose pictures are decoded before they are asked for."""
+"""Batches whose images are decoded ahead of time."""
 ENCODE_BATCH = 64
-"""Pictures that are encoded at a time: a KL autoencoder's memory grows with them."""
+"""Images encoded at a time: a KL autoencoder's memory grows with their number."""
 
 
 class CropItem(NamedTuple):
-    """A picture's row, and which of its crops: -1 is the center."""
+    """A crop of an image: the image's row and the crop's number; -1 is the center crop."""
 
     row: int
     crop: int
 
 
 def check_image_size(vae: Any, size: int, name: str = "size") -> None:
-    """Raise UserError for a picture that the autoencoder, or two poolings after it, cannot take."""
+    """Raise UserError for an image size that the autoencoder, or the trunk's two poolings, cannot take."""
     step = latent_space(vae).downscale
     if size % step or size // step < MIN_LATENT_SIZE:
         raise UserError(
@@ -45,7 +45,7 @@ def check_image_size(vae: Any, size: int, name: str = "size") -> None:
 
 
 def require_single_process(command: str) -> None:
-    """Raise SettingError under torchrun, for a command that has nothing to share out."""
+    """Raise SettingError under torchrun, for commands that do not distribute their work."""
     if process_group.world_size() > 1:
         raise SettingError(
             f"{command} runs in one process, got {process_group.world_size()}; start it without torchrun"
@@ -53,8 +53,11 @@ def require_single_process(command: str) -> None:
 
 
 class CropEncoder:
-    """Crops of pictures as scaled latents. Each depends on (seed, row, crop), and to rounding on nothing
-    else: not on the batch, the rank or the number of threads."""
+    """Encodes crops of images to scaled latents.
+
+    Each latent is a function of (seed, row, crop); batch, rank and number of threads change only its
+    rounding.
+    """
 
     def __init__(
         self, config: ClassifyConfig, vae: Any, pictures: LabeledImages, device: torch.device
@@ -63,7 +66,7 @@ class CropEncoder:
         self.workers = config.workers or len(os.sched_getaffinity(0)) + 2
 
     def pixels(self, item: CropItem) -> Tensor:
-        """uint8 [3, size, size]."""
+        """Decode and crop one item: returns uint8 [3, size, size]."""
         image, config = self.pictures.open(item.row), self.config
         if item.crop < 0:
             return center_crop_resized(image, config.size)
@@ -72,37 +75,37 @@ class CropEncoder:
 
     @torch.no_grad()
     def latents(self, items: Sequence[CropItem], pixels: Sequence[Tensor]) -> Tensor:
-        """Scaled latents [B, C, h, w] of the items' pixels."""
+        """Encode the items' pixels to scaled latents [B, C, h, w]."""
         parts = [slice(start, start + ENCODE_BATCH) for start in range(0, len(items), ENCODE_BATCH)]
-        return torch.cat([self._encoded(items[part], pixels[part]) for part in parts])
+        return torch.cat([self._encode_chunk(items[part], pixels[part]) for part in parts])
 
-    def _encoded(self, items: Sequence[CropItem], pixels: Sequence[Tensor]) -> Tensor:
+    def _encode_chunk(self, items: Sequence[CropItem], pixels: Sequence[Tensor]) -> Tensor:
         rngs = None
         if self.config.posterior == "sample" and items[0].crop >= 0:
             rngs = [generator(self.config.seed, Stream.CROP_POSTERIOR, *item) for item in items]
         return encode(self.vae, from_uint8(torch.stack(list(pixels)).to(self.device)), rngs)
 
     def stream(self, plan: Iterable[Sequence[CropItem]]) -> Iterator[Tensor]:
-        """The plan's batches, in order; pictures are decoded ahead, in threads."""
+        """Yield the latents of the batches in `plan`, in order. Threads decode images ahead."""
         pending: deque[tuple[Sequence[CropItem], list[Future[Tensor]]]] = deque()
         pool = ThreadPoolExecutor(self.workers)
         try:
             for items in plan:
                 pending.append((items, [pool.submit(self.pixels, item) for item in items]))
                 if len(pending) > PREFETCHED_BATCHES:
-                    yield self._next(pending)
+                    yield self._encode_next(pending)
             while pending:
-                yield self._next(pending)
+                yield self._encode_next(pending)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _next(self, pending: deque[tuple[Sequence[CropItem], list[Future[Tensor]]]]) -> Tensor:
+    def _encode_next(self, pending: deque[tuple[Sequence[CropItem], list[Future[Tensor]]]]) -> Tensor:
         items, futures = pending.popleft()
         return self.latents(items, [future.result() for future in futures])
 
 
 LatentStream = Callable[[Iterable[Sequence[CropItem]]], Iterator[Tensor]]
-"""From a plan of batches to their latents."""
+"""Maps a plan, an iterable of batches of items, to the latents of its batches."""
 
 
 def open_latent_stream(
@@ -113,9 +116,9 @@ def open_latent_stream(
     progress: Progress = quiet,
     late: Callable[[], bool] = lambda: False,
 ) -> LatentStream:
-    """The encoder itself, or where `crops` is set, what it gave once: `name` is train or val.
+    """Return the encoder's stream, or with `config.crops` a stream of latents cached in `folder`.
 
-    Raises UserError as `cached` does.
+    `name` is train or val. Raises UserError and Interrupted as `cached_rows` does.
     """
     config, pictures = encoder.config, encoder.pictures
     if not config.crops:
@@ -142,7 +145,9 @@ def open_latent_stream(
 
     def stream(plan: Iterable[Sequence[CropItem]]) -> Iterator[Tensor]:
         for items in plan:
-            at = [item.row + count * (item.crop % config.crops if item.crop >= 0 else 0) for item in items]
-            yield rows[at].to(encoder.device, non_blocking=True)
+            indices = [
+                item.row + count * (item.crop % config.crops if item.crop >= 0 else 0) for item in items
+            ]
+            yield rows[indices].to(encoder.device, non_blocking=True)
 
     return stream

@@ -1,12 +1,13 @@
-"""`d2g lpips overfit`: can the distance alone bring random latents to given ones? Supplement C.1, Fig. A1.
+"""`d2g lpips overfit`: optimize random latents towards target latents with the distance as the only loss.
 
-OUT/FAMILIES/{config.json,stats.jsonl,checkpoints/}  OUT/curves.svg|png  OUT/decoded.png
+This is the experiment of Diffusion2GAN's supplement C.1 and Fig. A1. It writes
+OUT/FAMILIES/{config.json,stats.jsonl,checkpoints/}, OUT/curves.svg, OUT/curves.png and OUT/decoded.png.
 """
 
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,17 @@ from latent_lpips.training.config import OverfitConfig, require_given
 from latent_lpips.training.crops import center_crop_resized
 from latent_lpips.training.labeled_images import open_unlabeled
 from latent_lpips.training.latent_stream import check_image_size, require_single_process
-from latent_lpips.training.plot import plot_overfit
+
+OVERFIT_PANELS = {"latent_lpips": "LatentLPIPS without transforms", "pixel_mse": "pixel MSE, decoded"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverfitResult:
-    """final: per families the last latent_lpips (without transforms), pixel_mse (decoded, range [0, 1], to
-    the decoded target), psnr in dB (at most 120) and loss. order: families by pixel_mse, best first."""
+    """Result of `overfit_latents`.
+
+    `final` has, per families of transforms, the last latent_lpips (without transforms), pixel_mse (of decoded
+    images in [0, 1]), psnr in dB (at most 120) and loss. `order` lists the families by pixel_mse, best first.
+    """
 
     out: str
     final: dict[str, dict[str, float]]
@@ -48,10 +53,10 @@ class OverfitResult:
 
 
 def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet) -> OverfitResult:
-    """Minimize E-LatentLPIPS from random latents to those of `count` pictures, once for each of `families`.
+    """Minimize E-LatentLPIPS from random latents to those of `count` images, once for each of `families`.
 
-    Each starts from the same noise; runs go on from their newest checkpoints. Raises UserError for bad input,
-    FloatingPointError when a loss is not finite, Interrupted on Ctrl-C.
+    All start from the same noise. Runs resume from their newest checkpoints. Raises UserError for bad input,
+    FloatingPointError for a non-finite loss, and Interrupted on Ctrl-C.
     """
     require_single_process("overfit")
     require_given(config, "data", "latents", "weights")
@@ -67,15 +72,17 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
         [center_crop_resized(pictures.open(row), config.size, 1.0) for row in range(config.count)]
     )
     with torch.no_grad():
-        target = encode(vae, from_uint8(pixels).to(device))
-        aim = decode(vae, target)
-    facts = {
+        targets = encode(vae, from_uint8(pixels).to(device))
+        target_pixels = decode(vae, targets)
+    inputs = {
         "metric": metric_sha256(metric),
         "autoencoder": pretrained.autoencoder_sha256(config.latents),
         "pictures": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
     }
-    found = {
-        families: _one(config, facts, out / families, families, vae, metric, target, aim, progress)
+    latents = {
+        families: _run(
+            config, inputs, out / families, families, vae, metric, targets, target_pixels, progress
+        )
         for families in config.families
     }
     curves = {
@@ -84,9 +91,9 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
     }
     files = [out / "curves.svg", out / "curves.png"]
     plot_overfit(curves, files)
-    rows = [to_uint8(aim).cpu(), *(to_uint8(decode(vae, latents)).cpu() for latents in found.values())]
-    told = {"rows": ", ".join(["target", *found])}
-    save_png(grid(torch.cat(rows), columns=config.count), out / "decoded.png", told)
+    rows = [to_uint8(target_pixels).cpu(), *(to_uint8(decode(vae, x)).cpu() for x in latents.values())]
+    text = {"rows": ", ".join(["target", *latents])}
+    save_png(grid(torch.cat(rows), columns=config.count), out / "decoded.png", text)
     final = {
         families: {k: v for k, v in lines[-1].items() if k not in ("nimg", "step")}
         for families, lines in curves.items()
@@ -102,22 +109,22 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
     )
 
 
-def _one(
+def _run(
     config: OverfitConfig,
-    facts: Mapping[str, str],
+    inputs: Mapping[str, str],
     folder: Path,
     families: str,
     vae: Any,
     metric: LatentLPIPS,
     target: Tensor,
-    aim: Tensor,
+    target_pixels: Tensor,
     progress: Progress,
 ) -> Tensor:
-    """The latents at the end of one run."""
+    """Optimize the latents under one choice of families; returns the final latents."""
     loss_of = ELatentLPIPS(metric, families, draws=config.draws)
-    whole = to_json(replace(config, families=(families,)))
-    length = {name: whole.pop(name) for name in ("steps", "report_steps", "checkpoint_steps")}
-    log = RunLog(folder, {**whole, **facts, "length": length}, ignore=("length",))
+    settings = to_json(replace(config, families=(families,)))
+    length = {name: settings.pop(name) for name in ("steps", "report_steps", "checkpoint_steps")}
+    log = RunLog(folder, {**settings, **inputs, "length": length}, ignore=("length",))
     x = noise(config.seed, range(len(target)), target.shape[1:]).to(target.device).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=config.lr)
     step = 0
@@ -132,10 +139,10 @@ def _one(
             f"ask for {step} or more, or name another --out"
         )
     if step < config.steps:
-        log.rewind(step - 1)  # a step's line is written before the step
+        log.rewind(step - 1)  # a step's line is written before its update
     with StopFlag() as stop:
         while step < config.steps:
-            # Each picture is an experiment of its own: Adam treats every number alone, and so does the sum.
+            # Images do not interact: the loss is a sum over them, and Adam is element-wise.
             distance = loss_of(x, target, generator=generator(config.seed, Stream.OVERFIT_TRANSFORMS, step))
             loss = distance.sum()
             if not math.isfinite(loss.item()):
@@ -145,12 +152,16 @@ def _one(
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             if step % config.report_steps == 0:
-                log.write(step, {**_state(x, target, aim, vae, metric), "loss": loss.item() / len(x)})
+                log.write(
+                    step, {**_measure(x, target, target_pixels, vae, metric), "loss": loss.item() / len(x)}
+                )
             optimizer.step()
             step += 1
             progress(f"overfit {families}", step, config.steps)
             if step == config.steps:
-                log.write(step, {**_state(x, target, aim, vae, metric), "loss": loss.item() / len(x)})
+                log.write(
+                    step, {**_measure(x, target, target_pixels, vae, metric), "loss": loss.item() / len(x)}
+                )
             if step % config.checkpoint_steps == 0 or step == config.steps or stop:
                 state = {"optimizer": optimizer.state_dict()}
                 checkpoint.save(folder / "checkpoints", step, {"latents": {"x": x}}, state, {}, keep=1)
@@ -163,11 +174,41 @@ def _one(
 
 
 @torch.no_grad()
-def _state(x: Tensor, target: Tensor, aim: Tensor, vae: Any, metric: LatentLPIPS) -> dict[str, float]:
-    error = ((decode(vae, x).clamp(-1, 1) - aim.clamp(-1, 1)) / 2).square().mean((1, 2, 3))
+def _measure(
+    x: Tensor, target: Tensor, target_pixels: Tensor, vae: Any, metric: LatentLPIPS
+) -> dict[str, float]:
+    error = ((decode(vae, x).clamp(-1, 1) - target_pixels.clamp(-1, 1)) / 2).square().mean((1, 2, 3))
     return {
         "latent_lpips": metric(x, target).mean().item(),
         "pixel_mse": error.mean().item(),
-        # Below 120 dB: there float32 has no digits left.
+        # Limited to 120 dB, where float32 has no digits left.
         "psnr": (-10 * error.clamp(min=1e-12).log10()).mean().item(),
     }
+
+
+def plot_overfit(curves: Mapping[str, Sequence[Mapping[str, float]]], files: Sequence[Path]) -> None:
+    """Plot a panel per entry of OVERFIT_PANELS with one curve per families, on a logarithmic scale.
+
+    `curves` holds lines with step, latent_lpips and pixel_mse. The figure is written to each of `files`
+    (.svg, .png or .pdf). Raises UserError if a file cannot be written.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axis, (key, title) in zip(
+        figure.subplots(1, len(OVERFIT_PANELS)), OVERFIT_PANELS.items(), strict=True
+    ):
+        for families, lines in curves.items():
+            axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=families)
+        axis.set_yscale("log")
+        axis.set_xlabel("steps")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    try:
+        with rc_context({"svg.hashsalt": "overfit"}):  # equal curves give equal files
+            for file in files:
+                figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    except OSError as error:
+        raise UserError(f"cannot write {files[0]}: {error.strerror or error}; free space") from error

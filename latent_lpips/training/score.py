@@ -1,4 +1,4 @@
-"""`d2g lpips score`: how far distances agree with people, in BAPPS' two tasks."""
+"""`d2g lpips score`: how well distances agree with human judgments on BAPPS' two tasks, 2AFC and JND."""
 
 import json
 import math
@@ -33,8 +33,10 @@ LATENT_LPIPS = "latent_lpips"
 
 @dataclass(frozen=True, slots=True)
 class ScoredDistance:
-    """A distance in two steps, so that a reference is prepared once: pixels -> what `compare` takes, two of
-    which -> [B]."""
+    """A distance in two steps, so that a reference is prepared only once.
+
+    `prepare` maps pixels to what `compare` takes; `compare` maps two of these to distances [B].
+    """
 
     prepare: Callable[[Tensor], Tensor]
     compare: Callable[[Tensor, Tensor], Tensor]
@@ -42,12 +44,13 @@ class ScoredDistance:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreResult:
-    """Per split, and as `mean` over splits. two_afc, jnd: LatentLPIPS; others by name in `baselines`. A split
-    in which nobody sees two as the same has no jnd.
+    """Scores per split, and their `mean` over splits.
 
-    ci: 95 % percentile intervals over pictures drawn anew. people: how often two people drawn at random
-    agree, the mean of p^2 + (1 - p)^2 over shares p (Zhang et al. 2018 score a person so). It is no bound: a
-    distance that sides with the majority has the mean of max(p, 1 - p). judgments, pictures: how many.
+    `two_afc` and `jnd` are LatentLPIPS' scores; `baselines` has those of the other distances by name. A split
+    in which nobody judges two images as the same has no JND score. `ci` has 95 % percentile intervals from a
+    bootstrap over images. `people` is how often two random people agree, the mean of p^2 + (1 - p)^2 over
+    shares p (Zhang et al. 2018). It is not an upper bound: a distance that follows the majority scores the
+    mean of max(p, 1 - p). `judgments` and `pictures` are counts.
     """
 
     two_afc: dict[str, float]
@@ -61,8 +64,11 @@ class ScoreResult:
 
 
 def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progress = quiet) -> ScoreResult:
-    """Score LatentLPIPS, and beside it what `baselines` and `lpips` name, on the val/ splits of a BAPPS
-    folder (on all, where it has no parts), and into the JSON file `out`. Raises UserError for bad input."""
+    """Score LatentLPIPS, and the distances in `baselines` and `lpips`, on the val/ splits of a BAPPS folder.
+
+    A folder without parts is scored on all its splits. With `out`, the result is also written as JSON. Raises
+    UserError for bad input.
+    """
     require_single_process("score")
     require_given(config, "data", "latents", "weights")
     started = time.monotonic()
@@ -78,12 +84,12 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
     numbers = {task: picture_numbers(splits) for task, splits in tasks.items()}
     for task, splits in tasks.items():
         scorer = two_afc_score if task == "two_afc" else jnd_score
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in measures}
+        distances: dict[str, dict[str, Tensor]] = {name: {} for name in measures}
         for split in splits:
-            for name, d in split_distances(measures, split, config, progress).items():
-                found[name][split.name] = d
+            for name, values in split_distances(measures, split, config, progress).items():
+                distances[name][split.name] = values
         answers = {split.name: split.answers for split in splits}
-        for name, by_split in found.items():
+        for name, by_split in distances.items():
             scored[name][task] = _with_mean({s: scorer(d, answers[s]) for s, d in by_split.items()})
             scored[name]["ci"][task] = bootstrap_intervals(
                 by_split, answers, numbers[task], scorer, config.resamples, config.seed
@@ -97,7 +103,9 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
         baselines=scored,
         people=_with_mean(people),
         judgments={task: {split.name: len(split) for split in splits} for task, splits in tasks.items()},
-        pictures={task: {s: len(n.unique()) for s, n in found.items()} for task, found in numbers.items()},
+        pictures={
+            task: {s: len(n.unique()) for s, n in by_split.items()} for task, by_split in numbers.items()
+        },
         seconds=time.monotonic() - started,
     )
     if out is not None:
@@ -106,7 +114,7 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
 
 
 def open_scored_distances(config: ScoreConfig, device: torch.device) -> dict[str, ScoredDistance]:
-    """LatentLPIPS and the baselines by name, all from pixels [B, 3, H, W] in [-1, 1]."""
+    """Load LatentLPIPS and the baselines by name; all take pixels [B, 3, H, W] in [-1, 1]."""
     vae = pretrained.load_autoencoder(config.latents).to(device)
     metric = open_metric(config.weights, config.latents, vae, device)
     measures = {LATENT_LPIPS: ScoredDistance(lambda x: encode_patches(x, config.patch, vae, device), metric)}
@@ -126,40 +134,44 @@ def split_distances(
     config: ScoreConfig,
     progress: Progress = quiet,
 ) -> dict[str, Tensor]:
-    """Per measure [N, 2], from ref to p0 and to p1; for JND [N, 1], from p0 to p1. Raises UserError for a
-    distance that is not finite."""
-    found: dict[str, list[Tensor]] = {name: [] for name in measures}
+    """Return distances per measure: [N, 2] from ref to p0 and to p1, or for JND [N, 1] from p0 to p1.
+
+    Raises UserError for a distance that is not finite.
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in measures}
     done = 0
     for first, *others in image_batches(split, config.patch.load, config.patch.batch):
         for name, measure in measures.items():
             anchor = measure.prepare(first)
-            rows = [measure.compare(measure.prepare(other), anchor).double().cpu() for other in others]
-            found[name].append(torch.stack(rows, 1))
-            if not torch.isfinite(found[name][-1]).all():
+            distances = [measure.compare(measure.prepare(x), anchor).double().cpu() for x in others]
+            rows[name].append(torch.stack(distances, 1))
+            if not torch.isfinite(rows[name][-1]).all():
                 raise UserError(
                     f"{name} gives distances that are not finite on {split.name}; mend its weights"
                 )
         done += len(first)
         progress(f"scoring {split.name}", done, len(split))
-    return {name: torch.cat(rows) for name, rows in found.items()}
+    return {name: torch.cat(chunks) for name, chunks in rows.items()}
 
 
 def two_afc_score(distances: Tensor, answers: Tensor) -> float:
-    """Mean agreement of distances [N, 2] with shares [N] that prefer p1; a tie counts a half."""
+    """Return the mean agreement of distances [N, 2] with shares [N] that prefer p1; a tie counts one half."""
     d0, d1 = distances.unbind(1)
     return two_afc_agreement(d0, d1, answers)
 
 
 def human_agreement(answers: Tensor) -> float:
-    """How often two people, drawn at random, agree about a judgment: shares [N] that prefer p1 -> mean."""
+    """Return how often two random people agree on a judgment, from shares [N] that prefer p1."""
     p = answers.double()
     return (p**2 + (1 - p) ** 2).mean().item()
 
 
 def jnd_score(distances: Tensor, answers: Tensor) -> float:
-    """Average precision of distances [N, 1], nearest first, for shares [N] that see no difference: the area
-    under the precision-recall curve, precision made monotone (Zhang et al. 2018; Everingham et al. 2010).
-    NaN where nobody sees two as the same."""
+    """Return the average precision of distances [N, 1] against shares [N] that see no difference.
+
+    This is the area under the precision-recall curve with monotone precision (Zhang et al. 2018; Everingham
+    et al. 2010), nearest first. NaN if nobody judges two images as the same.
+    """
     order = distances[:, 0].argsort(stable=True)
     same = answers.double()[order].numpy()
     if same.sum() == 0:
@@ -178,66 +190,69 @@ def bootstrap_intervals(
     resamples: int,
     seed: int,
 ) -> dict[str, list[float]]:
-    """95 % percentile intervals of each split's score and of their mean, over pictures drawn anew (Efron &
-    Tibshirani 1993; Field & Welsh 2007 for clusters): judgments of one picture come and go together, in all
-    splits that show it. The draws don't depend on the distances: measures are comparable.
+    """Return 95 % percentile intervals of each split's score and of their mean, from a bootstrap over images.
 
-    pictures: [N] of each split, as picture_numbers gives them.
+    Images are resampled, not judgments (Efron & Tibshirani 1993; Field & Welsh 2007 for clusters): all
+    judgments of one image are drawn together, in all splits that show it. The resamples do not depend on the
+    distances, so all measures are scored on the same ones. `pictures` has the image of each judgment, [N] per
+    split, as `picture_numbers` returns them.
     """
     if not resamples or not distances:
         return {}
-    draws: dict[str, list[float]] = {}
-    for number, splits in enumerate(_sharing(pictures)):
+    # Resample the images of each group of splits that share images.
+    scores: dict[str, list[float]] = {}
+    for number, splits in enumerate(_groups_sharing_images(pictures)):
         rng = generator(seed, Stream.SCORE_BOOTSTRAP, number)
-        shown = torch.cat([pictures[split] for split in splits]).unique()
-        rows = {split: _Clusters(pictures[split], shown) for split in splits}
+        images = torch.cat([pictures[split] for split in splits]).unique()
+        clusters = {split: _Clusters(pictures[split], images) for split in splits}
         for _ in range(resamples):
-            drawn = torch.randint(len(shown), (len(shown),), generator=rng)
+            sample = torch.randint(len(images), (len(images),), generator=rng)
             for split in splits:
-                own = rows[split].rows(drawn)
-                value = scorer(distances[split][own], answers[split][own]) if len(own) else math.nan
-                draws.setdefault(split, []).append(value)
-    scored = [values for values in draws.values() if not all(map(math.isnan, values))]
-    draws["mean"] = np.mean(scored, axis=0).tolist() if scored else []
-    spread = {split: [v for v in values if not math.isnan(v)] for split, values in draws.items()}
-    return {split: [float(q) for q in np.percentile(v, [2.5, 97.5])] for split, v in spread.items() if v}
+                rows = clusters[split].rows(sample)
+                value = scorer(distances[split][rows], answers[split][rows]) if len(rows) else math.nan
+                scores.setdefault(split, []).append(value)
+    # Percentiles of each split and of the mean over splits, without undefined scores.
+    defined = [values for values in scores.values() if not all(map(math.isnan, values))]
+    scores["mean"] = np.mean(defined, axis=0).tolist() if defined else []
+    finite = {split: [v for v in values if not math.isnan(v)] for split, values in scores.items()}
+    return {split: [float(q) for q in np.percentile(v, [2.5, 97.5])] for split, v in finite.items() if v}
 
 
 class _Clusters:
-    """A split's rows by picture, so that drawn pictures become rows without a loop."""
+    """The rows of a split grouped by image, so that resampled images become rows without a loop."""
 
-    def __init__(self, pictures: Tensor, shown: Tensor) -> None:
-        numbers = torch.searchsorted(shown, pictures)
+    def __init__(self, pictures: Tensor, images: Tensor) -> None:
+        numbers = torch.searchsorted(images, pictures)
         self.order = numbers.argsort(stable=True)
-        self.sizes = numbers.bincount(minlength=len(shown))
+        self.sizes = numbers.bincount(minlength=len(images))
         self.starts = self.sizes.cumsum(0) - self.sizes
 
-    def rows(self, drawn: Tensor) -> Tensor:
-        sizes = self.sizes[drawn]
+    def rows(self, sample: Tensor) -> Tensor:
+        sizes = self.sizes[sample]
         before = sizes.cumsum(0) - sizes
-        offsets = torch.repeat_interleave(self.starts[drawn] - before, sizes)
+        offsets = torch.repeat_interleave(self.starts[sample] - before, sizes)
         return self.order[offsets + torch.arange(len(offsets))]
 
 
-def _sharing(pictures: Mapping[str, Tensor]) -> list[list[str]]:
-    """Splits in groups: within one, each shows a picture that another shows too."""
+def _groups_sharing_images(pictures: Mapping[str, Tensor]) -> list[list[str]]:
+    """Group the splits so that splits which show a common image are in the same group."""
     groups: list[tuple[list[str], set[int]]] = []
     for split, numbers in pictures.items():
-        own = set(numbers.tolist())
-        near = [group for group in groups if group[1] & own]
-        names = [name for group in near for name in group[0]] + [split]
-        groups = [group for group in groups if group not in near]
-        groups.append((names, own.union(*(group[1] for group in near))))
+        images = set(numbers.tolist())
+        sharing = [group for group in groups if group[1] & images]
+        names = [name for group in sharing for name in group[0]] + [split]
+        groups = [group for group in groups if group not in sharing]
+        groups.append((names, images.union(*(group[1] for group in sharing))))
     return [names for names, _ in groups]
 
 
 def check_patch_settings(config: ScoreConfig) -> None:
-    """Raise UserError where the weights were calibrated on patches made in another way."""
-    said, got = weights.read_lpips_meta(config.weights).get("patch"), patch_facts(config.patch)
-    if said is not None and said != got:
+    """Raise UserError if the weights were calibrated on patches with other settings."""
+    expected, got = weights.read_lpips_meta(config.weights).get("patch"), patch_facts(config.patch)
+    if expected is not None and expected != got:
         raise UserError(
-            f"{config.weights} was calibrated with {_settings(said)}, got {_settings(got)}; "
-            f"set {_settings(said)}, or calibrate anew"
+            f"{config.weights} was calibrated with {_settings(expected)}, got {_settings(got)}; "
+            f"set {_settings(expected)}, or calibrate again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Training a LatentLPIPS for a latent space: trunk by classification, heads by two-alternative judgments."""
+"""Train a LatentLPIPS in memory: the trunk by classification, the heads by two-alternative judgments."""
 
 import math
 import time
@@ -29,7 +29,7 @@ from latent_lpips.training.synthetic_triplets import Triplets, caption_targets, 
 from latent_lpips.vgg import VGG16
 
 EVAL_BATCH = 250
-"""Rows per forward pass where nothing is trained."""
+"""Rows per forward pass outside training."""
 
 
 def train_latent_lpips(
@@ -41,21 +41,24 @@ def train_latent_lpips(
     progress: Progress = quiet,
     device: torch.device | str = "cpu",
 ) -> tuple[LatentLPIPS, dict[str, float]]:
-    """Trunk on the captions' words, then heads on synthetic judgments of the images.
+    """Train the trunk to predict the captions' words, then fit the heads to synthetic judgments.
 
-    latents: scaled [N, C, h, w]; captions: N; images: uint8 [M, 3, H, W], of the same kind; encode: pixels
-    in [-1, 1] -> scaled latents. Returns the metric on `device` and its scores on held-out data.
+    `latents` are scaled [N, C, h, w] with N `captions`. `images` are uint8 [M, 3, H, W] of the same kind;
+    `encode` maps pixels in [-1, 1] to scaled latents. Returns the metric on `device` and its scores on
+    held-out data. Raises UserError for unequal numbers of captions and latents.
     """
     if len(captions) != len(latents):
         raise UserError(f"got {len(captions)} captions for {len(latents)} latents, expected one for each")
+    # The trunk.
     targets, _ = caption_targets(captions)
     trunk, scores = train_trunk(
         config.network, latents, targets, config.trunk, seed=config.seed, progress=progress, device=device
     )
     metric = LatentLPIPS(config.network, trunk).fold()
+    # The heads.
     triplets = synthetic_triplets(images[: config.triplets], encode, config.seed, progress)
-    _, held = split_rows(len(triplets.judge), config.calibrate.held_out, config.seed)
-    scores["two_afc_before"] = two_afc_of_metric(metric, *_rows(triplets, held))
+    _, held_out = split_rows(len(triplets.judge), config.calibrate.held_out, config.seed)
+    scores["two_afc_before"] = two_afc_of_metric(metric, *_triplet_rows(triplets, held_out))
     scores["two_afc"] = calibrate_heads(
         metric, triplets, config.calibrate, seed=config.seed, progress=progress
     )
@@ -65,14 +68,16 @@ def train_latent_lpips(
 
 
 def split_rows(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers (train, held out), disjoint, a function of the arguments. Raises UserError below 2 rows."""
+    """Split `count` rows into disjoint row numbers (train, held out). Raises UserError for fewer than 2
+    rows.
+    """
     if count < 2:
         raise UserError(
             f"got {count} samples, expected at least 2, some of which are held out; give more data"
         )
     order = torch.randperm(count, generator=generator(seed, Stream.HELD_OUT_SPLIT))
-    held = min(max(1, round(count * held_out)), count - 1)
-    return order[held:], order[:held]
+    num_held_out = min(max(1, round(count * held_out)), count - 1)
+    return order[num_held_out:], order[:num_held_out]
 
 
 def train_trunk(
@@ -84,45 +89,44 @@ def train_trunk(
     progress: Progress = quiet,
     device: torch.device | str = "cpu",
 ) -> tuple[VGG16, dict[str, float]]:
-    """Train the VGG16 to classify latents [N, C, h, w].
+    """Train a VGG16 to classify latents [N, C, h, w]; returns it with its scores on held-out rows.
 
-    targets: int [N], classes (cross-entropy; score `top1`), or float multi-hot [N, K], attributes (binary
-    cross-entropy; score `accuracy`, balanced, averaged over attributes). Scores on the held-out rows.
-    Raises UserError when the loss stops being finite.
+    `targets` are classes, int [N] (cross-entropy; score `top1`), or multi-hot attributes, float [N, K]
+    (binary cross-entropy; score `accuracy`, balanced and averaged over attributes). Raises UserError for a
+    non-finite loss.
     """
-    single = targets.dim() == 1
-    classes = int(targets.max()) + 1 if single else targets.shape[1]
-    train, held = split_rows(len(latents), config.held_out, seed)
+    classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
+    train, held_out = split_rows(len(latents), config.held_out, seed)
     shift = AugmentConfig(families="b", flip=config.flip, quarter_turns=False, integer_shift=config.shift)
-    with _seeded(seed, device):
+    with _temporary_seed(seed, device):
         model = VGG16(network, classes, config.dropout, config.grid).to(device).train()
         optimizer = build_optimizer(model, config)
-        started, seen, fraction = time.monotonic(), 0, 0.0
+        started, nimg, fraction = time.monotonic(), 0, 0.0
         while fraction < 1:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate_factor(config.schedule, fraction)
-            rows = train[permuted_batch(seed, len(train), seen, config.batch)]
+            rows = train[permuted_batch(seed, len(train), nimg, config.batch)]
             x, y = latents[rows].to(device).float(), targets[rows].to(device)
             params = augment.sample_transforms(
-                shift, len(x), x.shape[2:], generator(seed, Stream.LATENT_SHIFT, seen), device
+                shift, len(x), x.shape[2:], generator(seed, Stream.LATENT_SHIFT, nimg), device
             )
             loss = _classification_loss(model(augment.apply_transforms(x, params)), y)
             if not math.isfinite(loss.item()):
                 raise UserError(
-                    f"LatentLPIPS trunk: loss is {loss.item()} after {seen} latents, expected a finite one; "
+                    f"LatentLPIPS trunk: loss is {loss.item()} after {nimg} latents, expected a finite one; "
                     f"lower the learning rate ({config.lr:g}) or look for non-finite latents"
                 )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
-            seen += config.batch
-            fraction = _spent(config, seen, time.monotonic() - started)
-            progress("LatentLPIPS trunk", min(seen, config.images), config.images)
-    return model.eval(), _scores(model, latents[held], targets[held], device)
+            nimg += config.batch
+            fraction = _fraction_done(config, nimg, time.monotonic() - started)
+            progress("LatentLPIPS trunk", min(nimg, config.images), config.images)
+    return model.eval(), _trunk_scores(model, latents[held_out], targets[held_out], device)
 
 
 def learning_rate_factor(schedule: str, fraction: float) -> float:
-    """The rate as a multiple of its maximum, at `fraction` in [0, 1) of the training."""
+    """Return the learning rate divided by its maximum, at `fraction` in [0, 1) of the training."""
     if schedule == "step":
         return float(0.1 ** math.floor(3 * fraction))
     if fraction < 0.1:
@@ -130,14 +134,14 @@ def learning_rate_factor(schedule: str, fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (fraction - 0.1) / 0.9))
 
 
-def _spent(config: TrunkTrainConfig, seen: int, seconds: float) -> float:
+def _fraction_done(config: TrunkTrainConfig, nimg: int, seconds: float) -> float:
     by_time = seconds / (60 * config.minutes) if config.minutes is not None else 0.0
-    return max(seen / config.images, by_time)
+    return max(nimg / config.images, by_time)
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device | str) -> Iterator[None]:
-    """Initial weights and dropout from `seed`; the caller's random state is put back afterwards."""
+def _temporary_seed(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Seed initial weights and dropout with `seed`; restore the caller's random state afterwards."""
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -145,13 +149,13 @@ def _seeded(seed: int, device: torch.device | str) -> Iterator[None]:
 
 
 def build_optimizer(model: nn.Module, config: TrunkTrainConfig | ClassifyConfig) -> torch.optim.Optimizer:
-    """SGD as in the ImageNet recipe, or AdamW."""
+    """Build SGD as in the ImageNet recipe, or AdamW."""
     if config.optimizer == "sgd":
-        kind: Any = partial(torch.optim.SGD, momentum=config.momentum)
+        build: Any = partial(torch.optim.SGD, momentum=config.momentum)
     else:
-        kind = partial(torch.optim.AdamW, betas=(config.momentum, 0.999))
-    made: torch.optim.Optimizer = kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    return made
+        build = partial(torch.optim.AdamW, betas=(config.momentum, 0.999))
+    optimizer: torch.optim.Optimizer = build(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    return optimizer
 
 
 def _classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -161,20 +165,22 @@ def _classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _scores(model: VGG16, latents: Tensor, targets: Tensor, device: torch.device | str) -> dict[str, float]:
+def _trunk_scores(
+    model: VGG16, latents: Tensor, targets: Tensor, device: torch.device | str
+) -> dict[str, float]:
     logits = torch.cat([model(x.to(device).float()).cpu() for x in torch.split(latents, EVAL_BATCH)])
     if targets.dim() == 1:
         return {"top1": (logits.argmax(1) == targets).double().mean().item()}
-    said, true = logits > 0, targets > 0.5
-    # An attribute that no held-out row has (or that all have) can't be scored on both sides: left out.
-    present = true.any(0) & (~true).any(0)
-    found = (said & true).sum(0).double() / true.sum(0).clamp(min=1)
-    spared = (~said & ~true).sum(0).double() / (~true).sum(0).clamp(min=1)
-    return {"accuracy": ((found + spared) / 2)[present].mean().item() if present.any() else math.nan}
+    predicted, actual = logits > 0, targets > 0.5
+    # Skip attributes that all or none of the held-out rows have: balanced accuracy is undefined for them.
+    scored = actual.any(0) & (~actual).any(0)
+    sensitivity = (predicted & actual).sum(0).double() / actual.sum(0).clamp(min=1)
+    specificity = (~predicted & ~actual).sum(0).double() / (~actual).sum(0).clamp(min=1)
+    return {"accuracy": ((sensitivity + specificity) / 2)[scored].mean().item() if scored.any() else math.nan}
 
 
 class RankingNet(nn.Module):
-    """LPIPS' G: how likely p1 is found closer, from the distances d0 and d1 [B]. Returns logits [B]."""
+    """LPIPS' network G (Zhang et al. 2018): logits [B] that p1 is closer, from distances d0 and d1 [B]."""
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()
@@ -199,20 +205,19 @@ def calibrate_heads(
     seed: int = 0,
     progress: Progress = quiet,
 ) -> float:
-    """Fit the heads to judgments, in place (Zhang et al. 2018, `lin`). Returns 2AFC on the held-out part.
+    """Fit the heads to judgments, in place (Zhang et al. 2018, `lin`). Returns 2AFC on held-out judgments.
 
-    The trunk stays as it is, so the channel averages are computed once and each step is a dot product.
-    Dropout therefore hides whole channels, the same ones from both distances. Heads are clamped at 0 after
-    every step.
+    The trunk is frozen, so the channel averages are computed once and each step is a dot product. Dropout
+    therefore drops whole channels, the same ones in both distances. Heads are clamped at 0 after each step.
     """
-    train, held = split_rows(len(triplets.judge), config.held_out, seed)
+    train, held_out = split_rows(len(triplets.judge), config.held_out, seed)
     means0 = _channel_means(metric, triplets.ref, triplets.p0, progress)
     means1 = _channel_means(metric, triplets.ref, triplets.p1, progress)
     judge = triplets.judge.to(means0.device).float()
     fit_heads(metric, means0, means1, judge, train, config, seed, progress)
-    held = held.to(means0.device)
+    held_out = held_out.to(means0.device)
     weights = torch.cat(list(metric.heads))
-    return two_afc_agreement(means0[held] @ weights, means1[held] @ weights, judge[held])
+    return two_afc_agreement(means0[held_out] @ weights, means1[held_out] @ weights, judge[held_out])
 
 
 def fit_heads(
@@ -225,21 +230,25 @@ def fit_heads(
     seed: int = 0,
     progress: Progress = quiet,
 ) -> None:
-    """Fit the heads, in place, on the rows `train` of the channel averages means0, means1 [N, sum of
-    channels] between ref and p0, p1, and of judge [N]; all on one device. Starts at the heads as they are.
-    Raises UserError when the loss or the heads stop being finite."""
+    """Fit the heads in place, starting from their present weights.
+
+    `means0` and `means1` [N, sum of channels] are channel averages between ref and p0, ref and p1; `judge`
+    [N] is the share that prefers p1; all are on one device. Only the rows `train` are used. Raises UserError
+    for a non-finite loss or head.
+    """
     device = means0.device
-    with _seeded(seed, device):
+    with _temporary_seed(seed, device):
         weights = nn.Parameter(torch.cat([w.detach().clone() for w in metric.heads]))
         ranking = RankingNet().to(device)
         optimizer = torch.optim.Adam([weights, *ranking.parameters()], lr=config.lr, betas=(0.5, 0.999))
         steps = config.epochs * math.ceil(len(train) / config.batch)
         for step in range(steps):
+            # LPIPS' schedule: constant, then linear to 0 in the second half.
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, 2 * (1 - step / steps))
             rows = train[permuted_batch(seed, len(train), step * config.batch, config.batch)].to(device)
-            kept = F.dropout(torch.ones_like(weights), config.dropout) * weights
-            logits = ranking(means0[rows] @ kept, means1[rows] @ kept)
+            dropped = F.dropout(torch.ones_like(weights), config.dropout) * weights
+            logits = ranking(means0[rows] @ dropped, means1[rows] @ dropped)
             loss = F.binary_cross_entropy_with_logits(logits, judge[rows])
             if not math.isfinite(loss.item()):
                 raise UserError(
@@ -263,7 +272,7 @@ def fit_heads(
 
 @torch.no_grad()
 def _channel_means(metric: LatentLPIPS, a: Tensor, b: Tensor, progress: Progress) -> Tensor:
-    """[N, sum of channels] on the metric's device."""
+    """Return [N, sum of channels] on the metric's device."""
     device, rows = metric.heads[0].device, []
     for start in range(0, len(a), EVAL_BATCH):
         x, y = (t[start : start + EVAL_BATCH].to(device) for t in (a, b))
@@ -274,7 +283,7 @@ def _channel_means(metric: LatentLPIPS, a: Tensor, b: Tensor, progress: Progress
 
 @torch.no_grad()
 def two_afc_of_metric(metric: LatentLPIPS, ref: Tensor, p0: Tensor, p1: Tensor, judge: Tensor) -> float:
-    """Two-alternative forced choice: mean agreement with `judge` [N], the fraction that prefers p1."""
+    """Return the metric's 2AFC score against `judge` [N], the share of people who prefer p1."""
     device = metric.heads[0].device
     d0, d1 = (
         torch.cat(
@@ -289,7 +298,7 @@ def two_afc_of_metric(metric: LatentLPIPS, ref: Tensor, p0: Tensor, p1: Tensor, 
 
 
 def two_afc_agreement(d0: Tensor, d1: Tensor, judge: Tensor) -> float:
-    """2AFC score of distances [N]; a tie counts one half. Zhang et al. 2018."""
+    """Return the 2AFC score of distances [N] (Zhang et al. 2018); a tie counts one half."""
     judge = judge.double()
     score = (d0 < d1) * (1 - judge) + (d1 < d0) * judge + (d0 == d1) * 0.5
     return score.mean().item()
@@ -297,8 +306,11 @@ def two_afc_agreement(d0: Tensor, d1: Tensor, judge: Tensor) -> float:
 
 @torch.no_grad()
 def rescale_heads(metric: LatentLPIPS, latents: Tensor, distance: float, count: int = 512) -> None:
-    """Multiply the heads so that neighbors in `latents`, taken as unrelated, are `distance` apart on
-    average. In place; the first `count` latents [N, C, h, w] serve."""
+    """Scale the heads in place so that neighbors in `latents`, assumed unrelated, have mean distance
+    `distance`.
+
+    Uses the first `count` latents [N, C, h, w]. Raises UserError if their mean distance is 0.
+    """
     device = metric.heads[0].device
     x = latents[:count].to(device)
     pairs = zip(torch.split(x, EVAL_BATCH), torch.split(x.roll(1, 0), EVAL_BATCH), strict=True)
@@ -312,5 +324,5 @@ def rescale_heads(metric: LatentLPIPS, latents: Tensor, distance: float, count: 
         head.mul_(distance / mean)
 
 
-def _rows(triplets: Triplets, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triplet_rows(triplets: Triplets, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return triplets.ref[rows], triplets.p0[rows], triplets.p1[rows], triplets.judge[rows]

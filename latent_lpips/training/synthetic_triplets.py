@@ -1,4 +1,4 @@
-"""What LatentLPIPS learns from: words of captions as classes, and synthetic two-alternative judgments."""
+"""Training targets without human labels: words of captions as classes, and synthetic judgments."""
 
 import re
 from collections import Counter
@@ -15,18 +15,18 @@ from d2g.core.seeds import Stream, generator
 from d2g.diffusion.latents import from_uint8
 
 IMAGES_PER_GENERATOR = 64
-"""Images that share one generator: fixed, so that results don't depend on a batch size."""
+"""Images that share one generator. It is fixed, so results do not depend on a batch size."""
 JPEG_BLOCK = 8
-"""JPEG's transform size."""
+"""Side of JPEG's transform blocks in pixels."""
 
 
 def caption_targets(
     captions: Sequence[str], rarest: float = 0.01, commonest: float = 0.9
 ) -> tuple[Tensor, list[str]]:
-    """Multi-hot [N, K] fp32 of the K words that stand in `rarest` to `commonest` of the captions, sorted.
+    """Return multi-hot targets [N, K] in fp32 and the K words, sorted, whose frequency is in the given range.
 
-    Words in nearly all captions ("a", "photo") say nothing, rare ones can't be learned. Raises UserError
-    when no word is left.
+    Words in nearly all captions ("a", "photo") carry no information, and rare words cannot be learned. Raises
+    UserError if no word is in the range `rarest` to `commonest`.
     """
     bags = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
     counts = Counter(word for bag in bags for word in bag)
@@ -42,22 +42,22 @@ def caption_targets(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Triplets:
-    """Two-alternative judgments in latent space, [N, C, h, w] scaled latents each."""
+    """Two-alternative judgments in latent space; ref, p0 and p1 are scaled latents [N, C, h, w]."""
 
     ref: Tensor
     p0: Tensor
     p1: Tensor
     judge: Tensor
-    """[N]: the fraction that finds p1 closer to ref (LPIPS' convention); here 0 or 1."""
+    """[N]: the share of people who judge p1 closer to ref (LPIPS' convention); synthetic ones are 0 or 1."""
 
 
 def synthetic_triplets(
     images: Tensor, encode: Callable[[Tensor], Tensor], seed: int, progress: Progress = quiet
 ) -> Triplets:
-    """Judgments whose truth is known: both alternatives got one kind of distortion, at two strengths.
+    """Make judgments with a known answer: both alternatives have the same distortion at two strengths.
 
-    images: uint8 [N, 3, H, W]. encode: pixels [B, 3, H, W] in [-1, 1] -> scaled latents. Row i depends on
-    (seed, i, the images of its chunk of 64). A stand-in for human judgments where there are none.
+    They replace human judgments where there are none. `images` are uint8 [N, 3, H, W]; `encode` maps pixels
+    [B, 3, H, W] in [-1, 1] to scaled latents. Row i depends on (seed, i, the images of its chunk of 64).
     """
     parts: dict[str, list[Tensor]] = {"ref": [], "p0": [], "p1": [], "judge": []}
     for start in range(0, len(images), IMAGES_PER_GENERATOR):
@@ -74,7 +74,7 @@ def synthetic_triplets(
 
 
 def _strengths(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two in (0, 1], at least a factor 1.3 apart, so that the judgment is never a toss."""
+    """Sample two strengths in (0, 1], at least a factor 1.3 apart, so that the answer is clear."""
     weak = 0.05 + 0.65 * torch.rand(count, generator=rng)
     strong = weak * (1.3 + torch.rand(count, generator=rng) * (1 / weak - 1.3).clamp(min=0))
     swap = torch.rand(count, generator=rng) < 0.5
@@ -91,7 +91,7 @@ def _distort(pixels: Tensor, kinds: Tensor, strength: Tensor, rng: torch.Generat
 
 
 def _blur(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
-    """Gaussian, sigma up to 1/16 of the size, as one matrix per sample and axis."""
+    """Gaussian blur, sigma up to 1/16 of the size, as one matrix per sample and axis."""
 
     def kernel(size: int) -> Tensor:
         at = torch.arange(size, dtype=x.dtype)
@@ -107,24 +107,26 @@ def _noise(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def _tone(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
-    """Towards a brighter or darker, lower-contrast picture."""
+    """Lower the contrast and shift the brightness up or down."""
     sign = torch.randint(2, strength.shape, generator=rng) * 2 - 1
     mean = x.mean((1, 2, 3), keepdim=True)
     return (x - mean) * (1 - 0.6 * strength) + mean + 0.5 * strength * sign
 
 
 def _warp(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
-    """A smooth displacement field, translation included, of up to 7.5 % of the size (root mean square)."""
+    """Warp by a smooth displacement field with translation, up to 7.5 % of the size (root mean square)."""
     bend, shift = (torch.rand(len(x), 2, n, n, generator=rng) - 0.5 for n in (4, 1))
     coarse = bend + shift
     field = F.interpolate(coarse, x.shape[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     field = field / field.square().mean((1, 2, 3), keepdim=True).sqrt()
-    still = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
-    return F.grid_sample(x, still + 0.15 * strength * field, padding_mode="reflection", align_corners=False)
+    identity = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(
+        x, identity + 0.15 * strength * field, padding_mode="reflection", align_corners=False
+    )
 
 
 def _blocks(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
-    """JPEG-like: 8x8 cosine transform, coefficients rounded to steps that grow with frequency."""
+    """JPEG-like blocks: quantize an 8x8 cosine transform with steps that grow with frequency."""
     at = torch.arange(JPEG_BLOCK, dtype=x.dtype)
     dct = torch.cos(torch.pi * (2 * at + 1) * at[:, None] / (2 * JPEG_BLOCK)) * (2 / JPEG_BLOCK) ** 0.5
     dct[0] /= 2**0.5

@@ -151,7 +151,7 @@ def test_weights_say_which_patches_they_want(data: Path, teacher: Path, tmp_path
         load_lpips(teacher / "latent_lpips", fold=False), tmp_path, {"patch": {"load": 16, "upsample": 32}}
     )
     settings = ScoreConfig(data=str(data), latents=str(teacher), weights=str(tmp_path), resamples=0)
-    with pytest.raises(UserError, match=r"set patch.load=16 patch.upsample=32, or calibrate anew"):
+    with pytest.raises(UserError, match=r"set patch.load=16 patch.upsample=32, or calibrate again"):
         score_folder(settings)
     score_folder(replace(settings, patch=PatchConfig(load=16, upsample=32, batch=3)))
 
