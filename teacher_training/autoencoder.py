@@ -1,4 +1,4 @@
-"""A small AutoencoderKL, f = 8 like Stable Diffusion's, trained on pixels alone."""
+"""A small AutoencoderKL, by default with Stable Diffusion's downscaling of 8, trained with pixel losses."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from teacher_training.loop import fit_modules
 
 
 def build_autoencoder(config: AutoencoderConfig, size: int) -> Any:
-    """A fresh AutoencoderKL."""
+    """Build an untrained AutoencoderKL for images of `size` pixels."""
     levels = len(config.channels)
     return new_vae(
         sample_size=size,
@@ -29,11 +29,10 @@ def build_autoencoder(config: AutoencoderConfig, size: int) -> Any:
 
 
 def reconstruction_loss(pixels: Tensor, decoded: Tensor, square_weight: float, edge_weight: float) -> Tensor:
-    """Mean absolute plus squared error of pixels, plus absolute error of pixel differences. Inputs [B, 3, H,
-    W].
+    """Absolute plus weighted squared error of pixels, plus the weighted absolute error of pixel differences.
 
-    The squared part finds the colors of small objects early; absolute error alone takes the background first
-    and was still gray after 30,000 pictures (docs/LOG.md).
+    Inputs are [B, 3, H, W]; errors are means. The squared part finds the colors of small objects early. With
+    the absolute error alone, objects were still gray after 30,000 images (docs/LOG.md).
     """
     error = decoded - pixels
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
@@ -43,8 +42,9 @@ def reconstruction_loss(pixels: Tensor, decoded: Tensor, square_weight: float, e
 def train_autoencoder(
     images: Tensor, config: AutoencoderConfig, log: RunLog, seed: int, progress: Progress = quiet
 ) -> Any:
-    """Train on uint8 images [N, 3, S, S]; set the config's scaling_factor so that scaled latents have unit
-    variance.
+    """Train on uint8 images [N, 3, S, S] and return the VAE.
+
+    Its config gets the scaling_factor that makes scaled latents have unit variance.
     """
     torch.manual_seed(seed)
     vae = build_autoencoder(config, images.shape[-1]).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The small CLIP that scores the miniature: under a million parameters, in open_clip's format."""
+"""Trains a small CLIP for evaluations, with under a million parameters, in open_clip's format."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from teacher_training.config import ClipConfig
 
 
 def model_config(config: ClipConfig, vocabulary: int, eos: int) -> dict[str, Any]:
-    """The `model_cfg` of open_clip_config.json. Text is pooled at the first `eos`, whatever pads it."""
+    """Return the `model_cfg` of open_clip_config.json. Text is pooled at the first `eos` token."""
     return {
         "embed_dim": config.embed,
         "vision_cfg": {
@@ -51,8 +51,8 @@ def model_config(config: ClipConfig, vocabulary: int, eos: int) -> dict[str, Any
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, caption_ids: Tensor) -> Tensor:
     """Symmetric cross-entropy (Radford et al. 2021) of unit vectors [B, D]; equal captions are positives.
 
-    Each row's target is uniform over the columns with its caption, so that a twin's caption is never pushed
-    away.
+    The target of a row is uniform over the columns with the same caption, so that equal captions are not
+    pushed apart.
     """
     logits = scale * images @ texts.T
     target = (caption_ids[:, None] == caption_ids).float()
@@ -72,68 +72,43 @@ def train_clip(
 ) -> dict[str, float]:
     """Train on uint8 images [N, 3, S, S] with N captions; write an open_clip folder; return scores.
 
-    `tokenizer`: a folder of CLIPTokenizer files, copied into `out`. Scores: `retrieval_top1` on held-out
-    images, its chance level, `loss` (mean of the last tenth), `params`, `images`, `seconds`; also in
-    `out`/meta.json.
+    `tokenizer` is a folder of CLIPTokenizer files, which are copied to `out`. The scores, also written to
+    `out`/meta.json, are `retrieval_top1` on held-out images and its chance level, `loss` (mean over the last
+    tenth), `params`, `images` and `seconds`. Raises UserError for images of another shape or number than
+    expected, and for a non-finite loss.
     """
     if images.shape[1:] != (3, config.image_size, config.image_size) or len(images) != len(captions):
         raise UserError(
             f"got images {tuple(images.shape)} and {len(captions)} captions; expected as many captions as "
             f"images [N, 3, {config.image_size}, {config.image_size}]"
         )
+    # Tokenize each distinct caption once.
     tokenize = clip_tokenizer(tokenizer, config.context)
-    inner = tokenize.tokenizer  # type: ignore[attr-defined]
-    settings = model_config(config, len(inner), inner.eos_token_id)
+    hf_tokenizer = tokenize.tokenizer  # type: ignore[attr-defined]
+    settings = model_config(config, len(hf_tokenizer), hf_tokenizer.eos_token_id)
     ids = {caption: number for number, caption in enumerate(sorted(set(captions)))}
     tokens = tokenize(list(ids))
     caption_ids = torch.tensor([ids[caption] for caption in captions])
+    # Hold out images for the retrieval score.
     order = torch.randperm(len(images), generator=generator(config.seed, Stream.CLIP_SPLIT))
-    held = order[: max(1, min(config.held_out, len(images) // 10))]
-    train = order[len(held) :]
+    num_held_out = max(1, min(config.held_out, len(images) // 10))
+    held_out, train = order[:num_held_out], order[num_held_out:]
     if len(train) < 2:
         raise UserError(f"got {len(images)} images; training a CLIP needs at least 3")
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = new_clip(settings).to(device).train()
-    optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
-    losses: list[Tensor] = []
-    start = time.perf_counter()
-    nimg = 0
-    while nimg < config.images and not _late(start, config):
-        rows = train[permuted_batch(config.seed, len(train), nimg, config.batch_size)]
-        pixels, texts = from_uint8(images[rows]).to(device), caption_ids[rows]
-        image_vectors = F.normalize(model.encode_image(pixels), dim=1)
-        text_vectors = F.normalize(model.encode_text(tokens[texts].to(device)), dim=1)
-        loss = contrastive_loss(image_vectors, text_vectors, model.logit_scale.exp(), texts.to(device))
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the CLIP's loss is {loss.item()} at image {nimg}; lower its lr from {config.lr}"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * _schedule(nimg, time.perf_counter() - start, config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        losses.append(loss.detach())
-        nimg += config.batch_size
-        progress("train CLIP", min(nimg, config.images), config.images)
-
-    seconds = time.perf_counter() - start
-    own = [captions[row] for row in held.tolist()]
-    vectors = torch.cat(list(_image_vectors(model.eval(), images[held], device)))
-    with torch.no_grad():
-        texts = F.normalize(model.encode_text(tokens[caption_ids[held]].to(device)), dim=1).cpu()
-    top1 = retrieval_top1(vectors, texts, own, candidates=config.candidates)
+    started = time.perf_counter()
+    losses = _optimize(model, images, tokens, caption_ids, train, config, progress, torch.device(device))
+    seconds = time.perf_counter() - started
+    top1, chance = _retrieval(model, images, captions, tokens[caption_ids], held_out, config, device)
     scores = {
         "retrieval_top1": top1,
-        "retrieval_chance": 1 / min(config.candidates, len(set(own))),
+        "retrieval_chance": chance,
         "loss": torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item(),
         "params": float(sum(p.numel() for p in model.parameters())),
-        "images": float(nimg),
+        "images": float(len(losses) * config.batch_size),
         "seconds": seconds,
     }
     preprocess = {"size": config.image_size, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
@@ -143,27 +118,87 @@ def train_clip(
     return scores
 
 
+def _optimize(
+    model: Any,
+    images: Tensor,
+    tokens: Tensor,
+    caption_ids: Tensor,
+    train: Tensor,
+    config: ClipConfig,
+    progress: Progress,
+    device: torch.device,
+) -> list[Tensor]:
+    """Train `model` in place on the rows `train`; returns the loss of every step."""
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98)
+    )
+    losses: list[Tensor] = []
+    started, nimg = time.perf_counter(), 0
+    while nimg < config.images and not _time_over(started, config):
+        # Loss of a batch.
+        rows = train[permuted_batch(config.seed, len(train), nimg, config.batch_size)]
+        pixels, texts = from_uint8(images[rows]).to(device), caption_ids[rows]
+        image_vectors = F.normalize(model.encode_image(pixels), dim=1)
+        text_vectors = F.normalize(model.encode_text(tokens[texts].to(device)), dim=1)
+        loss = contrastive_loss(image_vectors, text_vectors, model.logit_scale.exp(), texts.to(device))
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the CLIP's loss is {loss.item()} at image {nimg}; lower its lr from {config.lr}"
+            )
+        # Step, with the gradient norm and the temperature limited.
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _learning_rate_factor(nimg, time.perf_counter() - started, config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        losses.append(loss.detach())
+        nimg += config.batch_size
+        progress("train CLIP", min(nimg, config.images), config.images)
+    return losses
+
+
+@torch.no_grad()
+def _retrieval(
+    model: Any,
+    images: Tensor,
+    captions: list[str],
+    tokens: Tensor,
+    rows: Tensor,
+    config: ClipConfig,
+    device: str | torch.device,
+) -> tuple[float, float]:
+    """Return top-1 retrieval of captions on the rows, and its chance level."""
+    texts = [captions[row] for row in rows.tolist()]
+    image_vectors = torch.cat(list(_image_vectors(model.eval(), images[rows], device)))
+    text_vectors = F.normalize(model.encode_text(tokens[rows].to(device)), dim=1).cpu()
+    top1 = retrieval_top1(image_vectors, text_vectors, texts, candidates=config.candidates)
+    return top1, 1 / min(config.candidates, len(set(texts)))
+
+
 @torch.no_grad()
 def _image_vectors(model: Any, images: Tensor, device: str | torch.device) -> Iterator[Tensor]:
     for batch in images.split(256):
         yield F.normalize(model.encode_image(from_uint8(batch).to(device)), dim=1).cpu()
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings decay; gains, biases and the logit scale don't."""
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Apply weight decay to matrices and embeddings, not to gains, biases and the logit scale."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _late(start: float, config: ClipConfig) -> bool:
-    return config.minutes > 0 and time.perf_counter() - start > 60 * config.minutes
+def _time_over(started: float, config: ClipConfig) -> bool:
+    return config.minutes > 0 and time.perf_counter() - started > 60 * config.minutes
 
 
-def _schedule(nimg: int, seconds: float, config: ClipConfig) -> float:
-    """Linear warm-up, cosine to zero; a function of images, or of time where that runs out first."""
-    share = nimg / config.images
+def _learning_rate_factor(nimg: int, seconds: float, config: ClipConfig) -> float:
+    """Linear warm-up times a cosine to zero, over images, or over time if that ends first."""
+    fraction = nimg / config.images
     if config.minutes > 0:
-        share = max(share, min(seconds / (60 * config.minutes), 1.0))
+        fraction = max(fraction, min(seconds / (60 * config.minutes), 1.0))
     warm = min(1.0, (nimg + config.batch_size) / max(config.warmup_images, 1))
-    return warm * 0.5 * (1 + math.cos(math.pi * share))
+    return warm * 0.5 * (1 + math.cos(math.pi * fraction))

@@ -1,8 +1,9 @@
-"""The small training loop behind the miniature's VAE and denoiser: AdamW, cosine rate, EMA, exact resume."""
+"""The training loop of the VAE and the denoiser: AdamW, cosine learning rate, EMA, exact resume."""
 
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from distill.models.ema import EMA
 from teacher_training.config import FitConfig
 
 LossFn = Callable[[list[int], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+"""`loss_of(rows, generator)` returns the loss of these rows and named values for the log."""
 
 
 def cosine_learning_rate(nimg: int, config: FitConfig) -> float:
-    """Linear warm-up, then a cosine to zero, both in images."""
+    """Return the learning rate after `nimg` images: linear warm-up times a cosine to zero."""
     warmup = min(1.0, (nimg + config.batch_size) / max(1, config.warmup_images))
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, nimg / config.images)))
 
@@ -37,72 +39,97 @@ def fit_modules(
     seed: int,
     progress: Progress = quiet,
 ) -> None:
-    """Train `modules` together on `loss_of(rows, generator)` and leave their EMA weights in them.
+    """Train `modules` together on `loss_of` and leave their EMA weights in them.
 
-    Data order and noise are functions of (seed, images so far), so a resumed training equals an unbroken one.
-    Raises FloatingPointError at the first non-finite loss and Interrupted on Ctrl-C, both with a checkpoint
-    safe.
+    `size` is the number of rows to train on. Data order and noise are functions of (seed, images so far), so
+    a resumed training equals an unbroken one. Raises FloatingPointError at the first non-finite loss and
+    Interrupted on Ctrl-C, both with a checkpoint on disk.
     """
-    if config.batch_size % process_group.world_size():
-        raise SettingError(
-            f"batch_size {config.batch_size} does not divide over {process_group.world_size()} processes"
-        )
-    together = nn.ModuleDict(dict(modules)).train().requires_grad_(True)
-    process_group.broadcast(together.state_dict().values())
-    optimizer = torch.optim.AdamW(
-        together.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
-    ema = EMA(together, config.ema)
-    folder, nimg = log.folder / "checkpoints", 0
-    if (last := checkpoint.latest(folder)) is not None:
-        last.load("model", together)
-        ema.load(last.tensors("ema"))
-        optimizer.load_state_dict(last.state()["optimizer"])
-        nimg = last.nimg
-        log.rewind(nimg)
-
-    def save() -> Path:
-        modules = {"model": together.state_dict(), "ema": ema.tensors}
-        return checkpoint.save(folder, nimg, modules, {"optimizer": optimizer.state_dict()}, {"label": label})
-
-    local = config.batch_size // process_group.world_size()
+    world, rank = process_group.world_size(), process_group.rank()
+    if config.batch_size % world:
+        raise SettingError(f"batch_size {config.batch_size} does not divide over {world} processes")
+    state = _resume(log, modules, config)
+    local = config.batch_size // world
     started = saved = time.monotonic()
-    reported = first = nimg
+    reported = first = state.nimg
     with StopFlag() as stop:
-        while nimg < config.images:
-            rows = permuted_batch(seed, size, nimg, config.batch_size)[process_group.rank() * local :][:local]
-            for group in optimizer.param_groups:
-                group["lr"] = cosine_learning_rate(nimg, config)
-            loss, parts = loss_of(rows, seed_step(seed, process_group.rank(), nimg))
-            loss.backward()
-            if process_group.any_rank(not torch.isfinite(loss)):
-                last = checkpoint.latest(folder)
-                where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
-                raise FloatingPointError(
-                    f"{label}: loss is {loss.item()} at image {nimg}; {where}; "
-                    "lower the learning rate in another --out"
-                )
-            process_group.average_gradients(together.parameters())
-            torch.nn.utils.clip_grad_norm_(together.parameters(), config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            nimg += config.batch_size
-            ema.update(together, nimg)
-            progress(label, min(nimg, config.images), config.images)
-            if nimg - reported >= config.images // 200 or nimg >= config.images:
-                reported = nimg
+        while state.nimg < config.images:
+            # One step on this rank's rows of the batch.
+            rows = permuted_batch(seed, size, state.nimg, config.batch_size)[rank * local :][:local]
+            loss, parts = loss_of(rows, seed_step(seed, rank, state.nimg))
+            _update(label, state, loss, config)
+            progress(label, min(state.nimg, config.images), config.images)
+            # Report 200 times per training.
+            if state.nimg - reported >= config.images // 200 or state.nimg >= config.images:
+                reported = state.nimg
                 values = process_group.mean({k: float(v.detach()) for k, v in parts.items()})
-                rate = (nimg - first) / (time.monotonic() - started)
-                log.write(nimg, {**values, "time/images_per_sec": rate})
+                rate = (state.nimg - first) / (time.monotonic() - started)
+                log.write(state.nimg, {**values, "time/images_per_sec": rate})
+            # Save now and then, at the end, and on Ctrl-C.
             stopping = process_group.any_rank(bool(stop))
             due = process_group.any_rank(time.monotonic() - saved > 60 * config.checkpoint_minutes)
-            if stopping or due or nimg >= config.images:
+            if stopping or due or state.nimg >= config.images:
                 saved = time.monotonic()
-                path = save() if process_group.rank() == 0 else folder
+                path = _save(label, state) if rank == 0 else state.folder
                 process_group.barrier()
                 if stopping:
                     raise Interrupted(
                         f"{label} stopped; safe on disk: {path}; run the same command again to go on"
                     )
-    ema.copy_to(together)
-    together.eval().requires_grad_(False)
+    state.ema.copy_to(state.modules)
+    state.modules.eval().requires_grad_(False)
+
+
+@dataclass(kw_only=True)
+class _FitState:
+    """What a checkpoint holds, and the folder of checkpoints."""
+
+    modules: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    folder: Path
+    nimg: int = 0
+
+
+def _resume(log: RunLog, modules: Mapping[str, nn.Module], config: FitConfig) -> _FitState:
+    """Build the state of a training from the newest checkpoint of its run folder, if there is one."""
+    trained = nn.ModuleDict(dict(modules)).train().requires_grad_(True)
+    process_group.broadcast(trained.state_dict().values())
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+    )
+    folder = log.folder / "checkpoints"
+    state = _FitState(modules=trained, optimizer=optimizer, ema=EMA(trained, config.ema), folder=folder)
+    if (last := checkpoint.latest(folder)) is not None:
+        last.load("model", trained)
+        state.ema.load(last.tensors("ema"))
+        optimizer.load_state_dict(last.state()["optimizer"])
+        state.nimg = last.nimg
+        log.rewind(state.nimg)
+    return state
+
+
+def _update(label: str, state: _FitState, loss: Tensor, config: FitConfig) -> None:
+    """One optimizer step and EMA update. Raises FloatingPointError if any rank's loss is not finite."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = cosine_learning_rate(state.nimg, config)
+    loss.backward()
+    if process_group.any_rank(not torch.isfinite(loss)):
+        last = checkpoint.latest(state.folder)
+        where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
+        raise FloatingPointError(
+            f"{label}: loss is {loss.item()} at image {state.nimg}; {where}; "
+            "lower the learning rate in another --out"
+        )
+    process_group.average_gradients(state.modules.parameters())
+    torch.nn.utils.clip_grad_norm_(state.modules.parameters(), config.clip_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.nimg += config.batch_size
+    state.ema.update(state.modules, state.nimg)
+
+
+def _save(label: str, state: _FitState) -> Path:
+    modules = {"model": state.modules.state_dict(), "ema": state.ema.tensors}
+    optimizer = {"optimizer": state.optimizer.state_dict()}
+    return checkpoint.save(state.folder, state.nimg, modules, optimizer, {"label": label})

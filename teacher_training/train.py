@@ -1,6 +1,4 @@
-"""Train a whole Stable-Diffusion-shaped teacher from captioned pictures: VAE, text encoder, UNet,
-LatentLPIPS, CLIP.
-"""
+"""Trains a Stable-Diffusion-like teacher on captioned images: VAE, text encoder, UNet, LatentLPIPS, CLIP."""
 
 import json
 import time
@@ -40,9 +38,7 @@ TEACHER_STAGES = ("data", "vae", "unet", "lpips", "clip")
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSummary:
-    """What `train_teacher` made. `params`: of the UNet; `images`: pictures trained on; `scores`: per
-    stage.
-    """
+    """Result of `train_teacher`: parameters of the UNet, number of training images, and scores per stage."""
 
     out: str
     params: int
@@ -54,29 +50,32 @@ class TeacherSummary:
 def train_teacher(
     config: TeacherConfig, out: Path, stages: tuple[str, ...] = TEACHER_STAGES, progress: Progress = quiet
 ) -> TeacherSummary:
-    """Train the stages that are not done yet; each is whole on disk before the next begins.
+    """Train the stages that are not done yet, one after the other.
 
-    OUT is a StableDiffusionPipeline in diffusers layout with latent_lpips/ and clip/ beside its pieces, and
-    training/ with caches, configs, curves and checkpoints. Runs on every rank of torchrun.
+    OUT becomes a StableDiffusionPipeline in diffusers layout with latent_lpips/ and clip/ beside its
+    components, and training/ with caches, configs, curves and checkpoints. A stage is complete on disk before
+    the next one starts. Runs on every rank of torchrun. Raises SettingError for an unknown stage.
     """
     started, work = time.monotonic(), out / "training"
     for stage in stages:
         pick(dict.fromkeys(TEACHER_STAGES), stage, "stage")
-    pictures = {key: to_json(config)[key] for key in ("data", "size", "images", "seed", "caption_template")}
-    RunLog(work, pictures)  # each stage checks its own settings against its own folder
+    data = {key: to_json(config)[key] for key in ("data", "size", "images", "seed", "caption_template")}
+    RunLog(work, data)  # each stage checks its own settings against its own folder
     images, captions = cached_images(
         work, config.data, config.size, config.images, config.seed, config.caption_template, progress
     )
     scores: dict[str, Any] = {}
     for stage in [s for s in TEACHER_STAGES[1:] if s in stages]:
-        done = work / stage / "scores.json"
-        if not done.is_file():
-            begun = time.monotonic()
-            result = _TRAIN[stage](config, out, images, captions, progress)
+        scores_file = work / stage / "scores.json"
+        if not scores_file.is_file():
+            stage_started = time.monotonic()
+            result = _TRAIN_STAGE[stage](config, out, images, captions, progress)
             if process_group.rank() == 0:
-                write_atomically(done, json.dumps({**result, "seconds": time.monotonic() - begun}))
+                write_atomically(
+                    scores_file, json.dumps({**result, "seconds": time.monotonic() - stage_started})
+                )
             process_group.barrier()
-        scores[stage] = json.loads(done.read_text())
+        scores[stage] = json.loads(scores_file.read_text())
     params = sum(p.numel() for p in load_unet(str(out)).parameters()) if (out / "unet").is_dir() else 0
     return TeacherSummary(
         out=str(out), params=params, images=len(images), seconds=time.monotonic() - started, scores=scores
@@ -96,7 +95,7 @@ def _train_vae(
 
 
 def _latents(out: Path, images: Tensor, progress: Progress) -> Tensor:
-    """Scaled latents [N, C, h, w] of all pictures: posterior means, cached by rank 0."""
+    """Return scaled latents [N, C, h, w] of all images: posterior means, which rank 0 computes and caches."""
     path = out / "training" / "latents.pt"
     if not path.is_file() and process_group.rank() == 0:
         vae, rows = load_vae(str(out)), []
@@ -117,7 +116,7 @@ def _train_unet(
     latents, vae = _latents(out, images, progress), load_vae(str(out))
     if process_group.rank() == 0:
         tokenizer = new_tokenizer(captions, out / "tokenizer", config.unet.vocab_size, config.unet.max_length)
-        # The schedule must be on disk before training: it is read back as any teacher's is.
+        # The schedule must be on disk before training, because it is loaded like any teacher's.
         text, unet = build_denoiser(config.unet, tokenizer, latents.shape[1], latents.shape[-1])
         save_pipeline(out, unet=unet, vae=vae, conditioner=text, set_alpha_to_one=True)
     process_group.barrier()
@@ -164,4 +163,4 @@ def _train_clip(
     return train_clip(images, captions, out / "tokenizer", out / "clip", settings, progress=progress)
 
 
-_TRAIN = {"vae": _train_vae, "unet": _train_unet, "lpips": _train_lpips, "clip": _train_clip}
+_TRAIN_STAGE = {"vae": _train_vae, "unet": _train_unet, "lpips": _train_lpips, "clip": _train_clip}

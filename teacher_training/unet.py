@@ -1,4 +1,4 @@
-"""The miniature's text encoder and UNet, trained together on epsilon prediction with caption dropout."""
+"""Trains a text encoder and a UNet together, on epsilon prediction with caption dropout."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from teacher_training.loop import fit_modules
 def build_denoiser(
     config: DenoiserConfig, tokenizer: Any, latent_channels: int, latent_size: int
 ) -> tuple[SDConditioner, nn.Module]:
-    """Fresh text encoder and UNet2DConditionModel with cross-attention at every scale."""
+    """Build an untrained text encoder and UNet2DConditionModel, with cross-attention at every scale."""
     levels = len(config.channels)
     unet = new_unet(
         sample_size=latent_size,
@@ -44,23 +44,27 @@ def train_denoiser(
     seed: int,
     progress: Progress = quiet,
 ) -> tuple[SDConditioner, nn.Module]:
-    """Train on scaled latents [N, C, h, w] with one caption each; returns EMA weights."""
+    """Train on scaled latents [N, C, h, w] with one caption each; returns the models with EMA weights.
+
+    The loss is weighted by min(SNR, gamma) / SNR (Hang et al. 2023).
+    """
     torch.manual_seed(seed)
     text, unet = build_denoiser(config, tokenizer, latents.shape[1], latents.shape[-1])
     tokens, empty = text.tokens(captions), text.tokens([""])
-    bars = schedule.alphas_cumprod.float()
-    snr = bars / (1 - bars)
+    alphas_cumprod = schedule.alphas_cumprod.float()
+    snr = alphas_cumprod / (1 - alphas_cumprod)
     weights = snr.clamp(max=config.min_snr_gamma) / snr
 
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x0 = latents[rows]
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(len(schedule), (len(rows),), generator=generator)
+        # Replace some captions with the empty one, for classifier-free guidance.
         dropped = torch.rand(len(rows), 1, generator=generator) < config.caption_dropout
         hidden = text(torch.where(dropped, empty, tokens[rows])).tensors["hidden"]
-        epsilon = unet(diffuse(x0, noise, bars, t), t, hidden).sample
-        each = (epsilon.float() - noise).square().mean((1, 2, 3))
-        return (weights[t] * each).mean(), {"loss/mse": each.mean()}
+        epsilon = unet(diffuse(x0, noise, alphas_cumprod, t), t, hidden).sample
+        errors = (epsilon.float() - noise).square().mean((1, 2, 3))
+        return (weights[t] * errors).mean(), {"loss/mse": errors.mean()}
 
     fit_modules(
         "unet",

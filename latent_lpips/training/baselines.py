@@ -4,7 +4,7 @@ from torch import Tensor
 
 from d2g.core.errors import UserError
 
-WINDOW = 11
+SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window in pixels; its sigma is 1.5 (Wang et al. 2004)."""
 
 
@@ -21,10 +21,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """
     from kornia.metrics import ssim as ssim_map
 
-    if min(a.shape[2:]) < WINDOW:
-        raise UserError(f"SSIM takes images of {WINDOW} pixels or more, got {a.shape[3]}x{a.shape[2]}")
+    if min(a.shape[2:]) < SSIM_WINDOW:
+        raise UserError(f"SSIM takes images of {SSIM_WINDOW} pixels or more, got {a.shape[3]}x{a.shape[2]}")
     # Pixels span [-1, 1], a range of 2. Variances are differences of squares, hence float64.
-    values: Tensor = ssim_map(a.double(), b.double(), WINDOW, max_val=2.0, padding="valid")
+    values: Tensor = ssim_map(a.double(), b.double(), SSIM_WINDOW, max_val=2.0, padding="valid")
     return values.mean((1, 2, 3)).float()
 
 
