@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from d2g_cli.common import DryRun, Json, Out, Preset, Seed, Sets, chosen, dry, emit, reporter
+from d2g_cli.common import DryRun, Json, Out, Preset, Seed, Sets, chosen, dry, emit, emit_table, reporter
 
 app = typer.Typer(help="Train or inspect a teacher.", no_args_is_help=True)
 
@@ -33,9 +33,21 @@ def teacher_train(
     emit(train_teacher(config, out, tuple(stages.split(",")), reporter), as_json, "teacher")
 
 
+@app.command("list")
+def teacher_list(as_json: Json = False) -> None:
+    """List the model families and the stages that support them."""
+    from d2g.diffusion.families.registry import STAGE_COLUMNS, stage_table
+
+    rows = stage_table()
+    if as_json:
+        emit({"families": rows}, as_json, "families")
+    else:
+        emit_table(STAGE_COLUMNS, [[row[column] for column in STAGE_COLUMNS] for row in rows], "families")
+
+
 @app.command("info")
 def teacher_info(teacher: str, as_json: Json = False) -> None:
-    """What was found in a teacher's folder."""
+    """Describe a teacher from the files in its folder, without reading weights."""
     from d2g.diffusion.teacher import describe_teacher
 
     emit(describe_teacher(teacher), as_json, teacher)

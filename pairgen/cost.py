@@ -9,7 +9,7 @@ from d2g.core.distributed import process_group
 from d2g.core.progress import Progress, quiet
 from d2g.diffusion.solvers import evaluations
 from pairgen.config import PairConfig
-from pairgen.job import Job, open_job
+from pairgen.job import Job, log_supported_stages, open_job
 
 LARGEST_BATCH = 1024
 GAIN = 1.03  # a batch twice as large must be this much faster a row, or it is not worth its memory
@@ -25,6 +25,7 @@ def plan_pairs(
     `price`: of one GPU-hour, in any currency, 0 or more; 0 leaves costs out.
     """
     device = process_group.init()
+    log_supported_stages(config)
     job = open_job(config, device)
     spec = job.spec
     batch_size = config.batch_size or fastest_batch(job)

@@ -15,7 +15,7 @@ from d2g.core.signals import StopFlag
 from d2g.diffusion import pretrained
 from pairgen.config import PairConfig
 from pairgen.cost import fastest_batch
-from pairgen.job import Job, batched, config_of, open_job
+from pairgen.job import Job, batched, config_of, log_supported_stages, open_job
 from pairgen.shard_claims import Claims
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import (
@@ -81,6 +81,7 @@ def generate_pairs(
     """
     started = time.monotonic()
     device = process_group.init(patient=True)
+    log_supported_stages(config)
     job = open_store(config, Path(out), device)
     spec, folder, tally = job.spec, Path(out), Tally(config.max_bad)
     batch_size = config.batch_size or fastest_batch(job)

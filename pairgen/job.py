@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
+from d2g.core.logs import logger
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.solvers import Solver
-from d2g.diffusion.teacher import Teacher, check_solver, load_teacher
+from d2g.diffusion.teacher import Teacher, check_solver, describe_stages, load_teacher
 from pairgen.config import PairConfig
 from pairgen.prompts import PromptList, check_labels, label_list, prompts_sha256, read_prompts
 from pairgen.store.spec import StoreSpec, prompts_path
@@ -77,6 +79,12 @@ class Encoded:
 
     position: dict[str, int]
     cond: Conditioning
+
+
+def log_supported_stages(config: PairConfig) -> None:
+    """Log in one line which stages support the teacher, before anything is spent on its pairs."""
+    if config.teacher and process_group.rank() == 0:
+        logger.info(describe_stages(config.teacher))
 
 
 def open_job(

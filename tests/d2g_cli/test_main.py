@@ -60,7 +60,16 @@ def test_help_says_all_that_was_written(words: tuple[str, ...]) -> None:
 
 def test_the_contracts_commands_are_there() -> None:
     named = {" ".join(words) for words in COMMANDS}
-    contract = {"demo", "doctor", "teacher train", "teacher info", "sample", "export", "lpips distance"}
+    contract = {
+        "demo",
+        "doctor",
+        "teacher train",
+        "teacher info",
+        "teacher list",
+        "sample",
+        "export",
+        "lpips distance",
+    }
     contract |= {f"pairs {name}" for name in ("plan", "generate", "info", "verify", "repair", "merge")}
     contract |= {"distill ode", "distill gan", "eval run", "eval compare", "eval stats", "eval curve"}
     assert contract <= named and {words.partition(" --")[0] for words in WORKS} <= named

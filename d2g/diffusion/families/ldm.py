@@ -10,7 +10,7 @@ class LatentDiffusion(UNet2D):
     """LDMPipeline: as `UNet2D`, but on latents and never flat."""
 
     name = "ldm"
-    title = "Latent diffusion with a VQ autoencoder"
+    title = "LDM with a VQ autoencoder"
     pipelines = ("LDMPipeline",)
     components: ClassVar[Components] = {
         "unet": ("UNet2DModel",),

@@ -1,4 +1,4 @@
-"""All families: every class of this package's files that is a complete `Family`. A new file registers itself."""
+"""All families: every complete `Family` class in the files of this package. A new file registers itself."""
 
 import importlib
 import inspect
@@ -10,8 +10,8 @@ from d2g.diffusion.families.base import SCHEDULE_NAMES, Family, ScheduleKind
 
 
 def _discover() -> dict[str, Family]:
-    """Family by name, in the order of the file names."""
-    found: dict[str, Family] = {}
+    """Families by name, in the order of the file names."""
+    discovered: dict[str, Family] = {}
     for name in sorted(module.name for module in pkgutil.iter_modules(families.__path__)):
         if name == "registry":
             continue
@@ -19,8 +19,8 @@ def _discover() -> dict[str, Family]:
         for value in vars(module).values():
             own = inspect.isclass(value) and value.__module__ == module.__name__
             if own and issubclass(value, Family) and not inspect.isabstract(value):
-                found[value.name] = value()
-    return found
+                discovered[value.name] = value()
+    return discovered
 
 
 FAMILIES: Mapping[str, Family] = _discover()
@@ -30,7 +30,7 @@ STAGE_COLUMNS = ("family", "pairs", "regression", "GAN", "LoRA", "export")
 
 
 def stage_table() -> list[dict[str, str]]:
-    """The table of families and the stages that work for them: one row per family, texts by `STAGE_COLUMNS`."""
+    """The table of families and the stages that support them: one row per family, texts by `STAGE_COLUMNS`."""
     return [
         {
             "family": family.title,
@@ -45,21 +45,23 @@ def stage_table() -> list[dict[str, str]]:
 
 
 def _cell(family: Family, kinds: tuple[ScheduleKind, ...]) -> str:
-    """yes, no, or yes with the kinds of schedule, where a stage does not work for all that the family has."""
-    if set(kinds) == set(family.schedules):
-        return "yes"
-    return f"yes, {_only(kinds)}" if kinds else "no"
+    """yes, no, or yes with the kinds of schedule that the family has and the stage does not support."""
+    condition = _condition(family, kinds)
+    if not kinds:
+        return "no"
+    return f"yes, {condition}" if condition else "yes"
 
 
 def _formats(family: Family) -> str:
-    """The formats of `d2g export`, each with its condition."""
+    """The formats of `d2g export`, each with its conditions."""
     formats = []
     for export in family.exports:
-        conditions = [] if set(export.schedules) == set(family.schedules) else [_only(export.schedules)]
-        conditions += ["unconditional only"] if export.unconditional_only else []
-        formats.append(f"{export.name} ({', '.join(conditions)})" if conditions else export.name)
+        only = "unconditional only" if export.unconditional_only else ""
+        conditions = ", ".join(filter(None, [_condition(family, export.schedules), only]))
+        formats.append(f"{export.name} ({conditions})" if conditions else export.name)
     return ", ".join(formats) or "no"
 
 
-def _only(kinds: tuple[ScheduleKind, ...]) -> str:
-    return f"{' or '.join(SCHEDULE_NAMES[kind] for kind in kinds)} only"
+def _condition(family: Family, kinds: tuple[ScheduleKind, ...]) -> str:
+    missing = [SCHEDULE_NAMES[kind] for kind in family.schedules if kind not in kinds]
+    return f"not {' or '.join(missing)}" if missing else ""

@@ -1,0 +1,121 @@
+"""d2g.diffusion.families: the table of stages is the same in registry, command and README, and it is true."""
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import EDMEulerScheduler
+from typer.testing import CliRunner
+
+import tiny
+import tiny_teachers
+from d2g.core.errors import SettingError, UserError
+from d2g.diffusion import pretrained
+from d2g.diffusion.families.base import Family
+from d2g.diffusion.families.registry import FAMILIES, STAGE_COLUMNS, stage_table
+from d2g.diffusion.pipelines import FAMILY_OF, family_of
+from d2g.diffusion.scheduler_files import load_any_schedule, schedule_kind
+from d2g.diffusion.teacher import describe_stages
+from d2g_cli.main import app
+from distill.config.components import StudentConfig
+from distill.export.one_step_pipeline import pipeline_schedule
+from distill.models.student import check_teacher, student_from_teacher
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny teacher of every family, and of every kind of schedule and conditioning that it has."""
+    root = tmp_path_factory.mktemp("teachers")
+    tiny.save_teacher(root / "sd")
+    return {
+        "sd": str(root / "sd"),
+        "sdxl": tiny_teachers.save_sdxl(root / "sdxl"),
+        "sdxl edm": tiny_teachers.save_sdxl(root / "sdxl_edm", scheduler=EDMEulerScheduler),
+        "sd3": tiny_teachers.save_sd3(root / "sd3"),
+        "pixart": tiny_teachers.save_pixart(root / "pixart", sigma=True),
+        "dit": tiny_teachers.save_dit(root / "dit", classes=4),
+        "ldm": tiny_teachers.save_ldm(root / "ldm"),
+        "unet2d": tiny_teachers.save_pixels(root / "unet2d"),
+        "unet2d classes": tiny_teachers.save_pixels(root / "classes", classes=10),
+        "unet2d edm": tiny_teachers.save_edm(root / "edm", classes=None),
+    }
+
+
+NAMES = ("sd", "sdxl", "sdxl edm", "sd3", "pixart", "dit", "ldm", "unet2d", "unet2d classes", "unet2d edm")
+
+
+def test_every_family_registers_itself_and_its_pipelines_once() -> None:
+    assert set(FAMILIES) == {name.split()[0] for name in NAMES}
+    assert len(FAMILY_OF) == sum(len(family.pipelines) for family in FAMILIES.values())
+    for name, family in FAMILIES.items():
+        assert isinstance(family, Family) and family.name == name
+        assert family.network in family.components and "scheduler" in family.components
+        assert family.autoencoder is None or family.autoencoder in family.components
+
+
+def test_the_command_and_the_readme_show_the_registrys_table() -> None:
+    rows = stage_table()
+    assert [tuple(row) for row in rows] == [STAGE_COLUMNS] * len(FAMILIES)
+    printed = CliRunner().invoke(app, ["teacher", "list", "--json"]).stdout
+    assert json.loads(printed) == {"families": rows}
+    people = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["teacher", "list"]).stdout
+    for row in rows:
+        assert any(all(text in line for text in row.values()) for line in people.splitlines())
+    lines = [
+        f"| {' | '.join(row.values())} |"
+        for row in [dict(zip(STAGE_COLUMNS, STAGE_COLUMNS, strict=True)), *rows]
+    ]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = "\n".join([lines[0], "|---" * len(STAGE_COLUMNS) + "|", *lines[1:]])
+    assert table in readme, f"README.md lacks this table:\n{table}"
+
+
+def works(teacher: str, stage: str, **student: int) -> bool:
+    """Whether a student for this stage can be built."""
+    config = StudentConfig(**student)
+    try:
+        check_teacher(teacher, stage, config)
+        student_from_teacher(teacher, config=config)
+    except (SettingError, UserError):
+        return False
+    return True
+
+
+def exports_to_diffusers(teacher: str) -> bool:
+    try:
+        pipeline_schedule(teacher)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_is_what_the_stages_accept(name: str, teachers: dict[str, str]) -> None:
+    teacher = teachers[name]
+    family, kind = family_of(teacher), schedule_kind(load_any_schedule(teacher))
+    assert family.name == name.split()[0] and kind in family.schedules
+    conditioning = pretrained.conditioner_on_meta(teacher).kind
+    stages = family.supported_stages(kind, conditioning == "none" or family.reads_text)
+    assert bool(stages["regression"]) == works(teacher, "ode")
+    assert bool(stages["GAN"]) == works(teacher, "gan")
+    assert bool(stages["LoRA"]) == works(teacher, "ode", lora_rank=2)
+    formats = stages["export"]
+    assert ("safetensors" in formats) == ("onnx" in formats) == bool(stages["regression"])
+    diffusers = works(teacher, "ode") and exports_to_diffusers(teacher)
+    assert ("diffusers" in formats) == diffusers
+    assert ("lora" in formats) == (family.reads_text and diffusers)
+
+
+def test_a_teacher_says_in_one_line_what_supports_it(teachers: dict[str, str]) -> None:
+    text = describe_stages(teachers["sd"])
+    assert text.endswith("supports pairs, regression, GAN, LoRA, export (safetensors, onnx, diffusers, lora)")
+    pairs_only = describe_stages(teachers["sd3"])
+    assert pairs_only.endswith("supports pairs; not supported: regression, GAN, LoRA, export")
+    edm, classes = describe_stages(teachers["sdxl edm"]), describe_stages(teachers["unet2d classes"])
+    for line in (edm, classes):
+        assert line.endswith(
+            "supports pairs, regression, LoRA, export (safetensors, onnx); not supported: GAN"
+        )
+        assert "\n" not in line
