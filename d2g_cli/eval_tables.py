@@ -5,9 +5,9 @@ from typing import Any
 
 def cell(row: dict[str, Any], key: str) -> str:
     """A number and its interval, where the row has them."""
-    from eval.report.parts import shown
+    from eval.report.numbers import format_value
 
-    return "" if row.get(key) is None else " ".join(shown(row[key], row["ci"].get(key))).strip()
+    return "" if row.get(key) is None else " ".join(format_value(row[key], row["ci"].get(key))).strip()
 
 
 def lines_of(result: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from eval.report.charts import Curve
 from eval.report.gallery import Better, Pictures
-from eval.report.html import Latency, Metric, ReportData
+from eval.report.html import Latency, MetricRow, ReportData
 from eval.report.html import write_report as write_page
-from eval.report.svg import Curve
 
 DEMO_METRICS: Mapping[str, tuple[str, Better]] = {
     "fid": ("Frechet distance (oracle features)", "lower"),
@@ -53,7 +53,7 @@ def write_demo_report(
         f"({speed['teacher'] / speed['student']:.0f}\u00d7).",
         notes=DEMO_NOTES,
         metrics=[
-            Metric(
+            MetricRow(
                 name=name, better=better, values={title: result[key][who] for who, title in titles.items()}
             )
             for key, (name, better) in DEMO_METRICS.items()

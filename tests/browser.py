@@ -64,7 +64,7 @@ LOOK = r"""(async () => {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LogitStats:
+class PageState:
     """What the page looked like. `problems`: everything that is wrong with it, in words."""
 
     title: str
@@ -119,7 +119,7 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def open(self, page: Path, *, width: int, dark: bool = False, media: str = "screen") -> LogitStats:
+    def open(self, page: Path, *, width: int, dark: bool = False, media: str = "screen") -> PageState:
         """Load a file at a viewport `width` CSS pixels wide and look at all of it."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", media=media, features=scheme)
@@ -132,7 +132,7 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._next()
         seen = self.evaluate(LOOK)
-        return LogitStats(
+        return PageState(
             title=seen["title"],
             text=seen["text"],
             headings=[(level, text) for level, text in seen["headings"]],

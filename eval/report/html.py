@@ -1,36 +1,57 @@
-"""report.html: one self-contained page of an evaluation. No script, no network, no other file."""
+"""report.html: one self-contained page of an evaluation. No script, no network, no other file.
+
+The page is the template `report.html.jinja` with `style.css` inside; here are its data and what it computes.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
-from eval.report.gallery import Pictures, Ranking
-from eval.report.parts import all_pictures, facts, ranked_pictures, said
-from eval.report.style import STYLE
-from eval.report.svg import Curve
-from eval.report.tables import Latency as Latency
-from eval.report.tables import Metric as Metric
-from eval.report.tables import curves_section, latency_section, metrics_section, timings_section
+from eval.report.charts import Curve, curve_svg, dash
+from eval.report.gallery import PIXEL_ART, Better, Pictures, Ranking, thumbnail
+from eval.report.numbers import arrow, format_column, format_number, format_setting, format_value
 
 MAX_BYTES = 24 * 2**20
 """A page stays below this: what a mail takes and a phone opens."""
 
-SIDES = (256, 192, 128)
+THUMBNAIL_SIDES = (256, 192, 128)
 """Thumbnail sides in pixels, tried in turn until the page is small enough."""
 
 # C0 and C1 controls but for tab and newline, and halves of surrogate pairs: no HTML file may hold them.
-_UNSPEAKABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricRow:
+    """One metric of one or more samplers. `intervals`: 95 %, (low, high), by sampler. `note` explains it."""
+
+    name: str
+    values: Mapping[str, float]
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    better: Better = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Milliseconds per image of a sampler, end to end, and of its parts where they were measured."""
+
+    name: str
+    milliseconds: float
+    batch: int = 1
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportData:
-    """All that a report may show. Only `title` must be there; each other part appears when it is given.
+    """All that a report may show. Only `title` is required; each other section appears when it has data.
 
-    `sources`: what each sampler is. `settings`: the protocol's fields. `models`: per network its facts, as in
+    `sources`: what each sampler is. `settings`: the protocol's fields. `models`: facts of each network, as in
     `EvalResult.models`. `timings`: seconds per stage. `environment`: versions, hardware, command.
     """
 
@@ -43,7 +64,7 @@ class ReportData:
     models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    metrics: Sequence[Metric] = ()
+    metrics: Sequence[MetricRow] = ()
     beside: Sequence[Pictures] = ()
     grids: Sequence[Pictures] = ()
     rankings: Sequence[Ranking] = ()
@@ -55,92 +76,76 @@ class ReportData:
 
 
 def write_report(path: Path, data: ReportData, *, max_bytes: int = MAX_BYTES) -> None:
-    """Write the page, with thumbnails as large as `max_bytes` allows. Raises UserError when none are small
-    enough, or the file cannot be written.
+    """Write the page with thumbnails as large as `max_bytes` allows. Raises UserError when even the smallest
+    make it too large, or the file cannot be written.
     """
-    for side in SIDES:
-        page = render(data, side)
+    for side in THUMBNAIL_SIDES:
+        page = render_report(data, side)
         size = len(page.encode())
         if size <= max_bytes:
             return write_atomically(path, page)
     raise UserError(
-        f"{path.name} would take {size / 2**20:.1f} MiB with pictures of {SIDES[-1]} px; expected at most "
-        f"{max_bytes / 2**20:.1f}; show fewer pictures"
+        f"{path.name} would take {size / 2**20:.1f} MiB with pictures of {THUMBNAIL_SIDES[-1]} px; expected "
+        f"at most {max_bytes / 2**20:.1f}; show fewer pictures"
     )
 
 
-def render(data: ReportData, side: int = SIDES[0]) -> str:
-    """The page's text, with thumbnails of at most `side` pixels."""
-    sections = {
-        "metrics": ("Metrics" if data.metrics else "Notes", metrics_section(data.metrics, data.notes)),
-        "beside": ("Same noise, same prompt", all_pictures(data.beside, side, "Same noise, same prompt")),
-        "images": ("Images", all_pictures(data.grids, side, "Images")),
-        "ranking": ("Worst and best", "".join(ranked_pictures(ranking, side) for ranking in data.rankings)),
-        "nearest": ("Nearest training images", all_pictures(data.nearest, side, "Nearest training images")),
-        "curves": ("Curves", curves_section(data.curves)),
-        "latency": ("Latency", latency_section(data.latency)),
-        "timings": ("Time taken", timings_section(data.timings)),
-        "setting": ("Setting", _setting(data)),
-    }
-    there = {key: part for key, part in sections.items() if part[1]}
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in there.items())
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        # No prompt can ever run or load a thing, whatever escaping may miss.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">",
-        f'<link rel="icon" href="data:,"><title>{escape(data.title)}</title><style>{STYLE}</style></head>',
-        f"<body><main><header><h1>{escape(data.title)}</h1>",
-        f"<p>{said(data.summary)}</p>" if data.summary else "",
-        _top(data),
-        f'<nav aria-label="Sections">{links}</nav>' if len(there) > 1 else "",
-        "</header>",
-        *(
-            f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>'
-            f"{body}</section>"
-            for key, (title, body) in there.items()
-        ),
-        "</main></body></html>\n",
-    ]
-    return _UNSPEAKABLE.sub("\ufffd", "\n".join(part for part in parts if part))
+def render_report(data: ReportData, side: int = THUMBNAIL_SIDES[0]) -> str:
+    """The page as text, with thumbnails of at most `side` pixels. The same data give the same text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
+    environment.filters["code"] = lambda text: Markup(_mark_code(text))
+    environment.filters["small"] = _is_small
+    samplers = list(dict.fromkeys(name for metric in data.metrics for name in metric.values))
+    latency = data.latency
+    page = environment.get_template("report.html.jinja").render(
+        data=data,
+        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        samplers=samplers,
+        has_intervals=any(metric.intervals for metric in data.metrics),
+        cells=partial(_metric_cells, samplers=samplers),
+        arrow=arrow,
+        number=format_number,
+        setting=format_setting,
+        thumbnail=lambda image: thumbnail(image, side),
+        curve_svg=lambda curve, prefix: Markup(curve_svg(curve, prefix)),
+        dash=dash,
+        labeled_points=_labeled_points,
+        parts=list(dict.fromkeys(part for one in latency for part in one.parts)),
+        fastest=min((one.milliseconds for one in latency), default=0.0),
+        slowest=max((max(one.milliseconds, sum(one.parts.values())) for one in latency), default=0.0),
+    )
+    return _FORBIDDEN.sub("\ufffd", page) + "\n"
 
 
-# Facts.
+def _mark_code(text: str) -> str:
+    """Escaped text in which `code` became an element."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def _top(data: ReportData) -> str:
-    """What was measured, in a few lines at the top."""
-    lines = {}
-    if data.protocol:
-        digest = (
-            f" <small><code>{escape(data.protocol_sha256)}</code></small>" if data.protocol_sha256 else ""
-        )
-        lines["Protocol"] = escape(data.protocol) + digest
-    for name, source in data.sources.items():
-        lines[name] = escape(source)
-    if data.counts:
-        lines["Counts"] = ", ".join(f"{number:,} {escape(name)}" for name, number in data.counts.items())
-    return facts(lines)
+def _is_small(block: Pictures) -> bool:
+    """Whether all images of a gallery keep their pixels, shown enlarged."""
+    return all(max(image.shape[-2:]) <= PIXEL_ART for images in block.columns.values() for image in images)
 
 
-def _setting(data: ReportData) -> str:
-    """What a reader needs to get the same numbers."""
-    models = {
-        name: "<br>".join(
-            f"{escape(key)} <code>{escape(str(value))}</code>" for key, value in facts.items() if value
-        )
-        for name, facts in data.models.items()
-    }
-    blocks = {
-        "Protocol": facts({key: escape(_plain(value)) for key, value in data.settings.items()}, "settings"),
-        "Networks and reference": facts(models),
-        "Environment": facts({key: escape(value) for key, value in data.environment.items()}),
-    }
-    return "".join(f"<h3>{title}</h3>{block}" for title, block in blocks.items() if block)
+def _metric_cells(metric: MetricRow, samplers: Sequence[str]) -> list[tuple[str, str]]:
+    """(value, interval) as text by sampler, ("", "") where it was not measured. Values without an interval,
+    which would say how many digits count, all have the same decimals.
+    """
+    texts = dict(zip(metric.values, format_column(list(metric.values.values())), strict=True))
+    cells = []
+    for name in samplers:
+        interval = metric.intervals.get(name)
+        cells.append(format_value(metric.values[name], interval) if interval else (texts.get(name, ""), ""))
+    return cells
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(part) for part in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value) or "none"
+def _labeled_points(curve: Curve) -> list[tuple[str, str, str]]:
+    """(name, x, y) of the labeled points: what the chart shows, to read and copy."""
+    points = [point for name in curve.labels for point in curve.lines[name]]
+    names = [f"{name}, {label}" for name, labels in curve.labels.items() for label in labels]
+    x, y = (format_column([point[axis] for point in points]) for axis in (0, 1))
+    return list(zip(names, x, y, strict=True))

@@ -12,9 +12,9 @@ from torch import Tensor
 from eval.evaluate import Evaluation
 from eval.images.resize import NATIVE
 from eval.measure.source import Source
+from eval.report.charts import Curve
 from eval.report.gallery import Better, Pictures, Ranking, rank
-from eval.report.html import Latency, Metric, ReportData
-from eval.report.svg import Curve
+from eval.report.html import Latency, MetricRow, ReportData
 from eval.result import EvalResult, label_table
 
 GRID, BESIDE, RANKED = 32, 16, 8
@@ -56,12 +56,12 @@ def better(key: str) -> Better:
     return "" if key in NEUTRAL else "lower" if key in LOWER else "higher"
 
 
-def metrics_of(results: Mapping[str, EvalResult]) -> list[Metric]:
+def metrics_of(results: Mapping[str, EvalResult]) -> list[MetricRow]:
     """Every number of every result, beside the others'."""
     keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
     labels = label_table(next(iter(results.values())).models)
     return [
-        Metric(
+        MetricRow(
             name=labels.get(key, key),
             values={name: r.numbers()[key] for name, r in results.items() if key in r.numbers()},
             intervals={name: r.ci[key] for name, r in results.items() if key in r.ci},

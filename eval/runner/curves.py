@@ -13,10 +13,9 @@ from d2g.core.progress import Progress, quiet
 from eval.evaluate import Evaluation
 from eval.measure.source import Source
 from eval.protocols.config import CurveRun, EvalRun
+from eval.report.charts import Curve, plot_curve
 from eval.report.html import write_report
 from eval.report.page import fid_clip_curve, metrics_of, report_data
-from eval.report.plot import plot_curve
-from eval.report.svg import Curve
 from eval.result import label_table
 from eval.runner.samplers import checkpoints
 from eval.runner.session import EvalSession

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import tiny
 from d2g_cli import main as cli
-from eval.report.parts import shown
+from eval.report.numbers import format_value
 from jobs import distill_arguments, distill_config, make_clip
 from pairgen.store.reader import PairReader
 
@@ -200,7 +200,7 @@ def test_eval_of_a_student_and_its_comparison(
     assert {Path(row["name"]).stem: row["fid"] for row in rows} == {s: found[s]["fid"] for s in found}
     said = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json").stdout
     for stage in found:
-        assert shown(found[stage]["fid"], found[stage]["ci"]["fid"])[0] in said, stage
+        assert format_value(found[stage]["fid"], found[stage]["ci"]["fid"])[0] in said, stage
     assert "CLIP score" in said and "{" not in said
 
 

@@ -14,10 +14,18 @@ from browser import Browser, chromium
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.metrics.nearest import nearest
+from eval.report.charts import Curve
 from eval.report.gallery import Pictures, beside_neighbours, rank
-from eval.report.html import MAX_BYTES, SIDES, Latency, Metric, ReportData, render, write_report
-from eval.report.parts import column, shown
-from eval.report.svg import Curve
+from eval.report.html import (
+    MAX_BYTES,
+    THUMBNAIL_SIDES,
+    Latency,
+    MetricRow,
+    ReportData,
+    render_report,
+    write_report,
+)
+from eval.report.numbers import format_column, format_value
 
 EVIL = (
     "<script>document.title = 'taken'</script>",
@@ -50,13 +58,13 @@ def everything() -> ReportData:
         counts={"images": 30_000, "reference": 40_504},
         notes=["few images: `fid` is biased <upwards>"],
         metrics=[
-            Metric(
+            MetricRow(
                 name="FID",
                 values={"student": 9.288, "teacher": 8.6},
                 intervals={"student": (9.11, 9.46)},
                 better="lower",
             ),
-            Metric(name="Recall", values={"student": 0.41}, better="higher", note="k = 3"),
+            MetricRow(name="Recall", values={"student": 0.41}, better="higher", note="k = 3"),
         ],
         beside=[
             Pictures(title="Same noise", columns={"student": wide, "teacher": small}, prompts=prompts),
@@ -227,7 +235,7 @@ def _without(text: str, prompts: tuple[str, ...]) -> str:
 
 
 def test_a_section_is_there_when_its_data_is() -> None:
-    bare = render(ReportData(title="only"))
+    bare = render_report(ReportData(title="only"))
     assert "<h1>only</h1>" in bare and "<h2" not in bare and "<nav" not in bare
     whole = everything()
     chapter = {
@@ -239,18 +247,18 @@ def test_a_section_is_there_when_its_data_is() -> None:
     for field in fields(ReportData):
         if field.name == "title":
             continue
-        page = render(replace(ReportData(title="one"), **{field.name: getattr(whole, field.name)}))
+        page = render_report(replace(ReportData(title="one"), **{field.name: getattr(whole, field.name)}))
         found = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
         assert found == ([chapter[field.name]] if field.name in chapter else []), field.name
         # A digest without a protocol's name says nothing; every other field shows by itself.
         assert (page == bare.replace("only", "one")) == (field.name == "protocol_sha256"), field.name
     tags = _Tags()
-    tags.feed(render(whole))
+    tags.feed(render_report(whole))
     assert tags.open == []
 
 
 def test_numbers_stand_where_they_belong() -> None:
-    text = render(everything())
+    text = render_report(everything())
     cells = (
         r'<th scope="row">FID&nbsp;<abbr title="lower is better">.</abbr></th><td>9.29<small>\[9.11, 9.46\]'
     )
@@ -281,30 +289,34 @@ def test_numbers_stand_where_they_belong() -> None:
 def test_values_are_rounded_to_what_their_interval_knows(
     value: float, interval: tuple[float, float] | None, expected: tuple[str, str]
 ) -> None:
-    assert shown(value, interval) == expected
+    assert format_value(value, interval) == expected
 
 
 def test_columns_have_decimals_alike() -> None:
-    assert column([798.695, 85.27, 25.004]) == ["798.7", "85.3", "25.0"]
-    assert column([0.8804, 0.8812]) == ["0.88040", "0.88120"]
-    assert column([0.9312, 0.9308, 0.88]) == ["0.9312", "0.9308", "0.8800"]
-    assert column([0.5, 0.0, 0.25]) == ["0.500", "0.000", "0.250"]
-    assert column([1.0, float("nan")]) == ["1", "nan"] and column([]) == [] and column([0.0]) == ["0"]
+    assert format_column([798.695, 85.27, 25.004]) == ["798.7", "85.3", "25.0"]
+    assert format_column([0.8804, 0.8812]) == ["0.88040", "0.88120"]
+    assert format_column([0.9312, 0.9308, 0.88]) == ["0.9312", "0.9308", "0.8800"]
+    assert format_column([0.5, 0.0, 0.25]) == ["0.500", "0.000", "0.250"]
+    assert (
+        format_column([1.0, float("nan")]) == ["1", "nan"]
+        and format_column([]) == []
+        and format_column([0.0]) == ["0"]
+    )
 
 
 def test_pictures_shrink_until_the_page_is_small_enough(tmp_path: Path) -> None:
     noise = torch.randint(0, 256, (1, 3, 300, 300), generator=generator(3), dtype=torch.uint8)
     data = ReportData(title="large", grids=[Pictures(title="noise", columns={"student": noise})])
-    sizes = [len(render(data, side)) for side in SIDES]
+    sizes = [len(render_report(data, side)) for side in THUMBNAIL_SIDES]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] < MAX_BYTES
     path = tmp_path / "deep" / "report.html"
-    for side, size in zip(SIDES, sizes, strict=True):
+    for side, size in zip(THUMBNAIL_SIDES, sizes, strict=True):
         write_report(path, data, max_bytes=size)
-        assert path.read_text() == render(data, side)
+        assert path.read_text() == render_report(data, side)
     with pytest.raises(UserError, match=r"report\.html would take 0\.\d MiB .* show fewer pictures"):
         write_report(path, data, max_bytes=sizes[-1] - 1)
-    assert path.read_text() == render(data, SIDES[-1])  # the last good one is still there
+    assert path.read_text() == render_report(data, THUMBNAIL_SIDES[-1])  # the last good one is still there
 
 
 def test_the_same_data_give_the_same_bytes() -> None:
-    assert render(everything()) == render(everything())
+    assert render_report(everything()) == render_report(everything())
