@@ -35,6 +35,7 @@ from eval.protocols.protocol import PROTOCOLS
 from eval.runner.samplers import SamplingRequest, one_step_source
 from miniature.metrics import oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
+from miniature.registration import register_eval_scenes
 
 PARTS = ("d", "z", "r1", "multiscale", "mix")
 LOSSES = ("mse", "pseudo-huber", "latent-lpips", "e-latent-lpips")
@@ -67,6 +68,7 @@ def plan(pairs: str, out: Path, seed: int, images: tuple[int, int, int]) -> dict
 
 def judge(run: Path, count: int) -> dict[str, float]:
     """The student's numbers on `count` test scenes."""
+    register_eval_scenes()
     oracle, protocol = load_oracle(), PROTOCOLS["miniature"]
     networks = Networks(
         sets={"features": oracle_features(oracle)},

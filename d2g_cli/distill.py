@@ -62,7 +62,9 @@ def _validator(config: Any, given: dict[str, Any]) -> Any:
         return None
     from d2g.core.config import pick
     from eval.protocols.protocol import PROTOCOLS
+    from miniature.registration import register_eval_scenes
 
+    register_eval_scenes()
     protocol = pick(PROTOCOLS, given["validate"], "--validate protocol")
     if not config.train.validate_images:
         raise SettingError(

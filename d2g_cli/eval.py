@@ -184,7 +184,9 @@ def eval_curve(
 def eval_compare(results: list[Path], as_json: Json = False) -> None:
     """A table of several results, and win rates where PickScores were kept; refuses mixed protocols."""
     from eval.runner.run import compare_results
+    from miniature.registration import register_eval_scenes
 
+    register_eval_scenes()
     found = compare_results(results)
     if as_json:
         emit(found, as_json, "comparison")
@@ -204,7 +206,9 @@ def eval_protocols(
 ) -> None:
     """The named protocols, with the digest that stands in every result."""
     from eval.protocols.protocol import PROTOCOLS
+    from miniature.registration import register_eval_scenes
 
+    register_eval_scenes()
     if name is not None:
         chosen = pick(PROTOCOLS, name, "protocol")
         emit({**chosen.settings(), "metrics": list(chosen.metrics), "sha256": chosen.sha256()}, as_json, name)

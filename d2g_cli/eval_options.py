@@ -45,7 +45,9 @@ def configured(given: dict[str, Any]) -> Any:
     """EvalRun of a command's parameters: of a preset, the options that were given, and --set."""
     from eval.protocols.config import EVAL_PRESETS, EvalRun
     from eval.protocols.protocol import PROTOCOLS
+    from miniature.registration import register_eval_scenes
 
+    register_eval_scenes()
     options = {name: value for name, value in given.items() if name in EvalRun.__dataclass_fields__}
     if given.get("protocol") is not None:
         options["protocol"] = pick(PROTOCOLS, given["protocol"], "protocol")

@@ -22,11 +22,11 @@ def teacher_train(
     as_json: Json = False,
 ) -> None:
     """Train a small Stable-Diffusion-shaped teacher on captioned pictures."""
-    from miniature.registration import register_scenes
+    from miniature.registration import register_training_scenes
     from teacher_training.config import TEACHER_PRESETS
     from teacher_training.train import train_teacher
 
-    register_scenes()
+    register_training_scenes()
     config = chosen(TEACHER_PRESETS, preset or "scenes", {"data": data, "seed": seed}, sets)
     if dry_run:
         dry(config, as_json)

@@ -8,13 +8,13 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.progress import Progress, quiet
 from eval.measure.measure import measure_source
 from eval.measure.reference import Reference
-from eval.measure.required_networks import DREAMSIM, Networks, measures_of
+from eval.measure.required_networks import DREAMSIM_ROWS, Networks, measures_of
 from eval.measure.rows import Rows, Work
 from eval.measure.source import Source
-from eval.metrics.frechet import subset_sizes
-from eval.protocols.protocol import ANY, PAIRED, Protocol, check_metrics
+from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
+from eval.protocols.protocol import ANY, Protocol
 from eval.result import EvalResult
-from eval.summary import check_reference, prompts_sha256, summarise
+from eval.summary import check_reference, prompts_sha256, summarize
 
 GetReference = Callable[[], Reference | None]
 
@@ -56,7 +56,7 @@ def evaluate(
     metrics = metrics or protocol.metrics
     check_metrics(metrics)
     check_reference(metrics, reference)
-    paired = [metric for metric in metrics if metric in PAIRED]
+    paired = paired_metrics(metrics)
     if paired and other is None:
         raise SettingError(f"metric {paired[0]!r} needs images to compare with; give --against")
     check_networks(protocol, networks)
@@ -64,17 +64,18 @@ def evaluate(
     check_number(number, metrics, protocol, networks)
     real = reference() if callable(reference) else reference
     if real is not None:
-        compared = {name: net for name, net in networks.sets.items() if name != DREAMSIM}
-        real.check(protocol, compared)
+        real.check(protocol, networks.compared)
 
     measures, pairs = measures_of(networks, protocol, metrics)
     rows = measure_source(
         source, range(number), measures, pairs=pairs, other=other, work=work, progress=progress
     )
     more = None
-    if "dreamsim_diversity" in metrics and source.count is None:
+    if source.count is None and any(all_metrics()[name].repeats_prompts for name in metrics):
         extra = range(number, number * protocol.diversity_images)
-        more = measure_source(source, extra, {DREAMSIM: measures[DREAMSIM]}, work=work, progress=progress)
+        more = measure_source(
+            source, extra, {DREAMSIM_ROWS: measures[DREAMSIM_ROWS]}, work=work, progress=progress
+        )
 
     resolved = protocol.resolved(
         features=networks.sets["features"].name if "features" in networks.sets else ANY,
@@ -84,7 +85,7 @@ def evaluate(
     if process_group.rank() != 0:
         empty = EvalResult(protocol=resolved.name, protocol_sha256=resolved.sha256())
         return Evaluation(result=empty, rows=rows)
-    result = summarise(
+    result = summarize(
         rows,
         resolved,
         networks,
@@ -128,15 +129,8 @@ def images_of(source: Source, protocol: Protocol, count: int, allow_fewer: bool)
 
 def check_number(number: int, metrics: tuple[str, ...], protocol: Protocol, networks: Networks) -> None:
     """Raise UserError for too few images for a metric, before any is drawn."""
-    if {"pr", "dc"} & set(metrics) and number <= max(protocol.neighbours):
-        raise UserError(
-            f"precision and recall with k = {max(protocol.neighbours)} need more images than that, got "
-            f"{number}; make more, or leave pr and dc out"
-        )
-    if "is" in metrics and number < protocol.is_splits:
-        raise UserError(
-            f"the Inception score of {protocol.is_splits} splits needs as many images, got {number}; make "
-            "more, or leave is out"
-        )
-    if "fid_infinity" in metrics:
-        subset_sizes(number, networks.sets["features"].dim)
+    features = networks.sets.get("features")
+    for name in metrics:
+        check = all_metrics()[name].check_count
+        if check is not None:
+            check(number, protocol, features.dim if features is not None else 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from d2g.core.config import differing
 from d2g.core.errors import UserError
+from eval.protocols.metric import number_labels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,7 @@ class EvalResult:
 
     def rows(self) -> list[tuple[str, str]]:
         """(label, value) lines for people."""
-        labels = label_table(self.models)
+        labels = number_labels(self.models)
         return [
             (labels.get(key, key), shown(value, self.ci.get(key))) for key, value in self.numbers().items()
         ]
@@ -66,34 +67,6 @@ class EvalResult:
 
 HEADLINES = ("fid", "kid", "clip_score", "precision", "recall")
 """The numbers with a field of their own."""
-
-
-def label_table(models: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """What to call the numbers. Only Inception's Frechet distance is called FID."""
-    net = models.get("features", {}).get("name", "")
-    fid = "FID" if net.startswith("inception") else f"Frechet distance ({net} features)"
-    return {
-        "fid": fid,
-        "fid_infinity": f"{fid}, endless images",
-        "kid": fid.replace("FID", "KID").replace("Frechet", "Kernel"),
-        "clip_score": f"CLIP score ({models.get('clip', {}).get('name', '')})",
-        "precision": "Precision",
-        "recall": "Recall",
-        "density": "Density",
-        "coverage": "Coverage",
-        "is": "Inception score",
-        "fd_dinov2": "FD of DINOv2 features",
-        "fd_clip": "FD of CLIP features",
-        "cmmd": "CMMD",
-        "pickscore": "PickScore",
-        "dreamsim_diversity": "DreamSim diversity",
-        "dreamsim": "DreamSim to the teacher",
-        "lpips": "LPIPS to the teacher",
-        "latent_lpips": "LatentLPIPS to the teacher",
-        "psnr": "PSNR to the teacher (dB)",
-        "caption_accuracy": "Caption accuracy",
-        "caption_exact": "Flawless pictures",
-    }
 
 
 def shown(value: float, interval: Sequence[float] | None) -> str:

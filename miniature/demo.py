@@ -33,6 +33,7 @@ from miniature.config import DemoConfig
 from miniature.demo_report import write_demo_report
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
+from miniature.registration import register_eval_scenes
 from miniature.sampling import scene_captions
 from pairgen.generate import generate_pairs
 
@@ -67,6 +68,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
 
     Raises what the stages raise; nothing of a finished stage is lost.
     """
+    register_eval_scenes()
     started, timings = time.monotonic(), {}
     device = process_group.init()
 

@@ -25,6 +25,7 @@ from eval.runner.run import run_evaluation
 from eval.runner.samplers import SamplingRequest, ode_source
 from miniature.metrics import TEST_SEED
 from miniature.oracle import caption_accuracy, load_oracle
+from miniature.registration import register_eval_scenes
 from miniature.sampling import scene_captions
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "latent_lpips", "clip")
@@ -96,6 +97,7 @@ def score_teacher(
 
 def release_student(run: Path, out: Path, how: dict[str, Any], progress: Progress = quiet) -> dict[str, Any]:
     """Export a run's student in half precision, measure it, write meta.json."""
+    register_eval_scenes()
     exported = export_student(str(run), out, "fp16", teacher="miniature")
     oracle, one = load_oracle(), load_one_step(str(out))
     scores: dict[str, float] = {}

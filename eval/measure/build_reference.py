@@ -15,7 +15,7 @@ from eval.images.coco import SPLITS, chosen_captions, chosen_images, image_files
 from eval.images.folders import ImageFiles, open_images
 from eval.measure.measure import FILE_SHA256, Measure, measure_source
 from eval.measure.reference import VERSION, Reference
-from eval.measure.rows import Work, open_work, stats_of
+from eval.measure.rows import Work, feature_stats, open_work
 from eval.measure.source import Source, image_source
 from eval.networks.base import FeatureNet
 from eval.protocols.protocol import Protocol
@@ -84,7 +84,7 @@ def build_reference(
         "files_sha256": _digest_of(rows.values.get(FILE_SHA256)),
         "converted": dict(sorted(rows.converted.items())),
     }
-    stats = stats_of(rows, sets, protocol.preprocessing, shown)
+    stats = feature_stats(rows, sets, protocol.preprocessing, shown)
     return Reference(stats=stats, prompts=prompts, facts=facts)
 
 

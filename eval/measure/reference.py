@@ -15,6 +15,7 @@ from d2g.core.config import differing
 from d2g.core.errors import UserError
 from eval.metrics.feature_stats import FeatureStats, Origin
 from eval.networks.base import FeatureNet
+from eval.protocols.metric import all_metrics
 from eval.protocols.protocol import Protocol
 
 VERSION = 1
@@ -39,13 +40,14 @@ class Reference:
     def save(self, file: Path, *, keep: int = 0) -> None:
         """Write one .safetensors file with `keep` random rows of each network (0: all), whole or not at all.
 
-        CMMD is of all rows, and has them all. Raises UserError when the disk refuses.
+        Networks of metrics with `all_reference_rows` keep every row. Raises UserError when the disk refuses.
         """
         origins = {name: asdict(stats.origin) | {"count": stats.count} for name, stats in self.stats.items()}
+        complete = {name for m in all_metrics().values() if m.all_reference_rows for name in m.networks}
         tensors = {
             f"{name}/{part}": tensor
             for name, stats in self.stats.items()
-            for part, tensor in stats.tensors(0 if name == "cmmd" else keep).items()
+            for part, tensor in stats.tensors(0 if name in complete else keep).items()
         }
         tensors["prompts"] = torch.frombuffer(
             bytearray(json.dumps(list(self.prompts)).encode()), dtype=torch.uint8

@@ -1,7 +1,8 @@
-"""The networks that a choice of metrics needs, and what each measures of an image or of a pair."""
+"""Load the networks that a choice of metrics needs, and say what each measures of an image or of a pair."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -13,42 +14,69 @@ from d2g.diffusion.latents import encode, from_uint8
 from eval.images.resize import NATIVE
 from eval.measure.measure import Measure, PairMeasure
 from eval.metrics.clip_score import clip_scores
-from eval.metrics.paired import cosine_distance, encoded, psnr
-from eval.metrics.pickscore import PickNet, load_pickscore
+from eval.metrics.paired import cosine_distance, encoded
 from eval.networks.base import ClipNet, Device, FeatureNet
 from eval.networks.lpips import load_pixel_lpips
+from eval.networks.pickscore import PickNet, load_pickscore
 from eval.networks.registry import CLIP_PRESETS, FEATURES, load_clip, load_clip_features
-from eval.protocols.protocol import ANY, DISTANCES, Protocol
+from eval.protocols.metric import all_metrics
+from eval.protocols.protocol import ANY, Protocol
 from latent_lpips.weights import load_lpips
 
 CMMD_CLIP = "vit-l-14-336"
-DREAMSIM = "dreamsim_features"
-WEIGHTS = ("features", "clip", "dinov2", "fd_clip", "cmmd", "dreamsim", "pickscore", "lpips", "latent_lpips")
-"""Networks whose weights can be given: `--weights NAME=PATH`."""
+DREAMSIM_ROWS = "dreamsim_features"
+"""Name of the rows that hold DreamSim's embeddings; `dreamsim` names the distances of pairs."""
+
+PairDistance = Callable[[Tensor, Tensor], Tensor]
+"""(uint8 images [B, 3, H, W], as many others) -> distances [B]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Networks:
-    """What measures. `sets`: feature networks by the name of their rows: "features" (the protocol's), dinov2,
-    fd_clip, cmmd, and DREAMSIM. `pairs`: distances of uint8 images [B, 3, H, W] and as many others -> [B].
+    """The loaded networks of an evaluation.
+
+    `sets`: feature networks by the name of their rows: "features" (the protocol's), "dinov2", "fd_clip",
+    "cmmd" and DREAMSIM_ROWS. `pairs`: distances by the name of their rows. `extra`: further measures of single
+    images by the name of their rows, from a registered data source.
     """
 
     sets: Mapping[str, FeatureNet] = field(default_factory=dict)
     clip: ClipNet | None = None
     pick: PickNet | None = None
-    pairs: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    pairs: Mapping[str, PairDistance] = field(default_factory=dict)
     extra: Mapping[str, Measure] = field(default_factory=dict)
 
     def models(self) -> dict[str, dict[str, str]]:
         """Names and digests of the networks, for the result."""
-        found = {
+        models = {
             name: {"name": net.name, "dim": str(net.dim), "sha256": net.sha256}
             for name, net in self.sets.items()
         }
         for name, net in (("clip", self.clip), ("pickscore", self.pick)):
             if net is not None:
-                found[name] = {"name": net.name, "sha256": net.sha256}
-        return found
+                models[name] = {"name": net.name, "sha256": net.sha256}
+        return models
+
+    @property
+    def compared(self) -> dict[str, FeatureNet]:
+        """The feature networks whose statistics a reference must hold."""
+        return {name: net for name, net in self.sets.items() if name != DREAMSIM_ROWS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkOptions:
+    """What a loader needs to know.
+
+    `features`: the protocol's feature network, or its name; `clip`: name of a CLIP; `weights`: weight files
+    by network name; `teacher`: the teacher in whose latent space LatentLPIPS measures.
+    """
+
+    protocol: Protocol
+    features: FeatureNet | str | None
+    clip: str | None
+    weights: Mapping[str, str]
+    teacher: str | None
+    device: Device
 
 
 def load_networks(
@@ -61,115 +89,149 @@ def load_networks(
     teacher: str | None,
     device: Device,
 ) -> Networks:
-    """Load what `metrics` need. `features`: the protocol's network, or its name; `teacher`: in whose latent
-    space LatentLPIPS measures.
+    """Load the networks that `metrics` need, each once. The arguments are those of `NetworkOptions`.
 
     Raises SettingError for a network that nobody named, UserError where its weights are missing.
     """
-    if unknown := sorted(weights.keys() - set(WEIGHTS)):
-        raise SettingError(f"unknown network {unknown[0]!r} in --weights{nearest(unknown[0], WEIGHTS)}")
-    sets: dict[str, FeatureNet] = {}
-    if {*DISTANCES, "is"} & set(metrics):
-        sets["features"] = _features(features, protocol, weights, device)
-    if "fd_dinov2" in metrics:
-        sets["dinov2"] = FEATURES["dinov2"](weights.get("dinov2"), device)
-    if "fd_clip" in metrics:
-        sets["fd_clip"] = load_clip_features(weights.get("fd_clip"), device)
-    if "cmmd" in metrics:
-        sets["cmmd"] = load_clip_features(weights.get("cmmd", CMMD_CLIP), device)
-    if {"dreamsim", "dreamsim_diversity"} & set(metrics):
-        sets[DREAMSIM] = FEATURES["dreamsim"](weights.get("dreamsim"), device)
-    if "is" in metrics and sets["features"].classifier is None:
-        raise SettingError(
-            f"metric 'is' needs a network with classes, and {sets['features'].name} has none; take "
-            "--features inception, or leave is out"
-        )
-    return Networks(
-        sets=sets,
-        clip=_clip(_clip_name(clip, protocol), weights.get("clip"), device) if "clip" in metrics else None,
-        pick=load_pickscore(weights.get("pickscore"), device=device) if "pickscore" in metrics else None,
-        pairs=_pairs(metrics, sets, weights, teacher, device),
+    if unknown := sorted(weights.keys() - LOADERS.keys()):
+        raise SettingError(f"unknown network {unknown[0]!r} in --weights{nearest(unknown[0], LOADERS)}")
+    options = NetworkOptions(
+        protocol=protocol, features=features, clip=clip, weights=weights, teacher=teacher, device=device
+    )
+    chosen = [metric for metric in all_metrics().values() if metric.name in metrics]
+    networks = Networks()
+    # Load in the order of LOADERS, so that the first missing file does not depend on the order of metrics.
+    needed = {name for metric in chosen for name in metric.networks}
+    for name, load in LOADERS.items():
+        if name in needed:
+            networks = load(networks, options)
+    for metric in chosen:
+        if metric.needs_classes and networks.sets["features"].classifier is None:
+            raise SettingError(
+                f"metric {metric.name!r} needs a network with classes, and "
+                f"{networks.sets['features'].name} has none; take --features inception, or leave "
+                f"{metric.name} out"
+            )
+    return replace(networks, pairs=_pair_distances(metrics, networks))
+
+
+def _pair_distances(metrics: tuple[str, ...], networks: Networks) -> dict[str, PairDistance]:
+    """The distances of the chosen paired metrics, in the order of the registry."""
+    pairs: dict[str, PairDistance] = {}
+    for metric in all_metrics().values():
+        if metric.paired and metric.name in metrics:
+            pairs[metric.name] = metric.pair_distance or networks.pairs[metric.name]
+    return pairs
+
+
+def _load_features(networks: Networks, options: NetworkOptions) -> Networks:
+    net, protocol = options.features, options.protocol
+    if not isinstance(net, FeatureNet):
+        name = net or (None if protocol.features == ANY else protocol.features)
+        if name is None:
+            raise SettingError(
+                f"protocol {protocol.name} leaves the features open; give --features {', '.join(FEATURES)}"
+            )
+        load = pick(FEATURES, name, "feature network")
+        net = load(options.weights.get("features"), options.device)
+    return replace(networks, sets={**networks.sets, "features": net})
+
+
+def _feature_set(
+    rows: str, weights: str, load: Callable[[str | None, Device], FeatureNet]
+) -> Callable[[Networks, NetworkOptions], Networks]:
+    """A loader of the feature network whose rows are called `rows` and whose files `--weights` calls `weights`."""
+
+    def add(networks: Networks, options: NetworkOptions) -> Networks:
+        net = load(options.weights.get(weights), options.device)
+        return replace(networks, sets={**networks.sets, rows: net})
+
+    return add
+
+
+def _load_dreamsim(networks: Networks, options: NetworkOptions) -> Networks:
+    net = FEATURES["dreamsim"](options.weights.get("dreamsim"), options.device)
+    distance = encoded(net, cosine_distance)
+    return replace(
+        networks,
+        sets={**networks.sets, DREAMSIM_ROWS: net},
+        pairs={**networks.pairs, "dreamsim": distance},
     )
 
 
-def _features(
-    given: FeatureNet | str | None, protocol: Protocol, weights: Mapping[str, str], device: Device
-) -> FeatureNet:
-    if isinstance(given, FeatureNet):
-        return given
-    name = given or (None if protocol.features == ANY else protocol.features)
-    if name is None:
-        raise SettingError(
-            f"protocol {protocol.name} leaves the features open; give --features {', '.join(FEATURES)}"
-        )
-    return pick(FEATURES, name, "feature network")(weights.get("features"), device)
-
-
-def _clip_name(given: str | None, protocol: Protocol) -> str:
-    name = given or (None if protocol.clip == ANY else protocol.clip)
+def _load_clip(networks: Networks, options: NetworkOptions) -> Networks:
+    protocol, file = options.protocol, options.weights.get("clip")
+    name = options.clip or (None if protocol.clip == ANY else protocol.clip)
     if name is None:
         raise SettingError(
             f"metric 'clip' needs a CLIP, and protocol {protocol.name} leaves it open; give --clip vit-b-32, "
             "MODEL:TAG or a folder, or leave clip out of the metrics"
         )
-    return name
-
-
-def _clip(name: str, file: str | None, device: Device) -> ClipNet:
-    """A CLIP by name; `file`: a copy of its weights, for where nothing can be fetched. The digest tells."""
     if file is None:
-        return load_clip(name, device)
+        return replace(networks, clip=load_clip(name, options.device))
+    # A file replaces the download of a tag. The name stays the tag's; the digest shows which weights it holds.
     full = CLIP_PRESETS.get(name, name)
-    return replace(load_clip(f"{full.partition(':')[0]}:{file}", device), name=full)
+    clip = load_clip(f"{full.partition(':')[0]}:{file}", options.device)
+    return replace(networks, clip=replace(clip, name=full))
 
 
-def _pairs(
-    metrics: tuple[str, ...],
-    sets: Mapping[str, FeatureNet],
-    weights: Mapping[str, str],
-    teacher: str | None,
-    device: Device,
-) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    if "dreamsim" in metrics:
-        found["dreamsim"] = encoded(sets[DREAMSIM], cosine_distance)
-    if "lpips" in metrics:
-        found["lpips"] = load_pixel_lpips(trunk=weights.get("lpips"), device=device)
-    if "latent_lpips" in metrics:
-        found["latent_lpips"] = _latent_lpips(weights.get("latent_lpips"), teacher, device)
-    if "psnr" in metrics:
-        found["psnr"] = psnr
-    return found
+def _load_pickscore(networks: Networks, options: NetworkOptions) -> Networks:
+    return replace(networks, pick=load_pickscore(options.weights.get("pickscore"), device=options.device))
 
 
-def _latent_lpips(weights: str | None, teacher: str | None, device: Device) -> Any:
+def _load_lpips(networks: Networks, options: NetworkOptions) -> Networks:
+    distance = load_pixel_lpips(trunk=options.weights.get("lpips"), device=options.device)
+    return replace(networks, pairs={**networks.pairs, "lpips": distance})
+
+
+def _load_latent_lpips(networks: Networks, options: NetworkOptions) -> Networks:
     """LatentLPIPS of two images in the latent space of the teacher's VAE."""
+    teacher, device = options.teacher, options.device
     if teacher is None:
         raise SettingError("metric 'latent_lpips' needs a teacher for its latent space; give --teacher")
-    vae = pretrained.load_vae(teacher).to(device)
-    folder = weights or pretrained.resolve(teacher) / "latent_lpips"
+    vae: Any = pretrained.load_vae(teacher).to(device)
+    folder = options.weights.get("latent_lpips") or pretrained.resolve(teacher) / "latent_lpips"
     metric = load_lpips(folder, int(vae.config.latent_channels)).to(device)
-    return encoded(lambda images: encode(vae, from_uint8(images.to(device))), metric)
+    distance = encoded(lambda images: encode(vae, from_uint8(images.to(device))), metric)
+    return replace(networks, pairs={**networks.pairs, "latent_lpips": distance})
+
+
+LOADERS: Mapping[str, Callable[[Networks, NetworkOptions], Networks]] = MappingProxyType(
+    {
+        "features": _load_features,
+        "dinov2": _feature_set("dinov2", "dinov2", FEATURES["dinov2"]),
+        "fd_clip": _feature_set("fd_clip", "fd_clip", FEATURES["clip"]),
+        "cmmd": _feature_set(
+            "cmmd", "cmmd", lambda weights, device: load_clip_features(weights or CMMD_CLIP, device)
+        ),
+        "dreamsim": _load_dreamsim,
+        "clip": _load_clip,
+        "pickscore": _load_pickscore,
+        "lpips": _load_lpips,
+        "latent_lpips": _load_latent_lpips,
+    }
+)
+"""Loaders by the name that `Metric.networks` and `--weights NAME=PATH` use; each adds its network."""
 
 
 def measures_of(
     networks: Networks, protocol: Protocol, metrics: tuple[str, ...]
 ) -> tuple[dict[str, Measure], dict[str, PairMeasure]]:
-    """What is measured of each image, and of each pair: rows by name."""
+    """What to measure of each image and of each pair, by the name of the rows."""
     size = protocol.preprocessing
-    found = {name: Measure(size=size, function=_of_images(net)) for name, net in networks.sets.items()}
-    if "dreamsim_diversity" not in metrics:
-        found.pop(DREAMSIM, None)  # of pairs only
+    measures = {name: Measure(size=size, function=_of_images(net)) for name, net in networks.sets.items()}
+    if not any(metric.repeats_prompts for metric in all_metrics().values() if metric.name in metrics):
+        measures.pop(DREAMSIM_ROWS, None)  # only the distances of pairs are needed
     if networks.clip is not None:
-        found["clip_score"] = Measure(
+        measures["clip_score"] = Measure(
             size=protocol.clip_preprocessing,
             function=_clip_measure(networks.clip, protocol.clip_prefix),
             needs_prompts=True,
         )
     if networks.pick is not None:
-        found["pickscore"] = Measure(size=size, function=networks.pick.score, needs_prompts=True)
+        measures["pickscore"] = Measure(size=size, function=networks.pick.score, needs_prompts=True)
     pairs = {name: PairMeasure(size=NATIVE, function=function) for name, function in networks.pairs.items()}
-    return {**found, **networks.extra}, pairs
+    return {**measures, **networks.extra}, pairs
 
 
 def _of_images(net: FeatureNet) -> Callable[[Tensor, list[str]], Tensor]:

@@ -131,11 +131,13 @@ def _unpacked(data: bytes) -> list[Rows]:
     return list(found.values())
 
 
-def stats_of(rows: Rows, sets: Mapping[str, FeatureNet], resize: str, source: str) -> dict[str, FeatureStats]:
-    """Statistics of the rows of each network."""
-    found = {}
+def feature_stats(
+    rows: Rows, sets: Mapping[str, FeatureNet], resize: str, source: str
+) -> dict[str, FeatureStats]:
+    """Statistics of the rows of each feature network."""
+    stats = {}
     for name, net in sets.items():
         origin = Origin(features=net.name, features_sha256=net.sha256, resize=resize, source=source)
-        found[name] = FeatureStats(net.dim, origin)
-        found[name].update(rows.values[name])
-    return found
+        stats[name] = FeatureStats(net.dim, origin)
+        stats[name].update(rows.values[name])
+    return stats

@@ -1,4 +1,4 @@
-"""95 % intervals: closed forms, and a seeded bootstrap where there is none."""
+"""95 % intervals: closed forms, and a seeded bootstrap where there is no closed form."""
 
 from statistics import NormalDist
 
@@ -10,8 +10,23 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import EvalStream, generator
 from eval.metrics.feature_stats import FeatureStats
 from eval.metrics.frechet import frechet_standard_error, frechet_to
+from eval.protocols.metric import Estimate, Interval
 
 Z = NormalDist().inv_cdf(0.975)
+"""The 97.5 % quantile of the standard normal distribution, about 1.96."""
+
+
+def interval_of(
+    method: Interval, estimate: Estimate, resamples: int, seed: int
+) -> tuple[float, float] | None:
+    """The interval of an estimate by `method`; None where it has no standard error, cases or values."""
+    if method == "normal" and estimate.standard_error is not None:
+        return around(estimate.value, estimate.standard_error)
+    if method == "wilson" and estimate.count:
+        return wilson(estimate.value, estimate.count)
+    if method == "bootstrap" and estimate.values is not None and resamples:
+        return mean_interval(estimate.values, resamples, seed)
+    return None
 
 
 def around(estimate: float, standard_error: float) -> tuple[float, float]:
@@ -22,48 +37,46 @@ def around(estimate: float, standard_error: float) -> tuple[float, float]:
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's score interval (1927) of a share in [0, 1] of `count` independent cases.
 
-    Of precision and recall it says what other samples would give against the same balls of the other set.
+    For precision and recall it covers other samples compared with the same balls of the other set.
     """
-    middle = share + Z**2 / (2 * count)
+    center = share + Z**2 / (2 * count)
     half = Z * (share * (1 - share) / count + Z**2 / (4 * count**2)) ** 0.5
     scale = 1 + Z**2 / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
-def mean_interval(name: str, values: Tensor, resamples: int, seed: int) -> dict[str, list[float]]:
-    """Percentile interval of the mean of `values` [N] over bootstrap resamples (Efron & Tibshirani 1993)."""
-    if resamples == 0:
-        return {}
+def mean_interval(values: Tensor, resamples: int, seed: int) -> tuple[float, float]:
+    """Bootstrap percentile interval of the mean of `values` [N] (Efron & Tibshirani 1993)."""
     stream = generator(seed, EvalStream.BOOTSTRAP_MEAN)
     draws = (torch.randint(len(values), (len(values),), generator=stream) for _ in range(resamples))
     means = [values[rows].mean().item() for rows in draws]
-    return {name: [float(q) for q in np.percentile(means, [2.5, 97.5])]}
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
-def frechet_interval(
-    estimate: float,
+def frechet_error(
     fake: FeatureStats,
     real: FeatureStats,
     resamples: int,
     seed: int,
     progress: Progress = quiet,
-) -> dict[str, list[float]]:
-    """estimate +- 1.96 standard errors of the Frechet distance, with the reference fixed.
+) -> float | None:
+    """Standard error of the Frechet distance to a fixed reference. None for fewer than 2 `resamples`.
 
-    In closed form (`frechet_standard_error`) from two rows per feature on, else the deviation over bootstrap
-    resamples of the generated rows; not their percentiles, which are biased upwards and would miss the
-    estimate.
+    With at least two rows per feature it is the closed form (`frechet_standard_error`). With fewer rows it is
+    the standard deviation over bootstrap resamples of the generated rows. Percentiles of the bootstrap would
+    not do: resampled distances are biased upwards, and the interval would miss the estimate.
     """
     if resamples < 2:
-        return {}
+        return None
     rows = fake.rows
     if len(rows) >= 2 * fake.dim:
-        return {"fid": list(around(estimate, frechet_standard_error(rows, real.mean, real.covariance)))}
-    # 20 resamples give the deviation to about 16 %, and at 2048 features each takes a second.
+        return frechet_standard_error(rows, real.mean, real.covariance)
+    # With 20 resamples the deviation is known to about 16 %; at 2048 features one resample takes a second.
     resamples = min(resamples, 20) if fake.dim > 512 else resamples
     distance, stream = frechet_to(real.mean, real.covariance), generator(seed, EvalStream.BOOTSTRAP_FRECHET)
     distances = []
     for i in range(resamples):
         distances.append(distance(rows[torch.randint(len(rows), (len(rows),), generator=stream)]))
         progress("bootstrap of the Frechet distance", i + 1, resamples)
-    return {"fid": list(around(estimate, float(np.std(distances, ddof=1))))}
+    return float(np.std(distances, ddof=1))

@@ -106,16 +106,14 @@ class EvalRun:
         return {name if found else "features": path if found else name for name, found, path in pairs}
 
 
-EVAL_PRESETS = Presets(
-    {
-        "default": ("The protocol is given by --protocol, folder if not", EvalRun()),
-        "miniature": (
-            "The shipped miniature student under its own protocol",
-            EvalRun(student="miniature", protocol=PROTOCOLS["miniature"]),
-        ),
-    }
-)
-"""Presets of `d2g eval run`."""
+EVAL_PRESETS = Presets({"default": ("The protocol is given by --protocol, folder if not", EvalRun())})
+"""Presets of `d2g eval run`; other packages add theirs with `register_preset`."""
+
+
+def register_preset(name: str, about: str, run: EvalRun) -> None:
+    """Add a preset of another package, `about` being its line for --help. Again: changes nothing."""
+    assert EVAL_PRESETS.setdefault(name, run) == run, f"preset {name!r} is already registered"
+    EVAL_PRESETS.about[name] = about
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

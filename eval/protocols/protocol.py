@@ -1,45 +1,22 @@
 """Protocols: everything that changes a number, under one name and one digest."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 from d2g.core.config import digest, nearest
 from d2g.core.errors import SettingError
+from eval.protocols.data_sources import DATA_SOURCES
+from eval.protocols.metric import check_metrics
 
 ANY = "any"
-METRICS: Mapping[str, str] = MappingProxyType(
-    {
-        "fid": "Frechet distance of the protocol's features",
-        "fid_infinity": "the same, extrapolated to endless images",
-        "kid": "kernel distance of the protocol's features",
-        "is": "Inception score",
-        "pr": "precision and recall",
-        "dc": "density and coverage",
-        "fd_dinov2": "Frechet distance of DINOv2 features",
-        "fd_clip": "Frechet distance of CLIP features",
-        "cmmd": "maximum mean discrepancy of CLIP features",
-        "clip": "CLIP score: does an image show its prompt",
-        "pickscore": "PickScore: would people prefer it for its prompt",
-        "caption_accuracy": "share of a scene's captioned facts that the oracle reads back",
-        "dreamsim_diversity": "DreamSim distance between images of one prompt",
-        "dreamsim": "DreamSim distance to the teacher's image of the same noise",
-        "lpips": "LPIPS to the teacher's image of the same noise",
-        "latent_lpips": "LatentLPIPS to the teacher's image of the same noise",
-        "psnr": "peak signal-to-noise ratio to the teacher's image of the same noise",
-    }
-)
-"""What can be measured. The last four want a second source of images, on the same noise."""
+PROMPT_RULES = ("given", "coco2014-val", "coco2017-val", "classes")
+"""Rules that select prompts, beside the names of registered data sources; "given": by the caller."""
 
-DISTANCES = ("fid", "fid_infinity", "kid", "pr", "dc")
-"""Measured on the protocol's features, against a reference."""
-PAIRED = ("dreamsim", "lpips", "latent_lpips", "psnr")
+REFERENCE_SETS = ("given", "coco2014-val", "coco2014-val-prompted", "coco2017-val", "cifar10-train")
+"""Sets of real images, beside the names of registered data sources; "given": by the caller."""
 
-Prompts = Literal["given", "coco2014-val", "coco2017-val", "classes", "scenes"]
-Reference = Literal[
-    "given", "coco2014-val", "coco2014-val-prompted", "coco2017-val", "cifar10-train", "scenes"
-]
+Resize = Literal["lanczos", "bicubic", "bilinear", "box"]
+Crop = Literal["none", "centre"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +33,14 @@ class Protocol:
     """
 
     name: str
-    prompts: Prompts = "given"
+    prompts: str = "given"
     prompts_sha256: str = ""
-    reference: Reference = "given"
+    reference: str = "given"
     images: int = 0
     reference_images: int = 0
     size: int = 0
-    resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
-    crop: Literal["none", "centre"] = "centre"
+    resize: Resize = "lanczos"
+    crop: Crop = "centre"
     features: str = ANY
     clip: str = ANY
     clip_prefix: str = ""
@@ -78,12 +55,16 @@ class Protocol:
     metrics: tuple[str, ...] = ("fid", "kid", "clip", "pr")
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
+        choices = {
+            "prompts": (*PROMPT_RULES, *DATA_SOURCES),
+            "reference": (*REFERENCE_SETS, *DATA_SOURCES),
+            "resize": get_args(Resize),
+            "crop": get_args(Crop),
+        }
+        for name, allowed in choices.items():
             value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise SettingError(
-                    f"protocol {self.name}: {name} is {value!r}{nearest(value, get_args(hint))}"
-                )
+            if value not in allowed:
+                raise SettingError(f"protocol {self.name}: {name} is {value!r}{nearest(value, allowed)}")
         for name in ("images", "reference_images", "size", "clip_size", "pr_images", "seed"):
             if getattr(self, name) < 0:
                 raise SettingError(f"protocol {self.name}: {name} is negative; expected 0 or more")
@@ -139,15 +120,6 @@ class Protocol:
         )
 
 
-def check_metrics(names: tuple[str, ...]) -> None:
-    """Raise SettingError unless `names` is a non-empty selection of METRICS."""
-    if not names:
-        raise SettingError(f"no metrics chosen; choose from {', '.join(METRICS)}")
-    for name in names:
-        if name not in METRICS:
-            raise SettingError(f"unknown metric {name!r}{nearest(name, METRICS)}")
-
-
 VIT_B_32 = "ViT-B-32-quickgelu:openai"
 VIT_G_14 = "ViT-g-14:laion2b_s12b_b42k"
 _PREFIX = "A photo depicts "  # GigaGAN's evaluation code puts these tokens before each caption
@@ -167,20 +139,7 @@ _GIGAGAN = Protocol(
     metrics=("fid", "clip", "pr"),
 )
 
-_SCENES = Protocol(
-    name="scenes-5k",
-    prompts="scenes",
-    reference="scenes",
-    images=5_000,
-    reference_images=5_000,
-    size=64,
-    resize="box",
-    crop="centre",
-    features="oracle",
-    metrics=("fid", "kid", "clip", "pr", "caption_accuracy"),
-)
-
-_ALL = (
+_PUBLISHED = (
     # GigaGAN's evaluation code, which DMD and DMD2 also use: Lanczos, OpenAI's ViT-B/32.
     _GIGAGAN,
     # Diffusion2GAN, supplement B: bicubic. It does not name its CLIP; ViT-g-14 fits its Table A4 better.
@@ -220,9 +179,6 @@ _ALL = (
         features="inception-tf",
         metrics=("fid",),
     ),
-    _SCENES,
-    # The same on as many scenes as one asks for: the demo's.
-    replace(_SCENES, name="miniature", images=0, reference_images=0),
     # 28x28 garments as a 32 px teacher sees them, against all 10,000 test photographs; docs/LOG.md.
     Protocol(
         name="fashion-1k",
@@ -239,5 +195,12 @@ _ALL = (
     Protocol(name="folder"),
 )
 
-PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({protocol.name: protocol for protocol in _ALL})
-"""The protocols one can name."""
+PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _PUBLISHED}
+"""The named protocols: those above and the registered ones."""
+
+
+def register_protocol(protocol: Protocol) -> None:
+    """Add a protocol of another package. Registering the same one again changes nothing."""
+    assert PROTOCOLS.setdefault(protocol.name, protocol) == protocol, (
+        f"{protocol.name!r} is already registered"
+    )

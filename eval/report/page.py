@@ -12,16 +12,13 @@ from torch import Tensor
 from eval.evaluate import Evaluation
 from eval.images.resize import NATIVE
 from eval.measure.source import Source
+from eval.protocols.metric import all_metrics, all_numbers, number_labels
 from eval.report.charts import Curve
-from eval.report.gallery import Better, Pictures, Ranking, rank
+from eval.report.gallery import Pictures, Ranking, rank
 from eval.report.html import Latency, MetricRow, ReportData
-from eval.result import EvalResult, label_table
+from eval.result import EvalResult
 
 GRID, BESIDE, RANKED = 32, 16, 8
-LOWER = ("fid", "fid_infinity", "kid", "fd_dinov2", "fd_clip", "cmmd", "dreamsim", "lpips", "latent_lpips")
-NEUTRAL = ("is_deviation",)
-RANKINGS = ("clip_score", "pickscore", "caption_accuracy", "dreamsim", "lpips", "psnr")
-"""Rows that images are ranked by, where they were measured."""
 
 
 class LazyImages(Sequence[Tensor]):
@@ -51,21 +48,17 @@ def first_images(source: Source, count: int) -> list[Tensor]:
     return [image.cpu() for batch in drawn for image in batch.views[NATIVE]]
 
 
-def better(key: str) -> Better:
-    """Which end of a number is the good one."""
-    return "" if key in NEUTRAL else "lower" if key in LOWER else "higher"
-
-
 def metrics_of(results: Mapping[str, EvalResult]) -> list[MetricRow]:
     """Every number of every result, beside the others'."""
     keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
-    labels = label_table(next(iter(results.values())).models)
+    labels = number_labels(next(iter(results.values())).models)
+    numbers = all_numbers()
     return [
         MetricRow(
             name=labels.get(key, key),
             values={name: r.numbers()[key] for name, r in results.items() if key in r.numbers()},
             intervals={name: r.ci[key] for name, r in results.items() if key in r.ci},
-            better=better(key),
+            better=numbers[key].better,
         )
         for key in keys
     ]
@@ -80,7 +73,8 @@ def beside_name(name: str, other: Source) -> str:
 
 def rankings(name: str, source: Source, evaluation: Evaluation, other: Source | None = None) -> list[Ranking]:
     """The images that score worst and best, by what was measured of each."""
-    rows, labels = evaluation.rows, label_table(evaluation.result.models)
+    rows, labels = evaluation.rows, number_labels(evaluation.result.models)
+    ranking = {m.numbers[0].key: m.numbers[0] for m in all_metrics().values() if m.ranks_images}
     columns = {name: LazyImages(source, len(rows))}
     if other is not None:
         columns[beside_name(name, other)] = LazyImages(other, len(rows))
@@ -90,10 +84,10 @@ def rankings(name: str, source: Source, evaluation: Evaluation, other: Source | 
             rows.values[key].tolist(),
             columns,
             rows.prompts if any(rows.prompts) else (),
-            better="lower" if key in LOWER else "higher",
+            better="lower" if number.better == "lower" else "higher",
             count=RANKED,
         )
-        for key in RANKINGS
+        for key, number in ranking.items()
         if key in rows.values
     ]
 

@@ -13,10 +13,10 @@ from d2g.core.progress import Progress, quiet
 from eval.evaluate import Evaluation
 from eval.measure.source import Source
 from eval.protocols.config import CurveRun, EvalRun
+from eval.protocols.metric import number_labels
 from eval.report.charts import Curve, plot_curve
 from eval.report.html import write_report
 from eval.report.page import fid_clip_curve, metrics_of, report_data
-from eval.result import label_table
 from eval.runner.samplers import checkpoints
 from eval.runner.session import EvalSession
 
@@ -139,7 +139,7 @@ def _facts(points: Sequence[Point], setting: str) -> dict[str, Any]:
         "protocol_sha256": first.protocol_sha256,
         "setting": setting,
         "points": [point.row(setting) for point in points],
-        "labels": {key: label_table(first.models).get(key, key) for key in first.numbers()},
+        "labels": {key: number_labels(first.models).get(key, key) for key in first.numbers()},
         "models": first.models,
         "notes": first.notes,
     }

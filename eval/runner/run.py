@@ -21,14 +21,14 @@ from eval.measure.measure import Measure, measure_source
 from eval.measure.rows import Work
 from eval.measure.source import Source, image_source
 from eval.metrics.nearest import nearest
-from eval.metrics.pickscore import win_rate
+from eval.metrics.win_rate import win_rate
 from eval.protocols.config import EvalRun
+from eval.protocols.metric import number_labels, referenced_metrics
 from eval.report.gallery import Pictures, beside_neighbours
 from eval.report.html import write_report
 from eval.report.page import LazyImages, first_images, report_data
-from eval.result import EvalResult, compare, label_table
+from eval.result import EvalResult, compare
 from eval.runner.session import EvalSession
-from eval.summary import REFERENCED
 
 NEAREST = 8  # images whose neighbours in the training set the report shows
 NEIGHBOURS = 4
@@ -123,7 +123,7 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
     when run again. Raises SettingError when no metric needs a reference.
     """
     metrics = config.metrics or config.protocol.metrics
-    compared = tuple(metric for metric in metrics if metric in REFERENCED)
+    compared = tuple(referenced_metrics(metrics))
     if not compared:
         raise SettingError(f"metrics {', '.join(metrics)} need no reference; name some that do, say fid")
     bench = EvalSession(replace(config, images=str(images), metrics=compared), progress)
@@ -171,7 +171,7 @@ def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
             )
     models = {name: facts for result in results.values() for name, facts in result.models.items()}
     any_of = next(iter(results.values()))
-    labels = label_table(models)
+    labels = number_labels(models)
     keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
     return {
         "protocol": any_of.protocol,

@@ -1,4 +1,4 @@
-"""A bench: what all points of one evaluation share, so that a curve loads networks and reference once."""
+"""What all points of one evaluation share, so that a curve loads networks and reference once."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -13,21 +13,21 @@ from distill.sampling import student_folder
 from eval.evaluate import Evaluation, evaluate, images_of
 from eval.images.folders import open_images
 from eval.measure.build_reference import open_reference, reference_files
+from eval.measure.measure import Measure
 from eval.measure.reference import Reference
-from eval.measure.required_networks import DREAMSIM, Networks, load_networks
+from eval.measure.required_networks import Networks, load_networks
 from eval.measure.rows import Work, open_work
 from eval.measure.source import Source, image_source
 from eval.protocols.config import EvalRun
-from eval.protocols.protocol import ANY, PAIRED, check_metrics
+from eval.protocols.data_sources import DATA_SOURCES, EvalDataSource
+from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
+from eval.protocols.protocol import ANY, PROTOCOLS
 from eval.runner.samplers import SamplingRequest, ode_source, pipeline_source, student_source
-from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, scenes_reference
-from miniature.oracle import load_oracle
-from miniature.sampling import scene_captions as scene_captions
 from pairgen.prompt_files import cells
 from pairgen.prompts import label_list
 
-SCENES = 1_000  # where a scenes protocol leaves the number open
-GUIDANCE = 3.0  # of a teacher that is told none
+GUIDANCE = 3.0
+"""Guidance scale of a teacher where none is named."""
 
 
 class EvalSession:
@@ -43,40 +43,57 @@ class EvalSession:
         config.check_source()
 
     @property
-    def scenes(self) -> bool:
-        """Whether the protocol is about the miniature's own scenes."""
-        return self.protocol.reference == "scenes"
+    def data_source(self) -> EvalDataSource | None:
+        """The registered source of the protocol's real images, if it has one."""
+        return DATA_SOURCES.get(self.protocol.reference)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there are real images to compare with."""
+        return self.data_source is not None or self.config.reference is not None
 
     @property
     def teacher(self) -> str | None:
         """The teacher in whose latent space, and beside which, is measured."""
         if self.config.student is not None:
             return self.config.teacher or student_folder(self.config.student)[1]
-        return self.config.teacher or ("miniature" if self.scenes else None)
+        return self.config.teacher or (self.data_source.teacher if self.data_source is not None else None)
 
     @cached_property
     def networks(self) -> Networks:
-        """What the metrics need."""
+        """The networks that the metrics need."""
         config = self.config
+        measures = self._source_measures()
         name = config.features or self.protocol.features
-        oracle = load_oracle() if name == "oracle" or "caption_accuracy" in self.metrics else None
-        if "caption_accuracy" in self.metrics and not self.scenes:
-            raise SettingError(
-                "metric 'caption_accuracy' reads the miniature's scenes; take protocol scenes-5k or miniature"
-            )
-        features = oracle_features(oracle) if oracle is not None and name == "oracle" else config.features
-        found = load_networks(
+        loaders = {key: load for source in DATA_SOURCES.values() for key, load in source.features.items()}
+        networks = load_networks(
             self.metrics,
             self.protocol,
-            features=features,
+            features=loaders[name]() if name in loaders else config.features,
             clip=config.clip or self._own_clip(),
             weights=config.weight_table(),
             teacher=self.teacher,
             device=self.device,
         )
-        if oracle is None or "caption_accuracy" not in self.metrics:
-            return found
-        return replace(found, extra=oracle_measures(oracle, self.protocol.preprocessing))
+        return replace(networks, extra=measures) if measures else networks
+
+    def _source_measures(self) -> dict[str, Measure]:
+        """The measures of the chosen metrics that a data source provides, by the name of their rows.
+
+        Raises SettingError for a metric of another data source than the protocol's.
+        """
+        measures: dict[str, Measure] = {}
+        for name in self.metrics:
+            wanted = all_metrics()[name].data_source
+            if not wanted:
+                continue
+            if self.data_source is None or self.data_source.name != wanted:
+                fitting = [key for key, protocol in PROTOCOLS.items() if protocol.reference == wanted]
+                raise SettingError(
+                    f"metric {name!r} is measured on {wanted} only; take protocol {' or '.join(fitting)}"
+                )
+            measures |= self.data_source.measures[name](self.protocol.preprocessing)
+        return measures
 
     def _own_clip(self) -> str | None:
         """The CLIP in the teacher's folder, where the protocol leaves it open."""
@@ -87,8 +104,9 @@ class EvalSession:
 
     @cached_property
     def count(self) -> int:
-        """Images, where something other than the source fixes them; 0: as many as there are."""
-        return self.config.num or self.protocol.images or (SCENES if self.scenes else 0)
+        """Number of images to measure; 0 where only the measured source decides."""
+        default = self.data_source.images if self.data_source is not None else 0
+        return self.config.num or self.protocol.images or default
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -96,8 +114,8 @@ class EvalSession:
         config, rule = self.config, self.protocol.prompts
         if config.prompts is not None:
             return read_list(Path(config.prompts))
-        if rule == "scenes":
-            return scene_captions(self.count, TEST_SEED)
+        if rule in DATA_SOURCES:
+            return DATA_SOURCES[rule].prompts(self.count)
         if config.reference is not None and rule.startswith("coco"):
             path = Path(config.reference)
             held = (
@@ -155,7 +173,7 @@ class EvalSession:
     def other(self) -> Source | None:
         """The other side of pairs: the images or the teacher that was named, else the student's own."""
         config = self.config
-        if not set(PAIRED) & set(self.metrics) and config.against is None:
+        if not paired_metrics(self.metrics) and config.against is None:
             return None
         name = config.against or (self.teacher if config.student is not None else None)
         if name is None:
@@ -169,13 +187,13 @@ class EvalSession:
     @cached_property
     def reference(self) -> Reference | None:
         """The reference's statistics, measured or from the cache; on rank 0 only."""
-        compared = {name: net for name, net in self.networks.sets.items() if name != DREAMSIM}
+        compared = self.networks.compared
         if not compared:
             return None
-        if self.config.reference is None and self.scenes:
-            return scenes_reference(
-                self.protocol.reference_images or self.count, self.protocol, compared, self.progress
-            )
+        if self.config.reference is None and self.data_source is not None:
+            count = self.protocol.reference_images or self.count
+            reference: Reference = self.data_source.reference(count, self.protocol, compared, self.progress)
+            return reference
         assert self.config.reference is not None
         return open_reference(
             Path(self.config.reference),
@@ -190,13 +208,12 @@ class EvalSession:
         """One point: draw, measure, sum up."""
         source, networks = self.source(config, checkpoint), self.networks
         work = self._work(config, source)
-        given = self.scenes or self.config.reference is not None
         found = evaluate(
             source,
             self.protocol,
             networks,
             metrics=self.metrics,
-            reference=(lambda: self.reference) if given else None,
+            reference=(lambda: self.reference) if self.has_reference else None,
             other=self.other,
             count=self._count(source),
             allow_fewer=config.allow_fewer,

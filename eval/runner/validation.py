@@ -15,7 +15,7 @@ from d2g.diffusion.latents import decode
 from eval.evaluate import evaluate
 from eval.measure.rows import Work
 from eval.protocols.config import EvalRun
-from eval.protocols.protocol import PAIRED
+from eval.protocols.metric import paired_metrics
 from eval.runner.samplers import sampler_source
 from eval.runner.session import EvalSession
 
@@ -32,7 +32,7 @@ def measuring(run: EvalRun, teacher: str) -> Callable[[_SampleLatents, int], dic
     holds all their latents. Numbers of fewer images than the protocol's compare with each other only. Raises
     SettingError for metrics of pairs.
     """
-    if paired := sorted(set(run.metrics or run.protocol.metrics) & set(PAIRED)):
+    if paired := sorted(paired_metrics(run.metrics or run.protocol.metrics)):
         raise SettingError(
             f"metric {paired[0]!r} compares images pair by pair; validation takes fid and the like"
         )
@@ -55,13 +55,12 @@ def measuring(run: EvalRun, teacher: str) -> Callable[[_SampleLatents, int], dic
         def images(numbers: range, texts: list[str]) -> Tensor:
             return decode(vae(), latents[numbers.start : numbers.stop])
 
-        given = made.scenes or run.reference is not None
         found = evaluate(
             sampler_source(f"{nimg} images", {"kind": "student"}, drawing, images),
             made.protocol,
             made.networks,
             metrics=made.metrics,
-            reference=(lambda: made.reference) if given else None,
+            reference=(lambda: made.reference) if made.has_reference else None,
             count=count,
             allow_fewer=True,
             work=Work(batch_size=run.batch_size),

@@ -8,6 +8,9 @@ from PIL import Image
 
 from distill.training.train import train
 from jobs import distill_config, make_clip, make_pairs
+from miniature.registration import register_eval_scenes
+
+register_eval_scenes()  # as the commands do
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ from eval.images.resize import NATIVE
 from eval.measure.build_reference import build_reference
 from eval.measure.measure import Measure
 from eval.measure.reference import Reference
-from eval.measure.required_networks import DREAMSIM, Networks
+from eval.measure.required_networks import DREAMSIM_ROWS, Networks
 from eval.measure.rows import Work
 from eval.measure.source import SampledBatch, Source, batch_source, views_of
 from eval.metrics.paired import cosine_distance, encoded, psnr
-from eval.metrics.pickscore import PickNet
 from eval.networks.base import ClipNet, FeatureNet
+from eval.networks.pickscore import PickNet
 from eval.protocols.protocol import Protocol
 from eval.result import EvalResult, compare
 
@@ -62,7 +62,9 @@ def pick_score(images: Tensor, prompts: list[str]) -> Tensor:
 PICK = PickNet(name="pick", sha256="0d" * 32, score=pick_score)
 NETWORKS = Networks(sets={"features": ORACLE}, clip=colour_clip())
 EVERYTHING = Networks(
-    sets={name: dataclasses.replace(ORACLE, name=name) for name in ("dinov2", "fd_clip", "cmmd", DREAMSIM)}
+    sets={
+        name: dataclasses.replace(ORACLE, name=name) for name in ("dinov2", "fd_clip", "cmmd", DREAMSIM_ROWS)
+    }
     | {"features": ORACLE},
     clip=colour_clip(),
     pick=PICK,
@@ -171,7 +173,7 @@ def test_every_metric_gives_its_numbers() -> None:
     assert set(numbers) == {*metrics, *more} - {"clip", "pr", "dc"}
     assert numbers["fd_dinov2"] == pytest.approx(numbers["fid"]) and 1 < numbers["is"] < 10
     assert found.counts["diversity_images"] == 270 and found.counts["diversity_prompts"] == 90
-    networks = {"features", "dinov2", "fd_clip", "cmmd", DREAMSIM, "clip", "pickscore"}
+    networks = {"features", "dinov2", "fd_clip", "cmmd", DREAMSIM_ROWS, "clip", "pickscore"}
     assert set(found.models) == {*networks, "reference"}
     for name in numbers.keys() - {"is_deviation"}:
         assert found.ci[name][0] <= numbers[name] <= found.ci[name][1], name
@@ -194,7 +196,9 @@ def endless() -> Source:
 
 def test_an_extra_measure_is_averaged() -> None:
     brightness = Measure(size=NATIVE, function=lambda images, _: images.double().mean((1, 2, 3)))
-    networks = dataclasses.replace(NETWORKS, extra={"caption_accuracy": brightness})
+    networks = dataclasses.replace(
+        NETWORKS, extra={"caption_accuracy": brightness, "caption_exact": brightness}
+    )
     found = run(source(90, 2), networks=networks)
     expected = pictures(90, seed=2)[0].double().mean().item()
     assert found.result.extra["caption_accuracy"] == pytest.approx(expected)

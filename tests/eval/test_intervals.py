@@ -8,7 +8,8 @@ from torch import Tensor
 from d2g.core.seeds import generator
 from eval.metrics.feature_stats import FeatureStats, Origin
 from eval.metrics.frechet import frechet_distance, frechet_standard_error
-from eval.metrics.intervals import Z, around, frechet_interval, mean_interval, wilson
+from eval.metrics.intervals import Z, around, frechet_error, interval_of, mean_interval, wilson
+from eval.protocols.metric import Estimate
 
 ORIGIN = Origin(features="test", features_sha256="0" * 64, resize="native", source="rows")
 
@@ -36,11 +37,11 @@ def test_the_bootstrap_covers_means() -> None:
     draws = torch.randn(200, 60, generator=generator(1)).exp()  # skewed, mean exp(1/2)
     held = sum(
         low <= torch.tensor(0.5).exp().item() <= high
-        for low, high in (mean_interval("x", draw, 200, 0)["x"] for draw in draws)
+        for low, high in (mean_interval(draw, 200, 0) for draw in draws)
     )
     assert 0.84 < held / 200 < 0.98
-    assert mean_interval("x", draws[0], 200, 0) == mean_interval("x", draws[0], 200, 0)
-    assert mean_interval("x", draws[0], 0, 0) == {}
+    assert mean_interval(draws[0], 200, 0) == mean_interval(draws[0], 200, 0)
+    assert interval_of("bootstrap", Estimate(value=0.0, values=draws[0]), 0, 0) is None
 
 
 @pytest.mark.parametrize(("count", "dim"), [(200, 4), (6, 4)])
@@ -49,17 +50,19 @@ def test_frechet_intervals_hold_their_estimate(count: int, dim: int) -> None:
     fake = stats_of(torch.randn(count, dim, generator=generator(2)) + 0.5)
     real = stats_of(torch.randn(500, dim, generator=generator(3)))
     estimate = frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)
-    (low, high) = frechet_interval(estimate, fake, real, 60, 0)["fid"]
+    bootstrapped = frechet_error(fake, real, 60, 0)
+    assert bootstrapped is not None
+    low, high = around(estimate, bootstrapped)
     assert (low + high) / 2 == pytest.approx(estimate) and low < estimate < high
     error = frechet_standard_error(fake.rows, real.mean, real.covariance)
     assert ((high - low) / 2 == pytest.approx(Z * error)) == (count == 200)
-    assert frechet_interval(estimate, fake, real, 60, 0)["fid"] == [low, high]
-    assert frechet_interval(estimate, fake, real, 0, 0) == {}
+    assert frechet_error(fake, real, 60, 0) == bootstrapped
+    assert frechet_error(fake, real, 0, 0) is None
 
 
 def test_the_bootstrap_tells_its_progress() -> None:
     seen: list[tuple[int, int]] = []
     few = stats_of(torch.randn(6, 8, generator=generator(2)))
     real = stats_of(torch.randn(50, 8, generator=generator(3)))
-    frechet_interval(1.0, few, real, 5, 0, lambda _, done, total: seen.append((done, total)))
+    frechet_error(few, real, 5, 0, lambda _, done, total: seen.append((done, total)))
     assert seen == [(i, 5) for i in range(1, 6)]

@@ -1,4 +1,4 @@
-"""eval.metrics.pickscore: PickScore against transformers' CLIP, and win rates against closed forms."""
+"""eval.networks.pickscore and eval.metrics.win_rate: PickScore against transformers' CLIP, and win rates against closed forms."""
 
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import tiny
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from d2g.diffusion.pretrained import new_tokenizer
-from eval.metrics.pickscore import load_pickscore, win_rate
+from eval.metrics.win_rate import win_rate
 from eval.networks.base import OPENAI, normalised
+from eval.networks.pickscore import load_pickscore
 
 PROMPTS = ["a red cube", "two green cones", "a cyan cube left of a red cone"]
 

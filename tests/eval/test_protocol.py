@@ -8,7 +8,8 @@ import pytest
 from d2g.core.errors import SettingError
 from eval.images.resize import NATIVE, PREPROCESSING
 from eval.protocols.config import EVAL_PRESETS, CurveRun, EvalRun
-from eval.protocols.protocol import ANY, METRICS, PROTOCOLS, VIT_B_32, VIT_G_14, Protocol
+from eval.protocols.metric import all_metrics
+from eval.protocols.protocol import ANY, PROTOCOLS, VIT_B_32, VIT_G_14, Protocol
 
 
 def test_the_protocols_that_papers_compare_by() -> None:
@@ -63,7 +64,7 @@ def test_every_preprocessing_is_one_that_can_be_done() -> None:
     for protocol in PROTOCOLS.values():
         for how in (protocol.preprocessing, protocol.clip_preprocessing):
             assert how == NATIVE or PREPROCESSING.fullmatch(how), protocol.name
-        assert protocol.name in PROTOCOLS and set(protocol.metrics) <= set(METRICS)
+        assert protocol.name in PROTOCOLS and set(protocol.metrics) <= set(all_metrics())
         assert protocol.features in protocol.summary() and protocol.sha256()[:12] in protocol.summary()
     assert Protocol(name="x", size=32, resize="box", crop="none").preprocessing == "squash32-box"
     native = Protocol(name="x", resize="box", crop="none")

@@ -20,7 +20,7 @@ from d2g.diffusion.teacher import load_teacher
 from eval.networks.registry import load_clip
 from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
 from latent_lpips.weights import load_lpips
-from miniature.registration import register_scenes
+from miniature.registration import register_training_scenes
 from teacher_training.config import (
     TEACHER_PRESETS,
     AutoencoderConfig,
@@ -172,7 +172,7 @@ def test_pictures_that_cannot_be_trained_on(tmp_path: Path) -> None:
     picture(0)[0].save(tmp_path / "data" / "a.png")
     with pytest.raises(UserError, match=r"1 of 1 images have no caption; expected a metadata\.jsonl"):
         train_teacher(replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "teacher", ("data",))
-    register_scenes()
+    register_training_scenes()
     with pytest.raises(UserError, match="scenes are rendered at 64 pixels, got size 16"):
         train_teacher(CONFIG, tmp_path / "scenes", ("data",))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""PickScore: which picture of a prompt would people pick, and how often does one model win."""
+"""PickScore: a CLIP that predicts which image of a prompt people prefer (Kirstain et al. 2023)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2g.core.errors import UserError
 from eval.images.resize import prepare_batch
-from eval.metrics.intervals import wilson
 from eval.networks import transformers_vision
 from eval.networks.base import OPENAI, Device, normalised, parameters_sha256
 
-PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_MODEL = "yuvalkirstain/PickScore_v1"
 """CLIP ViT-H/14 tuned on people's choices (MIT, Kirstain et al. 2023)."""
 PICKSCORE_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """Whose tokenizer the authors use; PickScore's own repository holds none."""
@@ -34,11 +32,11 @@ class PickNet:
 def load_pickscore(weights: str | None = None, device: Device = "cpu") -> PickNet:
     """PickScore (Kirstain et al. 2023): exp(logit scale) times the cosine of image and prompt.
 
-    `weights`: folder or hub id in transformers' format, tokenizer included; None: PICKSCORE and
+    `weights`: folder or hub id in transformers' format, tokenizer included; None: PICKSCORE_MODEL and
     PICKSCORE_TOKENIZER. Images go through PIL's bicubic filter to the model's size, around their centre.
     Raises UserError when either is missing.
     """
-    source = weights or PICKSCORE
+    source = weights or PICKSCORE_MODEL
     model = transformers_vision.load_clip(source).to(device)
     words = transformers_vision.load_clip_tokenizer(PICKSCORE_TOKENIZER if weights is None else source)
     size, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
@@ -59,31 +57,3 @@ def load_pickscore(weights: str | None = None, device: Device = "cpu") -> PickNe
         return scores.double().cpu()
 
     return PickNet(name=Path(source).name, sha256=parameters_sha256(model), score=score)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WinRate:
-    """Share of prompts that the first model wins, a tie counting half; `interval`: 95 %."""
-
-    rate: float
-    interval: tuple[float, float]
-    wins: int
-    ties: int
-    losses: int
-
-
-def win_rate(first: Tensor, second: Tensor, *, margin: float = 0.0) -> WinRate:
-    """How often `first` [N] scores above `second` [N] on the same N prompts (and noise).
-
-    Scores within `margin` of each other tie: equal ones at 0. The interval is Wilson's (1927) of the rate,
-    which is wide enough with ties too, since half points vary less than wins and losses. Raises UserError for
-    no prompts.
-    """
-    assert first.shape == second.shape and first.ndim == 1 and margin >= 0
-    if not len(first):
-        raise UserError("a win rate needs at least one prompt; got none")
-    difference = first.double() - second.double()
-    wins, losses = int((difference > margin).sum()), int((difference < -margin).sum())
-    ties = len(first) - wins - losses
-    rate = (wins + ties / 2) / len(first)
-    return WinRate(rate=rate, interval=wilson(rate, len(first)), wins=wins, ties=ties, losses=losses)
