@@ -1,4 +1,4 @@
-"""The words of the miniature world: what a scene's caption says, and how to read it back.
+"""The captions of the miniature world: their grammar, and a parser that reads them back.
 
 Grammar, with one or two objects:
     OBJECT = "a" SIZE COLOR MATERIAL SHAPE
@@ -30,7 +30,7 @@ Triple = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class ObjectSpec:
-    """What a caption says of one object."""
+    """The attributes of one object that a caption names."""
 
     size: str
     color: str
@@ -48,7 +48,7 @@ class ObjectSpec:
 
 @dataclass(frozen=True, slots=True)
 class SceneFacts:
-    """All that a caption says. `relation`: how objects[0] stands to objects[1]; None for one object."""
+    """Everything a caption says. `relation` is that of objects[0] to objects[1], None for one object."""
 
     objects: tuple[ObjectSpec, ...]
     relation: str | None
@@ -59,7 +59,7 @@ class SceneFacts:
 
 
 def _heldout_triples() -> frozenset[Triple]:
-    """One triple of each color, the one with the smallest hash: the same for every seed and platform."""
+    """Return one triple per color, that with the smallest hash: the same for every seed and platform."""
 
     def rank(triple: Triple) -> bytes:
         return hashlib.sha256(" ".join(triple).encode()).digest()
@@ -76,44 +76,44 @@ TRIPLES = {
 
 
 def split_of(facts: SceneFacts) -> str:
-    """ "heldout" when any object is a held-out (color, shape, material), else "train"."""
+    """Return "heldout" if any object is a held-out (color, shape, material), else "train"."""
     return "heldout" if any(item.triple in HELDOUT_TRIPLES for item in facts.objects) else "train"
 
 
-class _Words:
-    """A caption being read from left to right; every complaint names the word it stands on."""
+class _CaptionReader:
+    """Reads a caption from left to right. Errors name the present word and what is expected there."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.words = text.lower().replace(",", " , ").split()
-        self.at = 0
+        self.position = 0
 
     def next_is(self, word: str) -> bool:
-        return self.words[self.at : self.at + 1] == [word]
+        return self.words[self.position : self.position + 1] == [word]
 
     def take(self, what: str, allowed: tuple[str, ...]) -> str:
-        """The next word or words, which must be one of `allowed`."""
+        """Consume the next word or words, which must be one of `allowed`, and return them."""
         for phrase in allowed:
             parts = phrase.split()
-            if self.words[self.at : self.at + len(parts)] == parts:
-                self.at += len(parts)
+            if self.words[self.position : self.position + len(parts)] == parts:
+                self.position += len(parts)
                 return phrase
         self.fail(f"{what} ({', '.join(allowed)})" if len(allowed) > 1 else f"'{allowed[0]}'")
 
     def fail(self, expected: str) -> NoReturn:
-        got = repr(self.words[self.at]) if self.at < len(self.words) else "the end"
+        got = repr(self.words[self.position]) if self.position < len(self.words) else "the end"
         raise UserError(
-            f"caption {self.text!r}: got {got} as word {self.at + 1}, expected {expected}; "
+            f"caption {self.text!r}: got {got} as word {self.position + 1}, expected {expected}; "
             'captions read like "a large red metal sphere left of a small blue matte cube, pink background"'
         )
 
 
 def parse_caption(text: str) -> SceneFacts:
-    """Reads a caption of the grammar above; upper case and extra spaces are let through.
+    """Parse a caption of this grammar; case and extra spaces do not matter.
 
-    Raises UserError, naming the first word that does not fit and what could stand there.
+    Raises UserError, naming the first unexpected word and the words expected there.
     """
-    words = _Words(text)
+    words = _CaptionReader(text)
     objects = [_parse_object(words)]
     relation = None
     if not words.next_is(","):
@@ -122,11 +122,11 @@ def parse_caption(text: str) -> SceneFacts:
     words.take("a comma", (",",))
     background = words.take("a background", BACKGROUNDS)
     words.take("the last word", ("background",))
-    if words.at < len(words.words):
+    if words.position < len(words.words):
         words.fail("the end of the caption")
     return SceneFacts(tuple(objects), relation, background)
 
 
-def _parse_object(words: _Words) -> ObjectSpec:
+def _parse_object(words: _CaptionReader) -> ObjectSpec:
     words.take("an article", ("a",))
     return ObjectSpec(*(words.take(what, allowed) for what, allowed in OBJECT_SLOTS))

@@ -1,4 +1,4 @@
-"""The scenes' own references and measures: what the caption oracle sees in a picture."""
+"""References and metrics of the scenes, computed with the caption oracle."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ TEST_SEED = 2  # teachers train on scenes of seed 1
 
 
 def oracle_features(oracle: Oracle) -> FeatureNet:
-    """The caption oracle's pooled features, as the feature network of the scenes protocols."""
+    """Return the oracle's pooled features as the feature network of the scenes protocols."""
     sha256 = hashlib.sha256((ORACLE_FOLDER / "model.safetensors").read_bytes()).hexdigest()
     return FeatureNet(
         name="oracle",
@@ -36,7 +36,9 @@ def oracle_features(oracle: Oracle) -> FeatureNet:
 
 
 def oracle_measures(oracle: Oracle, size: str) -> dict[str, Measure]:
-    """caption_accuracy (share of captioned facts read back right), caption_exact (1 where all are)."""
+    """Return the measures caption_accuracy (share of correct facts) and caption_exact (1 if all are
+    correct).
+    """
 
     def scores(row: int) -> Callable[[Tensor, list[str]], Tensor]:
         return lambda images, texts: caption_scores(oracle, from_uint8(images.cpu()), texts)[row]
@@ -48,7 +50,7 @@ def oracle_measures(oracle: Oracle, size: str) -> dict[str, Measure]:
 
 
 def real_scenes(num: int, progress: Progress = quiet) -> list[Batch]:
-    """Rendered test scenes and their captions, in batches."""
+    """Render test scenes; returns them with their captions, in batches of 64."""
     images, texts = render_dataset(num, TEST_SEED, "train", progress)
     return [(images[i : i + 64], texts[i : i + 64]) for i in range(0, num, 64)]
 
@@ -56,7 +58,7 @@ def real_scenes(num: int, progress: Progress = quiet) -> list[Batch]:
 def scenes_reference(
     count: int, protocol: Protocol, sets: Mapping[str, FeatureNet], progress: Progress = quiet
 ) -> Reference:
-    """Statistics of rendered test scenes, rendered once and then found in the cache."""
+    """Return the statistics of `count` rendered test scenes, cached on disk."""
     networks = {name: [net.name, net.sha256] for name, net in sets.items()}
     key = digest(["scenes", TEST_SEED, count, networks, protocol.preprocessing])
     file = cache_folder() / "reference" / f"{key}.safetensors"

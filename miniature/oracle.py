@@ -1,6 +1,7 @@
-"""The caption oracle: a small network that reads a scene's attributes back from its pixels.
+"""The caption oracle: a small network that predicts a scene's attributes from its pixels.
 
-It judges generated pictures (caption accuracy) and its pooled features serve Frechet distance and recall.
+It scores generated images (caption accuracy), and its pooled features are used for Frechet distance and
+recall.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _down(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Oracle(nn.Module):
-    """Convolutions to 8x8 cells, then two slots that attend to the left and to the right object."""
+    """Convolutions to 8x8 cells, then two attention slots, for the left and for the right object."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class Oracle(nn.Module):
         self.head = nn.Linear(NUM_FEATURES, sum(map(len, ORACLE_HEADS.values())))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pooled features [B, 128] of pixels [B, 3, 64, 64] in [-1, 1]."""
+        """Return pooled features [B, 128] of pixels [B, 3, 64, 64] in [-1, 1]."""
         cells = self.trunk(pixels).flatten(2).transpose(1, 2)  # [B, 64, width]
         tokens = self.norm(self.mixer(cells + self.position))
         attention = self.slots(tokens).softmax(1)  # [B, 64, 2]
@@ -94,19 +95,16 @@ class Oracle(nn.Module):
         return F.gelu(self.pool(torch.cat([slots, cells.mean(1)], 1)))
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Logits by head: [B, number of values]. pixels: [B, 3, 64, 64] in [-1, 1]."""
+        """Return logits [B, number of values] per head, for pixels [B, 3, 64, 64] in [-1, 1]."""
         logits = torch.split(
             self.head(self.features(pixels)), [len(values) for values in ORACLE_HEADS.values()], 1
         )
         return dict(zip(ORACLE_HEADS, logits, strict=True))
 
 
-# ---- reading
-
-
 @dataclass(frozen=True, slots=True)
 class OracleReading:
-    """What the oracle sees: objects from left to right, and which of two (0 left, 1 right) is nearer."""
+    """The oracle's prediction: objects from left to right, and which of two (0 left, 1 right) is nearer."""
 
     objects: tuple[ObjectSpec, ...]
     background: str
@@ -115,7 +113,7 @@ class OracleReading:
 
 @dataclass(frozen=True, slots=True)
 class CaptionAccuracy:
-    """`attributes`: mean share of a caption's facts read back right; `exact`: share of captions all right."""
+    """`attributes` is the mean share of correct facts per caption, `exact` the share of correct captions."""
 
     attributes: float
     exact: float
@@ -123,7 +121,7 @@ class CaptionAccuracy:
 
 @torch.no_grad()
 def read_attributes(oracle: Oracle, pixels: Tensor, batch: int = 128) -> list[OracleReading]:
-    """Reads pictures [B, 3, 64, 64] in [-1, 1]; puts the oracle in eval mode."""
+    """Predict the attributes of images [B, 3, 64, 64] in [-1, 1]. Puts the oracle in eval mode."""
     oracle.eval()
     readings: list[OracleReading] = []
     for part in torch.split(pixels, batch):
@@ -142,45 +140,51 @@ def _reading(best: Mapping[str, int]) -> OracleReading:
 
 
 def caption_accuracy(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) -> CaptionAccuracy:
-    """How well pictures [B, 3, 64, 64] in [-1, 1] show their captions. Raises UserError as parse_caption."""
+    """Return how well images [B, 3, 64, 64] in [-1, 1] match their captions.
+
+    Raises UserError for a caption that `parse_caption` does not accept.
+    """
     attributes, exact = caption_scores(oracle, pixels, captions)
     return CaptionAccuracy(attributes=attributes.mean().item(), exact=exact.mean().item())
 
 
 def caption_scores(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Per picture: the share of captioned facts read back right, and 1 where all are; [B] float64 each."""
-    assert len(pixels) == len(captions) > 0, f"{len(pixels)} pictures for {len(captions)} captions"
+    """Return per image the share of correct facts, and 1 if all are correct: [B] float64 each."""
+    assert len(pixels) == len(captions) > 0, f"{len(pixels)} images for {len(captions)} captions"
     scores = [
         count_correct(parse_caption(text), reading)
         for text, reading in zip(captions, read_attributes(oracle, pixels), strict=True)
     ]
-    shares = torch.tensor([right / total for right, total in scores], dtype=torch.float64)
+    shares = torch.tensor([correct / total for correct, total in scores], dtype=torch.float64)
     return shares, (shares == 1).double()
 
 
 def count_correct(facts: SceneFacts, reading: OracleReading) -> tuple[int, int]:
-    """(facts read back right, facts in the caption): count, background, four per object, and the relation.
+    """Return (correct facts, facts in the caption): count, background, four per object, and the relation.
 
-    Captioned objects are matched with seen ones so that as many attributes as possible agree; only then is
-    the relation judged. A red cube left of a blue cone, drawn the other way round, is wrong in one fact only.
-    An object with no partner is wrong in all four, and with it the relation.
+    Captioned objects are matched with predicted ones so that as many attributes as possible agree; then the
+    relation is checked. A red cube left of a blue cone with swapped positions has one wrong fact. For an
+    object without a match, all four attributes and the relation are wrong.
     """
-    seen: tuple[ObjectSpec | None, ...] = reading.objects + (None,) * (
+    predicted: tuple[ObjectSpec | None, ...] = reading.objects + (None,) * (
         len(facts.objects) - len(reading.objects)
     )
     best = 0
-    for match in permutations(range(len(seen)), len(facts.objects)):
-        agree = sum(_agreement(said, seen[place]) for said, place in zip(facts.objects, match, strict=True))
+    for match in permutations(range(len(predicted)), len(facts.objects)):
+        agree = sum(
+            _num_equal(captioned, predicted[place])
+            for captioned, place in zip(facts.objects, match, strict=True)
+        )
         holds = facts.relation is not None and _holds(facts.relation, match, reading)
-        best = max(best, 2 * agree + holds)  # attributes first: the relation only breaks ties
-    right = best // 2 + best % 2
-    right += len(facts.objects) == len(reading.objects)
-    right += facts.background == reading.background
-    return right, 2 + 4 * len(facts.objects) + (facts.relation is not None)
+        best = max(best, 2 * agree + holds)  # the relation only breaks ties
+    correct = best // 2 + best % 2
+    correct += len(facts.objects) == len(reading.objects)
+    correct += facts.background == reading.background
+    return correct, 2 + 4 * len(facts.objects) + (facts.relation is not None)
 
 
-def _agreement(said: ObjectSpec, seen: ObjectSpec | None) -> int:
-    return 0 if seen is None else sum(getattr(said, name) == getattr(seen, name) for name in OBJECT_HEADS)
+def _num_equal(a: ObjectSpec, b: ObjectSpec | None) -> int:
+    return 0 if b is None else sum(getattr(a, name) == getattr(b, name) for name in OBJECT_HEADS)
 
 
 def _holds(relation: str, match: tuple[int, ...], reading: OracleReading) -> bool:
@@ -192,11 +196,8 @@ def _holds(relation: str, match: tuple[int, ...], reading: OracleReading) -> boo
     return reading.nearer == (first if relation == "in front of" else second)
 
 
-# ---- files
-
-
 def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
-    """Writes model.safetensors (fp16), config.json and meta.json (how it was trained, measured scores)."""
+    """Write model.safetensors (fp16), config.json and meta.json (training settings and scores)."""
     state = {name: _to_storage(value).contiguous() for name, value in oracle.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def load_oracle(folder: Path = ORACLE_FOLDER) -> Oracle:
-    """An oracle in eval mode, frozen, in fp32. Raises UserError where a piece is absent or damaged."""
+    """Load a frozen oracle in eval mode and fp32. Raises UserError if a file is missing or damaged."""
     for component in ("config.json", "model.safetensors"):
         if not (folder / component).is_file():
             raise UserError(

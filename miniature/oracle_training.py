@@ -1,4 +1,4 @@
-"""Training of the caption oracle on freshly rendered scenes of both splits."""
+"""Trains the caption oracle on freshly rendered scenes of both splits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from miniature.scene import Scene, project
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OracleConfig:
-    """`train`, `heldout`: scenes per split; `nimg`: pictures shown; `test`: fresh scenes per split."""
+    """Number of scenes per split to train and to test on; `nimg` is the number of training images."""
 
     train: int = 40_000
     heldout: int = 6_000
@@ -44,7 +44,7 @@ class OracleConfig:
 
 
 def train_oracle(config: OracleConfig, progress: Progress = quiet) -> tuple[Oracle, dict[str, float]]:
-    """Renders scenes of both splits, fits an oracle, and scores it on fresh scenes."""
+    """Render scenes of both splits, train an oracle, and score it on new scenes."""
     parts = [
         render_oracle_data(num, config.seed, split, progress)
         for num, split in ((config.train, "train"), (config.heldout, "heldout"))
@@ -56,7 +56,7 @@ def train_oracle(config: OracleConfig, progress: Progress = quiet) -> tuple[Orac
 
 
 def render_oracle_data(num: int, seed: int, split: str, progress: Progress = quiet) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 [num, 3, 64, 64] and the heads' right answers [num, heads], -100 where none is asked."""
+    """Return images, uint8 [num, 3, 64, 64], and targets [num, heads], -100 where a head has no target."""
     images, targets = (
         torch.empty(num, 3, 64, 64, dtype=torch.uint8),
         torch.empty(num, len(ORACLE_HEADS), dtype=torch.long),
@@ -70,7 +70,7 @@ def render_oracle_data(num: int, seed: int, split: str, progress: Progress = qui
 
 
 def scene_targets(scene: Scene) -> list[int]:
-    """The heads' right answers, in the order of HEADS. Nearness is asked only where the caption tells it."""
+    """Return the targets in the order of ORACLE_HEADS. `nearer` has one only if the caption tells it."""
     places = [project(scene.view, spot.x, 0.0, spot.z)[0] for spot in scene.placements]
     order = sorted(range(len(places)), key=places.__getitem__)
     answers = {"count": str(len(order)), "background": scene.background}
@@ -82,7 +82,10 @@ def scene_targets(scene: Scene) -> list[int]:
 
 
 def fit_oracle(images: Tensor, targets: Tensor, config: OracleConfig, progress: Progress = quiet) -> Oracle:
-    """Trains on uint8 pictures [N, 3, 64, 64] and targets [N, heads]: AdamW, one-cycle learning rate."""
+    """Train on uint8 images [N, 3, 64, 64] and targets [N, heads], with AdamW and a one-cycle schedule.
+
+    Raises FloatingPointError at the first non-finite loss.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         oracle = Oracle(config.width).to(memory_format=torch.channels_last)
@@ -117,7 +120,7 @@ def fit_oracle(images: Tensor, targets: Tensor, config: OracleConfig, progress: 
 
 
 def augment_pixels(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Slight shift, blur, contrast, brightness and noise, so that a decoder's pictures are read as well."""
+    """Augment with slight shift, blur, contrast, brightness and noise, for robustness to decoded images."""
     num = len(pixels)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -134,7 +137,7 @@ def augment_pixels(pixels: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def score_oracle(oracle: Oracle, num: int, seed: int, progress: Progress = quiet) -> dict[str, float]:
-    """Caption accuracy on the first `num` scenes of each split of a seed."""
+    """Return the caption accuracy on the first `num` scenes of each split of a seed."""
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
         scenes = [sample_scene(seed, index, split) for index in range(num)]

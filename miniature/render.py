@@ -1,7 +1,7 @@
-"""Pictures of scenes: sphere tracing and shading in plain vectorized torch.
+"""Renders scenes by sphere tracing and shading in vectorized torch.
 
-Every value is computed per ray from exactly rounded operations, so a picture does not depend on its batch.
-Colors are linear light inside and gamma 2 in the picture.
+Every value is computed per ray with exactly rounded operations, so an image does not depend on its batch.
+Colors are linear during rendering; images have gamma 2.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from miniature.sdf import march
 from miniature.shading import shade_ground, shade_objects
 from miniature.vec3 import Vector, dot_product, point_along, take_rows
 
-SCENES_PER_CHUNK = 16  # scenes at a time: temporaries stay in the cache
+SCENES_PER_CHUNK = 16  # scenes at a time, so that temporaries fit the CPU cache
 SAMPLES_PER_AXIS = 3  # per pixel and axis, for objects; the ground is smooth and needs one
 
 
 def render_scenes(scenes: Sequence[Scene], size: int = 64) -> Tensor:
-    """Pictures of scenes: uint8 [B, 3, size, size]. Equal bit for bit under any batching."""
+    """Render scenes to uint8 [B, 3, size, size]. Images are bit-equal under any batching."""
     chunks = [
         _render_chunk(scenes[i : i + SCENES_PER_CHUNK], size) for i in range(0, len(scenes), SCENES_PER_CHUNK)
     ]
@@ -48,10 +48,10 @@ def _render_chunk(scenes: Sequence[Scene], size: int) -> Tensor:
     direction = ray_directions(views, scene, ray, fine)
     camera = take_rows(views.camera, scene)
     length = by_shape(objects, item, march, camera, direction) * objects.radius[item]
-    seen = _nearest(scene * fine * fine + ray, objects.slot[item], length, len(scenes) * fine * fine)
-    item, ray, scene, length = item[seen], ray[seen], scene[seen], length[seen]
-    direction = take_rows(direction, seen)
-    camera = take_rows(camera, seen)
+    visible = _nearest(scene * fine * fine + ray, objects.slot[item], length, len(scenes) * fine * fine)
+    item, ray, scene, length = item[visible], ray[visible], scene[visible], length[visible]
+    direction = take_rows(direction, visible)
+    camera = take_rows(camera, visible)
     point = point_along(camera, direction, length)
     color = shade_objects(views, objects, scene, item, point, direction)
 
@@ -71,7 +71,7 @@ def _render_chunk(scenes: Sequence[Scene], size: int) -> Tensor:
 
 
 def _pairs(views: Views, objects: Objects, fine: int) -> tuple[Tensor, Tensor]:
-    """Indices (object, ray within the picture) whose ray may meet the object's bounding sphere."""
+    """Return the pairs (object, ray within the image) whose ray may hit the object's bounding sphere."""
     camera = take_rows(views.camera, objects.scene)
     offset = (objects.center[0] - camera[0], objects.center[1] - camera[1], objects.center[2] - camera[2])
     depth = dot_product(offset, take_rows(views.forward, objects.scene))
@@ -86,7 +86,7 @@ def _pairs(views: Views, objects: Objects, fine: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(cell: Tensor, slot: Tensor, length: Tensor, num_cells: int) -> Tensor:
-    """Indices of the hits that are the first along their ray; a ray meets at most one hit per slot."""
+    """Return the indices of the hits that are first along their ray; a ray has at most one hit per slot."""
     owner = torch.full((num_cells,), -1)
     hits = [((slot == k) & length.isfinite()).nonzero().squeeze(1) for k in (0, 1)]
     owner[cell[hits[0]]] = hits[0]
@@ -97,7 +97,7 @@ def _nearest(cell: Tensor, slot: Tensor, length: Tensor, num_cells: int) -> Tens
 
 
 def _ground_points(views: Views, num: int, size: int) -> tuple[Tensor, Vector]:
-    """Scene and ground point of every pixel's center; the camera looks down, so every ray gets there."""
+    """Return the scene and the ground point of every pixel's center; every ray reaches the ground."""
     scene = torch.arange(num).repeat_interleave(size * size)
     direction = ray_directions(views, scene, torch.arange(size * size).repeat(num), size)
     camera = take_rows(views.camera, scene)

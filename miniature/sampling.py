@@ -1,4 +1,4 @@
-"""Scenes of the miniature world: a pure function of (seed, index), or of (caption, seed, index)."""
+"""Samples scenes of the miniature world: functions of (seed, index), or of (caption, seed, index)."""
 
 from __future__ import annotations
 
@@ -29,33 +29,37 @@ ScreenDisc = tuple[float, float, float]  # right, up, radius on the screen
 # A large sphere is about 21-28 pixels across, a small one 14-19: the bands stay apart at every depth.
 RADII = {"large": (1.10, 1.24), "small": (0.72, 0.82)}
 PROB_TWO_OBJECTS = 0.6
-MAX_OVERLAP = 0.15  # largest share of the farther object's disc that the nearer one's may cover
-SCREEN_MARGIN = 0.03  # free border, in half pictures
+MAX_OVERLAP = 0.15  # largest share of the farther object's disc that the nearer one may cover
+SCREEN_MARGIN = 0.03  # free border, in half image widths
 MAX_DEPTH = 0.5  # between two objects side by side
-MIN_DEPTH = 1.5  # between one in front and one behind
+MIN_DEPTH = 1.5  # between an object in front and one behind
 MAX_DRAWS = 20_000  # the hardest captions, two large objects side by side, take about 20 on average
 
 
 def caption_of(scene: Scene) -> str:
-    """The caption of a scene, which `parse_caption` reads back to `scene.facts`."""
+    """Return the caption of a scene; `parse_caption` of it equals `scene.facts`."""
     return str(scene.facts)
 
 
 def sample_scene(seed: int, index: int, split: str = "train") -> Scene:
-    """The scene number `index` of a seed. Equal to scene_from_caption(its caption, seed, index)."""
+    """Return scene `index` of a seed. It equals scene_from_caption(its caption, seed, index)."""
     facts = sample_facts(seed, index, split)
     return _place(facts, seed, index)
 
 
 def scene_from_caption(text: str, seed: int, index: int) -> Scene:
-    """A scene that the caption describes; (seed, index) decides all that it leaves open. Raises UserError."""
+    """Return a scene that the caption describes; (seed, index) decides what the caption leaves open.
+
+    Raises UserError for a caption that `parse_caption` does not accept.
+    """
     return _place(parse_caption(text), seed, index)
 
 
 def sample_facts(seed: int, index: int, split: str = "train") -> SceneFacts:
-    """Attributes of scene `index`: 40 % one object, else two that differ in color, shape or material.
+    """Sample the facts of scene `index`: 40 % have one object, the others two different ones.
 
-    A "train" scene has no held-out (color, shape, material), a "heldout" scene at least one.
+    A "train" scene has no held-out (color, shape, material), a "heldout" scene has at least one. Raises
+    UserError for another split.
     """
     if split not in SCENE_SPLITS:
         raise UserError(f"unknown split {split!r}: expected {' or '.join(SCENE_SPLITS)}")
@@ -74,14 +78,14 @@ def sample_facts(seed: int, index: int, split: str = "train") -> SceneFacts:
 
 
 def scene_captions(num: int, seed: int, split: str = "train") -> list[str]:
-    """Captions of the first `num` scenes of a seed."""
+    """Return the captions of the first `num` scenes of a seed."""
     return [str(sample_facts(seed, index, split)) for index in range(num)]
 
 
 def render_dataset(
     num: int, seed: int, split: str = "train", progress: Progress = quiet, batch: int = 64
 ) -> tuple[torch.Tensor, list[str]]:
-    """Pictures uint8 [num, 3, 64, 64] and captions of the first `num` scenes of a seed."""
+    """Return images, uint8 [num, 3, 64, 64], and captions of the first `num` scenes of a seed."""
     images = torch.empty(num, 3, 64, 64, dtype=torch.uint8)
     texts: list[str] = []
     for start in range(0, num, batch):
@@ -93,7 +97,7 @@ def render_dataset(
 
 
 def _place(facts: SceneFacts, seed: int, index: int) -> Scene:
-    """Draws view and placements until the objects are in the picture, apart, and in the relation."""
+    """Sample views and placements until the objects are in the image, apart, and in their relation."""
     rng = _generator(seed, index, 0)
     for _ in range(MAX_DRAWS):
         view = CameraView(
@@ -110,7 +114,7 @@ def _place(facts: SceneFacts, seed: int, index: int) -> Scene:
 
 
 def _placements(rng: np.random.Generator, facts: SceneFacts) -> tuple[Placement, ...]:
-    """A guess in the order that the relation asks for, so that few are thrown away."""
+    """Sample placements, sorted as the relation requires, so that few are rejected."""
     count = len(facts.objects)
     x = rng.uniform(-2.3, 2.3, count)
     z = rng.uniform(-2.4, 2.0, count)
@@ -120,7 +124,7 @@ def _placements(rng: np.random.Generator, facts: SceneFacts) -> tuple[Placement,
     elif count == 2:
         z = np.sort(z) if facts.relation == "behind" else -np.sort(-z)
     radii = [rng.uniform(*RADII[item.size]) for item in facts.objects]
-    # 11 to 45 degrees either way: a cube shows two sides, and a torus its hole.
+    # 11 to 45 degrees in either direction, so that a cube shows two sides and a torus its hole.
     yaws = rng.uniform(0.2, 0.8, count) * rng.choice([-1.0, 1.0], count)
     return tuple(Placement(r, float(x[k]), float(z[k]), float(yaws[k])) for k, r in enumerate(radii))
 
@@ -140,7 +144,9 @@ def _is_clear(scene: Scene) -> bool:
 
 
 def _relation_holds(scene: Scene) -> bool:
-    """Left, right: apart sideways, hardly in depth. In front, behind: apart in depth, both in view."""
+    """Whether objects left/right are apart sideways only, and objects in front/behind in depth, both
+    visible.
+    """
     first, second = scene.placements
     reach = first.radius + second.radius
     sideways, depth = first.x - second.x, first.z - second.z
@@ -154,7 +160,7 @@ def _relation_holds(scene: Scene) -> bool:
 
 
 def _covered(far: ScreenDisc, near: ScreenDisc) -> float:
-    """Share of the farther disc that the nearer one covers (area of the lens between two circles)."""
+    """Return the share of the farther disc that the nearer one covers (the lens between two circles)."""
     distance = math.hypot(near[0] - far[0], near[1] - far[1])
     if distance >= near[2] + far[2]:
         return 0.0
@@ -168,7 +174,7 @@ def _covered(far: ScreenDisc, near: ScreenDisc) -> float:
 
 
 def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
-    """Stream 0 draws what captions leave open; the others draw attributes, one stream per split."""
+    """Stream 0 is for what captions leave open; each split has its own stream for attributes."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index, stream))))
 
 

@@ -1,7 +1,7 @@
-"""What a scene is: facts that its caption says, and placements and a view that it leaves open.
+"""The data of a scene: facts that its caption says, and placements and a view that the caption leaves open.
 
-World axes: x to the right, y up, z towards the camera; the ground is y = 0. An object stands on it at (x, z).
-One world unit is about 10.7 pixels of a 64-pixel picture.
+World axes: x to the right, y up, z towards the camera. The ground is y = 0, and objects stand on it at (x,
+z). One world unit is about 10.7 pixels of a 64-pixel image.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from miniature.captions import ObjectSpec, SceneFacts
 
-FIELD_OF_VIEW_TAN = 3.0 / 16.0  # half the picture's width over the distance to the target
+FIELD_OF_VIEW_TAN = 3.0 / 16.0  # half the image's width over the distance to the target
 CAMERA_DISTANCE = 16.0
 TARGET_HEIGHT = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an object stands: its unit length `radius`, ground position x, z, and turn `yaw` in radians."""
+    """An object's `radius` (its unit of length), ground position x, z, and rotation `yaw` in radians."""
 
     radius: float
     x: float
@@ -28,7 +28,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class CameraView:
-    """Angles in radians; `zoom` about 1; `shift_x`: how far the camera stands to the right."""
+    """Camera and light: angles in radians, `zoom` about 1, `shift_x` the camera's offset to the right."""
 
     elevation: float
     zoom: float
@@ -39,7 +39,9 @@ class CameraView:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a caption says (`facts`) and what it leaves open (`placements`, one per object, and `view`)."""
+    """A scene: its caption's `facts`, and `placements` (one per object) and `view`, which captions leave
+    open.
+    """
 
     facts: SceneFacts
     placements: tuple[Placement, ...]
@@ -59,7 +61,7 @@ class Scene:
 
 
 def project(view: CameraView, x: float, y: float, z: float) -> tuple[float, float, float]:
-    """(right, up) of a world point, -1 to 1 across the picture, and the length there of a world unit."""
+    """Project a world point to (right, up), -1 to 1 across the image, and the length of a world unit."""
     sin, cos = math.sin(view.elevation), math.cos(view.elevation)
     x, y = x - view.shift_x, y - TARGET_HEIGHT
     scale = view.zoom / (FIELD_OF_VIEW_TAN * (CAMERA_DISTANCE - y * sin - z * cos))

@@ -1,4 +1,4 @@
-"""Scenes as tensors: one row per picture (`Views`) and one per object (`Objects`)."""
+"""Scenes as tensors: one row per image (`Views`) and one per object (`Objects`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BACKGROUND_COLORS = {
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Per scene, [B] each. `tan`: of half the field of view; `light`: the direction towards it."""
+    """Per scene, [B] each. `tan` is that of half the field of view, `light` the direction to the light."""
 
     camera: Vector
     forward: Vector
@@ -48,7 +48,7 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """Per object, [K] each, scene by scene. `slot`: 0 or 1 in its scene; `bound`: in units of `radius`."""
+    """Per object, [K] each, ordered by scene. `slot` is 0 or 1 in its scene, `bound` in units of `radius`."""
 
     scene: Tensor
     slot: Tensor
@@ -129,7 +129,7 @@ def ray_directions(views: Views, scene: Tensor, ray: Tensor, count: int) -> Vect
 def by_shape(
     objects: Objects, item: Tensor, function: RayFunction, position: Vector, direction: Vector
 ) -> Tensor:
-    """function(shape, position, direction) in each object's own frame; [N] values, in the order of `item`."""
+    """Evaluate function(shape, position, direction) in the frame of each object in `item`: returns [N]."""
     local = to_local(objects, item, position)
     cos, sin = objects.cos[item], objects.sin[item]
     turned = (cos * direction[0] - sin * direction[2], direction[1], sin * direction[0] + cos * direction[2])
@@ -145,7 +145,7 @@ def rows_by_shape(objects: Objects, item: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def to_local(objects: Objects, item: Tensor, point: Vector) -> Vector:
-    """World points in the frame of their object: its center at 0, its radius as unit, its yaw undone."""
+    """Transform world points to their object's frame: center at 0, radius as unit, yaw undone."""
     cos, sin, inverse = objects.cos[item], objects.sin[item], 1 / objects.radius[item]
     x, y, z = (p - c[item] for p, c in zip(point, objects.center, strict=True))
     return (cos * x - sin * z) * inverse, y * inverse, (sin * x + cos * z) * inverse

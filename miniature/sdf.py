@@ -1,7 +1,7 @@
 """Signed distances of the five unit shapes, and marching along rays through them.
 
-Positions are in an object's own frame: its center at the origin, its `radius` as the unit, its yaw undone.
-Only + - * / sqrt min max are used: they are exactly rounded, so no result depends on how rays are batched.
+Positions are in an object's frame: its center at the origin, its `radius` as the unit, its yaw undone. Only
++ - * / sqrt min max are used: they are exactly rounded, so results do not depend on how rays are batched.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _cone(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 def _torus(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """A ring that stands upright: its axis is z."""
+    """An upright ring, with z as its axis."""
     return length2(length2(x, y) - TORUS_RING, z) - TORUS_TUBE
 
 
@@ -77,7 +77,8 @@ SHAPE_TABLE: dict[str, tuple[SignedDistance, float, float]] = {
 
 
 def march(shape: str, origin: Vector, direction: Vector) -> Tensor:
-    """Sphere tracing. origin, direction (unit length): [N] each. Returns [N] ray lengths, inf for a miss."""
+    """Sphere tracing of rays [N] with unit `direction`. Returns ray lengths [N], inf for a miss."""
+    # Only rays that hit the bounding sphere are marched, between its two intersections.
     distance, _, bound = SHAPE_TABLE[shape]
     closest = -dot_product(origin, direction)
     chord = bound * bound - (dot_product(origin, origin) - closest * closest)
@@ -91,6 +92,7 @@ def march(shape: str, origin: Vector, direction: Vector) -> Tensor:
         ox, oy, oz, dx, dy, dz, end = rays
         h = distance(ox + t * dx, oy + t * dy, oz + t * dz)
         t = t + h
+        # Now and then, drop rays that have hit the surface or left the sphere.
         if step % COMPACT_EVERY == COMPACT_EVERY - 1:
             hit = h < (HIT_DISTANCE if step < MARCH_STEPS - 1 else 10 * HIT_DISTANCE)
             result[live[hit]] = t[hit]
@@ -101,7 +103,7 @@ def march(shape: str, origin: Vector, direction: Vector) -> Tensor:
 
 
 def surface_normals(shape: str, x: Tensor, y: Tensor, z: Tensor) -> Vector:
-    """Unit gradient of the distance at [N] points, from four samples at the corners of a tetrahedron."""
+    """Return unit normals at [N] points: the distance's gradient from four samples of a tetrahedron."""
     distance, e = SHAPE_TABLE[shape][0], 0.01
     a, b = distance(x + e, y - e, z - e), distance(x - e, y - e, z + e)
     c, d = distance(x - e, y + e, z - e), distance(x + e, y + e, z + e)
@@ -109,7 +111,7 @@ def surface_normals(shape: str, x: Tensor, y: Tensor, z: Tensor) -> Vector:
 
 
 def soft_shadow(shape: str, origin: Vector, light: Vector) -> Tensor:
-    """How much light reaches [N] points past the shape: 0 dark, 1 lit; penumbra = sharpness * h / t."""
+    """Return how much light reaches [N] points past the shape, 0 to 1; penumbra = sharpness * h / t."""
     distance, _, bound = SHAPE_TABLE[shape]
     reach = bound + SHADOW_MARGIN
     closest = -dot_product(origin, light)

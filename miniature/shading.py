@@ -1,4 +1,4 @@
-"""The light that surfaces and the ground send to the camera, in linear color."""
+"""Shading: the linear color that surfaces and the ground reflect to the camera."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from miniature.vec3 import Vector, dot_product, normalize_vector, take_rows
 def shade_objects(
     views: Views, objects: Objects, scene: Tensor, item: Tensor, point: Vector, direction: Vector
 ) -> Tensor:
-    """Linear color [3, N] of surface points: Lambert and a sky for matte, a mirror of a studio for metal."""
+    """Return the linear color [3, N] of surface points.
+
+    Matte surfaces have Lambertian light and a sky, metal ones reflect a studio.
+    """
     normal = _world_normals(objects, item, point)
     light, ground = take_rows(views.light, scene), views.ground[:, scene]
     albedo, metal = objects.color[:, item], objects.metal[item]
@@ -22,6 +25,7 @@ def shade_objects(
     pair = (other >= 0).nonzero().squeeze(1)
     lit[pair] = by_shape(objects, other[pair], soft_shadow, take_rows(point, pair), take_rows(light, pair))
 
+    # Matte: sun, sky and light from the ground.
     facing = dot_product(normal, light)
     sun = facing.clamp(min=0) * lit
     sky = 0.5 + 0.5 * normal[1]
@@ -30,6 +34,7 @@ def shade_objects(
     matte = albedo * (1.12 * sun + 0.26 * sky * open_sky + 0.02)
     matte = matte + albedo * ground * (0.22 * (1 - sky) * open_sky)
 
+    # Metal: the reflected studio, a highlight, and a Fresnel term.
     mirrored = _reflect(direction, normal)
     glint = dot_product(mirrored, light).clamp(min=0)
     glint = _power(glint, 5) * lit
@@ -51,10 +56,10 @@ def _world_normals(objects: Objects, item: Tensor, point: Vector) -> Vector:
 
 
 def _studio(objects: Objects, item: Tensor, point: Vector, mirrored: Vector, ground: Tensor) -> Tensor:
-    """What a mirror sees: the floor, a dark horizon, a sky that brightens upwards, and a bright lamp panel.
+    """The reflected environment: floor, dark horizon, a sky that brightens upwards, and a bright lamp panel.
 
-    The ray's start counts as well as its direction, as in a room and not in an endless landscape: otherwise
-    each flat face would reflect one single color.
+    It depends on the ray's start as well as its direction, as in a room. Otherwise each flat face would
+    reflect a single color.
     """
     x, y, z = (
         m + 0.55 * (p - c[item]) / objects.radius[item]
@@ -71,12 +76,12 @@ def _studio(objects: Objects, item: Tensor, point: Vector, mirrored: Vector, gro
 
 
 def shade_ground(views: Views, objects: Objects, scene: Tensor, point: Vector) -> Tensor:
-    """Linear color [3, N] of ground points: lit floor with shadows that turns into a paler wall far away."""
+    """Return the linear color [3, N] of ground points: a floor with shadows that fades into a paler wall."""
     light = take_rows(views.light, scene)
     shadow, contact = torch.ones_like(point[0]), torch.ones_like(point[0])
     for slot in (0, 1):
         owners = (objects.slot == slot).nonzero().squeeze(1)
-        table = torch.full((len(views.tan),), -1)  # the scene's object in this slot
+        table = torch.full((len(views.tan),), -1)  # index of each scene's object in this slot
         table[objects.scene[owners]] = owners
         item = table[scene]
         rows = (item >= 0).nonzero().squeeze(1)
@@ -100,7 +105,7 @@ def _ramp(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def _power(x: Tensor, doublings: int) -> Tensor:
-    """x to the power 2**doublings, exactly rounded at each step (pow is not the same in all vector lanes)."""
+    """x to the power 2**doublings, exactly rounded at each step (pow differs between vector lanes)."""
     for _ in range(doublings):
         x = x * x
     return x

@@ -1,4 +1,6 @@
-"""Vectors as three tensors of one shape: components stay contiguous and operations exactly rounded."""
+"""3D vectors as three tensors of one shape, so that components are contiguous and operations exactly
+rounded.
+"""
 
 from __future__ import annotations
 

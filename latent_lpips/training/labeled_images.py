@@ -23,7 +23,7 @@ PIL_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ti
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabeledImages:
-    """Encoded images in a fixed order. `labels` [N] are indices into `classes`; empty for unlabeled images."""
+    """Encoded images in a fixed order. `labels` [N] index `classes`; empty for unlabeled images."""
 
     name: str
     names: Sequence[str]

@@ -127,17 +127,7 @@ def _run(
     log = RunLog(folder, {**settings, **inputs, "length": length}, ignore=("length",))
     x = noise(config.seed, range(len(target)), target.shape[1:]).to(target.device).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=config.lr)
-    step = 0
-    if (last := checkpoint.latest(folder / "checkpoints")) is not None:
-        with torch.no_grad():
-            x.copy_(last.tensors("latents")["x"])
-        optimizer.load_state_dict(last.state()["optimizer"])
-        step = last.nimg
-    if step > config.steps:
-        raise UserError(
-            f"{folder} holds a run of {step} steps, more than the {config.steps} asked for; "
-            f"ask for {step} or more, or name another --out"
-        )
+    step = _resume(folder, config, x, optimizer)
     if step < config.steps:
         log.rewind(step - 1)  # a step's line is written before its update
     with StopFlag() as stop:
@@ -171,6 +161,22 @@ def _run(
                     "run the same command again to go on"
                 )
     return x.detach()
+
+
+def _resume(folder: Path, config: OverfitConfig, x: Tensor, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint into `x` and `optimizer`, if there is one; returns its step, else 0."""
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None:
+        return 0
+    with torch.no_grad():
+        x.copy_(last.tensors("latents")["x"])
+    optimizer.load_state_dict(last.state()["optimizer"])
+    if last.nimg > config.steps:
+        raise UserError(
+            f"{folder} holds a run of {last.nimg} steps, more than the {config.steps} asked for; "
+            f"ask for {last.nimg} or more, or name another --out"
+        )
+    return last.nimg
 
 
 @torch.no_grad()
