@@ -1,4 +1,4 @@
-"""Pictures of a report: what stands beside what, which are worst and best, and how they become data URLs."""
+"""Images of a report: galleries, side-by-side tables, rankings, and thumbnails as data URLs."""
 
 import base64
 import io
@@ -14,18 +14,18 @@ from d2g.core.errors import UserError
 from eval.metrics.nearest import Nearest
 
 Better = Literal["lower", "higher", ""]
-"""Which end of a measure is the good one, if any is."""
+"""Which direction of a metric is better; "" where neither is."""
 
 PIXEL_ART = 128
-"""Images of at most this side are kept as they are and shown enlarged with hard edges."""
+"""Images up to this side in pixels keep their pixels and are shown enlarged with hard edges."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pictures:
-    """Rows of images. `columns`: per name N images, uint8 [3, H, W] each (a tensor [N, 3, H, W] will do).
+    """N rows of images. `columns`: N images by name, uint8 [3, H, W] each, or one tensor [N, 3, H, W].
 
-    With one column the images form a gallery, with more a table: row i holds image i of every column.
-    `prompts` and `notes` are per row, `captions` per image (column -> N lines); each is empty or whole.
+    One column is shown as a gallery, several as a table: row i holds image i of every column. `prompts` and
+    `notes` have one entry per row, `captions` one per image (column -> N lines); each may be empty.
     """
 
     title: str
@@ -38,9 +38,8 @@ class Pictures:
     def __post_init__(self) -> None:
         assert self.columns, f"{self.title}: no column"
         assert set(self.captions) <= set(self.columns), f"{self.title}: captions of {list(self.captions)}"
-        given = [*self.columns.values(), *self.captions.values(), self.prompts, self.notes]
-        sizes = {len(part) for part in given if part is not self.prompts and part is not self.notes}
-        sizes |= {len(part) for part in (self.prompts, self.notes) if part}
+        sizes = {len(rows) for rows in (*self.columns.values(), *self.captions.values())}
+        sizes |= {len(rows) for rows in (self.prompts, self.notes) if rows}
         assert len(sizes) == 1, (
             f"{self.title}: columns, prompts, notes and captions have {sorted(sizes)} rows"
         )
@@ -51,13 +50,13 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranking:
-    """The two ends of a score per image."""
+    """The images with the worst and the best scores."""
 
     worst: Pictures
     best: Pictures
 
 
-def rank(
+def rank_images(
     score: str,
     values: Sequence[float],
     columns: Mapping[str, Sequence[Tensor] | Tensor],
@@ -66,22 +65,22 @@ def rank(
     better: Literal["lower", "higher"],
     count: int = 8,
 ) -> Ranking:
-    """The `count` worst and the `count` best rows by `values` [N], the extreme one first.
+    """The `count` worst and the `count` best rows by `values` [N], most extreme first.
 
-    Only the rows shown are read from `columns`, so a lazy sequence over a folder will do. With fewer than
-    2 `count` rows the two ends share none: each gets half. Ties go to the lower index. Raises UserError for
-    fewer than two values or one that is not finite.
+    Reads only these rows from `columns`, so a lazy sequence over a folder works. With fewer than 2 `count`
+    rows each end gets half of them. Ties go to the lower index. Raises UserError for fewer than two values or
+    a value that is not finite.
     """
     scores = torch.tensor(values, dtype=torch.float64)
     if len(scores) < 2 or not scores.isfinite().all():
         raise UserError(f"{score}: ranking needs two or more finite values, got {len(scores)} values")
-    shown = min(count, len(scores) // 2)
-    rising = scores.argsort(stable=True).tolist()
-    falling = (-scores).argsort(stable=True).tolist()
-    worst, best = (falling, rising) if better == "lower" else (rising, falling)
+    count = min(count, len(scores) // 2)
+    ascending = scores.argsort(stable=True).tolist()
+    descending = (-scores).argsort(stable=True).tolist()
+    worst, best = (descending, ascending) if better == "lower" else (ascending, descending)
     return Ranking(
-        worst=_rows(f"Worst by {score}", score, worst[:shown], scores, columns, prompts),
-        best=_rows(f"Best by {score}", score, best[:shown], scores, columns, prompts),
+        worst=_rows(f"Worst by {score}", score, worst[:count], scores, columns, prompts),
+        best=_rows(f"Best by {score}", score, best[:count], scores, columns, prompts),
     )
 
 
@@ -101,8 +100,8 @@ def _rows(
     )
 
 
-def beside_neighbours(
-    found: Nearest,
+def beside_nearest(
+    nearest: Nearest,
     generated: Sequence[Tensor] | Tensor,
     training: Sequence[Tensor] | Tensor,
     prompts: Sequence[str] = (),
@@ -111,30 +110,29 @@ def beside_neighbours(
 ) -> Pictures:
     """Each generated image beside its nearest training images, nearest first, with their distances.
 
-    `training` is indexed by `found.indices` and only there. `features` names the network of the distances.
+    `training` is read at `nearest.indices` only. `features` names the network of the distances.
     """
-    order = range(found.indices.shape[1])
-    names = [f"nearest {place + 1}" if place else "nearest" for place in order]
-    near = {name: [training[int(i)] for i in found.indices[:, n]] for n, name in enumerate(names)}
-    said = {
+    names = [f"nearest {place + 1}" if place else "nearest" for place in range(nearest.indices.shape[1])]
+    neighbors = {name: [training[int(i)] for i in nearest.indices[:, n]] for n, name in enumerate(names)}
+    captions = {
         name: [
             f"{distance:.4g}, image {index}"
-            for distance, index in zip(found.distances[:, n], found.indices[:, n], strict=True)
+            for distance, index in zip(nearest.distances[:, n], nearest.indices[:, n], strict=True)
         ]
         for n, name in enumerate(names)
     }
     return Pictures(
         title="Nearest training images",
-        columns={"generated": generated, **near},
+        columns={"generated": generated, **neighbors},
         prompts=prompts,
-        captions=said,
+        captions=captions,
         text=f"Euclidean distance of {features} features. A generator that copies shows distances near 0.",
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thumbnail:
-    """An encoded image: data URL, size on the page in CSS pixels, and whether to keep its pixels' edges."""
+    """An encoded image: data URL, size on the page in CSS pixels, and whether pixels keep hard edges."""
 
     url: str
     width: int
@@ -143,7 +141,7 @@ class Thumbnail:
 
 
 def thumbnail(image: Tensor, side: int) -> Thumbnail:
-    """uint8 [3, H, W] -> PNG as it is up to PIXEL_ART pixels, else WebP of at most `side` pixels."""
+    """uint8 [3, H, W] -> a lossless PNG up to PIXEL_ART pixels, else WebP of at most `side` pixels."""
     assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3, image.shape
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     buffer, longest = io.BytesIO(), max(picture.size)

@@ -1,4 +1,4 @@
-"""From evaluations to the report: what the page shows, chosen and drawn."""
+"""From an evaluation to the data of its report: which images, rankings and tables the page shows."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from eval.images.resize import NATIVE
 from eval.measure.source import Source
 from eval.protocols.metric import all_metrics, all_numbers, number_labels
 from eval.report.charts import Curve
-from eval.report.gallery import Pictures, Ranking, rank
+from eval.report.gallery import Pictures, Ranking, rank_images
 from eval.report.html import Latency, MetricRow, ReportData
 from eval.result import EvalResult
 
@@ -22,7 +22,7 @@ GRID, BESIDE, RANKED = 32, 16, 8
 
 
 class LazyImages(Sequence[Tensor]):
-    """A source's images, drawn when they are asked for."""
+    """A source's images, drawn on access."""
 
     def __init__(self, source: Source, count: int) -> None:
         self.source, self.total = source, count
@@ -41,15 +41,15 @@ class LazyImages(Sequence[Tensor]):
 
 
 def first_images(source: Source, count: int) -> list[Tensor]:
-    """The first images of a source as they are, uint8 [3, H, W] each."""
-    if source.count is not None:  # files: of several sizes, maybe
+    """The first images of a source at native size, uint8 [3, H, W] each."""
+    if source.count is not None:  # files, which may differ in size
         return LazyImages(source, count)[:]
     drawn = source.draw(range(count), 16, (NATIVE,))
     return [image.cpu() for batch in drawn for image in batch.views[NATIVE]]
 
 
 def metrics_of(results: Mapping[str, EvalResult]) -> list[MetricRow]:
-    """Every number of every result, beside the others'."""
+    """One row per metric, with the numbers of all results side by side."""
     keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
     labels = number_labels(next(iter(results.values())).models)
     numbers = all_numbers()
@@ -65,21 +65,21 @@ def metrics_of(results: Mapping[str, EvalResult]) -> list[MetricRow]:
 
 
 def beside_name(name: str, other: Source) -> str:
-    """What to call the other side of pairs: teacher, or the folder that holds its images."""
+    """The column title of the other side of pairs: its kind, or the name of its image folder."""
     kind = str(other.facts["kind"])
-    shown = Path(other.name).name if kind == "images" else kind
-    return "beside" if shown == name else shown
+    title = Path(other.name).name if kind == "images" else kind
+    return "beside" if title == name else title
 
 
 def rankings(name: str, source: Source, evaluation: Evaluation, other: Source | None = None) -> list[Ranking]:
-    """The images that score worst and best, by what was measured of each."""
+    """The worst and best images by each per-image score."""
     rows, labels = evaluation.rows, number_labels(evaluation.result.models)
     ranking = {m.numbers[0].key: m.numbers[0] for m in all_metrics().values() if m.ranks_images}
     columns = {name: LazyImages(source, len(rows))}
     if other is not None:
         columns[beside_name(name, other)] = LazyImages(other, len(rows))
     return [
-        rank(
+        rank_images(
             labels.get(key, key),
             rows.values[key].tolist(),
             columns,
@@ -93,21 +93,21 @@ def rankings(name: str, source: Source, evaluation: Evaluation, other: Source | 
 
 
 def latencies(latency: Mapping[str, Any]) -> list[Latency]:
-    """Batch 1 and the best batch of each model."""
-    found = []
+    """Latency of each model at batch 1 and at its best batch size."""
+    rows = []
     for name, entry in latency.get("models", {}).items():
         for place in ("batch_1", "best"):
             one = entry[place]
             if place == "batch_1" or one["batch"] != 1:
                 parts = {part: ms / one["batch"] for part, ms in one["parts_ms"].items()}
-                found.append(
+                rows.append(
                     Latency(name=name, milliseconds=one["ms_per_image"], batch=one["batch"], parts=parts)
                 )
-    return found
+    return rows
 
 
 def environment() -> dict[str, str]:
-    """What the numbers were made with."""
+    """Versions and device that the numbers were made with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "diffusion2gan": version("diffusion2gan"),
@@ -126,15 +126,17 @@ def report_data(
     nearest: Sequence[Pictures] = (),
     curves: Sequence[Curve] = (),
 ) -> ReportData:
-    """The page of one evaluation. Draws the images it shows: they are functions of their numbers."""
+    """The report of one evaluation. Draws the images that it shows."""
     result, prompts = evaluation.result, evaluation.rows.prompts
     count = min(GRID, len(evaluation.rows))
-    shown = first_images(source, count)
+    images = first_images(source, count)
     beside = []
     if other is not None:
-        pair = min(BESIDE, count)
-        columns = {name: shown[:pair], beside_name(name, other): first_images(other, pair)}
-        beside = [Pictures(title="Same noise, same prompt", columns=columns, prompts=_told(prompts[:pair]))]
+        pairs = min(BESIDE, count)
+        columns = {name: images[:pairs], beside_name(name, other): first_images(other, pairs)}
+        beside = [
+            Pictures(title="Same noise, same prompt", columns=columns, prompts=_if_any(prompts[:pairs]))
+        ]
     return ReportData(
         title=f"{name} under {result.protocol}",
         protocol=result.protocol,
@@ -146,7 +148,9 @@ def report_data(
         notes=result.notes,
         metrics=metrics_of({name: result}),
         beside=beside,
-        grids=[Pictures(title=f"The first {count}", columns={name: shown}, prompts=_told(prompts[:count]))],
+        grids=[
+            Pictures(title=f"The first {count}", columns={name: images}, prompts=_if_any(prompts[:count]))
+        ],
         rankings=rankings(name, source, evaluation, other),
         nearest=nearest,
         curves=curves,
@@ -155,12 +159,13 @@ def report_data(
     )
 
 
-def _told(prompts: Sequence[str]) -> Sequence[str]:
+def _if_any(prompts: Sequence[str]) -> Sequence[str]:
+    """The prompts, or none where all are empty."""
     return prompts if any(prompts) else ()
 
 
 def fid_clip_curve(lines: Mapping[str, Sequence[Mapping[str, Any]]], *, label: str) -> Curve:
-    """FID over CLIP score, a line per sampler (StyleGAN-T, Fig. 5). Points: {clip_score, fid, value}."""
+    """FID over CLIP score, one line per sampler (StyleGAN-T, Fig. 5). Points: {clip_score, fid, label}."""
     return Curve(
         title="FID over CLIP score",
         x="CLIP score",

@@ -24,7 +24,7 @@ from eval.metrics.nearest import nearest
 from eval.metrics.win_rate import win_rate
 from eval.protocols.config import EvalRun
 from eval.protocols.metric import number_labels, referenced_metrics
-from eval.report.gallery import Pictures, beside_neighbours
+from eval.report.gallery import Pictures, beside_nearest
 from eval.report.html import write_report
 from eval.report.page import LazyImages, first_images, report_data
 from eval.result import EvalResult, compare
@@ -103,7 +103,7 @@ def _nearest(bench: EvalSession, source: Source, found: Evaluation) -> list[Pict
     generated = found.rows.values["features"][:NEAREST]
     near = nearest(generated, rows.values["features"].split(4096), k=min(NEIGHBOURS, training.count))
     return [
-        beside_neighbours(
+        beside_nearest(
             near,
             first_images(source, len(generated)),
             LazyImages(training, training.count),

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.metrics.nearest import Nearest
-from eval.report.gallery import Pictures, beside_neighbours, rank, thumbnail
+from eval.report.gallery import Pictures, beside_nearest, rank_images, thumbnail
 
 
 def pictures(count: int, side: int, seed: int = 0) -> Tensor:
@@ -41,28 +41,28 @@ class Lazy:
 def test_worst_and_best_are_the_ends_of_the_score() -> None:
     images, prompts = Lazy(pictures(6, 4)), [f"p{i}" for i in range(6)]
     values = [0.3, 0.9, 0.1, 0.5, 0.9, 0.2]
-    ranking = rank("CLIP score", values, {"student": images}, prompts, better="higher", count=2)  # type: ignore[dict-item]
+    ranking = rank_images("CLIP score", values, {"student": images}, prompts, better="higher", count=2)  # type: ignore[dict-item]
     assert list(ranking.worst.prompts) == ["p2", "p5"] and list(ranking.best.prompts) == ["p1", "p4"]
     assert ranking.worst.title == "Worst by CLIP score"
     assert ranking.worst.notes[0] == "CLIP score 0.1, image 2"
     assert torch.equal(ranking.best.columns["student"][1], images.images[4])
     assert images.read == {2, 5, 1, 4}  # nothing else was loaded
-    turned = rank("distance", values, {"student": images.images}, prompts, better="lower", count=2)
+    turned = rank_images("distance", values, {"student": images.images}, prompts, better="lower", count=2)
     assert list(turned.worst.prompts) == ["p1", "p4"] and list(turned.best.prompts) == ["p2", "p5"]
 
 
 def test_few_rows_are_shared_out_and_bad_scores_refused() -> None:
-    ranking = rank("s", [3.0, 1.0, 2.0], {"a": pictures(3, 4)}, (), better="lower", count=8)
+    ranking = rank_images("s", [3.0, 1.0, 2.0], {"a": pictures(3, 4)}, (), better="lower", count=8)
     assert len(ranking.worst) == len(ranking.best) == 1 and not ranking.best.prompts
     for values in ([1.0], [1.0, math.nan]):
         with pytest.raises(UserError, match="two or more finite values"):
-            rank("s", values, {"a": pictures(len(values), 4)}, (), better="lower")
+            rank_images("s", values, {"a": pictures(len(values), 4)}, (), better="lower")
 
 
 def test_neighbours_stand_beside_what_was_generated() -> None:
     generated, training = pictures(2, 4), pictures(9, 8, seed=1)
     found = Nearest(distances=torch.tensor([[0.5, 1.25], [2.0, 3.0]]), indices=torch.tensor([[4, 7], [0, 8]]))
-    block = beside_neighbours(found, generated, training, ["a", "b"], features="oracle")
+    block = beside_nearest(found, generated, training, ["a", "b"], features="oracle")
     assert list(block.columns) == ["generated", "nearest", "nearest 2"]
     assert torch.equal(block.columns["nearest"][1], training[0])
     assert torch.equal(block.columns["nearest 2"][0], training[7])

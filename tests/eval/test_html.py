@@ -15,7 +15,7 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.metrics.nearest import nearest
 from eval.report.charts import Curve
-from eval.report.gallery import Pictures, beside_neighbours, rank
+from eval.report.gallery import Pictures, beside_nearest, rank_images
 from eval.report.html import (
     MAX_BYTES,
     THUMBNAIL_SIDES,
@@ -77,10 +77,10 @@ def everything() -> ReportData:
             ),
         ],
         rankings=[
-            rank("CLIP score", [0.1, 0.4, 0.2, 0.3], {"student": wide}, prompts, better="higher"),
-            rank("LPIPS", [1, 4, 2, 3], {"student": small, "teacher": small}, prompts, better="lower"),
+            rank_images("CLIP score", [0.1, 0.4, 0.2, 0.3], {"student": wide}, prompts, better="higher"),
+            rank_images("LPIPS", [1, 4, 2, 3], {"student": small, "teacher": small}, prompts, better="lower"),
         ],
-        nearest=[beside_neighbours(found, small, training, prompts, features="pixel")],
+        nearest=[beside_nearest(found, small, training, prompts, features="pixel")],
         curves=[
             Curve(
                 title="FID against CLIP score",
