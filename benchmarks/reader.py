@@ -63,7 +63,7 @@ def make_store(folder: Path, spec: StoreSpec) -> Path:
         shape = (len(index), *spec.latent_shape)
         noise, latent = (torch.randn(shape, generator=generator).to(spec.torch_dtype) for _ in range(2))
         prompts = [f"a photograph of thing number {i}, on a table, in the morning" for i in index]
-        rows = PairBatch(noise=noise, latent=latent, prompts=prompts, index=torch.tensor(index))
+        rows = PairBatch(noise=noise, latents=latent, prompts=prompts, index=torch.tensor(index))
         shard_path(folder, shard).write_bytes(encode_rows(spec, rows))
     os.sync()
     return folder

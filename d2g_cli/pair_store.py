@@ -22,10 +22,9 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Pairs, shards, spec and size of a store."""
-    from pairgen.store.remote import is_url, url_info
     from pairgen.verify import store_info
 
-    _show(url_info(folder) if is_url(folder) else store_info(Path(folder)), as_json, folder)
+    _show(store_info(folder), as_json, folder)
 
 
 def verify(

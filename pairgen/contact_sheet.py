@@ -46,7 +46,7 @@ def save_sheet(
         )
     rows = reader.read(spread(len(reader), count))
     images = []
-    for batch in decode_uint8(vae, rows.latent, batch_size=8):
+    for batch in decode_uint8(vae, rows.latents, batch_size=8):
         images.append(batch)
         progress("decode", sum(map(len, images)), len(rows.index))
     captions = [caption(spec, *row) for row in zip(rows.index.tolist(), rows.prompts, strict=True)]

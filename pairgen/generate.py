@@ -214,5 +214,5 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
     for batch in batched(positions, job.spec.shard_size):
         rows = reader.read(batch)
         _, latents, _ = job.rows(rows.index.tolist())
-        worst = max(worst, float((latents.cpu() - rows.latent).abs().max()))
+        worst = max(worst, float((latents.cpu() - rows.latents).abs().max()))
     return worst

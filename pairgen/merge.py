@@ -149,7 +149,7 @@ def _compared(kept: Path, other: Path, spec: StoreSpec, tolerance: float) -> dic
         if there:
             same &= torch.equal(rows.noise[here], block.noise[there])
             same &= [rows.prompts[row] for row in here] == [block.prompts[row] for row in there]
-            apart = rows.latent[here].float() - block.latent[there].float()
+            apart = rows.latents[here].float() - block.latents[there].float()
             worst = max(worst, float(apart.abs().max()))
     if not same or worst > tolerance:
         what = f"latents up to {worst:.3g} apart, tolerance {tolerance}" if same else "other noise or prompts"

@@ -133,7 +133,7 @@ def spread(size: int, count: int) -> Sequence[int]:
 
 
 def _block(batch: PairBatch) -> Block:
-    noise, latent = batch.noise.double().numpy(), batch.latent.double().numpy()
+    noise, latent = batch.noise.double().numpy(), batch.latents.double().numpy()
     norms = [np.sqrt(np.square(values).sum(axis=(1, 2, 3))) for values in (noise, latent)]
     return Block(
         own=Moments.of(noise, latent),

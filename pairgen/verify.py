@@ -17,8 +17,11 @@ from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList, prompts_sha256
 from pairgen.store.hdf5 import DamagedShard, PairBatch, quarantined_in, read_blocks, redraw
+from pairgen.store.reader import PairReader
+from pairgen.store.remote import RemoteShards, is_url
 from pairgen.store.spec import (
     StoreSpec,
+    local,
     prompts_path,
     quarantine_path,
     quarantined_rows,
@@ -251,9 +254,15 @@ def _few(pairs: Sequence[int]) -> str:
 # Describing.
 
 
-def store_info(folder: Path) -> dict[str, Any]:
-    """`pairs` and `shards` there, whether all are (`complete`), rows set aside (`quarantined`), size (`gib`),
-    whether the store holds its prompt list (`prompts_held`), and its `spec`."""
+def store_info(folder: Path | str) -> dict[str, Any]:
+    """Describe a store in a folder or at a URL (no shard is downloaded).
+
+    Keys: `pairs` and `shards` present, `complete` (all are present), number of `quarantined` rows, size in
+    `gib`, `prompts_held` (whether the store has its prompt list), and its `spec`.
+    """
+    if is_url(folder):
+        return _remote_info(str(folder))
+    folder = local(folder)
     spec = read_spec(folder)
     shards = shards_present(folder, spec)
     records = quarantined_rows(folder, spec)
@@ -268,4 +277,17 @@ def store_info(folder: Path) -> dict[str, Any]:
         "gib": size / 2**30,
         "prompts_held": prompts_path(folder).exists(),
         "spec": spec.as_json(),
+    }
+
+
+def _remote_info(url: str) -> dict[str, Any]:
+    reader = PairReader(url)
+    return {
+        "pairs": len(reader),
+        "shards": reader.shards,
+        "complete": len(reader) == reader.spec.num_pairs,
+        "quarantined": len(reader.quarantined),
+        "gib": reader.gib,
+        "prompts_held": RemoteShards(url).holds(prompts_path(Path()).name),
+        "spec": reader.spec.as_json(),
     }

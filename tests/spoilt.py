@@ -81,7 +81,7 @@ def taken(folder: Path, shard: int) -> PairBatch:
 def chosen(batch: PairBatch, keep: list[int]) -> PairBatch:
     prompts = [batch.prompts[row] for row in keep]
     return PairBatch(
-        noise=batch.noise[keep], latent=batch.latent[keep], prompts=prompts, index=batch.index[keep]
+        noise=batch.noise[keep], latents=batch.latents[keep], prompts=prompts, index=batch.index[keep]
     )
 
 

@@ -56,7 +56,7 @@ def rows_of(spec: StoreSpec, index: Sequence[int]) -> PairBatch:
     noise = seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
     return PairBatch(
         noise=noise,
-        latent=(noise.float() * 0.5 + 1).to(spec.torch_dtype),
+        latents=(noise.float() * 0.5 + 1).to(spec.torch_dtype),
         prompts=[condition(spec, i) for i in index],
         index=torch.tensor(list(index), dtype=torch.int64),
     )
@@ -85,7 +85,7 @@ def put_store(folder: Path, spec: StoreSpec = SPEC, aside: Sequence[int] = ()) -
 
 def same(a: PairBatch, b: PairBatch) -> bool:
     """Bit for bit, in any dtypes that hold the same values."""
-    tensors = ((a.noise, b.noise), (a.latent, b.latent), (a.index, b.index))
+    tensors = ((a.noise, b.noise), (a.latents, b.latents), (a.index, b.index))
     return a.prompts == b.prompts and all(torch.equal(x.double(), y.double()) for x, y in tensors)
 
 

@@ -129,7 +129,7 @@ def _truncate(shard: Path) -> None:
 
 def _flip(shard: Path) -> None:
     data = bytearray(shard.read_bytes())
-    latent = PairReader(shard.parents[1]).read([7]).latent.numpy().tobytes()
+    latent = PairReader(shard.parents[1]).read([7]).latents.numpy().tobytes()
     data[bytes(data).index(latent)] ^= 1
     shard.write_bytes(data)
 
@@ -365,12 +365,12 @@ def poisoned(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job's pairs with one huge latent, in the third batch of seed 0: its features overflow."""
     folder = tmp_path_factory.mktemp("poisoned")
     spec, rows = read_spec(job / "pairs"), PairReader(job / "pairs").read(range(12))
-    rows.latent[permuted_batch(0, 12, 8, 4)[1]] = 3e38
+    rows.latents[permuted_batch(0, 12, 8, 4)[1]] = 3e38
     create_store(folder, spec)
     for shard in range(spec.num_shards):
         with PairWriter(folder, spec, shard) as writer:
             index = list(spec.rows(shard))
-            writer.append(rows.noise[index], rows.latent[index], [rows.prompts[i] for i in index], index)
+            writer.append(rows.noise[index], rows.latents[index], [rows.prompts[i] for i in index], index)
             writer.commit()
     return folder
 

@@ -65,7 +65,7 @@ def bad_pairs(batch: PairBatch, folder: str) -> str:
     """What to do about pairs of all ranks' batches that hold values that are not finite; "" where none does.
     Call on every rank.
     """
-    finite = (batch.noise.isfinite() & batch.latent.isfinite()).flatten(1).all(dim=1)
+    finite = (batch.noise.isfinite() & batch.latents.isfinite()).flatten(1).all(dim=1)
     found = process_group.gather_objects(batch.index[~finite].tolist())
     numbers = sorted(number for of_rank in found for number in of_rank)
     if not numbers:

@@ -97,7 +97,7 @@ def split(
     """
     gan, parts, local = config.gan, config.engine.gradient_accumulation, len(batch.prompts)
     size, first = local // parts, process_group.rank() * local
-    z, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latent))
+    z, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latents))
     text = encode(batch.prompts)
     approx = config.stage == "gan" and gan.active_penalty == "approx"
     fraction = gan.mix_fraction if config.stage == "gan" else 0.0

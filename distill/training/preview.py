@@ -29,7 +29,7 @@ def preview_latents(
     for first in range(0, len(noise), batch_size):
         here = slice(first, first + batch_size)
         parts.append(draw(noise[here], pairs.prompts[here], *(t[here] for t in told)).float().cpu())
-    return torch.cat(parts), pairs.latent.float().cpu()
+    return torch.cat(parts), pairs.latents.float().cpu()
 
 
 def preview(student: Tensor, teacher: Tensor, vae: Any, batch_size: int = 8) -> Tensor:

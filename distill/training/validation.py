@@ -103,7 +103,7 @@ def _rows(
     """
     numbers = [rows[min(place, len(rows) - 1)] for place in part]
     batch = reader.read(numbers)
-    target = batch.latent.to(device)
+    target = batch.latents.to(device)
     drawn = draw(batch.noise.to(device), batch.prompts, *scales(batch)).float()
     flat = target.flatten(1)
     values = [(drawn - target).square().flatten(1).mean(1), flat.amin(1), flat.amax(1)]

@@ -77,15 +77,15 @@ class JoinedReader:
         whole = next(iter(parts.values()))
         noise, latent, index = (
             torch.empty(len(store), *t.shape[1:], dtype=t.dtype)
-            for t in (whole.noise, whole.latent, whole.index)
+            for t in (whole.noise, whole.latents, whole.index)
         )
         for n, part in parts.items():
             here = torch.from_numpy(store == n)
-            noise[here], latent[here], index[here] = part.noise, part.latent, part.index
+            noise[here], latent[here], index[here] = part.noise, part.latents, part.index
         batch = replace(
             whole,
             noise=noise,
-            latent=latent,
+            latents=latent,
             index=index,
             prompts=[next(prompts[n]) for n in store.tolist()],
             skipped={file: why for part in parts.values() for file, why in part.skipped.items()},

@@ -10,19 +10,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2g.core import seeds
 from d2g.core.config import differing
 from d2g.core.errors import UserError
-from pairgen.store.hdf5_chunks import Chunks, Descriptor
 from pairgen.store.spec import SCHEMA, StoreSpec, create_store, pending, read_spec
 
 __all__ = ["PairBatch", "StoreSpec", "create_store", "pending", "read_spec"]
@@ -30,7 +29,11 @@ __all__ = ["PairBatch", "StoreSpec", "create_store", "pending", "read_spec"]
 SEAL = 512  # bytes of the HDF5 user block, where the length and sha256 of the rest of the file stand
 CHUNK_BYTES = 1 << 15  # one row of SD 1.5: a chunk is what a random row costs to read
 BLOCK_BYTES = 1 << 24  # of latents that `read_blocks` holds at once
+CACHE_BYTES = 4 * CHUNK_BYTES  # of HDF5's chunk cache, per dataset
+HINT_BYTES = 1 << 17  # Linux reads ahead at most its window, 128 KiB unless set otherwise, per call
 UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, TypeError)  # what h5py raises on damaged files
+
+I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +45,7 @@ class PairBatch:
     """
 
     noise: Tensor
-    latent: Tensor
+    latents: Tensor
     prompts: list[str]
     index: Tensor
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -54,8 +57,8 @@ class PairBatch:
 
     def pin_memory(self) -> "PairBatch":
         """The same rows in page-locked memory, from which copies to a GPU overlap its work."""
-        noise, latent, index = self.noise.pin_memory(), self.latent.pin_memory(), self.index.pin_memory()
-        return replace(self, noise=noise, latent=latent, index=index)
+        noise, latent, index = self.noise.pin_memory(), self.latents.pin_memory(), self.index.pin_memory()
+        return replace(self, noise=noise, latents=latent, index=index)
 
 
 class DamagedShard(UserError):
@@ -105,7 +108,7 @@ def encode_rows(spec: StoreSpec, rows: PairBatch, quarantined: Sequence[int] = (
     with h5py.File(buffer, "w", userblock_size=SEAL, libver=("v110", "v110")) as file:
         if spec.noise == "stored":
             _write_values(file, "noise", rows.noise, chunks)
-        _write_values(file, "latent", rows.latent, chunks)
+        _write_values(file, "latent", rows.latents, chunks)
         if spec.conditioning == "text":
             _write_prompts(file, [prompt.encode() for prompt in rows.prompts])
         elif spec.conditioning == "label":
@@ -141,7 +144,7 @@ def load_rows(path: Path, spec: StoreSpec) -> PairBatch:
     blocks = list(read_blocks(path, spec))
     return PairBatch(
         noise=torch.cat([block.noise for block in blocks]),
-        latent=torch.cat([block.latent for block in blocks]),
+        latents=torch.cat([block.latents for block in blocks]),
         prompts=[prompt for block in blocks for prompt in block.prompts],
         index=torch.cat([block.index for block in blocks]),
     )
@@ -162,7 +165,7 @@ def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
                 _check_header(file, path, spec)
                 for rows in _blocks(file, spec):
                     block = _block(file, spec, rows)
-                    for name, values in (("noise", block.noise), ("latent", block.latent)):
+                    for name, values in (("noise", block.noise), ("latent", block.latents)):
                         # NumPy's test: torch's takes ten times as long in float16
                         if not np.isfinite(values.numpy()).all():
                             raise _damaged(path, f"{name} holds values that are not finite")
@@ -197,7 +200,7 @@ def _block(file: Any, spec: StoreSpec, rows: slice) -> PairBatch:
     index = file["index"][rows].astype(np.int64)
     noise = torch.from_numpy(file["noise"][rows]) if "noise" in file else redraw(spec, index)
     latent, prompts = torch.from_numpy(file["latent"][rows]), _prompts_of(file, spec, rows)
-    return PairBatch(noise=noise, latent=latent, prompts=prompts, index=torch.from_numpy(index))
+    return PairBatch(noise=noise, latents=latent, prompts=prompts, index=torch.from_numpy(index))
 
 
 def _prompts_of(file: Any, spec: StoreSpec, rows: slice) -> list[str]:
@@ -231,26 +234,17 @@ def _check_header(file: Any, path: Path, spec: StoreSpec) -> None:
             raise _damaged(path, f"dataset {name} is {file[name].dtype}, its header says {spec.dtype}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardMap:
-    """Where a whole shard's rows lie, once its header and its index are found to be right."""
-
-    quarantined: tuple[int, ...]
-    values: dict[str, Chunks]  # "latent", and "noise" where it is stored
-    column: Chunks | None  # of what the pairs are conditioned on
-    column_type: np.dtype[Any]
-
-
-def check_seal(path: Path) -> int:
-    """The length of a file, which must be what its first 512 bytes say. Raises DamagedShard."""
+def check_length(path: Path) -> int:
+    """The length of a file, which must be the one in its first 512 bytes. Raises DamagedShard."""
     try:
-        return _check_length(Descriptor(path), path)
+        with path.open("rb") as raw:
+            return _check_length(raw.fileno(), path)
     except OSError as error:
         raise _damaged(path, f"unreadable ({error.strerror})") from error
 
 
-def _check_length(file: Descriptor, path: Path) -> int:
-    length, size = seal_of(os.pread(file.number, SEAL, 0))[0], os.fstat(file.number).st_size
+def _check_length(descriptor: int, path: Path) -> int:
+    length, size = seal_of(os.pread(descriptor, SEAL, 0))[0], os.fstat(descriptor).st_size
     if length != size:
         raise _damaged(path, f"truncated or overwritten ({size} bytes, its header says {length})")
     return size
@@ -260,64 +254,109 @@ def quarantined_in(path: Path) -> list[int]:
     """The pairs that a shard's header sets aside. Raises DamagedShard."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return _aside(file)
+            return _quarantined(file)
     except UNREADABLE as error:
         raise _damaged(path, f"unreadable ({error})") from error
 
 
-def _aside(file: Any) -> list[int]:
+def _quarantined(file: Any) -> list[int]:
     return [int(number) for number in json.loads(file.attrs["quarantined"])]
 
 
-def map_shard(descriptor: Descriptor, path: Path, spec: StoreSpec, shard: int) -> ShardMap:
-    """Check the length, header and index of a shard just opened, and find its chunks. Raises DamagedShard.
+def read_fault(name: str, row: int, error: Exception) -> str:
+    """The damage that reading a row met, in one line. HDF5 reports a wrong checksum as a failed filter."""
+    if "filter" in str(error) or "Fletcher32" in str(error):
+        return f"unreadable ({name} of row {row} does not match its checksum)"
+    return f"unreadable ({name} of row {row}: {error})"
 
-    HDF5 reads through `descriptor`, so that what was checked is what will be read. `path` is for messages.
+
+class OpenShard:
+    """A whole shard, open for reading single rows. HDF5 compares every chunk that it reads with its checksum.
+
+    Raises FileNotFoundError when the file is not there and other OSErrors when HDF5 cannot open it.
     """
-    rows = spec.rows(shard)
-    try:
-        _check_length(descriptor, path)
-        with io.FileIO(descriptor.number, closefd=False) as raw, h5py.File(raw, "r") as file:
-            _check_header(file, path, spec)
-            aside = _aside(file)
-            expected = np.setdiff1d(np.arange(rows.start, rows.stop), aside)
-            if not np.array_equal(file["index"][:].astype(np.int64), expected):
-                without = f" without {len(aside)} quarantined ones" if aside else ""
+
+    def __init__(self, path: Path) -> None:
+        # A small chunk cache: HDF5's default takes megabytes per dataset, and hundreds of files are open.
+        self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=CACHE_BYTES)
+        self.path = path
+        self._descriptor: int = self._file.id.get_vfd_handle()
+        self._datasets: dict[str, Any] = {}
+        self._chunk_rows: dict[str, int] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        stat = os.fstat(self._descriptor)
+        self.identity = stat.st_ino, stat.st_size, stat.st_mtime_ns
+        """Differs when another file was put under the same name."""
+
+    def check(self, spec: StoreSpec, shard: int) -> list[int]:
+        """Compare length, header and index with `spec` and the shard's number. Returns the quarantined pairs.
+
+        Raises DamagedShard, also for datasets without checksums: damaged rows would go unnoticed there.
+        """
+        rows = spec.rows(shard)
+        try:
+            _check_length(self._descriptor, self.path)
+            _check_header(self._file, self.path, spec)
+            quarantined = _quarantined(self._file)
+            expected = np.setdiff1d(np.arange(rows.start, rows.stop), quarantined)
+            if not np.array_equal(self._file["index"][:].astype(np.int64), expected):
+                without = f" without {len(quarantined)} quarantined ones" if quarantined else ""
                 what = f"index is not {rows.start} to {rows.stop - 1}{without}, as its name says"
-                raise _damaged(path, what)
-            names = ["latent", *(["noise"] if spec.noise == "stored" else [])]
-            column = {"text": "prompt", "label": "label", "none": None}[spec.conditioning]
-            base = _base(descriptor, file["index"]) if len(expected) else 0
-            return ShardMap(
-                quarantined=tuple(aside),
-                values={name: _chunks_of(file[name], base) for name in names},
-                column=None if column is None else _chunks_of(file[column], base),
-                column_type=np.dtype("i8" if column is None else file[column].dtype),
-            )
-    except UNREADABLE as error:
-        raise _damaged(path, f"unreadable ({error})") from error
+                raise _damaged(self.path, what)
+            for name in self._file:
+                if not self._file[name].fletcher32:
+                    raise _damaged(self.path, f"dataset {name} has no checksums")
+        except UNREADABLE as error:
+            raise _damaged(self.path, f"unreadable ({error})") from error
+        return quarantined
 
+    def read_rows(self, rows: I64, places: I64, out: Mapping[str, NDArray[Any]]) -> dict[int, str]:
+        """Read each row [K] of each dataset of `out` to out[name][place]. Returns place -> damage."""
+        damage: dict[int, str] = {}
+        for name, values in out.items():
+            dataset = self._dataset(name)
+            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+                try:
+                    values[place] = dataset[row]
+                except UNREADABLE as error:
+                    damage[place] = read_fault(name, row, error)
+        return damage
 
-def _base(descriptor: Descriptor, dataset: Any) -> int:
-    """What to add to the places HDF5 reports: before 1.14.4 it counted from the end of the user block."""
-    place, stored = dataset.id.get_chunk_info(0), dataset.id.read_direct_chunk((0,))[1]
-    for base in (0, SEAL):
-        if os.pread(descriptor.number, place.size, place.byte_offset + base) == stored:
-            return base
-    raise OSError("its chunks are not where its header says")
+    def text_block(self, name: str, row: int) -> range:
+        """The rows that share a chunk of a text or label dataset with `row`: cheapest to read together."""
+        size = self._rows_per_chunk(name)
+        return range(row - row % size, row - row % size + size)
 
+    def read_text(self, name: str, rows: range) -> list[str]:
+        """Prompts, or labels in decimal. Raises one of UNREADABLE for damage."""
+        column = self._dataset(name)[rows.start : rows.stop].tolist()
+        return [value.decode() if isinstance(value, bytes) else str(value) for value in column]
 
-def _chunks_of(dataset: Any, base: int) -> Chunks:
-    """Where a dataset's chunks lie. Raises ValueError for one that this project's writer cannot have made."""
-    plist = dataset.id.get_create_plist()
-    filters = [plist.get_filter(number)[0] for number in range(plist.get_nfilters())]
-    deflated = filters == [h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
-    rows, found = dataset.chunks[0], list[Any]()
-    dataset.id.chunk_iter(found.append)
-    found.sort(key=itemgetter(0))  # (coordinates, filters left out, place, size)
-    count, size = -(-dataset.shape[0] // rows), rows * prod(dataset.shape[1:]) * dataset.dtype.itemsize + 4
-    regular = [chunk[0][0] for chunk in found] == list(range(0, count * rows, rows))
-    as_written = all(chunk[1] == 0 and (deflated or chunk[3] == size) for chunk in found)
-    if not (regular and as_written and (deflated or filters == [h5py.h5z.FILTER_FLETCHER32])):
-        raise ValueError(f"dataset {dataset.name} is not chunked and checksummed as written")
-    return Chunks.of(rows, deflated, [chunk[2] + base for chunk in found], [chunk[3] for chunk in found])
+    def hint(self, name: str, first: int, last: int) -> None:
+        """Tell the operating system that rows `first` to `last` are read soon, where it has such a call.
+
+        The place is estimated: chunks stand in order, nearly without gaps. A wrong hint only costs time.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        dataset, rows = self._dataset(name), self._rows_per_chunk(name)
+        chunks = -(-len(dataset) // rows)
+        if name not in self._spans:
+            ends = [dataset.id.get_chunk_info(number) for number in (0, chunks - 1)]
+            self._spans[name] = ends[0].byte_offset, ends[1].byte_offset + ends[1].size
+        begin, end = self._spans[name]
+        start = begin + (end - begin) * (first // rows) // chunks
+        stop = begin + (end - begin) * (last // rows + 1) // chunks
+        for offset in range(start, stop, HINT_BYTES):
+            length = min(HINT_BYTES, stop - offset)
+            os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _dataset(self, name: str) -> Any:
+        if name not in self._datasets:
+            self._datasets[name] = self._file[name]
+        return self._datasets[name]
+
+    def _rows_per_chunk(self, name: str) -> int:
+        if name not in self._chunk_rows:
+            self._chunk_rows[name] = self._dataset(name).chunks[0]
+        return self._chunk_rows[name]

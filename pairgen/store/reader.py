@@ -2,19 +2,16 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
-from pairgen.store.buffers import Buffers
-from pairgen.store.hdf5 import DamagedShard, PairBatch, redraw
-from pairgen.store.hdf5_chunks import I64, U8
-from pairgen.store.open_shards import Bad, OpenShards, Part, read_values
-from pairgen.store.source import open_source
+from pairgen.store.hdf5 import I64, DamagedShard, PairBatch, redraw
+from pairgen.store.shards import Damage, OpenShards, open_source
 from pairgen.store.spec import StoreSpec, quarantined_rows, refuse_other
 
 HINTED = 1024  # blocks that the system is not told of again
@@ -59,11 +56,10 @@ class PairReader:
         for shard, reason in bad.items():
             self._refuse(shard, reason, self.skipped)
         self._shards = np.array(self._source.shards, dtype=np.int64)
-        missing = [len(self._open.aside.get(shard, [])) for shard in self._source.shards]
+        missing = [len(self._open.quarantined.get(shard, [])) for shard in self._source.shards]
         rows = [len(self.spec.rows(shard)) for shard in self._source.shards]
         self._ends = np.cumsum([0, *rows]) - np.cumsum([0, *missing])
         self._hinted: OrderedDict[tuple[int, int], None] = OrderedDict()
-        self._buffers = Buffers()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_hinted": OrderedDict()}
@@ -89,7 +85,7 @@ class PairReader:
     @property
     def quarantined(self) -> list[int]:
         """Pairs that whole shards lack because the teacher gave no finite latent for them."""
-        return sorted(pair for pairs in self._open.aside.values() for pair in pairs)
+        return sorted(pair for pairs in self._open.quarantined.values() for pair in pairs)
 
     @property
     def complete(self) -> bool:
@@ -106,9 +102,8 @@ class PairReader:
             raise IndexError(f"positions {position.min()} to {position.max()} of {len(self)} pairs")
         nth = np.searchsorted(self._ends, position, side="right") - 1
         row = position - self._ends[nth]
-        row_bytes = prod(self.spec.latent_shape) * self.spec.torch_dtype.itemsize
-        names = ["latent", *(["noise"] if self.spec.noise == "stored" else [])]
-        values = {name: self._buffers.empty((len(position), row_bytes), np.uint8) for name in names}
+        shape = (len(position), *self.spec.latent_shape)
+        values = {name: np.empty(shape, self.spec.dtype) for name in self._open.value_names}
         text = [""] * len(position)
         skipped: dict[str, str] = {}
         todo, tries = np.arange(len(position)), 0
@@ -121,25 +116,15 @@ class PairReader:
             nth[todo], row[todo] = self._next(nth[todo], row[todo])
         self.skipped = skipped | self.skipped
         index = self._index(nth, row)
-        tensors = {
-            name: torch.from_numpy(out.view(self.spec.dtype).reshape(len(out), *self.spec.latent_shape))
-            for name, out in values.items()
-        }
+        tensors = {name: torch.from_numpy(out) for name, out in values.items()}
         noise = tensors["noise"] if "noise" in tensors else redraw(self.spec, index.tolist())
         return PairBatch(
-            noise=self._as(noise, dtype),
-            latent=self._as(tensors["latent"], dtype),
+            noise=noise.to(dtype or noise.dtype),
+            latents=tensors["latent"].to(dtype or noise.dtype),
             prompts=text,
             index=torch.from_numpy(index),
             skipped=skipped,
         )
-
-    def _as(self, values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        if dtype is None or dtype == values.dtype:
-            return values
-        if dtype == torch.float32:
-            return torch.from_numpy(self._buffers.empty(tuple(values.shape), np.float32)).copy_(values)
-        return values.to(dtype)
 
     def prompts(self) -> list[str]:
         """The different prompts of the rows present, in order of first use."""
@@ -201,24 +186,23 @@ class PairReader:
     def _index(self, nth: I64, row: I64) -> I64:
         shard = self._shards[nth]
         index = shard * self.spec.shard_size + row
-        for number in sorted(self._open.aside.keys() & set(shard.tolist())):
+        for number in sorted(self._open.quarantined.keys() & set(shard.tolist())):
             rows = self.spec.rows(number)
-            there = np.setdiff1d(np.arange(rows.start, rows.stop), self._open.aside[number])
+            there = np.setdiff1d(np.arange(rows.start, rows.stop), self._open.quarantined[number])
             index[shard == number] = there[row[shard == number]]
         return index
 
-    def _read_into(self, nth: I64, row: I64, todo: I64, values: dict[str, U8], text: list[str]) -> Bad:
-        """Read the places `todo` to values[name][place] and text[place]; those that cannot be trusted."""
-        bad: Bad = {}
-        parts: list[Part] = []
+    def _read_into(
+        self, nth: I64, row: I64, todo: I64, values: dict[str, NDArray[Any]], text: list[str]
+    ) -> Damage:
+        """Read the places `todo` of the batch to values[name][place] and text[place]. Returns the damage."""
+        damage: Damage = {}
         for number in np.unique(nth[todo]).tolist():
-            where = todo[nth[todo] == number]
+            places = todo[nth[todo] == number]
+            shard = int(self._shards[number])
             try:
-                parts.append(self._open.part(int(self._shards[number]), row[where], where))
+                damage |= self._open.get(shard).read_rows(row[places], places, values)
+                damage |= self._open.read_text(shard, row[places], places, text)
             except DamagedShard as error:
-                bad |= dict.fromkeys(where.tolist(), error.reason)
-        for part in parts:
-            bad |= self._open.read_text(part, text)
-        for name, out in values.items():
-            bad = read_values(parts, name, out) | bad
-        return bad
+                damage |= dict.fromkeys(places.tolist(), error.reason)
+        return damage

@@ -1,27 +1,29 @@
-"""Pair stores at URLs: any file system that fsspec knows, behind a local cache of whole shards.
+"""Pair stores at URLs of any file system that fsspec knows, behind a local cache of whole shards.
 
-A shard gets its name in the cache only when its length and sha256 are what its first 512 bytes say, and that
-name holds the sha256: what is there is whole, and no older shard passes for a newer one. Credentials and
-endpoints are for the file system's own package (its environment variables, ~/.config/fsspec).
+A copy is renamed to its final name only when its length and sha256 equal those in the first 512 bytes.
+The name contains the sha256, so an outdated copy is never taken for the current shard. Credentials and
+endpoints are configured as the file system's own package documents (environment variables, ~/.config/fsspec).
+Several processes may fill one cache: file locks order them.
 """
 
+import fcntl
 import hashlib
 import os
 import re
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from d2g.core.atomic_files import FULL
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
-from pairgen.store.cache import alone, default_cache, growing, make_room, used
-from pairgen.store.hdf5 import SEAL, DamagedShard, damaged, seal_of
-from pairgen.store.hdf5_chunks import Descriptor
-from pairgen.store.spec import named_shards, parse_spec, prompts_path, writing
+from pairgen.store.hdf5 import SEAL, DamagedShard, OpenShard, damaged, seal_of
+from pairgen.store.spec import named_shards, parse_spec, writing
 
 T = TypeVar("T")
 
@@ -40,7 +42,7 @@ def is_url(folder: Path | str) -> bool:
     return isinstance(folder, str) and ("://" in folder or "::" in folder)
 
 
-class Mirror:
+class RemoteShards:
     """The shards of the store at `url`, each copied to a folder inside `cache` when it is first needed.
 
     cache_gib: bounds all of `cache`; copies used longest ago make room. 0: no bound. Processes may share it.
@@ -95,18 +97,17 @@ class Mirror:
     def quarantined(self, shard: int, recorded: list[int]) -> list[int]:
         return recorded
 
-    def open(self, shard: int) -> Descriptor:
+    def open(self, shard: int) -> OpenShard:
         path = self._path(shard)
         for _ in range(10):
             try:
-                file = Descriptor(path)
-                used(file)
-                return file
-            except FileNotFoundError:
+                _mark_used(path)
+                return OpenShard(path)
+            except FileNotFoundError:  # not downloaded yet, or another process has just made room
                 self._download(shard, path)
         raise UserError(f"{self.root}: copies vanish before they are read; raise cache_gib")
 
-    def bring(self, shard: int) -> bool:
+    def request(self, shard: int) -> bool:
         if shard in self._seals and self._path(shard).exists():
             return True
         if self._coming[0] != os.getpid():  # threads do not cross a fork
@@ -119,9 +120,9 @@ class Mirror:
 
     def _bring(self, shard: int, coming: set[int]) -> None:
         try:
-            self.open(shard)
+            self._download(shard, self._path(shard))
         except UserError:
-            pass  # whoever reads a row of it meets the same, and says so
+            pass  # reading a row of the shard raises the same error
         finally:
             coming.discard(shard)
 
@@ -224,22 +225,6 @@ class Mirror:
         raise AssertionError("unreachable")
 
 
-def url_info(url: str) -> dict[str, Any]:
-    """What `pairgen.verify.store_info` says of a folder, of a URL; brings no shard."""
-    from pairgen.store.reader import PairReader
-
-    reader = PairReader(url)
-    return {
-        "pairs": len(reader),
-        "shards": reader.shards,
-        "complete": len(reader) == reader.spec.num_pairs,
-        "quarantined": len(reader.quarantined),
-        "gib": reader.gib,
-        "prompts_held": Mirror(url).holds(prompts_path(Path()).name),
-        "spec": reader.spec.as_json(),
-    }
-
-
 def _file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and its path there. fsspec keeps one for each process and thread."""
     import fsspec  # type: ignore[import-untyped]
@@ -273,3 +258,62 @@ def _sound(path: Path, length: int, sha256: str) -> bool:
             return False
         os.fsync(file.fileno())
     return True
+
+
+# The cache folder.
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/diffusion2gan/pairs, or ~/.cache/diffusion2gan/pairs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion2gan" / "pairs"
+
+
+@contextmanager
+def alone(folder: Path, stem: str) -> Iterator[bool]:
+    """Hold FOLDER/STEM.lock among processes and threads; gives False where the file system has no locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / f"{stem}.lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False  # some network file systems: the work is done twice, and the last rename wins
+        yield locked
+    finally:
+        os.close(file)
+
+
+def growing(path: Path, length: int) -> Path:
+    """The name of a copy while it grows: nobody else's, and it says how long it will be."""
+    unique = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    return path.with_name(f"{path.stem}.{unique}.{length}.tmp")
+
+
+def make_room(root: Path, limit: int, temporary: Path) -> None:
+    """Create `temporary`; drop copies in the folders of `root` until `limit` bytes hold them all (0: any)."""
+    with alone(root, ""):
+        temporary.touch()  # counts from now on, with its final length
+        if not limit:
+            return
+        held = {path: _held(path) for path in root.glob("*/pairs-*") if path.suffix in (".h5", ".tmp")}
+        total = sum(size for size, _ in held.values())
+        for path, (size, _) in sorted(held.items(), key=lambda item: item[1][1]):
+            if total > limit and path.suffix == ".h5":
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _held(path: Path) -> tuple[int, int]:
+    """The bytes that a copy takes, or will take, and when it was last used."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return int(path.name.split(".")[-2]) if path.suffix == ".tmp" else found.st_size, found.st_atime_ns
+
+
+def _mark_used(path: Path) -> None:
+    """Set a copy's access time. Its modification time stays: it is part of the file's identity."""
+    with suppress(PermissionError):  # the copy belongs to another user
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

@@ -102,12 +102,12 @@ class PairWriter:
             )
         rows = PairBatch(
             noise=self._rounded("noise", noise, number),
-            latent=self._rounded("latent", latent, number),
+            latents=self._rounded("latent", latent, number),
             prompts=list(prompts),
             index=number,
         )
         self._check_noise(rows, noise)
-        finite = rows.latent.flatten(1).isfinite().all(dim=1)
+        finite = rows.latents.flatten(1).isfinite().all(dim=1)
         for row in (~finite).nonzero().flatten().tolist():
             reason = f"its latent is not finite in {self.spec.dtype}"
             pair = int(number[row])
@@ -224,7 +224,7 @@ class Pen:
 def _chosen(rows: PairBatch, keep: Tensor) -> PairBatch:
     prompts = [prompt for prompt, kept in zip(rows.prompts, keep.tolist(), strict=True) if kept]
     return PairBatch(
-        noise=rows.noise[keep], latent=rows.latent[keep], prompts=prompts, index=rows.index[keep]
+        noise=rows.noise[keep], latents=rows.latents[keep], prompts=prompts, index=rows.index[keep]
     )
 
 
@@ -233,13 +233,13 @@ def _joined(batches: Sequence[PairBatch], spec: StoreSpec | None = None) -> Pair
     if not batches:
         assert spec is not None
         empty = torch.empty(0, *spec.latent_shape, dtype=spec.torch_dtype)
-        return PairBatch(noise=empty, latent=empty, prompts=[], index=torch.empty(0, dtype=torch.int64))
+        return PairBatch(noise=empty, latents=empty, prompts=[], index=torch.empty(0, dtype=torch.int64))
     index = torch.cat([b.index for b in batches])
     order = np.unique(index.numpy(), return_index=True)[1]
     prompts = [prompt for b in batches for prompt in b.prompts]
     return PairBatch(
         noise=torch.cat([b.noise for b in batches])[order],
-        latent=torch.cat([b.latent for b in batches])[order],
+        latents=torch.cat([b.latents for b in batches])[order],
         prompts=[prompts[i] for i in order.tolist()],
         index=index[order],
     )

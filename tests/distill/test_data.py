@@ -78,8 +78,8 @@ def test_blocks_are_shuffled_as_set(pairs: Path) -> None:
 def test_batches_keep_the_stored_type(teacher: Path, tmp_path: Path) -> None:
     made = make_pairs(teacher, tmp_path, dtype="float16")
     (batch,) = islice(pair_batches(PairReader(made), 4, 7, 0, 0), 1)
-    assert batch.noise.dtype == batch.latent.dtype == torch.float16
-    assert torch.equal(batch.latent.float(), PairReader(made).read(batch.index.tolist()).latent)
+    assert batch.noise.dtype == batch.latents.dtype == torch.float16
+    assert torch.equal(batch.latents.float(), PairReader(made).read(batch.index.tolist()).latents)
 
 
 def test_a_whole_store_of_this_teacher_is_taken(pairs: Path, teacher: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_one_line_that_names_the_shard(teacher: Path, tmp_path:
     made = make_pairs(teacher, tmp_path)
     shard = made / "shards" / "pairs-00002.h5"
     data = bytearray(shard.read_bytes())
-    latent = PairReader(made).read([11]).latent.numpy().tobytes()
+    latent = PairReader(made).read([11]).latents.numpy().tobytes()
     data[bytes(data).index(latent)] ^= 1
     shard.write_bytes(data)
     with pytest.raises(UserError, match=r"pairs-00002\.h5: unreadable .*d2g pairs repair") as caught:

@@ -50,7 +50,7 @@ def exact(reader: PairReader) -> Any:
 
     def draw(noise: Tensor, prompts: Sequence[str]) -> Tensor:
         rows = [next(i for i, z in enumerate(known.noise) if torch.equal(z, row)) for row in noise]
-        return known.latent[rows]
+        return known.latents[rows]
 
     return draw
 
@@ -67,7 +67,7 @@ def test_a_perfect_student_has_no_distance(reader: PairReader, distance: ELatent
 
 
 def test_values_are_those_of_their_definitions(reader: PairReader, distance: ELatentLPIPS) -> None:
-    target = reader.read(ROWS).latent
+    target = reader.read(ROWS).latents
     found = measure(lambda z, p: z, reader, ROWS, None, batch_size=4)
     noise, peak = reader.read(ROWS).noise, float(target.max() - target.min())
     square = (noise - target).square().mean((1, 2, 3))
@@ -177,7 +177,7 @@ def test_a_preview_is_the_stored_latents_above_the_students(
 ) -> None:
     vae, pairs = load_vae(str(teacher)), reader.read(range(3))
     student, stored = preview_latents(draw, pairs, "cpu", batch_size=2)
-    assert torch.equal(stored, pairs.latent)
+    assert torch.equal(stored, pairs.latents)
     picture = preview(student, stored, vae, batch_size=2)
     assert picture.shape == (3, 2 * 18, 3 * 18) and picture.dtype == torch.uint8
     for row, latents in enumerate((stored, student)):

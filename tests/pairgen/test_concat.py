@@ -43,7 +43,7 @@ def test_rows_are_the_stores_own_with_their_scale(stores: list[Path]) -> None:
         whole = source.read(range(len(source)))
         assert batch.index[here].tolist() == whole.index.tolist()
         assert torch.equal(batch.noise[here], whole.noise)
-        assert torch.equal(batch.latent[here], whole.latent)
+        assert torch.equal(batch.latents[here], whole.latents)
         assert [p for p, ours in zip(batch.prompts, here, strict=True) if ours] == whole.prompts
 
 
@@ -59,7 +59,7 @@ def test_order_and_repeats_are_the_callers(stores: list[Path]) -> None:
     rows = [17, 3, 3, 0, 9]
     whole, some = reader.read(range(20)), reader.read(rows)
     assert isinstance(whole, GuidedBatch) and isinstance(some, GuidedBatch)
-    assert torch.equal(some.latent, whole.latent[rows]) and torch.equal(some.guidance, whole.guidance[rows])
+    assert torch.equal(some.latents, whole.latents[rows]) and torch.equal(some.guidance, whole.guidance[rows])
     assert some.prompts == [whole.prompts[row] for row in rows]
     assert torch.equal(some.index, whole.index[rows])
 
@@ -70,7 +70,7 @@ def test_batches_come_through_workers(stores: list[Path], teacher: Path) -> None
     reader = open_pairs(",".join(map(str, stores)), sha256, told=True)
     streams = [pair_batches(reader, 4, 7, 0, workers) for workers in (0, 1)]
     for a, b in zip(*(list(islice(s, 5)) for s in streams), strict=True):
-        assert torch.equal(a.latent, b.latent) and torch.equal(scales(a)[0], scales(b)[0])
+        assert torch.equal(a.latents, b.latents) and torch.equal(scales(a)[0], scales(b)[0])
     for stream in streams:
         stream.close()  # type: ignore[attr-defined]
 

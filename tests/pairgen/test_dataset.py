@@ -1,4 +1,4 @@
-"""pairgen.store.dataset: one order from a seed, whatever the ranks, workers and restarts; one line on damage."""
+"""pairgen.store.dataset: each row once per epoch, whatever the ranks, workers and restarts."""
 
 import re
 import shutil
@@ -147,7 +147,7 @@ def test_the_stored_type_is_half_the_bytes(whole: Path) -> None:
         (batch,) = taken(
             pair_loader(PairReader(whole), PairSampler(20, 4, 0), workers=workers, dtype=None), 1
         )
-        assert batch.noise.dtype == batch.latent.dtype == torch.float16
+        assert batch.noise.dtype == batch.latents.dtype == torch.float16
         assert same(batch, rows_of(SPEC, batch.index.tolist()))
 
 
@@ -164,7 +164,7 @@ def test_pinned_batches_keep_all_they_hold(whole: Path) -> None:
     batch = PairReader(whole).read([3, 1])
     if torch.cuda.is_available():
         pinned = batch.pin_memory()
-        assert pinned.noise.is_pinned() and pinned.latent.is_pinned() and same(pinned, batch)
+        assert pinned.noise.is_pinned() and pinned.latents.is_pinned() and same(pinned, batch)
         (found,) = taken(pair_loader(PairReader(whole), PairSampler(20, 4, 0), pin_memory=True), 1)
         assert found.noise.is_pinned()
     else:
@@ -183,7 +183,7 @@ def test_pinned_batches_keep_all_they_hold(whole: Path) -> None:
 def damaged(whole: Path, tmp_path: Path) -> Path:
     store = Path(shutil.copytree(whole, tmp_path / "pairs"))
     path = shard_path(store, 1)
-    latent = rows_of(SPEC, [12]).latent.numpy().tobytes()
+    latent = rows_of(SPEC, [12]).latents.numpy().tobytes()
     spoil(path, path.read_bytes().index(latent) + 9)
     return store
 
@@ -203,7 +203,7 @@ def test_skipped_files_are_named_once(damaged: Path, workers: int) -> None:
     said: list[str] = []
     reader = PairReader(damaged, skip_bad=True)
     found = taken(pair_loader(reader, PairSampler(20, 4, 0), workers=workers, on_skip=said.append), 10)
-    assert len(said) == 1 and said[0].startswith(f"{shard_path(damaged, 1)}: unreadable (latent does not")
+    assert len(said) == 1 and said[0].startswith(f"{shard_path(damaged, 1)}: unreadable (latent of row 4 does not")
     expected = [i if not 8 <= i < 16 else 16 + (i - 8) % 6 for i in range(22) if i not in (2, 3)]
     rows = islice(PairSampler(20, 4, 0), 10)
     assert [batch.index.tolist() for batch in found] == [[expected[i] for i in row] for row in rows]

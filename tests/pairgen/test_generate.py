@@ -43,7 +43,7 @@ def config(pairs: Path, teacher: Path) -> PairConfig:
 def rows(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     reader = PairReader(folder)
     batch = reader.read(range(len(reader)))
-    return batch.noise, batch.latent, batch.prompts
+    return batch.noise, batch.latents, batch.prompts
 
 
 def same(found: Path, expected: Path) -> None:

@@ -48,7 +48,7 @@ def same(found: Path, expected: Path) -> None:
     """Noise bit for bit, latents within fp16's rounding of fp32 sums in another order."""
     a, b = (PairReader(folder).read(range(PAIRS)) for folder in (found, expected))
     assert torch.equal(a.noise, b.noise) and torch.equal(a.index, b.index) and a.prompts == b.prompts
-    torch.testing.assert_close(a.latent, b.latent, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(a.latents, b.latents, rtol=2e-3, atol=2e-3)
     assert verify_store(found).ok
 
 
@@ -165,7 +165,7 @@ def test_damage_is_found_and_mended(teacher: Path, tmp_path: Path, damage: str) 
     assert verify_store(store).ok
     after = PairReader(store).read(range(12))
     assert torch.equal(before.noise, after.noise)
-    torch.testing.assert_close(before.latent, after.latent, rtol=0, atol=1e-4)
+    torch.testing.assert_close(before.latents, after.latents, rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_prompts_that_give_nan_are_named_and_the_run_goes_on(
     report = verify_store(out)
     assert not report.ok and report.quarantined == bad and not report.bad_shards and not report.missing
     reader = PairReader(out)
-    assert len(reader) == 40 and reader.read(range(40)).latent.isfinite().all()
+    assert len(reader) == 40 and reader.read(range(40)).latents.isfinite().all()
     assert not set(reader.read(range(40)).index.tolist()) & set(bad)
     assert len(open_pairs(str(out), reader.spec.teacher_sha256)) == 40, "the others are there to train on"
     again = d2g(command(nan_teacher, prompts, out, "num_pairs=48"), tmp_path / "log")

@@ -46,9 +46,9 @@ def test_round_trip(tmp_path: Path, dtype: str, noise: str) -> None:
     assert len(reader) == 22 and reader.complete and reader.spec == spec and read_spec(tmp_path) == spec
     order = [21, 0, 8, 7, 0, 15]
     found, (expected_noise, latent, prompts, _) = reader.read(order), rows(spec, order)
-    assert found.noise.dtype == found.latent.dtype == torch.float32 and found.index.tolist() == order
+    assert found.noise.dtype == found.latents.dtype == torch.float32 and found.index.tolist() == order
     assert torch.equal(found.noise, expected_noise.float()) and found.prompts == prompts
-    assert torch.equal(found.latent, latent.to(spec.torch_dtype).float())
+    assert torch.equal(found.latents, latent.to(spec.torch_dtype).float())
     assert reader.prompts() == PROMPTS
     with h5py.File(tmp_path / "shards" / "pairs-00000.h5") as file:
         assert ("noise" in file) == (noise == "stored")
@@ -121,7 +121,7 @@ class Rows(torch.utils.data.Dataset[int]):
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor, str, Tensor]:
         batch = self.reader.read([row])
-        return batch.noise[0], batch.latent[0], batch.prompts[0], batch.index[0]
+        return batch.noise[0], batch.latents[0], batch.prompts[0], batch.index[0]
 
 
 @FORKS
@@ -133,7 +133,7 @@ def test_a_reader_crosses_a_fork(whole: Path) -> None:
         parts = list(loader)
         prompts = [prompt for part in parts for prompt in part[2]]
         noise, latent, index = (torch.cat([part[i] for part in parts]) for i in (0, 1, 3))
-        assert same(PairBatch(noise=noise, latent=latent, prompts=prompts, index=index), before)
+        assert same(PairBatch(noise=noise, latents=latent, prompts=prompts, index=index), before)
         assert same(reader.read(range(22)), before)
 
 

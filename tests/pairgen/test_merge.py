@@ -60,7 +60,7 @@ def test_links_across_disks_are_refused(store: Path, tmp_path: Path) -> None:
 
 def _other_rounding(folder: Path, by: float) -> Path:
     batch = taken(make_store(folder, shards=(1,)), 1)
-    batch.latent[3, 2, 1, 0] += by
+    batch.latents[3, 2, 1, 0] += by
     pack(folder, 1, batch)
     return folder
 
@@ -74,7 +74,7 @@ def test_merge_keeps_the_first_of_shards_that_rounding_tells_apart(tmp_path: Pat
     assert 0.005 < report.differing[0]["max_abs_err"] < 0.02 and tree(tmp_path / "out") == tree(store)
     report = merge_stores([other, store], tmp_path / "out")  # what is there comes first
     assert report.copied == 0 and len(report.differing) == 1 and tree(tmp_path / "out") == tree(store)
-    assert taken(merged(tmp_path / "b", other, store), 1).latent.equal(taken(other, 1).latent)
+    assert taken(merged(tmp_path / "b", other, store), 1).latents.equal(taken(other, 1).latents)
     with pytest.raises(
         UserError, match=r"pairs/shards/pairs-00001.*other/shards/pairs-00001.*apart, tolerance 0\.001"
     ):

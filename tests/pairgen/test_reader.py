@@ -8,8 +8,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import h5py
 import numpy as np
@@ -19,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2g.core.errors import UserError
-from pairgen.store.hdf5 import DamagedShard, _base, _seal
-from pairgen.store.hdf5_chunks import Descriptor
+from pairgen.store.hdf5 import DamagedShard, OpenShard, _seal
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, quarantine_path, shard_path
 from stores import PROMPTS, SPEC, put_shard, put_store, rows_of, same, spec_of, spoil
@@ -65,9 +62,9 @@ def test_rows_are_what_was_written(
     assert len(reader) == 17 and reader.complete and reader.quarantined == ASIDE and reader.shards == 3
     order = [16, 3, 0, 0, 9, 12, 5, 1, 8]
     found, expected = reader.read(order), rows_of(spec, [pairs[i] for i in order])
-    assert same(found, expected) and found.noise.dtype == found.latent.dtype == torch.float32
+    assert same(found, expected) and found.noise.dtype == found.latents.dtype == torch.float32
     stored = reader.read(order, None)
-    assert same(stored, expected) and stored.noise.dtype == stored.latent.dtype == spec.torch_dtype
+    assert same(stored, expected) and stored.noise.dtype == stored.latents.dtype == spec.torch_dtype
     if conditioning == "label":
         assert found.labels.tolist() == [int(text) for text in expected.prompts]
     assert reader.prompts() == list(dict.fromkeys(rows_of(spec, pairs).prompts))
@@ -178,22 +175,20 @@ def test_a_flipped_bit_is_found_when_its_chunk_is_read(store: Path, name: str) -
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_places_are_right_whatever_hdf5_counts_from(whole: Path) -> None:
-    """HDF5 before 1.14.4 reported places without the 512 bytes in front."""
-    path = shard_path(whole, 0)
+@pytest.mark.parametrize("name", ["noise", "latent", "prompt"])
+def test_any_changed_byte_of_a_chunk_is_refused(store: Path, name: str) -> None:
+    path = shard_path(store, 1)
+    good = path.read_bytes()
     with h5py.File(path) as file:
-        dataset = file["index"].id
-        true = dataset.get_chunk_info(0)
-        for base in (0, 512):
-            reported = SimpleNamespace(byte_offset=true.byte_offset - base, size=true.size)
-            old: Any = SimpleNamespace(
-                get_chunk_info=lambda number, r=reported: r, read_direct_chunk=dataset.read_direct_chunk
-            )
-            assert _base(Descriptor(path), SimpleNamespace(id=old)) == base
-        lost = SimpleNamespace(byte_offset=true.byte_offset + 8, size=true.size)
-        old = SimpleNamespace(get_chunk_info=lambda number: lost, read_direct_chunk=dataset.read_direct_chunk)
-        with pytest.raises(OSError, match="not where"):
-            _base(Descriptor(path), SimpleNamespace(id=old))
+        chunk = file[name].id.get_chunk_info_by_coord((0,) * file[name].ndim)
+    for position in range(chunk.byte_offset, chunk.byte_offset + chunk.size, max(1, chunk.size // 40)):
+        path.write_bytes(good)
+        spoil(path, position)
+        with pytest.raises(
+            DamagedShard,
+            match=rf"pairs-00001\.h5: unreadable \({name} of row 3 does not match its checksum\); run",
+        ):
+            PairReader(store).read([11])
 
 
 def test_a_dataset_without_checksums_is_refused(store: Path) -> None:
@@ -205,7 +200,7 @@ def test_a_dataset_without_checksums_is_refused(store: Path) -> None:
         file.create_dataset("latent", data=latent, chunks=(4, 4, 8, 8), maxshape=(None, 4, 8, 8))
     data = path.read_bytes()
     path.write_bytes(_seal(len(data), hashlib.sha256(data[512:]).hexdigest()) + data[512:])
-    with pytest.raises(DamagedShard, match=r"dataset /latent is not chunked and checksummed as written"):
+    with pytest.raises(DamagedShard, match=r"pairs-00001\.h5: dataset latent has no checksums; run"):
         PairReader(store).read([8])
 
 
@@ -284,7 +279,9 @@ def test_prompts_of_damaged_chunks(store: Path) -> None:
     reader = PairReader(store, skip_bad=True)
     assert reader.read([0, 1, 21]).index.tolist() == [8, 9, 21]
     assert set(reader.prompts()) == {PROMPTS[SPEC.prompt_of(i)] for i in range(8, 22)}
-    with pytest.raises(DamagedShard, match="prompts: its bytes do not match"):
+    with pytest.raises(
+        DamagedShard, match=r"unreadable \(prompt of row 0 does not match its checksum\); run"
+    ):
         PairReader(store).prompts()
 
 
@@ -301,7 +298,7 @@ def test_without_a_sound_shard_there_is_nothing_to_give(store: Path) -> None:
 
 
 def test_many_shards_need_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pairgen.store.open_shards.OPEN_FILES", 5)
+    monkeypatch.setattr("pairgen.store.shards.OPEN_FILES", 5)
     spec = spec_of(num_pairs=20, shard_size=1)
     reader = PairReader(put_store(tmp_path, spec))
     before = len(os.listdir("/proc/self/fd"))
@@ -313,7 +310,7 @@ def test_many_shards_need_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_threads_may_share_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pairgen.store.open_shards.OPEN_FILES", 3)
+    monkeypatch.setattr("pairgen.store.shards.OPEN_FILES", 3)
     spec = spec_of(num_pairs=20, shard_size=1)
     reader, wrong = PairReader(put_store(tmp_path, spec)), list[int]()
 
@@ -341,6 +338,37 @@ def test_announced_rows_are_the_same_rows(store: Path) -> None:
     reader.prefetch(range(22), block=5)  # damage is for `read` to say
     with pytest.raises(DamagedShard, match="pairs-00001"):
         reader.read([10])
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 64, 64)])
+def test_a_hint_covers_the_chunks_of_its_rows(
+    tmp_path: Path, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(latent_shape=shape, num_pairs=300, shard_size=300)
+    path = shard_path(put_store(tmp_path, spec), 0)
+    hints: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda number, start, length, advice: hints.append((start, length))
+    )
+    OpenShard(path).hint("latent", 100, 163)
+    with h5py.File(path) as file:
+        rows, latent = file["latent"].chunks[0], file["latent"].id
+        chunks = [latent.get_chunk_info_by_coord((row // rows * rows, 0, 0, 0)) for row in range(100, 164)]
+    needed = {byte for chunk in chunks for byte in range(chunk.byte_offset, chunk.byte_offset + chunk.size)}
+    covered = {byte for start, length in hints for byte in range(start, start + length)}
+    assert len(covered & needed) > 0.9 * len(needed) and len(covered) < 1.2 * len(needed)
+    monkeypatch.delattr(os, "posix_fadvise")
+    OpenShard(path).hint("latent", 0, 5)
+
+
+def test_batches_share_no_memory(tmp_path: Path) -> None:
+    spec = spec_of(latent_shape=(4, 64, 64), num_pairs=14, shard_size=5)
+    reader = PairReader(put_store(tmp_path, spec))
+    orders = [[(7 * i + 3 * j) % 14 for j in range(9)] for i in range(12)]
+    batches = [reader.read(order, torch.float32 if order[0] % 2 else None) for order in orders]
+    for order in orders:
+        reader.read(order)
+    assert all(same(batch, rows_of(spec, order)) for batch, order in zip(batches, orders, strict=True))
 
 
 def test_another_spec_is_refused_by_name(whole: Path) -> None:

@@ -1,4 +1,4 @@
-"""pairgen.store.remote: stores behind URLs. Real file systems, a real server that misbehaves, real processes."""
+"""pairgen.store.remote: rows from URLs equal rows from folders, or an error names the file."""
 
 import json
 import multiprocessing
@@ -18,11 +18,10 @@ from typer.testing import CliRunner
 
 from d2g.core.errors import SettingError, UserError
 from d2g_cli import main as cli
-from pairgen.store.cache import default_cache
 from pairgen.store.dataset import PairSampler, pair_loader
 from pairgen.store.hdf5 import DamagedShard
 from pairgen.store.reader import PairReader
-from pairgen.store.remote import is_url
+from pairgen.store.remote import default_cache, is_url
 from pairgen.store.spec import quarantine_path, shard_path
 from pairgen.verify import store_info
 from servers import PlainFileSystem, Server
@@ -243,10 +242,10 @@ def test_a_copy_that_rots_is_found(store: Path, cache: Path) -> None:
     PairReader(f"file://{store}", cache=cache).read([0])
     (copy,) = cache.glob("*/pairs-00000-*.h5")
     data = bytearray(copy.read_bytes())
-    latent = rows_of(SPEC, [0]).latent.numpy().tobytes()
+    latent = rows_of(SPEC, [0]).latents.numpy().tobytes()
     data[bytes(data).index(latent) + 3] ^= 1
     copy.write_bytes(data)
-    says = rf"latent does not match its checksum\); .*remove its copy {re.escape(str(copy.parent))}"
+    says = rf"latent of row 0 does not match its checksum\); .*remove its copy {re.escape(str(copy.parent))}"
     with pytest.raises(DamagedShard, match=says):
         PairReader(f"file://{store}", cache=cache).read([0])
 

@@ -30,7 +30,7 @@ def pairs(job: Path, tmp_path: Path) -> Path:
 def close(found: PairBatch, expected: PairBatch) -> bool:
     """The same rows; latents but for the rounding of another batch size."""
     same = torch.equal(found.noise, expected.noise) and torch.equal(found.index, expected.index)
-    apart = (found.latent - expected.latent).abs().max()
+    apart = (found.latents - expected.latents).abs().max()
     return same and found.prompts == expected.prompts and float(apart) < 1e-4
 
 

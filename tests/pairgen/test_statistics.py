@@ -64,7 +64,7 @@ def make_store(
     index = torch.arange(len(latent))
     drawn = seeds.noise(3, index.tolist(), spec.latent_shape) if noise is None else noise
     prompts = [texts[spec.prompt_of(i)] for i in range(len(latent))]
-    rows = PairBatch(noise=drawn, latent=latent, prompts=prompts, index=index)
+    rows = PairBatch(noise=drawn, latents=latent, prompts=prompts, index=index)
     publish(encode_rows(spec, rows), shard_path(folder, 0), folder / "partial")
     return spec
 
@@ -290,7 +290,7 @@ def test_a_sheet_shows_decoded_rows_and_their_prompts(pairs: Path, teacher: Path
             and file.info["spec_sha256"] == PairReader(pairs).spec.sha256
         )
         sheet = np.asarray(file.convert("RGB")).copy()
-    decoded = torch.cat(list(decode_uint8(load_vae(str(teacher)), PairReader(pairs).read(shown).latent)))
+    decoded = torch.cat(list(decode_uint8(load_vae(str(teacher)), PairReader(pairs).read(shown).latents)))
     enlarged = decoded.repeat_interleave(SMALLEST // 16, 2).repeat_interleave(SMALLEST // 16, 3)
     first = enlarged[0].permute(1, 2, 0).numpy()
     places = [y for y in range(60) if np.array_equal(sheet[y : y + SMALLEST, 8 : 8 + SMALLEST], first)]

@@ -169,13 +169,13 @@ def _foreign_row(folder: Path) -> None:
 
 def _not_a_number(folder: Path) -> None:
     batch = taken(folder, 1)
-    batch.latent[7, 3, 3, 3] = float("nan")
+    batch.latents[7, 3, 3, 3] = float("nan")
     pack(folder, 1, batch)
 
 
 def _infinite(folder: Path) -> None:
     batch = taken(folder, 1)
-    batch.latent[0, 0, 0, 0] = float("-inf")
+    batch.latents[0, 0, 0, 0] = float("-inf")
     pack(folder, 1, batch)
 
 
