@@ -278,7 +278,13 @@ class OpenShard:
 
     def __init__(self, path: Path) -> None:
         # A small chunk cache: HDF5's default takes megabytes per dataset, and hundreds of files are open.
-        self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=CACHE_BYTES)
+        try:
+            self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=CACHE_BYTES)
+        except OSError as error:
+            if "locking flag values" not in str(error):
+                raise
+            # This process has opened the file elsewhere with locks: HDF5 wants the same again.
+            self._file = h5py.File(path, "r", rdcc_nbytes=CACHE_BYTES)
         self.path = path
         self._descriptor: int = self._file.id.get_vfd_handle()
         self._datasets: dict[str, Any] = {}

@@ -361,6 +361,11 @@ def test_a_hint_covers_the_chunks_of_its_rows(
     OpenShard(path).hint("latent", 0, 5)
 
 
+def test_a_shard_may_be_open_in_h5py_at_the_same_time(store: Path) -> None:
+    with h5py.File(shard_path(store, 0)) as file:
+        assert same(PairReader(store).read(range(8)), rows_of(SPEC, range(8))) and file["index"][7] == 7
+
+
 def test_batches_share_no_memory(tmp_path: Path) -> None:
     spec = spec_of(latent_shape=(4, 64, 64), num_pairs=14, shard_size=5)
     reader = PairReader(put_store(tmp_path, spec))
