@@ -203,7 +203,9 @@ def test_skipped_files_are_named_once(damaged: Path, workers: int) -> None:
     said: list[str] = []
     reader = PairReader(damaged, skip_bad=True)
     found = taken(pair_loader(reader, PairSampler(20, 4, 0), workers=workers, on_skip=said.append), 10)
-    assert len(said) == 1 and said[0].startswith(f"{shard_path(damaged, 1)}: unreadable (latent of row 4 does not")
+    assert len(said) == 1 and said[0].startswith(
+        f"{shard_path(damaged, 1)}: unreadable (latent of row 4 does not"
+    )
     expected = [i if not 8 <= i < 16 else 16 + (i - 8) % 6 for i in range(22) if i not in (2, 3)]
     rows = islice(PairSampler(20, 4, 0), 10)
     assert [batch.index.tolist() for batch in found] == [[expected[i] for i in row] for row in rows]
