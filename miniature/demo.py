@@ -1,7 +1,9 @@
-"""The demo: the whole job on the miniature, through the functions that an SD 1.5 run calls."""
+"""The demo: the complete method on the miniature, with the functions that an SD 1.5 run uses."""
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ DEMO_SAMPLERS = ("naive", "ode", "gan", "teacher")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo measured, in this very run. `fid`: Frechet distances of the oracle's features."""
+    """What the demo measured. Dictionaries are keyed by sampler; `fid` uses the oracle's features."""
 
     out: str
     report: str
@@ -59,85 +61,90 @@ class DemoResult:
     timings: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The contract's keys."""
+        """Return the result as a dictionary, as demo.json holds it."""
         return asdict(self)
 
 
 def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoResult:
-    """Pairs, stage 1, stage 2, evaluation, report. Finished parts are kept: run again to go on.
+    """Generate pairs, train both stages, evaluate, and write a report to OUT.
 
-    Raises what the stages raise; nothing of a finished stage is lost.
+    Finished parts are kept, so an interrupted demo resumes when it is run again. Raises what the stages
+    raise.
     """
     register_eval_scenes()
     started, timings = time.monotonic(), {}
     device = process_group.init()
 
-    def timed(label: str, since: float) -> None:
-        timings[label] = time.monotonic() - since
+    @contextmanager
+    def timed(part: str) -> Iterator[None]:
+        part_started = time.monotonic()
+        yield
+        timings[part] = time.monotonic() - part_started
 
-    # Pairs.
-    begun, prompts = time.monotonic(), out / "prompts.txt"
-    texts = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))
-    write_atomically(prompts, "\n".join(texts) + "\n")
-    job = replace(config.pairs, prompts=str(prompts), seed=config.seed)
-    made = generate_pairs(job, out / "pairs", progress)
-    timed("pairs", begun)
-
-    # Both stages.
-    begun = time.monotonic()
-    ode = replace(config.ode, pairs=str(out / "pairs"), seed=config.seed)
-    train(ode, out / "ode", progress)
-    timed("stage 1", begun)
-    begun = time.monotonic()
-    gan = replace(config.gan, pairs=str(out / "pairs"), init=str(out / "ode"), seed=config.seed)
-    train(gan, out / "gan", progress)
-    timed("stage 2", begun)
-
-    # Evaluation: the same noise and test captions through all four.
-    begun = time.monotonic()
-    name = config.pairs.teacher
-    teacher = load_teacher(name, device)
-    students = {
-        "naive": untrained_one_step(name, device),
-        "ode": load_one_step(str(out / "ode"), device=device),
-        "gan": load_one_step(str(out / "gan"), device=device),
-    }
-    results, first = evaluate_samplers(config, teacher, students, progress)
-    timed("evaluation", begun)
+    with timed("pairs"):
+        prompts = out / "prompts.txt"
+        captions = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))
+        write_atomically(prompts, "\n".join(captions) + "\n")
+        pairs_config = replace(config.pairs, prompts=str(prompts), seed=config.seed)
+        num_pairs = generate_pairs(pairs_config, out / "pairs", progress).pairs
+    with timed("stage 1"):
+        ode = replace(config.ode, pairs=str(out / "pairs"), seed=config.seed)
+        train(ode, out / "ode", progress)
+    with timed("stage 2"):
+        gan = replace(config.gan, pairs=str(out / "pairs"), init=str(out / "ode"), seed=config.seed)
+        train(gan, out / "gan", progress)
+    with timed("evaluation"):
+        name = config.pairs.teacher
+        teacher = load_teacher(name, device)
+        students = {
+            "naive": untrained_one_step(name, device),
+            "ode": load_one_step(str(out / "ode"), device=device),
+            "gan": load_one_step(str(out / "gan"), device=device),
+        }
+        results, images = evaluate_samplers(config, teacher, students, progress)
     speed = measure_sampling_time(config, teacher, students["gan"])
-
-    # Report.
-    pick = {
-        key: {k: float(getattr(r, key) or 0.0) for k, r in results.items()}
-        for key in ("fid", "recall", "precision", "clip_score")
-    }
-    extra = {
-        key: {k: r.extra[key] for k, r in results.items()} for key in ("caption_accuracy", "caption_exact")
-    }
-    for key, pictures in first.items():
-        save_png(grid(pictures, columns=config.columns), out / f"{key}.png", {})
-    save_png(grid(torch.cat(list(first.values())), columns=config.columns), out / "side-by-side.png", {})
     result = DemoResult(
         out=str(out),
         report=str(out / "report.html"),
         seconds=time.monotonic() - started,
-        pairs=made.pairs,
+        pairs=num_pairs,
         ms_per_image=speed,
         timings=timings,
-        **pick,
-        **extra,
+        **_scores(results),
     )
-    curves = {stage: read_stats(out / stage) for stage in ("ode", "gan")}
-    shown = scene_captions(config.columns, TEST_SEED)
-    write_demo_report(out / "report.html", result.to_json(), first, shown, curves, config.teacher_steps)
-    write_atomically(out / "demo.json", json.dumps(result.to_json(), indent=1))
+    _write_output(config, out, result, images)
     return result
+
+
+def _scores(results: dict[str, EvalResult]) -> dict[str, dict[str, float]]:
+    """Return every score of the demo, by metric and sampler."""
+    scores = {
+        key: {sampler: float(getattr(result, key) or 0.0) for sampler, result in results.items()}
+        for key in ("fid", "recall", "precision", "clip_score")
+    }
+    for key in ("caption_accuracy", "caption_exact"):
+        scores[key] = {sampler: result.extra[key] for sampler, result in results.items()}
+    return scores
+
+
+def _write_output(config: DemoConfig, out: Path, result: DemoResult, images: dict[str, Tensor]) -> None:
+    """Write the images, report.html and demo.json."""
+    for sampler, pixels in images.items():
+        save_png(grid(pixels, columns=config.columns), out / f"{sampler}.png", {})
+    save_png(grid(torch.cat(list(images.values())), columns=config.columns), out / "side-by-side.png", {})
+    curves = {stage: read_stats(out / stage) for stage in ("ode", "gan")}
+    prompts = scene_captions(config.columns, TEST_SEED)
+    write_demo_report(out / "report.html", result.to_json(), images, prompts, curves, config.teacher_steps)
+    write_atomically(out / "demo.json", json.dumps(result.to_json(), indent=1))
 
 
 def evaluate_samplers(
     config: DemoConfig, teacher: Teacher, students: dict[str, OneStep], progress: Progress
 ) -> tuple[dict[str, EvalResult], dict[str, Tensor]]:
-    """Each sampler under protocol `miniature`, and its first images [columns, 3, 64, 64]."""
+    """Evaluate each sampler under protocol `miniature`, all with the same noise and test captions.
+
+    Returns the results and the first images [columns, 3, 64, 64], by sampler.
+    """
     oracle, protocol = load_oracle(), PROTOCOLS["miniature"]
     networks = Networks(
         sets={"features": oracle_features(oracle)},
@@ -146,37 +153,37 @@ def evaluate_samplers(
     )
     scenes = real_scenes(config.eval_images, progress)
     texts = [text for _, batch in scenes for text in batch]
-    real = build_reference(batch_source("scenes", scenes), protocol, networks.sets)
-    drawing = SamplingRequest(prompts=texts, seed=protocol.seed, device=teacher.device)
+    reference = build_reference(batch_source("scenes", scenes), protocol, networks.sets)
+    request = SamplingRequest(prompts=texts, seed=protocol.seed, device=teacher.device)
     guidance = config.pairs.guidance
-    sources = {name: one_step_source(name, one, drawing) for name, one in students.items()}
-    sources["teacher"] = ode_source(teacher, drawing, steps=config.teacher_steps, guidance=guidance)
+    sources = {name: one_step_source(name, student, request) for name, student in students.items()}
+    sources["teacher"] = ode_source(teacher, request, steps=config.teacher_steps, guidance=guidance)
     results, first = {}, {}
     for name in DEMO_SAMPLERS:
-        found = evaluate(
+        evaluation = evaluate(
             sources[name],
             protocol,
             networks,
             metrics=("fid", "clip", "pr", "caption_accuracy"),
-            reference=real,
+            reference=reference,
             count=len(texts),
             resamples=0,
         )
-        results[name] = found.result
+        results[name] = evaluation.result
         first[name] = torch.stack(first_images(sources[name], config.columns))
         progress("evaluate", len(results), len(DEMO_SAMPLERS))
     return results, first
 
 
 def measure_sampling_time(config: DemoConfig, teacher: Teacher, student: OneStep) -> dict[str, float]:
-    """Milliseconds of one image, end to end at batch 1: text encoder, UNet, VAE."""
-    text, drawn = scene_captions(1, TEST_SEED), noise(config.seed, [0], teacher.latent_shape)
+    """Return milliseconds per image, end to end at batch 1: text encoder, UNet, VAE."""
+    prompt, latent_noise = scene_captions(1, TEST_SEED), noise(config.seed, [0], teacher.latent_shape)
 
-    def by_teacher() -> None:
-        latents = teacher.sample(drawn, text, config.teacher_steps, config.pairs.guidance, "ddim")
+    def sample_teacher() -> None:
+        latents = teacher.sample(latent_noise, prompt, config.teacher_steps, config.pairs.guidance, "ddim")
         student.decoded(latents)
 
     return {
-        "teacher": milliseconds_per_image(by_teacher, repeats=5, warmup=1),
-        "student": milliseconds_per_image(lambda: student.images(drawn, text), repeats=20, warmup=3),
+        "teacher": milliseconds_per_image(sample_teacher, repeats=5, warmup=1),
+        "student": milliseconds_per_image(lambda: student.images(latent_noise, prompt), repeats=20, warmup=3),
     }

@@ -1,4 +1,4 @@
-"""The demo's page: what the demo measured, as a report of `eval.report.html`."""
+"""The demo's HTML report, written by eval.report.html."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,8 +36,9 @@ def write_demo_report(
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     teacher_steps: int,
 ) -> None:
-    """Write the page. pictures: per sampler uint8 [columns, 3, H, W]; curves: per stage the lines of
-    stats.jsonl.
+    """Write the report to `path`.
+
+    `pictures` has uint8 images [columns, 3, H, W] per sampler, `curves` the lines of stats.jsonl per stage.
     """
     titles = {
         "naive": "teacher, one step, no training",
@@ -54,29 +55,33 @@ def write_demo_report(
         notes=DEMO_NOTES,
         metrics=[
             MetricRow(
-                name=name, better=better, values={title: result[key][who] for who, title in titles.items()}
+                name=name,
+                better=better,
+                values={title: result[key][sampler] for sampler, title in titles.items()},
             )
             for key, (name, better) in DEMO_METRICS.items()
         ],
         beside=[
             Pictures(
                 title="Same noise, same prompt",
-                columns={titles[who]: images for who, images in pictures.items()},
+                columns={titles[sampler]: images for sampler, images in pictures.items()},
                 prompts=prompts,
             )
         ],
-        curves=[curve for stage, lines in curves.items() for curve in _training(STAGE_TITLES[stage], lines)],
+        curves=[
+            curve for stage, lines in curves.items() for curve in _training_curves(STAGE_TITLES[stage], lines)
+        ],
         latency=[
-            Latency(name=titles[who], milliseconds=speed[key])
-            for who, key in (("teacher", "teacher"), ("gan", "student"))
+            Latency(name=titles[sampler], milliseconds=speed[key])
+            for sampler, key in (("teacher", "teacher"), ("gan", "student"))
         ],
         timings=result["timings"],
     )
     write_page(path, data)
 
 
-def _training(title: str, lines: Sequence[Mapping[str, float]]) -> list[Curve]:
-    """Loss parts and the discriminator's mean logits over images seen, where they were reported."""
+def _training_curves(title: str, lines: Sequence[Mapping[str, float]]) -> list[Curve]:
+    """Return curves of the loss terms and of the discriminator's mean logits, over training images."""
     curves = []
     for prefix, what in (("loss", "losses"), ("logit", "the discriminator's mean logits")):
         names = sorted({name for line in lines for name in line if _part_of(name, prefix)})
@@ -87,5 +92,5 @@ def _training(title: str, lines: Sequence[Mapping[str, float]]) -> list[Curve]:
 
 
 def _part_of(name: str, prefix: str) -> bool:
-    """loss/g and logit/real, but no head of the discriminator by itself."""
+    """Whether a logged name is like loss/g or logit/real; logits of single discriminator heads are not."""
     return name.startswith(f"{prefix}/") and name.count("/") == 1

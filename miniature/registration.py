@@ -39,7 +39,7 @@ _CAPTION_ACCURACY = Metric(
 
 
 def register_eval_scenes() -> None:
-    """Register the scenes with `eval`: metric, data source, protocols, preset. Again: changes nothing."""
+    """Register the scenes with `eval`: metric, data source, protocols, preset. Idempotent."""
     register_metric(_CAPTION_ACCURACY)
     register_data_source(_SCENES)
     scenes = Protocol(

@@ -1,5 +1,5 @@
-"""Turn trained runs into the folders under weights/: half precision, without training state, with a meta.json
-each.
+"""Turns trained runs into the folders under weights/: in half precision, without training state, with
+metadata.
 """
 
 import json
@@ -32,7 +32,7 @@ COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "latent_l
 
 
 def store_as_fp16(folder: Path) -> None:
-    """Store every fp32 tensor of a folder's safetensors files as fp16, in place."""
+    """Convert the fp32 tensors in a folder's safetensors files to fp16, in place."""
     for path in sorted(folder.rglob("*.safetensors")):
         tensors = load_file(path)
         half = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
@@ -40,7 +40,7 @@ def store_as_fp16(folder: Path) -> None:
 
 
 def source_commit() -> str:
-    """The commit that this tree stands at."""
+    """Return the commit of this checkout."""
     command = ["git", "rev-parse", "HEAD"]
     return subprocess.run(
         command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -48,7 +48,10 @@ def source_commit() -> str:
 
 
 def release_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progress = quiet) -> dict[str, Any]:
-    """Copy a finished `d2g teacher train` folder without training/, halve it, measure it, write meta.json."""
+    """Copy a finished `d2g teacher train` folder in fp16 without training/, score it, and write meta.json.
+
+    `how` is added to the metadata, which is returned.
+    """
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "model_index.json", out / "model_index.json")
     for component in COMPONENTS:
@@ -57,7 +60,7 @@ def release_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progres
         shutil.copytree(run / component, out / component)
         if (config := out / component / "config.json").is_file():
             facts = json.loads(config.read_text(encoding="utf-8"))
-            facts.pop("_name_or_path", None)  # a path of the machine that trained it
+            facts.pop("_name_or_path", None)  # a path of the training machine
             write_atomically(config, json.dumps(facts, indent=2) + "\n")
     for component in ("unet", "vae", "text_encoder", "latent_lpips"):
         store_as_fp16(out / component)
@@ -81,22 +84,22 @@ def release_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progres
 def score_teacher(
     teacher: str, progress: Progress, num: int = 256, steps: int = 50, guidance: float = 3.0
 ) -> dict[str, float]:
-    """Caption accuracy of the teacher's samples on `num` captions of each split."""
+    """Return the caption accuracy of the teacher's samples on `num` captions of each split."""
     oracle, loaded = load_oracle(), load_teacher(teacher)
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
         texts, images = scene_captions(num, TEST_SEED, split), []
         source = ode_source(loaded, SamplingRequest(prompts=texts), steps=steps, guidance=guidance)
-        for drawn in source.draw(range(num), 64, (NATIVE,)):
-            images.append(drawn.views[NATIVE])
+        for batch in source.draw(range(num), 64, (NATIVE,)):
+            images.append(batch.views[NATIVE])
             progress(f"score {split}", 64 * len(images), num)
-        read = caption_accuracy(oracle, from_uint8(torch.cat(images)), texts)
-        scores |= {f"{split}_caption_accuracy": read.attributes, f"{split}_caption_exact": read.exact}
+        accuracy = caption_accuracy(oracle, from_uint8(torch.cat(images)), texts)
+        scores |= {f"{split}_caption_accuracy": accuracy.attributes, f"{split}_caption_exact": accuracy.exact}
     return {**scores, "images": num, "steps": steps, "guidance": guidance}
 
 
 def release_student(run: Path, out: Path, how: dict[str, Any], progress: Progress = quiet) -> dict[str, Any]:
-    """Export a run's student in half precision, measure it, write meta.json."""
+    """Export a run's student in fp16, score it, and write meta.json; returns the metadata."""
     register_eval_scenes()
     exported = export_student(str(run), out, "fp16", teacher="miniature")
     oracle, one = load_oracle(), load_one_step(str(out))
@@ -104,8 +107,8 @@ def release_student(run: Path, out: Path, how: dict[str, Any], progress: Progres
     for split in ("train", "heldout"):
         texts = scene_captions(256, TEST_SEED, split)
         pixels = from_uint8(one.images(noise(0, range(256), one.student.latent_shape), texts))
-        read = caption_accuracy(oracle, pixels, texts)
-        scores |= {f"{split}_caption_accuracy": read.attributes, f"{split}_caption_exact": read.exact}
+        accuracy = caption_accuracy(oracle, pixels, texts)
+        scores |= {f"{split}_caption_accuracy": accuracy.attributes, f"{split}_caption_exact": accuracy.exact}
     measured = run_evaluation(EvalRun(student=str(out), protocol=PROTOCOLS["miniature"]), progress)
     keep = {key: measured[key] for key in ("fid", "clip_score", "precision", "recall", "counts")}
     parity = {"parity_max_abs_err": exported["parity_max_abs_err"]}
