@@ -83,8 +83,8 @@ def export(
     scores: Annotated[
         list[Path] | None, typer.Option(help="A result of `d2g eval run` for the card; repeatable.")
     ] = None,
-    licence: Annotated[
-        str | None, typer.Option(help="The teacher's licence, where its folder says none.")
+    license: Annotated[
+        str | None, typer.Option(help="License of the teacher, if its folder states none.")
     ] = None,
     watts: Annotated[
         float | None, typer.Option(help="A device's mean power, for the CO2 of the card (400).")
@@ -102,7 +102,7 @@ def export(
     from distill.export.export import export
 
     config = pick(EXPORT_PRESETS, preset or "default", "preset")
-    card: dict[str, Any] = {"scores": list(map(str, scores or [])) or None, "licence": licence}
+    card: dict[str, Any] = {"scores": list(map(str, scores or [])) or None, "license": license}
     card |= {"watts": watts, "kg_per_kwh": kg_per_kwh}
     # With --set, not before: which formats have a card is known when all is.
     sets = [*(f"card.{k}={json.dumps(v)}" for k, v in card.items() if v is not None), *(sets or [])]

@@ -81,7 +81,7 @@ ENTRY_POINTS = {
     "rich": {"d2g_cli/"},
     "torch.utils.tensorboard": {"d2g/core/tracking/loggers.py"},
     "wandb": {"d2g/core/tracking/loggers.py"},
-    "onnxruntime": {"distill/export/onnx_runtime.py"},
+    "onnxruntime": {"distill/export/to_onnx.py"},
 }
 
 # What `--help` must not wait for.

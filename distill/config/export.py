@@ -15,7 +15,7 @@ class CardOptions:
     """Facts for the model card that the run's files do not contain."""
 
     scores: tuple[str, ...] = setting((), "Results of `d2g eval run` to print (option --scores)")
-    licence: str | None = setting(
+    license: str | None = setting(
         None, "License of the teacher, which the student inherits; null: read from the teacher's folder"
     )
     watts: float = setting(400.0, "Mean power of a device in watts", source="power limit of an A100 SXM")

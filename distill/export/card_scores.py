@@ -1,4 +1,4 @@
-"""Scores for a student's card: those that were measured on its weights, or on images, which are named so."""
+"""Scores on a model card: only results measured on the exported weights, or on images, labeled as such."""
 
 import hashlib
 import json
@@ -9,46 +9,46 @@ from typing import Any
 from d2g.core.errors import UserError
 from distill.sampling import student_folder
 
+METRICS = ("fid", "kid", "clip_score", "precision", "recall")
+
 
 def own_results(student: str, files: Sequence[str]) -> list[dict[str, Any]]:
-    """Results of `d2g eval run`, each its JSON or the folder that holds it. Raises UserError for one that is
-    none, or that was not measured on the weights that `student` has on disk, before any export of them.
+    """Read results of `d2g eval run`, each given as its JSON file or the folder that holds it.
 
-    Those of images are taken, as nothing in them says who drew them: `score_lines` calls them what they are.
+    Raises UserError for a file that is no result, and for a result that was not measured on the weights that
+    `student` has on disk before the export. Results of image folders are accepted, because nothing in them
+    says which network drew the images; `score_table` labels them.
     """
-    results = [_read(_file(given)) for given in files]
-    own = _weights(student) if files else ""
-    for given, result in zip(files, results, strict=True):
+    results = [_read_result(_result_file(file)) for file in files]
+    own_sha256 = _weights_sha256(student) if files else ""
+    for file, result in zip(files, results, strict=True):
         source = _source(result)
         weights = str(source.get("weights_sha256") or "")
-        if source.get("kind") != "images" and (source.get("kind") != "student" or weights != own):
-            named = f", {source['name']}" if source.get("name") else ""
-            got = f"a {source['kind']}{named}" if source.get("kind") else "a source that it does not name"
+        if source.get("kind") != "images" and (source.get("kind") != "student" or weights != own_sha256):
+            name = f", {source['name']}" if source.get("name") else ""
+            got = f"a {source['kind']}{name}" if source.get("kind") else "a source that it does not name"
             raise UserError(
-                f"--scores {_file(given)} is of {got}, weights {weights[:16] or 'not named'}; expected one "
-                f"of the student {student}, weights {own[:16]}; make one with "
+                f"--scores {_result_file(file)} is of {got}, weights {weights[:16] or 'not named'}; expected "
+                f"one of the student {student}, weights {own_sha256[:16]}; make one with "
                 f"`d2g eval run --student {student} --out FOLDER`"
             )
     return results
 
 
-def score_lines(result: Mapping[str, Any]) -> list[str]:
-    """One result's lines of a card: its protocol, what was measured, the numbers."""
-    numbers = {k: result.get(k) for k in ("fid", "kid", "clip_score", "precision", "recall")}
-    numbers |= result.get("extra", {})
-    counts = ", ".join(f"{v:,} {k}" for k, v in result.get("counts", {}).items())
-    told = f"`{result['protocol_sha256'][:16]}`; {counts or 'counts not given'}"
-    return [
-        f"Protocol `{result['protocol']}` ({told}), of {_measured(_source(result))}:",
-        "",
-        "| measure | value |",
-        "|---|---|",
-        *(f"| {k} | {v:.4g} |" for k, v in numbers.items() if isinstance(v, int | float)),
-        "",
-    ]
+def score_table(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Contents of one result on the card: protocol, digest, counts, subject, numbers."""
+    numbers = {name: result.get(name) for name in METRICS} | result.get("extra", {})
+    return {
+        "protocol": result["protocol"],
+        "digest": result["protocol_sha256"][:16],
+        "counts": ", ".join(f"{count:,} {name}" for name, count in result.get("counts", {}).items()),
+        "subject": _subject(_source(result)),
+        "numbers": {name: value for name, value in numbers.items() if isinstance(value, int | float)},
+    }
 
 
-def _measured(source: Mapping[str, Any]) -> str:
+def _subject(source: Mapping[str, Any]) -> str:
+    """What the numbers were measured on, in words."""
     if source["kind"] == "images":
         name = Path(str(source.get("name", ""))).name
         return f"the images in `{name}`, which nobody has checked to be this student's"
@@ -57,11 +57,11 @@ def _measured(source: Mapping[str, Any]) -> str:
     return text + (f", noise scaled by {scale:g}" if scale != 1 else "")
 
 
-def _file(given: str) -> Path:
-    return Path(given) / "result.json" if Path(given).is_dir() else Path(given)
+def _result_file(path: str) -> Path:
+    return Path(path) / "result.json" if Path(path).is_dir() else Path(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_result(path: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not {"protocol", "protocol_sha256"} <= result.keys():
@@ -78,8 +78,8 @@ def _source(result: Mapping[str, Any]) -> Mapping[str, Any]:
     return source if isinstance(source, dict) else {}
 
 
-def _weights(student: str) -> str:
-    """As an evaluation names them."""
+def _weights_sha256(student: str) -> str:
+    """SHA-256 of the student's weights file, as evaluation results record it."""
     path = student_folder(student)[0] / "ema.safetensors"
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""A finished student for others: a small safetensors folder, a diffusers pipeline, LoRA adapters, ONNX."""
+"""Export a student: a small safetensors folder, a diffusers pipeline, LoRA adapters, or ONNX files."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,15 @@ from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from distill.config.export import ExportConfig
 from distill.export.output import DTYPES as DTYPES
-from distill.export.output import apart, check_out, checked, exact_sums, named_dtype, save_tensors, staged
+from distill.export.output import (
+    check_out,
+    check_parity,
+    exact_sums,
+    max_abs_diff,
+    parse_dtype,
+    save_tensors,
+    staged,
+)
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
@@ -19,10 +27,11 @@ from distill.sampling import load_one_step, student_folder, student_tensors
 
 
 def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Export a student as configured. Returns `out` and `parity_max_abs_err`; see each format's function.
+    """Export a student in the configured format. Returns `out` and `parity_max_abs_err`.
 
-    Raises UserError where `out` holds a run or what is exported, and, leaving `out` as it was, for an export
-    that does not draw the student's image: beyond `PARITY_BOUND` in fp32, or not finite in any type.
+    `parity_max_abs_err` is the largest difference between the exported and the training code's student; see
+    the function of each format. Raises UserError if `out` holds a run, the student or the teacher, and if the
+    parity is not finite, or above `PARITY_BOUND` in fp32. `out` is left unchanged on every error.
     """
     if not config.student:
         raise SettingError("student is not set; give --student")
@@ -33,28 +42,31 @@ def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") 
             if config.dtype not in (None, "fp32"):
                 raise SettingError(f"dtype is {config.dtype!r}; the format onnx is written in fp32")
             return export_onnx(config.student, out, config.teacher, config.card)
-        make = {"diffusers": export_pipeline, "lora": export_lora}[config.format]
-        return make(config.student, out, config.dtype or "fp32", config.teacher, config.card, device)
+        export_weights = {"diffusers": export_pipeline, "lora": export_lora}[config.format]
+        return export_weights(
+            config.student, out, config.dtype or "fp32", config.teacher, config.card, device
+        )
 
 
 def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None = None) -> dict[str, Any]:
-    """Write the EMA student of a run to OUT/ema.safetensors and OUT/student.json, adapters merged.
+    """Write the EMA weights of a student, adapters merged, to OUT/ema.safetensors and OUT/student.json.
 
-    Returns `out` and `parity_max_abs_err`: the largest difference between the latents of the run's student
-    and of the exported one on two noises. `teacher`: the name to record, if not the run's.
+    `teacher`: the name to record, if not the one that the run names. Returns `out` and `parity_max_abs_err`:
+    the largest difference between the latents of the run's student and of the exported one, on two noises.
     """
-    chosen = named_dtype(dtype)
+    saved_dtype = parse_dtype(dtype)
     _, source, timestep = student_folder(run)
     check_out(out, run, teacher or source)
     tensors = student_tensors(run)
-    cast = {k: v.to(chosen) if v.is_floating_point() else v for k, v in tensors.items()}
+    cast = {k: v.to(saved_dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     facts = {"teacher": source, "student_timestep": timestep}
     with staged(out) as folder:
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
         before, after = load_one_step(run), load_one_step(str(folder))
-        drawn, told = noise(0, range(2), before.student.latent_shape), before.examples
-        parity = checked(apart((before.latents(drawn, told), after.latents(drawn, told))), chosen)
+        latents_noise, prompts = noise(0, range(2), before.student.latent_shape), before.examples
+        latents = before.latents(latents_noise, prompts), after.latents(latents_noise, prompts)
+        parity = check_parity(max_abs_diff(latents), saved_dtype)
         if teacher is not None:
             write_atomically(folder / "student.json", json.dumps({**facts, "teacher": teacher}, indent=1))
     return {"out": str(out), "parity_max_abs_err": parity}

@@ -1,16 +1,21 @@
-"""A model card filled from what was measured: nothing in it is made up, and what is not known says so."""
+"""Model card of an exported student: `model_card.md.jinja` filled with what was measured.
+
+Nothing in a card is invented. What is not known is said to be unknown.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from d2g.diffusion.pretrained import SHIPPED, resolve
 from distill.config.export import CardOptions
-from distill.export.card_history import History, cost_lines, pairs_lines, recipe_lines
-from distill.export.card_history import history as history
-from distill.export.card_scores import score_lines
+from distill.export.card_history import pair_stores, read_history, teacher_evaluations
+from distill.export.card_scores import score_table
 
-LICENCES = {
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+
+LICENSES = {
     "miniature": "apache-2.0",
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -19,145 +24,121 @@ LICENCES = {
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
-"""Licences of teachers whose folder says none, by their hub id."""
+"""Licenses of teachers by hub id, for folders that state none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineUsage:
+    """How to draw from an exported pipeline of class `pipeline`, stored in the torch type `dtype`."""
+
+    form: ClassVar[str] = "diffusers"
+    library: ClassVar[str] = "diffusers"
+    title: ClassVar[str] = "One-step student"
+    pipeline: str
+    dtype: str
+    guided: bool
+    reads_text: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterUsage:
+    """How to draw from the teacher's own pipeline of class `pipeline` with exported adapters of `rank`."""
+
+    form: ClassVar[str] = "lora"
+    library: ClassVar[str] = "diffusers"
+    title: ClassVar[str] = "One-step LoRA"
+    reads_text: ClassVar[bool] = True
+    pipeline: str
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxUsage:
+    """How to draw from exported ONNX files.
+
+    `tokenizers`: folder names, empty without text; `outputs`: output names of the text encoder.
+    """
+
+    form: ClassVar[str] = "onnx"
+    library: ClassVar[str] = "onnx"
+    title: ClassVar[str] = "One-step student"
+    tokenizers: tuple[str, ...]
+    outputs: tuple[str, ...]
+    latent_shape: tuple[int, int, int]
+    guided: bool
+    reads_text: bool
+    reads_labels: bool
+
+
+Usage = PipelineUsage | AdapterUsage | OnnxUsage
 
 
 def kg_co2(device_hours: float, options: CardOptions) -> float:
-    """Hours over all devices x watts x carbon of electricity; without the building's share (PUE)."""
+    """Emissions in kg CO2: device hours x watts x carbon intensity, without data-center overhead."""
     return device_hours * options.watts / 1000 * options.kg_per_kwh
 
 
-def licence_of(teacher: str) -> str | None:
-    """A teacher's licence: from the front matter of its README.md, else as LICENCES has it."""
+def license_of(teacher: str) -> str | None:
+    """License of a teacher: from the front matter of its README.md, or from LICENSES."""
     readme = resolve(teacher) / "README.md"
     if readme.is_file():
         parts = readme.read_text(encoding="utf-8").split("---")
         for line in parts[1].splitlines() if len(parts) > 2 and not parts[0].strip() else ():
             if line.startswith("license:"):
                 return line.partition(":")[2].strip().strip("\"'")
-    return LICENCES.get(teacher)
+    return LICENSES.get(teacher)
 
 
-def card(
+def model_card(
     *,
     student: str,
     teacher: str,
-    where: str,
+    timestep: str,
     parity: float,
     options: CardOptions,
     scores: Sequence[Mapping[str, Any]],
-    what: str,
-    use: Sequence[str],
-    library: str = "diffusers",
-    text: bool = True,
+    usage: Usage,
 ) -> str:
-    """The README.md of an export, in the hub's format. where: the point at which the network is asked; what:
-    as in "One-step LoRA"; use: lines that show how to draw; scores: results as `own_results` gives them;
-    text: whether it is told any.
+    """Text of the README.md of an export, in the format of the Hugging Face hub.
+
+    `timestep`: where the network is evaluated, for example "timestep 999"; `parity`: largest difference from
+    the training code's student; `scores`: results as `own_results` returns them. Raises UserError for a
+    damaged run folder.
     """
-    runs, licence, named = history(student), options.licence or licence_of(teacher), _named(teacher)
-    say = (
-        f"Distilled with diffusion2gan (Diffusion2GAN, Kang et al., ECCV 2024) from {named}: one evaluation "
+    from huggingface_hub import ModelCard, ModelCardData
+
+    name, terms = _public_name(teacher), options.license or license_of(teacher)
+    data = ModelCardData(
+        license=terms or "other",
+        base_model=name if "/" in name else None,
+        library_name=usage.library,
+        pipeline_tag="text-to-image" if usage.reads_text else "unconditional-image-generation",
+        tags=["one-step", "distillation", "diffusion2gan"],
     )
-    say += f"of the network at {where} turns noise into an image."
-    front = ["---", *_front(named, licence, library, text), "---"]
-    return "\n".join(
-        [
-            *front, "", f"# {what} of {named}", "", say,
-            *_section("Use", [line.replace("TEACHER", named) for line in use]),
-            *_measured(runs, named, licence, parity, options, scores),
-        ]
-    )  # fmt: skip
+    history = read_history(student)
+    specs, missing = pair_stores(history)
+    hours = history.device_hours
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=usage.title,
+        teacher=name,
+        license=terms,
+        timestep=timestep,
+        usage=asdict(usage) | {"form": usage.form},
+        history=history,
+        specs=specs,
+        missing=missing,
+        teacher_evaluations=teacher_evaluations(specs),
+        device_hours=hours,
+        kg_co2=None if hours is None else kg_co2(hours, options),
+        options=options,
+        scores=[score_table(result) for result in scores],
+        parity=parity,
+    )
+    return str(card)
 
 
-def pipeline_usage(kind: str, guided: bool, dtype: str) -> list[str]:
-    """How to draw from an exported pipeline of this class."""
-    untold = kind in ("DDPMPipeline", "LDMPipeline")
-    told = "" if untold else '"a red cube", '
-    scale = ", guidance_scale=8.0" if guided else ""
-    if guided:
-        note = " The student is told `guidance_scale` and imitates it in its one evaluation."
-    else:
-        note = " `guidance_scale` and negative prompts do nothing: guidance is in the weights."
-    return [
-        "```python",
-        "import torch",
-        f"from diffusers import {kind}",
-        "",
-        f'pipe = {kind}.from_pretrained("THIS_FOLDER").to(torch.{dtype})',
-        f"image = pipe({told}num_inference_steps=1{scale}).images[0]",
-        "```",
-        "",
-        "Other numbers of steps are refused by the scheduler." + ("" if untold else note),
-    ]
-
-
-def adapter_usage(kind: str, rank: int) -> list[str]:
-    """How to draw from the teacher's own pipeline with exported adapters."""
-    return [
-        "```python",
-        f"from diffusers import LCMScheduler, {kind}",
-        "",
-        f'pipe = {kind}.from_pretrained("TEACHER")',
-        'pipe.scheduler = LCMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
-        'pipe.load_lora_weights("THIS_FOLDER")',
-        'image = pipe("a red cube", num_inference_steps=1, guidance_scale=1).images[0]',
-        "```",
-        "",
-        f"Adapters of rank {rank}. `guidance_scale=1` matters: guidance is in the adapters already.",
-    ]
-
-
-def _measured(
-    runs: History,
-    teacher: str,
-    licence: str | None,
-    parity: float,
-    options: CardOptions,
-    scores: Sequence[Mapping[str, Any]],
-) -> list[str]:
-    """The sections that hold what was measured."""
-    check = "Largest difference in latents and in pixels from the training code's own student, drawn from "
-    check += f"this folder in fp32: {parity:.2e}."
-    return [
-        *_section("How it was made", [*_teacher(teacher, licence), *pairs_lines(runs), *recipe_lines(runs)]),
-        *_section("Scores", [line for result in scores for line in score_lines(result)]),
-        *_section("Cost", _cost(runs, options)),
-        *_section("Check", [check, ""]),
-    ]
-
-
-def _section(title: str, lines: Sequence[str]) -> list[str]:
-    return ["", f"## {title}", "", *(lines or ["Not measured."])]
-
-
-def _named(teacher: str) -> str:
-    """A teacher's name for others: a hub id or shipped name as it is, of a path the last part only."""
+def _public_name(teacher: str) -> str:
+    """The teacher's hub id or shipped name; of a local path only the last part."""
     return teacher if teacher in SHIPPED or not Path(teacher).exists() else Path(teacher).resolve().name
-
-
-def _front(teacher: str, licence: str | None, library: str, text: bool) -> list[str]:
-    return [
-        f"license: {licence or 'other'}",
-        *([f"base_model: {teacher}"] if "/" in teacher else []),
-        f"library_name: {library}",
-        f"pipeline_tag: {'text-to-image' if text else 'unconditional-image-generation'}",
-        "tags: [one-step, distillation, diffusion2gan]",
-    ]
-
-
-def _teacher(teacher: str, licence: str | None) -> list[str]:
-    known = licence or "not stated in its folder; look it up before you share this"
-    return [f"- Teacher: {teacher}. Licence: {known}. Its terms hold for this student too."]
-
-
-def _cost(runs: History, options: CardOptions) -> list[str]:
-    lines, hours = cost_lines(runs)
-    if hours is None:
-        return [*lines, *(["- Device hours: not recorded."] if runs.stages else [])]
-    return [
-        *lines,
-        f"- Training: {hours:.3g} device hours, about {kg_co2(hours, options):.3g} kg CO2 (assumed: "
-        f"{options.watts:g} W a device, {options.kg_per_kwh:g} kg CO2 a kWh; the pairs not counted). What "
-        "kind of device is not recorded.",
-    ]

@@ -1,10 +1,11 @@
-"""A one-step student as a pipeline that plain diffusers loads, and plain diffusers to check it with.
+"""One-step pipelines: save a student as a pipeline that plain diffusers loads, and sample it with diffusers.
 
-Which scheduler lands on x_0 in one step? LCMScheduler with one original step: it asks the network at the last
-of its timesteps and returns (x - sigma eps) / alpha, its noise comes in between steps only, its initial noise
-is not scaled, and a second step is refused, where DDIM's "trailing" would quietly draw something else. For a
-student at an earlier timestep the table of betas ends there. For a student of an EDM there is none: EDM's
-schedulers start from sqrt(sigma_max^2 + 1) times the noise, not sigma_max.
+The scheduler is LCMScheduler with one original step. It evaluates the network at its last timestep and
+returns (x - sigma eps) / alpha; it adds noise between steps only, does not scale the initial noise, and
+refuses a second step, where DDIM with "trailing" spacing would silently compute something else. For a student
+at an earlier timestep the table of betas ends at that timestep. Students of EDM teachers have no such
+scheduler: diffusers' EDM schedulers start from sqrt(sigma_max^2 + 1) times the noise, not from sigma_max
+times it.
 """
 
 import json
@@ -25,13 +26,14 @@ from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
 
-# c_skip = 0.25 / (scaling t)^2 of the input stays in a consistency model's answer: nothing, at this scale.
 _NO_SKIP = 1e4
+"""timestep_scaling that makes the skip weight of consistency models, 0.25 / (scaling t)^2, negligible."""
 
 
 def one_step_scheduler(schedule: Schedule, timestep: int) -> Any:
-    """The scheduler whose one step gives x_0 from a network told `timestep`, above 0, of a
-    variance-preserving schedule: epsilon, v or x_0 predictions, zero terminal SNR as well.
+    """A scheduler whose single step returns x_0 from a network evaluated at `timestep`, which is above 0.
+
+    For variance-preserving schedules with epsilon, v or x_0 prediction, including zero terminal SNR.
     """
     from diffusers import LCMScheduler
 
@@ -48,8 +50,7 @@ def one_step_scheduler(schedule: Schedule, timestep: int) -> Any:
 
 
 def pipeline_schedule(teacher: str) -> Schedule:
-    """The schedule of a teacher whose students can be stock diffusers pipelines. Raises UserError where no
-    pipeline of diffusers draws what the student draws."""
+    """The noise schedule of a teacher. Raises UserError if no diffusers pipeline can run its students."""
     pipeline, schedule = open_pipeline(teacher), pretrained.load_student_schedule(teacher)
     instead = "export it with --format safetensors or onnx"
     if isinstance(schedule, EDMSchedule):
@@ -75,10 +76,10 @@ def pipeline_schedule(teacher: str) -> Schedule:
 def save_one_step(
     teacher: str, unet: nn.Module, schedule: Schedule, timestep: int, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Write `unet` and the teacher's other pieces to a folder in diffusers layout, all weights in `dtype`.
+    """Write `unet` and the teacher's other components as a diffusers folder, all weights in `dtype`.
 
-    A network of text must have the input for a guidance scale (time_cond_proj_dim): with it, diffusers does
-    not evaluate twice and extrapolate, whatever scale it is called with. `unet` is left in `dtype`. Raises
+    A text-conditional network must have the input for a guidance scale (time_cond_proj_dim): only then does
+    diffusers skip classifier-free guidance at every scale. Converts `unet` to `dtype` in place. Raises
     UserError for a folder that cannot be written.
     """
     pipeline = open_pipeline(teacher)
@@ -93,16 +94,18 @@ def save_one_step(
     components["scheduler"] = one_step_scheduler(schedule, timestep)
     try:
         _assembled(pipeline, components).save_pretrained(folder, safe_serialization=True)
-        _forget_paths(folder)
+        _remove_local_paths(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write {folder}: {error}; free space or choose another --out, then run again"
         ) from error
 
 
-def written_kind(teacher: str) -> str:
-    """The class of pipeline that `save_one_step` writes: the teacher's, but that DDIMPipeline would put its
-    own scheduler in the place of ours."""
+def saved_pipeline_class(teacher: str) -> str:
+    """Class of the pipeline that `save_one_step` writes: the teacher's class, except for DDIMPipeline.
+
+    DDIMPipeline would replace the one-step scheduler by its own.
+    """
     kind = open_pipeline(teacher).kind
     return "DDPMPipeline" if kind == "DDIMPipeline" else kind
 
@@ -122,8 +125,8 @@ def _assembled(pipeline: Pipeline, components: dict[str, Any]) -> Any:
     return diffusers.StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=zeros)
 
 
-def _forget_paths(folder: Path) -> None:
-    """Take out what the libraries note of where the pieces came from: paths of this machine."""
+def _remove_local_paths(folder: Path) -> None:
+    """Delete the paths of this machine that the libraries record in the JSON files."""
     for file in sorted(folder.rglob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(facts, dict) and facts.pop("_name_or_path", None) is not None:
@@ -131,46 +134,50 @@ def _forget_paths(folder: Path) -> None:
 
 
 def save_scheduler(schedule: Schedule, timestep: int, folder: Path) -> None:
-    """Write `one_step_scheduler` to a folder. Raises UserError where it cannot be written."""
+    """Write the one-step scheduler to a folder. Raises UserError if it cannot be written."""
     try:
         one_step_scheduler(schedule, timestep).save_pretrained(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}; choose another --out, then run again") from error
 
 
-def draw_plainly(
+def sample_pipeline(
     folder: Path,
     noise: Tensor,
     prompts: Sequence[str],
     guidance: float | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """(latents [B, C, h, w], images [B, 3, H, W] in [0, 1]), fp32 on the CPU, of a saved pipeline, as anyone
-    would draw them: DiffusionPipeline, no code of ours, one step. `guidance` None: diffusers' own default.
+    """Run a saved text-to-image pipeline for one step, with diffusers alone.
+
+    Returns latents [B, C, h, w] and images [B, 3, H, W] in [0, 1], in fp32 on the CPU. `guidance=None`: the
+    default of diffusers.
     """
     import diffusers
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=False)
-    return _drawn(pipe, noise, prompts, guidance, device)
+    return _sample(pipe, noise, prompts, guidance, device)
 
 
-def draw_untold(folder: Path, rows: int, device: torch.device | str = "cpu") -> Tensor:
-    """Images [rows, 3, H, W] in [0, 1], fp32 on the CPU, of a saved pipeline of an unconditional network, as
-    anyone would draw them. Such pipelines take no noise: theirs is torch.randn of the seed 0.
+def sample_unconditional_pipeline(folder: Path, rows: int, device: torch.device | str = "cpu") -> Tensor:
+    """Run a saved unconditional pipeline for one step, with diffusers alone.
+
+    Returns images [rows, 3, H, W] in [0, 1], in fp32 on the CPU. Such pipelines accept no noise: they draw
+    torch.randn from a generator with seed 0.
     """
     import diffusers
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=False)
-    _placed(pipe, device)
-    seed = torch.Generator().manual_seed(0)
-    images = pipe(rows, seed, num_inference_steps=1, output_type="np").images
+    _to_fp32(pipe, device)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(rows, generator, num_inference_steps=1, output_type="np").images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def draw_with_adapters(
+def sample_with_adapters(
     teacher: str, folder: Path, noise: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """As `draw_plainly`, of the teacher's own pipeline with the adapters and the scheduler of `folder`."""
+    """Like `sample_pipeline`, for the teacher's pipeline with the adapters and the scheduler of `folder`."""
     import diffusers
 
     pipeline = open_pipeline(teacher)
@@ -183,14 +190,16 @@ def draw_with_adapters(
     }
     components["scheduler"] = diffusers.LCMScheduler.from_pretrained(folder / "scheduler")
     pipe = _assembled(pipeline, components)
-    with _errors_only():  # it warns that no text encoder has adapters
+    with _errors_only():  # suppress the warning that the text encoders have no adapters
         pipe.load_lora_weights(folder)
-    return _drawn(pipe, noise, prompts, 1.0, device)
+    return _sample(pipe, noise, prompts, 1.0, device)
 
 
-def _placed(pipe: Any, device: torch.device | str) -> None:
-    """Ready to draw in fp32, adapters too. diffusers' own `to` with a type warns of layers to be kept in
-    fp32, of which there are none."""
+def _to_fp32(pipe: Any, device: torch.device | str) -> None:
+    """Move all networks of a pipeline, adapters included, to a device in fp32.
+
+    nn.Module.to is called directly, because the `to` of diffusers warns about layers to be kept in fp32.
+    """
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
@@ -199,7 +208,7 @@ def _placed(pipe: Any, device: torch.device | str) -> None:
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Nothing below an error from diffusers' own logger."""
+    """Suppress log messages of diffusers below errors."""
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
@@ -211,14 +220,14 @@ def _errors_only() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _drawn(
+def _sample(
     pipe: Any, noise: Tensor, prompts: Sequence[str], guidance: float | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    _placed(pipe, device)
-    pipe.watermark = None  # SDXL's, where its package is installed, is put into the pixels afterwards
+    _to_fp32(pipe, device)
+    pipe.watermark = None  # SDXL would write it into the pixels if its package is installed
     scale = {} if guidance is None else {"guidance_scale": guidance}
-    found = [
+    latents, images = (
         pipe(list(prompts), num_inference_steps=1, latents=noise.to(device), output_type=kind, **scale).images
         for kind in ("latent", "pt")
-    ]
-    return found[0].float().cpu(), found[1].float().cpu()
+    )
+    return latents.float().cpu(), images.float().cpu()

@@ -1,4 +1,4 @@
-"""Where an export goes, and whether it may: none lies in --out that does not draw the student's image."""
+"""Output folder of an export: checks, atomic replacement, and the bound on its parity."""
 
 import math
 import os
@@ -17,32 +17,33 @@ from d2g.diffusion.pipelines import SHIPPED
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PARITY_BOUND = 1e-3
-"""Of an export in fp32: a quarter of the step between two 8-bit pixels, and above the 1e-4 within which two
-orders of the same fp32 sums stay. Half precision has none, for what rounding the weights changes depends on
-the network: at an epsilon teacher's last timestep it is multiplied by 14.6.
+"""Largest difference allowed for an fp32 export.
+
+It is a quarter of the step between two 8-bit pixel values, and above the 1e-4 by which two summation orders
+differ in fp32. Half precision has no bound, because the effect of rounded weights depends on the network: at
+the last timestep of an epsilon teacher it is multiplied by 14.6.
 """
 
 
 def check_out(out: Path, student: str, teacher: str) -> None:
-    """Raise UserError where an export would be mixed with a run, with what it is made of, or with a pipeline
-    that no export wrote."""
-    if run := [name for name in ("config.json", "checkpoints") if (out / name).exists()]:
-        raise UserError(f"--out {out} holds a run or a model ({', '.join(run)}); choose another --out")
-    for what, source in (("student", student), ("teacher", teacher)):
-        folder = SHIPPED[source] / what if source in SHIPPED else Path(source)
+    """Raise UserError if `out` holds a run, the student, the teacher, or a pipeline that no export wrote."""
+    if files := [name for name in ("config.json", "checkpoints") if (out / name).exists()]:
+        raise UserError(f"--out {out} holds a run or a model ({', '.join(files)}); choose another --out")
+    for role, source in (("student", student), ("teacher", teacher)):
+        folder = SHIPPED[source] / role if source in SHIPPED else Path(source)
         if folder.is_dir() and folder.resolve() == out.resolve():
-            raise UserError(f"--out {out} is the {what} itself; choose another --out")
-    if (out / "model_index.json").exists() and not _ours(out):
+            raise UserError(f"--out {out} is the {role} itself; choose another --out")
+    if (out / "model_index.json").exists() and not _is_export(out):
         raise UserError(f"--out {out} holds a pipeline that no export wrote; choose another --out")
 
 
-def _ours(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     readme = folder / "README.md"
     return readme.is_file() and "diffusion2gan" in readme.read_text(encoding="utf-8", errors="replace")
 
 
-def named_dtype(name: str) -> torch.dtype:
-    """One of DTYPES. Raises SettingError for another name."""
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch type of a name in DTYPES. Raises SettingError for another name."""
     if name not in DTYPES:
         raise SettingError(f"dtype is {name!r}; expected {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -50,12 +51,14 @@ def named_dtype(name: str) -> torch.dtype:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder to write an export into. When the block ends well, what is in it takes the place of what OUT
-    has under the same names; when it does not, OUT is as it was."""
-    made, temporary = not out.exists(), out / f".export.{os.getpid()}.tmp"
+    """A temporary folder for an export. Its entries replace those of `out` only if the block succeeds.
+
+    Raises UserError if the disk refuses.
+    """
+    created, temporary = not out.exists(), out / f".export.{os.getpid()}.tmp"
     try:
-        for torn in out.glob(".export.*.tmp"):  # what killed exports left
-            shutil.rmtree(torn)
+        for stale in out.glob(".export.*.tmp"):  # left by killed exports
+            shutil.rmtree(stale)
         temporary.mkdir(parents=True)
         yield temporary
         for entry in sorted(temporary.iterdir(), key=lambda path: (path.is_file(), path.name)):
@@ -68,7 +71,7 @@ def staged(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if made and out.is_dir() and not any(out.iterdir()):
+        if created and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
 
 
@@ -83,13 +86,13 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
         ) from error
 
 
-def apart(*pairs: tuple[Tensor, Tensor]) -> float:
-    """The largest difference within any pair of tensors; NaN where one is."""
+def max_abs_diff(*pairs: tuple[Tensor, Tensor]) -> float:
+    """Largest absolute difference within the pairs of tensors; NaN if any value is NaN."""
     return float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
 
 
-def checked(parity: float, dtype: torch.dtype) -> float:
-    """`parity`, of an export in `dtype`. Raises UserError where it is no export of the student."""
+def check_parity(parity: float, dtype: torch.dtype) -> float:
+    """Return `parity` unchanged. Raises UserError if it is not finite, or above PARITY_BOUND in fp32."""
     name = str(dtype).removeprefix("torch.")
     if not math.isfinite(parity):
         raise UserError(
@@ -106,7 +109,7 @@ def checked(parity: float, dtype: torch.dtype) -> float:
 
 @contextmanager
 def exact_sums() -> Iterator[None]:
-    """Without TensorFloat-32 in convolutions, whose ten bits would hide what parity is there to show."""
-    old = torch.backends.cudnn
-    with old.flags(old.enabled, old.benchmark, deterministic=old.deterministic, allow_tf32=False):
+    """Disable TensorFloat-32 in convolutions: its 10-bit mantissa would dominate the parity."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
         yield

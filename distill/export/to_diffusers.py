@@ -1,4 +1,4 @@
-"""A student that plain diffusers draws: a pipeline in a folder, or LoRA adapters for the teacher's own."""
+"""Export a student to diffusers: a pipeline folder, or LoRA adapters for the teacher's own pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,24 @@ from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
 from distill.config.export import CardOptions
 from distill.export.card_scores import own_results
-from distill.export.model_card import adapter_usage, card, pipeline_usage
+from distill.export.model_card import AdapterUsage, PipelineUsage, model_card
 from distill.export.one_step_pipeline import (
-    draw_plainly,
-    draw_untold,
-    draw_with_adapters,
     pipeline_schedule,
+    sample_pipeline,
+    sample_unconditional_pipeline,
+    sample_with_adapters,
     save_one_step,
     save_scheduler,
-    written_kind,
+    saved_pipeline_class,
 )
-from distill.export.output import apart, check_out, checked, named_dtype, save_tensors, staged
+from distill.export.output import (
+    check_out,
+    check_parity,
+    max_abs_diff,
+    parse_dtype,
+    save_tensors,
+    staged,
+)
 from distill.models.student import add_guidance_embedding
 from distill.sampling import OneStep, load_one_step, student_config, student_folder
 
@@ -40,55 +47,72 @@ def export_pipeline(
     options: CardOptions | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Write a student as a folder that plain diffusers loads and that draws in one step, with a README.md.
+    """Write a student as a pipeline folder that plain diffusers loads and runs in one step, with a README.md.
 
-    Guidance is off in the network itself, whatever scale a caller gives; other numbers of steps are refused
-    by the scheduler (`distill.export.one_step_pipeline`). A student that is told the scale takes `guidance_scale`.
-    `teacher`: where its other pieces come from, if not from where the student says.
+    The network itself disables guidance, whatever scale a caller passes, and the scheduler refuses other
+    numbers of steps (`distill.export.one_step_pipeline`). A student with a guidance input uses the scale.
+    `teacher`: source of the other components, if not the teacher that the student names.
 
     Returns `out` and `parity_max_abs_err`: the largest difference in latents and in images in [0, 1] between
-    our own student and the folder, loaded by diffusers in fp32, on two noises.
+    the training code's student and the folder as diffusers runs it in fp32, on two noises. Raises UserError
+    for a student that no diffusers pipeline can draw.
     """
-    chosen, options = named_dtype(dtype), options or CardOptions()
-    scores = own_results(student, options.scores)  # what is wrong with them shows before the work
+    saved_dtype, options = parse_dtype(dtype), options or CardOptions()
+    # Check all inputs before the expensive part.
+    scores = own_results(student, options.scores)
     source = teacher or student_folder(student)[1]
-    schedule = pipeline_schedule(source)  # refuses before the work
+    schedule = pipeline_schedule(source)
     check_out(out, student, source)
     one = load_one_step(student, source, device)
-    guided, timestep = one.student.guided, one.student.timestep
+    guided, reads_text = one.student.guided, one.student.reads_text
     with staged(out) as folder:
-        if one.student.reads_text:
-            drawn = noise(0, range(2), one.student.latent_shape)
-            latents = one.latents(drawn, one.examples)
-            own = latents.cpu(), _images(one, latents)
-            if not guided:
-                add_guidance_embedding(one.student.unet)
-            save_one_step(source, one.student.unet, schedule, timestep, folder, chosen)
-            found = draw_plainly(folder, drawn, one.examples, one.guidance if guided else None, device)
-            parity = apart(*zip(own, found, strict=True))
-        else:
-            parity = _untold(one, source, schedule, folder, chosen)
-        text = card(
+        write = _write_text_pipeline if reads_text else _write_unconditional_pipeline
+        parity = write(one, source, schedule, folder, saved_dtype)
+        text = model_card(
             student=student,
             teacher=source,
-            where=one.student.where,
-            parity=checked(parity, chosen),
+            timestep=one.student.where,
+            parity=check_parity(parity, saved_dtype),
             options=options,
             scores=scores,
-            what="One-step student",
-            use=pipeline_usage(written_kind(source), guided, str(chosen).removeprefix("torch.")),
-            text=one.student.reads_text,
+            usage=PipelineUsage(
+                pipeline=saved_pipeline_class(source),
+                dtype=str(saved_dtype).removeprefix("torch."),
+                guided=guided,
+                reads_text=reads_text,
+            ),
         )
         write_atomically(folder / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
 
 
-def _untold(one: OneStep, source: str, schedule: Schedule, out: Path, dtype: torch.dtype) -> float:
-    """Write an unconditional student's pipeline; how far its images, drawn by diffusers, are from ours."""
-    drawn = torch.randn(2, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
-    own = _images(one, one.latents(drawn, one.examples))
-    save_one_step(source, one.student.unet, schedule, one.student.timestep, out, dtype)
-    return apart((draw_untold(out, len(drawn), one.device), own))
+def _write_text_pipeline(
+    one: OneStep, source: str, schedule: Schedule, folder: Path, dtype: torch.dtype
+) -> float:
+    """Write the pipeline of a text-conditional student, and return its parity."""
+    guided, timestep = one.student.guided, one.student.timestep
+    latents_noise = noise(0, range(2), one.student.latent_shape)
+    latents = one.latents(latents_noise, one.examples)
+    expected = latents.cpu(), _decode_images(one, latents)
+    # Without an input for the guidance scale, diffusers would apply classifier-free guidance.
+    if not guided:
+        add_guidance_embedding(one.student.unet)
+    save_one_step(source, one.student.unet, schedule, timestep, folder, dtype)
+    guidance = one.guidance if guided else None
+    exported = sample_pipeline(folder, latents_noise, one.examples, guidance, one.device)
+    return max_abs_diff(*zip(expected, exported, strict=True))
+
+
+def _write_unconditional_pipeline(
+    one: OneStep, source: str, schedule: Schedule, folder: Path, dtype: torch.dtype
+) -> float:
+    """Write the pipeline of an unconditional student, and return its parity, of images alone."""
+    # Unconditional pipelines draw their noise themselves, from this generator.
+    latents_noise = torch.randn(2, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
+    expected = _decode_images(one, one.latents(latents_noise, one.examples))
+    save_one_step(source, one.student.unet, schedule, one.student.timestep, folder, dtype)
+    exported = sample_unconditional_pipeline(folder, len(latents_noise), one.device)
+    return max_abs_diff((exported, expected))
 
 
 def export_lora(
@@ -99,16 +123,18 @@ def export_lora(
     options: CardOptions | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Write a LoRA student's adapters to OUT/pytorch_lora_weights.safetensors, and OUT/scheduler, for the
-    teacher's own pipeline: `pipe.load_lora_weights(OUT)`, guidance_scale=1.
+    """Write the adapters of a LoRA student to OUT/pytorch_lora_weights.safetensors, and OUT/scheduler.
 
-    They are all that the student is beside the teacher: of a run that began from another's adapters, both
-    runs' (`d2g.diffusion.lora.whole_update`). Raises UserError for a student without adapters, or with more than such.
+    They go on the teacher's own pipeline: `pipe.load_lora_weights(OUT)`, guidance_scale=1. They hold the
+    whole difference between student and teacher: if the run started from the adapters of another run, the
+    sum of both (`d2g.diffusion.lora.whole_update`). Raises UserError for a student without adapters, with a
+    guidance input, or whose other weights differ from the teacher's. Returns the same as `export_pipeline`.
     """
-    chosen, options = named_dtype(dtype), options or CardOptions()
-    scores = own_results(student, options.scores)  # what is wrong with them shows before the work
-    folder, named, _ = student_folder(student)
-    source = teacher or named
+    saved_dtype, options = parse_dtype(dtype), options or CardOptions()
+    # Check all inputs before the expensive part.
+    scores = own_results(student, options.scores)
+    folder, recorded_teacher, _ = student_folder(student)
+    source = teacher or recorded_teacher
     pipeline = open_pipeline(source)
     kind = pipeline.kind
     if not pipeline.family.reads_text:
@@ -124,49 +150,52 @@ def export_lora(
     one = load_one_step(student, source, device)
     if one.student.guided:
         raise UserError(
-            f"student {student} is told the guidance scale, which adapters alone cannot hold; "
+            f"student {student} has the guidance scale as an input, which adapters alone cannot hold; "
             "export it with --format diffusers"
         )
-    plain = _adapters(student, source, tensors)
-    drawn = noise(0, range(2), one.student.latent_shape)
-    latents = one.latents(drawn, one.examples)
-    own = latents.cpu(), _images(one, latents)
+    adapters = _adapters(student, source, tensors)
+
+    latents_noise = noise(0, range(2), one.student.latent_shape)
+    latents = one.latents(latents_noise, one.examples)
+    expected = latents.cpu(), _decode_images(one, latents)
     with staged(out) as written:
         save_scheduler(schedule, one.student.timestep, written / "scheduler")
-        cast = {k: v.to(chosen) for k, v in plain.items()}
+        cast = {name: value.to(saved_dtype) for name, value in adapters.items()}
         save_tensors(cast, written / "pytorch_lora_weights.safetensors", {"format": "pt"})
-        found = draw_with_adapters(source, written, drawn, one.examples, device)
-        parity = checked(apart(*zip(own, found, strict=True)), chosen)
-        text = card(
+        exported = sample_with_adapters(source, written, latents_noise, one.examples, device)
+        parity = check_parity(max_abs_diff(*zip(expected, exported, strict=True)), saved_dtype)
+        rank = next(len(value) for name, value in adapters.items() if ".lora_A." in name)
+        text = model_card(
             student=student,
             teacher=source,
-            where=one.student.where,
+            timestep=one.student.where,
             parity=parity,
             options=options,
             scores=scores,
-            what="One-step LoRA",
-            use=adapter_usage(kind, next(len(v) for k, v in plain.items() if ".lora_A." in k)),
+            usage=AdapterUsage(pipeline=kind, rank=rank),
         )
         write_atomically(written / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
 
 
 def _adapters(student: str, teacher: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What makes the run's student of the teacher's network, in fp32. Raises UserError where no adapters
-    do."""
+    """The adapters in fp32 that turn the teacher's network into the student.
+
+    Raises UserError if adapters alone cannot do that.
+    """
     settings = student_config(student)
-    weights = {f"unet.{k}": v for k, v in pretrained.load_unet(teacher).state_dict().items()}
-    found, unexplained = whole_update(tensors, weights, settings.lora_rank, settings.alpha)
+    weights = {f"unet.{name}": value for name, value in pretrained.load_unet(teacher).state_dict().items()}
+    adapters, unexplained = whole_update(tensors, weights, settings.lora_rank, settings.alpha)
     if unexplained:
         raise UserError(
             f"student {student} is more than adapters: {len(unexplained)} weights without any, first "
             f"{min(unexplained)}, are not those of {teacher}, so an earlier stage trained them, its export "
             "rounded them, or the teacher is another; export it with --format diffusers"
         )
-    return found
+    return adapters
 
 
 @torch.no_grad()
-def _images(one: OneStep, latents: Tensor) -> Tensor:
-    """As diffusers gives them with output_type="pt"."""
+def _decode_images(one: OneStep, latents: Tensor) -> Tensor:
+    """Images in [0, 1] on the CPU, as diffusers returns them with output_type="pt"."""
     return (decode(one.vae, latents) / 2 + 0.5).clamp(0, 1).cpu()

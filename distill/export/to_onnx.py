@@ -1,5 +1,7 @@
-"""A student as ONNX files, for machines without torch: text encoder, one-step network, decoder."""
+"""Export a student as ONNX files for machines without torch: text encoder, one-step network, decoder."""
 
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.atomic_files import write_atomically
+from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import CLIPConditioner, Conditioning
@@ -14,86 +17,103 @@ from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import open_pipeline
 from distill.config.export import CardOptions
 from distill.export.card_scores import own_results
-from distill.export.model_card import card
-from distill.export.onnx_runtime import check_onnx, run_onnx, save_onnx
-from distill.export.output import apart, check_out, checked, staged
+from distill.export.model_card import OnnxUsage, model_card
+from distill.export.output import check_out, check_parity, max_abs_diff, staged
 from distill.models.student import Student
 from distill.sampling import OneStep, load_one_step, student_folder
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+_ONE_FILE = 2**31 - 2**26
+"""Largest total of weights in bytes for a single file: protocol buffers end at 2 GiB."""
 
 
 def export_onnx(
     student: str, out: Path, teacher: str | None = None, options: CardOptions | None = None
 ) -> dict[str, Any]:
-    """Write OUT/{text_encoder,student,decoder}.onnx in fp32 with a free batch size, OUT/tokenizer and a
-    README.md with the few lines of numpy between them. A student that is told classes, or nothing, has
-    neither text encoder nor tokenizer.
+    """Write a student as ONNX files in fp32 with a free batch size.
+
+    Writes OUT/{text_encoder,student,decoder}.onnx, OUT/tokenizer and a README.md with the numpy code that
+    connects them. A class-conditional or unconditional student has no text encoder and no tokenizer.
 
     Returns `out` and `parity_max_abs_err`: the largest difference in latents and in images in [0, 1] between
-    our own student and the files run by onnxruntime on the CPU, on two noises.
+    the training code's student and the files as onnxruntime runs them on the CPU, on two noises. Raises
+    SettingError if a package is missing.
     """
     check_onnx()
     options = options or CardOptions()
-    scores = own_results(student, options.scores)  # what is wrong with them shows before the work
+    # Check all inputs before the expensive part.
+    scores = own_results(student, options.scores)
     source = teacher or student_folder(student)[1]
     check_out(out, student, source)
     one = load_one_step(student, source)
     with staged(out) as folder:
-        parity = _write(one, student, source, folder, options, scores)
+        parity, usage = _write_files(one, source, folder)
+        text = model_card(
+            student=student,
+            teacher=source,
+            timestep=one.student.where,
+            parity=check_parity(parity, torch.float32),
+            options=options,
+            scores=scores,
+            usage=usage,
+        )
+        write_atomically(folder / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
 
 
-def _write(
-    one: OneStep,
-    student: str,
-    source: str,
-    out: Path,
-    options: CardOptions,
-    scores: list[dict[str, Any]],
-) -> float:
-    """Write the files to a folder; their parity."""
-    drawn = noise(0, range(2), one.student.latent_shape)
-    own = one.latents(drawn, one.examples)
-    told, found, outputs = _encoded(one, out)
-    scale = {"guidance": torch.full((2,), one.guidance)} if one.student.guided else {}
-    save_onnx(_OneStep(one.student), {"noise": drawn, **told, **scale}, ["latents"], out / "student.onnx")
-    save_onnx(_Decoder(one.vae), {"latents": own}, ["images"], out / "decoder.onnx")
-    tokenizers = [
-        component for component in open_pipeline(source).components if component.startswith("tokenizer")
-    ]
-    for component in tokenizers:
-        pretrained.load_tokenizer(source, component).save_pretrained(out / component)
+def _write_files(one: OneStep, source: str, out: Path) -> tuple[float, OnnxUsage]:
+    """Write the ONNX files and tokenizers. Returns their parity and how to use them."""
+    student = one.student
+    latents_noise = noise(0, range(2), student.latent_shape)
+    expected = one.latents(latents_noise, one.examples)
 
-    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, **found, **scale})
+    # Export the networks.
+    cond, exported_cond = _write_text_encoder(one, out)
+    scale = {"guidance": torch.full((2,), one.guidance)} if student.guided else {}
+    inputs = {"noise": latents_noise, **cond, **scale}
+    save_onnx(_OneStep(student), inputs, ["latents"], out / "student.onnx")
+    save_onnx(_Decoder(one.vae), {"latents": expected}, ["images"], out / "decoder.onnx")
+    tokenizers = [name for name in open_pipeline(source).components if name.startswith("tokenizer")]
+    for name in tokenizers:
+        pretrained.load_tokenizer(source, name).save_pretrained(out / name)
+
+    # Run the exported files, and compare with the student.
+    inputs = {"noise": latents_noise, **exported_cond, **scale}
+    (latents,) = run_onnx(out / "student.onnx", inputs)
     (images,) = run_onnx(out / "decoder.onnx", {"latents": latents})
     with torch.no_grad():
-        parity = apart((latents, own), (images, _Decoder(one.vae)(own)))
-    write_atomically(
-        out / "README.md",
-        card(
-            student=student, teacher=source, where=one.student.where, parity=checked(parity, torch.float32),
-            options=options, scores=scores, what="One-step student", library="onnx",
-            text=one.student.reads_text, use=_usage(tokenizers, one.student, outputs),
-        ),
-    )  # fmt: skip
-    return parity
+        parity = max_abs_diff((latents, expected), (images, _Decoder(one.vae)(expected)))
+    usage = OnnxUsage(
+        tokenizers=tuple(tokenizers),
+        outputs=tuple(cond) if student.reads_text else (),
+        latent_shape=student.latent_shape,
+        guided=student.guided,
+        reads_text=student.reads_text,
+        reads_labels=not student.reads_text and student.unet.config.num_class_embeds is not None,
+    )
+    return parity, usage
 
 
-def _encoded(one: OneStep, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """What the network is told of the student's examples, by the names of its inputs: from our own encoder,
-    and from OUT/text_encoder.onnx, which is written where there is text; and the names of its outputs."""
+def _write_text_encoder(one: OneStep, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Write OUT/text_encoder.onnx if the student reads text.
+
+    Returns the conditioning of the example prompts by input name of the network, once from the torch encoder
+    and once from the exported file.
+    """
     conditioner = one.text
     if conditioner.kind == "label":
         labels = {"labels": conditioner.encode(one.examples).tensors["class_labels"]}
-        return labels, labels, []
+        return labels, labels
     if not isinstance(conditioner, CLIPConditioner):
-        return {}, {}, []
+        return {}, {}
     tokens = conditioner.tokens(one.examples)
     with torch.no_grad():
         cond: Conditioning = conditioner(tokens)
     names = list(cond.tensors)
     save_onnx(_Encoder(conditioner), {"tokens": tokens}, names, out / "text_encoder.onnx")
     outputs = run_onnx(out / "text_encoder.onnx", {"tokens": tokens})
-    return cond.tensors, dict(zip(names, outputs, strict=True)), names
+    return cond.tensors, dict(zip(names, outputs, strict=True))
 
 
 class _Encoder(nn.Module):
@@ -102,7 +122,7 @@ class _Encoder(nn.Module):
         self.conditioner = conditioner
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Token ids -> hidden states, and SDXL's pooled output."""
+        """Map token ids to hidden states, and for SDXL also to the pooled output."""
         cond: Conditioning = self.conditioner(tokens)
         return tuple(cond.tensors.values())
 
@@ -120,7 +140,7 @@ class _OneStep(nn.Module):
         labels: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """Noise and text, class labels or nothing -> scaled latents."""
+        """Map noise, and text or class labels if the student has them, to scaled latents."""
         if hidden is not None:
             cond = Conditioning.from_text(hidden, pooled)
         elif labels is not None:
@@ -137,41 +157,47 @@ class _Decoder(nn.Module):
         self.vae = vae
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> images in [0, 1]."""
+        """Map scaled latents to images in [0, 1]."""
         return (decode(self.vae, latents) / 2 + 0.5).clamp(0, 1)
 
 
-def _usage(tokenizers: list[str], student: Student, outputs: list[str]) -> list[str]:
-    channels, height, width = student.latent_shape
-    told, read = "", []
-    if student.reads_text:
-        told = ", **text" + (", guidance=np.full(1, 8.0, np.float32)" if student.guided else "")
-        calls = [f'tokens_of("{component}")' for component in tokenizers]
-        tokens = calls[0] if len(calls) == 1 else f"np.stack([{', '.join(calls)}], 1)"
-        read = [
-            "def tokens_of(name):",
-            '    tokenizer = CLIPTokenizer.from_pretrained(f"THIS_FOLDER/{name}")',
-            '    settings = dict(padding="max_length", truncation=True, return_tensors="np")',
-            '    return tokenizer(["a red cube"], **settings).input_ids',
-            "",
-            f'text = dict(zip({outputs}, run("text_encoder", tokens={tokens})))',
-        ]
-    elif student.unet.config.num_class_embeds is not None:
-        told = ", labels=np.array([0])"
-    return [
-        "```python",
-        "import numpy as np",
-        "from onnxruntime import InferenceSession",
-        "from PIL import Image",
-        *(["from transformers import CLIPTokenizer"] if read else []),
-        "",
-        "def run(name, **inputs):",
-        '    return InferenceSession(f"THIS_FOLDER/{name}.onnx").run(None, inputs)',
-        "",
-        *read,
-        f"noise = np.random.default_rng(0).standard_normal((1, {channels}, {height}, {width}), np.float32)",
-        f'(latents,) = run("student", noise=noise{told})',
-        '(images,) = run("decoder", latents=latents)',
-        "image = Image.fromarray((images[0].transpose(1, 2, 0) * 255).round().astype(np.uint8))",
-        "```",
-    ]
+def check_onnx() -> None:
+    """Raise SettingError if a package that the ONNX export needs is not installed."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise SettingError(
+            f"the format onnx needs {', '.join(missing)}, not installed; `pip install {' '.join(missing)}`"
+        )
+
+
+@torch.no_grad()
+def save_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], file: Path) -> None:
+    """Write a network to an ONNX file by way of torch.export. The first dimension of each input is free.
+
+    Weights beyond 2 GiB go to FILE.data beside it. Raises UserError for a file that cannot be written.
+    """
+    program = torch.onnx.export(
+        module.eval(),
+        kwargs=dict(inputs),
+        dynamo=True,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        dynamic_shapes={name: {0: torch.export.Dim.DYNAMIC} for name in inputs},
+        verbose=False,
+    )
+    assert program is not None, "torch.onnx.export gives a program with dynamo=True"
+    size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        program.save(str(file), external_data=size > _ONE_FILE)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error}; free space or choose another --out") from error
+
+
+def run_onnx(file: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Run an ONNX file with onnxruntime on the CPU, and return its outputs."""
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
+    return [torch.from_numpy(value) for value in outputs]

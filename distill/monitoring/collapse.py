@@ -1,7 +1,8 @@
-"""Watchmen over a run's reports: what went wrong with the two networks, and what to try.
+"""Detection of training failures in the reports of a run, with advice on what to change.
 
-Pure functions of the lines of stats.jsonl, so that a run, `d2g distill watch` and a look at last year's run
-all say the same. Losses that are not finite stop a run by themselves (`distill.training.train`).
+All checks are pure functions of the lines of stats.jsonl. So a run, `d2g distill watch` and a later analysis
+of the same file agree. A loss or gradient that is not finite stops a run by itself
+(`distill.training.train`).
 """
 
 import math
@@ -18,20 +19,20 @@ Mode = Literal["off", "warn", "stop"]
 
 
 class Collapse(UserError):
-    """Training goes on to nothing: what was seen, and what to try."""
+    """Training has collapsed. The message says what was detected, and what to change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """When a watchman speaks. Counted in reports, whatever their distance in images."""
+    """Thresholds of the checks. Durations are counted in reports, whatever their distance in images."""
 
-    reports: int = 5  # in a row that must agree
-    won_auc: float = 0.999  # D: at least this share of (real, fake) pairs in order,
-    won_loss: float = 0.02  # and no more loss than this
-    blind_auc: float = 0.02  # D: the share is this near to 0.5,
-    blind_gap: float = 0.02  # and the mean logits this near to each other
-    spread: float = 0.5  # G: variance over a batch below this share of the run's own best, or the teacher's
-    rise: float = 2.0  # G: regression loss above this many times the run's own best
+    reports: int = 5  # consecutive reports that must agree
+    won_auc: float = 0.999  # D has won: at least this share of (real, student) pairs in the right order,
+    won_loss: float = 0.02  # and at most this loss
+    blind_auc: float = 0.02  # D is blind: the share is within this distance of 0.5,
+    blind_gap: float = 0.02  # and the mean logits are within this distance of each other
+    spread: float = 0.5  # G collapses: variance over a batch below this fraction of its best earlier value
+    rise: float = 2.0  # G diverges: regression loss above this multiple of its best earlier value
 
     def __post_init__(self) -> None:
         if self.reports < 1 or not (0 < self.spread < 1 < self.rise):
@@ -43,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that is wrong. `fatal`: "stop" stops at it; others are only told."""
+    """One detected problem. A `fatal` one ends the run in mode "stop"; others only warn."""
 
     kind: str
     text: str
@@ -51,35 +52,36 @@ class Finding:
 
 
 REGRESSION = ("loss/e_latent_lpips", "loss/latent_lpips", "loss/lpips", "loss/mse", "loss/pseudo_huber")
-"""The student's distance to the teacher, by the names it may have in a report."""
+"""Log keys of the regression losses: a report has one of them."""
 
 
 def findings(lines: Sequence[Line], limits: Limits | None = None) -> list[Finding]:
-    """What is wrong at the last of a run's reports, oldest first in `lines`."""
+    """Problems at the last of a run's reports. `lines`: its reports, oldest first."""
     limits = limits or Limits()
-    watchmen = (not_finite, d_collapse, d_blind, g_collapse, g_regression)
-    return [found for watch in watchmen if (found := watch(lines, limits)) is not None]
+    checks = (not_finite, d_collapse, d_blind, g_collapse, g_regression)
+    return [finding for check in checks if (finding := check(lines, limits)) is not None]
 
 
 def act(
-    found: Iterable[Finding], mode: Mode, told: set[str], tell: Callable[[str], None] | None = None
+    found: Iterable[Finding], mode: Mode, reported: set[str], warn: Callable[[str], None] | None = None
 ) -> None:
-    """Warn of each kind once (`told` remembers), or stop at a fatal one with Collapse. "off" does nothing.
+    """Warn once per kind of finding, or raise Collapse for a fatal one in mode "stop". "off" does nothing.
 
-    `tell`: takes the line of a warning; logged if None.
+    `reported`: kinds that were warned of before; updated in place. `warn`: receives the text of a warning;
+    by default it is logged.
     """
     if mode == "off":
         return
     for finding in found:
         if finding.fatal and mode == "stop":
             raise Collapse(f"{finding.text}, or go on with --set train.on_collapse=warn")
-        if finding.kind not in told:
-            told.add(finding.kind)
-            (tell or logger.warning)(finding.text)
+        if finding.kind not in reported:
+            reported.add(finding.kind)
+            (warn or logger.warning)(finding.text)
 
 
 def not_finite(lines: Sequence[Line], limits: Limits) -> Finding | None:
-    """A loss, gradient or measure of the last report, or of a validation with it, is NaN or infinite."""
+    """A value of the last report, or of a validation at the same image, is NaN or infinite."""
     last = [line for line in lines if line["nimg"] == lines[-1]["nimg"]]
     bad = [name for line in last for name, value in line.items() if not math.isfinite(value)]
     if not bad:
@@ -89,8 +91,8 @@ def not_finite(lines: Sequence[Line], limits: Limits) -> Finding | None:
 
 
 def d_collapse(lines: Sequence[Line], limits: Limits) -> Finding | None:
-    """D tells all real from all generated rows without effort: the student gets no gradient from it."""
-    last = _last(lines, ("d/auc", "loss/d"), limits.reports)
+    """D separates real and generated rows with a large margin, so the student gets no gradient from it."""
+    last = _last_with(lines, ("d/auc", "loss/d"), limits.reports)
     if not last or not all(
         line["d/auc"] >= limits.won_auc and line["loss/d"] <= limits.won_loss for line in last
     ):
@@ -104,10 +106,8 @@ def d_collapse(lines: Sequence[Line], limits: Limits) -> Finding | None:
 
 
 def d_blind(lines: Sequence[Line], limits: Limits) -> Finding | None:
-    """D tells real from generated no better than a coin. Never fatal: every D starts so, and a perfect
-    student would leave it so.
-    """
-    last = _last(lines, ("d/auc", "logit/real", "logit/fake"), 2 * limits.reports)
+    """D cannot tell real from generated rows. Not fatal: a new D is blind, D of a perfect student too."""
+    last = _last_with(lines, ("d/auc", "logit/real", "logit/fake"), 2 * limits.reports)
     if not last or not all(
         abs(line["d/auc"] - 0.5) <= limits.blind_auc
         and abs(line["logit/real"] - line["logit/fake"]) <= limits.blind_gap
@@ -123,46 +123,51 @@ def d_blind(lines: Sequence[Line], limits: Limits) -> Finding | None:
 
 
 def g_collapse(lines: Sequence[Line], limits: Limits) -> Finding | None:
-    """The student's latents of a batch become alike. Against the run's own best, for one-step students
-    start blurred and alike; but never above the teacher's, as those that start wild have to come down.
+    """The student's latents of a batch become alike.
+
+    The reference is the best earlier value of the run, because one-step students start blurred and alike. It
+    is at most the teacher's spread, because a student that starts with a larger one must come down.
     """
-    then, now = _best_and_now(lines, "latent/spread", limits.reports, max)
-    if now is None or not now < limits.spread * min(then, 1.0):
+    best, now = _best_and_now(lines, "latent/spread", limits.reports, max)
+    if now is None or not now < limits.spread * min(best, 1.0):
         return None
     text = (
         f"{_at(lines)}: the student collapses: its latents vary {now:.2f} times as much over a batch as the "
-        f"teacher's, {then:.2f} before; go back to a checkpoint before it, and try a lower optim.lr, a "
+        f"teacher's, {best:.2f} before; go back to a checkpoint before it, and try a lower optim.lr, a "
         "smaller gan.weight or a larger gan.mix_fraction"
     )
     return Finding(kind="g_collapse", text=text, fatal=True)
 
 
 def g_regression(lines: Sequence[Line], limits: Limits) -> Finding | None:
-    """The student leaves the teacher's latents: its regression loss rises far above the run's own best."""
+    """The regression loss rises far above its best earlier value: the student leaves the teacher."""
     for name in REGRESSION:
-        then, now = _best_and_now(lines, name, limits.reports, min)
-        if now is not None and now > limits.rise * then:
+        best, now = _best_and_now(lines, name, limits.reports, min)
+        if now is not None and now > limits.rise * best:
             text = (
-                f"{_at(lines)}: the student leaves the teacher: {name} is {now:.3g}, {then:.3g} before; try "
+                f"{_at(lines)}: the student leaves the teacher: {name} is {now:.3g}, {best:.3g} before; try "
                 "a lower optim.lr, optim.clip_norm, or a smaller gan.weight"
             )
             return Finding(kind="g_regression", text=text, fatal=True)
     return None
 
 
-def _last(lines: Sequence[Line], names: Sequence[str], count: int) -> list[Line]:
-    """The last `count` lines that have all the names (validations and steps of one network have not), if
-    there are so many."""
-    having = [line for line in lines if all(name in line for name in names)]
-    return having[-count:] if len(having) >= count else []
+def _last_with(lines: Sequence[Line], names: Sequence[str], count: int) -> list[Line]:
+    """The last `count` lines that have all the names, or [] if there are fewer.
+
+    Validations, and steps that update one network only, write lines without some of the names.
+    """
+    complete = [line for line in lines if all(name in line for name in names)]
+    return complete[-count:] if len(complete) >= count else []
 
 
 def _best_and_now(
     lines: Sequence[Line], name: str, count: int, better: Callable[[list[float]], float]
 ) -> tuple[float, float | None]:
-    """The best median over four times `count` reports, and the best of the last `count`, after those.
+    """Best earlier median over `4 * count` reports, and the best of the last `count` reports after them.
 
-    One step's loss is noisy: the best of short windows would be luck, and the last reports must all agree.
+    Returns (nan, None) if there are too few reports. Single losses are noisy: the best of short windows would
+    be luck. Taking the best of the last reports means that all of them must agree.
     """
     values = [line[name] for line in lines if name in line and math.isfinite(line[name])]
     width = 4 * count

@@ -1,6 +1,6 @@
-"""How the two networks do: the panel that shows a run's reports.
+"""Plots of a run: curves as a PNG, and as rows of text with sparklines.
 
-Everything is made from the lines of stats.jsonl, so that a panel can be drawn of any run, also after its end.
+Both are drawn from the lines of stats.jsonl alone, so they work for every run, also after its end.
 """
 
 import io
@@ -16,12 +16,9 @@ from d2g.core.errors import UserError
 Line = Mapping[str, float]
 
 
-# The panel.
-
-
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: series by name, each (images, values)."""
+    """One set of axes. `series`: (images, values) by name; `log`: logarithmic y axis."""
 
     title: str
     series: dict[str, tuple[list[float], list[float]]]
@@ -48,45 +45,48 @@ _PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("share of time waiting for data", ("time/loader_wait",), False),
     ("peak memory, GiB", ("mem/",), False),
 )
-"""Title; names of its series, or what they start with (a trailing slash); logarithmic or not."""
+"""Title of a panel, names of its series (or prefixes, with a trailing slash), logarithmic y axis or not."""
 
 
 def panels(lines: Sequence[Line]) -> list[Panel]:
-    """The panels that a run's reports have something for, in a fixed order."""
+    """The panels for which a run's reports have finite values, in a fixed order."""
     names = list(dict.fromkeys(name for line in lines for name in line))
-    found = []
-    alone = {starts[0] for _, starts, _ in _PANELS if len(starts) == 1}  # scales of their own
-    for title, starts, log in _PANELS:
-        own = [n for n in names if n in starts]
-        own += [
-            n for n in names if n not in alone and any(s.endswith("/") and n.startswith(s) for s in starts)
-        ]
-        series = {n: _series(lines, n) for n in own}
-        if series := {n: s for n, s in series.items() if s[0]}:
-            found.append(Panel(title, series, log and all(v > 0 for _, vs in series.values() for v in vs)))
-    return found
+    # A name with a panel of its own does not appear in the panel of its prefix: their scales differ.
+    own_panel = {keys[0] for _, keys, _ in _PANELS if len(keys) == 1}
+    result = []
+    for title, keys, log in _PANELS:
+        prefixes = tuple(key for key in keys if key.endswith("/"))
+        members = [name for name in names if name in keys]
+        members += [name for name in names if name not in own_panel and name.startswith(prefixes)]
+        series = {name: _series(lines, name) for name in members}
+        series = {name: points for name, points in series.items() if points[0]}
+        if series:
+            positive = all(value > 0 for _, values in series.values() for value in values)
+            result.append(Panel(title, series, log and positive))
+    return result
 
 
 def _series(lines: Sequence[Line], name: str) -> tuple[list[float], list[float]]:
+    """Images and finite values of one name."""
     points = [(line["nimg"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
     return [x for x, _ in points], [y for _, y in points]
 
 
 def plot_health(lines: Sequence[Line], file: Path, title: str = "") -> None:
-    """Draw the panels of a run's reports as a PNG, under a temporary name first.
+    """Draw the panels of a run's reports to a PNG file, replaced atomically.
 
-    Raises UserError without reports, or when the file cannot be written.
+    Raises UserError if there are no reports, or if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    shown = panels(lines)
-    if not shown:
+    drawn_panels = panels(lines)
+    if not drawn_panels:
         raise UserError(f"{file.parent}: no reports yet to draw; wait for the first line of stats.jsonl")
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
+    columns = min(3, len(drawn_panels))
+    rows = -(-len(drawn_panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 2.7 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, panel in zip(axes, shown, strict=False):
+    for axis, panel in zip(axes, drawn_panels, strict=False):
         for name, (x, y) in panel.series.items():
             label = name if len(panel.series) > 1 else None
             axis.plot(x, y, linewidth=1, marker="." if len(x) < 30 else None, label=label)
@@ -96,20 +96,17 @@ def plot_health(lines: Sequence[Line], file: Path, title: str = "") -> None:
         axis.tick_params(which="both", labelsize=7)
         if len(panel.series) > 1:
             axis.legend(fontsize=5, ncols=2 if len(panel.series) > 6 else 1)
-    for axis in axes[len(shown) :]:
+    for axis in axes[len(drawn_panels) :]:
         axis.set_axis_off()
     figure.suptitle(title, fontsize=10)
     figure.supxlabel("images", fontsize=8)
-    figure.savefig(drawn := io.BytesIO(), dpi=110, format="png")
-    write_atomically(file, drawn.getvalue())
-
-
-# As text.
+    figure.savefig(png := io.BytesIO(), dpi=110, format="png")
+    write_atomically(file, png.getvalue())
 
 
 @dataclass(frozen=True)
 class Row:
-    """One value of the panel: its last, and how it went, as a line of blocks."""
+    """One series as text. `value`: its last value; `trend`: its curve as a sparkline."""
 
     panel: str
     name: str
@@ -118,7 +115,7 @@ class Row:
 
 
 def health_rows(lines: Sequence[Line], width: int = 24) -> list[Row]:
-    """The panels as rows of text, the heads of D left to the picture."""
+    """The panels as rows of text, without the curves of single discriminator heads."""
     return [
         Row(panel.title, name, y[-1], sparkline(y, width))
         for panel in panels(lines)
@@ -128,7 +125,7 @@ def health_rows(lines: Sequence[Line], width: int = 24) -> list[Row]:
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """Values as blocks from lowest to highest; means of equal parts where there are more than `width`."""
+    """Values as block characters; more than `width` values become means of equal parts."""
     blocks = "▁▂▃▄▅▆▇█"
     count = min(width, len(values))
     cuts = [len(values) * i // count for i in range(count + 1)] if count else []

@@ -1,4 +1,4 @@
-"""What a run folder says of a run, while it runs or after: for `d2g distill watch`. Reads, never writes."""
+"""Status of a run, read from its folder during or after training, for `d2g distill watch`. Never writes."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,27 +16,29 @@ from distill.monitoring.collapse import findings
 from distill.monitoring.plots import Row, health_rows
 
 PATIENCE = 600.0
-"""Seconds without a report of which nothing is said; where reports are rare, five times their usual gap."""
+"""Seconds without a report before a run counts as silent, or five times the usual gap if that is longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A run at one moment. `images`: how many it is meant to see; `ended`: None while it runs, or until it
-    was killed, else done, minutes, stopped or failed, and `why` it failed or was stopped; `silent_minutes`:
-    since the last report, where that is too long; `seconds_left`: at its last rate; `values`: the latest of
-    every kind.
-    """
+    """Status of a run at one moment."""
 
     out: str
     stage: str
     nimg: int
     images: int
+    """Planned number of images."""
     finished: bool
     ended: str | None
+    """How the run ended: done, minutes, stopped or failed. None while it runs, or if it was killed."""
     why: str
+    """Why it failed or was stopped."""
     silent_minutes: int | None
+    """Minutes since the last report, if that is longer than usual."""
     seconds_left: float | None
+    """Estimate from the last rate."""
     values: dict[str, float]
+    """Latest value of each key."""
     warnings: list[str]
     checkpoint: str | None
     preview: str | None
@@ -44,18 +46,20 @@ class View:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more is to come."""
+        """Whether the run has ended."""
         return self.finished or self.ended is not None
 
     def to_json(self) -> dict[str, Any]:
-        """All but the rows for people. Values that are not finite become null: JSON knows none."""
+        """All fields except `rows`. Values that are not finite become null, since JSON has no NaN."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rows"}
         finite = {k: v if abs(v) < float("inf") else None for k, v in self.values.items()}
         return {**data, "values": finite}
 
 
 def view(folder: Path, width: int = 24, now: float | None = None) -> View:
-    """Read a run as it is `now`, in seconds since 1970. Raises UserError for a folder that holds none."""
+    """Read the status of a run. `now`: time in seconds since 1970, by default the current time; `width`: of
+    the sparklines. Raises UserError for a folder that holds no run.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no run (no config.json); give the --out of `d2g distill`")
@@ -74,7 +78,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
     finished, silent = nimg >= images, None
     if not (finished or ended):
         silent = _silent_minutes(folder, lines, time.time() if now is None else now)
-    going = finished or not (ended or silent)
+    progressing = finished or not (ended or silent)
     points = whole_points(folder / "checkpoints")
     previews = sorted((folder / "previews").glob("*.png"), key=lambda path: path.stem.rpartition("-")[2])
     return View(
@@ -86,9 +90,9 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
         ended=ended,
         why=why,
         silent_minutes=silent,
-        seconds_left=max(0, images - nimg) / rate if rate > 0 and going else None,
+        seconds_left=max(0, images - nimg) / rate if rate > 0 and progressing else None,
         values={k: v for k, v in latest.items() if k != "nimg"},
-        warnings=[found.text for found in findings(lines)],
+        warnings=[finding.text for finding in findings(lines)],
         checkpoint=str(folder / "checkpoints" / f"{points[-1]:09d}") if points else None,
         preview=str(previews[-1]) if previews else None,
         rows=health_rows(lines, width),
@@ -96,7 +100,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
 
 
 def _ending(folder: Path) -> tuple[str | None, str]:
-    """How a run ended, and why, where it had the time to write it down."""
+    """How a run ended, and why. A killed run has no record of it."""
     path = folder / ENDED
     if not path.is_file():
         return None, ""
@@ -105,14 +109,14 @@ def _ending(folder: Path) -> tuple[str | None, str]:
 
 
 def _silent_minutes(folder: Path, lines: Sequence[Mapping[str, float]], now: float) -> int | None:
-    """Minutes since the last report, or since the start; None unless they are more than is usual."""
+    """Minutes since the last report or the start, or None if that is not unusually long."""
     files = [path for name in ("config.json", "stats.jsonl") if (path := folder / name).is_file()]
     silent = now - max(path.stat().st_mtime for path in files)
     return int(silent // 60) if silent > max(PATIENCE, 5 * usual_gap(lines)) else None
 
 
 def usual_gap(lines: Sequence[Mapping[str, float]]) -> float:
-    """The median of seconds between a run's last twenty reports; 0 where there are fewer than two."""
-    paced = [(line["nimg"], rate) for line in lines if (rate := line.get("time/images_per_sec", 0.0)) > 0]
-    gaps = [(nimg - before) / rate for (before, _), (nimg, rate) in pairwise(paced[-21:])]
+    """Median seconds between a run's last twenty reports; 0 with fewer than two reports."""
+    rates = [(line["nimg"], rate) for line in lines if (rate := line.get("time/images_per_sec", 0.0)) > 0]
+    gaps = [(nimg - before) / rate for (before, _), (nimg, rate) in pairwise(rates[-21:])]
     return median(gaps) if gaps else 0.0

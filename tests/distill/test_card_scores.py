@@ -12,16 +12,20 @@ from d2g.core.errors import UserError
 from d2g.diffusion.pretrained import SHIPPED
 from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
-from distill.export.card_scores import own_results, score_lines
+from distill.export.card_scores import own_results
 from distill.export.export import export, export_student
+from distill.export.model_card import PipelineUsage, model_card
 from exported import as_run, evaluated, lora_run, result, told
 
 OWN = hashlib.sha256((SHIPPED["miniature"] / "student" / "ema.safetensors").read_bytes()).hexdigest()
 
 
 def lines(file: str) -> str:
-    (found,) = own_results("miniature", (file,))
-    return "\n".join(score_lines(found))
+    usage = PipelineUsage(pipeline="StableDiffusionPipeline", dtype="float32", guided=False, reads_text=True)
+    return model_card(
+        student="miniature", teacher="miniature", timestep="timestep 999", parity=0.0, options=CardOptions(),
+        scores=own_results("miniature", (file,)), usage=usage,
+    )  # fmt: skip
 
 
 def test_a_students_own_result(tmp_path: Path) -> None:

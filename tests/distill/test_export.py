@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,8 +27,12 @@ from d2g_cli import main as cli
 from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
 from distill.export.export import export, export_lora, export_pipeline, export_student
-from distill.export.model_card import licence_of
-from distill.export.one_step_pipeline import draw_plainly, draw_untold, one_step_scheduler
+from distill.export.model_card import license_of
+from distill.export.one_step_pipeline import (
+    one_step_scheduler,
+    sample_pipeline,
+    sample_unconditional_pipeline,
+)
 from distill.models.student import student_from_teacher
 from distill.sampling import load_one_step
 from exported import PROMPT, as_run, lora_run, told
@@ -91,7 +96,7 @@ def test_diffusers_draws_our_image(run: str, exported: tuple[Path, float]) -> No
     assert 0 <= parity <= 1e-4
     one, drawn = load_one_step(run), noise(5, range(2), (4, 4, 4))
     own = one.latents(drawn, PROMPT)
-    latents, images = draw_plainly(out, drawn, PROMPT)
+    latents, images = sample_pipeline(out, drawn, PROMPT)
     torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
     expected = (decode(one.vae, own) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
@@ -283,12 +288,12 @@ def test_an_export_of_an_export(run: str, tmp_path: Path) -> None:
 
 
 def test_licences(teacher: Path, tmp_path: Path) -> None:
-    assert licence_of("miniature") == "apache-2.0" and licence_of(str(teacher)) is None
+    assert license_of("miniature") == "apache-2.0" and license_of(str(teacher)) is None
     copy = shutil.copytree(teacher, tmp_path / "teacher")
     (copy / "README.md").write_text("---\nlanguage: en\nlicense: 'cc0-1.0'\n---\n# It\nlicense: no\n")
-    assert licence_of(str(copy)) == "cc0-1.0"
+    assert license_of(str(copy)) == "cc0-1.0"
     (copy / "README.md").write_text("# It\nlicense: no\n")
-    assert licence_of(str(copy)) is None
+    assert license_of(str(copy)) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"fid": 3}', None])
@@ -316,7 +321,7 @@ def test_settings(run: str, tmp_path: Path) -> None:
 
 def test_the_shipped_miniature(tmp_path: Path) -> None:
     assert export_pipeline("miniature", tmp_path / "out")["parity_max_abs_err"] <= 1e-4
-    assert told(tmp_path / "out").startswith("---\nlicense: apache-2.0\n")
+    assert ModelCard(told(tmp_path / "out")).data.license == "apache-2.0"
 
 
 # The command.
@@ -341,7 +346,7 @@ def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         250,
         0.48,
     )
-    code, said, _ = d2g(capfd, *words, "--set", "card.licence=mit")
+    code, said, _ = d2g(capfd, *words, "--set", "card.license=mit")
     found = json.loads(said)
     assert code == 0 and found["out"] == str(out) and found["parity_max_abs_err"] <= 1e-4
     assert "license: mit" in told(out)
@@ -364,7 +369,7 @@ def test_diffusers_draws_unconditional_students(kind: str, tmp_path: Path) -> No
     drawn = torch.randn(3, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
     own = (decode(one.vae, one.latents(drawn, [""] * 3)) / 2 + 0.5).clamp(0, 1)
     assert own.std() > 0.1
-    torch.testing.assert_close(draw_untold(tmp_path / "out", 3), own, rtol=0, atol=1e-4)
+    torch.testing.assert_close(sample_unconditional_pipeline(tmp_path / "out", 3), own, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="num_inference_steps"):
         tiny_teachers.judge(tmp_path / "out")(1)
     assert "pipe(num_inference_steps=1)" in told(tmp_path / "out")

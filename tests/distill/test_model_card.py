@@ -1,4 +1,4 @@
-"""distill.export.model_card and distill.export.card_history: every number of a model card is one that was measured or set."""
+"""distill.export.model_card: every number of a card was measured or set."""
 
 import json
 import shutil
@@ -6,19 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override, to_json
 from d2g.core.errors import UserError
 from distill.config.export import CardOptions
 from distill.config.run import DistillConfig
+from distill.export.card_history import read_history
 from distill.export.card_scores import own_results
-from distill.export.model_card import card, history, kg_co2
+from distill.export.model_card import PipelineUsage, kg_co2, model_card
 from distill.planning.cost import evaluations
 from distill.training.train import train
 from jobs import distill_config, make_pairs
 
 SECRET = "/somewhere/of/mine"
+FRONT = {
+    "library_name": "diffusers",
+    "pipeline_tag": "text-to-image",
+    "tags": ["one-step", "distillation", "diffusion2gan"],
+}
 
 
 def run_of(folder: Path, settings: tuple[str, ...] = (), nimg: int = 600, **fields: Any) -> Path:
@@ -39,9 +46,10 @@ def run_of(folder: Path, settings: tuple[str, ...] = (), nimg: int = 600, **fiel
 def said(student: Path | str, **settings: Any) -> str:
     options = CardOptions(**settings)
     scores = own_results(str(student), options.scores)
-    return card(
-        student=str(student), teacher="miniature", where="timestep 999", parity=2e-6, options=options,
-        scores=scores, what="One-step student", use=[],
+    usage = PipelineUsage(pipeline="StableDiffusionPipeline", dtype="float32", guided=False, reads_text=True)
+    return model_card(
+        student=str(student), teacher="miniature", timestep="timestep 999", parity=2e-6, options=options,
+        scores=scores, usage=usage,
     )  # fmt: skip
 
 
@@ -56,8 +64,8 @@ def test_images_and_hours_are_those_of_the_exported_checkpoint(tmp_path: Path) -
     text = said(run, watts=300, kg_per_kwh=0.1)
     assert "600 images in batches of 100" in stage(text, "ode")
     assert "Stage `ode`: 600 evaluations of student." in text
-    assert "8 device hours, about 0.24 kg CO2 (assumed: 300 W a device, 0.1 kg CO2 a kWh" in text
-    assert "What kind of device is not recorded." in text
+    assert "8 device hours, about 0.24 kg CO2 (assumed: 300 W per device, 0.1 kg CO2 per kWh" in text
+    assert "The kind of device is not recorded." in text
     assert kg_co2(1000, CardOptions()) == pytest.approx(192)
 
 
@@ -80,7 +88,7 @@ def test_evaluations_are_the_bookkeepings(case: str, tmp_path: Path) -> None:
     """Of 100 steps of 8 images."""
     settings, expected = EVALUATIONS[case]
     run = run_of(tmp_path / "run", ("train.batch_size=8", *settings), nimg=800, stage="gan")
-    (found,) = history(str(run)).stages
+    (found,) = read_history(str(run)).stages
     assert evaluations(found.config) == expected
     assert f"Stage `gan`: {expected:.3g} evaluations of student and discriminator." in said(run)
 
@@ -92,7 +100,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
          "Regression: `e_latent_lpips`, transforms `bgco`, weight 1.",
          "Discriminator: loss `ns`, weight 0.25, adamw, learning rate 1e-05; "
          "R1 of one row, gamma 0.01, every 16 steps; mix-and-match 0.25."),
-        ("LoRA", "L1", "without transforms", "photographs", "dropout", "updates"),
+        ("LoRA", "L1", "without transforms", "photographs", "dropout", "steps for each"),
     ),
     "no R1": ("gan", ("gan.penalty=none",), ("; no gradient penalty; mix",), ("R1", "gamma", "16 steps")),
     "no gamma": ("gan", ("gan.r1_gamma=0",), ("; no gradient penalty; mix",), ("R1", "gamma", "16 steps")),
@@ -108,7 +116,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
         "gan",
         ("gan.d_steps_per_g_step=3", "gan.noise_augment=uniform", "gan.mix_fraction=0.5", "gan.real=photos",
          "gan.real_fraction=0.3"),
-        ("3 updates for one of the student", "noise before it: uniform", "mix-and-match 0.5",
+        ("3 steps for each step of the student", "noise augmentation: uniform", "mix-and-match 0.5",
          "photographs, 0.3 of its real rows"), ("photos,",),
     ),
     "ensemble": (
@@ -130,7 +138,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
                 "student.dropout=0.1", "train.precision=fp32", "train.ema_beta=0.5", "seed=7",
                 "optim.lr=0.002", "optim.name=radam", "train.batch_size=32"),
         ("batches of 32, radam, learning rate 0.002, fp32, EMA 0.5, seed 7; LoRA of rank 8, alpha 4, "
-         "told the guidance scale, dropout 0.1.",), ("all weights",),
+         "guidance scale as an input, dropout 0.1.",), ("all weights",),
     ),
 }  # fmt: skip
 
@@ -183,7 +191,7 @@ def test_what_came_before_and_is_not_known_is_said(tmp_path: Path) -> None:
         run_of(tmp_path / "last", stage="gan", init=str(bare))
     )
     circle = run_of(tmp_path / "circle", stage="gan", init=str(tmp_path / "circle"))
-    assert len(history(str(circle)).stages) == 1 and "trained anew since" in said(circle)
+    assert len(read_history(str(circle)).stages) == 1 and "trained anew since" in said(circle)
     text = said("miniature")
     assert "Pairs and recipe: not recorded with an exported student; export the run itself." in text
     assert "Evaluations and device hours: not recorded" in text and "## Scores\n\nNot measured." in text
@@ -200,8 +208,8 @@ def test_scores_and_licence_are_as_given(tmp_path: Path) -> None:
     result |= {"counts": {"images": 30000}, "extra": {"cmmd": 0.5}}
     result |= {"source": {"kind": "images", "name": "drawn"}}
     write_atomically(tmp_path / "scores" / "result.json", json.dumps(result))
-    text = said("miniature", scores=(str(tmp_path / "scores"),), licence="mit")
-    assert text.startswith("---\nlicense: mit\nlibrary_name: diffusers\n") and "Licence: mit." in text
+    text = said("miniature", scores=(str(tmp_path / "scores"),), license="mit")
+    assert ModelCard(text).data.to_dict() == FRONT | {"license": "mit"} and "License: mit." in text
     for part in ("Protocol `coco` (`abcabcabcabcabca`; 30,000 images)", "| fid | 9.29 |", "| cmmd | 0.5 |"):
         assert part in text
     assert "| recall" not in text and "## Scores\n\nNot" not in text and "in fp32: 2.00e-06." in text
@@ -211,7 +219,7 @@ def test_a_real_run_can_be_read_back(teacher: Path, tmp_path: Path) -> None:
     """What training wrote, not what this file writes."""
     config = distill_config(teacher, make_pairs(teacher, tmp_path), "engine.gradient_accumulation=2")
     train(config, tmp_path / "ode")
-    found = history(str(tmp_path / "ode"))
+    found = read_history(str(tmp_path / "ode"))
     assert found.gap == "" and found.stages[0].device_hours is not None
     assert found.stages[0].config.train == config.train and found.stages[0].config.engine == config.engine
     assert found.stages[0].device_hours > 0

@@ -17,7 +17,7 @@ from d2g.core.errors import SettingError, UserError
 from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
 from distill.export.export import export
-from distill.export.output import PARITY_BOUND, apart, checked, exact_sums, staged
+from distill.export.output import PARITY_BOUND, check_parity, exact_sums, max_abs_diff, staged
 from exported import as_run, lora_run
 
 FORMATS = ("safetensors", "diffusers", "lora", "onnx")
@@ -94,20 +94,22 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_the_bound() -> None:
-    assert checked(PARITY_BOUND, torch.float32) == PARITY_BOUND
+    assert check_parity(PARITY_BOUND, torch.float32) == PARITY_BOUND
     with pytest.raises(UserError, match=r"differ by 1\.50e-02 .* at most 0\.001 in float32; nothing was"):
-        checked(1.5e-2, torch.float32)
-    assert checked(0.5, torch.float16) == 0.5
+        check_parity(1.5e-2, torch.float32)
+    assert check_parity(0.5, torch.float16) == 0.5
     for dtype in (torch.float32, torch.bfloat16):
         for parity in (math.nan, math.inf):
             with pytest.raises(UserError, match="values that are not finite"):
-                checked(parity, dtype)
+                check_parity(parity, dtype)
 
 
 def test_a_nan_anywhere_is_the_largest_difference() -> None:
     a, b = torch.zeros(2, 3), torch.tensor([[0.0, 1, 2], [0, 0, 0]])
-    assert apart((a, a), (a, b)) == apart((a, b), (a, a)) == 2
-    assert math.isnan(apart((a, a * math.nan), (a, b))) and math.isnan(apart((a, b), (a, a * math.nan)))
+    assert max_abs_diff((a, a), (a, b)) == max_abs_diff((a, b), (a, a)) == 2
+    assert math.isnan(max_abs_diff((a, a * math.nan), (a, b))) and math.isnan(
+        max_abs_diff((a, b), (a, a * math.nan))
+    )
 
 
 def test_sums_are_exact_only_where_asked() -> None:
@@ -155,7 +157,7 @@ def test_an_export_that_draws_something_else_is_not_left_behind(
     assert not (tmp_path / "new" / "out").exists()
 
 
-@pytest.mark.parametrize("given", [{"scores": ("a.json",)}, {"licence": "mit"}, {"watts": 3.0}])
+@pytest.mark.parametrize("given", [{"scores": ("a.json",)}, {"license": "mit"}, {"watts": 3.0}])
 def test_what_a_format_has_no_use_for_is_refused(given: dict[str, Any]) -> None:
     (name,) = given
     says = f"the format safetensors has no model card, and no use for {name}; .* diffusers, lora, onnx"

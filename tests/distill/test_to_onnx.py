@@ -13,9 +13,9 @@ from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
-from distill.export import onnx_runtime
+from distill.export import to_onnx
 from distill.export.export import export
-from distill.export.onnx_runtime import run_onnx
+from distill.export.to_onnx import run_onnx
 from distill.sampling import load_one_step
 from exported import PROMPT, as_run, evaluated, told
 
@@ -63,7 +63,7 @@ def test_onnx_is_fp32_and_asks_for_what_it_needs(
     run = as_run(tmp_path / "run", str(teacher))
     with pytest.raises(SettingError, match="'fp16'; the format onnx is written in fp32"):
         export(ExportConfig(student=run, format="onnx", dtype="fp16"), tmp_path)
-    monkeypatch.setattr(onnx_runtime, "PACKAGES", ("onnx", "no_such_package"))
+    monkeypatch.setattr(to_onnx, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(
         SettingError, match="needs no_such_package, not installed; `pip install no_such_package"
     ):
