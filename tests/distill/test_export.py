@@ -267,7 +267,9 @@ def test_what_has_no_adapters_is_refused(run: str, teacher: Path, tmp_path: Path
     with pytest.raises(UserError, match="has no adapters; export it with --format diffusers"):
         export_lora(run, tmp_path / "out")
     both = as_run(tmp_path / "both", str(teacher), StudentConfig(lora_rank=2, guidance_conditioning=True))
-    with pytest.raises(UserError, match="has the guidance scale as an input, which adapters alone cannot hold"):
+    with pytest.raises(
+        UserError, match="has the guidance scale as an input, which adapters alone cannot hold"
+    ):
         export_lora(both, tmp_path / "out")
 
 
