@@ -1,0 +1,112 @@
+"""`d2g settings`: every setting of a group of commands, with type, default, meaning and source."""
+
+from typing import Annotated, Any
+
+import typer
+
+from d2g.core.config import Presets, pick
+from d2g_cli.common import Json, emit, emit_table
+
+Sections = dict[str, tuple[Any, Presets[Any]]]
+"""By command: its config with the default values, and its presets."""
+
+
+def settings(
+    group: Annotated[str, typer.Argument(help="distill, pairs, eval, lpips, teacher, export or demo.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of docs/settings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List every setting of a group: type, default, meaning, and where the default comes from."""
+    from d2g.core.setting_docs import describe_settings, settings_json
+
+    if markdown:
+        print(settings_page(group), end="")
+        return
+    configs = {name: config for name, (config, _) in sections_of(group).items()}
+    if as_json:
+        emit(settings_json(configs), True, "settings")
+        return
+    for section, config in configs.items():
+        rows = [
+            (doc.name, doc.type, doc.default, doc.meaning, doc.source)
+            for doc in sorted(describe_settings(config), key=lambda doc: not doc.recipe)
+        ]
+        emit_table(["setting", "type", "default", "meaning", "source"], rows, section)
+
+
+def settings_page(group: str) -> str:
+    """The text of docs/settings/GROUP.md."""
+    from d2g.core.setting_docs import settings_markdown
+
+    sections = sections_of(group)
+    configs = {name: config for name, (config, _) in sections.items()}
+    return settings_markdown(group, configs, {name: presets.about for name, (_, presets) in sections.items()})
+
+
+def sections_of(group: str) -> Sections:
+    """The commands of a group with their configs. Raises SettingError naming the nearest group."""
+    return pick(GROUPS, group, "group of settings")()
+
+
+def _distill() -> Sections:
+    from distill.config.presets import DISTILL_PRESETS
+    from distill.config.run import SAMPLE_PRESETS, DistillConfig, SampleConfig
+
+    return {
+        "d2g distill": (DistillConfig(), DISTILL_PRESETS),
+        "d2g sample": (SampleConfig(), SAMPLE_PRESETS),
+    }
+
+
+def _pairs() -> Sections:
+    from pairgen.config import PAIR_PRESETS, PairConfig
+
+    return {"d2g pairs generate": (PairConfig(), PAIR_PRESETS)}
+
+
+def _eval() -> Sections:
+    from eval.protocols.config import EVAL_PRESETS, EvalRun
+
+    return {"d2g eval run": (EvalRun(), EVAL_PRESETS)}
+
+
+def _lpips() -> Sections:
+    from latent_lpips.training import config
+
+    return {
+        "d2g lpips train": (config.ClassifyConfig(), config.TRAIN_PRESETS),
+        "d2g lpips calibrate": (config.HeadsConfig(), config.HEADS_PRESETS),
+        "d2g lpips score": (config.ScoreConfig(), config.SCORE_PRESETS),
+        "d2g lpips overfit": (config.OverfitConfig(), config.OVERFIT_PRESETS),
+        "d2g lpips triplets": (config.TripletsConfig(), config.TRIPLETS_PRESETS),
+    }
+
+
+def _teacher() -> Sections:
+    from teacher_training.config import TEACHER_PRESETS, TeacherConfig
+
+    return {"d2g teacher train": (TeacherConfig(), TEACHER_PRESETS)}
+
+
+def _export() -> Sections:
+    from distill.config.export import EXPORT_PRESETS, ExportConfig
+
+    return {"d2g export": (ExportConfig(), EXPORT_PRESETS)}
+
+
+def _demo() -> Sections:
+    from miniature.config import DEMO_PRESETS, DemoConfig
+
+    return {"d2g demo": (DemoConfig(), DEMO_PRESETS)}
+
+
+GROUPS = {
+    "distill": _distill,
+    "pairs": _pairs,
+    "eval": _eval,
+    "lpips": _lpips,
+    "teacher": _teacher,
+    "export": _export,
+    "demo": _demo,
+}
+"""Groups of settings, and what loads them."""
