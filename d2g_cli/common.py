@@ -1,43 +1,120 @@
-"""What every command shares: option types, progress on stderr, configs from options, one way to print."""
+"""What all commands share: option types, progress and log on stderr, configs from options, output."""
 
+import functools
+import inspect
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
-from d2g.core.config import override, pick, to_json, with_values
+from d2g.core.config import Presets, parse_assignments, pick, to_json, with_values
 from d2g.core.errors import Interrupted, SettingError
 from d2g.core.logs import logger
 
 T = TypeVar("T")
 
-Preset = Annotated[str | None, typer.Option(help="A named set of settings.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one setting, a.b=value; repeatable.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings and plan; touch nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object as stdout's last line.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the settings and the plan; touch nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Out = Annotated[Path, typer.Option(help="Output folder. Run the same command again to resume.")]
 TeacherOption = Annotated[
     str | None, typer.Option(help="Folder or hub id in diffusers layout, or a shipped name: miniature.")
 ]
-Prompts = Annotated[Path | None, typer.Option(help=".txt .jsonl .csv .tsv .json (COCO) .parquet")]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Prompt file: .txt .jsonl .csv .tsv .json (COCO) .parquet")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """Options of every command that makes a config. Commands with more options inherit from this class."""
+
+    preset: Annotated[str | None, typer.Option(help="A named set of settings; they are listed below.")] = None
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one setting, a.b=value; repeatable.")
+    ] = None
+    dry_run: DryRun = False
+    as_json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions(BaseOptions):
+    """Options of every command that makes a config and draws random numbers."""
+
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
+
+
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's parameter that is an options dataclass by one option for each of its fields.
+
+    The fields of a subclass come before those of its bases.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[type[Any], list[str]]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        cls: type[Any] = parameter.annotation
+        if not is_dataclass(cls):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        defaults = {field.name: field.default for field in fields(cls)}
+        annotations: dict[str, Any] = {}
+        for base in cls.__mro__:
+            for name, hint in inspect.get_annotations(base).items():
+                annotations.setdefault(name, hint)
+        groups[parameter.name] = (cls, list(annotations))
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
+            for name, hint in annotations.items()
+        ]
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> None:
+        for parameter, (cls, names) in groups.items():
+            values[parameter] = cls(**{name: values.pop(name) for name in names})
+        command(**values)
+
+    # typer reads the signature; a parameter with a default may stand before one without.
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {p.name: p.annotation for p in parameters}
+    return expanded
+
+
+def presets_in_help(load: Callable[[], Presets[Any]]) -> type[TyperCommand]:
+    """A command class whose `--help` ends with the presets, one line each."""
+
+    class CommandWithPresets(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            super().format_help(ctx, formatter)
+            table = Table.grid(padding=(0, 2))
+            table.add_column(no_wrap=True)
+            for name, about in load().about.items():
+                table.add_row(escape(name), escape(about))
+            Console().print(Panel(table, title="Presets", title_align="left", border_style="dim"))
+
+    return CommandWithPresets
+
+
+def is_rank_0() -> bool:
+    """Whether this is rank 0, or the only process; known from torchrun's environment, without torch."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 class Reporter:
-    """Progress on stderr: rich bars on a terminal, else a line every 10 seconds."""
+    """Progress on stderr: rich bars on a terminal, else a line every 10 seconds. Rank 0 alone reports."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -50,30 +127,28 @@ class Reporter:
             console=self.console,
         )
         self.tasks: dict[str, Any] = {}
-        self.begun: dict[str, tuple[float, int]] = {}
-        self.last = 0.0
+        self.started: dict[str, tuple[float, int]] = {}
+        self.last_line = 0.0
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        from d2g.core.distributed import process_group
-
-        if process_group.rank() != 0:
+        if not is_rank_0():
             return
         now = time.monotonic()
-        started, first = self.begun.setdefault(label, (now, done))
-        rate = (done - first) / (now - started) if now > started else 0.0
+        start_time, start_done = self.started.setdefault(label, (now, done))
+        rate = (done - start_done) / (now - start_time) if now > start_time else 0.0
         if self.console.is_terminal:
             if not self.tasks:
                 self.bars.start()
             if label not in self.tasks:
                 self.tasks[label] = self.bars.add_task(label, total=total or None, rate="")
             self.bars.update(self.tasks[label], completed=done, rate=f"{rate:.1f}/s")
-        elif now - self.last >= 10 or (total and done >= total):
-            self.last = now
-            left = f", {(total - done) / rate:.0f} s left" if rate and total else ""
-            print(f"{label}: {done}/{total or '?'} ({rate:.1f}/s{left})", file=sys.stderr, flush=True)
+        elif now - self.last_line >= 10 or (total and done >= total):
+            self.last_line = now
+            remaining = f", {(total - done) / rate:.0f} s left" if rate and total else ""
+            logger.info("%s: %d/%s (%.1f/s%s)", label, done, total or "?", rate, remaining)
 
     def stop(self) -> None:
-        """Leave the terminal clean before anything else is printed."""
+        """Remove the bars from the terminal before anything else is printed."""
         if self.tasks:
             self.bars.stop()
 
@@ -93,20 +168,30 @@ class _StderrHandler(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Show the log of all packages on stderr. Call it as often as you like."""
+    """Show the log of all packages on stderr. Further calls change nothing."""
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
         logger.setLevel(logging.INFO)
 
 
-def configure(config: T, options: Mapping[str, Any], sets: list[str] | None) -> T:
-    """A preset's config with the options that are set, by dotted name (None: not set), then --set overrides."""
-    for name, value in options.items():
+def settings_from(options: Any, config_class: type, *names: str) -> dict[str, Any]:
+    """The options, of a dataclass, that are settings of a config class, by name; `names`: those alone."""
+    known = {field.name for field in fields(config_class)}
+    names = names or tuple(field.name for field in fields(options))
+    return {name: getattr(options, name) for name in names if name in known}
+
+
+def configure(config: T, settings: Mapping[str, Any], sets: list[str] | None) -> T:
+    """A config with settings from options, by dotted name, then `--set`. None leaves a setting as it is.
+
+    Raises SettingError for a value that is not finite, an unknown setting or a value that the config refuses.
+    """
+    for name, value in settings.items():
         if isinstance(value, float) and not math.isfinite(value):
             option = name.rpartition(".")[2].replace("_", "-")
             raise SettingError(f"--{option} is {value}; expected a finite number")
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    config = override(with_values(config, given), sets or [])
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if v is not None}
+    config = with_values(config, values | parse_assignments(config, sets or []))
     if (seed := getattr(config, "seed", None)) is not None:
         from d2g.core.seeds import checked_key
 
@@ -114,32 +199,35 @@ def configure(config: T, options: Mapping[str, Any], sets: list[str] | None) -> 
     return config
 
 
-def expect(least: float = 0, most: float = math.inf, **options: float) -> None:
-    """Raise SettingError for the first of the options, which no config holds, that is not finite or not from
-    `least` to `most`.
+def configure_preset(
+    presets: Presets[T], default: str, options: BaseOptions, settings: Mapping[str, Any]
+) -> T:
+    """`configure` for the preset that the options name, or the default one."""
+    return configure(pick(presets, options.preset or default, "preset"), settings, options.sets)
+
+
+def require_range(least: float = 0, most: float = math.inf, **options: float) -> None:
+    """Raise SettingError for the first of the options that is not finite or not from `least` to `most`.
+
+    For options that are not settings of a config, which checks its own.
     """
     for name, value in options.items():
         if not (math.isfinite(value) and least <= value <= most):
-            wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
-            raise SettingError(f"--{name.replace('_', '-')} is {value}; expected {wanted}")
-
-
-def chosen(presets: Mapping[str, T], name: str, options: Mapping[str, Any], sets: list[str] | None) -> T:
-    """`configure` from the preset of that name."""
-    return configure(pick(presets, name, "preset"), options, sets)
+            expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise SettingError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
 
 
 @contextmanager
-def finishing(*together: type[Exception]) -> Iterator[None]:
-    """Leave the process group, if there is one, when the block ends, or fails as all processes do together:
-    with Ctrl-C, a loss that is not finite, or one of `together`.
+def leave_process_group(*collective: type[Exception]) -> Iterator[None]:
+    """Leave the process group, if there is one, when the block ends or raises an error that all ranks raise
+    together: Ctrl-C, a loss that is not finite, or one of `collective`.
 
-    After any other error this process just says why and ends: leaving the group could wait for the others, or
-    show them that it is gone before it has said so.
+    After any other error this process only prints it and exits. Leaving the group could wait for the other
+    ranks, or make them fail before this one has printed its error.
     """
     from d2g.core.distributed import process_group
 
-    shared: tuple[type[Exception], ...] = (Interrupted, FloatingPointError, *together)
+    shared: tuple[type[Exception], ...] = (Interrupted, FloatingPointError, *collective)
     try:
         yield
     except shared:
@@ -148,64 +236,59 @@ def finishing(*together: type[Exception]) -> Iterator[None]:
     process_group.finish()
 
 
-def last_word(text: str, to_itself: bool = False) -> None:
-    """Print the line that a process fails with. Of torchrun's processes that all fail with the same, rank 0
-    prints it; `to_itself`: each does.
+def print_error(text: str, every_rank: bool = False) -> None:
+    """Print the final error of this process. When all ranks fail with the same error, rank 0 alone prints it,
+    unless `every_rank`.
     """
-    if to_itself or not told_by_rank_0(text):
+    if every_rank or not is_printed_by_rank_0(text):
         print(f"error: {text}", file=sys.stderr, flush=True)
-    if not to_itself:
-        tell_others(text)
+    if not every_rank:
+        publish_error(text)
 
 
-def told_by_rank_0(text: str) -> bool:
-    """Whether this is another of torchrun's processes, and rank 0 prints `text` as its last too."""
-    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # asked without torch
+def is_printed_by_rank_0(text: str) -> bool:
+    """Whether this is a rank above 0 under torchrun, and rank 0 prints the same final error."""
+    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # decided without importing torch
         return False
     from d2g.core.distributed import process_group
 
-    return process_group.rank() != 0 and process_group.word_was_left(text)
+    return process_group.rank() != 0 and process_group.rank_0_published(text)
 
 
-def tell_others(text: str) -> None:
-    """Of torchrun's processes on rank 0: let the others know what was printed last."""
+def publish_error(text: str) -> None:
+    """On rank 0 under torchrun: publish the final error, so that other ranks do not print it again."""
     if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
         from d2g.core.distributed import process_group
 
         if process_group.rank() == 0:
-            process_group.leave_word(text)
+            process_group.publish_final_error(text)
 
 
 def emit(result: Any, as_json: bool, title: str) -> None:
-    """Print a result: one JSON line, or a table for people. Only rank 0 speaks."""
-    from d2g.core.distributed import process_group
-
+    """Print a result on rank 0: one JSON line, or a table."""
     reporter.stop()
     data = result if isinstance(result, dict) else asdict(result)
-    if process_group.rank() != 0:
+    if not is_rank_0():
         return
     if as_json:
         print(json.dumps(data, default=str), flush=True)
         return
     table = Table(title=title, show_header=False)
     for key, value in data.items():
-        shown = (
-            f"{value:.4g}"
-            if isinstance(value, float)
-            else json.dumps(value, default=str)
-            if isinstance(value, dict | list)
-            else str(value)
-        )
-        table.add_row(key, escape(shown))  # a prompt's [brackets] are no markup
+        table.add_row(key, escape(_cell(value)))  # a prompt may contain [brackets], which rich would read
     Console().print(table)
 
 
-def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
-    """Print columns for people. Only rank 0 speaks."""
-    from d2g.core.distributed import process_group
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
 
+
+def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """Print a table with named columns on rank 0."""
     reporter.stop()
-    if process_group.rank() != 0:
+    if not is_rank_0():
         return
     table = Table(title=escape(title))
     for name in head:
@@ -215,7 +298,7 @@ def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -
     Console().print(table)
 
 
-def dry(config: Any, as_json: bool, plan: Mapping[str, Any] | None = None) -> None:
-    """Print what would run and leave."""
+def finish_dry_run(config: Any, as_json: bool, plan: Mapping[str, Any] | None = None) -> None:
+    """Print the config and the plan of a run, and exit."""
     emit({"config": to_json(config), **(plan or {})}, as_json, "dry run: nothing was touched")
     raise typer.Exit

@@ -9,214 +9,142 @@ import typer
 from d2g.core.config import pick
 from d2g.core.errors import SettingError
 from d2g_cli.common import (
-    DryRun,
     Json,
-    Preset,
-    Prompts,
-    Sets,
-    TeacherOption,
-    dry,
     emit,
     emit_table,
-    finishing,
+    expand_options,
+    finish_dry_run,
+    leave_process_group,
+    presets_in_help,
     reporter,
 )
-from d2g_cli.eval_options import (
-    Batch,
-    Clip,
-    Features,
-    Fewer,
-    Guidance,
-    Images,
-    Keep,
-    Metrics,
-    NoiseSeed,
-    Num,
-    Pipeline,
-    ProtocolName,
-    Reference,
-    Steps,
-    Student,
-    Weights,
-    Work,
-    configured,
-)
-from d2g_cli.eval_tables import cell, lines_of
+from d2g_cli.eval_options import ProtocolOptions, RunOptions, SamplerOptions, eval_config, load_presets
+from d2g_cli.eval_tables import format_cell, readable_result
 
 app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
+_Command = presets_in_help(load_presets)
 
 
-@app.command("run")
-def eval_run(
-    student: Student = None,
-    teacher: TeacherOption = None,
-    pipeline: Pipeline = None,
-    images: Images = None,
-    reference: Reference = None,
-    protocol: ProtocolName = None,
-    metrics: Metrics = None,
-    against: Annotated[
-        str | None, typer.Option(help="The other side of dreamsim, lpips, psnr: teacher or its kept images.")
-    ] = None,
-    features: Features = None,
-    clip: Clip = None,
-    weights: Weights = None,
-    prompts: Prompts = None,
-    num: Num = None,
-    allow_fewer: Fewer = False,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    batch_size: Batch = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="A folder for result.json, report.html and parts to go on from; or a .json file."),
-    ] = None,
-    work: Work = None,
-    keep: Keep = None,
-    train: Annotated[
-        Path | None, typer.Option(help="Training images, for the report's nearest neighbours.")
-    ] = None,
-    latency: Annotated[bool, typer.Option("--latency", help="Also time an image, part by part.")] = False,
-    every: Annotated[bool, typer.Option("--every", help="All checkpoints of a student's run.")] = False,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: NoiseSeed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
+@app.command("run", cls=_Command)
+@expand_options
+def eval_run(options: RunOptions) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
-    config = configured(locals())
-    if dry_run:
-        dry(config, as_json, _plan(config))
+    config = eval_config(options)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json, _plan(config))
     from eval.runner.curves import run_every
     from eval.runner.run import run_evaluation
 
-    with finishing():
+    with leave_process_group():
         result = (run_every if config.every else run_evaluation)(config, reporter)
-        emit(result if as_json else lines_of(result), as_json, f"protocol {config.protocol.name}")
+        shown = result if options.as_json else readable_result(result)
+        emit(shown, options.as_json, f"protocol {config.protocol.name}")
 
 
-@app.command("stats")
+@app.command("stats", cls=_Command)
+@expand_options
 def eval_stats(
+    options: ProtocolOptions,
     images: Annotated[
         Path, typer.Option(help="Real images: COCO's folder as downloaded, a folder, parquet.")
     ],
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write, for `eval run --reference`.")],
-    protocol: ProtocolName = None,
-    metrics: Metrics = None,
-    features: Features = None,
-    weights: Weights = None,
-    allow_fewer: Fewer = False,
-    batch_size: Batch = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: NoiseSeed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    out: Annotated[
+        Path, typer.Option(help="The .safetensors file to write, for --reference of `d2g eval run`.")
+    ],
 ) -> None:
-    """Statistics of real images, and a protocol's prompts, computed once, in one file to hand on."""
+    """Compute the statistics of real images and a protocol's prompts once, in one file to pass on."""
     if out.suffix != ".safetensors":
         raise SettingError(f"--out is {out}; expected a name ending in .safetensors")
-    config = configured({name: value for name, value in locals().items() if name not in ("images", "out")})
-    if dry_run:
-        dry(config, as_json, _plan(config))
+    config = eval_config(options)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json, _plan(config))
     from eval.runner.run import save_statistics
 
-    with finishing():
-        emit(save_statistics(config, images, out, reporter), as_json, str(out))
+    with leave_process_group():
+        emit(save_statistics(config, images, out, reporter), options.as_json, str(out))
 
 
-@app.command("curve")
+@app.command("curve", cls=_Command)
+@expand_options
 def eval_curve(
+    options: SamplerOptions,
     over: Annotated[
         str, typer.Option(help="guidance=1,2,4 steps=1,2,4 noise_scale=0.7,1 (truncation) or checkpoints.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for curve.json, curve.png, report.html and parts.")],
-    student: Student = None,
-    teacher: TeacherOption = None,
-    pipeline: Pipeline = None,
-    reference: Reference = None,
-    protocol: ProtocolName = None,
-    metrics: Metrics = None,
-    features: Features = None,
-    clip: Clip = None,
-    weights: Weights = None,
-    prompts: Prompts = None,
-    num: Num = None,
-    allow_fewer: Fewer = False,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    batch_size: Batch = None,
-    work: Work = None,
-    keep: Keep = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: NoiseSeed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for curve.json, curve.png, report.html and parts to resume from.")
+    ],
 ) -> None:
     """FID against CLIP score over guidance, steps, truncation or checkpoints."""
-    run = configured(locals())
     from eval.protocols.config import CurveRun
 
     setting, _, text = over.partition("=")
     try:
         values = tuple(float(value) for value in text.split(",")) if text else ()
     except ValueError as error:
-        raise SettingError(f"--over is {over!r}; expected say guidance=1,2,4 ({error})") from error
+        raise SettingError(f"--over is {over!r}; expected for example guidance=1,2,4 ({error})") from error
+    run = replace(eval_config(options), out=str(out))
     run = replace(run, metrics=run.metrics or ("fid", "clip"))
     config = CurveRun(run=run, setting=setting, values=values)
-    if dry_run:
-        dry(run, as_json, {"over": setting, "values": list(values), **_plan(run)})
+    if options.dry_run:
+        finish_dry_run(run, options.as_json, {"over": setting, "values": list(values), **_plan(run)})
     from eval.runner.curves import run_curve
 
-    with finishing():
-        made = run_curve(config, reporter)
-        if as_json:
-            emit({"out": str(out), **made}, as_json, f"over {setting}")
+    with leave_process_group():
+        curve = run_curve(config, reporter)
+        if options.as_json:
+            emit({"out": str(out), **curve}, True, f"over {setting}")
         else:
-            keys = [key for key in made["points"][0] if key != "ci"]
-            cells = [[cell(point, key) for key in keys] for point in made["points"]]
-            emit_table([made["labels"].get(key, key) for key in keys], cells, f"{made['protocol']}: {out}")
+            keys = [key for key in curve["points"][0] if key != "ci"]
+            cells = [[format_cell(point, key) for key in keys] for point in curve["points"]]
+            labels = [curve["labels"].get(key, key) for key in keys]
+            emit_table(labels, cells, f"{curve['protocol']}: {out}")
 
 
 @app.command("compare")
-def eval_compare(results: list[Path], as_json: Json = False) -> None:
-    """A table of several results, and win rates where PickScores were kept; refuses mixed protocols."""
+def eval_compare(
+    results: Annotated[list[Path], typer.Argument(help="Results of `d2g eval run`.")], as_json: Json = False
+) -> None:
+    """Compare results in a table, with win rates where PickScores were kept. Refuses mixed protocols."""
     from eval.runner.run import compare_results
     from miniature.registration import register_eval_scenes
 
     register_eval_scenes()
-    found = compare_results(results)
+    comparison = compare_results(results)
     if as_json:
-        emit(found, as_json, "comparison")
+        emit(comparison, as_json, "comparison")
         return
-    rows, wins = found["results"], found["pickscore_wins"]
-    lines = [[label, *(cell(row, key) for row in rows)] for key, label in found["labels"].items()]
-    title = f"{found['protocol']} {found['protocol_sha256'][:12]}"
-    emit_table(["", *(row["name"] for row in rows)], lines, title)
-    shown = [[win["first"], win["second"], f"{win['win_rate']:.1%}"] for win in wins]
-    if shown:
-        emit_table(["PickScore prefers", "to", "in"], shown, "win rates")
+    columns, wins = comparison["results"], comparison["pickscore_wins"]
+    lines = [
+        [label, *(format_cell(column, key) for column in columns)]
+        for key, label in comparison["labels"].items()
+    ]
+    title = f"{comparison['protocol']} {comparison['protocol_sha256'][:12]}"
+    emit_table(["", *(column["name"] for column in columns)], lines, title)
+    if wins:
+        rows = [[win["first"], win["second"], f"{win['win_rate']:.1%}"] for win in wins]
+        emit_table(["PickScore prefers", "to", "in"], rows, "win rates")
 
 
 @app.command("protocols")
 def eval_protocols(
-    name: Annotated[str | None, typer.Argument(help="One of them, in full.")] = None, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="Show all settings of this protocol.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """The named protocols, with the digest that stands in every result."""
+    """List the named protocols with the digest that every result states."""
     from eval.protocols.protocol import PROTOCOLS
     from miniature.registration import register_eval_scenes
 
     register_eval_scenes()
     if name is not None:
-        chosen = pick(PROTOCOLS, name, "protocol")
-        emit({**chosen.settings(), "metrics": list(chosen.metrics), "sha256": chosen.sha256()}, as_json, name)
+        protocol = pick(PROTOCOLS, name, "protocol")
+        facts = {**protocol.settings(), "metrics": list(protocol.metrics), "sha256": protocol.sha256()}
+        emit(facts, as_json, name)
         return
-    every = {key: one.settings() if as_json else one.summary() for key, one in PROTOCOLS.items()}
-    emit(every, as_json, "protocols")
+    protocols = {key: one.settings() if as_json else one.summary() for key, one in PROTOCOLS.items()}
+    emit(protocols, as_json, "protocols")
 
 
 def _plan(config: Any) -> dict[str, Any]:
-    """What a dry run adds: the digest that results will bear, but for what is known later."""
+    """What a dry run adds: the protocol's digest, before what is known only after loading its inputs."""
     return {"protocol_sha256": config.protocol.sha256()}

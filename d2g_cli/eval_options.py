@@ -1,60 +1,124 @@
-"""What the evaluation commands take: option types, and the config that they make."""
+"""Options of the evaluation commands, and the config that they make."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from d2g.core.config import pick
-from d2g_cli.common import chosen
-
-Student = Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")]
-Pipeline = Annotated[str | None, typer.Option(help="Any diffusers pipeline: folder or hub id.")]
-Images = Annotated[Path | None, typer.Option(help="Folder or parquet of images to measure.")]
-Reference = Annotated[
-    Path | None, typer.Option(help="Real images: a file of `eval stats`, COCO's folder, any folder, parquet.")
-]
-ProtocolName = Annotated[str | None, typer.Option(help="Named protocol; see `eval protocols` (folder).")]
-Metrics = Annotated[str | None, typer.Option(help="fid,clip,pr,…: comma-separated (the protocol's).")]
-Features = Annotated[
-    str | None,
-    typer.Option(help="Feature network, where the protocol leaves it open: inception, squeezenet…"),
-]
-Clip = Annotated[str | None, typer.Option(help="CLIP, where it is open: vit-b-32, MODEL:TAG, or a folder.")]
-Weights = Annotated[
-    list[str] | None,
-    typer.Option(help="Weights file of the feature network, or NAME=PATH of dinov2, dreamsim…; repeatable."),
-]
-Num = Annotated[int | None, typer.Option(help="Images, where the protocol leaves it open (one per prompt).")]
-Fewer = Annotated[
-    bool, typer.Option("--allow-fewer", help="Measure fewer than the protocol's; the result says so.")
-]
-Steps = Annotated[int | None, typer.Option(help="Steps of a teacher or pipeline (50).")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance of a teacher (3) or pipeline (its own).")]
-Batch = Annotated[int | None, typer.Option(help="Images per batch (64).")]
-NoiseSeed = Annotated[
-    int | None, typer.Option(help="Image i has the noise of (seed, i) (the protocol's: 1000).")
-]
-Work = Annotated[
-    Path | None, typer.Option(help="Where finished parts are kept, to go on from (work/ in an --out folder).")
-]
-Keep = Annotated[Path | None, typer.Option(help="Save the images there as PNG.")]
+from d2g.core.config import Presets, pick
+from d2g_cli.common import Prompts, TeacherOption, WorkOptions, configure_preset, settings_from
 
 
-def configured(given: dict[str, Any]) -> Any:
-    """EvalRun of a command's parameters: of a preset, the options that were given, and --set."""
-    from eval.protocols.config import EVAL_PRESETS, EvalRun
-    from eval.protocols.protocol import PROTOCOLS
+@dataclass(frozen=True, kw_only=True)
+class ProtocolOptions(WorkOptions):
+    """Options of all evaluations: the protocol, its networks and the batch size."""
+
+    protocol: Annotated[
+        str | None, typer.Option(help="Named protocol; see `d2g eval protocols` (folder).")
+    ] = None
+    metrics: Annotated[str | None, typer.Option(help="fid,clip,pr,…: comma-separated (the protocol's).")] = (
+        None
+    )
+    features: Annotated[
+        str | None,
+        typer.Option(help="Feature network, if the protocol leaves it open: inception, squeezenet…"),
+    ] = None
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Weight file of the feature network, or NAME=PATH of dinov2, dreamsim…; repeatable."
+        ),
+    ] = None
+    allow_fewer: Annotated[
+        bool,
+        typer.Option(
+            "--allow-fewer", help="Accept fewer images than the protocol's; the result states the number."
+        ),
+    ] = False
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch (64).")] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Image i has the noise of (seed, i) (the protocol's: 1000).")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions(ProtocolOptions):
+    """Options of evaluations that sample images: `d2g eval run` and `d2g eval curve`."""
+
+    student: Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")] = (
+        None
+    )
+    teacher: TeacherOption = None
+    pipeline: Annotated[str | None, typer.Option(help="Any diffusers pipeline: folder or hub id.")] = None
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Real images: a file of `d2g eval stats`, COCO's folder, any folder, parquet."),
+    ] = None
+    clip: Annotated[
+        str | None,
+        typer.Option(help="CLIP, if the protocol leaves it open: vit-b-32, MODEL:TAG, or a folder."),
+    ] = None
+    prompts: Prompts = None
+    num: Annotated[
+        int | None,
+        typer.Option(help="Number of images, if the protocol leaves it open (one per prompt)."),
+    ] = None
+    steps: Annotated[int | None, typer.Option(help="Steps of a teacher or pipeline (50).")] = None
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance of a teacher (3) or pipeline (its own).")
+    ] = None
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder for finished parts, to resume from (work/ in an --out folder)."),
+    ] = None
+    keep: Annotated[Path | None, typer.Option(help="Save the sampled images in this folder as PNG.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SamplerOptions):
+    """Options of `d2g eval run`."""
+
+    images: Annotated[Path | None, typer.Option(help="Folder or parquet of images to measure.")] = None
+    against: Annotated[
+        str | None,
+        typer.Option(help="Other side of dreamsim, lpips and psnr: a teacher or the images it kept."),
+    ] = None
+    train: Annotated[
+        Path | None, typer.Option(help="Training images, for the report's nearest neighbors.")
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for result.json, report.html and parts to resume from; or a .json file."),
+    ] = None
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Measure the time per image too, by component.")
+    ] = False
+    every: Annotated[bool, typer.Option("--every", help="Measure every checkpoint of a student's run.")] = (
+        False
+    )
+
+
+def load_presets() -> Presets[Any]:
+    """The presets of `d2g eval`, the miniature's included."""
+    from eval.protocols.config import EVAL_PRESETS
     from miniature.registration import register_eval_scenes
 
     register_eval_scenes()
-    options = {name: value for name, value in given.items() if name in EvalRun.__dataclass_fields__}
-    if given.get("protocol") is not None:
-        options["protocol"] = pick(PROTOCOLS, given["protocol"], "protocol")
-    if given.get("metrics"):
-        options["metrics"] = tuple(given["metrics"].split(","))
-    if given.get("weights"):
-        options["weights"] = tuple(given["weights"])
+    return EVAL_PRESETS
+
+
+def eval_config(options: ProtocolOptions) -> Any:
+    """The EvalRun of a preset, the options that are set, and --set."""
+    from eval.protocols.config import EvalRun
+    from eval.protocols.protocol import PROTOCOLS
+
+    presets = load_presets()
+    settings = settings_from(options, EvalRun)
+    if options.protocol is not None:
+        settings["protocol"] = pick(PROTOCOLS, options.protocol, "protocol")
+    settings["metrics"] = tuple(options.metrics.split(",")) if options.metrics else None
+    settings["weights"] = tuple(options.weights) if options.weights else None
     for flag in ("allow_fewer", "latency", "every"):
-        options[flag] = options.get(flag) or None
-    return chosen(EVAL_PRESETS, given["preset"] or "default", options, given["sets"])
+        settings[flag] = settings.get(flag) or None  # a flag that is not given leaves the preset's value
+    return configure_preset(presets, "default", options, settings)

@@ -7,11 +7,10 @@ import typer
 
 from d2g.core.errors import SettingError
 from d2g_cli import lpips_train
-from d2g_cli.common import Json, TeacherOption, emit, expect
+from d2g_cli.common import Json, TeacherOption, emit, require_range
 
 app = typer.Typer(help="The latent perceptual distance.", no_args_is_help=True)
-for name in ("train", "calibrate", "score", "overfit", "triplets"):
-    app.command(name)(getattr(lpips_train, name))
+lpips_train.register(app)
 
 
 @app.command("distance")
@@ -20,26 +19,26 @@ def lpips_distance(
     b: Annotated[Path, typer.Argument(help="Image file of the same size.")],
     teacher: TeacherOption = None,
     weights: Annotated[
-        Path | None, typer.Option(help="LatentLPIPS folder or authors' file (TEACHER/latent_lpips).")
+        Path | None, typer.Option(help="LatentLPIPS folder or the authors' file (TEACHER/latent_lpips).")
     ] = None,
     pixels: Annotated[
-        str | None, typer.Option(help="LPIPS in pixels instead: vgg, alex or squeeze; no teacher.")
+        str | None, typer.Option(help="Use LPIPS in pixels: vgg, alex or squeeze; needs no teacher.")
     ] = None,
     augment: Annotated[str, typer.Option(help="none, or letters of bgco.")] = "none",
-    draws: Annotated[int, typer.Option(help="Transforms averaged over, with --augment.")] = 16,
+    draws: Annotated[int, typer.Option(help="Random transforms to average over, with --augment.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the transforms.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """LatentLPIPS between two images, in a teacher's latent space; or LPIPS, with --pixels."""
+    """LatentLPIPS between two images in a teacher's latent space, or LPIPS with --pixels."""
     from eval.measure.image_pair import image_distance, pixel_distance
 
-    expect(1, draws=draws)
-    expect(0, 2**63 - 1, seed=seed)
+    require_range(1, draws=draws)
+    require_range(0, 2**63 - 1, seed=seed)
     if (teacher is None) == (pixels is None):
         raise SettingError(
-            "--teacher is not set; its VAE makes the latents (or give --pixels vgg)"
+            "--teacher is not set; its VAE encodes the images (or give --pixels vgg)"
             if teacher is None
-            else "--teacher and --pixels are both set; latents or pixels, expected one of them"
+            else "--teacher and --pixels are both set; expected one of them, for latents or for pixels"
         )
     if teacher is not None:
         distance = image_distance(a, b, teacher, weights, augment, draws, seed)
@@ -55,15 +54,15 @@ def lpips_convert(
     ],
     out: Annotated[Path, typer.Option(help="Folder for lpips.safetensors and config.json.")],
     space: Annotated[
-        str | None, typer.Option(help="sd15, sd21, sdxl, sd3 or flux (what the file's name begins with).")
+        str | None, typer.Option(help="sd15, sd21, sdxl, sd3 or flux (the start of the file name).")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a checkpoint of LatentLPIPS' authors (for non-commercial use) into a folder of ours."""
+    """Convert a checkpoint of LatentLPIPS' authors (for non-commercial use) to a folder that d2g loads."""
     from latent_lpips.weights import convert_official_checkpoint
 
     emit(
         {"out": str(out), **convert_official_checkpoint(file, out, space)},
         as_json,
-        f"{file.name} in our form",
+        f"{file.name} converted",
     )

@@ -1,160 +1,179 @@
-"""`d2g lpips train`, `calibrate`, `score`, `overfit`, `triplets`: a LatentLPIPS of one's own."""
+"""`d2g lpips train`, `calibrate`, `score`, `overfit`, `triplets`: train and test a LatentLPIPS."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from d2g_cli.common import DryRun, Json, Out, Preset, Seed, Sets, chosen, dry, emit, finishing, reporter
+from d2g.core.config import Presets
+from d2g_cli.common import (
+    Out,
+    WorkOptions,
+    configure_preset,
+    emit,
+    expand_options,
+    finish_dry_run,
+    leave_process_group,
+    presets_in_help,
+    reporter,
+    settings_from,
+)
 
-Latents = Annotated[
-    str | None,
-    typer.Option(help="Autoencoder in diffusers layout, or a pipeline (folder, hub id, miniature) with one."),
-]
-Bapps = Annotated[
-    Path | None, typer.Option(help="BAPPS layout: train/ and val/ splits, or one with ref/ p0/ p1/ judge/.")
-]
 Images = Annotated[Path | None, typer.Option(help="Folder of images, or image-parquet.")]
-Weights = Annotated[Path | None, typer.Option(help="LatentLPIPS folder or authors' file.")]
 
 
-def train(
+@dataclass(frozen=True, kw_only=True)
+class LatentOptions(WorkOptions):
+    """Options of the commands that encode images."""
+
+    latents: Annotated[
+        str | None,
+        typer.Option(
+            help="Autoencoder in diffusers layout, or a pipeline with one (folder, hub id, miniature)."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgmentOptions(LatentOptions):
+    """Options of the commands that read human judgments."""
+
+    weights: Annotated[Path | None, typer.Option(help="LatentLPIPS folder or the authors' file.")] = None
     data: Annotated[
-        Path | None, typer.Option(help="A subfolder for each class, or image-parquet with `label`.")
-    ] = None,
-    latents: Latents = None,
-    out: Out = Path("lpips"),
-    val: Annotated[Path | None, typer.Option(help="The same, to score on (val/ in data, or a part).")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop so long after the start.")] = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Train a trunk: classify labelled images in an autoencoder's latent space. Presets: paper, small."""
-    from latent_lpips.training.config import TRAIN_PRESETS
+        Path | None,
+        typer.Option(help="BAPPS layout: train/ and val/ splits, or one split with ref/ p0/ p1/ judge/."),
+    ] = None
 
-    options = {"data": data, "latents": latents, "val": val, "minutes": minutes, "seed": seed}
-    config = chosen(TRAIN_PRESETS, preset or "paper", options, sets)
-    if dry_run:
-        kept = f"{config.crops} crops of each image, kept on disk" if config.crops else "fresh crops"
-        dry(config, as_json, {"out": str(out), "latents": kept})
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `d2g lpips`."""
+    app.command("train", cls=presets_in_help(lambda: _presets("TRAIN")))(train)
+    app.command("calibrate", cls=presets_in_help(lambda: _presets("HEADS")))(calibrate)
+    app.command("score", cls=presets_in_help(lambda: _presets("SCORE")))(score)
+    app.command("overfit", cls=presets_in_help(lambda: _presets("OVERFIT")))(overfit)
+    app.command("triplets", cls=presets_in_help(lambda: _presets("TRIPLETS")))(triplets)
+
+
+def _presets(command: str) -> Presets[Any]:
+    from latent_lpips.training import config
+
+    presets: Presets[Any] = getattr(config, f"{command}_PRESETS")
+    return presets
+
+
+@expand_options
+def train(
+    options: LatentOptions,
+    data: Annotated[
+        Path | None, typer.Option(help="One subfolder per class, or image-parquet with `label`.")
+    ] = None,
+    out: Out = Path("lpips"),
+    val: Annotated[
+        Path | None, typer.Option(help="Labeled images to score on (val/ in data, or a part of data).")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop this many minutes after the start.")] = None,
+) -> None:
+    """Train a trunk: classify labeled images in an autoencoder's latent space."""
+    settings = {
+        "data": data,
+        "latents": options.latents,
+        "val": val,
+        "minutes": minutes,
+        "seed": options.seed,
+    }
+    config = configure_preset(_presets("TRAIN"), "paper", options, settings)
+    if options.dry_run:
+        latents = f"{config.crops} crops of each image, stored on disk" if config.crops else "fresh crops"
+        finish_dry_run(config, options.as_json, {"out": str(out), "latents": latents})
     from latent_lpips.training.classifier import train_classifier
 
-    with finishing():
-        emit(train_classifier(config, out, reporter), as_json, "lpips train")
+    with leave_process_group():
+        emit(train_classifier(config, out, reporter), options.as_json, "lpips train")
 
 
-def calibrate(
-    weights: Weights = None,
-    data: Bapps = None,
-    latents: Latents = None,
-    out: Out = Path("lpips-calibrated"),
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Fit the heads to two-alternative judgements, the trunk frozen. Presets: paper, small."""
-    from latent_lpips.training.config import HEADS_PRESETS
+@expand_options
+def calibrate(options: JudgmentOptions, out: Out = Path("lpips-calibrated")) -> None:
+    """Fit the heads to two-alternative judgments with the trunk frozen."""
+    from latent_lpips.training.config import HeadsConfig
 
-    options = {"weights": weights, "data": data, "latents": latents, "seed": seed}
-    config = chosen(HEADS_PRESETS, preset or "paper", options, sets)
-    if dry_run:
-        dry(config, as_json, {"out": str(out)})
+    config = configure_preset(_presets("HEADS"), "paper", options, settings_from(options, HeadsConfig))
+    if options.dry_run:
+        finish_dry_run(config, options.as_json, {"out": str(out)})
     from latent_lpips.training.calibrate import calibrate_folder
 
-    with finishing():
-        emit(calibrate_folder(config, out, reporter), as_json, "lpips calibrate")
+    with leave_process_group():
+        emit(calibrate_folder(config, out, reporter), options.as_json, "lpips calibrate")
 
 
+@expand_options
 def score(
-    weights: Weights = None,
-    data: Bapps = None,
-    latents: Latents = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    options: JudgmentOptions,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
     baselines: Annotated[str | None, typer.Option(help="Score these too: l2,ssim.")] = None,
     pixels: Annotated[
         str | None, typer.Option(help="Score LPIPS in pixels too: vgg, alex or squeeze.")
     ] = None,
-    pixel_weights: Annotated[Path | None, typer.Option(help="Torchvision's file of its trunk.")] = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    pixel_weights: Annotated[
+        Path | None, typer.Option(help="Torchvision's weight file of its trunk.")
+    ] = None,
 ) -> None:
-    """Agreement with people (2AFC and JND), by split, with 95 % intervals. Presets: paper, small."""
-    from latent_lpips.training.config import SCORE_PRESETS
+    """Score the agreement with people (2AFC and JND), by split, with 95 % intervals."""
+    from latent_lpips.training.config import ScoreConfig
 
-    options: dict[str, Any] = {"weights": weights, "data": data, "latents": latents, "seed": seed}
-    options |= {"lpips": pixels, "lpips_weights": pixel_weights}
-    if baselines is not None:
-        options["baselines"] = tuple(baselines.split(","))
-    config = chosen(SCORE_PRESETS, preset or "paper", options, sets)
-    if dry_run:
-        dry(config, as_json, {"out": str(out) if out else None})
+    settings = settings_from(options, ScoreConfig) | {"lpips": pixels, "lpips_weights": pixel_weights}
+    settings["baselines"] = tuple(baselines.split(",")) if baselines is not None else None
+    config = configure_preset(_presets("SCORE"), "paper", options, settings)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json, {"out": str(out) if out else None})
     from latent_lpips.training.score import score_folder
 
-    with finishing():
-        emit(score_folder(config, out, reporter), as_json, "lpips score")
+    with leave_process_group():
+        emit(score_folder(config, out, reporter), options.as_json, "lpips score")
 
 
+@expand_options
 def overfit(
-    weights: Weights = None,
+    options: LatentOptions,
+    weights: Annotated[Path | None, typer.Option(help="LatentLPIPS folder or the authors' file.")] = None,
     data: Images = None,
-    latents: Latents = None,
     out: Out = Path("lpips-overfit"),
     families: Annotated[
-        str | None, typer.Option(help="Transforms to compare, comma-separated (none,b,bg,bgc,bgco).")
+        str | None, typer.Option(help="Augmentations to compare, comma-separated (none,b,bg,bgc,bgco).")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of each run.")] = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    steps: Annotated[int | None, typer.Option(help="Steps of each optimization.")] = None,
 ) -> None:
-    """Can the distance alone bring random latents to an image's? With plot and pictures. Presets: paper,
-    small."""
-    from latent_lpips.training.config import OVERFIT_PRESETS
+    """Optimize random latents with the distance alone until they show an image, with plot and images."""
+    settings: dict[str, Any] = {"weights": weights, "data": data, "latents": options.latents, "steps": steps}
+    settings |= {
+        "seed": options.seed,
+        "families": tuple(families.split(",")) if families is not None else None,
+    }
+    config = configure_preset(_presets("OVERFIT"), "paper", options, settings)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json, {"out": str(out), "runs": len(config.families)})
+    from latent_lpips.training.overfit import overfit_latents
 
-    options: dict[str, Any] = {"weights": weights, "data": data, "latents": latents}
-    options |= {"steps": steps, "seed": seed}
-    if families is not None:
-        options["families"] = tuple(families.split(","))
-    config = chosen(OVERFIT_PRESETS, preset or "paper", options, sets)
-    if dry_run:
-        dry(config, as_json, {"out": str(out), "runs": len(config.families)})
-    from latent_lpips.training.overfit import overfit_latents as run
-
-    with finishing():
-        emit(run(config, out, reporter), as_json, "lpips overfit")
+    with leave_process_group():
+        emit(overfit_latents(config, out, reporter), options.as_json, "lpips overfit")
 
 
+@expand_options
 def triplets(
+    options: WorkOptions,
     data: Images = None,
     out: Out = Path("triplets"),
     decoder: Annotated[
-        list[str] | None, typer.Option(help="Autoencoder whose reconstructions are a kind too; repeatable.")
+        list[str] | None,
+        typer.Option(help="Autoencoder whose reconstructions are another distortion; repeatable."),
     ] = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
 ) -> None:
-    """Write judgements of known order in BAPPS layout: one distortion at two strengths. Presets: patches,
-    pictures."""
-    from latent_lpips.training.config import TRIPLETS_PRESETS
-
-    options = {"data": data, "seed": seed, "decoders": tuple(decoder) if decoder else None}
-    config = chosen(TRIPLETS_PRESETS, preset or "patches", options, sets)
-    if dry_run:
-        dry(config, as_json, {"out": str(out), "made": list(config.made)})
+    """Write judgments with a known order in BAPPS layout: one distortion at two strengths."""
+    settings = {"data": data, "seed": options.seed, "decoders": tuple(decoder) if decoder else None}
+    config = configure_preset(_presets("TRIPLETS"), "patches", options, settings)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json, {"out": str(out), "made": list(config.made)})
     from latent_lpips.training.make_triplets import make_triplets
 
-    with finishing():
-        emit(make_triplets(config, out, reporter), as_json, "lpips triplets")
+    with leave_process_group():
+        emit(make_triplets(config, out, reporter), options.as_json, "lpips triplets")

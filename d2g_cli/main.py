@@ -1,4 +1,4 @@
-"""`d2g`: the program. Commands live in commands/; here they are hung up, and failures become one line."""
+"""Registers the commands and turns exceptions into one-line errors and exit codes."""
 
 import os
 import sys
@@ -12,44 +12,43 @@ import typer
 from typer.core import TyperGroup
 
 from d2g.core.errors import UserError
-from d2g_cli import demo_doctor, distill, lpips, pairs, student, teacher
+from d2g_cli import demo_doctor, distill, lpips, pairs, settings, student, teacher
 from d2g_cli import eval as eval_commands
-from d2g_cli.common import last_word, log_to_stderr, reporter, tell_others, told_by_rank_0
+from d2g_cli.common import is_printed_by_rank_0, log_to_stderr, print_error, publish_error, reporter
 
 
 @contextmanager
-def _told_once() -> Iterator[None]:
-    """typer itself prints what is wrong with the words given: of torchrun's processes on rank 0 alone."""
+def _usage_errors_once() -> Iterator[None]:
+    """Under torchrun, let rank 0 alone print a usage error, which typer itself prints."""
     try:
         yield
     except typer.TyperException as error:
-        if told_by_rank_0(error.format_message()):
+        if is_printed_by_rank_0(error.format_message()):
             raise typer.Exit(error.exit_code) from error
         raise
 
 
 class _Group(TyperGroup):
     def make_context(self, *args: Any, **settings: Any) -> Any:
-        with _told_once():
+        with _usage_errors_once():
             return super().make_context(*args, **settings)
 
     def invoke(self, ctx: Any) -> Any:
-        with _told_once():
+        with _usage_errors_once():
             return super().invoke(ctx)
 
 
 app = typer.Typer(
     cls=_Group, help="Distill diffusion teachers into one-step conditional GANs.", no_args_is_help=True
 )
-app.command()(demo_doctor.demo)
-app.command()(demo_doctor.doctor)
+demo_doctor.register(app)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(pairs.app, name="pairs")
 app.add_typer(lpips.app, name="lpips")
 app.add_typer(distill.app, name="distill")
-app.command()(student.sample)
+student.register(app)
 app.add_typer(eval_commands.app, name="eval")
-app.command()(student.export)
+app.command("settings")(settings.settings)
 
 
 def _version(value: bool) -> None:
@@ -60,7 +59,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Options before the command."""
@@ -68,7 +69,7 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; every failure becomes one `error:` line and an exit code."""
+    """Run the command line. Every failure becomes one `error:` line and an exit code."""
     argv = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in argv
     try:
@@ -77,22 +78,21 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error, str(error), error.exit_code, debug)
     except FloatingPointError as error:
         _fail(error, str(error), 1, debug)
-    except SystemExit as left:
-        if isinstance(left.__context__, typer.TyperException):
-            tell_others(left.__context__.format_message())
-        # typer turns Ctrl-C outside the loops, which have their own answer, into a silent exit.
-        if isinstance(left.__context__ and left.__context__.__cause__, KeyboardInterrupt):
-            _fail(
-                left, "interrupted; what was finished before is safe, run the same command again", 130, debug
-            )
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, typer.TyperException):
+            publish_error(exit_.__context__.format_message())
+        # Loops handle Ctrl-C themselves; elsewhere typer turns it into a silent exit.
+        if isinstance(exit_.__context__ and exit_.__context__.__cause__, KeyboardInterrupt):
+            text = "interrupted; what was finished before is safe, run the same command again"
+            _fail(exit_, text, 130, debug)
         raise
     except Exception as error:
         _fail(error, _unexpected(error), 1, debug)
 
 
 def _unexpected(error: Exception) -> str:
-    """What to say of an error that nobody foresaw, or that an error of another process led to."""
-    if "WORLD_SIZE" in os.environ:  # asked without torch
+    """The message of an error that is neither the user's nor foreseen, or that another rank caused."""
+    if "WORLD_SIZE" in os.environ:  # decided without importing torch
         from d2g.core.distributed import process_group
 
         if process_group.lost_peer(error):
@@ -107,5 +107,5 @@ def _fail(error: BaseException, text: str, code: int, debug: bool) -> None:
     reporter.stop()
     if debug:
         traceback.print_exception(error)
-    last_word(text, to_itself=debug)
+    print_error(text, every_rank=debug)
     sys.exit(code)

@@ -8,7 +8,17 @@ import typer
 
 from d2g.core.errors import UserError
 from d2g.core.logs import logger
-from d2g_cli.common import DryRun, Json, Out, Prompts, TeacherOption, emit, expect, finishing, reporter
+from d2g_cli.common import (
+    DryRun,
+    Json,
+    Out,
+    Prompts,
+    TeacherOption,
+    emit,
+    leave_process_group,
+    reporter,
+    require_range,
+)
 
 Store = Annotated[Path, typer.Argument(help="The store's folder.")]
 Workers = Annotated[int, typer.Option(help="Files at once (one per processor, at most 8).")]
@@ -38,7 +48,7 @@ def verify(
     """Read every byte of a store and say what is damaged or missing. Exit 1 when not ok."""
     from pairgen.verify import verify_store
 
-    expect(tolerance=tolerance, workers=workers, resimulate=resimulate)
+    require_range(tolerance=tolerance, workers=workers, resimulate=resimulate)
     report = verify_store(folder, reporter, workers)
     result = asdict(report) | {"max_abs_err": None}
     if resimulate and report.checked and not report.bad_shards:
@@ -87,7 +97,7 @@ def repair(
     from pairgen.store.spec import pending, quarantined_rows, read_spec
     from pairgen.verify import verify_store
 
-    expect(workers=workers)
+    require_range(workers=workers)
     spec = read_spec(folder)
     if dry_run:
         report = verify_store(folder, reporter, workers)
@@ -100,8 +110,8 @@ def repair(
     if not no_regenerate and (pending(folder, spec) or quarantined_rows(folder, spec)):
         from pairgen.generate import regenerate
 
-        _expect_prompts(folder, prompts, spec.conditioning)
-        with finishing():
+        _require_prompts(folder, prompts, spec.conditioning)
+        with leave_process_group():
             made = regenerate(folder, prompts, reporter)
     _show({"quarantined": moved, "regenerated": made}, as_json, str(folder))
     aside = [row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows]
@@ -116,7 +126,7 @@ def first_ten(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:10])) + (" ..." if len(numbers) > 10 else "")
 
 
-def _expect_prompts(folder: Path, prompts: Path | None, conditioning: str) -> None:
+def _require_prompts(folder: Path, prompts: Path | None, conditioning: str) -> None:
     from pairgen.store.spec import prompts_path
 
     if prompts is None and conditioning == "text" and not prompts_path(folder).exists():
@@ -140,7 +150,7 @@ def merge(
     from pairgen.store.spec import read_spec, shards_present
     from pairgen.verify import store_info
 
-    expect(tolerance=tolerance, workers=workers)
+    require_range(tolerance=tolerance, workers=workers)
     if dry_run:
         held = {str(folder): len(shards_present(folder, read_spec(folder))) for folder in folders}
         _show({"out": str(out), "shards": held}, as_json, "dry run: nothing was touched")
@@ -163,8 +173,8 @@ def stats(
     """Moments, norms, prompt lengths and outliers of a store's rows, and a contact sheet."""
     from pairgen.statistics import store_statistics
 
-    expect(rows=rows, workers=workers)
-    expect(1, 1024, cells=cells)
+    require_range(rows=rows, workers=workers)
+    require_range(1, 1024, cells=cells)
     result = store_statistics(folder, rows, teacher, reporter, workers) | {"sheet": None}
     if sheet is not None:
         from pairgen.contact_sheet import save_sheet

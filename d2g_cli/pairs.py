@@ -1,50 +1,35 @@
-"""`d2g pairs`: make and look after noise-latent pairs."""
+"""`d2g pairs`: generate and maintain noise-latent pairs."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from d2g.core.config import Presets
 from d2g.core.errors import UserError
 from d2g_cli import pair_store
 from d2g_cli.common import (
-    DryRun,
-    Json,
     Out,
-    Preset,
     Prompts,
-    Seed,
-    Sets,
     TeacherOption,
-    chosen,
-    dry,
+    WorkOptions,
+    configure_preset,
     emit,
-    expect,
-    finishing,
+    expand_options,
+    finish_dry_run,
+    leave_process_group,
+    presets_in_help,
     reporter,
+    require_range,
+    settings_from,
 )
 
-app = typer.Typer(help="Make and look after noise-latent pairs.", no_args_is_help=True)
+app = typer.Typer(help="Generate and maintain noise-latent pairs.", no_args_is_help=True)
 
 
-def _pair_config(given: dict[str, Any]) -> Any:
-    """PairConfig of a command's parameters."""
-    from pairgen.config import PAIR_PRESETS, PairConfig
-
-    options = {name: value for name, value in given.items() if name in PairConfig.__dataclass_fields__}
-    return chosen(PAIR_PRESETS, given["preset"] or "default", options, given["sets"])
-
-
-NumPairs = Annotated[int | None, typer.Option(help="Default: one per prompt.")]
-Steps = Annotated[int | None, typer.Option(help="Solver steps (50).")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance (8); 1 is none.")]
-PerPrompt = Annotated[int | None, typer.Option(help="Rows per prompt, each with its own noise (1).")]
-Solver = Annotated[
-    str | None, typer.Option(help="ddim, heun or euler (the teacher's: ddim, for a flow euler).")
-]
-
-
-def _batch_size(text: str) -> int:
+def _parse_batch_size(text: str) -> int:
+    """A number of rows, or 0 for `auto`."""
     if text == "auto":
         return 0
     if not text.isdecimal() or int(text) < 1:
@@ -52,75 +37,91 @@ def _batch_size(text: str) -> int:
     return int(text)
 
 
-BatchSize = Annotated[
-    int | None,
-    typer.Option(parser=_batch_size, metavar="ROWS|auto", help="Rows per network evaluation; auto measures."),
-]
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(WorkOptions):
+    """Options of `d2g pairs plan` and `generate`."""
+
+    teacher: TeacherOption = None
+    prompts: Prompts = None
+    num_pairs: Annotated[int | None, typer.Option(help="Number of pairs (one per prompt).")] = None
+    steps: Annotated[int | None, typer.Option(help="Solver steps (50).")] = None
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance (8); 1 is none.")] = None
+    solver: Annotated[
+        str | None,
+        typer.Option(help="ddim, heun or euler (the teacher's: ddim, for a flow euler)."),
+    ] = None
+    per_prompt: Annotated[int | None, typer.Option(help="Rows per prompt, each with its own noise (1).")] = (
+        None
+    )
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            parser=_parse_batch_size,
+            metavar="ROWS|auto",
+            help="Rows per network evaluation; auto measures the fastest.",
+        ),
+    ] = None
 
 
-@app.command("generate")
-def pairs_generate(
-    teacher: TeacherOption = None,
-    prompts: Prompts = None,
-    out: Out = Path("pairs"),
-    num_pairs: NumPairs = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    solver: Solver = None,
-    per_prompt: PerPrompt = None,
-    batch_size: BatchSize = None,
-    dtype: Annotated[str | None, typer.Option(help="Stored type, float16 or float32.")] = None,
-    shard_size: Annotated[int | None, typer.Option(help="Rows per shard.")] = None,
-    noise: Annotated[str | None, typer.Option(help="stored, or seeded: drawn again on reading.")] = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Send noise through the teacher and store (noise, latent, prompt) rows."""
-    config = _pair_config(locals())
-    if dry_run:
-        dry(config, as_json)
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(PairOptions):
+    """Options of `d2g pairs generate`."""
+
+    dtype: Annotated[str | None, typer.Option(help="Stored type, float16 or float32.")] = None
+    shard_size: Annotated[int | None, typer.Option(help="Rows per shard.")] = None
+    noise: Annotated[
+        str | None, typer.Option(help="stored, or seeded: computed again when the pairs are read.")
+    ] = None
+
+
+def _presets() -> Presets[Any]:
+    from pairgen.config import PAIR_PRESETS
+
+    return PAIR_PRESETS
+
+
+def _pair_config(options: PairOptions) -> Any:
+    from pairgen.config import PairConfig
+
+    return configure_preset(_presets(), "default", options, settings_from(options, PairConfig))
+
+
+@app.command("generate", cls=presets_in_help(_presets))
+@expand_options
+def pairs_generate(options: GenerateOptions, out: Out = Path("pairs")) -> None:
+    """Solve the teacher's ODE from noise and store rows of (noise, latent, prompt)."""
+    config = _pair_config(options)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json)
     from pairgen.generate import generate_pairs
 
-    with finishing():
-        made = generate_pairs(config, out, reporter)
-        emit(made, as_json, "pairs")
-    if made.quarantined:
-        bad = made.quarantined
+    with leave_process_group():
+        summary = generate_pairs(config, out, reporter)
+        emit(summary, options.as_json, "pairs")
+    if bad := summary.quarantined:
         raise UserError(
-            f"{len(bad)} of {made.pairs + len(bad)} pairs have no finite latent: {pair_store.first_ten(bad)}; "
-            f"their prompts stand in {out / 'quarantine'}, the others are usable, "
-            f"`d2g pairs repair {out}` tries these again"
+            f"{len(bad)} of {summary.pairs + len(bad)} pairs have no finite latent: "
+            f"{pair_store.first_ten(bad)}; their prompts are in {out / 'quarantine'}, the other pairs are "
+            f"usable, `d2g pairs repair {out}` tries these again"
         )
 
 
-@app.command("plan")
+@app.command("plan", cls=presets_in_help(_presets))
+@expand_options
 def pairs_plan(
-    teacher: TeacherOption = None,
-    prompts: Prompts = None,
-    num_pairs: NumPairs = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    solver: Solver = None,
-    per_prompt: PerPrompt = None,
-    batch_size: BatchSize = None,
-    price: Annotated[float, typer.Option(help="Of one GPU-hour, in any currency: adds costs.")] = 0.0,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    options: PairOptions,
+    price: Annotated[
+        float, typer.Option(help="Price of one GPU-hour in any currency; adds the costs.")
+    ] = 0.0,
 ) -> None:
-    """Time a few batches here; print GPU-hours, GiB and shards before anything is spent."""
-    config = _pair_config(locals())
-    expect(price=price)
-    if dry_run:
-        dry(config, as_json)
+    """Time a few batches on this machine, and print the GPU-hours, GiB and shards of the whole job."""
+    config = _pair_config(options)
+    require_range(price=price)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json)
     from pairgen.cost import plan_pairs
 
-    emit(plan_pairs(config, price=price, progress=reporter), as_json, "plan")
+    emit(plan_pairs(config, price=price, progress=reporter), options.as_json, "plan")
 
 
 app.command("info")(pair_store.info)

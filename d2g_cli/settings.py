@@ -1,11 +1,13 @@
 """`d2g settings`: every setting of a group of commands, with type, default, meaning and source."""
 
+import textwrap
 from typing import Annotated, Any
 
 import typer
 
 from d2g.core.config import Presets, pick
-from d2g_cli.common import Json, emit, emit_table
+from d2g.core.setting_docs import SettingDoc, describe_settings, settings_json, settings_markdown
+from d2g_cli.common import Json, emit
 
 Sections = dict[str, tuple[Any, Presets[Any]]]
 """By command: its config with the default values, and its presets."""
@@ -17,8 +19,6 @@ def settings(
     as_json: Json = False,
 ) -> None:
     """List every setting of a group: type, default, meaning, and where the default comes from."""
-    from d2g.core.setting_docs import describe_settings, settings_json
-
     if markdown:
         print(settings_page(group), end="")
         return
@@ -27,17 +27,22 @@ def settings(
         emit(settings_json(configs), True, "settings")
         return
     for section, config in configs.items():
-        rows = [
-            (doc.name, doc.type, doc.default, doc.meaning, doc.source)
-            for doc in sorted(describe_settings(config), key=lambda doc: not doc.recipe)
-        ]
-        emit_table(["setting", "type", "default", "meaning", "source"], rows, section)
+        print(f"\n{section}")
+        docs = describe_settings(config)
+        for title, recipe in (("recipe", True), ("advanced", False)):
+            if part := [doc for doc in docs if doc.recipe == recipe]:
+                print(f"\n  {title}", *map(_readable, part), sep="\n")
+
+
+def _readable(doc: SettingDoc) -> str:
+    """A setting as two lines: name, default and type; meaning and source."""
+    source = f" [{doc.source}]" if doc.source else ""
+    text = textwrap.fill(doc.meaning + source, width=100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return f"    {doc.name} = {doc.default} ({doc.type})\n{text}"
 
 
 def settings_page(group: str) -> str:
     """The text of docs/settings/GROUP.md."""
-    from d2g.core.setting_docs import settings_markdown
-
     sections = sections_of(group)
     configs = {name: config for name, (config, _) in sections.items()}
     return settings_markdown(group, configs, {name: presets.about for name, (_, presets) in sections.items()})
@@ -65,9 +70,10 @@ def _pairs() -> Sections:
 
 
 def _eval() -> Sections:
-    from eval.protocols.config import EVAL_PRESETS, EvalRun
+    from d2g_cli.eval_options import load_presets
+    from eval.protocols.config import EvalRun
 
-    return {"d2g eval run": (EvalRun(), EVAL_PRESETS)}
+    return {"d2g eval run": (EvalRun(), load_presets())}
 
 
 def _lpips() -> Sections:

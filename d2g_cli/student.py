@@ -1,114 +1,132 @@
 """`d2g sample` and `d2g export`: use a finished student."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from d2g.core.config import pick
+from d2g.core.config import Presets
 from d2g_cli.common import (
-    DryRun,
-    Json,
+    BaseOptions,
     Out,
-    Preset,
     Prompts,
-    Sets,
     TeacherOption,
-    chosen,
-    configure,
-    dry,
+    WorkOptions,
+    configure_preset,
     emit,
+    expand_options,
+    finish_dry_run,
+    presets_in_help,
     reporter,
+    settings_from,
 )
 
 
-def sample(
-    student: Annotated[
-        str | None, typer.Option(help="Run folder, exported student, or a shipped name.")
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Text, or a class number (every class); repeatable.")
-    ] = None,
-    prompts: Prompts = None,
-    out: Out = Path("samples"),
-    num: Annotated[int | None, typer.Option(help="Images per prompt (1).")] = None,
-    teacher: TeacherOption = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step (32).")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Scale to imitate, for a student that is told it (8).")
-    ] = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) (0).")] = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Draw images in one step: PNGs that carry their prompt, and a grid."""
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command("sample", cls=presets_in_help(_sample_presets))(sample)
+    app.command("export", cls=presets_in_help(_export_presets))(export)
+
+
+def _sample_presets() -> Presets[Any]:
     from distill.config.run import SAMPLE_PRESETS
 
-    options = {
-        "student": student, "prompt": tuple(prompt) if prompt else None, "prompts": prompts, "num": num,
-        "teacher": teacher, "batch_size": batch_size, "seed": seed, "guidance": guidance,
-    }  # fmt: skip
-    config = chosen(SAMPLE_PRESETS, preset or "default", options, sets)
-    if dry_run:
-        dry(config, as_json)
+    return SAMPLE_PRESETS
+
+
+def _export_presets() -> Presets[Any]:
+    from distill.config.export import EXPORT_PRESETS
+
+    return EXPORT_PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(WorkOptions):
+    """Options of `d2g sample`."""
+
+    student: Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")] = (
+        None
+    )
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text, or a class number (every class); repeatable.")
+    ] = None
+    prompts: Prompts = None
+    num: Annotated[int | None, typer.Option(help="Images per prompt (1).")] = None
+    teacher: TeacherOption = None
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (32).")] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Scale to imitate, for a student with guidance conditioning (8)."),
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) (0).")] = None
+
+
+@expand_options
+def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
+    """Sample images in one step: PNGs that contain their prompt, and a grid."""
+    from distill.config.run import SampleConfig
+
+    settings = settings_from(options, SampleConfig)
+    settings["prompt"] = tuple(options.prompt) if options.prompt else None
+    config = configure_preset(_sample_presets(), "default", options, settings)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json)
     from distill.sampling import own_prompts, save_samples
     from pairgen.prompts import read_prompts
 
     texts = [*config.prompt, *(read_prompts(Path(config.prompts)) if config.prompts else [])]
     texts = texts or own_prompts(config.student, config.teacher)
     texts = [text for text in texts for _ in range(config.num)]
-    drawn = save_samples(
+    summary = save_samples(
         config.student, texts, out, config.seed, config.batch_size, config.teacher, config.guidance, reporter
     )
-    emit(drawn, as_json, "samples")
+    emit(summary, options.as_json, "samples")
 
 
-def export(
-    student: Annotated[str | None, typer.Option(help="Run folder, or exported student.")] = None,
-    out: Out = Path("exported"),
-    form: Annotated[
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(BaseOptions):
+    """Options of `d2g export`."""
+
+    student: Annotated[str | None, typer.Option(help="Run folder, or exported student.")] = None
+    format: Annotated[
         str | None,
         typer.Option(
-            "--format",
-            help="safetensors (default), diffusers: a pipeline folder, lora: adapters only, or onnx.",
+            help="safetensors (default), diffusers: a pipeline folder, lora: adapters only, or onnx."
         ),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16 (safetensors fp16, else fp32).")
-    ] = None,
-    teacher: TeacherOption = None,
+    ] = None
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16 (safetensors fp16, else fp32).")] = (
+        None
+    )
+    teacher: TeacherOption = None
     scores: Annotated[
-        list[Path] | None, typer.Option(help="A result of `d2g eval run` for the card; repeatable.")
-    ] = None,
+        list[Path] | None,
+        typer.Option(help="Result of `d2g eval run` to print in the model card; repeatable."),
+    ] = None
     license: Annotated[
-        str | None, typer.Option(help="License of the teacher, if its folder states none.")
-    ] = None,
+        str | None, typer.Option(help="The teacher's license, if its folder does not state it.")
+    ] = None
     watts: Annotated[
-        float | None, typer.Option(help="A device's mean power, for the CO2 of the card (400).")
-    ] = None,
+        float | None, typer.Option(help="Mean power of a device, for the CO2 of the model card (400).")
+    ] = None
     kg_per_kwh: Annotated[
-        float | None, typer.Option(help="CO2 of electricity, kg a kWh, for the card (0.48).")
-    ] = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Write a student for others: small safetensors, a diffusers pipeline, adapters or ONNX, with a card."""
-    from distill.config.export import EXPORT_PRESETS
-    from distill.export.export import export
+        float | None, typer.Option(help="CO2 of electricity in kg per kWh, for the model card (0.48).")
+    ] = None
 
-    config = pick(EXPORT_PRESETS, preset or "default", "preset")
-    card: dict[str, Any] = {"scores": list(map(str, scores or [])) or None, "license": license}
-    card |= {"watts": watts, "kg_per_kwh": kg_per_kwh}
-    # With --set, not before: which formats have a card is known when all is.
-    sets = [*(f"card.{k}={json.dumps(v)}" for k, v in card.items() if v is not None), *(sets or [])]
-    config = configure(config, {"student": student, "format": form, "dtype": dtype, "teacher": teacher}, sets)
-    if dry_run:
-        dry(config, as_json)
+
+@expand_options
+def export(options: ExportOptions, out: Out = Path("exported")) -> None:
+    """Write a student for others: small safetensors, a diffusers pipeline, adapters or ONNX, with a card."""
+    card = {f"card.{name}": getattr(options, name) for name in ("license", "watts", "kg_per_kwh")}
+    card["card.scores"] = tuple(map(str, options.scores)) if options.scores else None
+    names = ("student", "format", "dtype", "teacher")
+    settings = {name: getattr(options, name) for name in names} | card
+    config = configure_preset(_export_presets(), "default", options, settings)
+    if options.dry_run:
+        finish_dry_run(config, options.as_json)
     import torch
 
-    emit(export(config, out, "cuda" if torch.cuda.is_available() else "cpu"), as_json, "export")
+    from distill.export.export import export as export_student
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    emit(export_student(config, out, device), options.as_json, "export")

@@ -1,36 +1,50 @@
 """`d2g teacher`: train or inspect a teacher."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from d2g_cli.common import DryRun, Json, Out, Preset, Seed, Sets, chosen, dry, emit, emit_table, reporter
+from d2g.core.config import Presets
+from d2g_cli.common import (
+    Json,
+    Out,
+    WorkOptions,
+    configure_preset,
+    emit,
+    emit_table,
+    expand_options,
+    finish_dry_run,
+    presets_in_help,
+    reporter,
+)
 
 app = typer.Typer(help="Train or inspect a teacher.", no_args_is_help=True)
 
 
-@app.command("train")
+def _presets() -> Presets[Any]:
+    from teacher_training.config import TEACHER_PRESETS
+
+    return TEACHER_PRESETS
+
+
+@app.command("train", cls=presets_in_help(_presets))
+@expand_options
 def teacher_train(
+    options: WorkOptions,
     data: Annotated[str | None, typer.Option(help="scenes, an image folder, or image-parquet.")] = None,
     out: Out = Path("teacher"),
-    stages: Annotated[str, typer.Option(help="Which pieces, comma-separated.")] = "data,vae,unet,lpips,clip",
-    preset: Preset = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    stages: Annotated[str, typer.Option(help="Stages to run, comma-separated.")] = "data,vae,unet,lpips,clip",
 ) -> None:
-    """Train a small Stable-Diffusion-shaped teacher on captioned pictures."""
+    """Train a small Stable-Diffusion-shaped teacher on captioned images."""
+    config = configure_preset(_presets(), "scenes", options, {"data": data, "seed": options.seed})
+    if options.dry_run:
+        finish_dry_run(config, options.as_json)
     from miniature.registration import register_training_scenes
-    from teacher_training.config import TEACHER_PRESETS
     from teacher_training.train import train_teacher
 
     register_training_scenes()
-    config = chosen(TEACHER_PRESETS, preset or "scenes", {"data": data, "seed": seed}, sets)
-    if dry_run:
-        dry(config, as_json)
-    emit(train_teacher(config, out, tuple(stages.split(",")), reporter), as_json, "teacher")
+    emit(train_teacher(config, out, tuple(stages.split(",")), reporter), options.as_json, "teacher")
 
 
 @app.command("list")
@@ -46,7 +60,9 @@ def teacher_list(as_json: Json = False) -> None:
 
 
 @app.command("info")
-def teacher_info(teacher: str, as_json: Json = False) -> None:
+def teacher_info(
+    teacher: Annotated[str, typer.Argument(help="Folder, hub id or shipped name.")], as_json: Json = False
+) -> None:
     """Describe a teacher from the files in its folder, without reading weights."""
     from d2g.diffusion.teacher import describe_teacher
 

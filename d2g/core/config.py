@@ -83,13 +83,18 @@ def override(config: T, settings: Sequence[str]) -> T:
     Each group is rebuilt once, with all its new values, because two settings may need each other. Raises
     SettingError for an unknown name (with the nearest one) or a value of another type.
     """
+    return with_values(config, parse_assignments(config, settings))
+
+
+def parse_assignments(config: Any, settings: Sequence[str]) -> dict[str, Any]:
+    """The values of `a.b=value` strings by dotted name, with the types of the config's fields."""
     values: dict[str, Any] = {}
     for assignment in settings:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise SettingError(f"--set takes name=value, got {assignment!r}; write for example --set seed=1")
         values[path.strip()] = _parse(text.strip(), _type_of(config, path.strip()), path.strip())
-    return with_values(config, values)
+    return values
 
 
 def with_values(config: T, values: Mapping[str, Any]) -> T:

@@ -1,4 +1,4 @@
-"""What this machine has for a run, and what stands in the way."""
+"""The machine: devices, memory, disk, installed versions, and what is missing or too small."""
 
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-NEEDED = (
+REQUIRED_PACKAGES = (
     "torch",
     "diffusers",
     "transformers",
@@ -20,10 +20,10 @@ NEEDED = (
 )
 
 
-def examine() -> dict[str, Any]:
-    """torch, devices, memory, disk, versions, and a list of problems in words."""
+def inspect_machine() -> dict[str, Any]:
+    """The result of `d2g doctor`: versions, devices, sizes in GiB, and problems in words."""
     cuda, problems, versions = torch.cuda.is_available(), [], {}
-    for name in NEEDED:
+    for name in REQUIRED_PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -31,7 +31,7 @@ def examine() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     if not cuda:
-        problems.append("no CUDA device: the miniature runs here, SD 1.5 would take months")
+        problems.append("no CUDA device: the miniature trains here, SD 1.5 would take months")
     if free < 2:
         problems.append(f"{free:.1f} GiB free on this disk; checkpoints of SD 1.5 take 14 GiB each")
     return {
@@ -47,9 +47,10 @@ def examine() -> dict[str, Any]:
 
 
 def _memory_gib(cuda: bool) -> float:
+    """Memory of the first GPU, or of the machine; 0 where the system does not say."""
     if cuda:
         return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-    pages = Path("/proc/meminfo")
-    if not pages.is_file():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
         return 0.0
-    return round(int(pages.read_text().split("MemTotal:")[1].split()[0]) / 2**20, 1)
+    return round(int(meminfo.read_text().split("MemTotal:")[1].split()[0]) / 2**20, 1)

@@ -49,7 +49,11 @@ def _type_name(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("null" if arg is type(None) else _type_name(arg) for arg in args)
     if origin is tuple:
-        return f"list of {_type_name(args[0])}" if args[-1] is Ellipsis else f"{len(args)} x {_type_name(args[0])}"
+        return (
+            f"list of {_type_name(args[0])}"
+            if args[-1] is Ellipsis
+            else f"{len(args)} x {_type_name(args[0])}"
+        )
     return str(hint.__name__)
 
 
@@ -72,7 +76,12 @@ def settings_markdown(group: str, sections: dict[str, Any], presets: dict[str, d
     for section, config in sections.items():
         lines += ["", f"## {section}"]
         if about := presets.get(section):
-            lines += ["", "| preset | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in about.items())]
+            lines += [
+                "",
+                "| preset | |",
+                "|---|---|",
+                *(f"| `{name}` | {text} |" for name, text in about.items()),
+            ]
         docs = describe_settings(config)
         for title, part in (
             ("Recipe", [doc for doc in docs if doc.recipe]),
@@ -84,5 +93,11 @@ def settings_markdown(group: str, sections: dict[str, Any], presets: dict[str, d
 
 def _markdown_table(title: str, docs: Sequence[SettingDoc]) -> list[str]:
     rows = [(f"`{doc.name}`", doc.type, f"`{doc.default}`", doc.meaning, doc.source) for doc in docs]
-    head = ["", f"### {title}", "", "| setting | type | default | meaning | source |", "|---|---|---|---|---|"]
+    head = [
+        "",
+        f"### {title}",
+        "",
+        "| setting | type | default | meaning | source |",
+        "|---|---|---|---|---|",
+    ]
     return head + [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]

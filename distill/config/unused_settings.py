@@ -1,13 +1,11 @@
-"""Settings that change nothing in a run as it is set up. A preset may carry them; who gives one is told."""
+"""Settings that have no effect in a given run. A preset may contain them; setting one by hand is an error."""
 
 from collections.abc import Callable, Iterable
 
 from d2g.core.errors import SettingError
 from distill.config.run import DistillConfig
 
-Acts = Callable[[DistillConfig], bool]
-
-ACTS: dict[tuple[str, ...], tuple[Acts, str]] = {
+CONDITIONS: dict[tuple[str, ...], tuple[Callable[[DistillConfig], bool], str]] = {
     ("gan.",): (lambda c: c.stage == "gan", "in `d2g distill gan`"),
     ("gan.r1_interval", "gan.r1_reduction"): (
         lambda c: c.gan.active_penalty not in ("approx", "none"),
@@ -56,13 +54,13 @@ ACTS: dict[tuple[str, ...], tuple[Acts, str]] = {
         "with regression.kind=e_latent_lpips or latent_lpips, or regression.latent_lpips_weight above 0",
     ),
 }
-"""Settings, or with a dot at the end groups of them: when they act, and that in words."""
+"""By setting, or by group of settings if the name ends with a dot: whether a run uses it, and when, in words."""
 
 
-def refuse_idle(config: DistillConfig, given: Iterable[str]) -> None:
-    """Raise SettingError for the first of the dotted names `given` that changes nothing in such a run."""
-    for name in given:
-        for settings, (acts, when) in ACTS.items():
-            meant = name in settings or name.startswith(tuple(s for s in settings if s.endswith(".")))
-            if meant and not acts(config):
-                raise SettingError(f"{name} is set, but acts only {when}; leave it out")
+def refuse_unused(config: DistillConfig, names: Iterable[str]) -> None:
+    """Raise SettingError for the first of the dotted setting names that has no effect in such a run."""
+    for name in names:
+        for settings, (is_used, condition) in CONDITIONS.items():
+            groups = tuple(setting for setting in settings if setting.endswith("."))
+            if (name in settings or name.startswith(groups)) and not is_used(config):
+                raise SettingError(f"{name} is set, but acts only {condition}; leave it out")

@@ -5,11 +5,11 @@ from importlib.metadata import version
 
 import torch
 
-from d2g.core.environment import NEEDED, examine
+from d2g.core.environment import REQUIRED_PACKAGES, inspect_machine
 
 
 def test_doctor_reports_the_contract_keys_in_json() -> None:
-    found = json.loads(json.dumps(examine()))
+    found = json.loads(json.dumps(inspect_machine()))
     assert set(found) >= {
         "torch",
         "cuda",
@@ -21,12 +21,12 @@ def test_doctor_reports_the_contract_keys_in_json() -> None:
         "problems",
     }
     assert found["torch"] == torch.__version__ and found["cuda"] == torch.cuda.is_available()
-    assert found["versions"] == {name: version(name) for name in NEEDED}
+    assert found["versions"] == {name: version(name) for name in REQUIRED_PACKAGES}
     assert found["devices"] and 0.1 < found["memory_gib"] < 1 << 14 and found["disk_free_gib"] >= 0
     assert isinstance(found["bf16"], bool)
 
 
 def test_problems_are_words_about_what_is_missing() -> None:
-    problems = examine()["problems"]
+    problems = inspect_machine()["problems"]
     assert all("\n" not in p for p in problems)
     assert any("CUDA" in p for p in problems) == (not torch.cuda.is_available())

@@ -16,7 +16,7 @@ from distill.config.run import (
     EngineConfig,
     TrainConfig,
 )
-from distill.config.unused_settings import ACTS, refuse_idle
+from distill.config.unused_settings import CONDITIONS, refuse_unused
 from distill.planning.cost import column, plan, table_evaluations
 from distill.planning.cost import evaluations as evaluations_of
 
@@ -344,11 +344,11 @@ def test_settings_that_change_nothing(
 ) -> None:
     name, start = setting.partition("=")[0], DistillConfig(stage="gan")
     with pytest.raises(SettingError, match=rf"^{name} is set, but acts only (in|with) .*; leave it out$"):
-        refuse_idle(override(start, [*without, setting]), ["seed", name])
-    refuse_idle(override(start, [*with_it, setting]), [name])
+        refuse_unused(override(start, [*without, setting]), ["seed", name])
+    refuse_unused(override(start, [*with_it, setting]), [name])
 
 
 def test_every_rule_about_what_acts_is_tested_and_presets_may_carry_what_does_not() -> None:
     tested = {setting.partition("=")[0] for setting, _, _ in IDLE}
-    assert {name for names in ACTS for name in names} <= tested | {"gan."}
-    refuse_idle(DISTILL_PRESETS["cifar10"]["ode"], [])
+    assert {name for names in CONDITIONS for name in names} <= tested | {"gan."}
+    refuse_unused(DISTILL_PRESETS["cifar10"]["ode"], [])

@@ -88,13 +88,13 @@ def by_torchrun() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def leave_word(text: str) -> None:
+def publish_final_error(text: str) -> None:
     """Tell the others what rank 0 has printed as its last: call there, under torchrun."""
     with suppress(RuntimeError):  # the store is gone: they print it themselves
         _kept(GRACE).set(_key("word"), text)
 
 
-def word_was_left(text: str) -> bool:
+def rank_0_published(text: str) -> bool:
     """Whether rank 0 prints `text` as its last too: call elsewhere, under torchrun. Waits for as long as it
     may need to get there, or until this process is told to end.
     """
