@@ -1,7 +1,7 @@
-"""Conditioning of a network (text, class labels or nothing) as one value, and the conditioners that compute it.
+"""Conditioning of a network (text, class labels or nothing), and the conditioners that compute it.
 
-Teacher, student and discriminator take the same `Conditioning` from the same conditioner. Each family of models
-defines its conditioner in `d2g/diffusion/families/`; what several families share is here.
+Teacher, student and discriminator take the same `Conditioning` from the same conditioner. Each family of
+models defines its conditioner in `d2g/diffusion/families/`; what several families share is here.
 """
 
 from abc import abstractmethod
@@ -20,7 +20,7 @@ ConditioningKind = Literal["text", "label", "none"]
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Conditioning of B rows: tensors [B, ...] by name, and optionally the unconditional row, tensors [1, ...].
+    """Conditioning of B rows: tensors [B, ...] by name, and optionally the unconditional row [1, ...].
 
     Text: `hidden` [B, L, D]; SDXL and SD3 add `pooled` [B, P]; PixArt adds the padding mask `mask` [B, L];
     SDXL takes optional `time_ids` [B, 6] (original size, crop, target size in pixels; by default the size of
@@ -65,7 +65,7 @@ class Conditioning:
         return self.map(lambda tensor: tensor[positions.to(tensor.device)])
 
     def map(self, function: Callable[..., Tensor], *others: "Conditioning") -> "Conditioning":
-        """Apply `function` to each tensor and the tensors of that name of `others`; keep the unconditional row."""
+        """Apply `function` to each tensor and its namesakes in `others`; keep the unconditional row."""
         tensors = {
             name: function(tensor, *(other.tensors[name] for other in others))
             for name, tensor in self.tensors.items()
@@ -132,7 +132,7 @@ class Conditioner(nn.Module):
 
     @property
     def default_prompts(self) -> list[str]:
-        """Prompts for drawing when the user gives none: every class in turn, or one empty prompt; none for text."""
+        """Prompts if the user gives none: every class in turn, or one empty prompt; no prompts for text."""
         return []
 
     @property
@@ -247,7 +247,7 @@ class TextConditioner(Conditioner):
         )
 
     def tokenize(self, component: str, prompts: Sequence[str], length: int | None = None) -> Any:
-        """`input_ids` and `attention_mask` [B, L] of a tokenizer, padded and cut to `length` (by default its own)."""
+        """`input_ids` and `attention_mask` [B, L] of a tokenizer, padded and cut to `length` or its own."""
         tokenizer = self.tokenizers[component]
         return tokenizer(
             list(prompts),

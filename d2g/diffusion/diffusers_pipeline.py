@@ -1,6 +1,6 @@
-"""Any diffusers pipeline as a sampler, called as its own documentation says: the second door to diffusers.
+"""Any pipeline of diffusers as a sampler, called as its own documentation says, to evaluate it.
 
-`d2g.diffusion.pretrained` takes pipelines apart for training; here they stay whole, to measure what others ship.
+`d2g.diffusion.pretrained` loads single components for training; here a pipeline is loaded as one object.
 """
 
 import inspect
@@ -17,64 +17,73 @@ from d2g.core.seeds import generator, noise
 
 
 class AnyPipeline:
-    """A pipeline of diffusers on one device. Build with `load_any_pipeline`."""
+    """A pipeline of diffusers on one device. Build it with `load_any_pipeline`."""
 
     def __init__(self, name: str, pipe: Any, device: torch.device) -> None:
         self.name, self.pipe, self.device = name, pipe, device
-        self.takes = set(inspect.signature(pipe.__call__).parameters)
+        self.parameters = set(inspect.signature(pipe.__call__).parameters)
 
     @property
     def conditioning(self) -> str:
-        """What its prompts are: text, label (class numbers in decimal) or none (empty)."""
-        return "text" if "prompt" in self.takes else "label" if "class_labels" in self.takes else "none"
+        """What its prompts are: text, label (class numbers in decimal) or none (empty strings)."""
+        return (
+            "text"
+            if "prompt" in self.parameters
+            else "label"
+            if "class_labels" in self.parameters
+            else "none"
+        )
 
     @torch.no_grad()
     def images(
         self, seed: int, numbers: range, prompts: Sequence[str], steps: int, guidance: float | None
     ) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], fp32, of these numbers. Image i depends on (seed, i) and its prompt.
+        """The images of these numbers, [B, 3, H, W] in [0, 1], fp32. Image i depends on (seed, i) and its
+        prompt.
 
-        Where the pipeline takes latents of a UNet's size it gets our noise, as teacher and student do, else a
-        generator for each image, which also feeds samplers that draw again. `guidance` None: the pipeline's.
+        A pipeline that takes latents of its U-Net's size gets the same noise as teacher and student. Each
+        image also has a generator of its own, for samplers that draw noise. `guidance` None: the pipeline's
+        default.
         """
         settings: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
-        if "generator" in self.takes:
+        if "generator" in self.parameters:
             settings["generator"] = [generator(seed, number) for number in numbers]
         if (shape := self._latent_shape()) is not None:
             settings["latents"] = noise(seed, numbers, shape).to(self.device, self.pipe.dtype)
         if guidance is not None:
             settings["guidance_scale"] = guidance
-        settings |= self._conditions(prompts)
+        settings |= self._prompt_arguments(prompts)
         pixels = torch.from_numpy(self.pipe(**settings).images).float()
         return pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
     def _latent_shape(self) -> tuple[int, int, int] | None:
         unet, vae = getattr(self.pipe, "unet", None), getattr(self.pipe, "vae", None)
-        if "latents" not in self.takes or unet is None or not isinstance(unet.config.sample_size, int):
+        if "latents" not in self.parameters or unet is None or not isinstance(unet.config.sample_size, int):
             return None
         channels = unet.config.in_channels if vae is None else vae.config.latent_channels
         return int(channels), unet.config.sample_size, unet.config.sample_size
 
-    def _conditions(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def _prompt_arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """The arguments that carry the prompts, and the batch size where nothing else does."""
         if self.conditioning == "text":
             return {"prompt": list(prompts)}
-        count = {"batch_size": len(prompts)} if "batch_size" in self.takes else {}
+        size = {"batch_size": len(prompts)} if "batch_size" in self.parameters else {}
         if self.conditioning == "none":
-            return count
+            return size
         try:
-            return {"class_labels": [int(prompt) for prompt in prompts], **count}
+            return {"class_labels": [int(prompt) for prompt in prompts], **size}
         except ValueError as error:
             raise UserError(
-                f"pipeline {self.name} draws classes, and its prompts must be their numbers ({error})"
+                f"pipeline {self.name} is class-conditional, so its prompts must be class numbers ({error})"
             ) from error
 
 
 def load_any_pipeline(
     name: str, device: torch.device | str, dtype: torch.dtype, steps: int, guidance: float | None
 ) -> AnyPipeline:
-    """Load a folder or hub id with DiffusionPipeline, without a safety checker, which would black images out.
+    """Load a folder or hub id with DiffusionPipeline, without a safety checker, which could blacken images.
 
-    Raises UserError where it cannot be loaded, SettingError for settings that the pipeline does not take.
+    Raises UserError if it cannot be loaded, SettingError for settings that the pipeline does not take.
     """
     import diffusers
 
@@ -93,7 +102,7 @@ def load_any_pipeline(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     loaded = AnyPipeline(name, pipe.to(device, dtype), torch.device(device))
-    for setting, given in (("num_inference_steps", steps), ("guidance_scale", guidance)):
-        if given is not None and setting not in loaded.takes:
+    for setting, value in (("num_inference_steps", steps), ("guidance_scale", guidance)):
+        if value is not None and setting not in loaded.parameters:
             raise SettingError(f"pipeline {name} ({type(pipe).__name__}) takes no {setting}; leave it out")
     return loaded

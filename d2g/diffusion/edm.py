@@ -1,4 +1,5 @@
-"""Networks preconditioned as in EDM (Karras et al. 2022): x = x_0 + sigma eps, sigma from sigma_max to 0."""
+"""Schedule and preconditioning of EDM (Karras et al. 2022): x = x_0 + sigma eps, sigma from sigma_max to
+0."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from d2g.core.errors import SettingError
 from d2g.diffusion.schedule import Denoised, Point
 
 EDMPrediction = Literal["epsilon", "v_prediction"]
-"""diffusers' names for the sign of c_out: + is the paper's, - is that of v = alpha eps - sigma x_0."""
+"""diffusers' names for the sign of c_out: epsilon is the paper's +, v_prediction is -."""
 
 SigmaGrid = Literal["karras", "exponential"]
 
@@ -25,7 +26,7 @@ class Preconditioning(NamedTuple):
 
 
 def preconditioning(sigma: float, sigma_data: float) -> Preconditioning:
-    """Table 1's last column at sigma > 0: unit variance in and out, for data of deviation `sigma_data`."""
+    """Table 1, last column, at sigma > 0: unit variance of input and output if the data deviate by sigma_data."""
     total = math.hypot(sigma, sigma_data)
     return Preconditioning(
         c_skip=(sigma_data / total) ** 2,
@@ -36,9 +37,9 @@ def preconditioning(sigma: float, sigma_data: float) -> Preconditioning:
 
 
 def sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float, grid: SigmaGrid) -> list[float]:
-    """`steps` noise levels from `sigma_max` down to `sigma_min`, and 0 after them.
+    """`steps` noise levels from `sigma_max` down to `sigma_min`, then 0.
 
-    karras: even in sigma^(1 / rho), eq. 5; exponential: even in log sigma, its limit for large rho.
+    karras: evenly spaced in sigma^(1 / rho), eq. 5; exponential: in log sigma, the limit for large rho.
     """
     ramp = [i / max(steps - 1, 1) for i in range(steps)]
     if grid == "karras":
@@ -51,8 +52,9 @@ def sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float, grid: Sig
 
 @dataclass(frozen=True, kw_only=True)
 class EDMSchedule:
-    """An EDM network's noise levels and preconditioning. Noise is stored with unit variance; the sampler
-    starts from sigma_max times it (Algorithm 1). The network is told c_noise = ln(sigma) / 4.
+    """Noise levels and preconditioning of an EDM network, whose time input is c_noise = ln(sigma) / 4.
+
+    Noise is stored with unit variance; the sampler starts from sigma_max times it (Algorithm 1).
     """
 
     sigma_min: float
@@ -62,12 +64,13 @@ class EDMSchedule:
     grid: SigmaGrid
     prediction: EDMPrediction
 
-    spacing: Literal["linspace"] = "linspace"  # even, both ends included, in what `grid` says
-    final_alpha_one: bool = True  # it ends at data
+    spacing: Literal["linspace"] = "linspace"  # evenly from end to end, in the quantity of `grid`
+    final_alpha_one: bool = True  # the sampler ends at clean data
 
     def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
-        """The `steps` points at which a sampler asks the network, and the end, sigma = 0, where none is told
-        a time. `size`, of the latent, decides nothing here. Raises SettingError for no steps.
+        """The `steps` points at which a sampler evaluates the network, and the end, sigma = 0.
+
+        `size`, of the latents, matters for flows only. Raises SettingError for less than one step.
         """
         if steps < 1:
             raise SettingError(f"steps is {steps}; expected 1 or more")
@@ -75,7 +78,7 @@ class EDMSchedule:
         return [self._point(sigma) for sigma in levels]
 
     def one_step(self, timestep: int) -> Point:
-        """Where a one-step student starts: at sigma_max. Raises SettingError for any timestep but -1."""
+        """The point of a one-step student, sigma_max. Raises SettingError for any timestep but -1."""
         if timestep != -1:
             raise SettingError(
                 f"student_timestep is {timestep}, but the teacher is preconditioned as in EDM, and its "
@@ -92,17 +95,19 @@ class EDMSchedule:
         return self.sigma_max * noise.float()
 
     def network_input(self, x: Tensor, point: Point) -> Tensor:
-        """What the network takes: c_in x, fp32."""
+        """The network's input, c_in x, fp32."""
         return preconditioning(point.sigma, self.sigma_data).c_in * x.float()
 
     def x0(self, output: Tensor, x: Tensor, point: Point) -> Tensor:
-        """D(x; sigma) from the network's output, fp32."""
+        """x_0 = D(x; sigma) from the network's output, fp32."""
         c = preconditioning(point.sigma, self.sigma_data)
         return c.c_skip * x.float() + self._sign * c.c_out * output.float()
 
     def denoised(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
-        """x_0 = D and eps = (x - D) / sigma, fp32; eps is written out, for at a small sigma the difference
-        would have no digits left."""
+        """x_0 = D and eps = (x - D) / sigma, fp32.
+
+        eps has a formula of its own, because at a small sigma the difference x - D loses its digits.
+        """
         c = preconditioning(point.sigma, self.sigma_data)
         epsilon = point.sigma * c.c_in**2 * x.float() - self._sign * self.sigma_data * c.c_in * output.float()
         return Denoised(self.x0(output, x, point), epsilon)

@@ -1,5 +1,5 @@
-"""The one place where latents are scaled and pixels are made. Everywhere else latents are *scaled*
-latents.
+"""Latent spaces, and the only place where latents are scaled and decoded. Everywhere else, latents are
+scaled latents.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from d2g.core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentSpace:
-    """A VAE's latent space: scaled = (raw - shift) * scale; `downscale` pixels per latent position."""
+    """An autoencoder's latent space: scaled = (raw - shift) * scale. `downscale`: pixels per latent."""
 
     channels: int
     downscale: int
@@ -27,33 +27,34 @@ class LatentSpace:
         return (raw - self.shift) * self.scale
 
     def raw(self, scaled: Tensor) -> Tensor:
-        """Scaled latents -> what the VAE's decoder takes."""
+        """Scaled latents -> raw latents, as the VAE's decoder takes them."""
         return scaled / self.scale + self.shift
 
 
 class PixelSpace(nn.Module):
-    """The autoencoder of a teacher that works in pixels: nothing to encode, nothing to decode."""
+    """The autoencoder of a teacher in pixel space: `encode` and `decode` return their input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.config = SimpleNamespace(
             latent_channels=channels, block_out_channels=(1,), scaling_factor=1.0, shift_factor=None
         )
-        self.where = nn.Parameter(torch.zeros(()), requires_grad=False)  # a device and a dtype, as VAEs have
+        # Callers take device and dtype from the first parameter.
+        self.placeholder = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def encode(self, pixels: Tensor) -> SimpleNamespace:
-        """Pixels, as they are."""
+        """The pixels, unchanged, as an output of diffusers' autoencoders."""
         return SimpleNamespace(latents=pixels)
 
     def decode(self, latents: Tensor) -> SimpleNamespace:
-        """Pixels, as they are."""
+        """The pixels, unchanged, as an output of diffusers' autoencoders."""
         return SimpleNamespace(sample=latents)
 
 
 def latent_space(vae: Any) -> LatentSpace:
-    """The latent space of a diffusers AutoencoderKL, AutoencoderTiny or VQModel, read from its config.
+    """The latent space of a diffusers AutoencoderKL, AutoencoderTiny or VQModel, from its config.
 
-    Raises UserError for spaces normalised channel by channel, which one scale and shift cannot say.
+    Raises UserError for latents that are normalized per channel, which one scale and shift cannot describe.
     """
     config = vae.config
     if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
@@ -72,10 +73,12 @@ def latent_space(vae: Any) -> LatentSpace:
 def encode(
     vae: Any, pixels: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
 ) -> Tensor:
-    """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f]: the posterior's mean, or a sample
-    of it when a generator is given, or one for each row. Computed in the VAE's dtype, returned in fp32."""
+    """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f], fp32, computed in the VAE's dtype.
+
+    The mean of the posterior; with a generator, or one per row, a sample of it.
+    """
     output = vae.encode(pixels.to(next(vae.parameters()).dtype))
-    if hasattr(output, "latents"):  # deterministic: AutoencoderTiny's are scaled already, VQModel's are not
+    if hasattr(output, "latents"):  # no posterior; AutoencoderTiny's are already scaled, VQModel's are not
         latents: Tensor = output.latents.float()
         return latents if "Tiny" in type(vae).__name__ else latent_space(vae).scaled(latents)
     raw = output.latent_dist.mode() if generator is None else output.latent_dist.sample(generator)
@@ -83,7 +86,7 @@ def encode(
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1], fp32. Differentiable."""
+    """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] of about [-1, 1], fp32. Differentiable."""
     first = next(vae.parameters())
     raw = latents if "Tiny" in type(vae).__name__ else latent_space(vae).raw(latents)
     pixels: Tensor = vae.decode(raw.to(first.device, first.dtype)).sample.float()
@@ -102,6 +105,6 @@ def from_uint8(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_uint8(vae: Any, latents: Tensor, batch_size: int = 64) -> Iterator[Tensor]:
-    """Scaled latents, any number of rows -> uint8 image batches [b, 3, H, W] on the CPU."""
+    """Any number of scaled latents [N, C, h, w] -> batches of uint8 images [b, 3, H, W] on the CPU."""
     for rows in latents.split(batch_size):
         yield to_uint8(decode(vae, rows)).cpu()

@@ -31,72 +31,78 @@ def has_lora(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def merged(tensors: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
-    """A state dict with its adapters added to the weights: W + alpha / rank B A, in fp32, plain names."""
+    """A state dict with its adapters merged, W + alpha / rank B A in fp32, under plain names."""
     plain: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if ".lora_" in name:
             continue
-        stem, found, last = name.rpartition(".base_layer.")
-        if found and last == "weight":
-            a, b = (tensors[f"{stem}.lora_{factor}.default.weight"].float() for factor in "AB")
+        layer, is_base, parameter = name.rpartition(".base_layer.")
+        if is_base and parameter == "weight":
+            a, b = (tensors[f"{layer}.lora_{factor}.default.weight"].float() for factor in "AB")
             value = (value.float() + alpha / rank * (b @ a).view(value.shape)).to(value.dtype)
-        plain[f"{stem}.{last}" if found else name] = value
+        plain[f"{layer}.{parameter}" if is_base else name] = value
     return plain
 
 
-def whole_update(
+def adapters_from_teacher(
     tensors: Mapping[str, Tensor], teacher: Mapping[str, Tensor], rank: int, alpha: float
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(adapters, unexplained): adapters of scale 1 that make `merged(tensors, rank, alpha)` of the teacher's
-    weights, under the names that diffusers' `load_lora_weights` reads; names of the weights, outside the
-    layers with adapters, that are not the teacher's.
+    """(adapters, unexplained): adapters of scale 1 for the teacher's weights, which give the same network as
+    `merged(tensors, rank, alpha)`, under the names that diffusers' `load_lora_weights` reads.
 
-    A run that began from another's adapters stands on base weights with those merged in: what the base is
-    apart from the teacher is factored again, and stands beside the run's own in one adapter. It is taken from
-    the weights, for the earlier run may have moved or gone on. `teacher` has the plain names of `tensors`.
+    A run that started from another run's adapters has them merged into its base weights. The difference
+    between base weights and teacher is factorized, and concatenated with the run's own adapters. It is
+    computed from the weights, because the folder of the earlier run may be gone. `teacher` has the plain
+    names of `tensors`. `unexplained`: changed weights in layers without adapters, which no adapter can
+    represent.
     """
+    # Factorize what earlier runs changed in the base weights.
     earlier: dict[str, tuple[Tensor, Tensor]] = {}
     unexplained = []
     for name, value in tensors.items():
-        stem, adapted, last = name.rpartition(".base_layer.")
-        plain = f"{stem}.{last}" if adapted else name
+        layer, is_base, parameter = name.rpartition(".base_layer.")
+        plain = f"{layer}.{parameter}" if is_base else name
         if ".lora_" in name or torch.equal(value.float(), teacher[plain].float()):
             continue
-        if adapted and last == "weight":
+        if is_base and parameter == "weight":
             rows, columns = value.flatten(1).shape
-            noise = torch.finfo(torch.float32).eps * float(value.abs().max()) * (rows**0.5 + columns**0.5)
-            earlier[stem] = factors((value.double() - teacher[plain].double()).flatten(1), noise)
+            rounding = torch.finfo(torch.float32).eps * float(value.abs().max()) * (rows**0.5 + columns**0.5)
+            difference = (value.double() - teacher[plain].double()).flatten(1)
+            earlier[layer] = low_rank_factors(difference, rounding)
         else:
             unexplained.append(plain)
-    width = max((len(a) for _, a in earlier.values()), default=0)  # one rank for all, as readers expect
-    found = {}
+    # Concatenate with the run's own adapters; zeros give all layers the same rank, as diffusers expects.
+    earlier_rank = max((len(a) for _, a in earlier.values()), default=0)
+    adapters = {}
     for name in tensors:
-        stem, own, _ = name.rpartition(".lora_A.default.weight")
-        if not own:
+        layer, is_adapter, _ = name.rpartition(".lora_A.default.weight")
+        if not is_adapter:
             continue
-        a, b = (tensors[f"{stem}.lora_{factor}.default.weight"].float() for factor in "AB")
-        b0, a0 = earlier.get(stem, (b[:, :0], a[:0]))
-        spare = width - len(a0)
-        found[f"{stem}.lora_A.weight"] = torch.cat([a, a0, a.new_zeros(spare, a.shape[1])])
-        found[f"{stem}.lora_B.weight"] = torch.cat([b * (alpha / rank), b0, b.new_zeros(len(b), spare)], 1)
-    return found, unexplained
+        a, b = (tensors[f"{layer}.lora_{factor}.default.weight"].float() for factor in "AB")
+        b0, a0 = earlier.get(layer, (b[:, :0], a[:0]))
+        padding = earlier_rank - len(a0)
+        adapters[f"{layer}.lora_A.weight"] = torch.cat([a, a0, a.new_zeros(padding, a.shape[1])])
+        adapters[f"{layer}.lora_B.weight"] = torch.cat(
+            [b * (alpha / rank), b0, b.new_zeros(len(b), padding)], 1
+        )
+    return adapters, unexplained
 
 
-def factors(matrix: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """(B [m, r], A [r, n]) in fp32 of the least rank r with B A = matrix [m, n], fp64, but for singular
-    values up to `noise`.
+def low_rank_factors(matrix: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """(B [m, r], A [r, n]), fp32, with B A = matrix [m, n], fp64, except for singular values up to `noise`.
 
-    Only a sketch is decomposed, by the randomised range finder (Halko et al. 2011, algorithm 4.1): a matrix
-    of a thousand rows and rank 64 takes milliseconds.
+    r is the smallest possible rank. Only a sketch is decomposed, by the randomized range finder (Halko et al.
+    2011, algorithm 4.1): a matrix of a thousand rows and rank 64 takes milliseconds.
     """
-    rng, least, width = torch.Generator().manual_seed(0), min(matrix.shape), 32
+    rng, full_rank, width = torch.Generator().manual_seed(0), min(matrix.shape), 32
     while True:
-        width = min(2 * width, least)
+        # Double the sketch until its smallest singular values are noise.
+        width = min(2 * width, full_rank)
         probes = torch.randn(matrix.shape[1], width, generator=rng, dtype=matrix.dtype)
         basis = torch.linalg.qr(matrix @ probes).Q
         u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
         rank = int((s > noise).sum())
-        if rank <= width - 8 or width == least:  # some to spare, or nothing to miss
+        if rank <= width - 8 or width == full_rank:
             break
     root = s[:rank].sqrt()
     return (basis @ u[:, :rank] * root).float(), (root[:, None] * v[:rank]).float()

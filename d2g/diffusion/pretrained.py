@@ -51,7 +51,8 @@ def _class(pipeline: Pipeline, component: str) -> Any:
 def load_model(name: str, component: str, dtype: torch.dtype = torch.float32) -> Any:
     """A component with its weights: from safetensors, directly in `dtype`, in eval mode, frozen.
 
-    Raises UserError for a missing component or class, and for weights that are missing, damaged or incomplete.
+    Raises UserError for a missing component or class, and for weights that are missing, damaged or
+    incomplete.
     """
     pipeline = open_pipeline(name)
     return _with_weights(
@@ -87,8 +88,9 @@ def load_on_meta(name: str, component: str) -> Any:
                 return kind(kind.config_class.from_pretrained(folder)).eval()
             return kind.from_config(kind.load_config(folder)).eval()
     except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"teacher {pipeline.folder}: {component} has no config that can be read: {str(error).splitlines()[0]}"
+            f"teacher {pipeline.folder}: {component} has no config that can be read: {reason}"
         ) from error
 
 
@@ -182,7 +184,8 @@ def expect_student_family(name: str) -> None:
 def conditioner_on_meta(name: str) -> Conditioner:
     """The conditioner of a teacher, whose text encoders have no weights yet.
 
-    Raises UserError for components without a config, and for networks and encoders that do not fit the pipeline.
+    Raises UserError for components without a config, and for networks and encoders that do not fit the
+    pipeline.
     """
     pipeline = open_pipeline(name)
     config = load_on_meta(name, pipeline.family.network).config

@@ -1,7 +1,7 @@
-"""Noise schedules and the algebra of predictions, as plain functions: x = alpha x_0 + sigma eps.
+"""Noise schedules, x = alpha x_0 + sigma eps, and the conversions between a network's predictions.
 
-Two kinds of teacher: variance-preserving over a table of timesteps (`Schedule`), and rectified flow, where
-alpha = 1 - s and sigma = s (`FlowSchedule`). A third, where alpha = 1, is in d2g/diffusion/edm.py.
+Here are variance-preserving schedules over a table of timesteps (`Schedule`) and rectified flows, where
+alpha = 1 - s and sigma = s (`FlowSchedule`). EDM's schedule, where alpha = 1, is in d2g/diffusion/edm.py.
 """
 
 import math
@@ -18,11 +18,11 @@ FlowPrediction = Literal["flow_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 NO_SIGNAL = 1e-6
-"""Below this alpha, x holds no data to speak of: zero terminal SNR, where nothing may be divided by alpha."""
+"""Below this alpha, x is noise only (zero terminal SNR), and nothing may be divided by alpha."""
 
 
 class Point(NamedTuple):
-    """One place between noise and data: x = alpha x_0 + sigma eps; `t` is what the network is told there."""
+    """One point between noise and data: x = alpha x_0 + sigma eps; `t` is the network's time input there."""
 
     t: float
     alpha: float
@@ -30,14 +30,14 @@ class Point(NamedTuple):
 
 
 class Denoised(NamedTuple):
-    """What a network's output says at one point, fp32 [B, C, h, w] each: x = alpha x0 + sigma epsilon."""
+    """A network's prediction at one point, fp32 [B, C, h, w] each: x = alpha x0 + sigma epsilon."""
 
     x0: Tensor
     epsilon: Tensor
 
 
-class _AsItIs:
-    """Networks that are shown x itself, from noise of unit variance on."""
+class _UnscaledInput:
+    """Schedules whose networks take x itself, and whose samplers start from noise of unit variance."""
 
     prediction: Prediction | FlowPrediction
 
@@ -48,16 +48,16 @@ class _AsItIs:
         return noise.float()
 
     def network_input(self, x: Tensor, point: Point) -> Tensor:
-        """What the network takes at `point`."""
+        """The network's input at `point`, from x [B, C, h, w]."""
         return x
 
     def denoised(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
-        """`denoised` with this schedule's prediction."""
-        return denoised(output, x, point, self.prediction)
+        """x_0 and epsilon from a network's output, fp32; see `denoised_from`."""
+        return denoised_from(output, x, point, self.prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(_AsItIs):
+class Schedule(_UnscaledInput):
     """A variance-preserving discrete schedule. `alphas_cumprod`: float64 [T], alpha_t^2 (method.md
     "Solver equations").
     """
@@ -72,8 +72,8 @@ class Schedule(_AsItIs):
         return len(self.alphas_cumprod)
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:
-        """(alpha_t, sigma_t) at an integer timestep; -1 stands for clean data under `final_alpha_one`,
-        else for alpha-bar_0, as diffusers' DDIM does (`set_alpha_to_one`)."""
+        """(alpha_t, sigma_t) at an integer timestep. -1 is the end: clean data if `final_alpha_one`, else the
+        first entry of the table, as in diffusers' DDIM (`set_alpha_to_one`)."""
         if timestep < 0:
             bar = 1.0 if self.final_alpha_one else float(self.alphas_cumprod[0])
         else:
@@ -81,32 +81,30 @@ class Schedule(_AsItIs):
         return bar**0.5, (1.0 - bar) ** 0.5
 
     def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
-        """The `steps` points at which a sampler asks the network, and the one after them, where it ends.
+        """The `steps` points at which a sampler evaluates the network, and the point where it ends.
 
-        `size` (latent height and width) decides nothing here: it does for flows. Raises SettingError as
-        `timesteps` does.
+        `size` (latent height and width) matters for flows only. Raises SettingError as `timesteps` does.
         """
         grid = timesteps(len(self), steps, self.spacing, self.steps_offset)
         return [Point(t, *self.alpha_sigma(t)) for t in [*grid, -1]]
 
     def one_step(self, timestep: int) -> Point:
-        """Where a one-step student starts; -1: at the last timestep. Raises SettingError for one that is not
-        there."""
-        chosen = len(self) - 1 if timestep == -1 else timestep
-        if not 0 <= chosen < len(self):
+        """The point of a one-step student; -1: the last timestep. Raises SettingError if out of range."""
+        t = len(self) - 1 if timestep == -1 else timestep
+        if not 0 <= t < len(self):
             raise SettingError(
                 f"student_timestep is {timestep}; expected 0 to {len(self) - 1}, or -1 for the last"
             )
-        return Point(chosen, *self.alpha_sigma(chosen))
+        return Point(t, *self.alpha_sigma(t))
 
     def x0(self, output: Tensor, x: Tensor, point: Point) -> Tensor:
-        """x_0 from a network output, fp32."""
+        """x_0 from a network's output, fp32."""
         return predict_x0(output, x, point.alpha, point.sigma, self.prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicShift:
-    """A flow's shift that follows the picture's size: mu is linear in the number of patches."""
+    """A flow's shift that depends on the size of the image: mu is linear in the number of patches."""
 
     base_shift: float
     max_shift: float
@@ -116,7 +114,7 @@ class DynamicShift:
     patch_size: int
 
     def factor(self, size: tuple[int, int]) -> float:
-        """What stands in for `shift` at this latent height and width."""
+        """The shift at this latent height and width."""
         slope = (self.max_shift - self.base_shift) / (self.max_length - self.base_length)
         patches = (size[0] // self.patch_size) * (size[1] // self.patch_size)
         mu = self.base_shift + slope * (patches - self.base_length)
@@ -124,11 +122,11 @@ class DynamicShift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowSchedule(_AsItIs):
+class FlowSchedule(_UnscaledInput):
     """Rectified flow (Esser et al. 2024): x_s = (1 - s) x_0 + s eps, v = eps - x_0, s from 1 down to 0.
 
-    The network is told s * `train_steps`. `shift` (eq. 23) moves the steps towards noise; `dynamic` replaces
-    it by one that depends on the latent's size.
+    The network's time input is s * `train_steps`. `shift` (eq. 23) moves the steps towards noise; `dynamic`
+    replaces it by a shift that depends on the size of the latents.
     """
 
     train_steps: int
@@ -143,11 +141,12 @@ class FlowSchedule(_AsItIs):
         return self.train_steps
 
     def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
-        """The `steps` points at which a sampler asks the network, and the end, t = 0. `size`: of the latent.
+        """The `steps` points at which a sampler evaluates the network, and the end, s = 0. `size`: of the
+        latents.
 
-        linspace is what diffusers' scheduler does with a number of steps: from 1 to the last entry of its
-        table, which is shifted already when it is static, and then shifted. trailing is 1, 1 - 1/n …, shifted
-        once, as pipelines that pass their own sigmas have it. Raises SettingError for impossible steps.
+        linspace is what diffusers' scheduler does with a number of steps: evenly from 1 to the last entry of
+        its table (which a static shift has already moved), then shifted. trailing is 1, 1 - 1/n, ..., shifted
+        once, as in pipelines that pass their own sigmas. Raises SettingError for a number out of range.
         """
         if not 1 <= steps <= self.train_steps:
             raise SettingError(
@@ -165,15 +164,15 @@ class FlowSchedule(_AsItIs):
 
 
 def shifted(s: float, factor: float) -> float:
-    """The shift of Esser et al. 2024, eq. 23: keeps 0 and 1, and moves what is between towards 1."""
+    """The shift of Esser et al. 2024, eq. 23: keeps 0 and 1, and moves values between them towards 1."""
     return factor * s / (1 + (factor - 1) * s)
 
 
 def timesteps(num_train: int, steps: int, spacing: Spacing, offset: int) -> list[int]:
     """Descending integer timesteps of a `steps`-step sampler, as diffusers' DDIMScheduler spaces them.
 
-    leading: 0, r, 2r … + offset (starts at 981 for SD 1.5 and 50 steps); trailing ends at T - 1; linspace
-    spans all.
+    leading: 0, r, 2r, ... plus `offset` (50 steps of SD 1.5 start at 981); trailing starts at T - 1; linspace
+    includes both 0 and T - 1. Raises SettingError for a number of steps out of range.
     """
     if not 1 <= steps <= num_train:
         raise SettingError(f"steps is {steps}; expected 1 to {num_train}, the teacher's training steps")
@@ -207,7 +206,7 @@ def predict_x0(output: Tensor, x: Tensor, alpha: float, sigma: float, prediction
 
 
 def predict_epsilon(output: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Prediction) -> Tensor:
-    """epsilon from a network output at (alpha, sigma), in fp32."""
+    """epsilon from a network's output at (alpha, sigma), in fp32."""
     output, x = output.float(), x.float()
     if prediction == "epsilon":
         return output
@@ -216,9 +215,12 @@ def predict_epsilon(output: Tensor, x: Tensor, alpha: float, sigma: float, predi
     return (x - alpha * output) / sigma
 
 
-def denoised(output: Tensor, x: Tensor, point: Point, prediction: Prediction | FlowPrediction) -> Denoised:
-    """x_0 and epsilon from a network output at `point`, in fp32. Nothing is divided by alpha but an epsilon
-    teacher's x_0, which is a UserError at zero terminal SNR.
+def denoised_from(
+    output: Tensor, x: Tensor, point: Point, prediction: Prediction | FlowPrediction
+) -> Denoised:
+    """x_0 and epsilon from a network's output at `point`, in fp32.
+
+    Only an epsilon teacher's x_0 is divided by alpha, which raises UserError at zero terminal SNR.
     """
     if prediction == "flow_prediction":  # x = (1 - s) x_0 + s eps and v = eps - x_0, solved for both
         output, x = output.float(), x.float()
@@ -230,6 +232,6 @@ def denoised(output: Tensor, x: Tensor, point: Point, prediction: Prediction | F
 
 
 def diffuse(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, timestep: Tensor) -> Tensor:
-    """x_t = alpha_t x_0 + sigma_t eps for a batch of timesteps [B]."""
+    """x_t = alpha_t x_0 + sigma_t eps for x_0 and noise [B, ...] at timesteps [B], in the dtype of x_0."""
     bar = alphas_cumprod.to(x0.device)[timestep].view(-1, *[1] * (x0.ndim - 1))
     return (bar.sqrt() * x0 + (1 - bar).sqrt() * noise).to(x0.dtype)

@@ -1,7 +1,8 @@
-"""Scheduler files -> schedules. What a scheduler adds that our solvers do not follow is refused by name.
+"""Schedules from the scheduler files of pipelines. Schedulers and settings that our solvers do not implement
+raise UserError.
 
-Of a scheduler we take the ODE (betas, prediction, shift) and where its steps lie, never its own solver: pairs
-need a deterministic sampler that ends at sigma = 0, whatever the pipeline was published with.
+From a scheduler we take the ODE (betas, prediction, shift) and the spacing of its steps, but not its solver:
+pairs need a deterministic sampler that ends at sigma = 0.
 """
 
 import inspect
@@ -50,7 +51,7 @@ BETAS = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
-"""Settings that make the table of alphas, the same in every scheduler that has them."""
+"""Settings that determine the table of alphas, in the same way for every scheduler."""
 
 _NOISE = "it draws fresh noise at every step"
 REFUSED = {
@@ -70,11 +71,11 @@ REFUSED = {
     "ScoreSdeVeScheduler": _NOISE,
     "DEISMultistepScheduler": "its final sigma is not 0",
 }
-"""Schedulers that people meet, and why no pairs are made with them."""
+"""Common schedulers that cannot make pairs, and why."""
 
 
-# Setting -> (whether its value is beyond us, what it does, the value to give it).
-_BEYOND: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+# Setting -> (whether a value is unsupported, what it does, the value to use instead).
+_UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "clip_sample": (bool, "it clips x_0, which is no ODE", "false"),
     "thresholding": (bool, "it clips x_0, which is no ODE", "false"),
     "algorithm_type": (lambda v: "sde" in str(v), _NOISE, '"dpmsolver++"'),
@@ -86,8 +87,8 @@ _BEYOND: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_lu_lambdas": (bool, "it leaves the timesteps the network was trained at", "false"),
     "use_flow_sigmas": (bool, "a flow needs a FlowMatchEulerDiscreteScheduler", "false"),
     "interpolation_type": (lambda v: v != "linear", "it spaces steps in log sigma", '"linear"'),
-    "timestep_type": (lambda v: v != "discrete", "its network is told log sigma", '"discrete"'),
-    "sigma_min": (lambda v: v is not None, "it cuts the range of sigmas", "null"),  # but for EDM's
+    "timestep_type": (lambda v: v != "discrete", "its network takes log sigma as its time", '"discrete"'),
+    "sigma_min": (lambda v: v is not None, "it cuts the range of sigmas", "null"),  # EDM has its own
     "sigma_max": (lambda v: v is not None, "it cuts the range of sigmas", "null"),
     "lambda_min_clipped": (lambda v: v != float("-inf"), "it drops the first steps", "-Infinity"),
     "shift_terminal": (lambda v: v is not None, "it stretches the steps", "null"),
@@ -96,10 +97,10 @@ _BEYOND: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 
 
 def load_schedule(name: str) -> Schedule:
-    """The noise schedule and sampler conventions of a variance-preserving pipeline, whatever its scheduler.
+    """The schedule of a variance-preserving pipeline, with the spacing and end of its sampler.
 
-    Raises UserError for flows and EDM's, for schedulers that are stochastic or do not end at sigma = 0, and
-    for settings that our solvers do not follow.
+    Raises UserError for flows and EDM schedules, for schedulers that are stochastic or do not end at sigma =
+    0, and for settings that our solvers do not implement.
     """
     schedule = load_student_schedule(name)
     if isinstance(schedule, EDMSchedule):
@@ -111,9 +112,9 @@ def load_schedule(name: str) -> Schedule:
 
 
 def load_student_schedule(name: str) -> Schedule | EDMSchedule:
-    """The schedule of a pipeline that a one-step student can be made of: variance-preserving, or EDM's.
+    """The schedule of a pipeline that students can be made of: variance-preserving or EDM.
 
-    Raises UserError as `load_schedule` does, but for EDM's.
+    Raises UserError as `load_schedule` does, except for EDM schedules.
     """
     schedule = load_any_schedule(name)
     if isinstance(schedule, FlowSchedule):
@@ -122,9 +123,9 @@ def load_student_schedule(name: str) -> Schedule | EDMSchedule:
 
 
 def load_any_schedule(name: str) -> AnySchedule:
-    """The schedule of a pipeline, found out from its files: variance-preserving, a flow or EDM's.
+    """The schedule of a pipeline: variance-preserving, flow or EDM.
 
-    Raises UserError as `load_schedule` does, but for flows and EDM's.
+    Raises UserError as `load_schedule` does, except for flows and EDM schedules.
     """
     pipeline = open_pipeline(name)
     kind, settings = _settings(pipeline)
@@ -134,38 +135,43 @@ def load_any_schedule(name: str) -> AnySchedule:
 
 
 def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
-    """The scheduler's class and what its own constructor would make of its file, after every refusal."""
+    """The scheduler's class, and the settings in its file completed by the defaults of its constructor.
+
+    Raises UserError for schedulers and settings that are not supported.
+    """
     import diffusers
 
-    component_dir, kind = pipeline.component_dir("scheduler"), pipeline.class_name("scheduler")
+    folder, kind = pipeline.component_dir("scheduler"), pipeline.class_name("scheduler")
     where = f"teacher {pipeline.folder}: scheduler {kind}"
     flow = "flow" in pipeline.family.schedules
     supported = [name for schedule in pipeline.family.schedules for name in SCHEDULERS[schedule]]
-    mend = (
+    # Refuse schedulers that are not supported, with the way out.
+    remedy = (
         f"in diffusers, set pipe.scheduler = {supported[0]}.from_config(pipe.scheduler.config"
         f"{'' if flow else ', clip_sample=False'}) and save_pretrained the pipeline"
     )
-    assert kind is not None, "home() has seen it"
+    assert kind is not None, "component_dir has checked it"
     if kind in REFUSED:
-        raise UserError(f"{where} cannot make pairs: {REFUSED[kind]}; {mend}")
+        raise UserError(f"{where} cannot make pairs: {REFUSED[kind]}; {remedy}")
     if kind not in supported:
-        raise UserError(f"{where} does not go with {pipeline.kind}; expected {', '.join(supported)}; {mend}")
-    file = component_dir / "scheduler_config.json"
+        raise UserError(
+            f"{where} does not go with {pipeline.kind}; expected {', '.join(supported)}; {remedy}"
+        )
+    file = folder / "scheduler_config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        known = inspect.signature(getattr(diffusers, kind).__init__).parameters
-        # Files carry keys of schedulers they once had: SDXL's Euler file says set_alpha_to_one, which Euler
-        # never reads, and taking it up is a known bug
-        # (method.md "Details that change the pairs").
-        settings = {k: raw.get(k, p.default) for k, p in known.items() if k != "self"}
+        parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        # Files keep keys of other schedulers: SDXL's Euler file has set_alpha_to_one, which Euler never
+        # reads, and using it is a known bug (method.md "Details that change the pairs").
+        settings = {k: raw.get(k, p.default) for k, p in parameters.items() if k != "self"}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: {file.name} cannot be read ({error})") from error
     own = {"sigma_min", "sigma_max"} if kind in EDM else set()
-    for key in sorted(_BEYOND.keys() & settings.keys() - own):
-        beyond, does, instead = _BEYOND[key]
-        if beyond(settings[key]):
+    for key in sorted(_UNSUPPORTED.keys() & settings.keys() - own):
+        is_unsupported, effect, instead = _UNSUPPORTED[key]
+        if is_unsupported(settings[key]):
             raise UserError(
-                f"{where} has {key}={json.dumps(settings[key])}: {does}; "
+                f"{where} has {key}={json.dumps(settings[key])}: {effect}; "
                 f"set it to {instead} in {file.relative_to(pipeline.folder)}"
             )
     return kind, settings
@@ -186,13 +192,15 @@ def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
     try:
         alphas = DDIMScheduler(**{k: settings[k] for k in BETAS if k in settings}).alphas_cumprod
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{where} has betas that DDIMScheduler cannot make: {error}") from error
+        raise UserError(f"{where} has betas that DDIMScheduler does not take: {error}") from error
     return Schedule(
         alphas_cumprod=alphas.double(),
         prediction=settings["prediction_type"],
         spacing=spacing,
         steps_offset=int(settings.get("steps_offset", 0)),
-        final_alpha_one=bool(settings.get("set_alpha_to_one", True)),  # those without it end at sigma = 0
+        final_alpha_one=bool(
+            settings.get("set_alpha_to_one", True)
+        ),  # schedulers without it end at sigma = 0
     )
 
 
@@ -200,7 +208,7 @@ def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedu
     dynamic = None
     if settings["use_dynamic_shifting"]:
         network = json.loads(
-            (pipeline.component_dir("transformer") / "config.json").read_text(encoding="utf-8")
+            (pipeline.component_dir(pipeline.family.network) / "config.json").read_text(encoding="utf-8")
         )
         dynamic = DynamicShift(
             base_shift=float(settings["base_shift"]),
@@ -220,13 +228,13 @@ def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedu
 
 def _edm(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> EDMSchedule:
     where = f"teacher {pipeline.folder}: scheduler {kind}"
-    for key, known in (("prediction_type", EDMPrediction), ("sigma_schedule", SigmaGrid)):
-        if settings[key] not in get_args(known):
-            raise UserError(f"{where} has {key}={settings[key]}; supported: {', '.join(get_args(known))}")
+    for key, supported in (("prediction_type", EDMPrediction), ("sigma_schedule", SigmaGrid)):
+        if settings[key] not in get_args(supported):
+            raise UserError(f"{where} has {key}={settings[key]}; supported: {', '.join(get_args(supported))}")
     network = json.loads((pipeline.component_dir("unet") / "config.json").read_text(encoding="utf-8"))
     if (embedding := network.get("time_embedding_type", "positional")) != "positional":
         raise UserError(
-            f"{where} tells c_noise, which may be negative, but the UNet has "
+            f"{where} has the time input c_noise, which may be negative, but the UNet has "
             f"time_embedding_type={embedding}; expected positional"
         )
     low, high, data, rho = (float(settings[k]) for k in ("sigma_min", "sigma_max", "sigma_data", "rho"))

@@ -1,4 +1,4 @@
-"""Deterministic solvers of the probability-flow ODE as plain functions over a callable denoiser."""
+"""Deterministic solvers of the probability-flow ODE, as functions of a callable denoiser."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,48 +11,48 @@ from d2g.diffusion.schedule import Denoised, FlowSchedule, Point
 from d2g.diffusion.scheduler_files import AnySchedule
 
 Denoise = Callable[[Tensor, Point], Denoised]
-"""`denoise(x, point)`: noisy scaled latents [B, C, h, w] at a point -> predicted x_0 and epsilon, fp32."""
+"""`denoise(x, point)`: noisy latents [B, C, h, w] at a point -> predicted x_0 and epsilon, fp32."""
 
 Solver = Literal["ddim", "heun", "euler"]
 
 UNBOUNDED = 1e3
-"""A schedule whose sigma / alpha ends beyond this has zero terminal SNR, give or take rounding."""
+"""A schedule whose last sigma / alpha exceeds this has zero terminal SNR, up to rounding."""
 
 
-def ddim_step(found: Denoised, after: Point) -> Tensor:
+def ddim_step(prediction: Denoised, after: Point) -> Tensor:
     """DDIM with eta = 0 (Song et al. 2021, eq. 12): x_s = alpha_s x0_hat + sigma_s eps."""
-    return after.alpha * found.x0 + after.sigma * found.epsilon
+    return after.alpha * prediction.x0 + after.sigma * prediction.epsilon
 
 
 def euler_step(x: Tensor, velocity: Tensor, now: Point, after: Point) -> Tensor:
-    """Euler on a flow's dx/ds = v (Liu et al. 2023, eq. 1), s being sigma."""
+    """Euler's step on a flow's dx/ds = v with s = sigma (Liu et al. 2023, eq. 1)."""
     return x + (after.sigma - now.sigma) * velocity
 
 
 def heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
     """Heun's second-order step in sigma space (EDM Algorithm 1 without churn).
 
-    In x / alpha over sigma / alpha the ODE is d(x / alpha) / d(sigma / alpha) = eps; DDIM is its Euler step.
-    With alpha = 1 it is the paper's own, line by line.
+    The ODE is d(x / alpha) / d(sigma / alpha) = eps, and DDIM is its Euler step. With alpha = 1 this is the
+    paper's algorithm line by line.
     """
     first = denoise(x, now)
     second = denoise(ddim_step(first, after), after)
     epsilon = (first.epsilon + second.epsilon) / 2
-    run = after.sigma / after.alpha - now.sigma / now.alpha
-    return after.alpha * (x / now.alpha + run * epsilon)
+    step = after.sigma / after.alpha - now.sigma / now.alpha
+    return after.alpha * (x / now.alpha + step * epsilon)
 
 
 def heun_step_at_noise(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
-    """The same ODE read as d(x / sigma) / d(alpha / sigma) = x_0: what Heun needs near zero terminal SNR.
+    """Heun's step on the same ODE written as d(x / sigma) / d(alpha / sigma) = x_0, for zero terminal SNR.
 
-    There sigma / alpha is infinite at first and then halves in one step, however many steps there are, so
-    that sigma space would be of first order only.
+    There sigma / alpha is infinite at the start, and halves in one step however many steps there are, so in
+    sigma space Heun would be of first order only.
     """
     first = denoise(x, now)
     second = denoise(ddim_step(first, after), after)
     x0 = (first.x0 + second.x0) / 2
-    run = after.alpha / after.sigma - now.alpha / now.sigma
-    return after.sigma * (x / now.sigma + run * x0)
+    step = after.alpha / after.sigma - now.alpha / now.sigma
+    return after.sigma * (x / now.sigma + step * x0)
 
 
 def flow_heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
@@ -62,20 +62,20 @@ def flow_heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Ten
     return euler_step(x, (first + second) / 2, now, after)
 
 
-def velocity(found: Denoised) -> Tensor:
+def velocity(prediction: Denoised) -> Tensor:
     """A flow's v = eps - x_0."""
-    return found.epsilon - found.x0
+    return prediction.epsilon - prediction.x0
 
 
 def first_order(schedule: AnySchedule) -> Solver:
-    """The first-order solver of a kind of ODE, as it is called there: DDIM is Euler in sigma / alpha."""
+    """The first-order solver of a schedule by its usual name: DDIM is Euler's method in sigma / alpha."""
     return "euler" if isinstance(schedule, FlowSchedule | EDMSchedule) else "ddim"
 
 
 def sample_ode(denoise: Denoise, noise: Tensor, schedule: AnySchedule, steps: int, solver: Solver) -> Tensor:
     """Integrate from noise [B, C, h, w] of unit variance to scaled latents of the same shape, in fp32.
 
-    The last step of Heun has no network at its end and is of first order, as in EDM.
+    Heun's last step is of first order, as in EDM: at its end, sigma = 0, there is no network to evaluate.
     """
     assert solver in ("heun", first_order(schedule)), f"{solver} on a {type(schedule).__name__}"
     x, (height, width) = schedule.start(noise), noise.shape[-2:]
@@ -92,6 +92,7 @@ def sample_ode(denoise: Denoise, noise: Tensor, schedule: AnySchedule, steps: in
 
 
 def _heun(schedule: AnySchedule, now: Point) -> Callable[[Denoise, Tensor, Point, Point], Tensor]:
+    """The form of Heun's step for a schedule at the point `now`."""
     if isinstance(schedule, FlowSchedule):
         return flow_heun_step
     if isinstance(schedule, EDMSchedule):
@@ -101,16 +102,16 @@ def _heun(schedule: AnySchedule, now: Point) -> Callable[[Denoise, Tensor, Point
     return heun_step_at_noise if unbounded and now.sigma > now.alpha else heun_step
 
 
-def evaluations(steps: int, solver: Solver, guidance: float) -> int:
-    """Network evaluations of one sample: Heun takes 2 steps - 1, guidance doubles."""
+def evaluations_per_sample(steps: int, solver: Solver, guidance: float) -> int:
+    """Network evaluations of one sample: 2 steps - 1 with Heun, else `steps`; twice as many with guidance."""
     return (2 * steps - 1 if solver == "heun" else steps) * (1 if guidance == 1 else 2)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022) on network outputs: out = null + w (text - null).
+    """Classifier-free guidance w on raw network outputs: null + w (cond - null) (Ho & Salimans 2022).
 
-    `rescale` (0 to 1) draws each row's standard deviation back towards that of the conditional output (Lin et
-    al. 2024, section 3.4, eq. 15 and 16), against the overexposure of high guidance.
+    `rescale` (0 to 1) moves each row's standard deviation towards that of the conditional output (Lin et al.
+    2024, section 3.4, eq. 15 and 16), against the overexposure of high guidance.
     """
     output = unconditional + guidance * (conditional - unconditional)
     if rescale == 0:

@@ -25,8 +25,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Teacher:
     """A frozen teacher of any family on one device. Build it with `load_teacher`.
 
-    `pipeline`: its class in diffusers. `latent_shape`: (C, h, w) of the resolution the network was trained at;
-    it also samples at others. `config`: of the network, which may be replaced by a compiled one.
+    `pipeline`: its class in diffusers. `latent_shape`: (C, h, w) of the resolution the network was trained
+    at; it also samples at others. `config`: of the network, which may be replaced by a compiled one.
     """
 
     name: str
@@ -141,7 +141,8 @@ class Teacher:
 
 
 def time_input(x: Tensor, point: Point) -> Tensor:
-    """A network's time input [B] at a point: a timestep of the table, a flow's fraction of it, or EDM's c_noise.
+    """A network's time input [B] at a point: a timestep of the table, a flow's fraction of it, or EDM's
+    c_noise.
 
     It is a tensor, because torch.compile would compile a network again for every number.
     """

@@ -12,7 +12,7 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
-from d2g.diffusion.lora import has_lora, whole_update
+from d2g.diffusion.lora import adapters_from_teacher, has_lora
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
 from distill.config.export import CardOptions
@@ -127,7 +127,7 @@ def export_lora(
 
     They go on the teacher's own pipeline: `pipe.load_lora_weights(OUT)`, guidance_scale=1. They hold the
     whole difference between student and teacher: if the run started from the adapters of another run, the
-    sum of both (`d2g.diffusion.lora.whole_update`). Raises UserError for a student without adapters, with a
+    sum of both (`d2g.diffusion.lora.adapters_from_teacher`). Raises UserError for a student without adapters, with a
     guidance input, or whose other weights differ from the teacher's. Returns the same as `export_pipeline`.
     """
     saved_dtype, options = parse_dtype(dtype), options or CardOptions()
@@ -185,7 +185,7 @@ def _adapters(student: str, teacher: str, tensors: dict[str, Tensor]) -> dict[st
     """
     settings = student_config(student)
     weights = {f"unet.{name}": value for name, value in pretrained.load_unet(teacher).state_dict().items()}
-    adapters, unexplained = whole_update(tensors, weights, settings.lora_rank, settings.alpha)
+    adapters, unexplained = adapters_from_teacher(tensors, weights, settings.lora_rank, settings.alpha)
     if unexplained:
         raise UserError(
             f"student {student} is more than adapters: {len(unexplained)} weights without any, first "

@@ -26,9 +26,10 @@ GUIDANCE_WIDTH = 256
 class Student(nn.Module):
     """The one-step generator G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2).
 
-    Other predictions: method.md "One-step formulas". For an EDM teacher (method.md "CIFAR10 and EDM"):
-    c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has no parameters of its own, and combines in fp32 whatever the network runs in.
-    `downscale`: pixels per latent, for networks that take the size of the image.
+    Other predictions: method.md "One-step formulas". For an EDM teacher (method.md "CIFAR10 and EDM"): c_skip
+    sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has no parameters of its own, and
+    combines in fp32 whatever the network runs in. `downscale`: pixels per latent, for networks that take the
+    size of the image.
     """
 
     def __init__(
@@ -192,8 +193,8 @@ def add_guidance_embedding(unet: Any) -> None:
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
-    """Guidance scales w [B] -> embeddings [B, width], fp32: sines, then cosines, of 1000 (w - 1) at `width` / 2
-    frequencies from 1 down to 1e-4, as diffusers does for latent consistency models (Luo et al. 2023).
+    """Guidance scales w [B] -> embeddings [B, width], fp32: sines, then cosines, of 1000 (w - 1) at `width` /
+    2 frequencies from 1 down to 1e-4, as diffusers does for latent consistency models (Luo et al. 2023).
     """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=guidance.device) * (-math.log(10_000) / (half - 1)))

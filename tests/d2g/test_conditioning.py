@@ -1,4 +1,5 @@
-"""d2g.diffusion.conditioning: one value for all kinds of conditioning; SDXL's conditioner against diffusers."""
+"""d2g.diffusion.conditioning: one value for all kinds of conditioning; SDXL's conditioner against
+diffusers."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""d2g.diffusion.edm: the identities of the paper's preconditioning, and its noise levels against diffusers'."""
+"""d2g.diffusion.edm: the identities of the paper's preconditioning, and its noise levels against
+diffusers'."""
 
 import math
 from dataclasses import replace

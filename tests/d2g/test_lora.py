@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2g.core.seeds import generator
-from d2g.diffusion.lora import factors, merged, whole_update
+from d2g.diffusion.lora import adapters_from_teacher, low_rank_factors, merged
 
 
 def drawn(number: int, *shape: int) -> torch.Tensor:
@@ -14,15 +14,15 @@ def drawn(number: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(200, 120, 5), (120, 200, 70), (7, 9, 7), (6, 6, 0)])
 def test_factors_are_of_the_least_rank(rows: int, columns: int, rank: int) -> None:
     matrix = drawn(0, rows, rank).double() @ drawn(1, rank, columns).double()
-    b, a = factors(matrix, 1e-5)
+    b, a = low_rank_factors(matrix, 1e-5)
     assert b.shape == (rows, rank) and a.shape == (rank, columns) and b.dtype == a.dtype == torch.float32
     torch.testing.assert_close(b.double() @ a.double(), matrix, rtol=0, atol=1e-5 * max(1, rank))
 
 
 def test_what_is_below_the_noise_is_no_rank() -> None:
     matrix = (drawn(0, 40, 3) @ drawn(1, 3, 30)).double()
-    assert len(factors(matrix + 1e-7 * drawn(2, 40, 30), 1e-5)[1]) == 3
-    assert len(factors(matrix + 1e-7 * drawn(2, 40, 30), 1e-9)[1]) == 30
+    assert len(low_rank_factors(matrix + 1e-7 * drawn(2, 40, 30), 1e-5)[1]) == 3
+    assert len(low_rank_factors(matrix + 1e-7 * drawn(2, 40, 30), 1e-9)[1]) == 30
 
 
 def state(teacher: dict[str, torch.Tensor], number: int, rank: int) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def difference(tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
 
 def test_adapters_of_one_run_keep_their_rank_and_take_their_scale() -> None:
     own = state(TEACHER, 1, 3)
-    found, unexplained = whole_update(own, TEACHER, 3, 6.0)
+    found, unexplained = adapters_from_teacher(own, TEACHER, 3, 6.0)
     assert unexplained == [] and len(found) == 4
     assert torch.equal(found["one.to_q.lora_A.weight"], own["one.to_q.lora_A.default.weight"])
     assert torch.equal(found["one.to_q.lora_B.weight"], 2 * own["one.to_q.lora_B.default.weight"])
@@ -61,7 +61,7 @@ def test_adapters_of_three_runs_add_up() -> None:
     first["two.to_q.lora_B.default.weight"].zero_()
     second = state(merged(first, 2, 1.0), 2, 3)
     third = state(merged(second, 3, 6.0), 3, 1)
-    found, unexplained = whole_update(third, TEACHER, 1, 0.5)
+    found, unexplained = adapters_from_teacher(third, TEACHER, 1, 0.5)
     assert unexplained == []
     for name, value in merged(third, 1, 0.5).items():
         stem = name.removesuffix(".weight")
@@ -74,4 +74,4 @@ def test_adapters_of_three_runs_add_up() -> None:
 def test_weights_without_adapters_that_moved_are_named() -> None:
     own = state(TEACHER, 1, 3)
     own["plain.weight"] = own["plain.weight"] + 1e-5
-    assert whole_update(own, TEACHER, 3, 3.0)[1] == ["plain.weight"]
+    assert adapters_from_teacher(own, TEACHER, 3, 3.0)[1] == ["plain.weight"]

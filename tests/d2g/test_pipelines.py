@@ -1,4 +1,5 @@
-"""d2g.diffusion.pipelines: what a folder or hub id holds, which of its files are loaded, and their fingerprint."""
+"""d2g.diffusion.pipelines: what a folder or hub id holds, which of its files are loaded, and their
+fingerprint."""
 
 import hashlib
 import http.server

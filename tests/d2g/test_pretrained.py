@@ -1,5 +1,5 @@
-"""d2g.diffusion.pretrained: the real loaders on a tiny teacher, and one clear line for every way a teacher can be
-broken.
+"""d2g.diffusion.pretrained: the real loaders on a tiny teacher, and one clear line for every way a teacher
+can be broken.
 """
 
 import json
@@ -268,7 +268,7 @@ def test_conditioners_of_classes_and_of_nothing(teacher: Path, tmp_path: Path) -
 
 def test_equal_captions_give_equal_tokenizers_in_every_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; import tiny; from d2g.diffusion.pretrained import new_tokenizer; "
+        "import sys, tiny; from pathlib import Path; from d2g.diffusion.pretrained import new_tokenizer; "
         "new_tokenizer(tiny.CAPTIONS, Path(sys.argv[1]), 320, 12)"
     )
     texts = []

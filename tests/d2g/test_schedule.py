@@ -20,7 +20,7 @@ from d2g.diffusion.schedule import (
     Prediction,
     Schedule,
     Spacing,
-    denoised,
+    denoised_from,
     diffuse,
     predict_epsilon,
     predict_x0,
@@ -203,6 +203,6 @@ def test_every_prediction_gives_x0_and_epsilon_back(sigma: float, kind: Any) -> 
         "sample": x0,
         "flow_prediction": eps - x0,
     }[kind]
-    found = denoised(output, alpha * x0 + sigma * eps, Point(0, alpha, sigma), kind)
+    found = denoised_from(output, alpha * x0 + sigma * eps, Point(0, alpha, sigma), kind)
     torch.testing.assert_close(found.x0, x0, rtol=0, atol=2e-4)
     torch.testing.assert_close(found.epsilon, eps, rtol=0, atol=2e-4)

@@ -1,4 +1,5 @@
-"""d2g.diffusion.scheduler_files: what is taken from a scheduler's file, and every refusal, by name and with the way out."""
+"""d2g.diffusion.scheduler_files: what is taken from a scheduler's file, and every refusal, by name and with
+the way out."""
 
 import json
 import shutil
@@ -165,7 +166,7 @@ def test_settings_that_our_solvers_do_not_follow(
             "prediction_type=flow_prediction; supported: epsilon, v_pred",
         ),
         ({"timestep_spacing": "karras"}, "timestep_spacing=karras; supported: leading, trailing, linspace"),
-        ({"beta_schedule": "none"}, "has betas that DDIMScheduler cannot make"),
+        ({"beta_schedule": "none"}, "has betas that DDIMScheduler does not take"),
     ],
 )
 def test_settings_that_mean_nothing(copy: Path, settings: dict[str, Any], says: str) -> None:

@@ -20,7 +20,7 @@ from d2g.diffusion.solvers import (
     Solver,
     ddim_step,
     euler_step,
-    evaluations,
+    evaluations_per_sample,
     flow_heun_step,
     guided,
     heun_step,
@@ -226,7 +226,11 @@ CASES: list[tuple[AnySchedule, Solver]] = [
 def test_evaluations_are_what_the_solver_spends(schedule: AnySchedule, solver: Solver, steps: int) -> None:
     counted = Gaussian()
     sample_ode(counted, noise(), schedule, steps, solver)
-    assert counted.calls == evaluations(steps, solver, 1.0) == evaluations(steps, solver, 3.0) // 2
+    assert (
+        counted.calls
+        == evaluations_per_sample(steps, solver, 1.0)
+        == evaluations_per_sample(steps, solver, 3.0) // 2
+    )
 
 
 def test_guidance_is_linear_in_the_scale() -> None:

@@ -1,4 +1,5 @@
-"""d2g.diffusion.teacher against diffusers' own StableDiffusionPipeline, and what all families have in common."""
+"""d2g.diffusion.teacher against diffusers' own StableDiffusionPipeline, and what all families have in
+common."""
 
 import shutil
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion.pretrained import load_schedule
 from d2g.diffusion.scheduler_files import load_any_schedule, load_student_schedule
-from d2g.diffusion.solvers import evaluations
+from d2g.diffusion.solvers import evaluations_per_sample
 from d2g.diffusion.teacher import Teacher, check_solver, describe_teacher, load_teacher
 from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.job import config_of, open_job
@@ -101,7 +101,7 @@ def test_heun_is_another_solver_of_the_same_ode(edm: Path) -> None:
     ]
     assert errors[1] < errors[0] / 4 and errors[2] < errors[1] / 2.5, errors
     check_solver(teacher, "heun", 18)
-    assert evaluations(18, "heun", 1.0) == 35, "Table A1"
+    assert evaluations_per_sample(18, "heun", 1.0) == 35, "Table A1"
 
 
 def test_it_describes_itself(edm: Path) -> None:

@@ -1,7 +1,7 @@
 """What a model family is: the base class of the files in this package, and the pipeline files that they read.
 
-A family's file holds everything that is known about it: pipelines and components, checks, conditioner, the call
-of its network, latent shape, repeated blocks, LoRA targets, and the stages that work for it.
+A family's file holds everything that is known about it: pipelines and components, checks, conditioner, the
+call of its network, latent shape, repeated blocks, LoRA targets, and the stages that work for it.
 """
 
 from abc import ABC, abstractmethod
@@ -104,10 +104,12 @@ class Family(ABC):
         downscale: int,
         guidance_embedding: Tensor | None = None,
     ) -> Tensor:
-        """The raw prediction [B, C', h, w] for network inputs x [B, C, h, w]; C' is 2 C with a learned variance.
+        """The raw prediction [B, C', h, w] for network inputs x [B, C, h, w]; C' is 2 C with a learned
+        variance.
 
-        config: of the network, which may be compiled or wrapped. t: the time input, a number or a tensor [B]. downscale: pixels per latent, for networks that take the
-        size of the image. guidance_embedding [B, W]: for students that take their guidance scale as an input.
+        config: of the network, which may be compiled or wrapped. t: the time input, a number or a tensor [B].
+        downscale: pixels per latent, for networks that take the size of the image. guidance_embedding [B, W]:
+        for students that take their guidance scale as an input.
         """
 
     def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
@@ -160,7 +162,7 @@ class Family(ABC):
             )
 
     def supported_stages(self, schedule: ScheduleKind, unconditional: bool) -> dict[str, str]:
-        """Stage -> what to call it for a teacher with this kind of schedule; "" where the stage does not work."""
+        """Stage -> its name, for teachers with this kind of schedule; "" where it is not supported."""
         formats = ", ".join(
             export.name
             for export in self.exports

@@ -83,7 +83,7 @@ class PixArt(Family):
         downscale: int,
         guidance_embedding: Tensor | None = None,
     ) -> Tensor:
-        """Masked hidden states, and the size and aspect ratio of the image where the network was trained with them."""
+        """Masked hidden states, and the size and aspect ratio of the image where the network takes them."""
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if _takes_size(config):
             height, width = (downscale * side for side in x.shape[-2:])
@@ -102,6 +102,6 @@ class PixArt(Family):
 
 
 def _takes_size(config: Any) -> bool:
-    """Whether a network takes the size of the image: by its config, else if it was trained on 128 x 128 latents."""
+    """Whether a network takes the size of the image: by its config, else if its latents are 128 x 128."""
     asked = config.use_additional_conditions
     return config.sample_size == 128 if asked is None else bool(asked)

@@ -30,7 +30,8 @@ STAGE_COLUMNS = ("family", "pairs", "regression", "GAN", "LoRA", "export")
 
 
 def stage_table() -> list[dict[str, str]]:
-    """The table of families and the stages that support them: one row per family, texts by `STAGE_COLUMNS`."""
+    """The table of families and the stages that support them: one row per family, texts by
+    `STAGE_COLUMNS`."""
     return [
         {
             "family": family.title,

@@ -1,4 +1,5 @@
-"""SDXL: a U-Net told the hidden states of two CLIP text models, a pooled embedding, and the size of the image."""
+"""SDXL: a U-Net told the hidden states of two CLIP text models, a pooled embedding, and the size of the
+image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

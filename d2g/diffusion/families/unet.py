@@ -1,4 +1,5 @@
-"""What all U-Nets of diffusers share: their call, their repeated blocks, and the stages that work for them."""
+"""What all U-Nets of diffusers share: their call, their repeated blocks, and the stages that work for
+them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -79,5 +80,5 @@ def added_conditions(config: Any, cond: Conditioning, x: Tensor, downscale: int)
 
 
 def attention_parameters(unet: nn.Module) -> set[str]:
-    """Names of the parameters inside attention layers and their transformer blocks (the weight-decay rule)."""
+    """Names of the parameters inside attention layers and transformer blocks (the weight-decay rule)."""
     return {name for name, _ in unet.named_parameters() if ".attentions." in f".{name}"}

@@ -33,7 +33,7 @@ class UNet2D(UNetFamily):
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
     ) -> Conditioner:
-        """Class labels if the U-Net has embeddings of classes. Raises UserError for a null_class but the last."""
+        """Class labels if the U-Net embeds classes. Raises UserError if null_class is not the last class."""
         embeddings, null = config.num_class_embeds, pipeline.index.get("null_class")
         if null is not None and (embeddings is None or null != embeddings - 1):
             raise UserError(
