@@ -172,7 +172,7 @@ def triplets(
     settings = {"data": data, "seed": options.seed, "decoders": tuple(decoder) if decoder else None}
     config = configure_preset(_presets("TRIPLETS"), "patches", options, settings)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, {"out": str(out), "made": list(config.made)})
+        finish_dry_run(config, options.as_json, {"out": str(out), "made": list(config.selected_kinds)})
     from latent_lpips.training.make_triplets import make_triplets
 
     with leave_process_group():

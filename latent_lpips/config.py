@@ -1,4 +1,4 @@
-"""What can be set about the perceptual distance: network, augmentation, training."""
+"""Settings of the perceptual distance: network, augmentation and training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,21 +6,21 @@ from typing import Literal
 from d2g.core.config import require, setting
 
 Precision = Literal["fp32", "bf16", "auto"]
-"""Of a frozen trunk's convolutions. `auto`: bf16 where the hardware multiplies it, else fp32."""
+"""Precision of a frozen trunk's convolutions. `auto` is bf16 where the hardware supports it, else fp32."""
 
 AUGMENT_FAMILIES = "bgco"
-"""b: pixel blitting, g: general geometry, c: color, o: cutout."""
+"""Families of transforms: b pixel blitting, g general geometry, c color, o cutout."""
 
 
 def are_augment_families(families: str) -> bool:
-    """Whether these are `none`, or letters of `AUGMENT_FAMILIES`, each once."""
+    """Whether `families` is `none`, or distinct letters of `AUGMENT_FAMILIES`."""
     letters = set(families)
     return families == "none" or (0 < len(families) == len(letters) and letters <= set(AUGMENT_FAMILIES))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LPIPSConfig:
-    """The trunk: VGG16 for latents, its first three max-pools removed (Diffusion2GAN, supplement C.2)."""
+    """The trunk: a VGG16 for latents without the first three max-pools (Diffusion2GAN, supplement C.2)."""
 
     channels: int = setting(
         4,
@@ -46,13 +46,13 @@ class LPIPSConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Feature channels of the five taps."""
+        """Channels of the five tapped feature maps."""
         return tuple(max(1, round(c * self.width)) for c in (64, 128, 256, 512, 512))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
-    """E-LatentLPIPS' random transforms: every op of a chosen family is drawn for every sample."""
+    """E-LatentLPIPS' random transforms. Every operation of a chosen family is sampled for every sample."""
 
     families: str = setting(
         "bgco",
@@ -104,13 +104,13 @@ class AugmentConfig:
 
     @property
     def letters(self) -> str:
-        """The families in the order in which they act; empty for `none`."""
+        """The families in the order in which they are applied; empty for `none`."""
         return "".join(c for c in AUGMENT_FAMILIES if self.families != "none" and c in self.families)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrunkTrainConfig:
-    """Classification in latent space. Defaults: the ImageNet recipe that the paper's supplement names."""
+    """Training of the trunk by classification. Defaults: the ImageNet recipe of the paper's supplement."""
 
     optimizer: Literal["sgd", "adamw"] = setting(
         "sgd", "Optimizer of the trunk", source="pytorch/examples/imagenet"
@@ -156,7 +156,7 @@ class TrunkTrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrateConfig:
-    """Linear heads on a frozen trunk, LPIPS protocol: constant rate for half of the epochs, then to 0."""
+    """Linear heads on a frozen trunk by LPIPS' protocol: constant learning rate, then linear to 0."""
 
     lr: float = setting(1e-4, "Learning rate of the heads", source="Zhang et al. 2018", recipe=True)
     batch: int = setting(50, "Judgments per optimizer step", source="Zhang et al. 2018")
@@ -182,7 +182,7 @@ class CalibrateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LPIPSTrainConfig:
-    """A LatentLPIPS for a new latent space: trunk, then calibration."""
+    """Training of a LatentLPIPS for a new latent space: trunk, then calibration."""
 
     network: LPIPSConfig = setting(LPIPSConfig(), "The trunk")
     trunk: TrunkTrainConfig = setting(TrunkTrainConfig(), "Training of the trunk")

@@ -64,6 +64,8 @@ class Objects:
 
 
 def make_views(scenes: Sequence[Scene]) -> Views:
+    """Compute camera and light of each scene."""
+
     def column(value: Callable[[Scene], float]) -> Tensor:
         return torch.tensor([value(scene) for scene in scenes], dtype=torch.float32)
 
@@ -85,6 +87,7 @@ def make_views(scenes: Sequence[Scene]) -> Views:
 
 
 def make_objects(scenes: Sequence[Scene]) -> Objects:
+    """Collect the objects of all scenes, with the constants that rendering needs."""
     rows = [(b, k) for b, scene in enumerate(scenes) for k in range(len(scene.objects))]
     specs = [scenes[b].objects[k] for b, k in rows]
     spots = [scenes[b].placements[k] for b, k in rows]
@@ -111,15 +114,18 @@ def make_objects(scenes: Sequence[Scene]) -> Objects:
 
 
 def linear_light(colors: list[tuple[float, float, float]]) -> Tensor:
+    """Convert display colors to linear light [3, N] (gamma 2)."""
     display = torch.tensor(colors, dtype=torch.float32).T
     return (display * display).contiguous()
 
 
 def pixel_axis(count: int) -> Tensor:
+    """Return the centers of `count` pixels on an axis from -1 to 1."""
     return (torch.arange(count) + 0.5) * (2 / count) - 1
 
 
 def ray_directions(views: Views, scene: Tensor, ray: Tensor, count: int) -> Vector:
+    """Return unit directions [N] of the rays with index `ray` in count x count images of `scene`."""
     axis, tan = pixel_axis(count), views.tan[scene]
     u, v = axis[ray % count] * tan, -axis[ray // count] * tan
     forward, up = take_rows(views.forward, scene), take_rows(views.up, scene)
@@ -140,6 +146,7 @@ def by_shape(
 
 
 def rows_by_shape(objects: Objects, item: Tensor) -> list[tuple[str, Tensor]]:
+    """Return, for each shape, the rows of `item` whose object has it."""
     kinds = torch.tensor([SHAPES.index(shape) for shape in objects.shape])[item]
     return [(shape, (kinds == kind).nonzero().squeeze(1)) for kind, shape in enumerate(SHAPES)]
 

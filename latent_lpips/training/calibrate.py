@@ -58,14 +58,12 @@ def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet)
     OUT/run: an interrupted run resumes there, and runs with other settings of the fit reuse them. Ranks of
     torchrun share the work. Raises UserError for bad input.
     """
-    device = process_group.init()
+    started, device = time.monotonic(), process_group.init()
     require_given(config, "data", "latents", "weights")
-    started = time.monotonic()
     vae = pretrained.load_autoencoder(config.latents).to(device)
     metric = open_metric(config.weights, config.latents, vae, device)
-    with torch.no_grad():
-        for head in metric.heads:
-            head.fill_(1.0)
+    for head in metric.heads:
+        head.fill_(1.0)
     # Channel averages of all judgments: everything that the fit needs.
     inputs = _feature_inputs(config, metric)
     RunLog(out / "run", inputs)

@@ -302,10 +302,10 @@ def shift_latents(x: Tensor, config: ClassifyConfig, nimg: int, rows: slice) -> 
     if not config.shift:
         return x
     moves = AugmentConfig(families="b", flip=False, quarter_turns=False, integer_shift=config.shift)
-    drawn = augment.sample_transforms(
+    transforms = augment.sample_transforms(
         moves, config.batch, x.shape[2:], generator(config.seed, Stream.LATENT_SHIFT, nimg), x.device
     )
-    return augment.apply_transforms(x, augment.select_transforms(drawn, rows))
+    return augment.apply_transforms(x, augment.select_transforms(transforms, rows))
 
 
 def classify_in_training(model: VGG16, x: Tensor, rng: torch.Generator, batch: int, rows: slice) -> Tensor:

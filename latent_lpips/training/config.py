@@ -9,7 +9,7 @@ from latent_lpips.config import AugmentConfig, CalibrateConfig
 
 
 def require_given(config: Any, *names: str) -> None:
-    """Raise SettingError for the first of `names` that nobody set."""
+    """Raise SettingError for the first of `names` that is not set."""
     for name in names:
         if not getattr(config, name):
             raise SettingError(f"{name} is not set; give --{name}")
@@ -126,7 +126,7 @@ class ClassifyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchConfig:
-    """How the patches of a BAPPS folder become latents."""
+    """How patches of a BAPPS folder are loaded and encoded to latents."""
 
     load: int = setting(
         0,
@@ -214,7 +214,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverfitConfig:
-    """Can the distance alone bring random latents to given ones? Supplement C.1 and its Fig. A1."""
+    """Optimization of random latents towards target latents with the distance alone (supplement C.1)."""
 
     data: str = setting(
         "", "Folder of images, or one image; the first count in order of name are used", recipe=True
@@ -263,7 +263,7 @@ DISTORTION_KINDS = ("blur", "noise", "jpeg", "warp", "color", "decoder")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TripletsConfig:
-    """Triplets whose order is known: one kind of distortion at two strengths."""
+    """Triplets with a known answer: one kind of distortion at two strengths."""
 
     data: str = setting("", "Folder of images, or image-parquet (option --data)", recipe=True)
     decoders: tuple[str, ...] = setting(
@@ -294,8 +294,8 @@ class TripletsConfig:
             raise SettingError("kinds has decoder, but no decoder is given; give --decoder")
 
     @property
-    def made(self) -> tuple[str, ...]:
-        """The kinds that are made, in order."""
+    def selected_kinds(self) -> tuple[str, ...]:
+        """The kinds of distortion to make, in order."""
         return self.kinds or tuple(kind for kind in DISTORTION_KINDS if kind != "decoder" or self.decoders)
 
 

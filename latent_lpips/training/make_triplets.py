@@ -61,7 +61,9 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
     hashes = [pretrained.autoencoder_sha256(name) for name in config.decoders]
     RunLog(out, {**to_json(config), "autoencoders": hashes, "pictures": pictures.digest()})
     distort = distortion_functions(vaes)
-    counts: dict[str, dict[str, int]] = {part: dict.fromkeys(config.made, 0) for part in ("train", "val")}
+    counts: dict[str, dict[str, int]] = {
+        part: dict.fromkeys(config.selected_kinds, 0) for part in ("train", "val")
+    }
     val_images = _validation_images(config, len(pictures))
     total, left_out = len(pictures) * config.patches, 0
     for i in range(total):
@@ -69,7 +71,7 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
         part = "val" if row in val_images else "train"
         ref: Tensor | None = None
         stem = f"{row:06d}.{i % config.patches}"
-        for number, kind in enumerate(config.made):
+        for number, kind in enumerate(config.selected_kinds):
             folder = out / part / kind
             if (folder / "judge" / f"{stem}.npy").is_file():  # written last
                 counts[part][kind] += 1

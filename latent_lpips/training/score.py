@@ -28,7 +28,7 @@ from latent_lpips.training.config import ScoreConfig, require_given
 from latent_lpips.training.latent_stream import require_single_process
 from latent_lpips.training.small import two_afc_agreement
 
-LATENT_LPIPS = "latent_lpips"
+SCORED_METRIC = "latent_lpips"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
             scored[name]["ci"][task] = bootstrap_intervals(
                 by_split, answers, numbers[task], scorer, config.resamples, config.seed
             )
-    ours = scored.pop(LATENT_LPIPS)
+    ours = scored.pop(SCORED_METRIC)
     people = {split.name: human_agreement(split.answers) for split in tasks["two_afc"]}
     result = ScoreResult(
         two_afc=ours["two_afc"],
@@ -117,7 +117,7 @@ def open_scored_distances(config: ScoreConfig, device: torch.device) -> dict[str
     """Load LatentLPIPS and the baselines by name; all take pixels [B, 3, H, W] in [-1, 1]."""
     vae = pretrained.load_autoencoder(config.latents).to(device)
     metric = open_metric(config.weights, config.latents, vae, device)
-    measures = {LATENT_LPIPS: ScoredDistance(lambda x: encode_patches(x, config.patch, vae, device), metric)}
+    measures = {SCORED_METRIC: ScoredDistance(lambda x: encode_patches(x, config.patch, vae, device), metric)}
     pixels: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": pixel_squared_error, "ssim": ssim_distance}
     for name in config.baselines:
         measures[name] = ScoredDistance(lambda x: x.to(device), pixels[name])
