@@ -14,7 +14,7 @@ Sections = dict[str, tuple[Any, Presets[Any]]]
 
 
 def settings(
-    group: Annotated[str, typer.Argument(help="distill, pairs, eval, lpips, teacher, export or demo.")],
+    group: Annotated[str, typer.Argument(help="distill, pairs, eval, lpips, teacher or export.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of docs/settings.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -100,12 +100,6 @@ def _export() -> Sections:
     return {"d2g export": (ExportConfig(), EXPORT_PRESETS)}
 
 
-def _demo() -> Sections:
-    from miniature.config import DEMO_PRESETS, DemoConfig
-
-    return {"d2g demo": (DemoConfig(), DEMO_PRESETS)}
-
-
 GROUPS = {
     "distill": _distill,
     "pairs": _pairs,
@@ -113,6 +107,5 @@ GROUPS = {
     "lpips": _lpips,
     "teacher": _teacher,
     "export": _export,
-    "demo": _demo,
 }
 """Groups of settings, and what loads them."""

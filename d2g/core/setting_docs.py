@@ -25,20 +25,27 @@ def describe_settings(config: Any, prefix: str = "") -> list[SettingDoc]:
     hints = get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)
-        if is_dataclass(value):
+        if is_dataclass(value) and any(member.metadata for member in fields(value)):
             docs += describe_settings(value, f"{prefix}{field.name}.")
             continue
         docs.append(
             SettingDoc(
                 name=prefix + field.name,
                 type=_type_name(hints[field.name]),
-                default=value if isinstance(value, str) and value else json.dumps(value),
+                default=_default_text(value),
                 meaning=field.metadata.get("meaning", ""),
                 source=field.metadata.get("source", ""),
                 recipe=field.metadata.get("recipe", False),
             )
         )
     return docs if prefix else sorted(docs, key=lambda doc: not doc.recipe)  # sorted() keeps the order inside
+
+
+def _default_text(value: Any) -> str:
+    """A default value as `--set` takes it; a named object, such as a protocol, by its name."""
+    if is_dataclass(value):
+        return str(getattr(value, "name"))  # noqa: B009  # not every dataclass has a name
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _type_name(hint: Any) -> str:

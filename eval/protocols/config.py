@@ -27,7 +27,7 @@ class EvalRun:
     images: str | None = setting(None, "Folder of images to measure", recipe=True)
     protocol: Protocol = setting(
         PROTOCOLS["folder"],
-        "Protocol that fixes prompts, sizes and networks",
+        "Protocol that fixes prompts, sizes and networks; `d2g eval protocols NAME` lists its own settings",
         source='method.md "Evaluation protocol"',
         recipe=True,
     )
