@@ -26,7 +26,7 @@ from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig
 from distill.sampling import load_one_step
 from distill.training.train import train
-from eval.evaluate import evaluate
+from eval.evaluation import evaluate
 from eval.measure.build_reference import build_reference
 from eval.measure.required_networks import Networks
 from eval.measure.source import batch_source

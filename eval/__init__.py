@@ -1,0 +1,49 @@
+"""Evaluate samplers under named protocols, and the metrics by themselves.
+
+`evaluate` measures any source of images; `frechet_distance` and `precision_recall` take features.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eval.evaluation import evaluate
+    from eval.measure.build_reference import build_reference
+    from eval.measure.required_networks import Networks
+    from eval.measure.source import batch_source
+    from eval.metrics.frechet import frechet_distance
+    from eval.metrics.precision_recall import precision_recall
+    from eval.networks.base import FeatureNet
+    from eval.protocols.protocol import Protocol
+
+_MODULES = {
+    "FeatureNet": "eval.networks.base",
+    "Networks": "eval.measure.required_networks",
+    "Protocol": "eval.protocols.protocol",
+    "batch_source": "eval.measure.source",
+    "build_reference": "eval.measure.build_reference",
+    "evaluate": "eval.evaluation",
+    "frechet_distance": "eval.metrics.frechet",
+    "precision_recall": "eval.metrics.precision_recall",
+}
+__all__ = [
+    "FeatureNet",
+    "Networks",
+    "Protocol",
+    "batch_source",
+    "build_reference",
+    "evaluate",
+    "frechet_distance",
+    "precision_recall",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import eval` does not load torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from d2g.core.config import differing
 from eval.measure.reference import Reference
 from eval.measure.required_networks import Networks
-from eval.measure.rows import Rows
+from eval.measure.rows import MeasuredRows
 from eval.networks.inception import INCEPTION_FILE, INCEPTION_SHA256_PREFIX
 from eval.protocols.protocol import PROTOCOLS, Protocol
 
 
 def notes(
-    rows: Rows,
+    rows: MeasuredRows,
     protocol: Protocol,
     networks: Networks,
     counts: Mapping[str, int],

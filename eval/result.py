@@ -61,7 +61,8 @@ class EvalResult:
         """(label, value) lines for people."""
         labels = number_labels(self.models)
         return [
-            (labels.get(key, key), shown(value, self.ci.get(key))) for key, value in self.numbers().items()
+            (labels.get(key, key), value_with_interval(value, self.ci.get(key)))
+            for key, value in self.numbers().items()
         ]
 
 
@@ -69,7 +70,7 @@ HEADLINES = ("fid", "kid", "clip_score", "precision", "recall")
 """The numbers with a field of their own."""
 
 
-def shown(value: float, interval: Sequence[float] | None) -> str:
+def value_with_interval(value: float, interval: Sequence[float] | None) -> str:
     """A number for people, with its interval."""
     return f"{value:.4g}" + (f"  (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
 

@@ -9,7 +9,7 @@ from d2g.core.progress import Progress, quiet
 from eval.caveats import notes
 from eval.measure.reference import Reference
 from eval.measure.required_networks import Networks
-from eval.measure.rows import Rows, feature_stats
+from eval.measure.rows import MeasuredRows, feature_stats
 from eval.metrics.inputs import MetricInputs
 from eval.metrics.intervals import interval_of
 from eval.protocols.metric import Metric, all_metrics
@@ -18,13 +18,13 @@ from eval.result import HEADLINES, EvalResult
 
 
 def summarize(
-    rows: Rows,
+    rows: MeasuredRows,
     protocol: Protocol,
     networks: Networks,
     metrics: tuple[str, ...],
     *,
     reference: Reference | None = None,
-    more: Rows | None = None,
+    more: MeasuredRows | None = None,
     source: Mapping[str, Any] | None = None,
     resamples: int = 200,
     progress: Progress = quiet,
@@ -70,11 +70,11 @@ def summarize(
 
 
 def _metric_inputs(
-    rows: Rows,
+    rows: MeasuredRows,
     protocol: Protocol,
     networks: Networks,
     reference: Reference | None,
-    more: Rows | None,
+    more: MeasuredRows | None,
     resamples: int,
     progress: Progress,
 ) -> MetricInputs:
@@ -94,7 +94,7 @@ def _metric_inputs(
     )
 
 
-def _has_rows(metric: Metric, rows: Rows) -> bool:
+def _has_rows(metric: Metric, rows: MeasuredRows) -> bool:
     """Whether a mean over images was measured anyway, by a network that the caller handed in."""
     return all(number.interval == "bootstrap" and number.key in rows.values for number in metric.numbers)
 
@@ -114,6 +114,6 @@ def _reference_facts(reference: Reference | None) -> dict[str, dict[str, str]]:
     return {"reference": {name: str(reference.facts.get(name, "")) for name in names}}
 
 
-def prompts_sha256(rows: Rows) -> str:
+def digest_of_prompts(rows: MeasuredRows) -> str:
     """The digest of the prompts of the measured images; "" where no image has a prompt."""
     return digest(rows.prompts) if any(rows.prompts) else ""

@@ -21,7 +21,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import Teacher, load_teacher
 from distill.sampling import OneStep, load_one_step, untrained_one_step
 from distill.training.train import train
-from eval.evaluate import evaluate
+from eval.evaluation import evaluate
 from eval.measure.build_reference import build_reference
 from eval.measure.latency import milliseconds_per_image
 from eval.measure.required_networks import Networks

@@ -14,7 +14,7 @@ from eval.images.folders import Batch
 from eval.measure.build_reference import build_reference, cache_folder, keep_reference
 from eval.measure.measure import Measure
 from eval.measure.reference import Reference
-from eval.measure.rows import Work
+from eval.measure.rows import MeasureOptions
 from eval.measure.source import batch_source
 from eval.networks.base import FeatureNet
 from eval.protocols.protocol import Protocol
@@ -65,5 +65,5 @@ def scenes_reference(
     if process_group.any_rank(process_group.rank() == 0 and not file.is_file()):
         source = batch_source("scenes", real_scenes(count, progress))
         built = build_reference(source, replace(protocol, reference_images=count), sets, progress=progress)
-        keep_reference(built, file, Work(), protocol.pr_images)
+        keep_reference(built, file, MeasureOptions(), protocol.pr_images)
     return Reference.load(file)

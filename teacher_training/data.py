@@ -12,7 +12,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from eval.images.folders import SUFFIXES, load_all, read_images
+from eval.images.folders import IMAGE_SUFFIXES, load_all, read_images
 
 DataSource = Callable[[int, int, int, Progress], tuple[Tensor, list[str]]]
 """`load(size, limit, seed, progress)` returns uint8 images [N, 3, size, size], N <= limit, and N captions."""
@@ -76,10 +76,12 @@ def _classes(folder: Path) -> list[Path]:
     """Subfolders that hold images; none when the folder itself holds images or captions."""
     if not folder.is_dir() or (folder / "metadata.jsonl").is_file():
         return []
-    if any(p.suffix.lower() in SUFFIXES or p.suffix == ".parquet" for p in folder.iterdir()):
+    if any(p.suffix.lower() in IMAGE_SUFFIXES or p.suffix == ".parquet" for p in folder.iterdir()):
         return []
     return sorted(
-        p for p in folder.iterdir() if p.is_dir() and any(f.suffix.lower() in SUFFIXES for f in p.iterdir())
+        p
+        for p in folder.iterdir()
+        if p.is_dir() and any(f.suffix.lower() in IMAGE_SUFFIXES for f in p.iterdir())
     )
 
 

@@ -26,7 +26,7 @@ class Decoded:
     sha256: bytes
 
 
-def decode(read: Callable[[], bytes], name: str, resize: str = NATIVE) -> Decoded:
+def decode_image(read: Callable[[], bytes], name: str, resize: str = NATIVE) -> Decoded:
     """Read and decode one picture and bring it to size (`eval.images.resize.prepare`).
 
     Grey, palette and CMYK pictures become RGB, 16-bit grey ones are scaled to 8 bits. Raises UserError, with

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import UserError
-from eval.images.decode import Decoded, decode
+from eval.images.decode import Decoded, decode_image
 from eval.images.resize import NATIVE, Pixels
 
 Batch = tuple[Tensor, list[str]]
 """uint8 images [B, 3, H, W] and their B captions ("" where there is none)."""
 
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 CAPTION_KEYS = ("caption", "text", "prompt")
 IMAGE_KEYS = ("image", "img")  # Hugging Face's image-parquet; its CIFAR10 says img
 
@@ -61,14 +63,16 @@ def open_images(source: str | Path) -> ImageFiles:
     if source.is_file() and source.suffix != ".parquet":
         raise UserError(f"{source} is neither a folder of images nor a .parquet file; give one of these")
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
     tables = [file for file in files if file.suffix == ".parquet"]
     if pictures:
         captions = {source / name: text for name, text in _metadata(source / "metadata.jsonl").items()}
         return ImageFiles(name=str(source), pictures=pictures, captions=captions)
     if tables:
         return ImageFiles(name=str(source), tables=tables)
-    raise UserError(f"{source} holds no images; expected {', '.join(sorted(SUFFIXES))} or .parquet files")
+    raise UserError(
+        f"{source} holds no images; expected {', '.join(sorted(IMAGE_SUFFIXES))} or .parquet files"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ def read_images(
     files = source if isinstance(source, ImageFiles) else open_images(source)
     entries = _entries(files, start, start + limit if limit is not None else None)
     for entry, decoded in _ahead(
-        entries, lambda entry: decode(entry.read, entry.name, resize), workers, batch_size
+        entries, lambda entry: decode_image(entry.read, entry.name, resize), workers, batch_size
     ):
         images.append(decoded.image)
         captions.append(decoded.caption if entry.caption is None else entry.caption)
@@ -130,7 +134,7 @@ def read_image(file: Path) -> Tensor:
     """One image file -> uint8 [3, H, W]. Raises UserError where it is missing or unreadable."""
     if not file.is_file():
         raise UserError(f"{file}: no such image file")
-    return torch.from_numpy(decode(file.read_bytes, str(file)).image)
+    return torch.from_numpy(decode_image(file.read_bytes, str(file)).image)
 
 
 def load_all(batches: Iterable[Batch]) -> Batch:

@@ -15,8 +15,8 @@ from eval.images.coco import SPLITS, chosen_captions, chosen_images, image_files
 from eval.images.folders import ImageFiles, open_images
 from eval.measure.measure import FILE_SHA256, Measure, measure_source
 from eval.measure.reference import VERSION, Reference
-from eval.measure.rows import Work, feature_stats, open_work
-from eval.measure.source import Source, image_source
+from eval.measure.rows import MeasureOptions, feature_stats, open_work
+from eval.measure.source import ImageSource, image_source
 from eval.networks.base import FeatureNet
 from eval.protocols.protocol import Protocol
 
@@ -40,13 +40,13 @@ def reference_files(folder: Path, protocol: Protocol) -> tuple[ImageFiles, list[
 
 
 def build_reference(
-    source: Source,
+    source: ImageSource,
     protocol: Protocol,
     sets: Mapping[str, FeatureNet],
     *,
     prompts: Sequence[str] = (),
     allow_fewer: bool = False,
-    work: Work | None = None,
+    work: MeasureOptions | None = None,
     progress: Progress = quiet,
 ) -> Reference:
     """Measure the protocol's reference images. Raises UserError when there are fewer than it has."""
@@ -123,7 +123,7 @@ def open_reference(
         key = digest([VERSION, dict(source.facts), networks, settings, protocol.preprocessing, allow_fewer])
         file = cache_folder() / "reference" / f"{key}.safetensors"
         if not file.is_file():
-            work = Work(batch_size=batch_size, folder=file.with_suffix(".work"))
+            work = MeasureOptions(batch_size=batch_size, folder=file.with_suffix(".work"))
             built = build_reference(
                 source, protocol, sets, prompts=prompts, allow_fewer=allow_fewer, work=work, progress=progress
             )
@@ -133,7 +133,7 @@ def open_reference(
     return reference
 
 
-def keep_reference(reference: Reference, file: Path, work: Work, keep: int) -> None:
+def keep_reference(reference: Reference, file: Path, work: MeasureOptions, keep: int) -> None:
     """Save a reference from one process and drop the parts it was made from; all processes wait for it."""
     if process_group.rank() == 0:
         reference.save(file, keep=keep)

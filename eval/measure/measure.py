@@ -14,8 +14,8 @@ from d2g.core.png import save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
 from eval.images.resize import NATIVE
-from eval.measure.rows import Rows, Work, gathered, store, stored
-from eval.measure.source import SampledBatch, Source
+from eval.measure.rows import MeasuredRows, MeasureOptions, gather_parts, load_part, save_part
+from eval.measure.source import ImageSource, SampledBatch
 
 FILE_SHA256 = "file sha256"
 """The rows [N, 32] that tell which files were measured."""
@@ -39,44 +39,44 @@ class PairMeasure:
 
 
 def measure_source(
-    source: Source,
+    source: ImageSource,
     numbers: range,
     measures: Mapping[str, Measure],
     *,
     pairs: Mapping[str, PairMeasure] | None = None,
-    other: Source | None = None,
-    work: Work | None = None,
+    other: ImageSource | None = None,
+    work: MeasureOptions | None = None,
     progress: Progress = quiet,
-) -> Rows:
+) -> MeasuredRows:
     """Measure the images `numbers` of a source, shared out among the processes; every process gets all rows.
 
     A part is drawn, measured and stored as a whole, so that a run that was killed goes on where it stood,
     with the same rows. Raises UserError for a picture without the prompt that a measure needs, a source with
     too few images, and rows that are not finite; Interrupted on Ctrl-C, when finished parts are safe.
     """
-    work, pairs = work or Work(), pairs or {}
-    done: list[Rows] = []
+    work, pairs = work or MeasureOptions(), pairs or {}
+    done: list[MeasuredRows] = []
     with StopFlag() as stop:
         for part in work.parts(numbers)[process_group.rank() :: process_group.world_size()]:
             path = work.path(part)
             if path is not None and path.is_file():
-                done.append(stored(path))
+                done.append(load_part(path))
             else:
                 rows = _measured(source, part, measures, pairs, other, work, stop)
                 if rows is None:
                     raise Interrupted(_stopped(work, numbers))
                 if path is not None:
-                    store(path, rows)
+                    save_part(path, rows)
                 done.append(rows)
             progress(
                 f"measure {source.name}",
                 min(sum(map(len, done)) * process_group.world_size(), len(numbers)),
                 len(numbers),
             )
-    return gathered(done, numbers)
+    return gather_parts(done, numbers)
 
 
-def _stopped(work: Work, numbers: range) -> str:
+def _stopped(work: MeasureOptions, numbers: range) -> str:
     if work.folder is None:
         return "stopped; nothing was kept, give --out a folder to be able to go on"
     safe = sum(len(part) for part in work.parts(numbers) if (path := work.path(part)) and path.is_file())
@@ -87,14 +87,14 @@ def _stopped(work: Work, numbers: range) -> str:
 
 
 def _measured(
-    source: Source,
+    source: ImageSource,
     part: range,
     measures: Mapping[str, Measure],
     pairs: Mapping[str, PairMeasure],
-    other: Source | None,
-    work: Work,
+    other: ImageSource | None,
+    work: MeasureOptions,
     stop: StopFlag,
-) -> Rows | None:
+) -> MeasuredRows | None:
     """The rows of one part; None when stopped before its end."""
     sizes = sorted({m.size for m in measures.values()} | {p.size for p in pairs.values()})
     if work.keep and NATIVE not in sizes:
@@ -140,10 +140,10 @@ def _measured(
                 f"{source.name}: {name} of image {part[first]} ({prompts[first][:80]!r}) is not finite; look "
                 "for a broken image or broken weights"
             )
-    return Rows(numbers=part, values=values, prompts=prompts, converted=converted)
+    return MeasuredRows(numbers=part, values=values, prompts=prompts, converted=converted)
 
 
-def _check_sizes(source: Source, images: Tensor, other: Source | None, others: Tensor) -> None:
+def _check_sizes(source: ImageSource, images: Tensor, other: ImageSource | None, others: Tensor) -> None:
     if images.shape != others.shape:
         (height, width), (high, wide) = images.shape[2:], others.shape[2:]
         name = other.name if other is not None else ""
@@ -152,7 +152,9 @@ def _check_sizes(source: Source, images: Tensor, other: Source | None, others: T
         )
 
 
-def _check_twin(source: Source, drawn: SampledBatch, other: Source | None, twin: SampledBatch) -> None:
+def _check_twin(
+    source: ImageSource, drawn: SampledBatch, other: ImageSource | None, twin: SampledBatch
+) -> None:
     """Pairs are of one prompt, where both sides know theirs: a kept folder may be another protocol's."""
     for offset, (text, theirs) in enumerate(zip(drawn.prompts, twin.prompts, strict=True)):
         if text and theirs and text != theirs:

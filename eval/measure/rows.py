@@ -1,4 +1,4 @@
-"""What was measured, image by image, and the files that keep it while a run is under way."""
+"""Rows of measured images, and the files that keep finished parts while an evaluation runs."""
 
 import json
 from collections import Counter
@@ -21,9 +21,10 @@ from eval.networks.base import FeatureNet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """What was measured of the images of `numbers`: name -> [N] or [N, D]; their N prompts. Of files also how
-    many were converted from what.
+class MeasuredRows:
+    """What was measured of the images `numbers`: values by name, [N] or [N, D], and their N prompts.
+
+    `converted`: for images from files, how many were converted to 8-bit RGB, by what they were before.
     """
 
     numbers: range
@@ -36,11 +37,11 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """How the images are gone through. None of it changes a number.
+class MeasureOptions:
+    """How images are measured. None of these options changes a number.
 
-    `folder`: where finished parts are kept, to go on from after a kill. `keep`: where images are saved as
-    PNG. `part`: images per part (0: a 64th of all, from 16 to 512).
+    `folder`: where finished parts are saved, so that a killed run can resume. `keep`: where the images are
+    saved as PNG files. `part`: images per part (0: a 64th of all images, from 16 to 512).
     """
 
     batch_size: int = 64
@@ -49,22 +50,22 @@ class Work:
     part: int = 0
 
     def parts(self, numbers: range) -> list[range]:
-        """The numbers in parts, in order: the same for any number of processes."""
+        """Split the numbers into parts, in order. The split does not depend on the number of processes."""
         size = self.part or max(16, min(512, len(numbers) // 64))
         starts = range(numbers.start, numbers.stop, size)
         return [range(start, min(start + size, numbers.stop)) for start in starts]
 
     def path(self, part: range) -> Path | None:
-        """The file of a finished part, if parts are kept."""
-        return (
-            self.folder / "parts" / f"{part.start:08d}-{part.stop:08d}.safetensors" if self.folder else None
-        )
+        """The file of a finished part; None without a `folder`."""
+        if self.folder is None:
+            return None
+        return self.folder / "parts" / f"{part.start:08d}-{part.stop:08d}.safetensors"
 
 
 def open_work(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Make a work folder for the run that `facts` (JSON) describe, or go on in it.
+    """Create a work folder for the evaluation that `facts` (JSON) describe, or resume in an existing one.
 
-    Raises UserError when it belongs to another run, naming what differs.
+    Raises UserError when the folder belongs to another evaluation, naming what differs.
     """
     path = folder / "work.json"
     if path.is_file():
@@ -78,63 +79,65 @@ def open_work(folder: Path, facts: Mapping[str, Any]) -> None:
         write_atomically(path, json.dumps(facts, indent=1))
 
 
-def store(path: Path, rows: Rows) -> None:
-    """Write a finished part: whole or not there. Raises UserError when the disk refuses."""
-    write_atomically(path, _packed([rows]))
+def save_part(path: Path, rows: MeasuredRows) -> None:
+    """Write a finished part atomically. Raises UserError when the disk refuses."""
+    write_atomically(path, _pack([rows]))
 
 
-def stored(path: Path) -> Rows:
+def load_part(path: Path) -> MeasuredRows:
     """Read a finished part. Raises UserError when it is damaged."""
     try:
-        (rows,) = _unpacked(path.read_bytes())
+        (rows,) = _unpack(path.read_bytes())
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
     return rows
 
 
-def gathered(done: list[Rows], numbers: range) -> Rows:
-    """All processes' parts as one, in order, on every process."""
+def gather_parts(done: list[MeasuredRows], numbers: range) -> MeasuredRows:
+    """Join the parts of all processes in order; every process gets all rows."""
     if process_group.world_size() > 1:
-        packed = torch.frombuffer(bytearray(_packed(done)), dtype=torch.uint8)
-        done = [rows for data in process_group.gather(packed) for rows in _unpacked(data.numpy().tobytes())]
+        packed = torch.frombuffer(bytearray(_pack(done)), dtype=torch.uint8)
+        done = [rows for data in process_group.gather(packed) for rows in _unpack(data.numpy().tobytes())]
     done = sorted(done, key=lambda rows: rows.numbers.start)
     assert [n for rows in done for n in rows.numbers] == list(numbers), "parts are missing or doubled"
     names = done[0].values.keys() if done else ()
     values = {name: torch.cat([rows.values[name] for rows in done]) for name in names}
     prompts = [text for rows in done for text in rows.prompts]
     converted = sum((rows.converted for rows in done), Counter[str]())
-    return Rows(numbers=numbers, values=values, prompts=prompts, converted=converted)
+    return MeasuredRows(numbers=numbers, values=values, prompts=prompts, converted=converted)
 
 
-def _packed(parts: Iterable[Rows]) -> bytes:
+def _pack(parts: Iterable[MeasuredRows]) -> bytes:
+    """Parts as safetensors: `START:STOP/rows/NAME` for values, `START:STOP/facts` for the rest as JSON."""
     tensors: dict[str, Tensor] = {}
     for rows in parts:
         key = f"{rows.numbers.start}:{rows.numbers.stop}"
-        text = bytearray(json.dumps([rows.prompts, rows.converted]).encode())
-        tensors[f"{key}/facts"] = torch.frombuffer(text, dtype=torch.uint8)
+        facts = bytearray(json.dumps([rows.prompts, rows.converted]).encode())
+        tensors[f"{key}/facts"] = torch.frombuffer(facts, dtype=torch.uint8)
         tensors |= {f"{key}/rows/{name}": value.contiguous() for name, value in rows.values.items()}
     return save(tensors)
 
 
-def _unpacked(data: bytes) -> list[Rows]:
-    found: dict[str, Rows] = {}
+def _unpack(data: bytes) -> list[MeasuredRows]:
+    """The inverse of `_pack`."""
+    parts: dict[str, MeasuredRows] = {}
     for name, tensor in load(data).items():
         key, _, column = name.partition("/")
         start, stop = (int(number) for number in key.split(":"))
-        rows = found.setdefault(key, Rows(numbers=range(start, stop)))
+        rows = parts.setdefault(key, MeasuredRows(numbers=range(start, stop)))
         if column == "facts":
             prompts, converted = json.loads(tensor.numpy().tobytes())
             rows.prompts.extend(prompts)
             rows.converted.update(converted)
         else:
             rows.values[column.removeprefix("rows/")] = tensor
-    return list(found.values())
+    return list(parts.values())
 
 
 def feature_stats(
-    rows: Rows, sets: Mapping[str, FeatureNet], resize: str, source: str
+    rows: MeasuredRows, sets: Mapping[str, FeatureNet], resize: str, source: str
 ) -> dict[str, FeatureStats]:
-    """Statistics of the rows of each feature network."""
+    """Mean and covariance of the rows of each feature network in `sets`."""
     stats = {}
     for name, net in sets.items():
         origin = Origin(features=net.name, features_sha256=net.sha256, resize=resize, source=source)

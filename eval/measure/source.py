@@ -1,4 +1,4 @@
-"""Where images come from: numbered, each a function of its number alone."""
+"""Numbered sources of images. Each image is a function of its number alone."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +17,10 @@ from eval.measure.latency import Parts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledBatch:
-    """Images `first`, `first` + 1, … at each size asked for (`eval.images.resize` -> uint8 [B, 3, H, W]), and their
-    B prompts ("" where there is none). Of files also: how many were converted from what, and sha256 [B, 32].
+    """The images `first`, `first` + 1, ... and their B prompts ("" for an image without one).
+
+    `views`: the images at each requested preprocessing (`eval.images.resize`), uint8 [B, 3, H, W]. For images
+    from files, `converted` counts what was converted to 8-bit RGB, and `digests` [B, 32] holds their sha256.
     """
 
     first: int
@@ -31,36 +33,39 @@ class SampledBatch:
         return len(self.prompts)
 
 
-Draw = Callable[[range, int, Sequence[str]], Iterator[SampledBatch]]
-"""(numbers, batch size, sizes) -> the images of those numbers, in order."""
+DrawBatches = Callable[[range, int, Sequence[str]], Iterator[SampledBatch]]
+"""(image numbers, batch size, preprocessings) -> batches of these images, in order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """A sampler, or files. `facts`: JSON, all that decides an image: a run resumed with others is refused.
+class ImageSource:
+    """A sampler, or image files.
 
-    `count`: how many images there are, None where there is no end. `parts`: what latency is
-    made of.
+    `facts`: everything that decides an image, as JSON; an evaluation resumes only with equal facts. `count`:
+    the number of images, None for an endless sampler. `parts`: the parts that latency is measured of.
     """
 
     name: str
     facts: Mapping[str, Any]
-    draw: Draw
+    draw: DrawBatches
     count: int | None = None
     parts: Parts | None = None
 
     def image(self, number: int) -> Tensor:
-        """One image as it is, uint8 [3, H, W]."""
+        """One image without preprocessing, uint8 [3, H, W]."""
         return next(self.draw(range(number, number + 1), 1, (NATIVE,))).views[NATIVE][0]
 
 
 def views_of(images: Tensor, sizes: Sequence[str]) -> dict[str, Tensor]:
-    """uint8 [B, 3, H, W] at each size."""
+    """uint8 [B, 3, H, W] at each preprocessing of `sizes`."""
     return {size: prepare_batch(images, size) for size in sizes}
 
 
-def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> Source:
-    """Images from files; `prompts`, if given, are theirs in order. Raises UserError for too few of them."""
+def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> ImageSource:
+    """A source of image files. `prompts` replaces their captions, in the order of the files.
+
+    Raises UserError for fewer prompts than images.
+    """
     count = len(files)
     if prompts and len(prompts) < count:
         raise UserError(
@@ -69,7 +74,8 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> Source:
         )
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
-        # Each size from the file itself: pictures of several sizes cannot be stacked before they are resized.
+        # Read the files once per preprocessing: images of several sizes cannot be stacked before resizing.
+        # Only the first reader counts conversions and digests.
         reading, before = Reading(), Counter[str]()
         readers = [
             read_images(
@@ -78,33 +84,34 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> Source:
                 limit=len(numbers),
                 resize=size,
                 batch_size=batch_size,
-                reading=None if place else reading,
+                reading=None if position else reading,
             )
-            for place, size in enumerate(sizes)
+            for position, size in enumerate(sizes)
         ]
         first = numbers.start
         for batches in zip(*readers, strict=True):
-            own = batches[0][1]
-            texts = list(prompts[first : first + len(own)]) if prompts else own
+            captions = batches[0][1]
+            count = len(captions)
+            texts = list(prompts[first : first + count]) if prompts else captions
             views = {size: images for size, (images, _) in zip(sizes, batches, strict=True)}
-            digests = torch.frombuffer(bytearray(b"".join(reading.digests[-len(own) :])), dtype=torch.uint8)
+            digests = torch.frombuffer(bytearray(b"".join(reading.digests[-count:])), dtype=torch.uint8)
             yield SampledBatch(
                 first=first,
                 views=views,
                 prompts=texts,
                 converted=reading.converted - before,
-                digests=digests.reshape(len(own), -1),
+                digests=digests.reshape(count, -1),
             )
-            before, first = reading.converted.copy(), first + len(own)
+            before, first = reading.converted.copy(), first + count
 
     facts = {"kind": "images", "name": files.name, "files_sha256": digest(files.listing()), "images": count}
     if prompts:
         facts["prompts_sha256"] = digest(list(prompts))
-    return Source(name=files.name, facts=facts, draw=draw, count=count)
+    return ImageSource(name=files.name, facts=facts, draw=draw, count=count)
 
 
-def batch_source(name: str, batches: Iterable[Batch]) -> Source:
-    """Images that are in memory already. Raises UserError when there are none."""
+def batch_source(name: str, batches: Iterable[Batch]) -> ImageSource:
+    """A source of images that are already in memory. Raises UserError when there are none."""
     images, prompts = load_all(batches)
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
@@ -112,4 +119,4 @@ def batch_source(name: str, batches: Iterable[Batch]) -> Source:
             part = slice(first, min(first + batch_size, numbers.stop))
             yield SampledBatch(first=first, views=views_of(images[part], sizes), prompts=prompts[part])
 
-    return Source(name=name, facts={"kind": "memory", "name": name}, draw=draw, count=len(images))
+    return ImageSource(name=name, facts={"kind": "memory", "name": name}, draw=draw, count=len(images))

@@ -1,7 +1,7 @@
-"""Distances between many rows as float64 would give them, at the speed of float32, block by block.
+"""Distances between many rows: float64 accuracy at the speed of float32, block by block.
 
-A product in float32 settles every comparison that its rounding can't turn around; what is left, a few pairs
-in a million, is measured by differences in float64. Memory is O(chunk^2 + N), never N x N.
+Products in float32 settle every comparison that their rounding cannot change. The few remaining pairs, about
+one in a million, are measured by differences in float64. Memory is O(chunk^2 + N), never N x N.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,75 +10,83 @@ import torch
 from torch import Tensor
 
 SPARE = 5
-"""Candidates beyond k that are measured again, since rounding may have changed their order."""
+"""Candidates beyond k that are measured again, because rounding may have changed their order."""
 
 CONFIDENCE = 8.0
-"""Rounding of a dot product of D terms exceeds CONFIDENCE * sqrt(D) * eps of the terms' size with a
-probability below 1e-13 (Higham & Mary 2019, Theorem 2.4).
+"""The rounding error of a dot product of D terms exceeds CONFIDENCE * sqrt(D) * eps * (size of the terms) with
+a probability below 1e-13 (Higham & Mary 2019, Theorem 2.4).
 """
 
 PAIRS = 4096
-"""Pairs measured at once."""
+"""Pairs that are measured exactly at once."""
 
 
-class Rows:
-    """Rows [N, D] around `centre` [D]: distances from dot products lose digits far from the origin."""
+class CenteredRows:
+    """Rows [N, D] centered around `center` [D]: far from the origin, dot products lose digits.
 
-    def __init__(self, rows: Tensor, centre: Tensor) -> None:
-        self.exact, self.centre = rows, centre
-        # Where the user allows TF32 or bfloat16 products, float32 promises nothing.
+    `exact` holds the rows as given, `centered` the rows minus the center in the dtype of the products, and
+    `norms` their squared norms.
+    """
+
+    def __init__(self, rows: Tensor, center: Tensor) -> None:
+        self.exact, self.center = rows, center
+        # If the user allows TF32 or bfloat16 products, float32 gives no bound on rounding.
         self.dtype = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
-        self.rough = torch.cat([self.centred(part, self.dtype) for part in blocks(len(rows), PAIRS)])
-        self.norms = self.rough.square().sum(1)
+        self.centered = torch.cat([self.center_rows(part, self.dtype) for part in blocks(len(rows), PAIRS)])
+        self.norms = self.centered.square().sum(1)
 
     def __len__(self) -> int:
         return len(self.exact)
 
-    def centred(self, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows minus the centre, in `dtype`."""
-        return (self.exact[part].double() - self.centre).to(dtype)
+    def center_rows(self, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows `part` minus the center, in `dtype`."""
+        return (self.exact[part].double() - self.center).to(dtype)
 
 
-class Block:
-    """Squared distances [n, m] of some rows of `a` to some of `b`: rough, each within `bound` of true."""
+class DistanceBlock:
+    """Approximate squared distances [n, m] of some rows of `a` to some rows of `b`, each within `bound`."""
 
-    def __init__(self, a: Rows, rows: slice, b: Rows, columns: slice) -> None:
+    def __init__(self, a: CenteredRows, rows: slice, b: CenteredRows, columns: slice) -> None:
         self.a, self.rows, self.b, self.columns = a, rows, b, columns
-        x, y = (a.rough[rows], a.norms[rows]), (b.rough[columns], b.norms[columns])
-        self.rough, self.bound = _products(*x, *y)
+        x, y = (a.centered[rows], a.norms[rows]), (b.centered[columns], b.norms[columns])
+        self.approximate, self.bound = _products(*x, *y)
 
     def within(self, radius: Tensor) -> Tensor:
-        """Which pairs are no farther apart than `radius`, squared, float64, [n, 1] or [1, m]: bool [n, m]."""
-        inside = self.rough <= (radius - self.bound).to(self.rough.dtype)
-        unsettled = (self.rough <= (radius + self.bound).to(self.rough.dtype)).logical_xor_(inside)
+        """Whether each pair is within the squared `radius`, float64 [n, 1] or [1, m]: bool [n, m]."""
+        inside = self.approximate <= (radius - self.bound).to(self.approximate.dtype)
+        unsettled = (self.approximate <= (radius + self.bound).to(self.approximate.dtype)).logical_xor_(
+            inside
+        )
         pairs = unsettled.nonzero()
-        if len(pairs) * 100 > inside.numel():  # a collapsed set, say: float64 settles more of them at once
-            squared, bound = self._fine()
+        if (
+            len(pairs) * 100 > inside.numel()
+        ):  # for example a collapsed set: one float64 product is faster than many exact pairs
+            squared, bound = self._float64_products()
             return squared <= radius + bound
         for part in pairs.split(PAIRS):
             i, j = part.unbind(1)
-            inside[i, j] = self._measure(i, j) <= radius.expand_as(inside)[i, j]
+            inside[i, j] = self._exact(i, j) <= radius.expand_as(inside)[i, j]
         return inside
 
-    def _fine(self) -> tuple[Tensor, float]:
-        x = self.a.centred(self.rows, torch.float64)
-        y = self.b.centred(self.columns, torch.float64)
+    def _float64_products(self) -> tuple[Tensor, float]:
+        x = self.a.center_rows(self.rows, torch.float64)
+        y = self.b.center_rows(self.columns, torch.float64)
         return _products(x, x.square().sum(1), y, y.square().sum(1))
 
-    def _measure(self, i: Tensor, j: Tensor) -> Tensor:
-        return measure(self.a.exact[self.rows][i], self.b.exact[self.columns][j])
+    def _exact(self, i: Tensor, j: Tensor) -> Tensor:
+        return exact_squared_distances(self.a.exact[self.rows][i], self.b.exact[self.columns][j])
 
 
 def _products(x: Tensor, xx: Tensor, y: Tensor, yy: Tensor) -> tuple[Tensor, float]:
-    """|x|^2 + |y|^2 - 2 x.y of rows with squared norms xx, yy, and a bound on its rounding."""
+    """|x|^2 + |y|^2 - 2 x.y for rows x, y with squared norms xx, yy, and a bound on the rounding error."""
     squared = torch.addmm(yy.expand(len(x), -1), x, y.T, alpha=-2).add_(xx[:, None])
     size = float(xx.max().sqrt() + yy.max().sqrt()) ** 2
-    # The 4: rounding of centred rows, of norms and of the two sums.
+    # The 4 covers the rounding of the centered rows, of the norms and of the two sums.
     return squared, CONFIDENCE * (x.shape[1] ** 0.5 + 4) * torch.finfo(x.dtype).eps * size
 
 
-def measure(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances of x[..., i, :] and y[..., i, :] by differences, in float64."""
+def exact_squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances of x[..., i, :] and y[..., i, :], from differences in float64."""
     return (x.double() - y.double()).square().sum(-1)
 
 
@@ -88,66 +96,68 @@ def blocks(count: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk, count))
 
 
-def reaches(a: Rows, ranks: Sequence[int], chunk: int) -> Tensor:
-    """Squared distance [N, len(ranks)], float64, of each row to its neighbour of each rank (1: nearest).
+def kth_neighbor_distances(a: CenteredRows, ranks: Sequence[int], chunk: int) -> Tensor:
+    """Squared distance [N, len(ranks)], float64, of each row to its neighbor of each rank (1: the nearest).
 
-    The row itself is no neighbour; each pair is measured once for both its rows.
+    A row is not its own neighbor. Each block of pairs is measured once for both of its row ranges.
     """
-    most, number = max(ranks), len(a) - 1
-    assert 1 <= min(ranks) and most <= number, (ranks, number)
-    keep = min(most + SPARE, number)
+    largest, number = max(ranks), len(a) - 1
+    assert 1 <= min(ranks) and largest <= number, (ranks, number)
+    # Collect the approximately nearest candidates of each row, and where they are.
+    keep = min(largest + SPARE, number)
     best = torch.full((len(a), keep), torch.inf, dtype=a.dtype, device=a.exact.device)
-    where = torch.zeros(len(a), keep, dtype=torch.int64, device=a.exact.device)
+    position = torch.zeros(len(a), keep, dtype=torch.int64, device=a.exact.device)
     bound = 0.0
     for rows in blocks(len(a), chunk):
         for columns in blocks(len(a), chunk):
             if columns.start < rows.start:
                 continue
-            block = Block(a, rows, a, columns)
+            block = DistanceBlock(a, rows, a, columns)
             bound = max(bound, block.bound)
             if columns == rows:
-                block.rough.fill_diagonal_(torch.inf)
+                block.approximate.fill_diagonal_(torch.inf)
             else:
-                _merge(best[columns], where[columns], block.rough.T, rows.start)
-            _merge(best[rows], where[rows], block.rough, columns.start)
+                _merge(best[columns], position[columns], block.approximate.T, rows.start)
+            _merge(best[rows], position[rows], block.approximate, columns.start)
     squared = best.double()
-    wanted = torch.tensor([rank - 1 for rank in ranks], device=squared.device)
-    # Rounding moves the value of a rank by `bound` at most: what is farther than twice that from it is not
-    # it.
-    candidates = ((squared[:, :, None] - squared[:, None, wanted]).abs() <= 2 * bound).any(2)
+    columns_of_ranks = torch.tensor([rank - 1 for rank in ranks], device=squared.device)
+    # Measure exactly every candidate that may have one of the ranks. Rounding moves the value of a rank by at
+    # most `bound`, so a candidate farther than twice that from it cannot have the rank.
+    candidates = ((squared[:, :, None] - squared[:, None, columns_of_ranks]).abs() <= 2 * bound).any(2)
     for pairs in candidates.nonzero().split(PAIRS):
         i, j = pairs.unbind(1)
-        squared[i, j] = measure(a.exact[i], a.exact[where[i, j]])
+        squared[i, j] = exact_squared_distances(a.exact[i], a.exact[position[i, j]])
     squared = squared.sort(dim=1).values
-    if keep < number:  # a row that was left out may be as near
-        doubtful = (squared[:, most - 1] > best[:, -1].double() - bound).nonzero()[:, 0]
-        for chosen in blocks(len(doubtful), max(1, chunk * chunk // number)):
-            part = doubtful[chosen]
-            squared[part] = closest(a.exact[part], a.exact, a.centre, keep, itself=part)[0]
-    return squared[:, wanted]
+    # Search again, in float64, where a row outside the candidates may be as near as the last rank.
+    if keep < number:
+        doubtful = (squared[:, largest - 1] > best[:, -1].double() - bound).nonzero()[:, 0]
+        for batch in blocks(len(doubtful), max(1, chunk * chunk // number)):
+            part = doubtful[batch]
+            squared[part] = closest(a.exact[part], a.exact, a.center, keep, itself=part)[0]
+    return squared[:, columns_of_ranks]
 
 
-def _merge(best: Tensor, where: Tensor, squared: Tensor, start: int) -> None:
-    """Keep the smallest of `best` and `squared` [n, m] of columns from `start`, in place."""
+def _merge(best: Tensor, position: Tensor, squared: Tensor, start: int) -> None:
+    """Merge `squared` [n, m], distances to the rows from `start` on, into the smallest so far, in place."""
     values, columns = squared.topk(min(best.shape[1], squared.shape[1]), largest=False)
-    both, numbers = torch.cat([best, values], 1), torch.cat([where, columns + start], 1)
-    kept, order = both.topk(best.shape[1], largest=False)
-    best.copy_(kept)
-    where.copy_(numbers.gather(1, order))
+    both, numbers = torch.cat([best, values], 1), torch.cat([position, columns + start], 1)
+    smallest, order = both.topk(best.shape[1], largest=False)
+    best.copy_(smallest)
+    position.copy_(numbers.gather(1, order))
 
 
 def closest(
-    x: Tensor, y: Tensor, centre: Tensor, count: int, itself: Tensor | None = None
+    x: Tensor, y: Tensor, center: Tensor, count: int, itself: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Squared distances [n, count], ascending, of rows x [n, D] to the nearest of y [m, D], and their places.
+    """The `count` nearest rows of y [m, D] for each row of x [n, D]: (squared distances, indices into y).
 
-    Picked by float64 products around `centre` [D], measured by differences. Ties go to the lower place;
-    `itself` [n]: the row of y that is no neighbour of a row of x.
+    Both are [n, count], ascending. Candidates are picked by float64 products around `center` [D] and measured
+    by differences. Ties go to the lower index. `itself` [n]: the row of y that is the row of x itself.
     """
-    a, b = x.double() - centre, y.double() - centre
+    a, b = x.double() - center, y.double() - center
     squared, _ = _products(a, a.square().sum(1), b, b.square().sum(1))
     if itself is not None:
         squared[torch.arange(len(x), device=x.device), itself] = torch.inf
-    where = squared.topk(min(count, len(y)), largest=False).indices.sort(dim=1).values
-    squared, order = measure(x[:, None], y[where]).sort(dim=1, stable=True)
-    return squared, where.gather(1, order)
+    indices = squared.topk(min(count, len(y)), largest=False).indices.sort(dim=1).values
+    squared, order = exact_squared_distances(x[:, None], y[indices]).sort(dim=1, stable=True)
+    return squared, indices.gather(1, order)

@@ -10,7 +10,7 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 
-BLOCK = 1024
+UPDATE_ROWS = 1024
 """Rows per rank-k update: larger blocks multiply faster, and fixed ones make batches of any size agree."""
 
 
@@ -92,10 +92,10 @@ class FeatureStats:
         self._rows.append(features.detach().to("cpu", torch.float32))
         self._pending.append(features.detach().to("cpu", torch.float64))
         self._waiting += len(features)
-        if self._waiting >= BLOCK:
+        if self._waiting >= UPDATE_ROWS:
             rows = torch.cat(self._pending)
-            whole = len(rows) // BLOCK * BLOCK
-            for block in rows[:whole].split(BLOCK):
+            whole = len(rows) // UPDATE_ROWS * UPDATE_ROWS
+            for block in rows[:whole].split(UPDATE_ROWS):
                 self._add(block)
             self._pending, self._waiting = [rows[whole:].clone()], len(rows) - whole
 

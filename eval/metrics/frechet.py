@@ -1,4 +1,4 @@
-"""Frechet distance of two sets of features (FID), without a matrix square root."""
+"""Frechet distance between two sets of features (FID), without a matrix square root."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +11,16 @@ from d2g.core.errors import UserError
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) in float64 (Heusel et al. 2017, eq. 6). Means [D], covs
-    [D, D].
+    """Frechet distance of two Gaussians with means [D] and covariances [D, D], computed in float64.
 
-    tr (A B)^(1/2) is the sum of the square roots of the eigenvalues of F^T B F with A = F F^T, which is
-    symmetric: no complex parts, and singular covariances (fewer images than features) need no offset. The
-    factor is that of the covariance of lower rank, so that no eigenvalue is rounding alone.
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6). tr (A B)^(1/2) is the sum of
+    the square roots of the eigenvalues of F^T B F with A = F F^T. That matrix is symmetric, so there are no
+    complex parts, and singular covariances (fewer images than features) need no offset. F factors the
+    covariance of lower rank, so that no eigenvalue consists of rounding alone.
+
+    >>> import torch
+    >>> frechet_distance(torch.zeros(2), torch.eye(2), torch.ones(2), 4 * torch.eye(2))
+    4.0
     """
     a, b = cov_a.double(), cov_b.double()
     factor_a, factor_b = factor(a), factor(b)
@@ -31,16 +35,17 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
 def factor(covariance: Tensor) -> Tensor:
     """F [D, r] of full column rank with F F^T = covariance [D, D], positive semi-definite of rank r.
 
-    Cholesky at full rank, else eigenvectors, without eigenvalues below D * eps * the largest: rounding.
+    Uses Cholesky at full rank, else eigenvectors. Eigenvalues below D * eps * the largest one are rounding
+    and are dropped.
     """
-    whole: Tensor
-    whole, failed = torch.linalg.cholesky_ex(covariance)
+    cholesky: Tensor
+    cholesky, failed = torch.linalg.cholesky_ex(covariance)
     if not int(failed):
-        return whole
+        return cholesky
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    whole = vectors[:, kept] * values[kept].sqrt()
-    return whole
+    significant = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    root: Tensor = vectors[:, significant] * values[significant].sqrt()
+    return root
 
 
 def _root_trace(matrix: Tensor) -> float:
@@ -48,18 +53,19 @@ def _root_trace(matrix: Tensor) -> float:
 
 
 def frechet_to(mean: Tensor, covariance: Tensor) -> Callable[[Tensor], float]:
-    """The Frechet distance of rows [N, D] (N >= 2) to one reference, which is factored once."""
+    """Return a function: Frechet distance of rows [N, D] (N >= 2) to a reference that is factored only once."""
     mean, covariance = mean.double(), covariance.double()
     root, trace = factor(covariance), float(covariance.trace())
 
     def distance(rows: Tensor) -> float:
-        centre = rows.double().mean(0)
-        scaled = (rows.double() - centre) / (len(rows) - 1) ** 0.5
+        center = rows.double().mean(0)
+        scaled = (rows.double() - center) / (len(rows) - 1) ** 0.5
+        # Take the smaller of the two products with the same nonzero eigenvalues.
         if len(rows) <= root.shape[1]:
             cross = _root_trace(scaled @ covariance @ scaled.T)
         else:
             cross = _root_trace(root.T @ (scaled.T @ scaled) @ root)
-        total = float((centre - mean).square().sum() + scaled.square().sum()) + trace - 2 * cross
+        total = float((center - mean).square().sum() + scaled.square().sum()) + trace - 2 * cross
         return max(total, 0.0)
 
     return distance
@@ -68,10 +74,10 @@ def frechet_to(mean: Tensor, covariance: Tensor) -> Callable[[Tensor], float]:
 def frechet_standard_error(rows: Tensor, mean: Tensor, covariance: Tensor) -> float:
     """Standard error of the Frechet distance of rows [N, D] to a fixed reference, in closed form.
 
-    Delta method: the distance's influence function at row x, with d = x - mean of the rows, is
+    Delta method: the influence function of the distance at row x, with d = x - mean of the rows, is
     d^T (I - T) d - tr((I - T) A) + 2 (mean of the rows - mean)^T d, where T = F (F^T A F)^(-1/2) F^T is the
-    optimal transport map from the rows' Gaussian to the reference F F^T (Takatsu 2011, Lemma 2.4). Good for
-    N well beyond D; raises UserError unless N > D.
+    optimal transport map from the rows' Gaussian to the reference F F^T (Takatsu 2011, Lemma 2.4). It is
+    accurate for N well above D. Raises UserError unless N > D.
     """
     if len(rows) <= rows.shape[1]:
         raise UserError(
@@ -79,19 +85,20 @@ def frechet_standard_error(rows: Tensor, mean: Tensor, covariance: Tensor) -> fl
             "use the bootstrap"
         )
     root = factor(covariance.double())
-    centre = rows.double().mean(0)
-    centred = rows.double() - centre
-    projected = centred @ root
+    center = rows.double().mean(0)
+    centered = rows.double() - center
+    # T applied to each centered row, in the eigenbasis of F^T A F.
+    projected = centered @ root
     values, vectors = torch.linalg.eigh(projected.T @ projected / (len(rows) - 1))
     transported = projected @ (vectors * values.clamp(min=values[-1] * 1e-12) ** -0.25)
-    shift = centred @ (centre - mean.double())
-    influence = centred.square().sum(1) - transported.square().sum(1) + 2 * shift
+    shift = centered @ (center - mean.double())
+    influence = centered.square().sum(1) - transported.square().sum(1) + 2 * shift
     return float(influence.std()) / float(len(rows) ** 0.5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrechetInfinity:
-    """The distance at endless images, the fit's standard error, and the points it is fitted to."""
+    """The distance extrapolated to infinitely many images, its standard error, and the fitted points."""
 
     value: float
     standard_error: float
@@ -108,11 +115,11 @@ def frechet_infinity(
     points: int = 15,
     smallest: int = 0,
 ) -> FrechetInfinity:
-    """FID-infinity (Chong & Forsyth 2020): the bias of the distance is linear in 1 / N, so fit and read at 0.
+    """FID-infinity (Chong & Forsyth 2020): the bias is linear in 1 / N; fit a line and read it at 1 / N = 0.
 
-    Distances to the reference of `points` random subsets of rows [N, D], of `smallest` (0: their
-    5,000, or N / 2 where that is less) to N rows evenly. The value may be negative. Raises UserError as
-    `subset_sizes` does.
+    The line goes through the distances of `points` random subsets of rows [N, D]. Their sizes are evenly
+    spaced from `smallest` (0: the paper's 5,000, or N / 2 where that is less) to N. The value may be
+    negative. Raises UserError as `subset_sizes` does.
     """
     counts = subset_sizes(*rows.shape, points=points, smallest=smallest)
     distance = frechet_to(mean, covariance)
@@ -131,8 +138,9 @@ def frechet_infinity(
 
 
 def subset_sizes(rows: int, dim: int, *, points: int = 15, smallest: int = 0) -> list[int]:
-    """How many of `rows` rows each point of FID-infinity takes. Raises UserError where they are too few:
-    below two rows per feature the bias is no line.
+    """Subset sizes of FID-infinity for `rows` rows of `dim` features.
+
+    Raises UserError for too few rows: below two rows per feature the bias is not linear.
     """
     smallest = smallest or min(5000, rows // 2)
     if points < 3 or smallest < 2 * dim or rows < smallest + points:

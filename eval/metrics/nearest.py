@@ -21,7 +21,7 @@ class Nearest:
 
 
 @torch.no_grad()
-def nearest(generated: Tensor, training: Iterable[Tensor], *, k: int) -> Nearest:
+def nearest_neighbors(generated: Tensor, training: Iterable[Tensor], *, k: int) -> Nearest:
     """The k nearest training rows (Euclidean, float64) of each generated row [M, D].
 
     `training` yields the features of the training set in order, in chunks [n, D] of any sizes (a tensor's

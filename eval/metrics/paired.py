@@ -48,7 +48,7 @@ def encoded(encode: Callable[[Tensor], Tensor], distance: Distance) -> Distance:
     return lambda student, teacher: distance(encode(student), encode(teacher))
 
 
-def summary(values: Tensor) -> PairedDistance:
+def mean_distance(values: Tensor) -> PairedDistance:
     """The mean of [N] distances of pairs. Raises UserError when there are none."""
     if not len(values):
         raise UserError("no pairs to compare; give at least one held-out pair")

@@ -1,4 +1,4 @@
-"""Improved precision and recall, density and coverage: fidelity and diversity by nearest neighbours."""
+"""Precision and recall, density and coverage: fidelity and diversity by nearest neighbors."""
 
 from dataclasses import dataclass, field
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import UserError
-from eval.metrics.distances import Block, Rows, blocks, reaches
+from eval.metrics.distances import CenteredRows, DistanceBlock, blocks, kth_neighbor_distances
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbours:
-    """Fractions in [0, 1]; density may exceed 1, and has a standard error: other fakes, the same balls."""
+    """Fractions in [0, 1]; density may exceed 1. `density_error`: its standard error over other fake rows."""
 
     precision: float
     recall: float
@@ -23,9 +23,16 @@ class Neighbours:
 def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -> Neighbours:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    real [N, D], fake [M, D]. A row's ball reaches to its k-th neighbour in its own set, itself not counted.
-    Precision: the share of fakes inside some real ball; recall: of reals inside some fake ball. Memory is
-    O(chunk^2) beside the rows. Raises UserError unless both sets have more than k rows.
+    `real` [N, D], `fake` [M, D]. The ball around a row reaches to its k-th nearest neighbor in its own set,
+    the row itself not counted. Precision is the share of fake rows inside some real ball, recall the share of
+    real rows inside some fake ball. Needs O(chunk^2) memory beside the rows. Raises UserError unless both
+    sets have more than k rows.
+
+    >>> import torch
+    >>> real = torch.arange(10.0)[:, None]
+    >>> values = precision_recall(real, torch.full((10, 1), 4.5), k=3)  # a collapsed generator
+    >>> values.precision, values.recall
+    (1.0, 0.0)
     """
     return precision_recalls(real, fake, ks=(k,), chunk=chunk)[k]
 
@@ -33,28 +40,30 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -
 def precision_recalls(
     real: Tensor, fake: Tensor, *, ks: tuple[int, ...], chunk: int = 2048
 ) -> dict[int, Neighbours]:
-    """`precision_recall` at several k, at little more than the cost of one."""
-    most = max(ks)
-    if min(len(real), len(fake)) <= most:
+    """`precision_recall` at several k, for little more than the cost of one."""
+    largest = max(ks)
+    if min(len(real), len(fake)) <= largest:
         raise UserError(
-            f"precision and recall with k = {most} need more than {most} images, "
+            f"precision and recall with k = {largest} need more than {largest} images, "
             f"got {len(real)} and {len(fake)}"
         )
-    centre = real.double().mean(0)
-    a = Rows(real, centre)
-    reach_a = reaches(a, ks, chunk)
-    reach_b = reaches(Rows(fake, fake.double().mean(0)), ks, chunk)
-    b = Rows(fake, centre)
+    # Squared radii of the balls of both sets, each set centered around its own mean.
+    center = real.double().mean(0)
+    a = CenteredRows(real, center)
+    radius_a = kth_neighbor_distances(a, ks, chunk)
+    radius_b = kth_neighbor_distances(CenteredRows(fake, fake.double().mean(0)), ks, chunk)
+    # Compare the sets block by block around one common center.
+    b = CenteredRows(fake, center)
     balls = torch.zeros(len(ks), len(fake), device=fake.device)  # float32 counts are exact up to 2^24
     covered, recalled = (torch.zeros(len(ks), len(real), dtype=torch.bool, device=real.device) for _ in "ab")
     for rows in blocks(len(real), chunk):
         for columns in blocks(len(fake), chunk):
-            block = Block(a, rows, b, columns)
+            block = DistanceBlock(a, rows, b, columns)
             for i in range(len(ks)):
-                inside = block.within(reach_a[rows, i, None])
+                inside = block.within(radius_a[rows, i, None])
                 balls[i, columns] += inside.float().sum(0)
                 covered[i, rows] |= inside.any(1)
-                recalled[i, rows] |= block.within(reach_b[None, columns, i]).any(1)
+                recalled[i, rows] |= block.within(radius_b[None, columns, i]).any(1)
     return {
         k: Neighbours(
             precision=_share(balls[i] > 0),

@@ -48,7 +48,7 @@ class ClipNet:
     """B texts -> unit vectors [B, dim], on the CPU in fp32."""
 
 
-def normalised(images: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+def normalize_channels(images: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """uint8 [B, 3, H, W] -> fp32: scaled to [0, 1], minus the mean, over the deviation of each channel."""
     mean, deviation = (torch.tensor(s, device=images.device).view(3, 1, 1) for s in statistics)
     return (images.float() / 255 - mean) / deviation

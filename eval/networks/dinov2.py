@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from d2g.core.errors import UserError
 from eval.images.resize import prepare_batch
 from eval.networks import transformers_vision
-from eval.networks.base import IMAGENET, Device, FeatureNet, normalised, parameters_sha256
+from eval.networks.base import IMAGENET, Device, FeatureNet, normalize_channels, parameters_sha256
 
-SIZE = 224
+DINOV2_SIZE = 224
 DINOV2 = "facebook/dinov2-large"
 """ViT-L/14, Stein et al.'s choice (Apache-2.0, Meta)."""
 
@@ -24,17 +24,21 @@ def load_dinov2(weights: str | Path | None = None, device: Device = "cpu") -> Fe
     divide 224.
     """
     name = str(weights or DINOV2)
-    model = transformers_vision.load_dinov2(name)
+    model = transformers_vision.load_dinov2_model(name)
     patch = model.config.patch_size
-    if SIZE % patch:
-        raise UserError(f"{name} has patches of {patch} px, expected a divisor of {SIZE}; give a ViT/14")
+    if DINOV2_SIZE % patch:
+        raise UserError(
+            f"{name} has patches of {patch} px, expected a divisor of {DINOV2_SIZE}; give a ViT/14"
+        )
     sha256 = parameters_sha256(model)
-    positions = interpolated(model.embeddings.position_embeddings.detach(), SIZE // patch)
+    positions = interpolated(model.embeddings.position_embeddings.detach(), DINOV2_SIZE // patch)
     model.embeddings.position_embeddings = nn.Parameter(positions, requires_grad=False)
     model = model.to(device)
 
     def features(images: Tensor) -> Tensor:
-        pixels = normalised(prepare_batch(images.to(device), f"squash{SIZE}-bicubic"), IMAGENET)
+        pixels = normalize_channels(
+            prepare_batch(images.to(device), f"squash{DINOV2_SIZE}-bicubic"), IMAGENET
+        )
         token: Tensor = model(pixel_values=pixels).last_hidden_state[:, 0]
         return token
 

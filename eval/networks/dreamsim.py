@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError
 from eval.images.resize import prepare_batch
-from eval.networks.base import IMAGENET, OPENAI, Device, FeatureNet, normalised, parameters_sha256
-from eval.networks.weights import fill, read_checkpoint, read_state, weights_folder
+from eval.networks.base import IMAGENET, OPENAI, Device, FeatureNet, normalize_channels, parameters_sha256
+from eval.networks.weights import fill_parameters, read_checkpoint, read_state, weights_folder
 
-SIZE = 224
+DREAMSIM_SIZE = 224
 HEAD = 64
 """Channels per attention head in every ViT-B."""
 ADAPTER = "ensemble_lora"
@@ -103,13 +103,13 @@ class DreamSim(nn.Module):
             projection = state.pop("proj") if branch.projected else torch.empty(0)
             self.projections.append(nn.Parameter(projection))
             self.branches.append(ViT(state, branch))
-            fill(self.branches[-1], state, folder / branch.file, f"DreamSim's {branch.file}")
+            fill_parameters(self.branches[-1], state, folder / branch.file, f"DreamSim's {branch.file}")
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, 224, 224] -> [B, D], of mean 0 and length 1."""
         parts = []
         for branch, vit, projection in zip(BRANCHES, self.branches, self.projections, strict=True):
-            tokens = vit(normalised(images, OPENAI if branch.projected else IMAGENET))
+            tokens = vit(normalize_channels(images, OPENAI if branch.projected else IMAGENET))
             token = tokens[:, 0]
             parts.append(vit.get_submodule("norm")(token) @ projection if branch.projected else token)
         joined = torch.cat(parts, 1)
@@ -133,12 +133,14 @@ def load_dreamsim(weights: str | Path | None = None, device: Device = "cpu") -> 
     _adapt(model, folder / ADAPTER)
     model = model.to(device).eval().requires_grad_(False)
     with torch.no_grad():
-        dim = model(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8, device=device)).shape[1]
+        dim = model(torch.zeros(1, 3, DREAMSIM_SIZE, DREAMSIM_SIZE, dtype=torch.uint8, device=device)).shape[
+            1
+        ]
     return FeatureNet(
         name="dreamsim",
         dim=dim,
         sha256=parameters_sha256(model),
-        function=lambda images: model(prepare_batch(images.to(device), f"squash{SIZE}-bicubic")),
+        function=lambda images: model(prepare_batch(images.to(device), f"squash{DREAMSIM_SIZE}-bicubic")),
     )
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from eval.images.resize import resize_clean, resize_tensorflow
 from eval.networks.base import Device, FeatureNet
-from eval.networks.weights import Published, file_sha256, find, load_strict
+from eval.networks.weights import PublishedFile, file_sha256, find_weights, load_strict
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256_PREFIX = "6726825d"
 
-FID_INCEPTION = Published(
+FID_INCEPTION = PublishedFile(
     names=(INCEPTION_FILE, "weights-inception-2015-12-05-6726825d.pth"),
     sha256=INCEPTION_SHA256_PREFIX,
     mib=91,
@@ -24,7 +24,7 @@ FID_INCEPTION = Published(
 """TensorFlow's 2015-12-05 network, ported (Apache-2.0); torch-fidelity and torchmetrics use the same bytes.
 """
 
-TORCHVISION_INCEPTION = Published(
+TORCHVISION_INCEPTION = PublishedFile(
     names=("inception_v3_google-0cc3c7bd.pth",),
     sha256="0cc3c7bd",
     mib=104,
@@ -128,12 +128,12 @@ def _plus_minus_one(images: Tensor) -> Tensor:
 def _load(
     net: Any,
     name: str,
-    published: Published,
+    published: PublishedFile,
     weights: str | Path | None,
     device: Device,
     preprocess: Callable[[Tensor], Tensor],
 ) -> FeatureNet:
-    file = find(published, weights)
+    file = find_weights(published, weights)
     load_strict(net, file, f"the Inception weights {published.names[0]}")
     head = net.fc.to(device).requires_grad_(False)
     net.fc, net.AuxLogits = nn.Identity(), None

@@ -11,18 +11,18 @@ from torch import Tensor
 from d2g.core.config import pick
 from d2g.diffusion.latents import from_uint8
 from eval.networks.base import Device
-from eval.networks.weights import Published, find
+from eval.networks.weights import PublishedFile, find_weights
 from latent_lpips.lpips import PixelLPIPS
 
-TRUNKS: Mapping[str, Published] = MappingProxyType(
+TRUNKS: Mapping[str, PublishedFile] = MappingProxyType(
     {
-        "alex": Published(
+        "alex": PublishedFile(
             names=("alexnet-owt-7be5be79.pth",),
             sha256="7be5be79",
             mib=233,
             source="torchvision's alexnet, IMAGENET1K_V1",
         ),
-        "vgg": Published(
+        "vgg": PublishedFile(
             names=("vgg16-397923af.pth",),
             sha256="397923af",
             mib=528,
@@ -42,7 +42,7 @@ def load_pixel_lpips(
     `net`: alex (the authors' choice for measuring) or vgg; `trunk`: its file in torchvision's names, None:
     where PyTorch keeps it. Raises UserError when the file is missing or another network's.
     """
-    metric = PixelLPIPS(net, find(pick(TRUNKS, net, "LPIPS network"), trunk)).to(device).eval()
+    metric = PixelLPIPS(net, find_weights(pick(TRUNKS, net, "LPIPS network"), trunk)).to(device).eval()
 
     @torch.no_grad()
     def distance(images: Tensor, others: Tensor) -> Tensor:

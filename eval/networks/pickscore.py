@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eval.images.resize import prepare_batch
 from eval.networks import transformers_vision
-from eval.networks.base import OPENAI, Device, normalised, parameters_sha256
+from eval.networks.base import OPENAI, Device, normalize_channels, parameters_sha256
 
 PICKSCORE_MODEL = "yuvalkirstain/PickScore_v1"
 """CLIP ViT-H/14 tuned on people's choices (MIT, Kirstain et al. 2023)."""
@@ -37,14 +37,14 @@ def load_pickscore(weights: str | None = None, device: Device = "cpu") -> PickNe
     Raises UserError when either is missing.
     """
     source = weights or PICKSCORE_MODEL
-    model = transformers_vision.load_clip(source).to(device)
+    model = transformers_vision.load_clip_model(source).to(device)
     words = transformers_vision.load_clip_tokenizer(PICKSCORE_TOKENIZER if weights is None else source)
     size, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         assert len(images) == len(prompts)
-        pixels = normalised(prepare_batch(images.to(device), f"crop{size}-bicubic"), OPENAI)
+        pixels = normalize_channels(prepare_batch(images.to(device), f"crop{size}-bicubic"), OPENAI)
         tokens = words(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(
             device
         )

@@ -12,12 +12,12 @@ WEIGHTS = ("config.json", "*.safetensors")
 WORDS = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json")
 
 
-def load_dinov2(name: str) -> Any:
+def load_dinov2_model(name: str) -> Any:
     """A Dinov2Model: fp32, eval, frozen. Raises UserError when `name` is no folder or hub id of one."""
     return _load(name, "Dinov2Model", "dinov2")
 
 
-def load_clip(name: str) -> Any:
+def load_clip_model(name: str) -> Any:
     """A CLIPModel: fp32, eval, frozen. Raises UserError when `name` is no folder or hub id of one."""
     return _load(name, "CLIPModel", "clip")
 

@@ -12,7 +12,7 @@ from d2g.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Published:
+class PublishedFile:
     """A weight file as its authors publish it. `names`: the file's, the same bytes under each."""
 
     names: tuple[str, ...]
@@ -30,7 +30,7 @@ def weights_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def find(published: Published, given: str | Path | None) -> Path:
+def find_weights(published: PublishedFile, given: str | Path | None) -> Path:
     """The file `given`, or the published one in `weights_folder()`, whole.
 
     Raises UserError when there is none, saying what to fetch and where to put it, and when a file under a
@@ -58,10 +58,10 @@ def file_sha256(file: str | Path) -> str:
 
 def load_strict(net: nn.Module, file: str | Path, what: str) -> None:
     """Load a .safetensors or .pth state dict, `what` it should be. Names and shapes must agree."""
-    fill(net, read_state(file, what), file, what)
+    fill_parameters(net, read_state(file, what), file, what)
 
 
-def fill(net: nn.Module, state: Mapping[str, Tensor], file: str | Path, what: str) -> None:
+def fill_parameters(net: nn.Module, state: Mapping[str, Tensor], file: str | Path, what: str) -> None:
     """Put the state that was read from `file` into a network. Names and shapes must agree."""
     own = net.state_dict()
     missing = sorted(n for n in own.keys() - state.keys() if not n.endswith("num_batches_tracked"))

@@ -9,9 +9,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from eval.evaluate import Evaluation
+from eval.evaluation import Evaluation
 from eval.images.resize import NATIVE
-from eval.measure.source import Source
+from eval.measure.source import ImageSource
 from eval.protocols.metric import all_metrics, all_numbers, number_labels
 from eval.report.charts import Curve
 from eval.report.gallery import Pictures, Ranking, rank_images
@@ -24,7 +24,7 @@ GRID, BESIDE, RANKED = 32, 16, 8
 class LazyImages(Sequence[Tensor]):
     """A source's images, drawn on access."""
 
-    def __init__(self, source: Source, count: int) -> None:
+    def __init__(self, source: ImageSource, count: int) -> None:
         self.source, self.total = source, count
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class LazyImages(Sequence[Tensor]):
         return self.source.image(item)
 
 
-def first_images(source: Source, count: int) -> list[Tensor]:
+def first_images(source: ImageSource, count: int) -> list[Tensor]:
     """The first images of a source at native size, uint8 [3, H, W] each."""
     if source.count is not None:  # files, which may differ in size
         return LazyImages(source, count)[:]
@@ -64,14 +64,16 @@ def metrics_of(results: Mapping[str, EvalResult]) -> list[MetricRow]:
     ]
 
 
-def beside_name(name: str, other: Source) -> str:
+def beside_name(name: str, other: ImageSource) -> str:
     """The column title of the other side of pairs: its kind, or the name of its image folder."""
     kind = str(other.facts["kind"])
     title = Path(other.name).name if kind == "images" else kind
     return "beside" if title == name else title
 
 
-def rankings(name: str, source: Source, evaluation: Evaluation, other: Source | None = None) -> list[Ranking]:
+def rankings(
+    name: str, source: ImageSource, evaluation: Evaluation, other: ImageSource | None = None
+) -> list[Ranking]:
     """The worst and best images by each per-image score."""
     rows, labels = evaluation.rows, number_labels(evaluation.result.models)
     ranking = {m.numbers[0].key: m.numbers[0] for m in all_metrics().values() if m.ranks_images}
@@ -119,10 +121,10 @@ def environment() -> dict[str, str]:
 
 def report_data(
     name: str,
-    source: Source,
+    source: ImageSource,
     evaluation: Evaluation,
     *,
-    other: Source | None = None,
+    other: ImageSource | None = None,
     nearest: Sequence[Pictures] = (),
     curves: Sequence[Curve] = (),
 ) -> ReportData:

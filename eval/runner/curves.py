@@ -10,8 +10,8 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
 from d2g.core.progress import Progress, quiet
-from eval.evaluate import Evaluation
-from eval.measure.source import Source
+from eval.evaluation import Evaluation
+from eval.measure.source import ImageSource
 from eval.protocols.config import CurveRun, EvalRun
 from eval.protocols.metric import number_labels
 from eval.report.charts import Curve, plot_curve
@@ -22,11 +22,11 @@ from eval.runner.session import EvalSession
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
+class CurvePoint:
     """One value of the setting, and what was measured at it."""
 
     value: float
-    source: Source
+    source: ImageSource
     evaluation: Evaluation
 
     def row(self, setting: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
     return newest | {"checkpoints": made["points"]}
 
 
-def measure_points(bench: EvalSession, config: CurveRun) -> list[Point]:
+def measure_points(bench: EvalSession, config: CurveRun) -> list[CurvePoint]:
     """Every point, with networks and reference loaded once; in an out folder, each with its own parts.
 
     Raises UserError for a checkpoint that is not there.
@@ -90,11 +90,11 @@ def measure_points(bench: EvalSession, config: CurveRun) -> list[Point]:
     folders: Mapping[float, Path | None] = dict.fromkeys(config.values)
     if config.setting == "checkpoints":
         folders = _checkpoints(str(config.run.student), config.values)
-    found: list[Point] = []
+    found: list[CurvePoint] = []
     for value, folder in folders.items():
         bench.progress(f"points over {config.setting}", len(found), len(folders))
         source, evaluation = bench.measure(_at(config, value), folder)
-        found.append(Point(value=value, source=source, evaluation=evaluation))
+        found.append(CurvePoint(value=value, source=source, evaluation=evaluation))
     bench.progress(f"points over {config.setting}", len(found), len(folders))
     return found
 
@@ -132,7 +132,7 @@ def _check(config: CurveRun) -> None:
         raise SettingError(f"a curve over {setting} means nothing for {what}; settings it has: {usable}")
 
 
-def _facts(points: Sequence[Point], setting: str) -> dict[str, Any]:
+def _facts(points: Sequence[CurvePoint], setting: str) -> dict[str, Any]:
     first = points[0].evaluation.result
     return {
         "protocol": first.protocol,
@@ -160,7 +160,7 @@ def _over_training(made: Mapping[str, Any]) -> list[Curve]:
     ]
 
 
-def _write_report(out: Path, points: Sequence[Point], setting: str, curves: Sequence[Curve]) -> None:
+def _write_report(out: Path, points: Sequence[CurvePoint], setting: str, curves: Sequence[Curve]) -> None:
     last = points[-1]
     data = report_data(str(last.source.facts["kind"]), last.source, last.evaluation, curves=curves)
     named = {f"{setting} {point.value:g}": point.evaluation.result for point in points}

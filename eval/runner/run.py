@@ -13,14 +13,14 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.progress import Progress, quiet
-from eval.evaluate import Evaluation
+from eval.evaluation import Evaluation
 from eval.images.folders import open_images
 from eval.measure.build_reference import build_reference, keep_reference, reference_files
 from eval.measure.latency import measure_latency
 from eval.measure.measure import Measure, measure_source
-from eval.measure.rows import Work
-from eval.measure.source import Source, image_source
-from eval.metrics.nearest import nearest
+from eval.measure.rows import MeasureOptions
+from eval.measure.source import ImageSource, image_source
+from eval.metrics.nearest import nearest_neighbors
 from eval.metrics.win_rate import win_rate
 from eval.protocols.config import EvalRun
 from eval.protocols.metric import number_labels, referenced_metrics
@@ -51,7 +51,7 @@ def run_evaluation(config: EvalRun, progress: Progress = quiet) -> dict[str, Any
     return found.result.to_json()
 
 
-def latency(bench: EvalSession, source: Source) -> dict[str, Any]:
+def latency(bench: EvalSession, source: ImageSource) -> dict[str, Any]:
     """How long an image takes, of a student beside its teacher; on rank 0 only."""
     if source.parts is None:
         raise SettingError("--latency times a sampler; images are already drawn, leave it out")
@@ -66,7 +66,7 @@ def latency(bench: EvalSession, source: Source) -> dict[str, Any]:
     return measure_latency(models, bench.device, repeats=repeats, warmup=max(1, repeats // 5))
 
 
-def _write(bench: EvalSession, source: Source, found: Evaluation) -> None:
+def _write(bench: EvalSession, source: ImageSource, found: Evaluation) -> None:
     """The files that the config asks for."""
     out = bench.config.out
     if out is None:
@@ -85,11 +85,11 @@ def _write(bench: EvalSession, source: Source, found: Evaluation) -> None:
     write_report(folder / "report.html", data)
 
 
-def _name(source: Source) -> str:
+def _name(source: ImageSource) -> str:
     return str(source.facts["kind"])
 
 
-def _nearest(bench: EvalSession, source: Source, found: Evaluation) -> list[Pictures]:
+def _nearest(bench: EvalSession, source: ImageSource, found: Evaluation) -> list[Pictures]:
     """The first images beside the training images that are nearest in the protocol's features."""
     if bench.config.train is None:
         return []
@@ -99,9 +99,13 @@ def _nearest(bench: EvalSession, source: Source, found: Evaluation) -> list[Pict
     training = image_source(open_images(bench.config.train))
     assert training.count is not None
     measure = {"features": Measure(size=size, function=lambda images, _: net(images).float())}
-    rows = measure_source(training, range(training.count), measure, work=Work(), progress=bench.progress)
+    rows = measure_source(
+        training, range(training.count), measure, work=MeasureOptions(), progress=bench.progress
+    )
     generated = found.rows.values["features"][:NEAREST]
-    near = nearest(generated, rows.values["features"].split(4096), k=min(NEIGHBOURS, training.count))
+    near = nearest_neighbors(
+        generated, rows.values["features"].split(4096), k=min(NEIGHBOURS, training.count)
+    )
     return [
         beside_nearest(
             near,
@@ -128,7 +132,7 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
         raise SettingError(f"metrics {', '.join(metrics)} need no reference; name some that do, say fid")
     bench = EvalSession(replace(config, images=str(images), metrics=compared), progress)
     files, prompts = reference_files(images, bench.protocol)
-    work = Work(batch_size=config.batch_size, folder=out.with_suffix(".work"))
+    work = MeasureOptions(batch_size=config.batch_size, folder=out.with_suffix(".work"))
     sets = bench.networks.sets
     built = build_reference(
         image_source(files),

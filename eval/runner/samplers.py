@@ -1,4 +1,4 @@
-"""Samplers as `eval.measure.source.Source`: students, teachers, pipelines. Image i has the noise of (seed, i)."""
+"""Samplers as `eval.measure.source.ImageSource`: students, teachers, pipelines. Image i has the noise of (seed, i)."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
 from distill.sampling import OneStep, load_checkpoint, load_one_step, student_folder
 from eval.measure.latency import Parts
-from eval.measure.source import SampledBatch, Source, views_of
+from eval.measure.source import ImageSource, SampledBatch, views_of
 
 SampleFn = Callable[[range, list[str]], Tensor]
 """(numbers, their prompts) -> pixels [B, 3, H, W] in [-1, 1]."""
@@ -52,7 +52,7 @@ class SamplingRequest:
 
 def sampler_source(
     name: str, facts: Mapping[str, Any], drawing: SamplingRequest, make: SampleFn, parts: Parts | None = None
-) -> Source:
+) -> ImageSource:
     """A source that makes its images. Raises UserError for one that is not finite, by number and prompt."""
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
@@ -69,7 +69,7 @@ def sampler_source(
                 )
             yield SampledBatch(first=first, views=views_of(to_uint8(pixels), sizes), prompts=texts)
 
-    return Source(name=name, facts={**facts, **drawing.facts()}, draw=draw, parts=parts)
+    return ImageSource(name=name, facts={**facts, **drawing.facts()}, draw=draw, parts=parts)
 
 
 def one_step_source(
@@ -79,7 +79,7 @@ def one_step_source(
     *,
     noise_scale: float = 1.0,
     facts: Mapping[str, Any] | None = None,
-) -> Source:
+) -> ImageSource:
     """A student in memory. `noise_scale` shrinks the noise towards its mean, as truncation does in a GAN:
     more typical images, fewer kinds of them.
     """
@@ -111,7 +111,7 @@ def student_source(
     teacher: str | None = None,
     folder: Path | None = None,
     noise_scale: float = 1.0,
-) -> Source:
+) -> ImageSource:
     """A distilled student: a run, one of its checkpoints (`folder`), an export, or a shipped name."""
     weights, own, timestep = student_folder(name)
     base = teacher or own
@@ -144,7 +144,7 @@ def ode_source(
     steps: int = 50,
     guidance: float = 3.0,
     solver: str = "teacher",
-) -> Source:
+) -> ImageSource:
     """A teacher in memory, by its ODE, with the noise that its students get."""
     vae = pretrained.load_vae(teacher.name).to(teacher.device)
     chosen: Any = teacher.default_solver if solver == "teacher" else solver
@@ -179,7 +179,7 @@ def ode_source(
 
 def pipeline_source(
     name: str, drawing: SamplingRequest, *, steps: int = 50, guidance: float | None = None
-) -> Source:
+) -> ImageSource:
     """Any diffusers pipeline, with its own scheduler: what others ship, measured alike."""
     pipe = load_any_pipeline(name, drawing.device, PRECISIONS[drawing.precision], steps, guidance)
 

@@ -10,14 +10,14 @@ from d2g.core.progress import Progress, quiet
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import load_teacher
 from distill.sampling import student_folder
-from eval.evaluate import Evaluation, evaluate, images_of
+from eval.evaluation import Evaluation, evaluate, image_count
 from eval.images.folders import open_images
 from eval.measure.build_reference import open_reference, reference_files
 from eval.measure.measure import Measure
 from eval.measure.reference import Reference
 from eval.measure.required_networks import Networks, load_networks
-from eval.measure.rows import Work, open_work
-from eval.measure.source import Source, image_source
+from eval.measure.rows import MeasureOptions, open_work
+from eval.measure.source import ImageSource, image_source
 from eval.protocols.config import EvalRun
 from eval.protocols.data_sources import DATA_SOURCES, EvalDataSource
 from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
@@ -136,7 +136,7 @@ class EvalSession:
             prompts=shown, seed=self.protocol.seed, device=self.device, precision=self.config.precision
         )
 
-    def source(self, config: EvalRun, checkpoint: Path | None = None) -> Source:
+    def source(self, config: EvalRun, checkpoint: Path | None = None) -> ImageSource:
         """What is measured."""
         if config.images is not None:
             return image_source(open_images(config.images), self.prompts if config.prompts else ())
@@ -155,7 +155,7 @@ class EvalSession:
         assert config.teacher is not None
         return self.teacher_source(config.teacher, config)
 
-    def teacher_source(self, name: str, config: EvalRun) -> Source:
+    def teacher_source(self, name: str, config: EvalRun) -> ImageSource:
         """A teacher; a class-conditional one draws all classes in turn, an unconditional one just noise."""
         teacher = load_teacher(name, self.device, config.precision)
         prompts = self.prompts
@@ -170,7 +170,7 @@ class EvalSession:
         return ode_source(teacher, drawing, steps=config.steps, guidance=guidance, solver=config.solver)
 
     @cached_property
-    def other(self) -> Source | None:
+    def other(self) -> ImageSource | None:
         """The other side of pairs: the images or the teacher that was named, else the student's own."""
         config = self.config
         if not paired_metrics(self.metrics) and config.against is None:
@@ -204,7 +204,7 @@ class EvalSession:
             progress=self.progress,
         )
 
-    def measure(self, config: EvalRun, checkpoint: Path | None = None) -> tuple[Source, Evaluation]:
+    def measure(self, config: EvalRun, checkpoint: Path | None = None) -> tuple[ImageSource, Evaluation]:
         """One point: draw, measure, sum up."""
         source, networks = self.source(config, checkpoint), self.networks
         work = self._work(config, source)
@@ -223,11 +223,11 @@ class EvalSession:
         )
         return source, found
 
-    def _count(self, source: Source) -> int:
+    def _count(self, source: ImageSource) -> int:
         """Images to measure; a sampler without a number draws one per prompt."""
         return self.count or (len(self.prompts) if source.count is None else 0)
 
-    def _work(self, config: EvalRun, source: Source) -> Work:
+    def _work(self, config: EvalRun, source: ImageSource) -> MeasureOptions:
         folder = Path(config.work) if config.work else None
         if folder is None and config.out is not None and not config.out.endswith(".json"):
             folder = Path(config.out) / "work"
@@ -239,11 +239,11 @@ class EvalSession:
                 "settings": self.protocol.settings(),
                 "networks": self.networks.models(),
                 "metrics": sorted(self.metrics),
-                "images": images_of(source, self.protocol, self._count(source), config.allow_fewer),
+                "images": image_count(source, self.protocol, self._count(source), config.allow_fewer),
                 "part": config.part,
             }
             open_work(folder, facts)
-        return Work(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
+        return MeasureOptions(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
 
 
 def read_list(path: Path) -> list[str]:

@@ -12,8 +12,8 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
-from eval.evaluate import evaluate
-from eval.measure.rows import Work
+from eval.evaluation import evaluate
+from eval.measure.rows import MeasureOptions
 from eval.protocols.config import EvalRun
 from eval.protocols.metric import paired_metrics
 from eval.runner.samplers import sampler_source
@@ -63,7 +63,7 @@ def measuring(run: EvalRun, teacher: str) -> Callable[[_SampleLatents, int], dic
             reference=(lambda: made.reference) if made.has_reference else None,
             count=count,
             allow_fewer=True,
-            work=Work(batch_size=run.batch_size),
+            work=MeasureOptions(batch_size=run.batch_size),
             resamples=0,
         )
         return {

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from d2g.core.errors import UserError
-from eval.images.decode import Decoded, decode
+from eval.images.decode import Decoded, decode_image
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
@@ -23,7 +23,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def read(data: bytes) -> Decoded:
-    return decode(lambda: data, "x.png")
+    return decode_image(lambda: data, "x.png")
 
 
 def pixels(decoded: Decoded) -> np.ndarray[Any, Any]:
@@ -144,9 +144,9 @@ def test_a_pngs_own_prompt_and_the_size_asked_for(tmp_path: Path) -> None:
     info = PngInfo()
     info.add_itxt("prompt", "ein großer Würfel")
     data = encoded(Image.fromarray(COLOUR), pnginfo=info)
-    found = decode(lambda: data, "x.png", "crop8-lanczos")
+    found = decode_image(lambda: data, "x.png", "crop8-lanczos")
     assert found.caption == "ein großer Würfel" and found.image.shape == (3, 8, 8)
     (tmp_path / "a").write_bytes(data)
-    assert decode((tmp_path / "a").read_bytes, "a").sha256 == found.sha256
+    assert decode_image((tmp_path / "a").read_bytes, "a").sha256 == found.sha256
     with pytest.raises(UserError, match="b is no readable image"):
-        decode((tmp_path / "b").read_bytes, "b")
+        decode_image((tmp_path / "b").read_bytes, "b")

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2
 
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
-from eval.networks.base import IMAGENET, normalised
+from eval.networks.base import IMAGENET, normalize_channels
 from eval.networks.dinov2 import interpolated, load_dinov2
 from eval.networks.registry import FEATURES
 from eval.networks.transformers_vision import load_clip
@@ -36,7 +36,7 @@ def test_features_are_the_normed_class_token(tmp_path: Path) -> None:
     model = save_dinov2(tmp_path, 224)
     net = load_dinov2(tmp_path)
     images = pictures(2, 224)
-    expected = model(pixel_values=normalised(images, IMAGENET)).pooler_output
+    expected = model(pixel_values=normalize_channels(images, IMAGENET)).pooler_output
     assert (net.name, net.dim) == ("dinov2", 32)
     torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-6)
     assert expected.std() > 0.1
@@ -57,7 +57,7 @@ def test_published_models_of_518_px_are_interpolated_as_metas_code_does(tmp_path
     model.embeddings.position_embeddings = torch.nn.Parameter(
         torch.cat([positions[:, :1], resized.permute(0, 2, 3, 1).reshape(1, 256, 32)], 1)
     )
-    expected = model(pixel_values=normalised(images, IMAGENET)).pooler_output
+    expected = model(pixel_values=normalize_channels(images, IMAGENET)).pooler_output
     torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""eval.evaluate, eval.summary and eval.result, end to end on tiny tensors."""
+"""eval.evaluation, eval.summary and eval.result, end to end on tiny tensors."""
 
 import dataclasses
 import json
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import generator
-from eval.evaluate import Evaluation, evaluate
+from eval.evaluation import Evaluation, evaluate
 from eval.images.folders import Batch
 from eval.images.resize import NATIVE
 from eval.measure.build_reference import build_reference
 from eval.measure.measure import Measure
 from eval.measure.reference import Reference
 from eval.measure.required_networks import DREAMSIM_ROWS, Networks
-from eval.measure.rows import Work
-from eval.measure.source import SampledBatch, Source, batch_source, views_of
+from eval.measure.rows import MeasureOptions
+from eval.measure.source import ImageSource, SampledBatch, batch_source, views_of
 from eval.metrics.paired import cosine_distance, encoded, psnr
 from eval.networks.base import ClipNet, FeatureNet
 from eval.networks.pickscore import PickNet
@@ -80,7 +80,7 @@ def pictures(count: int, seed: int, spread: float = 40.0, shift: float = 0.0) ->
     return images.clamp(0, 255).to(torch.uint8), [f"all {CHANNELS[i]}" for i in wanted.tolist()]
 
 
-def source(count: int, seed: int, **options: float) -> Source:
+def source(count: int, seed: int, **options: float) -> ImageSource:
     return batch_source(f"{count} of {seed}", [pictures(count, seed, **options)])
 
 
@@ -92,14 +92,14 @@ REFERENCE = real()
 
 
 def run(
-    images: Source, protocol: Protocol = TINY, networks: Networks = NETWORKS, **options: Any
+    images: ImageSource, protocol: Protocol = TINY, networks: Networks = NETWORKS, **options: Any
 ) -> Evaluation:
     settings: dict[str, Any] = {"reference": REFERENCE, "resamples": 20, **options}
     return evaluate(images, protocol, networks, **settings)
 
 
 def measure(
-    images: Source, protocol: Protocol = TINY, networks: Networks = NETWORKS, **options: Any
+    images: ImageSource, protocol: Protocol = TINY, networks: Networks = NETWORKS, **options: Any
 ) -> EvalResult:
     return run(images, protocol, networks, **options).result
 
@@ -154,8 +154,8 @@ def test_a_collapsed_generator_has_precision_but_no_recall() -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 90])
 def test_batches_and_parts_do_not_change_the_result(size: int, tmp_path: Path) -> None:
-    whole = measure(source(90, 2), work=Work(batch_size=32))
-    other = measure(source(90, 2), work=Work(batch_size=size, part=17, folder=tmp_path))
+    whole = measure(source(90, 2), work=MeasureOptions(batch_size=32))
+    other = measure(source(90, 2), work=MeasureOptions(batch_size=size, part=17, folder=tmp_path))
     assert other == whole
 
 
@@ -181,7 +181,7 @@ def test_every_metric_gives_its_numbers() -> None:
     assert "PSNR to the teacher (dB)" in labels and "(95 %:" in labels["PickScore"]
 
 
-def endless() -> Source:
+def endless() -> ImageSource:
     """A sampler whose image i shows prompt i, of 90."""
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
@@ -191,7 +191,7 @@ def endless() -> Source:
             texts = [f"{number % 90}: all red" for number in part]
             yield SampledBatch(first=first, views=views_of(images, sizes), prompts=texts)
 
-    return Source(name="endless", facts={"kind": "test"}, draw=draw)
+    return ImageSource(name="endless", facts={"kind": "test"}, draw=draw)
 
 
 def test_an_extra_measure_is_averaged() -> None:
@@ -259,7 +259,7 @@ def test_a_sampler_is_not_asked_for_more_than_the_protocol_wants() -> None:
         asked.append(numbers)
         return inner.draw(numbers, batch_size, sizes)
 
-    sampler = Source(name="sampler", facts={}, draw=draw)
+    sampler = ImageSource(name="sampler", facts={}, draw=draw)
     measure(sampler, dataclasses.replace(TINY, images=30), resamples=0)
     assert [n for part in asked for n in part] == list(range(30))
 
@@ -276,7 +276,7 @@ def test_too_few_images_for_a_metric_are_refused_before_any_is_drawn(metric: str
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         raise AssertionError("an image was drawn")
 
-    sampler = Source(name="sampler", facts={"kind": "test"}, draw=draw)
+    sampler = ImageSource(name="sampler", facts={"kind": "test"}, draw=draw)
     with pytest.raises(UserError, match=says):
         measure(sampler, networks=EVERYTHING, metrics=(metric,), count=5)
 

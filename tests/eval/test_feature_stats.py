@@ -11,7 +11,7 @@ from torch import Tensor
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
-from eval.metrics.feature_stats import BLOCK, FeatureStats, Origin
+from eval.metrics.feature_stats import UPDATE_ROWS, FeatureStats, Origin
 from eval.metrics.frechet import frechet_distance
 from forks import on_ranks
 
@@ -39,13 +39,13 @@ def test_mean_and_covariance_are_torchs() -> None:
 
 
 def test_batches_and_merging_do_not_change_the_statistics() -> None:
-    features = rows(2 * BLOCK + 77, 7)
+    features = rows(2 * UPDATE_ROWS + 77, 7)
     whole = stats_of(features, batch=len(features))
     parts = stats_of(features[:40], batch=3)
     parts.merge(stats_of(features[40:], batch=50))
     torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-12, atol=0)
     torch.testing.assert_close(parts.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
-    for batch in (1, 16, BLOCK, BLOCK + 1):  # whole blocks are the same blocks: not a bit differs
+    for batch in (1, 16, UPDATE_ROWS, UPDATE_ROWS + 1):  # whole blocks are the same blocks: not a bit differs
         other = stats_of(features, batch)
         assert torch.equal(other.mean, whole.mean) and torch.equal(other.covariance, whole.covariance)
     assert parts.count == len(features) and torch.equal(parts.rows, features)

@@ -13,7 +13,7 @@ from torch import Tensor
 from browser import Browser, chromium
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
-from eval.metrics.nearest import nearest
+from eval.metrics.nearest import nearest_neighbors
 from eval.report.charts import Curve
 from eval.report.gallery import Pictures, beside_nearest, rank_images
 from eval.report.html import (
@@ -45,7 +45,7 @@ def everything() -> ReportData:
     """A page with every section, every kind of picture, and prompts that attack it."""
     small, wide, prompts = pictures(4, 28, 28), pictures(4, 160, 320), list(EVIL)
     training = pictures(20, 28, 28, seed=1)
-    found = nearest(small.flatten(1), training.flatten(1).split(6), k=7)
+    found = nearest_neighbors(small.flatten(1), training.flatten(1).split(6), k=7)
     steps = [(float(i), 1 / (1 + i)) for i in range(700)]
     return ReportData(
         title="Student & <teacher>",

@@ -19,14 +19,14 @@ from d2g.core.seeds import noise
 from eval.images.folders import open_images
 from eval.images.resize import NATIVE
 from eval.measure.measure import FILE_SHA256, Measure, PairMeasure, measure_source
-from eval.measure.rows import Rows, Work, open_work, store, stored
-from eval.measure.source import SampledBatch, Source, batch_source, image_source, views_of
+from eval.measure.rows import MeasuredRows, MeasureOptions, load_part, open_work, save_part
+from eval.measure.source import ImageSource, SampledBatch, batch_source, image_source, views_of
 from forks import fork, on_ranks
 
 PROMPTS = ["red", "green", "blue"]
 
 
-def sampler(seed: int = 0, seconds: float = 0.0, shift: int = 0, side: int = 4) -> Source:
+def sampler(seed: int = 0, seconds: float = 0.0, shift: int = 0, side: int = 4) -> ImageSource:
     """Images of (seed, number), as slow as asked for."""
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
@@ -38,7 +38,7 @@ def sampler(seed: int = 0, seconds: float = 0.0, shift: int = 0, side: int = 4) 
                 first=first, views=views_of(images, sizes), prompts=[PROMPTS[i % 3] for i in part]
             )
 
-    return Source(name="sampler", facts={"kind": "test", "seed": seed}, draw=draw)
+    return ImageSource(name="sampler", facts={"kind": "test", "seed": seed}, draw=draw)
 
 
 def mean_level(images: Tensor, prompts: list[str]) -> Tensor:
@@ -55,7 +55,7 @@ MEASURES = {
 }
 
 
-def same(a: Rows, b: Rows) -> bool:
+def same(a: MeasuredRows, b: MeasuredRows) -> bool:
     return (
         a.prompts == b.prompts
         and a.values.keys() == b.values.keys()
@@ -69,7 +69,7 @@ WHOLE = measure_source(sampler(), range(50), MEASURES)
 
 @pytest.mark.parametrize(("batch_size", "part"), [(1, 0), (7, 50), (64, 13), (3, 1)])
 def test_rows_do_not_depend_on_batches_or_parts(batch_size: int, part: int, tmp_path: Path) -> None:
-    work = Work(batch_size=batch_size, part=part, folder=tmp_path)
+    work = MeasureOptions(batch_size=batch_size, part=part, folder=tmp_path)
     found = measure_source(sampler(), range(50), MEASURES, work=work)
     assert same(found, WHOLE) and found.values["colours"].shape == (50, 3)
     assert same(measure_source(sampler(), range(50), MEASURES, work=work), WHOLE), "from the files"
@@ -78,14 +78,14 @@ def test_rows_do_not_depend_on_batches_or_parts(batch_size: int, part: int, tmp_
 
 def test_parts_cover_all_and_are_neither_tiny_nor_huge() -> None:
     for count in (1, 15, 16, 1_000, 5_000, 30_000, 200_000):
-        parts = Work().parts(range(count))
+        parts = MeasureOptions().parts(range(count))
         assert [n for part in parts for n in part] == list(range(count))
         assert max(map(len, parts)) <= 512 and (count < 32 or min(map(len, parts[:-1])) >= 16)
-    assert [len(part) for part in Work(part=4).parts(range(10, 20))] == [4, 4, 2]
+    assert [len(part) for part in MeasureOptions(part=4).parts(range(10, 20))] == [4, 4, 2]
 
 
 def test_a_finished_part_is_not_drawn_again(tmp_path: Path) -> None:
-    work = Work(part=10, folder=tmp_path)
+    work = MeasureOptions(part=10, folder=tmp_path)
     measure_source(sampler(), range(50), MEASURES, work=work)
     names = sorted(path.name for path in (tmp_path / "parts").iterdir())
     assert names == [f"{start:08}-{start + 10:08}.safetensors" for start in range(0, 50, 10)]
@@ -97,7 +97,7 @@ def test_a_finished_part_is_not_drawn_again(tmp_path: Path) -> None:
         asked.append(numbers)
         return inner.draw(numbers, batch_size, sizes)
 
-    again = measure_source(Source(name="x", facts={}, draw=draw), range(50), MEASURES, work=work)
+    again = measure_source(ImageSource(name="x", facts={}, draw=draw), range(50), MEASURES, work=work)
     assert same(again, WHOLE) and asked == [range(20, 30)]
 
 
@@ -108,14 +108,14 @@ def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path)
 
     def work(rank: int) -> None:
         process_group.init(patient=True)
-        part = Work(part=8, batch_size=rank + 3)
+        part = MeasureOptions(part=8, batch_size=rank + 3)
         rows = measure_source(sampler(), range(50), MEASURES, pairs=pairs, other=sampler(1), work=part)
-        store(tmp_path / f"{rank}.safetensors", rows)
+        save_part(tmp_path / f"{rank}.safetensors", rows)
         process_group.barrier()
         process_group.finish()
 
     on_ranks(ranks, work)
-    found = [stored(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
+    found = [load_part(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
     for rows in found:
         assert same(rows, found[0])
         assert rows.prompts == WHOLE.prompts and torch.equal(rows.values["level"], WHOLE.values["level"])
@@ -124,7 +124,7 @@ def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path)
 
 def test_killed_and_resumed_gives_the_same_rows(tmp_path: Path) -> None:
     """SIGKILL at four moments, each wherever it falls, and once more to the end."""
-    work = Work(part=5, batch_size=5, folder=tmp_path)
+    work = MeasureOptions(part=5, batch_size=5, folder=tmp_path)
     for wanted in (1, 3, 6, 9):
         child = fork(lambda: measure_source(sampler(seconds=0.02), range(50), MEASURES, work=work))
         end = time.monotonic() + 60
@@ -134,7 +134,7 @@ def test_killed_and_resumed_gives_the_same_rows(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert len(list((tmp_path / "parts").glob("0*"))) < 10
-    found = measure_source(sampler(), range(50), MEASURES, work=Work(part=5, folder=tmp_path))
+    found = measure_source(sampler(), range(50), MEASURES, work=MeasureOptions(part=5, folder=tmp_path))
     assert same(found, WHOLE)
 
 
@@ -145,14 +145,14 @@ def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield drawn
 
-    stopping = Source(name="x", facts={}, draw=draw)
-    work = Work(part=10, batch_size=5, folder=tmp_path)
+    stopping = ImageSource(name="x", facts={}, draw=draw)
+    work = MeasureOptions(part=10, batch_size=5, folder=tmp_path)
     with pytest.raises(
         Interrupted, match=rf"the measures of 20 of 50 images are safe in {tmp_path}; run the same"
     ):
         measure_source(stopping, range(50), MEASURES, work=work)
     with pytest.raises(Interrupted, match="nothing was kept, give --out a folder"):
-        measure_source(stopping, range(50), MEASURES, work=Work(part=10, batch_size=5))
+        measure_source(stopping, range(50), MEASURES, work=MeasureOptions(part=10, batch_size=5))
     assert same(measure_source(sampler(), range(50), MEASURES, work=work), WHOLE)
 
 
@@ -167,7 +167,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    work = Work(part=25, folder=tmp_path)
+    work = MeasureOptions(part=25, folder=tmp_path)
     measure_source(sampler(), range(50), MEASURES, work=work)
     file = sorted((tmp_path / "parts").iterdir())[1]
     file.write_bytes(file.read_bytes()[:100])
@@ -176,7 +176,9 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
 
 
 def test_images_are_kept_with_their_numbers(tmp_path: Path) -> None:
-    measure_source(sampler(), range(7), {"c": MEASURES["colours"]}, work=Work(keep=tmp_path / "kept"))
+    measure_source(
+        sampler(), range(7), {"c": MEASURES["colours"]}, work=MeasureOptions(keep=tmp_path / "kept")
+    )
     files = sorted((tmp_path / "kept").iterdir())
     assert [file.name for file in files] == [f"{number:08}.png" for number in range(7)]
     with Image.open(files[4]) as image:
@@ -211,7 +213,7 @@ def test_a_measure_that_needs_prompts_names_the_image_without() -> None:
 def test_pairs_are_of_the_same_numbers_and_one_size() -> None:
     pairs = {"shift": PairMeasure(size=NATIVE, function=lambda a, b: mean_level(b, []) - mean_level(a, []))}
     found = measure_source(
-        sampler(), range(20), MEASURES, pairs=pairs, other=sampler(shift=5), work=Work(batch_size=3)
+        sampler(), range(20), MEASURES, pairs=pairs, other=sampler(shift=5), work=MeasureOptions(batch_size=3)
     )
     assert found.values["shift"].min() > 4 and torch.equal(found.values["level"], WHOLE.values["level"][:20])
     with pytest.raises(
@@ -224,7 +226,7 @@ def test_pairs_are_of_the_same_numbers_and_one_size() -> None:
     with pytest.raises(
         UserError, match="image 2 of sampler shows 'blue', of swapped 'red'; pairs are of one"
     ):
-        measure_source(sampler(), range(4), {}, pairs=pairs, other=swapped, work=Work(batch_size=2))
+        measure_source(sampler(), range(4), {}, pairs=pairs, other=swapped, work=MeasureOptions(batch_size=2))
 
 
 def test_of_files_it_is_known_which_they_were(tmp_path: Path) -> None:
@@ -238,11 +240,11 @@ def test_of_files_it_is_known_which_they_were(tmp_path: Path) -> None:
     source = image_source(open_images(folder), ["a", "b", "c", "d", "e"])
     measures = {"colours": MEASURES["colours"]}
     found = measure_source(
-        source, range(5), measures, work=Work(part=2, folder=tmp_path / "work", batch_size=1)
+        source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work", batch_size=1)
     )
     assert found.values[FILE_SHA256].shape == (5, 32) and found.converted == Counter(grey=1)
     assert found.prompts == ["a", "b", "c", "d", "e"]
-    again = measure_source(source, range(5), measures, work=Work(part=2, folder=tmp_path / "work"))
+    again = measure_source(source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work"))
     assert same(found, again), "counts of what was converted are kept too"
     with pytest.raises(UserError, match="holds 5 images, and there are 2 prompts; give one for each"):
         image_source(open_images(folder), ["a", "b"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import generator
-from eval.metrics.nearest import nearest
+from eval.metrics.nearest import nearest_neighbors
 
 TRAINING = torch.randn(101, 12, generator=generator(1))
 QUERIES = torch.randn(300, 12, generator=generator(2))  # more than one part of queries
@@ -23,7 +23,7 @@ def directly(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @given(chunk=st.integers(1, 110), k=st.integers(1, 20), shift=st.sampled_from([0.0, 1e6]))
 def test_equals_the_direct_computation_in_any_chunks(chunk: int, k: int, shift: float) -> None:
     queries, rows = QUERIES.double()[:40] + shift, TRAINING.double() + shift
-    found = nearest(queries, rows.split(chunk), k=k)
+    found = nearest_neighbors(queries, rows.split(chunk), k=k)
     distances, indices = directly(queries, rows, k)
     assert torch.equal(found.indices, indices)
     torch.testing.assert_close(found.distances, distances, rtol=0, atol=1e-12)
@@ -31,7 +31,7 @@ def test_equals_the_direct_computation_in_any_chunks(chunk: int, k: int, shift: 
 
 def test_many_queries_and_a_copied_image() -> None:
     queries = torch.cat([QUERIES, TRAINING[77:78]])
-    found = nearest(queries, TRAINING.split(50), k=2)
+    found = nearest_neighbors(queries, TRAINING.split(50), k=2)
     assert torch.equal(found.indices, directly(queries, TRAINING, 2)[1])
     assert found.indices[-1, 0] == 77 and found.distances[-1, 0] == 0
 
@@ -39,20 +39,20 @@ def test_many_queries_and_a_copied_image() -> None:
 @pytest.mark.parametrize("chunk", [3, 7, 40])
 def test_ties_go_to_the_lower_index(chunk: int) -> None:
     rows = TRAINING[:4].repeat(5, 1)
-    found = nearest(TRAINING[1:2], rows.split(chunk), k=3)
+    found = nearest_neighbors(TRAINING[1:2], rows.split(chunk), k=3)
     assert found.indices.tolist() == [[1, 5, 9]] and found.distances.abs().max() == 0
 
 
 def test_bad_rows_are_refused() -> None:
     with pytest.raises(SettingError, match="k is 0"):
-        nearest(QUERIES, [TRAINING], k=0)
+        nearest_neighbors(QUERIES, [TRAINING], k=0)
     with pytest.raises(UserError, match="101 images; 102 nearest"):
-        nearest(QUERIES, TRAINING.split(50), k=102)
+        nearest_neighbors(QUERIES, TRAINING.split(50), k=102)
     with pytest.raises(UserError, match=r"training features are \[101, 5\]; expected \[n, 12\]"):
-        nearest(QUERIES, [TRAINING[:, :5]], k=1)
+        nearest_neighbors(QUERIES, [TRAINING[:, :5]], k=1)
     broken = TRAINING.clone()
     broken[3, 4] = torch.nan
     with pytest.raises(UserError, match="training features hold a value that is not finite"):
-        nearest(QUERIES, [broken], k=1)
+        nearest_neighbors(QUERIES, [broken], k=1)
     with pytest.raises(UserError, match="generated features hold"):
-        nearest(broken, [TRAINING], k=1)
+        nearest_neighbors(broken, [TRAINING], k=1)

@@ -9,7 +9,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.metrics.diversity import prompt_diversity
-from eval.metrics.paired import cosine_distance, encoded, psnr, rmse, summary
+from eval.metrics.paired import cosine_distance, encoded, mean_distance, psnr, rmse
 
 
 def pictures(count: int, seed: int) -> Tensor:
@@ -39,12 +39,12 @@ def test_cosine_distance_is_torchs() -> None:
 def test_summaries() -> None:
     teacher = torch.zeros(5, 4, 2, 2)
     student = torch.arange(5.0).view(5, 1, 1, 1).expand_as(teacher)
-    result = summary(rmse(student, teacher))
+    result = mean_distance(rmse(student, teacher))
     assert (result.mean, result.pairs) == (2.0, 5)
     assert result.standard_error == pytest.approx((2.5 / 5) ** 0.5)
-    assert summary(torch.ones(1)).standard_error == float("inf")
+    assert mean_distance(torch.ones(1)).standard_error == float("inf")
     with pytest.raises(UserError, match="no pairs"):
-        summary(torch.empty(0))
+        mean_distance(torch.empty(0))
 
 
 def test_diversity_is_within_prompts() -> None:

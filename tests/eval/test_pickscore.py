@@ -13,7 +13,7 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from d2g.diffusion.pretrained import new_tokenizer
 from eval.metrics.win_rate import win_rate
-from eval.networks.base import OPENAI, normalised
+from eval.networks.base import OPENAI, normalize_channels
 from eval.networks.pickscore import load_pickscore
 
 PROMPTS = ["a red cube", "two green cones", "a cyan cube left of a red cone"]
@@ -58,7 +58,7 @@ def test_scores_are_clips_logits_of_each_pair(model: tuple[CLIPModel, Path]) -> 
     words = new_tokenizer(tiny.CAPTIONS, folder / "again", 320, 16)
     images = pictures(3)
     tokens = words(PROMPTS, padding=True, return_tensors="pt")
-    judged = net(pixel_values=normalised(images, OPENAI), **tokens).logits_per_image
+    judged = net(pixel_values=normalize_channels(images, OPENAI), **tokens).logits_per_image
     scores = pick.score(images, PROMPTS)
     torch.testing.assert_close(scores.float(), judged.diagonal(), rtol=1e-5, atol=1e-6)
     assert judged.std() > 0.1 and pick.name == folder.name

@@ -139,7 +139,7 @@ def test_where_products_may_be_rounded_coarsely_float64_does_all() -> None:
     real, fake = points(40, 0), points(40, 1)
     try:
         torch.set_float32_matmul_precision("medium")
-        assert pairwise.Rows(real, real.double().mean(0)).rough.dtype == torch.float64
+        assert pairwise.CenteredRows(real, real.double().mean(0)).centered.dtype == torch.float64
         assert precision_recall(real, fake, k=3) == brute_force(real, fake, 3)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -171,6 +171,6 @@ def test_too_few_images() -> None:
 
 def test_reaches_are_distances_to_others() -> None:
     rows = points(50, 3, dim=5)
-    got = pairwise.reaches(pairwise.Rows(rows, rows.double().mean(0)), (1, 4), 16)
+    got = pairwise.kth_neighbor_distances(pairwise.CenteredRows(rows, rows.double().mean(0)), (1, 4), 16)
     expected = np.sort(((rows[:, None] - rows[None]).double().square().sum(2)).numpy(), axis=1)[:, [1, 4]]
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)

@@ -13,17 +13,17 @@ from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.teacher import load_teacher
 from distill.sampling import untrained_one_step
 from eval.images.resize import NATIVE
-from eval.measure.source import Source
+from eval.measure.source import ImageSource
 from eval.runner.samplers import SamplingRequest, checkpoints, ode_source, one_step_source, pipeline_source
 
 DRAWING = SamplingRequest(prompts=tiny.CAPTIONS[:4], seed=3)
 
 
-def images(source: Source, numbers: range, batch_size: int = 64) -> Tensor:
+def images(source: ImageSource, numbers: range, batch_size: int = 64) -> Tensor:
     return torch.cat([drawn.views[NATIVE] for drawn in source.draw(numbers, batch_size, (NATIVE,))])
 
 
-def sources(teacher: Path) -> dict[str, Source]:
+def sources(teacher: Path) -> dict[str, ImageSource]:
     name = str(teacher)
     return {
         "student": one_step_source("naive", untrained_one_step(name), DRAWING),

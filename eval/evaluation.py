@@ -1,0 +1,163 @@
+"""Evaluate any source of images under a protocol: measure each image once, then compute the numbers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError, UserError
+from d2g.core.progress import Progress, quiet
+from eval.measure.measure import measure_source
+from eval.measure.reference import Reference
+from eval.measure.required_networks import DREAMSIM_ROWS, Networks, measures_of
+from eval.measure.rows import MeasuredRows, MeasureOptions
+from eval.measure.source import ImageSource
+from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
+from eval.protocols.protocol import ANY, Protocol
+from eval.result import EvalResult
+from eval.summary import check_reference, digest_of_prompts, summarize
+
+GetReference = Callable[[], Reference | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The numbers, the measured rows they come from (one per image), and the reference statistics.
+
+    With several processes only rank 0 computes the numbers; the `result` of the others holds none.
+    """
+
+    result: EvalResult
+    rows: MeasuredRows
+    reference: Reference | None = None
+
+
+def evaluate(
+    source: ImageSource,
+    protocol: Protocol,
+    networks: Networks,
+    *,
+    metrics: tuple[str, ...] = (),
+    reference: Reference | GetReference | None = None,
+    other: ImageSource | None = None,
+    count: int = 0,
+    allow_fewer: bool = False,
+    work: MeasureOptions | None = None,
+    resamples: int = 200,
+    progress: Progress = quiet,
+) -> Evaluation:
+    """Measure the images of `source` under `protocol` and compute `metrics` (none: the protocol's).
+
+    `reference`: statistics of real images, or a function that builds them once everything else is checked.
+    `other`: a second source from the same noise, for paired metrics. `count`: the number of images, where the
+    protocol leaves it open; further images of the source are ignored. Fewer images than the protocol's are
+    refused unless `allow_fewer`, and then the result says so. `work`: batch size and folders. `resamples`:
+    bootstrap resamples, 0 for no intervals that need them. All processes of a group must call it; each
+    measures its share. Raises SettingError when a metric lacks what it needs, UserError when networks,
+    reference or counts are not the protocol's.
+
+    >>> import torch
+    >>> from eval import FeatureNet, Networks, Protocol, batch_source, build_reference
+    >>> def images(seed):
+    ...     stream = torch.Generator().manual_seed(seed)
+    ...     return torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8, generator=stream)
+    >>> color = FeatureNet(name="color", dim=3, sha256="", function=lambda x: x.float().mean((2, 3)))
+    >>> networks = Networks(sets={"features": color})
+    >>> protocol = Protocol(name="example")
+    >>> real = batch_source("real", [(images(0), [""] * 20)])
+    >>> reference = build_reference(real, protocol, networks.sets)
+    >>> fake = batch_source("fake", [(images(1), [""] * 20)])
+    >>> result = evaluate(fake, protocol, networks, metrics=("fid",), reference=reference).result
+    >>> result.ci["fid"][0] < result.fid < result.ci["fid"][1]
+    True
+    """
+    metrics = metrics or protocol.metrics
+    number = _check_request(source, protocol, networks, metrics, reference, other, count, allow_fewer)
+    real = reference() if callable(reference) else reference
+    if real is not None:
+        real.check(protocol, networks.compared)
+
+    # Measure every image once; some metrics need further images of the same prompts.
+    measures, pairs = measures_of(networks, protocol, metrics)
+    rows = measure_source(
+        source, range(number), measures, pairs=pairs, other=other, work=work, progress=progress
+    )
+    more = None
+    if source.count is None and any(all_metrics()[name].repeats_prompts for name in metrics):
+        extra = range(number, number * protocol.diversity_images)
+        embedding = {DREAMSIM_ROWS: measures[DREAMSIM_ROWS]}
+        more = measure_source(source, extra, embedding, work=work, progress=progress)
+
+    resolved = protocol.resolved(
+        features=networks.sets["features"].name if "features" in networks.sets else ANY,
+        clip=networks.clip.name if networks.clip else ANY,
+        prompts_sha256=digest_of_prompts(rows),
+    )
+    if process_group.rank() != 0:
+        empty = EvalResult(protocol=resolved.name, protocol_sha256=resolved.sha256())
+        return Evaluation(result=empty, rows=rows)
+    result = summarize(
+        rows,
+        resolved,
+        networks,
+        metrics,
+        reference=real,
+        more=more,
+        source={"name": source.name, **source.facts},
+        resamples=resamples,
+        progress=progress,
+    )
+    return Evaluation(result=result, rows=rows, reference=real)
+
+
+def _check_request(
+    source: ImageSource,
+    protocol: Protocol,
+    networks: Networks,
+    metrics: tuple[str, ...],
+    reference: Reference | GetReference | None,
+    other: ImageSource | None,
+    count: int,
+    allow_fewer: bool,
+) -> int:
+    """Check everything that can be checked before an image is drawn; return the number of images."""
+    check_metrics(metrics)
+    check_reference(metrics, reference)
+    paired = paired_metrics(metrics)
+    if paired and other is None:
+        raise SettingError(f"metric {paired[0]!r} needs images to compare with; give --against")
+    check_networks(protocol, networks)
+    number = image_count(source, protocol, count, allow_fewer)
+    features = networks.sets.get("features")
+    for name in metrics:
+        check_count = all_metrics()[name].check_count
+        if check_count is not None:
+            check_count(number, protocol, features.dim if features is not None else 0)
+    return number
+
+
+def check_networks(protocol: Protocol, networks: Networks) -> None:
+    """Raise UserError for networks that are not the protocol's."""
+    expected_networks = (
+        ("features", protocol.features, networks.sets.get("features")),
+        ("CLIP", protocol.clip, networks.clip),
+    )
+    for kind, expected, net in expected_networks:
+        if net is not None and expected not in (ANY, net.name):
+            raise UserError(
+                f"protocol {protocol.name!r} measures with {kind} {expected!r}, got {net.name!r}; use that "
+                "network, or protocol folder"
+            )
+
+
+def image_count(source: ImageSource, protocol: Protocol, count: int, allow_fewer: bool) -> int:
+    """How many images to measure. Raises UserError for fewer than the protocol's number, or than two."""
+    target = protocol.images or count or source.count or 0
+    number = min(target, count or target, target if source.count is None else source.count)
+    if number < target and not allow_fewer:
+        raise UserError(
+            f"{source.name} gives {number} images, protocol {protocol.name} measures {target}; make the rest "
+            "or give --allow-fewer, and the result says so"
+        )
+    if number < 2:
+        raise UserError(f"{source.name}: got {number} image(s) to evaluate; expected at least 2")
+    return number
