@@ -1,8 +1,8 @@
-"""The discriminator: the teacher's U-Net with noise input, resized inputs and thin readouts at every scale.
+"""The discriminator: the teacher's U-Net with a noise input, resized inputs and 1x1 heads at every scale.
 
-An explicit forward over the U-Net's blocks, without hooks: hooks fire twice under activation checkpointing
-and break under sharding (method.md "Features without hooks"). Layout: method.md "Discriminator architecture".
-No public reference implementation exists.
+The forward pass is written out over the U-Net's blocks, because hooks fire twice under activation
+checkpointing and break under sharding (method.md "Features without hooks"). Layout: method.md "Discriminator
+architecture". No public reference implementation exists.
 """
 
 from collections.abc import Iterator
@@ -18,32 +18,35 @@ from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.unet import added_conditions
 from distill.config.run import DiscriminatorConfig
 
-WAYS = (
-    "{}Block2D",
-    "CrossAttn{}Block2D",
-    "SimpleCrossAttn{}Block2D",
-    "Attn{}Block2D",
-    "Resnet{}sampleBlock2D",
+BLOCK_TYPES = tuple(
+    f"{prefix}{direction}{suffix}"
+    for prefix, suffix in (
+        ("", "Block2D"),
+        ("CrossAttn", "Block2D"),
+        ("SimpleCrossAttn", "Block2D"),
+        ("Attn", "Block2D"),
+        ("Resnet", "sampleBlock2D"),
+    )
+    for direction in ("Down", "Up")
 )
-BLOCKS = tuple(way.format(direction) for way in WAYS for direction in ("Down", "Up"))
-"""Kinds of U-Net blocks that are known here."""
+"""Types of U-Net blocks that are supported."""
 
 
 class Discriminator(nn.Module):
-    """D(x, z, c): patch logits of every head. Built from a UNet2DConditionModel, which it takes over and
-    trains.
+    """D(x, z, c): patch logits of every head, from a UNet2DConditionModel that it takes over and trains.
 
-    h0 = conv_in(x) + conv_z(z), conv_z zero at the start; Resize(x) enters each lower encoder scale through a
-    zero convolution, so that D starts as the teacher; per decoder scale three 1x1 heads: on what comes up
-    from below, on the encoder's skip, and on the scale's output. Heads are not zero, or no gradient would
-    pass. `downscale`: pixels of a picture by its latents', which SDXL's U-Net is told.
+    h0 = conv_in(x) + conv_z(z) with conv_z zero at the start. Resize(x) enters each lower encoder scale
+    through a zero convolution, so the trunk starts as the teacher. Each decoder scale has three 1x1 heads: on
+    its input from below, on the encoder's skip, and on its output. Heads are not zero, or no gradient would
+    flow. `downscale`: pixels per latent, for SDXL's time ids.
 
-    Raises UserError for a U-Net with blocks or conditions that are not known here.
+    Raises UserError for a U-Net with blocks or conditions that are not supported.
+
     """
 
     def __init__(self, unet: Any, config: DiscriminatorConfig, downscale: int = 8) -> None:
         super().__init__()
-        _refuse_unknown(unet)
+        _check_supported(unet)
         self.unet: Any = unet
         self.timestep, self.downscale = config.timestep, downscale
         channels, first = unet.config.in_channels, unet.conv_in.out_channels
@@ -58,17 +61,17 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleDict(
             {n: nn.Conv2d(w, 1, 1) for n, w in _head_widths(unet) if config.multi_scale_output or n == last}
         )
-        # A block's output is read before it is enlarged, so that is done here and not in the block.
+        # Heads read a block's output before upsampling, so the upsamplers move out of the blocks.
         self.upsamplers = nn.ModuleList(nn.ModuleList(block.upsamplers or ()) for block in unet.up_blocks)
         for block in unet.up_blocks:
             block.upsamplers = None
         self._frozen: list[nn.Module | None] = (
             [unet, self.upsamplers] if config.freeze_backbone else [unet.conv_norm_out, unet.conv_out]
-        )  # no head reads the U-Net's own output
+        )  # no head reads the U-Net's output layers
         self.requires_grad_(True)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Switch the gradients of what is trained; what is frozen stays so."""
+        """Switch gradients of the trained parameters on or off; frozen parts stay frozen."""
         super().requires_grad_(requires_grad)
         for part in self._frozen:
             if part is not None:
@@ -87,10 +90,11 @@ class Discriminator(nn.Module):
         if t is None:
             t = torch.full((len(x),), self.timestep, device=x.device)
         t = t.to(x.device)
+        # Embeddings of time and conditioning, as in UNet2DConditionModel.forward.
         temb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
         added = added_conditions(unet.config, cond, x, self.downscale)
-        more = unet.get_aug_embed(emb=temb, encoder_hidden_states=text, added_cond_kwargs=added)
-        temb = temb if more is None else temb + more
+        extra = unet.get_aug_embed(emb=temb, encoder_hidden_states=text, added_cond_kwargs=added)
+        temb = temb if extra is None else temb + extra
         temb = temb if unet.time_embed_act is None else unet.time_embed_act(temb)
         hidden = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
 
@@ -99,26 +103,29 @@ class Discriminator(nn.Module):
                 logits[name] = self.heads[name](features)
 
         def run(block: Any, *features: Any) -> Any:
-            told = {"encoder_hidden_states": hidden} if getattr(block, "has_cross_attention", False) else {}
-            return block(*features, temb=temb, **told)
+            has_text = getattr(block, "has_cross_attention", False)
+            text_states = {"encoder_hidden_states": hidden} if has_text else {}
+            return block(*features, temb=temb, **text_states)
 
+        # Encoder: noise enters at the top, resized inputs at each lower scale.
         h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
         if self.conv_z is not None:
             h = h + self.conv_z(noise)
         skips = [h]
         for scale, block in enumerate(unet.down_blocks):
-            h, passed = run(block, h)
-            skips += passed
+            h, block_skips = run(block, h)
+            skips += block_skips
             if self.conv_scale is not None and block.downsamplers is not None:
                 h = h + self.conv_scale[scale](_resize(x, h.shape[2:]))
         if unet.mid_block is not None:
             h = run(unet.mid_block, h)
+        # Decoder: three heads at each scale, then upsampling.
         for scale, block in enumerate(unet.up_blocks):
             count = len(block.resnets)
-            passed, skips = tuple(skips[-count:]), skips[:-count]
+            block_skips, skips = tuple(skips[-count:]), skips[:-count]
             read(scale, "before", h)
-            read(scale, "skip", passed[-1])
-            h = run(block, h, passed)
+            read(scale, "skip", block_skips[-1])
+            h = run(block, h, block_skips)
             read(scale, "after", h)
             for up in self.upsamplers[scale]:  # type: ignore[attr-defined]
                 h = up(h, temb) if "Resnet" in type(up).__name__ else up(h, skips[-1].shape[2:])
@@ -128,7 +135,7 @@ class Discriminator(nn.Module):
 def discriminator_from_teacher(
     teacher: str, config: DiscriminatorConfig, generator: torch.Generator
 ) -> Discriminator:
-    """A discriminator with the teacher's weights; `generator` draws the heads."""
+    """A discriminator with the teacher's weights; `generator` initializes the heads."""
     discriminator = Discriminator(pretrained.load_unet(teacher), config, pretrained.latent_downscale(teacher))
     for head in discriminator.heads.values():
         assert isinstance(head, nn.Conv2d) and head.bias is not None
@@ -139,32 +146,35 @@ def discriminator_from_teacher(
 
 
 def added_parameters(discriminator: Discriminator) -> int:
-    """Parameters beyond the U-Net's own (Table A1: at most 0.13M for SD 1.5)."""
-    own = ("unet.", "upsamplers.")
-    return sum(p.numel() for name, p in discriminator.named_parameters() if not name.startswith(own))
+    """Number of parameters beyond the U-Net's (Table A1: at most 0.13M for SD 1.5)."""
+    teacher_parts = ("unet.", "upsamplers.")
+    return sum(
+        p.numel() for name, p in discriminator.named_parameters() if not name.startswith(teacher_parts)
+    )
 
 
-def _refuse_unknown(unet: Any) -> None:
-    for kind in (type(block).__name__ for block in (*unet.down_blocks, *unet.up_blocks)):
-        if kind not in BLOCKS:
+def _check_supported(unet: Any) -> None:
+    for block_type in (type(block).__name__ for block in (*unet.down_blocks, *unet.up_blocks)):
+        if block_type not in BLOCK_TYPES:
             raise UserError(
-                f"discriminator: the teacher's U-Net has a {kind}; supported are {', '.join(BLOCKS)}"
+                f"discriminator: the teacher's U-Net has a {block_type}; "
+                f"supported are {', '.join(BLOCK_TYPES)}"
             )
-    for name, known in (
+    for name, supported in (
         ("class_embed_type", (None,)),
         ("num_class_embeds", (None,)),
         ("addition_embed_type", (None, "text", "text_time")),
         ("encoder_hid_dim_type", (None, "text_proj")),
     ):
-        if (value := getattr(unet.config, name)) not in known:
+        if (value := getattr(unet.config, name)) not in supported:
             raise UserError(
                 f"discriminator: the teacher's U-Net has {name} {value!r}; supported: "
-                + ", ".join(map(repr, known))
+                + ", ".join(map(repr, supported))
             )
 
 
 def _head_widths(unet: Any) -> Iterator[tuple[str, int]]:
-    """(name, channels) of every readout, from the block widths: the resnets' own input and skip counts."""
+    """(name, input channels) of every head, from the widths of the residual blocks."""
     below = unet.down_blocks[-1].resnets[-1].out_channels
     for scale, block in enumerate(unet.up_blocks):
         yield f"{scale}_before", below
@@ -174,9 +184,9 @@ def _head_widths(unet: Any) -> Iterator[tuple[str, int]]:
 
 
 def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Antialiased bilinear: differentiable twice, as R1 needs."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # the CPU has no bf16 form
-    small = F.interpolate(wide, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    """Antialiased bilinear resizing, which is differentiable twice, as R1 needs."""
+    fp32 = x.to(torch.promote_types(x.dtype, torch.float32))  # not implemented for bf16 on the CPU
+    small = F.interpolate(fp32, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
     return small.to(x.dtype)
 
 
