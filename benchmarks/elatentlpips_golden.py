@@ -1,10 +1,12 @@
-"""Distances of the authors' package on random weights in its file form, for tests/golden/elatentlpips.json.
+"""Writes tests/golden/elatentlpips.json: distances of the authors' package on random weights in its file
+format.
 
-    python benchmarks/elatentlpips_golden.py THEIR_PYTHON
+python benchmarks/elatentlpips_golden.py THEIR_PYTHON
 
-THEIR_PYTHON is the interpreter of an environment with elatentlpips 0.2 (CC-BY-NC-4.0, never in ours):
+THEIR_PYTHON is the interpreter of an environment with elatentlpips 0.2 (CC-BY-NC-4.0; do not install it in
+our environment):
 
-    uv venv --python 3.11 theirs
+uv venv --python 3.11 theirs
     uv pip install --python theirs/bin/python torch==OURS torchvision requests psutil scipy matplotlib tqdm
     uv pip install --python theirs/bin/python --no-deps elatentlpips==0.2 "setuptools<70"
 """
@@ -35,11 +37,13 @@ CASES: list[dict[str, Any]] = [
     {"space": "flux", "channels": 16, "weights": 12, "size": [8, 8], "normalize": True},
     {"space": "flux", "channels": 16, "weights": 12, "size": [8, 8], "l1": True},
 ]
-"""`weights` seeds tests/authors.py; inputs are rows of d2g.core.seeds.noise(3, …), `normalize` calls them raw."""
+"""`weights` is the seed for tests/authors.py. Inputs are rows of d2g.core.seeds.noise(3, …); with
+`normalize` they are raw latents.
+"""
 
 
 def distances(python: str, case: dict[str, Any], folder: Path) -> list[float]:
-    """Of their package in a process of its own, without augmentation."""
+    """Return the package's distances without augmentation, computed in a separate process."""
     checkpoints = folder / "ckpt"
     checkpoints.mkdir(exist_ok=True)
     space, channels, seed = case["space"], case["channels"], case["weights"]
@@ -54,20 +58,20 @@ def distances(python: str, case: dict[str, Any], folder: Path) -> list[float]:
             "add_l1_loss": case.get("l1", False),
             "normalize": case.get("normalize", False),
         }
-        found: list[float] = worker.ask(do="distance", inputs="inputs.pt", changes=changes)["distance"]
-        return found
+        result: list[float] = worker.ask(do="distance", inputs="inputs.pt", changes=changes)["distance"]
+        return result
 
 
 def main() -> None:
-    """Write the file."""
+    """Compute the distances of all cases and write the file."""
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     python = str(Path(sys.argv[1]).absolute())
     with tempfile.TemporaryDirectory() as folder:
         cases = [{**case, "distance": distances(python, case, Path(folder))} for case in CASES]
-    facts = "import torch, importlib.metadata as m; print(m.version('elatentlpips'), torch.__version__)"
-    told = subprocess.run([python, "-c", facts], capture_output=True, text=True, check=True)
-    versions = told.stdout.split()
+    code = "import torch, importlib.metadata as m; print(m.version('elatentlpips'), torch.__version__)"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    versions = done.stdout.split()
     text = {
         "made_by": "python benchmarks/elatentlpips_golden.py THEIR_PYTHON",
         "elatentlpips": versions[0],

@@ -1,11 +1,12 @@
-"""E-LatentLPIPS against the authors' package and against decoding and LPIPS: time, memory, accuracy.
+"""Compares E-LatentLPIPS with the authors' package and with decoding plus LPIPS: time, memory, accuracy.
 
-    python benchmarks/latent_lpips.py [--theirs THEIR_PYTHON] [--repeats 3] [--quick] [--no-decode]
+python benchmarks/latent_lpips.py [--theirs THEIR_PYTHON] [--repeats 3] [--quick] [--no-decode]
 
-One forward and backward pass to one input, transforms `bgco`, VGG16-BN at full width with random weights from
-one file. Each contestant is a process (latent_lpips_worker.py), they take turns pass by pass. THEIR_PYTHON is
-the interpreter of an environment with elatentlpips 0.2 (see elatentlpips_golden.py); without it, ours runs
-alone. Writes benchmarks/latent_lpips_DATE_DEVICE.md; twelve minutes on two cores.
+Measures one forward and backward pass with respect to one input, with transforms `bgco` and a VGG16-BN of
+full width with random weights from one file. Each contestant runs in its own process
+(latent_lpips_worker.py); they take turns. THEIR_PYTHON is the interpreter of an environment with
+elatentlpips 0.2 (see elatentlpips_golden.py); without it, only our implementation runs. Writes
+benchmarks/latent_lpips_DATE_DEVICE.md, in twelve minutes on two cores.
 """
 
 import argparse
@@ -32,34 +33,34 @@ SIZES, BATCHES, CHANNELS = (64, 128), (1, 4, 16), 4
 LARGE = 4 * 64 * 64  # positions above which a pass needs no warm-up
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GFLOP = 77.0 / 64**2
-"""Of the trunk, per latent position and pass; a distance with its gradient takes three passes."""
+"""Work of the trunk per latent position and pass; a distance with its gradient takes three passes."""
 
 Case = tuple[int, int]
 Rows = dict[str, dict[str, float]]
 
 
 def checkpoints(folder: Path) -> Path:
-    """Both files of theirs where their package looks for them; returns the calibrated one, ours as well."""
+    """Write both checkpoint files where the authors' package expects them; returns the calibrated one."""
     (folder / "ckpt").mkdir()
     authors.trunk_file(folder / "ckpt" / "sd15_latent_vgg16.pth.tar", CHANNELS, seed=1)
     return authors.tuned_file(folder / "ckpt" / "sd15_latest_vgg16_tuned.pth", CHANNELS, seed=1)
 
 
 def contest(case: Case, contestants: dict[str, dict[str, Any]], repeats: int, folder: Path) -> Rows:
-    """Median seconds and largest memory of each, in processes made for this case, taking turns."""
+    """Return median seconds and largest memory of each contestant, in new processes that take turns."""
     size, batch = case
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     with ExitStack() as stack:
         workers = {}
-        for name, how in contestants.items():
-            workers[name] = stack.enter_context(Worker(how["python"], folder))
-            workers[name].ask(do="open", channels=CHANNELS, **how["open"])
+        for name, settings in contestants.items():
+            workers[name] = stack.enter_context(Worker(settings["python"], folder))
+            workers[name].ask(do="open", channels=CHANNELS, **settings["open"])
         warm_up = int(size * size * batch <= LARGE)
         for turn in range(warm_up + repeats):
             for name, worker in workers.items():
                 answer = worker.ask(do="step", size=size, batch=batch, channels=CHANNELS)
                 if turn >= warm_up:
-                    found[name].append(answer)
+                    measured[name].append(answer)
     return {
         name: {
             "wall": median([answer["wall"] for answer in answers]),
@@ -67,12 +68,12 @@ def contest(case: Case, contestants: dict[str, dict[str, Any]], repeats: int, fo
             "extra_mib": max(answer["extra_mib"] for answer in answers),
             "peak_mib": max(answer["peak_mib"] for answer in answers),
         }
-        for name, answers in found.items()
+        for name, answers in measured.items()
     }
 
 
 def speed(theirs: str | None, weights: Path, cases: list[Case], repeats: int) -> list[str]:
-    """The table of ratios, and the worst of them."""
+    """Return the table of times, memory and ratios, and the range of the ratios."""
     contestants: dict[str, dict[str, Any]] = {}
     if theirs is not None:
         contestants["elatentlpips 0.2"] = {"python": theirs, "open": {"who": "theirs", "space": "sd15"}}
@@ -82,18 +83,19 @@ def speed(theirs: str | None, weights: Path, cases: list[Case], repeats: int) ->
     rows: list[list[object]] = []
     ratios: dict[str, list[tuple[float, ...]]] = {}
     for case in cases:
-        found = contest(case, contestants, repeats, weights.parents[1])
-        base = next(iter(found.values()))
-        for name, row in found.items():
+        results = contest(case, contestants, repeats, weights.parents[1])
+        base = next(iter(results.values()))
+        for name, row in results.items():
             ratio = tuple(base[k] / row[k] if k == "wall" else row[k] / base[k] for k in KEYS)
             ratios.setdefault(name, []).append(ratio)
             rows.append([latent(case), case[1], name, *(row[k] for k in COLUMNS), *ratio])
-        print(f"{case}: { {name: round(row['wall'], 2) for name, row in found.items()} }", file=sys.stderr)
+        print(f"{case}: { {name: round(row['wall'], 2) for name, row in results.items()} }", file=sys.stderr)
     head = ["latent", "batch", "who", "s", "CPU s", "extra MiB", "peak MiB", "speed", "extra", "peak"]
     explained = [
         "",
-        "Extra: a pass above what the process held before it. Peak: with weights and code, above what "
-        "`import torch` takes. Speed, extra and peak as ratios to the first of the same latent and batch.",
+        "Extra: memory of a pass beyond what the process held before it. Peak: with weights and code, beyond "
+        "what `import torch` takes. Speed, extra and peak are ratios to the first row of the same latent and "
+        "batch.",
         "",
         *(f"- {name}: {spread(of)}" for name, of in ratios.items()),
     ]
@@ -101,7 +103,7 @@ def speed(theirs: str | None, weights: Path, cases: list[Case], repeats: int) ->
 
 
 def spread(ratios: list[tuple[float, ...]]) -> str:
-    """From worst to best over the cases."""
+    """Describe the range of the ratios over all cases, from worst to best."""
     faster, extra, peak = ([ratio[k] for ratio in ratios] for k in range(3))
     return (
         f"speed {min(faster):.2f}x to {max(faster):.2f}x, "
@@ -110,7 +112,7 @@ def spread(ratios: list[tuple[float, ...]]) -> str:
 
 
 def latent(case: Case) -> str:
-    """Its shape."""
+    """Return the shape of a case's latents."""
     return f"{CHANNELS}x{case[0]}x{case[0]}"
 
 
@@ -119,7 +121,7 @@ KEYS = ("wall", "extra_mib", "peak_mib")
 
 
 def against_decoding(weights: Path, cases: list[Case], repeats: int) -> list[str]:
-    """Ours in the precision that `auto` takes, against a decoder of SD's size and the package lpips."""
+    """Compare our distance at precision `auto` with a decoder of SD's size plus the package lpips."""
     ours = {"who": "ours", "weights": str(weights), "precision": "auto", "root": str(ROOT)}
     contestants = {
         "decode and LPIPS": {"python": sys.executable, "open": {"who": "decoded"}},
@@ -127,62 +129,61 @@ def against_decoding(weights: Path, cases: list[Case], repeats: int) -> list[str
     }
     rows: list[list[object]] = []
     for case in cases:
-        found = contest(case, contestants, repeats, weights.parents[1])
-        other, mine = found.values()
-        ratio = (other["wall"] / mine["wall"], mine["extra_mib"] / other["extra_mib"])
-        rows.append([latent(case), case[1], other["wall"], mine["wall"], *ratio])
+        decoded, ours_auto = contest(case, contestants, repeats, weights.parents[1]).values()
+        speedup, memory = decoded["wall"] / ours_auto["wall"], ours_auto["extra_mib"] / decoded["extra_mib"]
+        rows.append([latent(case), case[1], decoded["wall"], ours_auto["wall"], speedup, memory])
     head = ["latent", "batch", "decode and LPIPS, s", "ours, s", "speed", "extra memory"]
     return table(head, rows)
 
 
 def accuracy(weights: Path, size: int) -> list[str]:
-    """Relative error of the distance and cosine of its gradient, against float64 through autograd."""
+    """Compare distances and gradients with float64 autograd: relative error, and cosine of the gradients."""
     exact = load_lpips(weights, fold=False).double()
     pred = torch.randn(2, CHANNELS, size, size, generator=torch.Generator().manual_seed(0))
     other = torch.randn(2, CHANNELS, size, size, generator=torch.Generator().manual_seed(1))
     rows: list[list[object]] = []
     targets = {"unrelated": other, "noise 1": pred + other, "noise 0.1": pred + 0.1 * other}
-    for what, target in targets.items():
-        distance, slope = with_gradient(exact, pred.double(), target.double())
+    for pair, target in targets.items():
+        distance, exact_gradient = with_gradient(exact, pred.double(), target.double())
         for precision in ("fp32", "bf16"):
             quick = load_lpips(weights, precision=precision).to(DEVICE)
-            found, gradient = (x.cpu() for x in with_gradient(quick, pred.to(DEVICE), target.to(DEVICE)))
-            error = (found / distance - 1).abs().max().item()
-            cosine = torch.cosine_similarity(gradient.double().flatten(), slope.flatten(), 0).item()
-            rows.append([what, distance.mean().item(), precision, f"{error:.1e}", f"{1 - cosine:.1e}"])
+            result, gradient = (x.cpu() for x in with_gradient(quick, pred.to(DEVICE), target.to(DEVICE)))
+            error = (result / distance - 1).abs().max().item()
+            cosine = torch.cosine_similarity(gradient.double().flatten(), exact_gradient.flatten(), 0).item()
+            rows.append([pair, distance.mean().item(), precision, f"{error:.1e}", f"{1 - cosine:.1e}"])
     return table(["pair", "distance", "precision", "relative error", "1 - cosine of gradients"], rows)
 
 
 def with_gradient(metric: Any, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The distance and what it sends back to `pred`."""
+    """Return the distance and its gradient with respect to `pred`."""
     pred = pred.clone().requires_grad_()
     distance = metric(pred, target)
     return distance.detach(), torch.autograd.grad(distance.sum(), pred)[0]
 
 
 def use_of_peak(weights: Path) -> list[str]:
-    """The trunk's three passes as a share of what a square matrix product reaches in the same run."""
+    """Return the trunk's throughput as a share of that of a square matrix product in the same run."""
     rows: list[list[object]] = []
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(4096, 4096, device=DEVICE).to(dtype) for _ in range(2))
         metric = load_lpips(weights, precision=precision, device=DEVICE)  # type: ignore[arg-type]
         pred, target = (torch.randn(16, CHANNELS, 64, 64, device=DEVICE) for _ in range(2))
         contestants = {"mm": partial(torch.mm, a, b), "ours": partial(with_gradient, metric, pred, target)}
-        taken = compare(contestants, repeats=7, warm_up=2)
-        peak = 2 * 4096**3 / min(taken["mm"]) / 1e12
-        reached = 3 * GFLOP * pred[:, 0].numel() / median(taken["ours"]) / 1e3
+        seconds = compare(contestants, repeats=7, warm_up=2)
+        peak = 2 * 4096**3 / min(seconds["mm"]) / 1e12
+        reached = 3 * GFLOP * pred[:, 0].numel() / median(seconds["ours"]) / 1e3
         rows.append([precision, peak, reached, f"{100 * reached / peak:.0f} %"])
     return table(["precision", "matmul, TFLOP/s", "trunk, TFLOP/s", "share"], rows)
 
 
 def main() -> None:
-    """Run what was asked for and write the page."""
+    """Run the selected comparisons and write the page."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--theirs", help="interpreter with elatentlpips 0.2")
     parser.add_argument("--repeats", type=int, default=3, help="passes of each contestant and case")
-    parser.add_argument("--quick", action="store_true", help="small latents: does it run?")
-    parser.add_argument("--no-decode", action="store_true", help="leave the decoder out")
+    parser.add_argument("--quick", action="store_true", help="small latents, to check that it runs")
+    parser.add_argument("--no-decode", action="store_true", help="skip the decoder")
     options = parser.parse_args()
     theirs = None if options.theirs is None else str(Path(options.theirs).absolute())
     sizes, batches = ((16, 32), (1, 2)) if options.quick else (SIZES, BATCHES)
@@ -193,8 +194,13 @@ def main() -> None:
         lines = ["## Speed and memory", "", *speed(theirs, weights, cases, options.repeats)]
         if not options.no_decode:
             # A pass of the decoder takes half a minute and 6 GiB on two cores, per latent of 64x64.
-            some = cases if DEVICE == "cuda" else cases[:1]
-            lines += ["", "## Decode and LPIPS", "", *against_decoding(weights, some, options.repeats)]
+            decoder_cases = cases if DEVICE == "cuda" else cases[:1]
+            lines += [
+                "",
+                "## Decode and LPIPS",
+                "",
+                *against_decoding(weights, decoder_cases, options.repeats),
+            ]
         lines += ["", "## Accuracy", "", *accuracy(weights, 16 if options.quick else 32)]
         if DEVICE == "cuda":
             lines += ["", "## Use of the matrix units", "", *use_of_peak(weights)]

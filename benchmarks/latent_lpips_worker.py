@@ -1,8 +1,8 @@
-"""One contestant of benchmarks/latent_lpips.py, in a process and, for elatentlpips, a Python of its own.
+"""One contestant of benchmarks/latent_lpips.py, in its own process and, for elatentlpips, its own Python.
 
-Reads one JSON object a line on stdin, answers each with one on stdout: `open` makes a distance, `step` times
-one forward and backward pass to one input, `distance` measures stored inputs. Only torch and the package in
-question are needed; elatentlpips is called by its public interface, as its users do.
+Reads one JSON object per line on stdin and answers each with one on stdout: `open` builds a distance, `step`
+times one forward and backward pass with respect to one input, `distance` computes distances of stored inputs.
+It needs only torch and the measured package; elatentlpips is used through its public interface.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def open_theirs(request: Request) -> Any:
-    """E-LatentLPIPS of the package, from ./ckpt of the current folder, where it looks for its files."""
+    """Build the package's E-LatentLPIPS from ./ckpt in the current folder, where it looks for its files."""
     import elatentlpips
 
     metric = elatentlpips.ELatentLPIPS(
@@ -33,7 +33,7 @@ def open_theirs(request: Request) -> Any:
 
 
 def open_ours(request: Request) -> Any:
-    """Our E-LatentLPIPS, from the same file."""
+    """Build our E-LatentLPIPS from the same file."""
     sys.path.insert(0, request["root"])
     from latent_lpips import ELatentLPIPS, load_lpips
 
@@ -42,7 +42,7 @@ def open_ours(request: Request) -> Any:
 
 
 def open_decoded(request: Request) -> Any:
-    """Decode by a VAE of Stable Diffusion's size with random weights, then the package lpips with VGG."""
+    """Build a distance that decodes with a random VAE of Stable Diffusion's size and applies lpips' VGG."""
     import lpips
     from diffusers import AutoencoderKL
 
@@ -59,26 +59,29 @@ def open_decoded(request: Request) -> Any:
 
     def distance(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            fixed = vae.decode(target).sample
-        value: torch.Tensor = metric(vae.decode(pred).sample, fixed).flatten()
+            target_pixels = vae.decode(target).sample
+        value: torch.Tensor = metric(vae.decode(pred).sample, target_pixels).flatten()
         return value
 
     return distance
 
 
 def _status(name: str) -> float:
-    """MiB of a line of /proc/self/status."""
+    """Return the MiB of an entry of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
-BARE = 0.0 if DEVICE == "cuda" else _status("VmRSS")
+BASELINE_MIB = 0.0 if DEVICE == "cuda" else _status("VmRSS")
 OPENERS = {"theirs": open_theirs, "ours": open_ours, "decoded": open_decoded}
 
 
 def step(distance: Any, request: Request) -> Request:
-    """Seconds (wall, and of this process' threads), MiB that one pass takes above what was held before, and
-    MiB at its peak above what `import torch` alone takes."""
+    """Time one pass and measure its memory.
+
+    Returns seconds (wall clock and CPU time), MiB beyond what the process held before, and peak MiB beyond
+    what `import torch` takes.
+    """
     shape = (request["batch"], request["channels"], request["size"], request["size"])
     pred, target = (torch.randn(shape, device=DEVICE, requires_grad=k == 0) for k in (0, 1))
     before = _begin()
@@ -91,11 +94,11 @@ def step(distance: Any, request: Request) -> Request:
         torch.cuda.synchronize()
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     peak = _peak()
-    return {**seconds, "extra_mib": peak - before, "peak_mib": peak - BARE, "distance": float(value)}
+    return {**seconds, "extra_mib": peak - before, "peak_mib": peak - BASELINE_MIB, "distance": float(value)}
 
 
 def _begin() -> float:
-    """Give freed memory back, forget the old peak; MiB held now."""
+    """Release freed memory and reset the peak; returns the MiB held now."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -111,16 +114,16 @@ def _peak() -> float:
 
 
 def measure(distance: Any, request: Request) -> Request:
-    """Distances of stored inputs."""
+    """Return the distances of stored inputs."""
     pred, target = torch.load(request["inputs"], weights_only=True)
     with torch.no_grad():
         return {"distance": distance(pred, target, **request.get("changes", {})).tolist()}
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer requests until stdin ends."""
     warnings.simplefilter("ignore")
-    answers, sys.stdout = sys.stdout, sys.stderr  # elatentlpips prints where answers go
+    answers, sys.stdout = sys.stdout, sys.stderr  # elatentlpips prints to stdout
     distance: Any = None
     for line in sys.stdin:
         request: Request = json.loads(line)

@@ -1,17 +1,19 @@
-"""Human judgments of rotated, moved and enlarged photographs (RAID) against distances.
+"""Compares distances with human judgments of rotated, translated and enlarged photographs (RAID).
 
-    python benchmarks/raid.py --data RAID --photographs KODAK --latents VAE --weights DIR [--weights DIR …]
+python benchmarks/raid.py --data RAID --photographs KODAK --latents VAE --weights DIR [--weights DIR …]
 
-RAID: the folder of answers.csv and responses.csv (Daudén-Oliver et al., RAID-Database: Human Responses to
-Affine Image Distortions). KODAK: the 24 photographs in order of name, 768x512 or 512x768. The stimuli are
-rendered again: level 1 is the photograph, level 10 turned by 18 degrees, moved sideways by 0.63 degrees of
-the visual field, or enlarged by 9 %, the others evenly between; then the middle, half as wide and high, which
-no border reaches. The trials with noise are left out, for that noise is not known. Prints JSON; weights are
-named by their folders; differences from a count of levels, l2 and ssim are paired over photographs.
+RAID is the folder of answers.csv and responses.csv (Daudén-Oliver et al., RAID-Database: Human Responses to
+Affine Image Distortions). KODAK has the 24 photographs, sorted by name, 768x512 or 512x768. The stimuli are
+rendered again: level 1 is the photograph; level 10 is rotated by 18 degrees, translated sideways by 0.63
+degrees of the visual field, or enlarged by 9 %; the other levels are evenly spaced. Only the middle, half as
+wide and high, is used, so that no border is visible. Trials with noise are skipped, because the noise is
+unknown. Prints JSON with weights by folder. Differences from the number of levels apart, l2 and ssim are
+paired by photograph.
 
-What the README does not say, and is assumed: 40 pixels per degree (--pixels-per-degree); the directions,
-clockwise about the middle, to the right, and larger (it gives turns and sizes as plus or minus); steps even
-in angle, way and size; that photograph N is Kodak's N; bicubic resampling; and the crop.
+The RAID README leaves some things open. This script assumes 40 pixels per degree (--pixels-per-degree);
+rotation clockwise about the middle, translation to the right, and enlargement (the README gives angles and
+sizes with plus or minus); levels that are evenly spaced in angle, distance and size; that photograph N is
+Kodak's N; bicubic resampling; and the crop.
 """
 
 import argparse
@@ -32,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, from_uint8
-from latent_lpips.distance import LatentLPIPS, normalize
+from latent_lpips.distance import LatentLPIPS
+from latent_lpips.fused import normalize_features
 from latent_lpips.training.baselines import pixel_squared_error, ssim_distance
 from latent_lpips.training.crops import image_to_tensor
 from latent_lpips.weights import load_lpips
@@ -44,23 +47,26 @@ RESAMPLES = 1000
 
 
 def stimulus(image: Image.Image, kind: str, level: int, pixels_per_degree: float) -> Tensor:
-    """uint8 [3, H / 2, W / 2]: the middle of the photograph at a level from 0 to 9."""
-    share = level / (LEVELS - 1)
-    turn = math.radians(18 * share) if kind == "rotation" else 0.0
-    zoom = 1 + 0.09 * share if kind == "scale" else 1.0
-    move = 0.63 * pixels_per_degree * share if kind == "translation" else 0.0
+    """Render the middle of a photograph at a level from 0 to 9: uint8 [3, H / 2, W / 2]."""
+    fraction = level / (LEVELS - 1)
+    turn = math.radians(18 * fraction) if kind == "rotation" else 0.0
+    zoom = 1 + 0.09 * fraction if kind == "scale" else 1.0
+    move = 0.63 * pixels_per_degree * fraction if kind == "translation" else 0.0
     x, y = image.width / 2, image.height / 2
-    a, b = math.cos(turn) / zoom, math.sin(turn) / zoom  # PIL wants the way back, from new to old places
+    a, b = (
+        math.cos(turn) / zoom,
+        math.sin(turn) / zoom,
+    )  # PIL takes the inverse map, from output to input positions
     matrix = (a, b, x - a * x - b * y - move, -b, a, y + b * x - a * y)
-    moved = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    transformed = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
     box = (image.width // 4, image.height // 4, 3 * image.width // 4, 3 * image.height // 4)
-    return image_to_tensor(moved.crop(box))
+    return image_to_tensor(transformed.crop(box))
 
 
 def distances(measures: Mapping[str, object], vae: object, pixels: Tensor) -> dict[str, Tensor]:
-    """Per measure a symmetric matrix [10, 10] between the levels of one photograph and kind."""
+    """Return, per measure, the symmetric matrix [10, 10] of distances between the levels of one photograph."""
     latents = torch.cat([encode(vae, x[None]) for x in pixels])
-    found = {}
+    tables = {}
     for name, measure in measures.items():
         if isinstance(measure, LatentLPIPS):
             d = between(measure, latents)
@@ -69,13 +75,13 @@ def distances(measures: Mapping[str, object], vae: object, pixels: Tensor) -> di
         table = torch.zeros(LEVELS, LEVELS, dtype=torch.float64)
         for (a, b), value in zip(PAIRS, d, strict=True):
             table[a, b] = table[b, a] = value
-        found[name] = table
-    return found
+        tables[name] = table
+    return tables
 
 
 def between(metric: LatentLPIPS, latents: Tensor) -> Tensor:
-    """The metric's distances of all PAIRS, with the features of each level computed once."""
-    features = [[normalize(f) for f in metric.taps(x[None])] for x in latents]
+    """Return the metric's distances of all PAIRS; the features of each level are computed once."""
+    features = [[normalize_features(f) for f in metric.taps(x[None])] for x in latents]
     rows = []
     for a, b in PAIRS:
         squares = [(f - g).square().mean((2, 3)) for f, g in zip(features[a], features[b], strict=True)]
@@ -86,7 +92,7 @@ def between(metric: LatentLPIPS, latents: Tensor) -> Tensor:
 def agreement(
     trials: Sequence[tuple[str, int, list[int], int]], table: Mapping[tuple[str, int], Tensor]
 ) -> Tensor:
-    """Per trial 1 where the pair that was called more different is the farther one, 1/2 for a tie."""
+    """Return per trial 1 if the pair judged more different has the larger distance, 1/2 for a tie, else 0."""
     rows = []
     for kind, photograph, (a, b, c, d), answer in trials:
         first, second = table[kind, photograph][a, b], table[kind, photograph][c, d]
@@ -95,7 +101,7 @@ def agreement(
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Correlation of ranks, ties at their mean."""
+    """Return the rank correlation; ties get their mean rank."""
     ranks = []
     for values in (np.asarray(x), np.asarray(y)):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -104,21 +110,23 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def interval(values: Tensor, groups: Tensor) -> list[float]:
-    """95 % of the mean, over photographs drawn anew: trials of one photograph are not independent."""
+    """Return the 95 % interval of the mean, from a bootstrap over photographs, whose trials are dependent."""
     rng, count = generator(0, 0x2A1D), int(groups.max()) + 1
     sums = torch.zeros(count, dtype=torch.float64).index_add(0, groups, values)
     sizes = groups.bincount(minlength=count).double()
-    drawn = torch.randint(count, (RESAMPLES, count), generator=rng)
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    samples = torch.randint(count, (RESAMPLES, count), generator=rng)
+    means = sums[samples].sum(1) / sizes[samples].sum(1)
     return [round(float(q), 4) for q in np.percentile(means.numpy(), [2.5, 97.5])]
 
 
 def paired(first: Mapping[str, object], other: Mapping[str, object], groups: Tensor) -> dict[str, object]:
-    """Differences, other less first, in agreement and in Spearman over all kinds, with 95 % over photographs
-    drawn anew, the same ones for both."""
-    gain = other["right"] - first["right"]  # type: ignore[operator]
+    """Return the differences other - first in agreement and in Spearman correlation over all kinds.
+
+    The 95 % intervals come from a bootstrap over photographs, with the same samples for both.
+    """
+    gain = other["correct"] - first["correct"]  # type: ignore[operator]
     rng, count = generator(0, 0x2A1D), int(groups.max()) + 1
-    drawn = torch.randint(count, (RESAMPLES, count), generator=rng).tolist()
+    samples = torch.randint(count, (RESAMPLES, count), generator=rng).tolist()
     people = np.asarray(first["people"])  # [photographs, points]
     a, b = np.asarray(first["distances"]), np.asarray(other["distances"])
 
@@ -126,7 +134,7 @@ def paired(first: Mapping[str, object], other: Mapping[str, object], groups: Ten
         y = people[rows].ravel()
         return spearman(b[rows].ravel(), y) - spearman(a[rows].ravel(), y)
 
-    spread = np.percentile([difference(rows) for rows in drawn], [2.5, 97.5])
+    spread = np.percentile([difference(rows) for rows in samples], [2.5, 97.5])
     return {
         "agreement": round(gain.mean().item(), 4),
         "agreement_ci": interval(gain, groups),
@@ -136,7 +144,10 @@ def paired(first: Mapping[str, object], other: Mapping[str, object], groups: Ten
 
 
 def read_trials(file: Path) -> list[tuple[str, int, list[int], int]]:
-    """(kind, photograph from 0, the four levels from 0, answer 1 or 2) of the kinds that can be rendered."""
+    """Read the trials of the kinds that can be rendered: (kind, photograph, four levels, answer 1 or 2).
+
+    Photographs and levels count from 0.
+    """
     with open(file, newline="", encoding="utf-8") as opened:
         rows = [row for row in csv.DictReader(opened) if row["transformation"] in KINDS]
     names = [f"distortion_level_{pair}{place}" for pair in (1, 2) for place in (1, 2)]
@@ -152,7 +163,7 @@ def read_trials(file: Path) -> list[tuple[str, int, list[int], int]]:
 
 
 def read_scale(file: Path) -> dict[tuple[str, int], list[float]]:
-    """The scaled difference from the photograph, per kind and photograph at each level."""
+    """Read the perceived difference from the photograph at each level, by kind and photograph."""
     scale: dict[tuple[str, int], list[float]] = {}
     kinds = {short: kind for kind, short in KINDS.items()}
     with open(file, newline="", encoding="utf-8") as opened:
@@ -189,8 +200,8 @@ def main() -> None:
         for kind in KINDS:
             levels = [stimulus(image, kind, level, options.pixels_per_degree) for level in range(LEVELS)]
             with torch.no_grad():
-                found = distances(measures, vae, from_uint8(torch.stack(levels)))
-            for name, table in found.items():
+                level_tables = distances(measures, vae, from_uint8(torch.stack(levels)))
+            for name, table in level_tables.items():
                 tables[name][kind, photograph] = table
             tables["levels apart"][kind, photograph] = (steps[:, None] - steps).abs()
         print(f"{file.name}: {photograph + 1}/24", file=sys.stderr, flush=True)
@@ -198,24 +209,26 @@ def main() -> None:
     groups = torch.tensor([photograph for _, photograph, _, _ in trials])
     raw: dict[str, dict[str, object]] = {}
     for name, table in tables.items():
-        right = agreement(trials, table)
+        correct = agreement(trials, table)
         entry: dict[str, object] = {
-            "agreement": round(right.mean().item(), 4),
-            "ci": interval(right, groups),
+            "agreement": round(correct.mean().item(), 4),
+            "ci": interval(correct, groups),
         }
-        told = {kind: [i for i, trial in enumerate(trials) if trial[0] == kind] for kind in KINDS}
-        entry |= {f"agreement_{kind}": round(right[rows].mean().item(), 4) for kind, rows in told.items()}
+        rows_of = {kind: [i for i, trial in enumerate(trials) if trial[0] == kind] for kind in KINDS}
+        entry |= {
+            f"agreement_{kind}": round(correct[rows].mean().item(), 4) for kind, rows in rows_of.items()
+        }
         for kinds in (*([kind] for kind in KINDS), list(KINDS)):
             keys = [key for key in sorted(scale) if key[0] in kinds]
             x = [float(table[key][0, level]) for key in keys for level in range(1, LEVELS)]
             y = [scale[key][level] for key in keys for level in range(1, LEVELS)]
             entry[f"spearman_{kinds[0] if len(kinds) == 1 else 'all'}"] = round(spearman(x, y), 4)
         result[name] = entry
-        shown = [[(kind, n) for kind in KINDS] for n in range(len(files))]
+        keys_of = [[(kind, n) for kind in KINDS] for n in range(len(files))]
         raw[name] = {
-            "right": right,
-            "distances": [[float(table[k][0, i]) for k in ks for i in range(1, LEVELS)] for ks in shown],
-            "people": [[scale[k][i] for k in ks for i in range(1, LEVELS)] for ks in shown],
+            "correct": correct,
+            "distances": [[float(table[k][0, i]) for k in ks for i in range(1, LEVELS)] for ks in keys_of],
+            "people": [[scale[k][i] for k in ks for i in range(1, LEVELS)] for ks in keys_of],
         }
     reference, *others = raw
     result[f"less_{reference}"] = {name: paired(raw[reference], raw[name], groups) for name in others}
