@@ -16,7 +16,7 @@ from d2g.core.png import grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.diffusion.latents import decode_uint8, latent_space
 from d2g.diffusion.pretrained import load_vae
-from pairgen.statistics import spread
+from pairgen.statistics import evenly_spread
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec
 
@@ -44,7 +44,7 @@ def save_sheet(
         raise UserError(
             f"teacher {teacher or spec.teacher} has {space}, {folder} was made in {spec.latent_space}"
         )
-    rows = reader.read(spread(len(reader), count))
+    rows = reader.read(evenly_spread(len(reader), count))
     images = []
     for batch in decode_uint8(vae, rows.latents, batch_size=8):
         images.append(batch)

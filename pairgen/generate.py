@@ -28,7 +28,7 @@ from pairgen.store.spec import (
     shards_present,
     writing,
 )
-from pairgen.store.writer import PairWriter, Pen
+from pairgen.store.writer import BackgroundWriter, PairWriter
 
 CHECK_BAD_AFTER = 256  # rows; before, a bad prompt or two say nothing about the teacher
 
@@ -92,7 +92,7 @@ def generate_pairs(
         else []
     )
     handed: set[int] = set()  # shards that the pen is about to commit
-    with StopFlag() as stop, Claims(folder, config.patience) as claims, Pen() as pen:
+    with StopFlag() as stop, Claims(folder, config.patience) as claims, BackgroundWriter() as pen:
         while (shard := next_shard(claims, folder, spec, again, stop)) is not None:
             writer = PairWriter(folder, spec, shard, retry=shard in again)
             again = [other for other in again if other != shard]
@@ -195,7 +195,7 @@ def regenerate(folder: Path, prompts: Path | None = None, progress: Progress = q
 
 
 def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> float:
-    """Send `count` stored rows, evenly spread, through the teacher again; returns the largest absolute
+    """Send `count` stored rows, evenly evenly_spread, through the teacher again; returns the largest absolute
     difference.
 
     Raises UserError when the teacher's weights are not those the store was made with.

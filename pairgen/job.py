@@ -18,7 +18,7 @@ from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.solvers import Solver
 from d2g.diffusion.teacher import Teacher, check_solver, describe_stages, load_teacher
 from pairgen.config import PairConfig
-from pairgen.prompts import PromptList, check_labels, label_list, prompts_sha256, read_prompts
+from pairgen.prompts import PromptList, check_labels, label_list, prompt_list_sha256, read_prompts
 from pairgen.store.spec import StoreSpec, prompts_path
 
 
@@ -34,7 +34,7 @@ class Job:
         """The prompts of these pairs."""
         return [self.prompts[self.spec.prompt_of(index)] for index in indices]
 
-    def encode(self, indices: Sequence[int], offload: bool = False) -> "Encoded":
+    def encode(self, indices: Sequence[int], offload: bool = False) -> "EncodedPrompts":
         """Encode the prompts of these pairs, each different one once.
 
         `offload`: bring the text encoders to the teacher's device for this call only.
@@ -46,10 +46,10 @@ class Job:
         cond = self.teacher.encode(unique)
         for encoder in with_encoders:
             encoder.to("cpu")
-        return Encoded({text: row for row, text in enumerate(unique)}, cond)
+        return EncodedPrompts({text: row for row, text in enumerate(unique)}, cond)
 
     def rows(
-        self, indices: Sequence[int], encoded: "Encoded | None" = None
+        self, indices: Sequence[int], encoded: "EncodedPrompts | None" = None
     ) -> tuple[Tensor, Tensor, list[str]]:
         """Rows `indices` of the store: noise fp32 [B, C, h, w] on the CPU, latents of that shape on the
         teacher's device, and their prompts.
@@ -74,8 +74,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Encoded prompts: text -> row of `cond`."""
+class EncodedPrompts:
+    """EncodedPrompts prompts: text -> row of `cond`."""
 
     position: dict[str, int]
     cond: Conditioning
@@ -137,7 +137,7 @@ def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solv
         teacher_sha256=pretrained.weights_sha256(config.teacher),
         conditioning=teacher.conditioning,
         teacher_facts=teacher.facts,
-        prompts_sha256=prompts_sha256(prompts),
+        prompts_sha256=prompt_list_sha256(prompts),
         num_pairs=config.num_pairs or len(prompts) * config.per_prompt,
         num_prompts=len(prompts),
         per_prompt=config.per_prompt,

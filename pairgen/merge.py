@@ -19,16 +19,16 @@ from pairgen.store.spec import (
     StoreSpec,
     create_store,
     prompts_path,
-    publish,
     quarantine_path,
     read_spec,
-    refuse_other,
+    require_same_spec,
     shard_path,
     shards_present,
     temporary_name,
+    write_atomically,
     writing,
 )
-from pairgen.verify import Finding, examine, held_prompts, in_threads, record_fault, store_info
+from pairgen.verify import FileCheck, check_file, in_threads, record_fault, store_info, stored_prompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ def merge_stores(
     out, sources = Path(out), [Path(folder) for folder in folders]
     spec = read_spec(sources[0])
     for folder in sources:
-        refuse_other(folder, read_spec(folder), spec)
+        require_same_spec(folder, read_spec(folder), spec)
     create_store(out, spec)
     prompts = _merge_prompts([out, *sources], out, spec)
     work = sorted({shard for folder in sources for shard in shards_present(folder, spec)})
@@ -81,7 +81,7 @@ def merge_stores(
 def _merge_prompts(folders: Sequence[Path], out: Path, spec: StoreSpec) -> PromptList | None:
     kept = None
     for folder in folders:
-        prompts, reason = held_prompts(folder, spec)
+        prompts, reason = stored_prompts(folder, spec)
         if reason:
             raise _not_sound(folder, prompts_path(folder), reason)
         kept = prompts if kept is None else kept
@@ -104,10 +104,10 @@ def _merge_shard(
 ) -> tuple[int, list[dict[str, Any]]]:
     """Bring the best of the stores' files of a shard into the first of `folders`. Returns 1 if it was not
     there, and what `_compared` says of files that differ from it."""
-    found: list[Finding] = []
+    found: list[FileCheck] = []
     for path in (shard_path(folder, shard) for folder in folders):
         if path.exists() and not any(_same(path, other.path) for other in found):
-            finding = examine(path, shard, spec, prompts)
+            finding = check_file(path, shard, spec, prompts)
             if finding.reason:
                 raise _not_sound(path.parents[1], path, finding.reason)
             found.append(finding)
@@ -123,7 +123,7 @@ def _merge_shard(
                 raise _not_sound(source, quarantine_path(source, shard), fault)
             if source != out:
                 record.parent.mkdir(exist_ok=True)
-                publish(quarantine_path(source, shard).read_bytes(), record, out / "partial")
+                write_atomically(quarantine_path(source, shard).read_bytes(), record, out / "partial")
         if source != out:
             (_link if link else _copy)(kept.path, target, out / "partial")
         if not kept.quarantined:
@@ -163,7 +163,7 @@ def _compared(kept: Path, other: Path, spec: StoreSpec, tolerance: float) -> dic
 def _copy(source: Path, target: Path, scratch: Path) -> None:
     with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         with memoryview(mapped) as data:
-            publish(data, target, scratch)
+            write_atomically(data, target, scratch)
 
 
 def _link(source: Path, target: Path, scratch: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from d2g.core.errors import UserError
 
-COLUMNS = ("prompt", "Prompt", "caption")
-WINDOW = 1 << 20  # characters of a .json file in memory at least
+PROMPT_COLUMNS = ("prompt", "Prompt", "caption")
+JSON_WINDOW = 1 << 20  # characters of a .json file in memory at least
 PARQUET_ROWS = 1 << 14
 
 
@@ -109,10 +109,10 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 def _column(path: Path, found: Iterable[str]) -> str:
     names = list(found)
-    for column in COLUMNS:
+    for column in PROMPT_COLUMNS:
         if column in names:
             return column
-    expected = ", ".join(COLUMNS)
+    expected = ", ".join(PROMPT_COLUMNS)
     raise UserError(
         f"{path}: expected a column named {expected}; found {', '.join(names) or 'none'}; rename one"
     )
@@ -171,7 +171,7 @@ class _Window:
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 # As much again as a value has so far: long values cost no more than twice their length.
-                while chunk := file.read(max(WINDOW, len(self.text) - self.at)):
+                while chunk := file.read(max(JSON_WINDOW, len(self.text) - self.at)):
                     yield chunk
         except UnicodeDecodeError as error:
             raise _not_utf8(self.path) from error

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
 from pairgen.prompt_files import cells
-from pairgen.store.spec import publish, writing
+from pairgen.store.spec import write_atomically, writing
 
 NEWLINE, QUOTE = 10, 34
 SCAN = 1 << 24  # bytes of a saved list looked at together
@@ -24,7 +24,7 @@ KEY = 16  # bytes of a prompt's hash: among 12M prompts, two of one hash are exp
 COMPACTED = 1 << 16  # prompts moved together
 RESTORE = "restore it from the job's prompt file"
 
-encode = json.JSONEncoder(ensure_ascii=False).encode
+json_string = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class PromptList(Sequence[str]):
@@ -69,7 +69,7 @@ class PromptList(Sequence[str]):
         path = Path(path)
         scratch = path.parent / "partial"
         with writing(path.parent, "no prompt list was written"):
-            publish(self.buffer, path, scratch if scratch.is_dir() else path.parent)
+            write_atomically(self.buffer, path, scratch if scratch.is_dir() else path.parent)
 
     @property
     def buffer(self) -> memoryview:
@@ -183,13 +183,13 @@ def _label(text: str, num_labels: int, names: Mapping[str, int]) -> int | None:
     return number if number < num_labels else None
 
 
-def prompts_sha256(prompts: Iterable[str]) -> str:
+def prompt_list_sha256(prompts: Iterable[str]) -> str:
     """sha256 of the list's JSON lines (docs/pair-format.md): equal for the same prompts in the same order."""
     if isinstance(prompts, PromptList):
         return hashlib.sha256(prompts.buffer).hexdigest()
     total = hashlib.sha256()
     for prompt in prompts:
-        total.update(encode(prompt).encode() + b"\n")
+        total.update(json_string(prompt).encode() + b"\n")
     return total.hexdigest()
 
 
@@ -216,7 +216,7 @@ def _gathered(
     """JSON lines of `texts`, where each ends (with a 0 in front), and the keys of all, one after another."""
     lines, ends, keys = bytearray(), array("q", [0]), bytearray()
     for text in texts:
-        line = encode(text).encode() + b"\n"
+        line = json_string(text).encode() + b"\n"
         lines += line
         ends.append(len(lines))
         if key is not None:

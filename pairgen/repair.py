@@ -5,8 +5,8 @@ from typing import Any
 
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList
-from pairgen.store.spec import StoreSpec, encode_record, publish, quarantine_path, read_spec, writing
-from pairgen.verify import held_prompts, verify_store
+from pairgen.store.spec import StoreSpec, encode_record, quarantine_path, read_spec, write_atomically, writing
+from pairgen.verify import stored_prompts, verify_store
 
 
 def repair_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> list[str]:
@@ -27,12 +27,12 @@ def repair_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> 
 
 
 def _write_lost_records(folder: Path, spec: StoreSpec, quarantined: list[int]) -> None:
-    prompts, _ = held_prompts(folder, spec)
+    prompts, _ = stored_prompts(folder, spec)
     for shard in sorted({pair // spec.shard_size for pair in quarantined}):
         if not quarantine_path(folder, shard).exists():
             (folder / "quarantine").mkdir(exist_ok=True)
             aside = [_lost(pair, spec, prompts) for pair in quarantined if pair in spec.rows(shard)]
-            publish(encode_record(shard, aside), quarantine_path(folder, shard), folder / "partial")
+            write_atomically(encode_record(shard, aside), quarantine_path(folder, shard), folder / "partial")
 
 
 def _lost(pair: int, spec: StoreSpec, prompts: PromptList | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from pairgen.store.hdf5 import PairBatch
+from pairgen.store.hdf5 import IntArray, PairBatch
 from pairgen.store.reader import PairReader
 from pairgen.verify import in_threads
 
@@ -22,8 +22,7 @@ BINS = 32
 OUTLIER = 6.0  # standard deviations
 NAMED = 100  # outliers named at most
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,11 @@ class Moments:
     [C, 2, 2]."""
 
     count: int
-    mean: F64
-    products: F64
+    mean: FloatArray
+    products: FloatArray
 
     @staticmethod
-    def of(noise: F64, latent: F64) -> "Moments":
+    def of(noise: FloatArray, latent: FloatArray) -> "Moments":
         """noise, latent: [B, C, H, W]."""
         both = np.stack([noise, latent]).transpose(2, 0, 1, 3, 4).reshape(noise.shape[1], 2, -1)
         mean = both.mean(axis=-1)
@@ -52,29 +51,29 @@ class Moments:
         return Moments(count, mean, self.products + other.products + outer)
 
     @property
-    def std(self) -> F64:
+    def std(self) -> FloatArray:
         """[C, 2], of the population."""
-        std: F64 = np.sqrt(self.products.diagonal(axis1=1, axis2=2) / self.count)
+        std: FloatArray = np.sqrt(self.products.diagonal(axis1=1, axis2=2) / self.count)
         return std
 
     @property
-    def correlation(self) -> F64:
+    def correlation(self) -> FloatArray:
         """Pearson's, of noise with latent [C]; 0 where one of them is constant."""
         scale = np.sqrt(self.products[:, 0, 0] * self.products[:, 1, 1])
         return np.divide(self.products[:, 0, 1], scale, out=np.zeros(len(scale)), where=scale > 0)
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockStatistics:
     """What a few rows add: `own` pairs each noise with its own latent, `other` with the next row's."""
 
     own: Moments
     other: Moments | None  # None for a single row
-    norms: F64  # [B, 2] of noise and latent
-    index: I64
+    norms: FloatArray  # [B, 2] of noise and latent
+    index: IntArray
     prompts: list[str]
-    characters: F64
-    tokens: F64
+    characters: FloatArray
+    tokens: FloatArray
 
 
 def store_statistics(
@@ -91,7 +90,7 @@ def store_statistics(
     spec = reader.spec
     text = spec.conditioning == "text"
     tokenizer, why_not = _tokenizer(teacher, spec.teacher) if text else (None, None)
-    positions = spread(len(reader), rows)
+    positions = evenly_spread(len(reader), rows)
     size = max(2, BLOCK_VALUES // prod(spec.latent_shape))
     batches = (reader.read(positions[start : start + size]) for start in range(0, len(positions), size))
     blocks = []
@@ -113,7 +112,7 @@ def store_statistics(
         "pairs": len(reader),
         "latent": {"mean": own.mean[:, 1].tolist(), "std": own.std[:, 1].tolist()},
         "noise": {"mean": own.mean[:, 0].tolist(), "std": own.std[:, 0].tolist()},
-        "latent_norm": summary(latent_norm),
+        "latent_norm": distribution(latent_norm),
         "noise_norm": noise_norm_summary(noise_norm, prod(spec.latent_shape)),
         "correlation": {
             "noise_latent": own.correlation.tolist(),
@@ -125,17 +124,17 @@ def store_statistics(
     }
 
 
-def spread(size: int, count: int) -> Sequence[int]:
-    """`count` of the positions 0 to size - 1, evenly spread, first and last among them; all for 0."""
+def evenly_spread(size: int, count: int) -> Sequence[int]:
+    """`count` of the positions 0 to size - 1, evenly evenly_spread, first and last among them; all for 0."""
     if not 0 < count < size:
         return range(size)
     return sorted({round(i * (size - 1) / max(1, count - 1)) for i in range(count)})
 
 
-def _block(batch: PairBatch) -> Block:
+def _block(batch: PairBatch) -> BlockStatistics:
     noise, latent = batch.noise.double().numpy(), batch.latents.double().numpy()
     norms = [np.sqrt(np.square(values).sum(axis=(1, 2, 3))) for values in (noise, latent)]
-    return Block(
+    return BlockStatistics(
         own=Moments.of(noise, latent),
         other=Moments.of(noise[:-1], latent[1:]) if len(noise) > 1 else None,
         norms=np.stack(norms, axis=1),
@@ -149,7 +148,7 @@ def _block(batch: PairBatch) -> Block:
 # Distributions.
 
 
-def summary(values: F64, edges: F64 | None = None) -> dict[str, Any]:
+def distribution(values: FloatArray, edges: FloatArray | None = None) -> dict[str, Any]:
     """Mean, standard deviation, extremes, median, and a histogram over `edges`, by default BINS equal bins.
     Values outside are in none of the `counts`."""
     counts, edges = np.histogram(values, BINS if edges is None else edges)
@@ -164,7 +163,7 @@ def summary(values: F64, edges: F64 | None = None) -> dict[str, Any]:
     }
 
 
-def whole_edges(values: F64) -> F64:
+def whole_edges(values: FloatArray) -> FloatArray:
     """Edges of at most BINS bins that each hold equally many whole numbers."""
     low, high = float(values.min()), float(values.max())
     width = ceil((high - low + 1) / BINS)
@@ -177,19 +176,19 @@ def chi_moments(degrees: int) -> tuple[float, float]:
     return mean, sqrt(degrees - mean * mean)
 
 
-def chi_cdf(values: F64, degrees: int) -> F64:
+def chi_cdf(values: FloatArray, degrees: int) -> FloatArray:
     """P(norm <= value)."""
     half = torch.full((len(values),), degrees / 2, dtype=torch.float64)
-    found: F64 = torch.special.gammainc(half, torch.from_numpy(values).square() / 2).numpy()
+    found: FloatArray = torch.special.gammainc(half, torch.from_numpy(values).square() / 2).numpy()
     return found
 
 
-def noise_norm_summary(norms: F64, degrees: int) -> dict[str, Any]:
+def noise_norm_summary(norms: FloatArray, degrees: int) -> dict[str, Any]:
     """`summary` over 6 standard deviations of the chi distribution about its mean, with `expected_mean`,
     `expected_std`, `expected` counts, and how many standard errors the mean is off, `sigmas`."""
     mean, std = chi_moments(degrees)
     edges = np.linspace(max(0.0, mean - OUTLIER * std), mean + OUTLIER * std, BINS + 1)
-    found = summary(norms, edges)
+    found = distribution(norms, edges)
     share = np.diff(chi_cdf(edges, degrees))
     return found | {
         "expected_mean": mean,
@@ -200,7 +199,7 @@ def noise_norm_summary(norms: F64, degrees: int) -> dict[str, Any]:
 
 
 def _outliers(
-    reader: PairReader, positions: Sequence[int], latent_norm: F64, noise_norm: F64
+    reader: PairReader, positions: Sequence[int], latent_norm: FloatArray, noise_norm: FloatArray
 ) -> dict[str, Any]:
     """Rows whose latent's norm lies more than OUTLIER standard deviations from the mean, or whose noise's
     norm from that of chi: how many, and the NAMED farthest."""
@@ -228,7 +227,7 @@ def _outliers(
 # Prompts.
 
 
-def prompt_use(numbers: I64) -> dict[str, Any]:
+def prompt_use(numbers: IntArray) -> dict[str, Any]:
     """How many different prompts pairs have, and the share of pairs whose prompt another pair has too.
 
     numbers: of each pair's prompt.
@@ -237,8 +236,8 @@ def prompt_use(numbers: I64) -> dict[str, Any]:
     return {"distinct": len(found), "repeated_share": float(counts[counts > 1].sum() / len(numbers))}
 
 
-def _lengths(values: F64) -> dict[str, Any]:
-    return summary(values, whole_edges(values))
+def _lengths(values: FloatArray) -> dict[str, Any]:
+    return distribution(values, whole_edges(values))
 
 
 def _tokenizer(given: str | None, recorded: str) -> tuple[Any, str | None]:
@@ -252,7 +251,7 @@ def _tokenizer(given: str | None, recorded: str) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> F64:
+def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> FloatArray:
     """Tokens of each prompt, with the special ones, uncut; none without a tokenizer."""
     if tokenizer is None:
         return np.empty(0)
@@ -262,7 +261,7 @@ def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> F64:
     return np.array([lengths[text] for text in prompts], np.float64)
 
 
-def _token_summary(tokenizer: Any, counts: F64) -> dict[str, Any] | None:
+def _token_summary(tokenizer: Any, counts: FloatArray) -> dict[str, Any] | None:
     """`summary` with the teacher's `limit` of tokens and the share of rows whose prompt it cuts."""
     if tokenizer is None:
         return None

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from pairgen.prompts import PromptList, prompts_sha256
-from pairgen.store.hdf5 import DamagedShard, PairBatch, quarantined_in, read_blocks, redraw
+from pairgen.prompts import PromptList, prompt_list_sha256
+from pairgen.store.hdf5 import DamagedShard, IntArray, PairBatch, quarantined_in, read_blocks, redraw
 from pairgen.store.reader import PairReader
 from pairgen.store.remote import RemoteShards, is_url
 from pairgen.store.spec import (
     StoreSpec,
-    local,
+    local_folder,
     prompts_path,
     quarantine_path,
     quarantined_rows,
@@ -34,7 +33,6 @@ from pairgen.store.spec import (
 
 T = TypeVar("T")
 S = TypeVar("S")
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,12 +49,12 @@ class VerifyReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class FileCheck:
     """What one file of rows holds. `reason`: why it cannot be trusted; "" when it can."""
 
     path: Path
     reason: str
-    index: I64  # [rows], as far as it could be read
+    index: IntArray  # [rows], as far as it could be read
     quarantined: list[int]
 
 
@@ -68,7 +66,7 @@ def verify_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> 
     never raised; a folder without a readable store.json raises UserError.
     """
     folder, spec = Path(folder), read_spec(folder)
-    prompts, reason = held_prompts(folder, spec)
+    prompts, reason = stored_prompts(folder, spec)
     bad = [{"shard": prompts_path(folder).name, "reason": reason}] if reason else []
     shards = {shard_path(folder, shard): shard for shard in range(spec.num_shards)}
     parts = [path for path in (folder / "partial").glob("pairs-*.rows-*.h5") if _PART.fullmatch(path.name)]
@@ -124,7 +122,7 @@ def default_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def held_prompts(folder: Path, spec: StoreSpec) -> tuple[PromptList | None, str]:
+def stored_prompts(folder: Path, spec: StoreSpec) -> tuple[PromptList | None, str]:
     """The prompt list that a store holds, None without one, and why it cannot be trusted, "" when it can."""
     if not prompts_path(folder).exists():
         return None, ""
@@ -132,7 +130,7 @@ def held_prompts(folder: Path, spec: StoreSpec) -> tuple[PromptList | None, str]
         prompts = PromptList.open(prompts_path(folder))
     except UserError as error:
         return None, str(error)
-    if len(prompts) != spec.num_prompts or prompts_sha256(prompts) != spec.prompts_sha256:
+    if len(prompts) != spec.num_prompts or prompt_list_sha256(prompts) != spec.prompts_sha256:
         return None, "not the prompts that store.json names (prompts_sha256 differs)"
     return prompts, ""
 
@@ -144,17 +142,17 @@ _PART = re.compile(r"pairs-(\d{5,})\.rows-\d+\.h5")
 
 def _examined(
     path: Path, shards: dict[Path, int], spec: StoreSpec, prompts: PromptList | None
-) -> Finding | None:
+) -> FileCheck | None:
     """None for a partial file that its writer has joined to its shard meanwhile."""
     if part := _PART.fullmatch(path.name):
-        finding = examine(path, int(part[1]), spec, prompts, whole=False)
+        finding = check_file(path, int(part[1]), spec, prompts, whole=False)
         return finding if path.exists() else None
-    return examine(path, shards.get(path), spec, prompts)
+    return check_file(path, shards.get(path), spec, prompts)
 
 
-def examine(
+def check_file(
     path: Path, shard: int | None, spec: StoreSpec, prompts: PromptList | None, whole: bool = True
-) -> Finding:
+) -> FileCheck:
     """Check every byte and every row of a file of shard number `shard`; None says that it is no shard's.
 
     `whole`: it must hold all rows of its shard but the quarantined ones, else some of them.
@@ -171,7 +169,7 @@ def examine(
     if shard is None:
         reason = "no shard of this store; move it away"
     reason = reason or _wrong_index(found, aside, spec.rows(shard or 0), whole)
-    return Finding(path=path, reason=reason, index=found, quarantined=aside)
+    return FileCheck(path=path, reason=reason, index=found, quarantined=aside)
 
 
 def _wrong_rows(block: PairBatch, spec: StoreSpec, prompts: PromptList | None) -> str:
@@ -187,7 +185,7 @@ def _wrong_rows(block: PairBatch, spec: StoreSpec, prompts: PromptList | None) -
     return ""
 
 
-def _wrong_index(index: I64, aside: Sequence[int], rows: range, whole: bool) -> str:
+def _wrong_index(index: IntArray, aside: Sequence[int], rows: range, whole: bool) -> str:
     if whole and np.array_equal(np.sort(np.concatenate([index, np.array(aside, np.int64)])), rows):
         return "" if (np.diff(index) > 0).all() else "its pairs are not in order"
     if not whole and len(index) and set(index.tolist()) <= set(rows) and (np.diff(index) > 0).all():
@@ -197,7 +195,7 @@ def _wrong_index(index: I64, aside: Sequence[int], rows: range, whole: bool) -> 
     return f"holds pairs {got}{without}, its name says {rows.start} to {rows.stop - 1}"
 
 
-def _duplicates(spec: StoreSpec, sound: dict[int, list[int]], strange: Sequence[I64]) -> list[int]:
+def _duplicates(spec: StoreSpec, sound: dict[int, list[int]], strange: Sequence[IntArray]) -> list[int]:
     """Pairs that stand in two rows of bad files, or in one of those and in a sound shard: a sound shard holds
     each of its own pairs once."""
     values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *strange]), return_counts=True)
@@ -262,7 +260,7 @@ def store_info(folder: Path | str) -> dict[str, Any]:
     """
     if is_url(folder):
         return _remote_info(str(folder))
-    folder = local(folder)
+    folder = local_folder(folder)
     spec = read_spec(folder)
     shards = shards_present(folder, spec)
     records = quarantined_rows(folder, spec)

@@ -7,18 +7,18 @@ from torch import Tensor
 
 import stores
 from d2g.core import seeds
-from pairgen.prompts import PromptList, label_list, prompts_sha256
+from pairgen.prompts import PromptList, label_list, prompt_list_sha256
 from pairgen.store.hdf5 import PairBatch, encode_rows, load_rows
 from pairgen.store.spec import (
     StoreSpec,
     create_store,
     encode_record,
     prompts_path,
-    publish,
     quarantine_path,
     read_spec,
     shard_path,
     shards_present,
+    write_atomically,
 )
 from pairgen.store.writer import PairWriter
 from pairgen.verify import verify_store
@@ -32,7 +32,7 @@ LISTS = {
 
 def spec_of(kind: str = "text", noise: str = "stored", **changes: object) -> StoreSpec:
     """22 pairs in shards of 8, 8 and 6."""
-    lists = {"prompts_sha256": prompts_sha256(LISTS[kind]), "num_prompts": len(LISTS[kind])}
+    lists = {"prompts_sha256": prompt_list_sha256(LISTS[kind]), "num_prompts": len(LISTS[kind])}
     shape = {"latent_shape": (4, 4, 4), "conditioning": kind, "noise": noise}
     return replace(stores.SPEC, **{**lists, **shape, **changes})  # type: ignore[arg-type]
 
@@ -71,7 +71,7 @@ def make_store(
 def pack(folder: Path, shard: int, batch: PairBatch, aside: tuple[int, ...] = ()) -> None:
     """Put rows under a shard's name with right checksums, whatever the rows are."""
     spec = read_spec(folder)
-    publish(encode_rows(spec, batch, aside), shard_path(folder, shard), folder / "partial")
+    write_atomically(encode_rows(spec, batch, aside), shard_path(folder, shard), folder / "partial")
 
 
 def taken(folder: Path, shard: int) -> PairBatch:

@@ -33,7 +33,7 @@ CACHE_BYTES = 4 * CHUNK_BYTES  # of HDF5's chunk cache, per dataset
 HINT_BYTES = 1 << 17  # Linux reads ahead at most its window, 128 KiB unless set otherwise, per call
 UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, TypeError)  # what h5py raises on damaged files
 
-I64 = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,7 +316,7 @@ class OpenShard:
             raise _damaged(self.path, f"unreadable ({error})") from error
         return quarantined
 
-    def read_rows(self, rows: I64, places: I64, out: Mapping[str, NDArray[Any]]) -> dict[int, str]:
+    def read_rows(self, rows: IntArray, places: IntArray, out: Mapping[str, NDArray[Any]]) -> dict[int, str]:
         """Read each row [K] of each dataset of `out` to out[name][place]. Returns place -> damage."""
         damage: dict[int, str] = {}
         for name, values in out.items():

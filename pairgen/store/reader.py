@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
-from pairgen.store.hdf5 import I64, DamagedShard, PairBatch, redraw
+from pairgen.store.hdf5 import DamagedShard, IntArray, PairBatch, redraw
 from pairgen.store.shards import Damage, OpenShards, open_source
-from pairgen.store.spec import StoreSpec, quarantined_rows, refuse_other
+from pairgen.store.spec import StoreSpec, quarantined_rows, require_same_spec
 
 HINTED = 1024  # blocks that the system is not told of again
 
@@ -48,7 +48,7 @@ class PairReader:
         self._source = open_source(folder, cache, cache_gib)
         self.spec = self._source.spec
         if expect is not None:
-            refuse_other(folder, self.spec, expect)
+            require_same_spec(folder, self.spec, expect)
         self.skipped: dict[str, str] = {}
         """Damaged files that this process met, and why; with `skip_bad` only."""
         bad = self._source.check()
@@ -176,14 +176,14 @@ class PairReader:
             raise self._open.error(shard, reason)
         skipped.setdefault(self._source.name(shard), reason)
 
-    def _next(self, nth: I64, row: I64) -> tuple[I64, I64]:
+    def _next(self, nth: IntArray, row: IntArray) -> tuple[IntArray, IntArray]:
         """The same offsets in the next shards that have rows."""
         rows = np.diff(self._ends)
         held = np.flatnonzero(rows)
         nth = held[np.searchsorted(held, nth, side="right") % len(held)]
         return nth, row % rows[nth]
 
-    def _index(self, nth: I64, row: I64) -> I64:
+    def _index(self, nth: IntArray, row: IntArray) -> IntArray:
         shard = self._shards[nth]
         index = shard * self.spec.shard_size + row
         for number in sorted(self._open.quarantined.keys() & set(shard.tolist())):
@@ -193,7 +193,7 @@ class PairReader:
         return index
 
     def _read_into(
-        self, nth: I64, row: I64, todo: I64, values: dict[str, NDArray[Any]], text: list[str]
+        self, nth: IntArray, row: IntArray, todo: IntArray, values: dict[str, NDArray[Any]], text: list[str]
     ) -> Damage:
         """Read the places `todo` of the batch to values[name][place] and text[place]. Returns the damage."""
         damage: Damage = {}

@@ -23,7 +23,7 @@ from d2g.core.atomic_files import FULL
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
 from pairgen.store.hdf5 import SEAL, DamagedShard, OpenShard, damaged, seal_of
-from pairgen.store.spec import named_shards, parse_spec, writing
+from pairgen.store.spec import parse_spec, shard_numbers, writing
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ DOWNLOADS = 4  # at once, of shards that are needed soon
 SAFE = "the store itself is untouched"
 
 
-class _Gone(UserError):
+class _NotThere(UserError):
     """A file that the store does not have."""
 
 
@@ -54,15 +54,15 @@ class RemoteShards:
         self.url, self.root = url.rstrip("/"), Path(cache or default_cache())
         self.limit = int(cache_gib * 2**30)
         try:
-            content = self._ask("store.json", _whole)
-        except _Gone as error:
+            content = self._retry("store.json", _read_file)
+        except _NotThere as error:
             raise UserError(f"{url} is no pair store: it has no store.json; check the URL") from error
         self.spec = parse_spec(content, f"{self.url}/store.json")
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(self.url).name)
         self.folder = self.root / f"{label}-{digest([self.url, self.spec.sha256])[:16]}"
         self.remedy = f"repair the store there; if it is sound, remove its copy {self.folder}"
         sizes = self._list("shards")
-        self.shards = named_shards(self.spec, sizes)
+        self.shards = shard_numbers(self.spec, sizes)
         self.sizes = {shard: sizes[PurePosixPath(self._file(shard)).name] for shard in self.shards}
         self.size = sum(self.sizes.values())
         if self.limit and (largest := max(self.sizes.values(), default=0)) > self.limit:
@@ -71,7 +71,7 @@ class RemoteShards:
             )
         self.bounded = 0 < self.limit < self.size
         self._seals: dict[int, tuple[int, str]] = {}
-        self._coming: tuple[int, set[int]] = (0, set())
+        self._downloads: tuple[int, set[int]] = (0, set())
         self._copy_records()
 
     def holds(self, file: str) -> bool:
@@ -87,7 +87,7 @@ class RemoteShards:
         for path in self.folder.glob("pairs-*-*.h5"):
             here.setdefault(int(path.name.split("-")[1]), []).append(path)
         with ThreadPoolExecutor(THREADS) as pool:
-            found = dict(pool.map(self._wrong, sorted(here.keys() & set(self.shards))))
+            found = dict(pool.map(self._check_copy, sorted(here.keys() & set(self.shards))))
         for shard, paths in here.items():
             for path in paths:
                 if shard not in self.sizes or (not found[shard] and path != self._path(shard)):
@@ -110,15 +110,15 @@ class RemoteShards:
     def request(self, shard: int) -> bool:
         if shard in self._seals and self._path(shard).exists():
             return True
-        if self._coming[0] != os.getpid():  # threads do not cross a fork
-            self._coming = os.getpid(), set()
-        coming = self._coming[1]
+        if self._downloads[0] != os.getpid():  # threads do not cross a fork
+            self._downloads = os.getpid(), set()
+        coming = self._downloads[1]
         if shard not in coming and len(coming) < DOWNLOADS:
             coming.add(shard)
-            threading.Thread(target=self._bring, args=(shard, coming), daemon=True).start()
+            threading.Thread(target=self._download_quietly, args=(shard, coming), daemon=True).start()
         return False
 
-    def _bring(self, shard: int, coming: set[int]) -> None:
+    def _download_quietly(self, shard: int, coming: set[int]) -> None:
         try:
             self._download(shard, self._path(shard))
         except UserError:
@@ -136,7 +136,7 @@ class RemoteShards:
         """Length and sha256 that the shard's first bytes claim, as they were when first asked for."""
         if shard not in self._seals:
             file = self._file(shard)
-            head = self._ask(file, lambda fs, path: bytes(fs.cat_file(path, start=0, end=SEAL))[:SEAL])
+            head = self._retry(file, lambda fs, path: bytes(fs.cat_file(path, start=0, end=SEAL))[:SEAL])
             length, sha256 = seal_of(head)
             if length != (self.sizes[shard] or length) or not re.fullmatch("[0-9a-f]{64}", sha256):
                 reason = f"truncated or overwritten ({self.sizes[shard]} bytes, its header says {length})"
@@ -144,7 +144,7 @@ class RemoteShards:
             self._seals[shard] = length, sha256
         return self._seals[shard]
 
-    def _wrong(self, shard: int) -> tuple[int, str]:
+    def _check_copy(self, shard: int) -> tuple[int, str]:
         try:
             self._seal(shard)
         except DamagedShard as error:
@@ -154,18 +154,18 @@ class RemoteShards:
     def _download(self, shard: int, path: Path) -> None:
         """Bring a shard to `path`, whole or not at all; one process at a time, the others find it there."""
         length, sha256 = self._seal(shard)
-        with writing(self.root, SAFE), alone(self.folder, f"pairs-{shard:05d}") as locked:
+        with writing(self.root, SAFE), _file_lock(self.folder, f"pairs-{shard:05d}") as locked:
             if path.exists():
                 return
             if locked:  # what is left of a killed download
                 for leftover in self.folder.glob(f"pairs-{shard:05d}-*.tmp"):
                     leftover.unlink(missing_ok=True)
-            temporary = growing(path, length)
+            temporary = _temporary_path(path, length)
             try:
-                make_room(self.root, self.limit, temporary)
+                _make_room(self.root, self.limit, temporary)
                 for _ in range(2):  # a network may spoil a file once
-                    self._ask(self._file(shard), lambda fs, there: fs.get_file(there, str(temporary)))
-                    if _sound(temporary, length, sha256):
+                    self._retry(self._file(shard), lambda fs, there: fs.get_file(there, str(temporary)))
+                    if _verify_copy(temporary, length, sha256):
                         temporary.replace(path)
                         return
             finally:
@@ -178,7 +178,7 @@ class RemoteShards:
         names = [name for name in self._list("quarantine") if name.endswith(".rows.json")]
         with ThreadPoolExecutor(THREADS) as pool:
             files = [f"quarantine/{name}" for name in names]
-            contents = list(pool.map(lambda file: self._ask(file, _whole), files))
+            contents = list(pool.map(lambda file: self._retry(file, _read_file), files))
         folder = self.folder / "quarantine"
         with writing(self.root, SAFE):
             folder.mkdir(parents=True, exist_ok=True)
@@ -198,19 +198,19 @@ class RemoteShards:
             return list(fs.ls(path, detail=True))
 
         try:
-            entries = self._ask(folder, listed)
-        except _Gone:
+            entries = self._retry(folder, listed)
+        except _NotThere:
             return {}
         return {PurePosixPath(entry["name"]).name: int(entry["size"] or 0) for entry in entries}
 
-    def _ask(self, file: str, call: Callable[[Any, str], T]) -> T:
-        """`call(file system, path)`, again when it fails as networks do. Raises UserError: _Gone or other."""
+    def _retry(self, file: str, call: Callable[[Any, str], T]) -> T:
+        """`call(file system, path)`, again when it fails as networks do. Raises UserError: _NotThere or other."""
         fs, root = _file_system(self.url)
         for wait in (*WAITS, None):
             try:
                 return call(fs, f"{root.rstrip('/')}/{file}".rstrip("/"))
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise _Gone(f"{self.url}/{file}: not there; check the URL and the store") from error
+                raise _NotThere(f"{self.url}/{file}: not there; check the URL and the store") from error
             except PermissionError as error:
                 text = f"{self.url}/{file}: access denied ({_line(error)})"
                 raise UserError(f"{text}; give credentials as this protocol's package takes them") from error
@@ -240,7 +240,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     return fs, str(root)
 
 
-def _whole(fs: Any, path: str) -> bytes:
+def _read_file(fs: Any, path: str) -> bytes:
     return bytes(fs.cat_file(path))
 
 
@@ -248,7 +248,7 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _sound(path: Path, length: int, sha256: str) -> bool:
+def _verify_copy(path: Path, length: int, sha256: str) -> bool:
     """Whether a file is what its store says; if so, on the disk for good."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != length:
@@ -269,7 +269,7 @@ def default_cache() -> Path:
 
 
 @contextmanager
-def alone(folder: Path, stem: str) -> Iterator[bool]:
+def _file_lock(folder: Path, stem: str) -> Iterator[bool]:
     """Hold FOLDER/STEM.lock among processes and threads; gives False where the file system has no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / f"{stem}.lock", os.O_CREAT | os.O_RDWR)
@@ -284,19 +284,21 @@ def alone(folder: Path, stem: str) -> Iterator[bool]:
         os.close(file)
 
 
-def growing(path: Path, length: int) -> Path:
+def _temporary_path(path: Path, length: int) -> Path:
     """The name of a copy while it grows: nobody else's, and it says how long it will be."""
     unique = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     return path.with_name(f"{path.stem}.{unique}.{length}.tmp")
 
 
-def make_room(root: Path, limit: int, temporary: Path) -> None:
+def _make_room(root: Path, limit: int, temporary: Path) -> None:
     """Create `temporary`; drop copies in the folders of `root` until `limit` bytes hold them all (0: any)."""
-    with alone(root, ""):
+    with _file_lock(root, ""):
         temporary.touch()  # counts from now on, with its final length
         if not limit:
             return
-        held = {path: _held(path) for path in root.glob("*/pairs-*") if path.suffix in (".h5", ".tmp")}
+        held = {
+            path: _size_and_use(path) for path in root.glob("*/pairs-*") if path.suffix in (".h5", ".tmp")
+        }
         total = sum(size for size, _ in held.values())
         for path, (size, _) in sorted(held.items(), key=lambda item: item[1][1]):
             if total > limit and path.suffix == ".h5":
@@ -304,7 +306,7 @@ def make_room(root: Path, limit: int, temporary: Path) -> None:
                 total -= size
 
 
-def _held(path: Path) -> tuple[int, int]:
+def _size_and_use(path: Path) -> tuple[int, int]:
     """The bytes that a copy takes, or will take, and when it was last used."""
     try:
         found = path.stat()

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from d2g.core.errors import UserError
 from pairgen.store.hdf5 import (
-    I64,
     UNREADABLE,
     DamagedShard,
+    IntArray,
     OpenShard,
     check_length,
     damaged,
@@ -173,7 +173,7 @@ class OpenShards:
             reason = f"sets pairs {quarantined} aside, the record in quarantine/ says {recorded}"
             raise self.error(shard, reason)
 
-    def read_text(self, shard: int, rows: I64, places: I64, text: list[str]) -> Damage:
+    def read_text(self, shard: int, rows: IntArray, places: IntArray, text: list[str]) -> Damage:
         """Read prompts, or labels in decimal, to text[place]. Does nothing for a store without either."""
         damage: Damage = {}
         if (name := TEXT_DATASETS[self.source.spec.conditioning]) is None:

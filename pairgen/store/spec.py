@@ -92,10 +92,10 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def shards_present(folder: Path, spec: StoreSpec) -> list[int]:
     """Numbers of the shards that stand under their names. Those are whole: they were renamed into place."""
-    return named_shards(spec, (path.name for path in (Path(folder) / "shards").glob("*.h5")))
+    return shard_numbers(spec, (path.name for path in (Path(folder) / "shards").glob("*.h5")))
 
 
-def named_shards(spec: StoreSpec, names: Iterable[str]) -> list[int]:
+def shard_numbers(spec: StoreSpec, names: Iterable[str]) -> list[int]:
     """Numbers of the shards among file names, sorted."""
     found = (re.fullmatch(r"pairs-(\d{5,})\.h5", name) for name in names)
     return sorted(int(m[1]) for m in found if m and int(m[1]) < spec.num_shards)
@@ -157,21 +157,23 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
 
     Raises UserError when the folder holds another spec (naming the keys that differ) or cannot be written.
     """
-    folder = local(folder)
+    folder = local_folder(folder)
     with writing(folder, "nothing was written"):
         for name in ("shards", "partial", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if (folder / "store.json").exists():
-            refuse_other(folder, read_spec(folder), spec)
+            require_same_spec(folder, read_spec(folder), spec)
         else:
             content = {"schema": SCHEMA, "sha256": spec.sha256, "spec": spec.as_json()}
-            publish(json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial")
+            write_atomically(
+                json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial"
+            )
         for shard in shards_present(folder, spec):
             for leftover in (folder / "partial").glob(f"{shard_path(folder, shard).stem}.*"):
                 leftover.unlink(missing_ok=True)
 
 
-def local(folder: Path | str) -> Path:
+def local_folder(folder: Path | str) -> Path:
     """`folder` as a Path. Raises UserError for a URL, of which a Path has folded the slashes."""
     if re.match("[a-z][a-z0-9+.-]+:/", str(folder)):
         raise UserError(f"{folder} is a URL; this needs a folder of this machine: copy the store here first")
@@ -180,7 +182,7 @@ def local(folder: Path | str) -> Path:
 
 def read_spec(folder: Path) -> StoreSpec:
     """The spec in DIR/store.json. Raises UserError when it is missing, damaged or of a newer schema."""
-    path = local(folder) / "store.json"
+    path = local_folder(folder) / "store.json"
     try:
         return parse_spec(path.read_bytes(), str(path))
     except OSError as error:
@@ -203,7 +205,7 @@ def parse_spec(content: bytes, name: str) -> StoreSpec:
     return spec
 
 
-def refuse_other(folder: Path | str, found: StoreSpec, expected: StoreSpec) -> None:
+def require_same_spec(folder: Path | str, found: StoreSpec, expected: StoreSpec) -> None:
     if names := differing(found.as_json(), expected.as_json()):
         text = f"{folder} holds pairs of another spec; differing: {', '.join(names)}"
         raise UserError(f"{text}; choose another folder, or the settings this one was made with")
@@ -223,7 +225,7 @@ def writing(folder: Path, safe: str) -> Iterator[None]:
         raise UserError(f"{text}; mend it or choose another output folder") from error
 
 
-def publish(data: bytes | memoryview, path: Path, scratch: Path) -> None:
+def write_atomically(data: bytes | memoryview, path: Path, scratch: Path) -> None:
     """Write `data` under a temporary name in `scratch`, sync it, rename it to `path`: whole or not there."""
     atomic_files.publish(data, path, temporary_name(path, scratch))
 

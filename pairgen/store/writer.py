@@ -17,10 +17,10 @@ from pairgen.store.hdf5 import PairBatch, encode_rows, load_rows, redraw
 from pairgen.store.spec import (
     StoreSpec,
     encode_record,
-    publish,
     quarantine_path,
     shard_path,
     shards_present,
+    write_atomically,
     writing,
 )
 
@@ -156,7 +156,7 @@ class PairWriter:
             with writing(self.folder, f"{self._on_disk} rows of {self.path.name} are safe"):
                 record.parent.mkdir(exist_ok=True)
                 content = encode_record(self.shard, [self.quarantined[pair] for pair in aside])
-                publish(content, record, self._scratch)
+                write_atomically(content, record, self._scratch)
         self._publish(rows, self.path, aside)
         self._buffer = []
         for leftover in [*self._parts(), *([] if aside else [record])]:
@@ -167,7 +167,7 @@ class PairWriter:
         safe = f"{whole} whole shards and {self._on_disk} rows of {self.path.name} are safe"
         try:
             with writing(self.folder, safe):
-                publish(encode_rows(self.spec, rows, aside), path, self._scratch)
+                write_atomically(encode_rows(self.spec, rows, aside), path, self._scratch)
         except UserError:
             self._buffer = []  # leaving the block must not try again and hide this error behind its twin
             raise
@@ -180,7 +180,7 @@ class PairWriter:
         return ([self.path] if self.retry and self.path.exists() else []) + self._parts()
 
 
-class Pen:
+class BackgroundWriter:
     """A thread that writes while the teacher computes. Calls run in order; at most `depth` of them wait.
 
     The first error of a call stops all later ones and is raised by the next `put` or by `finish`.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from d2g.core.errors import UserError
 from pairgen import prompt_files
-from pairgen.prompts import PromptList, check_labels, distinct, label_list, prompts_sha256, read_prompts
+from pairgen.prompts import PromptList, check_labels, distinct, label_list, prompt_list_sha256, read_prompts
 
 ROOT = Path(__file__).parents[2]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -138,7 +138,7 @@ def _coco_file(path: Path, captions: list[str], **before: Any) -> Path:
 def test_json_is_read_the_same_through_any_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
-    monkeypatch.setattr(prompt_files, "WINDOW", window)
+    monkeypatch.setattr(prompt_files, "JSON_WINDOW", window)
     before = {
         "info": {"year": 2014, "a": [1, {"b": None}]},
         "year": 123456,
@@ -165,7 +165,7 @@ def test_a_list_is_the_sequence_it_was_made_from(texts: list[str]) -> None:
         and found[1:][:2] == texts[1:3]
     )
     assert pickle.loads(pickle.dumps(found[1:])) == found[1:] == PromptList.of(texts[1:])
-    assert prompts_sha256(found[1:]) == prompts_sha256(texts[1:])
+    assert prompt_list_sha256(found[1:]) == prompt_list_sha256(texts[1:])
     with pytest.raises(IndexError):
         found[len(texts)]
 
@@ -186,7 +186,7 @@ def test_a_saved_list_opens_as_it_was(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.getbasetemp() / "saved.jsonl"
     PromptList.of(texts).save(path)
     found = PromptList.open(path)
-    assert found == texts and prompts_sha256(found) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found == texts and prompt_list_sha256(found) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == texts
     assert pickle.loads(pickle.dumps(found)) == texts
 
@@ -233,14 +233,16 @@ def test_memory_is_that_of_the_text(tmp_path: Path) -> None:
 
 
 def test_digest_depends_on_order_and_text() -> None:
-    digests = {prompts_sha256(p) for p in (["a", "b"], ["b", "a"], ["ab"], ["a", "b "], ["a\nb"], ['a"\n"b'])}
-    assert len(digests) == 6 and prompts_sha256(["a", "b"]) in digests
+    digests = {
+        prompt_list_sha256(p) for p in (["a", "b"], ["b", "a"], ["ab"], ["a", "b "], ["a\nb"], ['a"\n"b'])
+    }
+    assert len(digests) == 6 and prompt_list_sha256(["a", "b"]) in digests
 
 
 def test_one_list_has_one_digest_whatever_the_file(tmp_path: Path) -> None:
     files = [read_prompts(_write(tmp_path / name, content)) for name, content in FILES.items()]
     files.append(read_prompts(_table(tmp_path / "a.parquet", [["prompt"], *[[p] for p in PROMPTS]])))
-    assert {prompts_sha256(found) for found in files} == {prompts_sha256(PROMPTS)}
+    assert {prompt_list_sha256(found) for found in files} == {prompt_list_sha256(PROMPTS)}
 
 
 def test_the_documented_digest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +250,7 @@ def test_the_documented_digest(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = next(block for block in blocks if "prompts" in block and "sha256" in block)
     for prompts in (PROMPTS, ["", "tab\t\x01", "back\\slash", "\u2028 \x7f \U0001f600", "line\nbreak"]):
         exec(recipe, {"prompts": prompts})
-        assert capsys.readouterr().out.strip() == prompts_sha256(PromptList.of(prompts))
+        assert capsys.readouterr().out.strip() == prompt_list_sha256(PromptList.of(prompts))
 
 
 # Classes.

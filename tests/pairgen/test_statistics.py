@@ -23,11 +23,19 @@ from d2g.diffusion.pretrained import load_vae
 from jobs import d2g, make_pairs
 from pairgen import statistics
 from pairgen.contact_sheet import SMALLEST, columns, contact_sheet, load_font, save_sheet, wrap
-from pairgen.prompts import PromptList, label_list, prompts_sha256
-from pairgen.statistics import Moments, chi_cdf, chi_moments, spread, store_statistics, summary, whole_edges
+from pairgen.prompts import PromptList, label_list, prompt_list_sha256
+from pairgen.statistics import (
+    Moments,
+    chi_cdf,
+    chi_moments,
+    distribution,
+    evenly_spread,
+    store_statistics,
+    whole_edges,
+)
 from pairgen.store.hdf5 import PairBatch, encode_rows
 from pairgen.store.reader import PairReader
-from pairgen.store.spec import StoreSpec, create_store, prompts_path, publish, shard_path
+from pairgen.store.spec import StoreSpec, create_store, prompts_path, shard_path, write_atomically
 
 ROOT = Path(__file__).parents[2]
 TEXTS = PromptList.of(["a cat", "two dogs and a very long tail", "☃"])
@@ -45,7 +53,7 @@ def make_store(
         teacher="nowhere",
         teacher_sha256="0" * 64,
         conditioning=kind,
-        prompts_sha256=prompts_sha256(texts),
+        prompts_sha256=prompt_list_sha256(texts),
         num_pairs=len(latent),
         num_prompts=len(texts),
         solver="ddim",
@@ -65,7 +73,7 @@ def make_store(
     drawn = seeds.noise(3, index.tolist(), spec.latent_shape) if noise is None else noise
     prompts = [texts[spec.prompt_of(i)] for i in range(len(latent))]
     rows = PairBatch(noise=drawn, latents=latent, prompts=prompts, index=index)
-    publish(encode_rows(spec, rows), shard_path(folder, 0), folder / "partial")
+    write_atomically(encode_rows(spec, rows), shard_path(folder, 0), folder / "partial")
     return spec
 
 
@@ -109,13 +117,13 @@ def test_chi_is_scipys(degrees: int) -> None:
 def test_bins_of_whole_numbers_hold_equally_many(values: list[int]) -> None:
     numbers = np.array(values, np.float64)
     edges = whole_edges(numbers)
-    assert len(edges) <= statistics.BINS + 1 and sum(summary(numbers, edges)["counts"]) == len(values)
+    assert len(edges) <= statistics.BINS + 1 and sum(distribution(numbers, edges)["counts"]) == len(values)
     assert len({len(range(int(a + 0.5), int(b + 0.5))) for a, b in pairwise(edges)}) == 1
 
 
 def test_summary() -> None:
     values = np.random.default_rng(1).normal(size=1000)
-    found = summary(values)
+    found = distribution(values)
     assert (
         found["mean"] == values.mean()
         and found["std"] == values.std()
@@ -130,9 +138,14 @@ def test_summary() -> None:
 
 
 def test_spread() -> None:
-    assert list(spread(10, 0)) == list(spread(10, 10)) == list(spread(10, 99)) == list(range(10))
-    assert list(spread(10, 3)) == [0, 4, 9] and list(spread(10, 1)) == [0]
-    assert all(len(spread(1000, count)) == count for count in range(1, 999, 37))
+    assert (
+        list(evenly_spread(10, 0))
+        == list(evenly_spread(10, 10))
+        == list(evenly_spread(10, 99))
+        == list(range(10))
+    )
+    assert list(evenly_spread(10, 3)) == [0, 4, 9] and list(evenly_spread(10, 1)) == [0]
+    assert all(len(evenly_spread(1000, count)) == count for count in range(1, 999, 37))
 
 
 # A store.

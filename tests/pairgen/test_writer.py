@@ -21,7 +21,7 @@ from pairgen.repair import repair_store
 from pairgen.store.hdf5 import create_store, load_rows, pending, read_spec
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import quarantined_rows
-from pairgen.store.writer import PairWriter, Pen
+from pairgen.store.writer import BackgroundWriter, PairWriter
 from pairgen.verify import verify_store
 from stores import FORKS, SPEC, make_store, rows, same, write_shard
 
@@ -208,11 +208,11 @@ def test_the_pen_keeps_order_and_stops_at_the_first_error() -> None:
             raise OSError("no room")
         seen.append(number)
 
-    with pytest.raises(OSError, match="no room"), Pen(depth=2) as pen:
+    with pytest.raises(OSError, match="no room"), BackgroundWriter(depth=2) as pen:
         for number in range(100):
             pen.put(write, number)
     assert seen == list(range(7))
-    with Pen() as pen:
+    with BackgroundWriter() as pen:
         pen.put(write, 1)
         pen.finish()
         assert seen[-1] == 1
