@@ -1,4 +1,4 @@
-"""SD 1.5 and SDXL by their configs alone: what a run of theirs takes can be told without a download."""
+"""Configs of SD 1.5 and SDXL, to predict memory and FLOPs of a run without downloading weights."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end"
 
 
 def configs_only(kind: str, folder: Path) -> str:
-    """A pipeline folder with the configs of SD 1.5 or SDXL, and no weights."""
+    """Write a pipeline folder with the configs of `sd15` or `sdxl` and no weights, and return its path."""
     xl = kind == "sdxl"
     components: dict[str, tuple[str, str, dict[str, Any]]] = {
         "unet": ("diffusers", "UNet2DConditionModel", UNETS[kind]),

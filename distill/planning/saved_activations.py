@@ -1,10 +1,10 @@
-"""What autograd keeps of a pass for its backward pass, counted on fake tensors: shapes without data."""
+"""Bytes that autograd saves of a forward pass, counted on fake tensors: shapes without data."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,41 +13,49 @@ from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Bytes that a forward pass keeps for its backward pass: those of a pass, and those of each row."""
+class SavedBytes:
+    """Bytes that a forward pass saves for backward: a fixed part, and a part per row."""
 
     fixed: float
     row: float
 
+    @classmethod
+    def from_batches(cls, one: float, two: float) -> Self:
+        """Separate the two parts, given the bytes of a batch of one row and of two rows."""
+        return cls(fixed=2 * one - two, row=two - one)
+
     def of(self, rows: float) -> float:
-        """Bytes for so many rows."""
+        """Bytes for a batch of `rows`."""
         return self.fixed + rows * self.row
 
 
-def saved(network: nn.Module, run: Callable[[], Any], half: bool) -> float:
-    """Bytes of the storages that autograd saves, each once, the network's own weights left out; of layers
-    that are computed again what the largest needs when its turn comes.
-    """
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
-    storages, largest = _Storages(own), 0.0
+def saved_bytes(network: nn.Module, run: Callable[[], Any], bf16: bool) -> float:
+    """Bytes of the storages that autograd saves during `run`, without the network's own weights.
 
-    def inputs(layer: nn.Module, args: Any, settings: Any) -> None:
-        """What is computed again keeps its inputs, which autograd does not know of."""
+    Each storage counts once. Of layers under activation checkpointing, the inputs count, and in addition the
+    largest layer, since backward recomputes one layer at a time. `bf16`: run under autocast.
+    """
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    storages, largest = _StorageCounter(weights), 0.0
+
+    def count_layer(layer: nn.Module, args: Any, settings: Any) -> None:
+        """Count the inputs of a checkpointed layer, which autograd does not see, and run it to size it."""
         nonlocal largest
         for value in (*args, *settings.values()):
             if isinstance(value, Tensor):
                 storages(value)
-        inside = _Storages({*own, *storages.sizes})
-        with torch.autograd.graph.saved_tensors_hooks(inside, _itself):
+        inside = _StorageCounter({*weights, *storages.sizes})
+        with torch.autograd.graph.saved_tensors_hooks(inside, _identity):
             cast(Any, layer.forward).args[0](*args, **settings)
         largest = max(largest, inside.total)
 
-    again = [layer for layer in network.modules() if isinstance(layer.forward, partial)]
-    hooks = [layer.register_forward_pre_hook(inputs, with_kwargs=True) for layer in again]
+    # engine.recompute replaces the forward of a checkpointed layer by a partial.
+    checkpointed = [layer for layer in network.modules() if isinstance(layer.forward, partial)]
+    hooks = [layer.register_forward_pre_hook(count_layer, with_kwargs=True) for layer in checkpointed]
     with (
-        torch.autograd.graph.saved_tensors_hooks(storages, _itself),
-        _as_on_cuda(half),
-        torch.autocast("cpu", torch.bfloat16, enabled=half),
+        torch.autograd.graph.saved_tensors_hooks(storages, _identity),
+        _cuda_autocast_rules(bf16),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         run()
     for hook in hooks:
@@ -55,18 +63,20 @@ def saved(network: nn.Module, run: Callable[[], Any], half: bool) -> float:
     return storages.total + largest
 
 
-class _Storages:
-    """Called with tensors, adds up their storages, each once, but those that are `known`. Keeps them: else
-    another could get the same number."""
+class _StorageCounter:
+    """A saved-tensor hook that adds up the sizes of storages, except those in `known`.
+
+    It keeps the storages alive, because the key of a freed storage could be reused.
+    """
 
     def __init__(self, known: Collection[int]) -> None:
-        self.known, self.sizes, self.kept = known, dict[int, int](), list[Any]()
+        self.known, self.sizes, self.storages = known, dict[int, int](), list[Any]()
 
     def __call__(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known and storage._cdata not in self.sizes:
             self.sizes[storage._cdata] = storage.nbytes()
-            self.kept.append(storage)
+            self.storages.append(storage)
         return tensor
 
     @property
@@ -74,12 +84,12 @@ class _Storages:
         return float(sum(self.sizes.values()))
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _WideNorms(TorchFunctionMode):
-    """CUDA's autocast runs norms in fp32, the CPU's does not."""
+class _Fp32Norms(TorchFunctionMode):
+    """Run group and layer norms in fp32, as autocast does on CUDA but not on CPUs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.group_norm, F.layer_norm):
@@ -88,9 +98,9 @@ class _WideNorms(TorchFunctionMode):
 
 
 @contextmanager
-def _as_on_cuda(half: bool) -> Iterator[None]:
-    if not half:
+def _cuda_autocast_rules(bf16: bool) -> Iterator[None]:
+    if not bf16:
         yield
         return
-    with _WideNorms():
+    with _Fp32Norms():
         yield

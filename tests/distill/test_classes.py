@@ -28,7 +28,7 @@ from distill.losses.regression import Regression
 from distill.models.row_dropout import give_keys, row_keys
 from distill.models.student import Student, add_adapters, check_teacher, set_trainable, student_from_teacher
 from distill.planning.memory import predict
-from distill.planning.saved_activations import saved
+from distill.planning.saved_activations import saved_bytes
 from distill.sampling import untrained_one_step
 from latent_lpips.lpips import PixelLPIPS
 
@@ -224,7 +224,7 @@ def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
     metric = PixelLPIPS("squeeze", pretrained=False, decode=partial(decode, vae), resize=40)
     shape = student_from_teacher(folder).latent_shape
     pred, target = noise(0, range(2), shape).requires_grad_(), noise(1, range(2), shape)
-    real = saved(nn.ModuleList([metric, vae]), lambda: metric(pred, target), False)
+    real = saved_bytes(nn.ModuleList([metric, vae]), lambda: metric(pred, target), False)
     gib = (found.working - without.working) * 2**30
     assert gib == pytest.approx(rows / 2 * real, rel=0.02) and real > 0
     trunk = sum(p.numel() for p in metric.parameters())

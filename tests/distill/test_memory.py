@@ -18,7 +18,7 @@ from distill.config.run import DistillConfig, EngineConfig, TrainConfig
 from distill.models.student import student_from_teacher
 from distill.models.unet_discriminator import Discriminator, added_parameters
 from distill.planning.memory import Memory, forecast, predict
-from distill.planning.saved_activations import saved
+from distill.planning.saved_activations import saved_bytes
 
 
 def config(teacher: Path, **settings: Any) -> DistillConfig:
@@ -108,7 +108,7 @@ def test_fake_tensors_keep_what_real_ones_do(teacher: Path) -> None:
     student = student_from_teacher(str(teacher)).requires_grad_(True)
     batch = 16
     noise, text = torch.randn(batch, 4, 4, 4), Conditioning.from_text(torch.randn(batch, 77, 16))
-    real = saved(student, lambda: student(noise, text), False) / 2**30
+    real = saved_bytes(student, lambda: student(noise, text), False) / 2**30
     train = TrainConfig(batch_size=batch, precision="fp32")
     small = predict(config(teacher, train=train), 1).working
     # Gradients and the optimiser's temporaries are the larger part of so small a batch.
@@ -129,9 +129,9 @@ def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> Non
     """Two layers of 4 numbers in and out, 8 and 16 wide: both inputs, and tanh's output in the wider one."""
     narrow, wide = (nn.Sequential(nn.Linear(4, w), nn.Tanh(), nn.Linear(w, 4)) for w in (8, 16))
     both, x = nn.Sequential(narrow, wide), torch.randn(2, 4)
-    assert saved(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 8 + 2 * 4 + 2 * 16)
+    assert saved_bytes(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 8 + 2 * 4 + 2 * 16)
     parallel.recompute([narrow, wide])
-    assert saved(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 4 + 2 * 16)
+    assert saved_bytes(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 4 + 2 * 16)
 
 
 def test_a_teacher_that_is_not_here_is_taken_for_the_presets_own() -> None:
