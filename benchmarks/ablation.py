@@ -1,12 +1,12 @@
-"""Each part of the method by itself, on the miniature: FID, recall, caption accuracy, over several seeds.
+"""Ablation of the method on the miniature: FID, recall and caption accuracy of each part, over several seeds.
 
-    python benchmarks/ablation.py run --pairs DIR --out DIR --seed 0     one seed's runs; again to go on
+    python benchmarks/ablation.py run --pairs DIR --out DIR --seed 0     runs of one seed; resumes
     python benchmarks/ablation.py table --out DIR                        benchmarks/ablation_DATE_cpu.md
 
-Pairs: `d2g pairs generate --preset miniature`, or the demo's. All rows of one seed share their first stage;
-the parts (method.md "Ablation of the discriminator") go on from it for the same number of images, the
-regression alone too. The losses (method.md "Comparison of regression losses") are first stages. Each student
-is judged on the same captions and noise, by its averages.
+Pairs come from `d2g pairs generate --preset miniature`, or from the demo. All runs of a seed share a first
+stage. The parts (method.md "Ablation of the discriminator"), and the regression alone, continue from it for
+the same number of images. The losses (method.md "Comparison of regression losses") are first stages. Each
+student's EMA weights are evaluated on the same captions and noise.
 """
 
 import argparse
@@ -43,7 +43,7 @@ COLUMNS = ("fid", "precision", "recall", "caption_accuracy", "caption_exact")
 
 
 def shortened(config: DistillConfig, images: int) -> DistillConfig:
-    """For so many images, with few reports and one checkpoint in the middle."""
+    """The config for `images` images, with few reports and one checkpoint in the middle."""
     return replace(
         config,
         train=replace(config.train, images=images, report_images=images // 8, checkpoint_images=images // 2),
@@ -51,23 +51,23 @@ def shortened(config: DistillConfig, images: int) -> DistillConfig:
 
 
 def plan(pairs: str, out: Path, seed: int, images: tuple[int, int, int]) -> dict[str, DistillConfig]:
-    """Every run of a seed by name, the shared first stage in front."""
-    first = replace(DISTILL_PRESETS["miniature"]["ode"], pairs=pairs, seed=seed)
-    runs = {"first stage": shortened(first, images[0])}
+    """All runs of a seed by name, the shared first stage first."""
+    base = replace(DISTILL_PRESETS["miniature"]["ode"], pairs=pairs, seed=seed)
+    runs = {"first stage": shortened(base, images[0])}
     start = str(out / str(seed) / "first stage")
     parts = {name: DISTILL_PRESETS[f"miniature-ablation-{name}"]["gan"] for name in PARTS}
     parts = {"regression": replace(parts["d"], stage="ode"), **parts}
     for name, config in parts.items():
-        later = replace(config, pairs=pairs, seed=seed, init=start)
-        runs[f"part {name}"] = shortened(later, images[1])
+        continued = replace(config, pairs=pairs, seed=seed, init=start)
+        runs[f"part {name}"] = shortened(continued, images[1])
     for name in LOSSES:
-        alone = replace(DISTILL_PRESETS[f"miniature-loss-{name}"]["ode"], pairs=pairs, seed=seed)
-        runs[f"loss {name}"] = shortened(alone, images[2])
+        loss_run = replace(DISTILL_PRESETS[f"miniature-loss-{name}"]["ode"], pairs=pairs, seed=seed)
+        runs[f"loss {name}"] = shortened(loss_run, images[2])
     return runs
 
 
-def judge(run: Path, count: int) -> dict[str, float]:
-    """The student's numbers on `count` test scenes."""
+def score(run: Path, count: int) -> dict[str, float]:
+    """Metrics of the student of a run on `count` test scenes."""
     register_eval_scenes()
     oracle, protocol = load_oracle(), PROTOCOLS["miniature"]
     networks = Networks(
@@ -82,17 +82,17 @@ def judge(run: Path, count: int) -> dict[str, float]:
         str(run), load_one_step(str(run)), SamplingRequest(prompts=texts, seed=0, device="cpu")
     )
     metrics = ("fid", "pr", "caption_accuracy")
-    found = evaluate(
+    result = evaluate(
         source, protocol, networks, metrics=metrics, reference=real, count=count, resamples=0
     ).result
-    values = {name: getattr(found, name) for name in ("fid", "precision", "recall")}
-    return {k: float(v) for k, v in {**values, **found.extra}.items() if k in COLUMNS and v is not None}
+    values = {name: getattr(result, name) for name in ("fid", "precision", "recall")}
+    return {k: float(v) for k, v in {**values, **result.extra}.items() if k in COLUMNS and v is not None}
 
 
 def run(pairs: str, out: Path, seed: int, images: tuple[int, int, int], count: int) -> None:
-    """Train and judge what is not there yet."""
+    """Train and evaluate the runs of a seed that have no scores yet."""
 
-    def tell(name: str) -> Progress:
+    def print_end(name: str) -> Progress:
         return lambda _, done, total: (
             print(f"{seed} {name}: {done}/{total}", flush=True) if done == total else None
         )
@@ -101,23 +101,23 @@ def run(pairs: str, out: Path, seed: int, images: tuple[int, int, int], count: i
         folder = out / str(seed) / name
         if (folder / "scores.json").is_file():
             continue
-        summary = train(config, folder, tell(name))
+        summary = train(config, folder, print_end(name))
         facts = {"images": summary.images, "batch_size": config.train.batch_size, "judged": count}
-        write_atomically(folder / "scores.json", json.dumps({**judge(folder, count), **facts}, indent=1))
+        write_atomically(folder / "scores.json", json.dumps({**score(folder, count), **facts}, indent=1))
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
+    """Mean and standard deviation as text."""
     return (
         f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else float('nan'):.3f}"
     )
 
 
 def tables(out: Path) -> list[str]:
-    """A table of parts and one of losses."""
-    found: dict[str, list[dict[str, float]]] = {}
+    """Lines of a table of parts and a table of losses."""
+    all_scores: dict[str, list[dict[str, float]]] = {}
     for file in sorted(out.glob("*/*/scores.json")):
-        found.setdefault(file.parent.name, []).append(json.loads(file.read_text()))
+        all_scores.setdefault(file.parent.name, []).append(json.loads(file.read_text()))
     lines = []
     for title, kind, names in (
         ("Parts, each added to the row above", "part", ("regression", *PARTS)),
@@ -125,21 +125,21 @@ def tables(out: Path) -> list[str]:
     ):
         rows = []
         for name in names:
-            scores = found.get(f"{kind} {name}", [])
+            scores = all_scores.get(f"{kind} {name}", [])
             if scores:
                 cells = [spread([score[column] for score in scores]) for column in COLUMNS]
                 rows.append([name, len(scores), int(scores[0]["images"]), *cells])
         lines += [f"## {title}", "", *table(["", "seeds", "images", *COLUMNS], rows), ""]
-    if first := found.get("first stage"):
+    if first := all_scores.get("first stage"):
         cells = [f"{column} {spread([score[column] for score in first])}" for column in COLUMNS]
         lines += [
-            f"The first stage that parts start from, {int(first[0]['images'])} images: {', '.join(cells)}."
+            f"The first stage from which the parts start, {int(first[0]['images'])} images: {', '.join(cells)}."
         ]
     return lines
 
 
 def main() -> None:
-    """Run one seed, or write the table of all."""
+    """Run one seed, or write the table of all seeds."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=["run", "table"])
@@ -150,11 +150,11 @@ def main() -> None:
         "--images", type=int, nargs=3, default=(24_000, 12_000, 24_000), metavar=("FIRST", "PART", "LOSS")
     )
     parser.add_argument("--judged", type=int, default=2_048, help="test scenes per student")
-    given = parser.parse_args()
-    if given.what == "run":
-        run(given.pairs, given.out, given.seed, tuple(given.images), given.judged)
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args.pairs, args.out, args.seed, tuple(args.images), args.judged)
     else:
-        write("ablation", "Ablation on the miniature", tables(given.out))
+        write("ablation", "Ablation on the miniature", tables(args.out))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark writes: where it ran, and what it found, into one dated file."""
+"""Helpers of the benchmarks: timing, and result files with date, hardware and versions."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "diffusers", "numpy", "h5py", "diffusion2gan")
 
 
 def hardware() -> str:
-    """The machine in one line."""
+    """One line that describes the machine."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
     name = platform.processor() or platform.machine()
@@ -28,7 +28,7 @@ def hardware() -> str:
 
 
 def environment(packages: Sequence[str] = PACKAGES) -> list[str]:
-    """Hardware, command, commit, versions, and how busy the machine was, as lines of markdown."""
+    """Hardware, command, commit, versions and load average, as lines of markdown."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
     script = Path(sys.argv[0])
@@ -46,7 +46,7 @@ def environment(packages: Sequence[str] = PACKAGES) -> list[str]:
 def compare(
     contestants: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, contestants taking turns, so that a busy minute meets all of them."""
+    """Seconds of every call by contestant. They take turns, so that a busy machine slows all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(warm_up + repeats):
         for name, run in contestants.items():
@@ -60,12 +60,12 @@ def compare(
 
 
 def median(seconds: Sequence[float]) -> float:
-    """The middle one."""
+    """Median of some times."""
     return statistics.median(seconds)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """A markdown table; floats with four digits."""
+    """Lines of a markdown table, floats with four digits."""
 
     def cell(value: object) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -75,7 +75,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def write(topic: str, title: str, lines: Sequence[str]) -> Path:
-    """benchmarks/TOPIC_DATE_DEVICE.md with the environment on top; returns its path."""
+    """Write benchmarks/TOPIC_DATE_DEVICE.md with the environment on top, and return its path."""
     device = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
     path = Path(__file__).parent / f"{topic}_{date.today().isoformat()}_{device}.md"
     path.write_text("\n".join([f"# {title}", "", *environment(), "", *lines, ""]), encoding="utf-8")

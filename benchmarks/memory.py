@@ -1,11 +1,12 @@
-"""Memory of a training process, predicted (`--dry-run`, `d2g doctor`) against measured.
+"""Memory of a training process: prediction of `--dry-run` and `d2g doctor` against measurement.
 
     python benchmarks/memory.py [--widths 128 256 512] [--size 32] [--batch 4] [--set a.b=c ...]
 
-A U-Net of these widths with random weights, a few random pairs, three steps of each stage in a process of its
-own, which has trained a tiny network before, so that all code is loaded. On a GPU the allocator's peak is
-read; on a CPU the peak of the resident set, less what was resident before (Linux only). The optimiser is the
-fused AdamW: the plain one's temporaries exist on GPUs alone. Writes benchmarks/memory_DATE_DEVICE.md.
+Trains a U-Net of these widths with random weights on a few random pairs, three steps of each stage, in a
+process of its own. That process trains a tiny network first, so that all code is loaded. On a GPU the peak of
+the allocator is read; on a CPU the peak of the resident set, minus its size before the run (Linux only). The
+optimizer is the fused AdamW, because the temporaries of the plain one exist on GPUs only. Writes
+benchmarks/memory_DATE_DEVICE.md.
 """
 
 import argparse
@@ -42,8 +43,8 @@ VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def teacher(folder: Path, widths: list[int], size: int) -> str:
-    """The tests' tiny teacher with a larger U-Net."""
+def save_teacher(folder: Path, widths: list[int], size: int) -> str:
+    """Write the tests' tiny teacher with a larger U-Net, and return its path."""
     tiny.save_teacher(folder)
     down = ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"]
     up = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (len(widths) - 1)
@@ -60,15 +61,15 @@ def teacher(folder: Path, widths: list[int], size: int) -> str:
 
 
 def peak_gib() -> float:
-    """Of the GPU's allocator, else of the resident set."""
+    """Peak of the GPU allocator, or without a GPU of the resident set, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
-def forget_peak() -> None:
-    """Let the peak begin at what is in use now."""
+def reset_peak() -> None:
+    """Reset the peak to the memory in use now."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -77,45 +78,45 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def work(tiny_run: DistillConfig, run: DistillConfig, folder: Path) -> None:
-    """In a process of its own: print the peak of `run` in GiB, less what was in use before."""
+def print_peak(tiny_run: DistillConfig, run: DistillConfig, folder: Path) -> None:
+    """Print the peak of `run` in GiB, minus the memory in use before. Runs in a process of its own."""
     train(tiny_run, folder / "before")
-    forget_peak()
+    reset_peak()
     before = peak_gib()
     train(run, folder / "run")
     print(json.dumps(peak_gib() - before))
 
 
-def measured(tiny_run: DistillConfig, run: DistillConfig, folder: Path) -> float:
-    """GiB that a process takes for `run`."""
-    # glibc keeps freed memory otherwise, which no GPU's allocator counts.
+def measure(tiny_run: DistillConfig, run: DistillConfig, folder: Path) -> float:
+    """Peak GiB of a process that trains `run`."""
+    # By default glibc keeps freed memory, which the peak of a GPU allocator does not include.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    given = [json.dumps(to_json(config)) for config in (tiny_run, run)]
-    command = [sys.executable, __file__, "--work", *given, str(folder)]
+    configs = [json.dumps(to_json(config)) for config in (tiny_run, run)]
+    command = [sys.executable, __file__, "--work", *configs, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def configured(
-    stage: str, made: str, pairs: Path, init: str, batch: int, more: Sequence[str]
+def short_run(
+    stage: str, teacher: str, pairs: Path, init: str, batch: int, sets: Sequence[str]
 ) -> DistillConfig:
-    """Three steps of a stage."""
+    """Config of three steps of a stage."""
     length = (f"train.batch_size={batch}", f"train.images={3 * batch}", f"train.report_images={3 * batch}")
     fused = ("optim.name=adamw_fused", "gan.optim.name=adamw_fused")
     common = (
-        f"teacher={made}",
+        f"teacher={teacher}",
         f"pairs={pairs}",
         f"init={init}",
         "train.on_collapse=off",
         "gan.r1_interval=1",
     )
-    return override(DISTILL_PRESETS["miniature"][stage], [*common, *length, *fused, *more])
+    return override(DISTILL_PRESETS["miniature"][stage], [*common, *length, *fused, *sets])
 
 
 def main() -> None:
-    """Compare every variant of both stages."""
+    """Compare prediction and measurement for the variants of both stages."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512])
@@ -123,34 +124,34 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--set", dest="sets", action="append", default=[])
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.work:
-        tiny_run, run = (from_json(DistillConfig, json.loads(text)) for text in given.work[:2])
-        return work(tiny_run, run, Path(given.work[2]))
+    args = parser.parse_args()
+    if args.work:
+        tiny_run, run = (from_json(DistillConfig, json.loads(text)) for text in args.work[:2])
+        return print_peak(tiny_run, run, Path(args.work[2]))
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         prompts = tiny.save_prompts(root / "prompts.txt")
         stores: dict[str, tuple[str, Path]] = {}
-        for kind, widths, size in (("tiny", [32, 64], 8), ("large", given.widths, given.size)):
-            made = teacher(root / kind, widths, size)
-            generate_pairs(tiny.pair_config(made, prompts, num_pairs=8, steps=1), root / f"{kind}-pairs")
-            stores[kind] = (made, root / f"{kind}-pairs")
+        for kind, widths, size in (("tiny", [32, 64], 8), ("large", args.widths, args.size)):
+            path = save_teacher(root / kind, widths, size)
+            generate_pairs(tiny.pair_config(path, prompts, num_pairs=8, steps=1), root / f"{kind}-pairs")
+            stores[kind] = (path, root / f"{kind}-pairs")
         init = {}
-        for kind, (made, pairs) in stores.items():
+        for kind, (path, pairs) in stores.items():
             init[kind] = str(root / f"{kind}-first")
-            train(configured("ode", made, pairs, "", 2, ()), Path(init[kind]))
+            train(short_run("ode", path, pairs, "", 2, ()), Path(init[kind]))
         for stage in ("ode", "gan"):
-            before = configured(stage, *stores["tiny"], init["tiny"] if stage == "gan" else "", 2, ())
-            for label, more in VARIANTS:
+            before = short_run(stage, *stores["tiny"], init["tiny"] if stage == "gan" else "", 2, ())
+            for label, sets in VARIANTS:
                 start = init["large"] if stage == "gan" else ""
-                run = configured(stage, *stores["large"], start, given.batch, (*more, *given.sets))
-                peak = measured(before, run, root / f"{stage}-{label}")
+                run = short_run(stage, *stores["large"], start, args.batch, (*sets, *args.sets))
+                peak = measure(before, run, root / f"{stage}-{label}")
                 expected = predict(run, 1).total
                 rows.append([stage, label, expected, peak, f"{expected / peak - 1:+.1%}"])
                 print(rows[-1], file=sys.stderr, flush=True)
         parameters = sum(p.numel() for p in pretrained.load_on_meta(stores["large"][0], "unet").parameters())
-    lines = [f"{parameters / 1e6:.0f}M parameters, {given.size}x{given.size} latents, batch {given.batch}."]
+    lines = [f"{parameters / 1e6:.0f}M parameters, {args.size}x{args.size} latents, batch {args.batch}."]
     lines += ["", *table(["stage", "variant", "predicted GiB", "measured GiB", "prediction off by"], rows)]
     write("memory", "Memory of a training process", lines)
 

@@ -1,9 +1,9 @@
-"""What the columns of Table A1 need on 8, 64 and 128 GPUs: memory, step time, communication, GPU-days.
+"""Requirements of the columns of Table A1 on 8, 64 and 128 GPUs: memory, step time, traffic, GPU-days.
 
     python benchmarks/scaling.py [--tflops 312] [--used 0.45] [--gbytes 25] [--memory 80]
 
-Computed, not measured: memory and FLOPs from the networks' real shapes on fake tensors, time from the peak of
-one GPU, the share of it that is assumed to be used, and the bandwidth between GPUs. Writes
+The numbers are computed, not measured: memory and FLOPs from the real network shapes on fake tensors, time
+from the peak of one GPU, an assumed utilization, and the bandwidth between GPUs. Writes
 benchmarks/scaling_DATE_computed.md.
 """
 
@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,11 +31,11 @@ from distill.planning.memory import CONTEXT_GIB, predict
 from distill.planning.reference_models import UNETS, configs_only
 
 LATENT_LPIPS = 3 * 77e9 / 64**2
-"""FLOP of a distance with its gradient, per latent position (benchmarks/latent_lpips.py)."""
+"""FLOP of LatentLPIPS with its gradient, per latent position (benchmarks/latent_lpips.py)."""
 
 
 def unet_flops(kind: str) -> float:
-    """Of one row's forward pass."""
+    """FLOP of a forward pass of one row."""
     with FakeTensorMode():
         unet = pretrained.new_unet(**UNETS[kind])
         config = unet.config
@@ -44,69 +45,88 @@ def unet_flops(kind: str) -> float:
         size = config.sample_size
         text = Conditioning.from_text(torch.empty(1, 77, config.cross_attention_dim))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            unet(torch.empty(1, 4, size, size), 999, text.hidden, added_cond_kwargs=added)
+            unet(torch.empty(1, 4, size, size), 999, text.tensors["hidden"], added_cond_kwargs=added)
     return float(counter.get_total_flops())
 
 
-def passes(config: DistillConfig) -> float:
-    """Forward-sized passes of a row: backward counts twice; D's in G's step once, for its weights rest."""
-    again = 1.0 if config.engine.activation_checkpointing else 0.0
-    student = 3 + again
-    return student if config.stage == "ode" else student + 2 * (3 + again) + (2 + again)
+def forward_equivalents(config: DistillConfig) -> float:
+    """Cost of a row in forward passes of the U-Net: a backward pass counts twice, recomputation once.
+
+    In the student's update D has no weight gradients, so its backward pass counts once.
+    """
+    recompute = 1.0 if config.engine.activation_checkpointing else 0.0
+    student = 3 + recompute
+    return student if config.stage == "ode" else student + 2 * (3 + recompute) + (2 + recompute)
 
 
-def row(
-    name: str, stage: str, gpus: int, teacher: str, flops: float, given: argparse.Namespace
-) -> list[object]:
-    """One stage on so many GPUs: the first engine in a list of ever thriftier ones that fits."""
-    config = replace(TABLE_A1[name][stage], teacher=teacher)
-    local = config.train.batch_size // gpus
-    tries = [
+def fitting_engine(config: DistillConfig, gpus: int, memory_gib: float) -> tuple[DistillConfig, float]:
+    """The config with the first engine that fits, from fastest to most economical, and its GiB per GPU."""
+    rows = config.train.batch_size // gpus
+    engines: list[dict[str, Any]] = [
         {"parallel": "ddp", "activation_checkpointing": False},
         {"parallel": "ddp", "activation_checkpointing": True},
         *(
-            {"parallel": "fsdp", "activation_checkpointing": True, "accumulate": n}
+            {"parallel": "fsdp", "activation_checkpointing": True, "gradient_accumulation": n}
             for n in (1, 2, 4, 8, 16, 32, 64)
         ),
     ]
-    for settings in tries:
-        if settings.get("accumulate", 1) > max(1, local // 2):
+    total = float("nan")
+    for settings in engines:
+        if settings.get("gradient_accumulation", 1) > max(1, rows // 2):
             continue
         config = replace(config, engine=replace(config.engine, gpus=gpus, **settings))
-        memory = predict(config, gpus)
-        if memory.total + CONTEXT_GIB <= given.memory:
+        total = predict(config, gpus).total
+        if total + CONTEXT_GIB <= memory_gib:
             break
-    size = TABLE_A1[name][stage].train.batch_size
-    positions = UNETS["sdxl" if "sdxl" in name else "sd15"]["sample_size"] ** 2
-    work = local * (passes(config) * flops + LATENT_LPIPS * positions)
-    compute = work / (given.tflops * 1e12 * given.used)
-    networks = 1 if stage == "ode" else 2
-    parameters = sum(p.numel() for p in pretrained.load_on_meta(teacher, "unet").parameters())
+    return config, total
+
+
+def traffic_bytes(config: DistillConfig, gpus: int, parameters: int) -> float:
+    """Bytes that each GPU sends per step."""
+    networks = 1 if config.stage == "ode" else 2
     ring = (gpus - 1) / gpus
     if config.engine.parallel == "ddp":
-        traffic = networks * 2 * ring * 4 * parameters
-    else:  # bf16 weights gathered for forward and backward of each pass, fp32 gradients scattered
-        rounds = (2 if stage == "ode" else 2 + 4 + 2) * config.engine.gradient_accumulation
-        traffic = ring * parameters * (2 * rounds + 4 * networks * config.engine.gradient_accumulation)
-    exchange = traffic / (given.gbytes * 1e9)
-    steps = config.train.images // size
-    days = (max(compute, exchange), compute + exchange)
+        return networks * 2 * ring * 4 * parameters
+    # FSDP2 gathers bf16 weights for the forward and backward of each pass, and scatters fp32 gradients.
+    micro_batches = config.engine.gradient_accumulation
+    gathers = (2 if config.stage == "ode" else 2 + 4 + 2) * micro_batches
+    return ring * parameters * (2 * gathers + 4 * networks * micro_batches)
+
+
+def scaling_row(
+    name: str, stage: str, gpus: int, teacher: str, flops: float, args: argparse.Namespace
+) -> list[object]:
+    """One row of the table: a stage of a recipe on `gpus` GPUs."""
+    config = replace(TABLE_A1[name][stage], teacher=teacher)
+    rows = config.train.batch_size // gpus
+    config, memory = fitting_engine(config, gpus, args.memory)
+    positions = UNETS["sdxl" if "sdxl" in name else "sd15"]["sample_size"] ** 2
+    work = rows * (forward_equivalents(config) * flops + LATENT_LPIPS * positions)
+    compute = work / (args.tflops * 1e12 * args.used)
+    parameters = sum(p.numel() for p in pretrained.load_on_meta(teacher, "unet").parameters())
+    traffic = traffic_bytes(config, gpus, parameters)
+    exchange = traffic / (args.gbytes * 1e9)
+
+    # GPU-days with all communication hidden behind compute, and with none of it hidden.
+    steps = config.train.images // config.train.batch_size
+    days = [t * steps * gpus / 86_400 for t in (max(compute, exchange), compute + exchange)]
     engine = config.engine
-    how = engine.parallel + (", recompute" if engine.activation_checkpointing else "")
-    how += f", {engine.gradient_accumulation} micro-batches" if engine.gradient_accumulation > 1 else ""
-    spent = " to ".join(f"{seconds * steps * gpus / 86_400:.1f}" for seconds in days)
-    return [name, stage, gpus, local, how, memory.total, compute, traffic / 1e9, exchange, spent]
+    description = engine.parallel + (", recompute" if engine.activation_checkpointing else "")
+    if engine.gradient_accumulation > 1:
+        description += f", {engine.gradient_accumulation} micro-batches"
+    gpu_days = f"{days[0]:.1f} to {days[1]:.1f}"
+    return [name, stage, gpus, rows, description, memory, compute, traffic / 1e9, exchange, gpu_days]
 
 
 def main() -> None:
-    """Write the page."""
+    """Compute the table and write the result file."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--tflops", type=float, default=312, help="bf16 peak of one GPU (A100: 312)")
-    parser.add_argument("--used", type=float, default=0.45, help="share of it in the networks")
+    parser.add_argument("--used", type=float, default=0.45, help="share of the peak that the networks reach")
     parser.add_argument("--gbytes", type=float, default=25, help="GB/s each GPU sends (200 Gb/s network)")
     parser.add_argument("--memory", type=float, default=79.2, help="GiB of one GPU")
-    given = parser.parse_args()
+    args = parser.parse_args()
     head = [
         "recipe",
         "stage",
@@ -127,23 +147,23 @@ def main() -> None:
             kind = name.split("-")[0]
             for gpus in (8, 64, 128):
                 for stage in TABLE_A1[name]:
-                    rows.append(row(name, stage, gpus, teachers[kind], flops[kind], given))
+                    rows.append(scaling_row(name, stage, gpus, teachers[kind], flops[kind], args))
                     print(rows[-1], file=sys.stderr)
     sums = {name: column(name) for name in PUBLISHED if name != "cifar10"}
     lines = [
         "# Scaling, computed",
         "",
         *environment(),
-        f"- assumed: {given.tflops:g} TFLOP/s bf16, {given.used:.0%} of it used, {given.gbytes:g} GB/s each, "
-        f"{given.memory:g} GiB each",
+        f"- assumed: {args.tflops:g} TFLOP/s bf16, {args.used:.0%} utilization, {args.gbytes:g} GB/s each, "
+        f"{args.memory:g} GiB each",
         f"- forward pass of a row: SD 1.5 {flops['sd15'] / 1e12:.3f}, SDXL {flops['sdxl'] / 1e12:.3f} TFLOP",
         "",
         *table(head, rows),
         "",
-        "GPU-days: with the exchange hidden behind the work, to not at all. Training only, without pairs.",
+        "GPU-days: with all communication hidden behind compute, to none of it. Training only, without pairs.",
         "",
         *table(
-            ["recipe", "the paper's GPUs", "its GPU-days", "its seconds a step, mean of both stages"],
+            ["recipe", "the paper's GPUs", "its GPU-days", "its seconds per step, mean of both stages"],
             [[n, s["gpus"], s["gpu_days"], s["seconds_per_step"]] for n, s in sums.items()],
         ),
         "",

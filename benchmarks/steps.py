@@ -1,11 +1,11 @@
-"""Step time and memory of both stages: penalties, compilers, processes.
+"""Step time and memory of both stages, by gradient penalty, compiler and number of processes.
 
     python benchmarks/steps.py --pairs DIR [--teacher miniature] [--preset miniature] [--init RUN]
                                [--batch 32] [--rounds 3] [--set a.b=c ...]
 
-Each variant is `d2g distill` in processes of its own, for 48 steps that report every 16: the first report is
-warm-up, the other two are counted, so that a penalty of interval 16 falls in each once. Rounds take turns.
-Without --init a first stage of one step is made. Writes benchmarks/steps_DATE_DEVICE.md.
+Each variant runs `d2g distill` in processes of its own, for 48 steps that report every 16. The first report is
+warm-up. The other two count, so a penalty of interval 16 falls in each once. The variants take turns in every
+round. Without --init, a first stage of one step is trained. Writes benchmarks/steps_DATE_DEVICE.md.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CORES = torch.get_num_threads()
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a stage. `processes` of `threads` each."""
+    """One way to run a stage, in `processes` processes of `threads` threads each."""
 
     name: str
     stage: str
@@ -58,20 +58,20 @@ VARIANTS = (
 )
 
 
-def run(variant: Variant, given: argparse.Namespace, init: str, folder: Path) -> dict[str, float]:
-    """Seconds a step, share of them waiting for data, and peak GiB of a process."""
-    batch = given.batch
+def run(variant: Variant, args: argparse.Namespace, init: str, folder: Path) -> dict[str, float]:
+    """Seconds per step, share of time waiting for data, and peak GiB of a process."""
+    batch = args.batch
     sets = (
         f"train.batch_size={batch}",
         f"train.report_images={EVERY * batch}",
         "train.checkpoint_images=1000000000",
         "train.on_collapse=off",
         *variant.settings,
-        *given.sets,
+        *args.sets,
     )
     out = folder / "run"
-    command = ["distill", variant.stage, "--preset", given.preset, "--teacher", given.teacher]
-    command += ["--pairs", given.pairs, "--out", str(out), "--images", str(STEPS * batch)]
+    command = ["distill", variant.stage, "--preset", args.preset, "--teacher", args.teacher]
+    command += ["--pairs", args.pairs, "--out", str(out), "--images", str(STEPS * batch)]
     command += ["--init", init] if variant.stage == "gan" else []
     command += [part for setting in sets for part in ("--set", setting)]
     launch = [sys.executable, "-m"]
@@ -79,7 +79,7 @@ def run(variant: Variant, given: argparse.Namespace, init: str, folder: Path) ->
         launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(variant.processes), "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(variant.threads)}
     done = subprocess.run(
-        [*launch, "cli", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*launch, "d2g_cli", *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"{variant.name}: {done.stderr[-2000:]}")
@@ -91,29 +91,29 @@ def run(variant: Variant, given: argparse.Namespace, init: str, folder: Path) ->
     }
 
 
-def first_stage(given: argparse.Namespace, folder: Path) -> str:
-    """A first stage of one step to start the second from."""
+def first_stage(args: argparse.Namespace, folder: Path) -> str:
+    """Train a first stage of one step, from which the second stage starts."""
     out = str(folder / "first")
     command = [
         sys.executable,
         "-m",
-        "cli",
+        "d2g_cli",
         "distill",
         "ode",
         "--preset",
-        given.preset,
+        args.preset,
         "--teacher",
-        given.teacher,
+        args.teacher,
     ]
-    command += ["--pairs", given.pairs, "--out", out, "--images", str(given.batch)]
-    sets = (f"train.batch_size={given.batch}", *given.sets)
+    command += ["--pairs", args.pairs, "--out", out, "--images", str(args.batch)]
+    sets = (f"train.batch_size={args.batch}", *args.sets)
     command += [part for setting in sets for part in ("--set", setting)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return out
 
 
 def main() -> None:
-    """Run every variant in turns and write the page."""
+    """Run the variants in turns and write the result file."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--pairs", required=True, type=lambda text: str(Path(text).absolute()))
@@ -122,40 +122,43 @@ def main() -> None:
     parser.add_argument("--init")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="variants whose name has this in it")
+    parser.add_argument("--only", default="", help="run only variants whose name contains this")
     parser.add_argument("--set", dest="sets", action="append", default=[])
-    given = parser.parse_args()
-    chosen = [variant for variant in VARIANTS if given.only in variant.name]
-    found: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in chosen}
+    args = parser.parse_args()
+    variants = [variant for variant in VARIANTS if args.only in variant.name]
+    results: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder:
-        init = given.init or first_stage(given, Path(folder))
-        for number in range(given.rounds):
-            for variant in chosen:
-                with tempfile.TemporaryDirectory() as own:
-                    found[variant.name].append(run(variant, given, init, Path(own)))
-                print(number, variant.name, found[variant.name][-1], file=sys.stderr, flush=True)
-    best = {name: min(r["seconds"] for r in results) for name, results in found.items()}
-    middle = {name: statistics.median(r["seconds"] for r in results) for name, results in found.items()}
+        init = args.init or first_stage(args, Path(folder))
+        for number in range(args.rounds):
+            for variant in variants:
+                with tempfile.TemporaryDirectory() as scratch:
+                    results[variant.name].append(run(variant, args, init, Path(scratch)))
+                print(number, variant.name, results[variant.name][-1], file=sys.stderr, flush=True)
+    median = {name: statistics.median(r["seconds"] for r in rounds) for name, rounds in results.items()}
     rows = []
-    for name, results in found.items():
-        waited, gib = max(r["waited"] for r in results), max(r["gib"] for r in results)
-        rows.append([name, middle[name], best[name], given.batch / middle[name], f"{waited:.2%}", gib])
-    lines = [f"Batch {given.batch} over all processes, {given.teacher}, {given.rounds} rounds.", ""]
-    lines += table(["variant", "median s a step", "fastest", "images/s", "waited", "peak GiB of one"], rows)
-    lines += ["", *ratios(middle)]
+    for name, rounds in results.items():
+        fastest = min(r["seconds"] for r in rounds)
+        waited, gib = max(r["waited"] for r in rounds), max(r["gib"] for r in rounds)
+        rows.append([name, median[name], fastest, args.batch / median[name], f"{waited:.2%}", gib])
+    lines = [f"Batch {args.batch} over all processes, {args.teacher}, {args.rounds} rounds.", ""]
+    lines += table(
+        ["variant", "median s per step", "fastest", "images/s", "waiting for data", "peak GiB of a process"],
+        rows,
+    )
+    lines += ["", *ratios(median)]
     write("steps", "Training steps", lines)
 
 
 def ratios(seconds: dict[str, float]) -> list[str]:
-    """What the issue of speed comes down to; of the variants that ran."""
-    wanted = (
+    """Comparisons between variants, for those that ran."""
+    added = (
         ("R1 of one row adds to the mean step", "stage 2, R1 of one row", "stage 2, no penalty"),
         ("R1 of the batch adds to the mean step", "stage 2, R1 of the batch", "stage 2, no penalty"),
         ("recompute adds to stage 1", "stage 1, recompute", "stage 1"),
     )
     lines = [
         f"- {what}: {seconds[a] / seconds[b] - 1:+.1%}"
-        for what, a, b in wanted
+        for what, a, b in added
         if a in seconds and b in seconds
     ]
     faster = (
