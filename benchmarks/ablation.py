@@ -132,9 +132,7 @@ def tables(out: Path) -> list[str]:
         lines += [f"## {title}", "", *table(["", "seeds", "images", *COLUMNS], rows), ""]
     if first := all_scores.get("first stage"):
         cells = [f"{column} {spread([score[column] for score in first])}" for column in COLUMNS]
-        lines += [
-            f"The first stage from which the parts start, {int(first[0]['images'])} images: {', '.join(cells)}."
-        ]
+        lines += [f"The first stage of all parts, {int(first[0]['images'])} images: {', '.join(cells)}."]
     return lines
 
 

@@ -160,7 +160,7 @@ def main() -> None:
         "",
         *table(head, rows),
         "",
-        "GPU-days: with all communication hidden behind compute, to none of it. Training only, without pairs.",
+        "GPU-days: with all communication hidden behind compute, to none of it. Training only, no pairs.",
         "",
         *table(
             ["recipe", "the paper's GPUs", "its GPU-days", "its seconds per step, mean of both stages"],

@@ -3,8 +3,8 @@
     python benchmarks/steps.py --pairs DIR [--teacher miniature] [--preset miniature] [--init RUN]
                                [--batch 32] [--rounds 3] [--set a.b=c ...]
 
-Each variant runs `d2g distill` in processes of its own, for 48 steps that report every 16. The first report is
-warm-up. The other two count, so a penalty of interval 16 falls in each once. The variants take turns in every
+Each variant runs `d2g distill` in processes of its own, for 48 steps that report every 16. The first report
+is warm-up. The other two count, so a penalty of interval 16 falls in each once. The variants take turns in every
 round. Without --init, a first stage of one step is trained. Writes benchmarks/steps_DATE_DEVICE.md.
 """
 
@@ -141,10 +141,8 @@ def main() -> None:
         waited, gib = max(r["waited"] for r in rounds), max(r["gib"] for r in rounds)
         rows.append([name, median[name], fastest, args.batch / median[name], f"{waited:.2%}", gib])
     lines = [f"Batch {args.batch} over all processes, {args.teacher}, {args.rounds} rounds.", ""]
-    lines += table(
-        ["variant", "median s per step", "fastest", "images/s", "waiting for data", "peak GiB of a process"],
-        rows,
-    )
+    head = ["variant", "median s per step", "fastest", "images/s", "waiting for data", "peak GiB"]
+    lines += table(head, rows)
     lines += ["", *ratios(median)]
     write("steps", "Training steps", lines)
 
