@@ -73,12 +73,12 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no UNet": (
         _without("unet"),
-        "no unet; expected the pieces unet, vae, text_encoder, tokenizer, scheduler",
+        "no unet; expected the components unet, vae, text_encoder, tokenizer, scheduler",
     ),
-    "no VAE": (_without("vae"), "no vae; expected the pieces"),
-    "no text encoder": (_without("text_encoder"), "no text_encoder; expected the pieces"),
-    "no tokenizer": (_without("tokenizer"), "no tokenizer; expected the pieces"),
-    "no scheduler": (_without("scheduler"), "no scheduler; expected the pieces"),
+    "no VAE": (_without("vae"), "no vae; expected the components"),
+    "no text encoder": (_without("text_encoder"), "no text_encoder; expected the components"),
+    "no tokenizer": (_without("tokenizer"), "no tokenizer; expected the components"),
+    "no scheduler": (_without("scheduler"), "no scheduler; expected the components"),
     "a UNet without weights": (
         lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
         "unet cannot be loaded",

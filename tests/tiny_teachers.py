@@ -280,7 +280,7 @@ def save_edm(folder: Path, classes: int | None = 10, scheduler: Any = None, **se
     return save_pixels(folder, classes, scheduler or EDMEulerScheduler, **{**EDM, **settings})
 
 
-def judge(folder: Path, **components: Any) -> Any:
+def diffusers_pipeline(folder: Path, **components: Any) -> Any:
     """diffusers' own pipeline of a folder; `pieces` it has to be told of."""
     from diffusers import DiffusionPipeline
 

@@ -26,7 +26,8 @@ class Preconditioning(NamedTuple):
 
 
 def preconditioning(sigma: float, sigma_data: float) -> Preconditioning:
-    """Table 1, last column, at sigma > 0: unit variance of input and output if the data deviate by sigma_data."""
+    """Table 1, last column, at sigma > 0: input and output have unit variance if the data deviate by
+    `sigma_data`."""
     total = math.hypot(sigma, sigma_data)
     return Preconditioning(
         c_skip=(sigma_data / total) ** 2,

@@ -1,6 +1,6 @@
 """Pipelines on disk: folders in diffusers layout and hub ids, and the files that decide what a teacher draws.
 
-A pipeline's `model_index.json` says what it is; which kinds there are is in `d2g/diffusion/families/`.
+A pipeline's `model_index.json` says what it is; the supported ones are in `d2g/diffusion/families/`.
 """
 
 import hashlib

@@ -81,7 +81,7 @@ def test_sdxls_conditioner_is_diffusers(tmp_path: Path) -> None:
     conditioner, prompts = pretrained.load_conditioner(str(tmp_path)), tiny.CAPTIONS[:3]
     assert isinstance(conditioner, SDXLConditioner) and conditioner.tokens(prompts).shape == (3, 2, 12)
     cond = conditioner.encode(prompts)
-    pipe = tiny_teachers.judge(tmp_path)
+    pipe = tiny_teachers.diffusers_pipeline(tmp_path)
     with torch.no_grad():
         hidden, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     torch.testing.assert_close(cond.tensors["hidden"], hidden)

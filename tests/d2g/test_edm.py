@@ -23,7 +23,7 @@ SCHEDULE = EDMSchedule(
 SIGMA = st.floats(1e-3, 1e3)
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
+def random_noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape or (2, 3, 4, 4), generator=generator(seed, 0xED))
 
 
@@ -48,7 +48,7 @@ def test_the_published_numbers_at_80() -> None:
 def test_without_noise_the_input_is_the_answer() -> None:
     c = preconditioning(1e-9, 0.5)
     assert (c.c_skip, c.c_in) == pytest.approx((1, 2)) and c.c_out < 1e-8
-    x, output = drawn(1), drawn(2)
+    x, output = random_noise(1), random_noise(2)
     torch.testing.assert_close(SCHEDULE.x0(output, x, Point(0.0, 1.0, 1e-9)), x)
 
 
@@ -58,14 +58,14 @@ def test_without_noise_the_input_is_the_answer() -> None:
     "settings", [{}, {"sigma_schedule": "exponential"}, {"rho": 3.0, "sigma_max": 20.0, "sigma_data": 1.0}]
 )
 def test_levels_and_times_are_diffusers(kind: Any, steps: int, settings: dict[str, Any]) -> None:
-    judge = kind(**settings)
-    judge.set_timesteps(steps)
+    reference = kind(**settings)
+    reference.set_timesteps(steps)
     names = {"rho": "rho", "sigma_max": "sigma_max", "sigma_data": "sigma_data", "sigma_schedule": "grid"}
     ours = replace(SCHEDULE, **{names[name]: value for name, value in settings.items()})
     points = ours.points(steps, (4, 4))
-    torch.testing.assert_close(torch.tensor([p.sigma for p in points]), judge.sigmas, rtol=2e-5, atol=0)
-    told = torch.tensor([p.t for p in points[:-1]])
-    torch.testing.assert_close(told, judge.timesteps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor([p.sigma for p in points]), reference.sigmas, rtol=2e-5, atol=0)
+    times = torch.tensor([p.t for p in points[:-1]])
+    torch.testing.assert_close(times, reference.timesteps, rtol=1e-4, atol=1e-5)
     assert all(p.alpha == 1 for p in points) and points[-1].sigma == 0 and len(points) == steps + 1
 
 
@@ -84,22 +84,22 @@ def test_one_step_goes_from_sigma_max() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sigma", [0.002, 0.5, 80.0])
 def test_outputs_are_read_as_diffusers_reads_them(prediction: Any, sigma: float) -> None:
-    judge = diffusers.EDMEulerScheduler(prediction_type=prediction)
+    reference = diffusers.EDMEulerScheduler(prediction_type=prediction)
     ours, point = replace(SCHEDULE, prediction=prediction), Point(0.0, 1.0, sigma)
-    x, output = sigma * drawn(1) + 0.5 * drawn(3), drawn(2)
-    found = ours.denoised(output, x, point)
-    torch.testing.assert_close(found.x0, judge.precondition_outputs(x, output, sigma))
-    torch.testing.assert_close(ours.network_input(x, point), judge.precondition_inputs(x, sigma))
-    assert torch.equal(ours.x0(output, x, point), found.x0)
+    x, output = sigma * random_noise(1) + 0.5 * random_noise(3), random_noise(2)
+    result = ours.denoised(output, x, point)
+    torch.testing.assert_close(result.x0, reference.precondition_outputs(x, output, sigma))
+    torch.testing.assert_close(ours.network_input(x, point), reference.precondition_inputs(x, sigma))
+    assert torch.equal(ours.x0(output, x, point), result.x0)
     # x = x_0 + sigma eps to rounding of x, at every level
-    torch.testing.assert_close(found.x0 + sigma * found.epsilon, x, rtol=1e-6, atol=1e-6)
-    exact = (x.double() - found.x0.double()) / sigma
-    torch.testing.assert_close(found.epsilon.double(), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(result.x0 + sigma * result.epsilon, x, rtol=1e-6, atol=1e-6)
+    exact = (x.double() - result.x0.double()) / sigma
+    torch.testing.assert_close(result.epsilon.double(), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_noise_is_kept_with_unit_variance_and_widened_first() -> None:
     """The sampler's start, in fp32 whatever the noise is stored in: 80 times a half's rounding shows."""
-    z = drawn(1).half()
+    z = random_noise(1).half()
     x = SCHEDULE.start(z)
     assert x.dtype == torch.float32 and torch.equal(x, 80 * z.float())
     inputs = SCHEDULE.network_input(x, SCHEDULE.one_step(-1))

@@ -120,8 +120,8 @@ def test_decode_uint8_streams_any_number_of_rows(kl: Any) -> None:
     latents = noise(4, range(5), (4, 4, 4))
     batches = list(decode_uint8(kl, latents, batch_size=2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
-    whole = torch.cat(batches)
+    images = torch.cat(batches)
     with torch.no_grad():
         expected = to_uint8(decode(kl, latents))
-    assert whole.shape == (5, 3, 16, 16) and whole.dtype == torch.uint8
-    assert (whole.int() - expected.int()).abs().max() <= 1, "batch size changes the last bit at most"
+    assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
+    assert (images.int() - expected.int()).abs().max() <= 1, "batch size changes the last bit at most"

@@ -7,39 +7,39 @@ from d2g.core.seeds import generator
 from d2g.diffusion.lora import adapters_from_teacher, low_rank_factors, merged
 
 
-def drawn(number: int, *shape: int) -> torch.Tensor:
+def random_matrix(number: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(11, number))
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(200, 120, 5), (120, 200, 70), (7, 9, 7), (6, 6, 0)])
 def test_factors_are_of_the_least_rank(rows: int, columns: int, rank: int) -> None:
-    matrix = drawn(0, rows, rank).double() @ drawn(1, rank, columns).double()
+    matrix = random_matrix(0, rows, rank).double() @ random_matrix(1, rank, columns).double()
     b, a = low_rank_factors(matrix, 1e-5)
     assert b.shape == (rows, rank) and a.shape == (rank, columns) and b.dtype == a.dtype == torch.float32
     torch.testing.assert_close(b.double() @ a.double(), matrix, rtol=0, atol=1e-5 * max(1, rank))
 
 
 def test_what_is_below_the_noise_is_no_rank() -> None:
-    matrix = (drawn(0, 40, 3) @ drawn(1, 3, 30)).double()
-    assert len(low_rank_factors(matrix + 1e-7 * drawn(2, 40, 30), 1e-5)[1]) == 3
-    assert len(low_rank_factors(matrix + 1e-7 * drawn(2, 40, 30), 1e-9)[1]) == 30
+    matrix = (random_matrix(0, 40, 3) @ random_matrix(1, 3, 30)).double()
+    assert len(low_rank_factors(matrix + 1e-7 * random_matrix(2, 40, 30), 1e-5)[1]) == 3
+    assert len(low_rank_factors(matrix + 1e-7 * random_matrix(2, 40, 30), 1e-9)[1]) == 30
 
 
 def state(teacher: dict[str, torch.Tensor], number: int, rank: int) -> dict[str, torch.Tensor]:
     """As a student's state dict: adapters on every `to_q`, and one plain weight."""
-    found = {"plain.weight": teacher["plain.weight"]}
+    result = {"plain.weight": teacher["plain.weight"]}
     for i, stem in enumerate(("one.to_q", "two.to_q")):
         rows, columns = teacher[f"{stem}.weight"].shape
-        found[f"{stem}.base_layer.weight"] = teacher[f"{stem}.weight"]
-        found[f"{stem}.lora_A.default.weight"] = drawn(10 * number + i, rank, columns)
-        found[f"{stem}.lora_B.default.weight"] = drawn(20 * number + i, rows, rank)
-    return found
+        result[f"{stem}.base_layer.weight"] = teacher[f"{stem}.weight"]
+        result[f"{stem}.lora_A.default.weight"] = random_matrix(10 * number + i, rank, columns)
+        result[f"{stem}.lora_B.default.weight"] = random_matrix(20 * number + i, rows, rank)
+    return result
 
 
 TEACHER = {
-    "one.to_q.weight": drawn(1, 12, 20),
-    "two.to_q.weight": drawn(2, 16, 10),
-    "plain.weight": drawn(3, 4),
+    "one.to_q.weight": random_matrix(1, 12, 20),
+    "two.to_q.weight": random_matrix(2, 16, 10),
+    "plain.weight": random_matrix(3, 4),
 }
 
 
@@ -49,10 +49,10 @@ def difference(tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
 
 def test_adapters_of_one_run_keep_their_rank_and_take_their_scale() -> None:
     own = state(TEACHER, 1, 3)
-    found, unexplained = adapters_from_teacher(own, TEACHER, 3, 6.0)
-    assert unexplained == [] and len(found) == 4
-    assert torch.equal(found["one.to_q.lora_A.weight"], own["one.to_q.lora_A.default.weight"])
-    assert torch.equal(found["one.to_q.lora_B.weight"], 2 * own["one.to_q.lora_B.default.weight"])
+    result, unexplained = adapters_from_teacher(own, TEACHER, 3, 6.0)
+    assert unexplained == [] and len(result) == 4
+    assert torch.equal(result["one.to_q.lora_A.weight"], own["one.to_q.lora_A.default.weight"])
+    assert torch.equal(result["one.to_q.lora_B.weight"], 2 * own["one.to_q.lora_B.default.weight"])
 
 
 def test_adapters_of_three_runs_add_up() -> None:
@@ -61,13 +61,13 @@ def test_adapters_of_three_runs_add_up() -> None:
     first["two.to_q.lora_B.default.weight"].zero_()
     second = state(merged(first, 2, 1.0), 2, 3)
     third = state(merged(second, 3, 6.0), 3, 1)
-    found, unexplained = adapters_from_teacher(third, TEACHER, 1, 0.5)
+    result, unexplained = adapters_from_teacher(third, TEACHER, 1, 0.5)
     assert unexplained == []
     for name, value in merged(third, 1, 0.5).items():
         stem = name.removesuffix(".weight")
-        change = difference(found, stem) if "to_q" in stem else 0
+        change = difference(result, stem) if "to_q" in stem else 0
         torch.testing.assert_close(TEACHER[name] + change, value, rtol=0, atol=1e-4)
-    ranks = {name: len(value) for name, value in found.items() if "lora_A" in name}
+    ranks = {name: len(value) for name, value in result.items() if "lora_A" in name}
     assert ranks == {"one.to_q.lora_A.weight": 6, "two.to_q.lora_A.weight": 6}, "one rank for all"
 
 

@@ -120,9 +120,9 @@ def test_pickled_weights_are_refused_with_the_way_out(copy: Path) -> None:
 
 
 def same_latents(a: Path, b: Path) -> bool:
-    drawn = noise(0, [0], (4, 4, 4))
-    found = (load_teacher(str(f)).sample(drawn, ["a red cube"], 2, 3.0, "ddim") for f in (a, b))
-    return torch.equal(next(found), next(found))
+    z = noise(0, [0], (4, 4, 4))
+    result = (load_teacher(str(f)).sample(z, ["a red cube"], 2, 3.0, "ddim") for f in (a, b))
+    return torch.equal(next(result), next(result))
 
 
 def test_sharded_weights_are_loaded_and_every_shard_is_fingerprinted(teacher: Path, copy: Path) -> None:

@@ -110,8 +110,8 @@ def test_tokenizer_gives_captions_back_and_pads_and_cuts(teacher: Path) -> None:
     tokenizer = text.tokenizers["tokenizer"]
     ids = text.tokens(tiny.CAPTIONS)
     assert ids.shape == (len(tiny.CAPTIONS), 12)
-    whole = tokenizer(tiny.CAPTIONS).input_ids  # not cut
-    decoded = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    ids_of_captions = tokenizer(tiny.CAPTIONS).input_ids  # not cut
+    decoded = tokenizer.batch_decode(ids_of_captions, skip_special_tokens=True)
     assert [" ".join(d.split()).replace(" ,", ",") for d in decoded] == tiny.CAPTIONS
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert (ids[:, 0] == begin).all() and (ids[:, -1] == end).all()
@@ -228,19 +228,19 @@ def test_attention_under_its_names_of_2022_is_loaded(tmp_path: Path) -> None:
         old[name] = tensor
     assert any("query" in name for name in old)
     save_file(old, path, metadata={"format": "pt"})
-    found = pretrained.load_vae(str(tmp_path)).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in vae.state_dict().items())
+    result = pretrained.load_vae(str(tmp_path)).state_dict()
+    assert all(torch.equal(result[name], tensor) for name, tensor in vae.state_dict().items())
 
 
 def test_a_model_on_meta_is_the_model_without_its_weights(teacher: Path) -> None:
     for component in ("unet", "vae", "text_encoder"):
-        bare, whole = (
+        bare, loaded = (
             pretrained.load_on_meta(str(teacher), component),
             pretrained.load_model(str(teacher), component),
         )
         assert {p.device.type for p in bare.parameters()} == {"meta"}
-        shapes = ({name: p.shape for name, p in m.named_parameters()} for m in (bare, whole))
-        assert next(shapes) == next(shapes) and type(bare) is type(whole)
+        shapes = ({name: p.shape for name, p in m.named_parameters()} for m in (bare, loaded))
+        assert next(shapes) == next(shapes) and type(bare) is type(loaded)
 
 
 def test_students_are_made_of_unets(tmp_path: Path) -> None:

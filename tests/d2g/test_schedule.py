@@ -175,8 +175,8 @@ def test_dynamic_flow_points_equal_diffusers(kind: Any, size: tuple[int, int]) -
         base_shift=0.5, max_shift=1.15, base_length=256, max_length=4096, kind=kind, patch_size=2
     )
     flow = FlowSchedule(train_steps=1000, shift=1.0, spacing="linspace", dynamic=dynamic)
-    found = torch.tensor([p.sigma for p in flow.points(28, size)])
-    assert torch.allclose(found, scheduler.sigmas, rtol=0, atol=1e-6)
+    result = torch.tensor([p.sigma for p in flow.points(28, size)])
+    assert torch.allclose(result, scheduler.sigmas, rtol=0, atol=1e-6)
 
 
 def test_a_flow_starts_at_noise_and_ends_at_data() -> None:
@@ -203,6 +203,6 @@ def test_every_prediction_gives_x0_and_epsilon_back(sigma: float, kind: Any) -> 
         "sample": x0,
         "flow_prediction": eps - x0,
     }[kind]
-    found = denoised_from(output, alpha * x0 + sigma * eps, Point(0, alpha, sigma), kind)
-    torch.testing.assert_close(found.x0, x0, rtol=0, atol=2e-4)
-    torch.testing.assert_close(found.epsilon, eps, rtol=0, atol=2e-4)
+    result = denoised_from(output, alpha * x0 + sigma * eps, Point(0, alpha, sigma), kind)
+    torch.testing.assert_close(result.x0, x0, rtol=0, atol=2e-4)
+    torch.testing.assert_close(result.epsilon, eps, rtol=0, atol=2e-4)

@@ -47,22 +47,22 @@ def test_the_tables_name_what_diffusers_has() -> None:
 def test_the_betas_are_those_of_the_class_itself(copy: Path, kind: str) -> None:
     settings = dict(SD_BETAS, prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
     for changed in ({}, {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"}):
-        found = load_schedule(put(copy, kind, **{**settings, **changed}))
-        judge = getattr(diffusers, kind).from_config({**settings, **changed})
-        assert torch.equal(found.alphas_cumprod, judge.alphas_cumprod.double())
-        assert found.prediction == "v_prediction"
+        result = load_schedule(put(copy, kind, **{**settings, **changed}))
+        reference = getattr(diffusers, kind).from_config({**settings, **changed})
+        assert torch.equal(result.alphas_cumprod, reference.alphas_cumprod.double())
+        assert result.prediction == "v_prediction"
         # one of them has no spacing but its own
-        assert found.spacing == ("linspace" if kind == "DPMSolverSinglestepScheduler" else "trailing")
+        assert result.spacing == ("linspace" if kind == "DPMSolverSinglestepScheduler" else "trailing")
 
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
 def test_zero_terminal_snr_is_exactly_none(copy: Path, kind: str) -> None:
     """Euler and others put 2^-24 for the 0 that they could not divide by."""
     settings = dict(SD_BETAS, clip_sample=False, rescale_betas_zero_snr=True)
-    found = load_schedule(put(copy, kind, **settings))
-    judge = getattr(diffusers, kind).from_config(settings)
-    assert torch.equal(found.alphas_cumprod[:-1], judge.alphas_cumprod.double()[:-1])
-    assert found.alpha_sigma(999) == (0.0, 1.0) and judge.alphas_cumprod[-1] <= 2**-24
+    result = load_schedule(put(copy, kind, **settings))
+    reference = getattr(diffusers, kind).from_config(settings)
+    assert torch.equal(result.alphas_cumprod[:-1], reference.alphas_cumprod.double()[:-1])
+    assert result.alpha_sigma(999) == (0.0, 1.0) and reference.alphas_cumprod[-1] <= 2**-24
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,11 @@ def test_a_scheduler_file_that_is_no_json(copy: Path) -> None:
 
 
 def test_a_flow_is_read_from_its_file(sd3: Path, tmp_path: Path) -> None:
-    found = load_any_schedule(str(sd3))
-    assert found == FlowSchedule(train_steps=1000, shift=3.0, spacing="linspace")
+    result = load_any_schedule(str(sd3))
+    assert result == FlowSchedule(train_steps=1000, shift=3.0, spacing="linspace")
     with pytest.raises(UserError, match="is a flow; expected a variance-preserving teacher"):
         load_schedule(str(sd3))
     folder = Path(shutil.copytree(sd3, tmp_path / "dynamic"))
-    found = load_any_schedule(put(folder, FLOW[0], use_dynamic_shifting=True, base_shift=0.4))
-    assert isinstance(found, FlowSchedule) and found.dynamic is not None
-    assert (found.dynamic.base_shift, found.dynamic.max_shift, found.dynamic.patch_size) == (0.4, 1.15, 2)
+    result = load_any_schedule(put(folder, FLOW[0], use_dynamic_shifting=True, base_shift=0.4))
+    assert isinstance(result, FlowSchedule) and result.dynamic is not None
+    assert (result.dynamic.base_shift, result.dynamic.max_shift, result.dynamic.patch_size) == (0.4, 1.15, 2)

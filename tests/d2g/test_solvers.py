@@ -153,9 +153,9 @@ def test_order_of_convergence(case: str) -> None:
     points = schedule.points(1, (2, 2))
     truth = exact.solution(schedule.start(noise()), points[0], points[-1])
     fine = sample_ode(exact, noise(), schedule, STEPS, "heun")
-    found = [sample_ode(exact, noise(), schedule, n, solver) for n in counts]
+    result = [sample_ode(exact, noise(), schedule, n, solver) for n in counts]
     for reference in (truth, fine):
-        errors = [(x - reference).abs().max().item() for x in found]
+        errors = [(x - reference).abs().max().item() for x in result]
         assert all(abs(slope - order) < 0.15 for slope in slopes(counts, errors)), errors
         assert errors[-1] < 0.05
 
@@ -180,10 +180,10 @@ def test_order_of_convergence_of_real_networks(case: str, tmp_path: Path) -> Non
     with torch.no_grad():
         embedding.linear_1.weight.zero_()
     cond = teacher.encode(["a red cube"])
-    drawn, counts = seeded(0, [0], teacher.latent_shape), (20, 40)
+    z, counts = seeded(0, [0], teacher.latent_shape), (20, 40)
 
     def run(steps: int, solver: Solver) -> Tensor:
-        return teacher.sample(drawn, [], steps, 1.0, solver, cond=cond)
+        return teacher.sample(z, [], steps, 1.0, solver, cond=cond)
 
     fine = run(200, "heun")
     orders: list[tuple[Solver, float]] = [(first_order, 1.0), ("heun", 2.0)]
@@ -203,11 +203,11 @@ def test_one_picture_is_found_exactly(solver: Solver, spacing: str) -> None:
         def denoise(x: Tensor, point: Point, x0: Tensor = x0) -> Denoised:
             return Denoised(x0, (x - point.alpha * x0) / point.sigma)
 
-        found = sample_ode(denoise, noise(), schedule, 5, solver)
+        result = sample_ode(denoise, noise(), schedule, 5, solver)
         first = timesteps(STEPS, 5, spacing, 0)[0]  # type: ignore[arg-type]
         end = schedule.points(5, (2, 2))[-1]
         epsilon = denoise(noise(), Point(first, *schedule.alpha_sigma(first))).epsilon
-        torch.testing.assert_close(found, end.alpha * x0 + end.sigma * epsilon, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result, end.alpha * x0 + end.sigma * epsilon, rtol=1e-4, atol=1e-4)
         assert (end.sigma == 0) == final_alpha_one
 
 
@@ -243,10 +243,10 @@ def test_guidance_is_linear_in_the_scale() -> None:
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7, 1.0])
 def test_rescaled_guidance_equals_diffusers(rescale: float) -> None:
     text, empty = noise(), noise().flip(0)
-    found = guided(text, empty, 5.0, rescale)
-    torch.testing.assert_close(found, rescale_noise_cfg(guided(text, empty, 5.0), text, rescale))
+    result = guided(text, empty, 5.0, rescale)
+    torch.testing.assert_close(result, rescale_noise_cfg(guided(text, empty, 5.0), text, rescale))
     if rescale == 1:
-        torch.testing.assert_close(found.std((1, 2, 3)), text.std((1, 2, 3)))
+        torch.testing.assert_close(result.std((1, 2, 3)), text.std((1, 2, 3)))
 
 
 @pytest.mark.parametrize(("schedule", "solver"), CASES)

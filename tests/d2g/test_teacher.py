@@ -52,8 +52,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def pipeline_latents(
     folder: Path, latents: Tensor, prompts: list[str], steps: int, **settings: Any
 ) -> Tensor:
-    """The judge: diffusers' StableDiffusionPipeline on the same noise."""
-    pipe = tiny_teachers.judge(folder)
+    """diffusers' StableDiffusionPipeline on the same noise."""
+    pipe = tiny_teachers.diffusers_pipeline(folder)
     assert type(pipe).__name__ == "StableDiffusionPipeline" and pipe.scheduler.init_noise_sigma == 1.0
     images: Tensor = pipe(
         prompt=prompts, latents=latents, num_inference_steps=steps, output_type="latent", **settings
@@ -63,34 +63,32 @@ def pipeline_latents(
 
 def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
     teacher = load_teacher(str(folder), final_alpha="teacher")
-    drawn, prompts = noise(0, range(3), SHAPE), tiny.CAPTIONS[:3]
+    z, prompts = noise(0, range(3), SHAPE), tiny.CAPTIONS[:3]
     for guidance, rescale in ((3.0, 0.0), (1.0, 0.0), (5.0, 0.7)):
-        found = teacher.sample(drawn, prompts, 8, guidance, "ddim", rescale)
-        expected = pipeline_latents(
-            folder, drawn, prompts, 8, guidance_scale=guidance, guidance_rescale=rescale
-        )
-        assert found.abs().max() > 0.5
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        result = teacher.sample(z, prompts, 8, guidance, "ddim", rescale)
+        expected = pipeline_latents(folder, z, prompts, 8, guidance_scale=guidance, guidance_rescale=rescale)
+        assert result.abs().max() > 0.5
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_every_spacing_equals_ddims_timesteps_and_arithmetic(teacher: Path, spacing: Any) -> None:
     """The plain loop with diffusers' scheduler; its step leaves linspace's grid, so that is asked for x_0."""
     loaded = load_teacher(str(teacher), spacing=spacing, final_alpha="teacher")
-    judge = DDIMScheduler.from_pretrained(teacher / "scheduler", timestep_spacing=spacing)
-    judge.set_timesteps(5)
-    told = loaded.encode(["a red cube"]).tensors["hidden"]
-    x = drawn = noise(0, [0], SHAPE)
-    grid = [*judge.timesteps.tolist(), -1]
+    reference = DDIMScheduler.from_pretrained(teacher / "scheduler", timestep_spacing=spacing)
+    reference.set_timesteps(5)
+    cond = loaded.encode(["a red cube"]).tensors["hidden"]
+    x = z = noise(0, [0], SHAPE)
+    grid = [*reference.timesteps.tolist(), -1]
     with torch.no_grad():
         for t, after in pairwise(grid):
-            step = judge.step(epsilon := loaded.network(x, t, told).sample, t, x)
-            bar = judge.alphas_cumprod[after] if after >= 0 else judge.final_alpha_cumprod
+            step = reference.step(epsilon := loaded.network(x, t, cond).sample, t, x)
+            bar = reference.alphas_cumprod[after] if after >= 0 else reference.final_alpha_cumprod
             x = bar.sqrt() * step.pred_original_sample + (1 - bar).sqrt() * epsilon
             if spacing != "linspace":
                 torch.testing.assert_close(x, step.prev_sample)
-    found = loaded.sample(drawn, ["a red cube"], 5, 1.0, "ddim")
-    torch.testing.assert_close(found, x, rtol=0, atol=1e-4)
+    result = loaded.sample(z, ["a red cube"], 5, 1.0, "ddim")
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-4)
 
 
 def with_scheduler(teacher: Path, folder: Path, **settings: Any) -> Path:
@@ -104,28 +102,28 @@ def test_final_alpha_one_drops_the_last_steps_noise(teacher: Path, tmp_path: Pat
     """Overriding SD's set_alpha_to_one=False equals a pipeline whose scheduler says True."""
     sd = with_scheduler(teacher, tmp_path / "sd", set_alpha_to_one=False)
     one = with_scheduler(teacher, tmp_path / "one", set_alpha_to_one=True)
-    drawn, prompts = noise(0, range(2), SHAPE), tiny.CAPTIONS[:2]
-    expected = pipeline_latents(one, drawn, prompts, 4, guidance_scale=3.0)
-    found = load_teacher(str(sd), final_alpha="one").sample(drawn, prompts, 4, 3.0, "ddim")
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    kept = load_teacher(str(sd), final_alpha="teacher").sample(drawn, prompts, 4, 3.0, "ddim")
-    assert (kept - expected).abs().max() > 1e-3
+    z, prompts = noise(0, range(2), SHAPE), tiny.CAPTIONS[:2]
+    expected = pipeline_latents(one, z, prompts, 4, guidance_scale=3.0)
+    result = load_teacher(str(sd), final_alpha="one").sample(z, prompts, 4, 3.0, "ddim")
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+    unchanged = load_teacher(str(sd), final_alpha="teacher").sample(z, prompts, 4, 3.0, "ddim")
+    assert (unchanged - expected).abs().max() > 1e-3
 
 
 def test_spacing_overrides_the_schedulers(teacher: Path, tmp_path: Path) -> None:
     trailing = with_scheduler(teacher, tmp_path / "trailing", timestep_spacing="trailing")
-    drawn = noise(0, range(2), SHAPE)
-    found = load_teacher(str(teacher), spacing="trailing").sample(drawn, ["a", "b"], 4, 3.0, "ddim")
-    assert torch.equal(found, load_teacher(str(trailing)).sample(drawn, ["a", "b"], 4, 3.0, "ddim"))
-    assert not torch.equal(found, load_teacher(str(teacher)).sample(drawn, ["a", "b"], 4, 3.0, "ddim"))
+    z = noise(0, range(2), SHAPE)
+    result = load_teacher(str(teacher), spacing="trailing").sample(z, ["a", "b"], 4, 3.0, "ddim")
+    assert torch.equal(result, load_teacher(str(trailing)).sample(z, ["a", "b"], 4, 3.0, "ddim"))
+    assert not torch.equal(result, load_teacher(str(teacher)).sample(z, ["a", "b"], 4, 3.0, "ddim"))
 
 
 @pytest.mark.parametrize("t", [0, 500, 981])
 def test_x0_and_epsilon_from_every_prediction(folder: Path, t: int) -> None:
     """alpha x0 + sigma eps = x and, for v, v = alpha eps - sigma x0: solved for x0 from the raw output."""
     teacher = load_teacher(str(folder))
-    x, told = noise(1, range(2), SHAPE), teacher.encode(tiny.CAPTIONS[:2])
-    raw = teacher.network(x, t, told.tensors["hidden"]).sample
+    x, cond = noise(1, range(2), SHAPE), teacher.encode(tiny.CAPTIONS[:2])
+    raw = teacher.network(x, t, cond.tensors["hidden"]).sample
     assert not isinstance(teacher.schedule.prediction, tuple)
     point = Point(t, *teacher.schedule.alpha_sigma(t))  # type: ignore[union-attr]
     x0 = {
@@ -133,9 +131,9 @@ def test_x0_and_epsilon_from_every_prediction(folder: Path, t: int) -> None:
         "v_prediction": point.alpha * x - point.sigma * raw,
         "sample": raw,
     }[teacher.schedule.prediction]
-    found = teacher.denoiser(told, 1.0)(x, point)
-    torch.testing.assert_close(found.x0, x0, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(point.alpha * x0 + point.sigma * found.epsilon, x, rtol=0, atol=5e-5)
+    result = teacher.denoiser(cond, 1.0)(x, point)
+    torch.testing.assert_close(result.x0, x0, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(point.alpha * x0 + point.sigma * result.epsilon, x, rtol=0, atol=5e-5)
 
 
 class Calls:
@@ -182,13 +180,13 @@ def test_text_is_encoded_once_for_each_different_prompt(teacher: Path) -> None:
     seen: list[int] = []
     loaded.encoders[0].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     prompts = ["a", "b", "a", "a"]
-    found = loaded.sample(noise(0, range(4), SHAPE), prompts, 2, 3.0, "ddim")
+    result = loaded.sample(noise(0, range(4), SHAPE), prompts, 2, 3.0, "ddim")
     assert seen == [3], "a, b and the empty prompt"
     cond = loaded.encode(["a", "b"])[[0, 1, 0, 0]]
     loaded.encoders[0].to("meta")  # gone: nothing below may touch it
     for row in range(4):
         alone = loaded.sample(noise(0, [row], SHAPE), [], 2, 3.0, "ddim", cond=cond[[row]])
-        torch.testing.assert_close(alone, found[row : row + 1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(alone, result[row : row + 1], rtol=0, atol=1e-5)
 
 
 def test_conditions_are_chosen_by_position(teacher: Path) -> None:
@@ -212,23 +210,23 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
 
 
 def test_half_precision_networks_still_update_in_fp32(teacher: Path) -> None:
-    """The network's output is the only thing in bf16: the judge is diffusers' scheduler on fp32 latents."""
+    """The network's output is the only thing in bf16: the reference is diffusers' scheduler on fp32 latents."""
     half = load_teacher(str(teacher), precision="bf16")
     assert {p.dtype for m in (half.network, *half.encoders) for p in m.parameters()} == {torch.bfloat16}
-    drawn, told = noise(0, range(2), SHAPE), half.encode(["a", "b"])
-    judge = DDIMScheduler.from_pretrained(teacher / "scheduler")
-    judge.set_timesteps(4)
-    x, hidden = drawn, told.with_null().tensors["hidden"]
-    for t in judge.timesteps:
+    z, cond = noise(0, range(2), SHAPE), half.encode(["a", "b"])
+    reference = DDIMScheduler.from_pretrained(teacher / "scheduler")
+    reference.set_timesteps(4)
+    x, hidden = z, cond.with_null().tensors["hidden"]
+    for t in reference.timesteps:
         with torch.no_grad():
             raw = half.network(torch.cat([x, x]).bfloat16(), t, hidden).sample.float()
         empty, text = raw.chunk(2)
-        x = judge.step(guided(text, empty, 3.0), t, x).prev_sample
-    found = half.sample(drawn, ["a", "b"], 4, 3.0, "ddim")
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
-    full = load_teacher(str(teacher)).sample(drawn, ["a", "b"], 4, 3.0, "ddim")
-    assert 0 < (found - full).abs().max() < 0.2 * full.abs().max()
+        x = reference.step(guided(text, empty, 3.0), t, x).prev_sample
+    result = half.sample(z, ["a", "b"], 4, 3.0, "ddim")
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-5)
+    full = load_teacher(str(teacher)).sample(z, ["a", "b"], 4, 3.0, "ddim")
+    assert 0 < (result - full).abs().max() < 0.2 * full.abs().max()
 
 
 def test_the_network_may_be_replaced(teacher: Path) -> None:
@@ -242,10 +240,10 @@ def test_the_network_may_be_replaced(teacher: Path) -> None:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.inner(*args, **kwargs)
 
-    loaded, drawn = load_teacher(str(teacher)), noise(0, range(2), SHAPE)
+    loaded, z = load_teacher(str(teacher)), noise(0, range(2), SHAPE)
     wrapped = replace(loaded, network=Wrapper(loaded.network))
-    found = wrapped.sample(drawn, ["a", "b"], 2, 3.0, "ddim")
-    assert torch.equal(found, loaded.sample(drawn, ["a", "b"], 2, 3.0, "ddim"))
+    result = wrapped.sample(z, ["a", "b"], 2, 3.0, "ddim")
+    assert torch.equal(result, loaded.sample(z, ["a", "b"], 2, 3.0, "ddim"))
 
 
 def test_jobs_that_cannot_go_are_named_first(teacher: Path, tmp_path: Path) -> None:
@@ -292,13 +290,13 @@ def test_sizes_are_checked_as_the_network_takes_them(
     prompt = {"text": "a", "label": "1", "none": ""}[loaded.conditioning]
     for size in good:
         check_solver(loaded, loaded.default_solver, 1, size=size)
-        drawn = noise(0, [0], (loaded.latent_shape[0], *size))
-        assert loaded.sample(drawn, [prompt], 1, 1.0, loaded.default_solver).shape == drawn.shape
+        z = noise(0, [0], (loaded.latent_shape[0], *size))
+        assert loaded.sample(z, [prompt], 1, 1.0, loaded.default_solver).shape == z.shape
     with pytest.raises(SettingError, match=f"latent size is {says}"):
         check_solver(loaded, loaded.default_solver, 1, size=bad)
     with pytest.raises((RuntimeError, ValueError)):  # what would come out of the network
-        drawn = torch.zeros(1, loaded.latent_shape[0], *bad)
-        loaded.sample(drawn, [prompt], 1, 1.0, loaded.default_solver)
+        z = torch.zeros(1, loaded.latent_shape[0], *bad)
+        loaded.sample(z, [prompt], 1, 1.0, loaded.default_solver)
 
 
 BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -338,23 +336,23 @@ def test_what_is_no_teacher_is_named_before_its_weights_are_read(
 
 
 def test_a_teacher_describes_itself(folder: Path) -> None:
-    found, loaded = describe_teacher(str(folder)), load_teacher(str(folder), final_alpha="teacher")
-    assert found["pipeline"] == "StableDiffusionPipeline" and found["latent_shape"] == [4, 4, 4]
-    assert found["latent_space"] == {"channels": 4, "downscale": 4, "scale": 0.7, "shift": 0.0}
-    assert found["conditioning"] == {
+    result, loaded = describe_teacher(str(folder)), load_teacher(str(folder), final_alpha="teacher")
+    assert result["pipeline"] == "StableDiffusionPipeline" and result["latent_shape"] == [4, 4, 4]
+    assert result["latent_space"] == {"channels": 4, "downscale": 4, "scale": 0.7, "shift": 0.0}
+    assert result["conditioning"] == {
         "kind": "text",
         "guidance": True,
         "encoders": {"text_encoder": "CLIPTextModel"},
         "num_labels": 0,
     }
-    assert found["params"]["unet"] == sum(p.numel() for p in loaded.network.parameters())
-    assert found["params"]["text_encoder"] == sum(p.numel() for p in loaded.encoders[0].parameters())
-    schedule, defaults = loaded.schedule, found["solver_defaults"]
-    assert found["prediction_type"] == schedule.prediction and defaults["solver"] == "ddim"
+    assert result["params"]["unet"] == sum(p.numel() for p in loaded.network.parameters())
+    assert result["params"]["text_encoder"] == sum(p.numel() for p in loaded.encoders[0].parameters())
+    schedule, defaults = loaded.schedule, result["solver_defaults"]
+    assert result["prediction_type"] == schedule.prediction and defaults["solver"] == "ddim"
     assert (defaults["spacing"], defaults["final_alpha_one"]) == (schedule.spacing, schedule.final_alpha_one)
-    assert defaults["train_steps"] == 1000 and len(found["sha256"]) == 64
+    assert defaults["train_steps"] == 1000 and len(result["sha256"]) == 64
     assert (
-        found["facts"]
+        result["facts"]
         == loaded.facts
         == {
             "pipeline": "StableDiffusionPipeline",

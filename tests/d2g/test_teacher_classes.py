@@ -42,9 +42,9 @@ def drawn_by(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_pairs_equal_dits_own_pipeline(dit: Path, guidance: float) -> None:
     teacher = load_teacher(str(dit), final_alpha="teacher")
-    drawn = drawn_by(torch.Generator().manual_seed(0), (3, 4, 4, 4))
-    found = teacher.sample(drawn, LABELS, 8, guidance, "ddim")
-    pipe = tiny_teachers.judge(dit)
+    z = drawn_by(torch.Generator().manual_seed(0), (3, 4, 4, 4))
+    result = teacher.sample(z, LABELS, 8, guidance, "ddim")
+    pipe = tiny_teachers.diffusers_pipeline(dit)
     assert type(pipe).__name__ == "DiTPipeline"
     seen = tiny_teachers.Decoded(pipe.vae)
     images = pipe(
@@ -54,26 +54,26 @@ def test_pairs_equal_dits_own_pipeline(dit: Path, guidance: float) -> None:
         num_inference_steps=8,
         output_type="pt",
     ).images
-    assert found.abs().max() > 0.5
-    torch.testing.assert_close(found, seen.latents, rtol=0, atol=1e-4)
-    decoded = (decode(load_vae(str(dit)), found) / 2 + 0.5).clamp(0, 1)
+    assert result.abs().max() > 0.5
+    torch.testing.assert_close(result, seen.latents, rtol=0, atol=1e-4)
+    decoded = (decode(load_vae(str(dit)), result) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(decoded, images, rtol=0, atol=1e-4)
 
 
 def test_dits_null_class_follows_its_last(tmp_path: Path) -> None:
     """diffusers' pipeline says 1000, whatever the model; the model's own table says num_embeds_ada_norm."""
     teacher = load_teacher(tiny_teachers.save_dit(tmp_path, classes=7), final_alpha="teacher")
-    drawn, told = noise(0, range(2), (4, 4, 4)), teacher.encode(["6", "2"])
+    z, cond = noise(0, range(2), (4, 4, 4)), teacher.encode(["6", "2"])
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
     scheduler.set_timesteps(4)
-    x = drawn
+    x = z
     for t in scheduler.timesteps:
         with torch.no_grad():
             labels = torch.tensor([7, 7, 6, 2])
             output = teacher.network(torch.cat([x, x]), t.expand(4), class_labels=labels).sample[:, :4]
         x = scheduler.step(guided(*output.chunk(2)[::-1], 3.0), t, x).prev_sample
-    assert told.null["class_labels"].tolist() == [7] and teacher.num_labels == 7
-    torch.testing.assert_close(teacher.sample(drawn, ["6", "2"], 4, 3.0, "ddim"), x, rtol=0, atol=1e-4)
+    assert cond.null["class_labels"].tolist() == [7] and teacher.num_labels == 7
+    torch.testing.assert_close(teacher.sample(z, ["6", "2"], 4, 3.0, "ddim"), x, rtol=0, atol=1e-4)
 
 
 def test_the_published_dit(dit: Path, tmp_path: Path) -> None:
@@ -81,18 +81,16 @@ def test_the_published_dit(dit: Path, tmp_path: Path) -> None:
     old = Path(tiny_teachers.save_dit(tmp_path / "old", timestep_spacing="trailing"))
     tiny_teachers.edit(old, "model_index.json", transformer=["diffusers", "Transformer2DModel"])
     tiny_teachers.edit(old, "transformer/config.json", _class_name="Transformer2DModel")
-    drawn = noise(0, range(3), (4, 4, 4))
-    found, same = (load_teacher(str(f)).sample(drawn, LABELS, 4, 3.0, "ddim") for f in (old, dit))
-    assert torch.equal(found, same)
+    z = noise(0, range(3), (4, 4, 4))
+    result, same = (load_teacher(str(f)).sample(z, LABELS, 4, 3.0, "ddim") for f in (old, dit))
+    assert torch.equal(result, same)
 
 
-def loop(
-    teacher: Teacher, folder: Path, drawn: Tensor, steps: int, labels: Tensor | None
-) -> Iterator[Tensor]:
+def loop(teacher: Teacher, folder: Path, z: Tensor, steps: int, labels: Tensor | None) -> Iterator[Tensor]:
     """diffusers' scheduler in a plain loop, for what its pipelines cannot be asked."""
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(steps)
-    x = drawn
+    x = z
     for t in scheduler.timesteps:
         with torch.no_grad():
             output = teacher.network(x, t, class_labels=labels).sample
@@ -101,15 +99,15 @@ def loop(
 
 
 def test_a_class_conditional_unet_equals_diffusers_loop(pixels: Path) -> None:
-    teacher, drawn = load_teacher(str(pixels), final_alpha="teacher"), noise(0, range(3), (3, 8, 8))
-    found = teacher.sample(drawn, ["1", "9", "1"], 8, 1.0, "ddim")
-    (expected,) = loop(teacher, pixels, drawn, 8, torch.tensor([1, 9, 1]))
-    assert found.abs().max() > 0.5
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    (other,) = loop(teacher, pixels, drawn, 8, torch.tensor([2, 9, 1]))
+    teacher, z = load_teacher(str(pixels), final_alpha="teacher"), noise(0, range(3), (3, 8, 8))
+    result = teacher.sample(z, ["1", "9", "1"], 8, 1.0, "ddim")
+    (expected,) = loop(teacher, pixels, z, 8, torch.tensor([1, 9, 1]))
+    assert result.abs().max() > 0.5
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+    (other,) = loop(teacher, pixels, z, 8, torch.tensor([2, 9, 1]))
     assert (other[0] - expected[0]).abs().max() > 1e-2 and torch.equal(other[1:], expected[1:])
     assert teacher.space == LatentSpace(channels=3, downscale=1, scale=1.0)
-    assert torch.equal(decode(load_vae(str(pixels)), found), found)
+    assert torch.equal(decode(load_vae(str(pixels)), result), result)
 
 
 def test_guidance_needs_a_null_class(pixels: Path, tmp_path: Path) -> None:
@@ -119,23 +117,23 @@ def test_guidance_needs_a_null_class(pixels: Path, tmp_path: Path) -> None:
         SettingError, match=r"no unconditional branch; take guidance 1, or name its null_class"
     ):
         check_solver(teacher, "heun", 18, 3.0)
-    named = Path(tiny_teachers.save_pixels(tmp_path / "named", classes=10))
-    tiny_teachers.edit(named, "model_index.json", null_class=9)
-    guided_teacher = load_teacher(str(named))
+    with_names = Path(tiny_teachers.save_pixels(tmp_path / "named", classes=10))
+    tiny_teachers.edit(with_names, "model_index.json", null_class=9)
+    guided_teacher = load_teacher(str(with_names))
     check_solver(guided_teacher, "heun", 18, 3.0)
     assert (guided_teacher.num_labels, guided_teacher.facts["null_label"]) == (9, 9)
     assert (teacher.num_labels, teacher.facts["null_label"]) == (10, None)
-    drawn = noise(0, range(2), (3, 8, 8))
+    z = noise(0, range(2), (3, 8, 8))
     one, null = (guided_teacher.encode([label]) for label in ("1", "2"))
-    found = guided_teacher.sample(drawn, ["1", "1"], 1, 3.0, "ddim")
-    told, empty = (
-        teacher.sample(drawn, [label] * 2, 1, 1.0, "ddim") for label in ("1", "9")
+    result = guided_teacher.sample(z, ["1", "1"], 1, 3.0, "ddim")
+    cond, empty = (
+        teacher.sample(z, [label] * 2, 1, 1.0, "ddim") for label in ("1", "9")
     )  # one step is linear in the network's output, and so is guidance
-    torch.testing.assert_close(found, guided(told, empty, 3.0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(result, guided(cond, empty, 3.0), rtol=0, atol=1e-4)
     assert one.null["class_labels"].tolist() == null.null["class_labels"].tolist() == [9]
-    tiny_teachers.edit(named, "model_index.json", null_class=10)
+    tiny_teachers.edit(with_names, "model_index.json", null_class=10)
     with pytest.raises(UserError, match=r"null_class=10, but the UNet has 10 classes; expected the last"):
-        load_teacher(str(named))
+        load_teacher(str(with_names))
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
@@ -155,10 +153,10 @@ def test_prompts_that_are_no_classes_are_named(dit: Path, prompt: str) -> None:
 
 
 def test_they_describe_themselves(dit: Path, pixels: Path) -> None:
-    found, teacher = describe_teacher(str(dit)), load_teacher(str(dit))
-    assert found["pipeline"] == "DiTPipeline" and found["facts"]["null_label"] == 1000
-    assert found["conditioning"] == {"kind": "label", "guidance": True, "encoders": {}, "num_labels": 1000}
+    result, teacher = describe_teacher(str(dit)), load_teacher(str(dit))
+    assert result["pipeline"] == "DiTPipeline" and result["facts"]["null_label"] == 1000
+    assert result["conditioning"] == {"kind": "label", "guidance": True, "encoders": {}, "num_labels": 1000}
     assert teacher.label_names is not None and teacher.label_names[999] == "thing 999, thingy 999"
-    found = describe_teacher(str(pixels))
-    assert found["conditioning"] == {"kind": "label", "guidance": False, "encoders": {}, "num_labels": 10}
-    assert set(found["params"]) == {"unet"} and load_teacher(str(pixels)).label_names is None
+    result = describe_teacher(str(pixels))
+    assert result["conditioning"] == {"kind": "label", "guidance": False, "encoders": {}, "num_labels": 10}
+    assert set(result["params"]) == {"unet"} and load_teacher(str(pixels)).label_names is None

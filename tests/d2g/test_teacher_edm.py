@@ -54,13 +54,13 @@ def loop(teacher: Teacher, scheduler: Any, z: Tensor, steps: int, labels: Tensor
 def test_pairs_equal_diffusers_own_sampler(kind: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     teacher = load_teacher(tiny_teachers.save_edm(tmp_path, scheduler=kind, **settings))
     z = noise(0, range(3), (3, 8, 8))
-    found = teacher.sample(z, LABELS, 8, 1.0, "euler")
+    result = teacher.sample(z, LABELS, 8, 1.0, "euler")
     scheduler = kind.from_pretrained(tmp_path / "scheduler")
     expected = loop(teacher, scheduler, z, 8, torch.tensor([1, 9, 1]))
-    assert found.std() > 0.2
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert result.std() > 0.2
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
     other = teacher.sample(z, ["2", "9", "1"], 8, 1.0, "euler")
-    assert (other[0] - found[0]).abs().max() > 1e-2 and torch.equal(other[1:], found[1:])
+    assert (other[0] - result[0]).abs().max() > 1e-2 and torch.equal(other[1:], result[1:])
 
 
 def test_an_unconditional_one_of_two_deviations(tmp_path: Path) -> None:
@@ -75,21 +75,21 @@ def test_sdxl_with_guidance_equals_its_own_pipeline(tmp_path: Path) -> None:
     """As Playground 2.5 is published, but for its solver's order and its autoencoder. The pipeline starts
     from sqrt(sigma_max^2 + 1) times its latents."""
     folder = tiny_teachers.save_sdxl(tmp_path, scheduler=DPM, **tiny_teachers.EDM, solver_order=1)
-    teacher, drawn = load_teacher(folder), noise(0, range(2), (4, 4, 4))
+    teacher, z = load_teacher(folder), noise(0, range(2), (4, 4, 4))
     prompts = tiny.CAPTIONS[:2]
-    found = teacher.sample(drawn, prompts, 8, 3.0, "euler")
-    pipe = tiny_teachers.judge(tmp_path)
+    result = teacher.sample(z, prompts, 8, 3.0, "euler")
+    pipe = tiny_teachers.diffusers_pipeline(tmp_path)
     expected = pipe(
         prompts,
         guidance_scale=3.0,
-        latents=drawn * (80 / pipe.scheduler.init_noise_sigma),
+        latents=z * (80 / pipe.scheduler.init_noise_sigma),
         num_inference_steps=8,
         output_type="latent",
         height=16,
         width=16,
     ).images
-    assert found.std() > 0.2 and teacher.pipeline == "StableDiffusionXLPipeline"
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert result.std() > 0.2 and teacher.pipeline == "StableDiffusionXLPipeline"
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 def test_heun_is_another_solver_of_the_same_ode(edm: Path) -> None:
@@ -105,11 +105,11 @@ def test_heun_is_another_solver_of_the_same_ode(edm: Path) -> None:
 
 
 def test_it_describes_itself(edm: Path) -> None:
-    found, teacher = describe_teacher(str(edm)), load_teacher(str(edm))
+    result, teacher = describe_teacher(str(edm)), load_teacher(str(edm))
     facts = {"preconditioning": "edm", **tiny_teachers.EDM, "sigma_schedule": "karras", "rho": 7.0}
-    assert found["facts"].items() >= facts.items() and found["prediction_type"] == "epsilon"
-    assert found["solver_defaults"] == {"solver": "euler", "spacing": "linspace", "final_alpha_one": True}
-    assert found["scheduler"] == "EDMEulerScheduler" and teacher.default_solver == "euler"
+    assert result["facts"].items() >= facts.items() and result["prediction_type"] == "epsilon"
+    assert result["solver_defaults"] == {"solver": "euler", "spacing": "linspace", "final_alpha_one": True}
+    assert result["scheduler"] == "EDMEulerScheduler" and teacher.default_solver == "euler"
     assert load_student_schedule(str(edm)) == teacher.schedule
     with pytest.raises(UserError, match="is preconditioned as in EDM; expected a variance-preserving"):
         load_schedule(str(edm))
@@ -121,8 +121,8 @@ def test_a_job_says_what_decides_its_rows(edm: Path) -> None:
     assert (job.spec.solver, job.spec.spacing, job.spec.final_alpha_one) == ("heun", "linspace", True)
     assert job.spec.teacher_facts == describe_teacher(str(edm))["facts"]
     assert open_job(config_of(job.spec)).spec == job.spec, "a store tells how to make more of it"
-    drawn, latents, texts = job.rows([0, 3])
-    assert 0.5 < drawn.std() < 2 and texts == ["0", "3"] and latents.isfinite().all()
+    z, latents, texts = job.rows([0, 3])
+    assert 0.5 < z.std() < 2 and texts == ["0", "3"] and latents.isfinite().all()
     published = PAIR_PRESETS["cifar10"]
     assert (published.num_pairs, published.steps, published.solver) == (1_000_000, 18, "heun")
     assert published.guidance == 1

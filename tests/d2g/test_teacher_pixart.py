@@ -28,9 +28,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return out
 
 
-def judged(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor:
+def pipeline_latents(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor:
     height, width = (4 * side for side in latents.shape[-2:])
-    images: Tensor = tiny_teachers.judge(folder)(
+    images: Tensor = tiny_teachers.diffusers_pipeline(folder)(
         PROMPTS,
         latents=latents,
         num_inference_steps=steps,
@@ -47,12 +47,12 @@ def judged(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor
 def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
     teacher = load_teacher(str(folder), final_alpha="teacher")
     for size in ((4, 4), (4, 6)):
-        drawn = noise(0, range(3), (4, *size))
+        z = noise(0, range(3), (4, *size))
         for guidance in (3.0, 1.0):
-            found = teacher.sample(drawn, PROMPTS, 8, guidance, "ddim")
-            expected = judged(folder, drawn, 8, guidance_scale=guidance)
-            assert 0.5 < found.abs().max() < 50
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+            result = teacher.sample(z, PROMPTS, 8, guidance, "ddim")
+            expected = pipeline_latents(folder, z, 8, guidance_scale=guidance)
+            assert 0.5 < result.abs().max() < 50
+            torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
@@ -71,12 +71,12 @@ def test_captions_are_lowered_as_diffusers_lowers_them(folder: Path) -> None:
 
 
 def test_it_describes_itself(folder: Path) -> None:
-    found, teacher = describe_teacher(str(folder)), load_teacher(str(folder))
-    alpha = found["pipeline"] == "PixArtAlphaPipeline"
-    assert found["facts"]["t5_tokens"] == (120 if alpha else 300)
-    assert teacher.encode(["a"]).tensors["hidden"].shape[1] == found["facts"]["t5_tokens"]
+    result, teacher = describe_teacher(str(folder)), load_teacher(str(folder))
+    alpha = result["pipeline"] == "PixArtAlphaPipeline"
+    assert result["facts"]["t5_tokens"] == (120 if alpha else 300)
+    assert teacher.encode(["a"]).tensors["hidden"].shape[1] == result["facts"]["t5_tokens"]
     sized = teacher.latent_shape[1] == 128
-    assert found["facts"]["micro_conditions"] == ("height, width, height / width" if sized else None)
+    assert result["facts"]["micro_conditions"] == ("height, width, height / width" if sized else None)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -93,6 +93,6 @@ def test_the_published_files(tmp_path: Path) -> None:
     )
     tiny_teachers.edit(folder, "model_index.json", transformer=["diffusers", "Transformer2DModel"])
     tiny_teachers.edit(folder, "transformer/config.json", _class_name="Transformer2DModel")
-    drawn = noise(0, range(3), SHAPE)
-    found = load_teacher(str(folder)).sample(drawn, PROMPTS, 8, 3.0, "ddim")
-    torch.testing.assert_close(found, judged(folder, drawn, 8, guidance_scale=3.0), rtol=0, atol=1e-4)
+    z = noise(0, range(3), SHAPE)
+    result = load_teacher(str(folder)).sample(z, PROMPTS, 8, 3.0, "ddim")
+    torch.testing.assert_close(result, pipeline_latents(folder, z, 8, guidance_scale=3.0), rtol=0, atol=1e-4)

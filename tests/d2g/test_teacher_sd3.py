@@ -28,9 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def judged(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor:
+def pipeline_latents(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor:
     bare = not (folder / "text_encoder_3").exists()
-    pipe = tiny_teachers.judge(folder, **(dict(text_encoder_3=None, tokenizer_3=None) if bare else {}))
+    pipe = tiny_teachers.diffusers_pipeline(
+        folder, **(dict(text_encoder_3=None, tokenizer_3=None) if bare else {})
+    )
     assert type(pipe).__name__ == "StableDiffusion3Pipeline"
     images: Tensor = pipe(
         PROMPTS, latents=latents, num_inference_steps=steps, output_type="latent", **settings
@@ -39,52 +41,52 @@ def judged(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor
 
 
 def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
-    teacher, drawn = load_teacher(str(folder)), noise(0, range(3), SHAPE)
+    teacher, z = load_teacher(str(folder)), noise(0, range(3), SHAPE)
     for steps, guidance in ((8, 3.0), (7, 1.0), (1, 3.0)):
-        found = teacher.sample(drawn, PROMPTS, steps, guidance, "euler")
-        expected = judged(folder, drawn, steps, guidance_scale=guidance)
-        assert found.abs().max() > 0.5
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        result = teacher.sample(z, PROMPTS, steps, guidance, "euler")
+        expected = pipeline_latents(folder, z, steps, guidance_scale=guidance)
+        assert result.abs().max() > 0.5
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 def test_trailing_equals_the_pipeline_with_its_sigmas(folder: Path) -> None:
-    teacher, drawn = load_teacher(str(folder), spacing="trailing"), noise(0, range(3), SHAPE)
-    found = teacher.sample(drawn, PROMPTS, 6, 3.0, "euler")
-    pipe = tiny_teachers.judge(folder)
+    teacher, z = load_teacher(str(folder), spacing="trailing"), noise(0, range(3), SHAPE)
+    result = teacher.sample(z, PROMPTS, 6, 3.0, "euler")
+    pipe = tiny_teachers.diffusers_pipeline(folder)
     expected = pipe(
         PROMPTS,
-        latents=drawn,
+        latents=z,
         sigmas=np.linspace(1.0, 1 / 6, 6).tolist(),
         guidance_scale=3.0,
         output_type="latent",
     ).images
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    linspace = load_teacher(str(folder)).sample(drawn, PROMPTS, 6, 3.0, "euler")
-    assert (found - linspace).abs().max() > 1e-2
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+    linspace = load_teacher(str(folder)).sample(z, PROMPTS, 6, 3.0, "euler")
+    assert (result - linspace).abs().max() > 1e-2
 
 
 def test_without_t5_zeros_stand_in_for_it(folder: Path, tmp_path: Path) -> None:
-    bare, drawn = Path(tiny_teachers.save_sd3(tmp_path / "bare", with_t5=False)), noise(0, range(3), SHAPE)
+    bare, z = Path(tiny_teachers.save_sd3(tmp_path / "bare", with_t5=False)), noise(0, range(3), SHAPE)
     teacher = load_teacher(str(bare))
-    found = teacher.sample(drawn, PROMPTS, 6, 3.0, "euler")
-    torch.testing.assert_close(found, judged(bare, drawn, 6, guidance_scale=3.0), rtol=0, atol=1e-4)
+    result = teacher.sample(z, PROMPTS, 6, 3.0, "euler")
+    torch.testing.assert_close(result, pipeline_latents(bare, z, 6, guidance_scale=3.0), rtol=0, atol=1e-4)
     hidden = teacher.encode(["a red cube"]).tensors["hidden"]
     assert hidden.shape == (1, 12 + 256, 48) and not hidden[:, 12:].any() and hidden[:, :12].any()
     assert (teacher.facts["t5"], len(teacher.encoders)) == ("absent: zeros", 2)
-    whole = load_teacher(str(folder))
-    assert (whole.facts["t5"], len(whole.encoders)) == ("encoded", 3)
-    assert whole.encode(["a red cube"]).tensors["hidden"][:, 12:].any()
+    with_t5 = load_teacher(str(folder))
+    assert (with_t5.facts["t5"], len(with_t5.encoders)) == ("encoded", 3)
+    assert with_t5.encode(["a red cube"]).tensors["hidden"][:, 12:].any()
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 def test_a_shift_that_follows_the_size(kind: str, tmp_path: Path) -> None:
     folder = Path(tiny_teachers.save_sd3(tmp_path / "dynamic", time_shift_type=kind, **DYNAMIC))
-    teacher, found = load_teacher(str(folder)), {}
+    teacher, result = load_teacher(str(folder)), {}
     for size in (4, 6):
-        drawn = noise(0, range(3), (8, size, 4))
-        found[size] = teacher.sample(drawn, PROMPTS, 5, 3.0, "euler")
-        expected = judged(folder, drawn, 5, guidance_scale=3.0, height=4 * size, width=16)
-        torch.testing.assert_close(found[size], expected, rtol=0, atol=1e-4)
+        z = noise(0, range(3), (8, size, 4))
+        result[size] = teacher.sample(z, PROMPTS, 5, 3.0, "euler")
+        expected = pipeline_latents(folder, z, 5, guidance_scale=3.0, height=4 * size, width=16)
+        torch.testing.assert_close(result[size], expected, rtol=0, atol=1e-4)
     schedule = teacher.schedule
     assert schedule.points(5, (4, 4))[2].sigma != schedule.points(5, (6, 4))[2].sigma
     assert teacher.facts["dynamic_shift"]["kind"] == kind and "shift" not in teacher.facts
@@ -100,23 +102,23 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
 
 
 def test_the_flow_is_integrated_in_fp32(folder: Path) -> None:
-    """Only the network's output is in bf16: the judge is diffusers' scheduler on fp32 latents."""
+    """Only the network's output is in bf16: the reference is diffusers' scheduler on fp32 latents."""
     teacher = load_teacher(str(folder), precision="bf16")
-    drawn, told = noise(0, range(3), SHAPE), teacher.encode(PROMPTS)
-    scheduler = tiny_teachers.judge(folder).scheduler
+    z, cond = noise(0, range(3), SHAPE), teacher.encode(PROMPTS)
+    scheduler = tiny_teachers.diffusers_pipeline(folder).scheduler
     scheduler.set_timesteps(5)
-    x = drawn
+    x = z
     for t in scheduler.timesteps:
         with torch.no_grad():
             velocity = teacher.network(
                 hidden_states=x.bfloat16(),
                 timestep=t.expand(3),
-                encoder_hidden_states=told.tensors["hidden"],
-                pooled_projections=told.tensors["pooled"],
+                encoder_hidden_states=cond.tensors["hidden"],
+                pooled_projections=cond.tensors["pooled"],
             ).sample.float()
         x = scheduler.step(velocity, t, x).prev_sample
-    found = teacher.sample(drawn, PROMPTS, 5, 1.0, "euler")
-    torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
+    result = teacher.sample(z, PROMPTS, 5, 1.0, "euler")
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-5)
 
 
 def test_what_a_flow_cannot_do_is_named(folder: Path) -> None:
@@ -133,18 +135,18 @@ def test_what_a_flow_cannot_do_is_named(folder: Path) -> None:
 
 
 def test_it_describes_itself(folder: Path) -> None:
-    found = describe_teacher(str(folder))
-    assert found["pipeline"] == "StableDiffusion3Pipeline"
-    assert found["prediction_type"] == "flow_prediction" and found["latent_shape"] == [8, 4, 4]
-    assert found["latent_space"] == {"channels": 8, "downscale": 4, "scale": 1.5305, "shift": 0.0609}
-    assert found["solver_defaults"] == {
+    result = describe_teacher(str(folder))
+    assert result["pipeline"] == "StableDiffusion3Pipeline"
+    assert result["prediction_type"] == "flow_prediction" and result["latent_shape"] == [8, 4, 4]
+    assert result["latent_space"] == {"channels": 8, "downscale": 4, "scale": 1.5305, "shift": 0.0609}
+    assert result["solver_defaults"] == {
         "solver": "euler",
         "spacing": "linspace",
         "final_alpha_one": True,
         "train_steps": 1000,
     }
-    assert found["facts"]["shift"] == 3.0 and found["facts"]["t5_tokens"] == 256
-    assert set(found["params"]) >= {"transformer", "text_encoder_3", "vae"}
+    assert result["facts"]["shift"] == 3.0 and result["facts"]["t5_tokens"] == 256
+    assert set(result["params"]) >= {"transformer", "text_encoder_3", "vae"}
 
 
 def test_scale_and_shift_are_the_autoencoders(folder: Path) -> None:

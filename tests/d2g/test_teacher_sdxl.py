@@ -24,8 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def judged(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor:
-    pipe = tiny_teachers.judge(folder)
+def pipeline_latents(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor:
+    pipe = tiny_teachers.diffusers_pipeline(folder)
     assert type(pipe).__name__ == "StableDiffusionXLPipeline"
     # The pipeline multiplies what it is given by the scheduler's own start.
     started = latents / pipe.scheduler.init_noise_sigma
@@ -39,41 +39,43 @@ def judged(folder: Path, latents: Tensor, steps: int, **settings: Any) -> Tensor
 
 
 def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
-    teacher, drawn = load_teacher(str(folder), final_alpha="teacher"), noise(0, range(3), SHAPE)
+    teacher, z = load_teacher(str(folder), final_alpha="teacher"), noise(0, range(3), SHAPE)
     for guidance, rescale in ((3.0, 0.0), (1.0, 0.0), (5.0, 0.7)):
-        found = teacher.sample(drawn, PROMPTS, 8, guidance, "ddim", rescale)
-        expected = judged(folder, drawn, 8, guidance_scale=guidance, guidance_rescale=rescale)
-        assert found.abs().max() > 0.5
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        result = teacher.sample(z, PROMPTS, 8, guidance, "ddim", rescale)
+        expected = pipeline_latents(folder, z, 8, guidance_scale=guidance, guidance_rescale=rescale)
+        assert result.abs().max() > 0.5
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 def test_no_prompt_is_zeros_unless_the_folder_says_otherwise(folder: Path, tmp_path: Path) -> None:
     encoded = Path(tiny_teachers.save_sdxl(tmp_path / "encoded", zeros=False))
-    drawn, found = noise(0, range(3), SHAPE), {}
+    z, result = noise(0, range(3), SHAPE), {}
     for name in (folder, encoded):
         teacher = load_teacher(str(name), final_alpha="teacher")
-        found[name] = teacher.sample(drawn, PROMPTS, 4, 3.0, "ddim")
-        torch.testing.assert_close(found[name], judged(name, drawn, 4, guidance_scale=3.0), rtol=0, atol=1e-4)
+        result[name] = teacher.sample(z, PROMPTS, 4, 3.0, "ddim")
+        torch.testing.assert_close(
+            result[name], pipeline_latents(name, z, 4, guidance_scale=3.0), rtol=0, atol=1e-4
+        )
         null = teacher.encode(["", "a red cube"]).null
         assert all(t.any().item() == (name is encoded) for t in null.values())
         # The prompt "" among the captions is text like any other.
         assert all(t.any() for t in teacher.encode([""]).tensors.values())
         assert teacher.facts["no_prompt"] == ("zeros" if name is folder else "the empty prompt")
-    assert (found[folder] - found[encoded]).abs().max() > 1e-3
+    assert (result[folder] - result[encoded]).abs().max() > 1e-3
 
 
 def test_the_picture_size_is_told_as_diffusers_tells_it(folder: Path) -> None:
     """Another size than the network's own, and not square: the micro-conditioning follows the latents."""
-    teacher, drawn = load_teacher(str(folder), final_alpha="teacher"), noise(0, range(3), (4, 6, 4))
+    teacher, z = load_teacher(str(folder), final_alpha="teacher"), noise(0, range(3), (4, 6, 4))
     seen: list[dict[str, Tensor]] = []
     teacher.network.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True
     )
-    found = teacher.sample(drawn, PROMPTS, 4, 3.0, "ddim")
-    expected = judged(folder, drawn, 4, guidance_scale=3.0, height=24, width=16)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    result = teacher.sample(z, PROMPTS, 4, 3.0, "ddim")
+    expected = pipeline_latents(folder, z, 4, guidance_scale=3.0, height=24, width=16)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
     assert seen[0]["time_ids"].tolist() == [[24, 16, 0, 0, 24, 16]] * 6
-    small = teacher.sample(drawn[:, :, :4], PROMPTS, 4, 3.0, "ddim")
+    small = teacher.sample(z[:, :, :4], PROMPTS, 4, 3.0, "ddim")
     assert seen[-1]["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 6 and small.shape == (3, 4, 4, 4)
 
 
@@ -87,11 +89,11 @@ def test_the_published_euler_scheduler_ends_at_clean_data(tmp_path: Path) -> Non
         )
     )
     assert '"set_alpha_to_one": false' in (folder / "scheduler" / "scheduler_config.json").read_text()
-    drawn = noise(0, range(3), SHAPE)
-    expected = judged(folder, drawn, 8, guidance_scale=3.0)
+    z = noise(0, range(3), SHAPE)
+    expected = pipeline_latents(folder, z, 8, guidance_scale=3.0)
     for rule in ("teacher", "one"):
-        found = load_teacher(str(folder), final_alpha=rule).sample(drawn, PROMPTS, 8, 3.0, "ddim")
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        result = load_teacher(str(folder), final_alpha=rule).sample(z, PROMPTS, 8, 3.0, "ddim")
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -105,9 +107,9 @@ def test_a_first_order_dpm_solver_is_ddim(tmp_path: Path) -> None:
             timestep_spacing="trailing",
         )
     )
-    drawn = noise(0, range(3), SHAPE)
-    found = load_teacher(str(folder)).sample(drawn, PROMPTS, 8, 3.0, "ddim")
-    torch.testing.assert_close(found, judged(folder, drawn, 8, guidance_scale=3.0), rtol=0, atol=1e-4)
+    z = noise(0, range(3), SHAPE)
+    result = load_teacher(str(folder)).sample(z, PROMPTS, 8, 3.0, "ddim")
+    torch.testing.assert_close(result, pipeline_latents(folder, z, 8, guidance_scale=3.0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
@@ -120,14 +122,14 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
 
 
 def test_it_describes_itself(folder: Path) -> None:
-    found, teacher = describe_teacher(str(folder)), load_teacher(str(folder))
-    assert found["pipeline"] == "StableDiffusionXLPipeline" and found["prediction_type"] == "epsilon"
-    assert found["conditioning"]["encoders"] == {
+    result, teacher = describe_teacher(str(folder)), load_teacher(str(folder))
+    assert result["pipeline"] == "StableDiffusionXLPipeline" and result["prediction_type"] == "epsilon"
+    assert result["conditioning"]["encoders"] == {
         "text_encoder": "CLIPTextModel",
         "text_encoder_2": "CLIPTextModelWithProjection",
     }
-    assert found["facts"]["time_ids"] == "height, width, 0, 0, height, width"
-    assert len(teacher.encoders) == 2 and set(found["params"]) == {
+    assert result["facts"]["time_ids"] == "height, width, 0, 0, height, width"
+    assert len(teacher.encoders) == 2 and set(result["params"]) == {
         "unet",
         "text_encoder",
         "text_encoder_2",

@@ -33,34 +33,34 @@ def ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pixels_equal_diffusers_own_pipeline(pixels: Path) -> None:
     teacher = load_teacher(str(pixels), final_alpha="teacher")
     assert teacher.space == LatentSpace(channels=3, downscale=1, scale=1.0)
-    drawn = torch.randn((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    found = teacher.sample(drawn, [""] * 3, 8, 1.0, "ddim")
-    pipe = tiny_teachers.judge(pixels)
+    z = torch.randn((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    result = teacher.sample(z, [""] * 3, 8, 1.0, "ddim")
+    pipe = tiny_teachers.diffusers_pipeline(pixels)
     assert type(pipe).__name__ == "DDIMPipeline"
     images = pipe(3, torch.Generator().manual_seed(0), num_inference_steps=8, output_type="pt").images
-    pixels_seen = (decode(load_vae(str(pixels)), found) / 2 + 0.5).clamp(0, 1)
-    assert 0.1 < images.std() and found.abs().max() > 0.5
+    pixels_seen = (decode(load_vae(str(pixels)), result) / 2 + 0.5).clamp(0, 1)
+    assert 0.1 < images.std() and result.abs().max() > 0.5
     torch.testing.assert_close(pixels_seen, images, rtol=0, atol=1e-4)
     # The pipeline gives clipped pixels only: half a loop shows that nothing hides behind the clipping.
-    x = drawn
+    x = z
     for t in pipe.scheduler.timesteps:
         with torch.no_grad():
             x = pipe.scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
-    torch.testing.assert_close(found, x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-4)
 
 
 def test_latents_equal_diffusers_own_pipeline(ldm: Path) -> None:
     teacher = load_teacher(str(ldm), final_alpha="teacher")
     assert teacher.space == LatentSpace(channels=3, downscale=4, scale=0.3)
-    drawn = torch.randn((3, 3, 4, 4), generator=torch.Generator().manual_seed(0))
-    found = teacher.sample(drawn, [""] * 3, 8, 1.0, "ddim")
-    pipe = tiny_teachers.judge(ldm)
+    z = torch.randn((3, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    result = teacher.sample(z, [""] * 3, 8, 1.0, "ddim")
+    pipe = tiny_teachers.diffusers_pipeline(ldm)
     assert type(pipe).__name__ == "LDMPipeline"
     handed: list[Any] = []
     pipe.vqvae.quantize.register_forward_pre_hook(lambda module, args: handed.append(args[0]))
     images = pipe(3, torch.Generator().manual_seed(0), num_inference_steps=8, output_type="np").images
-    torch.testing.assert_close(found, handed[0] * 0.3, rtol=0, atol=1e-4)
-    decoded = (decode(load_vae(str(ldm)), found) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(result, handed[0] * 0.3, rtol=0, atol=1e-4)
+    decoded = (decode(load_vae(str(ldm)), result) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(decoded, torch.from_numpy(images), rtol=0, atol=1e-4)
 
 
@@ -107,13 +107,13 @@ def test_a_stochastic_scheduler_is_refused_with_the_way_out(tmp_path: Path) -> N
     )
     with pytest.raises(
         UserError, match=r"scheduler DDPMScheduler cannot make pairs: it draws fresh noise"
-    ) as found:
+    ) as result:
         load_teacher(str(folder))
     says = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"
-    assert says in str(found.value) and "\n" not in str(found.value)
+    assert says in str(result.value) and "\n" not in str(result.value)
     import diffusers
 
-    pipe = tiny_teachers.judge(folder)
+    pipe = tiny_teachers.diffusers_pipeline(folder)
     exec(says, {"pipe": pipe, **vars(diffusers)} | {"DDIMScheduler": diffusers.DDIMScheduler})
     pipe.save_pretrained(folder)
     teacher = load_teacher(str(folder))
@@ -128,8 +128,8 @@ def test_a_repository_of_two_pieces_may_be_flat(pixels: Path, tmp_path: Path) ->
     shutil.copy(pixels / "model_index.json", flat)
     for file in (*(pixels / "unet").iterdir(), *(pixels / "scheduler").iterdir()):
         shutil.copy(file, flat)
-    drawn = noise(0, range(2), (3, 8, 8))
-    found, same = (load_teacher(str(f)).sample(drawn, ["", ""], 4, 1.0, "ddim") for f in (flat, pixels))
-    assert torch.equal(found, same)
-    judged = tiny_teachers.judge(flat)
-    assert torch.equal(judged.unet.conv_in.weight, load_teacher(str(flat)).network.conv_in.weight)
+    z = noise(0, range(2), (3, 8, 8))
+    result, same = (load_teacher(str(f)).sample(z, ["", ""], 4, 1.0, "ddim") for f in (flat, pixels))
+    assert torch.equal(result, same)
+    pipeline = tiny_teachers.diffusers_pipeline(flat)
+    assert torch.equal(pipeline.unet.conv_in.weight, load_teacher(str(flat)).network.conv_in.weight)

@@ -374,7 +374,7 @@ def test_diffusers_draws_unconditional_students(kind: str, tmp_path: Path) -> No
     assert own.std() > 0.1
     torch.testing.assert_close(sample_unconditional_pipeline(tmp_path / "out", 3), own, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="num_inference_steps"):
-        tiny_teachers.judge(tmp_path / "out")(1)
+        tiny_teachers.diffusers_pipeline(tmp_path / "out")(1)
     assert "pipe(num_inference_steps=1)" in told(tmp_path / "out")
     assert "guidance" not in told(tmp_path / "out").partition("## How it was made")[0]
 

@@ -68,7 +68,7 @@ class Family(ABC):
     """Whether prompts are text."""
 
     schedules: tuple[ScheduleKind, ...]
-    """Kinds of noise schedule that its teachers may have: what pairs can be made with."""
+    """Kinds of noise schedule that its teachers may have; pairs can be made with each."""
     regression: tuple[ScheduleKind, ...] = ()
     """Kinds of schedule for which students can be trained by regression; empty: none."""
     gan: tuple[ScheduleKind, ...] = ()

@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-sigma: a transformer told a T5's hidden states with their padding masked."""
+"""PixArt-alpha and PixArt-sigma: a transformer that attends to masked hidden states of a T5."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

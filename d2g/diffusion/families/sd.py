@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a U-Net told the last hidden states of one CLIP text model."""
+"""Stable Diffusion 1.x and 2.x: a U-Net that attends to the last hidden states of a CLIP text model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

@@ -1,5 +1,4 @@
-"""SDXL: a U-Net told the hidden states of two CLIP text models, a pooled embedding, and the size of the
-image."""
+"""SDXL: a U-Net that takes the states of two CLIP text models, a pooled embedding, and the image size."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
