@@ -134,13 +134,13 @@ def _validation_hook(config: Any, options: DistillOptions) -> Any:
             "--validate needs to know when; set train.validate_images=N and train.validate_pairs=K"
         )
     from eval.protocols.config import EvalRun
-    from eval.runner.validation import measuring
+    from eval.runner.validation import validation_hook
 
     if "weights" in details:
         details["weights"] = (str(details["weights"]),)
     fixed: dict[str, Any] = {"metrics": ("fid",), "resamples": 0, "allow_fewer": True}
     run = EvalRun(teacher=config.teacher, protocol=protocol, **fixed, **details)
-    return measuring(run, config.teacher)
+    return validation_hook(run, config.teacher)
 
 
 def _plan(config: Any, preset: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The same evaluation at several values of one setting: a curve, or a run's checkpoints."""
+"""The same evaluation at several values of one setting: a curve, or the checkpoints of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from eval.runner.session import EvalSession
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurvePoint:
-    """One value of the setting, and what was measured at it."""
+    """One value of the setting, and the evaluation at this value."""
 
     value: float
     source: ImageSource
@@ -36,70 +36,69 @@ class CurvePoint:
 
 
 def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
-    """FID over CLIP score at several values of one setting (StyleGAN-T, Fig. 5).
+    """Measure FID and CLIP score at several values of one setting (StyleGAN-T, Fig. 5).
 
-    With an `out` folder: curve.json, curve.png, report.html, and each point's parts to go on from. Raises
-    SettingError for a setting that the sampler does not have.
+    With an `out` folder, writes curve.json, curve.png, report.html, and the parts of each point from which an
+    interrupted curve resumes. Raises SettingError for a setting that the sampler does not have.
     """
     _check(config)
-    bench = EvalSession(config.run, progress)
-    if not {"fid", "clip"} <= set(bench.metrics):
+    session = EvalSession(config.run, progress)
+    if not {"fid", "clip"} <= set(session.metrics):
         raise SettingError("a curve is of FID over CLIP score, so its metrics must have fid and clip")
-    points = measure_points(bench, config)
-    made = _facts(points, config.setting)
+    points = measure_points(session, config)
+    facts = _facts(points, config.setting)
     if config.run.out is not None and process_group.rank() == 0:
         out = Path(config.run.out)
-        rows = [{**row, "label": f"{row[config.setting]:g}"} for row in made["points"]]
-        curve = fid_clip_curve({config.setting: rows}, label=made["labels"]["fid"])
-        write_atomically(out / "curve.json", json.dumps(made, indent=1))
+        rows = [{**row, "label": f"{row[config.setting]:g}"} for row in facts["points"]]
+        curve = fid_clip_curve({config.setting: rows}, label=facts["labels"]["fid"])
+        write_atomically(out / "curve.json", json.dumps(facts, indent=1))
         plot_curve(curve, out / "curve.png")
         _write_report(out, points, config.setting, [curve])
     process_group.barrier()
-    return made
+    return facts
 
 
 def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
-    """All checkpoints of a student's run: the newest one's result, and a row for each under `checkpoints`.
+    """Evaluate all checkpoints of a student's run: the newest one's result, and a row for each checkpoint.
 
-    With an `out` folder: result.json of the newest, checkpoints.json, report.html with the numbers over
-    training, and each checkpoint's parts to go on from.
+    The rows are under `checkpoints`. With an `out` folder, writes result.json of the newest checkpoint,
+    checkpoints.json, report.html with the numbers over training, and each checkpoint's parts.
     """
     if config.latency:
         raise SettingError("--latency is of one student; leave --every out")
-    curve = CurveRun(run=config, setting="checkpoints")
-    bench = EvalSession(config, progress)
-    points = measure_points(bench, curve)
-    made, newest = _facts(points, "images"), points[-1].evaluation.result.to_json()
+    session = EvalSession(config, progress)
+    points = measure_points(session, CurveRun(run=config, setting="checkpoints"))
+    facts, newest = _facts(points, "images"), points[-1].evaluation.result.to_json()
     if config.out is not None and process_group.rank() == 0:
         if config.out.endswith(".json"):
-            write_atomically(Path(config.out), json.dumps(made, indent=1))
+            write_atomically(Path(config.out), json.dumps(facts, indent=1))
         else:
             out = Path(config.out)
             write_atomically(out / "result.json", json.dumps(newest, indent=1))
-            write_atomically(out / "checkpoints.json", json.dumps(made, indent=1))
-            _write_report(out, points, "images", _over_training(made))
+            write_atomically(out / "checkpoints.json", json.dumps(facts, indent=1))
+            _write_report(out, points, "images", _over_training(facts))
     process_group.barrier()
-    return newest | {"checkpoints": made["points"]}
+    return newest | {"checkpoints": facts["points"]}
 
 
-def measure_points(bench: EvalSession, config: CurveRun) -> list[CurvePoint]:
-    """Every point, with networks and reference loaded once; in an out folder, each with its own parts.
+def measure_points(session: EvalSession, config: CurveRun) -> list[CurvePoint]:
+    """Evaluate every point. Networks and reference are loaded once; each point has its own work folder.
 
-    Raises UserError for a checkpoint that is not there.
+    Raises UserError for a checkpoint that does not exist.
     """
     folders: Mapping[float, Path | None] = dict.fromkeys(config.values)
     if config.setting == "checkpoints":
         folders = _checkpoints(str(config.run.student), config.values)
-    found: list[CurvePoint] = []
+    points: list[CurvePoint] = []
     for value, folder in folders.items():
-        bench.progress(f"points over {config.setting}", len(found), len(folders))
-        source, evaluation = bench.measure(_at(config, value), folder)
-        found.append(CurvePoint(value=value, source=source, evaluation=evaluation))
-    bench.progress(f"points over {config.setting}", len(found), len(folders))
-    return found
+        session.progress(f"points over {config.setting}", len(points), len(folders))
+        source, evaluation = session.measure(_run_at(config, value), folder)
+        points.append(CurvePoint(value=value, source=source, evaluation=evaluation))
+    session.progress(f"points over {config.setting}", len(points), len(folders))
+    return points
 
 
-def _at(config: CurveRun, value: float) -> EvalRun:
+def _run_at(config: CurveRun, value: float) -> EvalRun:
     """The run at one value, with folders of its own."""
     run, name = config.at(value), f"{config.setting}-{value:g}"
     if run.keep is not None:
@@ -112,14 +111,16 @@ def _at(config: CurveRun, value: float) -> EvalRun:
 
 
 def _checkpoints(run: str, values: Sequence[float]) -> dict[float, Path | None]:
-    there: dict[float, Path | None] = {float(folder.name): folder for folder in checkpoints(run)}
-    if missing := sorted(set(values) - set(there)):
-        known = ", ".join(f"{number:.0f}" for number in there)
+    """Checkpoint folders by their number of training images: those of `values`, or all."""
+    folders: dict[float, Path | None] = {float(folder.name): folder for folder in checkpoints(run)}
+    if missing := sorted(set(values) - set(folders)):
+        known = ", ".join(f"{number:.0f}" for number in folders)
         raise UserError(f"{run} has no checkpoint at {missing[0]:.0f} images; it has {known}")
-    return {value: there[value] for value in values or there}
+    return {value: folders[value] for value in values or folders}
 
 
 def _check(config: CurveRun) -> None:
+    """Raise SettingError for a setting that the measured thing does not have."""
     run, setting = config.run, config.setting
     if run.out is not None and run.out.endswith(".json"):
         raise SettingError(f"--out is {run.out}; a curve writes several files, give a folder")
@@ -127,27 +128,29 @@ def _check(config: CurveRun) -> None:
     sampler = not student and run.images is None
     fits = {"noise_scale": student, "checkpoints": student, "guidance": sampler, "steps": sampler}
     if not fits[setting]:
-        what = "a student" if student else "a teacher or pipeline" if sampler else "images"
+        kind = "a student" if student else "a teacher or pipeline" if sampler else "images"
         usable = ", ".join(name for name, fit in fits.items() if fit) or "none"
-        raise SettingError(f"a curve over {setting} means nothing for {what}; settings it has: {usable}")
+        raise SettingError(f"a curve over {setting} means nothing for {kind}; settings it has: {usable}")
 
 
 def _facts(points: Sequence[CurvePoint], setting: str) -> dict[str, Any]:
+    """The curve as JSON."""
     first = points[0].evaluation.result
+    labels = number_labels(first.models)
     return {
         "protocol": first.protocol,
         "protocol_sha256": first.protocol_sha256,
         "setting": setting,
         "points": [point.row(setting) for point in points],
-        "labels": {key: number_labels(first.models).get(key, key) for key in first.numbers()},
+        "labels": {key: labels.get(key, key) for key in first.numbers()},
         "models": first.models,
         "notes": first.notes,
     }
 
 
-def _over_training(made: Mapping[str, Any]) -> list[Curve]:
-    """Each number over the images trained on."""
-    labels, rows = made["labels"], made["points"]
+def _over_training(facts: Mapping[str, Any]) -> list[Curve]:
+    """A chart of each number over the images trained on."""
+    labels, rows = facts["labels"], facts["points"]
     keys = [key for key in rows[0] if key not in ("images", "ci")]
     return [
         Curve(
@@ -163,6 +166,6 @@ def _over_training(made: Mapping[str, Any]) -> list[Curve]:
 def _write_report(out: Path, points: Sequence[CurvePoint], setting: str, curves: Sequence[Curve]) -> None:
     last = points[-1]
     data = report_data(str(last.source.facts["kind"]), last.source, last.evaluation, curves=curves)
-    named = {f"{setting} {point.value:g}": point.evaluation.result for point in points}
+    results = {f"{setting} {point.value:g}": point.evaluation.result for point in points}
     title = f"{last.evaluation.result.protocol}, over {setting}"
-    write_report(out / "report.html", replace(data, title=title, metrics=metrics_of(named)))
+    write_report(out / "report.html", replace(data, title=title, metrics=metrics_of(results)))

@@ -1,5 +1,6 @@
-"""What `d2g eval` calls: one evaluation, reference statistics, and several results in one table."""
+"""What `d2g eval` calls: one evaluation, reference statistics, and a table of several results."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,162 +31,168 @@ from eval.report.page import LazyImages, first_images, report_data
 from eval.result import EvalResult, compare
 from eval.runner.session import EvalSession
 
-NEAREST = 8  # images whose neighbours in the training set the report shows
-NEIGHBOURS = 4
+NEAREST = 8
+"""Images whose nearest training images the report shows."""
+NEIGHBORS = 4
+"""Training images shown beside each of them."""
 
 
 def run_evaluation(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
-    """Measure a student, a teacher, a pipeline or images under a named protocol; the result as JSON.
+    """Measure a student, a teacher, a pipeline or images under a named protocol; return the result as JSON.
 
-    With an `out` folder: result.json, rows.safetensors (scores of each image), report.html, and the parts to
-    go on from. Raises SettingError when what is to be measured, or what it is measured with, is missing or
-    given twice.
+    With an `out` folder, writes result.json, rows.safetensors (scores of each image), report.html, and the
+    parts from which an interrupted evaluation resumes. Raises SettingError when what to measure, or what to
+    measure it with, is missing or given twice.
     """
-    bench = EvalSession(config, progress)
-    source, found = bench.measure(config)
+    session = EvalSession(config, progress)
+    source, evaluation = session.measure(config)
     if config.latency:
-        found = replace(found, result=replace(found.result, latency=latency(bench, source)))
+        timed = replace(evaluation.result, latency=latency(session, source))
+        evaluation = replace(evaluation, result=timed)
     if process_group.rank() == 0:
-        _write(bench, source, found)
+        _write(session, source, evaluation)
     process_group.barrier()
-    return found.result.to_json()
+    return evaluation.result.to_json()
 
 
-def latency(bench: EvalSession, source: ImageSource) -> dict[str, Any]:
-    """How long an image takes, of a student beside its teacher; on rank 0 only."""
+def latency(session: EvalSession, source: ImageSource) -> dict[str, Any]:
+    """Measure the time per image, of a student beside its teacher; on rank 0 only."""
     if source.parts is None:
         raise SettingError("--latency times a sampler; images are already drawn, leave it out")
     if process_group.rank() != 0:
         return {}
     kind = str(source.facts["kind"])
     models = {kind: source.parts}
-    if kind == "student" and bench.teacher is not None:
-        teacher = bench.other if bench.other and bench.other.parts else None
-        models["teacher"] = (teacher or bench.teacher_source(bench.teacher, bench.config)).parts  # type: ignore[assignment]
-    repeats = bench.config.latency_repeats
-    return measure_latency(models, bench.device, repeats=repeats, warmup=max(1, repeats // 5))
+    if kind == "student" and session.teacher is not None:
+        other = session.other if session.other and session.other.parts else None
+        teacher = other or session.teacher_source(session.teacher, session.config)
+        assert teacher.parts is not None, "a teacher is a sampler"
+        models["teacher"] = teacher.parts
+    repeats = session.config.latency_repeats
+    return measure_latency(models, session.device, repeats=repeats, warmup=max(1, repeats // 5))
 
 
-def _write(bench: EvalSession, source: ImageSource, found: Evaluation) -> None:
-    """The files that the config asks for."""
-    out = bench.config.out
+def _write(session: EvalSession, source: ImageSource, evaluation: Evaluation) -> None:
+    """Write the files that the config asks for."""
+    out = session.config.out
     if out is None:
         return
-    text = json.dumps(found.result.to_json(), indent=1)
+    text = json.dumps(evaluation.result.to_json(), indent=1)
     if out.endswith(".json"):
         write_atomically(Path(out), text)
         return
-    folder = Path(out)
+    folder, rows = Path(out), evaluation.rows
     write_atomically(folder / "result.json", text)
-    scores = {name: rows.contiguous() for name, rows in found.rows.values.items() if rows.ndim == 1}
-    write_atomically(folder / "rows.safetensors", save(scores, {"prompts": json.dumps(found.rows.prompts)}))
+    scores = {name: values.contiguous() for name, values in rows.values.items() if values.ndim == 1}
+    write_atomically(folder / "rows.safetensors", save(scores, {"prompts": json.dumps(rows.prompts)}))
     data = report_data(
-        _name(source), source, found, other=bench.other, nearest=_nearest(bench, source, found)
+        str(source.facts["kind"]),
+        source,
+        evaluation,
+        other=session.other,
+        nearest=_nearest_images(session, source, evaluation),
     )
     write_report(folder / "report.html", data)
 
 
-def _name(source: ImageSource) -> str:
-    return str(source.facts["kind"])
-
-
-def _nearest(bench: EvalSession, source: ImageSource, found: Evaluation) -> list[Pictures]:
+def _nearest_images(session: EvalSession, source: ImageSource, evaluation: Evaluation) -> list[Pictures]:
     """The first images beside the training images that are nearest in the protocol's features."""
-    if bench.config.train is None:
+    if session.config.train is None:
         return []
-    if "features" not in found.rows.values:
+    rows = evaluation.rows
+    if "features" not in rows.values:
         raise SettingError("--train looks for neighbours in the protocol's features; add fid to the metrics")
-    net, size = bench.networks.sets["features"], bench.protocol.preprocessing
-    training = image_source(open_images(bench.config.train))
+    net, size = session.networks.sets["features"], session.protocol.preprocessing
+    training = image_source(open_images(session.config.train))
     assert training.count is not None
     measure = {"features": Measure(size=size, function=lambda images, _: net(images).float())}
-    rows = measure_source(
-        training, range(training.count), measure, work=MeasureOptions(), progress=bench.progress
+    training_rows = measure_source(
+        training, range(training.count), measure, work=MeasureOptions(), progress=session.progress
     )
-    generated = found.rows.values["features"][:NEAREST]
+    generated = rows.values["features"][:NEAREST]
     near = nearest_neighbors(
-        generated, rows.values["features"].split(4096), k=min(NEIGHBOURS, training.count)
+        generated, training_rows.values["features"].split(4096), k=min(NEIGHBORS, training.count)
     )
     return [
         beside_nearest(
             near,
             first_images(source, len(generated)),
             LazyImages(training, training.count),
-            found.rows.prompts[: len(generated)],
+            rows.prompts[: len(generated)],
             features=net.name,
         )
     ]
 
 
-# References and tables
-
-
 def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress = quiet) -> dict[str, Any]:
-    """Statistics of a protocol's real images, and its prompts, in one file for `--reference`.
+    """Write statistics of a protocol's real images, and its prompts, to one file for `--reference`.
 
-    `images`: what people download (COCO's folder), or any folder or parquet. A run that was killed goes on
-    when run again. Raises SettingError when no metric needs a reference.
+    `images`: COCO's folder as downloaded, or any folder or parquet file. An interrupted run resumes when run
+    again. Raises SettingError when no metric needs a reference.
     """
     metrics = config.metrics or config.protocol.metrics
     compared = tuple(referenced_metrics(metrics))
     if not compared:
         raise SettingError(f"metrics {', '.join(metrics)} need no reference; name some that do, say fid")
-    bench = EvalSession(replace(config, images=str(images), metrics=compared), progress)
-    files, prompts = reference_files(images, bench.protocol)
+    session = EvalSession(replace(config, images=str(images), metrics=compared), progress)
+    files, prompts = reference_files(images, session.protocol)
     work = MeasureOptions(batch_size=config.batch_size, folder=out.with_suffix(".work"))
-    sets = bench.networks.sets
-    built = build_reference(
+    sets = session.networks.sets
+    reference = build_reference(
         image_source(files),
-        bench.protocol,
+        session.protocol,
         sets,
         prompts=prompts,
         allow_fewer=config.allow_fewer,
         work=work,
         progress=progress,
     )
-    keep_reference(built, out, work, bench.protocol.pr_images)
+    keep_reference(reference, out, work, session.protocol.pr_images)
     networks = {name: {"name": net.name, "sha256": net.sha256} for name, net in sets.items()}
-    return {"out": str(out), **built.facts, "prompts": len(prompts), "networks": networks}
+    return {"out": str(out), **reference.facts, "prompts": len(prompts), "networks": networks}
 
 
 def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
-    """A row per result, what to call its numbers, and who wins how often by PickScore, where the scores of
-    each image were kept. Raises UserError for results that do not compare.
+    """Put several results in one table: a row per result, labels of its numbers, and PickScore win rates.
+
+    Win rates need the per-image scores that an `out` folder keeps. Raises UserError for results that do not
+    compare.
     """
     results = {str(path): EvalResult.load(path) for path in paths}
     rows = compare(results)
-    scores = {name: _scores(Path(name)) for name in sorted(results)}
-    wins = []
-    names = [name for name, found in scores.items() if found is not None]
-    for place, first in enumerate(names):
-        for second in names[place + 1 :]:
-            a, b = scores[first], scores[second]
-            assert a is not None and b is not None
-            found = win_rate(a, b)
-            wins.append(
-                {
-                    "first": first,
-                    "second": second,
-                    "win_rate": found.rate,
-                    "ci": list(found.interval),
-                    "wins": found.wins,
-                    "ties": found.ties,
-                    "losses": found.losses,
-                }
-            )
     models = {name: facts for result in results.values() for name, facts in result.models.items()}
-    any_of = next(iter(results.values()))
+    first = next(iter(results.values()))
     labels = number_labels(models)
     keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
     return {
-        "protocol": any_of.protocol,
-        "protocol_sha256": any_of.protocol_sha256,
+        "protocol": first.protocol,
+        "protocol_sha256": first.protocol_sha256,
         "labels": {key: labels.get(key, key) for key in keys},
         "results": rows,
-        "pickscore_wins": wins,
+        "pickscore_wins": _win_rates(sorted(results)),
     }
 
 
-def _scores(folder: Path) -> Tensor | None:
+def _win_rates(names: Sequence[str]) -> list[dict[str, Any]]:
+    """PickScore win rates of every two results that kept their scores."""
+    scores = {name: values for name in names if (values := _pickscores(Path(name))) is not None}
+    wins = []
+    for first, second in itertools.combinations(scores, 2):
+        outcome = win_rate(scores[first], scores[second])
+        wins.append(
+            {
+                "first": first,
+                "second": second,
+                "win_rate": outcome.rate,
+                "ci": list(outcome.interval),
+                "wins": outcome.wins,
+                "ties": outcome.ties,
+                "losses": outcome.losses,
+            }
+        )
+    return wins
+
+
+def _pickscores(folder: Path) -> Tensor | None:
     file = folder / "rows.safetensors"
     return load_file(file).get("pickscore") if file.is_file() else None

@@ -1,4 +1,4 @@
-"""Samplers as `eval.measure.source.ImageSource`: students, teachers, pipelines. Image i has the noise of (seed, i)."""
+"""Samplers as image sources: students, teachers and pipelines. Image i gets the noise of (seed, i)."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from eval.measure.latency import Parts
 from eval.measure.source import ImageSource, SampledBatch, views_of
 
 SampleFn = Callable[[range, list[str]], Tensor]
-"""(numbers, their prompts) -> pixels [B, 3, H, W] in [-1, 1]."""
+"""(image numbers, their prompts) -> pixels [B, 3, H, W] in [-1, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingRequest:
-    """What is drawn: image i shows prompt i (round and round) from the noise of (seed, i)."""
+    """What to sample: image i shows prompt i modulo the number of prompts, from the noise of (seed, i)."""
 
     prompts: Sequence[str]
     seed: int = 0
@@ -46,20 +46,24 @@ class SamplingRequest:
         return [self.prompts[number % len(self.prompts)] for number in numbers]
 
     def facts(self) -> dict[str, Any]:
-        """What decides images beside the sampler."""
+        """What decides the images beside the sampler, as JSON."""
         return {"prompts_sha256": digest(list(self.prompts)), "seed": self.seed, "precision": self.precision}
 
 
 def sampler_source(
-    name: str, facts: Mapping[str, Any], drawing: SamplingRequest, make: SampleFn, parts: Parts | None = None
+    name: str,
+    facts: Mapping[str, Any],
+    request: SamplingRequest,
+    sample: SampleFn,
+    parts: Parts | None = None,
 ) -> ImageSource:
-    """A source that makes its images. Raises UserError for one that is not finite, by number and prompt."""
+    """A source that samples its images. Raises UserError naming the first image that is not finite."""
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for first in range(numbers.start, numbers.stop, batch_size):
             part = range(first, min(first + batch_size, numbers.stop))
-            texts = drawing.texts(part)
-            pixels = make(part, texts)
+            texts = request.texts(part)
+            pixels = sample(part, texts)
             broken = (~pixels.isfinite()).flatten(1).any(1).nonzero()
             if len(broken):
                 row = int(broken[0])
@@ -69,30 +73,30 @@ def sampler_source(
                 )
             yield SampledBatch(first=first, views=views_of(to_uint8(pixels), sizes), prompts=texts)
 
-    return ImageSource(name=name, facts={**facts, **drawing.facts()}, draw=draw, parts=parts)
+    return ImageSource(name=name, facts={**facts, **request.facts()}, draw=draw, parts=parts)
 
 
 def one_step_source(
     name: str,
     one: OneStep,
-    drawing: SamplingRequest,
+    request: SamplingRequest,
     *,
     noise_scale: float = 1.0,
     facts: Mapping[str, Any] | None = None,
 ) -> ImageSource:
-    """A student in memory. `noise_scale` shrinks the noise towards its mean, as truncation does in a GAN:
-    more typical images, fewer kinds of them.
+    """A source of a loaded student. `noise_scale` below 1 shrinks the noise towards its mean, like truncation
+    in a GAN: images become more typical and less diverse.
     """
 
-    def drawn(numbers: range) -> Tensor:
-        return noise(drawing.seed, numbers, one.student.latent_shape) * noise_scale
+    def scaled_noise(numbers: range) -> Tensor:
+        return noise(request.seed, numbers, one.student.latent_shape) * noise_scale
 
     @torch.no_grad()
-    def make(numbers: range, texts: list[str]) -> Tensor:
-        return decode(one.vae, one.latents(drawn(numbers), texts))
+    def sample(numbers: range, texts: list[str]) -> Tensor:
+        return decode(one.vae, one.latents(scaled_noise(numbers), texts))
 
     def parts(batch: int) -> dict[str, Callable[[], object]]:
-        texts, inputs = drawing.texts(range(batch)), drawn(range(batch)).to(drawing.device)
+        texts, inputs = request.texts(range(batch)), scaled_noise(range(batch)).to(request.device)
         hidden = one.text.encode(texts)
         return {
             "text": lambda: one.text.encode(texts),
@@ -100,64 +104,67 @@ def one_step_source(
             "decoder": torch.no_grad()(lambda: to_uint8(decode(one.vae, inputs))),
         }
 
-    known = {"kind": "student", "noise_scale": noise_scale, **(facts or {})}
-    return sampler_source(name, known, drawing, make, parts)
+    all_facts = {"kind": "student", "noise_scale": noise_scale, **(facts or {})}
+    return sampler_source(name, all_facts, request, sample, parts)
 
 
 def student_source(
     name: str,
-    drawing: SamplingRequest,
+    request: SamplingRequest,
     *,
     teacher: str | None = None,
     folder: Path | None = None,
     noise_scale: float = 1.0,
 ) -> ImageSource:
-    """A distilled student: a run, one of its checkpoints (`folder`), an export, or a shipped name."""
-    weights, own, timestep = student_folder(name)
-    base = teacher or own
+    """A source of a distilled student: a run, one of its checkpoints (`folder`), an export, or a shipped name."""
+    weights, named_teacher, timestep = student_folder(name)
+    base = teacher or named_teacher
     if folder is None:
-        one, shown = load_one_step(name, teacher, drawing.device), name
+        one, title = load_one_step(name, teacher, request.device), name
     else:
-        one, shown = load_checkpoint(name, folder, base, drawing.device), f"{name}, {int(folder.name)} images"
-    torch.nn.Module.to(one.student.unet, PRECISIONS[drawing.precision])  # diffusers' own warns for nothing
+        one = load_checkpoint(name, folder, base, request.device)
+        title = f"{name}, {int(folder.name)} images"
+    torch.nn.Module.to(
+        one.student.unet, PRECISIONS[request.precision]
+    )  # diffusers' own `to` warns without need
     facts = {
         "weights_sha256": _sha256((folder or weights) / "ema.safetensors"),
         "teacher_sha256": pretrained.weights_sha256(base),
         "timestep": timestep,
     }
-    return one_step_source(shown, one, drawing, noise_scale=noise_scale, facts=facts)
+    return one_step_source(title, one, request, noise_scale=noise_scale, facts=facts)
 
 
 def checkpoints(run: str) -> list[Path]:
-    """The checkpoint folders of a run, oldest first. Raises UserError where there is none."""
+    """The checkpoint folders of a run, oldest first. Raises UserError when there are none."""
     folder = Path(run) / "checkpoints"
-    found = checkpoint.all_whole(folder)
-    if not found:
+    folders = checkpoint.all_whole(folder)
+    if not folders:
         raise UserError(f"{folder} holds no checkpoint; give a run of `d2g distill` that has some")
-    return found
+    return folders
 
 
 def ode_source(
     teacher: Teacher,
-    drawing: SamplingRequest,
+    request: SamplingRequest,
     *,
     steps: int = 50,
     guidance: float = 3.0,
     solver: str = "teacher",
 ) -> ImageSource:
-    """A teacher in memory, by its ODE, with the noise that its students get."""
+    """A source of a loaded teacher, which integrates its ODE from the same noise that its students get."""
     vae = pretrained.load_vae(teacher.name).to(teacher.device)
     chosen: Any = teacher.default_solver if solver == "teacher" else solver
     check_solver(teacher, chosen, steps, guidance)
 
     @torch.no_grad()
-    def make(numbers: range, texts: list[str]) -> Tensor:
-        drawn = noise(drawing.seed, numbers, teacher.latent_shape)
-        return decode(vae, teacher.sample(drawn, texts, steps, guidance, chosen))
+    def sample(numbers: range, texts: list[str]) -> Tensor:
+        latents = noise(request.seed, numbers, teacher.latent_shape)
+        return decode(vae, teacher.sample(latents, texts, steps, guidance, chosen))
 
     def parts(batch: int) -> dict[str, Callable[[], object]]:
-        texts = drawing.texts(range(batch))
-        inputs = noise(drawing.seed, range(batch), teacher.latent_shape).to(teacher.device)
+        texts = request.texts(range(batch))
+        inputs = noise(request.seed, range(batch), teacher.latent_shape).to(teacher.device)
         denoise = teacher.denoiser(teacher.encode(texts), guidance)
         return {
             "text": torch.no_grad()(lambda: teacher.encode(texts)),
@@ -173,21 +180,21 @@ def ode_source(
         "steps": steps,
         "guidance": guidance,
     }
-    shown = f"{teacher.name}, {steps} steps, guidance {guidance:g}"
-    return sampler_source(shown, facts, drawing, make, parts)
+    title = f"{teacher.name}, {steps} steps, guidance {guidance:g}"
+    return sampler_source(title, facts, request, sample, parts)
 
 
 def pipeline_source(
-    name: str, drawing: SamplingRequest, *, steps: int = 50, guidance: float | None = None
+    name: str, request: SamplingRequest, *, steps: int = 50, guidance: float | None = None
 ) -> ImageSource:
-    """Any diffusers pipeline, with its own scheduler: what others ship, measured alike."""
-    pipe = load_any_pipeline(name, drawing.device, PRECISIONS[drawing.precision], steps, guidance)
+    """A source of any diffusers pipeline with its own scheduler, to measure what others publish."""
+    pipe = load_any_pipeline(name, request.device, PRECISIONS[request.precision], steps, guidance)
 
-    def make(numbers: range, texts: list[str]) -> Tensor:
-        return pipe.images(drawing.seed, numbers, texts, steps, guidance) * 2 - 1
+    def sample(numbers: range, texts: list[str]) -> Tensor:
+        return pipe.images(request.seed, numbers, texts, steps, guidance) * 2 - 1
 
     def parts(batch: int) -> dict[str, Callable[[], object]]:
-        return {"pipeline": lambda: make(range(batch), drawing.texts(range(batch)))}
+        return {"pipeline": lambda: sample(range(batch), request.texts(range(batch)))}
 
     facts = {
         "kind": "pipeline",
@@ -198,8 +205,8 @@ def pipeline_source(
         "steps": steps,
         "guidance": guidance,
     }
-    shown = f"{name}, {steps} steps" + ("" if guidance is None else f", guidance {guidance:g}")
-    return sampler_source(shown, facts, drawing, make, parts)
+    title = f"{name}, {steps} steps" + ("" if guidance is None else f", guidance {guidance:g}")
+    return sampler_source(title, facts, request, sample, parts)
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What all points of one evaluation share, so that a curve loads networks and reference once."""
+"""An evaluation session: protocol, prompts, networks and reference, loaded once for all points of a curve."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -27,11 +27,11 @@ from pairgen.prompt_files import cells
 from pairgen.prompts import label_list
 
 GUIDANCE = 3.0
-"""Guidance scale of a teacher where none is named."""
+"""Guidance scale of a teacher where none is set."""
 
 
 class EvalSession:
-    """All that the points of one evaluation share: protocol, prompts, networks, reference, loaded once."""
+    """Everything that the points of one evaluation share. Properties are loaded when first used."""
 
     def __init__(self, config: EvalRun, progress: Progress = quiet) -> None:
         self.config, self.progress = config, progress
@@ -54,7 +54,7 @@ class EvalSession:
 
     @property
     def teacher(self) -> str | None:
-        """The teacher in whose latent space, and beside which, is measured."""
+        """The teacher whose VAE gives LatentLPIPS its latent space, and which a student is compared with."""
         if self.config.student is not None:
             return self.config.teacher or student_folder(self.config.student)[1]
         return self.config.teacher or (self.data_source.teacher if self.data_source is not None else None)
@@ -70,7 +70,7 @@ class EvalSession:
             self.metrics,
             self.protocol,
             features=loaders[name]() if name in loaders else config.features,
-            clip=config.clip or self._own_clip(),
+            clip=config.clip or self._teacher_clip(),
             weights=config.weight_table(),
             teacher=self.teacher,
             device=self.device,
@@ -84,19 +84,19 @@ class EvalSession:
         """
         measures: dict[str, Measure] = {}
         for name in self.metrics:
-            wanted = all_metrics()[name].data_source
-            if not wanted:
+            required = all_metrics()[name].data_source
+            if not required:
                 continue
-            if self.data_source is None or self.data_source.name != wanted:
-                fitting = [key for key, protocol in PROTOCOLS.items() if protocol.reference == wanted]
+            if self.data_source is None or self.data_source.name != required:
+                fitting = [key for key, protocol in PROTOCOLS.items() if protocol.reference == required]
                 raise SettingError(
-                    f"metric {name!r} is measured on {wanted} only; take protocol {' or '.join(fitting)}"
+                    f"metric {name!r} is measured on {required} only; take protocol {' or '.join(fitting)}"
                 )
             measures |= self.data_source.measures[name](self.protocol.preprocessing)
         return measures
 
-    def _own_clip(self) -> str | None:
-        """The CLIP in the teacher's folder, where the protocol leaves it open."""
+    def _teacher_clip(self) -> str | None:
+        """The CLIP in the teacher's folder, where the protocol leaves the CLIP open."""
         if self.protocol.clip != ANY or "clip" not in self.metrics or self.teacher is None:
             return None
         folder = pretrained.resolve(self.teacher) / "clip"
@@ -110,53 +110,54 @@ class EvalSession:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """The prompts that are drawn, in order; none where images bring their own."""
+        """The prompts to sample, in order; empty where images bring their own prompts."""
         config, rule = self.config, self.protocol.prompts
         if config.prompts is not None:
             return read_list(Path(config.prompts))
         if rule in DATA_SOURCES:
             return DATA_SOURCES[rule].prompts(self.count)
         if config.reference is not None and rule.startswith("coco"):
+            # The prompts of a COCO protocol come with its reference: a statistics file, or COCO's folder.
             path = Path(config.reference)
-            held = (
-                Reference.load(path).prompts
-                if path.suffix == ".safetensors"
-                else reference_files(path, self.protocol)[1]
-            )
-            if held:
-                return list(held)
+            if path.suffix == ".safetensors":
+                return list(Reference.load(path).prompts)
+            return list(reference_files(path, self.protocol)[1])
         return []
 
-    def drawing(self, prompts: list[str]) -> SamplingRequest:
-        """What a sampler draws. Raises SettingError when nobody said."""
+    def sampling_request(self, prompts: list[str]) -> SamplingRequest:
+        """What a sampler has to draw for these prompts. Raises SettingError when there are none."""
         if not prompts:
             raise SettingError("--prompts is not set; give the file of captions to draw")
-        shown = prompts[: self.count] if self.count else prompts
         return SamplingRequest(
-            prompts=shown, seed=self.protocol.seed, device=self.device, precision=self.config.precision
+            prompts=prompts[: self.count] if self.count else prompts,
+            seed=self.protocol.seed,
+            device=self.device,
+            precision=self.config.precision,
         )
 
     def source(self, config: EvalRun, checkpoint: Path | None = None) -> ImageSource:
-        """What is measured."""
+        """The images to measure: files, a student (or one `checkpoint` of its run), a pipeline or a teacher."""
         if config.images is not None:
             return image_source(open_images(config.images), self.prompts if config.prompts else ())
         if config.student is not None:
             assert self.teacher is not None, "a student has one"
             return student_source(
                 config.student,
-                self.drawing(self.prompts or pretrained.default_prompts(self.teacher)),
+                self.sampling_request(self.prompts or pretrained.default_prompts(self.teacher)),
                 teacher=config.teacher,
                 folder=checkpoint,
                 noise_scale=config.noise_scale,
             )
         if config.pipeline is not None:
-            drawing = self.drawing(self.prompts)
-            return pipeline_source(config.pipeline, drawing, steps=config.steps, guidance=config.guidance)
+            request = self.sampling_request(self.prompts)
+            return pipeline_source(config.pipeline, request, steps=config.steps, guidance=config.guidance)
         assert config.teacher is not None
         return self.teacher_source(config.teacher, config)
 
     def teacher_source(self, name: str, config: EvalRun) -> ImageSource:
-        """A teacher; a class-conditional one draws all classes in turn, an unconditional one just noise."""
+        """A teacher as a source. Without prompts, a class-conditional one cycles through all classes, and an
+        unconditional one draws from noise alone.
+        """
         teacher = load_teacher(name, self.device, config.precision)
         prompts = self.prompts
         if not prompts and teacher.conditioning == "label":
@@ -166,12 +167,12 @@ class EvalSession:
         guidance = (
             GUIDANCE if config.guidance is None and teacher.conditioner.has_null else config.guidance or 1.0
         )
-        drawing = self.drawing(prompts)
-        return ode_source(teacher, drawing, steps=config.steps, guidance=guidance, solver=config.solver)
+        request = self.sampling_request(prompts)
+        return ode_source(teacher, request, steps=config.steps, guidance=guidance, solver=config.solver)
 
     @cached_property
     def other(self) -> ImageSource | None:
-        """The other side of pairs: the images or the teacher that was named, else the student's own."""
+        """The second source of paired metrics: the named images or teacher, else the student's own teacher."""
         config = self.config
         if not paired_metrics(self.metrics) and config.against is None:
             return None
@@ -186,7 +187,7 @@ class EvalSession:
 
     @cached_property
     def reference(self) -> Reference | None:
-        """The reference's statistics, measured or from the cache; on rank 0 only."""
+        """The reference statistics, measured now or read from the cache."""
         compared = self.networks.compared
         if not compared:
             return None
@@ -205,10 +206,9 @@ class EvalSession:
         )
 
     def measure(self, config: EvalRun, checkpoint: Path | None = None) -> tuple[ImageSource, Evaluation]:
-        """One point: draw, measure, sum up."""
+        """Evaluate one point: sample, measure, compute the numbers."""
         source, networks = self.source(config, checkpoint), self.networks
-        work = self._work(config, source)
-        found = evaluate(
+        evaluation = evaluate(
             source,
             self.protocol,
             networks,
@@ -217,17 +217,18 @@ class EvalSession:
             other=self.other,
             count=self._count(source),
             allow_fewer=config.allow_fewer,
-            work=work,
+            work=self._measure_options(config, source),
             resamples=config.resamples,
             progress=self.progress,
         )
-        return source, found
+        return source, evaluation
 
     def _count(self, source: ImageSource) -> int:
-        """Images to measure; a sampler without a number draws one per prompt."""
+        """Images to measure; a sampler without a set number draws one image per prompt."""
         return self.count or (len(self.prompts) if source.count is None else 0)
 
-    def _work(self, config: EvalRun, source: ImageSource) -> MeasureOptions:
+    def _measure_options(self, config: EvalRun, source: ImageSource) -> MeasureOptions:
+        """Batch size and folders; opens the work folder, which refuses another evaluation's parts."""
         folder = Path(config.work) if config.work else None
         if folder is None and config.out is not None and not config.out.endswith(".json"):
             folder = Path(config.out) / "work"
@@ -247,7 +248,7 @@ class EvalSession:
 
 
 def read_list(path: Path) -> list[str]:
-    """The prompts of a file in its order. Repeats stay: a protocol counts them, and COCO has some."""
+    """The prompts of a file in order. Repeated prompts stay: a protocol counts them, and COCO has some."""
     try:
         texts = [cell for cell in cells(path) if cell is not None]
     except OSError as error:

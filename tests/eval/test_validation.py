@@ -15,14 +15,14 @@ from distill.training.train import train
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.runner.run import run_evaluation
-from eval.runner.validation import measuring
+from eval.runner.validation import validation_hook
 from eval_jobs import config
 from jobs import distill_config, make_pairs
 
 
 def test_numbers_of_a_student_in_training_are_those_of_its_evaluation(job: Path, teacher: Path) -> None:
     run = config(job)
-    validate = measuring(run, str(teacher))
+    validate = validation_hook(run, str(teacher))
     one = load_one_step(str(job / "run"))
     expected = run_evaluation(replace(run, student=str(job / "run")))
 
@@ -43,7 +43,9 @@ def test_a_run_reports_them_and_keeps_the_best(job: Path, teacher: Path, tmp_pat
         "train.keep_best=true",
     )
     made = distill_config(teacher, make_pairs(teacher, tmp_path), *settings)
-    train(made, tmp_path / "run", validate=measuring(replace(config(job), metrics=("fid",)), str(teacher)))
+    train(
+        made, tmp_path / "run", validate=validation_hook(replace(config(job), metrics=("fid",)), str(teacher))
+    )
     lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
     assert [line["nimg"] for line in lines] == [8, 16] and all("val/psnr" in line for line in lines)
     best = min(lines, key=lambda line: line["val/fid"])["nimg"]
@@ -52,4 +54,4 @@ def test_a_run_reports_them_and_keeps_the_best(job: Path, teacher: Path, tmp_pat
 
 def test_metrics_of_pairs_are_refused() -> None:
     with pytest.raises(SettingError, match="'psnr' compares images pair by pair"):
-        measuring(EvalRun(protocol=PROTOCOLS["folder"], metrics=("psnr", "fid")), "miniature")
+        validation_hook(EvalRun(protocol=PROTOCOLS["folder"], metrics=("psnr", "fid")), "miniature")
