@@ -50,22 +50,18 @@ def evaluate(
     `reference`: statistics of real images, or a function that builds them once everything else is checked.
     `other`: a second source from the same noise, for paired metrics. `count`: the number of images, where the
     protocol leaves it open; further images of the source are ignored. Fewer images than the protocol's are
-    refused unless `allow_fewer`, and then the result says so. `work`: batch size and folders. `resamples`:
-    bootstrap resamples, 0 for no intervals that need them. All processes of a group must call it; each
-    measures its share. Raises SettingError when a metric lacks what it needs, UserError when networks,
+    refused unless `allow_fewer`, and then the result says so. `resamples`: bootstrap resamples, 0 for no
+    intervals that need them. All processes of a group must call it; each measures its share. Raises SettingError when a metric lacks what it needs, UserError when networks,
     reference or counts are not the protocol's.
 
     >>> import torch
     >>> from eval import FeatureNet, Networks, Protocol, batch_source, build_reference
-    >>> def images(seed):
-    ...     stream = torch.Generator().manual_seed(seed)
-    ...     return torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8, generator=stream)
+    >>> images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
     >>> color = FeatureNet(name="color", dim=3, sha256="", function=lambda x: x.float().mean((2, 3)))
-    >>> networks = Networks(sets={"features": color})
-    >>> protocol = Protocol(name="example")
-    >>> real = batch_source("real", [(images(0), [""] * 20)])
+    >>> networks, protocol = Networks(sets={"features": color}), Protocol(name="example")
+    >>> real = batch_source("real", [(images[:20], [""] * 20)])
+    >>> fake = batch_source("fake", [(images[20:], [""] * 20)])
     >>> reference = build_reference(real, protocol, networks.sets)
-    >>> fake = batch_source("fake", [(images(1), [""] * 20)])
     >>> result = evaluate(fake, protocol, networks, metrics=("fid",), reference=reference).result
     >>> result.ci["fid"][0] < result.fid < result.ci["fid"][1]
     True
@@ -75,18 +71,7 @@ def evaluate(
     real = reference() if callable(reference) else reference
     if real is not None:
         real.check(protocol, networks.compared)
-
-    # Measure every image once; some metrics need further images of the same prompts.
-    measures, pairs = measures_of(networks, protocol, metrics)
-    rows = measure_source(
-        source, range(number), measures, pairs=pairs, other=other, work=work, progress=progress
-    )
-    more = None
-    if source.count is None and any(all_metrics()[name].repeats_prompts for name in metrics):
-        extra = range(number, number * protocol.diversity_images)
-        embedding = {DREAMSIM_ROWS: measures[DREAMSIM_ROWS]}
-        more = measure_source(source, extra, embedding, work=work, progress=progress)
-
+    rows, more = _measure(source, range(number), protocol, networks, metrics, other, work, progress)
     resolved = protocol.resolved(
         features=networks.sets["features"].name if "features" in networks.sets else ANY,
         clip=networks.clip.name if networks.clip else ANY,
@@ -107,6 +92,26 @@ def evaluate(
         progress=progress,
     )
     return Evaluation(result=result, rows=rows, reference=real)
+
+
+def _measure(
+    source: ImageSource,
+    numbers: range,
+    protocol: Protocol,
+    networks: Networks,
+    metrics: tuple[str, ...],
+    other: ImageSource | None,
+    work: MeasureOptions | None,
+    progress: Progress,
+) -> tuple[MeasuredRows, MeasuredRows | None]:
+    """The rows of every image, and of further images of the same prompts where a metric needs them."""
+    measures, pairs = measures_of(networks, protocol, metrics)
+    rows = measure_source(source, numbers, measures, pairs=pairs, other=other, work=work, progress=progress)
+    if source.count is not None or not any(all_metrics()[name].repeats_prompts for name in metrics):
+        return rows, None
+    extra = range(numbers.stop, numbers.stop * protocol.diversity_images)
+    embedding = {DREAMSIM_ROWS: measures[DREAMSIM_ROWS]}
+    return rows, measure_source(source, extra, embedding, work=work, progress=progress)
 
 
 def _check_request(

@@ -1,4 +1,4 @@
-"""Measure reference images once: COCO as downloaded or any folder, in resumable parts, cached by digest."""
+"""Measure reference images once, from COCO's folder or any other, in resumable parts, and cache them."""
 
 import os
 import shutil
@@ -22,9 +22,9 @@ from eval.protocols.protocol import Protocol
 
 
 def reference_files(folder: Path, protocol: Protocol) -> tuple[ImageFiles, list[str]]:
-    """(the protocol's reference images, its prompts) of what people download: COCO's folder, or any images.
+    """The protocol's reference images and its prompts, from COCO's folder as downloaded or from any images.
 
-    A COCO protocol also takes the folder of the images alone; the prompts then come from elsewhere.
+    A COCO protocol also takes the folder of the images alone, without prompts.
     """
     split = protocol.reference.removesuffix("-prompted")
     if split not in SPLITS:
@@ -49,7 +49,10 @@ def build_reference(
     work: MeasureOptions | None = None,
     progress: Progress = quiet,
 ) -> Reference:
-    """Measure the protocol's reference images. Raises UserError when there are fewer than it has."""
+    """Measure the protocol's reference images with the feature networks `sets`.
+
+    Raises UserError for fewer images than the protocol's, unless `allow_fewer`, and for more.
+    """
     count = protocol.reference_images or source.count or 0
     if source.count is not None and source.count < count:
         if not allow_fewer:
@@ -75,16 +78,16 @@ def build_reference(
             work.folder, {**source.facts, "networks": networks, "preprocessing": protocol.preprocessing}
         )
     rows = measure_source(source, range(count), measures, work=work, progress=progress)
-    shown = Path(source.name).name
+    title = Path(source.name).name
     facts = {
-        "source": shown,
+        "source": title,
         "reference": protocol.reference,
         "images": count,
         "preprocessing": protocol.preprocessing,
         "files_sha256": _digest_of(rows.values.get(FILE_SHA256)),
         "converted": dict(sorted(rows.converted.items())),
     }
-    stats = feature_stats(rows, sets, protocol.preprocessing, shown)
+    stats = feature_stats(rows, sets, protocol.preprocessing, title)
     return Reference(stats=stats, prompts=prompts, facts=facts)
 
 
@@ -93,9 +96,9 @@ def _digest_of(digests: Tensor | None) -> str:
 
 
 def cache_folder() -> Path:
-    """Where references are cached: $D2G_CACHE, else diffusion2gan in the user's cache folder."""
-    if given := os.environ.get("D2G_CACHE"):
-        return Path(given)
+    """Where references are cached: $D2G_CACHE, else diffusion2gan/ in the user's cache folder."""
+    if folder := os.environ.get("D2G_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion2gan"
 
 
@@ -108,10 +111,10 @@ def open_reference(
     batch_size: int = 64,
     progress: Progress = quiet,
 ) -> Reference:
-    """A reference from a file of `d2g eval stats`, or from images, measured once and then found in the cache.
+    """Open a reference: a file of `d2g eval stats`, or images, which are measured once and then cached.
 
-    The key is the digest of the files' names, sizes and times, the networks, and how the protocol prepares
-    images and chooses prompts. Raises UserError as `build_reference` and `Reference.check` do.
+    The cache key is a digest of the files' names, sizes and times, the networks, and how the protocol
+    preprocesses images and chooses prompts. Raises UserError as `build_reference` and `Reference.check` do.
     """
     if path.suffix == ".safetensors":
         reference = Reference.load(path)
@@ -124,17 +127,20 @@ def open_reference(
         file = cache_folder() / "reference" / f"{key}.safetensors"
         if not file.is_file():
             work = MeasureOptions(batch_size=batch_size, folder=file.with_suffix(".work"))
-            built = build_reference(
+            reference = build_reference(
                 source, protocol, sets, prompts=prompts, allow_fewer=allow_fewer, work=work, progress=progress
             )
-            keep_reference(built, file, work, protocol.pr_images)
+            keep_reference(reference, file, work, protocol.pr_images)
         reference = Reference.load(file)
     reference.check(protocol, sets)
     return reference
 
 
 def keep_reference(reference: Reference, file: Path, work: MeasureOptions, keep: int) -> None:
-    """Save a reference from one process and drop the parts it was made from; all processes wait for it."""
+    """Save a reference on rank 0 and delete the parts it was made from; all processes wait for it.
+
+    `keep`: random rows of each network to save (0: all).
+    """
     if process_group.rank() == 0:
         reference.save(file, keep=keep)
         if work.folder is not None:

@@ -1,4 +1,4 @@
-"""The perceptual distance between two image files: in a latent space, or in pixels."""
+"""The perceptual distance between two image files, in a latent space or in pixels."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ def image_distance(
 ) -> float:
     """(E-)LatentLPIPS of two images of one size in the latent space of `teacher`'s VAE.
 
-    `augment` other than "none" averages over `draws` transforms. Raises UserError for unreadable files,
-    images of two sizes or a size that the VAE cannot take.
+    With an `augment` other than "none" it is the mean over `draws` random transforms from `seed`. Raises
+    UserError for unreadable files, images of different sizes or a size that the VAE cannot take.
     """
     vae = pretrained.load_vae(teacher)
-    images = _images(a, b, latent_space(vae).downscale)
+    images = _read_pair(a, b, latent_space(vae).downscale)
     first, second = (encode(vae, pixels) for pixels in images)
     metric = load_lpips(weights or pretrained.resolve(teacher) / "latent_lpips", first.shape[1])
     return _distance(metric, first, second, augment, draws, seed)
@@ -36,14 +36,17 @@ def image_distance(
 def pixel_distance(
     a: Path, b: Path, net: Any, weights: Path | None, augment: str, draws: int, seed: int
 ) -> float:
-    """LPIPS of two images of one size with the network `net` (vgg, alex or squeeze), and as above with
-    `augment`. `weights`: torchvision's file; None: PyTorch's hub folder. Raises UserError as above."""
-    first, second = _images(a, b, 1)
+    """LPIPS of two images of one size with the network `net` (vgg, alex or squeeze).
+
+    `weights`: torchvision's file; None: PyTorch's hub folder. `augment` and errors are those of
+    `image_distance`.
+    """
+    first, second = _read_pair(a, b, 1)
     return _distance(PixelLPIPS(net, weights), first, second, augment, draws, seed)
 
 
-def _images(a: Path, b: Path, step: int) -> list[Tensor]:
-    """Both as pixels [1, 3, H, W] in [-1, 1], their sides multiples of `step`."""
+def _read_pair(a: Path, b: Path, step: int) -> list[Tensor]:
+    """Read both images as pixels [1, 3, H, W] in [-1, 1]. Their sides must be multiples of `step`."""
     images = []
     for path in (a, b):
         pixels = read_image(path)[None]

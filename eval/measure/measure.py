@@ -1,4 +1,4 @@
-"""Measure a source image by image: in parts that survive a kill, over any number of processes."""
+"""Measure a source image by image, in parts that survive a kill, on any number of processes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +18,15 @@ from eval.measure.rows import MeasuredRows, MeasureOptions, gather_parts, load_p
 from eval.measure.source import ImageSource, SampledBatch
 
 FILE_SHA256 = "file sha256"
-"""The rows [N, 32] that tell which files were measured."""
+"""Name of the rows [N, 32] that hold the sha256 of the measured files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """One row per image. `function`: (uint8 images [B, 3, H, W] at `size`, B prompts) -> [B] or [B, D]."""
+    """A measure of single images.
+
+    `function`: (uint8 images [B, 3, H, W] preprocessed as `size` says, B prompts) -> rows [B] or [B, D].
+    """
 
     size: str
     function: Callable[[Tensor, list[str]], Tensor]
@@ -32,7 +35,7 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairMeasure:
-    """One row per pair. `function`: (images, the other source's images of the same numbers) -> [B]."""
+    """A measure of pairs. `function`: (images, images of the other source with the same numbers) -> [B]."""
 
     size: str
     function: Callable[[Tensor, Tensor], Tensor]
@@ -48,11 +51,11 @@ def measure_source(
     work: MeasureOptions | None = None,
     progress: Progress = quiet,
 ) -> MeasuredRows:
-    """Measure the images `numbers` of a source, shared out among the processes; every process gets all rows.
+    """Measure the images `numbers` of a source. Processes share the parts; every process gets all rows.
 
-    A part is drawn, measured and stored as a whole, so that a run that was killed goes on where it stood,
-    with the same rows. Raises UserError for a picture without the prompt that a measure needs, a source with
-    too few images, and rows that are not finite; Interrupted on Ctrl-C, when finished parts are safe.
+    A part is sampled, measured and saved as a unit, so a killed run resumes with the same rows. Raises
+    UserError for an image without the prompt that a measure needs, a source with too few images, and rows
+    that are not finite. Raises Interrupted on Ctrl-C, with finished parts saved.
     """
     work, pairs = work or MeasureOptions(), pairs or {}
     done: list[MeasuredRows] = []
@@ -62,9 +65,9 @@ def measure_source(
             if path is not None and path.is_file():
                 done.append(load_part(path))
             else:
-                rows = _measured(source, part, measures, pairs, other, work, stop)
+                rows = _measure_part(source, part, measures, pairs, other, work, stop)
                 if rows is None:
-                    raise Interrupted(_stopped(work, numbers))
+                    raise Interrupted(_stop_message(work, numbers))
                 if path is not None:
                     save_part(path, rows)
                 done.append(rows)
@@ -76,17 +79,17 @@ def measure_source(
     return gather_parts(done, numbers)
 
 
-def _stopped(work: MeasureOptions, numbers: range) -> str:
+def _stop_message(work: MeasureOptions, numbers: range) -> str:
     if work.folder is None:
         return "stopped; nothing was kept, give --out a folder to be able to go on"
-    safe = sum(len(part) for part in work.parts(numbers) if (path := work.path(part)) and path.is_file())
+    saved = sum(len(part) for part in work.parts(numbers) if (path := work.path(part)) and path.is_file())
     return (
-        f"stopped; the measures of {safe} of {len(numbers)} images are safe in {work.folder}; run the same "
+        f"stopped; the measures of {saved} of {len(numbers)} images are safe in {work.folder}; run the same "
         "command again to go on"
     )
 
 
-def _measured(
+def _measure_part(
     source: ImageSource,
     part: range,
     measures: Mapping[str, Measure],
@@ -96,42 +99,50 @@ def _measured(
     stop: StopFlag,
 ) -> MeasuredRows | None:
     """The rows of one part; None when stopped before its end."""
+    # Ask both sources for every preprocessing that some measure needs.
     sizes = sorted({m.size for m in measures.values()} | {p.size for p in pairs.values()})
     if work.keep and NATIVE not in sizes:
         sizes.append(NATIVE)
     batches = source.draw(part, work.batch_size, sizes)
-    others: Iterator[SampledBatch | None] = iter(lambda: None, 0)
+    other_batches: Iterator[SampledBatch | None] = iter(lambda: None, 0)
     if pairs:
         assert other is not None
-        others = iter(other.draw(part, work.batch_size, sorted({p.size for p in pairs.values()})))
-    found: dict[str, list[Tensor]] = {name: [] for name in (*measures, *pairs)}
+        other_batches = iter(other.draw(part, work.batch_size, sorted({p.size for p in pairs.values()})))
+    columns: dict[str, list[Tensor]] = {name: [] for name in (*measures, *pairs)}
     prompts: list[str] = []
     converted: Counter[str] = Counter()
-    for drawn in batches:
+    for batch in batches:
         if stop:
             return None
-        _check_prompts(drawn, measures)
+        # Measure each image, and each pair.
+        _check_prompts(batch, measures)
         for name, measure in measures.items():
-            found[name].append(measure.function(drawn.views[measure.size], drawn.prompts).cpu())
+            columns[name].append(measure.function(batch.views[measure.size], batch.prompts).cpu())
         if pairs:
-            twin = next(others, None)
-            assert twin is not None and len(twin) == len(drawn)
-            _check_twin(source, drawn, other, twin)
+            other_batch = next(other_batches, None)
+            assert other is not None and other_batch is not None and len(other_batch) == len(batch)
+            _check_same_prompts(source, batch, other, other_batch)
             for name, pair in pairs.items():
-                images, theirs = drawn.views[pair.size], twin.views[pair.size]
-                _check_sizes(source, images, other, theirs)
-                found[name].append(pair.function(images, theirs).cpu())
+                images, other_images = batch.views[pair.size], other_batch.views[pair.size]
+                _check_sizes(source, images, other, other_images)
+                columns[name].append(pair.function(images, other_images).cpu())
         if work.keep:
-            _keep(drawn, work.keep)
-        if drawn.digests is not None:
-            found.setdefault(FILE_SHA256, []).append(drawn.digests)
-        prompts += drawn.prompts
-        converted.update(drawn.converted)
+            _save_images(batch, work.keep)
+        # Remember which files were measured and what was converted.
+        if batch.digests is not None:
+            columns.setdefault(FILE_SHA256, []).append(batch.digests)
+        prompts += batch.prompts
+        converted.update(batch.converted)
     if len(prompts) != len(part):
         raise UserError(
             f"{source.name} gave {len(prompts)} images for numbers {part.start} to {part.stop - 1}"
         )
-    values = {name: torch.cat(rows) for name, rows in found.items()}
+    values = {name: torch.cat(rows) for name, rows in columns.items()}
+    _check_finite(source, part, values, prompts)
+    return MeasuredRows(numbers=part, values=values, prompts=prompts, converted=converted)
+
+
+def _check_finite(source: ImageSource, part: range, values: Mapping[str, Tensor], prompts: list[str]) -> None:
     for name, rows in values.items():
         broken = (~rows.isfinite()).reshape(len(rows), -1).any(1).nonzero()
         if len(broken):
@@ -140,42 +151,43 @@ def _measured(
                 f"{source.name}: {name} of image {part[first]} ({prompts[first][:80]!r}) is not finite; look "
                 "for a broken image or broken weights"
             )
-    return MeasuredRows(numbers=part, values=values, prompts=prompts, converted=converted)
 
 
-def _check_sizes(source: ImageSource, images: Tensor, other: ImageSource | None, others: Tensor) -> None:
-    if images.shape != others.shape:
-        (height, width), (high, wide) = images.shape[2:], others.shape[2:]
-        name = other.name if other is not None else ""
+def _check_sizes(source: ImageSource, images: Tensor, other: ImageSource, other_images: Tensor) -> None:
+    if images.shape != other_images.shape:
+        (height, width), (other_height, other_width) = images.shape[2:], other_images.shape[2:]
         raise UserError(
-            f"{source.name} gives {width}x{height} pixels and {name} {wide}x{high}; pairs must be of one size"
+            f"{source.name} gives {width}x{height} pixels and {other.name} {other_width}x{other_height}; "
+            "pairs must be of one size"
         )
 
 
-def _check_twin(
-    source: ImageSource, drawn: SampledBatch, other: ImageSource | None, twin: SampledBatch
+def _check_same_prompts(
+    source: ImageSource, batch: SampledBatch, other: ImageSource, other_batch: SampledBatch
 ) -> None:
-    """Pairs are of one prompt, where both sides know theirs: a kept folder may be another protocol's."""
-    for offset, (text, theirs) in enumerate(zip(drawn.prompts, twin.prompts, strict=True)):
-        if text and theirs and text != theirs:
-            name = other.name if other is not None else ""
+    """Both images of a pair must show one prompt, where both are known: a folder of kept images may come from
+    another protocol.
+    """
+    for offset, (text, other_text) in enumerate(zip(batch.prompts, other_batch.prompts, strict=True)):
+        if text and other_text and text != other_text:
             raise UserError(
-                f"image {drawn.first + offset} of {source.name} shows {text[:80]!r}, of {name} "
-                f"{theirs[:80]!r}; pairs are of one prompt and noise, make both under one protocol and seed"
+                f"image {batch.first + offset} of {source.name} shows {text[:80]!r}, of {other.name} "
+                f"{other_text[:80]!r}; pairs are of one prompt and noise, make both under one protocol and "
+                "seed"
             )
 
 
-def _check_prompts(drawn: SampledBatch, measures: Mapping[str, Measure]) -> None:
+def _check_prompts(batch: SampledBatch, measures: Mapping[str, Measure]) -> None:
     for name, measure in measures.items():
-        if measure.needs_prompts and not all(drawn.prompts):
-            number = drawn.first + drawn.prompts.index("")
+        if measure.needs_prompts and not all(batch.prompts):
+            number = batch.first + batch.prompts.index("")
             raise UserError(
                 f"image {number} has no prompt, so it has no {name}; give captions with --prompts, or leave "
                 f"{name} out of the metrics"
             )
 
 
-def _keep(drawn: SampledBatch, folder: Path) -> None:
-    for offset, (image, prompt) in enumerate(zip(drawn.views[NATIVE], drawn.prompts, strict=True)):
-        number = drawn.first + offset
+def _save_images(batch: SampledBatch, folder: Path) -> None:
+    for offset, (image, prompt) in enumerate(zip(batch.views[NATIVE], batch.prompts, strict=True)):
+        number = batch.first + offset
         save_png(image, folder / f"{number:08d}.png", {"prompt": prompt, "index": str(number)})

@@ -1,4 +1,4 @@
-"""Reference statistics in one file: what real images look like to each network, and the prompts of them."""
+"""Reference statistics in one file: feature statistics of the real images, and the protocol's prompts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,10 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """Statistics by the name of their rows (features, dinov2, …), and the protocol's prompts, if it has any.
+    """Feature statistics by the name of their rows (features, dinov2, ...), and the protocol's prompts.
 
-    `facts`: source, images, files_sha256 (of all files' sha256, in order), preprocessing, converted.
+    `facts`: source, images, files_sha256 (the digest of all files' sha256, in order), preprocessing and
+    converted.
     """
 
     stats: Mapping[str, FeatureStats]
@@ -38,7 +39,7 @@ class Reference:
         return next(iter(self.stats.values())).count
 
     def save(self, file: Path, *, keep: int = 0) -> None:
-        """Write one .safetensors file with `keep` random rows of each network (0: all), whole or not at all.
+        """Write one .safetensors file atomically, with `keep` random rows of each network (0: all rows).
 
         Networks of metrics with `all_reference_rows` keep every row. Raises UserError when the disk refuses.
         """
@@ -61,9 +62,9 @@ class Reference:
         if not file.is_file():
             raise UserError(f"{file}: no such statistics file; make one with `d2g eval stats`")
         try:
-            with safe_open(str(file), "pt") as held:
-                facts = json.loads((held.metadata() or {})["d2g_reference"])
-                tensors = {name: held.get_tensor(name) for name in held.keys()}
+            with safe_open(str(file), "pt") as content:
+                facts = json.loads((content.metadata() or {})["d2g_reference"])
+                tensors = {name: content.get_tensor(name) for name in content.keys()}
             if facts["version"] != VERSION:
                 raise ValueError(f"version {facts['version']}, expected {VERSION}")
             stats = {}
@@ -79,9 +80,14 @@ class Reference:
         return cls(stats=stats, prompts=prompts, facts=facts["facts"])
 
     def check(self, protocol: Protocol, sets: Mapping[str, FeatureNet]) -> None:
-        """Raise UserError unless these are statistics of this protocol's pictures and of these networks."""
-        wanted: dict[str, Any] = {"preprocessing": protocol.preprocessing, "reference": protocol.reference}
-        differ = differing({name: self.facts.get(name, wanted[name]) for name in wanted}, wanted)
+        """Raise UserError unless the statistics fit the protocol and the networks `sets`."""
+        expected_facts: dict[str, Any] = {
+            "preprocessing": protocol.preprocessing,
+            "reference": protocol.reference,
+        }
+        differ = differing(
+            {name: self.facts.get(name, expected_facts[name]) for name in expected_facts}, expected_facts
+        )
         for name, net in sets.items():
             if name not in self.stats:
                 raise UserError(

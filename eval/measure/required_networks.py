@@ -36,8 +36,8 @@ class Networks:
     """The loaded networks of an evaluation.
 
     `sets`: feature networks by the name of their rows: "features" (the protocol's), "dinov2", "fd_clip",
-    "cmmd" and DREAMSIM_ROWS. `pairs`: distances by the name of their rows. `extra`: further measures of single
-    images by the name of their rows, from a registered data source.
+    "cmmd" and DREAMSIM_ROWS. `pairs`: distances by the name of their rows. `extra`: further measures of
+    single images by the name of their rows, from a registered data source.
     """
 
     sets: Mapping[str, FeatureNet] = field(default_factory=dict)
@@ -140,7 +140,7 @@ def _load_features(networks: Networks, options: NetworkOptions) -> Networks:
 def _feature_set(
     rows: str, weights: str, load: Callable[[str | None, Device], FeatureNet]
 ) -> Callable[[Networks, NetworkOptions], Networks]:
-    """A loader of the feature network whose rows are called `rows` and whose files `--weights` calls `weights`."""
+    """A loader that adds a feature network as `rows`; `--weights` calls its files `weights`."""
 
     def add(networks: Networks, options: NetworkOptions) -> Networks:
         net = load(options.weights.get(weights), options.device)
@@ -169,7 +169,7 @@ def _load_clip(networks: Networks, options: NetworkOptions) -> Networks:
         )
     if file is None:
         return replace(networks, clip=load_clip(name, options.device))
-    # A file replaces the download of a tag. The name stays the tag's; the digest shows which weights it holds.
+    # A file replaces the download of a tag. The name stays the tag's; the digest shows the real weights.
     full = CLIP_PRESETS.get(name, name)
     clip = load_clip(f"{full.partition(':')[0]}:{file}", options.device)
     return replace(networks, clip=replace(clip, name=full))

@@ -13,8 +13,8 @@ SPARE = 5
 """Candidates beyond k that are measured again, because rounding may have changed their order."""
 
 CONFIDENCE = 8.0
-"""The rounding error of a dot product of D terms exceeds CONFIDENCE * sqrt(D) * eps * (size of the terms) with
-a probability below 1e-13 (Higham & Mary 2019, Theorem 2.4).
+"""The rounding error of a dot product of D terms exceeds CONFIDENCE * sqrt(D) * eps * (size of the terms)
+with a probability below 1e-13 (Higham & Mary 2019, Theorem 2.4).
 """
 
 PAIRS = 4096

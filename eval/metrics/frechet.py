@@ -53,7 +53,7 @@ def _root_trace(matrix: Tensor) -> float:
 
 
 def frechet_to(mean: Tensor, covariance: Tensor) -> Callable[[Tensor], float]:
-    """Return a function: Frechet distance of rows [N, D] (N >= 2) to a reference that is factored only once."""
+    """Factor a reference once; return a function of rows [N, D], N >= 2, that gives their distance to it."""
     mean, covariance = mean.double(), covariance.double()
     root, trace = factor(covariance), float(covariance.trace())
 

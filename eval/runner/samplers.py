@@ -116,7 +116,7 @@ def student_source(
     folder: Path | None = None,
     noise_scale: float = 1.0,
 ) -> ImageSource:
-    """A source of a distilled student: a run, one of its checkpoints (`folder`), an export, or a shipped name."""
+    """A source of a student: a run, one of its checkpoints (`folder`), an export, or a shipped name."""
     weights, named_teacher, timestep = student_folder(name)
     base = teacher or named_teacher
     if folder is None:

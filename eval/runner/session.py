@@ -136,7 +136,7 @@ class EvalSession:
         )
 
     def source(self, config: EvalRun, checkpoint: Path | None = None) -> ImageSource:
-        """The images to measure: files, a student (or one `checkpoint` of its run), a pipeline or a teacher."""
+        """What to measure: files, a student (or one `checkpoint` of its run), a pipeline or a teacher."""
         if config.images is not None:
             return image_source(open_images(config.images), self.prompts if config.prompts else ())
         if config.student is not None:
@@ -172,7 +172,7 @@ class EvalSession:
 
     @cached_property
     def other(self) -> ImageSource | None:
-        """The second source of paired metrics: the named images or teacher, else the student's own teacher."""
+        """The second source of paired metrics: the named one, else the student's own teacher."""
         config = self.config
         if not paired_metrics(self.metrics) and config.against is None:
             return None
