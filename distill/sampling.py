@@ -12,7 +12,7 @@ from torch import Tensor
 from d2g.core.config import WRITTEN_ANEW, from_json, read_object
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
-from d2g.core.png import grid, save_png
+from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
@@ -197,7 +197,7 @@ def save_samples(
         save_png(
             image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}
         )
-    save_png(grid(torch.stack(everything[:64])), out / "grid.png", {})
+    save_png(image_grid(torch.stack(everything[:64])), out / "grid.png", {})
     return {"out": str(out), "images": len(everything), "seconds_per_image": seconds / len(everything)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
-from d2g.core.png import grid, save_png
+from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
@@ -130,8 +130,10 @@ def _scores(results: dict[str, EvalResult]) -> dict[str, dict[str, float]]:
 def _write_output(config: DemoConfig, out: Path, result: DemoResult, images: dict[str, Tensor]) -> None:
     """Write the images, report.html and demo.json."""
     for sampler, pixels in images.items():
-        save_png(grid(pixels, columns=config.columns), out / f"{sampler}.png", {})
-    save_png(grid(torch.cat(list(images.values())), columns=config.columns), out / "side-by-side.png", {})
+        save_png(image_grid(pixels, columns=config.columns), out / f"{sampler}.png", {})
+    save_png(
+        image_grid(torch.cat(list(images.values())), columns=config.columns), out / "side-by-side.png", {}
+    )
     curves = {stage: read_stats(out / stage) for stage in ("ode", "gan")}
     prompts = scene_captions(config.columns, TEST_SEED)
     write_demo_report(out / "report.html", result.to_json(), images, prompts, curves, config.teacher_steps)

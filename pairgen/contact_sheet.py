@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
-from d2g.core.png import grid, save_png
+from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.diffusion.latents import decode_uint8, latent_space
 from d2g.diffusion.pretrained import load_vae
@@ -77,7 +77,7 @@ def contact_sheet(images: Tensor, captions: Sequence[str], heading: str) -> Tens
     wrapped = [wrap(caption, font, pictures[0].width, LINES) for caption in captions]
     depth = max(map(len, wrapped)) * (FONT + 3) + 4
     cells = [_cell(picture, lines, font, depth) for picture, lines in zip(pictures, wrapped, strict=True)]
-    table = F.pad(grid(torch.stack(cells), columns(len(cells)), gap=MARGIN), (MARGIN, 0), value=255)
+    table = F.pad(image_grid(torch.stack(cells), columns(len(cells)), gap=MARGIN), (MARGIN, 0), value=255)
     return torch.cat([_heading(heading, table.shape[2]), table], dim=1)
 
 

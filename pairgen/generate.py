@@ -80,7 +80,7 @@ def generate_pairs(
     finite.
     """
     started = time.monotonic()
-    device = process_group.init(patient=True)
+    device = process_group.init(long_waits=True)
     log_supported_stages(config)
     job = open_store(config, Path(out), device)
     spec, folder, tally = job.spec, Path(out), Tally(config.max_bad)

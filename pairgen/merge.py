@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from d2g.core.atomic_files import sync
+from d2g.core.atomic_files import fsync_path
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList
@@ -175,4 +175,4 @@ def _link(source: Path, target: Path, scratch: Path) -> None:
         text = f"cannot make a hard link of {source} in {scratch} ({error.strerror})"
         raise UserError(f"{text}; leave out --link to copy") from error
     temporary.replace(target)
-    sync(target.parent)
+    fsync_path(target.parent)

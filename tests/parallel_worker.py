@@ -90,9 +90,11 @@ def gradients(
                     logits = d(real, noise, text), d(fake, noise, text)
                 (discriminator_loss(*logits) / accumulate).backward()
         found = {
-            f"grad.{n}": engine.whole(p.grad) for n, p in network.named_parameters() if p.grad is not None
+            f"grad.{n}": engine.full_tensor(p.grad)
+            for n, p in network.named_parameters()
+            if p.grad is not None
         }
-        norm = d.clip(1.0)
+        norm = d.clip_gradients(1.0)
         optim.step()
     found["norm"] = norm
     # A pass that trains nothing leaves no gradients, and sees the updated weights.
@@ -103,7 +105,7 @@ def gradients(
     (slope,) = torch.autograd.grad(out, x)
     assert all(p.grad is None for p in network.parameters())
     found["slope"] = torch.cat(process_group.gather(slope))
-    found |= {f"weight.{n}": engine.whole(p.detach()).clone() for n, p in network.named_parameters()}
+    found |= {f"weight.{n}": engine.full_tensor(p.detach()).clone() for n, p in network.named_parameters()}
     return found
 
 

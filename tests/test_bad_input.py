@@ -199,7 +199,7 @@ def test_a_student_or_lpips_that_is_not_there(teacher: Path, job: Path, tmp_path
             "config.json",
             "copy it from another --out, where the same command as before writes it at its start",
         ),
-        ("checkpoints/000000008/meta.json", "000000008 to go on from the checkpoint before it"),
+        ("checkpoints/000000008/meta.json", "000000008 to continue from the checkpoint before it"),
     ],
 )
 def test_damaged_facts_of_a_run_are_named(

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and that a loss of power leaves so."""
+"""Files that are complete or absent, also after a loss of power."""
 
 import errno
 import os
@@ -8,27 +8,30 @@ from pathlib import Path
 
 from d2g.core.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write meets where there is no room."""
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a write for which there is no room."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old or the new one, never half of it, with the umask's rights (a
-    file of safetensors' own writer is its owner's alone). Raises UserError when the disk refuses.
+    """Write a file so that a reader sees the old or the new content, never a part of it.
+
+    The file gets the permissions of the umask. Raises UserError when the disk is full or refuses the write.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        publish(data, path, path.with_name(f".{path.name}.{own_mark()}.tmp"))
+        write_and_rename(data, path, path.with_name(f".{path.name}.{process_tag()}.tmp"))
     except OSError as error:
-        what, way = error.strerror or str(error), "choose another place, or mend this one"
-        if error.errno in FULL:
-            what, way = f"{what}, {mib_free(path):.1f} MiB free on its disk", "free space"
-        raise UserError(f"cannot write {path}: {what}; {way}, then run the same command again") from error
+        reason, remedy = error.strerror or str(error), "choose another place, or repair this one"
+        if error.errno in DISK_FULL_ERRNOS:
+            reason, remedy = f"{reason}, {free_mib(path):.1f} MiB free on its disk", "free space"
+        raise UserError(
+            f"cannot write {path}: {reason}; {remedy}, then run the same command again"
+        ) from error
 
 
-def publish(data: bytes | memoryview, path: Path, temporary: Path) -> None:
-    """Write `data` to `temporary`, sync it, rename it to `path`: whole or not there. Raises OSError."""
+def write_and_rename(data: bytes | memoryview, path: Path, temporary: Path) -> None:
+    """Write `data` to `temporary`, sync it, and rename it to `path`. Raises OSError."""
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -38,11 +41,11 @@ def publish(data: bytes | memoryview, path: Path, temporary: Path) -> None:
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
-def sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's names, to the disk. Raises OSError."""
+def fsync_path(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -50,12 +53,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def own_mark() -> str:
-    """What tells this process's temporary files from others', on a shared folder too."""
+def process_tag() -> str:
+    """A text that tells this process's temporary files from those of others, also on a shared folder."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
-def mib_free(path: Path) -> float:
-    """On the disk of `path`, or of the nearest folder above it that is there."""
-    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free / 2**20
+def free_mib(path: Path) -> float:
+    """Free space in MiB on the disk of `path`, or of its nearest parent folder that exists."""
+    parents = (path.absolute(), *path.absolute().parents)
+    return shutil.disk_usage(next(parent for parent in parents if parent.exists())).free / 2**20

@@ -1,13 +1,13 @@
-"""What can go wrong for a user, as exceptions whose text is the whole message.
+"""Errors that a user can act on. The text of the exception is the whole message, in one line.
 
-UserError             exit 1   the job cannot go on; the text says what, got, expected, what to do
-├── SettingError      exit 2   a wrong option or setting; names the nearest right one
-└── Interrupted       exit 130 stopped by the user; says what is safe on disk
+UserError             exit 1   the job cannot continue; the text says what, got, expected, what to do
+├── SettingError      exit 2   a wrong option or setting; the text names the nearest right one
+└── Interrupted       exit 130 stopped by the user; the text says what is safe on disk
 """
 
 
 class UserError(Exception):
-    """Something the user can mend. `str(error)` is one line and stands alone."""
+    """An error that the user can fix. `str(error)` is one line that needs no context."""
 
     exit_code = 1
 
@@ -19,6 +19,6 @@ class SettingError(UserError):
 
 
 class Interrupted(UserError):
-    """Ctrl-C or SIGTERM, raised where everything worth keeping is on disk."""
+    """Ctrl-C or SIGTERM, raised after everything worth keeping has been written to disk."""
 
     exit_code = 130

@@ -14,7 +14,7 @@ from d2g.core.errors import UserError
 
 
 def save_png(image: Tensor, path: Path, text: Mapping[str, str]) -> None:
-    """Write uint8 [3, H, W] as PNG with `text` as its metadata."""
+    """Write a uint8 image [3, H, W] as PNG with `text` as its metadata. Raises UserError if it cannot."""
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
@@ -27,12 +27,15 @@ def save_png(image: Tensor, path: Path, text: Mapping[str, str]) -> None:
         ) from error
 
 
-def grid(images: Tensor, columns: int = 0, gap: int = 2) -> Tensor:
-    """uint8 [N, 3, H, W] -> one picture [3, rows (H + gap), columns (W + gap)], row by row, white gaps."""
+def image_grid(images: Tensor, columns: int = 0, gap: int = 2) -> Tensor:
+    """Arrange uint8 images [N, 3, H, W] in a grid [3, rows (H + gap), columns (W + gap)] with white gaps.
+
+    columns: 0 makes the grid as square as possible. Images fill the grid row by row.
+    """
     columns = columns or ceil(sqrt(len(images)))
     rows = ceil(len(images) / columns)
     padded = F.pad(images, (0, gap, 0, gap), value=255)
     blank = torch.full((rows * columns - len(images), *padded.shape[1:]), 255, dtype=torch.uint8)
     cells = torch.cat([padded, blank]).unflatten(0, (rows, columns))
-    picture: Tensor = cells.permute(2, 0, 3, 1, 4)
-    return picture.reshape(3, rows * padded.shape[2], columns * padded.shape[3])
+    grid: Tensor = cells.permute(2, 0, 3, 1, 4)
+    return grid.reshape(3, rows * padded.shape[2], columns * padded.shape[3])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that loops read between steps, so that no step is ever half done."""
+"""Ctrl-C and SIGTERM as a flag that loops read between steps, so that a step is never interrupted."""
 
 import signal
 import threading
@@ -6,9 +6,10 @@ from types import FrameType, TracebackType
 
 
 class StopFlag:
-    """`with StopFlag() as stop: ... if stop: save and leave`. A second Ctrl-C interrupts at once.
+    """A context manager that is true after Ctrl-C or SIGTERM. A second Ctrl-C raises KeyboardInterrupt.
 
-    Outside the main thread no handler can be set, and the flag simply stays down.
+    Use it as `with StopFlag() as stop: ... if stop: save and return`. Outside the main thread Python
+    allows no signal handlers, and the flag stays false.
     """
 
     def __init__(self) -> None:
@@ -18,7 +19,7 @@ class StopFlag:
     def __enter__(self) -> "StopFlag":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._raise)
+                self._old[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -30,8 +31,8 @@ class StopFlag:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        # Clusters send SIGTERM to every process and torchrun sends it on: a second one is no more urgent.
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Clusters send SIGTERM to every process and torchrun forwards it: a second one is not more urgent.
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number

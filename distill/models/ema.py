@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.distributed import process_group
-from d2g.core.distributed.engine import local, shard_like
+from d2g.core.distributed.engine import local_shard, shard_like
 
 
 class EMA:
@@ -31,12 +31,12 @@ class EMA:
         averages: list[Tensor] = []
         values: list[Tensor] = []
         for name, value in module.state_dict().items():
-            average = local(self.tensors[name])
+            average = local_shard(self.tensors[name])
             if average.is_floating_point():
                 averages.append(average)
-                values.append(local(value).detach().to(average))
+                values.append(local_shard(value).detach().to(average))
             else:
-                average.copy_(local(value))
+                average.copy_(local_shard(value))
         torch._foreach_lerp_(averages, values, 1.0 - beta)  # one launch for a thousand tensors
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class EMA:
             raise ValueError(f"EMA names differ: {sorted(set(tensors) ^ set(self.tensors))[:3]}")
         for name, value in tensors.items():
             average = self.tensors[name]
-            local(average).copy_(local(shard_like(value, average)))
+            local_shard(average).copy_(local_shard(shard_like(value, average)))
 
     @torch.no_grad()
     def drift(self, module: nn.Module) -> float:
@@ -54,7 +54,7 @@ class EMA:
         apart = size = torch.zeros((), dtype=torch.float64)
         for name, value in module.state_dict().items():
             if value.is_floating_point():
-                average, weights = local(self.tensors[name]), local(value).float()
+                average, weights = local_shard(self.tensors[name]), local_shard(value).float()
                 apart = apart.to(weights.device) + (average - weights).square().sum()
                 size = size.to(weights.device) + weights.square().sum()
         sums = process_group.mean({"apart": float(apart), "size": float(size)})  # of shards, or of equals

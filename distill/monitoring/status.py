@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from d2g.core.config import WRITTEN_ANEW, read_object
-from d2g.core.distributed.checkpoint import whole_points
+from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import ENDED, read_stats
 from distill.monitoring.collapse import findings
@@ -79,7 +79,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
     if not (finished or ended):
         silent = _silent_minutes(folder, lines, time.time() if now is None else now)
     progressing = finished or not (ended or silent)
-    points = whole_points(folder / "checkpoints")
+    points = complete_points(folder / "checkpoints")
     previews = sorted((folder / "previews").glob("*.png"), key=lambda path: path.stem.rpartition("-")[2])
     return View(
         out=str(folder),

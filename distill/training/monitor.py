@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.distributed import process_group
-from d2g.core.distributed.checkpoint import whole_points
+from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.distributed.sharded_checkpoint import Writer
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.tracking.run_directory import Pace, RunLog
@@ -167,7 +167,9 @@ class Watching:
     def best(self, nimg: int) -> int | None:
         """The best validated point among those saved and `nimg`, as rank 0 sees it."""
         found = None
-        if process_group.rank() == 0 and (point := best(self.log.read(), {*whole_points(self.folder), nimg})):
+        if process_group.rank() == 0 and (
+            point := best(self.log.read(), {*complete_points(self.folder), nimg})
+        ):
             found = point[0]
         return process_group.gather_objects(found)[0]
 

@@ -54,7 +54,7 @@ def update(
 
     `check` sees that norm before the update, and may raise: a finite loss can have a gradient that is not.
     """
-    norm = network.clip(config.clip_norm or math.inf)
+    norm = network.clip_gradients(config.clip_norm or math.inf)
     check(norm)
     for group in optim.param_groups:
         group["lr"] = lr

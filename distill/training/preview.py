@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2g.core.png import grid
+from d2g.core.png import image_grid
 from d2g.diffusion.latents import decode_uint8
 from distill.training.validation import Draw
 from pairgen.store.concat import scales
@@ -39,7 +39,7 @@ def preview(student: Tensor, teacher: Tensor, vae: Any, batch_size: int = 8) -> 
     pictures = [torch.cat(list(decode_uint8(vae, x, batch_size))) for x in (teacher, student)]
     strips = [x[first : first + COLUMNS] for first in range(0, len(student), COLUMNS) for x in pictures]
     columns = min(COLUMNS, len(student))
-    return grid(torch.cat([_padded(strip, columns) for strip in strips]), columns)
+    return image_grid(torch.cat([_padded(strip, columns) for strip in strips]), columns)
 
 
 def preview_text(prompts: Sequence[str], nimg: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.distributed import process_group
-from d2g.core.distributed.engine import local
+from d2g.core.distributed.engine import local_shard
 from d2g.core.errors import SettingError
 from d2g.core.seeds import Stream, generator, noise
 from latent_lpips.augment import AugmentParams
@@ -56,7 +56,7 @@ def averaged(module: nn.Module, averages: Mapping[str, Tensor]) -> Iterator[None
 @torch.no_grad()
 def _exchange(module: nn.Module, averages: Mapping[str, Tensor]) -> None:
     for name, value in module.state_dict().items():
-        mine, other = local(value), local(averages[name])
+        mine, other = local_shard(value), local_shard(averages[name])
         assert mine.dtype == other.dtype, f"{name}: {mine.dtype} and {other.dtype} cannot be exchanged"
         kept = mine.clone()
         mine.copy_(other)

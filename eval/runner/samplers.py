@@ -138,7 +138,7 @@ def student_source(
 def checkpoints(run: str) -> list[Path]:
     """The checkpoint folders of a run, oldest first. Raises UserError when there are none."""
     folder = Path(run) / "checkpoints"
-    folders = checkpoint.all_whole(folder)
+    folders = checkpoint.list_checkpoints(folder)
     if not folders:
         raise UserError(f"{folder} holds no checkpoint; give a run of `d2g distill` that has some")
     return folders

@@ -35,7 +35,7 @@ class EvalSession:
 
     def __init__(self, config: EvalRun, progress: Progress = quiet) -> None:
         self.config, self.progress = config, progress
-        self.device = process_group.init(patient=True)
+        self.device = process_group.init(long_waits=True)
         protocol = config.protocol
         self.protocol = protocol if config.seed is None else replace(protocol, seed=config.seed)
         self.metrics = config.metrics or self.protocol.metrics

@@ -18,7 +18,7 @@ from torch import Tensor
 from d2g.core.config import to_json
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import Interrupted, UserError
-from d2g.core.png import grid, save_png
+from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator, noise
 from d2g.core.signals import StopFlag
@@ -93,7 +93,7 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
     plot_overfit(curves, files)
     rows = [to_uint8(target_pixels).cpu(), *(to_uint8(decode(vae, x)).cpu() for x in latents.values())]
     text = {"rows": ", ".join(["target", *latents])}
-    save_png(grid(torch.cat(rows), columns=config.count), out / "decoded.png", text)
+    save_png(image_grid(torch.cat(rows), columns=config.count), out / "decoded.png", text)
     final = {
         families: {k: v for k, v in lines[-1].items() if k not in ("nimg", "step")}
         for families, lines in curves.items()

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from d2g.core.atomic_files import FULL
+from d2g.core.atomic_files import DISK_FULL_ERRNOS
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
 from pairgen.store.hdf5 import SEAL, DamagedShard, OpenShard, damaged, seal_of
@@ -215,7 +215,7 @@ class RemoteShards:
                 text = f"{self.url}/{file}: access denied ({_line(error)})"
                 raise UserError(f"{text}; give credentials as this protocol's package takes them") from error
             except Exception as error:  # each protocol has its own
-                if isinstance(error, OSError) and error.errno in FULL:
+                if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
                     raise
                 if wait is None:
                     what = f"{type(error).__name__} ({_line(error)}), tried {len(WAITS) + 1} times"

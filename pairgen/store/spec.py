@@ -217,8 +217,8 @@ def writing(folder: Path, safe: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in atomic_files.FULL:
-            free = f"{atomic_files.mib_free(folder):.1f} MiB free on its disk"
+        if error.errno in atomic_files.DISK_FULL_ERRNOS:
+            free = f"{atomic_files.free_mib(folder):.1f} MiB free on its disk"
             text = f"no room to write in {folder} ({error.strerror}; {free}); {safe}"
             raise UserError(f"{text}; make room and run the same command again") from error
         text = f"cannot write {error.filename or folder} ({error.strerror}); {safe}"
@@ -227,9 +227,9 @@ def writing(folder: Path, safe: str) -> Iterator[None]:
 
 def write_atomically(data: bytes | memoryview, path: Path, scratch: Path) -> None:
     """Write `data` under a temporary name in `scratch`, sync it, rename it to `path`: whole or not there."""
-    atomic_files.publish(data, path, temporary_name(path, scratch))
+    atomic_files.write_and_rename(data, path, temporary_name(path, scratch))
 
 
 def temporary_name(path: Path, scratch: Path) -> Path:
     """What `path` is called in `scratch` until it is whole."""
-    return scratch / f"{path.stem}.{atomic_files.own_mark()}.tmp"
+    return scratch / f"{path.stem}.{atomic_files.process_tag()}.tmp"

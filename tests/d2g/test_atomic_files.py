@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2g.core.atomic_files import publish, sync, write_atomically
+from d2g.core.atomic_files import fsync_path, write_and_rename, write_atomically
 from d2g.core.errors import UserError
 from forks import fork
 from jobs import files_of_at_most
@@ -29,7 +29,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
             write_atomically(path, content)
         assert str(caught.value).endswith("its disk; free space, then run the same command again")
         assert path.read_bytes() == b"\xff\r\n" and names(path.parent) == ["b.json"]
-    elsewhere = "; choose another place, or mend this one, then run the same command again$"
+    elsewhere = "; choose another place, or repair this one, then run the same command again$"
     with pytest.raises(UserError, match=f"cannot write .*below: File exists{elsewhere}"):
         write_atomically(path / "below", "text")
     with pytest.raises(UserError, match=f"cannot write .*: Is a directory{elsewhere}"):
@@ -56,7 +56,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            publish(b"data", path, pipe)
+            write_and_rename(b"data", path, pipe)
 
     child = fork(work)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -64,6 +64,6 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_cannot_be_synced(tmp_path: Path) -> None:
-    sync(tmp_path)
+    fsync_path(tmp_path)
     with pytest.raises(FileNotFoundError):
-        sync(tmp_path / "none")
+        fsync_path(tmp_path / "none")

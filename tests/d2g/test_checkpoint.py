@@ -117,10 +117,12 @@ def test_a_damaged_meta_is_named(tmp_path: Path, content: str, why: str) -> None
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "meta.json"
     path.write_text(content)
-    damaged = rf"^{path} is damaged \({why}\); delete {path.parent} to go on from the checkpoint before it$"
+    damaged = (
+        rf"^{path} is damaged \({why}\); delete {path.parent} to continue from the checkpoint before it$"
+    )
     with pytest.raises(UserError, match=damaged):
         checkpoint.latest(tmp_path)
-    assert checkpoint.whole_points(tmp_path) == [1, 2]
+    assert checkpoint.complete_points(tmp_path) == [1, 2]
     shutil.rmtree(path.parent)
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.nimg == 1
@@ -130,18 +132,18 @@ def test_a_checkpoint_without_its_meta_is_damage(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     (path / "meta.json").unlink()
-    damaged = rf"^{path} is damaged \(it has no meta\.json\); delete {path} to go on without it$"
+    damaged = rf"^{path} is damaged \(it has no meta\.json\); delete {path} to continue without it$"
     for look, folder in (
         (checkpoint.latest, tmp_path),
-        (checkpoint.all_whole, tmp_path),
+        (checkpoint.list_checkpoints, tmp_path),
         (checkpoint.open_checkpoint, path),
     ):
         with pytest.raises(UserError, match=damaged):
             look(folder)
-    assert checkpoint.whole_points(tmp_path) == [1]
+    assert checkpoint.complete_points(tmp_path) == [1]
     shutil.rmtree(path)
     found = checkpoint.latest(tmp_path)
-    assert found is not None and found.nimg == 1 and checkpoint.all_whole(tmp_path) == [found.folder]
+    assert found is not None and found.nimg == 1 and checkpoint.list_checkpoints(tmp_path) == [found.folder]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone"])
@@ -238,7 +240,7 @@ def test_a_kill_in_the_midst_of_deleting_is_no_damage(nimg: int, kind: str, tmp_
         found = checkpoint.latest(tmp_path)
         assert found is not None and found.nimg >= (1 if nimg == 2 else 2)
         write(nimg)
-        assert checkpoint.whole_points(tmp_path)[-1] == nimg
+        assert checkpoint.complete_points(tmp_path)[-1] == nimg
         assert all(name.isdigit() for name in names(tmp_path)), "what was left is swept"
         shutil.rmtree(tmp_path)
     assert number > 4, "each of its files, and the folder"

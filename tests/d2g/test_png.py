@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from d2g.core.errors import UserError
-from d2g.core.png import grid, save_png
+from d2g.core.png import image_grid, save_png
 from d2g.core.seeds import generator
 
 
@@ -40,7 +40,7 @@ def test_unwritable_is_a_user_error(tmp_path: Path) -> None:
 
 def test_grid_lays_rows_out_with_white_gaps() -> None:
     images = torch.arange(1, 6, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 4)
-    result = grid(images, columns=3, gap=1)
+    result = image_grid(images, columns=3, gap=1)
     assert result.shape == (3, 2 * (2 + 1), 3 * (4 + 1)) and result.dtype == torch.uint8
     one, two, three, four, five, white = 1, 2, 3, 4, 5, 255
     top = [one] * 4 + [white] + [two] * 4 + [white] + [three] * 4 + [white]
@@ -51,5 +51,5 @@ def test_grid_lays_rows_out_with_white_gaps() -> None:
 
 @pytest.mark.parametrize("count, shape", [(1, (1, 1)), (4, (2, 2)), (5, (2, 3)), (9, (3, 3))])
 def test_grid_is_about_square_by_default(count: int, shape: tuple[int, int]) -> None:
-    result = grid(torch.zeros(count, 3, 8, 8, dtype=torch.uint8))
+    result = image_grid(torch.zeros(count, 3, 8, 8, dtype=torch.uint8))
     assert result.shape[1:] == (shape[0] * 10, shape[1] * 10)

@@ -119,7 +119,7 @@ def test_each_start_agrees_on_a_name_of_its_own_in_a_store_that_stays(late: int)
 
     def come(rank: int) -> str:
         time.sleep(0.2 if rank == late else 0)
-        return process_group.agree(store, rank, 3)
+        return process_group.agree_on_name(store, rank, 3)
 
     with ThreadPoolExecutor(3) as pool:
         names = [set(pool.map(come, range(3))) for _ in range(3)]

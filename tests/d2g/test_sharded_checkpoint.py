@@ -81,7 +81,7 @@ def test_what_is_written_is_of_the_moment(background: bool, tmp_path: Path) -> N
 def test_the_newest_and_the_spared_stay(tmp_path: Path) -> None:
     for nimg in (4, 8, 12, 16):
         save(tmp_path, nimg, seed=0, keep=2, spare={"000000004"})
-    assert checkpoint.whole_points(tmp_path) == [4, 12, 16]
+    assert checkpoint.complete_points(tmp_path) == [4, 12, 16]
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
         shard = last.folder / "ema.safetensors"
         shard.unlink()
     with pytest.raises(
-        UserError, match=r"delete .*000000008 to go on from the checkpoint before it"
+        UserError, match=r"delete .*000000008 to continue from the checkpoint before it"
     ) as caught:
         sharded_checkpoint.verify(last)
     assert str(caught.value).startswith(str(shard))

@@ -185,8 +185,8 @@ def test_killed_ranks(
     moment = random.Random(os.getpid()).randrange(1, 8)
     running = start_ranks(arguments, tmp_path / "first")
     folder = out / "checkpoints"
-    running[0].wait_for(lambda: len(checkpoint.whole_points(folder)) > 0)
-    running[0].wait_for(lambda: checkpoint.whole_points(folder)[-1:] >= [4 * moment])
+    running[0].wait_for(lambda: len(checkpoint.complete_points(folder)) > 0)
+    running[0].wait_for(lambda: checkpoint.complete_points(folder)[-1:] >= [4 * moment])
     for victim in running if which == "all" else running[1:]:
         victim.send(signal.SIGKILL)
     ended = [each.wait(120) for each in running]
@@ -215,7 +215,7 @@ def test_torchrun_starts_killed_workers_again(
     with open(tmp_path / "log", "w") as log:
         running = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
     try:
-        while not checkpoint.whole_points(out / "checkpoints"):
+        while not checkpoint.complete_points(out / "checkpoints"):
             assert running.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.01)
         workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
@@ -268,7 +268,7 @@ def test_a_checkpoint_that_is_not_this_run_s(
         (out / "checkpoints" / "000000016").rename(tmp_path / "away")
         (tmp_path / "other" / "checkpoints" / "000000016").rename(out / "checkpoints" / "000000016")
     ended = d2g(distill_arguments(config, out, *STEPS, "train.images=20"), tmp_path / "log")
-    assert ended.code == 1 and "go on from the checkpoint before it" in ended.error
+    assert ended.code == 1 and "continue from the checkpoint before it" in ended.error
     assert ("of a run with other networks" in ended.error) == (harm is None)
 
 
@@ -388,7 +388,7 @@ def test_validation_does_not_touch_training_and_the_best_stays(
     }
     assert sorted(values) == list(range(4, 44, 4))
     best = min(values, key=lambda nimg: (values[nimg], nimg))
-    assert checkpoint.whole_points(tmp_path / "kept" / "checkpoints") == sorted({best, 40})
+    assert checkpoint.complete_points(tmp_path / "kept" / "checkpoints") == sorted({best, 40})
     assert (tmp_path / "kept" / "health.png").is_file()
     assert len(list((tmp_path / "kept" / "previews").glob("preview-*.png"))) == 10
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["length"]["keep_best"] is True

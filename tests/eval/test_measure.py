@@ -107,7 +107,7 @@ def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path)
     pairs = {"apart": PairMeasure(size=NATIVE, function=lambda a, b: (a != b).double().mean((1, 2, 3)))}
 
     def work(rank: int) -> None:
-        process_group.init(patient=True)
+        process_group.init(long_waits=True)
         part = MeasureOptions(part=8, batch_size=rank + 3)
         rows = measure_source(sampler(), range(50), MEASURES, pairs=pairs, other=sampler(1), work=part)
         save_part(tmp_path / f"{rank}.safetensors", rows)

@@ -1,6 +1,6 @@
-"""Checkpoints: a folder per point in training, whole or absent. Tensors in safetensors, counters in JSON.
+"""Checkpoints of one process: a folder per point in training, complete or absent.
 
-RUN/checkpoints/000012800/{student,ema,…}.safetensors  state.pt (optimisers)  meta.json
+RUN/checkpoints/000012800/{student,ema,…}.safetensors  state.pt (optimizers)  meta.json (counters)
 """
 
 import json
@@ -17,30 +17,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d2g.core.atomic_files import sync
+from d2g.core.atomic_files import fsync_path
 from d2g.core.config import read_object
 from d2g.core.errors import UserError
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk. `nimg`: training images seen; `meta`: the content of meta.json."""
 
     folder: Path
     nimg: int
     meta: dict[str, Any]
 
     def load(self, name: str, module: nn.Module) -> None:
-        """Strictly load `name`.safetensors into `module`, keeping the module's dtypes and device."""
+        """Load `name`.safetensors into `module` strictly. The module keeps its dtypes and device."""
         module.load_state_dict(self.tensors(name), strict=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The state dict `name`. Raises UserError where it is absent or damaged."""
+        """The state dict in `name`.safetensors. Raises UserError if the file is missing or damaged."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
-            found = sorted(p.stem for p in self.folder.glob("*.safetensors"))
+            names = sorted(p.stem for p in self.folder.glob("*.safetensors"))
             raise UserError(
-                f"{self.folder}: no {name}.safetensors, found {', '.join(found) or 'none'}; "
+                f"{self.folder}: no {name}.safetensors, found {', '.join(names) or 'none'}; "
                 "choose another checkpoint"
             )
         try:
@@ -49,13 +49,13 @@ class Checkpoint:
             raise UserError(f"{path} is damaged ({error}); {remedy(self.folder)}") from error
 
     def state(self) -> dict[str, Any]:
-        """Optimiser states and the like. Raises UserError where they are absent or damaged."""
+        """The optimizer states in state.pt. Raises UserError if the file is missing or damaged."""
         path = self.folder / "state.pt"
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            why = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(f"{path} is damaged ({why}); {remedy(self.folder)}") from error
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{path} is damaged ({reason}); {remedy(self.folder)}") from error
         return state
 
 
@@ -67,16 +67,19 @@ def save(
     meta: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write a checkpoint under a temporary name, sync it, rename it; then drop all but the newest `keep`.
+    """Write a checkpoint to a temporary folder, sync and rename it, then delete all but the newest `keep`.
 
-    Raises UserError when the disk is full or the folder cannot be written; what was there before stays.
+    modules: state dicts by file name. Returns the checkpoint's folder. Raises UserError when the disk is
+    full or the folder cannot be written; earlier checkpoints stay.
     """
     target = folder / f"{nimg:09d}"
     temporary = folder / f".{nimg:09d}.{os.getpid()}.tmp"
     try:
-        for torn in folder.glob(".*.tmp"):  # what killed writers left; a run has one writer
-            shutil.rmtree(torn)
+        # Remove what killed writers have left. A run has one writer.
+        for leftover in folder.glob(".*.tmp"):
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True, exist_ok=True)
+        # Write all files and sync them.
         for name, tensors in modules.items():
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
@@ -85,83 +88,89 @@ def save(
         torch.save(dict(state), temporary / "state.pt")
         (temporary / "meta.json").write_text(json.dumps({**meta, "nimg": nimg}, indent=1))
         for path in (*sorted(temporary.iterdir()), temporary):
-            sync(path)
-        if target.exists():  # the same point of the same run, written again after a resume
+            fsync_path(path)
+        # Give the folder its name. A resumed run may write the same point again.
+        if target.exists():
             discard(target)
         os.replace(temporary, target)
-        sync(folder)  # before older ones go
+        fsync_path(folder)  # before older checkpoints are deleted
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest(folder)
-        safe = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
+        last_good = (
+            f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
+        )
         raise UserError(
-            f"cannot write checkpoint {target}: {error}; {safe}; free space, then run the same command again"
+            f"cannot write checkpoint {target}: {error}; {last_good}; free space, then run the same command "
+            "again"
         ) from error
     prune(folder, keep)
     return target
 
 
 def prune(folder: Path, keep: int, spare: Collection[str] = ()) -> None:
-    """Drop all whole checkpoints but the newest `keep` and those named in `spare`."""
-    for old in _whole(folder)[:-keep]:
+    """Delete all complete checkpoints but the newest `keep` and those whose names are in `spare`."""
+    for old in _complete(folder)[:-keep]:
         if old.name not in spare:
             discard(old)
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint. A kill halfway leaves a name that no reader sees and the next writer sweeps."""
-    away = folder.with_name(f".{folder.name}.old.tmp")
-    os.replace(folder, away)
-    sync(folder.parent)
-    shutil.rmtree(away)
+    """Delete a checkpoint. If killed halfway, it leaves a temporary folder for the next writer to remove."""
+    trash = folder.with_name(f".{folder.name}.old.tmp")
+    os.replace(folder, trash)
+    fsync_path(folder.parent)
+    shutil.rmtree(trash)
 
 
-def _whole(folder: Path) -> list[Path]:
+def _complete(folder: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / "meta.json").is_file())
 
 
-def whole_points(folder: Path) -> list[int]:
-    """Images at each whole checkpoint of a run's `checkpoints` folder, ascending."""
-    return [int(path.name) for path in _whole(folder)]
+def complete_points(folder: Path) -> list[int]:
+    """Training images of each complete checkpoint in a run's `checkpoints` folder, ascending."""
+    return [int(path.name) for path in _complete(folder)]
 
 
-def all_whole(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` folder, oldest first. Raises UserError for one without a
-    meta.json: its writer gave it its name when all of it was there.
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders of the checkpoints in a run's `checkpoints` folder, oldest first.
+
+    Raises UserError for one without meta.json: it was complete when it got its name, so a file is lost.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name.isdigit():
-            _refuse_lost_meta(path)
-    return _whole(folder)
+            _require_meta(path)
+    return _complete(folder)
 
 
-def _refuse_lost_meta(folder: Path) -> None:
+def _require_meta(folder: Path) -> None:
     meta = folder / "meta.json"
-    # Asked twice, for a writer may drop the folder, or write it again, meanwhile.
+    # Check twice: meanwhile a writer may delete the folder, or write it again.
     if not meta.is_file() and folder.is_dir() and not meta.is_file():
-        raise UserError(f"{folder} is damaged (it has no meta.json); delete {folder} to go on without it")
+        raise UserError(f"{folder} is damaged (it has no meta.json); delete {folder} to continue without it")
 
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of a run's `checkpoints` folder, or None. Raises UserError for damage."""
-    whole = all_whole(folder)
-    return open_checkpoint(whole[-1]) if whole else None
+    folders = list_checkpoints(folder)
+    return open_checkpoint(folders[-1]) if folders else None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint folder by name. Raises UserError for damage, or naming the ones that are there."""
-    _refuse_lost_meta(folder)
+    """Open a checkpoint folder. Raises UserError if it is damaged or missing, naming those beside it."""
+    _require_meta(folder)
     if not (folder / "meta.json").is_file():
-        found = [p.name for p in _whole(folder.parent)]
-        raise UserError(f"no checkpoint {folder}; found {', '.join(found) or 'none'} beside it")
+        names = [path.name for path in _complete(folder.parent)]
+        raise UserError(f"no checkpoint {folder}; found {', '.join(names) or 'none'} beside it")
     meta = read_object(folder / "meta.json", remedy(folder))
     if not isinstance(nimg := meta.get("nimg"), int):
-        raise UserError(f"{folder / 'meta.json'} is damaged (it names no nimg); {remedy(folder)}")
+        raise UserError(f"{folder / 'meta.json'} is damaged (it has no nimg); {remedy(folder)}")
     return Checkpoint(folder, nimg, meta)
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a damaged checkpoint."""
-    return f"delete {folder} to go on from the checkpoint before it"
+    """The end of an error message about a damaged checkpoint: what to do."""
+    return f"delete {folder} to continue from the checkpoint before it"

@@ -1,8 +1,8 @@
-"""A network under DDP, FSDP2 or alone, with gradients that stay exact where backward runs more than once.
+"""A network under DDP, FSDP2 or in one process, with exact gradients when backward runs more than once.
 
-A second backward pass through DDP is not averaged, and one through FSDP2 meets freed storage (method.md
-"R1 under DDP" and "R1 under FSDP2"). Here such passes run on the bare network: under DDP their gradients stay
-local until the last pass averages everything; under FSDP2 the gathered weights stay until the pass is over.
+A second backward pass through DDP is not averaged, and one through FSDP2 reads freed storage (method.md
+"R1 under DDP" and "R1 under FSDP2"). Here such passes run on the bare module: under DDP their gradients stay
+local until the last pass averages them all; under FSDP2 the gathered weights stay until the pass is over.
 """
 
 import math
@@ -28,10 +28,10 @@ Kind = Literal["ddp", "fsdp"]
 
 
 class DistributedModule:
-    """One network that is trained: call it as the network itself.
+    """A network in training under DDP or FSDP2, called like the network itself.
 
-    `module`: the bare network, its parameters those to optimise; under FSDP2 they are DTensors. Make the
-    optimizer after this. Every rank ends up with rank 0's weights.
+    `module` is the bare network, whose parameters the optimizer gets; under FSDP2 they are DTensors, so
+    create the optimizer after this. Every rank starts with rank 0's weights.
     """
 
     def __init__(
@@ -46,9 +46,11 @@ class DistributedModule:
         half: torch.dtype | None = None,
         compile_backend: str = "",
     ) -> None:
-        """layers: what is gathered at once under FSDP2. roots: the modules that hold the rest, each cast to
-        `half` at its own boundary; what surrounds them stays in fp32. replicas: groups of ranks that each
-        hold all of the weights (hybrid sharding). compile_backend: a torch.compile backend; "" runs eagerly.
+        """Wrap the network for this process group.
+
+        layers: modules that FSDP2 gathers one at a time. roots: modules that hold the remaining parameters,
+        cast to `half` at their own boundary; everything around them stays in fp32. replicas: groups of ranks
+        that each hold all weights (hybrid sharding). compile_backend: a torch.compile backend; "" is eager.
         """
         self.module, self.kind = module, kind
         self.call: Callable[..., Any] = module
@@ -83,12 +85,12 @@ class DistributedModule:
     ) -> None:
         mesh = _mesh(device, replicas)
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
-        whole = self.module.state_dict() if process_group.rank() == 0 else {}
+        full_state = self.module.state_dict() if process_group.rank() == 0 else {}
         for part in (*layers, *roots):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         self.module.to_empty(device=device)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-        set_model_state_dict(self.module, whole, options=options)
+        set_model_state_dict(self.module, full_state, options=options)
 
     @property
     def sharded(self) -> list[FSDPModule]:
@@ -96,45 +98,45 @@ class DistributedModule:
         return [part for part in self.module.modules() if isinstance(part, FSDPModule)]
 
     @contextmanager
-    def no_sync(self, really: bool = True) -> Iterator[None]:
-        """Backward passes inside add to this rank's gradients; the next one outside averages them all.
+    def no_sync(self, enabled: bool = True) -> Iterator[None]:
+        """Backward passes inside the block add to this rank's gradients; the next one outside averages all.
 
-        FSDP2 averages and adds pass by pass, which is as exact.
+        FSDP2 averages and adds in each pass, which gives the same gradients.
         """
         inside: AbstractContextManager[Any] = nullcontext()
-        if really and isinstance(self.wrapper, DistributedDataParallel):
+        if enabled and isinstance(self.wrapper, DistributedDataParallel):
             inside = self.wrapper.no_sync()
         with inside:
             yield
 
     def forward_frozen(self, *args: Any) -> Any:
-        """A forward pass that trains nothing, while no parameter asks for a gradient: DDP stays out of it."""
+        """A forward pass that bypasses DDP, for parameters that do not require gradients."""
         return self.local_call(*args)
 
     @property
     def wrapper(self) -> nn.Module:
-        """What DDP made, or the network."""
+        """The DDP wrapper, or the network itself."""
         inner = getattr(self.call, "_orig_mod", self.call)
         assert isinstance(inner, nn.Module)
         return inner
 
     @contextmanager
     def bare_module(self) -> Iterator[nn.Module]:
-        """The network for passes whose gradient is differentiated again: eager, unwrapped, with attention
-        that has a second derivative (method.md "Second derivative of attention"), also where activations are
-        computed again.
+        """The network for passes whose gradient is differentiated again.
 
-        Call backward inside. An averaged pass must follow before the optimizer's step (DDP).
+        It is eager and unwrapped, and its attention has a second derivative (method.md "Second derivative of
+        attention"), also where activations are recomputed. Call backward inside. Under DDP an averaged pass must
+        follow before the optimizer's step.
         """
         with ExitStack() as stack:
-            if self.compiled:  # set_stance loads dynamo, which takes seconds
+            if self.compiled:  # set_stance loads dynamo, which takes seconds, so only when needed
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(self.no_sync())
             for part in self.sharded:
                 part.set_reshard_after_backward(False, recurse=False)
             yield self.module
-            for p in self.parameters():  # DDP wants gradients laid out as their parameters
+            for p in self.parameters():  # DDP needs gradients with their parameters' memory layout
                 if p.grad is not None and p.grad.stride() != p.stride():
                     p.grad = torch.empty_like(p).copy_(p.grad)
             # Without this the optimizer would update the shards, and the next pass use the old weights.
@@ -143,32 +145,34 @@ class DistributedModule:
                 part.set_reshard_after_backward(True, recurse=False)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that are trained."""
+        """The parameters that require gradients."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def clip(self, most: float) -> Tensor:
-        """Scale gradients so that their norm over all parameters and ranks is at most `most`; return the
-        norm it was."""
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale gradients so that their norm over all parameters and ranks is at most `max_norm`.
+
+        Returns the norm before scaling.
+        """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if math.isfinite(most):
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), most, norm)
-        return whole(norm)
+        if math.isfinite(max_norm):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
+        return full_tensor(norm)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded, on every rank."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded, sharing its memory."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or the tensor itself if it is not sharded; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of `full`, where `like` is sharded; no communication."""
+    """This rank's shard of `full`, sharded like `like` (all of it if `like` is not). No communication."""
     if not isinstance(like, DTensor):
         return full.to(like)
     from torch.distributed.tensor import distribute_tensor
@@ -182,16 +186,16 @@ def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
     world = process_group.world_size()
     if world % replicas:
         raise SettingError(f"engine.replicas is {replicas}; expected a divisor of the {world} processes")
-    process_group.join_alone()
+    process_group.init_single_process()
     if replicas == 1:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replica", "shard"))
 
 
 def recompute(layers: Iterable[nn.Module]) -> None:
-    """Keep only the inputs of these layers for backward, and run them again there.
+    """Activation checkpointing: keep only the inputs of these layers and run them again in backward.
 
-    Non-reentrant, the one form that allows a second derivative (method.md "Activation checkpointing").
+    Non-reentrant, the only form that allows a second derivative (method.md "Activation checkpointing").
     """
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -1,4 +1,10 @@
-"""The one door to torch.distributed. Everything runs without a process group as rank 0 of 1."""
+"""Access to torch.distributed. Without a process group every function acts as rank 0 of 1.
+
+The final error of a failed run is published in torchrun's store, so that one `error:` line is printed and not
+one per rank. `torch.distributed.elastic.multiprocessing.errors.record` does not replace this: under it each
+rank still prints its own error and torchrun repeats all of them (measured: 73 lines for two ranks), and the
+import of torch that it needs would delay `--help` by seconds.
+"""
 
 import os
 import time
@@ -18,24 +24,24 @@ from d2g.core.signals import StopFlag
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others to start."""
+JOIN_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others to start."""
 
 GRACE = timedelta(seconds=10)
-"""How long a process that ends waits for rank 0 to end likewise."""
+"""How long a failing rank waits for rank 0 to publish the same error."""
 
-STEP = timedelta(seconds=2)
-"""The same once rank 0 has come to the others: they work in step, and what all find they find together."""
+GRACE_IN_STEP = timedelta(seconds=2)
+"""The same once rank 0 has joined the group: from then on, errors of all ranks come together."""
 
 
-def init(patient: bool = False) -> torch.device:
+def init(long_waits: bool = False) -> torch.device:
     """Join the process group that torchrun announced, if any; return this process's device.
 
-    `patient`: for ranks that meet at the start and at the end of days of work only. NCCL would give up after
-    minutes.
+    long_waits: for ranks that communicate only at the start and at the end of days of work. NCCL would time
+    out after minutes, so gloo is used.
     """
     if "RANK" in os.environ and not td.is_initialized():
-        if patient:
+        if long_waits:
             _join("gloo", timedelta(days=30))
         else:
             _join(_backend())
@@ -46,88 +52,92 @@ def init(patient: bool = False) -> torch.device:
 
 
 def _join(backend: str, timeout: timedelta | None = None) -> None:
-    if not by_torchrun():  # rank 0 has a store of its own, a new one
+    if not by_torchrun():  # the default store, which rank 0 creates
         td.init_process_group(backend, timeout=timeout)
         return
-    kept = _kept(PATIENCE)
+    store = _torchrun_store(JOIN_TIMEOUT)
     if rank() == 0:
-        kept.set(_key("come"), "")
-    fresh = PrefixStore(agree(kept, rank(), world_size()), kept)
+        store.set(_key("joined"), "")
+    fresh = PrefixStore(agree_on_name(store, rank(), world_size()), store)
     td.init_process_group(backend, timeout=timeout, store=fresh, rank=rank(), world_size=world_size())
 
 
-def agree(store: Store, rank: int, world_size: int) -> str:
-    """A name that is known to the processes of this start alone; call on every rank.
+def agree_on_name(store: Store, rank: int, world_size: int) -> str:
+    """A name that only the ranks of this start know. Call on every rank.
 
-    torchrun's store outlives its restarts: whoever comes first after one would find the others' addresses of
-    before it, and connect to nobody (torch 2.15; pytorch/pytorch#135712). So each rank tells rank 0 a number
-    of its own, and what is answered to that number cannot be old. Raises DistStoreError when others never
-    come.
+    torchrun's store outlives its restarts: after one, the first rank would read the addresses of the previous
+    start and connect to nobody (torch 2.15; pytorch/pytorch#135712). So each rank sends rank 0 a random
+    token, and an answer to that token cannot be old. Raises DistStoreError when other ranks never come.
     """
-    mine, end = uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
+    token, deadline = uuid4().hex, time.monotonic() + JOIN_TIMEOUT.total_seconds()
     if rank:
-        store.set(f"hello/{rank}", mine)
-        name = str(store.get(f"name/{mine}").decode())
+        # Send the token, wait for the name that answers it, and confirm.
+        store.set(f"hello/{rank}", token)
+        name = str(store.get(f"name/{token}").decode())
         store.set(f"heard/{name}/{rank}", "")
         return name
+    # Rank 0: its own token is the name. Answer all tokens until every rank has confirmed.
     missing = set(range(1, world_size))
     while missing:
         for other in sorted(missing):
             if store.check([f"hello/{other}"]):
-                store.set(f"name/{store.get(f'hello/{other}').decode()}", mine)
-            if store.check([f"heard/{mine}/{other}"]):
+                store.set(f"name/{store.get(f'hello/{other}').decode()}", token)
+            if store.check([f"heard/{token}/{other}"]):
                 missing.remove(other)
-        if time.monotonic() > end:
-            raise td.DistStoreError(f"ranks {sorted(missing)} did not come within {PATIENCE}")
+        if time.monotonic() > deadline:
+            raise td.DistStoreError(f"ranks {sorted(missing)} did not come within {JOIN_TIMEOUT}")
         time.sleep(0.02)
-    return mine
+    return token
 
 
 def by_torchrun() -> bool:
-    """Whether torchrun started this process, and keeps a store for it and its like."""
+    """Whether torchrun started this process and provides a store for its ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def publish_final_error(text: str) -> None:
-    """Tell the others what rank 0 has printed as its last: call there, under torchrun."""
-    with suppress(RuntimeError):  # the store is gone: they print it themselves
-        _kept(GRACE).set(_key("word"), text)
+    """On rank 0 under torchrun: publish the final error so that other ranks do not print it again."""
+    with suppress(RuntimeError):  # the store is gone: the other ranks print the error themselves
+        _torchrun_store(GRACE).set(_key("error"), text)
 
 
 def rank_0_published(text: str) -> bool:
-    """Whether rank 0 prints `text` as its last too: call elsewhere, under torchrun. Waits for as long as it
-    may need to get there, or until this process is told to end.
+    """On a rank above 0 under torchrun: whether rank 0 publishes the same final error.
+
+    Waits for rank 0 for up to `GRACE`, or until a signal asks this process to stop.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     try:
-        kept, word, come = _kept(GRACE), _key("word"), _key("come")
+        store, error, joined = _torchrun_store(GRACE), _key("error"), _key("joined")
         with StopFlag() as stop:
-            while not kept.check([word]) and not stop:
-                if time.monotonic() - begun > (STEP if kept.check([come]) else GRACE).total_seconds():
+            while not store.check([error]) and not stop:
+                grace = GRACE_IN_STEP if store.check([joined]) else GRACE
+                if time.monotonic() - start > grace.total_seconds():
                     break
                 time.sleep(0.02)
-        return bool(kept.check([word]) and kept.get(word).decode() == text)
-    except RuntimeError:  # the store is gone, and with it what was said
+        return bool(store.check([error]) and store.get(error).decode() == text)
+    except RuntimeError:  # the store is gone
         return False
 
 
 def _key(name: str) -> str:
-    return f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # of this start, not of one before
+    """A key of this start, which differs from those of earlier starts."""
+    return f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
-def _kept(timeout: timedelta) -> TCPStore:
-    """torchrun's own store, which outlives its workers."""
+def _torchrun_store(timeout: timedelta) -> TCPStore:
+    """torchrun's store, which outlives its workers."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(host, port, is_master=False, timeout=timeout)
 
 
-def join_alone() -> None:
-    """A process group of one, where torchrun announced none: FSDP2 needs one."""
+def init_single_process() -> None:
+    """Join a process group of one if there is none: FSDP2 needs a group."""
     if not td.is_initialized():
         td.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
 
 
-LOST = (
+LOST_PEER_ERRORS = (
     "Connection closed by peer",
     "Connection reset",
     "Broken pipe",
@@ -137,9 +147,9 @@ LOST = (
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an exchange failed because another process is gone."""
+    """Whether a communication failed because another process is gone."""
     return isinstance(error, td.DistBackendError | td.DistNetworkError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER_ERRORS)
     )
 
 
@@ -150,14 +160,14 @@ def joined() -> bool:
 
 @cache
 def side_group() -> td.ProcessGroup:
-    """A second gloo group of all ranks, for a thread that must not disturb the first. Call on every rank."""
+    """A second gloo group of all ranks, for a background thread. Call on every rank."""
     group = td.new_group(backend="gloo")
     assert isinstance(group, td.ProcessGroup)  # this rank is in it
     return group
 
 
 def _backend() -> str:
-    """gloo also beside nccl: for flags and checkpoints, which are on the CPU."""
+    """gloo for CPU tensors (flags and checkpoints), nccl for CUDA tensors."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -169,12 +179,12 @@ def finish() -> None:
 
 
 def rank() -> int:
-    """This process's rank, 0 alone. Known from torchrun's environment before `init`."""
+    """This process's rank, 0 without a group. Before `init` it comes from torchrun's environment."""
     return td.get_rank() if td.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """Number of processes, 1 alone."""
+    """Number of ranks, 1 without a group. Before `init` it comes from torchrun's environment."""
     return td.get_world_size() if td.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -185,7 +195,7 @@ def barrier() -> None:
 
 
 def mean(values: dict[str, float]) -> dict[str, float]:
-    """The mean over ranks of each value; every rank must give the same keys."""
+    """The mean over ranks of each value. Every rank passes the same keys."""
     if not td.is_initialized():
         return values
     names = sorted(values)
@@ -204,12 +214,12 @@ def gather_objects(value: T) -> list[T]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds on any rank."""
+    """Whether `flag` is true on any rank."""
     return mean({"flag": float(flag)})["flag"] > 0
 
 
 def any_of(flags: dict[str, bool]) -> dict[str, bool]:
-    """Which of the flags hold on any rank, in one exchange."""
+    """For each flag, whether it is true on any rank, in one all-reduce."""
     return {name: value > 0 for name, value in mean({k: float(v) for k, v in flags.items()}).items()}
 
 
@@ -228,9 +238,11 @@ def gather(rows: Tensor) -> list[Tensor]:
 
 
 def average_in_order(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's hook for gloo, which sums the parts of a buffer in orders that differ by place: the mean over
-    ranks, summed in rank order. DDP moves gradients to other places after a run's first step, so that with
-    three processes or more a resumed run would differ from an unbroken one by rounding.
+    """A DDP communication hook for gloo: the mean over ranks, summed in rank order.
+
+    gloo's own all-reduce sums each part of a buffer in another order of ranks, and DDP lays out its buffers
+    anew after a run's first step. With three ranks or more, a resumed run would then differ from an unbroken
+    one by rounding.
     """
     own, size = bucket.buffer(), td.get_world_size()
     parts = [torch.empty_like(own) for _ in range(size)]
@@ -247,7 +259,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 class _Mean(torch.autograd.Function):
-    """Its gradient is the mean over ranks again: every rank's loss depends on every rank's value."""
+    """Mean over ranks. Its gradient is the mean over ranks, too: every rank's loss depends on every value."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -265,8 +277,10 @@ def _averaged(x: Tensor) -> Tensor:
 
 
 def all_mean(x: Tensor) -> Tensor:
-    """The mean over ranks of each element, on every rank; of one shape everywhere. Differentiable: with
-    `average_gradients` behind it, the gradient is that of the mean of the ranks' losses."""
+    """The mean over ranks of each element, on every rank. All ranks pass the same shape.
+
+    Differentiable: after `average_gradients`, the gradient is that of the mean of the ranks' losses.
+    """
     mean: Tensor = _Mean.apply(x) if td.is_initialized() else x
     return mean
 
@@ -275,8 +289,8 @@ def all_mean(x: Tensor) -> Tensor:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace each gradient by its mean over ranks, in one flat all-reduce.
 
-    Without a wrapper around the module, a second-order R1 pass and a plain pass may both add to `.grad` and
-    the result is still exact; through DDP two backward passes are silently wrong. A parameter without a
+    For modules that are not wrapped: several backward passes, second-order ones included, may add to `.grad`
+    first. Through DDP, two backward passes give wrong gradients without an error. A parameter without a
     gradient on some rank counts as zero there.
     """
     if not td.is_initialized():

@@ -1,10 +1,10 @@
-"""Checkpoints of a run on many processes: each rank writes what it holds, and any number of ranks reads it.
+"""Checkpoints of a run on many processes: each rank writes its shards, and any number of ranks can read them.
 
-RUN/checkpoints/000012800/state/      torch.distributed.checkpoint: weights and optimizers
-RUN/checkpoints/000012800/ema.safetensors   whole, for whoever draws
-RUN/checkpoints/000012800/meta.json   images, steps, what the networks are, every file's size and sha256
+RUN/checkpoints/000012800/state/            torch.distributed.checkpoint: weights and optimizer states
+RUN/checkpoints/000012800/ema.safetensors   averaged weights, not sharded, for sampling
+RUN/checkpoints/000012800/meta.json         images, steps, networks, size and sha256 of every file
 
-The folder has a temporary name until all of it is synced: what bears a number is whole.
+The folder has a temporary name until all files are synced: a folder whose name is a number is complete.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from d2g.core.atomic_files import sync
+from d2g.core.atomic_files import fsync_path
 from d2g.core.distributed import process_group
-from d2g.core.distributed.checkpoint import Checkpoint, discard, latest, prune
-from d2g.core.distributed.engine import whole
+from d2g.core.distributed.checkpoint import Checkpoint, discard, latest, prune, remedy
+from d2g.core.distributed.engine import full_tensor
 from d2g.core.errors import UserError
 
 STATE = "state"
@@ -40,12 +40,12 @@ T = TypeVar("T")
 
 
 def network_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers by name, as they lie: sharded ones as DTensors."""
+    """Weights and buffers of a network by `prefix.name`; sharded ones are DTensors."""
     return {f"{prefix}.{name}": value.detach() for name, value in module.state_dict().items()}
 
 
 def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """What an optimizer remembers of each parameter, by the parameter's name. Rates and betas are config."""
+    """Optimizer states by `prefix.parameter.key`. Learning rates and betas come from the config."""
     return {
         f"{prefix}.{name}.{key}": value
         for name, parameter in module.named_parameters()
@@ -56,9 +56,10 @@ def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer, module: nn.
 
 @dataclass
 class Writer:
-    """Writes a run's checkpoints, one at a time; with `background` from copies, while training goes on.
+    """Writes a run's checkpoints, one at a time. Call every method on every rank.
 
-    keep: the newest so many stay, and those that `spare` names.
+    keep: number of newest checkpoints to keep, besides those whose names are in `spare`.
+    background: write copies of the tensors while training continues.
     """
 
     folder: Path
@@ -75,20 +76,23 @@ class Writer:
         files: Mapping[str, Mapping[str, Tensor]],
         meta: Mapping[str, Any],
     ) -> None:
-        """On every rank. files: state dicts that become one NAME.safetensors each, written by rank 0.
+        """Write a checkpoint, or start to with `background`.
 
-        Raises UserError on every rank when one of them cannot write; what was there before stays.
+        tensors: what each rank holds, sharded or not. files: state dicts that rank 0 writes as one
+        NAME.safetensors each. Raises UserError on every rank when one of them cannot write; earlier
+        checkpoints stay.
         """
         self.finish()
         temporary = self.folder / f".{nimg:09d}.tmp"
         target = self.folder / f"{nimg:09d}"
         gathered = {name: _on_rank_0(values, self.background) for name, values in files.items()}
-        with _together(temporary, target, self.folder):
+        with _FailTogether(temporary, target, self.folder):
             if process_group.rank() == 0:
-                for torn in self.folder.glob(".*.tmp"):  # what killed writers left; a run has one writer
-                    shutil.rmtree(torn)
+                # Remove what killed writers have left. A run has one writer.
+                for leftover in self.folder.glob(".*.tmp"):
+                    shutil.rmtree(leftover)
                 (temporary / STATE).mkdir(parents=True)
-        with _together(temporary, target, self.folder):
+        with _FailTogether(temporary, target, self.folder):
             writing = self._write(dict(tensors), FileSystemWriter(temporary / STATE))
             future = self._submit(lambda: _complete(writing, gathered, temporary))
         self._pending = (target, {**meta, "nimg": nimg, "processes": process_group.world_size()}, future)
@@ -96,7 +100,7 @@ class Writer:
             self.finish()
 
     def _submit(self, work: Callable[[], T]) -> "Future[T]":
-        """In the writer's thread with `background`, else at once."""
+        """Run `work` in the writer's thread with `background`, else now."""
         if self.background:
             return self._thread.submit(work)
         done: Future[T] = Future()
@@ -108,42 +112,44 @@ class Writer:
             if self.background:
                 tensors = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
             return self._submit(lambda: _save(tensors, writer))
-        # A group of its own: its messages must not mix with those of the gradients.
+        # Use a process group of its own, so that its messages do not mix with those of the gradients.
         writing = async_save(tensors, storage_writer=writer, process_group=process_group.side_group())
         assert isinstance(writing, Future)
         return writing
 
     @property
     def done(self) -> bool:
-        """Whether nothing is being written on this rank."""
+        """Whether this rank is not writing a checkpoint."""
         return self._pending is None or self._pending[2].done()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written and give it its name. On every rank."""
+        """Wait for the checkpoint that is being written, and give it its name."""
         if self._pending is None:
             return
         target, meta, future = self._pending
         self._pending = None
         temporary = target.with_name(f".{target.name}.tmp")
-        mine: dict[str, list[Any]] = {}
-        with _together(temporary, target, self.folder):
-            mine = future.result()
-        files = {name: facts for part in process_group.gather_objects(mine) for name, facts in part.items()}
-        with _together(temporary, target, self.folder):
+        own_files: dict[str, list[Any]] = {}
+        with _FailTogether(temporary, target, self.folder):
+            own_files = future.result()
+        parts = process_group.gather_objects(own_files)
+        files = {name: facts for part in parts for name, facts in part.items()}
+        with _FailTogether(temporary, target, self.folder):
             if process_group.rank() == 0:
-                facts = temporary / "meta.json"
-                facts.write_text(json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
-                for path in (facts, temporary / STATE, temporary):
-                    sync(path)
-                if target.exists():  # the same point of the same run, written again after a resume
+                meta_file = temporary / "meta.json"
+                meta_file.write_text(json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
+                for path in (meta_file, temporary / STATE, temporary):
+                    fsync_path(path)
+                # Give the folder its name. A resumed run may write the same point again.
+                if target.exists():
                     discard(target)
                 os.replace(temporary, target)
-                sync(self.folder)
+                fsync_path(self.folder)
                 prune(self.folder, self.keep, self.spare)
 
 
-class _together:
-    """What fails on one rank fails on all, with the same one line, and leaves nothing half there."""
+class _FailTogether:
+    """An error on one rank becomes the same UserError on all ranks, and the temporary folder is removed."""
 
     def __init__(self, temporary: Path, target: Path, folder: Path) -> None:
         self.temporary, self.target, self.folder = temporary, target, folder
@@ -153,10 +159,10 @@ class _together:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, Exception | CheckpointException):
-            return  # Ctrl-C. DCP's own error is no Exception either, but one that all ranks have
+            return  # Ctrl-C. CheckpointException is no Exception either, but all ranks get it
         reasons = [
             reason
-            for reason in process_group.gather_objects(None if error is None else _first(error))
+            for reason in process_group.gather_objects(None if error is None else _reason(error))
             if reason
         ]
         if not reasons:
@@ -164,9 +170,11 @@ class _together:
         if process_group.rank() == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
         last = latest(self.folder)
-        safe = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
+        last_good = (
+            f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
+        )
         raise UserError(
-            f"cannot write checkpoint {self.target}: {reasons[0]}; {safe}; "
+            f"cannot write checkpoint {self.target}: {reasons[0]}; {last_good}; "
             "free space, then run the same command again"
         ) from error
 
@@ -174,28 +182,31 @@ class _together:
 def _complete(
     writing: "Future[Any]", files: Mapping[str, dict[str, Tensor]], temporary: Path
 ) -> dict[str, list[Any]]:
-    """Once DCP has written: whole files, on rank 0; then the facts of what this rank wrote, all synced."""
+    """After DCP has written its files: write the safetensors on rank 0, then sync this rank's files.
+
+    Returns size and sha256 of each of this rank's files by name.
+    """
     writing.result()
     for name, values in files.items() if process_group.rank() == 0 else ():
         save_file(values, temporary / f"{name}.safetensors")
-    return {str(path.relative_to(temporary)): _facts(path) for path in _mine(temporary)}
+    return {str(path.relative_to(temporary)): _facts(path) for path in _own_files(temporary)}
 
 
 def _save(tensors: dict[str, Tensor], writer: FileSystemWriter) -> None:
-    with _alone_is_fine():
+    with _without_dcp_warning():
         dcp_save(tensors, storage_writer=writer, no_dist=not process_group.joined())
 
 
 @contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """DCP warns of every process that has no group, even when told so."""
+def _without_dcp_warning() -> Iterator[None]:
+    """Silence DCP's warning about a missing process group, which it prints even with `no_dist`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
-def _first(error: BaseException) -> str:
-    """The line that says why, of an error that DCP may have wrapped."""
+def _reason(error: BaseException) -> str:
+    """The first line of an error's text; DCP may have wrapped the error."""
     inner = getattr(error, "failures", None)
     if inner:
         error = next(iter(inner.values()))[0]
@@ -203,17 +214,17 @@ def _first(error: BaseException) -> str:
 
 
 def _on_rank_0(values: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:
-    """Whole tensors on rank 0's CPU, gathered one at a time. `copy`: also of those that are there."""
-    found = {}
+    """Full tensors on rank 0's CPU, gathered one at a time. `copy`: copy CPU tensors too."""
+    tensors = {}
     for name, value in values.items():
-        full = whole(value.detach())
+        full = full_tensor(value.detach())
         if process_group.rank() == 0:
-            found[name] = full.to("cpu", copy=copy).contiguous()
-    return found
+            tensors[name] = full.to("cpu", copy=copy).contiguous()
+    return tensors
 
 
-def _mine(temporary: Path) -> Iterable[Path]:
-    """The files that this rank vouches for."""
+def _own_files(temporary: Path) -> Iterable[Path]:
+    """The files that this rank has written."""
     own = [
         path for path in (temporary / STATE).iterdir() if path.name.startswith(f"__{process_group.rank()}_")
     ]
@@ -223,7 +234,8 @@ def _mine(temporary: Path) -> Iterable[Path]:
 
 
 def _facts(path: Path) -> list[Any]:
-    sync(path)
+    """Sync a file; return its size and sha256."""
+    fsync_path(path)
     with open(path, "rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
@@ -231,7 +243,7 @@ def _facts(path: Path) -> list[Any]:
 def verify(last: Checkpoint) -> None:
     """Raise UserError on every rank unless every file of a checkpoint is as it was written.
 
-    Ranks share out the reading.
+    Each rank reads a part of the files.
     """
     names = sorted(last.meta["files"])
     bad = ""
@@ -241,55 +253,57 @@ def verify(last: Checkpoint) -> None:
             bad = bad or f"{path} is missing"
         elif _facts(path) != last.meta["files"][name]:
             bad = bad or f"{path} is not what was written ({path.stat().st_size} bytes)"
-    if found := [reason for reason in process_group.gather_objects(bad) if reason]:
-        raise UserError(f"{found[0]}; delete {last.folder} to go on from the checkpoint before it")
+    if reasons := [reason for reason in process_group.gather_objects(bad) if reason]:
+        raise UserError(f"{reasons[0]}; {remedy(last.folder)}")
 
 
 def read(last: Checkpoint) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint's state by name, whole, on the CPU of this process alone."""
+    """Every tensor of a checkpoint's state by name, not sharded, on this process's CPU."""
     reader = FileSystemReader(last.folder / STATE)
     tensors = {
         name: torch.empty(facts.size, dtype=facts.properties.dtype)
         for name, facts in reader.read_metadata().state_dict_metadata.items()
         if isinstance(facts, TensorStorageMetadata)
     }
-    with _alone_is_fine():
+    with _without_dcp_warning():
         dcp_load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
 def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the network `prefix` and its optimizer's memory back, whatever the number of ranks was or is.
-
-    Raises UserError where names or shapes differ from what the network has.
+    """Load the network `prefix` and its optimizer's states. The number of ranks may differ from that of the
+    run that wrote them. Raises UserError where names differ from the network's.
     """
     reader = FileSystemReader(last.folder / STATE)
     stored = reader.read_metadata().state_dict_metadata
     tensors = network_tensors(prefix, module)
-    memory: dict[nn.Parameter, dict[str, Tensor]] = {}
+    states: dict[nn.Parameter, dict[str, Tensor]] = {}
+    # Allocate a tensor for each stored optimizer state.
     for name, parameter in module.named_parameters():
         start = f"optim.{prefix}.{name}."
         for key, facts in stored.items():
             if key.startswith(start) and "." not in key.removeprefix(start):
                 assert isinstance(facts, TensorStorageMetadata)
-                slot = _slot(parameter, facts)
-                memory.setdefault(parameter, {})[key.removeprefix(start)] = tensors[key] = slot
+                slot = _empty_state(parameter, facts)
+                states.setdefault(parameter, {})[key.removeprefix(start)] = tensors[key] = slot
     expected = {key for key in stored if key.startswith((f"{prefix}.", f"optim.{prefix}."))}
-    if odd := sorted(expected ^ set(tensors)):
-        raise UserError(f"{last.folder}: {odd[0]} is in the checkpoint or in the network, not in both")
-    with _alone_is_fine():
+    if unmatched := sorted(expected ^ set(tensors)):
+        raise UserError(f"{last.folder}: {unmatched[0]} is in the checkpoint or in the network, not in both")
+    with _without_dcp_warning():
         dcp_load(tensors, storage_reader=reader, no_dist=not process_group.joined())
-    # Fused kernels want their step counters beside the parameters; others, on the host.
-    beside = {p for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
-    for parameter, values in memory.items():
-        if parameter in beside and "step" in values:
+    # Fused and capturable optimizers need their step counters on the parameters' device, others on the CPU.
+    on_device = {
+        p for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]
+    }
+    for parameter, values in states.items():
+        if parameter in on_device and "step" in values:
             values["step"] = values["step"].to(parameter.device, torch.float32)
         optimizer.state[parameter] = values
 
 
-def _slot(parameter: nn.Parameter, facts: TensorStorageMetadata) -> Tensor:
-    """Room for one tensor of an optimizer's memory, sharded as its parameter where it has its shape."""
+def _empty_state(parameter: nn.Parameter, facts: TensorStorageMetadata) -> Tensor:
+    """An uninitialized optimizer state, sharded like its parameter if it has the parameter's shape."""
     if facts.size == parameter.shape:
         return torch.zeros_like(parameter, dtype=facts.properties.dtype, requires_grad=False)
-    device = parameter.device if facts.size.numel() > 1 else "cpu"  # step counters stay on the host
+    device = parameter.device if facts.size.numel() > 1 else "cpu"  # step counters stay on the CPU
     return torch.zeros(facts.size, dtype=facts.properties.dtype, device=device)

@@ -1,4 +1,4 @@
-"""TensorBoard and W&B beside stats.jsonl, for those who ask: the door to both."""
+"""Loggers in addition to stats.jsonl: TensorBoard and W&B."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,88 +12,88 @@ from d2g.core.config import digest, pick
 from d2g.core.errors import SettingError, UserError
 
 
-class Logger(Protocol):
-    """Who else is told what stats.jsonl holds."""
+class RunLogger(Protocol):
+    """A logger that gets everything that stats.jsonl and the previews get. Steps are training images."""
 
     def write(self, nimg: int, values: Mapping[str, float]) -> None:
-        """One report."""
+        """Log one report."""
 
     def picture(self, nimg: int, name: str, image: Tensor) -> None:
-        """uint8 [3, H, W]."""
+        """Log a uint8 image [3, H, W]."""
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Write out everything that is buffered."""
 
 
 class TensorBoard:
-    """RUN/tensorboard: `tensorboard --logdir RUN`. Steps are images."""
+    """Writes RUN/tensorboard. Show it with `tensorboard --logdir RUN`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], nimg: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        try:  # purge_step: what a killed run wrote after its checkpoint is not shown
+        try:  # purge_step hides what a killed run wrote after its checkpoint
             self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=nimg + 1)
         except OSError as error:
             raise UserError(f"cannot write {folder / 'tensorboard'}: {error.strerror or error}") from error
         self.writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```", nimg)
 
     def write(self, nimg: int, values: Mapping[str, float]) -> None:
-        """One scalar each."""
+        """Log one scalar per value."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, nimg)
         self.writer.flush()
 
     def picture(self, nimg: int, name: str, image: Tensor) -> None:
-        """Under its name."""
+        """Log an image under its name."""
         self.writer.add_image(name, image.cpu(), nimg)
 
     def close(self) -> None:
-        """Flush, and close the file."""
+        """Flush and close the file."""
         self.writer.close()
 
 
 class WandB:
-    """A W&B run that a restart goes on with. Project, entity and mode come from W&B's own environment
-    variables (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline).
+    """A W&B run, which a restart continues. Project, entity and mode come from W&B's environment variables
+    (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline).
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], nimg: int) -> None:
         import wandb
 
-        # A restart finds its run by the folder and the settings, which config.json keeps equal.
-        name = digest([str(folder.resolve()), {k: v for k, v in config.items() if k != "length"}])[:16]
+        # The id depends on folder and settings, which a restart does not change.
+        run_id = digest([str(folder.resolve()), {k: v for k, v in config.items() if k != "length"}])[:16]
         try:
             self.run: Any = wandb.init(
-                dir=str(folder), config=dict(config), name=folder.name, id=name, resume="allow"
+                dir=str(folder), config=dict(config), name=folder.name, id=run_id, resume="allow"
             )
         except wandb.Error as error:
-            first = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"W&B does not start ({first}); log in, set WANDB_MODE=offline, or leave wandb out of "
+                f"W&B does not start ({reason}); log in, set WANDB_MODE=offline, or leave wandb out of "
                 "train.loggers"
             ) from error
-        # Steps of their own: W&B drops values of a step before its last, as a resumed run has them.
+        # Count steps in `nimg`: W&B drops values of its own earlier steps, which a resumed run writes again.
         self.run.define_metric("nimg")
         self.run.define_metric("*", step_metric="nimg")
 
     def write(self, nimg: int, values: Mapping[str, float]) -> None:
-        """One row."""
+        """Log one row."""
         self.run.log({"nimg": nimg, **values})
 
     def picture(self, nimg: int, name: str, image: Tensor) -> None:
-        """Under its name."""
+        """Log an image under its name."""
         import wandb
 
         pixels = image.permute(1, 2, 0).cpu().numpy()
         self.run.log({"nimg": nimg, f"preview/{name}": wandb.Image(pixels)})
 
     def close(self) -> None:
-        """Upload the rest, or leave it in RUN/wandb when offline."""
+        """Upload the rest; offline, it stays in RUN/wandb."""
         self.run.finish()
 
 
 LOGGERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
-"""By name; each needs the package of that name."""
+"""Loggers by name. Each needs the package of that name."""
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -107,7 +107,7 @@ def check_loggers(names: Sequence[str]) -> None:
             )
 
 
-def open_loggers(names: Sequence[str], folder: Path, config: Mapping[str, Any], nimg: int) -> list[Logger]:
-    """The loggers of these names for a run that stands at `nimg` images. Raises as `check_loggers`."""
+def open_loggers(names: Sequence[str], folder: Path, config: Mapping[str, Any], nimg: int) -> list[RunLogger]:
+    """Open loggers by name for a run at `nimg` images. Raises like `check_loggers`."""
     check_loggers(names)
     return [LOGGERS[name](folder, config, nimg) for name in names]
