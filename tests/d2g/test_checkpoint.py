@@ -110,7 +110,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         ('{"note": "x", "ni', r"Unterminated string .*"),
         ("", r"Expecting value: .*"),
         ("[]", r"expected a JSON object, got '\[\]'"),
-        ('{"nimg": "2"}', r"it names no nimg"),
+        ('{"nimg": "2"}', r"it has no nimg"),
     ],
 )
 def test_a_damaged_meta_is_named(tmp_path: Path, content: str, why: str) -> None:
@@ -153,7 +153,7 @@ def test_a_damaged_state_is_named(tmp_path: Path, damage: str) -> None:
     path.write_bytes({"cut": data[:-8], "empty": b"", "noise": b"\xff" * len(data), "gone": b""}[damage])
     if damage == "gone":
         path.unlink()
-    with pytest.raises(UserError, match=r"state\.pt is damaged .*; delete .*000000001 to go on") as caught:
+    with pytest.raises(UserError, match=r"state\.pt is damaged .*; delete .*000000001 to continue") as caught:
         checkpoint.open_checkpoint(path.parent).state()
     assert "\n" not in str(caught.value)
 
