@@ -236,7 +236,7 @@ def test_a_run_goes_on_without_its_damaged_checkpoint(
     assert d2g(arguments, log).code == 0
     last = tmp_path / "run" / "checkpoints" / "000000012"
     (last / "meta.json").write_text("{")
-    assert f"delete {last} to go on" in d2g(arguments, log).error
+    assert f"delete {last} to continue" in d2g(arguments, log).error
     shutil.rmtree(last)
     assert d2g(arguments, log).code == 0
     assert [line["nimg"] for line in read_stats(tmp_path / "run")] == [4, 8, 12]
