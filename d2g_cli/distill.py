@@ -90,8 +90,8 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     """Train one stage as the options say."""
     from distill.config.presets import preset as stage_preset
     from distill.config.run import DistillConfig
-    from distill.config.unused_settings import refuse_unused
     from distill.monitoring.collapse import Collapse
+    from distill.planning.unused_settings import refuse_unused
 
     preset = options.preset or "sd15-cfg8"
     settings = settings_from(options, DistillConfig)

@@ -15,7 +15,8 @@ Optimizer = Literal["adamw", "adamw_fused", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]
-RegressionKind = Literal["e_latent_lpips", "latent_lpips", "mse", "pseudo_huber", "lpips"]
+RegressionKind = Literal["mse", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips"]
+"""Regression losses, in the order of presets and docs. `distill/losses/regression/NAME.py` defines each."""
 
 
 def require_even_microbatch(rows: int, fraction: float) -> None:
@@ -155,11 +156,6 @@ class RegressionConfig:
             raise SettingError(
                 "latent_lpips_weight adds the distance that kind=latent_lpips is already; set weight instead"
             )
-
-    @property
-    def needs_latent_lpips(self) -> bool:
-        """Whether the weights of LatentLPIPS are read."""
-        return self.kind in ("e_latent_lpips", "latent_lpips") or self.latent_lpips_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from d2g.core.config import Presets, pick
 from d2g.core.errors import SettingError
@@ -154,14 +154,6 @@ _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
 settings that turn it off.
 """
 
-_LOSSES: dict[str, RegressionKind] = {
-    "mse": "mse",
-    "pseudo-huber": "pseudo_huber",
-    "lpips": "lpips",
-    "latent-lpips": "latent_lpips",
-    "e-latent-lpips": "e_latent_lpips",
-}
-
 
 def ablation(base: Recipe, prefix: str = "") -> dict[str, Recipe]:
     """The rows of method.md "Ablation of the discriminator" over a recipe, by name. Each adds one part to the
@@ -188,12 +180,12 @@ def loss_comparison(base: Recipe, images: int, prefix: str = "") -> dict[str, Re
     ode = replace(base["ode"], train=replace(base["ode"].train, images=images))
     plain = replace(ode.regression, latent_lpips_weight=0.0)
     return {
-        f"{prefix}loss-{name}": Recipe(
-            f"Comparison of losses on {base.model}: {name}",
+        f"{prefix}loss-{kind.replace('_', '-')}": Recipe(
+            f"Comparison of losses on {base.model}: {kind.replace('_', '-')}",
             base.model,
             {"ode": replace(ode, regression=replace(plain, kind=kind))},
         )
-        for name, kind in _LOSSES.items()
+        for kind in get_args(RegressionKind)
     }
 
 

@@ -12,6 +12,7 @@ from d2g.diffusion.pretrained import SHIPPED, resolve
 from distill.config.export import CardOptions
 from distill.export.card_history import pair_stores, read_history, teacher_evaluations
 from distill.export.card_scores import score_table
+from distill.losses.regression.registry import REGRESSION_LOSSES
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -135,6 +136,7 @@ def model_card(
         options=options,
         scores=[score_table(result) for result in scores],
         parity=parity,
+        regression_losses=REGRESSION_LOSSES,
     )
     return str(card)
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
+from distill.losses.regression.registry import REGRESSION_LOSSES
 
 Line = Mapping[str, float]
 Mode = Literal["off", "warn", "stop"]
@@ -51,7 +52,7 @@ class Finding:
     fatal: bool
 
 
-REGRESSION = ("loss/e_latent_lpips", "loss/latent_lpips", "loss/lpips", "loss/mse", "loss/pseudo_huber")
+REGRESSION = tuple(sorted(loss.log_key for loss in REGRESSION_LOSSES.values()))
 """Log keys of the regression losses: a report has one of them."""
 
 

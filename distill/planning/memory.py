@@ -25,6 +25,7 @@ from d2g.diffusion.pipelines import family_of, open_pipeline
 from distill.config.components import OptimConfig
 from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import r1_penalty
+from distill.losses.regression.registry import regression_networks
 from distill.models.row_dropout import give_keys
 from distill.models.student import Student, check_teacher, meta_student, set_trainable
 from distill.models.unet_discriminator import Discriminator
@@ -64,7 +65,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     """
     student = _meta_student(config)
     discriminator = _meta_discriminator(config) if config.stage == "gan" else None
-    pixels = _pixel_distance(config) if config.regression.kind == "lpips" else None
+    pixels = _pixel_distance(config) if "vae" in regression_networks(config.regression) else None
     frozen = _bytes(p for model in _frozen_models(config) for p in model.parameters())
     frozen += _bytes(pixels[0].parameters()) if pixels is not None else 0.0
     # The first backward pass of a process decides whether autograd starts threads. On fake tensors it would
@@ -278,7 +279,8 @@ def _to_fake(network: nn.Module) -> None:
 def _frozen_models(config: DistillConfig) -> list[nn.Module]:
     """Text encoders, and the autoencoder if images are decoded or encoded."""
     components = [p for p in open_pipeline(config.teacher).components if p.startswith("text_encoder")]
-    needs_images = config.regression.kind == "lpips" or config.gan.real or config.train.preview_prompts
+    needs_vae = "vae" in regression_networks(config.regression)
+    needs_images = needs_vae or config.gan.real or config.train.preview_prompts
     if needs_images and (autoencoder := family_of(config.teacher).autoencoder) is not None:
         components.append(autoencoder)
     return [pretrained.load_on_meta(config.teacher, component) for component in components]

@@ -19,7 +19,8 @@ from distill.config.run import DistillConfig
 from distill.losses.adversarial import mismatch
 from distill.losses.gradient_penalty import DiscriminatorInput, drawn_rows
 from distill.losses.noise_augmentation import Levels, Noiser
-from distill.losses.regression import Regression, Transforms
+from distill.losses.regression.base import Transforms
+from distill.losses.regression.regression import Regression
 from distill.models.row_dropout import row_keys
 from distill.training.text_cache import TextCache
 from latent_lpips.augment import select_transforms

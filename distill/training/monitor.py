@@ -14,7 +14,7 @@ from d2g.core.errors import Interrupted, UserError
 from d2g.core.tracking.run_directory import Pace, RunLog
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
-from distill.losses.regression import Regression
+from distill.losses.regression.regression import Regression
 from distill.models.row_dropout import switch
 from distill.monitoring import collapse
 from distill.monitoring.plots import plot_health
@@ -154,7 +154,7 @@ class Watching:
                 self._draw,
                 self.reader,
                 held_out(len(self.reader), self.config.validate_pairs),
-                getattr(self.regression, "augmented", None),
+                self.regression.validation_distance,
                 batch_size=self.batch,
                 device=self.device,
                 seed=self.seed,

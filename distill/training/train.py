@@ -21,7 +21,7 @@ from distill.config.run import DistillConfig, microbatch_size
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
 from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
 from distill.losses.noise_augmentation import Noiser
-from distill.losses.regression import Regression
+from distill.losses.regression.regression import build_regression
 from distill.models.row_dropout import give_keys
 from distill.models.student import check_teacher
 from distill.training.data import bad_pairs, expect_enough, open_pairs, pair_batches
@@ -86,7 +86,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     expect_enough(len(reader), size, options.validate_pairs)
     text_encoder = pretrained.load_conditioner(config.teacher).to(device)
     encode = TextCache(text_encoder.encode, config.data.text_cache, device)
-    regression = Regression(config, reader.spec.latent_shape[0], device)
+    regression = build_regression(config, reader.spec.latent_shape[0], device)
     noised = Noiser(config, device)
     with_real = RealRows(config, reader.spec.latent_shape, encode, device)
     folder = out / "checkpoints"

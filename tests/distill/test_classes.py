@@ -24,7 +24,7 @@ from d2g.diffusion.schedule import Point, Schedule
 from d2g.diffusion.teacher import load_teacher
 from distill.config.components import StudentConfig
 from distill.config.run import DistillConfig, EngineConfig, RegressionConfig, TrainConfig
-from distill.losses.regression import Regression
+from distill.losses.regression.regression import build_regression
 from distill.models.row_dropout import give_keys, row_keys
 from distill.models.student import Student, add_adapters, check_teacher, set_trainable, student_from_teacher
 from distill.planning.memory import predict
@@ -235,14 +235,14 @@ def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"kind": "e_latent_lpips"}, "set regression.kind=lpips, pseudo_huber or mse"),
-        ({"kind": "latent_lpips"}, "set regression.kind=lpips, pseudo_huber or mse"),
-        ({"kind": "mse", "latent_lpips": 1.0}, "set regression.latent_lpips_weight=0"),
+        ({"kind": "e_latent_lpips"}, "set regression.kind=mse, pseudo_huber or lpips"),
+        ({"kind": "latent_lpips"}, "set regression.kind=mse, pseudo_huber or lpips"),
+        ({"kind": "mse", "latent_lpips_weight": 1.0}, "set regression.latent_lpips_weight=0"),
     ],
 )
 def test_there_is_no_latent_distance_of_pixels(
     settings: dict[str, Any], says: str, folders: dict[str, str]
 ) -> None:
     config = DistillConfig(teacher=folders["EDM of classes"], regression=RegressionConfig(**settings))
-    with pytest.raises(SettingError, match=f"draws pixels, of which there is no LatentLPIPS; {says}"):
-        Regression(config, 3)
+    with pytest.raises(SettingError, match=f"generates pixels, for which there is no LatentLPIPS; {says}"):
+        build_regression(config, 3)

@@ -13,13 +13,17 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
 from distill.config.components import RegressionConfig
 from distill.config.run import DistillConfig, TrainConfig
-from distill.losses.regression import Regression, pseudo_huber, squared_error
+from distill.losses.regression import base
+from distill.losses.regression.mse import squared_error
+from distill.losses.regression.pseudo_huber import pseudo_huber
+from distill.losses.regression.registry import REGRESSION_LOSSES
+from distill.losses.regression.regression import Regression, build_regression
 from latent_lpips.weights import load_lpips
 
 
 def made(teacher: Path, **settings: Any) -> Regression:
     train, regression = TrainConfig(precision="fp32"), RegressionConfig(**settings)
-    return Regression(DistillConfig(teacher=str(teacher), regression=regression, train=train), 4)
+    return build_regression(DistillConfig(teacher=str(teacher), regression=regression, train=train), 4)
 
 
 def latents(seed: int = 0) -> Tensor:
@@ -30,6 +34,15 @@ def of(regression: Regression, pred: Tensor, target: Tensor) -> tuple[Tensor, di
     transforms = regression.draw(len(pred), (4, 4, 4), torch.Generator().manual_seed(2))
     total, parts = regression(pred, target, transforms)
     return total, parts
+
+
+def test_the_registry_has_one_file_for_each_kind() -> None:
+    folder = Path(base.__file__).parent
+    entries = {path.stem for path in folder.glob("*.py") if "LOSS = " in path.read_text()}
+    assert entries == set(REGRESSION_LOSSES) == {loss.name for loss in REGRESSION_LOSSES.values()}
+    assert len({loss.log_key for loss in REGRESSION_LOSSES.values()}) == len(entries)
+    fields = RegressionConfig.__dataclass_fields__
+    assert all(setting in fields for loss in REGRESSION_LOSSES.values() for setting in loss.settings)
 
 
 def test_closed_forms() -> None:
@@ -54,7 +67,7 @@ def test_pseudo_huber_is_square_near_zero_and_straight_far_away() -> None:
     assert still.grad is not None and still.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("kind", ["e_latent_lpips", "latent_lpips", "mse", "pseudo_huber"])
+@pytest.mark.parametrize("kind", sorted(REGRESSION_LOSSES.keys() - {"lpips"}))
 def test_each_kind_is_a_distance_with_a_gradient(teacher: Path, kind: Any) -> None:
     regression, target = made(teacher, kind=kind, weight=2.0), latents(1)
     pred = latents().requires_grad_(True)
@@ -95,11 +108,11 @@ def test_draws_and_families_belong_to_the_ensemble(teacher: Path) -> None:
 
 def test_weights_are_read_where_they_are_needed(teacher: Path, tmp_path: Path) -> None:
     config = RegressionConfig(kind="mse")
-    Regression(DistillConfig(teacher=str(teacher), lpips=str(tmp_path), regression=config), 4)
-    for settings in ({"kind": "latent_lpips"}, {"kind": "mse", "latent_lpips": 1.0}):
+    build_regression(DistillConfig(teacher=str(teacher), lpips=str(tmp_path), regression=config), 4)
+    for settings in ({"kind": "latent_lpips"}, {"kind": "mse", "latent_lpips_weight": 1.0}):
         config = RegressionConfig(**settings)  # type: ignore[arg-type]
         with pytest.raises(UserError):
-            Regression(DistillConfig(teacher=str(teacher), lpips=str(tmp_path), regression=config), 4)
+            build_regression(DistillConfig(teacher=str(teacher), lpips=str(tmp_path), regression=config), 4)
 
 
 def test_lpips_in_pixels_sees_decoded_latents(teacher: Path, tmp_path: Path) -> None:
@@ -118,7 +131,7 @@ def test_lpips_in_pixels_sees_decoded_latents(teacher: Path, tmp_path: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         judge = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
-    judge.net.load_state_dict(regression.pixels.trunk.state_dict())
+    judge.net.load_state_dict(regression.distance.function.trunk.state_dict())
     vae = pretrained.load_vae(str(teacher))
     pictures = [
         torch.nn.functional.interpolate(decode(vae, x), (40, 40), mode="bilinear") for x in (pred, target)

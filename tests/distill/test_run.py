@@ -16,9 +16,9 @@ from distill.config.run import (
     EngineConfig,
     TrainConfig,
 )
-from distill.config.unused_settings import CONDITIONS, refuse_unused
 from distill.planning.cost import column, plan, table_evaluations
 from distill.planning.cost import evaluations as evaluations_of
+from distill.planning.unused_settings import CONDITIONS, refuse_unused
 
 
 def test_presets_are_table_a1() -> None:

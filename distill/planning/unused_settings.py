@@ -4,8 +4,24 @@ from collections.abc import Callable, Iterable
 
 from d2g.core.errors import SettingError
 from distill.config.run import DistillConfig
+from distill.losses.regression.registry import REGRESSION_LOSSES, regression_networks
 
-CONDITIONS: dict[tuple[str, ...], tuple[Callable[[DistillConfig], bool], str]] = {
+Condition = tuple[Callable[[DistillConfig], bool], str]
+
+
+def _loss_conditions() -> dict[tuple[str, ...], Condition]:
+    """Settings that a single regression loss reads."""
+    return {
+        tuple(f"regression.{setting}" for setting in loss.settings): (
+            lambda config, name=name: config.regression.kind == name,  # type: ignore[misc]
+            f"with regression.kind={name}",
+        )
+        for name, loss in REGRESSION_LOSSES.items()
+        if loss.settings
+    }
+
+
+CONDITIONS: dict[tuple[str, ...], Condition] = {
     ("gan.",): (lambda c: c.stage == "gan", "in `d2g distill gan`"),
     ("gan.r1_interval", "gan.r1_reduction"): (
         lambda c: c.gan.active_penalty not in ("approx", "none"),
@@ -37,20 +53,9 @@ CONDITIONS: dict[tuple[str, ...], tuple[Callable[[DistillConfig], bool], str]] =
     ),
     ("gan.optim.decay",): (lambda c: c.gan.optim.decay_images > 0, "with gan.optim.decay_images above 0"),
     ("optim.decay",): (lambda c: c.optim.decay_images > 0, "with optim.decay_images above 0"),
-    ("regression.augment", "regression.draws"): (
-        lambda c: c.regression.kind == "e_latent_lpips",
-        "with regression.kind=e_latent_lpips",
-    ),
-    ("regression.huber_c",): (
-        lambda c: c.regression.kind == "pseudo_huber",
-        "with regression.kind=pseudo_huber",
-    ),
-    ("regression.lpips_net", "regression.lpips_weights", "regression.lpips_resize"): (
-        lambda c: c.regression.kind == "lpips",
-        "with regression.kind=lpips",
-    ),
+    **_loss_conditions(),
     ("lpips",): (
-        lambda c: c.regression.needs_latent_lpips,
+        lambda c: "latent_lpips" in regression_networks(c.regression),
         "with regression.kind=e_latent_lpips or latent_lpips, or regression.latent_lpips_weight above 0",
     ),
 }

@@ -1,0 +1,64 @@
+"""What one regression loss consists of: a distance per row, and the facts that the rest of the code needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distill.config.components import RegressionConfig
+from latent_lpips.augment import AugmentParams
+from latent_lpips.distance import LatentLPIPS
+
+Network = Literal["latent_lpips", "vae"]
+"""Frozen networks that a loss may need: LatentLPIPS, and the teacher's autoencoder."""
+
+Transforms = list[AugmentParams] | None
+"""Random transforms of a batch, one entry per draw; None for a loss without transforms."""
+
+
+@dataclass(frozen=True)
+class FrozenNetworks:
+    """The loaded networks of a loss's `needs`, on the run's device. Those it does not need are None."""
+
+    latent_lpips: LatentLPIPS | None = None
+    vae: Any = None
+
+
+class RowDistance(nn.Module):
+    """Distance of each row between scaled latents.
+
+    Subclasses implement `forward(pred, target, transforms) -> [B]` for pred and target [B, C, h, w].
+    """
+
+    def draw(self, rows: int, shape: tuple[int, int, int], rng: torch.Generator) -> Transforms:
+        """Random transforms for `rows` latents of `shape` (C, h, w); None if the distance has none."""
+        return None
+
+
+class FunctionDistance(RowDistance):
+    """A distance without transforms, from a function (pred, target) -> [B]."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, pred: Tensor, target: Tensor, transforms: Transforms = None) -> Tensor:
+        """pred, target [B, C, h, w] -> distance of each row [B]."""
+        return self.function(pred, target)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegressionLoss:
+    """A value of `regression.kind`. The module `distill.losses.regression.NAME` defines it as LOSS."""
+
+    name: str
+    build: Callable[[RegressionConfig, FrozenNetworks], RowDistance]
+    log_key: str
+    """Name of the unweighted loss in stats.jsonl."""
+    needs: frozenset[Network] = frozenset()
+    settings: tuple[str, ...] = ()
+    """Fields of RegressionConfig that only this loss reads."""
+    describe: Callable[[RegressionConfig], str] = lambda config: ""
+    """Settings in words, appended to the name in a model card."""

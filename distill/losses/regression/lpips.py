@@ -1,0 +1,31 @@
+"""LPIPS of the decoded images; for a teacher of pixels, of the pixels themselves."""
+
+from functools import partial
+
+from d2g.diffusion.latents import decode
+from distill.config.components import RegressionConfig
+from distill.losses.regression.base import FrozenNetworks, FunctionDistance, RegressionLoss
+from latent_lpips.lpips import PixelLPIPS
+
+
+def build(config: RegressionConfig, networks: FrozenNetworks) -> FunctionDistance:
+    """The published LPIPS network behind the autoencoder's decoder."""
+    metric = PixelLPIPS(
+        config.lpips_net,
+        config.lpips_weights or None,
+        decode=partial(decode, networks.vae),
+        resize=config.lpips_resize or None,
+    )
+    return FunctionDistance(metric)
+
+
+LOSS = RegressionLoss(
+    name="lpips",
+    log_key="loss/lpips",
+    build=build,
+    needs=frozenset({"vae"}),
+    settings=("lpips_net", "lpips_weights", "lpips_resize"),
+    describe=lambda config: (
+        f" of {config.lpips_net}" + (f" at {config.lpips_resize} pixels" if config.lpips_resize else "")
+    ),
+)
