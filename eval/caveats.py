@@ -1,4 +1,4 @@
-"""What a reader must know before quoting a result."""
+"""Notes that a reader must know before quoting a result."""
 
 from collections.abc import Mapping
 
@@ -17,45 +17,49 @@ def notes(
     counts: Mapping[str, int],
     reference: Reference | None,
 ) -> list[str]:
-    """One line each: other counts, too few images, networks that are no FID's, pictures converted."""
-    said = _changed(protocol)
+    """One line each: other counts, too few images, networks other than FID's, converted images."""
+    lines = _changed_settings(protocol)
     expected = {"images": protocol.images, "reference": protocol.reference_images}
+    # Counts other than the protocol's.
     for name, number in expected.items():
         if number and name in counts and counts[name] != number:
-            said.append(
+            lines.append(
                 f"{counts[name]} {name}, the protocol has {number}: not comparable with published numbers"
             )
+    # Fewer images than features.
     for name, net in networks.sets.items():
         sides = {"images": counts["images"], "reference": counts.get("reference", net.dim + 1)}
         few = [f"{count} {side}" for side, count in sides.items() if count <= net.dim]
         if few and reference is not None and name in reference.stats:
-            said.append(
+            lines.append(
                 f"{' and '.join(few)} for {net.dim} {net.name} features: covariances are singular, and "
                 "Frechet distances biased upwards"
             )
+    # Frechet distances that are no FID.
     features = networks.sets.get("features")
     if features is not None and not features.name.startswith("inception"):
-        said.append(f"`fid` is a Frechet distance of {features.name} features, not an Inception FID")
+        lines.append(f"`fid` is a Frechet distance of {features.name} features, not an Inception FID")
     elif features is not None and not features.sha256.startswith(INCEPTION_SHA256_PREFIX):
-        said.append(f"the Inception weights are not the published {INCEPTION_FILE}: this is no FID")
-    for what, converted in (("images", rows.converted), ("reference", _converted(reference))):
+        lines.append(f"the Inception weights are not the published {INCEPTION_FILE}: this is no FID")
+    # Images that were not 8-bit RGB.
+    for side, converted in (("images", rows.converted), ("reference", _converted(reference))):
         if converted:
             kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(converted.items()))
-            said.append(f"{what}: {kinds}, taken as 8-bit RGB")
-    return said
+            lines.append(f"{side}: {kinds}, taken as 8-bit RGB")
+    return lines
 
 
 def _converted(reference: Reference | None) -> Mapping[str, int]:
     return {} if reference is None else reference.facts.get("converted", {})
 
 
-def _changed(protocol: Protocol) -> list[str]:
-    """A note where a named protocol was given other settings; `folder` is there to be given some."""
-    named = PROTOCOLS.get(protocol.name)
-    if named is None or protocol.name == "folder":
+def _changed_settings(protocol: Protocol) -> list[str]:
+    """A note where the settings of a named protocol were changed; `folder` is meant to be changed."""
+    original = PROTOCOLS.get(protocol.name)
+    if original is None or protocol.name == "folder":
         return []
-    filled = named.resolved(
+    resolved = original.resolved(
         features=protocol.features, clip=protocol.clip, prompts_sha256=protocol.prompts_sha256
     )
-    differ = differing(filled.settings(), protocol.settings())
+    differ = differing(resolved.settings(), protocol.settings())
     return [f"not {protocol.name} as it is named: {', '.join(differ)}"] if differ else []

@@ -49,10 +49,10 @@ def evaluate(
 
     `reference`: statistics of real images, or a function that builds them once everything else is checked.
     `other`: a second source from the same noise, for paired metrics. `count`: the number of images, where the
-    protocol leaves it open; further images of the source are ignored. Fewer images than the protocol's are
-    refused unless `allow_fewer`, and then the result says so. `resamples`: bootstrap resamples, 0 for no
-    intervals that need them. All processes of a group must call it; each measures its share. Raises SettingError when a metric lacks what it needs, UserError when networks,
-    reference or counts are not the protocol's.
+    protocol leaves it open; further images are ignored. Fewer images than the protocol's are refused unless
+    `allow_fewer`, and then the result says so. `resamples`: bootstrap resamples (0: no such intervals). All
+    processes of a group must call it; each measures its share. Raises SettingError when a metric lacks what
+    it needs, UserError when networks, reference or counts are not the protocol's.
 
     >>> import torch
     >>> from eval import FeatureNet, Networks, Protocol, batch_source, build_reference

@@ -1,4 +1,4 @@
-"""The result of an evaluation: numbers, what they were measured with, and which of them compare."""
+"""The result of an evaluation: numbers, what they were measured with, and which results are comparable."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -13,10 +13,10 @@ from eval.protocols.metric import number_labels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalResult:
-    """Numbers and what they were measured with. None: not measured. `precision`, `recall`: at the first k.
+    """Numbers and what they were measured with. None: not measured. Precision and recall are at the first k.
 
-    `settings` are the protocol's, all of them; `protocol_sha256` is their digest. `extra`: every further
-    number by its metric's name. `ci`: 95 % intervals. `latency`: as `eval.measure.latency.measure_latency` gives it.
+    `settings` holds all settings of the protocol, `protocol_sha256` their digest. `extra`: every further
+    number by its key. `ci`: 95 % intervals. `latency`: as returned by `eval.measure.latency.measure_latency`.
     """
 
     protocol: str
@@ -37,13 +37,13 @@ class EvalResult:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict of all fields."""
+        """All fields as JSON."""
         result: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return result
 
     @classmethod
     def load(cls, file: str | Path) -> "EvalResult":
-        """Read a result: its JSON file, or the folder that `d2g eval run --out` wrote; else UserError."""
+        """Read a result from its JSON file or the folder of `d2g eval run --out`. Raises UserError."""
         path = Path(file) / "result.json" if Path(file).is_dir() else Path(file)
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -54,11 +54,11 @@ class EvalResult:
 
     def numbers(self) -> dict[str, float]:
         """Every number that was measured, by its key."""
-        named = {key: getattr(self, key) for key in HEADLINES}
-        return {key: value for key, value in (named | self.extra).items() if value is not None}
+        headlines = {key: getattr(self, key) for key in HEADLINES}
+        return {key: value for key, value in (headlines | self.extra).items() if value is not None}
 
     def rows(self) -> list[tuple[str, str]]:
-        """(label, value) lines for people."""
+        """(label, value) pairs to print."""
         labels = number_labels(self.models)
         return [
             (labels.get(key, key), value_with_interval(value, self.ci.get(key)))
@@ -67,19 +67,18 @@ class EvalResult:
 
 
 HEADLINES = ("fid", "kid", "clip_score", "precision", "recall")
-"""The numbers with a field of their own."""
+"""Keys of the numbers that have a field of their own; all others are in `extra`."""
 
 
 def value_with_interval(value: float, interval: Sequence[float] | None) -> str:
-    """A number for people, with its interval."""
+    """A number with its interval, as text."""
     return f"{value:.4g}" + (f"  (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
 
 
 def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
     """Rows {name, fid, clip_score, …, ci} of several results, sorted by name.
 
-    Raises UserError unless all share protocol, networks, reference and counts, naming what differs: other
-    numbers do not compare.
+    Raises UserError unless all share protocol, networks, reference and counts, naming what differs.
     """
     if not results:
         raise UserError("no results to compare; give at least one")
@@ -100,12 +99,13 @@ def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
 
 
 def _differing(a: EvalResult, b: EvalResult) -> list[str]:
-    """What must be equal and is not. Networks count where both used them: the metrics may differ."""
+    """What must be equal and is not. Metrics may differ, so only networks that both used must agree."""
     shared = a.models.keys() & b.models.keys()
-    return differing(_footing(a, shared), _footing(b, shared))
+    return differing(_comparison_facts(a, shared), _comparison_facts(b, shared))
 
 
-def _footing(result: EvalResult, shared: Collection[str]) -> dict[str, Any]:
+def _comparison_facts(result: EvalResult, shared: Collection[str]) -> dict[str, Any]:
+    """The facts that comparable results share. `shared`: networks that both results used."""
     counts = {key: result.counts[key] for key in ("images", "reference") if key in shared or key == "images"}
     return {
         "protocol": result.protocol,

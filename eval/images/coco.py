@@ -1,7 +1,7 @@
 """MS COCO as people download it: FOLDER/val2014/*.jpg and FOLDER/annotations/captions_val2014.json.
 
-No source fixes which captions the published protocols draw, so here is ours: each image's caption of the
-lowest annotation id, images in the order of sha256("SEED:IMAGE ID"). Anyone can repeat it in any language.
+No paper fixes which captions its protocol uses. Our choice: for each image the caption with the lowest
+annotation id, images in the order of sha256("SEED:IMAGE ID"). Anyone can repeat it in any language.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ class Coco:
 def read_coco(folder: str | Path, split: str) -> Coco:
     """Read `split` ("val2014") of a COCO folder. Raises UserError where a part is missing or damaged."""
     images, annotations = Path(folder) / split, Path(folder) / "annotations" / f"captions_{split}.json"
-    for path, found in ((images, images.is_dir()), (annotations, annotations.is_file())):
-        if not found:
+    for path, exists in ((images, images.is_dir()), (annotations, annotations.is_file())):
+        if not exists:
             raise UserError(
                 f"{path} is missing; expected COCO as downloaded: {split}/*.jpg and "
                 f"annotations/captions_{split}.json in {folder}"
@@ -44,17 +44,19 @@ def read_coco(folder: str | Path, split: str) -> Coco:
         lines = sorted((int(a["id"]), int(a["image_id"]), str(a["caption"])) for a in content["annotations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{annotations} is no COCO captions file ({error}); fetch it again") from error
+    # The lines are sorted by annotation id; keep the first caption of each image.
     captions: dict[int, str] = {}
     for _, image, caption in lines:
         captions.setdefault(image, " ".join(caption.split()))
-    if strange := sorted(captions.keys() - files.keys()):
-        raise UserError(f"{annotations} does not list image {strange[0]}, which has captions; fetch it again")
+    if unknown := sorted(captions.keys() - files.keys()):
+        raise UserError(f"{annotations} does not list image {unknown[0]}, which has captions; fetch it again")
     return Coco(images=images, files=files, captions=captions)
 
 
 def chosen_images(coco: Coco, count: int, seed: int) -> list[int]:
-    """`count` captioned images' ids (0: all) in the order of sha256("SEED:ID"): smaller choices begin larger
-    ones. Raises UserError when there are not so many.
+    """The ids of `count` captioned images (0: all) in the order of sha256("SEED:ID").
+
+    A smaller selection is the beginning of a larger one. Raises UserError when there are fewer images.
     """
     if count > len(coco.captions):
         raise UserError(
@@ -66,7 +68,7 @@ def chosen_images(coco: Coco, count: int, seed: int) -> list[int]:
 
 
 def chosen_captions(coco: Coco, images: Sequence[int]) -> list[str]:
-    """The captions of `images`, line breaks and doubled blanks made single blanks."""
+    """The captions of `images`, with each run of white space replaced by one blank."""
     return [coco.captions[image] for image in images]
 
 

@@ -1,4 +1,4 @@
-"""Decode one picture of any kind to 8-bit RGB, or say why not."""
+"""Decode one image of any kind to 8-bit RGB, or say why not."""
 
 import hashlib
 import io
@@ -13,12 +13,12 @@ from eval.images.resize import NATIVE, Pixels, prepare, to_array
 
 _KINDS = {"RGB": "", "RGBX": "", "RGBA": "", "1": "grey", "L": "grey", "LA": "grey", "P": "palette"}
 _KINDS |= {"PA": "palette", "CMYK": "CMYK", "YCbCr": "YCbCr", "I;16": "16-bit grey", "I;16B": "16-bit grey"}
-"""Pillow's modes that we take, and what a result's notes call them."""
+"""The accepted Pillow modes, and what the notes of a result call them ("": 8-bit RGB already)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """uint8 [3, H, W] at the size asked for; the PNG's own prompt; what it was before; sha256 of the file."""
+    """uint8 [3, H, W] after preprocessing, the PNG's own prompt, what was converted, sha256 of the file."""
 
     image: Pixels
     caption: str
@@ -27,10 +27,10 @@ class Decoded:
 
 
 def decode_image(read: Callable[[], bytes], name: str, resize: str = NATIVE) -> Decoded:
-    """Read and decode one picture and bring it to size (`eval.images.resize.prepare`).
+    """Read, decode and preprocess one image (`eval.images.resize.prepare`).
 
-    Grey, palette and CMYK pictures become RGB, 16-bit grey ones are scaled to 8 bits. Raises UserError, with
-    `name`, for bytes that are no whole picture, an animation, transparency, and pixels without a known range.
+    Gray, palette and CMYK images become RGB; 16-bit gray ones are scaled to 8 bits. Raises UserError, with
+    `name`, for damaged bytes, animations, transparent pixels and pixels without a known range.
     """
     try:
         data = read()
@@ -48,9 +48,9 @@ def decode_image(read: Callable[[], bytes], name: str, resize: str = NATIVE) -> 
 
 
 def _as_rgb(opened: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
-    """8-bit RGB, and what it was before. EXIF rotations are left alone, as all code for FID does."""
+    """The image as 8-bit RGB, and what it was before. EXIF rotations are ignored, as in all FID code."""
     mode = opened.mode
-    # A phone's MPO counts as animated, but is a JPEG with extras behind it.
+    # Pillow counts a phone's MPO as animated, but it is a JPEG with appended data.
     if opened.format != "MPO" and getattr(opened, "is_animated", False):
         raise UserError(
             f"{name} is animated; an evaluation takes still pictures, remove it or keep one frame"
@@ -68,11 +68,11 @@ def _as_rgb(opened: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...
                 f"{name} has transparent pixels, whose colour depends on what lies below; flatten it"
             )
         return alpha.convert("RGB"), (*kinds, "with an opaque alpha channel")
-    if mode.startswith("I;16"):  # Pillow's own conversion clips at 255 and leaves a white picture
-        opened = _scaled_down(opened)
+    if mode.startswith("I;16"):  # Pillow's own conversion clips at 255 and gives a white image
+        opened = _scale_to_8_bits(opened)
     return opened.convert("RGB"), kinds
 
 
-def _scaled_down(image: Image.Image) -> Image.Image:
-    grey = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((grey * 255 + 32_767) // 65_535).astype(np.uint8))
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    gray = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((gray * 255 + 32_767) // 65_535).astype(np.uint8))

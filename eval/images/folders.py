@@ -30,7 +30,7 @@ IMAGE_KEYS = ("image", "img")  # Hugging Face's image-parquet; its CIFAR10 says 
 
 @dataclass(kw_only=True)
 class Reading:
-    """What was learnt while images were read: how many were not 8-bit RGB, and each file's sha256."""
+    """Facts collected while images are read: how many were converted to 8-bit RGB, each file's sha256."""
 
     converted: Counter[str] = field(default_factory=Counter)
     digests: list[bytes] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFiles:
-    """Picture files in order, or parquet files; one of them is empty. `captions`: file -> caption."""
+    """Image files (`pictures`) or parquet files (`tables`), in order. `captions`: file -> caption."""
 
     name: str
     pictures: Sequence[Path] = ()
@@ -46,17 +46,17 @@ class ImageFiles:
     captions: Mapping[Path, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """How many images there are. Opens parquet files' footers, and no picture."""
+        """Number of images. Reads the footers of parquet files, but no image."""
         return len(self.pictures) or sum(_parquet_file(file).metadata.num_rows for file in self.tables)
 
     def listing(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of change of each file: with other files, another listing."""
-        facts = [(file, file.stat()) for file in (*self.pictures, *self.tables)]
-        return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in facts]
+        """Name, size in bytes and modification time (ns) of each file, to notice changed files."""
+        stats = [(file, file.stat()) for file in (*self.pictures, *self.tables)]
+        return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
 def open_images(source: str | Path) -> ImageFiles:
-    """List a folder, with its metadata.jsonl, or a .parquet file. Raises UserError where no image is."""
+    """List a folder, with its metadata.jsonl, or a .parquet file. Raises UserError when it has no image."""
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; expected a folder of images or a .parquet file")
@@ -77,7 +77,7 @@ def open_images(source: str | Path) -> ImageFiles:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One picture, not yet decoded. `name`: for messages; `caption`: None where the file may hold one."""
+    """An image that is not decoded yet. `caption`: None where the image file itself may hold one."""
 
     name: str
     read: Callable[[], bytes]
@@ -94,13 +94,13 @@ def read_images(
     workers: int = 0,
     reading: Reading | None = None,
 ) -> Iterator[Batch]:
-    """Batches of the images of a folder (with or without metadata.jsonl) or of .parquet files, in sorted
-    order, from image `start` on, at most `limit`.
+    """Read at most `limit` images from number `start` on, in batches, in sorted order of their files.
 
-    Captions come from metadata.jsonl (`file_name` and `caption`, `text` or `prompt`), else from a PNG's own
-    `prompt` text; in parquet from such a column. `resize` as in `eval.images.resize`; "native" wants images of one
-    size. `workers` threads decode ahead (0: two more than cores): Pillow lets go of Python's lock, and the
-    order stays. Raises UserError for a missing or empty source, an image that cannot be taken, mixed sizes.
+    `source`: a folder (with or without metadata.jsonl) or .parquet files. Captions come from metadata.jsonl
+    (`file_name` and `caption`, `text` or `prompt`), else from a PNG's own `prompt` text; in parquet from a
+    column of one of these names. `resize`: a preprocessing of `eval.images.resize`; "native" needs images of
+    one size. `workers` threads decode ahead (0: two more than cores); the order does not change. Raises
+    UserError for a missing or empty source, an image that cannot be read, and mixed sizes.
     """
     images: list[Pixels] = []
     captions: list[str] = []
@@ -109,7 +109,7 @@ def read_images(
     workers = workers or len(os.sched_getaffinity(0)) + 2
     files = source if isinstance(source, ImageFiles) else open_images(source)
     entries = _entries(files, start, start + limit if limit is not None else None)
-    for entry, decoded in _ahead(
+    for entry, decoded in _decode_ahead(
         entries, lambda entry: decode_image(entry.read, entry.name, resize), workers, batch_size
     ):
         images.append(decoded.image)
@@ -138,17 +138,17 @@ def read_image(file: Path) -> Tensor:
 
 
 def load_all(batches: Iterable[Batch]) -> Batch:
-    """All batches as one: for sets that fit in memory. Raises UserError when there are none."""
+    """Join all batches, for sets that fit in memory. Raises UserError when there are none."""
     parts = list(batches)
     if not parts:
         raise UserError("got no images at all; expected at least one")
     return torch.cat([images for images, _ in parts]), [caption for _, texts in parts for caption in texts]
 
 
-def _ahead(
+def _decode_ahead(
     entries: Iterable[Entry], function: Callable[[Entry], Decoded], workers: int, depth: int
 ) -> Iterator[tuple[Entry, Decoded]]:
-    """Each entry with its picture, in order, `depth` of them under way in threads."""
+    """Each entry with its decoded image, in order; threads work on up to `depth` images ahead."""
     pending: deque[tuple[Entry, Future[Decoded]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -164,20 +164,18 @@ def _ahead(
         pool.shutdown(cancel_futures=True)
 
 
-# Sources
-
-
 def _entries(files: ImageFiles, start: int, stop: int | None) -> Iterator[Entry]:
-    """Entries start … stop, in order."""
+    """The entries from `start` up to `stop` (None: the last), in order."""
     for file in files.pictures[start:stop]:
         yield Entry(str(file), file.read_bytes, files.captions.get(file))
     for file in files.tables:
         rows = _parquet_file(file).metadata.num_rows
-        yield from _parquet(file, max(start, 0), rows if stop is None else min(stop, rows))
+        yield from _parquet_entries(file, max(start, 0), rows if stop is None else min(stop, rows))
         start, stop = start - rows, None if stop is None else stop - rows
 
 
 def _metadata(file: Path) -> dict[str, str]:
+    """File name -> caption of a metadata.jsonl; empty when there is no such file."""
     if not file.is_file():
         return {}
     captions = {}
@@ -202,8 +200,8 @@ def _parquet_file(file: Path) -> Any:
         raise UserError(f"{file} is no readable parquet file ({error}); fetch it again") from error
 
 
-def _parquet(file: Path, start: int, stop: int) -> Iterator[Entry]:
-    """Rows start … stop; row groups before them are not read."""
+def _parquet_entries(file: Path, start: int, stop: int) -> Iterator[Entry]:
+    """The rows from `start` up to `stop`; row groups before them are not read."""
     from pyarrow.lib import ArrowException
 
     table = _parquet_file(file)
@@ -212,6 +210,7 @@ def _parquet(file: Path, start: int, stop: int) -> Iterator[Entry]:
     if column is None:
         raise UserError(f"{file} has columns {', '.join(names)}; expected `image` with `bytes` inside")
     key = next((key for key in CAPTION_KEYS if key in names), None)
+    # Read only the row groups that overlap the wanted rows.
     sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
     groups = [g for g in range(len(sizes)) if sum(sizes[: g + 1]) > start and sum(sizes[:g]) < stop]
     row = sum(sizes[: groups[0]]) if groups else 0
@@ -219,14 +218,14 @@ def _parquet(file: Path, start: int, stop: int) -> Iterator[Entry]:
         for batch in table.iter_batches(64, row_groups=groups, columns=[column, *([key] if key else [])]):
             for entry in batch.to_pylist():
                 if start <= row < stop:
-                    data = _cell(entry[column], file, row)
+                    data = _encoded_image(entry[column], file, row)
                     yield Entry(f"{file} row {row}", lambda data=data: data, entry[key] if key else None)  # type: ignore[misc]
                 row += 1
     except (ArrowException, OSError) as error:
         raise UserError(f"{file} is no readable parquet file ({error}); fetch it again") from error
 
 
-def _cell(image: Any, file: Path, row: int) -> bytes:
+def _encoded_image(image: Any, file: Path, row: int) -> bytes:
     data = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(data, bytes):
         raise UserError(f"{file} row {row}: `image` holds no bytes; expected encoded images in `image.bytes`")

@@ -1,4 +1,4 @@
-"""Resizing: PIL's filters on images and tensors, bit for bit alike, and the two resizes of FID."""
+"""Resizing: PIL's filters on images and, bit for bit equal, on tensors; and the two resizes of FID."""
 
 import math
 import re
@@ -23,41 +23,41 @@ FILTERS = {
 }
 NATIVE = "native"
 PREPROCESSING = re.compile(rf"(?P<crop>crop|squash)(?P<size>[1-9][0-9]*)-(?P<filter>{'|'.join(FILTERS)})")
-"""How pictures come to one size: `native` (they have one), `crop256-lanczos` (centre square, then resized),
-or `squash256-lanczos` (resized whole)."""
+"""Names of preprocessings: `native` (unchanged), `crop256-lanczos` (cropped to the center square, then
+resized) or `squash256-lanczos` (resized without cropping)."""
 
-_FIXED_POINT = 2.0**22  # PIL's: 32 bits less 8 of pixel and 2 of overshoot
-_TALL = 1024  # rows of pixels a matrix product takes at a time
+_FIXED_POINT = 2.0**22  # PIL's: 32 bits minus 8 for the pixel and 2 for overshoot
+_TALL = 1024  # rows of pixels per matrix product
 
 
 def prepare(image: Image.Image, how: str) -> Image.Image:
-    """A PIL image (RGB) brought to a protocol's size: what every picture, real or made, goes through.
+    """Preprocess a PIL image (RGB), real or generated, as `how` says.
 
-    Centre crop to the short edge, rounded as torchvision's center_crop, then PIL's resize, as GigaGAN's
-    evaluation code does (method notes 7.1). A picture of that size already is returned as it is.
+    Center crop to the short edge, rounded as torchvision's center_crop, then PIL's resize, as in GigaGAN's
+    evaluation code (method.md "FID"). An image that has the size already is returned unchanged.
     """
     if how == NATIVE:
         return image
-    crop, size, name = _parsed(how)
+    crop, size, name = _parse(how)
     if image.size == (size, size):
         return image
     if crop:
         short = min(image.size)
         left, top = (round((length - short) / 2) for length in image.size)
         image = image.crop((left, top, left + short, top + short))
-    # Across, then down: Pillow 13 picks the order by cost, and rounding in between makes the orders differ.
+    # Horizontally, then vertically: Pillow 13 picks the order by cost, and rounding makes the orders differ.
     return image.resize((size, image.height), FILTERS[name]).resize((size, size), FILTERS[name])
 
 
 def prepare_batch(images: Tensor, how: str) -> Tensor:
-    """uint8 [B, 3, H, W] through `prepare`, on its own device: PIL on the CPU, its arithmetic elsewhere."""
+    """`prepare` for uint8 [B, 3, H, W]: with PIL on the CPU, with equal arithmetic on other devices."""
     if how == NATIVE:
         return images
     if images.device.type == "cpu":
         with ThreadPoolExecutor(threads(len(images))) as pool:
             prepared = pool.map(lambda image: to_array(prepare(to_pil(image), how)), images)
             return torch.from_numpy(np.stack(list(prepared)))
-    crop, size, name = _parsed(how)
+    crop, size, name = _parse(how)
     if images.shape[2:] == (size, size):
         return images
     if crop:
@@ -68,7 +68,7 @@ def prepare_batch(images: Tensor, how: str) -> Tensor:
     return resize_uint8(images, (size, size), name)
 
 
-def _parsed(how: str) -> tuple[bool, int, str]:
+def _parse(how: str) -> tuple[bool, int, str]:
     match = PREPROCESSING.fullmatch(how)
     assert match is not None, how
     return match["crop"] == "crop", int(match["size"]), match["filter"]
@@ -89,11 +89,11 @@ def to_array(image: Image.Image) -> Pixels:
     return np.stack([np.asarray(plane) for plane in image.split()])
 
 
-# PIL's arithmetic on tensors
+# Filters of PIL as functions of the distance in pixels.
 
 
 def _bicubic(x: float) -> float:
-    """Keys' cubic with a = -1/2."""
+    """Keys' cubic kernel with a = -1/2."""
     x = abs(x)
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1
@@ -116,47 +116,48 @@ _KERNELS: dict[str, tuple[Callable[[float], float], float]] = {
 
 
 @lru_cache(maxsize=64)
-def weights(old: int, new: int, name: str) -> Tensor:
-    """[new, old] float64: what each old pixel adds to each new one. Antialiased: the filter widens with the
-    scale.
+def filter_matrix(old: int, new: int, name: str) -> Tensor:
+    """[new, old] float64: the weight of each old pixel in each new one. The filter widens with the scale,
+    which avoids aliasing.
     """
     kernel, support = _KERNELS[name]
     scale = old / new
     widened = max(scale, 1.0)
     matrix = torch.zeros(new, old, dtype=torch.float64)
     for row in range(new):
-        centre = (row + 0.5) * scale
-        first = max(int(centre - support * widened + 0.5), 0)
-        last = min(int(centre + support * widened + 0.5), old)
-        taps = [kernel((x - centre + 0.5) / widened) for x in range(first, last)]
+        # The old pixels under the filter around the position of the new one.
+        center = (row + 0.5) * scale
+        first = max(int(center - support * widened + 0.5), 0)
+        last = min(int(center + support * widened + 0.5), old)
+        taps = [kernel((x - center + 0.5) / widened) for x in range(first, last)]
         matrix[row, first:last] = torch.tensor(taps, dtype=torch.float64) / sum(taps)
     return matrix
 
 
 @lru_cache(maxsize=64)
 def _integer_weights(old: int, new: int, name: str, device: torch.device) -> Tensor:
-    scaled = weights(old, new, name) * _FIXED_POINT
+    scaled = filter_matrix(old, new, name) * _FIXED_POINT
     return (scaled + scaled.sign() / 2).trunc().to(device)
 
 
 def resize_uint8(images: Tensor, size: tuple[int, int], name: str) -> Tensor:
-    """uint8 [..., H, W] -> uint8 [..., *size], PIL's resize bit for bit, on any device with float64.
+    """PIL's resize, bit for bit: uint8 [..., H, W] -> uint8 [..., *size], on any device with float64.
 
-    PIL adds 22-bit integer weights times pixels and rounds after each direction; here across, then down.
-    Those sums stay below 2^53, so that float64 products give the same integers.
+    PIL sums pixels times 22-bit integer weights and rounds after each direction; here horizontally first.
+    The sums stay below 2^53, so float64 products give the same integers.
     """
     for axis, new in ((-1, size[1]), (-2, size[0])):
         old = images.shape[axis]
         if old != new:
             matrix = _integer_weights(old, new, name, images.device)
-            images = _along(
+            images = _multiply_along(
                 images, matrix, axis, lambda x: (x / _FIXED_POINT + 0.5).floor().clamp(0, 255).byte()
             )
     return images
 
 
-def _along(images: Tensor, matrix: Tensor, axis: int, finish: Callable[[Tensor], Tensor]) -> Tensor:
-    """Each line of pixels along `axis` times the matrix, in pieces: float64 takes eight times the bytes."""
+def _multiply_along(images: Tensor, matrix: Tensor, axis: int, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """Multiply each line of pixels along `axis` by the matrix, in pieces, because float64 takes 8x memory."""
     lines = images.transpose(axis, -1)
     parts = [
         finish(part.double() @ matrix.T) for part in lines.reshape(-1, lines.shape[-1]).split(_TALL * 16)
@@ -164,26 +165,23 @@ def _along(images: Tensor, matrix: Tensor, axis: int, finish: Callable[[Tensor],
     return torch.cat(parts).reshape(*lines.shape[:-1], len(matrix)).transpose(axis, -1)
 
 
-# The two resizes inside FID
-
-
 def resize_clean(images: Tensor, size: int = 299) -> Tensor:
-    """clean-fid's resize, uint8 [B, 3, H, W] -> fp32 [B, 3, size, size] in [0, 255], not rounded.
+    """clean-fid's resize: uint8 [B, 3, H, W] -> fp32 [B, 3, size, size] in [0, 255], not rounded.
 
-    PIL's antialiased bicubic of each channel as floats, then clipped, as clean-fid does from 0.1.35 on; its
-    earlier versions did not clip, and differ where edges overshoot.
+    PIL's antialiased bicubic filter on each channel as floats, then clipped, as in clean-fid from 0.1.35 on.
+    Earlier versions did not clip and differ where edges overshoot.
     """
     if images.device.type == "cpu":
-        return torch.from_numpy(_clean(images.numpy(), size))
+        return torch.from_numpy(_resize_clean_by_pil(images.numpy(), size))
     resized = images.float()
     for axis in (-1, -2):
-        matrix = weights(resized.shape[axis], size, "bicubic").to(images.device)
-        resized = _along(resized, matrix, axis, Tensor.float)
+        matrix = filter_matrix(resized.shape[axis], size, "bicubic").to(images.device)
+        resized = _multiply_along(resized, matrix, axis, Tensor.float)
     return resized.clamp(0, 255)
 
 
-def _clean(images: Pixels, size: int) -> NDArray[np.float32]:
-    """The same by PIL in threads. NumPy, since PyTorch's own threads would multiply with these."""
+def _resize_clean_by_pil(images: Pixels, size: int) -> NDArray[np.float32]:
+    """`resize_clean` by PIL in threads. NumPy, because PyTorch's own threads would multiply with these."""
     out = np.empty((len(images), 3, size, size), np.float32)
 
     def fill(number: int) -> None:
@@ -197,13 +195,13 @@ def _clean(images: Pixels, size: int) -> NDArray[np.float32]:
     return out
 
 
-def threads(most: int) -> int:
-    """How many threads to work with on `most` things."""
-    return max(1, min(most, torch.get_num_threads()))
+def threads(tasks: int) -> int:
+    """Number of threads for `tasks` independent tasks."""
+    return max(1, min(tasks, torch.get_num_threads()))
 
 
 def resize_tensorflow(images: Tensor, size: int = 299) -> Tensor:
-    """TensorFlow 1's bilinear resize, part of FID's graph: pixel i is read at i * H / size."""
+    """TensorFlow 1's bilinear resize, part of FID's graph: output pixel i is read at i * H / size."""
     height, width = images.shape[2:]
     shift = torch.tensor([[1, 0, 1 / width - 1 / size], [0, 1, 1 / height - 1 / size]], device=images.device)
     grid = F.affine_grid(shift.expand(len(images), 2, 3), [len(images), 3, size, size], align_corners=False)

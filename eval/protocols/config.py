@@ -13,8 +13,8 @@ from eval.protocols.protocol import PROTOCOLS, Protocol
 class EvalRun:
     """One `d2g eval run`: what is measured, and how. Files and folders are strings.
 
-    Exactly one of student, teacher, pipeline and images is measured; a teacher given with a student is the
-    one that the student is loaded with. Settings from `batch_size` on change no number.
+    Exactly one of student, teacher, pipeline and images is measured. A teacher next to a student is the one
+    that the student is loaded with. Settings from `batch_size` on do not change numbers.
     """
 
     student: str | None = setting(
@@ -80,12 +80,12 @@ class EvalRun:
         )
 
     def check_source(self) -> None:
-        """Raise SettingError unless one thing is to be measured, with settings that mean something for it."""
-        given = [name for name in ("student", "pipeline", "images") if getattr(self, name)]
+        """Raise SettingError unless exactly one thing is measured, with settings that apply to it."""
+        sources = [name for name in ("student", "pipeline", "images") if getattr(self, name)]
         if (
-            len(given) > 1
-            or (not given and not self.teacher)
-            or (self.teacher and given and given != ["student"])
+            len(sources) > 1
+            or (not sources and not self.teacher)
+            or (self.teacher and sources and sources != ["student"])
         ):
             raise SettingError(
                 "give --student or --teacher, or --images, or --pipeline, to say what is measured: "
@@ -101,9 +101,9 @@ class EvalRun:
             )
 
     def weight_table(self) -> dict[str, str]:
-        """`weights` by network."""
+        """The weight files by network; a path without a name is the feature network's."""
         pairs = [text.partition("=") for text in self.weights]
-        return {name if found else "features": path if found else name for name, found, path in pairs}
+        return {name if sep else "features": path if sep else name for name, sep, path in pairs}
 
 
 EVAL_PRESETS = Presets({"default": ("The protocol is given by --protocol, folder if not", EvalRun())})
@@ -134,7 +134,7 @@ class CurveRun:
                 f"a curve over {self.setting} needs its values, say --over {self.setting}=1,2,4"
             )
         for value in self.values:
-            self.at(value)  # a wrong last one shows before the first is measured
+            self.at(value)  # refuse a wrong value before the first one is measured
 
     def at(self, value: float) -> EvalRun:
         """The run at one value of the setting."""
@@ -143,8 +143,8 @@ class CurveRun:
         if self.setting == "steps" and not float(value).is_integer():
             raise SettingError(f"curve over steps: {value}; expected whole numbers")
         changed: dict[str, object] = {self.setting: int(value) if self.setting == "steps" else value}
-        return replace(self.run, **changed)  # type: ignore[arg-type]  # the setting decides its type
+        return replace(self.run, **changed)  # type: ignore[arg-type]  # the type depends on the setting
 
 
 CURVE_SETTINGS = ("guidance", "steps", "noise_scale", "checkpoints")
-"""What a curve can run over. `noise_scale` is truncation: it shrinks a student's noise towards its mean."""
+"""Settings a curve can run over. `noise_scale` is truncation: it shrinks a student's noise to its mean."""

@@ -1,4 +1,4 @@
-"""The metric registry: `Metric` describes one entry of `--metrics`; everything that lists metrics reads it here.
+"""The metric registry. `Metric` describes one entry of `--metrics`; everything that lists metrics reads it.
 
 This module and the files in `eval/metrics/definitions/` import no torch, so that a command can list metrics
 without delay. `compute` functions import what they need when they run.
@@ -142,7 +142,7 @@ def all_metrics() -> dict[str, Metric]:
 
 @cache
 def _built_in() -> dict[str, Metric]:
-    """Every `Metric` at the top level of a file in `eval/metrics/definitions/`, files in alphabetical order."""
+    """Every top-level `Metric` of the files in `eval/metrics/definitions/`, files in alphabetical order."""
     package = importlib.import_module("eval.metrics.definitions")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]

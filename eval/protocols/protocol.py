@@ -21,15 +21,21 @@ Crop = Literal["none", "centre"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """One way of measuring. Two results are comparable only if their protocols' digests are equal.
+    """One way of measuring. Two results are comparable only if the digests of their protocols are equal.
 
-    `prompts` is the rule that selects them (`eval.images.coco`, or "given": by the caller), `prompts_sha256` the
-    digest of the list, once known. Pictures, real and made, are cropped to the centre square or not, then
-    resized with PIL's `resize` to `size` (0: neither); `clip_size` is another size for the CLIP score.
-    `features` and `clip` name networks ("any": whichever the caller hands in; the digest then holds its
-    name). Counts of 0 mean "all there are". Precision, recall, density and coverage are of `pr_images` drawn
-    at random from either side, at each k of `neighbours`; the first is the headline. `seed` draws noise and
-    every random subset.
+    - `prompts`: the rule that selects the prompts (one of PROMPT_RULES, or a data source); `prompts_sha256`:
+      the digest of the list, once it is known.
+    - `reference`: the set of real images (one of REFERENCE_SETS, or a data source).
+    - `images`, `reference_images`: numbers of images; 0: all there are.
+    - `size`, `resize`, `crop`: real and generated images are cropped to the center square or not, then
+      resized with PIL's filter `resize` to `size` (0: neither). `clip_size`: another size for the CLIP score.
+    - `features`, `clip`: names of networks; ANY: whichever the caller gives, and the digest holds its name.
+    - `clip_prefix`: text before each prompt for the CLIP score.
+    - `pr_images`: precision, recall, density and coverage compare this many random images of each side, at
+      each k of `neighbours`; the first k is the headline.
+    - `seed`: seed of the noise and of every random subset.
+
+    The values "centre" and `neighbours` keep their spelling because they enter published digests.
     """
 
     name: str
@@ -51,7 +57,9 @@ class Protocol:
     kid_subset_size: int = 1_000
     is_splits: int = 10
     diversity_images: int = 4
-    seed: int = 1_000  # not that of training pairs, 0 unless told: a student is measured on noise new to it
+    seed: int = (
+        1_000  # training pairs use seed 0 by default: students are measured on noise that is new to them
+    )
     metrics: tuple[str, ...] = ("fid", "kid", "clip", "pr")
 
     def __post_init__(self) -> None:
@@ -68,8 +76,8 @@ class Protocol:
         for name in ("images", "reference_images", "size", "clip_size", "pr_images", "seed"):
             if getattr(self, name) < 0:
                 raise SettingError(f"protocol {self.name}: {name} is negative; expected 0 or more")
-        least = {"kid_subsets": 1, "kid_subset_size": 2, "is_splits": 1, "diversity_images": 2}
-        for name, minimum in least.items():
+        minima = {"kid_subsets": 1, "kid_subset_size": 2, "is_splits": 1, "diversity_images": 2}
+        for name, minimum in minima.items():
             if getattr(self, name) < minimum:
                 raise SettingError(f"protocol {self.name}: {name} is below {minimum}")
         if not self.neighbours or min(self.neighbours) < 1:
@@ -78,12 +86,12 @@ class Protocol:
 
     @property
     def preprocessing(self) -> str:
-        """What `eval.images.resize.prepare` takes: native, or, say, crop256-lanczos."""
+        """The preprocessing of `eval.images.resize.prepare`: native, or for example crop256-lanczos."""
         return self._to_size(self.size)
 
     @property
     def clip_preprocessing(self) -> str:
-        """The same for the CLIP score."""
+        """The preprocessing for the CLIP score."""
         return self._to_size(self.clip_size or self.size)
 
     def _to_size(self, size: int) -> str:
@@ -92,12 +100,12 @@ class Protocol:
         return f"{'crop' if self.crop == 'centre' else 'squash'}{size}-{self.resize}"
 
     def settings(self) -> dict[str, Any]:
-        """All that changes a number: every field but the default selection of metrics."""
-        facts = asdict(self)
-        del facts["metrics"]
+        """Every field that changes a number, as JSON: all but the default selection of metrics."""
+        fields = asdict(self)
+        del fields["metrics"]
         if self.size == 0:
-            facts |= {"resize": "none", "crop": "none"}
-        return {**facts, "neighbours": list(self.neighbours)}
+            fields |= {"resize": "none", "crop": "none"}
+        return {**fields, "neighbours": list(self.neighbours)}
 
     def summary(self) -> str:
         """One line for a table."""
@@ -107,11 +115,11 @@ class Protocol:
         return f"{'; '.join([*parts, self.clip])}; {', '.join(self.metrics)}; sha256 {self.sha256()[:12]}"
 
     def sha256(self) -> str:
-        """The digest that stands in every result."""
+        """The digest that every result carries."""
         return digest(self.settings())
 
     def resolved(self, *, features: str, clip: str, prompts_sha256: str) -> "Protocol":
-        """With the names of the networks and the digest of the prompts that are really used."""
+        """This protocol with the names of the networks and the digest of the prompts that are really used."""
         return replace(
             self,
             features=features if self.features == ANY else self.features,
@@ -144,8 +152,8 @@ _PUBLISHED = (
     _GIGAGAN,
     # Diffusion2GAN, supplement B: bicubic. It does not name its CLIP; ViT-g-14 fits its Table A4 better.
     replace(_GIGAGAN, name="coco2014-30k-d2gan", resize="bicubic", clip=VIT_G_14),
-    # Its SDXL table: 5,000 pairs of COCO 2017, and DreamSim's two questions. No source says how many images
-    # of a prompt DreamDiv compares: diversity_images is ours.
+    # Diffusion2GAN's SDXL table: 5,000 pairs of COCO 2017, DreamSim distance and diversity. The paper does
+    # not say how many images per prompt DreamDiv compares; diversity_images is our choice.
     replace(
         _GIGAGAN,
         name="coco2017-5k-d2gan",
@@ -169,7 +177,7 @@ _PUBLISHED = (
         clip_size=256,
         metrics=("fid", "clip"),
     ),
-    # The literature's CIFAR10 numbers resize inside the TensorFlow graph, and compare with the training set.
+    # Published CIFAR10 numbers resize inside the TensorFlow graph and compare with the training set.
     Protocol(
         name="cifar10-50k",
         prompts="classes",
@@ -179,7 +187,7 @@ _PUBLISHED = (
         features="inception-tf",
         metrics=("fid",),
     ),
-    # 28x28 garments as a 32 px teacher sees them, against all 10,000 test photographs; docs/LOG.md.
+    # Fashion-MNIST resized to the 32 px of its teacher, against all 10,000 test images.
     Protocol(
         name="fashion-1k",
         images=1_000,
@@ -191,7 +199,7 @@ _PUBLISHED = (
         pr_images=1_000,
         metrics=("fid", "kid", "pr"),
     ),
-    # Your own images against your own reference: only what you name is fixed.
+    # Any images against any reference: the caller sets what should be fixed.
     Protocol(name="folder"),
 )
 

@@ -13,7 +13,7 @@ from eval.protocols.protocol import ANY, PROTOCOLS, VIT_B_32, VIT_G_14, Protocol
 
 
 def test_the_protocols_that_papers_compare_by() -> None:
-    """Numbers from method notes 7; a change here changes what published numbers mean."""
+    """Numbers from method.md "Evaluation protocol"; a change here changes what published numbers mean."""
     wanted = {
         "coco2014-30k-d2gan": (30_000, 40_504, "crop256-bicubic", "crop256-bicubic", VIT_G_14),
         "coco2014-30k-gigagan": (30_000, 40_504, "crop256-lanczos", "crop256-lanczos", VIT_B_32),

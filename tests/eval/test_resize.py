@@ -12,6 +12,7 @@ from d2g.core.seeds import generator
 from eval.images.resize import (
     FILTERS,
     PREPROCESSING,
+    filter_matrix,
     prepare,
     prepare_batch,
     resize_clean,
@@ -19,7 +20,6 @@ from eval.images.resize import (
     resize_uint8,
     to_pil,
     to_tensor,
-    weights,
 )
 
 SIDES = st.integers(1, 90)
@@ -58,7 +58,7 @@ def test_protocol_sizes_equal_one_call_of_pil(old: int, new: int, name: str) -> 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.sampled_from(sorted(FILTERS)))
 def test_a_filter_adds_up_to_one_and_is_symmetric(old: int, new: int, name: str) -> None:
-    matrix = weights(old, new, name)
+    matrix = filter_matrix(old, new, name)
     torch.testing.assert_close(matrix.sum(1), torch.ones(new, dtype=torch.float64))
     if name != "box":  # whose half-open window leans to one side
         torch.testing.assert_close(matrix, matrix.flip(0, 1))
@@ -114,7 +114,7 @@ def test_the_clean_resize_is_clean_fids(side: int) -> None:
 def test_the_clean_resize_on_another_device_is_the_same_arithmetic() -> None:
     """The path for GPUs, taken here on the CPU: float64 weights, float32 after each direction."""
     image = noise(40, 40, 6, extreme=True)
-    matrix = weights(40, 299, "bicubic")
+    matrix = filter_matrix(40, 299, "bicubic")
     across = (image.double() @ matrix.T).float()
     both = (matrix @ across.double()).float().clamp(0, 255)
     torch.testing.assert_close(both, resize_clean(image[None])[0], rtol=0, atol=2e-4)
