@@ -64,7 +64,7 @@ def stimulus(image: Image.Image, kind: str, level: int, pixels_per_degree: float
 
 
 def distances(measures: Mapping[str, object], vae: object, pixels: Tensor) -> dict[str, Tensor]:
-    """Return, per measure, the symmetric matrix [10, 10] of distances between the levels of one photograph."""
+    """Return, per measure, the symmetric matrix [10, 10] of distances between levels of one photograph."""
     latents = torch.cat([encode(vae, x[None]) for x in pixels])
     tables = {}
     for name, measure in measures.items():

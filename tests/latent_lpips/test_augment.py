@@ -22,7 +22,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def still(letters: str, batch: int, size: tuple[int, int]) -> AugmentParams:
-    """The identity of every family, to be changed by `replace`."""
+    """Identity transforms of every family, for `replace`."""
     config = replace(STILL, families=letters, quarter_turns=False, brightness=0, contrast=0, saturation=0)
     return sample_transforms(config, batch, size, rng())
 
@@ -95,7 +95,7 @@ def test_blitting_equals_exact_flips_turns_and_mirrored_shifts(size: tuple[int, 
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (64, 64), (128, 128), (5, 12)])
 def test_resampling_chain_keeps_a_still_latent(size: tuple[int, int]) -> None:
-    """An orthonormal wavelet's low-pass, down after up, is the identity."""
+    """Upsampling, then downsampling with an orthonormal wavelet's low-pass is the identity."""
     x = torch.randn(2, 4, *size, generator=rng())
     torch.testing.assert_close(apply_transforms(x, still("g", 2, size)), x, rtol=0, atol=1e-3)
 
@@ -118,7 +118,7 @@ def test_sym6_is_orthonormal_with_six_vanishing_moments() -> None:
 
 
 def wave(x: Tensor, y: Tensor) -> Tensor:
-    """Band-limited to 0.12 cycles per position."""
+    """Random latents, band-limited to 0.12 cycles per position."""
     return torch.cos(2 * math.pi * (0.10 * x + 0.06 * y) + 0.3) + torch.sin(
         2 * math.pi * (0.05 * x - 0.1 * y)
     )

@@ -1,4 +1,4 @@
-"""BAPPS' layout: finding, reading, and what is wrong with it."""
+"""BAPPS' layout: finding and reading splits, and the errors of incomplete or damaged ones."""
 
 import shutil
 from pathlib import Path
@@ -33,21 +33,21 @@ def test_parts_and_splits_are_found_wherever_bapps_puts_them(tmp_path: Path, roo
 def test_a_folder_without_parts_is_both(split: Path, tmp_path: Path) -> None:
     for root in (split, tmp_path):
         for part in ("train", "val"):
-            (found,) = find_splits(root, "2afc", part)  # type: ignore[arg-type]
-            assert (found.name, len(found)) == ("noise", 5)
+            (listed,) = find_splits(root, "2afc", part)  # type: ignore[arg-type]
+            assert (listed.name, len(listed)) == ("noise", 5)
     assert find_splits(split, "jnd", "val") == []
 
 
 def test_batches_keep_the_order_and_the_pixels(split: Path) -> None:
-    found = open_split(split)
-    parts = list(image_batches(found, 0, 2))
+    loaded = open_split(split)
+    parts = list(image_batches(loaded, 0, 2))
     assert [len(part[0]) for part in parts] == [2, 2, 1] and parts[0][0].shape == (2, 3, 16, 16)
     p1 = torch.cat([part[2] for part in parts])
     with Image.open(split / "p1" / "003.png") as opened:
         assert torch.equal(((p1[3] + 1) * 127.5).round().byte(), image_to_tensor(opened))
-    some = list(image_batches(found, 0, 9, [3, 1]))
+    some = list(image_batches(loaded, 0, 9, [3, 1]))
     assert torch.equal(some[0][2], p1[[3, 1]])
-    assert next(image_batches(found, 8, 2))[0].shape == (2, 3, 8, 8)
+    assert next(image_batches(loaded, 8, 2))[0].shape == (2, 3, 8, 8)
 
 
 def test_upsampling_is_bicubic_within_range_and_optional() -> None:

@@ -1,4 +1,4 @@
-"""`d2g lpips calibrate`: heads from judgments in BAPPS' layout."""
+"""`d2g lpips calibrate`: fits heads to judgments in BAPPS' layout."""
 
 import os
 import shutil
@@ -34,14 +34,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(data: Path, teacher: Path, **settings: Any) -> HeadsConfig:
-    made = HeadsConfig(
+    default = HeadsConfig(
         data=str(data),
         latents=str(teacher),
         weights=str(teacher / "latent_lpips"),
         heads=CalibrateConfig(lr=0.05, epochs=20, batch=8, held_out=0.25),
         patch=PatchConfig(batch=5),
     )
-    return replace(made, **settings)
+    return replace(default, **settings)
 
 
 def test_heads_are_fitted_and_the_trunk_is_not(data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -60,16 +60,16 @@ def test_heads_are_fitted_and_the_trunk_is_not(data: Path, teacher: Path, tmp_pa
 
 
 def test_a_killed_run_goes_on_from_its_features(data: Path, teacher: Path, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    calibrate_folder(config(data, teacher), whole)
+    uninterrupted, broken = tmp_path / "whole", tmp_path / "broken"
+    calibrate_folder(config(data, teacher), uninterrupted)
     calibrate_folder(config(data, teacher), broken)
     shard = min((broken / "run" / "features").glob("cnn-*.npy"))
-    kept = {f.name: f.stat().st_mtime_ns for f in (broken / "run" / "features").glob("*.npy") if f != shard}
+    mtimes = {f.name: f.stat().st_mtime_ns for f in (broken / "run" / "features").glob("*.npy") if f != shard}
     shard.unlink()
     (broken / "lpips.safetensors").unlink()
     calibrate_folder(config(data, teacher), broken)
-    assert {n: (broken / "run" / "features" / n).stat().st_mtime_ns for n in kept} == kept
-    left, right = (load_file(folder / "lpips.safetensors") for folder in (whole, broken))
+    assert {n: (broken / "run" / "features" / n).stat().st_mtime_ns for n in mtimes} == mtimes
+    left, right = (load_file(folder / "lpips.safetensors") for folder in (uninterrupted, broken))
     assert all(torch.equal(left[k], right[k]) for k in left)
 
 
@@ -131,7 +131,9 @@ def test_heads_are_fitted_anew_whatever_they_were(data: Path, teacher: Path, tmp
 
 
 def test_other_fits_take_the_features_that_are_there(data: Path, teacher: Path, tmp_path: Path) -> None:
-    """heads, seed and the batch decide no feature; another picture of the same name and size does."""
+    """Features do not depend on heads, seed and batch size, but on the content of a file of equal name and
+    size.
+    """
     shutil.copytree(data, tmp_path / "data")
     out, first = tmp_path / "out", config(tmp_path / "data", teacher)
 
@@ -176,8 +178,8 @@ def test_weights_of_another_latent_space_are_refused(data: Path, teacher: Path, 
         calibrate_folder(config(data, teacher, weights=str(tmp_path / "sd15")), tmp_path / "out")
     save_lpips(trunk, tmp_path / "same", {"scaling_factor": 0.7, "shift_factor": 0.0})
     calibrate_folder(config(data, teacher, weights=str(tmp_path / "same")), tmp_path / "out")
-    made = str(tmp_path / "out")  # says its autoencoder now
-    assert calibrate_folder(config(data, teacher, weights=made), tmp_path / "again").accuracy > 0.5
+    calibrated = str(tmp_path / "out")  # says its autoencoder now
+    assert calibrate_folder(config(data, teacher, weights=calibrated), tmp_path / "again").accuracy > 0.5
 
 
 def test_what_is_not_finite_or_empty_is_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_what_is_not_finite_or_empty_is_refused(data: Path, teacher: Path, tmp_p
 
 
 def test_the_scale_is_set_on_references_in_an_order_of_their_own(teacher: Path, tmp_path: Path) -> None:
-    """A folder where neighbors show one picture: their distance of 0 must not set the scale."""
+    """Neighboring judgments show the same picture: their distance of 0 must not set the scale."""
     bare = tmp_path / "pairs"
     save_judgments(bare, 16)
     for number in range(0, 16, 2):
@@ -206,5 +208,5 @@ def test_the_scale_is_set_on_references_in_an_order_of_their_own(teacher: Path, 
     metric, vae = load_lpips(tmp_path / "out"), pretrained.load_vae(str(teacher))
     with torch.no_grad():
         latents = encode(vae, next(image_batches(open_split(bare), 0, 16))[0])[::2]
-        apart = metric(latents, latents.roll(1, 0)).mean().item()
-    assert 0.8 < apart < 1.4  # about 2, had every other pair been equal
+        mean_distance = metric(latents, latents.roll(1, 0)).mean().item()
+    assert 0.8 < mean_distance < 1.4  # about 2, had every other pair been equal

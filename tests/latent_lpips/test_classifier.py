@@ -1,4 +1,4 @@
-"""`d2g lpips train`: the whole path on tiny pictures and a tiny real VAE."""
+"""`d2g lpips train`: complete runs on tiny images with a tiny real VAE."""
 
 import os
 import shutil
@@ -75,9 +75,9 @@ def test_it_learns_and_its_folder_loads(
     "settings", [{"posterior": "sample"}, {"crops": 1}, {"norm": "group", "precision": "bf16"}]
 )
 def test_resumed_equals_unbroken(data: Path, teacher: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    whole = config(data, teacher, epochs=4, score_epochs=1, **settings)
-    train_classifier(whole, tmp_path / "whole")
-    short = replace(whole, minutes=1e-6)
+    uninterrupted = config(data, teacher, epochs=4, score_epochs=1, **settings)
+    train_classifier(uninterrupted, tmp_path / "whole")
+    short = replace(uninterrupted, minutes=1e-6)
     runs = 0
     while True:  # each start makes one step
         runs += 1
@@ -90,7 +90,7 @@ def test_resumed_equals_unbroken(data: Path, teacher: Path, tmp_path: Path, sett
 def test_latents_depend_on_picture_and_crop_alone(
     data: Path, teacher: Path, tmp_path: Path, posterior: str
 ) -> None:
-    """Not on the batch; and those kept on disk are the fresh ones of the first epochs, in turn, to fp16."""
+    """Latents do not depend on the batch; cached ones equal the first epochs' fresh ones in turn, to fp16."""
     settings = config(data, teacher, crops=2, posterior=posterior)
     vae = pretrained.load_vae(str(teacher))
     encoder = CropEncoder(settings, vae, open_labeled(str(data))[0], torch.device("cpu"))
@@ -98,8 +98,8 @@ def test_latents_depend_on_picture_and_crop_alone(
     fresh = torch.cat(list(encoder.stream([items[:5], items[5:6], items[6:]])))
     torch.testing.assert_close(fresh, next(encoder.stream([items])), rtol=1e-5, atol=1e-5)
     assert len({tuple(x.flatten()[:4].tolist()) for x in fresh}) == 12
-    kept = torch.cat(list(open_latent_stream(encoder, tmp_path, "train", "sha")([items[:7], items[7:]])))
-    torch.testing.assert_close(kept, fresh[[*range(6), *range(6)]], rtol=2e-3, atol=2e-3)
+    cached = torch.cat(list(open_latent_stream(encoder, tmp_path, "train", "sha")([items[:7], items[7:]])))
+    torch.testing.assert_close(cached, fresh[[*range(6), *range(6)]], rtol=2e-3, atol=2e-3)
     centers = next(open_latent_stream(encoder, tmp_path, "val", "sha")([[CropItem(5, -1)]]))
     torch.testing.assert_close(centers, next(encoder.stream([[CropItem(5, -1)]])), rtol=2e-3, atol=2e-3)
 
@@ -131,9 +131,9 @@ def test_classify_is_the_models_own_forward_without_dropout() -> None:
     ours = classify_in_training(model, x, generator(0), 4, slice(0, 4))
     torch.testing.assert_close(ours, model(x))
     model.classifier[2] = nn.Dropout(0.5)  # type: ignore[index]
-    whole = classify_in_training(model.eval(), x, generator(0), 4, slice(0, 4))
+    full_batch = classify_in_training(model.eval(), x, generator(0), 4, slice(0, 4))
     half = classify_in_training(model.eval(), x[2:], generator(0), 4, slice(2, 4))
-    torch.testing.assert_close(half, whole[2:])
+    torch.testing.assert_close(half, full_batch[2:])
 
 
 def test_the_plan_covers_each_epoch_once_and_ranks_share_it() -> None:
@@ -148,9 +148,9 @@ def test_the_plan_covers_each_epoch_once_and_ranks_share_it() -> None:
 def test_shift_moves_whole_positions_alike_for_every_split_of_the_batch() -> None:
     settings = ClassifyConfig(batch=4, shift=0.25)
     x = torch.randn(4, 2, 8, 8)
-    whole = shift_latents(x, settings, 0, slice(0, 4))
-    assert torch.equal(shift_latents(x[2:], settings, 0, slice(2, 4)), whole[2:]) and not torch.equal(
-        whole, x
+    full_batch = shift_latents(x, settings, 0, slice(0, 4))
+    assert torch.equal(shift_latents(x[2:], settings, 0, slice(2, 4)), full_batch[2:]) and not torch.equal(
+        full_batch, x
     )
     assert shift_latents(x, ClassifyConfig(), 0, slice(0, 4)) is x
 
@@ -259,7 +259,7 @@ def test_only_whole_checkpoints_are_left(data: Path, teacher: Path, tmp_path: Pa
 
 
 def lines_of(out: Path) -> list[dict[str, float]]:
-    """The reports without what time decides."""
+    """The reports without times and rates."""
     names = ("nimg", "loss", "top1", "top5")
     return [{name: line[name] for name in names} for line in read_stats(out / "run")]
 
@@ -267,9 +267,9 @@ def lines_of(out: Path) -> list[dict[str, float]]:
 def test_reports_of_a_broken_run_are_those_of_an_unbroken_one(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    whole = config(data, teacher, epochs=6, score_epochs=2)
-    train_classifier(whole, tmp_path / "whole")
-    while train_classifier(replace(whole, minutes=1e-6), tmp_path / "broken").images < 168:
+    uninterrupted = config(data, teacher, epochs=6, score_epochs=2)
+    train_classifier(uninterrupted, tmp_path / "whole")
+    while train_classifier(replace(uninterrupted, minutes=1e-6), tmp_path / "broken").images < 168:
         pass
     assert [line["nimg"] for line in lines_of(tmp_path / "whole")] == [60, 108, 168]
     assert lines_of(tmp_path / "broken") == lines_of(tmp_path / "whole")
@@ -312,9 +312,9 @@ def test_large_batches_are_encoded_in_parts(data: Path, teacher: Path) -> None:
     train, _ = open_labeled(str(data))
     encoder = CropEncoder(config(data, teacher, posterior="sample"), vae, train, torch.device("cpu"))
     items = [CropItem(row % 36, row // 36) for row in range(150)]
-    whole = next(encoder.stream([items]))
+    full_batch = next(encoder.stream([items]))
     assert sizes == [64, 64, 22]
-    torch.testing.assert_close(whole[100:], next(encoder.stream([items[100:]])), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(full_batch[100:], next(encoder.stream([items[100:]])), rtol=1e-5, atol=1e-5)
 
 
 def test_a_changed_picture_or_class_is_another_run(data: Path, teacher: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Crops against torchvision's, whose transforms the ImageNet recipe names."""
+"""Crops against torchvision's transforms, which the ImageNet recipe uses."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def test_boxes_are_distributed_as_torchvision_s() -> None:
     ours = torch.tensor([random_box(200, 150, (0.08, 1.0), rng) for _ in range(3000)]).double()
     torch.manual_seed(1)
     image = torch.empty(3, 150, 200)
-    drawn = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
-    theirs = torch.tensor([(j, i, j + w, i + h) for i, j, h, w in drawn]).double()
+    boxes_of_theirs = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    theirs = torch.tensor([(j, i, j + w, i + h) for i, j, h, w in boxes_of_theirs]).double()
     for a, b in zip(ours.unbind(1), theirs.unbind(1), strict=True):
         grid = torch.cat([a, b]).sort().values
         steps = [torch.searchsorted(x.sort().values.contiguous(), grid, right=True) / 3000 for x in (a, b)]

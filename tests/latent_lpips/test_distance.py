@@ -180,7 +180,7 @@ def test_different_shapes_are_refused(metric: LatentLPIPS) -> None:
 
 
 def test_nothing_waits_for_a_number_from_the_device(metric: LatentLPIPS) -> None:
-    """A fake tensor has a shape and no values: reading one on the host raises."""
+    """Nothing reads values on the host: a fake tensor has none, so reading them would raise."""
     quick = copy.deepcopy(metric).fold()
     with FakeTensorMode(allow_non_fake_inputs=True):
         pred, target = torch.empty(2, 4, 11, 11), torch.empty(2, 4, 11, 11)
@@ -217,16 +217,16 @@ def test_transforms_can_be_drawn_first_and_looked_at(metric: LatentLPIPS) -> Non
 
 
 def test_compiles_in_one_graph_for_drawn_transforms(metric: LatentLPIPS, fresh_dynamo: None) -> None:
-    """No break: nothing in the path reads a value on the host. Without transforms, draws are in the graph."""
+    """The compiled loss has no graph break; without `transforms`, sampling is part of the graph."""
     loss = ELatentLPIPS(copy.deepcopy(metric).fold(), ensemble=1.0, l1=1.0)
     a, b = latents(2, 4, 8, 8).requires_grad_(), latents(2, 4, 8, 8, seed=1)
     transforms = loss.sample_transforms(a, rng(3))
     expected = loss(a, b, transforms=transforms)
     (slope,) = torch.autograd.grad(expected.sum(), a)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found = compiled(a, b, transforms=transforms)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), a)[0], slope)
+    result = compiled(a, b, transforms=transforms)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(torch.autograd.grad(result.sum(), a)[0], slope)
     assert compiled(a, b).shape == (2,)
 
 
@@ -238,7 +238,7 @@ def test_generators_work_under_compile_with_a_break(metric: LatentLPIPS, fresh_d
 
 
 def test_works_inside_data_parallel_training(metric: LatentLPIPS) -> None:
-    """The loss as part of the wrapped module: nothing in it is trained, averaged or broadcast to harm."""
+    """The loss is part of the wrapped module: DDP neither trains nor averages its parameters."""
 
     class Step(nn.Module):
         def __init__(self) -> None:

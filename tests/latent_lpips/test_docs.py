@@ -1,4 +1,4 @@
-"""docs/latent-lpips.md: its code, run as it stands there."""
+"""docs/latent-lpips.md: its code blocks run."""
 
 import re
 from functools import partial
@@ -30,7 +30,7 @@ class Student(nn.Module):
 
 
 def test_every_block_runs(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace; the first is five lines, imports included, and trains."""
+    """The blocks run in order in one namespace. The first is five lines with imports, and trains."""
     monkeypatch.chdir(tmp_path)
     tiny.save_lpips(tmp_path / "lpips-sd15")
     with torch.device("meta"):

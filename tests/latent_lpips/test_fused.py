@@ -1,4 +1,4 @@
-"""The sweep without autograd's graph, against autograd in float64, and what it promises about memory."""
+"""The fused distance and gradient, against autograd in float64, and their memory."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ def latents(*shape: int, seed: int = 0) -> Tensor:
 
 
 def lively(width: float) -> LatentLPIPS:
-    """Random weights, and norms that do something."""
+    """Random weights, and batch norms that are not the identity."""
     torch.manual_seed(0)
     metric = LatentLPIPS(LPIPSConfig(width=width))
     for module in metric.modules():
@@ -100,14 +100,14 @@ def test_equal_inputs_are_exactly_zero_apart(metric: LatentLPIPS, precision: Pre
 
 
 def test_a_rows_result_does_not_depend_on_the_batch(metric: LatentLPIPS) -> None:
-    """7 latents of 48x64 make four sweeps of two rows and one."""
+    """7 latents of 48x64 are computed in chunks of 2, 2, 2 and 1 rows."""
     quick = copy.deepcopy(metric).fold()
     pred, target = latents(7, 4, 48, 64), latents(7, 4, 48, 64, seed=1)
     assert [len(p) for p, _ in fused._row_chunks(pred, target)] == [2, 2, 2, 1]
     distance, gradient = with_gradient(quick, pred, target)
     for row in (0, 3, 6):
-        alone = with_gradient(quick, pred[row : row + 1], target[row : row + 1])
-        torch.testing.assert_close(alone, (distance[row : row + 1], gradient[row : row + 1]))
+        single = with_gradient(quick, pred[row : row + 1], target[row : row + 1])
+        torch.testing.assert_close(single, (distance[row : row + 1], gradient[row : row + 1]))
     torch.testing.assert_close(quick(pred, target), distance)
 
 
@@ -129,10 +129,10 @@ def test_runs_under_deterministic_algorithms(metric: LatentLPIPS) -> None:
     expected = with_gradient(quick, pred, target)
     torch.use_deterministic_algorithms(True)
     try:
-        found = with_gradient(quick, pred, target)
+        result = with_gradient(quick, pred, target)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_gradients_of_gradients_are_refused_and_autograd_has_them(metric: LatentLPIPS) -> None:
@@ -180,8 +180,8 @@ def test_group_norm_cannot_be_folded_and_works_unfolded() -> None:
     a, b = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
     before = metric(a, b)
     assert torch.equal(metric.fold("bf16")(a, b), before) and metric.config.norm == "group"
-    alone = metric(a[:1], b[:1])
-    torch.testing.assert_close(alone, before[:1])
+    single = metric(a[:1], b[:1])
+    torch.testing.assert_close(single, before[:1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -198,5 +198,5 @@ def test_devices_agree(metric: LatentLPIPS, device: str) -> None:
     pred, target = latents(2, 4, 16, 16), latents(2, 4, 16, 16, seed=1)
     expected = with_gradient(quick, pred, target)
     with torch.backends.cudnn.flags(allow_tf32=False):
-        found = with_gradient(copy.deepcopy(quick).to(device), pred.to(device), target.to(device))
-    torch.testing.assert_close([t.cpu() for t in found], list(expected), rtol=1e-4, atol=1e-7)
+        result = with_gradient(copy.deepcopy(quick).to(device), pred.to(device), target.to(device))
+    torch.testing.assert_close([t.cpu() for t in result], list(expected), rtol=1e-4, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Rows on disk: how many files are open, odd names, and time that is over."""
+"""Cached rows: number of open files, unusual names, and running out of time."""
 
 import os
 from collections.abc import Iterator
@@ -27,16 +27,16 @@ def test_a_large_cache_holds_few_files_open(tmp_path: Path) -> None:
 
 
 def test_names_with_brackets_are_found_again(tmp_path: Path) -> None:
-    made: list[range] = []
+    computed: list[range] = []
 
     def watched(rows: range) -> torch.Tensor:
-        made.append(rows)
+        computed.append(rows)
         return make(rows)
 
     for name in ("noise[1]", "noise1", "noise*"):
         for _ in range(2):
             assert cached_rows(tmp_path, name, 5, {}, watched)[[4]].item() == 4
-    assert len(made) == 3
+    assert len(computed) == 3
 
 
 def test_time_is_looked_at_between_shards_and_each_start_makes_one(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_time_is_looked_at_between_shards_and_each_start_makes_one(tmp_path: Pat
 
 
 def test_the_clock_runs_from_the_first_shard(tmp_path: Path) -> None:
-    """Time that is over at the last shard leaves nothing to stop."""
+    """Running out of time at the last shard does not interrupt: all rows are done."""
     ticks: Iterator[bool] = iter([False, True])
     cached_rows(tmp_path, "train", 2 * ROWS_PER_SHARD, {}, make, late=lambda: next(ticks))
     assert next(ticks, None) is None

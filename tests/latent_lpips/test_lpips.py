@@ -1,4 +1,4 @@
-"""LPIPS in pixels: the package's numbers through our interface, local weights, decoders."""
+"""PixelLPIPS: equals the package lpips, loads local weights, and works through decoders."""
 
 import copy
 import warnings
@@ -77,7 +77,7 @@ def test_interface_is_latent_lpips(metric: PixelLPIPS) -> None:
 
 
 def test_latents_through_a_decoder(metric: PixelLPIPS, teacher: Path) -> None:
-    """The same call for latents: the VAE's pictures are compared, and gradients come back to the latent."""
+    """With a decoder, latents are compared through their decoded images, and gradients reach the latents."""
     vae = pretrained.load_vae(str(teacher))
     decoded = copy.copy(metric)
     decoded.decode = partial(decode, vae)

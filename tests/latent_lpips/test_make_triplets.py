@@ -1,4 +1,4 @@
-"""`d2g lpips triplets`: folders in BAPPS' layout whose order is true."""
+"""`d2g lpips triplets`: folders in BAPPS' layout with correct judgments."""
 
 import io
 import os
@@ -77,19 +77,19 @@ def test_a_torn_folder_is_completed_alike(data: Path, tmp_path: Path) -> None:
 
 
 def test_strengths_keep_their_ratio_and_share_their_draws() -> None:
-    seen: list[tuple[float, float]] = []
+    strengths: list[tuple[float, float]] = []
 
     def watch(x: torch.Tensor, strength: float, rng: torch.Generator) -> torch.Tensor:
-        seen.append((strength, float(torch.rand((), generator=rng))))
+        strengths.append((strength, float(torch.rand((), generator=rng))))
         return x * (1 - strength)
 
     ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
     judges = []
     for seed in range(200):
-        drawn = make_triplet(ref, watch, 1.5, torch.Generator().manual_seed(seed))
-        assert drawn is not None
-        versions, judge = drawn
-        (weak, first), (strong, second) = seen[-2:]
+        triplet = make_triplet(ref, watch, 1.5, torch.Generator().manual_seed(seed))
+        assert triplet is not None
+        versions, judge = triplet
+        (weak, first), (strong, second) = strengths[-2:]
         assert 0.05 <= weak and 1.5 * weak <= strong * (1 + 1e-9) and strong <= 1 and first == second
         nearer = versions["p1"] if judge else versions["p0"]
         farther = versions["p0"] if judge else versions["p1"]
@@ -128,8 +128,8 @@ def test_patches_are_squares_of_the_picture(tmp_path: Path) -> None:
 
 def test_parquet_serves_and_bad_input_is_one_line(data: Path, tmp_path: Path) -> None:
     table = save_table(tmp_path / "a.parquet", 2, label=False)
-    made = make_triplets(TripletsConfig(data=str(table), size=16, kinds=("blur",)), tmp_path / "out")
-    assert made.train == {"blur": 5} and made.val == {"blur": 1}
+    result = make_triplets(TripletsConfig(data=str(table), size=16, kinds=("blur",)), tmp_path / "out")
+    assert result.train == {"blur": 5} and result.val == {"blur": 1}
     with pytest.raises(SettingError, match="no decoder is given; give --decoder"):
         TripletsConfig(kinds=("decoder",))
     with pytest.raises(SettingError, match="ratio"):
@@ -150,21 +150,21 @@ def test_equal_versions_are_drawn_again_or_left_out(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), (90, 120, 30)).save(folder / "flat.png")
     picture(1, 0, 40, 40).save(folder / "other.png")
     config = TripletsConfig(data=str(folder), size=16, kinds=("blur", "noise", "color"), val=0)
-    made = make_triplets(config, tmp_path / "out")
-    assert made.train == {"blur": 1, "noise": 2, "color": 2} and made.left_out == 1
+    result = make_triplets(config, tmp_path / "out")
+    assert result.train == {"blur": 1, "noise": 2, "color": 2} and result.left_out == 1
     (split,) = (s for s in find_splits(tmp_path / "out", "2afc", "train") if s.name == "blur")
     assert [paths[0].stem for paths in split.pictures] == ["000001.0"]
-    assert make_triplets(config, tmp_path / "out") == made
+    assert make_triplets(config, tmp_path / "out") == result
 
     def steps(x: torch.Tensor, strength: float, rng: torch.Generator) -> torch.Tensor:
         return x - 0.5 * (strength > 0.9)  # only a strong enough one changes anything
 
     ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
-    drawn = [make_triplet(ref, steps, 1.3, torch.Generator().manual_seed(seed)) for seed in range(100)]
-    found = [made[0] for made in drawn if made is not None]
-    assert 15 < len(found) < 100 and not any(torch.equal(v["p0"], v["p1"]) for v in found)
+    triplets = [make_triplet(ref, steps, 1.3, torch.Generator().manual_seed(seed)) for seed in range(100)]
+    versions = [result[0] for result in triplets if result is not None]
+    assert 15 < len(versions) < 100 and not any(torch.equal(v["p0"], v["p1"]) for v in versions)
     once = sum(not torch.equal(v["p0"], v["p1"]) for v in map(first_draw, range(100)))
-    assert len(found) > 1.5 * once
+    assert len(versions) > 1.5 * once
 
 
 def first_draw(seed: int) -> dict[str, torch.Tensor]:

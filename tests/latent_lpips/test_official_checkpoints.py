@@ -1,4 +1,4 @@
-"""The authors' checkpoint files: their package's own numbers, strictness, safety, license, conversion."""
+"""The authors' checkpoint files: golden values of their package, strictness, safety, license, conversion."""
 
 import json
 import os
@@ -26,7 +26,7 @@ WIDTH = 1 / 16
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Calibrated files at full width, by their seed."""
+    """Calibrated files of full width, by seed."""
     folder = tmp_path_factory.mktemp("full")
     seeds = {case["weights"]: case["channels"] for case in GOLDEN["cases"]}
     return {
@@ -45,7 +45,9 @@ def pair(channels: int = 4) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_distances_equal_the_authors_packages(full: dict[int, Path], fold: bool) -> None:
-    """Numbers of elatentlpips 0.2 itself, without augmentation: see made_by in the file. To 1e-5 in fp32."""
+    """Distances equal those of elatentlpips 0.2 without augmentation to 1e-5 in fp32 (see made_by in the
+    file).
+    """
     metrics = {seed: load_lpips(file, fold=fold) for seed, file in full.items()}
     for case in GOLDEN["cases"]:
         shape, metric = (case["channels"], *case["size"]), metrics[case["weights"]]
@@ -77,8 +79,8 @@ def test_a_calibrated_file_gives_trunk_heads_and_facts(
         "scaling_factor": 0.18215,
         "shift_factor": 0.0,
     }
-    said = capsys.readouterr()
-    assert said.out == "" and caplog.text.count("CC-BY-NC-4.0: for non-commercial use only") == 1
+    output = capsys.readouterr()
+    assert output.out == "" and caplog.text.count("CC-BY-NC-4.0: for non-commercial use only") == 1
 
 
 def test_a_trunk_file_is_the_uncalibrated_distance(tmp_path: Path, tuned: Path) -> None:

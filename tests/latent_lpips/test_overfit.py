@@ -1,4 +1,4 @@
-"""`d2g lpips overfit`: the supplement's single-sample experiment, small."""
+"""`d2g lpips overfit`: a small version of the supplement's single-sample experiment."""
 
 import shutil
 from dataclasses import replace
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(data: Path, teacher: Path, **settings: Any) -> OverfitConfig:
-    made = OverfitConfig(
+    default = OverfitConfig(
         data=str(data),
         latents=str(teacher),
         weights=str(teacher / "latent_lpips"),
@@ -41,7 +41,7 @@ def config(data: Path, teacher: Path, **settings: Any) -> OverfitConfig:
         report_steps=10,
         checkpoint_steps=15,
     )
-    return replace(made, **settings)
+    return replace(default, **settings)
 
 
 def test_it_converges_and_says_what_is_on_disk(data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_the_reported_errors_are_those_of_the_latents(data: Path, teacher: Path,
 
 
 def test_resumed_and_prolonged_equal_unbroken(data: Path, teacher: Path, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    result = overfit_latents(config(data, teacher, families=("bg",)), whole)
+    uninterrupted, broken = tmp_path / "whole", tmp_path / "broken"
+    result = overfit_latents(config(data, teacher, families=("bg",)), uninterrupted)
     overfit_latents(config(data, teacher, families=("bg",), steps=17), broken)
     again = overfit_latents(config(data, teacher, families=("bg",)), broken)
     assert again.final == result.final
     lines = [
         [{k: v for k, v in line.items() if k != "time"} for line in read_stats(folder / "bg")]
-        for folder in (whole, broken)
+        for folder in (uninterrupted, broken)
     ]
     assert lines[0] == lines[1]
     assert overfit_latents(config(data, teacher, families=("bg",)), broken).final == result.final

@@ -1,4 +1,4 @@
-"""2AFC and JND scores, their intervals, and the baselines, against published implementations."""
+"""2AFC and JND scores, their intervals and the baselines, against published implementations."""
 
 import json
 import shutil
@@ -68,14 +68,14 @@ def interval_of_a(d: torch.Tensor, resamples: int, seed: int) -> dict[str, list[
 
 
 def test_intervals_cover_as_often_as_they_say_and_repeat() -> None:
-    """Of a share of 0.8 in 150 judgments, intervals hold 0.8 in about 95 % of worlds."""
+    """For a true share of 0.8 in 150 judgments, about 95 % of the intervals contain 0.8."""
     held, first = 0, None
     for world in range(60):
         right = torch.rand(150, generator=torch.Generator().manual_seed(world)) < 0.8
         d = torch.stack([right.double(), 1 - right.double()], 1)
-        found = interval_of_a(d, 200, 0)
-        first = first or (d, found)
-        held += found["a"][0] <= 0.8 <= found["a"][1]
+        result = interval_of_a(d, 200, 0)
+        first = first or (d, result)
+        held += result["a"][0] <= 0.8 <= result["a"][1]
     assert 52 <= held <= 60
     assert first is not None
     assert interval_of_a(first[0], 200, 0) == first[1] != interval_of_a(first[0], 200, 1)
@@ -83,7 +83,7 @@ def test_intervals_cover_as_often_as_they_say_and_repeat() -> None:
 
 
 def test_judgments_of_one_picture_are_drawn_together_in_all_splits() -> None:
-    """Ten copies of a judgment say no more than one, and splits of the same pictures share their draws."""
+    """Ten copies of a judgment do not narrow an interval, and splits of the same pictures share resamples."""
     right = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7
     d = torch.stack([right.double(), 1 - right.double()], 1)
     once = interval_of_a(d, 300, 0)["a"]
@@ -95,10 +95,10 @@ def test_judgments_of_one_picture_are_drawn_together_in_all_splits() -> None:
 
     def mean_of(others: torch.Tensor) -> list[float]:
         both = {"a": d, "b": d.flip(1)}  # whose scores add up to 1, picture by picture
-        shown = {"a": torch.arange(40), "b": others}
-        return bootstrap_intervals(both, dict.fromkeys(both, torch.ones(40)), shown, two_afc_score, 300, 0)[
-            "mean"
-        ]
+        pictures = {"a": torch.arange(40), "b": others}
+        return bootstrap_intervals(
+            both, dict.fromkeys(both, torch.ones(40)), pictures, two_afc_score, 300, 0
+        )["mean"]
 
     assert mean_of(torch.arange(40)) == pytest.approx([0.5, 0.5])
     low, high = mean_of(torch.arange(40, 80))

@@ -45,7 +45,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def separable() -> tuple[Tensor, Tensor]:
-    """Latents whose class is which of three channels is raised."""
+    """Latents whose class is the index of the channel with a raised mean."""
     labels = torch.arange(200) % 3
     lift = F.one_hot(labels, 4).float()[:, :, None, None]
     return torch.randn(200, 4, 4, 4, generator=rng()) + 3 * lift, labels
@@ -159,7 +159,7 @@ def test_each_distortion_grows_with_its_strength(distortion: object) -> None:
 
 
 def one_channel_matters(count: int) -> Triplets:
-    """The judge looks at channel 0 alone; the others change more, at random."""
+    """Judgments depend on channel 0 only; the other channels change more, at random."""
     ref = torch.randn(count, 4, 8, 8, generator=rng(1))
     size = torch.rand(2, count, 1, 1, 1, generator=rng(2))
     noise = torch.randn(2, count, 4, 8, 8, generator=rng(3))
@@ -171,7 +171,7 @@ def one_channel_matters(count: int) -> Triplets:
 
 
 def sighted_metric() -> LatentLPIPS:
-    """Random features, of which the first tap's first half sees channel 0 alone."""
+    """Random features; the first half of the first tap depends on channel 0 only."""
     torch.manual_seed(0)
     metric = LatentLPIPS(NETWORK)
     for module in list(metric.trunk.features)[:6]:

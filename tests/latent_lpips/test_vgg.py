@@ -83,14 +83,14 @@ def test_plain_vgg_is_numbered_like_torchvisions() -> None:
 
 
 def test_group_norm_in_place_of_batch_norm() -> None:
-    """For small batches: same numbering, each sample by itself, 32 groups where the width allows them."""
+    """Group norm keeps the numbering, treats samples independently, and has 32 groups if the width allows."""
     ours, batch = tiny("group"), tiny()
     assert [type(m) for m in ours.features if not isinstance(m, nn.GroupNorm)] == [
         type(m) for m in batch.features if not isinstance(m, nn.BatchNorm2d)
     ]
     assert [m.num_groups for m in ours.features if isinstance(m, nn.GroupNorm)][-1] == 32
     x = torch.randn(3, 4, 8, 8)
-    for whole, alone in zip(ours.train().taps(x), ours.eval().taps(x[1:2]), strict=True):
-        torch.testing.assert_close(whole[1:2], alone)
+    for batch_taps, single_taps in zip(ours.train().taps(x), ours.eval().taps(x[1:2]), strict=True):
+        torch.testing.assert_close(batch_taps[1:2], single_taps)
     with pytest.raises(AssertionError, match="norm 'group' is more than convolutions"):
         ours.layers()

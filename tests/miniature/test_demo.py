@@ -1,4 +1,4 @@
-"""miniature.demo on the shipped teacher, cut to a few steps: files, keys, pictures, a report in one file."""
+"""miniature.demo on the shipped teacher with few steps: its files, JSON keys, images and one-file report."""
 
 import json
 import math
@@ -53,16 +53,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, li
 
 def test_the_contracts_keys(made: tuple[DemoResult, Path, list[str]]) -> None:
     result, out, labels = made
-    found = json.loads((out / "demo.json").read_text())
-    assert found == result.to_json()
+    written = json.loads((out / "demo.json").read_text())
+    assert written == result.to_json()
     assert {"out", "report", "seconds", "pairs", "caption_accuracy", "fid", "recall", "ms_per_image"} <= set(
-        found
+        written
     )
     for key in ("fid", "caption_accuracy", "recall", "precision", "clip_score", "caption_exact"):
-        assert set(found[key]) == set(DEMO_SAMPLERS), key
-        assert all(math.isfinite(value) for value in found[key].values())
-    assert set(found["ms_per_image"]) == {"teacher", "student"} and min(found["ms_per_image"].values()) > 0
-    assert set(found["timings"]) == {"pairs", "stage 1", "stage 2", "evaluation"} and found["pairs"] == 8
+        assert set(written[key]) == set(DEMO_SAMPLERS), key
+        assert all(math.isfinite(value) for value in written[key].values())
+    assert (
+        set(written["ms_per_image"]) == {"teacher", "student"} and min(written["ms_per_image"].values()) > 0
+    )
+    assert set(written["timings"]) == {"pairs", "stage 1", "stage 2", "evaluation"} and written["pairs"] == 8
     assert {"pairs", "ode", "gan", "evaluate"} <= set(labels)
 
 
@@ -77,9 +79,9 @@ def test_the_parts_are_ordinary_folders(made: tuple[DemoResult, Path, list[str]]
         num=8,
         metrics=("clip", "caption_accuracy"),
     )
-    found = run_evaluation(config)
-    assert found["clip_score"] == pytest.approx(made[0].clip_score["gan"], abs=1e-6)
-    assert found["extra"]["caption_accuracy"] == pytest.approx(made[0].caption_accuracy["gan"])
+    measured = run_evaluation(config)
+    assert measured["clip_score"] == pytest.approx(made[0].clip_score["gan"], abs=1e-6)
+    assert measured["extra"]["caption_accuracy"] == pytest.approx(made[0].caption_accuracy["gan"])
 
 
 def test_pictures_stand_side_by_side(made: tuple[DemoResult, Path, list[str]]) -> None:
@@ -107,47 +109,47 @@ def test_the_report_in_a_browser(made: tuple[DemoResult, Path, list[str]]) -> No
     result, _, _ = made
     with chromium() as browser:
         for width, dark in ((1400, False), (400, True)):
-            seen = browser.open(Path(result.report), width=width, dark=dark)
-            assert seen.problems == [] and seen.images == 4 * 2
-    assert [text for level, text in seen.headings if level == 2] == [
+            page = browser.open(Path(result.report), width=width, dark=dark)
+            assert page.problems == [] and page.images == 4 * 2
+    assert [text for level, text in page.headings if level == 2] == [
         "Metrics", "Same noise, same prompt", "Curves", "Latency", "Time taken",
     ]  # fmt: skip
-    assert [text for level, text in seen.headings if level == 3] == [
+    assert [text for level, text in page.headings if level == 3] == [
         "Stage 1: losses", "Stage 2: losses", "Stage 2: the discriminator's mean logits",
     ]  # fmt: skip
     for shown in ("Frechet distance (oracle features)", "Recall", "CLIP score", "Caption accuracy", "total"):
-        assert shown in seen.text
-    assert "teacher, 2 DDIM steps" in seen.text  # as configured, not as usual
-    assert all(prompt in seen.text for prompt in scene_captions(2, TEST_SEED))
+        assert shown in page.text
+    assert "teacher, 2 DDIM steps" in page.text  # as configured, not as usual
+    assert all(prompt in page.text for prompt in scene_captions(2, TEST_SEED))
 
 
 def test_again_keeps_what_is_done(made: tuple[DemoResult, Path, list[str]]) -> None:
     first, out, _ = made
-    kept = {
+    mtimes = {
         path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".h5", ".safetensors")
     }
     again = run_demo(TINY, out)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in mtimes} == mtimes
     assert again.fid == pytest.approx(first.fid, rel=1e-6) and again.recall == first.recall
 
 
 def test_stable_diffusion_pipeline_samples_the_shipped_teacher() -> None:
-    """Plain diffusers loads the folder, and our pairs are its latents."""
+    """Diffusers loads the shipped teacher, and its latents equal ours."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(SHIPPED["miniature"] / "teacher")
     pipe.set_progress_bar_config(disable=True)
     teacher, prompts = load_teacher("miniature", final_alpha="teacher"), scene_captions(2, 2)
-    drawn = noise(0, range(2), teacher.latent_shape)
+    latent_noise = noise(0, range(2), teacher.latent_shape)
 
     def by_diffusers(kind: str) -> object:
         return pipe(
-            prompts, latents=drawn, num_inference_steps=5, guidance_scale=3.0, output_type=kind
+            prompts, latents=latent_noise, num_inference_steps=5, guidance_scale=3.0, output_type=kind
         ).images
 
-    latents = by_diffusers("latent")
-    found = teacher.sample(drawn, prompts, 5, 3.0, "ddim")
-    torch.testing.assert_close(found, latents, rtol=0, atol=1e-4)
+    expected = by_diffusers("latent")
+    latents = teacher.sample(latent_noise, prompts, 5, 3.0, "ddim")
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
     pictures = by_diffusers("pil")
     assert isinstance(pictures, list) and [p.size for p in pictures] == [(64, 64)] * 2
     assert all(max(hi - lo for lo, hi in picture.getextrema()) > 50 for picture in pictures)

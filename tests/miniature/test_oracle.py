@@ -1,4 +1,4 @@
-"""The caption oracle: how captions are scored, and that the shipped one reads real renders right."""
+"""The caption oracle: scoring of captions, and the accuracy of the shipped oracle on rendered scenes."""
 
 import json
 from dataclasses import replace
@@ -44,7 +44,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="module")
 def pictures() -> tuple[torch.Tensor, list[str]]:
-    """200 fresh scenes of both splits, of a seed that nothing was trained on."""
+    """200 new scenes of both splits, from a seed that no model was trained on."""
     scenes = [sample_scene(77, index, split) for split in ("train", "heldout") for index in range(100)]
     return render_scenes(scenes).float() / 127.5 - 1, [caption_of(scene) for scene in scenes]
 
@@ -87,8 +87,8 @@ def test_each_wrong_attribute_costs_one_fact():
 
 def test_a_missing_object_costs_its_facts_the_count_and_the_relation():
     reading = reading_of(SIDE_BY_SIDE)
-    for seen in reading.objects:
-        assert count_correct(parse_caption(SIDE_BY_SIDE), replace(reading, objects=(seen,))) == (5, 11)
+    for predicted in reading.objects:
+        assert count_correct(parse_caption(SIDE_BY_SIDE), replace(reading, objects=(predicted,))) == (5, 11)
 
 
 def test_an_object_too_many_costs_the_count():
@@ -97,7 +97,7 @@ def test_an_object_too_many_costs_the_count():
 
 
 def test_equal_attributes_do_not_hide_a_relation_that_holds():
-    """Where two matchings agree with as many attributes, the one in which the relation holds counts."""
+    """Of two matchings with equally many correct attributes, the one in which the relation holds counts."""
     twins = "a large red metal cube right of a large red metal cube, pink background"
     assert count_correct(parse_caption(twins), reading_of(twins)) == (11, 11)
 
@@ -187,7 +187,7 @@ def test_a_single_object_asks_nothing_of_the_right_side():
 
 
 def test_training_learns_repeats_and_scores():
-    """A minute oracle finds the background within 40 steps, and a second run gives the same weights."""
+    """A tiny oracle learns the background within 40 steps, and a second run gives the same weights."""
     first, scores = train_oracle(TINY)
     images, targets = render_oracle_data(64, TINY.test_seed, "train")
     with torch.no_grad():
@@ -241,11 +241,11 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, oracle):
 
 def test_damaged_files_are_refused(tmp_path, oracle):
     save_oracle(oracle, tmp_path, {})
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    complete = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(complete[: len(complete) // 2])
     with pytest.raises(UserError, match="is damaged"):
         load_oracle(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(whole)
+    (tmp_path / "model.safetensors").write_bytes(complete)
     (tmp_path / "config.json").write_text('{"width": 32}')
     with pytest.raises(UserError, match="is damaged") as error:
         load_oracle(tmp_path)

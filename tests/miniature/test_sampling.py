@@ -1,4 +1,4 @@
-"""Scenes of the miniature: captions and back, placements that mean them, pictures that show them."""
+"""Scenes of the miniature: captions that parse, placements that match them, images that show them."""
 
 from dataclasses import replace
 
@@ -40,12 +40,12 @@ GOLDEN_MEAN = [133.13, 125.96, 126.64]
 
 
 def show(text: str, index: int = 0) -> Tensor:
-    """Float picture [3, 64, 64] in 0 to 1 of a caption."""
+    """Render a caption: float image [3, 64, 64] in [0, 1]."""
     return render_scenes([scene_from_caption(text, 5, index)])[0].float() / 255
 
 
 def near_color(picture: Tensor, color: str) -> Tensor:
-    """Pixels [64, 64] whose hue is that of an object color rather than of the others or of the ground."""
+    """Mask [64, 64] of the pixels whose hue is closest to an object color, not to the others or the ground."""
     hues = {
         name: torch.tensor(rgb) / sum(rgb) for name, rgb in {**OBJECT_COLORS, **BACKGROUND_COLORS}.items()
     }
@@ -124,8 +124,8 @@ def test_heldout_combinations_are_kept_apart():
     for split in SCENE_SPLITS:
         assert all(split_of(parse_caption(text)) == split for text in scene_captions(400, 1, split))
     assert len(HELDOUT_TRIPLES) == len(COLORS) * len(SHAPES) * len(MATERIALS) // 10
-    seen = {item.triple for text in scene_captions(2000, 1) for item in parse_caption(text).objects}
-    assert len(seen) == 60 - len(HELDOUT_TRIPLES)  # train scenes show all the others
+    triples = {item.triple for text in scene_captions(2000, 1) for item in parse_caption(text).objects}
+    assert len(triples) == 60 - len(HELDOUT_TRIPLES)  # train scenes show all the others
 
 
 def test_heldout_triples_are_fixed_for_good():
@@ -201,7 +201,7 @@ def test_a_picture_does_not_depend_on_its_batch():
 
 
 def test_pictures_keep_the_look_that_the_weights_were_trained_on():
-    """Channel means of 32 scenes, measured when the shipped models were trained: the renderer is frozen."""
+    """The renderer does not change: channel means of 32 scenes equal those of the shipped models' training."""
     mean = render_scenes([sample_scene(1, index) for index in range(32)]).double().mean((0, 2, 3))
     assert mean.tolist() == pytest.approx(GOLDEN_MEAN, abs=0.05)
 

@@ -1,4 +1,4 @@
-"""teacher_training.clip: training, saving, and loading back through open_clip's own factory."""
+"""teacher_training.clip: training, saving, and loading with open_clip's own factory."""
 
 import json
 from pathlib import Path
@@ -75,8 +75,8 @@ def test_clip_scores_are_cosines_of_single_pairs(trained: tuple[Path, dict[str, 
     images, captions = colored(5)
     scores = clip_scores(net, images, captions)
     assert scores.shape == (5,) and scores.abs().max() <= 1 + 1e-6
-    alone = torch.cat([clip_scores(net, images[i : i + 1], captions[i : i + 1]) for i in range(5)])
-    torch.testing.assert_close(scores, alone, atol=1e-5, rtol=0)
+    single = torch.cat([clip_scores(net, images[i : i + 1], captions[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(scores, single, atol=1e-5, rtol=0)
     turned = clip_scores(net, images.flip(0), captions[::-1])
     torch.testing.assert_close(turned.flip(0), scores, atol=1e-5, rtol=0)
     prefixed = clip_scores(net, images, captions, prefix="photo of ")

@@ -1,4 +1,4 @@
-"""teacher_training.loop: an interrupted training goes on as if nothing had happened; NaN stops it."""
+"""teacher_training.loop: an interrupted training resumes exactly; a non-finite loss stops it."""
 
 import signal
 from dataclasses import replace
@@ -21,7 +21,7 @@ VAE = AutoencoderConfig(channels=(8, 8), latent_channels=4, fit=FIT)
 
 
 def pictures(count: int = 24) -> Tensor:
-    """Smooth random pictures, uint8 [N, 3, 16, 16]."""
+    """Smooth random images, uint8 [N, 3, 16, 16]."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     fine = nn.functional.interpolate(coarse, 16, mode="bilinear")
     return (fine * 255).to(torch.uint8)
@@ -46,14 +46,16 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]
 
 
 def test_a_resumed_training_equals_an_unbroken_one(unbroken: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    """Bit for bit, over a real SIGINT: weights that are handed back, raw weights, averages and reports."""
+    """After a real SIGINT, the resumed run's weights, EMA weights and reports equal an unbroken run's, bit
+    for bit.
+    """
     with pytest.raises(
         Interrupted, match=r"vae stopped; safe on disk: .*000000040; run the same command again"
     ):
         run(tmp_path, stop_at=40)
-    found, (expected, folder) = run(tmp_path), unbroken
-    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in found.state_dict().items())
-    assert found.config.scaling_factor == expected.config.scaling_factor
+    resumed, (expected, folder) = run(tmp_path), unbroken
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in resumed.state_dict().items())
+    assert resumed.config.scaling_factor == expected.config.scaling_factor
     a, b = (f / "checkpoints" / "000000096" for f in (tmp_path, folder))
     for name in ("model", "ema"):
         one, two = (load_file(path / f"{name}.safetensors") for path in (a, b))
@@ -88,7 +90,7 @@ def test_rates_warm_up_and_fall_to_zero() -> None:
 
 
 def test_the_averages_are_handed_back(tmp_path: Path) -> None:
-    """One weight under a constant gradient: AdamW moves it by the rate, the average follows."""
+    """With one weight and a constant gradient, AdamW moves it by the learning rate and the EMA follows."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
     config = FitConfig(images=2, batch_size=1, lr=1.0, warmup_images=0, weight_decay=0.0, ema=0.75)

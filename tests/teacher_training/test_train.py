@@ -1,4 +1,4 @@
-"""teacher_training.train: a whole teacher from anyone's captioned pictures, every stage, very small."""
+"""teacher_training.train: all stages of a tiny teacher, from every kind of captioned images."""
 
 import io
 import json
@@ -69,7 +69,7 @@ COLORS = ("red", "green", "blue", "yellow")
 
 
 def picture(number: int) -> tuple[Image.Image, str, str]:
-    """(picture, color, shape): a disc or a box, not square, so that cropping has work."""
+    """(image, color, shape): a disc or a box in an image that is not square, so that it must be cropped."""
     color, shape = COLORS[number % 4], ("disc", "box")[number // 4 % 2]
     image = Image.new("RGB", (SIZE + 4, SIZE), "white")
     draw = ImageDraw.Draw(image)
@@ -113,22 +113,28 @@ def test_a_teacher_from_captioned_pictures(source: str, tmp_path: Path) -> None:
     data.mkdir()
     SOURCES[source](data)
     config = replace(CONFIG, data=str(data))
-    made = train_teacher(config, out)
-    assert made.images == 40 and made.params > 0 and set(made.scores) == {"vae", "unet", "lpips", "clip"}
+    summary = train_teacher(config, out)
+    assert (
+        summary.images == 40
+        and summary.params > 0
+        and set(summary.scores) == {"vae", "unet", "lpips", "clip"}
+    )
 
     # It is a teacher like any other: for diffusers, for pairs, for both losses and for scores.
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
-    drawn = noise(0, [0], (4, 8, 8))
+    latent_noise = noise(0, [0], (4, 8, 8))
     prompt = "a photo of a red disc" if source.startswith("class") else "a red disc"
     expected = pipe(
-        prompt, latents=drawn, num_inference_steps=4, guidance_scale=3.0, output_type="latent"
+        prompt, latents=latent_noise, num_inference_steps=4, guidance_scale=3.0, output_type="latent"
     ).images
     teacher = load_teacher(str(out), final_alpha="teacher")
     assert teacher.latent_shape == (4, 8, 8) and teacher.space.downscale == 2
-    torch.testing.assert_close(teacher.sample(drawn, [prompt], 4, 3.0, "ddim"), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        teacher.sample(latent_noise, [prompt], 4, 3.0, "ddim"), expected, rtol=0, atol=1e-4
+    )
     assert load_lpips(out / "latent_lpips", 4)(expected, expected).item() == 0.0
     assert load_clip(str(out / "clip")).encode_texts([prompt]).shape == (1, 16)
     captions = json.loads((out / "training" / "captions.json").read_text())
@@ -136,12 +142,12 @@ def test_a_teacher_from_captioned_pictures(source: str, tmp_path: Path) -> None:
 
     # Again: all stages are there already.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    assert train_teacher(config, out).scores == made.scores
+    assert train_teacher(config, out).scores == summary.scores
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_captions_belong_to_their_pictures(tmp_path: Path) -> None:
-    """Read back: the middle pixel has the color that the caption names, from every kind of source."""
+    """From every kind of source, the middle pixel has the color that the caption names."""
     names = {(255, 0, 0): "red", (0, 128, 0): "green", (0, 0, 255): "blue", (255, 255, 0): "yellow"}
     for source, write in SOURCES.items():
         folder = tmp_path / source.replace(" ", "_")
@@ -160,8 +166,8 @@ def test_stages_can_be_made_one_at_a_time(tmp_path: Path) -> None:
     image_folder(tmp_path / "data")
     config, out = replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "teacher"
     assert train_teacher(config, out, ("data",)).scores == {} and not (out / "vae").exists()
-    made = train_teacher(config, out, ("vae",))
-    assert set(made.scores) == {"vae"} and (made.params, made.images) == (0, 40)
+    summary = train_teacher(config, out, ("vae",))
+    assert set(summary.scores) == {"vae"} and (summary.params, summary.images) == (0, 40)
     assert pretrained.load_vae(str(out)).config.scaling_factor != 0.18215
     with pytest.raises(SettingError, match=r"unknown stage 'unett'; did you mean 'unet'\?"):
         train_teacher(config, out, ("unett",))
@@ -184,7 +190,7 @@ def test_pictures_that_cannot_be_trained_on(tmp_path: Path) -> None:
 
 
 def test_registered_data_is_found_by_name() -> None:
-    """Under its name, with the size, limit and seed asked for; a name belongs to one function."""
+    """The function gets size, limit and seed; a name belongs to one function."""
 
     def load(size: int, limit: int, seed: int, progress: Progress) -> tuple[Tensor, list[str]]:
         return torch.full((limit, 3, size, size), seed, dtype=torch.uint8), ["a gray square"] * limit
@@ -198,7 +204,7 @@ def test_registered_data_is_found_by_name() -> None:
 
 
 def test_presets_fit_together() -> None:
-    """A latent of the size the UNet halves, and a CLIP whose patches tile the picture."""
+    """The UNet can halve the latents, and CLIP's patches tile the image."""
     for name, preset in TEACHER_PRESETS.items():
         assert preset.size % preset.clip.patch == 0, name
         latent = preset.size // 2 ** (len(preset.vae.channels) - 1)
