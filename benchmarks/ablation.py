@@ -24,7 +24,7 @@ from d2g.core.progress import Progress
 from d2g.diffusion import pretrained
 from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig
-from distill.sampling import load_one_step
+from distill.sampling import load_student
 from distill.training.train import train
 from eval.evaluation import evaluate
 from eval.measure.build_reference import build_reference
@@ -79,7 +79,7 @@ def score(run: Path, count: int) -> dict[str, float]:
     texts = [text for _, batch in scenes for text in batch]
     real = build_reference(batch_source("scenes", scenes), protocol, networks.sets)
     source = one_step_source(
-        str(run), load_one_step(str(run)), SamplingRequest(prompts=texts, seed=0, device="cpu")
+        str(run), load_student(str(run)), SamplingRequest(prompts=texts, seed=0, device="cpu")
     )
     metrics = ("fid", "pr", "caption_accuracy")
     result = evaluate(

@@ -39,6 +39,10 @@ class OneStep:
     device: torch.device
     guidance: float = 8.0  # told to a student that is told a scale; others have theirs in the weights
 
+    def __call__(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
+        """One image per prompt: uint8 [N, 3, H, W] on the CPU. Image i uses the noise of (seed, i)."""
+        return torch.cat([images for images, _ in self.sample(prompts, seed)])
+
     @property
     def examples(self) -> list[str]:
         """Two prompts that it understands, to compare two forms of it with."""
@@ -137,8 +141,17 @@ def own_prompts(name: str, teacher: str | None = None) -> list[str]:
     return found
 
 
-def load_one_step(name: str, teacher: str | None = None, device: torch.device | str = "cpu") -> OneStep:
-    """A student ready to draw; `teacher` overrides the folder that the student names."""
+def load_student(name: str, teacher: str | None = None, device: torch.device | str = "cpu") -> OneStep:
+    """Load a student with the conditioner and the autoencoder around it, ready to generate images.
+
+    name: an exported folder, a run's folder (its newest checkpoint), or "miniature", which ships with the
+    package. `teacher` replaces the teacher that the student's folder names. Raises UserError for a folder that
+    holds no student, or weights that do not fit the teacher.
+
+    >>> student = load_student("miniature")
+    >>> student(["a red circle on a white background"], seed=0).dtype
+    torch.uint8
+    """
     _, own, timestep = student_folder(name)
     source = teacher or own
     student = student_from_teacher(source, timestep)
@@ -180,7 +193,7 @@ def save_samples(
 
     guidance: the scale to imitate. Raises SettingError for a student that is told none.
     """
-    one = load_one_step(name, teacher, "cuda" if torch.cuda.is_available() else "cpu")
+    one = load_student(name, teacher, "cuda" if torch.cuda.is_available() else "cpu")
     if guidance is not None:
         if not one.student.guided:
             raise SettingError(

@@ -19,7 +19,7 @@ from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import Teacher, load_teacher
-from distill.sampling import OneStep, load_one_step, untrained_one_step
+from distill.sampling import OneStep, load_student, untrained_one_step
 from distill.training.train import train
 from eval.evaluation import evaluate
 from eval.measure.build_reference import build_reference
@@ -98,8 +98,8 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         teacher = load_teacher(name, device)
         students = {
             "naive": untrained_one_step(name, device),
-            "ode": load_one_step(str(out / "ode"), device=device),
-            "gan": load_one_step(str(out / "gan"), device=device),
+            "ode": load_student(str(out / "ode"), device=device),
+            "gan": load_student(str(out / "gan"), device=device),
         }
         results, images = evaluate_samplers(config, teacher, students, progress)
     speed = measure_sampling_time(config, teacher, students["gan"])

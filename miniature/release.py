@@ -17,7 +17,7 @@ from d2g.core.seeds import noise
 from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.teacher import load_teacher
 from distill.export.export import export_student
-from distill.sampling import load_one_step
+from distill.sampling import load_student
 from eval.images.resize import NATIVE
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
@@ -102,7 +102,7 @@ def release_student(run: Path, out: Path, how: dict[str, Any], progress: Progres
     """Export a run's student in fp16, score it, and write meta.json; returns the metadata."""
     register_eval_scenes()
     exported = export_student(str(run), out, "fp16", teacher="miniature")
-    oracle, one = load_oracle(), load_one_step(str(out))
+    oracle, one = load_oracle(), load_student(str(out))
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
         texts = scene_captions(256, TEST_SEED, split)

@@ -23,7 +23,7 @@ from distill.export.output import (
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
-from distill.sampling import load_one_step, student_folder, student_tensors
+from distill.sampling import load_student, student_folder, student_tensors
 
 
 def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -63,7 +63,7 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     with staged(out) as folder:
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
-        before, after = load_one_step(run), load_one_step(str(folder))
+        before, after = load_student(run), load_student(str(folder))
         latents_noise, prompts = noise(0, range(2), before.student.latent_shape), before.examples
         latents = before.latents(latents_noise, prompts), after.latents(latents_noise, prompts)
         parity = check_parity(max_abs_diff(latents), saved_dtype)

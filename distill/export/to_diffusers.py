@@ -36,7 +36,7 @@ from distill.export.output import (
     staged,
 )
 from distill.models.student import add_guidance_embedding
-from distill.sampling import OneStep, load_one_step, student_config, student_folder
+from distill.sampling import OneStep, load_student, student_config, student_folder
 
 
 def export_pipeline(
@@ -63,7 +63,7 @@ def export_pipeline(
     source = teacher or student_folder(student)[1]
     schedule = pipeline_schedule(source)
     check_out(out, student, source)
-    one = load_one_step(student, source, device)
+    one = load_student(student, source, device)
     guided, reads_text = one.student.guided, one.student.reads_text
     with staged(out) as folder:
         write = _write_text_pipeline if reads_text else _write_unconditional_pipeline
@@ -147,7 +147,7 @@ def export_lora(
     tensors = checkpoint.Checkpoint(folder, 0, {}).tensors("ema")
     if not has_lora(tensors):
         raise UserError(f"student {student} has no adapters; export it with --format diffusers")
-    one = load_one_step(student, source, device)
+    one = load_student(student, source, device)
     if one.student.guided:
         raise UserError(
             f"student {student} has the guidance scale as an input, which adapters alone cannot hold; "

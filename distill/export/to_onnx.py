@@ -20,7 +20,7 @@ from distill.export.card_scores import own_results
 from distill.export.model_card import OnnxUsage, model_card
 from distill.export.output import check_out, check_parity, max_abs_diff, staged
 from distill.models.student import Student
-from distill.sampling import OneStep, load_one_step, student_folder
+from distill.sampling import OneStep, load_student, student_folder
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -46,7 +46,7 @@ def export_onnx(
     scores = own_results(student, options.scores)
     source = teacher or student_folder(student)[1]
     check_out(out, student, source)
-    one = load_one_step(student, source)
+    one = load_student(student, source)
     with staged(out) as folder:
         parity, usage = _write_files(one, source, folder)
         text = model_card(

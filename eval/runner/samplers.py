@@ -18,7 +18,7 @@ from d2g.diffusion.diffusers_pipeline import load_any_pipeline
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
-from distill.sampling import OneStep, load_checkpoint, load_one_step, student_folder
+from distill.sampling import OneStep, load_checkpoint, load_student, student_folder
 from eval.measure.latency import Parts
 from eval.measure.source import ImageSource, SampledBatch, views_of
 
@@ -120,7 +120,7 @@ def student_source(
     weights, named_teacher, timestep = student_folder(name)
     base = teacher or named_teacher
     if folder is None:
-        one, title = load_one_step(name, teacher, request.device), name
+        one, title = load_student(name, teacher, request.device), name
     else:
         one = load_checkpoint(name, folder, base, request.device)
         title = f"{name}, {int(folder.name)} images"

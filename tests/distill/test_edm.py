@@ -21,7 +21,7 @@ from distill.config.export import ExportConfig
 from distill.config.presets import preset
 from distill.config.run import DistillConfig
 from distill.export.export import export
-from distill.sampling import load_one_step, own_prompts
+from distill.sampling import load_student, own_prompts
 from distill.training.train import train
 from eval.images.resize import NATIVE
 from eval.protocols.config import EvalRun
@@ -195,7 +195,7 @@ def test_it_draws_classes(world: Path, run: Path, tmp_path: Path) -> None:
 def test_its_safetensors_draw_the_same(run: Path, tmp_path: Path) -> None:
     assert export(ExportConfig(student=str(run), dtype="fp32"), tmp_path)["parity_max_abs_err"] == 0
     z = noise(5, range(2), (3, 8, 8))
-    own, other = (load_one_step(str(folder)).latents(z, ["2", "7"]) for folder in (run, tmp_path))
+    own, other = (load_student(str(folder)).latents(z, ["2", "7"]) for folder in (run, tmp_path))
     assert torch.equal(own, other)
     assert json.loads((tmp_path / "student.json").read_text())["student_timestep"] == -1
 
@@ -209,5 +209,5 @@ def test_eval_draws_every_class_in_turn(run: Path) -> None:
     bench = EvalSession(EvalRun(student=str(run), protocol=PROTOCOLS["cifar10-50k"], seed=4))
     (drawn,) = bench.source(bench.config).draw(range(8, 13), 64, (NATIVE,))
     assert drawn.prompts == ["8", "9", "0", "1", "2"]
-    own = load_one_step(str(run)).images(noise(4, range(8, 13), (3, 8, 8)), drawn.prompts)
+    own = load_student(str(run)).images(noise(4, range(8, 13), (3, 8, 8)), drawn.prompts)
     assert (drawn.views[NATIVE].int() - own.int()).abs().max() <= 1

@@ -35,7 +35,7 @@ from distill.export.one_step_pipeline import (
     sample_unconditional_pipeline,
 )
 from distill.models.student import student_from_teacher
-from distill.sampling import load_one_step
+from distill.sampling import load_student
 from exported import PROMPT, as_run, lora_run, told
 
 V = {"prediction_type": "v_prediction"}
@@ -95,7 +95,7 @@ def exported(run: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_diffusers_draws_our_image(run: str, exported: tuple[Path, float]) -> None:
     out, parity = exported
     assert 0 <= parity <= 1e-4
-    one, drawn = load_one_step(run), noise(5, range(2), (4, 4, 4))
+    one, drawn = load_student(run), noise(5, range(2), (4, 4, 4))
     own = one.latents(drawn, PROMPT)
     latents, images = sample_pipeline(out, drawn, PROMPT)
     torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
@@ -169,7 +169,7 @@ def test_sdxl(tmp_path: Path) -> None:
     run = as_run(tmp_path / "run", teacher)
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
     drawn = noise(5, range(2), (4, 4, 4))
-    own = load_one_step(run).latents(drawn, PROMPT)
+    own = load_student(run).latents(drawn, PROMPT)
     for settings in ({}, {"guidance_scale": 1.0}, {"negative_prompt": ["a", "b"]}):
         latents = plainly(tmp_path / "out", drawn, **settings)
         torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
@@ -182,7 +182,7 @@ def test_sdxl(tmp_path: Path) -> None:
 def test_a_student_told_the_scale_is_told_it_by_diffusers(teacher: Path, tmp_path: Path) -> None:
     run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
-    one, drawn = load_one_step(run), noise(5, range(2), (4, 4, 4))
+    one, drawn = load_student(run), noise(5, range(2), (4, 4, 4))
     for scale in (1.5, 8.0):
         own = replace(one, guidance=scale).latents(drawn, PROMPT)
         torch.testing.assert_close(
@@ -199,7 +199,7 @@ def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_adapters_do_something(lora: str, teacher: Path) -> None:
     drawn = noise(5, range(2), (4, 4, 4))
-    merged, base = load_one_step(lora), student_from_teacher(str(teacher))
+    merged, base = load_student(lora), student_from_teacher(str(teacher))
     assert (base(drawn, merged.text.encode(PROMPT)) - merged.latents(drawn, PROMPT)).abs().max() > 0.1
 
 
@@ -219,7 +219,7 @@ def test_adapters_load_into_the_teachers_own_pipeline(lora: str, teacher: Path, 
     assert found["parity_max_abs_err"] <= 1e-4
     drawn = noise(5, range(2), (4, 4, 4))
     latents = plainly_with_adapters(teacher, tmp_path / "out", drawn)
-    torch.testing.assert_close(latents, load_one_step(lora).latents(drawn, PROMPT), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents, load_student(lora).latents(drawn, PROMPT), rtol=0, atol=1e-4)
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(".lora_" in name and ".default" not in name for name in tensors)
     assert "rank 2." in (tmp_path / "out" / "README.md").read_text()
@@ -234,10 +234,10 @@ def test_adapters_of_two_stages_are_one(at_hand: bool, lora: str, teacher: Path,
         shutil.rmtree(first)
     assert export_lora(second, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
     drawn = noise(5, range(2), (4, 4, 4))
-    own = load_one_step(second).latents(drawn, PROMPT)
+    own = load_student(second).latents(drawn, PROMPT)
     latents = plainly_with_adapters(teacher, tmp_path / "out", drawn)
     torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
-    assert (load_one_step(lora).latents(drawn, PROMPT) - own).abs().max() > 0.1, "each stage did something"
+    assert (load_student(lora).latents(drawn, PROMPT) - own).abs().max() > 0.1, "each stage did something"
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert {len(value) for name, value in tensors.items() if "lora_A" in name} == {5}
     assert "rank 5." in told(tmp_path / "out")
@@ -368,7 +368,7 @@ def test_diffusers_draws_unconditional_students(kind: str, tmp_path: Path) -> No
     assert found["parity_max_abs_err"] <= 1e-4
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == {"pixels": "DDPMPipeline", "latents": "LDMPipeline"}[kind]
-    one = load_one_step(run)
+    one = load_student(run)
     drawn = torch.randn(3, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
     own = (decode(one.vae, one.latents(drawn, [""] * 3)) / 2 + 0.5).clamp(0, 1)
     assert own.std() > 0.1
@@ -402,7 +402,7 @@ def test_adapters_of_a_student_of_classes_are_merged(tmp_path: Path) -> None:
     found = export(ExportConfig(student=run, dtype="fp32"), tmp_path / "out")
     assert found["parity_max_abs_err"] <= 1e-5
     z = noise(5, range(2), (3, 8, 8))
-    own, plain = (load_one_step(name).latents(z, ["2", "7"]) for name in (run, str(tmp_path / "out")))
+    own, plain = (load_student(name).latents(z, ["2", "7"]) for name in (run, str(tmp_path / "out")))
     torch.testing.assert_close(own, plain, rtol=0, atol=1e-5)
     assert (
         own - student_from_teacher(teacher)(z, Conditioning.from_labels(torch.tensor([2, 7])))

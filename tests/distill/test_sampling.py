@@ -16,7 +16,7 @@ from d2g.core.seeds import noise
 from distill.export.export import export_student
 from distill.models.student import student_from_teacher
 from distill.sampling import (
-    load_one_step,
+    load_student,
     load_student_weights,
     save_samples,
     student_folder,
@@ -36,7 +36,7 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_image_depends_on_seed_and_index_only(run: Path) -> None:
-    one = load_one_step(str(run))
+    one = load_student(str(run))
 
     def images(batch_size: int, start: int = 0, seed: int = 5) -> torch.Tensor:
         parts = one.sample(PROMPTS[start:], seed, start, batch_size)
@@ -51,7 +51,7 @@ def test_an_image_depends_on_seed_and_index_only(run: Path) -> None:
 
 
 def test_one_image_is_one_evaluation(run: Path) -> None:
-    one, calls = load_one_step(str(run)), []
+    one, calls = load_student(str(run)), []
     one.student.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     one.images(noise(0, range(3), (4, 4, 4)), PROMPTS[:3])
     assert calls == [3]
@@ -64,7 +64,7 @@ def test_files_carry_their_prompt_and_the_grid_shows_all(run: Path, tmp_path: Pa
     )
     assert found["out"] == str(tmp_path) and found["images"] == 7 and found["seconds_per_image"] > 0
     assert seen == [3, 6, 7]
-    expected = torch.cat([part for part, _ in load_one_step(str(run)).sample(PROMPTS, 5, batch_size=3)])
+    expected = torch.cat([part for part, _ in load_student(str(run)).sample(PROMPTS, 5, batch_size=3)])
     for number, prompt in enumerate(PROMPTS):
         with Image.open(tmp_path / f"{number:05d}.png") as image:
             assert image.info == {"prompt": prompt, "seed": "5", "index": str(number)}
@@ -76,7 +76,7 @@ def test_files_carry_their_prompt_and_the_grid_shows_all(run: Path, tmp_path: Pa
 
 def test_a_run_draws_from_the_averages(run: Path) -> None:
     tensors = load_file(run / "checkpoints" / "000000020" / "ema.safetensors")
-    student = load_one_step(str(run)).student
+    student = load_student(str(run)).student
     assert all(torch.equal(value, tensors[name]) for name, value in student.state_dict().items())
 
 
@@ -85,7 +85,7 @@ def test_the_naive_student_is_the_teacher_in_one_step(teacher: Path, run: Path) 
     naive = untrained_one_step(str(teacher))
     expected = student_from_teacher(str(teacher))(drawn, naive.text.encode(PROMPTS[:2]))
     assert torch.equal(naive.latents(drawn, PROMPTS[:2]), expected)
-    assert not torch.equal(load_one_step(str(run)).latents(drawn, PROMPTS[:2]), expected)
+    assert not torch.equal(load_student(str(run)).latents(drawn, PROMPTS[:2]), expected)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -95,7 +95,7 @@ def test_export_keeps_the_student(run: Path, tmp_path: Path, dtype: str) -> None
     assert found["out"] == str(tmp_path / "student") and found["parity_max_abs_err"] <= limit
     assert sorted(p.name for p in (tmp_path / "student").iterdir()) == ["ema.safetensors", "student.json"]
     drawn = noise(0, range(2), (4, 4, 4))
-    a, b = (load_one_step(str(name)).latents(drawn, PROMPTS[:2]) for name in (run, tmp_path / "student"))
+    a, b = (load_student(str(name)).latents(drawn, PROMPTS[:2]) for name in (run, tmp_path / "student"))
     torch.testing.assert_close(a, b, rtol=0, atol=2 * limit)
 
 
@@ -107,7 +107,7 @@ def test_an_export_starts_a_student_and_names_another_teacher(
     assert student_folder(str(tmp_path / "student"))[1:] == (str(tmp_path / "moved"), -1)
     student = student_from_teacher(str(teacher))
     load_student_weights(student, str(tmp_path / "student"))
-    trained = load_one_step(str(run)).student
+    trained = load_student(str(run)).student
     for a, b in zip(student.parameters(), trained.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -119,19 +119,19 @@ def test_folders_that_are_no_student(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(
         UserError, match=r"expected a run of `d2g distill` \(config.json\) or an exported student"
     ):
-        load_one_step(str(tmp_path / "nowhere"))
+        load_student(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text(json.dumps({"teacher": str(teacher), "student_timestep": -1}))
     with pytest.raises(UserError, match="has no checkpoint yet; train it first"):
-        load_one_step(str(tmp_path))
+        load_student(str(tmp_path))
     (tmp_path / "student.json").write_text("{}")
     with pytest.raises(UserError, match=r"student\.json has no 'teacher'"):
-        load_one_step(str(tmp_path))
+        load_student(str(tmp_path))
 
 
 def test_weights_that_do_not_fit_are_refused(run: Path, teacher: Path, tmp_path: Path) -> None:
     tiny.save_teacher(tmp_path / "wide", latent_channels=8)
     with pytest.raises(UserError, match=r"student .* does not fit its teacher: .*size mismatch") as caught:
-        load_one_step(str(run), str(tmp_path / "wide"))
+        load_student(str(run), str(tmp_path / "wide"))
     assert "\n" not in str(caught.value)
     export_student(str(run), tmp_path / "student")
     file = tmp_path / "student" / "ema.safetensors"
@@ -139,10 +139,10 @@ def test_weights_that_do_not_fit_are_refused(run: Path, teacher: Path, tmp_path:
     tensors.pop("unet.conv_in.bias")
     save_file(tensors, file)
     with pytest.raises(UserError, match=r"does not fit its teacher: .*Missing key.*unet\.conv_in\.bias"):
-        load_one_step(str(tmp_path / "student"))
+        load_student(str(tmp_path / "student"))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
-        load_one_step(str(tmp_path / "student"))
+        load_student(str(tmp_path / "student"))
 
 
 def test_an_export_that_cannot_be_written(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from distill.config.export import CardOptions, ExportConfig
 from distill.export import to_onnx
 from distill.export.export import export
 from distill.export.to_onnx import run_onnx
-from distill.sampling import load_one_step
+from distill.sampling import load_student
 from exported import PROMPT, as_run, evaluated, told
 
 
@@ -27,7 +27,7 @@ def test_onnxruntime_draws_our_image(teacher: Path, tmp_path: Path) -> None:
     scores = CardOptions(scores=(evaluated(tmp_path / "result.json", run),))
     assert export(ExportConfig(student=run, format="onnx", card=scores), out)["parity_max_abs_err"] <= 1e-4
     assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in told(out)
-    one, drawn = load_one_step(run), noise(7, range(3), (4, 4, 4))
+    one, drawn = load_student(run), noise(7, range(3), (4, 4, 4))
     hidden = one.text.encode([*PROMPT, "a blue sphere"]).tensors["hidden"]
     scale = torch.full((3,), 8.0)
     (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "hidden": hidden, "guidance": scale})
@@ -43,7 +43,7 @@ def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
     run, out = as_run(tmp_path / "run", tiny_teachers.save_edm(tmp_path / "teacher")), tmp_path / "out"
     assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "decoder.onnx", "student.onnx"]
-    one, drawn = load_one_step(run), noise(7, range(3), (3, 8, 8))
+    one, drawn = load_student(run), noise(7, range(3), (3, 8, 8))
     labels = torch.tensor([4, 0, 9])
     (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "labels": labels})
     torch.testing.assert_close(latents, one.latents(drawn, ["4", "0", "9"]), rtol=0, atol=1e-4)

@@ -10,7 +10,7 @@ from torch import Tensor
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
-from distill.sampling import load_one_step
+from distill.sampling import load_student
 from distill.training.train import train
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
@@ -23,7 +23,7 @@ from jobs import distill_config, make_pairs
 def test_numbers_of_a_student_in_training_are_those_of_its_evaluation(job: Path, teacher: Path) -> None:
     run = config(job)
     validate = validation_hook(run, str(teacher))
-    one = load_one_step(str(job / "run"))
+    one = load_student(str(job / "run"))
     expected = run_evaluation(replace(run, student=str(job / "run")))
 
     def drawn(seed: int, prompts: Sequence[str]) -> Tensor:

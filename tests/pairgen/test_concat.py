@@ -12,7 +12,7 @@ from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
 from distill.models.student import student_from_teacher
-from distill.sampling import load_one_step, save_samples
+from distill.sampling import load_student, save_samples
 from distill.training.data import open_pairs, pair_batches
 from distill.training.train import train
 from jobs import distill_config, make_pairs
@@ -104,7 +104,7 @@ def test_a_student_is_trained_on_several_scales(stores: list[Path], teacher: Pat
     )
     summary = train(config, tmp_path / "run")
     assert summary.images == 8
-    one = load_one_step(str(tmp_path / "run"))
+    one = load_student(str(tmp_path / "run"))
     assert one.student.guided
     weight = one.student.unet.time_embedding.cond_proj.weight
     assert weight.abs().max() > 0
