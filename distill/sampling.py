@@ -31,10 +31,10 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class OneStep:
-    """A student with the text encoder, or what stands for one, and the VAE around it, on one device."""
+    """A student with its teacher's conditioner and autoencoder, on one device."""
 
     student: Student
-    text: Conditioner
+    conditioner: Conditioner
     vae: Any
     device: torch.device
     guidance: float = 8.0  # told to a student that is told a scale; others have theirs in the weights
@@ -46,13 +46,13 @@ class OneStep:
     @property
     def examples(self) -> list[str]:
         """Two prompts that it understands, to compare two forms of it with."""
-        return self.text.example_prompts
+        return self.conditioner.example_prompts
 
     @torch.no_grad()
     def latents(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
         """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w]: one network evaluation."""
         told = torch.full((len(drawn),), self.guidance) if self.student.guided else None
-        latents: Tensor = self.student(drawn.to(self.device), self.text.encode(prompts), told)
+        latents: Tensor = self.student(drawn.to(self.device), self.conditioner.encode(prompts), told)
         return latents
 
     @torch.no_grad()

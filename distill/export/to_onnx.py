@@ -101,7 +101,7 @@ def _write_text_encoder(one: OneStep, out: Path) -> tuple[dict[str, Tensor], dic
     Returns the conditioning of the example prompts by input name of the network, once from the torch encoder
     and once from the exported file.
     """
-    conditioner = one.text
+    conditioner = one.conditioner
     if conditioner.kind == "label":
         labels = {"labels": conditioner.encode(one.examples).tensors["class_labels"]}
         return labels, labels

@@ -97,10 +97,10 @@ def one_step_source(
 
     def parts(batch: int) -> dict[str, Callable[[], object]]:
         texts, inputs = request.texts(range(batch)), scaled_noise(range(batch)).to(request.device)
-        hidden = one.text.encode(texts)
+        cond = one.conditioner.encode(texts)
         return {
-            "text": lambda: one.text.encode(texts),
-            "network": torch.no_grad()(lambda: one.student(inputs, hidden)),
+            "text": lambda: one.conditioner.encode(texts),
+            "network": torch.no_grad()(lambda: one.student(inputs, cond)),
             "decoder": torch.no_grad()(lambda: to_uint8(decode(one.vae, inputs))),
         }
 

@@ -200,7 +200,7 @@ def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_adapters_do_something(lora: str, teacher: Path) -> None:
     drawn = noise(5, range(2), (4, 4, 4))
     merged, base = load_student(lora), student_from_teacher(str(teacher))
-    assert (base(drawn, merged.text.encode(PROMPT)) - merged.latents(drawn, PROMPT)).abs().max() > 0.1
+    assert (base(drawn, merged.conditioner.encode(PROMPT)) - merged.latents(drawn, PROMPT)).abs().max() > 0.1
 
 
 def plainly_with_adapters(teacher: Path, adapters: Path, drawn: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def test_a_run_draws_from_the_averages(run: Path) -> None:
 def test_the_naive_student_is_the_teacher_in_one_step(teacher: Path, run: Path) -> None:
     drawn = noise(0, range(2), (4, 4, 4))
     naive = untrained_one_step(str(teacher))
-    expected = student_from_teacher(str(teacher))(drawn, naive.text.encode(PROMPTS[:2]))
+    expected = student_from_teacher(str(teacher))(drawn, naive.conditioner.encode(PROMPTS[:2]))
     assert torch.equal(naive.latents(drawn, PROMPTS[:2]), expected)
     assert not torch.equal(load_student(str(run)).latents(drawn, PROMPTS[:2]), expected)
 

@@ -28,7 +28,7 @@ def test_onnxruntime_draws_our_image(teacher: Path, tmp_path: Path) -> None:
     assert export(ExportConfig(student=run, format="onnx", card=scores), out)["parity_max_abs_err"] <= 1e-4
     assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in told(out)
     one, drawn = load_student(run), noise(7, range(3), (4, 4, 4))
-    hidden = one.text.encode([*PROMPT, "a blue sphere"]).tensors["hidden"]
+    hidden = one.conditioner.encode([*PROMPT, "a blue sphere"]).tensors["hidden"]
     scale = torch.full((3,), 8.0)
     (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "hidden": hidden, "guidance": scale})
     torch.testing.assert_close(latents, one.latents(drawn, [*PROMPT, "a blue sphere"]), rtol=0, atol=1e-4)

@@ -14,11 +14,10 @@ from d2g.diffusion.families.base import (
     EMPTY_PROMPT,
     VAE_CLASSES,
     Components,
-    ExportFormat,
     Pipeline,
     expect_addition,
 )
-from d2g.diffusion.families.unet import UNetFamily
+from d2g.diffusion.families.unet import TextUNetFamily
 
 
 class SDConditioner(CLIPConditioner):
@@ -34,7 +33,7 @@ class SDConditioner(CLIPConditioner):
         return Conditioning.from_text(self.run("text_encoder", tokens)[0])
 
 
-class StableDiffusion(UNetFamily):
+class StableDiffusion(TextUNetFamily):
     """StableDiffusionPipeline: epsilon, v, zero terminal SNR, EDM."""
 
     name = "sd"
@@ -47,13 +46,6 @@ class StableDiffusion(UNetFamily):
         "tokenizer": CLIP_TOKENIZER_CLASSES,
         "scheduler": ANY_SCHEDULER,
     }
-    gan = ("vp",)
-    exports = (
-        ExportFormat("safetensors", ("vp", "edm")),
-        ExportFormat("onnx", ("vp", "edm")),
-        ExportFormat("diffusers", ("vp",)),
-        ExportFormat("lora", ("vp",)),
-    )
 
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]

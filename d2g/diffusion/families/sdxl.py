@@ -16,11 +16,10 @@ from d2g.diffusion.families.base import (
     EMPTY_PROMPT,
     VAE_CLASSES,
     Components,
-    ExportFormat,
     Pipeline,
     expect_addition,
 )
-from d2g.diffusion.families.unet import UNetFamily
+from d2g.diffusion.families.unet import TextUNetFamily
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -64,7 +63,7 @@ class SDXLConditioner(CLIPConditioner):
         return Conditioning(rows, {name: torch.zeros_like(tensor[:1]) for name, tensor in rows.items()})
 
 
-class StableDiffusionXL(UNetFamily):
+class StableDiffusionXL(TextUNetFamily):
     """StableDiffusionXLPipeline, base models; the time ids of a row are those of its own size, uncropped."""
 
     name = "sdxl"
@@ -79,13 +78,6 @@ class StableDiffusionXL(UNetFamily):
         "tokenizer_2": CLIP_TOKENIZER_CLASSES,
         "scheduler": ANY_SCHEDULER,
     }
-    gan = ("vp",)
-    exports = (
-        ExportFormat("safetensors", ("vp", "edm")),
-        ExportFormat("onnx", ("vp", "edm")),
-        ExportFormat("diffusers", ("vp",)),
-        ExportFormat("lora", ("vp",)),
-    )
 
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.diffusion.conditioning import Conditioning
-from d2g.diffusion.families.base import Family
+from d2g.diffusion.families.base import ExportFormat, Family
 
 
 class UNetFamily(Family):
@@ -60,6 +60,21 @@ class UNetFamily(Family):
     def size_unit(self, config: Any) -> int:
         """A UNet2DConditionModel crops what its last levels return too large; a UNet2DModel does not."""
         return 1 if self.reads_text else 2 ** (len(config.block_out_channels) - 1)
+
+
+class TextUNetFamily(UNetFamily):
+    """Base of the families whose network is a UNet2DConditionModel that reads text: all stages work.
+
+    The paper trains no discriminator of an EDM network, and no scheduler of diffusers starts from sigma_max.
+    """
+
+    gan = ("vp",)
+    exports = (
+        ExportFormat("safetensors", ("vp", "edm")),
+        ExportFormat("onnx", ("vp", "edm")),
+        ExportFormat("diffusers", ("vp",)),
+        ExportFormat("lora", ("vp",)),
+    )
 
 
 def added_conditions(config: Any, cond: Conditioning, x: Tensor, downscale: int) -> dict[str, Tensor] | None:
