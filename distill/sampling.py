@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2g.core.config import WRITTEN_ANEW, from_json, read_object
+from d2g.core.config import RESTORE_CONFIG_HINT, from_json, read_json_object
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.core.png import image_grid, save_png
@@ -24,7 +24,7 @@ from distill.models.student import Student, add_guidance_embedding, student_from
 
 REMEDIES = {
     "student.json": "export the student again",
-    "config.json": WRITTEN_ANEW,
+    "config.json": RESTORE_CONFIG_HINT,
 }
 """Files that say what a student is, and what to do when they are damaged."""
 
@@ -83,7 +83,7 @@ def student_folder(name: str) -> tuple[Path, str, int]:
     folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
     for file in REMEDIES:
         if (folder / file).is_file():
-            config = read_object(folder / file, REMEDIES[file])
+            config = read_json_object(folder / file, REMEDIES[file])
             break
     else:
         raise UserError(
@@ -113,7 +113,7 @@ def student_tensors(name: str) -> dict[str, Tensor]:
 
 def student_config(name: str) -> StudentConfig:
     """What a run's student is beside the teacher's network."""
-    config = read_object(Path(name) / "config.json", REMEDIES["config.json"])
+    config = read_json_object(Path(name) / "config.json", REMEDIES["config.json"])
     return from_json(StudentConfig, config["student"])
 
 

@@ -1,4 +1,7 @@
-"""Frozen dataclass configs: dotted overrides, JSON, digests. Errors name the nearest right setting."""
+"""Configs as frozen dataclasses: documented fields, dotted overrides, JSON, digests.
+
+Errors name the full path of a setting (`gan.optim.lr`) and, for an unknown name, the nearest right one.
+"""
 
 import difflib
 import hashlib
@@ -18,14 +21,14 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint `; did you mean 'x'?`, or the known names when none is near."""
+    """A hint `; did you mean 'x'?`, or a list of the known names when none is similar."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """`table[name]`, or a SettingError that names the nearest key."""
+    """`table[name]`. Raises SettingError naming the nearest key; `what` says what kind of name it is."""
     if name not in table:
         raise SettingError(f"unknown {what} {name!r}{nearest(name, table)}")
     return table[name]
@@ -155,13 +158,13 @@ def _join(path: str, name: str) -> str:
 def _parse(text: str, hint: Any, full: str) -> Any:
     try:
         value = json.loads(text)
-    except ValueError:  # a bare word, or a number of more digits than Python reads
+    except ValueError:  # a bare word, or a number with more digits than Python reads
         value = text
     return _convert(value, hint, full, text)
 
 
 def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
-    """`value` as the type `hint`, or a SettingError. int -> float is the one silent widening."""
+    """`value` as the type `hint`, or a SettingError. Only int -> float is converted silently."""
     origin, args = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
@@ -188,7 +191,7 @@ def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
             raise SettingError(f"setting {full!r} takes {len(hints)} values, got {text!r}")
         return tuple(_convert(v, h, full, text) for v, h in zip(value, hints, strict=True))
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if abs(value) <= sys.float_info.max:  # NaN is not
+        if abs(value) <= sys.float_info.max:  # false for NaN
             return float(value)
         raise SettingError(f"setting {full!r} is {text!r}; expected a finite number")
     if hint is str and not isinstance(value, str):
@@ -217,21 +220,21 @@ def from_json(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
         return cls(**values)
 
 
-WRITTEN_ANEW = "copy it from another --out, where the same command as before writes it at its start"
-"""What to do about a config.json of a run that is damaged or gone."""
+RESTORE_CONFIG_HINT = "copy it from another --out, where the same command as before writes it at its start"
+"""The end of an error message about a run's config.json that is damaged or lost: what to do."""
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file that we wrote. Raises UserError, ending in `remedy`, where there is none."""
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, which ends with `remedy`, if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {remedy}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (expected a JSON object, got {str(found)[:40]!r}); {remedy}")
-    return found
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is damaged (expected a JSON object, got {str(data)[:40]!r}); {remedy}")
+    return data
 
 
 def digest(data: Any) -> str:
@@ -241,7 +244,7 @@ def digest(data: Any) -> str:
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names whose values differ between two JSON-able dicts, as `name (a -> b)`, sorted."""
+    """The values that differ between two JSON-able dicts, as sorted texts `dotted.name (a -> b)`."""
     names: list[str] = []
     for key in sorted(set(a) | set(b)):
         left, right = a.get(key), b.get(key)

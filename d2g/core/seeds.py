@@ -1,9 +1,9 @@
-"""Randomness as a function of keys: pair noise of (seed, index), streams of (seed, rank, nimg).
+"""Random numbers as a function of keys: pair noise of (seed, index), generators of (seed, stream, ...).
 
-Pair noise is ours bit for bit. NumPy guarantees the raw stream of its Philox bit generator; the normal
-transform below uses only operations that IEEE 754 rounds in one way (+, -, *, /, sqrt) and integer ones.
-NumPy's log and cos differ in the last bit between CPUs and releases, torch.randn between devices, too.
-docs/pair-format.md gives outsiders the same arithmetic: change both or none.
+Pair noise is reproducible bit for bit. NumPy guarantees the raw stream of its Philox bit generator; the
+normal transform below uses only operations that IEEE 754 rounds in one way (+, -, *, /, sqrt) and integers.
+NumPy's log and cos differ in the last bit between CPUs and releases, and torch.randn between devices.
+docs/pair-format.md specifies the same arithmetic for other readers: change both or neither.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError
 
-F64 = NDArray[np.float64]
+_F64 = NDArray[np.float64]
 U64 = NDArray[np.uint64]
 
-KEYS = 2**63  # seeds and indices lie below: what int64 columns and torch generators hold
-BLOCK = 2**15  # words transformed at a time: operands of 128 KiB, which caches hold
+_KEY_LIMIT = 2**63  # seeds and indices are below it: int64 columns and torch generators hold them
+_BLOCK_WORDS = 2**15  # words transformed at a time, so that operands of 128 KiB stay in the cache
 LN2, PI = 0.6931471805599453, 3.141592653589793
 # 4 atanh(s) = 4s + s * sum of ATANH[k] s^(2k+2), |s| < 0.1716; sin(a) = a + a * sum of SIN[k] a^(2k+2),
 # |a| < pi / 4: as many Taylor terms as can change a float64.
@@ -116,13 +116,13 @@ class EvalStream(IntEnum):
 
 def checked_key(name: str, value: int) -> int:
     """`value` as an int. Raises SettingError outside 0 to 2^63 - 1."""
-    if not 0 <= (number := as_integer(value)) < KEYS:
+    if not 0 <= (number := as_integer(value)) < _KEY_LIMIT:
         raise SettingError(f"{name} is {number}; give an integer from 0 to 2^63 - 1")
     return number
 
 
-def _series(z: F64, terms: Sequence[float]) -> F64:
-    """terms[0] z + terms[1] z^2 + …, by Horner's rule."""
+def _series(z: _F64, terms: Sequence[float]) -> _F64:
+    """terms[0] z + terms[1] z^2 + …, by Horner's method."""
     total = z * terms[-1]
     for term in reversed(terms[:-1]):
         total += term
@@ -130,8 +130,8 @@ def _series(z: F64, terms: Sequence[float]) -> F64:
     return total
 
 
-def _radius(words: U64) -> F64:
-    """sqrt(-2 ln u), where u is the odd multiple of 2^-53 that the top 52 bits say: never 0 or 1."""
+def _radius(words: U64) -> _F64:
+    """sqrt(-2 ln u), where the top 52 bits give u, an odd multiple of 2^-53: never 0 or 1."""
     bits = ((words >> 11) | 1).astype(np.float64).view(np.int64)
     # u 2^53 = m 2^power with m from sqrt(1/2) to sqrt(2): the constant is the bits of sqrt(1/2).
     power = (bits - 0x3FE6A09E667F3BCD) >> 52
@@ -144,19 +144,19 @@ def _radius(words: U64) -> F64:
     return np.asarray(np.sqrt(square))
 
 
-def box_muller(words: U64) -> F64:
-    """Standard normals of 64-bit words [..., 2k], in the same shape; each within 4 ulp of the formula.
+def box_muller(words: U64) -> _F64:
+    """Standard normals from 64-bit words [..., 2k], in the same shape, each within 4 ulp of the formula.
 
     Words w0, w1 give sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v) (Box and Muller, 1958), where
-    u = (floor(w0 / 2^12) + 1/2) / 2^52 and v = (floor(w1 / 2^11) + 1/2) / 2^53. At most 8.572 in size.
+    u = (floor(w0 / 2^12) + 1/2) / 2^52 and v = (floor(w1 / 2^11) + 1/2) / 2^53. No value exceeds 8.572.
     """
     radius, v = _radius(words[..., 0::2]), words[..., 1::2]
-    quarter = (v + 2**61) >> 62  # the nearest multiple of pi / 2; `angle` is what is left
+    quarter = (v + 2**61) >> 62  # the nearest multiple of pi / 2; `angle` is the remainder
     angle = (((v << 2).view(np.int64) >> 12) | 1) * (PI * 2.0**-53)
     sin = _series(angle * angle, SIN)
     sin *= angle
     sin += angle
-    cos = np.sqrt(1 - sin * sin)  # sin^2 <= 1/2: nothing cancels
+    cos = np.sqrt(1 - sin * sin)  # sin^2 <= 1/2, so no cancellation
     odd = (quarter & 1).astype(bool)
     normals = np.empty(words.shape)
     np.multiply(radius, np.where(odd, sin, cos), out=normals[..., 0::2])
@@ -178,27 +178,28 @@ def noise(
     """Noise rows [B, *shape] ~ N(0, 1) on the CPU. Row i depends on (seed, indices[i]) only, and a smaller
     shape takes the first values of a larger one.
 
-    Computed in float64, rounded to float32, and that to `dtype`: float16 noise is the float32 noise rounded.
-    Seed and indices are integers from 0 to 2^63 - 1, else SettingError.
+    The noise is computed in float64, then rounded to float32 and from that to `dtype`. Raises SettingError
+    unless seed and indices are integers from 0 to 2^63 - 1.
     """
     seed, count = checked_key("noise: seed", seed), prod(shape)
     rows = [checked_key("noise: index", index) for index in indices]
     words = count + count % 2
     normals = np.empty((len(rows), count), dtype=np.float32)
-    step = max(1, BLOCK // max(1, words))
+    step = max(1, _BLOCK_WORDS // max(1, words))
     for start in range(0, len(rows), step):
         raw = np.stack([_words(seed, row, words) for row in rows[start : start + step]])
-        for at in range(0, words, BLOCK):
-            values = box_muller(raw[:, at : at + BLOCK])[:, : count - at]
-            normals[start : start + step, at : at + BLOCK] = values
+        for at in range(0, words, _BLOCK_WORDS):
+            values = box_muller(raw[:, at : at + _BLOCK_WORDS])[:, : count - at]
+            normals[start : start + step, at : at + _BLOCK_WORDS] = values
     return torch.from_numpy(normals.reshape(len(rows), *shape)).to(dtype)
 
 
 def seed_sequence(*key: int) -> np.random.SeedSequence:
-    """NumPy's mixer over all of `key`: integers from 0 to 2^63 - 1, else SettingError. All keys differ.
+    """NumPy's SeedSequence over all integers of `key`; different keys give different sequences.
 
-    SeedSequence by itself strings 32-bit words together and ignores zeros at the end: (1,) is (1, 0) to it,
-    and (2^32,) is (0, 1). A length in front and two words for each integer tell them apart.
+    SeedSequence itself concatenates 32-bit words and ignores trailing zeros: (1,) equals (1, 0), and (2^32,)
+    equals (0, 1). A leading length and two words per integer tell them apart. Raises SettingError unless all
+    are integers from 0 to 2^63 - 1.
     """
     parts = [checked_key("random key", part) for part in key]
     halves = [half for part in parts for half in (part % 2**32, part >> 32)]
@@ -212,5 +213,7 @@ def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
 
 
 def seed_step(seed: int, rank: int, nimg: int) -> torch.Generator:
-    """The generator of one training step: re-derived, so that a resumed run equals an unbroken one."""
+    """The generator of one training step. It is derived anew in each step, so that a resumed run equals an
+    unbroken one.
+    """
     return generator(seed, rank, nimg)

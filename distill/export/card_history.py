@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from d2g.core.config import WRITTEN_ANEW, from_json, read_object
+from d2g.core.config import RESTORE_CONFIG_HINT, from_json, read_json_object
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError
 from d2g.core.tracking.run_directory import read_stats
@@ -89,7 +89,7 @@ def _read_stage(folder: Path) -> Stage | None:
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
         return None
-    config = _read_config(read_object(folder / "config.json", WRITTEN_ANEW))
+    config = _read_config(read_json_object(folder / "config.json", RESTORE_CONFIG_HINT))
     hours = [
         line["time/device_hours"]
         for line in read_stats(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from d2g.core.config import WRITTEN_ANEW, read_object
+from d2g.core.config import RESTORE_CONFIG_HINT, read_json_object
 from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import ENDED, read_stats
@@ -63,7 +63,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no run (no config.json); give the --out of `d2g distill`")
-    config = read_object(path, WRITTEN_ANEW)
+    config = read_json_object(path, RESTORE_CONFIG_HINT)
     try:
         stage, length = str(config["stage"]), {**config["train"], **config.get("length", {})}
         images = int(length["images"])
@@ -104,7 +104,7 @@ def _ending(folder: Path) -> tuple[str | None, str]:
     path = folder / ENDED
     if not path.is_file():
         return None, ""
-    facts = read_object(path, "delete it: it only says how the run ended")
+    facts = read_json_object(path, "delete it: it only says how the run ended")
     return str(facts.get("how")), " ".join(str(facts.get("why") or "").split())
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2g.core.config import differing, digest, from_json, nearest, override, pick, read_object, to_json
+from d2g.core.config import differing, digest, from_json, nearest, override, pick, read_json_object, to_json
 from d2g.core.errors import SettingError, UserError
 
 
@@ -162,10 +162,10 @@ def test_a_damaged_file_is_one_line_that_names_it(content: bytes | None, says: s
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=says) as caught:
-        read_object(file, "delete it")
+        read_json_object(file, "delete it")
     assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
     file.write_text('{"seed": 1}', encoding="utf-8")
-    assert read_object(file, "delete it") == {"seed": 1}
+    assert read_json_object(file, "delete it") == {"seed": 1}
 
 
 def test_a_group_that_is_no_group_is_a_setting_error() -> None:

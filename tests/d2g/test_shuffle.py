@@ -223,7 +223,7 @@ def test_wrong_arguments_are_refused() -> None:
         with pytest.raises(SettingError, match=r"shuffle: seed is .*; give an integer from 0 to 2\^63 - 1"):
             permuted_batch(seed, 10, 0, 1)
     for size, epoch, place in [(0, 0, 0), (2**40 + 1, 0, 0), (10, -1, 0), (10, 0, 10), (10, 0, -1)]:
-        with pytest.raises(AssertionError, match=r"rows to shuffle|below 0|outside 0 to 9"):
+        with pytest.raises(AssertionError, match=r"rows to shuffle|epochs must be 0 or more|outside 0 to 9"):
             permuted(0, epoch, size, place)
-    with pytest.raises(AssertionError, match="blocks of 0 rows"):
+    with pytest.raises(AssertionError, match="block 0 and window 1"):
         permuted_blocks(0, 0, 10, 0, 0, 1)

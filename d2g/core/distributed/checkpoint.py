@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from d2g.core.atomic_files import fsync_path
-from d2g.core.config import read_object
+from d2g.core.config import read_json_object
 from d2g.core.errors import UserError
 
 
@@ -165,7 +165,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "meta.json").is_file():
         names = [path.name for path in _complete(folder.parent)]
         raise UserError(f"no checkpoint {folder}; found {', '.join(names) or 'none'} beside it")
-    meta = read_object(folder / "meta.json", remedy(folder))
+    meta = read_json_object(folder / "meta.json", remedy(folder))
     if not isinstance(nimg := meta.get("nimg"), int):
         raise UserError(f"{folder / 'meta.json'} is damaged (it has no nimg); {remedy(folder)}")
     return Checkpoint(folder, nimg, meta)

@@ -124,9 +124,9 @@ class DistributedModule:
     def bare_module(self) -> Iterator[nn.Module]:
         """The network for passes whose gradient is differentiated again.
 
-        It is eager and unwrapped, and its attention has a second derivative (method.md "Second derivative of
-        attention"), also where activations are recomputed. Call backward inside. Under DDP an averaged pass must
-        follow before the optimizer's step.
+        It is eager and unwrapped, and its attention has a second derivative, also where activations are
+        recomputed (method.md "Second derivative of attention"). Call backward inside. Under DDP an averaged
+        pass must follow before the optimizer's step.
         """
         with ExitStack() as stack:
             if self.compiled:  # set_stance loads dynamo, which takes seconds, so only when needed

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
-from d2g.core.config import WRITTEN_ANEW, differing, read_object
+from d2g.core.config import RESTORE_CONFIG_HINT, differing, read_json_object
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
@@ -36,7 +36,7 @@ class RunLog:
         self.lines: list[dict[str, float]] | None = None  # of stats.jsonl, once read
         path = folder / "config.json"
         if path.is_file():
-            old = read_object(path, WRITTEN_ANEW)
+            old = read_json_object(path, RESTORE_CONFIG_HINT)
             keys = differing(
                 {k: v for k, v in old.items() if k not in ignore},
                 {k: v for k, v in config.items() if k not in ignore},
@@ -51,8 +51,8 @@ class RunLog:
                 return
         elif complete_points(folder / "checkpoints"):
             raise UserError(
-                f"{folder} holds checkpoints but no config.json; {WRITTEN_ANEW}, or delete {folder} to start "
-                "again"
+                f"{folder} holds checkpoints but no config.json; {RESTORE_CONFIG_HINT}, or delete {folder} "
+                "to start again"
             )
         if process_group.rank() == 0:
             write_atomically(path, json.dumps(config, indent=1))
