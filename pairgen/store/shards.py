@@ -19,7 +19,8 @@ from pairgen.store.hdf5 import (
 )
 from pairgen.store.spec import StoreSpec, read_spec, shard_path, shards_present
 
-OPEN_FILES = min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+# HDF5 takes about 1 ms and 0.6 MiB per open file: a full shuffle over more shards reads about 4 times slower.
+OPEN_FILES = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 BOUNDED_FILES = 8  # with a bounded cache: a deleted copy takes disk space as long as it is open
 TEXT_BLOCKS = 256  # decoded blocks of prompts in memory
 
