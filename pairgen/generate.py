@@ -1,4 +1,4 @@
-"""Teacher -> stored (noise, latent, prompt, index): the loop."""
+"""Generating pairs: the loop from a teacher to stored (noise, latents, prompt) rows."""
 
 import time
 from collections.abc import Collection
@@ -17,6 +17,7 @@ from pairgen.config import PairConfig
 from pairgen.cost import fastest_batch
 from pairgen.job import Job, batched, config_of, log_supported_stages, open_job
 from pairgen.shard_claims import Claims
+from pairgen.statistics import evenly_spread
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import (
     StoreSpec,
@@ -30,12 +31,12 @@ from pairgen.store.spec import (
 )
 from pairgen.store.writer import BackgroundWriter, PairWriter
 
-CHECK_BAD_AFTER = 256  # rows; before, a bad prompt or two say nothing about the teacher
+CHECK_BAD_AFTER = 256  # rows; fewer say little about the share of bad rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSummary:
-    """What `generate_pairs` left in the folder. `new_pairs`: made by this call, over all ranks of it."""
+    """Result of `generate_pairs`. `pairs`: rows in the store; `new_pairs`: made by all ranks of this call."""
 
     out: str
     pairs: int
@@ -43,13 +44,13 @@ class PairSummary:
     shards: int
     seconds: float
     pairs_per_sec: float
-    complete: bool  # no shard is left to be made, here or by another job
+    complete: bool  # all shards of the spec are present
     batch_size: int
-    quarantined: list[int]  # pairs without a finite latent; DIR/quarantine says more
+    quarantined: list[int]  # pairs without finite latents; their records are in DIR/quarantine
 
 
 class Tally:
-    """Rows made and rows without a finite latent, counted where they are written."""
+    """Counts rows written and rows whose latents are not finite; stops the job when there are too many."""
 
     def __init__(self, max_bad: float) -> None:
         self.made, self.bad, self.max_bad = 0, 0, max_bad
@@ -72,12 +73,25 @@ class Tally:
 def generate_pairs(
     config: PairConfig, out: Path, progress: Progress = quiet, retry: bool = False
 ) -> PairSummary:
-    """Make every row that the store does not hold yet. Run again to resume; run it elsewhere too, on the same
-    folder, to share the work: shards are claimed one by one (`pairgen.shard_claims`).
+    """Generate every pair that the store `out` does not hold yet: noise -> ODE solver -> latents -> HDF5.
 
-    `retry`: also make quarantined rows again. Raises UserError for bad input or a folder of another spec,
-    Interrupted on Ctrl-C with all finished rows safe, FloatingPointError when too many latents are not
-    finite.
+    Calling it again resumes. Ranks under torchrun, and jobs on other machines that use the same folder, share
+    the work: each claims one shard at a time (`pairgen.shard_claims`). `retry`: generate quarantined rows
+    again. Raises UserError for bad input or a folder with another spec, Interrupted on Ctrl-C with all
+    finished rows saved, and FloatingPointError if more than `config.max_bad` of the latents are not finite.
+    Source: method.md "Pair data sets".
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from pairgen import PairReader, generate_pairs
+    >>> from pairgen.config import PairConfig
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "prompts.txt").write_text("a red cube\\na blue ball")
+    >>> config = PairConfig(teacher="miniature", prompts=str(folder / "prompts.txt"), steps=2, guidance=1.0)
+    >>> generate_pairs(config, folder / "pairs").complete
+    True
+    >>> PairReader(folder / "pairs").read([0]).latents.shape
+    torch.Size([1, 8, 8, 8])
     """
     started = time.monotonic()
     device = process_group.init(long_waits=True)
@@ -91,36 +105,37 @@ def generate_pairs(
         if retry
         else []
     )
-    handed: set[int] = set()  # shards that the pen is about to commit
-    with StopFlag() as stop, Claims(folder, config.patience) as claims, BackgroundWriter() as pen:
+    queued: set[int] = set()  # shards whose commit is queued in the writer thread
+    with StopFlag() as stop, Claims(folder, config.patience) as claims, BackgroundWriter() as background:
         while (shard := next_shard(claims, folder, spec, again, stop)) is not None:
             writer = PairWriter(folder, spec, shard, retry=shard in again)
             again = [other for other in again if other != shard]
-            whole = pairs_present(folder, spec, handed)
+            present = pairs_present(folder, spec, queued)
             try:
+                # Encode prompts in large chunks, sample in batches, and write in the background.
                 todo = writer.open()
                 for chunk in batched(todo, max(config.text_cache, batch_size)):
                     encoded = job.encode(chunk, offload)
                     for indices in batched(chunk, batch_size):
                         if stop or claims.lost(shard):
                             break
-                        pen.put(tally.append, writer, *job.rows(indices, encoded), indices)
-                        progress("pairs", whole + indices[-1] - spec.rows(shard)[0] + 1, spec.num_pairs)
+                        background.submit(tally.append, writer, *job.rows(indices, encoded), indices)
+                        progress("pairs", present + indices[-1] - spec.rows(shard)[0] + 1, spec.num_pairs)
             except BaseException:
-                pen.put(writer.flush)  # whatever happened, what was made reaches the disk
+                background.submit(writer.flush)  # save finished rows, whatever the error is
                 raise
             if stop:
-                pen.put(writer.flush)
-                pen.finish()
+                background.submit(writer.flush)
+                background.finish()
                 safe = pairs_present(folder, spec) + len(spec.rows(shard)) - len(writer.missing)
                 raise Interrupted(
                     f"stopped; {safe} of {spec.num_pairs} pairs are safe in {out}; "
                     "run the same command again to make the rest"
                 )
-            if not claims.lost(shard):  # else this job was asleep, and another makes it
-                pen.put(commit, writer, claims, shard)
-                handed.add(shard)
-        pen.finish()
+            if not claims.lost(shard):  # otherwise this job stalled and another one has taken the shard over
+                background.submit(commit, writer, claims, shard)
+                queued.add(shard)
+        background.finish()
     if stop:
         raise Interrupted(
             f"stopped; {pairs_present(folder, spec)} of {spec.num_pairs} pairs are safe in {out}"
@@ -153,15 +168,15 @@ def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
 
 
 def next_shard(claims: Claims, folder: Path, spec: StoreSpec, again: list[int], stop: StopFlag) -> int | None:
-    """Claim a shard that is not whole, or one of `again`; None when only what living jobs make is left.
+    """Claim an unfinished shard, or one of `again`; None when live jobs hold all that are left.
 
-    A claim of which it is not known yet whether its job lives is waited for: its shard may be ours to finish.
+    Waits while a claim may belong to a dead job: its shard then has to be finished here.
     """
     while not stop:
-        left = [*again, *(rows[0] // spec.shard_size for rows in pending(folder, spec))]
-        shard = claims.take(left)
+        unfinished = [*again, *(rows[0] // spec.shard_size for rows in pending(folder, spec))]
+        shard = claims.take(unfinished)
         if shard is None:
-            if not claims.undecided(left):
+            if not claims.undecided(unfinished):
                 return None
             time.sleep(min(1.0, claims.patience / 8))
         elif shard in again or shard not in shards_present(folder, spec):
@@ -172,23 +187,23 @@ def next_shard(claims: Claims, folder: Path, spec: StoreSpec, again: list[int], 
 
 
 def commit(writer: PairWriter, claims: Claims, shard: int) -> None:
-    """Bring a finished shard under its name, then let go of it."""
+    """Put a finished shard in place, then release its claim."""
     writer.commit()
     claims.release(shard)
 
 
 def pairs_present(folder: Path, spec: StoreSpec, also: Collection[int] = ()) -> int:
-    """Rows in whole shards, and in the shards `also`."""
+    """Number of rows in the shards that are present and in the shards `also`."""
     present = {*shards_present(folder, spec), *also}
     aside = sum(len(rows) for shard, rows in quarantined_rows(folder, spec).items() if shard in present)
     return sum(len(spec.rows(shard)) for shard in present) - aside
 
 
 def regenerate(folder: Path, prompts: Path | None = None, progress: Progress = quiet) -> int:
-    """Make the rows that a store lacks, quarantined ones too, with the settings in its own spec.
+    """Generate the rows that a store lacks, including quarantined ones, with the settings of its own spec.
 
-    `prompts`: a file, for a store that does not hold its own. Returns how many were made. Raises UserError
-    when teacher or prompts are not those the store was made with.
+    `prompts`: the prompt file, for a store without its own prompt list. Returns the number of new rows.
+    Raises UserError if the teacher or the prompts are not those that the store was made with.
     """
     config = config_of(read_spec(folder), prompts=str(prompts or ""))
     return generate_pairs(config, folder, progress, retry=True).new_pairs
@@ -202,14 +217,14 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
     """
     reader = PairReader(folder)
     spec, name = reader.spec, teacher_name or reader.spec.teacher
-    found = pretrained.weights_sha256(name)
-    if found != spec.teacher_sha256:
+    weights = pretrained.weights_sha256(name)
+    if weights != spec.teacher_sha256:
         raise UserError(
-            f"teacher {name} has sha256 {found[:12]}, {folder} was made with {spec.teacher_sha256[:12]}; "
+            f"teacher {name} has sha256 {weights[:12]}, {folder} was made with {spec.teacher_sha256[:12]}; "
             "give --teacher the folder it was made with"
         )
     job = open_job(config_of(spec, teacher=name), process_group.init(), folder, spec)
-    positions = sorted({round(i * (len(reader) - 1) / max(1, count - 1)) for i in range(count)})
+    positions = evenly_spread(len(reader), count)
     worst = 0.0
     for batch in batched(positions, job.spec.shard_size):
         rows = reader.read(batch)

@@ -264,7 +264,7 @@ def test_no_room_for_pairs(teacher: Path, job: Path, tmp_path: Path, log: Path) 
     ended = d2g(generate(teacher, job / "prompts.txt", out, *sets), log, file_limit=12_000)
     assert ended.code == 1 and "no room to write in" in ended.error
     assert (
-        "0 whole shards and 0 rows of pairs-00000.h5 are safe; make room and run the same command"
+        "0 complete shards and 0 rows of pairs-00000.h5 are safe; make room and run the same command"
         in ended.error
     )
     assert not list(out.rglob("*.tmp")) and not list(out.glob("shards/*"))

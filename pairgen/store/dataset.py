@@ -1,4 +1,4 @@
-"""Pairs for training: a map-style dataset, and batches in a random order whose whole state is one integer."""
+"""Pairs for training: a map-style data set, and shuffled batches whose whole state is one integer."""
 
 import os
 from collections import deque
@@ -14,12 +14,12 @@ from d2g.core.logs import EVERY_RANK, logger
 from d2g.core.shuffle import permuted_batch
 from pairgen.store.hdf5 import PairBatch, StoreSpec
 
-ORDERED = 4096  # positions whose order is computed at a time
-AHEAD = 4  # batches of a full shuffle that are announced before they are read
+ORDERED = 4096  # positions of the random order computed at a time
+AHEAD = 4  # batches announced in advance in a full shuffle
 
 
 class PairRows(Protocol):
-    """Rows by position: a PairReader, or what reads like one."""
+    """Rows by position: the interface that PairReader and JoinedReader share."""
 
     @property
     def spec(self) -> StoreSpec: ...
@@ -32,12 +32,35 @@ class PairRows(Protocol):
 
 
 class PairDataset(Dataset[PairBatch]):
-    """The rows of a store: a position, or a list of positions, gives a PairBatch of those rows.
+    """The rows of a store as a map-style data set: a position, or a list of positions, gives a PairBatch.
 
-        sampler = PairSampler(len(reader), batch_size=64, seed=0)
-        DataLoader(PairDataset(reader), sampler=sampler, batch_size=None, num_workers=4)
+    Use it with a PairSampler and `batch_size=None` in a DataLoader of your own; `pair_loader` does that.
 
-    dtype: of noise and latent; None leaves them as stored, mostly half the bytes to move.
+    dtype: of noise and latents [B, C, H, W]; None keeps the stored type (float16 halves the bytes to move).
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from pairgen import PairReader, PairWriter
+    >>> from d2g.core.seeds import noise
+    >>> from d2g.diffusion.latents import LatentSpace
+    >>> from pairgen.store.spec import StoreSpec, create_store
+    >>> spec = StoreSpec(
+    ...     teacher="my-teacher", teacher_sha256="0" * 64, prompts_sha256="0" * 64, num_prompts=1,
+    ...     num_pairs=2, solver="ddim", steps=50, spacing="leading", final_alpha_one=True, guidance=8.0,
+    ...     seed=0, latent_shape=(4, 8, 8), latent_space=LatentSpace(channels=4, downscale=8, scale=0.18215),
+    ...     shard_size=2,
+    ... )
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> create_store(folder, spec)
+    >>> with PairWriter(folder, spec, shard=0) as writer:
+    ...     z = noise(spec.seed, writer.missing, spec.latent_shape, spec.torch_dtype)
+    ...     writer.append(z, 0.5 * z, ["a red cube"] * 2, writer.missing)
+    ...     writer.commit()
+    >>> dataset = PairDataset(PairReader(folder))
+    >>> sampler = PairSampler(len(dataset), batch_size=2, seed=0)
+    >>> batch = next(iter(DataLoader(dataset, sampler=sampler, batch_size=None)))
+    >>> batch.noise.shape, sorted(batch.index.tolist())
+    (torch.Size([2, 4, 8, 8]), [0, 1])
     """
 
     def __init__(self, reader: PairRows, dtype: torch.dtype | None = torch.float32) -> None:
@@ -51,14 +74,15 @@ class PairDataset(Dataset[PairBatch]):
 
 
 class PairSampler(Sampler[list[int]]):
-    """Endless batches of positions in a random order; each rank takes its slice of every global batch.
+    """Endless batches of positions in random order; each rank takes its slice of every global batch.
 
-    The stream is a function of `seed`, and global batch k is its positions [kB, (k + 1)B): every epoch gives
-    each row once, and nothing depends on ranks, workers or restarts. The state is the number of images seen
-    over all ranks: give it as `start` to go on.
+    The order is a function of `seed` alone, and global batch k is positions [kB, (k + 1)B) of it. Every epoch
+    contains each row once, whatever the number of ranks, workers and restarts. The only state is the number
+    of images seen by all ranks together: pass it as `start` to resume.
 
-    block, window: permute blocks of `block` neighbouring rows, and rows within `window` blocks, for disks and
-    networks that are slow at random rows (`d2g.core.shuffle.permuted_blocks`); 0 shuffles all rows.
+    block, window: permute blocks of `block` neighboring rows, then shuffle the rows of `window` blocks, for
+    disks and networks that are slow at random rows (`d2g.core.shuffle.permuted_blocks`). 0 shuffles all rows.
+    Raises SettingError for impossible sizes.
     """
 
     def __init__(
@@ -87,15 +111,15 @@ class PairSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         local, size = self.batch_size // self.world_size, self.batch_size
-        many = max(1, ORDERED // size)
-        for start in count(self.start, many * size):
-            rows = permuted_batch(self.seed, self.size, start, many * size, self.block, self.window)
+        batches = max(1, ORDERED // size)
+        for start in count(self.start, batches * size):
+            rows = permuted_batch(self.seed, self.size, start, batches * size, self.block, self.window)
             for first in range(self.rank * local, len(rows), size):
                 yield rows[first : first + local]
 
 
-class _Ahead(Sampler[tuple[list[int], list[int]]]):
-    """Each batch, and rows of later ones: far enough on that a window's blocks come while one is used."""
+class _WithLookahead(Sampler[tuple[list[int], list[int]]]):
+    """Each batch together with rows of a later batch to prefetch, at least one shuffle window ahead."""
 
     def __init__(self, sampler: PairSampler) -> None:
         self.sampler = sampler
@@ -110,8 +134,8 @@ class _Ahead(Sampler[tuple[list[int], list[int]]]):
             waiting.append(ahead := next(order))
 
 
-class _Answers(Dataset[PairBatch | UserError]):
-    """Batches, or the error instead: raised in a worker, it would arrive wrapped in a traceback."""
+class _BatchOrError(Dataset[PairBatch | UserError]):
+    """Returns a UserError as an item: raised in a worker, it would arrive wrapped in a traceback."""
 
     def __init__(self, dataset: PairDataset, block: int) -> None:
         self.dataset, self.block = dataset, block
@@ -125,9 +149,10 @@ class _Answers(Dataset[PairBatch | UserError]):
             return error
 
 
-def _apart(worker: int) -> None:
-    """A signal to the trainer's process group (torchrun's, Ctrl-C) is the trainer's to answer: without its
-    workers it could not finish the step. One to the worker itself still ends it, as its parent does at exit.
+def _leave_process_group(worker: int) -> None:
+    """Put a worker in its own process group, so that Ctrl-C and torchrun's signals reach only the trainer.
+
+    The trainer needs its workers to finish the current step, and ends them when it exits.
     """
     os.setpgid(0, 0)
 
@@ -142,32 +167,32 @@ def pair_loader(
     context: str | None = None,
     on_skip: Callable[[str], None] | None = None,
 ) -> Iterator[PairBatch]:
-    """The sampler's endless batches, read ahead by `workers` processes (0: in this one).
+    """Yield the sampler's endless batches, read ahead by `workers` processes (0: by this process).
 
-    dtype: of noise and latent, None as stored. pin_memory: page-locked, for copies to a GPU that overlap its
-    work. context: how workers start, "fork" or "spawn". on_skip: told once of each damaged file whose rows a
-    reader with `skip_bad` replaces; logged as a warning if None. Errors of workers are raised here, as the one
-    line they are.
+    dtype: of noise and latents; None keeps the stored type. pin_memory: return page-locked memory, for copies
+    to a GPU that overlap with its work. context: how workers start, "fork" or "spawn". on_skip: called once
+    for each damaged file whose rows a reader with `skip_bad` replaces (default: log a warning). UserErrors
+    of workers are raised here without the worker's traceback.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Answers(PairDataset(reader, dtype), sampler.block),
-        sampler=_Ahead(sampler),
+        _BatchOrError(PairDataset(reader, dtype), sampler.block),
+        sampler=_WithLookahead(sampler),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
         multiprocessing_context=context if workers else None,
-        worker_init_fn=_apart if workers else None,
+        worker_init_fn=_leave_process_group if workers else None,
     )
-    known: set[str] = set()
+    reported: set[str] = set()
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         for file, reason in batch.skipped.items():
-            if file not in known:
-                known.add(file)
+            if file not in reported:
+                reported.add(file)
                 (on_skip or _log_warning)(
-                    f"{file}: {reason}; its rows are replaced by those of the next sound shard"
+                    f"{file}: {reason}; its rows are replaced by those of the next intact shard"
                 )
         yield batch
 

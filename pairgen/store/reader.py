@@ -1,4 +1,4 @@
-"""Random access to the rows of a pair store: a folder, or a URL behind a local cache."""
+"""Random access to the rows of a pair store, in a local folder or at a URL."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,25 +14,48 @@ from pairgen.store.hdf5 import DamagedShard, IntArray, PairBatch, redraw
 from pairgen.store.shards import Damage, OpenShards, open_source
 from pairgen.store.spec import StoreSpec, quarantined_rows, require_same_spec
 
-HINTED = 1024  # blocks that the system is not told of again
+HINTED = 1024  # blocks remembered as announced, so that they are announced once
 
 
 class PairReader:
-    """Random access to the rows of a store, whole or not: positions 0 to len - 1 in order of pair index.
+    """Random access to the rows of a pair store by position, 0 to len - 1, in the order of their pair index.
 
-    In a complete store without quarantined rows a position is the pair's index. Opening reads 512 bytes a
-    shard; its header and index are checked before its first row is read, every row whenever it is. A reader
-    may cross a fork or be pickled to a worker.
+    In a complete store without quarantined rows, a row's position equals its pair index. An unfinished store
+    can be read too. Opening reads the first 512 bytes of each shard. Header and index are checked before a
+    shard's first row is read, and the checksum of each row whenever it is read. A reader can be used after a
+    fork and can be pickled.
 
-    folder: a path, or an fsspec URL (`s3://bucket/pairs`), whose shards are copied to the folder `cache` as
-    they are needed; `cache_gib` bounds it, 0 does not (`pairgen.store.remote`).
+    folder: a path, or an fsspec URL such as `s3://bucket/pairs`. Shards of a URL are downloaded to the folder
+    `cache` when they are needed. `cache_gib` limits that folder's size, 0 does not (`pairgen.store.remote`).
 
-    skip_bad: for a row whose bytes are not what was written, give the row at the same offset of the next
-    shard, and note the file in `skipped`. Which rows those are depends on the files alone; `index` says what
-    was read.
+    skip_bad: replace a damaged row by the row at the same offset in the next shard, and report the damaged
+    file in `skipped`. The replacement depends on the files alone; a batch's `index` names the pairs read.
 
-    Raises UserError for a folder of another spec than `expect`, and DamagedShard, here or when reading, for
-    what cannot be trusted; with `skip_bad` UserError when no shard has a sound row for a position.
+    Raises UserError if the store's spec is not `expect`, and DamagedShard, here or in `read`, for damaged
+    files. With `skip_bad`, `read` raises UserError if no shard has an intact row to replace a damaged one.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from pairgen import PairReader, PairWriter
+    >>> from d2g.core.seeds import noise
+    >>> from d2g.diffusion.latents import LatentSpace
+    >>> from pairgen.store.spec import StoreSpec, create_store
+    >>> spec = StoreSpec(
+    ...     teacher="my-teacher", teacher_sha256="0" * 64, prompts_sha256="0" * 64, num_prompts=1,
+    ...     num_pairs=2, solver="ddim", steps=50, spacing="leading", final_alpha_one=True, guidance=8.0,
+    ...     seed=0, latent_shape=(4, 8, 8), latent_space=LatentSpace(channels=4, downscale=8, scale=0.18215),
+    ...     shard_size=2,
+    ... )
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> create_store(folder, spec)
+    >>> with PairWriter(folder, spec, shard=0) as writer:
+    ...     z = noise(spec.seed, writer.missing, spec.latent_shape, spec.torch_dtype)
+    ...     writer.append(z, 0.5 * z, ["a red cube"] * 2, writer.missing)
+    ...     writer.commit()
+    >>> reader = PairReader(folder)
+    >>> batch = reader.read([1, 0])
+    >>> batch.latents.shape, batch.index.tolist()
+    (torch.Size([2, 4, 8, 8]), [1, 0])
     """
 
     def __init__(
@@ -50,11 +73,12 @@ class PairReader:
         if expect is not None:
             require_same_spec(folder, self.spec, expect)
         self.skipped: dict[str, str] = {}
-        """Damaged files that this process met, and why; with `skip_bad` only."""
-        bad = self._source.check()
-        self._open = OpenShards(self._source, self._quarantined(bad), bad)
-        for shard, reason in bad.items():
-            self._refuse(shard, reason, self.skipped)
+        """File -> damage, for the damaged files that this process has read; filled with `skip_bad` only."""
+        damage = self._source.check()
+        self._open = OpenShards(self._source, self._quarantined(damage), damage)
+        for shard, reason in damage.items():
+            self._report(shard, reason, self.skipped)
+        # Rows of all present shards in order: shard number k holds positions _ends[k] to _ends[k + 1] - 1.
         self._shards = np.array(self._source.shards, dtype=np.int64)
         missing = [len(self._open.quarantined.get(shard, [])) for shard in self._source.shards]
         rows = [len(self.spec.rows(shard)) for shard in self._source.shards]
@@ -69,33 +93,34 @@ class PairReader:
 
     @property
     def shards(self) -> int:
-        """Shards that are there."""
+        """Number of shards present."""
         return len(self._shards)
 
     @property
     def gib(self) -> float:
-        """Size of the shards that are there."""
+        """Size in GiB of the shards present."""
         return self._source.size / 2**30
 
     @property
     def bounded(self) -> bool:
-        """Whether the cache is too small for copies of all shards."""
+        """Whether `cache_gib` is too small to cache all shards at once."""
         return self._source.bounded
 
     @property
     def quarantined(self) -> list[int]:
-        """Pairs that whole shards lack because the teacher gave no finite latent for them."""
+        """Indices of the pairs that present shards lack because their latents were not finite."""
         return sorted(pair for pairs in self._open.quarantined.values() for pair in pairs)
 
     @property
     def complete(self) -> bool:
-        """Whether every pair of the spec is there, or quarantined."""
+        """Whether every pair of the spec is present or quarantined."""
         return len(self) + len(self.quarantined) == self.spec.num_pairs
 
     def read(self, rows: Sequence[int], dtype: torch.dtype | None = torch.float32) -> PairBatch:
-        """The rows at these positions, in this order, repeats allowed: noise and latent [B, C, H, W].
+        """Read the rows at these positions, in this order; positions may repeat.
 
-        dtype: of noise and latent; None leaves them as stored.
+        dtype: of noise and latents [B, C, H, W]; None keeps the stored type. Raises IndexError for a position
+        outside the store, DamagedShard and UserError as the class says.
         """
         position = np.asarray(rows, dtype=np.int64)
         if position.size and not (0 <= position.min() and position.max() < len(self)):
@@ -106,13 +131,14 @@ class PairReader:
         values = {name: np.empty(shape, self.spec.dtype) for name in self._open.value_names}
         text = [""] * len(position)
         skipped: dict[str, str] = {}
+        # Read all rows; with skip_bad, move the damaged ones to the next shard and try again.
         todo, tries = np.arange(len(position)), 0
-        while bad := self._read_into(nth, row, todo, values, text):
-            for place in sorted(bad):
-                self._refuse(int(self._shards[nth[place]]), bad[place], skipped)
-            todo, tries = np.array(sorted(bad)), tries + 1
+        while damage := self._read_into(nth, row, todo, values, text):
+            for place in sorted(damage):
+                self._report(int(self._shards[nth[place]]), damage[place], skipped)
+            todo, tries = np.array(sorted(damage)), tries + 1
             if tries == len(self._shards):
-                raise UserError(f"{self.folder}: no sound row for {len(todo)} pairs; {self._source.remedy}")
+                raise UserError(f"{self.folder}: no intact row for {len(todo)} pairs; {self._source.remedy}")
             nth[todo], row[todo] = self._next(nth[todo], row[todo])
         self.skipped = skipped | self.skipped
         index = self._index(nth, row)
@@ -127,20 +153,20 @@ class PairReader:
         )
 
     def prompts(self) -> list[str]:
-        """The different prompts of the rows present, in order of first use."""
-        found: dict[str, None] = {}
-        for number, rows in enumerate(np.diff(self._ends).tolist()):
-            nth, every, text = np.full(rows, number), np.arange(rows), [""] * rows
-            bad = self._read_into(nth, every, every, {}, text)
-            for place in sorted(bad):
-                self._refuse(int(self._shards[number]), bad[place], self.skipped)
-            found.update(dict.fromkeys(prompt for place, prompt in enumerate(text) if place not in bad))
-        return list(found)
+        """The distinct prompts of all rows present, in order of first use."""
+        distinct: dict[str, None] = {}
+        for number, count in enumerate(np.diff(self._ends).tolist()):
+            nth, rows, text = np.full(count, number), np.arange(count), [""] * count
+            damage = self._read_into(nth, rows, rows, {}, text)
+            for place in sorted(damage):
+                self._report(int(self._shards[number]), damage[place], self.skipped)
+            distinct.update(dict.fromkeys(prompt for row, prompt in enumerate(text) if row not in damage))
+        return list(distinct)
 
     def prefetch(self, rows: Sequence[int], block: int = 1) -> None:
-        """Announce positions that will be read, and with each its whole block of `block` positions.
+        """Announce positions that are read soon, each together with its block of `block` positions.
 
-        The system, or the cache of a URL, brings them while other work goes on; values do not depend on it.
+        The operating system, or the cache of a URL, loads them in the background. It never changes results.
         """
         for number in dict.fromkeys((np.asarray(rows, dtype=np.int64) // block).tolist()):
             if (block, number) not in self._hinted:
@@ -158,38 +184,40 @@ class PairReader:
                 low, high = max(start, begin) - begin, min(stop, end) - begin - 1
                 self._open.hint(int(self._shards[nth]), low, high)
 
-    def _quarantined(self, bad: dict[int, str]) -> dict[int, list[int]]:
-        recorded = quarantined_rows(self._source.folder, self.spec)
-        found: dict[int, list[int]] = {}
-        for shard in sorted(recorded.keys() & set(self._source.shards)):
-            found[shard] = sorted(int(row["index"]) for row in recorded[shard])
+    def _quarantined(self, damage: dict[int, str]) -> dict[int, list[int]]:
+        """The quarantined pairs of each shard that has a record. Adds unreadable shards to `damage`."""
+        records = quarantined_rows(self._source.folder, self.spec)
+        pairs: dict[int, list[int]] = {}
+        for shard in sorted(records.keys() & set(self._source.shards)):
+            pairs[shard] = sorted(int(row["index"]) for row in records[shard])
             try:
-                if shard not in bad:
-                    found[shard] = self._source.quarantined(shard, found[shard])
+                if shard not in damage:
+                    pairs[shard] = self._source.quarantined(shard, pairs[shard])
             except DamagedShard as error:
-                bad[shard] = error.reason
-        return found
+                damage[shard] = error.reason
+        return pairs
 
-    def _refuse(self, shard: int, reason: str, skipped: dict[str, str]) -> None:
-        """Note a damaged shard in `skipped`, or raise DamagedShard."""
+    def _report(self, shard: int, reason: str, skipped: dict[str, str]) -> None:
+        """With `skip_bad`, enter a damaged shard in `skipped`; without, raise DamagedShard."""
         if not self.skip_bad:
             raise self._open.error(shard, reason)
         skipped.setdefault(self._source.name(shard), reason)
 
     def _next(self, nth: IntArray, row: IntArray) -> tuple[IntArray, IntArray]:
-        """The same offsets in the next shards that have rows."""
+        """The same row offsets in the next shard that has rows."""
         rows = np.diff(self._ends)
-        held = np.flatnonzero(rows)
-        nth = held[np.searchsorted(held, nth, side="right") % len(held)]
+        filled = np.flatnonzero(rows)
+        nth = filled[np.searchsorted(filled, nth, side="right") % len(filled)]
         return nth, row % rows[nth]
 
     def _index(self, nth: IntArray, row: IntArray) -> IntArray:
+        """Pair indices of these rows; in shards with quarantined pairs, rows skip those."""
         shard = self._shards[nth]
         index = shard * self.spec.shard_size + row
         for number in sorted(self._open.quarantined.keys() & set(shard.tolist())):
             rows = self.spec.rows(number)
-            there = np.setdiff1d(np.arange(rows.start, rows.stop), self._open.quarantined[number])
-            index[shard == number] = there[row[shard == number]]
+            present = np.setdiff1d(np.arange(rows.start, rows.stop), self._open.quarantined[number])
+            index[shard == number] = present[row[shard == number]]
         return index
 
     def _read_into(

@@ -204,7 +204,7 @@ class RemoteShards:
         return {PurePosixPath(entry["name"]).name: int(entry["size"] or 0) for entry in entries}
 
     def _retry(self, file: str, call: Callable[[Any, str], T]) -> T:
-        """`call(file system, path)`, again when it fails as networks do. Raises UserError: _NotThere or other."""
+        """Call `call(file system, path)` and retry network errors. Raises UserError; _NotThere if missing."""
         fs, root = _file_system(self.url)
         for wait in (*WAITS, None):
             try:

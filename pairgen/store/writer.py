@@ -1,4 +1,4 @@
-"""Writing one shard of a pair store: crash-safe, resumable, whole or not there."""
+"""Writing one shard of a pair store: resumable after a kill; a shard appears complete or not at all."""
 
 import time
 from collections import deque
@@ -26,17 +26,33 @@ from pairgen.store.spec import (
 
 
 class PairWriter:
-    """Writes one shard. Rows gather in memory and reach DIR/partial every `flush_seconds`, in small files
-    of the shard's own format, so a killed run loses at most one flush; `commit` joins them under its name.
+    """Writes the rows of one shard, in any order, and puts the complete shard in place with `commit`.
 
-        with PairWriter(folder, spec, shard) as writer:
-            for batch in batches_of(writer.missing):
-                writer.append(noise, latent, prompts, index)
-            writer.commit()
+    Appended rows are buffered in memory and written to DIR/partial every `flush_seconds`, as small files in
+    the shard's own format, so a killed process loses at most one flush. `commit` joins them into the shard
+    and needs twice its size in memory. Leaving the `with` block early (Ctrl-C, an error) flushes the buffer.
+    `retry`: start from the existing shard and write only its quarantined rows. Only one writer per shard may
+    run at a time (`pairgen.shard_claims`).
 
-    Leaving the block early (Ctrl-C, an error) flushes first. `commit` holds the shard twice in memory.
-    `retry`: start from the whole shard that is there and make only its quarantined rows. One writer per shard
-    at a time: `pairgen.shard_claims` sees to it.
+    >>> import tempfile
+    >>> from pairgen import PairReader, PairWriter
+    >>> from d2g.core.seeds import noise
+    >>> from d2g.diffusion.latents import LatentSpace
+    >>> from pairgen.store.spec import StoreSpec, create_store
+    >>> spec = StoreSpec(
+    ...     teacher="my-teacher", teacher_sha256="0" * 64, prompts_sha256="0" * 64, num_prompts=1,
+    ...     num_pairs=2, solver="ddim", steps=50, spacing="leading", final_alpha_one=True, guidance=8.0,
+    ...     seed=0, latent_shape=(4, 8, 8), latent_space=LatentSpace(channels=4, downscale=8, scale=0.18215),
+    ...     shard_size=2,
+    ... )
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> create_store(folder, spec)
+    >>> with PairWriter(folder, spec, shard=0) as writer:
+    ...     z = noise(spec.seed, writer.missing, spec.latent_shape, spec.torch_dtype)
+    ...     writer.append(z, 0.5 * z, ["a red cube"] * 2, writer.missing)
+    ...     writer.commit()
+    >>> PairReader(folder).read([0]).prompts
+    ['a red cube']
     """
 
     def __init__(
@@ -46,7 +62,7 @@ class PairWriter:
         self.retry, self.flush_seconds = retry, flush_seconds
         self.path, self._scratch = shard_path(self.folder, shard), self.folder / "partial"
         self.quarantined: dict[int, dict[str, Any]] = {}
-        """Rows appended without a finite latent: index -> what their record says."""
+        """Appended rows whose latents are not finite: pair index -> entry of the quarantine record."""
         self._missing = set(spec.rows(shard))
         self._buffer: list[PairBatch] = []
         self._on_disk = 0
@@ -56,16 +72,21 @@ class PairWriter:
         return self
 
     def open(self) -> list[int]:
-        """Take up what a killed writer left; returns `missing`. UserError if whole already (no `retry`)."""
+        """Resume from the partial files of a killed writer and return `missing`.
+
+        Raises UserError if the shard is already complete, unless `retry` is set.
+        """
         if self.path.exists() and not self.retry:
-            raise UserError(f"{self.path} is already whole; run the same command again to make what is left")
+            raise UserError(
+                f"{self.path} is already complete; run the same command again to make the missing shards"
+            )
         with writing(self.folder, "nothing was lost"):
             for temporary in self._scratch.glob(f"{self.path.stem}.*.tmp"):
                 temporary.unlink(missing_ok=True)
             for part in self._sources():
-                found = load_rows(part, self.spec).index.tolist()
-                self._missing -= set(found)
-                self._on_disk += len(found)
+                index = load_rows(part, self.spec).index.tolist()
+                self._missing -= set(index)
+                self._on_disk += len(index)
         self._flushed_at = time.monotonic()
         return self.missing
 
@@ -76,25 +97,24 @@ class PairWriter:
 
     @property
     def missing(self) -> list[int]:
-        """Pair indices of this shard that are neither on disk nor appended yet, sorted."""
+        """Sorted indices of the pairs of this shard that are neither on disk nor appended yet."""
         return sorted(self._missing)
 
     def append(
         self,
         noise: Tensor,
-        latent: Tensor,
+        latents: Tensor,
         prompts: Sequence[str],
         index: Tensor | np.ndarray | Sequence[int],
     ) -> None:
-        """Add rows: noise as the teacher saw it, scaled latent (rounded here), both [B, C, H, W].
+        """Add rows: noise exactly as the teacher received it, and scaled latents, both floats [B, C, H, W].
 
-        A row whose latent is not finite in the stored type is set aside in `quarantined`. Raises UserError
-        for a wrong shape, type, prompt or index, naming the pairs; a refused batch leaves earlier rows as
-        they are.
+        Latents are rounded to the stored type; rows that are then not finite go to `quarantined`. Raises
+        UserError for a wrong shape, type, prompt or index, naming the pairs; earlier rows stay valid.
         """
         number = torch.as_tensor(index).to("cpu", torch.int64)
         if len(set(number.tolist()) & self._missing) != len(number) or len(number) == 0:
-            expected = f"different numbers out of {self.missing[:1]}...{self.missing[-1:]}"
+            expected = f"distinct indices out of {self.missing[:1]}...{self.missing[-1:]}"
             raise UserError(f"{self.path.name}: got pairs {number.tolist()}, expected {expected}")
         if len(prompts) != len(number) or any("\0" in prompt for prompt in prompts):
             raise UserError(
@@ -102,7 +122,7 @@ class PairWriter:
             )
         rows = PairBatch(
             noise=self._rounded("noise", noise, number),
-            latents=self._rounded("latent", latent, number),
+            latents=self._rounded("latents", latents, number),
             prompts=list(prompts),
             index=number,
         )
@@ -114,7 +134,7 @@ class PairWriter:
             self.quarantined[pair] = {"index": pair, "prompt": rows.prompts[row], "reason": reason}
         self._missing -= set(number.tolist())
         if finite.any():
-            self._buffer.append(_chosen(rows, finite))
+            self._buffer.append(_select_rows(rows, finite))
         if time.monotonic() - self._flushed_at >= self.flush_seconds:
             self.flush()
 
@@ -125,69 +145,72 @@ class PairWriter:
             raise UserError(f"{name} of pairs {number.tolist()} is {got}, expected floats {expected}")
         return values.detach().to("cpu", self.spec.torch_dtype).contiguous()
 
-    def _check_noise(self, rows: PairBatch, given: Tensor) -> None:
+    def _check_noise(self, rows: PairBatch, noise: Tensor) -> None:
+        """Raise UserError unless a reader gets back `noise` exactly, from the file or from (seed, index)."""
         number = rows.index.tolist()
         stored = redraw(self.spec, number) if self.spec.noise == "seeded" else rows.noise
-        if not torch.equal(stored.float(), given.detach().cpu().float()):
+        if not torch.equal(stored.float(), noise.detach().cpu().float()):
             dtype, seed = self.spec.dtype, self.spec.seed
-            text = f"noise of pairs {number} cannot be read back as the teacher saw it"
+            text = f"noise of pairs {number} cannot be read back as the teacher received it"
             raise UserError(f"{text}: draw it with seeds.noise({seed}, index, shape, {dtype}) first")
 
     def flush(self) -> None:
-        """Bring the rows appended since the last flush to disk."""
+        """Write the rows appended since the last flush to DIR/partial."""
         self._flushed_at = time.monotonic()
         if self._buffer:
-            rows = _joined(self._buffer)
-            self._publish(rows, self._scratch / f"{self.path.stem}.rows-{int(rows.index[0]):010d}.h5")
+            rows = _join(self._buffer)
+            self._write(rows, self._scratch / f"{self.path.stem}.rows-{int(rows.index[0]):010d}.h5")
             self._buffer = []
             self._on_disk += len(rows.index)
 
     def commit(self) -> None:
-        """Bring the whole shard under its name and drop its partial files. Every row must be there, or
-        quarantined: then the record of those is written first."""
+        """Write the complete shard under its final name and remove its partial files.
+
+        Every row must be appended or quarantined. The quarantine record is written before the shard.
+        """
         assert not self._missing, f"{self.path.name}: commit with {len(self._missing)} rows missing"
-        sources, aside = self._sources(), sorted(self.quarantined)
-        rows = _joined([load_rows(source, self.spec) for source in sources] + self._buffer, self.spec)
-        if sorted([*rows.index.tolist(), *aside]) != list(self.spec.rows(self.shard)):
+        sources, quarantined = self._sources(), sorted(self.quarantined)
+        rows = _join([load_rows(source, self.spec) for source in sources] + self._buffer, self.spec)
+        if sorted([*rows.index.tolist(), *quarantined]) != list(self.spec.rows(self.shard)):
             text = f"partial files of {self.path.name} vanished from {self._scratch} during the run"
             raise UserError(f"{text}; see that no other run writes there, and run the same command again")
         record = quarantine_path(self.folder, self.shard)
-        if aside:
+        if quarantined:
             with writing(self.folder, f"{self._on_disk} rows of {self.path.name} are safe"):
                 record.parent.mkdir(exist_ok=True)
-                content = encode_record(self.shard, [self.quarantined[pair] for pair in aside])
+                content = encode_record(self.shard, [self.quarantined[pair] for pair in quarantined])
                 write_atomically(content, record, self._scratch)
-        self._publish(rows, self.path, aside)
+        self._write(rows, self.path, quarantined)
         self._buffer = []
-        for leftover in [*self._parts(), *([] if aside else [record])]:
+        for leftover in [*self._parts(), *([] if quarantined else [record])]:
             leftover.unlink(missing_ok=True)
 
-    def _publish(self, rows: PairBatch, path: Path, aside: Sequence[int] = ()) -> None:
-        whole = len(shards_present(self.folder, self.spec))
-        safe = f"{whole} whole shards and {self._on_disk} rows of {self.path.name} are safe"
+    def _write(self, rows: PairBatch, path: Path, quarantined: Sequence[int] = ()) -> None:
+        complete = len(shards_present(self.folder, self.spec))
+        safe = f"{complete} complete shards and {self._on_disk} rows of {self.path.name} are safe"
         try:
             with writing(self.folder, safe):
-                write_atomically(encode_rows(self.spec, rows, aside), path, self._scratch)
+                write_atomically(encode_rows(self.spec, rows, quarantined), path, self._scratch)
         except UserError:
-            self._buffer = []  # leaving the block must not try again and hide this error behind its twin
+            self._buffer = []  # __exit__ must not write again and raise the same error a second time
             raise
 
     def _parts(self) -> list[Path]:
         return sorted(self._scratch.glob(f"{self.path.stem}.rows-*.h5"))
 
     def _sources(self) -> list[Path]:
-        """The files that hold rows of this shard already."""
+        """The files that already hold rows of this shard."""
         return ([self.path] if self.retry and self.path.exists() else []) + self._parts()
 
 
 class BackgroundWriter:
-    """A thread that writes while the teacher computes. Calls run in order; at most `depth` of them wait.
+    """A thread that writes while the teacher computes. Calls run in order, and at most `depth` are queued.
 
-    The first error of a call stops all later ones and is raised by the next `put` or by `finish`.
+    After the first error no further call runs; the next `submit` or `finish` raises that error.
     """
 
     def __init__(self, depth: int = 4) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pen")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pair-writer")
         self._calls: deque[Future[Any]] = deque()
         self._failed = False
         self.depth = depth
@@ -200,15 +223,15 @@ class BackgroundWriter:
     ) -> None:
         self._pool.shutdown(wait=True)
 
-    def put(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Run `call(*arguments)` after those before it."""
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Queue `call(*arguments)`; blocks while `depth` calls are queued."""
         while self._calls and (self._calls[0].done() or len(self._calls) >= self.depth):
             self._calls.popleft().result()
         self._calls.append(self._pool.submit(self._run, call, arguments))
 
     def _run(self, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
         if self._failed:
-            return  # its `put` is about to raise why
+            return  # the next `submit` raises the error
         try:
             call(*arguments)
         except BaseException:
@@ -216,20 +239,20 @@ class BackgroundWriter:
             raise
 
     def finish(self) -> None:
-        """Wait until all is written."""
+        """Wait until all queued calls are done."""
         while self._calls:
             self._calls.popleft().result()
 
 
-def _chosen(rows: PairBatch, keep: Tensor) -> PairBatch:
-    prompts = [prompt for prompt, kept in zip(rows.prompts, keep.tolist(), strict=True) if kept]
+def _select_rows(rows: PairBatch, keep: Tensor) -> PairBatch:
+    prompts = [prompt for prompt, keep_row in zip(rows.prompts, keep.tolist(), strict=True) if keep_row]
     return PairBatch(
         noise=rows.noise[keep], latents=rows.latents[keep], prompts=prompts, index=rows.index[keep]
     )
 
 
-def _joined(batches: Sequence[PairBatch], spec: StoreSpec | None = None) -> PairBatch:
-    """All rows of `batches`, each once, in order of index. `spec` gives the shape when there are none."""
+def _join(batches: Sequence[PairBatch], spec: StoreSpec | None = None) -> PairBatch:
+    """The rows of all batches, without repeats, in order of index. An empty list needs `spec`."""
     if not batches:
         assert spec is not None
         empty = torch.empty(0, *spec.latent_shape, dtype=spec.torch_dtype)

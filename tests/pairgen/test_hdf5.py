@@ -86,7 +86,7 @@ def test_pending_and_an_incomplete_store(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_whole_once(store: Path) -> None:
-    with pytest.raises(UserError, match="already whole"), PairWriter(store, SPEC, 0):
+    with pytest.raises(UserError, match="already complete"), PairWriter(store, SPEC, 0):
         pass
 
 

@@ -289,7 +289,7 @@ def test_without_a_sound_shard_there_is_nothing_to_give(store: Path) -> None:
     for shard in range(3):
         truncate(shard_path(store, shard))
     reader = PairReader(store, skip_bad=True)
-    with pytest.raises(UserError, match="no sound row for 2 pairs; run `d2g pairs repair"):
+    with pytest.raises(UserError, match="no intact row for 2 pairs; run `d2g pairs repair"):
         reader.read([0, 21])
     assert len(reader.skipped) == 3
 

@@ -146,7 +146,7 @@ def test_append_refuses_wrong_rows_and_keeps_the_earlier(tmp_path: Path) -> None
             writer.append(broken, latent, prompts, index)
         with pytest.raises(UserError, match=r"noise of pairs \[2, 3\] cannot be read back"):
             writer.append(unrounded, latent, prompts, index)
-        with pytest.raises(UserError, match=r"latent of pairs \[2, 3\] is \(2, 4, 8, 4\)"):
+        with pytest.raises(UserError, match=r"latents of pairs \[2, 3\] is \(2, 4, 8, 4\)"):
             writer.append(noise, latent[..., :4], prompts, index)
         with pytest.raises(UserError, match=r"torch\.int32"):
             writer.append(noise, latent.int(), prompts, index)
@@ -210,13 +210,13 @@ def test_the_pen_keeps_order_and_stops_at_the_first_error() -> None:
 
     with pytest.raises(OSError, match="no room"), BackgroundWriter(depth=2) as pen:
         for number in range(100):
-            pen.put(write, number)
+            pen.submit(write, number)
     assert seen == list(range(7))
     with BackgroundWriter() as pen:
-        pen.put(write, 1)
+        pen.submit(write, 1)
         pen.finish()
         assert seen[-1] == 1
-        pen.put(write, 7)
+        pen.submit(write, 7)
         with pytest.raises(OSError, match="no room"):
             pen.finish()
 
@@ -249,7 +249,9 @@ def test_disk_full_says_what_is_safe_and_loses_nothing(tmp_path: Path) -> None:
     text, cause = pipe.recv()
     child.join()
     assert isinstance(cause, OSError) and cause.errno == errno.EFBIG
-    says = r"no room to write in .*MiB free.*0 whole shards and 8 rows of pairs-00000\.h5 are safe.*make room"
+    says = (
+        r"no room to write in .*MiB free.*0 complete shards and 8 rows of pairs-00000\.h5 are safe.*make room"
+    )
     assert re.search(says, text) and str(tmp_path) in text and "\n" not in text
     assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "shards").iterdir())
     with PairWriter(tmp_path, SPEC, 0) as writer:
