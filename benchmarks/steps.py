@@ -4,8 +4,8 @@
                                [--batch 32] [--rounds 3] [--set a.b=c ...]
 
 Each variant runs `d2g distill` in processes of its own, for 48 steps that report every 16. The first report
-is warm-up. The other two count, so a penalty of interval 16 falls in each once. The variants take turns in every
-round. Without --init, a first stage of one step is trained. Writes benchmarks/steps_DATE_DEVICE.md.
+is warm-up. The other two count, so a penalty of interval 16 falls in each once. The variants take turns in
+every round. Without --init, a first stage of one step is trained. Writes benchmarks/steps_DATE_DEVICE.md.
 """
 
 import argparse

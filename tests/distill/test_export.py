@@ -290,7 +290,7 @@ def test_an_export_of_an_export(run: str, tmp_path: Path) -> None:
     assert "not recorded with an exported student" in told(tmp_path / "out")
 
 
-def test_licences(teacher: Path, tmp_path: Path) -> None:
+def test_licenses(teacher: Path, tmp_path: Path) -> None:
     assert license_of("miniature") == "apache-2.0" and license_of(str(teacher)) is None
     copy = shutil.copytree(teacher, tmp_path / "teacher")
     (copy / "README.md").write_text("---\nlanguage: en\nlicense: 'cc0-1.0'\n---\n# It\nlicense: no\n")

@@ -203,7 +203,7 @@ def test_what_came_before_and_is_not_known_is_said(tmp_path: Path) -> None:
         said(old)
 
 
-def test_scores_and_licence_are_as_given(tmp_path: Path) -> None:
+def test_scores_and_license_are_as_given(tmp_path: Path) -> None:
     result = {"protocol": "coco", "protocol_sha256": "abc" * 20, "fid": 9.29, "recall": None}
     result |= {"counts": {"images": 30000}, "extra": {"cmmd": 0.5}}
     result |= {"source": {"kind": "images", "name": "drawn"}}
