@@ -21,32 +21,32 @@ PROMPT = ["a red cube", "two green cones"]
 
 def as_run(folder: Path, teacher: str, config: StudentConfig | None = None, **settings: Any) -> str:
     """A run folder whose student is the teacher with every weight moved a little, as training would."""
-    whole = DistillConfig(teacher=teacher, student=config or StudentConfig(), **settings)
-    student = student_from_teacher(teacher, whole.student_timestep, whole.student)
+    run_config = DistillConfig(teacher=teacher, student=config or StudentConfig(), **settings)
+    student = student_from_teacher(teacher, run_config.student_timestep, run_config.student)
     rng = generator(3, 1)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=rng))
-    write_atomically(folder / "config.json", json.dumps(to_json(whole)))
+    write_atomically(folder / "config.json", json.dumps(to_json(run_config)))
     save(folder / "checkpoints", 4, {"ema": student.state_dict()}, {}, {"steps": 1})
     return str(folder)
 
 
 def lora_run(folder: Path, teacher: str, config: StudentConfig, init: str = "", seed: int = 4) -> str:
     """A run whose student has adapters that do something, on the weights that a run of it would have."""
-    whole = DistillConfig(teacher=teacher, student=config, init=init)
-    student = new_state(whole, torch.device("cpu")).student.module
+    run_config = DistillConfig(teacher=teacher, student=config, init=init)
+    student = new_state(run_config, torch.device("cpu")).student.module
     rng = generator(seed, 1)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if ".lora_" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
-    write_atomically(folder / "config.json", json.dumps(to_json(whole)))
+    write_atomically(folder / "config.json", json.dumps(to_json(run_config)))
     save(folder / "checkpoints", 4, {"ema": student.state_dict()}, {}, {"steps": 1})
     return str(folder)
 
 
-def told(exported: Path) -> str:
+def readme_of(exported: Path) -> str:
     return (exported / "README.md").read_text(encoding="utf-8")
 
 

@@ -62,8 +62,8 @@ def pipeline_schedule(teacher: str) -> Schedule:
         config = pretrained.load_on_meta(teacher, "unet").config
         if config.num_class_embeds is not None:
             raise UserError(
-                f"teacher {teacher} is told classes, and no pipeline of diffusers tells them to a "
-                f"UNet2DModel; {instead}"
+                f"teacher {teacher} is class-conditional, and no pipeline of diffusers passes classes to "
+                f"a UNet2DModel; {instead}"
             )
         if config.out_channels != config.in_channels:
             raise UserError(

@@ -127,8 +127,9 @@ def export_lora(
 
     They go on the teacher's own pipeline: `pipe.load_lora_weights(OUT)`, guidance_scale=1. They hold the
     whole difference between student and teacher: if the run started from the adapters of another run, the
-    sum of both (`d2g.diffusion.lora.adapters_from_teacher`). Raises UserError for a student without adapters, with a
-    guidance input, or whose other weights differ from the teacher's. Returns the same as `export_pipeline`.
+    sum of both (`d2g.diffusion.lora.adapters_from_teacher`). Raises UserError for a student without adapters,
+    with a guidance input, or whose other weights differ from the teacher's. Returns the same as
+    `export_pipeline`.
     """
     saved_dtype, options = parse_dtype(dtype), options or CardOptions()
     # Check all inputs before the expensive part.
@@ -144,16 +145,7 @@ def export_lora(
         )
     schedule = pipeline_schedule(source)
     check_out(out, student, source)
-    tensors = checkpoint.Checkpoint(folder, 0, {}).tensors("ema")
-    if not has_lora(tensors):
-        raise UserError(f"student {student} has no adapters; export it with --format diffusers")
-    one = load_student(student, source, device)
-    if one.student.guided:
-        raise UserError(
-            f"student {student} has the guidance scale as an input, which adapters alone cannot hold; "
-            "export it with --format diffusers"
-        )
-    adapters = _adapters(student, source, tensors)
+    one, adapters = _load_lora_student(student, folder, source, device)
 
     latents_noise = noise(0, range(2), one.student.latent_shape)
     latents = one.latents(latents_noise, one.examples)
@@ -176,6 +168,22 @@ def export_lora(
         )
         write_atomically(written / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
+
+
+def _load_lora_student(
+    student: str, folder: Path, teacher: str, device: torch.device | str
+) -> tuple[OneStep, dict[str, Tensor]]:
+    """Load a student from its checkpoint `folder`, and its adapters in fp32. Raises UserError without any."""
+    tensors = checkpoint.Checkpoint(folder, 0, {}).tensors("ema")
+    if not has_lora(tensors):
+        raise UserError(f"student {student} has no adapters; export it with --format diffusers")
+    one = load_student(student, teacher, device)
+    if one.student.guided:
+        raise UserError(
+            f"student {student} has the guidance scale as an input, which adapters alone cannot hold; "
+            "export it with --format diffusers"
+        )
+    return one, _adapters(student, teacher, tensors)
 
 
 def _adapters(student: str, teacher: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -64,7 +64,10 @@ def findings(lines: Sequence[Line], limits: Limits | None = None) -> list[Findin
 
 
 def act(
-    found: Iterable[Finding], mode: Mode, reported: set[str], warn: Callable[[str], None] | None = None
+    problems: Iterable[Finding],
+    mode: Mode,
+    reported: set[str],
+    warn: Callable[[str], None] | None = None,
 ) -> None:
     """Warn once per kind of finding, or raise Collapse for a fatal one in mode "stop". "off" does nothing.
 
@@ -73,7 +76,7 @@ def act(
     """
     if mode == "off":
         return
-    for finding in found:
+    for finding in problems:
         if finding.fatal and mode == "stop":
             raise Collapse(f"{finding.text}, or go on with --set train.on_collapse=warn")
         if finding.kind not in reported:

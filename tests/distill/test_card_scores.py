@@ -1,4 +1,4 @@
-"""distill.export.card_scores: a card holds the scores of the weights that are exported, and says so of images."""
+"""distill.export.card_scores: a card holds only scores of the exported weights, or of images, labeled so."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from distill.config.export import CardOptions, ExportConfig
 from distill.export.card_scores import own_results
 from distill.export.export import export, export_student
 from distill.export.model_card import PipelineUsage, model_card
-from exported import as_run, evaluated, lora_run, result, told
+from exported import as_run, evaluated, lora_run, readme_of, result
 
 OWN = hashlib.sha256((SHIPPED["miniature"] / "student" / "ema.safetensors").read_bytes()).hexdigest()
 
@@ -86,7 +86,8 @@ def test_every_format_asks_before_the_work(form: Any, teacher: Path, tmp_path: P
         return
     right = CardOptions(scores=(evaluated(tmp_path / "right.json", run),))
     export(ExportConfig(student=run, format=form, card=right), tmp_path / "out")
-    assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in told(tmp_path / "out")
+    table = "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |"
+    assert table in readme_of(tmp_path / "out")
 
 
 def test_the_weights_are_those_that_are_given_not_those_that_are_written(
@@ -100,7 +101,7 @@ def test_the_weights_are_those_that_are_given_not_those_that_are_written(
             student=student, format="diffusers", dtype="fp16", card=CardOptions(scores=(scores,))
         )
         export(config, tmp_path / "out")
-        assert "of these weights:" in told(tmp_path / "out")
+        assert "of these weights:" in readme_of(tmp_path / "out")
     with pytest.raises(UserError, match=rf"of a student, {run}, weights .* student {small}, weights"):
         own_results(small, (of_run,))
 

@@ -1,4 +1,4 @@
-"""distill.monitoring.collapse: constructed logs, each with one thing wrong, and a real run made to collapse."""
+"""distill.monitoring.collapse: constructed logs with one problem each, and a real run that collapses."""
 
 import math
 import random
@@ -29,7 +29,7 @@ def log(count: int, **late: Any) -> list[dict[str, float]]:
 
 
 def kinds(lines: list[dict[str, float]], limits: Limits | None = None) -> list[str]:
-    return [found.kind for found in findings(lines, limits)]
+    return [finding.kind for finding in findings(lines, limits)]
 
 
 def test_a_healthy_run_has_no_findings() -> None:
@@ -39,9 +39,9 @@ def test_a_healthy_run_has_no_findings() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_named(value: float) -> None:
-    found = findings(log(3, val__psnr=[value]))
-    assert [f.kind for f in found] == ["not_finite"] and found[0].fatal
-    assert found[0].text.startswith("image 20: val/psnr not finite; ")
+    (finding,) = findings(log(3, val__psnr=[value]))
+    assert finding.kind == "not_finite" and finding.fatal
+    assert finding.text.startswith("image 20: val/psnr not finite; ")
     assert kinds([*log(3, val__psnr=[value]), {"nimg": 30, **HEALTHY}]) == [], "only the last report counts"
 
 
@@ -67,9 +67,9 @@ def test_validations_between_the_reports_break_no_streak() -> None:
 
 def test_a_blind_discriminator_is_told_but_never_fatal() -> None:
     lines = log(20, d__auc=[0.5] * 10, logit__real=[0.01] * 10, logit__fake=[0.0] * 10)
-    (found,) = findings(lines)
-    assert found.kind == "d_blind" and not found.fatal
-    act([found], "stop", set(), lambda text: None)
+    (finding,) = findings(lines)
+    assert finding.kind == "d_blind" and not finding.fatal
+    act([finding], "stop", set(), lambda text: None)
     assert kinds(log(20, d__auc=[0.5] * 9, logit__real=[0.01] * 9, logit__fake=[0.0] * 9)) == []
     assert kinds(log(20, d__auc=[0.5] * 10)) == [], "logits apart: rows overlap, the means do not"
 
@@ -113,17 +113,17 @@ def test_noise_alone_is_no_alarm() -> None:
 
 
 def test_stopping_warning_and_silence(caplog: pytest.LogCaptureFixture) -> None:
-    found = [Finding(kind="g_collapse", text="image 10: it collapses; try less", fatal=True)]
-    said: list[str] = []
-    told: set[str] = set()
+    detected = [Finding(kind="g_collapse", text="image 10: it collapses; try less", fatal=True)]
+    messages: list[str] = []
+    reported: set[str] = set()
     for _ in range(3):
-        act(found, "warn", told, said.append)
-        act(found, "off", set(), said.append)
-    assert said == ["image 10: it collapses; try less"], "once"
+        act(detected, "warn", reported, messages.append)
+        act(detected, "off", set(), messages.append)
+    assert messages == ["image 10: it collapses; try less"], "once"
     with pytest.raises(Collapse, match=r"try less, or go on with --set train\.on_collapse=warn"):
-        act(found, "stop", told, said.append)
+        act(detected, "stop", reported, messages.append)
     assert issubclass(Collapse, UserError)
-    act(found, "warn", set())
+    act(detected, "warn", set())
     assert caplog.messages == ["image 10: it collapses; try less"]
 
 

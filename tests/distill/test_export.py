@@ -1,4 +1,4 @@
-"""distill.export.export and distill.export.model_card: plain diffusers draws our student's image from the folder, in one step."""
+"""distill.export.export: plain diffusers samples the student from the exported folder in one step."""
 
 import json
 import math
@@ -36,19 +36,17 @@ from distill.export.one_step_pipeline import (
 )
 from distill.models.student import student_from_teacher
 from distill.sampling import load_student
-from exported import PROMPT, as_run, lora_run, told
+from exported import PROMPT, as_run, lora_run, readme_of
 
 V = {"prediction_type": "v_prediction"}
 ZERO_SNR = {**V, "rescale_betas_zero_snr": True}
 
 
-def plainly(folder: Path, drawn: Tensor, **settings: Any) -> Tensor:
+def sample_with_diffusers(folder: Path, z: Tensor, **settings: Any) -> Tensor:
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=False)
     pipe.set_progress_bar_config(disable=True)
-    found: Tensor = pipe(
-        PROMPT, num_inference_steps=1, latents=drawn, output_type="latent", **settings
-    ).images
-    return found
+    latents: Tensor = pipe(PROMPT, num_inference_steps=1, latents=z, output_type="latent", **settings).images
+    return latents
 
 
 @pytest.mark.parametrize("timestep", [-1, 399, 1])
@@ -65,16 +63,16 @@ def test_one_step_of_the_scheduler_is_the_data_prediction(
     tiny.save_teacher(tmp_path, **settings)
     schedule = load_schedule(str(tmp_path))
     t = len(schedule) - 1 if timestep == -1 else timestep
-    made = one_step_scheduler(schedule, t)
-    made.set_timesteps(1)
-    assert made.timesteps.tolist() == [t] and made.init_noise_sigma == 1
+    scheduler = one_step_scheduler(schedule, t)
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [t] and scheduler.init_noise_sigma == 1
     x, output = (torch.randn(2, 4, 8, 8, generator=generator(i)) for i in (1, 2))
-    step = made.step(output, made.timesteps[0], made.scale_model_input(x, t))
+    step = scheduler.step(output, scheduler.timesteps[0], scheduler.scale_model_input(x, t))
     expected = predict_x0(output, x, *schedule.alpha_sigma(t), schedule.prediction)
     torch.testing.assert_close(step.prev_sample, expected, rtol=1e-5, atol=1e-5)
-    made.save_pretrained(tmp_path / "saved")
+    scheduler.save_pretrained(tmp_path / "saved")
     again = LCMScheduler.from_pretrained(tmp_path / "saved")
-    assert torch.equal(again.alphas_cumprod, made.alphas_cumprod), "JSON keeps every bit"
+    assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod), "JSON keeps every bit"
     with pytest.raises(ValueError, match="num_inference_steps"):
         again.set_timesteps(2)
 
@@ -87,17 +85,17 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def exported(run: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     out = tmp_path_factory.mktemp("exported") / "pipeline"
-    found = export_pipeline(run, out)
-    assert found["out"] == str(out)
-    return out, found["parity_max_abs_err"]
+    result = export_pipeline(run, out)
+    assert result["out"] == str(out)
+    return out, result["parity_max_abs_err"]
 
 
 def test_diffusers_draws_our_image(run: str, exported: tuple[Path, float]) -> None:
     out, parity = exported
     assert 0 <= parity <= 1e-4
-    one, drawn = load_student(run), noise(5, range(2), (4, 4, 4))
-    own = one.latents(drawn, PROMPT)
-    latents, images = sample_pipeline(out, drawn, PROMPT)
+    one, z = load_student(run), noise(5, range(2), (4, 4, 4))
+    own = one.latents(z, PROMPT)
+    latents, images = sample_pipeline(out, z, PROMPT)
     torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
     expected = (decode(one.vae, own) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
@@ -106,22 +104,22 @@ def test_diffusers_draws_our_image(run: str, exported: tuple[Path, float]) -> No
 def test_no_scale_and_no_negative_prompt_change_it_and_more_steps_are_refused(
     exported: tuple[Path, float],
 ) -> None:
-    out, drawn = exported[0], noise(5, range(2), (4, 4, 4))
-    plain = plainly(out, drawn)
+    out, z = exported[0], noise(5, range(2), (4, 4, 4))
+    plain = sample_with_diffusers(out, z)
     for settings in ({"guidance_scale": 1.0}, {"guidance_scale": 20.0}, {"negative_prompt": ["a", "b"]}):
-        assert torch.equal(plainly(out, drawn, **settings), plain)
+        assert torch.equal(sample_with_diffusers(out, z, **settings), plain)
     pipe = StableDiffusionPipeline.from_pretrained(out)
     with pytest.raises(ValueError, match="`num_inference_steps`: 50"):
-        pipe(PROMPT, latents=drawn)
+        pipe(PROMPT, latents=z)
 
 
 def test_parity_would_see_another_network(exported: tuple[Path, float], tmp_path: Path) -> None:
-    out, drawn = exported[0], noise(5, range(2), (4, 4, 4))
+    out, z = exported[0], noise(5, range(2), (4, 4, 4))
     other = shutil.copytree(out, tmp_path / "other")
     scheduler = other / "scheduler" / "scheduler_config.json"
     facts = json.loads(scheduler.read_text())
     scheduler.write_text(json.dumps(facts | {"prediction_type": "v_prediction"}))
-    assert (plainly(other, drawn) - plainly(out, drawn)).abs().max() > 0.1
+    assert (sample_with_diffusers(other, z) - sample_with_diffusers(out, z)).abs().max() > 0.1
 
 
 def test_the_folder_says_nothing_of_this_machine(exported: tuple[Path, float], teacher: Path) -> None:
@@ -168,12 +166,12 @@ def test_sdxl(tmp_path: Path) -> None:
     teacher = tiny_teachers.save_sdxl(tmp_path / "teacher")
     run = as_run(tmp_path / "run", teacher)
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
-    drawn = noise(5, range(2), (4, 4, 4))
-    own = load_student(run).latents(drawn, PROMPT)
+    z = noise(5, range(2), (4, 4, 4))
+    own = load_student(run).latents(z, PROMPT)
     for settings in ({}, {"guidance_scale": 1.0}, {"negative_prompt": ["a", "b"]}):
-        latents = plainly(tmp_path / "out", drawn, **settings)
+        latents = sample_with_diffusers(tmp_path / "out", z, **settings)
         torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
-    assert "StableDiffusionXLPipeline" in told(tmp_path / "out")
+    assert "StableDiffusionXLPipeline" in readme_of(tmp_path / "out")
 
 
 # Students with something beside the teacher's network.
@@ -182,11 +180,14 @@ def test_sdxl(tmp_path: Path) -> None:
 def test_a_student_told_the_scale_is_told_it_by_diffusers(teacher: Path, tmp_path: Path) -> None:
     run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
-    one, drawn = load_student(run), noise(5, range(2), (4, 4, 4))
+    one, z = load_student(run), noise(5, range(2), (4, 4, 4))
     for scale in (1.5, 8.0):
-        own = replace(one, guidance=scale).latents(drawn, PROMPT)
+        own = replace(one, guidance=scale).latents(z, PROMPT)
         torch.testing.assert_close(
-            plainly(tmp_path / "out", drawn, guidance_scale=scale), own, rtol=0, atol=1e-4
+            sample_with_diffusers(tmp_path / "out", z, guidance_scale=scale),
+            own,
+            rtol=0,
+            atol=1e-4,
         )
     assert "guidance_scale=8.0" in (tmp_path / "out" / "README.md").read_text()
 
@@ -198,28 +199,28 @@ def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_adapters_do_something(lora: str, teacher: Path) -> None:
-    drawn = noise(5, range(2), (4, 4, 4))
+    z = noise(5, range(2), (4, 4, 4))
     merged, base = load_student(lora), student_from_teacher(str(teacher))
-    assert (base(drawn, merged.conditioner.encode(PROMPT)) - merged.latents(drawn, PROMPT)).abs().max() > 0.1
+    assert (base(z, merged.conditioner.encode(PROMPT)) - merged.latents(z, PROMPT)).abs().max() > 0.1
 
 
-def plainly_with_adapters(teacher: Path, adapters: Path, drawn: Tensor) -> Tensor:
+def sample_adapters_with_diffusers(teacher: Path, adapters: Path, z: Tensor) -> Tensor:
     """diffusers' own words, in the teacher's own pipeline."""
     pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
     pipe.scheduler = LCMScheduler.from_pretrained(adapters, subfolder="scheduler")
     pipe.load_lora_weights(adapters)
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "latent"}
-    found: Tensor = pipe(PROMPT, latents=drawn, **settings).images
-    return found
+    latents: Tensor = pipe(PROMPT, latents=z, **settings).images
+    return latents
 
 
 def test_adapters_load_into_the_teachers_own_pipeline(lora: str, teacher: Path, tmp_path: Path) -> None:
-    found = export_lora(lora, tmp_path / "out")
-    assert found["parity_max_abs_err"] <= 1e-4
-    drawn = noise(5, range(2), (4, 4, 4))
-    latents = plainly_with_adapters(teacher, tmp_path / "out", drawn)
-    torch.testing.assert_close(latents, load_student(lora).latents(drawn, PROMPT), rtol=0, atol=1e-4)
+    result = export_lora(lora, tmp_path / "out")
+    assert result["parity_max_abs_err"] <= 1e-4
+    z = noise(5, range(2), (4, 4, 4))
+    latents = sample_adapters_with_diffusers(teacher, tmp_path / "out", z)
+    torch.testing.assert_close(latents, load_student(lora).latents(z, PROMPT), rtol=0, atol=1e-4)
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(".lora_" in name and ".default" not in name for name in tensors)
     assert "rank 2." in (tmp_path / "out" / "README.md").read_text()
@@ -233,22 +234,22 @@ def test_adapters_of_two_stages_are_one(at_hand: bool, lora: str, teacher: Path,
     if not at_hand:
         shutil.rmtree(first)
     assert export_lora(second, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
-    drawn = noise(5, range(2), (4, 4, 4))
-    own = load_student(second).latents(drawn, PROMPT)
-    latents = plainly_with_adapters(teacher, tmp_path / "out", drawn)
+    z = noise(5, range(2), (4, 4, 4))
+    own = load_student(second).latents(z, PROMPT)
+    latents = sample_adapters_with_diffusers(teacher, tmp_path / "out", z)
     torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
-    assert (load_student(lora).latents(drawn, PROMPT) - own).abs().max() > 0.1, "each stage did something"
+    assert (load_student(lora).latents(z, PROMPT) - own).abs().max() > 0.1, "each stage did something"
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert {len(value) for name, value in tensors.items() if "lora_A" in name} == {5}
-    assert "rank 5." in told(tmp_path / "out")
+    assert "rank 5." in readme_of(tmp_path / "out")
 
 
 def test_a_student_that_is_more_than_adapters(run: str, lora: str, teacher: Path, tmp_path: Path) -> None:
     config = StudentConfig(lora_rank=2)
-    whole = lora_run(tmp_path / "after", str(teacher), config, run)
+    full_run = lora_run(tmp_path / "after", str(teacher), config, run)
     export_student(lora, tmp_path / "half")
     rounded = lora_run(tmp_path / "rounded", str(teacher), config, str(tmp_path / "half"))
-    for student in (whole, rounded):
+    for student in (full_run, rounded):
         with pytest.raises(UserError, match=r"is more than adapters: \d+ weights without any, first unet\."):
             export_lora(student, tmp_path / "out")
     other = tiny.save_teacher(tmp_path / "other", seed=1)
@@ -278,7 +279,7 @@ def test_what_has_no_adapters_is_refused(run: str, teacher: Path, tmp_path: Path
 
 
 def test_the_cards_own_words_draw_a_picture(exported: tuple[Path, float]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", told(exported[0]), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", readme_of(exported[0]), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code.replace("THIS_FOLDER", str(exported[0])), names)
     assert names["image"].size == (16, 16)
@@ -287,7 +288,7 @@ def test_the_cards_own_words_draw_a_picture(exported: tuple[Path, float]) -> Non
 def test_an_export_of_an_export(run: str, tmp_path: Path) -> None:
     export_student(run, tmp_path / "small", "fp32")
     assert export_pipeline(str(tmp_path / "small"), tmp_path / "out")["parity_max_abs_err"] <= 1e-4
-    assert "not recorded with an exported student" in told(tmp_path / "out")
+    assert "not recorded with an exported student" in readme_of(tmp_path / "out")
 
 
 def test_licenses(teacher: Path, tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_scores_that_are_none(content: str | None, run: str, tmp_path: Path) -> 
         (tmp_path / "result.json").write_text(content)
     with pytest.raises(UserError, match=r"--scores .*result\.json is no evaluation result"):
         export_pipeline(run, tmp_path / "out", options=CardOptions(scores=(str(tmp_path / "result.json"),)))
-    assert not (tmp_path / "out").exists(), "found out before the work"
+    assert not (tmp_path / "out").exists(), "refused before the work"
 
 
 def test_settings(run: str, tmp_path: Path) -> None:
@@ -315,8 +316,8 @@ def test_settings(run: str, tmp_path: Path) -> None:
         export(ExportConfig(), tmp_path)
     with pytest.raises(SettingError, match=r"^watts is -1; expected a positive number$"):
         CardOptions(watts=-1)
-    found = export(ExportConfig(student=run), tmp_path / "small")
-    assert math.isfinite(found["parity_max_abs_err"]) and (tmp_path / "small" / "ema.safetensors").is_file()
+    result = export(ExportConfig(student=run), tmp_path / "small")
+    assert math.isfinite(result["parity_max_abs_err"]) and (tmp_path / "small" / "ema.safetensors").is_file()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file"):
         export_pipeline(run, tmp_path / "file" / "out")
@@ -324,7 +325,7 @@ def test_settings(run: str, tmp_path: Path) -> None:
 
 def test_the_shipped_miniature(tmp_path: Path) -> None:
     assert export_pipeline("miniature", tmp_path / "out")["parity_max_abs_err"] <= 1e-4
-    assert ModelCard(told(tmp_path / "out")).data.license == "apache-2.0"
+    assert ModelCard(readme_of(tmp_path / "out")).data.license == "apache-2.0"
 
 
 # The command.
@@ -341,18 +342,18 @@ def d2g(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, st
 def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     words = ("export", "--student", run, "--format", "diffusers", "--out", out, "--watts", 250, "--json")
-    code, said, _ = d2g(capfd, *words, "--dry-run")
-    config = json.loads(said)["config"]
+    code, out_text, _ = d2g(capfd, *words, "--dry-run")
+    config = json.loads(out_text)["config"]
     assert code == 0 and not out.exists()
     assert (config["format"], config["card"]["watts"], config["card"]["kg_per_kwh"]) == (
         "diffusers",
         250,
         0.48,
     )
-    code, said, _ = d2g(capfd, *words, "--set", "card.license=mit")
-    found = json.loads(said)
-    assert code == 0 and found["out"] == str(out) and found["parity_max_abs_err"] <= 1e-4
-    assert "license: mit" in told(out)
+    code, out_text, _ = d2g(capfd, *words, "--set", "card.license=mit")
+    result = json.loads(out_text)
+    assert code == 0 and result["out"] == str(out) and result["parity_max_abs_err"] <= 1e-4
+    assert "license: mit" in readme_of(out)
     code, _, error = d2g(capfd, "export", "--student", run, "--format", "onx", "--out", out)
     assert code == 2 and "format is 'onx'" in error
 
@@ -364,24 +365,28 @@ def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 def test_diffusers_draws_unconditional_students(kind: str, tmp_path: Path) -> None:
     make = {"pixels": tiny_teachers.save_pixels, "latents": tiny_teachers.save_ldm}[kind]
     run = as_run(tmp_path / "run", make(tmp_path / "teacher"))
-    found = export(ExportConfig(student=run, format="diffusers"), tmp_path / "out")
-    assert found["parity_max_abs_err"] <= 1e-4
+    result = export(ExportConfig(student=run, format="diffusers"), tmp_path / "out")
+    assert result["parity_max_abs_err"] <= 1e-4
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == {"pixels": "DDPMPipeline", "latents": "LDMPipeline"}[kind]
     one = load_student(run)
-    drawn = torch.randn(3, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
-    own = (decode(one.vae, one.latents(drawn, [""] * 3)) / 2 + 0.5).clamp(0, 1)
+    z = torch.randn(3, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
+    own = (decode(one.vae, one.latents(z, [""] * 3)) / 2 + 0.5).clamp(0, 1)
     assert own.std() > 0.1
     torch.testing.assert_close(sample_unconditional_pipeline(tmp_path / "out", 3), own, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="num_inference_steps"):
         tiny_teachers.diffusers_pipeline(tmp_path / "out")(1)
-    assert "pipe(num_inference_steps=1)" in told(tmp_path / "out")
-    assert "guidance" not in told(tmp_path / "out").partition("## How it was made")[0]
+    assert "pipe(num_inference_steps=1)" in readme_of(tmp_path / "out")
+    assert "guidance" not in readme_of(tmp_path / "out").partition("## How it was made")[0]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "EDM": ({}, "diffusers", "no scheduler of diffusers starts from sigma_max .* safetensors or onnx"),
-    "classes": ({"classes": 10}, "diffusers", "told classes, and no pipeline of diffusers tells them"),
+    "classes": (
+        {"classes": 10},
+        "diffusers",
+        "class-conditional, and no pipeline of diffusers passes classes",
+    ),
     "adapters": ({}, "lora", "is a DDIMPipeline, into which diffusers loads no adapters; .* safetensors"),
 }
 
@@ -399,8 +404,8 @@ def test_what_diffusers_cannot_draw_is_not_written(case: str, tmp_path: Path) ->
 def test_adapters_of_a_student_of_classes_are_merged(tmp_path: Path) -> None:
     teacher = tiny_teachers.save_edm(tmp_path / "teacher")
     run = as_run(tmp_path / "run", teacher, StudentConfig(lora_rank=2))
-    found = export(ExportConfig(student=run, dtype="fp32"), tmp_path / "out")
-    assert found["parity_max_abs_err"] <= 1e-5
+    result = export(ExportConfig(student=run, dtype="fp32"), tmp_path / "out")
+    assert result["parity_max_abs_err"] <= 1e-5
     z = noise(5, range(2), (3, 8, 8))
     own, plain = (load_student(name).latents(z, ["2", "7"]) for name in (run, str(tmp_path / "out")))
     torch.testing.assert_close(own, plain, rtol=0, atol=1e-5)

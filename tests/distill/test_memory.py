@@ -36,17 +36,17 @@ def gib(values: float) -> float:
 
 def test_weights_states_and_averages_in_closed_form(teacher: Path) -> None:
     g = numbers(teacher)
-    found = predict(config(teacher), 1)
-    assert isinstance(found, Memory) and found.weights == pytest.approx(gib(g))
-    assert found.optimizer == pytest.approx(gib(2 * g)) and found.average == pytest.approx(gib(g))
-    assert found.total == pytest.approx(
-        found.weights + found.optimizer + found.average + found.frozen + found.working
+    memory = predict(config(teacher), 1)
+    assert isinstance(memory, Memory) and memory.weights == pytest.approx(gib(g))
+    assert memory.optimizer == pytest.approx(gib(2 * g)) and memory.average == pytest.approx(gib(g))
+    assert memory.total == pytest.approx(
+        memory.weights + memory.optimizer + memory.average + memory.frozen + memory.working
     )
     encoder = pretrained.load_conditioner(str(teacher))
-    assert found.frozen == pytest.approx(gib(sum(p.numel() for p in encoder.parameters())))
+    assert memory.frozen == pytest.approx(gib(sum(p.numel() for p in encoder.parameters())))
     vae = sum(p.numel() for p in pretrained.load_vae(str(teacher)).parameters())
-    seen = predict(config(teacher, train=TrainConfig(batch_size=8, preview_prompts=1)), 1)
-    assert seen.frozen == pytest.approx(found.frozen + gib(vae))
+    with_preview = predict(config(teacher, train=TrainConfig(batch_size=8, preview_prompts=1)), 1)
+    assert with_preview.frozen == pytest.approx(memory.frozen + gib(vae))
 
 
 def test_stage_two_has_two_networks(teacher: Path) -> None:
@@ -61,24 +61,24 @@ def test_stage_two_has_two_networks(teacher: Path) -> None:
 
 
 def test_shards_divide_what_is_held(teacher: Path) -> None:
-    whole = predict(config(teacher, stage="gan"), 4)
+    replicated = predict(config(teacher, stage="gan"), 4)
     for engine, parts in (
         (EngineConfig(parallel="fsdp"), 4),
         (EngineConfig(parallel="fsdp", shard_size=2), 2),
     ):
-        found = predict(config(teacher, stage="gan", engine=engine), 4)
+        memory = predict(config(teacher, stage="gan", engine=engine), 4)
         for name in ("weights", "optimizer", "average"):
-            assert getattr(found, name) == pytest.approx(getattr(whole, name) / parts)
-        assert found.frozen == whole.frozen
+            assert getattr(memory, name) == pytest.approx(getattr(replicated, name) / parts)
+        assert memory.frozen == replicated.frozen
 
 
 def test_adapters_need_no_states_for_the_rest(teacher: Path) -> None:
     adapted = StudentConfig(lora_rank=2)
     student = student_from_teacher(str(teacher), -1, adapted)
     ours = sum(p.numel() for n, p in student.named_parameters() if ".lora_" in n)
-    found = predict(config(teacher, student=adapted), 1)
-    assert found.optimizer == pytest.approx(gib(2 * ours))
-    assert found.average == pytest.approx(gib(numbers(teacher) + ours))
+    memory = predict(config(teacher, student=adapted), 1)
+    assert memory.optimizer == pytest.approx(gib(2 * ours))
+    assert memory.average == pytest.approx(gib(numbers(teacher) + ours))
 
 
 def large(**train: Any) -> TrainConfig:
@@ -119,10 +119,10 @@ def test_fake_tensors_keep_what_real_ones_do(teacher: Path) -> None:
 
 def test_sdxl(tmp_path: Path) -> None:
     tiny_teachers.save_sdxl(tmp_path)
-    found = predict(config(tmp_path, stage="gan"), 1)
+    memory = predict(config(tmp_path, stage="gan"), 1)
     encoders = pretrained.load_conditioner(str(tmp_path))
-    assert found.working > 0
-    assert found.frozen == pytest.approx(gib(sum(p.numel() for p in encoders.parameters())))
+    assert memory.working > 0
+    assert memory.frozen == pytest.approx(gib(sum(p.numel() for p in encoders.parameters())))
 
 
 def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> None:
@@ -137,13 +137,13 @@ def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> Non
 def test_a_teacher_that_is_not_here_is_taken_for_the_presets_own() -> None:
     """SD 1.5's 859.5M parameters, in fp32; what a preset has no network for stays unknown."""
     far = DISTILL_PRESETS["ablation-z"]["ode"]
-    found = forecast(
+    memory = forecast(
         replace(far, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"),
         16,
         DISTILL_PRESETS["ablation-z"].model,
     )
-    assert found is not None and found["weights"] == pytest.approx(gib(859_520_964), abs=1e-3)
-    assert found["assumed"] == "SD 1.5's networks; the teacher is not on this disk"
+    assert memory is not None and memory["weights"] == pytest.approx(gib(859_520_964), abs=1e-3)
+    assert memory["assumed"] == "SD 1.5's networks; the teacher is not on this disk"
     assert forecast(far, 16, DISTILL_PRESETS["cifar10"].model) is None
     near = forecast(DISTILL_PRESETS["miniature"]["ode"], 1, "sd15")
     assert near is not None and "assumed" not in near

@@ -43,7 +43,7 @@ def run_of(folder: Path, settings: tuple[str, ...] = (), nimg: int = 600, **fiel
     return folder
 
 
-def said(student: Path | str, **settings: Any) -> str:
+def card_text(student: Path | str, **settings: Any) -> str:
     options = CardOptions(**settings)
     scores = own_results(str(student), options.scores)
     usage = PipelineUsage(pipeline="StableDiffusionPipeline", dtype="float32", guided=False, reads_text=True)
@@ -61,7 +61,7 @@ def stage(text: str, name: str) -> str:
 
 def test_images_and_hours_are_those_of_the_exported_checkpoint(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", ("train.images=5000", "train.batch_size=100"))
-    text = said(run, watts=300, kg_per_kwh=0.1)
+    text = card_text(run, watts=300, kg_per_kwh=0.1)
     assert "600 images in batches of 100" in stage(text, "ode")
     assert "Stage `ode`: 600 evaluations of student." in text
     assert "8 device hours, about 0.24 kg CO2 (assumed: 300 W per device, 0.1 kg CO2 per kWh" in text
@@ -88,9 +88,9 @@ def test_evaluations_are_the_bookkeepings(case: str, tmp_path: Path) -> None:
     """Of 100 steps of 8 images."""
     settings, expected = EVALUATIONS[case]
     run = run_of(tmp_path / "run", ("train.batch_size=8", *settings), nimg=800, stage="gan")
-    (found,) = read_history(str(run)).stages
-    assert evaluations(found.config) == expected
-    assert f"Stage `gan`: {expected:.3g} evaluations of student and discriminator." in said(run)
+    (gan,) = read_history(str(run)).stages
+    assert evaluations(gan.config) == expected
+    assert f"Stage `gan`: {expected:.3g} evaluations of student and discriminator." in card_text(run)
 
 
 RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
@@ -145,12 +145,12 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 @pytest.mark.parametrize("case", RECIPES)
 def test_a_recipe_says_what_acted(case: str, tmp_path: Path) -> None:
-    name, settings, there, absent = RECIPES[case]
-    found = stage(said(run_of(tmp_path / "run", settings, stage=name)), name)
-    for part in there:
-        assert part in found, (part, found)
+    name, settings, present, absent = RECIPES[case]
+    recipe = stage(card_text(run_of(tmp_path / "run", settings, stage=name)), name)
+    for part in present:
+        assert part in recipe, (part, recipe)
     for part in absent:
-        assert part not in found, (part, found)
+        assert part not in recipe, (part, recipe)
 
 
 def test_pairs_of_several_stores_are_all_told(teacher: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_pairs_of_several_stores_are_all_told(teacher: Path, tmp_path: Path) -> 
     b = make_pairs(teacher, tmp_path / "b", guidance=1.0, steps=5, solver="heun", num_pairs=6)
     ode = run_of(tmp_path / "ode", pairs=f"{a},{SECRET}/gone")
     gan = run_of(tmp_path / "gan", stage="gan", init=str(ode), pairs=f"{a},{b}")
-    text = said(gan)
+    text = card_text(gan)
     assert text.count("12 of 6 prompts, ddim with 4 steps, guidance 3, latents 4x4x4") == 1
     assert text.count("6 of 6 prompts, heun with 5 steps, guidance 1, latents 4x4x4") == 1
     assert text.count("Pairs `gone`: their folder was not at hand") == 1
@@ -170,37 +170,37 @@ def test_pairs_of_several_stores_are_all_told(teacher: Path, tmp_path: Path) -> 
 
 def test_stages_are_told_in_their_order_and_their_hours_add_up(tmp_path: Path) -> None:
     ode = run_of(tmp_path / "ode", nimg=1000)
-    text = said(run_of(tmp_path / "gan", stage="gan", init=str(ode)))
+    text = card_text(run_of(tmp_path / "gan", stage="gan", init=str(ode)))
     assert 0 < text.index("Stage `ode`: 1,000 images") < text.index("Stage `gan`: 600 images")
     assert "Training: 16 device hours" in text and "Before that" not in text
 
 
 def test_what_came_before_and_is_not_known_is_said(tmp_path: Path) -> None:
-    text = said(run_of(tmp_path / "gan", stage="gan", init=f"{SECRET}/ode"))
+    text = card_text(run_of(tmp_path / "gan", stage="gan", init=f"{SECRET}/ode"))
     assert text.count("- Before that: an exported student or a run that is not at hand") == 2
     assert SECRET not in text
     old = run_of(tmp_path / "old")
     config = json.loads((old / "config.json").read_text())
     write_atomically(old / "config.json", json.dumps({**config, "widget": 3}))
-    assert "another version (unknown setting 'widget'" in said(
+    assert "another version (unknown setting 'widget'" in card_text(
         run_of(tmp_path / "new", stage="gan", init=str(old))
     )
     bare = run_of(tmp_path / "bare")
     shutil.rmtree(bare / "checkpoints" / "000000600")
-    assert "Before that: a run whose checkpoints are gone" in said(
+    assert "Before that: a run whose checkpoints are gone" in card_text(
         run_of(tmp_path / "last", stage="gan", init=str(bare))
     )
     circle = run_of(tmp_path / "circle", stage="gan", init=str(tmp_path / "circle"))
-    assert len(read_history(str(circle)).stages) == 1 and "trained anew since" in said(circle)
-    text = said("miniature")
+    assert len(read_history(str(circle)).stages) == 1 and "trained anew since" in card_text(circle)
+    text = card_text("miniature")
     assert "Pairs and recipe: not recorded with an exported student; export the run itself." in text
     assert "Evaluations and device hours: not recorded" in text and "## Scores\n\nNot measured." in text
     (old / "stats.jsonl").unlink()
     write_atomically(old / "config.json", json.dumps(config))
-    assert "Device hours: not recorded." in said(old)
+    assert "Device hours: not recorded." in card_text(old)
     (old / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is damaged"):
-        said(old)
+        card_text(old)
 
 
 def test_scores_and_license_are_as_given(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_scores_and_license_are_as_given(tmp_path: Path) -> None:
     result |= {"counts": {"images": 30000}, "extra": {"cmmd": 0.5}}
     result |= {"source": {"kind": "images", "name": "drawn"}}
     write_atomically(tmp_path / "scores" / "result.json", json.dumps(result))
-    text = said("miniature", scores=(str(tmp_path / "scores"),), license="mit")
+    text = card_text("miniature", scores=(str(tmp_path / "scores"),), license="mit")
     assert ModelCard(text).data.to_dict() == FRONT | {"license": "mit"} and "License: mit." in text
     for part in ("Protocol `coco` (`abcabcabcabcabca`; 30,000 images)", "| fid | 9.29 |", "| cmmd | 0.5 |"):
         assert part in text
@@ -219,7 +219,7 @@ def test_a_real_run_can_be_read_back(teacher: Path, tmp_path: Path) -> None:
     """What training wrote, not what this file writes."""
     config = distill_config(teacher, make_pairs(teacher, tmp_path), "engine.gradient_accumulation=2")
     train(config, tmp_path / "ode")
-    found = read_history(str(tmp_path / "ode"))
-    assert found.gap == "" and found.stages[0].device_hours is not None
-    assert found.stages[0].config.train == config.train and found.stages[0].config.engine == config.engine
-    assert found.stages[0].device_hours > 0
+    history = read_history(str(tmp_path / "ode"))
+    assert history.gap == "" and history.stages[0].device_hours is not None
+    assert history.stages[0].config.train == config.train and history.stages[0].config.engine == config.engine
+    assert history.stages[0].device_hours > 0

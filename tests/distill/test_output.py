@@ -147,9 +147,9 @@ def test_an_export_that_draws_something_else_is_not_left_behind(
     """As if another version of diffusers had another scheduler."""
     run, step = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2)), LCMScheduler.step
 
-    def changed(*given: Any, **settings: Any) -> Any:
-        found = step(*given, **settings)
-        return tuple(1.01 * part for part in found)
+    def changed(*args: Any, **settings: Any) -> Any:
+        output = step(*args, **settings)
+        return tuple(1.01 * part for part in output)
 
     monkeypatch.setattr(LCMScheduler, "step", changed)
     with pytest.raises(UserError, match=r"latents or images differ by .* at most 0\.001 in float32; nothing"):
@@ -157,27 +157,27 @@ def test_an_export_that_draws_something_else_is_not_left_behind(
     assert not (tmp_path / "new" / "out").exists()
 
 
-@pytest.mark.parametrize("given", [{"scores": ("a.json",)}, {"license": "mit"}, {"watts": 3.0}])
-def test_what_a_format_has_no_use_for_is_refused(given: dict[str, Any]) -> None:
-    (name,) = given
+@pytest.mark.parametrize("options", [{"scores": ("a.json",)}, {"license": "mit"}, {"watts": 3.0}])
+def test_what_a_format_has_no_use_for_is_refused(options: dict[str, Any]) -> None:
+    (name,) = options
     says = f"the format safetensors has no model card, and no use for {name}; .* diffusers, lora, onnx"
     with pytest.raises(SettingError, match=says):
-        ExportConfig(card=CardOptions(**given))
-    ExportConfig(card=CardOptions(**given), format="onnx")
+        ExportConfig(card=CardOptions(**options))
+    ExportConfig(card=CardOptions(**options), format="onnx")
 
 
 @pytest.fixture
 def chatter() -> Iterator[list[str]]:
-    said: list[str] = []
+    messages: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            messages.append(record.getMessage())
 
     listener = Listener()
     for name in ("diffusers", "peft"):
         logging.getLogger(name).addHandler(listener)
-    yield said
+    yield messages
     for name in ("diffusers", "peft"):
         logging.getLogger(name).removeHandler(listener)
 

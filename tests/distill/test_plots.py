@@ -28,8 +28,8 @@ def test_every_reported_kind_has_its_panel_and_no_other() -> None:
         and not any("held-out" in t for t in titles)
     )
     assert set(panels(LINES)[0].series) == {"loss/g", "loss/d"}
-    shown = {name for panel in panels(LINES) for name in panel.series}
-    assert shown == {name for line in LINES for name in line} - {"nimg"}
+    plotted = {name for panel in panels(LINES) for name in panel.series}
+    assert plotted == {name for line in LINES for name in line} - {"nimg"}
     assert panels([]) == [] and panels([{"nimg": 0, "loss/g": math.nan}]) == []
     below = panels([{"nimg": 0, "loss/g": -1.0}])[0]
     assert not below.log, "a logarithm has no place for it"
@@ -43,12 +43,12 @@ def test_what_has_a_scale_of_its_own_has_axes_of_its_own() -> None:
         "val/recall": 0.9,
         "val/clip_score": 0.3,
     }
-    found = {
+    series_by_panel = {
         panel.title: set(panel.series)
         for panel in panels([{"nimg": 10, "loss/r1": 5.0, "loss/g": 1.0, **line}])
     }
-    assert found.pop("validation") == {"val/recall", "val/clip_score"}
-    assert all(len(series) == 1 for series in found.values()) and len(found) == 5
+    assert series_by_panel.pop("validation") == {"val/recall", "val/clip_score"}
+    assert all(len(series) == 1 for series in series_by_panel.values()) and len(series_by_panel) == 5
 
 
 def test_values_missing_from_a_report_leave_gaps_only() -> None:

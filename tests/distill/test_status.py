@@ -47,22 +47,22 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_a_view_of_a_run(run: Path) -> None:
-    seen = view(run)
-    assert (seen.stage, seen.nimg, seen.images, seen.finished) == ("gan", 40, 100, False)
-    assert seen.seconds_left == pytest.approx(60 / 20) and seen.values["loss/g"] == 1 / 40
-    assert seen.checkpoint == str(run / "checkpoints" / "000000040")
-    assert seen.preview == str(run / "previews" / "pairs-000000040.png")
-    assert seen.warnings == [] and {row.name for row in seen.rows} == set(LINE)
+    status = view(run)
+    assert (status.stage, status.nimg, status.images, status.finished) == ("gan", 40, 100, False)
+    assert status.seconds_left == pytest.approx(60 / 20) and status.values["loss/g"] == 1 / 40
+    assert status.checkpoint == str(run / "checkpoints" / "000000040")
+    assert status.preview == str(run / "previews" / "pairs-000000040.png")
+    assert status.warnings == [] and {row.name for row in status.rows} == set(LINE)
 
 
 def test_json_is_one_object_and_nothing_changes(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     RunLog(run, json.loads((run / "config.json").read_text())).write(100, {**LINE, "val/psnr": float("nan")})
     before = snapshot(run)
     code, out, _ = watch(capfd, run, "--json")
-    found: dict[str, Any] = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert code == 0 and len(out.splitlines()) == 1 and found["finished"] and found["nimg"] == 100
-    assert found["values"]["val/psnr"] is None and found["seconds_left"] == 0
-    assert len(found["warnings"]) == 1 and "val/psnr not finite" in found["warnings"][0]
+    result: dict[str, Any] = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0 and len(out.splitlines()) == 1 and result["finished"] and result["nimg"] == 100
+    assert result["values"]["val/psnr"] is None and result["seconds_left"] == 0
+    assert len(result["warnings"]) == 1 and "val/psnr not finite" in result["warnings"][0]
     assert snapshot(run) == before
 
 
@@ -136,9 +136,9 @@ ENDINGS = [
 ]
 
 
-@pytest.mark.parametrize(("how", "why", "shown"), ENDINGS)
+@pytest.mark.parametrize(("how", "why", "expected"), ENDINGS)
 def test_what_a_run_wrote_about_its_end(
-    how: Any, why: str, shown: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    how: Any, why: str, expected: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The live view leaves, and all three say how it ended; nothing is left, so no time is."""
     RunLog(run, json.loads((run / "config.json").read_text())).end(how, why)
@@ -147,14 +147,14 @@ def test_what_a_run_wrote_about_its_end(
     os.utime(run / "config.json", (silent, silent))
     code, out, _ = watch(capfd, run)
     out = " ".join(out.split())  # a title is broken where its table ends
-    assert code == 0 and shown in out and " ".join(why.split()) in out and "left" not in out
+    assert code == 0 and expected in out and " ".join(why.split()) in out and "left" not in out
     assert "no report for" not in out
     code, out, _ = watch(capfd, run, "--once")
-    assert code == 0 and shown in " ".join(out.split())
+    assert code == 0 and expected in " ".join(out.split())
     code, out, _ = watch(capfd, run, "--json")
-    found = json.loads(out)
-    assert code == 0 and (found["ended"], found["why"]) == (how, " ".join(why.split()))
-    assert found["silent_minutes"] is found["seconds_left"] is None and not found["finished"]
+    result = json.loads(out)
+    assert code == 0 and (result["ended"], result["why"]) == (how, " ".join(why.split()))
+    assert result["silent_minutes"] is result["seconds_left"] is None and not result["finished"]
 
 
 def test_a_live_view_leaves_when_the_run_fails(run: Path, tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_a_live_view_leaves_when_the_run_fails(run: Path, tmp_path: Path) -> Non
     running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
     RunLog(run, json.loads((run / "config.json").read_text())).end("failed", "loss/g is nan at image 40")
     ended = running.wait(30)
-    shown = " ".join(ended.stdout.split())
-    assert ended.code == 0 and "40.0%, it failed" in shown and "loss/g is nan" in shown
+    expected = " ".join(ended.stdout.split())
+    assert ended.code == 0 and "40.0%, it failed" in expected and "loss/g is nan" in expected
 
 
 def test_a_damaged_end_is_named(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -178,8 +178,8 @@ def test_a_run_that_was_killed_is_said_to_be_silent(run: Path, capfd: pytest.Cap
     assert usual_gap(read_stats(run)) == 0.5
     assert view(run, now=last + 590).silent_minutes is None
     assert view(run, now=last + 590).seconds_left == 3
-    seen = view(run, now=last + 14 * 60)
-    assert seen.silent_minutes == 14 and seen.seconds_left is None and not seen.over
+    status = view(run, now=last + 14 * 60)
+    assert status.silent_minutes == 14 and status.seconds_left is None and not status.over
     for file in ("stats.jsonl", "config.json"):
         os.utime(run / file, (last - 1000, last - 1000))
     code, out, _ = watch(capfd, run, "--once")

@@ -1,4 +1,4 @@
-"""distill.export.to_onnx: onnxruntime draws our student's image, and the README's own words draw a picture."""
+"""distill.export.to_onnx: onnxruntime samples the student, and the code in the README.md runs."""
 
 import re
 from pathlib import Path
@@ -17,22 +17,22 @@ from distill.export import to_onnx
 from distill.export.export import export
 from distill.export.to_onnx import run_onnx
 from distill.sampling import load_student
-from exported import PROMPT, as_run, evaluated, told
+from exported import PROMPT, as_run, evaluated, readme_of
 
 
 def test_onnxruntime_draws_our_image(teacher: Path, tmp_path: Path) -> None:
-    """A student told the scale. SDXL's networks take torch.export a minute: not here."""
+    """A student with a guidance input. SDXL is left out: torch.export takes a minute for its networks."""
     run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
     out = tmp_path / "out"
     scores = CardOptions(scores=(evaluated(tmp_path / "result.json", run),))
     assert export(ExportConfig(student=run, format="onnx", card=scores), out)["parity_max_abs_err"] <= 1e-4
-    assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in told(out)
-    one, drawn = load_student(run), noise(7, range(3), (4, 4, 4))
+    assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in readme_of(out)
+    one, z = load_student(run), noise(7, range(3), (4, 4, 4))
     hidden = one.conditioner.encode([*PROMPT, "a blue sphere"]).tensors["hidden"]
     scale = torch.full((3,), 8.0)
-    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "hidden": hidden, "guidance": scale})
-    torch.testing.assert_close(latents, one.latents(drawn, [*PROMPT, "a blue sphere"]), rtol=0, atol=1e-4)
-    (code,) = re.findall(r"```python\n(.*?)```", told(out), re.DOTALL)
+    (latents,) = run_onnx(out / "student.onnx", {"noise": z, "hidden": hidden, "guidance": scale})
+    torch.testing.assert_close(latents, one.latents(z, [*PROMPT, "a blue sphere"]), rtol=0, atol=1e-4)
+    (code,) = re.findall(r"```python\n(.*?)```", readme_of(out), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code.replace("THIS_FOLDER", str(out)), names)
     assert names["image"].size == (16, 16) and np.asarray(names["image"]).std() > 1
@@ -43,11 +43,11 @@ def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
     run, out = as_run(tmp_path / "run", tiny_teachers.save_edm(tmp_path / "teacher")), tmp_path / "out"
     assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "decoder.onnx", "student.onnx"]
-    one, drawn = load_student(run), noise(7, range(3), (3, 8, 8))
+    one, z = load_student(run), noise(7, range(3), (3, 8, 8))
     labels = torch.tensor([4, 0, 9])
-    (latents,) = run_onnx(out / "student.onnx", {"noise": drawn, "labels": labels})
-    torch.testing.assert_close(latents, one.latents(drawn, ["4", "0", "9"]), rtol=0, atol=1e-4)
-    readme = told(out)
+    (latents,) = run_onnx(out / "student.onnx", {"noise": z, "labels": labels})
+    torch.testing.assert_close(latents, one.latents(z, ["4", "0", "9"]), rtol=0, atol=1e-4)
+    readme = readme_of(out)
     assert "of the network at sigma 80 turns noise" in readme
     assert "pipeline_tag: unconditional-image-generation" in readme
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
