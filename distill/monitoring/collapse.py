@@ -16,6 +16,7 @@ from d2g.core.logs import logger
 from distill.losses.regression.registry import REGRESSION_LOSSES
 
 Line = Mapping[str, float]
+"""One line of stats.jsonl: `nimg`, and values by name."""
 Mode = Literal["off", "warn", "stop"]
 
 

@@ -5,15 +5,14 @@ Both are drawn from the lines of stats.jsonl alone, so they work for every run, 
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
-
-Line = Mapping[str, float]
+from distill.monitoring.collapse import Line
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Status of a run, read from its folder during or after training, for `d2g distill watch`. Never writes."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +12,7 @@ from d2g.core.config import RESTORE_CONFIG_HINT, read_json_object
 from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import ENDED, read_stats
-from distill.monitoring.collapse import findings
+from distill.monitoring.collapse import Line, findings
 from distill.monitoring.plots import Row, health_rows
 
 PATIENCE = 600.0
@@ -108,14 +108,14 @@ def _ending(folder: Path) -> tuple[str | None, str]:
     return str(facts.get("how")), " ".join(str(facts.get("why") or "").split())
 
 
-def _silent_minutes(folder: Path, lines: Sequence[Mapping[str, float]], now: float) -> int | None:
+def _silent_minutes(folder: Path, lines: Sequence[Line], now: float) -> int | None:
     """Minutes since the last report or the start, or None if that is not unusually long."""
     files = [path for name in ("config.json", "stats.jsonl") if (path := folder / name).is_file()]
     silent = now - max(path.stat().st_mtime for path in files)
     return int(silent // 60) if silent > max(PATIENCE, 5 * usual_gap(lines)) else None
 
 
-def usual_gap(lines: Sequence[Mapping[str, float]]) -> float:
+def usual_gap(lines: Sequence[Line]) -> float:
     """Median seconds between a run's last twenty reports; 0 with fewer than two reports."""
     rates = [(line["nimg"], rate) for line in lines if (rate := line.get("time/images_per_sec", 0.0)) > 0]
     gaps = [(nimg - before) / rate for (before, _), (nimg, rate) in pairwise(rates[-21:])]
