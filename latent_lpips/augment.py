@@ -128,10 +128,12 @@ def inverse_affine(params: AugmentParams, size: Sequence[int]) -> Tensor:
     """
     one = torch.ones_like(params.flip)
     matrix = torch.eye(3, device=one.device).expand(len(one), 3, 3)
+    # Blitting: flip, quarter turn, shift by whole positions.
     if "b" in params.letters:
         matrix = _mul(matrix, _scaling(1 - 2 * params.flip, one))
         matrix = _mul(matrix, _rotation(params.quarter * (-math.pi / 2)))
         matrix = _mul(matrix, _translation(-params.integer_shift[:, 0], -params.integer_shift[:, 1]))
+    # Geometry: scale, rotation, stretch, rotation, shift.
     if "g" in params.letters:
         matrix = _mul(matrix, _scaling(1 / params.scale, 1 / params.scale))
         matrix = _mul(matrix, _rotation(-params.rotate_pre))
@@ -253,6 +255,7 @@ def _downsampler(size: int, device: torch.device) -> Tensor:
 
 
 def _adjust_color(x: Tensor, params: AugmentParams) -> Tensor:
+    # Brightness, then contrast about the sample mean, then saturation about the channel mean.
     x = x + params.brightness[:, None, None, None]
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * params.contrast[:, None, None, None] + mean

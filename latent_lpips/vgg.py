@@ -175,6 +175,7 @@ def _folded_weights(trunk: VGG16) -> list[tuple[Tensor, Tensor]]:
             pairs.append((module.weight.double(), module.bias.double()))
         elif isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None
+            # The norm of a convolution is a convolution with weight * gain and bias `shift`.
             weight, bias = pairs[-1]
             gain = module.weight.double() / (module.running_var.double() + module.eps).sqrt()
             shift = (bias - module.running_mean.double()) * gain + module.bias.double()

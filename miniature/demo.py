@@ -147,6 +147,7 @@ def evaluate_samplers(
 
     Returns the results and the first images [columns, 3, 64, 64], by sampler.
     """
+    # Networks, reference and sources.
     oracle, protocol = load_oracle(), PROTOCOLS["miniature"]
     networks = Networks(
         sets={"features": oracle_features(oracle)},
@@ -161,6 +162,7 @@ def evaluate_samplers(
     sources = {name: one_step_source(name, student, request) for name, student in students.items()}
     sources["teacher"] = ode_source(teacher, request, steps=config.teacher_steps, guidance=guidance)
     results, first = {}, {}
+    # Evaluate one sampler after the other.
     for name in DEMO_SAMPLERS:
         evaluation = evaluate(
             sources[name],

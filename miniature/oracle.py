@@ -169,6 +169,7 @@ def count_correct(facts: SceneFacts, reading: OracleReading) -> tuple[int, int]:
     predicted: tuple[ObjectSpec | None, ...] = reading.objects + (None,) * (
         len(facts.objects) - len(reading.objects)
     )
+    # Find the matching with the most equal attributes.
     best = 0
     for match in permutations(range(len(predicted)), len(facts.objects)):
         agree = sum(

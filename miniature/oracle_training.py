@@ -94,10 +94,12 @@ def fit_oracle(images: Tensor, targets: Tensor, config: OracleConfig, progress: 
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.15)
     for step in range(steps):
+        # Augmented images and their targets.
         rows = torch.tensor(permuted_batch(config.seed, len(images), step * config.batch, config.batch))
         pixels = augment_pixels(images[rows].float() / 127.5 - 1, generator(config.seed, step))
         logits = oracle(pixels.contiguous(memory_format=torch.channels_last))
         answers = targets[rows].unbind(1)
+        # Sum of the heads' cross-entropies; targets of -100 are ignored.
         loss = torch.stack(
             [
                 F.cross_entropy(part, answer, reduction="sum")
@@ -126,12 +128,15 @@ def augment_pixels(pixels: Tensor, rng: torch.Generator) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(num, 1, 1, 1, generator=rng)
 
+    # Shift by up to two pixels.
     top, left = torch.randint(0, 5, (2,), generator=rng).tolist()
     pixels = F.pad(pixels, (2, 2, 2, 2), mode="replicate")[:, :, top : top + 64, left : left + 64]
+    # Blur every second image or so, by a random amount.
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     rows = (padded[:, :, :-2] + padded[:, :, 2:] + 2 * padded[:, :, 1:-1]) / 4
     blurred = (rows[..., :-2] + rows[..., 2:] + 2 * rows[..., 1:-1]) / 4
     pixels = torch.lerp(pixels, blurred, uniform(-0.5, 1.0).clamp(min=0))
+    # Contrast and brightness, then noise.
     pixels = pixels * uniform(0.92, 1.08) + uniform(-0.06, 0.06)
     return (pixels + uniform(0.0, 0.06) * torch.randn(pixels.shape, generator=rng)).clamp(-1, 1)
 

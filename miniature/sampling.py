@@ -64,6 +64,7 @@ def sample_facts(seed: int, index: int, split: str = "train") -> SceneFacts:
     if split not in SCENE_SPLITS:
         raise UserError(f"unknown split {split!r}: expected {' or '.join(SCENE_SPLITS)}")
     rng = _generator(seed, index, 1 + SCENE_SPLITS.index(split))
+    # Attributes that decide the split first.
     num_objects = 2 if rng.random() < PROB_TWO_OBJECTS else 1
     triples = [_pick(rng, TRIPLES[split])]
     if num_objects == 2:
@@ -130,6 +131,7 @@ def _placements(rng: np.random.Generator, facts: SceneFacts) -> tuple[Placement,
 
 
 def _is_clear(scene: Scene) -> bool:
+    # Every object lies inside the image.
     discs: list[ScreenDisc] = []
     for spot in scene.placements:
         right, up, scale = project(scene.view, spot.x, 0.9 * spot.radius, spot.z)
@@ -139,6 +141,7 @@ def _is_clear(scene: Scene) -> bool:
         discs.append((right, up, radius))
     if len(discs) == 1:
         return True
+    # Two objects are in their relation, and the near one leaves the far one visible.
     far, near = sorted((0, 1), key=lambda k: scene.placements[k].z)
     return _relation_holds(scene) and _covered(discs[far], discs[near]) <= MAX_OVERLAP
 

@@ -80,6 +80,7 @@ def shade_ground(views: Views, objects: Objects, scene: Tensor, point: Vector) -
     light = take_rows(views.light, scene)
     shadow, contact = torch.ones_like(point[0]), torch.ones_like(point[0])
     for slot in (0, 1):
+        # Shadow and contact shadow of each scene's object in this slot.
         owners = (objects.slot == slot).nonzero().squeeze(1)
         table = torch.full((len(views.tan),), -1)  # index of each scene's object in this slot
         table[objects.scene[owners]] = owners
@@ -91,6 +92,7 @@ def shade_ground(views: Views, objects: Objects, scene: Tensor, point: Vector) -
         dx, dz = here[0] - objects.center[0][item], here[2] - objects.center[2][item]
         gap = (dx * dx + dz * dz).sqrt() / objects.radius[item]
         contact[rows] *= 0.6 + 0.4 * _ramp(gap, 0.55, 1.5)
+    # The floor, lit and shadowed, which fades into the wall.
     wall = _ramp(-point[2], 3.2, 5.6)
     spot = 1.06 - 0.012 * (point[0] * point[0] + point[2] * point[2])
     floor = spot.clamp(min=0.7) * (0.58 * shadow + 0.30 * contact)

@@ -58,6 +58,7 @@ def train_autoencoder(
         return rec + config.kl_weight * kl, {"loss/rec": rec, "loss/kl": kl}
 
     fit_modules("vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress)
+    # Scale latents to unit variance.
     with torch.no_grad():
         sample = from_uint8(images[: min(len(images), 1024)])
         raw = torch.cat([vae.encode(rows).latent_dist.mode() for rows in sample.split(64)])

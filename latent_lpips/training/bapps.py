@@ -114,11 +114,13 @@ def open_split(folder: Path, task: JudgmentTask = "2afc") -> JudgmentSplit:
     Raises UserError for missing files, an empty split, and answers that are not shares in [0, 1].
     """
     image_folders, answers = IMAGE_FOLDERS[task], ANSWER_FOLDERS[task]
+    # Check that all folders are there.
     for name in (*image_folders, answers):
         if not (folder / name).is_dir():
             raise UserError(
                 f"{folder}: no {name}/, expected {', '.join(image_folders)} and {answers}; copy it again"
             )
+    # List the files by stem, and check that every judgment is complete.
     files = {
         name: {f.stem: f for f in sorted((folder / name).iterdir()) if f.suffix.lower() in PIL_SUFFIXES}
         for name in image_folders

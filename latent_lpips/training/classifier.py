@@ -111,6 +111,7 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     def time_over() -> bool:
         return config.minutes is not None and time.monotonic() - started > 60 * config.minutes
 
+    # Open data and networks, and resume from the newest checkpoint.
     job = _set_up(config, out, time_over, progress)
     state = _resume(job)
     batches = job.train_latents(plan_batches(config, len(job.train), state.nimg, job.rank_rows))
@@ -123,6 +124,7 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
                 break
             _step(job, state, next(batches))
             progress("classifier", min(state.nimg, job.total), job.total)
+            # Decide together with the other ranks whether to stop, to report and to save.
             flags = process_group.any_of({"stopping": bool(stop), "time_over": time_over()})
             finished = state.nimg >= job.total or flags["time_over"]
             state.report_due = finished or reports_at(config, len(job.train), state.nimg, job.total)
@@ -220,15 +222,18 @@ def _resume(job: _Job) -> _State:
 def _step(job: _Job, state: _State, latents: Tensor) -> None:
     """One optimizer step on this rank's latents [b, C, h, w] of the next batch."""
     config, rows = job.config, job.rank_rows
+    # Shift the latents and set the learning rate.
     images = permuted_batch(config.seed, len(job.train), state.nimg, config.batch)[rows]
     x = shift_latents(latents, config, state.nimg, rows)
     for group in job.optimizer.param_groups:
         group["lr"] = config.lr * learning_rate_factor(config.schedule, state.nimg / job.total)
+    # Forward, with dropout that is a function of the image count.
     rng = generator(config.seed, Stream.CLASSIFIER_DROPOUT, state.nimg)
     with torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         logits = classify_in_training(job.model, x, rng, config.batch, rows)
     loss = F.cross_entropy(logits.float(), job.train.labels[images].to(job.device))
     check_classifier_loss(loss, state.nimg, job.checkpoints, config.lr)
+    # Backward and update.
     job.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     process_group.average_gradients(job.model.parameters())
@@ -333,11 +338,13 @@ def synchronized_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     if process_group.world_size() == 1:
         result: Tensor = norm(x)
         return result
+    # Mean and variance over all ranks; gradients flow through both.
     x_fp32 = x.float()
     count = len(x) * x.shape[2] * x.shape[3] * process_group.world_size()
     mean = process_group.all_mean(x_fp32.mean((0, 2, 3)))
     centered = x_fp32 - mean[:, None, None]
     variance = process_group.all_mean(centered.square().mean((0, 2, 3)))
+    # Update the running statistics as torch does, with the unbiased variance.
     with torch.no_grad():
         assert norm.momentum is not None and norm.running_mean is not None and norm.running_var is not None
         norm.running_mean.lerp_(mean, norm.momentum)

@@ -29,6 +29,7 @@ def random_box(width: int, height: int, area: Sequence[float], rng: torch.Genera
         if 0 < w <= width and 0 < h <= height:
             left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
             return left, top, left + w, top + h
+    # No box fits: take the largest center crop with a legal aspect ratio.
     w = min(width, round(height * CROP_ASPECT[1]))
     h = min(height, round(width / CROP_ASPECT[0]))
     left, top = (width - w) // 2, (height - h) // 2

@@ -64,6 +64,7 @@ def cached_rows(
     UserError for a folder with rows of other facts, naming the differences, and for damaged shards, and
     Interrupted if `late()` is true between two shards.
     """
+    # Find the shards that are missing.
     _check_facts(folder / f"{name}.json", {"rows": count, "dtype": str(dtype), **facts})
     ranges = [range(start, min(start + ROWS_PER_SHARD, count)) for start in range(0, count, ROWS_PER_SHARD)]
     shards = _list_shards(folder, name)
@@ -85,6 +86,7 @@ def cached_rows(
                 f"time is over; safe on disk: {count - rows_left + done} of {count} rows of {name} in "
                 f"{folder}; run the same command again to go on"
             )
+    # Check every shard that was computed by any rank.
     process_group.barrier()
     shards = _list_shards(folder, name)
     with ThreadPoolExecutor() as pool:

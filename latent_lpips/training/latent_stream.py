@@ -90,6 +90,7 @@ class CropEncoder:
         pending: deque[tuple[Sequence[CropItem], list[Future[Tensor]]]] = deque()
         pool = ThreadPoolExecutor(self.workers)
         try:
+            # Keep a few batches of decoding jobs in flight.
             for items in plan:
                 pending.append((items, [pool.submit(self.pixels, item) for item in items]))
                 if len(pending) > PREFETCHED_BATCHES:

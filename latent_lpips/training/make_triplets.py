@@ -67,6 +67,7 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
     val_images = _validation_images(config, len(pictures))
     total, left_out = len(pictures) * config.patches, 0
     for i in range(total):
+        # Cut patch i only if one of its triplets is missing.
         row = i // config.patches
         part = "val" if row in val_images else "train"
         ref: Tensor | None = None
@@ -77,6 +78,7 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
                 counts[part][kind] += 1
                 continue
             ref = cut_patch(pictures, row, i, config) if ref is None else ref
+            # Distort it at two strengths, and write the triplet.
             rng = generator(config.seed, Stream.TRIPLET_DISTORTION, i, number)
             triplet = make_triplet(ref, distort[kind], config.ratio, rng)
             if triplet is None:
@@ -107,6 +109,7 @@ def make_triplet(
 def _sample_triplet(
     ref: Tensor, distort: DistortFn, ratio: float, rng: torch.Generator
 ) -> tuple[dict[str, Tensor], float]:
+    # Two strengths in (0, 1], at least `ratio` apart, in random order.
     weak = 0.05 + (1 / ratio - 0.05) * float(torch.rand((), generator=rng))
     strong = weak * (ratio + (1 / weak - ratio) * float(torch.rand((), generator=rng)))
     swap = bool(torch.rand((), generator=rng) < 0.5)

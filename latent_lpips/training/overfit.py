@@ -121,6 +121,7 @@ def _run(
     progress: Progress,
 ) -> Tensor:
     """Optimize the latents under one choice of families; returns the final latents."""
+    # Loss, log and the latents, which start from noise or from a checkpoint.
     loss_of = ELatentLPIPS(metric, families, draws=config.draws)
     settings = to_json(replace(config, families=(families,)))
     length = {name: settings.pop(name) for name in ("steps", "report_steps", "checkpoint_steps")}
@@ -139,6 +140,7 @@ def _run(
                 raise FloatingPointError(
                     f"overfit {families}: loss is {loss.item()} at step {step}; lower lr"
                 )
+            # Report the state before the update, then update.
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             if step % config.report_steps == 0:
@@ -152,6 +154,7 @@ def _run(
                 log.write(
                     step, {**_measure(x, target, target_pixels, vae, metric), "loss": loss.item() / len(x)}
                 )
+            # Save now and then, at the end, and on Ctrl-C.
             if step % config.checkpoint_steps == 0 or step == config.steps or stop:
                 state = {"optimizer": optimizer.state_dict()}
                 checkpoint.save(folder / "checkpoints", step, {"latents": {"x": x}}, state, {}, keep=1)

@@ -103,10 +103,12 @@ def train_trunk(
         optimizer = build_optimizer(model, config)
         started, nimg, fraction = time.monotonic(), 0, 0.0
         while fraction < 1:
+            # Learning rate and a batch.
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate_factor(config.schedule, fraction)
             rows = train[permuted_batch(seed, len(train), nimg, config.batch)]
             x, y = latents[rows].to(device).float(), targets[rows].to(device)
+            # Shift the latents at random, and classify them.
             params = augment.sample_transforms(
                 shift, len(x), x.shape[2:], generator(seed, Stream.LATENT_SHIFT, nimg), device
             )
@@ -265,6 +267,7 @@ def fit_heads(
         raise UserError(
             f"LatentLPIPS heads are not finite after the last step; lower the learning rate ({config.lr:g})"
         )
+    # Copy the fitted weights into the heads.
     with torch.no_grad():
         for head, fitted in zip(metric.heads, torch.split(weights, list(metric.config.widths)), strict=True):
             head.copy_(fitted)

@@ -63,6 +63,7 @@ def synthetic_triplets(
     for start in range(0, len(images), IMAGES_PER_GENERATOR):
         pixels = from_uint8(images[start : start + IMAGES_PER_GENERATOR])
         rng = generator(seed, Stream.SYNTHETIC_TRIPLETS, start)
+        # Every image gets one kind of distortion, at two strengths.
         strengths = _strengths(len(pixels), rng)
         kinds = torch.randint(len(DISTORTIONS), (len(pixels),), generator=rng)
         parts["judge"].append((strengths[1] < strengths[0]).float())
@@ -135,6 +136,7 @@ def _blocks(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
     tiles = padded.unfold(2, JPEG_BLOCK, JPEG_BLOCK).unfold(
         3, JPEG_BLOCK, JPEG_BLOCK
     )  # [B, 3, rows, columns, 8, 8]
+    # Quantize the cosine coefficients, and transform back.
     step = 0.4 * strength[..., None, None] * (1 + at[:, None] + at)
     tiles = dct.T @ ((dct @ tiles @ dct.T / step).round() * step) @ dct
     result: Tensor = tiles.transpose(3, 4).reshape(padded.shape)[:, :, :height, :width]

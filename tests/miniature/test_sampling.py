@@ -45,7 +45,7 @@ def show(text: str, index: int = 0) -> Tensor:
 
 
 def near_color(picture: Tensor, color: str) -> Tensor:
-    """Mask [64, 64] of the pixels whose hue is closest to an object color, not to the others or the ground."""
+    """Mask [64, 64] of the pixels whose hue is closest to an object color, not to others or the ground."""
     hues = {
         name: torch.tensor(rgb) / sum(rgb) for name, rgb in {**OBJECT_COLORS, **BACKGROUND_COLORS}.items()
     }
@@ -201,7 +201,7 @@ def test_a_picture_does_not_depend_on_its_batch():
 
 
 def test_pictures_keep_the_look_that_the_weights_were_trained_on():
-    """The renderer does not change: channel means of 32 scenes equal those of the shipped models' training."""
+    """The renderer does not change: channel means of 32 scenes are those of the shipped models' training."""
     mean = render_scenes([sample_scene(1, index) for index in range(32)]).double().mean((0, 2, 3))
     assert mean.tolist() == pytest.approx(GOLDEN_MEAN, abs=0.05)
 
