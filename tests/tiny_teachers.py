@@ -1,7 +1,7 @@
-"""Tiny real teachers of every family beside Stable Diffusion's, saved as diffusers saves them.
+"""Tiny real teachers of every family except Stable Diffusion, saved as diffusers saves them.
 
-Each takes well under a second. Pictures are 16 px; latents, where there are any, 4 x 4. Random weights are
-made a little larger than usual, so that conditions and guidance move the latents by more than rounding does.
+Each takes well under a second. Images are 16 px, latents 4 x 4. Random weights are a little larger than usual,
+so that conditioning and guidance change the latents by more than rounding does.
 """
 
 import json
@@ -22,7 +22,7 @@ LINEAR = dict(num_train_timesteps=1000, beta_schedule="linear", beta_end=0.006, 
 
 
 def lively(module: nn.Module, scale: float = 1.5) -> Any:
-    """The module with its matrices multiplied, eval. Zero-initialised parts get small random numbers."""
+    """The module in eval mode with larger matrices; parameters that are zero get small random numbers."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
@@ -127,7 +127,7 @@ def save_sdxl(folder: Path, zeros: bool = True, scheduler: Any = None, **setting
 
 
 def save_sd3(folder: Path, with_t5: bool = True, **settings: Any) -> str:
-    """SD3: a transformer, two CLIPs and, if asked, a T5."""
+    """SD3: a transformer, two CLIPs, and optionally a T5."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -167,7 +167,7 @@ def save_sd3(folder: Path, with_t5: bool = True, **settings: Any) -> str:
 def save_pixart(
     folder: Path, sigma: bool, sized: bool = False, scheduler: Any = None, **settings: Any
 ) -> str:
-    """PixArt-alpha or -sigma: T5 with its mask, a learned variance, the picture's size if `sized`."""
+    """PixArt-alpha or -sigma: T5 with its mask, a learned variance, the size of the image if `sized`."""
     from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 
     torch.manual_seed(0)
@@ -281,7 +281,7 @@ def save_edm(folder: Path, classes: int | None = 10, scheduler: Any = None, **se
 
 
 def diffusers_pipeline(folder: Path, **components: Any) -> Any:
-    """diffusers' own pipeline of a folder; `pieces` it has to be told of."""
+    """diffusers' own pipeline of a folder; `components` replace those in the folder."""
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(folder, **components)
@@ -295,12 +295,12 @@ def edit(folder: Path, file: str, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-class Decoded:
-    """What a pipeline decodes, seen at its autoencoder's door: latents of pipelines that give only pixels."""
+class DecoderInput:
+    """Records the scaled latents that an autoencoder decodes, for pipelines that return only pixels."""
 
     def __init__(self, autoencoder: Any) -> None:
         self.scale = autoencoder.config.scaling_factor
-        autoencoder.post_quant_conv.register_forward_pre_hook(self._see)
+        autoencoder.post_quant_conv.register_forward_pre_hook(self._record)
 
-    def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _record(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.latents = args[0] * self.scale

@@ -137,7 +137,7 @@ def test_x0_and_epsilon_from_every_prediction(folder: Path, t: int) -> None:
 
 
 class Calls:
-    """Sees every evaluation of a network from outside: batch sizes, and the text it was given."""
+    """Sees every evaluation of a network : batch sizes, and the text inputs."""
 
     def __init__(self, unet: nn.Module) -> None:
         self.rows: list[int] = []
@@ -246,7 +246,7 @@ def test_the_network_may_be_replaced(teacher: Path) -> None:
     assert torch.equal(result, loaded.sample(z, ["a", "b"], 2, 3.0, "ddim"))
 
 
-def test_jobs_that_cannot_go_are_named_first(teacher: Path, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused_first(teacher: Path, tmp_path: Path) -> None:
     loaded = load_teacher(str(teacher))
     check_solver(loaded, "ddim", 50, 3.0, 0.7)
     check_solver(loaded, "heun", 18)
@@ -279,7 +279,7 @@ SIZES: list[tuple[Callable[[Path], str], list[tuple[int, int]], tuple[int, int],
 
 
 @pytest.mark.parametrize(("save", "good", "bad", "says"), SIZES)
-def test_sizes_are_checked_as_the_network_takes_them(
+def test_unsupported_sizes_are_refused(
     tmp_path: Path,
     save: Callable[[Path], str],
     good: list[tuple[int, int]],
@@ -323,7 +323,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BEYOND)
-def test_what_is_no_teacher_is_named_before_its_weights_are_read(
+def test_unsupported_networks_are_refused_before_weights_are_read(
     case: str, teacher: Path, tmp_path: Path
 ) -> None:
     file, values, says = BEYOND[case]

@@ -46,7 +46,7 @@ def test_pairs_equal_dits_own_pipeline(dit: Path, guidance: float) -> None:
     result = teacher.sample(z, LABELS, 8, guidance, "ddim")
     pipe = tiny_teachers.diffusers_pipeline(dit)
     assert type(pipe).__name__ == "DiTPipeline"
-    seen = tiny_teachers.Decoded(pipe.vae)
+    decoder_input = tiny_teachers.DecoderInput(pipe.vae)
     images = pipe(
         [int(label) for label in LABELS],
         guidance_scale=guidance,
@@ -55,12 +55,12 @@ def test_pairs_equal_dits_own_pipeline(dit: Path, guidance: float) -> None:
         output_type="pt",
     ).images
     assert result.abs().max() > 0.5
-    torch.testing.assert_close(result, seen.latents, rtol=0, atol=1e-4)
+    torch.testing.assert_close(result, decoder_input.latents, rtol=0, atol=1e-4)
     decoded = (decode(load_vae(str(dit)), result) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(decoded, images, rtol=0, atol=1e-4)
 
 
-def test_dits_null_class_follows_its_last(tmp_path: Path) -> None:
+def test_dits_null_label_is_its_number_of_classes(tmp_path: Path) -> None:
     """diffusers' pipeline says 1000, whatever the model; the model's own table says num_embeds_ada_norm."""
     teacher = load_teacher(tiny_teachers.save_dit(tmp_path, classes=7), final_alpha="teacher")
     z, cond = noise(0, range(2), (4, 4, 4)), teacher.encode(["6", "2"])
@@ -87,7 +87,7 @@ def test_the_published_dit(dit: Path, tmp_path: Path) -> None:
 
 
 def loop(teacher: Teacher, folder: Path, z: Tensor, steps: int, labels: Tensor | None) -> Iterator[Tensor]:
-    """diffusers' scheduler in a plain loop, for what its pipelines cannot be asked."""
+    """diffusers' scheduler in a plain loop, for settings that its pipelines do not take."""
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(steps)
     x = z
@@ -146,7 +146,7 @@ def test_a_row_does_not_depend_on_its_batch(dit: Path, solver: Any) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["1000", "-1", "cat", "", "1.0", "\u0661"])
-def test_prompts_that_are_no_classes_are_named(dit: Path, prompt: str) -> None:
+def test_prompts_must_be_class_numbers(dit: Path, prompt: str) -> None:
     with pytest.raises(UserError, match="expected a class number, 0 to 999") as caught:
         load_teacher(str(dit)).encode(["1", prompt])
     assert repr(prompt) in str(caught.value)

@@ -63,7 +63,7 @@ def test_pairs_equal_diffusers_own_sampler(kind: Any, settings: dict[str, Any], 
     assert (other[0] - result[0]).abs().max() > 1e-2 and torch.equal(other[1:], result[1:])
 
 
-def test_an_unconditional_one_of_two_deviations(tmp_path: Path) -> None:
+def test_an_unconditional_edm_with_another_sigma_data(tmp_path: Path) -> None:
     teacher = load_teacher(tiny_teachers.save_edm(tmp_path, classes=None))
     z = noise(0, range(2), (3, 8, 8))
     scheduler = diffusers.EDMEulerScheduler.from_pretrained(tmp_path / "scheduler")
@@ -115,7 +115,7 @@ def test_it_describes_itself(edm: Path) -> None:
         load_schedule(str(edm))
 
 
-def test_a_job_says_what_decides_its_rows(edm: Path) -> None:
+def test_a_pair_spec_records_the_schedule(edm: Path) -> None:
     config = PairConfig(teacher=str(edm), num_pairs=4, guidance=1.0, steps=5, solver="heun")
     job = open_job(config)
     assert (job.spec.solver, job.spec.spacing, job.spec.final_alpha_one) == ("heun", "linspace", True)
@@ -128,7 +128,7 @@ def test_a_job_says_what_decides_its_rows(edm: Path) -> None:
     assert published.guidance == 1
 
 
-def test_what_means_nothing_is_refused(edm: Path) -> None:
+def test_settings_without_effect_are_refused(edm: Path) -> None:
     teacher = load_teacher(str(edm))
     with pytest.raises(SettingError, match=r"solver is 'ddim', but teacher .* as in EDM; take euler or heun"):
         check_solver(teacher, "ddim", 8)
@@ -152,7 +152,7 @@ def test_what_means_nothing_is_refused(edm: Path) -> None:
         ({"rho": 0.0}, "rho=0; expected"),
     ],
 )
-def test_settings_that_make_no_schedule(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_invalid_edm_settings_are_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
     folder = tiny_teachers.save_edm(tmp_path)
     tiny_teachers.edit(tmp_path, "scheduler/scheduler_config.json", **settings)
     with pytest.raises(UserError, match=says) as caught:
@@ -168,7 +168,7 @@ def test_settings_of_the_multistep_solver(tmp_path: Path) -> None:
         load_any_schedule(folder)
 
 
-def test_networks_that_cannot_be_told_a_negative_time(tmp_path: Path) -> None:
+def test_networks_without_negative_time_inputs_are_refused(tmp_path: Path) -> None:
     folder = tiny_teachers.save_edm(tmp_path / "edm")
     tiny_teachers.edit(tmp_path / "edm", "unet/config.json", time_embedding_type="fourier")
     with pytest.raises(UserError, match="the UNet has time_embedding_type=fourier; expected positional"):

@@ -63,7 +63,7 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
         assert (alone[0] - together[row]).abs().max() < 1e-5 * together.abs().max()
 
 
-def test_captions_are_lowered_as_diffusers_lowers_them(folder: Path) -> None:
+def test_captions_are_lower_cased_as_in_diffusers(folder: Path) -> None:
     teacher = load_teacher(str(folder))
     rows = teacher.encode(["A Red Cube ", "a red cube", "a red cub"]).tensors
     assert torch.equal(rows["hidden"][0], rows["hidden"][1]) and torch.equal(rows["mask"][0], rows["mask"][1])

@@ -65,7 +65,7 @@ def test_trailing_equals_the_pipeline_with_its_sigmas(folder: Path) -> None:
     assert (result - linspace).abs().max() > 1e-2
 
 
-def test_without_t5_zeros_stand_in_for_it(folder: Path, tmp_path: Path) -> None:
+def test_without_t5_zeros_take_its_place(folder: Path, tmp_path: Path) -> None:
     bare, z = Path(tiny_teachers.save_sd3(tmp_path / "bare", with_t5=False)), noise(0, range(3), SHAPE)
     teacher = load_teacher(str(bare))
     result = teacher.sample(z, PROMPTS, 6, 3.0, "euler")
@@ -79,7 +79,7 @@ def test_without_t5_zeros_stand_in_for_it(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
-def test_a_shift_that_follows_the_size(kind: str, tmp_path: Path) -> None:
+def test_a_dynamic_shift_depends_on_the_size(kind: str, tmp_path: Path) -> None:
     folder = Path(tiny_teachers.save_sd3(tmp_path / "dynamic", time_shift_type=kind, **DYNAMIC))
     teacher, result = load_teacher(str(folder)), {}
     for size in (4, 6):
@@ -121,7 +121,7 @@ def test_the_flow_is_integrated_in_fp32(folder: Path) -> None:
     torch.testing.assert_close(result, x, rtol=0, atol=1e-5)
 
 
-def test_what_a_flow_cannot_do_is_named(folder: Path) -> None:
+def test_settings_that_a_flow_lacks_are_refused(folder: Path) -> None:
     teacher = load_teacher(str(folder))
     assert teacher.default_solver == "euler" and isinstance(teacher.schedule, FlowSchedule)
     check_solver(teacher, "euler", 28, 7.0)

@@ -47,7 +47,9 @@ def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
-def test_no_prompt_is_zeros_unless_the_folder_says_otherwise(folder: Path, tmp_path: Path) -> None:
+def test_the_unconditional_row_is_zeros_unless_model_index_says_otherwise(
+    folder: Path, tmp_path: Path
+) -> None:
     encoded = Path(tiny_teachers.save_sdxl(tmp_path / "encoded", zeros=False))
     z, result = noise(0, range(3), SHAPE), {}
     for name in (folder, encoded):
@@ -64,7 +66,7 @@ def test_no_prompt_is_zeros_unless_the_folder_says_otherwise(folder: Path, tmp_p
     assert (result[folder] - result[encoded]).abs().max() > 1e-3
 
 
-def test_the_picture_size_is_told_as_diffusers_tells_it(folder: Path) -> None:
+def test_time_ids_equal_those_of_diffusers(folder: Path) -> None:
     """Another size than the network's own, and not square: the micro-conditioning follows the latents."""
     teacher, z = load_teacher(str(folder), final_alpha="teacher"), noise(0, range(3), (4, 6, 4))
     seen: list[dict[str, Tensor]] = []

@@ -87,7 +87,7 @@ def test_a_row_does_not_depend_on_its_batch(ldm: Path, solver: Any) -> None:
         assert (alone[0] - together[row]).abs().max() < 1e-5 * together.abs().max()
 
 
-def test_what_means_nothing_is_refused(ldm: Path) -> None:
+def test_settings_without_effect_are_refused(ldm: Path) -> None:
     teacher = load_teacher(str(ldm))
     assert (teacher.conditioning, teacher.num_labels, teacher.label_names) == ("none", 0, None)
     assert len(teacher.encode([""])[[0, 0, 0]]) == 3
@@ -99,7 +99,7 @@ def test_what_means_nothing_is_refused(ldm: Path) -> None:
 
 
 def test_a_stochastic_scheduler_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    """As google/ddpm-cifar10-32 is published; what the line says to do, done."""
+    """As google/ddpm-cifar10-32 is published; following the error message makes it work."""
     folder = Path(
         tiny_teachers.save_pixels(
             tmp_path / "ddpm", scheduler=DDPMScheduler, beta_end=0.006, clip_sample=True
@@ -121,7 +121,7 @@ def test_a_stochastic_scheduler_is_refused_with_the_way_out(tmp_path: Path) -> N
     assert teacher.sample(noise(0, [0], (3, 8, 8)), [""], 4, 1.0, "ddim").isfinite().all()
 
 
-def test_a_repository_of_two_pieces_may_be_flat(pixels: Path, tmp_path: Path) -> None:
+def test_components_may_be_at_the_root_of_the_repository(pixels: Path, tmp_path: Path) -> None:
     """google/ddpm-* keep the UNet and the scheduler at the root, and diffusers finds them there."""
     flat = tmp_path / "flat"
     flat.mkdir()
