@@ -21,18 +21,18 @@ DiscriminatorFn = Callable[[Tensor, Tensor, Conditioning, Tensor | None], dict[s
 
 @dataclass(frozen=True)
 class DiscriminatorInput:
-    """What D is shown: x and noise [B, C, h, w], text and time [B] (None: D's constant)."""
+    """What D sees: scaled latents and noise [B, C, h, w], conditioning, and time [B] (None: D's constant)."""
 
-    x: Tensor
+    latents: Tensor
     noise: Tensor
-    text: Conditioning
+    cond: Conditioning
     t: Tensor | None = None
 
     def row(self, number: int) -> "DiscriminatorInput":
         """One row, as a batch of one."""
         one = slice(number, number + 1)
         t = None if self.t is None else self.t[one]
-        return DiscriminatorInput(self.x[one], self.noise[one], self.text[one], t)
+        return DiscriminatorInput(self.latents[one], self.noise[one], self.cond[one], t)
 
 
 def drawn_rows(rows: int, count: int, generator: torch.Generator) -> list[int]:
@@ -61,8 +61,8 @@ def penalty(
     return lazy * torch.stack(list(parts.values())).sum(), parts
 
 
-def _of(discriminator: DiscriminatorFn, shown: DiscriminatorInput, reduction: Reduction) -> Tensor:
-    return r1_penalty(discriminator, shown.x, shown.noise, shown.text, shown.t, reduction)
+def _of(discriminator: DiscriminatorFn, batch: DiscriminatorInput, reduction: Reduction) -> Tensor:
+    return r1_penalty(discriminator, batch.latents, batch.noise, batch.cond, batch.t, reduction)
 
 
 def r1_penalty(
@@ -100,12 +100,14 @@ def approximation(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """APT's term of D's loss, and it unweighted for the log. logits: D's of `real`; eps [B, C, h, w] ~
     N(0, 1)."""
-    moved = discriminator(real.x + config.approx_sigma * eps.to(real.x), real.noise, real.text, real.t)
-    value = approximate_r1(logits, moved, config.head_reduction)
+    logits_moved = discriminator(
+        real.latents + config.approx_sigma * eps.to(real.latents), real.noise, real.cond, real.t
+    )
+    value = approximate_r1(logits, logits_moved, config.head_reduction)
     return config.approx_weight * value, {"loss/r1_approx": value}
 
 
-def approximate_r1(clean: Logits, moved: Logits, reduction: Reduction = "mean") -> Tensor:
+def approximate_r1(clean: Logits, logits_moved: Logits, reduction: Reduction = "mean") -> Tensor:
     """(D(x) - D(x + N(0, sigma^2)))^2, mean over rows and positions, then over heads (APT 3.3). Its
     expectation for small sigma is sigma^2 times the squared gradient norm of a logit."""
-    return reduced([(clean[h].float() - moved[h].float()).square().mean() for h in clean], reduction)
+    return reduced([(clean[h].float() - logits_moved[h].float()).square().mean() for h in clean], reduction)

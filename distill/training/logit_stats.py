@@ -1,6 +1,7 @@
-"""How the two networks do: what a report says of a step, over all rows of its batch.
+"""Statistics of D's logits and of the student's latents for a report, over all rows of a step's batch.
 
-Means over processes of what the last micro-batch of each says would depend on how a batch is shared out.
+They are gathered row by row: means over the processes' last micro-batches would depend on how a batch is
+divided.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,51 +14,58 @@ from distill.training.microbatch import MicroBatch
 
 
 class LogitStats:
-    """What D said of this process's rows, of each kind the last time.
+    """Latest discriminator logits on this rank, by input kind.
 
-    `real`: of the pairs; `fake`: of the mixed batch; `student`: of the student after D's step, which not
-    every step has.
+    `real`: of the pairs; `fake`: of the generated rows, some of them mismatched; `student`: of the student's
+    rows after D's update, which not every step has.
     """
 
     def __init__(self) -> None:
-        self._said: dict[str, dict[int, Tensor]] = {}  # by kind and micro-batch: means [b, heads]
+        self._means: dict[str, dict[int, Tensor]] = {}  # by kind and micro-batch: means [b, heads]
         self._heads: list[str] = []
 
-    def add(self, number: int, **said: Mapping[str, Tensor]) -> None:
+    def add(self, number: int, **logits_by_kind: Mapping[str, Tensor]) -> None:
         """Logits [b, 1, h_s, w_s] of every head by kind, of micro-batch `number`. Does not wait for the
         device."""
-        for kind, logits in said.items():
+        for kind, logits in logits_by_kind.items():
             self._heads = list(logits)
             means = [v.detach().float().flatten(1).mean(1) for v in logits.values()]
-            self._said.setdefault(kind, {})[number] = torch.stack(means, 1)
+            self._means.setdefault(kind, {})[number] = torch.stack(means, 1)
+
+    def latest(self) -> dict[str, dict[str, float]]:
+        """Mean logit of each head by kind, of this rank's rows."""
+        return {
+            kind: dict(zip(self._heads, torch.cat([*rows.values()]).mean(0).tolist(), strict=True))
+            for kind, rows in self._means.items()
+        }
 
     @torch.no_grad()
-    def report(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
-        """`logit/...`, `d/auc` and `latent/spread` of a step by its micro-batches, the same on every rank.
-        Call on every rank. What no row has something to say of is left out.
+    def report(self, microbatches: Sequence[MicroBatch]) -> dict[str, float]:
+        """`logit/...`, `d/auc` and `latent/spread` of a step, the same on every rank. Call on every rank.
+        Values that no row contributes to are left out.
         """
-        found: dict[str, float] = {}
-        if len(micros) * len(micros[0].prompts) * process_group.world_size() > 1:
-            found["latent/spread"] = spread([m.fake.detach() for m in micros], [m.real for m in micros])
-        if self._said:
-            mode = torch.cat([m.mode for m in micros])
-            said = [torch.cat([*rows.values()]) for rows in self._said.values()]
-            table = torch.cat(
-                process_group.gather(torch.cat([mode[:, None], *said], 1).cpu())
-            )  # one exchange
-            by_kind = zip(self._said, table[:, 1:].chunk(len(said), 1), strict=True)
-            found |= logit_report(dict(by_kind), self._heads, table[:, 0] == 0)
-        return found
+        report: dict[str, float] = {}
+        if len(microbatches) * len(microbatches[0].prompts) * process_group.world_size() > 1:
+            generated = [m.generated.detach() for m in microbatches]
+            report["latent/spread"] = spread(generated, [m.target for m in microbatches])
+        if self._means:
+            mode = torch.cat([m.mix_mode for m in microbatches])
+            means = [torch.cat([*rows.values()]) for rows in self._means.values()]
+            # One exchange for all kinds.
+            table = torch.cat(process_group.gather(torch.cat([mode[:, None], *means], 1).cpu()))
+            by_kind = zip(self._means, table[:, 1:].chunk(len(means), 1), strict=True)
+            report |= logit_report(dict(by_kind), self._heads, table[:, 0] == 0)
+        return report
 
 
-def logit_report(said: Mapping[str, Tensor], heads: Sequence[str], plain: Tensor) -> dict[str, float]:
-    """What D says, by `said`: mean logits [B, heads] of the rows of the kinds `real`, `fake`, `student`.
+def logit_report(logits: Mapping[str, Tensor], heads: Sequence[str], generated: Tensor) -> dict[str, float]:
+    """Report values from mean logits [B, heads] of the kinds `real`, `fake` and `student`.
 
-    `plain` [B] (bool): the rows of `fake` that are the student's; the others are mismatched.
+    `generated` [B] (bool): the rows of `fake` that are the student's; the others are mismatched real rows.
     `logit/KIND/HEAD` are means over rows, `logit/KIND` means over heads. `d/auc` in [0, 1]: the share of
-    (real, student's) row pairs that D orders rightly, 0.5 for a blind one, whatever the GAN loss.
+    (real, generated) row pairs that D orders correctly, 0.5 by chance, for any GAN loss.
     """
-    kinds = {**said, "fake": said["fake"][plain], "mismatched": said["fake"][~plain]}
+    kinds = {**logits, "fake": logits["fake"][generated], "mismatched": logits["fake"][~generated]}
     report = {}
     for kind, rows in kinds.items():
         if len(rows):
@@ -70,24 +78,25 @@ def logit_report(said: Mapping[str, Tensor], heads: Sequence[str], plain: Tensor
 
 
 def auc(real: Tensor, fake: Tensor) -> Tensor:
-    """The share of pairs (i, j) with real[i] > fake[j], ties counting half. NaN where one is empty."""
-    apart = real[:, None] - fake[None]
-    return ((apart > 0).double() + 0.5 * (apart == 0).double()).mean()
+    """The share of pairs (i, j) with real[i] > fake[j], ties counting half. NaN if one of them is empty."""
+    difference = real[:, None] - fake[None]
+    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean()
 
 
 def spread(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> float:
-    """Variance over a batch, mean over positions: the student's latents' over the teacher's, each as the
-    micro-batches of this process, [b, C, h, w] with one b everywhere. Call on every rank.
+    """Variance of the student's latents over the batch, divided by the variance of the teacher's.
 
-    About 1 when all is well, 0 when every row is the same. Says nothing of a single row.
+    Both are given as this process's micro-batches [b, C, h, w], with the same b everywhere; the variances are
+    means over positions. Call on every rank. About 1 for a healthy student, 0 when all rows are equal.
+    Undefined for a single row.
     """
     return float(_variance(student) / _variance(teacher).clamp(min=1e-12))
 
 
-def _variance(micros: Sequence[Tensor]) -> Tensor:
-    """Over the rows of all processes, from means and mean squares in fp64."""
-    doubles = (x.double() for x in micros)
+def _variance(microbatches: Sequence[Tensor]) -> Tensor:
+    """Variance over the rows of all processes, from means and mean squares in fp64."""
+    doubles = (x.double() for x in microbatches)
     moments = sum((torch.stack([x.mean(0), x.square().mean(0)]) for x in doubles), start=torch.zeros(()))
-    mean, square = process_group.all_mean(moments / len(micros))
+    mean, square = process_group.all_mean(moments / len(microbatches))
     variance: Tensor = (square - mean.square()).mean()
     return variance.clamp(min=0)  # rounding

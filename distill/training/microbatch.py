@@ -1,7 +1,7 @@
-"""One step's random numbers and rows: the same whatever the number of processes and micro-batches.
+"""The random numbers and rows of one step: the same for any number of processes and micro-batches.
 
-All that is drawn for a step is drawn for the whole batch, from (seed, images seen), and each process takes
-its rows of it; or for each row, from (seed, the row's number).
+Random numbers are drawn for the whole batch, from (seed, images seen), and each process takes those of its
+rows; or for each row, from (seed, number of the row).
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from d2g.core.distributed import process_group
-from d2g.core.seeds import StepStream, Stream, generator, noise
+from d2g.core.seeds import StepStream, Stream, generator
+from d2g.core.seeds import noise as row_noise
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import Penalty
-from distill.config.run import DistillConfig
+from distill.config.components import DiscriminatorConfig, Penalty
 from distill.losses.adversarial import mismatch
 from distill.losses.gradient_penalty import DiscriminatorInput, drawn_rows
-from distill.losses.noise_augmentation import Levels, Noiser
+from distill.losses.noise_augmentation import Noiser
 from distill.losses.regression.base import Transforms
 from distill.losses.regression.regression import Regression
 from distill.models.row_dropout import row_keys
@@ -32,134 +32,179 @@ X = TypeVar("X", Tensor, Tensor | None)
 
 @dataclass(frozen=True)
 class StepRandomness:
-    """A step's draws for a batch of B rows over all processes."""
+    """The random numbers of one step, for the batch of B rows over all processes."""
 
-    transforms: Transforms  # of the regression's distance
+    transforms: Transforms  # of the regression loss
     mix: Tensor  # [B] in (0, 1): which rows are mismatched, and how
     levels: Tensor | None  # [B] D's time inputs; None: its constant
-    penalised: list[int]  # rows of the batch for single-sample R1, in every step, due or not; none without it
-    nimg: int  # the first row's number
+    penalized_rows: list[int]  # rows for single-sample R1, drawn in every step, due or not; else empty
+    nimg: int  # number of the first row since the run began
 
 
 @dataclass
 class MicroBatch:
-    """Rows that pass through the networks at once, and what becomes of them in a step."""
+    """b rows that pass through the networks together, and what a step computes of them."""
 
     prompts: list[str]
-    noise: Tensor  # [b, C, h, w] fp32, as real
-    real: Tensor
-    text: Conditioning
-    guidance: tuple[Tensor, ...]  # (scales [b],) for a student that is told it
+    noise: Tensor  # [b, C, h, w] fp32
+    target: Tensor  # [b, C, h, w] fp32, the teacher's latents
+    cond: Conditioning
+    guidance: tuple[Tensor, ...]  # (scales [b],) for a student with a guidance input
     transforms: Transforms
     rows: range  # numbers of the rows since the run began
-    keys: Tensor | None  # [b] of the student's dropout
+    dropout_keys: Tensor | None  # [b] of the student's dropout
     # Of the second stage:
-    mode: Tensor  # [b] how each fake row is mismatched, 0: not
-    partner: Tensor  # [b] and with which
-    t: Tensor | None  # D's time inputs
-    eps: tuple[Tensor | None, Tensor | None]  # noise of the real and of the fake rows before D
-    moved: Tensor | None  # noise of the approximated R1
-    fake: Tensor = field(init=False)  # the student's latents
-    d_real: DiscriminatorInput = field(init=False)  # what D sees
+    mix_mode: Tensor  # [b] how each fake row is mismatched, 0: not
+    mix_partner: Tensor  # [b] the row that it is mismatched with
+    t: Tensor | None  # [b] D's time inputs
+    augment_noise: tuple[Tensor | None, Tensor | None]  # added before D to the real and to the fake rows
+    r1_noise: Tensor | None  # of the approximated R1
+    generated: Tensor = field(init=False)  # [b, C, h, w] the student's latents
+    d_real: DiscriminatorInput = field(init=False)
     d_fake: DiscriminatorInput = field(init=False)
 
 
-def sample_step_randomness(
-    config: DistillConfig, regression: Regression, shape: tuple[int, int, int], nimg: int, levels: Levels
-) -> StepRandomness:
-    """The draws of the step at `nimg` images. Each kind has a generator of its own: switching one of them
-    off does not move the others."""
-    size = config.train.batch_size
-    gan = config.stage == "gan"
-    single = gan and config.gan.active_penalty == "single"
-    return StepRandomness(
-        transforms=regression.draw(size, shape, generator(config.seed, nimg, StepStream.TRANSFORMS)),
-        mix=torch.rand(size, generator=generator(config.seed, nimg, StepStream.MIX)),
-        levels=levels(size, generator(config.seed, nimg, StepStream.NOISE_LEVELS)) if gan else None,
-        penalised=drawn_rows(size, config.gan.r1_rows, generator(config.seed, nimg, StepStream.PENALTY_ROWS))
-        if single
-        else [],
-        nimg=nimg,
-    )
+class StepPreparation:
+    """Turns a batch of pairs into the micro-batches and random numbers of one step on this process.
 
-
-def split(
-    batch: PairBatch,
-    draws: StepRandomness,
-    encode: TextCache,
-    config: DistillConfig,
-    noised: Noiser,
-    device: torch.device,
-) -> list[MicroBatch]:
-    """This process's rows as micro-batches on the device.
-
-    All that a step needs from the CPU goes over here, before its first forward pass: a copy in the midst of
-    it would wait for the GPU to have done what it was given.
+    `gan` is None in the regression stage. `microbatches`: per step and process. `dropout`: whether the
+    student has dropout.
     """
-    gan, parts, local = config.gan, config.engine.gradient_accumulation, len(batch.prompts)
-    size, first = local // parts, process_group.rank() * local
-    z, real = (x.to(device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latents))
-    text = encode(batch.prompts)
-    approx = config.stage == "gan" and gan.active_penalty == "approx"
-    fraction = gan.mix_fraction if config.stage == "gan" else 0.0
-    moves = generator(config.seed, Stream.R1_NOISE).initial_seed()
-    found = []
-    for start in range(0, local, size):
-        here, there = slice(start, start + size), slice(first + start, first + start + size)
-        prompts, rows = list(batch.prompts[here]), range(draws.nimg + there.start, draws.nimg + there.stop)
-        shares = (gan.mix_x, gan.mix_c, gan.mix_z)
-        mode, partner = mismatch(prompts, fraction, draws.mix[there], shares)
-        shape = (z.shape[1], z.shape[2], z.shape[3])
-        found.append(
-            MicroBatch(
-                prompts=prompts,
-                noise=z[here],
-                real=real[here],
-                text=text[here],
-                guidance=tuple(sent(t[here], device) for t in scales(batch)),
-                transforms=None
-                if draws.transforms is None
-                else [select_transforms(t, there) for t in draws.transforms],
-                rows=rows,
-                keys=sent(row_keys(config.seed, rows) if config.student.dropout else None, device),
-                mode=sent(mode, device),
-                partner=sent(partner, device),
-                t=sent(None if draws.levels is None else draws.levels[there], device),
-                eps=(sent(noised.eps(rows, shape, 0), device), sent(noised.eps(rows, shape, 1), device)),
-                moved=sent(noise(moves, rows, shape) if approx else None, device),
-            )
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        batch_size: int,
+        microbatches: int,
+        dropout: bool,
+        gan: DiscriminatorConfig | None,
+        regression: Regression,
+        noise_augment: Noiser,
+        encode: TextCache,
+        device: torch.device,
+    ) -> None:
+        self.seed, self.batch_size, self.microbatches = seed, batch_size, microbatches
+        self.dropout, self.gan = dropout, gan
+        self.regression, self.noise_augment = regression, noise_augment
+        self.encode, self.device = encode, device
+
+    def __call__(self, batch: PairBatch, nimg: int) -> tuple[list[MicroBatch], StepRandomness]:
+        """The step at `nimg` images. Everything that it needs from the CPU is copied here, before its first
+        forward pass: a copy in the middle of a step would wait until the GPU has finished its queue.
+        """
+        shape = (batch.noise.shape[1], batch.noise.shape[2], batch.noise.shape[3])
+        randomness = self.sample_step_randomness(shape, nimg)
+        noise, target = (
+            x.to(self.device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latents)
         )
-    return found
+        cond = self.encode(batch.prompts)
+        rows = len(batch.prompts)
+        size, first = rows // self.microbatches, process_group.rank() * rows
+        microbatches = [
+            self._microbatch(
+                batch, noise, target, cond, slice(start, start + size), first + start, shape, randomness
+            )
+            for start in range(0, rows, size)
+        ]
+        return microbatches, randomness
+
+    def sample_step_randomness(self, shape: tuple[int, int, int], nimg: int) -> StepRandomness:
+        """The random numbers of the step at `nimg` images. Each kind has its own stream: switching one off
+        does not change the others.
+        """
+
+        def stream(kind: StepStream) -> torch.Generator:
+            return generator(self.seed, nimg, kind)
+
+        size, gan = self.batch_size, self.gan
+        levels, penalized_rows = None, list[int]()
+        if gan is not None:
+            levels = self.noise_augment.levels(size, stream(StepStream.NOISE_LEVELS))
+            if gan.active_penalty == "single":
+                penalized_rows = drawn_rows(size, gan.r1_rows, stream(StepStream.PENALTY_ROWS))
+        return StepRandomness(
+            transforms=self.regression.draw(size, shape, stream(StepStream.TRANSFORMS)),
+            mix=torch.rand(size, generator=stream(StepStream.MIX)),
+            levels=levels,
+            penalized_rows=penalized_rows,
+            nimg=nimg,
+        )
+
+    def _microbatch(
+        self,
+        batch: PairBatch,
+        noise: Tensor,
+        target: Tensor,
+        cond: Conditioning,
+        local_rows: slice,
+        first: int,
+        shape: tuple[int, int, int],
+        randomness: StepRandomness,
+    ) -> MicroBatch:
+        """Some of this process's rows; `first`: number of the first one in the whole batch."""
+        gan, device = self.gan, self.device
+        prompts = list(batch.prompts[local_rows])
+        batch_rows = slice(first, first + len(prompts))
+        rows = range(randomness.nimg + batch_rows.start, randomness.nimg + batch_rows.stop)
+        fraction, shares = (0.0, (1.0, 1.0, 1.0))
+        r1_noise = None
+        if gan is not None:
+            fraction, shares = gan.mix_fraction, (gan.mix_x, gan.mix_c, gan.mix_z)
+            if gan.active_penalty == "approx":
+                r1_noise = row_noise(generator(self.seed, Stream.R1_NOISE).initial_seed(), rows, shape)
+        mix_mode, mix_partner = mismatch(prompts, fraction, randomness.mix[batch_rows], shares)
+        transforms, levels = randomness.transforms, randomness.levels
+        return MicroBatch(
+            prompts=prompts,
+            noise=noise[local_rows],
+            target=target[local_rows],
+            cond=cond[local_rows],
+            guidance=tuple(to_device(t[local_rows], device) for t in scales(batch)),
+            transforms=None if transforms is None else [select_transforms(t, batch_rows) for t in transforms],
+            rows=rows,
+            dropout_keys=to_device(row_keys(self.seed, rows) if self.dropout else None, device),
+            mix_mode=to_device(mix_mode, device),
+            mix_partner=to_device(mix_partner, device),
+            t=to_device(None if levels is None else levels[batch_rows], device),
+            augment_noise=(
+                to_device(self.noise_augment.eps(rows, shape, 0), device),
+                to_device(self.noise_augment.eps(rows, shape, 1), device),
+            ),
+            r1_noise=to_device(r1_noise, device),
+        )
 
 
-def penalised(
-    micros: Sequence[MicroBatch], draws: StepRandomness, penalty: Penalty
+def penalty_batches(
+    microbatches: Sequence[MicroBatch], randomness: StepRandomness, penalty: Penalty
 ) -> list[tuple[DiscriminatorInput, DiscriminatorInput, float]]:
-    """What this process's passes of a penalty are on: real and fake, and the pass's weight in the mean over
-    processes. All processes have as many passes: sharded networks are gathered by all together.
+    """(real, fake, weight in the mean over processes) of each pass of a gradient penalty on this process. All
+    processes have the same number of passes, because sharded networks are gathered by all together.
 
-    Of the single-sample form a pass is one row. A process with fewer of the drawn rows than another repeats
-    its first row at weight 0.
+    A pass of the single-sample form is one row. A process with fewer drawn rows than another one repeats its
+    first row with weight 0.
     """
     if penalty != "single":
-        return [(m.d_real, m.d_fake, 1 / len(micros)) for m in micros]
-    size = len(micros[0].prompts)
-    local, world = size * len(micros), process_group.world_size()
-    here = [
-        row - process_group.rank() * local for row in draws.penalised if row // local == process_group.rank()
+        return [(m.d_real, m.d_fake, 1 / len(microbatches)) for m in microbatches]
+    size = len(microbatches[0].prompts)
+    local, world = size * len(microbatches), process_group.world_size()
+    local_rows = [
+        row - process_group.rank() * local
+        for row in randomness.penalized_rows
+        if row // local == process_group.rank()
     ]
-    passes = max(sum(row // local == rank for row in draws.penalised) for rank in range(world))
-    weight = world / len(draws.penalised)
-    rows = [(row, weight) for row in here] + [(0, 0.0)] * (passes - len(here))
-    found = []
+    passes = max(sum(row // local == rank for row in randomness.penalized_rows) for rank in range(world))
+    weight = world / len(randomness.penalized_rows)
+    rows = [(row, weight) for row in local_rows] + [(0, 0.0)] * (passes - len(local_rows))
+    batches = []
     for row, weight in rows:
-        micro, one = micros[row // size], row % size
-        found.append((micro.d_real.row(one), micro.d_fake.row(one), weight))
-    return found
+        microbatch, position = microbatches[row // size], row % size
+        batches.append((microbatch.d_real.row(position), microbatch.d_fake.row(position), weight))
+    return batches
 
 
-def sent(x: X, device: torch.device) -> X:
-    """`x` of the CPU on the device, without waiting for it: from pageable memory it would."""
+def to_device(x: X, device: torch.device) -> X:
+    """Copy `x` from the CPU to the device without waiting, through pinned memory where there is a GPU."""
     if x is None:
         return x
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

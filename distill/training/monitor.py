@@ -1,4 +1,4 @@
-"""What a run tells of itself: reports, the panel, previews, validations, watchmen. Rank 0 writes."""
+"""Reports, previews, validation and collapse detection of a run. Rank 0 writes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -26,8 +26,8 @@ from distill.training.validation import Validate, averaged, best, draw_together,
 from pairgen.store.dataset import PairRows
 
 
-class Watching:
-    """Reports and validations of one run. Every method is called on every rank."""
+class RunMonitor:
+    """Reports and validations of one run. Call every method on every rank."""
 
     def __init__(
         self,
@@ -39,12 +39,12 @@ class Watching:
         encode: TextCache,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[None]],
-        also: Validate | None,
+        extra_validation: Validate | None,
     ) -> None:
         self.config, self.log, self.reader, self.state = config.train, log, reader, state
         self.regression, self.encode, self.device = regression, encode, device
-        self.autocast, self.also = autocast, also
-        self.folder, self.seed, self.told = log.folder / "checkpoints", config.seed, set[str]()
+        self.autocast, self.extra_validation = autocast, extra_validation
+        self.folder, self.seed, self.warned = log.folder / "checkpoints", config.seed, set[str]()
         self.guided = config.student.guidance_conditioning
         self.batch = max(
             1, self.config.batch_size // process_group.world_size() // config.engine.gradient_accumulation
@@ -54,9 +54,9 @@ class Watching:
             self.vae = pretrained.load_vae(config.teacher).to(device)
 
     @contextmanager
-    def to_the_end(self) -> Iterator[None]:
-        """Around training: whatever ends it, loggers are closed, the panel is drawn, and it is written down
-        how it ended. A run that was at its end before is left alone.
+    def record_ending(self) -> Iterator[None]:
+        """Context of the training loop: however it ends, close the loggers, draw the health panel, and write
+        how the run ended. A run that was finished before stays as it is.
         """
         if self.state.nimg >= self.config.images:
             yield
@@ -66,11 +66,9 @@ class Watching:
             yield
         except BaseException as error:
             self.log.close()
-            with suppress(
-                UserError
-            ):  # what is on its way up says more than a disk that is full for this, too
+            with suppress(UserError):  # the first error is more important than a full disk now
                 self.log.end("stopped" if isinstance(error, Interrupted) else "failed", str(error))
-                if isinstance(error, Exception):  # else somebody is in a hurry
+                if isinstance(error, Exception):  # not on Ctrl-C, when somebody waits
                     self.panel()
             raise
         self.log.close()
@@ -78,22 +76,22 @@ class Watching:
         self.log.end("done" if self.state.nimg >= self.config.images else "minutes")
 
     def report(self, values: Mapping[str, Tensor | float], pace: Pace, writer: Writer) -> None:
-        """One line of stats.jsonl, and a preview; then the watchmen, who may stop the run."""
+        """Write one line of stats.jsonl and a preview; then look for a collapse, which may stop the run."""
         nimg = self.state.nimg
         means = process_group.mean({name: float(value) for name, value in values.items()})
         means["ema/drift"] = self.state.ema.drift(self.state.student.module)
         self.log.write(nimg, {**means, **pace.report(nimg)})
         self._preview(nimg)
-        found: list[collapse.Finding] = []
+        findings: list[collapse.Finding] = []
         if process_group.rank() == 0:
-            found = collapse.findings(self.log.read())
-        told = self.told if process_group.rank() == 0 else set()
-        for part in process_group.gather_objects(found)[:1]:  # what rank 0 saw stops all
-            quiet = None if process_group.rank() == 0 else _say_nothing
+            findings = collapse.findings(self.log.read())
+        warned = self.warned if process_group.rank() == 0 else set()
+        for of_rank_0 in process_group.gather_objects(findings)[:1]:  # a finding of rank 0 stops all ranks
+            quiet = None if process_group.rank() == 0 else _ignore
             try:
-                collapse.act(part, self.config.on_collapse, told, quiet)
+                collapse.act(of_rank_0, self.config.on_collapse, warned, quiet)
             except collapse.Collapse:
-                writer.finish()  # what is being written is kept
+                writer.finish()  # keep the checkpoint that is being written
                 raise
 
     def _preview(self, nimg: int) -> None:
@@ -102,14 +100,14 @@ class Watching:
         rows = range(len(self.reader))[-self.config.validate_pairs :][: self.config.preview_prompts]
         pairs = self.reader.read(list(rows))
         with self._averaged():
-            drawn, stored = preview_latents(self._draw, pairs, self.device, self.batch)
+            generated, target = preview_latents(self._draw, pairs, self.device, self.batch)
         if process_group.rank() == 0:
-            picture = preview(drawn, stored, self.vae)
+            picture = preview(generated, target, self.vae)
             self.log.picture(nimg, "preview", picture, preview_text(pairs.prompts, nimg))
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The averaged student, without dropout."""
+        """Context in which the student has its averaged weights and no dropout."""
         module = self.state.student.module
         switch(module, on=False)
         with averaged(module, self.state.ema.tensors):
@@ -117,14 +115,14 @@ class Watching:
         switch(module, on=True)
 
     @torch.no_grad()
-    def _draw(self, noise: Tensor, prompts: Sequence[str], *told: Tensor) -> Tensor:
+    def _draw(self, noise: Tensor, prompts: Sequence[str], *guidance: Tensor) -> Tensor:
         with self.autocast():
             latents: Tensor = self.state.student.forward_frozen(
-                noise, self.encode(prompts), *(t.to(self.device) for t in told)
+                noise, self.encode(prompts), *(t.to(self.device) for t in guidance)
             )
         return latents
 
-    def _drawn(self, seed: int, prompts: Sequence[str]) -> Tensor:
+    def _sample_latents(self, seed: int, prompts: Sequence[str]) -> Tensor:
         return draw_together(
             self._draw,
             self.reader.spec.latent_shape,
@@ -135,19 +133,19 @@ class Watching:
             guidance=OneStep.guidance if self.guided else None,
         )
 
-    def due(self, now: bool) -> bool:
-        """Whether it is time to validate; `now`: at the end it is, if ever."""
+    def validation_due(self, finished: bool) -> bool:
+        """Whether it is time to validate: at each interval, and when the run is finished."""
         interval, nimg = self.config.validate_images, self.state.nimg
-        return bool(interval) and (now or nimg // interval > (nimg - self.config.batch_size) // interval)
+        return bool(interval) and (finished or nimg // interval > (nimg - self.config.batch_size) // interval)
 
-    def missed(self) -> bool:
-        """Whether the point that a run goes on from was to be validated, and a kill came first."""
+    def validation_missed(self) -> bool:
+        """Whether the resumed checkpoint was due for validation, but the run was killed before it."""
         nimg = self.state.nimg
         done = any(line["nimg"] == nimg and "val/psnr" in line for line in self.log.read())
-        return process_group.gather_objects(self.due(nimg >= self.config.images) and not done)[0]
+        return process_group.gather_objects(self.validation_due(nimg >= self.config.images) and not done)[0]
 
     def validate(self) -> bool:
-        """Measure the averaged student; whether this point is a new best, to be kept."""
+        """Validate the averaged student. Returns whether this point is a new best one that must be saved."""
         nimg = self.state.nimg
         with self._averaged():
             values = measure(
@@ -159,30 +157,30 @@ class Watching:
                 device=self.device,
                 seed=self.seed,
             )
-            if self.also is not None:
-                values |= self.also(self._drawn, nimg)
+            if self.extra_validation is not None:
+                values |= self.extra_validation(self._sample_latents, nimg)
         self.log.write(nimg, values)
         return self.config.keep_best and self.best(nimg) == nimg
 
     def best(self, nimg: int) -> int | None:
-        """The best validated point among those saved and `nimg`, as rank 0 sees it."""
-        found = None
+        """The best validated point among the saved ones and `nimg`, as rank 0 sees it."""
+        images = None
         if process_group.rank() == 0 and (
             point := best(self.log.read(), {*complete_points(self.folder), nimg})
         ):
-            found = point[0]
-        return process_group.gather_objects(found)[0]
+            images = point[0]
+        return process_group.gather_objects(images)[0]
 
     def panel(self) -> None:
-        """RUN/health.png of all reports so far."""
+        """Draw RUN/health.png from all reports so far."""
         if process_group.rank() == 0 and (lines := self.log.read()):
             plot_health(lines, self.log.folder / "health.png", str(self.log.folder))
 
-    def spare(self) -> set[str]:
-        """Names of checkpoints that stay beside the newest, when this point is saved."""
+    def checkpoints_to_keep(self) -> set[str]:
+        """Names of the checkpoints to keep beside the newest ones when this point is saved."""
         point = self.best(self.state.nimg) if self.config.keep_best else None
         return set() if point is None else {f"{point:09d}"}
 
 
-def _say_nothing(text: str) -> None:
-    pass
+def _ignore(text: str) -> None:
+    """Other ranks print no warnings."""

@@ -35,11 +35,11 @@ class RealRows:
         downscale = latent_space(self.vae).downscale
         self.images = RealImages(config.gan.real, (shape[1] * downscale, shape[2] * downscale))
 
-    def __call__(self, shown: DiscriminatorInput, rows: range) -> DiscriminatorInput:
+    def __call__(self, inputs: DiscriminatorInput, rows: range) -> DiscriminatorInput:
         """What D is shown for the rows of these numbers, some of them replaced."""
         first, last = floor(rows.start * self.fraction), floor(rows.stop * self.fraction)
         if first == last:
-            return shown
+            return inputs
         where = [n - rows.start for n in rows if floor((n + 1) * self.fraction) > floor(n * self.fraction)]
         pixels, captions = self.images.batch(self.seed, first, last - first)
         streams = [
@@ -53,10 +53,10 @@ class RealRows:
         z = noise(stream, range(first, last), (x.shape[1], x.shape[2], x.shape[3])).to(self.device)
         at = torch.tensor(where, device=self.device)
         return DiscriminatorInput(
-            _put(shown.x, at, x),
-            _put(shown.noise, at, z),
-            shown.text.map(lambda rows, others: _put(rows, at, others), self.text(captions)),
-            shown.t,
+            _put(inputs.latents, at, x),
+            _put(inputs.noise, at, z),
+            inputs.cond.map(lambda rows, others: _put(rows, at, others), self.text(captions)),
+            inputs.t,
         )
 
 

@@ -1,9 +1,9 @@
-"""The training loop of both stages."""
+"""The life of a training run, for both stages. The method itself is in distill/training/step.py."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,21 +18,27 @@ from d2g.core.tracking.loggers import check_loggers
 from d2g.core.tracking.run_directory import Pace, RunLog
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig, microbatch_size
-from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
-from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
 from distill.losses.noise_augmentation import Noiser
-from distill.losses.regression.regression import build_regression
-from distill.models.row_dropout import give_keys
+from distill.losses.regression.regression import Regression, build_regression
 from distill.models.student import check_teacher
+from distill.training.callbacks import (
+    Callback,
+    CheckpointCallback,
+    ReportCallback,
+    StopControl,
+    ValidationCallback,
+)
 from distill.training.data import bad_pairs, expect_enough, open_pairs, pair_batches
+from distill.training.failure import not_finite_error, write_failure
 from distill.training.logit_stats import LogitStats
-from distill.training.microbatch import MicroBatch, StepRandomness, penalised, sample_step_randomness, split
-from distill.training.monitor import Watching
-from distill.training.optim import learning_rate, update
+from distill.training.microbatch import StepPreparation
+from distill.training.monitor import RunMonitor
 from distill.training.real_rows import RealRows
 from distill.training.state import State, new_state
+from distill.training.step import LossTerms, StepContext, train_step
 from distill.training.text_cache import TextCache
 from distill.training.validation import Validate, held_out
+from pairgen.store.dataset import PairRows
 from pairgen.store.hdf5 import PairBatch
 
 
@@ -54,11 +60,11 @@ class TrainSummary:
 def train(
     config: DistillConfig, out: Path, progress: Progress = quiet, validate: Validate | None = None
 ) -> TrainSummary:
-    """Run one stage to its end, or on from the newest checkpoint in `out`. Runs on every rank of torchrun.
+    """Run one stage to its end, or resume from the newest checkpoint in `out`. Call on every rank.
 
-    `validate`: measured at each validation beside the held-out pairs. Raises UserError for input that does
-    not fit together, FloatingPointError at the first gradient that is not finite, sentinels.Collapse when
-    asked to stop at one, Interrupted on Ctrl-C; each leaves a whole checkpoint behind if there was one.
+    `validate` measures the student at each validation, beside the held-out pairs. Raises UserError for inputs
+    that do not fit together, FloatingPointError at the first gradient that is not finite, collapse.Collapse
+    when configured to stop at a collapse, Interrupted on Ctrl-C. The newest checkpoint stays complete.
     """
     try:
         return _train(config, out, progress, validate)
@@ -68,205 +74,95 @@ def train(
         last = checkpoint.latest(out / "checkpoints")
         where = f"from {last.folder}" if last else "from the start"
         raise UserError(
-            f"another process of this run is gone (process {process_group.rank()} lost it); its own message says why; "
-            f"the same command goes on {where}"
+            f"another process of this run is gone (process {process_group.rank()} lost it); its own message "
+            f"says why; the same command goes on {where}"
         ) from error
 
 
 def _train(config: DistillConfig, out: Path, progress: Progress, validate: Validate | None) -> TrainSummary:
-    # Set up.
-    _refuse(config)  # before the processes meet: who leaves then would hold up the others
+    # Set up: data, networks, losses.
+    validate_config(config)  # before the processes meet: a process that leaves then would block the others
     device = process_group.init()
-    options, gan, accumulate = config.train, config.gan, config.engine.gradient_accumulation
-    size = options.batch_size
-    told = config.student.guidance_conditioning
-    reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, told)
-    check_teacher(config.teacher, config.stage, config.student)
-    held_out(len(reader), options.validate_pairs)
-    expect_enough(len(reader), size, options.validate_pairs)
-    text_encoder = pretrained.load_conditioner(config.teacher).to(device)
-    encode = TextCache(text_encoder.encode, config.data.text_cache, device)
+    options, folder = config.train, out / "checkpoints"
+    reader = _open_reader(config)
+    encode = _build_encoder(config, device)
     regression = build_regression(config, reader.spec.latent_shape[0], device)
-    noised = Noiser(config, device)
-    with_real = RealRows(config, reader.spec.latent_shape, encode, device)
-    folder = out / "checkpoints"
+    noise_augment = Noiser(config, device)
+    mix_in_real_images = RealRows(config, reader.spec.latent_shape, encode, device)
     last = agree_on_checkpoint(folder)
-    state: State = new_state(config, device, fresh=last is None)
-    student, discriminator = state.student, state.discriminator
+    state = new_state(config, device, fresh=last is None)
+    autocast = _build_autocast(config, device)
+    logit_stats = LogitStats()
 
-    def autocast() -> AbstractContextManager[None]:
-        whole = options.precision == "bf16" and config.engine.parallel == "ddp"
-        return torch.autocast(device.type, torch.bfloat16, enabled=whole)
-
-    def generate(micro: MicroBatch) -> Tensor:
-        if micro.keys is not None:
-            give_keys(student.module, micro.keys)
-        with autocast():
-            latents: Tensor = student(micro.noise, micro.text, *micro.guidance)
-        return latents
-
-    # Resume.
+    # Resume: weights, optimizers and the log go back to the same image.
     log = RunLog(out, _split_config(config), ignore=("length",))
     if last is not None:
         state.load(last, config)
     log.rewind(state.nimg)
     log.attach(options.loggers, state.nimg)
-    watching = Watching(config, log, reader, state, regression, encode, device, autocast, validate)
+    monitor = RunMonitor(config, log, reader, state, regression, encode, device, autocast, validate)
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
 
-    def check(name: str, parts: Mapping[str, Tensor], batch: PairBatch) -> Callable[[Tensor], None]:
-        def checked(norm: Tensor) -> None:
-            if not torch.isfinite(norm):  # the norm is over all ranks, so that all of them come here
-                writer.finish()  # a checkpoint on its way is as good as any
-                raise not_finite(name, norm, parts, state.nimg, folder, bad_pairs(batch, config.pairs))
-
-        return checked
-
-    # Train.
-    pin = device.type == "cuda"
-    workers, kept = options.loader_workers, options.validate_pairs
-    batches = pair_batches(reader, size, config.seed, state.nimg, workers, config.data, pin, kept)
+    # Build the step, and the batches in the order that resumes at this image.
     pace = Pace(log.read(), state.nimg, process_group.world_size())
+    finite = FiniteCheck(out, config.pairs, state, logit_stats, writer)
+    prepare = _build_preparation(config, regression, noise_augment, encode, device)
+    context = StepContext(
+        state=state,
+        regression=regression,
+        noise_augment=noise_augment,
+        mix_in_real_images=mix_in_real_images,
+        gan=config.gan,
+        optim=config.optim,
+        batch_size=options.batch_size,
+        logit_stats=logit_stats,
+        autocast=autocast,
+        waiting=pace.waiting,
+        check_finite=finite.check,
+    )
+    batches = _open_batches(config, reader, state.nimg, device)
     started, first = time.monotonic(), state.nimg
     finished = state.nimg >= options.images
-    latest: dict[str, Tensor] = {}  # each value's last, since the last report: not every step has all
-    seen = LogitStats()
-    with watching.to_the_end(), StopFlag() as stop:
-        if last is not None and watching.missed():
-            watching.validate()
+
+    with monitor.record_ending(), StopFlag() as stop:
+        control = StopControl(options, stop, writer)
+        checkpoints = CheckpointCallback(config, monitor, state, writer)
+        callbacks: tuple[Callback, ...] = (
+            ReportCallback(options, monitor, logit_stats, pace, writer),
+            checkpoints,
+            ValidationCallback(monitor, checkpoints, writer),
+        )
+        if last is not None and monitor.validation_missed():
+            monitor.validate()
         while not finished:
+            # Read pairs and draw the step's random numbers.
             with pace.waiting():
                 batch = next(batches)
-            nimg, step = state.nimg, state.steps
-            draws: StepRandomness = sample_step_randomness(
-                config, regression, reader.spec.latent_shape, nimg, noised.levels
-            )
-            micros: list[MicroBatch] = split(batch, draws, encode, config, noised, device)
-            moves_g = discriminator is None or step % gan.d_steps_per_g_step == gan.d_steps_per_g_step - 1
-            shared = accumulate == 1 and moves_g  # one pass of the student serves both networks
-            parts: dict[str, Tensor] = {}
+            finite.batch = batch
+            microbatches, randomness = prepare(batch, state.nimg)
 
-            def add(found: Mapping[str, Tensor], parts: dict[str, Tensor] = parts) -> None:
-                for name, value in found.items():
-                    parts[name] = parts.get(name, 0) + value.detach().float() / accumulate
-
-            for micro in micros if discriminator is not None or shared else []:
-                with torch.set_grad_enabled(shared):
-                    micro.fake = generate(micro)
-
-            # Discriminator: real rows; generated rows, of which some are mismatched real ones; a penalty.
-            if discriminator is not None:
-                assert state.optim_d is not None
-                discriminator.module.requires_grad_(True)
-                for micro in micros:
-                    x, z, c = mix_and_match(
-                        micro.fake.detach(), micro.real, micro.noise, micro.text, micro.mode, micro.partner
-                    )
-                    with pace.waiting():  # for photographs, if there are to be any
-                        shown = with_real(
-                            DiscriminatorInput(micro.real, micro.noise, micro.text, micro.t), micro.rows
-                        )
-                    micro.d_real = replace(shown, x=noised(shown.x, micro.t, micro.eps[0]))
-                    micro.d_fake = DiscriminatorInput(noised(x, micro.t, micro.eps[1]), z, c, micro.t)
-                apart = gan.active_penalty not in (
-                    "none",
-                    "approx",
-                )  # a pass of its own, differentiated twice
-                if apart and step % gan.penalty_interval == 0:
-                    with discriminator.bare_module() as judge:
-                        for real, fake, weight in penalised(micros, draws, gan.active_penalty):
-                            value, found = penalty(gan, judge, real, fake)
-                            (weight * value).backward()
-                            add({name: accumulate * weight * v for name, v in found.items()})
-                for number, micro in enumerate(micros):
-                    with discriminator.no_sync(number < accumulate - 1):
-                        with autocast():
-                            real, fake = micro.d_real, micro.d_fake
-                            logits_real = discriminator(real.x, real.noise, real.text, real.t)
-                            logits_fake = discriminator(fake.x, fake.noise, fake.text, fake.t)
-                            loss_d = discriminator_loss(
-                                logits_real, logits_fake, gan.loss, gan.head_reduction
-                            )
-                            add({"loss/d": loss_d})
-                            seen.add(number, real=logits_real, fake=logits_fake)
-                            if micro.moved is not None:
-                                value, found = approximation(
-                                    gan, discriminator, real, logits_real, micro.moved
-                                )
-                                loss_d = loss_d + value
-                                add(found)
-                        (loss_d / accumulate).backward()
-                lr = learning_rate(nimg, gan.optim, size)
-                parts["grad/d"] = update(
-                    state.optim_d, discriminator, gan.optim, lr, check("grad/d", parts, batch)
-                )
-                discriminator.module.requires_grad_(False)
-
-            # Student: regression on the pair, and the discriminator's verdict on the same latents. Their
-            # slope at the latents goes on into the student once the discriminator's graph is gone.
-            for number, micro in enumerate(micros if moves_g else []):
-                with student.no_sync(number < accumulate - 1):
-                    if not shared:
-                        micro.fake = generate(micro)
-                    latents = micro.fake.detach().requires_grad_()
-                    loss_g, found = regression(latents, micro.real, micro.transforms)
-                    if discriminator is not None:
-                        with autocast():
-                            verdict = discriminator.forward_frozen(
-                                noised(latents, micro.t, micro.eps[1]), micro.noise, micro.text, micro.t
-                            )
-                            rival = None
-                            if gan.loss == "rpgan":
-                                with torch.no_grad():
-                                    s = micro.d_real
-                                    rival = discriminator.forward_frozen(s.x, s.noise, s.text, s.t)
-                        seen.add(number, student=verdict)
-                        found["loss/g_gan"] = generator_loss(verdict, gan.loss, gan.head_reduction, rival)
-                        loss_g = loss_g + gan.weight * found["loss/g_gan"]
-                    add({**found, "loss/g": loss_g})
-                    (slope,) = torch.autograd.grad(loss_g, latents)
-                    micro.fake.backward(slope / accumulate)
-            if moves_g:
-                lr = learning_rate(nimg, config.optim, size)
-                parts["grad/g"] = update(
-                    state.optim_g, student, config.optim, lr, check("grad/g", parts, batch)
-                )
-                state.ema.update(student.module, nimg + size)
-            latest |= parts
-            state.nimg, state.steps = nimg + size, step + 1
+            # Update the networks.
+            terms = train_step(context, microbatches, randomness)
+            state.nimg, state.steps = state.nimg + options.batch_size, state.steps + 1
             progress(config.stage, min(state.nimg, options.images), options.images)
 
-            # Report, validate, save.
-            late = options.minutes is not None and time.monotonic() - started > 60 * options.minutes
-            flags = process_group.any_of({"stop": bool(stop), "late": late, "writing": not writer.done})
-            finished = state.nimg >= options.images or flags["late"]
-            if not flags["writing"]:
-                writer.finish()
-            if passed_interval(state.nimg, size, options.report_images) or finished:
-                watching.report({**latest, **seen.report(micros)}, pace, writer)
-                latest.clear()
-            # Saved first: whoever sends SIGTERM does not wait for a validation.
-            due = passed_interval(state.nimg, size, options.checkpoint_images) or finished or flags["stop"]
-            if due:
-                writer.finish()  # the one before it has its name now, and may be the best
-                writer.spare = watching.spare()
-                state.save(writer, config)
-            if not flags["stop"] and watching.due(finished):
-                writer.finish()  # what is being written counts among the points to choose from
-                if watching.validate() and not due:
-                    writer.spare = watching.spare()
-                    state.save(writer, config)
-            if finished or flags["stop"]:
-                writer.finish()
-            if flags["stop"] and not finished:
+            # Report, save, validate, stop.
+            event = control.event(state.nimg, terms, microbatches)
+            for callback in callbacks:
+                callback.after_step(event)
+            finished = event.finished
+            if event.interrupted and not finished:
                 raise Interrupted(
                     f"stopped at image {state.nimg}; safe on disk: {folder / f'{state.nimg:09d}'}; "
                     "run the same command again to go on"
                 )
-    seconds = time.monotonic() - started
-    newest = checkpoint.latest(folder)
+    return _summary(out, log, state, options.images, first, time.monotonic() - started)
+
+
+def _summary(out: Path, log: RunLog, state: State, images: int, first: int, seconds: float) -> TrainSummary:
+    newest = checkpoint.latest(out / "checkpoints")
     if newest is None:
-        raise UserError(f"{out}: nothing to train, train.images is {options.images}")
+        raise UserError(f"{out}: nothing to train, train.images is {images}")
     lines = log.read()  # a validation has a line of its own
     values = {k: v for line in lines if line["nimg"] == lines[-1]["nimg"] for k, v in line.items()}
     return TrainSummary(
@@ -280,9 +176,99 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     )
 
 
-def passed_interval(nimg: int, size: int, interval: int) -> bool:
-    """Whether a multiple of `interval` lies in the last step's images: the same after a restart."""
-    return nimg // interval > (nimg - size) // interval
+class FiniteCheck:
+    """Stops a run before an update with a gradient that is not finite, and writes RUN/failure."""
+
+    def __init__(
+        self,
+        run: Path,
+        pairs: str,
+        state: State,
+        logit_stats: LogitStats,
+        writer: sharded_checkpoint.Writer,
+    ) -> None:
+        self.run, self.pairs, self.state = run, pairs, state
+        self.logit_stats, self.writer = logit_stats, writer
+        self.batch: PairBatch | None = None
+
+    def check(self, name: str, norm: Tensor, terms: LossTerms) -> None:
+        """Raise FloatingPointError if `norm`, which is the same on every rank, is not finite."""
+        if torch.isfinite(norm):
+            return
+        assert self.batch is not None
+        self.writer.finish()  # a checkpoint that is being written stays usable
+        write_failure(
+            self.run,
+            step=self.state.steps,
+            nimg=self.state.nimg,
+            gradient=name,
+            norm=norm,
+            pairs=self.batch.index.tolist(),
+            terms=terms,
+            logits=self.logit_stats.latest(),
+        )
+        bad = bad_pairs(self.batch, self.pairs)
+        raise not_finite_error(name, norm, terms, self.state.nimg, self.run, bad)
+
+
+def _open_reader(config: DistillConfig) -> PairRows:
+    """The pairs of the run, which fit the teacher, the student and the batch size."""
+    guided, held_out_pairs = config.student.guidance_conditioning, config.train.validate_pairs
+    reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, guided)
+    check_teacher(config.teacher, config.stage, config.student)
+    held_out(len(reader), held_out_pairs)
+    expect_enough(len(reader), config.train.batch_size, held_out_pairs)
+    return reader
+
+
+def _open_batches(
+    config: DistillConfig, reader: PairRows, nimg: int, device: torch.device
+) -> Iterator[PairBatch]:
+    """This rank's endless batches from image `nimg` on."""
+    options, pin_memory = config.train, device.type == "cuda"
+    return pair_batches(
+        reader,
+        options.batch_size,
+        config.seed,
+        nimg,
+        options.loader_workers,
+        config.data,
+        pin_memory,
+        options.validate_pairs,
+    )
+
+
+def _build_encoder(config: DistillConfig, device: torch.device) -> TextCache:
+    conditioner = pretrained.load_conditioner(config.teacher).to(device)
+    return TextCache(conditioner.encode, config.data.text_cache, device)
+
+
+def _build_autocast(
+    config: DistillConfig, device: torch.device
+) -> Callable[[], AbstractContextManager[None]]:
+    """bf16 autocast where configured; FSDP2 casts by itself."""
+    enabled = config.train.precision == "bf16" and config.engine.parallel == "ddp"
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _build_preparation(
+    config: DistillConfig,
+    regression: Regression,
+    noise_augment: Noiser,
+    encode: TextCache,
+    device: torch.device,
+) -> StepPreparation:
+    return StepPreparation(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        microbatches=config.engine.gradient_accumulation,
+        dropout=config.student.dropout > 0,
+        gan=config.gan if config.stage == "gan" else None,
+        regression=regression,
+        noise_augment=noise_augment,
+        encode=encode,
+        device=device,
+    )
 
 
 def agree_on_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
@@ -292,25 +278,8 @@ def agree_on_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
     return None if name is None else checkpoint.open_checkpoint(folder / name)
 
 
-def not_finite(
-    name: str, norm: Tensor, parts: Mapping[str, Tensor], nimg: int, folder: Path, pairs: str = ""
-) -> FloatingPointError:
-    """The error of a gradient norm that is not finite, to be raised before the optimizer's step. It names
-    this rank's first bad loss, if any. pairs: what is wrong with those of this step, if they are at fault.
-    """
-    bad = {k: v for k, v in {**parts, name: norm}.items() if not torch.isfinite(v)}
-    culprit, value = next(iter(bad.items()))
-    last = checkpoint.latest(folder)
-    where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
-    way = "lower the learning rate in another --out"
-    way += f", from there with --set init={folder.parent}" if last else ""
-    if pairs:  # which the same command meets again, whatever the rate
-        return FloatingPointError(f"{pairs}; training stopped at image {nimg}; {where}")
-    return FloatingPointError(f"{culprit} is {value.item()} at image {nimg}; {where}; {way}")
-
-
-def _refuse(config: DistillConfig) -> None:
-    """What can be known before anything is loaded."""
+def validate_config(config: DistillConfig) -> None:
+    """Raise SettingError for settings that are wrong whatever the inputs hold, before anything is loaded."""
     for name in ("pairs", "teacher", *(["init"] if config.stage == "gan" else [])):
         if not getattr(config, name):
             raise SettingError(f"{name} is not set; give --{name}")

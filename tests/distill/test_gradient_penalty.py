@@ -128,7 +128,7 @@ def shown(rows: int, seed: int = 0) -> DiscriminatorInput:
 
 
 def of(judge: Discriminator, s: DiscriminatorInput, **settings: Any) -> float:
-    return r1_penalty(judge, s.x, s.noise, s.text, s.t, **settings).item()
+    return r1_penalty(judge, s.latents, s.noise, s.cond, s.t, **settings).item()
 
 
 def asked(judge: Discriminator, **settings: Any) -> tuple[float, dict[str, float]]:
@@ -145,9 +145,9 @@ def test_a_linear_judge_in_closed_form() -> None:
 
     s = shown(2)
     slope, positions, channels = 2.0 - 1.0, 16, 4
-    mean = r1_penalty(judge, s.x, s.noise, s.text)
+    mean = r1_penalty(judge, s.latents, s.noise, s.cond)
     assert mean.item() == pytest.approx(channels * positions * (slope / positions) ** 2)
-    total = r1_penalty(judge, s.x, s.noise, s.text, reduction="sum")
+    total = r1_penalty(judge, s.latents, s.noise, s.cond, reduction="sum")
     assert total.item() == pytest.approx(channels * positions * slope**2)
 
 
@@ -183,8 +183,8 @@ def test_the_approximation_nears_the_squared_gradient(judge: Discriminator) -> N
 
     config = DiscriminatorConfig(penalty="approx", approx_sigma=0.1, approx_weight=7.0)
     s, rng = shown(1), torch.Generator().manual_seed(0)
-    clean = linear(s.x, s.noise, s.text, None)
-    eps = torch.randn(4_000, *s.x.shape, generator=rng)
+    clean = linear(s.latents, s.noise, s.cond, None)
+    eps = torch.randn(4_000, *s.latents.shape, generator=rng)
     values = [approximation(config, linear, s, clean, each) for each in eps]
     slopes = 64 * (3 / 64) ** 2
     mean = sum(parts["loss/r1_approx"].item() for _, parts in values) / len(values)
@@ -209,5 +209,5 @@ def test_it_is_asked_at_the_rows_time() -> None:
         return {"a": (x * t.view(-1, 1, 1, 1)).sum((1, 2, 3), keepdim=True)}
 
     s = shown(3)
-    told = DiscriminatorInput(s.x, s.noise, s.text, torch.tensor([0, 2, 5]))
+    told = DiscriminatorInput(s.latents, s.noise, s.cond, torch.tensor([0, 2, 5]))
     assert [of(judge, told.row(i)) for i in range(3)] == [0.0, 64 * 4.0, 64 * 25.0]  # type: ignore[arg-type]

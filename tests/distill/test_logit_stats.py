@@ -69,11 +69,11 @@ def test_what_was_said_of_micro_batches_is_of_all_their_rows() -> None:
     for number, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 6))):
         blank = torch.zeros(2, 1, 4, 4)
         micro = MicroBatch(
-            prompts=["", ""], noise=blank, real=real[rows], text=blank, guidance=(), transforms=None,
-            rows=range(2), keys=None, mode=mode[rows], partner=torch.arange(2), t=None, eps=(None, None),
-            moved=None,
+            prompts=["", ""], noise=blank, target=real[rows], cond=blank, guidance=(), transforms=None,
+            rows=range(2), dropout_keys=None, mix_mode=mode[rows], mix_partner=torch.arange(2), t=None,
+            augment_noise=(None, None), r1_noise=None,
         )  # fmt: skip
-        micro.fake = fake[rows].clone().requires_grad_()
+        micro.generated = fake[rows].clone().requires_grad_()
         micros.append(micro)
         seen.add(number, **{kind: {"a": blank, "b": blank} for kind in ("real", "fake", "student")})
         for kind, of in zip(("real", "fake", "student"), said, strict=True):

@@ -28,8 +28,9 @@ from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig, OptimConfig
 from distill.models.student import student_from_teacher
+from distill.training.failure import not_finite_error
 from distill.training.optim import learning_rate, optimizer, update
-from distill.training.train import not_finite, train
+from distill.training.train import train
 from jobs import BATCH, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -352,7 +353,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     adam = torch.optim.AdamW(module.parameters(), lr=1.0)
 
     def check(norm: Tensor) -> None:
-        raise not_finite("grad/g", norm, {"loss/g": torch.tensor(1.0)}, 8, tmp_path)
+        raise not_finite_error("grad/g", norm, {"loss/g": torch.tensor(1.0)}, 8, tmp_path)
 
     with pytest.raises(
         FloatingPointError, match="grad/g is nan at image 8; no checkpoint was written before"

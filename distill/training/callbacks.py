@@ -1,0 +1,131 @@
+"""What happens after a step besides the method: when to stop, reports, checkpoints, validation.
+
+`train` calls the callbacks in this order after every step, on every rank: reports, checkpoints, validation.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from d2g.core.distributed import process_group
+from d2g.core.distributed.sharded_checkpoint import Writer
+from d2g.core.signals import StopFlag
+from d2g.core.tracking.run_directory import Pace
+from distill.config.run import DistillConfig, TrainConfig
+from distill.training.logit_stats import LogitStats
+from distill.training.microbatch import MicroBatch
+from distill.training.monitor import RunMonitor
+from distill.training.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """A finished step. The flags are the same on every rank."""
+
+    nimg: int
+    finished: bool
+    """The run has all its images, or its minutes are over."""
+    interrupted: bool
+    """Somebody asked to stop: Ctrl-C or SIGTERM on any rank."""
+    writing: bool
+    """Some rank is still writing the previous checkpoint."""
+    terms: Mapping[str, Tensor]
+    microbatches: Sequence[MicroBatch]
+
+
+class Callback(Protocol):
+    """Something that is done after steps."""
+
+    def after_step(self, event: StepEvent) -> None:
+        """Called on every rank after every step."""
+
+
+class StopControl:
+    """Decides, together with all ranks, whether the run goes on."""
+
+    def __init__(self, options: TrainConfig, stop: StopFlag, writer: Writer) -> None:
+        self.options, self.stop, self.writer = options, stop, writer
+        self.started = time.monotonic()
+
+    def event(self, nimg: int, terms: Mapping[str, Tensor], microbatches: Sequence[MicroBatch]) -> StepEvent:
+        """The step that ended at `nimg` images. Call on every rank."""
+        minutes = self.options.minutes
+        late = minutes is not None and time.monotonic() - self.started > 60 * minutes
+        flags = process_group.any_of({"stop": bool(self.stop), "late": late, "writing": not self.writer.done})
+        return StepEvent(
+            nimg=nimg,
+            finished=nimg >= self.options.images or flags["late"],
+            interrupted=flags["stop"],
+            writing=flags["writing"],
+            terms=terms,
+            microbatches=microbatches,
+        )
+
+
+class ReportCallback:
+    """Writes a line of stats.jsonl, a preview, and warnings about a collapse at each report interval."""
+
+    def __init__(
+        self, options: TrainConfig, monitor: RunMonitor, logit_stats: LogitStats, pace: Pace, writer: Writer
+    ) -> None:
+        self.options, self.monitor, self.logit_stats = options, monitor, logit_stats
+        self.pace, self.writer = pace, writer
+        self.latest: dict[str, Tensor] = {}  # latest value of each term since the last report
+
+    def after_step(self, event: StepEvent) -> None:
+        """Collect the step's terms, and report if it is time."""
+        if not event.writing:
+            self.writer.finish()
+        self.latest |= event.terms
+        if passed_interval(event.nimg, self.options.batch_size, self.options.report_images) or event.finished:
+            statistics = self.logit_stats.report(event.microbatches)
+            self.monitor.report({**self.latest, **statistics}, self.pace, self.writer)
+            self.latest.clear()
+
+
+class CheckpointCallback:
+    """Saves the training state at each checkpoint interval and at the end."""
+
+    def __init__(self, config: DistillConfig, monitor: RunMonitor, state: State, writer: Writer) -> None:
+        self.config, self.monitor, self.state, self.writer = config, monitor, state, writer
+        self.saved_at = -1
+
+    def after_step(self, event: StepEvent) -> None:
+        """Save if it is time. This comes before validation: whoever sends SIGTERM does not wait for one."""
+        options = self.config.train
+        due = passed_interval(event.nimg, options.batch_size, options.checkpoint_images)
+        if due or event.finished or event.interrupted:
+            self.writer.finish()  # the previous checkpoint gets its name first: it may be the best one
+            self.save(event.nimg)
+
+    def save(self, nimg: int) -> None:
+        """Save this point, unless it is saved already. Keeps the best checkpoint beside the newest ones."""
+        if nimg == self.saved_at:
+            return
+        self.writer.spare = self.monitor.checkpoints_to_keep()
+        self.state.save(self.writer, self.config)
+        self.saved_at = nimg
+
+
+class ValidationCallback:
+    """Validates at each validation interval, and saves a checkpoint of a new best point."""
+
+    def __init__(self, monitor: RunMonitor, checkpoints: CheckpointCallback, writer: Writer) -> None:
+        self.monitor, self.checkpoints, self.writer = monitor, checkpoints, writer
+
+    def after_step(self, event: StepEvent) -> None:
+        """Validate if it is time; then wait for the last checkpoint if the run ends here."""
+        if not event.interrupted and self.monitor.validation_due(event.finished):
+            self.writer.finish()  # what is being written is one of the points to choose from
+            if self.monitor.validate():
+                self.checkpoints.save(event.nimg)
+        if event.finished or event.interrupted:
+            self.writer.finish()
+
+
+def passed_interval(nimg: int, size: int, interval: int) -> bool:
+    """Whether a multiple of `interval` lies in the last step's images: the same after a restart."""
+    return nimg // interval > (nimg - size) // interval

@@ -1,0 +1,224 @@
+"""One training step of either stage: the method of Diffusion2GAN.
+
+The random numbers and the rows of a step are prepared in distill/training/microbatch.py, so that nothing here
+depends on the number of processes, micro-batches or restarts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distill.config.components import DiscriminatorConfig, OptimConfig
+from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
+from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
+from distill.losses.noise_augmentation import Noiser
+from distill.losses.regression.regression import Regression
+from distill.models.row_dropout import give_keys
+from distill.training.logit_stats import LogitStats
+from distill.training.microbatch import MicroBatch, StepRandomness, penalty_batches
+from distill.training.optim import learning_rate, update
+from distill.training.real_rows import RealRows
+from distill.training.state import State
+
+
+class LossTerms(Mapping[str, Tensor]):
+    """Unweighted loss terms of a step by name, as means over its micro-batches, and gradient norms."""
+
+    def __init__(self, microbatches: int) -> None:
+        self.microbatches = microbatches
+        self._values: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, terms: Mapping[str, Tensor], weight: float | None = None) -> None:
+        """Add terms of one pass. `weight`: of the pass in the mean, 1 / microbatches unless given."""
+        for name, value in terms.items():
+            share = value.detach().float()
+            share = share / self.microbatches if weight is None else weight * share
+            self._values[name] = self._values.get(name, 0) + share
+
+    def set(self, name: str, value: Tensor) -> None:
+        """Set a value that belongs to the whole step."""
+        self._values[name] = value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """What a step works with. `check_finite(name, gradient_norm, terms)` raises before a bad update;
+    `waiting` counts time that is spent on waiting for data.
+    """
+
+    state: State
+    regression: Regression
+    noise_augment: Noiser
+    mix_in_real_images: RealRows
+    gan: DiscriminatorConfig
+    optim: OptimConfig
+    batch_size: int
+    logit_stats: LogitStats
+    autocast: Callable[[], AbstractContextManager[None]]
+    waiting: Callable[[], AbstractContextManager[None]]
+    check_finite: Callable[[str, Tensor, LossTerms], None]
+
+
+def train_step(
+    context: StepContext, microbatches: Sequence[MicroBatch], randomness: StepRandomness
+) -> LossTerms:
+    """Update D (second stage) and the student on the rows of one batch; returns the loss terms.
+
+    The student is updated in every step, or in every `gan.d_steps_per_g_step`-th one.
+    """
+    state, gan = context.state, context.gan
+    terms = LossTerms(len(microbatches))
+    update_generator = state.discriminator is None or (state.steps + 1) % gan.d_steps_per_g_step == 0
+    reuse_student_pass = len(microbatches) == 1 and update_generator  # one forward pass serves both updates
+
+    # Generate from noise and conditioning in one step.
+    if state.discriminator is not None or reuse_student_pass:
+        for microbatch in microbatches:
+            with torch.set_grad_enabled(reuse_student_pass):
+                microbatch.generated = generate(context, microbatch)
+
+    if state.discriminator is not None:
+        discriminator_step(context, microbatches, randomness, terms)
+    if update_generator:
+        generator_step(context, microbatches, terms, reuse_student_pass)
+    return terms
+
+
+def generate(context: StepContext, microbatch: MicroBatch) -> Tensor:
+    """The student's latents [b, C, h, w] for the noise and the conditioning of a micro-batch."""
+    student = context.state.student
+    if microbatch.dropout_keys is not None:
+        give_keys(student.module, microbatch.dropout_keys)
+    with context.autocast():
+        latents: Tensor = student(microbatch.noise, microbatch.cond, *microbatch.guidance)
+    return latents
+
+
+def discriminator_step(
+    context: StepContext,
+    microbatches: Sequence[MicroBatch],
+    randomness: StepRandomness,
+    terms: LossTerms,
+) -> None:
+    """Update D to tell the teacher's latents from the student's, given noise and text (method.md "GAN
+    objective")."""
+    state, gan, discriminator = context.state, context.gan, context.state.discriminator
+    assert discriminator is not None and state.optim_d is not None
+    discriminator.module.requires_grad_(True)
+    for microbatch in microbatches:
+        set_discriminator_inputs(context, microbatch)
+
+    # The gradient penalty has forward passes of its own, which are differentiated twice.
+    separate_penalty_pass = gan.active_penalty not in ("none", "approx")
+    if separate_penalty_pass and state.steps % gan.penalty_interval == 0:
+        with discriminator.bare_module() as bare_discriminator:
+            for real, fake, weight in penalty_batches(microbatches, randomness, gan.active_penalty):
+                loss, values = penalty(gan, bare_discriminator, real, fake)
+                (weight * loss).backward()
+                terms.add(values, weight)
+
+    # The adversarial loss, and the approximated penalty, which needs no second derivative.
+    for number, microbatch in enumerate(microbatches):
+        with discriminator.no_sync(number < len(microbatches) - 1):
+            with context.autocast():
+                real, fake = microbatch.d_real, microbatch.d_fake
+                logits_real = discriminator(real.latents, real.noise, real.cond, real.t)
+                logits_fake = discriminator(fake.latents, fake.noise, fake.cond, fake.t)
+                loss = discriminator_loss(logits_real, logits_fake, gan.loss, gan.head_reduction)
+                terms.add({"loss/d": loss})
+                context.logit_stats.add(number, real=logits_real, fake=logits_fake)
+                if microbatch.r1_noise is not None:
+                    approximate, values = approximation(
+                        gan, discriminator, real, logits_real, microbatch.r1_noise
+                    )
+                    loss = loss + approximate
+                    terms.add(values)
+            (loss / len(microbatches)).backward()
+
+    _update(context, "grad/d", terms)
+    discriminator.module.requires_grad_(False)
+
+
+def set_discriminator_inputs(context: StepContext, microbatch: MicroBatch) -> None:
+    """What D sees of a micro-batch: real rows, some of them photographs if configured, and generated rows,
+    some of them replaced by mismatched real ones (method.md "Mix-and-match augmentation")."""
+    latents, noise, cond = mix_and_match(
+        microbatch.generated.detach(),
+        microbatch.target,
+        microbatch.noise,
+        microbatch.cond,
+        microbatch.mix_mode,
+        microbatch.mix_partner,
+    )
+    real = DiscriminatorInput(microbatch.target, microbatch.noise, microbatch.cond, microbatch.t)
+    with context.waiting():
+        real = context.mix_in_real_images(real, microbatch.rows)
+    noise_real, noise_fake = microbatch.augment_noise
+    augment = context.noise_augment
+    microbatch.d_real = replace(real, latents=augment(real.latents, microbatch.t, noise_real))
+    latents = augment(latents, microbatch.t, noise_fake)
+    microbatch.d_fake = DiscriminatorInput(latents, noise, cond, microbatch.t)
+
+
+def generator_step(
+    context: StepContext, microbatches: Sequence[MicroBatch], terms: LossTerms, reuse_student_pass: bool
+) -> None:
+    """Update the student: regression to the teacher's latents, plus the adversarial loss of D on the same
+    latents (method.md "GAN objective")."""
+    state, gan, discriminator = context.state, context.gan, context.state.discriminator
+    for number, microbatch in enumerate(microbatches):
+        with state.student.no_sync(number < len(microbatches) - 1):
+            if not reuse_student_pass:
+                microbatch.generated = generate(context, microbatch)
+            latents = microbatch.generated.detach().requires_grad_()
+            loss, values = context.regression(latents, microbatch.target, microbatch.transforms)
+            if discriminator is not None:
+                values["loss/g_gan"] = adversarial_loss(context, number, microbatch, latents)
+                loss = loss + gan.weight * values["loss/g_gan"]
+            terms.add({**values, "loss/g": loss})
+            # Backward in two parts: D's graph is freed before the student's backward pass begins.
+            (grad_latents,) = torch.autograd.grad(loss, latents)
+            microbatch.generated.backward(grad_latents / len(microbatches))
+    _update(context, "grad/g", terms)
+    state.ema.update(state.student.module, state.nimg + context.batch_size)
+
+
+def adversarial_loss(context: StepContext, number: int, microbatch: MicroBatch, latents: Tensor) -> Tensor:
+    """The student's adversarial loss on its latents [b, C, h, w], by a frozen D."""
+    gan, discriminator = context.gan, context.state.discriminator
+    assert discriminator is not None
+    with context.autocast():
+        augmented = context.noise_augment(latents, microbatch.t, microbatch.augment_noise[1])
+        logits_fake = discriminator.forward_frozen(augmented, microbatch.noise, microbatch.cond, microbatch.t)
+        logits_real = None
+        if gan.loss == "rpgan":  # compares with the real rows
+            with torch.no_grad():
+                real = microbatch.d_real
+                logits_real = discriminator.forward_frozen(real.latents, real.noise, real.cond, real.t)
+    context.logit_stats.add(number, student=logits_fake)
+    return generator_loss(logits_fake, gan.loss, gan.head_reduction, logits_real)
+
+
+def _update(context: StepContext, name: str, terms: LossTerms) -> None:
+    """One optimizer step of D ("grad/d") or of the student ("grad/g"), if its gradient norm is finite."""
+    state = context.state
+    if name == "grad/d":
+        assert state.optim_d is not None and state.discriminator is not None
+        optim, network, config = state.optim_d, state.discriminator, context.gan.optim
+    else:
+        optim, network, config = state.optim_g, state.student, context.optim
+    lr = learning_rate(state.nimg, config, context.batch_size)
+    norm = update(optim, network, config, lr, lambda norm: context.check_finite(name, norm, terms))
+    terms.set(name, norm)
