@@ -1,4 +1,4 @@
-"""Does a picture show its prompt: CLIP score and image-to-text retrieval."""
+"""How well an image shows its prompt: CLIP score and image-to-text retrieval."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,7 @@ from eval.networks.registry import ClipNet
 
 
 def clip_scores(clip: ClipNet, images: Tensor, prompts: list[str], *, prefix: str = "") -> Tensor:
-    """Cosine of each uint8 image [B, 3, H, W] and `prefix + prompt`. Returns [B] float64 in [-1, 1], not
-    x100.
+    """Cosine of each uint8 image [B, 3, H, W] and `prefix + prompt`: [B] float64 in [-1, 1], not times 100.
 
     The mean over images is the CLIP score as GigaGAN and Diffusion2GAN report it (Hessel et al. 2021 clip at
     0 and multiply by 2.5).
@@ -24,15 +23,17 @@ def retrieval_top1(
 ) -> float:
     """Share of images whose own caption is nearest among `candidates` distinct captions (itself included).
 
-    images, texts [N, D] unit vectors of image i and caption i. Fewer distinct captions: all are candidates.
+    `images`, `texts` [N, D]: unit vectors of image i and caption i. With fewer distinct captions all are
+    candidates.
     """
     first = {caption: row for row, caption in reversed(list(enumerate(captions)))}
     distinct = sorted(first.values())
     number = min(candidates, len(distinct))
-    stream, right = generator(seed), 0
+    stream, correct = generator(seed), 0
+    # Compare each image with its own caption and with random other ones.
     for row, caption in enumerate(captions):
         shuffled = torch.randperm(len(distinct), generator=stream)[:number].tolist()
         others = [distinct[i] for i in shuffled if distinct[i] != first[caption]][: number - 1]
         scores = texts[others] @ images[row]
-        right += bool(scores.numel() == 0 or texts[row] @ images[row] > scores.max())
-    return right / len(captions)
+        correct += bool(scores.numel() == 0 or texts[row] @ images[row] > scores.max())
+    return correct / len(captions)

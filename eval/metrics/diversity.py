@@ -1,4 +1,4 @@
-"""How different are pictures of one prompt: mean pairwise distance (DreamDiv, with any features)."""
+"""Diversity of the images of one prompt: mean pairwise distance (DreamDiv, with any features)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from d2g.core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diversity:
-    """Mean over prompts, its standard error (infinite for one prompt), and what went into it."""
+    """Mean over prompts, its standard error (infinite for one prompt), and counts."""
 
     mean: float
     standard_error: float
@@ -23,8 +23,9 @@ class Diversity:
 def prompt_diversity(features: Tensor, prompts: Sequence[str]) -> Diversity:
     """Mean over prompts of the mean pairwise 1 - cos of features [N, D], over all images of the prompt.
 
-    Several images (other noise) per prompt, in any order; prompts with one image are left out. With DreamSim
-    embeddings this is Diffusion2GAN's DreamDiv. Raises UserError when no prompt has two images.
+    Each prompt needs several images from different noise, in any order; prompts with one image are left out.
+    With DreamSim embeddings this is Diffusion2GAN's DreamDiv (method.md "DreamSim metrics"). Raises UserError
+    when no prompt has two images.
     """
     assert len(features) == len(prompts)
     rows: dict[str, list[int]] = {}

@@ -11,12 +11,12 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 
 UPDATE_ROWS = 1024
-"""Rows per rank-k update: larger blocks multiply faster, and fixed ones make batches of any size agree."""
+"""Rows per covariance update. Large blocks are fast; a fixed size makes results independent of batches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """What the features of a FeatureStats are features of. Distances need equal networks and resizing."""
+    """Where the features of a FeatureStats come from. Distances need equal networks and preprocessing."""
 
     features: str
     features_sha256: str
@@ -25,10 +25,10 @@ class Origin:
 
 
 class FeatureStats:
-    """Mean and covariance of rows in any batches (Chan et al. 1979, float64), and the rows in fp32.
+    """Mean and covariance in float64 of rows in batches of any size (Chan et al. 1979), and the rows in fp32.
 
-    Rows may carry their image's index. Then `rows` is sorted by it, so that samplers of rows draw the same
-    ones whichever process saw which image.
+    Rows may carry the index of their image. Then `rows` is sorted by index, so that a random subset does not
+    depend on which process saw which image.
     """
 
     def __init__(self, dim: int, origin: Origin) -> None:
@@ -47,7 +47,7 @@ class FeatureStats:
 
     @property
     def count(self) -> int:
-        """Rows seen."""
+        """Number of rows."""
         return self._count + self._waiting
 
     @property
@@ -58,7 +58,7 @@ class FeatureStats:
 
     @property
     def covariance(self) -> Tensor:
-        """[D, D] float64, divided by count - 1: of rank count - 1 at most. Needs two rows."""
+        """[D, D] float64, divided by count - 1; its rank is at most count - 1. Needs two rows."""
         self._settle()
         if self.count < 2:
             raise UserError(f"{self.origin.source}: {self.count} image(s); a covariance needs at least 2")
@@ -66,12 +66,12 @@ class FeatureStats:
 
     @property
     def rows(self) -> Tensor:
-        """The kept features [N, D] fp32; N < count where `tensors` kept fewer."""
+        """The features [N, D] fp32; N < count where a file keeps only a subset (`tensors`)."""
         rows = torch.cat(self._rows) if self._rows else torch.empty(0, self.dim)
         return rows[torch.cat(self._indices).argsort()] if self._indices else rows
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
-        """`count` kept rows chosen at random (all of them, in order, for 0 or when there are no more)."""
+        """A random subset of `count` rows; all rows, in order, for 0 or when there are not more."""
         rows = self.rows
         if count in (0, len(rows)) or count > len(rows):
             return rows
@@ -79,7 +79,7 @@ class FeatureStats:
         return rows[chosen.sort().values]
 
     def update(self, features: Tensor, indices: Tensor | None = None) -> None:
-        """Add rows [B, D] of the images `indices` [B]. Raises UserError when one is not finite."""
+        """Add rows [B, D] of the images `indices` [B]. Raises UserError when a value is not finite."""
         if not torch.isfinite(features).all():
             raise UserError(
                 f"{self.origin.source}: features are not finite; look for broken images or weights"
@@ -94,13 +94,14 @@ class FeatureStats:
         self._waiting += len(features)
         if self._waiting >= UPDATE_ROWS:
             rows = torch.cat(self._pending)
-            whole = len(rows) // UPDATE_ROWS * UPDATE_ROWS
-            for block in rows[:whole].split(UPDATE_ROWS):
+            # Only whole blocks are added; the rest waits.
+            complete = len(rows) // UPDATE_ROWS * UPDATE_ROWS
+            for block in rows[:complete].split(UPDATE_ROWS):
                 self._add(block)
-            self._pending, self._waiting = [rows[whole:].clone()], len(rows) - whole
+            self._pending, self._waiting = [rows[complete:].clone()], len(rows) - complete
 
     def merge(self, other: "FeatureStats") -> None:
-        """Add what another FeatureStats of the same features has seen."""
+        """Add the rows of another FeatureStats of the same features."""
         assert self.dim == other.dim
         assert not (self._rows and other._rows) or bool(self._indices) == bool(other._indices)
         other._settle()
@@ -110,9 +111,9 @@ class FeatureStats:
         self._indices += other._indices
 
     def gather(self) -> "FeatureStats":
-        """All processes' statistics and rows, merged in rank order on every process.
+        """The statistics and rows of all processes, merged in rank order, on every process.
 
-        Every process must give its rows their images' indices, or there must be one process only.
+        With several processes, all rows need the indices of their images.
         """
         if process_group.world_size() == 1:
             return self
@@ -134,7 +135,7 @@ class FeatureStats:
         return merged
 
     def _settle(self) -> None:
-        """Count what waits for a whole block."""
+        """Add the rows that wait for a whole block."""
         rows = torch.cat(self._pending) if self._pending else torch.empty(0, self.dim)
         self._pending, self._waiting = [], 0
         if len(rows):
@@ -142,9 +143,9 @@ class FeatureStats:
 
     def _add(self, rows: Tensor) -> None:
         mean = rows.mean(0)
-        centred = (rows - mean).numpy()
-        # NumPy sees that the factors are one matrix and computes one triangle (dsyrk); PyTorch both.
-        self._combine(len(rows), mean, torch.from_numpy(centred.T @ centred))
+        centered = (rows - mean).numpy()
+        # NumPy notices that both factors are one matrix and computes one triangle only (dsyrk).
+        self._combine(len(rows), mean, torch.from_numpy(centered.T @ centered))
 
     def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if count == 0:
@@ -152,17 +153,17 @@ class FeatureStats:
         total = self._count + count
         delta = mean - self._mean
         self._scatter.add_(scatter).addr_(delta, delta, alpha=self._count * count / total)
-        # Not in place: a caller may hold the mean.
+        # Not in place: a caller may have a reference to the mean.
         self._mean = self._mean + delta * (count / total)
         self._count = total
 
     def tensors(self, keep: int = 0) -> dict[str, Tensor]:
-        """Mean, covariance and `keep` random rows (0: all), for a file; `restored` takes them back."""
+        """Mean, covariance and `keep` random rows (0: all) to save; `restored` is the inverse."""
         return {"mean": self.mean, "covariance": self.covariance, "rows": self.sample(keep)}
 
     @classmethod
     def restored(cls, origin: Origin, count: int, tensors: Mapping[str, Tensor]) -> "FeatureStats":
-        """What `tensors` gave. Raises KeyError or ValueError for others."""
+        """Rebuild from `tensors`. Raises KeyError or ValueError for anything else."""
         stats = cls(len(tensors["mean"]), origin)
         if tensors["covariance"].shape != (stats.dim, stats.dim) or tensors["rows"].shape[1:] != (stats.dim,):
             raise ValueError("mean, covariance and rows are of different widths")

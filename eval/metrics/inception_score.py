@@ -1,4 +1,4 @@
-"""Inception score: are single images recognisable, and all of them together various."""
+"""Inception score: whether single images are recognizable and all images together are diverse."""
 
 import math
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ class InceptionScore:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, from the deviation of splits, which share no image; needs two of them."""
+        """Standard error of the mean, from the deviation over disjoint splits; needs two splits."""
         return self.deviation / math.sqrt(self.splits - 1)
 
 
 def inception_score(
     logits: Tensor, generator: torch.Generator | None = None, *, splits: int = 10
 ) -> InceptionScore:
-    """exp E_x KL(p(y|x) || p(y)) per split (Salimans et al. 2016, section 4) of logits [N, classes], float64.
+    """Mean over splits of exp E_x KL(p(y|x) || p(y)) of logits [N, classes], in float64.
 
-    With a generator rows are shuffled first: splits of images in class order would each know few classes.
-    Raises SettingError unless 1 <= splits <= N.
+    Source: Salimans et al. 2016, section 4. With a generator, rows are shuffled first: in class order, each
+    split would see few classes. Raises SettingError unless 1 <= splits <= N.
     """
     if not 1 <= splits <= len(logits):
         raise SettingError(

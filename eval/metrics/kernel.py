@@ -12,11 +12,11 @@ from d2g.core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelDistance:
-    """Mean over random subsets of the unbiased squared MMD, its standard error, and the subsets drawn.
+    """Mean over random subsets of the unbiased squared MMD, its standard error, and the number of subsets.
 
-    Subsets of the same rows overlap, so the error divides their deviation by the root of the number of
-    subsets that would fit side by side, not of those drawn. Where one subset is all rows it is the delta
-    method's: other draws of the first set, the second one fixed.
+    Random subsets overlap, so the error divides their deviation by the root of the number of disjoint subsets
+    that fit into the rows. Where one subset holds all rows, the error comes from the delta method: other
+    samples of the first set, with the second set fixed.
     """
 
     mean: float
@@ -31,8 +31,8 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID (Binkowski et al. 2018, section 4) of a [N, D] and b [M, D]: unbiased MMD^2 on random subsets.
 
-    The kernel is (x.y / D + 1)^3. Sets of fewer than `size` rows are drawn whole, and `size` says so. Raises
-    UserError for fewer than two rows on either side.
+    The kernel is (x.y / D + 1)^3. Of sets with fewer than `size` rows, all rows are used, and the `size` of
+    the result says so. Raises UserError for fewer than two rows on either side.
     """
     size = min(size, len(a), len(b))
     if size < 2:
@@ -43,12 +43,12 @@ def kernel_distance(
         y = b[torch.randperm(len(b), generator=generator)[:size]].double()
         values[i] = polynomial_mmd(x, y)
     deviation = values.std().item() if subsets > 1 else float("inf")
-    apart = max(1, min(subsets, min(len(a), len(b)) // size))
-    whole = size == min(len(a), len(b))
+    disjoint = max(1, min(subsets, min(len(a), len(b)) // size))
+    all_rows = size == min(len(a), len(b))
     return KernelDistance(
         mean=values.mean().item(),
         deviation=deviation,
-        standard_error=_delta_error(x, y) if whole else deviation / apart**0.5,
+        standard_error=_delta_error(x, y) if all_rows else deviation / disjoint**0.5,
         subsets=subsets,
         size=size,
     )
@@ -67,7 +67,7 @@ def _polynomial(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _delta_error(x: Tensor, y: Tensor) -> float:
-    """Standard error of `polynomial_mmd`, from each row's 2 (mean k(row, other x) - mean k(row, y))."""
+    """Standard error of `polynomial_mmd`, from 2 (mean k(row, other x) - mean k(row, y)) of each row of x."""
     within = _polynomial(x, x)
     others = (within.sum(1) - within.diagonal()) / (len(x) - 1)
     return 2 * float((others - _polynomial(x, y).mean(1)).std()) / math.sqrt(len(x))
@@ -75,19 +75,19 @@ def _delta_error(x: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cmmd:
-    """1000 * MMD^2, and its standard error over other draws of the first set, the second one fixed."""
+    """1000 * MMD^2, and its standard error over other samples of the first set, with the second set fixed."""
 
     value: float
     standard_error: float
 
 
 def cmmd(a: Tensor, b: Tensor, *, sigma: float = 10.0, chunk: int = 1024) -> Cmmd:
-    """CMMD (Jayasumana et al. 2024): 1000 * MMD^2 of unit-length CLIP embeddings, in memory of O(chunk * N).
+    """CMMD (Jayasumana et al. 2024): 1000 * MMD^2 of unit-length CLIP embeddings, in O(chunk * N) memory.
 
-    a [N, D], b [M, D], brought to unit length here; kernel exp(-|x - y|^2 / (2 sigma^2)). As the authors'
-    code, the minimum-variance estimate, which keeps x_i with itself: never negative. The paper's network is
-    ViT-L/14 at 336 pixels. The error is the delta method's, from each row's 2 (mean k(x, a) - mean k(x, b)).
-    Raises UserError for an empty set.
+    `a` [N, D] and `b` [M, D] are normalized here. The kernel is exp(-|x - y|^2 / (2 sigma^2)). As in the
+    authors' code, the estimate is the biased one, which includes k(x_i, x_i) and is never negative. The
+    paper's network is ViT-L/14 at 336 pixels. The standard error comes from the delta method, from
+    2 (mean k(x, a) - mean k(x, b)) of each row x of `a`. Raises UserError for an empty set.
     """
     if not len(a) or not len(b):
         raise UserError(f"CMMD needs embeddings on either side, got {len(a)} and {len(b)}")
@@ -99,6 +99,6 @@ def cmmd(a: Tensor, b: Tensor, *, sigma: float = 10.0, chunk: int = 1024) -> Cmm
 
 
 def _gaussian_means(x: Tensor, y: Tensor, sigma: float, chunk: int) -> Tensor:
-    """[N]: each unit row's mean kernel value with all of y, minus 1; expm1 keeps digits that sigma costs."""
+    """[N]: mean kernel value of each unit row with all of y, minus 1. expm1 keeps digits at a large sigma."""
     squared = ((2 - 2 * (rows @ y.T)).clamp(min=0) for rows in x.split(chunk))
     return torch.cat([torch.expm1(-part / (2 * sigma**2)).mean(1) for part in squared])

@@ -1,4 +1,4 @@
-"""How near is the student to its teacher on the same noise (DreamSim-5k's question, with any distance)."""
+"""Distance between the images of student and teacher from the same noise (as DreamSim-5k, any distance)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class PairedDistance:
 
 
 def rmse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Root mean squared difference per sample [B], in the unit of its arguments."""
+    """Root mean squared difference per sample, [B], in the unit of the arguments."""
     return (student.double() - teacher.double()).square().flatten(1).mean(1).sqrt()
 
 
 def psnr(student: Tensor, teacher: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of uint8 images [B, 3, H, W] in dB: 20 log10(255 / RMSE), [B].
 
-    Equal images count as if one value differed by one level, so that a mean over pairs stays finite.
+    Equal images count as if one value differed by one level, so that the mean over pairs is finite.
     """
     assert student.dtype == teacher.dtype == torch.uint8
     least = student[0].numel() ** -0.5
@@ -44,12 +44,12 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def encoded(encode: Callable[[Tensor], Tensor], distance: Distance) -> Distance:
-    """`distance` of what `encode` makes of both: of a network's features, or of a VAE's latents."""
+    """`distance` between the encodings of both, for example features of a network or latents of a VAE."""
     return lambda student, teacher: distance(encode(student), encode(teacher))
 
 
 def mean_distance(values: Tensor) -> PairedDistance:
-    """The mean of [N] distances of pairs. Raises UserError when there are none."""
+    """Mean and standard error of the distances [N] of pairs. Raises UserError when there are none."""
     if not len(values):
         raise UserError("no pairs to compare; give at least one held-out pair")
     values = values.double()

@@ -20,11 +20,10 @@ class WinRate:
 
 
 def win_rate(first: Tensor, second: Tensor, *, margin: float = 0.0) -> WinRate:
-    """How often `first` [N] scores above `second` [N] on the same N prompts (and noise).
+    """How often `first` [N] scores above `second` [N] on the same N prompts and noise.
 
-    Scores within `margin` of each other tie: equal ones at 0. The interval is Wilson's (1927) of the rate,
-    which is wide enough with ties too, since half points vary less than wins and losses. Raises UserError for
-    no prompts.
+    Scores within `margin` of each other are ties. The interval is Wilson's (1927) of the rate. It also covers
+    the case with ties, because half points vary less than wins and losses. Raises UserError without prompts.
     """
     assert first.shape == second.shape and first.ndim == 1 and margin >= 0
     if not len(first):

@@ -1,4 +1,4 @@
-"""What a measuring network is: images (or texts) in, rows of features out."""
+"""Interfaces of evaluation networks: images (or texts) in, rows of features out."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 Device = str | torch.device
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation that ImageNet networks expect, of RGB in [0, 1]."""
+"""Mean and standard deviation of RGB in [0, 1] that ImageNet networks are trained with."""
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""The same for CLIP."""
+"""Mean and standard deviation of RGB in [0, 1] that OpenAI's CLIP is trained with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureNet:
-    """A map from uint8 images [B, 3, H, W] to features [B, dim]. `sha256`: of its weights."""
+    """A network that maps uint8 images [B, 3, H, W] to features [B, dim]. `sha256`: digest of its weights."""
 
     name: str
     dim: int
@@ -37,7 +37,7 @@ class FeatureNet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipNet:
-    """Both towers of a CLIP model. `sha256`: of its parameters as loaded."""
+    """Both towers of a CLIP model. `sha256`: digest of its parameters as loaded."""
 
     name: str
     dim: int
@@ -49,13 +49,13 @@ class ClipNet:
 
 
 def normalize_channels(images: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
-    """uint8 [B, 3, H, W] -> fp32: scaled to [0, 1], minus the mean, over the deviation of each channel."""
+    """uint8 [B, 3, H, W] -> fp32: scaled to [0, 1], then normalized by each channel's mean and deviation."""
     mean, deviation = (torch.tensor(s, device=images.device).view(3, 1, 1) for s in statistics)
     return (images.float() / 255 - mean) / deviation
 
 
 def parameters_sha256(model: nn.Module) -> str:
-    """sha256 over the names and values of a network's state."""
+    """sha256 of the names and values of a network's state dict."""
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         total.update(name.encode())

@@ -1,4 +1,4 @@
-"""CLIP models: the one door to open_clip."""
+"""CLIP models through open_clip. No other module imports open_clip."""
 
 import json
 import shutil
@@ -26,9 +26,9 @@ CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensor
 
 CLIP_PRESETS: Mapping[str, str] = MappingProxyType(
     {
-        # GigaGAN's evaluation code by default; OpenAI trained with quick GELU, which the name has to say.
+        # The default of GigaGAN's evaluation code. OpenAI trained with quick GELU; the name selects it.
         "vit-b-32": "ViT-B-32-quickgelu:openai",
-        # LAION-2B: StyleGAN-T, DMD ("OpenCLIP-G") and most likely Diffusion2GAN (method notes 7.2).
+        # LAION-2B: StyleGAN-T, DMD ("OpenCLIP-G") and most likely Diffusion2GAN (method.md "CLIP score").
         "vit-g-14": "ViT-g-14:laion2b_s12b_b42k",
         # CMMD (Jayasumana et al. 2024).
         "vit-l-14-336": "ViT-L-14-336-quickgelu:openai",
@@ -38,14 +38,14 @@ CLIP_PRESETS: Mapping[str, str] = MappingProxyType(
 
 
 def load_clip(model: str, device: Device = "cpu") -> ClipNet:
-    """A CLIP through open_clip: a name of CLIP_PRESETS, `MODEL:TAG_OR_FILE` (ViT-B-32-quickgelu:openai), or a
-    folder (also `local-dir:FOLDER`).
+    """Load a CLIP through open_clip.
 
-    A folder holds open_clip_config.json, weights and tokenizer files. A tag makes open_clip download its
-    weights. The result's name is always model and tag. Raises UserError when the folder, the weights or the
-    name is missing.
+    `model`: a name of CLIP_PRESETS, `MODEL:TAG_OR_FILE` (ViT-B-32-quickgelu:openai), or a folder (also
+    `local-dir:FOLDER`) with open_clip_config.json, weights and tokenizer files. With a tag, open_clip
+    downloads the weights. The name of the result is always model and tag. Raises UserError when the folder,
+    the weights or the name is missing.
     """
-    net, preprocess, tokenizer, shown = _load(model, device)
+    net, preprocess, tokenizer, full_name = _load(model, device)
 
     @torch.no_grad()
     def encode_images(images: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def load_clip(model: str, device: Device = "cpu") -> ClipNet:
         return F.normalize(net.encode_text(tokenizer(texts).to(device)).float(), dim=1).cpu()
 
     return ClipNet(
-        name=shown,
+        name=full_name,
         dim=encode_texts([""]).shape[1],
         sha256=parameters_sha256(net),
         encode_images=encode_images,
@@ -65,16 +65,15 @@ def load_clip(model: str, device: Device = "cpu") -> ClipNet:
 
 
 def load_clip_features(model: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
-    """A CLIP's image tower as a feature network: embeddings as they are, not of unit length (`cmmd` makes
-    them so).
+    """Load the image tower of a CLIP as a feature network. Embeddings are not normalized; `cmmd` does that.
 
-    None: ViT-B/32, with which clean-fid and Kynkaanniemi et al. 2023 measure FD-CLIP.
+    `model` None: ViT-B/32, with which clean-fid and Kynkaanniemi et al. 2023 measure FD-CLIP.
     """
-    net, preprocess, tokenizer, shown = _load(str(model or "vit-b-32"), device)
+    net, preprocess, tokenizer, full_name = _load(str(model or "vit-b-32"), device)
     with torch.no_grad():
         dim = net.encode_text(tokenizer([""]).to(device)).shape[1]
     return FeatureNet(
-        name=f"clip:{shown}",
+        name=f"clip:{full_name}",
         dim=dim,
         sha256=parameters_sha256(net),
         function=lambda images: _embed(net, preprocess, images, device),
@@ -82,7 +81,7 @@ def load_clip_features(model: str | Path | None = None, device: Device = "cpu") 
 
 
 def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
-    """open_clip's model, preprocessing and tokenizer, and the model's full name."""
+    """Load open_clip's model, preprocessing and tokenizer; the last value is the full name of the model."""
     import open_clip
 
     model = CLIP_PRESETS.get(model, model)
@@ -100,8 +99,8 @@ def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
         raise UserError(
             f"CLIP {model!r} does not load ({reason}); give MODEL:FILE with its weights"
         ) from error
-    shown = f"local-dir:{Path(folder).resolve().name}" if local else model
-    return net.eval().requires_grad_(False), preprocess, tokenizer, shown
+    full_name = f"local-dir:{Path(folder).resolve().name}" if local else model
+    return net.eval().requires_grad_(False), preprocess, tokenizer, full_name
 
 
 def _embed(net: Any, preprocess: Any, images: Tensor, device: Device) -> Tensor:
@@ -116,7 +115,7 @@ def _check_source(model: str, folder: Path | None, pretrained: str) -> None:
             f"CLIP {model!r} is neither a folder nor MODEL:TAG_OR_FILE; for example "
             f"{', '.join(CLIP_PRESETS)} or ViT-B-32-quickgelu:openai"
         )
-    # Without weights open_clip would only log a line and go on with a random network.
+    # Without weights open_clip only logs a line and continues with a random network.
     if folder is not None:
         suffixes = {file.suffix for file in folder.glob("*")}
         if not (folder / CLIP_CONFIG).is_file() or not suffixes & {".safetensors", ".bin", ".pth"}:
@@ -126,17 +125,16 @@ def _check_source(model: str, folder: Path | None, pretrained: str) -> None:
 
 
 def new_clip(model_config: Mapping[str, Any]) -> Any:
-    """An untrained open_clip CLIP of a `model_cfg` (embed_dim, vision_cfg, text_cfg)."""
+    """Build an untrained CLIP from open_clip's `model_cfg` (embed_dim, vision_cfg, text_cfg)."""
     import open_clip
 
     return open_clip.CLIP(**model_config)
 
 
 def clip_tokenizer(folder: str | Path, context_length: int) -> Callable[[list[str]], Tensor]:
-    """open_clip's tokenizer over a folder of transformers CLIPTokenizer files: texts -> token ids [B,
-    context_length].
+    """Load open_clip's tokenizer from CLIPTokenizer files: texts -> token ids [B, context_length].
 
-    Its `.tokenizer` is the transformers tokenizer. Raises UserError when the folder holds none.
+    Its `.tokenizer` is the transformers tokenizer. Raises UserError when the folder has no tokenizer.
     """
     import open_clip
 
@@ -155,7 +153,7 @@ def save_clip(
     tokenizer: str | Path,
     out: str | Path,
 ) -> None:
-    """Write a folder that open_clip's `local-dir:` loads: config, fp16 weights, tokenizer files."""
+    """Write a folder that `local-dir:` of open_clip loads: config, fp16 weights and tokenizer files."""
     from safetensors.torch import save_file
 
     out = Path(out)

@@ -13,15 +13,15 @@ from eval.networks.base import IMAGENET, Device, FeatureNet, normalize_channels,
 
 DINOV2_SIZE = 224
 DINOV2 = "facebook/dinov2-large"
-"""ViT-L/14, Stein et al.'s choice (Apache-2.0, Meta)."""
+"""ViT-L/14, the choice of Stein et al. (Apache-2.0, Meta)."""
 
 
 def load_dinov2(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
-    """The class token after the last norm, [B, 1024] for ViT-L/14, as Stein et al.'s dgm-eval measures it.
+    """DINOv2 features: the class token after the last norm, [B, 1024] for ViT-L/14, as in dgm-eval.
 
-    `weights`: a folder or hub id in transformers' format, None: DINOV2. Images are resized whole to 224 px
-    with PIL's bicubic filter. Raises UserError when the model is missing or of a patch size that does not
-    divide 224.
+    `weights`: a folder or hub id in transformers' format; None: DINOV2. Images are resized to 224 px without
+    cropping, with PIL's bicubic filter. Raises UserError when the model is missing, or when its patch size
+    does not divide 224.
     """
     name = str(weights or DINOV2)
     model = transformers_vision.load_dinov2_model(name)
@@ -48,8 +48,8 @@ def load_dinov2(weights: str | Path | None = None, device: Device = "cpu") -> Fe
 def interpolated(positions: Tensor, side: int) -> Tensor:
     """Position embeddings [1, 1 + M^2, D] for side x side patches: [1, 1 + side^2, D].
 
-    As Meta's own code, which adds 0.1 to the side before it divides; transformers leaves that out, and its
-    features are others.
+    As in Meta's code, which adds 0.1 to the side before it divides. transformers does not, so its features
+    differ.
     """
     grid = round((positions.shape[1] - 1) ** 0.5)
     if grid == side:

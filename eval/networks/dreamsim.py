@@ -1,4 +1,9 @@
-"""DreamSim's ensemble (Fu et al. 2023), three ViT-B/16 with LoRA, from its published checkpoints."""
+"""DreamSim's ensemble (Fu et al. 2023), three ViT-B/16 with LoRA, from its published checkpoints.
+
+Why not the package `dreamsim`: it loads the DINO branch through `torch.hub.load`, which fetches and runs code
+from GitHub even where all weights are local files, it changes torch.hub's folder for the whole process, and
+it downloads without checking digests. The tests compare this module with the package.
+"""
 
 import json
 from collections.abc import Mapping
@@ -16,25 +21,27 @@ from eval.networks.weights import fill_parameters, read_checkpoint, read_state, 
 
 DREAMSIM_SIZE = 224
 HEAD = 64
-"""Channels per attention head in every ViT-B."""
+"""Channels per attention head of every ViT-B."""
 ADAPTER = "ensemble_lora"
 CHECKPOINT = (
     "dreamsim_ensemble_checkpoint.zip (release v0.2.0-checkpoints of ssundaram21/dreamsim on GitHub, MIT)"
 )
 DINO = "dino_vitbase16_pretrain.pth"
-"""DINO's ViT-B/16 (facebookresearch/dino, Apache-2.0), which DreamSim's own code fetches beside its zip."""
+"""DINO's ViT-B/16 (facebookresearch/dino, Apache-2.0), which is not part of DreamSim's zip file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """One ViT of the ensemble. `projected`: its feature is the normed class token times a matrix, as in CLIP;
-    else the class token as it leaves the last block.
+    """One ViT of the ensemble.
+
+    `projected`: the feature is the normalized class token times a matrix, as in CLIP; otherwise it is the
+    class token after the last block, before the last norm.
     """
 
     file: str
     projected: bool
     quick: bool = False
-    """OpenAI's quick GELU."""
+    """Use OpenAI's quick GELU."""
 
 
 BRANCHES = (
@@ -64,7 +71,7 @@ class _Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer under DINO's names, of the sizes that a state dict has."""
+    """A vision transformer with DINO's parameter names; a state dict gives its sizes."""
 
     def __init__(self, state: Mapping[str, Tensor], branch: Branch) -> None:
         super().__init__()
@@ -76,7 +83,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros_like(state["pos_embed"]))
         patches = nn.Conv2d(3, width, kernel.shape[2], kernel.shape[2])
         self.patch_embed = nn.ModuleDict({"proj": patches})
-        # Where DINO drops positions in training, CLIP normalises.
+        # CLIP normalizes where DINO has dropout.
         self.pos_drop = nn.LayerNorm(width, eps=eps) if branch.projected else nn.Identity()
         self.blocks = nn.ModuleList(_Block(width, hidden, eps, branch.quick) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=eps)
@@ -93,7 +100,7 @@ class ViT(nn.Module):
 
 
 class DreamSim(nn.Module):
-    """The ensemble's embedding; the distance of two images is 1 - the cosine of theirs."""
+    """The embedding of the ensemble. The distance of two images is 1 - the cosine of their embeddings."""
 
     def __init__(self, states: list[dict[str, Tensor]], folder: Path) -> None:
         super().__init__()
@@ -106,7 +113,7 @@ class DreamSim(nn.Module):
             fill_parameters(self.branches[-1], state, folder / branch.file, f"DreamSim's {branch.file}")
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, 224, 224] -> [B, D], of mean 0 and length 1."""
+        """uint8 [B, 3, 224, 224] -> embeddings [B, D] with mean 0 and length 1."""
         parts = []
         for branch, vit, projection in zip(BRANCHES, self.branches, self.projections, strict=True):
             tokens = vit(normalize_channels(images, OPENAI if branch.projected else IMAGENET))
@@ -117,20 +124,20 @@ class DreamSim(nn.Module):
 
 
 def load_dreamsim(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
-    """DreamSim's embeddings [B, 1792]: 1 - their cosine is the distance.
+    """DreamSim's embeddings [B, 1792]; the distance is 1 - their cosine.
 
-    `weights`: the folder that the published zip unpacks to, with DINO's own file beside (or in checkpoints/,
-    where DreamSim's code puts it); None: dreamsim/ where PyTorch keeps weights. Images are resized whole to
-    224 px with PIL's bicubic filter. Raises UserError for missing, damaged or foreign files.
+    `weights`: the folder with the unpacked zip file and DINO's file (beside it, or in checkpoints/, where the
+    package puts it); None: dreamsim/ in torch.hub's folder. Images are resized to 224 px without cropping,
+    with PIL's bicubic filter. Raises UserError for missing, damaged or wrong files.
     """
     folder = weights_folder() / "dreamsim" if weights is None else Path(weights)
     if not (folder / ADAPTER).is_dir():
         raise UserError(
             f"no DreamSim in {folder}: fetch {CHECKPOINT} and unpack it there, or give its folder"
         )
-    states = [_state(folder, branch) for branch in BRANCHES]
+    states = [_branch_state(folder, branch) for branch in BRANCHES]
     model = DreamSim(states, folder)
-    _adapt(model, folder / ADAPTER)
+    _add_lora(model, folder / ADAPTER)
     model = model.to(device).eval().requires_grad_(False)
     with torch.no_grad():
         dim = model(torch.zeros(1, 3, DREAMSIM_SIZE, DREAMSIM_SIZE, dtype=torch.uint8, device=device)).shape[
@@ -144,25 +151,25 @@ def load_dreamsim(weights: str | Path | None = None, device: Device = "cpu") -> 
     )
 
 
-def _state(folder: Path, branch: Branch) -> dict[str, Tensor]:
+def _branch_state(folder: Path, branch: Branch) -> dict[str, Tensor]:
     what = f"DreamSim's {branch.file}"
     if branch.projected:
-        held = read_checkpoint(folder / branch.file, what)
-        state = held.get("state_dict")
+        content = read_checkpoint(folder / branch.file, what)
+        state = content.get("state_dict")
         if not isinstance(state, dict) or "proj" not in state:
             raise UserError(f"{folder / branch.file} is not {what}; unpack the zip again")
         return dict(state)
     places = [folder / "checkpoints" / DINO, folder / DINO]
-    held_at = next((place for place in places if place.is_file()), None)
-    if held_at is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         raise UserError(
             f"no {DINO} in {folder}: fetch DINO's ViT-B/16 backbone (facebookresearch/dino) and put it there"
         )
-    return read_state(held_at, "DINO's ViT-B/16 backbone")
+    return read_state(file, "DINO's ViT-B/16 backbone")
 
 
-def _adapt(model: DreamSim, folder: Path) -> None:
-    """Add the low-rank updates (Hu et al. 2021) to the weights: W + alpha / r * B A."""
+def _add_lora(model: DreamSim, folder: Path) -> None:
+    """Merge the low-rank updates (Hu et al. 2021) into the weights: W + alpha / r * B A."""
     files = [file for name in ("safetensors", "bin") if (file := folder / f"adapter_model.{name}").is_file()]
     if not files or not (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -171,6 +178,7 @@ def _adapt(model: DreamSim, folder: Path) -> None:
     state = read_state(files[0], "DreamSim's LoRA adapter")
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     prefix, suffix = "base_model.model.extractor_list.", ".lora_A.weight"
+    # Each pair of tensors A and B belongs to one weight of one branch.
     for name in sorted(state):
         if name.endswith(".lora_B.weight"):
             continue

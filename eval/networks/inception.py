@@ -1,4 +1,4 @@
-"""InceptionV3 as FID knows it and as torchvision does. The one door to torchvision's Inception blocks."""
+"""InceptionV3 as FID and as torchvision define it. No other module imports torchvision's Inception blocks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +21,7 @@ FID_INCEPTION = PublishedFile(
     mib=91,
     source="release fid_weights of mseitzer/pytorch-fid or v0.2.0 of toshas/torch-fidelity on GitHub",
 )
-"""TensorFlow's 2015-12-05 network, ported (Apache-2.0); torch-fidelity and torchmetrics use the same bytes.
-"""
+"""A port of TensorFlow's 2015-12-05 network (Apache-2.0), also used by torch-fidelity and torchmetrics."""
 
 TORCHVISION_INCEPTION = PublishedFile(
     names=("inception_v3_google-0cc3c7bd.pth",),
@@ -30,14 +29,13 @@ TORCHVISION_INCEPTION = PublishedFile(
     mib=104,
     source="torchvision's inception_v3, IMAGENET1K_V1",
 )
-"""Trained by the same recipe, but another network: its distances are no FID (BSD-3)."""
+"""Trained by the same recipe, but a different network: its distances are no FID (BSD-3)."""
 
 
 def fid_inception() -> nn.Module:
-    """The network of FID: TensorFlow's 2015-12-05 InceptionV3 as torchvision blocks, 1008 classes, no weights
-    yet.
+    """Build FID's network without weights: TensorFlow's 2015-12-05 InceptionV3 with 1008 classes.
 
-    Against torchvision: average pools leave padding out of the count, and the last block pools by maximum.
+    It differs from torchvision's: average pools do not count padding, and the last block uses max pooling.
     """
     from torchvision.models import inception as tv
 
@@ -90,18 +88,15 @@ def fid_inception() -> nn.Module:
 
 
 def load_inception(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
-    """FID features [B, 2048] the clean-fid way, and 1008 logits without the bias, as the Inception score
-    takes them.
+    """FID features [B, 2048] with clean-fid's resize, and 1008 logits without bias for the Inception score.
 
-    `weights`: pytorch-fid's file, as .pth or .safetensors; None: where PyTorch keeps it.
+    `weights`: pytorch-fid's file, as .pth or .safetensors; None: the file in torch.hub's folder.
     """
     return _load(fid_inception(), "inception", FID_INCEPTION, weights, device, _clean)
 
 
 def load_inception_tf(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
-    """`load_inception` resized as in the TensorFlow graph: what published CIFAR10 numbers and torch-fidelity
-    use.
-    """
+    """`load_inception` with the resize of the TensorFlow graph, as in published CIFAR10 numbers."""
     return _load(fid_inception(), "inception-tf", FID_INCEPTION, weights, device, _tensorflow)
 
 
@@ -138,7 +133,7 @@ def _load(
     head = net.fc.to(device).requires_grad_(False)
     net.fc, net.AuxLogits = nn.Identity(), None
     net = net.to(device).eval().requires_grad_(False)
-    # TensorFlow's graph hands the Inception score its logits before the bias is added.
+    # In TensorFlow's graph the Inception score takes the logits before the bias is added.
     bias = None if published is FID_INCEPTION else head.bias
 
     def features(images: Tensor) -> Tensor:

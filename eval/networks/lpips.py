@@ -1,4 +1,4 @@
-"""LPIPS between images (Zhang et al. 2018), its trunk from where PyTorch keeps weights or a local file."""
+"""LPIPS between images (Zhang et al. 2018), with the trunk of torchvision."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,17 +30,16 @@ TRUNKS: Mapping[str, PublishedFile] = MappingProxyType(
         ),
     }
 )
-"""Trunks by the names that the package lpips gives them (BSD-3); their heads come with the package (BSD-2).
-"""
+"""Trunks (BSD-3) by their names in the package lpips, which brings the linear heads (BSD-2)."""
 
 
 def load_pixel_lpips(
     net: Literal["alex", "vgg"] = "alex", trunk: str | Path | None = None, device: Device = "cpu"
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS v0.1 of uint8 images [B, 3, H, W] and as many others: [B], >= 0, 0 when equal.
+    """Return LPIPS v0.1: (uint8 images [B, 3, H, W], as many others) -> distances [B], 0 when equal.
 
-    `net`: alex (the authors' choice for measuring) or vgg; `trunk`: its file in torchvision's names, None:
-    where PyTorch keeps it. Raises UserError when the file is missing or another network's.
+    `net`: alex (the authors' choice for evaluation) or vgg. `trunk`: its weight file with torchvision's keys;
+    None: the file in torch.hub's folder. Raises UserError when the file is missing or of another network.
     """
     metric = PixelLPIPS(net, find_weights(pick(TRUNKS, net, "LPIPS network"), trunk)).to(device).eval()
 

@@ -1,6 +1,4 @@
-"""Feature networks by name, and SqueezeNet. `eval.networks.inception`, `clip_net`, `dinov2` and `dreamsim_net` load
-the others.
-"""
+"""Feature networks by name, and SqueezeNet. The other networks are in their own modules beside this one."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,10 +27,10 @@ from eval.networks.weights import file_sha256, load_strict
 
 
 def load_squeezenet(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
-    """ImageNet SqueezeNet 1.0, features [B, 512] averaged over the last fire module. RGB minus (123, 117,
-    104), 227 px.
+    """ImageNet SqueezeNet 1.0: features [B, 512], the spatial mean of the last fire module.
 
-    A small stand-in where no Inception is at hand; its distances are no FID.
+    Input is RGB minus (123, 117, 104) at 227 px. A small replacement where no Inception is available; its
+    distances are no FID. Raises UserError without `weights`.
     """
     from torchvision.models import squeezenet1_0
 
@@ -62,6 +60,6 @@ FEATURES: Mapping[str, Callable[[str | Path | None, Device], FeatureNet]] = Mapp
         "squeezenet": load_squeezenet,
     }
 )
-"""Feature networks by the names that protocols use; each takes its weights (None: where they usually lie) and
-a device.
+"""Loaders of feature networks by the names that protocols use: (weights, device) -> network. Weights None: the
+usual place.
 """

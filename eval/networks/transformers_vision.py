@@ -1,4 +1,4 @@
-"""transformers' models of images for measuring, DINOv2 and CLIP, from a folder or a hub id."""
+"""DINOv2 and CLIP models of transformers, from a folder or a hub id."""
 
 import re
 from pathlib import Path
@@ -13,17 +13,17 @@ WORDS = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json
 
 
 def load_dinov2_model(name: str) -> Any:
-    """A Dinov2Model: fp32, eval, frozen. Raises UserError when `name` is no folder or hub id of one."""
+    """Load a Dinov2Model: fp32, eval, frozen. Raises UserError when `name` is no folder or hub id of one."""
     return _load(name, "Dinov2Model", "dinov2")
 
 
 def load_clip_model(name: str) -> Any:
-    """A CLIPModel: fp32, eval, frozen. Raises UserError when `name` is no folder or hub id of one."""
+    """Load a CLIPModel: fp32, eval, frozen. Raises UserError when `name` is no folder or hub id of one."""
     return _load(name, "CLIPModel", "clip")
 
 
 def load_clip_tokenizer(name: str) -> Any:
-    """The CLIPTokenizer of a folder or hub id. Raises UserError when there is none."""
+    """Load the CLIPTokenizer of a folder or hub id. Raises UserError when there is none."""
     from transformers import CLIPTokenizer
 
     folder = _folder(name, WORDS)
@@ -48,13 +48,13 @@ def _load(name: str, kind: str, model_type: str) -> Any:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name} does not load as {kind}: {str(error).splitlines()[0]}") from error
-    if report["missing_keys"]:  # transformers would fill them with random numbers
+    if report["missing_keys"]:  # transformers would initialize them at random
         raise UserError(f"{name} lacks weights of {kind}: {', '.join(sorted(report['missing_keys'])[:3])}")
     return model.float().eval().requires_grad_(False)
 
 
 def _folder(name: str, files: tuple[str, ...]) -> Path:
-    """The folder itself, or the snapshot of a hub id with these files."""
+    """The folder itself, or the downloaded snapshot of a hub id with these files."""
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):

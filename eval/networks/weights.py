@@ -1,4 +1,4 @@
-"""Find and read weight files strictly, and name them by their sha256."""
+"""Find weight files, load them strictly, and identify them by their sha256."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from d2g.core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedFile:
-    """A weight file as its authors publish it. `names`: the file's, the same bytes under each."""
+    """A weight file as its authors publish it. `names`: the file names under which the same bytes exist."""
 
     names: tuple[str, ...]
     sha256: str
-    """The first digits, which the names end in."""
+    """First hexadecimal digits, which the file names end in."""
     mib: int
     source: str
 
@@ -26,23 +26,23 @@ class PublishedFile:
 
 
 def weights_folder() -> Path:
-    """Where published weights are looked for: PyTorch's own folder, which other packages fill too."""
+    """Where to look for published weights: the folder of torch.hub, which other packages fill too."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def find_weights(published: PublishedFile, given: str | Path | None) -> Path:
-    """The file `given`, or the published one in `weights_folder()`, whole.
+def find_weights(published: PublishedFile, path: str | Path | None) -> Path:
+    """The file at `path`, or without one the published file in `weights_folder()`.
 
-    Raises UserError when there is none, saying what to fetch and where to put it, and when a file under a
-    published name is not what its name says.
+    Raises UserError when there is none, saying what to fetch and where to put it, and when the digest of a
+    file with a published name is wrong.
     """
-    if given is None:
+    if path is None:
         folder = weights_folder()
-        held = [folder / name for name in published.names if (folder / name).is_file()]
-        if not held:
+        existing = [folder / name for name in published.names if (folder / name).is_file()]
+        if not existing:
             raise UserError(f"no weights in {folder}: fetch {published} and put it there, or give its path")
-        given = held[0]
-    file = Path(given)
+        path = existing[0]
+    file = Path(path)
     if file.name in published.names and file.is_file() and not file_sha256(file).startswith(published.sha256):
         raise UserError(
             f"{file} is damaged: its sha256 does not start with {published.sha256}; fetch it again"
@@ -57,23 +57,23 @@ def file_sha256(file: str | Path) -> str:
 
 
 def load_strict(net: nn.Module, file: str | Path, what: str) -> None:
-    """Load a .safetensors or .pth state dict, `what` it should be. Names and shapes must agree."""
+    """Load a .safetensors or .pth state dict. Names and shapes must agree; `what` describes it in errors."""
     fill_parameters(net, read_state(file, what), file, what)
 
 
 def fill_parameters(net: nn.Module, state: Mapping[str, Tensor], file: str | Path, what: str) -> None:
-    """Put the state that was read from `file` into a network. Names and shapes must agree."""
+    """Load the state that was read from `file` into a network. Names and shapes must agree."""
     own = net.state_dict()
     missing = sorted(n for n in own.keys() - state.keys() if not n.endswith("num_batches_tracked"))
-    strange = sorted(state.keys() - own.keys())
+    unknown = sorted(state.keys() - own.keys())
     reshaped = sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
-    if missing or strange or reshaped:
-        first = (missing + strange + reshaped)[0]
+    if missing or unknown or reshaped:
+        first = (missing + unknown + reshaped)[0]
         raise UserError(
-            f"{file} is not {what}: {len(missing)} tensors missing, {len(strange)} unknown, "
+            f"{file} is not {what}: {len(missing)} tensors missing, {len(unknown)} unknown, "
             f"{len(reshaped)} of another shape, the first {first!r}; put that file there"
         )
-    # A plain dict carries no version, so old files without batch counters load too.
+    # A plain dict has no version metadata, so old files without `num_batches_tracked` load too.
     net.load_state_dict(dict(state))
 
 
@@ -86,7 +86,7 @@ def read_state(file: str | Path, what: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(file: str | Path, what: str) -> dict[str, Tensor]:
-    """The same without a look at what the dict holds: some checkpoints nest."""
+    """Like `read_state`, but values may be anything: some checkpoints nest their state dict."""
     from safetensors.torch import load_file
 
     file = Path(file)
@@ -96,5 +96,5 @@ def read_checkpoint(file: str | Path, what: str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # on damaged bytes the unpickler raises almost anything
+    except Exception as error:  # the unpickler raises almost any error on damaged bytes
         raise UserError(f"{file} is damaged or no weights file; put {what} there") from error

@@ -75,7 +75,7 @@ class EvalSession:
             teacher=self.teacher,
             device=self.device,
         )
-        return replace(networks, extra=measures) if measures else networks
+        return replace(networks, extra={**networks.extra, **measures})
 
     def _source_measures(self) -> dict[str, Measure]:
         """The measures of the chosen metrics that a data source provides, by the name of their rows.
