@@ -1,4 +1,4 @@
-"""Looking after pair stores: `d2g pairs info | verify | repair | merge | stats`."""
+"""`d2g pairs info`, `verify`, `repair`, `merge` and `stats`: maintain pair stores."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,17 +21,19 @@ from d2g_cli.common import (
 )
 
 Store = Annotated[Path, typer.Argument(help="The store's folder.")]
-Workers = Annotated[int, typer.Option(help="Files at once (one per processor, at most 8).")]
-Tolerance = Annotated[float, typer.Option(help="Largest difference of latents that counts as rounding.")]
+Workers = Annotated[int, typer.Option(help="Files to read at once (one per processor, at most 8).")]
+Tolerance = Annotated[
+    float, typer.Option(help="Largest difference of latents that counts as rounding error.")
+]
 BARS = " ▁▂▃▄▅▆▇█"
-SHOWN = 8  # of a list's items
+MAX_LIST_ITEMS = 8  # items of a list to print
 
 
 def info(
     folder: Annotated[str, typer.Argument(help="The store's folder, or its URL (s3://, gs://, hf://).")],
     as_json: Json = False,
 ) -> None:
-    """Pairs, shards, spec and size of a store."""
+    """Show the pairs, shards, spec and size of a store."""
     from pairgen.verify import store_info
 
     _show(store_info(folder), as_json, folder)
@@ -39,22 +41,24 @@ def info(
 
 def verify(
     folder: Store,
-    resimulate: Annotated[int, typer.Option(help="Also send this many rows through the teacher again.")] = 0,
+    resimulate: Annotated[
+        int, typer.Option(help="Generate this many rows again with the teacher and compare.")
+    ] = 0,
     teacher: TeacherOption = None,
     tolerance: Tolerance = 0.02,
     workers: Workers = 0,
     as_json: Json = False,
 ) -> None:
-    """Read every byte of a store and say what is damaged or missing. Exit 1 when not ok."""
+    """Read every byte of a store and report what is damaged or missing. Exits with 1 if not ok."""
     from pairgen.verify import verify_store
 
     require_range(tolerance=tolerance, workers=workers, resimulate=resimulate)
     report = verify_store(folder, reporter, workers)
     result = asdict(report) | {"max_abs_err": None}
     if resimulate and report.checked and not report.bad_shards:
-        from pairgen.generate import resimulate as again
+        from pairgen.generate import resimulate as resimulate_rows
 
-        result["max_abs_err"] = again(folder, resimulate, teacher)
+        result["max_abs_err"] = resimulate_rows(folder, resimulate, teacher)
         result["ok"] &= result["max_abs_err"] <= tolerance
     _show(result, as_json, str(folder))
     if not result["ok"]:
@@ -62,20 +66,20 @@ def verify(
 
 
 def _faults(folder: Path, result: dict[str, Any], tolerance: float) -> str:
-    """What `verify` found, in one line, and what to do."""
-    counted = {
-        "files that cannot be trusted": len(result["bad_shards"]),
+    """The faults that `verify` reports, in one line, and what to do."""
+    counts = {
+        "damaged files": len(result["bad_shards"]),
         "shards missing": len(result["missing"]),
         "pairs in two rows": len(result["duplicates"]),
         "pairs without a finite latent": len(result["quarantined"]),
     }
-    found = [f"{count} {what}" for what, count in counted.items() if count]
-    if found:
-        return f"{', '.join(found)}; `d2g pairs repair {folder}` mends it"
+    faults = [f"{count} {name}" for name, count in counts.items() if count]
+    if faults:
+        return f"{', '.join(faults)}; run `d2g pairs repair {folder}`"
     worst = result["max_abs_err"]
     return (
-        f"rows sent through the teacher again differ by up to {worst:.3g}, tolerance {tolerance:g}; "
-        "another processor rounds differently (raise --tolerance), or it is not the teacher that made them"
+        f"rows generated again differ by up to {worst:.3g}, tolerance {tolerance:g}; this processor rounds "
+        "differently (raise --tolerance), or the pairs come from another teacher"
     )
 
 
@@ -83,15 +87,15 @@ def repair(
     folder: Store,
     prompts: Prompts = None,
     no_regenerate: Annotated[
-        bool, typer.Option("--no-regenerate", help="Only move bad files away: needs no teacher.")
+        bool, typer.Option("--no-regenerate", help="Only move damaged files away; needs no teacher.")
     ] = False,
     workers: Workers = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Move bad files to quarantine/, then make the rows that are missing, quarantined ones too.
+    """Move damaged files to quarantine/, then generate the missing rows, quarantined ones too.
 
-    The store's own prompt list is used; --prompts is for a store without one.
+    Prompts come from the store's own list; give --prompts for a store without one.
     """
     from pairgen.repair import repair_store
     from pairgen.store.spec import pending, quarantined_rows, read_spec
@@ -104,7 +108,7 @@ def repair(
         plan = {"bad": report.bad_shards, "rows_to_make": spec.num_pairs - report.checked}
         _show(plan, as_json, f"dry run: nothing was touched in {folder}")
         return
-    moved, made = repair_store(folder, reporter, workers), 0
+    moved, regenerated = repair_store(folder, reporter, workers), 0
     if moved:
         logger.info("moved %d files to %s", len(moved), folder / "quarantine")
     if not no_regenerate and (pending(folder, spec) or quarantined_rows(folder, spec)):
@@ -112,48 +116,50 @@ def repair(
 
         _require_prompts(folder, prompts, spec.conditioning)
         with leave_process_group():
-            made = regenerate(folder, prompts, reporter)
-    _show({"quarantined": moved, "regenerated": made}, as_json, str(folder))
-    aside = [row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows]
-    if aside and not no_regenerate:
+            regenerated = regenerate(folder, prompts, reporter)
+    _show({"quarantined": moved, "regenerated": regenerated}, as_json, str(folder))
+    failed = [row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows]
+    if failed and not no_regenerate:
         raise UserError(
-            f"{len(aside)} pairs still have no finite latent: {first_ten(aside)}; "
-            f"their prompts stand in {folder / 'quarantine'}, the other pairs are usable"
+            f"{len(failed)} pairs still have no finite latent: {first_ten(failed)}; "
+            f"their prompts are in {folder / 'quarantine'}, the other pairs are usable"
         )
 
 
 def first_ten(numbers: list[int]) -> str:
+    """The first ten of some row numbers, as text."""
     return ", ".join(map(str, numbers[:10])) + (" ..." if len(numbers) > 10 else "")
 
 
 def _require_prompts(folder: Path, prompts: Path | None, conditioning: str) -> None:
+    """Raise UserError if the missing rows need prompts that neither the store nor the user provides."""
     from pairgen.store.spec import prompts_path
 
     if prompts is None and conditioning == "text" and not prompts_path(folder).exists():
         raise UserError(
-            f"rows are missing, and {folder} holds no prompt list to make them from; "
-            "give --prompts FILE, the one it was made with, or --no-regenerate"
+            f"rows are missing, and {folder} has no prompt list to generate them from; "
+            "give --prompts FILE, the one it was generated with, or --no-regenerate"
         )
 
 
 def merge(
-    folders: Annotated[list[Path], typer.Argument(help="Stores of equal spec.")],
+    folders: Annotated[list[Path], typer.Argument(help="Stores with the same spec.")],
     out: Out,
-    link: Annotated[bool, typer.Option("--link", help="Hard links in place of copies.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="Create hard links, not copies.")] = False,
     tolerance: Tolerance = 0.02,
     workers: Workers = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Join stores of one spec that hold different shards. Run again to resume."""
+    """Merge stores of the same spec that contain different shards. Run the same command again to resume."""
     from pairgen.merge import merge_stores
     from pairgen.store.spec import read_spec, shards_present
     from pairgen.verify import store_info
 
     require_range(tolerance=tolerance, workers=workers)
     if dry_run:
-        held = {str(folder): len(shards_present(folder, read_spec(folder))) for folder in folders}
-        _show({"out": str(out), "shards": held}, as_json, "dry run: nothing was touched")
+        shards = {str(folder): len(shards_present(folder, read_spec(folder))) for folder in folders}
+        _show({"out": str(out), "shards": shards}, as_json, "dry run: nothing was touched")
         return
     report = merge_stores(folders, out, reporter, link=link, tolerance=tolerance, workers=workers)
     _show(store_info(out) | asdict(report), as_json, str(out))
@@ -161,16 +167,16 @@ def merge(
 
 def stats(
     folder: Store,
-    rows: Annotated[int, typer.Option(help="Evenly spread rows to look at (all).")] = 0,
+    rows: Annotated[int, typer.Option(help="Number of evenly spaced rows to read (all).")] = 0,
     sheet: Annotated[
-        Path | None, typer.Option(help="Also write a PNG of decoded rows with their prompts.")
+        Path | None, typer.Option(help="Write a PNG of decoded rows with their prompts, too.")
     ] = None,
-    cells: Annotated[int, typer.Option(help="Pictures on the sheet.")] = 48,
+    cells: Annotated[int, typer.Option(help="Images on the sheet.")] = 48,
     teacher: TeacherOption = None,
     workers: Workers = 0,
     as_json: Json = False,
 ) -> None:
-    """Moments, norms, prompt lengths and outliers of a store's rows, and a contact sheet."""
+    """Show moments, norms, prompt lengths and outliers of a store's rows, and write a contact sheet."""
     from pairgen.statistics import store_statistics
 
     require_range(rows=rows, workers=workers)
@@ -189,30 +195,32 @@ def _show(result: dict[str, Any], as_json: bool, title: str) -> None:
 
 
 def readable(result: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A result for people: groups as dotted names, histograms as bars, long lists cut."""
+    """A result as lines of a table: groups as dotted names, histograms as bars, long lists shortened."""
     flat: dict[str, Any] = {}
     for key, value in result.items():
         if key == "edges":
-            continue  # of the histogram beside it, between min and max
+            continue  # bin edges of a histogram, which lie evenly between min and max
         if isinstance(value, dict) and value:
             flat |= readable(value, f"{prefix}{key}.")
         elif key in ("counts", "expected"):
             flat[prefix + key] = _bars(value)
         elif isinstance(value, list):
-            more = [f"and {len(value) - SHOWN} more"] if len(value) > SHOWN else []
-            between = ", " if all(isinstance(item, int | float) for item in value) else "\n"
-            flat[prefix + key] = between.join([*map(_item, value[:SHOWN]), *more]) or "none"
+            more = [f"and {len(value) - MAX_LIST_ITEMS} more"] if len(value) > MAX_LIST_ITEMS else []
+            separator = ", " if all(isinstance(item, int | float) for item in value) else "\n"
+            flat[prefix + key] = separator.join([*map(_item, value[:MAX_LIST_ITEMS]), *more]) or "none"
         elif value is not None:
             flat[prefix + key] = value
     return flat
 
 
 def _item(value: Any) -> str:
+    """A list item as text."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_item(part)}" for key, part in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _bars(counts: list[float]) -> str:
-    top = max(counts) or 1
-    return "".join(BARS[min(8, -int(-8 * count // top))] for count in counts)
+    """A histogram as a row of block characters."""
+    highest = max(counts) or 1
+    return "".join(BARS[min(8, -int(-8 * count // highest))] for count in counts)

@@ -13,7 +13,7 @@ import torch
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import RunLog, read_stats
 from d2g_cli import main as cli
-from d2g_cli.watch import news
+from d2g_cli.watch import has_news
 from distill.monitoring.status import usual_gap, view
 from jobs import Running
 
@@ -130,7 +130,7 @@ def test_a_picture_is_a_file(run: Path, capfd: pytest.CaptureFixture[str]) -> No
 
 ENDINGS = [
     ("done", "", "40 of 100 images, finished"),
-    ("minutes", "", "40.0%, its minutes were over"),
+    ("minutes", "", "40.0%, it reached its limit of minutes"),
     ("stopped", "stopped at image 40; safe on disk", "40.0%, it was stopped"),
     ("failed", "cannot write\ncheckpoint: no room", "40.0%, it failed"),
 ]
@@ -210,8 +210,8 @@ def test_a_file_is_told_once_of_silence_and_a_terminal_every_minute(run: Path) -
     last = (run / "stats.jsonl").stat().st_mtime
     talks, silent, longer = (view(run, now=last + 60 * minutes) for minutes in (0, 11, 12))
     for live in (False, True):
-        assert news(talks, silent, live) and news(silent, talks, live)
-        assert not news(silent, silent, live) and news(silent, longer, live) == live
+        assert has_news(talks, silent, live) and has_news(silent, talks, live)
+        assert not has_news(silent, silent, live) and has_news(silent, longer, live) == live
 
 
 def test_a_checkpoint_with_a_damaged_meta_does_not_end_the_view(run: Path) -> None:

@@ -65,7 +65,7 @@ def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_pa
     shard_path(pairs, 2).unlink()
     words = ["pairs", "repair", str(pairs), "--json"]
     ended = d2g(words, tmp_path / "log")
-    assert ended.code == 1 and "holds no prompt list to make them from; give --prompts FILE" in ended.error
+    assert ended.code == 1 and "has no prompt list to generate them from; give --prompts FILE" in ended.error
     assert "moved 1 files to" in ended.stderr and (pairs / "quarantine" / "prompts.jsonl").exists()
     ended = d2g([*words, "--prompts", str(job / "prompts.txt")], tmp_path / "log")
     assert ended.code == 0 and ended.json["regenerated"] == 2, ended.stderr
@@ -78,7 +78,7 @@ def test_verify_and_info_for_people(pairs: Path, tmp_path: Path) -> None:
     ended = d2g(["pairs", "verify", str(pairs), "--workers", "1"], tmp_path / "log")
     assert (
         ended.code == 1
-        and "1 files that cannot be trusted, 1 shards missing; `d2g pairs repair" in ended.error
+        and "1 damaged files, 1 shards missing; run `d2g pairs repair" in ended.error
     )
     assert "truncated" in ended.stdout and S1 in ended.stdout
     shown = d2g(["pairs", "info", str(pairs)], tmp_path / "log")
