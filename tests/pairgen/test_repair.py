@@ -76,10 +76,7 @@ def test_verify_and_info_for_people(pairs: Path, tmp_path: Path) -> None:
     truncate(pairs)
     shard_path(pairs, 0).unlink()
     ended = d2g(["pairs", "verify", str(pairs), "--workers", "1"], tmp_path / "log")
-    assert (
-        ended.code == 1
-        and "1 damaged files, 1 shards missing; run `d2g pairs repair" in ended.error
-    )
+    assert ended.code == 1 and "1 damaged files, 1 shards missing; run `d2g pairs repair" in ended.error
     assert "truncated" in ended.stdout and S1 in ended.stdout
     shown = d2g(["pairs", "info", str(pairs)], tmp_path / "log")
     assert shown.code == 0 and "spec.guidance" in shown.stdout and "4, 4, 4" in shown.stdout
