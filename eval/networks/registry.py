@@ -60,6 +60,6 @@ FEATURES: Mapping[str, Callable[[str | Path | None, Device], FeatureNet]] = Mapp
         "squeezenet": load_squeezenet,
     }
 )
-"""Loaders of feature networks by the names that protocols use: (weights, device) -> network. Weights None: the
-usual place.
+"""Loaders of feature networks by the names that protocols use: (weights, device) -> network. Without
+weights, files in their usual place are loaded.
 """

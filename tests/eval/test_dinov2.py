@@ -13,7 +13,7 @@ from d2g.core.seeds import generator
 from eval.networks.base import IMAGENET, normalize_channels
 from eval.networks.dinov2 import interpolated, load_dinov2
 from eval.networks.registry import FEATURES
-from eval.networks.transformers_vision import load_clip
+from eval.networks.transformers_vision import load_clip_model
 
 
 def save_dinov2(folder: Path, image_size: int) -> Dinov2Model:
@@ -89,7 +89,7 @@ def test_other_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a clip_vision_model model; expected dinov2"):
         load_dinov2(tmp_path / "clip")
     with pytest.raises(UserError, match="expected clip"):
-        load_clip(str(tmp_path / "clip"))
+        load_clip_model(str(tmp_path / "clip"))
     save_dinov2(tmp_path / "cut", 28)
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="cut does not load as Dinov2Model"):
