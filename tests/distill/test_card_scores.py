@@ -37,7 +37,7 @@ def test_a_students_own_result(tmp_path: Path) -> None:
     assert "of these weights, in bf16, noise scaled by 0.8:" in text
 
 
-def test_images_are_named_as_what_they_are(tmp_path: Path) -> None:
+def test_results_of_images_are_labeled(tmp_path: Path) -> None:
     text = lines(result(tmp_path / "a.json", kind="images", name="/somewhere/of/mine/samples", images=30000))
     assert "images), of the images in `samples`, which nobody has checked to be this student's:" in text
     assert "| fid | 9.29 |" in text and "somewhere" not in text and "these weights" not in text
@@ -55,7 +55,7 @@ def test_images_are_named_as_what_they_are(tmp_path: Path) -> None:
         ({}, "of a source that it does not name, weights not named;"),
     ],
 )  # fmt: skip
-def test_results_of_anything_else_are_refused(source: dict[str, Any], got: str, tmp_path: Path) -> None:
+def test_results_of_other_weights_are_refused(source: dict[str, Any], got: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         own_results("miniature", (result(tmp_path / "result.json", **source),))
     text = str(caught.value)
@@ -64,7 +64,7 @@ def test_results_of_anything_else_are_refused(source: dict[str, Any], got: str, 
     assert text.endswith("make one with `d2g eval run --student miniature --out FOLDER`")
 
 
-def test_a_source_that_is_no_object(tmp_path: Path) -> None:
+def test_a_malformed_source_is_refused(tmp_path: Path) -> None:
     facts = {"protocol": "coco", "protocol_sha256": "abc", "source": "runs/gan"}
     write_atomically(tmp_path / "result.json", json.dumps(facts))
     with pytest.raises(UserError, match="of a source that it does not name"):
@@ -72,7 +72,7 @@ def test_a_source_that_is_no_object(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["diffusers", "lora", "onnx"])
-def test_every_format_asks_before_the_work(form: Any, teacher: Path, tmp_path: Path) -> None:
+def test_every_format_checks_scores_before_exporting(form: Any, teacher: Path, tmp_path: Path) -> None:
     """Of a LoRA run, whose weights on disk are not merged."""
     run = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
     other = as_run(tmp_path / "other", str(teacher))
@@ -80,9 +80,8 @@ def test_every_format_asks_before_the_work(form: Any, teacher: Path, tmp_path: P
     with pytest.raises(UserError, match=rf"wrong\.json is of a student, {other}, weights .*; expected"):
         export(ExportConfig(student=run, format=form, card=wrong), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    if (
-        form == "onnx"
-    ):  # its card: test_distill_export_onnx.py, for after torch.export no fork here could train
+    # The card of ONNX is checked in tests/distill/test_to_onnx.py: after torch.export, forked processes hang.
+    if form == "onnx":
         return
     right = CardOptions(scores=(evaluated(tmp_path / "right.json", run),))
     export(ExportConfig(student=run, format=form, card=right), tmp_path / "out")
@@ -90,9 +89,7 @@ def test_every_format_asks_before_the_work(form: Any, teacher: Path, tmp_path: P
     assert table in readme_of(tmp_path / "out")
 
 
-def test_the_weights_are_those_that_are_given_not_those_that_are_written(
-    teacher: Path, tmp_path: Path
-) -> None:
+def test_scores_belong_to_the_input_weights_not_to_the_exported_ones(teacher: Path, tmp_path: Path) -> None:
     run, small = as_run(tmp_path / "run", str(teacher)), str(tmp_path / "small")
     export_student(run, Path(small))  # rounded to fp16: other weights
     of_run, of_small = (evaluated(tmp_path / f"{Path(name).name}.json", name) for name in (run, small))
@@ -106,7 +103,7 @@ def test_the_weights_are_those_that_are_given_not_those_that_are_written(
         own_results(small, (of_run,))
 
 
-def test_weights_that_are_gone(teacher: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_reported(teacher: Path, tmp_path: Path) -> None:
     run = as_run(tmp_path / "run", str(teacher))
     (tmp_path / "run" / "checkpoints" / "000000004" / "ema.safetensors").unlink()
     with pytest.raises(UserError, match=r"ema\.safetensors cannot be read: No such file"):

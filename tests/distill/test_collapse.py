@@ -38,7 +38,7 @@ def test_a_healthy_run_has_no_findings() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_named(value: float) -> None:
+def test_non_finite_values_are_reported(value: float) -> None:
     (finding,) = findings(log(3, val__psnr=[value]))
     assert finding.kind == "not_finite" and finding.fatal
     assert finding.text.startswith("image 20: val/psnr not finite; ")
@@ -56,7 +56,7 @@ def test_a_discriminator_that_has_won() -> None:
     assert kinds(log(12, d__auc=[1.0, 1.0, 0.9, 1.0, 1.0], loss__d=[0.01] * 5)) == []
 
 
-def test_validations_between_the_reports_break_no_streak() -> None:
+def test_validation_lines_do_not_interrupt_a_streak() -> None:
     """They are lines of their own, without losses."""
     for late in ({"d__auc": [1.0] * 5, "loss__d": [0.01] * 5}, {"latent__spread": [0.1] * 5}):
         lines = log(30, **late)
@@ -65,7 +65,7 @@ def test_validations_between_the_reports_break_no_streak() -> None:
     assert kinds([*log(3, val__psnr=[math.nan]), {"nimg": 20, "val/fid": 9.0}]) == ["not_finite"]
 
 
-def test_a_blind_discriminator_is_told_but_never_fatal() -> None:
+def test_a_blind_discriminator_only_warns() -> None:
     lines = log(20, d__auc=[0.5] * 10, logit__real=[0.01] * 10, logit__fake=[0.0] * 10)
     (finding,) = findings(lines)
     assert finding.kind == "d_blind" and not finding.fatal
@@ -74,7 +74,7 @@ def test_a_blind_discriminator_is_told_but_never_fatal() -> None:
     assert kinds(log(20, d__auc=[0.5] * 10)) == [], "logits apart: rows overlap, the means do not"
 
 
-def test_a_student_whose_rows_become_alike() -> None:
+def test_a_student_whose_latents_become_alike() -> None:
     lines = log(30, latent__spread=[0.9, 0.7, 0.4, 0.4, 0.3, 0.2, 0.2])
     assert kinds(lines) == ["g_collapse"] and "0.40 times" in findings(lines)[0].text
     assert kinds(log(24, latent__spread=[0.1] * 5)) == [], "too young a run to have a best"
@@ -102,7 +102,7 @@ def test_a_student_that_leaves_the_teacher(name: str) -> None:
     assert kinds(lines) == [], "a little worse is no alarm"
 
 
-def test_noise_alone_is_no_alarm() -> None:
+def test_noisy_losses_raise_no_alarm() -> None:
     """A thousand reports of one batch each, with a third of deviation: the best of them is far below."""
     rng = random.Random(0)
     lines = [
@@ -112,7 +112,7 @@ def test_noise_alone_is_no_alarm() -> None:
     assert not any(findings(lines[:end]) for end in range(25, 1001, 25))
 
 
-def test_stopping_warning_and_silence(caplog: pytest.LogCaptureFixture) -> None:
+def test_modes_stop_warn_and_off(caplog: pytest.LogCaptureFixture) -> None:
     detected = [Finding(kind="g_collapse", text="image 10: it collapses; try less", fatal=True)]
     messages: list[str] = []
     reported: set[str] = set()
@@ -127,13 +127,13 @@ def test_stopping_warning_and_silence(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["image 10: it collapses; try less"]
 
 
-def test_limits_check_themselves() -> None:
+def test_invalid_limits_are_refused() -> None:
     for settings in ({"reports": 0}, {"spread": 1.5}, {"rise": 0.9}):
         with pytest.raises(SettingError, match="sentinels: reports"):
             Limits(**settings)
 
 
-def test_a_real_run_that_falls_apart_is_noticed(teacher: Path, tmp_path: Path) -> None:
+def test_a_real_diverging_run_is_detected(teacher: Path, tmp_path: Path) -> None:
     """A run as it should be, in which nothing is wrong although it starts wild, and then with a rate that
     grows without end."""
     pairs = make_pairs(teacher, tmp_path)

@@ -90,7 +90,7 @@ def exported(run: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, result["parity_max_abs_err"]
 
 
-def test_diffusers_draws_our_image(run: str, exported: tuple[Path, float]) -> None:
+def test_diffusers_reproduces_the_student(run: str, exported: tuple[Path, float]) -> None:
     out, parity = exported
     assert 0 <= parity <= 1e-4
     one, z = load_student(run), noise(5, range(2), (4, 4, 4))
@@ -101,7 +101,7 @@ def test_diffusers_draws_our_image(run: str, exported: tuple[Path, float]) -> No
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
-def test_no_scale_and_no_negative_prompt_change_it_and_more_steps_are_refused(
+def test_guidance_and_negative_prompts_have_no_effect_and_more_steps_are_refused(
     exported: tuple[Path, float],
 ) -> None:
     out, z = exported[0], noise(5, range(2), (4, 4, 4))
@@ -113,7 +113,7 @@ def test_no_scale_and_no_negative_prompt_change_it_and_more_steps_are_refused(
         pipe(PROMPT, latents=z)
 
 
-def test_parity_would_see_another_network(exported: tuple[Path, float], tmp_path: Path) -> None:
+def test_parity_detects_another_network(exported: tuple[Path, float], tmp_path: Path) -> None:
     out, z = exported[0], noise(5, range(2), (4, 4, 4))
     other = shutil.copytree(out, tmp_path / "other")
     scheduler = other / "scheduler" / "scheduler_config.json"
@@ -122,7 +122,7 @@ def test_parity_would_see_another_network(exported: tuple[Path, float], tmp_path
     assert (sample_with_diffusers(other, z) - sample_with_diffusers(out, z)).abs().max() > 0.1
 
 
-def test_the_folder_says_nothing_of_this_machine(exported: tuple[Path, float], teacher: Path) -> None:
+def test_the_folder_contains_no_local_paths(exported: tuple[Path, float], teacher: Path) -> None:
     out = exported[0]
     names = {path.name for path in out.iterdir()}
     assert names == {"README.md", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
@@ -132,7 +132,7 @@ def test_the_folder_says_nothing_of_this_machine(exported: tuple[Path, float], t
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
 
 
-def test_a_teacher_it_cannot_be(exported: tuple[Path, float]) -> None:
+def test_unsupported_teachers_are_refused(exported: tuple[Path, float]) -> None:
     with pytest.raises(UserError, match="LCMScheduler cannot make pairs"):
         load_schedule(str(exported[0]))
     pipe = load_any_pipeline(str(exported[0]), "cpu", torch.float32, 1, None)
@@ -177,7 +177,7 @@ def test_sdxl(tmp_path: Path) -> None:
 # Students with something beside the teacher's network.
 
 
-def test_a_student_told_the_scale_is_told_it_by_diffusers(teacher: Path, tmp_path: Path) -> None:
+def test_diffusers_passes_the_guidance_scale_to_a_guided_student(teacher: Path, tmp_path: Path) -> None:
     run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
     one, z = load_student(run), noise(5, range(2), (4, 4, 4))
@@ -244,7 +244,9 @@ def test_adapters_of_two_stages_are_one(at_hand: bool, lora: str, teacher: Path,
     assert "rank 5." in readme_of(tmp_path / "out")
 
 
-def test_a_student_that_is_more_than_adapters(run: str, lora: str, teacher: Path, tmp_path: Path) -> None:
+def test_a_student_with_other_changed_weights_is_refused(
+    run: str, lora: str, teacher: Path, tmp_path: Path
+) -> None:
     config = StudentConfig(lora_rank=2)
     full_run = lora_run(tmp_path / "after", str(teacher), config, run)
     export_student(lora, tmp_path / "half")
@@ -258,14 +260,14 @@ def test_a_student_that_is_more_than_adapters(run: str, lora: str, teacher: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_are_merged_elsewhere(lora: str, tmp_path: Path) -> None:
+def test_other_formats_merge_adapters(lora: str, tmp_path: Path) -> None:
     assert export_pipeline(lora, tmp_path / "pipeline")["parity_max_abs_err"] <= 1e-4
     assert export_student(lora, tmp_path / "small", "fp32")["parity_max_abs_err"] == 0
     for folder in ("pipeline/unet/diffusion_pytorch_model", "small/ema"):
         assert not any("lora" in name for name in load_file(tmp_path / f"{folder}.safetensors"))
 
 
-def test_what_has_no_adapters_is_refused(run: str, teacher: Path, tmp_path: Path) -> None:
+def test_a_student_without_adapters_is_refused(run: str, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no adapters; export it with --format diffusers"):
         export_lora(run, tmp_path / "out")
     both = as_run(tmp_path / "both", str(teacher), StudentConfig(lora_rank=2, guidance_conditioning=True))
@@ -278,7 +280,7 @@ def test_what_has_no_adapters_is_refused(run: str, teacher: Path, tmp_path: Path
 # The card.
 
 
-def test_the_cards_own_words_draw_a_picture(exported: tuple[Path, float]) -> None:
+def test_the_code_on_the_card_runs(exported: tuple[Path, float]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", readme_of(exported[0]), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code.replace("THIS_FOLDER", str(exported[0])), names)
@@ -301,7 +303,7 @@ def test_licenses(teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"fid": 3}', None])
-def test_scores_that_are_none(content: str | None, run: str, tmp_path: Path) -> None:
+def test_invalid_scores_are_refused(content: str | None, run: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "result.json").write_text(content)
     with pytest.raises(UserError, match=r"--scores .*result\.json is no evaluation result"):
@@ -362,7 +364,7 @@ def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
-def test_diffusers_draws_unconditional_students(kind: str, tmp_path: Path) -> None:
+def test_diffusers_reproduces_unconditional_students(kind: str, tmp_path: Path) -> None:
     make = {"pixels": tiny_teachers.save_pixels, "latents": tiny_teachers.save_ldm}[kind]
     run = as_run(tmp_path / "run", make(tmp_path / "teacher"))
     result = export(ExportConfig(student=run, format="diffusers"), tmp_path / "out")
@@ -392,7 +394,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_diffusers_cannot_draw_is_not_written(case: str, tmp_path: Path) -> None:
+def test_students_that_diffusers_cannot_run_are_refused(case: str, tmp_path: Path) -> None:
     settings, form, says = REFUSED[case]
     make = tiny_teachers.save_edm if case == "EDM" else tiny_teachers.save_pixels
     run = as_run(tmp_path / "run", make(tmp_path / "teacher", **settings))

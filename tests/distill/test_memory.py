@@ -60,7 +60,7 @@ def test_stage_two_has_two_networks(teacher: Path) -> None:
     assert gan.working > predict(config(teacher), 1).working
 
 
-def test_shards_divide_what_is_held(teacher: Path) -> None:
+def test_shards_divide_weights_and_states(teacher: Path) -> None:
     replicated = predict(config(teacher, stage="gan"), 4)
     for engine, parts in (
         (EngineConfig(parallel="fsdp"), 4),
@@ -72,7 +72,7 @@ def test_shards_divide_what_is_held(teacher: Path) -> None:
         assert memory.frozen == replicated.frozen
 
 
-def test_adapters_need_no_states_for_the_rest(teacher: Path) -> None:
+def test_frozen_weights_need_no_optimizer_states(teacher: Path) -> None:
     adapted = StudentConfig(lora_rank=2)
     student = student_from_teacher(str(teacher), -1, adapted)
     ours = sum(p.numel() for n, p in student.named_parameters() if ".lora_" in n)
@@ -85,7 +85,7 @@ def large(**train: Any) -> TrainConfig:
     return TrainConfig(**{"batch_size": 4096, "precision": "fp32", **train})
 
 
-def test_rows_cost_and_less_so_in_micro_batches_or_when_computed_again(teacher: Path) -> None:
+def test_working_memory_by_rows_micro_batches_and_checkpointing(teacher: Path) -> None:
     def working(**settings: Any) -> float:
         return predict(config(teacher, **settings), 1).working
 
@@ -104,7 +104,7 @@ def test_rows_cost_and_less_so_in_micro_batches_or_when_computed_again(teacher: 
     assert working(stage="gan", train=large(), gan=DiscriminatorConfig(penalty="full")) > gan
 
 
-def test_fake_tensors_keep_what_real_ones_do(teacher: Path) -> None:
+def test_fake_tensors_save_the_same_bytes_as_real_ones(teacher: Path) -> None:
     student = student_from_teacher(str(teacher)).requires_grad_(True)
     batch = 16
     noise, text = torch.randn(batch, 4, 4, 4), Conditioning.from_text(torch.randn(batch, 77, 16))
@@ -125,7 +125,7 @@ def test_sdxl(tmp_path: Path) -> None:
     assert memory.frozen == pytest.approx(gib(sum(p.numel() for p in encoders.parameters())))
 
 
-def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> None:
+def test_checkpointed_layers_count_their_inputs_and_the_largest_layer() -> None:
     """Two layers of 4 numbers in and out, 8 and 16 wide: both inputs, and tanh's output in the wider one."""
     narrow, wide = (nn.Sequential(nn.Linear(4, w), nn.Tanh(), nn.Linear(w, 4)) for w in (8, 16))
     both, x = nn.Sequential(narrow, wide), torch.randn(2, 4)
@@ -134,7 +134,7 @@ def test_what_is_computed_again_counts_its_inputs_and_the_largest_layer() -> Non
     assert saved_bytes(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 4 + 2 * 16)
 
 
-def test_a_teacher_that_is_not_here_is_taken_for_the_presets_own() -> None:
+def test_a_missing_teacher_is_replaced_by_the_presets_model() -> None:
     """SD 1.5's 859.5M parameters, in fp32; what a preset has no network for stays unknown."""
     far = DISTILL_PRESETS["ablation-z"]["ode"]
     memory = forecast(

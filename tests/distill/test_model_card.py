@@ -84,7 +84,7 @@ EVALUATIONS = {
 
 
 @pytest.mark.parametrize("case", EVALUATIONS)
-def test_evaluations_are_the_bookkeepings(case: str, tmp_path: Path) -> None:
+def test_evaluations_of_every_variant(case: str, tmp_path: Path) -> None:
     """Of 100 steps of 8 images."""
     settings, expected = EVALUATIONS[case]
     run = run_of(tmp_path / "run", ("train.batch_size=8", *settings), nimg=800, stage="gan")
@@ -144,7 +144,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_a_recipe_says_what_acted(case: str, tmp_path: Path) -> None:
+def test_a_recipe_lists_the_settings_that_acted(case: str, tmp_path: Path) -> None:
     name, settings, present, absent = RECIPES[case]
     recipe = stage(card_text(run_of(tmp_path / "run", settings, stage=name)), name)
     for part in present:
@@ -153,7 +153,7 @@ def test_a_recipe_says_what_acted(case: str, tmp_path: Path) -> None:
         assert part not in recipe, (part, recipe)
 
 
-def test_pairs_of_several_stores_are_all_told(teacher: Path, tmp_path: Path) -> None:
+def test_all_pair_stores_are_listed(teacher: Path, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
     a = make_pairs(teacher, tmp_path / "a")
@@ -168,14 +168,14 @@ def test_pairs_of_several_stores_are_all_told(teacher: Path, tmp_path: Path) -> 
     assert SECRET not in text and str(tmp_path) not in text
 
 
-def test_stages_are_told_in_their_order_and_their_hours_add_up(tmp_path: Path) -> None:
+def test_stages_are_listed_in_order_and_hours_add_up(tmp_path: Path) -> None:
     ode = run_of(tmp_path / "ode", nimg=1000)
     text = card_text(run_of(tmp_path / "gan", stage="gan", init=str(ode)))
     assert 0 < text.index("Stage `ode`: 1,000 images") < text.index("Stage `gan`: 600 images")
     assert "Training: 16 device hours" in text and "Before that" not in text
 
 
-def test_what_came_before_and_is_not_known_is_said(tmp_path: Path) -> None:
+def test_gaps_in_the_history_are_stated(tmp_path: Path) -> None:
     text = card_text(run_of(tmp_path / "gan", stage="gan", init=f"{SECRET}/ode"))
     assert text.count("- Before that: an exported student or a run that is not at hand") == 2
     assert SECRET not in text
@@ -203,7 +203,7 @@ def test_what_came_before_and_is_not_known_is_said(tmp_path: Path) -> None:
         card_text(old)
 
 
-def test_scores_and_license_are_as_given(tmp_path: Path) -> None:
+def test_scores_and_license(tmp_path: Path) -> None:
     result = {"protocol": "coco", "protocol_sha256": "abc" * 20, "fid": 9.29, "recall": None}
     result |= {"counts": {"images": 30000}, "extra": {"cmmd": 0.5}}
     result |= {"source": {"kind": "images", "name": "drawn"}}

@@ -34,7 +34,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("where", ["run", "another run", "teacher", "pipeline", "a piece"])
-def test_an_export_over_what_is_precious_is_refused(
+def test_an_export_over_a_run_or_its_sources_is_refused(
     where: str, form: Any, run: str, teacher: Path, tmp_path: Path
 ) -> None:
     own = shutil.copytree(teacher, tmp_path / "teacher")
@@ -71,7 +71,7 @@ def test_an_export_is_not_written_over_itself_but_over_an_earlier_one(run: str, 
     assert not (pipeline / "unet" / "stale.safetensors").exists()
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_an_export_is_atomic(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="stop"), staged(out) as folder:
         (folder / "a").write_text("new")
@@ -93,7 +93,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise AssertionError("not reached")
 
 
-def test_the_bound() -> None:
+def test_parity_bound() -> None:
     assert check_parity(PARITY_BOUND, torch.float32) == PARITY_BOUND
     with pytest.raises(UserError, match=r"differ by 1\.50e-02 .* at most 0\.001 in float32; nothing was"):
         check_parity(1.5e-2, torch.float32)
@@ -112,7 +112,7 @@ def test_a_nan_anywhere_is_the_largest_difference() -> None:
     )
 
 
-def test_sums_are_exact_only_where_asked() -> None:
+def test_tf32_is_disabled_only_during_an_export() -> None:
     before = torch.backends.cudnn.allow_tf32
     with exact_sums():
         assert not torch.backends.cudnn.allow_tf32
@@ -129,7 +129,7 @@ def spoilt(run: str, folder: Path, value: float) -> str:
     return str(copy)
 
 
-def test_a_student_beyond_half_precision_is_not_exported_in_it(run: str, tmp_path: Path) -> None:
+def test_a_student_that_overflows_half_precision_is_refused(run: str, tmp_path: Path) -> None:
     big = spoilt(run, tmp_path / "run", 1e6)
     with pytest.raises(UserError, match="in float16, draws values that are not finite"):
         export(ExportConfig(student=big), tmp_path / "out")
@@ -141,7 +141,7 @@ def test_a_student_beyond_half_precision_is_not_exported_in_it(run: str, tmp_pat
 
 
 @pytest.mark.parametrize("form", ["diffusers", "lora"])
-def test_an_export_that_draws_something_else_is_not_left_behind(
+def test_an_export_with_wrong_parity_leaves_no_files(
     form: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if another version of diffusers had another scheduler."""
@@ -158,7 +158,7 @@ def test_an_export_that_draws_something_else_is_not_left_behind(
 
 
 @pytest.mark.parametrize("options", [{"scores": ("a.json",)}, {"license": "mit"}, {"watts": 3.0}])
-def test_what_a_format_has_no_use_for_is_refused(options: dict[str, Any]) -> None:
+def test_card_options_of_a_format_without_card_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     says = f"the format safetensors has no model card, and no use for {name}; .* diffusers, lora, onnx"
     with pytest.raises(SettingError, match=says):
@@ -183,9 +183,7 @@ def chatter() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("form", ["diffusers", "lora"])
-def test_an_export_says_nothing_of_its_own(
-    form: Any, teacher: Path, chatter: list[str], tmp_path: Path
-) -> None:
+def test_an_export_prints_nothing(form: Any, teacher: Path, chatter: list[str], tmp_path: Path) -> None:
     run = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
     export(ExportConfig(student=run, format=form), tmp_path / "out")
     # The tiny tokenizer is shorter than the sentence to compare with; a real one's is not.

@@ -20,7 +20,7 @@ LINES = [
 ]  # fmt: skip
 
 
-def test_every_reported_kind_has_its_panel_and_no_other() -> None:
+def test_every_key_has_exactly_one_panel() -> None:
     titles = [panel.title for panel in panels(LINES)]
     assert (
         titles[0] == "losses"
@@ -35,7 +35,7 @@ def test_every_reported_kind_has_its_panel_and_no_other() -> None:
     assert not below.log, "a logarithm has no place for it"
 
 
-def test_what_has_a_scale_of_its_own_has_axes_of_its_own() -> None:
+def test_keys_with_their_own_scale_have_their_own_panel() -> None:
     line = {
         "val/psnr": 25.0,
         "val/e_latent_lpips": 0.2,
@@ -57,7 +57,7 @@ def test_values_missing_from_a_report_leave_gaps_only() -> None:
     assert x == [0, 10, 30, 40] and y == [1, 0.5, 0.25, 0.2]
 
 
-def test_the_picture(tmp_path: Path) -> None:
+def test_png_file(tmp_path: Path) -> None:
     plot_health(LINES, tmp_path / "new" / "health.png", "run")
     with Image.open(tmp_path / "new" / "health.png") as image:
         image.load()
@@ -70,7 +70,7 @@ def test_the_picture(tmp_path: Path) -> None:
         plot_health(LINES, tmp_path / "file" / "health.png")
 
 
-def test_text_rows_leave_the_heads_to_the_picture() -> None:
+def test_text_rows_omit_single_heads() -> None:
     rows = {row.name: row for row in health_rows(LINES, 8)}
     assert "logit/real" in rows and "logit/real/0_skip" not in rows
     assert (

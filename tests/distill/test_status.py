@@ -55,7 +55,7 @@ def test_a_view_of_a_run(run: Path) -> None:
     assert status.warnings == [] and {row.name for row in status.rows} == set(LINE)
 
 
-def test_json_is_one_object_and_nothing_changes(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_output_leaves_the_folder_unchanged(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     RunLog(run, json.loads((run / "config.json").read_text())).write(100, {**LINE, "val/psnr": float("nan")})
     before = snapshot(run)
     code, out, _ = watch(capfd, run, "--json")
@@ -66,7 +66,7 @@ def test_json_is_one_object_and_nothing_changes(run: Path, capfd: pytest.Capture
     assert snapshot(run) == before
 
 
-def test_once_and_the_picture(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_once_and_png(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = watch(capfd, run, "--once")
     assert code == 0 and "40 of 100 images, 40.0%" in out and "loss/g" in out and "▁" in out
     code, out, _ = watch(capfd, run, "--png", tmp_path / "health.png", "--json")
@@ -99,7 +99,7 @@ def test_a_run_without_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert code == 0 and "no reports yet" in out
 
 
-def test_folders_that_are_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_folders_without_a_run_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for content, says in (
         (None, "holds no run"),
         ("{", "config.json is damaged .*; copy it from another --out"),
@@ -115,12 +115,12 @@ def test_folders_that_are_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("every", ["0", "-1", "nan", "inf"])
-def test_seconds_between_looks(every: str, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_refresh_interval_is_checked(every: str, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, _, err = watch(capfd, run, "--every", every)
     assert code == 2 and "expected seconds above 0" in err
 
 
-def test_a_picture_is_a_file(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_png_must_be_a_file(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = watch(capfd, run, "--png", run)
     assert code == 2 and out == "" and list(run.glob("*.png")) == []
     assert err == f"error: --png {run} is a folder; give the name of a file in it, say {run / 'health.png'}\n"
@@ -137,7 +137,7 @@ ENDINGS = [
 
 
 @pytest.mark.parametrize(("how", "why", "expected"), ENDINGS)
-def test_what_a_run_wrote_about_its_end(
+def test_ended_json_is_shown(
     how: Any, why: str, expected: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The live view leaves, and all three say how it ended; nothing is left, so no time is."""
@@ -166,13 +166,13 @@ def test_a_live_view_leaves_when_the_run_fails(run: Path, tmp_path: Path) -> Non
     assert ended.code == 0 and "40.0%, it failed" in expected and "loss/g is nan" in expected
 
 
-def test_a_damaged_end_is_named(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_ended_json_is_reported(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (run / "ended.json").write_text('{"how": "fai')
     code, _, err = watch(capfd, run, "--once")
     assert code == 1 and f"{run / 'ended.json'} is damaged" in err and "delete it" in err
 
 
-def test_a_run_that_was_killed_is_said_to_be_silent(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_run_is_reported_silent(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its reports came every half second: ten minutes are long. Nothing else tells."""
     last = (run / "stats.jsonl").stat().st_mtime
     assert usual_gap(read_stats(run)) == 0.5
@@ -189,7 +189,7 @@ def test_a_run_that_was_killed_is_said_to_be_silent(run: Path, capfd: pytest.Cap
     assert json.loads(out)["silent_minutes"] == 16 and json.loads(out)["ended"] is None
 
 
-def test_rare_reports_are_no_silence(run: Path) -> None:
+def test_rare_reports_do_not_count_as_silence(run: Path) -> None:
     log = RunLog(run, json.loads((run / "config.json").read_text()))
     for nimg in (50, 60, 70, 80, 90):
         log.write(nimg, {**LINE, "time/images_per_sec": 10 / 300})  # 300 seconds each
@@ -206,7 +206,7 @@ def test_a_run_without_reports_can_be_silent_too(tmp_path: Path) -> None:
     assert view(tmp_path, now=begun + 700).silent_minutes == 11
 
 
-def test_a_file_is_told_once_of_silence_and_a_terminal_every_minute(run: Path) -> None:
+def test_silence_is_printed_once_to_a_file_and_every_minute_to_a_terminal(run: Path) -> None:
     last = (run / "stats.jsonl").stat().st_mtime
     talks, silent, longer = (view(run, now=last + 60 * minutes) for minutes in (0, 11, 12))
     for live in (False, True):

@@ -20,7 +20,7 @@ from distill.sampling import load_student
 from exported import PROMPT, as_run, evaluated, readme_of
 
 
-def test_onnxruntime_draws_our_image(teacher: Path, tmp_path: Path) -> None:
+def test_onnxruntime_reproduces_the_student(teacher: Path, tmp_path: Path) -> None:
     """A student with a guidance input. SDXL is left out: torch.export takes a minute for its networks."""
     run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
     out = tmp_path / "out"
@@ -57,7 +57,7 @@ def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
     assert np.abs(np.asarray(names["image"]).astype(int) - own).max() <= 1
 
 
-def test_onnx_is_fp32_and_asks_for_what_it_needs(
+def test_onnx_is_fp32_and_checks_its_packages(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = as_run(tmp_path / "run", str(teacher))
