@@ -1,4 +1,4 @@
-"""Reading pairs: against plain file reading, against what training eats, and opening many shards.
+"""Reading pairs: compared with plain file reads and with what training consumes; opening many shards.
 
     python benchmarks/reader.py [--rows 32768] [--repeats 5] [--shards 3000] [--folder DIR]
 
@@ -35,7 +35,7 @@ from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, create_store, shard_path
 
 BATCH, BLOCK, WINDOW = 64, 64, 16
-GPU_PEAK = 989e12  # bf16 FLOP/s of an H100 or H200 without sparsity, as NVIDIA states it: no GPU eats faster
+GPU_PEAK = 989e12  # dense bf16 FLOP/s of an H100 or H200 as NVIDIA states it: an upper bound
 SPEC = StoreSpec(
     teacher="none",
     teacher_sha256="0" * 64,
@@ -55,7 +55,7 @@ SPEC = StoreSpec(
 
 
 def make_store(folder: Path, spec: StoreSpec) -> Path:
-    """A store of random values: reading does not look at them."""
+    """A store of random values; reading speed does not depend on them."""
     create_store(folder, spec)
     generator = torch.Generator().manual_seed(0)
     for shard in range(spec.num_shards):
@@ -78,7 +78,7 @@ def forget(folder: Path) -> None:
 
 
 def read_plainly(folder: Path, buffer: bytearray) -> None:
-    """Every byte of every file, one after the other."""
+    """Read every byte of every file in order."""
     for path in sorted((folder / "shards").iterdir()):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
@@ -88,7 +88,7 @@ def read_plainly(folder: Path, buffer: bytearray) -> None:
 def read_shuffled(
     reader: PairReader, block: int = 0, window: int = 0, workers: int = 0, dtype: torch.dtype | None = None
 ) -> None:
-    """One epoch of batches."""
+    """Read one epoch of batches."""
     sampler = PairSampler(len(reader), BATCH, 0, block=block, window=window)
     for _ in islice(pair_loader(reader, sampler, workers=workers, dtype=dtype), len(reader) // BATCH):
         pass
@@ -97,7 +97,7 @@ def read_shuffled(
 def turns(
     contestants: dict[str, Callable[[], None]], repeats: int, before: Callable[[], None]
 ) -> list[list[float]]:
-    """[wall seconds, CPU seconds of this process] medians of each; they take turns, `before` is not timed."""
+    """Median [wall seconds, CPU seconds of this process] of each contestant; `before` is not timed."""
     wall: dict[str, list[float]] = {name: [] for name in contestants}
     busy: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(repeats + 1):
@@ -112,7 +112,7 @@ def turns(
 
 
 def against_files(folder: Path, repeats: int) -> tuple[list[str], float]:
-    """Tables of shuffled reading against plain reading, from the disk and from memory; rows/s of blocks."""
+    """Tables of shuffled and plain reading, from disk and memory; rows/s of block reads from disk."""
     reader, buffer = PairReader(folder), bytearray(1 << 20)
     started = time.process_time()
     reader.read(range(0, len(reader), reader.spec.shard_size))  # shards opened and checked
@@ -149,7 +149,7 @@ def against_files(folder: Path, repeats: int) -> tuple[list[str], float]:
 
 
 def against_training(folder: Path) -> list[str]:
-    """Rows/s of the reader over images/s of stage 1, on the miniature here, and as a bound for SD 1.5."""
+    """Rows/s of the reader compared with images/s of the miniature's regression stage on this machine."""
     config = DISTILL_PRESETS["miniature"]["ode"]
     teacher = pretrained.resolve(config.teacher)
     unet = pretrained.load_unet(str(teacher))
@@ -183,7 +183,7 @@ def against_training(folder: Path) -> list[str]:
 
 
 def sd15_bound(rows_per_sec: float) -> list[str]:
-    """How fast the fastest single GPU could possibly take SD 1.5 pairs in stage 1."""
+    """An upper bound on the SD 1.5 pairs per second that one GPU consumes in the regression stage."""
     with torch.device("meta"):
         unet = pretrained.new_unet(
             sample_size=64,
@@ -209,7 +209,7 @@ def sd15_bound(rows_per_sec: float) -> list[str]:
 
 
 def many_shards(folder: Path, shards: int) -> list[str]:
-    """Seconds to open a store of many small shards."""
+    """Time to open a store of many small shards."""
     spec = replace(SPEC, latent_shape=(4, 8, 8), num_pairs=4 * shards, shard_size=4)
     store = make_store(folder / "many", spec)
     seconds: dict[str, list[float]] = {"open": [], "first row": [], "a row of every shard": []}
@@ -225,8 +225,8 @@ def many_shards(folder: Path, shards: int) -> list[str]:
         seconds["a row of every shard"].append(time.perf_counter() - started)
     rows = [[name, statistics.median(found)] for name, found in seconds.items()]
     return [
-        f"{shards} shards of 4 rows of 4x8x8. Opening reads 512 bytes of each; the header, the index and the "
-        "places of all chunks are read with a shard's first row, which `a row of every shard` adds up.",
+        f"{shards} shards of 4 rows of 4x8x8. Opening reads 512 bytes of each; the header and the "
+        "index are read with a shard's first row, which `a row of every shard` adds up.",
         "",
         *table(["", "seconds (median of 3)"], rows),
     ]

@@ -1,4 +1,4 @@
-"""Several pair stores of one teacher read as one, each row with the guidance scale it was made with."""
+"""Several pair stores of one teacher read as one, each row with the guidance scale of its store."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,26 +14,26 @@ from pairgen.store.reader import PairReader
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuidedBatch(PairBatch):
-    """Rows whose student is told their guidance scale [B], fp32."""
+    """A PairBatch with the guidance scale of each row, [B] fp32, for a guidance-conditioned student."""
 
     guidance: Tensor
 
 
 def scales(batch: PairBatch) -> tuple[Tensor, ...]:
-    """What a student is told beside noise and text: the rows' guidance [B], where they come with it."""
+    """The guidance scales ([B],) of a GuidedBatch, to pass to the student; () for other batches."""
     return (batch.guidance,) if isinstance(batch, GuidedBatch) else ()
 
 
 class JoinedReader:
-    """What a PairReader does, over several: rows of all stores lie evenly among one another, so that the last
-    rows, like any others, are of every scale.
+    """Reads several stores like one PairReader. Their rows are interleaved evenly, so that any range of
+    positions contains every guidance scale in proportion.
 
-    told: give GuidedBatches. Raises UserError for stores of other teachers or latents than the first's,
-    SettingError for other scales where the student is not told them.
+    with_guidance: return GuidedBatches. Raises UserError if teacher or latents differ between stores, and
+    SettingError if guidance scales differ without `with_guidance`.
     """
 
-    def __init__(self, readers: Sequence[PairReader], told: bool) -> None:
-        self.readers, self.told = list(readers), told
+    def __init__(self, readers: Sequence[PairReader], with_guidance: bool) -> None:
+        self.readers, self.with_guidance = list(readers), with_guidance
         first = self.spec
         for reader in self.readers[1:]:
             for name in ("teacher_sha256", "conditioning", "latent_shape", "latent_space"):
@@ -42,11 +42,11 @@ class JoinedReader:
                         f"{reader.folder} has {name} {theirs}, {self.readers[0].folder} {ours}; "
                         "expected stores that differ in guidance only"
                     )
-        different = sorted({reader.spec.guidance for reader in self.readers})
-        if len(different) > 1 and not told:
+        guidance_scales = sorted({reader.spec.guidance for reader in self.readers})
+        if len(guidance_scales) > 1 and not with_guidance:
             raise SettingError(
-                f"the pairs have guidance scales {', '.join(f'{s:g}' for s in different)}; "
-                "set student.guidance_conditioning=true, or give the pairs of one"
+                f"the pairs have guidance scales {', '.join(f'{s:g}' for s in guidance_scales)}; "
+                "set student.guidance_conditioning=true, or use pairs of one scale"
             )
         sizes = [len(reader) for reader in self.readers]
         places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
@@ -55,7 +55,7 @@ class JoinedReader:
 
     @property
     def spec(self) -> StoreSpec:
-        """The first store's."""
+        """The spec of the first store."""
         return self.readers[0].spec
 
     def __len__(self) -> int:
@@ -68,36 +68,35 @@ class JoinedReader:
         return store, number - self._ends[store]
 
     def read(self, rows: Sequence[int], dtype: torch.dtype | None = torch.float32) -> PairBatch:
-        """The rows at these positions, as PairReader.read gives them; stores of another type than the first's
-        are brought to it."""
+        """Read the rows at these positions like PairReader.read; dtype None means the first store's type."""
         dtype = dtype or self.spec.torch_dtype
         store, position = self._where(rows)
         parts = {n: self.readers[n].read(position[store == n].tolist(), dtype) for n in set(store.tolist())}
         prompts = {n: iter(part.prompts) for n, part in parts.items()}
-        whole = next(iter(parts.values()))
-        noise, latent, index = (
+        first = next(iter(parts.values()))
+        noise, latents, index = (
             torch.empty(len(store), *t.shape[1:], dtype=t.dtype)
-            for t in (whole.noise, whole.latents, whole.index)
+            for t in (first.noise, first.latents, first.index)
         )
         for n, part in parts.items():
             here = torch.from_numpy(store == n)
-            noise[here], latent[here], index[here] = part.noise, part.latents, part.index
+            noise[here], latents[here], index[here] = part.noise, part.latents, part.index
         batch = replace(
-            whole,
+            first,
             noise=noise,
-            latents=latent,
+            latents=latents,
             index=index,
             prompts=[next(prompts[n]) for n in store.tolist()],
             skipped={file: why for part in parts.values() for file, why in part.skipped.items()},
         )
-        if not self.told:
+        if not self.with_guidance:
             return batch  # type: ignore[no-any-return]  # replace() of a PairBatch
         guidance = torch.tensor([self.readers[n].spec.guidance for n in store.tolist()])
         fields = {name: getattr(batch, name) for name in PairBatch.__dataclass_fields__}
         return GuidedBatch(**fields, guidance=guidance.float())
 
     def prefetch(self, rows: Sequence[int], block: int = 1) -> None:
-        """Announce positions that will be read."""
+        """Announce positions that are read soon."""
         store, position = self._where(rows)
         for n in sorted(set(store.tolist())):
             self.readers[n].prefetch(position[store == n].tolist(), block)

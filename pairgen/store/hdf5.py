@@ -1,6 +1,6 @@
-"""The pair store: (noise, latent, prompt, index) rows to sharded HDF5 and back. The one door to h5py.
+"""Encoding and decoding shards: (noise, latents, prompt, index) rows in HDF5. Only this file imports h5py.
 
-For readers outside this project the format is written down in docs/pair-format.md.
+docs/pair-format.md documents the format for readers outside this project.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from pairgen.store.spec import SCHEMA, StoreSpec, create_store, pending, read_sp
 
 __all__ = ["PairBatch", "StoreSpec", "create_store", "pending", "read_spec"]
 
-SEAL = 512  # bytes of the HDF5 user block, where the length and sha256 of the rest of the file stand
-CHUNK_BYTES = 1 << 15  # one row of SD 1.5: a chunk is what a random row costs to read
-BLOCK_BYTES = 1 << 24  # of latents that `read_blocks` holds at once
+SEAL = 512  # bytes of the HDF5 user block, which holds the file's length and the sha256 of the rest
+CHUNK_BYTES = 1 << 15  # one row of SD 1.5: reading a random row reads a whole chunk
+BLOCK_BYTES = 1 << 24  # latents per block of `read_blocks`
 CACHE_BYTES = 4 * CHUNK_BYTES  # of HDF5's chunk cache, per dataset
 HINT_BYTES = 1 << 17  # Linux reads ahead at most its window, 128 KiB unless set otherwise, per call
 UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, TypeError)  # what h5py raises on damaged files
@@ -38,10 +38,10 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairBatch:
-    """Rows: noise and scaled latent [B, C, H, W], B prompts, index [B] int64 (the pairs' numbers).
+    """B pairs: noise and scaled latents [B, C, H, W], B prompts, and pair indices [B] int64.
 
-    A class-conditional teacher's prompts are its class numbers in decimal; an unconditional one's are empty.
-    `skipped`: damaged files, and why, whose rows a reader with `skip_bad` replaced here by others.
+    The prompts of a class-conditional teacher are class labels in decimal, those of an unconditional one are
+    empty. `skipped`: damaged file -> reason, for files whose rows a reader with `skip_bad` replaced here.
     """
 
     noise: Tensor
@@ -52,17 +52,17 @@ class PairBatch:
 
     @property
     def labels(self) -> Tensor:
-        """The class numbers [B] int64 of a class-conditional teacher's rows."""
+        """Class labels [B] int64 of a class-conditional teacher's rows."""
         return torch.tensor([int(prompt) for prompt in self.prompts], dtype=torch.int64)
 
     def pin_memory(self) -> "PairBatch":
-        """The same rows in page-locked memory, from which copies to a GPU overlap its work."""
-        noise, latent, index = self.noise.pin_memory(), self.latents.pin_memory(), self.index.pin_memory()
-        return replace(self, noise=noise, latents=latent, index=index)
+        """The same rows in page-locked memory, for copies to a GPU that overlap with its work."""
+        noise, latents, index = self.noise.pin_memory(), self.latents.pin_memory(), self.index.pin_memory()
+        return replace(self, noise=noise, latents=latents, index=index)
 
 
 class DamagedShard(UserError):
-    """A file of a store that cannot be trusted. `reason`: what is wrong, without the file and the remedy."""
+    """A damaged file of a store. `reason`: what is wrong, without the file's name and the remedy."""
 
     reason: str
 
@@ -73,7 +73,7 @@ def _seal(length: int, sha256: str) -> bytes:
 
 
 def seal_of(head: bytes) -> tuple[int, str]:
-    """The length of a file and the sha256 of all after its first 512 bytes; (-1, "") if these say none."""
+    """Parse a file's first 512 bytes: its length and the sha256 of the rest; (-1, "") if they are damaged."""
     try:
         seal = json.loads(head)
         return int(seal["bytes"]), str(seal["sha256"])
@@ -87,6 +87,7 @@ def _damaged(path: Path, reason: str) -> DamagedShard:
 
 
 def damaged(file: Path | str, reason: str, remedy: str) -> DamagedShard:
+    """Build the error: one line with file, reason and remedy."""
     error = DamagedShard(f"{file}: {reason}; {remedy}")
     error.reason = reason
     return error
@@ -97,14 +98,14 @@ def _bytes_of(values: Tensor) -> memoryview:
 
 
 def encode_rows(spec: StoreSpec, rows: PairBatch, quarantined: Sequence[int] = ()) -> memoryview:
-    """One HDF5 file as bytes, in memory: a full disk then meets a plain write, never HDF5 half way.
+    """Encode rows as the bytes of one HDF5 file. In memory, so that a full disk cannot leave half a file.
 
-    `quarantined`: the pairs of this shard that are not among `rows`, because they have no finite latent.
+    `quarantined`: the pairs of this shard that `rows` lacks because their latents are not finite.
     """
     row_bytes = prod(spec.latent_shape) * np.dtype(spec.dtype).itemsize
     chunks = (max(1, min(len(rows.index), CHUNK_BYTES // row_bytes)), *spec.latent_shape)
     buffer = io.BytesIO()
-    # The 1.10 format checksums its metadata; the older default lets a flipped bit there change what is read.
+    # The 1.10 format has checksums for its metadata; in older formats a flipped bit can change what is read.
     with h5py.File(buffer, "w", userblock_size=SEAL, libver=("v110", "v110")) as file:
         if spec.noise == "stored":
             _write_values(file, "noise", rows.noise, chunks)
@@ -140,7 +141,7 @@ def _write_prompts(file: Any, prompts: list[bytes]) -> None:
 
 
 def load_rows(path: Path, spec: StoreSpec) -> PairBatch:
-    """All rows of one file in the stored dtype, after every check of `read_blocks`."""
+    """Read all rows of one file in the stored type, with all checks of `read_blocks`."""
     blocks = list(read_blocks(path, spec))
     return PairBatch(
         noise=torch.cat([block.noise for block in blocks]),
@@ -151,10 +152,10 @@ def load_rows(path: Path, spec: StoreSpec) -> PairBatch:
 
 
 def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
-    """The rows of one file in the stored dtype, a few at a time (at least one block, empty for a file without
-    rows), with every check: length and sha256 of every byte before the first block, header, finite values,
-    and after the last block the noise hash. Raises UserError with the first reason found; index order is the
-    caller's.
+    """Yield the rows of one file in the stored type, block by block; one empty block for a file without rows.
+
+    Checks length, sha256 of all bytes and header before the first block, finite values in each block, and
+    the noise hash after the last one. Raises DamagedShard with the first fault. The caller checks `index`.
     """
     noise_sha256 = hashlib.sha256()
     try:
@@ -166,7 +167,7 @@ def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
                 for rows in _blocks(file, spec):
                     block = _block(file, spec, rows)
                     for name, values in (("noise", block.noise), ("latent", block.latents)):
-                        # NumPy's test: torch's takes ten times as long in float16
+                        # NumPy's isfinite: torch's takes ten times as long in float16
                         if not np.isfinite(values.numpy()).all():
                             raise _damaged(path, f"{name} holds values that are not finite")
                     noise_sha256.update(_bytes_of(block.noise))
@@ -175,11 +176,11 @@ def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
     except UNREADABLE as error:
         raise _damaged(path, f"unreadable ({error})") from error
     if noise_sha256.hexdigest() != expected:
-        raise _damaged(path, "its noise is not the noise the teacher saw (noise_sha256 differs)")
+        raise _damaged(path, "its noise is not the noise the teacher received (noise_sha256 differs)")
 
 
 def _check_bytes(raw: BinaryIO, path: Path) -> None:
-    """Length and sha256 of an open file against its first bytes. Raises UserError."""
+    """Compare length and sha256 of an open file with its first 512 bytes. Raises DamagedShard."""
     head, length = raw.read(SEAL), os.fstat(raw.fileno()).st_size
     if seal_of(head)[0] != length:
         raise _damaged(path, f"truncated or overwritten ({length} bytes)")
@@ -188,7 +189,7 @@ def _check_bytes(raw: BinaryIO, path: Path) -> None:
 
 
 def _blocks(file: Any, spec: StoreSpec) -> Iterator[slice]:
-    """Runs of rows, whole chunks, about BLOCK_BYTES of latents each; one empty run when there are no rows."""
+    """Slices of whole chunks with about BLOCK_BYTES of latents each; one empty slice if there are no rows."""
     latent = file["latent"]
     size = max(1, BLOCK_BYTES // (prod(spec.latent_shape) * latent.dtype.itemsize * latent.chunks[0]))
     size *= latent.chunks[0]
@@ -199,8 +200,8 @@ def _blocks(file: Any, spec: StoreSpec) -> Iterator[slice]:
 def _block(file: Any, spec: StoreSpec, rows: slice) -> PairBatch:
     index = file["index"][rows].astype(np.int64)
     noise = torch.from_numpy(file["noise"][rows]) if "noise" in file else redraw(spec, index)
-    latent, prompts = torch.from_numpy(file["latent"][rows]), _prompts_of(file, spec, rows)
-    return PairBatch(noise=noise, latents=latent, prompts=prompts, index=torch.from_numpy(index))
+    latents, prompts = torch.from_numpy(file["latent"][rows]), _prompts_of(file, spec, rows)
+    return PairBatch(noise=noise, latents=latents, prompts=prompts, index=torch.from_numpy(index))
 
 
 def _prompts_of(file: Any, spec: StoreSpec, rows: slice) -> list[str]:
@@ -212,12 +213,12 @@ def _prompts_of(file: Any, spec: StoreSpec, rows: slice) -> list[str]:
 
 
 def redraw(spec: StoreSpec, index: Iterable[int]) -> Tensor:
-    """The noise of these pairs, drawn again from (seed, index), in the stored dtype."""
+    """Draw the noise of these pairs again from (seed, index), in the stored type."""
     return seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
 
 
 def _check_header(file: Any, path: Path, spec: StoreSpec) -> None:
-    """Attributes and dataset shapes against `spec`. Raises UserError naming the file and the key."""
+    """Compare attributes and dataset shapes with `spec`. Raises DamagedShard naming file and key."""
     if file.attrs["spec_sha256"] != spec.sha256:
         names = differing(spec.as_json(), json.loads(file.attrs["spec"])) or ["spec_sha256"]
         raise _damaged(path, f"made with another spec: {', '.join(names)}")

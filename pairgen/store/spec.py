@@ -1,4 +1,4 @@
-"""What a pair folder holds and where: its spec, its shards' names, writing whole or not at all."""
+"""The layout of a pair folder: its spec, the names of its files, and atomic writes."""
 
 import json
 import re
@@ -20,14 +20,14 @@ SCHEMA = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSpec:
-    """Everything that decides a store's rows. Stores of equal spec hold interchangeable shards."""
+    """Everything that determines a store's rows. Shards of stores with equal specs are interchangeable."""
 
     schema: int = SCHEMA
     teacher: str
     teacher_sha256: str
     conditioning: Literal["text", "label", "none"] = "text"
     teacher_facts: dict[str, Any] = field(default_factory=dict)
-    """What else of the teacher's family decides latents: micro-conditioning, the null condition, a shift."""
+    """Other facts of the teacher's family that change latents: micro-conditioning, null condition, shift."""
     prompts_sha256: str
     num_pairs: int
     num_prompts: int
@@ -61,7 +61,7 @@ class StoreSpec:
             raise SettingError(f"latent_shape is {self.latent_shape}, expected ({channels}, height, width)")
 
     def as_json(self) -> dict[str, Any]:
-        """The spec as stored. Whole numbers in float fields become floats first: one spec, one digest."""
+        """The spec as stored. Integers in float fields become floats: equal specs have equal digests."""
         return to_json(from_json(StoreSpec, to_json(self)))
 
     @property
@@ -77,12 +77,12 @@ class StoreSpec:
         return -(-self.num_pairs // self.shard_size)
 
     def rows(self, shard: int) -> range:
-        """The pair indices that shard number `shard` owns."""
+        """The pair indices of shard number `shard`."""
         start = shard * self.shard_size
         return range(start, min(start + self.shard_size, self.num_pairs))
 
     def prompt_of(self, index: int) -> int:
-        """Which prompt pair `index` was made from: a position in the prompt list."""
+        """The position in the prompt list of pair `index`'s prompt."""
         return index // self.per_prompt % self.num_prompts
 
 
@@ -91,14 +91,14 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def shards_present(folder: Path, spec: StoreSpec) -> list[int]:
-    """Numbers of the shards that stand under their names. Those are whole: they were renamed into place."""
+    """Sorted numbers of the shards present. All are complete: finished shards are renamed into place."""
     return shard_numbers(spec, (path.name for path in (Path(folder) / "shards").glob("*.h5")))
 
 
 def shard_numbers(spec: StoreSpec, names: Iterable[str]) -> list[int]:
-    """Numbers of the shards among file names, sorted."""
-    found = (re.fullmatch(r"pairs-(\d{5,})\.h5", name) for name in names)
-    return sorted(int(m[1]) for m in found if m and int(m[1]) < spec.num_shards)
+    """Sorted numbers of the shards among file names."""
+    matches = (re.fullmatch(r"pairs-(\d{5,})\.h5", name) for name in names)
+    return sorted(int(m[1]) for m in matches if m and int(m[1]) < spec.num_shards)
 
 
 def prompts_path(folder: Path) -> Path:
@@ -107,18 +107,18 @@ def prompts_path(folder: Path) -> Path:
 
 
 def quarantine_path(folder: Path, shard: int) -> Path:
-    """The record of the rows that a whole shard lacks because the teacher gave no finite latent."""
+    """The record of the rows that a shard lacks because their latents were not finite."""
     return Path(folder) / "quarantine" / f"pairs-{shard:05d}.rows.json"
 
 
 def encode_record(shard: int, rows: Sequence[dict[str, Any]]) -> bytes:
-    """A quarantine record of rows {"index", "prompt", "reason"}."""
+    """Encode a quarantine record of rows {"index", "prompt", "reason"}."""
     content = {"shard": f"pairs-{shard:05d}.h5", "sha256": digest(rows), "rows": rows}
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def read_record(folder: Path, shard: int) -> list[dict[str, Any]]:
-    """The rows of a shard's quarantine record. Raises UserError for one that is not as it was written."""
+    """The rows of a shard's quarantine record. Raises UserError for a damaged record."""
     path = quarantine_path(folder, shard)
     try:
         data = path.read_bytes()
@@ -139,23 +139,23 @@ def records_present(folder: Path) -> list[int]:
 
 
 def quarantined_rows(folder: Path, spec: StoreSpec) -> dict[int, list[dict[str, Any]]]:
-    """Shard number -> the rows set aside there: {"index", "prompt", "reason"}, in order of index.
+    """Shard number -> its quarantined rows {"index", "prompt", "reason"}, in order of index.
 
-    Raises UserError for a damaged record; the shard's own header holds the indices too.
+    Raises UserError for a damaged record. A shard's header lists the indices too.
     """
     return {shard: read_record(folder, shard) for shard in records_present(folder) if shard < spec.num_shards}
 
 
 def pending(folder: Path, spec: StoreSpec) -> list[range]:
-    """Pair indices of the shards that are not yet whole, one range per shard, in order."""
+    """Pair indices of the shards that are not present yet, one range per shard, in order."""
     present = set(shards_present(folder, spec))
     return [spec.rows(shard) for shard in range(spec.num_shards) if shard not in present]
 
 
 def create_store(folder: Path, spec: StoreSpec) -> None:
-    """Make DIR/store.json, or check that the one there holds `spec`; sweep what killed writers left behind.
+    """Write DIR/store.json, or check that the existing one has this `spec`; remove files of killed writers.
 
-    Raises UserError when the folder holds another spec (naming the keys that differ) or cannot be written.
+    Raises UserError if the folder has another spec (naming the keys that differ) or cannot be written.
     """
     folder = local_folder(folder)
     with writing(folder, "nothing was written"):
@@ -174,14 +174,14 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
 
 
 def local_folder(folder: Path | str) -> Path:
-    """`folder` as a Path. Raises UserError for a URL, of which a Path has folded the slashes."""
+    """`folder` as a Path. Raises UserError for a URL, also if a Path has merged its slashes."""
     if re.match("[a-z][a-z0-9+.-]+:/", str(folder)):
         raise UserError(f"{folder} is a URL; this needs a folder of this machine: copy the store here first")
     return Path(folder)
 
 
 def read_spec(folder: Path) -> StoreSpec:
-    """The spec in DIR/store.json. Raises UserError when it is missing, damaged or of a newer schema."""
+    """Read DIR/store.json. Raises UserError if it is missing, damaged or of another schema version."""
     path = local_folder(folder) / "store.json"
     try:
         return parse_spec(path.read_bytes(), str(path))
@@ -191,12 +191,12 @@ def read_spec(folder: Path) -> StoreSpec:
 
 
 def parse_spec(content: bytes, name: str) -> StoreSpec:
-    """The spec in the bytes of a store.json called `name`. Raises UserError."""
+    """Parse the bytes of a store.json; `name` is for messages. Raises UserError."""
     try:
         facts = json.loads(content)
-        if (found := facts["schema"]) != SCHEMA:
-            todo = "upgrade" if found > SCHEMA else "read it with the version that made it, or make it again"
-            raise UserError(f"{name}: pair schema {found}, this version reads schema {SCHEMA}; {todo}")
+        if (schema := facts["schema"]) != SCHEMA:
+            todo = "upgrade" if schema > SCHEMA else "read it with the version that made it, or make it again"
+            raise UserError(f"{name}: pair schema {schema}, this version reads schema {SCHEMA}; {todo}")
         spec = from_json(StoreSpec, facts["spec"])
         if spec.sha256 != facts["sha256"]:
             raise ValueError("its sha256 does not match its spec")
@@ -205,15 +205,16 @@ def parse_spec(content: bytes, name: str) -> StoreSpec:
     return spec
 
 
-def require_same_spec(folder: Path | str, found: StoreSpec, expected: StoreSpec) -> None:
-    if names := differing(found.as_json(), expected.as_json()):
+def require_same_spec(folder: Path | str, spec: StoreSpec, expected: StoreSpec) -> None:
+    """Raise UserError naming the keys in which the spec of `folder` differs from `expected`."""
+    if names := differing(spec.as_json(), expected.as_json()):
         text = f"{folder} holds pairs of another spec; differing: {', '.join(names)}"
         raise UserError(f"{text}; choose another folder, or the settings this one was made with")
 
 
 @contextmanager
 def writing(folder: Path, safe: str) -> Iterator[None]:
-    """Turns the operating system's refusal to write into one line that also says what is safe."""
+    """Turn an OSError of writing into a one-line UserError; `safe` tells the user what is not lost."""
     try:
         yield
     except OSError as error:
@@ -222,14 +223,14 @@ def writing(folder: Path, safe: str) -> Iterator[None]:
             text = f"no room to write in {folder} ({error.strerror}; {free}); {safe}"
             raise UserError(f"{text}; make room and run the same command again") from error
         text = f"cannot write {error.filename or folder} ({error.strerror}); {safe}"
-        raise UserError(f"{text}; mend it or choose another output folder") from error
+        raise UserError(f"{text}; fix that or choose another output folder") from error
 
 
 def write_atomically(data: bytes | memoryview, path: Path, scratch: Path) -> None:
-    """Write `data` under a temporary name in `scratch`, sync it, rename it to `path`: whole or not there."""
+    """Write `data` to a temporary file in `scratch`, sync it, and rename it to `path`."""
     atomic_files.write_and_rename(data, path, temporary_name(path, scratch))
 
 
 def temporary_name(path: Path, scratch: Path) -> Path:
-    """What `path` is called in `scratch` until it is whole."""
+    """The temporary file in `scratch` for `path`."""
     return scratch / f"{path.stem}.{atomic_files.process_tag()}.tmp"
