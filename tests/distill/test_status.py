@@ -123,7 +123,8 @@ def test_the_refresh_interval_is_checked(every: str, run: Path, capfd: pytest.Ca
 def test_png_must_be_a_file(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = watch(capfd, run, "--png", run)
     assert code == 2 and out == "" and list(run.glob("*.png")) == []
-    assert err == f"error: --png {run} is a folder; give the name of a file in it, say {run / 'health.png'}\n"
+    example = run / "health.png"
+    assert err == f"error: --png {run} is a folder; give the name of a file in it, for example {example}\n"
 
 
 # How runs end.
