@@ -27,6 +27,13 @@ class Teacher:
 
     `pipeline`: its class in diffusers. `latent_shape`: (C, h, w) of the resolution the network was trained
     at; it also samples at others. `config`: of the network, which may be replaced by a compiled one.
+
+    >>> from d2g.core.seeds import noise
+    >>> from d2g.diffusion import load_teacher
+    >>> teacher = load_teacher("miniature")
+    >>> z = noise(0, range(2), teacher.latent_shape)  # rows 0 and 1 of seed 0
+    >>> teacher.sample(z, ["a red cube", "a blue cone"], steps=2, guidance=3.0, solver="ddim").shape == z.shape
+    True
     """
 
     name: str
@@ -214,6 +221,11 @@ def load_teacher(
 
     Network and text encoders are loaded in `precision`; of the autoencoder only the config is read. Raises
     UserError for what cannot be a teacher, SettingError for a spacing that a flow or an EDM does not have.
+
+    >>> from d2g.diffusion import load_teacher
+    >>> teacher = load_teacher("miniature")
+    >>> teacher.conditioning, teacher.schedule.prediction
+    ('text', 'epsilon')
     """
     device, dtype = torch.device(device), PRECISIONS[precision]
     teacher = _teacher_on_meta(name, spacing, final_alpha)  # every check runs before gigabytes are read
