@@ -80,7 +80,7 @@ def test_every_format_checks_scores_before_exporting(form: Any, teacher: Path, t
     with pytest.raises(UserError, match=rf"wrong\.json is of a student, {other}, weights .*; expected"):
         export(ExportConfig(student=run, format=form, card=wrong), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    # The card of ONNX is checked in tests/distill/test_to_onnx.py: after torch.export, forked processes hang.
+    # The card of ONNX is checked in tests/distill/test_to_onnx.py: after torch.export, no fork can train.
     if form == "onnx":
         return
     right = CardOptions(scores=(evaluated(tmp_path / "right.json", run),))
