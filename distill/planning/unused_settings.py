@@ -59,7 +59,7 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
         "with regression.kind=e_latent_lpips or latent_lpips, or regression.latent_lpips_weight above 0",
     ),
 }
-"""By setting, or by group of settings if the name ends with a dot: whether a run uses it, and when, in words."""
+"""When a run uses a setting (or a group, whose name ends with a dot): the condition, and its words."""
 
 
 def refuse_unused(config: DistillConfig, names: Iterable[str]) -> None:

@@ -113,7 +113,7 @@ def discriminator_step(
     terms: LossTerms,
 ) -> None:
     """Update D to tell the teacher's latents from the student's, given noise and text (method.md "GAN
-    objective")."""
+    losses")."""
     state, gan, discriminator = context.state, context.gan, context.state.discriminator
     assert discriminator is not None and state.optim_d is not None
     discriminator.module.requires_grad_(True)
@@ -176,7 +176,7 @@ def generator_step(
     context: StepContext, microbatches: Sequence[MicroBatch], terms: LossTerms, reuse_student_pass: bool
 ) -> None:
     """Update the student: regression to the teacher's latents, plus the adversarial loss of D on the same
-    latents (method.md "GAN objective")."""
+    latents (method.md "GAN losses")."""
     state, gan, discriminator = context.state, context.gan, context.state.discriminator
     for number, microbatch in enumerate(microbatches):
         with state.student.no_sync(number < len(microbatches) - 1):

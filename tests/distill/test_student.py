@@ -81,7 +81,7 @@ def test_timesteps(teacher: Path) -> None:
 
 
 def test_zero_terminal_snr_is_finite_for_v_and_refused_for_epsilon(teacher: Path) -> None:
-    """At alpha = 0 the v formula is -v; the epsilon formula divides by zero (method.md "One-step formulas")."""
+    """At alpha = 0 v gives -v, and epsilon divides by zero (method.md "One-step formulas")."""
     schedule = pretrained.load_schedule(str(teacher))
     bars = schedule.alphas_cumprod.clone()
     bars[-1] = 0.0
