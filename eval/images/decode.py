@@ -65,7 +65,7 @@ def _as_rgb(opened: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...
         alpha = opened.convert("RGBA")
         if np.asarray(alpha)[..., 3].min() < 255:
             raise UserError(
-                f"{name} has transparent pixels, whose colour depends on what lies below; flatten it"
+                f"{name} has transparent pixels, whose color depends on what lies below; flatten it"
             )
         return alpha.convert("RGB"), (*kinds, "with an opaque alpha channel")
     if mode.startswith("I;16"):  # Pillow's own conversion clips at 255 and gives a white image

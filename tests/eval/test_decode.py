@@ -1,4 +1,4 @@
-"""eval.images.decode: every kind of picture that lies about in folders, and what is said of those not taken."""
+"""eval.images.decode: every kind of image that folders contain, and the refusals."""
 
 import io
 import random
@@ -84,7 +84,7 @@ def test_transparency_is_refused_unless_it_is_none() -> None:
     palette = Image.fromarray(COLOUR).convert("P")
     with pytest.raises(UserError, match="transparent pixels"):
         read(encoded(palette, "PNG", transparency=int(np.array(palette)[0, 0])))
-    with pytest.raises(UserError, match="transparent pixels"):  # a colour key in an RGB file
+    with pytest.raises(UserError, match="transparent pixels"):  # a color key in an RGB file
         read(encoded(Image.fromarray(COLOUR), "PNG", transparency=tuple(COLOUR[0, 0].tolist())))
 
 

@@ -1,4 +1,4 @@
-"""eval.networks.dinov2 and eval.networks.transformers_vision: tiny real DINOv2 models through real folders."""
+"""eval.networks.dinov2 and transformers_vision: tiny real DINOv2 models loaded from real folders."""
 
 import json
 from pathlib import Path

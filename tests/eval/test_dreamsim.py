@@ -1,4 +1,4 @@
-"""eval.networks.dreamsim against the package dreamsim: its loader, on files of the published form but small."""
+"""eval.networks.dreamsim against the package dreamsim, on small files of the published form."""
 
 import json
 import warnings

@@ -32,7 +32,7 @@ CHANNELS = ("red", "green", "blue")
 TINY = Protocol(name="tiny", features="oracle", neighbours=(3, 5), pr_images=100, kid_subsets=5)
 
 
-def mean_colour(images: Tensor) -> Tensor:
+def mean_color(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images.double(), 2).flatten(1)
 
 
@@ -40,11 +40,11 @@ def ten_classes(features: Tensor) -> Tensor:
     return features[:, :10].double() / 20
 
 
-ORACLE = FeatureNet(name="oracle", dim=12, sha256="0a" * 32, function=mean_colour, classifier=ten_classes)
+ORACLE = FeatureNet(name="oracle", dim=12, sha256="0a" * 32, function=mean_color, classifier=ten_classes)
 
 
-def colour_clip() -> ClipNet:
-    """A CLIP whose pictures are their mean colour and whose texts are the colour they name."""
+def color_clip() -> ClipNet:
+    """A CLIP whose pictures are their mean color and whose texts are the color they name."""
 
     def texts(prompts: list[str]) -> Tensor:
         return F.normalize(torch.tensor([[float(c in p) for c in CHANNELS] for p in prompts]), dim=1)
@@ -52,7 +52,7 @@ def colour_clip() -> ClipNet:
     def images(batch: Tensor) -> Tensor:
         return F.normalize(batch.float().mean((2, 3)), dim=1)
 
-    return ClipNet(name="colours", dim=3, sha256="0b" * 32, encode_images=images, encode_texts=texts)
+    return ClipNet(name="colors", dim=3, sha256="0b" * 32, encode_images=images, encode_texts=texts)
 
 
 def pick_score(images: Tensor, prompts: list[str]) -> Tensor:
@@ -60,20 +60,20 @@ def pick_score(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 PICK = PickNet(name="pick", sha256="0d" * 32, score=pick_score)
-NETWORKS = Networks(sets={"features": ORACLE}, clip=colour_clip())
+NETWORKS = Networks(sets={"features": ORACLE}, clip=color_clip())
 EVERYTHING = Networks(
     sets={
         name: dataclasses.replace(ORACLE, name=name) for name in ("dinov2", "fd_clip", "cmmd", DREAMSIM_ROWS)
     }
     | {"features": ORACLE},
-    clip=colour_clip(),
+    clip=color_clip(),
     pick=PICK,
     pairs={"dreamsim": encoded(ORACLE, cosine_distance), "psnr": psnr},
 )
 
 
 def pictures(count: int, seed: int, spread: float = 40.0, shift: float = 0.0) -> Batch:
-    """Noisy pictures, each mainly of the colour in its prompt."""
+    """Noisy pictures, each mainly of the color in its prompt."""
     wanted = torch.arange(count) % 3
     base = 60 + 100 * F.one_hot(wanted, 3)[:, :, None, None] + shift
     images = base + spread * torch.randn(count, 3, 4, 4, generator=generator(seed))
@@ -120,12 +120,12 @@ def test_the_contracts_keys_and_sane_numbers() -> None:
     assert keys <= set(data)
     assert data["counts"] == {"images": 90, "reference": 120, "pr_images": 90, "pr_reference": 100}
     assert data["models"]["features"] == {"name": "oracle", "dim": "12", "sha256": "0a" * 32}
-    assert data["models"]["clip"]["name"] == "colours"
+    assert data["models"]["clip"]["name"] == "colors"
     assert data["models"]["reference"]["images"] == "120"
     for key in ("fid", "clip_score", "precision", "recall"):
         assert data["ci"][key][0] < data[key] < data["ci"][key][1], key
     assert data["precision"] == data["neighbours"]["3"]["precision"] <= data["neighbours"]["5"]["precision"]
-    assert data["settings"]["clip"] == "colours" and data["settings"]["prompts_sha256"]
+    assert data["settings"]["clip"] == "colors" and data["settings"]["prompts_sha256"]
     assert data["source"] == {"name": "90 of 2", "kind": "memory"} | {"name": "90 of 2"}
     json.dumps(data)
 
@@ -148,7 +148,7 @@ def test_the_reference_against_itself_is_at_zero() -> None:
 
 def test_a_collapsed_generator_has_precision_but_no_recall() -> None:
     images, prompts = pictures(90, seed=2, spread=2.0)
-    collapsed = measure(batch_source("one colour", [(images[:3].repeat(30, 1, 1, 1), prompts)]))
+    collapsed = measure(batch_source("one color", [(images[:3].repeat(30, 1, 1, 1), prompts)]))
     assert collapsed.precision == 1 and collapsed.recall is not None and collapsed.recall < 0.2
 
 
@@ -206,7 +206,7 @@ def test_an_extra_measure_is_averaged() -> None:
 
 
 def test_one_metric_needs_only_its_own_network() -> None:
-    only = Networks(clip=colour_clip())
+    only = Networks(clip=color_clip())
     clip_only = measure(source(9, 2), networks=only, metrics=("clip",), reference=None)
     assert clip_only.fid is None and clip_only.clip_score is not None and set(clip_only.models) == {"clip"}
     sets = Networks(sets={"features": ORACLE})
@@ -287,7 +287,7 @@ def test_only_inception_is_called_fid() -> None:
     assert not any("FID" in label for label in labels)
     named = dataclasses.replace(ORACLE, name="inception")
     networks, protocol = (
-        Networks(sets={"features": named}, clip=colour_clip()),
+        Networks(sets={"features": named}, clip=color_clip()),
         dataclasses.replace(TINY, features="inception"),
     )
     result = measure(source(30, 2), protocol, networks, reference=real(protocol, networks), resamples=0)
@@ -296,7 +296,7 @@ def test_only_inception_is_called_fid() -> None:
 
 
 def test_a_reference_measured_another_way_is_refused() -> None:
-    other = Networks(sets={"features": dataclasses.replace(ORACLE, sha256="0c" * 32)}, clip=colour_clip())
+    other = Networks(sets={"features": dataclasses.replace(ORACLE, sha256="0c" * 32)}, clip=color_clip())
     with pytest.raises(
         UserError, match=r"reference 120 of 1 was measured another way: features.features_sha256"
     ):
@@ -305,10 +305,10 @@ def test_a_reference_measured_another_way_is_refused() -> None:
         measure(source(9, 2), dataclasses.replace(TINY, size=4, resize="box", crop="centre"))
     with pytest.raises(UserError, match=r"another way: reference \('given' -> 'coco2014-val'\)"):
         measure(source(9, 2), dataclasses.replace(TINY, reference="coco2014-val"))
-    wrong = Networks(sets={"features": dataclasses.replace(ORACLE, name="guess")}, clip=colour_clip())
+    wrong = Networks(sets={"features": dataclasses.replace(ORACLE, name="guess")}, clip=color_clip())
     with pytest.raises(UserError, match="measures with features 'oracle', got 'guess'"):
         measure(source(9, 2), networks=wrong)
-    with pytest.raises(UserError, match="measures with CLIP 'ViT', got 'colours'"):
+    with pytest.raises(UserError, match="measures with CLIP 'ViT', got 'colors'"):
         measure(source(9, 2), dataclasses.replace(TINY, clip="ViT"))
     with pytest.raises(UserError, match="has no statistics of dinov2 features; make it again"):
         measure(source(9, 2), networks=EVERYTHING, metrics=("fd_dinov2",))
@@ -347,7 +347,7 @@ def test_compare_refuses_what_does_not_compare() -> None:
     with pytest.raises(UserError, match=r"settings.prompts_sha256"):
         compare({"a": a, "b": swapped})
     clip_only = measure(
-        source(30, 3), networks=Networks(clip=colour_clip()), metrics=("clip",), reference=None
+        source(30, 3), networks=Networks(clip=color_clip()), metrics=("clip",), reference=None
     )
     assert clip_only.settings["features"] == "oracle"
     assert len(compare({"a": a, "clip only": clip_only})) == 2, "fewer metrics are no other protocol"

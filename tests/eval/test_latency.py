@@ -1,4 +1,4 @@
-"""eval.measure.latency: what is counted, what is compared, and when larger batches end. Sleeps stand for work."""
+"""eval.measure.latency: what counts, what is compared, and when batches stop growing. Sleeps stand for work."""
 
 import json
 import time

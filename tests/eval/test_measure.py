@@ -1,4 +1,4 @@
-"""eval.measure.measure and eval.measure.rows: rows that do not depend on batches, parts, processes or kills."""
+"""eval.measure.measure and rows: rows do not depend on batches, parts, processes or kills."""
 
 import json
 import os
@@ -45,13 +45,13 @@ def mean_level(images: Tensor, prompts: list[str]) -> Tensor:
     return images.double().mean((1, 2, 3))
 
 
-def colours(images: Tensor, prompts: list[str]) -> Tensor:
+def colors(images: Tensor, prompts: list[str]) -> Tensor:
     return images.float().mean((2, 3))
 
 
 MEASURES = {
     "level": Measure(size=NATIVE, function=mean_level),
-    "colours": Measure(size="crop2-box", function=colours),
+    "colors": Measure(size="crop2-box", function=colors),
 }
 
 
@@ -71,7 +71,7 @@ WHOLE = measure_source(sampler(), range(50), MEASURES)
 def test_rows_do_not_depend_on_batches_or_parts(batch_size: int, part: int, tmp_path: Path) -> None:
     work = MeasureOptions(batch_size=batch_size, part=part, folder=tmp_path)
     found = measure_source(sampler(), range(50), MEASURES, work=work)
-    assert same(found, WHOLE) and found.values["colours"].shape == (50, 3)
+    assert same(found, WHOLE) and found.values["colors"].shape == (50, 3)
     assert same(measure_source(sampler(), range(50), MEASURES, work=work), WHOLE), "from the files"
     assert len(found.prompts) == len(found) == 50
 
@@ -177,7 +177,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
 
 def test_images_are_kept_with_their_numbers(tmp_path: Path) -> None:
     measure_source(
-        sampler(), range(7), {"c": MEASURES["colours"]}, work=MeasureOptions(keep=tmp_path / "kept")
+        sampler(), range(7), {"c": MEASURES["colors"]}, work=MeasureOptions(keep=tmp_path / "kept")
     )
     files = sorted((tmp_path / "kept").iterdir())
     assert [file.name for file in files] == [f"{number:08}.png" for number in range(7)]
@@ -194,7 +194,7 @@ def test_rows_that_are_not_finite_name_the_image() -> None:
         rows[:, 1] = torch.where(rows[:, 0] == rows[:, 0].max(), torch.nan, rows[:, 1])
         return rows
 
-    worst = int(WHOLE.values["colours"][:16, 0].argmax())
+    worst = int(WHOLE.values["colors"][:16, 0].argmax())
     with pytest.raises(
         UserError, match=rf"^sampler: c of image {worst} \('{PROMPTS[worst % 3]}'\) is not finite"
     ):
@@ -238,7 +238,7 @@ def test_of_files_it_is_known_which_they_were(tmp_path: Path) -> None:
             folder / f"{number}.png"
         )
     source = image_source(open_images(folder), ["a", "b", "c", "d", "e"])
-    measures = {"colours": MEASURES["colours"]}
+    measures = {"colors": MEASURES["colors"]}
     found = measure_source(
         source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work", batch_size=1)
     )

@@ -1,4 +1,4 @@
-"""eval.metrics.paired and eval.metrics.diversity: closed forms, and torchmetrics for the signal-to-noise ratio."""
+"""eval.metrics.paired and diversity: closed forms, and torchmetrics for the signal-to-noise ratio."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""eval.networks.pickscore and eval.metrics.win_rate: PickScore against transformers' CLIP, and win rates against closed forms."""
+"""PickScore against transformers' CLIP, and win rates against closed forms."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""eval.metrics.precision_recall and eval.metrics.distances against brute force, prdc and torch-fidelity, and on hard sets."""
+"""eval.metrics.precision_recall and distances against brute force, prdc and torch-fidelity, on hard sets."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""eval.measure.reference and eval.measure.build_reference: from COCO's folder to one file that needs no folder."""
+"""eval.measure.reference and build_reference: from COCO's folder to one file that needs no folder."""
 
 import dataclasses
 import json

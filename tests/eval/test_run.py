@@ -1,4 +1,4 @@
-"""eval.runner.run, bench and curves: evaluations of tiny models, killed, shared out, and over settings."""
+"""eval.runner.run, session and curves: evaluations of tiny models, killed, shared, and over settings."""
 
 import json
 import re

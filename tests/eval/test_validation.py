@@ -1,4 +1,4 @@
-"""eval.runner.validation: a number measured while training is the one that `d2g eval run` gives afterwards."""
+"""eval.runner.validation: a number measured during training equals that of `d2g eval run` afterwards."""
 
 from collections.abc import Sequence
 from dataclasses import replace
