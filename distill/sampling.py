@@ -145,8 +145,8 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
     """Load a student with the conditioner and the autoencoder around it, ready to generate images.
 
     name: an exported folder, a run's folder (its newest checkpoint), or "miniature", which ships with the
-    package. `teacher` replaces the teacher that the student's folder names. Raises UserError for a folder that
-    holds no student, or weights that do not fit the teacher.
+    package. `teacher` replaces the teacher that the student's folder names. Raises UserError for a folder
+    that holds no student, or weights that do not fit the teacher.
 
     >>> student = load_student("miniature")
     >>> student(["a red circle on a white background"], seed=0).dtype

@@ -61,7 +61,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
     done = subprocess.run([*install, "--no-index", str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    # A plain path in a .pth file: the .pth files of that folder, the editable install's among them, stay unread.
+    # A plain path in a .pth file: Python reads no .pth files of that folder, such as the editable install's.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 

@@ -1,7 +1,7 @@
 """Tiny real teachers of every family except Stable Diffusion, saved as diffusers saves them.
 
-Each takes well under a second. Images are 16 px, latents 4 x 4. Random weights are a little larger than usual,
-so that conditioning and guidance change the latents by more than rounding does.
+Each takes well under a second. Images are 16 px, latents 4 x 4. Random weights are a little larger than
+usual, so that conditioning and guidance change the latents by more than rounding does.
 """
 
 import json

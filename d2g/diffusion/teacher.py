@@ -32,7 +32,8 @@ class Teacher:
     >>> from d2g.diffusion import load_teacher
     >>> teacher = load_teacher("miniature")
     >>> z = noise(0, range(2), teacher.latent_shape)  # rows 0 and 1 of seed 0
-    >>> teacher.sample(z, ["a red cube", "a blue cone"], steps=2, guidance=3.0, solver="ddim").shape == z.shape
+    >>> prompts = ["a red cube", "a blue cone"]
+    >>> teacher.sample(z, prompts, steps=2, guidance=3.0, solver="ddim").shape == z.shape
     True
     """
 

@@ -129,8 +129,9 @@ def draw_together(
     device: torch.device | str = "cpu",
     guidance: float | None = None,
 ) -> Tensor:
-    """Latents as `SampleLatents` says, the work shared out over the ranks, which draw equally often. `guidance`: for
-    a student that is told it."""
+    """Latents as `SampleLatents` says, the work shared out over the ranks, which draw equally often.
+    `guidance`: for a student that is told it.
+    """
     found = []
     for part in _shares(len(prompts), batch_size):
         numbers = [min(place, len(prompts) - 1) for place in part]

@@ -1,4 +1,4 @@
-"""d2g.core.atomic_files: the old file or the new one, never half of one; real refusals, not pretended ones."""
+"""d2g.core.atomic_files: the old file or the new one, never half of one, under real failures of the disk."""
 
 import os
 import signal

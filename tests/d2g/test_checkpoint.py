@@ -1,5 +1,5 @@
-"""d2g.core.distributed.checkpoint: whole or absent, strict, newest kept; real full disks and real kills, not pretended
-ones.
+"""d2g.core.distributed.checkpoint: whole or absent, strict, newest kept; real full disks and real kills, not
+pretended ones.
 """
 
 import os

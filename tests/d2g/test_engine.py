@@ -1,4 +1,6 @@
-"""d2g.core.distributed.engine: under DDP and FSDP2 on two processes, D's gradients with R1 are those of one process."""
+"""d2g.core.distributed.engine: under DDP and FSDP2 on two processes, D's gradients with R1 are those of one
+process.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""d2g.core.tracking.loggers: TensorBoard and W&B hold what stats.jsonl holds; what is absent is refused by name."""
+"""d2g.core.tracking.loggers: TensorBoard and W&B hold what stats.jsonl holds; what is absent is refused by
+name.
+"""
 
 import json
 import struct

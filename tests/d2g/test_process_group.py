@@ -1,4 +1,6 @@
-"""d2g.core.distributed.process_group: two gloo processes under torchrun agree with one process; alone everything is the identity."""
+"""d2g.core.distributed.process_group: two gloo processes under torchrun agree with one process; alone
+everything is the identity.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""d2g.core.tracking.run_directory: one config per run folder, and lines that follow the checkpoint a run resumes from."""
+"""d2g.core.tracking.run_directory: one config per run folder, and lines that follow the checkpoint a run
+resumes from.
+"""
 
 import json
 import shutil

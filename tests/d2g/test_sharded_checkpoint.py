@@ -1,4 +1,6 @@
-"""d2g.core.distributed.sharded_checkpoint: what is written is read again, what is not whole is refused, what is not needed goes."""
+"""d2g.core.distributed.sharded_checkpoint: what is written is read again, what is not whole is refused, what
+is not needed goes.
+"""
 
 import shutil
 from pathlib import Path

@@ -210,7 +210,7 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
 
 
 def test_half_precision_networks_still_update_in_fp32(teacher: Path) -> None:
-    """The network's output is the only thing in bf16: the reference is diffusers' scheduler on fp32 latents."""
+    """Only the network's output is in bf16: the reference is diffusers' scheduler on fp32 latents."""
     half = load_teacher(str(teacher), precision="bf16")
     assert {p.dtype for m in (half.network, *half.encoders) for p in m.parameters()} == {torch.bfloat16}
     z, cond = noise(0, range(2), SHAPE), half.encode(["a", "b"])

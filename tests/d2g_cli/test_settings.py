@@ -76,7 +76,10 @@ def test_json_and_terminal_show_the_same(d2g: Any) -> None:
     "words", [["settings", "distill"], ["distill", "gan", "--help"], ["eval", "run", "--help"]]
 )
 def test_answers_without_torch(words: list[str]) -> None:
-    code = "import sys, cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, cli\ntry: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr
 

@@ -1,4 +1,6 @@
-"""distill.training.data: batches are a function of (seed, images so far), whatever the ranks, workers and restarts."""
+"""distill.training.data: batches are a function of (seed, images so far), whatever the ranks, workers and
+restarts.
+"""
 
 import json
 import re

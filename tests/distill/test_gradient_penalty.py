@@ -1,4 +1,6 @@
-"""distill.losses.gradient_penalty against finite differences in float64, on a tiny UNet with every zero weight set moving."""
+"""distill.losses.gradient_penalty against finite differences in float64, on a tiny UNet with every zero
+weight set moving.
+"""
 
 from pathlib import Path
 from typing import Any

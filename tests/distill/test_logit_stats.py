@@ -1,5 +1,6 @@
-"""distill.training.logit_stats: what a report says of the networks, in closed form, and the same of a batch however it is
-shared out."""
+"""distill.training.logit_stats: what a report says of the networks, in closed form, and the same of a batch
+however it is shared out.
+"""
 
 from pathlib import Path
 

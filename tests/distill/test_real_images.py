@@ -1,4 +1,6 @@
-"""distill.training.real_images: three kinds of sources give the same images, in an order of (seed, images so far)."""
+"""distill.training.real_images: three kinds of sources give the same images, in an order of (seed, images so
+far).
+"""
 
 import io
 import json

@@ -1,4 +1,6 @@
-"""distill.sampling and distill.export.export: images are a function of (seed, index), files say what they are."""
+"""distill.sampling and distill.export.export: images are a function of (seed, index), files say what they
+are.
+"""
 
 import json
 import shutil

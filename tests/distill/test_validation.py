@@ -1,4 +1,6 @@
-"""distill.training.validation and distill.training.preview: the same numbers whatever the batch, the ranks and the order."""
+"""distill.training.validation and distill.training.preview: the same numbers whatever the batch, the ranks
+and the order.
+"""
 
 import math
 import socket

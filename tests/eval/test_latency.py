@@ -1,4 +1,4 @@
-"""eval.measure.latency: what counts, what is compared, and when batches stop growing. Sleeps stand for work."""
+"""eval.measure.latency: what counts, what is compared, when batches stop growing. Sleeps stand for work."""
 
 import json
 import time
