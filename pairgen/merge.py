@@ -25,7 +25,7 @@ from pairgen.store.spec import (
     shard_path,
     shards_present,
     temporary_name,
-    write_atomically,
+    write_through_scratch,
     writing,
 )
 from pairgen.verify import FileCheck, check_file, in_threads, record_fault, store_info, stored_prompts
@@ -123,7 +123,7 @@ def _merge_shard(
                 raise _not_sound(source, quarantine_path(source, shard), fault)
             if source != out:
                 record.parent.mkdir(exist_ok=True)
-                write_atomically(quarantine_path(source, shard).read_bytes(), record, out / "partial")
+                write_through_scratch(quarantine_path(source, shard).read_bytes(), record, out / "partial")
         if source != out:
             (_link if link else _copy)(kept.path, target, out / "partial")
         if not kept.quarantined:
@@ -163,7 +163,7 @@ def _compared(kept: Path, other: Path, spec: StoreSpec, tolerance: float) -> dic
 def _copy(source: Path, target: Path, scratch: Path) -> None:
     with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         with memoryview(mapped) as data:
-            write_atomically(data, target, scratch)
+            write_through_scratch(data, target, scratch)
 
 
 def _link(source: Path, target: Path, scratch: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
 from pairgen.prompt_files import cells
-from pairgen.store.spec import write_atomically, writing
+from pairgen.store.spec import write_through_scratch, writing
 
 NEWLINE, QUOTE = 10, 34
 SCAN = 1 << 24  # bytes of a saved list looked at together
@@ -69,7 +69,7 @@ class PromptList(Sequence[str]):
         path = Path(path)
         scratch = path.parent / "partial"
         with writing(path.parent, "no prompt list was written"):
-            write_atomically(self.buffer, path, scratch if scratch.is_dir() else path.parent)
+            write_through_scratch(self.buffer, path, scratch if scratch.is_dir() else path.parent)
 
     @property
     def buffer(self) -> memoryview:

@@ -5,7 +5,14 @@ from typing import Any
 
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList
-from pairgen.store.spec import StoreSpec, encode_record, quarantine_path, read_spec, write_atomically, writing
+from pairgen.store.spec import (
+    StoreSpec,
+    encode_record,
+    quarantine_path,
+    read_spec,
+    write_through_scratch,
+    writing,
+)
 from pairgen.verify import stored_prompts, verify_store
 
 
@@ -32,7 +39,9 @@ def _write_lost_records(folder: Path, spec: StoreSpec, quarantined: list[int]) -
         if not quarantine_path(folder, shard).exists():
             (folder / "quarantine").mkdir(exist_ok=True)
             aside = [_lost(pair, spec, prompts) for pair in quarantined if pair in spec.rows(shard)]
-            write_atomically(encode_record(shard, aside), quarantine_path(folder, shard), folder / "partial")
+            write_through_scratch(
+                encode_record(shard, aside), quarantine_path(folder, shard), folder / "partial"
+            )
 
 
 def _lost(pair: int, spec: StoreSpec, prompts: PromptList | None) -> dict[str, Any]:

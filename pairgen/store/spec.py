@@ -165,7 +165,7 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
             require_same_spec(folder, read_spec(folder), spec)
         else:
             content = {"schema": SCHEMA, "sha256": spec.sha256, "spec": spec.as_json()}
-            write_atomically(
+            write_through_scratch(
                 json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial"
             )
         for shard in shards_present(folder, spec):
@@ -226,7 +226,7 @@ def writing(folder: Path, safe: str) -> Iterator[None]:
         raise UserError(f"{text}; fix that or choose another output folder") from error
 
 
-def write_atomically(data: bytes | memoryview, path: Path, scratch: Path) -> None:
+def write_through_scratch(data: bytes | memoryview, path: Path, scratch: Path) -> None:
     """Write `data` to a temporary file in `scratch`, sync it, and rename it to `path`."""
     atomic_files.write_and_rename(data, path, temporary_name(path, scratch))
 

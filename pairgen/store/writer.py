@@ -20,7 +20,7 @@ from pairgen.store.spec import (
     quarantine_path,
     shard_path,
     shards_present,
-    write_atomically,
+    write_through_scratch,
     writing,
 )
 
@@ -179,7 +179,7 @@ class PairWriter:
             with writing(self.folder, f"{self._on_disk} rows of {self.path.name} are safe"):
                 record.parent.mkdir(exist_ok=True)
                 content = encode_record(self.shard, [self.quarantined[pair] for pair in quarantined])
-                write_atomically(content, record, self._scratch)
+                write_through_scratch(content, record, self._scratch)
         self._write(rows, self.path, quarantined)
         self._buffer = []
         for leftover in [*self._parts(), *([] if quarantined else [record])]:
@@ -190,7 +190,7 @@ class PairWriter:
         safe = f"{complete} complete shards and {self._on_disk} rows of {self.path.name} are safe"
         try:
             with writing(self.folder, safe):
-                write_atomically(encode_rows(self.spec, rows, quarantined), path, self._scratch)
+                write_through_scratch(encode_rows(self.spec, rows, quarantined), path, self._scratch)
         except UserError:
             self._buffer = []  # __exit__ must not write again and raise the same error a second time
             raise

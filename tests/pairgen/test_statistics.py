@@ -35,7 +35,7 @@ from pairgen.statistics import (
 )
 from pairgen.store.hdf5 import PairBatch, encode_rows
 from pairgen.store.reader import PairReader
-from pairgen.store.spec import StoreSpec, create_store, prompts_path, shard_path, write_atomically
+from pairgen.store.spec import StoreSpec, create_store, prompts_path, shard_path, write_through_scratch
 
 ROOT = Path(__file__).parents[2]
 TEXTS = PromptList.of(["a cat", "two dogs and a very long tail", "☃"])
@@ -73,7 +73,7 @@ def make_store(
     drawn = seeds.noise(3, index.tolist(), spec.latent_shape) if noise is None else noise
     prompts = [texts[spec.prompt_of(i)] for i in range(len(latent))]
     rows = PairBatch(noise=drawn, latents=latent, prompts=prompts, index=index)
-    write_atomically(encode_rows(spec, rows), shard_path(folder, 0), folder / "partial")
+    write_through_scratch(encode_rows(spec, rows), shard_path(folder, 0), folder / "partial")
     return spec
 
 
