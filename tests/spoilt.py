@@ -18,7 +18,7 @@ from pairgen.store.spec import (
     read_spec,
     shard_path,
     shards_present,
-    write_atomically,
+    write_through_scratch,
 )
 from pairgen.store.writer import PairWriter
 from pairgen.verify import verify_store
@@ -71,7 +71,7 @@ def make_store(
 def pack(folder: Path, shard: int, batch: PairBatch, aside: tuple[int, ...] = ()) -> None:
     """Put rows under a shard's name with right checksums, whatever the rows are."""
     spec = read_spec(folder)
-    write_atomically(encode_rows(spec, batch, aside), shard_path(folder, shard), folder / "partial")
+    write_through_scratch(encode_rows(spec, batch, aside), shard_path(folder, shard), folder / "partial")
 
 
 def taken(folder: Path, shard: int) -> PairBatch:
