@@ -30,9 +30,9 @@ INK, FAINT, PAPER = (30, 30, 30), (120, 120, 120), (255, 255, 255)
 def save_sheet(
     folder: Path, path: Path, count: int = 48, teacher: str | None = None, progress: Progress = quiet
 ) -> list[int]:
-    """Decode `count` evenly spread rows of a store and write them to `path` as PNG; returns their pairs.
+    """Decode `count` evenly spread rows of a store into one PNG at `path`; returns their pair indices.
 
-    teacher: where the VAE is, when not where the store says. Raises UserError for an empty store, a teacher
+    teacher: folder or hub id with the VAE, if it is not the name in the store. Raises UserError for an empty store, a teacher
     of another latent space, damage, and a file that cannot be written.
     """
     reader = PairReader(folder)
@@ -56,7 +56,7 @@ def save_sheet(
 
 
 def caption(spec: StoreSpec, number: int, prompt: str) -> str:
-    """The words below a picture."""
+    """The caption below a picture."""
     text = {"text": f": {prompt}", "label": f": class {prompt}", "none": ""}[spec.conditioning]
     return f"{number}{text}"
 

@@ -1,4 +1,4 @@
-"""What a job would cost, measured here before anything is spent."""
+"""Predicting the time and cost of a pair job from a few batches on this machine."""
 
 import time
 from typing import Any
@@ -12,17 +12,17 @@ from pairgen.config import PairConfig
 from pairgen.job import Job, log_supported_stages, open_job
 
 LARGEST_BATCH = 1024
-GAIN = 1.03  # a batch twice as large must be this much faster a row, or it is not worth its memory
+GAIN = 1.03  # a doubled batch must be at least this much faster per row
 GPU_COUNTS = (1, 8, 64, 128)
 
 
 def plan_pairs(
     config: PairConfig, batches: int = 2, price: float = 0.0, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Time a few batches here and extrapolate: pairs/s, GPU-hours, GiB, shards; hours and cost by number of
-    GPUs.
+    """Time `batches` batches on this machine and extrapolate to the whole job.
 
-    `price`: of one GPU-hour, in any currency, 0 or more; 0 leaves costs out.
+    Returns pairs/s, GPU-hours, GiB and shards, and hours (and cost) by number of GPUs. `price`: of one
+    GPU-hour in any currency, 0 or more; 0 omits costs.
     """
     device = process_group.init()
     log_supported_stages(config)
@@ -53,7 +53,7 @@ def plan_pairs(
 
 
 def seconds_per_row(job: Job, batch_size: int, batches: int, progress: Progress = quiet) -> float:
-    """Mean seconds a row takes in full, after a warm-up batch."""
+    """Mean seconds per row of the complete computation, after a warm-up batch."""
     started = 0.0
     for batch in range(batches + 1):
         first = batch * batch_size
@@ -67,7 +67,7 @@ def seconds_per_row(job: Job, batch_size: int, batches: int, progress: Progress 
 
 @torch.no_grad()
 def fastest_batch(job: Job) -> int:
-    """The batch size with the most rows/s: doubled until that gains nothing twice, or memory is full."""
+    """The batch size with the most rows/s: doubled until two doublings gain nothing or memory is full."""
     best, best_seconds, size = 1, float("inf"), 1
     while size <= min(4 * best, LARGEST_BATCH):
         try:
@@ -82,22 +82,22 @@ def fastest_batch(job: Job) -> int:
 
 
 def _evaluation_seconds(job: Job, size: int) -> float:
-    """Seconds of one evaluation of the guided network, the fastest of three after a warm-up."""
+    """Seconds per evaluation of the guided network: the fastest of three after a warm-up."""
     spec = job.spec
     indices = [index % spec.num_pairs for index in range(size)]
     encoded = job.encode(indices)
     cond = encoded.cond[[encoded.position[text] for text in job.texts(indices)]]
     noise = torch.zeros(size, *spec.latent_shape)
-    taken = []
+    seconds = []
     for _ in range(4):
         started = time.monotonic()
         job.teacher.sample(noise, job.texts(indices), 1, spec.guidance, spec.solver, 0.0, cond).cpu()
-        taken.append(time.monotonic() - started)
-    return min(taken[1:])
+        seconds.append(time.monotonic() - started)
+    return min(seconds[1:])
 
 
 def device_name(device: torch.device) -> str:
-    """The device as people name it."""
+    """The device's name for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads"

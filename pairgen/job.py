@@ -1,4 +1,4 @@
-"""A pair job: teacher, prompts and spec of a config, and the rows they decide."""
+"""A pair job: the teacher, prompts and spec of a config, and how it computes rows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from pairgen.store.spec import StoreSpec, prompts_path
 
 @dataclass(frozen=True)
 class Job:
-    """What makes rows: a teacher on one device, the prompts, and the spec that both resolve to."""
+    """A teacher on one device, the prompts, and the store's spec: all that is needed to compute rows."""
 
     teacher: Teacher
     prompts: PromptList
@@ -35,9 +35,9 @@ class Job:
         return [self.prompts[self.spec.prompt_of(index)] for index in indices]
 
     def encode(self, indices: Sequence[int], offload: bool = False) -> "EncodedPrompts":
-        """Encode the prompts of these pairs, each different one once.
+        """Encode the distinct prompts of these pairs.
 
-        `offload`: bring the text encoders to the teacher's device for this call only.
+        `offload`: move the text encoders to the teacher's device for this call only.
         """
         unique = list(dict.fromkeys(self.texts(indices)))
         with_encoders = self.teacher.encoders if offload else []
@@ -51,11 +51,11 @@ class Job:
     def rows(
         self, indices: Sequence[int], encoded: "EncodedPrompts | None" = None
     ) -> tuple[Tensor, Tensor, list[str]]:
-        """Rows `indices` of the store: noise fp32 [B, C, h, w] on the CPU, latents of that shape on the
-        teacher's device, and their prompts.
+        """Compute rows: noise fp32 [B, C, h, w] on the CPU, latents of that shape on the teacher's device,
+        and B prompts.
 
-        The noise is rounded to the stored type before the teacher sees it, so that the file holds what it was
-        given.
+        The noise is rounded to the stored type before sampling, so that the file holds exactly what the
+        teacher received.
         """
         texts, spec = self.texts(indices), self.spec
         encoded = encoded or self.encode(indices)
@@ -93,11 +93,10 @@ def open_job(
     store: Path | None = None,
     spec: StoreSpec | None = None,
 ) -> Job:
-    """Load what a job needs, and check it, before anything is written.
+    """Load the teacher and prompts of a config and check them, before anything is written.
 
-    Prompts come from `config.prompts`, else from a `store` that holds its own, else they are the teacher's
-    classes. `spec`: of the store, where it is known to be this config's. Raises UserError and SettingError
-    for what a user can mend.
+    Prompts come from `config.prompts`, otherwise from the prompt list of `store`, otherwise they are all
+    classes of the teacher. `spec`: the store's, if it is known to match. Raises UserError and SettingError.
     """
     if not config.teacher:
         raise SettingError("teacher is not set; give --teacher")
@@ -128,7 +127,7 @@ def _prompts(config: PairConfig, teacher: Teacher, store: Path | None) -> Prompt
 
 
 def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solver: Solver) -> StoreSpec:
-    """The store's spec: everything that decides its rows, with the settings left to the teacher filled in."""
+    """The spec of a config, with the settings that are left to the teacher filled in."""
     channels, height, width = teacher.latent_shape
     if config.latent_size:
         height = width = config.latent_size
@@ -158,7 +157,7 @@ def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solv
 
 
 def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
-    """The config that makes more rows of a store, from its spec."""
+    """The config that generates more rows of the store with this spec."""
     config = PairConfig(
         teacher=spec.teacher,
         num_pairs=spec.num_pairs,
@@ -180,7 +179,7 @@ def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
 
 
 def batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    """`indices` in runs of `size`."""
-    rest = iter(indices)
-    while batch := list(islice(rest, size)):
+    """Split `indices` into batches of `size`."""
+    remaining = iter(indices)
+    while batch := list(islice(remaining, size)):
         yield batch

@@ -1,4 +1,4 @@
-"""Joining pair stores of one spec that were made apart."""
+"""Merging pair stores of one spec that were made on different machines."""
 
 import mmap
 import os
@@ -33,13 +33,13 @@ from pairgen.verify import FileCheck, check_file, in_threads, record_fault, stor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
-    """What `merge_stores` did. `pairs` and `shards` stand in the merged store now."""
+    """Result of `merge_stores`. `pairs` and `shards` are those of the merged store."""
 
     pairs: int
     shards: int
-    copied: int  # shards brought there by this call
+    copied: int  # shards copied or linked by this call
     differing: list[dict[str, Any]]
-    """Shards that were made twice with other rounding: {"shard", "kept", "left_out", "max_abs_err"}."""
+    """Shards made twice whose latents differ by rounding: {"shard", "kept", "left_out", "max_abs_err"}."""
 
 
 def merge_stores(
@@ -51,13 +51,13 @@ def merge_stores(
     tolerance: float = 0.02,
     workers: int = 0,
 ) -> MergeReport:
-    """Bring the whole shards of stores of one spec into `out`, with prompts and quarantine records.
+    """Copy the complete shards of stores with one spec to `out`, with prompts and quarantine records.
 
-    Every shard is checked on its way, as `verify_store` does. Of a shard that stands in several places, the
-    first with the fewest quarantined rows is kept, counting `out` first; the rows that it shares with the
-    others must have equal noise and prompts, and latents no further apart than `tolerance`. Crash-safe:
-    run again to resume. `link`: hard links, no copies. Raises UserError for differing specs (naming the
-    keys), clashes (naming both files) and damage.
+    Every shard is checked as `verify_store` does. Of a shard that several stores hold (`out` counts first),
+    the first with the fewest quarantined rows is kept. Rows that it shares with the others must have equal
+    noise and prompts, and latents that differ by at most `tolerance`. Run again to resume after a crash.
+    `link`: make hard links in place of copies. Raises UserError for different specs (naming the keys),
+    conflicting rows (naming both files) and damage.
     """
     if not folders:
         raise UserError("nothing to merge: got no pair folders, expected at least one")
@@ -74,20 +74,21 @@ def merge_stores(
         copied += new
         differing += others
         progress("merge", done + 1, len(work))
-    there = store_info(out)
-    return MergeReport(pairs=there["pairs"], shards=there["shards"], copied=copied, differing=differing)
+    info = store_info(out)
+    return MergeReport(pairs=info["pairs"], shards=info["shards"], copied=copied, differing=differing)
 
 
 def _merge_prompts(folders: Sequence[Path], out: Path, spec: StoreSpec) -> PromptList | None:
-    kept = None
+    """Save the first prompt list that a store has in `out`, and return it."""
+    first = None
     for folder in folders:
         prompts, reason = stored_prompts(folder, spec)
         if reason:
             raise _not_sound(folder, prompts_path(folder), reason)
-        kept = prompts if kept is None else kept
-    if kept is not None and not prompts_path(out).exists():
-        kept.save(prompts_path(out))
-    return kept
+        first = prompts if first is None else first
+    if first is not None and not prompts_path(out).exists():
+        first.save(prompts_path(out))
+    return first
 
 
 def _not_sound(folder: Path, path: Path, reason: str) -> UserError:
@@ -102,21 +103,22 @@ def _merge_shard(
     tolerance: float,
     shard: int,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Bring the best of the stores' files of a shard into the first of `folders`. Returns 1 if it was not
-    there, and what `_compared` says of files that differ from it."""
-    found: list[FileCheck] = []
+    """Copy the best file of a shard to the first of `folders`. Returns 1 if it was not there before, and the
+    comparison with each file left out."""
+    # Check every distinct file of the shard.
+    checks: list[FileCheck] = []
     for path in (shard_path(folder, shard) for folder in folders):
-        if path.exists() and not any(_same(path, other.path) for other in found):
+        if path.exists() and not any(_same(path, other.path) for other in checks):
             finding = check_file(path, shard, spec, prompts)
             if finding.reason:
                 raise _not_sound(path.parents[1], path, finding.reason)
-            found.append(finding)
-    kept = min(found, key=lambda finding: len(finding.quarantined))  # the first of equals
-    differing = [_compared(kept.path, other.path, spec, tolerance) for other in found if other is not kept]
+            checks.append(finding)
+    kept = min(checks, key=lambda finding: len(finding.quarantined))  # the first of equals
+    differing = [_compared(kept.path, other.path, spec, tolerance) for other in checks if other is not kept]
     out, source = folders[0], kept.path.parents[1]
     record, target = quarantine_path(out, shard), shard_path(out, shard)
     with writing(out, "the stores merged from are untouched, and what was merged stays"):
-        # A shard that lacks rows never stands without their record.
+        # Write the record first: a shard never lacks rows without one.
         if kept.quarantined:
             fault = record_fault(source, spec, shard, kept.quarantined, prompts)
             if fault:
@@ -127,12 +129,12 @@ def _merge_shard(
         if source != out:
             (_link if link else _copy)(kept.path, target, out / "partial")
         if not kept.quarantined:
-            record.unlink(missing_ok=True)  # its rows are there now
+            record.unlink(missing_ok=True)  # the shard lacks no rows any more
     return int(source != out), differing
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two files are one, or hold the same bytes by length and by the sha256 in their first bytes."""
+    """Whether two paths are one file, or have equal length and equal sha256 in their first bytes."""
     if a.samefile(b):
         return True
     with a.open("rb") as first, b.open("rb") as second:
@@ -140,17 +142,17 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _compared(kept: Path, other: Path, spec: StoreSpec, tolerance: float) -> dict[str, Any]:
-    """How far apart the common rows of two sound files of a shard are. UserError beyond `tolerance`."""
+    """Compare the common rows of two intact files of a shard. Raises UserError beyond `tolerance`."""
     rows, worst, same = load_rows(kept, spec), 0.0, True
     position = {number: row for row, number in enumerate(rows.index.tolist())}
     for block in read_blocks(other, spec):
-        there = [row for row, number in enumerate(block.index.tolist()) if number in position]
-        here = [position[number] for number in block.index[there].tolist()]
-        if there:
-            same &= torch.equal(rows.noise[here], block.noise[there])
-            same &= [rows.prompts[row] for row in here] == [block.prompts[row] for row in there]
-            apart = rows.latents[here].float() - block.latents[there].float()
-            worst = max(worst, float(apart.abs().max()))
+        theirs = [row for row, number in enumerate(block.index.tolist()) if number in position]
+        ours = [position[number] for number in block.index[theirs].tolist()]
+        if theirs:
+            same &= torch.equal(rows.noise[ours], block.noise[theirs])
+            same &= [rows.prompts[row] for row in ours] == [block.prompts[row] for row in theirs]
+            difference = rows.latents[ours].float() - block.latents[theirs].float()
+            worst = max(worst, float(difference.abs().max()))
     if not same or worst > tolerance:
         what = f"latents up to {worst:.3g} apart, tolerance {tolerance}" if same else "other noise or prompts"
         raise UserError(

@@ -1,4 +1,4 @@
-"""Prompt files of every usual kind, read as a stream of cells: no kind is ever held whole."""
+"""Reading prompt files of all common formats as streams: no file is loaded completely."""
 
 import csv
 import json
@@ -14,9 +14,9 @@ PARQUET_ROWS = 1 << 14
 
 
 def cells(path: Path) -> Iterator[Any]:
-    """What stands in the prompt column of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
+    """Yield the prompt column of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
 
-    Raises UserError for another kind, text that is not UTF-8, damage and a missing column; OSError as it is.
+    Raises UserError for other formats, text that is not UTF-8, damage and a missing column; and OSError.
     """
     if path.suffix.lower() not in READERS:
         known = " ".join(READERS)
@@ -160,7 +160,7 @@ def _no_coco(path: Path, found: str) -> UserError:
 
 
 class _Window:
-    """The values of one JSON text after another, with no more of it in memory than the longest value."""
+    """Parses the values of a JSON file one by one; holds at most about twice the longest value in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.text, self.at, self.passed = path, "", 0, 0
@@ -187,7 +187,7 @@ class _Window:
         return UserError(f"{self.path}: the file is not JSON ({message}: {where}); mend or remove it")
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next non-space character without consuming it; "" at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
@@ -197,7 +197,7 @@ class _Window:
                 return ""
 
     def take(self, expected: str) -> str:
-        """Step over one of the characters `expected`."""
+        """Consume one of the characters `expected` and return it."""
         found = self.peek()
         if not found or found not in expected:
             raise self.broken(f"Expecting {' or '.join(repr(e) for e in expected)}", self.at)
@@ -205,7 +205,7 @@ class _Window:
         return found
 
     def value(self) -> Any:
-        """The next value, whole."""
+        """Parse the next value."""
         self.peek()
         while True:
             try:

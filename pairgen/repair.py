@@ -1,4 +1,4 @@
-"""Mending pair stores: bad files out of the way, lost records written again. Nothing is deleted."""
+"""Repairing pair stores: move damaged files away and rewrite lost records. Nothing is deleted."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from pairgen.verify import stored_prompts, verify_store
 
 
 def repair_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> list[str]:
-    """Move every bad file to DIR/quarantine, so that `pairgen.generate.regenerate` makes its rows anew.
+    """Move every damaged file to DIR/quarantine, so that `pairgen.generate.regenerate` makes its rows again.
 
-    A lost or bad quarantine record is written again from its shard's header. Returns the paths inside
-    `folder` that were moved.
+    Lost or damaged quarantine records are rewritten from their shards' headers. Returns the paths, relative
+    to `folder`, of the files that were moved.
     """
     folder, spec = Path(folder), read_spec(folder)
     report = verify_store(folder, progress, workers)
@@ -38,18 +38,19 @@ def _write_lost_records(folder: Path, spec: StoreSpec, quarantined: list[int]) -
     for shard in sorted({pair // spec.shard_size for pair in quarantined}):
         if not quarantine_path(folder, shard).exists():
             (folder / "quarantine").mkdir(exist_ok=True)
-            aside = [_lost(pair, spec, prompts) for pair in quarantined if pair in spec.rows(shard)]
+            aside = [_lost_row(pair, spec, prompts) for pair in quarantined if pair in spec.rows(shard)]
             write_through_scratch(
                 encode_record(shard, aside), quarantine_path(folder, shard), folder / "partial"
             )
 
 
-def _lost(pair: int, spec: StoreSpec, prompts: PromptList | None) -> dict[str, Any]:
+def _lost_row(pair: int, spec: StoreSpec, prompts: PromptList | None) -> dict[str, Any]:
     text = "" if prompts is None else prompts[spec.prompt_of(pair)]
     return {"index": pair, "prompt": text, "reason": "its shard sets it aside; the record of why was lost"}
 
 
 def _free_name(path: Path) -> Path:
+    """`path`, or the first `path.1`, `path.2`, ... that does not exist."""
     number = 0
     free = path
     while free.exists():

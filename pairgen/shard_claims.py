@@ -1,11 +1,10 @@
-"""Who makes which shard: several jobs on one shared folder, without a server, a clock or a lock that
-outlives its owner.
+"""Dividing the shards of one store among jobs that share its folder, without a server or a common clock.
 
-A claim is a file in DIR/claims, made with O_EXCL. Its owner moves the file's modification time on as a
-counter, never by the wall clock. Others call a claim dead when its owner's process is gone (same machine), or
-when they saw the counter stand still for `patience` seconds of their own monotonic clock. A job that was only
-asleep finds its claim gone and drops the shard. Should two jobs make one shard after all, they make the same
-rows and the last rename wins: claims save work, correctness does not rest on them.
+A claim is a file in DIR/claims, created with O_EXCL. Its owner increments the file's modification time as a
+heartbeat counter, independent of the wall clock. Other jobs consider a claim dead when the owner's process
+has ended (same machine), or when they saw no increment for `patience` seconds of their own monotonic clock. A
+job that was only suspended finds its claim gone and drops the shard. If two jobs do make one shard, they make
+the same rows and the last rename wins: claims save work, but correctness does not depend on them.
 """
 
 import fcntl
@@ -32,15 +31,15 @@ class Claims:
                 ...
                 claims.release(shard)
 
-    Leaving the block releases all; a killed process leaves its claims to be taken over.
+    Leaving the block releases all claims. Claims of a killed process are taken over by other jobs.
     """
 
     def __init__(self, folder: Path, patience: float = 120.0) -> None:
         self.folder, self.patience = Path(folder) / "claims", patience
         self.place = _place()
         self._held: dict[int, int] = {}  # shard -> open file
-        self._seen: dict[int, tuple[tuple[int, int], float]] = {}  # shard -> its claim's state, since when
-        self._alive: set[int] = set()  # foreign claims whose counter was seen to move
+        self._seen: dict[int, tuple[tuple[int, int], float]] = {}  # shard -> claim state, when first seen
+        self._alive: set[int] = set()  # claims of other jobs whose counter was seen to increase
         self._stopped = threading.Event()
         self._guard = threading.Lock()
         self._beats = 0
@@ -59,22 +58,22 @@ class Claims:
             self.release(shard)
 
     def take(self, shards: Sequence[int]) -> int | None:
-        """Claim the first of `shards` that nobody alive holds; None when there is none now."""
+        """Claim the first of `shards` that no live job holds; None if there is none now."""
         for shard in shards:
             if shard not in self._held and (self._make(shard) or self._take_over(shard)):
                 return shard
         return None
 
     def undecided(self, shards: Sequence[int]) -> list[int]:
-        """Those of `shards` whose owners were neither seen alive nor found dead yet: worth waiting for."""
+        """Those of `shards` whose owners are not known to be alive or dead yet; worth waiting for."""
         return [shard for shard in shards if shard not in self._held and shard not in self._alive]
 
     def lost(self, shard: int) -> bool:
-        """Whether another job has taken this process's claim over (this one slept too long)."""
+        """Whether another job has taken over this process's claim because it was suspended too long."""
         return _state(self._path(shard), inode_only=True) != (os.fstat(self._held[shard]).st_ino, 0)
 
     def release(self, shard: int) -> None:
-        """Give the shard up, finished or not."""
+        """Release the claim, whether the shard is finished or not."""
         with self._exclusive():
             if not self.lost(shard):
                 self._path(shard).unlink(missing_ok=True)
@@ -83,8 +82,8 @@ class Claims:
 
     def owner(self, shard: int) -> str:
         """`host, process N` of a claim, for messages."""
-        found = _read(self._path(shard))
-        return f"{found.get('host', 'an unknown host')}, process {found.get('pid', '?')}"
+        claim = _read(self._path(shard))
+        return f"{claim.get('host', 'an unknown host')}, process {claim.get('pid', '?')}"
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"pairs-{shard:05d}.json"
@@ -108,13 +107,14 @@ class Claims:
         if state is None or not self._dead(shard, state):
             return False
         with self._exclusive():
+            # Move the dead claim away, then check that it is still the one examined above.
             grave = self.folder / f".{path.stem}.{uuid.uuid4().hex}"
             try:
                 path.rename(grave)
             except FileNotFoundError:
                 return False  # another job was quicker
             if _state(grave, inode_only=True) != (state[0], 0):
-                # On a file system without locks a quicker job's fresh claim can be caught here: back with it.
+                # Without file locks this can be the new claim of a faster job: put it back.
                 with suppress(FileExistsError):
                     os.link(grave, path)
                 grave.unlink()
@@ -124,9 +124,10 @@ class Claims:
             return self._make(shard)
 
     def _dead(self, shard: int, state: tuple[int, int]) -> bool:
-        found = _read(self._path(shard))
-        if found.get("place") == self.place:
-            return bool(_start(found["pid"]) != found["start"])
+        # On this machine, ask the system whether the owner still runs; elsewhere, watch the counter.
+        claim = _read(self._path(shard))
+        if claim.get("place") == self.place:
+            return bool(_start(claim["pid"]) != claim["start"])
         now = time.monotonic()
         before, since = self._seen.setdefault(shard, (state, now))
         if before == state:
@@ -138,13 +139,13 @@ class Claims:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """One job at a time, where the file system has locks."""
+        """Exclude other jobs, on file systems with locks."""
         file = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR)
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
-                pass  # none here (some Lustre mounts): the rename above decides
+                pass  # no locks (some Lustre mounts): the rename in _take_over decides
             yield
         finally:
             os.close(file)
@@ -159,25 +160,25 @@ class Claims:
 
 
 def _state(path: Path, inode_only: bool = False) -> tuple[int, int] | None:
-    """(inode, counter) of a claim, None when it is gone."""
+    """(inode, counter) of a claim, None if it does not exist."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, 0 if inode_only else found.st_mtime_ns
+    return stat.st_ino, 0 if inode_only else stat.st_mtime_ns
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a claim says; empty when it is gone or its owner died before writing it."""
+    """The content of a claim; empty if it does not exist or its owner died before writing it."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _start(pid: int | None = None) -> str:
-    """When a process started, in ticks since boot: tells it from later ones of its number. Gone: ""."""
+    """Start time of a process in ticks since boot, which tells reused numbers apart; "" if it has ended."""
     try:
         text = Path(f"/proc/{pid or os.getpid()}/stat").read_text()
     except OSError:
@@ -187,9 +188,9 @@ def _start(pid: int | None = None) -> str:
 
 
 def _place() -> str:
-    """Where process numbers mean the same processes: a boot of a machine and a namespace on it."""
+    """Identifies the machine, its boot and the PID namespace: where a process number is unambiguous."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return uuid.uuid4().hex  # no /proc: only the counter tells
+        return uuid.uuid4().hex  # no /proc: rely on the counter

@@ -1,4 +1,4 @@
-"""What the rows of a store are like: moments, norms, prompts, whether noise and latent belong together."""
+"""Statistics of a store's rows: moments, norms, prompt lengths, and the correlation of noise and latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ from pairgen.store.hdf5 import IntArray, PairBatch
 from pairgen.store.reader import PairReader
 from pairgen.verify import in_threads
 
-BLOCK_VALUES = 1 << 19  # of latents looked at together
+BLOCK_VALUES = 1 << 19  # latent values per block of rows
 BINS = 32
 OUTLIER = 6.0  # standard deviations
-NAMED = 100  # outliers named at most
+NAMED = 100  # outliers listed at most
 
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of noise (0) and latent (1), by channel: values counted, mean [C, 2], sums of products of deviations
-    [C, 2, 2]."""
+    """First and second moments of noise (0) and latents (1) by channel: number of values, mean [C, 2], and sums
+    of products of deviations [C, 2, 2]."""
 
     count: int
     mean: FloatArray
@@ -43,7 +43,7 @@ class Moments:
         return Moments(both.shape[-1], mean, apart @ apart.transpose(0, 2, 1))
 
     def merged(self, other: "Moments") -> "Moments":
-        """Moments of both samples together (Chan, Golub and LeVeque 1983, eq. 1.5, for products too)."""
+        """Moments of the union of both samples (Chan, Golub and LeVeque 1983, eq. 1.5, also for products)."""
         count = self.count + other.count
         apart = other.mean - self.mean
         outer = apart[:, :, None] * apart[:, None, :] * (self.count * other.count / count)
@@ -52,24 +52,24 @@ class Moments:
 
     @property
     def std(self) -> FloatArray:
-        """[C, 2], of the population."""
+        """Population standard deviation [C, 2]."""
         std: FloatArray = np.sqrt(self.products.diagonal(axis1=1, axis2=2) / self.count)
         return std
 
     @property
     def correlation(self) -> FloatArray:
-        """Pearson's, of noise with latent [C]; 0 where one of them is constant."""
+        """Pearson correlation of noise and latents [C]; 0 where one of them is constant."""
         scale = np.sqrt(self.products[:, 0, 0] * self.products[:, 1, 1])
         return np.divide(self.products[:, 0, 1], scale, out=np.zeros(len(scale)), where=scale > 0)
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What a few rows add: `own` pairs each noise with its own latent, `other` with the next row's."""
+    """Statistics of a few rows: `own` pairs each noise with its own latents, `other` with the next row's."""
 
     own: Moments
     other: Moments | None  # None for a single row
-    norms: FloatArray  # [B, 2] of noise and latent
+    norms: FloatArray  # [B, 2] of noise and latents
     index: IntArray
     prompts: list[str]
     characters: FloatArray
@@ -79,10 +79,10 @@ class BlockStatistics:
 def store_statistics(
     folder: Path, rows: int = 0, teacher: str | None = None, progress: Progress = quiet, workers: int = 0
 ) -> dict[str, Any]:
-    """The keys that docs/pair-format.md lists, over all rows of a store or over `rows` evenly spread ones.
+    """Compute the statistics that docs/pair-format.md lists, over all rows or over `rows` evenly spread ones.
 
-    teacher: where its tokenizer is, when not where the store says; without one, tokens are not counted.
-    Raises UserError for an empty store, damage, and a `teacher` without a tokenizer.
+    teacher: folder or hub id with the tokenizer, if it is not the name in the store; without a tokenizer,
+    tokens are not counted. Raises UserError for an empty store, damage, and a `teacher` without a tokenizer.
     """
     reader = PairReader(folder)
     if not len(reader):
@@ -95,7 +95,7 @@ def store_statistics(
     batches = (reader.read(positions[start : start + size]) for start in range(0, len(positions), size))
     blocks = []
     for block in in_threads(_block, batches, workers):
-        tokens = _token_counts(tokenizer, block.prompts)  # here: tokenizers are not made for threads
+        tokens = _token_counts(tokenizer, block.prompts)  # here, because tokenizers are not thread-safe
         blocks.append(replace(block, prompts=[], tokens=tokens))
         progress("stats", sum(len(b.index) for b in blocks), len(positions))
     own = reduce(Moments.merged, [block.own for block in blocks])
@@ -164,7 +164,7 @@ def distribution(values: FloatArray, edges: FloatArray | None = None) -> dict[st
 
 
 def whole_edges(values: FloatArray) -> FloatArray:
-    """Edges of at most BINS bins that each hold equally many whole numbers."""
+    """Edges of at most BINS histogram bins that contain equally many integers each."""
     low, high = float(values.min()), float(values.max())
     width = ceil((high - low + 1) / BINS)
     return np.arange(low, high + width + 1, width) - 0.5
@@ -184,7 +184,7 @@ def chi_cdf(values: FloatArray, degrees: int) -> FloatArray:
 
 
 def noise_norm_summary(norms: FloatArray, degrees: int) -> dict[str, Any]:
-    """`summary` over 6 standard deviations of the chi distribution about its mean, with `expected_mean`,
+    """`distribution` over 6 standard deviations of the chi distribution about its mean, with `expected_mean`,
     `expected_std`, `expected` counts, and how many standard errors the mean is off, `sigmas`."""
     mean, std = chi_moments(degrees)
     edges = np.linspace(max(0.0, mean - OUTLIER * std), mean + OUTLIER * std, BINS + 1)
@@ -228,12 +228,12 @@ def _outliers(
 
 
 def prompt_use(numbers: IntArray) -> dict[str, Any]:
-    """How many different prompts pairs have, and the share of pairs whose prompt another pair has too.
+    """Number of distinct prompts, and the share of pairs whose prompt another pair has too.
 
-    numbers: of each pair's prompt.
+    numbers: the prompt number of each pair.
     """
-    found, counts = np.unique(numbers, return_counts=True)
-    return {"distinct": len(found), "repeated_share": float(counts[counts > 1].sum() / len(numbers))}
+    distinct, counts = np.unique(numbers, return_counts=True)
+    return {"distinct": len(distinct), "repeated_share": float(counts[counts > 1].sum() / len(numbers))}
 
 
 def _lengths(values: FloatArray) -> dict[str, Any]:
@@ -252,17 +252,17 @@ def _tokenizer(given: str | None, recorded: str) -> tuple[Any, str | None]:
 
 
 def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> FloatArray:
-    """Tokens of each prompt, with the special ones, uncut; none without a tokenizer."""
+    """Token count of each prompt, including special tokens, untruncated; empty without a tokenizer."""
     if tokenizer is None:
         return np.empty(0)
     unique = list(dict.fromkeys(prompts))
-    found = tokenizer(unique, verbose=False).input_ids
-    lengths = {text: len(ids) for text, ids in zip(unique, found, strict=True)}
+    encodings = tokenizer(unique, verbose=False).input_ids
+    lengths = {text: len(ids) for text, ids in zip(unique, encodings, strict=True)}
     return np.array([lengths[text] for text in prompts], np.float64)
 
 
 def _token_summary(tokenizer: Any, counts: FloatArray) -> dict[str, Any] | None:
-    """`summary` with the teacher's `limit` of tokens and the share of rows whose prompt it cuts."""
+    """`distribution` with the teacher's token `limit` and the share of rows whose prompt it truncates."""
     if tokenizer is None:
         return None
     limit = int(tokenizer.model_max_length)

@@ -1,4 +1,4 @@
-"""Checking and describing whole pair stores. All HDF5 work is the store's."""
+"""Checking and describing pair stores."""
 
 import os
 import re
@@ -37,33 +37,33 @@ S = TypeVar("S")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """What `verify_store` found. `ok`: every pair of the spec is there once, and every byte is as written."""
+    """Result of `verify_store`. `ok`: every pair of the spec is present once, and no byte has changed."""
 
     ok: bool
-    checked: int  # pairs in sound shards
+    checked: int  # pairs in intact shards
     bad_shards: list[dict[str, str]]  # {"shard": path inside the folder, "reason": one line}, other files too
-    missing: list[str]  # shards not made yet, or lost
-    duplicates: list[int]  # pair indices that stand in more than one row
-    quarantined: list[int]  # pairs that sound shards lack because the teacher gave no finite latent
-    prompts_checked: bool  # the store holds its prompts, and each row was compared with them
+    missing: list[str]  # shards that were not made yet or are lost
+    duplicates: list[int]  # indices of pairs that occur in more than one row
+    quarantined: list[int]  # pairs that intact shards lack because their latents were not finite
+    prompts_checked: bool  # whether the store has a prompt list to compare each row with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileCheck:
-    """What one file of rows holds. `reason`: why it cannot be trusted; "" when it can."""
+    """Result of checking one file of rows. `reason`: what is wrong with it, "" if nothing."""
 
     path: Path
     reason: str
-    index: IntArray  # [rows], as far as it could be read
+    index: IntArray  # pair indices [rows], as far as they could be read
     quarantined: list[int]
 
 
 def verify_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> VerifyReport:
-    """Read every byte of every shard and of every partial file; compare hashes, headers, values, indices,
-    noise with (seed, index), prompts with the store's own list, quarantined rows with their records.
+    """Read every byte of every shard and partial file and check it.
 
-    Runs `workers` threads (0: `default_workers`), each with 16 MiB of latents at a time. Damage is reported,
-    never raised; a folder without a readable store.json raises UserError.
+    Checks hashes, headers, finite values and indices; compares noise with (seed, index), prompts with the
+    store's list, quarantined rows with their records. Runs `workers` threads (0: `default_workers`) that hold
+    16 MiB of latents each. Damage is reported, not raised; raises UserError for an unreadable store.json.
     """
     folder, spec = Path(folder), read_spec(folder)
     prompts, reason = stored_prompts(folder, spec)
@@ -71,9 +71,12 @@ def verify_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> 
     shards = {shard_path(folder, shard): shard for shard in range(spec.num_shards)}
     parts = [path for path in (folder / "partial").glob("pairs-*.rows-*.h5") if _PART.fullmatch(path.name)]
     files = sorted([*(folder / "shards").glob("*"), *parts])
-    examined = in_threads(partial(_examined, shards=shards, spec=spec, prompts=prompts), files, workers)
+    checks = in_threads(
+        partial(_check_file_or_part, shards=shards, spec=spec, prompts=prompts), files, workers
+    )
+    # Sort the results: quarantined pairs of intact shards, indices of damaged ones.
     sound, strange = {}, []
-    for done, finding in enumerate(examined):
+    for done, finding in enumerate(checks):
         if finding is not None and finding.reason:
             bad.append({"shard": str(finding.path.relative_to(folder)), "reason": finding.reason})
         if finding is not None and finding.path.parent.name == "shards":
@@ -98,9 +101,9 @@ def verify_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> 
 
 
 def in_threads(call: Callable[[S], T], items: Iterable[S], workers: int = 0) -> Iterator[T]:
-    """`call` of each item, in their order, `workers` at once (0: `default_workers`) and few waiting.
+    """Yield `call(item)` in the order of items, computed by `workers` threads (0: `default_workers`).
 
-    Threads, because hashing, drawing noise and reading let go of Python's lock.
+    Threads suffice: hashing, drawing noise and reading release the GIL.
     """
     workers = workers or default_workers()
     calls: deque[Future[T]] = deque()
@@ -118,12 +121,12 @@ def in_threads(call: Callable[[S], T], items: Iterable[S], workers: int = 0) -> 
 
 
 def default_workers() -> int:
-    """This process's processors, at most 8: disks are slower than more of them."""
+    """The CPU cores of this process, at most 8: disks are slower than more threads."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def stored_prompts(folder: Path, spec: StoreSpec) -> tuple[PromptList | None, str]:
-    """The prompt list that a store holds, None without one, and why it cannot be trusted, "" when it can."""
+    """The store's prompt list (None if missing or damaged), and what is wrong with it ("" if nothing)."""
     if not prompts_path(folder).exists():
         return None, ""
     try:
@@ -140,10 +143,10 @@ def stored_prompts(folder: Path, spec: StoreSpec) -> tuple[PromptList | None, st
 _PART = re.compile(r"pairs-(\d{5,})\.rows-\d+\.h5")
 
 
-def _examined(
+def _check_file_or_part(
     path: Path, shards: dict[Path, int], spec: StoreSpec, prompts: PromptList | None
 ) -> FileCheck | None:
-    """None for a partial file that its writer has joined to its shard meanwhile."""
+    """Check one file; None for a partial file that its writer has merged into its shard meanwhile."""
     if part := _PART.fullmatch(path.name):
         finding = check_file(path, int(part[1]), spec, prompts, whole=False)
         return finding if path.exists() else None
@@ -153,35 +156,36 @@ def _examined(
 def check_file(
     path: Path, shard: int | None, spec: StoreSpec, prompts: PromptList | None, whole: bool = True
 ) -> FileCheck:
-    """Check every byte and every row of a file of shard number `shard`; None says that it is no shard's.
+    """Check every byte and every row of a file of shard number `shard` (None: its name is no shard's).
 
-    `whole`: it must hold all rows of its shard but the quarantined ones, else some of them.
+    `whole`: the file must hold all rows of its shard except quarantined ones; a partial file holds some.
     """
-    reason, index, aside = "", [np.empty(0, np.int64)], list[int]()
+    reason, index, quarantined = "", [np.empty(0, np.int64)], list[int]()
     try:
         for block in read_blocks(path, spec):
             index.append(block.index.numpy())
             reason = reason or _wrong_rows(block, spec, prompts)
-        aside = quarantined_in(path)
+        quarantined = quarantined_in(path)
     except UserError as error:
         reason = error.reason if isinstance(error, DamagedShard) else str(error)
-    found = np.concatenate(index)
+    pairs = np.concatenate(index)
     if shard is None:
         reason = "no shard of this store; move it away"
-    reason = reason or _wrong_index(found, aside, spec.rows(shard or 0), whole)
-    return FileCheck(path=path, reason=reason, index=found, quarantined=aside)
+    reason = reason or _wrong_index(pairs, quarantined, spec.rows(shard or 0), whole)
+    return FileCheck(path=path, reason=reason, index=pairs, quarantined=quarantined)
 
 
 def _wrong_rows(block: PairBatch, spec: StoreSpec, prompts: PromptList | None) -> str:
+    """The first row whose noise or prompt is wrong, in words; "" if none."""
     numbers = block.index.tolist()
     if spec.noise == "stored":
         other = (block.noise != redraw(spec, numbers)).flatten(1).any(dim=1)
         if other.any():
             return f"noise of pair {numbers[int(other.nonzero()[0])]} is not that of (seed, index)"
     if prompts is not None:
-        for number, found in zip(numbers, block.prompts, strict=True):
-            if found != (expected := prompts[spec.prompt_of(number)]):
-                return f"pair {number} has prompt {found[:40]!r}, the store's list has {expected[:40]!r}"
+        for number, prompt in zip(numbers, block.prompts, strict=True):
+            if prompt != (expected := prompts[spec.prompt_of(number)]):
+                return f"pair {number} has prompt {prompt[:40]!r}, the store's list has {expected[:40]!r}"
     return ""
 
 
@@ -196,8 +200,8 @@ def _wrong_index(index: IntArray, aside: Sequence[int], rows: range, whole: bool
 
 
 def _duplicates(spec: StoreSpec, sound: dict[int, list[int]], strange: Sequence[IntArray]) -> list[int]:
-    """Pairs that stand in two rows of bad files, or in one of those and in a sound shard: a sound shard holds
-    each of its own pairs once."""
+    """Pairs in two rows of damaged files, or in one of those and in an intact shard. An intact shard itself
+    has each of its pairs once."""
     values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *strange]), return_counts=True)
     owners = (values // spec.shard_size).tolist()
     again = [
@@ -213,7 +217,7 @@ def _duplicates(spec: StoreSpec, sound: dict[int, list[int]], strange: Sequence[
 def _bad_records(
     folder: Path, spec: StoreSpec, sound: dict[int, list[int]], prompts: PromptList | None
 ) -> list[dict[str, str]]:
-    """Records that are damaged, or do not name the rows that their (sound) shard's header sets aside."""
+    """Records that are damaged, or that differ from the list in their intact shard's header."""
     present = records_present(folder)
     reasons = {shard: record_fault(folder, spec, shard, sound.get(shard), prompts) for shard in present}
     for shard in sorted(set(sound) - set(present)):
@@ -228,7 +232,7 @@ def record_fault(
 ) -> str:
     """What is wrong with a shard's quarantine record, "" if nothing.
 
-    aside: the pairs that the shard's header sets aside; None when the shard is not there (yet).
+    aside: the quarantined pairs in the shard's header; None if the shard is not present.
     """
     try:
         rows = read_record(folder, shard)

@@ -29,8 +29,8 @@ def stores(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     ]
 
 
-def joined(stores: list[Path], told: bool = True) -> JoinedReader:
-    return JoinedReader([PairReader(store) for store in stores], told)
+def joined(stores: list[Path], with_guidance: bool = True) -> JoinedReader:
+    return JoinedReader([PairReader(store) for store in stores], with_guidance)
 
 
 def test_rows_are_the_stores_own_with_their_scale(stores: list[Path]) -> None:
@@ -85,7 +85,7 @@ def test_one_store_stays_itself_or_tells_its_scale(stores: list[Path], teacher: 
 
 def test_what_does_not_go_together(stores: list[Path], teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"guidance scales 2, 6; set student.guidance_conditioning=true"):
-        joined(stores, told=False)
+        joined(stores, with_guidance=False)
     same = joined([stores[0], stores[0]], told=False)
     assert len(same) == 16 and not isinstance(same.read([0]), GuidedBatch)
     readers = [PairReader(store) for store in stores]
