@@ -32,8 +32,8 @@ def save_sheet(
 ) -> list[int]:
     """Decode `count` evenly spread rows of a store into one PNG at `path`; returns their pair indices.
 
-    teacher: folder or hub id with the VAE, if it is not the name in the store. Raises UserError for an empty store, a teacher
-    of another latent space, damage, and a file that cannot be written.
+    teacher: folder or hub id with the VAE, if it is not the name in the store.
+    Raises UserError for an empty store, a teacher of another latent space, damage, and an unwritable `path`.
     """
     reader = PairReader(folder)
     if not len(reader):

@@ -27,8 +27,8 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of noise (0) and latents (1) by channel: number of values, mean [C, 2], and sums
-    of products of deviations [C, 2, 2]."""
+    """Moments of noise (0) and latents (1) by channel: number of values, mean [C, 2], and sums of products of
+    deviations [C, 2, 2]."""
 
     count: int
     mean: FloatArray

@@ -50,7 +50,7 @@ def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: P
     write_record(pairs, 1, {"index": 7, "prompt": batch.prompts[2], "reason": "its latent was not finite"})
     verified = d2g(["pairs", "verify", str(pairs), "--json"], tmp_path / "log")
     assert verified.code == 1 and json.loads(verified.stdout)["quarantined"] == [7]
-    assert "not ok: 1 pairs without a finite latent; `d2g pairs repair" in verified.error
+    assert "not ok: 1 pairs without a finite latent; run `d2g pairs repair" in verified.error
     only_moved = d2g(["pairs", "repair", str(pairs), "--no-regenerate", "--json"], tmp_path / "log")
     assert only_moved.json == {"quarantined": [], "regenerated": 0} and only_moved.code == 0
     assert verify_store(pairs).quarantined == [7]
