@@ -210,10 +210,9 @@ def regenerate(folder: Path, prompts: Path | None = None, progress: Progress = q
 
 
 def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> float:
-    """Send `count` stored rows, evenly evenly_spread, through the teacher again; returns the largest absolute
-    difference.
+    """Sample `count` evenly spread stored rows again and return the largest absolute difference of latents.
 
-    Raises UserError when the teacher's weights are not those the store was made with.
+    Raises UserError if the teacher's weights are not those that the store was made with.
     """
     reader = PairReader(folder)
     spec, name = reader.spec, teacher_name or reader.spec.teacher

@@ -125,7 +125,7 @@ def store_statistics(
 
 
 def evenly_spread(size: int, count: int) -> Sequence[int]:
-    """`count` of the positions 0 to size - 1, evenly evenly_spread, first and last among them; all for 0."""
+    """`count` evenly spread positions out of 0 to size - 1, including both ends; all of them for 0."""
     if not 0 < count < size:
         return range(size)
     return sorted({round(i * (size - 1) / max(1, count - 1)) for i in range(count)})
