@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from eval.protocols.metric import Better
 from eval.report.charts import Curve
-from eval.report.gallery import Better, Pictures
+from eval.report.gallery import Pictures
 from eval.report.html import Latency, MetricRow, ReportData
 from eval.report.html import write_report as write_page
 

@@ -85,7 +85,7 @@ def measure(
     together = torch.cat(process_group.gather(torch.cat(found)))
     together = together[together[:, 0].argsort()]  # one order of summing, whatever the ranks
     _, square, low, high, *rest = together.unbind(1)
-    result = {"val/psnr": float(psnr(square, float(high.max() - low.min())).mean())}
+    result = {"val/psnr": float(psnr_from_mse(square, float(high.max() - low.min())).mean())}
     return {"val/e_latent_lpips": float(rest[0].mean()), **result} if rest else result
 
 
@@ -151,7 +151,7 @@ def _shares(count: int, size: int) -> list[range]:
     return [places[first : first + size] for first in range(0, len(places), size)]
 
 
-def psnr(mean_square: Tensor, peak: float) -> Tensor:
+def psnr_from_mse(mean_square: Tensor, peak: float) -> Tensor:
     """10 log10(peak^2 / mean squared error) in dB, at most 200. `peak`: largest minus smallest value of the
     teacher's latents, all rows together, as latents have no natural range.
     """

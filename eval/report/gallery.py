@@ -13,9 +13,6 @@ from torch import Tensor
 from d2g.core.errors import UserError
 from eval.metrics.nearest import Nearest
 
-Better = Literal["lower", "higher", ""]
-"""Which direction of a metric is better; "" where neither is."""
-
 PIXEL_ART = 128
 """Images up to this side in pixels keep their pixels and are shown enlarged with hard edges."""
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
+from eval.protocols.metric import Better
 from eval.report.charts import Curve, curve_svg, dash
-from eval.report.gallery import PIXEL_ART, Better, Pictures, Ranking, thumbnail
+from eval.report.gallery import PIXEL_ART, Pictures, Ranking, thumbnail
 from eval.report.numbers import arrow, format_column, format_number, format_setting, format_value
 
 MAX_BYTES = 24 * 2**20

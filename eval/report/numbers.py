@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from eval.report.gallery import Better
+from eval.protocols.metric import Better
 
 
 def format_value(value: float, interval: Sequence[float] | None = None) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from d2g.diffusion.pretrained import load_conditioner, load_vae
 from distill.models.ema import EMA
 from distill.models.student import student_from_teacher
 from distill.training.preview import preview, preview_latents, preview_text
-from distill.training.validation import averaged, best, draw_together, held_out, measure, psnr
+from distill.training.validation import averaged, best, draw_together, held_out, measure, psnr_from_mse
 from jobs import make_pairs
 from latent_lpips.distance import ELatentLPIPS
 from latent_lpips.weights import load_lpips
@@ -75,7 +75,7 @@ def test_values_are_those_of_their_definitions(reader: PairReader, distance: ELa
     square = (noise - target).square().mean((1, 2, 3))
     expected = sum(10 * math.log10(peak**2 / float(s)) for s in square) / len(ROWS)
     assert found == {"val/psnr": pytest.approx(expected, rel=1e-5)}
-    assert float(psnr(torch.tensor(0.01), 1.0)) == pytest.approx(20)
+    assert float(psnr_from_mse(torch.tensor(0.01), 1.0)) == pytest.approx(20)
 
 
 def test_batches_do_not_matter_and_the_draws_stay(
