@@ -201,7 +201,14 @@ def load_conditioner(
 
     Raises UserError as `conditioner_on_meta` and `load_model` do.
     """
-    conditioner = conditioner_on_meta(name)
+    return load_text_encoders(name, conditioner_on_meta(name), dtype, device)
+
+
+def load_text_encoders(
+    name: str, conditioner: Conditioner, dtype: torch.dtype, device: torch.device | str
+) -> Conditioner:
+    """Replace the text encoders of a conditioner on meta, in place, by those with weights, in `dtype`,
+    frozen."""
     for component in conditioner.models:
         conditioner.models[component] = load_model(name, component, dtype).to(device)
     return conditioner

@@ -233,7 +233,7 @@ def load_teacher(
     return replace(
         teacher,
         network=pretrained.load_model(name, teacher.family.network, dtype).to(device),
-        conditioner=pretrained.load_conditioner(name, dtype, device),
+        conditioner=pretrained.load_text_encoders(name, teacher.conditioner, dtype, device),
         device=device,
         dtype=dtype,
     )
