@@ -86,7 +86,7 @@ def test_one_store_stays_itself_or_tells_its_scale(stores: list[Path], teacher: 
 def test_what_does_not_go_together(stores: list[Path], teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"guidance scales 2, 6; set student.guidance_conditioning=true"):
         joined(stores, with_guidance=False)
-    same = joined([stores[0], stores[0]], told=False)
+    same = joined([stores[0], stores[0]], with_guidance=False)
     assert len(same) == 16 and not isinstance(same.read([0]), GuidedBatch)
     readers = [PairReader(store) for store in stores]
     readers[1].spec = replace(readers[1].spec, teacher_sha256="other")
