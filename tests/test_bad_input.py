@@ -3,6 +3,7 @@
 Every command runs in a process of its own (jobs.d2g), so that what is tested is what a shell would see.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -390,6 +391,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         and f"last good checkpoint: {last};" in ended.error
     )
     assert f"lower the learning rate in another --out, from there with --set init={out}" in ended.error
+    assert f"losses, logits and rows of the step: {out / 'failure'};" in ended.error
+    report = json.loads((out / "failure" / "rank-0.json").read_text())
+    gradient = "grad/d" if stage == "gan" else "grad/g"
+    assert (report["step"], report["images"], report["gradient"], report["norm"]) == (2, 8, gradient, "nan")
+    assert len(set(report["pairs"])) == 4 and "nan" in report["losses"].values()
+    assert ("loss/d" in report["losses"]) == (stage == "gan")
+    assert set(report["logits"]) == ({"real", "fake", "student"} if stage == "gan" else set())
     assert sorted(os.listdir(out / "checkpoints")) == ["000000004", "000000008"]
     kept = [
         *load_file(last / "ema.safetensors").values(),

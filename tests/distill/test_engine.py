@@ -285,6 +285,11 @@ def test_a_pair_that_is_not_finite_is_named_and_made_again(
     for ended in both:
         assert ended.code == 1 and f"error: pair {number} of {store}: values that are not" in ended.error
         assert "`d2g pairs repair` makes it again, then the same command goes on" in ended.error
+        assert ended.error.endswith(f"losses, logits and rows of the step: {out / 'failure'}")
+    reports = [json.loads((out / "failure" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert number in [pair for report in reports for pair in report["pairs"]]
+    assert all(report["norm"] == "nan" and len(report["pairs"]) == 2 for report in reports)
+    assert {len(logits) for report in reports for logits in report["logits"].values()} == {6}
     assert d2g(["pairs", "repair", str(store)], tmp_path / "log").code == 0
     both = d2g_ranks(arguments, tmp_path / "log")
     assert [ended.code for ended in both] == [0, 0], both[0].stderr
