@@ -1,8 +1,8 @@
-"""What D is told as its time, and the noise that real and fake get before it (method.md "Discriminator
-timestep and noise").
+"""D's time input, and the noise added to its real and fake inputs (method.md "Discriminator timestep and
+noise").
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.schedule import diffuse
 from distill.config.components import DiscriminatorConfig
 from distill.config.run import DistillConfig
-
-Levels = Callable[[int, torch.Generator], Tensor | None]
-"""(rows, generator) -> D's time inputs [rows]; None where its constant stands."""
 
 
 def draw_times(
@@ -47,39 +44,52 @@ def with_noise(x: Tensor, alphas_cumprod: Tensor, t: Tensor, eps: Tensor) -> Ten
     return diffuse(x, eps.to(x), alphas_cumprod, t.to(x.device))
 
 
-class Noiser:
-    """Diffuses what D is shown, where the config says so; else it passes latents through.
+class NoiseAugmentation:
+    """Adds noise to D's inputs according to the config, or returns them as they are.
 
-    The noise of a row is a function of (seed, the row's number, real or fake) alone. Raises SettingError for
-    a largest level beyond the teacher's schedule.
+    The noise of a row is a function of (seed, the row's number, real or fake) alone.
     """
 
-    def __init__(self, config: DistillConfig, device: torch.device) -> None:
-        self.gan, self.seed = config.gan, config.seed
-        self.active = config.stage == "gan" and config.gan.noise_augment != "none"
-        gan = config.stage == "gan"  # without D there are no levels, and the teacher may be an EDM
-        bars = pretrained.load_schedule(config.teacher).alphas_cumprod if gan else torch.empty(0)
-        self.train_steps, self.alphas_cumprod = len(bars), bars.to(device)
-        if self.active and config.gan.noise_max_timestep > self.train_steps:
+    def __init__(
+        self, gan: DiscriminatorConfig | None, alphas_cumprod: Tensor, seed: int, device: torch.device
+    ) -> None:
+        """gan: None in the regression stage. alphas_cumprod: [T] of the teacher's schedule.
+
+        Raises SettingError for a largest level beyond the teacher's schedule.
+        """
+        self.gan, self.seed = gan, seed
+        self.active = gan is not None and gan.noise_augment != "none"
+        self.train_steps, self.alphas_cumprod = len(alphas_cumprod), alphas_cumprod.to(device)
+        if gan is not None and self.active and gan.noise_max_timestep > self.train_steps:
             raise SettingError(
-                f"gan.noise_max_timestep is {config.gan.noise_max_timestep}; the teacher's schedule has "
+                f"gan.noise_max_timestep is {gan.noise_max_timestep}; the teacher's schedule has "
                 f"{self.train_steps}"
             )
 
     def levels(self, rows: int, rng: torch.Generator) -> Tensor | None:
-        """D's time inputs of a step's rows."""
-        return draw_times(self.gan, rows, self.train_steps, rng)
+        """D's time inputs [rows] of a step; None for the config's constant."""
+        return None if self.gan is None else draw_times(self.gan, rows, self.train_steps, rng)
 
     def eps(self, rows: Sequence[int], shape: tuple[int, int, int], stream: int) -> Tensor | None:
-        """The noise [B, C, h, w] of the rows of these numbers, on the CPU; None where there is none to add.
-        stream 0: real rows, 1: fake ones."""
+        """Noise [B, C, h, w] of the rows of these numbers, on the CPU; None without noise augmentation.
+
+        stream: 0 for real rows, 1 for fake ones.
+        """
         if not self.active:
             return None
         return noise(generator(self.seed, Stream.NOISE_AUGMENTATION, stream).initial_seed(), rows, shape)
 
     def __call__(self, x: Tensor, t: Tensor | None, eps: Tensor | None) -> Tensor:
-        """x [B, C, h, w] at levels t [B] with this noise; x itself where there is none."""
+        """x [B, C, h, w] at levels t [B] with the noise `eps`; x itself without noise."""
         if eps is None:
             return x
         assert t is not None
         return with_noise(x, self.alphas_cumprod, t, eps)
+
+
+def build_noise_augmentation(config: DistillConfig, device: torch.device) -> NoiseAugmentation:
+    """The noise augmentation of a run. The regression stage needs no schedule; its teacher may be an EDM."""
+    if config.stage != "gan":
+        return NoiseAugmentation(None, torch.empty(0), config.seed, device)
+    alphas_cumprod = pretrained.load_schedule(config.teacher).alphas_cumprod
+    return NoiseAugmentation(config.gan, alphas_cumprod, config.seed, device)

@@ -18,7 +18,7 @@ from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, Penalty
 from distill.losses.adversarial import mismatch
 from distill.losses.gradient_penalty import DiscriminatorInput, drawn_rows
-from distill.losses.noise_augmentation import Noiser
+from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.base import Transforms
 from distill.losses.regression.regression import Regression
 from distill.models.row_dropout import row_keys
@@ -80,7 +80,7 @@ class StepPreparation:
         dropout: bool,
         gan: DiscriminatorConfig | None,
         regression: Regression,
-        noise_augment: Noiser,
+        noise_augment: NoiseAugmentation,
         encode: TextCache,
         device: torch.device,
     ) -> None:

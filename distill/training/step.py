@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.config.components import DiscriminatorConfig, OptimConfig
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
 from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
-from distill.losses.noise_augmentation import Noiser
+from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.regression import Regression
 from distill.models.row_dropout import give_keys
 from distill.training.logit_stats import LogitStats
@@ -60,7 +60,7 @@ class StepContext:
 
     state: State
     regression: Regression
-    noise_augment: Noiser
+    noise_augment: NoiseAugmentation
     mix_in_real_images: RealRows
     gan: DiscriminatorConfig
     optim: OptimConfig

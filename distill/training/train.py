@@ -18,7 +18,7 @@ from d2g.core.tracking.loggers import check_loggers
 from d2g.core.tracking.run_directory import Pace, RunLog
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig, microbatch_size
-from distill.losses.noise_augmentation import Noiser
+from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
 from distill.models.student import check_teacher
 from distill.training.callbacks import (
@@ -87,7 +87,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     reader = _open_reader(config)
     encode = _build_encoder(config, device)
     regression = build_regression(config, reader.spec.latent_shape[0], device)
-    noise_augment = Noiser(config, device)
+    noise_augment = build_noise_augmentation(config, device)
     mix_in_real_images = RealRows(config, reader.spec.latent_shape, encode, device)
     last = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=last is None)
@@ -254,7 +254,7 @@ def _build_autocast(
 def _build_preparation(
     config: DistillConfig,
     regression: Regression,
-    noise_augment: Noiser,
+    noise_augment: NoiseAugmentation,
     encode: TextCache,
     device: torch.device,
 ) -> StepPreparation:

@@ -10,7 +10,12 @@ from torch import Tensor
 from d2g.core.errors import SettingError
 from d2g.diffusion.pretrained import load_schedule
 from distill.config.run import DiscriminatorConfig, DistillConfig
-from distill.losses.noise_augmentation import Noiser, draw_times, with_noise
+from distill.losses.noise_augmentation import (
+    NoiseAugmentation,
+    build_noise_augmentation,
+    draw_times,
+    with_noise,
+)
 
 
 def times(rows: int = 20_000, steps: int = 1000, **settings: Any) -> Tensor | None:
@@ -59,9 +64,9 @@ def test_noise_has_the_schedules_share(teacher: Path) -> None:
     assert found.dtype == torch.float32
 
 
-def noiser(teacher: Path, **settings: Any) -> Noiser:
+def noiser(teacher: Path, **settings: Any) -> NoiseAugmentation:
     config = DistillConfig(stage="gan", teacher=str(teacher), gan=DiscriminatorConfig(**settings))
-    return Noiser(config, torch.device("cpu"))
+    return build_noise_augmentation(config, torch.device("cpu"))
 
 
 def test_real_and_fake_share_the_level_but_not_the_noise(teacher: Path) -> None:
