@@ -15,6 +15,7 @@ Optimizer = Literal["adamw", "adamw_fused", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]
+DiscriminatorName = Literal["unet"]
 RegressionKind = Literal["mse", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips"]
 """Regression losses, in the order of presets and docs. `distill/losses/regression/NAME.py` defines each."""
 
@@ -162,6 +163,11 @@ class RegressionConfig:
 class DiscriminatorConfig:
     """The discriminator and its losses. Defaults are the paper's, or docs/method.md's choices."""
 
+    discriminator: DiscriminatorName = setting(
+        "unet",
+        "Network: unet starts as the teacher's U-Net",
+        source='method.md "Discriminator architecture"',
+    )
     weight: float = setting(
         0.25,
         "Weight of the GAN loss in the student's loss (lambda_GAN); SDXL: 1",

@@ -16,7 +16,9 @@ from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.unet import added_conditions
-from distill.config.run import DiscriminatorConfig
+from d2g.diffusion.pipelines import family_of
+from distill.config.components import DiscriminatorConfig
+from distill.models.discriminator_kind import DiscriminatorKind
 
 BLOCK_TYPES = tuple(
     f"{prefix}{direction}{suffix}"
@@ -143,6 +145,21 @@ def discriminator_from_teacher(
         nn.init.uniform_(head.weight, -bound, bound, generator=generator)
         nn.init.zeros_(head.bias)
     return discriminator
+
+
+def discriminator_on_meta(teacher: str, config: DiscriminatorConfig) -> Discriminator:
+    """The same network without weights."""
+    with torch.device("meta"):
+        unet, downscale = pretrained.load_on_meta(teacher, "unet"), pretrained.latent_downscale(teacher)
+        return Discriminator(unet, config, downscale)
+
+
+UNET = DiscriminatorKind(
+    name="unet",
+    build=discriminator_from_teacher,
+    build_on_meta=discriminator_on_meta,
+    shard_units=lambda teacher, network: family_of(teacher).shard_units(network),
+)
 
 
 def added_parameters(discriminator: Discriminator) -> int:

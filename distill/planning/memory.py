@@ -26,9 +26,9 @@ from distill.config.components import OptimConfig
 from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import r1_penalty
 from distill.losses.regression.registry import regression_networks
+from distill.models.discriminators import DISCRIMINATORS
 from distill.models.row_dropout import give_keys
 from distill.models.student import Student, check_teacher, meta_student, set_trainable
-from distill.models.unet_discriminator import Discriminator
 from distill.planning.reference_models import NAMES, configs_only
 from distill.planning.saved_activations import SavedBytes, saved_bytes
 from latent_lpips.lpips import PixelLPIPS
@@ -94,7 +94,7 @@ def _working_bytes(
     config: DistillConfig,
     world_size: int,
     student: Student,
-    discriminator: Discriminator | None,
+    discriminator: nn.Module | None,
     pixels: nn.ModuleList | None,
 ) -> float:
     """Bytes of gradients and saved activations at the peak of a step. Call it in a FakeTensorMode."""
@@ -172,7 +172,7 @@ def _update_bytes(network: nn.Module, optim: OptimConfig, shards: int, buckets: 
 
 
 def _discriminator_bytes(
-    config: DistillConfig, discriminator: Discriminator, rows: float, shards: int, buckets: bool
+    config: DistillConfig, discriminator: nn.Module, rows: float, shards: int, buckets: bool
 ) -> float:
     """Bytes of D's update: activations of real and fake rows, the gradient penalty, or the optimizer step."""
     graph = _activations(config, discriminator, lambda b: discriminator(b.noise, b.noise, b.cond))
@@ -227,7 +227,7 @@ def _activations(config: DistillConfig, network: Any, run: Callable[[_Batch], An
     return replace(saved, fixed=0.0) if config.engine.parallel == "fsdp" else saved
 
 
-def _penalty_activations(discriminator: Discriminator, config: DistillConfig) -> SavedBytes:
+def _penalty_activations(discriminator: nn.Module, config: DistillConfig) -> SavedBytes:
     """Bytes that a pass saves whose gradient is differentiated again, in fp32."""
     b = _fake_batch(discriminator, 1)
     with sdpa_kernel(SDPBackend.MATH):
@@ -252,9 +252,8 @@ def _meta_student(config: DistillConfig) -> Student:
     return student
 
 
-def _meta_discriminator(config: DistillConfig) -> Discriminator:
-    with torch.device("meta"):
-        return Discriminator(pretrained.load_on_meta(config.teacher, "unet"), config.gan)
+def _meta_discriminator(config: DistillConfig) -> nn.Module:
+    return DISCRIMINATORS[config.gan.discriminator].build_on_meta(config.teacher, config.gan)
 
 
 def _pixel_distance(config: DistillConfig) -> nn.ModuleList:

@@ -1,6 +1,6 @@
 """What a run trains: networks under their engine, optimizers, the average; and its way to disk and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,12 +14,11 @@ from d2g.core.distributed.checkpoint import Checkpoint
 from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import Stream, generator
-from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
 from distill.config.run import DistillConfig
+from distill.models.discriminators import DISCRIMINATORS
 from distill.models.ema import EMA
 from distill.models.student import Student, add_adapters, meta_student, set_trainable, student_from_teacher
-from distill.models.unet_discriminator import Discriminator, discriminator_from_teacher
 from distill.sampling import load_student_weights
 from distill.training.optim import optimizer
 
@@ -83,21 +82,20 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
         lambda: _student(config, fresh),
         lambda: _blank_student(config),
         lambda net: [net.unet],
+        family_of(config.teacher).shard_units,
     )
     discriminator: DistributedModule | None = None
     optim_d: torch.optim.Optimizer | None = None
     if config.stage == "gan":
         rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)
+        kind = DISCRIMINATORS[config.gan.discriminator]
         discriminator = _spread(
             config,
             device,
-            lambda: discriminator_from_teacher(config.teacher, config.gan, rng),
-            lambda: Discriminator(
-                pretrained.load_on_meta(config.teacher, "unet"),
-                config.gan,
-                pretrained.latent_downscale(config.teacher),
-            ),
+            lambda: kind.build(config.teacher, config.gan, rng),
+            lambda: kind.build_on_meta(config.teacher, config.gan),
             lambda net: [net],
+            lambda net: kind.shard_units(config.teacher, net),
         )
         optim_d = optimizer(discriminator.module, config.gan.optim)
     average = EMA(student.module, config.train.ema_beta, config.train.ema_start_images)
@@ -110,6 +108,7 @@ def _spread(
     load: Callable[[], N],
     blank: Callable[[], N],
     roots: Callable[[N], list[nn.Module]],
+    shard_units: Callable[[N], Iterable[nn.Module]],
 ) -> DistributedModule:
     """A network under the config's engine. Where it is sharded, only rank 0 ever holds all of it."""
     engine = config.engine
@@ -117,7 +116,7 @@ def _spread(
         network = blank().to("meta")
     else:
         network = load()
-    layers = list(family_of(config.teacher).shard_units(network))
+    layers = list(shard_units(network))
     if engine.activation_checkpointing:
         parallel.recompute(layers)
     size = engine.shard_size or process_group.world_size()

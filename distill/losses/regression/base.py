@@ -51,7 +51,7 @@ class FunctionDistance(RowDistance):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegressionLoss:
-    """A value of `regression.kind`. The module `distill.losses.regression.NAME` defines it as LOSS."""
+    """A value of `regression.kind`, defined at the top level of `distill/losses/regression/NAME.py`."""
 
     name: str
     build: Callable[[RegressionConfig, FrozenNetworks], RowDistance]

@@ -32,16 +32,16 @@ class EnsembleDistance(RowDistance):
         return distance
 
 
-def build(config: RegressionConfig, networks: FrozenNetworks) -> EnsembleDistance:
+def _build(config: RegressionConfig, networks: FrozenNetworks) -> EnsembleDistance:
     """The ensemble with the transforms of `regression.augment`."""
     assert networks.latent_lpips is not None
     return EnsembleDistance(networks.latent_lpips, config.augment, config.draws)
 
 
-LOSS = RegressionLoss(
+E_LATENT_LPIPS_LOSS = RegressionLoss(
     name="e_latent_lpips",
     log_key="loss/e_latent_lpips",
-    build=build,
+    build=_build,
     needs=frozenset({"latent_lpips"}),
     settings=("augment", "draws"),
     describe=lambda config: (

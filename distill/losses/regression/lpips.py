@@ -8,7 +8,7 @@ from distill.losses.regression.base import FrozenNetworks, FunctionDistance, Reg
 from latent_lpips.lpips import PixelLPIPS
 
 
-def build(config: RegressionConfig, networks: FrozenNetworks) -> FunctionDistance:
+def _build(config: RegressionConfig, networks: FrozenNetworks) -> FunctionDistance:
     """The published LPIPS network behind the autoencoder's decoder."""
     metric = PixelLPIPS(
         config.lpips_net,
@@ -19,10 +19,10 @@ def build(config: RegressionConfig, networks: FrozenNetworks) -> FunctionDistanc
     return FunctionDistance(metric)
 
 
-LOSS = RegressionLoss(
+LPIPS_LOSS = RegressionLoss(
     name="lpips",
     log_key="loss/lpips",
-    build=build,
+    build=_build,
     needs=frozenset({"vae"}),
     settings=("lpips_net", "lpips_weights", "lpips_resize"),
     describe=lambda config: (

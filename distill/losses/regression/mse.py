@@ -10,6 +10,6 @@ def squared_error(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).square().mean(dim=(1, 2, 3))
 
 
-LOSS = RegressionLoss(
+MSE_LOSS = RegressionLoss(
     name="mse", log_key="loss/mse", build=lambda config, networks: FunctionDistance(squared_error)
 )

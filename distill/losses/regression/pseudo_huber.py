@@ -18,7 +18,7 @@ def pseudo_huber(pred: Tensor, target: Tensor, c: float) -> Tensor:
     return ((pred - target).square().sum(dim=(1, 2, 3)) + scale**2).sqrt() - scale
 
 
-LOSS = RegressionLoss(
+PSEUDO_HUBER_LOSS = RegressionLoss(
     name="pseudo_huber",
     log_key="loss/pseudo_huber",
     build=lambda config, networks: FunctionDistance(partial(pseudo_huber, c=config.huber_c)),

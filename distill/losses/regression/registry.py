@@ -1,8 +1,8 @@
 """All regression losses by name.
 
-To add one, write `distill/losses/regression/NAME.py` with a LOSS, and add NAME to `RegressionKind` in
-`distill/config/components.py`, with the loss's settings if it has any. Presets, validation of settings,
-monitoring and the model card follow from that.
+To add one, write `distill/losses/regression/NAME.py` with a `RegressionLoss`, and add NAME to
+`RegressionKind` in `distill/config/components.py`, with the loss's settings if it has any. Presets, checks of
+settings, monitoring and the model card follow from that.
 """
 
 from importlib import import_module
@@ -13,7 +13,9 @@ from distill.losses.regression.base import Network, RegressionLoss
 
 
 def _load(name: str) -> RegressionLoss:
-    loss: RegressionLoss = import_module(f"distill.losses.regression.{name}").LOSS
+    """The one `RegressionLoss` at the top level of the module `name`."""
+    module = import_module(f"distill.losses.regression.{name}")
+    (loss,) = (value for value in vars(module).values() if isinstance(value, RegressionLoss))
     assert loss.name == name, f"{name}.py defines the loss {loss.name}"
     return loss
 

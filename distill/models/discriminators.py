@@ -1,0 +1,23 @@
+"""All discriminators by name (`gan.discriminator`).
+
+To add one, write `distill/models/NAME_discriminator.py` with a `DiscriminatorKind` at its top level, and add
+NAME to `DiscriminatorName` in `distill/config/components.py`, with its settings if it has any.
+"""
+
+from importlib import import_module
+from typing import get_args
+
+from distill.config.components import DiscriminatorName
+from distill.models.discriminator_kind import DiscriminatorKind
+
+
+def _load(name: str) -> DiscriminatorKind:
+    """The one `DiscriminatorKind` at the top level of a discriminator's module."""
+    module = import_module(f"distill.models.{name}_discriminator")
+    (kind,) = (value for value in vars(module).values() if isinstance(value, DiscriminatorKind))
+    assert kind.name == name, f"{name}_discriminator.py defines the discriminator {kind.name}"
+    return kind
+
+
+DISCRIMINATORS: dict[str, DiscriminatorKind] = {name: _load(name) for name in get_args(DiscriminatorName)}
+"""Discriminators by their name in `gan.discriminator`."""
