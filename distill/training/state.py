@@ -56,7 +56,7 @@ class State:
         if last.meta["networks"] != _networks(config):
             raise UserError(
                 f"{last.folder} is of a run with other networks (kind, teacher, pairs or seed); "
-                "delete the folder to go on from the checkpoint before it"
+                "delete the folder to continue from the checkpoint before it"
             )
         sharded_checkpoint.verify(last)
         sharded_checkpoint.load(last, "student", self.student.module, self.optim_g)
