@@ -413,7 +413,9 @@ def test_a_learning_rate_that_blows_up(teacher: Path, job: Path, tmp_path: Path,
     )
     assert (
         ended.code == 1
-        and "at image 4; no checkpoint was written before; lower the learning rate" in ended.error
+        and "at image 4; no checkpoint was written before; losses, logits and rows of the step: "
+        in ended.error
+        and f"{tmp_path / 'run' / 'failure'}; lower the learning rate" in ended.error
     )
 
 

@@ -20,7 +20,7 @@ from eval.networks.inception import (
     load_inception_tf,
     load_inception_torchvision,
 )
-from eval.networks.weights import find
+from eval.networks.weights import find_weights
 
 
 def pictures(count: int, size: int = 40) -> Tensor:
@@ -193,5 +193,5 @@ def test_weights_are_found_where_pytorch_keeps_them(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=f"{name} is damaged: its sha256 does not start with 6726825d"):
         load_inception()
     with pytest.raises(UserError, match="is damaged"):
-        find(FID_INCEPTION, folder / name)
-    assert find(FID_INCEPTION, tmp_path / "mine.pth") == tmp_path / "mine.pth"
+        find_weights(FID_INCEPTION, folder / name)
+    assert find_weights(FID_INCEPTION, tmp_path / "mine.pth") == tmp_path / "mine.pth"
