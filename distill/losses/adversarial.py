@@ -1,4 +1,4 @@
-"""Loss terms as plain functions over tensors; nothing here calls backward."""
+"""GAN losses and mix-and-match augmentation as pure functions of tensors; none of them calls backward."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,21 +10,27 @@ from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import GanLoss, Reduction
 
 Logits = Mapping[str, Tensor]
+"""Discriminator logits by head name."""
 
 
 def discriminator_loss(
     real: Logits, fake: Logits, kind: GanLoss = "ns", reduction: Reduction = "mean"
 ) -> Tensor:
-    """D's loss: mean over rows and positions, then `reduction` over the heads. fp32.
+    """Compute the discriminator loss: the mean over rows and positions, then `reduction` over heads, in fp32.
 
-    ns: softplus(-D(real)) + softplus(D(fake)) (method.md "GAN losses"). hinge: relu(1 - D(real)) + relu(1 +
-    D(fake)) (Lim and Ye 2017). rpgan: softplus(D(fake) - D(real)), each row against its own: they share z and
-    c (Jolicoeur-Martineau 2018; R3GAN, eq. 2).
+    `kind` selects the loss:
+
+    - ns: softplus(-D(real)) + softplus(D(fake)) (method.md "GAN losses").
+    - hinge: relu(1 - D(real)) + relu(1 + D(fake)) (Lim and Ye 2017).
+    - rpgan: softplus(D(fake) - D(real)). Row i of `real` and row i of `fake` share noise and conditioning
+      (Jolicoeur-Martineau 2018; R3GAN, eq. 2).
     """
-    return reduced([_against(real[h].float(), fake[h].float(), kind).mean() for h in real], reduction)
+    return reduced(
+        [_discriminator_terms(real[h].float(), fake[h].float(), kind).mean() for h in real], reduction
+    )
 
 
-def _against(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
+def _discriminator_terms(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
     if kind == "rpgan":
         return F.softplus(fake - real)
     if kind == "hinge":
@@ -35,8 +41,10 @@ def _against(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
 def generator_loss(
     fake: Logits, kind: GanLoss = "ns", reduction: Reduction = "mean", real: Logits | None = None
 ) -> Tensor:
-    """G's loss, reduced as D's. ns: softplus(-D(G)); hinge: -D(G); rpgan: softplus(D(real) - D(G)), for which
-    `real` is needed: D's logits of the same rows' targets, by the same weights of D.
+    """Compute the generator loss, reduced like the discriminator loss, in fp32.
+
+    ns: softplus(-D(fake)); hinge: -D(fake); rpgan: softplus(D(real) - D(fake)). Only rpgan needs `real`: the
+    logits of the targets of the same rows, computed with the same discriminator weights.
     """
     if kind == "rpgan":
         assert real is not None, "the relativistic loss needs D's logits of the real rows"
@@ -46,7 +54,7 @@ def generator_loss(
 
 
 def reduced(terms: Sequence[Tensor], reduction: Reduction) -> Tensor:
-    """Mean or sum of the heads' terms."""
+    """Reduce the scalar loss terms of all heads to one scalar, by mean or sum."""
     stacked = torch.stack(list(terms))
     return stacked.sum() if reduction == "sum" else stacked.mean()
 
@@ -57,38 +65,45 @@ def mismatch(
     drawn: Tensor,
     shares: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """Mix-and-match for a batch of fake rows: (mode [B], partner [B]).
+    """Choose the mix-and-match swap of each fake row (method.md "Mix-and-match augmentation").
 
-    mode 0: plain; 1, 2, 3: x, c or z comes from row `partner`, which never has the row's own prompt.
-    `fraction` goes to the three swaps by their relative `shares` (method.md "Mix-and-match augmentation"),
-    according to `drawn` [B] ~ U(0, 1). Rows come in random order, so the neighbour serves: rows 2i and 2i + 1
-    are partners, however a batch is shared out. Where the two have one prompt both stay plain. B is even
+    Returns (mode [B], partner [B]), int64. Mode 0 leaves the row unchanged; modes 1, 2 and 3 take the latents
+    x, the conditioning c or the noise z from row `partner`. `drawn` [B] holds uniform samples in [0, 1): a
+    `fraction` of the rows is swapped, split over the three modes in proportion to `shares`.
+
+    Rows 2i and 2i + 1 are partners. Rows are already in random order, and this pairing does not depend on how
+    the batch is split over ranks. If both partners have the same prompt, both stay unchanged. B must be even
     unless `fraction` is 0.
     """
+    # Split [0, fraction) into three intervals, one per swap.
     first, second = shares[0] / sum(shares), (shares[0] + shares[1]) / sum(shares)
     swap = 1 + (drawn >= fraction * first).long() + (drawn >= fraction * second).long()
     mode = torch.where(drawn < fraction, swap, 0)
+    # Pair neighboring rows and undo the swap where both have the same prompt.
     partner = torch.arange(len(prompts))
     if fraction > 0:
         partner ^= 1
-        alike = [prompts[row] == prompts[row ^ 1] for row in range(len(prompts))]
-        mode[torch.tensor(alike)] = 0
+        same_prompt = [prompts[row] == prompts[row ^ 1] for row in range(len(prompts))]
+        mode[torch.tensor(same_prompt)] = 0
     return mode, partner
 
 
 def mix_and_match(
     fake: Tensor, real: Tensor, noise: Tensor, text: Conditioning, mode: Tensor, partner: Tensor
 ) -> tuple[Tensor, Tensor, Conditioning]:
-    """The fake batch (x, z, c) with some rows replaced by real triples that have one wrong member.
+    """Replace some fake rows by real triples with one mismatched member, as `mode` says (see `mismatch`).
 
-    x-swap: another row's target latent with this row's noise and text; c-swap and z-swap: this row's target
-    with another row's text or noise. All are labelled fake: what is wrong is the alignment, not the image.
+    fake, real, noise: [B, C, h, w]; mode, partner: [B]. Returns (latents, noise, conditioning).
+    Mode 1 takes the target latents of the partner row with this row's noise and text. Modes 2 and 3 take this
+    row's target with the partner's text or noise. All these rows count as fake: the image is real, but it
+    does not match its noise and text.
     """
     mode, partner = mode.to(fake.device), partner.to(fake.device)
 
-    def where(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(chosen.view(-1, *[1] * (b.ndim - 1)), a, b)
+    def select_rows(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, *[1] * (b.ndim - 1)), a, b)
 
-    x = where(mode == 1, real[partner], where(mode >= 2, real, fake))
-    z = where(mode == 3, noise[partner], noise)
-    return x, z, text[partner].map(lambda a, b: where(mode == 2, a, b), text)
+    latents = select_rows(mode == 1, real[partner], select_rows(mode >= 2, real, fake))
+    swapped_noise = select_rows(mode == 3, noise[partner], noise)
+    cond = text[partner].map(lambda a, b: select_rows(mode == 2, a, b), text)
+    return latents, swapped_noise, cond

@@ -1,5 +1,6 @@
-"""D's time input, and the noise added to its real and fake inputs (method.md "Discriminator timestep and
-noise").
+"""The discriminator's time input and the noise added to its inputs.
+
+See method.md "Discriminator timestep and noise".
 """
 
 from collections.abc import Sequence
@@ -18,11 +19,11 @@ from distill.config.run import DistillConfig
 def draw_times(
     config: DiscriminatorConfig, rows: int, train_steps: int, generator: torch.Generator
 ) -> Tensor | None:
-    """D's time inputs [rows], int64 on the generator's device; None where D's constant stands.
+    """Sample D's time inputs [rows], int64, on the generator's device; None for a constant timestep.
 
-    random: t = T s u / (1 + (s - 1) u) with u ~ U(0, 1) and s = timestep_shift (APT 3.3). With noise
-    augmentation it is the level of the noise: uniform over 0 to max - 1, or "small", max u^2, half of them
-    below max / 4.
+    Without noise augmentation, t = T s u / (1 + (s - 1) u) with u ~ U(0, 1), T = `train_steps` and
+    s = timestep_shift (APT 3.3). With noise augmentation, t is the noise level: uniform over 0 to max - 1, or
+    for "small", max u^2, so that half of the levels are below max / 4.
     """
     if config.noise_augment == "none" and config.timestep_mode == "constant":
         return None
@@ -37,25 +38,25 @@ def draw_times(
 
 
 def with_noise(x: Tensor, alphas_cumprod: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x_t = alpha_t x + sigma_t eps of scaled latents [B, C, h, w] at levels t [B], eps ~ N(0, 1).
+    """Diffuse scaled latents x [B, C, h, w] to levels t [B]: x_t = alpha_t x + sigma_t eps, eps ~ N(0, 1).
 
-    Called once for the real and once for the fake rows: the same process and t, noise of their own.
+    Real and fake rows use the same t but independent eps.
     """
     return diffuse(x, eps.to(x), alphas_cumprod, t.to(x.device))
 
 
 class NoiseAugmentation:
-    """Adds noise to D's inputs according to the config, or returns them as they are.
+    """Adds noise to the discriminator's inputs if the config asks for it; otherwise returns them unchanged.
 
-    The noise of a row is a function of (seed, the row's number, real or fake) alone.
+    The noise of a row depends only on the seed, the row number, and whether the row is real or fake.
     """
 
     def __init__(
         self, gan: DiscriminatorConfig | None, alphas_cumprod: Tensor, seed: int, device: torch.device
     ) -> None:
-        """gan: None in the regression stage. alphas_cumprod: [T] of the teacher's schedule.
+        """gan: discriminator settings, None in the regression stage. alphas_cumprod: [T], teacher's schedule.
 
-        Raises SettingError for a largest level beyond the teacher's schedule.
+        Raises SettingError if gan.noise_max_timestep exceeds T.
         """
         self.gan, self.seed = gan, seed
         self.active = gan is not None and gan.noise_augment != "none"
@@ -67,20 +68,20 @@ class NoiseAugmentation:
             )
 
     def levels(self, rows: int, rng: torch.Generator) -> Tensor | None:
-        """D's time inputs [rows] of a step; None for the config's constant."""
+        """Sample D's time inputs [rows] for a step; None if D uses its constant timestep."""
         return None if self.gan is None else draw_times(self.gan, rows, self.train_steps, rng)
 
     def eps(self, rows: Sequence[int], shape: tuple[int, int, int], stream: int) -> Tensor | None:
-        """Noise [B, C, h, w] of the rows of these numbers, on the CPU; None without noise augmentation.
+        """Return noise [B, *shape] for these row numbers, on the CPU; None without noise augmentation.
 
-        stream: 0 for real rows, 1 for fake ones.
+        stream: 0 for real rows, 1 for fake rows.
         """
         if not self.active:
             return None
         return noise(generator(self.seed, Stream.NOISE_AUGMENTATION, stream).initial_seed(), rows, shape)
 
     def __call__(self, x: Tensor, t: Tensor | None, eps: Tensor | None) -> Tensor:
-        """x [B, C, h, w] at levels t [B] with the noise `eps`; x itself without noise."""
+        """Diffuse x [B, C, h, w] to levels t [B] with noise `eps`; return x unchanged if `eps` is None."""
         if eps is None:
             return x
         assert t is not None
@@ -88,7 +89,10 @@ class NoiseAugmentation:
 
 
 def build_noise_augmentation(config: DistillConfig, device: torch.device) -> NoiseAugmentation:
-    """The noise augmentation of a run. The regression stage needs no schedule; its teacher may be an EDM."""
+    """Build the noise augmentation of a run.
+
+    The regression stage adds no noise and loads no schedule, because its teacher may be an EDM without one.
+    """
     if config.stage != "gan":
         return NoiseAugmentation(None, torch.empty(0), config.seed, device)
     alphas_cumprod = pretrained.load_schedule(config.teacher).alphas_cumprod

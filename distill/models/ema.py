@@ -1,5 +1,6 @@
-"""Exponential moving average of weights, in fp32: a bf16 average with beta 0.9999 never moves (method.md "EMA
-in bf16").
+"""Exponential moving average (EMA) of weights in fp32.
+
+In bf16, updates with beta 0.9999 round to zero (method.md "EMA in bf16").
 """
 
 import math
@@ -13,19 +14,20 @@ from d2g.core.distributed.engine import local_shard, shard_like
 
 
 class EMA:
-    """fp32 average of a module's parameters and buffers; plain copies until `start_nimg` images.
+    """fp32 EMA of a module's parameters and buffers; a plain copy until `start_nimg` images.
 
-    Of a module in shards (FSDP2) each rank averages its own.
+    If the module is sharded (FSDP2), each rank averages its own shard.
     """
 
     def __init__(self, module: nn.Module, beta: float, start_nimg: int = 0) -> None:
         self.beta, self.start_nimg = beta, start_nimg
-        self.tensors = {k: _widened(v) for k, v in module.state_dict().items()}
+        self.tensors = {k: _clone_fp32(v) for k, v in module.state_dict().items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, nimg: int) -> None:
-        """avg <- beta avg + (1 - beta) weights; before `start_nimg`, avg <- weights. Integer buffers are
-        copied.
+        """Set avg to beta * avg + (1 - beta) * weights, or to the weights before `start_nimg` images.
+
+        Integer buffers are copied.
         """
         beta = self.beta if nimg >= self.start_nimg else 0.0
         averages: list[Tensor] = []
@@ -37,11 +39,12 @@ class EMA:
                 values.append(local_shard(value).detach().to(average))
             else:
                 average.copy_(local_shard(value))
-        torch._foreach_lerp_(averages, values, 1.0 - beta)  # one launch for a thousand tensors
+        # One fused call instead of one kernel launch per tensor.
+        torch._foreach_lerp_(averages, values, 1.0 - beta)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite the averages by whole tensors; names must agree."""
+        """Overwrite the averages with unsharded tensors. Raises ValueError if the names differ."""
         if set(tensors) != set(self.tensors):
             raise ValueError(f"EMA names differ: {sorted(set(tensors) ^ set(self.tensors))[:3]}")
         for name, value in tensors.items():
@@ -50,20 +53,21 @@ class EMA:
 
     @torch.no_grad()
     def drift(self, module: nn.Module) -> float:
-        """|avg - weights| / |weights|, all of them as one vector. On every rank."""
-        apart = size = torch.zeros((), dtype=torch.float64)
+        """Return |avg - weights| / |weights| over all weights as one vector. Call it on every rank."""
+        difference = norm = torch.zeros((), dtype=torch.float64)
         for name, value in module.state_dict().items():
             if value.is_floating_point():
                 average, weights = local_shard(self.tensors[name]), local_shard(value).float()
-                apart = apart.to(weights.device) + (average - weights).square().sum()
-                size = size.to(weights.device) + weights.square().sum()
-        sums = process_group.mean({"apart": float(apart), "size": float(size)})  # of shards, or of equals
-        return math.sqrt(sums["apart"] / sums["size"])
+                difference = difference.to(weights.device) + (average - weights).square().sum()
+                norm = norm.to(weights.device) + weights.square().sum()
+        # The mean over ranks works for shards and for replicas: the number of ranks cancels in the ratio.
+        means = process_group.mean({"difference": float(difference), "norm": float(norm)})
+        return math.sqrt(means["difference"] / means["norm"])
 
     def copy_to(self, module: nn.Module) -> None:
-        """Put the averages into a module of the same structure, sharded alike."""
+        """Load the averages into a module with the same structure and sharding."""
         module.load_state_dict(self.tensors, strict=True)
 
 
-def _widened(value: Tensor) -> Tensor:
+def _clone_fp32(value: Tensor) -> Tensor:
     return value.detach().clone().float() if value.is_floating_point() else value.detach().clone()

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from distill.models.row_dropout import RowDropout, give_keys, kept, row_keys
+from distill.models.row_dropout import RowDropout, give_keys, keep_mask, row_keys
 
 SHAPE = (16, 32, 32)
 
 
 def masks(rows: range, layer: int = 0, p: float = 0.25, seed: int = 0) -> torch.Tensor:
-    return kept(row_keys(seed, rows), layer, torch.Size((len(rows), *SHAPE)), p)
+    return keep_mask(row_keys(seed, rows), layer, torch.Size((len(rows), *SHAPE)), p)
 
 
 def test_a_mask_is_the_row_s_whatever_stands_beside_it() -> None:
@@ -67,4 +67,6 @@ def test_what_stays_is_scaled_and_use_changes_nothing() -> None:
 
 def test_a_vector_of_features_has_masks_too() -> None:
     keys = row_keys(0, range(64))
-    assert kept(keys, 0, torch.Size((64, 256)), 0.3).float().mean().item() == pytest.approx(0.7, abs=0.02)
+    assert keep_mask(keys, 0, torch.Size((64, 256)), 0.3).float().mean().item() == pytest.approx(
+        0.7, abs=0.02
+    )
