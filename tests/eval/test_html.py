@@ -268,7 +268,9 @@ def test_numbers_stand_where_they_belong() -> None:
     assert "<td>108\u00d7</td>" in text and "<td>1\u00d7</td>" in text  # 1213.3 / 11.2
     assert '<th scope="row">total</th><td>180.8</td>' in text
     # Bars are stacked parts, as long as their share of the slowest sampler, in the color of their part.
-    bars = [re.findall(r'class="s(\d)" style="width:([\d.]+)%"', bar) for bar in text.split('class="bar"')[1:]]
+    bars = [
+        re.findall(r'class="s(\d)" style="width:([\d.]+)%"', bar) for bar in text.split('class="bar"')[1:]
+    ]
     assert bars[0] == [("0", "0.165"), ("1", "98.986"), ("2", "0.824")]  # 2, 1201 and 10 of 1213.3 ms
     assert bars[1] == [("1", "0.750"), ("2", "0.165")]
     assert "Each point is the mean of 3 reports." in text and "No point of this curve is finite." in text
