@@ -1,4 +1,4 @@
-"""Batches of stored pairs in an order that is a function of (seed, images so far)."""
+"""Training batches of stored pairs, in an order that depends only on (seed, number of images seen)."""
 
 from collections.abc import Iterator
 
@@ -10,27 +10,31 @@ from pairgen.store.dataset import PairRows, PairSampler, pair_loader
 from pairgen.store.hdf5 import PairBatch
 from pairgen.store.reader import PairReader
 
-PLAIN = DataConfig()
+DEFAULTS = DataConfig()
 
 
-def open_pairs(folders: str, teacher_sha256: str, config: DataConfig = PLAIN, told: bool = False) -> PairRows:
-    """The pairs of a run, at a path or an fsspec URL, or of several, separated by commas.
+def open_pairs(
+    folders: str, teacher_sha256: str, config: DataConfig = DEFAULTS, with_guidance: bool = False
+) -> PairRows:
+    """Open the pair stores of a run. `folders`: paths or fsspec URLs, separated by commas.
 
-    told: rows come with their guidance scale, as GuidedBatch; without it all stores must have the same.
-    Raises UserError for an empty or unfinished store, or one made by another teacher.
+    with_guidance: return each row with its guidance scale (GuidedBatch); without it, all stores must have the
+    same scale. Raises UserError for an empty or unfinished store or one made by another teacher, SettingError
+    for a cache too small for the shuffle.
     """
-    readers = [_open(folder, teacher_sha256, config) for folder in folders.split(",")]
-    return readers[0] if len(readers) == 1 and not told else JoinedReader(readers, told)
+    readers = [_open_store(folder, teacher_sha256, config) for folder in folders.split(",")]
+    return readers[0] if len(readers) == 1 and not with_guidance else JoinedReader(readers, with_guidance)
 
 
-def _open(folder: str, teacher_sha256: str, config: DataConfig) -> PairReader:
+def _open_store(folder: str, teacher_sha256: str, config: DataConfig) -> PairReader:
     cache = config.cache or None
     reader = PairReader(folder, skip_bad=config.skip_bad, cache=cache, cache_gib=config.cache_gib)
     shard_size = reader.spec.shard_size
     if reader.bounded and config.block < shard_size:
-        text = f"data.cache_gib is {config.cache_gib}, the pairs take {reader.gib:.3g}: shuffled by less than"
+        sizes = f"data.cache_gib is {config.cache_gib}, the pairs take {reader.gib:.3g}"
         raise SettingError(
-            f"{text} a shard they would be copied again and again; set data.block={shard_size}"
+            f"{sizes}: with shuffle blocks smaller than a shard, shards would be copied again and again; "
+            f"set data.block={shard_size}"
         )
     if not reader.complete:
         raise UserError(
@@ -49,30 +53,31 @@ def _open(folder: str, teacher_sha256: str, config: DataConfig) -> PairReader:
 
 
 def expect_enough(pairs: int, batch_size: int, held_out: int = 0) -> None:
-    """Raise UserError where a batch is larger than the pairs that are trained on: rows would repeat in it.
+    """Raise UserError if a batch is larger than the training set, because a batch would repeat rows.
 
-    held_out: of the `pairs`, never trained on.
+    held_out: number of the `pairs` that are excluded from training.
     """
     if batch_size > pairs - held_out:
-        kept = f" ({pairs} less {held_out} held out)" if held_out else ""
+        note = f" ({pairs} less {held_out} held out)" if held_out else ""
         raise UserError(
-            f"train.batch_size is {batch_size}, but there are {pairs - held_out} pairs to train on{kept}; "
+            f"train.batch_size is {batch_size}, but there are {pairs - held_out} pairs to train on{note}; "
             "make more pairs, or set a smaller batch"
         )
 
 
 def bad_pairs(batch: PairBatch, folder: str) -> str:
-    """What to do about pairs of all ranks' batches that hold values that are not finite; "" where none does.
-    Call on every rank.
+    """Describe the pairs with non-finite values in the current batch of all ranks, and how to repair them.
+
+    Returns "" if all values are finite. Call it on every rank.
     """
     finite = (batch.noise.isfinite() & batch.latents.isfinite()).flatten(1).all(dim=1)
-    found = process_group.gather_objects(batch.index[~finite].tolist())
-    numbers = sorted(number for of_rank in found for number in of_rank)
-    if not numbers:
+    bad_by_rank = process_group.gather_objects(batch.index[~finite].tolist())
+    bad = sorted(number for numbers in bad_by_rank for number in numbers)
+    if not bad:
         return ""
-    which = f"pair{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:8]))}"
+    subject = f"pair{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:8]))}"
     return (
-        f"{which} of {folder}: values that are not finite; `d2g pairs verify` names the shard, "
+        f"{subject} of {folder}: values that are not finite; `d2g pairs verify` names the shard, "
         "`d2g pairs repair` makes it again, then the same command goes on"
     )
 
@@ -83,16 +88,17 @@ def pair_batches(
     seed: int,
     start: int,
     workers: int,
-    config: DataConfig = PLAIN,
+    config: DataConfig = DEFAULTS,
     pin_memory: bool = False,
     held_out: int = 0,
 ) -> Iterator[PairBatch]:
-    """This rank's endless batches in the stored dtype, read ahead by `workers` processes (0: in this one).
+    """Iterate endlessly over this rank's share of the batches, in the stored dtype.
 
-    held_out: so many of the last pairs are never read.
+    batch_size: rows over all ranks. start: number of images already seen. workers: number of prefetching
+    processes (0: read in this process). held_out: number of last pairs, which are never read.
 
-    Raises UserError on damage, with `skip_bad` it warns once of each damaged shard instead; and for a batch
-    larger than what there is.
+    Raises UserError for a batch larger than the training set, and for a damaged shard; with `skip_bad`, it
+    logs one warning for each damaged shard instead.
     """
     expect_enough(len(reader), batch_size, held_out)
     sampler = PairSampler(

@@ -1,4 +1,4 @@
-"""Optimisers and learning rates, as functions of a config."""
+"""Optimizers, learning-rate schedules, and the optimizer step."""
 
 import math
 from collections.abc import Callable
@@ -12,15 +12,22 @@ from distill.config.components import OptimConfig
 
 
 def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The config's optimiser of what in `module` has gradients, with the attention weight-decay rule: one
-    decay inside attention modules, another elsewhere (method.md "Schedule and hyperparameters"). Weight decay
-    is decoupled in all.
+    """Build the optimizer of the trainable parameters of `module`.
+
+    Parameters inside attention modules get `attention_weight_decay`, all others `weight_decay` (method.md
+    "Schedule and hyperparameters"). Weight decay is decoupled for every optimizer.
     """
-    inside = attention_parameters(module)
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    attention = attention_parameters(module)
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in named if n in inside], "weight_decay": config.attention_weight_decay},
-        {"params": [p for n, p in named if n not in inside], "weight_decay": config.weight_decay},
+        {
+            "params": [p for name, p in trainable if name in attention],
+            "weight_decay": config.attention_weight_decay,
+        },
+        {
+            "params": [p for name, p in trainable if name not in attention],
+            "weight_decay": config.weight_decay,
+        },
     ]
     groups = [g for g in groups if g["params"]]
     if config.name == "radam":
@@ -30,17 +37,17 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def learning_rate(nimg: int, config: OptimConfig, batch_size: int) -> float:
-    """Linear warm-up, then constant or falling to `final_lr`, as functions of the images seen."""
+    """Return the learning rate after `nimg` images: linear warm-up, then constant or decay to `final_lr`."""
     warmup = min(1.0, (nimg + batch_size) / config.warmup_images) if config.warmup_images else 1.0
     if not config.decay_images:
         return config.lr * warmup
     progress = min(1.0, nimg / config.decay_images)
-    left = {
+    decay_factor = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
         "step": float(progress < 1),
     }[config.decay]
-    return warmup * (config.final_lr + (config.lr - config.final_lr) * left)
+    return warmup * (config.final_lr + (config.lr - config.final_lr) * decay_factor)
 
 
 def update(
@@ -50,9 +57,10 @@ def update(
     lr: float,
     check: Callable[[Tensor], None],
 ) -> Tensor:
-    """Clip, update, clear. Returns the gradient norm before clipping, the same on every rank.
+    """Clip the gradients, take an optimizer step with learning rate `lr`, and clear the gradients.
 
-    `check` sees that norm before the update, and may raise: a finite loss can have a gradient that is not.
+    Returns the gradient norm before clipping, which is the same on every rank. `check` receives this norm
+    before the step and may raise: a finite loss can have a non-finite gradient.
     """
     norm = network.clip_gradients(config.clip_norm or math.inf)
     check(norm)

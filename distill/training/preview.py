@@ -1,5 +1,6 @@
-"""Pictures of a run's first held-out pairs, or of its first where it holds none out: student beneath teacher,
-of the same noise at every report.
+"""Preview images of a run: the student's images below the teacher's, from the same noise at every report.
+
+They show the first held-out pairs, or the first training pairs if none are held out.
 """
 
 import json
@@ -16,34 +17,40 @@ from pairgen.store.concat import scales
 from pairgen.store.hdf5 import PairBatch
 
 COLUMNS = 8
+"""Largest number of images in a row of the preview."""
 
 
 @torch.no_grad()
 def preview_latents(
     draw: Draw, pairs: PairBatch, device: torch.device | str, batch_size: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """(the student's latents, the teacher's stored ones) of some pairs, fp32 on the CPU. On every rank, where
-    weights are gathered together.
+    """Return (the student's latents, the teacher's stored latents) of `pairs`: [K, C, h, w], fp32, CPU.
+
+    Call it on every rank, because the ranks gather sharded weights together.
     """
-    noise, told, parts = pairs.noise.float().to(device), scales(pairs), []
+    noise, guidance, batches = pairs.noise.float().to(device), scales(pairs), []
     for first in range(0, len(noise), batch_size):
-        here = slice(first, first + batch_size)
-        parts.append(draw(noise[here], pairs.prompts[here], *(t[here] for t in told)).float().cpu())
-    return torch.cat(parts), pairs.latents.float().cpu()
+        part = slice(first, first + batch_size)
+        batches.append(
+            draw(noise[part], pairs.prompts[part], *(scale[part] for scale in guidance)).float().cpu()
+        )
+    return torch.cat(batches), pairs.latents.float().cpu()
 
 
 def preview(student: Tensor, teacher: Tensor, vae: Any, batch_size: int = 8) -> Tensor:
-    """Latents [K, C, h, w] each -> one picture uint8 [3, H, W]: rows of up to 8 teacher's images, the
-    student's of the same noise beneath. The teacher is not run: its latents are the stored ones.
+    """Decode the latents [K, C, h, w] of student and teacher into one image grid, uint8 [3, H, W].
+
+    Each row of up to `COLUMNS` teacher images is followed by the student's row for the same noise.
     """
-    pictures = [torch.cat(list(decode_uint8(vae, x, batch_size))) for x in (teacher, student)]
-    strips = [x[first : first + COLUMNS] for first in range(0, len(student), COLUMNS) for x in pictures]
+    images = [torch.cat(list(decode_uint8(vae, latents, batch_size))) for latents in (teacher, student)]
+    # Alternate rows of teacher and student, and fill the last rows with white images.
+    rows = [x[first : first + COLUMNS] for first in range(0, len(student), COLUMNS) for x in images]
     columns = min(COLUMNS, len(student))
-    return image_grid(torch.cat([_padded(strip, columns) for strip in strips]), columns)
+    return image_grid(torch.cat([_pad_row(row, columns) for row in rows]), columns)
 
 
 def preview_text(prompts: Sequence[str], nimg: int) -> dict[str, str]:
-    """What a preview's file says of itself."""
+    """Return the PNG text metadata of a preview."""
     return {
         "nimg": str(nimg),
         "prompts": json.dumps(list(prompts), ensure_ascii=False),
@@ -51,6 +58,6 @@ def preview_text(prompts: Sequence[str], nimg: int) -> dict[str, str]:
     }
 
 
-def _padded(strip: Tensor, columns: int) -> Tensor:
-    blank = torch.full((columns - len(strip), *strip.shape[1:]), 255, dtype=torch.uint8)
-    return torch.cat([strip, blank])
+def _pad_row(images: Tensor, columns: int) -> Tensor:
+    white = torch.full((columns - len(images), *images.shape[1:]), 255, dtype=torch.uint8)
+    return torch.cat([images, white])

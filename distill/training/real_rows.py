@@ -1,4 +1,4 @@
-"""Photographs among the rows that D is shown as real (limitation 1 of the supplement, F)."""
+"""Real images among the real rows of the discriminator (limitation 1 in section F of the supplement)."""
 
 from math import floor
 
@@ -13,15 +13,15 @@ from distill.losses.gradient_penalty import DiscriminatorInput
 from distill.training.real_images import RealImages
 from distill.training.text_cache import TextCache
 
-AT_ONCE = 4
-"""Images that the VAE encodes at once: its activations are large."""
+VAE_BATCH_SIZE = 4
+"""Number of images that the VAE encodes at once; its activations are large."""
 
 
 class RealRows:
-    """Puts images with their captions in the place of every 1 / fraction-th real row, if the config has such.
+    """Replaces a fraction `gan.real_fraction` of the real rows by captioned images, if the config names some.
 
-    An image has no noise that it came from, so it is shown with one of its own. Which rows, which images and
-    which noise are functions of (seed, the row's number).
+    An image was not generated from noise, so its row gets random noise. The replaced rows, their images and
+    their noise depend only on the seed and the row number.
     """
 
     def __init__(
@@ -36,29 +36,38 @@ class RealRows:
         self.images = RealImages(config.gan.real, (shape[1] * downscale, shape[2] * downscale))
 
     def __call__(self, inputs: DiscriminatorInput, rows: range) -> DiscriminatorInput:
-        """What D is shown for the rows of these numbers, some of them replaced."""
+        """Return `inputs`, whose rows have the numbers `rows`, with some rows replaced by images."""
+        # Row n is replaced by image floor(n * fraction) whenever (n + 1) * fraction passes the next integer.
         first, last = floor(rows.start * self.fraction), floor(rows.stop * self.fraction)
         if first == last:
             return inputs
-        where = [n - rows.start for n in rows if floor((n + 1) * self.fraction) > floor(n * self.fraction)]
+        replaced = [n - rows.start for n in rows if floor((n + 1) * self.fraction) > floor(n * self.fraction)]
         pixels, captions = self.images.batch(self.seed, first, last - first)
-        streams = [
+        # Encode the images. Each image has a generator of its own for its VAE posterior.
+        posterior_rngs = [
             generator(self.seed, Stream.REAL_IMAGE_POSTERIOR, number, device=self.device)
             for number in range(first, last)
         ]
         with torch.no_grad():
-            parts = [slice(start, start + AT_ONCE) for start in range(0, len(streams), AT_ONCE)]
-            x = torch.cat([encode(self.vae, pixels[p].to(self.device), streams[p]) for p in parts])
-        stream = generator(self.seed, Stream.REAL_IMAGE_NOISE).initial_seed()
-        z = noise(stream, range(first, last), (x.shape[1], x.shape[2], x.shape[3])).to(self.device)
-        at = torch.tensor(where, device=self.device)
+            parts = [
+                slice(start, start + VAE_BATCH_SIZE)
+                for start in range(0, len(posterior_rngs), VAE_BATCH_SIZE)
+            ]
+            latents = torch.cat(
+                [encode(self.vae, pixels[part].to(self.device), posterior_rngs[part]) for part in parts]
+            )
+        # Write latents, noise and captions into the replaced rows.
+        noise_seed = generator(self.seed, Stream.REAL_IMAGE_NOISE).initial_seed()
+        shape = (latents.shape[1], latents.shape[2], latents.shape[3])
+        image_noise = noise(noise_seed, range(first, last), shape).to(self.device)
+        index = torch.tensor(replaced, device=self.device)
         return DiscriminatorInput(
-            _put(inputs.latents, at, x),
-            _put(inputs.noise, at, z),
-            inputs.cond.map(lambda rows, others: _put(rows, at, others), self.text(captions)),
+            _replace_rows(inputs.latents, index, latents),
+            _replace_rows(inputs.noise, index, image_noise),
+            inputs.cond.map(lambda old, new: _replace_rows(old, index, new), self.text(captions)),
             inputs.t,
         )
 
 
-def _put(rows: Tensor, at: Tensor, others: Tensor) -> Tensor:
-    return rows.index_copy(0, at, others.to(rows.dtype))
+def _replace_rows(rows: Tensor, index: Tensor, replacements: Tensor) -> Tensor:
+    return rows.index_copy(0, index, replacements.to(rows.dtype))
