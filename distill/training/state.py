@@ -1,4 +1,4 @@
-"""What a run trains: networks under their engine, optimizers, the average; and its way to disk and back."""
+"""The training state of a run (networks, optimizers, EMA), and how it is built, saved and loaded."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,7 +27,10 @@ N = TypeVar("N", bound=nn.Module)
 
 @dataclass
 class State:
-    """All that a checkpoint holds. `nimg`: images seen, which alone decides rows and random numbers."""
+    """Everything that a checkpoint holds.
+
+    `nimg` counts the images seen. Together with the seed it determines all rows and random numbers to come.
+    """
 
     student: DistributedModule
     optim_g: torch.optim.Optimizer
@@ -38,7 +41,7 @@ class State:
     steps: int = 0
 
     def save(self, writer: sharded_checkpoint.Writer, config: DistillConfig) -> None:
-        """Write a checkpoint, or begin to. On every rank; raises UserError."""
+        """Write a checkpoint, or start writing it. Call it on every rank. Raises UserError."""
         tensors = sharded_checkpoint.network_tensors("student", self.student.module)
         tensors |= sharded_checkpoint.optimizer_tensors("optim.student", self.optim_g, self.student.module)
         if self.discriminator is not None and self.optim_d is not None:
@@ -50,7 +53,10 @@ class State:
         writer.save(self.nimg, tensors, {"ema": self.ema.tensors}, meta)
 
     def load(self, last: Checkpoint, config: DistillConfig) -> None:
-        """Go back to a checkpoint, whatever the number of processes was. On every rank; raises UserError."""
+        """Load a checkpoint, written by any number of processes. Call it on every rank.
+
+        Raises UserError for a checkpoint of other networks, of an older version, or with damaged files.
+        """
         if "files" not in last.meta:
             raise UserError(f"{last.folder} was written by an older version; start another --out with init")
         if last.meta["networks"] != _networks(config):
@@ -67,20 +73,22 @@ class State:
 
 
 def _networks(config: DistillConfig) -> str:
-    """A digest of what decides which tensors there are and whose."""
-    whole = to_json(config)
-    return digest([whole[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")])
+    """Digest of the settings that determine the networks and their tensors."""
+    settings = to_json(config)
+    return digest([settings[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")])
 
 
 def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -> State:
-    """A run at its first image; if not `fresh`, one that is loaded next, for which `config.init` need not be
-    there any more. Raises UserError for weights that do not fit, SettingError for settings.
+    """Build the initial training state on `device`.
+
+    With `fresh=False`, skip loading `config.init`: a checkpoint will overwrite it. Raises UserError for
+    weights that do not fit the networks, SettingError for inconsistent settings.
     """
-    student = _spread(
+    student = _distribute(
         config,
         device,
-        lambda: _student(config, fresh),
-        lambda: _blank_student(config),
+        lambda: _build_student(config, fresh),
+        lambda: _build_student_on_meta(config),
         lambda net: [net.unet],
         family_of(config.teacher).shard_units,
     )
@@ -89,7 +97,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
     if config.stage == "gan":
         rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)
         kind = DISCRIMINATORS[config.gan.discriminator]
-        discriminator = _spread(
+        discriminator = _distribute(
             config,
             device,
             lambda: kind.build(config.teacher, config.gan, rng),
@@ -98,22 +106,28 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
             lambda net: kind.shard_units(config.teacher, net),
         )
         optim_d = optimizer(discriminator.module, config.gan.optim)
-    average = EMA(student.module, config.train.ema_beta, config.train.ema_start_images)
-    return State(student, optimizer(student.module, config.optim), average, discriminator, optim_d)
+    ema = EMA(student.module, config.train.ema_beta, config.train.ema_start_images)
+    return State(student, optimizer(student.module, config.optim), ema, discriminator, optim_d)
 
 
-def _spread(
+def _distribute(
     config: DistillConfig,
     device: torch.device,
     load: Callable[[], N],
-    blank: Callable[[], N],
+    build_on_meta: Callable[[], N],
     roots: Callable[[N], list[nn.Module]],
     shard_units: Callable[[N], Iterable[nn.Module]],
 ) -> DistributedModule:
-    """A network under the config's engine. Where it is sharded, only rank 0 ever holds all of it."""
+    """Wrap a network for the config's engine (DDP, FSDP2 or a single process).
+
+    load: builds the network with its weights. build_on_meta: builds it without weights. roots: modules that
+    hold the parameters outside the shard units. shard_units: modules that FSDP2 shards one by one, and whose
+    activations are recomputed with engine.activation_checkpointing.
+    """
+    # With FSDP2, only rank 0 loads the full weights.
     engine = config.engine
     if engine.parallel == "fsdp" and process_group.rank() != 0:
-        network = blank().to("meta")
+        network = build_on_meta().to("meta")
     else:
         network = load()
     layers = list(shard_units(network))
@@ -136,18 +150,20 @@ def _spread(
     )
 
 
-def _student(config: DistillConfig, fresh: bool) -> Student:
+def _build_student(config: DistillConfig, fresh: bool) -> Student:
     student = student_from_teacher(config.teacher, config.student_timestep)
     if config.init and fresh:
         load_student_weights(student, config.init)
     if student.guided and not config.student.guidance_conditioning:
-        raise SettingError(f"{config.init} is told its guidance; set student.guidance_conditioning=true")
+        raise SettingError(
+            f"{config.init} takes the guidance scale as an input; set student.guidance_conditioning=true"
+        )
     add_adapters(student, config.student, config.seed)
     set_trainable(student, config.student)
     return student
 
 
-def _blank_student(config: DistillConfig) -> Student:
+def _build_student_on_meta(config: DistillConfig) -> Student:
     student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
     set_trainable(student, config.student)
     return student

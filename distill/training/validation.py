@@ -1,4 +1,4 @@
-"""Validation during training: pairs kept out of it, drawn by the averaged student; which point was best."""
+"""Validation during training on held-out pairs, sampled with the EMA weights; selection of the best point."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,21 +19,21 @@ from pairgen.store.concat import scales
 from pairgen.store.dataset import PairRows
 
 Draw = Callable[..., Tensor]
-"""Noise [B, C, h, w] fp32 on the run's device, B prompts, scales(pairs) -> scaled latents [B, C, h, w]."""
+"""(noise [B, C, h, w] fp32 on the run's device, B prompts, *scales(pairs)) -> scaled latents [B, C, h, w]."""
 
 SampleLatents = Callable[[int, Sequence[str]], Tensor]
-"""(seed, N prompts) -> latents [N, C, h, w] of the averaged student, fp32 on the CPU and the same on every
-rank. Prompt i gets the noise of (seed, i). Every rank must call it."""
+"""(seed, N prompts) -> latents [N, C, h, w] of the EMA student, fp32, on the CPU, identical on every rank.
+Prompt i uses the noise of (seed, i). Every rank must call it."""
 
 Validate = Callable[[SampleLatents, int], dict[str, float]]
-"""What else to measure, from the commands: (the student, images seen) -> values named `val/...`."""
+"""Additional validation, injected by the command: (sampling function, images seen) -> values `val/...`."""
 
 
 def held_out(pairs: int, count: int) -> range:
-    """The positions kept out of training: the last `count` of `pairs`. Training takes those before.
+    """Return the positions of the held-out pairs: the last `count` of `pairs`. Training uses the others.
 
-    Their noise is new to the student; their prompts may not be, where a store has more pairs than prompts.
-    Raises SettingError when training would have none left.
+    The student never trains on their noise, but it may train on their prompts if the store repeats prompts.
+    Raises SettingError if no pairs are left for training.
     """
     if count >= pairs:
         raise SettingError(f"train.validate_pairs is {count} of {pairs} pairs; expected fewer")
@@ -42,25 +42,26 @@ def held_out(pairs: int, count: int) -> range:
 
 @contextmanager
 def averaged(module: nn.Module, averages: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the module has the averaged weights, and `averages` the module's own: exchanged in place, so
-    that no third copy is needed; afterwards both are as before, bit for bit. For fp32 weights, whole or in
-    shards alike.
+    """Swap the module's weights and `averages` in place inside the context, and swap them back afterwards.
+
+    The swap needs no third copy of the weights, and the restored weights are bit-identical. Weights must be
+    fp32 and sharded like `averages`.
     """
-    _exchange(module, averages)
+    _swap_weights(module, averages)
     try:
         yield
     finally:
-        _exchange(module, averages)
+        _swap_weights(module, averages)
 
 
 @torch.no_grad()
-def _exchange(module: nn.Module, averages: Mapping[str, Tensor]) -> None:
+def _swap_weights(module: nn.Module, averages: Mapping[str, Tensor]) -> None:
     for name, value in module.state_dict().items():
-        mine, other = local_shard(value), local_shard(averages[name])
-        assert mine.dtype == other.dtype, f"{name}: {mine.dtype} and {other.dtype} cannot be exchanged"
-        kept = mine.clone()
-        mine.copy_(other)
-        other.copy_(kept)
+        weight, average = local_shard(value), local_shard(averages[name])
+        assert weight.dtype == average.dtype, f"{name}: cannot swap {weight.dtype} and {average.dtype}"
+        backup = weight.clone()
+        weight.copy_(average)
+        average.copy_(backup)
 
 
 @torch.no_grad()
@@ -74,22 +75,23 @@ def measure(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, float]:
-    """`val/e_latent_lpips` (where there is a `distance`) and `val/psnr` of the student on held-out rows.
+    """Measure `val/psnr` in dB and, with a `distance`, `val/e_latent_lpips` of the student on held-out rows.
 
-    Each row's transforms are a function of (seed, its position): the same at every validation, and whatever
-    the batch size and the number of ranks, over which the rows are shared out. Every rank draws equally often
-    (FSDP2 gathers weights together) and returns the same values.
+    The augmentations of a row depend only on (seed, position of the row): they are the same at every
+    validation, for any batch size and number of ranks. The rows are split over the ranks. Every rank samples
+    equally many batches, because FSDP2 gathers weights collectively, and every rank returns the same values.
     """
-    shares = _shares(len(rows), batch_size)
-    found = [_rows(draw, reader, rows, part, distance, device, seed) for part in shares]
-    together = torch.cat(process_group.gather(torch.cat(found)))
-    together = together[together[:, 0].argsort()]  # one order of summing, whatever the ranks
-    _, square, low, high, *rest = together.unbind(1)
-    result = {"val/psnr": float(psnr_from_mse(square, float(high.max() - low.min())).mean())}
-    return {"val/e_latent_lpips": float(rest[0].mean()), **result} if rest else result
+    batches = _rank_batches(len(rows), batch_size)
+    local = [_measure_batch(draw, reader, rows, part, distance, device, seed) for part in batches]
+    values = torch.cat(process_group.gather(torch.cat(local)))
+    # Sort by row, so that sums do not depend on the number of ranks.
+    values = values[values[:, 0].argsort()]
+    _, squared_error, low, high, *distances = values.unbind(1)
+    result = {"val/psnr": float(psnr_from_mse(squared_error, float(high.max() - low.min())).mean())}
+    return {"val/e_latent_lpips": float(distances[0].mean()), **result} if distances else result
 
 
-def _rows(
+def _measure_batch(
     draw: Draw,
     reader: PairRows,
     rows: range,
@@ -98,24 +100,27 @@ def _rows(
     device: torch.device | str,
     seed: int,
 ) -> Tensor:
-    """One line for each place of `part` that is one of `rows`: place, squared error, least and largest value
-    of the target, distance. float64, on the CPU.
+    """Measure the rows at the positions `part` of `rows`; positions beyond the end are padding.
+
+    Returns float64 [N, 4 or 5] on the CPU, without padding: position, mean squared error, minimum and maximum
+    of the target, and the distance if there is one.
     """
-    numbers = [rows[min(place, len(rows) - 1)] for place in part]
+    numbers = [rows[min(position, len(rows) - 1)] for position in part]
     batch = reader.read(numbers)
     target = batch.latents.to(device)
-    drawn = draw(batch.noise.to(device), batch.prompts, *scales(batch)).float()
+    latents = draw(batch.noise.to(device), batch.prompts, *scales(batch)).float()
     flat = target.flatten(1)
-    values = [(drawn - target).square().flatten(1).mean(1), flat.amin(1), flat.amax(1)]
+    values = [(latents - target).square().flatten(1).mean(1), flat.amin(1), flat.amax(1)]
     if distance is not None:
-        transforms = [
+        # Sample the augmentations of each row separately, then batch them for one call.
+        row_transforms = [
             distance.sample_transforms(target[:1], generator(seed, Stream.VALIDATION_TRANSFORMS, number))
             for number in numbers
         ]
-        joined = [_joined(of_one_draw) for of_one_draw in zip(*transforms, strict=True)]
-        values.append(distance(drawn, target, transforms=joined))
-    lines = torch.stack([torch.tensor(part, device=target.device), *values], 1).double().cpu()
-    return lines[lines[:, 0] < len(rows)]
+        transforms = [_batch_params(params) for params in zip(*row_transforms, strict=True)]
+        values.append(distance(latents, target, transforms=transforms))
+    table = torch.stack([torch.tensor(part, device=target.device), *values], 1).double().cpu()
+    return table[table[:, 0] < len(rows)]
 
 
 @torch.no_grad()
@@ -129,62 +134,68 @@ def draw_together(
     device: torch.device | str = "cpu",
     guidance: float | None = None,
 ) -> Tensor:
-    """Latents as `SampleLatents` says, the work shared out over the ranks, which draw equally often.
-    `guidance`: for a student that is told it.
+    """Sample one latent per prompt on all ranks together; see `SampleLatents` for the result.
+
+    Every rank samples equally many batches. `shape`: (C, h, w) of a latent. `guidance`: the guidance scale,
+    for a student that takes it as an input.
     """
-    found = []
-    for part in _shares(len(prompts), batch_size):
-        numbers = [min(place, len(prompts) - 1) for place in part]
-        told = () if guidance is None else (torch.full((len(numbers),), guidance),)
+    local = []
+    for part in _rank_batches(len(prompts), batch_size):
+        numbers = [min(position, len(prompts) - 1) for position in part]
+        scale = () if guidance is None else (torch.full((len(numbers),), guidance),)
         z = noise(seed, numbers, shape).to(device)
-        found.append(draw(z, [prompts[n] for n in numbers], *told).float().cpu())
-    together = torch.stack(
-        process_group.gather(torch.cat(found)), dim=1
-    )  # [share, rank, ...]: place by place
-    return together.flatten(0, 1)[: len(prompts)]
+        local.append(draw(z, [prompts[n] for n in numbers], *scale).float().cpu())
+    # Interleave the ranks, [positions per rank, ranks, ...], which restores the order of the prompts.
+    latents = torch.stack(process_group.gather(torch.cat(local)), dim=1)
+    return latents.flatten(0, 1)[: len(prompts)]
 
 
-def _shares(count: int, size: int) -> list[range]:
-    """This rank's places of 0 to `count` - 1 in batches: as many on every rank, the last of them beyond."""
+def _rank_batches(count: int, size: int) -> list[range]:
+    """Split positions 0 to `count` - 1 over the ranks and return this rank's batches of at most `size`.
+
+    All ranks get equally many positions, so the last positions may be `count` or larger (padding).
+    """
     world = process_group.world_size()
-    places = range(process_group.rank(), -(-count // world) * world, world)
-    return [places[first : first + size] for first in range(0, len(places), size)]
+    positions = range(process_group.rank(), -(-count // world) * world, world)
+    return [positions[first : first + size] for first in range(0, len(positions), size)]
 
 
 def psnr_from_mse(mean_square: Tensor, peak: float) -> Tensor:
-    """10 log10(peak^2 / mean squared error) in dB, at most 200. `peak`: largest minus smallest value of the
-    teacher's latents, all rows together, as latents have no natural range.
+    """Compute the PSNR in dB, 10 log10(peak^2 / mean squared error), at most 200.
+
+    `peak`: maximum minus minimum of the teacher's latents over all rows, because latents have no fixed range.
     """
     return 10 * (peak**2 / mean_square.clamp(min=peak**2 * 1e-20)).log10()
 
 
-def _joined(parts: Sequence[AugmentParams]) -> AugmentParams:
-    """Transforms of one row each as those of a batch."""
+def _batch_params(parts: Sequence[AugmentParams]) -> AugmentParams:
+    """Concatenate augmentation parameters of single rows to those of a batch."""
     names = [f.name for f in fields(AugmentParams) if isinstance(getattr(parts[0], f.name), Tensor)]
-    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return replace(parts[0], **joined)
+    batched: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **batched)
 
 
-PREFERRED = ("val/fid", "val/e_latent_lpips", "val/psnr")
-"""What decides which point is best: the first of these that a run reports."""
+SELECTION_METRICS = ("val/fid", "val/e_latent_lpips", "val/psnr")
+"""Metrics that select the best point, in order of preference: the first one that a run reports is used."""
 
-HIGHER = ("val/psnr",)
-"""Of these, more is better."""
+HIGHER_IS_BETTER = ("val/psnr",)
+"""Selection metrics whose best value is the largest."""
 
 
 def best(lines: Sequence[Mapping[str, float]], saved: Collection[int]) -> tuple[int, str, float] | None:
-    """(images, measure, value) of the best validation among the points `saved`; the first of equals.
+    """Find the best validation among the points `saved`: (images seen, metric name, value).
 
-    None where no saved point was validated.
+    lines: validation reports, each with `nimg` and `val/...`. The earliest point wins a tie. Returns None if
+    no saved point was validated.
     """
-    for name in PREFERRED:
-        found = [
+    for name in SELECTION_METRICS:
+        candidates = [
             (line[name], int(line["nimg"]))
             for line in lines
             if math.isfinite(line.get(name, math.nan)) and line["nimg"] in saved
         ]
-        if found:
-            sign = -1 if name in HIGHER else 1
-            value, nimg = min(found, key=lambda point: (sign * point[0], point[1]))
+        if candidates:
+            sign = -1 if name in HIGHER_IS_BETTER else 1
+            value, nimg = min(candidates, key=lambda point: (sign * point[0], point[1]))
             return nimg, name, value
     return None
