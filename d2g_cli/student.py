@@ -72,11 +72,11 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     config = configure_preset(_sample_presets(), "default", options, settings)
     if options.dry_run:
         finish_dry_run(config, options.as_json)
-    from distill.sampling import own_prompts, save_samples
+    from distill.sampling import default_student_prompts, save_samples
     from pairgen.prompts import read_prompts
 
     texts = [*config.prompt, *(read_prompts(Path(config.prompts)) if config.prompts else [])]
-    texts = texts or own_prompts(config.student, config.teacher)
+    texts = texts or default_student_prompts(config.student, config.teacher)
     texts = [text for text in texts for _ in range(config.num)]
     summary = save_samples(
         config.student, texts, out, config.seed, config.batch_size, config.teacher, config.guidance, reporter

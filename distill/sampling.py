@@ -1,4 +1,4 @@
-"""Load a student from a run or an exported folder, and draw images from it in one step."""
+"""Load a student from a run or an exported folder and generate images with it in one step."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ REMEDIES = {
     "student.json": "export the student again",
     "config.json": RESTORE_CONFIG_HINT,
 }
-"""Files that say what a student is, and what to do when they are damaged."""
+"""Files that describe a student, and what to do if one is damaged."""
 
 
 @dataclass(frozen=True)
@@ -37,38 +37,42 @@ class OneStep:
     conditioner: Conditioner
     vae: Any
     device: torch.device
-    guidance: float = 8.0  # told to a student that is told a scale; others have theirs in the weights
+    guidance: float = 8.0
+    """Guidance scale for a student that takes it as an input; other students ignore it."""
 
     def __call__(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
-        """One image per prompt: uint8 [N, 3, H, W] on the CPU. Image i uses the noise of (seed, i)."""
+        """Generate one image per prompt: uint8 [N, 3, H, W], CPU. Image i uses the noise of (seed, i)."""
         return torch.cat([images for images, _ in self.sample(prompts, seed)])
 
     @property
     def examples(self) -> list[str]:
-        """Two prompts that it understands, to compare two forms of it with."""
+        """Two valid prompts, for example to compare two exported forms of the student."""
         return self.conditioner.example_prompts
 
     @torch.no_grad()
-    def latents(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w]: one network evaluation."""
-        told = torch.full((len(drawn),), self.guidance) if self.student.guided else None
-        latents: Tensor = self.student(drawn.to(self.device), self.conditioner.encode(prompts), told)
+    def latents(self, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Generate scaled latents [B, C, h, w] from noise [B, C, h, w] and B prompts in one step."""
+        guidance = torch.full((len(noise),), self.guidance) if self.student.guided else None
+        latents: Tensor = self.student(noise.to(self.device), self.conditioner.encode(prompts), guidance)
         return latents
 
     @torch.no_grad()
-    def images(self, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Noise [B, C, h, w] and B prompts -> uint8 images [B, 3, H, W] on the CPU."""
-        return self.decoded(self.latents(drawn, prompts))
+    def images(self, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Generate uint8 images [B, 3, H, W] on the CPU from noise [B, C, h, w] and B prompts."""
+        return self.decode(self.latents(noise, prompts))
 
     @torch.no_grad()
-    def decoded(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] -> uint8 images [B, 3, H, W] on the CPU."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents [B, C, h, w] to uint8 images [B, 3, H, W] on the CPU."""
         return to_uint8(decode(self.vae, latents)).cpu()
 
     def sample(
         self, prompts: Sequence[str], seed: int, start: int = 0, batch_size: int = 32
     ) -> Iterator[tuple[Tensor, list[str]]]:
-        """Batches (uint8 images, prompts). Image i uses the noise of (seed, start + i), at any batch size."""
+        """Generate batches of (uint8 images [B, 3, H, W], B prompts).
+
+        Image i uses the noise of (seed, start + i), whatever the batch size.
+        """
         for first in range(0, len(prompts), batch_size):
             part = list(prompts[first : first + batch_size])
             rows = range(start + first, start + first + len(part))
@@ -76,9 +80,9 @@ class OneStep:
 
 
 def student_folder(name: str) -> tuple[Path, str, int]:
-    """(folder of weights, teacher, timestep) of an exported student or of a run's newest checkpoint.
+    """Locate a student: (weights folder, teacher, timestep) of an export or of a run's newest checkpoint.
 
-    Raises UserError for a folder that is neither, or a run without a checkpoint.
+    name: a folder or "miniature". Raises UserError for any other folder and for a run without a checkpoint.
     """
     folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
     for file in REMEDIES:
@@ -102,7 +106,7 @@ def student_folder(name: str) -> tuple[Path, str, int]:
 
 
 def student_tensors(name: str) -> dict[str, Tensor]:
-    """The EMA weights of a run, or an exported student's weights: adapters, if any, merged into them."""
+    """Load the EMA weights of a run or the weights of an exported student, with LoRA adapters merged."""
     folder, _, _ = student_folder(name)
     tensors = checkpoint.Checkpoint(folder, 0, {}).tensors("ema")
     if not has_lora(tensors):
@@ -112,15 +116,16 @@ def student_tensors(name: str) -> dict[str, Tensor]:
 
 
 def student_config(name: str) -> StudentConfig:
-    """What a run's student is beside the teacher's network."""
+    """Read the student settings (adapters, guidance conditioning) of a run."""
     config = read_json_object(Path(name) / "config.json", REMEDIES["config.json"])
     return from_json(StudentConfig, config["student"])
 
 
 def load_student_weights(student: Student, name: str) -> None:
-    """Put the EMA weights of a run, or an exported student's weights, into a bare `student`, strictly.
+    """Load the EMA weights of a run, or those of an exported student, into a `student` without adapters.
 
-    Adapters are merged first; one that was told the guidance scale makes `student` one that is.
+    Adapters are merged first. If the weights take the guidance scale as an input, a guidance embedding is
+    added to `student`. Raises UserError if a tensor is missing, unexpected, or has another shape.
     """
     tensors = student_tensors(name)
     if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
@@ -132,28 +137,30 @@ def load_student_weights(student: Student, name: str) -> None:
         raise UserError(f"student {name} does not fit its teacher: {first}") from error
 
 
-def own_prompts(name: str, teacher: str | None = None) -> list[str]:
-    """What a student draws where nobody says: every class in turn, or nothing. Raises SettingError for one
-    that is told text."""
-    found = pretrained.default_prompts(teacher or student_folder(name)[1])
-    if not found:
+def default_student_prompts(name: str, teacher: str | None = None) -> list[str]:
+    """Return the prompts to use if the user gives none: every class once, or one empty prompt.
+
+    Raises SettingError for a text-conditioned student, which has no default prompts.
+    """
+    prompts = pretrained.default_prompts(teacher or student_folder(name)[1])
+    if not prompts:
         raise SettingError("nothing to draw; give --prompt TEXT or --prompts FILE")
-    return found
+    return prompts
 
 
 def load_student(name: str, teacher: str | None = None, device: torch.device | str = "cpu") -> OneStep:
-    """Load a student with the conditioner and the autoencoder around it, ready to generate images.
+    """Load a student with its conditioner and autoencoder, ready to generate images.
 
-    name: an exported folder, a run's folder (its newest checkpoint), or "miniature", which ships with the
-    package. `teacher` replaces the teacher that the student's folder names. Raises UserError for a folder
-    that holds no student, or weights that do not fit the teacher.
+    name: an exported folder, a run folder (its newest checkpoint), or "miniature", which ships with the
+    package. `teacher` replaces the teacher recorded in the student's folder. Raises UserError if the folder
+    holds no student or the weights do not fit the teacher.
 
     >>> student = load_student("miniature")
     >>> student(["a red circle on a white background"], seed=0).dtype
     torch.uint8
     """
-    _, own, timestep = student_folder(name)
-    source = teacher or own
+    _, recorded_teacher, timestep = student_folder(name)
+    source = teacher or recorded_teacher
     student = student_from_teacher(source, timestep)
     load_student_weights(student, name)
     device = torch.device(device)
@@ -189,33 +196,34 @@ def save_samples(
     guidance: float | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Draw one image per prompt and write OUT/00000.png … with the prompt in each file, and OUT/grid.png.
+    """Generate one image per prompt; write OUT/00000.png, ... with the prompt as metadata, and OUT/grid.png.
 
-    guidance: the scale to imitate. Raises SettingError for a student that is told none.
+    guidance: the guidance scale to imitate. Returns the output folder, the number of images and the seconds
+    per image. Raises SettingError if `guidance` is set but the student does not take it as an input.
     """
-    one = load_student(name, teacher, "cuda" if torch.cuda.is_available() else "cpu")
+    one_step = load_student(name, teacher, "cuda" if torch.cuda.is_available() else "cpu")
     if guidance is not None:
-        if not one.student.guided:
+        if not one_step.student.guided:
             raise SettingError(
                 f"student {name} has its guidance in its weights; leave --guidance out, or train one with "
                 "student.guidance_conditioning=true"
             )
-        one = replace(one, guidance=guidance)
-    started, everything = time.monotonic(), []
-    for images, _ in one.sample(prompts, seed, batch_size=batch_size):
-        everything += list(images)
-        progress("sample", len(everything), len(prompts))
+        one_step = replace(one_step, guidance=guidance)
+    started, samples = time.monotonic(), []
+    for images, _ in one_step.sample(prompts, seed, batch_size=batch_size):
+        samples += list(images)
+        progress("sample", len(samples), len(prompts))
     seconds = time.monotonic() - started
-    for number, (image, prompt) in enumerate(zip(everything, prompts, strict=True)):
+    for number, (image, prompt) in enumerate(zip(samples, prompts, strict=True)):
         save_png(
             image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}
         )
-    save_png(image_grid(torch.stack(everything[:64])), out / "grid.png", {})
-    return {"out": str(out), "images": len(everything), "seconds_per_image": seconds / len(everything)}
+    save_png(image_grid(torch.stack(samples[:64])), out / "grid.png", {})
+    return {"out": str(out), "images": len(samples), "seconds_per_image": seconds / len(samples)}
 
 
 def untrained_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:
-    """The teacher itself in one step, without guidance: where every student starts."""
+    """Build the untrained student: the teacher's weights, used in one step without guidance."""
     device = torch.device(device)
     return OneStep(
         student_from_teacher(teacher).to(device).eval(),

@@ -185,7 +185,7 @@ def measure_sampling_time(config: DemoConfig, teacher: Teacher, student: OneStep
 
     def sample_teacher() -> None:
         latents = teacher.sample(latent_noise, prompt, config.teacher_steps, config.pairs.guidance, "ddim")
-        student.decoded(latents)
+        student.decode(latents)
 
     return {
         "teacher": milliseconds_per_image(sample_teacher, repeats=5, warmup=1),

@@ -21,7 +21,7 @@ from distill.config.export import ExportConfig
 from distill.config.presets import preset
 from distill.config.run import DistillConfig
 from distill.export.export import export
-from distill.sampling import load_student, own_prompts
+from distill.sampling import default_student_prompts, load_student
 from distill.training.train import train
 from eval.images.resize import NATIVE
 from eval.protocols.config import EvalRun
@@ -176,7 +176,7 @@ def test_it_draws_classes(world: Path, run: Path, tmp_path: Path) -> None:
     done = d2g(["sample", "--student", str(run), "--out", str(tmp_path / "all"), "--json"], tmp_path / "log")
     assert done.code == 0, done.stderr
     assert len(list((tmp_path / "all").glob("0*.png"))) == 10, "every class where none is named"
-    assert own_prompts(str(run)) == [str(i) for i in range(10)]
+    assert default_student_prompts(str(run)) == [str(i) for i in range(10)]
     told = [
         "sample",
         "--student",
@@ -202,7 +202,7 @@ def test_its_safetensors_draw_the_same(run: Path, tmp_path: Path) -> None:
 
 def test_text_students_ask_for_a_prompt(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="nothing to draw; give --prompt TEXT"):
-        own_prompts("none", str(teacher))
+        default_student_prompts("none", str(teacher))
 
 
 def test_eval_draws_every_class_in_turn(run: Path) -> None:
