@@ -25,3 +25,5 @@ class DiscriminatorKind:
     """(teacher, settings) -> the same network without weights, for sharding and for predicting memory."""
     shard_units: Callable[[str, nn.Module], Iterable[nn.Module]]
     """(teacher, network) -> the blocks that FSDP2 gathers and activation checkpointing recomputes."""
+    settings: tuple[str, ...] = ()
+    """Fields of DiscriminatorConfig that only this kind reads."""

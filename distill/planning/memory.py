@@ -104,7 +104,7 @@ def _working_bytes(
     buckets = config.engine.parallel == "ddp" and world_size > 1
 
     # The student's forward pass, which stays alive during the distance in pixels.
-    student_graph = _activations(config, student, partial(_generate, student))
+    student_graph = _activations(config, student, student, partial(_generate, student))
     working = student_graph.of(rows)
     if pixels is not None:
         _to_fake(pixels)
@@ -114,7 +114,8 @@ def _working_bytes(
     working = max(working, _update_bytes(student, config.optim, shards, buckets))
     if discriminator is not None:
         waiting = student_graph.of(rows) if config.engine.gradient_accumulation == 1 else 0.0
-        working = max(working, waiting + _discriminator_bytes(config, discriminator, rows, shards, buckets))
+        of_d = _discriminator_bytes(config, discriminator, student, rows, shards, buckets)
+        working = max(working, waiting + of_d)
     if buckets:
         working += _bytes(_trained(student))
         working += _bytes(_trained(discriminator)) if discriminator is not None else 0.0
@@ -172,10 +173,15 @@ def _update_bytes(network: nn.Module, optim: OptimConfig, shards: int, buckets: 
 
 
 def _discriminator_bytes(
-    config: DistillConfig, discriminator: nn.Module, rows: float, shards: int, buckets: bool
+    config: DistillConfig,
+    discriminator: nn.Module,
+    student: Student,
+    rows: float,
+    shards: int,
+    buckets: bool,
 ) -> float:
     """Bytes of D's update: activations of real and fake rows, the gradient penalty, or the optimizer step."""
-    graph = _activations(config, discriminator, lambda b: discriminator(b.noise, b.noise, b.cond))
+    graph = _activations(config, discriminator, student, lambda b: discriminator(b.noise, b.noise, b.cond))
     passes = 3 if config.gan.active_penalty == "approx" else 2
     update = _update_bytes(discriminator, config.gan.optim, shards, buckets)
     if config.gan.active_penalty in ("none", "approx"):
@@ -183,7 +189,7 @@ def _discriminator_bytes(
     # The penalty has a backward pass of its own, so its gradients exist during the passes that follow.
     gradients = _bytes(_trained(discriminator)) / shards
     penalty_rows = 1 if config.gan.active_penalty == "single" else rows
-    largest = max(graph.of(passes * rows), _penalty_activations(discriminator, config).of(penalty_rows))
+    largest = max(graph.of(passes * rows), _penalty_activations(discriminator, student).of(penalty_rows))
     return max(gradients + largest, update)
 
 
@@ -194,20 +200,20 @@ class _Batch:
     guidance: tuple[Tensor, ...]
 
 
-def _fake_batch(network: Any, count: int) -> _Batch:
-    """Inputs of `count` rows for a student or discriminator. `guidance` is empty if it has no such input."""
-    unet, tokens = network.unet.config, 77
+def _fake_batch(student: Student, count: int) -> _Batch:
+    """Inputs of `count` rows for a student and its discriminator; `guidance` is empty without that input."""
+    unet, tokens = student.unet.config, 77
     size = unet.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     noise = torch.empty(count, unet.in_channels, height, width)
-    if isinstance(network, Student) and not network.reads_text:
+    if not student.reads_text:
         return _Batch(noise, Conditioning.from_labels(torch.zeros(count, dtype=torch.int64)), ())
     pooled = None
     if unet.addition_embed_type == "text_time":
         pooled = torch.empty(
             count, unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
         )
-    guidance = (torch.empty(count),) if isinstance(network, Student) and network.guided else ()
+    guidance = (torch.empty(count),) if student.guided else ()
     hidden = torch.empty(count, tokens, unet.cross_attention_dim)
     return _Batch(noise, Conditioning.from_text(hidden, pooled), guidance)
 
@@ -218,18 +224,20 @@ def _generate(student: Student, b: _Batch) -> Tensor:
     return latents
 
 
-def _activations(config: DistillConfig, network: Any, run: Callable[[_Batch], Any]) -> SavedBytes:
+def _activations(
+    config: DistillConfig, network: Any, student: Student, run: Callable[[_Batch], Any]
+) -> SavedBytes:
     """Bytes that a forward pass saves, from batches of one and of two rows."""
     bf16 = config.train.precision == "bf16"
-    sizes = (saved_bytes(network, partial(lambda n: run(_fake_batch(network, n)), n), bf16) for n in (1, 2))
+    sizes = (saved_bytes(network, partial(lambda n: run(_fake_batch(student, n)), n), bf16) for n in (1, 2))
     saved = SavedBytes.from_batches(*sizes)
     # FSDP2 frees the gathered weights after each layer.
     return replace(saved, fixed=0.0) if config.engine.parallel == "fsdp" else saved
 
 
-def _penalty_activations(discriminator: nn.Module, config: DistillConfig) -> SavedBytes:
+def _penalty_activations(discriminator: nn.Module, student: Student) -> SavedBytes:
     """Bytes that a pass saves whose gradient is differentiated again, in fp32."""
-    b = _fake_batch(discriminator, 1)
+    b = _fake_batch(student, 1)
     with sdpa_kernel(SDPBackend.MATH):
         row = saved_bytes(discriminator, lambda: r1_penalty(discriminator, b.noise, b.noise, b.cond), False)
     return SavedBytes(fixed=0.0, row=row)

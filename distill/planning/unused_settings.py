@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from d2g.core.errors import SettingError
 from distill.config.run import DistillConfig
 from distill.losses.regression.registry import REGRESSION_LOSSES, regression_networks
+from distill.models.discriminators import DISCRIMINATORS
 
 Condition = tuple[Callable[[DistillConfig], bool], str]
 
@@ -18,6 +19,18 @@ def _loss_conditions() -> dict[tuple[str, ...], Condition]:
         )
         for name, loss in REGRESSION_LOSSES.items()
         if loss.settings
+    }
+
+
+def _discriminator_conditions() -> dict[tuple[str, ...], Condition]:
+    """Settings that a single kind of discriminator reads."""
+    return {
+        tuple(f"gan.{setting}" for setting in kind.settings): (
+            lambda config, name=name: config.gan.discriminator == name,  # type: ignore[misc]
+            f"with gan.discriminator={name}",
+        )
+        for name, kind in DISCRIMINATORS.items()
+        if kind.settings
     }
 
 
@@ -54,6 +67,7 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
     ("gan.optim.decay",): (lambda c: c.gan.optim.decay_images > 0, "with gan.optim.decay_images above 0"),
     ("optim.decay",): (lambda c: c.optim.decay_images > 0, "with optim.decay_images above 0"),
     **_loss_conditions(),
+    **_discriminator_conditions(),
     ("lpips",): (
         lambda c: "latent_lpips" in regression_networks(c.regression),
         "with regression.kind=e_latent_lpips or latent_lpips, or regression.latent_lpips_weight above 0",

@@ -24,7 +24,8 @@ def write_failure(
     logits: Mapping[str, Mapping[str, float]],
 ) -> Path:
     """Write RUN/failure/rank-N.json: the step, the pairs of this rank's rows, every loss term, and the latest
-    logits per head. Numbers that are not finite are written as text ("nan", "inf"). Returns the folder.
+    logits per head (the student's are those of its last update). Numbers that are not finite are written as
+    text ("nan", "inf"). Returns the folder.
     """
     folder = run / "failure"
     report = {
@@ -57,6 +58,8 @@ def not_finite_error(
         return FloatingPointError(f"{bad_pairs}; training stopped at image {nimg}; {where}")
     remedy = "lower the learning rate in another --out"
     remedy += f", from there with --set init={run}" if last else ""
+    of_discriminator = name == "grad/d" or culprit == "loss/g_gan"  # D's update can ruin the student's loss
+    remedy += f"; the setting is {'gan.optim.lr' if of_discriminator else 'optim.lr'}"
     return FloatingPointError(f"{culprit} is {value.item()} at image {nimg}; {where}; {remedy}")
 
 
