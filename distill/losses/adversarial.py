@@ -25,7 +25,7 @@ def discriminator_loss(
     - rpgan: softplus(D(fake) - D(real)). Row i of `real` and row i of `fake` share noise and conditioning
       (Jolicoeur-Martineau 2018; R3GAN, eq. 2).
     """
-    return reduced(
+    return reduce_heads(
         [_discriminator_terms(real[h].float(), fake[h].float(), kind).mean() for h in real], reduction
     )
 
@@ -48,12 +48,14 @@ def generator_loss(
     """
     if kind == "rpgan":
         assert real is not None, "the relativistic loss needs D's logits of the real rows"
-        return reduced([F.softplus(real[h].float() - v.float()).mean() for h, v in fake.items()], reduction)
+        return reduce_heads(
+            [F.softplus(real[h].float() - v.float()).mean() for h, v in fake.items()], reduction
+        )
     terms = [(-v.float() if kind == "hinge" else F.softplus(-v.float())).mean() for v in fake.values()]
-    return reduced(terms, reduction)
+    return reduce_heads(terms, reduction)
 
 
-def reduced(terms: Sequence[Tensor], reduction: Reduction) -> Tensor:
+def reduce_heads(terms: Sequence[Tensor], reduction: Reduction) -> Tensor:
     """Reduce the scalar loss terms of all heads to one scalar, by mean or sum."""
     stacked = torch.stack(list(terms))
     return stacked.sum() if reduction == "sum" else stacked.mean()

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, Reduction
-from distill.losses.adversarial import Logits, reduced
+from distill.losses.adversarial import Logits, reduce_heads
 
 DiscriminatorFn = Callable[[Tensor, Tensor, Conditioning, Tensor | None], dict[str, Tensor]]
 """A discriminator or a wrapper around one: (latents, noise, conditioning, time) -> logits by head."""
@@ -125,4 +125,4 @@ def approximate_r1(clean: Logits, perturbed: Logits, reduction: Reduction = "mea
 
     For small sigma its expectation is sigma^2 times the squared gradient norm of a logit.
     """
-    return reduced([(clean[h].float() - perturbed[h].float()).square().mean() for h in clean], reduction)
+    return reduce_heads([(clean[h].float() - perturbed[h].float()).square().mean() for h in clean], reduction)

@@ -16,7 +16,7 @@ from distill.config.components import DiscriminatorConfig
 from distill.config.run import DistillConfig
 
 
-def draw_times(
+def sample_timesteps(
     config: DiscriminatorConfig, rows: int, train_steps: int, generator: torch.Generator
 ) -> Tensor | None:
     """Sample D's time inputs [rows], int64, on the generator's device; None for a constant timestep.
@@ -37,7 +37,7 @@ def draw_times(
     return (length * u).long().clamp(max=length - 1)
 
 
-def with_noise(x: Tensor, alphas_cumprod: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+def add_noise(x: Tensor, alphas_cumprod: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Diffuse scaled latents x [B, C, h, w] to levels t [B]: x_t = alpha_t x + sigma_t eps, eps ~ N(0, 1).
 
     Real and fake rows use the same t but independent eps.
@@ -69,7 +69,7 @@ class NoiseAugmentation:
 
     def levels(self, rows: int, rng: torch.Generator) -> Tensor | None:
         """Sample D's time inputs [rows] for a step; None if D uses its constant timestep."""
-        return None if self.gan is None else draw_times(self.gan, rows, self.train_steps, rng)
+        return None if self.gan is None else sample_timesteps(self.gan, rows, self.train_steps, rng)
 
     def eps(self, rows: Sequence[int], shape: tuple[int, int, int], stream: int) -> Tensor | None:
         """Return noise [B, *shape] for these row numbers, on the CPU; None without noise augmentation.
@@ -85,7 +85,7 @@ class NoiseAugmentation:
         if eps is None:
             return x
         assert t is not None
-        return with_noise(x, self.alphas_cumprod, t, eps)
+        return add_noise(x, self.alphas_cumprod, t, eps)
 
 
 def build_noise_augmentation(config: DistillConfig, device: torch.device) -> NoiseAugmentation:

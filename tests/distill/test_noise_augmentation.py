@@ -12,14 +12,14 @@ from d2g.diffusion.pretrained import load_schedule
 from distill.config.run import DiscriminatorConfig, DistillConfig
 from distill.losses.noise_augmentation import (
     NoiseAugmentation,
+    add_noise,
     build_noise_augmentation,
-    draw_times,
-    with_noise,
+    sample_timesteps,
 )
 
 
 def times(rows: int = 20_000, steps: int = 1000, **settings: Any) -> Tensor | None:
-    return draw_times(DiscriminatorConfig(**settings), rows, steps, torch.Generator().manual_seed(0))
+    return sample_timesteps(DiscriminatorConfig(**settings), rows, steps, torch.Generator().manual_seed(0))
 
 
 def quantiles(t: Tensor | None) -> list[float]:
@@ -58,7 +58,7 @@ def test_noise_has_the_schedules_share(teacher: Path) -> None:
     bars = load_schedule(str(teacher)).alphas_cumprod
     x, eps = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
     t = torch.tensor([0, 399, 999])
-    found = with_noise(x, bars, t, eps)
+    found = add_noise(x, bars, t, eps)
     for row, (alpha, sigma) in enumerate(((0.999575, 0.029155), (0.652753, 0.757571), (0.068265, 0.997667))):
         torch.testing.assert_close(found[row], alpha * x[row] + sigma * eps[row], rtol=1e-4, atol=1e-4)
     assert found.dtype == torch.float32
