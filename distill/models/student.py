@@ -30,6 +30,14 @@ class Student(nn.Module):
     sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has no parameters of its own, and
     combines in fp32 whatever the network runs in. `downscale`: pixels per latent, for networks that take the
     size of the image.
+
+    >>> from d2g.core.seeds import noise
+    >>> from distill import load_student
+    >>> loaded = load_student("miniature")
+    >>> student = loaded.student  # a Student
+    >>> z = noise(0, range(2), student.latent_shape)
+    >>> student(z, loaded.conditioner.encode(["a red cube", "a blue cone"])).shape == z.shape
+    True
     """
 
     def __init__(

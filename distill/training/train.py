@@ -65,6 +65,20 @@ def train(
     `validate` measures the student at each validation, beside the held-out pairs. Raises UserError for inputs
     that do not fit together, FloatingPointError at the first gradient that is not finite, collapse.Collapse
     when configured to stop at a collapse, Interrupted on Ctrl-C. The newest checkpoint stays complete.
+
+    >>> import tempfile
+    >>> from distill import train
+    >>> from d2g.core.config import override
+    >>> from pairgen import generate_pairs
+    >>> from pairgen.config import PairConfig
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "prompts.txt").write_text("a red cube\\na blue ball")
+    >>> pairs = PairConfig(teacher="miniature", prompts=str(folder / "prompts.txt"), steps=2, guidance=1.0)
+    >>> _ = generate_pairs(pairs, folder / "pairs")
+    >>> config = DistillConfig(teacher="miniature", pairs=str(folder / "pairs"))
+    >>> config = override(config, ["train.images=4", "train.batch_size=2", "train.loader_workers=0"])
+    >>> train(config, folder / "run").images
+    4
     """
     try:
         return _train(config, out, progress, validate)
