@@ -23,14 +23,14 @@ def _loss_conditions() -> dict[tuple[str, ...], Condition]:
 
 
 def _discriminator_conditions() -> dict[tuple[str, ...], Condition]:
-    """Settings that a single kind of discriminator reads."""
+    """Settings that a single kind of discriminator reads. With one kind alone they always act."""
     return {
         tuple(f"gan.{setting}" for setting in kind.settings): (
             lambda config, name=name: config.gan.discriminator == name,  # type: ignore[misc]
             f"with gan.discriminator={name}",
         )
         for name, kind in DISCRIMINATORS.items()
-        if kind.settings
+        if kind.settings and len(DISCRIMINATORS) > 1
     }
 
 
