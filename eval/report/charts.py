@@ -155,18 +155,24 @@ def _draw_lines(axes: "Axes", curve: Curve, colors: Sequence[str]) -> None:
 
 
 def _draw_labels(axes: "Axes", curve: Curve, colors: Sequence[str]) -> None:
-    """Each label beside its point, unless an earlier label is in the way; the table has them all."""
-    placed: list[Coordinates] = []
-    for order, name in enumerate(curve.lines):
-        for point, label in zip(curve.lines[name], curve.labels.get(name, ()), strict=False):
+    """Each label beside its point where it hides no point and no other label; the table has them all."""
+    points = [axes.transData.transform(p) for line in curve.lines.values() for p in line if _finite(p)]
+    boxes: list[tuple[float, float, float, float]] = []  # left, bottom, right, top in pixels
+    for order, (name, labels) in enumerate((name, curve.labels.get(name)) for name in curve.lines):
+        for point, label in zip(curve.lines[name], labels, strict=True) if labels else ():
             if not _finite(point):
                 continue
             x, y = axes.transData.transform(point)
-            width, height = 8.0 * len(label), 16.0
-            if all(abs(x - other_x) > width or abs(y - other_y) > height for other_x, other_y in placed):
-                placed.append((x, y))
+            box = (x + 5, y + 5, x + 7 + 7.0 * len(label), y + 19)
+            hides_point = any(box[0] < px < box[2] and box[1] < py < box[3] for px, py in points)
+            if not hides_point and not any(_overlap(box, other) for other in boxes):
+                boxes.append(box)
                 color = colors[order % SERIES]
                 axes.annotate(label, point, (5, 5), textcoords="offset points", fontsize=8, color=color)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _inline(svg: str, curve: Curve, prefix: str) -> str:

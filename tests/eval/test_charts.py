@@ -76,7 +76,7 @@ def test_long_lines_are_averaged_and_say_so() -> None:
     assert not markers(chart(curve(a=line)))
 
 
-def test_labels_hide_no_other_label() -> None:
+def test_labels_hide_no_point_and_no_other_label() -> None:
     line = [(0.9 + 0.01 * i, 30.0 + (i - 3) ** 2) for i in range(8)]
     near = [(x + 0.001, y + 0.5) for x, y in line]  # so near that not every label finds room
     names = [f"guidance {i}" for i in range(8)]
@@ -91,10 +91,16 @@ def test_labels_hide_no_other_label() -> None:
         else (float(text.attrib["x"]), float(text.attrib["y"]))
         for text in texts
     ]
-    assert 4 <= len(places) < 16 and len(markers(svg)) == 16
+    circles = [(float(use.attrib["x"]), float(use.attrib["y"])) for use in markers(svg)]
+    assert 4 <= len(places) < 16 and len(circles) == 16
+    width, height = 4.0, 8.0  # of a letter, in the chart's units
     for i, (x, y) in enumerate(places):
-        wide = 4.5 * len(texts[i].text or "")  # of a letter of 8 px
-        assert not any(abs(x - x2) < wide and abs(y - y2) < 8 for x2, y2 in places[:i])
+        wide = width * len(texts[i].text or "")
+        assert not any(x < cx < x + wide and y - height < cy < y for cx, cy in circles)
+        for j, (other_x, other_y) in enumerate(places[:i]):
+            other_wide = width * len(texts[j].text or "")
+            apart = x + wide <= other_x or other_x + other_wide <= x or abs(y - other_y) >= height
+            assert apart, (texts[i].text, texts[j].text)
 
 
 def test_labels_must_be_as_many_as_points() -> None:
