@@ -213,7 +213,7 @@ def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
 
 
 def seed_step(seed: int, rank: int, nimg: int) -> torch.Generator:
-    """The generator of one training step. It is derived anew in each step, so that a resumed run equals an
+    """The generator of one training step. Each step derives its own, so that a resumed run equals an
     unbroken one.
     """
     return generator(seed, rank, nimg)

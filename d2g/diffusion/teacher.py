@@ -1,4 +1,4 @@
-"""A diffusion teacher as a sampler needs it: prompts in, x_0 and epsilon out, whatever it predicts."""
+"""A frozen diffusion or flow teacher: from prompts and noise to predictions of x_0 and epsilon, and to latents."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

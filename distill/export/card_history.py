@@ -76,7 +76,7 @@ def read_history(student: str) -> History:
             break
         folder = Path(stage.config.init)
         if folder.resolve() in visited:
-            gap = "a run that has been trained anew since"
+            gap = "a run that was trained again later"
             break
     return History(stages=tuple(stages), gap=gap)
 
