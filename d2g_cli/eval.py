@@ -105,7 +105,7 @@ def eval_curve(
 def eval_compare(
     results: Annotated[list[Path], typer.Argument(help="Results of `d2g eval run`.")], as_json: Json = False
 ) -> None:
-    """Compare results in a table, with win rates if the results hold PickScores. Results under different protocols are refused."""
+    """Compare results in a table, with win rates if the results hold PickScores. Refuses mixed protocols."""
     from eval.runner.run import compare_results
     from miniature.registration import register_eval_scenes
 

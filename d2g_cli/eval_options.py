@@ -82,9 +82,7 @@ class RunOptions(SamplerOptions):
     images: Annotated[Path | None, typer.Option(help="Folder or parquet of images to measure.")] = None
     against: Annotated[
         str | None,
-        typer.Option(
-            help="Other side of dreamsim, lpips and psnr: a teacher, or images that it generated (--keep)."
-        ),
+        typer.Option(help="Other side of dreamsim, lpips and psnr: a teacher or its kept images."),
     ] = None
     train: Annotated[
         Path | None, typer.Option(help="Training images, for the report's nearest neighbors.")

@@ -1,4 +1,4 @@
-"""A frozen diffusion or flow teacher: from prompts and noise to predictions of x_0 and epsilon, and to latents."""
+"""A frozen diffusion or flow teacher: prompts and noise in; x_0, epsilon and latents out."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -191,7 +191,7 @@ def test_gaps_in_the_history_are_stated(tmp_path: Path) -> None:
         run_of(tmp_path / "last", stage="gan", init=str(bare))
     )
     circle = run_of(tmp_path / "circle", stage="gan", init=str(tmp_path / "circle"))
-    assert len(read_history(str(circle)).stages) == 1 and "trained anew since" in card_text(circle)
+    assert len(read_history(str(circle)).stages) == 1 and "trained again later" in card_text(circle)
     text = card_text("miniature")
     assert "Pairs and recipe: not recorded with an exported student; export the run itself." in text
     assert "Evaluations and device hours: not recorded" in text and "## Scores\n\nNot measured." in text

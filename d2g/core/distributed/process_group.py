@@ -240,9 +240,9 @@ def gather(rows: Tensor) -> list[Tensor]:
 def average_in_order(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """A DDP communication hook for gloo: the mean over ranks, summed in rank order.
 
-    gloo's own all-reduce sums each part of a buffer in another order of ranks, and DDP lays out its buffers
-    anew after a run's first step. With three ranks or more, a resumed run would then differ from an unbroken
-    one by rounding.
+    gloo's own all-reduce sums each part of a buffer in another order of ranks, and DDP changes the layout
+    of its buffers after a run's first step. With three ranks or more, a resumed run would then differ from
+    an unbroken one by rounding.
     """
     own, size = bucket.buffer(), td.get_world_size()
     parts = [torch.empty_like(own) for _ in range(size)]
