@@ -45,7 +45,10 @@ class BaseOptions:
 
     preset: Annotated[str | None, typer.Option(help="A named set of settings; they are listed below.")] = None
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting, a.b=value; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Override one setting, a.b=value (`d2g settings` lists them); repeatable."
+        ),
     ] = None
     dry_run: DryRun = False
     as_json: Json = False
@@ -93,17 +96,21 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
-def presets_in_help(load: Callable[[], Presets[Any]]) -> type[TyperCommand]:
-    """A command class whose `--help` ends with the presets, one line each."""
+def presets_in_help(
+    load: Callable[[], Presets[Any]], **others: Callable[[], Mapping[str, str]]
+) -> type[TyperCommand]:
+    """A command class whose `--help` ends with the presets, one line each, and other lists by their title."""
 
     class CommandWithPresets(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
-            table = Table.grid(padding=(0, 2))
-            table.add_column(no_wrap=True)
-            for name, about in load().about.items():
-                table.add_row(escape(name), escape(about))
-            Console().print(Panel(table, title="Presets", title_align="left", border_style="dim"))
+            panels = {title: other() for title, other in others.items()} | {"Presets": load().about}
+            for title, lines in panels.items():
+                table = Table.grid(padding=(0, 2))
+                table.add_column(no_wrap=True)
+                for name, about in lines.items():
+                    table.add_row(escape(name), escape(about))
+                Console().print(Panel(table, title=title, title_align="left", border_style="dim"))
 
     return CommandWithPresets
 

@@ -24,13 +24,19 @@ from d2g_cli.common import (
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command("demo", cls=presets_in_help(_demo_presets))(demo)
-    app.command("doctor")(doctor)
+    app.command("doctor", cls=presets_in_help(_distill_presets))(doctor)
 
 
 def _demo_presets() -> Presets[Any]:
     from miniature.config import DEMO_PRESETS
 
     return DEMO_PRESETS
+
+
+def _distill_presets() -> Presets[Any]:
+    from distill.config.presets import DISTILL_PRESETS
+
+    return Presets({name: (recipe.about, recipe) for name, recipe in DISTILL_PRESETS.items()})
 
 
 @expand_options

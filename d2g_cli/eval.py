@@ -18,11 +18,18 @@ from d2g_cli.common import (
     presets_in_help,
     reporter,
 )
-from d2g_cli.eval_options import ProtocolOptions, RunOptions, SamplerOptions, eval_config, load_presets
+from d2g_cli.eval_options import (
+    ProtocolOptions,
+    RunOptions,
+    SamplerOptions,
+    eval_config,
+    load_metrics,
+    load_presets,
+)
 from d2g_cli.eval_tables import format_cell, readable_result
 
 app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
-_Command = presets_in_help(load_presets)
+_Command = presets_in_help(load_presets, Metrics=load_metrics)
 
 
 @app.command("run", cls=_Command)

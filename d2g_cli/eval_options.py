@@ -111,6 +111,7 @@ def load_presets() -> Presets[Any]:
 def eval_config(options: ProtocolOptions) -> Any:
     """The EvalRun of a preset, the options that are set, and --set."""
     from eval.protocols.config import EvalRun
+    from eval.protocols.metric import check_metrics
     from eval.protocols.protocol import PROTOCOLS
 
     presets = load_presets()
@@ -121,4 +122,15 @@ def eval_config(options: ProtocolOptions) -> Any:
     settings["weights"] = tuple(options.weights) if options.weights else None
     for flag in ("allow_fewer", "latency", "every"):
         settings[flag] = settings.get(flag) or None  # a flag that is not given leaves the preset's value
-    return configure_preset(presets, "default", options, settings)
+    config = configure_preset(presets, "default", options, settings)
+    if config.metrics:
+        check_metrics(config.metrics)
+    return config
+
+
+def load_metrics() -> dict[str, str]:
+    """Every metric with its description, those of the scenes included."""
+    from eval.protocols.metric import all_metrics
+
+    load_presets()
+    return {name: metric.description for name, metric in all_metrics().items()}

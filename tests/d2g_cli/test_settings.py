@@ -99,3 +99,15 @@ def test_errors_name_the_full_path() -> None:
         with pytest.raises(SettingError, match=r"^setting 'inner\.betas' takes"):
             from_json(Outer, data)
     assert from_json(Outer, to_json(Outer())) == Outer() and is_dataclass(Outer())
+
+
+def test_help_of_an_evaluation_lists_the_metrics_and_a_dry_run_checks_their_names(d2g: Any) -> None:
+    text = d2g("eval", "run", "--help").stdout
+    assert all(name in text for name in ("fid_infinity", "dreamsim_diversity", "caption_accuracy"))
+    ended = d2g("eval", "run", "--student", "miniature", "--metrics", "fidd", "--dry-run")
+    assert ended.code == 2 and "unknown metric 'fidd'; did you mean 'fid'?" in ended.error
+
+
+def test_help_of_doctor_lists_the_presets_of_distill(d2g: Any) -> None:
+    text = d2g("doctor", "--help").stdout
+    assert all(name in text for name in ("sd15-cfg3", "sdxl-cfg7", "trial"))
