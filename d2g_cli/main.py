@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from d2g.core.errors import UserError
+from d2g.core.logs import logger
 from d2g_cli import demo_doctor, distill, lpips, pairs, settings, student, teacher
 from d2g_cli import eval as eval_commands
 from d2g_cli.common import is_printed_by_rank_0, log_to_stderr, print_error, publish_error, reporter
@@ -72,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Every failure becomes one `error:` line and an exit code."""
     argv = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in argv
+    logger.propagate = False  # a library may give the root logger a handler, which would repeat each line
     try:
         app(args=[a for a in argv if a != "--debug"], standalone_mode=True)
     except UserError as error:
@@ -88,6 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise
     except Exception as error:
         _fail(error, _unexpected(error), 1, debug)
+    finally:
+        logger.propagate = True  # for programs that call `main` and have a log of their own
 
 
 def _unexpected(error: Exception) -> str:

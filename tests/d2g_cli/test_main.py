@@ -1,6 +1,7 @@
 """The command line: help, usage errors and --dry-run."""
 
 import inspect
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -256,3 +257,19 @@ def test_debug_shows_the_traceback(d2g: Any, tmp_path: Path) -> None:
     said = d2g("pairs", "info", tmp_path / "none", "--debug")
     assert said.code == 1 and "Traceback" in said.stderr
     assert said.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_a_log_line_is_printed_once_whatever_handlers_a_library_installs(tmp_path: Path, d2g: Any) -> None:
+    """open_clip and others call functions of `logging` that give the root logger a handler on stderr."""
+    root = logging.getLogger()
+    handler = logging.StreamHandler()
+    root.addHandler(handler)
+    try:
+        (tmp_path / "prompts.txt").write_text("a red cube\n")
+        words = ("--teacher", "miniature", "--prompts", tmp_path / "prompts.txt", "--steps", "1")
+        ended = d2g("pairs", "generate", *words, "--out", tmp_path / "pairs")
+    finally:
+        root.removeHandler(handler)
+    assert ended.code == 0, ended.stderr
+    assert ended.stderr.count("supports pairs, regression, GAN") == 1
+    assert logging.getLogger("d2g").propagate
