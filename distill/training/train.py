@@ -164,8 +164,9 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
             event = control.event(state.nimg, terms, microbatches)
             for callback in callbacks:
                 callback.after_step(event)
-            finished = event.finished
-            if event.interrupted and not finished:
+            finished, interrupted = event.finished, event.interrupted
+            del event, microbatches, terms  # the next step allocates in their memory
+            if interrupted and not finished:
                 raise Interrupted(
                     f"stopped at image {state.nimg}; safe on disk: {folder / f'{state.nimg:09d}'}; "
                     "run the same command again to go on"
