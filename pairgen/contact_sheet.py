@@ -1,4 +1,4 @@
-"""A contact sheet: decoded rows of a store in one picture, with their prompts."""
+"""A contact sheet: decoded rows of a store in one image, with their prompts."""
 
 from collections.abc import Iterator, Sequence
 from math import ceil, sqrt
@@ -20,7 +20,7 @@ from pairgen.statistics import evenly_spread
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec
 
-SMALLEST, LARGEST = 160, 256  # pixels of a picture's longer side on the sheet
+SMALLEST, LARGEST = 160, 256  # pixels of the longer side of an image on the sheet
 LINES = 3  # of a caption
 FONT, TITLE = 11, 14
 MARGIN = 8
@@ -56,21 +56,22 @@ def save_sheet(
 
 
 def caption(spec: StoreSpec, number: int, prompt: str) -> str:
-    """The caption below a picture."""
+    """The caption below an image."""
     text = {"text": f": {prompt}", "label": f": class {prompt}", "none": ""}[spec.conditioning]
     return f"{number}{text}"
 
 
-def title(folder: Path, spec: StoreSpec, shown: int, pairs: int) -> str:
-    """The line above the pictures."""
-    made = f"{spec.solver}, {spec.steps} steps, guidance {spec.guidance:g}, seed {spec.seed}"
-    return f"{Path(folder).absolute().name}: {shown} of {pairs} pairs of {Path(spec.teacher).name}, {made}"
+def title(folder: Path, spec: StoreSpec, rows: int, pairs: int) -> str:
+    """The line above the images."""
+    settings = f"{spec.solver}, {spec.steps} steps, guidance {spec.guidance:g}, seed {spec.seed}"
+    return f"{Path(folder).absolute().name}: {rows} of {pairs} pairs of {Path(spec.teacher).name}, {settings}"
 
 
 def contact_sheet(images: Tensor, captions: Sequence[str], heading: str) -> Tensor:
-    """uint8 [N, 3 or 1, H, W] and N captions -> one picture [3, height, width] under a heading.
+    """uint8 [N, 3 or 1, H, W] and N captions -> one image [3, height, width] under a heading.
 
-    Small pictures are enlarged pixel by pixel, large ones averaged down; captions are cut to LINES lines.
+    Small images are enlarged by whole factors, large ones reduced by averaging; captions have at most LINES
+    lines.
     """
     font = load_font(FONT)
     pictures = [_picture(image) for image in images]
@@ -82,14 +83,14 @@ def contact_sheet(images: Tensor, captions: Sequence[str], heading: str) -> Tens
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib carries: Pillow's own font has no accents, no Greek and no Cyrillic."""
+    """DejaVu Sans from matplotlib: Pillow's own font has no accents, no Greek and no Cyrillic letters."""
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def columns(count: int) -> int:
-    """About 3 : 2, with as few empty cells as the numbers near it allow."""
+    """A number of columns for an aspect ratio of about 3 : 2 with few empty cells."""
     wanted = ceil(sqrt(1.5 * count))
     return min(range(ceil(sqrt(count)), wanted + 3), key=lambda n: (-count % n, abs(n - wanted)))
 
@@ -107,24 +108,24 @@ def _picture(image: Tensor) -> Image.Image:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels, broken between words; … for more."""
-    found = [""]
+    """Wrap `text` into at most `lines` lines of `width` pixels, between words; … stands for the rest."""
+    wrapped = [""]
     for word in _pieces(text, font, width):
-        joined = f"{found[-1]} {word}".strip()
+        joined = f"{wrapped[-1]} {word}".strip()
         if font.getlength(joined) <= width:
-            found[-1] = joined
+            wrapped[-1] = joined
         else:
-            found.append(word)
-    if len(found) > lines:
-        last = found[lines - 1]
+            wrapped.append(word)
+    if len(wrapped) > lines:
+        last = wrapped[lines - 1]
         while last and font.getlength(f"{last}…") > width:
             last = last[:-1]
-        found = [*found[: lines - 1], f"{last.rstrip()}…"]
-    return found
+        wrapped = [*wrapped[: lines - 1], f"{last.rstrip()}…"]
+    return wrapped
 
 
 def _pieces(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
-    """Words, the ones too long for a line in parts."""
+    """Words; those too long for a line are split."""
     for word in text[:1000].split():
         while font.getlength(word) > width and len(word) > 1:
             fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)

@@ -9,7 +9,7 @@ from typing import Any
 from d2g.core.errors import UserError
 
 PROMPT_COLUMNS = ("prompt", "Prompt", "caption")
-JSON_WINDOW = 1 << 20  # characters of a .json file in memory at least
+JSON_WINDOW = 1 << 20  # characters of a .json file that are read at once, at least
 PARQUET_ROWS = 1 << 14
 
 
@@ -27,7 +27,7 @@ def cells(path: Path) -> Iterator[Any]:
 
 
 def _lines(path: Path, newline: str = "\n") -> Iterator[str]:
-    """Lines with their ends. `newline` as for open(): "\\n" splits there alone, not at form feeds or such."""
+    """Lines with their line ends. `newline` as in open(): "\\n" splits at newlines only."""
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield from file
@@ -38,7 +38,7 @@ def _lines(path: Path, newline: str = "\n") -> Iterator[str]:
 def _not_utf8(path: Path) -> UserError:
     offset = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):  # no character of several bytes holds a line's end
+        for number, line in enumerate(file, 1):  # no multi-byte character contains a newline byte
             try:
                 line.decode()
             except UnicodeDecodeError as error:
@@ -56,9 +56,9 @@ def _jsonl(path: Path) -> Iterator[Any]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from error
             if not isinstance(row, dict) or "prompt" not in row:
-                found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+                keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
                 raise UserError(
-                    f'{path} line {number}: expected {{"prompt": "..."}}, found {found or "no keys"}'
+                    f'{path} line {number}: expected {{"prompt": "..."}}, found {keys or "no keys"}'
                 )
             yield row["prompt"]
 
@@ -75,8 +75,8 @@ def _csv(path: Path) -> Iterator[Any]:
 
 
 def _tsv(path: Path) -> Iterator[str]:
-    """Cells are taken as they are, as PartiPrompts.tsv has prompts that begin with a bare quotation mark;
-    only a cell quoted from end to end, as pandas writes them, is unquoted."""
+    """Cells are not parsed as CSV: PartiPrompts.tsv has prompts that begin with a single quotation mark. Only
+    a cell that is quoted completely, as pandas writes it, is unquoted."""
     rows = (line.rstrip("\r\n").split("\t") for line in _lines(path))
     names = next(rows, [])
     column = names.index(_column(path, names))
@@ -107,8 +107,8 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is no readable parquet file ({error}); check --prompts") from error
 
 
-def _column(path: Path, found: Iterable[str]) -> str:
-    names = list(found)
+def _column(path: Path, columns: Iterable[str]) -> str:
+    names = list(columns)
     for column in PROMPT_COLUMNS:
         if column in names:
             return column
@@ -119,7 +119,7 @@ def _column(path: Path, found: Iterable[str]) -> str:
 
 
 def _coco(path: Path) -> Iterator[Any]:
-    """The captions of {"annotations": [{"caption": ...}]}. Elements of top-level lists come one by one."""
+    """The captions of {"annotations": [{"caption": ...}]}, parsed one by one."""
     window, keys = _Window(path), []
     if window.peek() != "{":
         raise _no_coco(path, type(window.value()).__name__)
@@ -149,14 +149,14 @@ def _coco(path: Path) -> Iterator[Any]:
 
 def _caption(path: Path, annotation: Any) -> Any:
     if not isinstance(annotation, dict) or "caption" not in annotation:
-        named = isinstance(annotation, dict) and ", ".join(sorted(annotation))
-        raise _no_coco(path, f"an annotation with {named or 'no keys'}")
+        keys = isinstance(annotation, dict) and ", ".join(sorted(annotation))
+        raise _no_coco(path, f"an annotation with {keys or 'no keys'}")
     return annotation["caption"]
 
 
-def _no_coco(path: Path, found: str) -> UserError:
+def _no_coco(path: Path, content: str) -> UserError:
     expected = 'COCO captions, {"annotations": [{"caption": "..."}]}'
-    return UserError(f"{path}: expected {expected}, found {found}; use .jsonl for other JSON")
+    return UserError(f"{path}: expected {expected}, found {content}; use .jsonl for other JSON")
 
 
 class _Window:
@@ -170,7 +170,7 @@ class _Window:
     def _chunks(self) -> Iterator[str]:
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
-                # As much again as a value has so far: long values cost no more than twice their length.
+                # Double the window each time: a long value costs at most twice its length.
                 while chunk := file.read(max(JSON_WINDOW, len(self.text) - self.at)):
                     yield chunk
         except UnicodeDecodeError as error:
@@ -198,28 +198,28 @@ class _Window:
 
     def take(self, expected: str) -> str:
         """Consume one of the characters `expected` and return it."""
-        found = self.peek()
-        if not found or found not in expected:
+        character = self.peek()
+        if not character or character not in expected:
             raise self.broken(f"Expecting {' or '.join(repr(e) for e in expected)}", self.at)
         self.at += 1
-        return found
+        return character
 
     def value(self) -> Any:
         """Parse the next value."""
         self.peek()
         while True:
             try:
-                found, end = self.decode(self.text, self.at)
+                value, end = self.decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if self._more():
                     continue
                 raise self.broken(error.msg, error.pos) from error
-            if end < len(self.text) or not self._more():  # a number at the window's end may go on
+            if end < len(self.text) or not self._more():  # a number at the end of the window may continue
                 self.at = end
-                return found
+                return value
 
     def elements(self) -> Iterator[Any]:
-        """The elements of the list that comes next, one by one."""
+        """Parse the elements of the next list one by one."""
         self.take("[")
         if self.peek() == "]":
             self.take("]")

@@ -1,4 +1,4 @@
-"""Prompt lists of any length: clean, each prompt once, in file order, one buffer instead of many strings."""
+"""Lists of millions of prompts: stripped, without duplicates, in file order, in one buffer of bytes."""
 
 import difflib
 import hashlib
@@ -19,34 +19,34 @@ from pairgen.prompt_files import cells
 from pairgen.store.spec import write_through_scratch, writing
 
 NEWLINE, QUOTE = 10, 34
-SCAN = 1 << 24  # bytes of a saved list looked at together
+SCAN = 1 << 24  # bytes of a saved list that are scanned at once
 KEY = 16  # bytes of a prompt's hash: among 12M prompts, two of one hash are expected once in 10^24 files
-COMPACTED = 1 << 16  # prompts moved together
+COMPACTED = 1 << 16  # prompts that are moved at once
 RESTORE = "restore it from the job's prompt file"
 
 json_string = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class PromptList(Sequence[str]):
-    """Prompts by position, held as JSON lines: one JSON string a line, UTF-8, as in a store's prompts.jsonl.
+    """Prompts by position, stored as JSON lines: one JSON string per line in UTF-8, as in prompts.jsonl.
 
-    An `open`ed list is a memory map of its file, which processes of one machine share; beside it stand
-    8 bytes a prompt. Slices of step 1 share the buffer. Equal to any sequence of the same strings.
+    `open` maps the file into memory, so that processes on one machine share it; the offsets take 8 bytes per
+    prompt. Slices with step 1 share the buffer. A list equals any sequence of the same strings.
     """
 
     def __init__(self, lines: bytes | bytearray | mmap.mmap | memoryview, ends: NDArray[np.int64]) -> None:
-        """`lines`: the buffer; line i is lines[ends[i] : ends[i + 1]], so that there is one end more."""
+        """`lines`: the buffer. `ends` [n + 1]: line i is lines[ends[i] : ends[i + 1]]."""
         self._lines, self._ends = memoryview(lines), ends
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "PromptList":
-        """These strings as they are, in their order, repeats and all."""
-        lines, ends, _ = _gathered(texts)
+        """A list of these strings, in this order, duplicates included."""
+        lines, ends, _ = _encode_lines(texts)
         return cls(lines, _as_numbers(ends))
 
     @classmethod
     def open(cls, path: Path) -> "PromptList":
-        """A saved list, memory-mapped. Raises UserError for a file that is missing or no such list."""
+        """Map a saved list into memory. Raises UserError for a file that is missing or damaged."""
         try:
             with Path(path).open("rb") as file:
                 lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -65,7 +65,7 @@ class PromptList(Sequence[str]):
         return cls(lines, ends)
 
     def save(self, path: Path) -> None:
-        """Write the list for `open`: whole or not there. Raises UserError when the disk refuses."""
+        """Write the list completely or not at all. Raises UserError for errors of the disk."""
         path = Path(path)
         scratch = path.parent / "partial"
         with writing(path.parent, "no prompt list was written"):
@@ -73,7 +73,7 @@ class PromptList(Sequence[str]):
 
     @property
     def buffer(self) -> memoryview:
-        """The JSON lines of these prompts: what `save` writes and `prompts_sha256` digests."""
+        """The JSON lines of these prompts: what `save` writes and `prompt_list_sha256` hashes."""
         return self._lines[int(self._ends[0]) : int(self._ends[-1])]
 
     def __len__(self) -> int:
@@ -110,8 +110,8 @@ class PromptList(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]  # as a list's
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self[:3]))
-        return f"PromptList of {len(self)}: {shown}{', ...' if len(self) > 3 else ''}"
+        first = ", ".join(map(repr, self[:3]))
+        return f"PromptList of {len(self)}: {first}{', ...' if len(self) > 3 else ''}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PromptList, (bytes(self.buffer), self._ends - self._ends[0])
@@ -120,8 +120,9 @@ class PromptList(Sequence[str]):
 def read_prompts(path: Path) -> PromptList:
     """The prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
 
-    Stripped; blank ones dropped; exact duplicates dropped, the first stays. A prompt's position in the list
-    is its id. 12M prompts of 60 bytes take 0.9 GB, while read 1.3. Raises UserError for a file that is
+    Prompts are stripped; blank ones and exact duplicates are dropped, and the first of equal prompts stays.
+    A prompt's position in the list is its id. 12M prompts of 60 bytes take 0.9 GB, and 1.3 GB while they are
+    read. Raises UserError for a file that is
     missing, empty, not UTF-8, without a prompt column, damaged or of another kind.
     """
     path = Path(path)
@@ -137,8 +138,8 @@ def read_prompts(path: Path) -> PromptList:
 
 
 def distinct(texts: Iterable[str]) -> PromptList:
-    """These strings in their order, each once: the first stays."""
-    lines, ends, keys = _gathered(texts, lambda line: hashlib.blake2b(line, digest_size=KEY).digest())
+    """These strings in this order without duplicates: the first of equal strings stays."""
+    lines, ends, keys = _encode_lines(texts, lambda line: hashlib.blake2b(line, digest_size=KEY).digest())
     numbers = _as_numbers(ends)
     first = _first_seen(np.frombuffer(keys, np.uint64).reshape(-1, 2))
     if not first.all():
@@ -154,23 +155,23 @@ def label_list(num_labels: int) -> PromptList:
 def check_labels(
     prompts: Sequence[str], num_labels: int, names: Mapping[str, int] | None = None
 ) -> PromptList:
-    """A class-conditional job's prompts as class numbers in decimal, each once.
+    """The prompts of a class-conditional job as class numbers in decimal, without duplicates.
 
     A prompt is a number from 0 to `num_labels` - 1 or one of the teacher's class `names` (name -> number).
-    Raises UserError that counts and names the others.
+    Raises UserError, which counts and names all other prompts.
     """
     names = names or {}
     numbers = [_label(text, num_labels, names) for text in prompts]
     wrong = [i for i, number in enumerate(numbers) if number is None]
     if wrong:
-        shown = ", ".join(f"prompt {i} {prompts[i][:40]!r}" for i in wrong[:3]) + (
+        examples = ", ".join(f"prompt {i} {prompts[i][:40]!r}" for i in wrong[:3]) + (
             ", ..." if wrong[3:] else ""
         )
         close = difflib.get_close_matches(prompts[wrong[0]], names, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         expected = f"a number from 0 to {num_labels - 1}" + (" or a class name" if names else "")
         raise UserError(
-            f"{len(wrong)} of {len(prompts)} prompts are no class of the teacher: {shown}; "
+            f"{len(wrong)} of {len(prompts)} prompts are no class of the teacher: {examples}; "
             f"expected {expected}{hint}"
         )
     return distinct(map(str, numbers))
@@ -184,7 +185,7 @@ def _label(text: str, num_labels: int, names: Mapping[str, int]) -> int | None:
 
 
 def prompt_list_sha256(prompts: Iterable[str]) -> str:
-    """sha256 of the list's JSON lines (docs/pair-format.md): equal for the same prompts in the same order."""
+    """sha256 of the JSON lines (docs/pair-format.md): equal for the same prompts in the same order."""
     if isinstance(prompts, PromptList):
         return hashlib.sha256(prompts.buffer).hexdigest()
     total = hashlib.sha256()
@@ -200,20 +201,20 @@ def _clean(path: Path, cell: Any) -> str:
         raise UserError(f"{path}: prompts must be text, got {str(cell)[:40]!r} ({type(cell).__name__})")
     try:
         cell.encode()
-        whole = "\0" not in cell
+        is_valid = "\0" not in cell
     except UnicodeEncodeError:
-        whole = False
-    if not whole:
+        is_valid = False
+    if not is_valid:
         raise UserError(
-            f"{path}: prompt {cell[:40]!r} holds a NUL or half a surrogate pair; mend or remove it"
+            f"{path}: prompt {cell[:40]!r} holds a NUL or half a surrogate pair; correct or remove it"
         )
     return cell.strip()
 
 
-def _gathered(
+def _encode_lines(
     texts: Iterable[str], key: Callable[[bytes], bytes] | None = None
 ) -> tuple[bytearray, "array[int]", bytearray]:
-    """JSON lines of `texts`, where each ends (with a 0 in front), and the keys of all, one after another."""
+    """(JSON lines of `texts`, their ends with a leading 0, the concatenated keys of all lines)."""
     lines, ends, keys = bytearray(), array("q", [0]), bytearray()
     for text in texts:
         line = json_string(text).encode() + b"\n"
@@ -229,27 +230,27 @@ def _as_numbers(ends: "array[int]") -> NDArray[np.int64]:
 
 
 def _first_seen(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which of the keys [n, 2] stand in no earlier row."""
+    """[n] bool: the rows of `keys` [n, 2] that equal no earlier row."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in order
-    again = np.ones(max(0, len(keys) - 1), np.bool_)
+    repeats = np.ones(max(0, len(keys) - 1), np.bool_)
     for half in (0, 1):
         column = keys[:, half][order]
-        again &= column[1:] == column[:-1]
+        repeats &= column[1:] == column[:-1]
     first = np.ones(len(keys), np.bool_)
-    first[order[1:][again]] = False
+    first[order[1:][repeats]] = False
     return first
 
 
 def _compact(lines: bytearray, ends: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Move the lines to keep to the front of the buffer, cut it there, and return their ends."""
+    """Move the lines to keep to the front of the buffer, truncate it, and return their ends."""
     lengths, stop = np.diff(ends), 0
     values = np.frombuffer(lines, np.uint8)
     for start in range(0, len(keep), COMPACTED):
         rows = slice(start, start + COMPACTED)
         block = values[ends[start] : ends[min(start + COMPACTED, len(keep))]]
-        kept = block[np.repeat(keep[rows], lengths[rows])]
-        values[stop : stop + len(kept)] = kept
-        stop += len(kept)
+        remaining = block[np.repeat(keep[rows], lengths[rows])]
+        values[stop : stop + len(remaining)] = remaining
+        stop += len(remaining)
     del values, block
     del lines[stop:]
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[keep])])
