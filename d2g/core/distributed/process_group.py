@@ -20,6 +20,7 @@ import torch.distributed as td
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket, HashStore, PrefixStore, Store, TCPStore
 
+from d2g.core.allocator import keep_freed_memory
 from d2g.core.signals import StopFlag
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ def init(long_waits: bool = False) -> torch.device:
         else:
             _join(_backend())
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())

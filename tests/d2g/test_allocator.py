@@ -1,0 +1,47 @@
+import platform
+import resource
+import subprocess
+import sys
+
+import pytest
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from d2g.core.distributed import process_group
+torch.set_num_threads(1)
+device = process_group.init() if sys.argv[1] == "init" else torch.device("cpu")
+def step():
+    hidden = torch.ones(2**21, device=device) * 2
+    return (hidden.relu() + 1).sum()
+for _ in range(5):  # the heap grows to what a step needs
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+PAGES = 2**21 * 4 // resource.getpagesize()
+"""Pages of one tensor of the step, 8 MiB."""
+
+
+def page_faults(*words: str, **environment: str) -> int:
+    """Page faults of 20 small steps in a process of its own, with `process_group.init()` or without."""
+    output = subprocess.run(
+        [sys.executable, "-c", PAGE_FAULTS, *words],
+        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(output.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
+def test_a_process_that_trains_on_a_cpu_keeps_the_pages_of_freed_tensors():
+    assert page_faults("init") < PAGES  # of 20 steps with three tensors each
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
+def test_thresholds_that_the_user_has_set_stay():
+    assert page_faults("init", MALLOC_MMAP_THRESHOLD_="131072") > 20 * PAGES
