@@ -5,7 +5,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version as installed_version
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +53,8 @@ app.command("settings")(settings.settings)
 
 def _version(value: bool) -> None:
     if value:
+        from importlib.metadata import version as installed_version  # slow to import
+
         print(f"diffusion2gan {installed_version('diffusion2gan')}")
         raise typer.Exit
 

@@ -156,11 +156,30 @@ def _join(path: str, name: str) -> str:
 
 
 def _parse(text: str, hint: Any, full: str) -> Any:
+    """The value of a setting on the command line: JSON, a bare word, or a list `a,b` or `a:1,b:2`."""
     try:
         value = json.loads(text)
     except ValueError:  # a bare word, or a number with more digits than Python reads
         value = text
+    if get_origin(hint) is tuple and isinstance(value, str) and not value.startswith("["):
+        value = [_tuple_item(item.strip(), get_args(hint)[0]) for item in value.split(",")]
     return _convert(value, hint, full, text)
+
+
+def _tuple_item(text: str, hint: Any) -> Any:
+    """One item of a tuple setting: a word, a number, or `name:number`, where `name` alone means 1."""
+    if get_origin(hint) is tuple:
+        name, _, number = text.partition(":")
+        return [name, _number(number or "1")]
+    return _number(text) if hint in (int, float) else text
+
+
+def _number(text: str) -> Any:
+    """The number that `text` holds, or `text`, which the conversion to a number then refuses."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _convert(value: Any, hint: Any, full: str, text: str) -> Any:

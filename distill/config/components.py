@@ -4,20 +4,23 @@ Sources are a table of the paper's supplement, a section of docs/method.md, or a
 no source fixes says so.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from d2g.core.config import check_values, require, setting
+from d2g.core.config import check_values, nearest, require, setting
 from d2g.core.errors import SettingError
 from latent_lpips.config import AUGMENT_FAMILIES, are_augment_families
 
-Optimizer = Literal["adamw", "adamw_fused", "radam"]
+Optimizer = Literal["adamw", "adamw_fused", "adam", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]
 DiscriminatorName = Literal["unet"]
-RegressionKind = Literal["mse", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips"]
-"""Regression losses, in the order of presets and docs. `distill/losses/regression/NAME.py` defines each."""
+RegressionName = Literal[
+    "mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips", "decoder_features"
+]
+"""Regression losses, in the order of docs. `distill/losses/regression/NAME.py` defines each."""
 
 
 def require_even_microbatch(rows: int, fraction: float) -> None:
@@ -37,8 +40,8 @@ class OptimConfig:
 
     name: Optimizer = setting(
         "adamw",
-        "Optimizer. The paper says Adam with weight decay 1e-2, read here as decoupled (AdamW); its CIFAR10 "
-        "model uses radam",
+        "Optimizer. The paper says Adam with weight decay 1e-2, read as decoupled (adamw); adam adds the "
+        "decay to the gradient; the paper's CIFAR10 model uses radam",
         source='Table A1; method.md "Schedule and hyperparameters"',
     )
     lr: float = setting(1e-4, "Learning rate after warm-up", source="Table A1", recipe=True)
@@ -90,13 +93,13 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegressionConfig:
-    """The distance between student and teacher latents: one main kind, plus optional extra terms."""
+    """The distance between student and teacher latents: a weighted sum of losses."""
 
-    weight: float = setting(1.0, "Weight of the main distance in the loss", source="Table A1")
-    kind: RegressionKind = setting(
-        "e_latent_lpips",
-        "Main distance; lpips compares decoded images (the paper uses it for CIFAR10, in pixels), the others "
-        "reproduce the comparison of losses",
+    losses: tuple[tuple[RegressionName, float], ...] = setting(
+        (("e_latent_lpips", 1.0),),
+        "Losses and weights, as `name:weight,name:weight`. lpips compares decoded images (the paper uses it "
+        "for CIFAR10, in pixels); the paper's SD-CFG-3 adds latent_lpips with weight 1; the others "
+        "reproduce the comparison of losses or come from later work",
         source='Table A1; method.md "Comparison of regression losses"',
         recipe=True,
     )
@@ -112,17 +115,6 @@ class RegressionConfig:
         "Random transforms per row and step that e_latent_lpips averages over",
         source='method.md "E-LatentLPIPS"',
     )
-    latent_lpips_weight: float = setting(
-        0.0,
-        "Weight of an additional LatentLPIPS without augmentation; the paper's SD-CFG-3 ensemble uses 1",
-        source="Table A1",
-        recipe=True,
-    )
-    l1_weight: float = setting(
-        0.0,
-        "Weight of an additional mean absolute error on latents without augmentation",
-        source="not in the paper; the authors' package: 1",
-    )
     huber_c: float = setting(
         0.00054,
         "Pseudo-Huber constant per dimension: c = huber_c sqrt(C h w)",
@@ -137,8 +129,25 @@ class RegressionConfig:
         "Side in pixels to which images are enlarged for lpips; 0 keeps their size",
         source="DMD, B.1: 224 on CIFAR10",
     )
+    decoder_blocks: int = setting(
+        3,
+        "Up blocks of the VAE's decoder that decoder_features compares, after the middle block",
+        source="LPL, arXiv 2411.04873, section 4",
+    )
 
     def __post_init__(self) -> None:
+        names = [name for name, _ in self.losses]
+        for name in names:
+            if name not in get_args(RegressionName):
+                raise SettingError(f"losses has {name!r}{nearest(name, get_args(RegressionName))}")
+        positive = all(0 < weight < math.inf for _, weight in self.losses)
+        require(
+            self,
+            losses=(
+                bool(names) and len(set(names)) == len(names) and positive,
+                "names, each once, with positive weights, such as e_latent_lpips:1,latent_lpips:1",
+            ),
+        )
         check_values(self)
         require(
             self,
@@ -146,17 +155,16 @@ class RegressionConfig:
                 are_augment_families(self.augment),
                 f"'none' or letters of {AUGMENT_FAMILIES!r}, each once",
             ),
-            weight=(self.weight >= 0, "0 or more"),
-            latent_lpips_weight=(self.latent_lpips_weight >= 0, "0 or more"),
-            l1_weight=(self.l1_weight >= 0, "0 or more"),
             draws=(self.draws >= 1, "1 or more"),
             huber_c=(self.huber_c > 0, "a positive number"),
             lpips_resize=(self.lpips_resize >= 0, "pixels, or 0"),
+            decoder_blocks=(self.decoder_blocks >= 0, "0 or more"),
         )
-        if self.kind == "latent_lpips" and self.latent_lpips_weight:
-            raise SettingError(
-                "latent_lpips_weight adds the distance that kind=latent_lpips is already; set weight instead"
-            )
+
+    @property
+    def names(self) -> tuple[RegressionName, ...]:
+        """The names of the losses."""
+        return tuple(name for name, _ in self.losses)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from d2g.core.config import Presets, pick
 from d2g.core.errors import SettingError
-from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig, RegressionKind
+from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig, RegressionName
 from distill.config.run import DistillConfig, EngineConfig, StudentConfig, TrainConfig
 
 TeacherModel = Literal["sd15", "sdxl", "edm-cifar10", "miniature"]
@@ -42,7 +42,14 @@ def _recompute(gpus: int) -> EngineConfig:
     return EngineConfig(gpus=gpus, activation_checkpointing=True)
 
 
-_CFG3 = RegressionConfig(augment="bgo", latent_lpips_weight=1.0)
+def _falling(images: int, betas: tuple[float, float] = (0.9, 0.999)) -> OptimConfig:
+    """D's learning rate as Table A1 prints it, "1e-4 -> 1e-5", read as a fall over stage 2. For a constant rate
+    set gan.optim.lr=1e-5, gan.optim.final_lr=0 and gan.optim.decay_images=0.
+    """
+    return OptimConfig(lr=1e-4, final_lr=1e-5, decay="linear", decay_images=images, betas=betas)
+
+
+_CFG3 = RegressionConfig(augment="bgo", losses=(("e_latent_lpips", 1.0), ("latent_lpips", 1.0)))
 _GAN = DistillConfig(stage="gan", optim=OptimConfig(lr=1e-5))
 
 TABLE_A1: dict[str, Recipe] = {
@@ -53,7 +60,7 @@ TABLE_A1: dict[str, Recipe] = {
             "ode": DistillConfig(
                 student=StudentConfig(dropout=0.1),
                 optim=OptimConfig(name="radam", lr=4e-4, weight_decay=0.0, attention_weight_decay=0.0),
-                regression=RegressionConfig(kind="lpips", lpips_resize=224),
+                regression=RegressionConfig(losses=(("lpips", 1.0),), lpips_resize=224),
                 train=_train(512, 150_000, ema_start=20_000),
                 engine=EngineConfig(gpus=8),
             ),
@@ -67,7 +74,7 @@ TABLE_A1: dict[str, Recipe] = {
             "gan": replace(
                 _GAN,
                 regression=_CFG3,
-                gan=DiscriminatorConfig(r1_rows=16),
+                gan=DiscriminatorConfig(r1_rows=16, optim=_falling(10_000 * 256)),
                 train=_train(256, 10_000),
                 engine=_recompute(16),
             ),
@@ -79,7 +86,10 @@ TABLE_A1: dict[str, Recipe] = {
         {
             "ode": DistillConfig(train=_train(2048, 50_000), engine=EngineConfig(gpus=64)),
             "gan": replace(
-                _GAN, gan=DiscriminatorConfig(r1_rows=64), train=_train(1024, 10_000), engine=_recompute(64)
+                _GAN,
+                gan=DiscriminatorConfig(r1_rows=64, optim=_falling(10_000 * 1024)),
+                train=_train(1024, 10_000),
+                engine=_recompute(64),
             ),
         },
     ),
@@ -94,7 +104,7 @@ TABLE_A1: dict[str, Recipe] = {
                     weight=1.0,
                     penalty="none",
                     noise_augment="uniform",
-                    optim=OptimConfig(lr=1e-5, betas=(0.0, 0.99)),
+                    optim=_falling(30_000 * 512, (0.0, 0.99)),
                 ),
                 train=_train(512, 30_000),
                 engine=replace(_recompute(128), parallel="fsdp"),
@@ -173,19 +183,29 @@ def ablation(base: Recipe, prefix: str = "") -> dict[str, Recipe]:
     return rows
 
 
+COMPARED_LOSSES: tuple[RegressionName, ...] = (
+    "mse",
+    "pseudo_huber",
+    "lpips",
+    "latent_lpips",
+    "e_latent_lpips",
+    "decoder_features",
+)
+"""Losses of method.md "Comparison of regression losses", and decoder_features."""
+
+
 def loss_comparison(base: Recipe, images: int, prefix: str = "") -> dict[str, Recipe]:
     """The rows of method.md "Comparison of regression losses" over a recipe's regression stage, by name, each
     trained on `images` images.
     """
     ode = replace(base["ode"], train=replace(base["ode"].train, images=images))
-    plain = replace(ode.regression, latent_lpips_weight=0.0)
     return {
-        f"{prefix}loss-{kind.replace('_', '-')}": Recipe(
-            f"Comparison of losses on {base.model}: {kind.replace('_', '-')}",
+        f"{prefix}loss-{name.replace('_', '-')}": Recipe(
+            f"Comparison of losses on {base.model}: {name.replace('_', '-')}",
             base.model,
-            {"ode": replace(ode, regression=replace(plain, kind=kind))},
+            {"ode": replace(ode, regression=replace(ode.regression, losses=((name, 1.0),)))},
         )
-        for kind in get_args(RegressionKind)
+        for name in COMPARED_LOSSES
     }
 
 

@@ -31,6 +31,12 @@ class TrainConfig:
     ema_beta: float = setting(
         0.9999, "Decay per step of the student's weight average", source="Table A1", recipe=True
     )
+    ema_halflife_images: int = setting(
+        0,
+        "Images after which the average has forgotten half of what it held; sets the decay for any batch "
+        "size; 0 takes ema_beta",
+        source="EDM2, arXiv 2312.02696",
+    )
     ema_start_images: int = setting(
         0,
         "Until this many images the average is a copy of the weights",
@@ -69,6 +75,7 @@ class TrainConfig:
             validate_images=(self.validate_images >= 0, "0 or more"),
             validate_pairs=(self.validate_pairs >= 0, "0 or more"),
             preview_prompts=(self.preview_prompts >= 0, "0 or more"),
+            ema_halflife_images=(self.ema_halflife_images >= 0, "0 or more"),
             ema_beta=(0 <= self.ema_beta < 1, "0 up to below 1"),
             minutes=(self.minutes is None or self.minutes > 0, "a positive number, or null for no limit"),
             loggers=(not unknown, f"names of {', '.join(get_args(Logger))}"),
@@ -80,6 +87,12 @@ class TrainConfig:
             )
         if self.keep_best and not self.validate_images:
             raise SettingError("keep_best needs validation; set validate_images and validate_pairs")
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the weight average per step: `ema_beta`, or from `ema_halflife_images`."""
+        halflife = self.ema_halflife_images
+        return 0.5 ** (self.batch_size / halflife) if halflife else self.ema_beta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

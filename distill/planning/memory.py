@@ -25,6 +25,7 @@ from d2g.diffusion.pipelines import family_of, open_pipeline
 from distill.config.components import OptimConfig
 from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import r1_penalty
+from distill.losses.regression.decoder_features import DecoderFeatures
 from distill.losses.regression.registry import regression_networks
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.row_dropout import give_keys
@@ -60,14 +61,15 @@ class Memory:
 def predict(config: DistillConfig, world_size: int) -> Memory:
     """Predict the memory of a run on `world_size` processes. Reads configs of the teacher, no weights.
 
-    Of the regression's own networks only those of `lpips` are counted: it differentiates the autoencoder,
-    while a distance between latents saves little.
+    Of the regression's own networks those that differentiate the autoencoder are counted; a distance between
+    latents saves little.
     """
     student = _meta_student(config)
     discriminator = _meta_discriminator(config) if config.stage == "gan" else None
-    pixels = _pixel_distance(config) if "vae" in regression_networks(config.regression) else None
+    distances = _autoencoder_distances(config)
     frozen = _bytes(p for model in _frozen_models(config) for p in model.parameters())
-    frozen += _bytes(pixels[0].parameters()) if pixels is not None else 0.0
+    pixel_metrics = [metric for metric, _ in distances if isinstance(metric, PixelLPIPS)]
+    frozen += _bytes(p for metric in pixel_metrics for p in metric.parameters())
     # The first backward pass of a process decides whether autograd starts threads. On fake tensors it would
     # start some, and processes forked from this one could not train.
     torch.ones((), requires_grad=True).backward()
@@ -77,7 +79,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
                 _to_fake(network)
                 if config.engine.activation_checkpointing:
                     engine.recompute(list(family_of(config.teacher).shard_units(network)))
-        working = _working_bytes(config, world_size, student, discriminator, pixels)
+        working = _working_bytes(config, world_size, student, discriminator, distances)
     shards = _shards(config, world_size)
     trained = [student] if discriminator is None else [student, discriminator]
     gib = 2.0**30
@@ -95,7 +97,7 @@ def _working_bytes(
     world_size: int,
     student: Student,
     discriminator: nn.Module | None,
-    pixels: nn.ModuleList | None,
+    distances: list[nn.ModuleList],
 ) -> float:
     """Bytes of gradients and saved activations at the peak of a step. Call it in a FakeTensorMode."""
     rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
@@ -103,12 +105,12 @@ def _working_bytes(
     # DDP's buckets hold the gradients of all trained networks during the whole run.
     buckets = config.engine.parallel == "ddp" and world_size > 1
 
-    # The student's forward pass, which stays alive during the distance in pixels.
+    # The student's forward pass, which stays alive during the distances behind the autoencoder.
     student_graph = _activations(config, student, student, partial(_generate, student))
     working = student_graph.of(rows)
-    if pixels is not None:
-        _to_fake(pixels)
-        working += _distance_activations(pixels, student.latent_shape).of(rows)
+    for distance in distances:
+        _to_fake(distance)
+        working += _distance_activations(distance, student.latent_shape).of(rows)
 
     # The peak is the forward pass, an optimizer step, or the update of the discriminator.
     working = max(working, _update_bytes(student, config.optim, shards, buckets))
@@ -168,7 +170,7 @@ def _update_bytes(network: nn.Module, optim: OptimConfig, shards: int, buckets: 
 
     The fused optimizer has no temporaries.
     """
-    temporaries = 1.0 if optim.name in ("adamw", "radam") else 0.0
+    temporaries = 1.0 if optim.name != "adamw_fused" else 0.0
     return ((not buckets) + temporaries) * _bytes(_trained(network)) / shards
 
 
@@ -243,12 +245,12 @@ def _penalty_activations(discriminator: nn.Module, student: Student) -> SavedByt
     return SavedBytes(fixed=0.0, row=row)
 
 
-def _distance_activations(pixels: nn.ModuleList, shape: tuple[int, int, int]) -> SavedBytes:
+def _distance_activations(distance: nn.ModuleList, shape: tuple[int, int, int]) -> SavedBytes:
     """Bytes that LPIPS between the decoded latents of student and teacher saves, in fp32."""
 
     def of(rows: int) -> float:
         pred = torch.empty(rows, *shape, requires_grad=True)
-        return saved_bytes(pixels, lambda: pixels[0](pred, torch.empty(rows, *shape)), False)
+        return saved_bytes(distance, lambda: distance[0](pred, torch.empty(rows, *shape)), False)
 
     return SavedBytes.from_batches(of(1), of(2))
 
@@ -264,12 +266,18 @@ def _meta_discriminator(config: DistillConfig) -> nn.Module:
     return DISCRIMINATORS[config.gan.discriminator].build_on_meta(config.teacher, config.gan)
 
 
-def _pixel_distance(config: DistillConfig) -> nn.ModuleList:
-    """The configured LPIPS with random weights, and the autoencoder that decodes for it, without weights."""
-    vae, options = pretrained.autoencoder_on_meta(config.teacher), config.regression
-    resize = options.lpips_resize or None
-    metric = PixelLPIPS(options.lpips_net, pretrained=False, decode=partial(decode, vae), resize=resize)
-    return nn.ModuleList([metric, vae.requires_grad_(False)])
+def _autoencoder_distances(config: DistillConfig) -> list[nn.ModuleList]:
+    """The losses that differentiate the autoencoder, each with the autoencoder beside it, without weights."""
+    options, distances = config.regression, []
+    if "lpips" in options.names:
+        vae = pretrained.autoencoder_on_meta(config.teacher).requires_grad_(False)
+        resize = options.lpips_resize or None
+        metric = PixelLPIPS(options.lpips_net, pretrained=False, decode=partial(decode, vae), resize=resize)
+        distances.append(nn.ModuleList([metric, vae]))
+    if "decoder_features" in options.names:
+        vae = pretrained.autoencoder_on_meta(config.teacher)
+        distances.append(nn.ModuleList([DecoderFeatures(vae, options.decoder_blocks), nn.Module()]))
+    return distances
 
 
 def _to_fake(network: nn.Module) -> None:
@@ -286,7 +294,7 @@ def _to_fake(network: nn.Module) -> None:
 def _frozen_models(config: DistillConfig) -> list[nn.Module]:
     """Text encoders, and the autoencoder if images are decoded or encoded."""
     components = [p for p in open_pipeline(config.teacher).components if p.startswith("text_encoder")]
-    needs_vae = "vae" in regression_networks(config.regression)
+    needs_vae = bool(regression_networks(config.regression) & {"vae", "decoder"})
     needs_images = needs_vae or config.gan.real or config.train.preview_prompts
     if needs_images and (autoencoder := family_of(config.teacher).autoencoder) is not None:
         components.append(autoencoder)

@@ -14,8 +14,8 @@ def _loss_conditions() -> dict[tuple[str, ...], Condition]:
     """Settings that a single regression loss reads."""
     return {
         tuple(f"regression.{setting}" for setting in loss.settings): (
-            lambda config, name=name: config.regression.kind == name,  # type: ignore[misc]
-            f"with regression.kind={name}",
+            lambda config, name=name: name in config.regression.names,  # type: ignore[misc]
+            f"with {name} in regression.losses",
         )
         for name, loss in REGRESSION_LOSSES.items()
         if loss.settings
@@ -66,11 +66,12 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
     ),
     ("gan.optim.decay",): (lambda c: c.gan.optim.decay_images > 0, "with gan.optim.decay_images above 0"),
     ("optim.decay",): (lambda c: c.optim.decay_images > 0, "with optim.decay_images above 0"),
+    ("train.ema_beta",): (lambda c: not c.train.ema_halflife_images, "with train.ema_halflife_images=0"),
     **_loss_conditions(),
     **_discriminator_conditions(),
     ("lpips",): (
         lambda c: "latent_lpips" in regression_networks(c.regression),
-        "with regression.kind=e_latent_lpips or latent_lpips, or regression.latent_lpips_weight above 0",
+        "with e_latent_lpips or latent_lpips in regression.losses",
     ),
 }
 """When a run uses a setting (or a group, whose name ends with a dot): the condition, and its words."""

@@ -15,7 +15,8 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer of the trainable parameters of `module`.
 
     Parameters inside attention modules get `attention_weight_decay`, all others `weight_decay` (method.md
-    "Schedule and hyperparameters"). Weight decay is decoupled for every optimizer.
+    "Schedule and hyperparameters"). Weight decay is decoupled, except for "adam", which adds
+    it to the gradient.
     """
     attention = attention_parameters(module)
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -32,6 +33,8 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     if config.name == "radam":
         return torch.optim.RAdam(groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas)
     fused = True if config.name == "adamw_fused" else None
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 

@@ -106,7 +106,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
             lambda net: kind.shard_units(config.teacher, net),
         )
         optim_d = optimizer(discriminator.module, config.gan.optim)
-    ema = EMA(student.module, config.train.ema_beta, config.train.ema_start_images)
+    ema = EMA(student.module, config.train.ema_decay, config.train.ema_start_images)
     return State(student, optimizer(student.module, config.optim), ema, discriminator, optim_d)
 
 

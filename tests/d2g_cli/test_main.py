@@ -123,8 +123,8 @@ def test_version_from_a_fresh_process() -> None:
             "gan.r1_interval is set, but acts only",
         ),
         (
-            "distill ode --lpips x --set regression.kind=mse",
-            "lpips is set, but acts only with regression.kind",
+            "distill ode --lpips x --set regression.losses=mse",
+            "lpips is set, but acts only with e_latent_lpips or latent_lpips in regression.losses",
         ),
         ("distill ode --validate nope", "unknown --validate protocol 'nope'; known: "),
         ("distill ode --validate nope --dry-run", "unknown --validate protocol 'nope'"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tiny
 import tiny_teachers
+from d2g.core.config import override
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
@@ -200,7 +201,7 @@ def test_memory_is_foretold(kind: str, folders: dict[str, str]) -> None:
     config = DistillConfig(
         teacher=folder,
         student=StudentConfig(dropout=0.1),
-        regression=RegressionConfig(kind="mse"),
+        regression=RegressionConfig(losses=(("mse", 1.0),)),
         train=TrainConfig(batch_size=4096, precision="fp32"),
     )
     found, two = predict(config, 1), predict(replace(config, engine=EngineConfig(gradient_accumulation=2)), 1)
@@ -213,10 +214,10 @@ def test_memory_is_foretold(kind: str, folders: dict[str, str]) -> None:
 def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
     """What fake tensors keep of it, decoder and enlarging included, is what it keeps with data."""
     folder, rows = folders[kind], 2048
-    lpips = RegressionConfig(kind="lpips", lpips_net="squeeze", lpips_resize=40)
+    lpips = RegressionConfig(losses=(("lpips", 1.0),), lpips_net="squeeze", lpips_resize=40)
     plain = DistillConfig(
         teacher=folder,
-        regression=RegressionConfig(kind="mse"),
+        regression=RegressionConfig(losses=(("mse", 1.0),)),
         train=TrainConfig(batch_size=rows, precision="fp32"),
     )
     without, found = (predict(c, 1) for c in (plain, replace(plain, regression=lpips)))
@@ -233,16 +234,14 @@ def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("losses", "says"),
     [
-        ({"kind": "e_latent_lpips"}, "set regression.kind=mse, pseudo_huber or lpips"),
-        ({"kind": "latent_lpips"}, "set regression.kind=mse, pseudo_huber or lpips"),
-        ({"kind": "mse", "latent_lpips_weight": 1.0}, "set regression.latent_lpips_weight=0"),
+        ("e_latent_lpips", "there is no e_latent_lpips; expected .* mse, l1, pseudo_huber or lpips"),
+        ("decoder_features:1", "there is no decoder_features; expected regression.losses of mse, l1"),
+        ("mse:1,latent_lpips:1", "there is no latent_lpips; expected"),
     ],
 )
-def test_there_is_no_latent_distance_of_pixels(
-    settings: dict[str, Any], says: str, folders: dict[str, str]
-) -> None:
-    config = DistillConfig(teacher=folders["EDM of classes"], regression=RegressionConfig(**settings))
-    with pytest.raises(SettingError, match=f"generates pixels, for which there is no LatentLPIPS; {says}"):
+def test_there_is_no_latent_distance_of_pixels(losses: str, says: str, folders: dict[str, str]) -> None:
+    config = override(DistillConfig(teacher=folders["EDM of classes"]), [f"regression.losses={losses}"])
+    with pytest.raises(SettingError, match=f"generates pixels, for which {says}"):
         build_regression(config, 3)

@@ -137,7 +137,7 @@ def test_a_real_diverging_run_is_detected(teacher: Path, tmp_path: Path) -> None
     """A run as it should be, in which nothing is wrong although it starts wild, and then with a rate that
     grows without end."""
     pairs = make_pairs(teacher, tmp_path)
-    settings = ("regression.kind=mse", "train.on_collapse=off")
+    settings = ("regression.losses=mse", "train.on_collapse=off")
     rising = ("train.images=40", "optim.lr=10", "optim.warmup_images=400", f"init={tmp_path / 'sane'}")
     train(distill_config(teacher, pairs, *settings, "train.images=100", "optim.lr=1e-3"), tmp_path / "sane")
     train(distill_config(teacher, pairs, *settings, *rising), tmp_path / "wild")

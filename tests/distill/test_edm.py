@@ -89,7 +89,7 @@ def run(world: Path) -> Path:
 def test_the_preset_is_the_papers_but_for_size(world: Path) -> None:
     config = override(preset("cifar10", "ode"), sets(world, 6))
     assert (config.student.dropout, config.optim.name, config.optim.lr) == (0.1, "radam", 4e-4)
-    assert config.regression.kind == "lpips" and preset("cifar10", "ode").regression.lpips_resize == 224
+    assert config.regression.names == ("lpips",) and preset("cifar10", "ode").regression.lpips_resize == 224
     spec = PairReader(str(world / "pairs")).spec
     assert (spec.solver, spec.steps, spec.guidance, spec.conditioning) == ("heun", 18, 1.0, "label")
 
@@ -151,7 +151,7 @@ def test_it_learns_its_pairs_by_heart(world: Path, tmp_path: Path) -> None:
         teacher=str(world / "teacher"),
         pairs=str(tmp_path / "pairs"),
         optim=OptimConfig(name="radam", lr=1e-2, weight_decay=0.0, attention_weight_decay=0.0),
-        regression=RegressionConfig(kind="mse"),
+        regression=RegressionConfig(losses=(("mse", 1.0),)),
         train=replace(TRAIN, images=16 * 150, batch_size=16, report_images=16 * 10),
     )
     train(config, tmp_path / "run")

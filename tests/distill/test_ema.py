@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from distill.config.run import TrainConfig
 from distill.models.ema import EMA
 
 
@@ -31,6 +32,13 @@ def test_closed_form() -> None:
         ema.update(module, n)
         torch.testing.assert_close(ema.tensors["weight"], torch.full((2,), 1 - 0.9**n))
     assert ema.tensors["count"].item() == 1
+
+
+def test_half_life_does_not_depend_on_the_batch_size() -> None:
+    for batch_size in (1, 8, 40):
+        config = TrainConfig(batch_size=batch_size, ema_halflife_images=80)
+        assert config.ema_decay ** (80 / batch_size) == pytest.approx(0.5)
+    assert TrainConfig(ema_beta=0.3).ema_decay == 0.3
 
 
 def test_a_plain_copy_until_the_start() -> None:

@@ -120,17 +120,17 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
          "photographs, 0.3 of its real rows"), ("photos,",),
     ),
     "ensemble": (
-        "ode", ("regression.augment=bgo", "regression.latent_lpips_weight=0.5", "regression.l1_weight=0.25",
-                "regression.draws=2", "regression.weight=3"),
-        ("`e_latent_lpips`, transforms `bgo`, 2 draws, weight 3; LatentLPIPS without transforms, weight 0.5; "
-         "L1, weight 0.25.",), ("Discriminator", "R1"),
+        "ode", ("regression.augment=bgo", "regression.losses=e_latent_lpips:3,latent_lpips:0.5,l1:0.25",
+                "regression.draws=2"),
+        ("`e_latent_lpips`, transforms `bgo`, 2 draws, weight 3; `latent_lpips`, weight 0.5; "
+         "`l1`, weight 0.25.",), ("Discriminator", "R1"),
     ),
     "pixels": (
-        "ode", ("regression.kind=lpips", "regression.lpips_net=alex", "regression.lpips_resize=224"),
+        "ode", ("regression.losses=lpips", "regression.lpips_net=alex", "regression.lpips_resize=224"),
         ("Regression: `lpips` of alex at 224 pixels, weight 1.",), ("transforms",),
     ),
     "pseudo-Huber": (
-        "ode", ("regression.kind=pseudo_huber", "regression.huber_c=0.01"),
+        "ode", ("regression.losses=pseudo_huber", "regression.huber_c=0.01"),
         ("Regression: `pseudo_huber`, c 0.01, weight 1.",), ("transforms",),
     ),
     "student": (

@@ -1,4 +1,4 @@
-"""distill.training.optim: which optimiser, and the learning rate as a function of images."""
+"""distill.training.optim: which optimizer, and the learning rate as a function of images."""
 
 import math
 from typing import Any
@@ -19,8 +19,11 @@ class Net(nn.Module):
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("adamw_fused", "AdamW"), ("radam", "RAdam")])
-def test_each_name_is_that_optimiser(name: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw", "AdamW"), ("adamw_fused", "AdamW"), ("adam", "Adam"), ("radam", "RAdam")],
+)
+def test_each_name_is_that_optimizer(name: Any, kind: str) -> None:
     config = OptimConfig(name=name, lr=0.01, betas=(0.5, 0.9))
     made = optimizer(Net(), config)
     assert type(made).__name__ == kind
@@ -40,6 +43,16 @@ def test_weight_decay_is_decoupled(name: Any) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer(net, OptimConfig(name=name, lr=0.1, weight_decay=0.5)).step()
     torch.testing.assert_close(net.rest.weight.detach(), before * (1 - 0.1 * 0.5))
+
+
+def test_weight_decay_of_adam_is_part_of_the_gradient() -> None:
+    """Without a gradient, the first step of Adam moves every weight by the learning rate against its sign."""
+    net = Net()
+    before = net.rest.weight.detach().clone()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer(net, OptimConfig(name="adam", lr=0.1, weight_decay=0.5)).step()
+    torch.testing.assert_close(net.rest.weight.detach(), before - 0.1 * before.sign(), rtol=0, atol=1e-5)
 
 
 def rates(config: OptimConfig, *images: int) -> list[float]:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2g.core.errors import UserError
+from d2g.core.config import override
+from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
 from distill.config.components import RegressionConfig
 from distill.config.run import DistillConfig, TrainConfig
 from distill.losses.regression import base
+from distill.losses.regression.decoder_features import EPSILON, OUTLIER, DecoderFeatures
 from distill.losses.regression.mse import squared_error
 from distill.losses.regression.pseudo_huber import pseudo_huber
 from distill.losses.regression.registry import REGRESSION_LOSSES
@@ -21,9 +23,11 @@ from distill.losses.regression.regression import Regression, build_regression
 from latent_lpips.weights import load_lpips
 
 
-def made(teacher: Path, **settings: Any) -> Regression:
-    train, regression = TrainConfig(precision="fp32"), RegressionConfig(**settings)
-    return build_regression(DistillConfig(teacher=str(teacher), regression=regression, train=train), 4)
+def build(teacher: Path, losses: str = "e_latent_lpips", **settings: Any) -> Regression:
+    config = DistillConfig(
+        teacher=str(teacher), regression=RegressionConfig(**settings), train=TrainConfig(precision="fp32")
+    )
+    return build_regression(override(config, [f"regression.losses={losses}"]), 4)
 
 
 def latents(seed: int = 0) -> Tensor:
@@ -69,7 +73,7 @@ def test_pseudo_huber_is_square_near_zero_and_straight_far_away() -> None:
 
 @pytest.mark.parametrize("kind", sorted(REGRESSION_LOSSES.keys() - {"lpips"}))
 def test_each_kind_is_a_distance_with_a_gradient(teacher: Path, kind: Any) -> None:
-    regression, target = made(teacher, kind=kind, weight=2.0), latents(1)
+    regression, target = build(teacher, f"{kind}:2"), latents(1)
     pred = latents().requires_grad_(True)
     total, parts = of(regression, pred, target)
     assert set(parts) == {f"loss/{kind}"}
@@ -78,19 +82,20 @@ def test_each_kind_is_a_distance_with_a_gradient(teacher: Path, kind: Any) -> No
     assert pred.grad is not None and (pred.grad.abs().amax((1, 2, 3)) > 0).all()
     assert of(regression, target, target)[0].item() == pytest.approx(0.0, abs=1e-6)
     metric = load_lpips(str(teacher / "latent_lpips"), 4)
-    judged = {
+    expected = {
         "latent_lpips": lambda: metric(pred, target).mean(),
         "mse": lambda: torch.nn.functional.mse_loss(pred, target),
+        "l1": lambda: torch.nn.functional.l1_loss(pred, target),
         "pseudo_huber": lambda: pseudo_huber(pred, target, 0.00054).mean(),
     }
-    if kind in judged:
-        torch.testing.assert_close(parts[f"loss/{kind}"], judged[kind]())
+    if kind in expected:
+        torch.testing.assert_close(parts[f"loss/{kind}"], expected[kind]())
 
 
 def test_what_stands_beside_is_added_by_its_weight(teacher: Path) -> None:
     pred, target = latents(), latents(1)
-    alone, _ = of(made(teacher, kind="mse"), pred, target)
-    total, parts = of(made(teacher, kind="mse", latent_lpips_weight=3.0, l1_weight=0.5), pred, target)
+    alone, _ = of(build(teacher, "mse"), pred, target)
+    total, parts = of(build(teacher, "mse,latent_lpips:3,l1:0.5"), pred, target)
     assert set(parts) == {"loss/mse", "loss/latent_lpips", "loss/l1"}
     assert parts["loss/l1"].item() == pytest.approx((pred - target).abs().mean().item())
     expected = alone + 3 * parts["loss/latent_lpips"] + 0.5 * parts["loss/l1"]
@@ -99,20 +104,19 @@ def test_what_stands_beside_is_added_by_its_weight(teacher: Path) -> None:
 
 def test_draws_and_families_belong_to_the_ensemble(teacher: Path) -> None:
     pred, target = latents(), latents(1)
-    augmented, plain = made(teacher, augment="none"), made(teacher, kind="latent_lpips")
+    augmented, plain = build(teacher, augment="none"), build(teacher, "latent_lpips")
     torch.testing.assert_close(of(augmented, pred, target)[0], of(plain, pred, target)[0])
     rng = torch.Generator().manual_seed(0)
-    two = made(teacher, draws=2).draw(3, (4, 4, 4), rng)
+    two = build(teacher, draws=2).draw(3, (4, 4, 4), rng)
     assert two is not None and len(two) == 2 and plain.draw(3, (4, 4, 4), rng) is None
 
 
 def test_weights_are_read_where_they_are_needed(teacher: Path, tmp_path: Path) -> None:
-    config = RegressionConfig(kind="mse")
-    build_regression(DistillConfig(teacher=str(teacher), lpips=str(tmp_path), regression=config), 4)
-    for settings in ({"kind": "latent_lpips"}, {"kind": "mse", "latent_lpips_weight": 1.0}):
-        config = RegressionConfig(**settings)  # type: ignore[arg-type]
+    config = DistillConfig(teacher=str(teacher), lpips=str(tmp_path))
+    build_regression(override(config, ["regression.losses=mse"]), 4)
+    for losses in ("latent_lpips", "mse,latent_lpips"):
         with pytest.raises(UserError):
-            build_regression(DistillConfig(teacher=str(teacher), lpips=str(tmp_path), regression=config), 4)
+            build_regression(override(config, [f"regression.losses={losses}"]), 4)
 
 
 def test_lpips_in_pixels_sees_decoded_latents(teacher: Path, tmp_path: Path) -> None:
@@ -125,13 +129,13 @@ def test_lpips_in_pixels_sees_decoded_latents(teacher: Path, tmp_path: Path) -> 
     torch.manual_seed(0)
     file = tmp_path / "squeeze.pth"
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
-    regression = made(teacher, kind="lpips", lpips_net="squeeze", lpips_weights=str(file), lpips_resize=40)
+    regression = build(teacher, "lpips", lpips_net="squeeze", lpips_weights=str(file), lpips_resize=40)
     pred, target = latents().requires_grad_(True), latents(1)
     total, parts = of(regression, pred, target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         judge = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
-    judge.net.load_state_dict(regression.distance.function.trunk.state_dict())
+    judge.net.load_state_dict(regression.distances["lpips"].function.trunk.state_dict())
     vae = pretrained.load_vae(str(teacher))
     pictures = [
         torch.nn.functional.interpolate(decode(vae, x), (40, 40), mode="bilinear") for x in (pred, target)
@@ -140,3 +144,31 @@ def test_lpips_in_pixels_sees_decoded_latents(teacher: Path, tmp_path: Path) -> 
     total.backward()
     assert set(parts) == {"loss/lpips"} and pred.grad is not None and pred.grad.abs().max() > 0
     assert all(p.grad is None for p in regression.parameters())
+
+
+def test_decoder_features_are_those_of_the_decoder(teacher: Path) -> None:
+    """The definition, applied to what hooks on the blocks of `vae.decode` see."""
+    vae, blocks = pretrained.load_vae(str(teacher)), 1
+    distance, pred, target = DecoderFeatures(vae, blocks), latents(), latents(1)
+    outputs: dict[str, list[Tensor]] = {}
+    for name, block in (("mid", vae.decoder.mid_block), ("up", vae.decoder.up_blocks[0])):
+        outputs[name] = []
+        block.register_forward_hook(lambda _, args, output, name=name: outputs[name].append(output))
+    for x in (pred, target):
+        decode(vae, x)
+    expected = torch.zeros(3)
+    for name in ("mid", "up"):
+        predicted, wanted = outputs[name]
+        std, mean = torch.std_mean(wanted, dim=(2, 3), keepdim=True, correction=0)
+        scale = (std.square() + EPSILON).rsqrt()
+        mask = ((wanted - mean) * scale).abs() <= OUTLIER
+        error = (((predicted - wanted) * scale).square() * mask).mean(dim=(1, 2, 3))
+        expected += error * 4 / wanted.shape[-1]
+    torch.testing.assert_close(distance(pred, target), expected)
+
+
+def test_decoder_features_need_a_decoder_of_enough_blocks(teacher: Path) -> None:
+    with pytest.raises(SettingError, match=r"decoder_blocks is 9; expected at most \d"):
+        build(teacher, "decoder_features", decoder_blocks=9)
+    with pytest.raises(SettingError, match="reads an AutoencoderKL's decoder; got Linear"):
+        DecoderFeatures(torch.nn.Linear(1, 1), 1)

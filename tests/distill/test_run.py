@@ -8,7 +8,7 @@ import pytest
 
 from d2g.core.config import from_json, override, to_json, with_values
 from d2g.core.errors import SettingError
-from distill.config.components import RegressionKind
+from distill.config.components import RegressionName
 from distill.config.presets import DISTILL_PRESETS, TABLE_A1, preset
 from distill.config.run import (
     DiscriminatorConfig,
@@ -27,24 +27,25 @@ def test_presets_are_table_a1() -> None:
             p.train.images // p.train.batch_size,
             p.train.batch_size,
             p.optim.lr,
-            p.regression.kind,
+            p.regression.losses,
             p.regression.augment,
-            p.regression.latent_lpips_weight,
             p.train.ema_start_images // p.train.batch_size,
             p.engine.gpus,
         )
         for name, stages in TABLE_A1.items()
         for stage, p in stages.items()
     }
-    own = "e_latent_lpips"
+    falling = (1e-4, 1e-5, "linear")
+    own = (("e_latent_lpips", 1.0),)
+    both = (*own, ("latent_lpips", 1.0))
     assert table == {
-        ("cifar10", "ode"): (150_000, 512, 4e-4, "lpips", "bgco", 0.0, 20_000, 8),
-        ("sd15-cfg3", "ode"): (150_000, 256, 1e-4, own, "bgo", 1.0, 4_000, 16),
-        ("sd15-cfg3", "gan"): (10_000, 256, 1e-5, own, "bgo", 1.0, 4_000, 16),
-        ("sd15-cfg8", "ode"): (50_000, 2048, 1e-4, own, "bgco", 0.0, 4_000, 64),
-        ("sd15-cfg8", "gan"): (10_000, 1024, 1e-5, own, "bgco", 0.0, 4_000, 64),
-        ("sdxl-cfg7", "ode"): (20_000, 1024, 1e-4, own, "bgco", 0.0, 4_000, 128),
-        ("sdxl-cfg7", "gan"): (30_000, 512, 1e-5, own, "bgco", 0.0, 4_000, 128),
+        ("cifar10", "ode"): (150_000, 512, 4e-4, (("lpips", 1.0),), "bgco", 20_000, 8),
+        ("sd15-cfg3", "ode"): (150_000, 256, 1e-4, both, "bgo", 4_000, 16),
+        ("sd15-cfg3", "gan"): (10_000, 256, 1e-5, both, "bgo", 4_000, 16),
+        ("sd15-cfg8", "ode"): (50_000, 2048, 1e-4, own, "bgco", 4_000, 64),
+        ("sd15-cfg8", "gan"): (10_000, 1024, 1e-5, own, "bgco", 4_000, 64),
+        ("sdxl-cfg7", "ode"): (20_000, 1024, 1e-4, own, "bgco", 4_000, 128),
+        ("sdxl-cfg7", "gan"): (30_000, 512, 1e-5, own, "bgco", 4_000, 128),
     }
     assert {
         name: (
@@ -53,14 +54,14 @@ def test_presets_are_table_a1() -> None:
             p.gan.noise_augment,
             p.gan.optim.betas,
             p.gan.mix_fraction > 0,
-            p.gan.optim.lr,
+            (p.gan.optim.lr, p.gan.optim.final_lr, p.gan.optim.decay, p.gan.optim.decay_images),
         )
         for name, stages in TABLE_A1.items()
         if (p := stages.get("gan"))
     } == {
-        "sd15-cfg3": (0.25, "single", "none", (0.9, 0.999), True, 1e-5),
-        "sd15-cfg8": (0.25, "single", "none", (0.9, 0.999), True, 1e-5),
-        "sdxl-cfg7": (1.0, "none", "uniform", (0.0, 0.99), True, 1e-5),
+        "sd15-cfg3": (0.25, "single", "none", (0.9, 0.999), True, (*falling, 2_560_000)),
+        "sd15-cfg8": (0.25, "single", "none", (0.9, 0.999), True, (*falling, 10_240_000)),
+        "sdxl-cfg7": (1.0, "none", "uniform", (0.0, 0.99), True, (*falling, 15_360_000)),
     }
     for name, stages in TABLE_A1.items():
         for p in stages.values():
@@ -118,20 +119,21 @@ def test_each_row_of_the_ablation_adds_one_part(prefix: str, base: str) -> None:
 
 @pytest.mark.parametrize(("prefix", "base"), [("", "sd15-cfg3"), ("miniature-", "miniature")])
 def test_the_rows_of_the_loss_comparison_differ_in_the_loss_only(prefix: str, base: str) -> None:
-    kinds: dict[str, RegressionKind] = {
+    kinds: dict[str, RegressionName] = {
         "mse": "mse",
         "pseudo-huber": "pseudo_huber",
         "lpips": "lpips",
         "latent-lpips": "latent_lpips",
         "e-latent-lpips": "e_latent_lpips",
+        "decoder-features": "decoder_features",
     }
     first = DISTILL_PRESETS[f"{prefix}loss-mse"]["ode"]
     for name, kind in kinds.items():
         stages = DISTILL_PRESETS[f"{prefix}loss-{name}"]
-        assert set(stages) == {"ode"} and stages["ode"].regression.kind == kind
-        assert stages["ode"] == replace(first, regression=replace(first.regression, kind=kind))
+        assert set(stages) == {"ode"} and stages["ode"].regression.names == (kind,)
+        assert stages["ode"] == replace(first, regression=replace(first.regression, losses=((kind, 1.0),)))
     ode = DISTILL_PRESETS[base]["ode"]
-    regression = replace(ode.regression, kind="mse", latent_lpips_weight=0.0)
+    regression = replace(ode.regression, losses=(("mse", 1.0),))
     assert first == replace(ode, regression=regression, train=replace(ode.train, images=first.train.images))
     if not prefix:
         assert (first.train.images, first.train.batch_size) == (20_000 * 256, 256)
@@ -222,17 +224,18 @@ def group(name: str, /, **values: object) -> DistillConfig:
         (lambda: group("optim", lr=0), r"^optim\.lr is 0; expected a positive number$"),
         (lambda: group("optim", weight_decay=-1), r"^optim\.weight_decay is -1; expected 0 or more$"),
         (lambda: group("regression", draws=0), "draws"),
-        (lambda: group("regression", l1_weight=-1), r"^regression\.l1_weight is -1"),
+        (lambda: group("regression", losses=(("l1", -1.0),)), r"^regression\.losses is .*positive weights"),
+        (lambda: group("regression", losses=()), r"^regression\.losses is .*expected names, each once"),
         (lambda: group("gan", mix_fraction=1), "gan.mix_fraction is 1"),
         (lambda: group("gan", r1_interval=0), "r1_interval"),
         (lambda: group("optim", betas=(0.9, 1.0)), "optim.betas"),
-        (lambda: group("optim", name="adam"), r"optim.name is 'adam'; did you mean 'radam'\?"),
+        (lambda: group("optim", name="adm"), r"optim.name is 'adm'; did you mean 'adam'\?"),
         (lambda: group("optim", final_lr=1e-5), "set decay_images"),
         (lambda: group("gan.optim", lr=0), r"^gan\.optim\.lr is 0; expected a positive number$"),
         (lambda: group("optim", final_lr=1.0, decay_images=1), "optim.final_lr is 1.0; expected 0 to lr"),
-        (lambda: group("regression", kind="latent_lpips", latent_lpips_weight=1), "set weight instead"),
+        (lambda: group("regression", losses=(("mse", 1.0), ("mse", 2.0))), "each once"),
         (lambda: group("regression", huber_c=0), "huber_c"),
-        (lambda: group("regression", kind="huber"), "did you mean 'pseudo_huber'"),
+        (lambda: group("regression", losses=(("huber", 1.0),)), "did you mean 'pseudo_huber'"),
         (lambda: group("gan", loss="wgan"), "gan.loss is 'wgan'"),
         (lambda: group("gan", mix_x=0, mix_c=0, mix_z=0), "set one above 0"),
         (lambda: group("gan", mix_x=-1), "mix_x"),
@@ -328,13 +331,15 @@ IDLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
     ("gan.optim.decay=step", ("optim.decay_images=9",), ("gan.optim.decay_images=9",)),
     ("optim.decay=step", ("gan.optim.decay_images=9",), ("optim.decay_images=9",)),
-    ("regression.augment=bg", ("regression.kind=mse",), ()),
-    ("regression.draws=2", ("regression.kind=latent_lpips",), ()),
-    ("regression.huber_c=2", (), ("regression.kind=pseudo_huber",)),
-    ("regression.lpips_net=alex", (), ("regression.kind=lpips",)),
-    ("regression.lpips_weights=x", ("regression.kind=mse",), ("regression.kind=lpips",)),
-    ("regression.lpips_resize=9", (), ("regression.kind=lpips",)),
-    ("lpips=x", ("regression.kind=mse",), ("regression.kind=mse", "regression.latent_lpips_weight=1")),
+    ("train.ema_beta=0.5", ("train.ema_halflife_images=9",), ()),
+    ("regression.augment=bg", ("regression.losses=mse",), ()),
+    ("regression.draws=2", ("regression.losses=latent_lpips",), ()),
+    ("regression.huber_c=2", (), ("regression.losses=pseudo_huber",)),
+    ("regression.decoder_blocks=2", (), ("regression.losses=mse,decoder_features:0.1",)),
+    ("regression.lpips_net=alex", (), ("regression.losses=lpips",)),
+    ("regression.lpips_weights=x", ("regression.losses=mse",), ("regression.losses=lpips",)),
+    ("regression.lpips_resize=9", (), ("regression.losses=lpips",)),
+    ("lpips=x", ("regression.losses=mse",), ("regression.losses=mse,latent_lpips",)),
 ]
 
 

@@ -38,8 +38,7 @@ COMMON = (
     "optim.warmup_images=24",
     "optim.decay_images=200",
     "optim.clip_norm=5",
-    "regression.latent_lpips_weight=0.5",
-    "regression.l1_weight=0.1",
+    "regression.losses=e_latent_lpips:1,latent_lpips:0.5,l1:0.1",
     "train.ema_start_images=16",
 )
 SETTINGS = {"ode": COMMON, "gan": (*COMMON, "gan.r1_interval=4", "gan.r1_gamma=0.1", "gan.optim.lr=1e-4")}

@@ -11,8 +11,10 @@ from distill.config.components import RegressionConfig
 from latent_lpips.augment import AugmentParams
 from latent_lpips.distance import LatentLPIPS
 
-Network = Literal["latent_lpips", "vae"]
-"""Frozen networks that a loss may need: LatentLPIPS, and the teacher's autoencoder."""
+Network = Literal["latent_lpips", "vae", "decoder"]
+"""Frozen networks that a loss may need: LatentLPIPS; the teacher's autoencoder, which is the identity for a
+teacher of pixels; the decoder of the autoencoder.
+"""
 
 Transforms = list[AugmentParams] | None
 """Random transforms of a batch, one entry per draw; None for a loss without transforms."""
@@ -51,7 +53,7 @@ class FunctionDistance(RowDistance):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegressionLoss:
-    """A value of `regression.kind`, defined at the top level of `distill/losses/regression/NAME.py`."""
+    """A name in `regression.losses`, defined at the top level of `distill/losses/regression/NAME.py`."""
 
     name: str
     build: Callable[[RegressionConfig, FrozenNetworks], RowDistance]

@@ -1,14 +1,14 @@
 """All regression losses by name.
 
 To add one, write `distill/losses/regression/NAME.py` with a `RegressionLoss`, and add NAME to
-`RegressionKind` in `distill/config/components.py`, with the loss's settings if it has any. Presets, checks of
+`RegressionName` in `distill/config/components.py`, with the loss's settings if it has any. Presets, checks of
 settings, monitoring and the model card follow from that.
 """
 
 from importlib import import_module
 from typing import get_args
 
-from distill.config.components import RegressionConfig, RegressionKind
+from distill.config.components import RegressionConfig, RegressionName
 from distill.losses.regression.base import Network, RegressionLoss
 
 
@@ -20,11 +20,10 @@ def _load(name: str) -> RegressionLoss:
     return loss
 
 
-REGRESSION_LOSSES: dict[str, RegressionLoss] = {name: _load(name) for name in get_args(RegressionKind)}
-"""Entries by `regression.kind`."""
+REGRESSION_LOSSES: dict[str, RegressionLoss] = {name: _load(name) for name in get_args(RegressionName)}
+"""Entries by their name in `regression.losses`."""
 
 
 def regression_networks(config: RegressionConfig) -> frozenset[Network]:
-    """The frozen networks that a run's regression needs, those of an added LatentLPIPS term included."""
-    needs = REGRESSION_LOSSES[config.kind].needs
-    return needs | {"latent_lpips"} if config.latent_lpips_weight > 0 else needs
+    """The frozen networks that a run's regression losses need."""
+    return frozenset(network for name in config.names for network in REGRESSION_LOSSES[name].needs)
