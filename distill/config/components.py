@@ -211,6 +211,11 @@ class DiscriminatorConfig:
         "One head per level (SD 1.5: 12, SDXL: 9) in place of the last one alone",
         source='method.md "Discriminator architecture"',
     )
+    output_head: bool = setting(
+        False,
+        "One more head on the U-Net's own output, as the paper's figure draws it",
+        source='none; method.md "Discriminator architecture"',
+    )
     freeze_backbone: bool = setting(
         False,
         "Train the heads and the discriminator's own convolutions only; the paper trains everything",

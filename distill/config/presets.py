@@ -43,8 +43,8 @@ def _recompute(gpus: int) -> EngineConfig:
 
 
 def _falling(images: int, betas: tuple[float, float] = (0.9, 0.999)) -> OptimConfig:
-    """D's learning rate as Table A1 prints it, "1e-4 -> 1e-5", read as a fall over stage 2. For a constant rate
-    set gan.optim.lr=1e-5, gan.optim.final_lr=0 and gan.optim.decay_images=0.
+    """D's learning rate as Table A1 prints it, "1e-4 -> 1e-5", read as a fall over stage 2. For a constant
+    rate set gan.optim.lr=1e-5, gan.optim.final_lr=0 and gan.optim.decay_images=0.
     """
     return OptimConfig(lr=1e-4, final_lr=1e-5, decay="linear", decay_images=images, betas=betas)
 

@@ -63,13 +63,16 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleDict(
             {n: nn.Conv2d(w, 1, 1) for n, w in _head_widths(unet) if config.multi_scale_output or n == last}
         )
+        if config.output_head:
+            self.heads["output"] = nn.Conv2d(unet.config.out_channels, 1, 1)
         # Heads read a block's output before upsampling, so the upsamplers move out of the blocks.
         self.upsamplers = nn.ModuleList(nn.ModuleList(block.upsamplers or ()) for block in unet.up_blocks)
         for block in unet.up_blocks:
             block.upsamplers = None
+        output_layers = [] if config.output_head else [unet.conv_norm_out, unet.conv_out]
         self._frozen: list[nn.Module | None] = (
-            [unet, self.upsamplers] if config.freeze_backbone else [unet.conv_norm_out, unet.conv_out]
-        )  # no head reads the U-Net's output layers
+            [unet, self.upsamplers] if config.freeze_backbone else output_layers
+        )
         self.requires_grad_(True)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -131,6 +134,9 @@ class Discriminator(nn.Module):
             read(scale, "after", h)
             for up in self.upsamplers[scale]:  # type: ignore[attr-defined]
                 h = up(h, temb) if "Resnet" in type(up).__name__ else up(h, skips[-1].shape[2:])
+        if "output" in self.heads:
+            h = h if unet.conv_norm_out is None else unet.conv_act(unet.conv_norm_out(h))
+            logits["output"] = self.heads["output"](unet.conv_out(h))
         return logits
 
 
@@ -159,7 +165,7 @@ UNET = DiscriminatorKind(
     build=discriminator_from_teacher,
     build_on_meta=discriminator_on_meta,
     shard_units=lambda teacher, network: family_of(teacher).shard_units(network),
-    settings=("z_conditioning", "multi_scale_input", "multi_scale_output", "freeze_backbone"),
+    settings=("z_conditioning", "multi_scale_input", "multi_scale_output", "output_head", "freeze_backbone"),
 )
 
 

@@ -34,6 +34,7 @@ OPTIONS = (
     "gan.z_conditioning=false",
     "gan.multi_scale_input=false",
     "gan.multi_scale_output=false",
+    "gan.output_head=true",
     "gan.freeze_backbone=true",
     "gan.mix_c=0",
     "gan.d_steps_per_g_step=2",

@@ -87,6 +87,16 @@ def test_the_trunk_is_diffusers_forward(teacher: Path, size: int, timestep: int)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_output_head_reads_the_output_of_the_teacher(teacher: Path) -> None:
+    discriminator = build(teacher, output_head=True)
+    x, noise, text = inputs()
+    logits = discriminator(x, noise, text)["output"]
+    output = pretrained.load_unet(str(teacher))(x, 0, text.tensors["hidden"]).sample
+    torch.testing.assert_close(logits, discriminator.heads["output"](output), rtol=1e-5, atol=1e-5)
+    one_step(discriminator)
+    assert all(p.grad is not None for p in discriminator.parameters())
+
+
 def test_at_the_start_it_ignores_the_noise_and_after_a_step_it_does_not(teacher: Path) -> None:
     discriminator = build(teacher)
     x, noise, text = inputs()
