@@ -59,7 +59,11 @@ class GanOptions(DistillOptions):
     """Options of the GAN stage."""
 
     init: Annotated[
-        str | None, typer.Option(help="Run of the regression stage, or exported student, to start from.")
+        str | None,
+        typer.Option(
+            help="Run of the regression stage, or exported student, to start from; `teacher` starts with the "
+            "teacher's weights."
+        ),
     ] = None
 
 

@@ -99,7 +99,8 @@ class RegressionConfig:
         (("e_latent_lpips", 1.0),),
         "Losses and weights, as `name:weight,name:weight`. lpips compares decoded images (the paper uses it "
         "for CIFAR10, in pixels); the paper's SD-CFG-3 adds latent_lpips with weight 1; the others "
-        "reproduce the comparison of losses or come from later work",
+        "reproduce the comparison of losses or come from later work. [] trains a GAN without regression, on "
+        "pairs of noise and latents alone (ADM, arXiv 2507.18569)",
         source='Table A1; method.md "Comparison of regression losses"',
         recipe=True,
     )
@@ -144,7 +145,7 @@ class RegressionConfig:
         require(
             self,
             losses=(
-                bool(names) and len(set(names)) == len(names) and positive,
+                len(set(names)) == len(names) and positive,
                 "names, each once, with positive weights, such as e_latent_lpips:1,latent_lpips:1",
             ),
         )

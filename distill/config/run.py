@@ -14,6 +14,9 @@ from distill.config.components import require_even_microbatch
 
 Logger = Literal["tensorboard", "wandb"]
 
+FROM_TEACHER = "teacher"
+"""The value of `init` for a student that starts with the weights of the teacher."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -181,7 +184,11 @@ class DistillConfig:
     )
     teacher: str = setting("", "Teacher folder, hub id or shipped name (option --teacher)")
     lpips: str = setting("", "Folder of LatentLPIPS weights; empty: TEACHER/latent_lpips (option --lpips)")
-    init: str = setting("", "Run or exported student that the gan stage starts from (option --init)")
+    init: str = setting(
+        "",
+        "Run or exported student that the gan stage starts from, or `teacher` for the teacher's own weights "
+        "(option --init)",
+    )
     student_timestep: int = setting(
         -1,
         "Timestep that the student is given; -1: the last one of the schedule (999)",
@@ -198,6 +205,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.stage == "ode" and not self.regression.losses:
+            raise SettingError("regression.losses is (); expected one or more names in the regression stage")
         microbatch_size(self, 1)
         size, rows = self.train.batch_size, self.gan.r1_rows
         if self.stage == "gan" and self.gan.active_penalty == "single" and size % rows:

@@ -8,7 +8,7 @@ from d2g.core.config import RESTORE_CONFIG_HINT, from_json, read_json_object
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError
 from d2g.core.tracking.run_directory import read_stats
-from distill.config.run import DistillConfig
+from distill.config.run import FROM_TEACHER, DistillConfig
 from distill.planning.cost import evaluations, pair_evaluations
 from pairgen.store.hdf5 import StoreSpec
 from pairgen.store.reader import PairReader
@@ -71,7 +71,7 @@ def read_history(student: str) -> History:
             gap = "a run whose checkpoints are gone"
             break
         stages.insert(0, stage)
-        if not stage.config.init:
+        if stage.config.init in ("", FROM_TEACHER):
             gap = ""
             break
         folder = Path(stage.config.init)

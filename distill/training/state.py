@@ -15,7 +15,7 @@ from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion.pipelines import family_of
-from distill.config.run import DistillConfig
+from distill.config.run import FROM_TEACHER, DistillConfig
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.ema import EMA
 from distill.models.student import Student, add_adapters, meta_student, set_trainable, student_from_teacher
@@ -152,7 +152,7 @@ def _distribute(
 
 def _build_student(config: DistillConfig, fresh: bool) -> Student:
     student = student_from_teacher(config.teacher, config.student_timestep)
-    if config.init and fresh:
+    if config.init not in ("", FROM_TEACHER) and fresh:
         load_student_weights(student, config.init)
     if student.guided and not config.student.guidance_conditioning:
         raise SettingError(

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from d2g.core.tracking.run_directory import read_stats
+from d2g.diffusion.pretrained import load_unet
+from distill.training.state import new_state
 from distill.training.train import train
 from jobs import BATCH, distill_config, make_pairs
 
@@ -35,6 +37,8 @@ OPTIONS = (
     "gan.multi_scale_input=false",
     "gan.multi_scale_output=false",
     "gan.output_head=true",
+    "regression.losses=[]",
+    "init=teacher",
     "gan.freeze_backbone=true",
     "gan.mix_c=0",
     "gan.d_steps_per_g_step=2",
@@ -84,3 +88,14 @@ def test_the_option_matters_and_a_resumed_run_is_an_unbroken_one(
     assert all(torch.equal(once[name], value) for name, value in twice.items())
     assert reported(tmp_path / "once") == reported(tmp_path / "twice")
     assert any(not torch.equal(once[name], value) for name, value in learnt(plain).items())
+
+
+def test_a_gan_without_regression_starts_with_the_teacher(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    """Adversarial training on pairs of noise and latents alone (ADM)."""
+    config = distill_config(teacher, pairs, "regression.losses=[]", stage="gan", init="teacher")
+    student = new_state(config, torch.device("cpu")).student.module.unet.state_dict()
+    weights = load_unet(str(teacher)).state_dict()
+    assert all(torch.equal(student[name], value) for name, value in weights.items())
+    train(config, tmp_path)
+    assert {"loss/g_gan", "loss/d"} <= reported(tmp_path)[-1].keys() >= {"loss/g"}
+    assert not [name for name in reported(tmp_path)[-1] if "lpips" in name]
