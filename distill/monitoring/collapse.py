@@ -35,6 +35,9 @@ class Limits:
     blind_gap: float = 0.02  # and the mean logits are within this distance of each other
     spread: float = 0.5  # G collapses: variance over a batch below this fraction of its best earlier value
     rise: float = 2.0  # G diverges: regression loss above this multiple of its best earlier value
+    contrast: float = 1.25  # images are saturated: contrast above this multiple of the teacher's
+    color: float = 0.5  # colors shift: channel means this many standard deviations from the teacher's
+    grid: float = 1.5  # steps at the borders of latent cells are this many times the teacher's
 
     def __post_init__(self) -> None:
         if self.reports < 1 or not (0 < self.spread < 1 < self.rise):
@@ -60,7 +63,17 @@ REGRESSION = tuple(sorted(loss.log_key for loss in REGRESSION_LOSSES.values()))
 def findings(lines: Sequence[Line], limits: Limits | None = None) -> list[Finding]:
     """Problems at the last of a run's reports. `lines`: its reports, oldest first."""
     limits = limits or Limits()
-    checks = (not_finite, d_collapse, d_blind, g_collapse, g_regression)
+    checks = (
+        not_finite,
+        d_collapse,
+        d_blind,
+        g_collapse,
+        g_regression,
+        saturation,
+        color_shift,
+        grid_artifacts,
+        frozen_weights,
+    )
     return [finding for check in checks if (finding := check(lines, limits)) is not None]
 
 
@@ -155,6 +168,56 @@ def g_regression(lines: Sequence[Line], limits: Limits) -> Finding | None:
             )
             return Finding(kind="g_regression", text=text, fatal=True)
     return None
+
+
+def saturation(lines: Sequence[Line], limits: Limits) -> Finding | None:
+    """The student's images have more contrast than the teacher's, after they had about the same."""
+    for name in ("latent/contrast", "preview/contrast"):
+        best, now = _best_and_now(lines, name, limits.reports, min)
+        if now is not None and best < limits.contrast < now:
+            text = (
+                f"{_at(lines)}: the student's images are saturated: {name} is {now:.2f} times the teacher's, "
+                f"{best:.2f} before; try a smaller gan.weight, or a larger gan.r1_gamma"
+            )
+            return Finding(kind="saturation", text=text, fatal=False)
+    return None
+
+
+def color_shift(lines: Sequence[Line], limits: Limits) -> Finding | None:
+    """The mean color of the student's images leaves the teacher's, after it was near it."""
+    best, now = _best_and_now(lines, "latent/color", limits.reports, min)
+    if now is None or not best < limits.color < now:
+        return None
+    text = (
+        f"{_at(lines)}: the student's colors shift: a channel's mean is {now:.2f} standard deviations from "
+        f"the teacher's, {best:.2f} before; try a smaller gan.weight or a lower optim.lr"
+    )
+    return Finding(kind="color_shift", text=text, fatal=False)
+
+
+def grid_artifacts(lines: Sequence[Line], limits: Limits) -> Finding | None:
+    """The previews of the student have edges at the borders of latent cells (every 8 pixels for SD)."""
+    last = _last_with(lines, ("preview/grid",), limits.reports)
+    if not last or not all(line["preview/grid"] > limits.grid for line in last):
+        return None
+    text = (
+        f"{_at(lines)}: the student's images have a grid: steps at the borders of latent cells are "
+        f"{last[-1]['preview/grid']:.2f} times the teacher's; try a smaller gan.weight, or "
+        "gan.noise_augment=small"
+    )
+    return Finding(kind="grid_artifacts", text=text, fatal=False)
+
+
+def frozen_weights(lines: Sequence[Line], limits: Limits) -> Finding | None:
+    """The student's weights do not move: their average is equal to them, bit for bit."""
+    last = _last_with(lines, ("ema/drift",), 2)
+    if not last or any(line["ema/drift"] > 0 for line in last):
+        return None
+    text = (
+        f"{_at(lines)}: the student's weights do not move; check optim.lr, optim.warmup_images, "
+        "optim.decay_images and the weights of the losses"
+    )
+    return Finding(kind="frozen_weights", text=text, fatal=True)
 
 
 def _last_with(lines: Sequence[Line], names: Sequence[str], count: int) -> list[Line]:

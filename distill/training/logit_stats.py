@@ -41,13 +41,13 @@ class LogitStats:
 
     @torch.no_grad()
     def report(self, microbatches: Sequence[MicroBatch]) -> dict[str, float]:
-        """`logit/...`, `d/auc` and `latent/spread` of a step, the same on every rank. Call on every rank.
+        """`logit/...`, `d/auc` and `latent/...` of a step, the same on every rank. Call on every rank.
         Values that no row contributes to are left out.
         """
-        report: dict[str, float] = {}
+        generated, targets = [m.generated.detach() for m in microbatches], [m.target for m in microbatches]
+        report = contrast_and_color(generated, targets)
         if len(microbatches) * len(microbatches[0].prompts) * process_group.world_size() > 1:
-            generated = [m.generated.detach() for m in microbatches]
-            report["latent/spread"] = spread(generated, [m.target for m in microbatches])
+            report["latent/spread"] = spread(generated, targets)
         if self._means:
             mode = torch.cat([m.mix_mode for m in microbatches])
             means = [torch.cat([*rows.values()]) for rows in self._means.values()]
@@ -91,6 +91,32 @@ def spread(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> float:
     Undefined for a single row.
     """
     return float(_variance(student) / _variance(teacher).clamp(min=1e-12))
+
+
+def contrast_and_color(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> dict[str, float]:
+    """Two values that show oversaturated images, from micro-batches [b, C, h, w] as in `spread`.
+
+    `latent/contrast`: the student's standard deviation over rows and positions divided by the teacher's, as a
+    mean over channels. `latent/color`: the largest distance between the means of a channel, in standard
+    deviations of the teacher. 1 and 0 for a perfect student. Call on every rank.
+    """
+    mean, std = _channel_moments(student)
+    mean_teacher, std_teacher = _channel_moments(teacher)
+    return {
+        "latent/contrast": float((std / std_teacher).mean()),
+        "latent/color": float(((mean - mean_teacher).abs() / std_teacher).max()),
+    }
+
+
+def _channel_moments(microbatches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] of each channel over the rows of all processes and all positions."""
+    doubles = (x.double() for x in microbatches)
+    axes = (0, 2, 3)
+    moments = sum(
+        (torch.stack([x.mean(axes), x.square().mean(axes)]) for x in doubles), start=torch.zeros(())
+    )
+    mean, square = process_group.all_mean(moments / len(microbatches))
+    return mean, (square - mean.square()).clamp(min=1e-12).sqrt()
 
 
 def _variance(microbatches: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,13 @@ from distill.models.row_dropout import switch
 from distill.monitoring import collapse
 from distill.monitoring.plots import plot_health
 from distill.sampling import OneStep
-from distill.training.preview import preview, preview_latents, preview_text
+from distill.training.preview import (
+    decode_images,
+    preview,
+    preview_latents,
+    preview_statistics,
+    preview_text,
+)
 from distill.training.state import State
 from distill.training.text_cache import TextCache
 from distill.training.validation import Validate, averaged, best, draw_together, held_out, measure
@@ -79,9 +85,10 @@ class RunMonitor:
         """Write one line of stats.jsonl and a preview; then look for a collapse, which may stop the run."""
         nimg = self.state.nimg
         means = process_group.mean({name: float(value) for name, value in values.items()})
-        means["ema/drift"] = self.state.ema.drift(self.state.student.module)
+        if nimg >= self.config.ema_start_images:  # before that the average is a copy
+            means["ema/drift"] = self.state.ema.drift(self.state.student.module)
+        means |= self._preview(nimg)
         self.log.write(nimg, {**means, **pace.report(nimg)})
-        self._preview(nimg)
         findings: list[collapse.Finding] = []
         if process_group.rank() == 0:
             findings = collapse.findings(self.log.read())
@@ -94,16 +101,19 @@ class RunMonitor:
                 writer.finish()  # keep the checkpoint that is being written
                 raise
 
-    def _preview(self, nimg: int) -> None:
+    def _preview(self, nimg: int) -> dict[str, float]:
+        """Draw the preview, and return its statistics; none on other ranks, or without previews."""
         if self.vae is None:
-            return
+            return {}
         rows = range(len(self.reader))[-self.config.validate_pairs :][: self.config.preview_prompts]
         pairs = self.reader.read(list(rows))
         with self._averaged():
             generated, target = preview_latents(self._draw, pairs, self.device, self.batch)
-        if process_group.rank() == 0:
-            picture = preview(generated, target, self.vae)
-            self.log.picture(nimg, "preview", picture, preview_text(pairs.prompts, nimg))
+        if process_group.rank() != 0:
+            return {}
+        student, teacher = (decode_images(self.vae, latents, self.batch) for latents in (generated, target))
+        self.log.picture(nimg, "preview", preview(student, teacher), preview_text(pairs.prompts, nimg))
+        return preview_statistics(student, teacher, teacher.shape[-1] // target.shape[-1])
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -37,12 +37,48 @@ def preview_latents(
     return torch.cat(batches), pairs.latents.float().cpu()
 
 
-def preview(student: Tensor, teacher: Tensor, vae: Any, batch_size: int = 8) -> Tensor:
-    """Decode the latents [K, C, h, w] of student and teacher into one image grid, uint8 [3, H, W].
+def decode_images(vae: Any, latents: Tensor, batch_size: int = 8) -> Tensor:
+    """Decode latents [K, C, h, w] into images, uint8 [K, 3, H, W] on the CPU."""
+    return torch.cat(list(decode_uint8(vae, latents, batch_size)))
+
+
+def preview_statistics(student: Tensor, teacher: Tensor, cell: int) -> dict[str, float]:
+    """Compare images uint8 [K, 3, H, W] of student and teacher from one noise; `cell`: pixels per latent.
+
+    `preview/contrast`: ratio of the standard deviations of pixels. `preview/color`: largest distance between
+    the means of a color channel, in [0, 1]. `preview/grid`: ratio of the steps at the borders of cells to the
+    steps elsewhere, divided by the teacher's; left out for teachers of pixels.
+    """
+    values = [images.double() / 255 for images in (student, teacher)]
+    mean, mean_teacher = (x.mean((0, 2, 3)) for x in values)
+    std, std_teacher = (x.std() for x in values)
+    report = {
+        "preview/contrast": float(std / std_teacher.clamp(min=1e-6)),
+        "preview/color": float((mean - mean_teacher).abs().max()),
+    }
+    if cell > 1:
+        grid, grid_teacher = (_grid(x, cell) for x in values)
+        report["preview/grid"] = grid / max(grid_teacher, 1e-6)
+    return report
+
+
+def _grid(images: Tensor, cell: int) -> float:
+    """Mean step between neighboring pixels across the borders of cells, over the mean step elsewhere."""
+    at_borders, elsewhere = [], []
+    for axis in (-1, -2):
+        steps = images.diff(dim=axis).abs().transpose(axis, -1)
+        is_border = (torch.arange(steps.shape[-1]) + 1) % cell == 0
+        at_borders.append(steps[..., is_border].mean())
+        elsewhere.append(steps[..., ~is_border].mean())
+    return float(sum(at_borders) / max(float(sum(elsewhere)), 1e-6))
+
+
+def preview(student: Tensor, teacher: Tensor) -> Tensor:
+    """One grid, uint8 [3, H, W], of images of student and teacher, uint8 [K, 3, H, W].
 
     Each row of up to `COLUMNS` teacher images is followed by the student's row for the same noise.
     """
-    images = [torch.cat(list(decode_uint8(vae, latents, batch_size))) for latents in (teacher, student)]
+    images = [teacher, student]
     # Alternate rows of teacher and student, and fill the last rows with white images.
     rows = [x[first : first + COLUMNS] for first in range(0, len(student), COLUMNS) for x in images]
     columns = min(COLUMNS, len(student))

@@ -102,6 +102,39 @@ def test_a_student_that_leaves_the_teacher(name: str) -> None:
     assert kinds(lines) == [], "a little worse is no alarm"
 
 
+@pytest.mark.parametrize("name", ["latent/contrast", "preview/contrast"])
+def test_images_that_become_saturated(name: str) -> None:
+    lines = [{**line, name: 0.97} for line in log(30)]
+    assert kinds(lines) == []
+    for line in lines[-5:]:
+        line[name] = 1.4
+    (finding,) = findings(lines)
+    assert finding.kind == "saturation" and not finding.fatal and f"{name} is 1.40" in finding.text
+    always = [{**line, name: 1.4} for line in log(30)]
+    assert kinds(always) == [], "a student that starts wild must come down first"
+
+
+def test_colors_that_shift() -> None:
+    lines = [{**line, "latent/color": 0.1} for line in log(30)]
+    assert kinds(lines) == []
+    for line in lines[-5:]:
+        line["latent/color"] = 0.7
+    assert kinds(lines) == ["color_shift"] and "0.70 standard deviations" in findings(lines)[0].text
+
+
+def test_a_grid_in_the_previews() -> None:
+    assert kinds(log(12, preview__grid=[1.6] * 4)) == [], "four reports are not five"
+    assert kinds(log(12, preview__grid=[1.6] * 5)) == ["grid_artifacts"]
+    assert kinds(log(12, preview__grid=[1.1] * 5)) == []
+
+
+def test_weights_that_do_not_move() -> None:
+    assert kinds(log(3, ema__drift=[0.0])) == [], "one report"
+    assert kinds(log(3, ema__drift=[0.0, 1e-9])) == []
+    (finding,) = findings(log(3, ema__drift=[0.0, 0.0]))
+    assert finding.kind == "frozen_weights" and finding.fatal
+
+
 def test_noisy_losses_raise_no_alarm() -> None:
     """A thousand reports of one batch each, with a third of deviation: the best of them is far below."""
     rng = random.Random(0)

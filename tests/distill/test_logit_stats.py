@@ -82,13 +82,16 @@ def test_what_was_said_of_micro_batches_is_of_all_their_rows() -> None:
     means = [torch.stack([x.mean((1, 2, 3)), x[:, :, :2, :2].mean((1, 2, 3))], 1) for x in said]
     expected = logit_report(dict(zip(("real", "fake", "student"), means, strict=True)), ["a", "b"], mode == 0)
     expected["latent/spread"] = float(fake.var(0).mean() / real.var(0).mean())
+    expected["latent/contrast"] = float((fake.std((0, 2, 3), False) / real.std((0, 2, 3), False)).mean())
+    shift = (fake.mean((0, 2, 3)) - real.mean((0, 2, 3))).abs() / real.std((0, 2, 3), False)
+    expected["latent/color"] = float(shift.max())
     assert seen.report(micros) == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert set(LogitStats().report(micros)) == {"latent/spread"}, "the first stage"
+    assert set(LogitStats().report(micros)) == {f"latent/{x}" for x in ("spread", "contrast", "color")}
 
 
 # Of the whole batch, in real training.
 
-KINDS = ("logit/", "d/auc", "latent/spread")
+KINDS = ("logit/", "d/auc", "latent/")
 WHOLE = ("train.batch_size=12", "train.images=36", "train.report_images=12", "gan.mix_fraction=0.4")
 PAIR = ("train.batch_size=2", "train.images=6", "train.report_images=2", "gan.mix_fraction=0")
 STEPS = ("gan.penalty=none", "gan.d_steps_per_g_step=2", "gan.optim.lr=1e-5")

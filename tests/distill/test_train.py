@@ -155,11 +155,14 @@ def test_both_stages_learn(unbroken: dict[str, Path]) -> None:
     assert mean(gan[-5:], "logit/real") > mean(gan[-5:], "logit/fake")
 
 
+LATENT_STATISTICS = ("latent/spread", "latent/contrast", "latent/color")
+
+
 def test_reports_name_what_was_measured(unbroken: dict[str, Path]) -> None:
     ode, gan = curve(unbroken["ode"]), curve(unbroken["gan"])
     assert [line["nimg"] for line in ode] == list(range(4, 84, 4))
     losses = {"loss/e_latent_lpips", "loss/latent_lpips", "loss/l1", "loss/g"}
-    assert set(ode[0]) == {"nimg", "grad/g", "latent/spread", "ema/drift", *losses}
+    assert set(ode[0]) == {"nimg", "grad/g", "ema/drift", *losses, *LATENT_STATISTICS}
     assert [("loss/r1" in line) for line in gan] == [index % 4 == 0 for index in range(20)]
     assert {"loss/d", "loss/g_gan", "logit/real", "logit/student/0_skip", "d/auc", "grad/d"} <= set(gan[1])
     for line in ode:

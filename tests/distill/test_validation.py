@@ -20,7 +20,7 @@ from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.pretrained import load_conditioner, load_vae
 from distill.models.ema import EMA
 from distill.models.student import student_from_teacher
-from distill.training.preview import preview, preview_latents, preview_text
+from distill.training.preview import decode_images, preview, preview_latents, preview_statistics, preview_text
 from distill.training.validation import averaged, best, draw_together, held_out, measure, psnr_from_mse
 from jobs import make_pairs
 from latent_lpips.distance import ELatentLPIPS
@@ -180,7 +180,7 @@ def test_a_preview_is_the_stored_latents_above_the_students(
     vae, pairs = load_vae(str(teacher)), reader.read(range(3))
     student, stored = preview_latents(draw, pairs, "cpu", batch_size=2)
     assert torch.equal(stored, pairs.latents)
-    picture = preview(student, stored, vae, batch_size=2)
+    picture = preview(decode_images(vae, student, 2), decode_images(vae, stored, 2))
     assert picture.shape == (3, 2 * 18, 3 * 18) and picture.dtype == torch.uint8
     for row, latents in enumerate((stored, student)):
         with torch.no_grad():
@@ -195,8 +195,28 @@ def test_a_preview_is_the_stored_latents_above_the_students(
 
 
 def test_more_than_eight_pairs_stay_above_each_other(teacher: Path) -> None:
-    vae = load_vae(str(teacher))
-    latents = torch.zeros(10, 4, 4, 4)
-    picture = preview(latents, latents, vae)
+    images = decode_images(load_vae(str(teacher)), torch.zeros(10, 4, 4, 4))
+    picture = preview(images, images)
     assert picture.shape == (3, 4 * 18, 8 * 18)
     assert (picture[:, 2 * 18 :, 2 * 18 :] == 255).all() and (picture[:, 36:52, :16] != 255).any()
+
+
+def test_preview_statistics_show_contrast_color_and_grid() -> None:
+    teacher = torch.randint(
+        64, 192, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    same = preview_statistics(teacher, teacher, 8)
+    assert same == pytest.approx({"preview/contrast": 1.0, "preview/color": 0.0, "preview/grid": 1.0})
+    assert "preview/grid" not in preview_statistics(teacher, teacher, 1)
+
+    strong = ((teacher.double() - 128) * 1.3 + 128).round().to(torch.uint8)
+    assert preview_statistics(strong, teacher, 8)["preview/contrast"] == pytest.approx(1.3, rel=0.01)
+    red = teacher.clone()
+    red[:, 0] += 51
+    assert preview_statistics(red, teacher, 8)["preview/color"] == pytest.approx(0.2)
+
+    # A checkerboard of cells adds steps at their borders alone.
+    cells = (torch.arange(32) // 8 % 2)[:, None] ^ (torch.arange(32) // 8 % 2)[None]
+    assert preview_statistics(teacher + 60 * cells.to(torch.uint8), teacher, 8)["preview/grid"] > 1.3
+    shifted = torch.roll(cells, 4, (0, 1)).to(torch.uint8)
+    assert preview_statistics(teacher + 60 * shifted, teacher, 8)["preview/grid"] < 1.0
