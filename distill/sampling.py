@@ -94,6 +94,7 @@ def student_folder(name: str) -> tuple[Path, str, int]:
             f"student {name}: expected a run of `d2g distill` (config.json) "
             "or an exported student (student.json)"
         )
+    # A run: its newest checkpoint holds the weights.
     if file == "config.json":
         last = checkpoint.latest(folder / "checkpoints")
         if last is None:
@@ -201,6 +202,7 @@ def save_samples(
     guidance: the guidance scale to imitate. Returns the output folder, the number of images and the seconds
     per image. Raises SettingError if `guidance` is set but the student does not take it as an input.
     """
+    # The guidance scale is an input of some students only.
     one_step = load_student(name, teacher, "cuda" if torch.cuda.is_available() else "cpu")
     if guidance is not None:
         if not one_step.student.guided:
@@ -209,11 +211,13 @@ def save_samples(
                 "student.guidance_conditioning=true"
             )
         one_step = replace(one_step, guidance=guidance)
+    # Generate all images, then write them.
     started, samples = time.monotonic(), []
     for images, _ in one_step.sample(prompts, seed, batch_size=batch_size):
         samples += list(images)
         progress("sample", len(samples), len(prompts))
     seconds = time.monotonic() - started
+    # One file per image, and a grid of the first ones.
     for number, (image, prompt) in enumerate(zip(samples, prompts, strict=True)):
         save_png(
             image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}

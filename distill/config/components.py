@@ -137,6 +137,7 @@ class RegressionConfig:
     )
 
     def __post_init__(self) -> None:
+        # Names first: `check_values` does not look into pairs.
         names = [name for name, _ in self.losses]
         for name in names:
             if name not in get_args(RegressionName):
@@ -341,10 +342,12 @@ class DiscriminatorConfig:
             approx_weight=(self.approx_weight > 0, "a positive number"),
             real_fraction=(0 <= self.real_fraction < 1, "0 up to below 1"),
         )
+        # Settings that contradict each other.
         if self.mix_fraction > 0 and sum(shares) == 0:
             raise SettingError(
                 f"mix_fraction is {self.mix_fraction}, but mix_x, mix_c and mix_z are 0; set one above 0"
             )
+        # The time input has one source.
         if self.noise_augment != "none" and (self.timestep or self.timestep_mode != "constant"):
             raise SettingError(
                 f"noise_augment is {self.noise_augment!r}, which gives the discriminator the sampled noise "
@@ -359,6 +362,7 @@ class DiscriminatorConfig:
                 "real is set, but loss=rpgan compares each real row with the fake of the same noise "
                 "and text, which such images don't have; set loss=ns"
             )
+        # Real images are used only with a share.
         if bool(self.real) != bool(self.real_fraction):
             raise SettingError(
                 f"real is {self.real!r} and real_fraction {self.real_fraction}; expected both, or neither"

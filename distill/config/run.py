@@ -83,11 +83,13 @@ class TrainConfig:
             minutes=(self.minutes is None or self.minutes > 0, "a positive number, or null for no limit"),
             loggers=(not unknown, f"names of {', '.join(get_args(Logger))}"),
         )
+        # Validation needs an interval and pairs, and the best checkpoint needs validation.
         if bool(self.validate_images) != bool(self.validate_pairs):
             raise SettingError(
                 f"validate_images is {self.validate_images} and validate_pairs {self.validate_pairs}; "
                 "expected both above 0, or both 0"
             )
+        # The best checkpoint is the best one that was validated.
         if self.keep_best and not self.validate_images:
             raise SettingError("keep_best needs validation; set validate_images and validate_pairs")
 

@@ -70,6 +70,7 @@ def read_history(student: str) -> History:
         if stage is None:
             gap = "a run whose checkpoints are gone"
             break
+        # Go on with the run that this one started from.
         stages.insert(0, stage)
         if stage.config.init in ("", FROM_TEACHER):
             gap = ""

@@ -24,6 +24,7 @@ def own_results(student: str, files: Sequence[str]) -> list[dict[str, Any]]:
     for file, result in zip(files, results, strict=True):
         source = _source(result)
         weights = str(source.get("weights_sha256") or "")
+        # A result of other weights says nothing about this student.
         if source.get("kind") != "images" and (source.get("kind") != "student" or weights != own_sha256):
             name = f", {source['name']}" if source.get("name") else ""
             got = f"a {source['kind']}{name}" if source.get("kind") else "a source that it does not name"

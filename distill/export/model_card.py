@@ -108,6 +108,7 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    # The hub's metadata block.
     name, terms = _public_name(teacher), options.license or license_of(teacher)
     data = ModelCardData(
         license=terms or "other",
@@ -116,6 +117,7 @@ def model_card(
         pipeline_tag="text-to-image" if usage.reads_text else "unconditional-image-generation",
         tags=["one-step", "distillation", "diffusion2gan"],
     )
+    # Facts of the runs behind the student, and of their pairs.
     history = read_history(student)
     specs, missing = pair_stores(history)
     hours = history.device_hours

@@ -53,6 +53,7 @@ def pipeline_schedule(teacher: str) -> Schedule:
     """The noise schedule of a teacher. Raises UserError if no diffusers pipeline can run its students."""
     pipeline, schedule = open_pipeline(teacher), pretrained.load_student_schedule(teacher)
     instead = "export it with --format safetensors or onnx"
+    # Networks that no pipeline of diffusers can call as the student does.
     if isinstance(schedule, EDMSchedule):
         raise UserError(
             f"teacher {teacher} is preconditioned as in EDM, and no scheduler of diffusers starts from "
@@ -85,6 +86,7 @@ def save_one_step(
     pipeline = open_pipeline(teacher)
     if pipeline.family.reads_text:
         assert unet.config.time_cond_proj_dim is not None, "diffusers would add classifier-free guidance"  # type: ignore[union-attr]
+    # The student's network, and the teacher's other components as they are.
     components: dict[str, Any] = {"unet": nn.Module.to(unet, dtype)}
     for component in pipeline.components:
         if component.startswith("tokenizer"):
@@ -92,6 +94,7 @@ def save_one_step(
         elif component not in ("unet", "scheduler"):
             components[component] = pretrained.load_model(teacher, component, dtype)
     components["scheduler"] = one_step_scheduler(schedule, timestep)
+    # diffusers writes the folder; paths of this machine do not belong in it.
     try:
         _assembled(pipeline, components).save_pretrained(folder, safe_serialization=True)
         _remove_local_paths(folder)

@@ -57,10 +57,12 @@ def staged(out: Path) -> Iterator[Path]:
     """
     created, temporary = not out.exists(), out / f".export.{os.getpid()}.tmp"
     try:
+        # Folders that killed exports left behind.
         for stale in out.glob(".export.*.tmp"):  # left by killed exports
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
         yield temporary
+        # The block has succeeded: replace the entries of `out`, folders before files.
         for entry in sorted(temporary.iterdir(), key=lambda path: (path.is_file(), path.name)):
             if (out / entry.name).is_dir():
                 shutil.rmtree(out / entry.name)

@@ -65,6 +65,7 @@ def export_pipeline(
     check_out(out, student, source)
     one = load_student(student, source, device)
     guided, reads_text = one.student.guided, one.student.reads_text
+    # Write the pipeline, draw with it, and write the card with the difference.
     with staged(out) as folder:
         write = _write_text_pipeline if reads_text else _write_unconditional_pipeline
         parity = write(one, source, schedule, folder, saved_dtype)
@@ -147,6 +148,7 @@ def export_lora(
     check_out(out, student, source)
     one, adapters = _load_lora_student(student, folder, source, device)
 
+    # Draw with the training code, write, and draw again with diffusers.
     latents_noise = noise(0, range(2), one.student.latent_shape)
     latents = one.latents(latents_noise, one.examples)
     expected = latents.cpu(), _decode_images(one, latents)

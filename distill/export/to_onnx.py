@@ -47,6 +47,7 @@ def export_onnx(
     source = teacher or student_folder(student)[1]
     check_out(out, student, source)
     one = load_student(student, source)
+    # Write the networks, draw with onnxruntime, and write the card with the difference.
     with staged(out) as folder:
         parity, usage = _write_files(one, source, folder)
         text = model_card(

@@ -174,6 +174,7 @@ def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Stud
         blocks = [m for m in student.unet.modules() if type(m).__name__.startswith("ResnetBlock")]
         for number, block in enumerate(blocks):
             block.dropout = RowDropout(config.dropout, number)
+    # Adapters start at zero, so the output stays the same.
     if config.lora_rank:
         targets = student.family.lora_targets
         if not any(name.endswith(targets) for name, _ in student.unet.named_modules()):

@@ -51,6 +51,7 @@ class Discriminator(nn.Module):
         _check_supported(unet)
         self.unet: Any = unet
         self.timestep, self.downscale = config.timestep, downscale
+        # Inputs: noise beside the latents, and resized latents at each lower scale.
         channels, first = unet.config.in_channels, unet.conv_in.out_channels
         lower = [b.resnets[0].out_channels for b in unet.down_blocks if b.downsamplers is not None]
         self.conv_z = _zeroed(nn.Conv2d(channels, first, 3, padding=1)) if config.z_conditioning else None
@@ -59,6 +60,7 @@ class Discriminator(nn.Module):
             if config.multi_scale_input
             else None
         )
+        # Heads: three at each scale of the decoder, or the last one alone.
         last = f"{len(unet.up_blocks) - 1}_after"
         self.heads = nn.ModuleDict(
             {n: nn.Conv2d(w, 1, 1) for n, w in _head_widths(unet) if config.multi_scale_output or n == last}
@@ -69,6 +71,7 @@ class Discriminator(nn.Module):
         self.upsamplers = nn.ModuleList(nn.ModuleList(block.upsamplers or ()) for block in unet.up_blocks)
         for block in unet.up_blocks:
             block.upsamplers = None
+        # Without a head on it, the output of the U-Net trains nothing.
         output_layers = [] if config.output_head else [unet.conv_norm_out, unet.conv_out]
         self._frozen: list[nn.Module | None] = (
             [unet, self.upsamplers] if config.freeze_backbone else output_layers

@@ -84,6 +84,7 @@ def plot_health(lines: Sequence[Line], file: Path, title: str = "") -> None:
     drawn_panels = panels(lines)
     if not drawn_panels:
         raise UserError(f"{file.parent}: no reports yet to draw; wait for the first line of stats.jsonl")
+    # A grid of up to three columns.
     columns = min(3, len(drawn_panels))
     rows = -(-len(drawn_panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 2.7 * rows), layout="constrained")
@@ -98,6 +99,7 @@ def plot_health(lines: Sequence[Line], file: Path, title: str = "") -> None:
         axis.tick_params(which="both", labelsize=7)
         if len(panel.series) > 1:
             axis.legend(fontsize=5, ncols=2 if len(panel.series) > 6 else 1)
+    # Hide the axes that are left over.
     for axis in axes[len(drawn_panels) :]:
         axis.set_axis_off()
     figure.suptitle(title, fontsize=10)

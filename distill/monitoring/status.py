@@ -63,6 +63,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no run (no config.json); give the --out of `d2g distill`")
+    # What was asked for: stage and length.
     config = read_json_object(path, RESTORE_CONFIG_HINT)
     try:
         stage, length = str(config["stage"]), {**config["train"], **config.get("length", {})}
@@ -71,6 +72,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
         raise UserError(
             f"{folder} holds no run ({type(error).__name__}: {error}); give the --out of `d2g distill`"
         ) from error
+    # How far it is, how fast it was, and whether it still runs.
     lines = read_stats(folder)
     latest = {"nimg": 0.0} | {name: value for line in lines for name, value in line.items()}
     nimg, rate = int(latest["nimg"]), latest.get("time/images_per_sec", 0.0)
@@ -79,6 +81,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
     if not (finished or ended):
         silent = _silent_minutes(folder, lines, time.time() if now is None else now)
     progressing = finished or not (ended or silent)
+    # What it left on the disk.
     points = complete_points(folder / "checkpoints")
     previews = sorted((folder / "previews").glob("*.png"), key=lambda path: path.stem.rpartition("-")[2])
     return View(

@@ -38,6 +38,7 @@ SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end"
 def configs_only(kind: str, folder: Path) -> str:
     """Write a pipeline folder with the configs of `sd15` or `sdxl` and no weights, and return its path."""
     xl = kind == "sdxl"
+    # Library, class and config of each component.
     components: dict[str, tuple[str, str, dict[str, Any]]] = {
         "unet": ("diffusers", "UNet2DConditionModel", UNETS[kind]),
         "vae": ("diffusers", "AutoencoderKL", VAE),
@@ -52,6 +53,7 @@ def configs_only(kind: str, folder: Path) -> str:
             {"model_type": "clip_text_model", "projection_dim": 1280, **CLIP_G},
         )
         components["tokenizer_2"] = ("transformers", "CLIPTokenizer", {})
+    # Write the folder as diffusers lays it out, without weights.
     for name, (_, kind_of, config) in components.items():
         (folder / name).mkdir(parents=True)
         file = "scheduler_config.json" if name == "scheduler" else "config.json"

@@ -30,12 +30,14 @@ def _open_store(folder: str, teacher_sha256: str, config: DataConfig) -> PairRea
     cache = config.cache or None
     reader = PairReader(folder, skip_bad=config.skip_bad, cache=cache, cache_gib=config.cache_gib)
     shard_size = reader.spec.shard_size
+    # A bounded cache needs shuffle blocks of whole shards.
     if reader.bounded and config.block < shard_size:
         sizes = f"data.cache_gib is {config.cache_gib}, the pairs take {reader.gib:.3g}"
         raise SettingError(
             f"{sizes}: with shuffle blocks smaller than a shard, shards would be copied again and again; "
             f"set data.block={shard_size}"
         )
+    # The store must be finished, hold a row, and be made by the run's teacher.
     if not reader.complete:
         raise UserError(
             f"{folder} holds {len(reader)} of {reader.spec.num_pairs} pairs; "

@@ -144,9 +144,11 @@ class StepPreparation:
     ) -> MicroBatch:
         """Some of this process's rows; `first`: number of the first one in the whole batch."""
         gan, device = self.gan, self.device
+        # Numbers of the rows: within the batch, and since the start of the run.
         prompts = list(batch.prompts[local_rows])
         batch_rows = slice(first, first + len(prompts))
         rows = range(randomness.nimg + batch_rows.start, randomness.nimg + batch_rows.stop)
+        # Mismatched rows, and the noise of the approximated penalty.
         fraction, shares = (0.0, (1.0, 1.0, 1.0))
         r1_noise = None
         if gan is not None:
@@ -186,6 +188,7 @@ def penalty_batches(
     """
     if penalty != "single":
         return [(m.d_real, m.d_fake, 1 / len(microbatches)) for m in microbatches]
+    # Which of the penalized rows lie on this process, as positions in its part of the batch.
     size = len(microbatches[0].prompts)
     local, world = size * len(microbatches), process_group.world_size()
     local_rows = [
@@ -193,6 +196,7 @@ def penalty_batches(
         for row in randomness.penalized_rows
         if row // local == process_group.rank()
     ]
+    # Every process takes part in as many passes as the process with most rows.
     passes = max(sum(row // local == rank for row in randomness.penalized_rows) for rank in range(world))
     weight = world / len(randomness.penalized_rows)
     rows = [(row, weight) for row in local_rows] + [(0, 0.0)] * (passes - len(local_rows))

@@ -84,11 +84,13 @@ class RunMonitor:
     def report(self, values: Mapping[str, Tensor | float], pace: Pace, writer: Writer) -> None:
         """Write one line of stats.jsonl and a preview; then look for a collapse, which may stop the run."""
         nimg = self.state.nimg
+        # One line of stats.jsonl, with the statistics of the preview.
         means = process_group.mean({name: float(value) for name, value in values.items()})
         if nimg >= self.config.ema_start_images:  # before that the average is a copy
             means["ema/drift"] = self.state.ema.drift(self.state.student.module)
         means |= self._preview(nimg)
         self.log.write(nimg, {**means, **pace.report(nimg)})
+        # Look for a collapse on rank 0, and act on it on every rank.
         findings: list[collapse.Finding] = []
         if process_group.rank() == 0:
             findings = collapse.findings(self.log.read())

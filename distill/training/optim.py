@@ -20,6 +20,7 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """
     attention = attention_parameters(module)
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    # Two groups, which differ in weight decay.
     groups = [
         {
             "params": [p for name, p in trainable if name in attention],

@@ -149,6 +149,7 @@ def _read_utf8(file: Path) -> str:
 def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
     """Read (file, caption) from `metadata.jsonl`. Raises UserError for a bad line or a missing file."""
     rows, metadata = [], folder / "metadata.jsonl"
+    # One JSON object per line.
     for number, line in enumerate(_read_utf8(metadata).splitlines(), start=1):
         try:
             row = json.loads(line)

@@ -84,6 +84,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
     With `fresh=False`, skip loading `config.init`: a checkpoint will overwrite it. Raises UserError for
     weights that do not fit the networks, SettingError for inconsistent settings.
     """
+    # The student, in the form that the engine asks for.
     student = _distribute(
         config,
         device,
@@ -94,6 +95,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
     )
     discriminator: DistributedModule | None = None
     optim_d: torch.optim.Optimizer | None = None
+    # The discriminator, whose heads are initialized from the seed.
     if config.stage == "gan":
         rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)
         kind = DISCRIMINATORS[config.gan.discriminator]
@@ -130,6 +132,7 @@ def _distribute(
         network = build_on_meta().to("meta")
     else:
         network = load()
+    # Recompute activations per block, and wrap blocks and roots.
     layers = list(shard_units(network))
     if engine.activation_checkpointing:
         parallel.recompute(layers)
