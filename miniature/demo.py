@@ -82,6 +82,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         timings[part] = time.monotonic() - part_started
 
     with timed("pairs"):
+        # Captions of scenes that the teacher has not seen.
         prompts = out / "prompts.txt"
         captions = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))
         write_atomically(prompts, "\n".join(captions) + "\n")
@@ -94,6 +95,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         gan = replace(config.gan, pairs=str(out / "pairs"), init=str(out / "ode"), seed=config.seed)
         train(gan, out / "gan", progress)
     with timed("evaluation"):
+        # Students without training, after stage 1 and after stage 2, beside the teacher.
         name = config.pairs.teacher
         teacher = load_teacher(name, device)
         students = {

@@ -47,6 +47,7 @@ def write_demo_report(
         "gan": "after stage 2 (GAN)",
         "teacher": f"teacher, {teacher_steps} DDIM steps",
     }
+    # The page of `d2g eval report`, with the demo's own summary, metrics and timings.
     speed = result["ms_per_image"]
     data = ReportData(
         title="A diffusion teacher, distilled into one step",

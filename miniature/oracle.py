@@ -200,6 +200,7 @@ def _holds(relation: str, match: tuple[int, ...], reading: OracleReading) -> boo
 def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
     """Write model.safetensors (fp16), config.json and meta.json (training settings and scores)."""
     state = {name: _to_storage(value).contiguous() for name, value in oracle.state_dict().items()}
+    # Weights are stored in half precision.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "model.safetensors")

@@ -42,6 +42,7 @@ def register_eval_scenes() -> None:
     """Register the scenes with `eval`: metric, data source, protocols, preset. Idempotent."""
     register_metric(_CAPTION_ACCURACY)
     register_data_source(_SCENES)
+    # The test scenes under a fixed number of images.
     scenes = Protocol(
         name="scenes-5k",
         prompts="scenes",

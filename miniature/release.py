@@ -54,6 +54,7 @@ def release_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progres
     """
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "model_index.json", out / "model_index.json")
+    # Copy the components without training state, in half precision.
     for component in COMPONENTS:
         if (out / component).is_dir():
             shutil.rmtree(out / component)
@@ -67,6 +68,7 @@ def release_teacher(run: Path, out: Path, how: dict[str, Any], progress: Progres
     stages = {
         p.parent.name: json.loads(p.read_text()) for p in sorted((run / "training").glob("*/scores.json"))
     }
+    # Score the copy, not the original.
     meta = {
         "what": "miniature teacher",
         "commit": source_commit(),
@@ -103,6 +105,7 @@ def release_student(run: Path, out: Path, how: dict[str, Any], progress: Progres
     register_eval_scenes()
     exported = export_student(str(run), out, "fp16", teacher="miniature")
     oracle, one = load_oracle(), load_student(str(out))
+    # Caption accuracy on trained and held-out combinations.
     scores: dict[str, float] = {}
     for split in ("train", "heldout"):
         texts = scene_captions(256, TEST_SEED, split)

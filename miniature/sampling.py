@@ -101,6 +101,7 @@ def _place(facts: SceneFacts, seed: int, index: int) -> Scene:
     """Sample views and placements until the objects are in the image, apart, and in their relation."""
     rng = _generator(seed, index, 0)
     for _ in range(MAX_DRAWS):
+        # Camera and light of one attempt.
         view = CameraView(
             elevation=math.radians(rng.uniform(22.0, 27.0)),
             zoom=rng.uniform(0.97, 1.03),

@@ -88,6 +88,7 @@ def make_views(scenes: Sequence[Scene]) -> Views:
 
 def make_objects(scenes: Sequence[Scene]) -> Objects:
     """Collect the objects of all scenes, with the constants that rendering needs."""
+    # One row per object; `other` is the row of the second object of its scene.
     rows = [(b, k) for b, scene in enumerate(scenes) for k in range(len(scene.objects))]
     specs = [scenes[b].objects[k] for b, k in rows]
     spots = [scenes[b].placements[k] for b, k in rows]

@@ -117,10 +117,12 @@ def soft_shadow(shape: str, origin: Vector, light: Vector) -> Tensor:
     closest = -dot_product(origin, light)
     gap2 = dot_product(origin, origin) - closest * closest
     result = torch.ones_like(closest)
+    # Only rays that pass near the bounding sphere can be shadowed.
     live = ((gap2 < reach * reach) & (closest > -bound)).nonzero().squeeze(1)
     ox, oy, oz, lx, ly, lz = (value[live] for value in (*origin, *light))
     t = (closest[live] - bound).clamp(min=0.03)
     lit = torch.ones_like(t)
+    # Sphere tracing; the narrowest gap relative to the distance gives the penumbra.
     for _ in range(SHADOW_STEPS):
         h = distance(ox + t * lx, oy + t * ly, oz + t * lz)
         lit = torch.minimum(lit, SHADOW_SHARPNESS * h / t)

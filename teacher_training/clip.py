@@ -96,6 +96,7 @@ def train_clip(
     if len(train) < 2:
         raise UserError(f"got {len(images)} images; training a CLIP needs at least 3")
 
+    # Train, and score the retrieval of held-out captions.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = new_clip(settings).to(device).train()
@@ -111,6 +112,7 @@ def train_clip(
         "images": float(len(losses) * config.batch_size),
         "seconds": seconds,
     }
+    # An open_clip folder, with the tokenizer and the scores beside the weights.
     preprocess = {"size": config.image_size, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
     save_clip(model, settings, preprocess, tokenizer, out)
     meta = json.dumps({"config": to_json(config), "scores": scores}, indent=2)

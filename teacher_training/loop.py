@@ -111,6 +111,7 @@ def _resume(log: RunLog, modules: Mapping[str, nn.Module], config: FitConfig) ->
 
 def _update(label: str, state: _FitState, loss: Tensor, config: FitConfig) -> None:
     """One optimizer step and EMA update. Raises FloatingPointError if any rank's loss is not finite."""
+    # Learning rate and gradients; a loss that is not finite stops every rank.
     for group in state.optimizer.param_groups:
         group["lr"] = cosine_learning_rate(state.nimg, config)
     loss.backward()
@@ -121,6 +122,7 @@ def _update(label: str, state: _FitState, loss: Tensor, config: FitConfig) -> No
             f"{label}: loss is {loss.item()} at image {state.nimg}; {where}; "
             "lower the learning rate in another --out"
         )
+    # One update on the mean gradient of all ranks.
     process_group.average_gradients(state.modules.parameters())
     torch.nn.utils.clip_grad_norm_(state.modules.parameters(), config.clip_norm)
     state.optimizer.step()

@@ -59,12 +59,14 @@ def train_teacher(
     started, work = time.monotonic(), out / "training"
     for stage in stages:
         pick(dict.fromkeys(TEACHER_STAGES), stage, "stage")
+    # A folder belongs to one data set; each stage checks its own settings.
     data = {key: to_json(config)[key] for key in ("data", "size", "images", "seed", "caption_template")}
     RunLog(work, data)  # each stage checks its own settings against its own folder
     images, captions = cached_images(
         work, config.data, config.size, config.images, config.seed, config.caption_template, progress
     )
     scores: dict[str, Any] = {}
+    # Train what has no scores yet.
     for stage in [s for s in TEACHER_STAGES[1:] if s in stages]:
         scores_file = work / stage / "scores.json"
         if not scores_file.is_file():
@@ -99,6 +101,7 @@ def _latents(out: Path, images: Tensor, progress: Progress) -> Tensor:
     path = out / "training" / "latents.pt"
     if not path.is_file() and process_group.rank() == 0:
         vae, rows = load_vae(str(out)), []
+        # The file gets its name when it is complete.
         with torch.no_grad():
             for part in images.split(128):
                 rows.append(encode(vae, from_uint8(part)))
@@ -120,6 +123,7 @@ def _train_unet(
         text, unet = build_denoiser(config.unet, tokenizer, latents.shape[1], latents.shape[-1])
         save_pipeline(out, unet=unet, vae=vae, conditioner=text, set_alpha_to_one=True)
     process_group.barrier()
+    # Train, and replace the untrained weights.
     log = RunLog(out / "training" / "unet", to_json(config.unet))
     text, unet = train_denoiser(
         latents,

@@ -51,6 +51,7 @@ def train_denoiser(
     torch.manual_seed(seed)
     text, unet = build_denoiser(config, tokenizer, latents.shape[1], latents.shape[-1])
     tokens, empty = text.tokens(captions), text.tokens([""])
+    # Weights of the timesteps: min(SNR, gamma) / SNR.
     alphas_cumprod = schedule.alphas_cumprod.float()
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weights = snr.clamp(max=config.min_snr_gamma) / snr
