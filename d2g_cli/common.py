@@ -73,6 +73,7 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
         if not is_dataclass(cls):
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue
+        # Fields of the class itself first, then those of its bases.
         defaults = {field.name: field.default for field in fields(cls)}
         annotations: dict[str, Any] = {}
         for base in cls.__mro__:

@@ -96,6 +96,7 @@ def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[st
             f"this disk, or a shipped name: {', '.join(SHIPPED)}"
         )
     memory, problems = {}, list(machine["problems"])
+    # Each stage on the number of GPUs that it is meant for.
     for stage, config in recipe.items():
         config = replace(config, teacher=config.teacher if teacher is None else teacher)
         processes = gpus or config.engine.gpus or 1
@@ -109,6 +110,7 @@ def _memory(preset: str, teacher: str | None, gpus: int | None, machine: dict[st
             problems.append(f"{preset} {stage}: memory is unknown; give --teacher, a folder on this disk")
             continue
         memory[stage] = predicted
+        # Compare with the first GPU of this machine.
         if machine["cuda"] and (problem := too_large(config, predicted["total"], machine["memory_gib"])):
             problems.append(f"{preset}: {problem}")
     return {"memory_gib_per_gpu": memory, "problems": problems}

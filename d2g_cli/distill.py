@@ -128,6 +128,7 @@ def _validation_hook(config: Any, options: DistillOptions) -> Any:
         if details:
             raise SettingError(f"--validate-{next(iter(details))} needs a protocol; give --validate PROTOCOL")
         return None
+    # `distill` must not import `eval`, so the command builds the hook.
     from eval.protocols.protocol import PROTOCOLS
     from miniature.registration import register_eval_scenes
 

@@ -90,6 +90,7 @@ def eval_curve(
         values = tuple(float(value) for value in text.split(",")) if text else ()
     except ValueError as error:
         raise SettingError(f"--over is {over!r}; expected for example guidance=1,2,4 ({error})") from error
+    # The plan of one evaluation, repeated for each value.
     run = replace(eval_config(options), out=str(out))
     run = replace(run, metrics=run.metrics or ("fid", "clip"))
     config = CurveRun(run=run, setting=setting, values=values)

@@ -118,6 +118,7 @@ def eval_config(options: ProtocolOptions) -> Any:
     settings = settings_from(options, EvalRun)
     if options.protocol is not None:
         settings["protocol"] = pick(PROTOCOLS, options.protocol, "protocol")
+    # Lists are given as text.
     settings["metrics"] = tuple(options.metrics.split(",")) if options.metrics else None
     settings["weights"] = tuple(options.weights) if options.weights else None
     for flag in ("allow_fewer", "latency", "every"):

@@ -21,6 +21,7 @@ def readable_result(result: dict[str, Any]) -> dict[str, Any]:
     lines |= {"source": str(evaluation.source.get("name", "")), "counts": counts}
     lines |= {"protocol": f"{evaluation.protocol} {evaluation.protocol_sha256[:12]}"}
     lines |= {f"note {number}": note for number, note in enumerate(evaluation.notes, 1)}
+    # Latency of each model, and the numbers of each checkpoint.
     for model, entry in evaluation.latency.get("models", {}).items():
         single, best = entry["batch_1"], entry["best"]
         parts = ", ".join(f"{part} {ms:.4g}" for part, ms in single["parts_ms"].items())

@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     logger.propagate = False  # a library may give the root logger a handler, which would repeat each line
     try:
         app(args=[a for a in argv if a != "--debug"], standalone_mode=True)
+    # Messages for the user; anything else is unexpected.
     except UserError as error:
         _fail(error, str(error), error.exit_code, debug)
     except FloatingPointError as error:

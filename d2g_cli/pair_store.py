@@ -111,6 +111,7 @@ def repair(
     moved, regenerated = repair_store(folder, reporter, workers), 0
     if moved:
         logger.info("moved %d files to %s", len(moved), folder / "quarantine")
+    # Generate what is missing, which needs the teacher and the prompts.
     if not no_regenerate and (pending(folder, spec) or quarantined_rows(folder, spec)):
         from pairgen.generate import regenerate
 
@@ -118,6 +119,7 @@ def repair(
         with leave_process_group():
             regenerated = regenerate(folder, prompts, reporter)
     _show({"quarantined": moved, "regenerated": regenerated}, as_json, str(folder))
+    # Rows whose latents are not finite stay out.
     failed = [row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows]
     if failed and not no_regenerate:
         raise UserError(
@@ -201,6 +203,7 @@ def readable(result: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if key == "edges":
             continue  # bin edges of a histogram, which lie evenly between min and max
         if isinstance(value, dict) and value:
+            # Groups become dotted names.
             flat |= readable(value, f"{prefix}{key}.")
         elif key in ("counts", "expected"):
             flat[prefix + key] = _bars(value)

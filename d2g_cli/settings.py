@@ -26,6 +26,7 @@ def settings(
     if as_json:
         emit(settings_json(configs), True, "settings")
         return
+    # The published recipe first, then the rest.
     for section, config in configs.items():
         print(f"\n{section}")
         docs = describe_settings(config)

@@ -35,6 +35,7 @@ def watch(
         raise SettingError(
             f"--png {png} is a folder; give the name of a file in it, for example {png / 'health.png'}"
         )
+    # One look: a plot, JSON or a table.
     status = view(folder)
     if png is not None:
         plot_health(read_stats(folder), png, str(folder))
@@ -45,6 +46,7 @@ def watch(
     if once or png is not None:
         console.print(render(status))
         return
+    # Look again until the run is over.
     with Live(console=console) if console.is_terminal else nullcontext() as live:
         show = live.update if live else console.print  # without a terminal, print a table per report
         try:
@@ -72,6 +74,7 @@ def render(status: Any) -> Group:
     )
     table = Table(title=title, show_header=False, title_justify="left")
     panel = ""
+    # The name of a panel stands in its first row only.
     for row in status.rows:
         table.add_row(row.panel if row.panel != panel else "", row.name, f"{row.value:.4g}", row.trend)
         panel = row.panel

@@ -66,12 +66,15 @@ def evaluate(
     >>> result.ci["fid"][0] < result.fid < result.ci["fid"][1]
     True
     """
+    # Check everything before the first image is drawn.
     metrics = metrics or protocol.metrics
     number = _check_request(source, protocol, networks, metrics, reference, other, count, allow_fewer)
     real = reference() if callable(reference) else reference
     if real is not None:
         real.check(protocol, networks.compared)
+    # Draw and measure the images; all processes share them.
     rows, more = _measure(source, range(number), protocol, networks, metrics, other, work, progress)
+    # The protocol with the networks and prompts that were used, so that its digest says all.
     resolved = protocol.resolved(
         features=networks.sets["features"].name if "features" in networks.sets else ANY,
         clip=networks.clip.name if networks.clip else ANY,
@@ -131,6 +134,7 @@ def _check_request(
     if paired and other is None:
         raise SettingError(f"metric {paired[0]!r} needs images to compare with; give --against")
     check_networks(protocol, networks)
+    # Some metrics need a least number of images.
     number = image_count(source, protocol, count, allow_fewer)
     features = networks.sets.get("features")
     for name in metrics:

@@ -82,6 +82,7 @@ def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
     """
     if not results:
         raise UserError("no results to compare; give at least one")
+    # Numbers compare only under one protocol with the same networks and counts.
     names = sorted(results)
     first = results[names[0]]
     for name in names[1:]:

@@ -42,11 +42,13 @@ def summarize(
     intervals: dict[str, list[float]] = {}
     counts = {"images": len(rows)} | ({"reference": reference.count} if reference is not None else {})
     neighbors: dict[str, dict[str, float]] = {}
+    # Metrics whose rows were measured anyway are reported too.
     for metric in all_metrics().values():
         if metric.name not in metrics and not _has_rows(metric, rows):
             continue
         result = metric.compute(inputs)
         for number in metric.numbers:
+            # The value, and its interval by the rule of the metric.
             estimate = result.estimates[number.key]
             values[number.key] = estimate.value
             interval = interval_of(number.interval, estimate, resamples, protocol.seed)
@@ -78,6 +80,7 @@ def _metric_inputs(
     resamples: int,
     progress: Progress,
 ) -> MetricInputs:
+    # Only networks that have measured these rows.
     measured = {name: net for name, net in networks.sets.items() if name in rows.values}
     features = networks.sets.get("features")
     return MetricInputs(

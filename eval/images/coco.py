@@ -39,6 +39,7 @@ def read_coco(folder: str | Path, split: str) -> Coco:
                 f"annotations/captions_{split}.json in {folder}"
             )
     try:
+        # Files and captions by image id.
         content = json.loads(annotations.read_text(encoding="utf-8"))
         files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         lines = sorted((int(a["id"]), int(a["image_id"]), str(a["caption"])) for a in content["annotations"])

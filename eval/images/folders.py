@@ -116,6 +116,7 @@ def read_images(
         captions.append(decoded.caption if entry.caption is None else entry.caption)
         reading.converted.update(decoded.converted)
         reading.digests.append(decoded.sha256)
+        # Images of several sizes cannot be stacked.
         size = (decoded.image.shape[2], decoded.image.shape[1])
         first_size = first_size or size
         if size != first_size:
@@ -157,6 +158,7 @@ def _decode_ahead(
             if len(pending) > depth + workers:
                 done, future = pending.popleft()
                 yield done, future.result()
+        # The entries are read: the remaining images in order.
         while pending:
             done, future = pending.popleft()
             yield done, future.result()
@@ -206,6 +208,7 @@ def _parquet_entries(file: Path, start: int, stop: int) -> Iterator[Entry]:
 
     table = _parquet_file(file)
     names = table.schema_arrow.names
+    # Columns of image and caption.
     column = next((key for key in IMAGE_KEYS if key in names), None)
     if column is None:
         raise UserError(f"{file} has columns {', '.join(names)}; expected `image` with `bytes` inside")

@@ -53,6 +53,7 @@ def build_reference(
 
     Raises UserError for fewer images than the protocol's, unless `allow_fewer`, and for more.
     """
+    # The number of images is the protocol's, unless fewer are allowed.
     count = protocol.reference_images or source.count or 0
     if source.count is not None and source.count < count:
         if not allow_fewer:
@@ -68,6 +69,7 @@ def build_reference(
         )
     if count < 2:
         raise UserError(f"{source.name} holds {count} image(s); a reference needs at least 2")
+    # One measurement per feature network, resumable in the work folder.
     measures = {
         name: Measure(size=protocol.preprocessing, function=lambda images, _, net=net: net(images).float())  # type: ignore[misc]
         for name, net in sets.items()
@@ -78,6 +80,7 @@ def build_reference(
             work.folder, {**source.facts, "networks": networks, "preprocessing": protocol.preprocessing}
         )
     rows = measure_source(source, range(count), measures, work=work, progress=progress)
+    # What later runs compare themselves with.
     title = Path(source.name).name
     facts = {
         "source": title,
@@ -123,6 +126,7 @@ def open_reference(
         source = image_source(files)
         networks = {name: [net.name, net.sha256] for name, net in sets.items()}
         settings = {name: protocol.settings()[name] for name in ("prompts", "reference", "images", "seed")}
+        # The name of the cached file says what it was made of.
         key = digest([VERSION, dict(source.facts), networks, settings, protocol.preprocessing, allow_fewer])
         file = cache_folder() / "reference" / f"{key}.safetensors"
         if not file.is_file():

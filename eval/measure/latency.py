@@ -91,6 +91,7 @@ def _latency_json(
             for name, entries in entries_of.items()
         },
     }
+    # How much faster the student is.
     if {"teacher", "student"} <= entries_of.keys():
         teacher, student = result["models"]["teacher"], result["models"]["student"]
         result["teacher_over_student"] = {
@@ -120,6 +121,7 @@ def _time_in_turns(
             if name in stopped:
                 continue
             try:
+                # The first round loads the batch; the others are timed.
                 if repeat < 0:
                     ready[name], times[name] = parts(batch), []
                 else:

@@ -61,6 +61,7 @@ def measure_source(
     done: list[MeasuredRows] = []
     with StopFlag() as stop:
         for part in work.parts(numbers)[process_group.rank() :: process_group.world_size()]:
+            # A part that is on disk was measured before.
             path = work.path(part)
             if path is not None and path.is_file():
                 done.append(load_part(path))

@@ -67,6 +67,7 @@ class Reference:
                 tensors = {name: content.get_tensor(name) for name in content.keys()}
             if facts["version"] != VERSION:
                 raise ValueError(f"version {facts['version']}, expected {VERSION}")
+            # Statistics by feature network, and the prompts.
             stats = {}
             for name, origin in facts["origins"].items():
                 parts = {part: tensors[f"{name}/{part}"] for part in ("mean", "covariance", "rows")}
@@ -88,6 +89,7 @@ class Reference:
         differ = differing(
             {name: self.facts.get(name, expected_facts[name]) for name in expected_facts}, expected_facts
         )
+        # The same networks, with the same weights and preprocessing.
         for name, net in sets.items():
             if name not in self.stats:
                 raise UserError(

@@ -105,6 +105,7 @@ def load_networks(
     for name, load in LOADERS.items():
         if name in needed:
             networks = load(networks, options)
+    # A metric of class probabilities needs a classifier.
     for metric in chosen:
         if metric.needs_classes and networks.sets["features"].classifier is None:
             raise SettingError(

@@ -121,6 +121,7 @@ def _pack(parts: Iterable[MeasuredRows]) -> bytes:
 def _unpack(data: bytes) -> list[MeasuredRows]:
     """The inverse of `_pack`."""
     parts: dict[str, MeasuredRows] = {}
+    # Keys are START:STOP/COLUMN.
     for name, tensor in load(data).items():
         key, _, column = name.partition("/")
         start, stop = (int(number) for number in key.split(":"))

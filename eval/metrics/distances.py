@@ -53,6 +53,7 @@ class DistanceBlock:
 
     def within(self, radius: Tensor) -> Tensor:
         """Whether each pair is within the squared `radius`, float64 [n, 1] or [1, m]: bool [n, m]."""
+        # Pairs that rounding cannot move across the radius are settled; the others are computed again.
         inside = self.approximate <= (radius - self.bound).to(self.approximate.dtype)
         unsettled = (self.approximate <= (radius + self.bound).to(self.approximate.dtype)).logical_xor_(
             inside

@@ -28,6 +28,7 @@ def prompt_diversity(features: Tensor, prompts: Sequence[str]) -> Diversity:
     when no prompt has two images.
     """
     assert len(features) == len(prompts)
+    # Group the images by prompt.
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
@@ -36,6 +37,7 @@ def prompt_diversity(features: Tensor, prompts: Sequence[str]) -> Diversity:
         raise UserError(
             "diversity needs at least two images of some prompt; sample each prompt more than once"
         )
+    # One mean per prompt: prompts are the independent samples.
     unit = normalize(features.double(), dim=1)
     means = torch.tensor([_pairwise(unit[group]) for group in groups], dtype=torch.float64)
     error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("inf")

@@ -89,6 +89,7 @@ class FeatureStats:
         if indices is not None:
             assert indices.shape == features.shape[:1], (indices.shape, features.shape)
             self._indices.append(indices.to("cpu", torch.int64))
+        # Rows are kept in fp32; moments are accumulated in fp64.
         self._rows.append(features.detach().to("cpu", torch.float32))
         self._pending.append(features.detach().to("cpu", torch.float64))
         self._waiting += len(features)
@@ -121,10 +122,12 @@ class FeatureStats:
         assert not self._rows or self._indices, "rows of several processes need their images' indices"
         indices = torch.cat(self._indices) if self._indices else torch.empty(0, dtype=torch.int64)
         rows = torch.cat(self._rows) if self._rows else torch.empty(0, self.dim)
+        # Exchange counts, moments and rows.
         counts = torch.cat(process_group.gather(torch.tensor([self._count])))
         parts = (
             process_group.gather(part) for part in (self._mean[None], self._scatter[None], rows, indices)
         )
+        # Merge in rank order, so that every process has the same sums.
         merged = FeatureStats(self.dim, self.origin)
         for count, mean, scatter, part, numbers in zip(counts.tolist(), *parts, strict=True):
             merged._combine(count, mean[0], scatter[0])

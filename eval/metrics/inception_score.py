@@ -37,6 +37,7 @@ def inception_score(
         )
     if generator is not None:
         logits = logits[torch.randperm(len(logits), generator=generator).to(logits.device)]
+    # Each split has a marginal of its own.
     log_p = logits.double().log_softmax(1)
     scores = []
     for i in range(splits):

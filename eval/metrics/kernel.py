@@ -37,12 +37,14 @@ def kernel_distance(
     size = min(size, len(a), len(b))
     if size < 2:
         raise UserError(f"a kernel distance needs two rows on either side, got {len(a)} and {len(b)}")
+    # Unbiased MMD of random subsets.
     values = torch.empty(subsets, dtype=torch.float64)
     for i in range(subsets):
         x = a[torch.randperm(len(a), generator=generator)[:size]].double()
         y = b[torch.randperm(len(b), generator=generator)[:size]].double()
         values[i] = polynomial_mmd(x, y)
     deviation = values.std().item() if subsets > 1 else float("inf")
+    # Subsets overlap, so only as many as fit side by side count as independent.
     disjoint = max(1, min(subsets, min(len(a), len(b)) // size))
     all_rows = size == min(len(a), len(b))
     return KernelDistance(

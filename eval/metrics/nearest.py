@@ -31,6 +31,7 @@ def nearest_neighbors(generated: Tensor, training: Iterable[Tensor], *, k: int) 
     """
     if k < 1:
         raise SettingError(f"k is {k}; expected 1 or more neighbours")
+    # Candidates so far: squared distances and training rows.
     queries = _checked(generated, "generated", generated.shape[1])
     squared = torch.empty(len(queries), 0, dtype=torch.float64)
     indices = torch.empty(len(queries), 0, dtype=torch.int64)

@@ -85,6 +85,7 @@ def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
     import open_clip
 
     model = CLIP_PRESETS.get(model, model)
+    # A folder, or MODEL:WEIGHTS as open_clip names them.
     folder = model.removeprefix("local-dir:")
     local = folder != model or Path(folder).is_dir()
     name, _, pretrained = (f"local-dir:{folder}", "", "") if local else model.partition(":")

@@ -30,6 +30,7 @@ def load_dinov2(weights: str | Path | None = None, device: Device = "cpu") -> Fe
         raise UserError(
             f"{name} has patches of {patch} px, expected a divisor of {DINOV2_SIZE}; give a ViT/14"
         )
+    # Position embeddings of 224 px, resized once; the digest is of the published weights.
     sha256 = parameters_sha256(model)
     positions = interpolated(model.embeddings.position_embeddings.detach(), DINOV2_SIZE // patch)
     model.embeddings.position_embeddings = nn.Parameter(positions, requires_grad=False)

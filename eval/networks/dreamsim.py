@@ -135,6 +135,7 @@ def load_dreamsim(weights: str | Path | None = None, device: Device = "cpu") -> 
         raise UserError(
             f"no DreamSim in {folder}: fetch {CHECKPOINT} and unpack it there, or give its folder"
         )
+    # Three branches with their adapters, concatenated.
     states = [_branch_state(folder, branch) for branch in BRANCHES]
     model = DreamSim(states, folder)
     _add_lora(model, folder / ADAPTER)

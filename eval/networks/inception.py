@@ -50,6 +50,7 @@ def fid_inception() -> nn.Module:
     def maximum(x: Tensor) -> Tensor:
         return F.max_pool2d(x, 3, stride=1, padding=1)
 
+    # Blocks of torchvision whose average pools do not count padding.
     class A(tv.InceptionA):  # type: ignore[misc]
         def _forward(self, x: Tensor) -> list[Tensor]:
             fives = chain(self, x, "branch5x5_1", "branch5x5_2")
@@ -72,9 +73,11 @@ def fid_inception() -> nn.Module:
             pooled = self.branch_pool(self.pool(x))
             return [self.branch1x1(x), torch.cat(threes, 1), torch.cat(doubles, 1), pooled]
 
+    # The last block of TensorFlow's graph pools by maximum.
     class LastE(E):
         pool = staticmethod(maximum)
 
+    # torchvision's network with these blocks in place.
     net: nn.Module = tv.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     net.Mixed_5b, net.Mixed_5c, net.Mixed_5d = A(192, 32), A(256, 64), A(288, 64)
     net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e = (
@@ -131,6 +134,7 @@ def _load(
     file = find_weights(published, weights)
     load_strict(net, file, f"the Inception weights {published.names[0]}")
     head = net.fc.to(device).requires_grad_(False)
+    # Features are the inputs of the classifier, which the Inception score applies to them.
     net.fc, net.AuxLogits = nn.Identity(), None
     net = net.to(device).eval().requires_grad_(False)
     # In TensorFlow's graph the Inception score takes the logits before the bias is added.

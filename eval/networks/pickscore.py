@@ -46,6 +46,7 @@ def load_pickscore(weights: str | None = None, device: Device = "cpu") -> PickNe
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         assert len(images) == len(prompts)
         pixels = normalize_channels(prepare_batch(images.to(device), f"crop{size}-bicubic"), OPENAI)
+        # Embeddings of images and prompts, and their scaled cosine.
         tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(
             device
         )

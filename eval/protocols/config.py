@@ -91,6 +91,7 @@ class EvalRun:
                 "give --student or --teacher, or --images, or --pipeline, to say what is measured: "
                 "one of them"
             )
+        # Settings that apply to some sources only.
         if self.noise_scale != 1 and self.student is None:
             raise SettingError("noise_scale is a student's setting; leave it out")
         if self.every and (self.student is None or not (Path(self.student) / "checkpoints").is_dir()):

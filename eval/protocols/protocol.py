@@ -69,10 +69,12 @@ class Protocol:
             "resize": get_args(Resize),
             "crop": get_args(Crop),
         }
+        # Rules that have names.
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise SettingError(f"protocol {self.name}: {name} is {value!r}{nearest(value, allowed)}")
+        # Counts and sizes; 0 leaves them open.
         for name in ("images", "reference_images", "size", "clip_size", "pr_images", "seed"):
             if getattr(self, name) < 0:
                 raise SettingError(f"protocol {self.name}: {name} is negative; expected 0 or more")

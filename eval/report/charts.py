@@ -92,6 +92,7 @@ def plot_curve(curve: Curve, file: Path) -> None:
 
     figure = Figure(figsize=(4.5, 3.4), layout="constrained")
     axes = figure.subplots()
+    # One line per model, with its labels.
     for name, points in curve.lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=name)
         for (x, y), label in zip(points, curve.labels.get(name, [""] * len(points)), strict=True):
@@ -164,6 +165,7 @@ def _draw_labels(axes: "Axes", curve: Curve, colors: Sequence[str]) -> None:
                 continue
             x, y = axes.transData.transform(point)
             box = (x + 5, y + 5, x + 7 + 7.0 * len(label), y + 19)
+            # Skip a label that would cover something.
             hides_point = any(box[0] < px < box[2] and box[1] < py < box[3] for px, py in points)
             if not hides_point and not any(_overlap(box, other) for other in boxes):
                 boxes.append(box)
@@ -178,14 +180,17 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 def _inline(svg: str, curve: Curve, prefix: str) -> str:
     """matplotlib's file as an element of a page: no prolog, no style sheet, own ids, the page's colors."""
     svg = svg[svg.index("<svg") :]
+    # Drop what an inline element does not need.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick)_?\w*">', "<g>", svg)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'xlink:href="#', f'href="#{prefix}-', svg)
+    # Colors follow the page's light or dark theme.
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box, "matplotlib writes a viewBox"
+    # A title for screen readers in place of the opening tag.
     label = escape(f"{curve.title}: {curve.y} over {curve.x}")
     opening = f'<svg class="chart" role="img" aria-label="{label}" {view_box[0]}>'
     return opening + svg[svg.index(">") + 1 :].strip()

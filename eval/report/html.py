@@ -100,6 +100,7 @@ def render_report(data: ReportData, side: int = THUMBNAIL_SIDES[0]) -> str:
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
     environment.filters["code"] = lambda text: Markup(_mark_code(text))
     environment.filters["small"] = _is_small
+    # Columns in the order in which the metrics name the samplers.
     samplers = list(dict.fromkeys(name for metric in data.metrics for name in metric.values))
     latency = data.latency
     page = environment.get_template("report.html.jinja").render(

@@ -132,6 +132,7 @@ def report_data(
     result, prompts = evaluation.result, evaluation.rows.prompts
     count = min(GRID, len(evaluation.rows))
     images = first_images(source, count)
+    # The student and the other side from the same noise.
     beside = []
     if other is not None:
         pairs = min(BESIDE, count)

@@ -77,10 +77,12 @@ def _write(session: EvalSession, source: ImageSource, evaluation: Evaluation) ->
     out = session.config.out
     if out is None:
         return
+    # A file gets the numbers alone.
     text = json.dumps(evaluation.result.to_json(), indent=1)
     if out.endswith(".json"):
         write_atomically(Path(out), text)
         return
+    # A folder also gets the scores of each image, and the report.
     folder, rows = Path(out), evaluation.rows
     write_atomically(folder / "result.json", text)
     scores = {name: values.contiguous() for name, values in rows.values.items() if values.ndim == 1}
@@ -103,6 +105,7 @@ def _nearest_images(session: EvalSession, source: ImageSource, evaluation: Evalu
     if "features" not in rows.values:
         raise SettingError("--train looks for neighbours in the protocol's features; add fid to the metrics")
     net, size = session.networks.sets["features"], session.protocol.preprocessing
+    # Features of the whole training set, then the nearest rows of the first images.
     training = image_source(open_images(session.config.train))
     assert training.count is not None
     measure = {"features": Measure(size=size, function=lambda images, _: net(images).float())}
@@ -135,6 +138,7 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
     if not compared:
         raise SettingError(f"metrics {', '.join(metrics)} need no reference; name some that do, say fid")
     session = EvalSession(replace(config, images=str(images), metrics=compared), progress)
+    # Measure the images of the protocol's reference set.
     files, prompts = reference_files(images, session.protocol)
     work = MeasureOptions(batch_size=config.batch_size, folder=out.with_suffix(".work"))
     sets = session.networks.sets
@@ -178,6 +182,7 @@ def _win_rates(names: Sequence[str]) -> list[dict[str, Any]]:
     scores = {name: values for name in names if (values := _pickscores(Path(name))) is not None}
     wins = []
     for first, second in itertools.combinations(scores, 2):
+        # How often the first image of a prompt scores higher.
         outcome = win_rate(scores[first], scores[second])
         wins.append(
             {

@@ -64,6 +64,7 @@ def sampler_source(
             part = range(first, min(first + batch_size, numbers.stop))
             texts = request.texts(part)
             pixels = sample(part, texts)
+            # A broken image would spoil every metric: name the first.
             broken = (~pixels.isfinite()).flatten(1).any(1).nonzero()
             if len(broken):
                 row = int(broken[0])
@@ -196,6 +197,7 @@ def pipeline_source(
     def parts(batch: int) -> dict[str, Callable[[], object]]:
         return {"pipeline": lambda: sample(range(batch), request.texts(range(batch)))}
 
+    # What identifies the images in a result.
     facts = {
         "kind": "pipeline",
         "pipeline": type(pipe.pipe).__name__,

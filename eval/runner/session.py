@@ -87,6 +87,7 @@ class EvalSession:
             required = all_metrics()[name].data_source
             if not required:
                 continue
+            # Its rows exist only for images of that data source.
             if self.data_source is None or self.data_source.name != required:
                 fitting = [key for key, protocol in PROTOCOLS.items() if protocol.reference == required]
                 raise SettingError(

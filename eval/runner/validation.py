@@ -50,6 +50,7 @@ def validation_hook(run: EvalRun, teacher: str) -> Callable[[_SampleLatents, int
         session = open_session()
         prompts = session.prompts or pretrained.default_prompts(teacher)
         request, count = session.sampling_request(prompts), session.count or len(prompts)
+        # All ranks sample together; decoding is split like any evaluation.
         latents = sample(request.seed, request.texts(range(count)))
 
         @torch.no_grad()
