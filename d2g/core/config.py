@@ -71,10 +71,12 @@ def check_values(config: Any) -> None:
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        # An optional Literal holds its choices one level deeper, in the union.
         optional = type(None) in get_args(hint)
         for choices in get_args(hint) if optional and value is not None else (hint,):
             if get_origin(choices) is Literal and value not in get_args(choices):
                 raise SettingError(f"{name} is {value!r}{nearest(str(value), map(str, get_args(choices)))}")
+        # NaN and infinity parse as numbers, but no setting has a use for them.
         for part in value if isinstance(value, tuple) else (value,):
             finite = not isinstance(part, float) or math.isfinite(part)
             require(config, **{name: (finite, "finite numbers")})
@@ -111,12 +113,14 @@ def with_values(config: T, values: Mapping[str, Any]) -> T:
 def _type_of(config: Any, full: str) -> Any:
     """The declared type of the setting with the dotted name `full`."""
     *groups, last = full.split(".")
+    # Descend through the groups; every name on the way must exist.
     for depth, group in enumerate(groups):
         _check_known(config, group, ".".join(groups[:depth]))
         config = getattr(config, group)
         if not is_dataclass(config):
             member = full.split(".")[depth + 1]
             raise SettingError(f"setting {full!r}: {group!r} is a single value and has no {member!r}")
+    # The last name must be a single value of its group.
     _check_known(config, last, ".".join(groups))
     if is_dataclass(value := getattr(config, last)):
         members = ", ".join(f.name for f in fields(value))
@@ -125,7 +129,7 @@ def _type_of(config: Any, full: str) -> Any:
 
 
 def _check_known(config: Any, name: str, path: str) -> None:
-    """Raise SettingError when the config, or config class, found at `path` has no field `name`."""
+    """Raise SettingError if the config, or config class, at `path` has no field `name`."""
     cls = config if isinstance(config, type) else type(config)
     known = [_join(path, f.name) for f in fields(cls)]
     if (full := _join(path, name)) not in known:
@@ -135,6 +139,7 @@ def _check_known(config: Any, name: str, path: str) -> None:
 def _rebuild(config: Any, values: Mapping[tuple[str, ...], Any], path: str) -> Any:
     """`config`, which stands at `path`, with new values by relative path."""
     changes: dict[str, Any] = {names[0]: value for names, value in values.items() if len(names) == 1}
+    # Rebuild every nested group once, with all its new values together.
     for group in dict.fromkeys(names[0] for names in values if len(names) > 1):
         members = {names[1:]: value for names, value in values.items() if names[0] == group}
         changes[group] = _rebuild(getattr(config, group), members, _join(path, group))
@@ -185,6 +190,7 @@ def _number(text: str) -> Any:
 def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
     """`value` as the type `hint`, or a SettingError. Only int -> float is converted silently."""
     origin, args = get_origin(hint), get_args(hint)
+    # Structured types: groups, choices, optional values, dictionaries and lists.
     if is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
             raise SettingError(f"setting {full!r} is a group of {hint.__name__}, got {text!r}")
@@ -201,6 +207,7 @@ def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
         if not isinstance(value, Mapping):
             raise SettingError(f"setting {full!r} takes a JSON object, got {text!r}")
         return dict(value)
+    # A tuple hint has either one type for all elements or one type per position.
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise SettingError(f"setting {full!r} takes a JSON list, got {text!r}")
@@ -209,10 +216,12 @@ def _convert(value: Any, hint: Any, full: str, text: str) -> Any:
         if len(hints) != len(value):
             raise SettingError(f"setting {full!r} takes {len(hints)} values, got {text!r}")
         return tuple(_convert(v, h, full, text) for v, h in zip(value, hints, strict=True))
+    # Plain values. JSON reads 1 as an int, so an int is a valid float.
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if abs(value) <= sys.float_info.max:  # false for NaN
             return float(value)
         raise SettingError(f"setting {full!r} is {text!r}; expected a finite number")
+    # A string such as "123" reads as a JSON number: take its original text. A bool is never an int.
     if hint is str and not isinstance(value, str):
         value = text
     if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):

@@ -23,11 +23,13 @@ REQUIRED_PACKAGES = (
 def inspect_machine() -> dict[str, Any]:
     """The result of `d2g doctor`: versions, devices, sizes in GiB, and problems in words."""
     cuda, problems, versions = torch.cuda.is_available(), [], {}
+    # Installed versions, without importing the packages.
     for name in REQUIRED_PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             problems.append(f"{name} is not installed; run `uv sync`")
+    # Devices and free space, with a problem for each that is too small for real training.
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     if not cuda:

@@ -135,6 +135,7 @@ def _radius(words: U64) -> _F64:
     bits = ((words >> 11) | 1).astype(np.float64).view(np.int64)
     # u 2^53 = m 2^power with m from sqrt(1/2) to sqrt(2): the constant is the bits of sqrt(1/2).
     power = (bits - 0x3FE6A09E667F3BCD) >> 52
+    # -2 ln u: the part of m by the series of atanh, then the part of the power of two.
     m = (bits - (power << 52)).view(np.float64)
     s = (1 - m) / (1 + m)  # -2 ln m = 4 atanh(s)
     square = _series(s * s, ATANH)
@@ -150,13 +151,16 @@ def box_muller(words: U64) -> _F64:
     Words w0, w1 give sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v) (Box and Muller, 1958), where
     u = (floor(w0 / 2^12) + 1/2) / 2^52 and v = (floor(w1 / 2^11) + 1/2) / 2^53. No value exceeds 8.572.
     """
+    # Split the angle 2 pi v into a quarter turn and a remainder of at most pi / 4.
     radius, v = _radius(words[..., 0::2]), words[..., 1::2]
     quarter = (v + 2**61) >> 62  # the nearest multiple of pi / 2; `angle` is the remainder
     angle = (((v << 2).view(np.int64) >> 12) | 1) * (PI * 2.0**-53)
+    # The Taylor series holds for the remainder; the cosine follows from the sine.
     sin = _series(angle * angle, SIN)
     sin *= angle
     sin += angle
     cos = np.sqrt(1 - sin * sin)  # sin^2 <= 1/2, so no cancellation
+    # Odd quarter turns exchange sine and cosine; the quarter also decides the signs.
     odd = (quarter & 1).astype(bool)
     normals = np.empty(words.shape)
     np.multiply(radius, np.where(odd, sin, cos), out=normals[..., 0::2])
@@ -183,8 +187,10 @@ def noise(
     """
     seed, count = checked_key("noise: seed", seed), prod(shape)
     rows = [checked_key("noise: index", index) for index in indices]
+    # Box-Muller consumes words in pairs.
     words = count + count % 2
     normals = np.empty((len(rows), count), dtype=np.float32)
+    # Work in blocks that fit the cache. Rows are independent, so the blocks do not change the values.
     step = max(1, _BLOCK_WORDS // max(1, words))
     for start in range(0, len(rows), step):
         raw = np.stack([_words(seed, row, words) for row in rows[start : start + step]])

@@ -126,6 +126,7 @@ def permuted_batch(
 
     `block` and `window` as in `permuted_blocks`; 0 for either is the full shuffle of `permuted`.
     """
+    # A batch may span the end of an epoch: each position knows its own epoch.
     stream = start + np.arange(count, dtype=np.int64)
     epoch, positions = stream // size, stream % size
     if block and window:

@@ -33,8 +33,8 @@ class Conditioning:
     @classmethod
     def from_text(cls, hidden: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None) -> Self:
         """Text embeddings [B, L, D], optionally with pooled embeddings [B, P] and time ids [B, 6]."""
-        named = {"hidden": hidden, "pooled": pooled, "time_ids": time_ids}
-        return cls({name: tensor for name, tensor in named.items() if tensor is not None})
+        tensors = {"hidden": hidden, "pooled": pooled, "time_ids": time_ids}
+        return cls({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> Self:
@@ -43,7 +43,7 @@ class Conditioning:
 
     @classmethod
     def empty(cls, rows: int) -> Self:
-        """Conditioning of an unconditional network, of so many rows."""
+        """Conditioning of an unconditional network for this number of rows."""
         return cls({"empty": torch.empty(rows, 0)})
 
     @classmethod
@@ -158,6 +158,7 @@ class UnconditionalConditioner(Conditioner):
         return [""]
 
     def encode(self, prompts: Sequence[str], null: bool = False) -> Conditioning:
+        # The network would ignore a prompt: refuse it.
         if any(prompts):
             first = next(filter(None, prompts))
             raise UserError(f"prompt {first!r}: this teacher is unconditional; expected none")

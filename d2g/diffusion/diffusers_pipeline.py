@@ -45,6 +45,7 @@ class AnyPipeline:
         image also has a generator of its own, for samplers that draw noise. `guidance` None: the pipeline's
         default.
         """
+        # Pass only what the pipeline's call accepts.
         settings: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
         if "generator" in self.parameters:
             settings["generator"] = [generator(seed, number) for number in numbers]
@@ -53,6 +54,7 @@ class AnyPipeline:
         if guidance is not None:
             settings["guidance_scale"] = guidance
         settings |= self._prompt_arguments(prompts)
+        # Gray images become RGB.
         pixels = torch.from_numpy(self.pipe(**settings).images).float()
         return pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
@@ -88,6 +90,7 @@ def load_any_pipeline(
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
+    # A safety checker is switched off only where the pipeline names one: others reject the argument.
     index = Path(name) / "model_index.json"
     settings: dict[str, Any] = {}
     if index.is_file() and "safety_checker" in json.loads(index.read_text(encoding="utf-8")):
@@ -102,6 +105,7 @@ def load_any_pipeline(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     loaded = AnyPipeline(name, pipe.to(device, dtype), torch.device(device))
+    # Refuse settings that the pipeline would not use.
     for setting, value in (("num_inference_steps", steps), ("guidance_scale", guidance)):
         if value is not None and setting not in loaded.parameters:
             raise SettingError(f"pipeline {name} ({type(pipe).__name__}) takes no {setting}; leave it out")

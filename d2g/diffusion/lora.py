@@ -37,6 +37,7 @@ def merged(tensors: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, 
         if ".lora_" in name:
             continue
         layer, is_base, parameter = name.rpartition(".base_layer.")
+        # W + alpha / rank B A in fp32; a convolution's weight keeps its shape.
         if is_base and parameter == "weight":
             a, b = (tensors[f"{layer}.lora_{factor}.default.weight"].float() for factor in "AB")
             value = (value.float() + alpha / rank * (b @ a).view(value.shape)).to(value.dtype)

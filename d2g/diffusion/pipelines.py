@@ -1,4 +1,4 @@
-"""Pipelines on disk: folders in diffusers layout and hub ids, and the files that decide what a teacher draws.
+"""Pipelines on disk: folders in diffusers layout and hub ids, and the files that decide a teacher's samples.
 
 A pipeline's `model_index.json` says what it is; the supported ones are in `d2g/diffusion/families/`.
 """
@@ -149,11 +149,12 @@ def choose_weights(names: Iterable[str]) -> tuple[str | None, list[str]]:
 
 
 def weights_sha256(name: str) -> str:
-    """sha256 over the files that decide what a teacher draws: all components of its pipeline, every shard
-    of their weights, and the keys of model_index.json in FACTS.
+    """sha256 over the files that decide a teacher's samples: all components of its pipeline, every shard of
+    their weights, and the keys of model_index.json in FACTS.
 
     Files are hashed in parallel, and each once per process.
     """
+    # The components in order of name, so that the hash does not depend on the file system.
     pipeline, total = open_pipeline(name), hashlib.sha256()
     files = [
         path
@@ -162,6 +163,7 @@ def weights_sha256(name: str) -> str:
     ]
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         digests = list(pool.map(_file_sha256, files))
+    # File names enter the hash too: equal bytes in another file are another model.
     for path, digest in zip(files, digests, strict=True):
         total.update(path.name.encode() + digest)
     facts = {key: pipeline.index[key] for key in FACTS if key in pipeline.index}
@@ -172,6 +174,7 @@ def weights_sha256(name: str) -> str:
 
 def component_files(folder: Path) -> list[Path]:
     """The files of a component that are loaded, in order of name, without other variants and formats."""
+    # Of the weights, only the files that are loaded; all texts, because they hold configs and vocabularies.
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     weights = [name for name in names if name.endswith(".safetensors")]
     chosen = set(choose_weights(names)[1]) if weights else set()

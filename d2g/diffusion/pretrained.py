@@ -65,6 +65,7 @@ def load_model(name: str, component: str, dtype: torch.dtype = torch.float32) ->
 
 def _with_weights(folder: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
     """A model of class `kind` from a folder; `what` begins the error messages."""
+    # transformers and diffusers name the dtype differently.
     keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     try:
         variant, _ = choose_weights(path.name for path in folder.iterdir())
@@ -130,6 +131,7 @@ def load_autoencoder(name: str) -> Any:
     """
     if (folder := _standalone_autoencoder(name)) is None:
         return load_vae(name)
+    # A folder of its own, as `save_pretrained` of an autoencoder writes it.
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()

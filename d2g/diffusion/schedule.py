@@ -152,6 +152,7 @@ class FlowSchedule(_UnscaledInput):
             raise SettingError(
                 f"steps is {steps}; expected 1 to {self.train_steps}, the teacher's training steps"
             )
+        # Choose the grid of s from 1 down; the shift moves it afterwards.
         factor = self.shift if self.dynamic is None else self.dynamic.factor(size)
         if self.spacing == "trailing":
             grid = [1 - i / steps for i in range(steps)]
@@ -176,6 +177,7 @@ def timesteps(num_train: int, steps: int, spacing: Spacing, offset: int) -> list
     """
     if not 1 <= steps <= num_train:
         raise SettingError(f"steps is {steps}; expected 1 to {num_train}, the teacher's training steps")
+    # The three rules of DDIMScheduler, descending from noise to data.
     ratio = num_train / steps
     if spacing == "leading":
         grid = [i * (num_train // steps) + offset for i in reversed(range(steps))]

@@ -157,6 +157,7 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"{where} does not go with {pipeline.kind}; expected {', '.join(supported)}; {remedy}"
         )
+    # Read the file, and complete it with the defaults of the scheduler's constructor.
     file = folder / "scheduler_config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -166,6 +167,7 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
         settings = {k: raw.get(k, p.default) for k, p in parameters.items() if k != "self"}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: {file.name} cannot be read ({error})") from error
+    # Refuse settings that change the ODE or its end. EDM's sigma_min and sigma_max are part of it.
     own = {"sigma_min", "sigma_max"} if kind in EDM else set()
     for key in sorted(_UNSUPPORTED.keys() & settings.keys() - own):
         is_unsupported, effect, instead = _UNSUPPORTED[key]
@@ -180,6 +182,7 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
 def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
     from diffusers import DDIMScheduler
 
+    # Our solvers implement these predictions and spacings only.
     where = f"teacher {pipeline.folder}: scheduler {kind}"
     if settings["prediction_type"] not in get_args(Prediction):
         raise UserError(
@@ -189,6 +192,7 @@ def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
     spacing = settings.get("timestep_spacing", "linspace")
     if spacing not in get_args(Spacing):
         raise UserError(f"{where} has timestep_spacing={spacing}; supported: {', '.join(get_args(Spacing))}")
+    # DDIMScheduler computes the table of alphas from any scheduler's betas.
     try:
         alphas = DDIMScheduler(**{k: settings[k] for k in BETAS if k in settings}).alphas_cumprod
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -205,6 +209,7 @@ def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
 
 
 def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedule:
+    # With a dynamic shift, the number of patches depends on the network's patch size.
     dynamic = None
     if settings["use_dynamic_shifting"]:
         network = json.loads(
@@ -227,16 +232,19 @@ def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedu
 
 
 def _edm(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> EDMSchedule:
+    # Our solvers implement these predictions and grids only.
     where = f"teacher {pipeline.folder}: scheduler {kind}"
     for key, supported in (("prediction_type", EDMPrediction), ("sigma_schedule", SigmaGrid)):
         if settings[key] not in get_args(supported):
             raise UserError(f"{where} has {key}={settings[key]}; supported: {', '.join(get_args(supported))}")
+    # c_noise = ln(sigma) / 4 may be negative, which only the positional embedding takes.
     network = json.loads((pipeline.component_dir("unet") / "config.json").read_text(encoding="utf-8"))
     if (embedding := network.get("time_embedding_type", "positional")) != "positional":
         raise UserError(
             f"{where} has the time input c_noise, which may be negative, but the UNet has "
             f"time_embedding_type={embedding}; expected positional"
         )
+    # The grid of eq. 5 needs positive, ordered sigmas.
     low, high, data, rho = (float(settings[k]) for k in ("sigma_min", "sigma_max", "sigma_data", "rho"))
     if not (0 < low < high and data > 0 and rho > 0):
         raise UserError(

@@ -81,6 +81,7 @@ def sample_ode(denoise: Denoise, noise: Tensor, schedule: AnySchedule, steps: in
     x, (height, width) = schedule.start(noise), noise.shape[-2:]
     points = schedule.points(steps, (height, width))
     last = len(points) - 2
+    # Heun evaluates the network at both ends of a step, so the last step to sigma = 0 cannot use it.
     for i, (now, after) in enumerate(pairwise(points)):
         if solver == "heun" and i < last:
             x = _heun(schedule, now)(denoise, x, now, after)
@@ -116,6 +117,7 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: float, rescale:
     output = unconditional + guidance * (conditional - unconditional)
     if rescale == 0:
         return output
+    # Match the standard deviation of the conditional output, and mix both results by `rescale`.
     axes = tuple(range(1, output.ndim))
     matched = output * (conditional.std(axes, keepdim=True) / output.std(axes, keepdim=True))
     return rescale * matched + (1 - rescale) * output

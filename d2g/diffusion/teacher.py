@@ -77,6 +77,7 @@ class Teacher:
     @property
     def facts(self) -> dict[str, Any]:
         """What decides latents beside weights, prompts and a job's settings, as JSON values."""
+        # Each kind of schedule has its own numbers that decide latents.
         facts: dict[str, Any] = {"pipeline": self.pipeline, "prediction_type": self.schedule.prediction}
         if isinstance(self.schedule, Schedule):
             facts["steps_offset"] = self.schedule.steps_offset
@@ -118,6 +119,7 @@ class Teacher:
                 self.space.downscale,
             )
             output = output[:, : x.shape[1]].float()  # a learned variance follows the mean
+            # Guidance combines raw outputs, before the conversion to x_0 and epsilon.
             if guidance != 1:
                 unconditional, conditional = output.chunk(2)
                 output = guided(conditional, unconditional, guidance, guidance_rescale)
@@ -170,6 +172,7 @@ def check_solver(
 
     `size`: latent height and width; by default the network's own.
     """
+    # The latent size and the solver must fit the network and its ODE.
     size = size or teacher.latent_shape[1:]
     teacher.family.check_size(teacher.name, teacher.config, size)
     name = teacher.name
@@ -178,12 +181,14 @@ def check_solver(
         raise SettingError(
             f"solver is {solver!r}, but teacher {name} is {kind}; take {teacher.default_solver} or heun"
         )
+    # An epsilon prediction says nothing about x_0 where x is noise only.
     first = teacher.schedule.points(steps, size)[0]
     if teacher.schedule.prediction == "epsilon" and first.alpha < NO_SIGNAL:
         raise UserError(
             f"teacher {name} predicts epsilon, but starts at zero terminal SNR (timestep {first.t}), where "
             "that says nothing about x_0; take spacing=leading or fewer steps, or a v-prediction teacher"
         )
+    # Guidance needs an unconditional branch, and rescaling needs guidance.
     if guidance != 1 and not teacher.conditioner.has_null:
         raise SettingError(
             f"guidance is {guidance:g}, but teacher {name} has no unconditional branch; take guidance 1"
@@ -264,6 +269,7 @@ def _override(
     name: str, schedule: AnySchedule, spacing: Spacing | Literal["teacher"], final_alpha: str
 ) -> AnySchedule:
     """The schedule with another spacing and end, where its kind allows them."""
+    # EDM: the grid of sigmas decides the steps.
     if isinstance(schedule, EDMSchedule):
         if spacing not in ("teacher", schedule.spacing):
             raise SettingError(
@@ -271,6 +277,7 @@ def _override(
                 f"sigma_schedule of its scheduler, {schedule.grid}, decides its steps; take spacing=teacher"
             )
         return schedule
+    # Flow: any spacing that starts at pure noise.
     if isinstance(schedule, FlowSchedule):
         if spacing == "leading":
             raise SettingError(
@@ -278,6 +285,7 @@ def _override(
                 "take linspace or trailing"
             )
         return schedule if spacing == "teacher" else replace(schedule, spacing=spacing)
+    # Variance-preserving: any spacing, and an end at clean data.
     if spacing != "teacher":
         schedule = replace(schedule, spacing=spacing)
     return replace(schedule, final_alpha_one=True) if final_alpha == "one" else schedule
@@ -305,11 +313,13 @@ def describe_stages(name: str) -> str:
 
 def describe_teacher(name: str) -> dict[str, Any]:
     """What `d2g teacher info` prints, from the teacher's files; no weights are loaded."""
+    # Every component on the meta device: shapes and numbers of parameters without weights.
     teacher = _teacher_on_meta(name, "teacher", "teacher")
     pipeline, schedule = open_pipeline(name), teacher.schedule
     models = {pipeline.family.network: teacher.network, **dict(teacher.conditioner.models.items())}
     if (autoencoder := pipeline.family.autoencoder) is not None:
         models[autoencoder] = pretrained.load_on_meta(name, autoencoder)
+    # Defaults of the sampler. EDM has no training steps, and only a table of timesteps has an offset.
     defaults: dict[str, Any] = {
         "solver": teacher.default_solver,
         "spacing": schedule.spacing,

@@ -54,6 +54,7 @@ class DistributedModule:
         """
         self.module, self.kind = module, kind
         self.call: Callable[..., Any] = module
+        # Shard the network, or replicate it; a single process needs no wrapper.
         if kind == "fsdp":
             self._shard(list(layers), list(roots), device, replicas, half)
         else:
@@ -61,8 +62,10 @@ class DistributedModule:
             if process_group.world_size() > 1:
                 ids = [device] if device.type == "cuda" else None
                 self.call = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+                # Gloo sums in varying orders: fix the order, so that a resumed run equals an unbroken one.
                 if device.type == "cpu" and process_group.world_size() > 2:
                     self.call.register_comm_hook(None, process_group.average_in_order)
+        # Compile both forms: with the wrapper for averaged passes, without it for local ones.
         self.compiled = bool(compile_backend)
         self.local_call: Callable[..., Any] = module
         if compile_backend:
@@ -83,8 +86,10 @@ class DistributedModule:
         replicas: int,
         half: torch.dtype | None,
     ) -> None:
+        # Gather in `half`, but average gradients in fp32.
         mesh = _mesh(device, replicas)
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
+        # Shard first, then broadcast rank 0's weights into the shards.
         full_state = self.module.state_dict() if process_group.rank() == 0 else {}
         for part in (*layers, *roots):
             fully_shard(part, mesh=mesh, mp_policy=policy)

@@ -112,6 +112,7 @@ def rank_0_published(text: str) -> bool:
     try:
         store, error, joined = _torchrun_store(GRACE), _key("error"), _key("joined")
         with StopFlag() as stop:
+            # Once rank 0 has joined the group, its errors come together with ours: wait for less time.
             while not store.check([error]) and not stop:
                 grace = GRACE_IN_STEP if store.check([joined]) else GRACE
                 if time.monotonic() - start > grace.total_seconds():
@@ -229,6 +230,7 @@ def gather(rows: Tensor) -> list[Tensor]:
     """Every rank's rows [n_r, ...], in rank order, on every rank. Only n_r may differ between ranks."""
     if not td.is_initialized():
         return [rows]
+    # all_gather takes equal shapes only: exchange the counts, then pad to the longest.
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(td.get_world_size())]
     td.all_gather(counts, torch.tensor([len(rows)]))
     longest = max(1, *(int(count) for count in counts))  # gloo takes no empty tensors
@@ -298,12 +300,15 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     if not td.is_initialized():
         return
     parameters = [p for p in parameters if p.requires_grad]
+    # All ranks must reduce a buffer of the same layout: fill missing gradients with zeros.
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    # One all-reduce of the concatenated gradients is faster than one for each parameter.
     flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
     td.all_reduce(flat)
     flat /= td.get_world_size()
+    # Copy the means back, each to its parameter.
     start = 0
     for p in parameters:
         assert p.grad is not None

@@ -129,12 +129,14 @@ class Writer:
         target, meta, future = self._pending
         self._pending = None
         temporary = target.with_name(f".{target.name}.tmp")
+        # Wait for this rank's files; then collect size and sha256 of the files of all ranks.
         own_files: dict[str, list[Any]] = {}
         with _FailTogether(temporary, target, self.folder):
             own_files = future.result()
         parts = process_group.gather_objects(own_files)
         files = {name: facts for part in parts for name, facts in part.items()}
         with _FailTogether(temporary, target, self.folder):
+            # Rank 0 writes meta.json after every file of every rank is synced.
             if process_group.rank() == 0:
                 meta_file = temporary / "meta.json"
                 meta_file.write_text(json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
@@ -160,6 +162,7 @@ class _FailTogether:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, Exception | CheckpointException):
             return  # Ctrl-C. CheckpointException is no Exception either, but all ranks get it
+        # Every rank learns of every error, and raises the first one.
         reasons = [
             reason
             for reason in process_group.gather_objects(None if error is None else _reason(error))
@@ -167,6 +170,7 @@ class _FailTogether:
         ]
         if not reasons:
             return
+        # Remove the incomplete folder, and name the checkpoint that a rerun continues from.
         if process_group.rank() == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
         last = latest(self.folder)
@@ -286,6 +290,7 @@ def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.opti
                 assert isinstance(facts, TensorStorageMetadata)
                 slot = _empty_state(parameter, facts)
                 states.setdefault(parameter, {})[key.removeprefix(start)] = tensors[key] = slot
+    # Names must match in both directions; then fill the tensors of this rank in place.
     expected = {key for key in stored if key.startswith((f"{prefix}.", f"optim.{prefix}."))}
     if unmatched := sorted(expected ^ set(tensors)):
         raise UserError(f"{last.folder}: {unmatched[0]} is in the checkpoint or in the network, not in both")

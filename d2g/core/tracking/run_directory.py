@@ -35,12 +35,14 @@ class RunLog:
         self.loggers: list[RunLogger] = []
         self.lines: list[dict[str, float]] | None = None  # of stats.jsonl, once read
         path = folder / "config.json"
+        # The folder holds a run: its settings must match, except those that a resume may change.
         if path.is_file():
             old = read_json_object(path, RESTORE_CONFIG_HINT)
             keys = differing(
                 {k: v for k, v in old.items() if k not in ignore},
                 {k: v for k, v in config.items() if k not in ignore},
             )
+            # Settings may change as long as the run has written nothing but its config.
             entries = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
             if keys and not entries <= {path.name, ENDED}:
                 raise UserError(
@@ -50,6 +52,7 @@ class RunLog:
             if not keys:
                 return
         elif complete_points(folder / "checkpoints"):
+            # Without the config, the settings of these checkpoints are unknown.
             raise UserError(
                 f"{folder} holds checkpoints but no config.json; {RESTORE_CONFIG_HINT}, or delete {folder} "
                 "to start again"
@@ -93,6 +96,7 @@ class RunLog:
                     file.write(json.dumps({"nimg": nimg, **values}) + "\n")
             except OSError as error:
                 raise UserError(f"cannot write {self.folder / 'stats.jsonl'}: {error.strerror}") from error
+            # Keep the lines in memory up to date, so that `read` need not parse the file again.
             if self.lines is not None:
                 self.lines.append({"nimg": nimg, **values})
             for logger in self.loggers:
@@ -128,9 +132,11 @@ def read_stats(folder: Path) -> list[dict[str, float]]:
     """
     path = folder / "stats.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    # Ignore a last line that is not complete.
     if lines and not lines[-1].endswith("}\n"):
         lines.pop()
     reports: list[dict[str, float]] = []
+    # Any other damaged line is an error, because dropping it would hide lost reports.
     for number, line in enumerate(lines, 1):
         try:
             values: dict[str, float] = json.loads(line)

@@ -1,4 +1,4 @@
-"""What a model family is: the base class of the files in this package, and the pipeline files that they read.
+"""Base class of the model families in this package, and the pipeline files that they read.
 
 A family's file holds everything that is known about it: pipelines and components, checks, conditioner, the
 call of its network, latent shape, repeated blocks, LoRA targets, and the stages that work for it.
@@ -122,6 +122,7 @@ class Family(ABC):
 
         Raises UserError for networks with further inputs or other outputs, or without a `sample_size`.
         """
+        # The input must be latents alone, the output a prediction and at most a variance.
         where = f"teacher {pipeline.folder}: {pipeline.class_name(self.network)}"
         if config.in_channels != space.channels:
             raise UserError(
@@ -134,11 +135,13 @@ class Family(ABC):
                 f"{where} gives {channels} channels; expected {space.channels}, "
                 f"or {2 * space.channels} with a learned variance"
             )
+        # Conditions that the pipeline never feeds would be missing at every step.
         for key in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type"):
             if getattr(config, key, None) is not None:
                 raise UserError(
                     f"{where} has {key}={getattr(config, key)}, which {pipeline.kind} never feeds"
                 )
+        # The resolution of training, as one side or as height and width.
         size = config.sample_size
         if size is None:
             raise UserError(f"{where} has no sample_size; write the latents' side into its config.json")
@@ -163,6 +166,7 @@ class Family(ABC):
 
     def supported_stages(self, schedule: ScheduleKind, unconditional: bool) -> dict[str, str]:
         """Stage -> its name, for teachers with this kind of schedule; "" where it is not supported."""
+        # The formats that students of this schedule can be exported to.
         formats = ", ".join(
             export.name
             for export in self.exports
@@ -193,12 +197,13 @@ class Pipeline:
         return [component for component in self.family.components if component not in absent]
 
     def class_name(self, component: str) -> str | None:
-        """The class of a component in model_index.json; None where that says [null, null] or nothing."""
+        """The class of a component in model_index.json; None if its entry is [null, null] or missing."""
         entry = self.index.get(component)
         return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
     def component_dir(self, component: str) -> Path:
         """The folder of a component. Raises UserError if it is missing or of a class that we do not load."""
+        # Some repositories keep the files of their components at the root.
         name, folder = self.class_name(component), self.folder / component
         if not folder.is_dir() and self.family.flat_layout:
             file = "scheduler_config.json" if component == "scheduler" else "config.json"
@@ -209,6 +214,7 @@ class Pipeline:
                 f"teacher {self.folder}: no {component}; expected the components "
                 f"{', '.join(self.family.components)} in diffusers layout; found {folders}"
             )
+        # Only classes that we load correctly are accepted.
         allowed = self.family.components[component]
         if allowed and name not in allowed:
             raise UserError(

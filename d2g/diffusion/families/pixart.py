@@ -84,6 +84,7 @@ class PixArt(Family):
         guidance_embedding: Tensor | None = None,
     ) -> Tensor:
         """Masked hidden states, and the size and aspect ratio of the image where the network takes them."""
+        # Micro-conditions, in pixels; networks without them expect None.
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if _takes_size(config):
             height, width = (downscale * side for side in x.shape[-2:])

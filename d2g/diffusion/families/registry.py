@@ -16,6 +16,7 @@ def _discover() -> dict[str, Family]:
         if name == "registry":
             continue
         module = importlib.import_module(f"{families.__name__}.{name}")
+        # Take classes defined in this file, not those that it imports.
         for value in vars(module).values():
             own = inspect.isclass(value) and value.__module__ == module.__name__
             if own and issubclass(value, Family) and not inspect.isabstract(value):

@@ -42,6 +42,7 @@ class SD3Conditioner(TextConditioner):
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> hidden states [B, L + 256, width] and pooled embeddings [B, P1 + P2]."""
+        # Both CLIP models: next-to-last hidden states side by side, padded to T5's width.
         hidden, pooled = [], []
         length = self.tokenizers["tokenizer"].model_max_length
         for number in ("", "_2"):
@@ -51,11 +52,13 @@ class SD3Conditioner(TextConditioner):
             pooled.append(output[0])
         clip = torch.cat(hidden, dim=-1)
         clip = nn.functional.pad(clip, (0, self.width - clip.shape[-1]))
+        # T5's states follow as further tokens; zeros stand for an absent T5.
         if "text_encoder_3" in self.models:
             ids = self.tokenize("tokenizer_3", prompts, _T5_TOKENS).input_ids
             t5 = self.run("text_encoder_3", ids)[0].to(clip)
         else:
             t5 = clip.new_zeros(len(prompts), _T5_TOKENS, self.width)
+        # Hidden states are joined along tokens, pooled embeddings along channels.
         return Conditioning.from_text(torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1))
 
 

@@ -56,7 +56,7 @@ class SDXLConditioner(CLIPConditioner):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], null: bool = False) -> Conditioning:
-        """As every text conditioner does, except for the zeros of `zero_null`."""
+        """Encode B prompts like every text conditioner, except that `zero_null` gives zeros."""
         if not (null and self.zero_null):
             return super().encode(prompts, null)
         rows = self.embed(prompts).tensors

@@ -32,6 +32,7 @@ class UNetFamily(Family):
         guidance_embedding: Tensor | None = None,
     ) -> Tensor:
         """Text goes in as cross-attention states, and for SDXL as added conditions; class labels as such."""
+        # A UNet2DConditionModel takes text, a UNet2DModel at most class labels.
         if self.reads_text:
             output: Tensor = network(
                 x,
