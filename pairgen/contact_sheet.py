@@ -37,18 +37,21 @@ def save_sheet(
     """
     reader = PairReader(folder)
     if not len(reader):
-        raise UserError(f"{folder} holds no pairs yet; make some with `d2g pairs generate`")
+        raise UserError(f"{folder} holds no pairs yet; generate some with `d2g pairs generate`")
+    # The autoencoder of another latent space would decode these latents to garbage.
     spec = reader.spec
     vae = load_vae(teacher or spec.teacher).to(process_group.init())
     if (space := latent_space(vae)) != spec.latent_space:
         raise UserError(
             f"teacher {teacher or spec.teacher} has {space}, {folder} was made in {spec.latent_space}"
         )
+    # Decode in small batches, because the autoencoder needs the most memory here.
     rows = reader.read(evenly_spread(len(reader), count))
     images = []
     for batch in decode_uint8(vae, rows.latents, batch_size=8):
         images.append(batch)
         progress("decode", sum(map(len, images)), len(rows.index))
+    # Lay out the sheet; its metadata says which rows of which spec it shows.
     captions = [caption(spec, *row) for row in zip(rows.index.tolist(), rows.prompts, strict=True)]
     sheet = contact_sheet(torch.cat(images), captions, title(folder, spec, len(captions), len(reader)))
     save_png(sheet, Path(path), {"pairs": str(rows.index.tolist()), "spec_sha256": spec.sha256})
@@ -98,6 +101,7 @@ def columns(count: int) -> int:
 def _picture(image: Tensor) -> Image.Image:
     picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
     longer = max(picture.size)
+    # Whole factors keep the pixels of small images sharp.
     if longer < SMALLEST:
         times = ceil(SMALLEST / longer)
         return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
@@ -110,12 +114,14 @@ def _picture(image: Tensor) -> Image.Image:
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
     """Wrap `text` into at most `lines` lines of `width` pixels, between words; … stands for the rest."""
     wrapped = [""]
+    # Fill lines greedily, word by word.
     for word in _pieces(text, font, width):
         joined = f"{wrapped[-1]} {word}".strip()
         if font.getlength(joined) <= width:
             wrapped[-1] = joined
         else:
             wrapped.append(word)
+    # Shorten the last line that fits until the ellipsis fits too.
     if len(wrapped) > lines:
         last = wrapped[lines - 1]
         while last and font.getlength(f"{last}…") > width:

@@ -26,10 +26,12 @@ def plan_pairs(
     """
     device = process_group.init()
     log_supported_stages(config)
+    # Time the complete computation of rows at the batch size of the real job.
     job = open_job(config, device)
     spec = job.spec
     batch_size = config.batch_size or fastest_batch(job)
     seconds = seconds_per_row(job, batch_size, batches, progress=progress)
+    # Everything else is proportional to the number of pairs.
     channels, height, width = spec.latent_shape
     gib = spec.num_pairs * channels * height * width * spec.torch_dtype.itemsize / 2**30
     hours = seconds * spec.num_pairs / 3600
@@ -59,6 +61,7 @@ def seconds_per_row(job: Job, batch_size: int, batches: int, progress: Progress 
         first = batch * batch_size
         indices = [index % job.spec.num_pairs for index in range(first, first + batch_size)]
         job.rows(indices)[1].cpu()  # waits for the device
+        # The first batch warms up: compilation, memory and caches.
         if batch == 0:
             started = time.monotonic()
         progress("timing", batch, batches)
@@ -75,6 +78,7 @@ def fastest_batch(job: Job) -> int:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
+        # A larger batch must be clearly faster, or the smaller one stays.
         if seconds * GAIN < best_seconds:
             best, best_seconds = size, seconds
         size *= 2

@@ -36,7 +36,7 @@ CHECK_BAD_AFTER = 256  # rows; fewer say little about the share of bad rows
 
 @dataclass(frozen=True, kw_only=True)
 class PairSummary:
-    """Result of `generate_pairs`. `pairs`: rows in the store; `new_pairs`: made by all ranks of this call."""
+    """Result of `generate_pairs`. `pairs`: rows in the store; `new_pairs`: rows that all ranks have added."""
 
     out: str
     pairs: int
@@ -53,19 +53,19 @@ class Tally:
     """Counts rows written and rows whose latents are not finite; stops the job when there are too many."""
 
     def __init__(self, max_bad: float) -> None:
-        self.made, self.bad, self.max_bad = 0, 0, max_bad
+        self.written, self.bad, self.max_bad = 0, 0, max_bad
 
     def append(
         self, writer: PairWriter, noise: Tensor, latents: Tensor, prompts: list[str], index: list[int]
     ) -> None:
         before = len(writer.quarantined)
         writer.append(noise, latents, prompts, index)
-        self.made += len(index)
+        self.written += len(index)
         self.bad += len(writer.quarantined) - before
-        if self.made >= CHECK_BAD_AFTER and self.bad > self.max_bad * self.made:
+        if self.written >= CHECK_BAD_AFTER and self.bad > self.max_bad * self.written:
             last = list(writer.quarantined.values())[-1]
             raise FloatingPointError(
-                f"{self.bad} of {self.made} latents are not finite, the last that of pair {last['index']} "
+                f"{self.bad} of {self.written} latents are not finite, the last that of pair {last['index']} "
                 f"({last['prompt']!r}); max_bad is {self.max_bad}: try another precision, or raise max_bad"
             )
 
@@ -96,16 +96,19 @@ def generate_pairs(
     started = time.monotonic()
     device = process_group.init(long_waits=True)
     log_supported_stages(config)
+    # Check everything before the first file is written.
     job = open_store(config, Path(out), device)
     spec, folder, tally = job.spec, Path(out), Tally(config.max_bad)
     batch_size = config.batch_size or fastest_batch(job)
     offload = config.text_cache > 0 and device.type != "cpu"
+    # With `retry`, each rank takes its share of the shards with quarantined rows.
     again = (
         sorted(quarantined_rows(folder, spec))[process_group.rank() :: process_group.world_size()]
         if retry
         else []
     )
     queued: set[int] = set()  # shards whose commit is queued in the writer thread
+    # Take shards until none is left. The teacher computes while a thread writes.
     with StopFlag() as stop, Claims(folder, config.patience) as claims, BackgroundWriter() as background:
         while (shard := next_shard(claims, folder, spec, again, stop)) is not None:
             writer = PairWriter(folder, spec, shard, retry=shard in again)
@@ -124,24 +127,27 @@ def generate_pairs(
             except BaseException:
                 background.submit(writer.flush)  # save finished rows, whatever the error is
                 raise
+            # Ctrl-C: save what is finished, and say how much that is.
             if stop:
                 background.submit(writer.flush)
                 background.finish()
                 safe = pairs_present(folder, spec) + len(spec.rows(shard)) - len(writer.missing)
                 raise Interrupted(
                     f"stopped; {safe} of {spec.num_pairs} pairs are safe in {out}; "
-                    "run the same command again to make the rest"
+                    "run the same command again to generate the rest"
                 )
             if not claims.lost(shard):  # otherwise this job stalled and another one has taken the shard over
                 background.submit(commit, writer, claims, shard)
                 queued.add(shard)
+        # Wait for the last commits before anything is counted.
         background.finish()
     if stop:
         raise Interrupted(
             f"stopped; {pairs_present(folder, spec)} of {spec.num_pairs} pairs are safe in {out}"
         )
-    totals = process_group.mean({"made": float(tally.made - tally.bad)})  # waits for all ranks
-    new, seconds = round(totals["made"] * process_group.world_size()), time.monotonic() - started
+    # Count the new rows of all ranks.
+    totals = process_group.mean({"new": float(tally.written - tally.bad)})  # waits for all ranks
+    new, seconds = round(totals["new"] * process_group.world_size()), time.monotonic() - started
     return PairSummary(
         out=str(out),
         pairs=pairs_present(folder, spec),
@@ -156,10 +162,11 @@ def generate_pairs(
 
 
 def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
-    """Rank 0 resolves the config and makes the store; the others take its spec and its prompts."""
+    """Rank 0 resolves the config and creates the store; the other ranks read its spec and its prompts."""
     if process_group.rank() == 0:
         job = open_job(config, device, folder)
         create_store(folder, job.spec)
+        # A resumed job keeps the prompt list that the store already has.
         if not prompts_path(folder).exists():
             with writing(folder, "nothing was lost"):
                 job.prompts.save(prompts_path(folder))
@@ -173,9 +180,11 @@ def next_shard(claims: Claims, folder: Path, spec: StoreSpec, again: list[int], 
     Waits while a claim may belong to a dead job: its shard then has to be finished here.
     """
     while not stop:
+        # List again each time: other jobs finish shards meanwhile.
         unfinished = [*again, *(rows[0] // spec.shard_size for rows in pending(folder, spec))]
         shard = claims.take(unfinished)
         if shard is None:
+            # Live jobs hold all remaining shards: this job is done.
             if not claims.undecided(unfinished):
                 return None
             time.sleep(min(1.0, claims.patience / 8))
@@ -195,8 +204,8 @@ def commit(writer: PairWriter, claims: Claims, shard: int) -> None:
 def pairs_present(folder: Path, spec: StoreSpec, also: Collection[int] = ()) -> int:
     """Number of rows in the shards that are present and in the shards `also`."""
     present = {*shards_present(folder, spec), *also}
-    aside = sum(len(rows) for shard, rows in quarantined_rows(folder, spec).items() if shard in present)
-    return sum(len(spec.rows(shard)) for shard in present) - aside
+    quarantined = sum(len(rows) for shard, rows in quarantined_rows(folder, spec).items() if shard in present)
+    return sum(len(spec.rows(shard)) for shard in present) - quarantined
 
 
 def regenerate(folder: Path, prompts: Path | None = None, progress: Progress = quiet) -> int:
@@ -214,6 +223,7 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
 
     Raises UserError if the teacher's weights are not those that the store was made with.
     """
+    # Another teacher gives other latents: a difference would say nothing about the store.
     reader = PairReader(folder)
     spec, name = reader.spec, teacher_name or reader.spec.teacher
     weights = pretrained.weights_sha256(name)
@@ -222,6 +232,7 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
             f"teacher {name} has sha256 {weights[:12]}, {folder} was made with {spec.teacher_sha256[:12]}; "
             "give --teacher the folder it was made with"
         )
+    # Sample the rows again from their indices alone: noise, prompts and settings follow from the spec.
     job = open_job(config_of(spec, teacher=name), process_group.init(), folder, spec)
     positions = evenly_spread(len(reader), count)
     worst = 0.0

@@ -59,10 +59,11 @@ class Job:
         """
         texts, spec = self.texts(indices), self.spec
         encoded = encoded or self.encode(indices)
+        # Distinct prompts are encoded once; repeat their rows in the order of the pairs.
         cond = encoded.cond[[encoded.position[text] for text in texts]]
-        drawn = noise(spec.seed, indices, spec.latent_shape, spec.torch_dtype).float()
+        noise_rows = noise(spec.seed, indices, spec.latent_shape, spec.torch_dtype).float()
         latents = self.teacher.sample(
-            drawn,
+            noise_rows,
             texts,
             spec.steps,
             spec.guidance,
@@ -70,12 +71,12 @@ class Job:
             spec.guidance_rescale,
             cond,
         )
-        return drawn, latents, texts
+        return noise_rows, latents, texts
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """EncodedPrompts prompts: text -> row of `cond`."""
+    """Encoded prompts. `position`: the row of `cond` of each prompt."""
 
     position: dict[str, int]
     cond: Conditioning
@@ -100,11 +101,13 @@ def open_job(
     """
     if not config.teacher:
         raise SettingError("teacher is not set; give --teacher")
+    # Load and check the teacher and the prompts with all settings.
     teacher = load_teacher(config.teacher, device, config.precision, config.spacing, config.final_alpha)
     prompts = _prompts(config, teacher, None if spec is None and config.prompts else store)
     solver = teacher.default_solver if config.solver == "teacher" else config.solver
     size = (config.latent_size, config.latent_size) if config.latent_size else None
     check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale, size)
+    # Settings that change the speed only.
     if config.channels_last:
         teacher.network.to(memory_format=torch.channels_last)
     if config.compile:
@@ -128,9 +131,11 @@ def _prompts(config: PairConfig, teacher: Teacher, store: Path | None) -> Prompt
 
 def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solver: Solver) -> StoreSpec:
     """The spec of a config, with the settings that are left to the teacher filled in."""
+    # A size other than the network's own is allowed where `check_solver` accepts it.
     channels, height, width = teacher.latent_shape
     if config.latent_size:
         height = width = config.latent_size
+    # Resolved values and digests: whatever decides a row must be in the spec.
     return StoreSpec(
         teacher=config.teacher,
         teacher_sha256=pretrained.weights_sha256(config.teacher),
@@ -158,6 +163,7 @@ def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solv
 
 def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
     """The config that generates more rows of the store with this spec."""
+    # Resolved values, so that a changed default or scheduler file cannot change the rows.
     config = PairConfig(
         teacher=spec.teacher,
         num_pairs=spec.num_pairs,

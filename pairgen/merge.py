@@ -1,4 +1,4 @@
-"""Merging pair stores of one spec that were made on different machines."""
+"""Merging pair stores of one spec that were generated on different machines."""
 
 import mmap
 import os
@@ -39,7 +39,7 @@ class MergeReport:
     shards: int
     copied: int  # shards copied or linked by this call
     differing: list[dict[str, Any]]
-    """Shards made twice whose latents differ by rounding: {"shard", "kept", "left_out", "max_abs_err"}."""
+    """Shards of several stores that differ by rounding: {"shard", "kept", "left_out", "max_abs_err"}."""
 
 
 def merge_stores(
@@ -62,11 +62,13 @@ def merge_stores(
     if not folders:
         raise UserError("nothing to merge: got no pair folders, expected at least one")
     out, sources = Path(out), [Path(folder) for folder in folders]
+    # All stores must have the same spec; `out` may hold shards from an earlier call.
     spec = read_spec(sources[0])
     for folder in sources:
         require_same_spec(folder, read_spec(folder), spec)
     create_store(out, spec)
     prompts = _merge_prompts([out, *sources], out, spec)
+    # Shards are independent of each other, so threads merge them in any order.
     work = sorted({shard for folder in sources for shard in shards_present(folder, spec)})
     merge = partial(_merge_shard, [out, *sources], spec, prompts, link, tolerance)
     copied, differing = 0, []
@@ -84,14 +86,14 @@ def _merge_prompts(folders: Sequence[Path], out: Path, spec: StoreSpec) -> Promp
     for folder in folders:
         prompts, reason = stored_prompts(folder, spec)
         if reason:
-            raise _not_sound(folder, prompts_path(folder), reason)
+            raise _damaged_file(folder, prompts_path(folder), reason)
         first = prompts if first is None else first
     if first is not None and not prompts_path(out).exists():
         first.save(prompts_path(out))
     return first
 
 
-def _not_sound(folder: Path, path: Path, reason: str) -> UserError:
+def _damaged_file(folder: Path, path: Path, reason: str) -> UserError:
     return UserError(f"{path}: {reason}; run `d2g pairs repair {folder}`, then merge again")
 
 
@@ -103,47 +105,53 @@ def _merge_shard(
     tolerance: float,
     shard: int,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Copy the best file of a shard to the first of `folders`. Returns 1 if it was not there before, and the
-    comparison with each file left out."""
+    """Copy the best file of a shard to the first of `folders`.
+
+    Returns 1 if the shard was copied, 0 if it was there already, and a comparison with each other file.
+    """
     # Check every distinct file of the shard.
     checks: list[FileCheck] = []
     for path in (shard_path(folder, shard) for folder in folders):
-        if path.exists() and not any(_same(path, other.path) for other in checks):
-            finding = check_file(path, shard, spec, prompts)
-            if finding.reason:
-                raise _not_sound(path.parents[1], path, finding.reason)
-            checks.append(finding)
-    kept = min(checks, key=lambda finding: len(finding.quarantined))  # the first of equals
-    differing = [_compared(kept.path, other.path, spec, tolerance) for other in checks if other is not kept]
-    out, source = folders[0], kept.path.parents[1]
+        if path.exists() and not any(_same_content(path, other.path) for other in checks):
+            check = check_file(path, shard, spec, prompts)
+            if check.reason:
+                raise _damaged_file(path.parents[1], path, check.reason)
+            checks.append(check)
+    # The others must agree with the best file in all common rows.
+    best = min(checks, key=lambda check: len(check.quarantined))  # the first of equals
+    differing = [
+        _compare_files(best.path, other.path, spec, tolerance) for other in checks if other is not best
+    ]
+    out, source = folders[0], best.path.parents[1]
     record, target = quarantine_path(out, shard), shard_path(out, shard)
     with writing(out, "the stores merged from are untouched, and what was merged stays"):
         # Write the record first: a shard never lacks rows without one.
-        if kept.quarantined:
-            fault = record_fault(source, spec, shard, kept.quarantined, prompts)
+        if best.quarantined:
+            fault = record_fault(source, spec, shard, best.quarantined, prompts)
             if fault:
-                raise _not_sound(source, quarantine_path(source, shard), fault)
+                raise _damaged_file(source, quarantine_path(source, shard), fault)
             if source != out:
                 record.parent.mkdir(exist_ok=True)
                 write_through_scratch(quarantine_path(source, shard).read_bytes(), record, out / "partial")
         if source != out:
-            (_link if link else _copy)(kept.path, target, out / "partial")
-        if not kept.quarantined:
+            (_link if link else _copy)(best.path, target, out / "partial")
+        if not best.quarantined:
             record.unlink(missing_ok=True)  # the shard lacks no rows any more
     return int(source != out), differing
 
 
-def _same(a: Path, b: Path) -> bool:
-    """Whether two paths are one file, or have equal length and equal sha256 in their first bytes."""
+def _same_content(a: Path, b: Path) -> bool:
+    """Whether two paths are the same file, or have equal lengths and the same sha256 in their first bytes."""
     if a.samefile(b):
         return True
     with a.open("rb") as first, b.open("rb") as second:
         return a.stat().st_size == b.stat().st_size and first.read(SEAL) == second.read(SEAL)
 
 
-def _compared(kept: Path, other: Path, spec: StoreSpec, tolerance: float) -> dict[str, Any]:
+def _compare_files(best: Path, other: Path, spec: StoreSpec, tolerance: float) -> dict[str, Any]:
     """Compare the common rows of two intact files of a shard. Raises UserError beyond `tolerance`."""
-    rows, worst, same = load_rows(kept, spec), 0.0, True
+    rows, worst, same = load_rows(best, spec), 0.0, True
+    # A file may lack quarantined rows, so compare by pair index.
     position = {number: row for row, number in enumerate(rows.index.tolist())}
     for block in read_blocks(other, spec):
         theirs = [row for row, number in enumerate(block.index.tolist()) if number in position]
@@ -153,13 +161,14 @@ def _compared(kept: Path, other: Path, spec: StoreSpec, tolerance: float) -> dic
             same &= [rows.prompts[row] for row in ours] == [block.prompts[row] for row in theirs]
             difference = rows.latents[ours].float() - block.latents[theirs].float()
             worst = max(worst, float(difference.abs().max()))
+    # Rounding differs between machines; other noise or prompts mean another job.
     if not same or worst > tolerance:
         what = f"latents up to {worst:.3g} apart, tolerance {tolerance}" if same else "other noise or prompts"
         raise UserError(
-            f"{kept} and {other} hold different rows for the same pairs ({what}); merge only one of them"
+            f"{best} and {other} hold different rows for the same pairs ({what}); merge only one of them"
             + (", or raise --tolerance" if same else "")
         )
-    return {"shard": kept.name, "kept": str(kept), "left_out": str(other), "max_abs_err": worst}
+    return {"shard": best.name, "kept": str(best), "left_out": str(other), "max_abs_err": worst}
 
 
 def _copy(source: Path, target: Path, scratch: Path) -> None:

@@ -36,6 +36,7 @@ def _lines(path: Path, newline: str = "\n") -> Iterator[str]:
 
 
 def _not_utf8(path: Path) -> UserError:
+    # Read the file again as bytes to locate the first invalid byte.
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):  # no multi-byte character contains a newline byte
@@ -49,6 +50,7 @@ def _not_utf8(path: Path) -> UserError:
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
+    # One object per line; blank lines are allowed.
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             try:
@@ -77,6 +79,7 @@ def _csv(path: Path) -> Iterator[Any]:
 def _tsv(path: Path) -> Iterator[str]:
     """Cells are not parsed as CSV: PartiPrompts.tsv has prompts that begin with a single quotation mark. Only
     a cell that is quoted completely, as pandas writes it, is unquoted."""
+    # Split at tabs only, and require the prompt's cell in every row that is not empty.
     rows = (line.rstrip("\r\n").split("\t") for line in _lines(path))
     names = next(rows, [])
     column = names.index(_column(path, names))
@@ -120,12 +123,14 @@ def _column(path: Path, columns: Iterable[str]) -> str:
 
 def _coco(path: Path) -> Iterator[Any]:
     """The captions of {"annotations": [{"caption": ...}]}, parsed one by one."""
+    # The file must be a JSON object with at least one key.
     window, keys = _Window(path), []
     if window.peek() != "{":
         raise _no_coco(path, type(window.value()).__name__)
     window.take("{")
     if window.peek() == "}":
         raise _no_coco(path, "no keys")
+    # Parse key by key. Lists are parsed element by element, because only they are long.
     while True:
         if window.peek() != '"':
             raise window.broken("Expecting property name enclosed in double quotes", window.at)
@@ -136,11 +141,13 @@ def _coco(path: Path) -> Iterator[Any]:
                 if keys[-1] == "annotations":
                     yield _caption(path, element)
         else:
+            # A value that is not a list is parsed and dropped, unless it should have been the captions.
             value = window.value()
             if keys[-1] == "annotations":
                 raise _no_coco(path, f"annotations that are {type(value).__name__}")
         if window.take(",}") == "}":
             break
+    # Nothing may follow the object, and the captions must have occurred in it.
     if window.peek():
         raise window.broken("Extra data", window.at)
     if "annotations" not in keys:

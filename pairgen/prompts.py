@@ -53,11 +53,13 @@ class PromptList(Sequence[str]):
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             reason = getattr(error, "strerror", None) or "it is empty"
             raise UserError(f"cannot read prompts from {path}: {reason}; {RESTORE}") from error
+        # Find the ends of all lines in blocks, so that a file of gigabytes needs little memory.
         values = np.frombuffer(lines, np.uint8)
         blocks = (
             np.flatnonzero(values[at : at + SCAN] == NEWLINE) + at + 1 for at in range(0, len(values), SCAN)
         )
         ends = np.concatenate([np.zeros(1, np.int64), *blocks])
+        # Each line must be a quoted string that ends with a newline.
         starts, stops = ends[:-1], ends[1:]
         quoted = stops - starts >= 3
         if ends[-1] != len(values) or not quoted.all() or (values[[starts, stops - 2]] != QUOTE).any():
@@ -122,8 +124,8 @@ def read_prompts(path: Path) -> PromptList:
 
     Prompts are stripped; blank ones and exact duplicates are dropped, and the first of equal prompts stays.
     A prompt's position in the list is its id. 12M prompts of 60 bytes take 0.9 GB, and 1.3 GB while they are
-    read. Raises UserError for a file that is
-    missing, empty, not UTF-8, without a prompt column, damaged or of another kind.
+    read. Raises UserError for a file that is missing, empty, not UTF-8, without a prompt column, damaged or
+    of another kind.
     """
     path = Path(path)
     try:
@@ -141,7 +143,7 @@ def distinct(texts: Iterable[str]) -> PromptList:
     """These strings in this order without duplicates: the first of equal strings stays."""
     lines, ends, keys = _encode_lines(texts, lambda line: hashlib.blake2b(line, digest_size=KEY).digest())
     numbers = _as_numbers(ends)
-    first = _first_seen(np.frombuffer(keys, np.uint64).reshape(-1, 2))
+    first = _first_occurrence(np.frombuffer(keys, np.uint64).reshape(-1, 2))
     if not first.all():
         numbers = _compact(lines, numbers, first)
     return PromptList(lines, numbers)
@@ -164,6 +166,7 @@ def check_labels(
     numbers = [_label(text, num_labels, names) for text in prompts]
     wrong = [i for i, number in enumerate(numbers) if number is None]
     if wrong:
+        # Name the first wrong prompts, and the class that the first one may mean.
         examples = ", ".join(f"prompt {i} {prompts[i][:40]!r}" for i in wrong[:3]) + (
             ", ..." if wrong[3:] else ""
         )
@@ -171,7 +174,7 @@ def check_labels(
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         expected = f"a number from 0 to {num_labels - 1}" + (" or a class name" if names else "")
         raise UserError(
-            f"{len(wrong)} of {len(prompts)} prompts are no class of the teacher: {examples}; "
+            f"{len(wrong)} of {len(prompts)} prompts are not classes of the teacher: {examples}; "
             f"expected {expected}{hint}"
         )
     return distinct(map(str, numbers))
@@ -229,13 +232,15 @@ def _as_numbers(ends: "array[int]") -> NDArray[np.int64]:
     return np.frombuffer(ends, np.int64)
 
 
-def _first_seen(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def _first_occurrence(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """[n] bool: the rows of `keys` [n, 2] that equal no earlier row."""
+    # Sort by both halves of the key: equal keys become neighbors.
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in order
     repeats = np.ones(max(0, len(keys) - 1), np.bool_)
     for half in (0, 1):
         column = keys[:, half][order]
         repeats &= column[1:] == column[:-1]
+    # Only rows that repeat their predecessor in this order are duplicates.
     first = np.ones(len(keys), np.bool_)
     first[order[1:][repeats]] = False
     return first
@@ -245,12 +250,14 @@ def _compact(lines: bytearray, ends: NDArray[np.int64], keep: NDArray[np.bool_])
     """Move the lines to keep to the front of the buffer, truncate it, and return their ends."""
     lengths, stop = np.diff(ends), 0
     values = np.frombuffer(lines, np.uint8)
+    # Lines move towards the front, so a block never overwrites lines that are still to be read.
     for start in range(0, len(keep), COMPACTED):
         rows = slice(start, start + COMPACTED)
         block = values[ends[start] : ends[min(start + COMPACTED, len(keep))]]
         remaining = block[np.repeat(keep[rows], lengths[rows])]
         values[stop : stop + len(remaining)] = remaining
         stop += len(remaining)
+    # Views of the buffer must be gone before it can shrink.
     del values, block
     del lines[stop:]
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[keep])])
@@ -263,9 +270,11 @@ def _decoded(line: memoryview) -> str:
             return data[1:-2].decode()
         text: str = json.loads(data)
     except ValueError as error:
-        raise UserError(f"a prompt list holds {data[:40]!r}, which is no JSON string; restore it") from error
+        raise UserError(
+            f"a prompt list holds {data[:40]!r}, which is not a JSON string; restore it"
+        ) from error
     return text
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged: expected one JSON string a line; {RESTORE}")
+    return UserError(f"{path} is damaged: expected one JSON string per line; {RESTORE}")

@@ -17,7 +17,7 @@ from pairgen.verify import stored_prompts, verify_store
 
 
 def repair_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> list[str]:
-    """Move every damaged file to DIR/quarantine, so that `pairgen.generate.regenerate` makes its rows again.
+    """Move every damaged file to DIR/quarantine; `pairgen.generate.regenerate` then generates its rows again.
 
     Lost or damaged quarantine records are rewritten from their shards' headers. Returns the paths, relative
     to `folder`, of the files that were moved.
@@ -25,6 +25,7 @@ def repair_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> 
     folder, spec = Path(folder), read_spec(folder)
     report = verify_store(folder, progress, workers)
     names = [bad["shard"] for bad in report.bad_shards if (folder / bad["shard"]).exists()]
+    # Move damaged files away, records included; then rewrite the records that are missing.
     with writing(folder, "no shard was deleted"):
         for name in names:
             (folder / "quarantine").mkdir(exist_ok=True)
@@ -46,7 +47,8 @@ def _write_lost_records(folder: Path, spec: StoreSpec, quarantined: list[int]) -
 
 def _lost_row(pair: int, spec: StoreSpec, prompts: PromptList | None) -> dict[str, Any]:
     text = "" if prompts is None else prompts[spec.prompt_of(pair)]
-    return {"index": pair, "prompt": text, "reason": "its shard sets it aside; the record of why was lost"}
+    reason = "its shard's header lists it as quarantined; the record with the reason was lost"
+    return {"index": pair, "prompt": text, "reason": reason}
 
 
 def _free_name(path: Path) -> Path:

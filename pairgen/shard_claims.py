@@ -3,8 +3,8 @@
 A claim is a file in DIR/claims, created with O_EXCL. Its owner increments the file's modification time as a
 heartbeat counter, independent of the wall clock. Other jobs consider a claim dead when the owner's process
 has ended (same machine), or when they saw no increment for `patience` seconds of their own monotonic clock. A
-job that was only suspended finds its claim gone and drops the shard. If two jobs do make one shard, they make
-the same rows and the last rename wins: claims save work, but correctness does not depend on them.
+job that was only suspended finds its claim gone and drops the shard. If two jobs do generate one shard, they
+compute the same rows and the last rename wins: claims save work, but correctness does not depend on them.
 """
 
 import fcntl
@@ -38,34 +38,34 @@ class Claims:
         self.folder, self.patience = Path(folder) / "claims", patience
         self.place = _place()
         self._held: dict[int, int] = {}  # shard -> open file
-        self._seen: dict[int, tuple[tuple[int, int], float]] = {}  # shard -> claim state, when first seen
+        self._observed: dict[int, tuple[tuple[int, int], float]] = {}  # shard -> claim state, when first seen
         self._alive: set[int] = set()  # claims of other jobs whose counter was seen to increase
         self._stopped = threading.Event()
         self._guard = threading.Lock()
         self._beats = 0
 
     def __enter__(self) -> Self:
-        self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
-        self._heart.start()
+        self._heartbeat = threading.Thread(target=self._beat, name="claims", daemon=True)
+        self._heartbeat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopped.set()
-        self._heart.join()
+        self._heartbeat.join()
         for shard in list(self._held):
             self.release(shard)
 
     def take(self, shards: Sequence[int]) -> int | None:
         """Claim the first of `shards` that no live job holds; None if there is none now."""
         for shard in shards:
-            if shard not in self._held and (self._make(shard) or self._take_over(shard)):
+            if shard not in self._held and (self._create(shard) or self._take_over(shard)):
                 return shard
         return None
 
     def undecided(self, shards: Sequence[int]) -> list[int]:
-        """Those of `shards` whose owners are not known to be alive or dead yet; worth waiting for."""
+        """The shards whose owners may be alive or dead: a caller should wait until that is known."""
         return [shard for shard in shards if shard not in self._held and shard not in self._alive]
 
     def lost(self, shard: int) -> bool:
@@ -88,12 +88,13 @@ class Claims:
     def _path(self, shard: int) -> Path:
         return self.folder / f"pairs-{shard:05d}.json"
 
-    def _make(self, shard: int) -> bool:
+    def _create(self, shard: int) -> bool:
         with writing(self.folder.parent, "nothing was lost"):
             try:
                 file = os.open(self._path(shard), os.O_CREAT | os.O_EXCL | os.O_RDWR)
             except FileExistsError:
                 return False
+            # The content identifies the owner's process, for jobs that want to know whether it still runs.
             facts = {"host": socket.gethostname(), "place": self.place, "pid": os.getpid(), "start": _start()}
             os.write(file, json.dumps(facts).encode())
         with self._guard:
@@ -108,33 +109,34 @@ class Claims:
             return False
         with self._exclusive():
             # Move the dead claim away, then check that it is still the one examined above.
-            grave = self.folder / f".{path.stem}.{uuid.uuid4().hex}"
+            removed = self.folder / f".{path.stem}.{uuid.uuid4().hex}"
             try:
-                path.rename(grave)
+                path.rename(removed)
             except FileNotFoundError:
                 return False  # another job was quicker
-            if _state(grave, inode_only=True) != (state[0], 0):
+            if _state(removed, inode_only=True) != (state[0], 0):
                 # Without file locks this can be the new claim of a faster job: put it back.
                 with suppress(FileExistsError):
-                    os.link(grave, path)
-                grave.unlink()
+                    os.link(removed, path)
+                removed.unlink()
                 return False
-            grave.unlink()
-            self._seen.pop(shard, None)
-            return self._make(shard)
+            removed.unlink()
+            self._observed.pop(shard, None)
+            return self._create(shard)
 
     def _dead(self, shard: int, state: tuple[int, int]) -> bool:
         # On this machine, ask the system whether the owner still runs; elsewhere, watch the counter.
         claim = _read(self._path(shard))
         if claim.get("place") == self.place:
             return bool(_start(claim["pid"]) != claim["start"])
+        # Another machine: a counter that does not increase for `patience` seconds of our clock is dead.
         now = time.monotonic()
-        before, since = self._seen.setdefault(shard, (state, now))
+        before, since = self._observed.setdefault(shard, (state, now))
         if before == state:
             return now - since >= self.patience
         if before[0] == state[0]:
             self._alive.add(shard)
-        self._seen[shard] = (state, now)
+        self._observed[shard] = (state, now)
         return False
 
     @contextmanager

@@ -20,7 +20,7 @@ from pairgen.verify import in_threads
 BLOCK_VALUES = 1 << 19  # latent values per block of rows
 BINS = 32
 OUTLIER = 6.0  # standard deviations
-NAMED = 100  # outliers listed at most
+MAX_LISTED = 100  # outliers listed at most
 
 FloatArray = NDArray[np.float64]
 
@@ -37,17 +37,18 @@ class Moments:
     @staticmethod
     def of(noise: FloatArray, latent: FloatArray) -> "Moments":
         """noise, latent: [B, C, H, W]."""
+        # [C, 2, values]: noise and latents of each channel side by side.
         both = np.stack([noise, latent]).transpose(2, 0, 1, 3, 4).reshape(noise.shape[1], 2, -1)
         mean = both.mean(axis=-1)
-        apart = both - mean[..., None]
-        return Moments(both.shape[-1], mean, apart @ apart.transpose(0, 2, 1))
+        deviations = both - mean[..., None]
+        return Moments(both.shape[-1], mean, deviations @ deviations.transpose(0, 2, 1))
 
     def merged(self, other: "Moments") -> "Moments":
         """Moments of the union of both samples (Chan, Golub and LeVeque 1983, eq. 1.5, also for products)."""
         count = self.count + other.count
-        apart = other.mean - self.mean
-        outer = apart[:, :, None] * apart[:, None, :] * (self.count * other.count / count)
-        mean = self.mean + apart * (other.count / count)
+        difference = other.mean - self.mean
+        outer = difference[:, :, None] * difference[:, None, :] * (self.count * other.count / count)
+        mean = self.mean + difference * (other.count / count)
         return Moments(count, mean, self.products + other.products + outer)
 
     @property
@@ -86,10 +87,11 @@ def store_statistics(
     """
     reader = PairReader(folder)
     if not len(reader):
-        raise UserError(f"{folder} holds no pairs yet; make some with `d2g pairs generate`")
+        raise UserError(f"{folder} holds no pairs yet; generate some with `d2g pairs generate`")
     spec = reader.spec
     text = spec.conditioning == "text"
-    tokenizer, why_not = _tokenizer(teacher, spec.teacher) if text else (None, None)
+    tokenizer, tokens_missing = _tokenizer(teacher, spec.teacher) if text else (None, None)
+    # Blocks of rows with at least two, because noise is also paired with the next row's latent.
     positions = evenly_spread(len(reader), rows)
     size = max(2, BLOCK_VALUES // prod(spec.latent_shape))
     batches = (reader.read(positions[start : start + size]) for start in range(0, len(positions), size))
@@ -98,15 +100,17 @@ def store_statistics(
         tokens = _token_counts(tokenizer, block.prompts)  # here, because tokenizers are not thread-safe
         blocks.append(replace(block, prompts=[], tokens=tokens))
         progress("stats", sum(len(b.index) for b in blocks), len(positions))
+    # Combine the blocks: moments by Chan's update, other values by concatenation.
     own = reduce(Moments.merged, [block.own for block in blocks])
     others = [block.other for block in blocks if block.other is not None]
     noise_norm, latent_norm = np.concatenate([block.norms for block in blocks]).T
     index = np.concatenate([block.index for block in blocks])
+    # Only text has a length in characters and tokens.
     prompts = prompt_use(spec.prompt_of(index))  # type: ignore[arg-type]  # arithmetic, on all at once
     if text:
         prompts["characters"] = _lengths(np.concatenate([block.characters for block in blocks]))
         prompts["tokens"] = _token_summary(tokenizer, np.concatenate([block.tokens for block in blocks]))
-        prompts["tokens_missing"] = why_not
+        prompts["tokens_missing"] = tokens_missing
     return {
         "rows": len(positions),
         "pairs": len(reader),
@@ -179,22 +183,23 @@ def chi_moments(degrees: int) -> tuple[float, float]:
 def chi_cdf(values: FloatArray, degrees: int) -> FloatArray:
     """P(norm <= value)."""
     half = torch.full((len(values),), degrees / 2, dtype=torch.float64)
-    found: FloatArray = torch.special.gammainc(half, torch.from_numpy(values).square() / 2).numpy()
-    return found
+    probabilities: FloatArray = torch.special.gammainc(half, torch.from_numpy(values).square() / 2).numpy()
+    return probabilities
 
 
 def noise_norm_summary(norms: FloatArray, degrees: int) -> dict[str, Any]:
     """`distribution` over 6 standard deviations of the chi distribution about its mean, with `expected_mean`,
     `expected_std`, `expected` counts, and how many standard errors the mean is off, `sigmas`."""
+    # The histogram spans 6 standard deviations; the chi distribution gives the expected counts.
     mean, std = chi_moments(degrees)
     edges = np.linspace(max(0.0, mean - OUTLIER * std), mean + OUTLIER * std, BINS + 1)
-    found = distribution(norms, edges)
+    summary = distribution(norms, edges)
     share = np.diff(chi_cdf(edges, degrees))
-    return found | {
+    return summary | {
         "expected_mean": mean,
         "expected_std": std,
         "expected": (share * len(norms)).tolist(),
-        "sigmas": (found["mean"] - mean) / (std / sqrt(len(norms))),
+        "sigmas": (summary["mean"] - mean) / (std / sqrt(len(norms))),
     }
 
 
@@ -202,16 +207,18 @@ def _outliers(
     reader: PairReader, positions: Sequence[int], latent_norm: FloatArray, noise_norm: FloatArray
 ) -> dict[str, Any]:
     """Rows whose latent's norm lies more than OUTLIER standard deviations from the mean, or whose noise's
-    norm from that of chi: how many, and the NAMED farthest."""
+    norm from that of chi: how many, and the MAX_LISTED farthest."""
+    # Deviations in standard deviations: of noise from chi, of latents from their own distribution.
     mean, std = chi_moments(prod(reader.spec.latent_shape))
     noise_sigmas = (noise_norm - mean) / std
     latent_sigmas = (latent_norm - latent_norm.mean()) / (float(latent_norm.std()) or 1.0)
     worst = np.maximum(np.abs(noise_sigmas), np.abs(latent_sigmas))
+    # List the farthest rows, with their prompts.
     rows = np.flatnonzero(worst > OUTLIER)
-    named = rows[np.argsort(-worst[rows], kind="stable")][:NAMED].tolist()
-    batch = reader.read([positions[row] for row in named]) if named else None
-    texts = [] if batch is None else zip(named, batch.index.tolist(), batch.prompts, strict=True)
-    found = [
+    listed = rows[np.argsort(-worst[rows], kind="stable")][:MAX_LISTED].tolist()
+    batch = reader.read([positions[row] for row in listed]) if listed else None
+    texts = [] if batch is None else zip(listed, batch.index.tolist(), batch.prompts, strict=True)
+    outliers = [
         {
             "index": number,
             "prompt": prompt,
@@ -221,7 +228,7 @@ def _outliers(
         }
         for row, number, prompt in texts
     ]
-    return {"count": len(rows), "rows": found}
+    return {"count": len(rows), "rows": outliers}
 
 
 # Prompts.
@@ -240,13 +247,13 @@ def _lengths(values: FloatArray) -> dict[str, Any]:
     return distribution(values, whole_edges(values))
 
 
-def _tokenizer(given: str | None, recorded: str) -> tuple[Any, str | None]:
+def _tokenizer(teacher: str | None, recorded: str) -> tuple[Any, str | None]:
     from d2g.diffusion.pretrained import load_tokenizer
 
     try:
-        return load_tokenizer(given or recorded), None
+        return load_tokenizer(teacher or recorded), None
     except UserError as error:
-        if given is not None:
+        if teacher is not None:
             raise
         return None, str(error)
 

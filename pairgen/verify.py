@@ -42,7 +42,7 @@ class VerifyReport:
     ok: bool
     checked: int  # pairs in intact shards
     bad_shards: list[dict[str, str]]  # {"shard": path inside the folder, "reason": one line}, other files too
-    missing: list[str]  # shards that were not made yet or are lost
+    missing: list[str]  # shards that were not generated yet or are lost
     duplicates: list[int]  # indices of pairs that occur in more than one row
     quarantined: list[int]  # pairs that intact shards lack because their latents were not finite
     prompts_checked: bool  # whether the store has a prompt list to compare each row with
@@ -66,6 +66,7 @@ def verify_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> 
     16 MiB of latents each. Damage is reported, not raised; raises UserError for an unreadable store.json.
     """
     folder, spec = Path(folder), read_spec(folder)
+    # Check every shard, every other file in shards/, and the partial files.
     prompts, reason = stored_prompts(folder, spec)
     bad = [{"shard": prompts_path(folder).name, "reason": reason}] if reason else []
     shards = {shard_path(folder, shard): shard for shard in range(spec.num_shards)}
@@ -75,23 +76,24 @@ def verify_store(folder: Path, progress: Progress = quiet, workers: int = 0) -> 
         partial(_check_file_or_part, shards=shards, spec=spec, prompts=prompts), files, workers
     )
     # Sort the results: quarantined pairs of intact shards, indices of damaged ones.
-    sound, strange = {}, []
-    for done, finding in enumerate(checks):
-        if finding is not None and finding.reason:
-            bad.append({"shard": str(finding.path.relative_to(folder)), "reason": finding.reason})
-        if finding is not None and finding.path.parent.name == "shards":
-            if finding.reason:
-                strange.append(finding.index)
+    intact, damaged_index = {}, []
+    for done, check in enumerate(checks):
+        if check is not None and check.reason:
+            bad.append({"shard": str(check.path.relative_to(folder)), "reason": check.reason})
+        if check is not None and check.path.parent.name == "shards":
+            if check.reason:
+                damaged_index.append(check.index)
             else:
-                sound[shards[finding.path]] = finding.quarantined
+                intact[shards[check.path]] = check.quarantined
         progress("verify", done + 1, len(files))
-    bad += _bad_records(folder, spec, sound, prompts)
+    # Checks that need all files: records, missing shards, pairs that occur twice.
+    bad += _bad_records(folder, spec, intact, prompts)
     missing = [str(path.relative_to(folder)) for path in sorted(set(shards) - set(files))]
-    duplicates = _duplicates(spec, sound, strange)
-    quarantined = [pair for shard in sorted(sound) for pair in sound[shard]]
+    duplicates = _duplicates(spec, intact, damaged_index)
+    quarantined = [pair for shard in sorted(intact) for pair in intact[shard]]
     return VerifyReport(
         ok=not (bad or missing or duplicates or quarantined),
-        checked=sum(len(spec.rows(shard)) for shard in sound) - len(quarantined),
+        checked=sum(len(spec.rows(shard)) for shard in intact) - len(quarantined),
         bad_shards=bad,
         missing=missing,
         duplicates=duplicates,
@@ -106,6 +108,7 @@ def in_threads(call: Callable[[S], T], items: Iterable[S], workers: int = 0) -> 
     Threads suffice: hashing, drawing noise and reading release the GIL.
     """
     workers = workers or default_workers()
+    # A bounded queue: items are read as results are taken, so memory stays constant.
     calls: deque[Future[T]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -116,6 +119,7 @@ def in_threads(call: Callable[[S], T], items: Iterable[S], workers: int = 0) -> 
             while calls:
                 yield calls.popleft().result()
         finally:
+            # After an error, calls that have not started are dropped.
             for waiting in calls:
                 waiting.cancel()
 
@@ -148,18 +152,19 @@ def _check_file_or_part(
 ) -> FileCheck | None:
     """Check one file; None for a partial file that its writer has merged into its shard meanwhile."""
     if part := _PART.fullmatch(path.name):
-        finding = check_file(path, int(part[1]), spec, prompts, whole=False)
-        return finding if path.exists() else None
+        check = check_file(path, int(part[1]), spec, prompts, complete=False)
+        return check if path.exists() else None
     return check_file(path, shards.get(path), spec, prompts)
 
 
 def check_file(
-    path: Path, shard: int | None, spec: StoreSpec, prompts: PromptList | None, whole: bool = True
+    path: Path, shard: int | None, spec: StoreSpec, prompts: PromptList | None, complete: bool = True
 ) -> FileCheck:
-    """Check every byte and every row of a file of shard number `shard` (None: its name is no shard's).
+    """Check every byte and every row of a file of shard number `shard` (None: the name belongs to no shard).
 
-    `whole`: the file must hold all rows of its shard except quarantined ones; a partial file holds some.
+    `complete`: the file must hold all rows of its shard except quarantined ones; a partial file holds some.
     """
+    # Read every block, and remember the first fault.
     reason, index, quarantined = "", [np.empty(0, np.int64)], list[int]()
     try:
         for block in read_blocks(path, spec):
@@ -168,10 +173,11 @@ def check_file(
         quarantined = quarantined_in(path)
     except UserError as error:
         reason = error.reason if isinstance(error, DamagedShard) else str(error)
+    # A damaged file's index is returned too: `verify_store` looks for duplicates in it.
     pairs = np.concatenate(index)
     if shard is None:
-        reason = "no shard of this store; move it away"
-    reason = reason or _wrong_index(pairs, quarantined, spec.rows(shard or 0), whole)
+        reason = "not a shard of this store; move it away"
+    reason = reason or _wrong_index(pairs, quarantined, spec.rows(shard or 0), complete)
     return FileCheck(path=path, reason=reason, index=pairs, quarantined=quarantined)
 
 
@@ -189,23 +195,29 @@ def _wrong_rows(block: PairBatch, spec: StoreSpec, prompts: PromptList | None) -
     return ""
 
 
-def _wrong_index(index: IntArray, aside: Sequence[int], rows: range, whole: bool) -> str:
-    if whole and np.array_equal(np.sort(np.concatenate([index, np.array(aside, np.int64)])), rows):
+def _wrong_index(index: IntArray, quarantined: Sequence[int], rows: range, complete: bool) -> str:
+    if complete and np.array_equal(np.sort(np.concatenate([index, np.array(quarantined, np.int64)])), rows):
         return "" if (np.diff(index) > 0).all() else "its pairs are not in order"
-    if not whole and len(index) and set(index.tolist()) <= set(rows) and (np.diff(index) > 0).all():
+    if not complete and len(index) and set(index.tolist()) <= set(rows) and (np.diff(index) > 0).all():
         return ""
     got = f"{index.min()} to {index.max()} ({len(index)} rows)" if len(index) else "no rows"
-    without = f" and sets aside {len(aside)}" if aside else ""
+    without = f" and quarantines {len(quarantined)}" if quarantined else ""
     return f"holds pairs {got}{without}, its name says {rows.start} to {rows.stop - 1}"
 
 
-def _duplicates(spec: StoreSpec, sound: dict[int, list[int]], strange: Sequence[IntArray]) -> list[int]:
-    """Pairs in two rows of damaged files, or in one of those and in an intact shard. An intact shard itself
-    has each of its pairs once."""
-    values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *strange]), return_counts=True)
+def _duplicates(
+    spec: StoreSpec, intact: dict[int, list[int]], damaged_index: Sequence[IntArray]
+) -> list[int]:
+    """Pairs that occur twice in damaged files, or in a damaged file and in an intact shard.
+
+    intact: shard -> its quarantined pairs; it contains each of its other pairs once. damaged_index: the pair
+    indices of each damaged file.
+    """
+    # Every repeated pair occurs in a damaged file at least once, so their indices are enough.
+    values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *damaged_index]), return_counts=True)
     owners = (values // spec.shard_size).tolist()
     again = [
-        count > 1 or (owner in sound and value not in sound[owner])
+        count > 1 or (owner in intact and value not in intact[owner])
         for value, count, owner in zip(values.tolist(), counts.tolist(), owners, strict=True)
     ]
     return [int(value) for value in values[np.array(again, bool)]]
@@ -215,37 +227,41 @@ def _duplicates(spec: StoreSpec, sound: dict[int, list[int]], strange: Sequence[
 
 
 def _bad_records(
-    folder: Path, spec: StoreSpec, sound: dict[int, list[int]], prompts: PromptList | None
+    folder: Path, spec: StoreSpec, intact: dict[int, list[int]], prompts: PromptList | None
 ) -> list[dict[str, str]]:
-    """Records that are damaged, or that differ from the list in their intact shard's header."""
+    """Records that are damaged, or that differ from the header of their shard.
+
+    intact: shard -> the quarantined pairs in its header, for intact shards.
+    """
     present = records_present(folder)
-    reasons = {shard: record_fault(folder, spec, shard, sound.get(shard), prompts) for shard in present}
-    for shard in sorted(set(sound) - set(present)):
-        if sound[shard]:
-            reasons[shard] = f"is not there; its shard sets aside {len(sound[shard])} pairs"
+    reasons = {shard: record_fault(folder, spec, shard, intact.get(shard), prompts) for shard in present}
+    for shard in sorted(set(intact) - set(present)):
+        if intact[shard]:
+            reasons[shard] = f"is missing; its shard quarantines {len(intact[shard])} pairs"
     names = {shard: str(quarantine_path(folder, shard).relative_to(folder)) for shard in reasons}
     return [{"shard": names[shard], "reason": reasons[shard]} for shard in sorted(reasons) if reasons[shard]]
 
 
 def record_fault(
-    folder: Path, spec: StoreSpec, shard: int, aside: Sequence[int] | None, prompts: PromptList | None
+    folder: Path, spec: StoreSpec, shard: int, quarantined: Sequence[int] | None, prompts: PromptList | None
 ) -> str:
     """What is wrong with a shard's quarantine record, "" if nothing.
 
-    aside: the quarantined pairs in the shard's header; None if the shard is not present.
+    quarantined: the quarantined pairs in the shard's header; None if the shard is not present.
     """
+    # The record must be intact, agree with its shard's header, and name pairs of that shard.
     try:
         rows = read_record(folder, shard)
         pairs = [int(row["index"]) for row in rows]
         texts = [str(row["prompt"]) for row in rows]
     except (UserError, KeyError, TypeError, ValueError) as error:
         return str(error) if isinstance(error, UserError) else f"is damaged ({error!r})"
-    if aside is not None and pairs != list(aside):
-        return f"names pairs {_few(pairs)}, its shard sets aside {_few(aside)}"
+    if quarantined is not None and pairs != list(quarantined):
+        return f"names pairs {_few(pairs)}, its shard quarantines {_few(quarantined)}"
     if shard >= spec.num_shards or not set(pairs) <= set(spec.rows(shard)):
         return f"names pairs {_few(pairs)}, which its shard does not hold"
     if prompts is not None and texts != [prompts[spec.prompt_of(pair)] for pair in pairs]:
-        return "names other prompts than the store's list"
+        return "has other prompts than the store's list"
     return ""
 
 
@@ -267,6 +283,7 @@ def store_info(folder: Path | str) -> dict[str, Any]:
     folder = local_folder(folder)
     spec = read_spec(folder)
     shards = shards_present(folder, spec)
+    # Shards lack their quarantined rows.
     records = quarantined_rows(folder, spec)
     quarantined = sum(len(records.get(shard, [])) for shard in shards)
     pairs = sum(len(spec.rows(shard)) for shard in shards) - quarantined

@@ -35,6 +35,7 @@ class JoinedReader:
     def __init__(self, readers: Sequence[PairReader], with_guidance: bool) -> None:
         self.readers, self.with_guidance = list(readers), with_guidance
         first = self.spec
+        # Stores may differ in guidance, but must have the same teacher and latents.
         for reader in self.readers[1:]:
             for name in ("teacher_sha256", "conditioning", "latent_shape", "latent_space"):
                 if (theirs := getattr(reader.spec, name)) != (ours := getattr(first, name)):
@@ -48,6 +49,7 @@ class JoinedReader:
                 f"the pairs have guidance scales {', '.join(f'{s:g}' for s in guidance_scales)}; "
                 "set student.guidance_conditioning=true, or use pairs of one scale"
             )
+        # Spread the rows of each store evenly over [0, 1), and sort all rows by that place.
         sizes = [len(reader) for reader in self.readers]
         places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
         self._order = np.argsort(places, kind="stable")
@@ -61,8 +63,8 @@ class JoinedReader:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _where(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(store, position in it) of each row."""
+    def _locate(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The store of each row, and its position in that store."""
         number = self._order[np.asarray(rows, dtype=np.int64)]
         store = np.searchsorted(self._ends, number, side="right") - 1
         return store, number - self._ends[store]
@@ -70,17 +72,19 @@ class JoinedReader:
     def read(self, rows: Sequence[int], dtype: torch.dtype | None = torch.float32) -> PairBatch:
         """Read the rows at these positions like PairReader.read; dtype None means the first store's type."""
         dtype = dtype or self.spec.torch_dtype
-        store, position = self._where(rows)
+        store, position = self._locate(rows)
+        # Read each store's rows in one call.
         parts = {n: self.readers[n].read(position[store == n].tolist(), dtype) for n in set(store.tolist())}
         prompts = {n: iter(part.prompts) for n, part in parts.items()}
         first = next(iter(parts.values()))
+        # Scatter the rows back to their order in the batch.
         noise, latents, index = (
             torch.empty(len(store), *t.shape[1:], dtype=t.dtype)
             for t in (first.noise, first.latents, first.index)
         )
         for n, part in parts.items():
-            here = torch.from_numpy(store == n)
-            noise[here], latents[here], index[here] = part.noise, part.latents, part.index
+            mask = torch.from_numpy(store == n)
+            noise[mask], latents[mask], index[mask] = part.noise, part.latents, part.index
         batch = replace(
             first,
             noise=noise,
@@ -91,12 +95,13 @@ class JoinedReader:
         )
         if not self.with_guidance:
             return batch  # type: ignore[no-any-return]  # replace() of a PairBatch
+        # Each row gets the guidance scale of its store.
         guidance = torch.tensor([self.readers[n].spec.guidance for n in store.tolist()])
         fields = {name: getattr(batch, name) for name in PairBatch.__dataclass_fields__}
         return GuidedBatch(**fields, guidance=guidance.float())
 
     def prefetch(self, rows: Sequence[int], block: int = 1) -> None:
         """Announce positions that are read soon."""
-        store, position = self._where(rows)
+        store, position = self._locate(rows)
         for n in sorted(set(store.tolist())):
             self.readers[n].prefetch(position[store == n].tolist(), block)

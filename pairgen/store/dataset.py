@@ -97,11 +97,13 @@ class PairSampler(Sampler[list[int]]):
         block: int = 0,
         window: int = 0,
     ) -> None:
+        # Every rank takes the same number of rows of each global batch.
         if size < 1 or batch_size < 1 or batch_size % world_size:
             raise SettingError(
                 f"batches of {batch_size} from {size} pairs for {world_size} processes; expected pairs, "
                 "and a batch size that the number of processes divides"
             )
+        # Shuffling by blocks needs both `block` and `window`.
         if min(start, block, window) < 0 or bool(block) != bool(window):
             raise SettingError(
                 f"start {start}, block {block}, window {window}; expected 0 or more, block with window"
@@ -110,6 +112,7 @@ class PairSampler(Sampler[list[int]]):
         self.rank, self.world_size, self.block, self.window = rank, world_size, block, window
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Compute the order in large pieces, and take this rank's slice of each global batch.
         local, size = self.batch_size // self.world_size, self.batch_size
         batches = max(1, ORDERED // size)
         for start in count(self.start, batches * size):
@@ -174,6 +177,7 @@ def pair_loader(
     for each damaged file whose rows a reader with `skip_bad` replaces (default: log a warning). UserErrors
     of workers are raised here without the worker's traceback.
     """
+    # The sampler runs in this process, so the batches do not depend on the number of workers.
     loader: DataLoader[Any] = DataLoader(
         _BatchOrError(PairDataset(reader, dtype), sampler.block),
         sampler=_WithLookahead(sampler),
@@ -188,6 +192,7 @@ def pair_loader(
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
+        # Each worker skips damage on its own: report each file once.
         for file, reason in batch.skipped.items():
             if file not in reported:
                 reported.add(file)

@@ -102,6 +102,7 @@ def encode_rows(spec: StoreSpec, rows: PairBatch, quarantined: Sequence[int] = (
 
     `quarantined`: the pairs of this shard that `rows` lacks because their latents are not finite.
     """
+    # A chunk holds as many rows as fit CHUNK_BYTES, so that a random row costs one small read.
     row_bytes = prod(spec.latent_shape) * np.dtype(spec.dtype).itemsize
     chunks = (max(1, min(len(rows.index), CHUNK_BYTES // row_bytes)), *spec.latent_shape)
     buffer = io.BytesIO()
@@ -116,19 +117,21 @@ def encode_rows(spec: StoreSpec, rows: PairBatch, quarantined: Sequence[int] = (
             file.create_dataset("label", data=rows.labels.numpy(), maxshape=(None,), fletcher32=True)
         index = rows.index.numpy().astype(np.uint64)
         file.create_dataset("index", data=index, maxshape=(None,), fletcher32=True)
+        # The attributes suffice to check the file and to read it without store.json.
         file.attrs["schema"] = SCHEMA
         file.attrs["spec"] = json.dumps(spec.as_json(), sort_keys=True)
         file.attrs["spec_sha256"] = spec.sha256
         file.attrs["rows"] = len(rows.index)
         file.attrs["quarantined"] = json.dumps(list(quarantined))
         file.attrs["noise_sha256"] = hashlib.sha256(_bytes_of(rows.noise)).hexdigest()
+    # The first 512 bytes hold length and sha256 of the rest.
     image = buffer.getbuffer()
     image[:SEAL] = _seal(len(image), hashlib.sha256(image[SEAL:]).hexdigest())
     return image
 
 
 def _write_values(file: Any, name: str, values: Tensor, chunks: tuple[int, ...]) -> None:
-    # maxshape: HDF5 wants it for a dataset without rows, which a shard of quarantined rows has
+    # maxshape: HDF5 needs it for a dataset without rows, as in a shard whose rows are all quarantined.
     shape = (None, *chunks[1:])
     file.create_dataset(name, data=values.numpy(), chunks=chunks, maxshape=shape, fletcher32=True)
 
@@ -160,6 +163,7 @@ def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
     noise_sha256 = hashlib.sha256()
     try:
         with path.open("rb") as raw:
+            # Bytes, then header, then rows: a fault is reported by the first check that can see it.
             _check_bytes(raw, path)
             raw.seek(0)
             with h5py.File(raw, "r") as file:
@@ -190,6 +194,7 @@ def _check_bytes(raw: BinaryIO, path: Path) -> None:
 
 def _blocks(file: Any, spec: StoreSpec) -> Iterator[slice]:
     """Slices of whole chunks with about BLOCK_BYTES of latents each; one empty slice if there are no rows."""
+    # Whole chunks only: a chunk that spans two blocks would be read twice.
     latent = file["latent"]
     size = max(1, BLOCK_BYTES // (prod(spec.latent_shape) * latent.dtype.itemsize * latent.chunks[0]))
     size *= latent.chunks[0]
@@ -219,9 +224,11 @@ def redraw(spec: StoreSpec, index: Iterable[int]) -> Tensor:
 
 def _check_header(file: Any, path: Path, spec: StoreSpec) -> None:
     """Compare attributes and dataset shapes with `spec`. Raises DamagedShard naming file and key."""
+    # The spec must be the store's; name the keys that differ.
     if file.attrs["spec_sha256"] != spec.sha256:
         names = differing(spec.as_json(), json.loads(file.attrs["spec"])) or ["spec_sha256"]
         raise _damaged(path, f"made with another spec: {', '.join(names)}")
+    # Datasets and shapes follow from the spec and the number of rows.
     rows = int(file.attrs["rows"])
     expected: dict[str, tuple[int, ...]] = {"latent": (rows, *spec.latent_shape), "index": (rows,)}
     if spec.conditioning != "none":
@@ -252,7 +259,7 @@ def _check_length(descriptor: int, path: Path) -> int:
 
 
 def quarantined_in(path: Path) -> list[int]:
-    """The pairs that a shard's header sets aside. Raises DamagedShard."""
+    """The quarantined pairs that a shard's header lists. Raises DamagedShard."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             return _quarantined(file)
@@ -265,16 +272,16 @@ def _quarantined(file: Any) -> list[int]:
 
 
 def read_fault(name: str, row: int, error: Exception) -> str:
-    """The damage that reading a row met, in one line. HDF5 reports a wrong checksum as a failed filter."""
+    """An error of reading a row, in one line. HDF5 reports a wrong checksum as a failed filter."""
     if "filter" in str(error) or "Fletcher32" in str(error):
         return f"unreadable ({name} of row {row} does not match its checksum)"
     return f"unreadable ({name} of row {row}: {error})"
 
 
 class OpenShard:
-    """A whole shard, open for reading single rows. HDF5 compares every chunk that it reads with its checksum.
+    """A complete shard, open for reading single rows. HDF5 verifies the checksum of each chunk it reads.
 
-    Raises FileNotFoundError when the file is not there and other OSErrors when HDF5 cannot open it.
+    Raises FileNotFoundError when the file does not exist and other OSErrors when HDF5 cannot open it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -284,7 +291,7 @@ class OpenShard:
         except OSError as error:
             if "locking flag values" not in str(error):
                 raise
-            # This process has opened the file elsewhere with locks: HDF5 wants the same again.
+            # This process has opened the file elsewhere with locks: HDF5 needs the same flags again.
             self._file = h5py.File(path, "r", rdcc_nbytes=CACHE_BYTES)
         self.path = path
         self._descriptor: int = self._file.id.get_vfd_handle()
@@ -293,13 +300,14 @@ class OpenShard:
         self._spans: dict[str, tuple[int, int]] = {}
         stat = os.fstat(self._descriptor)
         self.identity = stat.st_ino, stat.st_size, stat.st_mtime_ns
-        """Differs when another file was put under the same name."""
+        """Changes when another file takes the same name."""
 
     def check(self, spec: StoreSpec, shard: int) -> list[int]:
         """Compare length, header and index with `spec` and the shard's number. Returns the quarantined pairs.
 
         Raises DamagedShard, also for datasets without checksums: damaged rows would go unnoticed there.
         """
+        # The file name decides which pairs the index must hold.
         rows = spec.rows(shard)
         try:
             _check_length(self._descriptor, self.path)
@@ -310,6 +318,7 @@ class OpenShard:
                 without = f" without {len(quarantined)} quarantined ones" if quarantined else ""
                 what = f"index is not {rows.start} to {rows.stop - 1}{without}, as its name says"
                 raise _damaged(self.path, what)
+            # Without a checksum, HDF5 would return damaged rows without an error.
             for name in self._file:
                 if not self._file[name].fletcher32:
                     raise _damaged(self.path, f"dataset {name} has no checksums")
@@ -322,6 +331,7 @@ class OpenShard:
         damage: dict[int, str] = {}
         for name, values in out.items():
             dataset = self._dataset(name)
+            # Row by row, so that damage is known for single rows.
             for row, place in zip(rows.tolist(), places.tolist(), strict=True):
                 try:
                     values[place] = dataset[row]
@@ -342,16 +352,18 @@ class OpenShard:
     def hint(self, name: str, first: int, last: int) -> None:
         """Tell the operating system that rows `first` to `last` are read soon, where it has such a call.
 
-        The place is estimated: chunks stand in order, nearly without gaps. A wrong hint only costs time.
+        The file offset is estimated: chunks are in order, nearly without gaps. A wrong hint only costs time.
         """
         if not hasattr(os, "posix_fadvise"):
             return
         dataset, rows = self._dataset(name), self._rows_per_chunk(name)
+        # Look up the offsets of the first and last chunk once per dataset.
         chunks = -(-len(dataset) // rows)
         if name not in self._spans:
             ends = [dataset.id.get_chunk_info(number) for number in (0, chunks - 1)]
             self._spans[name] = ends[0].byte_offset, ends[1].byte_offset + ends[1].size
         begin, end = self._spans[name]
+        # Interpolate between them, and announce the range in pieces that the system accepts.
         start = begin + (end - begin) * (first // rows) // chunks
         stop = begin + (end - begin) * (last // rows + 1) // chunks
         for offset in range(start, stop, HINT_BYTES):

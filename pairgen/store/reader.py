@@ -68,12 +68,14 @@ class PairReader:
         cache_gib: float = 0.0,
     ) -> None:
         self.folder, self.skip_bad = folder, skip_bad
+        # Open the store, and check the spec that the caller expects.
         self._source = open_source(folder, cache, cache_gib)
         self.spec = self._source.spec
         if expect is not None:
             require_same_spec(folder, self.spec, expect)
         self.skipped: dict[str, str] = {}
         """File -> damage, for the damaged files that this process has read; filled with `skip_bad` only."""
+        # Damage that is visible without reading rows: raise it, or report it with `skip_bad`.
         damage = self._source.check()
         self._open = OpenShards(self._source, self._quarantined(damage), damage)
         for shard, reason in damage.items():
@@ -122,11 +124,13 @@ class PairReader:
         dtype: of noise and latents [B, C, H, W]; None keeps the stored type. Raises IndexError for a position
         outside the store, DamagedShard and UserError as the class says.
         """
+        # Translate each position to a shard and a row in it.
         position = np.asarray(rows, dtype=np.int64)
         if position.size and not (0 <= position.min() and position.max() < len(self)):
             raise IndexError(f"positions {position.min()} to {position.max()} of {len(self)} pairs")
         nth = np.searchsorted(self._ends, position, side="right") - 1
         row = position - self._ends[nth]
+        # Rows are read straight into the arrays of the batch.
         shape = (len(position), *self.spec.latent_shape)
         values = {name: np.empty(shape, self.spec.dtype) for name in self._open.value_names}
         text = [""] * len(position)
@@ -141,6 +145,7 @@ class PairReader:
                 raise UserError(f"{self.folder}: no intact row for {len(todo)} pairs; {self._source.remedy}")
             nth[todo], row[todo] = self._next(nth[todo], row[todo])
         self.skipped = skipped | self.skipped
+        # Replaced rows have other pair indices, so seeded noise is drawn for the pairs that were read.
         index = self._index(nth, row)
         tensors = {name: torch.from_numpy(out) for name, out in values.items()}
         noise = tensors["noise"] if "noise" in tensors else redraw(self.spec, index.tolist())
@@ -155,6 +160,7 @@ class PairReader:
     def prompts(self) -> list[str]:
         """The distinct prompts of all rows present, in order of first use."""
         distinct: dict[str, None] = {}
+        # Shard by shard; damaged rows are reported like those of `read`.
         for number, count in enumerate(np.diff(self._ends).tolist()):
             nth, rows, text = np.full(count, number), np.arange(count), [""] * count
             damage = self._read_into(nth, rows, rows, {}, text)
@@ -178,6 +184,7 @@ class PairReader:
 
     def _hint(self, start: int, stop: int) -> None:
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right") - 1
+        # A block of positions may span several shards.
         for nth in range(first, last + 1):
             begin, end = int(self._ends[nth]), int(self._ends[nth + 1])
             if begin < end:
@@ -214,6 +221,7 @@ class PairReader:
         """Pair indices of these rows; in shards with quarantined pairs, rows skip those."""
         shard = self._shards[nth]
         index = shard * self.spec.shard_size + row
+        # Where pairs are quarantined, row r is the r-th pair that is present.
         for number in sorted(self._open.quarantined.keys() & set(shard.tolist())):
             rows = self.spec.rows(number)
             present = np.setdiff1d(np.arange(rows.start, rows.stop), self._open.quarantined[number])

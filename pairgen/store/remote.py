@@ -29,38 +29,41 @@ T = TypeVar("T")
 
 WAITS = (0.2, 1.0, 5.0, 15.0)  # seconds before each new try
 THREADS = 16
-DOWNLOADS = 4  # at once, of shards that are needed soon
+DOWNLOADS = 4  # simultaneous downloads of shards that are needed soon
 SAFE = "the store itself is untouched"
 
 
-class _NotThere(UserError):
+class _MissingFile(UserError):
     """A file that the store does not have."""
 
 
 def is_url(folder: Path | str) -> bool:
-    """Whether `folder` is an fsspec URL. A Path never is: it folds the slashes of one."""
+    """Whether `folder` is an fsspec URL. A Path is never one, because it merges the two slashes."""
     return isinstance(folder, str) and ("://" in folder or "::" in folder)
 
 
 class RemoteShards:
     """The shards of the store at `url`, each copied to a folder inside `cache` when it is first needed.
 
-    cache_gib: bounds all of `cache`; copies used longest ago make room. 0: no bound. Processes may share it.
+    cache_gib: limits the size of `cache`; the least recently used copies are deleted. 0: no limit. Processes
+    may share `cache`.
     """
 
     def __init__(self, url: str, cache: Path | str | None = None, cache_gib: float = 0.0) -> None:
         if cache_gib < 0:
-            raise SettingError(f"cache_gib is {cache_gib}; expected GiB for copies, or 0 for no bound")
+            raise SettingError(f"cache_gib is {cache_gib}; expected GiB for copies, or 0 for no limit")
         self.url, self.root = url.rstrip("/"), Path(cache or default_cache())
         self.limit = int(cache_gib * 2**30)
+        # The spec identifies the store: a store with another spec gets another cache folder.
         try:
             content = self._retry("store.json", _read_file)
-        except _NotThere as error:
-            raise UserError(f"{url} is no pair store: it has no store.json; check the URL") from error
+        except _MissingFile as error:
+            raise UserError(f"{url} is not a pair store: it has no store.json; check the URL") from error
         self.spec = parse_spec(content, f"{self.url}/store.json")
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(self.url).name)
         self.folder = self.root / f"{label}-{digest([self.url, self.spec.sha256])[:16]}"
         self.remedy = f"repair the store there; if it is sound, remove its copy {self.folder}"
+        # List the shards once; a cache must hold at least one of them.
         sizes = self._list("shards")
         self.shards = shard_numbers(self.spec, sizes)
         self.sizes = {shard: sizes[PurePosixPath(self._file(shard)).name] for shard in self.shards}
@@ -70,6 +73,7 @@ class RemoteShards:
                 f"cache_gib is {cache_gib}, one shard of {url} has {largest / 2**30:.3f}; give more"
             )
         self.bounded = 0 < self.limit < self.size
+        # State that grows with use: first bytes of shards, and downloads of this process.
         self._seals: dict[int, tuple[int, str]] = {}
         self._downloads: tuple[int, set[int]] = (0, set())
         self._copy_records()
@@ -82,17 +86,18 @@ class RemoteShards:
         return f"{self.url}/{self._file(shard)}"
 
     def check(self) -> dict[int, str]:
-        """Ask whether the shards that are here are still those there, and drop what is out of date."""
-        here: dict[int, list[Path]] = {}
+        """Compare the local copies with the store and delete outdated ones. Returns shard -> damage."""
+        copies: dict[int, list[Path]] = {}
         for path in self.folder.glob("pairs-*-*.h5"):
-            here.setdefault(int(path.name.split("-")[1]), []).append(path)
+            copies.setdefault(int(path.name.split("-")[1]), []).append(path)
         with ThreadPoolExecutor(THREADS) as pool:
-            found = dict(pool.map(self._check_copy, sorted(here.keys() & set(self.shards))))
-        for shard, paths in here.items():
+            damage = dict(pool.map(self._check_copy, sorted(copies.keys() & set(self.shards))))
+        # Delete copies of shards that are gone, and copies with another sha256 than the store's.
+        for shard, paths in copies.items():
             for path in paths:
-                if shard not in self.sizes or (not found[shard] and path != self._path(shard)):
+                if shard not in self.sizes or (not damage[shard] and path != self._path(shard)):
                     path.unlink(missing_ok=True)
-        return {shard: reason for shard, reason in found.items() if reason}
+        return {shard: reason for shard, reason in damage.items() if reason}
 
     def quarantined(self, shard: int, recorded: list[int]) -> list[int]:
         return recorded
@@ -112,19 +117,19 @@ class RemoteShards:
             return True
         if self._downloads[0] != os.getpid():  # threads do not cross a fork
             self._downloads = os.getpid(), set()
-        coming = self._downloads[1]
-        if shard not in coming and len(coming) < DOWNLOADS:
-            coming.add(shard)
-            threading.Thread(target=self._download_quietly, args=(shard, coming), daemon=True).start()
+        downloading = self._downloads[1]
+        if shard not in downloading and len(downloading) < DOWNLOADS:
+            downloading.add(shard)
+            threading.Thread(target=self._download_quietly, args=(shard, downloading), daemon=True).start()
         return False
 
-    def _download_quietly(self, shard: int, coming: set[int]) -> None:
+    def _download_quietly(self, shard: int, downloading: set[int]) -> None:
         try:
             self._download(shard, self._path(shard))
         except UserError:
             pass  # reading a row of the shard raises the same error
         finally:
-            coming.discard(shard)
+            downloading.discard(shard)
 
     def _file(self, shard: int) -> str:
         return f"shards/pairs-{shard:05d}.h5"
@@ -133,7 +138,7 @@ class RemoteShards:
         return self.folder / f"pairs-{shard:05d}-{self._seal(shard)[1][:16]}.h5"
 
     def _seal(self, shard: int) -> tuple[int, str]:
-        """Length and sha256 that the shard's first bytes claim, as they were when first asked for."""
+        """Length and sha256 according to the shard's first bytes, which are read once."""
         if shard not in self._seals:
             file = self._file(shard)
             head = self._retry(file, lambda fs, path: bytes(fs.cat_file(path, start=0, end=SEAL))[:SEAL])
@@ -152,19 +157,20 @@ class RemoteShards:
         return shard, ""
 
     def _download(self, shard: int, path: Path) -> None:
-        """Bring a shard to `path`, whole or not at all; one process at a time, the others find it there."""
+        """Download a shard to `path`, completely or not at all. One process does it, and the others wait."""
         length, sha256 = self._seal(shard)
         with writing(self.root, SAFE), _file_lock(self.folder, f"pairs-{shard:05d}") as locked:
             if path.exists():
                 return
-            if locked:  # what is left of a killed download
+            if locked:  # remove what a killed download has left
                 for leftover in self.folder.glob(f"pairs-{shard:05d}-*.tmp"):
                     leftover.unlink(missing_ok=True)
+            # Reserve room, download under a temporary name, and rename the verified copy.
             temporary = _temporary_path(path, length)
             try:
                 _make_room(self.root, self.limit, temporary)
-                for _ in range(2):  # a network may spoil a file once
-                    self._retry(self._file(shard), lambda fs, there: fs.get_file(there, str(temporary)))
+                for _ in range(2):  # a network error may damage a file once
+                    self._retry(self._file(shard), lambda fs, remote: fs.get_file(remote, str(temporary)))
                     if _verify_copy(temporary, length, sha256):
                         temporary.replace(path)
                         return
@@ -174,7 +180,8 @@ class RemoteShards:
         raise damaged(self.name(shard), reason, self.remedy)
 
     def _copy_records(self) -> None:
-        """The records of quarantined rows, as they are now."""
+        """Copy the current quarantine records to the cache folder, and delete outdated ones."""
+        # Fetch all records in parallel before the folder changes.
         names = [name for name in self._list("quarantine") if name.endswith(".rows.json")]
         with ThreadPoolExecutor(THREADS) as pool:
             files = [f"quarantine/{name}" for name in names]
@@ -182,6 +189,7 @@ class RemoteShards:
         folder = self.folder / "quarantine"
         with writing(self.root, SAFE):
             folder.mkdir(parents=True, exist_ok=True)
+            # Replace each record in one step: another process may be reading it.
             for name, content in zip(names, contents, strict=True):
                 temporary = folder / f"{name}.{os.getpid()}.tmp"
                 temporary.write_bytes(content)
@@ -191,7 +199,7 @@ class RemoteShards:
                     path.unlink(missing_ok=True)
 
     def _list(self, folder: str) -> dict[str, int]:
-        """Names and sizes of the files in a folder of the store, none if there is no such folder."""
+        """Sizes of the files in a folder of the store, by name; empty if there is no such folder."""
 
         def listed(fs: Any, path: str) -> list[dict[str, Any]]:
             fs.invalidate_cache()
@@ -199,22 +207,26 @@ class RemoteShards:
 
         try:
             entries = self._retry(folder, listed)
-        except _NotThere:
+        except _MissingFile:
             return {}
         return {PurePosixPath(entry["name"]).name: int(entry["size"] or 0) for entry in entries}
 
     def _retry(self, file: str, call: Callable[[Any, str], T]) -> T:
-        """Call `call(file system, path)` and retry network errors. Raises UserError; _NotThere if missing."""
+        """Call `call(file system, path)` and retry network errors. Raises UserError, or its _MissingFile."""
         fs, root = _file_system(self.url)
+        # Missing files and denied access are final; other errors may be the network's.
         for wait in (*WAITS, None):
             try:
                 return call(fs, f"{root.rstrip('/')}/{file}".rstrip("/"))
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise _NotThere(f"{self.url}/{file}: not there; check the URL and the store") from error
+                raise _MissingFile(
+                    f"{self.url}/{file} does not exist; check the URL and the store"
+                ) from error
             except PermissionError as error:
                 text = f"{self.url}/{file}: access denied ({_line(error)})"
                 raise UserError(f"{text}; give credentials as this protocol's package takes them") from error
             except Exception as error:  # each protocol has its own
+                # A full disk of this machine does not improve by waiting.
                 if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
                     raise
                 if wait is None:
@@ -249,7 +261,7 @@ def _line(error: BaseException) -> str:
 
 
 def _verify_copy(path: Path, length: int, sha256: str) -> bool:
-    """Whether a file is what its store says; if so, on the disk for good."""
+    """Whether a file has this length and sha256; if so, it is synced to the disk."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != length:
             return False
@@ -270,7 +282,7 @@ def default_cache() -> Path:
 
 @contextmanager
 def _file_lock(folder: Path, stem: str) -> Iterator[bool]:
-    """Hold FOLDER/STEM.lock among processes and threads; gives False where the file system has no locks."""
+    """Hold FOLDER/STEM.lock against other processes and threads; yields False if the disk has no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / f"{stem}.lock", os.O_CREAT | os.O_RDWR)
     try:
@@ -285,34 +297,36 @@ def _file_lock(folder: Path, stem: str) -> Iterator[bool]:
 
 
 def _temporary_path(path: Path, length: int) -> Path:
-    """The name of a copy while it grows: nobody else's, and it says how long it will be."""
+    """A unique name for an unfinished download, which contains its final length."""
     unique = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     return path.with_name(f"{path.stem}.{unique}.{length}.tmp")
 
 
 def _make_room(root: Path, limit: int, temporary: Path) -> None:
-    """Create `temporary`; drop copies in the folders of `root` until `limit` bytes hold them all (0: any)."""
+    """Create `temporary`, then delete the least recently used copies below `root` until all take at most
+    `limit` bytes (0: no limit)."""
     with _file_lock(root, ""):
         temporary.touch()  # counts from now on, with its final length
         if not limit:
             return
-        held = {
+        # Unfinished downloads count too, but only complete copies are deleted, least recently used first.
+        copies = {
             path: _size_and_use(path) for path in root.glob("*/pairs-*") if path.suffix in (".h5", ".tmp")
         }
-        total = sum(size for size, _ in held.values())
-        for path, (size, _) in sorted(held.items(), key=lambda item: item[1][1]):
+        total = sum(size for size, _ in copies.values())
+        for path, (size, _) in sorted(copies.items(), key=lambda item: item[1][1]):
             if total > limit and path.suffix == ".h5":
                 path.unlink(missing_ok=True)
                 total -= size
 
 
 def _size_and_use(path: Path) -> tuple[int, int]:
-    """The bytes that a copy takes, or will take, and when it was last used."""
+    """The size of a copy in bytes, final if it is still growing, and the time of its last use."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except FileNotFoundError:
         return 0, 0
-    return int(path.name.split(".")[-2]) if path.suffix == ".tmp" else found.st_size, found.st_atime_ns
+    return int(path.name.split(".")[-2]) if path.suffix == ".tmp" else stat.st_size, stat.st_atime_ns
 
 
 def _mark_used(path: Path) -> None:

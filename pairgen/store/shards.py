@@ -1,4 +1,4 @@
-"""Where a reader's shards come from, and which of them are open: a bounded number, checked when opened."""
+"""The sources of a reader's shards, and the bounded set of shards that are open, checked when opened."""
 
 import os
 import resource
@@ -76,7 +76,7 @@ class LocalShards:
         return damage
 
     def quarantined(self, shard: int, recorded: list[int]) -> list[int]:
-        # The header is right: a writer killed between shard and record leaves an outdated record.
+        # Trust the header: a writer that is killed between shard and record leaves an outdated record.
         return quarantined_in(shard_path(self.folder, shard))
 
     def open(self, shard: int) -> OpenShard:
@@ -125,7 +125,7 @@ class OpenShards:
         """The open shard. Raises DamagedShard when it cannot be trusted as a whole."""
         if self._process != os.getpid():  # HDF5's handles are not made for a fork
             self._close_all()
-        # Another thread may take the same shard out at the same time: then both open it.
+        # Two threads may request the same shard at the same time: then both open it.
         file = self._files.pop(shard, None) or self._open(shard)
         self._files[shard] = file
         if len(self._files) > (BOUNDED_FILES if self.source.bounded else OPEN_FILES):
@@ -155,6 +155,7 @@ class OpenShards:
         """Open a shard, and check it unless this very file was checked before."""
         if shard in self.damage:
             raise self.error(shard, self.damage[shard])
+        # Check a file when it is opened first; a file of the same identity needs no second check.
         try:
             file = self.source.open(shard)
             if self._checked.get(shard) != file.identity:
@@ -171,7 +172,7 @@ class OpenShards:
     def _check(self, shard: int, file: OpenShard) -> None:
         quarantined = file.check(self.source.spec, shard)
         if quarantined != (recorded := self.quarantined.get(shard, [])):
-            reason = f"sets pairs {quarantined} aside, the record in quarantine/ says {recorded}"
+            reason = f"its header quarantines pairs {quarantined}, its record in quarantine/ {recorded}"
             raise self.error(shard, reason)
 
     def read_text(self, shard: int, rows: IntArray, places: IntArray, text: list[str]) -> Damage:
@@ -180,6 +181,7 @@ class OpenShards:
         if (name := TEXT_DATASETS[self.source.spec.conditioning]) is None:
             return damage
         file = self.get(shard)
+        # Prompts are compressed in chunks: decode a chunk once and cache it.
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
             block = file.text_block(name, row)
             try:

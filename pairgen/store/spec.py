@@ -47,11 +47,13 @@ class StoreSpec:
     shard_size: int
 
     def __post_init__(self) -> None:
+        # Refuse values for which no row exists.
         for name in ("num_pairs", "num_prompts", "per_prompt", "steps", "shard_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.seed < 2**63:
             raise SettingError(f"seed is {self.seed}, expected 0 to 2^63 - 1")
+        # The file format has these types only.
         if self.dtype not in ("float16", "float32"):
             raise SettingError(f"dtype is {self.dtype!r}, expected 'float16' or 'float32'")
         if self.noise not in ("stored", "seeded"):
@@ -161,6 +163,7 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
     with writing(folder, "nothing was written"):
         for name in ("shards", "partial", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        # A store keeps its spec; a new one is written atomically.
         if (folder / "store.json").exists():
             require_same_spec(folder, read_spec(folder), spec)
         else:
@@ -168,6 +171,7 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
             write_through_scratch(
                 json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial"
             )
+        # Complete shards need no partial files any more.
         for shard in shards_present(folder, spec):
             for leftover in (folder / "partial").glob(f"{shard_path(folder, shard).stem}.*"):
                 leftover.unlink(missing_ok=True)
@@ -186,8 +190,8 @@ def read_spec(folder: Path) -> StoreSpec:
     try:
         return parse_spec(path.read_bytes(), str(path))
     except OSError as error:
-        text = f"{folder} is no pair store: cannot read {path} ({error.strerror})"
-        raise UserError(f"{text}; make one with `d2g pairs generate`") from error
+        text = f"{folder} is not a pair store: cannot read {path} ({error.strerror})"
+        raise UserError(f"{text}; create one with `d2g pairs generate`") from error
 
 
 def parse_spec(content: bytes, name: str) -> StoreSpec:
@@ -195,13 +199,18 @@ def parse_spec(content: bytes, name: str) -> StoreSpec:
     try:
         facts = json.loads(content)
         if (schema := facts["schema"]) != SCHEMA:
-            todo = "upgrade" if schema > SCHEMA else "read it with the version that made it, or make it again"
-            raise UserError(f"{name}: pair schema {schema}, this version reads schema {SCHEMA}; {todo}")
+            remedy = (
+                "upgrade"
+                if schema > SCHEMA
+                else "read it with the version that wrote it, or generate it again"
+            )
+            raise UserError(f"{name}: pair schema {schema}, this version reads schema {SCHEMA}; {remedy}")
+        # The digest detects a store.json that was edited by hand.
         spec = from_json(StoreSpec, facts["spec"])
         if spec.sha256 != facts["sha256"]:
             raise ValueError("its sha256 does not match its spec")
     except (ValueError, KeyError, TypeError, AttributeError, SettingError) as error:
-        raise UserError(f"{name} is damaged ({error}); restore it from the run that made it") from error
+        raise UserError(f"{name} is damaged ({error}); restore it from the run that wrote it") from error
     return spec
 
 
@@ -209,7 +218,7 @@ def require_same_spec(folder: Path | str, spec: StoreSpec, expected: StoreSpec) 
     """Raise UserError naming the keys in which the spec of `folder` differs from `expected`."""
     if names := differing(spec.as_json(), expected.as_json()):
         text = f"{folder} holds pairs of another spec; differing: {', '.join(names)}"
-        raise UserError(f"{text}; choose another folder, or the settings this one was made with")
+        raise UserError(f"{text}; choose another folder, or the settings of this one")
 
 
 @contextmanager

@@ -78,8 +78,9 @@ class PairWriter:
         """
         if self.path.exists() and not self.retry:
             raise UserError(
-                f"{self.path} is already complete; run the same command again to make the missing shards"
+                f"{self.path} is already complete; run the same command again to generate the missing shards"
             )
+        # Remove unfinished files, and count the rows of flushed ones as present.
         with writing(self.folder, "nothing was lost"):
             for temporary in self._scratch.glob(f"{self.path.stem}.*.tmp"):
                 temporary.unlink(missing_ok=True)
@@ -112,6 +113,7 @@ class PairWriter:
         Latents are rounded to the stored type; rows that are then not finite go to `quarantined`. Raises
         UserError for a wrong shape, type, prompt or index, naming the pairs; earlier rows stay valid.
         """
+        # Check the rows completely before any of them is added.
         number = torch.as_tensor(index).to("cpu", torch.int64)
         if len(set(number.tolist()) & self._missing) != len(number) or len(number) == 0:
             expected = f"distinct indices out of {self.missing[:1]}...{self.missing[-1:]}"
@@ -120,6 +122,7 @@ class PairWriter:
             raise UserError(
                 f"pairs {number.tolist()}: expected {len(number)} prompts, none with a NUL character"
             )
+        # Round to the stored type, and check that a reader gets the same noise back.
         rows = PairBatch(
             noise=self._rounded("noise", noise, number),
             latents=self._rounded("latents", latents, number),
@@ -127,6 +130,7 @@ class PairWriter:
             index=number,
         )
         self._check_noise(rows, noise)
+        # Rows that are not finite after rounding are quarantined instead of written.
         finite = rows.latents.flatten(1).isfinite().all(dim=1)
         for row in (~finite).nonzero().flatten().tolist():
             reason = f"its latent is not finite in {self.spec.dtype}"
@@ -135,6 +139,7 @@ class PairWriter:
         self._missing -= set(number.tolist())
         if finite.any():
             self._buffer.append(_select_rows(rows, finite))
+        # Write to disk from time to time, so that a killed process loses little.
         if time.monotonic() - self._flushed_at >= self.flush_seconds:
             self.flush()
 
@@ -169,11 +174,13 @@ class PairWriter:
         Every row must be appended or quarantined. The quarantine record is written before the shard.
         """
         assert not self._missing, f"{self.path.name}: commit with {len(self._missing)} rows missing"
+        # Collect all rows. Another process may have deleted partial files meanwhile.
         sources, quarantined = self._sources(), sorted(self.quarantined)
         rows = _join([load_rows(source, self.spec) for source in sources] + self._buffer, self.spec)
         if sorted([*rows.index.tolist(), *quarantined]) != list(self.spec.rows(self.shard)):
             text = f"partial files of {self.path.name} vanished from {self._scratch} during the run"
             raise UserError(f"{text}; see that no other run writes there, and run the same command again")
+        # Write the record first: a shard never lacks rows without one.
         record = quarantine_path(self.folder, self.shard)
         if quarantined:
             with writing(self.folder, f"{self._on_disk} rows of {self.path.name} are safe"):
@@ -182,6 +189,7 @@ class PairWriter:
                 write_through_scratch(content, record, self._scratch)
         self._write(rows, self.path, quarantined)
         self._buffer = []
+        # Remove partial files, and the record of a shard that lacks no rows any more.
         for leftover in [*self._parts(), *([] if quarantined else [record])]:
             leftover.unlink(missing_ok=True)
 

@@ -188,11 +188,11 @@ def test_edited_newer_or_absent_store_json(store: Path) -> None:
     (store / "store.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="sha256 does not match"):
         read_spec(store)
-    for schema, todo in ((3, "upgrade"), (1, "read it with the version that made it")):
+    for schema, todo in ((3, "upgrade"), (1, "read it with the version that wrote it")):
         (store / "store.json").write_text(json.dumps({**content, "schema": schema}))
         with pytest.raises(UserError, match=f"reads schema 2; {todo}"):
             read_spec(store)
-    with pytest.raises(UserError, match="is no pair store"):
+    with pytest.raises(UserError, match="is not a pair store"):
         PairReader(store / "shards")
 
 

@@ -266,7 +266,7 @@ def test_labels_are_numbers_in_range_or_known_names() -> None:
 @pytest.mark.parametrize("wrong", ["10", "-1", "1.0", "\u0661", "9" * 5000, "goldfsh", "", " 1"])
 def test_other_labels_are_refused_at_once(wrong: str) -> None:
     with pytest.raises(
-        UserError, match=r"1 of 2 prompts are no class of the teacher: prompt 1 .*0 to 9 or a class name"
+        UserError, match=r"1 of 2 prompts are not classes of the teacher: prompt 1 .*0 to 9 or a class name"
     ):
         check_labels(["1", wrong], 10, {"goldfish": 1})
 

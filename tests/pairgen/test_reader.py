@@ -135,7 +135,7 @@ def test_a_shard_that_lacks_pairs_without_a_record(store: Path) -> None:
     quarantine_path(store, 1).unlink()
     reader = PairReader(store)
     with pytest.raises(
-        DamagedShard, match=r"pairs-00001.h5: sets pairs \[9\] aside, the record .* says \[\]; run"
+        DamagedShard, match=r"pairs-00001.h5: its header quarantines pairs \[9\], its record .* \[\]; run"
     ):
         reader.read([8])
 
@@ -157,7 +157,7 @@ def test_an_open_shard_that_is_replaced_is_checked_again(store: Path) -> None:
     assert same(pickle.loads(pickle.dumps(reader)).read(range(22)), before)
     put_shard(store, SPEC, 0, aside=[3])
     assert same(reader.read(range(22)), before), "open files stay as they were"
-    with pytest.raises(DamagedShard, match=r"sets pairs \[3\] aside"):
+    with pytest.raises(DamagedShard, match=r"quarantines pairs \[3\]"):
         pickle.loads(pickle.dumps(reader)).read([0])
 
 

@@ -172,7 +172,7 @@ def test_a_shard_that_changes_or_vanishes_under_a_reader(store: Path, cache: Pat
     with pytest.raises(DamagedShard, match="or changed while it was read"):
         reader.read([8])
     shard_path(store, 2).unlink()
-    with pytest.raises(UserError, match=r"pairs-00002\.h5: not there; check the URL"):
+    with pytest.raises(UserError, match=r"pairs-00002\.h5 does not exist; check the URL"):
         reader.read([20])
     assert copies(cache) == [] and not leftovers(cache)
 
@@ -253,8 +253,8 @@ def test_a_copy_that_rots_is_found(store: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("memory://nothing/here", "memory://nothing/here is no pair store: it has no store.json"),
-        ("file:///no/such/folder", "is no pair store"),
+        ("memory://nothing/here", "memory://nothing/here is not a pair store: it has no store.json"),
+        ("file:///no/such/folder", "is not a pair store"),
         ("nope://bucket/pairs", "Protocol not known: nope; give a folder, or a URL such as s3://"),
         ("dropbox://pairs", "dropbox:// needs another package: .*dropboxdrivefs"),
     ],

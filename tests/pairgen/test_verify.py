@@ -214,7 +214,7 @@ FAULTS: dict[Callable[[Path], None], tuple[list[str], str]] = {
     _infinite: ([S1], "latent holds values that are not finite"),
     _other_noise: ([S1], "noise"),
     _noise_off_by_one_bit: ([S1], "noise"),
-    _aside_unrecorded: ([S1], "holds pairs 8 to 15 (7 rows) and sets aside 1, its name says"),
+    _aside_unrecorded: ([S1], "holds pairs 8 to 15 (7 rows) and quarantines 1, its name says"),
     _folder: ([S1], "Is a directory"),
 }
 
@@ -265,7 +265,7 @@ def test_a_file_that_is_no_shard(store: Path, name: str) -> None:
     path.mkdir() if name == "folder" else path.write_text("?")
     report = verify_store(store)
     assert report.bad_shards == [
-        {"shard": f"shards/{name}", "reason": "no shard of this store; move it away"}
+        {"shard": f"shards/{name}", "reason": "not a shard of this store; move it away"}
     ]
     assert report.checked == 22 and report.duplicates == [] and not report.ok
     assert repair_store(store) == [f"shards/{name}"] and verify_store(store).ok
@@ -318,10 +318,10 @@ def test_every_flip_in_a_quarantine_record_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pairs", "prompt", "says"),
     [
-        ((), "x" * 90, "names pairs none, its shard sets aside 9"),
-        ((9, 10), "x" * 90, "names pairs 9, 10, its shard sets aside 9"),
-        ((10,), "x" * 90, "names pairs 10, its shard sets aside 9"),
-        ((9,), "a cat", "names other prompts than the store's list"),
+        ((), "x" * 90, "names pairs none, its shard quarantines 9"),
+        ((9, 10), "x" * 90, "names pairs 9, 10, its shard quarantines 9"),
+        ((10,), "x" * 90, "names pairs 10, its shard quarantines 9"),
+        ((9,), "a cat", "has other prompts than the store's list"),
     ],
 )
 def test_a_record_that_disagrees_with_its_shard(
@@ -339,7 +339,7 @@ def test_a_lost_a_stale_and_a_strange_record(tmp_path: Path) -> None:
     kept = (tmp_path / RECORD).read_bytes()
     (tmp_path / RECORD).unlink()
     report = verify_store(tmp_path)
-    assert report.bad_shards == [{"shard": RECORD, "reason": "is not there; its shard sets aside 1 pairs"}]
+    assert report.bad_shards == [{"shard": RECORD, "reason": "is missing; its shard quarantines 1 pairs"}]
     assert repair_store(tmp_path) == [] and bad_files(tmp_path) == []
     write_shard(tmp_path, SPEC, 1)  # now the row is there, and its record gone
     (tmp_path / RECORD).write_bytes(kept)
