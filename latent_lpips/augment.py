@@ -71,12 +71,15 @@ def sample_transforms(
     family b alone and for b with others. They are sampled on the generator's device and copied to `device`
     without synchronization.
     """
+    # Always draw all numbers, so that one family's transforms do not depend on the others.
     source = generator.device if generator is not None else device
     uniform = torch.rand(batch, 11, generator=generator, device=source).to(device, non_blocking=True)
     normal = torch.randn(batch, 4, generator=generator, device=source).to(device, non_blocking=True)
+    # Map the uniform numbers to [-1, 1), and whole shifts to positions of this size.
     wh = torch.stack([torch.full_like(uniform[:, 0], float(n)) for n in (size[1], size[0])], 1)
     signed = 2 * uniform - 1
     max_angle = math.radians(config.rotation)
+    # Distributions as AugmentConfig documents them.
     return AugmentParams(
         letters=config.letters,
         flip=(uniform[:, 0] * 2).floor() * config.flip,
@@ -110,6 +113,7 @@ def apply_transforms(x: Tensor, params: AugmentParams) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
+        # Whole-position transforms need no filter; with geometry, both are one filtered resampling.
         if "g" in params.letters:
             x = _resample(x, inverse_affine(params, x.shape[2:]))
         elif "b" in params.letters:
@@ -193,6 +197,7 @@ def _resample(x: Tensor, matrix: Tensor) -> Tensor:
     Up- and downsampling are fixed linear maps along each axis, that is, small matrix products. Upsampled
     sample n lies at ((n - CENTROID) / 2 - pad) in input positions.
     """
+    # Upsample, so that the transform does not alias.
     height, width = x.shape[2:]
     fine = _matrix(_upsampler, height, x) @ x @ _matrix(_upsampler, width, x).T
     # Positions of the transformed grid, still at twice the resolution.

@@ -109,10 +109,12 @@ class LatentLPIPS(PerceptualDistance):
 
     def __init__(self, config: LPIPSConfig, trunk: VGG16 | None = None) -> None:
         super().__init__()
+        # The distance needs only the features of the trunk.
         self.trunk = trunk if trunk is not None else VGG16(config)
         assert self.trunk.config == config, "the trunk was built with another config"
         self.trunk.classifier = None  # only needed to train the trunk
         self.heads = nn.ParameterList(torch.ones(width) for width in config.widths)
+        # Frozen, in eval mode, and never with negative heads.
         self.requires_grad_(False)
         register: Any = self.register_load_state_dict_post_hook  # untyped in torch
         register(_check_heads)
@@ -152,6 +154,7 @@ class LatentLPIPS(PerceptualDistance):
         """
         if spatial or self.config.norm != "none":
             return super().forward(pred, target, spatial)
+        # The fused path (latent_lpips/fused.py), with a gradient only where one is needed.
         self._check_shapes(pred, target)
         self.trunk.check(pred)
         compute = (
@@ -193,9 +196,11 @@ class ELatentLPIPS(nn.Module):
         l1: float = 0.0,
     ) -> None:
         super().__init__()
+        # `not >=` also refuses NaN.
         for name, value, minimum in (("draws", draws, 1), ("ensemble", ensemble, 0), ("l1", l1, 0)):
             if not value >= minimum:
                 raise SettingError(f"ELatentLPIPS: {name} is {value}, expected {minimum} or more")
+        # A string names the families alone, with the defaults of the other settings.
         self.metric = metric
         config = AugmentConfig() if config is None else config
         self.augment = AugmentConfig(families=config) if isinstance(config, str) else config
@@ -228,6 +233,7 @@ class ELatentLPIPS(nn.Module):
         """
         if transforms is None:
             transforms = self.sample_transforms(pred, generator)
+        # The mean over draws, then the terms without transforms.
         distances = [self._transformed_distance(transform, pred, target) for transform in transforms]
         terms = {"e_latent_lpips": torch.stack(distances).mean(0)}
         if self.ensemble:
@@ -279,6 +285,7 @@ def _check_heads(module: nn.Module, _: object) -> None:
 def require_nonnegative_heads(heads: Sequence[Tensor] | nn.ParameterList, where: str = "LatentLPIPS") -> None:
     """Raise UserError if a head [C] has a weight that is negative or NaN. `where` begins the message."""
     for layer, weight in enumerate(heads):
+        # `not >=` also catches NaN.
         lowest = weight.min().item()
         if not lowest >= 0:
             raise UserError(

@@ -38,6 +38,7 @@ def layer_distances(
     """Return each layer's contribution to the distance of latents [B, C, h, w]: [B, layers], no gradient."""
     parts = []
     with torch.no_grad():
+        # A few rows at a time, so that memory does not grow with the batch.
         for p, t in _row_chunks(pred, target):
             taps = zip(_taps(layers, p), _taps(layers, t), heads, strict=True)
             means = [
@@ -107,6 +108,7 @@ def _distance_and_gradient(
     dtype = layers[-1].weight.dtype
     gradient = torch.zeros_like(tap_gradients[-1])
     for layer in reversed(layers):
+        # Add the gradient of this layer's term, then go through ReLU, pool and convolution.
         if layer.tap:
             gradient = gradient + tap_gradients.pop()
         record = records.pop()
@@ -126,6 +128,7 @@ def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | N
         size, indices = (x.shape[2], x.shape[3]), None
         if layer.pool:
             x, indices = F.max_pool2d(x, 2, return_indices=True)
+        # Record after the pool: ReLU and max-pool commute.
         if records is not None:
             records.append(LayerRecord(x.bool(), size, indices))
         if layer.tap:
@@ -146,6 +149,7 @@ def _unpool(gradient: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _layer_term(f: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean over positions of w . (unit f - unit g)^2, [b], and its gradient with respect to f."""
+    # The term and its gradient with respect to the unit features.
     unit, scale = _unit(f)
     difference = unit - _unit(g)[0]
     slope = difference * weight.to(unit.dtype)[:, None, None]

@@ -46,9 +46,11 @@ class PixelLPIPS(PerceptualDistance):
             raise SettingError(f"LPIPS network {net!r} is unknown, expected one of {', '.join(LPIPS_NETS)}")
         if resize is not None and resize < 1:
             raise SettingError(f"PixelLPIPS: resize is {resize}, expected a positive number of pixels")
+        # Build the package's network, with the published trunk or with the user's.
         published = _published(net, download=pretrained and weights is None)
         if weights is not None:
             _load_torchvision(published.net, Path(weights), net)
+        # Keep trunk and heads only; PerceptualDistance computes the distance.
         self.trunk, self.scaling = published.net, published.scaling_layer
         self.heads = nn.ParameterList(lin.model[-1].weight.detach().flatten() for lin in published.lins)
         require_nonnegative_heads(self.heads, f"LPIPS {net}")
@@ -59,6 +61,7 @@ class PixelLPIPS(PerceptualDistance):
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """Return the trunk's feature maps, 5 (squeeze: 7), of images or of the decoder's inputs."""
+        # The trunk takes RGB images, as LPIPS scales them.
         pixels = self.decode(x) if self.decode is not None else x.float()
         if pixels.dim() != 4 or pixels.shape[1] != 3:
             raise UserError(f"LPIPS got pixels of shape {tuple(pixels.shape)}, expected [B, 3, H, W]")

@@ -78,15 +78,16 @@ def check_state_dict(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, authority: str
 ) -> None:
     """Raise UserError unless `state` has the names and shapes of `expected`, which come from `authority`."""
+    # First the names, in both directions, then the shapes.
     for key in sorted(set(state) ^ set(expected)):
         what = "lacks" if key in expected else "has the unknown"
         raise UserError(f"{file}: {what} tensor {key.removeprefix('trunk.')!r}; copy the file again")
     for key in sorted(state):
-        got, want = tuple(state[key].shape), tuple(expected[key].shape)
-        if got != want:
+        shape, expected_shape = tuple(state[key].shape), tuple(expected[key].shape)
+        if shape != expected_shape:
             raise UserError(
-                f"{file}: tensor {key.removeprefix('trunk.')!r} is {got}, {authority} says {want}; "
-                "copy the file again"
+                f"{file}: tensor {key.removeprefix('trunk.')!r} is {shape}, {authority} says "
+                f"{expected_shape}; copy the file again"
             )
 
 
@@ -119,6 +120,7 @@ def _trunk_state(state: Any, path: Path) -> dict[str, Tensor]:
 def _calibrated_state(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return a calibrated distance's state under our names. Raises UserError if its two heads differ."""
     renamed: dict[str, Tensor] = {}
+    # Collect trunk and heads under our names; unknown names stay, so that the check reports them.
     copies: dict[str, Tensor] = {}
     for key, value in _tensors(state, path).items():
         if match := re.fullmatch(r"net\.slice\d+\.(\d+\..+)", key):
@@ -127,6 +129,7 @@ def _calibrated_state(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
             (renamed if match[1] == "lin" else copies)[f"heads.{match[2]}"] = value.flatten()
         else:
             renamed[key] = value  # `check_state_dict` rejects it by name
+    # The file has every head twice; both must be equal.
     for key, value in copies.items():
         if key not in renamed or not torch.equal(renamed[key], value):
             raise UserError(
@@ -156,12 +159,13 @@ def _space(path: Path, space: str | None, channels: int) -> str | None:
     if name is not None and OFFICIAL_SPACES[name].channels != channels:
         raise UserError(
             f"{path}: takes latents of {channels} channels, {name} has {OFFICIAL_SPACES[name].channels}; "
-            "give the latent space that the file was made for"
+            "give the latent space that the file belongs to"
         )
     return name
 
 
 def _metadata(path: Path, calibrated: bool, space: str | None) -> dict[str, Any]:
+    # Hash the file in pieces, because it takes up to half a gigabyte.
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -172,6 +176,7 @@ def _metadata(path: Path, calibrated: bool, space: str | None) -> dict[str, Any]
         "license": WEIGHTS_LICENSE,
         "calibrated": calibrated,
     }
+    # A known latent space also fixes the scale that the weights expect.
     if space is not None:
         scale, shift = OFFICIAL_SPACES[space].scale, OFFICIAL_SPACES[space].shift
         metadata |= {"latent_space": space, "scaling_factor": scale, "shift_factor": shift}

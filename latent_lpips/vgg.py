@@ -42,6 +42,7 @@ class VGG16(nn.Module):
         self.config = config
         self.features = nn.Sequential()
         self.ends: list[int] = []  # each tap is the output of features[end - 1], the stage's pool
+        # Stages of convolution, norm and ReLU, each followed by a pool or its placeholder.
         previous = config.channels
         for stage, (width, convs) in enumerate(zip(config.widths, CONVS_PER_STAGE, strict=True)):
             for _ in range(convs):
@@ -54,6 +55,7 @@ class VGG16(nn.Module):
                 previous = width
             self.features.append(nn.MaxPool2d(2) if stage in POOLED_STAGES else nn.Identity())
             self.ends.append(len(self.features))
+        # The classifier only serves to train the trunk.
         self.avgpool = nn.AdaptiveAvgPool2d(grid)
         self.classifier = _classifier(config, classes, dropout, grid) if classes else None
         self.apply(_initialize_weights)
@@ -87,6 +89,7 @@ class VGG16(nn.Module):
             if isinstance(module, nn.Conv2d):
                 assert module.bias is not None
                 layers.append(ConvLayer(module.weight, module.bias, pool=False, tap=False))
+            # The end of a stage marks the last convolution as a tap.
             if position in self.ends:
                 layers[-1] = layers[-1]._replace(pool=isinstance(module, nn.MaxPool2d), tap=True)
         return layers
@@ -96,7 +99,7 @@ class VGG16(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.config.channels:
             raise UserError(
                 f"LatentLPIPS got latents of shape {tuple(x.shape)}, its trunk takes "
-                f"[B, {self.config.channels}, h, w]; use weights made for this latent space"
+                f"[B, {self.config.channels}, h, w]; use weights for this latent space"
             )
         if min(x.shape[2:]) < MIN_LATENT_SIZE:
             raise UserError(
@@ -137,10 +140,12 @@ def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
     classifier and channels-last weights. Weights are computed in float64 and rounded once: to fp32, or from
     the sixth convolution on to bf16 if `precision` says so (see `convolution_dtype`).
     """
+    # A trunk of the same shape without norms.
     plain = VGG16(LPIPSConfig(channels=trunk.config.channels, width=trunk.config.width, norm="none"))
     convolutions = [m for m in plain.features if isinstance(m, nn.Conv2d)]
     device = next(trunk.parameters()).device
     dtype = convolution_dtype(precision, device)
+    # Copy the folded weights, rounded once to their final type.
     for position, (conv, (weight, bias)) in enumerate(zip(convolutions, _folded_weights(trunk), strict=True)):
         conv.weight.copy_(weight)
         assert conv.bias is not None

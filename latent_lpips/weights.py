@@ -36,10 +36,12 @@ def save_lpips(
     folder = Path(folder)
     if metric.precision == "bf16":
         raise UserError(f"{folder}: this LatentLPIPS is rounded to bf16; load it with fp32 to save it")
+    # Keys as in torchvision's VGG16, so that other code can read the trunk.
     state = {
         key.removeprefix(TRUNK_PREFIX): _to_stored(value, dtype).contiguous().cpu()
         for key, value in sorted(metric.state_dict().items())
     }
+    # Write both files under temporary names, and rename the config last: it marks a complete folder.
     text = json.dumps({"network": to_json(metric.config), "meta": dict(meta)}, indent=2)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,7 @@ def save_lpips(
             os.replace(folder / f"{name}.tmp", folder / name)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{folder}: LatentLPIPS weights could not be written ({error}); free space or name another folder"
+            f"{folder}: LatentLPIPS weights could not be written ({error}); free space or give another folder"
         ) from error
 
 
@@ -68,6 +70,7 @@ def load_lpips(
     error. Raises UserError for missing, damaged or mismatched files and for negative head weights.
     """
     path = Path(path)
+    # The shapes come from the authors' file itself, or from the config of our folder.
     if path.suffix in CHECKPOINT_SUFFIXES:
         metric, _ = read_official_checkpoint(path)
         _check_channels(path, metric.config.channels, latent_channels)
@@ -76,6 +79,7 @@ def load_lpips(
         config = _read_network(folder)
         _check_channels(path, config.channels, latent_channels)
         metric = LatentLPIPS(config)
+        # Check names, shapes and signs before anything is loaded.
         state = _read_tensors(folder / WEIGHTS_FILE)
         state = {
             key if key.startswith("heads.") else TRUNK_PREFIX + key: value for key, value in state.items()
@@ -84,6 +88,7 @@ def load_lpips(
         heads = [state[key].float() for key in sorted(state) if key.startswith("heads.")]
         require_nonnegative_heads(heads, str(folder / WEIGHTS_FILE))
         metric.load_state_dict({key: _to_fp32(value) for key, value in state.items()})
+    # Fold on the target device, because `auto` depends on its hardware.
     metric.to(device)
     return metric.fold(precision) if fold else metric
 
@@ -123,7 +128,7 @@ def _complete_folder(path: str | Path) -> Path:
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder}: no {name}, expected a LatentLPIPS folder with {WEIGHTS_FILE} and {CONFIG_FILE}; "
-                "make one with `d2g lpips train` or name another folder"
+                "train one with `d2g lpips train`, or give another folder"
             )
     return folder
 

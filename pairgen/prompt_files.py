@@ -107,7 +107,7 @@ def _parquet(path: Path) -> Iterator[Any]:
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
                 yield from batch.column(0).to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no readable parquet file ({error}); check --prompts") from error
+        raise UserError(f"{path} is not a readable parquet file ({error}); check --prompts") from error
 
 
 def _column(path: Path, columns: Iterable[str]) -> str:

@@ -72,6 +72,7 @@ def picture_numbers(splits: Sequence[JudgmentSplit]) -> dict[str, Tensor]:
     for name, judgments in names.items():
         for picture, sha256 in judgments:
             parent[root(sha256)] = root((name, picture))
+    # Number the components in order of first use.
     numbers: dict[object, int] = {}
     return {
         name: torch.tensor([numbers.setdefault(root(sha256), len(numbers)) for _, sha256 in judgments])
@@ -89,6 +90,7 @@ def find_splits(data: str | Path, task: JudgmentTask, part: Literal["train", "va
         raise UserError(
             f"{root}: no such folder; expected BAPPS' layout, with {', '.join(IMAGE_FOLDERS['2afc'])}"
         )
+    # The data is one split, a folder of splits, or has the parts train/ and val/.
     base = root / task if (root / task).is_dir() else root
     if _is_split(base, task):
         return [open_split(base, task)]
@@ -146,7 +148,7 @@ def _read_answer(file: Path) -> float:
     try:
         value = np.load(file, allow_pickle=False).astype(np.float64).reshape(-1)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file} is no readable .npy file ({error}); copy it again") from error
+        raise UserError(f"{file} is not a readable .npy file ({error}); copy it again") from error
     if value.shape != (1,) or not 0 <= value[0] <= 1:
         raise UserError(f"{file} holds {value.tolist()}, expected one share between 0 and 1; correct it")
     return float(value[0])
@@ -184,6 +186,7 @@ def image_batches(
     `load` is PatchConfig.load; `rows` selects judgments. Raises UserError for unreadable images and for
     images of different sizes.
     """
+    # Threads decode the images of one batch at a time.
     selected = [split.pictures[row] for row in rows] if rows is not None else split.pictures
     first: tuple[Path, Tensor] | None = None
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
@@ -192,6 +195,7 @@ def image_batches(
             patches = list(
                 pool.map(partial(_load_patch, load=load), [path for paths in group for path in paths])
             )
+            # All images must have one size, because they are stacked.
             for path, patch in zip([path for paths in group for path in paths], patches, strict=True):
                 first = first or (path, patch)
                 if patch.shape != first[1].shape:

@@ -22,7 +22,7 @@ from d2g.diffusion.latents import encode, latent_space
 from latent_lpips import weights
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.training.bapps import JudgmentSplit, find_splits, image_batches, upsample_pixels
-from latent_lpips.training.config import HeadsConfig, PatchConfig, require_given
+from latent_lpips.training.config import HeadsConfig, PatchConfig, require_set
 from latent_lpips.training.labeled_images import file_fingerprints
 from latent_lpips.training.latent_cache import CachedRows, cached_rows
 from latent_lpips.training.latent_stream import check_image_size
@@ -59,7 +59,8 @@ def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet)
     torchrun share the work. Raises UserError for bad input.
     """
     started, device = time.monotonic(), process_group.init()
-    require_given(config, "data", "latents", "weights")
+    require_set(config, "data", "latents", "weights")
+    # Load the trunk, and start all heads from weight 1.
     vae = pretrained.load_autoencoder(config.latents).to(device)
     metric = open_metric(config.weights, config.latents, vae, device)
     for head in metric.heads:
@@ -90,6 +91,7 @@ def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet)
                 scores[split.name] = two_afc_agreement(means0[rows] @ flat, means1[rows] @ flat, judge[rows])
         return scores
 
+    # Score, fit and score again; then fix the scale of the distance.
     before = fmean(two_afc().values())
     fit_heads(metric, means0, means1, judge, train_rows, config.heads, config.seed, progress)
     by_split = two_afc()
@@ -146,6 +148,7 @@ def open_metric(path: str, latents: str, vae: Any, device: torch.device) -> Late
     Raises UserError if the weights belong to another number of channels, another autoencoder or another
     latent scale.
     """
+    # The weights must belong to this autoencoder, if they name one.
     metric = weights.load_lpips(path, int(vae.config.latent_channels), device=device)
     meta = weights.read_lpips_meta(path)
     expected = meta.get("autoencoder_sha256")
@@ -185,6 +188,7 @@ def encode_patches(pixels: Tensor, patch: PatchConfig, vae: Any, device: torch.d
 
 def _validation_splits(data: str) -> list[JudgmentSplit]:
     """Return the splits in val/, or none if the data has no train/ and val/ parts."""
+    # An empty val/ is an error: otherwise a random part would be held out silently.
     folders = [folder for folder in (Path(data) / "2afc" / "val", Path(data) / "val") if folder.is_dir()]
     splits = find_splits(data, "2afc", "val") if folders else []
     if folders and not splits:
@@ -205,7 +209,7 @@ def _split_features(
     device, batch = metric.heads[0].device, config.patch.batch
 
     @torch.no_grad()
-    def make(rows: range) -> Tensor:
+    def compute(rows: range) -> Tensor:
         chunks = []
         for done, pixels in enumerate(image_batches(split, config.patch.load, batch, rows)):
             ref, p0, p1 = (encode_patches(x, config.patch, vae, device) for x in pixels)
@@ -221,11 +225,12 @@ def _split_features(
             )
         return torch.cat(chunks)
 
+    # Cached under a name that changes with the images and everything that decides the features.
     marks = file_fingerprints(config.data, (path for paths in split.pictures for path in paths))
     facts = {**{name: inputs[name] for name in ("patch", "autoencoder", "trunk")}, "pictures": digest(marks)}
     name = f"{split.name}-{digest(facts)[:12]}"
     rows: CachedRows = cached_rows(
-        out / "run" / "features", name, len(split), facts, make, dtype=torch.float32
+        out / "run" / "features", name, len(split), facts, compute, dtype=torch.float32
     )
     both = rows[range(len(rows))]
     return both[:, 0], both[:, 1]

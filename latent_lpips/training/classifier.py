@@ -25,7 +25,7 @@ from d2g.diffusion.latents import latent_space
 from latent_lpips import augment, weights
 from latent_lpips.config import AugmentConfig, LPIPSConfig
 from latent_lpips.distance import LatentLPIPS
-from latent_lpips.training.config import ClassifyConfig, require_given
+from latent_lpips.training.config import ClassifyConfig, require_set
 from latent_lpips.training.labeled_images import LabeledImages, open_labeled
 from latent_lpips.training.latent_stream import (
     CropEncoder,
@@ -156,11 +156,12 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
 
 def _set_up(config: ClassifyConfig, out: Path, time_over: Callable[[], bool], progress: Progress) -> _Job:
     device = process_group.init()
-    require_given(config, "data", "latents")
+    require_set(config, "data", "latents")
     if config.batch % process_group.world_size():
         raise SettingError(
             f"batch {config.batch} does not divide over {process_group.world_size()} processes"
         )
+    # Open the autoencoder and the images.
     vae, sha256 = pretrained.load_autoencoder(config.latents), pretrained.autoencoder_sha256(config.latents)
     check_image_size(vae, config.size)
     train, val = open_image_sets(config)
@@ -204,6 +205,7 @@ def _set_up(config: ClassifyConfig, out: Path, time_over: Callable[[], bool], pr
 def _resume(job: _Job) -> _State:
     """Load the newest checkpoint, if there is one, and remove log lines that are newer than it."""
     state = _State()
+    # Continue from the checkpoint, with the values that its report has logged.
     if (last := checkpoint.latest(job.checkpoints)) is not None:
         last.load("classifier", job.model)
         job.optimizer.load_state_dict(last.state()["optimizer"])
@@ -321,10 +323,12 @@ def classify_in_training(model: VGG16, x: Tensor, rng: torch.Generator, batch: i
     """
     assert model.classifier is not None
     model.check(x)
+    # Statistics over all ranks make a step independent of their number.
     for module in model.features:
         x = synchronized_batch_norm(module, x) if isinstance(module, nn.BatchNorm2d) else module(x)
     x = model.avgpool(x).flatten(1)
     for module in model.classifier:
+        # Draw the mask for all ranks' rows, and apply this rank's part of it.
         if isinstance(module, nn.Dropout):
             keep = torch.rand(batch, x.shape[1], generator=rng)[rows].to(x.device) >= module.p
             x = x * keep / (1 - module.p)
@@ -371,17 +375,20 @@ def score_classifier(
     model: VGG16, stream: LatentStream, val: LabeledImages, batch: int, device: torch.device
 ) -> dict[str, float]:
     """Return top-1 and top-5 accuracy on `val`, in [0, 1]. Ranks share the work."""
+    # Center crops; each rank takes every n-th image.
     rows = list(range(len(val)))[process_group.rank() :: process_group.world_size()]
     plan = [
         [CropItem(row, -1) for row in rows[start : start + batch]] for start in range(0, len(rows), batch)
     ]
+    # Count hits among the first and the first five classes.
     model.eval()
     correct = torch.zeros(2, device=device)
     for items, x in zip(plan, stream(plan), strict=True):
         labels = val.labels[[item.row for item in items]].to(device)
-        best = model(x).topk(min(5, len(val.classes)), dim=1).indices == labels[:, None]
-        correct += torch.stack([best[:, 0].sum(), best.sum()])
+        hits = model(x).topk(min(5, len(val.classes)), dim=1).indices == labels[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
     model.train()
+    # Ratios of sums, because ranks may have different numbers of images.
     sums = process_group.mean(
         {"top1": correct[0].item(), "top5": correct[1].item(), "rows": float(len(rows))}
     )

@@ -8,7 +8,7 @@ from d2g.core.errors import SettingError
 from latent_lpips.config import AugmentConfig, CalibrateConfig
 
 
-def require_given(config: Any, *names: str) -> None:
+def require_set(config: Any, *names: str) -> None:
     """Raise SettingError for the first of `names` that is not set."""
     for name in names:
         if not getattr(config, name):
@@ -102,6 +102,7 @@ class ClassifyConfig:
     score_epochs: int = setting(1, "Epochs between scores and checkpoints")
 
     def __post_init__(self) -> None:
+        # Limits that do not depend on the autoencoder; `check_image_size` checks the others.
         low, high = self.area
         require(
             self,
@@ -200,6 +201,7 @@ class ScoreConfig:
     resamples: int = setting(1000, "Bootstrap resamples; 0: no intervals")
 
     def __post_init__(self) -> None:
+        # Each baseline at most once.
         known = set(self.baselines) <= {"l2", "ssim"}
         require(
             self,
@@ -241,6 +243,7 @@ class OverfitConfig:
     checkpoint_steps: int = setting(1_000, "Steps between checkpoints")
 
     def __post_init__(self) -> None:
+        # AugmentConfig checks the letters of each entry.
         for families in self.families:
             AugmentConfig(families=families)
         distinct = len(set(self.families)) == len(self.families) > 0
@@ -295,7 +298,7 @@ class TripletsConfig:
 
     @property
     def selected_kinds(self) -> tuple[str, ...]:
-        """The kinds of distortion to make, in order."""
+        """The kinds of distortion to apply, in order."""
         return self.kinds or tuple(kind for kind in DISTORTION_KINDS if kind != "decoder" or self.decoders)
 
 

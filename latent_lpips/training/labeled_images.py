@@ -81,7 +81,7 @@ def decode_rgb(read: Callable[[], bytes], name: str) -> Image.Image:
             return opened.convert("RGB")
     except Exception as error:  # Pillow raises almost any exception on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} is no readable image ({reason}); remove it or make it again") from error
+        raise UserError(f"{name} is not a readable image ({reason}); remove or replace it") from error
 
 
 def open_labeled(data: str, val: str = "") -> tuple[LabeledImages, LabeledImages | None]:
@@ -176,11 +176,13 @@ def _from_tables(name: str, files: Sequence[Path], labeled: bool) -> LabeledImag
     names: list[str] = []
     cells: list[bytes] = []
     labels: list[Any] = []
+    # Read all tables, and name each image by its file and row.
     for file in files:
         images, image_labels = _read_table(file, labeled)
         names += [f"{file} row {row}" for row in range(len(images))]
         cells += images
         labels += image_labels
+    # Labels may be numbers or texts; classes are their sorted distinct values.
     classes = sorted(set(labels))
     number = {label: i for i, label in enumerate(classes)}
     return LabeledImages(
@@ -203,13 +205,15 @@ def _read_table(file: Path, labeled: bool) -> tuple[list[bytes], list[Any]]:
 
     try:
         names = pq.read_schema(file).names
+        # The image column has one of two common names; labeled images also need a label column.
         column = next((key for key in ("image", "img") if key in names), None)
         if column is None or (labeled and "label" not in names):
             expected = "`image` and `label`" if labeled else "`image`"
             raise UserError(f"{file} has columns {', '.join(names)}; expected {expected}")
         table = pq.read_table(file, columns=[column, "label"] if labeled else [column])
     except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is no readable parquet file ({error}); fetch it again") from error
+        raise UserError(f"{file} is not a readable parquet file ({error}); fetch it again") from error
+    # Every cell must hold an encoded image, as bytes or in a struct with `bytes`.
     cells: list[Any] = [
         cell.get("bytes") if isinstance(cell, dict) else cell for cell in table[column].to_pylist()
     ]

@@ -53,16 +53,16 @@ def cached_rows(
     name: str,
     count: int,
     facts: Mapping[str, Any],
-    make: Callable[[range], Tensor],
+    compute: Callable[[range], Tensor],
     progress: Progress = quiet,
     dtype: torch.dtype = torch.float16,
-    late: Callable[[], bool] = lambda: False,
+    time_over: Callable[[], bool] = lambda: False,
 ) -> CachedRows:
-    """Return `count` rows computed by `make(range of rows)`; rows that are on disk are not computed again.
+    """Return `count` rows computed by `compute(range of rows)`; rows that are on disk are not computed again.
 
     `facts` is everything the rows depend on. Every rank calls this function and gets all rows. Raises
     UserError for a folder with rows of other facts, naming the differences, and for damaged shards, and
-    Interrupted if `late()` is true between two shards.
+    Interrupted if `time_over()` is true between two shards.
     """
     # Find the shards that are missing.
     _check_facts(folder / f"{name}.json", {"rows": count, "dtype": str(dtype), **facts})
@@ -76,12 +76,12 @@ def cached_rows(
         for shard in missing[start : start + process_group.world_size()][
             process_group.rank() :: process_group.world_size()
         ]:
-            rows = make(ranges[shard]).to(dtype).cpu().numpy()
+            rows = compute(ranges[shard]).to(dtype).cpu().numpy()
             assert len(rows) == len(ranges[shard]), f"{len(rows)} rows for {len(ranges[shard])}"
             _write_shard(folder, name, shard, rows)
         done = min((start + process_group.world_size()) * ROWS_PER_SHARD, rows_left)
-        progress(f"making {name}", done, rows_left)
-        if process_group.any_rank(late()) and done < rows_left:
+        progress(f"computing {name}", done, rows_left)
+        if process_group.any_rank(time_over()) and done < rows_left:
             raise Interrupted(
                 f"time is over; safe on disk: {count - rows_left + done} of {count} rows of {name} in "
                 f"{folder}; run the same command again to go on"
@@ -102,8 +102,8 @@ def _check_facts(file: Path, facts: Mapping[str, Any]) -> None:
         raise UserError(f"{file} is damaged ({error}); delete {file.parent} and run again") from error
     if old is not None and (keys := differing(old, facts)):
         raise UserError(
-            f"{file.parent} holds rows made in another way: {', '.join(keys)}; "
-            "name another folder, or delete it"
+            f"{file.parent} holds rows computed from other inputs: {', '.join(keys)}; "
+            "give another folder, or delete it"
         )
     process_group.barrier()
     if old is None and process_group.rank() == 0:

@@ -115,7 +115,7 @@ def open_latent_stream(
     name: str,
     vae_sha256: str,
     progress: Progress = quiet,
-    late: Callable[[], bool] = lambda: False,
+    time_over: Callable[[], bool] = lambda: False,
 ) -> LatentStream:
     """Return the encoder's stream, or with `config.crops` a stream of latents cached in `folder`.
 
@@ -124,6 +124,7 @@ def open_latent_stream(
     config, pictures = encoder.config, encoder.pictures
     if not config.crops:
         return encoder.stream
+    # Cached crops: everything that decides their latents identifies the cache.
     crops = [-1] if name == "val" else list(range(config.crops))
     count = len(pictures)
     facts = {
@@ -137,12 +138,13 @@ def open_latent_stream(
         "posterior": config.posterior,
     }
 
-    def make(rows: range) -> Tensor:
+    def encode_rows(rows: range) -> Tensor:
         items = [CropItem(row % count, crops[row // count]) for row in rows]
         plan = [items[start : start + ENCODE_BATCH] for start in range(0, len(items), ENCODE_BATCH)]
         return torch.cat([latents.cpu() for latents in encoder.stream(plan)])
 
-    rows = cached_rows(folder, name, count * len(crops), facts, make, progress, late=late)
+    # Row number = image + number of images * crop.
+    rows = cached_rows(folder, name, count * len(crops), facts, encode_rows, progress, time_over=time_over)
 
     def stream(plan: Iterable[Sequence[CropItem]]) -> Iterator[Tensor]:
         for items in plan:

@@ -19,7 +19,7 @@ from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, encode, from_uint8, to_uint8
 from latent_lpips.training.bapps import write_triplet
-from latent_lpips.training.config import TripletsConfig, require_given
+from latent_lpips.training.config import TripletsConfig, require_set
 from latent_lpips.training.crops import center_crop_resized, image_to_tensor, tensor_to_image
 from latent_lpips.training.labeled_images import LabeledImages, open_unlabeled
 from latent_lpips.training.latent_stream import check_image_size, require_single_process
@@ -53,7 +53,8 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
     interrupted run can be continued. Raises UserError for bad input.
     """
     require_single_process("triplets")
-    require_given(config, "data")
+    require_set(config, "data")
+    # Check the input, and refuse a folder that was started with other settings.
     pictures = open_unlabeled(config.data)
     vaes = [pretrained.load_autoencoder(name) for name in config.decoders]
     for vae in vaes:
@@ -61,6 +62,7 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
     hashes = [pretrained.autoencoder_sha256(name) for name in config.decoders]
     RunLog(out, {**to_json(config), "autoencoders": hashes, "pictures": pictures.digest()})
     distort = distortion_functions(vaes)
+    # Count the triplets per part and kind, including those of an earlier start.
     counts: dict[str, dict[str, int]] = {
         part: dict.fromkeys(config.selected_kinds, 0) for part in ("train", "val")
     }

@@ -27,7 +27,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, encode, from_uint8, to_uint8
 from latent_lpips.distance import ELatentLPIPS, LatentLPIPS
 from latent_lpips.training.calibrate import metric_sha256, open_metric
-from latent_lpips.training.config import OverfitConfig, require_given
+from latent_lpips.training.config import OverfitConfig, require_set
 from latent_lpips.training.crops import center_crop_resized
 from latent_lpips.training.labeled_images import open_unlabeled
 from latent_lpips.training.latent_stream import check_image_size, require_single_process
@@ -59,21 +59,24 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
     FloatingPointError for a non-finite loss, and Interrupted on Ctrl-C.
     """
     require_single_process("overfit")
-    require_given(config, "data", "latents", "weights")
+    require_set(config, "data", "latents", "weights")
     started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Load the networks and the images.
     vae = pretrained.load_autoencoder(config.latents).to(device)
     check_image_size(vae, config.size)
     metric = open_metric(config.weights, config.latents, vae, device)
     pictures = open_unlabeled(config.data)
     if len(pictures) < config.count:
         raise UserError(f"{config.data} holds {len(pictures)} pictures, expected {config.count}; set count")
+    # Targets: the first `count` images as latents, and decoded again for the pixel error.
     pixels = torch.stack(
         [center_crop_resized(pictures.open(row), config.size, 1.0) for row in range(config.count)]
     )
     with torch.no_grad():
         targets = encode(vae, from_uint8(pixels).to(device))
         target_pixels = decode(vae, targets)
+    # One optimization for each choice of families, all from the same noise.
     inputs = {
         "metric": metric_sha256(metric),
         "autoencoder": pretrained.autoencoder_sha256(config.latents),
@@ -85,6 +88,7 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
         )
         for families in config.families
     }
+    # Plot the curves, and show the decoded results below the targets.
     curves = {
         families: [{**line, "step": line["nimg"]} for line in read_stats(out / families)]
         for families in config.families
@@ -94,6 +98,7 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
     rows = [to_uint8(target_pixels).cpu(), *(to_uint8(decode(vae, x)).cpu() for x in latents.values())]
     text = {"rows": ", ".join(["target", *latents])}
     save_png(image_grid(torch.cat(rows), columns=config.count), out / "decoded.png", text)
+    # The last logged values of each run.
     final = {
         families: {k: v for k, v in lines[-1].items() if k not in ("nimg", "step")}
         for families, lines in curves.items()
@@ -204,6 +209,7 @@ def plot_overfit(curves: Mapping[str, Sequence[Mapping[str, float]]], files: Seq
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # One panel per measure; all curves share the legend of the last panel.
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axis, (key, title) in zip(
         figure.subplots(1, len(OVERFIT_PANELS)), OVERFIT_PANELS.items(), strict=True
@@ -215,8 +221,9 @@ def plot_overfit(curves: Mapping[str, Sequence[Mapping[str, float]]], files: Seq
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    # Write no dates and no random ids, so that equal curves give equal files.
     try:
-        with rc_context({"svg.hashsalt": "overfit"}):  # equal curves give equal files
+        with rc_context({"svg.hashsalt": "overfit"}):
             for file in files:
                 figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
     except OSError as error:

@@ -24,7 +24,7 @@ from latent_lpips.lpips import PixelLPIPS
 from latent_lpips.training.bapps import JudgmentSplit, find_splits, image_batches, picture_numbers
 from latent_lpips.training.baselines import pixel_squared_error, ssim_distance
 from latent_lpips.training.calibrate import encode_patches, open_metric, patch_facts
-from latent_lpips.training.config import ScoreConfig, require_given
+from latent_lpips.training.config import ScoreConfig, require_set
 from latent_lpips.training.latent_stream import require_single_process
 from latent_lpips.training.small import two_afc_agreement
 
@@ -70,15 +70,17 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
     UserError for bad input.
     """
     require_single_process("score")
-    require_given(config, "data", "latents", "weights")
+    require_set(config, "data", "latents", "weights")
     started = time.monotonic()
     check_patch_settings(config)
+    # Check the input before networks are loaded.
     tasks = {
         "two_afc": find_splits(config.data, "2afc", "val"),
         "jnd": find_splits(config.data, "jnd", "val"),
     }
     if not any(tasks.values()):
         raise UserError(f"{config.data}: no judgments in val/, expected folders with ref/ p0/ p1/ judge/")
+    # Score every distance on every split of both tasks.
     measures = open_scored_distances(config, process_group.init())
     scored: dict[str, dict[str, Any]] = {name: {"ci": {}} for name in measures}
     numbers = {task: picture_numbers(splits) for task, splits in tasks.items()}
@@ -89,17 +91,19 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
             for name, values in split_distances(measures, split, config, progress).items():
                 distances[name][split.name] = values
         answers = {split.name: split.answers for split in splits}
+        # All distances are scored on the same resampled images.
         for name, by_split in distances.items():
             scored[name][task] = _with_mean({s: scorer(d, answers[s]) for s, d in by_split.items()})
             scored[name]["ci"][task] = bootstrap_intervals(
                 by_split, answers, numbers[task], scorer, config.resamples, config.seed
             )
-    ours = scored.pop(SCORED_METRIC)
+    # LatentLPIPS' scores come first; the others are its baselines.
+    own = scored.pop(SCORED_METRIC)
     people = {split.name: human_agreement(split.answers) for split in tasks["two_afc"]}
     result = ScoreResult(
-        two_afc=ours["two_afc"],
-        jnd=ours["jnd"],
-        ci=ours["ci"],
+        two_afc=own["two_afc"],
+        jnd=own["jnd"],
+        ci=own["ci"],
         baselines=scored,
         people=_with_mean(people),
         judgments={task: {split.name: len(split) for split in splits} for task, splits in tasks.items()},
@@ -119,6 +123,7 @@ def open_scored_distances(config: ScoreConfig, device: torch.device) -> dict[str
     metric = open_metric(config.weights, config.latents, vae, device)
     measures = {SCORED_METRIC: ScoredDistance(lambda x: encode_patches(x, config.patch, vae, device), metric)}
     pixels: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": pixel_squared_error, "ssim": ssim_distance}
+    # Baselines compare pixels.
     for name in config.baselines:
         measures[name] = ScoredDistance(lambda x: x.to(device), pixels[name])
     if config.lpips:
@@ -140,14 +145,16 @@ def split_distances(
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in measures}
     done = 0
+    # The first image is the reference (for JND, one of the two).
     for first, *others in image_batches(split, config.patch.load, config.patch.batch):
         for name, measure in measures.items():
             anchor = measure.prepare(first)
             distances = [measure.compare(measure.prepare(x), anchor).double().cpu() for x in others]
             rows[name].append(torch.stack(distances, 1))
+            # A NaN would count as a wrong judgment without an error.
             if not torch.isfinite(rows[name][-1]).all():
                 raise UserError(
-                    f"{name} gives distances that are not finite on {split.name}; mend its weights"
+                    f"{name} gives distances that are not finite on {split.name}; check its weights"
                 )
         done += len(first)
         progress(f"scoring {split.name}", done, len(split))
@@ -172,10 +179,12 @@ def jnd_score(distances: Tensor, answers: Tensor) -> float:
     This is the area under the precision-recall curve with monotone precision (Zhang et al. 2018; Everingham
     et al. 2010), nearest first. NaN if nobody judges two images as the same.
     """
+    # Rank by distance: a good distance puts pairs that look the same first.
     order = distances[:, 0].argsort(stable=True)
     same = answers.double()[order].numpy()
     if same.sum() == 0:
         return float("nan")
+    # Area under the curve, with precision made monotone from the right.
     precision = same.cumsum() / np.arange(1, len(same) + 1)
     recall = same.cumsum() / same.sum()
     highest = np.maximum.accumulate(precision[::-1])[::-1]

@@ -95,6 +95,7 @@ def train_trunk(
     (binary cross-entropy; score `accuracy`, balanced and averaged over attributes). Raises UserError for a
     non-finite loss.
     """
+    # Hold out rows for the score; shifts are the only augmentation.
     classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
     train, held_out = split_rows(len(latents), config.held_out, seed)
     shift = AugmentConfig(families="b", flip=config.flip, quarter_turns=False, integer_shift=config.shift)
@@ -118,6 +119,7 @@ def train_trunk(
                     f"LatentLPIPS trunk: loss is {loss.item()} after {nimg} latents, expected a finite one; "
                     f"lower the learning rate ({config.lr:g}) or look for non-finite latents"
                 )
+            # Update, and see how far training has come, in images or minutes.
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
@@ -212,11 +214,13 @@ def calibrate_heads(
     The trunk is frozen, so the channel averages are computed once and each step is a dot product. Dropout
     therefore drops whole channels, the same ones in both distances. Heads are clamped at 0 after each step.
     """
+    # Features of all judgments, once.
     train, held_out = split_rows(len(triplets.judge), config.held_out, seed)
     means0 = _channel_means(metric, triplets.ref, triplets.p0, progress)
     means1 = _channel_means(metric, triplets.ref, triplets.p1, progress)
     judge = triplets.judge.to(means0.device).float()
     fit_heads(metric, means0, means1, judge, train, config, seed, progress)
+    # Score on the judgments that were held out.
     held_out = held_out.to(means0.device)
     weights = torch.cat(list(metric.heads))
     return two_afc_agreement(means0[held_out] @ weights, means1[held_out] @ weights, judge[held_out])
@@ -249,6 +253,7 @@ def fit_heads(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, 2 * (1 - step / steps))
             rows = train[permuted_batch(seed, len(train), step * config.batch, config.batch)].to(device)
+            # Dropout on weights drops the same channels in both distances.
             dropped = F.dropout(torch.ones_like(weights), config.dropout) * weights
             logits = ranking(means0[rows] @ dropped, means1[rows] @ dropped)
             loss = F.binary_cross_entropy_with_logits(logits, judge[rows])
@@ -320,7 +325,7 @@ def rescale_heads(metric: LatentLPIPS, latents: Tensor, distance: float, count: 
     mean = torch.cat([metric(a, b) for a, b in pairs]).mean()
     if not mean > 0:
         raise UserError(
-            f"LatentLPIPS finds unrelated latents {mean.item():g} apart, expected more than 0; "
+            f"the LatentLPIPS distance of unrelated latents is {mean.item():g}, expected more than 0; "
             "train the trunk for longer or give more varied latents"
         )
     for head in metric.heads:

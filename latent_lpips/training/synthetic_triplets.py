@@ -30,12 +30,13 @@ def caption_targets(
     """
     bags = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
     counts = Counter(word for bag in bags for word in bag)
+    # Keep words that occur in some captions, but not in nearly all.
     low, high = rarest * len(bags), commonest * len(bags)
     words = sorted(word for word, count in counts.items() if low <= count <= high)
     if not words:
         raise UserError(
-            f"{len(captions)} captions share no word that tells them apart, expected some that stand in "
-            f"{rarest:.0%} to {commonest:.0%} of them; give more varied captions"
+            f"{len(captions)} captions have no word that occurs in {rarest:.0%} to {commonest:.0%} of them, "
+            "expected at least one; give more varied captions"
         )
     return torch.tensor([[float(word in bag) for word in words] for bag in bags]), words
 
@@ -54,7 +55,7 @@ class Triplets:
 def synthetic_triplets(
     images: Tensor, encode: Callable[[Tensor], Tensor], seed: int, progress: Progress = quiet
 ) -> Triplets:
-    """Make judgments with a known answer: both alternatives have the same distortion at two strengths.
+    """Generate judgments with a known answer: both alternatives have the same distortion at two strengths.
 
     They replace human judgments where there are none. `images` are uint8 [N, 3, H, W]; `encode` maps pixels
     [B, 3, H, W] in [-1, 1] to scaled latents. Row i depends on (seed, i, the images of its chunk of 64).
@@ -128,9 +129,11 @@ def _warp(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
 
 def _blocks(x: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
     """JPEG-like blocks: quantize an 8x8 cosine transform with steps that grow with frequency."""
+    # The orthonormal cosine transform of one block.
     at = torch.arange(JPEG_BLOCK, dtype=x.dtype)
     dct = torch.cos(torch.pi * (2 * at + 1) * at[:, None] / (2 * JPEG_BLOCK)) * (2 / JPEG_BLOCK) ** 0.5
     dct[0] /= 2**0.5
+    # Pad to whole blocks, and view the image as tiles.
     height, width = x.shape[2:]
     padded = F.pad(x, (0, -width % JPEG_BLOCK, 0, -height % JPEG_BLOCK), mode="replicate")
     tiles = padded.unfold(2, JPEG_BLOCK, JPEG_BLOCK).unfold(

@@ -70,7 +70,7 @@ BAD = {
     "one judge": (lambda s: (s / "judge" / "002.npy").unlink(), r"judge/ lacks 002 \(1 of 5 are missing\)"),
     "one picture": (lambda s: (s / "p0" / "004.png").unlink(), "p0/ lacks 004"),
     "no share": (save_half, r"002.npy holds \[1.5\], expected one share between 0 and 1"),
-    "no npy": (lambda s: (s / "judge" / "002.npy").write_bytes(b"no"), "002.npy is no readable .npy file"),
+    "no npy": (lambda s: (s / "judge" / "002.npy").write_bytes(b"no"), "002.npy is not a readable .npy file"),
     "empty": (lambda s: [f.unlink() for f in s.rglob("*.*")], "noise holds no judgments"),
     "nothing": (
         lambda s: [shutil.rmtree(p) for p in s.iterdir()],
@@ -94,5 +94,5 @@ def test_bad_pictures_are_one_line(split: Path) -> None:
         list(image_batches(open_split(split), 0, 2))
     assert len(list(image_batches(open_split(split), 16, 2))) == 3
     (split / "p1" / "001.png").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"p1/001.png is no readable image"):
+    with pytest.raises(UserError, match=r"p1/001.png is not a readable image"):
         list(image_batches(open_split(split), 16, 2))

@@ -192,7 +192,7 @@ BAD = {
         {},
         "holds no labeled images",
     ),
-    "unreadable": (break_picture, {}, r"03.png is no readable image .*; remove it"),
+    "unreadable": (break_picture, {}, r"03.png is not a readable image .*; remove or replace it"),
     "size": (lambda data: None, {"size": 18}, "size is 18 pixels; .* multiples of 4, 16 or more"),
     "too small": (lambda data: None, {"size": 12}, "size is 12 pixels"),
     "batch": (lambda data: None, {"batch": 64}, "27 training pictures, fewer than a batch of 64"),

@@ -45,7 +45,13 @@ def test_time_is_looked_at_between_shards_and_each_start_makes_one(tmp_path: Pat
         starts += 1
         try:
             rows = cached_rows(
-                tmp_path, "train", 3 * ROWS_PER_SHARD - 5, {}, make, late=lambda: True, dtype=torch.float32
+                tmp_path,
+                "train",
+                3 * ROWS_PER_SHARD - 5,
+                {},
+                make,
+                time_over=lambda: True,
+                dtype=torch.float32,
             )
             break
         except Interrupted as left:
@@ -56,5 +62,5 @@ def test_time_is_looked_at_between_shards_and_each_start_makes_one(tmp_path: Pat
 def test_the_clock_runs_from_the_first_shard(tmp_path: Path) -> None:
     """Running out of time at the last shard does not interrupt: all rows are done."""
     ticks: Iterator[bool] = iter([False, True])
-    cached_rows(tmp_path, "train", 2 * ROWS_PER_SHARD, {}, make, late=lambda: next(ticks))
+    cached_rows(tmp_path, "train", 2 * ROWS_PER_SHARD, {}, make, time_over=lambda: next(ticks))
     assert next(ticks, None) is None

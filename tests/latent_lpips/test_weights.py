@@ -131,5 +131,5 @@ def test_loading_is_strict(folder: Path, change: str) -> None:
 
 def test_an_unwritable_folder_is_one_clear_error(metric: LatentLPIPS, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"file/lpips: .*could not be written.*name another folder"):
+    with pytest.raises(UserError, match=r"file/lpips: .*could not be written.*give another folder"):
         save_lpips(metric, tmp_path / "file" / "lpips", {})
