@@ -112,7 +112,7 @@ def _picture(image: Tensor) -> Image.Image:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Wrap `text` into at most `lines` lines of `width` pixels, between words; … stands for the rest."""
+    """Wrap `text` into at most `lines` lines of `width` pixels, between words; … replaces the rest."""
     wrapped = [""]
     # Fill lines greedily, word by word.
     for word in _pieces(text, font, width):

@@ -19,7 +19,7 @@ GPU_COUNTS = (1, 8, 64, 128)
 def plan_pairs(
     config: PairConfig, batches: int = 2, price: float = 0.0, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Time `batches` batches on this machine and extrapolate to the whole job.
+    """Time `batches` batches on this machine and extrapolate to the complete job.
 
     Returns pairs/s, GPU-hours, GiB and shards, and hours (and cost) by number of GPUs. `price`: of one
     GPU-hour in any currency, 0 or more; 0 omits costs.

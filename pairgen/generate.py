@@ -102,7 +102,7 @@ def generate_pairs(
     batch_size = config.batch_size or fastest_batch(job)
     offload = config.text_cache > 0 and device.type != "cpu"
     # With `retry`, each rank takes its share of the shards with quarantined rows.
-    again = (
+    retry_shards = (
         sorted(quarantined_rows(folder, spec))[process_group.rank() :: process_group.world_size()]
         if retry
         else []
@@ -110,9 +110,9 @@ def generate_pairs(
     queued: set[int] = set()  # shards whose commit is queued in the writer thread
     # Take shards until none is left. The teacher computes while a thread writes.
     with StopFlag() as stop, Claims(folder, config.patience) as claims, BackgroundWriter() as background:
-        while (shard := next_shard(claims, folder, spec, again, stop)) is not None:
-            writer = PairWriter(folder, spec, shard, retry=shard in again)
-            again = [other for other in again if other != shard]
+        while (shard := next_shard(claims, folder, spec, retry_shards, stop)) is not None:
+            writer = PairWriter(folder, spec, shard, retry=shard in retry_shards)
+            retry_shards = [other for other in retry_shards if other != shard]
             present = pairs_present(folder, spec, queued)
             try:
                 # Encode prompts in large chunks, sample in batches, and write in the background.
@@ -174,21 +174,23 @@ def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
     return job if process_group.rank() == 0 else open_job(config, device, folder, read_spec(folder))
 
 
-def next_shard(claims: Claims, folder: Path, spec: StoreSpec, again: list[int], stop: StopFlag) -> int | None:
-    """Claim an unfinished shard, or one of `again`; None when live jobs hold all that are left.
+def next_shard(
+    claims: Claims, folder: Path, spec: StoreSpec, retry_shards: list[int], stop: StopFlag
+) -> int | None:
+    """Claim an unfinished shard, or one of `retry_shards`; None when live jobs hold all that are left.
 
     Waits while a claim may belong to a dead job: its shard then has to be finished here.
     """
     while not stop:
         # List again each time: other jobs finish shards meanwhile.
-        unfinished = [*again, *(rows[0] // spec.shard_size for rows in pending(folder, spec))]
+        unfinished = [*retry_shards, *(rows[0] // spec.shard_size for rows in pending(folder, spec))]
         shard = claims.take(unfinished)
         if shard is None:
             # Live jobs hold all remaining shards: this job is done.
             if not claims.undecided(unfinished):
                 return None
             time.sleep(min(1.0, claims.patience / 8))
-        elif shard in again or shard not in shards_present(folder, spec):
+        elif shard in retry_shards or shard not in shards_present(folder, spec):
             return shard
         else:
             claims.release(shard)  # another job finished it between the listing and the claim

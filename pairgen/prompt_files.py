@@ -56,7 +56,9 @@ def _jsonl(path: Path) -> Iterator[Any]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from error
+                raise UserError(
+                    f"{path}: line {number} is not JSON ({error}); correct or remove it"
+                ) from error
             if not isinstance(row, dict) or "prompt" not in row:
                 keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
                 raise UserError(
@@ -73,7 +75,7 @@ def _csv(path: Path) -> Iterator[Any]:
         for row in rows:
             yield row[column] if len(row) > column else None
     except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num}: {error}; mend the file") from error
+        raise UserError(f"{path} line {rows.line_num}: {error}; correct the file") from error
 
 
 def _tsv(path: Path) -> Iterator[str]:
@@ -191,7 +193,7 @@ class _Window:
 
     def broken(self, message: str, at: int) -> UserError:
         where = f"character {self.passed + at}"
-        return UserError(f"{self.path}: the file is not JSON ({message}: {where}); mend or remove it")
+        return UserError(f"{self.path}: the file is not JSON ({message}: {where}); correct or remove it")
 
     def peek(self) -> str:
         """The next non-space character without consuming it; "" at the end."""

@@ -39,9 +39,9 @@ def _write_lost_records(folder: Path, spec: StoreSpec, quarantined: list[int]) -
     for shard in sorted({pair // spec.shard_size for pair in quarantined}):
         if not quarantine_path(folder, shard).exists():
             (folder / "quarantine").mkdir(exist_ok=True)
-            aside = [_lost_row(pair, spec, prompts) for pair in quarantined if pair in spec.rows(shard)]
+            rows = [_lost_row(pair, spec, prompts) for pair in quarantined if pair in spec.rows(shard)]
             write_through_scratch(
-                encode_record(shard, aside), quarantine_path(folder, shard), folder / "partial"
+                encode_record(shard, rows), quarantine_path(folder, shard), folder / "partial"
             )
 
 

@@ -94,7 +94,7 @@ class Claims:
                 file = os.open(self._path(shard), os.O_CREAT | os.O_EXCL | os.O_RDWR)
             except FileExistsError:
                 return False
-            # The content identifies the owner's process, for jobs that want to know whether it still runs.
+            # The content identifies the owner's process, so that other jobs can check whether it still runs.
             facts = {"host": socket.gethostname(), "place": self.place, "pid": os.getpid(), "start": _start()}
             os.write(file, json.dumps(facts).encode())
         with self._guard:
@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _start(pid: int | None = None) -> str:
-    """Start time of a process in ticks since boot, which tells reused numbers apart; "" if it has ended."""
+    """Start time of a process in ticks since boot, which distinguishes reused numbers; "" if it has ended."""
     try:
         text = Path(f"/proc/{pid or os.getpid()}/stat").read_text()
     except OSError:

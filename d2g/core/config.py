@@ -137,7 +137,7 @@ def _check_known(config: Any, name: str, path: str) -> None:
 
 
 def _rebuild(config: Any, values: Mapping[tuple[str, ...], Any], path: str) -> Any:
-    """`config`, which stands at `path`, with new values by relative path."""
+    """The config at `path` with new values by relative path."""
     changes: dict[str, Any] = {names[0]: value for names, value in values.items() if len(names) == 1}
     # Rebuild every nested group once, with all its new values together.
     for group in dict.fromkeys(names[0] for names in values if len(names) > 1):
@@ -236,7 +236,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
-    """The inverse of `to_json`. Missing keys take their defaults. `path`: where the config stands in a larger
+    """The inverse of `to_json`. Missing keys take their defaults. `path`: the path of the config in a larger
     one, for messages. Raises SettingError for an unknown key or a value of another type.
     """
     hints = get_type_hints(cls)

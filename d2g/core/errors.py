@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The text of the exception is the whole message, in one line.
+"""Errors that a user can act on. The text of the exception is the complete message, in one line.
 
 UserError             exit 1   the job cannot continue; the text says what, got, expected, what to do
 ├── SettingError      exit 2   a wrong option or setting; the text names the nearest right one

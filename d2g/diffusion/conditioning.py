@@ -103,7 +103,7 @@ torch.export.register_dataclass(Conditioning)
 class Conditioner(nn.Module):
     """Computes the conditioning of prompts for one teacher.
 
-    `facts`: what decides the conditioning beside weights and prompts, as JSON values for a pair store.
+    `facts`: what decides the conditioning, other than weights and prompts, as JSON values for a pair store.
     """
 
     kind: ClassVar[ConditioningKind]

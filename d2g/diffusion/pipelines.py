@@ -28,7 +28,7 @@ SHIPPED = {"miniature": Path(__file__).resolve().parents[2] / "miniature" / "wei
 """Names of folders in this distribution, each with teacher/, student/ and more inside."""
 
 FACTS = ("force_zeros_for_empty_prompt", "null_class")
-"""Keys of model_index.json, beside its components, that decide latents."""
+"""Keys of model_index.json, other than its components, that decide latents."""
 
 HALVES = ("bf16", "fp16")
 """Variants of weights that are loaded if there is no full-precision copy."""

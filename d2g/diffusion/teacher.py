@@ -76,7 +76,7 @@ class Teacher:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides latents beside weights, prompts and a job's settings, as JSON values."""
+        """Facts that decide latents, in addition to weights, prompts and a job's settings, as JSON values."""
         # Each kind of schedule has its own numbers that decide latents.
         facts: dict[str, Any] = {"pipeline": self.pipeline, "prediction_type": self.schedule.prediction}
         if isinstance(self.schedule, Schedule):

@@ -1,4 +1,4 @@
-"""Pairs for training: a map-style data set, and shuffled batches whose whole state is one integer."""
+"""Pairs for training: a map-style data set, and shuffled batches whose complete state is one integer."""
 
 import os
 from collections import deque

@@ -1,4 +1,4 @@
-"""Pair stores at URLs of any file system that fsspec knows, behind a local cache of whole shards.
+"""Pair stores at URLs of any file system that fsspec knows, behind a local cache of complete shards.
 
 A copy is renamed to its final name only when its length and sha256 equal those in the first 512 bytes.
 The name contains the sha256, so an outdated copy is never taken for the current shard. Credentials and
@@ -62,7 +62,7 @@ class RemoteShards:
         self.spec = parse_spec(content, f"{self.url}/store.json")
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(self.url).name)
         self.folder = self.root / f"{label}-{digest([self.url, self.spec.sha256])[:16]}"
-        self.remedy = f"repair the store there; if it is sound, remove its copy {self.folder}"
+        self.remedy = f"repair the store there; if it is intact, remove its copy {self.folder}"
         # List the shards once; a cache must hold at least one of them.
         sizes = self._list("shards")
         self.shards = shard_numbers(self.spec, sizes)
@@ -79,7 +79,7 @@ class RemoteShards:
         self._copy_records()
 
     def holds(self, file: str) -> bool:
-        """Whether the store has a file of this name beside store.json."""
+        """Whether the store has a file of this name in the folder of store.json."""
         return file in self._list("")
 
     def name(self, shard: int) -> str:

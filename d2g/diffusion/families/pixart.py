@@ -104,5 +104,5 @@ class PixArt(Family):
 
 def _takes_size(config: Any) -> bool:
     """Whether a network takes the size of the image: by its config, else if its latents are 128 x 128."""
-    asked = config.use_additional_conditions
-    return config.sample_size == 128 if asked is None else bool(asked)
+    configured = config.use_additional_conditions
+    return config.sample_size == 128 if configured is None else bool(configured)
