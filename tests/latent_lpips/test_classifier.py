@@ -216,7 +216,7 @@ def test_bad_tables_and_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="of one class"):
         open_labeled(str(save_table(tmp_path / "b.parquet", label=7)))
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="no readable parquet"):
+    with pytest.raises(UserError, match="not a readable parquet"):
         open_labeled(str(tmp_path / "c.parquet"))
     with pytest.raises(SettingError, match="data is not set; give --data"):
         train_classifier(ClassifyConfig(), tmp_path / "out")
@@ -231,7 +231,7 @@ def test_another_config_and_damaged_latents_are_refused(data: Path, teacher: Pat
     with pytest.raises(UserError, match=r"another config: lr \(0.003 -> 0.1\)"):
         train_classifier(replace(first, lr=0.1), out)
     cache = out / "run" / "latents"
-    with pytest.raises(UserError, match=r"made in another way: .*size \(16 -> 20\)"):
+    with pytest.raises(UserError, match=r"computed from other inputs: .*size \(16 -> 20\)"):
         train_classifier(replace(first, size=20, cache=str(cache)), tmp_path / "other")
     (shard,) = cache.glob("train-*.npy")
     data_bytes = bytearray(shard.read_bytes())
@@ -248,7 +248,7 @@ def test_another_picture_needs_another_cache(data: Path, teacher: Path, tmp_path
     first = config(tmp_path / "data", teacher, epochs=1, crops=1, cache=str(tmp_path / "cache"))
     train_classifier(first, tmp_path / "a")
     shutil.copy(data / "red" / "01.png", tmp_path / "data" / "red" / "00.png")
-    with pytest.raises(UserError, match="made in another way: pictures"):
+    with pytest.raises(UserError, match="computed from other inputs: pictures"):
         train_classifier(first, tmp_path / "b")
 
 

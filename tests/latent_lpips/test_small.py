@@ -217,7 +217,7 @@ def test_rescaling_sets_the_mean_distance_of_unrelated_latents() -> None:
     metric, latents = sighted_metric(), torch.randn(300, 4, 8, 8, generator=rng())
     rescale_heads(metric, latents, 0.7)
     assert metric(latents, latents.roll(1, 0)).mean().item() == pytest.approx(0.7, rel=0.02)
-    with pytest.raises(UserError, match="unrelated latents 0 apart"):
+    with pytest.raises(UserError, match="distance of unrelated latents is 0,"):
         rescale_heads(metric, latents[:1].expand(4, -1, -1, -1), 1.0)
 
 

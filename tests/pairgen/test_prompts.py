@@ -102,7 +102,7 @@ def test_tsv_keeps_bare_quotation_marks_and_unquotes_quoted_cells(tmp_path: Path
         ("none.json", "{}", "found no keys"),
         ("word.json", '"a"', "found str"),
         ("bad.json", b'{"annotations": [\n{"caption": "\xe9"}]}', "line 2, byte offset 31"),
-        ("bad.parquet", b"PAR1 nonsense", "no readable parquet"),
+        ("bad.parquet", b"PAR1 nonsense", "not a readable parquet"),
         ("p.doc", "a", r"got '\.doc'"),
     ],
 )
@@ -203,7 +203,7 @@ def test_damage_inside_a_line_is_named_when_read(tmp_path: Path) -> None:
     found = PromptList.open(_write(tmp_path / "p.jsonl", b'"a"\n"\\x"\n"\xff"\n'))
     assert found[0] == "a"
     for row in (1, 2):
-        with pytest.raises(UserError, match="no JSON string"):
+        with pytest.raises(UserError, match="not a JSON string"):
             found[row]
     with pytest.raises(UserError, match="No such file"):
         PromptList.open(tmp_path / "nowhere.jsonl")
