@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from d2g.core.atomic_files import fsync_path
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import Checkpoint, discard, latest, prune, remedy
+from d2g.core.distributed.checkpoint_index import DATA_FILE, INDEX, SafeReader
 from d2g.core.distributed.engine import full_tensor
 from d2g.core.errors import UserError
 
@@ -247,23 +248,35 @@ def _facts(path: Path) -> list[Any]:
 def verify(last: Checkpoint) -> None:
     """Raise UserError on every rank unless every file of a checkpoint is as it was written.
 
-    Each rank reads a part of the files.
+    Each rank reads a part of the files. A file that meta.json does not list is refused like a changed one.
     """
-    names = sorted(last.meta["files"])
+    listed: Mapping[str, Any] = last.meta["files"] if isinstance(last.meta["files"], dict) else {}
+    names = sorted({*listed, *_present(last.folder), f"{STATE}/{INDEX}"})
     bad = ""
     for name in names[process_group.rank() :: process_group.world_size()]:
         path = last.folder / name
-        if not path.is_file():
+        if name not in listed:
+            bad = bad or f"{path} is not in the list of files in {last.folder / 'meta.json'}"
+        elif not path.is_file():
             bad = bad or f"{path} is missing"
-        elif _facts(path) != last.meta["files"][name]:
+        elif _facts(path) != listed[name]:
             bad = bad or f"{path} is not what was written ({path.stat().st_size} bytes)"
     if reasons := [reason for reason in process_group.gather_objects(bad) if reason]:
         raise UserError(f"{reasons[0]}; {remedy(last.folder)}")
 
 
+def _present(folder: Path) -> list[str]:
+    """The files in a checkpoint's folder that a resumed run may read."""
+    state = folder / STATE
+    data = [path.name for path in state.iterdir()] if state.is_dir() else []
+    return [f"{STATE}/{name}" for name in data if DATA_FILE.fullmatch(name)] + [
+        path.name for path in folder.glob("*.safetensors")
+    ]
+
+
 def read(last: Checkpoint) -> dict[str, Tensor]:
     """Every tensor of a checkpoint's state by name, not sharded, on this process's CPU."""
-    reader = FileSystemReader(last.folder / STATE)
+    reader = SafeReader(last.folder / STATE)
     tensors = {
         name: torch.empty(facts.size, dtype=facts.properties.dtype)
         for name, facts in reader.read_metadata().state_dict_metadata.items()
@@ -278,7 +291,7 @@ def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.opti
     """Load the network `prefix` and its optimizer's states. The number of ranks may differ from that of the
     run that wrote them. Raises UserError where names differ from the network's.
     """
-    reader = FileSystemReader(last.folder / STATE)
+    reader = SafeReader(last.folder / STATE)
     stored = reader.read_metadata().state_dict_metadata
     tensors = network_tensors(prefix, module)
     states: dict[nn.Parameter, dict[str, Tensor]] = {}
