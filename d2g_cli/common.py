@@ -97,6 +97,30 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
+TORCHRUN = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
+)
+"""Environment variables by which torchrun makes a process one of many."""
+
+
+def one_process(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that does its work in one process. Under torchrun rank 0 does it, and the others end well."""
+
+    @functools.wraps(command)
+    def alone(**values: Any) -> None:
+        if not is_rank_0():
+            return
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            name = command.__name__.replace("_", " ")
+            logger.info("%s works in one process; the others of torchrun have nothing to do", name)
+        for variable in TORCHRUN:
+            os.environ.pop(variable, None)
+        command(**values)
+
+    return alone
+
+
 def presets_in_help(
     load: Callable[[], Presets[Any]], **others: Callable[[], Mapping[str, str]]
 ) -> type[TyperCommand]:

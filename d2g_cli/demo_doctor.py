@@ -16,6 +16,7 @@ from d2g_cli.common import (
     emit,
     expand_options,
     finish_dry_run,
+    one_process,
     presets_in_help,
     reporter,
 )
@@ -39,6 +40,7 @@ def _distill_presets() -> Presets[Any]:
     return Presets({name: (recipe.about, recipe) for name, recipe in DISTILL_PRESETS.items()})
 
 
+@one_process
 @expand_options
 def demo(
     options: WorkOptions,
@@ -60,6 +62,7 @@ def demo(
     emit(result, options.as_json, f"images and curves: {result.report}")
 
 
+@one_process
 def doctor(
     preset: Annotated[
         str | None, typer.Option(help="Check also whether this preset of `d2g distill` would fit.")

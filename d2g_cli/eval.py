@@ -15,6 +15,7 @@ from d2g_cli.common import (
     expand_options,
     finish_dry_run,
     leave_process_group,
+    one_process,
     presets_in_help,
     reporter,
 )
@@ -110,6 +111,7 @@ def eval_curve(
 
 
 @app.command("compare")
+@one_process
 def eval_compare(
     results: Annotated[list[Path], typer.Argument(help="Results of `d2g eval run`.")], as_json: Json = False
 ) -> None:
@@ -135,6 +137,7 @@ def eval_compare(
 
 
 @app.command("protocols")
+@one_process
 def eval_protocols(
     name: Annotated[str | None, typer.Argument(help="Show all settings of this protocol.")] = None,
     as_json: Json = False,

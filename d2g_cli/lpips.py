@@ -7,13 +7,14 @@ import typer
 
 from d2g.core.errors import SettingError
 from d2g_cli import lpips_train
-from d2g_cli.common import Json, TeacherOption, emit, require_range
+from d2g_cli.common import Json, TeacherOption, emit, one_process, require_range
 
 app = typer.Typer(help="The latent perceptual distance.", no_args_is_help=True)
 lpips_train.register(app)
 
 
 @app.command("distance")
+@one_process
 def lpips_distance(
     a: Annotated[Path, typer.Argument(help="Image file.")],
     b: Annotated[Path, typer.Argument(help="Image file of the same size.")],
@@ -48,6 +49,7 @@ def lpips_distance(
 
 
 @app.command("convert")
+@one_process
 def lpips_convert(
     file: Annotated[
         Path, typer.Argument(help="elatentlpips checkpoint: …_tuned.pth, or a trunk's .pth.tar.")

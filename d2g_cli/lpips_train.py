@@ -15,6 +15,7 @@ from d2g_cli.common import (
     expand_options,
     finish_dry_run,
     leave_process_group,
+    one_process,
     presets_in_help,
     reporter,
     settings_from,
@@ -106,6 +107,7 @@ def calibrate(options: JudgmentOptions, out: Out = Path("lpips-calibrated")) -> 
         emit(calibrate_folder(config, out, reporter), options.as_json, "lpips calibrate")
 
 
+@one_process
 @expand_options
 def score(
     options: JudgmentOptions,
@@ -132,6 +134,7 @@ def score(
         emit(score_folder(config, out, reporter), options.as_json, "lpips score")
 
 
+@one_process
 @expand_options
 def overfit(
     options: LatentOptions,
@@ -158,6 +161,7 @@ def overfit(
         emit(overfit_latents(config, out, reporter), options.as_json, "lpips overfit")
 
 
+@one_process
 @expand_options
 def triplets(
     options: WorkOptions,

@@ -15,6 +15,7 @@ from d2g.core.logs import logger
 from d2g_cli import demo_doctor, distill, lpips, pairs, settings, student, teacher
 from d2g_cli import eval as eval_commands
 from d2g_cli.common import is_printed_by_rank_0, log_to_stderr, print_error, publish_error, reporter
+from d2g_cli.foreign_errors import explain
 
 
 @contextmanager
@@ -105,6 +106,8 @@ def _unexpected(error: Exception) -> str:
             return (
                 f"another process is gone (process {process_group.rank()} lost it); its own message says why"
             )
+    if (text := explain(error)) is not None:
+        return text
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}; this is unexpected, run again with --debug and report it"
 

@@ -16,6 +16,7 @@ from d2g_cli.common import (
     TeacherOption,
     emit,
     leave_process_group,
+    one_process,
     reporter,
     require_range,
 )
@@ -29,6 +30,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 MAX_LIST_ITEMS = 8  # items of a list to print
 
 
+@one_process
 def info(
     folder: Annotated[str, typer.Argument(help="The store's folder, or its URL (s3://, gs://, hf://).")],
     as_json: Json = False,
@@ -39,6 +41,7 @@ def info(
     _show(store_info(folder), as_json, folder)
 
 
+@one_process
 def verify(
     folder: Store,
     resimulate: Annotated[
@@ -86,6 +89,7 @@ def _faults(folder: Path, result: dict[str, Any], tolerance: float) -> str:
 def repair(
     folder: Store,
     prompts: Prompts = None,
+    teacher: TeacherOption = None,
     no_regenerate: Annotated[
         bool, typer.Option("--no-regenerate", help="Only move damaged files away; needs no teacher.")
     ] = False,
@@ -95,7 +99,8 @@ def repair(
 ) -> None:
     """Move damaged files to quarantine/, then generate the missing rows, quarantined ones too.
 
-    Prompts come from the store's own list; give --prompts for a store without one.
+    Prompts come from the store's own list; give --prompts for a store without one, and --teacher if the
+    teacher is not where it was.
     """
     from pairgen.repair import repair_store
     from pairgen.store.spec import pending, quarantined_rows, read_spec
@@ -117,7 +122,7 @@ def repair(
 
         _require_prompts(folder, prompts, spec.conditioning)
         with leave_process_group():
-            regenerated = regenerate(folder, prompts, reporter)
+            regenerated = regenerate(folder, prompts, teacher, reporter)
     _show({"quarantined": moved, "regenerated": regenerated}, as_json, str(folder))
     # Rows whose latents are not finite stay out.
     failed = [row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows]
@@ -144,6 +149,7 @@ def _require_prompts(folder: Path, prompts: Path | None, conditioning: str) -> N
         )
 
 
+@one_process
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="Stores with the same spec.")],
     out: Out,
@@ -167,6 +173,7 @@ def merge(
     _show(store_info(out) | asdict(report), as_json, str(out))
 
 
+@one_process
 def stats(
     folder: Store,
     rows: Annotated[int, typer.Option(help="Number of evenly spaced rows to read (all).")] = 0,

@@ -7,12 +7,13 @@ import typer
 
 from d2g.core.config import Presets, pick
 from d2g.core.setting_docs import SettingDoc, describe_settings, settings_json, settings_markdown
-from d2g_cli.common import Json, emit
+from d2g_cli.common import Json, emit, one_process
 
 Sections = dict[str, tuple[Any, Presets[Any]]]
 """By command: its config with the default values, and its presets."""
 
 
+@one_process
 def settings(
     group: Annotated[str, typer.Argument(help="distill, pairs, eval, lpips, teacher or export.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of docs/settings.")] = False,

@@ -17,6 +17,7 @@ from d2g_cli.common import (
     emit,
     expand_options,
     finish_dry_run,
+    one_process,
     presets_in_help,
     reporter,
     settings_from,
@@ -62,6 +63,7 @@ class SampleOptions(WorkOptions):
     seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) (0).")] = None
 
 
+@one_process
 @expand_options
 def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     """Sample images in one step: PNGs that contain their prompt, and a grid."""
@@ -114,6 +116,7 @@ class ExportOptions(BaseOptions):
     ] = None
 
 
+@one_process
 @expand_options
 def export(options: ExportOptions, out: Out = Path("exported")) -> None:
     """Write a student for others: small safetensors, a diffusers pipeline, adapters or ONNX, with a card."""

@@ -15,6 +15,7 @@ from d2g_cli.common import (
     emit_table,
     expand_options,
     finish_dry_run,
+    one_process,
     presets_in_help,
     reporter,
 )
@@ -48,6 +49,7 @@ def teacher_train(
 
 
 @app.command("list")
+@one_process
 def teacher_list(as_json: Json = False) -> None:
     """List the model families and the stages that support them."""
     from d2g.diffusion.families.registry import STAGE_COLUMNS, stage_table
@@ -60,6 +62,7 @@ def teacher_list(as_json: Json = False) -> None:
 
 
 @app.command("info")
+@one_process
 def teacher_info(
     teacher: Annotated[str, typer.Argument(help="Folder, hub id or shipped name.")], as_json: Json = False
 ) -> None:

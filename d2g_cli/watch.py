@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from d2g.core.errors import SettingError
-from d2g_cli.common import Json, emit
+from d2g_cli.common import Json, emit, one_process
 
 
+@one_process
 def watch(
     folder: Annotated[Path, typer.Argument(help="The --out of a run of `d2g distill`.")],
     once: Annotated[bool, typer.Option("--once", help="Show the current state and exit.")] = False,

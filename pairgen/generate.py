@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from d2g.core.signals import StopFlag
 from d2g.diffusion import pretrained
 from pairgen.config import PairConfig
 from pairgen.cost import fastest_batch
+from pairgen.grow import grow_store
 from pairgen.job import Job, batched, config_of, log_supported_stages, open_job
 from pairgen.shard_claims import Claims
 from pairgen.statistics import evenly_spread
@@ -22,6 +23,7 @@ from pairgen.store.reader import PairReader
 from pairgen.store.spec import (
     StoreSpec,
     create_store,
+    is_teacher_of,
     pending,
     prompts_path,
     quarantined_rows,
@@ -111,6 +113,7 @@ def generate_pairs(
     # Take shards until none is left. The teacher computes while a thread writes.
     with StopFlag() as stop, Claims(folder, config.patience) as claims, BackgroundWriter() as background:
         while (shard := next_shard(claims, folder, spec, retry_shards, stop)) is not None:
+            _check_not_grown(folder, spec)
             writer = PairWriter(folder, spec, shard, retry=shard in retry_shards)
             retry_shards = [other for other in retry_shards if other != shard]
             present = pairs_present(folder, spec, queued)
@@ -165,7 +168,9 @@ def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
     """Rank 0 resolves the config and creates the store; the other ranks read its spec and its prompts."""
     if process_group.rank() == 0:
         job = open_job(config, device, folder)
-        create_store(folder, job.spec)
+        if (folder / "store.json").exists():
+            grow_store(folder, job.spec, job.prompts, config.patience)
+        job = replace(job, spec=create_store(folder, job.spec))
         # A resumed job keeps the prompt list that the store already has.
         if not prompts_path(folder).exists():
             with writing(folder, "nothing was lost"):
@@ -197,6 +202,15 @@ def next_shard(
     return None
 
 
+def _check_not_grown(folder: Path, spec: StoreSpec) -> None:
+    """Raise UserError if another job has grown the store: the claimed shard may have more rows now."""
+    if (now := read_spec(folder)) != spec:
+        raise UserError(
+            f"{folder} has grown to {now.num_pairs} pairs and {now.num_prompts} prompts while this job ran; "
+            "its shards are safe; run the command that made it grow to make the rest"
+        )
+
+
 def commit(writer: PairWriter, claims: Claims, shard: int) -> None:
     """Put a finished shard in place, then release its claim."""
     writer.commit()
@@ -210,14 +224,39 @@ def pairs_present(folder: Path, spec: StoreSpec, also: Collection[int] = ()) -> 
     return sum(len(spec.rows(shard)) for shard in present) - quarantined
 
 
-def regenerate(folder: Path, prompts: Path | None = None, progress: Progress = quiet) -> int:
+def regenerate(
+    folder: Path, prompts: Path | None = None, teacher: str | None = None, progress: Progress = quiet
+) -> int:
     """Generate the rows that a store lacks, including quarantined ones, with the settings of its own spec.
 
-    `prompts`: the prompt file, for a store without its own prompt list. Returns the number of new rows.
-    Raises UserError if the teacher or the prompts are not those that the store was made with.
+    `prompts`: the prompt file, for a store without its own prompt list. `teacher`: where the teacher is, if
+    not where it was. Returns the number of new rows. Raises UserError if the teacher or the prompts are not
+    those that the store was made with.
     """
-    config = config_of(read_spec(folder), prompts=str(prompts or ""))
+    spec = read_spec(folder)
+    name = find_teacher(folder, spec, teacher)
+    config = config_of(spec, teacher=name, prompts=str(prompts or ""))
     return generate_pairs(config, folder, progress, retry=True).new_pairs
+
+
+def find_teacher(folder: Path, spec: StoreSpec, teacher: str | None) -> str:
+    """The name of the teacher that made a store: `teacher`, by default the one in its spec.
+
+    Raises UserError for a teacher that is missing, or not the one that made the store.
+    """
+    name = teacher or spec.teacher
+    try:
+        digests = pretrained.teacher_digests(name)
+    except UserError as error:
+        if teacher is not None:
+            raise
+        raise UserError(f"{error}; {folder} was made with it: give --teacher if it lies elsewhere") from error
+    if not is_teacher_of(spec, digests):
+        raise UserError(
+            f"teacher {name} has sha256 {digests.weights[:12]}, {folder} was made with "
+            f"{spec.teacher_sha256[:12]}; give --teacher the folder it was made with"
+        )
+    return name
 
 
 def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> float:
@@ -227,13 +266,8 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
     """
     # Another teacher gives other latents: a difference would say nothing about the store.
     reader = PairReader(folder)
-    spec, name = reader.spec, teacher_name or reader.spec.teacher
-    weights = pretrained.weights_sha256(name)
-    if weights != spec.teacher_sha256:
-        raise UserError(
-            f"teacher {name} has sha256 {weights[:12]}, {folder} was made with {spec.teacher_sha256[:12]}; "
-            "give --teacher the folder it was made with"
-        )
+    spec = reader.spec
+    name = find_teacher(folder, spec, teacher_name)
     # Sample the rows again from their indices alone: noise, prompts and settings follow from the spec.
     job = open_job(config_of(spec, teacher=name), process_group.init(), folder, spec)
     positions = evenly_spread(len(reader), count)

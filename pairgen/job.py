@@ -136,9 +136,11 @@ def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solv
     if config.latent_size:
         height = width = config.latent_size
     # Resolved values and digests: whatever decides a row must be in the spec.
+    digests = pretrained.teacher_digests(config.teacher)
     return StoreSpec(
         teacher=config.teacher,
-        teacher_sha256=pretrained.weights_sha256(config.teacher),
+        teacher_sha256=digests.weights,
+        denoiser_sha256=digests.denoiser,
         conditioning=teacher.conditioning,
         teacher_facts=teacher.facts,
         prompts_sha256=prompt_list_sha256(prompts),

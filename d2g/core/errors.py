@@ -6,6 +6,11 @@ UserError             exit 1   the job cannot continue; the text says what, got,
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line: its first line, or its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 class UserError(Exception):
     """An error that the user can fix. `str(error)` is one line that needs no context."""
 
@@ -16,6 +21,10 @@ class SettingError(UserError):
     """A setting with an unknown name or an impossible value."""
 
     exit_code = 2
+
+
+class LostFolder(UserError):
+    """Another process owns the output folder now: this one was suspended too long and may not write."""
 
 
 class Interrupted(UserError):

@@ -1,12 +1,18 @@
-"""Ctrl-C and SIGTERM as a flag that loops read between steps, so that a step is never interrupted."""
+"""Signals that ask to stop, as a flag that loops read between steps, so that a step is never interrupted.
+
+Terminals and clusters send SIGINT (Ctrl-C), SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (SLURM's
+`--signal`, before the time limit).
+"""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
 
 class StopFlag:
-    """A context manager that is true after Ctrl-C or SIGTERM. A second Ctrl-C raises KeyboardInterrupt.
+    """A context manager that is true after one of STOP_SIGNALS. A second Ctrl-C raises KeyboardInterrupt.
 
     Use it as `with StopFlag() as stop: ... if stop: save and return`. Outside the main thread Python
     allows no signal handlers, and the flag stays false.
@@ -18,7 +24,9 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: the run is to outlive its terminal
                 self._old[number] = signal.signal(number, self._on_signal)
         return self
 

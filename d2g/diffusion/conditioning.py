@@ -7,7 +7,8 @@ models defines its conditioner in `d2g/diffusion/families/`; what several famili
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from itertools import count, takewhile
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -247,16 +248,44 @@ class TextConditioner(Conditioner):
             {name: tensor[-1:] for name, tensor in embedded.items()},
         )
 
-    def tokenize(self, component: str, prompts: Sequence[str], length: int | None = None) -> Any:
-        """`input_ids` and `attention_mask` [B, L] of a tokenizer, padded and cut to `length` or its own."""
+    def token_length(self, component: str) -> int:
+        """Number of tokens to which prompts are padded and cut by a tokenizer: by default its own."""
+        return int(self.tokenizers[component].model_max_length)
+
+    def tokenize(self, component: str, prompts: Sequence[str]) -> Any:
+        """`input_ids` and `attention_mask` [B, L] of a tokenizer. L: its `token_length`.
+
+        Raises UserError for tokens that its text encoder does not embed.
+        """
         tokenizer = self.tokenizers[component]
-        return tokenizer(
+        tokens = tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=length or tokenizer.model_max_length,
+            max_length=self.token_length(component),
             truncation=True,
             return_tensors="pt",
         )
+        encoder = encoder_of(component)
+        vocabulary = cast(Any, self.models[encoder]).config.vocab_size
+        if (last := int(tokens.input_ids.max())) >= vocabulary:
+            raise UserError(
+                f"{component} has the token {tokenizer.convert_ids_to_tokens(last)!r} (number {last}), but "
+                f"{encoder} embeds {vocabulary} tokens; save both after resize_token_embeddings"
+            )
+        return tokens
+
+    def check_lengths(self) -> None:
+        """Raise UserError for more tokens than a text encoder has positions, and as `tokenize` does."""
+        for component in self.tokenizers:
+            encoder, length = encoder_of(component), self.token_length(component)
+            places = getattr(cast(Any, self.models[encoder]).config, "max_position_embeddings", None)
+            if places is not None and length > places:
+                raise UserError(
+                    f"{component} gives {length} tokens (model_max_length), but {encoder} has {places} "
+                    "positions (max_position_embeddings); write the smaller number into "
+                    f"{component}/tokenizer_config.json"
+                )
+            self.tokenize(component, [""])
 
     def run(self, component: str, ids: Tensor, **settings: Any) -> Any:
         """The output of a text encoder for token ids [B, L], computed where the encoder is."""
@@ -270,6 +299,12 @@ class CLIPConditioner(TextConditioner):
     Token ids are a separate step, because a teacher's training and an ONNX export start from them.
     """
 
+    def tokenize(self, component: str, prompts: Sequence[str]) -> Any:
+        """As every text conditioner, after words of several vectors are spelled out."""
+        words = _multi_vector_words(self.tokenizers[component])
+        texts = [_spelled_out(prompt, words, self.tokenizers[component]) for prompt in prompts]
+        return super().tokenize(component, texts)
+
     @abstractmethod
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of B prompts, padded and cut to the length of the text models."""
@@ -281,3 +316,34 @@ class CLIPConditioner(TextConditioner):
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         embedding: Conditioning = self(self.tokens(prompts))
         return embedding
+
+
+def encoder_of(tokenizer: str) -> str:
+    """The component that encodes the tokens of a tokenizer: text_encoder_2 for tokenizer_2."""
+    return tokenizer.replace("tokenizer", "text_encoder")
+
+
+def _multi_vector_words(tokenizer: Any) -> dict[str, str]:
+    """Words of a textual inversion with several vectors -> the tokens of all its vectors.
+
+    diffusers names the tokens of a word <toy>: <toy>, <toy>_1, <toy>_2, ...
+    """
+    added = tokenizer.added_tokens_encoder
+    words = {}
+    for word in sorted(added):
+        parts = list(takewhile(added.__contains__, map(f"{word}_{{}}".format, count(1))))
+        if parts:
+            words[word] = " ".join([word, *parts])
+    return words
+
+
+def _spelled_out(prompt: str, words: Mapping[str, str], tokenizer: Any) -> str:
+    """A prompt in which each word of several vectors is replaced by all its tokens, as diffusers'
+    `TextualInversionLoaderMixin.maybe_convert_prompt` does."""
+    if not any(word in prompt for word in words):
+        return prompt
+    tokens = set(tokenizer.tokenize(prompt))
+    for word in words:
+        if word in tokens:
+            prompt = prompt.replace(word, words[word])
+    return prompt

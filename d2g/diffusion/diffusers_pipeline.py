@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2g.core.errors import SettingError, UserError
+from d2g.core.errors import SettingError, UserError, first_line
+from d2g.core.logs import logger
 from d2g.core.seeds import generator, noise
 
 
@@ -22,6 +23,13 @@ class AnyPipeline:
     def __init__(self, name: str, pipe: Any, device: torch.device) -> None:
         self.name, self.pipe, self.device = name, pipe, device
         self.parameters = set(inspect.signature(pipe.__call__).parameters)
+
+    @property
+    def most_steps(self) -> int | None:
+        """The largest number of steps of its scheduler; None without a limit. d2g's exports have one step."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        limit = getattr(getattr(scheduler, "config", None), "original_inference_steps", None)
+        return None if limit is None else int(limit)
 
     @property
     def conditioning(self) -> str:
@@ -54,8 +62,16 @@ class AnyPipeline:
         if guidance is not None:
             settings["guidance_scale"] = guidance
         settings |= self._prompt_arguments(prompts)
+        try:
+            pixels = torch.from_numpy(self.pipe(**settings).images).float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each pipeline has its own
+            raise UserError(
+                f"pipeline {self.name} ({type(self.pipe).__name__}) cannot draw with {steps} steps and "
+                f"guidance {guidance} ({type(error).__name__}: {first_line(error)}); see its documentation"
+            ) from error
         # Gray images become RGB.
-        pixels = torch.from_numpy(self.pipe(**settings).images).float()
         return pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
     def _latent_shape(self) -> tuple[int, int, int] | None:
@@ -93,11 +109,11 @@ def load_any_pipeline(
     # A safety checker is switched off only where the pipeline names one: others reject the argument.
     index = Path(name) / "model_index.json"
     settings: dict[str, Any] = {}
-    if index.is_file() and "safety_checker" in json.loads(index.read_text(encoding="utf-8")):
-        settings = {"safety_checker": None, "requires_safety_checker": False}
     try:
+        if index.is_file() and "safety_checker" in json.loads(index.read_text(encoding="utf-8")):
+            settings = {"safety_checker": None, "requires_safety_checker": False}
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, **settings)
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+    except Exception as error:  # on odd files, the libraries raise almost anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"pipeline {name} cannot be loaded ({type(error).__name__}: {reason}); give a folder or hub id "
@@ -110,3 +126,19 @@ def load_any_pipeline(
         if value is not None and setting not in loaded.parameters:
             raise SettingError(f"pipeline {name} ({type(pipe).__name__}) takes no {setting}; leave it out")
     return loaded
+
+
+def supported_steps(pipe: AnyPipeline, steps: int, default: int) -> int:
+    """The number of steps to draw with: `steps`, or where that is the default the most that the pipeline has.
+
+    Raises SettingError for more steps than its scheduler has.
+    """
+    limit = pipe.most_steps
+    if limit is None or steps <= limit:
+        return steps
+    if steps != default:
+        raise SettingError(
+            f"pipeline {pipe.name} takes {limit} steps at most, got {steps}; set --steps {limit}"
+        )
+    logger.info("pipeline %s takes %d steps at most, and draws with as many", pipe.name, limit)
+    return limit

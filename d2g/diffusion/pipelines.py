@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from d2g.core.errors import UserError
 from d2g.diffusion.families.base import Family, Pipeline
@@ -44,16 +45,71 @@ def resolve(name: str) -> Path:
     folder = SHIPPED[name] / "teacher" if name in SHIPPED else Path(name)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise UserError(
-                f"teacher {name}: no model_index.json; expected a folder in diffusers layout, "
-                "as StableDiffusionPipeline.save_pretrained writes"
-            )
+            raise UserError(f"teacher {name}: {_other_folder(folder)}")
         return folder
+    if folder.is_file():
+        raise UserError(f"teacher {name}: {_single_file(folder)}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise UserError(
             f"teacher {name}: no such folder; give a folder in diffusers layout or a hub id org/name"
         )
     return _snapshot(name)
+
+
+def _other_folder(folder: Path) -> str:
+    """What a folder without model_index.json is instead, and how it becomes a teacher."""
+    names = {path.name for path in folder.iterdir()}
+    into = 'save_pretrained("teacher")'
+    if {"student.json", "checkpoints"} & names:
+        return "a student of d2g, no teacher; give it to --student"
+    if "pytorch_lora_weights.safetensors" in names:
+        return (
+            "LoRA adapters, no model_index.json; in diffusers, load the pipeline they were trained on, then "
+            f"pipe.load_lora_weights({str(folder)!r}), pipe.fuse_lora() and pipe.{into}"
+        )
+    networks = [n for n in ("unet", "transformer") if (folder / n / "config.json").is_file()]
+    others = {component for family in FAMILIES.values() for component in family.components} - {*networks}
+    if networks and not others & names:
+        network = networks[0]
+        return (
+            f"no model_index.json and no component but {network}, as fine-tuning scripts leave checkpoints; "
+            f"copy the pipeline that it was trained from, with its folder {network} replaced by this one"
+        )
+    if {"config.json", "diffusion_pytorch_model.safetensors"} <= names:
+        return (
+            "one model, no model_index.json; copy the pipeline that it was trained from, with the folder of "
+            "that component replaced by this one"
+        )
+    return (
+        "no model_index.json; expected a folder in diffusers layout, as "
+        "StableDiffusionPipeline.save_pretrained writes"
+    )
+
+
+def _single_file(file: Path) -> str:
+    """How a checkpoint in a single file becomes a teacher."""
+    if file.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        return "a file; expected a folder in diffusers layout or a hub id org/name"
+    kind = "StableDiffusionXLPipeline" if _holds_sdxl(file) else "StableDiffusionPipeline"
+    return (
+        "a checkpoint in a single file; convert it once, in Python with diffusers: "
+        f'{kind}.from_single_file({str(file)!r}).save_pretrained("teacher"), and give --teacher teacher'
+    )
+
+
+def _holds_sdxl(file: Path) -> bool:
+    """Whether the names of the tensors in a .safetensors file are those of Stable Diffusion XL."""
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = stream.read(min(size, _LARGEST_HEADER))
+    except OSError:
+        return False
+    return b'"conditioner.embedders.' in header
+
+
+_LARGEST_HEADER = 1 << 25
+"""Bytes of a .safetensors header that are read: SDXL's takes a tenth."""
 
 
 def open_pipeline(name: str) -> Pipeline:
@@ -148,17 +204,43 @@ def choose_weights(names: Iterable[str]) -> tuple[str | None, list[str]]:
     )
 
 
+class TeacherDigests(NamedTuple):
+    """What identifies a teacher, wherever it lies: sha256 over its files.
+
+    `weights`: of all components. `denoiser`: of those that decide latents, without the autoencoder.
+    """
+
+    weights: str
+    denoiser: str
+
+
+def teacher_digests(name: str) -> TeacherDigests:
+    """The digests of a teacher. Raises UserError as `open_pipeline` does."""
+    return TeacherDigests(weights_sha256(name), denoiser_sha256(name))
+
+
 def weights_sha256(name: str) -> str:
     """sha256 over the files that decide a teacher's samples: all components of its pipeline, every shard of
     their weights, and the keys of model_index.json in FACTS.
 
     Files are hashed in parallel, and each once per process.
     """
+    pipeline = open_pipeline(name)
+    return _components_sha256(pipeline, pipeline.components)
+
+
+def denoiser_sha256(name: str) -> str:
+    """sha256 as `weights_sha256`, but without the autoencoder, which turns latents into pixels only."""
+    pipeline = open_pipeline(name)
+    return _components_sha256(pipeline, [c for c in pipeline.components if c != pipeline.family.autoencoder])
+
+
+def _components_sha256(pipeline: Pipeline, components: Iterable[str]) -> str:
     # The components in order of name, so that the hash does not depend on the file system.
-    pipeline, total = open_pipeline(name), hashlib.sha256()
+    total = hashlib.sha256()
     files = [
         path
-        for component in sorted(pipeline.components)
+        for component in sorted(components)
         for path in component_files(pipeline.component_dir(component))
     ]
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock

@@ -11,23 +11,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from d2g.core.errors import UserError
-from d2g.diffusion.conditioning import Conditioner
+from d2g.core.errors import UserError, first_line
+from d2g.diffusion.conditioning import Conditioner, TextConditioner, encoder_of
 from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.families.sd import SDConditioner
 from d2g.diffusion.latents import PixelSpace, latent_space
 from d2g.diffusion.pipelines import SHIPPED as SHIPPED
 from d2g.diffusion.pipelines import choose_weights, component_sha256, family_of, open_pipeline
+from d2g.diffusion.pipelines import denoiser_sha256 as denoiser_sha256
 from d2g.diffusion.pipelines import resolve as resolve
+from d2g.diffusion.pipelines import teacher_digests as teacher_digests
 from d2g.diffusion.pipelines import weights_sha256 as weights_sha256
 from d2g.diffusion.scheduler_files import load_schedule as load_schedule
 from d2g.diffusion.scheduler_files import load_student_schedule as load_student_schedule
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader workers fork
+
+_NO_LENGTH = 10**9
+"""transformers gives a tokenizer without `model_max_length` a larger number than this."""
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 """Classes of autoencoders that may have a folder of their own."""
@@ -55,12 +59,21 @@ def load_model(name: str, component: str, dtype: torch.dtype = torch.float32) ->
     incomplete.
     """
     pipeline = open_pipeline(name)
-    return _with_weights(
+    module = _with_weights(
         pipeline.component_dir(component),
         _class(pipeline, component),
         dtype,
         f"teacher {pipeline.folder}: {component}",
     )
+    return _corrected(pipeline, component, module)
+
+
+def _corrected(pipeline: Pipeline, component: str, module: Any) -> Any:
+    """The module, with the settings that the constructor of its pipeline overwrites."""
+    file = pipeline.component_dir(component) / "config.json"
+    if changes := pipeline.family.corrected_config(component, json.loads(file.read_text(encoding="utf-8"))):
+        module.register_to_config(**changes)
+    return module
 
 
 def _with_weights(folder: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
@@ -74,8 +87,8 @@ def _with_weights(folder: Path, kind: Any, dtype: torch.dtype, what: str) -> Any
         )
         if report["missing_keys"]:  # diffusers would fill them with random numbers and a warning
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-    except (OSError, ValueError, RuntimeError, SafetensorError, UserError) as error:
-        raise UserError(f"{what} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # on odd configs and damaged files, these constructors raise almost anything
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
     return module.eval().requires_grad_(False)
 
 
@@ -87,24 +100,31 @@ def load_on_meta(name: str, component: str) -> Any:
         with torch.device("meta"):
             if kind.__module__.startswith("transformers"):
                 return kind(kind.config_class.from_pretrained(folder)).eval()
-            return kind.from_config(kind.load_config(folder)).eval()
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+            return _corrected(pipeline, component, kind.from_config(kind.load_config(folder)).eval())
+    except Exception as error:  # on odd configs, these constructors raise almost anything
+        reason = first_line(error)
         raise UserError(
             f"teacher {pipeline.folder}: {component} has no config that can be read: {reason}"
         ) from error
 
 
 def load_tokenizer(name: str, component: str = "tokenizer") -> Any:
-    """One of the pipeline's tokenizers. Raises UserError if it cannot be loaded."""
+    """One of the pipeline's tokenizers, with a length: without `model_max_length` it takes that of its text
+    encoder. Raises UserError if it cannot be loaded.
+    """
     pipeline = open_pipeline(name)
     folder, kind = pipeline.component_dir(component), _class(pipeline, component)
     try:
-        return kind.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer = kind.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise UserError(
-            f"teacher {pipeline.folder}: {component} cannot be loaded: {str(error).splitlines()[0]}"
+            f"teacher {pipeline.folder}: {component} cannot be loaded: {first_line(error)}"
         ) from error
+    if tokenizer.model_max_length >= _NO_LENGTH:
+        encoder: Any = load_on_meta(name, encoder_of(component))
+        places = getattr(encoder.config, "max_position_embeddings", None)
+        tokenizer.model_max_length = places or tokenizer.model_max_length
+    return tokenizer
 
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -193,7 +213,13 @@ def conditioner_on_meta(name: str) -> Conditioner:
     config = load_on_meta(name, pipeline.family.network).config
     models = {c: load_on_meta(name, c) for c in pipeline.components if c.startswith("text_encoder")}
     tokenizers = {c: load_tokenizer(name, c) for c in pipeline.components if c.startswith("tokenizer")}
-    return pipeline.family.conditioner(pipeline, config, models, tokenizers).eval()
+    conditioner = pipeline.family.conditioner(pipeline, config, models, tokenizers).eval()
+    if isinstance(conditioner, TextConditioner):
+        try:
+            conditioner.check_lengths()
+        except UserError as error:
+            raise UserError(f"teacher {pipeline.folder}: {error}") from error
+    return conditioner
 
 
 def load_conditioner(

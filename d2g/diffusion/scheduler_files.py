@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any, get_args
 
-from d2g.core.errors import UserError
+from d2g.core.errors import UserError, first_line
 from d2g.diffusion.edm import EDMPrediction, EDMSchedule, SigmaGrid
 from d2g.diffusion.families.base import Pipeline, ScheduleKind
 from d2g.diffusion.pipelines import open_pipeline
@@ -129,9 +129,16 @@ def load_any_schedule(name: str) -> AnySchedule:
     """
     pipeline = open_pipeline(name)
     kind, settings = _settings(pipeline)
-    if kind in EDM:
-        return _edm(pipeline, kind, settings)
-    return (_flow if kind in FLOW else _vp)(pipeline, kind, settings)
+    build = _edm if kind in EDM else _flow if kind in FLOW else _vp
+    try:
+        return build(pipeline, kind, settings)
+    except UserError:
+        raise
+    except Exception as error:  # on odd values, scheduler and number constructors raise almost anything
+        raise UserError(
+            f"teacher {pipeline.folder}: scheduler {kind} has a value in scheduler_config.json that it does "
+            f"not take ({first_line(error)}); copy the file from the model that this one was trained from"
+        ) from error
 
 
 def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
@@ -142,6 +149,8 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     import diffusers
 
     folder, kind = pipeline.component_dir("scheduler"), pipeline.class_name("scheduler")
+    if kind not in EDM:
+        kind = pipeline.family.scheduler_classes.get(pipeline.kind, kind)
     where = f"teacher {pipeline.folder}: scheduler {kind}"
     flow = "flow" in pipeline.family.schedules
     supported = [name for schedule in pipeline.family.schedules for name in SCHEDULERS[schedule]]
@@ -165,8 +174,9 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
         # Files keep keys of other schedulers: SDXL's Euler file has set_alpha_to_one, which Euler never
         # reads, and using it is a known bug (method.md "Details that change the pairs").
         settings = {k: raw.get(k, p.default) for k, p in parameters.items() if k != "self"}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: {file.name} cannot be read ({error})") from error
+        settings |= {k: v for k, v in pipeline.family.scheduler_settings.items() if k in settings}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: {file.name} cannot be read ({first_line(error)})") from error
     # Refuse settings that change the ODE or its end. EDM's sigma_min and sigma_max are part of it.
     own = {"sigma_min", "sigma_max"} if kind in EDM else set()
     for key in sorted(_UNSUPPORTED.keys() & settings.keys() - own):

@@ -109,6 +109,7 @@ def _read_config(written: dict[str, Any]) -> DistillConfig:
     read: evaluations depend on it, and the compile backend may be missing on this machine.
     """
     length = written.pop("length", {})
+    written.pop("inputs", None)
     for group in ("train", "data"):
         known = type(getattr(DistillConfig(), group)).__dataclass_fields__
         written[group] = written.get(group, {}) | {k: v for k, v in length.items() if k in known}

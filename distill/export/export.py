@@ -63,7 +63,7 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     with staged(out) as folder:
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
-        before, after = load_student(run), load_student(str(folder))
+        before, after = (load_student(name, teacher) for name in (run, str(folder)))
         latents_noise, prompts = noise(0, range(2), before.student.latent_shape), before.examples
         latents = before.latents(latents_noise, prompts), after.latents(latents_noise, prompts)
         parity = check_parity(max_abs_diff(latents), saved_dtype)

@@ -10,8 +10,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from d2g.core.claims import FolderOwner
 from d2g.core.distributed import process_group
 from d2g.core.distributed.sharded_checkpoint import Writer
+from d2g.core.errors import LostFolder
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.run_directory import Pace
 from distill.config.run import DistillConfig, TrainConfig
@@ -46,15 +48,28 @@ class Callback(Protocol):
 class StopControl:
     """Decides, together with all ranks, whether the run goes on."""
 
-    def __init__(self, options: TrainConfig, stop: StopFlag, writer: Writer) -> None:
-        self.options, self.stop, self.writer = options, stop, writer
+    def __init__(self, options: TrainConfig, stop: StopFlag, writer: Writer, owner: FolderOwner) -> None:
+        self.options, self.stop, self.writer, self.owner = options, stop, writer, owner
         self.started = time.monotonic()
 
     def event(self, nimg: int, terms: Mapping[str, Tensor], microbatches: Sequence[MicroBatch]) -> StepEvent:
-        """The step that ended at `nimg` images. Call on every rank."""
+        """The step that ended at `nimg` images. Call on every rank. Raises LostFolder."""
+        other = self.owner.lost_to() if process_group.rank() == 0 else ""
         minutes = self.options.minutes
         late = minutes is not None and time.monotonic() - self.started > 60 * minutes
-        flags = process_group.any_of({"stop": bool(self.stop), "late": late, "writing": not self.writer.done})
+        flags = process_group.any_of(
+            {
+                "stop": bool(self.stop),
+                "late": late,
+                "writing": not self.writer.done,
+                "lost": bool(other),
+            }
+        )
+        if flags["lost"]:
+            raise LostFolder(
+                f"{process_group.gather_objects(other)[0]}, trains in {self.owner.folder} now, because this "
+                "run was suspended; nothing more was written here"
+            )
         return StepEvent(
             nimg=nimg,
             finished=nimg >= self.options.images or flags["late"],

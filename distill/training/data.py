@@ -4,17 +4,19 @@ from collections.abc import Iterator
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
+from d2g.diffusion.pipelines import TeacherDigests
 from distill.config.run import DataConfig
 from pairgen.store.concat import JoinedReader
 from pairgen.store.dataset import PairRows, PairSampler, pair_loader
 from pairgen.store.hdf5 import PairBatch
 from pairgen.store.reader import PairReader
+from pairgen.store.spec import is_teacher_of
 
 DEFAULTS = DataConfig()
 
 
 def open_pairs(
-    folders: str, teacher_sha256: str, config: DataConfig = DEFAULTS, with_guidance: bool = False
+    folders: str, teacher: TeacherDigests, config: DataConfig = DEFAULTS, with_guidance: bool = False
 ) -> PairRows:
     """Open the pair stores of a run. `folders`: paths or fsspec URLs, separated by commas.
 
@@ -22,11 +24,11 @@ def open_pairs(
     same scale. Raises UserError for an empty or unfinished store or one made by another teacher, SettingError
     for a cache too small for the shuffle.
     """
-    readers = [_open_store(folder, teacher_sha256, config) for folder in folders.split(",")]
+    readers = [_open_store(folder, teacher, config) for folder in folders.split(",")]
     return readers[0] if len(readers) == 1 and not with_guidance else JoinedReader(readers, with_guidance)
 
 
-def _open_store(folder: str, teacher_sha256: str, config: DataConfig) -> PairReader:
+def _open_store(folder: str, teacher: TeacherDigests, config: DataConfig) -> PairReader:
     cache = config.cache or None
     reader = PairReader(folder, skip_bad=config.skip_bad, cache=cache, cache_gib=config.cache_gib)
     shard_size = reader.spec.shard_size
@@ -45,11 +47,11 @@ def _open_store(folder: str, teacher_sha256: str, config: DataConfig) -> PairRea
         )
     if not len(reader):
         raise UserError(f"{folder}: all {reader.spec.num_pairs} pairs are quarantined; make others")
-    if reader.spec.teacher_sha256 != teacher_sha256:
+    if not is_teacher_of(reader.spec, teacher):
         raise UserError(
             f"{folder} was made by teacher {reader.spec.teacher} ({reader.spec.teacher_sha256[:12]}), "
             "--teacher has "
-            f"sha256 {teacher_sha256[:12]}; give the teacher that made the pairs"
+            f"sha256 {teacher.weights[:12]}; give the teacher that made the pairs"
         )
     return reader
 

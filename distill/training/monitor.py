@@ -10,7 +10,7 @@ from torch import Tensor
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.distributed.sharded_checkpoint import Writer
-from d2g.core.errors import Interrupted, UserError
+from d2g.core.errors import Interrupted, LostFolder, UserError
 from d2g.core.tracking.run_directory import Pace, RunLog
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
@@ -72,6 +72,8 @@ class RunMonitor:
             yield
         except BaseException as error:
             self.log.close()
+            if isinstance(error, LostFolder):
+                raise
             with suppress(UserError):  # the first error is more important than a full disk now
                 self.log.end("stopped" if isinstance(error, Interrupted) else "failed", str(error))
                 if isinstance(error, Exception):  # not on Ctrl-C, when somebody waits

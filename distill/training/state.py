@@ -14,6 +14,7 @@ from d2g.core.distributed.checkpoint import Checkpoint
 from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import Stream, generator
+from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
 from distill.config.run import FROM_TEACHER, DistillConfig
 from distill.models.discriminators import DISCRIMINATORS
@@ -59,9 +60,9 @@ class State:
         """
         if "files" not in last.meta:
             raise UserError(f"{last.folder} was written by an older version; start another --out with init")
-        if last.meta["networks"] != _networks(config):
+        if last.meta["networks"] not in (_networks(config), _networks_by_path(config)):
             raise UserError(
-                f"{last.folder} is of a run with other networks (kind, teacher, pairs or seed); "
+                f"{last.folder} is of a run with other networks (kind, teacher or seed); "
                 "delete the folder to continue from the checkpoint before it"
             )
         sharded_checkpoint.verify(last)
@@ -73,7 +74,14 @@ class State:
 
 
 def _networks(config: DistillConfig) -> str:
-    """Digest of the settings that determine the networks and their tensors."""
+    """Digest of the teacher and the settings that determine the networks and their tensors."""
+    settings = to_json(config)
+    teacher = pretrained.denoiser_sha256(config.teacher)
+    return digest([teacher, *(settings[name] for name in ("stage", "seed", "student", "gan"))])
+
+
+def _networks_by_path(config: DistillConfig) -> str:
+    """The same in checkpoints of version 0.2.0, which recorded the paths of teacher and pairs."""
     settings = to_json(config)
     return digest([settings[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")])
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from d2g.core.claims import FolderOwner
 from d2g.core.config import to_json
 from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
 from d2g.core.errors import Interrupted, SettingError, UserError
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.loggers import check_loggers
-from d2g.core.tracking.run_directory import Pace, RunLog
+from d2g.core.tracking.run_directory import Pace, RunLog, sole_owner
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig, microbatch_size
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
@@ -30,6 +31,7 @@ from distill.training.callbacks import (
 )
 from distill.training.data import bad_pairs, expect_enough, open_pairs, pair_batches
 from distill.training.failure import not_finite_error, write_failure
+from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import StepPreparation
 from distill.training.monitor import RunMonitor
@@ -80,8 +82,11 @@ def train(
     >>> train(config, folder / "run").images
     4
     """
+    validate_config(config)  # before the processes meet: a process that leaves then would block the others
     try:
-        return _train(config, out, progress, validate)
+        device = process_group.init()
+        with sole_owner(out, "trains in") as owner:
+            return _train(config, out, device, progress, validate, owner)
     except RuntimeError as error:
         if not process_group.lost_peer(error):
             raise
@@ -93,10 +98,15 @@ def train(
         ) from error
 
 
-def _train(config: DistillConfig, out: Path, progress: Progress, validate: Validate | None) -> TrainSummary:
+def _train(
+    config: DistillConfig,
+    out: Path,
+    device: torch.device,
+    progress: Progress,
+    validate: Validate | None,
+    owner: FolderOwner,
+) -> TrainSummary:
     # Set up: data, networks, losses.
-    validate_config(config)  # before the processes meet: a process that leaves then would block the others
-    device = process_group.init()
     options, folder = config.train, out / "checkpoints"
     reader = _open_reader(config)
     encode = _build_encoder(config, device)
@@ -109,7 +119,13 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     logit_stats = LogitStats()
 
     # Resume: weights, optimizers and the log go back to the same image.
-    log = RunLog(out, _split_config(config), ignore=("length",))
+    inputs = describe_inputs(config, reader)
+    log = RunLog(
+        out,
+        {**_split_config(config), "inputs": inputs},
+        ignore=("length", "inputs"),
+        notes=same_inputs(out, config, reader, inputs),
+    )
     if last is not None:
         state.load(last, config)
     log.rewind(state.nimg)
@@ -139,7 +155,7 @@ def _train(config: DistillConfig, out: Path, progress: Progress, validate: Valid
     finished = state.nimg >= options.images
 
     with monitor.record_ending(), StopFlag() as stop:
-        control = StopControl(options, stop, writer)
+        control = StopControl(options, stop, writer, owner)
         checkpoints = CheckpointCallback(config, monitor, state, writer)
         callbacks: tuple[Callback, ...] = (
             ReportCallback(options, monitor, logit_stats, pace, writer),
@@ -229,7 +245,7 @@ class FiniteCheck:
 def _open_reader(config: DistillConfig) -> PairRows:
     """The pairs of the run, which fit the teacher, the student and the batch size."""
     guided, held_out_pairs = config.student.guidance_conditioning, config.train.validate_pairs
-    reader = open_pairs(config.pairs, pretrained.weights_sha256(config.teacher), config.data, guided)
+    reader = open_pairs(config.pairs, pretrained.teacher_digests(config.teacher), config.data, guided)
     check_teacher(config.teacher, config.stage, config.student)
     held_out(len(reader), held_out_pairs)
     expect_enough(len(reader), config.train.batch_size, held_out_pairs)

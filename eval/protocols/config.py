@@ -8,6 +8,9 @@ from d2g.core.config import Presets, require, setting
 from d2g.core.errors import SettingError
 from eval.protocols.protocol import PROTOCOLS, Protocol
 
+PIPELINE_STEPS = 50
+"""Steps of a pipeline or teacher, unless somebody says another number."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRun:
@@ -46,7 +49,9 @@ class EvalRun:
     prompts: str | None = setting(None, "Prompt file")
     num: int = setting(0, "Number of images; 0: the protocol's, else one per prompt")
     allow_fewer: bool = setting(False, "Accept fewer images than the protocol asks for")
-    steps: int = setting(50, "Solver steps of a teacher or pipeline")
+    steps: int = setting(
+        PIPELINE_STEPS, "Solver steps of a teacher or pipeline; a pipeline with fewer takes its own"
+    )
     guidance: float | None = setting(
         None, "Guidance scale; null: 3 for a teacher, its own default for a pipeline"
     )

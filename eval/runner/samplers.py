@@ -14,13 +14,14 @@ from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
-from d2g.diffusion.diffusers_pipeline import load_any_pipeline
+from d2g.diffusion.diffusers_pipeline import load_any_pipeline, supported_steps
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
 from distill.sampling import OneStep, load_checkpoint, load_student, student_folder
 from eval.measure.latency import Parts
 from eval.measure.source import ImageSource, SampledBatch, views_of
+from eval.protocols.config import PIPELINE_STEPS
 
 SampleFn = Callable[[range, list[str]], Tensor]
 """(image numbers, their prompts) -> pixels [B, 3, H, W] in [-1, 1]."""
@@ -186,10 +187,11 @@ def ode_source(
 
 
 def pipeline_source(
-    name: str, request: SamplingRequest, *, steps: int = 50, guidance: float | None = None
+    name: str, request: SamplingRequest, *, steps: int = PIPELINE_STEPS, guidance: float | None = None
 ) -> ImageSource:
     """A source of any diffusers pipeline with its own scheduler, to measure what others publish."""
     pipe = load_any_pipeline(name, request.device, PRECISIONS[request.precision], steps, guidance)
+    steps = supported_steps(pipe, steps, PIPELINE_STEPS)
 
     def sample(numbers: range, texts: list[str]) -> Tensor:
         return pipe.images(request.seed, numbers, texts, steps, guidance) * 2 - 1

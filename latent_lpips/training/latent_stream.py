@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2g.core.distributed import process_group
-from d2g.core.errors import SettingError, UserError
+from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion.latents import encode, from_uint8, latent_space
@@ -41,14 +40,6 @@ def check_image_size(vae: Any, size: int, name: str = "size") -> None:
         raise UserError(
             f"{name} is {size} pixels; the autoencoder and LatentLPIPS take multiples of {step}, "
             f"{MIN_LATENT_SIZE * step} or more; set another"
-        )
-
-
-def require_single_process(command: str) -> None:
-    """Raise SettingError under torchrun, for commands that do not distribute their work."""
-    if process_group.world_size() > 1:
-        raise SettingError(
-            f"{command} runs in one process, got {process_group.world_size()}; start it without torchrun"
         )
 
 

@@ -22,7 +22,7 @@ from latent_lpips.training.bapps import write_triplet
 from latent_lpips.training.config import TripletsConfig, require_set
 from latent_lpips.training.crops import center_crop_resized, image_to_tensor, tensor_to_image
 from latent_lpips.training.labeled_images import LabeledImages, open_unlabeled
-from latent_lpips.training.latent_stream import check_image_size, require_single_process
+from latent_lpips.training.latent_stream import check_image_size
 from latent_lpips.training.synthetic_triplets import DISTORTIONS
 
 BEST_JPEG, WORST_JPEG = 92, 4
@@ -52,7 +52,6 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
     the judgment is 0 or 1. File names are PICTURE.PATCH. Triplet i is a function of (seed, i), so an
     interrupted run can be continued. Raises UserError for bad input.
     """
-    require_single_process("triplets")
     require_set(config, "data")
     # Check the input, and refuse a folder that was started with other settings.
     pictures = open_unlabeled(config.data)

@@ -30,7 +30,7 @@ from latent_lpips.training.calibrate import metric_sha256, open_metric
 from latent_lpips.training.config import OverfitConfig, require_set
 from latent_lpips.training.crops import center_crop_resized
 from latent_lpips.training.labeled_images import open_unlabeled
-from latent_lpips.training.latent_stream import check_image_size, require_single_process
+from latent_lpips.training.latent_stream import check_image_size
 
 OVERFIT_PANELS = {"latent_lpips": "LatentLPIPS without transforms", "pixel_mse": "pixel MSE, decoded"}
 
@@ -58,7 +58,6 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
     All start from the same noise. Runs resume from their newest checkpoints. Raises UserError for bad input,
     FloatingPointError for a non-finite loss, and Interrupted on Ctrl-C.
     """
-    require_single_process("overfit")
     require_set(config, "data", "latents", "weights")
     started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,7 +25,6 @@ from latent_lpips.training.bapps import JudgmentSplit, find_splits, image_batche
 from latent_lpips.training.baselines import pixel_squared_error, ssim_distance
 from latent_lpips.training.calibrate import encode_patches, open_metric, patch_facts
 from latent_lpips.training.config import ScoreConfig, require_set
-from latent_lpips.training.latent_stream import require_single_process
 from latent_lpips.training.small import two_afc_agreement
 
 SCORED_METRIC = "latent_lpips"
@@ -69,7 +68,6 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
     A folder without parts is scored on all its splits. With `out`, the result is also written as JSON. Raises
     UserError for bad input.
     """
-    require_single_process("score")
     require_set(config, "data", "latents", "weights")
     started = time.monotonic()
     check_patch_settings(config)

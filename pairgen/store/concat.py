@@ -37,7 +37,9 @@ class JoinedReader:
         first = self.spec
         # Stores may differ in guidance, but must have the same teacher and latents.
         for reader in self.readers[1:]:
-            for name in ("teacher_sha256", "conditioning", "latent_shape", "latent_space"):
+            by_denoiser = reader.spec.denoiser_sha256 and first.denoiser_sha256
+            teacher = "denoiser_sha256" if by_denoiser else "teacher_sha256"
+            for name in (teacher, "conditioning", "latent_shape", "latent_space"):
                 if (theirs := getattr(reader.spec, name)) != (ours := getattr(first, name)):
                     raise UserError(
                         f"{reader.folder} has {name} {theirs}, {self.readers[0].folder} {ours}; "

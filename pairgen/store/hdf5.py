@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2g.core import seeds
-from d2g.core.config import differing
+from d2g.core.config import digest
 from d2g.core.errors import UserError
-from pairgen.store.spec import SCHEMA, StoreSpec, create_store, pending, read_spec
+from pairgen.store.spec import SCHEMA, StoreSpec, create_store, differing_from_earlier, pending, read_spec
 
 __all__ = ["PairBatch", "StoreSpec", "create_store", "pending", "read_spec"]
 
@@ -226,8 +226,10 @@ def _check_header(file: Any, path: Path, spec: StoreSpec) -> None:
     """Compare attributes and dataset shapes with `spec`. Raises DamagedShard naming file and key."""
     # The spec must be the store's; name the keys that differ.
     if file.attrs["spec_sha256"] != spec.sha256:
-        names = differing(spec.as_json(), json.loads(file.attrs["spec"])) or ["spec_sha256"]
-        raise _damaged(path, f"made with another spec: {', '.join(names)}")
+        header = json.loads(file.attrs["spec"])
+        names = ["spec_sha256"] if digest(header) != file.attrs["spec_sha256"] else []
+        if names := names or differing_from_earlier(spec, header):
+            raise _damaged(path, f"made with another spec: {', '.join(names)}")
     # Datasets and shapes follow from the spec and the number of rows.
     rows = int(file.attrs["rows"])
     expected: dict[str, tuple[int, ...]] = {"latent": (rows, *spec.latent_shape), "index": (rows,)}

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +14,23 @@ from d2g.core import atomic_files
 from d2g.core.config import differing, digest, from_json, to_json
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.latents import LatentSpace
+from d2g.diffusion.pipelines import TeacherDigests
 
 SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSpec:
-    """Everything that determines a store's rows. Shards of stores with equal specs are interchangeable."""
+    """Everything that determines a store's rows. Shards of stores whose facts are equal (`differing_facts`)
+    are interchangeable.
+    """
 
     schema: int = SCHEMA
     teacher: str
+    """Where the teacher was when the store was created: a note, which identifies nothing."""
     teacher_sha256: str
+    denoiser_sha256: str = ""
+    """As `TeacherDigests`; empty in stores that were created before it was recorded."""
     conditioning: Literal["text", "label", "none"] = "text"
     teacher_facts: dict[str, Any] = field(default_factory=dict)
     """Other facts of the teacher's family that change latents: micro-conditioning, null condition, shift."""
@@ -45,6 +51,8 @@ class StoreSpec:
     latent_space: LatentSpace
     noise: Literal["stored", "seeded"] = "stored"
     shard_size: int
+    earlier_prompts: tuple[tuple[int, str], ...] = ()
+    """(num_prompts, prompts_sha256) of the prompt lists before prompts were appended, oldest first."""
 
     def __post_init__(self) -> None:
         # Refuse values for which no row exists.
@@ -63,12 +71,21 @@ class StoreSpec:
             raise SettingError(f"latent_shape is {self.latent_shape}, expected ({channels}, height, width)")
 
     def as_json(self) -> dict[str, Any]:
-        """The spec as stored. Integers in float fields become floats: equal specs have equal digests."""
-        return to_json(from_json(StoreSpec, to_json(self)))
+        """The spec as stored. Integers in float fields become floats: equal specs have equal digests.
+
+        Fields of `_LEFT_OUT` are not stored while they are empty, as before there were such fields.
+        """
+        values = to_json(from_json(StoreSpec, to_json(self)))
+        return {key: value for key, value in values.items() if value or key not in _LEFT_OUT}
 
     @property
     def sha256(self) -> str:
         return digest(self.as_json())
+
+    @property
+    def teacher_digests(self) -> TeacherDigests:
+        """What identifies the teacher; without a digest of the denoiser where none was recorded."""
+        return TeacherDigests(self.teacher_sha256, self.denoiser_sha256)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -86,6 +103,41 @@ class StoreSpec:
     def prompt_of(self, index: int) -> int:
         """The position in the prompt list of pair `index`'s prompt."""
         return index // self.per_prompt % self.num_prompts
+
+
+_LEFT_OUT = ("denoiser_sha256", "earlier_prompts")
+_TEACHER = ("teacher", "teacher_sha256", "denoiser_sha256")
+_FACTS = tuple(name for name in StoreSpec.__dataclass_fields__ if name not in (*_TEACHER, "earlier_prompts"))
+"""Fields that two stores of one kind share, beside their teacher."""
+
+
+def differing_facts(spec: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The facts in which two specs, as JSON, differ, as texts `name (a -> b)`.
+
+    The teacher's folder and the history of the prompt list are no facts. Of a teacher, the denoiser decides
+    where both specs have its digest, so that a store survives another autoencoder.
+    """
+    by_denoiser = spec.get("denoiser_sha256") and expected.get("denoiser_sha256")
+    names = [*_FACTS, "denoiser_sha256" if by_denoiser else "teacher_sha256"]
+    left, right = ({name: facts.get(name) for name in names} for facts in (spec, expected))
+    return differing(left, right)
+
+
+def differing_from_earlier(spec: StoreSpec, earlier: Mapping[str, Any]) -> list[str]:
+    """The facts in which `earlier`, a spec as JSON, can be no spec that this store had before it grew.
+
+    It may have fewer pairs, and one of the store's earlier prompt lists.
+    """
+    now = spec.as_json()
+    grown = ["num_pairs"] if 0 < int(earlier.get("num_pairs", 0)) <= spec.num_pairs else []
+    if (earlier.get("num_prompts"), earlier.get("prompts_sha256")) in spec.earlier_prompts:
+        grown += ["num_prompts", "prompts_sha256"]
+    return differing_facts(now, {**earlier, **{name: now[name] for name in grown}})
+
+
+def is_teacher_of(spec: StoreSpec, teacher: TeacherDigests) -> bool:
+    """Whether a store was made by the teacher with these digests, whatever its autoencoder."""
+    return teacher.denoiser == spec.denoiser_sha256 or teacher.weights == spec.teacher_sha256
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -154,8 +206,9 @@ def pending(folder: Path, spec: StoreSpec) -> list[range]:
     return [spec.rows(shard) for shard in range(spec.num_shards) if shard not in present]
 
 
-def create_store(folder: Path, spec: StoreSpec) -> None:
-    """Write DIR/store.json, or check that the existing one has this `spec`; remove files of killed writers.
+def create_store(folder: Path, spec: StoreSpec) -> StoreSpec:
+    """Write DIR/store.json, or check that the existing one has the facts of `spec`; remove files of killed
+    writers. Returns the spec in the file.
 
     Raises UserError if the folder has another spec (naming the keys that differ) or cannot be written.
     """
@@ -165,16 +218,24 @@ def create_store(folder: Path, spec: StoreSpec) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
         # A store keeps its spec; a new one is written atomically.
         if (folder / "store.json").exists():
-            require_same_spec(folder, read_spec(folder), spec)
+            stored = read_spec(folder)
+            require_same_spec(folder, stored, spec)
         else:
-            content = {"schema": SCHEMA, "sha256": spec.sha256, "spec": spec.as_json()}
-            write_through_scratch(
-                json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial"
-            )
+            stored = spec
+            write_spec(folder, spec)
         # Complete shards need no partial files any more.
-        for shard in shards_present(folder, spec):
+        for shard in shards_present(folder, stored):
             for leftover in (folder / "partial").glob(f"{shard_path(folder, shard).stem}.*"):
                 leftover.unlink(missing_ok=True)
+    return stored
+
+
+def write_spec(folder: Path, spec: StoreSpec) -> None:
+    """Write DIR/store.json. Raises OSError."""
+    content = {"schema": SCHEMA, "sha256": spec.sha256, "spec": spec.as_json()}
+    write_through_scratch(
+        json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial"
+    )
 
 
 def local_folder(folder: Path | str) -> Path:
@@ -215,8 +276,8 @@ def parse_spec(content: bytes, name: str) -> StoreSpec:
 
 
 def require_same_spec(folder: Path | str, spec: StoreSpec, expected: StoreSpec) -> None:
-    """Raise UserError naming the keys in which the spec of `folder` differs from `expected`."""
-    if names := differing(spec.as_json(), expected.as_json()):
+    """Raise UserError naming the facts in which the spec of `folder` differs from `expected`."""
+    if names := differing_facts(spec.as_json(), expected.as_json()):
         text = f"{folder} holds pairs of another spec; differing: {', '.join(names)}"
         raise UserError(f"{text}; choose another folder, or the settings of this one")
 

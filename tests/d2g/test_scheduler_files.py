@@ -29,6 +29,17 @@ def copy(teacher: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(teacher, tmp_path / "copy"))
 
 
+@pytest.fixture(scope="module")
+def saved_ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tiny_teachers.save_ldm(tmp_path_factory.mktemp("ldm") / "teacher"))
+
+
+@pytest.fixture
+def ldm(saved_ldm: Path, tmp_path: Path) -> Path:
+    """A copy of a pipeline that leaves its scheduler as it is; StableDiffusionPipeline corrects some."""
+    return Path(shutil.copytree(saved_ldm, tmp_path / "ldm"))
+
+
 def put(folder: Path, kind: str, **settings: Any) -> str:
     """Give a folder another scheduler, with these settings and no others."""
     tiny_teachers.edit(folder, "model_index.json", scheduler=["diffusers", kind])
@@ -83,9 +94,10 @@ def test_the_last_step_is_the_schedulers_own(
     assert load_schedule(put(copy, kind, **settings)).final_alpha_one is final_alpha_one
 
 
-def test_defaults_are_those_of_the_class(copy: Path) -> None:
-    euler = load_schedule(put(copy, "EulerDiscreteScheduler"))
+def test_defaults_are_those_of_the_class(copy: Path, ldm: Path) -> None:
+    euler = load_schedule(put(ldm, "EulerDiscreteScheduler"))
     assert (euler.spacing, euler.steps_offset, euler.prediction) == ("linspace", 0, "epsilon")
+    assert load_schedule(put(copy, "EulerDiscreteScheduler")).steps_offset == 1, "corrected"
     assert load_schedule(put(copy, "PNDMScheduler")).spacing == "leading"
 
 
@@ -145,9 +157,9 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("kind", "key", "value", "why"), SETTINGS)
 def test_settings_that_our_solvers_do_not_follow(
-    copy: Path, sd3: Path, tmp_path: Path, kind: str, key: str, value: Any, why: str
+    ldm: Path, sd3: Path, tmp_path: Path, kind: str, key: str, value: Any, why: str
 ) -> None:
-    folder = Path(shutil.copytree(sd3, tmp_path / "flow")) if kind in FLOW else copy
+    folder = Path(shutil.copytree(sd3, tmp_path / "flow")) if kind in FLOW else ldm
     good = {} if kind in FLOW else {"clip_sample": False}
     assert isinstance(load_any_schedule(put(folder, kind, **good)), FlowSchedule | Schedule)
     with pytest.raises(UserError, match=f"scheduler {kind} has {key}=") as caught:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from d2g.core.signals import StopFlag
+from d2g.core.signals import STOP_SIGNALS, StopFlag
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,13 +35,26 @@ os.kill(os.getpid(), signal.SIGINT)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_first_signal_is_a_flag_second_interrupts_and_handlers_return(number: signal.Signals) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SIGNALLED, str(int(number))], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["flag up, still running", "second signal interrupts", "handlers back"]
     assert done.stderr.endswith("KeyboardInterrupt\n") and done.returncode == -signal.SIGINT
+
+
+def test_a_closed_terminal_does_not_end_what_nohup_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+            signal.raise_signal(signal.SIGUSR1)
+            assert stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_outside_the_main_thread_the_flag_stays_down() -> None:

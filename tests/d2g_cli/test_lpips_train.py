@@ -71,12 +71,3 @@ def test_failures_are_one_line(lpips: Any, teacher: Path, tmp_path: Path) -> Non
     assert said.code == 2 and "expected vgg, alex or squeeze" in said.stderr
     said = lpips("train", "--data", tmp_path, "--latents", tmp_path, "--out", tmp_path / "out")
     assert said.code == 1 and "no model_index.json" in said.stderr
-
-
-@pytest.mark.parametrize("command", ["score", "overfit", "triplets"])
-def test_commands_of_one_process_refuse_several(
-    lpips: Any, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    said = lpips(command)
-    assert said.code == 2 and f"{command} runs in one process, got 2" in said.stderr

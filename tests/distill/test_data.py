@@ -85,7 +85,7 @@ def test_batches_keep_the_stored_type(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_a_whole_store_of_this_teacher_is_taken(pairs: Path, teacher: Path) -> None:
-    reader = open_pairs(str(pairs), pretrained.weights_sha256(str(teacher)))
+    reader = open_pairs(str(pairs), pretrained.teacher_digests(str(teacher)))
     assert len(reader) == 12 and reader.read([3]).noise.dtype == torch.float32
 
 
@@ -93,13 +93,13 @@ def test_an_unfinished_store_is_refused(teacher: Path, tmp_path: Path) -> None:
     made = make_pairs(teacher, tmp_path)
     (made / "shards" / "pairs-00001.h5").unlink()
     with pytest.raises(UserError, match=r"holds 7 of 12 pairs; run the same `d2g pairs generate` again"):
-        open_pairs(str(made), pretrained.weights_sha256(str(teacher)))
+        open_pairs(str(made), pretrained.teacher_digests(str(teacher)))
 
 
 def test_pairs_of_another_teacher_are_refused(pairs: Path, tmp_path: Path) -> None:
     tiny.save_teacher(tmp_path / "other", seed=1)
-    other = pretrained.weights_sha256(str(tmp_path / "other"))
-    with pytest.raises(UserError, match=rf"was made by teacher .* --teacher has sha256 {other[:12]}"):
+    other = pretrained.teacher_digests(str(tmp_path / "other"))
+    with pytest.raises(UserError, match=rf"was made by teacher .* --teacher has sha256 {other.weights[:12]}"):
         open_pairs(str(pairs), other)
 
 
@@ -120,10 +120,10 @@ def test_a_flipped_bit_is_one_line_that_names_the_shard(teacher: Path, tmp_path:
 def test_damage_may_be_skipped(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make_pairs(teacher, tmp_path)
     (made / "shards" / "pairs-00001.h5").write_bytes(b"damage")
-    sha256 = pretrained.weights_sha256(str(teacher))
+    digests = pretrained.teacher_digests(str(teacher))
     with pytest.raises(UserError, match=r"pairs-00001\.h5: truncated"):
-        open_pairs(str(made), sha256)
-    reader = open_pairs(str(made), sha256, DataConfig(skip_bad=True))
+        open_pairs(str(made), digests)
+    reader = open_pairs(str(made), digests, DataConfig(skip_bad=True))
     found = batches(reader, 3)
     (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(r"pairs-00001\.h5: truncated.*next intact shard", message)
@@ -133,17 +133,17 @@ def test_damage_may_be_skipped(teacher: Path, tmp_path: Path, caplog: pytest.Log
 
 def test_pairs_at_a_url(pairs: Path, teacher: Path, tmp_path: Path) -> None:
     config = DataConfig(cache=str(tmp_path / "cache"), cache_gib=0.5)
-    reader = open_pairs(f"file://{pairs}", pretrained.weights_sha256(str(teacher)), config)
+    reader = open_pairs(f"file://{pairs}", pretrained.teacher_digests(str(teacher)), config)
     assert batches(reader, 4) == batches(PairReader(pairs), 4)
     assert len(list((tmp_path / "cache").glob("*/pairs-*.h5"))) == 3
     small = {"cache": str(tmp_path / "small"), "cache_gib": 0.9 * reader.gib}
     with pytest.raises(SettingError, match=r"copied again and again; set data\.block=5"):
-        open_pairs(f"file://{pairs}", reader.spec.teacher_sha256, DataConfig(**small))
+        open_pairs(f"file://{pairs}", reader.spec.teacher_digests, DataConfig(**small))
     for folder, config in (
         (f"file://{pairs}", DataConfig(**small, block=5, window=1)),
         (str(pairs), DataConfig(**small)),
     ):
-        assert len(open_pairs(folder, reader.spec.teacher_sha256, config)) == 12
+        assert len(open_pairs(folder, reader.spec.teacher_digests, config)) == 12
 
 
 def test_a_url_reaches_the_config_as_it_was_given() -> None:
@@ -167,7 +167,7 @@ def test_a_store_of_quarantined_rows_only_is_refused(teacher: Path, tmp_path: Pa
         tmp_path, replace(SPEC, teacher_sha256=pretrained.weights_sha256(str(teacher))), range(22)
     )
     with pytest.raises(UserError, match="all 22 pairs are quarantined"):
-        open_pairs(str(made), pretrained.weights_sha256(str(teacher)))
+        open_pairs(str(made), pretrained.teacher_digests(str(teacher)))
 
 
 @pytest.mark.parametrize(

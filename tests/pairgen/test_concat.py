@@ -66,8 +66,8 @@ def test_order_and_repeats_are_the_callers(stores: list[Path]) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
 def test_batches_come_through_workers(stores: list[Path], teacher: Path) -> None:
-    sha256 = pretrained.weights_sha256(str(teacher))
-    reader = open_pairs(",".join(map(str, stores)), sha256, with_guidance=True)
+    digests = pretrained.teacher_digests(str(teacher))
+    reader = open_pairs(",".join(map(str, stores)), digests, with_guidance=True)
     streams = [pair_batches(reader, 4, 7, 0, workers) for workers in (0, 1)]
     for a, b in zip(*(list(islice(s, 5)) for s in streams), strict=True):
         assert torch.equal(a.latents, b.latents) and torch.equal(scales(a)[0], scales(b)[0])
@@ -76,10 +76,10 @@ def test_batches_come_through_workers(stores: list[Path], teacher: Path) -> None
 
 
 def test_one_store_stays_itself_or_tells_its_scale(stores: list[Path], teacher: Path) -> None:
-    sha256 = pretrained.weights_sha256(str(teacher))
-    plain = open_pairs(str(stores[0]), sha256)
+    digests = pretrained.teacher_digests(str(teacher))
+    plain = open_pairs(str(stores[0]), digests)
     assert isinstance(plain, PairReader) and scales(plain.read([0])) == ()
-    (told,) = scales(open_pairs(str(stores[0]), sha256, with_guidance=True).read([0, 1]))
+    (told,) = scales(open_pairs(str(stores[0]), digests, with_guidance=True).read([0, 1]))
     assert told.tolist() == [2.0, 2.0]
 
 
@@ -89,8 +89,8 @@ def test_what_does_not_go_together(stores: list[Path], teacher: Path, tmp_path: 
     same = joined([stores[0], stores[0]], with_guidance=False)
     assert len(same) == 16 and not isinstance(same.read([0]), GuidedBatch)
     readers = [PairReader(store) for store in stores]
-    readers[1].spec = replace(readers[1].spec, teacher_sha256="other")
-    with pytest.raises(UserError, match="has teacher_sha256 other"):
+    readers[1].spec = replace(readers[1].spec, denoiser_sha256="other")
+    with pytest.raises(UserError, match="has denoiser_sha256 other"):
         JoinedReader(readers, True)
 
 

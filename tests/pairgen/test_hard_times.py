@@ -201,7 +201,7 @@ def test_prompts_that_give_nan_are_named_and_the_run_goes_on(
     reader = PairReader(out)
     assert len(reader) == 40 and reader.read(range(40)).latents.isfinite().all()
     assert not set(reader.read(range(40)).index.tolist()) & set(bad)
-    assert len(open_pairs(str(out), reader.spec.teacher_sha256)) == 40, "the others are there to train on"
+    assert len(open_pairs(str(out), reader.spec.teacher_digests)) == 40, "the others are there to train on"
     again = d2g(command(nan_teacher, prompts, out, "num_pairs=48"), tmp_path / "log")
     assert again.code == 1 and json.loads(again.stdout.splitlines()[-1])["new_pairs"] == 0
     assert d2g(["pairs", "repair", str(out)], tmp_path / "log").code == 1, "they are tried again, in vain"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import pairgen.shard_claims
+import d2g.core.claims
 from pairgen.shard_claims import Claims
 
 FORK = multiprocessing.get_context("fork")
@@ -149,7 +149,7 @@ def test_clocks_that_jump_mean_nothing(folder: Path, moment: float) -> None:
 
 
 def test_no_wall_clock_is_read() -> None:
-    tree = ast.parse(Path(pairgen.shard_claims.__file__).read_text())
+    tree = ast.parse(Path(d2g.core.claims.__file__).read_text())
     used = {
         f"{n.value.id}.{n.attr}"
         for n in ast.walk(tree)

@@ -4,13 +4,14 @@ import json
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
+from d2g.core.claims import FolderOwner
 from d2g.core.config import RESTORE_CONFIG_HINT, differing, read_json_object
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import complete_points
@@ -22,11 +23,36 @@ ENDED = "ended.json"
 Ending = Literal["done", "minutes", "stopped", "failed"]
 
 
+@contextmanager
+def sole_owner(folder: Path, what: str) -> Iterator[FolderOwner]:
+    """On all ranks: hold a folder for this run alone, by a claim of rank 0 (`FolderOwner`).
+
+    Raises UserError on all ranks while another run holds it.
+    """
+    owner, refusal = FolderOwner(folder, what), ""
+    with ExitStack() as stack:
+        if process_group.rank() == 0:
+            try:
+                stack.enter_context(owner)
+            except UserError as error:
+                refusal = str(error)
+        if refusal := process_group.gather_objects(refusal)[0]:
+            raise UserError(refusal)
+        yield owner
+
+
 class RunLog:
     """Writes RUN/config.json, RUN/stats.jsonl, RUN/previews and RUN/ended.json, on rank 0 alone."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        ignore: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
         """Open a run folder, or resume it. `ignore`: top-level keys of the config that a resume may change.
+        `notes`: further ones, whose new values replace those in config.json.
 
         Raises UserError when the folder holds a run with another config, naming the keys that differ, or
         checkpoints without a config. A run that has written nothing but its config is overwritten.
@@ -38,9 +64,10 @@ class RunLog:
         # The folder holds a run: its settings must match, except those that a resume may change.
         if path.is_file():
             old = read_json_object(path, RESTORE_CONFIG_HINT)
+            ignored = {*ignore, *notes}
             keys = differing(
-                {k: v for k, v in old.items() if k not in ignore},
-                {k: v for k, v in config.items() if k not in ignore},
+                {k: v for k, v in old.items() if k not in ignored},
+                {k: v for k, v in config.items() if k not in ignored},
             )
             # Settings may change as long as the run has written nothing but its config.
             entries = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
@@ -50,6 +77,9 @@ class RunLog:
                     "give the same settings to resume it, or another --out"
                 )
             if not keys:
+                current = {**old, **{key: config[key] for key in notes}}
+                if current != old and process_group.rank() == 0:
+                    write_atomically(path, json.dumps(current, indent=1))
                 return
         elif complete_points(folder / "checkpoints"):
             # Without the config, the settings of these checkpoints are unknown.

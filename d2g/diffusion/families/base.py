@@ -80,6 +80,19 @@ class Family(ABC):
     lora_targets: tuple[str, ...] = ()
     """Layers that get an adapter, by the end of their names."""
 
+    scheduler_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of a scheduler that the constructor of its pipelines overwrites, where the scheduler has
+    them."""
+    scheduler_classes: ClassVar[Mapping[str, str]] = {}
+    """Pipeline class -> the scheduler class to which its constructor converts variance-preserving ones."""
+
+    def corrected_config(self, component: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a component that the constructor of its pipelines overwrites.
+
+        config: the content of the component's config.json.
+        """
+        return {}
+
     @abstractmethod
     def conditioner(
         self,
@@ -226,6 +239,17 @@ class Pipeline:
         """Names of the classes 0 to `count` - 1, if model_index.json has id2label."""
         names = self.index.get("id2label")
         return None if not isinstance(names, dict) else [str(names.get(str(i), i)) for i in range(count)]
+
+
+def expect_width(pipeline: Pipeline, what: str, width: int, expected: int | tuple[int, ...]) -> None:
+    """Raise UserError unless text of this width fits a network that takes `expected` (at each level)."""
+    widths = {expected} if isinstance(expected, int) else set(expected)
+    if widths != {width}:
+        takes = " or ".join(map(str, sorted(widths)))
+        raise UserError(
+            f"teacher {pipeline.folder}: {what} is {width} numbers wide, but {pipeline.family.network} takes "
+            f"{takes}; its components are of different models"
+        )
 
 
 def expect_addition(pipeline: Pipeline, config: Any, expected: str | None) -> None:

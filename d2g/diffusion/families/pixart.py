@@ -16,6 +16,7 @@ from d2g.diffusion.families.base import (
     Components,
     Family,
     Pipeline,
+    expect_width,
 )
 
 _T5_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -35,10 +36,14 @@ class PixArtConditioner(TextConditioner):
         super().__init__(models, tokenizers, facts)
         self.t5_tokens = t5_tokens
 
+    def token_length(self, component: str) -> int:
+        """As in diffusers' pipeline, whatever the tokenizer says."""
+        return self.t5_tokens
+
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> hidden states [B, L, D] and their mask [B, L]."""
         captions = [prompt.lower().strip() for prompt in prompts]
-        tokens = self.tokenize("tokenizer", captions, self.t5_tokens)
+        tokens = self.tokenize("tokenizer", captions)
         model: Any = self.models["text_encoder"]
         mask = tokens.attention_mask.to(next(model.parameters()).device)
         hidden = self.run("text_encoder", tokens.input_ids, attention_mask=mask)[0]
@@ -65,6 +70,8 @@ class PixArt(Family):
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
     ) -> PixArtConditioner:
         """Takes the number of tokens from the class of the pipeline."""
+        encoder: Any = models["text_encoder"]
+        expect_width(pipeline, "text", encoder.config.d_model, config.caption_channels)
         facts = {
             "no_prompt": EMPTY_PROMPT,
             "t5_tokens": _T5_TOKENS[pipeline.kind],

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: a U-Net that attends to the last hidden states of a CLIP text model."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from d2g.diffusion.families.base import (
     Components,
     Pipeline,
     expect_addition,
+    expect_width,
 )
 from d2g.diffusion.families.unet import TextUNetFamily
 
@@ -47,12 +49,24 @@ class StableDiffusion(TextUNetFamily):
         "scheduler": ANY_SCHEDULER,
     }
 
+    # StableDiffusionPipeline's constructor corrects files of 2022.
+    scheduler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+
+    def corrected_config(self, component: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """U-Nets saved before diffusers 0.9 have a `sample_size` of 32 in place of 64."""
+        version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+        early = version is not None and (int(version[1]), int(version[2])) < (0, 9)
+        size = config.get("sample_size")
+        small = isinstance(size, int) and size < 64
+        return {"sample_size": 64} if component == "unet" and early and small else {}
+
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
     ) -> SDConditioner:
         """Refuses SDXL's U-Net and text models with an attention mask."""
         expect_addition(pipeline, config, None)
         encoder: Any = models["text_encoder"]
+        expect_width(pipeline, "text", encoder.config.hidden_size, config.cross_attention_dim)
         if getattr(encoder.config, "use_attention_mask", False):
             raise UserError(
                 f"teacher {pipeline.folder}: text_encoder has use_attention_mask; CLIP's have none"

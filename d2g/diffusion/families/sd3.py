@@ -18,6 +18,7 @@ from d2g.diffusion.families.base import (
     Components,
     Family,
     Pipeline,
+    expect_width,
 )
 
 _T5_TOKENS = 256
@@ -40,13 +41,16 @@ class SD3Conditioner(TextConditioner):
         super().__init__(models, tokenizers, facts)
         self.width = width
 
+    def token_length(self, component: str) -> int:
+        """Both CLIPs get as many tokens as the first one's tokenizer says, as in diffusers' pipeline."""
+        return _T5_TOKENS if component == "tokenizer_3" else super().token_length("tokenizer")
+
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> hidden states [B, L + 256, width] and pooled embeddings [B, P1 + P2]."""
         # Both CLIP models: next-to-last hidden states side by side, padded to T5's width.
         hidden, pooled = [], []
-        length = self.tokenizers["tokenizer"].model_max_length
         for number in ("", "_2"):
-            ids = self.tokenize(f"tokenizer{number}", prompts, length).input_ids
+            ids = self.tokenize(f"tokenizer{number}", prompts).input_ids
             output = self.run(f"text_encoder{number}", ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
             pooled.append(output[0])
@@ -54,7 +58,7 @@ class SD3Conditioner(TextConditioner):
         clip = nn.functional.pad(clip, (0, self.width - clip.shape[-1]))
         # T5's states follow as further tokens; zeros stand for an absent T5.
         if "text_encoder_3" in self.models:
-            ids = self.tokenize("tokenizer_3", prompts, _T5_TOKENS).input_ids
+            ids = self.tokenize("tokenizer_3", prompts).input_ids
             t5 = self.run("text_encoder_3", ids)[0].to(clip)
         else:
             t5 = clip.new_zeros(len(prompts), _T5_TOKENS, self.width)
@@ -87,6 +91,12 @@ class StableDiffusion3(Family):
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
     ) -> SD3Conditioner:
         """Takes the width of the hidden states from the transformer's config."""
+        clips: list[Any] = [models["text_encoder"], models["text_encoder_2"]]
+        pooled = sum(int(clip.config.projection_dim) for clip in clips)
+        expect_width(pipeline, "pooled text", pooled, config.pooled_projection_dim)
+        if "text_encoder_3" in models:
+            t5: Any = models["text_encoder_3"]
+            expect_width(pipeline, "T5's text", t5.config.d_model, config.joint_attention_dim)
         facts = {
             "no_prompt": EMPTY_PROMPT,
             "t5_tokens": _T5_TOKENS,

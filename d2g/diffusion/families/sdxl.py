@@ -18,6 +18,7 @@ from d2g.diffusion.families.base import (
     Components,
     Pipeline,
     expect_addition,
+    expect_width,
 )
 from d2g.diffusion.families.unet import TextUNetFamily
 
@@ -84,7 +85,10 @@ class StableDiffusionXL(TextUNetFamily):
     ) -> SDXLConditioner:
         """Refuses the U-Nets of Stable Diffusion and of SDXL's refiner."""
         expect_addition(pipeline, config, "text_time")
+        first: Any = models["text_encoder"]
         second: Any = models["text_encoder_2"]
+        text = first.config.hidden_size + second.config.hidden_size
+        expect_width(pipeline, "text", text, config.cross_attention_dim)
         width, pooled = config.projection_class_embeddings_input_dim, second.config.projection_dim
         if width != 6 * config.addition_time_embed_dim + pooled:
             raise UserError(

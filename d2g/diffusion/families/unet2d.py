@@ -24,6 +24,7 @@ class UNet2D(UNetFamily):
     autoencoder: str | None = None
     flat_layout = True
     reads_text = False
+    scheduler_classes: ClassVar[Mapping[str, str]] = {"DDIMPipeline": "DDIMScheduler"}
     exports = (
         ExportFormat("safetensors", ("vp", "edm")),
         ExportFormat("onnx", ("vp", "edm")),

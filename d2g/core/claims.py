@@ -1,0 +1,282 @@
+"""Dividing work among jobs that share a folder, without a server or a common clock; owning a folder alone.
+
+A claim is a file, created with O_EXCL. Its owner increments the file's modification time as a heartbeat
+counter, independent of the wall clock. Other jobs consider a claim dead when the owner's process has ended
+(same machine), or when they saw no increment for `patience` seconds of their own monotonic clock. A job that
+was only suspended finds its claim gone.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from d2g.core.errors import UserError
+from d2g.core.logs import logger
+
+OWNER = ".owner"
+"""The folder of the claim of a `FolderOwner`."""
+
+
+class FileClaims:
+    """The claims of one process on numbered pieces of work, as files in `folder`.
+
+        with FileClaims(folder) as claims:
+            while (number := claims.take(unfinished())) is not None:
+                ...
+                claims.release(number)
+
+    Leaving the block releases all claims. Claims of a killed process are taken over by other jobs.
+    """
+
+    def __init__(self, folder: Path, patience: float = 120.0) -> None:
+        self.folder, self.patience = Path(folder), patience
+        self.place = _place()
+        self._held: dict[int, int] = {}  # number -> open file
+        self._observed: dict[int, tuple[tuple[int, int], float]] = {}  # number -> (state, when)
+        self._alive: set[int] = set()  # claims of other jobs whose counter was seen to increase
+        self._stopped = threading.Event()
+        self._guard = threading.Lock()
+        self._beats = 0
+
+    def __enter__(self) -> Self:
+        self._heartbeat = threading.Thread(target=self._beat, name="claims", daemon=True)
+        self._heartbeat.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._heartbeat.join()
+        for number in list(self._held):
+            self.release(number)
+
+    def take(self, numbers: Sequence[int]) -> int | None:
+        """Claim the first of `numbers` that no live job holds; None if there is none now."""
+        for number in numbers:
+            if number not in self._held and (self._create(number) or self._take_over(number)):
+                return number
+        return None
+
+    def undecided(self, numbers: Sequence[int]) -> list[int]:
+        """The numbers whose owners may be alive or dead: a caller should wait until that is known."""
+        return [number for number in numbers if number not in self._held and number not in self._alive]
+
+    def lost(self, number: int) -> bool:
+        """Whether another job has taken over this process's claim because it was suspended too long."""
+        return _state(self._path(number), inode_only=True) != (os.fstat(self._held[number]).st_ino, 0)
+
+    def release(self, number: int) -> None:
+        """Release the claim, whether the number is finished or not."""
+        with self._exclusive() if self.folder.is_dir() else nullcontext():  # somebody may delete the folder
+            if not self.lost(number):
+                self._path(number).unlink(missing_ok=True)
+        with self._guard:
+            os.close(self._held.pop(number))
+
+    def owner(self, number: int) -> str:
+        """`host, process N` of a claim, for messages."""
+        claim = _read(self._path(number))
+        return f"{claim.get('host', 'an unknown host')}, process {claim.get('pid', '?')}"
+
+    def is_alive_here(self, number: int) -> bool:
+        """Whether the owner of a claim is a process of this machine, which runs."""
+        claim = _read(self._path(number))
+        return claim.get("place") == self.place and self._runs(claim)
+
+    def exists(self, number: int) -> bool:
+        """Whether anybody has a claim, alive or not."""
+        return self._path(number).exists()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.json"
+
+    def _runs(self, claim: dict[str, Any]) -> bool:
+        """Whether the process of a claim of this machine still runs."""
+        pid = claim.get("pid")
+        return isinstance(pid, int) and _start(pid) == claim.get("start")
+
+    def _create(self, number: int) -> bool:
+        try:
+            file = os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        except FileExistsError:
+            return False
+        # The content identifies the owner's process, so that other jobs can check whether it still runs.
+        facts = {"host": socket.gethostname(), "place": self.place, "pid": os.getpid(), "start": _start()}
+        os.write(file, json.dumps(facts).encode())
+        with self._guard:
+            self._held[number] = file
+        self._alive.discard(number)
+        return True
+
+    def _take_over(self, number: int) -> bool:
+        path = self._path(number)
+        state = _state(path)
+        if state is None or not self._dead(number, state):
+            return False
+        with self._exclusive():
+            # Move the dead claim away, then check that it is still the one examined above.
+            removed = self.folder / f".{path.stem}.{uuid.uuid4().hex}"
+            try:
+                path.rename(removed)
+            except FileNotFoundError:
+                return False  # another job was quicker
+            if _state(removed, inode_only=True) != (state[0], 0):
+                # Without file locks this can be the new claim of a faster job: put it back.
+                with suppress(FileExistsError):
+                    os.link(removed, path)
+                removed.unlink()
+                return False
+            removed.unlink()
+            self._observed.pop(number, None)
+            return self._create(number)
+
+    def _dead(self, number: int, state: tuple[int, int]) -> bool:
+        # On this machine, ask the system whether the owner still runs; elsewhere, watch the counter.
+        claim = _read(self._path(number))
+        if claim.get("place") == self.place:
+            return not self._runs(claim)
+        # Another machine: a counter that does not increase for `patience` seconds of our clock is dead.
+        now = time.monotonic()
+        before, since = self._observed.setdefault(number, (state, now))
+        if before == state:
+            return now - since >= self.patience
+        if before[0] == state[0]:
+            self._alive.add(number)
+        self._observed[number] = (state, now)
+        return False
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Exclude other jobs, on file systems with locks."""
+        file = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                pass  # no locks (some Lustre mounts): the rename in _take_over decides
+            yield
+        finally:
+            os.close(file)
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self.patience / 8):
+            self._beats += 1
+            with self._guard:
+                for file in self._held.values():
+                    moment = os.fstat(file).st_mtime_ns + 1_000_000_000
+                    os.utime(file, ns=(moment, moment))
+
+
+def _state(path: Path, inode_only: bool = False) -> tuple[int, int] | None:
+    """(inode, counter) of a claim, None if it does not exist."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, 0 if inode_only else stat.st_mtime_ns
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a claim; empty if it does not exist or its owner died before writing it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _start(pid: int | None = None) -> str:
+    """Start time of a process in ticks since boot, which distinguishes reused numbers; "" if it has ended."""
+    try:
+        text = Path(f"/proc/{pid or os.getpid()}/stat").read_text()
+    except OSError:
+        return ""
+    state, *fields = text.rpartition(")")[2].split()
+    return "" if state == "Z" else fields[18]
+
+
+def _place() -> str:
+    """Identifies the machine, its boot and the PID namespace: where a process number is unambiguous."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return uuid.uuid4().hex  # no /proc: rely on the counter
+
+
+class FolderOwner:
+    """Holds a folder for this process alone, over all machines that share its disk.
+
+        with FolderOwner(folder, "trains in"):
+            ...
+
+    Entering raises UserError while a live process holds the folder. A claim of a process that is gone is
+    taken over with a line in the log: at once on the same machine, else after `patience` seconds without a
+    heartbeat. A folder that this creates and nothing is put into is removed in the end.
+    """
+
+    def __init__(self, folder: Path, what: str, patience: float = 120.0) -> None:
+        self.folder, self.what = Path(folder), what
+        self.claims = FileClaims(self.folder / OWNER, patience)
+
+    def __enter__(self) -> Self:
+        self._created = not self.folder.exists()
+        self.claims.__enter__()
+        try:
+            self._take()
+        except BaseException as error:
+            self.__exit__(None, None, None)
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(
+                f"cannot write {error.filename or self.folder}: {error.strerror}; choose another --out"
+            ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.claims.__exit__(kind, error, trace)
+        with suppress(OSError):  # another process holds the folder now, or waits for it
+            (self.claims.folder / ".lock").unlink(missing_ok=True)
+            self.claims.folder.rmdir()
+            if self._created:
+                self.folder.rmdir()
+
+    def lost_to(self) -> str:
+        """Who has taken the folder over because this process was suspended too long; "" if nobody."""
+        return self.claims.owner(0) if self.claims.lost(0) else ""
+
+    def _take(self) -> None:
+        other = ""
+        while not self._try():
+            if self.claims.is_alive_here(0) or not self.claims.undecided([0]):
+                raise UserError(
+                    f"{self.claims.owner(0)}, already {self.what} {self.folder}; wait for it or stop it, or "
+                    "give another --out"
+                )
+            if not other:
+                other = self.claims.owner(0)
+                logger.info("%s: waiting to see whether %s, still runs", self.folder, other)
+            time.sleep(min(1.0, self.claims.patience / 8))
+
+    def _try(self) -> bool:
+        """Take the claim if it is free, or if its owner is gone."""
+        with suppress(FileNotFoundError):  # the last owner is just removing its folder: try again
+            self.claims.folder.mkdir(parents=True, exist_ok=True)
+            other = self.claims.owner(0) if self.claims.exists(0) else ""
+            if self.claims.take([0]) is not None:
+                if other:
+                    logger.info("%s: taken over from %s, which is gone", self.folder, other)
+                return True
+        return False

@@ -1,0 +1,106 @@
+"""Growing a pair store: more pairs, or prompts appended to its list. Rows that are there stay as they are.
+
+Pair i depends on the seed, on i, and on its prompt alone, so a larger store begins with the smaller one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from d2g.core.errors import UserError
+from d2g.core.logs import logger
+from pairgen.prompts import PromptList, prompt_list_sha256
+from pairgen.shard_claims import Claims
+from pairgen.store.hdf5 import load_rows
+from pairgen.store.spec import (
+    StoreSpec,
+    differing_facts,
+    prompts_path,
+    read_spec,
+    shard_path,
+    write_spec,
+    writing,
+)
+
+
+def grow_store(folder: Path, spec: StoreSpec, prompts: PromptList, patience: float = 120.0) -> None:
+    """Raise the number of pairs and prompts of an existing store to those of `spec`.
+
+    Does nothing for a store of that size, and for one that differs in more than its size, which
+    `create_store` refuses. `patience`: as of `Claims`. Raises UserError when the rows of the store would get
+    other prompts, and while another job makes its last shard.
+    """
+    old = read_spec(folder)
+    small = replace(
+        spec, num_pairs=old.num_pairs, num_prompts=old.num_prompts, prompts_sha256=old.prompts_sha256
+    )
+    if differing_facts(small.as_json(), old.as_json()) or spec.num_pairs < old.num_pairs:
+        return
+    appended = spec.num_prompts > old.num_prompts
+    changed = spec.prompts_sha256 != old.prompts_sha256
+    if appended != changed or not (appended or spec.num_pairs > old.num_pairs):
+        return
+    if appended:
+        _check_appended(folder, old, prompts)
+    history = (*old.earlier_prompts, (old.num_prompts, old.prompts_sha256))
+    new = replace(
+        old,
+        num_pairs=spec.num_pairs,
+        num_prompts=spec.num_prompts,
+        prompts_sha256=spec.prompts_sha256,
+        earlier_prompts=history if appended else old.earlier_prompts,
+    )
+    with writing(folder, "the store is as it was"):
+        for name in ("partial", "claims"):
+            (folder / name).mkdir(exist_ok=True)
+    with Claims(folder, patience) as claims, writing(folder, "the store is as it was"):
+        if (short := _short_shard(old, new)) is not None:
+            _claim(claims, short, folder)
+            _reopen(folder, old, short)
+        if appended:
+            prompts.save(prompts_path(folder))
+        write_spec(folder, new)
+    logger.info(
+        "%s grows from %d to %d pairs and from %d to %d prompts",
+        *(folder, old.num_pairs, new.num_pairs, old.num_prompts, new.num_prompts),
+    )
+
+
+def _check_appended(folder: Path, old: StoreSpec, prompts: Sequence[str]) -> None:
+    """Raise UserError unless every pair of the store keeps its prompt."""
+    if prompt_list_sha256(prompts[: old.num_prompts]) != old.prompts_sha256:
+        raise UserError(
+            f"{folder} holds pairs of another spec: its {old.num_prompts} prompts are not the first ones of "
+            "--prompts; append new prompts at the end, or choose another folder"
+        )
+    if old.num_pairs > old.num_prompts * old.per_prompt:
+        raise UserError(
+            f"{folder} uses its {old.num_prompts} prompts several times over for {old.num_pairs} pairs, so "
+            "appended prompts would change the prompts of its pairs; raise --num-pairs alone, or choose "
+            "another folder"
+        )
+
+
+def _short_shard(old: StoreSpec, new: StoreSpec) -> int | None:
+    """The last shard of the smaller store, if it gets more rows."""
+    last = old.num_shards - 1
+    return last if len(new.rows(last)) > len(old.rows(last)) else None
+
+
+def _claim(claims: Claims, shard: int, folder: Path) -> None:
+    if claims.take([shard]) is None:
+        raise UserError(
+            f"{folder} cannot grow now: {claims.owner(shard)} makes its last shard; wait for it or stop "
+            "it, then run the same command again"
+        )
+
+
+def _reopen(folder: Path, old: StoreSpec, shard: int) -> None:
+    """Turn a complete shard into a partial file, from which the writer of the longer shard resumes."""
+    path = shard_path(folder, shard)
+    if path.exists():
+        index = load_rows(path, old).index.tolist()
+        if index:
+            path.rename(folder / "partial" / f"{path.stem}.rows-{index[0]:010d}.h5")
+        else:
+            path.unlink()  # all its rows are quarantined

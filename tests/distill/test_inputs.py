@@ -1,0 +1,170 @@
+"""A run goes on with the inputs it started with, wherever they lie now."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from d2g.core.errors import UserError
+from d2g.core.tracking.run_directory import read_stats
+from distill.config.export import ExportConfig
+from distill.export.card_history import read_history
+from distill.export.export import export
+from distill.training.train import train
+from jobs import BATCH, distill_config, make_pairs
+from pairgen.generate import generate_pairs
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"), steps=1, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def started(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("started") / "run"
+    train(distill_config(teacher, pairs, f"train.images={2 * BATCH}"), run)
+    return run
+
+
+def copied(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder))
+
+
+def linked(source: Path, folder: Path) -> Path:
+    folder.symlink_to(source)
+    return folder
+
+
+MOVES: dict[str, Callable[[Path, Path], str]] = {
+    "copy": lambda source, folder: str(copied(source, folder)),
+    "link": lambda source, folder: str(linked(source, folder)),
+    "slash": lambda source, folder: f"{source}/",
+    "dots": lambda source, folder: f"{source}/../{source.name}",
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moved_inputs_are_the_same_inputs(
+    move: str, teacher: Path, pairs: Path, started: Path, tmp_path: Path
+) -> None:
+    run = copied(started, tmp_path / "run")
+    config = distill_config(Path(), Path(), f"train.images={3 * BATCH}")
+    config = replace(
+        config,
+        teacher=MOVES[move](teacher, tmp_path / "teacher"),
+        pairs=MOVES[move](pairs, tmp_path / "pairs"),
+    )
+    assert train(config, run).steps == 3
+    assert [line["nimg"] for line in read_stats(run)] == [BATCH, 2 * BATCH, 3 * BATCH]
+    written = json.loads((run / "config.json").read_text())
+    assert (written["teacher"], written["pairs"]) == (config.teacher, config.pairs), "as last given"
+    assert not read_history(str(run)).gap
+    train(distill_config(teacher, pairs, f"train.images={4 * BATCH}"), run)  # and back
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "diffusers", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_an_export_takes_the_teacher_from_elsewhere(
+    kind: Any, pairs: Path, teacher: Path, tmp_path: Path
+) -> None:
+    first = copied(teacher, tmp_path / "first")
+    train(distill_config(first, pairs, f"train.images={BATCH}"), tmp_path / "run")
+    first.rename(tmp_path / "moved")
+    config = ExportConfig(student=str(tmp_path / "run"), format=kind, teacher=str(tmp_path / "moved"))
+    assert export(config, tmp_path / "out")["parity_max_abs_err"] < 0.1
+    if kind == "safetensors":
+        assert str(tmp_path / "moved") in (tmp_path / "out" / "student.json").read_text()
+
+
+def test_another_autoencoder_does_not_end_a_run(
+    pairs: Path, teacher: Path, started: Path, tmp_path: Path
+) -> None:
+    from d2g.diffusion.pretrained import load_vae, save_component
+
+    run, swapped = copied(started, tmp_path / "run"), copied(teacher, tmp_path / "swapped")
+    vae = load_vae(str(teacher))
+    vae.decoder.conv_out.weight.data.mul_(1.5)
+    save_component(vae, swapped / "vae")
+    assert train(distill_config(swapped, pairs, f"train.images={3 * BATCH}"), run).steps == 3
+
+
+def test_a_run_goes_on_with_a_store_that_has_grown(
+    teacher: Path, pairs: Path, started: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, store = copied(started, tmp_path / "run"), copied(pairs, tmp_path / "pairs")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(tiny.CAPTIONS))
+    settings = tiny.pair_config(str(teacher), str(prompts), steps=1, guidance=1.0, num_pairs=14)
+    generate_pairs(settings, store)
+    with caplog.at_level("INFO"):
+        assert train(distill_config(teacher, store, f"train.images={3 * BATCH}"), run).steps == 3
+    assert "grown from 12 to 14 pairs since this run started" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["the same path", "another path"])
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"seed": 7}, r"seed"), ({"num_pairs": 8}, r"num_pairs \(8 -> 12\)"), ({"steps": 2}, r"steps")],
+    ids=["seed", "fewer", "steps"],
+)
+def test_other_pairs_are_other_pairs(
+    place: str,
+    settings: dict[str, Any],
+    says: str,
+    teacher: Path,
+    pairs: Path,
+    started: Path,
+    tmp_path: Path,
+) -> None:
+    first = copied(pairs, tmp_path / "first" / "pairs")
+    run = copied(started, tmp_path / "run")
+    train(distill_config(teacher, first, f"train.images={2 * BATCH}"), run)
+    (tmp_path / "other").mkdir()
+    other = make_pairs(teacher, tmp_path / "other", **{"steps": 1, "guidance": 1.0, **settings})
+    if place == "the same path":
+        shutil.rmtree(first)
+        other = other.rename(first)
+    else:
+        says = r"holds a run with another config: pairs"
+    with pytest.raises(UserError, match=says):
+        train(distill_config(teacher, other, f"train.images={3 * BATCH}"), run)
+
+
+def test_the_second_stage_goes_on_after_the_first_moved(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    images = f"train.images={BATCH}"
+    train(distill_config(teacher, pairs, images), tmp_path / "ode")
+    train(distill_config(teacher, pairs, images, stage="gan", init=tmp_path / "ode"), tmp_path / "gan")
+    moved = (tmp_path / "ode").rename(tmp_path / "moved")
+    more = f"train.images={2 * BATCH}"
+    assert train(distill_config(teacher, pairs, more, stage="gan", init=moved), tmp_path / "gan").steps == 2
+    train(distill_config(teacher, pairs, more, "seed=3"), tmp_path / "other")
+    with pytest.raises(UserError, match=r"another config: init"):
+        other = distill_config(teacher, pairs, more, stage="gan", init=tmp_path / "other")
+        train(other, tmp_path / "gan")
+    shutil.rmtree(moved)  # a resume reads the checkpoint, not its init
+    assert train(distill_config(teacher, pairs, more, stage="gan", init=moved), tmp_path / "gan").steps == 2
+
+
+def test_a_run_of_version_0_2_0_goes_on(
+    teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It recorded paths alone, in config.json and in its checkpoints."""
+    from distill.training import state
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "_networks", state._networks_by_path)
+        train(distill_config(teacher, pairs, f"train.images={BATCH}"), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["inputs"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert train(distill_config(teacher, pairs, f"train.images={2 * BATCH}"), tmp_path).steps == 2
+    (tmp_path / "other").mkdir()
+    other = make_pairs(teacher, tmp_path / "other", steps=1, guidance=1.0, seed=2)
+    with pytest.raises(UserError, match="another config: pairs"):
+        train(distill_config(teacher, other, f"train.images={3 * BATCH}"), tmp_path)

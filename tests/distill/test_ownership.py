@@ -1,0 +1,100 @@
+"""One run per folder, and what signals of terminals and clusters leave. Processes and signals are real."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2g.core.claims import OWNER
+from d2g.core.distributed.checkpoint import complete_points
+from d2g.core.errors import LostFolder
+from d2g.core.tracking.run_directory import ENDED, read_stats
+from distill.training.callbacks import StopControl
+from distill.training.train import train
+from jobs import BATCH, Running, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from stores import FORKS
+
+pytestmark = FORKS
+LONG = "train.images=1000000"
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"), steps=1, guidance=1.0)
+
+
+def begin(teacher: Path, pairs: Path, run: Path, log: Path) -> Running:
+    """A run that has reported at least once."""
+    running = Running(distill_arguments(distill_config(teacher, pairs, LONG), run), log)
+    running.wait_for(lambda: (run / "stats.jsonl").is_file() and bool(read_stats(run)))
+    return running
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(
+    teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", distill_config(teacher, pairs, LONG)
+    first = begin(teacher, pairs, run, tmp_path / "first")
+    second = d2g(distill_arguments(config, run), tmp_path / "second")
+    assert second.code == 1 and f"process {first.pid}, already trains in {run}" in second.error
+    several = d2g_ranks(distill_arguments(config, run), tmp_path / "ranks")
+    assert [ended.code for ended in several] == [1, 1]
+    assert all("already trains in" in ended.stderr for ended in several)
+    first.send(signal.SIGTERM)
+    assert first.wait().code == 130
+    numbers = [line["nimg"] for line in read_stats(run)]
+    assert numbers == sorted(set(numbers)), "reports of one run"
+    assert not (run / OWNER).exists()
+
+
+def test_a_killed_run_is_continued_at_once(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = begin(teacher, pairs, run, tmp_path / "first")
+    first.send(signal.SIGKILL)
+    first.wait()
+    second = d2g(
+        distill_arguments(distill_config(teacher, pairs, f"train.images={BATCH}"), run), tmp_path / "second"
+    )
+    assert second.code == 0 and f"taken over from {os.uname().nodename}, process {first.pid}" in second.stderr
+
+
+def test_a_run_that_lost_its_folder_writes_nothing_more(
+    teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = StopControl.event
+
+    def suspended(control: StopControl, nimg: int, *arguments: Any) -> Any:
+        if nimg == 2 * BATCH:  # as if another process had taken over while this one slept
+            claim = tmp_path / "run" / OWNER / "00000.json"
+            claim.unlink()
+            claim.write_text(json.dumps({"host": "other", "place": "other", "pid": 3, "start": "1"}))
+        return event(control, nimg, *arguments)
+
+    monkeypatch.setattr(StopControl, "event", suspended)
+    with pytest.raises(LostFolder, match=r"^other, process 3, trains in .*run now, because"):
+        train(distill_config(teacher, pairs, f"train.images={4 * BATCH}"), tmp_path / "run")
+    assert [line["nimg"] for line in read_stats(tmp_path / "run")] == [BATCH]
+    assert not (tmp_path / "run" / ENDED).exists() and (tmp_path / "run" / OWNER / "00000.json").exists()
+
+
+def test_refused_inputs_leave_no_folder(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    ended = d2g(
+        distill_arguments(distill_config(teacher, tmp_path / "nothing"), tmp_path / "run"), tmp_path / "log"
+    )
+    assert ended.code == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_of_terminals_and_clusters_save_a_checkpoint(
+    name: str, teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    running = begin(teacher, pairs, run, tmp_path / "log")
+    running.send(signal.Signals[name])
+    ended = running.wait()
+    assert ended.code == 130 and "safe on disk" in ended.error
+    assert len(complete_points(run / "checkpoints")) == 1
+    assert json.loads((run / ENDED).read_text())["how"] == "stopped"
