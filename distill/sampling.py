@@ -84,6 +84,7 @@ def student_folder(name: str) -> tuple[Path, str, int]:
 
     name: a folder or "miniature". Raises UserError for any other folder and for a run without a checkpoint.
     """
+    # The file in the folder tells a run from an exported student.
     folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
     for file in REMEDIES:
         if (folder / file).is_file():

@@ -88,6 +88,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         write_atomically(prompts, "\n".join(captions) + "\n")
         pairs_config = replace(config.pairs, prompts=str(prompts), seed=config.seed)
         num_pairs = generate_pairs(pairs_config, out / "pairs", progress).pairs
+    # Each stage reads the pairs; stage 2 starts from the student of stage 1.
     with timed("stage 1"):
         ode = replace(config.ode, pairs=str(out / "pairs"), seed=config.seed)
         train(ode, out / "ode", progress)
@@ -105,6 +106,8 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         }
         results, images = evaluate_samplers(config, teacher, students, progress)
     speed = measure_sampling_time(config, teacher, students["gan"])
+
+    # The report and demo.json hold the same result.
     result = DemoResult(
         out=str(out),
         report=str(out / "report.html"),

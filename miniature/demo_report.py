@@ -41,6 +41,7 @@ def write_demo_report(
 
     `pictures` has uint8 images [columns, 3, H, W] per sampler, `curves` the lines of stats.jsonl per stage.
     """
+    # The column of each sampler, in the order of the page.
     titles = {
         "naive": "teacher, one step, no training",
         "ode": "after stage 1 (regression)",
@@ -70,6 +71,7 @@ def write_demo_report(
                 prompts=prompts,
             )
         ],
+        # Training curves, then speed and the time of each part.
         curves=[
             curve for stage, lines in curves.items() for curve in _training_curves(STAGE_TITLES[stage], lines)
         ],

@@ -214,12 +214,15 @@ def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
 
 def load_oracle(folder: Path = ORACLE_FOLDER) -> Oracle:
     """Load a frozen oracle in eval mode and fp32. Raises UserError if a file is missing or damaged."""
+    # A missing file gets a message of its own: the usual mistake is a wrong folder.
     for component in ("config.json", "model.safetensors"):
         if not (folder / component).is_file():
             raise UserError(
                 f"{folder} is no oracle: {component} is missing, expected config.json and model.safetensors; "
                 "name a folder that save_oracle wrote"
             )
+
+    # Weights are stored in a smaller type; the network computes in fp32.
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         oracle = Oracle(config["width"])

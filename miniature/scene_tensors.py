@@ -95,6 +95,8 @@ def make_objects(scenes: Sequence[Scene]) -> Objects:
     others = [i + (1 - 2 * k) if len(scenes[b].objects) == 2 else -1 for i, (b, k) in enumerate(rows)]
     heights = [SHAPE_TABLE[spec.shape][1] * spot.radius for spec, spot in zip(specs, spots, strict=True)]
     bounds = [SHAPE_TABLE[spec.shape][2] for spec in specs]
+
+    # All fields have one entry per row, so that rendering runs over all scenes at once.
     return Objects(
         scene=torch.tensor([b for b, _ in rows]),
         slot=torch.tensor([k for _, k in rows]),

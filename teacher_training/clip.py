@@ -24,6 +24,7 @@ from teacher_training.config import ClipConfig
 
 def model_config(config: ClipConfig, vocabulary: int, eos: int) -> dict[str, Any]:
     """Return the `model_cfg` of open_clip_config.json. Text is pooled at the first `eos` token."""
+    # The field names are those of open_clip; text and image tower share `embed`.
     return {
         "embed_dim": config.embed,
         "vision_cfg": {

@@ -143,6 +143,7 @@ class RegressionConfig:
             if name not in get_args(RegressionName):
                 raise SettingError(f"losses has {name!r}{nearest(name, get_args(RegressionName))}")
         positive = all(0 < weight < math.inf for _, weight in self.losses)
+        # A repeated name would hide one of its weights.
         require(
             self,
             losses=(
@@ -150,6 +151,7 @@ class RegressionConfig:
                 "names, each once, with positive weights, such as e_latent_lpips:1,latent_lpips:1",
             ),
         )
+        # Types and choices, then ranges.
         check_values(self)
         require(
             self,

@@ -58,6 +58,7 @@ def read_history(student: str) -> History:
     stages: list[Stage] = []
     folder, visited = Path(student), set[Path]()
     while True:
+        # The history ends where a folder is missing, unreadable or without checkpoints.
         if not (folder / "config.json").is_file():
             gap = "an exported student or a run that is not at hand" if stages else NOT_RECORDED
             break

@@ -121,6 +121,8 @@ def model_card(
     history = read_history(student)
     specs, missing = pair_stores(history)
     hours = history.device_hours
+
+    # The template lays out the text; every number of the card comes from here.
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),

@@ -59,6 +59,8 @@ def pipeline_schedule(teacher: str) -> Schedule:
             f"teacher {teacher} is preconditioned as in EDM, and no scheduler of diffusers starts from "
             f"sigma_max times the noise, as its students do; {instead}"
         )
+
+    # Unconditional pipelines pass no class and take the whole output as noise.
     if not pipeline.family.reads_text:
         config = pretrained.load_on_meta(teacher, "unet").config
         if config.num_class_embeds is not None:

@@ -158,6 +158,8 @@ def export_lora(
         save_tensors(cast, written / "pytorch_lora_weights.safetensors", {"format": "pt"})
         exported = sample_with_adapters(source, written, latents_noise, one.examples, device)
         parity = check_parity(max_abs_diff(*zip(expected, exported, strict=True)), saved_dtype)
+
+        # The card reports the measured difference from the training code.
         rank = next(len(value) for name, value in adapters.items() if ".lora_A." in name)
         text = model_card(
             student=student,

@@ -170,6 +170,7 @@ def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Stud
 
     `seed` initializes the adapters. Raises SettingError for adapters of a network without attention.
     """
+    # Each residual block draws its own mask, numbered in the order of the network.
     if config.dropout:
         blocks = [m for m in student.unet.modules() if type(m).__name__.startswith("ResnetBlock")]
         for number, block in enumerate(blocks):
@@ -183,6 +184,8 @@ def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Stud
                 "to 0"
             )
         add_lora(student.unet, targets, config.lora_rank, config.alpha, generator(seed, Stream.LORA_INIT))
+
+    # A teacher that has a guidance input keeps it; others get one that starts at zero.
     if config.guidance_conditioning and not student.guided:
         assert student.reads_text, "check_teacher must run first"
         add_guidance_embedding(student.unet)

@@ -181,12 +181,15 @@ def added_parameters(discriminator: Discriminator) -> int:
 
 
 def _check_supported(unet: Any) -> None:
+    # D reads a feature map after every block, so each block must be of a known kind.
     for block_type in (type(block).__name__ for block in (*unet.down_blocks, *unet.up_blocks)):
         if block_type not in BLOCK_TYPES:
             raise UserError(
                 f"discriminator: the teacher's U-Net has a {block_type}; "
                 f"supported are {', '.join(BLOCK_TYPES)}"
             )
+
+    # D computes the embeddings of time and text itself: the conditions that it can compute.
     for name, supported in (
         ("class_embed_type", (None,)),
         ("num_class_embeds", (None,)),

@@ -35,6 +35,7 @@ def saved_bytes(network: nn.Module, run: Callable[[], Any], bf16: bool) -> float
     Each storage counts once. Of layers under activation checkpointing, the inputs count, and in addition the
     largest layer, since backward recomputes one layer at a time. `bf16`: run under autocast.
     """
+    # Weights are counted elsewhere; views of one storage count once.
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     storages, largest = _StorageCounter(weights), 0.0
 
@@ -52,6 +53,8 @@ def saved_bytes(network: nn.Module, run: Callable[[], Any], bf16: bool) -> float
     # engine.recompute replaces the forward of a checkpointed layer by a partial.
     checkpointed = [layer for layer in network.modules() if isinstance(layer.forward, partial)]
     hooks = [layer.register_forward_pre_hook(count_layer, with_kwargs=True) for layer in checkpointed]
+
+    # Autograd reports each tensor that it saves to the hook.
     with (
         torch.autograd.graph.saved_tensors_hooks(storages, _identity),
         _cuda_autocast_rules(bf16),

@@ -54,9 +54,12 @@ class StopControl:
 
     def event(self, nimg: int, terms: Mapping[str, Tensor], microbatches: Sequence[MicroBatch]) -> StepEvent:
         """The step that ended at `nimg` images. Call on every rank. Raises LostFolder."""
+        # What this process sees: another owner of the folder, and the time limit.
         other = self.owner.lost_to() if process_group.rank() == 0 else ""
         minutes = self.options.minutes
         late = minutes is not None and time.monotonic() - self.started > 60 * minutes
+
+        # All processes take the same decision: a flag of one process holds for all of them.
         flags = process_group.any_of(
             {
                 "stop": bool(self.stop),
@@ -65,6 +68,8 @@ class StopControl:
                 "lost": bool(other),
             }
         )
+
+        # Another run owns the folder now: leave before anything is written into it.
         if flags["lost"]:
             raise LostFolder(
                 f"{process_group.gather_objects(other)[0]}, trains in {self.owner.folder} now, because this "

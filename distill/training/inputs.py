@@ -44,12 +44,17 @@ def same_inputs(out: Path, config: DistillConfig, reader: PairRows, inputs: dict
 
     Raises UserError if a pair store is at its old path, but holds other pairs now.
     """
+    # A new run has nothing to compare with.
     if not (out / "config.json").is_file():
         return []
     written = read_json_object(out / "config.json", RESTORE_CONFIG_HINT)
     before = written.get("inputs", {})
+
+    # The same path, or the same digest at another path.
     same = [name for name in INPUTS if _same_paths(str(written.get(name, "")), getattr(config, name))]
     same += [name for name in ("teacher", "init") if inputs[name] and before.get(name) == inputs[name]]
+
+    # Pair stores may grow, but the pairs that the run started with must be unchanged.
     if "pairs" in before:
         specs = store_specs(reader)
         differing = _differing_stores(specs, before["pairs"])

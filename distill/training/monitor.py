@@ -52,9 +52,13 @@ class RunMonitor:
         self.autocast, self.extra_validation = autocast, extra_validation
         self.folder, self.seed, self.warned = log.folder / "checkpoints", config.seed, set[str]()
         self.guided = config.student.guidance_conditioning
+
+        # Validation uses micro-batches of the size of training, which are known to fit into memory.
         self.batch = max(
             1, self.config.batch_size // process_group.world_size() // config.engine.gradient_accumulation
         )
+
+        # Only previews decode images.
         self.vae: Any = None
         if self.config.preview_prompts:
             self.vae = pretrained.load_vae(config.teacher).to(device)
@@ -64,12 +68,14 @@ class RunMonitor:
         """Context of the training loop: however it ends, close the loggers, draw the health panel, and write
         how the run ended. A run that was finished before stays as it is.
         """
+        # A finished run keeps its recorded end.
         if self.state.nimg >= self.config.images:
             yield
             return self.log.close()
         self.log.begin()
         try:
             yield
+        # Failed or stopped: record it, except in a folder that another run owns now.
         except BaseException as error:
             self.log.close()
             if isinstance(error, LostFolder):
@@ -79,6 +85,8 @@ class RunMonitor:
                 if isinstance(error, Exception):  # not on Ctrl-C, when somebody waits
                     self.panel()
             raise
+
+        # Trained to the end, or to the time limit.
         self.log.close()
         self.panel()
         self.log.end("done" if self.state.nimg >= self.config.images else "minutes")

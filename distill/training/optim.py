@@ -32,6 +32,8 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         },
     ]
     groups = [g for g in groups if g["params"]]
+
+    # The optimizer by name; "adam" alone adds the decay to the gradient.
     if config.name == "radam":
         return torch.optim.RAdam(groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True)
     if config.name == "adam":
