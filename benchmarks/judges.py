@@ -1,0 +1,85 @@
+"""Scores of a miniature student on test scenes under three feature networks, for benchmarks."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from d2g.diffusion import pretrained
+from d2g.diffusion.latents import encode, from_uint8
+from distill.sampling import load_student
+from eval.evaluation import evaluate
+from eval.measure.build_reference import build_reference
+from eval.measure.reference import Reference
+from eval.measure.required_networks import Networks
+from eval.measure.source import batch_source
+from eval.networks.base import FeatureNet, parameters_sha256
+from eval.networks.clip import load_clip_features
+from eval.networks.registry import load_clip
+from eval.protocols.protocol import PROTOCOLS, Protocol
+from eval.runner.samplers import SamplingRequest, one_step_source
+from miniature.metrics import oracle_features, oracle_measures, real_scenes
+from miniature.oracle import load_oracle
+from miniature.registration import register_eval_scenes
+
+JUDGES = ("oracle", "clip", "vae")
+COLUMNS = ("oracle", "clip", "vae", "precision", "recall", "caption_accuracy", "caption_exact")
+"""Names of the scores: Frechet distances under each judge (CLIP's times 1000), and the rest by the oracle."""
+
+
+def vae_features() -> FeatureNet:
+    """The teacher's latents of an image, flattened: posterior means of its VAE."""
+    vae = pretrained.load_vae("miniature")
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        return encode(vae, from_uint8(images)).flatten(1)
+
+    dim = features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]
+    return FeatureNet(name="vae", dim=dim, sha256=parameters_sha256(vae), function=features)
+
+
+@cache
+def _networks() -> dict[str, FeatureNet]:
+    clip = load_clip_features(pretrained.resolve("miniature") / "clip")
+    return {"oracle": oracle_features(load_oracle()), "clip": clip, "vae": vae_features()}
+
+
+@cache
+def _reference(count: int) -> tuple[dict[str, Reference], list[str], Protocol]:
+    """References of `count` test scenes by judge, their captions, and the protocol."""
+    register_eval_scenes()
+    protocol, scenes = PROTOCOLS["miniature"], real_scenes(count)
+    texts = [text for _, batch in scenes for text in batch]
+    source = batch_source("scenes", scenes)
+    references = {
+        name: build_reference(source, protocol, {"features": net}) for name, net in _networks().items()
+    }
+    return references, texts, protocol
+
+
+def score(run: Path, count: int) -> dict[str, float]:
+    """Scores of the student of a run on `count` test scenes, all with the same noise and captions."""
+    references, texts, protocol = _reference(count)
+    request = SamplingRequest(prompts=texts, seed=0, device="cpu")
+    source = one_step_source(str(run), load_student(str(run)), request)
+    scores: dict[str, float] = {}
+    for judge, net in _networks().items():
+        # The oracle also measures precision, recall and captions.
+        main = judge == "oracle"
+        networks = Networks(
+            sets={"features": net},
+            clip=load_clip(str(pretrained.resolve("miniature") / "clip")) if main else None,
+            extra=oracle_measures(load_oracle(), protocol.preprocessing) if main else {},
+        )
+        metrics = ("fid", "pr", "caption_accuracy") if main else ("fid",)
+        result = evaluate(
+            source, protocol, networks, metrics=metrics, reference=references[judge], count=count, resamples=0
+        ).result
+        assert result.fid is not None
+        scores[judge] = result.fid * (1000 if judge == "clip" else 1)
+        if main:
+            assert result.precision is not None and result.recall is not None
+            scores |= {"precision": result.precision, "recall": result.recall, **result.extra}
+    return {name: float(scores[name]) for name in COLUMNS}

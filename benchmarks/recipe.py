@@ -1,0 +1,117 @@
+"""Recipes of the miniature compared: losses and schedules of both stages, over seeds, under three judges.
+
+    python benchmarks/recipe.py run --pairs DIR --out DIR --arm NAME --seed 0     one run; resumes
+    python benchmarks/recipe.py table --out DIR                                  writes recipe_DATE_cpu.md
+
+Pairs come from `d2g pairs generate --preset miniature`. Arms of the second stage start from the run of the
+first stage that their name ends with.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.ablation import spread
+from benchmarks.common import table, write
+from benchmarks.judges import COLUMNS, score
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import override
+from distill.config.presets import DISTILL_PRESETS
+from distill.training.train import train
+
+TODAY = ("optim.lr=5e-4", "train.ema_beta=0.99")
+SCHEDULE = ("optim.warmup_images=2560", "optim.decay_images={images}", "train.ema_halflife_images=420")
+FIRST = {
+    "e_latent_lpips, constant rate": ("regression.losses=e_latent_lpips", *TODAY),
+    "pseudo_huber, constant rate": ("regression.losses=pseudo_huber", *TODAY),
+    "e_latent_lpips": ("regression.losses=e_latent_lpips", "optim.lr=5e-4", *SCHEDULE),
+    "e_latent_lpips, 4 draws": (
+        "regression.losses=e_latent_lpips", "regression.draws=4", "optim.lr=5e-4", *SCHEDULE
+    ),
+    "e_latent_lpips, 1e-3": ("regression.losses=e_latent_lpips", "optim.lr=1e-3", *SCHEDULE),
+    "pseudo_huber": ("regression.losses=pseudo_huber", "optim.lr=1e-3", *SCHEDULE),
+    "decoder_features": ("regression.losses=decoder_features", "optim.lr=1e-3", *SCHEDULE),
+    "pseudo_huber + e_latent_lpips": (
+        "regression.losses=pseudo_huber:1,e_latent_lpips:10", "optim.lr=1e-3", *SCHEDULE
+    ),
+    "pseudo_huber + decoder_features": (
+        "regression.losses=pseudo_huber:1,decoder_features:1", "optim.lr=1e-3", *SCHEDULE
+    ),
+}  # fmt: skip
+"""Settings of first stages by name of the arm; `{images}` stands for the length."""
+SECOND = {
+    "gan, constant rate": (),
+    "gan": (
+        "optim.decay_images={images}",
+        "gan.optim.decay_images={images}",
+        "train.ema_halflife_images=420",
+    ),
+}
+"""Settings of second stages by the first part of their name."""
+
+
+def run(pairs: str, out: Path, arm: str, seed: int, images: int, count: int) -> None:
+    """Train one arm with one seed and score it, unless its scores are there."""
+    second, _, first = arm.rpartition(" from ")
+    stage = "gan" if second else "ode"
+    settings = [*FIRST[first], *(SECOND[second] if second else ())]
+    folder = out / str(seed) / arm
+    if (folder / "scores.json").is_file():
+        return
+    config = replace(DISTILL_PRESETS["miniature"][stage], pairs=pairs, seed=seed)
+    if second:
+        config = replace(config, init=str(out / str(seed) / first))
+        settings = [s for s in settings if s.startswith("regression.")] + list(SECOND[second])
+    config = override(config, [setting.format(images=images) for setting in settings])
+    options = replace(config.train, images=images, report_images=images // 8, checkpoint_images=images // 4)
+    summary = train(replace(config, train=options), folder)
+    facts = {"images": summary.images, "seconds": summary.seconds, "judged": count}
+    write_atomically(folder / "scores.json", json.dumps({**score(folder, count), **facts}, indent=1))
+    print(arm, seed, json.loads((folder / "scores.json").read_text()), flush=True)
+
+
+def lines_of(out: Path) -> list[str]:
+    """The table of all scores: mean and standard deviation over seeds."""
+    scores: dict[str, list[dict[str, float]]] = {}
+    for file in sorted(out.glob("*/*/scores.json")):
+        scores.setdefault(file.parent.name, []).append(json.loads(file.read_text()))
+    rows = [
+        [
+            arm,
+            len(of_arm),
+            int(of_arm[0]["images"]),
+            *(spread([s[column] for s in of_arm]) for column in COLUMNS),
+        ]
+        for arm, of_arm in scores.items()
+    ]
+    judged = {int(s["judged"]) for of_arm in scores.values() for s in of_arm}
+    return [f"Students judged on {', '.join(map(str, judged))} test scenes.", "",
+            *table(["", "seeds", "images", *COLUMNS], rows)]  # fmt: skip
+
+
+def main() -> None:
+    """Run one arm, or write the table."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("--pairs")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--arm", help=f"one of {', '.join(FIRST)}; or {' or '.join(SECOND)}, from one of them"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=24_000)
+    parser.add_argument("--judged", type=int, default=2_048, help="test scenes per student")
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args.pairs, args.out, args.arm, args.seed, args.images, args.judged)
+    else:
+        write("recipe", "Recipes of the miniature", lines_of(args.out))
+
+
+if __name__ == "__main__":
+    main()
