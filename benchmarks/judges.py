@@ -1,5 +1,6 @@
 """Scores of a miniature student on test scenes under three feature networks, for benchmarks."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from eval.measure.source import batch_source
 from eval.networks.base import FeatureNet, parameters_sha256
 from eval.networks.clip import load_clip_features
 from eval.networks.registry import load_clip
-from eval.protocols.protocol import PROTOCOLS, Protocol
+from eval.protocols.protocol import ANY, PROTOCOLS, Protocol
 from eval.runner.samplers import SamplingRequest, one_step_source
 from miniature.metrics import oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
@@ -50,7 +51,7 @@ def _networks() -> dict[str, FeatureNet]:
 def _reference(count: int) -> tuple[dict[str, Reference], list[str], Protocol]:
     """References of `count` test scenes by judge, their captions, and the protocol."""
     register_eval_scenes()
-    protocol, scenes = PROTOCOLS["miniature"], real_scenes(count)
+    protocol, scenes = replace(PROTOCOLS["miniature"], features=ANY), real_scenes(count)
     texts = [text for _, batch in scenes for text in batch]
     source = batch_source("scenes", scenes)
     references = {

@@ -117,7 +117,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         timings=timings,
         **_scores(results),
     )
-    _write_output(config, out, result, images)
+    _write_output(config, out, result, results, images)
     return result
 
 
@@ -132,7 +132,13 @@ def _scores(results: dict[str, EvalResult]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def _write_output(config: DemoConfig, out: Path, result: DemoResult, images: dict[str, Tensor]) -> None:
+def _write_output(
+    config: DemoConfig,
+    out: Path,
+    result: DemoResult,
+    results: dict[str, EvalResult],
+    images: dict[str, Tensor],
+) -> None:
     """Write the images, report.html and demo.json."""
     for sampler, pixels in images.items():
         save_png(image_grid(pixels, columns=config.columns), out / f"{sampler}.png", {})
@@ -141,7 +147,9 @@ def _write_output(config: DemoConfig, out: Path, result: DemoResult, images: dic
     )
     curves = {stage: read_stats(out / stage) for stage in ("ode", "gan")}
     prompts = scene_captions(config.columns, TEST_SEED)
-    write_demo_report(out / "report.html", result.to_json(), images, prompts, curves, config.teacher_steps)
+    write_demo_report(
+        out / "report.html", result.to_json(), results, images, prompts, curves, config.teacher_steps
+    )
     write_atomically(out / "demo.json", json.dumps(result.to_json(), indent=1))
 
 

@@ -6,20 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from eval.protocols.metric import Better
 from eval.report.charts import Curve
 from eval.report.gallery import Pictures
-from eval.report.html import Latency, MetricRow, ReportData
+from eval.report.html import Latency, ReportData
 from eval.report.html import write_report as write_page
+from eval.report.page import metrics_of
+from eval.result import EvalResult
 
-DEMO_METRICS: Mapping[str, tuple[str, Better]] = {
-    "fid": ("Frechet distance (oracle features)", "lower"),
-    "recall": ("Recall", "higher"),
-    "precision": ("Precision", "higher"),
-    "clip_score": ("CLIP score", "higher"),
-    "caption_accuracy": ("Caption accuracy", "higher"),
-    "caption_exact": ("Flawless pictures", "higher"),
-}
 STAGE_TITLES = {"ode": "Stage 1", "gan": "Stage 2"}
 DEMO_NOTES = (
     "The Frechet distance is of the caption oracle's features against rendered scenes of the same captions: "
@@ -32,6 +25,7 @@ DEMO_NOTES = (
 def write_demo_report(
     path: Path,
     result: Mapping[str, Any],
+    results: Mapping[str, EvalResult],
     pictures: Mapping[str, Tensor],
     prompts: Sequence[str],
     curves: Mapping[str, Sequence[Mapping[str, float]]],
@@ -39,7 +33,8 @@ def write_demo_report(
 ) -> None:
     """Write the report to `path`.
 
-    `pictures` has uint8 images [columns, 3, H, W] per sampler, `curves` the lines of stats.jsonl per stage.
+    `result` is the content of demo.json, `results` the evaluation of each sampler. `pictures` has uint8
+    images [columns, 3, H, W] per sampler, `curves` the lines of stats.jsonl per stage.
     """
     # The column of each sampler, in the order of the page.
     titles = {
@@ -56,14 +51,7 @@ def write_demo_report(
         f"One image takes {speed['student']:.1f} ms, the teacher's {speed['teacher']:.0f} ms "
         f"({speed['teacher'] / speed['student']:.0f}\u00d7).",
         notes=DEMO_NOTES,
-        metrics=[
-            MetricRow(
-                name=name,
-                better=better,
-                values={title: result[key][sampler] for sampler, title in titles.items()},
-            )
-            for key, (name, better) in DEMO_METRICS.items()
-        ],
+        metrics=metrics_of({title: results[sampler] for sampler, title in titles.items()}),
         beside=[
             Pictures(
                 title="Same noise, same prompt",

@@ -58,10 +58,10 @@ class OptimConfig:
         source="not in the paper; DMD: 500 steps",
     )
     decay_images: int = setting(
-        0, "Images over which the learning rate falls to final_lr; 0 keeps it constant", source="none"
+        0, "Images over which the learning rate falls to final_lr; 0 keeps it constant", source="ours"
     )
     decay: Literal["cosine", "linear", "step"] = setting(
-        "cosine", "Shape of the decay; step changes the rate at once after decay_images", source="none"
+        "cosine", "Shape of the decay; step changes the rate at once after decay_images", source="ours"
     )
     final_lr: float = setting(
         0.0,
@@ -194,7 +194,7 @@ class DiscriminatorConfig:
     head_reduction: Reduction = setting(
         "mean",
         "How the losses of the heads are combined",
-        source='none; method.md "Discriminator architecture"',
+        source='ours; method.md "Discriminator architecture"',
     )
     d_steps_per_g_step: int = setting(
         1, "Discriminator updates per generator update; DMD2: 5 to 10", source="Table A1"
@@ -218,7 +218,7 @@ class DiscriminatorConfig:
     output_head: bool = setting(
         False,
         "One more head on the U-Net's own output, as the paper's figure draws it",
-        source='none; method.md "Discriminator architecture"',
+        source='ours; method.md "Discriminator architecture"',
     )
     freeze_backbone: bool = setting(
         False,
@@ -229,7 +229,7 @@ class DiscriminatorConfig:
     timestep: int = setting(
         0,
         "Timestep that the discriminator is given for clean latents",
-        source='none; method.md "Discriminator timestep and noise"',
+        source='ours; method.md "Discriminator timestep and noise"',
     )
     timestep_mode: Literal["constant", "random"] = setting(
         "constant",
@@ -250,29 +250,29 @@ class DiscriminatorConfig:
         recipe=True,
     )
     noise_max_timestep: int = setting(
-        1000, "Largest timestep of noise_augment, exclusive", source="none; DMD2: 1000"
+        1000, "Largest timestep of noise_augment, exclusive", source="ours; DMD2: 1000"
     )
 
     mix_fraction: float = setting(
         0.25,
         "Share of fake rows replaced by mismatched real rows",
-        source='none; method.md "Mix-and-match augmentation"',
+        source='ours; method.md "Mix-and-match augmentation"',
         recipe=True,
     )
     mix_x: float = setting(
         1.0,
         "Relative share of mismatched rows with another row's latents",
-        source='none; method.md "Mix-and-match augmentation"',
+        source='ours; method.md "Mix-and-match augmentation"',
     )
     mix_c: float = setting(
         1.0,
         "Relative share of mismatched rows with another row's text",
-        source='none; method.md "Mix-and-match augmentation"',
+        source='ours; method.md "Mix-and-match augmentation"',
     )
     mix_z: float = setting(
         1.0,
         "Relative share of mismatched rows with another row's noise",
-        source='none; method.md "Mix-and-match augmentation"',
+        source='ours; method.md "Mix-and-match augmentation"',
     )
 
     penalty: Penalty = setting(
@@ -297,7 +297,7 @@ class DiscriminatorConfig:
     r1_reduction: Reduction = setting(
         "mean",
         "How a head's logits are reduced over positions before the gradient",
-        source='none; method.md "Single-sample R1"',
+        source='ours; method.md "Single-sample R1"',
     )
     approx_sigma: float = setting(
         0.01,
@@ -391,7 +391,7 @@ class StudentConfig:
         source="paper",
     )
     lora_alpha: float = setting(
-        0.0, "Adapters are scaled by lora_alpha / lora_rank; 0 takes lora_alpha = lora_rank", source="none"
+        0.0, "Adapters are scaled by lora_alpha / lora_rank; 0 takes lora_alpha = lora_rank", source="ours"
     )
     guidance_conditioning: bool = setting(
         False,

@@ -63,7 +63,7 @@ class StepContext:
     noise_augment: NoiseAugmentation
     mix_in_real_images: RealRows
     gan: DiscriminatorConfig
-    optim: OptimConfig
+    student_optim: OptimConfig
     batch_size: int
     logit_stats: LogitStats
     autocast: Callable[[], AbstractContextManager[None]]
@@ -218,7 +218,7 @@ def _update(context: StepContext, name: str, terms: LossTerms) -> None:
         assert state.optim_d is not None and state.discriminator is not None
         optim, network, config = state.optim_d, state.discriminator, context.gan.optim
     else:
-        optim, network, config = state.optim_g, state.student, context.optim
+        optim, network, config = state.optim_g, state.student, context.student_optim
     lr = learning_rate(state.nimg, config, context.batch_size)
     norm = update(optim, network, config, lr, lambda norm: context.check_finite(name, norm, terms))
     terms.set(name, norm)

@@ -98,6 +98,24 @@ def train(
         ) from error
 
 
+@dataclass(kw_only=True)
+class _Run:
+    """An open run: everything that its loop works with."""
+
+    config: DistillConfig
+    out: Path
+    log: RunLog
+    state: State
+    monitor: RunMonitor
+    writer: sharded_checkpoint.Writer
+    pace: Pace
+    finite: "FiniteCheck"
+    prepare: StepPreparation
+    context: StepContext
+    batches: Iterator[PairBatch]
+    resumed: bool
+
+
 def _train(
     config: DistillConfig,
     out: Path,
@@ -106,7 +124,15 @@ def _train(
     validate: Validate | None,
     owner: FolderOwner,
 ) -> TrainSummary:
-    # Set up: data, networks, losses.
+    run = _open_run(config, out, device, validate)
+    started, first = time.monotonic(), run.state.nimg
+    with run.monitor.record_ending(), StopFlag() as stop:
+        _loop(run, StopControl(config.train, stop, run.writer, owner), progress)
+    return _summary(out, run.log, run.state, config.train.images, first, time.monotonic() - started)
+
+
+def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:
+    """Load data, networks and losses, from the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
     reader = _open_reader(config)
     encode = _build_encoder(config, device)
@@ -115,8 +141,7 @@ def _train(
     mix_in_real_images = RealRows(config, reader.spec.latent_shape, encode, device)
     last = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=last is None)
-    autocast = _build_autocast(config, device)
-    logit_stats = LogitStats()
+    autocast, logit_stats = _build_autocast(config, device), LogitStats()
 
     # Resume: weights, optimizers and the log go back to the same image.
     inputs = describe_inputs(config, reader)
@@ -130,64 +155,76 @@ def _train(
         state.load(last, config)
     log.rewind(state.nimg)
     log.attach(options.loggers, state.nimg)
-    monitor = RunMonitor(config, log, reader, state, regression, encode, device, autocast, validate)
-    writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
 
     # Build the step, and the batches in the order that resumes at this image.
+    writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
     pace = Pace(log.read(), state.nimg, process_group.world_size())
     finite = FiniteCheck(out, config.pairs, state, logit_stats, writer)
-    prepare = _build_preparation(config, regression, noise_augment, encode, device)
     context = StepContext(
         state=state,
         regression=regression,
         noise_augment=noise_augment,
         mix_in_real_images=mix_in_real_images,
         gan=config.gan,
-        optim=config.optim,
+        student_optim=config.optim,
         batch_size=options.batch_size,
         logit_stats=logit_stats,
         autocast=autocast,
         waiting=pace.waiting,
         check_finite=finite.check,
     )
-    batches = _open_batches(config, reader, state.nimg, device)
-    started, first = time.monotonic(), state.nimg
+    return _Run(
+        config=config,
+        out=out,
+        log=log,
+        state=state,
+        monitor=RunMonitor(config, log, reader, state, regression, encode, device, autocast, validate),
+        writer=writer,
+        pace=pace,
+        finite=finite,
+        prepare=_build_preparation(config, regression, noise_augment, encode, device),
+        context=context,
+        batches=_open_batches(config, reader, state.nimg, device),
+        resumed=last is not None,
+    )
+
+
+def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
+    """Train until the run has all its images, its minutes are over, or somebody stops it."""
+    config, state, monitor, writer = run.config, run.state, run.monitor, run.writer
+    options = config.train
+    checkpoints = CheckpointCallback(config, monitor, state, writer)
+    callbacks: tuple[Callback, ...] = (
+        ReportCallback(options, monitor, run.context.logit_stats, run.pace, writer),
+        checkpoints,
+        ValidationCallback(monitor, checkpoints, writer),
+    )
     finished = state.nimg >= options.images
+    if run.resumed and monitor.validation_missed():
+        monitor.validate()
+    while not finished:
+        # Read pairs and draw the step's random numbers.
+        with run.pace.waiting():
+            batch = next(run.batches)
+        run.finite.batch = batch
+        microbatches, randomness = run.prepare(batch, state.nimg)
 
-    with monitor.record_ending(), StopFlag() as stop:
-        control = StopControl(options, stop, writer, owner)
-        checkpoints = CheckpointCallback(config, monitor, state, writer)
-        callbacks: tuple[Callback, ...] = (
-            ReportCallback(options, monitor, logit_stats, pace, writer),
-            checkpoints,
-            ValidationCallback(monitor, checkpoints, writer),
-        )
-        if last is not None and monitor.validation_missed():
-            monitor.validate()
-        while not finished:
-            # Read pairs and draw the step's random numbers.
-            with pace.waiting():
-                batch = next(batches)
-            finite.batch = batch
-            microbatches, randomness = prepare(batch, state.nimg)
+        # Update the networks.
+        terms = train_step(run.context, microbatches, randomness)
+        state.nimg, state.steps = state.nimg + options.batch_size, state.steps + 1
+        progress(config.stage, min(state.nimg, options.images), options.images)
 
-            # Update the networks.
-            terms = train_step(context, microbatches, randomness)
-            state.nimg, state.steps = state.nimg + options.batch_size, state.steps + 1
-            progress(config.stage, min(state.nimg, options.images), options.images)
-
-            # Report, save, validate, stop.
-            event = control.event(state.nimg, terms, microbatches)
-            for callback in callbacks:
-                callback.after_step(event)
-            finished, interrupted = event.finished, event.interrupted
-            del event, microbatches, terms  # the next step allocates in their memory
-            if interrupted and not finished:
-                raise Interrupted(
-                    f"stopped at image {state.nimg}; safe on disk: {folder / f'{state.nimg:09d}'}; "
-                    "run the same command again to go on"
-                )
-    return _summary(out, log, state, options.images, first, time.monotonic() - started)
+        # Report, save, validate, stop.
+        event = control.event(state.nimg, terms, microbatches)
+        for callback in callbacks:
+            callback.after_step(event)
+        finished, interrupted = event.finished, event.interrupted
+        del event, microbatches, terms  # the next step allocates in their memory
+        if interrupted and not finished:
+            raise Interrupted(
+                f"stopped at image {state.nimg}; safe on disk: "
+                f"{run.out / 'checkpoints' / f'{state.nimg:09d}'}; run the same command again to go on"
+            )
 
 
 def _summary(out: Path, log: RunLog, state: State, images: int, first: int, seconds: float) -> TrainSummary:
@@ -318,7 +355,7 @@ def validate_config(config: DistillConfig) -> None:
     check_loggers(config.train.loggers)
 
 
-_MAY_CHANGE = {
+_CHANGEABLE_SETTINGS = {
     "train": (
         *("images", "minutes", "loader_workers", "report_images", "checkpoint_images", "keep_checkpoints"),
         *("keep_best", "validate_images", "preview_prompts", "loggers", "on_collapse"),
@@ -334,7 +371,9 @@ _MAY_CHANGE = {
 
 
 def _split_config(config: DistillConfig) -> dict[str, object]:
-    """The config as JSON, with what may change at a resume apart, under `length`."""
-    whole = to_json(config)
-    length = {name: whole[group].pop(name) for group, names in _MAY_CHANGE.items() for name in names}
-    return {**whole, "length": length}
+    """The config as JSON, with the settings that may change at a resume apart, under `length`."""
+    settings = to_json(config)
+    changeable = {
+        name: settings[group].pop(name) for group, names in _CHANGEABLE_SETTINGS.items() for name in names
+    }
+    return {**settings, "length": changeable}

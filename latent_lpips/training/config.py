@@ -237,7 +237,7 @@ class OverfitConfig:
     count: int = setting(4, "Number of images", source="supplement C.1")
     size: int = setting(512, "Images are cropped square and resized to this side", source="supplement C.1")
     steps: int = setting(15_000, "Optimizer steps", source="supplement C.1", recipe=True)
-    lr: float = setting(1e-2, "Learning rate of the latents", source="none")
+    lr: float = setting(1e-2, "Learning rate of the latents", source="ours")
     draws: int = setting(1, "Random transforms averaged over in each step", source="supplement C.1")
     report_steps: int = setting(250, "Steps between reports")
     checkpoint_steps: int = setting(1_000, "Steps between checkpoints")
