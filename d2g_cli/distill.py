@@ -141,6 +141,7 @@ def _validation_hook(config: Any, options: DistillOptions) -> Any:
     from eval.protocols.config import EvalRun
     from eval.runner.validation import validation_hook
 
+    # FID alone, without bootstrap intervals, keeps a validation short.
     if "weights" in details:
         details["weights"] = (str(details["weights"]),)
     fixed: dict[str, Any] = {"metrics": ("fid",), "resamples": 0, "allow_fewer": True}

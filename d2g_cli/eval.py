@@ -88,6 +88,7 @@ def eval_curve(
 
     setting, _, text = over.partition("=")
     try:
+        # `checkpoints` has no values; CurveRun refuses the other settings without values.
         values = tuple(float(value) for value in text.split(",")) if text else ()
     except ValueError as error:
         raise SettingError(f"--over is {over!r}; expected for example guidance=1,2,4 ({error})") from error
@@ -104,6 +105,7 @@ def eval_curve(
         if options.as_json:
             emit({"out": str(out), **curve}, True, f"over {setting}")
         else:
+            # One row per point; format_cell writes the interval beside its number.
             keys = [key for key in curve["points"][0] if key != "ci"]
             cells = [[format_cell(point, key) for key in keys] for point in curve["points"]]
             labels = [curve["labels"].get(key, key) for key in keys]

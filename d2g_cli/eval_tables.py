@@ -14,6 +14,7 @@ def readable_result(result: dict[str, Any]) -> dict[str, Any]:
     """A result as lines of a table: metrics, source, counts, protocol, notes, latency, checkpoints."""
     from eval.result import EvalResult
 
+    # The result of `eval run` holds more than an EvalResult, for example checkpoints.
     known = {key: value for key, value in result.items() if key in EvalResult.__dataclass_fields__}
     evaluation = EvalResult(**known)
     lines: dict[str, Any] = dict(evaluation.rows())

@@ -88,6 +88,7 @@ def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
     for name in names[1:]:
         if differ := _differing(first, results[name]):
             raise UserError(f"{names[0]} and {name} do not compare: {'; '.join(differ)}; evaluate them alike")
+    # Headline numbers come first; a result without a number has None there.
     return [
         {
             "name": name,

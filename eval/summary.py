@@ -82,6 +82,7 @@ def _metric_inputs(
 ) -> MetricInputs:
     # Only networks that have measured these rows.
     measured = {name: net for name, net in networks.sets.items() if name in rows.values}
+    # The Inception score needs the classifier of the feature network.
     features = networks.sets.get("features")
     return MetricInputs(
         protocol=protocol,
@@ -113,6 +114,7 @@ def check_reference(metrics: tuple[str, ...], reference: object | None) -> None:
 def _reference_facts(reference: Reference | None) -> dict[str, dict[str, str]]:
     if reference is None:
         return {}
+    # Only facts that identify the reference's images; they must agree between compared results.
     names = ("source", "images", "files_sha256")
     return {"reference": {name: str(reference.facts.get(name, "")) for name in names}}
 

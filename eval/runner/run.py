@@ -112,6 +112,7 @@ def _nearest_images(session: EvalSession, source: ImageSource, evaluation: Evalu
     training_rows = measure_source(
         training, range(training.count), measure, work=MeasureOptions(), progress=session.progress
     )
+    # The training rows are compared in chunks to bound the distance matrix.
     generated = rows.values["features"][:NEAREST]
     near = nearest_neighbors(
         generated, training_rows.values["features"].split(4096), k=min(NEIGHBORS, training.count)
@@ -151,6 +152,7 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
         work=work,
         progress=progress,
     )
+    # Write the file first: an interrupted run still finds its parts in the work folder.
     keep_reference(reference, out, work, session.protocol.pr_images)
     networks = {name: {"name": net.name, "sha256": net.sha256} for name, net in sets.items()}
     return {"out": str(out), **reference.facts, "prompts": len(prompts), "networks": networks}
@@ -163,10 +165,12 @@ def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
     compare.
     """
     results = {str(path): EvalResult.load(path) for path in paths}
+    # Refuse results that do not compare before building the table.
     rows = compare(results)
     models = {name: facts for result in results.values() for name, facts in result.models.items()}
     first = next(iter(results.values()))
     labels = number_labels(models)
+    # A dict keeps the columns in the order of their first result.
     keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
     return {
         "protocol": first.protocol,

@@ -161,9 +161,11 @@ def ode_source(
 
     @torch.no_grad()
     def sample(numbers: range, texts: list[str]) -> Tensor:
+        # Noise depends on the image's number only, so a student with the same seed gets the same noise.
         latents = noise(request.seed, numbers, teacher.latent_shape)
         return decode(vae, teacher.sample(latents, texts, steps, guidance, chosen))
 
+    # The stages of the sampler, each on inputs that exist already, so that latency is measured per stage.
     def parts(batch: int) -> dict[str, Callable[[], object]]:
         texts = request.texts(range(batch))
         inputs = noise(request.seed, range(batch), teacher.latent_shape).to(teacher.device)
