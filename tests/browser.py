@@ -115,9 +115,9 @@ class Browser:
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page, awaited."""
-        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def open(self, page: Path, *, width: int, dark: bool = False, media: str = "screen") -> PageState:
         """Load a file at a viewport `width` CSS pixels wide and look at all of it."""
@@ -131,31 +131,31 @@ class Browser:
         self.call("Page.navigate", url=address)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._next()
-        seen = self.evaluate(LOOK)
+        layout = self.evaluate(LOOK)
         return PageState(
-            title=seen["title"],
-            text=seen["text"],
-            headings=[(level, text) for level, text in seen["headings"]],
-            images=seen["images"],
-            problems=[*_in_page(seen, width), *self._complaints(address)],
+            title=layout["title"],
+            text=layout["text"],
+            headings=[(level, text) for level, text in layout["headings"]],
+            images=layout["images"],
+            problems=[*_in_page(layout, width), *self._complaints(address)],
         )
 
     def _complaints(self, address: str) -> list[str]:
         """What the console said, what was thrown, and what was asked of the outside."""
-        found = []
+        complaints = []
         for event in self._events:
             method, params = event["method"], event["params"]
             if method == "Runtime.consoleAPICalled":
-                found.append(f"console: {[part.get('value') for part in params['args']]}")
+                complaints.append(f"console: {[part.get('value') for part in params['args']]}")
             elif method == "Log.entryAdded":
-                found.append(f"log: {params['entry']['text']}")
+                complaints.append(f"log: {params['entry']['text']}")
             elif method == "Runtime.exceptionThrown":
-                found.append(f"thrown: {params['exceptionDetails']['text']}")
+                complaints.append(f"thrown: {params['exceptionDetails']['text']}")
             elif method == "Network.requestWillBeSent":
                 url = params["request"]["url"]
                 if url != address and not url.startswith("data:"):
-                    found.append(f"request: {url[:120]}")
-        return found
+                    complaints.append(f"request: {url[:120]}")
+        return complaints
 
     def close(self) -> None:
         """Ask the whole browser, not the page, to leave."""

@@ -71,11 +71,20 @@ def distill_config(
 
 def distill_arguments(config: DistillConfig, out: Path, *settings: str) -> list[str]:
     """The command line that says what `distill_config` says."""
-    given = ["--pairs", config.pairs, "--teacher", config.teacher, "--out", str(out), "--preset", "miniature"]
-    given += ["--init", config.init] if config.init else []
+    options = [
+        "--pairs",
+        config.pairs,
+        "--teacher",
+        config.teacher,
+        "--out",
+        str(out),
+        "--preset",
+        "miniature",
+    ]
+    options += ["--init", config.init] if config.init else []
     train = {name: getattr(config.train, name) for name in TrainConfig.__dataclass_fields__}
     sets = [f"train.{name}={json.dumps(value)}" for name, value in train.items()]
-    return ["distill", config.stage, *given, *(part for s in (*sets, *settings) for part in ("--set", s))]
+    return ["distill", config.stage, *options, *(part for s in (*sets, *settings) for part in ("--set", s))]
 
 
 @contextmanager

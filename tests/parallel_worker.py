@@ -89,14 +89,14 @@ def gradients(
                 with mixed:
                     logits = d(real, noise, text), d(fake, noise, text)
                 (discriminator_loss(*logits) / accumulate).backward()
-        found = {
+        results = {
             f"grad.{n}": engine.full_tensor(p.grad)
             for n, p in network.named_parameters()
             if p.grad is not None
         }
         norm = d.clip_gradients(1.0)
         optim.step()
-    found["norm"] = norm
+    results["norm"] = norm
     # A pass that trains nothing leaves no gradients, and sees the updated weights.
     optim.zero_grad(set_to_none=True)
     network.requires_grad_(False)
@@ -104,9 +104,9 @@ def gradients(
     out = torch.stack([v.float().mean() for v in d.forward_frozen(x, rows[2], rows[3]).values()]).mean()
     (slope,) = torch.autograd.grad(out, x)
     assert all(p.grad is None for p in network.parameters())
-    found["slope"] = torch.cat(process_group.gather(slope))
-    found |= {f"weight.{n}": engine.full_tensor(p.detach()).clone() for n, p in network.named_parameters()}
-    return found
+    results["slope"] = torch.cat(process_group.gather(slope))
+    results |= {f"weight.{n}": engine.full_tensor(p.detach()).clone() for n, p in network.named_parameters()}
+    return results
 
 
 def main() -> None:
@@ -114,9 +114,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     process_group.init()
     for name, settings in CASES.items():
-        found = gradients(str(folder / "teacher"), **settings)  # type: ignore[arg-type]
+        results = gradients(str(folder / "teacher"), **settings)  # type: ignore[arg-type]
         if process_group.rank() == 0:
-            torch.save(found, folder / f"{name}.pt")
+            torch.save(results, folder / f"{name}.pt")
         process_group.barrier()
     process_group.finish()
 

@@ -80,8 +80,8 @@ class PlainFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
             connection.close()
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
-        found = json.loads(self._request(path, {}))
-        return [{"name": f"{path}/{name}", "size": size, "type": "file"} for name, size in found]
+        entries = json.loads(self._request(path, {}))
+        return [{"name": f"{path}/{name}", "size": size, "type": "file"} for name, size in entries]
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         return self._request(path, {} if end is None else {"Range": f"bytes={start}-{end - 1}"})

@@ -46,8 +46,8 @@ def log(tmp_path: Path) -> Path:
 
 def generate(teacher: Path | str, prompts: Path | str, out: Path, *sets: str) -> list[str]:
     chosen = ["num_pairs=12", "steps=4", "guidance=3", "shard_size=5", "batch_size=4", "dtype=float32", *sets]
-    given = ["--teacher", str(teacher), "--prompts", str(prompts), "--out", str(out)]
-    return ["pairs", "generate", *given, *(part for s in chosen for part in ("--set", s))]
+    options = ["--teacher", str(teacher), "--prompts", str(prompts), "--out", str(out)]
+    return ["pairs", "generate", *options, *(part for s in chosen for part in ("--set", s))]
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -209,9 +209,9 @@ def test_damaged_facts_of_a_run_are_named(
     run = tmp_path / "run"
     shutil.copytree(job / "ode", run)
     (run / file).write_bytes((run / file).read_bytes()[:20])
-    drawn = d2g(["sample", "--student", str(run), "--prompt", "a", "--out", str(tmp_path / "drawn")], log)
+    sampled = d2g(["sample", "--student", str(run), "--prompt", "a", "--out", str(tmp_path / "drawn")], log)
     gan = distill_config(teacher, job / "pairs", stage="gan", init=run)
-    for ended in (drawn, d2g(distill_arguments(gan, tmp_path / "gan"), log)):
+    for ended in (sampled, d2g(distill_arguments(gan, tmp_path / "gan"), log)):
         assert ended.code == 1 and f"{run / file} is damaged" in ended.error
         assert ended.error.endswith(remedy), ended.error
     assert not (tmp_path / "drawn").exists() and not (tmp_path / "gan").exists()
@@ -399,11 +399,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     assert ("loss/d" in report["losses"]) == (stage == "gan")
     assert set(report["logits"]) == ({"real", "fake", "student"} if stage == "gan" else set())
     assert sorted(os.listdir(out / "checkpoints")) == ["000000004", "000000008"]
-    kept = [
+    untouched = [
         *load_file(last / "ema.safetensors").values(),
         *sharded_checkpoint.read(open_checkpoint(last)).values(),
     ]
-    assert all(torch.isfinite(value).all() for value in kept)
+    assert all(torch.isfinite(value).all() for value in untouched)
     assert [line["nimg"] for line in read_stats(out)] == [4, 8]
 
 
@@ -516,8 +516,8 @@ def test_a_wrong_setting_is_told_once(torchrun: dict[str, str], log: Path) -> No
     ],
 )
 def test_wrong_words_are_told_once(words: str, names: str, torchrun: dict[str, str], log: Path) -> None:
-    told = {**torchrun, "COLUMNS": "200"}
-    first, second = d2g_ranks(words.split(), log, environment=told)
+    environment = {**torchrun, "COLUMNS": "200"}
+    first, second = d2g_ranks(words.split(), log, environment=environment)
     assert (first.code, second.code, second.stderr, second.stdout) == (2, 2, "", "")
     assert names in first.stderr and first.stdout == ""
 
@@ -553,8 +553,8 @@ def test_what_a_rank_lacks_is_told_at_once_and_first(
     command: str, teacher: Path, job: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
 ) -> None:
     """The second's disk has no teacher, or no pairs; the first waits for it, and loses it."""
-    there, lacks = tmp_path / "there", tmp_path / "lacks"
-    there.symlink_to(teacher if command == "pairs" else job / "pairs")
+    complete, lacks = tmp_path / "there", tmp_path / "lacks"
+    complete.symlink_to(teacher if command == "pairs" else job / "pairs")
 
     def arguments(source: Path) -> list[str]:
         if command == "pairs":
@@ -563,7 +563,7 @@ def test_what_a_rank_lacks_is_told_at_once_and_first(
 
     begun = time.monotonic()
     second = alone(arguments(lacks), log, torchrun)
-    first = Running(arguments(there), log / "rank0", {**environments(2)[0], **torchrun})
+    first = Running(arguments(complete), log / "rank0", {**environments(2)[0], **torchrun})
     ended = second.wait()
     assert time.monotonic() - begun < GRACE.total_seconds() and str(lacks) in ended.error
     assert "is gone (process 0 lost it); its own message says why" in first.wait().error and ended.code == 1

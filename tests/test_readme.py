@@ -32,7 +32,7 @@ def test_the_commands_of_a_run(tmp_path: Path) -> None:
     skip = shutil.ignore_patterns(".git", ".venv", "tests", "docs", "__pycache__", ".*_cache")
     tree = shutil.copytree(ROOT, tmp_path / "clone", ignore=skip)
     (tree / "prompts.txt").write_text(
-        "".join(f"a small {colour} cube\n" for colour in ("red", "blue", "green"))
+        "".join(f"a small {color} cube\n" for color in ("red", "blue", "green"))
     )
     for name, value in TRIAL.items():
         assert f"{name}={value}" in (ROOT / "README.md").read_text(), f"the README does not offer {name}"

@@ -30,7 +30,7 @@ def nearest_neighbors(generated: Tensor, training: Iterable[Tensor], *, k: int) 
     training set has fewer than k rows, another width, or a value that is not finite.
     """
     if k < 1:
-        raise SettingError(f"k is {k}; expected 1 or more neighbours")
+        raise SettingError(f"k is {k}; expected 1 or more neighbors")
     # Candidates so far: squared distances and training rows.
     queries = _checked(generated, "generated", generated.shape[1])
     squared = torch.empty(len(queries), 0, dtype=torch.float64)
@@ -45,7 +45,7 @@ def nearest_neighbors(generated: Tensor, training: Iterable[Tensor], *, k: int) 
         squared, order = (part[:, :k] for part in squared.sort(dim=1, stable=True))
         indices, count = indices.gather(1, order), count + len(rows)
     if count < k:
-        raise UserError(f"the training set has {count} images; {k} nearest neighbours need at least {k}")
+        raise UserError(f"the training set has {count} images; {k} nearest neighbors need at least {k}")
     return Nearest(distances=squared.sqrt(), indices=indices)
 
 

@@ -10,7 +10,7 @@ from eval.metrics.distances import CenteredRows, DistanceBlock, blocks, kth_neig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Neighbours:
+class Neighbors:
     """Fractions in [0, 1]; density may exceed 1. `density_error`: its standard error over other fake rows."""
 
     precision: float
@@ -20,7 +20,7 @@ class Neighbours:
     density_error: float = field(default=0.0, compare=False)
 
 
-def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -> Neighbours:
+def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -> Neighbors:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     `real` [N, D], `fake` [M, D]. The ball around a row reaches to its k-th nearest neighbor in its own set,
@@ -39,7 +39,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -
 
 def precision_recalls(
     real: Tensor, fake: Tensor, *, ks: tuple[int, ...], chunk: int = 2048
-) -> dict[int, Neighbours]:
+) -> dict[int, Neighbors]:
     """`precision_recall` at several k, for little more than the cost of one."""
     largest = max(ks)
     if min(len(real), len(fake)) <= largest:
@@ -65,7 +65,7 @@ def precision_recalls(
                 covered[i, rows] |= inside.any(1)
                 recalled[i, rows] |= block.within(radius_b[None, columns, i]).any(1)
     return {
-        k: Neighbours(
+        k: Neighbors(
             precision=_share(balls[i] > 0),
             recall=_share(recalled[i]),
             density=balls[i].double().sum().item() / (k * len(fake)),

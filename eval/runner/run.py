@@ -103,7 +103,7 @@ def _nearest_images(session: EvalSession, source: ImageSource, evaluation: Evalu
         return []
     rows = evaluation.rows
     if "features" not in rows.values:
-        raise SettingError("--train looks for neighbours in the protocol's features; add fid to the metrics")
+        raise SettingError("--train looks for neighbors in the protocol's features; add fid to the metrics")
     net, size = session.networks.sets["features"], session.protocol.preprocessing
     # Features of the whole training set, then the nearest rows of the first images.
     training = image_source(open_images(session.config.train))

@@ -41,11 +41,11 @@ def test_round_trip_of_tensors_state_and_meta(tmp_path: Path) -> None:
         tmp_path, 64, {"net": net.state_dict()}, {"adam": optimizer.state_dict()}, {"seed": 3}
     )
     assert names(folder) == ["meta.json", "net.safetensors", "state.pt"]
-    found = checkpoint.latest(tmp_path)
-    assert found is not None and found.nimg == 64 and found.meta == {"seed": 3, "nimg": 64}
-    found.load("net", other)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.nimg == 64 and newest.meta == {"seed": 3, "nimg": 64}
+    newest.load("net", other)
     assert torch.equal(other.weight, net.weight) and torch.equal(other.bias, net.bias)
-    moments = found.state()["adam"]["state"][0]
+    moments = newest.state()["adam"]["state"][0]
     assert torch.equal(moments["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
@@ -60,8 +60,8 @@ def test_only_the_newest_are_kept_and_latest_counts_images_not_names(tmp_path: P
     for nimg in (2, 10, 300, 4000):
         save(tmp_path, nimg, keep=3)
     assert names(tmp_path) == ["000000010", "000000300", "000004000"]
-    found = checkpoint.latest(tmp_path)
-    assert found is not None and found.nimg == 4000
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.nimg == 4000
 
 
 def test_the_same_point_can_be_written_again(tmp_path: Path) -> None:
@@ -79,11 +79,11 @@ def test_an_empty_or_missing_folder_has_no_latest(tmp_path: Path) -> None:
 
 def test_loading_is_strict(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    found = checkpoint.open_checkpoint(tmp_path / "000000001")
+    opened = checkpoint.open_checkpoint(tmp_path / "000000001")
     with pytest.raises(RuntimeError, match=r"Missing key.*Unexpected key|size mismatch"):
-        found.load("net", nn.Linear(2, 3))
+        opened.load("net", nn.Linear(2, 3))
     with pytest.raises(RuntimeError, match="Missing key"):
-        found.load("net", nn.Sequential(nn.Linear(2, 2)))
+        opened.load("net", nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_absent_names_are_errors_that_list_what_is_there(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_a_damaged_meta_is_named(tmp_path: Path, content: str, why: str) -> None
         checkpoint.latest(tmp_path)
     assert checkpoint.complete_points(tmp_path) == [1, 2]
     shutil.rmtree(path.parent)
-    found = checkpoint.latest(tmp_path)
-    assert found is not None and found.nimg == 1
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.nimg == 1
 
 
 def test_a_checkpoint_without_its_meta_is_damage(tmp_path: Path) -> None:
@@ -142,8 +142,10 @@ def test_a_checkpoint_without_its_meta_is_damage(tmp_path: Path) -> None:
             look(folder)
     assert checkpoint.complete_points(tmp_path) == [1]
     shutil.rmtree(path)
-    found = checkpoint.latest(tmp_path)
-    assert found is not None and found.nimg == 1 and checkpoint.list_checkpoints(tmp_path) == [found.folder]
+    newest = checkpoint.latest(tmp_path)
+    assert (
+        newest is not None and newest.nimg == 1 and checkpoint.list_checkpoints(tmp_path) == [newest.folder]
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone"])
@@ -196,8 +198,8 @@ def test_a_killed_writer_leaves_no_checkpoint_and_the_next_one_sweeps(tmp_path: 
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE)
     assert done.returncode == -signal.SIGXFSZ, done.stderr.decode()
     assert len(names(tmp_path)) == 2, "the torn one lies there under its temporary name"
-    found = checkpoint.latest(tmp_path)
-    assert found is not None and found.nimg == 1
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.nimg == 1
     save(tmp_path, 2)
     assert names(tmp_path) == ["000000001", "000000002"]
 
@@ -237,8 +239,8 @@ def test_a_kill_in_the_midst_of_deleting_is_no_damage(nimg: int, kind: str, tmp_
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         killed = code == -signal.SIGKILL
         assert killed or code == 0
-        found = checkpoint.latest(tmp_path)
-        assert found is not None and found.nimg >= (1 if nimg == 2 else 2)
+        newest = checkpoint.latest(tmp_path)
+        assert newest is not None and newest.nimg >= (1 if nimg == 2 else 2)
         write(nimg)
         assert checkpoint.complete_points(tmp_path)[-1] == nimg
         assert all(name.isdigit() for name in names(tmp_path)), "what was left is swept"

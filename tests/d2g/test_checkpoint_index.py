@@ -143,9 +143,9 @@ def test_an_empty_list_of_files_does_not_switch_the_check_off(files: object, sta
 
 
 def test_any_flipped_bytes_are_a_clear_error_or_the_same_index(state: Path) -> None:
-    whole, random_ = (state / ".metadata").read_bytes(), random.Random(0)
+    metadata, random_ = (state / ".metadata").read_bytes(), random.Random(0)
     for _ in range(150):
-        data = bytearray(whole)
+        data = bytearray(metadata)
         for _ in range(random_.choice([1, 1, 2, 8])):
             data[random_.randrange(len(data))] = random_.randrange(256)
         if random_.random() < 0.2:

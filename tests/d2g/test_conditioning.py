@@ -70,8 +70,8 @@ def test_time_ids_are_the_size_of_the_image_unless_given(tmp_path: Path) -> None
     hidden, pooled = cond.tensors["hidden"], cond.tensors["pooled"]
     added = added_conditions(config, Conditioning.from_text(hidden, pooled), x, 8)
     assert added is not None and added["time_ids"].tolist() == [[40.0, 56.0, 0.0, 0.0, 40.0, 56.0]] * 3
-    given = added_conditions(config, cond, x, 8)
-    assert given is not None and torch.equal(given["time_ids"], cond.tensors["time_ids"])
+    conditions = added_conditions(config, cond, x, 8)
+    assert conditions is not None and torch.equal(conditions["time_ids"], cond.tensors["time_ids"])
     with pytest.raises(AssertionError, match="pooled"):
         added_conditions(config, Conditioning.from_text(hidden), x, 8)
 

@@ -55,13 +55,13 @@ def one_process(teacher: str, parts: int, half: bool) -> dict[str, Tensor]:
             with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
                 logits = [network(x[rows], noise[rows], text[rows]) for x in (real, fake)]
             (discriminator_loss(*logits) / parts).backward()
-        found = {f"grad.{n}": p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
-        found["norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        results = {f"grad.{n}": p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+        results["norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optim.step()
     x = fake.clone().requires_grad_()
     heads = network(x, noise, text).values()
-    found["slope"] = torch.autograd.grad(torch.stack([v.mean() for v in heads]).mean(), x)[0]
-    return found | {f"weight.{n}": p.detach() for n, p in network.named_parameters()}
+    results["slope"] = torch.autograd.grad(torch.stack([v.mean() for v in heads]).mean(), x)[0]
+    return results | {f"weight.{n}": p.detach() for n, p in network.named_parameters()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,20 +69,20 @@ def test_two_processes_are_one(case: str, folder: Path) -> None:
     """1e-6 in fp32, and where each rank's part is one micro-batch under autocast. FSDP2's own bf16 casts the
     weights too: 3 % of the gradients' norm.
     """
-    found = torch.load(folder / f"{case}.pt", weights_only=True)
+    results = torch.load(folder / f"{case}.pt", weights_only=True)
     half = case == "ddp-autocast"
     wanted = one_process(str(folder / "teacher"), 2 if half else 1, half)
-    found["slope"] /= 2  # each rank's mean is over half of the rows
-    assert found.keys() == wanted.keys() and len(found) > 100
+    results["slope"] /= 2  # each rank's mean is over half of the rows
+    assert results.keys() == wanted.keys() and len(results) > 100
     if case == "fsdp-half":
-        a, b = (torch.cat([v.flatten() for k, v in of.items() if "grad" in k]) for of in (found, wanted))
+        a, b = (torch.cat([v.flatten() for k, v in of.items() if "grad" in k]) for of in (results, wanted))
         assert 0 < (a - b).norm() < 0.03 * b.norm()
         return
     for name, value in wanted.items():
         if half and name == "slope":
             continue  # that pass is not under autocast
         torch.testing.assert_close(
-            found[name], value, rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            results[name], value, rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
@@ -99,13 +99,13 @@ def test_alone_it_is_the_network(kind: str, folder: Path) -> None:
     command = [sys.executable, "-c", script, str(folder / "teacher"), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = torch.load(out, weights_only=True)
+    results = torch.load(out, weights_only=True)
     network = new_discriminator(str(folder / "teacher"), seed=0)
     real, fake, noise, text = batch()
-    assert torch.equal(found["weight.unet.conv_norm_out.weight"], network.unet.conv_norm_out.weight)
+    assert torch.equal(results["weight.unet.conv_norm_out.weight"], network.unet.conv_norm_out.weight)
     with_r1 = gradients(str(folder / "teacher"))
     for name, value in with_r1.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(results[name], value, rtol=0, atol=1e-6)
     assert len(real) == len(fake) == len(noise) == len(text) == ROWS
 
 
@@ -118,9 +118,9 @@ def test_eager_inside_bare_compiled_outside(folder: Path) -> None:
         torch.testing.assert_close(value, network(real, noise, text)[name])
     with compiled.bare_module() as bare:
         r1_penalty(bare, real[:1], noise[:1], text[:1]).backward()
-    found = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()
     r1_penalty(network, real[:1], noise[:1], text[:1]).backward()
-    assert found and all(
-        torch.equal(p.grad, found[n]) for n, p in network.named_parameters() if p.grad is not None
+    assert gradients and all(
+        torch.equal(p.grad, gradients[n]) for n, p in network.named_parameters() if p.grad is not None
     )

@@ -9,8 +9,8 @@ from d2g.core.environment import REQUIRED_PACKAGES, inspect_machine
 
 
 def test_doctor_reports_the_contract_keys_in_json() -> None:
-    found = json.loads(json.dumps(inspect_machine()))
-    assert set(found) >= {
+    machine = json.loads(json.dumps(inspect_machine()))
+    assert set(machine) >= {
         "torch",
         "cuda",
         "devices",
@@ -20,10 +20,10 @@ def test_doctor_reports_the_contract_keys_in_json() -> None:
         "versions",
         "problems",
     }
-    assert found["torch"] == torch.__version__ and found["cuda"] == torch.cuda.is_available()
-    assert found["versions"] == {name: version(name) for name in REQUIRED_PACKAGES}
-    assert found["devices"] and 0.1 < found["memory_gib"] < 1 << 14 and found["disk_free_gib"] >= 0
-    assert isinstance(found["bf16"], bool)
+    assert machine["torch"] == torch.__version__ and machine["cuda"] == torch.cuda.is_available()
+    assert machine["versions"] == {name: version(name) for name in REQUIRED_PACKAGES}
+    assert machine["devices"] and 0.1 < machine["memory_gib"] < 1 << 14 and machine["disk_free_gib"] >= 0
+    assert isinstance(machine["bf16"], bool)
 
 
 def test_problems_are_words_about_what_is_missing() -> None:

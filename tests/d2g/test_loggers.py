@@ -23,10 +23,11 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard itself reads from its folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    seen = EventAccumulator(str(folder / "tensorboard"))
-    seen.Reload()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
     return {
-        name: [(event.step, event.value) for event in seen.Scalars(name)] for name in seen.Tags()["scalars"]
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
     }
 
 
@@ -78,17 +79,19 @@ def test_wandb_holds_the_reports_and_a_restart_is_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    told = []
+    messages = []
     for number, config in enumerate((CONFIG, {**CONFIG, "length": {"images": 200}}, {**CONFIG, "seed": 2})):
         logger = WandB(tmp_path, config, 0)
         logger.write(10 + number, {"loss/g": 0.5})
         logger.picture(10 + number, "pairs", torch.zeros(3, 8, 8, dtype=torch.uint8))
         logger.close()
         files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda f: f.stat().st_mtime_ns)
-        told.append(told_wandb(files[-1]))
+        messages.append(told_wandb(files[-1]))
         rows = [{"nimg": 10 + number, "loss/g": 0.5}, {"nimg": 10 + number}]
-        assert told[-1][1] == rows and len(list(files[-1].parent.glob("files/media/images/**/*.png"))) >= 1
-    assert told[0][0] == told[1][0] != told[2][0]
+        assert (
+            messages[-1][1] == rows and len(list(files[-1].parent.glob("files/media/images/**/*.png"))) >= 1
+        )
+    assert messages[0][0] == messages[1][0] != messages[2][0]
 
 
 def test_loggers_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,14 +166,14 @@ def test_the_fingerprint_covers_the_family_and_no_unused_copy(sdxl: Path, tmp_pa
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker" / "config.json").write_text("{}")
     assert weights_sha256(str(folder)) == same
-    seen = {same}
+    digests = {same}
     for component in open_pipeline(str(folder)).components:
         path = component_files(folder / component)[-1]
         path.write_bytes(path.read_bytes() + b" ")
-        seen.add(weights_sha256(str(folder)))
+        digests.add(weights_sha256(str(folder)))
     tiny_teachers.edit(folder, "model_index.json", force_zeros_for_empty_prompt=False)
-    seen.add(weights_sha256(str(folder)))
-    assert len(seen) == 1 + len(PIPELINES["StableDiffusionXLPipeline"]) + 1
+    digests.add(weights_sha256(str(folder)))
+    assert len(digests) == 1 + len(PIPELINES["StableDiffusionXLPipeline"]) + 1
 
 
 # The hub: its real client, and a server of two folders on this machine.
@@ -259,9 +259,14 @@ def test_a_hub_id_fetches_what_its_kind_needs_and_then_works_offline(
     )
 
     def run(**environment: str) -> list[str]:
-        given = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", **environment}
+        variables = {
+            **os.environ,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            **environment,
+        }
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.split()

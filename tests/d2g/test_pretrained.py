@@ -142,7 +142,7 @@ def test_fingerprint_follows_the_weights_and_nothing_else(teacher: Path, broken:
     (broken / "README.md").write_text("a note")
     (broken / "unet" / ".cache").mkdir()
     assert pretrained.weights_sha256(str(broken)) == same
-    seen = {same}
+    digests = {same}
     for component, name in (
         ("unet", "diffusion_pytorch_model.safetensors"),
         ("vae", "diffusion_pytorch_model.safetensors"),
@@ -154,8 +154,8 @@ def test_fingerprint_follows_the_weights_and_nothing_else(teacher: Path, broken:
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
         path.write_bytes(data)
-        seen.add(pretrained.weights_sha256(str(broken)))
-    assert len(seen) == 6
+        digests.add(pretrained.weights_sha256(str(broken)))
+    assert len(digests) == 6
 
 
 def test_a_missing_folder_and_a_folder_of_something_else(tmp_path: Path) -> None:

@@ -105,12 +105,12 @@ def test_a_line_that_is_half_there_does_not_count_and_a_damaged_one_is_named(tmp
     log = RunLog(tmp_path, CONFIG)
     for nimg in (10, 20):
         log.write(nimg, {"loss/g": 1.0})
-    whole = (tmp_path / "stats.jsonl").read_text()
-    for cut in range(len(whole.splitlines()[0]) + 1, len(whole)):
-        (tmp_path / "stats.jsonl").write_text(whole[:cut])
-        assert [line["nimg"] for line in read_stats(tmp_path)] == [10], whole[:cut]
+    all_lines = (tmp_path / "stats.jsonl").read_text()
+    for cut in range(len(all_lines.splitlines()[0]) + 1, len(all_lines)):
+        (tmp_path / "stats.jsonl").write_text(all_lines[:cut])
+        assert [line["nimg"] for line in read_stats(tmp_path)] == [10], all_lines[:cut]
     for damage in ('{"nimg": 1', "[1]", '{"loss/g": 1.0}', '"text"'):
-        (tmp_path / "stats.jsonl").write_text(f"{whole}{damage}\n{whole}")
+        (tmp_path / "stats.jsonl").write_text(f"{all_lines}{damage}\n{all_lines}")
         with pytest.raises(UserError, match=r"stats\.jsonl: line 3 is damaged .*; delete that line"):
             read_stats(tmp_path)
 

@@ -161,12 +161,12 @@ def textbook(first: int, second: int) -> tuple[Decimal, Decimal]:
 
 @pytest.mark.parametrize("raw", [words(3, 4, 1000), PAIRS_OF_EXTREMES[::7]], ids=["random", "extreme"])
 def test_the_transform_is_within_four_ulp_of_the_formula(raw: np.ndarray) -> None:
-    found = box_muller(raw[: len(raw) // 2 * 2])
+    normals = box_muller(raw[: len(raw) // 2 * 2])
     with localcontext() as context:
         context.prec = 50
-        for i in range(0, len(found), 2):
+        for i in range(0, len(normals), 2):
             for x, right in zip(
-                found[i : i + 2].tolist(), textbook(int(raw[i]), int(raw[i + 1])), strict=True
+                normals[i : i + 2].tolist(), textbook(int(raw[i]), int(raw[i + 1])), strict=True
             ):
                 error = abs(Decimal(x) - right) / Decimal(math.ulp(float(right)))
                 assert error < 4, (int(raw[i]), int(raw[i + 1]), x, right)
@@ -205,7 +205,7 @@ def test_noise_has_the_normal_distribution_function() -> None:
     assert abs(1 - np.exp(-radii / 2) - ranks).max() < bound
 
 
-def test_neighbouring_indices_and_seeds_are_independent() -> None:
+def test_neighboring_indices_and_seeds_are_independent() -> None:
     size = 4096
     rows = torch.cat([noise(seed, range(16), (size,)) for seed in (0, 1)]).double()
     for values in (rows, rows.square()):

@@ -76,8 +76,8 @@ def test_what_is_written_is_of_the_moment(background: bool, tmp_path: Path) -> N
             value.zero_()
     writer.finish()
     assert writer.done
-    found = sharded_checkpoint.read(newest(tmp_path))
-    assert found.keys() == before.keys() and all(torch.equal(found[k], v) for k, v in before.items())
+    state = sharded_checkpoint.read(newest(tmp_path))
+    assert state.keys() == before.keys() and all(torch.equal(state[k], v) for k, v in before.items())
 
 
 def test_the_newest_and_the_spared_stay(tmp_path: Path) -> None:

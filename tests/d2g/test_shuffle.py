@@ -43,9 +43,11 @@ def test_a_row_does_not_depend_on_what_else_is_asked(
     data: st.DataObject, size: int, seed: int, epoch: int
 ) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), max_size=9))
-    whole = permuted(seed, epoch, size, np.arange(size))
-    assert permuted(seed, epoch, size, positions).tolist() == whole[positions].tolist()
-    assert [permuted(seed, epoch, size, place).item() for place in positions] == whole[positions].tolist()
+    permutation = permuted(seed, epoch, size, np.arange(size))
+    assert permuted(seed, epoch, size, positions).tolist() == permutation[positions].tolist()
+    assert [permuted(seed, epoch, size, place).item() for place in positions] == permutation[
+        positions
+    ].tolist()
 
 
 @pytest.mark.parametrize("size", [2**32 - 1, 2**32 + 1, 2**40])
@@ -80,9 +82,9 @@ def orders(
     code = np.zeros(epochs, dtype=np.int64)
     for place in range(size):
         code = code * size + order(np.arange(epochs), np.full(epochs, place))
-    found = np.unique(code, return_counts=True)[1]
-    assert len(found) <= number
-    return np.pad(found, (0, number - len(found)))
+    counts = np.unique(code, return_counts=True)[1]
+    assert len(counts) <= number
+    return np.pad(counts, (0, number - len(counts)))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7])
@@ -142,10 +144,10 @@ def test_a_row_in_blocks_does_not_depend_on_what_else_is_asked(
 ) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), max_size=9))
     epochs = data.draw(st.lists(st.integers(0, MOST), min_size=len(positions), max_size=len(positions)))
-    whole = [
+    epoch_order = [
         permuted_blocks(1, e, size, p, block, window).item() for e, p in zip(epochs, positions, strict=True)
     ]
-    assert permuted_blocks(1, epochs, size, positions, block, window).tolist() == whole
+    assert permuted_blocks(1, epochs, size, positions, block, window).tolist() == epoch_order
 
 
 @pytest.mark.parametrize(
@@ -189,11 +191,11 @@ def test_windows_and_epochs_are_shuffled_apart() -> None:
 def test_any_split_reads_the_same_stream(
     size: int, counts: list[int], start: int, block: int, window: int
 ) -> None:
-    whole = permuted_batch(3, size, start, sum(counts), block, window)
+    permutation = permuted_batch(3, size, start, sum(counts), block, window)
     parts: list[int] = []
     for count in counts:
         parts += permuted_batch(3, size, start + len(parts), count, block, window)
-    assert parts == whole
+    assert parts == permutation
 
 
 @pytest.mark.parametrize(("block", "window"), [(0, 0), (3, 2)])

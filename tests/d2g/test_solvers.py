@@ -125,7 +125,7 @@ def test_flow_steps_are_the_textbooks() -> None:
 
 
 def slopes(counts: Sequence[int], errors: Sequence[float]) -> list[float]:
-    """log(error ratio) / log(step ratio) of neighbours: the order of convergence, seen."""
+    """log(error ratio) / log(step ratio) of neighboring step counts: the observed order of convergence."""
     pairs = zip(pairwise(counts), pairwise(errors), strict=True)
     return [math.log(a / b) / math.log(n / m) for (m, n), (a, b) in pairs]
 

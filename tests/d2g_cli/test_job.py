@@ -30,10 +30,10 @@ def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pair_words(teacher: Path, folder: Path) -> list[str]:
-    given = ["--teacher", teacher, "--prompts", folder / "prompts.txt", "--out", folder / "pairs"]
-    given += ["--num-pairs", 12, "--steps", 4, "--guidance", 3, "--solver", "ddim", "--dtype", "float32"]
-    given += ["--shard-size", 5, "--batch-size", 4]
-    return ["pairs", "generate", *map(str, given)]
+    options = ["--teacher", teacher, "--prompts", folder / "prompts.txt", "--out", folder / "pairs"]
+    options += ["--num-pairs", 12, "--steps", 4, "--guidance", 3, "--solver", "ddim", "--dtype", "float32"]
+    options += ["--shard-size", 5, "--batch-size", 4]
+    return ["pairs", "generate", *map(str, options)]
 
 
 def stage_words(stage: str, teacher: Path, folder: Path) -> list[str]:
@@ -43,9 +43,9 @@ def stage_words(stage: str, teacher: Path, folder: Path) -> list[str]:
 
 
 def test_pairs_generate_again_makes_nothing_new(d2g: Any, job: Path, teacher: Path) -> None:
-    found = d2g(*pair_words(teacher, job), "--json").json
-    assert {"out", "pairs", "new_pairs", "shards", "seconds", "pairs_per_sec"} <= set(found)
-    assert (found["pairs"], found["new_pairs"], found["shards"]) == (12, 0, 3)
+    summary = d2g(*pair_words(teacher, job), "--json").json
+    assert {"out", "pairs", "new_pairs", "shards", "seconds", "pairs_per_sec"} <= set(summary)
+    assert (summary["pairs"], summary["new_pairs"], summary["shards"]) == (12, 0, 3)
 
 
 def test_pairs_info_verify_and_repair(d2g: Any, job: Path, tmp_path: Path) -> None:
@@ -61,29 +61,29 @@ def test_pairs_info_verify_and_repair(d2g: Any, job: Path, tmp_path: Path) -> No
     spoilt = bytearray(shard.read_bytes())
     spoilt[len(spoilt) // 2] ^= 1
     shard.write_bytes(spoilt)
-    found = d2g("pairs", "verify", tmp_path / "pairs")
-    assert found.code == 1 and "not ok" in found.error
+    result = d2g("pairs", "verify", tmp_path / "pairs")
+    assert result.code == 1 and "not ok" in result.error
 
 
 def test_pairs_plan(d2g: Any, job: Path, teacher: Path) -> None:
-    given = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num-pairs", 2**20, "--steps", 4]
-    plan = d2g("pairs", "plan", *given, "--batch-size", 2, "--json").json
+    options = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num-pairs", 2**20, "--steps", 4]
+    plan = d2g("pairs", "plan", *options, "--batch-size", 2, "--json").json
     keys = {"pairs", "gib", "gib_with_noise", "shards", "seconds_per_pair", "gpu_hours", "measured_on"}
     assert keys <= set(plan) and plan["pairs"] == 2**20 and plan["gib"] == 0.125
 
 
 def test_pairs_merge(d2g: Any, job: Path, tmp_path: Path) -> None:
-    found = d2g("pairs", "merge", job / "pairs", job / "pairs", "--out", tmp_path / "all", "--json").json
-    assert found["pairs"] == 12 and PairReader(tmp_path / "all").complete
+    summary = d2g("pairs", "merge", job / "pairs", job / "pairs", "--out", tmp_path / "all", "--json").json
+    assert summary["pairs"] == 12 and PairReader(tmp_path / "all").complete
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
 def test_distill_again_is_done_already(d2g: Any, job: Path, teacher: Path, stage: str) -> None:
-    found = d2g(*stage_words(stage, teacher, job), "--json").json
-    assert {"out", "images", "steps", "seconds", "images_per_sec", "loss", "checkpoint"} <= set(found)
-    assert (found["images"], found["steps"]) == (20, 5) and Path(found["checkpoint"]).is_dir()
+    summary = d2g(*stage_words(stage, teacher, job), "--json").json
+    assert {"out", "images", "steps", "seconds", "images_per_sec", "loss", "checkpoint"} <= set(summary)
+    assert (summary["images"], summary["steps"]) == (20, 5) and Path(summary["checkpoint"]).is_dir()
     wanted = {"g", "e_latent_lpips"} | ({"d", "g_gan"} if stage == "gan" else set())
-    assert wanted <= set(found["loss"])
+    assert wanted <= set(summary["loss"])
 
 
 def test_distill_goes_on_from_where_it_stopped(d2g: Any, job: Path, teacher: Path) -> None:
@@ -94,10 +94,10 @@ def test_distill_goes_on_from_where_it_stopped(d2g: Any, job: Path, teacher: Pat
 
 def test_sample(d2g: Any, job: Path, tmp_path: Path) -> None:
     words = ["--prompt", "a red cube", "--prompt", "a blue sphere", "--num", 2, "--seed", 3]
-    found = d2g(
+    summary = d2g(
         "sample", "--student", job / "gan", *words, "--batch-size", 3, "--out", tmp_path, "--json"
     ).json
-    assert {"out", "images", "seconds_per_image"} <= set(found) and found["images"] == 4
+    assert {"out", "images", "seconds_per_image"} <= set(summary) and summary["images"] == 4
     with Image.open(tmp_path / "00003.png") as image:
         assert image.info == {"prompt": "a blue sphere", "seed": "3", "index": "3"}
     words = ["--prompts", job / "prompts.txt", "--out", tmp_path]
@@ -105,8 +105,8 @@ def test_sample(d2g: Any, job: Path, tmp_path: Path) -> None:
 
 
 def test_export(d2g: Any, job: Path, tmp_path: Path) -> None:
-    found = d2g("export", "--student", job / "gan", "--out", tmp_path / "student", "--json").json
-    assert {"out", "parity_max_abs_err"} <= set(found) and found["parity_max_abs_err"] < 0.05
+    summary = d2g("export", "--student", job / "gan", "--out", tmp_path / "student", "--json").json
+    assert {"out", "parity_max_abs_err"} <= set(summary) and summary["parity_max_abs_err"] < 0.05
     words = ["--prompt", "a", "--out", tmp_path / "drawn"]
     assert d2g("sample", "--student", tmp_path / "student", *words, "--json").json["images"] == 1
 
@@ -123,10 +123,10 @@ def test_teacher_info_and_doctor(d2g: Any, teacher: Path) -> None:
 
 
 def test_doctor_says_where_rows_cannot_be_shared_out(d2g: Any) -> None:
-    found = d2g("doctor", "--preset", "miniature", "--gpus", "32", "--json").json
-    (problem,) = [text for text in found["problems"] if text.startswith("miniature")]
+    report = d2g("doctor", "--preset", "miniature", "--gpus", "32", "--json").json
+    (problem,) = [text for text in report["problems"] if text.startswith("miniature")]
     assert problem.startswith("miniature gan: gan.mix_fraction is 0.25, but a micro-batch has 1 row")
-    assert set(found["memory_gib_per_gpu"]) == {"ode"}
+    assert set(report["memory_gib_per_gpu"]) == {"ode"}
 
 
 def test_doctor_says_what_a_preset_takes(d2g: Any, tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ KEYS = {"protocol", "protocol_sha256", "fid", "clip_score", "precision", "recall
 
 def test_eval_of_images_with_squeezenet(d2g: Any, pictures: Path, squeezenet: Path) -> None:
     words = ["--images", pictures, "--reference", pictures, "--features", "squeezenet", "--metrics", "pr"]
-    found = d2g("eval", "run", *words, "--weights", squeezenet, "--json").json
-    assert KEYS <= set(found) and found["models"]["features"]["name"] == "squeezenet"
-    assert (found["precision"], found["recall"], found["counts"]["images"]) == (1.0, 1.0, 10)
+    result = d2g("eval", "run", *words, "--weights", squeezenet, "--json").json
+    assert KEYS <= set(result) and result["models"]["features"]["name"] == "squeezenet"
+    assert (result["precision"], result["recall"], result["counts"]["images"]) == (1.0, 1.0, 10)
 
 
 def test_eval_of_a_student_and_its_comparison(
@@ -189,25 +189,25 @@ def test_eval_of_a_student_and_its_comparison(
     """FID, CLIP score, precision and recall of one-step images against pictures, all with one tiny CLIP."""
     words = ["--prompts", job / "prompts.txt", "--num", 8, "--reference", pictures]
     words += ["--metrics", "fid,pr,clip", "--features", "clip", "--weights", clip, "--clip", clip]
-    found = {}
+    numbers = {}
     for stage in ("ode", "gan"):
         out = tmp_path / f"{stage}.json"
-        found[stage] = d2g("eval", "run", "--student", job / stage, *words, "--out", out, "--json").json
-        assert KEYS <= set(found[stage]) and found[stage] == json.loads(out.read_text())
-        assert found[stage]["fid"] > 0 and -1 <= found[stage]["clip_score"] <= 1
-        assert found[stage]["counts"] == {"images": 8, "reference": 10, "pr_images": 8, "pr_reference": 10}
+        numbers[stage] = d2g("eval", "run", "--student", job / stage, *words, "--out", out, "--json").json
+        assert KEYS <= set(numbers[stage]) and numbers[stage] == json.loads(out.read_text())
+        assert numbers[stage]["fid"] > 0 and -1 <= numbers[stage]["clip_score"] <= 1
+        assert numbers[stage]["counts"] == {"images": 8, "reference": 10, "pr_images": 8, "pr_reference": 10}
     rows = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json", "--json").json["results"]
-    assert {Path(row["name"]).stem: row["fid"] for row in rows} == {s: found[s]["fid"] for s in found}
+    assert {Path(row["name"]).stem: row["fid"] for row in rows} == {s: numbers[s]["fid"] for s in numbers}
     said = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json").stdout
-    for stage in found:
-        assert format_value(found[stage]["fid"], found[stage]["ci"]["fid"])[0] in said, stage
+    for stage in numbers:
+        assert format_value(numbers[stage]["fid"], numbers[stage]["ci"]["fid"])[0] in said, stage
     assert "CLIP score" in said and "{" not in said
 
 
 def test_eval_of_a_teacher(d2g: Any, job: Path, teacher: Path, clip: Path) -> None:
     words = ["--prompts", job / "prompts.txt", "--num", 4, "--steps", 2, "--metrics", "clip", "--clip", clip]
-    found = d2g("eval", "run", "--teacher", teacher, *words, "--json").json
-    assert found["clip_score"] is not None and found["fid"] is None and found["counts"] == {"images": 4}
+    result = d2g("eval", "run", "--teacher", teacher, *words, "--json").json
+    assert result["clip_score"] is not None and result["fid"] is None and result["counts"] == {"images": 4}
 
 
 def test_eval_stats_from_a_folder_and_a_curve_with_them(
@@ -215,8 +215,8 @@ def test_eval_stats_from_a_folder_and_a_curve_with_them(
 ) -> None:
     networks = ["--features", "clip", "--weights", clip, "--json"]
     file = tmp_path / "real.safetensors"
-    made = d2g("eval", "stats", "--images", pictures, "--metrics", "fid,pr", "--out", file, *networks).json
-    assert made["images"] == 10 and made["out"] == str(file)
+    summary = d2g("eval", "stats", "--images", pictures, "--metrics", "fid,pr", "--out", file, *networks).json
+    assert summary["images"] == 10 and summary["out"] == str(file)
     words = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num", 8, "--reference", file]
     words += ["--over", "steps=1,2", "--clip", clip, "--out", tmp_path / "curve", "--set", "resamples=0"]
     curve = d2g("eval", "curve", *words, *networks).json

@@ -24,8 +24,8 @@ def sets(**settings: object) -> list[str]:
 def test_from_pictures_to_a_calibrated_scored_metric(lpips: Any, teacher: Path, tmp_path: Path) -> None:
     """All five, each on what the one before it left."""
     data = save_classes(tmp_path / "data", 8)
-    found = lpips("triplets", "--data", data, "--out", tmp_path / "judged", *sets(size=16, val=0.25)).json
-    assert found["train"]["jpeg"] == 18 and found["val"]["jpeg"] == 6
+    summary = lpips("triplets", "--data", data, "--out", tmp_path / "judged", *sets(size=16, val=0.25)).json
+    assert summary["train"]["jpeg"] == 18 and summary["val"]["jpeg"] == 6
 
     small = sets(size=16, width=0.0625, crops=1, batch=8, epochs=2, grid=1)
     common = ("--latents", teacher, "--preset", "small")
@@ -53,8 +53,8 @@ def test_dry_runs_touch_nothing_and_presets_are_named(
     lpips: Any, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = lpips(command, "--dry-run", "--seed", 7).json
-    assert found["config"]["seed"] == 7 and "out" in found and list(tmp_path.iterdir()) == []
+    plan = lpips(command, "--dry-run", "--seed", 7).json
+    assert plan["config"]["seed"] == 7 and "out" in plan and list(tmp_path.iterdir()) == []
     said = lpips(command, "--preset", "smal")
     hint = "known: patches, pictures" if command == "triplets" else "did you mean 'small'?"
     assert said.code == 2 and hint in said.stderr

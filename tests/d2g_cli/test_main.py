@@ -45,8 +45,8 @@ WORKS = [
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words) or "d2g")
 def test_help(words: tuple[str, ...]) -> None:
-    found = CliRunner().invoke(cli.app, [*words, "--help"])
-    assert found.exit_code == 0 and "Usage" in found.output and len(found.output.splitlines()) > 5
+    result = CliRunner().invoke(cli.app, [*words, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output and len(result.output.splitlines()) > 5
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words) or "d2g")
@@ -60,7 +60,7 @@ def test_help_says_all_that_was_written(words: tuple[str, ...]) -> None:
 
 
 def test_the_contracts_commands_are_there() -> None:
-    named = {" ".join(words) for words in COMMANDS}
+    commands = {" ".join(words) for words in COMMANDS}
     contract = {
         "demo",
         "doctor",
@@ -73,7 +73,7 @@ def test_the_contracts_commands_are_there() -> None:
     }
     contract |= {f"pairs {name}" for name in ("plan", "generate", "info", "verify", "repair", "merge")}
     contract |= {"distill ode", "distill gan", "eval run", "eval compare", "eval stats", "eval curve"}
-    assert contract <= named and {words.partition(" --")[0] for words in WORKS} <= named
+    assert contract <= commands and {words.partition(" --")[0] for words in WORKS} <= commands
 
 
 def test_help_needs_no_torch() -> None:
@@ -201,9 +201,9 @@ def numbers() -> Iterator[tuple[str, str, str]]:
         command: Any = typer.main.get_command(cli.app)
         for word in words:
             command = command.commands[word]
-        told = {} if hasattr(command, "commands") else inspect.signature(command.callback).parameters
-        for param in command.params if told else ():
-            hint = told[param.name].annotation
+        parameters = {} if hasattr(command, "commands") else inspect.signature(command.callback).parameters
+        for param in command.params if parameters else ():
+            hint = parameters[param.name].annotation
             (kind,) = get_args(hint)[:1] or (hint,)
             kinds = {kind, *get_args(kind)}
             if kinds & {int, float}:
@@ -230,8 +230,8 @@ def test_a_dry_run_touches_nothing(
     d2g: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = d2g(*words.split(), "--dry-run", "--json", "--seed", "7").json
-    assert found["config"]["seed"] == 7 and list(tmp_path.iterdir()) == []
+    plan = d2g(*words.split(), "--dry-run", "--json", "--seed", "7").json
+    assert plan["config"]["seed"] == 7 and list(tmp_path.iterdir()) == []
     shown = d2g(*words.split(), "--dry-run")
     assert shown.code == 0 and "nothing was touched" in shown.stdout and list(tmp_path.iterdir()) == []
 
@@ -239,18 +239,18 @@ def test_a_dry_run_touches_nothing(
 def test_a_dry_run_shows_presets_options_and_overrides_in_that_order(d2g: Any) -> None:
     words = "pairs generate --preset sd15-cfg3 --guidance 4 --seed 1 --set seed=2 --set steps=9"
     config = d2g(*words.split(), "--dry-run", "--json").json["config"]
-    found = [config[name] for name in ("num_pairs", "guidance", "seed", "steps")]
-    assert found == [3_000_000, 4.0, 2, 9]
+    values = [config[name] for name in ("num_pairs", "guidance", "seed", "steps")]
+    assert values == [3_000_000, 4.0, 2, 9]
     plan = d2g("distill", "gan", "--preset", "sd15-cfg3", "--images", "512", "--dry-run", "--json").json
     assert (plan["steps"], plan["evaluations"], plan["config"]["train"]["images"]) == (2, 2064, 512)
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
 def test_a_dry_run_without_a_preset_is_that_of_the_default(stage: str, d2g: Any) -> None:
-    told = d2g("distill", stage, "--dry-run", "--json").json
-    named = d2g("distill", stage, "--preset", "sd15-cfg8", "--dry-run", "--json").json
-    assert told == named and told["table_a1"]["gpus"] == 64
-    assert told["memory_gib_per_gpu"]["assumed"].startswith("SD 1.5's networks")
+    default_plan = d2g("distill", stage, "--dry-run", "--json").json
+    preset_plan = d2g("distill", stage, "--preset", "sd15-cfg8", "--dry-run", "--json").json
+    assert default_plan == preset_plan and default_plan["table_a1"]["gpus"] == 64
+    assert default_plan["memory_gib_per_gpu"]["assumed"].startswith("SD 1.5's networks")
 
 
 def test_debug_shows_the_traceback(d2g: Any, tmp_path: Path) -> None:

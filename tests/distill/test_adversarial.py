@@ -82,7 +82,7 @@ def test_no_fraction_and_no_partner_stay_plain() -> None:
 
 
 def test_parts_of_a_batch_are_mixed_as_the_whole() -> None:
-    """The partner is the neighbour, whoever has the rows, also where prompts come more than once."""
+    """The partner is the neighboring row on any number of processes, also where a prompt is repeated."""
     prompts, drawn = [str(i % 3 * (i % 5)) for i in range(24)], uniform(24)
     mode, partner = mismatch(prompts, 0.5, drawn)
     assert 0 < mode.count_nonzero() < 24

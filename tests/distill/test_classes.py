@@ -78,14 +78,14 @@ def test_it_starts_as_one_step_of_the_teacher(kind: str, folders: dict[str, str]
     folder, prompts = folders[kind], KINDS[kind][1]
     teacher, student = load_teacher(folder), student_from_teacher(folder)
     z = noise(0, range(2), student.latent_shape)
-    found = student(z, told(folder, prompts))
+    output = student(z, told(folder, prompts))
     if isinstance(teacher.schedule, Schedule):
         point = Point(999, *teacher.schedule.alpha_sigma(999))
         expected = teacher.denoiser(teacher.encode(prompts), 1.0)(z, point).x0
     else:
         expected = teacher.sample(z, prompts, 1, 1.0, "euler")
-    assert found.std() > 0.1 and student.latent_shape == teacher.latent_shape
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert output.std() > 0.1 and student.latent_shape == teacher.latent_shape
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
     images = untrained_one_step(folder).images(z, prompts)
     assert images.dtype == torch.uint8 and images.shape[:2] == (2, 3)
 
@@ -125,9 +125,9 @@ def test_a_combination_in_fp32_of_a_network_in_bf16(kind: str, folders: dict[str
     z = noise(0, range(2), student.latent_shape)
     expected = student(z, told(folder, prompts))
     with torch.autocast("cpu", torch.bfloat16):
-        found = student(z, told(folder, prompts))
-    assert found.dtype == torch.float32 and not torch.equal(found, expected)
-    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+        output = student(z, told(folder, prompts))
+    assert output.dtype == torch.float32 and not torch.equal(output, expected)
+    assert (output - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_dropout_and_adapters(folders: dict[str, str]) -> None:
@@ -204,10 +204,13 @@ def test_memory_is_foretold(kind: str, folders: dict[str, str]) -> None:
         regression=RegressionConfig(losses=(("mse", 1.0),)),
         train=TrainConfig(batch_size=4096, precision="fp32"),
     )
-    found, two = predict(config, 1), predict(replace(config, engine=EngineConfig(gradient_accumulation=2)), 1)
-    assert found.weights == pytest.approx(4 * params / 2**30)
-    assert found.optimizer == pytest.approx(2 * found.weights) and found.frozen == 0
-    assert 0.4 < two.working / found.working < 0.6, "activations of rows, not weights, fill it"
+    one_step, two = (
+        predict(config, 1),
+        predict(replace(config, engine=EngineConfig(gradient_accumulation=2)), 1),
+    )
+    assert one_step.weights == pytest.approx(4 * params / 2**30)
+    assert one_step.optimizer == pytest.approx(2 * one_step.weights) and one_step.frozen == 0
+    assert 0.4 < two.working / one_step.working < 0.6, "activations of rows, not weights, fill it"
 
 
 @pytest.mark.parametrize("kind", ["EDM of classes", "nothing in latents"])

@@ -32,9 +32,9 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(reader: PairReader, count: int, start: int = 0, workers: int = 0) -> list[list[int]]:
     stream = pair_batches(reader, 4, 7, start, workers)
-    found = [batch.index.tolist() for batch in islice(stream, count)]
+    indices = [batch.index.tolist() for batch in islice(stream, count)]
     stream.close()  # type: ignore[attr-defined]  # a generator; its workers end here
-    return found
+    return indices
 
 
 def test_every_epoch_is_a_fresh_permutation(pairs: Path) -> None:
@@ -69,19 +69,19 @@ def test_ranks_share_each_global_batch(pairs: Path, monkeypatch: pytest.MonkeyPa
 
 def test_blocks_are_shuffled_as_set(pairs: Path) -> None:
     stream = pair_batches(PairReader(pairs), 4, 7, 8, 0, DataConfig(block=3, window=2))
-    found = [batch.index.tolist() for batch in islice(stream, 6)]
+    indices = [batch.index.tolist() for batch in islice(stream, 6)]
     assert (
-        found
+        indices
         == [permuted_batch(7, 12, 8 + 4 * i, 4, 3, 2) for i in range(6)]
         != batches(PairReader(pairs), 6, 8)
     )
 
 
 def test_batches_keep_the_stored_type(teacher: Path, tmp_path: Path) -> None:
-    made = make_pairs(teacher, tmp_path, dtype="float16")
-    (batch,) = islice(pair_batches(PairReader(made), 4, 7, 0, 0), 1)
+    pairs = make_pairs(teacher, tmp_path, dtype="float16")
+    (batch,) = islice(pair_batches(PairReader(pairs), 4, 7, 0, 0), 1)
     assert batch.noise.dtype == batch.latents.dtype == torch.float16
-    assert torch.equal(batch.latents.float(), PairReader(made).read(batch.index.tolist()).latents)
+    assert torch.equal(batch.latents.float(), PairReader(pairs).read(batch.index.tolist()).latents)
 
 
 def test_a_whole_store_of_this_teacher_is_taken(pairs: Path, teacher: Path) -> None:
@@ -90,10 +90,10 @@ def test_a_whole_store_of_this_teacher_is_taken(pairs: Path, teacher: Path) -> N
 
 
 def test_an_unfinished_store_is_refused(teacher: Path, tmp_path: Path) -> None:
-    made = make_pairs(teacher, tmp_path)
-    (made / "shards" / "pairs-00001.h5").unlink()
+    pairs = make_pairs(teacher, tmp_path)
+    (pairs / "shards" / "pairs-00001.h5").unlink()
     with pytest.raises(UserError, match=r"holds 7 of 12 pairs; run the same `d2g pairs generate` again"):
-        open_pairs(str(made), pretrained.teacher_digests(str(teacher)))
+        open_pairs(str(pairs), pretrained.teacher_digests(str(teacher)))
 
 
 def test_pairs_of_another_teacher_are_refused(pairs: Path, tmp_path: Path) -> None:
@@ -106,28 +106,28 @@ def test_pairs_of_another_teacher_are_refused(pairs: Path, tmp_path: Path) -> No
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_flipped_bit_is_one_line_that_names_the_shard(teacher: Path, tmp_path: Path, workers: int) -> None:
-    made = make_pairs(teacher, tmp_path)
-    shard = made / "shards" / "pairs-00002.h5"
+    pairs = make_pairs(teacher, tmp_path)
+    shard = pairs / "shards" / "pairs-00002.h5"
     data = bytearray(shard.read_bytes())
-    latent = PairReader(made).read([11]).latents.numpy().tobytes()
+    latent = PairReader(pairs).read([11]).latents.numpy().tobytes()
     data[bytes(data).index(latent)] ^= 1
     shard.write_bytes(data)
     with pytest.raises(UserError, match=r"pairs-00002\.h5: unreadable .*d2g pairs repair") as caught:
-        batches(PairReader(made), 3, workers=workers)
+        batches(PairReader(pairs), 3, workers=workers)
     assert "\n" not in str(caught.value)
 
 
 def test_damage_may_be_skipped(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = make_pairs(teacher, tmp_path)
-    (made / "shards" / "pairs-00001.h5").write_bytes(b"damage")
+    pairs = make_pairs(teacher, tmp_path)
+    (pairs / "shards" / "pairs-00001.h5").write_bytes(b"damage")
     digests = pretrained.teacher_digests(str(teacher))
     with pytest.raises(UserError, match=r"pairs-00001\.h5: truncated"):
-        open_pairs(str(made), digests)
-    reader = open_pairs(str(made), digests, DataConfig(skip_bad=True))
-    found = batches(reader, 3)
+        open_pairs(str(pairs), digests)
+    reader = open_pairs(str(pairs), digests, DataConfig(skip_bad=True))
+    loaded = batches(reader, 3)
     (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(r"pairs-00001\.h5: truncated.*next intact shard", message)
-    rows = [row for batch in found for row in batch]
+    rows = [row for batch in loaded for row in batch]
     assert sorted(rows) == sorted([0, 1, 2, 3, 4, 10, 11, 10, 11, 10, 10, 11])  # 5 rows by a shard of 2
 
 
@@ -163,11 +163,11 @@ def test_a_url_reaches_the_config_as_it_was_given() -> None:
 
 
 def test_a_store_of_quarantined_rows_only_is_refused(teacher: Path, tmp_path: Path) -> None:
-    made = put_store(
+    store = put_store(
         tmp_path, replace(SPEC, teacher_sha256=pretrained.weights_sha256(str(teacher))), range(22)
     )
     with pytest.raises(UserError, match="all 22 pairs are quarantined"):
-        open_pairs(str(made), pretrained.teacher_digests(str(teacher)))
+        open_pairs(str(store), pretrained.teacher_digests(str(teacher)))
 
 
 @pytest.mark.parametrize(

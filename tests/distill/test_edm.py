@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_teachers.save_edm(folder / "teacher")
     torch.manual_seed(0)
     torch.save(squeezenet1_1(weights=None).state_dict(), folder / "squeeze.pth")
-    made = d2g(
+    generated = d2g(
         [
             *("pairs", "generate", "--preset", "cifar10", "--teacher", str(folder / "teacher")),
             *("--out", str(folder / "pairs"), "--num-pairs", "24", "--json"),
@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         folder / "log",
     )
-    assert made.code == 0, made.stderr
+    assert generated.code == 0, summary.stderr
     return folder
 
 
@@ -71,9 +71,9 @@ def sets(world: Path, steps: int, **more: Any) -> list[str]:
 
 
 def arguments(world: Path, out: Path, steps: int, **more: Any) -> list[str]:
-    given = ["--pairs", str(world / "pairs"), "--teacher", str(world / "teacher"), "--out", str(out)]
+    options = ["--pairs", str(world / "pairs"), "--teacher", str(world / "teacher"), "--out", str(out)]
     chosen = [part for s in sets(world, steps, **more) for part in ("--set", s)]
-    return ["distill", "ode", "--preset", "cifar10", *given, *chosen, "--json"]
+    return ["distill", "ode", "--preset", "cifar10", *options, *chosen, "--json"]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def test_stored_pairs_are_the_teachers_ode(world: Path) -> None:
     """Noise of unit variance beside pictures of EDM's."""
     done = d2g(["pairs", "verify", str(world / "pairs"), "--resimulate", "8", "--json"], world / "log")
     assert done.code == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["ok"] and found["max_abs_err"] < 1e-4
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["ok"] and summary["max_abs_err"] < 1e-4
     batch = PairReader(str(world / "pairs")).read(list(range(24)))
     assert torch.equal(batch.noise, noise(0, range(24), (3, 8, 8)))
     assert batch.prompts[:12] == [str(i % 10) for i in range(12)]
@@ -177,7 +177,7 @@ def test_it_draws_classes(world: Path, run: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.stderr
     assert len(list((tmp_path / "all").glob("0*.png"))) == 10, "every class where none is named"
     assert default_student_prompts(str(run)) == [str(i) for i in range(10)]
-    told = [
+    command = [
         "sample",
         "--student",
         str(run),
@@ -188,7 +188,7 @@ def test_it_draws_classes(world: Path, run: Path, tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "no"),
     ]
-    done = d2g(told, tmp_path / "log")
+    done = d2g(command, tmp_path / "log")
     assert done.code == 1 and "prompt 'ship': expected a class number, 0 to 9" in done.error
 
 

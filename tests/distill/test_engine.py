@@ -335,8 +335,8 @@ def test_a_prompt_beyond_the_tokenizer_s_limit_is_cut_as_the_teacher_cut_it(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(" ".join([caption] * 40) for caption in tiny.CAPTIONS) + "\n")
     generate_pairs(tiny.pair_config(str(teacher), str(prompts)), tmp_path / "pairs")
-    found = train(distill_config(teacher, tmp_path / "pairs", "train.images=8"), tmp_path / "run")
-    assert found.images == 8 and found.loss["g"] > 0
+    summary = train(distill_config(teacher, tmp_path / "pairs", "train.images=8"), tmp_path / "run")
+    assert summary.images == 8 and summary.loss["g"] > 0
 
 
 # SDXL.
@@ -346,12 +346,12 @@ def test_sdxl_s_recipe_on_a_tiny_sdxl(tmp_path: Path) -> None:
     """Both stages with two text encoders: noise before D, no R1, held-out pairs, a preview."""
     folder = tiny_teachers.save_sdxl(tmp_path / "teacher")
     tiny.save_lpips(tmp_path / "teacher" / "latent_lpips")
-    made, held = make_pairs(Path(folder), tmp_path), ("train.validate_pairs=3", "train.validate_images=8")
-    train(distill_config(Path(folder), made, *held, "train.preview_prompts=2"), tmp_path / "ode")
+    pairs, held = make_pairs(Path(folder), tmp_path), ("train.validate_pairs=3", "train.validate_images=8")
+    train(distill_config(Path(folder), pairs, *held, "train.preview_prompts=2"), tmp_path / "ode")
     settings = ("gan.penalty=none", "gan.noise_augment=uniform", "gan.weight=1", "data.text_cache=10")
-    config = distill_config(Path(folder), made, *settings, stage="gan", init=tmp_path / "ode")
-    found = train(config, tmp_path / "gan")
-    assert found.images == 20 and set(found.loss) == {"d", "e_latent_lpips", "g_gan", "g"}
+    config = distill_config(Path(folder), pairs, *settings, stage="gan", init=tmp_path / "ode")
+    summary = train(config, tmp_path / "gan")
+    assert summary.images == 20 and set(summary.loss) == {"d", "e_latent_lpips", "g_gan", "g"}
     heads = {name for name in read_stats(tmp_path / "gan")[-1] if name.startswith("logit/real/")}
     blocks = len(pretrained.load_on_meta(folder, "unet").up_blocks)
     assert len(heads) == 3 * blocks
@@ -403,21 +403,21 @@ def test_a_validation_that_a_kill_came_before_is_made_up_for(
     teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
     held = ("train.validate_pairs=4", "train.validate_images=8", "train.images=16")
-    made = distill_config(teacher, pairs, *held)
-    train(made, tmp_path)
+    config = distill_config(teacher, pairs, *held)
+    train(config, tmp_path)
     stats, whole = tmp_path / "stats.jsonl", read_stats(tmp_path)
     assert [line["nimg"] for line in whole if "val/psnr" in line] == [8, 16]
     stats.write_text("".join(stats.read_text().splitlines(keepends=True)[:-1]))
-    train(made, tmp_path)
+    train(config, tmp_path)
     assert read_stats(tmp_path) == whole
 
 
 def test_a_run_needs_its_init_only_to_begin(config: DistillConfig, ode: Path, tmp_path: Path) -> None:
     init = tmp_path / "init"
     shutil.copytree(ode, init)
-    made = replace(config, init=str(init))
+    started = replace(config, init=str(init))
     for images in (4, 8):
-        settings = override(made, [f"train.images={images}"])
+        settings = override(started, [f"train.images={images}"])
         train(settings, tmp_path / "run")
         shutil.rmtree(init, ignore_errors=True)
 
@@ -473,8 +473,8 @@ def test_fid_on_the_way_decides_which_point_is_best(tmp_path: Path) -> None:
     shards = distill_arguments(config, tmp_path / "shards", *held, "engine.parallel=fsdp")
     both = d2g_ranks([*shards, *asked], tmp_path / "log")
     assert [ended.code for ended in both] == [0, 0], both[0].stderr
-    found = [line["val/fid"] for line in read_stats(tmp_path / "shards") if "val/fid" in line]
-    assert found == pytest.approx([line["val/fid"] for line in lines], rel=1e-3)
+    fids = [line["val/fid"] for line in read_stats(tmp_path / "shards") if "val/fid" in line]
+    assert fids == pytest.approx([line["val/fid"] for line in lines], rel=1e-3)
     again = d2g([*distill_arguments(config, tmp_path / "other"), *asked], tmp_path / "log")
     assert again.code == 2 and "train.validate_images" in again.error
 

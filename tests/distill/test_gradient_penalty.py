@@ -27,11 +27,11 @@ from distill.models.unet_discriminator import Discriminator, discriminator_from_
 @pytest.fixture(scope="module")
 def judge(teacher: Path) -> Discriminator:
     """float64, and with nothing at zero, so that every path of the gradient counts."""
-    made = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
+    discriminator = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
     rng = torch.Generator().manual_seed(5)
-    for parameter in made.parameters():
+    for parameter in discriminator.parameters():
         nn.init.normal_(parameter, std=0.3, generator=rng)
-    return made.double()
+    return discriminator.double()
 
 
 def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
@@ -63,30 +63,31 @@ def test_the_penaltys_gradient_equals_finite_differences(judge: Discriminator) -
     x, noise, text = inputs()
     judge.zero_grad()
     r1_penalty(judge, x, noise, text).backward()
-    named = {n: p for n, p in judge.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in judge.named_parameters() if p.requires_grad}
     kinds = {
-        "noise": [n for n in named if n.startswith("conv_z")],
-        "scales": [n for n in named if n.startswith("conv_scale")],
-        "heads": [n for n in named if n.startswith("heads")],
-        "attention": [n for n in named if ".attentions." in n],
-        "trunk": [n for n in named if n.startswith("unet.") and ".attentions." not in n],
+        "noise": [n for n in parameters if n.startswith("conv_z")],
+        "scales": [n for n in parameters if n.startswith("conv_scale")],
+        "heads": [n for n in parameters if n.startswith("heads")],
+        "attention": [n for n in parameters if ".attentions." in n],
+        "trunk": [n for n in parameters if n.startswith("unet.") and ".attentions." not in n],
     }
     rng, step = torch.Generator().manual_seed(2), 1e-6
     for kind, names in kinds.items():
-        direction = {n: torch.randn(named[n].shape, generator=rng, dtype=torch.float64) for n in names}
+        direction = {n: torch.randn(parameters[n].shape, generator=rng, dtype=torch.float64) for n in names}
         gradients = {
-            n: named[n].grad if named[n].grad is not None else torch.zeros_like(named[n]) for n in names
+            n: parameters[n].grad if parameters[n].grad is not None else torch.zeros_like(parameters[n])
+            for n in names
         }
         slope = sum((gradients[n] * direction[n]).sum().item() for n in names)  # type: ignore[operator]
         values = []
         for sign in (1, -1):
             with torch.no_grad():
                 for n in names:
-                    named[n].add_(sign * step * direction[n])
+                    parameters[n].add_(sign * step * direction[n])
             values.append(r1_penalty(judge, x, noise, text).item())
             with torch.no_grad():
                 for n in names:
-                    named[n].sub_(sign * step * direction[n])
+                    parameters[n].sub_(sign * step * direction[n])
         assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-6), kind
         assert abs(slope) > 1e-6, kind
 
@@ -98,27 +99,29 @@ def test_rows_are_averaged(judge: Discriminator) -> None:
 
 
 def test_attention_has_a_second_derivative_where_flash_has_none(teacher: Path) -> None:
-    made = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
+    discriminator = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
     x, noise, text = (t.to(torch.float32) for t in inputs())
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         moving = x.clone().requires_grad_(True)
-        total = torch.stack([head.mean() for head in made(moving, noise, text).values()]).sum()
+        total = torch.stack([head.mean() for head in discriminator(moving, noise, text).values()]).sum()
         (gradient,) = torch.autograd.grad(total, moving, create_graph=True)
         with pytest.raises(RuntimeError, match="derivative"):
             gradient.square().sum().backward()
-        made.zero_grad()
-        r1_penalty(made, x, noise, text).backward()  # even where the caller asks for flash
-    inside = [p.grad for n, p in made.named_parameters() if ".attentions." in n and p.grad is not None]
+        discriminator.zero_grad()
+        r1_penalty(discriminator, x, noise, text).backward()  # even where the caller asks for flash
+    inside = [
+        p.grad for n, p in discriminator.named_parameters() if ".attentions." in n and p.grad is not None
+    ]
     assert inside and all(torch.isfinite(g).all() for g in inside) and any(g.abs().max() > 0 for g in inside)
 
 
 def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(teacher: Path) -> None:
-    made = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
+    discriminator = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
     x, noise, text = (t.to(torch.float32) for t in inputs())
-    expected = r1_penalty(made, x, noise, text)
+    expected = r1_penalty(discriminator, x, noise, text)
     with torch.autocast("cpu", torch.bfloat16):
-        found = r1_penalty(made, x, noise, text)
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
+        penalty = r1_penalty(discriminator, x, noise, text)
+    assert penalty.dtype == torch.float32 and torch.equal(penalty, expected)
     assert not x.requires_grad and x.grad is None
 
 
@@ -171,9 +174,9 @@ def test_each_form_is_of_its_rows_and_weighted_for_its_interval(judge: Discrimin
 def test_single_rows_are_one_of_each_part_and_all_alike_likely(rows: int, count: int) -> None:
     rng, part, drawn = torch.Generator().manual_seed(0), rows // count, torch.zeros(rows)
     for _ in range(400):
-        found = drawn_rows(rows, count, rng)
-        assert [row // part for row in found] == list(range(count))
-        drawn[found] += 1
+        rows_for_r1 = drawn_rows(rows, count, rng)
+        assert [row // part for row in rows_for_r1] == list(range(count))
+        drawn[rows_for_r1] += 1
     assert (drawn / (400 / part) - 1).abs().max() < 5 * part**0.5 / 20 + 1e-6
 
 
@@ -211,5 +214,5 @@ def test_it_is_asked_at_the_rows_time() -> None:
         return {"a": (x * t.view(-1, 1, 1, 1)).sum((1, 2, 3), keepdim=True)}
 
     s = shown(3)
-    told = DiscriminatorInput(s.latents, s.noise, s.cond, torch.tensor([0, 2, 5]))
-    assert [of(judge, told.row(i)) for i in range(3)] == [0.0, 64 * 4.0, 64 * 25.0]  # type: ignore[arg-type]
+    selected = DiscriminatorInput(s.latents, s.noise, s.cond, torch.tensor([0, 2, 5]))
+    assert [of(judge, selected.row(i)) for i in range(3)] == [0.0, 64 * 4.0, 64 * 25.0]  # type: ignore[arg-type]

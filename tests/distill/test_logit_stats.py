@@ -66,7 +66,7 @@ def test_what_was_said_of_micro_batches_is_of_all_their_rows() -> None:
     g = torch.Generator().manual_seed(0)
     fake, real, *said = (torch.randn(6, 1, 4, 4, generator=g) for _ in range(5))
     mode = torch.tensor([0, 1, 0, 0, 3, 0])
-    seen, micros = LogitStats(), []
+    stats, micros = LogitStats(), []
     for number, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 6))):
         blank = torch.zeros(2, 1, 4, 4)
         micro = MicroBatch(
@@ -76,16 +76,16 @@ def test_what_was_said_of_micro_batches_is_of_all_their_rows() -> None:
         )  # fmt: skip
         micro.generated = fake[rows].clone().requires_grad_()
         micros.append(micro)
-        seen.add(number, **{kind: {"a": blank, "b": blank} for kind in ("real", "fake", "student")})
+        stats.add(number, **{kind: {"a": blank, "b": blank} for kind in ("real", "fake", "student")})
         for kind, of in zip(("real", "fake", "student"), said, strict=True):
-            seen.add(number, **{kind: {"a": of[rows].requires_grad_(), "b": of[rows, :, :2, :2]}})
+            stats.add(number, **{kind: {"a": of[rows].requires_grad_(), "b": of[rows, :, :2, :2]}})
     means = [torch.stack([x.mean((1, 2, 3)), x[:, :, :2, :2].mean((1, 2, 3))], 1) for x in said]
     expected = logit_report(dict(zip(("real", "fake", "student"), means, strict=True)), ["a", "b"], mode == 0)
     expected["latent/spread"] = float(fake.var(0).mean() / real.var(0).mean())
     expected["latent/contrast"] = float((fake.std((0, 2, 3), False) / real.std((0, 2, 3), False)).mean())
     shift = (fake.mean((0, 2, 3)) - real.mean((0, 2, 3))).abs() / real.std((0, 2, 3), False)
     expected["latent/color"] = float(shift.max())
-    assert seen.report(micros) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert stats.report(micros) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert set(LogitStats().report(micros)) == {f"latent/{x}" for x in ("spread", "contrast", "color")}
 
 
@@ -138,11 +138,11 @@ def test_a_report_is_of_the_whole_batch(
     arguments = distill_arguments(config, tmp_path / "run", *batch, *STEPS, setting)
     ended = d2g_ranks(arguments, tmp_path / "log", ranks) if ranks > 1 else [d2g(arguments, tmp_path / "log")]
     assert all(each.code == 0 for each in ended), ended[0].stderr
-    found, expected = health(tmp_path / "run"), health(alone[batch])
-    assert len(found) == len(expected) == 3
-    for a, b in zip(found, expected, strict=True):
+    health_of_run, expected = health(tmp_path / "run"), health(alone[batch])
+    assert len(health_of_run) == len(expected) == 3
+    for a, b in zip(health_of_run, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-    assert all("latent/spread" in line and "d/auc" in line for line in found)
+    assert all("latent/spread" in line and "d/auc" in line for line in health_of_run)
 
 
 def test_the_student_s_logits_are_the_last_that_are_known(alone: dict[tuple[str, ...], Path]) -> None:

@@ -58,10 +58,10 @@ def test_noise_has_the_schedules_share(teacher: Path) -> None:
     bars = load_schedule(str(teacher)).alphas_cumprod
     x, eps = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
     t = torch.tensor([0, 399, 999])
-    found = add_noise(x, bars, t, eps)
+    noisy = add_noise(x, bars, t, eps)
     for row, (alpha, sigma) in enumerate(((0.999575, 0.029155), (0.652753, 0.757571), (0.068265, 0.997667))):
-        torch.testing.assert_close(found[row], alpha * x[row] + sigma * eps[row], rtol=1e-4, atol=1e-4)
-    assert found.dtype == torch.float32
+        torch.testing.assert_close(noisy[row], alpha * x[row] + sigma * eps[row], rtol=1e-4, atol=1e-4)
+    assert noisy.dtype == torch.float32
 
 
 def noiser(teacher: Path, **settings: Any) -> NoiseAugmentation:

@@ -25,11 +25,11 @@ class Net(nn.Module):
 )
 def test_each_name_is_that_optimizer(name: Any, kind: str) -> None:
     config = OptimConfig(name=name, lr=0.01, betas=(0.5, 0.9))
-    made = optimizer(Net(), config)
-    assert type(made).__name__ == kind
-    assert [len(g["params"]) for g in made.param_groups] == [2, 2]
-    assert [g["weight_decay"] for g in made.param_groups] == [1e-5, 1e-2]
-    for group in made.param_groups:
+    adam = optimizer(Net(), config)
+    assert type(adam).__name__ == kind
+    assert [len(g["params"]) for g in adam.param_groups] == [2, 2]
+    assert [g["weight_decay"] for g in adam.param_groups] == [1e-5, 1e-2]
+    for group in adam.param_groups:
         assert (group["lr"], group["betas"]) == (0.01, (0.5, 0.9))
         assert group.get("fused") is (True if name == "adamw_fused" else None)
 

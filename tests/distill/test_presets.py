@@ -32,8 +32,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
 def test_a_recipe_fits(name: str, stage: str, gpus: int, teachers: Mapping[str, str]) -> None:
     config = replace(TABLE_A1[name][stage], teacher=teachers[name.partition("-")[0]])
     assert gpus in (8, config.engine.gpus)
-    found = predict(config, gpus).total
-    assert too_large(config, found, A100) is None, f"{found:.1f} GiB"
+    memory = predict(config, gpus).total
+    assert too_large(config, memory, A100) is None, f"{memory:.1f} GiB"
 
 
 def test_what_does_not_fit_is_said(teachers: Mapping[str, str]) -> None:

@@ -63,11 +63,11 @@ def test_images_and_captions_belong_together(source: str) -> None:
         torch.testing.assert_close(pixels[row], expected)
 
 
-def test_other_shapes_are_cropped_about_the_centre(source: str) -> None:
+def test_other_shapes_are_cropped_about_the_center(source: str) -> None:
     images = RealImages(source, (8, 8))
     pixels, _ = images.read([2])
-    whole = torch.from_numpy(np.array(picture(2))).permute(2, 0, 1).float() / 127.5 - 1
-    torch.testing.assert_close(pixels[0], whole[:, 2:10])
+    expected = torch.from_numpy(np.array(picture(2))).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(pixels[0], expected[:, 2:10])
     assert RealImages(source, (16, 24)).read([1])[0].shape == (1, 3, 16, 24)
 
 

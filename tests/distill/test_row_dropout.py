@@ -14,11 +14,11 @@ def masks(rows: range, layer: int = 0, p: float = 0.25, seed: int = 0) -> torch.
 
 
 def test_a_mask_is_the_row_s_whatever_stands_beside_it() -> None:
-    whole = masks(range(8))
-    assert torch.equal(whole[3:5], masks(range(3, 5)))
-    assert torch.equal(whole, masks(range(8)))
+    all_masks = masks(range(8))
+    assert torch.equal(all_masks[3:5], masks(range(3, 5)))
+    assert torch.equal(all_masks, masks(range(8)))
     others = (masks(range(8), layer=1), masks(range(8), seed=1), masks(range(8, 16)))
-    assert all(abs((whole == other).float().mean() - (0.75**2 + 0.25**2)) < 0.005 for other in others)
+    assert all(abs((all_masks == other).float().mean() - (0.75**2 + 0.25**2)) < 0.005 for other in others)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -34,7 +34,7 @@ def test_shares_in_all_and_along_each_axis_are_binomial(p: float) -> None:
             assert 0.85 < z.square().mean() < 1.15
 
 
-def test_neighbours_do_not_know_of_each_other() -> None:
+def test_masks_of_neighboring_rows_are_independent() -> None:
     """Correlations at small distances along channel, height, width, row and number of layer."""
     x = torch.stack([masks(range(32), layer, p=0.5) for layer in range(4)]).double() - 0.5
     for axis in range(5):

@@ -85,17 +85,17 @@ def test_the_sums_are_table_a1s() -> None:
         "sd15-cfg8": {"pairs": 600.0, "ode": 102.4, "gan": 51.2, "total": 753.6},
         "sdxl-cfg7": {"pairs": 400.0, "ode": 20.48, "gan": 76.8, "total": 497.28},
     }
-    found = {name: column(name) for name in TABLE_A1}
+    columns = {name: column(name) for name in TABLE_A1}
     for name, sums in expected.items():
-        assert {k: found[name][k] / million for k in sums} == sums
-        assert set(found[name]) == {*sums, "gpus", "gpu_days", "seconds_per_step"}
-    assert [(c["gpus"], c["gpu_days"]) for c in found.values()] == [
+        assert {k: columns[name][k] / million for k in sums} == sums
+        assert set(columns[name]) == {*sums, "gpus", "gpu_days", "seconds_per_step"}
+    assert [(c["gpus"], c["gpu_days"]) for c in columns.values()] == [
         (8, 6.0),
         (16, 43.6),
         (64, 119.2),
         (128, 356.8),
     ]
-    seconds = [round(c["seconds_per_step"], 2) for c in found.values()]
+    seconds = [round(c["seconds_per_step"], 2) for c in columns.values()]
     assert seconds == [0.43, 1.47, 2.68, 4.82]
 
 

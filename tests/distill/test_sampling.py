@@ -44,11 +44,11 @@ def test_an_image_depends_on_seed_and_index_only(run: Path) -> None:
         parts = one.sample(PROMPTS[start:], seed, start, batch_size)
         return torch.cat([part for part, _ in parts])
 
-    whole = images(32)
-    assert whole.shape == (7, 3, 16, 16) and whole.dtype == torch.uint8
-    for again in (images(1), images(3), torch.cat([whole[:2], images(4, start=2)])):
-        assert (again.int() - whole.int()).abs().max() <= 1  # a rounding to uint8 may tip
-    assert (images(32, seed=6).int() - whole.int()).abs().max() > 10
+    one_batch = images(32)
+    assert one_batch.shape == (7, 3, 16, 16) and one_batch.dtype == torch.uint8
+    for again in (images(1), images(3), torch.cat([one_batch[:2], images(4, start=2)])):
+        assert (again.int() - one_batch.int()).abs().max() <= 1  # a rounding to uint8 may tip
+    assert (images(32, seed=6).int() - one_batch.int()).abs().max() > 10
     assert [text for _, texts in one.sample(PROMPTS, 5, batch_size=3) for text in texts] == PROMPTS
 
 
@@ -61,10 +61,10 @@ def test_one_image_is_one_evaluation(run: Path) -> None:
 
 def test_files_carry_their_prompt_and_the_grid_shows_all(run: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    found = save_samples(
+    summary = save_samples(
         str(run), PROMPTS, tmp_path, 5, 3, progress=lambda label, done, total: seen.append(done)
     )
-    assert found["out"] == str(tmp_path) and found["images"] == 7 and found["seconds_per_image"] > 0
+    assert summary["out"] == str(tmp_path) and summary["images"] == 7 and summary["seconds_per_image"] > 0
     assert seen == [3, 6, 7]
     expected = torch.cat([part for part, _ in load_student(str(run)).sample(PROMPTS, 5, batch_size=3)])
     for number, prompt in enumerate(PROMPTS):
@@ -83,21 +83,21 @@ def test_a_run_draws_from_the_averages(run: Path) -> None:
 
 
 def test_the_naive_student_is_the_teacher_in_one_step(teacher: Path, run: Path) -> None:
-    drawn = noise(0, range(2), (4, 4, 4))
+    z = noise(0, range(2), (4, 4, 4))
     naive = untrained_one_step(str(teacher))
-    expected = student_from_teacher(str(teacher))(drawn, naive.conditioner.encode(PROMPTS[:2]))
-    assert torch.equal(naive.latents(drawn, PROMPTS[:2]), expected)
-    assert not torch.equal(load_student(str(run)).latents(drawn, PROMPTS[:2]), expected)
+    expected = student_from_teacher(str(teacher))(z, naive.conditioner.encode(PROMPTS[:2]))
+    assert torch.equal(naive.latents(z, PROMPTS[:2]), expected)
+    assert not torch.equal(load_student(str(run)).latents(z, PROMPTS[:2]), expected)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_export_keeps_the_student(run: Path, tmp_path: Path, dtype: str) -> None:
-    found = export_student(str(run), tmp_path / "student", dtype)
+    summary = export_student(str(run), tmp_path / "student", dtype)
     limit = {"fp32": 0.0, "fp16": 0.05, "bf16": 0.5}[dtype]
-    assert found["out"] == str(tmp_path / "student") and found["parity_max_abs_err"] <= limit
+    assert summary["out"] == str(tmp_path / "student") and summary["parity_max_abs_err"] <= limit
     assert sorted(p.name for p in (tmp_path / "student").iterdir()) == ["ema.safetensors", "student.json"]
-    drawn = noise(0, range(2), (4, 4, 4))
-    a, b = (load_student(str(name)).latents(drawn, PROMPTS[:2]) for name in (run, tmp_path / "student"))
+    z = noise(0, range(2), (4, 4, 4))
+    a, b = (load_student(str(name)).latents(z, PROMPTS[:2]) for name in (run, tmp_path / "student"))
     torch.testing.assert_close(a, b, rtol=0, atol=2 * limit)
 
 

@@ -33,12 +33,12 @@ from distill.models.student import (
 def test_at_the_start_it_is_the_teachers_prediction(tmp_path: Path, prediction: str) -> None:
     """One DDIM step from T to clean data is x_0 hat: the student against the teacher's own sampler."""
     tiny.save_teacher(tmp_path, prediction_type=prediction, timestep_spacing="trailing")
-    drawn, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
+    z, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
     teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
-    found = student(drawn, teacher.encode(prompts))
-    expected = teacher.sample(drawn, prompts, 1, 1.0, "ddim")
+    output = student(z, teacher.encode(prompts))
+    expected = teacher.sample(z, prompts, 1, 1.0, "ddim")
     assert student.timestep == 999
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_papers_formula(teacher: Path) -> None:
@@ -46,11 +46,9 @@ def test_the_papers_formula(teacher: Path) -> None:
     output.
     """
     student = student_from_teacher(str(teacher))
-    drawn, text = drawn_and_text(2)
-    epsilon = student.unet(drawn, 999, text.tensors["hidden"]).sample
-    torch.testing.assert_close(
-        student(drawn, text), (drawn - 0.997667 * epsilon) / 0.068265, rtol=1e-3, atol=1e-3
-    )
+    z, text = drawn_and_text(2)
+    epsilon = student.unet(z, 999, text.tensors["hidden"]).sample
+    torch.testing.assert_close(student(z, text), (z - 0.997667 * epsilon) / 0.068265, rtol=1e-3, atol=1e-3)
 
 
 def test_it_has_the_unets_parameters_and_no_others(teacher: Path) -> None:
@@ -62,12 +60,12 @@ def test_it_has_the_unets_parameters_and_no_others(teacher: Path) -> None:
 def test_the_combination_is_fp32_under_autocast(teacher: Path) -> None:
     """Rounding the network to bf16 costs 15 roundings (1 / alpha); rounding the sum too would cost more."""
     student = student_from_teacher(str(teacher))
-    drawn, text = drawn_and_text(2)
+    z, text = drawn_and_text(2)
     with torch.autocast("cpu", torch.bfloat16):
-        found, raw = student(drawn, text), student.unet(drawn, 999, text.tensors["hidden"]).sample
-    assert raw.dtype == torch.bfloat16 and found.dtype == torch.float32
+        output, raw = student(z, text), student.unet(z, 999, text.tensors["hidden"]).sample
+    assert raw.dtype == torch.bfloat16 and output.dtype == torch.float32
     torch.testing.assert_close(
-        found, (drawn - student.point.sigma * raw.float()) / student.point.alpha, rtol=1e-5, atol=1e-5
+        output, (z - student.point.sigma * raw.float()) / student.point.alpha, rtol=1e-5, atol=1e-5
     )
 
 
@@ -87,12 +85,12 @@ def test_zero_terminal_snr_is_finite_for_v_and_refused_for_epsilon(teacher: Path
     bars[-1] = 0.0
     zero = replace(schedule, alphas_cumprod=bars, prediction="v_prediction")
     unet = pretrained.load_unet(str(teacher))
-    drawn, hidden = noise(0, range(1), (4, 4, 4)), torch.zeros(1, 12, 16)
+    z, hidden = noise(0, range(1), (4, 4, 4)), torch.zeros(1, 12, 16)
     text, family = Conditioning.from_text(hidden), FAMILIES["sd"]
     student = Student(unet, zero, family)
-    torch.testing.assert_close(student(drawn, text), -unet(drawn, 999, hidden).sample)
+    torch.testing.assert_close(student(z, text), -unet(z, 999, hidden).sample)
     with pytest.raises(Exception, match="zero terminal SNR"):
-        Student(unet, replace(zero, prediction="epsilon"), family)(drawn, text)
+        Student(unet, replace(zero, prediction="epsilon"), family)(z, text)
 
 
 def drawn_and_text(rows: int = 3) -> tuple[Tensor, Conditioning]:
@@ -103,18 +101,18 @@ def drawn_and_text(rows: int = 3) -> tuple[Tensor, Conditioning]:
 def test_sdxls_student_starts_as_its_teacher(tmp_path: Path) -> None:
     """Pooled text and the picture's size reach the network: the teacher's own sampler as judge."""
     tiny_teachers.save_sdxl(tmp_path, timestep_spacing="trailing")
-    drawn, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
+    z, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
     teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
     text = pretrained.load_conditioner(str(tmp_path)).encode(prompts)
     hidden, pooled = text.tensors["hidden"], text.tensors["pooled"]
     rows = teacher.encode(prompts).tensors
     assert torch.equal(hidden, rows["hidden"]) and torch.equal(pooled, rows["pooled"])
-    expected = teacher.sample(drawn, prompts, 1, 1.0, "ddim")
-    torch.testing.assert_close(student(drawn, text), expected, rtol=1e-4, atol=1e-3)
-    other = student(drawn, Conditioning.from_text(hidden, pooled.flip(0)))
+    expected = teacher.sample(z, prompts, 1, 1.0, "ddim")
+    torch.testing.assert_close(student(z, text), expected, rtol=1e-4, atol=1e-3)
+    other = student(z, Conditioning.from_text(hidden, pooled.flip(0)))
     assert (other - expected).abs().max() > 1e-2
     sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 3)
-    same = student(drawn, Conditioning.from_text(hidden, pooled, sizes))
+    same = student(z, Conditioning.from_text(hidden, pooled, sizes))
     torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -130,20 +128,20 @@ def with_adapters(teacher: Path, **settings: Any) -> tuple[Student, StudentConfi
 
 def trained_once(student: Student) -> None:
     """One step that leaves no weight that is trained where it was."""
-    drawn, text = drawn_and_text()
-    given = (torch.tensor([1.0, 3.0, 8.0]),) if student.guided else ()
+    z, text = drawn_and_text()
+    guidance = (torch.tensor([1.0, 3.0, 8.0]),) if student.guided else ()
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):  # the second factor of an adapter is zero at first, so the first waits a step
         optimizer.zero_grad()
-        student(drawn, text, *given).square().mean().backward()
+        student(z, text, *guidance).square().mean().backward()
         optimizer.step()
 
 
 def test_adapters_start_as_the_teacher_and_alone_are_trained(teacher: Path) -> None:
     student, _ = with_adapters(teacher)
-    drawn, text = drawn_and_text()
+    z, text = drawn_and_text()
     plain = student_from_teacher(str(teacher))
-    assert torch.equal(student(drawn, text), plain(drawn, text))
+    assert torch.equal(student(z, text), plain(z, text))
     before = {k: v.clone() for k, v in student.state_dict().items()}
     trained_once(student)
     moved = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
@@ -159,12 +157,12 @@ def test_merged_adapters_give_the_same_latents(teacher: Path) -> None:
     student, config = with_adapters(teacher, lora_alpha=5.0)
     trained_once(student)
     plain = student_from_teacher(str(teacher))
-    drawn, text = drawn_and_text()
-    start = plain(drawn, text)
+    z, text = drawn_and_text()
+    start = plain(z, text)
     tensors = lora.merged(student.state_dict(), config.lora_rank, config.alpha)
     plain.load_state_dict(tensors, strict=True)
-    torch.testing.assert_close(plain(drawn, text), student(drawn, text), rtol=1e-4, atol=1e-4)
-    assert (plain(drawn, text) - start).abs().max() > 1e-2
+    torch.testing.assert_close(plain(z, text), student(z, text), rtol=1e-4, atol=1e-4)
+    assert (plain(z, text) - start).abs().max() > 1e-2
     assert lora.has_lora(student.state_dict()) and not lora.has_lora(tensors)
     for name, module in student.named_modules():
         if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
@@ -191,21 +189,21 @@ def test_adapters_are_a_function_of_the_seed_alone(teacher: Path) -> None:
 
 def test_guidance_starts_without_effect_and_is_learnt(teacher: Path) -> None:
     student = student_from_teacher(str(teacher), -1, StudentConfig(guidance_conditioning=True))
-    drawn, text = drawn_and_text()
+    z, text = drawn_and_text()
     low, high = torch.full((3,), 1.5), torch.full((3,), 8.0)
-    plain = student_from_teacher(str(teacher))(drawn, text)
+    plain = student_from_teacher(str(teacher))(z, text)
     assert student.guided and not student_from_teacher(str(teacher)).guided
-    assert torch.equal(student(drawn, text, low), plain) and torch.equal(student(drawn, text, high), plain)
+    assert torch.equal(student(z, text, low), plain) and torch.equal(student(z, text, high), plain)
     student.requires_grad_(True)
     student.unet.time_embedding.cond_proj.weight.data.normal_(
         std=0.5, generator=torch.Generator().manual_seed(0)
     )
-    found = student(drawn, text, torch.tensor([1.5, 8.0, 1.5]))
-    torch.testing.assert_close(found[0], student(drawn, text, low)[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[1], student(drawn, text, high)[1], rtol=1e-4, atol=1e-4)
-    assert (student(drawn, text, low) - student(drawn, text, high)).abs().max() > 1e-2
+    output = student(z, text, torch.tensor([1.5, 8.0, 1.5]))
+    torch.testing.assert_close(output[0], student(z, text, low)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output[1], student(z, text, high)[1], rtol=1e-4, atol=1e-4)
+    assert (student(z, text, low) - student(z, text, high)).abs().max() > 1e-2
     with pytest.raises(AssertionError, match="one guidance scale for each row"):
-        student(drawn, text)
+        student(z, text)
 
 
 def test_guidance_reaches_its_weight_through_training(teacher: Path) -> None:
@@ -248,13 +246,13 @@ def test_the_teacher_s_own_dropout_is_off(teacher: Path, tmp_path: Path) -> None
 
 def test_dropout_acts_in_the_residual_blocks(teacher: Path) -> None:
     student = student_from_teacher(str(teacher), -1, StudentConfig(dropout=0.5))
-    drawn, text = drawn_and_text()
+    z, text = drawn_and_text()
     with pytest.raises(AssertionError, match="a key for each row"):
-        student(drawn, text)
-    give_keys(student, row_keys(0, range(len(drawn))))
-    a, again = student(drawn, text), student(drawn, text)
-    give_keys(student, row_keys(1, range(len(drawn))))
-    b = student(drawn, text)
+        student(z, text)
+    give_keys(student, row_keys(0, range(len(z))))
+    a, again = student(z, text), student(z, text)
+    give_keys(student, row_keys(1, range(len(z))))
+    b = student(z, text)
     assert torch.equal(a, again) and not torch.equal(a, b)
     plain = student_from_teacher(str(teacher))
-    assert torch.equal(plain(drawn, text), plain(drawn, text))
+    assert torch.equal(plain(z, text), plain(z, text))

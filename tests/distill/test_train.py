@@ -196,8 +196,8 @@ def test_a_finished_run_is_left_alone(unbroken: dict[str, Path], teacher: Path, 
 
 
 def test_minutes_end_a_run_with_a_checkpoint(teacher: Path, pairs: Path, tmp_path: Path) -> None:
-    found = train(distill_config(teacher, pairs, "train.images=100000", "train.minutes=1e-6"), tmp_path)
-    assert (found.images, found.steps) == (4, 1) and Path(found.checkpoint).name == "000000004"
+    summary = train(distill_config(teacher, pairs, "train.images=100000", "train.minutes=1e-6"), tmp_path)
+    assert (summary.images, summary.steps) == (4, 1) and Path(summary.checkpoint).name == "000000004"
     assert json.loads((tmp_path / "ended.json").read_text()) == {"nimg": 4, "how": "minutes", "why": ""}
 
 
@@ -301,13 +301,13 @@ def test_weight_decay_groups(teacher: Path) -> None:
     hyperparameters").
     """
     student = student_from_teacher(str(teacher)).requires_grad_(True)
-    found = {
+    columns = {
         id(p): g["weight_decay"] for g in optimizer(student, OptimConfig()).param_groups for p in g["params"]
     }
     expected = {id(p): 1e-5 if ".attentions." in n else 1e-2 for n, p in student.named_parameters()}
-    assert found == expected and set(found.values()) == {1e-5, 1e-2}
+    assert columns == expected and set(columns.values()) == {1e-5, 1e-2}
     inside = {n for n, _ in student.named_parameters() if ".attn1." in n or ".attn2." in n or ".ff." in n}
-    assert inside <= {n for n, p in student.named_parameters() if found[id(p)] == 1e-5}
+    assert inside <= {n for n, p in student.named_parameters() if columns[id(p)] == 1e-5}
 
 
 def test_decay_is_decoupled(teacher: Path) -> None:

@@ -82,9 +82,9 @@ def test_the_trunk_is_diffusers_forward(teacher: Path, size: int, timestep: int)
     with torch.no_grad():
         discriminator(x, noise, text)
         unet = discriminator.unet
-        found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
         expected = pretrained.load_unet(str(teacher))(x, timestep, text.tensors["hidden"]).sample
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_output_head_reads_the_output_of_the_teacher(teacher: Path) -> None:
@@ -224,10 +224,10 @@ def test_sdxls_discriminator_is_told_the_pooled_text_and_the_pictures_size(tmp_p
     with torch.no_grad():
         plain = discriminator(x, noise, text)
         unet = discriminator.unet
-        found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
         added = {"text_embeds": pooled, "time_ids": sizes}
         expected = pretrained.load_unet(str(tmp_path))(x, 0, hidden, added_cond_kwargs=added).sample
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
         assert equal(plain, discriminator(x, noise, Conditioning.from_text(hidden, pooled, sizes)))
         others = [
             Conditioning.from_text(hidden, -pooled),
@@ -290,8 +290,8 @@ def test_every_kind_of_unet(name: str) -> None:
     discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     logits = discriminator(x, noise, text)
     assert len(logits) == 6
-    found = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    output = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     torch.stack([v.mean() for v in logits.values()]).sum().backward()
     idle = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == []
@@ -319,17 +319,17 @@ def test_a_frozen_backbone_trains_heads_and_new_convolutions_only(teacher: Path)
     discriminator.requires_grad_(True)
     trained = {n for n, p in discriminator.named_parameters() if p.requires_grad}
     assert trained == moved and not any(n.startswith(("unet.", "upsamplers.")) for n in trained)
-    whole = build(teacher).requires_grad_(False).requires_grad_(True)
-    frozen = {n for n, p in whole.named_parameters() if not p.requires_grad}
+    again = build(teacher).requires_grad_(False).requires_grad_(True)
+    frozen = {n for n, p in again.named_parameters() if not p.requires_grad}
     assert frozen == {f"unet.{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
 
 
 def small(**settings: Any) -> Any:
-    given = dict(
+    sizes = dict(
         sample_size=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=2
     )
     blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-    return pretrained.new_unet(**{**given, **blocks, "cross_attention_dim": 16, **settings})
+    return pretrained.new_unet(**{**sizes, **blocks, "cross_attention_dim": 16, **settings})
 
 
 @pytest.mark.parametrize(

@@ -64,17 +64,17 @@ def test_the_last_pairs_are_kept_out() -> None:
 
 
 def test_a_perfect_student_has_no_distance(reader: PairReader, distance: ELatentLPIPS) -> None:
-    found = measure(exact(reader), reader, ROWS, distance, batch_size=3)
-    assert found == {"val/e_latent_lpips": pytest.approx(0, abs=1e-7), "val/psnr": pytest.approx(200)}
+    numbers = measure(exact(reader), reader, ROWS, distance, batch_size=3)
+    assert numbers == {"val/e_latent_lpips": pytest.approx(0, abs=1e-7), "val/psnr": pytest.approx(200)}
 
 
 def test_values_are_those_of_their_definitions(reader: PairReader, distance: ELatentLPIPS) -> None:
     target = reader.read(ROWS).latents
-    found = measure(lambda z, p: z, reader, ROWS, None, batch_size=4)
+    numbers = measure(lambda z, p: z, reader, ROWS, None, batch_size=4)
     noise, peak = reader.read(ROWS).noise, float(target.max() - target.min())
     square = (noise - target).square().mean((1, 2, 3))
     expected = sum(10 * math.log10(peak**2 / float(s)) for s in square) / len(ROWS)
-    assert found == {"val/psnr": pytest.approx(expected, rel=1e-5)}
+    assert numbers == {"val/psnr": pytest.approx(expected, rel=1e-5)}
     assert float(psnr_from_mse(torch.tensor(0.01), 1.0)) == pytest.approx(20)
 
 
@@ -112,9 +112,9 @@ def _on_rank(rank: int, port: int, folder: str, teacher: str, out: str) -> None:
         return noise * 0.5
 
     metric = ELatentLPIPS(load_lpips(str(Path(teacher) / "latent_lpips"), 4), "bgco", draws=2)
-    found = measure(draw, PairReader(folder), ROWS, metric, batch_size=2)
+    numbers = measure(draw, PairReader(folder), ROWS, metric, batch_size=2)
     many = draw_together(lettered, (4, 2, 2), 5, PROMPTS, batch_size=2)
-    torch.save((found, calls, many), f"{out}/{rank}.pt")
+    torch.save((numbers, calls, many), f"{out}/{rank}.pt")
     process_group.finish()
 
 

@@ -112,8 +112,8 @@ def test_lines_differ_without_color() -> None:
     looks = [(order % SERIES, dash(order)) for order in range(2 * SERIES)]
     assert len(set(looks)) == 2 * SERIES and len({dash(order) for order in range(3)}) == 3
     svg = chart(curve(**{str(order): LINE for order in range(10)}))
-    drawn = [path.attrib["style"] for path in lines_of(svg)]
-    assert len(drawn) == 10 and len(set(drawn)) == 10
+    styles = [path.attrib["style"] for path in lines_of(svg)]
+    assert len(styles) == 10 and len(set(styles)) == 10
 
 
 def test_colors_are_the_pages_and_ids_are_the_charts_own() -> None:

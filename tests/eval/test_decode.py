@@ -13,7 +13,7 @@ from d2g.core.errors import UserError
 from eval.images.decode import Decoded, decode_image
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
-COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
+COLORS = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -31,66 +31,68 @@ def pixels(decoded: Decoded) -> np.ndarray[Any, Any]:
 
 
 def test_rgb_comes_as_it_is() -> None:
-    found = read(encoded(Image.fromarray(COLOUR)))
-    assert np.array_equal(pixels(found), COLOUR) and found.converted == () and found.caption == ""
+    image_read = read(encoded(Image.fromarray(COLORS)))
+    assert (
+        np.array_equal(pixels(image_read), COLORS) and image_read.converted == () and image_read.caption == ""
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA", "RGBA"])
 def test_other_kinds_become_rgb_as_pillow_makes_them_and_are_counted(mode: str) -> None:
-    image = Image.fromarray(COLOUR).convert(mode)
-    found = read(encoded(image, "TIFF" if mode == "CMYK" else "PNG"))
+    image = Image.fromarray(COLORS).convert(mode)
+    image_read = read(encoded(image, "TIFF" if mode == "CMYK" else "PNG"))
     expected = np.array(image.convert("RGB"))
-    assert np.array_equal(pixels(found), expected)
-    assert found.converted, mode
+    assert np.array_equal(pixels(image_read), expected)
+    assert image_read.converted, mode
 
 
 def test_cmyk_jpeg() -> None:
-    found = read(encoded(Image.fromarray(COLOUR).convert("CMYK"), "JPEG"))
-    assert found.converted == ("CMYK",) and found.image.shape == (3, 16, 16)
+    image_read = read(encoded(Image.fromarray(COLORS).convert("CMYK"), "JPEG"))
+    assert image_read.converted == ("CMYK",) and image_read.image.shape == (3, 16, 16)
 
 
 def test_16_bit_grey_is_scaled_not_clipped() -> None:
     wide = (RAMP.astype(np.uint32) * 257).astype(np.uint16)
     image = Image.fromarray(wide)
     assert image.mode.startswith("I;16")
-    found = read(encoded(image))
-    assert found.converted == ("16-bit grey",)
-    assert np.array_equal(pixels(found)[..., 0], RAMP), "65535 is white, and 257 is the first step"
+    image_read = read(encoded(image))
+    assert image_read.converted == ("16-bit grey",)
+    assert np.array_equal(pixels(image_read)[..., 0], RAMP), "65535 is white, and 257 is the first step"
     clipped = np.array(Image.open(io.BytesIO(encoded(image))).convert("RGB"))
     assert (clipped == 255).mean() > 0.9, "what Pillow's own conversion leaves"
 
 
-def test_16_bit_colour_keeps_its_upper_bytes() -> None:
+def test_16_bit_color_keeps_its_upper_bytes() -> None:
     import struct
     import zlib
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    wide = (COLOUR.astype(">u2") * 257).astype(">u2")
+    wide = (COLORS.astype(">u2") * 257).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in wide)
     header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    found = read(b"\x89PNG\r\n\x1a\n" + body)
-    assert np.array_equal(pixels(found), COLOUR)
+    image_read = read(b"\x89PNG\r\n\x1a\n" + body)
+    assert np.array_equal(pixels(image_read), COLORS)
 
 
 def test_transparency_is_refused_unless_it_is_none() -> None:
-    opaque = np.dstack([COLOUR, np.full((16, 16), 255, np.uint8)])
-    assert np.array_equal(pixels(read(encoded(Image.fromarray(opaque)))), COLOUR)
+    opaque = np.dstack([COLORS, np.full((16, 16), 255, np.uint8)])
+    assert np.array_equal(pixels(read(encoded(Image.fromarray(opaque)))), COLORS)
     opaque[3, 4, 3] = 254
     with pytest.raises(UserError, match=r"^x.png has transparent pixels.*flatten it$"):
         read(encoded(Image.fromarray(opaque)))
-    palette = Image.fromarray(COLOUR).convert("P")
+    palette = Image.fromarray(COLORS).convert("P")
     with pytest.raises(UserError, match="transparent pixels"):
         read(encoded(palette, "PNG", transparency=int(np.array(palette)[0, 0])))
     with pytest.raises(UserError, match="transparent pixels"):  # a color key in an RGB file
-        read(encoded(Image.fromarray(COLOUR), "PNG", transparency=tuple(COLOUR[0, 0].tolist())))
+        read(encoded(Image.fromarray(COLORS), "PNG", transparency=tuple(COLORS[0, 0].tolist())))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_animations_are_refused(kind: str) -> None:
-    frames = [Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)]
+    frames = [Image.fromarray(COLORS), Image.fromarray(255 - COLORS)]
     moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     with pytest.raises(UserError, match=r"^x.png is animated; .*still pictures"):
         read(moving)
@@ -98,9 +100,9 @@ def test_animations_are_refused(kind: str) -> None:
 
 
 def test_a_phones_picture_with_extras_behind_it_is_a_picture() -> None:
-    frames = [Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)]
-    found = read(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]))
-    assert np.abs(pixels(found).astype(int) - COLOUR).mean() < 40
+    frames = [Image.fromarray(COLORS), Image.fromarray(255 - COLORS)]
+    image_read = read(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]))
+    assert np.abs(pixels(image_read).astype(int) - COLORS).mean() < 40
 
 
 @pytest.mark.parametrize(
@@ -125,9 +127,9 @@ def test_damaged_bytes_raise_nothing_else() -> None:
     """Any byte may be wrong: a picture or one line, never another exception."""
     rng, refused = random.Random(0), 0
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
-        whole = encoded(Image.fromarray(COLOUR), kind)
+        complete = encoded(Image.fromarray(COLORS), kind)
         for _ in range(40):
-            data = bytearray(whole)
+            data = bytearray(complete)
             for _ in range(rng.randint(1, 4)):
                 data[rng.randrange(len(data))] = rng.randrange(256)
             try:
@@ -143,10 +145,10 @@ def test_a_pngs_own_prompt_and_the_size_asked_for(tmp_path: Path) -> None:
 
     info = PngInfo()
     info.add_itxt("prompt", "ein großer Würfel")
-    data = encoded(Image.fromarray(COLOUR), pnginfo=info)
-    found = decode_image(lambda: data, "x.png", "crop8-lanczos")
-    assert found.caption == "ein großer Würfel" and found.image.shape == (3, 8, 8)
+    data = encoded(Image.fromarray(COLORS), pnginfo=info)
+    image_read = decode_image(lambda: data, "x.png", "crop8-lanczos")
+    assert image_read.caption == "ein großer Würfel" and image_read.image.shape == (3, 8, 8)
     (tmp_path / "a").write_bytes(data)
-    assert decode_image((tmp_path / "a").read_bytes, "a").sha256 == found.sha256
+    assert decode_image((tmp_path / "a").read_bytes, "a").sha256 == image_read.sha256
     with pytest.raises(UserError, match="b is no readable image"):
         decode_image((tmp_path / "b").read_bytes, "b")

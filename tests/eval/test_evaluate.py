@@ -154,9 +154,9 @@ def test_a_collapsed_generator_has_precision_but_no_recall() -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 90])
 def test_batches_and_parts_do_not_change_the_result(size: int, tmp_path: Path) -> None:
-    whole = measure(source(90, 2), work=MeasureOptions(batch_size=32))
+    one_process = measure(source(90, 2), work=MeasureOptions(batch_size=32))
     other = measure(source(90, 2), work=MeasureOptions(batch_size=size, part=17, folder=tmp_path))
-    assert other == whole
+    assert other == one_process
 
 
 def test_every_metric_gives_its_numbers() -> None:
@@ -165,19 +165,19 @@ def test_every_metric_gives_its_numbers() -> None:
     metrics = (*sorted(against), "is", "clip", "pickscore", "dreamsim_diversity", "dreamsim", "psnr")
     reference = real(protocol, EVERYTHING)
     other = batch_source("other", [(pictures(90, 3)[0], [""] * 90)])
-    found = measure(
+    result = measure(
         endless(), protocol, EVERYTHING, metrics=metrics, reference=reference, other=other, count=90
     )
-    numbers = found.numbers()
+    numbers = result.numbers()
     more = {"clip_score", "precision", "recall", "density", "coverage", "is_deviation"}
     assert set(numbers) == {*metrics, *more} - {"clip", "pr", "dc"}
     assert numbers["fd_dinov2"] == pytest.approx(numbers["fid"]) and 1 < numbers["is"] < 10
-    assert found.counts["diversity_images"] == 270 and found.counts["diversity_prompts"] == 90
+    assert result.counts["diversity_images"] == 270 and result.counts["diversity_prompts"] == 90
     networks = {"features", "dinov2", "fd_clip", "cmmd", DREAMSIM_ROWS, "clip", "pickscore"}
-    assert set(found.models) == {*networks, "reference"}
+    assert set(result.models) == {*networks, "reference"}
     for name in numbers.keys() - {"is_deviation"}:
-        assert found.ci[name][0] <= numbers[name] <= found.ci[name][1], name
-    labels = dict(found.rows())
+        assert result.ci[name][0] <= numbers[name] <= result.ci[name][1], name
+    labels = dict(result.rows())
     assert "PSNR to the teacher (dB)" in labels and "(95 %:" in labels["PickScore"]
 
 
@@ -199,10 +199,10 @@ def test_an_extra_measure_is_averaged() -> None:
     networks = dataclasses.replace(
         NETWORKS, extra={"caption_accuracy": brightness, "caption_exact": brightness}
     )
-    found = run(source(90, 2), networks=networks)
+    result = run(source(90, 2), networks=networks)
     expected = pictures(90, seed=2)[0].double().mean().item()
-    assert found.result.extra["caption_accuracy"] == pytest.approx(expected)
-    assert found.rows.values["caption_accuracy"].shape == (90,)
+    assert result.result.extra["caption_accuracy"] == pytest.approx(expected)
+    assert result.rows.values["caption_accuracy"].shape == (90,)
 
 
 def test_one_metric_needs_only_its_own_network() -> None:
@@ -285,9 +285,9 @@ def test_only_inception_is_called_fid() -> None:
     labels = dict(measure(source(30, 2)).rows())
     assert "Frechet distance (oracle features)" in labels and "Kernel distance (oracle features)" in labels
     assert not any("FID" in label for label in labels)
-    named = dataclasses.replace(ORACLE, name="inception")
+    inception = dataclasses.replace(ORACLE, name="inception")
     networks, protocol = (
-        Networks(sets={"features": named}, clip=color_clip()),
+        Networks(sets={"features": inception}, clip=color_clip()),
         dataclasses.replace(TINY, features="inception"),
     )
     result = measure(source(30, 2), protocol, networks, reference=real(protocol, networks), resamples=0)

@@ -40,14 +40,14 @@ def test_mean_and_covariance_are_torchs() -> None:
 
 def test_batches_and_merging_do_not_change_the_statistics() -> None:
     features = rows(2 * UPDATE_ROWS + 77, 7)
-    whole = stats_of(features, batch=len(features))
+    one_batch = stats_of(features, batch=len(features))
     parts = stats_of(features[:40], batch=3)
     parts.merge(stats_of(features[40:], batch=50))
-    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-12, atol=0)
-    torch.testing.assert_close(parts.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts.mean, one_batch.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.covariance, one_batch.covariance, rtol=1e-9, atol=1e-9)
     for batch in (1, 16, UPDATE_ROWS, UPDATE_ROWS + 1):  # whole blocks are the same blocks: not a bit differs
         other = stats_of(features, batch)
-        assert torch.equal(other.mean, whole.mean) and torch.equal(other.covariance, whole.covariance)
+        assert torch.equal(other.mean, one_batch.mean) and torch.equal(other.covariance, one_batch.covariance)
     assert parts.count == len(features) and torch.equal(parts.rows, features)
 
 
@@ -98,10 +98,10 @@ def test_one_two_and_three_processes_agree(count: int, tmp_path: Path) -> None:
 
 def test_what_a_file_keeps_comes_back() -> None:
     stats = stats_of(rows(60, 4))
-    whole, some = (FeatureStats.restored(ORIGIN, 60, stats.tensors(keep)) for keep in (0, 10))
-    assert whole.origin == ORIGIN and whole.count == some.count == 60
-    torch.testing.assert_close(whole.covariance, stats.covariance, rtol=1e-12, atol=0)
-    assert torch.equal(whole.mean, stats.mean) and torch.equal(whole.rows, stats.rows)
+    all_rows, some = (FeatureStats.restored(ORIGIN, 60, stats.tensors(keep)) for keep in (0, 10))
+    assert all_rows.origin == ORIGIN and all_rows.count == some.count == 60
+    torch.testing.assert_close(all_rows.covariance, stats.covariance, rtol=1e-12, atol=0)
+    assert torch.equal(all_rows.mean, stats.mean) and torch.equal(all_rows.rows, stats.rows)
     assert torch.equal(some.rows, stats.sample(10)) and len(some.rows) == 10
     with pytest.raises(ValueError, match="different widths"):
         FeatureStats.restored(ORIGIN, 60, {**stats.tensors(), "rows": torch.zeros(3, 5)})

@@ -86,7 +86,7 @@ def test_identical_sets_are_at_zero_even_with_fewer_rows_than_features() -> None
 
 
 def test_few_rows_have_the_nuclear_norm_of_their_product() -> None:
-    """tr (A B)^(1/2) is the sum of the singular values of X Y^T / sqrt((n - 1) (m - 1)), X and Y centred."""
+    """tr (A B)^(1/2) is the sum of the singular values of X Y^T / sqrt((n - 1) (m - 1)), X and Y centered."""
     for n, m in ((9, 14), (14, 9), (9, 200)):
         a, b = rows(n, 40), rows(m, 40, seed=2)
         x, y = a - a.mean(0), b - b.mean(0)
@@ -111,9 +111,9 @@ def test_the_closed_form_error_is_the_one_that_samples_show(shift: float) -> Non
     mean, cov = real.mean(0), real.T.cov()
     to_real = frechet_to(mean, cov)
     draws = (rows(120 * count, dim, seed=5) + shift).split(count)
-    seen = torch.tensor([to_real(draw) for draw in draws]).std().item()
+    deviation = torch.tensor([to_real(draw) for draw in draws]).std().item()
     said = torch.tensor([frechet_standard_error(draw, mean, cov) for draw in draws[:20]])
-    assert said.mean().item() == pytest.approx(seen, rel=0.2)  # 120 draws tell it to 6.5 %
+    assert said.mean().item() == pytest.approx(deviation, rel=0.2)  # 120 draws tell it to 6.5 %
     assert said.std() < 0.2 * said.mean()
     with pytest.raises(UserError, match="more rows than features, got 6 for 6"):
         frechet_standard_error(draws[0][:6], mean, cov)
@@ -122,19 +122,19 @@ def test_the_closed_form_error_is_the_one_that_samples_show(shift: float) -> Non
 def test_infinity_takes_the_bias_off() -> None:
     """Both sets are of one distribution, so the distance is 0 but for the bias of small counts."""
     dim = 16
-    made = torch.randn(4000, dim, generator=generator(1), dtype=torch.float64)
+    generated = torch.randn(4000, dim, generator=generator(1), dtype=torch.float64)
     mean, cov = torch.zeros(dim), torch.eye(dim)
-    finite = frechet_to(mean, cov)(made[:500])
-    found = frechet_infinity(made, mean, cov, generator(0), smallest=500)
-    assert found.counts[0] == 500 and found.counts[-1] == 4000 and len(found.distances) == 15
-    assert abs(found.value) < 0.1 * finite and 0 < found.standard_error < 0.1 * finite
-    again = frechet_infinity(made, mean, cov, generator(0), smallest=500)
-    assert again == found
-    assert frechet_infinity(made, mean, cov, generator(0)).counts[0] == 2000, "half of fewer than 10,000"
+    finite = frechet_to(mean, cov)(generated[:500])
+    estimate = frechet_infinity(generated, mean, cov, generator(0), smallest=500)
+    assert estimate.counts[0] == 500 and estimate.counts[-1] == 4000 and len(estimate.distances) == 15
+    assert abs(estimate.value) < 0.1 * finite and 0 < estimate.standard_error < 0.1 * finite
+    again = frechet_infinity(generated, mean, cov, generator(0), smallest=500)
+    assert again == estimate
+    assert frechet_infinity(generated, mean, cov, generator(0)).counts[0] == 2000, "half of fewer than 10,000"
     with pytest.raises(
         UserError, match=r"16 features .* from 32 images on, got 15 points and subsets of 20 to 40"
     ):
-        frechet_infinity(made[:40], mean, cov, generator(0))
+        frechet_infinity(generated[:40], mean, cov, generator(0))
 
 
 def test_infinity_begins_at_5000_where_there_are_enough() -> None:
@@ -144,10 +144,10 @@ def test_infinity_begins_at_5000_where_there_are_enough() -> None:
 
 
 def test_infinity_fits_a_line_as_numpy_does() -> None:
-    made = rows(300, 5)
-    found = frechet_infinity(made, torch.zeros(5), torch.eye(5), generator(2), points=6, smallest=50)
-    fit, covariance = np.polyfit(1 / np.array(found.counts), found.distances, 1, cov=True)
-    assert found.value == pytest.approx(fit[1], rel=1e-9)
-    assert found.standard_error == pytest.approx(covariance[1, 1] ** 0.5, rel=1e-6)
-    whole = frechet_distance(made.mean(0), made.T.cov(), torch.zeros(5), torch.eye(5))
-    assert found.distances[-1] == pytest.approx(whole, rel=1e-9), "the last subset is all rows"
+    generated = rows(300, 5)
+    estimate = frechet_infinity(generated, torch.zeros(5), torch.eye(5), generator(2), points=6, smallest=50)
+    fit, covariance = np.polyfit(1 / np.array(estimate.counts), estimate.distances, 1, cov=True)
+    assert estimate.value == pytest.approx(fit[1], rel=1e-9)
+    assert estimate.standard_error == pytest.approx(covariance[1, 1] ** 0.5, rel=1e-6)
+    all_rows = frechet_distance(generated.mean(0), generated.T.cov(), torch.zeros(5), torch.eye(5))
+    assert estimate.distances[-1] == pytest.approx(all_rows, rel=1e-9), "the last subset is all rows"

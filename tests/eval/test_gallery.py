@@ -1,4 +1,4 @@
-"""eval.report.gallery: worst and best, neighbours, thumbnails."""
+"""eval.report.gallery: worst and best, neighbors, thumbnails."""
 
 import base64
 import io
@@ -59,10 +59,12 @@ def test_few_rows_are_shared_out_and_bad_scores_refused() -> None:
             rank_images("s", values, {"a": pictures(len(values), 4)}, (), better="lower")
 
 
-def test_neighbours_stand_beside_what_was_generated() -> None:
+def test_neighbors_are_shown_beside_generated_images() -> None:
     generated, training = pictures(2, 4), pictures(9, 8, seed=1)
-    found = Nearest(distances=torch.tensor([[0.5, 1.25], [2.0, 3.0]]), indices=torch.tensor([[4, 7], [0, 8]]))
-    block = beside_nearest(found, generated, training, ["a", "b"], features="oracle")
+    nearest = Nearest(
+        distances=torch.tensor([[0.5, 1.25], [2.0, 3.0]]), indices=torch.tensor([[4, 7], [0, 8]])
+    )
+    block = beside_nearest(nearest, generated, training, ["a", "b"], features="oracle")
     assert list(block.columns) == ["generated", "nearest", "nearest 2"]
     assert torch.equal(block.columns["nearest"][1], training[0])
     assert torch.equal(block.columns["nearest 2"][0], training[7])
@@ -90,8 +92,8 @@ def test_small_images_keep_every_pixel_and_grow_by_whole_steps(side: int, shown:
     small = thumbnail(image, 256)
     assert small.url.startswith("data:image/png;base64,") and small.pixelated
     assert (small.width, small.height) == (shown, shown) and shown % side == 0
-    found = torch.from_numpy(np.array(decoded(small.url))).permute(2, 0, 1)
-    assert torch.equal(found, image)
+    pixels = torch.from_numpy(np.array(decoded(small.url))).permute(2, 0, 1)
+    assert torch.equal(pixels, image)
 
 
 def test_large_images_become_small_files_of_their_shape() -> None:

@@ -45,7 +45,7 @@ def everything() -> ReportData:
     """A page with every section, every kind of picture, and prompts that attack it."""
     small, wide, prompts = pictures(4, 28, 28), pictures(4, 160, 320), list(EVIL)
     training = pictures(20, 28, 28, seed=1)
-    found = nearest_neighbors(small.flatten(1), training.flatten(1).split(6), k=7)
+    nearest = nearest_neighbors(small.flatten(1), training.flatten(1).split(6), k=7)
     steps = [(float(i), 1 / (1 + i)) for i in range(700)]
     return ReportData(
         title="Student & <teacher>",
@@ -80,7 +80,7 @@ def everything() -> ReportData:
             rank_images("CLIP score", [0.1, 0.4, 0.2, 0.3], {"student": wide}, prompts, better="higher"),
             rank_images("LPIPS", [1, 4, 2, 3], {"student": small, "teacher": small}, prompts, better="lower"),
         ],
-        nearest=[beside_nearest(found, small, training, prompts, features="pixel")],
+        nearest=[beside_nearest(nearest, small, training, prompts, features="pixel")],
         curves=[
             Curve(
                 title="FID against CLIP score",
@@ -122,17 +122,17 @@ def browser() -> Iterator[Browser]:
 @pytest.mark.parametrize("width", [1400, 400])
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_is_broken_in_a_browser(page: Path, browser: Browser, width: int, dark: bool) -> None:
-    seen = browser.open(page, width=width, dark=dark)
-    assert seen.problems == []
-    assert seen.title == "Student & <teacher>" and seen.headings[0] == (1, "Student & <teacher>")
-    chapters = [text for level, text in seen.headings if level == 2]
+    state = browser.open(page, width=width, dark=dark)
+    assert state.problems == []
+    assert state.title == "Student & <teacher>" and state.headings[0] == (1, "Student & <teacher>")
+    chapters = [text for level, text in state.headings if level == 2]
     assert chapters == [
         "Metrics", "Same noise, same prompt", "Images", "Worst and best", "Nearest training images", "Curves",
         "Latency", "Time taken", "Setting",
     ]  # fmt: skip
-    assert seen.images == 4 * 2 + 4 * 9 + 20 + 4 + 4 + 8 + 4 * 8
+    assert state.images == 4 * 2 + 4 * 9 + 20 + 4 + 4 + 8 + 4 * 8
     for prompt in EVIL[:3]:
-        assert prompt in seen.text  # as text, for it is no markup
+        assert prompt in state.text  # as text, for it is no markup
     light = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(re.findall(r"\d+", light)[0]) < 40) == dark
 
@@ -183,11 +183,11 @@ def test_the_browser_sees_what_is_broken(browser: Browser, tmp_path: Path) -> No
         "<table><tr><th>no scope</table><a href='#nowhere'>a</a><i id=x></i>"
         "<div style='width:1500px'>wide</div></main><script>console.error('ouch'); throw Error('oh')</script>"
     )
-    found = " ".join(browser.open(bad, width=1400).problems)
+    problems = " ".join(browser.open(bad, width=1400).problems)
     for kind in ("broken:", "nameless:", "unscoped:", "dangling:", "repeated:", "outside:", "overflow:"):
-        assert kind in found, kind
+        assert kind in problems, kind
     assert all(
-        part in found for part in ("ouch", "thrown:", "request: http://127.0.0.1:9", "headings: levels")
+        part in problems for part in ("ouch", "thrown:", "request: http://127.0.0.1:9", "headings: levels")
     )
 
 
@@ -237,7 +237,7 @@ def _without(text: str, prompts: tuple[str, ...]) -> str:
 def test_a_section_is_there_when_its_data_is() -> None:
     bare = render_report(ReportData(title="only"))
     assert "<h1>only</h1>" in bare and "<h2" not in bare and "<nav" not in bare
-    whole = everything()
+    full_data = everything()
     chapter = {
         "notes": "Notes", "metrics": "Metrics", "beside": "Same noise, same prompt", "grids": "Images",
         "rankings": "Worst and best", "nearest": "Nearest training images", "curves": "Curves",
@@ -247,13 +247,13 @@ def test_a_section_is_there_when_its_data_is() -> None:
     for field in fields(ReportData):
         if field.name == "title":
             continue
-        page = render_report(replace(ReportData(title="one"), **{field.name: getattr(whole, field.name)}))
-        found = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
-        assert found == ([chapter[field.name]] if field.name in chapter else []), field.name
+        page = render_report(replace(ReportData(title="one"), **{field.name: getattr(full_data, field.name)}))
+        sections = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+        assert sections == ([chapter[field.name]] if field.name in chapter else []), field.name
         # A digest without a protocol's name says nothing; every other field shows by itself.
         assert (page == bare.replace("only", "one")) == (field.name == "protocol_sha256"), field.name
     tags = _Tags()
-    tags.feed(render_report(whole))
+    tags.feed(render_report(full_data))
     assert tags.open == []
 
 

@@ -32,9 +32,9 @@ def test_the_error_counts_rows_not_subsets() -> None:
         )
         for seed in range(40)
     ]
-    seen = float(np.std([draw.mean for draw in draws], ddof=1))
+    deviation = float(np.std([draw.mean for draw in draws], ddof=1))
     said = float(np.mean([draw.standard_error for draw in draws]))
-    assert 0.6 * seen < said < 1.8 * seen
+    assert 0.6 * deviation < said < 1.8 * deviation
     assert said * 2 == pytest.approx(float(np.mean([draw.deviation for draw in draws])))
 
 
@@ -42,8 +42,8 @@ def test_where_a_subset_is_all_rows_the_error_is_that_of_other_draws() -> None:
     real = rows(90, 3, 0)
     draws = [kernel_distance(rows(90, 3, seed, 0.5), real, generator(0), subsets=2) for seed in range(1, 81)]
     assert {draw.size for draw in draws} == {90}
-    seen = float(np.std([draw.mean for draw in draws], ddof=1))
-    assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(seen, rel=0.3)
+    deviation = float(np.std([draw.mean for draw in draws], ddof=1))
+    assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(deviation, rel=0.3)
 
 
 def test_polynomial_mmd_equals_the_double_sum_and_the_packages() -> None:
@@ -82,8 +82,8 @@ def test_cmmd_equals_torch_fidelitys_biased_estimate() -> None:
 def test_cmmds_error_is_that_of_other_draws() -> None:
     real = rows(500, 6, 0)
     draws = [cmmd(rows(200, 6, seed, 0.5), real) for seed in range(1, 61)]
-    seen = float(np.std([draw.value for draw in draws], ddof=1))
-    assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(seen, rel=0.25)
+    deviation = float(np.std([draw.value for draw in draws], ddof=1))
+    assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(deviation, rel=0.25)
 
 
 def test_too_few_rows() -> None:

@@ -43,19 +43,19 @@ def test_timing_counts_calls_and_takes_the_median() -> None:
 
 def test_parts_add_up_and_the_teacher_stands_beside_the_student() -> None:
     models = {"student": sleeping(1, 4), "teacher": sleeping(1, 40)}
-    found = measure_latency(models, "cpu", batches=(1, 2), repeats=3, warmup=1)
-    assert json.loads(json.dumps(found)) == found
+    latency = measure_latency(models, "cpu", batches=(1, 2), repeats=3, warmup=1)
+    assert json.loads(json.dumps(latency)) == latency
     for name, network in (("student", 4), ("teacher", 40)):
-        one = found["models"][name]["batch_1"]
+        one = latency["models"][name]["batch_1"]
         assert list(one["parts_ms"]) == ["text", "network"] and one["batch"] == 1
         assert one["parts_ms"]["text"] >= 1 and one["parts_ms"]["network"] >= network
         assert one["ms"] >= 1 + network and one["ms_p10"] <= one["ms"] <= one["ms_p90"]
         assert one["ms_per_image"] == one["ms"] and one["images_per_sec"] == pytest.approx(1000 / one["ms"])
-        best = found["models"][name]["best"]
+        best = latency["models"][name]["best"]
         assert best["batch"] == 2 and best["ms_per_image"] == pytest.approx(best["ms"] / 2)
-    ratio = found["teacher_over_student"]
+    ratio = latency["teacher_over_student"]
     assert ratio["batch_1"] > 2 and ratio["best"] > 2
-    assert found["device"] == "cpu" and found["clock"] == "wall"
+    assert latency["device"] == "cpu" and latency["clock"] == "wall"
 
 
 def test_models_take_turns_and_warm_up_does_not_count() -> None:
@@ -69,18 +69,18 @@ def test_models_take_turns_and_warm_up_does_not_count() -> None:
         return lambda batch: {"all": call}
 
     models = {name: parts(name) for name in "ab"}
-    found = measure_latency(models, "cpu", batches=(1,), repeats=3, warmup=1)
+    latency = measure_latency(models, "cpu", batches=(1,), repeats=3, warmup=1)
     assert order == list("ab") * 4
-    assert found["models"]["a"]["batch_1"]["ms_p90"] < 200 and "teacher_over_student" not in found
+    assert latency["models"]["a"]["batch_1"]["ms_p90"] < 200 and "teacher_over_student" not in latency
 
 
 def test_larger_batches_end_with_memory_or_gain() -> None:
     models = {"full": sleeping(0, 10, memory=2), "flat": sleeping(0, 10, each=True), "free": sleeping(0, 10)}
-    found = measure_latency(models, "cpu", batches=(1, 2, 4, 8), repeats=1, warmup=0)["models"]
-    assert [entry["batch"] for entry in found["full"]["by_batch"]] == [1, 2]
-    assert found["full"]["stopped"] == "out of memory at batch 4"
-    assert found["free"]["stopped"] is None and found["free"]["best"]["batch"] == 8
-    assert len(found["flat"]["by_batch"]) in (3, 4)  # a busy machine may stretch one sleep
+    latency = measure_latency(models, "cpu", batches=(1, 2, 4, 8), repeats=1, warmup=0)["models"]
+    assert [entry["batch"] for entry in latency["full"]["by_batch"]] == [1, 2]
+    assert latency["full"]["stopped"] == "out of memory at batch 4"
+    assert latency["free"]["stopped"] is None and latency["free"]["best"]["batch"] == 8
+    assert len(latency["flat"]["by_batch"]) in (3, 4)  # a busy machine may stretch one sleep
     with pytest.raises(UserError, match="full has no latency: out of memory at batch 1"):
         measure_latency({"full": sleeping(0, 1, memory=0)}, "cpu", repeats=1)
 

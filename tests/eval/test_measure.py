@@ -70,10 +70,10 @@ WHOLE = measure_source(sampler(), range(50), MEASURES)
 @pytest.mark.parametrize(("batch_size", "part"), [(1, 0), (7, 50), (64, 13), (3, 1)])
 def test_rows_do_not_depend_on_batches_or_parts(batch_size: int, part: int, tmp_path: Path) -> None:
     work = MeasureOptions(batch_size=batch_size, part=part, folder=tmp_path)
-    found = measure_source(sampler(), range(50), MEASURES, work=work)
-    assert same(found, WHOLE) and found.values["colors"].shape == (50, 3)
+    rows = measure_source(sampler(), range(50), MEASURES, work=work)
+    assert same(rows, WHOLE) and rows.values["colors"].shape == (50, 3)
     assert same(measure_source(sampler(), range(50), MEASURES, work=work), WHOLE), "from the files"
-    assert len(found.prompts) == len(found) == 50
+    assert len(rows.prompts) == len(rows) == 50
 
 
 def test_parts_cover_all_and_are_neither_tiny_nor_huge() -> None:
@@ -115,9 +115,9 @@ def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path)
         process_group.finish()
 
     on_ranks(ranks, work)
-    found = [load_part(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
-    for rows in found:
-        assert same(rows, found[0])
+    parts = [load_part(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
+    for rows in parts:
+        assert same(rows, parts[0])
         assert rows.prompts == WHOLE.prompts and torch.equal(rows.values["level"], WHOLE.values["level"])
         assert rows.values["apart"].min() > 0.5
 
@@ -134,8 +134,8 @@ def test_killed_and_resumed_gives_the_same_rows(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert len(list((tmp_path / "parts").glob("0*"))) < 10
-    found = measure_source(sampler(), range(50), MEASURES, work=MeasureOptions(part=5, folder=tmp_path))
-    assert same(found, WHOLE)
+    rows = measure_source(sampler(), range(50), MEASURES, work=MeasureOptions(part=5, folder=tmp_path))
+    assert same(rows, WHOLE)
 
 
 def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_images_are_kept_with_their_numbers(tmp_path: Path) -> None:
     with Image.open(files[4]) as image:
         assert image.info == {"prompt": "green", "index": "4"}
     again = image_source(open_images(tmp_path / "kept"))
-    kept = measure_source(again, range(7), {"level": MEASURES["level"]})
-    assert torch.equal(kept.values["level"], WHOLE.values["level"][:7]) and kept.prompts == WHOLE.prompts[:7]
+    rows = measure_source(again, range(7), {"level": MEASURES["level"]})
+    assert torch.equal(rows.values["level"], WHOLE.values["level"][:7]) and rows.prompts == WHOLE.prompts[:7]
 
 
 def test_rows_that_are_not_finite_name_the_image() -> None:
@@ -212,10 +212,10 @@ def test_a_measure_that_needs_prompts_names_the_image_without() -> None:
 
 def test_pairs_are_of_the_same_numbers_and_one_size() -> None:
     pairs = {"shift": PairMeasure(size=NATIVE, function=lambda a, b: mean_level(b, []) - mean_level(a, []))}
-    found = measure_source(
+    rows = measure_source(
         sampler(), range(20), MEASURES, pairs=pairs, other=sampler(shift=5), work=MeasureOptions(batch_size=3)
     )
-    assert found.values["shift"].min() > 4 and torch.equal(found.values["level"], WHOLE.values["level"][:20])
+    assert rows.values["shift"].min() > 4 and torch.equal(rows.values["level"], WHOLE.values["level"][:20])
     with pytest.raises(
         UserError, match="sampler gives 4x4 pixels and sampler 6x6; pairs must be of one size"
     ):
@@ -239,13 +239,13 @@ def test_of_files_it_is_known_which_they_were(tmp_path: Path) -> None:
         )
     source = image_source(open_images(folder), ["a", "b", "c", "d", "e"])
     measures = {"colors": MEASURES["colors"]}
-    found = measure_source(
+    rows = measure_source(
         source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work", batch_size=1)
     )
-    assert found.values[FILE_SHA256].shape == (5, 32) and found.converted == Counter(grey=1)
-    assert found.prompts == ["a", "b", "c", "d", "e"]
+    assert rows.values[FILE_SHA256].shape == (5, 32) and rows.converted == Counter(grey=1)
+    assert rows.prompts == ["a", "b", "c", "d", "e"]
     again = measure_source(source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work"))
-    assert same(found, again), "counts of what was converted are kept too"
+    assert same(rows, again), "counts of what was converted are kept too"
     with pytest.raises(UserError, match="holds 5 images, and there are 2 prompts; give one for each"):
         image_source(open_images(folder), ["a", "b"])
     assert json.dumps(source.facts) and source.facts["images"] == 5

@@ -23,24 +23,24 @@ def directly(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @given(chunk=st.integers(1, 110), k=st.integers(1, 20), shift=st.sampled_from([0.0, 1e6]))
 def test_equals_the_direct_computation_in_any_chunks(chunk: int, k: int, shift: float) -> None:
     queries, rows = QUERIES.double()[:40] + shift, TRAINING.double() + shift
-    found = nearest_neighbors(queries, rows.split(chunk), k=k)
+    nearest = nearest_neighbors(queries, rows.split(chunk), k=k)
     distances, indices = directly(queries, rows, k)
-    assert torch.equal(found.indices, indices)
-    torch.testing.assert_close(found.distances, distances, rtol=0, atol=1e-12)
+    assert torch.equal(nearest.indices, indices)
+    torch.testing.assert_close(nearest.distances, distances, rtol=0, atol=1e-12)
 
 
 def test_many_queries_and_a_copied_image() -> None:
     queries = torch.cat([QUERIES, TRAINING[77:78]])
-    found = nearest_neighbors(queries, TRAINING.split(50), k=2)
-    assert torch.equal(found.indices, directly(queries, TRAINING, 2)[1])
-    assert found.indices[-1, 0] == 77 and found.distances[-1, 0] == 0
+    nearest = nearest_neighbors(queries, TRAINING.split(50), k=2)
+    assert torch.equal(nearest.indices, directly(queries, TRAINING, 2)[1])
+    assert nearest.indices[-1, 0] == 77 and nearest.distances[-1, 0] == 0
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 40])
 def test_ties_go_to_the_lower_index(chunk: int) -> None:
     rows = TRAINING[:4].repeat(5, 1)
-    found = nearest_neighbors(TRAINING[1:2], rows.split(chunk), k=3)
-    assert found.indices.tolist() == [[1, 5, 9]] and found.distances.abs().max() == 0
+    nearest = nearest_neighbors(TRAINING[1:2], rows.split(chunk), k=3)
+    assert nearest.indices.tolist() == [[1, 5, 9]] and nearest.distances.abs().max() == 0
 
 
 def test_bad_rows_are_refused() -> None:

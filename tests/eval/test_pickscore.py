@@ -80,11 +80,11 @@ def test_missing_pieces_are_named(model: tuple[CLIPModel, Path], tmp_path: Path)
 
 def test_ties_count_half() -> None:
     first, second = torch.tensor([3.0, 1.0, 2.0, 5.0]), torch.tensor([1.0, 1.0, 4.0, 4.0])
-    found = win_rate(first, second)
-    assert (found.wins, found.ties, found.losses, found.rate) == (2, 1, 1, 0.625)
+    outcome = win_rate(first, second)
+    assert (outcome.wins, outcome.ties, outcome.losses, outcome.rate) == (2, 1, 1, 0.625)
     turned = win_rate(second, first)
-    assert turned.rate == 1 - found.rate
-    assert turned.interval == pytest.approx((1 - found.interval[1], 1 - found.interval[0]))
+    assert turned.rate == 1 - outcome.rate
+    assert turned.interval == pytest.approx((1 - outcome.interval[1], 1 - outcome.interval[0]))
     near = win_rate(first, second, margin=1.0)
     assert (near.wins, near.ties, near.losses) == (1, 2, 1)
     with pytest.raises(UserError, match="at least one prompt"):
@@ -94,6 +94,6 @@ def test_ties_count_half() -> None:
 @pytest.mark.parametrize(("wins", "count"), [(0, 20), (13, 20), (500, 1000), (7, 7)])
 def test_the_interval_is_wilsons(wins: int, count: int) -> None:
     first = (torch.arange(count) < wins).double()
-    found = win_rate(first, torch.full((count,), 0.5))
+    outcome = win_rate(first, torch.full((count,), 0.5))
     judged = binomtest(wins, count).proportion_ci(method="wilson")
-    assert found.interval == (pytest.approx(judged.low, abs=1e-12), pytest.approx(judged.high, abs=1e-12))
+    assert outcome.interval == (pytest.approx(judged.low, abs=1e-12), pytest.approx(judged.high, abs=1e-12))

@@ -12,14 +12,14 @@ from torch_fidelity.metric_prc import calculate_precision_recall_part
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.metrics import distances as pairwise
-from eval.metrics.precision_recall import Neighbours, precision_recall, precision_recalls
+from eval.metrics.precision_recall import Neighbors, precision_recall, precision_recalls
 
 
 def points(count: int, seed: int, scale: float = 1.0, dim: int = 4) -> Tensor:
     return torch.randn(count, dim, generator=generator(seed)) * scale
 
 
-def brute_force(real: Tensor, fake: Tensor, k: int) -> Neighbours:
+def brute_force(real: Tensor, fake: Tensor, k: int) -> Neighbors:
     def distances(a: Tensor, b: Tensor) -> Tensor:
         return (a.double()[:, None] - b.double()[None]).square().sum(2)
 
@@ -28,7 +28,7 @@ def brute_force(real: Tensor, fake: Tensor, k: int) -> Neighbours:
 
     between = distances(real, fake)
     inside = between <= radii(real)[:, None]
-    return Neighbours(
+    return Neighbors(
         precision=inside.any(0).double().mean().item(),
         recall=(between <= radii(fake)).any(1).double().mean().item(),
         density=inside.double().sum().item() / (k * len(fake)),
@@ -47,9 +47,9 @@ def test_equals_brute_force_for_any_chunk(k: int) -> None:
 
 def test_several_k_are_each_their_own() -> None:
     real, fake = points(40, 0), points(45, 1, 1.3)
-    found = precision_recalls(real, fake, ks=(5, 1, 3), chunk=16)
-    assert list(found) == [5, 1, 3]
-    assert all(found[k] == brute_force(real, fake, k) for k in found)
+    by_k = precision_recalls(real, fake, ks=(5, 1, 3), chunk=16)
+    assert list(by_k) == [5, 1, 3]
+    assert all(by_k[k] == brute_force(real, fake, k) for k in by_k)
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -115,7 +115,7 @@ def test_identical_sets_are_perfect_far_from_the_origin() -> None:
 
 
 def test_a_grid_is_all_ties() -> None:
-    """Every row has many neighbours at one distance, which rounding must not tell apart."""
+    """Every row has many neighbors at one distance, which rounding must not tell apart."""
     axis = torch.arange(7.0)
     grid = torch.cartesian_prod(axis, axis, axis) * 0.1
     shifted = grid + torch.tensor([0.05, 0.0, 0.0])
@@ -125,7 +125,7 @@ def test_a_grid_is_all_ties() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_float32_only_sorts_out_what_is_clear(scale: float) -> None:
-    """Rows of length 100 whose neighbours lie `scale` apart: in float32 products all of them look alike."""
+    """Rows of length 100 whose neighbors lie `scale` apart: in float32 products all of them look alike."""
     base = points(12, 0, 100.0, dim=64)
     real = (base.repeat(10, 1) + points(120, 1, scale, dim=64)).float()
     fake = (base.repeat(10, 1) + points(120, 2, scale, dim=64)).float()

@@ -54,18 +54,18 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_coco_as_downloaded_becomes_one_file(coco: Path, tmp_path: Path) -> None:
-    found = open_reference(coco, COCO, SETS)
+    reference = open_reference(coco, COCO, SETS)
     chosen = chosen_images(read_coco(coco, "val2014"), 6, COCO.seed)
-    assert found.prompts == [f"photo {i}, 0" for i in chosen]
-    assert found.count == 10 and found.facts["converted"] == {"grey": 1}
+    assert reference.prompts == [f"photo {i}, 0" for i in chosen]
+    assert reference.count == 10 and reference.facts["converted"] == {"grey": 1}
     rows = quarters(load_all(read_images(coco / "val2014", resize="crop8-bicubic"))[0]).double()
-    stats = found.stats["features"]
+    stats = reference.stats["features"]
     torch.testing.assert_close(stats.mean, rows.mean(0))
     torch.testing.assert_close(stats.covariance, rows.T.cov())
     assert len(stats.rows) == 8, "as many rows as the protocol samples"
-    found.save(tmp_path / "shared.safetensors")
+    reference.save(tmp_path / "shared.safetensors")
     shared = open_reference(tmp_path / "shared.safetensors", COCO, SETS)
-    assert shared.prompts == found.prompts and shared.facts == found.facts
+    assert shared.prompts == reference.prompts and shared.facts == reference.facts
     assert torch.equal(shared.stats["features"].covariance, stats.covariance)
 
 
@@ -130,10 +130,10 @@ def test_the_digest_is_of_the_files_bytes_in_order(coco: Path) -> None:
     """So that two people know they have the same reference, wherever it lies."""
     import hashlib
 
-    found = build_reference(image_source(open_images(coco / "val2014")), COCO, SETS)
+    reference = build_reference(image_source(open_images(coco / "val2014")), COCO, SETS)
     digests = [hashlib.sha256(file.read_bytes()).digest() for file in sorted((coco / "val2014").iterdir())]
-    assert found.facts["files_sha256"] == digest(b"".join(digests).hex())
-    assert found.facts["source"] == "val2014", "no path of anybody's machine"
+    assert reference.facts["files_sha256"] == digest(b"".join(digests).hex())
+    assert reference.facts["source"] == "val2014", "no path of anybody's machine"
 
 
 def test_other_counts_than_the_protocols_are_refused(coco: Path) -> None:

@@ -32,8 +32,8 @@ def test_squeezenet_features(squeezenet: tuple[nn.Module, Path]) -> None:
     net, file = squeezenet
     images = pictures(3, 227)
     features = load_squeezenet(file)(images)
-    centred = images.float() - torch.tensor([123.0, 117, 104]).view(1, 3, 1, 1)
-    expected = net.get_submodule("features")(centred).mean((2, 3))
+    centered = images.float() - torch.tensor([123.0, 117, 104]).view(1, 3, 1, 1)
+    expected = net.get_submodule("features")(centered).mean((2, 3))
     assert features.shape == (3, 512) and features.std() > 0
     torch.testing.assert_close(features, expected, atol=1e-2, rtol=1e-3)
 

@@ -71,7 +71,7 @@ def test_flat_pictures_stay_flat_at_any_size() -> None:
             assert resize_uint8(flat, (7, 61), name).unique().tolist() == [level]
 
 
-def test_the_centre_of_the_long_edge_is_kept() -> None:
+def test_the_center_of_the_long_edge_is_kept() -> None:
     wide = noise(6, 10, 3)[None]
     assert torch.equal(prepare_batch(wide, "crop6-bicubic"), wide[..., 2:8])
     assert torch.equal(prepare_batch(wide.mT, "crop6-bicubic"), wide.mT[:, :, 2:8])

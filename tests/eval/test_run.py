@@ -29,10 +29,10 @@ from jobs import Running, d2g, d2g_ranks
 
 def words(job: Path, teacher: Path, **options: Any) -> list[str]:
     """The command line that says what `config` says."""
-    made = config(job)
-    given: dict[str, Any] = {"teacher": teacher, "prompts": made.prompts, "num": 12, "steps": 2}
-    given |= {"reference": made.reference, "metrics": "fid,pr,clip", "features": "clip", "clip": made.clip}
-    given |= {"weights": made.weights[0], "batch-size": 4, **options}
+    run = config(job)
+    given: dict[str, Any] = {"teacher": teacher, "prompts": run.prompts, "num": 12, "steps": 2}
+    given |= {"reference": run.reference, "metrics": "fid,pr,clip", "features": "clip", "clip": run.clip}
+    given |= {"weights": run.weights[0], "batch-size": 4, **options}
     flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
     return ["eval", "run", *flags, "--set", "part=4", "--set", "resamples=10", "--json"]
 
@@ -70,7 +70,7 @@ def test_an_out_folder_holds_all_there_is_to_know(job: Path, tmp_path: Path) -> 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
     """SIGKILL as soon as one part is there, then as soon as two are, then to the end."""
-    whole = d2g(words(job, teacher), tmp_path / "whole").json
+    uninterrupted = d2g(words(job, teacher), tmp_path / "whole").json
     out = tmp_path / "out"
     for wanted in (1, 2):
         running = Running(words(job, teacher, out=out), tmp_path / f"killed{wanted}")
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(job: Path, teacher: Path, tmp_
         assert not (out / "result.json").exists()
     ended = d2g(words(job, teacher, out=out), tmp_path / "end")
     assert ended.code == 0, ended.stderr
-    assert numbers(ended.json) == numbers(whole), "in every digit"
+    assert numbers(ended.json) == numbers(uninterrupted), "in every digit"
     other = d2g(words(job, teacher, out=out, steps=3), tmp_path / "other")
     assert other.code == 1 and "holds parts of another evaluation: source.steps (2 -> 3)" in other.error
 
@@ -100,16 +100,16 @@ def test_processes_share_the_work_and_one_speaks(
 
 
 def test_kept_images_measure_the_same(job: Path, teacher: Path, tmp_path: Path) -> None:
-    drawn = run_evaluation(config(job, teacher=str(teacher), keep=str(tmp_path / "kept")))
+    sampled = run_evaluation(config(job, teacher=str(teacher), keep=str(tmp_path / "kept")))
     assert len(list((tmp_path / "kept").iterdir())) == 12
     read = run_evaluation(config(job, images=str(tmp_path / "kept"), prompts=None, num=0))
     assert {k: read[k] for k in ("fid", "clip_score", "protocol_sha256")} == {
-        k: drawn[k] for k in ("fid", "clip_score", "protocol_sha256")
+        k: sampled[k] for k in ("fid", "clip_score", "protocol_sha256")
     }
-    told = run_evaluation(
+    reread = run_evaluation(
         config(job, images=str(tmp_path / "kept"), num=0, prompts=str(twelve(job, tmp_path)))
     )
-    assert told["clip_score"] == drawn["clip_score"]
+    assert reread["clip_score"] == sampled["clip_score"]
 
 
 def twelve(job: Path, folder: Path) -> Path:
@@ -122,8 +122,8 @@ def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) 
     """Distances of pairs: to the teacher drawn now, and to the images it kept."""
     metrics = ("psnr", "latent_lpips")
     run = config(job, student=str(job / "run"), metrics=metrics, reference=None, steps=3, guidance=2.0)
-    drawn = run_evaluation(replace(run, out=str(tmp_path / "out")))
-    assert 0 < drawn["extra"]["psnr"] < 60 and drawn["extra"]["latent_lpips"] > 0
+    sampled = run_evaluation(replace(run, out=str(tmp_path / "out")))
+    assert 0 < sampled["extra"]["psnr"] < 60 and sampled["extra"]["latent_lpips"] > 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('<section id="beside"') == 1 and '<th scope="col">teacher</th>' in page
     keep = config(
@@ -136,8 +136,8 @@ def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) 
         guidance=2.0,
     )
     run_evaluation(keep)
-    kept = run_evaluation(replace(run, against=str(tmp_path / "kept"), out=str(tmp_path / "again")))
-    assert kept["extra"] == pytest.approx(drawn["extra"], rel=1e-6)
+    reread = run_evaluation(replace(run, against=str(tmp_path / "kept"), out=str(tmp_path / "again")))
+    assert reread["extra"] == pytest.approx(sampled["extra"], rel=1e-6)
     assert '<th scope="col">kept</th>' in (tmp_path / "again" / "report.html").read_text()
     itself = run_evaluation(
         config(
@@ -159,9 +159,9 @@ def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) 
 
 def test_latency_beside_the_numbers(job: Path) -> None:
     run = config(job, student=str(job / "run"), metrics=("clip",), reference=None, latency=True)
-    found = run_evaluation(replace(run, latency_repeats=1))["latency"]
-    assert set(found["models"]) == {"student", "teacher"} and found["teacher_over_student"]["batch_1"] > 0
-    for model in found["models"].values():
+    latency = run_evaluation(replace(run, latency_repeats=1))["latency"]
+    assert set(latency["models"]) == {"student", "teacher"} and latency["teacher_over_student"]["batch_1"] > 0
+    for model in latency["models"].values():
         assert set(model["batch_1"]["parts_ms"]) == {"text", "network", "decoder"} and model["best"]["ms"] > 0
     with pytest.raises(SettingError, match="--latency times a sampler; images are already drawn"):
         run_evaluation(
@@ -169,21 +169,19 @@ def test_latency_beside_the_numbers(job: Path) -> None:
         )
 
 
-def test_neighbours_in_the_training_set(job: Path, tmp_path: Path) -> None:
+def test_neighbors_in_the_training_set(job: Path, tmp_path: Path) -> None:
     run = config(job, student=str(job / "run"), out=str(tmp_path / "out"), train=str(job / "photographs"))
     run_evaluation(run)
     assert "Nearest training images" in (tmp_path / "out" / "report.html").read_text()
-    with pytest.raises(
-        SettingError, match="--train looks for neighbours in the protocol's features; add fid"
-    ):
+    with pytest.raises(SettingError, match="--train looks for neighbors in the protocol's features; add fid"):
         run_evaluation(replace(run, metrics=("clip",), out=str(tmp_path / "other")))
 
 
 def test_a_curve_over_a_setting(job: Path, teacher: Path, tmp_path: Path) -> None:
     run = config(job, teacher=str(teacher), metrics=("fid", "clip"), out=str(tmp_path / "curve"))
-    made = run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0)))
-    assert [point["guidance"] for point in made["points"]] == [1.0, 3.0]
-    for point in made["points"]:
+    curve = run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0)))
+    assert [point["guidance"] for point in curve["points"]] == [1.0, 3.0]
+    for point in curve["points"]:
         alone = run_evaluation(
             config(job, teacher=str(teacher), metrics=("fid", "clip"), guidance=point["guidance"])
         )
@@ -191,33 +189,33 @@ def test_a_curve_over_a_setting(job: Path, teacher: Path, tmp_path: Path) -> Non
             alone["clip_score"]
         )
     out = tmp_path / "curve"
-    assert json.loads((out / "curve.json").read_text()) == made
+    assert json.loads((out / "curve.json").read_text()) == curve
     with Image.open(out / "curve.png") as image:
         assert image.width > 600 and len(image.convert("L").getcolors(256) or []) > 20
     page = (out / "report.html").read_text()
     assert "FID over CLIP score" in page and page.count("<svg") >= 1
     assert sorted(path.name for path in (out / "work").iterdir()) == ["guidance-1", "guidance-3"]
-    assert run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0))) == made, "from the parts"
+    assert run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0))) == curve, "from the parts"
 
 
 def test_a_curve_of_truncation(job: Path, tmp_path: Path) -> None:
     run = config(job, student=str(job / "run"), metrics=("fid", "clip"), out=str(tmp_path / "curve"))
-    made = run_curve(CurveRun(run=run, setting="noise_scale", values=(0.5, 1.0)))
-    assert made["points"][0]["fid"] != made["points"][1]["fid"]
+    curve = run_curve(CurveRun(run=run, setting="noise_scale", values=(0.5, 1.0)))
+    assert curve["points"][0]["fid"] != curve["points"][1]["fid"]
 
 
 def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
     run = config(job, student=str(job / "run"), every=True, out=str(tmp_path / "out"))
-    made = run_every(run)
-    assert [row["images"] for row in made["checkpoints"]] == [8.0, 16.0]
+    results = run_every(run)
+    assert [row["images"] for row in results["checkpoints"]] == [8.0, 16.0]
     newest = run_evaluation(config(job, student=str(job / "run")))
-    assert made["fid"] == pytest.approx(newest["fid"]) == pytest.approx(made["checkpoints"][-1]["fid"])
-    assert made["checkpoints"][0]["fid"] != made["checkpoints"][1]["fid"]
+    assert results["fid"] == pytest.approx(newest["fid"]) == pytest.approx(results["checkpoints"][-1]["fid"])
+    assert results["checkpoints"][0]["fid"] != results["checkpoints"][1]["fid"]
     assert "images trained on" in (tmp_path / "out" / "report.html").read_text()
-    assert EvalResult.load(tmp_path / "out").fid == made["fid"]
+    assert EvalResult.load(tmp_path / "out").fid == results["fid"]
     points = replace(run, every=False, metrics=("fid", "clip"), out=str(tmp_path / "curve"))
     curve = run_curve(CurveRun(run=points, setting="checkpoints", values=(8.0,)))
-    assert curve["points"][0]["fid"] == pytest.approx(made["checkpoints"][0]["fid"])
+    assert curve["points"][0]["fid"] == pytest.approx(results["checkpoints"][0]["fid"])
     with pytest.raises(UserError, match="has no checkpoint at 9 images; it has 8, 16"):
         run_curve(CurveRun(run=points, setting="checkpoints", values=(9.0,)))
 
@@ -274,9 +272,11 @@ def test_statistics_for_others(job: Path, teacher: Path, tmp_path: Path) -> None
     """Made once from a folder, used without it, and refused by another protocol."""
     run = config(job, metrics=("fid", "pr", "clip"), reference=None, prompts=None, num=0)
     file = tmp_path / "real.safetensors"
-    made = save_statistics(run, job / "photographs", file)
+    summary = save_statistics(run, job / "photographs", file)
     assert (
-        made["images"] == 12 and made["networks"]["features"]["name"].startswith("clip:") and file.is_file()
+        summary["images"] == 12
+        and summary["networks"]["features"]["name"].startswith("clip:")
+        and file.is_file()
     )
     shared = run_evaluation(config(job, teacher=str(teacher), reference=str(file)))
     close(shared, run_evaluation(config(job, teacher=str(teacher))))
@@ -305,11 +305,11 @@ def coco(folder: Path) -> Path:
 
 def test_coco_from_its_folder_to_a_number(job: Path, teacher: Path, tmp_path: Path) -> None:
     """Statistics and prompts in one file; who gets it needs neither COCO nor a list of prompts."""
-    named = PROTOCOLS["coco2014-30k-d2gan"]
-    small = replace(named, images=8, reference_images=10, size=16, features="any", clip="any")
+    protocol = PROTOCOLS["coco2014-30k-d2gan"]
+    small = replace(protocol, images=8, reference_images=10, size=16, features="any", clip="any")
     run = config(job, protocol=small, prompts=None, num=0, reference=None)
-    made = save_statistics(run, coco(tmp_path / "coco"), tmp_path / "coco.safetensors")
-    assert (made["images"], made["prompts"], made["preprocessing"]) == (10, 8, "crop16-bicubic")
+    summary = save_statistics(run, coco(tmp_path / "coco"), tmp_path / "coco.safetensors")
+    assert (summary["images"], summary["prompts"], summary["preprocessing"]) == (10, 8, "crop16-bicubic")
     shared = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco.safetensors")))
     direct = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco")))
     assert numbers(shared) == numbers(direct) and shared["counts"]["images"] == 8
@@ -318,7 +318,7 @@ def test_coco_from_its_folder_to_a_number(job: Path, teacher: Path, tmp_path: Pa
     (note,) = [note for note in shared["notes"] if note.startswith("not coco2014-30k-d2gan as it is named")]
     assert "images (30000 -> 8)" in note and "size (256 -> 16)" in note
     with pytest.raises(UserError, match="has 10 captioned images, the protocol draws 30000"):
-        save_statistics(replace(run, protocol=named), tmp_path / "coco", tmp_path / "b.safetensors")
+        save_statistics(replace(run, protocol=protocol), tmp_path / "coco", tmp_path / "b.safetensors")
 
 
 def test_win_rates_from_kept_scores(job: Path, teacher: Path, tmp_path: Path) -> None:
@@ -328,9 +328,9 @@ def test_win_rates_from_kept_scores(job: Path, teacher: Path, tmp_path: Path) ->
         run_evaluation(config(job, teacher=str(teacher), out=str(tmp_path / name)))
         scores = {"pickscore": torch.arange(12.0) + shift}
         save_file(scores, tmp_path / name / "rows.safetensors")
-    found = compare_results([tmp_path / "b", tmp_path / "a"])
-    assert [row["name"] for row in found["results"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
-    (wins,) = found["pickscore_wins"]
+    table = compare_results([tmp_path / "b", tmp_path / "a"])
+    assert [row["name"] for row in table["results"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    (wins,) = table["pickscore_wins"]
     assert (wins["first"], wins["win_rate"], wins["losses"]) == (str(tmp_path / "a"), 0.0, 12)
     assert compare_results([tmp_path / "a"])["pickscore_wins"] == []
 

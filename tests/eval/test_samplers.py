@@ -35,11 +35,13 @@ def sources(teacher: Path) -> dict[str, ImageSource]:
 def test_an_image_is_a_function_of_its_number(teacher: Path) -> None:
     """Other batches round the last bit of a convolution elsewhere: one grey level, here and there."""
     for name, source in sources(teacher).items():
-        whole = images(source, range(7)).int()
+        one_batch = images(source, range(7)).int()
         components = torch.cat([images(source, range(3), 2), images(source, range(3, 7), 3)]).int()
-        assert (whole - components).abs().max() <= 1 and (whole != components).float().mean() < 0.01, name
-        assert (source.image(5).int() - whole[5]).abs().max() <= 1, name
-        assert len({image.numpy().tobytes() for image in whole}) == 7, "other noise, other image"
+        assert (one_batch - components).abs().max() <= 1 and (
+            one_batch != components
+        ).float().mean() < 0.01, name
+        assert (source.image(5).int() - one_batch[5]).abs().max() <= 1, name
+        assert len({image.numpy().tobytes() for image in one_batch}) == 7, "other noise, other image"
         assert source.count is None and source.facts["seed"] == 3
 
 
@@ -123,8 +125,10 @@ def test_unconditional_and_class_pipelines(tmp_path: Path) -> None:
     )
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=10)).save_pretrained(tmp_path)
     source = pipeline_source(str(tmp_path), SamplingRequest(prompts=[""]), steps=4)
-    whole = images(source, range(4)).int()
-    assert (whole - images(source, range(4), 3).int()).abs().max() <= 1, "ancestral noise is per image too"
+    one_batch = images(source, range(4)).int()
+    assert (one_batch - images(source, range(4), 3).int()).abs().max() <= 1, (
+        "ancestral noise is per image too"
+    )
     with pytest.raises(SettingError, match="takes no guidance_scale; leave it out"):
         pipeline_source(str(tmp_path), SamplingRequest(prompts=[""]), steps=4, guidance=2.0)
 

@@ -30,9 +30,11 @@ def test_numbers_of_a_student_in_training_are_those_of_its_evaluation(job: Path,
         return one.latents(noise(seed, range(len(prompts)), one.student.latent_shape), prompts)
 
     for _ in range(2):
-        found = validate(drawn, 16)
-        assert found.keys() == {"val/fid", "val/clip_score", "val/precision", "val/recall"}
-        assert found == {key: pytest.approx(expected[key.removeprefix("val/")], rel=1e-4) for key in found}
+        numbers = validate(drawn, 16)
+        assert numbers.keys() == {"val/fid", "val/clip_score", "val/precision", "val/recall"}
+        assert numbers == {
+            key: pytest.approx(expected[key.removeprefix("val/")], rel=1e-4) for key in numbers
+        }
 
 
 def test_a_run_reports_them_and_keeps_the_best(job: Path, teacher: Path, tmp_path: Path) -> None:
@@ -42,9 +44,11 @@ def test_a_run_reports_them_and_keeps_the_best(job: Path, teacher: Path, tmp_pat
         "train.validate_pairs=3",
         "train.keep_best=true",
     )
-    made = distill_config(teacher, make_pairs(teacher, tmp_path), *settings)
+    distillation = distill_config(teacher, make_pairs(teacher, tmp_path), *settings)
     train(
-        made, tmp_path / "run", validate=validation_hook(replace(config(job), metrics=("fid",)), str(teacher))
+        distillation,
+        tmp_path / "run",
+        validate=validation_hook(replace(config(job), metrics=("fid",)), str(teacher)),
     )
     lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
     assert [line["nimg"] for line in lines] == [8, 16] and all("val/psnr" in line for line in lines)

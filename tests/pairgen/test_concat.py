@@ -40,11 +40,11 @@ def test_rows_are_the_stores_own_with_their_scale(stores: list[Path]) -> None:
     assert isinstance(batch, GuidedBatch) and sorted(set(batch.guidance.tolist())) == [2.0, 6.0]
     for scale, source in ((2.0, own[0]), (6.0, own[1])):
         here = batch.guidance == scale
-        whole = source.read(range(len(source)))
-        assert batch.index[here].tolist() == whole.index.tolist()
-        assert torch.equal(batch.noise[here], whole.noise)
-        assert torch.equal(batch.latents[here], whole.latents)
-        assert [p for p, ours in zip(batch.prompts, here, strict=True) if ours] == whole.prompts
+        all_rows = source.read(range(len(source)))
+        assert batch.index[here].tolist() == all_rows.index.tolist()
+        assert torch.equal(batch.noise[here], all_rows.noise)
+        assert torch.equal(batch.latents[here], all_rows.latents)
+        assert [p for p, ours in zip(batch.prompts, here, strict=True) if ours] == all_rows.prompts
 
 
 def test_any_stretch_of_rows_has_every_scale_by_its_share(stores: list[Path]) -> None:
@@ -57,11 +57,13 @@ def test_any_stretch_of_rows_has_every_scale_by_its_share(stores: list[Path]) ->
 def test_order_and_repeats_are_the_callers(stores: list[Path]) -> None:
     reader = joined(stores)
     rows = [17, 3, 3, 0, 9]
-    whole, some = reader.read(range(20)), reader.read(rows)
-    assert isinstance(whole, GuidedBatch) and isinstance(some, GuidedBatch)
-    assert torch.equal(some.latents, whole.latents[rows]) and torch.equal(some.guidance, whole.guidance[rows])
-    assert some.prompts == [whole.prompts[row] for row in rows]
-    assert torch.equal(some.index, whole.index[rows])
+    all_rows, some = reader.read(range(20)), reader.read(rows)
+    assert isinstance(all_rows, GuidedBatch) and isinstance(some, GuidedBatch)
+    assert torch.equal(some.latents, all_rows.latents[rows]) and torch.equal(
+        some.guidance, all_rows.guidance[rows]
+    )
+    assert some.prompts == [all_rows.prompts[row] for row in rows]
+    assert torch.equal(some.index, all_rows.index[rows])
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
@@ -114,8 +116,10 @@ def test_a_student_is_trained_on_several_scales(stores: list[Path], teacher: Pat
         images[scale] = (tmp_path / str(scale) / "00000.png").read_bytes()
     assert images[2.0] != images[6.0]
     with torch.no_grad():
-        drawn = [replace(one, guidance=scale).latents(torch.ones(1, 4, 4, 4), ["a"]) for scale in (2.0, 6.0)]
-    assert not torch.equal(*drawn)
+        latents = [
+            replace(one, guidance=scale).latents(torch.ones(1, 4, 4, 4), ["a"]) for scale in (2.0, 6.0)
+        ]
+    assert not torch.equal(*latents)
     plain = student_from_teacher(str(teacher))
     checkpoint.save(tmp_path / "plain" / "checkpoints", 1, {"ema": plain.state_dict()}, {}, {})
     facts = {"teacher": str(teacher), "student_timestep": -1}

@@ -32,9 +32,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def taken(batches: Iterator[PairBatch], count: int) -> list[PairBatch]:
-    found = list(islice(batches, count))
+    items = list(islice(batches, count))
     batches.close()  # type: ignore[attr-defined]  # a generator; its workers end here
-    return found
+    return items
 
 
 # The order.
@@ -101,11 +101,11 @@ def test_one_position_or_many(whole: Path) -> None:
 def test_an_endless_sampler(whole: Path) -> None:
     dataset = PairDataset(PairReader(whole))
     loader = DataLoader(dataset, sampler=PairSampler(len(dataset), 5, 0), batch_size=None)
-    found = list(islice(loader, 7))
-    assert sorted(i for batch in found[:4] for i in batch.index.tolist()) == [
+    loaded = list(islice(loader, 7))
+    assert sorted(i for batch in loaded[:4] for i in batch.index.tolist()) == [
         i for i in range(22) if i not in (2, 3)
     ]
-    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in found)
+    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in loaded)
 
 
 @FORKS
@@ -135,10 +135,10 @@ def test_workers_that_persist(whole: Path, start: str) -> None:
 def test_batches_are_those_of_the_sampler(whole: Path, workers: int, order: dict[str, int]) -> None:
     reader = PairReader(whole)
     expected = [reader.read(rows).index.tolist() for rows in islice(PairSampler(20, 4, 7, 8, **order), 12)]
-    found = taken(pair_loader(reader, PairSampler(20, 4, 7, 8, **order), workers=workers), 12)
-    assert [batch.index.tolist() for batch in found] == expected
-    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in found)
-    assert found[0].noise.dtype == torch.float32
+    loaded = taken(pair_loader(reader, PairSampler(20, 4, 7, 8, **order), workers=workers), 12)
+    assert [batch.index.tolist() for batch in loaded] == expected
+    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in loaded)
+    assert loaded[0].noise.dtype == torch.float32
 
 
 @FORKS
@@ -202,14 +202,14 @@ def test_damage_is_one_line(damaged: Path, workers: int) -> None:
 def test_skipped_files_are_named_once(damaged: Path, workers: int) -> None:
     said: list[str] = []
     reader = PairReader(damaged, skip_bad=True)
-    found = taken(pair_loader(reader, PairSampler(20, 4, 0), workers=workers, on_skip=said.append), 10)
+    loaded = taken(pair_loader(reader, PairSampler(20, 4, 0), workers=workers, on_skip=said.append), 10)
     assert len(said) == 1 and said[0].startswith(
         f"{shard_path(damaged, 1)}: unreadable (latent of row 4 does not"
     )
     expected = [i if not 8 <= i < 16 else 16 + (i - 8) % 6 for i in range(22) if i not in (2, 3)]
     rows = islice(PairSampler(20, 4, 0), 10)
-    assert [batch.index.tolist() for batch in found] == [[expected[i] for i in row] for row in rows]
-    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in found)
+    assert [batch.index.tolist() for batch in loaded] == [[expected[i] for i in row] for row in rows]
+    assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in loaded)
 
 
 def test_without_a_listener_it_is_logged(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:

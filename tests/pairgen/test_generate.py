@@ -67,8 +67,8 @@ def test_what_a_store_holds(pairs: Path, config: PairConfig) -> None:
 def test_rows_do_not_depend_on_the_batch_size(
     pairs: Path, config: PairConfig, tmp_path: Path, batch_size: int
 ) -> None:
-    found = generate_pairs(replace(config, batch_size=batch_size), tmp_path / "pairs")
-    assert (found.pairs, found.new_pairs, found.shards) == (12, 12, 3)
+    summary = generate_pairs(replace(config, batch_size=batch_size), tmp_path / "pairs")
+    assert (summary.pairs, summary.new_pairs, summary.shards) == (12, 12, 3)
     same(tmp_path / "pairs", pairs)
 
 
@@ -93,14 +93,14 @@ def test_two_processes_of_torchrun_make_the_same_store(
     pairs: Path, config: PairConfig, tmp_path: Path
 ) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    given = ["--teacher", config.teacher, "--prompts", config.prompts, "--out", str(tmp_path / "pairs")]
+    options = ["--teacher", config.teacher, "--prompts", config.prompts, "--out", str(tmp_path / "pairs")]
     sets = ["num_pairs=12", "steps=4", "guidance=3", "shard_size=5", "batch_size=4", "dtype=float32"]
     job = [
         "-m",
         "d2g_cli",
         "pairs",
         "generate",
-        *given,
+        *options,
         *(part for s in sets for part in ("--set", s)),
         "--json",
     ]
@@ -116,8 +116,8 @@ def test_two_processes_of_torchrun_make_the_same_store(
 
 def arguments(teacher: Path, prompts: str, out: Path, *sets: str) -> list[str]:
     chosen = ["num_pairs=36", "steps=8", "guidance=3", "shard_size=4", "batch_size=1", "dtype=float32", *sets]
-    given = ["--teacher", str(teacher), "--prompts", prompts, "--out", str(out)]
-    return ["pairs", "generate", *given, *(part for s in chosen for part in ("--set", s))]
+    options = ["--teacher", str(teacher), "--prompts", prompts, "--out", str(out)]
+    return ["pairs", "generate", *options, *(part for s in chosen for part in ("--set", s))]
 
 
 def test_sigkill_leaves_whole_shards_and_the_same_command_goes_on(
@@ -128,12 +128,12 @@ def test_sigkill_leaves_whole_shards_and_the_same_command_goes_on(
     running.wait_for(lambda: len(list(out.glob("shards/*.h5"))) >= 2)
     running.send(signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
-    whole = {path: path.read_bytes() for path in sorted(out.glob("shards/*.h5"))}
-    assert 2 <= len(whole) < 9 and not PairReader(out).complete and not verify_store(out).bad_shards
+    shard_bytes = {path: path.read_bytes() for path in sorted(out.glob("shards/*.h5"))}
+    assert 2 <= len(shard_bytes) < 9 and not PairReader(out).complete and not verify_store(out).bad_shards
     again = d2g(arguments(teacher, prompts, out), tmp_path / "log")
     assert again.code == 0, again.stderr
     assert verify_store(out).ok and len(PairReader(out)) == 36
-    assert all(path.read_bytes() == data for path, data in whole.items())
+    assert all(path.read_bytes() == data for path, data in shard_bytes.items())
     d2g(arguments(teacher, prompts, tmp_path / "unbroken", "batch_size=32"), tmp_path / "log")
     same(out, tmp_path / "unbroken")
 
@@ -217,12 +217,12 @@ def test_impossible_settings(setting: dict[str, object], says: str) -> None:
 
 
 def test_presets_are_the_supplements() -> None:
-    found = {
+    settings = {
         name: (p.num_pairs, p.guidance, p.steps, p.solver)
         for name, p in PAIR_PRESETS.items()
         if "sd15" in name
     }
-    assert found == {
+    assert settings == {
         "sd15-cfg3": (3_000_000, 3.0, 50, "teacher"),
         "sd15-cfg8": (12_000_000, 8.0, 50, "teacher"),
     }
@@ -271,11 +271,11 @@ def test_resimulation_finds_what_was_stored(pairs: Path, tmp_path: Path, teacher
 @pytest.mark.parametrize("final_alpha", ["one", "teacher"])
 def test_resimulation_obeys_the_specs_last_step(tmp_path: Path, final_alpha: str) -> None:
     tiny.save_teacher(tmp_path / "teacher", set_alpha_to_one=False)
-    made = make_pairs(
+    store = make_pairs(
         tmp_path / "teacher", tmp_path, final_alpha=final_alpha, spacing="trailing", solver="heun"
     )
-    assert read_spec(made).final_alpha_one == (final_alpha == "one")
-    assert resimulate(made, 4) < 1e-4
+    assert read_spec(store).final_alpha_one == (final_alpha == "one")
+    assert resimulate(store, 4) < 1e-4
 
 
 def test_the_plan_counts_what_generation_makes(config: PairConfig, pairs: Path) -> None:
@@ -291,8 +291,8 @@ def test_the_fastest_batch_is_measured(config: PairConfig, tmp_path: Path) -> No
     job = open_job(config)
     size = fastest_batch(job)
     assert size in [2**n for n in range(11)] and size > 1, "a tiny network is all overhead at batch 1"
-    made = generate_pairs(replace(config, batch_size=0), tmp_path / "pairs")
-    assert made.batch_size in [2**n for n in range(11)] and made.pairs == 12
+    summary = generate_pairs(replace(config, batch_size=0), tmp_path / "pairs")
+    assert summary.batch_size in [2**n for n in range(11)] and summary.pairs == 12
 
 
 def test_what_the_plan_costs(config: PairConfig) -> None:

@@ -94,11 +94,11 @@ def test_quarantined_rows_of_the_short_shard_are_tried_again(
 
     store = Path(shutil.copytree(small, tmp_path / "store"))
     spec, path = read_spec(store), shard_path(store, 1)
-    whole = load_rows(path, spec)
-    record = [{"index": 5, "prompt": whole.prompts[0], "reason": "not finite"}]
+    shard = load_rows(path, spec)
+    record = [{"index": 5, "prompt": shard.prompts[0], "reason": "not finite"}]
     quarantine_path(store, 1).parent.mkdir(exist_ok=True)
     quarantine_path(store, 1).write_bytes(encode_record(1, record))
-    none = replace(whole, noise=whole.noise[:0], latents=whole.latents[:0], prompts=[], index=whole.index[:0])
+    none = replace(shard, noise=shard.noise[:0], latents=shard.latents[:0], prompts=[], index=shard.index[:0])
     path.write_bytes(encode_rows(spec, none, [5]))
     generate_pairs(config(teacher, tmp_path / "new", tiny.CAPTIONS, num_pairs=8), store)
     assert verify_store(store).ok and same(PairReader(store).read(range(6), None), rows(small))

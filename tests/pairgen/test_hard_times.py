@@ -26,8 +26,8 @@ TORUS = 3  # tiny.CAPTIONS[3] is the only one with a torus
 
 def command(teacher: Path, prompts: str, out: Path, *sets: str) -> list[str]:
     chosen = [f"num_pairs={PAIRS}", "steps=8", "guidance=3", "shard_size=16", "batch_size=2", *sets]
-    given = ["--teacher", str(teacher), "--prompts", prompts, "--out", str(out), "--json"]
-    return ["pairs", "generate", *given, *(part for s in chosen for part in ("--set", s))]
+    options = ["--teacher", str(teacher), "--prompts", prompts, "--out", str(out), "--json"]
+    return ["pairs", "generate", *options, *(part for s in chosen for part in ("--set", s))]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def test_twenty_kills_in_a_row(teacher: Path, prompts: str, tmp_path: Path) -> N
         assert running.wait().code == -signal.SIGKILL, "it was done before"
     done = d2g(command(teacher, prompts, out, "batch_size=16", "steps=30"), tmp_path / "log")
     assert done.code == 0, done.stderr
-    whole = tmp_path / "unbroken"
-    assert d2g(command(teacher, prompts, whole, "batch_size=32", "steps=30"), tmp_path / "log").code == 0
-    same(out, whole)
+    unbroken = tmp_path / "unbroken"
+    assert d2g(command(teacher, prompts, unbroken, "batch_size=32", "steps=30"), tmp_path / "log").code == 0
+    same(out, unbroken)
     assert not list((out / "partial").iterdir()) and not list((out / "claims").glob("*.json"))
 
 
@@ -156,9 +156,9 @@ def test_damage_is_found_and_mended(teacher: Path, tmp_path: Path, damage: str) 
     else:
         shard.unlink()
     ended = d2g(["pairs", "verify", str(store), "--json"], tmp_path / "log")
-    found = json.loads(ended.stdout.splitlines()[-1])
-    bad = [entry["shard"] for entry in found["bad_shards"]]
-    assert ended.code == 1 and not found["ok"] and found["checked"] == 7
+    summary = json.loads(ended.stdout.splitlines()[-1])
+    bad = [entry["shard"] for entry in summary["bad_shards"]]
+    assert ended.code == 1 and not summary["ok"] and summary["checked"] == 7
     assert bad == ([] if damage == "gone" else ["shards/pairs-00001.h5"])
     mended = d2g(["pairs", "repair", str(store), "--json"], tmp_path / "log")
     assert mended.json["regenerated"] == 5

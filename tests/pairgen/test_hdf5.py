@@ -45,10 +45,10 @@ def test_round_trip(tmp_path: Path, dtype: str, noise: str) -> None:
     reader = PairReader(make_store(tmp_path, spec), expect=spec)
     assert len(reader) == 22 and reader.complete and reader.spec == spec and read_spec(tmp_path) == spec
     order = [21, 0, 8, 7, 0, 15]
-    found, (expected_noise, latent, prompts, _) = reader.read(order), rows(spec, order)
-    assert found.noise.dtype == found.latents.dtype == torch.float32 and found.index.tolist() == order
-    assert torch.equal(found.noise, expected_noise.float()) and found.prompts == prompts
-    assert torch.equal(found.latents, latent.to(spec.torch_dtype).float())
+    batch, (expected_noise, latent, prompts, _) = reader.read(order), rows(spec, order)
+    assert batch.noise.dtype == batch.latents.dtype == torch.float32 and batch.index.tolist() == order
+    assert torch.equal(batch.noise, expected_noise.float()) and batch.prompts == prompts
+    assert torch.equal(batch.latents, latent.to(spec.torch_dtype).float())
     assert reader.prompts() == PROMPTS
     with h5py.File(tmp_path / "shards" / "pairs-00000.h5", locking=False) as file:
         assert ("noise" in file) == (noise == "stored")
@@ -212,12 +212,12 @@ def test_every_flipped_bit_is_found(store: Path) -> None:
         report = verify_store(store)
         assert [b["shard"] for b in report.bad_shards] == ["shards/pairs-00002.h5"], position
         try:
-            found = PairReader(store).read(range(22))
+            batch = PairReader(store).read(range(22))
         except UserError as error:
             assert "pairs-00002.h5" in str(error)
             refused += 1
         else:
-            assert same(found, truth), position
+            assert same(batch, truth), position
     path.write_bytes(good)
     assert verify_store(store).ok and refused > len(positions) // 4
 

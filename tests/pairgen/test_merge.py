@@ -141,9 +141,9 @@ def test_merge_refuses_a_shard_whose_record_is_lost(tmp_path: Path) -> None:
 
 def test_a_merge_killed_anywhere_is_finished_by_the_same_command(tmp_path: Path) -> None:
     spec = replace(SPEC, num_pairs=96)
-    whole = make_store(tmp_path / "whole", spec, bad=(3, 70), shards=tuple(range(12)))
+    unmerged = make_store(tmp_path / "whole", spec, bad=(3, 70), shards=tuple(range(12)))
     few = make_store(tmp_path / "few", spec, bad=(3, 50, 70), shards=(0, 3, 6, 8, 9))
-    words = ["pairs", "merge", str(few), str(whole), "--out", str(tmp_path / "out"), "--json"]
+    words = ["pairs", "merge", str(few), str(unmerged), "--out", str(tmp_path / "out"), "--json"]
     moments, unfinished = random.Random(4), 0
     for _ in range(5):
         running = Running(words, tmp_path / "log")
@@ -156,7 +156,7 @@ def test_a_merge_killed_anywhere_is_finished_by_the_same_command(tmp_path: Path)
     ended = d2g(words, tmp_path / "log")
     assert ended.code == 0 and ended.json["pairs"] == 94, ended.stderr
     scratch = {name for name in tree(tmp_path / "out") if name.startswith("partial")}
-    assert {n: d for n, d in tree(tmp_path / "out").items() if n not in scratch} == tree(whole)
+    assert {n: d for n, d in tree(tmp_path / "out").items() if n not in scratch} == tree(unmerged)
 
 
 def test_merge_on_the_command_line(store: Path, tmp_path: Path) -> None:

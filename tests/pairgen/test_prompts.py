@@ -154,20 +154,20 @@ def test_json_is_read_the_same_through_any_window(
 
 @given(st.lists(TEXT))
 def test_a_list_is_the_sequence_it_was_made_from(texts: list[str]) -> None:
-    found = PromptList.of(texts)
-    assert found == texts and texts == found and list(found) == texts and len(found) == len(texts)
-    assert [found[i] for i in range(-len(texts), len(texts))] == texts * 2
-    assert found != [*texts, "x"] and (not texts or found != [texts[0] + "x", *texts[1:]])
+    prompts = PromptList.of(texts)
+    assert prompts == texts and texts == prompts and list(prompts) == texts and len(prompts) == len(texts)
+    assert [prompts[i] for i in range(-len(texts), len(texts))] == texts * 2
+    assert prompts != [*texts, "x"] and (not texts or prompts != [texts[0] + "x", *texts[1:]])
     assert (
-        found[1:] == texts[1:]
-        and found[::-2] == texts[::-2]
-        and found[2:1] == []
-        and found[1:][:2] == texts[1:3]
+        prompts[1:] == texts[1:]
+        and prompts[::-2] == texts[::-2]
+        and prompts[2:1] == []
+        and prompts[1:][:2] == texts[1:3]
     )
-    assert pickle.loads(pickle.dumps(found[1:])) == found[1:] == PromptList.of(texts[1:])
-    assert prompt_list_sha256(found[1:]) == prompt_list_sha256(texts[1:])
+    assert pickle.loads(pickle.dumps(prompts[1:])) == prompts[1:] == PromptList.of(texts[1:])
+    assert prompt_list_sha256(prompts[1:]) == prompt_list_sha256(texts[1:])
     with pytest.raises(IndexError):
-        found[len(texts)]
+        prompts[len(texts)]
 
 
 @given(st.lists(st.one_of(TEXT, st.sampled_from(["a", "b", "ä", '"', "\n"]))))
@@ -185,10 +185,10 @@ def test_distinct_over_many_blocks() -> None:
 def test_a_saved_list_opens_as_it_was(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "saved.jsonl"
     PromptList.of(texts).save(path)
-    found = PromptList.open(path)
-    assert found == texts and prompt_list_sha256(found) == hashlib.sha256(path.read_bytes()).hexdigest()
+    prompts = PromptList.open(path)
+    assert prompts == texts and prompt_list_sha256(prompts) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == texts
-    assert pickle.loads(pickle.dumps(found)) == texts
+    assert pickle.loads(pickle.dumps(prompts)) == texts
 
 
 @pytest.mark.parametrize(
@@ -200,15 +200,15 @@ def test_a_damaged_list_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_damage_inside_a_line_is_named_when_read(tmp_path: Path) -> None:
-    found = PromptList.open(_write(tmp_path / "p.jsonl", b'"a"\n"\\x"\n"\xff"\n'))
-    assert found[0] == "a"
+    prompts = PromptList.open(_write(tmp_path / "p.jsonl", b'"a"\n"\\x"\n"\xff"\n'))
+    assert prompts[0] == "a"
     for row in (1, 2):
         with pytest.raises(UserError, match="not a JSON string"):
-            found[row]
+            prompts[row]
     with pytest.raises(UserError, match="No such file"):
         PromptList.open(tmp_path / "nowhere.jsonl")
     with pytest.raises(UserError, match=r"cannot write .*no prompt list was written"):
-        found.save(tmp_path / "no" / "folder" / "p.jsonl")
+        prompts.save(tmp_path / "no" / "folder" / "p.jsonl")
 
 
 def test_memory_is_that_of_the_text(tmp_path: Path) -> None:
@@ -218,10 +218,10 @@ def test_memory_is_that_of_the_text(tmp_path: Path) -> None:
     )
     tracemalloc.start()
     try:
-        found = read_prompts(path)
+        texts = read_prompts(path)
         now, peak = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        strings = list(found)
+        strings = list(texts)
         as_strings = tracemalloc.get_traced_memory()[0] - now
     finally:
         tracemalloc.stop()

@@ -61,12 +61,12 @@ def test_rows_are_what_was_written(
     pairs = [i for i in range(22) if i not in ASIDE]
     assert len(reader) == 17 and reader.complete and reader.quarantined == ASIDE and reader.shards == 3
     order = [16, 3, 0, 0, 9, 12, 5, 1, 8]
-    found, expected = reader.read(order), rows_of(spec, [pairs[i] for i in order])
-    assert same(found, expected) and found.noise.dtype == found.latents.dtype == torch.float32
+    batch, expected = reader.read(order), rows_of(spec, [pairs[i] for i in order])
+    assert same(batch, expected) and batch.noise.dtype == batch.latents.dtype == torch.float32
     stored = reader.read(order, None)
     assert same(stored, expected) and stored.noise.dtype == stored.latents.dtype == spec.torch_dtype
     if conditioning == "label":
-        assert found.labels.tolist() == [int(text) for text in expected.prompts]
+        assert batch.labels.tolist() == [int(text) for text in expected.prompts]
     assert reader.prompts() == list(dict.fromkeys(rows_of(spec, pairs).prompts))
 
 
@@ -81,10 +81,10 @@ def test_rows_as_large_as_a_chunk(tmp_path: Path, shape: tuple[int, int, int]) -
 
 @given(st.lists(st.integers(0, 21), max_size=12))
 def test_any_positions_in_any_order(whole: Path, order: list[int]) -> None:
-    found = PairReader(whole).read(order)
-    assert found.noise.shape == (len(order), 4, 8, 8) and found.index.tolist() == order
+    batch = PairReader(whole).read(order)
+    assert batch.noise.shape == (len(order), 4, 8, 8) and batch.index.tolist() == order
     if order:
-        assert same(found, rows_of(SPEC, order))
+        assert same(batch, rows_of(SPEC, order))
 
 
 def test_shards_without_rows(tmp_path: Path) -> None:
@@ -240,9 +240,9 @@ def test_a_whole_shard_is_replaced_by_the_next(store: Path, damage: Callable[[Pa
     reader = PairReader(store, skip_bad=True)
     assert len(reader) == 22 and reader.complete
     expected = [*range(8), 16, 17, 18, 19, 20, 21, 16, 17, *range(16, 22)]  # the next shard has 6 rows
-    found = reader.read(range(22))
-    assert found.index.tolist() == expected and same(found, rows_of(SPEC, expected))
-    assert list(found.skipped) == [str(bad)] == list(reader.skipped)
+    batch = reader.read(range(22))
+    assert batch.index.tolist() == expected and same(batch, rows_of(SPEC, expected))
+    assert list(batch.skipped) == [str(bad)] == list(reader.skipped)
     assert reader.read([0]).skipped == {}, "this batch had nothing to do with it"
     with pytest.raises(DamagedShard, match=r"pairs-00001\.h5"):
         PairReader(store).read(range(22))

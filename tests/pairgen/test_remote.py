@@ -96,12 +96,12 @@ def test_what_a_url_is() -> None:
 
 
 def test_copies_are_asked_for_once_and_used_again(server: Server, cache: Path) -> None:
-    whole = [f"/pairs/shards/pairs-0000{k}.h5" for k in range(3)]
+    shard_urls = [f"/pairs/shards/pairs-0000{k}.h5" for k in range(3)]
     before = PairReader(server.url, cache=cache).read(range(21))
-    assert sorted(ask for ask in server.asked if ask in whole) == whole
+    assert sorted(ask for ask in server.asked if ask in shard_urls) == shard_urls
     server.asked.clear()
     again = PairReader(server.url, cache=cache)
-    assert same(again.read(range(21)), before) and not set(whole) & set(server.asked)
+    assert same(again.read(range(21)), before) and not set(shard_urls) & set(server.asked)
     assert sum(ask.endswith("511") for ask in server.asked) == 3, "are they still what is there?"
 
 
@@ -157,8 +157,8 @@ def test_a_shard_made_again_is_copied_again(store: Path, cache: Path) -> None:
     put_shard(store, SPEC, 0, aside=[1, 2])  # 3 succeeded at last, others did not: the same spec
     reader = PairReader(url, cache=cache)
     assert reader.quarantined == [1, 2] and copies(cache) == [1, 2], "the old copy is gone"
-    there = [i for i in EVERY if i not in (1, 2)]
-    assert same(reader.read(range(20)), rows_of(SPEC, there))
+    available = [i for i in EVERY if i not in (1, 2)]
+    assert same(reader.read(range(20)), rows_of(SPEC, available))
     quarantine_path(store, 0).unlink()
     put_shard(store, SPEC, 0)
     assert same(PairReader(url, cache=cache).read(EVERY), rows_of(SPEC, EVERY)), "a record may vanish too"
@@ -190,9 +190,9 @@ def test_a_corrupt_shard_never_gets_its_name(store: Path, server: Server, cache:
     assert re.match(says, str(caught.value)) and "\n" not in str(caught.value)
     assert server.asked.count("/pairs/shards/pairs-00001.h5") == 2, "once more: it may have been the network"
     assert copies(cache) == [0] and not leftovers(cache)
-    found = PairReader(server.url, cache=cache, skip_bad=True).read([7, 14, 0])
-    assert found.index.tolist() == [16, 17, 0]
-    assert list(found.skipped) == [f"{server.url}/shards/pairs-00001.h5"]
+    batch = PairReader(server.url, cache=cache, skip_bad=True).read([7, 14, 0])
+    assert batch.index.tolist() == [16, 17, 0]
+    assert list(batch.skipped) == [f"{server.url}/shards/pairs-00001.h5"]
 
 
 def test_a_truncated_shard_is_seen_before_it_is_copied(store: Path, server: Server, cache: Path) -> None:
@@ -201,8 +201,8 @@ def test_a_truncated_shard_is_seen_before_it_is_copied(store: Path, server: Serv
     with pytest.raises(DamagedShard, match=r"pairs-00001\.h5: truncated or overwritten"):
         PairReader(server.url, cache=cache).read([8])
     assert "/pairs/shards/pairs-00001.h5" not in server.asked
-    found = PairReader(server.url, cache=cache, skip_bad=True).read([7, 8])
-    assert found.index.tolist() == [16, 17]
+    batch = PairReader(server.url, cache=cache, skip_bad=True).read([7, 8])
+    assert batch.index.tolist() == [16, 17]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 511, 4000])
@@ -349,10 +349,10 @@ def test_processes_share_a_cache(server: Server, cache: Path, bound: float) -> N
 
 def test_commands_take_urls_or_say_that_they_do_not(store: Path, memory: str, tmp_path: Path) -> None:
     runner = CliRunner(env={"XDG_CACHE_HOME": str(tmp_path / "xdg")})
-    found = runner.invoke(cli.app, ["pairs", "info", f"file://{store}", "--json"])
-    assert found.exit_code == 0, found.output
-    told, plain = json.loads(found.stdout.splitlines()[-1]), store_info(store)
-    assert told == json.loads(json.dumps(plain)) and told["pairs"] == 21
+    result = runner.invoke(cli.app, ["pairs", "info", f"file://{store}", "--json"])
+    assert result.exit_code == 0, result.output
+    remote_info, plain = json.loads(result.stdout.splitlines()[-1]), store_info(store)
+    assert remote_info == json.loads(json.dumps(plain)) and remote_info["pairs"] == 21
     for words in (["verify", memory], ["repair", memory], ["merge", memory, "--out", str(tmp_path / "out")]):
         ended = runner.invoke(cli.app, ["pairs", *words])
         assert isinstance(ended.exception, UserError), ended.output

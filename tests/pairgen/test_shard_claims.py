@@ -168,8 +168,8 @@ def grab(folder: Path, shards: int, kind: type[Claims], number: int) -> None:
             shard = claims.take(range(shards))
             if shard is not None:
                 got.append(shard)
-        kept = [shard for shard in got if not claims.lost(shard)]
-        (folder / f"got-{number}.json").write_text(json.dumps(kept))
+        still_held = [shard for shard in got if not claims.lost(shard)]
+        (folder / f"got-{number}.json").write_text(json.dumps(still_held))
         until(lambda: len(list(folder.glob("got-*.json"))) == 4)
 
 

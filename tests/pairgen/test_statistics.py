@@ -70,9 +70,9 @@ def make_store(
     create_store(folder, spec)
     texts.save(prompts_path(folder))
     index = torch.arange(len(latent))
-    drawn = seeds.noise(3, index.tolist(), spec.latent_shape) if noise is None else noise
+    latent_noise = seeds.noise(3, index.tolist(), spec.latent_shape) if noise is None else noise
     prompts = [texts[spec.prompt_of(i)] for i in range(len(latent))]
-    rows = PairBatch(noise=drawn, latents=latent, prompts=prompts, index=index)
+    rows = PairBatch(noise=latent_noise, latents=latent, prompts=prompts, index=index)
     write_through_scratch(encode_rows(spec, rows), shard_path(folder, 0), folder / "partial")
     return spec
 
@@ -87,13 +87,13 @@ def test_moments_of_any_split_are_those_of_the_whole(sizes: list[int], shift: fl
     latent = 0.3 * noise + draw.normal(size=noise.shape) + shift
     places = np.cumsum(sizes)[:-1]
     parts = zip(np.split(noise, places), np.split(latent, places), strict=True)
-    found = reduce(Moments.merged, [Moments.of(a, b) for a, b in parts])
+    merged = reduce(Moments.merged, [Moments.of(a, b) for a, b in parts])
     by_channel = [values.transpose(1, 0, 2, 3).reshape(3, -1) for values in (noise, latent)]
-    assert found.count == sum(sizes) * 8
-    np.testing.assert_allclose(found.mean, np.stack([v.mean(axis=1) for v in by_channel], axis=1), atol=1e-9)
-    np.testing.assert_allclose(found.std, np.stack([v.std(axis=1) for v in by_channel], axis=1), rtol=1e-8)
+    assert merged.count == sum(sizes) * 8
+    np.testing.assert_allclose(merged.mean, np.stack([v.mean(axis=1) for v in by_channel], axis=1), atol=1e-9)
+    np.testing.assert_allclose(merged.std, np.stack([v.std(axis=1) for v in by_channel], axis=1), rtol=1e-8)
     expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(*by_channel, strict=True)]
-    np.testing.assert_allclose(found.correlation, expected, atol=1e-8)
+    np.testing.assert_allclose(merged.correlation, expected, atol=1e-8)
 
 
 def test_a_constant_has_no_correlation() -> None:
@@ -123,18 +123,18 @@ def test_bins_of_whole_numbers_hold_equally_many(values: list[int]) -> None:
 
 def test_summary() -> None:
     values = np.random.default_rng(1).normal(size=1000)
-    found = distribution(values)
+    summary = distribution(values)
     assert (
-        found["mean"] == values.mean()
-        and found["std"] == values.std()
-        and found["median"] == np.median(values)
+        summary["mean"] == values.mean()
+        and summary["std"] == values.std()
+        and summary["median"] == np.median(values)
     )
     assert (
-        (found["edges"][0], found["edges"][-1])
+        (summary["edges"][0], summary["edges"][-1])
         == (values.min(), values.max())
-        == (found["min"], found["max"])
+        == (summary["min"], summary["max"])
     )
-    assert sum(found["counts"]) == 1000 and len(found["counts"]) == statistics.BINS
+    assert sum(summary["counts"]) == 1000 and len(summary["counts"]) == statistics.BINS
 
 
 def test_spread() -> None:
@@ -164,40 +164,42 @@ def test_statistics_are_those_of_all_rows(
     latent = latents_of(101)
     make_store(tmp_path, latent)
     noise, x = seeds.noise(3, range(101), (2, 4, 4)).double().numpy(), latent.double().numpy()
-    seen: list[tuple[str, int, int]] = []
-    found = store_statistics(tmp_path, progress=lambda *event: seen.append(event))
-    assert found == store_statistics(tmp_path, workers=1) and seen[-1] == ("stats", 101, 101)
-    assert json.loads(json.dumps(found)) == found and (found["rows"], found["pairs"]) == (101, 101)
+    events: list[tuple[str, int, int]] = []
+    report = store_statistics(tmp_path, progress=lambda *event: events.append(event))
+    assert report == store_statistics(tmp_path, workers=1) and events[-1] == ("stats", 101, 101)
+    assert json.loads(json.dumps(report)) == report and (report["rows"], report["pairs"]) == (101, 101)
     for name, values in (("noise", noise), ("latent", x)):
-        np.testing.assert_allclose(found[name]["mean"], values.mean(axis=(0, 2, 3)), atol=1e-12)
-        np.testing.assert_allclose(found[name]["std"], values.std(axis=(0, 2, 3)), rtol=1e-12)
+        np.testing.assert_allclose(report[name]["mean"], values.mean(axis=(0, 2, 3)), atol=1e-12)
+        np.testing.assert_allclose(report[name]["std"], values.std(axis=(0, 2, 3)), rtol=1e-12)
         norms = np.linalg.norm(values.reshape(101, -1), axis=1)
-        assert found[f"{name}_norm"]["mean"] == pytest.approx(norms.mean())
-        assert found[f"{name}_norm"]["median"] == pytest.approx(np.median(norms))
+        assert report[f"{name}_norm"]["mean"] == pytest.approx(norms.mean())
+        assert report[f"{name}_norm"]["median"] == pytest.approx(np.median(norms))
     own = [np.corrcoef(noise[:, c].ravel(), x[:, c].ravel())[0, 1] for c in range(2)]
-    np.testing.assert_allclose(found["correlation"]["noise_latent"], own, atol=1e-12)
-    error = found["correlation"]["standard_error"]
+    np.testing.assert_allclose(report["correlation"]["noise_latent"], own, atol=1e-12)
+    error = report["correlation"]["standard_error"]
     assert min(own) > 10 * error and error == (101 * 16) ** -0.5
-    assert max(map(abs, found["correlation"]["noise_next_latent"])) < 4 * error
-    assert abs(found["noise_norm"]["sigmas"]) < 4 and sum(found["noise_norm"]["expected"]) == pytest.approx(
+    assert max(map(abs, report["correlation"]["noise_next_latent"])) < 4 * error
+    assert abs(report["noise_norm"]["sigmas"]) < 4 and sum(report["noise_norm"]["expected"]) == pytest.approx(
         101
     )
-    assert found["outliers"] == {"count": 0, "rows": []}
+    assert report["outliers"] == {"count": 0, "rows": []}
 
 
 def test_rows_that_do_not_belong_together_show(tmp_path: Path) -> None:
     """What the correlation is for: latents one row off, as a bug in batching would leave them."""
     make_store(tmp_path, latents_of(200).roll(-1, 0))
-    found = store_statistics(tmp_path)["correlation"]
-    assert max(map(abs, found["noise_latent"])) < 4 * found["standard_error"]
+    correlation = store_statistics(tmp_path)["correlation"]
+    assert max(map(abs, correlation["noise_latent"])) < 4 * correlation["standard_error"]
 
 
 def test_evenly_spread_rows(tmp_path: Path) -> None:
     latent = latents_of(101)
     make_store(tmp_path, latent)
-    found = store_statistics(tmp_path, rows=11)
-    assert (found["rows"], found["pairs"]) == (11, 101)
-    np.testing.assert_allclose(found["latent"]["mean"], latent[::10].double().mean(dim=(0, 2, 3)), rtol=1e-9)
+    statistics = store_statistics(tmp_path, rows=11)
+    assert (statistics["rows"], statistics["pairs"]) == (11, 101)
+    np.testing.assert_allclose(
+        statistics["latent"]["mean"], latent[::10].double().mean(dim=(0, 2, 3)), rtol=1e-9
+    )
     one = store_statistics(tmp_path, rows=1)
     assert one["rows"] == 1 and one["correlation"]["noise_next_latent"] is None
 
@@ -207,23 +209,26 @@ def test_outliers_are_named_the_farthest_first(tmp_path: Path) -> None:
     latent[77] *= 40
     noise[[5, 9]] *= torch.tensor([3.0, 0.0])[:, None, None, None]
     make_store(tmp_path, latent, noise)
-    found = store_statistics(tmp_path)["outliers"]
-    assert found["count"] == 3 and [row["index"] for row in found["rows"]] == [77, 5, 9]
-    assert found["rows"][0]["prompt"] == TEXTS[77 % 3] and found["rows"][0]["latent_sigmas"] > 6
-    assert found["rows"][1]["noise_sigmas"] > 6 and found["rows"][2]["noise_sigmas"] < -6
+    outliers = store_statistics(tmp_path)["outliers"]
+    assert outliers["count"] == 3 and [row["index"] for row in outliers["rows"]] == [77, 5, 9]
+    assert outliers["rows"][0]["prompt"] == TEXTS[77 % 3] and outliers["rows"][0]["latent_sigmas"] > 6
+    assert outliers["rows"][1]["noise_sigmas"] > 6 and outliers["rows"][2]["noise_sigmas"] < -6
     many = store_statistics(tmp_path)["noise_norm"]
     assert sum(many["counts"]) == 398  # two lie outside of what chi allows
 
 
 def test_prompts_are_measured(tmp_path: Path, teacher: Path) -> None:
     make_store(tmp_path, latents_of(7))
-    found = store_statistics(tmp_path)["prompts"]
-    assert (found["distinct"], found["repeated_share"]) == (3, 1.0) and found["tokens"] is None
-    assert found["tokens_missing"].startswith("teacher nowhere: no such folder")
+    prompts = store_statistics(tmp_path)["prompts"]
+    assert (prompts["distinct"], prompts["repeated_share"]) == (3, 1.0) and prompts["tokens"] is None
+    assert prompts["tokens_missing"].startswith("teacher nowhere: no such folder")
     lengths = [len(TEXTS[i % 3]) for i in range(7)]
-    assert found["characters"]["mean"] == pytest.approx(np.mean(lengths)) and found["characters"]["max"] == 29
-    found = store_statistics(tmp_path, teacher=str(teacher))["prompts"]["tokens"]
-    assert found["limit"] == 12 and found["cut_share"] == 2 / 7 and found["max"] > 12
+    assert (
+        prompts["characters"]["mean"] == pytest.approx(np.mean(lengths))
+        and prompts["characters"]["max"] == 29
+    )
+    prompts = store_statistics(tmp_path, teacher=str(teacher))["prompts"]["tokens"]
+    assert prompts["limit"] == 12 and prompts["cut_share"] == 2 / 7 and prompts["max"] > 12
     four = store_statistics(tmp_path, rows=4)["prompts"]  # rows 0, 2, 4, 6: prompts 0, 2, 1, 0
     assert (four["distinct"], four["repeated_share"]) == (3, 0.5)
     with pytest.raises(UserError, match="no such folder"):
@@ -265,10 +270,14 @@ def test_every_key_is_documented(tmp_path: Path, teacher: Path) -> None:
 @given(st.text(max_size=300), st.integers(20, 300), st.integers(1, 4))
 def test_captions_fit_and_lose_only_their_end(text: str, width: int, lines: int) -> None:
     font = load_font(11)
-    found = wrap(text, font, width, lines)
-    assert 1 <= len(found) <= lines and all(font.getlength(line) <= width or len(line) <= 2 for line in found)
-    packed, shown = "".join(text.split()), "".join("".join(found).split())
-    assert shown == packed or (len(found) == lines and shown.endswith("…") and packed.startswith(shown[:-1]))
+    wrapped = wrap(text, font, width, lines)
+    assert 1 <= len(wrapped) <= lines and all(
+        font.getlength(line) <= width or len(line) <= 2 for line in wrapped
+    )
+    packed, shown = "".join(text.split()), "".join("".join(wrapped).split())
+    assert shown == packed or (
+        len(wrapped) == lines and shown.endswith("…") and packed.startswith(shown[:-1])
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,9 +340,9 @@ def test_a_class_is_a_caption_too(tmp_path: Path, teacher: Path) -> None:
 def test_stats_on_the_command_line(pairs: Path, tmp_path: Path) -> None:
     words = ["pairs", "stats", str(pairs), "--sheet", str(tmp_path / "sheet.png"), "--cells", "3"]
     ended = d2g([*words, "--json"], tmp_path / "log")
-    found = ended.json
-    assert found["rows"] == 12 and found["prompts"]["tokens"]["limit"] == 12
-    assert found["sheet"] == str(tmp_path / "sheet.png") and Path(found["sheet"]).is_file()
+    summary = ended.json
+    assert summary["rows"] == 12 and summary["prompts"]["tokens"]["limit"] == 12
+    assert summary["sheet"] == str(tmp_path / "sheet.png") and Path(summary["sheet"]).is_file()
     shown = d2g(["pairs", "stats", str(pairs), "--rows", "5"], tmp_path / "log")
     assert shown.code == 0 and re.search(r"latent_norm\.counts +│ [ ▁▂▃▄▅▆▇█]+│", shown.stdout), shown.stdout
     wrong = d2g(["pairs", "stats", str(pairs), "--rows", "-1"], tmp_path / "log")

@@ -336,13 +336,13 @@ def test_a_record_that_disagrees_with_its_shard(
 
 def test_a_lost_a_stale_and_a_strange_record(tmp_path: Path) -> None:
     make_store(tmp_path, bad=(9,))
-    kept = (tmp_path / RECORD).read_bytes()
+    record = (tmp_path / RECORD).read_bytes()
     (tmp_path / RECORD).unlink()
     report = verify_store(tmp_path)
     assert report.bad_shards == [{"shard": RECORD, "reason": "is missing; its shard quarantines 1 pairs"}]
     assert repair_store(tmp_path) == [] and bad_files(tmp_path) == []
     write_shard(tmp_path, SPEC, 1)  # now the row is there, and its record gone
-    (tmp_path / RECORD).write_bytes(kept)
+    (tmp_path / RECORD).write_bytes(record)
     assert (
         bad_files(tmp_path) == [RECORD] and repair_store(tmp_path) == [RECORD] and verify_store(tmp_path).ok
     )

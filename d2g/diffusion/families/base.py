@@ -49,9 +49,9 @@ class Family(ABC):
     """One model family. Subclasses set the attributes and the abstract methods; they hold no state."""
 
     name: str
-    """Short name, as printed by `d2g teacher list`."""
+    """Short name, the key of `FAMILIES`."""
     title: str
-    """Name for people."""
+    """The model names, as printed by `d2g teacher list`."""
     pipelines: tuple[str, ...]
     """Pipeline classes of diffusers."""
     components: ClassVar[Components]
