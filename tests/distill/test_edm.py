@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         folder / "log",
     )
-    assert generated.code == 0, summary.stderr
+    assert generated.code == 0, generated.stderr
     return folder
 
 

@@ -154,9 +154,9 @@ def test_a_collapsed_generator_has_precision_but_no_recall() -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 90])
 def test_batches_and_parts_do_not_change_the_result(size: int, tmp_path: Path) -> None:
-    one_process = measure(source(90, 2), work=MeasureOptions(batch_size=32))
+    expected = measure(source(90, 2), work=MeasureOptions(batch_size=32))
     other = measure(source(90, 2), work=MeasureOptions(batch_size=size, part=17, folder=tmp_path))
-    assert other == one_process
+    assert other == expected
 
 
 def test_every_metric_gives_its_numbers() -> None:
