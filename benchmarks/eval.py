@@ -67,10 +67,10 @@ def shown(results: Mapping[str, Any]) -> str:
 
 def race(calls: Mapping[str, Callable[[], float]], repeats: int) -> list[str]:
     """A table of the median seconds of calls that return the same number; ours is the first."""
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
 
     def keep(name: str) -> Callable[[], None]:
-        return lambda: found.update({name: calls[name]()})
+        return lambda: results.update({name: calls[name]()})
 
     seconds = compare({name: keep(name) for name in calls}, repeats)
     ours = median(seconds[next(iter(calls))])
@@ -78,14 +78,14 @@ def race(calls: Mapping[str, Callable[[], float]], repeats: int) -> list[str]:
         (name, median(times), min(times), max(times), median(times) / ours) for name, times in seconds.items()
     ]
     lines = table(("contestant", "median s", "min s", "max s", "times ours"), rows)
-    return [*lines, "", f"Results: {shown(found)}."]
+    return [*lines, "", f"Results: {shown(results)}."]
 
 
 # Frechet
 
 
 def frechet(sizes: Sizes) -> list[str]:
-    """Two given means and covariances to a distance."""
+    """The distance of two means and covariances."""
     from scipy.linalg import sqrtm
     from torch_fidelity.metric_fid import fid_statistics_to_metric
     from torchmetrics.image.fid import _compute_fid
@@ -126,8 +126,8 @@ def statistics(sizes: Sizes) -> list[str]:
     class Pass(torch.nn.Module):
         num_features = sizes.dim
 
-        def forward(self, given: Tensor) -> Tensor:
-            return given
+        def forward(self, features: Tensor) -> Tensor:
+            return features
 
     def ours() -> float:
         stats = FeatureStats(sizes.dim, ORIGIN)
@@ -136,8 +136,8 @@ def statistics(sizes: Sizes) -> list[str]:
         return float(stats.covariance.sum())
 
     def by_fidelity() -> float:
-        kept = torch.cat(list(rows.split(64)))
-        return float(fid_features_to_statistics(kept)["sigma"].sum())
+        features = torch.cat(list(rows.split(64)))
+        return float(fid_features_to_statistics(features)["sigma"].sum())
 
     def by_torchmetrics() -> float:
         metric = FrechetInceptionDistance(feature=Pass())
@@ -174,14 +174,14 @@ def main() -> None:
     )
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    given = parser.parse_args()
-    sizes = Sizes(dim=256, rows=1000, many_rows=2000, repeats=2, files=64) if given.quick else Sizes()
+    args = parser.parse_args()
+    sizes = Sizes(dim=256, rows=1000, many_rows=2000, repeats=2, files=64) if args.quick else Sizes()
     lines = [f"- judges: {', '.join(f'{name} {version(name)}' for name in JUDGES)}", ""]
-    lines += PARTS[given.part](sizes)
-    if given.quick:
+    lines += PARTS[args.part](sizes)
+    if args.quick:
         print("\n".join(lines))
     else:
-        write(f"eval_{given.part}", "Evaluation against published packages", lines)
+        write(f"eval_{args.part}", "Evaluation against published packages", lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The image part of benchmarks/eval.py: from a folder of files to what a network is given, and the network.
+"""The image part of benchmarks/eval.py: from a folder of files to the input of a network, and the network.
 
 Contestants read the same files in turn, with several numbers of worker processes; ours uses threads.
 torch-fidelity resizes inside its network; its own function is timed with its loader here.
@@ -28,7 +28,7 @@ WORKERS = (0, 2, 4, 12)  # clean-fid takes 12 by default, torch-fidelity 4
 
 
 def photograph(height: int, width: int, seed: int) -> Image.Image:
-    """Coloured noise with the 1 / f spectrum of photographs: JPEG and PNG find as much in it as in those."""
+    """Coloured noise with the 1 / f spectrum of photographs: JPEG and PNG compress it as little as those."""
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
     amplitude = 1 / np.maximum(np.hypot(down, across), 1 / max(height, width))
     phases = torch.rand(3, height, width // 2 + 1, generator=generator(seed)).numpy()
@@ -84,15 +84,15 @@ def ours(folder: Path, how: str, resize: Callable[[Tensor], Tensor]) -> Tensor:
 
 def race(calls: Mapping[str, Callable[[], Tensor]], count: int, repeats: int) -> list[tuple[object, ...]]:
     """(contestant, images/s, its time over ours, largest difference from ours) of each; ours is the first."""
-    found: dict[str, Tensor] = {}
-    seconds = compare({k: lambda k=k: found.update({k: calls[k]()}) for k in calls}, repeats)  # type: ignore[misc]
+    outputs: dict[str, Tensor] = {}
+    seconds = compare({k: lambda k=k: outputs.update({k: calls[k]()}) for k in calls}, repeats)  # type: ignore[misc]
     first = next(iter(calls))
     return [
         (
             name,
             count / median(times),
             median(times) / median(seconds[first]),
-            f"{float((found[name] - found[first]).abs().max()):.1e}",
+            f"{float((outputs[name] - outputs[first]).abs().max()):.1e}",
         )
         for name, times in seconds.items()
     ]

@@ -44,10 +44,10 @@ def measure(package: str, count: int, dim: int) -> dict[str, float]:
     if package == "prdc":
         with contextlib.redirect_stdout(io.StringIO()):
             by_prdc = compute_prdc(real.numpy(), fake.numpy(), 3)
-        found = {name: float(value) for name, value in by_prdc.items()}
+        measured = {name: float(value) for name, value in by_prdc.items()}
     else:
-        found = asdict(precision_recall(real, fake, k=3))
-    return {**found, "seconds": time.perf_counter() - started}
+        measured = asdict(precision_recall(real, fake, k=3))
+    return {**measured, "seconds": time.perf_counter() - started}
 
 
 def apart(package: str, count: int, dim: int, memory_gib: int) -> dict[str, float] | str:
@@ -73,12 +73,12 @@ def neighbours(repeats: Mapping[int, int], dim: int, memory_gib: int) -> list[st
     rows: list[tuple[object, ...]] = []
     ratios = []
     for count, times in repeats.items():
-        found: dict[str, list[dict[str, float] | str]] = {"diffusion2gan": [], "prdc": []}
+        measured: dict[str, list[dict[str, float] | str]] = {"diffusion2gan": [], "prdc": []}
         for _ in range(times):
-            for package, results in found.items():
+            for package, results in measured.items():
                 results.append(apart(package, count, dim, memory_gib))
         medians = {}
-        for package, results in found.items():
+        for package, results in measured.items():
             numbers = [result for result in results if isinstance(result, dict)]
             if numbers:
                 medians[package] = median([result["seconds"] for result in numbers])
@@ -103,6 +103,6 @@ def neighbours(repeats: Mapping[int, int], dim: int, memory_gib: int) -> list[st
 
 
 if __name__ == "__main__":
-    found = measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    measured = measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({**found, "peak_gib": peak}))
+    print(json.dumps({**measured, "peak_gib": peak}))

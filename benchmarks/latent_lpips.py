@@ -204,7 +204,7 @@ def main() -> None:
         lines += ["", "## Accuracy", "", *accuracy(weights, 16 if options.quick else 32)]
         if DEVICE == "cuda":
             lines += ["", "## Use of the matrix units", "", *use_of_peak(weights)]
-    lines += ["", f"The whole run took {time.monotonic() - started:.0f} s."]
+    lines += ["", f"The run took {time.monotonic() - started:.0f} s."]
     write("latent_lpips", "E-LatentLPIPS: time, memory, accuracy", lines)
 
 

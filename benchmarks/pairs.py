@@ -96,21 +96,21 @@ def against_diffusers(config: PairConfig, batches: list[int], repeats: int) -> l
 
     def theirs(indices: list[int], noise: torch.Tensor) -> torch.Tensor:
         texts = job.texts(indices)
-        made: torch.Tensor = pipe(
+        latents: torch.Tensor = pipe(
             texts,
             latents=noise.to(DEVICE, dtype),
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             output_type="latent",
         ).images
-        return made.float().cpu()
+        return latents.float().cpu()
 
     rows: list[list[object]] = []
     best = {"ours": 0.0, "diffusers": 0.0}
     for size in batches:
         indices = list(range(size))
-        noise, made, _ = job.rows(indices)
-        difference = float((made.cpu() - theirs(indices, noise)).abs().max())
+        noise, latents, _ = job.rows(indices)
+        difference = float((latents.cpu() - theirs(indices, noise)).abs().max())
         contestants = {"ours": partial(ours, job, indices), "diffusers": partial(theirs, indices, noise)}
         taken = compare(contestants, repeats)
         speed = {name: size / median(seconds) for name, seconds in taken.items()}
@@ -159,7 +159,7 @@ def writer_overhead(config: PairConfig, repeats: int) -> list[str]:
     job = open_job(replace(config, num_pairs=2048, shard_size=1024), DEVICE)
     spec, size = job.spec, config.batch_size
     latents = ours(job, list(range(size)))
-    drawn = [seeds.noise(spec.seed, range(n, n + size), spec.latent_shape, spec.torch_dtype).float()
+    noise_batches = [seeds.noise(spec.seed, range(n, n + size), spec.latent_shape, spec.torch_dtype).float()
              for n in range(0, spec.num_pairs, size)]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         runs = count()
@@ -170,7 +170,7 @@ def writer_overhead(config: PairConfig, repeats: int) -> list[str]:
             for shard in range(spec.num_shards):
                 with PairWriter(folder, spec, shard) as writer:
                     for indices in batched(writer.missing, size):
-                        writer.append(drawn[indices[0] // size], latents, job.texts(indices), indices)
+                        writer.append(noise_batches[indices[0] // size], latents, job.texts(indices), indices)
                     writer.commit()
 
         taken = compare({"teacher": partial(ours, job, list(range(size))), "writer": write_all}, repeats)
@@ -204,7 +204,7 @@ def growth(config: PairConfig, quick: bool) -> list[str]:
 
 
 def processes(config: PairConfig, counts: tuple[int, ...]) -> list[str]:
-    """pairs/s of whole `d2g pairs generate` runs by number of processes, one thread each."""
+    """pairs/s of complete `d2g pairs generate` runs by number of processes, one thread each."""
     rows: list[list[object]] = []
     for number in counts:
         with tempfile.TemporaryDirectory() as folder:
@@ -236,8 +236,8 @@ def processes(config: PairConfig, counts: tuple[int, ...]) -> list[str]:
             )
             if done.returncode:
                 raise UserError(done.stderr[-2000:])
-            found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        rows.append([number, found["pairs"], found["seconds"], found["pairs_per_sec"]])
+            report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        rows.append([number, report["pairs"], report["seconds"], report["pairs_per_sec"]])
     return table(["processes", "pairs", "seconds, loading included", "pairs/s"], rows)
 
 
@@ -246,8 +246,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sd15", action="store_true", help="also a teacher of SD 1.5's size")
     parser.add_argument("--quick", action="store_true", help="a smoke run; its numbers mean little")
-    given = parser.parse_args()
-    repeats = 1 if given.quick else 5
+    args = parser.parse_args()
+    repeats = 1 if args.quick else 5
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         prompts = Path(scratch) / "prompts.txt"
@@ -257,8 +257,8 @@ def main() -> None:
             shard_size=64,
         )  # fmt: skip
         lines = ["## Against diffusers: the miniature teacher, 10 DDIM steps, guidance 3", ""]
-        lines += against_diffusers(mini, [1, 8] if given.quick else [1, 4, 16, 32], repeats)
-        if given.sd15:
+        lines += against_diffusers(mini, [1, 8] if args.quick else [1, 4, 16, 32], repeats)
+        if args.sd15:
             config = replace(mini, teacher=sd15_folder(Path(scratch) / "sd15"), steps=2, guidance=8.0)
             gpu = DEVICE == "cuda"
             config = replace(config, steps=50, precision="fp16", channels_last=True) if gpu else config
@@ -269,14 +269,14 @@ def main() -> None:
             ]
             lines += against_diffusers(config, [1, 4, 8, 16, 32] if gpu else [1, 2], 3 if gpu else 2)
         lines += ["", "## Settings that decide speed (miniature)", ""]
-        lines += settings(mini, 8 if given.quick else 32, repeats)
-        lines += ["", "## The writer", "", *writer_overhead(mini, 1 if given.quick else 3)]
-        lines += ["", "## Cost by steps and resolution (miniature)", "", *growth(mini, given.quick)]
-        busy = replace(mini, num_pairs=128 if given.quick else 512)
+        lines += settings(mini, 8 if args.quick else 32, repeats)
+        lines += ["", "## The writer", "", *writer_overhead(mini, 1 if args.quick else 3)]
+        lines += ["", "## Cost by steps and resolution (miniature)", "", *growth(mini, args.quick)]
+        busy = replace(mini, num_pairs=128 if args.quick else 512)
         lines += ["", "## Cost by processes (miniature, one thread each)", ""]
-        lines += processes(busy, (1, 2) if given.quick else (1, 2, 4))
+        lines += processes(busy, (1, 2) if args.quick else (1, 2, 4))
     lines += ["", f"All of it took {time.monotonic() - started:.0f} s."]
-    write("pairs_quick" if given.quick else "pairs", "Pair generation", lines)
+    write("pairs_quick" if args.quick else "pairs", "Pair generation", lines)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def many_shards(folder: Path, shards: int) -> list[str]:
         started = time.perf_counter()
         reader.read(range(0, len(reader), 4))
         seconds["a row of every shard"].append(time.perf_counter() - started)
-    rows = [[name, statistics.median(found)] for name, found in seconds.items()]
+    rows = [[name, statistics.median(times)] for name, times in seconds.items()]
     return [
         f"{shards} shards of 4 rows of 4x8x8. Opening reads 512 bytes of each; the header and the "
         "index are read with a shard's first row, which `a row of every shard` adds up.",

@@ -125,18 +125,18 @@ def read_attributes(oracle: Oracle, pixels: Tensor, batch: int = 128) -> list[Or
     oracle.eval()
     readings: list[OracleReading] = []
     for part in torch.split(pixels, batch):
-        best = {name: logits.argmax(1).tolist() for name, logits in oracle(part).items()}
+        classes = {name: logits.argmax(1).tolist() for name, logits in oracle(part).items()}
         readings += [
-            _reading({name: values[row] for name, values in best.items()}) for row in range(len(part))
+            _reading({name: values[row] for name, values in classes.items()}) for row in range(len(part))
         ]
     return readings
 
 
-def _reading(best: Mapping[str, int]) -> OracleReading:
-    words = {name: ORACLE_HEADS[name][index] for name, index in best.items()}
+def _reading(classes: Mapping[str, int]) -> OracleReading:
+    words = {name: ORACLE_HEADS[name][index] for name, index in classes.items()}
     sides = OBJECT_SIDES[: int(words["count"])]
     objects = tuple(ObjectSpec(*(words[f"{side}_{name}"] for name in OBJECT_HEADS)) for side in sides)
-    return OracleReading(objects, words["background"], best["nearer"])
+    return OracleReading(objects, words["background"], classes["nearer"])
 
 
 def caption_accuracy(oracle: Oracle, pixels: Tensor, captions: Sequence[str]) -> CaptionAccuracy:
@@ -170,15 +170,15 @@ def count_correct(facts: SceneFacts, reading: OracleReading) -> tuple[int, int]:
         len(facts.objects) - len(reading.objects)
     )
     # Find the matching with the most equal attributes.
-    best = 0
+    most_agreement = 0
     for match in permutations(range(len(predicted)), len(facts.objects)):
         agree = sum(
             _num_equal(captioned, predicted[place])
             for captioned, place in zip(facts.objects, match, strict=True)
         )
         holds = facts.relation is not None and _holds(facts.relation, match, reading)
-        best = max(best, 2 * agree + holds)  # the relation only breaks ties
-    correct = best // 2 + best % 2
+        most_agreement = max(most_agreement, 2 * agree + holds)  # the relation only breaks ties
+    correct = most_agreement // 2 + most_agreement % 2
     correct += len(facts.objects) == len(reading.objects)
     correct += facts.background == reading.background
     return correct, 2 + 4 * len(facts.objects) + (facts.relation is not None)

@@ -228,7 +228,7 @@ class DiscriminatorConfig:
 
     timestep: int = setting(
         0,
-        "Timestep that the discriminator is given for clean latents",
+        "Timestep input of the discriminator for clean latents",
         source='ours; method.md "Discriminator timestep and noise"',
     )
     timestep_mode: Literal["constant", "random"] = setting(

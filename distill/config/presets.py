@@ -171,14 +171,18 @@ def ablation(base: Recipe, prefix: str = "") -> dict[str, Recipe]:
 
     The first row is the regression stage alone; given that run as --init, it trains as long as the others.
     """
-    of = f"Ablation of {base.model}: "
-    rows = {f"{prefix}ablation-regression": Recipe(f"{of}regression alone", base.model, {"ode": base["ode"]})}
+    of = f"Study of the discriminator's parts on {base.model}: "
+    rows = {
+        f"{prefix}ablation-regression": Recipe(
+            f"{of}stage 1 alone, no discriminator", base.model, {"ode": base["ode"]}
+        )
+    }
     off = {name: settings for name, (_, settings) in _PARTS.items()}
     for name, (part, _) in _PARTS.items():
         del off[name]
         without = {field: value for settings in off.values() for field, value in settings.items()}
         gan = replace(base["gan"], gan=replace(base["gan"].gan, **without))
-        about = f"{of}the row before plus {part}"
+        about = f"{of}{next(reversed(rows))} plus {part}"
         rows[f"{prefix}ablation-{name}"] = Recipe(about, base.model, {"ode": base["ode"], "gan": gan})
     return rows
 
@@ -201,7 +205,7 @@ def loss_comparison(base: Recipe, images: int, prefix: str = "") -> dict[str, Re
     ode = replace(base["ode"], train=replace(base["ode"].train, images=images))
     return {
         f"{prefix}loss-{name.replace('_', '-')}": Recipe(
-            f"Comparison of losses on {base.model}: {name.replace('_', '-')}",
+            f"Study of regression losses on {base.model}: stage 1 with {name.replace('_', '-')} alone",
             base.model,
             {"ode": replace(ode, regression=replace(ode.regression, losses=((name, 1.0),)))},
         )

@@ -193,7 +193,7 @@ class DistillConfig:
     )
     student_timestep: int = setting(
         -1,
-        "Timestep that the student is given; -1: the last one of the schedule (999)",
+        "Timestep input of the student; -1: the last one of the schedule (999)",
         source='method.md "Student generator"',
     )
     seed: int = setting(0, "Seed of everything random (option --seed)")
