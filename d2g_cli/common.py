@@ -35,7 +35,8 @@ TeacherOption = Annotated[
     str | None, typer.Option(help="Folder or hub id in diffusers layout, or a shipped name: miniature.")
 ]
 Prompts = Annotated[
-    Path | None, typer.Option(help="Prompt file: .txt .jsonl .csv .tsv .json (COCO) .parquet")
+    Path | None,
+    typer.Option(help="Prompt file: .txt .jsonl .csv .tsv .json (COCO) .parquet; - is standard input"),
 ]
 
 

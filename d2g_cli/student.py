@@ -77,7 +77,8 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     from distill.sampling import default_student_prompts, save_samples
     from pairgen.prompts import read_prompts
 
-    texts = [*config.prompt, *(read_prompts(Path(config.prompts)) if config.prompts else [])]
+    from_file = read_prompts(Path(config.prompts), config.column) if config.prompts else []
+    texts = [*config.prompt, *from_file]
     texts = texts or default_student_prompts(config.student, config.teacher)
     texts = [text for text in texts for _ in range(config.num)]
     summary = save_samples(

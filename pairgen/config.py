@@ -17,6 +17,9 @@ class PairConfig:
         "unconditional one",
         recipe=True,
     )
+    column: str | None = setting(
+        None, "Column of the prompts in the prompt file; null: prompt, caption, text or TEXT"
+    )
     num_pairs: int = setting(0, "Number of pairs; 0: one per prompt", source="Table A1", recipe=True)
     per_prompt: int = setting(1, "Consecutive rows per prompt, each with its own noise")
     solver: Literal["teacher", "ddim", "heun", "euler"] = setting(

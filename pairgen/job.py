@@ -119,7 +119,7 @@ def _prompts(config: PairConfig, teacher: Teacher, store: Path | None) -> Prompt
     if store is not None and prompts_path(store).exists():
         return PromptList.open(prompts_path(store))
     if config.prompts:
-        prompts = read_prompts(Path(config.prompts))
+        prompts = read_prompts(Path(config.prompts), config.column)
         names = {name: number for number, name in enumerate(teacher.label_names or ())}
         return check_labels(prompts, teacher.num_labels, names) if teacher.num_labels else prompts
     if teacher.conditioning == "label":

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
-from pairgen.prompt_files import cells
+from d2g.data.prompt_files import prompt_cells, prompt_text
 from pairgen.store.spec import write_through_scratch, writing
 
 NEWLINE, QUOTE = 10, 34
@@ -119,21 +119,17 @@ class PromptList(Sequence[str]):
         return PromptList, (bytes(self.buffer), self._ends - self._ends[0])
 
 
-def read_prompts(path: Path) -> PromptList:
-    """The prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
+def read_prompts(path: Path, column: str | None = None) -> PromptList:
+    """The prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file, or of standard input (-).
 
     Prompts are stripped; blank ones and exact duplicates are dropped, and the first of equal prompts stays.
     A prompt's position in the list is its id. 12M prompts of 60 bytes take 0.9 GB, and 1.3 GB while they are
-    read. Raises UserError for a file that is missing, empty, not UTF-8, without a prompt column, damaged or
-    of another kind.
+    read. `column`: the column of the prompts (`d2g.data.columns`). Raises UserError for a file that is
+    missing, empty, not UTF-8, without a prompt column, damaged or of another kind.
     """
     path = Path(path)
-    try:
-        prompts = distinct(text for text in (_clean(path, cell) for cell in cells(path)) if text)
-    except OSError as error:
-        raise UserError(
-            f"cannot read prompts from {path}: {error.strerror or error}; check --prompts"
-        ) from error
+    texts = (prompt_text(path, cell) for cell in prompt_cells(path, column))
+    prompts = distinct(text for text in texts if text)
     if not prompts:
         raise UserError(f"{path} holds no prompts, expected at least one; check --prompts")
     return prompts
@@ -195,23 +191,6 @@ def prompt_list_sha256(prompts: Iterable[str]) -> str:
     for prompt in prompts:
         total.update(json_string(prompt).encode() + b"\n")
     return total.hexdigest()
-
-
-def _clean(path: Path, cell: Any) -> str:
-    if cell is None:
-        return ""
-    if not isinstance(cell, str):
-        raise UserError(f"{path}: prompts must be text, got {str(cell)[:40]!r} ({type(cell).__name__})")
-    try:
-        cell.encode()
-        is_valid = "\0" not in cell
-    except UnicodeEncodeError:
-        is_valid = False
-    if not is_valid:
-        raise UserError(
-            f"{path}: prompt {cell[:40]!r} holds a NUL or half a surrogate pair; correct or remove it"
-        )
-    return cell.strip()
 
 
 def _encode_lines(

@@ -124,6 +124,9 @@ class TeacherConfig:
     """Training data of a teacher, and shape and training of each of its components."""
 
     data: str = setting("scenes", "scenes, an image folder, or image-parquet (option --data)", recipe=True)
+    column: str | None = setting(
+        None, "Column of the captions in the data; null: prompt, caption, text or TEXT"
+    )
     size: int = setting(64, "Side of the images in pixels", recipe=True)
     images: int = setting(40_000, "Number of images to use, at most", recipe=True)
     seed: int = setting(1, "Seed of everything random (option --seed)")

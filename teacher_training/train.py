@@ -60,10 +60,18 @@ def train_teacher(
     for stage in stages:
         pick(dict.fromkeys(TEACHER_STAGES), stage, "stage")
     # A folder belongs to one data set; each stage checks its own settings.
-    data = {key: to_json(config)[key] for key in ("data", "size", "images", "seed", "caption_template")}
+    names = ("data", "column", "size", "images", "seed", "caption_template")
+    data = {key: to_json(config)[key] for key in names}
     RunLog(work, data)  # each stage checks its own settings against its own folder
     images, captions = cached_images(
-        work, config.data, config.size, config.images, config.seed, config.caption_template, progress
+        work,
+        config.data,
+        config.size,
+        config.images,
+        config.seed,
+        config.caption_template,
+        progress,
+        config.column,
     )
     scores: dict[str, Any] = {}
     # Train what has no scores yet.

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("d2g.core",),
     ("d2g.core.distributed",),
     ("d2g.core.tracking",),
+    ("d2g.data",),
     ("d2g.diffusion",),
     ("pairgen.store", "latent_lpips"),
     ("latent_lpips.training",),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from threading import Lock
 
 EVERY_RANK = {"every_rank": True}
 """`extra` of a record that every rank logs, because it is about this rank's own files or rows."""
@@ -20,3 +21,14 @@ def _passes(record: logging.LogRecord) -> bool:
 
 
 logger.addFilter(_passes)
+
+_once_lock, _once_keys = Lock(), set[str]()
+
+
+def log_once(text: str, key: str = "") -> None:
+    """Log a line, unless this process has logged it before, or one with the same `key`."""
+    with _once_lock:
+        if (key or text) in _once_keys:
+            return
+        _once_keys.add(key or text)
+    logger.info("%s", text)

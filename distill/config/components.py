@@ -311,6 +311,9 @@ class DiscriminatorConfig:
         "Folder of captioned images used as real rows in addition to the pairs",
         source='method.md "Limitations and later work"',
     )
+    real_column: str | None = setting(
+        None, "Column of the captions of these images; null: prompt, caption, text or TEXT"
+    )
     real_fraction: float = setting(
         0.0,
         "Share of the real rows that are such images; the paper: 0",

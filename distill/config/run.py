@@ -240,7 +240,10 @@ class SampleConfig:
 
     student: str = setting("miniature", "Run folder, exported student, or a shipped name")
     prompt: tuple[str, ...] = setting((), "Texts, or class numbers")
-    prompts: str | None = setting(None, "Prompt file, read after prompt")
+    prompts: str | None = setting(None, "Prompt file, read after prompt; - is standard input")
+    column: str | None = setting(
+        None, "Column of the prompts in the prompt file; null: prompt, caption, text or TEXT"
+    )
     num: int = setting(1, "Images per prompt")
     teacher: str | None = setting(None, "Teacher to load in place of the one that the student names")
     batch_size: int = setting(32, "Images per forward pass")

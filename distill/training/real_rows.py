@@ -33,7 +33,8 @@ class RealRows:
             return
         self.vae = pretrained.load_vae(config.teacher).to(device)
         downscale = latent_space(self.vae).downscale
-        self.images = RealImages(config.gan.real, (shape[1] * downscale, shape[2] * downscale))
+        size = (shape[1] * downscale, shape[2] * downscale)
+        self.images = RealImages(config.gan.real, size, config.gan.real_column)
 
     def __call__(self, inputs: DiscriminatorInput, rows: range) -> DiscriminatorInput:
         """Return `inputs`, whose rows have the numbers `rows`, with some rows replaced by images."""

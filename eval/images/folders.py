@@ -1,31 +1,27 @@
 """Read images and their captions from a folder or from image-parquet files, in parallel and in order."""
 
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2g.core.errors import UserError
+from d2g.core.logs import log_once
+from d2g.data.captions import Captions
+from d2g.data.columns import caption_column, find_caption_column
+from d2g.data.folders import PICTURE_SUFFIXES, TABLE_SUFFIX, list_folder
+from d2g.data.tables import encoded_image, image_column, open_table, parquet_errors, unreadable_table
 from eval.images.decode import Decoded, decode_image
 from eval.images.resize import NATIVE, Pixels
 
 Batch = tuple[Tensor, list[str]]
 """uint8 images [B, 3, H, W] and their B captions ("" where there is none)."""
-
-
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
-CAPTION_KEYS = ("caption", "text", "prompt")
-IMAGE_KEYS = ("image", "img")  # Hugging Face's image-parquet; its CIFAR10 says img
 
 
 @dataclass(kw_only=True)
@@ -38,16 +34,20 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFiles:
-    """Image files (`pictures`) or parquet files (`tables`), in order. `captions`: file -> caption."""
+    """Image files (`pictures`) or parquet files (`tables`), in order.
+
+    `captions`: file -> caption. `column`: the caption column of the tables (`d2g.data.columns`).
+    """
 
     name: str
     pictures: Sequence[Path] = ()
     tables: Sequence[Path] = ()
     captions: Mapping[Path, str] = field(default_factory=dict)
+    column: str | None = None
 
     def __len__(self) -> int:
         """Number of images. Reads the footers of parquet files, but no image."""
-        return len(self.pictures) or sum(_parquet_file(file).metadata.num_rows for file in self.tables)
+        return len(self.pictures) or sum(open_table(file).metadata.num_rows for file in self.tables)
 
     def listing(self) -> list[tuple[str, int, int]]:
         """Name, size in bytes and modification time (ns) of each file, to notice changed files."""
@@ -55,23 +55,31 @@ class ImageFiles:
         return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
-def open_images(source: str | Path) -> ImageFiles:
-    """List a folder, with its metadata.jsonl, or a .parquet file. Raises UserError when it has no image."""
+def open_images(source: str | Path, column: str | None = None) -> ImageFiles:
+    """List a folder with its captions (`d2g.data.captions`), or a .parquet file.
+
+    What a folder holds beside them is left out, and the log says so. `column`: the caption column. Raises
+    UserError when there is no image.
+    """
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; expected a folder of images or a .parquet file")
-    if source.is_file() and source.suffix != ".parquet":
-        raise UserError(f"{source} is neither a folder of images nor a .parquet file; give one of these")
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-    tables = [file for file in files if file.suffix == ".parquet"]
-    if pictures:
-        captions = {source / name: text for name, text in _metadata(source / "metadata.jsonl").items()}
-        return ImageFiles(name=str(source), pictures=pictures, captions=captions)
-    if tables:
-        return ImageFiles(name=str(source), tables=tables)
+    if source.is_file():
+        if source.suffix.lower() != TABLE_SUFFIX:
+            raise UserError(f"{source} is neither a folder of images nor a .parquet file; give one of these")
+        return ImageFiles(name=str(source), tables=[source], column=column)
+    listing = list_folder(source)
+    if listing.pictures:
+        captions = Captions(listing, column)
+        listing.log_left_out(captions.files)
+        if captions.missing:
+            log_once(captions.missing_line)
+        return ImageFiles(name=str(source), pictures=listing.pictures, captions=captions)
+    listing.log_left_out(listing.tables)
+    if listing.tables:
+        return ImageFiles(name=str(source), tables=listing.tables, column=column)
     raise UserError(
-        f"{source} holds no images; expected {', '.join(sorted(IMAGE_SUFFIXES))} or .parquet files"
+        f"{source} holds no images; expected {', '.join(sorted(PICTURE_SUFFIXES))} or .parquet files"
     )
 
 
@@ -93,14 +101,15 @@ def read_images(
     batch_size: int = 64,
     workers: int = 0,
     reading: Reading | None = None,
+    exact: bool = True,
 ) -> Iterator[Batch]:
     """Read at most `limit` images from number `start` on, in batches, in sorted order of their files.
 
-    `source`: a folder (with or without metadata.jsonl) or .parquet files. Captions come from metadata.jsonl
-    (`file_name` and `caption`, `text` or `prompt`), else from a PNG's own `prompt` text; in parquet from a
-    column of one of these names. `resize`: a preprocessing of `eval.images.resize`; "native" needs images of
-    one size. `workers` threads decode ahead (0: two more than cores); the order does not change. Raises
-    UserError for a missing or empty source, an image that cannot be read, and mixed sizes.
+    `source`: a folder or .parquet files. Captions come from the folder's metadata file or NAME.txt
+    (`d2g.data.captions`), else from a PNG's own `prompt` text; in parquet from a caption column.
+    `resize`: a preprocessing of `eval.images.resize`; "native" needs images of one size. `workers` threads
+    decode ahead (0: two more than cores); the order does not change. `exact`: as in `decode_picture`, False
+    for training. Raises UserError for a missing or empty source, an image that cannot be read, and mixed sizes.
     """
     images: list[Pixels] = []
     captions: list[str] = []
@@ -110,7 +119,7 @@ def read_images(
     files = source if isinstance(source, ImageFiles) else open_images(source)
     entries = _entries(files, start, start + limit if limit is not None else None)
     for entry, decoded in _decode_ahead(
-        entries, lambda entry: decode_image(entry.read, entry.name, resize), workers, batch_size
+        entries, lambda entry: decode_image(entry.read, entry.name, resize, exact=exact), workers, batch_size
     ):
         images.append(decoded.image)
         captions.append(decoded.caption if entry.caption is None else entry.caption)
@@ -171,48 +180,19 @@ def _entries(files: ImageFiles, start: int, stop: int | None) -> Iterator[Entry]
     for file in files.pictures[start:stop]:
         yield Entry(str(file), file.read_bytes, files.captions.get(file))
     for file in files.tables:
-        rows = _parquet_file(file).metadata.num_rows
-        yield from _parquet_entries(file, max(start, 0), rows if stop is None else min(stop, rows))
+        rows = open_table(file).metadata.num_rows
+        yield from _parquet_entries(
+            file, max(start, 0), rows if stop is None else min(stop, rows), files.column
+        )
         start, stop = start - rows, None if stop is None else stop - rows
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    """File name -> caption of a metadata.jsonl; empty when there is no such file."""
-    if not file.is_file():
-        return {}
-    captions = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            captions[row["file_name"]] = str(next(row[key] for key in CAPTION_KEYS if key in row))
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise UserError(
-                f"{file} line {number} lacks file_name or one of {', '.join(CAPTION_KEYS)}; mend that line"
-            ) from error
-    return captions
-
-
-def _parquet_file(file: Path) -> Any:
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
-
-    try:
-        return pq.ParquetFile(file)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is no readable parquet file ({error}); fetch it again") from error
-
-
-def _parquet_entries(file: Path, start: int, stop: int) -> Iterator[Entry]:
-    """The rows from `start` up to `stop`; row groups before them are not read."""
-    from pyarrow.lib import ArrowException
-
-    table = _parquet_file(file)
+def _parquet_entries(file: Path, start: int, stop: int, caption: str | None) -> Iterator[Entry]:
+    """The rows from `start` up to `stop`; row groups before them are not read. `caption`: its column."""
+    table = open_table(file)
     names = table.schema_arrow.names
-    # Columns of image and caption.
-    column = next((key for key in IMAGE_KEYS if key in names), None)
-    if column is None:
-        raise UserError(f"{file} has columns {', '.join(names)}; expected `image` with `bytes` inside")
-    key = next((key for key in CAPTION_KEYS if key in names), None)
+    column = image_column(file, names)
+    key = find_caption_column(names) if caption is None else caption_column(file, names, caption)
     # Read only the row groups that overlap the wanted rows.
     sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
     groups = [g for g in range(len(sizes)) if sum(sizes[: g + 1]) > start and sum(sizes[:g]) < stop]
@@ -221,15 +201,8 @@ def _parquet_entries(file: Path, start: int, stop: int) -> Iterator[Entry]:
         for batch in table.iter_batches(64, row_groups=groups, columns=[column, *([key] if key else [])]):
             for entry in batch.to_pylist():
                 if start <= row < stop:
-                    data = _encoded_image(entry[column], file, row)
+                    data = encoded_image(entry[column], f"{file} row {row}")
                     yield Entry(f"{file} row {row}", lambda data=data: data, entry[key] if key else None)  # type: ignore[misc]
                 row += 1
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is no readable parquet file ({error}); fetch it again") from error
-
-
-def _encoded_image(image: Any, file: Path, row: int) -> bytes:
-    data = image.get("bytes") if isinstance(image, dict) else image
-    if not isinstance(data, bytes):
-        raise UserError(f"{file} row {row}: `image` holds no bytes; expected encoded images in `image.bytes`")
-    return data
+    except parquet_errors() as error:
+        raise unreadable_table(file, error) from error

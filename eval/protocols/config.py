@@ -46,7 +46,10 @@ class EvalRun:
     weights: tuple[str, ...] = setting(
         (), "Weight files of networks as NAME=PATH; a path alone is the feature network's"
     )
-    prompts: str | None = setting(None, "Prompt file")
+    prompts: str | None = setting(None, "Prompt file; - is standard input")
+    column: str | None = setting(
+        None, "Column of the prompts and of the images' captions; null: prompt, caption, text or TEXT"
+    )
     num: int = setting(0, "Number of images; 0: the protocol's, else one per prompt")
     allow_fewer: bool = setting(False, "Accept fewer images than the protocol asks for")
     steps: int = setting(

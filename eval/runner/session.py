@@ -7,6 +7,7 @@ from pathlib import Path
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
 from d2g.core.progress import Progress, quiet
+from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import load_teacher
 from distill.sampling import student_folder
@@ -23,7 +24,6 @@ from eval.protocols.data_sources import DATA_SOURCES, EvalDataSource
 from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
 from eval.protocols.protocol import ANY, PROTOCOLS
 from eval.runner.samplers import SamplingRequest, ode_source, pipeline_source, student_source
-from pairgen.prompt_files import cells
 from pairgen.prompts import label_list
 
 GUIDANCE = 3.0
@@ -114,7 +114,7 @@ class EvalSession:
         """The prompts to sample, in order; empty where images bring their own prompts."""
         config, rule = self.config, self.protocol.prompts
         if config.prompts is not None:
-            return read_list(Path(config.prompts))
+            return read_list(Path(config.prompts), config.column)
         if rule in DATA_SOURCES:
             return DATA_SOURCES[rule].prompts(self.count)
         if config.reference is not None and rule.startswith("coco"):
@@ -139,7 +139,8 @@ class EvalSession:
     def source(self, config: EvalRun, checkpoint: Path | None = None) -> ImageSource:
         """What to measure: files, a student (or one `checkpoint` of its run), a pipeline or a teacher."""
         if config.images is not None:
-            return image_source(open_images(config.images), self.prompts if config.prompts else ())
+            files = open_images(config.images, None if config.prompts else config.column)
+            return image_source(files, self.prompts if config.prompts else ())
         if config.student is not None:
             assert self.teacher is not None, "a student has one"
             return student_source(
@@ -248,17 +249,9 @@ class EvalSession:
         return MeasureOptions(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
 
 
-def read_list(path: Path) -> list[str]:
+def read_list(path: Path, column: str | None = None) -> list[str]:
     """The prompts of a file in order. Repeated prompts stay: a protocol counts them, and COCO has some."""
-    try:
-        texts = [cell for cell in cells(path) if cell is not None]
-    except OSError as error:
-        raise UserError(
-            f"cannot read prompts from {path}: {error.strerror or error}; check --prompts"
-        ) from error
-    if wrong := next((cell for cell in texts if not isinstance(cell, str)), None):
-        raise UserError(f"{path}: prompts must be text, got {str(wrong)[:40]!r}")
-    prompts = [text.strip() for text in texts if text.strip()]
+    prompts = [text for cell in prompt_cells(path, column) if (text := prompt_text(path, cell))]
     if not prompts:
         raise UserError(f"{path} holds no prompts, expected at least one; check --prompts")
     return prompts

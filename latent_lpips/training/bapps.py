@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2g.core.errors import UserError
+from d2g.data.folders import is_hidden, is_picture
 from d2g.diffusion.latents import from_uint8
 from latent_lpips.training.crops import image_to_tensor
-from latent_lpips.training.labeled_images import PIL_SUFFIXES, decode_rgb
+from latent_lpips.training.labeled_images import decode_rgb
 
 IMAGE_FOLDERS = {"2afc": ("ref", "p0", "p1"), "jnd": ("p0", "p1")}
 ANSWER_FOLDERS = {"2afc": "judge", "jnd": "same"}
@@ -96,6 +97,7 @@ def find_splits(data: str | Path, task: JudgmentTask, part: Literal["train", "va
         return [open_split(base, task)]
     has_parts = (base / "train").is_dir() or (base / "val").is_dir()
     folders = sorted((base / part).glob("*")) if has_parts else sorted(base.glob("*"))
+    folders = [folder for folder in folders if not is_hidden(folder.name)]
     splits = [open_split(folder, task) for folder in folders if _is_split(folder, task)]
     if not splits and task == "2afc" and not (has_parts and part == "val"):
         raise UserError(
@@ -124,10 +126,10 @@ def open_split(folder: Path, task: JudgmentTask = "2afc") -> JudgmentSplit:
             )
     # List the files by stem, and check that every judgment is complete.
     files = {
-        name: {f.stem: f for f in sorted((folder / name).iterdir()) if f.suffix.lower() in PIL_SUFFIXES}
+        name: {f.stem: f for f in sorted((folder / name).iterdir()) if is_picture(f)}
         for name in image_folders
     }
-    answer_files = {f.stem: f for f in sorted((folder / answers).glob("*.npy"))}
+    answer_files = {f.stem: f for f in sorted((folder / answers).glob("*.npy")) if not is_hidden(f.name)}
     stems = sorted(set(answer_files).union(*files.values()))
     if not stems:
         raise UserError(f"{folder} holds no judgments; expected pictures and .npy files of the same names")

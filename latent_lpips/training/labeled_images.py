@@ -1,7 +1,6 @@
 """Labeled images from a folder with one subfolder per class (ImageNet's layout) or from image-parquet."""
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,12 @@ from torch import Tensor
 
 from d2g.core.config import digest
 from d2g.core.errors import UserError
+from d2g.data.folders import PICTURE_SUFFIXES, TABLE_SUFFIX, list_folder
+from d2g.data.pictures import decode_picture
+from d2g.data.tables import encoded_image, image_column, parquet_errors, unreadable_table
 
 HELD_OUT_NAMES = ("val", "validation", "test")
 """Names of folders, or prefixes of parquet files, that are never used for training."""
-PIL_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +78,10 @@ def file_fingerprints(root: str | Path, files: Iterable[Path]) -> list[list[Any]
 def decode_rgb(read: Callable[[], bytes], name: str) -> Image.Image:
     """Decode an image of any kind to 8-bit RGB. Raises UserError, naming `name`, if it is damaged."""
     try:
-        with Image.open(io.BytesIO(read())) as opened:
-            return opened.convert("RGB")
-    except Exception as error:  # Pillow raises almost any exception on damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} is not a readable image ({reason}); remove or replace it") from error
+        data = read()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}; restore it") from error
+    return decode_picture(data, name, exact=False).image
 
 
 def open_labeled(data: str, val: str = "") -> tuple[LabeledImages, LabeledImages | None]:
@@ -104,12 +104,21 @@ def open_labeled(data: str, val: str = "") -> tuple[LabeledImages, LabeledImages
 def open_unlabeled(data: str) -> LabeledImages:
     """Open all images of a file, a folder or image-parquet, sorted by name, without labels."""
     root = _require_existing(Path(data))
-    files = [root] if root.is_file() else sorted(root.rglob("*"))
-    if images := [f for f in files if f.suffix.lower() in PIL_SUFFIXES and f.is_file()]:
-        return _from_files(data, images, [], [])
-    if tables := [f for f in files if f.suffix == ".parquet"]:
+    if root.is_file():
+        pictures = [root] if root.suffix.lower() in PICTURE_SUFFIXES else []
+        tables = [root] if root.suffix.lower() == TABLE_SUFFIX else []
+    else:
+        listing = list_folder(root)
+        pictures = list(listing.pictures)
+        tables = [] if pictures else list(listing.tables)
+        listing.log_left_out([*tables, *listing.caption_files])
+    if pictures:
+        return _from_files(data, pictures, [], [])
+    if tables:
         return _from_tables(data, tables, labeled=False)
-    raise UserError(f"{data} holds no images; expected {', '.join(sorted(PIL_SUFFIXES))} or .parquet files")
+    raise UserError(
+        f"{data} holds no images; expected {', '.join(sorted(PICTURE_SUFFIXES))} or .parquet files"
+    )
 
 
 def _require_existing(root: Path) -> Path:
@@ -136,27 +145,27 @@ def _open_part(root: Path, part: str) -> LabeledImages:
     excluded = HELD_OUT_NAMES if part == "train" and not has_part and root.is_dir() else ()
     # Parquet files, those named after the part first.
     tables = [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet"))
-    if tables := [table for table in tables if not table.name.startswith(excluded)]:
+    if tables := [table for table in tables if not table.name.startswith((*excluded, "."))]:
         part_tables = [table for table in tables if table.name.startswith(part)]
         return _from_tables(str(root), part_tables or tables, labeled=True)
-    # One subfolder per class.
-    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    by_class = {
-        folder.name: [
-            f for f in sorted(folder.rglob("*")) if f.suffix.lower() in PIL_SUFFIXES and f.is_file()
-        ]
-        for folder in folders
-        if folder.name not in excluded
-    }
-    classes = [name for name, files in by_class.items() if files]
-    if not classes:
+    by_class = _pictures_by_class(root, excluded) if root.is_dir() else {}
+    if not by_class:
         raise UserError(
             f"{root} holds no labeled images; expected a subfolder of images for each class, "
             "or .parquet files with a `label` column"
         )
-    files = [file for name in classes for file in by_class[name]]
-    labels = [number for number, name in enumerate(classes) for _ in by_class[name]]
-    return _from_files(str(root), files, labels, classes)
+    files = [file for pictures in by_class.values() for file in pictures]
+    labels = [number for number, pictures in enumerate(by_class.values()) for _ in pictures]
+    return _from_files(str(root), files, labels, list(by_class))
+
+
+def _pictures_by_class(root: Path, excluded: Sequence[str]) -> dict[str, list[Path]]:
+    """The pictures of each subfolder, except `excluded` ones; what else lies there is left out."""
+    listing = list_folder(root)
+    by_class = listing.by_class()
+    beside = [file.name for file in by_class.pop("", [])]
+    listing.log_left_out(listing.caption_files, {"beside the class folders": beside})
+    return {name: pictures for name, pictures in by_class.items() if name not in excluded}
 
 
 def _from_files(
@@ -201,24 +210,14 @@ def _identity(cell: bytes) -> bytes:
 
 def _read_table(file: Path, labeled: bool) -> tuple[list[bytes], list[Any]]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
 
     try:
         names = pq.read_schema(file).names
-        # The image column has one of two common names; labeled images also need a label column.
-        column = next((key for key in ("image", "img") if key in names), None)
-        if column is None or (labeled and "label" not in names):
-            expected = "`image` and `label`" if labeled else "`image`"
-            raise UserError(f"{file} has columns {', '.join(names)}; expected {expected}")
+        column = image_column(file, names, *(["label"] if labeled else []))
         table = pq.read_table(file, columns=[column, "label"] if labeled else [column])
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is not a readable parquet file ({error}); fetch it again") from error
-    # Every cell must hold an encoded image, as bytes or in a struct with `bytes`.
-    cells: list[Any] = [
-        cell.get("bytes") if isinstance(cell, dict) else cell for cell in table[column].to_pylist()
-    ]
-    if bad := [row for row, cell in enumerate(cells) if not isinstance(cell, bytes)]:
-        raise UserError(f"{file} row {bad[0]}: `image` holds no bytes; expected encoded images inside")
+    except parquet_errors() as error:
+        raise unreadable_table(file, error) from error
+    cells = [encoded_image(cell, f"{file} row {row}") for row, cell in enumerate(table[column].to_pylist())]
     labels = table["label"].to_pylist() if labeled else []
     if bad := [row for row, label in enumerate(labels) if label is None]:
         raise UserError(f"{file} row {bad[0]} has no label; drop that row")

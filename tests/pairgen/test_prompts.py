@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2g.core.errors import UserError
-from pairgen import prompt_files
+from d2g.data import prompt_files
 from pairgen.prompts import PromptList, check_labels, distinct, label_list, prompt_list_sha256, read_prompts
 
 ROOT = Path(__file__).parents[2]

@@ -1,96 +1,91 @@
 """Reading prompt files of all common formats as streams: no file is loaded completely."""
 
-import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from d2g.core.errors import UserError
+from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
+from d2g.data.tables import open_table, unreadable_table
+from d2g.data.text_files import STANDARD_INPUT, csv_rows, json_rows, text_lines
 
-PROMPT_COLUMNS = ("prompt", "Prompt", "caption")
 JSON_WINDOW = 1 << 20  # characters of a .json file that are read at once, at least
 PARQUET_ROWS = 1 << 14
 
 
-def cells(path: Path) -> Iterator[Any]:
-    """Yield the prompt column of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
+def prompt_cells(path: Path, column: str | None = None) -> Iterator[Any]:
+    """Yield the prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
 
-    Raises UserError for other formats, text that is not UTF-8, damage and a missing column; and OSError.
+    "-" is standard input, with one prompt a line, and so are pipes without an ending. `column`: the name of the
+    prompt column (`d2g.data.columns`). Raises UserError for other formats, text that is not UTF-8, damage, a
+    missing column and an error of the disk.
     """
-    if path.suffix.lower() not in READERS:
-        known = " ".join(READERS)
+    suffix = path.suffix.lower()
+    if path == STANDARD_INPUT or path.is_fifo():
+        suffix = suffix if suffix in READERS else ".txt"
+    if suffix not in READERS:
         raise UserError(
-            f"{path}: prompt files end in {known}, got {path.suffix!r}; convert it to one of these"
+            f"{path}: prompt files end in {' '.join(READERS)}, got {path.suffix!r}; convert it to one of these"
         )
-    yield from READERS[path.suffix.lower()](path)
-
-
-def _lines(path: Path, newline: str = "\n") -> Iterator[str]:
-    """Lines with their line ends. `newline` as in open(): "\\n" splits at newlines only."""
     try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path) from error
+        yield from READERS[suffix](path, column)
+    except OSError as error:
+        raise UserError(
+            f"cannot read prompts from {path}: {error.strerror or error}; check --prompts"
+        ) from error
 
 
-def _not_utf8(path: Path) -> UserError:
-    # Read the file again as bytes to locate the first invalid byte.
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):  # no multi-byte character contains a newline byte
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                where = f"line {number}, byte offset {offset + error.start} (0x{line[error.start]:02x})"
-                return UserError(f"{path} is not UTF-8: {where}; convert it, for example with iconv")
-            offset += len(line)
-    return UserError(f"{path} changed while it was read; run the same command again")
+def prompt_text(path: Path, cell: Any) -> str:
+    """The stripped text of a cell, "" for an empty one. Raises UserError for a cell that is no text."""
+    if cell is None:
+        return ""
+    if not isinstance(cell, str):
+        raise UserError(f"{path}: prompts must be text, got {str(cell)[:40]!r} ({type(cell).__name__})")
+    if not is_clean_text(cell):
+        raise UserError(
+            f"{path}: prompt {cell[:40]!r} holds a NUL or half a surrogate pair; correct or remove it"
+        )
+    return cell.strip()
 
 
-def _jsonl(path: Path) -> Iterator[Any]:
-    # One object per line; blank lines are allowed.
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}: line {number} is not JSON ({error}); correct or remove it"
-                ) from error
-            if not isinstance(row, dict) or "prompt" not in row:
-                keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-                raise UserError(
-                    f'{path} line {number}: expected {{"prompt": "..."}}, found {keys or "no keys"}'
-                )
-            yield row["prompt"]
-
-
-def _csv(path: Path) -> Iterator[Any]:
-    rows = csv.reader(_lines(path, newline=""))
+def is_clean_text(text: str) -> bool:
+    """Whether a text can be stored as UTF-8 without a NUL."""
     try:
-        names = next(rows, [])
-        column = names.index(_column(path, names))
-        for row in rows:
-            yield row[column] if len(row) > column else None
-    except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num}: {error}; correct the file") from error
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
-def _tsv(path: Path) -> Iterator[str]:
+def _txt(path: Path, column: str | None) -> Iterator[str]:
+    return text_lines(path)
+
+
+def _jsonl(path: Path, column: str | None) -> Iterator[Any]:
+    for number, row in json_rows(path):
+        yield row[caption_column(f"{path} line {number}", row, column)]
+
+
+def _csv(path: Path, column: str | None) -> Iterator[Any]:
+    names, rows = csv_rows(path, (*CAPTION_COLUMNS, *([column] if column else [])))
+    index = names.index(caption_column(path, names, column))
+    for _, row in rows:
+        yield row[index] if len(row) > index else None
+
+
+def _tsv(path: Path, column: str | None) -> Iterator[str]:
     """Cells are not parsed as CSV: PartiPrompts.tsv has prompts that begin with a single quotation mark. Only
     a cell that is quoted completely, as pandas writes it, is unquoted."""
-    # Split at tabs only, and require the prompt's cell in every row that is not empty.
-    rows = (line.rstrip("\r\n").split("\t") for line in _lines(path))
-    names = next(rows, [])
-    column = names.index(_column(path, names))
+    rows = (line.rstrip("\r\n").split("\t") for line in text_lines(path))
+    names = [name.strip() for name in next(rows, [])]
+    index = names.index(caption_column(path, names, column))
     for number, row in enumerate(rows, 2):
         if any(row):
-            if len(row) <= column:
+            if len(row) <= index:
                 text = f"{path} line {number} has {len(row)} cells, expected {len(names)}"
                 raise UserError(f"{text}; remove line breaks inside cells, or use .csv")
-            yield _unquoted(row[column])
+            yield _unquoted(row[index])
 
 
 def _unquoted(cell: str) -> str:
@@ -99,31 +94,19 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if quoted else cell
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path, column: str | None) -> Iterator[Any]:
     import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
+    table = open_table(path)
+    name = caption_column(path, table.schema_arrow.names, column)
     try:
-        with parquet.ParquetFile(path) as file:
-            column = _column(path, file.schema_arrow.names)
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-                yield from batch.column(0).to_pylist()
+        for batch in table.iter_batches(PARQUET_ROWS, columns=[name]):
+            yield from batch.column(0).to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a readable parquet file ({error}); check --prompts") from error
+        raise unreadable_table(path, error) from error
 
 
-def _column(path: Path, columns: Iterable[str]) -> str:
-    names = list(columns)
-    for column in PROMPT_COLUMNS:
-        if column in names:
-            return column
-    expected = ", ".join(PROMPT_COLUMNS)
-    raise UserError(
-        f"{path}: expected a column named {expected}; found {', '.join(names) or 'none'}; rename one"
-    )
-
-
-def _coco(path: Path) -> Iterator[Any]:
+def _coco(path: Path, column: str | None) -> Iterator[Any]:
     """The captions of {"annotations": [{"caption": ...}]}, parsed one by one."""
     # The file must be a JSON object with at least one key.
     window, keys = _Window(path), []
@@ -141,7 +124,7 @@ def _coco(path: Path) -> Iterator[Any]:
         if window.peek() == "[":
             for element in window.elements():
                 if keys[-1] == "annotations":
-                    yield _caption(path, element)
+                    yield _caption(path, element, column)
         else:
             # A value that is not a list is parsed and dropped, unless it should have been the captions.
             value = window.value()
@@ -156,11 +139,12 @@ def _coco(path: Path) -> Iterator[Any]:
         raise _no_coco(path, ", ".join(sorted(keys)))
 
 
-def _caption(path: Path, annotation: Any) -> Any:
-    if not isinstance(annotation, dict) or "caption" not in annotation:
+def _caption(path: Path, annotation: Any, column: str | None) -> Any:
+    name = find_caption_column(annotation, column) if isinstance(annotation, dict) else None
+    if name is None:
         keys = isinstance(annotation, dict) and ", ".join(sorted(annotation))
         raise _no_coco(path, f"an annotation with {keys or 'no keys'}")
-    return annotation["caption"]
+    return annotation[name]
 
 
 def _no_coco(path: Path, content: str) -> UserError:
@@ -182,8 +166,8 @@ class _Window:
                 # Double the window each time: a long value costs at most twice its length.
                 while chunk := file.read(max(JSON_WINDOW, len(self.text) - self.at)):
                     yield chunk
-        except UnicodeDecodeError as error:
-            raise _not_utf8(self.path) from error
+        except UnicodeDecodeError:
+            yield from text_lines(self.path)  # says where, unless the file is UTF-16, which it reads
 
     def _more(self) -> bool:
         if chunk := next(self.chunks, ""):
@@ -223,6 +207,8 @@ class _Window:
                 if self._more():
                     continue
                 raise self.broken(error.msg, error.pos) from error
+            except RecursionError as error:
+                raise self.broken("nested too deeply", self.at) from error
             if end < len(self.text) or not self._more():  # a number at the end of the window may continue
                 self.at = end
                 return value
@@ -239,8 +225,8 @@ class _Window:
                 return
 
 
-READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
-    ".txt": _lines,
+READERS: dict[str, Callable[[Path, str | None], Iterator[Any]]] = {
+    ".txt": _txt,
     ".jsonl": _jsonl,
     ".csv": _csv,
     ".tsv": _tsv,

@@ -1,0 +1,131 @@
+"""Captions of the pictures in a folder: metadata.jsonl or metadata.csv (the imagefolder convention), or NAME.txt.
+
+A metadata file has a column `file_name`, relative to the file's own folder, and a caption column
+(`d2g.data.columns`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2g.core.errors import UserError
+from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
+from d2g.data.folders import METADATA_FILES, FolderListing, few_names, normalized
+from d2g.data.text_files import csv_rows, json_rows, read_text
+
+FILE_NAME = "file_name"
+
+
+class Captions(Mapping[Path, str]):
+    """Picture -> caption: from a metadata file, else from the text file beside it, which is read when asked for.
+
+    `metadata`: the metadata files that are used. `listed`: the pictures that they list with their captions.
+    `texts`: picture -> the text file beside it. `missing`: files that are listed and not there.
+    """
+
+    def __init__(self, listing: FolderListing, column: str | None = None, setting: str = "column") -> None:
+        """`column`, `setting`: as in `caption_column`. Raises UserError for a damaged metadata file."""
+        self.listed: list[tuple[Path, str]] = []
+        self.missing: list[Path] = []
+        self.metadata = [file for file in _metadata_files(listing) if _is_metadata(listing, file, column)]
+        pictures = {normalized(picture): picture for picture in listing.pictures}
+        for file in self.metadata:
+            for name, caption in read_metadata(file, column, setting):
+                path = pictures.get(normalized(file.parent / name.replace("\\", "/")))
+                if path is None and (file.parent / name).is_file():
+                    path = file.parent / name  # outside the folder, or of another ending
+                if path is None:
+                    self.missing.append(file.parent / name)
+                else:
+                    self.listed.append((path, caption))
+        self.texts = _text_files(listing)
+        self._rows = dict(self.listed)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that captions come from."""
+        return [*self.metadata, *self.texts.values()]
+
+    @property
+    def missing_line(self) -> str:
+        """What to say about the missing files; empty if there are none."""
+        if not self.missing:
+            return ""
+        names = few_names([str(path) for path in self.missing])
+        return f"{self.metadata[0]} lists {len(self.missing)} files that are not there ({names})"
+
+    def __getitem__(self, picture: Path) -> str:
+        if picture in self._rows:
+            return self._rows[picture]
+        return read_text(self.texts[picture]).strip()
+
+    def __iter__(self) -> Iterator[Path]:
+        yield from self._rows
+        yield from (picture for picture in self.texts if picture not in self._rows)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _metadata_files(listing: FolderListing) -> list[Path]:
+    """The metadata files below a folder, one of each folder."""
+    by_folder: dict[Path, Path] = {}
+    for name in METADATA_FILES:
+        for file in listing.others:
+            if file.name == name:
+                by_folder.setdefault(file.parent, file)
+    return sorted(by_folder.values())
+
+
+def _is_metadata(listing: FolderListing, file: Path, column: str | None) -> bool:
+    """Whether a file is used: metadata.jsonl of the folder itself always, others if they have the columns."""
+    if file == listing.root / METADATA_FILES[0]:
+        return True
+    _, row = next(_objects(file, column), (0, {}))
+    return FILE_NAME in row and find_caption_column(row, column) is not None
+
+
+def _text_files(listing: FolderListing) -> dict[Path, Path]:
+    """Picture -> the .txt file of the same name beside it."""
+    texts = {
+        normalized(file.with_suffix("")): file for file in listing.others if file.suffix.lower() == ".txt"
+    }
+    found = ((picture, texts.get(normalized(picture.with_suffix("")))) for picture in listing.pictures)
+    return {picture: text for picture, text in found if text is not None}
+
+
+def read_metadata(
+    file: Path, column: str | None = None, setting: str = "column"
+) -> Iterator[tuple[str, str]]:
+    """Yield (file name, caption) of a metadata.jsonl or metadata.csv. A null caption is "".
+
+    Raises UserError for a row without file_name or caption column, and for a caption that is no text.
+    """
+    try:
+        for number, row in _objects(file, column):
+            where = f"{file} line {number}"
+            name = row.get(FILE_NAME)
+            if not isinstance(name, str) or not name or "\0" in name:
+                raise UserError(
+                    f"{where} lacks {FILE_NAME}, found {', '.join(row) or 'nothing'}; mend that line"
+                )
+            caption = row[caption_column(where, row, column, setting)]
+            if isinstance(caption, list | dict):
+                raise UserError(
+                    f"{where}: a caption must be text, found {str(caption)[:40]!r}; mend that line"
+                )
+            yield name, "" if caption is None else str(caption).strip()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}; restore it") from error
+
+
+def _objects(file: Path, column: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a metadata file by name of their column, with their line numbers."""
+    if file.suffix != ".csv":
+        yield from json_rows(file)
+        return
+    wanted: Sequence[str] = (FILE_NAME, *CAPTION_COLUMNS, *([column] if column else []))
+    names, rows = csv_rows(file, wanted)
+    for number, cells in rows:
+        if any(cells):
+            yield number, dict(zip(names, cells, strict=False))

@@ -1,0 +1,148 @@
+"""The reader of pictures: any kind of picture becomes 8-bit RGB, or one line says why not."""
+
+import io
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from d2g.core.errors import UserError
+from d2g.core.logs import log_once
+
+MAX_PIXELS = 178_956_970
+"""Largest picture that is decoded, Pillow's own limit: a small file may claim billions of pixels."""
+_EXECUTING_FORMATS = ("EPS", "WMF")  # EPS runs Ghostscript, WMF asks Windows to draw
+_KINDS = {"RGB": "", "RGBX": "", "RGBA": "", "1": "grey", "L": "grey", "LA": "grey", "P": "palette"}
+_KINDS |= {"PA": "palette", "CMYK": "CMYK", "YCbCr": "YCbCr"}
+_KINDS |= dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), "16-bit grey")
+"""The accepted Pillow modes, and what the notes of a result call them ("": 8-bit RGB already)."""
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the picture upright."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedPicture:
+    """An RGB image, the PNG's own prompt ("" without one), and what was converted."""
+
+    image: Image.Image
+    prompt: str
+    converted: tuple[str, ...]
+
+
+def decode_picture(data: bytes, name: str, *, exact: bool) -> DecodedPicture:
+    """Decode an encoded picture to 8-bit RGB. Gray, palette and CMYK become RGB; 16 bits are scaled to 8.
+
+    `exact` is for measurements: EXIF orientations are ignored, as in all FID code, and what depends on a choice
+    is refused: transparent pixels, animations, pixels without a known range. Else, for training, pictures are
+    turned upright, transparent ones are put on white, and the first frame is taken; the log says so once.
+    Raises UserError, with `name`, for what is refused, damaged, or larger than MAX_PIXELS.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as opened:
+            prompt = opened.info.get("prompt", "")
+            image, converted = _as_rgb(opened, name, exact)
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{name} has more than {MAX_PIXELS // 1_000_000} million pixels; make it smaller or remove it"
+        ) from error
+    except Exception as error:  # on damaged bytes Pillow's readers raise almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} is no readable image ({reason}); remove it or make it again") from error
+    return DecodedPicture(image, prompt if isinstance(prompt, str) else "", converted)
+
+
+def png_text(file: Path) -> dict[str, str]:
+    """The text in the header of a picture file; empty where there is none or the file cannot be read."""
+    try:
+        with Image.open(file, formats=_formats()) as opened:
+            return {str(key): str(value) for key, value in opened.info.items()}
+    except Exception:  # whoever decodes the picture says what is wrong with it
+        return {}
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in _EXECUTING_FORMATS]
+
+
+def _as_rgb(opened: Image.Image, name: str, exact: bool) -> tuple[Image.Image, tuple[str, ...]]:
+    """The picture as 8-bit RGB, and what it was before."""
+    # Pillow counts a phone's MPO as animated, but it is a JPEG with appended data.
+    if opened.format != "MPO" and getattr(opened, "is_animated", False):
+        if exact:
+            raise UserError(
+                f"{name} is animated; an evaluation takes still pictures, remove it or keep one frame"
+            )
+        _log_choice("of animated pictures the first frame is taken", name)
+    opened.load()
+    image, kinds = _to_8_bits(opened, name, exact)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() == 255:
+            kinds = (*kinds, "with an opaque alpha channel")
+        elif exact:
+            raise UserError(
+                f"{name} has transparent pixels, whose color depends on what lies below; flatten it"
+            )
+        else:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            _log_choice("transparent pictures are put on white", name)
+    image = image.convert("RGB")
+    return (image if exact else _upright(opened, image, name)), kinds
+
+
+def _to_8_bits(opened: Image.Image, name: str, exact: bool) -> tuple[Image.Image, tuple[str, ...]]:
+    """The picture with 8 bits per channel. Raises UserError for pixels of unknown range."""
+    mode = opened.mode
+    if mode in _KINDS:
+        kinds = (_KINDS[mode],) if _KINDS[mode] else ()
+        # Pillow's own conversion of 16 bits clips at 255 and gives a white image.
+        return (_scale_to_8_bits(opened) if mode.startswith("I;16") else opened), kinds
+    if not exact and mode in ("I", "F"):
+        values = np.asarray(opened)
+        if ((values >= 0) & (values <= 255)).all():
+            return Image.fromarray(values.astype(np.uint8)), ()
+    raise UserError(
+        f"{name} holds {mode} pixels, and nothing says which are black and white; expected 8 or 16 bits "
+        "per channel, save it as PNG"
+    )
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    wide: NDArray[np.uint32] = np.asarray(image).astype(np.uint32)
+    gray = Image.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a PNG's color key, in 16 bits
+        gray.putalpha(Image.fromarray(np.where(wide == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _upright(opened: Image.Image, image: Image.Image, name: str) -> Image.Image:
+    try:
+        orientation = opened.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises almost anything on damaged EXIF; without it the picture stays as it is
+        return image
+    if orientation not in _UPRIGHT:
+        return image
+    _log_choice("pictures are turned upright, as their EXIF data says", name)
+    return image.transpose(_UPRIGHT[orientation])
+
+
+def _log_choice(choice: str, name: str) -> None:
+    """Say once what training does to some pictures, and name the first of them."""
+    log_once(f"{choice}; the first is {name}", key=choice)
