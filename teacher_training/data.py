@@ -42,8 +42,8 @@ def captioned_images(
 
     `source` is the name of a registered data source, a folder with captions (`d2g.data.captions`), a folder
     with one subfolder per class (captioned by `template`, such as "a photo of a {}"), or a .parquet file.
-    Images from files are turned upright, cropped to a square and resized. `column`: the caption column. Raises
-    UserError for a missing source and for images without a caption.
+    Images from files are turned upright, cropped to a square and resized. `column`: the caption column.
+    Raises UserError for a missing source and for images without a caption.
     """
     if source in _SOURCES:
         return _SOURCES[source](size, limit, seed, progress)
@@ -65,8 +65,8 @@ def captioned_images(
     if "" in texts:
         raise UserError(
             f"{source}: {texts.count('')} of {len(texts)} images have no caption; "
-            "expected a metadata.jsonl with file_name and caption, NAME.txt beside NAME.png, a caption column, "
-            "or class-named subfolders"
+            "expected a metadata.jsonl with file_name and caption, NAME.txt beside NAME.png, a caption "
+            "column, or class-named subfolders"
         )
     return images, texts
 

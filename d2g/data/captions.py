@@ -1,4 +1,4 @@
-"""Captions of the pictures in a folder: metadata.jsonl or metadata.csv (the imagefolder convention), or NAME.txt.
+"""Captions of the pictures in a folder: metadata.jsonl or metadata.csv (imagefolder convention), or NAME.txt.
 
 A metadata file has a column `file_name`, relative to the file's own folder, and a caption column
 (`d2g.data.columns`).
@@ -17,7 +17,7 @@ FILE_NAME = "file_name"
 
 
 class Captions(Mapping[Path, str]):
-    """Picture -> caption: from a metadata file, else from the text file beside it, which is read when asked for.
+    """Picture -> caption: from a metadata file, else from the text file beside it, which is read on demand.
 
     `metadata`: the metadata files that are used. `listed`: the pictures that they list with their captions.
     `texts`: picture -> the text file beside it. `missing`: files that are listed and not there.
@@ -110,11 +110,11 @@ def read_metadata(
                     f"{where} lacks {FILE_NAME}, found {', '.join(row) or 'nothing'}; mend that line"
                 )
             caption = row[caption_column(where, row, column, setting)]
-            if isinstance(caption, list | dict):
+            if not isinstance(caption, str | None):
                 raise UserError(
                     f"{where}: a caption must be text, found {str(caption)[:40]!r}; mend that line"
                 )
-            yield name, "" if caption is None else str(caption).strip()
+            yield name, (caption or "").strip()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}; restore it") from error
 

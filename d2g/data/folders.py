@@ -1,5 +1,7 @@
-"""What lies in a folder of pictures: what is hidden is skipped, links are followed once, and what is left out is
-said in one line."""
+"""What lies in a folder of pictures.
+
+Hidden files are skipped, links are followed once, and the log says in one line what is left out and why.
+"""
 
 import os
 import unicodedata
@@ -41,7 +43,7 @@ class FolderListing:
         return [file for file in self.others if file.suffix.lower() == ".txt" or file.name in METADATA_FILES]
 
     def by_class(self) -> dict[str, list[Path]]:
-        """The pictures by the folder directly below `root`, sorted; "" holds the pictures beside the folders."""
+        """The pictures by the folder directly below `root`, sorted; "" has those beside the folders."""
         classes: dict[str, list[Path]] = {}
         for picture in self.pictures:
             parts = picture.relative_to(self.root).parts
@@ -51,9 +53,9 @@ class FolderListing:
     def log_left_out(
         self, used: Iterable[Path] = (), more: Mapping[str, Sequence[str]] | None = None
     ) -> None:
-        """Say in one line what is left out and why.
+        """Log in one line what is left out and why.
 
-        `used`: the tables and other files that are read. `more`: what the caller itself leaves out, by reason.
+        `used`: the tables and other files that are read. `more`: what the caller leaves out, by reason.
         """
         read = set(used)
         unread = [file for file in (*self.tables, *self.others) if file not in read]

@@ -44,9 +44,10 @@ class DecodedPicture:
 def decode_picture(data: bytes, name: str, *, exact: bool) -> DecodedPicture:
     """Decode an encoded picture to 8-bit RGB. Gray, palette and CMYK become RGB; 16 bits are scaled to 8.
 
-    `exact` is for measurements: EXIF orientations are ignored, as in all FID code, and what depends on a choice
-    is refused: transparent pixels, animations, pixels without a known range. Else, for training, pictures are
-    turned upright, transparent ones are put on white, and the first frame is taken; the log says so once.
+    `exact` is for measurements: EXIF orientations are ignored, as in all FID code, and what depends on a
+    choice is refused: transparent pixels, animations, pixels without a known range. Else, for training,
+    pictures are turned upright, transparent ones are put on white, and of animated ones the first frame is
+    taken; the log says so once.
     Raises UserError, with `name`, for what is refused, damaged, or larger than MAX_PIXELS.
     """
     try:

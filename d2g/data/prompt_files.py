@@ -17,16 +17,17 @@ PARQUET_ROWS = 1 << 14
 def prompt_cells(path: Path, column: str | None = None) -> Iterator[Any]:
     """Yield the prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
 
-    "-" is standard input, with one prompt a line, and so are pipes without an ending. `column`: the name of the
-    prompt column (`d2g.data.columns`). Raises UserError for other formats, text that is not UTF-8, damage, a
-    missing column and an error of the disk.
+    "-" is standard input. It has one prompt a line, as have pipes without an ending. `column`: the name of
+    the prompt column (`d2g.data.columns`). Raises UserError for other formats, text that is not UTF-8,
+    damage, a missing column and an error of the disk.
     """
     suffix = path.suffix.lower()
     if path == STANDARD_INPUT or path.is_fifo():
         suffix = suffix if suffix in READERS else ".txt"
     if suffix not in READERS:
+        known = " ".join(READERS)
         raise UserError(
-            f"{path}: prompt files end in {' '.join(READERS)}, got {path.suffix!r}; convert it to one of these"
+            f"{path}: prompt files end in {known}, got {path.suffix!r}; convert it to one of these"
         )
     try:
         yield from READERS[suffix](path, column)

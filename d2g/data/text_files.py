@@ -1,4 +1,4 @@
-"""Text that people wrote: UTF-8 with or without a byte order mark, or UTF-16 with one; every kind of line end."""
+"""Text that people wrote: UTF-8 with or without a byte order mark, UTF-16 with one, any line ends."""
 
 import codecs
 import csv
@@ -104,8 +104,8 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def csv_rows(path: Path, wanted: Iterable[str]) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """(names of the columns, rows as (line number, cells)) of a .csv file.
 
-    The delimiter is the first of comma, semicolon and tab that gives one of the `wanted` columns, or the comma.
-    Raises UserError for text that is no CSV; and OSError.
+    The delimiter is the first of comma, semicolon and tab that gives one of the `wanted` columns, else the
+    comma. Raises UserError for text that is no CSV; and OSError.
     """
     lines = text_lines(path)
     head = next(lines, "")

@@ -1,7 +1,7 @@
 """Reads captioned images, which serve as additional real samples for the discriminator.
 
-A source is a folder of images with captions (`d2g.data.captions`), a .parquet file with columns `image` (bytes)
-and a caption, or a folder of these.
+A source is a folder of images with captions (`d2g.data.captions`), a .parquet file with columns `image`
+(bytes) and a caption, or a folder of these.
 """
 
 from collections.abc import Sequence
@@ -42,11 +42,7 @@ class RealImages:
         self.source, self.size = Path(source), size
         files, self._rows = _list_source(self.source, column)
         self._tables = [open_table(file) for file in files]
-        schemas = [(file, table.schema_arrow.names) for file, table in zip(files, self._tables, strict=True)]
-        self._columns = [
-            (image_column(file, names), caption_column(file, names, column, SETTING))
-            for file, names in schemas
-        ]
+        self._columns = [_table_columns(*pair, column) for pair in zip(files, self._tables, strict=True)]
         self._ends = np.cumsum([0, *(table.metadata.num_rows for table in self._tables)])
         if not len(self):
             raise UserError(f"{source} holds no images; expected captioned images, or .parquet")
@@ -111,6 +107,11 @@ def _list_source(source: Path, column: str | None) -> tuple[list[Path], list[tup
         listing.log_left_out(listing.tables)
         return list(listing.tables), []
     return [], _list_captioned_files(listing, Captions(listing, column, SETTING))
+
+
+def _table_columns(file: Path, table: Any, column: str | None) -> tuple[str, str]:
+    names = table.schema_arrow.names
+    return image_column(file, names), caption_column(file, names, column, SETTING)
 
 
 def _list_captioned_files(listing: FolderListing, captions: Captions) -> list[tuple[Path, str]]:

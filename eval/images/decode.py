@@ -24,7 +24,7 @@ def decode_image(
 ) -> Decoded:
     """Read, decode and preprocess one image (`eval.images.resize.prepare`).
 
-    `exact`: as in `d2g.data.pictures.decode_picture`. Raises UserError as that does, and for errors of the disk.
+    `exact`: as in `d2g.data.pictures.decode_picture`. Raises UserError as it does, and for disk errors.
     """
     try:
         data = read()

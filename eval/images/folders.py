@@ -109,7 +109,7 @@ def read_images(
     (`d2g.data.captions`), else from a PNG's own `prompt` text; in parquet from a caption column.
     `resize`: a preprocessing of `eval.images.resize`; "native" needs images of one size. `workers` threads
     decode ahead (0: two more than cores); the order does not change. `exact`: as in `decode_picture`, False
-    for training. Raises UserError for a missing or empty source, an image that cannot be read, and mixed sizes.
+    for training. Raises UserError for a missing or empty source, an image that cannot be read, mixed sizes.
     """
     images: list[Pixels] = []
     captions: list[str] = []

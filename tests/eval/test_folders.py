@@ -52,7 +52,7 @@ def test_metadata_comes_before_a_pictures_own_prompt(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
     assert load_all(read_images(tmp_path))[1] == ["own 0", "a snowy owl"]
     (tmp_path / "metadata.jsonl").write_text(line + '\n{"file_name": "000.png"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"metadata.jsonl line 2 lacks"):
+    with pytest.raises(UserError, match=r"metadata.jsonl line 2: expected a column .*, found file_name"):
         load_all(read_images(tmp_path))
 
 

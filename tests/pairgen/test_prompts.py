@@ -82,10 +82,12 @@ def test_tsv_keeps_bare_quotation_marks_and_unquotes_quoted_cells(tmp_path: Path
         ("bad.txt", b"ok\nfine\nbr\xe9ton\n", r"line 3, byte offset 10 \(0xe9\)"),
         ("bom.txt", b"\xef\xbb\xbfok\n\xff", r"line 2, byte offset 6 \(0xff\)"),
         ("bad.csv", b"prompt\n\xff\n", "line 2, byte offset 7"),
-        ("utf16.txt", "a cat".encode("utf-16"), "line 1, byte offset 0"),
-        ("col.csv", "id,text\n1,a\n", "found id, text"),
+        ("utf16.txt", "a cat".encode("utf-16")[:-1], "begins as UTF-16 and is none at byte offset 10"),
+        ("utf16.txt", "a caté".encode("utf-16-le"), "line 1, byte offset 10"),
+        ("utf16le.txt", "a cat".encode("utf-16-le"), "holds a NUL"),
+        ("col.csv", "id,title\n1,a\n", "found id, title"),
         ("short.tsv", "id\tprompt\n1\ta\n2\n", "line 3 has 1 cells"),
-        ("key.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: .*found text"),
+        ("key.jsonl", '{"prompt": "a"}\n{"title": "b"}\n', "line 2: .*found title"),
         ("list.jsonl", "[1]\n", "line 1: .*found list"),
         ("bad.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
         ("half.jsonl", '{"prompt": "\\ud800"}\n', "surrogate"),
@@ -98,7 +100,7 @@ def test_tsv_keeps_bare_quotation_marks_and_unquotes_quoted_cells(tmp_path: Path
         ("more.json", '{"annotations": []} x', r"not JSON \(Extra data: character 20\)"),
         ("number.json", '{1: [], "annotations": []}', "property name"),
         ("null.json", '{"annotations": null}', "found annotations that are NoneType"),
-        ("caption.json", '{"annotations": [{"id": 1, "text": "a"}]}', "found an annotation with id, text"),
+        ("caption.json", '{"annotations": [{"id": 1, "title": "a"}]}', "found an annotation with id, title"),
         ("none.json", "{}", "found no keys"),
         ("word.json", '"a"', "found str"),
         ("bad.json", b'{"annotations": [\n{"caption": "\xe9"}]}', "line 2, byte offset 31"),
@@ -122,8 +124,8 @@ def test_missing_file_folder_and_missing_parquet_column(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(UserError, match="Is a directory"):
         read_prompts(tmp_path / "folder.txt")
-    with pytest.raises(UserError, match="found id, text"):
-        read_prompts(_table(tmp_path / "p.parquet", [["id", "text"], ["1", "a"]]))
+    with pytest.raises(UserError, match="found id, title"):
+        read_prompts(_table(tmp_path / "p.parquet", [["id", "title"], ["1", "a"]]))
 
 
 # COCO captions of any layout.
