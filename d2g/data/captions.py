@@ -107,12 +107,12 @@ def read_metadata(
             name = row.get(FILE_NAME)
             if not isinstance(name, str) or not name or "\0" in name:
                 raise UserError(
-                    f"{where} lacks {FILE_NAME}, found {', '.join(row) or 'nothing'}; mend that line"
+                    f"{where} lacks {FILE_NAME}, found {', '.join(row) or 'nothing'}; correct that line"
                 )
             caption = row[caption_column(where, row, column, setting)]
             if not isinstance(caption, str | None):
                 raise UserError(
-                    f"{where}: a caption must be text, found {str(caption)[:40]!r}; mend that line"
+                    f"{where}: a caption must be text, found {str(caption)[:40]!r}; correct that line"
                 )
             yield name, (caption or "").strip()
     except OSError as error:

@@ -62,7 +62,7 @@ def decode_picture(data: bytes, name: str, *, exact: bool) -> DecodedPicture:
         ) from error
     except Exception as error:  # on damaged bytes Pillow's readers raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} is no readable image ({reason}); remove it or make it again") from error
+        raise UserError(f"{name} is not a readable image ({reason}); remove or replace it") from error
     return DecodedPicture(image, prompt if isinstance(prompt, str) else "", converted)
 
 
@@ -71,7 +71,7 @@ def png_text(file: Path) -> dict[str, str]:
     try:
         with Image.open(file, formats=_formats()) as opened:
             return {str(key): str(value) for key, value in opened.info.items()}
-    except Exception:  # whoever decodes the picture says what is wrong with it
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # decoding it says what is wrong
         return {}
 
 
@@ -136,7 +136,8 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
 def _upright(opened: Image.Image, image: Image.Image, name: str) -> Image.Image:
     try:
         orientation = opened.getexif().get(_ORIENTATION, 1)
-    except Exception:  # Pillow raises almost anything on damaged EXIF; without it the picture stays as it is
+    except Exception:  # Pillow raises almost anything on damaged EXIF
+        _log_choice("pictures with damaged EXIF data are taken as they lie", name)
         return image
     if orientation not in _UPRIGHT:
         return image

@@ -18,7 +18,9 @@ def parquet_errors() -> tuple[type[Exception], ...]:
 
 def unreadable_table(file: Path | str, error: Exception) -> UserError:
     """The error for a table that pyarrow cannot read."""
-    return UserError(f"{file} is no readable parquet file ({' '.join(str(error).split())}); fetch it again")
+    return UserError(
+        f"{file} is not a readable parquet file ({' '.join(str(error).split())}); fetch it again"
+    )
 
 
 def open_table(file: Path) -> Any:

@@ -92,11 +92,11 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from error
+            raise UserError(f"{path}: line {number} is not JSON ({error}); correct or remove it") from error
         if not isinstance(row, dict):
             raise UserError(
                 f"{path} line {number}: expected an object with named columns, found {type(row).__name__}; "
-                "mend or remove it"
+                "correct or remove it"
             )
         yield number, row
 
@@ -126,4 +126,4 @@ def _checked_rows(path: Path, rows: Any) -> Iterator[tuple[int, list[str]]]:
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num}: {error}; mend the file") from error
+        raise UserError(f"{path} line {rows.line_num}: {error}; correct the file") from error

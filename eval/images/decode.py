@@ -30,7 +30,7 @@ def decode_image(
         data = read()
     except OSError as error:
         raise UserError(
-            f"{name} is no readable image ({error.strerror or error}); remove it or make it again"
+            f"{name} is not a readable image ({error.strerror or error}); remove or replace it"
         ) from error
     picture = decode_picture(data, name, exact=exact)
     pixels = to_array(prepare(picture.image, resize))

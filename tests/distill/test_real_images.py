@@ -96,7 +96,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         RealImages(str(tmp_path), (8, 8))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.png").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"a.png is no readable image"):
+    with pytest.raises(UserError, match=r"a.png is not a readable image"):
         RealImages(str(tmp_path), (8, 8)).read([0])
     bad_rows = {
         '{"file_name": "a.png"}': "line 1: expected a column named .*, found file_name",
@@ -104,7 +104,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         '{"text": "a"}': "line 1 lacks file_name, found text",
         '{"file_name": "a.png", "caption": null}': "gives .*a.png no caption",
         '{"file_name": "a.png", "caption": " "}': "gives .*a.png no caption",
-        '{"file_name": "a.png", "caption": 3}': "line 1: expected a text, found '3'",
+        '{"file_name": "a.png", "caption": 3}': "line 1: a caption must be text, found '3'",
     }
     for row, message in bad_rows.items():
         (tmp_path / "metadata.jsonl").write_text(row)
@@ -115,7 +115,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         RealImages(str(tmp_path), (8, 8))
     rows = [{"file_name": name, "caption": "b"} for name in ("a.png", "b.png", "none/c.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"names 2 files that are not there, the first is .*b.png; restore"):
+    with pytest.raises(UserError, match=r"lists 2 files that are not there \(.*b.png, .*c.png\); restore"):
         RealImages(str(tmp_path), (8, 8))
     (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]))
     images = RealImages(str(tmp_path), (8, 8))
@@ -130,5 +130,5 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="row 0 has no caption"):
         RealImages(str(file), (8, 8)).read([0])
     file.write_bytes(b"no parquet")
-    with pytest.raises(UserError, match="is no readable parquet file"):
+    with pytest.raises(UserError, match="is not a readable parquet file"):
         RealImages(str(file), (8, 8))

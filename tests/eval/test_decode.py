@@ -119,7 +119,7 @@ def test_truncated_files_are_named(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), kind)
     for share in (0.0, 0.3, 0.6, 0.9):
-        with pytest.raises(UserError, match=r"^x.png is no readable image \(.+\); remove it or make it"):
+        with pytest.raises(UserError, match=r"^x.png is not a readable image \(.+\); remove or replace it"):
             read(data[: int(len(data) * share)])
 
 
@@ -150,5 +150,5 @@ def test_a_pngs_own_prompt_and_the_size_asked_for(tmp_path: Path) -> None:
     assert image_read.caption == "ein großer Würfel" and image_read.image.shape == (3, 8, 8)
     (tmp_path / "a").write_bytes(data)
     assert decode_image((tmp_path / "a").read_bytes, "a").sha256 == image_read.sha256
-    with pytest.raises(UserError, match="b is no readable image"):
+    with pytest.raises(UserError, match="b is not a readable image"):
         decode_image((tmp_path / "b").read_bytes, "b")

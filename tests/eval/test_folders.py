@@ -74,7 +74,7 @@ def test_broken_input_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path, pictures(2))
     data = (tmp_path / "001.png").read_bytes()
     (tmp_path / "001.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"001.png is no readable image"):
+    with pytest.raises(UserError, match=r"001.png is not a readable image"):
         load_all(read_images(tmp_path))
     (tmp_path / "note.txt").write_text("x")
     with pytest.raises(UserError, match="neither a folder of images nor"):
@@ -84,13 +84,13 @@ def test_broken_input_is_named(tmp_path: Path) -> None:
 def test_broken_parquet_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(UserError, match=r"a.parquet is no readable parquet file"):
+    with pytest.raises(UserError, match=r"a.parquet is not a readable parquet file"):
         load_all(read_images(file))
     pq.write_table(pa.table({"picture": [b"x"]}), file)
     with pytest.raises(UserError, match=r"a.parquet has columns picture; expected `image`"):
         load_all(read_images(file))
     pq.write_table(pa.table({"image": [{"bytes": png(pictures(1)[0])}, {"bytes": b"junk"}]}), file)
-    with pytest.raises(UserError, match=r"a.parquet row 1 is no readable image"):
+    with pytest.raises(UserError, match=r"a.parquet row 1 is not a readable image"):
         load_all(read_images(file))
     pq.write_table(pa.table({"image": [{"bytes": None, "path": "x.png"}]}), file)
     with pytest.raises(UserError, match=r"a.parquet row 0: `image` holds no bytes"):
