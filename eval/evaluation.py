@@ -74,12 +74,7 @@ def evaluate(
         real.check(protocol, networks.compared)
     # Draw and measure the images; all processes share them.
     rows, more = _measure(source, range(number), protocol, networks, metrics, other, work, progress)
-    # The protocol with the networks and prompts that were used, so that its digest says all.
-    resolved = protocol.resolved(
-        features=networks.sets["features"].name if "features" in networks.sets else ANY,
-        clip=networks.clip.name if networks.clip else ANY,
-        prompts_sha256=digest_of_prompts(rows),
-    )
+    resolved = _resolve(protocol, networks, rows)
     if process_group.rank() != 0:
         empty = EvalResult(protocol=resolved.name, protocol_sha256=resolved.sha256())
         return Evaluation(result=empty, rows=rows)
@@ -115,6 +110,16 @@ def _measure(
     extra = range(numbers.stop, numbers.stop * protocol.diversity_images)
     embedding = {DREAMSIM_ROWS: measures[DREAMSIM_ROWS]}
     return rows, measure_source(source, extra, embedding, work=work, progress=progress)
+
+
+def _resolve(protocol: Protocol, networks: Networks, rows: MeasuredRows) -> Protocol:
+    """The protocol with the names of the networks and the digest of the prompts that were used."""
+    features = networks.sets.get("features")
+    return protocol.resolved(
+        features=features.name if features else ANY,
+        clip=networks.clip.name if networks.clip else ANY,
+        prompts_sha256=digest_of_prompts(rows),
+    )
 
 
 def _check_request(

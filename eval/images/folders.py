@@ -136,6 +136,7 @@ def read_images(
         if len(images) == batch_size:
             yield torch.from_numpy(np.stack(images)), captions
             images, captions = [], []
+    # The last batch may be smaller.
     if images:
         yield torch.from_numpy(np.stack(images)), captions
 
