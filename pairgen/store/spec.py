@@ -13,10 +13,13 @@ import torch
 from d2g.core import atomic_files
 from d2g.core.config import differing, digest, from_json, to_json
 from d2g.core.errors import SettingError, UserError
+from d2g.core.regular_files import open_regular
 from d2g.diffusion.latents import LatentSpace
 from d2g.diffusion.pipelines import TeacherDigests
 
 SCHEMA = 2
+MAX_SHARDS = 1_000_000
+"""Shards of one store; each is a file, and `verify` names those that are missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,9 @@ class StoreSpec:
         for name in ("num_pairs", "num_prompts", "per_prompt", "steps", "shard_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.num_shards > MAX_SHARDS:
+            expected = f"at least {-(-self.num_pairs // MAX_SHARDS)} for {self.num_pairs} pairs"
+            raise SettingError(f"shard_size is {self.shard_size}, expected {expected}")
         if not 0 <= self.seed < 2**63:
             raise SettingError(f"seed is {self.seed}, expected 0 to 2^63 - 1")
         # The file format has these types only.
@@ -249,7 +255,8 @@ def read_spec(folder: Path) -> StoreSpec:
     """Read DIR/store.json. Raises UserError if it is missing, damaged or of another schema version."""
     path = local_folder(folder) / "store.json"
     try:
-        return parse_spec(path.read_bytes(), str(path))
+        with open_regular(path) as file:
+            return parse_spec(file.read(), str(path))
     except OSError as error:
         text = f"{folder} is not a pair store: cannot read {path} ({error.strerror})"
         raise UserError(f"{text}; create one with `d2g pairs generate`") from error
