@@ -1,4 +1,4 @@
-"""Run folders and results to export and to quote on a model card."""
+"""Run folders to export, and evaluation results for the model card."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,8 @@ from eval.runner.samplers import SamplingRequest, student_source
 PROMPT = ["a red cube", "two green cones"]
 
 
-def as_run(folder: Path, teacher: str, config: StudentConfig | None = None, **settings: Any) -> str:
-    """A run folder whose student is the teacher with every weight moved a little, as training would."""
+def save_run(folder: Path, teacher: str, config: StudentConfig | None = None, **settings: Any) -> str:
+    """Save a run folder whose student is the teacher with small random changes of every weight."""
     run_config = DistillConfig(teacher=teacher, student=config or StudentConfig(), **settings)
     student = student_from_teacher(teacher, run_config.student_timestep, run_config.student)
     rng = generator(3, 1)
@@ -32,8 +32,8 @@ def as_run(folder: Path, teacher: str, config: StudentConfig | None = None, **se
     return str(folder)
 
 
-def lora_run(folder: Path, teacher: str, config: StudentConfig, init: str = "", seed: int = 4) -> str:
-    """A run whose student has adapters that do something, on the weights that a run of it would have."""
+def save_lora_run(folder: Path, teacher: str, config: StudentConfig, init: str = "", seed: int = 4) -> str:
+    """Save a run folder whose student has LoRA adapters with nonzero weights."""
     run_config = DistillConfig(teacher=teacher, student=config, init=init)
     student = new_state(run_config, torch.device("cpu")).student.module
     rng = generator(seed, 1)
@@ -50,14 +50,14 @@ def readme_of(exported: Path) -> str:
     return (exported / "README.md").read_text(encoding="utf-8")
 
 
-def evaluated(file: Path, student: str) -> str:
-    """What `d2g eval run --student` would write, but for the numbers."""
+def save_result_of(file: Path, student: str) -> str:
+    """Save the result that `d2g eval run --student` would write for this student, with made-up numbers."""
     source = student_source(student, SamplingRequest(prompts=["a red cube"]))
-    return result(file, name=source.name, **source.facts)
+    return save_result(file, name=source.name, **source.facts)
 
 
-def result(file: Path, **source: Any) -> str:
-    """A result of `d2g eval run` with this source."""
+def save_result(file: Path, **source: Any) -> str:
+    """Save a result of `d2g eval run` with made-up numbers and this source."""
     facts = {"protocol": "coco", "protocol_sha256": "abc" * 20, "fid": 9.29, "counts": {"images": 30000}}
     write_atomically(file, json.dumps({**facts, "source": source}))
     return str(file)

@@ -88,7 +88,7 @@ def distill_arguments(config: DistillConfig, out: Path, *settings: str) -> list[
 
 
 @contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
+def limit_file_size(size: int) -> Iterator[None]:
     """The kernel refuses to let files grow beyond `size` bytes: EFBIG, met where a full disk gives ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

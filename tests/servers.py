@@ -1,4 +1,4 @@
-"""A server of one folder that misbehaves when asked to, and the file system that fsspec finds it by."""
+"""An HTTP server of one folder that can be told to fail, and an fsspec file system that reads from it."""
 
 import http.client
 import json
@@ -12,21 +12,21 @@ import fsspec
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `folder` and lists what was asked. `trouble(path)`: how many bytes to send, None for all."""
+    """Serves `folder` and records requests. `fault(path)`: bytes to send (None: all; 0: error 503)."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.asked = folder, list[str]()
-        self.trouble: Callable[[str], int | None] = lambda path: None
+        self.folder, self.requests = folder, list[str]()
+        self.fault: Callable[[str], int | None] = lambda path: None
 
     @property
     def url(self) -> str:
         return f"plain://127.0.0.1:{self.server_port}/pairs"
 
     def handle_error(self, request: Any, address: Any) -> None:
-        """Clients that hang up are part of the tests."""
+        """Print nothing: some tests close the connection early."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.server.folder / self.path.removeprefix("/pairs").lstrip("/")
         limit = (self.headers.get("Range") or "bytes=0-").partition("-")[2]
-        self.server.asked.append(f"{self.path} {limit}".strip())
+        self.server.requests.append(f"{self.path} {limit}".strip())
         if self.path.endswith("denied/store.json"):
             return self.send_error(403)
         if not path.exists():
@@ -44,20 +44,20 @@ class Handler(BaseHTTPRequestHandler):
             data = json.dumps([[p.name, p.stat().st_size] for p in sorted(path.iterdir())]).encode()
         else:
             data = path.read_bytes()[: int(limit) + 1 if limit else None]
-        cut = self.server.trouble(self.path) if not limit else None
+        cut = self.server.fault(self.path) if not limit else None
         if cut == 0:
             return self.send_error(503)
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[:cut])  # less than was promised, when cut
+        self.wfile.write(data[:cut])  # fewer bytes than Content-Length if `cut`
 
     def log_message(self, *words: Any) -> None:
         pass
 
 
 class PlainFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """The least that fsspec asks of a file system, over HTTP."""
+    """The smallest file system that fsspec accepts, over HTTP."""
 
     protocol = "plain"
 

@@ -1,4 +1,4 @@
-"""Pair stores without a teacher: `put_store` packs shards in a few ms, `make_store` writes as a job does."""
+"""Pair stores without a teacher: `put_store` encodes shards in a few ms, `make_store` uses PairWriter."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from pairgen.store.spec import StoreSpec, create_store, encode_record, pending, 
 from pairgen.store.writer import PairWriter
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-"""Of tests that fork: Python 3.12 warns of threads."""
+"""Mark of tests that fork: Python 3.12 warns about forking a process with threads."""
 
 SPEC = StoreSpec(
     teacher="tiny",
@@ -46,13 +46,13 @@ def spec_of(**settings: Any) -> StoreSpec:
 
 
 def condition(spec: StoreSpec, index: int) -> str:
-    """What pair `index` is conditioned on, as text."""
+    """The conditioning of pair `index` as text: its prompt, its class number, or nothing."""
     number = spec.prompt_of(index)
     return {"text": PROMPTS[number % 4], "label": str(7 * number), "none": ""}[spec.conditioning]
 
 
 def rows_of(spec: StoreSpec, index: Sequence[int]) -> PairBatch:
-    """These pairs in the stored dtype: noise by (seed, index), latent a function of the noise."""
+    """The pairs of `index` in the stored dtype: noise from (seed, index), latents computed from the noise."""
     noise = seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
     return PairBatch(
         noise=noise,
@@ -62,42 +62,42 @@ def rows_of(spec: StoreSpec, index: Sequence[int]) -> PairBatch:
     )
 
 
-def put_shard(folder: Path, spec: StoreSpec, shard: int, aside: Sequence[int] = ()) -> Path:
-    """Write one shard, without the pairs `aside`, and their record."""
-    index = [i for i in spec.rows(shard) if i not in aside]
+def put_shard(folder: Path, spec: StoreSpec, shard: int, quarantined: Sequence[int] = ()) -> Path:
+    """Write one shard without the pairs `quarantined`, and the record of these pairs."""
+    index = [i for i in spec.rows(shard) if i not in quarantined]
     path = shard_path(folder, shard)
-    path.unlink(missing_ok=True)  # who has it open keeps the old one
-    path.write_bytes(encode_rows(spec, rows_of(spec, index), aside))
-    if aside:
-        record = [{"index": i, "prompt": condition(spec, i), "reason": "not finite"} for i in aside]
+    path.unlink(missing_ok=True)  # a reader that has the file open keeps the old one
+    path.write_bytes(encode_rows(spec, rows_of(spec, index), quarantined))
+    if quarantined:
+        record = [{"index": i, "prompt": condition(spec, i), "reason": "not finite"} for i in quarantined]
         quarantine_path(folder, shard).parent.mkdir(exist_ok=True)
         quarantine_path(folder, shard).write_bytes(encode_record(shard, record))
     return path
 
 
-def put_store(folder: Path, spec: StoreSpec = SPEC, aside: Sequence[int] = ()) -> Path:
-    """A whole store at `folder`, without the pairs `aside`."""
+def put_store(folder: Path, spec: StoreSpec = SPEC, quarantined: Sequence[int] = ()) -> Path:
+    """Write a complete store to `folder`, without the pairs `quarantined`."""
     create_store(folder, spec)
     for shard in range(spec.num_shards):
-        put_shard(folder, spec, shard, [i for i in aside if i in spec.rows(shard)])
+        put_shard(folder, spec, shard, [i for i in quarantined if i in spec.rows(shard)])
     return folder
 
 
 def same(a: PairBatch, b: PairBatch) -> bool:
-    """Bit for bit, in any dtypes that hold the same values."""
+    """Whether two batches hold the same values bit for bit; their dtypes may differ."""
     tensors = ((a.noise, b.noise), (a.latents, b.latents), (a.index, b.index))
     return a.prompts == b.prompts and all(torch.equal(x.double(), y.double()) for x, y in tensors)
 
 
-def spoil(path: Path, position: int) -> None:
-    """Flip a bit of one byte of a file; its length and names stay."""
+def flip_bit(path: Path, position: int) -> None:
+    """Flip one bit of the byte at `position` of a file."""
     data = bytearray(path.read_bytes())
     data[position] ^= 16
     path.write_bytes(data)
 
 
 def rows(spec: StoreSpec, index: list[int]) -> tuple[Tensor, Tensor, list[str], list[int]]:
-    """What a generator would append for these pairs: noise, latent, prompts, index."""
+    """The arguments of PairWriter.append for these pairs: noise, latents, prompts, index."""
     noise = seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
     return noise, noise.float() * 0.5 + 1, [PROMPTS[spec.prompt_of(i)] for i in index], index
 

@@ -10,7 +10,7 @@ import pytest
 from d2g.core.atomic_files import fsync_path, write_and_rename, write_atomically
 from d2g.core.errors import UserError
 from forks import fork
-from jobs import files_of_at_most
+from jobs import limit_file_size
 
 
 def names(folder: Path) -> list[str]:
@@ -25,7 +25,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == b"\xff\r\n"
     for content in ("x" * (1 << 16), bytes(1 << 16)):
         full = pytest.raises(UserError, match=r"cannot write .*b\.json: File too large, \d+\.\d MiB free on ")
-        with files_of_at_most(1 << 12), full as caught:
+        with limit_file_size(1 << 12), full as caught:
             write_atomically(path, content)
         assert str(caught.value).endswith("its disk; free space, then run the same command again")
         assert path.read_bytes() == b"\xff\r\n" and names(path.parent) == ["b.json"]

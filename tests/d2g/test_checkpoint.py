@@ -17,7 +17,7 @@ from torch import nn
 from d2g.core.distributed import checkpoint, sharded_checkpoint
 from d2g.core.errors import UserError
 from forks import fork
-from jobs import files_of_at_most
+from jobs import limit_file_size
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,15 +164,15 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = (tmp_path / "000000001" / "net.safetensors").read_bytes()
     large = {"net": {"weight": torch.zeros(1 << 16)}}
-    with files_of_at_most(1 << 14), pytest.raises(UserError) as caught:
+    with limit_file_size(1 << 14), pytest.raises(UserError) as caught:
         checkpoint.save(tmp_path, 2, large, {}, {})
     assert "the last good checkpoint is" in str(caught.value) and "000000001;" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["000000001"], "no half checkpoint stays"
     assert (tmp_path / "000000001" / "net.safetensors").read_bytes() == before
-    with files_of_at_most(1 << 14), pytest.raises(UserError, match="no checkpoint was written before"):
+    with limit_file_size(1 << 14), pytest.raises(UserError, match="no checkpoint was written before"):
         checkpoint.save(tmp_path / "new", 2, large, {}, {})
-    with files_of_at_most(1 << 14), pytest.raises(UserError, match="000000001"):
+    with limit_file_size(1 << 14), pytest.raises(UserError, match="000000001"):
         checkpoint.save(tmp_path, 3, {}, {"adam": torch.zeros(1 << 16)}, {})
 
 

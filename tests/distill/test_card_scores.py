@@ -15,7 +15,7 @@ from distill.config.export import CardOptions, ExportConfig
 from distill.export.card_scores import own_results
 from distill.export.export import export, export_student
 from distill.export.model_card import PipelineUsage, model_card
-from exported import as_run, evaluated, lora_run, readme_of, result
+from exported import readme_of, save_lora_run, save_result, save_result_of, save_run
 
 OWN = hashlib.sha256((SHIPPED["miniature"] / "student" / "ema.safetensors").read_bytes()).hexdigest()
 
@@ -30,15 +30,17 @@ def lines(file: str) -> str:
 
 def test_a_students_own_result(tmp_path: Path) -> None:
     own: dict[str, Any] = {"kind": "student", "name": "runs/gan", "weights_sha256": OWN, "precision": "fp32"}
-    text = lines(result(tmp_path / "a.json", **own, noise_scale=1.0))
+    text = lines(save_result(tmp_path / "a.json", **own, noise_scale=1.0))
     assert "Protocol `coco` (`abcabcabcabcabca`; 30,000 images), of these weights:" in text
     assert "| fid | 9.29 |" in text
-    text = lines(result(tmp_path / "b.json", **own | {"precision": "bf16"}, noise_scale=0.8))
+    text = lines(save_result(tmp_path / "b.json", **own | {"precision": "bf16"}, noise_scale=0.8))
     assert "of these weights, in bf16, noise scaled by 0.8:" in text
 
 
 def test_results_of_images_are_labeled(tmp_path: Path) -> None:
-    text = lines(result(tmp_path / "a.json", kind="images", name="/somewhere/of/mine/samples", images=30000))
+    text = lines(
+        save_result(tmp_path / "a.json", kind="images", name="/somewhere/of/mine/samples", images=30000)
+    )
     assert "images), of the images in `samples`, which nobody has checked to be this student's:" in text
     assert "| fid | 9.29 |" in text and "somewhere" not in text and "these weights" not in text
 
@@ -57,7 +59,7 @@ def test_results_of_images_are_labeled(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_results_of_other_weights_are_refused(source: dict[str, Any], got: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        own_results("miniature", (result(tmp_path / "result.json", **source),))
+        own_results("miniature", (save_result(tmp_path / "result.json", **source),))
     text = str(caught.value)
     assert f"--scores {tmp_path / 'result.json'} is of " in text and got in text
     assert f"expected one of the student miniature, weights {OWN[:16]}" in text and "\n" not in text
@@ -74,25 +76,25 @@ def test_a_malformed_source_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["diffusers", "lora", "onnx"])
 def test_every_format_checks_scores_before_exporting(form: Any, teacher: Path, tmp_path: Path) -> None:
     """Of a LoRA run, whose weights on disk are not merged."""
-    run = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
-    other = as_run(tmp_path / "other", str(teacher))
-    wrong = CardOptions(scores=(evaluated(tmp_path / "wrong.json", other),))
+    run = save_lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
+    other = save_run(tmp_path / "other", str(teacher))
+    wrong = CardOptions(scores=(save_result_of(tmp_path / "wrong.json", other),))
     with pytest.raises(UserError, match=rf"wrong\.json is of a student, {other}, weights .*; expected"):
         export(ExportConfig(student=run, format=form, card=wrong), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     # The card of ONNX is checked in tests/distill/test_to_onnx.py: after torch.export, no fork can train.
     if form == "onnx":
         return
-    right = CardOptions(scores=(evaluated(tmp_path / "right.json", run),))
+    right = CardOptions(scores=(save_result_of(tmp_path / "right.json", run),))
     export(ExportConfig(student=run, format=form, card=right), tmp_path / "out")
     table = "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |"
     assert table in readme_of(tmp_path / "out")
 
 
 def test_scores_belong_to_the_input_weights_not_to_the_exported_ones(teacher: Path, tmp_path: Path) -> None:
-    run, small = as_run(tmp_path / "run", str(teacher)), str(tmp_path / "small")
+    run, small = save_run(tmp_path / "run", str(teacher)), str(tmp_path / "small")
     export_student(run, Path(small))  # rounded to fp16: other weights
-    of_run, of_small = (evaluated(tmp_path / f"{Path(name).name}.json", name) for name in (run, small))
+    of_run, of_small = (save_result_of(tmp_path / f"{Path(name).name}.json", name) for name in (run, small))
     for student, scores in ((run, of_run), (small, of_small)):
         config = ExportConfig(
             student=student, format="diffusers", dtype="fp16", card=CardOptions(scores=(scores,))
@@ -104,7 +106,7 @@ def test_scores_belong_to_the_input_weights_not_to_the_exported_ones(teacher: Pa
 
 
 def test_missing_weights_are_reported(teacher: Path, tmp_path: Path) -> None:
-    run = as_run(tmp_path / "run", str(teacher))
+    run = save_run(tmp_path / "run", str(teacher))
     (tmp_path / "run" / "checkpoints" / "000000004" / "ema.safetensors").unlink()
     with pytest.raises(UserError, match=r"ema\.safetensors cannot be read: No such file"):
-        own_results(run, (result(tmp_path / "a.json", kind="images", name="x"),))
+        own_results(run, (save_result(tmp_path / "a.json", kind="images", name="x"),))

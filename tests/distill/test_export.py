@@ -36,7 +36,7 @@ from distill.export.one_step_pipeline import (
 )
 from distill.models.student import student_from_teacher
 from distill.sampling import load_student
-from exported import PROMPT, as_run, lora_run, readme_of
+from exported import PROMPT, readme_of, save_lora_run, save_run
 
 V = {"prediction_type": "v_prediction"}
 ZERO_SNR = {**V, "rescale_betas_zero_snr": True}
@@ -79,7 +79,7 @@ def test_one_step_of_the_scheduler_is_the_data_prediction(
 
 @pytest.fixture(scope="module")
 def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return as_run(tmp_path_factory.mktemp("export") / "run", str(teacher))
+    return save_run(tmp_path_factory.mktemp("export") / "run", str(teacher))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_unsupported_teachers_are_refused(exported: tuple[Path, float]) -> None:
 @pytest.mark.parametrize(("scheduler", "timestep"), [(V, 399), (ZERO_SNR, -1)], ids=["v", "zero-snr"])
 def test_other_predictions_and_timesteps(scheduler: dict[str, Any], timestep: int, tmp_path: Path) -> None:
     teacher = tiny.save_teacher(tmp_path / "teacher", **scheduler)
-    run = as_run(tmp_path / "run", teacher, student_timestep=timestep)
+    run = save_run(tmp_path / "run", teacher, student_timestep=timestep)
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
 
 
@@ -164,7 +164,7 @@ def test_half_precision_is_half_the_bytes(
 
 def test_sdxl(tmp_path: Path) -> None:
     teacher = tiny_teachers.save_sdxl(tmp_path / "teacher")
-    run = as_run(tmp_path / "run", teacher)
+    run = save_run(tmp_path / "run", teacher)
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
     z = noise(5, range(2), (4, 4, 4))
     own = load_student(run).latents(z, PROMPT)
@@ -178,7 +178,7 @@ def test_sdxl(tmp_path: Path) -> None:
 
 
 def test_diffusers_passes_the_guidance_scale_to_a_guided_student(teacher: Path, tmp_path: Path) -> None:
-    run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
+    run = save_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
     one, z = load_student(run), noise(5, range(2), (4, 4, 4))
     for scale in (1.5, 8.0):
@@ -195,7 +195,7 @@ def test_diffusers_passes_the_guidance_scale_to_a_guided_student(teacher: Path, 
 @pytest.fixture(scope="module")
 def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     config = StudentConfig(lora_rank=2, lora_alpha=6.0)
-    return lora_run(tmp_path_factory.mktemp("lora") / "run", str(teacher), config)
+    return save_lora_run(tmp_path_factory.mktemp("lora") / "run", str(teacher), config)
 
 
 def test_adapters_do_something(lora: str, teacher: Path) -> None:
@@ -230,7 +230,7 @@ def test_adapters_load_into_the_teachers_own_pipeline(lora: str, teacher: Path, 
 def test_adapters_of_two_stages_are_one(at_hand: bool, lora: str, teacher: Path, tmp_path: Path) -> None:
     first = shutil.copytree(lora, tmp_path / "first")
     config = StudentConfig(lora_rank=3, lora_alpha=1.5)
-    second = lora_run(tmp_path / "second", str(teacher), config, str(first), seed=5)
+    second = save_lora_run(tmp_path / "second", str(teacher), config, str(first), seed=5)
     if not at_hand:
         shutil.rmtree(first)
     assert export_lora(second, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
@@ -248,9 +248,9 @@ def test_a_student_with_other_changed_weights_is_refused(
     run: str, lora: str, teacher: Path, tmp_path: Path
 ) -> None:
     config = StudentConfig(lora_rank=2)
-    full_run = lora_run(tmp_path / "after", str(teacher), config, run)
+    full_run = save_lora_run(tmp_path / "after", str(teacher), config, run)
     export_student(lora, tmp_path / "half")
-    rounded = lora_run(tmp_path / "rounded", str(teacher), config, str(tmp_path / "half"))
+    rounded = save_lora_run(tmp_path / "rounded", str(teacher), config, str(tmp_path / "half"))
     for student in (full_run, rounded):
         with pytest.raises(UserError, match=r"is more than adapters: \d+ weights without any, first unet\."):
             export_lora(student, tmp_path / "out")
@@ -270,7 +270,7 @@ def test_other_formats_merge_adapters(lora: str, tmp_path: Path) -> None:
 def test_a_student_without_adapters_is_refused(run: str, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no adapters; export it with --format diffusers"):
         export_lora(run, tmp_path / "out")
-    both = as_run(tmp_path / "both", str(teacher), StudentConfig(lora_rank=2, guidance_conditioning=True))
+    both = save_run(tmp_path / "both", str(teacher), StudentConfig(lora_rank=2, guidance_conditioning=True))
     with pytest.raises(
         UserError, match="has the guidance scale as an input, which adapters alone cannot hold"
     ):
@@ -366,7 +366,7 @@ def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
 def test_diffusers_reproduces_unconditional_students(kind: str, tmp_path: Path) -> None:
     make = {"pixels": tiny_teachers.save_pixels, "latents": tiny_teachers.save_ldm}[kind]
-    run = as_run(tmp_path / "run", make(tmp_path / "teacher"))
+    run = save_run(tmp_path / "run", make(tmp_path / "teacher"))
     result = export(ExportConfig(student=run, format="diffusers"), tmp_path / "out")
     assert result["parity_max_abs_err"] <= 1e-4
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
@@ -397,7 +397,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_students_that_diffusers_cannot_run_are_refused(case: str, tmp_path: Path) -> None:
     settings, form, says = REFUSED[case]
     make = tiny_teachers.save_edm if case == "EDM" else tiny_teachers.save_pixels
-    run = as_run(tmp_path / "run", make(tmp_path / "teacher", **settings))
+    run = save_run(tmp_path / "run", make(tmp_path / "teacher", **settings))
     with pytest.raises(UserError, match=says):
         export(ExportConfig(student=run, format=form), tmp_path / "out")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
@@ -405,7 +405,7 @@ def test_students_that_diffusers_cannot_run_are_refused(case: str, tmp_path: Pat
 
 def test_adapters_of_a_student_of_classes_are_merged(tmp_path: Path) -> None:
     teacher = tiny_teachers.save_edm(tmp_path / "teacher")
-    run = as_run(tmp_path / "run", teacher, StudentConfig(lora_rank=2))
+    run = save_run(tmp_path / "run", teacher, StudentConfig(lora_rank=2))
     result = export(ExportConfig(student=run, dtype="fp32"), tmp_path / "out")
     assert result["parity_max_abs_err"] <= 1e-5
     z = noise(5, range(2), (3, 8, 8))

@@ -18,14 +18,14 @@ from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
 from distill.export.export import export
 from distill.export.output import PARITY_BOUND, check_parity, exact_sums, max_abs_diff, staged
-from exported import as_run, lora_run
+from exported import save_lora_run, save_run
 
 FORMATS = ("safetensors", "diffusers", "lora", "onnx")
 
 
 @pytest.fixture(scope="module")
 def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return as_run(tmp_path_factory.mktemp("out") / "run", str(teacher), StudentConfig(lora_rank=2))
+    return save_run(tmp_path_factory.mktemp("out") / "run", str(teacher), StudentConfig(lora_rank=2))
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -145,7 +145,7 @@ def test_an_export_with_wrong_parity_leaves_no_files(
     form: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if another version of diffusers had another scheduler."""
-    run, step = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2)), LCMScheduler.step
+    run, step = save_lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2)), LCMScheduler.step
 
     def changed(*args: Any, **settings: Any) -> Any:
         output = step(*args, **settings)
@@ -184,7 +184,7 @@ def chatter() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("form", ["diffusers", "lora"])
 def test_an_export_prints_nothing(form: Any, teacher: Path, chatter: list[str], tmp_path: Path) -> None:
-    run = lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
+    run = save_lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
     export(ExportConfig(student=run, format=form), tmp_path / "out")
     # The tiny tokenizer is shorter than the sentence to compare with; a real one's is not.
     assert chatter and all("truncated because CLIP" in line for line in chatter), chatter

@@ -17,14 +17,14 @@ from distill.export import to_onnx
 from distill.export.export import export
 from distill.export.to_onnx import run_onnx
 from distill.sampling import load_student
-from exported import PROMPT, as_run, evaluated, readme_of
+from exported import PROMPT, readme_of, save_result_of, save_run
 
 
 def test_onnxruntime_reproduces_the_student(teacher: Path, tmp_path: Path) -> None:
     """A student with a guidance input. SDXL is left out: torch.export takes a minute for its networks."""
-    run = as_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
+    run = save_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
     out = tmp_path / "out"
-    scores = CardOptions(scores=(evaluated(tmp_path / "result.json", run),))
+    scores = CardOptions(scores=(save_result_of(tmp_path / "result.json", run),))
     assert export(ExportConfig(student=run, format="onnx", card=scores), out)["parity_max_abs_err"] <= 1e-4
     assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in readme_of(out)
     one, z = load_student(run), noise(7, range(3), (4, 4, 4))
@@ -40,7 +40,7 @@ def test_onnxruntime_reproduces_the_student(teacher: Path, tmp_path: Path) -> No
 
 def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
     """Of an EDM teacher in pixels: its time, a fraction, stands in the file."""
-    run, out = as_run(tmp_path / "run", tiny_teachers.save_edm(tmp_path / "teacher")), tmp_path / "out"
+    run, out = save_run(tmp_path / "run", tiny_teachers.save_edm(tmp_path / "teacher")), tmp_path / "out"
     assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "decoder.onnx", "student.onnx"]
     one, z = load_student(run), noise(7, range(3), (3, 8, 8))
@@ -60,7 +60,7 @@ def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
 def test_onnx_is_fp32_and_checks_its_packages(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = as_run(tmp_path / "run", str(teacher))
+    run = save_run(tmp_path / "run", str(teacher))
     with pytest.raises(SettingError, match="'fp16'; the format onnx is written in fp32"):
         export(ExportConfig(student=run, format="onnx", dtype="fp16"), tmp_path)
     monkeypatch.setattr(to_onnx, "PACKAGES", ("onnx", "no_such_package"))

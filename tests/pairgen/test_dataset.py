@@ -20,7 +20,7 @@ from pairgen.store.dataset import PairDataset, PairSampler, pair_loader
 from pairgen.store.hdf5 import PairBatch
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import shard_path
-from stores import FORKS, SPEC, put_store, rows_of, same, spec_of, spoil
+from stores import FORKS, SPEC, flip_bit, put_store, rows_of, same, spec_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 BLOCKS: dict[str, Any] = {"block": 3, "window": 2}
@@ -28,7 +28,7 @@ BLOCKS: dict[str, Any] = {"block": 3, "window": 2}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return put_store(tmp_path_factory.mktemp("dataset") / "pairs", aside=[2, 3])
+    return put_store(tmp_path_factory.mktemp("dataset") / "pairs", quarantined=[2, 3])
 
 
 def taken(batches: Iterator[PairBatch], count: int) -> list[PairBatch]:
@@ -184,7 +184,7 @@ def damaged(whole: Path, tmp_path: Path) -> Path:
     store = Path(shutil.copytree(whole, tmp_path / "pairs"))
     path = shard_path(store, 1)
     latent = rows_of(SPEC, [12]).latents.numpy().tobytes()
-    spoil(path, path.read_bytes().index(latent) + 9)
+    flip_bit(path, path.read_bytes().index(latent) + 9)
     return store
 
 

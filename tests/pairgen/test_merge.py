@@ -10,11 +10,20 @@ from pathlib import Path
 import pytest
 
 from d2g.core.errors import UserError
+from damaged_stores import (
+    RECORD,
+    SPEC,
+    file_contents,
+    load_shard,
+    make_store,
+    swap_prompt,
+    truncate,
+    write_rows,
+)
 from jobs import Running, d2g
 from pairgen.merge import merge_stores
 from pairgen.store.spec import pending, prompts_path, read_spec, shard_path
 from pairgen.verify import verify_store
-from spoilt import RECORD, SPEC, make_store, other_prompt, pack, taken, tree, truncate
 
 
 @pytest.fixture
@@ -25,16 +34,16 @@ def store(tmp_path: Path) -> Path:
 def test_merge_joins_shards_made_apart(tmp_path: Path, store: Path) -> None:
     a = make_store(tmp_path / "a", shards=(0, 2))
     b = make_store(tmp_path / "b", shards=(1, 2))
-    before = tree(a), tree(b)
+    before = file_contents(a), file_contents(b)
     for copied in (3, 0):  # again is no clash
         report = merge_stores([a, b], tmp_path / "out")
         assert (report.pairs, report.shards, report.copied, report.differing) == (22, 3, copied, [])
-        assert tree(tmp_path / "out") == tree(store) and verify_store(tmp_path / "out").ok
-    assert (tree(a), tree(b)) == before
+        assert file_contents(tmp_path / "out") == file_contents(store) and verify_store(tmp_path / "out").ok
+    assert (file_contents(a), file_contents(b)) == before
     merge_stores([b], a)  # into one of them
-    assert tree(a) == tree(store)
+    assert file_contents(a) == file_contents(store)
     merge_stores([a, a], a)
-    assert tree(a) == tree(store)
+    assert file_contents(a) == file_contents(store)
 
 
 def test_merge_by_links(tmp_path: Path, store: Path) -> None:
@@ -59,9 +68,9 @@ def test_links_across_disks_are_refused(store: Path, tmp_path: Path) -> None:
 
 
 def _other_rounding(folder: Path, by: float) -> Path:
-    batch = taken(make_store(folder, shards=(1,)), 1)
+    batch = load_shard(make_store(folder, shards=(1,)), 1)
     batch.latents[3, 2, 1, 0] += by
-    pack(folder, 1, batch)
+    write_rows(folder, 1, batch)
     return folder
 
 
@@ -71,10 +80,16 @@ def test_merge_keeps_the_first_of_shards_that_rounding_tells_apart(tmp_path: Pat
     assert [(d["shard"], d["kept"], d["left_out"]) for d in report.differing] == [
         ("pairs-00001.h5", str(shard_path(store, 1)), str(shard_path(other, 1)))
     ]
-    assert 0.005 < report.differing[0]["max_abs_err"] < 0.02 and tree(tmp_path / "out") == tree(store)
+    assert 0.005 < report.differing[0]["max_abs_err"] < 0.02 and file_contents(
+        tmp_path / "out"
+    ) == file_contents(store)
     report = merge_stores([other, store], tmp_path / "out")  # what is there comes first
-    assert report.copied == 0 and len(report.differing) == 1 and tree(tmp_path / "out") == tree(store)
-    assert taken(merged(tmp_path / "b", other, store), 1).latents.equal(taken(other, 1).latents)
+    assert (
+        report.copied == 0
+        and len(report.differing) == 1
+        and file_contents(tmp_path / "out") == file_contents(store)
+    )
+    assert load_shard(merged(tmp_path / "b", other, store), 1).latents.equal(load_shard(other, 1).latents)
     with pytest.raises(
         UserError, match=r"pairs/shards/pairs-00001.*other/shards/pairs-00001.*apart, tolerance 0\.001"
     ):
@@ -112,7 +127,7 @@ def test_merge_of_stores_without_lists_compares_their_prompts(tmp_path: Path, st
         prompts_path(folder).unlink()
     merge_stores([store, other], tmp_path / "out")
     assert not prompts_path(tmp_path / "out").exists()
-    other_prompt(other)
+    swap_prompt(other)
     with pytest.raises(UserError, match=r"hold different rows for the same pairs \(other noise or prompts\)"):
         merge_stores([store, other], tmp_path / "out")
 
@@ -123,13 +138,13 @@ def test_merge_keeps_the_shard_with_the_most_rows(
 ) -> None:
     few = make_store(tmp_path / "few", bad=(9, 10, 17))
     folders = [[store, few][number] for number in order]
-    assert tree(merged(tmp_path / "out", *folders)) == tree(store)
+    assert file_contents(merged(tmp_path / "out", *folders)) == file_contents(store)
     fewer = make_store(tmp_path / "fewer", bad=(9, 17))
     report = merge_stores([few, fewer], tmp_path / "both")
-    assert report.pairs == 20 and tree(tmp_path / "both") == tree(fewer)
+    assert report.pairs == 20 and file_contents(tmp_path / "both") == file_contents(fewer)
     report = merge_stores([store], tmp_path / "both")  # the missing rows arrive later
     assert report.pairs == 22 and report.copied == 2
-    assert tree(tmp_path / "both") == tree(store) and verify_store(tmp_path / "both").ok
+    assert file_contents(tmp_path / "both") == file_contents(store) and verify_store(tmp_path / "both").ok
 
 
 def test_merge_refuses_a_shard_whose_record_is_lost(tmp_path: Path) -> None:
@@ -155,8 +170,10 @@ def test_a_merge_killed_anywhere_is_finished_by_the_same_command(tmp_path: Path)
     assert unfinished > 0
     ended = d2g(words, tmp_path / "log")
     assert ended.code == 0 and ended.json["pairs"] == 94, ended.stderr
-    scratch = {name for name in tree(tmp_path / "out") if name.startswith("partial")}
-    assert {n: d for n, d in tree(tmp_path / "out").items() if n not in scratch} == tree(unmerged)
+    scratch = {name for name in file_contents(tmp_path / "out") if name.startswith("partial")}
+    assert {n: d for n, d in file_contents(tmp_path / "out").items() if n not in scratch} == file_contents(
+        unmerged
+    )
 
 
 def test_merge_on_the_command_line(store: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from d2g.core.errors import UserError
 from pairgen.store.hdf5 import DamagedShard, OpenShard, _seal
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, quarantine_path, shard_path
-from stores import PROMPTS, SPEC, put_shard, put_store, rows_of, same, spec_of, spoil
+from stores import PROMPTS, SPEC, flip_bit, put_shard, put_store, rows_of, same, spec_of
 
 ASIDE = [0, 7, 8, 9, 21]
 
@@ -57,7 +57,7 @@ def test_rows_are_what_was_written(
     tmp_path: Path, conditioning: str, noise: str, dtype: str, shape: tuple[int, int, int]
 ) -> None:
     spec = spec_of(conditioning=conditioning, noise=noise, dtype=dtype, latent_shape=shape)
-    reader = PairReader(put_store(tmp_path, spec, aside=ASIDE), expect=spec)
+    reader = PairReader(put_store(tmp_path, spec, quarantined=ASIDE), expect=spec)
     pairs = [i for i in range(22) if i not in ASIDE]
     assert len(reader) == 17 and reader.complete and reader.quarantined == ASIDE and reader.shards == 3
     order = [16, 3, 0, 0, 9, 12, 5, 1, 8]
@@ -73,7 +73,7 @@ def test_rows_are_what_was_written(
 @pytest.mark.parametrize("shape", [(4, 64, 64), (4, 128, 128)])
 def test_rows_as_large_as_a_chunk(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     spec = spec_of(latent_shape=shape, num_pairs=9, shard_size=5)
-    reader = PairReader(put_store(tmp_path, spec, aside=[4]))
+    reader = PairReader(put_store(tmp_path, spec, quarantined=[4]))
     with h5py.File(shard_path(tmp_path, 0)) as file:
         assert file["latent"].chunks[0] == 1
     assert same(reader.read([7, 0, 3, 4, 3]), rows_of(spec, [8, 0, 3, 5, 3]))
@@ -89,11 +89,11 @@ def test_any_positions_in_any_order(whole: Path, order: list[int]) -> None:
 
 def test_shards_without_rows(tmp_path: Path) -> None:
     spec = spec_of(num_pairs=20)
-    reader = PairReader(put_store(tmp_path / "a", spec, aside=[*range(8, 16), 19]))
+    reader = PairReader(put_store(tmp_path / "a", spec, quarantined=[*range(8, 16), 19]))
     assert len(reader) == 11 and reader.complete and reader.prompts() == PROMPTS[:3]
     assert reader.read([8, 7, 10]).index.tolist() == [16, 7, 18]
     reader.prefetch(range(11), block=4)
-    nothing = PairReader(put_store(tmp_path / "b", spec, aside=range(20)))
+    nothing = PairReader(put_store(tmp_path / "b", spec, quarantined=range(20)))
     assert len(nothing) == 0 and nothing.complete and nothing.prompts() == []
     assert nothing.read([]).index.tolist() == []
     with pytest.raises(IndexError, match="positions 0 to 0 of 0"):
@@ -101,7 +101,7 @@ def test_shards_without_rows(tmp_path: Path) -> None:
 
 
 def test_records_of_shards_not_made_yet_do_not_count(store: Path) -> None:
-    put_shard(store, SPEC, 1, aside=[9])
+    put_shard(store, SPEC, 1, quarantined=[9])
     shard_path(store, 1).unlink()
     reader = PairReader(store)
     assert len(reader) == 14 and reader.quarantined == [] and not reader.complete
@@ -131,7 +131,7 @@ def test_opening_checks_lengths_and_the_first_row_of_a_shard_the_rest(store: Pat
 
 
 def test_a_shard_that_lacks_pairs_without_a_record(store: Path) -> None:
-    put_shard(store, SPEC, 1, aside=[9])
+    put_shard(store, SPEC, 1, quarantined=[9])
     quarantine_path(store, 1).unlink()
     reader = PairReader(store)
     with pytest.raises(
@@ -142,9 +142,9 @@ def test_a_shard_that_lacks_pairs_without_a_record(store: Path) -> None:
 
 def test_the_header_is_right_where_a_record_is_out_of_date(store: Path) -> None:
     """A writer that made a quarantined row after all may be killed before it removes the record."""
-    put_shard(store, SPEC, 1, aside=[9, 11])
+    put_shard(store, SPEC, 1, quarantined=[9, 11])
     record = quarantine_path(store, 1).read_bytes()
-    put_shard(store, SPEC, 1, aside=[11])
+    put_shard(store, SPEC, 1, quarantined=[11])
     quarantine_path(store, 1).write_bytes(record)
     reader = PairReader(store)
     assert reader.quarantined == [11] and reader.complete and same(reader.read([9]), rows_of(SPEC, [9]))
@@ -155,7 +155,7 @@ def test_an_open_shard_that_is_replaced_is_checked_again(store: Path) -> None:
     before = reader.read(range(22))
     put_shard(store, SPEC, 0)  # the same rows, another file
     assert same(pickle.loads(pickle.dumps(reader)).read(range(22)), before)
-    put_shard(store, SPEC, 0, aside=[3])
+    put_shard(store, SPEC, 0, quarantined=[3])
     assert same(reader.read(range(22)), before), "open files stay as they were"
     with pytest.raises(DamagedShard, match=r"quarantines pairs \[3\]"):
         pickle.loads(pickle.dumps(reader)).read([0])
@@ -164,7 +164,7 @@ def test_an_open_shard_that_is_replaced_is_checked_again(store: Path) -> None:
 @pytest.mark.parametrize("name", ["noise", "latent", "prompt", "index"])
 def test_a_flipped_bit_is_found_when_its_chunk_is_read(store: Path, name: str) -> None:
     path = shard_path(store, 2)
-    spoil(path, place_of(path, name, 0) + 3)
+    flip_bit(path, place_of(path, name, 0) + 3)
     reader = PairReader(store)
     assert same(reader.read(range(16)), rows_of(SPEC, range(16)))
     with pytest.raises(
@@ -183,7 +183,7 @@ def test_any_changed_byte_of_a_chunk_is_refused(store: Path, name: str) -> None:
         chunk = file[name].id.get_chunk_info_by_coord((0,) * file[name].ndim)
     for position in range(chunk.byte_offset, chunk.byte_offset + chunk.size, max(1, chunk.size // 40)):
         path.write_bytes(good)
-        spoil(path, position)
+        flip_bit(path, position)
         with pytest.raises(
             DamagedShard,
             match=rf"pairs-00001\.h5: unreadable \({name} of row 3 does not match its checksum\); run",
@@ -225,7 +225,7 @@ def swap(path: Path) -> None:
 
 
 def flip_header(path: Path) -> None:
-    spoil(path, 540)
+    flip_bit(path, 540)
 
 
 def other_spec(path: Path) -> None:
@@ -254,7 +254,7 @@ def test_only_rows_that_cannot_be_trusted_are_replaced(tmp_path: Path) -> None:
     store = put_store(tmp_path, spec)
     for shard, row in ((1, 2), (2, 2)):
         path = shard_path(store, shard)
-        spoil(path, place_of(path, "latent", row))
+        flip_bit(path, place_of(path, "latent", row))
     reader = PairReader(store, skip_bad=True)
     expected = [0, 1, 2, 3, 4, 5, 6, 2, 8, 9, 10, 11, 2, 13]  # 7 -> 12, which is bad too -> 2
     together = reader.read(range(14))
@@ -267,7 +267,7 @@ def test_only_rows_that_cannot_be_trusted_are_replaced(tmp_path: Path) -> None:
 
 
 def test_a_damaged_last_shard_wraps_around_and_an_empty_one_is_passed_over(tmp_path: Path) -> None:
-    store = put_store(tmp_path, SPEC, aside=range(8))
+    store = put_store(tmp_path, SPEC, quarantined=range(8))
     truncate(shard_path(store, 2))
     reader = PairReader(store, skip_bad=True)
     assert reader.read(range(14)).index.tolist() == [*range(8, 16), *range(8, 14)]
@@ -275,7 +275,7 @@ def test_a_damaged_last_shard_wraps_around_and_an_empty_one_is_passed_over(tmp_p
 
 def test_prompts_of_damaged_chunks(store: Path) -> None:
     path = shard_path(store, 0)
-    spoil(path, place_of(path, "prompt", 0) + 2)
+    flip_bit(path, place_of(path, "prompt", 0) + 2)
     reader = PairReader(store, skip_bad=True)
     assert reader.read([0, 1, 21]).index.tolist() == [8, 9, 21]
     assert set(reader.prompts()) == {PROMPTS[SPEC.prompt_of(i)] for i in range(8, 22)}

@@ -25,7 +25,7 @@ from pairgen.store.remote import default_cache, is_url
 from pairgen.store.spec import quarantine_path, shard_path
 from pairgen.verify import store_info
 from servers import PlainFileSystem, Server
-from stores import SPEC, put_shard, put_store, rows_of, same, spec_of, spoil
+from stores import SPEC, flip_bit, put_shard, put_store, rows_of, same, spec_of
 
 EVERY = range(22)
 
@@ -37,7 +37,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    return put_store(tmp_path / "store", aside=[3])
+    return put_store(tmp_path / "store", quarantined=[3])
 
 
 @pytest.fixture
@@ -98,11 +98,11 @@ def test_what_a_url_is() -> None:
 def test_copies_are_asked_for_once_and_used_again(server: Server, cache: Path) -> None:
     shard_urls = [f"/pairs/shards/pairs-0000{k}.h5" for k in range(3)]
     before = PairReader(server.url, cache=cache).read(range(21))
-    assert sorted(ask for ask in server.asked if ask in shard_urls) == shard_urls
-    server.asked.clear()
+    assert sorted(ask for ask in server.requests if ask in shard_urls) == shard_urls
+    server.requests.clear()
     again = PairReader(server.url, cache=cache)
-    assert same(again.read(range(21)), before) and not set(shard_urls) & set(server.asked)
-    assert sum(ask.endswith("511") for ask in server.asked) == 3, "are they still what is there?"
+    assert same(again.read(range(21)), before) and not set(shard_urls) & set(server.requests)
+    assert sum(ask.endswith("511") for ask in server.requests) == 3, "are they still what is there?"
 
 
 def test_the_users_cache_folder(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +133,8 @@ def test_shards_needed_soon_are_brought_in_the_background(server: Server, cache:
             break
         threading.Event().wait(0.01)
     assert copies(cache) == [0, 2]
-    server.asked.clear()
-    assert same(reader.read([0, 20]), rows_of(SPEC, [0, 21])) and server.asked == []
+    server.requests.clear()
+    assert same(reader.read([0, 20]), rows_of(SPEC, [0, 21])) and server.requests == []
 
 
 # Stores that change.
@@ -154,7 +154,7 @@ def test_another_store_at_the_same_url_is_not_taken_for_the_old(store: Path, cac
 def test_a_shard_made_again_is_copied_again(store: Path, cache: Path) -> None:
     url = f"file://{store}"
     PairReader(url, cache=cache).read(range(21))
-    put_shard(store, SPEC, 0, aside=[1, 2])  # 3 succeeded at last, others did not: the same spec
+    put_shard(store, SPEC, 0, quarantined=[1, 2])  # 3 succeeded at last, others did not: the same spec
     reader = PairReader(url, cache=cache)
     assert reader.quarantined == [1, 2] and copies(cache) == [1, 2], "the old copy is gone"
     available = [i for i in EVERY if i not in (1, 2)]
@@ -168,7 +168,7 @@ def test_a_shard_that_changes_or_vanishes_under_a_reader(store: Path, cache: Pat
     reader = PairReader(f"file://{store}", cache=cache)
     reader._source.check()
     reader._source._seal(1)  # type: ignore[attr-defined]  # what is there now
-    put_shard(store, SPEC, 1, aside=[9])
+    put_shard(store, SPEC, 1, quarantined=[9])
     with pytest.raises(DamagedShard, match="or changed while it was read"):
         reader.read([8])
     shard_path(store, 2).unlink()
@@ -177,18 +177,20 @@ def test_a_shard_that_changes_or_vanishes_under_a_reader(store: Path, cache: Pat
     assert copies(cache) == [] and not leftovers(cache)
 
 
-# Damage and trouble.
+# Damage and network errors.
 
 
 def test_a_corrupt_shard_never_gets_its_name(store: Path, server: Server, cache: Path) -> None:
-    spoil(shard_path(store, 1), 5000)
+    flip_bit(shard_path(store, 1), 5000)
     with pytest.raises(DamagedShard) as caught:
         PairReader(server.url, cache=cache).read([0, 8])
     says = (
         rf"{re.escape(server.url)}/shards/pairs-00001\.h5: its bytes do not match .*; repair the store there"
     )
     assert re.match(says, str(caught.value)) and "\n" not in str(caught.value)
-    assert server.asked.count("/pairs/shards/pairs-00001.h5") == 2, "once more: it may have been the network"
+    assert server.requests.count("/pairs/shards/pairs-00001.h5") == 2, (
+        "a second download, because the network may have damaged the first"
+    )
     assert copies(cache) == [0] and not leftovers(cache)
     batch = PairReader(server.url, cache=cache, skip_bad=True).read([7, 14, 0])
     assert batch.index.tolist() == [16, 17, 0]
@@ -200,7 +202,7 @@ def test_a_truncated_shard_is_seen_before_it_is_copied(store: Path, server: Serv
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedShard, match=r"pairs-00001\.h5: truncated or overwritten"):
         PairReader(server.url, cache=cache).read([8])
-    assert "/pairs/shards/pairs-00001.h5" not in server.asked
+    assert "/pairs/shards/pairs-00001.h5" not in server.requests
     batch = PairReader(server.url, cache=cache, skip_bad=True).read([7, 8])
     assert batch.index.tolist() == [16, 17]
 
@@ -209,21 +211,21 @@ def test_a_truncated_shard_is_seen_before_it_is_copied(store: Path, server: Serv
 def test_an_interrupted_download_is_tried_again(server: Server, cache: Path, cut: int) -> None:
     left = [2]
 
-    def trouble(path: str) -> int | None:
+    def fault(path: str) -> int | None:
         if "/shards/" not in path or not left[0]:
             return None
         left[0] -= 1
         return cut
 
-    server.trouble = trouble
+    server.fault = fault
     reader = PairReader(server.url, cache=cache)
     assert same(reader.read([0]), rows_of(SPEC, [0])) and left == [0]
     assert copies(cache) == [0] and not leftovers(cache)
 
 
 def test_a_network_that_stays_away_is_one_line(server: Server, cache: Path) -> None:
-    server.trouble = lambda path: 100 if "/shards/" in path else None
-    for skip in (False, True):  # trouble is no damage: nothing is skipped for it
+    server.fault = lambda path: 100 if "/shards/" in path else None
+    for skip in (False, True):  # network errors are not damage: no row is skipped
         with pytest.raises(UserError, match=r"pairs-00000\.h5: IncompleteRead .*, tried 4 times") as caught:
             PairReader(server.url, cache=cache, skip_bad=skip).read([0])
         assert "\n" not in str(caught.value) and not isinstance(caught.value, DamagedShard)
@@ -336,7 +338,7 @@ def test_processes_share_a_cache(server: Server, cache: Path, bound: float) -> N
     for child in children:
         child.join()
     assert not leftovers(cache)
-    asked = [ask for ask in server.asked if ask.endswith(".h5")]
+    asked = [ask for ask in server.requests if ask.endswith(".h5")]
     if bound:
         assert sum(path.stat().st_size for path in cache.rglob("*.h5")) <= 40_000
     else:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from damaged_stores import S1, load_shard, select_rows, truncate, with_flipped_bit, write_record, write_rows
 from jobs import d2g, make_pairs
 from pairgen.store.hdf5 import PairBatch
 from pairgen.store.spec import prompts_path, quarantined_rows, read_spec, shard_path
 from pairgen.verify import verify_store
-from spoilt import S1, chosen, flipped, pack, taken, truncate, write_record
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +36,17 @@ def close(found: PairBatch, expected: PairBatch) -> bool:
 
 def test_repair_needs_nothing_but_the_store(job: Path, pairs: Path, tmp_path: Path) -> None:
     path = shard_path(pairs, 1)
-    path.write_bytes(flipped(path.read_bytes(), 3000, 1))
+    path.write_bytes(with_flipped_bit(path.read_bytes(), 3000, 1))
     plan = d2g(["pairs", "repair", str(pairs), "--dry-run", "--json"], tmp_path / "log")
     assert plan.json["rows_to_make"] == 5 and plan.code == 0 and not (pairs / "quarantine").exists()
     ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
     assert ended.code == 0 and ended.json == {"quarantined": [S1], "regenerated": 5}, ended.stderr
-    assert verify_store(pairs).ok and close(taken(pairs, 1), taken(job / "pairs", 1))
+    assert verify_store(pairs).ok and close(load_shard(pairs, 1), load_shard(job / "pairs", 1))
 
 
 def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: Path) -> None:
-    batch, spec = taken(pairs, 1), read_spec(pairs)
-    pack(pairs, 1, chosen(batch, [0, 1, 3, 4]), aside=(7,))
+    batch, spec = load_shard(pairs, 1), read_spec(pairs)
+    write_rows(pairs, 1, select_rows(batch, [0, 1, 3, 4]), quarantined=(7,))
     write_record(pairs, 1, {"index": 7, "prompt": batch.prompts[2], "reason": "its latent was not finite"})
     verified = d2g(["pairs", "verify", str(pairs), "--json"], tmp_path / "log")
     assert verified.code == 1 and json.loads(verified.stdout)["quarantined"] == [7]
@@ -57,7 +57,7 @@ def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: P
     ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
     assert ended.code == 0 and ended.json == {"quarantined": [], "regenerated": 1}, ended.stderr
     assert verify_store(pairs).ok and quarantined_rows(pairs, spec) == {}
-    assert close(taken(pairs, 1), taken(job / "pairs", 1))
+    assert close(load_shard(pairs, 1), load_shard(job / "pairs", 1))
 
 
 def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_path: Path) -> None:

@@ -12,11 +12,7 @@ import pytest
 import torch
 
 from d2g.core.errors import UserError
-from pairgen.repair import repair_store
-from pairgen.store.spec import encode_record, prompts_path, quarantined_rows, read_spec, shard_path
-from pairgen.store.writer import PairWriter
-from pairgen.verify import in_threads, store_info, verify_store
-from spoilt import (
+from damaged_stores import (
     LISTS,
     RECORD,
     S0,
@@ -24,19 +20,23 @@ from spoilt import (
     S2,
     SPEC,
     bad_files,
-    chosen,
-    flipped,
+    file_contents,
+    load_shard,
     make_store,
-    other_prompt,
-    pack,
     rows,
+    select_rows,
     spec_of,
-    taken,
-    tree,
+    swap_prompt,
     truncate,
+    with_flipped_bit,
     write_record,
+    write_rows,
     write_shard,
 )
+from pairgen.repair import repair_store
+from pairgen.store.spec import encode_record, prompts_path, quarantined_rows, read_spec, shard_path
+from pairgen.store.writer import PairWriter
+from pairgen.verify import in_threads, store_info, verify_store
 
 KINDS = [(kind, noise) for kind in LISTS for noise in ("stored", "seeded")]
 
@@ -56,8 +56,8 @@ def test_a_sound_store_verifies(tmp_path: Path, kind: str, noise: str, dtype: st
     report = verify_store(make_store(tmp_path, spec), lambda *event: seen.append(event))
     assert report.ok and report.checked == 22 and report.prompts_checked and seen[-1] == ("verify", 3, 3)
     assert (report.bad_shards, report.missing, report.duplicates, report.quarantined) == ([], [], [], [])
-    before = tree(tmp_path)
-    assert repair_store(tmp_path) == [] and tree(tmp_path) == before
+    before = file_contents(tmp_path)
+    assert repair_store(tmp_path) == [] and file_contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(("kind", "noise"), KINDS)
@@ -118,7 +118,7 @@ def test_a_flipped_bit_in_every_512_bytes_is_found(tmp_path: Path, kind: str, no
             start = good.index(file[name].id.read_direct_chunk(chunk.chunk_offset)[1])
             places += [start, start + draw.randrange(chunk.size), start + chunk.size - 1]
     for place in places:
-        path.write_bytes(flipped(good, place, draw.randrange(8)))
+        path.write_bytes(with_flipped_bit(good, place, draw.randrange(8)))
         assert bad_files(tmp_path) == [S2], place
     path.write_bytes(good)
     assert bad_files(tmp_path) == []
@@ -150,48 +150,48 @@ def _other_spec(folder: Path) -> None:
 
 
 def _repeated_row(folder: Path) -> None:
-    pack(folder, 1, chosen(taken(folder, 1), [0, 1, 2, 2, 4, 5, 6, 7]))
+    write_rows(folder, 1, select_rows(load_shard(folder, 1), [0, 1, 2, 2, 4, 5, 6, 7]))
 
 
 def _lost_row(folder: Path) -> None:
-    pack(folder, 1, chosen(taken(folder, 1), [0, 1, 2, 4, 5, 6, 7]))
+    write_rows(folder, 1, select_rows(load_shard(folder, 1), [0, 1, 2, 4, 5, 6, 7]))
 
 
 def _disorder(folder: Path) -> None:
-    pack(folder, 1, chosen(taken(folder, 1), [0, 1, 2, 4, 3, 5, 6, 7]))
+    write_rows(folder, 1, select_rows(load_shard(folder, 1), [0, 1, 2, 4, 3, 5, 6, 7]))
 
 
 def _foreign_row(folder: Path) -> None:
-    batch = taken(folder, 1)
+    batch = load_shard(folder, 1)
     batch.index[7] = 2**62
-    pack(folder, 1, batch)
+    write_rows(folder, 1, batch)
 
 
 def _not_a_number(folder: Path) -> None:
-    batch = taken(folder, 1)
+    batch = load_shard(folder, 1)
     batch.latents[7, 3, 3, 3] = float("nan")
-    pack(folder, 1, batch)
+    write_rows(folder, 1, batch)
 
 
 def _infinite(folder: Path) -> None:
-    batch = taken(folder, 1)
+    batch = load_shard(folder, 1)
     batch.latents[0, 0, 0, 0] = float("-inf")
-    pack(folder, 1, batch)
+    write_rows(folder, 1, batch)
 
 
 def _other_noise(folder: Path) -> None:
-    batch = taken(folder, 1)
-    pack(folder, 1, replace(batch, noise=batch.noise[[1, 0, *range(2, 8)]]))
+    batch = load_shard(folder, 1)
+    write_rows(folder, 1, replace(batch, noise=batch.noise[[1, 0, *range(2, 8)]]))
 
 
 def _noise_off_by_one_bit(folder: Path) -> None:
-    batch = taken(folder, 1)
+    batch = load_shard(folder, 1)
     batch.noise[5].view(torch.int16)[2, 1, 3] ^= 1
-    pack(folder, 1, batch)
+    write_rows(folder, 1, batch)
 
 
 def _aside_unrecorded(folder: Path) -> None:
-    pack(folder, 1, chosen(taken(folder, 1), [0, 1, 2, 4, 5, 6, 7]), aside=(12,))
+    write_rows(folder, 1, select_rows(load_shard(folder, 1), [0, 1, 2, 4, 5, 6, 7]), quarantined=(12,))
 
 
 def _folder(folder: Path) -> None:
@@ -226,7 +226,7 @@ def test_planted_faults_are_found_and_mended(
 ) -> None:
     spec = spec_of(kind, noise)
     store = make_store(tmp_path / "pairs", spec)
-    before = tree(store)
+    before = file_contents(store)
     plant(store)
     names, reason = FAULTS[plant]
     report = verify_store(store)
@@ -240,14 +240,14 @@ def test_planted_faults_are_found_and_mended(
     assert repair_store(store) == names and verify_store(store).missing == names
     make_store(store, spec)
     assert verify_store(store).ok
-    quarantined = {name for name in tree(store) if name.startswith("quarantine")}
-    assert {name: data for name, data in tree(store).items() if name not in quarantined} == before
+    quarantined = {name for name in file_contents(store) if name.startswith("quarantine")}
+    assert {name: data for name, data in file_contents(store).items() if name not in quarantined} == before
 
 
 @pytest.mark.parametrize("kind", ["text", "label"])
 def test_a_row_of_another_prompt_is_found(tmp_path: Path, kind: str) -> None:
     make_store(tmp_path, spec_of(kind))
-    other_prompt(tmp_path)
+    swap_prompt(tmp_path)
     report = verify_store(tmp_path)
     assert [bad["shard"] for bad in report.bad_shards] == [S1] and report.duplicates == []
     assert report.bad_shards[0]["reason"].startswith("pair 12 has prompt ")
@@ -284,7 +284,7 @@ def test_every_flip_in_store_json_is_found(store: Path) -> None:
     path = store / "store.json"
     good, draw = path.read_bytes(), random.Random(1)
     for place in range(len(good) - 1):  # the last is the newline
-        path.write_bytes(flipped(good, place, draw.randrange(8)))
+        path.write_bytes(with_flipped_bit(good, place, draw.randrange(8)))
         with pytest.raises(UserError, match=r"store\.json"):
             verify_store(store)
 
@@ -293,7 +293,7 @@ def test_every_flip_in_the_prompt_list_is_found(tmp_path: Path) -> None:
     store = make_store(tmp_path, shards=(1,))
     path, draw = prompts_path(store), random.Random(2)
     good = path.read_bytes()
-    changed = [flipped(good, place, draw.randrange(8)) for place in range(len(good))]
+    changed = [with_flipped_bit(good, place, draw.randrange(8)) for place in range(len(good))]
     for bad in (*changed, b"", good[:-1], good + b"\n", good + b'"x"\n', good.split(b"\n")[0] + b"\n"):
         path.write_bytes(bad)
         report = verify_store(store)
@@ -307,7 +307,7 @@ def test_every_flip_in_a_quarantine_record_is_found(tmp_path: Path) -> None:
     path, draw = tmp_path / RECORD, random.Random(3)
     good = path.read_bytes()
     for place in range(len(good)):
-        path.write_bytes(flipped(good, place, draw.randrange(8)))
+        path.write_bytes(with_flipped_bit(good, place, draw.randrange(8)))
         assert bad_files(tmp_path) == [RECORD], place
     assert repair_store(tmp_path) == [RECORD]
     report = verify_store(tmp_path)
@@ -364,7 +364,12 @@ def test_damaged_unfinished_work_is_found(tmp_path: Path) -> None:
     part = tmp_path / "partial" / "pairs-00001.rows-0000000008.h5"
     good = part.read_bytes()
     assert bad_files(tmp_path) == []
-    for bad in (good[:-9], flipped(good, len(good) // 2, 3), shard_path(tmp_path, 0).read_bytes(), b""):
+    for bad in (
+        good[:-9],
+        with_flipped_bit(good, len(good) // 2, 3),
+        shard_path(tmp_path, 0).read_bytes(),
+        b"",
+    ):
         part.write_bytes(bad)
         assert bad_files(tmp_path) == [f"partial/{part.name}"]
     assert repair_store(tmp_path) == [f"partial/{part.name}"]

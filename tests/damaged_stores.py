@@ -1,4 +1,4 @@
-"""Pair stores as a job writes them, and hands that spoil them."""
+"""Pair stores written as a job writes them, and functions that damage them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ LISTS = {
 
 
 def spec_of(kind: str = "text", noise: str = "stored", **changes: object) -> StoreSpec:
-    """22 pairs in shards of 8, 8 and 6."""
+    """The spec of 22 pairs in shards of 8, 8 and 6."""
     lists = {"prompts_sha256": prompt_list_sha256(LISTS[kind]), "num_prompts": len(LISTS[kind])}
     shape = {"latent_shape": (4, 4, 4), "conditioning": kind, "noise": noise}
     return replace(stores.SPEC, **{**lists, **shape, **changes})  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ Row = tuple[Tensor, Tensor, list[str], list[int]]
 
 
 def rows(spec: StoreSpec, index: list[int], bad: tuple[int, ...] = ()) -> Row:
-    """What a generator would append for these pairs: noise, latent (NaN for `bad`), prompts, index."""
+    """The arguments of PairWriter.append for these pairs: noise, latents (NaN for `bad`), prompts, index."""
     noise = seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
     latent = noise.float() * 0.5 + 1
     latent[[pair in bad for pair in index], 0, 0, 0] = float("nan")
@@ -68,24 +68,26 @@ def make_store(
     return folder
 
 
-def pack(folder: Path, shard: int, batch: PairBatch, aside: tuple[int, ...] = ()) -> None:
-    """Put rows under a shard's name with right checksums, whatever the rows are."""
+def write_rows(folder: Path, shard: int, batch: PairBatch, quarantined: tuple[int, ...] = ()) -> None:
+    """Write `batch` as a shard with correct checksums, even if its rows do not belong there."""
     spec = read_spec(folder)
-    write_through_scratch(encode_rows(spec, batch, aside), shard_path(folder, shard), folder / "partial")
+    write_through_scratch(
+        encode_rows(spec, batch, quarantined), shard_path(folder, shard), folder / "partial"
+    )
 
 
-def taken(folder: Path, shard: int) -> PairBatch:
+def load_shard(folder: Path, shard: int) -> PairBatch:
     return load_rows(shard_path(folder, shard), read_spec(folder))
 
 
-def chosen(batch: PairBatch, keep: list[int]) -> PairBatch:
+def select_rows(batch: PairBatch, keep: list[int]) -> PairBatch:
     prompts = [batch.prompts[row] for row in keep]
     return PairBatch(
         noise=batch.noise[keep], latents=batch.latents[keep], prompts=prompts, index=batch.index[keep]
     )
 
 
-def flipped(data: bytes, position: int, bit: int) -> bytes:
+def with_flipped_bit(data: bytes, position: int, bit: int) -> bytes:
     bad = bytearray(data)
     bad[position] ^= 1 << bit
     return bytes(bad)
@@ -95,8 +97,8 @@ def bad_files(folder: Path) -> list[str]:
     return [bad["shard"] for bad in verify_store(folder).bad_shards]
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file of a store but scratch."""
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a store by relative path, except claims."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and "claims" not in p.parts]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -106,11 +108,11 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def other_prompt(folder: Path) -> None:
-    batch = taken(folder, 1)
+def swap_prompt(folder: Path) -> None:
+    batch = load_shard(folder, 1)
     prompts = list(LISTS[read_spec(folder).conditioning])
     wrong = prompts[(prompts.index(batch.prompts[4]) + 1) % len(prompts)]
-    pack(folder, 1, replace(batch, prompts=[*batch.prompts[:4], wrong, *batch.prompts[5:]]))
+    write_rows(folder, 1, replace(batch, prompts=[*batch.prompts[:4], wrong, *batch.prompts[5:]]))
 
 
 def write_record(folder: Path, shard: int, *rows: dict[str, object]) -> None:
