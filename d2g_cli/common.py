@@ -25,6 +25,7 @@ from typer.core import TyperCommand
 from d2g.core.config import Presets, parse_assignments, pick, to_json, with_values
 from d2g.core.errors import Interrupted, SettingError
 from d2g.core.logs import logger
+from d2g_cli.terminal import is_terminal, print_table
 
 T = TypeVar("T")
 
@@ -131,6 +132,11 @@ def presets_in_help(
         def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
             panels = {title: other() for title, other in others.items()} | {"Presets": load().about}
+            if self.rich_markup_mode is None:  # not on a terminal
+                for title, lines in panels.items():
+                    with formatter.section(title):
+                        formatter.write_dl(list(lines.items()))
+                return
             for title, lines in panels.items():
                 table = Table.grid(padding=(0, 2))
                 table.add_column(no_wrap=True)
@@ -169,7 +175,7 @@ class Reporter:
         now = time.monotonic()
         start_time, start_done = self.started.setdefault(label, (now, done))
         rate = (done - start_done) / (now - start_time) if now > start_time else 0.0
-        if self.console.is_terminal:
+        if is_terminal(sys.stderr):
             if not self.tasks:
                 self.bars.start()
             if label not in self.tasks:
@@ -306,10 +312,7 @@ def emit(result: Any, as_json: bool, title: str) -> None:
     if as_json:
         print(json.dumps(data, default=str), flush=True)
         return
-    table = Table(title=title, show_header=False)
-    for key, value in data.items():
-        table.add_row(key, escape(_cell(value)))  # a prompt may contain [brackets], which rich would read
-    Console().print(table)
+    print_table(title, [], [[key, _cell(value)] for key, value in data.items()])
 
 
 def _cell(value: Any) -> str:
@@ -323,12 +326,7 @@ def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -
     reporter.stop()
     if not is_rank_0():
         return
-    table = Table(title=escape(title))
-    for name in head:
-        table.add_column(escape(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
+    print_table(title, head, rows)
 
 
 def finish_dry_run(config: Any, as_json: bool, plan: Mapping[str, Any] | None = None) -> None:

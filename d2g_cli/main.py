@@ -16,6 +16,7 @@ from d2g_cli import demo_doctor, distill, lpips, pairs, settings, student, teach
 from d2g_cli import eval as eval_commands
 from d2g_cli.common import is_printed_by_rank_0, log_to_stderr, print_error, publish_error, reporter
 from d2g_cli.foreign_errors import explain
+from d2g_cli.terminal import is_terminal, prepare_streams
 
 
 @contextmanager
@@ -75,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Every failure becomes one `error:` line and an exit code."""
     argv = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in argv
+    prepare_streams()
+    app.rich_markup_mode = "rich" if is_terminal(sys.stdout) and is_terminal(sys.stderr) else None
     logger.propagate = False  # a library may give the root logger a handler, which would repeat each line
     try:
         app(args=[a for a in argv if a != "--debug"], standalone_mode=True)

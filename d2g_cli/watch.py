@@ -1,5 +1,6 @@
 """`d2g distill watch`: show the health of a run live in the terminal, as JSON, or as an image."""
 
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,12 +10,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from d2g.core.errors import SettingError
 from d2g_cli.common import Json, emit, one_process
+from d2g_cli.terminal import is_terminal, print_table
 
 
 @one_process
@@ -43,20 +44,25 @@ def watch(
     if as_json:
         emit(status.to_json() | ({} if png is None else {"png": str(png)}), True, "watch")
         return
-    console = Console()
     if once or png is not None:
-        console.print(render(status))
+        show_status(status)
         return
     # Look again until the run is over.
-    with Live(console=console) if console.is_terminal else nullcontext() as live:
-        show = live.update if live else console.print  # without a terminal, print a table per report
+    with Live() if is_terminal(sys.stdout) else nullcontext() as live:
+
+        def show() -> None:
+            if live:
+                live.update(render(status))
+            else:
+                show_status(status)  # one table per report
+
         try:
-            show(render(status))
+            show()
             while not status.over:
                 time.sleep(every)
                 previous, status = status, view(folder)
                 if has_news(previous, status, bool(live)):
-                    show(render(status))
+                    show()
         except KeyboardInterrupt:  # stops watching; the run itself continues
             return
 
@@ -68,24 +74,44 @@ def has_news(previous: Any, status: Any, live: bool) -> bool:
     return bool(status != previous)
 
 
+def show_status(status: Any) -> None:
+    """Print a `distill.monitoring.status.View`: styled on a terminal, else as plain lines."""
+    if is_terminal(sys.stdout):
+        Console().print(render(status))
+        return
+    print_table(_title(status), [], _rows(status))
+    for line in (*_notes(status), *_files(status)):
+        print(line, flush=True)
+
+
 def render(status: Any) -> Group:
     """A `distill.monitoring.status.View` as a table of its panels, with warnings below."""
-    title = (
-        f"{escape(status.out)}  {status.stage}  {status.nimg:,} of {status.images:,} images, {_state(status)}"
-    )
-    table = Table(title=title, show_header=False, title_justify="left")
-    panel = ""
-    # The name of a panel stands in its first row only.
+    table = Table(title=Text(_title(status)), show_header=False, title_justify="left")
+    for row in _rows(status):
+        table.add_row(*map(Text, row))
+    notes = [Text(line, style="bold red") for line in _notes(status)]
+    return Group(table, *notes, *(Text(line, style="dim") for line in _files(status)))
+
+
+def _title(status: Any) -> str:
+    return f"{status.out}  {status.stage}  {status.nimg:,} of {status.images:,} images, {_state(status)}"
+
+
+def _rows(status: Any) -> list[list[str]]:
+    """Rows of panel, name, value and trend. The name of a panel stands in its first row only."""
+    rows, panel = [], ""
     for row in status.rows:
-        table.add_row(row.panel if row.panel != panel else "", row.name, f"{row.value:.4g}", row.trend)
+        rows.append([row.panel if row.panel != panel else "", row.name, f"{row.value:.4g}", row.trend])
         panel = row.panel
-    if not status.rows:
-        table.add_row("no reports yet")
-    notes = [
-        Text(text, style="bold red") for text in (*status.warnings, *([status.why] if status.why else []))
-    ]
-    files = [f"{name}: {path}" for name in ("checkpoint", "preview") if (path := getattr(status, name))]
-    return Group(table, *notes, *(Text(line, style="dim") for line in files))
+    return rows or [["no reports yet"]]
+
+
+def _notes(status: Any) -> list[str]:
+    return [*status.warnings, *([status.why] if status.why else [])]
+
+
+def _files(status: Any) -> list[str]:
+    return [f"{name}: {path}" for name in ("checkpoint", "preview") if (path := getattr(status, name))]
 
 
 def _state(status: Any) -> str:

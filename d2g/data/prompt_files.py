@@ -37,15 +37,16 @@ def prompt_cells(path: Path, column: str | None = None) -> Iterator[Any]:
         ) from error
 
 
-def prompt_text(path: Path, cell: Any) -> str:
+def prompt_text(source: Path | str, cell: Any) -> str:
     """The stripped text of a cell, "" for an empty one. Raises UserError for a cell that is no text."""
     if cell is None:
         return ""
     if not isinstance(cell, str):
-        raise UserError(f"{path}: prompts must be text, got {str(cell)[:40]!r} ({type(cell).__name__})")
+        raise UserError(f"{source}: prompts must be text, got {str(cell)[:40]!r} ({type(cell).__name__})")
     if not is_clean_text(cell):
         raise UserError(
-            f"{path}: prompt {cell[:40]!r} holds a NUL or half a surrogate pair; correct or remove it"
+            f"{source}: prompt {cell[:40]!r} holds a NUL, half a surrogate pair or bytes that are not UTF-8; "
+            "correct or remove it"
         )
     return cell.strip()
 
