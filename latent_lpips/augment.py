@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2g.core.transfer import to_device
 from latent_lpips.config import AugmentConfig
 
 # Scaling coefficients of the wavelet sym6 (Daubechies 1992, least asymmetric, 6 vanishing moments).
@@ -73,8 +74,8 @@ def sample_transforms(
     """
     # Always draw all numbers, so that one family's transforms do not depend on the others.
     source = generator.device if generator is not None else device
-    uniform = torch.rand(batch, 11, generator=generator, device=source).to(device, non_blocking=True)
-    normal = torch.randn(batch, 4, generator=generator, device=source).to(device, non_blocking=True)
+    uniform = to_device(torch.rand(batch, 11, generator=generator, device=source), device)
+    normal = to_device(torch.randn(batch, 4, generator=generator, device=source), device)
     # Map the uniform numbers to [-1, 1), and whole shifts to positions of this size.
     wh = torch.stack([torch.full_like(uniform[:, 0], float(n)) for n in (size[1], size[0])], 1)
     signed = 2 * uniform - 1

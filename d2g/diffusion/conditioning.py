@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
+from d2g.core.transfer import to_device
 
 ConditioningKind = Literal["text", "label", "none"]
 """What prompts are: text, class labels in decimal, or empty strings."""
@@ -290,7 +291,7 @@ class TextConditioner(Conditioner):
     def run(self, component: str, ids: Tensor, **settings: Any) -> Any:
         """The output of a text encoder for token ids [B, L], computed where the encoder is."""
         model: Any = self.models[component]
-        return model(ids.to(next(model.parameters()).device), **settings)
+        return model(to_device(ids, next(model.parameters()).device), **settings)
 
 
 class CLIPConditioner(TextConditioner):

@@ -68,11 +68,18 @@ class Student(nn.Module):
             width = self.unet.config.time_cond_proj_dim
             embedding = guidance_embedding(guidance.to(x.device), width).to(inputs.dtype)
         output = self.family.forward(
-            self.unet, self.unet.config, inputs, self.point.t, cond, self.downscale, embedding
+            self.unet, self.unet.config, inputs, self._time(len(x), x.device), cond, self.downscale, embedding
         )
         output = output[:, : x.shape[1]]  # a learned variance follows the mean
         with torch.autocast(noise.device.type, enabled=False):
             return self.schedule.x0(output, x, self.point)
+
+    def _time(self, rows: int, device: torch.device) -> Tensor | float:
+        """The network's time input, a tensor [B] if it is a whole number: diffusers copies numbers to the GPU
+        and waits; `full` is filled there. Other times stay numbers, because FSDP2 casts tensors to bf16.
+        """
+        t = self.point.t
+        return torch.full((rows,), int(t), device=device) if t == int(t) else t
 
     @property
     def reads_text(self) -> bool:

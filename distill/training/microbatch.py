@@ -6,7 +6,6 @@ rows; or for each row, from (seed, number of the row).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from d2g.core.distributed import process_group
 from d2g.core.seeds import StepStream, Stream, generator
 from d2g.core.seeds import noise as row_noise
+from d2g.core.transfer import to_device
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, Penalty
 from distill.losses.adversarial import mismatch
@@ -26,8 +26,6 @@ from distill.training.text_cache import TextCache
 from latent_lpips.augment import select_transforms
 from pairgen.store.concat import scales
 from pairgen.store.hdf5 import PairBatch
-
-X = TypeVar("X", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,7 @@ class StepPreparation:
         """
         shape = (batch.noise.shape[1], batch.noise.shape[2], batch.noise.shape[3])
         randomness = self.sample_step_randomness(shape, nimg)
-        noise, target = (
-            x.to(self.device, torch.float32, non_blocking=True) for x in (batch.noise, batch.latents)
-        )
+        noise, target = (to_device(x, self.device).float() for x in (batch.noise, batch.latents))
         cond = self.encode(batch.prompts)
         rows = len(batch.prompts)
         size, first = rows // self.microbatches, process_group.rank() * rows
@@ -205,10 +201,3 @@ def penalty_batches(
         microbatch, position = microbatches[row // size], row % size
         batches.append((microbatch.d_real.row(position), microbatch.d_fake.row(position), weight))
     return batches
-
-
-def to_device(x: X, device: torch.device) -> X:
-    """Copy `x` from the CPU to the device without waiting, through pinned memory where there is a GPU."""
-    if x is None:
-        return x
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

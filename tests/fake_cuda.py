@@ -1,0 +1,168 @@
+"""Runs `train` on fake CUDA tensors, without a GPU, and prints where a GPU would keep the host waiting.
+
+    PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan
+
+CPU tensors are real, CUDA tensors are FakeTensors. Mixing the two raises, as on a GPU. A value that the host
+asks of the device is made up (1), and the line that asked is counted. Tried with torch 2.11.0 and 2.15.0,
+without a driver. Prints one JSON object: `steps`, the waits of each step by function of the project, and
+`report`, those of the report at the end.
+"""
+
+import atexit
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.optim.optimizer as optimizers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+ROOT = str(Path(__file__).resolve().parents[1])
+HAS_PRIMARY_CONTEXT = 4
+"""Slot of hasPrimaryContext in at::CUDAHooksInterface's table of virtual functions (torch 2.11 to 2.15)."""
+
+_answer_no = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda hooks, index: False)
+
+
+def pretend_cuda() -> None:
+    """Make torch accept fake CUDA tensors in a backward pass, in a CUDA build without a driver."""
+    torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing
+    # The autograd engine asks whether device 0 has a context, and raises if there is no device 0. Answer no.
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    library._ZN2at6detail12getCUDAHooksEv.restype = ctypes.c_void_p
+    hooks = ctypes.cast(library._ZN2at6detail12getCUDAHooksEv(), ctypes.POINTER(ctypes.c_void_p))
+    original = hooks[0]
+    assert original is not None
+    table = (ctypes.c_void_p * 130)()
+    ctypes.memmove(table, original - 16, 130 * 8)
+    table[2 + HAS_PRIMARY_CONTEXT] = ctypes.cast(_answer_no, ctypes.c_void_p).value
+    atexit.register(hooks.__setitem__, 0, original)  # Python's function is gone before torch is
+    pretend_cuda.table = table  # type: ignore[attr-defined]  # keeps it alive
+    hooks[0] = ctypes.addressof(table) + 16
+
+    any_torch: Any = torch
+    any_torch.cuda._lazy_init = lambda: None
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") goes by way of the CPU
+    torch.backends.cudnn.enabled = False  # cudnn_grid_sampler has no fake form
+    # Otherwise autocast("cuda") switches itself off.
+    any_torch.amp.autocast_mode.amp_definitely_not_available = lambda: False
+    any_torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    any_torch.cuda.is_bf16_supported = lambda including_emulation=True: True
+    optimizers._foreach_supported_types.append(FakeTensor)  # optimizers as on CUDA
+    any_torch.nn.Module._apply = _apply
+
+
+def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Module.to for fake parameters, which torch can neither swap nor set the data of."""
+    replaced: dict[int, nn.Parameter] = {}
+    for module in self.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in replaced:
+                with torch.no_grad():
+                    new = fn(p)
+                replaced[id(p)] = p if new is p else nn.Parameter(new.detach(), p.requires_grad)
+            module._parameters[name] = None if p is None else replaced[id(p)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else fn(buffer)
+    return self
+
+
+def project_line() -> str:
+    """File and function of the innermost frame of the project."""
+    frames = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename != __file__]
+    ours = [f for f in frames if ".venv" not in f.filename]
+    return f"{os.path.relpath(ours[-1].filename, ROOT)} {ours[-1].name}" if ours else "?"
+
+
+class FakeCuda(TorchDispatchMode):
+    """CPU operations run, operations on CUDA are faked. `waits` counts where the host waits for CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.waits: Counter[str] = Counter()
+        self.pinned = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)
+        if func is aten._pin_memory.default:
+            pinned = args[0].clone()
+            self.pinned.add(pinned.data_ptr())
+            return pinned
+        # CPU operations run as they are.
+        fakes = [t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)]
+        device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+        if not fakes and (device is None or device.type != "cuda"):
+            return func(*args, **kwargs)
+        # The host asks for a value: make one up.
+        if func is aten._local_scalar_dense.default:
+            self.waits[f"{project_line()}: reads a value"] += 1
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func in (aten._to_copy.default, aten.copy_.default):
+            is_new = func is aten._to_copy.default
+            source, target = (args[0], device) if is_new else (args[1], args[0].device)
+            direction = (source.device.type, target.type if target is not None else source.device.type)
+            if direction == ("cuda", "cpu"):
+                self.waits[f"{project_line()}: copies to the host"] += 1
+                dtype = kwargs.get("dtype") or source.dtype
+                zeros = torch.zeros(source.shape if is_new else args[0].shape, dtype=dtype)
+                return zeros if is_new else args[0].copy_(zeros)
+            if direction == ("cpu", "cuda"):
+                if not (kwargs.get("non_blocking") and source.data_ptr() in self.pinned):
+                    self.waits[f"{project_line()}: copies from pageable memory"] += 1
+        with self.fake:
+            return func(*args, **kwargs)
+
+
+def main(stage: str) -> None:
+    import jobs
+    import tiny
+    from d2g.core.distributed import process_group
+    from distill.config.presets import preset
+    from distill.training import state
+    from distill.training.train import train
+
+    folder = Path(tempfile.mkdtemp())
+    teacher = tiny.save_teacher(folder / "teacher")
+    pairs = jobs.make_pairs(Path(teacher), folder)
+    config = replace(preset("trial", stage), teacher=str(teacher), pairs=str(pairs))
+    config = replace(config, init="teacher" if stage == "gan" else "")
+    options = replace(config.train, batch_size=4, images=12, loader_workers=0, checkpoint_images=10**9)
+    config = replace(config, train=replace(options, report_images=10**9))
+    pretend_cuda()
+    any_group: Any = process_group
+    any_group.init = lambda long_waits=False: torch.device("cuda", 0)
+    # torch.distributed.checkpoint looks at storages, which fakes do not have.
+    any_state: Any = state.State
+    any_state.save = lambda *arguments: None
+    mode, steps = FakeCuda(), []
+
+    def progress(label: str, done: int, total: int) -> None:
+        steps.append(dict(mode.waits))
+        mode.waits.clear()
+
+    try:
+        with torch.autograd.set_multithreading_enabled(False), mode:
+            train(config, folder / "out", progress)
+    except Exception as error:  # no checkpoint was written: `train` says so at its end
+        if "nothing to train" not in str(error):
+            raise
+    print(json.dumps({"steps": steps[1:], "report": dict(mode.waits)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
