@@ -15,7 +15,7 @@ from d2g.diffusion.latents import decode
 from distill.config.components import RegressionConfig
 from distill.config.run import DistillConfig, TrainConfig
 from distill.losses.regression import base
-from distill.losses.regression.decoder_features import EPSILON, OUTLIER, DecoderFeatures
+from distill.losses.regression.decoder_features import EPSILON, MAX_DEVIATION, DecoderFeatures
 from distill.losses.regression.mse import squared_error
 from distill.losses.regression.pseudo_huber import pseudo_huber
 from distill.losses.regression.registry import REGRESSION_LOSSES
@@ -161,7 +161,7 @@ def test_decoder_features_are_those_of_the_decoder(teacher: Path) -> None:
         predicted, wanted = outputs[name]
         std, mean = torch.std_mean(wanted, dim=(2, 3), keepdim=True, correction=0)
         scale = (std.square() + EPSILON).rsqrt()
-        mask = ((wanted - mean) * scale).abs() <= OUTLIER
+        mask = ((wanted - mean) * scale).abs() <= MAX_DEVIATION
         error = (((predicted - wanted) * scale).square() * mask).mean(dim=(1, 2, 3))
         expected += error * 4 / wanted.shape[-1]
     torch.testing.assert_close(distance(pred, target), expected)

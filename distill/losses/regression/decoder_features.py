@@ -14,7 +14,7 @@ from d2g.diffusion.latents import latent_space
 from distill.config.components import RegressionConfig
 from distill.losses.regression.base import FrozenNetworks, RegressionLoss, RowDistance, Transforms
 
-OUTLIER = 5.0
+MAX_DEVIATION = 5.0
 """Target features beyond this many standard deviations of their channel are left out. The paper masks
 outliers of the decoder's features too; this threshold is ours.
 """
@@ -67,7 +67,7 @@ class DecoderFeatures(RowDistance):
             predicted, expected = predicted.float(), expected.float()
             variance, mean = torch.var_mean(expected, dim=(2, 3), keepdim=True, correction=0)
             scale = (variance + EPSILON).rsqrt()
-            inlier = ((expected - mean) * scale).abs() <= OUTLIER
+            inlier = ((expected - mean) * scale).abs() <= MAX_DEVIATION
 
             # Later blocks are larger and weigh less.
             error = ((predicted - expected) * scale).square() * inlier
