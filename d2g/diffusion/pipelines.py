@@ -126,12 +126,12 @@ def _read_index(folder: Path) -> Pipeline:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         kind = index["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"teacher {folder}: model_index.json cannot be read ({type(error).__name__}: {error}); "
             "expected JSON with _class_name, as save_pretrained writes"
         ) from error
-    if kind not in FAMILY_OF:
+    if not isinstance(kind, str) or kind not in FAMILY_OF:
         raise UserError(
             f"teacher {folder}: model_index.json says {kind}, which is not supported; "
             f"supported: {', '.join(FAMILY_OF)}"

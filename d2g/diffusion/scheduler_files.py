@@ -205,8 +205,9 @@ def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
     # DDIMScheduler computes the table of alphas from any scheduler's betas.
     try:
         alphas = DDIMScheduler(**{k: settings[k] for k in BETAS if k in settings}).alphas_cumprod
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{where} has betas that DDIMScheduler does not take: {error}") from error
+    except Exception as error:  # on odd values, it raises almost anything
+        reason = first_line(error)
+        raise UserError(f"{where} has betas that DDIMScheduler does not take: {reason}") from error
     return Schedule(
         alphas_cumprod=alphas.double(),
         prediction=settings["prediction_type"],

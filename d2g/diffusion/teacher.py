@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from d2g.core.errors import SettingError, UserError
+from d2g.core.errors import SettingError, UserError, first_line
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner, Conditioning, ConditioningKind
 from d2g.diffusion.edm import EDMSchedule
-from d2g.diffusion.families.base import SCHEDULE_NAMES, Family
+from d2g.diffusion.families.base import SCHEDULE_NAMES, Family, Pipeline
 from d2g.diffusion.latents import LatentSpace, latent_space
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Spacing
@@ -245,8 +245,22 @@ def load_teacher(
 
 
 def _teacher_on_meta(name: str, spacing: Spacing | Literal["teacher"], final_alpha: str) -> Teacher:
-    """A checked teacher without weights."""
+    """A checked teacher without weights. Raises UserError for files with values that do not fit together."""
     pipeline = open_pipeline(name)
+    try:
+        return _checked_teacher(name, pipeline, spacing, final_alpha)
+    except UserError:
+        raise
+    except Exception as error:  # odd values of the files meet arithmetic here and in other libraries
+        raise UserError(
+            f"teacher {pipeline.folder}: its config files hold a value that does not fit "
+            f"({type(error).__name__}: {first_line(error)}); compare them with those of the original model"
+        ) from error
+
+
+def _checked_teacher(
+    name: str, pipeline: Pipeline, spacing: Spacing | Literal["teacher"], final_alpha: str
+) -> Teacher:
     schedule = _override(name, load_any_schedule(name), spacing, final_alpha)
     space = _latent_space(name)
     network = pretrained.load_on_meta(name, pipeline.family.network)

@@ -1,0 +1,208 @@
+"""Odd files of a teacher end in one line that names the teacher, whatever the libraries raise inside."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+import tiny_teachers
+from d2g.core.errors import UserError
+from d2g.diffusion.pipelines import resolve
+from d2g.diffusion.teacher import check_solver, load_teacher
+from tiny_teachers import edit
+
+ODD: tuple[Any, ...] = (None, "x", "", -1, 0, 0.5, 1e30, True, [], {}, [1, 2], {"a": 1})
+
+
+@pytest.fixture(scope="module")
+def folders(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("odd")
+    saved = {
+        "sdxl": tiny_teachers.save_sdxl(out / "sdxl"),
+        "sd3": tiny_teachers.save_sd3(out / "sd3"),
+        "pixart": tiny_teachers.save_pixart(out / "pixart", sigma=True),
+        "dit": tiny_teachers.save_dit(out / "dit", classes=4),
+        "pixels": tiny_teachers.save_pixels(out / "pixels"),
+    }
+    return {"sd": teacher, **{name: Path(folder) for name, folder in saved.items()}}
+
+
+def try_out(folder: Path) -> str:
+    """What a teacher's load says if it is refused; "" if it loads and can be asked for its steps."""
+    try:
+        teacher = load_teacher(str(folder))
+        check_solver(teacher, teacher.default_solver, 4)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1500
+        return str(error)
+    return ""
+
+
+def spoil(rng: random.Random, folder: Path) -> str:
+    """Give one key of one JSON file an odd value, or remove it."""
+    large = {"tokenizer.json"}  # its own cases are below
+    file = rng.choice([path for path in sorted(folder.glob("*/*.json")) if path.name not in large])
+    content = json.loads(file.read_text())
+    key = rng.choice(sorted(content))
+    if rng.random() < 0.15:
+        del content[key]
+        what = "removed"
+    else:
+        content[key] = rng.choice(ODD)
+        what = f"= {content[key]!r}"
+    file.write_text(json.dumps(content))
+    return f"{file.relative_to(folder)}: {key} {what}"
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "dit", "pixels"])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # the libraries warn of much of this
+def test_odd_values_load_or_are_refused_in_one_line(
+    family: str, count: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    rng = random.Random(f"{family} {count}")
+    for number in range(count):
+        folder = Path(shutil.copytree(folders[family], tmp_path / str(number)))
+        change = spoil(rng, folder)
+        try:
+            try_out(folder)
+        except Exception as error:
+            raise AssertionError(f"{change}: {type(error).__name__}") from error
+        shutil.rmtree(folder)
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+CASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "steps_offset null": ("sdxl", lambda f: edit(f, SCHEDULER, steps_offset=None), "has a value"),
+    "no training steps": ("sd", lambda f: edit(f, SCHEDULER, num_train_timesteps=0), "scheduler DDIM|steps"),
+    "betas that are words": ("sd", lambda f: edit(f, SCHEDULER, beta_start="x"), "has betas"),
+    "a shift that is a word": ("sd3", lambda f: edit(f, SCHEDULER, shift="x"), "has a value"),
+    "a list for a file": ("sd", lambda f: (f / SCHEDULER).write_text("[]"), "cannot be read"),
+    "a binary file": ("sd", lambda f: (f / SCHEDULER).write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    "a scheduler of nobody": (
+        "sd",
+        lambda f: edit(f, "model_index.json", scheduler=["diffusers", "MyScheduler"]),
+        "scheduler MyScheduler does not go with",
+    ),
+    "a tokenizer that is no JSON": (
+        "sd",
+        lambda f: (f / "tokenizer/tokenizer.json").write_text("{"),
+        "tokenizer cannot be loaded",
+    ),
+    "a tokenizer of another format": (
+        "sd",
+        lambda f: (f / "tokenizer/tokenizer.json").write_text('{"model": {"type": "none"}}'),
+        "tokenizer cannot be loaded",
+    ),
+    "a U-Net without blocks": (
+        "sd",
+        lambda f: edit(f, "unet/config.json", down_block_types=[]),
+        "unet has no config that can be read",
+    ),
+    "an activation of nobody": (
+        "sd",
+        lambda f: edit(f, "unet/config.json", act_fn="none"),
+        "unet has no config that can be read",
+    ),
+    "a text model of no heads": (
+        "sd",
+        lambda f: edit(f, "text_encoder/config.json", num_attention_heads=0),
+        "text_encoder has no config that can be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_odd_files_are_named(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    family, change, says = CASES[case]
+    folder = Path(shutil.copytree(folders[family], tmp_path / "teacher"))
+    change(folder)
+    text = try_out(folder)
+    assert any(part in text for part in says.split("|")), text
+    assert str(folder) in text or "steps is" in text
+
+
+@pytest.mark.parametrize(
+    "content", ['{"_class_name": []}', "[]", '{"a": 1}', "[" * 20_000, '"x"', '{"_class_name": {"a": 1}}']
+)
+def test_an_odd_index_is_named(content: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["sd"], tmp_path / "teacher"))
+    (folder / "model_index.json").write_text(content)
+    assert "model_index.json" in try_out(folder)
+
+
+# What is no folder in diffusers layout, and how it becomes one.
+
+
+def unet_alone(teacher: Path, out: Path) -> Path:
+    shutil.copytree(teacher / "unet", out / "checkpoint-500" / "unet")
+    (out / "checkpoint-500" / "optimizer.bin").touch()
+    return out / "checkpoint-500"
+
+
+def one_model(teacher: Path, out: Path) -> Path:
+    return Path(shutil.copytree(teacher / "unet", out / "model"))
+
+
+def adapters(teacher: Path, out: Path) -> Path:
+    (out / "lora").mkdir()
+    (out / "lora" / "pytorch_lora_weights.safetensors").touch()
+    return out / "lora"
+
+
+def student(teacher: Path, out: Path) -> Path:
+    (out / "student").mkdir()
+    (out / "student" / "student.json").write_text("{}")
+    return out / "student"
+
+
+def single_file(name: str, *tensors: str) -> Callable[[Path, Path], Path]:
+    def save(teacher: Path, out: Path) -> Path:
+        import torch
+        from safetensors.torch import save_file
+
+        save_file({tensor: torch.zeros(1) for tensor in tensors or ("w",)}, out / name)
+        return out / name
+
+    return save
+
+
+OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "a U-Net alone": (unet_alone, "no component but unet, as fine-tuning scripts leave checkpoints"),
+    "one model": (one_model, "one model, no model_index.json; copy the pipeline"),
+    "LoRA adapters": (adapters, "LoRA adapters, no model_index.json; in diffusers, load the pipeline"),
+    "a student": (student, "a student of d2g, no teacher; give it to --student"),
+    "an empty folder": (lambda t, out: out, "no model_index.json; expected a folder in diffusers layout"),
+    "a single file": (
+        single_file("a.safetensors", "model.diffusion_model.out.0.bias"),
+        "in Python with diffusers: StableDiffusionPipeline.from_single_file(",
+    ),
+    "SDXL in a single file": (
+        single_file("xl.safetensors", "conditioner.embedders.0.transformer.w"),
+        "StableDiffusionXLPipeline.from_single_file(",
+    ),
+    "a .ckpt": (single_file("a.ckpt"), 'save_pretrained("teacher"), and give --teacher teacher'),
+    "some other file": (single_file("a.txt"), "a file; expected a folder in diffusers layout"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_no_pipeline_says_how_to_make_one(case: str, teacher: Path, tmp_path: Path) -> None:
+    make, says = OTHERS[case]
+    with pytest.raises(UserError) as caught:
+        resolve(str(make(teacher, tmp_path)))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_following_the_advice_for_a_unet_alone_makes_a_teacher(teacher: Path, tmp_path: Path) -> None:
+    fine_tune = unet_alone(Path(tiny.save_teacher(tmp_path / "other", seed=3)), tmp_path)
+    made = Path(shutil.copytree(teacher, tmp_path / "made"))
+    shutil.rmtree(made / "unet")
+    shutil.copytree(fine_tune / "unet", made / "unet")
+    assert load_teacher(str(made)).latent_shape == (4, 4, 4)

@@ -1,0 +1,164 @@
+"""Errors of libraries and of the system reach the user as one line that says what to do."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2g_cli.common import TORCHRUN
+from d2g_cli.foreign_errors import explain
+from distill.sampling import untrained_one_step
+from eval.runner.samplers import SamplingRequest, pipeline_source
+from jobs import d2g, d2g_ranks
+from stores import FORKS
+
+pytestmark = FORKS
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = "this is unexpected"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "take smaller batches"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "take smaller batches"),
+        (MemoryError(), "out of memory (MemoryError)"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "take smaller batches"),
+        (
+            RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nmore"),
+            "see `nvidia-smi` for who uses it",
+        ),
+        (RuntimeError("CUDA error: invalid device ordinal"), "CUDA_VISIBLE_DEVICES"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: the disk is full; free space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "your quota of the disk is used up"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: no permission"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (OSError(errno.EROFS, "Read-only file system", b"/\xff"), "the disk is read-only"),
+        (ModuleNotFoundError("No module named 'foo.bar'", name="foo.bar"), "`pip install foo`"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value[:20],
+)
+def test_what_a_user_can_mend_says_how(error: Exception, says: str) -> None:
+    text = explain(error)
+    assert text is not None and says in text and "\n" not in text
+
+
+def test_what_only_developers_can_mend_is_to_be_reported() -> None:
+    assert explain(KeyError("x")) is None and explain(OSError("odd")) is None
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_a_full_device_is_one_line(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process runs out of memory where it allocates the first real tensor of a batch."""
+
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 8 MiB free")
+
+    monkeypatch.setattr("pairgen.job.noise", full)
+    (tmp_path / "p.txt").write_text("a cube")
+    ended = d2g(
+        [
+            *("pairs", "generate", "--teacher", str(teacher), "--prompts", str(tmp_path / "p.txt")),
+            *("--preset", "trial", "--num-pairs", "1", "--out", str(tmp_path / "o")),
+        ],
+        tmp_path / "log",
+    )
+    assert ended.code == 1 and "out of memory (CUDA out of memory." in ended.error
+    assert REPORT not in ended.error and "--batch-size" in ended.error
+
+
+# A pipeline of few steps.
+
+
+@pytest.fixture(scope="module")
+def one_step(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline that `d2g export` writes of an untrained student."""
+    from d2g.diffusion import pretrained
+    from distill.export.one_step_pipeline import save_one_step
+    from distill.models.student import add_guidance_embedding
+
+    out = tmp_path_factory.mktemp("pipeline") / "pipe"
+    unet = untrained_one_step(str(teacher)).student.unet
+    add_guidance_embedding(unet)
+    save_one_step(str(teacher), unet, pretrained.load_schedule(str(teacher)), 999, out, torch.float32)
+    return out
+
+
+def test_an_exported_pipeline_is_measured_with_its_one_step(
+    one_step: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = SamplingRequest(prompts=["a red cube"])
+    with caplog.at_level("INFO"):
+        source = pipeline_source(str(one_step), request)
+    assert source.facts["steps"] == 1 and "takes 1 steps at most" in caplog.text
+    batch = next(iter(source.draw(range(1), 1, ())))
+    assert batch.prompts == ["a red cube"]
+    assert pipeline_source(str(one_step), request, steps=1).facts == source.facts
+
+
+def test_more_steps_than_a_pipeline_has_are_refused(one_step: Path, teacher: Path) -> None:
+    request = SamplingRequest(prompts=["a red cube"])
+    with pytest.raises(Exception, match=r"takes 1 steps at most, got 4; set --steps 1"):
+        pipeline_source(str(one_step), request, steps=4)
+    assert pipeline_source(str(teacher), request).facts["steps"] == 50, "others keep the default"
+
+
+def test_what_a_pipeline_raises_is_one_line(teacher: Path, tmp_path: Path) -> None:
+    """A text encoder with too few positions fails inside the pipeline."""
+    import tiny_teachers
+    from d2g.core.errors import UserError
+
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    tiny_teachers.edit(folder, "tokenizer/tokenizer_config.json", model_max_length=40)
+    source = pipeline_source(str(folder), SamplingRequest(prompts=["a red cube"]), steps=2)
+    with pytest.raises(UserError, match=r"pipeline .* cannot draw with 2 steps and guidance None \("):
+        next(iter(source.draw(range(1), 1, ())))
+
+
+# One-process commands under torchrun.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["export", "--student", "miniature"], ["teacher", "info", "miniature", "--json"]],
+    ids=["export", "teacher info"],
+)
+def test_one_process_works_and_the_others_end_well(words: list[str], tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")] if words[0] == "export" else []
+    first, second = d2g_ranks([*words, *out], tmp_path / "log")
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    assert second.stdout == "" == second.stderr and first.stdout
+    assert "works in one process; the others of torchrun have nothing to do" in first.stderr
+    assert not out or (tmp_path / "out" / "student.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["score", "overfit", "triplets"])
+def test_lpips_commands_of_one_process_say_what_is_missing_once(command: str, tmp_path: Path) -> None:
+    first, second = d2g_ranks(["lpips", command], tmp_path)
+    assert (first.code, second.code) == (2, 0) and "is not set; give --" in first.error
+    assert second.stderr == ""
+
+
+def test_torchruns_variables_are_known() -> None:
+    """All that torch's agent sets for ranks and that `process_group` reads."""
+    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"} <= set(TORCHRUN)
+
+
+# A reader that goes away.
+
+
+@pytest.mark.parametrize("words", [["settings", "distill"], ["teacher", "list", "--json"]])
+def test_a_closed_pipe_is_no_error_to_report(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "d2g_cli", *words], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert "Traceback" not in done.stderr and REPORT not in done.stderr and "error" not in done.stderr
