@@ -131,7 +131,7 @@ def load_student_weights(student: Student, name: str) -> None:
     """
     tensors = student_tensors(name)
     if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
-        add_guidance_embedding(student.unet)
+        add_guidance_embedding(student.network)
     try:
         student.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
     except RuntimeError as error:

@@ -1,6 +1,6 @@
-"""One rank of test_core_parallel.py: D's gradients, R1 among them, under every engine, and one update.
+"""One rank of test_engine.py: D's gradients, R1 among them, under every engine, and one update.
 
-torchrun … parallel_worker.py FOLDER    writes FOLDER/CASE.pt from rank 0
+torchrun … parallel_worker.py FOLDER    writes FOLDER/FAMILY/CASE.pt from rank 0
 """
 
 import sys
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import tiny_teachers
 from d2g.core.distributed import engine, process_group
 from d2g.core.distributed.engine import DistributedModule
-from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import family_of
 from distill.config.run import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.losses.gradient_penalty import r1_penalty
-from distill.models.unet_discriminator import Discriminator, discriminator_from_teacher
+from distill.models.discriminator_kind import DiscriminatorKind
+from distill.models.discriminators import DISCRIMINATORS
 
 ROWS = 8
 CASES = {
@@ -34,22 +35,37 @@ CASES = {
     "fsdp-replicas": {"kind": "fsdp", "replicas": 2},
 }
 
+FAMILIES = {"sd": tuple(CASES)} | dict.fromkeys(
+    tiny_teachers.TRANSFORMERS,
+    ("ddp", "ddp-accumulate", "ddp-autocast", "fsdp", "fsdp-accumulate", "fsdp-recompute"),
+)
+"""Cases by family; its teacher is FOLDER/FAMILY/teacher."""
 
-def new_discriminator(teacher: str, seed: int) -> Discriminator:
+
+def discriminator_kind(teacher: str) -> tuple[DiscriminatorKind, DiscriminatorConfig]:
+    """The kind of discriminator that goes with a teacher, and settings for it."""
+    name: Any = family_of(teacher).network
+    return DISCRIMINATORS[name], DiscriminatorConfig(discriminator=name, token_heads=2, token_scales=(1, 2))
+
+
+def new_discriminator(teacher: str, seed: int) -> nn.Module:
     """Heads differ by seed; nothing that matters is zero."""
     rng = torch.Generator().manual_seed(seed)
-    discriminator = discriminator_from_teacher(teacher, DiscriminatorConfig(), rng)
+    kind, config = discriminator_kind(teacher)
+    discriminator = kind.build(teacher, config, rng)
+    inputs = ("conv_z.weight", "heads.0_skip.weight", "patch_z.weight", "heads.block1.weight")
     with torch.no_grad():
-        for p in (discriminator.conv_z.weight, discriminator.heads["0_skip"].weight):  # type: ignore[union-attr]
-            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
+        for name in inputs:
+            if (p := dict(discriminator.named_parameters()).get(name)) is not None:
+                p.copy_(0.3 * torch.randn(p.shape, generator=rng))
     return discriminator
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor, Conditioning]:
+def batch(family: str) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
     """real, fake, noise, conditioning of the whole batch."""
-    rng = torch.Generator().manual_seed(5)
-    real, fake, noise = (torch.randn(ROWS, 4, 4, 4, generator=rng) for _ in range(3))
-    return real, fake, noise, Conditioning.from_text(torch.randn(ROWS, 12, 16, generator=rng))
+    rng, channels = torch.Generator().manual_seed(5), 8 if family == "sd3" else 4
+    real, fake, noise = (torch.randn(ROWS, channels, 4, 4, generator=rng) for _ in range(3))
+    return real, fake, noise, tiny_teachers.random_conditioning(family, ROWS, 5)
 
 
 def gradients(
@@ -63,7 +79,8 @@ def gradients(
     """Whole gradients of this world's D loss with R1 on one row a rank, then the weights after one update."""
     rank, world = process_group.rank(), process_group.world_size()
     if kind == "fsdp" and rank:
-        network = Discriminator(pretrained.load_on_meta(teacher, "unet"), DiscriminatorConfig()).to("meta")
+        kind_of_d, config = discriminator_kind(teacher)
+        network = kind_of_d.build_on_meta(teacher, config).to("meta")
     else:
         network = new_discriminator(teacher, seed=rank)
     layers = list(family_of(teacher).shard_units(network))
@@ -77,7 +94,7 @@ def gradients(
     optim = torch.optim.SGD(d.parameters(), 0.1)
     local = ROWS // world
     size = local // accumulate
-    rows: Any = [part[rank * local : (rank + 1) * local] for part in batch()]
+    rows: Any = [part[rank * local : (rank + 1) * local] for part in batch(family_of(teacher).name)]
     for _ in range(2):  # twice: what the first step leaves behind must not show in the second
         optim.zero_grad(set_to_none=True)
         real, fake, noise, text = rows
@@ -90,7 +107,7 @@ def gradients(
                     logits = d(real, noise, text), d(fake, noise, text)
                 (discriminator_loss(*logits) / accumulate).backward()
         results = {
-            f"grad.{n}": engine.full_tensor(p.grad)
+            f"grad.{n}": engine.full_tensor(p.grad).clone()  # clipping scales in place
             for n, p in network.named_parameters()
             if p.grad is not None
         }
@@ -113,11 +130,12 @@ def main() -> None:
     """All cases."""
     folder = Path(sys.argv[1])
     process_group.init()
-    for name, settings in CASES.items():
-        results = gradients(str(folder / "teacher"), **settings)  # type: ignore[arg-type]
-        if process_group.rank() == 0:
-            torch.save(results, folder / f"{name}.pt")
-        process_group.barrier()
+    for family, cases in FAMILIES.items():
+        for name in cases:
+            results = gradients(str(folder / family / "teacher"), **CASES[name])  # type: ignore[arg-type]
+            if process_group.rank() == 0:
+                torch.save(results, folder / family / f"{name}.pt")
+            process_group.barrier()
     process_group.finish()
 
 

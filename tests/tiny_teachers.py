@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pretrained import SD_BETAS, new_tokenizer, new_unet, new_vae
-from tiny import CAPTIONS
+from tiny import CAPTIONS, save_lpips
 
 LATENT = (4, 4, 4)
 DDIM = dict(SD_BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
@@ -278,6 +279,41 @@ def save_edm(folder: Path, classes: int | None = 10, scheduler: Any = None, **se
     from diffusers import EDMEulerScheduler
 
     return save_pixels(folder, classes, scheduler or EDMEulerScheduler, **{**EDM, **settings})
+
+
+TRANSFORMERS = ("dit", "pixart", "sd3")
+"""Families of transformers; `save_transformer` saves a teacher of each."""
+
+
+def save_transformer(family: str, folder: Path, **settings: Any) -> str:
+    """A teacher of one of TRANSFORMERS, with latent_lpips/ for its latents."""
+    if family == "pixart":
+        name = save_pixart(folder, sigma=True, **settings)
+    elif family == "dit":
+        name = save_dit(folder, classes=6, **settings)
+    else:
+        name = save_sd3(folder, **settings)
+    save_lpips(folder / "latent_lpips", 8 if family == "sd3" else 4)
+    return name
+
+
+def random_conditioning(family: str, rows: int, seed: int = 0, dtype: Any = torch.float32) -> Conditioning:
+    """Conditioning of the tiny teacher of a family: random numbers, masks and labels."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(rows, *shape, generator=rng, dtype=dtype)
+
+    if family == "dit":
+        return Conditioning.from_labels(torch.arange(rows) % 5)
+    if family == "pixart":
+        mask = torch.arange(7) <= torch.arange(rows)[:, None] % 5 + 1
+        return Conditioning({"hidden": normal(7, 16), "mask": mask.long()})
+    return (
+        Conditioning.from_text(normal(7, 48), normal(40))
+        if family == "sd3"
+        else (Conditioning.from_text(normal(12, 16)))
+    )
 
 
 def diffusers_pipeline(folder: Path, **components: Any) -> Any:

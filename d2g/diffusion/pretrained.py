@@ -25,8 +25,8 @@ from d2g.diffusion.pipelines import denoiser_sha256 as denoiser_sha256
 from d2g.diffusion.pipelines import resolve as resolve
 from d2g.diffusion.pipelines import teacher_digests as teacher_digests
 from d2g.diffusion.pipelines import weights_sha256 as weights_sha256
+from d2g.diffusion.scheduler_files import load_any_schedule as load_any_schedule
 from d2g.diffusion.scheduler_files import load_schedule as load_schedule
-from d2g.diffusion.scheduler_files import load_student_schedule as load_student_schedule
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader workers fork
 

@@ -101,6 +101,10 @@ class Schedule(_UnscaledInput):
         """x_0 from a network's output, fp32."""
         return predict_x0(output, x, point.alpha, point.sigma, self.prediction)
 
+    def diffuse(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """x_t for x_0 and noise [B, ...] at timesteps [B]; see `diffuse`."""
+        return diffuse(x0, noise, self.alphas_cumprod, timestep)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicShift:
@@ -162,6 +166,24 @@ class FlowSchedule(_UnscaledInput):
             grid = [1 - i * (1 - last) / max(steps - 1, 1) for i in range(steps)]
         sigmas = [*(shifted(s, factor) for s in grid), 0.0]
         return [Point(s * self.train_steps, 1 - s, s) for s in sigmas]
+
+    def one_step(self, timestep: int) -> Point:
+        """The point of a one-step student; -1: pure noise, s = 1. Raises SettingError if out of range."""
+        t = self.train_steps if timestep == -1 else timestep
+        if not 0 < t <= self.train_steps:
+            raise SettingError(
+                f"student_timestep is {timestep}; expected 1 to {self.train_steps}, or -1 for the last"
+            )
+        return Point(t, 1 - t / self.train_steps, t / self.train_steps)
+
+    def x0(self, output: Tensor, x: Tensor, point: Point) -> Tensor:
+        """x_0 = x - s v from a network's output, fp32 (method.md "One-step formulas")."""
+        return x.float() - point.sigma * output.float()
+
+    def diffuse(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """x_s = (1 - s) x_0 + s eps for x_0 and noise [B, ...] at timesteps s T [B], in the dtype of x_0."""
+        s = (timestep.to(x0.device, torch.float64) / self.train_steps).view(-1, *[1] * (x0.ndim - 1))
+        return ((1 - s) * x0 + s * noise).to(x0.dtype)
 
 
 def shifted(s: float, factor: float) -> float:

@@ -102,23 +102,10 @@ def load_schedule(name: str) -> Schedule:
     Raises UserError for flows and EDM schedules, for schedulers that are stochastic or do not end at sigma =
     0, and for settings that our solvers do not implement.
     """
-    schedule = load_student_schedule(name)
-    if isinstance(schedule, EDMSchedule):
-        raise UserError(
-            f"teacher {name} is preconditioned as in EDM; expected a variance-preserving teacher, such as "
-            "SD 1.5"
-        )
-    return schedule
-
-
-def load_student_schedule(name: str) -> Schedule | EDMSchedule:
-    """The schedule of a pipeline that students can be made of: variance-preserving or EDM.
-
-    Raises UserError as `load_schedule` does, except for EDM schedules.
-    """
     schedule = load_any_schedule(name)
-    if isinstance(schedule, FlowSchedule):
-        raise UserError(f"teacher {name} is a flow; expected a variance-preserving teacher, such as SD 1.5")
+    if not isinstance(schedule, Schedule):
+        what = "a flow" if isinstance(schedule, FlowSchedule) else "preconditioned as in EDM"
+        raise UserError(f"teacher {name} is {what}; expected a variance-preserving teacher, such as SD 1.5")
     return schedule
 
 

@@ -16,7 +16,7 @@ Optimizer = Literal["adamw", "adamw_fused", "adam", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]
-DiscriminatorName = Literal["unet"]
+DiscriminatorName = Literal["unet", "transformer"]
 RegressionName = Literal[
     "mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips", "decoder_features"
 ]
@@ -177,8 +177,8 @@ class DiscriminatorConfig:
 
     discriminator: DiscriminatorName = setting(
         "unet",
-        "Network: unet starts as the teacher's U-Net",
-        source='method.md "Discriminator architecture"',
+        "Network: unet starts as the teacher's U-Net, transformer as the teacher's transformer",
+        source='method.md "Discriminator architecture"; method.md "Discriminators of transformers"',
     )
     weight: float = setting(
         0.25,
@@ -219,6 +219,17 @@ class DiscriminatorConfig:
         False,
         "One more head on the U-Net's own output, as the paper's figure draws it",
         source='ours; method.md "Discriminator architecture"',
+    )
+    token_heads: int = setting(
+        5,
+        "Heads of a transformer discriminator, after equally spaced blocks up to the last; StyleGAN-T: 5",
+        source='method.md "Discriminators of transformers"',
+    )
+    token_scales: tuple[int, ...] = setting(
+        (1,),
+        "Scales of these heads: 1 reads each token, 2 and 4 averages of 2x2 and 4x4 tokens, with readouts of "
+        "their own",
+        source='ours; method.md "Discriminators of transformers"',
     )
     freeze_backbone: bool = setting(
         False,
@@ -340,6 +351,13 @@ class DiscriminatorConfig:
             mix_c=(self.mix_c >= 0, "0 or more"),
             mix_z=(self.mix_z >= 0, "0 or more"),
             d_steps_per_g_step=(self.d_steps_per_g_step >= 1, "1 or more"),
+            token_heads=(self.token_heads >= 1, "1 or more"),
+            token_scales=(
+                bool(self.token_scales)
+                and len(set(self.token_scales)) == len(self.token_scales)
+                and set(self.token_scales) <= {1, 2, 4},
+                "some of 1, 2 and 4, each once",
+            ),
             noise_max_timestep=(self.noise_max_timestep >= 1, "1 or more"),
             r1_rows=(self.r1_rows >= 1, "1 or more"),
             timestep_shift=(self.timestep_shift > 0, "a positive number"),

@@ -24,7 +24,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.pipelines import open_pipeline
-from d2g.diffusion.schedule import Schedule
+from d2g.diffusion.schedule import FlowSchedule, Schedule
 
 _NO_SKIP = 1e4
 """timestep_scaling that makes the skip weight of consistency models, 0.25 / (scaling t)^2, negligible."""
@@ -51,8 +51,14 @@ def one_step_scheduler(schedule: Schedule, timestep: int) -> Any:
 
 def pipeline_schedule(teacher: str) -> Schedule:
     """The noise schedule of a teacher. Raises UserError if no diffusers pipeline can run its students."""
-    pipeline, schedule = open_pipeline(teacher), pretrained.load_student_schedule(teacher)
-    instead = "export it with --format safetensors or onnx"
+    pipeline, schedule = open_pipeline(teacher), pretrained.load_any_schedule(teacher)
+    instead = "export it with --format safetensors"
+    if pipeline.family.network != "unet":
+        raise UserError(
+            f"teacher {teacher} is a {pipeline.kind}, which d2g cannot export to diffusers; {instead}"
+        )
+    assert not isinstance(schedule, FlowSchedule), "U-Nets have no flow"
+    instead = f"{instead} or onnx"
     # Networks that no pipeline of diffusers can call as the student does.
     if isinstance(schedule, EDMSchedule):
         raise UserError(

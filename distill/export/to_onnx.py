@@ -91,7 +91,7 @@ def _write_files(one: OneStep, source: str, out: Path) -> tuple[float, OnnxUsage
         latent_shape=student.latent_shape,
         guided=student.guided,
         reads_text=student.reads_text,
-        reads_labels=not student.reads_text and student.unet.config.num_class_embeds is not None,
+        reads_labels=not student.reads_text and one.conditioner.kind == "label",
     )
     return parity, usage
 

@@ -4,6 +4,7 @@ See method.md "Discriminator timestep and noise".
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from d2g.core.errors import SettingError
 from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
-from d2g.diffusion.schedule import diffuse
+from d2g.diffusion.edm import EDMSchedule
+from d2g.diffusion.schedule import FlowSchedule, Schedule
 from distill.config.components import DiscriminatorConfig
 from distill.config.run import DistillConfig
 
@@ -37,14 +39,6 @@ def sample_timesteps(
     return (length * u).long().clamp(max=length - 1)
 
 
-def add_noise(x: Tensor, alphas_cumprod: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Diffuse scaled latents x [B, C, h, w] to levels t [B]: x_t = alpha_t x + sigma_t eps, eps ~ N(0, 1).
-
-    Real and fake rows use the same t but independent eps.
-    """
-    return diffuse(x, eps.to(x), alphas_cumprod, t.to(x.device))
-
-
 class NoiseAugmentation:
     """Adds noise to the discriminator's inputs if the config asks for it; otherwise returns them unchanged.
 
@@ -52,15 +46,15 @@ class NoiseAugmentation:
     """
 
     def __init__(
-        self, gan: DiscriminatorConfig | None, alphas_cumprod: Tensor, seed: int, device: torch.device
+        self, gan: DiscriminatorConfig | None, schedule: Schedule | FlowSchedule | None, seed: int
     ) -> None:
-        """gan: discriminator settings, None in the regression stage. alphas_cumprod: [T], teacher's schedule.
+        """gan and schedule: discriminator settings and the teacher's schedule, None in the regression stage.
 
         Raises SettingError if gan.noise_max_timestep exceeds T.
         """
         self.gan, self.seed = gan, seed
         self.active = gan is not None and gan.noise_augment != "none"
-        self.train_steps, self.alphas_cumprod = len(alphas_cumprod), alphas_cumprod.to(device)
+        self.schedule, self.train_steps = schedule, 0 if schedule is None else len(schedule)
         if gan is not None and self.active and gan.noise_max_timestep > self.train_steps:
             raise SettingError(
                 f"gan.noise_max_timestep is {gan.noise_max_timestep}; the teacher's schedule has "
@@ -81,11 +75,13 @@ class NoiseAugmentation:
         return noise(generator(self.seed, Stream.NOISE_AUGMENTATION, stream).initial_seed(), rows, shape)
 
     def __call__(self, x: Tensor, t: Tensor | None, eps: Tensor | None) -> Tensor:
-        """Diffuse x [B, C, h, w] to levels t [B] with noise `eps`; return x unchanged if `eps` is None."""
+        """Diffuse x [B, C, h, w] to levels t [B] with noise `eps` ~ N(0, 1), independent for real and fake
+        rows; return x unchanged if `eps` is None.
+        """
         if eps is None:
             return x
-        assert t is not None
-        return add_noise(x, self.alphas_cumprod, t, eps)
+        assert t is not None and self.schedule is not None
+        return self.schedule.diffuse(x, eps.to(x), t.to(x.device))
 
 
 def build_noise_augmentation(config: DistillConfig, device: torch.device) -> NoiseAugmentation:
@@ -94,6 +90,9 @@ def build_noise_augmentation(config: DistillConfig, device: torch.device) -> Noi
     The regression stage adds no noise and loads no schedule, because its teacher may be an EDM without one.
     """
     if config.stage != "gan":
-        return NoiseAugmentation(None, torch.empty(0), config.seed, device)
-    alphas_cumprod = pretrained.load_schedule(config.teacher).alphas_cumprod
-    return NoiseAugmentation(config.gan, alphas_cumprod, config.seed, device)
+        return NoiseAugmentation(None, None, config.seed)
+    schedule = pretrained.load_any_schedule(config.teacher)
+    assert not isinstance(schedule, EDMSchedule), "check_teacher must run first"
+    if isinstance(schedule, Schedule):
+        schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
+    return NoiseAugmentation(config.gan, schedule, config.seed)

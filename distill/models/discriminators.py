@@ -7,6 +7,8 @@ NAME to `DiscriminatorName` in `distill/config/components.py`, with its settings
 from importlib import import_module
 from typing import get_args
 
+from d2g.core.errors import SettingError
+from d2g.diffusion.pipelines import open_pipeline
 from distill.config.components import DiscriminatorName
 from distill.models.discriminator_kind import DiscriminatorKind
 
@@ -21,3 +23,15 @@ def _load(name: str) -> DiscriminatorKind:
 
 DISCRIMINATORS: dict[str, DiscriminatorKind] = {name: _load(name) for name in get_args(DiscriminatorName)}
 """Discriminators by their name in `gan.discriminator`."""
+
+
+def check_discriminator(teacher: str, name: str) -> None:
+    """Raise SettingError for a discriminator that is not built from the teacher's kind of network."""
+    kind, pipeline = DISCRIMINATORS[name], open_pipeline(teacher)
+    network = pipeline.family.network
+    if kind.network not in ("", network):
+        fitting = [other for other, each in DISCRIMINATORS.items() if each.network == network]
+        raise SettingError(
+            f"gan.discriminator is {name!r}, but the network of {teacher}, a {pipeline.kind}, is a "
+            f"{network}; set gan.discriminator={' or '.join(fitting)}"
+        )

@@ -1,4 +1,4 @@
-"""The one-step student: the teacher's U-Net at one fixed point, turned into a data prediction."""
+"""The one-step student: the teacher's network at one fixed point, turned into a data prediction."""
 
 import math
 from typing import Any
@@ -14,8 +14,7 @@ from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.families.base import Family
 from d2g.diffusion.lora import add_lora
 from d2g.diffusion.pipelines import family_of, open_pipeline
-from d2g.diffusion.schedule import Schedule
-from d2g.diffusion.scheduler_files import schedule_kind
+from d2g.diffusion.scheduler_files import AnySchedule, schedule_kind
 from distill.config.components import StudentConfig
 from distill.models.row_dropout import RowDropout
 
@@ -26,10 +25,10 @@ GUIDANCE_WIDTH = 256
 class Student(nn.Module):
     """The one-step generator G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2).
 
-    Other predictions: method.md "One-step formulas". For an EDM teacher (method.md "CIFAR10 and EDM"): c_skip
-    sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has no parameters of its own, and
-    combines in fp32 whatever the network runs in. `downscale`: pixels per latent, for networks that take the
-    size of the image.
+    Other predictions: method.md "One-step formulas"; a flow gives z - v(z, c, 1). For an EDM teacher
+    (method.md "CIFAR10 and EDM"): c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has
+    no parameters of its own, and combines in fp32 whatever the network runs in. `downscale`: pixels per
+    latent, for networks that take the size of the image.
 
     >>> from d2g.core.seeds import noise
     >>> from distill import load_student
@@ -42,18 +41,20 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        unet: Any,
-        schedule: Schedule | EDMSchedule,
+        network: Any,
+        schedule: AnySchedule,
         family: Family,
         timestep: int = -1,
         downscale: int = 8,
     ) -> None:
         super().__init__()
-        self.unet: Any = unet
         self.family = family
+        self.add_module(
+            family.network, network
+        )  # weights are named as in the pipeline: unet.…, transformer.…
         self.schedule, self.point, self.downscale = schedule, schedule.one_step(timestep), downscale
         if isinstance(schedule, EDMSchedule):
-            _force_time_input(unet.time_proj, self.point.t)
+            _force_time_input(network.time_proj, self.point.t)
 
     def forward(self, noise: Tensor, cond: Conditioning, guidance: Tensor | None = None) -> Tensor:
         """noise [B, C, h, w] ~ N(0, 1) and the conditioning of B rows -> scaled latents [B, C, h, w], fp32.
@@ -61,14 +62,20 @@ class Student(nn.Module):
         guidance [B]: the classifier-free guidance scale to imitate, for a student that takes it as an input.
         """
         x = self.schedule.start(noise)
-        inputs = self.schedule.network_input(x, self.point).to(next(self.unet.parameters()).dtype)
+        inputs = self.schedule.network_input(x, self.point).to(next(self.network.parameters()).dtype)
         embedding = None
         if self.guided:
             assert guidance is not None and guidance.shape == x.shape[:1], "one guidance scale for each row"
-            width = self.unet.config.time_cond_proj_dim
+            width = self.network.config.time_cond_proj_dim
             embedding = guidance_embedding(guidance.to(x.device), width).to(inputs.dtype)
         output = self.family.forward(
-            self.unet, self.unet.config, inputs, self._time(len(x), x.device), cond, self.downscale, embedding
+            self.network,
+            self.network.config,
+            inputs,
+            self._time(len(x), x.device),
+            cond,
+            self.downscale,
+            embedding,
         )
         output = output[:, : x.shape[1]]  # a learned variance follows the mean
         with torch.autocast(noise.device.type, enabled=False):
@@ -80,6 +87,13 @@ class Student(nn.Module):
         """
         t = self.point.t
         return torch.full((rows,), int(t), device=device) if t == int(t) else t
+
+    unet: Any  # the network of a U-Net family
+
+    @property
+    def network(self) -> Any:
+        """The network that it evaluates once."""
+        return getattr(self, self.family.network)
 
     @property
     def reads_text(self) -> bool:
@@ -101,15 +115,12 @@ class Student(nn.Module):
     @property
     def guided(self) -> bool:
         """Whether it takes the guidance scale as an input."""
-        return getattr(self.unet.config, "time_cond_proj_dim", None) is not None
+        return getattr(self.network.config, "time_cond_proj_dim", None) is not None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """The latent shape (C, h, w) that the U-Net was trained at."""
-        config = self.unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(config.in_channels), int(height), int(width)
+        """The latent shape (C, h, w) that the network was trained at."""
+        return self.family.latent_shape(self.network.config)
 
 
 def _force_time_input(time_proj: nn.Module, time: float) -> None:
@@ -132,43 +143,52 @@ def student_from_teacher(
 
     config: what `add_adapters` adds to the network; `seed` initializes the adapters.
     """
-    return _wrap(pretrained.load_unet(teacher), teacher, timestep, config, seed)
+    pretrained.expect_student_family(teacher)
+    network = pretrained.load_model(teacher, family_of(teacher).network)
+    return _wrap(network, teacher, timestep, config, seed)
 
 
 def meta_student(
     teacher: str, timestep: int = -1, config: StudentConfig | None = None, seed: int = 0
 ) -> Student:
     """The same without weights: on torch's meta device, except for what `add_adapters` adds."""
-    return _wrap(pretrained.load_on_meta(teacher, "unet"), teacher, timestep, config, seed)
+    network = pretrained.load_on_meta(teacher, family_of(teacher).network)
+    return _wrap(network, teacher, timestep, config, seed)
 
 
-def _wrap(unet: Any, teacher: str, timestep: int, config: StudentConfig | None, seed: int) -> Student:
-    schedule, family = pretrained.load_student_schedule(teacher), family_of(teacher)
-    student = Student(unet, schedule, family, timestep, pretrained.latent_downscale(teacher))
+def _wrap(network: Any, teacher: str, timestep: int, config: StudentConfig | None, seed: int) -> Student:
+    schedule, family = pretrained.load_any_schedule(teacher), family_of(teacher)
+    student = Student(network, schedule, family, timestep, pretrained.latent_downscale(teacher))
     return add_adapters(student, config, seed) if config is not None else student
 
 
 def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
-    """Raise SettingError if a stage, or an input for the guidance scale, is not supported for this teacher.
+    """Raise SettingError if a stage, an input for the guidance scale, or dropout is not supported for this
+    teacher.
 
-    The GAN stage needs a variance-preserving teacher of text: the paper trains no discriminator of a
-    class-conditional network or of an EDM (Table A1, CIFAR10).
+    The GAN stage needs a transformer, or a variance-preserving U-Net of text: the paper trains no
+    discriminator of a class-conditional network or of an EDM (Table A1, CIFAR10).
     """
     pipeline = open_pipeline(teacher)
     family = pipeline.family
-    if student.guidance_conditioning and not family.reads_text:
+    if student.guidance_conditioning and not family.takes_guidance:
         raise SettingError(
             f"student.guidance_conditioning is true, but the network of {teacher}, a {pipeline.kind}, has no "
             "input for a guidance scale; set it to false"
         )
+    if student.dropout and not family.takes_dropout:
+        raise SettingError(
+            f"student.dropout is {student.dropout:g}, but the network of {teacher}, a {pipeline.kind}, has "
+            "no residual blocks to drop values in; set it to 0"
+        )
     pretrained.expect_student_family(teacher)
     if stage == "ode":
         return
-    if not family.gan or schedule_kind(pretrained.load_student_schedule(teacher)) not in family.gan:
+    if not family.gan or schedule_kind(pretrained.load_any_schedule(teacher)) not in family.gan:
         what = "is preconditioned as in EDM" if family.gan else f"is a {pipeline.kind}, which knows no text"
         raise SettingError(
-            f"stage {stage} needs a variance-preserving teacher of text, but {teacher} {what}; its students "
-            "are trained by `d2g distill ode` alone"
+            f"stage {stage} needs a transformer or a variance-preserving teacher of text, but {teacher} "
+            f"{what}; its students are trained by `d2g distill ode` alone"
         )
 
 
@@ -179,23 +199,23 @@ def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Stud
     """
     # Each residual block draws its own mask, numbered in the order of the network.
     if config.dropout:
-        blocks = [m for m in student.unet.modules() if type(m).__name__.startswith("ResnetBlock")]
+        blocks = [m for m in student.network.modules() if type(m).__name__.startswith("ResnetBlock")]
         for number, block in enumerate(blocks):
             block.dropout = RowDropout(config.dropout, number)
     # Adapters start at zero, so the output stays the same.
     if config.lora_rank:
         targets = student.family.lora_targets
-        if not any(name.endswith(targets) for name, _ in student.unet.named_modules()):
+        if not any(name.endswith(targets) for name, _ in student.network.named_modules()):
             raise SettingError(
                 f"student.lora_rank is {config.lora_rank}, but the network has no attention to adapt; set it "
                 "to 0"
             )
-        add_lora(student.unet, targets, config.lora_rank, config.alpha, generator(seed, Stream.LORA_INIT))
+        add_lora(student.network, targets, config.lora_rank, config.alpha, generator(seed, Stream.LORA_INIT))
 
     # A teacher that has a guidance input keeps it; others get one that starts at zero.
     if config.guidance_conditioning and not student.guided:
         assert student.reads_text, "check_teacher must run first"
-        add_guidance_embedding(student.unet)
+        add_guidance_embedding(student.network)
     return student
 
 

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from d2g.core.distributed import engine
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import family_of, open_pipeline
 from distill.config.components import OptimConfig
@@ -27,7 +28,7 @@ from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import r1_penalty
 from distill.losses.regression.decoder_features import DecoderFeatures
 from distill.losses.regression.registry import regression_networks
-from distill.models.discriminators import DISCRIMINATORS
+from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.row_dropout import give_keys
 from distill.models.student import Student, check_teacher, meta_student, set_trainable
 from distill.planning.reference_models import NAMES, configs_only
@@ -191,7 +192,9 @@ def _discriminator_bytes(
     # The penalty has a backward pass of its own, so its gradients exist during the passes that follow.
     gradients = _bytes(_trained(discriminator)) / shards
     penalty_rows = 1 if config.gan.active_penalty == "single" else rows
-    largest = max(graph.of(passes * rows), _penalty_activations(discriminator, student).of(penalty_rows))
+    largest = max(
+        graph.of(passes * rows), _penalty_activations(config, discriminator, student).of(penalty_rows)
+    )
     return max(gradients + largest, update)
 
 
@@ -202,22 +205,11 @@ class _Batch:
     guidance: tuple[Tensor, ...]
 
 
-def _fake_batch(student: Student, count: int) -> _Batch:
+def _fake_batch(pipeline: Pipeline, student: Student, count: int) -> _Batch:
     """Inputs of `count` rows for a student and its discriminator; `guidance` is empty without that input."""
-    unet, tokens = student.unet.config, 77
-    size = unet.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    noise = torch.empty(count, unet.in_channels, height, width)
-    if not student.reads_text:
-        return _Batch(noise, Conditioning.from_labels(torch.zeros(count, dtype=torch.int64)), ())
-    pooled = None
-    if unet.addition_embed_type == "text_time":
-        pooled = torch.empty(
-            count, unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
-        )
-    guidance = (torch.empty(count),) if student.guided else ()
-    hidden = torch.empty(count, tokens, unet.cross_attention_dim)
-    return _Batch(noise, Conditioning.from_text(hidden, pooled), guidance)
+    noise = torch.empty(count, *student.latent_shape)
+    cond = student.family.fake_conditioning(pipeline, student.network.config, count)
+    return _Batch(noise, cond, (torch.empty(count),) if student.guided else ())
 
 
 def _generate(student: Student, b: _Batch) -> Tensor:
@@ -230,16 +222,19 @@ def _activations(
     config: DistillConfig, network: Any, student: Student, run: Callable[[_Batch], Any]
 ) -> SavedBytes:
     """Bytes that a forward pass saves, from batches of one and of two rows."""
-    bf16 = config.train.precision == "bf16"
-    sizes = (saved_bytes(network, partial(lambda n: run(_fake_batch(student, n)), n), bf16) for n in (1, 2))
+    bf16, pipeline = config.train.precision == "bf16", open_pipeline(config.teacher)
+    sizes = (
+        saved_bytes(network, partial(lambda n: run(_fake_batch(pipeline, student, n)), n), bf16)
+        for n in (1, 2)
+    )
     saved = SavedBytes.from_batches(*sizes)
     # FSDP2 frees the gathered weights after each layer.
     return replace(saved, fixed=0.0) if config.engine.parallel == "fsdp" else saved
 
 
-def _penalty_activations(discriminator: nn.Module, student: Student) -> SavedBytes:
+def _penalty_activations(config: DistillConfig, discriminator: nn.Module, student: Student) -> SavedBytes:
     """Bytes that a pass saves whose gradient is differentiated again, in fp32."""
-    b = _fake_batch(student, 1)
+    b = _fake_batch(open_pipeline(config.teacher), student, 1)
     with sdpa_kernel(SDPBackend.MATH):
         row = saved_bytes(discriminator, lambda: r1_penalty(discriminator, b.noise, b.noise, b.cond), False)
     return SavedBytes(fixed=0.0, row=row)
@@ -263,6 +258,7 @@ def _meta_student(config: DistillConfig) -> Student:
 
 
 def _meta_discriminator(config: DistillConfig) -> nn.Module:
+    check_discriminator(config.teacher, config.gan.discriminator)
     return DISCRIMINATORS[config.gan.discriminator].build_on_meta(config.teacher, config.gan)
 
 

@@ -23,14 +23,18 @@ def _loss_conditions() -> dict[tuple[str, ...], Condition]:
 
 
 def _discriminator_conditions() -> dict[tuple[str, ...], Condition]:
-    """Settings that a single kind of discriminator reads. With one kind alone they always act."""
+    """Settings that some kinds of discriminators read and others do not."""
+    readers: dict[str, tuple[str, ...]] = {}
+    for name, kind in DISCRIMINATORS.items():
+        for setting in kind.settings:
+            readers[setting] = (*readers.get(setting, ()), name)
     return {
-        tuple(f"gan.{setting}" for setting in kind.settings): (
-            lambda config, name=name: config.gan.discriminator == name,  # type: ignore[misc]
-            f"with gan.discriminator={name}",
+        (f"gan.{setting}",): (
+            lambda config, names=names: config.gan.discriminator in names,  # type: ignore[misc]
+            f"with gan.discriminator={' or '.join(names)}",
         )
-        for name, kind in DISCRIMINATORS.items()
-        if kind.settings and len(DISCRIMINATORS) > 1
+        for setting, names in readers.items()
+        if len(names) < len(DISCRIMINATORS)
     }
 
 

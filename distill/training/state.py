@@ -98,7 +98,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
         device,
         lambda: _build_student(config, fresh),
         lambda: _build_student_on_meta(config),
-        lambda net: [net.unet],
+        lambda net: [net.network],
         family_of(config.teacher).shard_units,
     )
     discriminator: DistributedModule | None = None

@@ -21,6 +21,7 @@ from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig, microbatch_size
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
+from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher
 from distill.training.callbacks import (
     Callback,
@@ -284,6 +285,8 @@ def _open_reader(config: DistillConfig) -> PairRows:
     guided, held_out_pairs = config.student.guidance_conditioning, config.train.validate_pairs
     reader = open_pairs(config.pairs, pretrained.teacher_digests(config.teacher), config.data, guided)
     check_teacher(config.teacher, config.stage, config.student)
+    if config.stage == "gan":
+        check_discriminator(config.teacher, config.gan.discriminator)
     held_out(len(reader), held_out_pairs)
     expect_enough(len(reader), config.train.batch_size, held_out_pairs)
     return reader

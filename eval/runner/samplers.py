@@ -127,7 +127,7 @@ def student_source(
         one = load_checkpoint(name, folder, base, request.device)
         title = f"{name}, {int(folder.name)} images"
     torch.nn.Module.to(
-        one.student.unet, PRECISIONS[request.precision]
+        one.student.network, PRECISIONS[request.precision]
     )  # diffusers' own `to` warns without need
     facts = {
         "weights_sha256": _sha256((folder or weights) / "ema.safetensors"),

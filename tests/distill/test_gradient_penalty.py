@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import tiny_teachers
 from d2g.core.seeds import generator
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.run import DiscriminatorConfig
@@ -21,32 +22,51 @@ from distill.losses.gradient_penalty import (
     penalty,
     r1_penalty,
 )
-from distill.models.unet_discriminator import Discriminator, discriminator_from_teacher
+from distill.models.transformer_discriminator import (
+    TransformerDiscriminator,
+    discriminator_from_transformer,
+)
+from distill.models.unet_discriminator import discriminator_from_teacher
 
 
-@pytest.fixture(scope="module")
-def judge(teacher: Path) -> Discriminator:
+def build(family: str, teacher: Path, folder: Path) -> nn.Module:
+    """The discriminator of a tiny teacher of this family."""
+    if family == "sd":
+        return discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
+    name = tiny_teachers.save_transformer(family, folder)
+    config = DiscriminatorConfig(discriminator="transformer", token_heads=2, token_scales=(1, 2))
+    return discriminator_from_transformer(name, config, generator(0))
+
+
+@pytest.fixture(scope="module", params=("sd", *tiny_teachers.TRANSFORMERS))
+def judge(
+    request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> nn.Module:
     """float64, and with nothing at zero, so that every path of the gradient counts."""
-    discriminator = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
+    discriminator = build(request.param, teacher, tmp_path_factory.mktemp("judge"))
     rng = torch.Generator().manual_seed(5)
     for parameter in discriminator.parameters():
         nn.init.normal_(parameter, std=0.3, generator=rng)
     return discriminator.double()
 
 
-def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
-    rng = torch.Generator().manual_seed(1)
-    x, noise = (torch.randn(batch, 4, 4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
-    return x, noise, Conditioning.from_text(torch.randn(batch, 12, 16, generator=rng, dtype=torch.float64))
+def family_of(judge: nn.Module) -> str:
+    return judge.family.name if isinstance(judge, TransformerDiscriminator) else "sd"
+
+
+def inputs(batch: int = 1, family: str = "sd", seed: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
+    rng, channels = torch.Generator().manual_seed(seed), 8 if family == "sd3" else 4
+    x, noise = (torch.randn(batch, channels, 4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
+    return x, noise, tiny_teachers.random_conditioning(family, batch, seed, torch.float64)
 
 
 @torch.no_grad()
-def score(judge: Discriminator, x: Tensor, noise: Tensor, text: Conditioning) -> float:
+def score(judge: nn.Module, x: Tensor, noise: Tensor, text: Conditioning) -> float:
     return float(sum(head.mean() for head in judge(x, noise, text).values()))
 
 
-def test_the_penalty_is_the_squared_norm_of_finite_differences(judge: Discriminator) -> None:
-    x, noise, text = inputs()
+def test_the_penalty_is_the_squared_norm_of_finite_differences(judge: nn.Module) -> None:
+    x, noise, text = inputs(family=family_of(judge))
     step, total = 1e-5, 0.0
     for position in range(x.numel()):
         shift = torch.zeros_like(x)
@@ -58,19 +78,21 @@ def test_the_penalty_is_the_squared_norm_of_finite_differences(judge: Discrimina
     assert penalty.item() == pytest.approx(total, rel=1e-6)
 
 
-def test_the_penaltys_gradient_equals_finite_differences(judge: Discriminator) -> None:
+def test_the_penaltys_gradient_equals_finite_differences(judge: nn.Module) -> None:
     """Along random directions, for each kind of parameter: trunk, attention, noise, scales, heads."""
-    x, noise, text = inputs()
+    x, noise, text = inputs(family=family_of(judge))
     judge.zero_grad()
     r1_penalty(judge, x, noise, text).backward()
     parameters = {n: p for n, p in judge.named_parameters() if p.requires_grad}
     kinds = {
-        "noise": [n for n in parameters if n.startswith("conv_z")],
+        "noise": [n for n in parameters if n.startswith(("conv_z", "patch_z"))],
         "scales": [n for n in parameters if n.startswith("conv_scale")],
         "heads": [n for n in parameters if n.startswith("heads")],
-        "attention": [n for n in parameters if ".attentions." in n],
-        "trunk": [n for n in parameters if n.startswith("unet.") and ".attentions." not in n],
+        "attention": [n for n in parameters if ".attn" in n],
+        "trunk": [n for n in parameters if n.startswith(("unet.", "transformer.")) and ".attn" not in n],
     }
+    if isinstance(judge, TransformerDiscriminator):
+        del kinds["scales"]
     rng, step = torch.Generator().manual_seed(2), 1e-6
     for kind, names in kinds.items():
         direction = {n: torch.randn(parameters[n].shape, generator=rng, dtype=torch.float64) for n in names}
@@ -92,15 +114,18 @@ def test_the_penaltys_gradient_equals_finite_differences(judge: Discriminator) -
         assert abs(slope) > 1e-6, kind
 
 
-def test_rows_are_averaged(judge: Discriminator) -> None:
-    x, noise, text = inputs(3)
+def test_rows_are_averaged(judge: nn.Module) -> None:
+    x, noise, text = inputs(3, family_of(judge))
     each = [r1_penalty(judge, x[i : i + 1], noise[i : i + 1], text[i : i + 1]).item() for i in range(3)]
     assert r1_penalty(judge, x, noise, text).item() == pytest.approx(sum(each) / 3, rel=1e-9)
 
 
-def test_attention_has_a_second_derivative_where_flash_has_none(teacher: Path) -> None:
-    discriminator = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
-    x, noise, text = (t.to(torch.float32) for t in inputs())
+@pytest.mark.parametrize("family", ["sd", "dit", "sd3"])  # PixArt's mask keeps flash attention away
+def test_attention_has_a_second_derivative_where_flash_has_none(
+    family: str, teacher: Path, tmp_path: Path
+) -> None:
+    discriminator = build(family, teacher, tmp_path)
+    x, noise, text = (t.to(torch.float32) for t in inputs(family=family))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         moving = x.clone().requires_grad_(True)
         total = torch.stack([head.mean() for head in discriminator(moving, noise, text).values()]).sum()
@@ -109,15 +134,16 @@ def test_attention_has_a_second_derivative_where_flash_has_none(teacher: Path) -
             gradient.square().sum().backward()
         discriminator.zero_grad()
         r1_penalty(discriminator, x, noise, text).backward()  # even where the caller asks for flash
-    inside = [
-        p.grad for n, p in discriminator.named_parameters() if ".attentions." in n and p.grad is not None
-    ]
+    inside = [p.grad for n, p in discriminator.named_parameters() if ".attn" in n and p.grad is not None]
     assert inside and all(torch.isfinite(g).all() for g in inside) and any(g.abs().max() > 0 for g in inside)
 
 
-def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(teacher: Path) -> None:
-    discriminator = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
-    x, noise, text = (t.to(torch.float32) for t in inputs())
+@pytest.mark.parametrize("family", ["sd", *tiny_teachers.TRANSFORMERS])
+def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(
+    family: str, teacher: Path, tmp_path: Path
+) -> None:
+    discriminator = build(family, teacher, tmp_path)
+    x, noise, text = (t.to(torch.float32) for t in inputs(family=family))
     expected = r1_penalty(discriminator, x, noise, text)
     with torch.autocast("cpu", torch.bfloat16):
         penalty = r1_penalty(discriminator, x, noise, text)
@@ -125,20 +151,18 @@ def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(teacher: Path) -> 
     assert not x.requires_grad and x.grad is None
 
 
-def shown(rows: int, seed: int = 0) -> DiscriminatorInput:
-    rng = torch.Generator().manual_seed(seed)
-    x, noise = (torch.randn(rows, 4, 4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
-    hidden = torch.randn(rows, 12, 16, generator=rng, dtype=torch.float64)
-    return DiscriminatorInput(x, noise, Conditioning.from_text(hidden))
+def shown(rows: int, seed: int = 0, family: str = "sd") -> DiscriminatorInput:
+    return DiscriminatorInput(*inputs(rows, family, seed))
 
 
-def of(judge: Discriminator, s: DiscriminatorInput, **settings: Any) -> float:
+def of(judge: nn.Module, s: DiscriminatorInput, **settings: Any) -> float:
     return r1_penalty(judge, s.latents, s.noise, s.cond, s.t, **settings).item()
 
 
-def asked(judge: Discriminator, **settings: Any) -> tuple[float, dict[str, float]]:
+def asked(judge: nn.Module, **settings: Any) -> tuple[float, dict[str, float]]:
     config = DiscriminatorConfig(r1_gamma=0.5, r1_interval=4, **settings)
-    value, parts = penalty(config, judge, shown(3), shown(3, 9))
+    family = family_of(judge)
+    value, parts = penalty(config, judge, shown(3, 0, family), shown(3, 9, family))
     return value.item(), {k: v.item() for k, v in parts.items()}
 
 
@@ -156,8 +180,9 @@ def test_a_linear_judge_in_closed_form() -> None:
     assert total.item() == pytest.approx(channels * positions * slope**2)
 
 
-def test_each_form_is_of_its_rows_and_weighted_for_its_interval(judge: Discriminator) -> None:
-    real, fake, lazy = shown(3), shown(3, 9), 0.5 * 0.5 * 4
+def test_each_form_is_of_its_rows_and_weighted_for_its_interval(judge: nn.Module) -> None:
+    family = family_of(judge)
+    real, fake, lazy = shown(3, 0, family), shown(3, 9, family), 0.5 * 0.5 * 4
     rows = [of(judge, real.row(i)) for i in range(3)]
     value, parts = asked(judge, penalty="full")
     assert parts == {"loss/r1": pytest.approx(sum(rows) / 3)} and value == pytest.approx(lazy * sum(rows) / 3)
@@ -180,7 +205,7 @@ def test_single_rows_are_one_of_each_part_and_all_alike_likely(rows: int, count:
     assert (drawn / (400 / part) - 1).abs().max() < 5 * part**0.5 / 20 + 1e-6
 
 
-def test_the_approximation_nears_the_squared_gradient(judge: Discriminator) -> None:
+def test_the_approximation_nears_the_squared_gradient() -> None:
     """E (D(x) - D(x + sigma n))^2 -> sigma^2 |grad D|^2 (APT): over many draws, for a linear judge."""
 
     def linear(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
@@ -197,7 +222,7 @@ def test_the_approximation_nears_the_squared_gradient(judge: Discriminator) -> N
     assert all(v.item() == pytest.approx(7 * parts["loss/r1_approx"].item()) for v, parts in values)
 
 
-def test_the_approximations_gradient_reaches_both_sides(judge: Discriminator) -> None:
+def test_the_approximations_gradient_reaches_both_sides() -> None:
     clean = {"a": torch.tensor([[[[1.0]]]], requires_grad=True)}
     moved = {"a": torch.tensor([[[[3.0]]]], requires_grad=True)}
     approximate_r1(clean, moved).backward()

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError
-from d2g.diffusion.pretrained import load_schedule
 from distill.config.run import DiscriminatorConfig, DistillConfig
 from distill.losses.noise_augmentation import (
     NoiseAugmentation,
-    add_noise,
     build_noise_augmentation,
     sample_timesteps,
 )
@@ -55,10 +53,10 @@ def test_levels_beyond_the_schedule_are_refused(teacher: Path) -> None:
 
 def test_noise_has_the_schedules_share(teacher: Path) -> None:
     """x_t = alpha_t x + sigma_t eps: closed form at given eps, for each row its own t."""
-    bars = load_schedule(str(teacher)).alphas_cumprod
+    noised = noiser(teacher, noise_augment="uniform")
     x, eps = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
     t = torch.tensor([0, 399, 999])
-    noisy = add_noise(x, bars, t, eps)
+    noisy = noised(x, t, eps)
     for row, (alpha, sigma) in enumerate(((0.999575, 0.029155), (0.652753, 0.757571), (0.068265, 0.997667))):
         torch.testing.assert_close(noisy[row], alpha * x[row] + sigma * eps[row], rtol=1e-4, atol=1e-4)
     assert noisy.dtype == torch.float32

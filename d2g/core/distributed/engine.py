@@ -91,9 +91,14 @@ class DistributedModule:
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
         # Shard first, then broadcast rank 0's weights into the shards.
         full_state = self.module.state_dict() if process_group.rank() == 0 else {}
+        constants = _constants(self.module)
         for part in (*layers, *roots):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         self.module.to_empty(device=device)
+        for name, value in _constants(self.module).items():
+            if process_group.rank() == 0:
+                value.copy_(constants[name])
+        process_group.broadcast(_constants(self.module).values())
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
         set_model_state_dict(self.module, full_state, options=options)
 
@@ -164,6 +169,12 @@ class DistributedModule:
         if math.isfinite(max_norm):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
         return full_tensor(norm)
+
+
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are not in the state dict, such as tables of positions."""
+    saved = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name not in saved}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -79,6 +79,10 @@ class Family(ABC):
     """Formats of `d2g export`."""
     lora_targets: tuple[str, ...] = ()
     """Layers that get an adapter, by the end of their names."""
+    takes_guidance: bool = False
+    """Whether students can take the guidance scale as an input."""
+    takes_dropout: bool = False
+    """Whether students can be trained with dropout."""
 
     scheduler_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of a scheduler that the constructor of its pipelines overwrites, where the scheduler has
@@ -154,12 +158,19 @@ class Family(ABC):
                 raise UserError(
                     f"{where} has {key}={getattr(config, key)}, which {pipeline.kind} never feeds"
                 )
-        # The resolution of training, as one side or as height and width.
-        size = config.sample_size
-        if size is None:
+        if config.sample_size is None:
             raise UserError(f"{where} has no sample_size; write the latents' side into its config.json")
+        return self.latent_shape(config)
+
+    def latent_shape(self, config: Any) -> tuple[int, int, int]:
+        """The latent shape (C, h, w) that a network was trained at."""
+        size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return space.channels, int(height), int(width)
+        return int(config.in_channels), int(height), int(width)
+
+    @abstractmethod
+    def fake_conditioning(self, pipeline: "Pipeline", config: Any, rows: int) -> Conditioning:
+        """Conditioning of the right shapes and any values, to predict memory without text encoders."""
 
     def size_unit(self, config: Any) -> int:
         """Latent height and width must be multiples of this number: a transformer's patch size by default."""

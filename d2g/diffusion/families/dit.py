@@ -1,15 +1,17 @@
 """DiT: a class-conditional transformer on latents, with a learned variance."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from d2g.diffusion.conditioning import Conditioning, LabelConditioner
-from d2g.diffusion.families.base import ANY_SCHEDULER, VAE_CLASSES, Components, Family, Pipeline
+from d2g.diffusion.families.base import ANY_SCHEDULER, VAE_CLASSES, Components, ExportFormat, Pipeline
+from d2g.diffusion.families.transformer import TransformerFamily, added, time_tensor
 
 
-class DiT(Family):
+class DiT(TransformerFamily):
     """DiTPipeline. The label after the last class stands for no class."""
 
     name = "dit"
@@ -20,9 +22,14 @@ class DiT(Family):
         "vae": VAE_CLASSES,
         "scheduler": ANY_SCHEDULER,
     }
-    network = "transformer"
     schedules = ("vp",)
+    regression = ("vp",)
+    gan = ("vp",)
+    lora = ("vp",)
+    exports = (ExportFormat("safetensors", ("vp",)),)
     reads_text = False
+    block_types = ("BasicTransformerBlock",)
+    output_layers = ("norm_out", "proj_out_1", "proj_out_2")
 
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
@@ -42,5 +49,40 @@ class DiT(Family):
         guidance_embedding: Tensor | None = None,
     ) -> Tensor:
         """Class labels for the modulation."""
-        output: Tensor = network(x, t, class_labels=cond.tensors["class_labels"], return_dict=False)[0]
+        labels = cond.tensors["class_labels"].to(x.device)
+        output: Tensor = network(x, time_tensor(x, t), class_labels=labels, return_dict=False)[0]
         return output
+
+    def features(
+        self,
+        network: Any,
+        config: Any,
+        x: Tensor,
+        t: Tensor | float,
+        cond: Conditioning,
+        downscale: int,
+        extra: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As DiTTransformer2DModel.forward: every block embeds time and class by itself."""
+        tokens, t, labels = (
+            added(network.pos_embed(x), extra),
+            time_tensor(x, t),
+            cond.tensors["class_labels"].to(x.device),
+        )
+        features = []
+        for block in network.transformer_blocks:
+            tokens = block(tokens, timestep=t, class_labels=labels)
+            features.append(tokens)
+        return features
+
+    def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
+        """The transformer blocks, and before the first one its embedding of time and class, which the output
+        layers use too."""
+        for number, block in enumerate(super().shard_units(network)):
+            if number == 0:
+                yield block.norm1.emb  # type: ignore[union-attr, misc]
+            yield block
+
+    def fake_conditioning(self, pipeline: Pipeline, config: Any, rows: int) -> Conditioning:
+        """Labels of the first class."""
+        return Conditioning.from_labels(torch.zeros(rows, dtype=torch.int64))

@@ -14,10 +14,11 @@ from d2g.diffusion.families.base import (
     T5_TOKENIZER_CLASSES,
     VAE_CLASSES,
     Components,
-    Family,
+    ExportFormat,
     Pipeline,
     expect_width,
 )
+from d2g.diffusion.families.transformer import TransformerFamily, added, time_tensor
 
 _T5_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """max_sequence_length of diffusers' own pipelines, by default."""
@@ -50,7 +51,7 @@ class PixArtConditioner(TextConditioner):
         return Conditioning({"hidden": hidden, "mask": mask})
 
 
-class PixArt(Family):
+class PixArt(TransformerFamily):
     """PixArtAlphaPipeline and PixArtSigmaPipeline."""
 
     name = "pixart"
@@ -63,8 +64,13 @@ class PixArt(Family):
         "tokenizer": T5_TOKENIZER_CLASSES,
         "scheduler": ANY_SCHEDULER,
     }
-    network = "transformer"
     schedules = ("vp",)
+    regression = ("vp",)
+    gan = ("vp",)
+    lora = ("vp",)
+    exports = (ExportFormat("safetensors", ("vp",)),)
+    block_types = ("BasicTransformerBlock",)
+    output_layers = ("norm_out", "proj_out", "scale_shift_table")
 
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
@@ -91,22 +97,64 @@ class PixArt(Family):
         guidance_embedding: Tensor | None = None,
     ) -> Tensor:
         """Masked hidden states, and the size and aspect ratio of the image where the network takes them."""
-        # Micro-conditions, in pixels; networks without them expect None.
-        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if _takes_size(config):
-            height, width = (downscale * side for side in x.shape[-2:])
-            size = x.new_full((len(x), 2), height, dtype=torch.float32)
-            size[:, 1] = width
-            added = {"resolution": size, "aspect_ratio": x.new_full((len(x), 1), height / width).float()}
         output: Tensor = network(
             x,
-            encoder_hidden_states=cond.tensors["hidden"],
+            encoder_hidden_states=cond.tensors["hidden"].to(x.dtype),
             encoder_attention_mask=cond.tensors["mask"],
-            timestep=t,
-            added_cond_kwargs=added,
+            timestep=time_tensor(x, t),
+            added_cond_kwargs=_micro_conditions(config, x, downscale),
             return_dict=False,
         )[0]
         return output
+
+    def features(
+        self,
+        network: Any,
+        config: Any,
+        x: Tensor,
+        t: Tensor | float,
+        cond: Conditioning,
+        downscale: int,
+        extra: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As PixArtTransformer2DModel.forward: one modulation for all blocks, cross-attention to masked
+        text."""
+        tokens = added(network.pos_embed(x), extra)
+        modulation, _ = network.adaln_single(
+            time_tensor(x, t),
+            _micro_conditions(config, x, downscale),
+            batch_size=len(x),
+            hidden_dtype=tokens.dtype,
+        )
+        text = cond.tensors["hidden"].to(x.dtype)
+        if network.caption_projection is not None:
+            text = network.caption_projection(text)
+        # The mask as a bias on attention scores, with room for the image tokens.
+        mask = ((1 - cond.tensors["mask"].to(x.dtype)) * -10_000.0).unsqueeze(1)
+        features = []
+        for block in network.transformer_blocks:
+            tokens = block(
+                tokens, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=modulation
+            )
+            features.append(tokens)
+        return features
+
+    def fake_conditioning(self, pipeline: Pipeline, config: Any, rows: int) -> Conditioning:
+        """T5's states, none of them masked."""
+        tokens = _T5_TOKENS[pipeline.kind]
+        width = config.caption_channels or config.cross_attention_dim
+        mask = torch.ones(rows, tokens, dtype=torch.int64)
+        return Conditioning({"hidden": torch.empty(rows, tokens, width), "mask": mask})
+
+
+def _micro_conditions(config: Any, x: Tensor, downscale: int) -> dict[str, Tensor | None]:
+    """The size in pixels and the aspect ratio of images with latents x; None for networks without them."""
+    if not _takes_size(config):
+        return {"resolution": None, "aspect_ratio": None}
+    height, width = (downscale * side for side in x.shape[-2:])
+    size = x.new_full((len(x), 2), height, dtype=torch.float32)
+    size[:, 1] = width
+    return {"resolution": size, "aspect_ratio": x.new_full((len(x), 1), height / width).float()}
 
 
 def _takes_size(config: Any) -> bool:

@@ -16,10 +16,11 @@ from d2g.diffusion.families.base import (
     T5_TOKENIZER_CLASSES,
     VAE_CLASSES,
     Components,
-    Family,
+    ExportFormat,
     Pipeline,
     expect_width,
 )
+from d2g.diffusion.families.transformer import TransformerFamily, added, time_tensor
 
 _T5_TOKENS = 256
 """max_sequence_length of diffusers' own pipeline, by default."""
@@ -66,7 +67,7 @@ class SD3Conditioner(TextConditioner):
         return Conditioning.from_text(torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1))
 
 
-class StableDiffusion3(Family):
+class StableDiffusion3(TransformerFamily):
     """StableDiffusion3Pipeline, with or without T5."""
 
     name = "sd3"
@@ -84,8 +85,16 @@ class StableDiffusion3(Family):
         "scheduler": ANY_SCHEDULER,
     }
     optional = ("text_encoder_3", "tokenizer_3")
-    network = "transformer"
     schedules = ("flow",)
+    regression = ("flow",)
+    gan = ("flow",)
+    lora = ("flow",)
+    exports = (ExportFormat("safetensors", ("flow",)),)
+    block_types = ("JointTransformerBlock",)
+    lora_targets = (  # as diffusers does
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    )
 
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
@@ -117,9 +126,34 @@ class StableDiffusion3(Family):
         """Hidden states for the joint attention, pooled embeddings for the modulation."""
         output: Tensor = network(
             hidden_states=x,
-            timestep=t,
-            encoder_hidden_states=cond.tensors["hidden"],
-            pooled_projections=cond.tensors["pooled"],
+            timestep=time_tensor(x, t),
+            encoder_hidden_states=cond.tensors["hidden"].to(x.dtype),
+            pooled_projections=cond.tensors["pooled"].to(x.dtype),
             return_dict=False,
         )[0]
         return output
+
+    def features(
+        self,
+        network: Any,
+        config: Any,
+        x: Tensor,
+        t: Tensor | float,
+        cond: Conditioning,
+        downscale: int,
+        extra: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As SD3Transformer2DModel.forward: text and image tokens attend to each other in every block."""
+        tokens = added(network.pos_embed(x).contiguous(), extra)
+        modulation = network.time_text_embed(time_tensor(x, t), cond.tensors["pooled"].to(x.dtype))
+        text = network.context_embedder(cond.tensors["hidden"].to(x.dtype))
+        features = []
+        for block in network.transformer_blocks:
+            text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=modulation)
+            features.append(tokens)
+        return features
+
+    def fake_conditioning(self, pipeline: Pipeline, config: Any, rows: int) -> Conditioning:
+        """77 tokens of both CLIPs, then T5's, and both pooled embeddings."""
+        hidden = torch.empty(rows, 77 + _T5_TOKENS, config.joint_attention_dim)
+        return Conditioning.from_text(hidden, torch.empty(rows, config.pooled_projection_dim))

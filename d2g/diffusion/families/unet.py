@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.diffusion.conditioning import Conditioning
-from d2g.diffusion.families.base import ExportFormat, Family
+from d2g.diffusion.families.base import ExportFormat, Family, Pipeline
 
 
 class UNetFamily(Family):
@@ -19,6 +19,7 @@ class UNetFamily(Family):
     schedules = ("vp", "edm")
     regression = ("vp", "edm")
     lora = ("vp", "edm")
+    takes_dropout = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers does for Stable Diffusion
 
     def forward(
@@ -58,6 +59,17 @@ class UNetFamily(Family):
                 if getattr(module, "group_norm", None) is not None:
                     yield module
 
+    def fake_conditioning(self, pipeline: Pipeline, config: Any, rows: int) -> Conditioning:
+        """77 text tokens, and for SDXL pooled text; class labels."""
+        if not self.reads_text:
+            return Conditioning.from_labels(torch.zeros(rows, dtype=torch.int64))
+        pooled = None
+        if config.addition_embed_type == "text_time":
+            pooled = torch.empty(
+                rows, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            )
+        return Conditioning.from_text(torch.empty(rows, 77, config.cross_attention_dim), pooled)
+
     def size_unit(self, config: Any) -> int:
         """A UNet2DConditionModel crops what its last levels return too large; a UNet2DModel does not."""
         return 1 if self.reads_text else 2 ** (len(config.block_out_channels) - 1)
@@ -70,6 +82,7 @@ class TextUNetFamily(UNetFamily):
     """
 
     gan = ("vp",)
+    takes_guidance = True
     exports = (
         ExportFormat("safetensors", ("vp", "edm")),
         ExportFormat("onnx", ("vp", "edm")),
@@ -97,4 +110,8 @@ def added_conditions(config: Any, cond: Conditioning, x: Tensor, downscale: int)
 
 def attention_parameters(unet: nn.Module) -> set[str]:
     """Names of the parameters inside attention layers and transformer blocks (the weight-decay rule)."""
-    return {name for name, _ in unet.named_parameters() if ".attentions." in f".{name}"}
+    return {
+        name
+        for name, _ in unet.named_parameters()
+        if ".attentions." in f".{name}" or "transformer_blocks." in name
+    }

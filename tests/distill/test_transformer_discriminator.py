@@ -1,0 +1,160 @@
+"""distill.models.transformer_discriminator: it starts as the teacher, whose own forward pass is the judge."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_teachers
+from d2g.core.errors import SettingError
+from d2g.core.seeds import generator
+from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
+from distill.config.components import DiscriminatorConfig
+from distill.losses.adversarial import discriminator_loss
+from distill.models.discriminators import DISCRIMINATORS, check_discriminator
+from distill.models.transformer_discriminator import TransformerDiscriminator, discriminator_from_transformer
+
+
+@pytest.fixture(scope="module", params=tiny_teachers.TRANSFORMERS)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_teachers.save_transformer(family, tmp_path_factory.mktemp(family))
+
+
+def inputs(family: str, rows: int = 3, size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Conditioning]:
+    rng, channels = torch.Generator().manual_seed(seed), 8 if family == "sd3" else 4
+    x, noise = (torch.randn(rows, channels, size, size, generator=rng) for _ in range(2))
+    return x, noise, tiny_teachers.random_conditioning(family, rows, seed)
+
+
+def build(folder: str, **settings: Any) -> TransformerDiscriminator:
+    config = DiscriminatorConfig(discriminator="transformer", **{"token_heads": 2, **settings})
+    return discriminator_from_transformer(folder, config, generator(3))
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def one_step(discriminator: TransformerDiscriminator, family: str) -> None:
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-2)
+    x, noise, cond = inputs(family)
+    loss = discriminator_loss(discriminator(x, noise, cond), discriminator(x.flip(0), noise, cond))
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("size", "t"), [(4, 0), (8, 250)])
+def test_its_features_are_the_teachers(family: str, folder: str, size: int, t: int) -> None:
+    """Hooks on the blocks of the teacher's own network, in diffusers' own forward pass."""
+    discriminator = build(folder)
+    network, own = pretrained.load_model(folder, "transformer"), discriminator.family
+    seen: list[Tensor] = []
+    for block in network.transformer_blocks:
+        block.register_forward_hook(
+            lambda module, args, output: seen.append(output[1] if isinstance(output, tuple) else output)
+        )
+    x, _, cond = inputs(family, size=size)
+    with torch.no_grad():
+        own.forward(network, network.config, x, torch.full((3,), t), cond, 4)
+        features = own.features(discriminator.transformer, network.config, x, t, cond, 4)
+    assert len(features) == len(seen) == 2
+    for ours, theirs in zip(features, seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    weights = network.state_dict()
+    assert equal(weights, discriminator.transformer.state_dict())
+
+
+def test_at_the_start_it_ignores_the_noise_and_after_a_step_it_does_not(family: str, folder: str) -> None:
+    discriminator = build(folder)
+    x, noise, cond = inputs(family)
+    other = 3 * inputs(family, seed=1)[1]
+    assert equal(discriminator(x, noise, cond), discriminator(x, other, cond))
+    one_step(discriminator, family)
+    after, moved = discriminator(x, noise, cond), discriminator(x, other, cond)
+    assert all((after[k] - moved[k]).abs().max() > 1e-4 for k in after)
+    without = build(folder, z_conditioning=False)
+    one_step(without, family)
+    assert equal(without(x, noise, cond), without(x, other, cond))
+
+
+def test_it_reads_the_conditioning_and_the_time(family: str, folder: str) -> None:
+    discriminator = build(folder)
+    x, noise, cond = inputs(family)
+    logits = discriminator(x, noise, cond)
+    assert equal(logits, discriminator(x, noise, cond, torch.zeros(3, dtype=torch.int64)))
+    for other in (
+        discriminator(x, noise, cond[[2, 0, 1]]),
+        discriminator(x, noise, cond, torch.full((3,), 500)),
+    ):
+        assert all((logits[k] - other[k]).abs().max() > 1e-5 for k in logits)
+
+
+def test_heads_and_scales(family: str, folder: str) -> None:
+    discriminator = build(folder, token_scales=(1, 2))
+    logits = discriminator(*inputs(family))
+    assert {name: tuple(value.shape) for name, value in logits.items()} == {
+        f"block{depth}{pool}": (3, 1, side, side)
+        for depth in (1, 2)
+        for pool, side in (("", 2), ("_pool2", 1))
+    }
+    # A readout of averages is the average of its readouts.
+    discriminator.heads["block2_pool2"].load_state_dict(discriminator.heads["block2"].state_dict())
+    logits = discriminator(*inputs(family))
+    mean = logits["block2"].mean((2, 3), keepdim=True)
+    torch.testing.assert_close(logits["block2_pool2"], mean, rtol=1e-5, atol=1e-5)
+    assert list(build(folder, token_heads=1)(*inputs(family))) == ["block2"]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "heads", "expected"), [(28, 5, [6, 11, 17, 22, 28]), (12, 5, [2, 5, 7, 10, 12])]
+)
+def test_heads_are_equally_spaced(blocks: int, heads: int, expected: list[int]) -> None:
+    from distill.models.transformer_discriminator import _depths
+
+    assert _depths(blocks, heads) == expected
+
+
+def test_every_trained_parameter_gets_a_gradient(family: str, folder: str) -> None:
+    discriminator = build(folder)
+    one_step(discriminator, family)
+    named = dict(discriminator.named_parameters())
+    assert [n for n, p in named.items() if p.requires_grad and p.grad is None] == []
+    frozen = {n.split(".")[1] for n, p in named.items() if not p.requires_grad}
+    assert frozen == {name for name in discriminator.family.output_layers if name != "norm_out"} | (
+        {"norm_out"} if family == "sd3" else set()
+    )
+    alone = build(folder, freeze_backbone=True)
+    assert {n.split(".")[0] for n, p in alone.named_parameters() if p.requires_grad} == {"heads", "patch_z"}
+
+
+def test_the_generator_draws_the_heads_alone(folder: str) -> None:
+    a, b = build(folder).state_dict(), build(folder).state_dict()
+    config = DiscriminatorConfig(discriminator="transformer", token_heads=2)
+    c = discriminator_from_transformer(folder, config, generator(4)).state_dict()
+    assert equal(a, b)
+    assert {n for n in a if not torch.equal(a[n], c[n])} == {f"heads.block{d}.weight" for d in (1, 2)}
+    meta = DISCRIMINATORS["transformer"].build_on_meta(folder, config)
+    assert {n: v.shape for n, v in meta.state_dict().items()} == {n: v.shape for n, v in a.items()}
+
+
+def test_what_does_not_fit_is_refused(folder: str, teacher: Path) -> None:
+    with pytest.raises(
+        SettingError, match=r"gan.token_heads is 5, but the network has 2 blocks; expected 1 to 2"
+    ):
+        build(folder, token_heads=5)
+    with pytest.raises(SettingError, match="token_scales has 4, but the network sees 2x2 tokens"):
+        build(folder, token_scales=(1, 4))
+    with pytest.raises(
+        SettingError, match=r"'unet', but the network of .* is a transformer; set gan.disc.*=transf"
+    ):
+        check_discriminator(folder, "unet")
+    with pytest.raises(SettingError, match=r"'transformer', but .* is a unet; set gan.discriminator=unet"):
+        check_discriminator(str(teacher), "transformer")
