@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2g.core.config import RESTORE_CONFIG_HINT, from_json, read_json_object
+from d2g.core.config import RESTORE_CONFIG_HINT, from_json
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
+from d2g.core.json_files import read_json_object
 from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise

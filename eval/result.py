@@ -8,6 +8,8 @@ from typing import Any
 
 from d2g.core.config import differing
 from d2g.core.errors import UserError
+from d2g.core.json_files import check_type, parse_json
+from d2g.core.regular_files import open_regular
 from eval.protocols.metric import number_labels
 
 
@@ -46,7 +48,10 @@ class EvalResult:
         """Read a result from its JSON file or the folder of `d2g eval run --out`. Raises UserError."""
         path = Path(file) / "result.json" if Path(file).is_dir() else Path(file)
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            with open_regular(path) as stream:
+                values = parse_json(stream.read())
+            check_type(values, cls)
+            return cls(**values)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path} is no evaluation result ({error}); make one with `d2g eval run --out`"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d2g.core.config import from_json, to_json
 from d2g.core.errors import UserError
+from d2g.core.json_files import read_json_object
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
 from latent_lpips.official_checkpoints import CHECKPOINT_SUFFIXES, check_state_dict, read_official_checkpoint
@@ -134,13 +135,8 @@ def _complete_folder(path: str | Path) -> Path:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{folder / CONFIG_FILE}: not readable as JSON ({error}); train or copy it again"
-        ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("network"), dict):
+    data = read_json_object(folder / CONFIG_FILE, "train or copy it again")
+    if not isinstance(data.get("network"), dict):
         raise UserError(
             f"{folder / CONFIG_FILE}: has no 'network' entry, expected a LatentLPIPS config; copy it again"
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
+from d2g.core.json_files import read_json_object
 from miniature.captions import (
     BACKGROUNDS,
     COLORS,
@@ -212,6 +213,12 @@ def save_oracle(oracle: Oracle, folder: Path, meta: Mapping[str, Any]) -> None:
     write_atomically(folder / "meta.json", json.dumps(dict(meta), indent=1) + "\n")
 
 
+class OracleFile(TypedDict):
+    """The content of config.json."""
+
+    width: int
+
+
 def load_oracle(folder: Path = ORACLE_FOLDER) -> Oracle:
     """Load a frozen oracle in eval mode and fp32. Raises UserError if a file is missing or damaged."""
     # A missing file gets a message of its own: the usual mistake is a wrong folder.
@@ -224,7 +231,7 @@ def load_oracle(folder: Path = ORACLE_FOLDER) -> Oracle:
 
     # Weights are stored in a smaller type; the network computes in fp32.
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(folder / "config.json", "copy it again", OracleFile)
         oracle = Oracle(config["width"])
         state = load_file(folder / "model.safetensors")
         oracle.load_state_dict({name: _from_storage(value) for name, value in state.items()})

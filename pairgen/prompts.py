@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
+from d2g.core.json_files import parse_json
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from pairgen.store.spec import write_through_scratch, writing
 
@@ -247,7 +248,7 @@ def _decoded(line: memoryview) -> str:
     try:
         if b"\\" not in data:
             return data[1:-2].decode()
-        text: str = json.loads(data)
+        text: str = parse_json(data)
     except ValueError as error:
         raise UserError(
             f"a prompt list holds {data[:40]!r}, which is not a JSON string; restore it"

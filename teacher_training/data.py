@@ -12,6 +12,7 @@ from torch import Tensor
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
+from d2g.core.json_files import read_json
 from d2g.core.progress import Progress, quiet
 from eval.images.folders import ImageFiles, load_all, open_images, read_images
 
@@ -105,4 +106,4 @@ def cached_images(
         np.save(pixels, images.numpy())
         write_atomically(texts, json.dumps(captions))  # written last: it marks a complete cache
     process_group.barrier()
-    return torch.from_numpy(np.load(pixels)), json.loads(texts.read_text(encoding="utf-8"))
+    return torch.from_numpy(np.load(pixels)), read_json(texts, f"delete {folder} and run again", list[str])

@@ -12,6 +12,7 @@ from torch import Tensor
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import pick, to_json
 from d2g.core.distributed import process_group
+from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import encode, from_uint8
@@ -85,7 +86,7 @@ def train_teacher(
                     scores_file, json.dumps({**result, "seconds": time.monotonic() - stage_started})
                 )
             process_group.barrier()
-        scores[stage] = json.loads(scores_file.read_text())
+        scores[stage] = read_json_object(scores_file, f"delete {scores_file.parent} and run again")
     params = sum(p.numel() for p in load_unet(str(out)).parameters()) if (out / "unet").is_dir() else 0
     return TeacherSummary(
         out=str(out), params=params, images=len(images), seconds=time.monotonic() - started, scores=scores

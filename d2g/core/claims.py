@@ -20,8 +20,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from d2g.core.errors import UserError
+from d2g.core.json_files import parse_json
 from d2g.core.logs import logger
+from d2g.core.regular_files import open_regular
 
+CLAIM_BYTES = 1 << 16  # more than any claim has
 OWNER = ".owner"
 """The folder of the claim of a `FolderOwner`."""
 
@@ -189,8 +192,9 @@ def _state(path: Path, inode_only: bool = False) -> tuple[int, int] | None:
 def _read(path: Path) -> dict[str, Any]:
     """The content of a claim; empty if it does not exist or its owner died before writing it."""
     try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        with open_regular(path) as file:
+            content = parse_json(file.read(CLAIM_BYTES))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -12,10 +12,9 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from d2g.core.errors import SettingError, UserError
+from d2g.core.errors import SettingError
 
 T = TypeVar("T")
 
@@ -250,19 +249,6 @@ def from_json(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
 
 RESTORE_CONFIG_HINT = "copy it from another --out, where the same command as before writes it at its start"
 """The end of an error message about a run's config.json that is damaged or lost: what to do."""
-
-
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError, which ends with `remedy`, if it is missing or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {remedy}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is damaged (expected a JSON object, got {str(data)[:40]!r}); {remedy}")
-    return data
 
 
 def digest(data: Any) -> str:

@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import json
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.json_files import parse_json
 from d2g.core.logs import logger
 
 STANDARD_INPUT = Path("-")
@@ -90,8 +90,8 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{path}: line {number} is not JSON ({error}); correct or remove it") from error
         if not isinstance(row, dict):
             raise UserError(

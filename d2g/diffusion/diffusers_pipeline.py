@@ -4,7 +4,6 @@
 """
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError, first_line
+from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.logs import logger
 from d2g.core.seeds import generator, noise
 
@@ -110,7 +110,7 @@ def load_any_pipeline(
     index = Path(name) / "model_index.json"
     settings: dict[str, Any] = {}
     try:
-        if index.is_file() and "safety_checker" in json.loads(index.read_text(encoding="utf-8")):
+        if index.is_file() and "safety_checker" in read_json_object(index, COPY_AGAIN):
             settings = {"safety_checker": None, "requires_safety_checker": False}
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, **settings)
     except Exception as error:  # on odd files, the libraries raise almost anything

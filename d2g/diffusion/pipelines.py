@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from d2g.core.errors import UserError
+from d2g.core.json_files import check_type, parse_json
+from d2g.core.regular_files import open_regular
 from d2g.diffusion.families.base import Family, Pipeline
 from d2g.diffusion.families.registry import FAMILIES
 
@@ -122,11 +124,19 @@ def family_of(name: str) -> Family:
     return open_pipeline(name).family
 
 
+class ModelIndex(TypedDict):
+    """What every model_index.json says. Components are pairs of library and class."""
+
+    _class_name: str
+
+
 def _read_index(folder: Path) -> Pipeline:
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        with open_regular(folder / "model_index.json") as file:
+            index = parse_json(file.read())
+        check_type(index, ModelIndex)
         kind = index["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"teacher {folder}: model_index.json cannot be read ({type(error).__name__}: {error}); "
             "expected JSON with _class_name, as save_pretrained writes"

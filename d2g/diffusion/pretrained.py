@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from d2g.core.errors import UserError, first_line
+from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.diffusion.conditioning import Conditioner, TextConditioner, encoder_of
 from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.families.registry import FAMILIES
@@ -71,7 +72,7 @@ def load_model(name: str, component: str, dtype: torch.dtype = torch.float32) ->
 def _corrected(pipeline: Pipeline, component: str, module: Any) -> Any:
     """The module, with the settings that the constructor of its pipeline overwrites."""
     file = pipeline.component_dir(component) / "config.json"
-    if changes := pipeline.family.corrected_config(component, json.loads(file.read_text(encoding="utf-8"))):
+    if changes := pipeline.family.corrected_config(component, read_json_object(file, COPY_AGAIN)):
         module.register_to_config(**changes)
     return module
 
@@ -155,12 +156,7 @@ def load_autoencoder(name: str) -> Any:
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"{folder / 'config.json'} is not readable as JSON ({error}); copy it again"
-        ) from error
+    kind = read_json_object(folder / "config.json", COPY_AGAIN).get("_class_name")
     if kind not in AUTOENCODERS:
         raise UserError(f"autoencoder {folder} is a {kind}; supported: {', '.join(AUTOENCODERS)}")
     return _with_weights(folder, getattr(diffusers, kind), torch.float32, f"autoencoder {folder}")

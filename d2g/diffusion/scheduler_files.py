@@ -7,10 +7,12 @@ pairs need a deterministic sampler that ends at sigma = 0.
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from d2g.core.errors import UserError, first_line
+from d2g.core.json_files import COPY_AGAIN, check_type, parse_json, read_json_object
+from d2g.core.regular_files import open_regular
 from d2g.diffusion.edm import EDMPrediction, EDMSchedule, SigmaGrid
 from d2g.diffusion.families.base import Pipeline, ScheduleKind
 from d2g.diffusion.pipelines import open_pipeline
@@ -156,13 +158,15 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     # Read the file, and complete it with the defaults of the scheduler's constructor.
     file = folder / "scheduler_config.json"
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as stream:
+            raw = parse_json(stream.read())
         parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
         # Files keep keys of other schedulers: SDXL's Euler file has set_alpha_to_one, which Euler never
         # reads, and using it is a known bug (method.md "Details that change the pairs").
         settings = {k: raw.get(k, p.default) for k, p in parameters.items() if k != "self"}
+        _check_settings(settings, {key: parameters[key].default for key in settings})
         settings |= {k: v for k, v in pipeline.family.scheduler_settings.items() if k in settings}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: {file.name} cannot be read ({first_line(error)})") from error
     # Refuse settings that change the ODE or its end. EDM's sigma_min and sigma_max are part of it.
     own = {"sigma_min", "sigma_max"} if kind in EDM else set()
@@ -174,6 +178,22 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
                 f"set it to {instead} in {file.relative_to(pipeline.folder)}"
             )
     return kind, settings
+
+
+MOST_TIMESTEPS = 1_000_000
+"""Training steps of a schedule, which has a table of that length; 1000 is usual."""
+
+
+def _check_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting of another type than its default, and for a table that fills memory."""
+    for key, value in settings.items():
+        # Files may say null for no value, and a whole number for any number.
+        if type(default := defaults[key]) in (bool, int, float, str) and value is not None:
+            check_type(value, str if isinstance(default, str) else bool | float, key)
+    check_type(settings.get("trained_betas"), list[float] | None, "trained_betas")
+    timesteps = settings.get("num_train_timesteps", 1)
+    if not (isinstance(timesteps, int | float) and 0 < timesteps <= MOST_TIMESTEPS):
+        raise ValueError(f"num_train_timesteps is {timesteps}; expected 1 to {MOST_TIMESTEPS}")
 
 
 def _vp(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> Schedule:
@@ -210,9 +230,8 @@ def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedu
     # With a dynamic shift, the number of patches depends on the network's patch size.
     dynamic = None
     if settings["use_dynamic_shifting"]:
-        network = json.loads(
-            (pipeline.component_dir(pipeline.family.network) / "config.json").read_text(encoding="utf-8")
-        )
+        folder = pipeline.component_dir(pipeline.family.network)
+        network = read_json_object(folder / "config.json", COPY_AGAIN)
         dynamic = DynamicShift(
             base_shift=float(settings["base_shift"]),
             max_shift=float(settings["max_shift"]),
@@ -236,7 +255,7 @@ def _edm(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> EDMSchedule
         if settings[key] not in get_args(supported):
             raise UserError(f"{where} has {key}={settings[key]}; supported: {', '.join(get_args(supported))}")
     # c_noise = ln(sigma) / 4 may be negative, which only the positional embedding takes.
-    network = json.loads((pipeline.component_dir("unet") / "config.json").read_text(encoding="utf-8"))
+    network = read_json_object(pipeline.component_dir("unet") / "config.json", COPY_AGAIN)
     if (embedding := network.get("time_embedding_type", "positional")) != "positional":
         raise UserError(
             f"{where} has the time input c_noise, which may be negative, but the UNet has "

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from d2g.core.config import RESTORE_CONFIG_HINT, from_json, read_json_object
+from d2g.core.config import RESTORE_CONFIG_HINT, from_json
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError
+from d2g.core.json_files import read_json_object
 from d2g.core.tracking.run_directory import read_stats
 from distill.config.run import FROM_TEACHER, DistillConfig
 from distill.planning.cost import evaluations, pair_evaluations

@@ -1,12 +1,13 @@
 """Scores on a model card: only results measured on the exported weights, or on images, labeled as such."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from d2g.core.errors import UserError
+from d2g.core.json_files import check_type, parse_json
+from d2g.core.regular_files import open_regular
 from distill.sampling import student_folder
 
 METRICS = ("fid", "kid", "clip_score", "precision", "recall")
@@ -62,12 +63,21 @@ def _result_file(path: str) -> Path:
     return Path(path) / "result.json" if Path(path).is_dir() else Path(path)
 
 
+class Result(TypedDict):
+    """What the card takes from a result of `d2g eval run`."""
+
+    protocol: str
+    protocol_sha256: str
+    counts: NotRequired[dict[str, int]]
+    extra: NotRequired[dict[str, float | None]]
+
+
 def _read_result(path: Path) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"protocol", "protocol_sha256"} <= result.keys():
-            raise ValueError("it names no protocol")
-    except (OSError, ValueError, AttributeError) as error:
+        with open_regular(path) as file:
+            result: dict[str, Any] = parse_json(file.read())
+        check_type(result, Result)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--scores {path} is no evaluation result ({error}); make one with `d2g eval run --out`"
         ) from error

@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from d2g.core.config import RESTORE_CONFIG_HINT, read_json_object
+from d2g.core.config import RESTORE_CONFIG_HINT
 from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
+from d2g.core.json_files import read_json_object
 from d2g.core.tracking.run_directory import ENDED, read_stats
 from distill.monitoring.collapse import Line, findings
 from distill.monitoring.plots import Row, health_rows

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from d2g.core.config import RESTORE_CONFIG_HINT, read_json_object
+from d2g.core.config import RESTORE_CONFIG_HINT
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
+from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig

@@ -5,13 +5,13 @@ annotation id, images in the order of sha256("SEED:IMAGE ID"). Anyone can repeat
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from d2g.core.errors import UserError
+from d2g.core.json_files import parse_json
 from eval.images.folders import ImageFiles
 
 SPLITS: Mapping[str, tuple[str, int]] = MappingProxyType(
@@ -40,7 +40,7 @@ def read_coco(folder: str | Path, split: str) -> Coco:
             )
     try:
         # Files and captions by image id.
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = parse_json(annotations.read_bytes())
         files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         lines = sorted((int(a["id"]), int(a["image_id"]), str(a["caption"])) for a in content["annotations"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import differing
 from d2g.core.errors import UserError
+from d2g.core.json_files import check_type, parse_json
 from eval.metrics.feature_stats import FeatureStats, Origin
 from eval.networks.base import FeatureNet
 from eval.protocols.metric import all_metrics
@@ -63,8 +64,9 @@ class Reference:
             raise UserError(f"{file}: no such statistics file; make one with `d2g eval stats`")
         try:
             with safe_open(str(file), "pt") as content:
-                facts = json.loads((content.metadata() or {})["d2g_reference"])
+                facts = parse_json((content.metadata() or {})["d2g_reference"])
                 tensors = {name: content.get_tensor(name) for name in content.keys()}
+            check_type(facts, dict[str, Any])
             if facts["version"] != VERSION:
                 raise ValueError(f"version {facts['version']}, expected {VERSION}")
             # Statistics by feature network, and the prompts.
@@ -73,7 +75,8 @@ class Reference:
                 parts = {part: tensors[f"{name}/{part}"] for part in ("mean", "covariance", "rows")}
                 count = int(origin.pop("count"))
                 stats[name] = FeatureStats.restored(Origin(**origin), count, parts)
-            prompts = json.loads(tensors["prompts"].numpy().tobytes())
+            prompts = parse_json(tensors["prompts"].numpy().tobytes())
+            check_type(prompts, list[str], "prompts")
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{file} is no reference statistics file ({error}); make it with `d2g eval stats`"

@@ -16,6 +16,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.config import differing
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
+from d2g.core.json_files import check_type, parse_json, read_json_object
 from eval.metrics.feature_stats import FeatureStats, Origin
 from eval.networks.base import FeatureNet
 
@@ -69,7 +70,9 @@ def open_work(folder: Path, facts: Mapping[str, Any]) -> None:
     """
     path = folder / "work.json"
     if path.is_file():
-        differ = differing(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(facts)))
+        differ = differing(
+            read_json_object(path, f"delete {folder} and evaluate again"), json.loads(json.dumps(facts))
+        )
         if differ:
             raise UserError(
                 f"{folder} holds parts of another evaluation: {', '.join(differ)}; give the same settings to "
@@ -88,7 +91,7 @@ def load_part(path: Path) -> MeasuredRows:
     """Read a finished part. Raises UserError when it is damaged."""
     try:
         (rows,) = _unpack(path.read_bytes())
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
     return rows
 
@@ -127,7 +130,9 @@ def _unpack(data: bytes) -> list[MeasuredRows]:
         start, stop = (int(number) for number in key.split(":"))
         rows = parts.setdefault(key, MeasuredRows(numbers=range(start, stop)))
         if column == "facts":
-            prompts, converted = json.loads(tensor.numpy().tobytes())
+            prompts, converted = parse_json(tensor.numpy().tobytes())
+            check_type(prompts, list[str], "prompts")
+            check_type(converted, dict[str, int], "converted")
             rows.prompts.extend(prompts)
             rows.converted.update(converted)
         else:

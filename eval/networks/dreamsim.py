@@ -5,16 +5,17 @@ from GitHub even where all weights are local files, it changes torch.hub's folde
 it downloads without checking digests. The tests compare this module with the package.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
+from d2g.core.json_files import read_json_object
 from eval.images.resize import prepare_batch
 from eval.networks.base import IMAGENET, OPENAI, Device, FeatureNet, normalize_channels, parameters_sha256
 from eval.networks.weights import fill_parameters, read_checkpoint, read_state, weights_folder
@@ -169,6 +170,13 @@ def _branch_state(folder: Path, branch: Branch) -> dict[str, Tensor]:
     return read_state(file, "DINO's ViT-B/16 backbone")
 
 
+class AdapterConfig(TypedDict):
+    """What is read of adapter_config.json."""
+
+    lora_alpha: float
+    r: int
+
+
 def _add_lora(model: DreamSim, folder: Path) -> None:
     """Merge the low-rank updates (Hu et al. 2021) into the weights: W + alpha / r * B A."""
     files = [file for name in ("safetensors", "bin") if (file := folder / f"adapter_model.{name}").is_file()]
@@ -177,7 +185,7 @@ def _add_lora(model: DreamSim, folder: Path) -> None:
             f"{folder} lacks adapter_config.json and adapter_model.safetensors; unpack the zip again"
         )
     state = read_state(files[0], "DreamSim's LoRA adapter")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "adapter_config.json", "unpack the zip again", AdapterConfig)
     prefix, suffix = "base_model.model.extractor_list.", ".lora_A.weight"
     # Each pair of tensors A and B belongs to one weight of one branch.
     for name in sorted(state):

@@ -22,6 +22,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.config import differing
 from d2g.core.distributed import process_group
 from d2g.core.errors import Interrupted, UserError
+from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
 
 ROWS_PER_SHARD = 1024
@@ -96,10 +97,7 @@ def cached_rows(
 
 def _check_facts(file: Path, facts: Mapping[str, Any]) -> None:
     facts = json.loads(json.dumps(facts))
-    try:
-        old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); delete {file.parent} and run again") from error
+    old = read_json_object(file, f"delete {file.parent} and run again") if file.is_file() else None
     if old is not None and (keys := differing(old, facts)):
         raise UserError(
             f"{file.parent} holds rows computed from other inputs: {', '.join(keys)}; "

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 
 from d2g.core import atomic_files
 from d2g.core.config import differing, digest, from_json, to_json
 from d2g.core.errors import SettingError, UserError
+from d2g.core.json_files import check_type, parse_json
 from d2g.core.regular_files import open_regular
 from d2g.diffusion.latents import LatentSpace
 from d2g.diffusion.pipelines import TeacherDigests
@@ -171,6 +172,21 @@ def quarantine_path(folder: Path, shard: int) -> Path:
     return Path(folder) / "quarantine" / f"pairs-{shard:05d}.rows.json"
 
 
+class QuarantinedRow(TypedDict):
+    """A row of a quarantine record."""
+
+    index: int
+    prompt: str
+
+
+class StoreFile(TypedDict):
+    """The content of store.json."""
+
+    schema: int
+    sha256: NotRequired[str]
+    spec: NotRequired[dict[str, Any]]
+
+
 def encode_record(shard: int, rows: Sequence[dict[str, Any]]) -> bytes:
     """Encode a quarantine record of rows {"index", "prompt", "reason"}."""
     content = {"shard": f"pairs-{shard:05d}.h5", "sha256": digest(rows), "rows": rows}
@@ -181,8 +197,10 @@ def read_record(folder: Path, shard: int) -> list[dict[str, Any]]:
     """The rows of a shard's quarantine record. Raises UserError for a damaged record."""
     path = quarantine_path(folder, shard)
     try:
-        data = path.read_bytes()
-        rows: list[dict[str, Any]] = json.loads(data)["rows"]
+        with open_regular(path) as file:
+            data = file.read()
+        rows: list[dict[str, Any]] = parse_json(data)["rows"]
+        check_type(rows, list[QuarantinedRow], "rows")
         if data != encode_record(shard, rows):
             raise ValueError("its sha256 does not match its rows")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -265,7 +283,8 @@ def read_spec(folder: Path) -> StoreSpec:
 def parse_spec(content: bytes, name: str) -> StoreSpec:
     """Parse the bytes of a store.json; `name` is for messages. Raises UserError."""
     try:
-        facts = json.loads(content)
+        facts = parse_json(content)
+        check_type(facts, StoreFile)
         if (schema := facts["schema"]) != SCHEMA:
             remedy = (
                 "upgrade"

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2g.core.config import differing, digest, from_json, nearest, override, pick, read_json_object, to_json
+from d2g.core.config import differing, digest, from_json, nearest, override, pick, to_json
 from d2g.core.errors import SettingError, UserError
+from d2g.core.json_files import read_json_object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -95,7 +95,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 def test_a_truncated_file_is_named(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=f"{name}: not readable"):
+    with pytest.raises(UserError, match=f"{name}(: not readable| is damaged)"):
         load_lpips(folder)
 
 
@@ -106,7 +106,7 @@ def test_files_that_disagree_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"'heads.0' is \(4,\), config.json says \(8,\)"):
         load_lpips(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="no 'network' entry"):
+    with pytest.raises(UserError, match="expected a JSON object"):
         load_lpips(folder)
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from d2g.core.atomic_files import fsync_path
-from d2g.core.config import read_json_object
 from d2g.core.errors import UserError
+from d2g.core.json_files import read_json_object
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.claims import FolderOwner
-from d2g.core.config import RESTORE_CONFIG_HINT, differing, read_json_object
+from d2g.core.config import RESTORE_CONFIG_HINT, differing
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
+from d2g.core.json_files import check_type, parse_json, read_json_object
 from d2g.core.png import save_png
 from d2g.core.tracking.loggers import RunLogger, open_loggers
 
@@ -169,9 +170,10 @@ def read_stats(folder: Path) -> list[dict[str, float]]:
     # Any other damaged line is an error, because dropping it would hide lost reports.
     for number, line in enumerate(lines, 1):
         try:
-            values: dict[str, float] = json.loads(line)
+            values: dict[str, float] = parse_json(line)
+            check_type(values, dict[str, float])
             values["nimg"] = int(values["nimg"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, OverflowError, KeyError) as error:
             raise UserError(f"{path}: line {number} is damaged ({error!r}); delete that line") from error
         reports.append(values)
     return reports
