@@ -1,4 +1,4 @@
-"""Random weights in the form of the authors' checkpoints (package elatentlpips), a function of a seed."""
+"""Random weights in the format of the checkpoints of package elatentlpips, as a function of a seed."""
 
 from pathlib import Path
 
@@ -7,14 +7,28 @@ from torch import Tensor
 
 from d2g.core.seeds import noise
 
-CONVS = (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)  # torchvision's numbers in vgg16_bn
+CONVS = (
+    0,
+    3,
+    7,
+    10,
+    14,
+    17,
+    20,
+    24,
+    27,
+    30,
+    34,
+    37,
+    40,
+)  # indices of the convolutions in torchvision's vgg16_bn
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 SLICE_ENDS = (7, 14, 24, 34, 44)
 TAPS = (64, 128, 256, 512, 512)
 
 
 def features(channels: int, seed: int, width: float = 1.0) -> dict[str, Tensor]:
-    """Tensors of vgg16_bn's `features`, with norms that do something; names without a prefix."""
+    """Tensors of vgg16_bn's `features`; their batch norms differ from the identity. Names have no prefix."""
     state: dict[str, Tensor] = {}
     previous = channels
     for index, (conv, full) in enumerate(zip(CONVS, WIDTHS, strict=True)):
@@ -31,7 +45,7 @@ def features(channels: int, seed: int, width: float = 1.0) -> dict[str, Tensor]:
 
 
 def trunk_file(path: Path, channels: int, seed: int, width: float = 1.0, hidden: int = 4096) -> Path:
-    """A trunk as its training saved it, with a classifier of zeros."""
+    """Save a trunk in the format of its training script, with a classifier of zeros."""
     grid, classes = round(512 * width) * 49, 1000
     state = {f"module.model.features.{key}": value for key, value in features(channels, seed, width).items()}
     for layer, (rows, columns) in {0: (hidden, grid), 3: (hidden, hidden), 6: (classes, hidden)}.items():
@@ -42,7 +56,7 @@ def trunk_file(path: Path, channels: int, seed: int, width: float = 1.0, hidden:
 
 
 def tuned_state(channels: int, seed: int, width: float = 1.0) -> dict[str, Tensor]:
-    """A calibrated distance: the trunk in slices, and heads twice."""
+    """Tensors of a calibrated distance: the trunk in slices, and each head under two names."""
     state: dict[str, Tensor] = {}
     for key, value in features(channels, seed, width).items():
         number = int(key.split(".")[0])

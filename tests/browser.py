@@ -1,4 +1,4 @@
-"""A small door to headless Chromium: opens a page as a reader would see it and says what is broken."""
+"""Opens HTML pages in headless Chromium over the DevTools protocol and lists rendering problems."""
 
 import base64
 import json
@@ -31,41 +31,41 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 
-PATIENCE = 60  # seconds without a word from the browser; a busy machine takes a few
+TIMEOUT = 60  # seconds to wait for a message from the browser; a busy machine takes a few
 
-# Runs in the page, after every picture is decoded. Lazy pictures are asked for: nobody scrolls here.
-LOOK = r"""(async () => {
+# JavaScript that inspects the page. It loads images with loading="lazy" at once, because nobody scrolls.
+INSPECT = r"""(async () => {
   const images = [...document.images];
   for (const image of images) image.loading = "eager";
   await Promise.all(images.map(image => image.decode().catch(() => null)));
-  for (const part of document.querySelectorAll("*")) part.style.contentVisibility = "visible";
-  const text = part => part.textContent.trim().replace(/\s+/g, " ");
-  const short = part => part.outerHTML.slice(0, 80);
+  for (const element of document.querySelectorAll("*")) element.style.contentVisibility = "visible";
+  const text = element => element.textContent.trim().replace(/\s+/g, " ");
+  const short = element => element.outerHTML.slice(0, 80);
   const all = query => [...document.querySelectorAll(query)];
-  const ids = all("[id]").map(part => part.id);
+  const ids = all("[id]").map(element => element.id);
   const width = document.documentElement.clientWidth;
-  const clipped = part => { for (let up = part.parentElement; up; up = up.parentElement)
+  const clipped = element => { for (let up = element.parentElement; up; up = up.parentElement)
     if (getComputedStyle(up).overflowX === "auto") return true; return false; };
   return {
     title: document.title, text: document.body.innerText, width,
-    headings: all("h1,h2,h3,h4").map(part => [Number(part.tagName[1]), text(part)]),
+    headings: all("h1,h2,h3,h4").map(element => [Number(element.tagName[1]), text(element)]),
     images: images.length,
-    broken: images.filter(image => !image.naturalWidth || !image.clientWidth).map(short),
-    nameless: images.filter(image => !image.alt.trim()).map(short)
+    broken_image: images.filter(image => !image.naturalWidth || !image.clientWidth).map(short),
+    no_label: images.filter(image => !image.alt.trim()).map(short)
       .concat(all("svg:not([aria-hidden]):not([aria-label])").map(short)),
-    unscoped: all("th:not([scope])").map(short),
-    dangling: all("a[href^='#']").filter(link => !ids.includes(link.hash.slice(1))).map(short),
-    repeated: ids.filter((id, place) => ids.indexOf(id) !== place),
+    no_scope: all("th:not([scope])").map(short),
+    broken_link: all("a[href^='#']").filter(link => !ids.includes(link.hash.slice(1))).map(short),
+    duplicate_id: ids.filter((id, place) => ids.indexOf(id) !== place),
     overflow: Math.max(document.documentElement.scrollWidth, document.body.scrollWidth) - width,
-    outside: all("main *").filter(part => part.getBoundingClientRect().right > width + 1 && !clipped(part))
-      .map(short),
+    outside: all("main *").filter(element => element.getBoundingClientRect().right > width + 1)
+      .filter(element => !clipped(element)).map(short),
   };
 })()"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PageState:
-    """What the page looked like. `problems`: everything that is wrong with it, in words."""
+    """The content of a rendered page. `problems`: one line for each rendering problem."""
 
     title: str
     text: str
@@ -75,10 +75,10 @@ class PageState:
 
 
 class Browser:
-    """A running Chromium, spoken to over the pipe of its DevTools protocol: JSON messages ended by NUL."""
+    """A running Chromium, controlled over its DevTools pipe: JSON messages, each terminated by a NUL byte."""
 
-    def __init__(self, to: BinaryIO, answers: int) -> None:
-        self._to, self._answers, self._count, self._session = to, answers, 0, ""
+    def __init__(self, commands: BinaryIO, responses: int) -> None:
+        self._commands, self._responses, self._count, self._session = commands, responses, 0, ""
         self._unread = b""
         self._events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -87,40 +87,40 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command and its result; events on the way are kept. Raises on the browser's refusal."""
+        """Send a command and return its result; store the events that arrive before it. Fails on an error."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
         message |= {"sessionId": self._session} if self._session else {}
-        self._to.write(json.dumps(message).encode() + b"\0")
-        self._to.flush()
+        self._commands.write(json.dumps(message).encode() + b"\0")
+        self._commands.flush()
         while True:
-            answer = self._next()
-            if answer.get("id") == self._count:
-                assert "error" not in answer, f"{method}: {answer.get('error')}"
-                result: dict[str, Any] = answer["result"]
+            response = self._read_message()
+            if response.get("id") == self._count:
+                assert "error" not in response, f"{method}: {response.get('error')}"
+                result: dict[str, Any] = response["result"]
                 return result
 
-    def _next(self) -> dict[str, Any]:
+    def _read_message(self) -> dict[str, Any]:
         while b"\0" not in self._unread:
-            ready, _, _ = select.select([self._answers], [], [], PATIENCE)
-            assert ready, f"the browser said nothing for {PATIENCE} s"
-            part = os.read(self._answers, 1 << 16)
-            assert part, "the browser has gone"
-            self._unread += part
+            ready, _, _ = select.select([self._responses], [], [], TIMEOUT)
+            assert ready, f"no message from the browser for {TIMEOUT} s"
+            data = os.read(self._responses, 1 << 16)
+            assert data, "the browser has exited"
+            self._unread += data
         message, _, self._unread = self._unread.partition(b"\0")
-        answer: dict[str, Any] = json.loads(message)
-        if "method" in answer:
-            self._events.append(answer)
-        return answer
+        content: dict[str, Any] = json.loads(message)
+        if "method" in content:
+            self._events.append(content)
+        return content
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page, awaited."""
-        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
+        """The value of a JavaScript expression in the page; a promise is awaited."""
+        response = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in response, response
+        return response["result"].get("value")
 
     def open(self, page: Path, *, width: int, dark: bool = False, media: str = "screen") -> PageState:
-        """Load a file at a viewport `width` CSS pixels wide and look at all of it."""
+        """Load a file in a viewport that is `width` CSS pixels wide, and inspect the whole page."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", media=media, features=scheme)
         self.call(
@@ -130,88 +130,91 @@ class Browser:
         address = page.resolve().as_uri()
         self.call("Page.navigate", url=address)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
-            self._next()
-        layout = self.evaluate(LOOK)
+            self._read_message()
+        layout = self.evaluate(INSPECT)
         return PageState(
             title=layout["title"],
             text=layout["text"],
             headings=[(level, text) for level, text in layout["headings"]],
             images=layout["images"],
-            problems=[*_in_page(layout, width), *self._complaints(address)],
+            problems=[*_layout_problems(layout, width), *self._event_problems(address)],
         )
 
-    def _complaints(self, address: str) -> list[str]:
-        """What the console said, what was thrown, and what was asked of the outside."""
-        complaints = []
+    def _event_problems(self, address: str) -> list[str]:
+        """Console messages, uncaught exceptions and network requests since the page was opened."""
+        problems = []
         for event in self._events:
             method, params = event["method"], event["params"]
             if method == "Runtime.consoleAPICalled":
-                complaints.append(f"console: {[part.get('value') for part in params['args']]}")
+                problems.append(f"console: {[argument.get('value') for argument in params['args']]}")
             elif method == "Log.entryAdded":
-                complaints.append(f"log: {params['entry']['text']}")
+                problems.append(f"log: {params['entry']['text']}")
             elif method == "Runtime.exceptionThrown":
-                complaints.append(f"thrown: {params['exceptionDetails']['text']}")
+                problems.append(f"thrown: {params['exceptionDetails']['text']}")
             elif method == "Network.requestWillBeSent":
                 url = params["request"]["url"]
                 if url != address and not url.startswith("data:"):
-                    complaints.append(f"request: {url[:120]}")
-        return complaints
+                    problems.append(f"request: {url[:120]}")
+        return problems
 
     def close(self) -> None:
-        """Ask the whole browser, not the page, to leave."""
+        """Close the browser, not only the page."""
         self._session = ""
         self.call("Browser.close")
 
     def pdf(self) -> bytes:
-        """The page as a reader with a dark screen would print it on A4."""
+        """The page as a PDF on A4, printed while the user prefers a dark color scheme."""
         dark = [{"name": "prefers-color-scheme", "value": "dark"}]
         self.call("Emulation.setEmulatedMedia", media="", features=dark)
         return base64.b64decode(self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])
 
 
-def _in_page(seen: dict[str, Any], width: int) -> list[str]:
-    kinds = ("broken", "nameless", "unscoped", "dangling", "repeated", "outside")
-    problems = [f"{kind}: {part}" for kind in kinds for part in seen[kind]]
-    if seen["overflow"] > 0:
-        problems.append(f"overflow: {seen['overflow']} px beyond {width}")
-    levels = [level for level, _ in seen["headings"]]
+def _layout_problems(layout: dict[str, Any], width: int) -> list[str]:
+    kinds = ("broken_image", "no_label", "no_scope", "broken_link", "duplicate_id", "outside")
+    problems = [f"{kind}: {element}" for kind in kinds for element in layout[kind]]
+    if layout["overflow"] > 0:
+        problems.append(f"overflow: {layout['overflow']} px beyond {width}")
+    levels = [level for level, _ in layout["headings"]]
     jumps = [(a, b) for a, b in zip([0, *levels], levels, strict=False) if b > a + 1]
     if levels.count(1) != 1 or jumps:
         problems.append(f"headings: levels {levels}")
     return problems
 
 
-def find() -> str | None:
-    """Chromium's executable, if there is one."""
+def find_chromium() -> str | None:
+    """The path of the Chromium executable, or None."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A fresh headless Chromium without network habits. Where there is none the test is skipped."""
-    program = find()
+    """Start headless Chromium with an empty profile. Skips the test if Chromium is not installed."""
+    program = find_chromium()
     if program is None:
-        missing = "no chromium on this machine; apt-get install chromium, as .ci/run does"
+        missing = "Chromium is not installed; apt-get install chromium, as .ci/run does"
         pytest.skip(missing)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        (inbox, to), (answers, outbox) = os.pipe(), os.pipe()
-        # The browser reads its commands on descriptor 3 and answers on 4; the shell puts ours there.
-        shell = f'exec "$@" 3<&{inbox} 4>&{outbox}'
+        (command_read, command_write), (response_read, response_write) = os.pipe(), os.pipe()
+        # Chromium reads commands from descriptor 3 and writes responses to 4; the shell redirects our pipes.
+        shell = f'exec "$@" 3<&{command_read} 4>&{response_write}'
         command = ["bash", "-c", shell, "bash", program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(
-            command, pass_fds=(inbox, outbox), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            pass_fds=(command_read, response_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        os.close(inbox)
-        os.close(outbox)
-        with open(to, "wb") as sender:
+        os.close(command_read)
+        os.close(response_write)
+        with open(command_write, "wb") as commands:
             try:
-                browser = Browser(sender, answers)
+                browser = Browser(commands, response_read)
                 yield browser
                 browser.close()
             finally:
                 _stop(process)
-                os.close(answers)
+                os.close(response_read)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

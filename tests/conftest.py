@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process (xdist runs one process per core), and one tiny teacher."""
+"""Fixtures and settings of all tests. Processes have one thread, because xdist runs one per core."""
 
 import atexit
 import os
@@ -6,10 +6,10 @@ import shutil
 import tempfile
 
 os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: two pools of two threads on two cores are slower
+    "1"  # set before torch is imported; two processes of two threads on two cores are slower
 )
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub
-os.environ["D2G_CACHE"] = tempfile.mkdtemp(prefix="d2g-cache-")  # nor use anybody's cache
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests do not download from a model hub
+os.environ["D2G_CACHE"] = tempfile.mkdtemp(prefix="d2g-cache-")  # tests do not use the user's cache
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +22,12 @@ import torch
 import tiny
 
 atexit.register(shutil.rmtree, os.environ["D2G_CACHE"], ignore_errors=True)
-torch.set_num_threads(1)  # where a plugin imported torch first
-# Autograd's first pass decides whether it has threads, and torch.export's would start some: then no forked
-# process could train.
+torch.set_num_threads(1)  # in case a pytest plugin imported torch before this file
+# The first backward pass decides whether autograd starts threads. If torch.export ran it, threads would
+# start, and forked processes could not run a backward pass.
 torch.ones((), requires_grad=True).backward()
 
-# The same examples on every machine and run, and no clock: a busy machine is no failure.
+# The same examples on every machine and in every run, and no deadline, because the machine may be busy.
 hypothesis.settings.register_profile(
     "fixed",
     derandomize=True,
@@ -50,12 +50,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of marks that `-m` does not name, and say so in pytest's own count."""
-    absent = [mark for mark in OPT_IN if mark not in config.option.markexpr]
-    left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in absent)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    """Deselect tests with an opt-in mark that `-m` does not name; pytest reports their number."""
+    inactive = [mark for mark in OPT_IN if mark not in config.option.markexpr]
+    deselected = [item for item in items if any(item.get_closest_marker(mark) for mark in inactive)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]
 
 
 @pytest.fixture(scope="session")
@@ -68,15 +68,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def d2g(capfd: pytest.CaptureFixture[str]) -> Any:
-    """`d2g(words…)`: the command line in this process; gives a jobs.Ended."""
+    """`d2g(*args)` runs the command line in this process and returns a jobs.Ended (exit code, output)."""
     from d2g_cli import main as cli
     from jobs import Ended
 
-    def run(*words: object) -> Ended:
+    def run(*args: object) -> Ended:
         capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(word) for word in words])
-        code = left.value.code
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main([str(arg) for arg in args])
+        code = exit_info.value.code
         return Ended(code if isinstance(code, int) else 0, *capfd.readouterr())
 
     return run
@@ -84,6 +84,7 @@ def d2g(capfd: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
+    """Clear the compile cache of torch.compile before and after the test."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Evaluations of tiny models."""
+"""Configs that evaluate tiny models."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from eval.protocols.config import EvalRun
 
 
 def config(job: Path, **settings: Any) -> EvalRun:
-    """FID, CLIP score, precision and recall, all by one tiny CLIP."""
+    """FID, CLIP score, precision and recall of 12 images, all from the features of one tiny CLIP."""
     base = EvalRun(
         prompts=str(job / "prompts.txt"),
         num=12,

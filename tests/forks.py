@@ -1,4 +1,4 @@
-"""Work in forked processes, alone or as the ranks of one group: real ones, without the imports' seconds."""
+"""Run functions in forked processes, also as ranks of a process group. Forks need not import torch again."""
 
 import os
 import socket
@@ -11,9 +11,9 @@ import torch
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Start `work()` in a forked process and return its number; it ends with 0 where `work` returns."""
+    """Run `work()` in a forked process and return the process id. Exit code: 0 if `work` returns, else 1."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns about forking with threads
         child = os.fork()
     if child:
         return child
@@ -29,7 +29,7 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
-    """What torchrun tells each rank of a group on one machine."""
+    """The environment variables that torchrun sets for each rank of a group on one machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -38,11 +38,13 @@ def environments(ranks: int) -> list[dict[str, str]]:
 
 
 def on_ranks(ranks: int, work: Callable[[int], object]) -> None:
-    """`work(rank)` on each rank of a group, to its end; fails when one of them does."""
+    """Run `work(rank)` in one process per rank and wait for all. Fails if one of them fails."""
 
-    def one(rank: int, environment: dict[str, str]) -> None:
+    def run_rank(rank: int, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         work(rank)
 
-    children = [fork(partial(one, rank, told)) for rank, told in enumerate(environments(ranks))]
+    children = [
+        fork(partial(run_rank, rank, environment)) for rank, environment in enumerate(environments(ranks))
+    ]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * ranks

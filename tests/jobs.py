@@ -1,4 +1,4 @@
-"""Small whole jobs for tests, and the command line in forked processes: real signals, limits, codes."""
+"""Small pair and training jobs, and the command line in forked processes with real signals and exit codes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ TRAIN = TrainConfig(
     loader_workers=0,
     report_images=BATCH,
     checkpoint_images=1_000_000,
-    on_collapse="off",  # such short runs of random networks look like anything
+    on_collapse="off",  # short runs of random networks trigger the checks by chance
 )
 
 
@@ -46,7 +46,7 @@ def make_pairs(teacher: Path, folder: Path, **settings: Any) -> Path:
 
 
 def make_clip(teacher: Path, folder: Path) -> Path:
-    """A CLIP of 16 px and 8 features at `folder`, untrained, with the teacher's tokenizer."""
+    """Save an untrained CLIP to `folder`: 16 px images, 8 features, the teacher's tokenizer."""
     tower = {"width": 16, "layers": 1, "mlp_ratio": 1.0}
     vocabulary = len(json.loads((teacher / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
     text = {"context_length": 12, "vocab_size": vocabulary, "heads": 2, **tower}
@@ -64,13 +64,13 @@ def make_clip(teacher: Path, folder: Path) -> Path:
 def distill_config(
     teacher: Path, pairs: Path, *settings: str, stage: Any = "ode", init: Path | str = ""
 ) -> DistillConfig:
-    """A few steps of batch 4 that report at every step; `settings` as after --set."""
+    """The config of five steps of batch 4 that report at every step; `settings`: NAME=VALUE as for --set."""
     config = DistillConfig(stage=stage, teacher=str(teacher), pairs=str(pairs), init=str(init))
     return override(replace(config, train=TRAIN), settings)
 
 
 def distill_arguments(config: DistillConfig, out: Path, *settings: str) -> list[str]:
-    """The command line that says what `distill_config` says."""
+    """The command line equivalent to a config of `distill_config`."""
     options = [
         "--pairs",
         config.pairs,
@@ -89,7 +89,7 @@ def distill_arguments(config: DistillConfig, out: Path, *settings: str) -> list[
 
 @contextmanager
 def limit_file_size(size: int) -> Iterator[None]:
-    """The kernel refuses to let files grow beyond `size` bytes: EFBIG, met where a full disk gives ENOSPC."""
+    """Limit the file size to `size` bytes. Writing more raises EFBIG, where a full disk raises ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -100,7 +100,7 @@ def limit_file_size(size: int) -> Iterator[None]:
 
 @dataclass
 class Ended:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     stdout: str
@@ -108,7 +108,7 @@ class Ended:
 
     @property
     def json(self) -> dict[str, Any]:
-        """stdout of a command that ended well: one object on one line and nothing else."""
+        """The JSON object that a successful command printed: one line of stdout and nothing else."""
         assert self.code == 0, self.stderr
         assert len(self.stdout.splitlines()) == 1, self.stdout
         found: dict[str, Any] = json.loads(self.stdout)
@@ -116,14 +116,14 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """The one line that starts with `error: `; nothing else of the kind, no traceback."""
+        """The only line of stderr that starts with `error: `; fails if there are several, or a traceback."""
         lines = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "Traceback" not in self.stderr, self.stderr
         return lines[0]
 
 
 class Running:
-    """`d2g ARGUMENTS` in a forked process: as real as a fresh one, without the imports' seconds."""
+    """`d2g ARGUMENTS` in a forked process, which saves the seconds of importing."""
 
     def __init__(
         self,
@@ -138,7 +138,9 @@ class Running:
         self.out.touch()
         self.err.touch()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Python 3.12 warns about forking with threads
             self.pid = os.fork()
         if self.pid == 0:
             self._child(arguments, environment or {}, file_limit)
@@ -150,17 +152,18 @@ class Running:
             sys.stdout, sys.stderr = open(self.out, "w"), open(self.err, "w")
             os.dup2(sys.stdout.fileno(), 1)
             os.dup2(sys.stderr.fileno(), 2)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore SIGINT
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ.update(environment)
             torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
-            reporter.__init__()  # type: ignore[misc]  # its bars belong to the parent
+            reporter.__init__()  # type: ignore[misc]  # a new reporter: the progress bars of the old one belong to the parent
             if file_limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
             cli.main(arguments)
             code = 0
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else 0 if left.code is None else 98
+        except SystemExit as exit_error:
+            value = exit_error.code
+            code = value if isinstance(value, int) else 0 if value is None else 98
         except BaseException:
             traceback.print_exc()
         finally:
@@ -168,20 +171,20 @@ class Running:
             sys.stderr.flush()
             os._exit(code)
 
-    def wait_for(self, seen: Callable[[], bool], seconds: float = 240) -> None:
-        """Until `seen()`; fails when the process ends or time runs out before."""
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+        """Wait until `condition()` is true. Fails if the process ends or time runs out first."""
         end = time.monotonic() + seconds
-        while not seen():
+        while not condition():
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) or time.monotonic() > end:
                 raise AssertionError(f"ended or stuck too early: {self.wait(0)}")
             time.sleep(0.002)
 
     def send(self, number: int) -> None:
-        """A signal to the process and its workers, as a terminal's Ctrl-C sends it."""
+        """Send a signal to the process and its workers, as Ctrl-C in a terminal does."""
         os.killpg(self.pid, number)
 
     def wait(self, seconds: float = 240) -> Ended:
-        """How it ended; killed when it takes longer."""
+        """Wait for the end of the process, and kill it after `seconds`."""
         end = time.monotonic() + seconds
         while not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if time.monotonic() > end:
@@ -192,16 +195,16 @@ class Running:
 
 
 def d2g(arguments: list[str], folder: Path, **settings: Any) -> Ended:
-    """Run a command in a forked process to its end."""
+    """Run a command in a forked process and wait for it."""
     return Running(arguments, folder, **settings).wait()
 
 
 def d2g_ranks(
     arguments: list[str], folder: Path, ranks: int = 2, environment: Mapping[str, str] | None = None
 ) -> list[Ended]:
-    """Run a command on several ranks, told about each other as torchrun tells them."""
+    """Run a command on several ranks with the environment variables that torchrun sets, and wait for all."""
     started = [
-        Running(arguments, folder / f"rank{rank}", {**told, **(environment or {})})
-        for rank, told in enumerate(environments(ranks))
+        Running(arguments, folder / f"rank{rank}", {**rank_environment, **(environment or {})})
+        for rank, rank_environment in enumerate(environments(ranks))
     ]
     return [running.wait() for running in started]

@@ -1,4 +1,4 @@
-"""Small folders of real picture files for the perceptual distance's own training."""
+"""Small data sets of image files for training and calibrating LatentLPIPS."""
 
 import io
 from pathlib import Path
@@ -12,7 +12,7 @@ CLASSES = ("blue", "green", "red")
 
 
 def picture(label: int, number: int, width: int = 40, height: int = 36) -> Image.Image:
-    """A smooth picture whose strongest channel is its class."""
+    """A smooth random image whose strongest channel encodes its class."""
     rng = torch.Generator().manual_seed(1000 * label + number)
     small = 90 * torch.rand(1, 3, 4, 4, generator=rng)
     small[:, 2 - label] += 130
@@ -21,7 +21,7 @@ def picture(label: int, number: int, width: int = 40, height: int = 36) -> Image
 
 
 def save_classes(folder: Path, count: int = 12, classes: tuple[str, ...] = CLASSES) -> Path:
-    """FOLDER/CLASS/NN.png."""
+    """Save `count` images per class as FOLDER/CLASS/NN.png."""
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for number in range(count):
@@ -30,7 +30,7 @@ def save_classes(folder: Path, count: int = 12, classes: tuple[str, ...] = CLASS
 
 
 def save_table(file: Path, count: int = 12, label: object = None) -> Path:
-    """Image-parquet of the same pictures, with `label` unless it is False."""
+    """Save the images as parquet. `label`: None for the class, False for no column, else a constant."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -48,7 +48,7 @@ def save_table(file: Path, count: int = 12, label: object = None) -> Path:
 
 
 def save_judgments(folder: Path, count: int = 12, seed: int = 0) -> Path:
-    """A 2AFC split: p0 and p1 are ref and noise, the judge finds the quieter one closer."""
+    """Save a 2AFC split: p0 and p1 are ref plus noise, and the judgment prefers the one with less noise."""
     rng = np.random.default_rng(seed)
     for name in ("ref", "p0", "p1", "judge"):
         (folder / name).mkdir(parents=True)
@@ -63,7 +63,7 @@ def save_judgments(folder: Path, count: int = 12, seed: int = 0) -> Path:
 
 
 def save_differences(folder: Path) -> Path:
-    """A JND split: pairs of no and of much noise, which one in ten of the first calls different."""
+    """Save a JND split: pairs with little noise (90 % of people judge "same") and with much (0 %)."""
     rng = np.random.default_rng(1)
     for name in ("p0", "p1", "same"):
         (folder / name).mkdir(parents=True)

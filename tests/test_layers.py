@@ -1,5 +1,5 @@
-"""Who may import whom, read from the syntax trees: imports point down, files form no cycles, and each third
-party with one entry point stays behind it. docs/architecture.md explains the floors.
+"""Import rules, checked on the syntax trees: imports point down, files form no cycles, and some libraries may
+be imported in a few files only. docs/architecture.md explains the layers.
 """
 
 import ast
@@ -24,9 +24,9 @@ PACKAGES = (
     "miniature",
 )
 
-# Rooms from the ground floor up. A file may import its own room and rooms on lower floors, not a neighbor on
-# its own floor. The longest matching name decides which room a module is in.
-FLOORS: tuple[tuple[str, ...], ...] = (
+# Packages from the lowest layer up. A file may import its own package and packages of lower layers, but no
+# other package of its own layer. The longest matching name decides which package a module belongs to.
+LAYERS: tuple[tuple[str, ...], ...] = (
     ("d2g",),
     ("d2g.core",),
     ("d2g.core.distributed",),
@@ -55,16 +55,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("d2g_cli",),
     ("cli",),
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 
-# Rooms that are lower and forbidden all the same, with what they may use of them instead.
+# Packages of a lower layer that a package may not import, and the exceptions.
 FORBIDDEN: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "distill": (("pairgen", ("pairgen.store",)),),
     "eval": (("pairgen", ("pairgen.store",)), ("distill", ())),
     "eval.runner": (("distill", ("distill.sampling",)),),
 }
 
-# Third parties with one entry point each, by the longest matching prefix.
+# Libraries and the only files or folders that may import them.
 ENTRY_POINTS = {
     "h5py": {"pairgen/store/"},
     "fsspec": {"pairgen/store/remote.py"},
@@ -85,7 +85,7 @@ ENTRY_POINTS = {
     "onnxruntime": {"distill/export/to_onnx.py"},
 }
 
-# What `--help` must not wait for.
+# Libraries that `--help` does not import.
 HEAVY = (
     "torch",
     "numpy",
@@ -100,7 +100,7 @@ HEAVY = (
 
 
 def read_trees() -> dict[str, ast.Module]:
-    """Syntax trees of our files by dotted module name; a package's name stands for its `__init__.py`."""
+    """Syntax trees of our files by dotted module name; the name of a package means its `__init__.py`."""
     trees = {}
     for path in sorted([ROOT / "cli.py", *(file for p in PACKAGES for file in (ROOT / p).rglob("*.py"))]):
         name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
@@ -117,9 +117,7 @@ def file_name(module: str) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that a tree imports, at any depth; `from a import b` counts as a.b, for b may be a
-    module.
-    """
+    """Dotted names that a tree imports at any depth. `from a import b` counts as a.b: b may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -129,7 +127,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def at_import_time(tree: ast.Module) -> Iterator[str]:
-    """Dotted names imported when the module is: everything outside function bodies and TYPE_CHECKING."""
+    """Dotted names imported together with the module: those outside functions and TYPE_CHECKING blocks."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -146,7 +144,7 @@ def below(name: str, prefixes: set[str] | tuple[str, ...]) -> bool:
 
 
 def our_module(name: str) -> str | None:
-    """The module of ours that an imported name lies in, if any."""
+    """Our module that defines an imported name, or None."""
     while name and name not in TREES:
         name = name.rpartition(".")[0]
     return name or None
@@ -156,18 +154,18 @@ def our_imports(module: str) -> set[str]:
     return {target for name in imports(TREES[module]) if (target := our_module(name))} - {module}
 
 
-def room(module: str) -> str:
-    while module not in FLOOR:
+def package_of(module: str) -> str:
+    while module not in LAYER_OF:
         module = module.rpartition(".")[0]
     return module
 
 
 def is_public_api(module: str) -> bool:
-    """The `__init__.py` of a top-level package: it re-exports names from the rooms above it."""
+    """Whether a module is the `__init__.py` of a top-level package, which re-exports names of its files."""
     return module in PACKAGES
 
 
-def test_every_package_is_there() -> None:
+def test_every_package_exists_and_is_typed() -> None:
     for package in PACKAGES:
         assert package in TREES, f"{package}/__init__.py is missing"
         assert (ROOT / package / "py.typed").is_file(), f"{package}/py.typed is missing"
@@ -175,10 +173,12 @@ def test_every_package_is_there() -> None:
 
 @pytest.mark.parametrize("module", [name for name in TREES if not is_public_api(name)])
 def test_imports_point_down(module: str) -> None:
-    own = room(module)
+    own = package_of(module)
     for target in our_imports(module) - set(PACKAGES):
-        other = room(target)
-        assert other == own or FLOOR[other] < FLOOR[own], f"{module} imports {target}, which is not below it"
+        other = package_of(target)
+        assert other == own or LAYER_OF[other] < LAYER_OF[own], (
+            f"{module} imports {target}, which is not below it"
+        )
         rules = FORBIDDEN.get(own) or FORBIDDEN.get(own.split(".")[0], ())
         for forbidden, allowed in rules:
             wrong = (
@@ -189,8 +189,8 @@ def test_imports_point_down(module: str) -> None:
             )
 
 
-def test_packages_import_no_package_as_a_whole() -> None:
-    """Inside the toolkit, names come from the file that defines them, not through the public API."""
+def test_our_code_does_not_import_the_public_api() -> None:
+    """Our code imports a name from the file that defines it, not from the `__init__.py` of a package."""
     for module in TREES:
         names = {target for name in imports(TREES[module]) if (target := our_module(name)) in PACKAGES}
         assert not names - {module}, (
@@ -207,27 +207,27 @@ def test_files_form_no_cycles() -> None:
 
 
 @pytest.mark.parametrize("library", ENTRY_POINTS)
-def test_third_parties_come_in_by_their_entry_point(library: str) -> None:
+def test_libraries_are_imported_only_where_allowed(library: str) -> None:
     allowed = ENTRY_POINTS[library]
     for module, tree in TREES.items():
         if any(below(name, {library}) for name in imports(tree)):
             file = file_name(module)
             assert any(file == a or (a.endswith("/") and file.startswith(a)) for a in allowed), (
-                f"{file} imports {library}; its entry point is {sorted(allowed)}"
+                f"{file} imports {library}; only {sorted(allowed)} may"
             )
 
 
-def test_commands_import_ours_inside_functions_only() -> None:
+def test_commands_import_our_packages_only_inside_functions() -> None:
     light = {"d2g.core.config", "d2g.core.errors", "d2g.core.logs", "d2g.core.setting_docs", "d2g_cli"}
     for module in TREES:
         if below(module, {"d2g_cli", "cli"}):
-            early = {t for name in at_import_time(TREES[module]) if (t := our_module(name))}
-            late = sorted(name for name in early if not below(name, light))
-            assert not late, f"{module} imports {', '.join(late)} at its top; import inside the command"
+            imported = {t for name in at_import_time(TREES[module]) if (t := our_module(name))}
+            heavy = sorted(name for name in imported if not below(name, light))
+            assert not heavy, f"{module} imports {', '.join(heavy)} at its top; import inside the command"
 
 
-def test_heavy_libraries_are_imported_late() -> None:
-    """Importing diffusers takes seconds; only functions that need it may."""
+def test_heavy_libraries_are_imported_only_inside_functions() -> None:
+    """Importing diffusers takes seconds, so only the functions that need it do."""
     heavy = {"diffusers", "transformers", "open_clip", "kornia"}
     for module, tree in TREES.items():
         early = [name for name in at_import_time(tree) if below(name, heavy)]
@@ -241,8 +241,8 @@ def test_importing_a_package_loads_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_nobody_shadows_a_third_party() -> None:
-    """No top-level package of ours bears the name of a library that we or our dependencies import."""
+def test_no_package_has_the_name_of_a_library() -> None:
+    """No top-level package of ours has the name of a library that we or our dependencies import."""
     assert not set(PACKAGES) & {"lpips", "clip", "kornia", "diffusers", "transformers", "torch", "h5py"}
 
 
@@ -259,11 +259,11 @@ def public_names(module: str) -> set[str]:
     return {name for name in names if not name.startswith("_") and len(name) > 1}  # T is a TypeVar
 
 
-def test_a_public_name_stands_in_one_module() -> None:
-    homes = defaultdict(list)
+def test_a_public_name_is_defined_in_one_module() -> None:
+    modules_of = defaultdict(list)
     for module in TREES:
-        if not below(module, {"d2g_cli"}):  # a command bears the name of what it calls
+        if not below(module, {"d2g_cli"}):  # a command has the name of the function that it calls
             for name in public_names(module):
-                homes[name].append(module)
-    twice = {name: modules for name, modules in homes.items() if len(modules) > 1}
-    assert not twice, f"public names that stand in several modules: {twice}"
+                modules_of[name].append(module)
+    repeated = {name: modules for name, modules in modules_of.items() if len(modules) > 1}
+    assert not repeated, f"public names that several modules define: {repeated}"

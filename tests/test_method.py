@@ -16,7 +16,7 @@ def _headings() -> set[str]:
 
 
 def _texts() -> dict[str, str]:
-    """Source and documentation files by path, each paragraph of comments joined to one line."""
+    """Source and documentation files by path, with all line breaks (and comment marks) replaced by blanks."""
     folders = [ROOT / name for name in FOLDERS]
     paths = [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *(p for f in folders for p in f.rglob("*.py"))]
     paths += (ROOT / "docs").glob("*.md")
@@ -38,7 +38,7 @@ def test_every_cited_heading_exists() -> None:
 
 
 def test_no_citation_by_number() -> None:
-    """Numbers would go stale silently when a section is added."""
+    """Section numbers would become wrong when a section is added."""
     assert [path for path, text in _texts().items() if NUMBERED.search(text)] == []
 
 

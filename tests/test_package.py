@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and the public API from an environment that never saw the checkout."""
+"""The contents of the wheel, and its public API in an environment without the checkout."""
 
 import doctest
 import importlib
@@ -30,7 +30,7 @@ PUBLIC_API = {
     "eval": {"evaluate", "frechet_distance", "precision_recall"},
     "d2g.diffusion": {"Teacher", "load_teacher"},
 }
-"""What house and documentation promise. A package may export more, but nothing of this may go."""
+"""The names that the documentation promises. A package may export more, but none of these may be removed."""
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +66,22 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def run(python: Path, folder: Path, *words: str) -> str:
-    done = subprocess.run([str(python), *words], cwd=folder, capture_output=True, text=True)
+def run(python: Path, folder: Path, *args: str) -> str:
+    done = subprocess.run([str(python), *args], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_the_wheel_holds_our_packages_and_nothing_generic(wheel: Path) -> None:
+def test_the_wheel_contains_exactly_our_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info" not in name.split("/")[0]}
     assert top == PACKAGES
-    held = set(names)
+    files = set(names)
     for package in PACKAGES:
-        assert f"{package}/py.typed" in held
+        assert f"{package}/py.typed" in files
         for file in (ROOT / package).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts:
-                assert file.relative_to(ROOT).as_posix() in held, f"{file} is not in the wheel"
+                assert file.relative_to(ROOT).as_posix() in files, f"{file} is not in the wheel"
 
 
 @pytest.mark.parametrize("package", PUBLIC_API)
@@ -92,11 +92,11 @@ def test_the_public_api_of_the_wheel(package: str, python: Path, tmp_path: Path)
         "print(p.__file__, *sorted(promised))"
     )
     file, *promised = run(python, tmp_path, "-c", code).split()
-    assert Path(file).is_relative_to(python.parents[1]), f"{file} is not the installed one"
+    assert Path(file).is_relative_to(python.parents[1]), f"{file} is not in the installed wheel"
     assert PUBLIC_API[package] <= set(promised)
 
 
-def test_the_command_of_the_wheel_draws(python: Path, tmp_path: Path) -> None:
+def test_the_command_of_the_wheel_samples_an_image(python: Path, tmp_path: Path) -> None:
     """`d2g` and `python -m d2g_cli` run, and the student that ships in the wheel makes an image."""
     assert run(python.with_name("d2g"), tmp_path, "--version") == run(
         python, tmp_path, "-m", "d2g_cli", "--version"
@@ -106,7 +106,7 @@ def test_the_command_of_the_wheel_draws(python: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", PUBLIC_API)
-def test_everything_public_is_documented(package: str) -> None:
+def test_every_public_name_has_a_docstring(package: str) -> None:
     module = importlib.import_module(package)
     for name in module.__all__:
         assert getattr(module, name).__doc__, f"{package}.{name} has no docstring"
@@ -119,8 +119,8 @@ def test_examples_of_the_public_api_run(
     package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    thing = getattr(importlib.import_module(package), name)
-    tests = [test for test in doctest.DocTestFinder(recurse=False).find(thing, name) if test.examples]
+    public = getattr(importlib.import_module(package), name)
+    tests = [test for test in doctest.DocTestFinder(recurse=False).find(public, name) if test.examples]
     assert tests, f"{package}.{name} has no example in its docstring"
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for test in tests:

@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there."""
+"""The commands of the README run."""
 
 import os
 import re
@@ -19,16 +19,16 @@ TRIAL = {
 }
 
 
-def block(holding: str) -> str:
-    """The README's one bash block that holds a text."""
+def bash_block(content: str) -> str:
+    """The only bash block of the README that contains `content`."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (found,) = [text for text in blocks if holding in text]
-    return str(found)
+    (block,) = [text for text in blocks if content in text]
+    return str(block)
 
 
 @pytest.mark.slow
 def test_the_commands_of_a_run(tmp_path: Path) -> None:
-    """Pairs, both stages and pictures, with the README's own trial settings, in a copy of the tree."""
+    """Pairs, both stages and sampling, with the README's trial settings, in a copy of the repository."""
     skip = shutil.ignore_patterns(".git", ".venv", "tests", "docs", "__pycache__", ".*_cache")
     tree = shutil.copytree(ROOT, tmp_path / "clone", ignore=skip)
     (tree / "prompts.txt").write_text(
@@ -39,17 +39,17 @@ def test_the_commands_of_a_run(tmp_path: Path) -> None:
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST")},
         **TRIAL,
-        "UV_NO_SYNC": "1",  # the environment that runs this test is the one to use
+        "UV_NO_SYNC": "1",  # use the environment that runs this test
         "UV_PROJECT_ENVIRONMENT": str(ROOT / ".venv"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block("pairs generate")],
+    process = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", bash_block("pairs generate")],
         cwd=tree,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     assert len(PairReader(tree / "pairs")) == 64
-    assert len(list((tree / "samples").glob("*.png"))) == 2, "one picture and the grid"
+    assert len(list((tree / "samples").glob("*.png"))) == 2, "one image and the grid"

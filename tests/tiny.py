@@ -1,4 +1,4 @@
-"""Tiny real models, saved and loaded through the real code: a whole teacher folder in half a second."""
+"""Tiny models, saved and loaded by the real code. A complete teacher folder takes half a second."""
 
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,7 @@ CAPTIONS = [
 
 
 def save_teacher(folder: Path, seed: int = 0, latent_channels: int = 4, **scheduler: Any) -> str:
-    """A Stable-Diffusion-shaped teacher with random weights: 16 px images, 4x4 latents, plus
-    latent_lpips/.
-    """
+    """Save a Stable Diffusion teacher with random weights (16 px, 4x4 latents) and its latent_lpips/."""
     torch.manual_seed(seed)
     tokenizer = new_tokenizer(CAPTIONS, folder / "tokenizer", 320, 12)
     text = new_conditioner(tokenizer, width=16, layers=1, heads=2)
@@ -57,20 +55,20 @@ def save_teacher(folder: Path, seed: int = 0, latent_channels: int = 4, **schedu
 
 
 def save_lpips(folder: Path, channels: int = 4) -> None:
-    """A narrow LatentLPIPS with random weights."""
+    """Save a narrow LatentLPIPS with random weights."""
     torch.manual_seed(7)
     metric = LatentLPIPS(LPIPSConfig(channels=channels, width=1 / 16))
     lpips_weights.save_lpips(metric, folder, {"note": "random"})
 
 
 def save_prompts(path: Path) -> str:
-    """A prompt file of CAPTIONS."""
+    """Save CAPTIONS as a prompt file."""
     path.write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
     return str(path)
 
 
 def pair_config(teacher: str, prompts: str, **settings: Any) -> PairConfig:
-    """A small job: 12 pairs of 4 DDIM steps in shards of 5."""
+    """The config of a small job: 12 pairs of 4 DDIM steps in shards of 5."""
     defaults: dict[str, Any] = dict(
         num_pairs=12, steps=4, guidance=3.0, shard_size=5, batch_size=4, dtype="float32"
     )

@@ -1,4 +1,4 @@
-"""What the tests of evaluations share."""
+"""Fixtures of the evaluation tests."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from distill.training.train import train
 from jobs import distill_config, make_clip, make_pairs
 from miniature.registration import register_eval_scenes
 
-register_eval_scenes()  # as the commands do
+register_eval_scenes()  # as the commands of d2g do
 
 
 @pytest.fixture(scope="module")
 def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with prompts.txt, photographs/, clip/ and a run of two checkpoints."""
+    """A folder with prompts.txt, photographs/, clip/ and run/, a training run with two checkpoints."""
     folder = tmp_path_factory.mktemp("job")
     pairs = make_pairs(teacher, folder)
     settings = ("train.checkpoint_images=8", "train.keep_checkpoints=9", "train.images=16")

@@ -1,4 +1,4 @@
-"""eval.report.charts: lines go where their numbers say, gaps stay gaps, names are escaped."""
+"""eval.report.charts: coordinates of lines, gaps at values that are not finite, escaped names."""
 
 import math
 import re
@@ -13,12 +13,12 @@ from eval.report.charts import MAX_POINTS, SERIES, Curve, curve_svg, dash, group
 LINE = [(0.0, 3.0), (1.0, 1.0), (2.0, 2.0), (3.0, 0.5)]
 
 
-def chart(curve: Curve) -> ET.Element:
+def parse_svg(curve: Curve) -> ET.Element:
     return ET.fromstring(curve_svg(curve, "c1"))
 
 
 def lines_of(svg: ET.Element) -> list[ET.Element]:
-    """The drawn lines: paths in a series color outside of marker definitions."""
+    """The paths of the series: those in a series color outside of marker definitions."""
     definitions = {path for defs in svg.iter("defs") for path in defs.iter("path")}
     return [
         path
@@ -36,12 +36,12 @@ def markers(svg: ET.Element) -> list[ET.Element]:
     return [use for use in svg.iter("use") if "var(--s" in use.get("style", "")]
 
 
-def curve(**lines: list[tuple[float, float]]) -> Curve:
+def loss_curve(**lines: list[tuple[float, float]]) -> Curve:
     return Curve(title="t", x="images", y="loss", lines=lines)
 
 
-def test_a_line_goes_where_its_numbers_say() -> None:
-    svg = chart(curve(a=LINE))
+def test_coordinates_of_a_line_are_linear_in_its_values() -> None:
+    svg = parse_svg(loss_curve(a=LINE))
     (path,) = lines_of(svg)
     points = coordinates(path)
     assert len(points) == len(LINE)
@@ -53,37 +53,37 @@ def test_a_line_goes_where_its_numbers_say() -> None:
     assert (ys[2] - ys[0]) / (ys[1] - ys[0]) == pytest.approx((3 - 2) / (3 - 1), abs=0.001)
 
 
-def test_gaps_constant_lines_and_single_points() -> None:
+def test_values_that_are_not_finite_constant_lines_and_single_points() -> None:
     gaps = [(0.0, 1.0), (1.0, math.nan), (2.0, 2.0), (3.0, math.inf), (4.0, 1.0), (5.0, 2.0)]
-    svg = chart(curve(a=gaps))
+    svg = parse_svg(loss_curve(a=gaps))
     assert "nan" not in ET.tostring(svg, "unicode") and "inf" not in ET.tostring(svg, "unicode")
     assert len(markers(svg)) == 4
     assert sum(len(coordinates(path)) for path in lines_of(svg)) <= 4
-    assert len(markers(chart(curve(a=[(0, 7.0), (5, 7.0)])))) == 2
-    assert len(markers(chart(curve(a=[(3, 0.0)])))) == 1
+    assert len(markers(parse_svg(loss_curve(a=[(0, 7.0), (5, 7.0)])))) == 2
+    assert len(markers(parse_svg(loss_curve(a=[(3, 0.0)])))) == 1
     with pytest.raises(AssertionError, match="no finite point"):
-        chart(curve(a=[(math.nan, 1)]))
-    assert curve().group_size() == 1 and not curve().has_finite_points()
+        parse_svg(loss_curve(a=[(math.nan, 1)]))
+    assert loss_curve().group_size() == 1 and not loss_curve().has_finite_points()
 
 
-def test_long_lines_are_averaged_and_say_so() -> None:
+def test_long_lines_are_averaged_in_groups() -> None:
     line = [(float(i), float(i % 2)) for i in range(1000)]
-    assert curve(a=line).group_size() == 4 and 1000 / 4 <= MAX_POINTS
+    assert loss_curve(a=line).group_size() == 4 and 1000 / 4 <= MAX_POINTS
     means = group_means(line, 4)
     assert means[0] == (1.5, 0.5) and means[-1] == (997.5, 0.5) and len(means) == 250
     assert group_means(LINE, 1) == LINE
     assert math.isnan(group_means([(0, 1), (1, math.nan)], 2)[0][1])
-    assert not markers(chart(curve(a=line)))
+    assert not markers(parse_svg(loss_curve(a=line)))
 
 
-def test_labels_hide_no_point_and_no_other_label() -> None:
+def test_labels_do_not_overlap_points_or_other_labels() -> None:
     line = [(0.9 + 0.01 * i, 30.0 + (i - 3) ** 2) for i in range(8)]
-    near = [(x + 0.001, y + 0.5) for x, y in line]  # so near that not every label finds room
+    near = [(x + 0.001, y + 0.5) for x, y in line]  # so near that some labels have no room
     names = [f"guidance {i}" for i in range(8)]
     labeled = Curve(
         title="t", x="CLIP", y="FID", lines={"a": line, "b": near}, labels={"a": names, "b": names}
     )
-    svg = chart(labeled)
+    svg = parse_svg(labeled)
     texts = [text for text in svg.iter("text") if (text.text or "").startswith("guidance")]
     places = [
         tuple(map(float, re.findall(r"translate\(([\d.]+) ([\d.]+)\)", text.attrib["transform"])[0]))
@@ -93,39 +93,39 @@ def test_labels_hide_no_point_and_no_other_label() -> None:
     ]
     circles = [(float(use.attrib["x"]), float(use.attrib["y"])) for use in markers(svg)]
     assert 4 <= len(places) < 16 and len(circles) == 16
-    width, height = 4.0, 8.0  # of a letter, in the chart's units
+    width, height = 4.0, 8.0  # of a letter, in units of the chart
     for i, (x, y) in enumerate(places):
-        wide = width * len(texts[i].text or "")
-        assert not any(x < cx < x + wide and y - height < cy < y for cx, cy in circles)
+        label_width = width * len(texts[i].text or "")
+        assert not any(x < cx < x + label_width and y - height < cy < y for cx, cy in circles)
         for j, (other_x, other_y) in enumerate(places[:i]):
-            other_wide = width * len(texts[j].text or "")
-            apart = x + wide <= other_x or other_x + other_wide <= x or abs(y - other_y) >= height
+            other_width = width * len(texts[j].text or "")
+            apart = x + label_width <= other_x or other_x + other_width <= x or abs(y - other_y) >= height
             assert apart, (texts[i].text, texts[j].text)
 
 
-def test_labels_must_be_as_many_as_points() -> None:
+def test_each_point_needs_a_label() -> None:
     with pytest.raises(AssertionError, match="1 labels, 4 points"):
         Curve(title="t", x="x", y="y", lines={"a": LINE}, labels={"a": ["one"]})
 
 
-def test_lines_differ_without_color() -> None:
-    looks = [(order % SERIES, dash(order)) for order in range(2 * SERIES)]
-    assert len(set(looks)) == 2 * SERIES and len({dash(order) for order in range(3)}) == 3
-    svg = chart(curve(**{str(order): LINE for order in range(10)}))
+def test_lines_can_be_told_apart_by_color_and_dash() -> None:
+    styles_of_lines = [(order % SERIES, dash(order)) for order in range(2 * SERIES)]
+    assert len(set(styles_of_lines)) == 2 * SERIES and len({dash(order) for order in range(3)}) == 3
+    svg = parse_svg(loss_curve(**{str(order): LINE for order in range(10)}))
     styles = [path.attrib["style"] for path in lines_of(svg)]
     assert len(styles) == 10 and len(set(styles)) == 10
 
 
-def test_colors_are_the_pages_and_ids_are_the_charts_own() -> None:
-    first, second = curve_svg(curve(a=LINE), "c1"), curve_svg(curve(a=LINE), "c2")
-    assert not re.search(r"(?:fill|stroke): #", first), "a color that no dark page can change"
+def test_colors_come_from_the_page_and_ids_are_unique() -> None:
+    first, second = curve_svg(loss_curve(a=LINE), "c1"), curve_svg(loss_curve(a=LINE), "c2")
+    assert not re.search(r"(?:fill|stroke): #", first), "a fixed color that a dark page cannot change"
     ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (first, second)]
     assert ids[0] and not ids[0] & ids[1]
     assert set(re.findall(r'href="#([^"]+)"', first)) <= ids[0]
     assert "url(" not in first and "<style" not in first and "xlink" not in first
 
 
-def test_names_are_text_and_the_same_curve_gives_the_same_bytes() -> None:
+def test_names_are_escaped_and_rendering_is_deterministic() -> None:
     attack = Curve(title='<b>"', x="$x_1$ <i>", y="<script>", lines={"a": [(0.0, 1.0), (1e6, 2.0)]})
     text = curve_svg(attack, "c1")
     assert text == curve_svg(attack, "c1")
@@ -134,13 +134,13 @@ def test_names_are_text_and_the_same_curve_gives_the_same_bytes() -> None:
     assert svg.attrib["aria-label"] == '<b>": <script> over $x_1$ <i>'
     texts = {element.text for element in svg.iter("text")}
     assert {"$x_1$ <i>", "<script>", "1,000,000"} <= texts
-    alone = chart(Curve(title="Score", x="images", y="Score", lines={"student": LINE}))
-    assert "Score" not in {element.text for element in alone.iter("text")}  # it stands above the chart
+    single = parse_svg(Curve(title="Score", x="images", y="Score", lines={"student": LINE}))
+    assert "Score" not in {element.text for element in single.iter("text")}  # the title of the chart says it
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
-def test_a_curve_as_a_file(suffix: str, tmp_path: Path) -> None:
-    plot_curve(curve(a=LINE, b=LINE), tmp_path / "deep" / f"curve.{suffix}")
+def test_plot_curve_writes_a_file(suffix: str, tmp_path: Path) -> None:
+    plot_curve(loss_curve(a=LINE, b=LINE), tmp_path / "deep" / f"curve.{suffix}")
     assert (tmp_path / "deep" / f"curve.{suffix}").stat().st_size > 1000
     with pytest.raises(UserError, match=r"cannot write .*; choose another --out"):
-        plot_curve(curve(a=LINE), Path("/proc/none") / f"curve.{suffix}")
+        plot_curve(loss_curve(a=LINE), Path("/proc/none") / f"curve.{suffix}")

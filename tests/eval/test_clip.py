@@ -1,4 +1,4 @@
-"""eval.networks.clip: presets that open_clip knows, and features as a CLIP gives them."""
+"""eval.networks.clip: presets are models of open_clip; features and scores of a tiny CLIP."""
 
 from pathlib import Path
 
@@ -22,11 +22,11 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_clip(teacher, tmp_path_factory.mktemp("clip") / "small")
 
 
-def pictures(count: int) -> Tensor:
+def random_images(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator(count))
 
 
-def test_presets_are_models_and_tags_of_open_clip() -> None:
+def test_presets_are_pretrained_models_of_open_clip() -> None:
     known = set(open_clip.list_pretrained())
     assert {"vit-b-32", "vit-g-14", "vit-l-14-336"} <= set(CLIP_PRESETS)
     for name in CLIP_PRESETS.values():
@@ -37,9 +37,9 @@ def test_presets_are_models_and_tags_of_open_clip() -> None:
         load_clip("vit-b")
 
 
-def test_features_keep_their_length_and_scores_do_not_need_it(folder: Path) -> None:
+def test_features_are_not_normalized_but_cmmd_and_scores_normalize_them(folder: Path) -> None:
     features, clip = load_clip_features(folder), load_clip(str(folder))
-    images = pictures(5)
+    images = random_images(5)
     raw = features(images)
     assert features.name == "clip:local-dir:small" and raw.shape == (5, 8)
     assert (raw.norm(dim=1) - 1).abs().min() > 0.01

@@ -1,4 +1,4 @@
-"""eval.images.coco: a small folder of COCO's form, chosen from as anyone could repeat it."""
+"""eval.images.coco: captions and images are selected from a small folder in the layout of COCO."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ IDS = [7, 100, 23, 5, 61]
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Five images, two captions each, in an order of nobody's choosing."""
+    """Five images with two captions each; neither ids nor annotations are sorted."""
     (tmp_path / "val2014").mkdir()
     (tmp_path / "annotations").mkdir()
     images = [{"id": i, "file_name": f"COCO_val2014_{i:012}.jpg"} for i in IDS]
@@ -32,24 +32,24 @@ def coco(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_choice_can_be_repeated_by_hand(coco: Path) -> None:
-    """sha256("SEED:ID") in order, each image with the caption of its lowest annotation id."""
+def test_images_are_ordered_by_the_hash_of_seed_and_id(coco: Path) -> None:
+    """The order is that of sha256("SEED:ID"); an image has the caption with the lowest annotation id."""
     read = read_coco(coco, "val2014")
     expected = sorted(IDS, key=lambda i: hashlib.sha256(f"0:{i}".encode()).hexdigest())
     assert chosen_images(read, 0, 0) == expected == [61, 7, 23, 100, 5]
-    assert chosen_images(read, 3, 0) == expected[:3], "a smaller choice begins a larger one"
+    assert chosen_images(read, 3, 0) == expected[:3], "a smaller selection is the beginning of a larger one"
     assert chosen_images(read, 0, 1) != expected
     assert chosen_captions(read, [23, 5]) == ["A photo of 23.", "A photo of 5."]
 
 
-def test_files_come_by_name_with_their_captions(coco: Path) -> None:
+def test_files_are_sorted_by_name_and_have_captions(coco: Path) -> None:
     read = read_coco(coco, "val2014")
     files = image_files(read, [61, 5])
     assert [path.name for path in files.pictures] == [f"COCO_val2014_{i:012}.jpg" for i in (5, 61)]
     assert files.captions[files.pictures[0]] == "A photo of 5." and len(files) == 2
 
 
-def test_what_is_missing_is_named(coco: Path) -> None:
+def test_missing_or_damaged_files_are_named(coco: Path) -> None:
     read = read_coco(coco, "val2014")
     with pytest.raises(
         UserError, match="has 5 captioned images, the protocol draws 6; fetch the whole split"
@@ -76,5 +76,5 @@ def test_what_is_missing_is_named(coco: Path) -> None:
         read_coco(coco, "val2014")
 
 
-def test_the_splits_are_of_cocos_sizes() -> None:
+def test_the_sizes_of_the_coco_splits() -> None:
     assert SPLITS["coco2014-val"] == ("val2014", 40_504) and SPLITS["coco2017-val"] == ("val2017", 5_000)

@@ -1,4 +1,4 @@
-"""eval.images.decode: every kind of image that folders contain, and the refusals."""
+"""eval.images.decode: conversion of every kind of image to RGB, and refused images."""
 
 import io
 import random
@@ -30,7 +30,7 @@ def pixels(decoded: Decoded) -> np.ndarray[Any, Any]:
     return decoded.image.transpose(1, 2, 0)
 
 
-def test_rgb_comes_as_it_is() -> None:
+def test_rgb_is_unchanged() -> None:
     image_read = read(encoded(Image.fromarray(COLORS)))
     assert (
         np.array_equal(pixels(image_read), COLORS) and image_read.converted == () and image_read.caption == ""
@@ -38,7 +38,7 @@ def test_rgb_comes_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA", "RGBA"])
-def test_other_kinds_become_rgb_as_pillow_makes_them_and_are_counted(mode: str) -> None:
+def test_other_modes_are_converted_as_by_pillow_and_noted(mode: str) -> None:
     image = Image.fromarray(COLORS).convert(mode)
     image_read = read(encoded(image, "TIFF" if mode == "CMYK" else "PNG"))
     expected = np.array(image.convert("RGB"))
@@ -57,9 +57,9 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
     assert image.mode.startswith("I;16")
     image_read = read(encoded(image))
     assert image_read.converted == ("16-bit grey",)
-    assert np.array_equal(pixels(image_read)[..., 0], RAMP), "65535 is white, and 257 is the first step"
+    assert np.array_equal(pixels(image_read)[..., 0], RAMP), "65535 becomes 255, and 257 becomes 1"
     clipped = np.array(Image.open(io.BytesIO(encoded(image))).convert("RGB"))
-    assert (clipped == 255).mean() > 0.9, "what Pillow's own conversion leaves"
+    assert (clipped == 255).mean() > 0.9, "Pillow's own conversion clips nearly all pixels"
 
 
 def test_16_bit_color_keeps_its_upper_bytes() -> None:
@@ -77,7 +77,7 @@ def test_16_bit_color_keeps_its_upper_bytes() -> None:
     assert np.array_equal(pixels(image_read), COLORS)
 
 
-def test_transparency_is_refused_unless_it_is_none() -> None:
+def test_transparent_pixels_are_refused() -> None:
     opaque = np.dstack([COLORS, np.full((16, 16), 255, np.uint8)])
     assert np.array_equal(pixels(read(encoded(Image.fromarray(opaque)))), COLORS)
     opaque[3, 4, 3] = 254
@@ -99,7 +99,7 @@ def test_animations_are_refused(kind: str) -> None:
     assert read(encoded(frames[0], kind)).image.shape == (3, 16, 16)
 
 
-def test_a_phones_picture_with_extras_behind_it_is_a_picture() -> None:
+def test_the_first_image_of_an_mpo_file_is_decoded() -> None:
     frames = [Image.fromarray(COLORS), Image.fromarray(255 - COLORS)]
     image_read = read(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]))
     assert np.abs(pixels(image_read).astype(int) - COLORS).mean() < 40
@@ -109,7 +109,7 @@ def test_a_phones_picture_with_extras_behind_it_is_a_picture() -> None:
     "image", [Image.new("F", (4, 4), float("nan")), Image.fromarray(np.zeros((4, 4), np.int32))]
 )
 def test_pixels_without_a_known_range_are_refused(image: Image.Image) -> None:
-    """A float picture may hold NaN, and nobody knows its white."""
+    """A float image may hold NaN, and its value of white is unknown."""
     with pytest.raises(UserError, match=rf"^x.png holds {image.mode} pixels"):
         read(encoded(image, "TIFF"))
 
@@ -123,8 +123,8 @@ def test_truncated_files_are_named(kind: str) -> None:
             read(data[: int(len(data) * share)])
 
 
-def test_damaged_bytes_raise_nothing_else() -> None:
-    """Any byte may be wrong: a picture or one line, never another exception."""
+def test_damaged_bytes_raise_only_user_errors() -> None:
+    """Random wrong bytes give an image or a UserError of one line, never another exception."""
     rng, refused = random.Random(0), 0
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
         complete = encoded(Image.fromarray(COLORS), kind)
@@ -140,7 +140,7 @@ def test_damaged_bytes_raise_nothing_else() -> None:
     assert refused > 40
 
 
-def test_a_pngs_own_prompt_and_the_size_asked_for(tmp_path: Path) -> None:
+def test_the_prompt_in_a_png_resizing_and_the_digest(tmp_path: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

@@ -1,4 +1,4 @@
-"""eval.networks.dinov2 and transformers_vision: tiny real DINOv2 models loaded from real folders."""
+"""eval.networks.dinov2 and transformers_vision: tiny DINOv2 models loaded from saved folders."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def save_dinov2(folder: Path, image_size: int) -> Dinov2Model:
     return model
 
 
-def pictures(count: int, size: int) -> Tensor:
+def random_images(count: int, size: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator(count))
 
 
@@ -35,21 +35,21 @@ def pictures(count: int, size: int) -> Tensor:
 def test_features_are_the_normed_class_token(tmp_path: Path) -> None:
     model = save_dinov2(tmp_path, 224)
     net = load_dinov2(tmp_path)
-    images = pictures(2, 224)
+    images = random_images(2, 224)
     expected = model(pixel_values=normalize_channels(images, IMAGENET)).pooler_output
     assert (net.name, net.dim) == ("dinov2", 32)
     torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-6)
     assert expected.std() > 0.1
-    small = pictures(3, 50)
-    alone = torch.cat([net(image[None]) for image in small])
-    torch.testing.assert_close(net(small), alone, rtol=1e-4, atol=1e-5)
+    small = random_images(3, 50)
+    one_by_one = torch.cat([net(image[None]) for image in small])
+    torch.testing.assert_close(net(small), one_by_one, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_published_models_of_518_px_are_interpolated_as_metas_code_does(tmp_path: Path) -> None:
+def test_position_embeddings_of_518_px_are_interpolated_as_in_metas_code(tmp_path: Path) -> None:
     model = save_dinov2(tmp_path, 518)
     net = FEATURES["dinov2"](tmp_path, "cpu")
-    images = pictures(2, 224)
+    images = random_images(2, 224)
     positions = model.embeddings.position_embeddings
     patches = positions[:, 1:].reshape(1, 37, 37, 32).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(patches, scale_factor=16.1 / 37, mode="bicubic")
@@ -61,23 +61,23 @@ def test_published_models_of_518_px_are_interpolated_as_metas_code_does(tmp_path
     torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_interpolation_reads_a_ramp_at_the_shifted_places() -> None:
-    """Away from the borders row i is read at (i + 1/2) * 37 / 16.1 - 1/2; PyTorch's bicubic bends ramps by
-    0.05.
+def test_interpolation_samples_at_metas_shifted_positions() -> None:
+    """Away from the borders, row i is sampled at (i + 1/2) * 37 / 16.1 - 1/2. PyTorch's bicubic filter
+    changes a ramp by up to 0.05.
     """
     ramp = torch.arange(37.0).view(37, 1).expand(37, 37).reshape(1, 37 * 37, 1)
     got = interpolated(torch.cat([torch.full((1, 1, 1), -5.0), ramp], 1), 16)
     assert got.shape == (1, 257, 1) and got[0, 0, 0] == -5
     expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
-    read = got[0, 1:, 0].view(16, 16)[:, 5]
-    torch.testing.assert_close(read[2:-2], expected[2:-2], atol=0.06, rtol=0)
+    row = got[0, 1:, 0].view(16, 16)[:, 5]
+    torch.testing.assert_close(row[2:-2], expected[2:-2], atol=0.06, rtol=0)
     unshifted = (torch.arange(16) + 0.5) * 37 / 16 - 0.5
-    assert (read - unshifted)[13] < -0.1
+    assert (row - unshifted)[13] < -0.1
     same = torch.randn(1, 17, 3, generator=generator(0))
     assert interpolated(same, 4) is same
 
 
-def test_other_models_are_named(tmp_path: Path) -> None:
+def test_missing_foreign_and_damaged_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone: no such folder; give one"):
         load_dinov2(tmp_path / "gone")
     with pytest.raises(UserError, match="as a hub id it cannot be fetched"):

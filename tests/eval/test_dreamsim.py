@@ -1,4 +1,4 @@
-"""eval.networks.dreamsim against the package dreamsim, on small files of the published form."""
+"""eval.networks.dreamsim against the package dreamsim, on small files in the published format."""
 
 import json
 import warnings
@@ -23,11 +23,11 @@ from eval.images.resize import to_pil
 from eval.metrics.paired import cosine_distance, encoded
 from eval.networks.dreamsim import DINO, load_dreamsim
 
-WIDTH, DEPTH, JOINT, RANK = 64, 12, 24, 3  # the package reads block 11, so there have to be twelve
+WIDTH, DEPTH, JOINT, RANK = 64, 12, 24, 3  # the package reads block 11, so at least 12 blocks are needed
 
 
 def small_vit(patch_size: int = 16, **_: Any) -> VisionTransformer:
-    """The package's ViT-B but for its width."""
+    """The package's ViT-B with a smaller width."""
     return VisionTransformer(
         patch_size=patch_size,
         embed_dim=WIDTH,
@@ -49,7 +49,7 @@ def random_state(net: nn.Module, seed: int) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the published zip unpacks to, and the backbone that torch.hub would put beside it."""
+    """The unpacked files of the published zip, and the backbone that torch.hub downloads beside them."""
     folder = tmp_path_factory.mktemp("dreamsim")
     (folder / "checkpoints").mkdir()
     torch.save(random_state(small_vit(), 0), folder / "checkpoints" / DINO)
@@ -75,8 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(folder: Path) -> tuple[Any, Any]:
-    """dreamsim's model and preprocessing, from the same files; small ViTs in place of its ViT-B."""
+def published(folder: Path) -> tuple[Any, Any]:
+    """The model and preprocessing of package dreamsim, from the same files; small ViTs replace its ViT-B."""
 
     def hub(repository: str, name: str) -> nn.Module:
         assert (repository, name) == ("facebookresearch/dino:main", "dino_vitb16")
@@ -85,7 +85,9 @@ def judge(folder: Path) -> tuple[Any, Any]:
         return net
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its DINO head uses the old weight_norm, and it adapts twice
+        warnings.simplefilter(
+            "ignore"
+        )  # its DINO head uses the old weight_norm, and it applies the adapter twice
         patch.setattr(torch.hub, "load", hub)
         patch.setattr(torch.hub, "set_dir", lambda _: None)
         patch.setattr(load_clip_as_dino, "vit_base", small_vit)
@@ -94,38 +96,38 @@ def judge(folder: Path) -> tuple[Any, Any]:
     return model, preprocess
 
 
-def pictures(count: int, height: int, width: int) -> Tensor:
+def random_images(count: int, height: int, width: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator(count))
 
 
 @torch.no_grad()
-def test_embeddings_and_distances_are_dreamsims(folder: Path, judge: tuple[Any, Any]) -> None:
-    model, preprocess = judge
+def test_embeddings_and_distances_equal_those_of_dreamsim(folder: Path, published: tuple[Any, Any]) -> None:
+    model, preprocess = published
     net = load_dreamsim(folder)
     assert (net.name, net.dim) == ("dreamsim", WIDTH + 2 * JOINT)
     for size in ((224, 224), (96, 64)):
-        images = pictures(4, *size)
+        images = random_images(4, *size)
         pixels = torch.cat([preprocess(to_pil(image)) for image in images])
         expected = model.embed(pixels)
         got = net(images)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-        judged = model(pixels[:2], pixels[2:])
+        published_distance = model(pixels[:2], pixels[2:])
         distance = encoded(net, cosine_distance)(images[:2], images[2:])
-        torch.testing.assert_close(distance.float(), judged, rtol=0, atol=1e-6)
-        assert (judged > 1e-3).all()
+        torch.testing.assert_close(distance.float(), published_distance, rtol=0, atol=1e-6)
+        assert (published_distance > 1e-3).all()
 
 
 @torch.no_grad()
-def test_the_adapter_counts(judge: tuple[Any, Any]) -> None:
-    """Without it the judge itself is far off: agreement above is not agreement of plain ViTs."""
-    model, _ = judge
+def test_the_adapter_changes_the_embeddings(published: tuple[Any, Any]) -> None:
+    """Without the adapter the package's own embeddings differ, so the test above also tests the adapter."""
+    model, _ = published
     pixels = torch.rand(2, 3, 224, 224, generator=generator(0))
     with model.disable_adapter():
         plain = model.embed(pixels)
     assert (plain - model.embed(pixels)).abs().max() > 1e-2
 
 
-def test_a_flat_picture_is_at_zero_from_itself_at_any_size(folder: Path) -> None:
+def test_uniform_images_of_different_sizes_have_distance_zero(folder: Path) -> None:
     net = load_dreamsim(folder)
     grey = torch.full((1, 3, 50, 70), 99, dtype=torch.uint8)
     larger = torch.full((1, 3, 300, 20), 99, dtype=torch.uint8)

@@ -44,7 +44,7 @@ ORACLE = FeatureNet(name="oracle", dim=12, sha256="0a" * 32, function=mean_color
 
 
 def color_clip() -> ClipNet:
-    """A CLIP whose pictures are their mean color and whose texts are the color they name."""
+    """A CLIP that encodes an image as its mean color and a text as the color it names."""
 
     def texts(prompts: list[str]) -> Tensor:
         return F.normalize(torch.tensor([[float(c in p) for c in CHANNELS] for p in prompts]), dim=1)
@@ -61,7 +61,7 @@ def pick_score(images: Tensor, prompts: list[str]) -> Tensor:
 
 PICK = PickNet(name="pick", sha256="0d" * 32, score=pick_score)
 NETWORKS = Networks(sets={"features": ORACLE}, clip=color_clip())
-EVERYTHING = Networks(
+ALL_NETWORKS = Networks(
     sets={
         name: dataclasses.replace(ORACLE, name=name) for name in ("dinov2", "fd_clip", "cmmd", DREAMSIM_ROWS)
     }
@@ -72,16 +72,16 @@ EVERYTHING = Networks(
 )
 
 
-def pictures(count: int, seed: int, spread: float = 40.0, shift: float = 0.0) -> Batch:
-    """Noisy pictures, each mainly of the color in its prompt."""
-    wanted = torch.arange(count) % 3
-    base = 60 + 100 * F.one_hot(wanted, 3)[:, :, None, None] + shift
+def color_images(count: int, seed: int, spread: float = 40.0, shift: float = 0.0) -> Batch:
+    """Noisy images whose main color is the one in their prompt."""
+    color = torch.arange(count) % 3
+    base = 60 + 100 * F.one_hot(color, 3)[:, :, None, None] + shift
     images = base + spread * torch.randn(count, 3, 4, 4, generator=generator(seed))
-    return images.clamp(0, 255).to(torch.uint8), [f"all {CHANNELS[i]}" for i in wanted.tolist()]
+    return images.clamp(0, 255).to(torch.uint8), [f"all {CHANNELS[i]}" for i in color.tolist()]
 
 
 def source(count: int, seed: int, **options: float) -> ImageSource:
-    return batch_source(f"{count} of {seed}", [pictures(count, seed, **options)])
+    return batch_source(f"{count} of {seed}", [color_images(count, seed, **options)])
 
 
 def real(protocol: Protocol = TINY, networks: Networks = NETWORKS) -> Reference:
@@ -104,7 +104,7 @@ def measure(
     return run(images, protocol, networks, **options).result
 
 
-def test_the_contracts_keys_and_sane_numbers() -> None:
+def test_the_keys_and_values_of_a_result() -> None:
     data = measure(source(90, seed=2)).to_json()
     keys = {
         "protocol",
@@ -130,9 +130,9 @@ def test_the_contracts_keys_and_sane_numbers() -> None:
     json.dumps(data)
 
 
-def test_better_pictures_score_better() -> None:
+def test_worse_images_get_worse_numbers() -> None:
     good, worse = measure(source(90, 2)), measure(source(90, 2, shift=60.0))
-    images, prompts = pictures(90, seed=2)
+    images, prompts = color_images(90, seed=2)
     swapped = measure(batch_source("swapped", [(images, prompts[1:] + prompts[:1])]))
     assert good.fid is not None and worse.fid is not None and worse.fid > 10 * good.fid
     assert good.precision is not None and worse.precision is not None and worse.precision < good.precision
@@ -141,13 +141,13 @@ def test_better_pictures_score_better() -> None:
     assert swapped.fid == good.fid
 
 
-def test_the_reference_against_itself_is_at_zero() -> None:
+def test_the_reference_compared_with_itself_has_fid_zero() -> None:
     result = measure(source(120, 1))
     assert result.fid == pytest.approx(0, abs=1e-6) and (result.precision, result.recall) == (1, 1)
 
 
 def test_a_collapsed_generator_has_precision_but_no_recall() -> None:
-    images, prompts = pictures(90, seed=2, spread=2.0)
+    images, prompts = color_images(90, seed=2, spread=2.0)
     collapsed = measure(batch_source("one color", [(images[:3].repeat(30, 1, 1, 1), prompts)]))
     assert collapsed.precision == 1 and collapsed.recall is not None and collapsed.recall < 0.2
 
@@ -159,14 +159,14 @@ def test_batches_and_parts_do_not_change_the_result(size: int, tmp_path: Path) -
     assert other == expected
 
 
-def test_every_metric_gives_its_numbers() -> None:
+def test_all_metrics_in_one_evaluation() -> None:
     protocol = dataclasses.replace(TINY, diversity_images=3, is_splits=5)
     against = {"fid", "fid_infinity", "kid", "pr", "dc", "fd_dinov2", "fd_clip", "cmmd"}
     metrics = (*sorted(against), "is", "clip", "pickscore", "dreamsim_diversity", "dreamsim", "psnr")
-    reference = real(protocol, EVERYTHING)
-    other = batch_source("other", [(pictures(90, 3)[0], [""] * 90)])
+    reference = real(protocol, ALL_NETWORKS)
+    other = batch_source("other", [(color_images(90, 3)[0], [""] * 90)])
     result = measure(
-        endless(), protocol, EVERYTHING, metrics=metrics, reference=reference, other=other, count=90
+        endless_sampler(), protocol, ALL_NETWORKS, metrics=metrics, reference=reference, other=other, count=90
     )
     numbers = result.numbers()
     more = {"clip_score", "precision", "recall", "density", "coverage", "is_deviation"}
@@ -181,26 +181,26 @@ def test_every_metric_gives_its_numbers() -> None:
     assert "PSNR to the teacher (dB)" in labels and "(95 %:" in labels["PickScore"]
 
 
-def endless() -> ImageSource:
-    """A sampler whose image i shows prompt i, of 90."""
+def endless_sampler() -> ImageSource:
+    """A sampler without a limit: image i shows prompt i modulo 90."""
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for first in range(numbers.start, numbers.stop, batch_size):
             part = range(first, min(first + batch_size, numbers.stop))
-            images = torch.cat([pictures(1, 1_000 + number)[0] for number in part])
+            images = torch.cat([color_images(1, 1_000 + number)[0] for number in part])
             texts = [f"{number % 90}: all red" for number in part]
             yield SampledBatch(first=first, views=views_of(images, sizes), prompts=texts)
 
     return ImageSource(name="endless", facts={"kind": "test"}, draw=draw)
 
 
-def test_an_extra_measure_is_averaged() -> None:
+def test_extra_measures_are_averaged() -> None:
     brightness = Measure(size=NATIVE, function=lambda images, _: images.double().mean((1, 2, 3)))
     networks = dataclasses.replace(
         NETWORKS, extra={"caption_accuracy": brightness, "caption_exact": brightness}
     )
     result = run(source(90, 2), networks=networks)
-    expected = pictures(90, seed=2)[0].double().mean().item()
+    expected = color_images(90, seed=2)[0].double().mean().item()
     assert result.result.extra["caption_accuracy"] == pytest.approx(expected)
     assert result.rows.values["caption_accuracy"].shape == (90,)
 
@@ -220,7 +220,7 @@ def test_one_metric_needs_only_its_own_network() -> None:
         measure(source(9, 2), metrics=("fad",))
 
 
-def test_fewer_images_than_the_protocol_wants_are_refused_or_stated() -> None:
+def test_too_few_images_are_refused_or_noted() -> None:
     protocol = dataclasses.replace(TINY, images=40, reference_images=120)
     exact = measure(source(90, 2), protocol)
     assert exact.counts["images"] == 40
@@ -239,7 +239,7 @@ def test_fewer_images_than_the_protocol_wants_are_refused_or_stated() -> None:
         batch_source("none", [])
 
 
-def test_fewer_images_than_features_are_stated() -> None:
+def test_fewer_images_than_features_are_noted() -> None:
     few = measure(source(9, 2))
     assert any(
         note.startswith(
@@ -251,37 +251,37 @@ def test_fewer_images_than_features_are_stated() -> None:
     assert not any("covariances are singular" in note for note in measure(source(30, 2)).notes)
 
 
-def test_a_sampler_is_not_asked_for_more_than_the_protocol_wants() -> None:
-    asked: list[range] = []
+def test_no_more_images_are_sampled_than_the_protocol_needs() -> None:
+    requested: list[range] = []
     inner = source(90, 2)
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
-        asked.append(numbers)
+        requested.append(numbers)
         return inner.draw(numbers, batch_size, sizes)
 
     sampler = ImageSource(name="sampler", facts={}, draw=draw)
     measure(sampler, dataclasses.replace(TINY, images=30), resamples=0)
-    assert [n for part in asked for n in part] == list(range(30))
+    assert [n for part in requested for n in part] == list(range(30))
 
 
 @pytest.mark.parametrize(
-    ("metric", "says"),
+    ("metric", "message"),
     [
         ("pr", "k = 5 need more images than that, got 5"),
         ("is", "of 10 splits needs as many images, got 5"),
         ("fid_infinity", "of 12 features takes 3 points or more from 24 images on"),
     ],
 )
-def test_too_few_images_for_a_metric_are_refused_before_any_is_drawn(metric: str, says: str) -> None:
+def test_too_few_images_for_a_metric_are_refused_before_sampling(metric: str, message: str) -> None:
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         raise AssertionError("an image was drawn")
 
     sampler = ImageSource(name="sampler", facts={"kind": "test"}, draw=draw)
-    with pytest.raises(UserError, match=says):
-        measure(sampler, networks=EVERYTHING, metrics=(metric,), count=5)
+    with pytest.raises(UserError, match=message):
+        measure(sampler, networks=ALL_NETWORKS, metrics=(metric,), count=5)
 
 
-def test_only_inception_is_called_fid() -> None:
+def test_only_the_distance_of_inception_features_is_called_fid() -> None:
     labels = dict(measure(source(30, 2)).rows())
     assert "Frechet distance (oracle features)" in labels and "Kernel distance (oracle features)" in labels
     assert not any("FID" in label for label in labels)
@@ -295,7 +295,7 @@ def test_only_inception_is_called_fid() -> None:
     assert any("Inception weights are not the published" in note for note in result.notes)
 
 
-def test_a_reference_measured_another_way_is_refused() -> None:
+def test_a_reference_of_another_protocol_or_network_is_refused() -> None:
     other = Networks(sets={"features": dataclasses.replace(ORACLE, sha256="0c" * 32)}, clip=color_clip())
     with pytest.raises(
         UserError, match=r"reference 120 of 1 was measured another way: features.features_sha256"
@@ -311,24 +311,24 @@ def test_a_reference_measured_another_way_is_refused() -> None:
     with pytest.raises(UserError, match="measures with CLIP 'ViT', got 'colors'"):
         measure(source(9, 2), dataclasses.replace(TINY, clip="ViT"))
     with pytest.raises(UserError, match="has no statistics of dinov2 features; make it again"):
-        measure(source(9, 2), networks=EVERYTHING, metrics=("fd_dinov2",))
+        measure(source(9, 2), networks=ALL_NETWORKS, metrics=("fd_dinov2",))
 
 
-def test_a_reference_is_built_only_when_all_else_is_right() -> None:
-    def never() -> Reference:
+def test_the_reference_is_built_after_all_other_checks() -> None:
+    def fail_if_called() -> Reference:
         raise AssertionError("built too early")
 
     with pytest.raises(UserError, match="expected at least 2"):
-        measure(source(1, 2), reference=never)
+        measure(source(1, 2), reference=fail_if_called)
 
 
-def test_a_missing_prompt_is_named() -> None:
-    images, prompts = pictures(9, 2)
+def test_the_error_names_an_image_without_prompt() -> None:
+    images, prompts = color_images(9, 2)
     with pytest.raises(UserError, match="image 0 has no prompt, so it has no clip_score"):
         measure(batch_source("x", [(images, ["", *prompts[1:]])]))
 
 
-def test_compare_refuses_what_does_not_compare() -> None:
+def test_compare_refuses_results_of_different_protocols() -> None:
     a, b = measure(source(30, 2)), measure(source(30, 3))
     rows = compare({"b": b, "a": a})
     assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["fid"] == a.fid
@@ -342,7 +342,7 @@ def test_compare_refuses_what_does_not_compare() -> None:
         compare({"a": a, "mixed": measure(source(30, 3), dataclasses.replace(TINY, seed=1))})
     with pytest.raises(UserError, match=r"counts.images \(30 -> 27\)"):
         compare({"a": a, "b": measure(source(27, 3))})
-    images, prompts = pictures(30, 3)
+    images, prompts = color_images(30, 3)
     swapped = measure(batch_source("x", [(images, prompts[1:] + prompts[:1])]))
     with pytest.raises(UserError, match=r"settings.prompts_sha256"):
         compare({"a": a, "b": swapped})
@@ -350,7 +350,9 @@ def test_compare_refuses_what_does_not_compare() -> None:
         source(30, 3), networks=Networks(clip=color_clip()), metrics=("clip",), reference=None
     )
     assert clip_only.settings["features"] == "oracle"
-    assert len(compare({"a": a, "clip only": clip_only})) == 2, "fewer metrics are no other protocol"
+    assert len(compare({"a": a, "clip only": clip_only})) == 2, (
+        "a result with fewer metrics has the same protocol"
+    )
     with pytest.raises(UserError, match="no results to compare"):
         compare({})
 

@@ -1,4 +1,4 @@
-"""eval.metrics.feature_stats: closed forms, batches, files, and one to three processes."""
+"""eval.metrics.feature_stats: closed forms, batches, saved tensors, and one to three processes."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ def stats_of(features: Tensor, batch: int = 64) -> FeatureStats:
     return stats
 
 
-def test_mean_and_covariance_are_torchs() -> None:
+def test_mean_and_covariance_equal_those_of_torch() -> None:
     features = rows(150, 7)
     stats = stats_of(features)
     assert (stats.count, stats.dim) == (150, 7)
@@ -45,13 +45,18 @@ def test_batches_and_merging_do_not_change_the_statistics() -> None:
     parts.merge(stats_of(features[40:], batch=50))
     torch.testing.assert_close(parts.mean, one_batch.mean, rtol=1e-12, atol=0)
     torch.testing.assert_close(parts.covariance, one_batch.covariance, rtol=1e-9, atol=1e-9)
-    for batch in (1, 16, UPDATE_ROWS, UPDATE_ROWS + 1):  # whole blocks are the same blocks: not a bit differs
+    for batch in (
+        1,
+        16,
+        UPDATE_ROWS,
+        UPDATE_ROWS + 1,
+    ):  # sums run over blocks of UPDATE_ROWS, so equal bit for bit
         other = stats_of(features, batch)
         assert torch.equal(other.mean, one_batch.mean) and torch.equal(other.covariance, one_batch.covariance)
     assert parts.count == len(features) and torch.equal(parts.rows, features)
 
 
-def test_indices_put_rows_in_order() -> None:
+def test_rows_are_ordered_by_their_indices() -> None:
     features, order = rows(30, 3), torch.randperm(30, generator=generator(4))
     stats = FeatureStats(3, ORIGIN)
     for part in order.split(7):
@@ -63,7 +68,7 @@ def test_indices_put_rows_in_order() -> None:
 
 
 def gathered(ranks: int, features: Tensor, folder: Path) -> list[dict[str, Tensor]]:
-    """What each of `ranks` processes has after sharing out the batches and gathering."""
+    """The gathered statistics on each of `ranks` processes, which share the batches."""
 
     def work(rank: int) -> None:
         process_group.init()
@@ -82,27 +87,27 @@ def gathered(ranks: int, features: Tensor, folder: Path) -> list[dict[str, Tenso
 
 @pytest.mark.parametrize("count", [53, 5])
 def test_one_two_and_three_processes_agree(count: int, tmp_path: Path) -> None:
-    """With 5 rows in batches of 8, all but one process see nothing."""
+    """With 5 rows in batches of 8, only one process has rows."""
     features = rows(count, 6)
-    alone, real = stats_of(features, 8), stats_of(rows(80, 6, seed=3))
-    assert alone.gather() is alone
-    expected = frechet_distance(alone.mean, alone.covariance, real.mean, real.covariance)
+    single, real = stats_of(features, 8), stats_of(rows(80, 6, seed=3))
+    assert single.gather() is single
+    expected = frechet_distance(single.mean, single.covariance, real.mean, real.covariance)
     for ranks in (2, 3):
         for got in gathered(ranks, features, tmp_path):
             assert int(got["count"]) == count and torch.equal(got["rows"], features)
-            torch.testing.assert_close(got["mean"], alone.mean, rtol=1e-12, atol=0)
-            torch.testing.assert_close(got["covariance"], alone.covariance, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(got["mean"], single.mean, rtol=1e-12, atol=0)
+            torch.testing.assert_close(got["covariance"], single.covariance, rtol=1e-9, atol=1e-9)
             distance = frechet_distance(got["mean"], got["covariance"], real.mean, real.covariance)
             assert distance == pytest.approx(expected, rel=1e-9)
 
 
-def test_what_a_file_keeps_comes_back() -> None:
+def test_statistics_are_restored_from_their_tensors() -> None:
     stats = stats_of(rows(60, 4))
-    all_rows, some = (FeatureStats.restored(ORIGIN, 60, stats.tensors(keep)) for keep in (0, 10))
-    assert all_rows.origin == ORIGIN and all_rows.count == some.count == 60
+    all_rows, sampled = (FeatureStats.restored(ORIGIN, 60, stats.tensors(keep)) for keep in (0, 10))
+    assert all_rows.origin == ORIGIN and all_rows.count == sampled.count == 60
     torch.testing.assert_close(all_rows.covariance, stats.covariance, rtol=1e-12, atol=0)
     assert torch.equal(all_rows.mean, stats.mean) and torch.equal(all_rows.rows, stats.rows)
-    assert torch.equal(some.rows, stats.sample(10)) and len(some.rows) == 10
+    assert torch.equal(sampled.rows, stats.sample(10)) and len(sampled.rows) == 10
     with pytest.raises(ValueError, match="different widths"):
         FeatureStats.restored(ORIGIN, 60, {**stats.tensors(), "rows": torch.zeros(3, 5)})
 

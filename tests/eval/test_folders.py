@@ -1,4 +1,4 @@
-"""eval.images.folders: folders, parquet, sizes, and what is said about broken input."""
+"""eval.images.folders: folders, parquet, sizes, and errors for broken input."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from eval.images.folders import Reading, load_all, open_images, read_images
 from eval.images.resize import prepare_batch, to_pil
 
 
-def pictures(count: int, height: int = 8, width: int = 8) -> Tensor:
+def random_images(count: int, height: int = 8, width: int = 8) -> Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator(count))
 
 
@@ -35,8 +35,8 @@ def write_folder(folder: Path, images: Tensor) -> None:
         (folder / f"{number:03}.png").write_bytes(png(image, f"own {number}"))
 
 
-def test_a_folder_in_sorted_order_in_batches(tmp_path: Path) -> None:
-    images = pictures(5)
+def test_a_folder_is_read_in_sorted_order_in_batches(tmp_path: Path) -> None:
+    images = random_images(5)
     write_folder(tmp_path, images)
     batches = list(read_images(tmp_path, batch_size=2))
     assert [len(batch) for batch, _ in batches] == [2, 2, 1]
@@ -46,8 +46,8 @@ def test_a_folder_in_sorted_order_in_batches(tmp_path: Path) -> None:
     assert torch.equal(load_all(read_images(tmp_path, limit=3))[0], images[:3])
 
 
-def test_metadata_comes_before_a_pictures_own_prompt(tmp_path: Path) -> None:
-    write_folder(tmp_path, pictures(2))
+def test_metadata_takes_precedence_over_the_prompt_in_a_png(tmp_path: Path) -> None:
+    write_folder(tmp_path, random_images(2))
     line = json.dumps({"file_name": "001.png", "text": "a snowy owl"})
     (tmp_path / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
     assert load_all(read_images(tmp_path))[1] == ["own 0", "a snowy owl"]
@@ -57,7 +57,7 @@ def test_metadata_comes_before_a_pictures_own_prompt(tmp_path: Path) -> None:
 
 
 def test_parquet_with_captions(tmp_path: Path) -> None:
-    images = pictures(4)
+    images = random_images(4)
     cells = [{"bytes": png(image), "path": None} for image in images]
     table = pa.table({"image": cells, "caption": ["a", "b", "c", "d"], "label": [0, 1, 2, 3]})
     pq.write_table(table, tmp_path / "train.parquet")
@@ -71,7 +71,7 @@ def test_broken_input_is_named(tmp_path: Path) -> None:
         load_all(read_images(tmp_path / "gone"))
     with pytest.raises(UserError, match="holds no images"):
         load_all(read_images(tmp_path))
-    write_folder(tmp_path, pictures(2))
+    write_folder(tmp_path, random_images(2))
     data = (tmp_path / "001.png").read_bytes()
     (tmp_path / "001.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"001.png is not a readable image"):
@@ -89,7 +89,7 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"picture": [b"x"]}), file)
     with pytest.raises(UserError, match=r"a.parquet has columns picture; expected `image`"):
         load_all(read_images(file))
-    pq.write_table(pa.table({"image": [{"bytes": png(pictures(1)[0])}, {"bytes": b"junk"}]}), file)
+    pq.write_table(pa.table({"image": [{"bytes": png(random_images(1)[0])}, {"bytes": b"junk"}]}), file)
     with pytest.raises(UserError, match=r"a.parquet row 1 is not a readable image"):
         load_all(read_images(file))
     pq.write_table(pa.table({"image": [{"bytes": None, "path": "x.png"}]}), file)
@@ -98,15 +98,15 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
 
 
 def test_mixed_sizes_are_refused_across_batches_unless_resized(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png(pictures(1, 8, 8)[0]))
-    (tmp_path / "b.png").write_bytes(png(pictures(1, 8, 12)[0]))
+    (tmp_path / "a.png").write_bytes(png(random_images(1, 8, 8)[0]))
+    (tmp_path / "b.png").write_bytes(png(random_images(1, 8, 12)[0]))
     with pytest.raises(UserError, match=r"b.png has \(12, 8\) pixels, the images before it \(8, 8\)"):
         load_all(read_images(tmp_path, batch_size=1))
     assert load_all(read_images(tmp_path, resize="crop4-lanczos"))[0].shape == (2, 3, 4, 4)
 
 
-def test_pictures_are_resized_as_batches_are(tmp_path: Path) -> None:
-    wide = pictures(3, 6, 10)
+def test_images_are_resized_as_by_prepare_batch(tmp_path: Path) -> None:
+    wide = random_images(3, 6, 10)
     write_folder(tmp_path, wide)
     read = load_all(read_images(tmp_path, resize="crop3-lanczos"))[0]
     assert torch.equal(read, prepare_batch(wide, "crop3-lanczos"))
@@ -114,7 +114,7 @@ def test_pictures_are_resized_as_batches_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 3, 8])
 def test_threads_keep_the_order(tmp_path: Path, workers: int) -> None:
-    """The first pictures take longest to decode."""
+    """The first images take longest to decode."""
     for number in range(24):
         side = 200 if number < 4 else 2
         Image.new("RGB", (side, side), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
@@ -123,9 +123,9 @@ def test_threads_keep_the_order(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize(("start", "limit"), [(0, None), (3, None), (2, 4), (0, 0), (6, 9), (9, 3), (4, 1)])
-def test_any_stretch_of_folder_and_parquet(tmp_path: Path, start: int, limit: int | None) -> None:
-    """Row groups that lie before it are not read."""
-    images = pictures(10)
+def test_start_and_limit_of_folders_and_parquet(tmp_path: Path, start: int, limit: int | None) -> None:
+    """`start` may lie in any file and any row group."""
+    images = random_images(10)
     folder, tables = tmp_path / "folder", tmp_path / "tables"
     folder.mkdir()
     tables.mkdir()
@@ -142,8 +142,8 @@ def test_any_stretch_of_folder_and_parquet(tmp_path: Path, start: int, limit: in
         assert torch.equal(got, expected)
 
 
-def test_what_was_learnt_while_reading(tmp_path: Path) -> None:
-    write_folder(tmp_path, pictures(3))
+def test_reading_records_conversions_and_digests(tmp_path: Path) -> None:
+    write_folder(tmp_path, random_images(3))
     Image.new("L", (8, 8)).save(tmp_path / "003.png")
     Image.new("CMYK", (8, 8)).save(tmp_path / "004.jpg")
     reading = Reading()
@@ -153,9 +153,9 @@ def test_what_was_learnt_while_reading(tmp_path: Path) -> None:
     assert reading.digests == [hashlib.sha256(file.read_bytes()).digest() for file in files]
 
 
-def test_another_file_is_another_listing(tmp_path: Path) -> None:
-    write_folder(tmp_path, pictures(2))
+def test_the_listing_changes_with_a_file(tmp_path: Path) -> None:
+    write_folder(tmp_path, random_images(2))
     before = open_images(tmp_path).listing()
     assert open_images(tmp_path).listing() == before
-    (tmp_path / "001.png").write_bytes(png(pictures(3)[2], "longer than before"))
+    (tmp_path / "001.png").write_bytes(png(random_images(3)[2], "longer than before"))
     assert open_images(tmp_path).listing() != before

@@ -29,7 +29,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
 
 
-def test_equal_covariances_leave_the_squared_distance_of_the_means() -> None:
+def test_with_equal_covariances_the_distance_is_that_of_the_means() -> None:
     for count in (50, 4):  # of full rank, and of rank 3 in 6 dimensions
         cov = rows(count, 6).T.cov()
         shift = torch.arange(6.0)
@@ -46,9 +46,9 @@ def test_diagonal_covariances_have_a_closed_form() -> None:
 
 def test_distance_is_symmetric_and_invariant_to_rotation() -> None:
     a, b = rows(200, 5), rows(200, 5, seed=7) - 1
-    turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=generator(3)))[0]
+    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=generator(3)))[0]
     assert distance(a, b) == pytest.approx(distance(b, a), rel=1e-9)
-    assert distance(a @ turn, b @ turn) == pytest.approx(distance(a, b), rel=1e-9)
+    assert distance(a @ rotation, b @ rotation) == pytest.approx(distance(a, b), rel=1e-9)
 
 
 @pytest.mark.parametrize(("count", "dim"), [(300, 8), (900, 64)])
@@ -61,14 +61,14 @@ def test_agrees_with_sqrtm_torch_fidelity_and_torchmetrics(count: int, dim: int)
     statistics = (fid_features_to_statistics(x) for x in (a, b))
     by_fidelity = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert got == pytest.approx(by_fidelity, rel=1e-8)
-    judge = FrechetInceptionDistance(feature=Pass(dim)).set_dtype(torch.float64)
-    judge.update(a, real=True)
-    judge.update(b, real=False)
-    assert got == pytest.approx(judge.compute().item(), rel=1e-8)
+    torchmetrics_fid = FrechetInceptionDistance(feature=PassThrough(dim)).set_dtype(torch.float64)
+    torchmetrics_fid.update(a, real=True)
+    torchmetrics_fid.update(b, real=False)
+    assert got == pytest.approx(torchmetrics_fid.compute().item(), rel=1e-8)
 
 
-class Pass(nn.Module):
-    """A feature network for torchmetrics that is handed features."""
+class PassThrough(nn.Module):
+    """A feature network for torchmetrics that returns its input."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class Pass(nn.Module):
         return features
 
 
-def test_identical_sets_are_at_zero_even_with_fewer_rows_than_features() -> None:
+def test_identical_sets_have_distance_zero_even_with_fewer_rows_than_features() -> None:
     few = rows(10, 64)
     assert distance(few, few) < 1e-10 * few.T.cov().trace()
     many = rows(500, 8)
     assert distance(many, many) < 1e-10 * many.T.cov().trace()
 
 
-def test_few_rows_have_the_nuclear_norm_of_their_product() -> None:
+def test_with_few_rows_the_trace_term_is_a_nuclear_norm() -> None:
     """tr (A B)^(1/2) is the sum of the singular values of X Y^T / sqrt((n - 1) (m - 1)), X and Y centered."""
     for n, m in ((9, 14), (14, 9), (9, 200)):
         a, b = rows(n, 40), rows(m, 40, seed=2)
@@ -96,7 +96,7 @@ def test_few_rows_have_the_nuclear_norm_of_their_product() -> None:
         assert frechet_to(b.mean(0), b.T.cov())(a) == pytest.approx(float(expected), rel=1e-7)
 
 
-def test_a_factor_has_the_covariances_rank() -> None:
+def test_a_factor_has_the_rank_of_the_covariance() -> None:
     for count, rank in ((8, 7), (200, 20)):
         cov = rows(count, 20).T.cov()
         root = factor(cov)
@@ -105,22 +105,24 @@ def test_a_factor_has_the_covariances_rank() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_the_closed_form_error_is_the_one_that_samples_show(shift: float) -> None:
+def test_the_standard_error_equals_the_deviation_over_samples(shift: float) -> None:
     dim, count = 6, 400
     real = rows(4000, dim, seed=9)
     mean, cov = real.mean(0), real.T.cov()
     to_real = frechet_to(mean, cov)
     draws = (rows(120 * count, dim, seed=5) + shift).split(count)
     deviation = torch.tensor([to_real(draw) for draw in draws]).std().item()
-    said = torch.tensor([frechet_standard_error(draw, mean, cov) for draw in draws[:20]])
-    assert said.mean().item() == pytest.approx(deviation, rel=0.2)  # 120 draws tell it to 6.5 %
-    assert said.std() < 0.2 * said.mean()
+    estimated = torch.tensor([frechet_standard_error(draw, mean, cov) for draw in draws[:20]])
+    assert estimated.mean().item() == pytest.approx(
+        deviation, rel=0.2
+    )  # the deviation of 120 draws is known to 6.5 %
+    assert estimated.std() < 0.2 * estimated.mean()
     with pytest.raises(UserError, match="more rows than features, got 6 for 6"):
         frechet_standard_error(draws[0][:6], mean, cov)
 
 
-def test_infinity_takes_the_bias_off() -> None:
-    """Both sets are of one distribution, so the distance is 0 but for the bias of small counts."""
+def test_fid_infinity_removes_the_bias() -> None:
+    """Both sets have the same distribution, so the distance is only the bias of finite counts."""
     dim = 16
     generated = torch.randn(4000, dim, generator=generator(1), dtype=torch.float64)
     mean, cov = torch.zeros(dim), torch.eye(dim)
@@ -130,20 +132,22 @@ def test_infinity_takes_the_bias_off() -> None:
     assert abs(estimate.value) < 0.1 * finite and 0 < estimate.standard_error < 0.1 * finite
     again = frechet_infinity(generated, mean, cov, generator(0), smallest=500)
     assert again == estimate
-    assert frechet_infinity(generated, mean, cov, generator(0)).counts[0] == 2000, "half of fewer than 10,000"
+    assert frechet_infinity(generated, mean, cov, generator(0)).counts[0] == 2000, (
+        "with fewer than 10,000 rows the smallest subset is half of them"
+    )
     with pytest.raises(
         UserError, match=r"16 features .* from 32 images on, got 15 points and subsets of 20 to 40"
     ):
         frechet_infinity(generated[:40], mean, cov, generator(0))
 
 
-def test_infinity_begins_at_5000_where_there_are_enough() -> None:
+def test_the_smallest_subset_of_fid_infinity_is_5000_if_possible() -> None:
     assert subset_sizes(50_000, 2048)[::14] == [5_000, 50_000] and len(subset_sizes(50_000, 2048)) == 15
     with pytest.raises(UserError, match=r"2048 features takes .* from 4096 images on"):
         subset_sizes(5_000, 2048)
 
 
-def test_infinity_fits_a_line_as_numpy_does() -> None:
+def test_fid_infinity_fits_a_line_as_numpy_does() -> None:
     generated = rows(300, 5)
     estimate = frechet_infinity(generated, torch.zeros(5), torch.eye(5), generator(2), points=6, smallest=50)
     fit, covariance = np.polyfit(1 / np.array(estimate.counts), estimate.distances, 1, cov=True)

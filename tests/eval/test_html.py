@@ -1,4 +1,4 @@
-"""eval.report.html: what the page says, and what headless Chromium sees in it."""
+"""eval.report.html: the text of the report, and how headless Chromium renders it."""
 
 import re
 from collections.abc import Iterator
@@ -27,24 +27,24 @@ from eval.report.html import (
 )
 from eval.report.numbers import format_column, format_value
 
-EVIL = (
+HOSTILE_PROMPTS = (
     "<script>document.title = 'taken'</script>",
     '"><img src="http://example.com/x.png" onerror="alert(1)">',
     "w" * 400,
     "\u05d7\u05ea\u05d5\u05dc \u05e9\u05d7\u05d5\u05e8 <b>bold</b> & \ud800 \x00 \x1b[31m \U0001f431",
 )
-"""Prompts that must come out as the text they are, and break neither page nor file."""
+"""Prompts that must appear as plain text and must not break the page or the file."""
 
 
-def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+def smooth_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     rows = torch.rand(count, 3, 4, 4, generator=generator(seed)) * 255
     return torch.nn.functional.interpolate(rows, size=(height, width), mode="bilinear").to(torch.uint8)
 
 
-def everything() -> ReportData:
-    """A page with every section, every kind of picture, and prompts that attack it."""
-    small, wide, prompts = pictures(4, 28, 28), pictures(4, 160, 320), list(EVIL)
-    training = pictures(20, 28, 28, seed=1)
+def full_report() -> ReportData:
+    """The data of a report with every section, every kind of image, and hostile prompts."""
+    small, wide, prompts = smooth_images(4, 28, 28), smooth_images(4, 160, 320), list(HOSTILE_PROMPTS)
+    training = smooth_images(20, 28, 28, seed=1)
     nearest = nearest_neighbors(small.flatten(1), training.flatten(1).split(6), k=7)
     steps = [(float(i), 1 / (1 + i)) for i in range(700)]
     return ReportData(
@@ -106,39 +106,39 @@ def everything() -> ReportData:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, everything())
+    write_report(path, full_report())
     return path
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
+    with chromium() as chromium_browser:
+        yield chromium_browser
 
 
-# In the browser.
+# Tests in the browser.
 
 
 @pytest.mark.parametrize("width", [1400, 400])
 @pytest.mark.parametrize("dark", [False, True])
-def test_nothing_is_broken_in_a_browser(page: Path, browser: Browser, width: int, dark: bool) -> None:
+def test_the_page_renders_without_problems(page: Path, browser: Browser, width: int, dark: bool) -> None:
     state = browser.open(page, width=width, dark=dark)
     assert state.problems == []
     assert state.title == "Student & <teacher>" and state.headings[0] == (1, "Student & <teacher>")
-    chapters = [text for level, text in state.headings if level == 2]
-    assert chapters == [
+    sections = [text for level, text in state.headings if level == 2]
+    assert sections == [
         "Metrics", "Same noise, same prompt", "Images", "Worst and best", "Nearest training images", "Curves",
         "Latency", "Time taken", "Setting",
     ]  # fmt: skip
     assert state.images == 4 * 2 + 4 * 9 + 20 + 4 + 4 + 8 + 4 * 8
-    for prompt in EVIL[:3]:
-        assert prompt in state.text  # as text, for it is no markup
+    for prompt in HOSTILE_PROMPTS[:3]:
+        assert prompt in state.text  # as plain text, not as markup
     light = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(re.findall(r"\d+", light)[0]) < 40) == dark
 
 
-def test_every_text_and_line_can_be_read(page: Path, browser: Browser) -> None:
-    """WCAG 2: 4.5 for text, 3 for lines and bars, against the page's background, in both schemes."""
+def test_colors_have_enough_contrast(page: Path, browser: Browser) -> None:
+    """WCAG 2: the contrast with the background is at least 4.5 for text and 3 for graphics."""
     ratio = """(name => {
       const probe = document.body.appendChild(document.createElement("i"));
       const light = value => { probe.style.color = value;
@@ -151,21 +151,25 @@ def test_every_text_and_line_can_be_read(page: Path, browser: Browser) -> None:
         browser.open(page, width=800, dark=dark)
         for name in ("ink", "dim", "link", *(f"s{i}" for i in range(8))):
             assert browser.evaluate(f'{ratio}("{name}")') >= 4.5, (name, dark)
-        assert browser.evaluate(f'{ratio}("rule")') < 2  # the probe can tell, and rules stay quiet
+        assert (
+            browser.evaluate(f'{ratio}("rule")') < 2
+        )  # rules have low contrast, which also shows that the ratio is not always high
 
 
-def test_pictures_are_crisp_or_smooth_and_tables_scroll_by_themselves(page: Path, browser: Browser) -> None:
+def test_image_rendering_and_scrolling_of_wide_tables(page: Path, browser: Browser) -> None:
     browser.open(page, width=400)
     rendering = "[...document.images].map(i => [i.naturalWidth, getComputedStyle(i).imageRendering])"
     assert {tuple(pair) for pair in browser.evaluate(rendering)} == {(28, "pixelated"), (256, "auto")}
-    scrolled = "[...document.querySelectorAll('.wrap')].filter(w => w.scrollWidth > w.clientWidth + 1).length"
-    assert browser.evaluate(scrolled) > 0
+    count_scrolling = (
+        "[...document.querySelectorAll('.wrap')].filter(w => w.scrollWidth > w.clientWidth + 1).length"
+    )
+    assert browser.evaluate(count_scrolling) > 0
     assert browser.evaluate("getComputedStyle(document.querySelector('.wrap')).overflowX") == "auto"
     browser.open(page, width=400, media="print")
     assert browser.evaluate("getComputedStyle(document.querySelector('.wrap')).overflowX") == "visible"
 
 
-def test_a_dark_screen_prints_on_white(page: Path, browser: Browser) -> None:
+def test_printing_uses_a_light_background_in_dark_mode(page: Path, browser: Browser) -> None:
     browser.open(page, width=1400, dark=True)
     printed = browser.pdf()
     assert printed.startswith(b"%PDF") and len(printed) > 20_000
@@ -174,8 +178,8 @@ def test_a_dark_screen_prints_on_white(page: Path, browser: Browser) -> None:
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 251)"
 
 
-def test_the_browser_sees_what_is_broken(browser: Browser, tmp_path: Path) -> None:
-    """The judge judged: a page with every fault."""
+def test_the_browser_reports_every_kind_of_problem(browser: Browser, tmp_path: Path) -> None:
+    """The checks of browser.py find each problem of a page that has all of them."""
     bad = tmp_path / "bad.html"
     bad.write_text(
         "<!doctype html><title>bad</title><h1>a</h1><h3 id=x>b</h3><main>"
@@ -184,20 +188,30 @@ def test_the_browser_sees_what_is_broken(browser: Browser, tmp_path: Path) -> No
         "<div style='width:1500px'>wide</div></main><script>console.error('ouch'); throw Error('oh')</script>"
     )
     problems = " ".join(browser.open(bad, width=1400).problems)
-    for kind in ("broken:", "nameless:", "unscoped:", "dangling:", "repeated:", "outside:", "overflow:"):
-        assert kind in problems, kind
+    for kind in (
+        "broken_image",
+        "no_label",
+        "no_scope",
+        "broken_link",
+        "duplicate_id",
+        "outside",
+        "overflow",
+    ):
+        assert f"{kind}:" in problems, kind
     assert all(
         part in problems for part in ("ouch", "thrown:", "request: http://127.0.0.1:9", "headings: levels")
     )
 
 
-# In the text.
+# Tests of the HTML text.
 
 
-def test_one_file_without_script_and_without_addresses(page: Path) -> None:
+def test_the_page_has_no_scripts_and_loads_nothing(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
-    sources = re.findall(r"""\s(?:src|href)\s*=\s*["']([^"']{0,30})""", _without(text, EVIL))
+    sources = re.findall(
+        r"""\s(?:src|href)\s*=\s*["']([^"']{0,30})""", _without_prompts(text, HOSTILE_PROMPTS)
+    )
     assert all(source.startswith(("data:image/", "data:,", "#")) for source in sources)
     tags = _Tags()
     tags.feed(text)
@@ -226,7 +240,7 @@ class _Tags(HTMLParser):
         self.names.add(tag)
 
 
-def _without(text: str, prompts: tuple[str, ...]) -> str:
+def _without_prompts(text: str, prompts: tuple[str, ...]) -> str:
     from html import escape
 
     for prompt in prompts:
@@ -234,11 +248,11 @@ def _without(text: str, prompts: tuple[str, ...]) -> str:
     return text
 
 
-def test_a_section_is_there_when_its_data_is() -> None:
-    bare = render_report(ReportData(title="only"))
-    assert "<h1>only</h1>" in bare and "<h2" not in bare and "<nav" not in bare
-    full_data = everything()
-    chapter = {
+def test_a_section_appears_only_if_it_has_data() -> None:
+    empty = render_report(ReportData(title="only"))
+    assert "<h1>only</h1>" in empty and "<h2" not in empty and "<nav" not in empty
+    full_data = full_report()
+    section_of = {
         "notes": "Notes", "metrics": "Metrics", "beside": "Same noise, same prompt", "grids": "Images",
         "rankings": "Worst and best", "nearest": "Nearest training images", "curves": "Curves",
         "latency": "Latency", "timings": "Time taken", "settings": "Setting", "models": "Setting",
@@ -249,25 +263,25 @@ def test_a_section_is_there_when_its_data_is() -> None:
             continue
         page = render_report(replace(ReportData(title="one"), **{field.name: getattr(full_data, field.name)}))
         sections = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
-        assert sections == ([chapter[field.name]] if field.name in chapter else []), field.name
-        # A digest without a protocol's name says nothing; every other field shows by itself.
-        assert (page == bare.replace("only", "one")) == (field.name == "protocol_sha256"), field.name
+        assert sections == ([section_of[field.name]] if field.name in section_of else []), field.name
+        # The digest is shown only together with the name of the protocol; every other field changes the page.
+        assert (page == empty.replace("only", "one")) == (field.name == "protocol_sha256"), field.name
     tags = _Tags()
     tags.feed(render_report(full_data))
     assert tags.open == []
 
 
-def test_numbers_stand_where_they_belong() -> None:
-    text = render_report(everything())
+def test_numbers_are_formatted_in_their_cells() -> None:
+    text = render_report(full_report())
     cells = (
         r'<th scope="row">FID&nbsp;<abbr title="lower is better">.</abbr></th><td>9.29<small>\[9.11, 9.46\]'
     )
     assert re.search(cells + r"</small></td><td>8.600</td></tr>", text)
     assert re.search(r'Recall&nbsp;.*?<small>k = 3</small></th><td>0.410</td><td><span class="dim"', text)
     assert "30,000 images, 40,504 reference" in text and "0a" * 32 in text
-    assert "<td>108\u00d7</td>" in text and "<td>1\u00d7</td>" in text  # 1213.3 / 11.2
+    assert "<td>108\u00d7</td>" in text and "<td>1\u00d7</td>" in text  # 1213.3 ms / 11.2 ms
     assert '<th scope="row">total</th><td>180.8</td>' in text
-    # Bars are stacked parts, as long as their share of the slowest sampler, in the color of their part.
+    # A bar is stacked from parts. The width of a part is its share of the latency of the slowest sampler.
     bars = [
         re.findall(r'class="s(\d)" style="width:([\d.]+)%"', bar) for bar in text.split('class="bar"')[1:]
     ]
@@ -292,13 +306,13 @@ def test_numbers_stand_where_they_belong() -> None:
         (1.5e-7, None, ("1.5e-07", "")),
     ],
 )
-def test_values_are_rounded_to_what_their_interval_knows(
+def test_values_are_rounded_by_the_width_of_their_interval(
     value: float, interval: tuple[float, float] | None, expected: tuple[str, str]
 ) -> None:
     assert format_value(value, interval) == expected
 
 
-def test_columns_have_decimals_alike() -> None:
+def test_the_numbers_of_a_column_have_equally_many_decimals() -> None:
     assert format_column([798.695, 85.27, 25.004]) == ["798.7", "85.3", "25.0"]
     assert format_column([0.8804, 0.8812]) == ["0.88040", "0.88120"]
     assert format_column([0.9312, 0.9308, 0.88]) == ["0.9312", "0.9308", "0.8800"]
@@ -310,7 +324,7 @@ def test_columns_have_decimals_alike() -> None:
     )
 
 
-def test_pictures_shrink_until_the_page_is_small_enough(tmp_path: Path) -> None:
+def test_thumbnails_shrink_until_the_page_is_below_the_size_limit(tmp_path: Path) -> None:
     noise = torch.randint(0, 256, (1, 3, 300, 300), generator=generator(3), dtype=torch.uint8)
     data = ReportData(title="large", grids=[Pictures(title="noise", columns={"student": noise})])
     sizes = [len(render_report(data, side)) for side in THUMBNAIL_SIDES]
@@ -321,8 +335,8 @@ def test_pictures_shrink_until_the_page_is_small_enough(tmp_path: Path) -> None:
         assert path.read_text() == render_report(data, side)
     with pytest.raises(UserError, match=r"report\.html would take 0\.\d MiB .* show fewer pictures"):
         write_report(path, data, max_bytes=sizes[-1] - 1)
-    assert path.read_text() == render_report(data, THUMBNAIL_SIDES[-1])  # the last good one is still there
+    assert path.read_text() == render_report(data, THUMBNAIL_SIDES[-1])  # the file is unchanged
 
 
-def test_the_same_data_give_the_same_bytes() -> None:
-    assert render_report(everything()) == render_report(everything())
+def test_rendering_is_deterministic() -> None:
+    assert render_report(full_report()) == render_report(full_report())

@@ -1,4 +1,4 @@
-"""eval.networks.inception: FID's network against torch-fidelity's and torchvision's, from random weights."""
+"""eval.networks.inception against torch-fidelity and torchvision, with random weights."""
 
 import hashlib
 from pathlib import Path
@@ -23,12 +23,12 @@ from eval.networks.inception import (
 from eval.networks.weights import find_weights
 
 
-def pictures(count: int, size: int = 40) -> Tensor:
+def random_images(count: int, size: int = 40) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator(count))
 
 
-def awake(net: nn.Module) -> nn.Module:
-    """torch's own initialisation fades to 1e-8 over 94 layers."""
+def with_kaiming_weights(net: nn.Module) -> nn.Module:
+    """Kaiming initialization; with PyTorch's default the activations shrink to 1e-8 over 94 layers."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -39,19 +39,19 @@ def awake(net: nn.Module) -> nn.Module:
 def inception() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return awake(fid_inception())
+        return with_kaiming_weights(fid_inception())
 
 
 @pytest.fixture(scope="module")
 def inception_file(inception: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As pytorch-fid's file: no batch counters, which its PyTorch did not know yet."""
+    """A weights file like pytorch-fid's, which has no `num_batches_tracked`."""
     state = {n: t for n, t in inception.state_dict().items() if not n.endswith("num_batches_tracked")}
     file = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(state, file)
     return file
 
 
-def test_it_has_the_published_files_names(inception: nn.Module) -> None:
+def test_names_and_shapes_of_the_published_file(inception: nn.Module) -> None:
     state = {n: t for n, t in inception.state_dict().items() if not n.endswith("num_batches_tracked")}
     assert len(state) == 94 * 5 + 2, "94 convolutions with batch norm, and the classifier"
     assert state["fc.weight"].shape == (1008, 2048) and state["fc.bias"].shape == (1008,)
@@ -67,30 +67,32 @@ def test_it_has_the_published_files_names(inception: nn.Module) -> None:
     [("Mixed_5b", 192, False), ("Mixed_6b", 768, False), ("Mixed_7b", 1280, False), ("Mixed_7c", 2048, True)],
 )
 @torch.no_grad()
-def test_it_pools_as_tensorflow_did(inception: nn.Module, block: str, channels: int, last: bool) -> None:
+def test_pooling_branches_pool_as_in_tensorflow(
+    inception: nn.Module, block: str, channels: int, last: bool
+) -> None:
     x = torch.rand(1, channels, 5, 5, generator=generator(1)) + 1
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     mixed = inception.get_submodule(block)
     handle = mixed.get_submodule("branch_pool").register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
+        lambda _, args: inputs.append(args[0])
     )
     mixed(x)
     handle.remove()
     if last:
-        assert torch.equal(seen[0], F.max_pool2d(x, 3, 1, 1))
+        assert torch.equal(inputs[0], F.max_pool2d(x, 3, 1, 1))
     else:  # the corner averages its four pixels, not nine with padding
-        torch.testing.assert_close(seen[0][..., 0, 0], x[..., :2, :2].mean((2, 3)))
-        torch.testing.assert_close(seen[0][..., 2, 2], x[..., 1:4, 1:4].mean((2, 3)))
+        torch.testing.assert_close(inputs[0][..., 0, 0], x[..., :2, :2].mean((2, 3)))
+        torch.testing.assert_close(inputs[0][..., 2, 2], x[..., 1:4, 1:4].mean((2, 3)))
 
 
 @torch.no_grad()
-def test_features_and_logits_are_torch_fidelitys(inception_file: Path) -> None:
-    """At 299 px, where neither resizes: what is left is float32 sums in another order."""
-    images = pictures(2, 299)
-    judge = FeatureExtractorInceptionV3(
+def test_features_and_logits_equal_those_of_torch_fidelity(inception_file: Path) -> None:
+    """At 299 px neither resizes, so only the order of float32 sums differs."""
+    images = random_images(2, 299)
+    published = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=inception_file
     )
-    features, logits = judge(images)
+    features, logits = published(images)
     for load in (load_inception, load_inception_tf):
         net = load(inception_file)
         ours = net(images)
@@ -100,16 +102,16 @@ def test_features_and_logits_are_torch_fidelitys(inception_file: Path) -> None:
 
 
 @torch.no_grad()
-def test_in_float64_the_network_is_torch_fidelitys_to_one_millionth(
+def test_in_float64_features_equal_those_of_torch_fidelity(
     inception: nn.Module, inception_file: Path
 ) -> None:
-    """The judge keeps to float32 whatever type it is given, unless told twice; it returns float32."""
-    images = pictures(1, 299)
-    judge = FeatureExtractorInceptionV3(
+    """torch-fidelity needs `feature_extractor_internal_dtype` to compute in float64. It returns float32."""
+    images = random_images(1, 299)
+    published = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=inception_file
     ).double()
-    judge.feature_extractor_internal_dtype = torch.float64
-    expected = judge(images)[0]
+    published.feature_extractor_internal_dtype = torch.float64
+    expected = published(images)[0]
     net = fid_inception().eval()
     net.load_state_dict(inception.state_dict())
     net.fc = nn.Identity()
@@ -118,13 +120,13 @@ def test_in_float64_the_network_is_torch_fidelitys_to_one_millionth(
 
 
 @torch.no_grad()
-def test_the_tensorflow_resize_is_torch_fidelitys(inception_file: Path) -> None:
-    """From 32 px: the two agree on pixels to 1e-3 of 255, the network sums that up."""
-    images = pictures(1, 32)
-    judge = FeatureExtractorInceptionV3(
+def test_features_after_the_tensorflow_resize_equal_those_of_torch_fidelity(inception_file: Path) -> None:
+    """From 32 px. The resized pixels agree to 1e-3 of 255, which changes the features by up to 1e-3."""
+    images = random_images(1, 32)
+    published = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=inception_file
     )
-    expected = judge(images)[0]
+    expected = published(images)[0]
     legacy, clean = load_inception_tf(inception_file), load_inception(inception_file)
     assert (legacy.name, clean.name) == ("inception-tf", "inception") and legacy.sha256 == clean.sha256
     torch.testing.assert_close(legacy(images), expected, rtol=1e-3, atol=1e-3)
@@ -132,11 +134,13 @@ def test_the_tensorflow_resize_is_torch_fidelitys(inception_file: Path) -> None:
 
 
 @torch.no_grad()
-def test_clean_features_are_of_the_clean_resize(inception: nn.Module, inception_file: Path) -> None:
+def test_features_of_the_default_network_use_the_clean_resize(
+    inception: nn.Module, inception_file: Path
+) -> None:
     net = load_inception(inception_file)
     assert (net.name, net.dim) == ("inception", 2048)
     assert net.sha256 == hashlib.sha256(inception_file.read_bytes()).hexdigest()
-    images = pictures(2)
+    images = random_images(2)
     captured: list[Tensor] = []
     handle = inception.get_submodule("avgpool").register_forward_hook(lambda *args: captured.append(args[2]))
     inception((resize_clean(images) - 128) / 128)
@@ -145,13 +149,13 @@ def test_clean_features_are_of_the_clean_resize(inception: nn.Module, inception_
 
 
 @torch.no_grad()
-def test_torchvisions_inception_is_another_network(tmp_path: Path) -> None:
+def test_torchvisions_inception_has_a_loader_of_its_own(tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        published = awake(Inception3(init_weights=False))
+        published = with_kaiming_weights(Inception3(init_weights=False))
     torch.save(published.state_dict(), tmp_path / "inception.pth")
     net = load_inception_torchvision(tmp_path / "inception.pth")
-    images = pictures(1, 299)
+    images = random_images(1, 299)
     expected = published(images.float() / 127.5 - 1)
     assert net.name == "torchvision-inception" and net.classifier is not None
     torch.testing.assert_close(net.classifier(net(images)), expected, rtol=1e-5, atol=1e-6)
@@ -179,16 +183,16 @@ def test_other_weights_are_refused(inception: nn.Module, tmp_path: Path) -> None
             load_inception(tmp_path / name)
 
 
-def test_weights_are_found_where_pytorch_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_found_in_the_cache_of_torch_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error_info:
         load_inception()
-    text = str(refused.value)
+    text = str(error_info.value)
     assert "\n" not in text and str(folder) in text
     assert "fetch pt_inception-2015-12-05-6726825d.pth (91 MiB, sha256 6726825d…" in text
     folder.mkdir(parents=True)
-    name = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name of the same bytes
+    name = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name of the same file
     (folder / name).write_bytes(b"cut off")
     with pytest.raises(UserError, match=f"{name} is damaged: its sha256 does not start with 6726825d"):
         load_inception()

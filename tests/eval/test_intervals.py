@@ -1,4 +1,4 @@
-"""eval.metrics.intervals: do 95 % intervals hold the truth in 95 % of cases?"""
+"""eval.metrics.intervals: 95 % intervals contain the true value in about 95 % of cases."""
 
 import pytest
 import torch
@@ -28,25 +28,25 @@ def test_z_is_the_normal_quantile() -> None:
 def test_wilson_covers_shares() -> None:
     count, truth = 50, 0.9
     draws = (torch.rand(2000, count, generator=generator(0)) < truth).double().mean(1)
-    held = sum(low <= truth <= high for low, high in (wilson(share, count) for share in draws.tolist()))
-    assert 0.93 < held / 2000 < 0.98
+    covered = sum(low <= truth <= high for low, high in (wilson(share, count) for share in draws.tolist()))
+    assert 0.93 < covered / 2000 < 0.98
     assert wilson(1.0, 10)[1] == pytest.approx(1) and wilson(0.0, 10)[0] == pytest.approx(0, abs=1e-12)
 
 
 def test_the_bootstrap_covers_means() -> None:
     draws = torch.randn(200, 60, generator=generator(1)).exp()  # skewed, mean exp(1/2)
-    held = sum(
+    covered = sum(
         low <= torch.tensor(0.5).exp().item() <= high
         for low, high in (mean_interval(draw, 200, 0) for draw in draws)
     )
-    assert 0.84 < held / 200 < 0.98
+    assert 0.84 < covered / 200 < 0.98
     assert mean_interval(draws[0], 200, 0) == mean_interval(draws[0], 200, 0)
     assert interval_of("bootstrap", Estimate(value=0.0, values=draws[0]), 0, 0) is None
 
 
 @pytest.mark.parametrize(("count", "dim"), [(200, 4), (6, 4)])
-def test_frechet_intervals_hold_their_estimate(count: int, dim: int) -> None:
-    """In closed form with rows enough, by the bootstrap with few."""
+def test_frechet_intervals_contain_the_estimate(count: int, dim: int) -> None:
+    """The error is the closed form with enough rows, and bootstrapped with few."""
     fake = stats_of(torch.randn(count, dim, generator=generator(2)) + 0.5)
     real = stats_of(torch.randn(500, dim, generator=generator(3)))
     estimate = frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)
@@ -60,9 +60,9 @@ def test_frechet_intervals_hold_their_estimate(count: int, dim: int) -> None:
     assert frechet_error(fake, real, 0, 0) is None
 
 
-def test_the_bootstrap_tells_its_progress() -> None:
-    seen: list[tuple[int, int]] = []
+def test_the_bootstrap_reports_progress() -> None:
+    reports: list[tuple[int, int]] = []
     few = stats_of(torch.randn(6, 8, generator=generator(2)))
     real = stats_of(torch.randn(50, 8, generator=generator(3)))
-    frechet_error(few, real, 5, 0, lambda _, done, total: seen.append((done, total)))
-    assert seen == [(i, 5) for i in range(1, 6)]
+    frechet_error(few, real, 5, 0, lambda _, done, total: reports.append((done, total)))
+    assert reports == [(i, 5) for i in range(1, 6)]

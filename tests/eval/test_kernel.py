@@ -24,8 +24,8 @@ def test_kid_is_unbiased_at_zero_and_grows_with_the_shift() -> None:
     assert kernel_distance(a, b, generator(0), subsets=20, size=200) == near
 
 
-def test_the_error_counts_rows_not_subsets() -> None:
-    """1,000 overlapping subsets tell no more of 400 rows than 4 apart do."""
+def test_the_error_of_kid_depends_on_rows_not_on_subsets() -> None:
+    """40 overlapping subsets hold no more information about 400 rows than 4 disjoint ones."""
     draws = [
         kernel_distance(
             rows(400, 3, seed), rows(400, 3, 1000 + seed, 0.5), generator(0), subsets=40, size=100
@@ -33,12 +33,12 @@ def test_the_error_counts_rows_not_subsets() -> None:
         for seed in range(40)
     ]
     deviation = float(np.std([draw.mean for draw in draws], ddof=1))
-    said = float(np.mean([draw.standard_error for draw in draws]))
-    assert 0.6 * deviation < said < 1.8 * deviation
-    assert said * 2 == pytest.approx(float(np.mean([draw.deviation for draw in draws])))
+    estimated = float(np.mean([draw.standard_error for draw in draws]))
+    assert 0.6 * deviation < estimated < 1.8 * deviation
+    assert estimated * 2 == pytest.approx(float(np.mean([draw.deviation for draw in draws])))
 
 
-def test_where_a_subset_is_all_rows_the_error_is_that_of_other_draws() -> None:
+def test_if_a_subset_is_all_rows_the_error_equals_the_deviation_over_draws() -> None:
     real = rows(90, 3, 0)
     draws = [kernel_distance(rows(90, 3, seed, 0.5), real, generator(0), subsets=2) for seed in range(1, 81)]
     assert {draw.size for draw in draws} == {90}
@@ -46,7 +46,7 @@ def test_where_a_subset_is_all_rows_the_error_is_that_of_other_draws() -> None:
     assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(deviation, rel=0.3)
 
 
-def test_polynomial_mmd_equals_the_double_sum_and_the_packages() -> None:
+def test_polynomial_mmd_equals_the_double_sum_torch_fidelity_and_torchmetrics() -> None:
     a, b = rows(5, 3, 1), rows(5, 3, 2)
 
     def kernel(x: Tensor, y: Tensor) -> float:
@@ -79,14 +79,14 @@ def test_cmmd_equals_torch_fidelitys_biased_estimate() -> None:
     assert cmmd(a, 3 * a).value == pytest.approx(0, abs=1e-12) and cmmd(a, b).value > 0
 
 
-def test_cmmds_error_is_that_of_other_draws() -> None:
+def test_the_error_of_cmmd_equals_the_deviation_over_draws() -> None:
     real = rows(500, 6, 0)
     draws = [cmmd(rows(200, 6, seed, 0.5), real) for seed in range(1, 61)]
     deviation = float(np.std([draw.value for draw in draws], ddof=1))
     assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(deviation, rel=0.25)
 
 
-def test_too_few_rows() -> None:
+def test_too_few_rows_are_refused() -> None:
     with pytest.raises(UserError, match="two rows on either side, got 1 and 9"):
         kernel_distance(rows(1, 3, 0), rows(9, 3, 1), generator(0))
     with pytest.raises(UserError, match="got 0 and 9"):

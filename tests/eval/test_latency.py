@@ -1,4 +1,4 @@
-"""eval.measure.latency: what counts, what is compared, when batches stop growing. Sleeps stand for work."""
+"""eval.measure.latency: timed calls, comparisons, and when batches stop growing. The models sleep."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from eval.measure.latency import Parts, measure_latency, milliseconds_per_image
 
 
 def sleeping(text: float, network: float, memory: int = 1000, each: bool = False) -> Parts:
-    """Parts that sleep so many milliseconds per batch, or per image of it; `memory`: the largest batch."""
+    """Parts that sleep `text` and `network` ms per batch (`each`: per image). `memory`: the largest batch."""
 
     def parts(batch: int) -> Mapping[str, Callable[[], object]]:
         def network_call() -> None:
@@ -41,7 +41,7 @@ def test_timing_counts_calls_and_takes_the_median() -> None:
         milliseconds_per_image(sample, repeats=0)
 
 
-def test_parts_add_up_and_the_teacher_stands_beside_the_student() -> None:
+def test_parts_add_up_and_the_teacher_is_compared_with_the_student() -> None:
     models = {"student": sleeping(1, 4), "teacher": sleeping(1, 40)}
     latency = measure_latency(models, "cpu", batches=(1, 2), repeats=3, warmup=1)
     assert json.loads(json.dumps(latency)) == latency
@@ -58,7 +58,7 @@ def test_parts_add_up_and_the_teacher_stands_beside_the_student() -> None:
     assert latency["device"] == "cpu" and latency["clock"] == "wall"
 
 
-def test_models_take_turns_and_warm_up_does_not_count() -> None:
+def test_models_alternate_and_warm_up_is_not_timed() -> None:
     order: list[str] = []
 
     def parts(name: str) -> Parts:
@@ -74,7 +74,7 @@ def test_models_take_turns_and_warm_up_does_not_count() -> None:
     assert latency["models"]["a"]["batch_1"]["ms_p90"] < 200 and "teacher_over_student" not in latency
 
 
-def test_larger_batches_end_with_memory_or_gain() -> None:
+def test_batches_grow_until_memory_is_full_or_nothing_is_gained() -> None:
     models = {"full": sleeping(0, 10, memory=2), "flat": sleeping(0, 10, each=True), "free": sleeping(0, 10)}
     latency = measure_latency(models, "cpu", batches=(1, 2, 4, 8), repeats=1, warmup=0)["models"]
     assert [entry["batch"] for entry in latency["full"]["by_batch"]] == [1, 2]
@@ -85,7 +85,7 @@ def test_larger_batches_end_with_memory_or_gain() -> None:
         measure_latency({"full": sleeping(0, 1, memory=0)}, "cpu", repeats=1)
 
 
-def test_wrong_settings() -> None:
+def test_invalid_settings_are_refused() -> None:
     for batches in ((), (2, 4), (1, 4, 2), (1, 1)):
         with pytest.raises(SettingError, match="expected ascending sizes from 1"):
             measure_latency({"a": sleeping(0, 0)}, "cpu", batches=batches)

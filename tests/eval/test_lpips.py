@@ -1,4 +1,4 @@
-"""eval.networks.lpips against the formula written out over torchvision's layers and the package's heads."""
+"""eval.networks.lpips against the formula, with torchvision's layers and the heads of package lpips."""
 
 from pathlib import Path
 
@@ -27,11 +27,11 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Sequential, Path
     return features.eval().requires_grad_(False), file
 
 
-def pictures(count: int, seed: int) -> Tensor:
+def random_images(count: int, seed: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator(seed))
 
 
-def written_out(features: nn.Sequential, a: Tensor, b: Tensor) -> Tensor:
+def lpips_formula(features: nn.Sequential, a: Tensor, b: Tensor) -> Tensor:
     """Zhang et al. 2018, eq. 1."""
     heads = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu")
     shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
@@ -48,16 +48,16 @@ def written_out(features: nn.Sequential, a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def test_it_is_lpips(trunk: tuple[nn.Sequential, Path]) -> None:
+def test_the_distance_equals_the_formula(trunk: tuple[nn.Sequential, Path]) -> None:
     features, file = trunk
     distance = load_pixel_lpips("alex", file)
-    a, b = pictures(3, 0), pictures(3, 1)
-    expected = written_out(features, a, b)
+    a, b = random_images(3, 0), random_images(3, 1)
+    expected = lpips_formula(features, a, b)
     torch.testing.assert_close(distance(a, b).float(), expected, rtol=1e-4, atol=1e-6)
     assert (expected > 1e-3).all() and (distance(a, a) == 0).all()
 
 
-def test_other_trunks_are_refused(
+def test_unknown_foreign_and_damaged_trunks_are_refused(
     trunk: tuple[nn.Sequential, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SettingError, match="unknown LPIPS network 'alexnet'; did you mean 'alex'"):

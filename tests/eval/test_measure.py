@@ -1,4 +1,4 @@
-"""eval.measure.measure and rows: rows do not depend on batches, parts, processes or kills."""
+"""eval.measure.measure and rows: rows do not depend on batches, parts, processes or interruptions."""
 
 import json
 import os
@@ -27,7 +27,7 @@ PROMPTS = ["red", "green", "blue"]
 
 
 def sampler(seed: int = 0, seconds: float = 0.0, shift: int = 0, side: int = 4) -> ImageSource:
-    """Images of (seed, number), as slow as asked for."""
+    """A sampler whose images depend on (seed, number); each batch takes `seconds`."""
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for first in range(numbers.start, numbers.stop, batch_size):
@@ -64,19 +64,21 @@ def same(a: MeasuredRows, b: MeasuredRows) -> bool:
     )
 
 
-WHOLE = measure_source(sampler(), range(50), MEASURES)
+EXPECTED = measure_source(sampler(), range(50), MEASURES)
 
 
 @pytest.mark.parametrize(("batch_size", "part"), [(1, 0), (7, 50), (64, 13), (3, 1)])
 def test_rows_do_not_depend_on_batches_or_parts(batch_size: int, part: int, tmp_path: Path) -> None:
     work = MeasureOptions(batch_size=batch_size, part=part, folder=tmp_path)
     rows = measure_source(sampler(), range(50), MEASURES, work=work)
-    assert same(rows, WHOLE) and rows.values["colors"].shape == (50, 3)
-    assert same(measure_source(sampler(), range(50), MEASURES, work=work), WHOLE), "from the files"
+    assert same(rows, EXPECTED) and rows.values["colors"].shape == (50, 3)
+    assert same(measure_source(sampler(), range(50), MEASURES, work=work), EXPECTED), (
+        "read from the saved parts"
+    )
     assert len(rows.prompts) == len(rows) == 50
 
 
-def test_parts_cover_all_and_are_neither_tiny_nor_huge() -> None:
+def test_parts_cover_all_numbers_and_have_16_to_512_images() -> None:
     for count in (1, 15, 16, 1_000, 5_000, 30_000, 200_000):
         parts = MeasureOptions().parts(range(count))
         assert [n for part in parts for n in part] == list(range(count))
@@ -84,26 +86,26 @@ def test_parts_cover_all_and_are_neither_tiny_nor_huge() -> None:
     assert [len(part) for part in MeasureOptions(part=4).parts(range(10, 20))] == [4, 4, 2]
 
 
-def test_a_finished_part_is_not_drawn_again(tmp_path: Path) -> None:
+def test_only_missing_parts_are_sampled(tmp_path: Path) -> None:
     work = MeasureOptions(part=10, folder=tmp_path)
     measure_source(sampler(), range(50), MEASURES, work=work)
     names = sorted(path.name for path in (tmp_path / "parts").iterdir())
     assert names == [f"{start:08}-{start + 10:08}.safetensors" for start in range(0, 50, 10)]
     (tmp_path / "parts" / names[2]).unlink()
-    asked: list[range] = []
+    requested: list[range] = []
     inner = sampler()
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
-        asked.append(numbers)
+        requested.append(numbers)
         return inner.draw(numbers, batch_size, sizes)
 
     again = measure_source(ImageSource(name="x", facts={}, draw=draw), range(50), MEASURES, work=work)
-    assert same(again, WHOLE) and asked == [range(20, 30)]
+    assert same(again, EXPECTED) and requested == [range(20, 30)]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 9])
 def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path) -> None:
-    """Nine of them share seven parts, so two have none."""
+    """With nine processes and seven parts, two processes have no part."""
     pairs = {"apart": PairMeasure(size=NATIVE, function=lambda a, b: (a != b).double().mean((1, 2, 3)))}
 
     def work(rank: int) -> None:
@@ -118,32 +120,34 @@ def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path)
     parts = [load_part(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
     for rows in parts:
         assert same(rows, parts[0])
-        assert rows.prompts == WHOLE.prompts and torch.equal(rows.values["level"], WHOLE.values["level"])
+        assert rows.prompts == EXPECTED.prompts and torch.equal(
+            rows.values["level"], EXPECTED.values["level"]
+        )
         assert rows.values["apart"].min() > 0.5
 
 
 def test_killed_and_resumed_gives_the_same_rows(tmp_path: Path) -> None:
-    """SIGKILL at four moments, each wherever it falls, and once more to the end."""
+    """SIGKILL after 1, 3, 6 and 9 parts; the last start finishes."""
     work = MeasureOptions(part=5, batch_size=5, folder=tmp_path)
-    for wanted in (1, 3, 6, 9):
+    for parts in (1, 3, 6, 9):
         child = fork(lambda: measure_source(sampler(seconds=0.02), range(50), MEASURES, work=work))
         end = time.monotonic() + 60
-        while len(list((tmp_path / "parts").glob("0*"))) < wanted:
+        while len(list((tmp_path / "parts").glob("0*"))) < parts:
             assert time.monotonic() < end
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert len(list((tmp_path / "parts").glob("0*"))) < 10
     rows = measure_source(sampler(), range(50), MEASURES, work=MeasureOptions(part=5, folder=tmp_path))
-    assert same(rows, WHOLE)
+    assert same(rows, EXPECTED)
 
 
-def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
+def test_the_message_of_an_interruption_says_what_is_saved(tmp_path: Path) -> None:
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
-        for drawn in sampler().draw(numbers, batch_size, sizes):
-            if drawn.first == 20:
+        for batch in sampler().draw(numbers, batch_size, sizes):
+            if batch.first == 20:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield drawn
+            yield batch
 
     stopping = ImageSource(name="x", facts={}, draw=draw)
     work = MeasureOptions(part=10, batch_size=5, folder=tmp_path)
@@ -153,10 +157,10 @@ def test_an_interrupt_says_what_is_safe(tmp_path: Path) -> None:
         measure_source(stopping, range(50), MEASURES, work=work)
     with pytest.raises(Interrupted, match="nothing was kept, give --out a folder"):
         measure_source(stopping, range(50), MEASURES, work=MeasureOptions(part=10, batch_size=5))
-    assert same(measure_source(sampler(), range(50), MEASURES, work=work), WHOLE)
+    assert same(measure_source(sampler(), range(50), MEASURES, work=work), EXPECTED)
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_work_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     facts = {"source": {"seed": 0}, "metrics": ("fid",)}
     open_work(tmp_path, facts)
     open_work(tmp_path, facts)
@@ -175,7 +179,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
         measure_source(sampler(), range(50), MEASURES, work=work)
 
 
-def test_images_are_kept_with_their_numbers(tmp_path: Path) -> None:
+def test_saved_images_have_their_number_and_prompt(tmp_path: Path) -> None:
     measure_source(
         sampler(), range(7), {"c": MEASURES["colors"]}, work=MeasureOptions(keep=tmp_path / "kept")
     )
@@ -185,23 +189,26 @@ def test_images_are_kept_with_their_numbers(tmp_path: Path) -> None:
         assert image.info == {"prompt": "green", "index": "4"}
     again = image_source(open_images(tmp_path / "kept"))
     rows = measure_source(again, range(7), {"level": MEASURES["level"]})
-    assert torch.equal(rows.values["level"], WHOLE.values["level"][:7]) and rows.prompts == WHOLE.prompts[:7]
+    assert (
+        torch.equal(rows.values["level"], EXPECTED.values["level"][:7])
+        and rows.prompts == EXPECTED.prompts[:7]
+    )
 
 
-def test_rows_that_are_not_finite_name_the_image() -> None:
+def test_the_error_for_rows_that_are_not_finite_names_the_image() -> None:
     def broken(images: Tensor, prompts: list[str]) -> Tensor:
         rows = images.float().mean((2, 3))
         rows[:, 1] = torch.where(rows[:, 0] == rows[:, 0].max(), torch.nan, rows[:, 1])
         return rows
 
-    worst = int(WHOLE.values["colors"][:16, 0].argmax())
+    worst = int(EXPECTED.values["colors"][:16, 0].argmax())
     with pytest.raises(
         UserError, match=rf"^sampler: c of image {worst} \('{PROMPTS[worst % 3]}'\) is not finite"
     ):
         measure_source(sampler(), range(16), {"c": Measure(size="crop2-box", function=broken)})
 
 
-def test_a_measure_that_needs_prompts_names_the_image_without() -> None:
+def test_the_error_for_a_missing_prompt_names_the_image() -> None:
     source = batch_source("x", [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), ["a", "", "b"])])
     measures = {"clip_score": Measure(size=NATIVE, function=mean_level, needs_prompts=True)}
     with pytest.raises(UserError, match=r"^image 1 has no prompt, so it has no clip_score; give captions"):
@@ -210,12 +217,12 @@ def test_a_measure_that_needs_prompts_names_the_image_without() -> None:
         measure_source(source, range(4), {"level": MEASURES["level"]})
 
 
-def test_pairs_are_of_the_same_numbers_and_one_size() -> None:
+def test_pairs_must_have_equal_sizes_and_prompts() -> None:
     pairs = {"shift": PairMeasure(size=NATIVE, function=lambda a, b: mean_level(b, []) - mean_level(a, []))}
     rows = measure_source(
         sampler(), range(20), MEASURES, pairs=pairs, other=sampler(shift=5), work=MeasureOptions(batch_size=3)
     )
-    assert rows.values["shift"].min() > 4 and torch.equal(rows.values["level"], WHOLE.values["level"][:20])
+    assert rows.values["shift"].min() > 4 and torch.equal(rows.values["level"], EXPECTED.values["level"][:20])
     with pytest.raises(
         UserError, match="sampler gives 4x4 pixels and sampler 6x6; pairs must be of one size"
     ):
@@ -229,7 +236,7 @@ def test_pairs_are_of_the_same_numbers_and_one_size() -> None:
         measure_source(sampler(), range(4), {}, pairs=pairs, other=swapped, work=MeasureOptions(batch_size=2))
 
 
-def test_of_files_it_is_known_which_they_were(tmp_path: Path) -> None:
+def test_file_digests_and_conversions_are_recorded(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     for number in range(5):
@@ -245,7 +252,7 @@ def test_of_files_it_is_known_which_they_were(tmp_path: Path) -> None:
     assert rows.values[FILE_SHA256].shape == (5, 32) and rows.converted == Counter(grey=1)
     assert rows.prompts == ["a", "b", "c", "d", "e"]
     again = measure_source(source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work"))
-    assert same(rows, again), "counts of what was converted are kept too"
+    assert same(rows, again), "the counts of conversions are saved too"
     with pytest.raises(UserError, match="holds 5 images, and there are 2 prompts; give one for each"):
         image_source(open_images(folder), ["a", "b"])
     assert json.dumps(source.facts) and source.facts["images"] == 5

@@ -1,4 +1,4 @@
-"""eval.protocols.metric: one description per metric, from which every table of metrics follows."""
+"""eval.protocols.metric: the registry of metrics, and the tables derived from it."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ BRIGHTNESS: dict[str, Any] = dict(
 )
 
 
-def test_every_metric_is_there() -> None:
+def test_the_list_of_metrics() -> None:
     referenced = ["fid", "fid_infinity", "fd_dinov2", "fd_clip", "kid", "cmmd", "pr", "dc"]
     paired = ["dreamsim", "lpips", "latent_lpips", "psnr"]
     single = {"clip", "pickscore", "caption_accuracy", "dreamsim_diversity", "is"}
@@ -59,7 +59,7 @@ def test_every_network_of_a_metric_can_be_loaded() -> None:
     assert {name for metric in all_metrics().values() for name in metric.networks} == set(LOADERS)
 
 
-def test_which_end_of_a_number_is_the_good_one() -> None:
+def test_for_which_numbers_lower_is_better() -> None:
     lower = {
         "fid",
         "fid_infinity",
@@ -85,7 +85,7 @@ def test_labels_name_the_networks() -> None:
     assert other["kid"] == "Kernel distance (squeezenet features)"
 
 
-def test_a_metric_says_which_end_is_the_good_one() -> None:
+def test_a_metric_must_say_whether_higher_or_lower_is_better() -> None:
     without = {name: value for name, value in BRIGHTNESS.items() if name != "better"}
     with pytest.raises(TypeError, match="better"):
         Metric(**without)
@@ -95,7 +95,7 @@ def test_a_metric_says_which_end_is_the_good_one() -> None:
         Metric(**BRIGHTNESS | {"interval": "guess"})
 
 
-def test_a_metric_of_another_package_is_chosen_computed_and_labeled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_registered_by_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
     metric = Metric(**BRIGHTNESS)
     for _ in range(2):
@@ -115,26 +115,26 @@ def test_a_metric_of_another_package_is_chosen_computed_and_labeled(monkeypatch:
             register_metric(other)
 
 
-def test_a_paired_distance_without_a_network_is_measured_too() -> None:
+def test_psnr_needs_no_network() -> None:
     psnr = all_metrics()["psnr"].pair_distance
     assert psnr is not None
     images = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
     assert psnr(images, images + 10).tolist() == pytest.approx([20 * torch.tensor(25.5).log10().item()] * 2)
 
 
-def test_too_few_images_are_refused_by_the_metric_itself() -> None:
+def test_a_metric_checks_the_number_of_images() -> None:
     check_count = all_metrics()["pr"].check_count
     assert check_count is not None
     with pytest.raises(UserError, match="k = 5 need more images than that, got 5"):
         check_count(5, Protocol(name="x"), 0)
 
 
-def test_listing_metrics_and_protocols_loads_no_torch() -> None:
+def test_listing_metrics_and_protocols_does_not_import_torch() -> None:
     code = (
         "import sys; from eval.protocols.metric import all_metrics; "
         "from eval.protocols.protocol import PROTOCOLS; "
         "from miniature.registration import register_eval_scenes; register_eval_scenes(); "
         "print(len(all_metrics()), 'miniature' in PROTOCOLS, 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["17", "True", "False", "False"], done.stdout + done.stderr
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.split() == ["17", "True", "False", "False"], process.stdout + process.stderr

@@ -1,4 +1,4 @@
-"""eval.metrics.paired and diversity: closed forms, and torchmetrics for the signal-to-noise ratio."""
+"""eval.metrics.paired and diversity: closed forms, and PSNR of torchmetrics."""
 
 import pytest
 import torch
@@ -12,15 +12,15 @@ from eval.metrics.diversity import prompt_diversity
 from eval.metrics.paired import cosine_distance, encoded, mean_distance, psnr, rmse
 
 
-def pictures(count: int, seed: int) -> Tensor:
+def random_images(count: int, seed: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator(seed))
 
 
-def test_psnr_is_torchmetrics() -> None:
-    a, b = pictures(3, 0), pictures(3, 1)
+def test_psnr_equals_torchmetrics() -> None:
+    a, b = random_images(3, 0), random_images(3, 1)
     for got, x, y in zip(psnr(a, b), a, b, strict=True):
-        judged = peak_signal_noise_ratio(x.double(), y.double(), data_range=255.0)
-        assert got.item() == pytest.approx(judged.item(), rel=1e-6)
+        expected = peak_signal_noise_ratio(x.double(), y.double(), data_range=255.0)
+        assert got.item() == pytest.approx(expected.item(), rel=1e-6)
     equal = psnr(a, a)
     one_level = a.clone()
     one_level[:, 0, 0, 0] = torch.where(a[:, 0, 0, 0] > 0, a[:, 0, 0, 0] - 1, 1)
@@ -28,7 +28,7 @@ def test_psnr_is_torchmetrics() -> None:
     assert equal.isfinite().all() and (equal > psnr(a, b)).all()
 
 
-def test_cosine_distance_is_torchs() -> None:
+def test_cosine_distance_equals_torch() -> None:
     a, b = (torch.randn(5, 7, generator=generator(seed), dtype=torch.float64) for seed in (0, 1))
     torch.testing.assert_close(cosine_distance(a, b), 1 - cosine_similarity(a, b), rtol=1e-12, atol=1e-12)
     assert cosine_distance(a, 3 * a).abs().max() < 1e-12
@@ -36,7 +36,7 @@ def test_cosine_distance_is_torchs() -> None:
     assert torch.equal(halved(a, b), cosine_distance(a[:, :3], b[:, :3]))
 
 
-def test_summaries() -> None:
+def test_mean_and_standard_error_of_distances() -> None:
     teacher = torch.zeros(5, 4, 2, 2)
     student = torch.arange(5.0).view(5, 1, 1, 1).expand_as(teacher)
     result = mean_distance(rmse(student, teacher))
@@ -47,7 +47,7 @@ def test_summaries() -> None:
         mean_distance(torch.empty(0))
 
 
-def test_diversity_is_within_prompts() -> None:
+def test_diversity_compares_images_of_the_same_prompt() -> None:
     red, blue = torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 2.0])
     same = prompt_diversity(torch.stack([red, 5 * red]), ["p", "p"])
     assert (same.mean, same.prompts, same.images) == (pytest.approx(0, abs=1e-12), 1, 2)
@@ -61,7 +61,7 @@ def test_diversity_is_within_prompts() -> None:
         prompt_diversity(rows[:4], list("abcd"))
 
 
-def test_diversity_is_the_mean_of_pairwise_cosines() -> None:
+def test_diversity_is_the_mean_pairwise_cosine_distance() -> None:
     rows = torch.randn(6, 9, generator=generator(3), dtype=torch.float64)
     pairs = [1 - cosine_similarity(rows[i], rows[j], dim=0) for i in range(6) for j in range(i)]
     assert prompt_diversity(rows, ["p"] * 6).mean == pytest.approx(

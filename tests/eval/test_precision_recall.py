@@ -1,4 +1,4 @@
-"""eval.metrics.precision_recall and distances against brute force, prdc and torch-fidelity, on hard sets."""
+"""eval.metrics.precision_recall and distances against brute force, prdc and torch-fidelity."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def brute_force(real: Tensor, fake: Tensor, k: int) -> Neighbors:
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_equals_brute_force_for_any_chunk(k: int) -> None:
+def test_equals_brute_force_for_any_chunk_size(k: int) -> None:
     real, fake = points(30, 0), points(25, 1, 1.5) + 1
     expected = brute_force(real, fake, k)
     for chunk in (1, 7, 1024):
@@ -45,7 +45,7 @@ def test_equals_brute_force_for_any_chunk(k: int) -> None:
     assert 0 < expected.precision < 1 and 0 < expected.recall < 1
 
 
-def test_several_k_are_each_their_own() -> None:
+def test_several_k_in_one_call_equal_brute_force() -> None:
     real, fake = points(40, 0), points(45, 1, 1.3)
     by_k = precision_recalls(real, fake, ks=(5, 1, 3), chunk=16)
     assert list(by_k) == [5, 1, 3]
@@ -54,15 +54,15 @@ def test_several_k_are_each_their_own() -> None:
 
 @pytest.mark.parametrize("k", [3, 5])
 def test_agrees_with_prdc_and_torch_fidelity(k: int) -> None:
-    """In float64 on either side; prdc keeps float32 features' distances in float32."""
+    """Features are float64, because prdc computes distances of float32 features in float32."""
     real = points(300, 0, dim=16).double()
     fake = points(280, 1, 0.8, dim=16).double() + 0.2
     ours = precision_recall(real, fake, k=k, chunk=64)
-    judged = compute_prdc(real.numpy(), fake.numpy(), k)
-    for name, value in judged.items():
+    published = compute_prdc(real.numpy(), fake.numpy(), k)
+    for name, value in published.items():
         assert getattr(ours, name) == pytest.approx(float(value), abs=1e-12), name
     precision, recall = calculate_precision_recall_part(fake, real, neighborhood=k)
-    # It returns means in float32.
+    # torch-fidelity returns float32.
     assert (ours.precision, ours.recall) == (
         pytest.approx(precision, abs=1e-6),
         pytest.approx(recall, abs=1e-6),
@@ -77,15 +77,15 @@ def test_agrees_with_prdc_and_torch_fidelity(k: int) -> None:
     chunk=st.integers(1, 40),
     far=st.sampled_from([0.0, 4096.0]),
 )
-def test_repeated_and_equidistant_points_count_as_they_are(
+def test_repeated_and_equidistant_points_equal_brute_force(
     real: list[tuple[int, ...]], fake: list[tuple[int, ...]], k: int, chunk: int, far: float
 ) -> None:
-    """Whole numbers: distances are exact in any type, and most of them tie."""
+    """Coordinates are integers, so distances are exact in any type, and many of them tie."""
     a, b = torch.tensor(real) + far, torch.tensor(fake) + far
     assert precision_recall(a, b, k=k, chunk=chunk) == brute_force(a, b, k)
 
 
-def test_collapse_keeps_precision_and_loses_recall() -> None:
+def test_a_collapsed_generator_has_high_precision_and_low_recall() -> None:
     real = points(200, 0)
     collapsed = real[:1] + points(200, 1, 1e-3)
     result = precision_recall(real, collapsed, k=3)
@@ -96,14 +96,14 @@ def test_collapse_keeps_precision_and_loses_recall() -> None:
     assert result.precision == 1 and result.recall <= 0.05
 
 
-def test_one_image_repeated_is_a_collapse_too() -> None:
+def test_one_repeated_image_has_precision_1_and_low_recall() -> None:
     real = points(150, 0, dim=32)
     result = precision_recall(real, real[:1].repeat(150, 1), k=3, chunk=64)
     assert result.precision == 1 and result.recall == pytest.approx(1 / 150)
     assert result == brute_force(real, real[:1].repeat(150, 1), 3)
 
 
-def test_spread_keeps_recall_and_loses_precision() -> None:
+def test_a_too_wide_generator_has_high_recall_and_low_precision() -> None:
     result = precision_recall(points(200, 0), points(200, 1, 10), k=3)
     assert result.precision < 0.2 and result.recall > 0.9
 
@@ -114,8 +114,8 @@ def test_identical_sets_are_perfect_far_from_the_origin() -> None:
     assert (result.precision, result.recall, result.coverage) == (1, 1, 1)
 
 
-def test_a_grid_is_all_ties() -> None:
-    """Every row has many neighbors at one distance, which rounding must not tell apart."""
+def test_points_of_a_grid_with_tied_distances() -> None:
+    """Every row has many neighbors at the same distance; rounding must not break the ties."""
     axis = torch.arange(7.0)
     grid = torch.cartesian_prod(axis, axis, axis) * 0.1
     shifted = grid + torch.tensor([0.05, 0.0, 0.0])
@@ -124,8 +124,8 @@ def test_a_grid_is_all_ties() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-def test_float32_only_sorts_out_what_is_clear(scale: float) -> None:
-    """Rows of length 100 whose neighbors lie `scale` apart: in float32 products all of them look alike."""
+def test_close_distances_are_computed_in_float64(scale: float) -> None:
+    """Rows of norm 100 with neighbors at distance `scale`, which float32 products cannot resolve."""
     base = points(12, 0, 100.0, dim=64)
     real = (base.repeat(10, 1) + points(120, 1, scale, dim=64)).float()
     fake = (base.repeat(10, 1) + points(120, 2, scale, dim=64)).float()
@@ -134,7 +134,7 @@ def test_float32_only_sorts_out_what_is_clear(scale: float) -> None:
     assert 0 < expected.precision < 1
 
 
-def test_where_products_may_be_rounded_coarsely_float64_does_all() -> None:
+def test_with_low_matmul_precision_everything_is_float64() -> None:
     before = torch.get_float32_matmul_precision()
     real, fake = points(40, 0), points(40, 1)
     try:
@@ -146,7 +146,7 @@ def test_where_products_may_be_rounded_coarsely_float64_does_all() -> None:
 
 
 def test_memory_grows_with_the_chunk_not_with_n_squared() -> None:
-    """The largest tensor in the whole measurement of 2,000 rows, by what PyTorch allocates."""
+    """The largest tensor that is allocated for 2,000 rows is smaller than one bit per pair."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -161,15 +161,15 @@ def test_memory_grows_with_the_chunk_not_with_n_squared() -> None:
     real, fake = points(2000, 0, dim=8), points(2000, 1, dim=8)
     with Watch():
         precision_recall(real, fake, k=3, chunk=256)
-    assert 0 < largest < 2000 * 2000 // 8, "not even a bit per pair"
+    assert 0 < largest < 2000 * 2000 // 8, "less than one bit per pair"
 
 
-def test_too_few_images() -> None:
+def test_too_few_images_are_refused() -> None:
     with pytest.raises(UserError, match="k = 3 need more than 3 images, got 3 and 9"):
         precision_recall(points(3, 0), points(9, 1), k=3)
 
 
-def test_reaches_are_distances_to_others() -> None:
+def test_kth_neighbor_distances_equal_sorted_distances() -> None:
     rows = points(50, 3, dim=5)
     got = pairwise.kth_neighbor_distances(pairwise.CenteredRows(rows, rows.double().mean(0)), (1, 4), 16)
     expected = np.sort(((rows[:, None] - rows[None]).double().square().sum(2)).numpy(), axis=1)[:, [1, 4]]

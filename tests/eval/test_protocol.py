@@ -1,4 +1,4 @@
-"""eval.protocols.protocol: what the named protocols fix, and that their digests tell all of it."""
+"""eval.protocols.protocol: the settings of the named protocols, and their digests."""
 
 import dataclasses
 import json
@@ -12,15 +12,15 @@ from eval.protocols.metric import all_metrics
 from eval.protocols.protocol import ANY, PROTOCOLS, VIT_B_32, VIT_G_14, Protocol
 
 
-def test_the_protocols_that_papers_compare_by() -> None:
-    """Numbers from method.md "Evaluation protocol"; a change here changes what published numbers mean."""
-    wanted = {
+def test_the_settings_of_the_named_protocols() -> None:
+    """Numbers from method.md "Evaluation protocol". Other numbers are not comparable with published ones."""
+    expected_sizes = {
         "coco2014-30k-d2gan": (30_000, 40_504, "crop256-bicubic", "crop256-bicubic", VIT_G_14),
         "coco2014-30k-gigagan": (30_000, 40_504, "crop256-lanczos", "crop256-lanczos", VIT_B_32),
         "coco2017-5k-d2gan": (5_000, 5_000, "crop256-bicubic", "crop256-bicubic", VIT_G_14),
         "coco2014-10k-sdxl": (10_000, 10_000, "crop512-lanczos", "crop256-lanczos", VIT_G_14),
     }
-    for name, expected in wanted.items():
+    for name, expected in expected_sizes.items():
         p = PROTOCOLS[name]
         sizes = (p.preprocessing, p.clip_preprocessing)
         assert (p.images, p.reference_images, *sizes, p.clip) == expected, name
@@ -35,7 +35,7 @@ def test_the_protocols_that_papers_compare_by() -> None:
     assert (folder.features, folder.clip, folder.images, folder.preprocessing) == (ANY, ANY, 0, NATIVE)
 
 
-def test_a_digest_is_of_every_setting_and_of_no_choice_of_metrics() -> None:
+def test_the_digest_covers_every_setting_except_the_metrics() -> None:
     digests = {protocol.sha256() for protocol in PROTOCOLS.values()}
     assert len(digests) == len(PROTOCOLS)
     base = PROTOCOLS["coco2014-30k-d2gan"]
@@ -46,21 +46,21 @@ def test_a_digest_is_of_every_setting_and_of_no_choice_of_metrics() -> None:
         diversity_images=3, seed=1,
     )  # fmt: skip
     fields = {field.name for field in dataclasses.fields(Protocol)}
-    assert fields == {*changed, "metrics"}, "a new field has to be in the digest, or be no setting"
+    assert fields == {*changed, "metrics"}, "add the new field to `changed`"
     for name, value in changed.items():
         assert dataclasses.replace(base, **{name: value}).sha256() != base.sha256(), name
     assert dataclasses.replace(base, metrics=("kid",)).sha256() == base.sha256()
     json.dumps(base.settings())
 
 
-def test_what_is_left_open_is_filled_in() -> None:
+def test_resolved_fills_only_open_fields() -> None:
     folder = PROTOCOLS["folder"].resolved(features="squeezenet", clip="c", prompts_sha256="ab")
     assert (folder.features, folder.clip, folder.prompts_sha256) == ("squeezenet", "c", "ab")
     coco = PROTOCOLS["coco2014-30k-d2gan"].resolved(features="other", clip="other", prompts_sha256="ab")
-    assert (coco.features, coco.clip) == ("inception", VIT_G_14), "a named network stays"
+    assert (coco.features, coco.clip) == ("inception", VIT_G_14), "a network that the protocol fixes stays"
 
 
-def test_every_preprocessing_is_one_that_can_be_done() -> None:
+def test_the_preprocessing_of_every_protocol_is_valid() -> None:
     for protocol in PROTOCOLS.values():
         for how in (protocol.preprocessing, protocol.clip_preprocessing):
             assert how == NATIVE or PREPROCESSING.fullmatch(how), protocol.name
@@ -72,7 +72,7 @@ def test_every_preprocessing_is_one_that_can_be_done() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"resize": "lanzcos", "size": 8}, "did you mean 'lanczos'"),
         ({"crop": "center", "size": 8, "resize": "box"}, "did you mean 'centre'"),
@@ -86,18 +86,18 @@ def test_every_preprocessing_is_one_that_can_be_done() -> None:
         ({"metrics": ("fad",)}, "unknown metric 'fad'; did you mean 'fid'"),
     ],
 )
-def test_impossible_protocols_say_why(wrong: dict[str, object], says: str) -> None:
-    with pytest.raises(SettingError, match=says):
+def test_invalid_protocols_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         Protocol(name="x", **wrong)  # type: ignore[arg-type]
 
 
-def test_impossible_runs_say_why() -> None:
-    for wrong, says in (
+def test_invalid_run_settings_are_refused() -> None:
+    for wrong, message in (
         ({"steps": 0}, "steps is 0; expected 1 or more"),
         ({"num": -1}, "num is -1; expected 0 or more"),
         ({"noise_scale": -0.5}, "noise_scale is -0.5"),
     ):
-        with pytest.raises(SettingError, match=says):
+        with pytest.raises(SettingError, match=message):
             EvalRun(**wrong)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="curve over 'scale'"):
         CurveRun(setting="scale", values=(1.0,))
@@ -106,7 +106,7 @@ def test_impossible_runs_say_why() -> None:
     assert set(EVAL_PRESETS) == {"default", "miniature"} and EVAL_PRESETS["default"] == EvalRun()
 
 
-def test_weights_by_network() -> None:
+def test_weights_are_assigned_to_networks_by_name() -> None:
     run = EvalRun(weights=("inception.pth", "dinov2=/x=y", "dreamsim=z"))
     assert run.weight_table() == {"features": "inception.pth", "dinov2": "/x=y", "dreamsim": "z"}
     assert CurveRun(setting="steps", values=(4.0,)).at(4.0).steps == 4

@@ -1,4 +1,4 @@
-"""eval.measure.reference and build_reference: from COCO's folder to one file that needs no folder."""
+"""eval.measure.reference and build_reference: reference statistics from folders, files and the cache."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ COCO = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten photographs of other sizes, one of them grey, with two captions each."""
+    """Ten images of different sizes, one of them gray, with two captions each."""
     folder = tmp_path_factory.mktemp("coco")
     (folder / "val2014").mkdir()
     (folder / "annotations").mkdir()
@@ -53,7 +53,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_coco_as_downloaded_becomes_one_file(coco: Path, tmp_path: Path) -> None:
+def test_statistics_of_a_coco_folder_are_saved_and_loaded(coco: Path, tmp_path: Path) -> None:
     reference = open_reference(coco, COCO, SETS)
     chosen = chosen_images(read_coco(coco, "val2014"), 6, COCO.seed)
     assert reference.prompts == [f"photo {i}, 0" for i in chosen]
@@ -69,8 +69,8 @@ def test_coco_as_downloaded_becomes_one_file(coco: Path, tmp_path: Path) -> None
     assert torch.equal(shared.stats["features"].covariance, stats.covariance)
 
 
-def test_the_prompted_photographs_alone(coco: Path) -> None:
-    """coco2014-10k-sdxl compares with the photographs of its prompts."""
+def test_a_reference_of_the_prompted_images_only(coco: Path) -> None:
+    """coco2014-10k-sdxl compares with the images of its prompts."""
     protocol = dataclasses.replace(COCO, reference="coco2014-val-prompted", reference_images=6)
     files, prompts = reference_files(coco, protocol)
     chosen = chosen_images(read_coco(coco, "val2014"), 6, COCO.seed)
@@ -79,12 +79,14 @@ def test_the_prompted_photographs_alone(coco: Path) -> None:
     assert open_reference(coco, protocol, SETS).count == 6
 
 
-def test_the_folder_of_images_alone_will_do(coco: Path) -> None:
+def test_a_folder_of_images_without_annotations(coco: Path) -> None:
     files, prompts = reference_files(coco / "val2014", COCO)
     assert len(files) == 10 and prompts == []
 
 
-def test_a_second_look_is_from_the_cache(coco: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_statistics_are_cached_by_network_and_protocol(
+    coco: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("D2G_CACHE", str(tmp_path))
     calls: list[int] = []
 
@@ -98,7 +100,7 @@ def test_a_second_look_is_from_the_cache(coco: Path, monkeypatch: pytest.MonkeyP
     again = open_reference(coco, COCO, sets)
     assert sum(calls) == 10 and torch.equal(first.stats["features"].mean, again.stats["features"].mean)
     files = list((tmp_path / "reference").iterdir())
-    assert [file.suffix for file in files] == [".safetensors"], "parts are gone"
+    assert [file.suffix for file in files] == [".safetensors"], "the parts are deleted"
     others = (
         (COCO, {"features": dataclasses.replace(NET, sha256="0b" * 32, function=counting)}),
         (dataclasses.replace(COCO, resize="lanczos"), sets),
@@ -113,7 +115,7 @@ def test_a_second_look_is_from_the_cache(coco: Path, monkeypatch: pytest.MonkeyP
     assert cache_folder() == Path("/somewhere/diffusion2gan")
 
 
-def test_changed_files_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_folder_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("D2G_CACHE", str(tmp_path / "cache"))
     folder, protocol = tmp_path / "images", Protocol(name="x", size=8, resize="box")
     folder.mkdir()
@@ -126,17 +128,17 @@ def test_changed_files_are_measured_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert after.facts["files_sha256"] != before.facts["files_sha256"]
 
 
-def test_the_digest_is_of_the_files_bytes_in_order(coco: Path) -> None:
-    """So that two people know they have the same reference, wherever it lies."""
+def test_the_digest_covers_the_bytes_of_all_files_in_order(coco: Path) -> None:
+    """Equal digests show that two people have the same reference, wherever their folders are."""
     import hashlib
 
     reference = build_reference(image_source(open_images(coco / "val2014")), COCO, SETS)
     digests = [hashlib.sha256(file.read_bytes()).digest() for file in sorted((coco / "val2014").iterdir())]
     assert reference.facts["files_sha256"] == digest(b"".join(digests).hex())
-    assert reference.facts["source"] == "val2014", "no path of anybody's machine"
+    assert reference.facts["source"] == "val2014", "only the name of the folder"
 
 
-def test_other_counts_than_the_protocols_are_refused(coco: Path) -> None:
+def test_another_number_of_images_than_the_protocols_is_refused(coco: Path) -> None:
     more = dataclasses.replace(COCO, reference_images=12)
     source = image_source(open_images(coco / "val2014"))
     with pytest.raises(
@@ -151,11 +153,11 @@ def test_other_counts_than_the_protocols_are_refused(coco: Path) -> None:
 
 def test_statistics_of_another_protocol_are_refused(coco: Path, tmp_path: Path) -> None:
     open_reference(coco, COCO, SETS).save(tmp_path / "a.safetensors")
-    for protocol, says in (
+    for protocol, message in (
         (dataclasses.replace(COCO, resize="lanczos"), "preprocessing .'crop8-bicubic' -> 'crop8-lanczos'"),
         (dataclasses.replace(COCO, reference="given"), "reference .'coco2014-val' -> 'given'"),
     ):
-        with pytest.raises(UserError, match=rf"reference val2014 was measured another way: .*{says}"):
+        with pytest.raises(UserError, match=rf"reference val2014 was measured another way: .*{message}"):
             open_reference(tmp_path / "a.safetensors", protocol, SETS)
     other = {"features": dataclasses.replace(NET, name="halves")}
     with pytest.raises(UserError, match=r"features.features \('quarters' -> 'halves'\)"):
@@ -164,7 +166,7 @@ def test_statistics_of_another_protocol_are_refused(coco: Path, tmp_path: Path) 
         open_reference(tmp_path / "a.safetensors", COCO, {"dinov2": NET})
 
 
-def test_what_is_no_reference_is_named(tmp_path: Path) -> None:
+def test_missing_and_foreign_statistics_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"a.safetensors: no such statistics file; make one with `d2g eval stats`"
     ):
@@ -184,7 +186,7 @@ def test_what_is_no_reference_is_named(tmp_path: Path) -> None:
             Reference.load(tmp_path / "a.safetensors")
 
 
-def test_cmmd_keeps_all_rows(coco: Path, tmp_path: Path) -> None:
+def test_a_file_keeps_all_rows_for_cmmd(coco: Path, tmp_path: Path) -> None:
     sets = {"features": NET, "cmmd": dataclasses.replace(NET, name="clip")}
     built = build_reference(image_source(open_images(coco / "val2014")), COCO, sets)
     built.save(tmp_path / "a.safetensors", keep=3)
@@ -192,7 +194,7 @@ def test_cmmd_keeps_all_rows(coco: Path, tmp_path: Path) -> None:
     assert (len(read.stats["features"].rows), len(read.stats["cmmd"].rows)) == (3, 10)
 
 
-def test_a_file_to_hand_on_can_be_read_by_others(coco: Path, tmp_path: Path) -> None:
+def test_a_statistics_file_is_readable_by_all_users(coco: Path, tmp_path: Path) -> None:
     built = build_reference(image_source(open_images(coco / "val2014")), COCO, SETS)
     before = os.umask(0o022)
     try:

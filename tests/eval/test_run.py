@@ -1,4 +1,4 @@
-"""eval.runner.run, session and curves: evaluations of tiny models, killed, shared, and over settings."""
+"""eval.runner.run, session and curves: evaluations of tiny models, resuming, several processes, curves."""
 
 import json
 import re
@@ -27,13 +27,18 @@ from eval_jobs import config
 from jobs import Running, d2g, d2g_ranks
 
 
-def words(job: Path, teacher: Path, **options: Any) -> list[str]:
-    """The command line that says what `config` says."""
+def arguments(job: Path, teacher: Path, **options: Any) -> list[str]:
+    """The command line equivalent to `config(job)`."""
     run = config(job)
-    given: dict[str, Any] = {"teacher": teacher, "prompts": run.prompts, "num": 12, "steps": 2}
-    given |= {"reference": run.reference, "metrics": "fid,pr,clip", "features": "clip", "clip": run.clip}
-    given |= {"weights": run.weights[0], "batch-size": 4, **options}
-    flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    options_by_name: dict[str, Any] = {"teacher": teacher, "prompts": run.prompts, "num": 12, "steps": 2}
+    options_by_name |= {
+        "reference": run.reference,
+        "metrics": "fid,pr,clip",
+        "features": "clip",
+        "clip": run.clip,
+    }
+    options_by_name |= {"weights": run.weights[0], "batch-size": 4, **options}
+    flags = [str(part) for name, value in options_by_name.items() for part in (f"--{name}", value)]
     return ["eval", "run", *flags, "--set", "part=4", "--set", "resamples=10", "--json"]
 
 
@@ -44,14 +49,14 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in NUMBERS}
 
 
-def close(a: dict[str, Any], b: dict[str, Any]) -> None:
+def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
     for name in ("fid", "clip_score"):
         assert a[name] == pytest.approx(b[name], rel=1e-9), name
     for name in ("precision", "recall", "counts", "protocol_sha256", "models"):
         assert a[name] == b[name], name
 
 
-def test_an_out_folder_holds_all_there_is_to_know(job: Path, tmp_path: Path) -> None:
+def test_the_files_of_an_out_folder(job: Path, tmp_path: Path) -> None:
     result = run_evaluation(config(job, student=str(job / "run"), out=str(tmp_path / "out")))
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"result.json", "report.html", "rows.safetensors", "work"}
@@ -68,38 +73,38 @@ def test_an_out_folder_holds_all_there_is_to_know(job: Path, tmp_path: Path) -> 
     assert json.loads(single.read_text()) == again == result and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
-    """SIGKILL as soon as one part is there, then as soon as two are, then to the end."""
-    uninterrupted = d2g(words(job, teacher), tmp_path / "whole").json
+def test_a_killed_run_resumes_to_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """SIGKILL when one part is written, again when two are written; the third start finishes."""
+    uninterrupted = d2g(arguments(job, teacher), tmp_path / "whole").json
     out = tmp_path / "out"
-    for wanted in (1, 2):
-        running = Running(words(job, teacher, out=out), tmp_path / f"killed{wanted}")
-        running.wait_for(lambda wanted=wanted: len(list((out / "work" / "parts").glob("0*"))) >= wanted)  # type: ignore[misc]
+    for parts in (1, 2):
+        running = Running(arguments(job, teacher, out=out), tmp_path / f"killed{parts}")
+        running.wait_for(lambda parts=parts: len(list((out / "work" / "parts").glob("0*"))) >= parts)  # type: ignore[misc]
         running.send(signal.SIGKILL)
         assert running.wait().code == -signal.SIGKILL
         assert not (out / "result.json").exists()
-    ended = d2g(words(job, teacher, out=out), tmp_path / "end")
+    ended = d2g(arguments(job, teacher, out=out), tmp_path / "end")
     assert ended.code == 0, ended.stderr
-    assert numbers(ended.json) == numbers(uninterrupted), "in every digit"
-    other = d2g(words(job, teacher, out=out, steps=3), tmp_path / "other")
+    assert numbers(ended.json) == numbers(uninterrupted), "bit for bit"
+    other = d2g(arguments(job, teacher, out=out, steps=3), tmp_path / "other")
     assert other.code == 1 and "holds parts of another evaluation: source.steps (2 -> 3)" in other.error
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_processes_share_the_work_and_one_speaks(
+def test_several_processes_give_the_same_result_and_rank_0_prints_it(
     job: Path, teacher: Path, tmp_path: Path, ranks: int
 ) -> None:
-    """The reference too: each process measures its share of the photographs."""
-    alone = d2g(words(job, teacher), tmp_path / "alone").json
+    """Each process also measures its share of the reference images."""
+    single = d2g(arguments(job, teacher), tmp_path / "single").json
     cache = {"D2G_CACHE": str(tmp_path / "cache")}
-    ended = d2g_ranks(words(job, teacher, out=tmp_path / "out"), tmp_path / "ranks", ranks, cache)
+    ended = d2g_ranks(arguments(job, teacher, out=tmp_path / "out"), tmp_path / "ranks", ranks, cache)
     assert [one.code for one in ended] == [0] * ranks, [one.stderr for one in ended]
     assert [bool(one.stdout) for one in ended] == [True] + [False] * (ranks - 1)
-    close(ended[0].json, alone)
+    assert_close(ended[0].json, single)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["fid"] == ended[0].json["fid"]
 
 
-def test_kept_images_measure_the_same(job: Path, teacher: Path, tmp_path: Path) -> None:
+def test_saved_images_give_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
     sampled = run_evaluation(config(job, teacher=str(teacher), keep=str(tmp_path / "kept")))
     assert len(list((tmp_path / "kept").iterdir())) == 12
     read = run_evaluation(config(job, images=str(tmp_path / "kept"), prompts=None, num=0))
@@ -107,19 +112,19 @@ def test_kept_images_measure_the_same(job: Path, teacher: Path, tmp_path: Path) 
         k: sampled[k] for k in ("fid", "clip_score", "protocol_sha256")
     }
     reread = run_evaluation(
-        config(job, images=str(tmp_path / "kept"), num=0, prompts=str(twelve(job, tmp_path)))
+        config(job, images=str(tmp_path / "kept"), num=0, prompts=str(twelve_prompts(job, tmp_path)))
     )
     assert reread["clip_score"] == sampled["clip_score"]
 
 
-def twelve(job: Path, folder: Path) -> Path:
+def twelve_prompts(job: Path, folder: Path) -> Path:
     prompts = read_list(job / "prompts.txt")
     (folder / "twelve.txt").write_text("\n".join(prompts[i % len(prompts)] for i in range(12)))
     return folder / "twelve.txt"
 
 
-def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) -> None:
-    """Distances of pairs: to the teacher drawn now, and to the images it kept."""
+def test_paired_distances_of_student_and_teacher(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """The distances are the same to images that the teacher samples and to images that it saved."""
     metrics = ("psnr", "latent_lpips")
     run = config(job, student=str(job / "run"), metrics=metrics, reference=None, steps=3, guidance=2.0)
     sampled = run_evaluation(replace(run, out=str(tmp_path / "out")))
@@ -151,13 +156,13 @@ def test_a_student_beside_its_teacher(job: Path, teacher: Path, tmp_path: Path) 
             out=str(tmp_path / "itself"),
         )
     )
-    assert itself["extra"]["psnr"] > 70, "the teacher is nearest to itself"
+    assert itself["extra"]["psnr"] > 70, "the teacher compared with itself"
     assert '<th scope="col">beside</th>' in (tmp_path / "itself" / "report.html").read_text()
     with pytest.raises(SettingError, match="there is nothing to compare image by image; give --against"):
         run_evaluation(config(job, teacher=str(teacher), metrics=("psnr",), reference=None))
 
 
-def test_latency_beside_the_numbers(job: Path) -> None:
+def test_latency_of_student_and_teacher(job: Path) -> None:
     run = config(job, student=str(job / "run"), metrics=("clip",), reference=None, latency=True)
     latency = run_evaluation(replace(run, latency_repeats=1))["latency"]
     assert set(latency["models"]) == {"student", "teacher"} and latency["teacher_over_student"]["batch_1"] > 0
@@ -169,7 +174,7 @@ def test_latency_beside_the_numbers(job: Path) -> None:
         )
 
 
-def test_neighbors_in_the_training_set(job: Path, tmp_path: Path) -> None:
+def test_the_report_shows_the_nearest_training_images(job: Path, tmp_path: Path) -> None:
     run = config(job, student=str(job / "run"), out=str(tmp_path / "out"), train=str(job / "photographs"))
     run_evaluation(run)
     assert "Nearest training images" in (tmp_path / "out" / "report.html").read_text()
@@ -182,11 +187,11 @@ def test_a_curve_over_a_setting(job: Path, teacher: Path, tmp_path: Path) -> Non
     curve = run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0)))
     assert [point["guidance"] for point in curve["points"]] == [1.0, 3.0]
     for point in curve["points"]:
-        alone = run_evaluation(
+        single = run_evaluation(
             config(job, teacher=str(teacher), metrics=("fid", "clip"), guidance=point["guidance"])
         )
-        assert point["fid"] == pytest.approx(alone["fid"]) and point["clip_score"] == pytest.approx(
-            alone["clip_score"]
+        assert point["fid"] == pytest.approx(single["fid"]) and point["clip_score"] == pytest.approx(
+            single["clip_score"]
         )
     out = tmp_path / "curve"
     assert json.loads((out / "curve.json").read_text()) == curve
@@ -195,7 +200,9 @@ def test_a_curve_over_a_setting(job: Path, teacher: Path, tmp_path: Path) -> Non
     page = (out / "report.html").read_text()
     assert "FID over CLIP score" in page and page.count("<svg") >= 1
     assert sorted(path.name for path in (out / "work").iterdir()) == ["guidance-1", "guidance-3"]
-    assert run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0))) == curve, "from the parts"
+    assert run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0))) == curve, (
+        "from the saved parts"
+    )
 
 
 def test_a_curve_of_truncation(job: Path, tmp_path: Path) -> None:
@@ -221,7 +228,7 @@ def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({}, "give --student or --teacher, or --images, or --pipeline"),
         ({"student": "x", "images": "y"}, "one of them"),
@@ -246,30 +253,30 @@ def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "x" / "a.png")
     settings = {k: str(tmp_path / "x") if v == "x" and k == "images" else v for k, v in settings.items()}
-    with pytest.raises(SettingError, match=re.escape(says)):
+    with pytest.raises(SettingError, match=re.escape(message)):
         run_evaluation(EvalRun(**settings))
 
 
-def test_missing_weights_say_what_to_fetch(
+def test_the_error_for_missing_weights_names_the_file(
     job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for metrics, features, says in (
+    for metrics, features, message in (
         (("fid",), "inception", "pt_inception-2015-12-05-6726825d.pth"),
         (("dreamsim_diversity",), "clip", "dreamsim_ensemble_checkpoint.zip"),
         (("lpips",), "clip", "alexnet-owt-7be5be79.pth"),
     ):
         run = config(job, student=str(job / "run"), metrics=metrics, features=features, weights=())
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             run_evaluation(run)
 
 
-def test_statistics_for_others(job: Path, teacher: Path, tmp_path: Path) -> None:
-    """Made once from a folder, used without it, and refused by another protocol."""
+def test_saved_statistics_replace_the_reference_folder(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """A statistics file gives the numbers of its folder; another protocol refuses it."""
     run = config(job, metrics=("fid", "pr", "clip"), reference=None, prompts=None, num=0)
     file = tmp_path / "real.safetensors"
     summary = save_statistics(run, job / "photographs", file)
@@ -279,7 +286,7 @@ def test_statistics_for_others(job: Path, teacher: Path, tmp_path: Path) -> None
         and file.is_file()
     )
     shared = run_evaluation(config(job, teacher=str(teacher), reference=str(file)))
-    close(shared, run_evaluation(config(job, teacher=str(teacher))))
+    assert_close(shared, run_evaluation(config(job, teacher=str(teacher))))
     other = replace(config(job).protocol, size=8, resize="box", crop="centre")
     with pytest.raises(UserError, match=r"another way: preprocessing \('native' -> 'crop8-box'\)"):
         run_evaluation(config(job, teacher=str(teacher), reference=str(file), protocol=other))
@@ -288,7 +295,7 @@ def test_statistics_for_others(job: Path, teacher: Path, tmp_path: Path) -> None
 
 
 def coco(folder: Path) -> Path:
-    """Ten photographs in COCO's form."""
+    """Save ten images in the layout of COCO."""
     (folder / "val2014").mkdir(parents=True)
     (folder / "annotations").mkdir()
     stream = torch.Generator().manual_seed(1)
@@ -303,8 +310,8 @@ def coco(folder: Path) -> Path:
     return folder
 
 
-def test_coco_from_its_folder_to_a_number(job: Path, teacher: Path, tmp_path: Path) -> None:
-    """Statistics and prompts in one file; who gets it needs neither COCO nor a list of prompts."""
+def test_coco_statistics_hold_the_prompts(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """A statistics file holds the prompts, so an evaluation needs neither COCO nor a prompt list."""
     protocol = PROTOCOLS["coco2014-30k-d2gan"]
     small = replace(protocol, images=8, reference_images=10, size=16, features="any", clip="any")
     run = config(job, protocol=small, prompts=None, num=0, reference=None)
@@ -313,15 +320,15 @@ def test_coco_from_its_folder_to_a_number(job: Path, teacher: Path, tmp_path: Pa
     shared = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco.safetensors")))
     direct = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco")))
     assert numbers(shared) == numbers(direct) and shared["counts"]["images"] == 8
-    held = Reference.load(tmp_path / "coco.safetensors").prompts
-    assert shared["settings"]["prompts_sha256"] == digest(list(held)) and len(held) == 8
+    prompts = Reference.load(tmp_path / "coco.safetensors").prompts
+    assert shared["settings"]["prompts_sha256"] == digest(list(prompts)) and len(prompts) == 8
     (note,) = [note for note in shared["notes"] if note.startswith("not coco2014-30k-d2gan as it is named")]
     assert "images (30000 -> 8)" in note and "size (256 -> 16)" in note
     with pytest.raises(UserError, match="has 10 captioned images, the protocol draws 30000"):
         save_statistics(replace(run, protocol=protocol), tmp_path / "coco", tmp_path / "b.safetensors")
 
 
-def test_win_rates_from_kept_scores(job: Path, teacher: Path, tmp_path: Path) -> None:
+def test_win_rates_from_saved_scores(job: Path, teacher: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     for name, shift in (("a", 0.0), ("b", 1.0)):
@@ -335,21 +342,23 @@ def test_win_rates_from_kept_scores(job: Path, teacher: Path, tmp_path: Path) ->
     assert compare_results([tmp_path / "a"])["pickscore_wins"] == []
 
 
-def test_repeated_prompts_stay(tmp_path: Path) -> None:
-    """COCO's 30,000 captions hold 505 that stand there twice, and all are drawn."""
+def test_repeated_prompts_are_kept(tmp_path: Path) -> None:
+    """505 of COCO's 30,000 captions occur twice, and an image is sampled for each."""
     (tmp_path / "a.txt").write_text("one\n two \none\n\nthree\n")
     assert read_list(tmp_path / "a.txt") == ["one", "two", "one", "three"]
     (tmp_path / "b.txt").write_text("\n")
-    for name, says in (
+    for name, message in (
         ("b.txt", "holds no prompts"),
         ("c.txt", "cannot read prompts from"),
         ("d.pdf", "prompt files end in"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             read_list(tmp_path / name)
 
 
-def test_a_broken_teacher_is_named_and_nothing_is_written(teacher: Path, job: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_nan_weights_is_an_error_without_a_result(
+    teacher: Path, job: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
     broken = tmp_path / "teacher"
@@ -358,6 +367,6 @@ def test_a_broken_teacher_is_named_and_nothing_is_written(teacher: Path, job: Pa
     tensors = load_file(file)
     tensors["decoder.conv_out.bias"].fill_(float("nan"))
     save_file(tensors, file, {"format": "pt"})
-    ended = d2g(words(job, broken, out=tmp_path / "out"), tmp_path / "run")
+    ended = d2g(arguments(job, broken, out=tmp_path / "out"), tmp_path / "run")
     assert ended.code == 1 and "image 0" in ended.error and "is not finite" in ended.error
     assert not (tmp_path / "out" / "result.json").exists()

@@ -1,4 +1,4 @@
-"""eval.runner.validation: a number measured during training equals that of `d2g eval run` afterwards."""
+"""eval.runner.validation: metrics computed during training equal those of `d2g eval run`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,24 +20,26 @@ from eval_jobs import config
 from jobs import distill_config, make_pairs
 
 
-def test_numbers_of_a_student_in_training_are_those_of_its_evaluation(job: Path, teacher: Path) -> None:
+def test_validation_numbers_equal_those_of_an_evaluation(job: Path, teacher: Path) -> None:
     run = config(job)
     validate = validation_hook(run, str(teacher))
-    one = load_student(str(job / "run"))
+    student = load_student(str(job / "run"))
     expected = run_evaluation(replace(run, student=str(job / "run")))
 
-    def drawn(seed: int, prompts: Sequence[str]) -> Tensor:
-        return one.latents(noise(seed, range(len(prompts)), one.student.latent_shape), prompts)
+    def sample_latents(seed: int, prompts: Sequence[str]) -> Tensor:
+        return student.latents(noise(seed, range(len(prompts)), student.student.latent_shape), prompts)
 
     for _ in range(2):
-        numbers = validate(drawn, 16)
+        numbers = validate(sample_latents, 16)
         assert numbers.keys() == {"val/fid", "val/clip_score", "val/precision", "val/recall"}
         assert numbers == {
             key: pytest.approx(expected[key.removeprefix("val/")], rel=1e-4) for key in numbers
         }
 
 
-def test_a_run_reports_them_and_keeps_the_best(job: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_run_reports_validation_and_keeps_the_best_checkpoint(
+    job: Path, teacher: Path, tmp_path: Path
+) -> None:
     settings = (
         "train.images=16",
         "train.validate_images=8",
@@ -56,6 +58,6 @@ def test_a_run_reports_them_and_keeps_the_best(job: Path, teacher: Path, tmp_pat
     assert (tmp_path / "run" / "checkpoints" / f"{int(best):09d}").is_dir()
 
 
-def test_metrics_of_pairs_are_refused() -> None:
+def test_paired_metrics_are_refused_in_validation() -> None:
     with pytest.raises(SettingError, match="'psnr' compares images pair by pair"):
         validation_hook(EvalRun(protocol=PROTOCOLS["folder"], metrics=("psnr", "fid")), "miniature")
