@@ -15,7 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import compare, median, table, write
-from distill.models.row_dropout import RowDropout, give_keys, row_keys
+from distill.models.row_dropout import RowDropout, row_keys, set_dropout_keys
 
 SHAPE, P, REPEATS = (64, 256, 32, 32), 0.1, 15
 
@@ -33,7 +33,7 @@ def main() -> None:
     rows = SHAPE if device == "cuda" else (8, *SHAPE[1:])
     x = torch.randn(rows, device=device, requires_grad=True)
     row_dropout = RowDropout(P, 0)
-    give_keys(row_dropout, row_keys(0, range(len(x))).to(device))
+    set_dropout_keys(row_dropout, row_keys(0, range(len(x))).to(device))
     modules = {
         "a mask per row": row_dropout,
         "torch.nn.Dropout": nn.Dropout(P),

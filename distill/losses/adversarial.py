@@ -61,16 +61,16 @@ def reduce_heads(terms: Sequence[Tensor], reduction: Reduction) -> Tensor:
     return stacked.sum() if reduction == "sum" else stacked.mean()
 
 
-def mismatch(
+def sample_mismatches(
     prompts: Sequence[str],
     fraction: float,
-    drawn: Tensor,
+    uniform_samples: Tensor,
     shares: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """Choose the mix-and-match swap of each fake row (method.md "Mix-and-match augmentation").
 
     Returns (mode [B], partner [B]), int64. Mode 0 leaves the row unchanged; modes 1, 2 and 3 take the latents
-    x, the conditioning c or the noise z from row `partner`. `drawn` [B] holds uniform samples in [0, 1): a
+    x, the conditioning c or the noise z from row `partner`. `uniform_samples` [B] lies in [0, 1): a
     `fraction` of the rows is swapped, split over the three modes in proportion to `shares`.
 
     Rows 2i and 2i + 1 are partners. Rows are already in random order, and this pairing does not depend on how
@@ -79,8 +79,8 @@ def mismatch(
     """
     # Split [0, fraction) into three intervals, one per swap.
     first, second = shares[0] / sum(shares), (shares[0] + shares[1]) / sum(shares)
-    swap = 1 + (drawn >= fraction * first).long() + (drawn >= fraction * second).long()
-    mode = torch.where(drawn < fraction, swap, 0)
+    swap = 1 + (uniform_samples >= fraction * first).long() + (uniform_samples >= fraction * second).long()
+    mode = torch.where(uniform_samples < fraction, swap, 0)
     # Pair neighboring rows and undo the swap where both have the same prompt.
     partner = torch.arange(len(prompts))
     if fraction > 0:
@@ -93,7 +93,7 @@ def mismatch(
 def mix_and_match(
     fake: Tensor, real: Tensor, noise: Tensor, text: Conditioning, mode: Tensor, partner: Tensor
 ) -> tuple[Tensor, Tensor, Conditioning]:
-    """Replace some fake rows by real triples with one mismatched member, as `mode` says (see `mismatch`).
+    """Replace some fake rows by real triples with one mismatched member (`mode` of `sample_mismatches`).
 
     fake, real, noise: [B, C, h, w]; mode, partner: [B]. Returns (latents, noise, conditioning).
     Mode 1 takes the target latents of the partner row with this row's noise and text. Modes 2 and 3 take this

@@ -38,7 +38,7 @@ class DiscriminatorInput:
         return DiscriminatorInput(self.latents[one], self.noise[one], self.cond[one], t)
 
 
-def drawn_rows(rows: int, count: int, generator: torch.Generator) -> list[int]:
+def sample_penalty_rows(rows: int, count: int, generator: torch.Generator) -> list[int]:
     """Sample the row numbers that single-sample R1 is computed on.
 
     The batch of `rows` rows is cut into `count` equal parts and one row is sampled from each, so that the
@@ -57,7 +57,7 @@ def penalty(
     """Compute the second-order penalty: (the weighted term of D's loss, unweighted terms for the log).
 
     The weight is gamma / 2 * interval (lazy regularization of StyleGAN2; method.md "Single-sample R1"). For
-    the single-sample form, call it with one row of `drawn_rows` at a time.
+    the single-sample form, call it with one row of `sample_penalty_rows` at a time.
     """
     assert config.active_penalty in ("single", "full", "r1r2")
     lazy = 0.5 * config.r1_gamma * config.r1_interval

@@ -25,7 +25,7 @@ def row_keys(seed: int, rows: Iterable[int]) -> Tensor:
 class RowDropout(nn.Module):
     """Sets values to 0 with probability p in training and divides the others by 1 - p.
 
-    Call `give_keys` with the keys [B] of the batch (`row_keys`) before each forward pass in training.
+    Call `set_dropout_keys` with the keys [B] of the batch (`row_keys`) before each forward pass in training.
     Source: Srivastava et al. 2014.
     """
 
@@ -43,14 +43,14 @@ class RowDropout(nn.Module):
         return torch.where(keep_mask(self.keys, self.layer, x.shape, self.p), x, 0.0) / (1 - self.p)
 
 
-def switch(network: nn.Module, on: bool) -> None:
+def set_row_dropout(network: nn.Module, enabled: bool) -> None:
     """Enable or disable every RowDropout of a network; other modules keep their mode."""
     for module in network.modules():
         if isinstance(module, RowDropout):
-            module.train(on)
+            module.train(enabled)
 
 
-def give_keys(network: nn.Module, keys: Tensor) -> None:
+def set_dropout_keys(network: nn.Module, keys: Tensor) -> None:
     """Set the keys [B] of the next batch in every RowDropout of a network.
 
     The keys stay until the next call, so activation checkpointing recomputes the same masks.

@@ -29,7 +29,7 @@ from distill.losses.gradient_penalty import r1_penalty
 from distill.losses.regression.decoder_features import DecoderFeatures
 from distill.losses.regression.registry import regression_networks
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
-from distill.models.row_dropout import give_keys
+from distill.models.row_dropout import set_dropout_keys
 from distill.models.student import Student, check_teacher, meta_student, set_trainable
 from distill.planning.reference_models import NAMES, configs_only
 from distill.planning.saved_activations import SavedBytes, saved_bytes
@@ -213,7 +213,7 @@ def _fake_batch(pipeline: Pipeline, student: Student, count: int) -> _Batch:
 
 
 def _generate(student: Student, b: _Batch) -> Tensor:
-    give_keys(student, torch.zeros(len(b.noise), dtype=torch.int64))
+    set_dropout_keys(student, torch.zeros(len(b.noise), dtype=torch.int64))
     latents: Tensor = student(b.noise, b.cond, *b.guidance)
     return latents
 

@@ -56,7 +56,7 @@ def _open_store(folder: str, teacher: TeacherDigests, config: DataConfig) -> Pai
     return reader
 
 
-def expect_enough(pairs: int, batch_size: int, held_out: int = 0) -> None:
+def require_enough_pairs(pairs: int, batch_size: int, held_out: int = 0) -> None:
     """Raise UserError if a batch is larger than the training set, because a batch would repeat rows.
 
     held_out: number of the `pairs` that are excluded from training.
@@ -104,7 +104,7 @@ def pair_batches(
     Raises UserError for a batch larger than the training set, and for a damaged shard; with `skip_bad`, it
     logs one warning for each damaged shard instead.
     """
-    expect_enough(len(reader), batch_size, held_out)
+    require_enough_pairs(len(reader), batch_size, held_out)
     sampler = PairSampler(
         len(reader) - held_out,
         batch_size,

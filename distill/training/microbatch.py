@@ -16,8 +16,8 @@ from d2g.core.seeds import noise as row_noise
 from d2g.core.transfer import to_device
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, Penalty
-from distill.losses.adversarial import mismatch
-from distill.losses.gradient_penalty import DiscriminatorInput, drawn_rows
+from distill.losses.adversarial import sample_mismatches
+from distill.losses.gradient_penalty import DiscriminatorInput, sample_penalty_rows
 from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.base import Transforms
 from distill.losses.regression.regression import Regression
@@ -118,7 +118,7 @@ class StepPreparation:
         if gan is not None:
             levels = self.noise_augment.levels(size, stream(StepStream.NOISE_LEVELS))
             if gan.active_penalty == "single":
-                penalized_rows = drawn_rows(size, gan.r1_rows, stream(StepStream.PENALTY_ROWS))
+                penalized_rows = sample_penalty_rows(size, gan.r1_rows, stream(StepStream.PENALTY_ROWS))
         return StepRandomness(
             transforms=self.regression.draw(size, shape, stream(StepStream.TRANSFORMS)),
             mix=torch.rand(size, generator=stream(StepStream.MIX)),
@@ -151,7 +151,7 @@ class StepPreparation:
             fraction, shares = gan.mix_fraction, (gan.mix_x, gan.mix_c, gan.mix_z)
             if gan.active_penalty == "approx":
                 r1_noise = row_noise(generator(self.seed, Stream.R1_NOISE).initial_seed(), rows, shape)
-        mix_mode, mix_partner = mismatch(prompts, fraction, randomness.mix[batch_rows], shares)
+        mix_mode, mix_partner = sample_mismatches(prompts, fraction, randomness.mix[batch_rows], shares)
         transforms, levels = randomness.transforms, randomness.levels
         return MicroBatch(
             prompts=prompts,

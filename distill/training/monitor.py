@@ -15,7 +15,7 @@ from d2g.core.tracking.run_directory import Pace, RunLog
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
 from distill.losses.regression.regression import Regression
-from distill.models.row_dropout import switch
+from distill.models.row_dropout import set_row_dropout
 from distill.monitoring import collapse
 from distill.monitoring.plots import plot_health
 from distill.sampling import OneStep
@@ -28,7 +28,14 @@ from distill.training.preview import (
 )
 from distill.training.state import State
 from distill.training.text_cache import TextCache
-from distill.training.validation import Validate, averaged, best, draw_together, held_out, measure
+from distill.training.validation import (
+    Validate,
+    best_validation,
+    held_out,
+    measure,
+    sample_across_ranks,
+    use_ema_weights,
+)
 from pairgen.store.dataset import PairRows
 
 
@@ -119,7 +126,7 @@ class RunMonitor:
             return {}
         rows = range(len(self.reader))[-self.config.validate_pairs :][: self.config.preview_prompts]
         pairs = self.reader.read(list(rows))
-        with self._averaged():
+        with self._ema_weights():
             generated, target = preview_latents(self._draw, pairs, self.device, self.batch)
         if process_group.rank() != 0:
             return {}
@@ -128,13 +135,13 @@ class RunMonitor:
         return preview_statistics(student, teacher, teacher.shape[-1] // target.shape[-1])
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Context in which the student has its averaged weights and no dropout."""
+    def _ema_weights(self) -> Iterator[None]:
+        """Context in which the student has its EMA weights and no dropout."""
         module = self.state.student.module
-        switch(module, on=False)
-        with averaged(module, self.state.ema.tensors):
+        set_row_dropout(module, enabled=False)
+        with use_ema_weights(module, self.state.ema.tensors):
             yield
-        switch(module, on=True)
+        set_row_dropout(module, enabled=True)
 
     @torch.no_grad()
     def _draw(self, noise: Tensor, prompts: Sequence[str], *guidance: Tensor) -> Tensor:
@@ -145,7 +152,7 @@ class RunMonitor:
         return latents
 
     def _sample_latents(self, seed: int, prompts: Sequence[str]) -> Tensor:
-        return draw_together(
+        return sample_across_ranks(
             self._draw,
             self.reader.spec.latent_shape,
             seed,
@@ -167,9 +174,9 @@ class RunMonitor:
         return process_group.gather_objects(self.validation_due(nimg >= self.config.images) and not done)[0]
 
     def validate(self) -> bool:
-        """Validate the averaged student. Returns whether this point is a new best one that must be saved."""
+        """Validate the EMA student. Returns whether this point is a new best one that must be saved."""
         nimg = self.state.nimg
-        with self._averaged():
+        with self._ema_weights():
             values = measure(
                 self._draw,
                 self.reader,
@@ -182,13 +189,13 @@ class RunMonitor:
             if self.extra_validation is not None:
                 values |= self.extra_validation(self._sample_latents, nimg)
         self.log.write(nimg, values)
-        return self.config.keep_best and self.best(nimg) == nimg
+        return self.config.keep_best and self.best_point(nimg) == nimg
 
-    def best(self, nimg: int) -> int | None:
+    def best_point(self, nimg: int) -> int | None:
         """The best validated point among the saved ones and `nimg`, as rank 0 sees it."""
         images = None
         if process_group.rank() == 0 and (
-            point := best(self.log.read(), {*complete_points(self.folder), nimg})
+            point := best_validation(self.log.read(), {*complete_points(self.folder), nimg})
         ):
             images = point[0]
         return process_group.gather_objects(images)[0]
@@ -200,7 +207,7 @@ class RunMonitor:
 
     def checkpoints_to_keep(self) -> set[str]:
         """Names of the checkpoints to keep beside the newest ones when this point is saved."""
-        point = self.best(self.state.nimg) if self.config.keep_best else None
+        point = self.best_point(self.state.nimg) if self.config.keep_best else None
         return set() if point is None else {f"{point:09d}"}
 
 

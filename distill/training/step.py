@@ -16,7 +16,7 @@ from distill.losses.adversarial import discriminator_loss, generator_loss, mix_a
 from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
 from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.regression import Regression
-from distill.models.row_dropout import give_keys
+from distill.models.row_dropout import set_dropout_keys
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import MicroBatch, StepRandomness, penalty_batches
 from distill.training.optim import learning_rate, update
@@ -100,7 +100,7 @@ def generate(context: StepContext, microbatch: MicroBatch) -> Tensor:
     """The student's latents [b, C, h, w] for the noise and the conditioning of a micro-batch."""
     student = context.state.student
     if microbatch.dropout_keys is not None:
-        give_keys(student.module, microbatch.dropout_keys)
+        set_dropout_keys(student.module, microbatch.dropout_keys)
     with context.autocast():
         latents: Tensor = student(microbatch.noise, microbatch.cond, *microbatch.guidance)
     return latents

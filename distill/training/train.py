@@ -30,7 +30,7 @@ from distill.training.callbacks import (
     StopControl,
     ValidationCallback,
 )
-from distill.training.data import bad_pairs, expect_enough, open_pairs, pair_batches
+from distill.training.data import bad_pairs, open_pairs, pair_batches, require_enough_pairs
 from distill.training.failure import not_finite_error, write_failure
 from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
@@ -288,7 +288,7 @@ def _open_reader(config: DistillConfig) -> PairRows:
     if config.stage == "gan":
         check_discriminator(config.teacher, config.gan.discriminator)
     held_out(len(reader), held_out_pairs)
-    expect_enough(len(reader), config.train.batch_size, held_out_pairs)
+    require_enough_pairs(len(reader), config.train.batch_size, held_out_pairs)
     return reader
 
 

@@ -41,7 +41,7 @@ def held_out(pairs: int, count: int) -> range:
 
 
 @contextmanager
-def averaged(module: nn.Module, averages: Mapping[str, Tensor]) -> Iterator[None]:
+def use_ema_weights(module: nn.Module, averages: Mapping[str, Tensor]) -> Iterator[None]:
     """Swap the module's weights and `averages` in place inside the context, and swap them back afterwards.
 
     The swap needs no third copy of the weights, and the restored weights are bit-identical. Weights must be
@@ -124,7 +124,7 @@ def _measure_batch(
 
 
 @torch.no_grad()
-def draw_together(
+def sample_across_ranks(
     draw: Draw,
     shape: tuple[int, int, int],
     seed: int,
@@ -182,7 +182,9 @@ HIGHER_IS_BETTER = ("val/psnr",)
 """Selection metrics whose best value is the largest."""
 
 
-def best(lines: Sequence[Mapping[str, float]], saved: Collection[int]) -> tuple[int, str, float] | None:
+def best_validation(
+    lines: Sequence[Mapping[str, float]], saved: Collection[int]
+) -> tuple[int, str, float] | None:
     """Find the best validation among the points `saved`: (images seen, metric name, value).
 
     lines: validation reports, each with `nimg` and `val/...`. The earliest point wins a tie. Returns None if

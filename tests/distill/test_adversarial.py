@@ -9,7 +9,7 @@ from torch import Tensor
 from d2g.core.errors import SettingError
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import GanLoss, require_even_microbatch
-from distill.losses.adversarial import discriminator_loss, generator_loss, mismatch, mix_and_match
+from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match, sample_mismatches
 
 
 def softplus(x: float) -> float:
@@ -57,7 +57,7 @@ def uniform(size: int, seed: int = 0) -> Tensor:
 
 def test_a_row_is_never_paired_with_its_own_prompt() -> None:
     for seed in range(50):
-        mode, partner = mismatch(PROMPTS, 0.9, uniform(30, seed))
+        mode, partner = sample_mismatches(PROMPTS, 0.9, uniform(30, seed))
         assert 7 <= mode.count_nonzero() <= 10
         for row in torch.nonzero(mode).flatten().tolist():
             assert PROMPTS[int(partner[row])] != PROMPTS[row]
@@ -66,7 +66,7 @@ def test_a_row_is_never_paired_with_its_own_prompt() -> None:
 def test_modes_share_the_fraction() -> None:
     prompts = [str(i) for i in range(6_000)]
     for shares in ((1.0, 1.0, 1.0), (2.0, 1.0, 0.0), (0.0, 0.0, 5.0)):
-        mode, _ = mismatch(prompts, 0.25, uniform(6_000), shares)
+        mode, _ = sample_mismatches(prompts, 0.25, uniform(6_000), shares)
         counts = torch.bincount(mode, minlength=4).tolist()
         assert len(counts) == 4 and abs(counts[0] / 6_000 - 0.75) < 0.02
         for count, share in zip(counts[1:], shares, strict=True):
@@ -74,21 +74,21 @@ def test_modes_share_the_fraction() -> None:
 
 
 def test_no_fraction_and_no_partner_stay_plain() -> None:
-    assert mismatch(PROMPTS, 0.0, uniform(30))[0].tolist() == [0] * 30
-    assert mismatch(["same"] * 8, 0.99, uniform(8))[0].tolist() == [0] * 8
-    assert mismatch(["alone"], 0.0, uniform(1))[0].tolist() == [0]
-    half = mismatch(["a", "b", "c", "c"], 0.99, torch.zeros(4))
+    assert sample_mismatches(PROMPTS, 0.0, uniform(30))[0].tolist() == [0] * 30
+    assert sample_mismatches(["same"] * 8, 0.99, uniform(8))[0].tolist() == [0] * 8
+    assert sample_mismatches(["alone"], 0.0, uniform(1))[0].tolist() == [0]
+    half = sample_mismatches(["a", "b", "c", "c"], 0.99, torch.zeros(4))
     assert half[0].tolist() == [1, 1, 0, 0] and half[1].tolist() == [1, 0, 3, 2]
 
 
 def test_parts_of_a_batch_are_mixed_as_the_whole() -> None:
     """The partner is the neighboring row on any number of processes, also where a prompt is repeated."""
     prompts, drawn = [str(i % 3 * (i % 5)) for i in range(24)], uniform(24)
-    mode, partner = mismatch(prompts, 0.5, drawn)
+    mode, partner = sample_mismatches(prompts, 0.5, drawn)
     assert 0 < mode.count_nonzero() < 24
     for size in (2, 4, 8, 6):
         for first in range(0, 24, size):
-            part = mismatch(prompts[first : first + size], 0.5, drawn[first : first + size])
+            part = sample_mismatches(prompts[first : first + size], 0.5, drawn[first : first + size])
             assert torch.equal(part[0], mode[first : first + size])
             assert torch.equal(part[1] + first, partner[first : first + size])
 

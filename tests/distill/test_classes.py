@@ -26,7 +26,7 @@ from d2g.diffusion.teacher import load_teacher
 from distill.config.components import StudentConfig
 from distill.config.run import DistillConfig, EngineConfig, RegressionConfig, TrainConfig
 from distill.losses.regression.regression import build_regression
-from distill.models.row_dropout import give_keys, row_keys
+from distill.models.row_dropout import row_keys, set_dropout_keys
 from distill.models.student import Student, add_adapters, check_teacher, set_trainable, student_from_teacher
 from distill.planning.memory import predict
 from distill.planning.saved_activations import saved_bytes
@@ -137,7 +137,7 @@ def test_dropout_and_adapters(folders: dict[str, str]) -> None:
     dropped = student_from_teacher(folder, -1, StudentConfig(dropout=0.5))
     blocks = [m for m in dropped.unet.modules() if type(m).__name__.startswith("ResnetBlock")]
     assert blocks and {m.dropout.p for m in blocks} == {0.5}
-    give_keys(dropped, row_keys(0, range(2)))
+    set_dropout_keys(dropped, row_keys(0, range(2)))
     assert not torch.allclose(dropped(z, cond), plain)
     assert torch.equal(dropped.eval()(z, cond), plain)
     config = StudentConfig(lora_rank=2)

@@ -19,7 +19,7 @@ from d2g.core.shuffle import permuted_batch
 from d2g.diffusion import pretrained
 from d2g_cli import main as cli
 from distill.config.run import DataConfig, DistillConfig
-from distill.training.data import expect_enough, open_pairs, pair_batches
+from distill.training.data import open_pairs, pair_batches, require_enough_pairs
 from jobs import make_pairs
 from pairgen.store.reader import PairReader
 from stores import SPEC, put_store
@@ -188,4 +188,4 @@ def test_a_batch_larger_than_the_pairs_is_refused(pairs: Path) -> None:
     pair_batches(reader, 8, 7, 0, 0, held_out=4).close()  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"9, but there are 8 pairs to train on \(12 less 4 held out\)"):
         pair_batches(reader, 9, 7, 0, 0, held_out=4)
-    expect_enough(12, 12)
+    require_enough_pairs(12, 12)

@@ -18,9 +18,9 @@ from distill.losses.gradient_penalty import (
     DiscriminatorInput,
     approximate_r1,
     approximation,
-    drawn_rows,
     penalty,
     r1_penalty,
+    sample_penalty_rows,
 )
 from distill.models.transformer_discriminator import (
     TransformerDiscriminator,
@@ -199,7 +199,7 @@ def test_each_form_is_of_its_rows_and_weighted_for_its_interval(judge: nn.Module
 def test_single_rows_are_one_of_each_part_and_all_alike_likely(rows: int, count: int) -> None:
     rng, part, drawn = torch.Generator().manual_seed(0), rows // count, torch.zeros(rows)
     for _ in range(400):
-        rows_for_r1 = drawn_rows(rows, count, rng)
+        rows_for_r1 = sample_penalty_rows(rows, count, rng)
         assert [row // part for row in rows_for_r1] == list(range(count))
         drawn[rows_for_r1] += 1
     assert (drawn / (400 / part) - 1).abs().max() < 5 * part**0.5 / 20 + 1e-6

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.models.row_dropout import RowDropout, give_keys, keep_mask, row_keys
+from distill.models.row_dropout import RowDropout, keep_mask, row_keys, set_dropout_keys
 
 SHAPE = (16, 32, 32)
 
@@ -54,7 +54,7 @@ def test_four_corners_of_a_rectangle_are_independent() -> None:
 def test_what_stays_is_scaled_and_use_changes_nothing() -> None:
     net = nn.Sequential(RowDropout(0.2, 0), nn.Identity(), RowDropout(0.5, 1))
     x = torch.ones(4, *SHAPE, dtype=torch.bfloat16, requires_grad=True)
-    give_keys(net, row_keys(5, range(4)))
+    set_dropout_keys(net, row_keys(5, range(4)))
     out = net(x)
     assert out.dtype == x.dtype and set(out.unique().tolist()) == {0.0, 2.5}
     out.sum().backward()

@@ -19,7 +19,7 @@ from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.teacher import load_teacher
 from distill.config.components import StudentConfig
-from distill.models.row_dropout import RowDropout, give_keys, row_keys, switch
+from distill.models.row_dropout import RowDropout, row_keys, set_dropout_keys, set_row_dropout
 from distill.models.student import (
     Student,
     guidance_embedding,
@@ -236,9 +236,9 @@ def test_the_teacher_s_own_dropout_is_off(teacher: Path, tmp_path: Path) -> None
         student_from_teacher(str(folder)),
         pretrained.load_on_meta(str(folder), "unet"),
     ):
-        switch(network, on=False)
+        set_row_dropout(network, enabled=False)
         assert not any(isinstance(m, RowDropout) and m.training for m in network.modules())
-        switch(network, on=True)
+        set_row_dropout(network, enabled=True)
         others = [m for m in network.modules() if isinstance(m, nn.Dropout)]
         assert others and not any(m.training for m in others)
     assert all(any(isinstance(m, RowDropout) and m.training for m in s.modules()) for s in students)
@@ -249,9 +249,9 @@ def test_dropout_acts_in_the_residual_blocks(teacher: Path) -> None:
     z, text = drawn_and_text()
     with pytest.raises(AssertionError, match="a key for each row"):
         student(z, text)
-    give_keys(student, row_keys(0, range(len(z))))
+    set_dropout_keys(student, row_keys(0, range(len(z))))
     a, again = student(z, text), student(z, text)
-    give_keys(student, row_keys(1, range(len(z))))
+    set_dropout_keys(student, row_keys(1, range(len(z))))
     b = student(z, text)
     assert torch.equal(a, again) and not torch.equal(a, b)
     plain = student_from_teacher(str(teacher))

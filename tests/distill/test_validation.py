@@ -21,7 +21,14 @@ from d2g.diffusion.pretrained import load_conditioner, load_vae
 from distill.models.ema import EMA
 from distill.models.student import student_from_teacher
 from distill.training.preview import decode_images, preview, preview_latents, preview_statistics, preview_text
-from distill.training.validation import averaged, best, draw_together, held_out, measure, psnr_from_mse
+from distill.training.validation import (
+    best_validation,
+    held_out,
+    measure,
+    psnr_from_mse,
+    sample_across_ranks,
+    use_ema_weights,
+)
 from jobs import make_pairs
 from latent_lpips.distance import ELatentLPIPS
 from latent_lpips.weights import load_lpips
@@ -113,7 +120,7 @@ def _on_rank(rank: int, port: int, folder: str, teacher: str, out: str) -> None:
 
     metric = ELatentLPIPS(load_lpips(str(Path(teacher) / "latent_lpips"), 4), "bgco", draws=2)
     numbers = measure(draw, PairReader(folder), ROWS, metric, batch_size=2)
-    many = draw_together(lettered, (4, 2, 2), 5, PROMPTS, batch_size=2)
+    many = sample_across_ranks(lettered, (4, 2, 2), 5, PROMPTS, batch_size=2)
     torch.save((numbers, calls, many), f"{out}/{rank}.pt")
     process_group.finish()
 
@@ -146,12 +153,12 @@ def test_averages_go_in_and_out_bit_for_bit() -> None:
         module[1].num_batches_tracked.add_(7)
     own = {k: v.clone() for k, v in module.state_dict().items()}
     average = {k: v.clone() for k, v in ema.tensors.items()}
-    with averaged(module, ema.tensors):
+    with use_ema_weights(module, ema.tensors):
         assert all(torch.equal(v, average[k]) for k, v in module.state_dict().items())
     for _ in range(2):
         assert all(torch.equal(v, own[k]) for k, v in module.state_dict().items())
         assert all(torch.equal(v, average[k]) for k, v in ema.tensors.items())
-        with pytest.raises(ZeroDivisionError), averaged(module, ema.tensors):
+        with pytest.raises(ZeroDivisionError), use_ema_weights(module, ema.tensors):
             _ = 1 / 0
 
 
@@ -162,13 +169,13 @@ def test_the_best_of_the_points_that_were_kept() -> None:
         {"nimg": 30, "loss/g": 1.0},
         {"nimg": 40, "val/e_latent_lpips": 0.3, "val/psnr": 9.5},
     ]
-    assert best(lines, {10, 20, 30, 40}) == (20, "val/e_latent_lpips", 0.3), "the first of equals"
-    assert best(lines, {10, 40}) == (40, "val/e_latent_lpips", 0.3)
-    assert best(lines, {30}) is None and best([], {10}) is None
+    assert best_validation(lines, {10, 20, 30, 40}) == (20, "val/e_latent_lpips", 0.3), "the first of equals"
+    assert best_validation(lines, {10, 40}) == (40, "val/e_latent_lpips", 0.3)
+    assert best_validation(lines, {30}) is None and best_validation([], {10}) is None
     only = [{k: v for k, v in line.items() if k != "val/e_latent_lpips"} for line in lines]
-    assert best(only, {10, 20, 40}) == (40, "val/psnr", 9.5), "more decibels are better"
+    assert best_validation(only, {10, 20, 40}) == (40, "val/psnr", 9.5), "more decibels are better"
     fid = [{**line, "val/fid": line["nimg"]} for line in lines]
-    assert best(fid, {10, 20, 40}) == (10, "val/fid", 10), "FID decides where it is measured"
+    assert best_validation(fid, {10, 20, 40}) == (10, "val/fid", 10), "FID decides where it is measured"
 
 
 # Previews.
