@@ -1,4 +1,4 @@
-"""distill.export.card_scores: a card holds only scores of the exported weights, or of images, labeled so."""
+"""distill.export.card_scores: scores on a model card belong to the exported weights or to labeled images."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ from distill.export.export import export, export_student
 from distill.export.model_card import PipelineUsage, model_card
 from exported import readme_of, save_lora_run, save_result, save_result_of, save_run
 
-OWN = hashlib.sha256((SHIPPED["miniature"] / "student" / "ema.safetensors").read_bytes()).hexdigest()
+SHA256 = hashlib.sha256((SHIPPED["miniature"] / "student" / "ema.safetensors").read_bytes()).hexdigest()
 
 
-def lines(file: str) -> str:
+def score_lines(file: str) -> str:
     usage = PipelineUsage(pipeline="StableDiffusionPipeline", dtype="float32", guided=False, reads_text=True)
     return model_card(
         student="miniature", teacher="miniature", timestep="timestep 999", parity=0.0, options=CardOptions(),
@@ -28,17 +28,22 @@ def lines(file: str) -> str:
     )  # fmt: skip
 
 
-def test_a_students_own_result(tmp_path: Path) -> None:
-    own: dict[str, Any] = {"kind": "student", "name": "runs/gan", "weights_sha256": OWN, "precision": "fp32"}
-    text = lines(save_result(tmp_path / "a.json", **own, noise_scale=1.0))
+def test_scores_of_the_exported_student(tmp_path: Path) -> None:
+    source: dict[str, Any] = {
+        "kind": "student",
+        "name": "runs/gan",
+        "weights_sha256": SHA256,
+        "precision": "fp32",
+    }
+    text = score_lines(save_result(tmp_path / "a.json", **source, noise_scale=1.0))
     assert "Protocol `coco` (`abcabcabcabcabca`; 30,000 images), of these weights:" in text
     assert "| fid | 9.29 |" in text
-    text = lines(save_result(tmp_path / "b.json", **own | {"precision": "bf16"}, noise_scale=0.8))
+    text = score_lines(save_result(tmp_path / "b.json", **source | {"precision": "bf16"}, noise_scale=0.8))
     assert "of these weights, in bf16, noise scaled by 0.8:" in text
 
 
 def test_results_of_images_are_labeled(tmp_path: Path) -> None:
-    text = lines(
+    text = score_lines(
         save_result(tmp_path / "a.json", kind="images", name="/somewhere/of/mine/samples", images=30000)
     )
     assert "images), of the images in `samples`, which nobody has checked to be this student's:" in text
@@ -46,23 +51,28 @@ def test_results_of_images_are_labeled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "got"),
+    ("source", "expected_source"),
     [
         ({"kind": "teacher"}, "of a teacher"),
-        ({"kind": "teacher", "name": "sd15, 9 steps", "weights_sha256": OWN}, "of a teacher, sd15, 9 steps,"),
-        ({"kind": "pipeline", "name": "x", "files_sha256": OWN}, "of a pipeline, x, weights not named"),
+        (
+            {"kind": "teacher", "name": "sd15, 9 steps", "weights_sha256": SHA256},
+            "of a teacher, sd15, 9 steps,",
+        ),
+        ({"kind": "pipeline", "name": "x", "files_sha256": SHA256}, "of a pipeline, x, weights not named"),
         ({"kind": "student", "name": "runs/b", "weights_sha256": "f" * 64}, "b, weights ffffffffffffffff;"),
         ({"kind": "student", "name": "runs/b"}, "of a student, runs/b, weights not named;"),
         ({"kind": "memory", "name": "x"}, "of a memory, x"),
         ({}, "of a source that it does not name, weights not named;"),
     ],
 )  # fmt: skip
-def test_results_of_other_weights_are_refused(source: dict[str, Any], got: str, tmp_path: Path) -> None:
+def test_results_of_other_weights_are_refused(
+    source: dict[str, Any], expected_source: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         own_results("miniature", (save_result(tmp_path / "result.json", **source),))
     text = str(caught.value)
-    assert f"--scores {tmp_path / 'result.json'} is of " in text and got in text
-    assert f"expected one of the student miniature, weights {OWN[:16]}" in text and "\n" not in text
+    assert f"--scores {tmp_path / 'result.json'} is of " in text and expected_source in text
+    assert f"expected one of the student miniature, weights {SHA256[:16]}" in text and "\n" not in text
     assert text.endswith("make one with `d2g eval run --student miniature --out FOLDER`")
 
 
@@ -75,14 +85,14 @@ def test_a_malformed_source_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["diffusers", "lora", "onnx"])
 def test_every_format_checks_scores_before_exporting(form: Any, teacher: Path, tmp_path: Path) -> None:
-    """Of a LoRA run, whose weights on disk are not merged."""
+    """For a LoRA run, whose weights on disk are not merged."""
     run = save_lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
     other = save_run(tmp_path / "other", str(teacher))
     wrong = CardOptions(scores=(save_result_of(tmp_path / "wrong.json", other),))
     with pytest.raises(UserError, match=rf"wrong\.json is of a student, {other}, weights .*; expected"):
         export(ExportConfig(student=run, format=form, card=wrong), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    # The card of ONNX is checked in tests/distill/test_to_onnx.py: after torch.export, no fork can train.
+    # test_to_onnx.py checks the ONNX card: after torch.export, forked processes cannot train.
     if form == "onnx":
         return
     right = CardOptions(scores=(save_result_of(tmp_path / "right.json", run),))
@@ -93,7 +103,7 @@ def test_every_format_checks_scores_before_exporting(form: Any, teacher: Path, t
 
 def test_scores_belong_to_the_input_weights_not_to_the_exported_ones(teacher: Path, tmp_path: Path) -> None:
     run, small = save_run(tmp_path / "run", str(teacher)), str(tmp_path / "small")
-    export_student(run, Path(small))  # rounded to fp16: other weights
+    export_student(run, Path(small))  # rounded to fp16, so the weights differ
     of_run, of_small = (save_result_of(tmp_path / f"{Path(name).name}.json", name) for name in (run, small))
     for student, scores in ((run, of_run), (small, of_small)):
         config = ExportConfig(

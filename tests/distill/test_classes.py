@@ -1,4 +1,4 @@
-"""Students of classes and of nothing, in pixels and latents, and of EDM teachers: formulas and refusals."""
+"""Class-conditional, unconditional and EDM students, in pixels and latents: formulas and refusals."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,14 +51,14 @@ def classes(folder: Path) -> str:
 
 
 KINDS: dict[str, tuple[Callable[[Path], str], list[str]]] = {
-    "EDM of classes": (edm, ["1", "9"]),
-    "EDM of nothing, v": (edm_v, ["", ""]),
-    "EDM of text": (edm_xl, tiny.CAPTIONS[:2]),
-    "classes in pixels": (classes, ["1", "9"]),
-    "nothing in pixels": (tiny_teachers.save_pixels, ["", ""]),
-    "nothing in latents": (tiny_teachers.save_ldm, ["", ""]),
+    "class-conditional EDM": (edm, ["1", "9"]),
+    "unconditional EDM, v-prediction": (edm_v, ["", ""]),
+    "text EDM": (edm_xl, tiny.CAPTIONS[:2]),
+    "class-conditional pixels": (classes, ["1", "9"]),
+    "unconditional pixels": (tiny_teachers.save_pixels, ["", ""]),
+    "unconditional latents": (tiny_teachers.save_ldm, ["", ""]),
 }
-SHORT = [name for name in KINDS if name != "EDM of text"]
+WITHOUT_TEXT = [name for name in KINDS if name != "text EDM"]
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +67,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: save(root / str(i)) for i, (name, (save, _)) in enumerate(KINDS.items())}
 
 
-def told(teacher: str, prompts: list[str]) -> Any:
+def encode_prompts(teacher: str, prompts: list[str]) -> Any:
     return pretrained.load_conditioner(teacher).encode(prompts)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_starts_as_one_step_of_the_teacher(kind: str, folders: dict[str, str]) -> None:
-    """Against the teacher's own sampler: of an EDM from sigma_max z to 0; of a VP teacher its x_0 at T."""
+def test_student_starts_as_one_teacher_step(kind: str, folders: dict[str, str]) -> None:
+    """Reference: the teacher's sampler. EDM: one Euler step from sigma_max z to 0. VP: x_0 hat at T."""
     folder, prompts = folders[kind], KINDS[kind][1]
     teacher, student = load_teacher(folder), student_from_teacher(folder)
     z = noise(0, range(2), student.latent_shape)
-    output = student(z, told(folder, prompts))
+    output = student(z, encode_prompts(folder, prompts))
     if isinstance(teacher.schedule, Schedule):
         point = Point(999, *teacher.schedule.alpha_sigma(999))
         expected = teacher.denoiser(teacher.encode(prompts), 1.0)(z, point).x0
@@ -90,17 +90,17 @@ def test_it_starts_as_one_step_of_the_teacher(kind: str, folders: dict[str, str]
     assert images.dtype == torch.uint8 and images.shape[:2] == (2, 3)
 
 
-def test_of_an_edm_it_is_the_paper_s_formula(folders: dict[str, str]) -> None:
-    """method.md "CIFAR10 and EDM", written out with diffusers' own preconditioning."""
-    folder = folders["EDM of classes"]
+def test_edm_student_follows_the_papers_formula(folders: dict[str, str]) -> None:
+    """method.md "CIFAR10 and EDM", computed with the preconditioning of diffusers."""
+    folder = folders["class-conditional EDM"]
     student, labels = student_from_teacher(folder), torch.tensor([3, 4])
     cond = Conditioning.from_labels(labels)
-    judge, sigma = diffusers.EDMEulerScheduler(), torch.tensor(80.0)
+    scheduler, sigma = diffusers.EDMEulerScheduler(), torch.tensor(80.0)
     z = noise(0, range(2), (3, 8, 8))
     with torch.no_grad():
-        time = judge.precondition_noise(sigma)
-        output = student.unet(judge.precondition_inputs(80 * z, sigma), time, class_labels=labels).sample
-        expected = judge.precondition_outputs(80 * z, output, sigma)
+        time = scheduler.precondition_noise(sigma)
+        output = student.unet(scheduler.precondition_inputs(80 * z, sigma), time, class_labels=labels).sample
+        expected = scheduler.precondition_outputs(80 * z, output, sigma)
         torch.testing.assert_close(student(z, cond), expected, rtol=1e-5, atol=1e-6)
         assert (student(z, cond) - student(z, cond[[1, 0]])).abs().max() > 1e-2
     assert (student.timestep, student.where) == (-1, "sigma 80")
@@ -108,30 +108,30 @@ def test_of_an_edm_it_is_the_paper_s_formula(folders: dict[str, str]) -> None:
         student_from_teacher(folder, 5)
 
 
-def test_its_time_is_exact_whatever_the_engine_casts(folders: dict[str, str]) -> None:
-    """A UNet2DModel would take 1.0955 for 1, and FSDP2 in bf16 for 1.0938."""
-    student, seen = student_from_teacher(folders["EDM of classes"]), list[Tensor]()
+def test_time_input_is_not_rounded(folders: dict[str, str]) -> None:
+    """A UNet2DModel would truncate the time 1.0955 to 1, and FSDP2 in bf16 would round it to 1.0938."""
+    student, times = student_from_teacher(folders["class-conditional EDM"]), list[Tensor]()
 
-    student.unet.time_proj.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    student.unet.time_proj.register_forward_hook(lambda module, args, out: times.append(args[0]))
     student(noise(0, range(2), (3, 8, 8)), Conditioning.from_labels(torch.tensor([3, 4])))
-    assert seen[0].dtype == torch.float32
-    torch.testing.assert_close(seen[0], torch.full((2,), 80.0).log() / 4, rtol=1e-7, atol=0)
+    assert times[0].dtype == torch.float32
+    torch.testing.assert_close(times[0], torch.full((2,), 80.0).log() / 4, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("kind", SHORT)
-def test_a_combination_in_fp32_of_a_network_in_bf16(kind: str, folders: dict[str, str]) -> None:
+@pytest.mark.parametrize("kind", WITHOUT_TEXT)
+def test_prediction_is_combined_in_fp32_under_bf16_autocast(kind: str, folders: dict[str, str]) -> None:
     folder, prompts = folders[kind], KINDS[kind][1]
     student = student_from_teacher(folder)
     z = noise(0, range(2), student.latent_shape)
-    expected = student(z, told(folder, prompts))
+    expected = student(z, encode_prompts(folder, prompts))
     with torch.autocast("cpu", torch.bfloat16):
-        output = student(z, told(folder, prompts))
+        output = student(z, encode_prompts(folder, prompts))
     assert output.dtype == torch.float32 and not torch.equal(output, expected)
     assert (output - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_dropout_and_adapters(folders: dict[str, str]) -> None:
-    folder, z = folders["EDM of classes"], noise(0, range(2), (3, 8, 8))
+def test_dropout_and_adapters_on_a_class_conditional_student(folders: dict[str, str]) -> None:
+    folder, z = folders["class-conditional EDM"], noise(0, range(2), (3, 8, 8))
     cond = Conditioning.from_labels(torch.tensor([3, 4]))
     plain = student_from_teacher(folder)(z, cond)
     dropped = student_from_teacher(folder, -1, StudentConfig(dropout=0.5))
@@ -151,12 +151,12 @@ def test_dropout_and_adapters(folders: dict[str, str]) -> None:
 def test_adapters_need_attention(tmp_path: Path) -> None:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = tiny_teachers.unet2d(**blocks, add_attention=False)
-    bare = Student(unet, pretrained.load_schedule(tiny_teachers.save_pixels(tmp_path)), FAMILIES["unet2d"])
+    student = Student(unet, pretrained.load_schedule(tiny_teachers.save_pixels(tmp_path)), FAMILIES["unet2d"])
     with pytest.raises(SettingError, match="lora_rank is 2, but the network has no attention to adapt"):
-        add_adapters(bare, StudentConfig(lora_rank=2))
+        add_adapters(student, StudentConfig(lora_rank=2))
 
 
-def test_a_learned_variance_is_left_out(tmp_path: Path) -> None:
+def test_learned_variance_channels_are_dropped(tmp_path: Path) -> None:
     torch.manual_seed(0)
     unet = tiny_teachers.unet2d(out_channels=6)
     diffusers.DDIMPipeline(
@@ -167,35 +167,35 @@ def test_a_learned_variance_is_left_out(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "EDM of classes": "is a DDPMPipeline, which knows no text",
-    "EDM of text": "is preconditioned as in EDM",
-    "nothing in latents": "is a LDMPipeline, which knows no text",
+    "class-conditional EDM": "is a DDPMPipeline, which knows no text",
+    "text EDM": "is preconditioned as in EDM",
+    "unconditional latents": "is a LDMPipeline, which knows no text",
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_there_is_no_discriminator_of_them(kind: str, folders: dict[str, str]) -> None:
+def test_gan_stage_is_refused_without_a_vp_text_teacher(kind: str, folders: dict[str, str]) -> None:
     check_teacher(folders[kind], "ode", StudentConfig())
-    for refuse in (
+    for call in (
         lambda: check_teacher(folders[kind], "gan", StudentConfig()),
         lambda: predict(DistillConfig(stage="gan", teacher=folders[kind]), 1),  # --dry-run
     ):
         with pytest.raises(SettingError, match=f"stage gan needs .*{REFUSED[kind]}; .*`d2g distill ode`"):
-            refuse()
+            call()
 
 
-def test_guidance_is_told_to_networks_of_text_alone(folders: dict[str, str]) -> None:
+def test_guidance_input_needs_a_text_network(folders: dict[str, str]) -> None:
     config = StudentConfig(guidance_conditioning=True)
     with pytest.raises(SettingError, match=r"guidance_conditioning is true, but .* no input for a guidance"):
-        check_teacher(folders["classes in pixels"], "ode", config)
-    check_teacher(folders["EDM of text"], "ode", config)
-    assert student_from_teacher(folders["EDM of text"], -1, config).guided
-    assert not student_from_teacher(folders["classes in pixels"]).guided
+        check_teacher(folders["class-conditional pixels"], "ode", config)
+    check_teacher(folders["text EDM"], "ode", config)
+    assert student_from_teacher(folders["text EDM"], -1, config).guided
+    assert not student_from_teacher(folders["class-conditional pixels"]).guided
 
 
-@pytest.mark.parametrize("kind", SHORT)
-def test_memory_is_foretold(kind: str, folders: dict[str, str]) -> None:
-    """Weights and states in closed form; a forward pass on fake tensors is what it is with data."""
+@pytest.mark.parametrize("kind", WITHOUT_TEXT)
+def test_memory_prediction(kind: str, folders: dict[str, str]) -> None:
+    """Weights and optimizer states in closed form; working memory scales with the rows per micro-batch."""
     folder = folders[kind]
     params = sum(p.numel() for p in pretrained.load_on_meta(folder, "unet").parameters())
     config = DistillConfig(
@@ -204,18 +204,18 @@ def test_memory_is_foretold(kind: str, folders: dict[str, str]) -> None:
         regression=RegressionConfig(losses=(("mse", 1.0),)),
         train=TrainConfig(batch_size=4096, precision="fp32"),
     )
-    one_step, two = (
+    one_step, micro_batches = (
         predict(config, 1),
         predict(replace(config, engine=EngineConfig(gradient_accumulation=2)), 1),
     )
     assert one_step.weights == pytest.approx(4 * params / 2**30)
     assert one_step.optimizer == pytest.approx(2 * one_step.weights) and one_step.frozen == 0
-    assert 0.4 < two.working / one_step.working < 0.6, "activations of rows, not weights, fill it"
+    assert 0.4 < micro_batches.working / one_step.working < 0.6, "activations dominate the working memory"
 
 
-@pytest.mark.parametrize("kind", ["EDM of classes", "nothing in latents"])
-def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
-    """What fake tensors keep of it, decoder and enlarging included, is what it keeps with data."""
+@pytest.mark.parametrize("kind", ["class-conditional EDM", "unconditional latents"])
+def test_memory_prediction_includes_pixel_lpips(kind: str, folders: dict[str, str]) -> None:
+    """Bytes saved for backward on fake tensors equal those on data, including decoder and resizing."""
     folder, rows = folders[kind], 2048
     lpips = RegressionConfig(losses=(("lpips", 1.0),), lpips_net="squeeze", lpips_resize=40)
     plain = DistillConfig(
@@ -223,28 +223,32 @@ def test_lpips_in_pixels_counts(kind: str, folders: dict[str, str]) -> None:
         regression=RegressionConfig(losses=(("mse", 1.0),)),
         train=TrainConfig(batch_size=rows, precision="fp32"),
     )
-    without, found = (predict(c, 1) for c in (plain, replace(plain, regression=lpips)))
+    without_lpips, with_lpips = (predict(c, 1) for c in (plain, replace(plain, regression=lpips)))
     vae = pretrained.load_vae(folder).requires_grad_(False)
     metric = PixelLPIPS("squeeze", pretrained=False, decode=partial(decode, vae), resize=40)
     shape = student_from_teacher(folder).latent_shape
     pred, target = noise(0, range(2), shape).requires_grad_(), noise(1, range(2), shape)
     real = saved_bytes(nn.ModuleList([metric, vae]), lambda: metric(pred, target), False)
-    gib = (found.working - without.working) * 2**30
+    gib = (with_lpips.working - without_lpips.working) * 2**30
     assert gib == pytest.approx(rows / 2 * real, rel=0.02) and real > 0
     trunk = sum(p.numel() for p in metric.parameters())
     decoder = sum(p.numel() for p in vae.parameters()) if family_of(folder).autoencoder else 0
-    assert found.frozen * 2**30 == pytest.approx(4 * (trunk + decoder))
+    assert with_lpips.frozen * 2**30 == pytest.approx(4 * (trunk + decoder))
 
 
 @pytest.mark.parametrize(
-    ("losses", "says"),
+    ("losses", "message"),
     [
         ("e_latent_lpips", "there is no e_latent_lpips; expected .* mse, l1, pseudo_huber or lpips"),
         ("decoder_features:1", "there is no decoder_features; expected regression.losses of mse, l1"),
         ("mse:1,latent_lpips:1", "there is no latent_lpips; expected"),
     ],
 )
-def test_there_is_no_latent_distance_of_pixels(losses: str, says: str, folders: dict[str, str]) -> None:
-    config = override(DistillConfig(teacher=folders["EDM of classes"]), [f"regression.losses={losses}"])
-    with pytest.raises(SettingError, match=f"generates pixels, for which {says}"):
+def test_latent_distances_are_refused_for_pixel_teachers(
+    losses: str, message: str, folders: dict[str, str]
+) -> None:
+    config = override(
+        DistillConfig(teacher=folders["class-conditional EDM"]), [f"regression.losses={losses}"]
+    )
+    with pytest.raises(SettingError, match=f"generates pixels, for which {message}"):
         build_regression(config, 3)

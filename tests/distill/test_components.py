@@ -1,4 +1,4 @@
-"""Every choice of the second stage through real training: it changes what is learnt, and resumes exactly."""
+"""Every option of the GAN stage in real training: it changes the weights and resumes exactly."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from distill.training.train import train
 from jobs import BATCH, distill_config, make_pairs
 
 STEPS = 3
-ALL = (
+COMMON = (
     f"train.images={STEPS * BATCH}",
     "gan.r1_interval=2",
     "gan.r1_gamma=1",
@@ -60,15 +60,15 @@ def ode(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def plain(teacher: Path, pairs: Path, ode: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("plain")
-    train(distill_config(teacher, pairs, *ALL, stage="gan", init=ode), out)
+    train(distill_config(teacher, pairs, *COMMON, stage="gan", init=ode), out)
     return out
 
 
-def learnt(run: Path) -> dict[str, torch.Tensor]:
+def ema_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"{STEPS * BATCH:09d}" / "ema.safetensors")
 
 
-def reported(run: Path) -> list[dict[str, float]]:
+def reports(run: Path) -> list[dict[str, float]]:
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in read_stats(run)
     ]
@@ -76,26 +76,26 @@ def reported(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
-def test_the_option_matters_and_a_resumed_run_is_an_unbroken_one(
+def test_option_changes_training_and_resumes_exactly(
     option: str, teacher: Path, pairs: Path, ode: Path, plain: Path, tmp_path: Path
 ) -> None:
-    config = distill_config(teacher, pairs, *ALL, option, stage="gan", init=ode)
-    train(config, tmp_path / "once")
-    first = distill_config(teacher, pairs, *ALL, option, f"train.images={BATCH}", stage="gan", init=ode)
-    train(first, tmp_path / "twice")
-    train(config, tmp_path / "twice")
-    once, twice = learnt(tmp_path / "once"), learnt(tmp_path / "twice")
-    assert all(torch.equal(once[name], value) for name, value in twice.items())
-    assert reported(tmp_path / "once") == reported(tmp_path / "twice")
-    assert any(not torch.equal(once[name], value) for name, value in learnt(plain).items())
+    config = distill_config(teacher, pairs, *COMMON, option, stage="gan", init=ode)
+    train(config, tmp_path / "unbroken")
+    first = distill_config(teacher, pairs, *COMMON, option, f"train.images={BATCH}", stage="gan", init=ode)
+    train(first, tmp_path / "resumed")
+    train(config, tmp_path / "resumed")
+    unbroken, resumed = ema_weights(tmp_path / "unbroken"), ema_weights(tmp_path / "resumed")
+    assert all(torch.equal(unbroken[name], value) for name, value in resumed.items())
+    assert reports(tmp_path / "unbroken") == reports(tmp_path / "resumed")
+    assert any(not torch.equal(unbroken[name], value) for name, value in ema_weights(plain).items())
 
 
-def test_a_gan_without_regression_starts_with_the_teacher(teacher: Path, pairs: Path, tmp_path: Path) -> None:
-    """Adversarial training on pairs of noise and latents alone (ADM)."""
+def test_a_gan_without_regression_starts_from_the_teacher(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    """Adversarial training without a regression loss (as ADM)."""
     config = distill_config(teacher, pairs, "regression.losses=[]", stage="gan", init="teacher")
     student = new_state(config, torch.device("cpu")).student.module.unet.state_dict()
     weights = load_unet(str(teacher)).state_dict()
     assert all(torch.equal(student[name], value) for name, value in weights.items())
     train(config, tmp_path)
-    assert {"loss/g_gan", "loss/d"} <= reported(tmp_path)[-1].keys() >= {"loss/g"}
-    assert not [name for name in reported(tmp_path)[-1] if "lpips" in name]
+    assert {"loss/g_gan", "loss/d"} <= reports(tmp_path)[-1].keys() >= {"loss/g"}
+    assert not [name for name in reports(tmp_path)[-1] if "lpips" in name]

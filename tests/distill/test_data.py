@@ -1,6 +1,4 @@
-"""distill.training.data: batches are a function of (seed, images so far), whatever the ranks, workers and
-restarts.
-"""
+"""distill.training.data: batches depend on (seed, images so far) only, not on ranks, workers or restarts."""
 
 import json
 import re
@@ -33,7 +31,7 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches(reader: PairReader, count: int, start: int = 0, workers: int = 0) -> list[list[int]]:
     stream = pair_batches(reader, 4, 7, start, workers)
     indices = [batch.index.tolist() for batch in islice(stream, count)]
-    stream.close()  # type: ignore[attr-defined]  # a generator; its workers end here
+    stream.close()  # type: ignore[attr-defined]  # closing the generator ends its workers
     return indices
 
 
@@ -44,19 +42,19 @@ def test_every_epoch_is_a_fresh_permutation(pairs: Path) -> None:
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_resumed_stream_goes_on_where_it_stopped(pairs: Path) -> None:
+def test_a_resumed_stream_continues_where_it_stopped(pairs: Path) -> None:
     reader = PairReader(pairs)
     assert batches(reader, 5, start=16) == batches(reader, 9)[4:]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns about fork with threads
 def test_workers_do_not_change_the_order(pairs: Path) -> None:
     reader = PairReader(pairs)
     assert batches(reader, 5, workers=1) == batches(reader, 5)
 
 
 def test_ranks_share_each_global_batch(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told by torchrun's environment; the union over ranks is the batch of one process."""
+    """Ranks come from torchrun's environment; their union is the batch of one process."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     parts = []
     for rank in ("0", "1"):
@@ -67,7 +65,7 @@ def test_ranks_share_each_global_batch(pairs: Path, monkeypatch: pytest.MonkeyPa
     assert joined == [permuted_batch(7, 12, start, 4) for start in (8, 12, 16)]
 
 
-def test_blocks_are_shuffled_as_set(pairs: Path) -> None:
+def test_block_shuffling_follows_block_and_window(pairs: Path) -> None:
     stream = pair_batches(PairReader(pairs), 4, 7, 8, 0, DataConfig(block=3, window=2))
     indices = [batch.index.tolist() for batch in islice(stream, 6)]
     assert (
@@ -77,14 +75,14 @@ def test_blocks_are_shuffled_as_set(pairs: Path) -> None:
     )
 
 
-def test_batches_keep_the_stored_type(teacher: Path, tmp_path: Path) -> None:
+def test_batches_keep_the_stored_dtype(teacher: Path, tmp_path: Path) -> None:
     pairs = make_pairs(teacher, tmp_path, dtype="float16")
     (batch,) = islice(pair_batches(PairReader(pairs), 4, 7, 0, 0), 1)
     assert batch.noise.dtype == batch.latents.dtype == torch.float16
     assert torch.equal(batch.latents.float(), PairReader(pairs).read(batch.index.tolist()).latents)
 
 
-def test_a_whole_store_of_this_teacher_is_taken(pairs: Path, teacher: Path) -> None:
+def test_a_complete_store_of_the_teacher_is_accepted(pairs: Path, teacher: Path) -> None:
     reader = open_pairs(str(pairs), pretrained.teacher_digests(str(teacher)))
     assert len(reader) == 12 and reader.read([3]).noise.dtype == torch.float32
 
@@ -105,7 +103,7 @@ def test_pairs_of_another_teacher_are_refused(pairs: Path, tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_flipped_bit_is_one_line_that_names_the_shard(teacher: Path, tmp_path: Path, workers: int) -> None:
+def test_a_flipped_bit_is_reported_with_the_shard(teacher: Path, tmp_path: Path, workers: int) -> None:
     pairs = make_pairs(teacher, tmp_path)
     shard = pairs / "shards" / "pairs-00002.h5"
     data = bytearray(shard.read_bytes())
@@ -117,7 +115,9 @@ def test_a_flipped_bit_is_one_line_that_names_the_shard(teacher: Path, tmp_path:
     assert "\n" not in str(caught.value)
 
 
-def test_damage_may_be_skipped(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skip_bad_replaces_damaged_rows(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pairs = make_pairs(teacher, tmp_path)
     (pairs / "shards" / "pairs-00001.h5").write_bytes(b"damage")
     digests = pretrained.teacher_digests(str(teacher))
@@ -128,10 +128,12 @@ def test_damage_may_be_skipped(teacher: Path, tmp_path: Path, caplog: pytest.Log
     (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(r"pairs-00001\.h5: truncated.*next intact shard", message)
     rows = [row for batch in loaded for row in batch]
-    assert sorted(rows) == sorted([0, 1, 2, 3, 4, 10, 11, 10, 11, 10, 10, 11])  # 5 rows by a shard of 2
+    assert sorted(rows) == sorted(
+        [0, 1, 2, 3, 4, 10, 11, 10, 11, 10, 10, 11]
+    )  # the 5 damaged rows are replaced by the 2 rows of the next shard
 
 
-def test_pairs_at_a_url(pairs: Path, teacher: Path, tmp_path: Path) -> None:
+def test_training_on_pairs_at_a_url(pairs: Path, teacher: Path, tmp_path: Path) -> None:
     config = DataConfig(cache=str(tmp_path / "cache"), cache_gib=0.5)
     reader = open_pairs(f"file://{pairs}", pretrained.teacher_digests(str(teacher)), config)
     assert batches(reader, 4) == batches(PairReader(pairs), 4)
@@ -146,7 +148,7 @@ def test_pairs_at_a_url(pairs: Path, teacher: Path, tmp_path: Path) -> None:
         assert len(open_pairs(folder, reader.spec.teacher_digests, config)) == 12
 
 
-def test_a_url_reaches_the_config_as_it_was_given() -> None:
+def test_the_command_line_keeps_a_pairs_url() -> None:
     words = [
         "distill",
         "ode",
@@ -171,11 +173,11 @@ def test_a_store_of_quarantined_rows_only_is_refused(teacher: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"block": 3}, {"window": 3}, {"block": -1, "window": 2}, {"cache_gib": -1.0}]
+    "settings", [{"block": 3}, {"window": 3}, {"block": -1, "window": 2}, {"cache_gib": -1.0}]
 )
-def test_impossible_settings(wrong: dict[str, float]) -> None:
+def test_invalid_data_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=r"^data\.(block|window|cache_gib) is "):
-        with_values(DistillConfig(), {f"data.{name}": value for name, value in wrong.items()})
+        with_values(DistillConfig(), {f"data.{name}": value for name, value in settings.items()})
 
 
 def test_a_batch_larger_than_the_pairs_is_refused(pairs: Path) -> None:

@@ -1,4 +1,4 @@
-"""CIFAR-10's column of Table A1 from end to end at 8 px: an EDM's pairs by Heun, LPIPS in pixels, RAdam."""
+"""The CIFAR-10 recipe of Table A1 end to end at 8 px: EDM pairs by Heun, LPIPS in pixels, RAdam."""
 
 import json
 from dataclasses import replace
@@ -36,8 +36,8 @@ BATCH = 8
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with teacher/, pairs/ and LPIPS' trunk, made by the command line."""
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with teacher/, pairs/ (made by the command line) and an LPIPS trunk."""
     folder = tmp_path_factory.mktemp("edm")
     tiny_teachers.save_edm(folder / "teacher")
     torch.manual_seed(0)
@@ -54,8 +54,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sets(world: Path, steps: int, **more: Any) -> list[str]:
-    """The preset's settings that a test cannot wait for."""
+def small_settings(workspace: Path, steps: int, **more: Any) -> list[str]:
+    """Overrides that make the preset small enough for a test."""
     small = {
         **{f"train.{name}": value for name, value in to_json(TRAIN).items() if name != "ema_beta"},
         "train.images": steps * BATCH,
@@ -64,48 +64,57 @@ def sets(world: Path, steps: int, **more: Any) -> list[str]:
         "train.ema_start_images": 2 * BATCH,
         "train.ema_beta": 0.9,
         "regression.lpips_net": "squeeze",
-        "regression.lpips_weights": str(world / "squeeze.pth"),
+        "regression.lpips_weights": str(workspace / "squeeze.pth"),
         "regression.lpips_resize": 24,
     }
     return [f"{name}={json.dumps(value)}" for name, value in {**small, **more}.items()]
 
 
-def arguments(world: Path, out: Path, steps: int, **more: Any) -> list[str]:
-    options = ["--pairs", str(world / "pairs"), "--teacher", str(world / "teacher"), "--out", str(out)]
-    chosen = [part for s in sets(world, steps, **more) for part in ("--set", s)]
-    return ["distill", "ode", "--preset", "cifar10", *options, *chosen, "--json"]
+def arguments(workspace: Path, out: Path, steps: int, **more: Any) -> list[str]:
+    options = [
+        "--pairs",
+        str(workspace / "pairs"),
+        "--teacher",
+        str(workspace / "teacher"),
+        "--out",
+        str(out),
+    ]
+    overrides = [part for s in small_settings(workspace, steps, **more) for part in ("--set", s)]
+    return ["distill", "ode", "--preset", "cifar10", *options, *overrides, "--json"]
 
 
 @pytest.fixture(scope="module")
-def run(world: Path) -> Path:
-    """Six steps in one go, with previews and validations."""
-    out = world / "run"
-    watched = {"train.preview_prompts": 4, "train.validate_images": 24, "train.validate_pairs": 4}
-    done = d2g(arguments(world, out, 6, **watched), world / "log")
+def run(workspace: Path) -> Path:
+    """An unbroken run of six steps with previews and validation."""
+    out = workspace / "run"
+    monitoring = {"train.preview_prompts": 4, "train.validate_images": 24, "train.validate_pairs": 4}
+    done = d2g(arguments(workspace, out, 6, **monitoring), workspace / "log")
     assert done.code == 0, done.stderr
     return out
 
 
-def test_the_preset_is_the_papers_but_for_size(world: Path) -> None:
-    config = override(preset("cifar10", "ode"), sets(world, 6))
+def test_preset_matches_the_paper_except_for_size(workspace: Path) -> None:
+    config = override(preset("cifar10", "ode"), small_settings(workspace, 6))
     assert (config.student.dropout, config.optim.name, config.optim.lr) == (0.1, "radam", 4e-4)
     assert config.regression.names == ("lpips",) and preset("cifar10", "ode").regression.lpips_resize == 224
-    spec = PairReader(str(world / "pairs")).spec
+    spec = PairReader(str(workspace / "pairs")).spec
     assert (spec.solver, spec.steps, spec.guidance, spec.conditioning) == ("heun", 18, 1.0, "label")
 
 
-def test_stored_pairs_are_the_teachers_ode(world: Path) -> None:
-    """Noise of unit variance beside pictures of EDM's."""
-    done = d2g(["pairs", "verify", str(world / "pairs"), "--resimulate", "8", "--json"], world / "log")
+def test_stored_pairs_match_a_new_simulation(workspace: Path) -> None:
+    """The store holds unit-variance noise and the images of the EDM sampler."""
+    done = d2g(
+        ["pairs", "verify", str(workspace / "pairs"), "--resimulate", "8", "--json"], workspace / "log"
+    )
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["ok"] and summary["max_abs_err"] < 1e-4
-    batch = PairReader(str(world / "pairs")).read(list(range(24)))
+    batch = PairReader(str(workspace / "pairs")).read(list(range(24)))
     assert torch.equal(batch.noise, noise(0, range(24), (3, 8, 8)))
     assert batch.prompts[:12] == [str(i % 10) for i in range(12)]
 
 
-def test_it_trains_validates_and_shows(run: Path) -> None:
+def test_training_writes_losses_validation_and_previews(run: Path) -> None:
     lines = read_stats(run)
     losses = [line["loss/lpips"] for line in lines if "loss/lpips" in line]
     assert len(losses) == 6 and all(loss > 0 for loss in losses)
@@ -113,11 +122,11 @@ def test_it_trains_validates_and_shows(run: Path) -> None:
     assert len(list((run / "previews").glob("*.png"))) == 6
 
 
-def test_three_and_three_more_steps_are_six(world: Path, run: Path, tmp_path: Path) -> None:
-    """Bit for bit, dropout included."""
-    watched = {"train.preview_prompts": 4, "train.validate_images": 24, "train.validate_pairs": 4}
+def test_a_resumed_run_equals_an_unbroken_one(workspace: Path, run: Path, tmp_path: Path) -> None:
+    """Bit-identical weights and optimizer states, with dropout on."""
+    monitoring = {"train.preview_prompts": 4, "train.validate_images": 24, "train.validate_pairs": 4}
     for steps in (3, 6):
-        done = d2g(arguments(world, tmp_path / "run", steps, **watched), tmp_path / "log")
+        done = d2g(arguments(workspace, tmp_path / "run", steps, **monitoring), tmp_path / "log")
         assert done.code == 0, done.stderr
     states = [
         sharded_checkpoint.read(checkpoint.open_checkpoint(p / "checkpoints" / "000000048"))
@@ -130,25 +139,30 @@ def test_three_and_three_more_steps_are_six(world: Path, run: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(world: Path, engine: str, tmp_path: Path) -> None:
-    """Dropout's masks too are the rows' own."""
-    alone = d2g(arguments(world, tmp_path / "one", 3), tmp_path / "log")
-    assert alone.code == 0, alone.stderr
+def test_two_processes_train_like_one(workspace: Path, engine: str, tmp_path: Path) -> None:
+    """Dropout masks depend on the row only, not on the process."""
+    single = d2g(arguments(workspace, tmp_path / "one", 3), tmp_path / "log")
+    assert single.code == 0, single.stderr
     more = {"engine.parallel": engine, "data.text_cache": 4}
-    for ended in d2g_ranks(arguments(world, tmp_path / "two", 3, **more), tmp_path / "log"):
+    for ended in d2g_ranks(arguments(workspace, tmp_path / "two", 3, **more), tmp_path / "log"):
         assert ended.code == 0, ended.stderr
     curves = [[line["loss/lpips"] for line in read_stats(tmp_path / name)] for name in ("one", "two")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4) and len(curves[0]) == 3
 
 
-def test_it_learns_its_pairs_by_heart(world: Path, tmp_path: Path) -> None:
-    """Sixteen pairs of Heun's 18 steps: squared error falls twentyfold in 150 steps."""
+def test_student_overfits_its_pairs(workspace: Path, tmp_path: Path) -> None:
+    """On 16 pairs (Heun, 18 steps) the squared error falls by a factor of 20 in 150 steps."""
     pairs = PairConfig(
-        teacher=str(world / "teacher"), num_pairs=16, guidance=1.0, steps=18, solver="heun", dtype="float32"
+        teacher=str(workspace / "teacher"),
+        num_pairs=16,
+        guidance=1.0,
+        steps=18,
+        solver="heun",
+        dtype="float32",
     )
     generate_pairs(pairs, tmp_path / "pairs")
     config = DistillConfig(
-        teacher=str(world / "teacher"),
+        teacher=str(workspace / "teacher"),
         pairs=str(tmp_path / "pairs"),
         optim=OptimConfig(name="radam", lr=1e-2, weight_decay=0.0, attention_weight_decay=0.0),
         regression=RegressionConfig(losses=(("mse", 1.0),)),
@@ -160,22 +174,22 @@ def test_it_learns_its_pairs_by_heart(world: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] / 20, losses
 
 
-def test_there_is_no_second_stage(world: Path, run: Path, tmp_path: Path) -> None:
+def test_gan_stage_is_refused(workspace: Path, run: Path, tmp_path: Path) -> None:
     config = DistillConfig(
-        stage="gan", teacher=str(world / "teacher"), pairs=str(world / "pairs"), init=str(run)
+        stage="gan", teacher=str(workspace / "teacher"), pairs=str(workspace / "pairs"), init=str(run)
     )
     with pytest.raises(SettingError, match="stage gan needs a variance-preserving teacher of text"):
         train(config, tmp_path / "gan")
     assert not (tmp_path / "gan").exists()
 
 
-# What becomes of it.
+# Sampling, export and evaluation of the trained student.
 
 
-def test_it_draws_classes(world: Path, run: Path, tmp_path: Path) -> None:
+def test_sampling_covers_all_classes(workspace: Path, run: Path, tmp_path: Path) -> None:
     done = d2g(["sample", "--student", str(run), "--out", str(tmp_path / "all"), "--json"], tmp_path / "log")
     assert done.code == 0, done.stderr
-    assert len(list((tmp_path / "all").glob("0*.png"))) == 10, "every class where none is named"
+    assert len(list((tmp_path / "all").glob("0*.png"))) == 10, "all classes if no prompt is given"
     assert default_student_prompts(str(run)) == [str(i) for i in range(10)]
     command = [
         "sample",
@@ -192,7 +206,7 @@ def test_it_draws_classes(world: Path, run: Path, tmp_path: Path) -> None:
     assert done.code == 1 and "prompt 'ship': expected a class number, 0 to 9" in done.error
 
 
-def test_its_safetensors_draw_the_same(run: Path, tmp_path: Path) -> None:
+def test_safetensors_export_samples_the_same_images(run: Path, tmp_path: Path) -> None:
     assert export(ExportConfig(student=str(run), dtype="fp32"), tmp_path)["parity_max_abs_err"] == 0
     z = noise(5, range(2), (3, 8, 8))
     own, other = (load_student(str(folder)).latents(z, ["2", "7"]) for folder in (run, tmp_path))
@@ -200,14 +214,14 @@ def test_its_safetensors_draw_the_same(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "student.json").read_text())["student_timestep"] == -1
 
 
-def test_text_students_ask_for_a_prompt(teacher: Path, tmp_path: Path) -> None:
+def test_text_students_need_a_prompt(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="nothing to draw; give --prompt TEXT"):
         default_student_prompts("none", str(teacher))
 
 
-def test_eval_draws_every_class_in_turn(run: Path) -> None:
-    bench = EvalSession(EvalRun(student=str(run), protocol=PROTOCOLS["cifar10-50k"], seed=4))
-    (drawn,) = bench.source(bench.config).draw(range(8, 13), 64, (NATIVE,))
-    assert drawn.prompts == ["8", "9", "0", "1", "2"]
-    own = load_student(str(run)).images(noise(4, range(8, 13), (3, 8, 8)), drawn.prompts)
-    assert (drawn.views[NATIVE].int() - own.int()).abs().max() <= 1
+def test_evaluation_cycles_through_all_classes(run: Path) -> None:
+    session = EvalSession(EvalRun(student=str(run), protocol=PROTOCOLS["cifar10-50k"], seed=4))
+    (batch,) = session.source(session.config).draw(range(8, 13), 64, (NATIVE,))
+    assert batch.prompts == ["8", "9", "0", "1", "2"]
+    own = load_student(str(run)).images(noise(4, range(8, 13), (3, 8, 8)), batch.prompts)
+    assert (batch.views[NATIVE].int() - own.int()).abs().max() <= 1

@@ -1,4 +1,4 @@
-"""distill.models.ema: the closed form, its start, and fp32 under modules that are not."""
+"""distill.models.ema: closed form, start of averaging, fp32 averages of lower-precision modules."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from distill.models.ema import EMA
 
 
 class Module(nn.Module):
-    """One weight, and a buffer that counts."""
+    """One weight and an integer buffer."""
 
     def __init__(self, value: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((2,), value, dtype=dtype))
         self.count = nn.Buffer(torch.tensor(0))
 
-    def become(self, value: float) -> "Module":
+    def set_weight(self, value: float) -> "Module":
         with torch.no_grad():
             self.weight.fill_(value)
             self.count += 1
@@ -24,10 +24,10 @@ class Module(nn.Module):
 
 
 def test_closed_form() -> None:
-    """After n updates towards 1 from 0: 1 - beta^n."""
+    """After n updates from 0 with a constant weight of 1, the average is 1 - beta^n."""
     module = Module(0.0)
     ema = EMA(module, 0.9)
-    module.become(1.0)
+    module.set_weight(1.0)
     for n in range(1, 11):
         ema.update(module, n)
         torch.testing.assert_close(ema.tensors["weight"], torch.full((2,), 1 - 0.9**n))
@@ -41,34 +41,34 @@ def test_half_life_does_not_depend_on_the_batch_size() -> None:
     assert TrainConfig(ema_beta=0.3).ema_decay == 0.3
 
 
-def test_a_plain_copy_until_the_start() -> None:
+def test_ema_is_a_copy_until_its_start() -> None:
     module = Module(0.0)
     ema = EMA(module, 0.9, start_nimg=100)
-    ema.update(module.become(5.0), 99)
+    ema.update(module.set_weight(5.0), 99)
     assert torch.equal(ema.tensors["weight"], torch.full((2,), 5.0))
-    ema.update(module.become(6.0), 100)
+    ema.update(module.set_weight(6.0), 100)
     torch.testing.assert_close(ema.tensors["weight"], torch.full((2,), 5.1))
 
 
-def test_a_bf16_module_still_moves_an_fp32_average() -> None:
+def test_average_of_a_bf16_module_is_fp32() -> None:
     module = Module(1.0, torch.bfloat16)
     ema = EMA(module, 0.9999)
-    module.become(2.0)
+    module.set_weight(2.0)
     for n in range(10):
         ema.update(module, n)
     assert ema.tensors["weight"].dtype == torch.float32
     torch.testing.assert_close(ema.tensors["weight"], torch.full((2,), 2 - 0.9999**10))
-    assert (torch.tensor(1.0, dtype=torch.bfloat16) + 1e-4 == 1).all()  # where a bf16 average would stay
+    assert (torch.tensor(1.0, dtype=torch.bfloat16) + 1e-4 == 1).all()  # a bf16 average would not change
 
 
-def test_it_is_no_view_of_the_module() -> None:
+def test_ema_does_not_share_memory_with_the_module() -> None:
     module = Module(1.0)
     ema = EMA(module, 0.5)
-    module.become(3.0)
+    module.set_weight(3.0)
     assert torch.equal(ema.tensors["weight"], torch.ones(2))
 
 
-def test_load_and_copy() -> None:
+def test_load_and_copy_to() -> None:
     ema, other = EMA(Module(1.0), 0.5), EMA(Module(4.0), 0.5)
     ema.load(other.tensors)
     module = Module(0.0)

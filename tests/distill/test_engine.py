@@ -1,4 +1,4 @@
-"""Ways to run that must not change what is learnt, and bad times: killed ranks, damage, long prompts."""
+"""Engine options that must not change training; failures: killed ranks, damaged files, long prompts."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ode(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short first stage to start from."""
+    """A short regression run, the start of the GAN stage."""
     out = tmp_path_factory.mktemp("ode")
     train(distill_config(teacher, pairs, "train.images=8"), out)
     return out
@@ -55,14 +55,14 @@ def config(teacher: Path, pairs: Path, ode: Path) -> DistillConfig:
 
 @pytest.fixture(scope="module")
 def plain(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps on one process with nothing special."""
+    """A reference run: four steps on one process with default engine settings."""
     out = tmp_path_factory.mktemp("plain") / "run"
     done = d2g(distill_arguments(config, out, *STEPS), out.parent / "log")
     assert done.code == 0, done.stderr
     return out
 
 
-def averages(run: Path, nimg: int = 16) -> dict[str, Tensor]:
+def ema_weights(run: Path, nimg: int = 16) -> dict[str, Tensor]:
     return load_file(run / "checkpoints" / f"{nimg:09d}" / "ema.safetensors")
 
 
@@ -71,14 +71,14 @@ def losses(run: Path) -> list[dict[str, float]]:
 
 
 def assert_same_learning(run: Path, plain: Path, rel: float = 1e-4) -> None:
-    """Losses within rounding, and averages that moved alike."""
+    """Check that losses and EMA weights agree up to rounding."""
     for a, b in zip(losses(run), losses(plain), strict=True):
         assert a == pytest.approx(b, rel=rel, abs=1e-6)
-    a, b = averages(run), averages(plain)
+    a, b = ema_weights(run), ema_weights(plain)
     assert a.keys() == b.keys() and all((a[k] - b[k]).abs().mean() < 1e-4 for k in b)
 
 
-ALONE = {
+ENGINE_OPTIONS = {
     "accumulate": ["engine.gradient_accumulation=2"],
     "recompute": ["engine.activation_checkpointing=true"],
     "fsdp": ["engine.parallel=fsdp"],
@@ -89,34 +89,36 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("case", ALONE)
-def test_the_engine_does_not_change_what_is_learnt(
+@pytest.mark.parametrize("case", ENGINE_OPTIONS)
+def test_engine_options_do_not_change_training(
     case: str, config: DistillConfig, plain: Path, tmp_path: Path
 ) -> None:
-    done = d2g(distill_arguments(config, tmp_path / "run", *STEPS, *ALONE[case]), tmp_path / "log")
+    done = d2g(distill_arguments(config, tmp_path / "run", *STEPS, *ENGINE_OPTIONS[case]), tmp_path / "log")
     assert done.code == 0, done.stderr
     assert_same_learning(tmp_path / "run", plain)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_are_one_and_either_goes_on_for_the_other(
+def test_two_ranks_train_like_one_and_one_rank_resumes_them(
     parallel: str, config: DistillConfig, plain: Path, tmp_path: Path
 ) -> None:
-    """Two steps on two ranks, then two on one, with another engine: as four on one."""
+    """Two steps on two ranks and two steps on one rank with another engine equal four steps on one."""
     out = tmp_path / "run"
-    late = f"engine.async_checkpoints={json.dumps(parallel == 'fsdp')}"
-    first = distill_arguments(config, out, *STEPS, f"engine.parallel={parallel}", late, "train.images=8")
-    both = d2g_ranks(first, tmp_path / "log")
-    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    async_checkpoints = f"engine.async_checkpoints={json.dumps(parallel == 'fsdp')}"
+    first = distill_arguments(
+        config, out, *STEPS, f"engine.parallel={parallel}", async_checkpoints, "train.images=8"
+    )
+    ranks = d2g_ranks(first, tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
     last = checkpoint.latest(out / "checkpoints")
     assert last is not None and last.meta["processes"] == 2
-    assert len(list((last.folder / "state").glob("*.distcp"))) == 2, "each rank writes its own"
+    assert len(list((last.folder / "state").glob("*.distcp"))) == 2, "each rank writes its own file"
     done = d2g(distill_arguments(config, out, *STEPS), tmp_path / "log1")
     assert done.code == 0, done.stderr
     assert_same_learning(out, plain)
 
 
-ROWS = (
+ROW_OPTIONS = (
     "gan.r1_rows=2",  # one for each rank
     "gan.r1_rows=4",
     "gan.penalty=approx gan.approx_sigma=1",
@@ -126,30 +128,34 @@ ROWS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ROWS)
-def test_what_is_drawn_for_a_row_is_the_row_s_own(option: str, config: DistillConfig, tmp_path: Path) -> None:
-    """Eight rows in one batch, and as two ranks' two micro-batches of two."""
-    steps = STEPS[1:] if "approx" in option else STEPS  # the approximation is for every step
+@pytest.mark.parametrize("option", ROW_OPTIONS)
+def test_row_randomness_does_not_depend_on_the_split(
+    option: str, config: DistillConfig, tmp_path: Path
+) -> None:
+    """Eight rows in one batch train like two ranks with two micro-batches of two rows each."""
+    steps = STEPS[1:] if "approx" in option else STEPS  # approx has no r1_interval
     settings = (*steps, "train.batch_size=8", "train.report_images=8", *option.split())
-    alone = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
-    assert alone.code == 0, alone.stderr
-    shared = distill_arguments(config, tmp_path / "two", *settings, "engine.gradient_accumulation=2")
-    both = d2g_ranks(shared, tmp_path / "log")
-    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    single = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
+    assert single.code == 0, single.stderr
+    split = distill_arguments(config, tmp_path / "two", *settings, "engine.gradient_accumulation=2")
+    ranks = d2g_ranks(split, tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
     assert_same_learning(tmp_path / "two", tmp_path / "one")
 
 
-def test_two_ranks_go_on_for_one(config: DistillConfig, plain: Path, tmp_path: Path) -> None:
+def test_two_ranks_resume_a_run_of_one_rank(config: DistillConfig, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = d2g(distill_arguments(config, out, *STEPS, "train.images=8"), tmp_path / "log")
     assert done.code == 0, done.stderr
-    more = distill_arguments(config, out, *STEPS, "engine.parallel=fsdp", "engine.gradient_accumulation=1")
-    both = d2g_ranks(more, tmp_path / "log")
-    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    arguments = distill_arguments(
+        config, out, *STEPS, "engine.parallel=fsdp", "engine.gradient_accumulation=1"
+    )
+    ranks = d2g_ranks(arguments, tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
     assert_same_learning(out, plain)
 
 
-# Killed.
+# Killed processes.
 
 
 def start_ranks(arguments: list[str], folder: Path) -> list[Running]:
@@ -164,38 +170,40 @@ def start_ranks(arguments: list[str], folder: Path) -> list[Running]:
 
 
 @pytest.fixture(scope="module")
-def long(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[str, ...], Path]:
-    """Twelve steps on two ranks that save at each, unbroken."""
-    out = tmp_path_factory.mktemp("long") / "run"
+def unbroken_run(
+    config: DistillConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[str, ...], Path]:
+    """(settings, folder) of an unbroken run: twelve steps on two ranks with a checkpoint at each step."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
     settings = (*STEPS, "train.images=48", "train.checkpoint_images=4")
-    both = d2g_ranks(distill_arguments(config, out, *settings), out.parent / "log")
-    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    ranks = d2g_ranks(distill_arguments(config, out, *settings), out.parent / "log")
+    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
     return settings, out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["one", "all"])
-def test_killed_ranks(
-    which: str, config: DistillConfig, long: tuple[tuple[str, ...], Path], tmp_path: Path
+@pytest.mark.parametrize("killed", ["one", "all"])
+def test_a_run_with_killed_ranks_resumes_exactly(
+    killed: str, config: DistillConfig, unbroken_run: tuple[tuple[str, ...], Path], tmp_path: Path
 ) -> None:
-    """kill -9 at a random moment; the other rank ends with one line; the rerun ends bit for bit alike."""
-    settings, unbroken = long
+    """SIGKILL at a random step: the other rank ends with a one-line error, and a rerun is bit-identical."""
+    settings, unbroken = unbroken_run
     out = tmp_path / "run"
     arguments = distill_arguments(config, out, *settings)
-    moment = random.Random(os.getpid()).randrange(1, 8)
+    step = random.Random(os.getpid()).randrange(1, 8)
     running = start_ranks(arguments, tmp_path / "first")
     folder = out / "checkpoints"
     running[0].wait_for(lambda: len(checkpoint.complete_points(folder)) > 0)
-    running[0].wait_for(lambda: checkpoint.complete_points(folder)[-1:] >= [4 * moment])
-    for victim in running if which == "all" else running[1:]:
-        victim.send(signal.SIGKILL)
+    running[0].wait_for(lambda: checkpoint.complete_points(folder)[-1:] >= [4 * step])
+    for process in running if killed == "all" else running[1:]:
+        process.send(signal.SIGKILL)
     ended = [each.wait(120) for each in running]
     assert ended[1].code == -signal.SIGKILL
-    if which == "one":
+    if killed == "one":
         assert ended[0].code == 1
         assert "another process of this run is gone" in ended[0].error and "goes on from" in ended[0].error
-    again = d2g_ranks(arguments, tmp_path / "again")
-    assert [each.code for each in again] == [0, 0], again[0].stderr
+    resumed = d2g_ranks(arguments, tmp_path / "again")
+    assert [each.code for each in resumed] == [0, 0], resumed[0].stderr
     last = [checkpoint.open_checkpoint(run / "checkpoints" / "000000048") for run in (out, unbroken)]
     states = [sharded_checkpoint.read(each) for each in last]
     assert states[0].keys() == states[1].keys()
@@ -204,11 +212,11 @@ def test_killed_ranks(
 
 
 @pytest.mark.slow
-def test_torchrun_starts_killed_workers_again(
-    config: DistillConfig, long: tuple[tuple[str, ...], Path], tmp_path: Path
+def test_torchrun_restarts_killed_workers(
+    config: DistillConfig, unbroken_run: tuple[tuple[str, ...], Path], tmp_path: Path
 ) -> None:
-    """One worker is killed with -9; torchrun ends the other, starts both, and they go on to the same end."""
-    settings, unbroken = long
+    """After SIGKILL of one worker, torchrun restarts both, and the run ends with the same weights."""
+    settings, unbroken = unbroken_run
     out, root = tmp_path / "run", Path(__file__).resolve().parents[2]
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = [sys.executable, "-m", *launch, "-m", "d2g_cli", *distill_arguments(config, out, *settings)]
@@ -224,17 +232,19 @@ def test_torchrun_starts_killed_workers_again(
     finally:
         running.kill()
     assert losses(out) == losses(unbroken)
-    assert all(torch.equal(value, averages(unbroken, 48)[name]) for name, value in averages(out, 48).items())
+    assert all(
+        torch.equal(value, ema_weights(unbroken, 48)[name]) for name, value in ema_weights(out, 48).items()
+    )
 
 
 def test_sigterm_saves_on_all_ranks(config: DistillConfig, tmp_path: Path) -> None:
-    """As on a machine that is taken away: only one rank may hear of it, and its loader's workers too."""
+    """Preemption: SIGTERM may reach only one rank and its data loader workers."""
     out = tmp_path / "run"
     arguments = distill_arguments(config, out, *STEPS, "train.images=4000", "train.loader_workers=2")
     running = start_ranks(arguments, tmp_path / "log")
     running[0].wait_for(lambda: len(read_stats(out)) > 1)
     for _ in range(2):
-        running[1].send(signal.SIGTERM)  # to the whole group
+        running[1].send(signal.SIGTERM)  # to its whole process group
         time.sleep(0.05)
     ended = [each.wait(120) for each in running]
     assert [each.code for each in ended] == [130, 130], [each.stderr for each in ended]
@@ -243,36 +253,36 @@ def test_sigterm_saves_on_all_ranks(config: DistillConfig, tmp_path: Path) -> No
     sharded_checkpoint.verify(last)
 
 
-# Other bad times.
+# Other failures.
 
 
-def damaged(run: Path) -> None:
+def damage_checkpoint(run: Path) -> None:
     shard = next((run / "checkpoints" / "000000016" / "state").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-64])
 
 
-@pytest.mark.parametrize("harm", [damaged, None])
-def test_a_checkpoint_that_is_not_this_run_s(
-    harm: Callable[[Path], None] | None, config: DistillConfig, plain: Path, ode: Path, tmp_path: Path
+@pytest.mark.parametrize("damage", [damage_checkpoint, None])
+def test_damaged_or_foreign_checkpoints_are_refused(
+    damage: Callable[[Path], None] | None, config: DistillConfig, plain: Path, ode: Path, tmp_path: Path
 ) -> None:
-    """A damaged file, or a folder that another config wrote, put in place of one's own."""
+    """A checkpoint with a damaged file, or one that a run with another config wrote."""
     out = tmp_path / "run"
     done = d2g(distill_arguments(config, out, *STEPS), tmp_path / "log")
     assert done.code == 0, done.stderr
-    if harm is not None:
-        harm(out)
+    if damage is not None:
+        damage(out)
     else:
-        changed = distill_arguments(config, tmp_path / "other", *STEPS, "gan.weight=1")
-        other = d2g(changed, tmp_path / "log")
+        arguments = distill_arguments(config, tmp_path / "other", *STEPS, "gan.weight=1")
+        other = d2g(arguments, tmp_path / "log")
         assert other.code == 0, other.stderr
         (out / "checkpoints" / "000000016").rename(tmp_path / "away")
         (tmp_path / "other" / "checkpoints" / "000000016").rename(out / "checkpoints" / "000000016")
     ended = d2g(distill_arguments(config, out, *STEPS, "train.images=20"), tmp_path / "log")
     assert ended.code == 1 and "continue from the checkpoint before it" in ended.error
-    assert ("of a run with other networks" in ended.error) == (harm is None)
+    assert ("of a run with other networks" in ended.error) == (damage is None)
 
 
-def test_a_pair_that_is_not_finite_is_named_and_made_again(
+def test_a_non_finite_pair_is_reported_and_repaired(
     config: DistillConfig, plain: Path, tmp_path: Path
 ) -> None:
     store, out = tmp_path / "pairs", tmp_path / "run"
@@ -281,8 +291,8 @@ def test_a_pair_that_is_not_finite_is_named_and_made_again(
         number = int(file["index"][2])
         file["latent"][2, 0, 0, 0] = float("nan")
     arguments = distill_arguments(replace(config, pairs=str(store)), out, *STEPS)
-    both = d2g_ranks(arguments, tmp_path / "log")
-    for ended in both:
+    ranks = d2g_ranks(arguments, tmp_path / "log")
+    for ended in ranks:
         assert ended.code == 1 and f"error: pair {number} of {store}: values that are not" in ended.error
         assert "`d2g pairs repair` makes it again, then the same command goes on" in ended.error
         assert ended.error.endswith(f"losses, logits and rows of the step: {out / 'failure'}")
@@ -291,35 +301,35 @@ def test_a_pair_that_is_not_finite_is_named_and_made_again(
     assert all(report["norm"] == "nan" and len(report["pairs"]) == 2 for report in reports)
     assert {len(logits) for report in reports for logits in report["logits"].values()} == {6}
     assert d2g(["pairs", "repair", str(store)], tmp_path / "log").code == 0
-    both = d2g_ranks(arguments, tmp_path / "log")
-    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    ranks = d2g_ranks(arguments, tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
     assert_same_learning(out, plain)
 
 
 def test_three_ranks_resume_bit_for_bit(config: DistillConfig, tmp_path: Path) -> None:
-    """DDP moves gradients about after a run's first step, where the order of a sum of three would show."""
+    """DDP rebuilds its buckets after the first step, which may change the summation order of three ranks."""
     settings = (*STEPS, "train.batch_size=6", "train.report_images=6", "train.images=24")
-    for run, lengths in (("once", (24,)), ("twice", (12, 24))):
-        for images in lengths:
+    for run, image_counts in (("unbroken", (24,)), ("resumed", (12, 24))):
+        for images in image_counts:
             arguments = distill_arguments(config, tmp_path / run, *settings, f"train.images={images}")
             ended = d2g_ranks(arguments, tmp_path / "log", 3)
             assert [each.code for each in ended] == [0, 0, 0], ended[0].stderr
     states = [
         sharded_checkpoint.read(checkpoint.open_checkpoint(tmp_path / run / "checkpoints" / "000000024"))
-        for run in ("once", "twice")
+        for run in ("unbroken", "resumed")
     ]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
-    assert losses(tmp_path / "once") == losses(tmp_path / "twice")
+    assert losses(tmp_path / "unbroken") == losses(tmp_path / "resumed")
 
 
 def test_a_batch_of_one_per_rank_is_refused(config: DistillConfig, tmp_path: Path) -> None:
-    both = d2g_ranks(distill_arguments(config, tmp_path / "run", "train.batch_size=2"), tmp_path / "log")
-    assert [ended.code for ended in both] == [2, 2]
-    assert "a micro-batch has 1 row per process" in both[0].error
+    ranks = d2g_ranks(distill_arguments(config, tmp_path / "run", "train.batch_size=2"), tmp_path / "log")
+    assert [ended.code for ended in ranks] == [2, 2]
+    assert "a micro-batch has 1 row per process" in ranks[0].error
     assert not (tmp_path / "run").exists()
 
 
-def test_the_first_stage_and_one_without_mixing_take_odd_numbers(
+def test_odd_batch_sizes_are_allowed_without_mixing(
     config: DistillConfig, teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
     rows = ("train.batch_size=3", "train.images=6")
@@ -329,9 +339,7 @@ def test_the_first_stage_and_one_without_mixing_take_odd_numbers(
         override(config, rows)
 
 
-def test_a_prompt_beyond_the_tokenizer_s_limit_is_cut_as_the_teacher_cut_it(
-    teacher: Path, tmp_path: Path
-) -> None:
+def test_training_truncates_long_prompts_like_the_teacher(teacher: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(" ".join([caption] * 40) for caption in tiny.CAPTIONS) + "\n")
     generate_pairs(tiny.pair_config(str(teacher), str(prompts)), tmp_path / "pairs")
@@ -342,12 +350,15 @@ def test_a_prompt_beyond_the_tokenizer_s_limit_is_cut_as_the_teacher_cut_it(
 # SDXL.
 
 
-def test_sdxl_s_recipe_on_a_tiny_sdxl(tmp_path: Path) -> None:
-    """Both stages with two text encoders: noise before D, no R1, held-out pairs, a preview."""
+def test_sdxl_recipe_on_a_tiny_teacher(tmp_path: Path) -> None:
+    """Both stages with two text encoders, noise augmentation of D, no R1, held-out pairs and a preview."""
     folder = tiny_teachers.save_sdxl(tmp_path / "teacher")
     tiny.save_lpips(tmp_path / "teacher" / "latent_lpips")
-    pairs, held = make_pairs(Path(folder), tmp_path), ("train.validate_pairs=3", "train.validate_images=8")
-    train(distill_config(Path(folder), pairs, *held, "train.preview_prompts=2"), tmp_path / "ode")
+    pairs, validation = (
+        make_pairs(Path(folder), tmp_path),
+        ("train.validate_pairs=3", "train.validate_images=8"),
+    )
+    train(distill_config(Path(folder), pairs, *validation, "train.preview_prompts=2"), tmp_path / "ode")
     settings = ("gan.penalty=none", "gan.noise_augment=uniform", "gan.weight=1", "data.text_cache=10")
     config = distill_config(Path(folder), pairs, *settings, stage="gan", init=tmp_path / "ode")
     summary = train(config, tmp_path / "gan")
@@ -357,18 +368,20 @@ def test_sdxl_s_recipe_on_a_tiny_sdxl(tmp_path: Path) -> None:
     assert len(heads) == 3 * blocks
 
 
-def test_photographs_count_as_real(config: DistillConfig, plain: Path, tmp_path: Path) -> None:
-    """They move D's loss, the same on two ranks as on one."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
+def test_real_images_change_the_discriminator_loss(
+    config: DistillConfig, plain: Path, tmp_path: Path
+) -> None:
+    """Real images change D's loss, on two ranks as on one."""
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(5):
-        Image.new("RGB", (40, 30), (40 * number, 10, 200)).save(photos / f"{number}.png")
-        (photos / f"{number}.txt").write_text(f"a red cube {number}")
-    settings = (*STEPS, f"gan.real={photos}", "gan.real_fraction=0.3")
+        Image.new("RGB", (40, 30), (40 * number, 10, 200)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"a red cube {number}")
+    settings = (*STEPS, f"gan.real={images}", "gan.real_fraction=0.3")
     done = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
     assert done.code == 0, done.stderr
-    both = d2g_ranks(distill_arguments(config, tmp_path / "two", *settings), tmp_path / "log")
-    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    ranks = d2g_ranks(distill_arguments(config, tmp_path / "two", *settings), tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
     assert_same_learning(tmp_path / "two", tmp_path / "one")
     assert losses(tmp_path / "one")[0]["loss/d"] != losses(plain)[0]["loss/d"]
 
@@ -376,43 +389,41 @@ def test_photographs_count_as_real(config: DistillConfig, plain: Path, tmp_path:
 # Validation.
 
 
-def test_validation_does_not_touch_training_and_the_best_stays(
+def test_validation_does_not_change_training_and_the_best_checkpoint_is_kept(
     config: DistillConfig, teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """A learning rate that soon is too high: the best is an early point, which pruning leaves."""
-    held = ("train.validate_pairs=4", "train.validate_images=4", "train.images=40", "optim.lr=0.01")
+    """The learning rate is too high, so the best checkpoint is an early one, which pruning must keep."""
+    validation = ("train.validate_pairs=4", "train.validate_images=4", "train.images=40", "optim.lr=0.01")
     keep = ("train.keep_best=true", "train.keep_checkpoints=1", "train.preview_prompts=2")
-    train(distill_config(teacher, pairs, *held), tmp_path / "seen")
-    train(distill_config(teacher, pairs, *held, *keep), tmp_path / "kept")
-    plain = [line for line in losses(tmp_path / "seen") if line]
-    assert plain == [line for line in losses(tmp_path / "kept") if line] and len(plain) == 10
+    train(distill_config(teacher, pairs, *validation), tmp_path / "last_only")
+    train(distill_config(teacher, pairs, *validation, *keep), tmp_path / "keep_best")
+    plain = [line for line in losses(tmp_path / "last_only") if line]
+    assert plain == [line for line in losses(tmp_path / "keep_best") if line] and len(plain) == 10
     values = {
         int(line["nimg"]): line["val/e_latent_lpips"]
-        for line in read_stats(tmp_path / "kept")
+        for line in read_stats(tmp_path / "keep_best")
         if "val/e_latent_lpips" in line
     }
     assert sorted(values) == list(range(4, 44, 4))
     best = min(values, key=lambda nimg: (values[nimg], nimg))
-    assert checkpoint.complete_points(tmp_path / "kept" / "checkpoints") == sorted({best, 40})
-    assert (tmp_path / "kept" / "health.png").is_file()
-    assert len(list((tmp_path / "kept" / "previews").glob("preview-*.png"))) == 10
-    assert json.loads((tmp_path / "kept" / "config.json").read_text())["length"]["keep_best"] is True
+    assert checkpoint.complete_points(tmp_path / "keep_best" / "checkpoints") == sorted({best, 40})
+    assert (tmp_path / "keep_best" / "health.png").is_file()
+    assert len(list((tmp_path / "keep_best" / "previews").glob("preview-*.png"))) == 10
+    assert json.loads((tmp_path / "keep_best" / "config.json").read_text())["length"]["keep_best"] is True
 
 
-def test_a_validation_that_a_kill_came_before_is_made_up_for(
-    teacher: Path, pairs: Path, tmp_path: Path
-) -> None:
-    held = ("train.validate_pairs=4", "train.validate_images=8", "train.images=16")
-    config = distill_config(teacher, pairs, *held)
+def test_a_resumed_run_repeats_a_missing_validation(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    validation = ("train.validate_pairs=4", "train.validate_images=8", "train.images=16")
+    config = distill_config(teacher, pairs, *validation)
     train(config, tmp_path)
-    stats, whole = tmp_path / "stats.jsonl", read_stats(tmp_path)
-    assert [line["nimg"] for line in whole if "val/psnr" in line] == [8, 16]
+    stats, reports = tmp_path / "stats.jsonl", read_stats(tmp_path)
+    assert [line["nimg"] for line in reports if "val/psnr" in line] == [8, 16]
     stats.write_text("".join(stats.read_text().splitlines(keepends=True)[:-1]))
     train(config, tmp_path)
-    assert read_stats(tmp_path) == whole
+    assert read_stats(tmp_path) == reports
 
 
-def test_a_run_needs_its_init_only_to_begin(config: DistillConfig, ode: Path, tmp_path: Path) -> None:
+def test_a_run_needs_its_init_only_at_the_start(config: DistillConfig, ode: Path, tmp_path: Path) -> None:
     init = tmp_path / "init"
     shutil.copytree(ode, init)
     started = replace(config, init=str(init))
@@ -422,22 +433,22 @@ def test_a_run_needs_its_init_only_to_begin(config: DistillConfig, ode: Path, tm
         shutil.rmtree(init, ignore_errors=True)
 
 
-def test_lines_of_a_run_that_died_before_its_first_checkpoint_go(
+def test_reports_of_a_run_killed_before_its_first_checkpoint_are_dropped(
     teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    out, made = tmp_path / "run", distill_config(teacher, pairs, "train.images=8")
-    running = Running(distill_arguments(made, out, "train.images=4000"), tmp_path / "log")
+    out, config = tmp_path / "run", distill_config(teacher, pairs, "train.images=8")
+    running = Running(distill_arguments(config, out, "train.images=4000"), tmp_path / "log")
     running.wait_for(lambda: len(read_stats(out)) > 2)
     running.send(signal.SIGKILL)
     running.wait()
-    assert not (out / "ended.json").exists(), "nobody knows how it ended"
-    done = d2g(distill_arguments(made, out), tmp_path / "log")
+    assert not (out / "ended.json").exists(), "a killed run writes no ended.json"
+    done = d2g(distill_arguments(config, out), tmp_path / "log")
     assert done.code == 0, done.stderr
     assert [line["nimg"] for line in read_stats(out)] == [4, 8]
     assert json.loads((out / "ended.json").read_text())["how"] == "done"
 
 
-def test_a_run_that_breaks_says_so_and_leaves_its_panel(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_failed_run_writes_ended_json_and_health_png(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     settings = ("optim.lr=1e30", "train.on_collapse=stop", "train.images=400")
     with pytest.raises((FloatingPointError, UserError)) as caught:
         train(distill_config(teacher, pairs, *settings), tmp_path)
@@ -446,41 +457,39 @@ def test_a_run_that_breaks_says_so_and_leaves_its_panel(teacher: Path, pairs: Pa
     assert (tmp_path / "health.png").is_file()
 
 
-def test_what_is_refused_before_the_first_step_blocks_no_folder(
-    teacher: Path, pairs: Path, tmp_path: Path
-) -> None:
-    held = ("train.validate_images=4", "train.images=4")
+def test_refused_settings_leave_the_run_folder_usable(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    validation = ("train.validate_images=4", "train.images=4")
     with pytest.raises(SettingError, match="validate_pairs is 5000 of 12 pairs"):
-        train(distill_config(teacher, pairs, *held, "train.validate_pairs=5000"), tmp_path)
-    train(distill_config(teacher, pairs, *held, "train.validate_pairs=4"), tmp_path)
+        train(distill_config(teacher, pairs, *validation, "train.validate_pairs=5000"), tmp_path)
+    train(distill_config(teacher, pairs, *validation, "train.validate_pairs=4"), tmp_path)
 
 
-def test_fid_on_the_way_decides_which_point_is_best(tmp_path: Path) -> None:
-    """`--validate`: the miniature's own protocol, on a few scenes, through the command line."""
+def test_validate_option_measures_fid_during_training(tmp_path: Path) -> None:
+    """`--validate miniature`: FID on a few scenes, with one process and with two FSDP2 ranks."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cube\na blue sphere\na green cone\n")
     settings = tiny.pair_config("miniature", str(prompts), num_pairs=8, steps=2, dtype="float16")
     generate_pairs(settings, tmp_path / "pairs")
     config = distill_config(Path("miniature"), tmp_path / "pairs", "train.images=8")
-    held = ("train.validate_pairs=2", "train.validate_images=4", "train.keep_best=true")
-    arguments = distill_arguments(config, tmp_path / "run", *held)
-    asked = ["--validate", "miniature", "--validate-num", "16"]
-    done = d2g([*arguments, *asked], tmp_path / "log")
+    validation = ("train.validate_pairs=2", "train.validate_images=4", "train.keep_best=true")
+    arguments = distill_arguments(config, tmp_path / "run", *validation)
+    options = ["--validate", "miniature", "--validate-num", "16"]
+    done = d2g([*arguments, *options], tmp_path / "log")
     assert done.code == 0, done.stderr
     lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
     assert [line["nimg"] for line in lines] == [4, 8]
     assert all(line["val/fid"] > 0 and line["val/psnr"] > 0 for line in lines)
-    shards = distill_arguments(config, tmp_path / "shards", *held, "engine.parallel=fsdp")
-    both = d2g_ranks([*shards, *asked], tmp_path / "log")
-    assert [ended.code for ended in both] == [0, 0], both[0].stderr
-    fids = [line["val/fid"] for line in read_stats(tmp_path / "shards") if "val/fid" in line]
+    sharded = distill_arguments(config, tmp_path / "sharded", *validation, "engine.parallel=fsdp")
+    ranks = d2g_ranks([*sharded, *options], tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    fids = [line["val/fid"] for line in read_stats(tmp_path / "sharded") if "val/fid" in line]
     assert fids == pytest.approx([line["val/fid"] for line in lines], rel=1e-3)
-    again = d2g([*distill_arguments(config, tmp_path / "other"), *asked], tmp_path / "log")
-    assert again.code == 2 and "train.validate_images" in again.error
+    refused = d2g([*distill_arguments(config, tmp_path / "other"), *options], tmp_path / "log")
+    assert refused.code == 2 and "train.validate_images" in refused.error
 
 
-def test_reports_hold_what_only_some_steps_have(config: DistillConfig, tmp_path: Path) -> None:
-    """R1 of the third step and G's losses of even ones, in reports at other steps."""
+def test_reports_include_terms_of_earlier_steps(config: DistillConfig, tmp_path: Path) -> None:
+    """R1 acts at every third step and G at even steps, but each report contains both."""
     settings = ("gan.r1_interval=3", "gan.d_steps_per_g_step=2", "train.report_images=20", "train.images=40")
     done = d2g(distill_arguments(config, tmp_path / "run", *settings), tmp_path / "log")
     assert done.code == 0, done.stderr

@@ -122,7 +122,7 @@ def test_parity_detects_another_network(exported: tuple[Path, float], tmp_path: 
     assert (sample_with_diffusers(other, z) - sample_with_diffusers(out, z)).abs().max() > 0.1
 
 
-def test_the_folder_contains_no_local_paths(exported: tuple[Path, float], teacher: Path) -> None:
+def test_export_contains_no_local_paths(exported: tuple[Path, float], teacher: Path) -> None:
     out = exported[0]
     names = {path.name for path in out.iterdir()}
     assert names == {"README.md", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
@@ -162,7 +162,7 @@ def test_half_precision_is_half_the_bytes(
     )
 
 
-def test_sdxl(tmp_path: Path) -> None:
+def test_sdxl_export(tmp_path: Path) -> None:
     teacher = tiny_teachers.save_sdxl(tmp_path / "teacher")
     run = save_run(tmp_path / "run", teacher)
     assert export_pipeline(run, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
@@ -174,7 +174,7 @@ def test_sdxl(tmp_path: Path) -> None:
     assert "StableDiffusionXLPipeline" in readme_of(tmp_path / "out")
 
 
-# Students with something beside the teacher's network.
+# Students with a guidance input or adapters.
 
 
 def test_diffusers_passes_the_guidance_scale_to_a_guided_student(teacher: Path, tmp_path: Path) -> None:
@@ -198,14 +198,14 @@ def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_lora_run(tmp_path_factory.mktemp("lora") / "run", str(teacher), config)
 
 
-def test_adapters_do_something(lora: str, teacher: Path) -> None:
+def test_adapters_change_the_latents(lora: str, teacher: Path) -> None:
     z = noise(5, range(2), (4, 4, 4))
     merged, base = load_student(lora), student_from_teacher(str(teacher))
     assert (base(z, merged.conditioner.encode(PROMPT)) - merged.latents(z, PROMPT)).abs().max() > 0.1
 
 
 def sample_adapters_with_diffusers(teacher: Path, adapters: Path, z: Tensor) -> Tensor:
-    """diffusers' own words, in the teacher's own pipeline."""
+    """Load the adapters with `load_lora_weights` into the teacher's diffusers pipeline and sample."""
     pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
     pipe.scheduler = LCMScheduler.from_pretrained(adapters, subfolder="scheduler")
     pipe.load_lora_weights(adapters)
@@ -226,19 +226,23 @@ def test_adapters_load_into_the_teachers_own_pipeline(lora: str, teacher: Path, 
     assert "rank 2." in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("at_hand", [True, False], ids=["both runs", "the second alone"])
-def test_adapters_of_two_stages_are_one(at_hand: bool, lora: str, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first_exists", [True, False], ids=["both runs", "second run only"])
+def test_adapters_of_two_stages_are_combined(
+    first_exists: bool, lora: str, teacher: Path, tmp_path: Path
+) -> None:
     first = shutil.copytree(lora, tmp_path / "first")
     config = StudentConfig(lora_rank=3, lora_alpha=1.5)
     second = save_lora_run(tmp_path / "second", str(teacher), config, str(first), seed=5)
-    if not at_hand:
+    if not first_exists:
         shutil.rmtree(first)
     assert export_lora(second, tmp_path / "out")["parity_max_abs_err"] <= 1e-4
     z = noise(5, range(2), (4, 4, 4))
     own = load_student(second).latents(z, PROMPT)
     latents = sample_adapters_with_diffusers(teacher, tmp_path / "out", z)
     torch.testing.assert_close(latents, own, rtol=0, atol=1e-4)
-    assert (load_student(lora).latents(z, PROMPT) - own).abs().max() > 0.1, "each stage did something"
+    assert (load_student(lora).latents(z, PROMPT) - own).abs().max() > 0.1, (
+        "the second stage changes the latents"
+    )
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert {len(value) for name, value in tensors.items() if "lora_A" in name} == {5}
     assert "rank 5." in readme_of(tmp_path / "out")
@@ -248,10 +252,10 @@ def test_a_student_with_other_changed_weights_is_refused(
     run: str, lora: str, teacher: Path, tmp_path: Path
 ) -> None:
     config = StudentConfig(lora_rank=2)
-    full_run = save_lora_run(tmp_path / "after", str(teacher), config, run)
+    after_full_run = save_lora_run(tmp_path / "after", str(teacher), config, run)
     export_student(lora, tmp_path / "half")
     rounded = save_lora_run(tmp_path / "rounded", str(teacher), config, str(tmp_path / "half"))
-    for student in (full_run, rounded):
+    for student in (after_full_run, rounded):
         with pytest.raises(UserError, match=r"is more than adapters: \d+ weights without any, first unet\."):
             export_lora(student, tmp_path / "out")
     other = tiny.save_teacher(tmp_path / "other", seed=1)
@@ -277,23 +281,23 @@ def test_a_student_without_adapters_is_refused(run: str, teacher: Path, tmp_path
         export_lora(both, tmp_path / "out")
 
 
-# The card.
+# The model card.
 
 
-def test_the_code_on_the_card_runs(exported: tuple[Path, float]) -> None:
+def test_code_on_the_model_card_runs(exported: tuple[Path, float]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", readme_of(exported[0]), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code.replace("THIS_FOLDER", str(exported[0])), names)
     assert names["image"].size == (16, 16)
 
 
-def test_an_export_of_an_export(run: str, tmp_path: Path) -> None:
+def test_an_exported_student_can_be_exported_again(run: str, tmp_path: Path) -> None:
     export_student(run, tmp_path / "small", "fp32")
     assert export_pipeline(str(tmp_path / "small"), tmp_path / "out")["parity_max_abs_err"] <= 1e-4
     assert "not recorded with an exported student" in readme_of(tmp_path / "out")
 
 
-def test_licenses(teacher: Path, tmp_path: Path) -> None:
+def test_license_is_read_from_the_teachers_readme(teacher: Path, tmp_path: Path) -> None:
     assert license_of("miniature") == "apache-2.0" and license_of(str(teacher)) is None
     copy = shutil.copytree(teacher, tmp_path / "teacher")
     (copy / "README.md").write_text("---\nlanguage: en\nlicense: 'cc0-1.0'\n---\n# It\nlicense: no\n")
@@ -308,10 +312,10 @@ def test_invalid_scores_are_refused(content: str | None, run: str, tmp_path: Pat
         (tmp_path / "result.json").write_text(content)
     with pytest.raises(UserError, match=r"--scores .*result\.json is no evaluation result"):
         export_pipeline(run, tmp_path / "out", options=CardOptions(scores=(str(tmp_path / "result.json"),)))
-    assert not (tmp_path / "out").exists(), "refused before the work"
+    assert not (tmp_path / "out").exists(), "refused before anything is written"
 
 
-def test_settings(run: str, tmp_path: Path) -> None:
+def test_invalid_export_settings(run: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="format is 'diffuser'; did you mean 'diffusers'"):
         ExportConfig(format="diffuser")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="student is not set"):
@@ -325,12 +329,12 @@ def test_settings(run: str, tmp_path: Path) -> None:
         export_pipeline(run, tmp_path / "file" / "out")
 
 
-def test_the_shipped_miniature(tmp_path: Path) -> None:
+def test_export_of_the_shipped_miniature(tmp_path: Path) -> None:
     assert export_pipeline("miniature", tmp_path / "out")["parity_max_abs_err"] <= 1e-4
     assert ModelCard(readme_of(tmp_path / "out")).data.license == "apache-2.0"
 
 
-# The command.
+# The `d2g export` command.
 
 
 def d2g(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -341,7 +345,7 @@ def d2g(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, st
     return (code if isinstance(code, int) else 0), *capfd.readouterr()
 
 
-def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_export_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     words = ("export", "--student", run, "--format", "diffusers", "--out", out, "--watts", 250, "--json")
     code, out_text, _ = d2g(capfd, *words, "--dry-run")
@@ -360,7 +364,7 @@ def test_the_command(run: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert code == 2 and "format is 'onx'" in error
 
 
-# Students without text.
+# Students without text conditioning.
 
 
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
@@ -403,7 +407,7 @@ def test_students_that_diffusers_cannot_run_are_refused(case: str, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_of_a_student_of_classes_are_merged(tmp_path: Path) -> None:
+def test_adapters_of_a_class_conditional_student_are_merged(tmp_path: Path) -> None:
     teacher = tiny_teachers.save_edm(tmp_path / "teacher")
     run = save_run(tmp_path / "run", teacher, StudentConfig(lora_rank=2))
     result = export(ExportConfig(student=run, dtype="fp32"), tmp_path / "out")

@@ -1,6 +1,4 @@
-"""distill.losses.gradient_penalty against finite differences in float64, on a tiny UNet with every zero
-weight set moving.
-"""
+"""distill.losses.gradient_penalty against finite differences in float64, for networks without zero weights."""
 
 from pathlib import Path
 from typing import Any
@@ -39,19 +37,19 @@ def build(family: str, teacher: Path, folder: Path) -> nn.Module:
 
 
 @pytest.fixture(scope="module", params=("sd", *tiny_teachers.TRANSFORMERS))
-def judge(
+def discriminator(
     request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> nn.Module:
-    """float64, and with nothing at zero, so that every path of the gradient counts."""
-    discriminator = build(request.param, teacher, tmp_path_factory.mktemp("judge"))
+    """A float64 discriminator without zero weights, so that every gradient path contributes."""
+    discriminator = build(request.param, teacher, tmp_path_factory.mktemp("discriminator"))
     rng = torch.Generator().manual_seed(5)
     for parameter in discriminator.parameters():
         nn.init.normal_(parameter, std=0.3, generator=rng)
     return discriminator.double()
 
 
-def family_of(judge: nn.Module) -> str:
-    return judge.family.name if isinstance(judge, TransformerDiscriminator) else "sd"
+def family_of(discriminator: nn.Module) -> str:
+    return discriminator.family.name if isinstance(discriminator, TransformerDiscriminator) else "sd"
 
 
 def inputs(batch: int = 1, family: str = "sd", seed: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
@@ -61,29 +59,31 @@ def inputs(batch: int = 1, family: str = "sd", seed: int = 1) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def score(judge: nn.Module, x: Tensor, noise: Tensor, text: Conditioning) -> float:
-    return float(sum(head.mean() for head in judge(x, noise, text).values()))
+def score(discriminator: nn.Module, x: Tensor, noise: Tensor, text: Conditioning) -> float:
+    return float(sum(head.mean() for head in discriminator(x, noise, text).values()))
 
 
-def test_the_penalty_is_the_squared_norm_of_finite_differences(judge: nn.Module) -> None:
-    x, noise, text = inputs(family=family_of(judge))
+def test_the_penalty_is_the_squared_norm_of_finite_differences(discriminator: nn.Module) -> None:
+    x, noise, text = inputs(family=family_of(discriminator))
     step, total = 1e-5, 0.0
     for position in range(x.numel()):
         shift = torch.zeros_like(x)
         shift.view(-1)[position] = step
-        slope = (score(judge, x + shift, noise, text) - score(judge, x - shift, noise, text)) / (2 * step)
+        slope = (
+            score(discriminator, x + shift, noise, text) - score(discriminator, x - shift, noise, text)
+        ) / (2 * step)
         total += slope**2
-    penalty = r1_penalty(judge, x, noise, text)
+    penalty = r1_penalty(discriminator, x, noise, text)
     assert penalty.dtype == torch.float64 and total > 1e-3
     assert penalty.item() == pytest.approx(total, rel=1e-6)
 
 
-def test_the_penaltys_gradient_equals_finite_differences(judge: nn.Module) -> None:
-    """Along random directions, for each kind of parameter: trunk, attention, noise, scales, heads."""
-    x, noise, text = inputs(family=family_of(judge))
-    judge.zero_grad()
-    r1_penalty(judge, x, noise, text).backward()
-    parameters = {n: p for n, p in judge.named_parameters() if p.requires_grad}
+def test_the_penaltys_gradient_equals_finite_differences(discriminator: nn.Module) -> None:
+    """Along random directions, for each group of parameters: trunk, attention, noise, scales, heads."""
+    x, noise, text = inputs(family=family_of(discriminator))
+    discriminator.zero_grad()
+    r1_penalty(discriminator, x, noise, text).backward()
+    parameters = {n: p for n, p in discriminator.named_parameters() if p.requires_grad}
     kinds = {
         "noise": [n for n in parameters if n.startswith(("conv_z", "patch_z"))],
         "scales": [n for n in parameters if n.startswith("conv_scale")],
@@ -91,7 +91,7 @@ def test_the_penaltys_gradient_equals_finite_differences(judge: nn.Module) -> No
         "attention": [n for n in parameters if ".attn" in n],
         "trunk": [n for n in parameters if n.startswith(("unet.", "transformer.")) and ".attn" not in n],
     }
-    if isinstance(judge, TransformerDiscriminator):
+    if isinstance(discriminator, TransformerDiscriminator):
         del kinds["scales"]
     rng, step = torch.Generator().manual_seed(2), 1e-6
     for kind, names in kinds.items():
@@ -106,7 +106,7 @@ def test_the_penaltys_gradient_equals_finite_differences(judge: nn.Module) -> No
             with torch.no_grad():
                 for n in names:
                     parameters[n].add_(sign * step * direction[n])
-            values.append(r1_penalty(judge, x, noise, text).item())
+            values.append(r1_penalty(discriminator, x, noise, text).item())
             with torch.no_grad():
                 for n in names:
                     parameters[n].sub_(sign * step * direction[n])
@@ -114,32 +114,40 @@ def test_the_penaltys_gradient_equals_finite_differences(judge: nn.Module) -> No
         assert abs(slope) > 1e-6, kind
 
 
-def test_rows_are_averaged(judge: nn.Module) -> None:
-    x, noise, text = inputs(3, family_of(judge))
-    each = [r1_penalty(judge, x[i : i + 1], noise[i : i + 1], text[i : i + 1]).item() for i in range(3)]
-    assert r1_penalty(judge, x, noise, text).item() == pytest.approx(sum(each) / 3, rel=1e-9)
+def test_rows_are_averaged(discriminator: nn.Module) -> None:
+    x, noise, text = inputs(3, family_of(discriminator))
+    each = [
+        r1_penalty(discriminator, x[i : i + 1], noise[i : i + 1], text[i : i + 1]).item() for i in range(3)
+    ]
+    assert r1_penalty(discriminator, x, noise, text).item() == pytest.approx(sum(each) / 3, rel=1e-9)
 
 
-@pytest.mark.parametrize("family", ["sd", "dit", "sd3"])  # PixArt's mask keeps flash attention away
-def test_attention_has_a_second_derivative_where_flash_has_none(
+@pytest.mark.parametrize("family", ["sd", "dit", "sd3"])  # PixArt passes an attention mask, so PyTorch never selects flash attention
+def test_penalty_avoids_flash_attention_which_has_no_second_derivative(
     family: str, teacher: Path, tmp_path: Path
 ) -> None:
     discriminator = build(family, teacher, tmp_path)
     x, noise, text = (t.to(torch.float32) for t in inputs(family=family))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        moving = x.clone().requires_grad_(True)
-        total = torch.stack([head.mean() for head in discriminator(moving, noise, text).values()]).sum()
-        (gradient,) = torch.autograd.grad(total, moving, create_graph=True)
+        latents = x.clone().requires_grad_(True)
+        total = torch.stack([head.mean() for head in discriminator(latents, noise, text).values()]).sum()
+        (gradient,) = torch.autograd.grad(total, latents, create_graph=True)
         with pytest.raises(RuntimeError, match="derivative"):
             gradient.square().sum().backward()
         discriminator.zero_grad()
-        r1_penalty(discriminator, x, noise, text).backward()  # even where the caller asks for flash
-    inside = [p.grad for n, p in discriminator.named_parameters() if ".attn" in n and p.grad is not None]
-    assert inside and all(torch.isfinite(g).all() for g in inside) and any(g.abs().max() > 0 for g in inside)
+        r1_penalty(discriminator, x, noise, text).backward()  # also if the caller selects flash attention
+    attention_grads = [
+        p.grad for n, p in discriminator.named_parameters() if ".attn" in n and p.grad is not None
+    ]
+    assert (
+        attention_grads
+        and all(torch.isfinite(g).all() for g in attention_grads)
+        and any(g.abs().max() > 0 for g in attention_grads)
+    )
 
 
 @pytest.mark.parametrize("family", ["sd", *tiny_teachers.TRANSFORMERS])
-def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(
+def test_penalty_is_fp32_under_autocast_and_keeps_its_input(
     family: str, teacher: Path, tmp_path: Path
 ) -> None:
     discriminator = build(family, teacher, tmp_path)
@@ -151,68 +159,70 @@ def test_it_is_fp32_under_autocast_and_leaves_the_input_alone(
     assert not x.requires_grad and x.grad is None
 
 
-def shown(rows: int, seed: int = 0, family: str = "sd") -> DiscriminatorInput:
+def discriminator_input(rows: int, seed: int = 0, family: str = "sd") -> DiscriminatorInput:
     return DiscriminatorInput(*inputs(rows, family, seed))
 
 
-def of(judge: nn.Module, s: DiscriminatorInput, **settings: Any) -> float:
-    return r1_penalty(judge, s.latents, s.noise, s.cond, s.t, **settings).item()
+def r1(discriminator: nn.Module, s: DiscriminatorInput, **settings: Any) -> float:
+    return r1_penalty(discriminator, s.latents, s.noise, s.cond, s.t, **settings).item()
 
 
-def asked(judge: nn.Module, **settings: Any) -> tuple[float, dict[str, float]]:
+def penalty_terms(discriminator: nn.Module, **settings: Any) -> tuple[float, dict[str, float]]:
     config = DiscriminatorConfig(r1_gamma=0.5, r1_interval=4, **settings)
-    family = family_of(judge)
-    value, parts = penalty(config, judge, shown(3, 0, family), shown(3, 9, family))
+    family = family_of(discriminator)
+    value, parts = penalty(
+        config, discriminator, discriminator_input(3, 0, family), discriminator_input(3, 9, family)
+    )
     return value.item(), {k: v.item() for k, v in parts.items()}
 
 
-def test_a_linear_judge_in_closed_form() -> None:
-    """D(x) = w . x at every position: the mean's gradient is w / positions, the sum's is w, at each."""
+def test_closed_form_of_a_linear_discriminator() -> None:
+    """D(x) = w . x at every position: the gradient is w / positions for the mean and w for the sum."""
 
-    def judge(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
+    def discriminator(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
         return {"a": 2 * x.sum(1, keepdim=True), "b": -x.sum(1, keepdim=True)}
 
-    s = shown(2)
+    s = discriminator_input(2)
     slope, positions, channels = 2.0 - 1.0, 16, 4
-    mean = r1_penalty(judge, s.latents, s.noise, s.cond)
+    mean = r1_penalty(discriminator, s.latents, s.noise, s.cond)
     assert mean.item() == pytest.approx(channels * positions * (slope / positions) ** 2)
-    total = r1_penalty(judge, s.latents, s.noise, s.cond, reduction="sum")
+    total = r1_penalty(discriminator, s.latents, s.noise, s.cond, reduction="sum")
     assert total.item() == pytest.approx(channels * positions * slope**2)
 
 
-def test_each_form_is_of_its_rows_and_weighted_for_its_interval(judge: nn.Module) -> None:
-    family = family_of(judge)
-    real, fake, lazy = shown(3, 0, family), shown(3, 9, family), 0.5 * 0.5 * 4
-    rows = [of(judge, real.row(i)) for i in range(3)]
-    value, parts = asked(judge, penalty="full")
+def test_penalty_rows_and_weights(discriminator: nn.Module) -> None:
+    family = family_of(discriminator)
+    real, fake, lazy = discriminator_input(3, 0, family), discriminator_input(3, 9, family), 0.5 * 0.5 * 4
+    rows = [r1(discriminator, real.row(i)) for i in range(3)]
+    value, parts = penalty_terms(discriminator, penalty="full")
     assert parts == {"loss/r1": pytest.approx(sum(rows) / 3)} and value == pytest.approx(lazy * sum(rows) / 3)
-    value, parts = asked(judge, penalty="r1r2")
-    second = of(judge, fake)
+    value, parts = penalty_terms(discriminator, penalty="r1r2")
+    second = r1(discriminator, fake)
     assert parts == {"loss/r1": pytest.approx(sum(rows) / 3), "loss/r2": pytest.approx(second)}
     assert value == pytest.approx(lazy * (sum(rows) / 3 + second))
-    value, parts = asked(judge, penalty="full", r1_reduction="sum")
-    assert parts["loss/r1"] == pytest.approx(of(judge, real, reduction="sum"))
+    value, parts = penalty_terms(discriminator, penalty="full", r1_reduction="sum")
+    assert parts["loss/r1"] == pytest.approx(r1(discriminator, real, reduction="sum"))
     assert parts["loss/r1"] != pytest.approx(sum(rows) / 3, rel=0.1)
 
 
 @pytest.mark.parametrize(("rows", "count"), [(12, 1), (12, 3), (12, 12), (64, 16)])
-def test_single_rows_are_one_of_each_part_and_all_alike_likely(rows: int, count: int) -> None:
-    rng, part, drawn = torch.Generator().manual_seed(0), rows // count, torch.zeros(rows)
+def test_penalty_rows_are_uniform_in_each_part_of_the_batch(rows: int, count: int) -> None:
+    rng, part, counts = torch.Generator().manual_seed(0), rows // count, torch.zeros(rows)
     for _ in range(400):
         rows_for_r1 = sample_penalty_rows(rows, count, rng)
         assert [row // part for row in rows_for_r1] == list(range(count))
-        drawn[rows_for_r1] += 1
-    assert (drawn / (400 / part) - 1).abs().max() < 5 * part**0.5 / 20 + 1e-6
+        counts[rows_for_r1] += 1
+    assert (counts / (400 / part) - 1).abs().max() < 5 * part**0.5 / 20 + 1e-6
 
 
-def test_the_approximation_nears_the_squared_gradient() -> None:
-    """E (D(x) - D(x + sigma n))^2 -> sigma^2 |grad D|^2 (APT): over many draws, for a linear judge."""
+def test_approximate_r1_converges_to_the_squared_gradient() -> None:
+    """E (D(x) - D(x + sigma n))^2 = sigma^2 |grad D|^2 (APT) for a linear D, averaged over many samples."""
 
     def linear(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
         return {"a": 3 * x.mean((1, 2, 3), keepdim=True)}
 
     config = DiscriminatorConfig(penalty="approx", approx_sigma=0.1, approx_weight=7.0)
-    s, rng = shown(1), torch.Generator().manual_seed(0)
+    s, rng = discriminator_input(1), torch.Generator().manual_seed(0)
     clean = linear(s.latents, s.noise, s.cond, None)
     eps = torch.randn(4_000, *s.latents.shape, generator=rng)
     values = [approximation(config, linear, s, clean, each) for each in eps]
@@ -222,22 +232,22 @@ def test_the_approximation_nears_the_squared_gradient() -> None:
     assert all(v.item() == pytest.approx(7 * parts["loss/r1_approx"].item()) for v, parts in values)
 
 
-def test_the_approximations_gradient_reaches_both_sides() -> None:
+def test_approximate_r1_has_gradients_for_both_logits() -> None:
     clean = {"a": torch.tensor([[[[1.0]]]], requires_grad=True)}
-    moved = {"a": torch.tensor([[[[3.0]]]], requires_grad=True)}
-    approximate_r1(clean, moved).backward()
+    perturbed = {"a": torch.tensor([[[[3.0]]]], requires_grad=True)}
+    approximate_r1(clean, perturbed).backward()
     assert clean["a"].grad is not None and clean["a"].grad.item() == -4.0
-    assert moved["a"].grad is not None and moved["a"].grad.item() == 4.0
+    assert perturbed["a"].grad is not None and perturbed["a"].grad.item() == 4.0
     two = {"a": torch.zeros(2, 1, 2, 2), "b": torch.zeros(2, 1, 1, 1)}
     one = {"a": torch.ones(2, 1, 2, 2), "b": 3 * torch.ones(2, 1, 1, 1)}
     assert approximate_r1(two, one).item() == 5.0 and approximate_r1(two, one, "sum").item() == 10.0
 
 
-def test_it_is_asked_at_the_rows_time() -> None:
-    def judge(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
+def test_penalty_uses_the_timestep_of_each_row() -> None:
+    def discriminator(x: Tensor, noise: Tensor, text: Conditioning, t: Tensor | None) -> dict[str, Tensor]:
         assert t is not None
         return {"a": (x * t.view(-1, 1, 1, 1)).sum((1, 2, 3), keepdim=True)}
 
-    s = shown(3)
+    s = discriminator_input(3)
     selected = DiscriminatorInput(s.latents, s.noise, s.cond, torch.tensor([0, 2, 5]))
-    assert [of(judge, selected.row(i)) for i in range(3)] == [0.0, 64 * 4.0, 64 * 25.0]  # type: ignore[arg-type]
+    assert [r1(discriminator, selected.row(i)) for i in range(3)] == [0.0, 64 * 4.0, 64 * 25.0]  # type: ignore[arg-type]

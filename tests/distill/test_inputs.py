@@ -1,4 +1,4 @@
-"""A run goes on with the inputs it started with, wherever they lie now."""
+"""A resumed run accepts its inputs under another path, and refuses other inputs."""
 
 import json
 import shutil
@@ -26,35 +26,35 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def started(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_step_run(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
     run = tmp_path_factory.mktemp("started") / "run"
     train(distill_config(teacher, pairs, f"train.images={2 * BATCH}"), run)
     return run
 
 
-def copied(source: Path, folder: Path) -> Path:
+def copy(source: Path, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder))
 
 
-def linked(source: Path, folder: Path) -> Path:
+def link(source: Path, folder: Path) -> Path:
     folder.symlink_to(source)
     return folder
 
 
 MOVES: dict[str, Callable[[Path, Path], str]] = {
-    "copy": lambda source, folder: str(copied(source, folder)),
-    "link": lambda source, folder: str(linked(source, folder)),
+    "copy": lambda source, folder: str(copy(source, folder)),
+    "link": lambda source, folder: str(link(source, folder)),
     "slash": lambda source, folder: f"{source}/",
     "dots": lambda source, folder: f"{source}/../{source.name}",
 }
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_moved_inputs_are_the_same_inputs(
-    move: str, teacher: Path, pairs: Path, started: Path, tmp_path: Path
+def test_moved_inputs_are_accepted(
+    move: str, teacher: Path, pairs: Path, two_step_run: Path, tmp_path: Path
 ) -> None:
-    run = copied(started, tmp_path / "run")
+    run = copy(two_step_run, tmp_path / "run")
     config = distill_config(Path(), Path(), f"train.images={3 * BATCH}")
     config = replace(
         config,
@@ -64,16 +64,16 @@ def test_moved_inputs_are_the_same_inputs(
     assert train(config, run).steps == 3
     assert [line["nimg"] for line in read_stats(run)] == [BATCH, 2 * BATCH, 3 * BATCH]
     written = json.loads((run / "config.json").read_text())
-    assert (written["teacher"], written["pairs"]) == (config.teacher, config.pairs), "as last given"
+    assert (written["teacher"], written["pairs"]) == (config.teacher, config.pairs), (
+        "config.json records the latest paths"
+    )
     assert not read_history(str(run)).gap
-    train(distill_config(teacher, pairs, f"train.images={4 * BATCH}"), run)  # and back
+    train(distill_config(teacher, pairs, f"train.images={4 * BATCH}"), run)  # and back to the first paths
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "diffusers", pytest.param("onnx", marks=pytest.mark.slow)])
-def test_an_export_takes_the_teacher_from_elsewhere(
-    kind: Any, pairs: Path, teacher: Path, tmp_path: Path
-) -> None:
-    first = copied(teacher, tmp_path / "first")
+def test_export_accepts_a_moved_teacher(kind: Any, pairs: Path, teacher: Path, tmp_path: Path) -> None:
+    first = copy(teacher, tmp_path / "first")
     train(distill_config(first, pairs, f"train.images={BATCH}"), tmp_path / "run")
     first.rename(tmp_path / "moved")
     config = ExportConfig(student=str(tmp_path / "run"), format=kind, teacher=str(tmp_path / "moved"))
@@ -82,22 +82,22 @@ def test_an_export_takes_the_teacher_from_elsewhere(
         assert str(tmp_path / "moved") in (tmp_path / "out" / "student.json").read_text()
 
 
-def test_another_autoencoder_does_not_end_a_run(
-    pairs: Path, teacher: Path, started: Path, tmp_path: Path
+def test_a_run_accepts_another_autoencoder(
+    pairs: Path, teacher: Path, two_step_run: Path, tmp_path: Path
 ) -> None:
     from d2g.diffusion.pretrained import load_vae, save_component
 
-    run, swapped = copied(started, tmp_path / "run"), copied(teacher, tmp_path / "swapped")
+    run, swapped = copy(two_step_run, tmp_path / "run"), copy(teacher, tmp_path / "swapped")
     vae = load_vae(str(teacher))
     vae.decoder.conv_out.weight.data.mul_(1.5)
     save_component(vae, swapped / "vae")
     assert train(distill_config(swapped, pairs, f"train.images={3 * BATCH}"), run).steps == 3
 
 
-def test_a_run_goes_on_with_a_store_that_has_grown(
-    teacher: Path, pairs: Path, started: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_run_accepts_a_store_that_has_grown(
+    teacher: Path, pairs: Path, two_step_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, store = copied(started, tmp_path / "run"), copied(pairs, tmp_path / "pairs")
+    run, store = copy(two_step_run, tmp_path / "run"), copy(pairs, tmp_path / "pairs")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(tiny.CAPTIONS))
     settings = tiny.pair_config(str(teacher), str(prompts), steps=1, guidance=1.0, num_pairs=14)
@@ -113,17 +113,17 @@ def test_a_run_goes_on_with_a_store_that_has_grown(
     [({"seed": 7}, r"seed"), ({"num_pairs": 8}, r"num_pairs \(8 -> 12\)"), ({"steps": 2}, r"steps")],
     ids=["seed", "fewer", "steps"],
 )
-def test_other_pairs_are_other_pairs(
+def test_other_pairs_are_refused(
     place: str,
     settings: dict[str, Any],
     says: str,
     teacher: Path,
     pairs: Path,
-    started: Path,
+    two_step_run: Path,
     tmp_path: Path,
 ) -> None:
-    first = copied(pairs, tmp_path / "first" / "pairs")
-    run = copied(started, tmp_path / "run")
+    first = copy(pairs, tmp_path / "first" / "pairs")
+    run = copy(two_step_run, tmp_path / "run")
     train(distill_config(teacher, first, f"train.images={2 * BATCH}"), run)
     (tmp_path / "other").mkdir()
     other = make_pairs(teacher, tmp_path / "other", **{"steps": 1, "guidance": 1.0, **settings})
@@ -136,7 +136,7 @@ def test_other_pairs_are_other_pairs(
         train(distill_config(teacher, other, f"train.images={3 * BATCH}"), run)
 
 
-def test_the_second_stage_goes_on_after_the_first_moved(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+def test_gan_stage_accepts_a_moved_init(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     images = f"train.images={BATCH}"
     train(distill_config(teacher, pairs, images), tmp_path / "ode")
     train(distill_config(teacher, pairs, images, stage="gan", init=tmp_path / "ode"), tmp_path / "gan")
@@ -151,10 +151,10 @@ def test_the_second_stage_goes_on_after_the_first_moved(teacher: Path, pairs: Pa
     assert train(distill_config(teacher, pairs, more, stage="gan", init=moved), tmp_path / "gan").steps == 2
 
 
-def test_a_run_of_version_0_2_0_goes_on(
+def test_a_run_of_version_0_2_0_can_be_resumed(
     teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It recorded paths alone, in config.json and in its checkpoints."""
+    """Version 0.2.0 recorded paths without digests in config.json and in checkpoints."""
     from distill.training import state
 
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""distill.planning.memory: sums in closed form, and what a pass keeps against the same pass with data."""
+"""distill.planning.memory: closed forms, and bytes saved for backward against a pass on data."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ def config(teacher: Path, **settings: Any) -> DistillConfig:
     return replace(DistillConfig(teacher=str(teacher), train=train), **settings)
 
 
-def numbers(teacher: Path) -> int:
+def count_parameters(teacher: Path) -> int:
     return sum(p.numel() for p in pretrained.load_on_meta(str(teacher), "unet").parameters())
 
 
@@ -35,7 +35,7 @@ def gib(values: float) -> float:
 
 
 def test_weights_states_and_averages_in_closed_form(teacher: Path) -> None:
-    g = numbers(teacher)
+    g = count_parameters(teacher)
     memory = predict(config(teacher), 1)
     assert isinstance(memory, Memory) and memory.weights == pytest.approx(gib(g))
     assert memory.optimizer == pytest.approx(gib(2 * g)) and memory.average == pytest.approx(gib(g))
@@ -50,7 +50,7 @@ def test_weights_states_and_averages_in_closed_form(teacher: Path) -> None:
 
 
 def test_stage_two_has_two_networks(teacher: Path) -> None:
-    g = numbers(teacher)
+    g = count_parameters(teacher)
     gan = predict(config(teacher, stage="gan"), 1)
     d = Discriminator(pretrained.load_unet(str(teacher)), DiscriminatorConfig())
     trained = sum(p.numel() for p in d.parameters() if p.requires_grad)
@@ -75,10 +75,10 @@ def test_shards_divide_weights_and_states(teacher: Path) -> None:
 def test_frozen_weights_need_no_optimizer_states(teacher: Path) -> None:
     adapted = StudentConfig(lora_rank=2)
     student = student_from_teacher(str(teacher), -1, adapted)
-    ours = sum(p.numel() for n, p in student.named_parameters() if ".lora_" in n)
+    adapters = sum(p.numel() for n, p in student.named_parameters() if ".lora_" in n)
     memory = predict(config(teacher, student=adapted), 1)
-    assert memory.optimizer == pytest.approx(gib(2 * ours))
-    assert memory.average == pytest.approx(gib(numbers(teacher) + ours))
+    assert memory.optimizer == pytest.approx(gib(2 * adapters))
+    assert memory.average == pytest.approx(gib(count_parameters(teacher) + adapters))
 
 
 def large(**train: Any) -> TrainConfig:
@@ -91,16 +91,16 @@ def test_working_memory_by_rows_micro_batches_and_checkpointing(teacher: Path) -
 
     one, two = working(train=large()), working(train=large(batch_size=8192))
     assert two == pytest.approx(2 * one, rel=0.01)
-    # Of two processes each has half of the rows, and DDP's buckets of all gradients.
+    # Each of two processes has half of the rows, and DDP's buckets for all gradients.
     half = predict(config(teacher, train=large(batch_size=8192)), 2).working
-    assert half == pytest.approx(one + gib(numbers(teacher)))
+    assert half == pytest.approx(one + gib(count_parameters(teacher)))
     split = EngineConfig(gradient_accumulation=4)
     assert working(train=large(), engine=split) == pytest.approx(one / 4, rel=0.01)
-    again = EngineConfig(activation_checkpointing=True)
-    assert 0 < working(train=large(), engine=again) < 0.6 * one
+    checkpointed = EngineConfig(activation_checkpointing=True)
+    assert 0 < working(train=large(), engine=checkpointed) < 0.6 * one
     assert working(train=large(precision="bf16")) < one
     gan = working(stage="gan", train=large())
-    assert 2.5 * one < gan < 3.5 * one  # the student's graph, and D's of real and fake
+    assert 2.5 * one < gan < 3.5 * one  # the graphs of the student and of D on real and fake
     assert working(stage="gan", train=large(), gan=DiscriminatorConfig(penalty="full")) > gan
 
 
@@ -111,13 +111,13 @@ def test_fake_tensors_save_the_same_bytes_as_real_ones(teacher: Path) -> None:
     real = saved_bytes(student, lambda: student(noise, text), False) / 2**30
     train = TrainConfig(batch_size=batch, precision="fp32")
     small = predict(config(teacher, train=train), 1).working
-    # Gradients and the optimiser's temporaries are the larger part of so small a batch.
+    # Gradients and the optimizer's temporaries dominate at this small batch size.
     train = TrainConfig(batch_size=batch * 64, precision="fp32")
     many = predict(config(teacher, train=train), 1).working
     assert many == pytest.approx(64 * real, rel=0.02) and small >= 0.99 * real
 
 
-def test_sdxl(tmp_path: Path) -> None:
+def test_sdxl_memory(tmp_path: Path) -> None:
     tiny_teachers.save_sdxl(tmp_path)
     memory = predict(config(tmp_path, stage="gan"), 1)
     encoders = pretrained.load_conditioner(str(tmp_path))
@@ -126,7 +126,7 @@ def test_sdxl(tmp_path: Path) -> None:
 
 
 def test_checkpointed_layers_count_their_inputs_and_the_largest_layer() -> None:
-    """Two layers of 4 numbers in and out, 8 and 16 wide: both inputs, and tanh's output in the wider one."""
+    """Two blocks of width 8 and 16: saved are the inputs of both and the activations of the wider one."""
     narrow, wide = (nn.Sequential(nn.Linear(4, w), nn.Tanh(), nn.Linear(w, 4)) for w in (8, 16))
     both, x = nn.Sequential(narrow, wide), torch.randn(2, 4)
     assert saved_bytes(both, lambda: both(x), False) == 4 * (2 * 4 + 2 * 8 + 2 * 4 + 2 * 16)
@@ -135,15 +135,15 @@ def test_checkpointed_layers_count_their_inputs_and_the_largest_layer() -> None:
 
 
 def test_a_missing_teacher_is_replaced_by_the_presets_model() -> None:
-    """SD 1.5's 859.5M parameters, in fp32; what a preset has no network for stays unknown."""
-    far = DISTILL_PRESETS["ablation-z"]["ode"]
+    """SD 1.5 has 859.5M fp32 parameters. Without a known network for a preset there is no forecast."""
+    preset = DISTILL_PRESETS["ablation-z"]["ode"]
     memory = forecast(
-        replace(far, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        replace(preset, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"),
         16,
         DISTILL_PRESETS["ablation-z"].model,
     )
     assert memory is not None and memory["weights"] == pytest.approx(gib(859_520_964), abs=1e-3)
     assert memory["assumed"] == "SD 1.5's networks; the teacher is not on this disk"
-    assert forecast(far, 16, DISTILL_PRESETS["cifar10"].model) is None
-    near = forecast(DISTILL_PRESETS["miniature"]["ode"], 1, "sd15")
-    assert near is not None and "assumed" not in near
+    assert forecast(preset, 16, DISTILL_PRESETS["cifar10"].model) is None
+    miniature = forecast(DISTILL_PRESETS["miniature"]["ode"], 1, "sd15")
+    assert miniature is not None and "assumed" not in miniature

@@ -29,8 +29,8 @@ FRONT = {
 
 
 def run_of(folder: Path, settings: tuple[str, ...] = (), nimg: int = 600, **fields: Any) -> Path:
-    """A run folder as training leaves it, without weights: what may change at a resume lies under `length`,
-    the last report is later than the checkpoint, and a checkpoint is a name and its meta.json."""
+    """Write a run folder without weights: settings that a resume may change are under `length`, the last
+    report is later than the checkpoint, and the checkpoint holds only meta.json."""
     config = to_json(override(DistillConfig(teacher="miniature", **fields), settings))
     length = {name: config["train"].pop(name) for name in ("images", "minutes", "loggers")}
     length |= config.pop("engine") | {"text_cache": config["data"].pop("text_cache")}
@@ -54,7 +54,7 @@ def card_text(student: Path | str, **settings: Any) -> str:
 
 
 def stage(text: str, name: str) -> str:
-    """A stage's lines of the recipe, as one."""
+    """The recipe of a stage, joined to one line."""
     part = text.partition(f"- Stage `{name}`: ")[2].partition("\n- ")[0].partition("\n\n")[0]
     return " ".join(part.split())
 
@@ -70,9 +70,9 @@ def test_images_and_hours_are_those_of_the_exported_checkpoint(tmp_path: Path) -
 
 
 EVALUATIONS = {
-    "D and G, three of D on two networks, and G's own": (("gan.penalty=none",), 3200),
-    "one update of the student for two": (("gan.penalty=none", "gan.d_steps_per_g_step=2"), 2800),
-    "with micro-batches the student runs twice": (
+    "no penalty": (("gan.penalty=none",), 3200),
+    "two D steps per G step": (("gan.penalty=none", "gan.d_steps_per_g_step=2"), 2800),
+    "gradient accumulation runs the student twice": (
         ("gan.penalty=none", "engine.gradient_accumulation=2"),
         4000,
     ),
@@ -85,7 +85,7 @@ EVALUATIONS = {
 
 @pytest.mark.parametrize("case", EVALUATIONS)
 def test_evaluations_of_every_variant(case: str, tmp_path: Path) -> None:
-    """Of 100 steps of 8 images."""
+    """Evaluations of 100 steps with batch size 8."""
     settings, expected = EVALUATIONS[case]
     run = run_of(tmp_path / "run", ("train.batch_size=8", *settings), nimg=800, stage="gan")
     (gan,) = read_history(str(run)).stages
@@ -94,7 +94,7 @@ def test_evaluations_of_every_variant(case: str, tmp_path: Path) -> None:
 
 
 RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "as it comes": (
+    "defaults": (
         "gan", (),
         ("adamw, learning rate 0.0001, bf16, EMA 0.9999, seed 0; all weights trained.",
          "Regression: `e_latent_lpips`, transforms `bgco`, weight 1.",
@@ -112,7 +112,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
         "gan", ("gan.penalty=r1r2", "gan.r1_interval=1", "gan.r1_gamma=2", "gan.loss=rpgan"),
         ("loss `rpgan`", "R1 and R2 of all rows, gamma 2, every step"), (),
     ),
-    "the rest of D": (
+    "other options of D": (
         "gan",
         ("gan.d_steps_per_g_step=3", "gan.noise_augment=uniform", "gan.mix_fraction=0.5", "gan.real=photos",
          "gan.real_fraction=0.3"),
@@ -144,7 +144,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_a_recipe_lists_the_settings_that_acted(case: str, tmp_path: Path) -> None:
+def test_recipe_lists_only_settings_that_have_an_effect(case: str, tmp_path: Path) -> None:
     name, settings, present, absent = RECIPES[case]
     recipe = stage(card_text(run_of(tmp_path / "run", settings, stage=name)), name)
     for part in present:
@@ -206,7 +206,7 @@ def test_gaps_in_the_history_are_stated(tmp_path: Path) -> None:
 def test_scores_and_license(tmp_path: Path) -> None:
     result = {"protocol": "coco", "protocol_sha256": "abc" * 20, "fid": 9.29, "recall": None}
     result |= {"counts": {"images": 30000}, "extra": {"cmmd": 0.5}}
-    result |= {"source": {"kind": "images", "name": "drawn"}}
+    result |= {"source": {"kind": "images", "name": "samples"}}
     write_atomically(tmp_path / "scores" / "result.json", json.dumps(result))
     text = card_text("miniature", scores=(str(tmp_path / "scores"),), license="mit")
     assert ModelCard(text).data.to_dict() == FRONT | {"license": "mit"} and "License: mit." in text
@@ -215,8 +215,8 @@ def test_scores_and_license(tmp_path: Path) -> None:
     assert "| recall" not in text and "## Scores\n\nNot" not in text and "in fp32: 2.00e-06." in text
 
 
-def test_a_real_run_can_be_read_back(teacher: Path, tmp_path: Path) -> None:
-    """What training wrote, not what this file writes."""
+def test_history_of_a_real_run(teacher: Path, tmp_path: Path) -> None:
+    """The folder is written by training, not by `run_of`."""
     config = distill_config(teacher, make_pairs(teacher, tmp_path), "engine.gradient_accumulation=2")
     train(config, tmp_path / "ode")
     history = read_history(str(tmp_path / "ode"))

@@ -1,4 +1,4 @@
-"""distill.losses.noise_augmentation: which times D is told, and one forward process for real and fake."""
+"""distill.losses.noise_augmentation: distributions of D's timesteps; forward process of real and fake."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from distill.losses.noise_augmentation import (
 )
 
 
-def times(rows: int = 20_000, steps: int = 1000, **settings: Any) -> Tensor | None:
+def sample_times(rows: int = 20_000, steps: int = 1000, **settings: Any) -> Tensor | None:
     return sample_timesteps(DiscriminatorConfig(**settings), rows, steps, torch.Generator().manual_seed(0))
 
 
@@ -25,8 +25,8 @@ def quantiles(t: Tensor | None) -> list[float]:
     return torch.quantile(t.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
 
 
-def test_a_constant_time_is_not_drawn() -> None:
-    assert times() is None and times(timestep=7) is None
+def test_a_constant_timestep_is_not_sampled() -> None:
+    assert sample_times() is None and sample_times(timestep=7) is None
 
 
 @pytest.mark.parametrize(
@@ -40,56 +40,61 @@ def test_a_constant_time_is_not_drawn() -> None:
         ({"noise_augment": "small", "noise_max_timestep": 100}, [6.25, 25, 56.25]),
     ],
 )
-def test_distributions_of_times(settings: dict[str, Any], expected: list[float]) -> None:
-    t = times(**settings)
+def test_timestep_distributions(settings: dict[str, Any], expected: list[float]) -> None:
+    t = sample_times(**settings)
     assert quantiles(t) == pytest.approx(expected, abs=12)
     assert t is not None and 0 <= t.min() and t.max() < settings.get("noise_max_timestep", 1000)
 
 
-def test_levels_beyond_the_schedule_are_refused(teacher: Path) -> None:
+def test_timesteps_beyond_the_schedule_are_refused(teacher: Path) -> None:
     with pytest.raises(SettingError, match=r"noise_max_timestep is 1200; the teacher's schedule has 1000"):
-        noiser(teacher, noise_augment="uniform", noise_max_timestep=1200)
+        build_augmentation(teacher, noise_augment="uniform", noise_max_timestep=1200)
 
 
-def test_noise_has_the_schedules_share(teacher: Path) -> None:
-    """x_t = alpha_t x + sigma_t eps: closed form at given eps, for each row its own t."""
-    noised = noiser(teacher, noise_augment="uniform")
+def test_noise_follows_the_schedule(teacher: Path) -> None:
+    """x_t = alpha_t x + sigma_t eps for a given eps, with one t per row."""
+    augment = build_augmentation(teacher, noise_augment="uniform")
     x, eps = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
     t = torch.tensor([0, 399, 999])
-    noisy = noised(x, t, eps)
+    noisy = augment(x, t, eps)
     for row, (alpha, sigma) in enumerate(((0.999575, 0.029155), (0.652753, 0.757571), (0.068265, 0.997667))):
         torch.testing.assert_close(noisy[row], alpha * x[row] + sigma * eps[row], rtol=1e-4, atol=1e-4)
     assert noisy.dtype == torch.float32
 
 
-def noiser(teacher: Path, **settings: Any) -> NoiseAugmentation:
+def build_augmentation(teacher: Path, **settings: Any) -> NoiseAugmentation:
     config = DistillConfig(stage="gan", teacher=str(teacher), gan=DiscriminatorConfig(**settings))
     return build_noise_augmentation(config, torch.device("cpu"))
 
 
 def test_real_and_fake_share_the_level_but_not_the_noise(teacher: Path) -> None:
-    noised, x = noiser(teacher, noise_augment="uniform"), torch.zeros(2, 4, 4, 4)
-    t = noised.levels(2, torch.Generator().manual_seed(1))
-    one, two = (noised.eps(range(8, 10), (4, 4, 4), stream) for stream in (0, 1))
-    alone = noised.eps([9], (4, 4, 4), 0)
-    assert one is not None and alone is not None and torch.equal(one[1:], alone)  # a row's own noise
-    real, fake = noised(x, t, one), noised(x, t, two)
-    assert torch.equal(real, noised(x, t, one)) and not torch.equal(real, fake)
+    augment, x = build_augmentation(teacher, noise_augment="uniform"), torch.zeros(2, 4, 4, 4)
+    t = augment.levels(2, torch.Generator().manual_seed(1))
+    one, two = (augment.eps(range(8, 10), (4, 4, 4), stream) for stream in (0, 1))
+    single_row = augment.eps([9], (4, 4, 4), 0)
+    assert (
+        one is not None and single_row is not None and torch.equal(one[1:], single_row)
+    )  # noise depends on the row number only
+    real, fake = augment(x, t, one), augment(x, t, two)
+    assert torch.equal(real, augment(x, t, one)) and not torch.equal(real, fake)
     ratio = real.std((1, 2, 3)) / fake.std((1, 2, 3))
     assert ((ratio - 1).abs() < 0.4).all()
 
 
-def test_latents_pass_where_there_is_no_augmentation(teacher: Path) -> None:
+def test_latents_are_unchanged_without_augmentation(teacher: Path) -> None:
     x = torch.randn(2, 4, 4, 4)
-    plain = noiser(teacher)
+    plain = build_augmentation(teacher)
     assert plain.eps(range(2), (4, 4, 4), 0) is None and plain(x, None, None) is x
-    random = noiser(teacher, timestep_mode="random")
+    random = build_augmentation(teacher, timestep_mode="random")
     t = random.levels(2, torch.Generator().manual_seed(1))
     assert t is not None and random(x, t, random.eps(range(2), (4, 4, 4), 0)) is x
 
 
 def test_gradients_pass_through_the_noise(teacher: Path) -> None:
-    noised, x = noiser(teacher, noise_augment="uniform"), torch.zeros(1, 4, 4, 4, requires_grad=True)
-    noised(x, torch.tensor([399]), noised.eps([0], (4, 4, 4), 1)).sum().backward()
+    augment, x = (
+        build_augmentation(teacher, noise_augment="uniform"),
+        torch.zeros(1, 4, 4, 4, requires_grad=True),
+    )
+    augment(x, torch.tensor([399]), augment.eps([0], (4, 4, 4), 1)).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, torch.full_like(x, 0.652753), rtol=1e-4, atol=1e-4)

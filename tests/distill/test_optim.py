@@ -23,7 +23,7 @@ class Net(nn.Module):
     ("name", "kind"),
     [("adamw", "AdamW"), ("adamw_fused", "AdamW"), ("adam", "Adam"), ("radam", "RAdam")],
 )
-def test_each_name_is_that_optimizer(name: Any, kind: str) -> None:
+def test_optimizer_names(name: Any, kind: str) -> None:
     config = OptimConfig(name=name, lr=0.01, betas=(0.5, 0.9))
     adam = optimizer(Net(), config)
     assert type(adam).__name__ == kind
@@ -36,7 +36,7 @@ def test_each_name_is_that_optimizer(name: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_fused", "radam"])
 def test_weight_decay_is_decoupled(name: Any) -> None:
-    """Without a gradient, a step multiplies by 1 - lr decay: coupled decay would be rescaled to about lr."""
+    """With zero gradients a step multiplies by 1 - lr * decay; coupled decay moves weights by about lr."""
     net = Net()
     before = net.rest.weight.detach().clone()
     for parameter in net.parameters():
@@ -46,7 +46,7 @@ def test_weight_decay_is_decoupled(name: Any) -> None:
 
 
 def test_weight_decay_of_adam_is_part_of_the_gradient() -> None:
-    """Without a gradient, the first step of Adam moves every weight by the learning rate against its sign."""
+    """With zero gradients Adam's first step moves every weight by lr towards zero."""
     net = Net()
     before = net.rest.weight.detach().clone()
     for parameter in net.parameters():

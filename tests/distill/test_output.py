@@ -1,4 +1,4 @@
-"""distill.export.output: where an export may go, and that nothing of a wrong one stays."""
+"""distill.export.output: allowed output folders, atomic writes and parity checks of exports."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("where", ["run", "another run", "teacher", "pipeline", "a piece"])
+@pytest.mark.parametrize("where", ["run", "another run", "teacher", "pipeline", "component"])
 def test_an_export_over_a_run_or_its_sources_is_refused(
     where: str, form: Any, run: str, teacher: Path, tmp_path: Path
 ) -> None:
@@ -43,20 +43,20 @@ def test_an_export_over_a_run_or_its_sources_is_refused(
     config.write_text(json.dumps({**json.loads(config.read_text()), "teacher": str(own)}))
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     shutil.copytree(teacher, tmp_path / "other")
-    out, says = {
+    out, message = {
         "run": (student, r"holds a run or a model \(config.json, checkpoints\)"),
         "another run": (tmp_path / "new", r"holds a run or a model \(checkpoints\)"),
         "teacher": (tmp_path / "other" / ".." / "teacher", "is the teacher itself"),
         "pipeline": (tmp_path / "other", "holds a pipeline that no export wrote"),
-        "a piece": (own / "unet", r"holds a run or a model \(config.json\)"),
+        "component": (own / "unet", r"holds a run or a model \(config.json\)"),
     }[where]
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=f"^--out .* {says}; choose another --out$") as caught:
+    with pytest.raises(UserError, match=f"^--out .* {message}; choose another --out$") as caught:
         export(ExportConfig(student=str(student), format=form), out)
     assert caught.value.exit_code == 1 and listing(tmp_path) == before
 
 
-def test_an_export_is_not_written_over_itself_but_over_an_earlier_one(run: str, tmp_path: Path) -> None:
+def test_an_export_may_replace_an_earlier_one_but_not_its_input(run: str, tmp_path: Path) -> None:
     small, pipeline = tmp_path / "small", tmp_path / "pipeline"
     export(ExportConfig(student=run), small)
     with pytest.raises(UserError, match="is the student itself"):
@@ -77,7 +77,7 @@ def test_an_export_is_atomic(tmp_path: Path) -> None:
         (folder / "a").write_text("new")
         raise UserError("stop")
     assert not out.exists()
-    (out / ".export.1.tmp").mkdir(parents=True)  # a killed one's
+    (out / ".export.1.tmp").mkdir(parents=True)  # left by a killed export
     (out / "a").write_text("old")
     with pytest.raises(UserError, match="stop"), staged(out) as folder:
         (folder / "a").write_text("new")
@@ -119,8 +119,8 @@ def test_tf32_is_disabled_only_during_an_export() -> None:
     assert torch.backends.cudnn.allow_tf32 == before
 
 
-def spoilt(run: str, folder: Path, value: float) -> str:
-    """The run with one weight of its student at `value`."""
+def set_weight_of_copy(run: str, folder: Path, value: float) -> str:
+    """Copy a run and set one weight of its student to `value`."""
     copy = shutil.copytree(run, folder)
     file = copy / "checkpoints" / "000000004" / "ema.safetensors"
     tensors = load_file(file)
@@ -130,11 +130,11 @@ def spoilt(run: str, folder: Path, value: float) -> str:
 
 
 def test_a_student_that_overflows_half_precision_is_refused(run: str, tmp_path: Path) -> None:
-    big = spoilt(run, tmp_path / "run", 1e6)
+    big = set_weight_of_copy(run, tmp_path / "run", 1e6)
     with pytest.raises(UserError, match="in float16, draws values that are not finite"):
         export(ExportConfig(student=big), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    broken = spoilt(run, tmp_path / "broken", math.nan)
+    broken = set_weight_of_copy(run, tmp_path / "broken", math.nan)
     with pytest.raises(UserError, match="not finite"):
         export(ExportConfig(student=broken, format="diffusers"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -144,14 +144,14 @@ def test_a_student_that_overflows_half_precision_is_refused(run: str, tmp_path: 
 def test_an_export_with_wrong_parity_leaves_no_files(
     form: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if another version of diffusers had another scheduler."""
+    """The scheduler's step is changed, as another version of diffusers might do."""
     run, step = save_lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2)), LCMScheduler.step
 
-    def changed(*args: Any, **settings: Any) -> Any:
+    def changed_step(*args: Any, **settings: Any) -> Any:
         output = step(*args, **settings)
         return tuple(1.01 * part for part in output)
 
-    monkeypatch.setattr(LCMScheduler, "step", changed)
+    monkeypatch.setattr(LCMScheduler, "step", changed_step)
     with pytest.raises(UserError, match=r"latents or images differ by .* at most 0\.001 in float32; nothing"):
         export(ExportConfig(student=run, format=form), tmp_path / "new" / "out")
     assert not (tmp_path / "new" / "out").exists()
@@ -160,14 +160,14 @@ def test_an_export_with_wrong_parity_leaves_no_files(
 @pytest.mark.parametrize("options", [{"scores": ("a.json",)}, {"license": "mit"}, {"watts": 3.0}])
 def test_card_options_of_a_format_without_card_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
-    says = f"the format safetensors has no model card, and no use for {name}; .* diffusers, lora, onnx"
-    with pytest.raises(SettingError, match=says):
+    message = f"the format safetensors has no model card, and no use for {name}; .* diffusers, lora, onnx"
+    with pytest.raises(SettingError, match=message):
         ExportConfig(card=CardOptions(**options))
     ExportConfig(card=CardOptions(**options), format="onnx")
 
 
 @pytest.fixture
-def chatter() -> Iterator[list[str]]:
+def library_messages() -> Iterator[list[str]]:
     messages: list[str] = []
 
     class Listener(logging.Handler):
@@ -183,14 +183,18 @@ def chatter() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("form", ["diffusers", "lora"])
-def test_an_export_prints_nothing(form: Any, teacher: Path, chatter: list[str], tmp_path: Path) -> None:
+def test_an_export_causes_no_other_library_messages(
+    form: Any, teacher: Path, library_messages: list[str], tmp_path: Path
+) -> None:
     run = save_lora_run(tmp_path / "run", str(teacher), StudentConfig(lora_rank=2))
     export(ExportConfig(student=run, format=form), tmp_path / "out")
-    # The tiny tokenizer is shorter than the sentence to compare with; a real one's is not.
-    assert chatter and all("truncated because CLIP" in line for line in chatter), chatter
+    # The parity prompt exceeds the tiny tokenizer's limit, which logs a warning.
+    assert library_messages and all("truncated because CLIP" in line for line in library_messages), (
+        library_messages
+    )
 
 
-def test_the_command_refuses_in_one_line(d2g: Any, run: str, tmp_path: Path) -> None:
+def test_export_command_errors(d2g: Any, run: str, tmp_path: Path) -> None:
     words, scores = (
         ("export", "--student", run, "--out", tmp_path / "out"),
         ("--scores", tmp_path / "none.json"),

@@ -1,4 +1,4 @@
-"""One run per folder, and what signals of terminals and clusters leave. Processes and signals are real."""
+"""One live run per folder, and checkpoints at signals; with real processes and signals."""
 
 import json
 import os
@@ -26,33 +26,33 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pairs(teacher, tmp_path_factory.mktemp("pairs"), steps=1, guidance=1.0)
 
 
-def begin(teacher: Path, pairs: Path, run: Path, log: Path) -> Running:
-    """A run that has reported at least once."""
+def start_run(teacher: Path, pairs: Path, run: Path, log: Path) -> Running:
+    """Start a run and wait for its first report."""
     running = Running(distill_arguments(distill_config(teacher, pairs, LONG), run), log)
     running.wait_for(lambda: (run / "stats.jsonl").is_file() and bool(read_stats(run)))
     return running
 
 
-def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
     teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
     run, config = tmp_path / "run", distill_config(teacher, pairs, LONG)
-    first = begin(teacher, pairs, run, tmp_path / "first")
+    first = start_run(teacher, pairs, run, tmp_path / "first")
     second = d2g(distill_arguments(config, run), tmp_path / "second")
     assert second.code == 1 and f"process {first.pid}, already trains in {run}" in second.error
-    several = d2g_ranks(distill_arguments(config, run), tmp_path / "ranks")
-    assert [ended.code for ended in several] == [1, 1]
-    assert all("already trains in" in ended.stderr for ended in several)
+    ranks = d2g_ranks(distill_arguments(config, run), tmp_path / "ranks")
+    assert [ended.code for ended in ranks] == [1, 1]
+    assert all("already trains in" in ended.stderr for ended in ranks)
     first.send(signal.SIGTERM)
     assert first.wait().code == 130
     numbers = [line["nimg"] for line in read_stats(run)]
-    assert numbers == sorted(set(numbers)), "reports of one run"
+    assert numbers == sorted(set(numbers)), "reports come from one run"
     assert not (run / OWNER).exists()
 
 
-def test_a_killed_run_is_continued_at_once(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_killed_run_can_be_resumed_immediately(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = begin(teacher, pairs, run, tmp_path / "first")
+    first = start_run(teacher, pairs, run, tmp_path / "first")
     first.send(signal.SIGKILL)
     first.wait()
     second = d2g(
@@ -66,14 +66,14 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(
 ) -> None:
     event = StopControl.event
 
-    def suspended(control: StopControl, nimg: int, *arguments: Any) -> Any:
-        if nimg == 2 * BATCH:  # as if another process had taken over while this one slept
+    def lose_folder(control: StopControl, nimg: int, *arguments: Any) -> Any:
+        if nimg == 2 * BATCH:  # another process takes over the folder
             claim = tmp_path / "run" / OWNER / "00000.json"
             claim.unlink()
             claim.write_text(json.dumps({"host": "other", "place": "other", "pid": 3, "start": "1"}))
         return event(control, nimg, *arguments)
 
-    monkeypatch.setattr(StopControl, "event", suspended)
+    monkeypatch.setattr(StopControl, "event", lose_folder)
     with pytest.raises(LostFolder, match=r"^other, process 3, trains in .*run now, because"):
         train(distill_config(teacher, pairs, f"train.images={4 * BATCH}"), tmp_path / "run")
     assert [line["nimg"] for line in read_stats(tmp_path / "run")] == [BATCH]
@@ -92,7 +92,7 @@ def test_signals_of_terminals_and_clusters_save_a_checkpoint(
     name: str, teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    running = begin(teacher, pairs, run, tmp_path / "log")
+    running = start_run(teacher, pairs, run, tmp_path / "log")
     running.send(signal.Signals[name])
     ended = running.wait()
     assert ended.code == 130 and "safe on disk" in ended.error

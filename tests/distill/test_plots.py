@@ -1,4 +1,4 @@
-"""distill.monitoring.plots: panels of any run."""
+"""distill.monitoring.plots: panels, sparklines and health.png."""
 
 import json
 import math
@@ -31,8 +31,8 @@ def test_every_key_has_exactly_one_panel() -> None:
     plotted = {name for panel in panels(LINES) for name in panel.series}
     assert plotted == {name for line in LINES for name in line} - {"nimg"}
     assert panels([]) == [] and panels([{"nimg": 0, "loss/g": math.nan}]) == []
-    below = panels([{"nimg": 0, "loss/g": -1.0}])[0]
-    assert not below.log, "a logarithm has no place for it"
+    negative = panels([{"nimg": 0, "loss/g": -1.0}])[0]
+    assert not negative.log, "a log axis cannot show negative values"
 
 
 def test_keys_with_their_own_scale_have_their_own_panel() -> None:

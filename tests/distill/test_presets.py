@@ -20,7 +20,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
 @pytest.mark.parametrize(
     ("name", "stage", "gpus"),
     [
-        ("sd15-cfg3", "ode", 8),  # as the README's four commands
+        ("sd15-cfg3", "ode", 8),  # as in the README's commands
         ("sd15-cfg3", "gan", 8),
         ("sd15-cfg3", "gan", 16),
         ("sd15-cfg8", "ode", 64),
@@ -29,15 +29,15 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
         ("sdxl-cfg7", "gan", 128),
     ],
 )
-def test_a_recipe_fits(name: str, stage: str, gpus: int, teachers: Mapping[str, str]) -> None:
+def test_preset_fits_its_gpus(name: str, stage: str, gpus: int, teachers: Mapping[str, str]) -> None:
     config = replace(TABLE_A1[name][stage], teacher=teachers[name.partition("-")[0]])
     assert gpus in (8, config.engine.gpus)
     memory = predict(config, gpus).total
     assert too_large(config, memory, A100) is None, f"{memory:.1f} GiB"
 
 
-def test_what_does_not_fit_is_said(teachers: Mapping[str, str]) -> None:
-    """The same without recomputation, which the recipes have for that reason."""
+def test_a_config_that_is_too_large_is_reported(teachers: Mapping[str, str]) -> None:
+    """Without activation checkpointing the recipe does not fit; the message suggests it."""
     config = replace(TABLE_A1["sd15-cfg3"]["gan"], teacher=teachers["sd15"])
     config = replace(config, engine=replace(config.engine, activation_checkpointing=False))
     assert "activation_checkpointing=true" in str(too_large(config, predict(config, 8).total, A100))

@@ -1,6 +1,4 @@
-"""distill.training.real_images: three kinds of sources give the same images, in an order of (seed, images so
-far).
-"""
+"""distill.training.real_images: all formats give the same images, in a seeded order."""
 
 import io
 import json
@@ -19,14 +17,14 @@ from distill.training.real_images import RealImages
 NAMES = [f"{number:02d}.png" for number in range(7)]
 
 
-def picture(number: int) -> Image.Image:
+def make_image(number: int) -> Image.Image:
     rng = np.random.default_rng(number)
     return Image.fromarray(rng.integers(0, 256, (12, 8, 3), dtype=np.uint8))
 
 
-def encoded(number: int) -> bytes:
+def png_bytes(number: int) -> bytes:
     buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
+    make_image(number).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -36,14 +34,14 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     captions = [f"picture {number}" for number in range(7)]
     if request.param in ("txt", "jsonl"):
         for number, name in enumerate(NAMES):
-            (folder / name).write_bytes(encoded(number))
+            (folder / name).write_bytes(png_bytes(number))
             if request.param == "txt":
                 (folder / name).with_suffix(".txt").write_text(captions[number] + "\n")
         rows = [{"file_name": n, "text": c} for n, c in zip(NAMES, captions, strict=True)]
         if request.param == "jsonl":
             (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
         return str(folder)
-    images = [{"bytes": encoded(number), "path": None} for number in range(7)]
+    images = [{"bytes": png_bytes(number), "path": None} for number in range(7)]
     table = pa.table({"image": images, "caption": captions})
     if request.param == "parquet":
         pq.write_table(table, folder / "all.parquet", row_group_size=2)
@@ -53,39 +51,39 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return str(folder)
 
 
-def test_images_and_captions_belong_together(source: str) -> None:
-    images = RealImages(source, (12, 8))
-    assert len(images) == 7
-    pixels, captions = images.read([6, 0, 3, 0])
+def test_images_and_captions_match(source: str) -> None:
+    dataset = RealImages(source, (12, 8))
+    assert len(dataset) == 7
+    pixels, captions = dataset.read([6, 0, 3, 0])
     assert captions == ["picture 6", "picture 0", "picture 3", "picture 0"]
     for row, number in enumerate((6, 0, 3, 0)):
-        expected = torch.from_numpy(np.array(picture(number))).permute(2, 0, 1).float() / 127.5 - 1
+        expected = torch.from_numpy(np.array(make_image(number))).permute(2, 0, 1).float() / 127.5 - 1
         torch.testing.assert_close(pixels[row], expected)
 
 
-def test_other_shapes_are_cropped_about_the_center(source: str) -> None:
-    images = RealImages(source, (8, 8))
-    pixels, _ = images.read([2])
-    expected = torch.from_numpy(np.array(picture(2))).permute(2, 0, 1).float() / 127.5 - 1
+def test_images_of_other_shapes_are_center_cropped(source: str) -> None:
+    dataset = RealImages(source, (8, 8))
+    pixels, _ = dataset.read([2])
+    expected = torch.from_numpy(np.array(make_image(2))).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(pixels[0], expected[:, 2:10])
     assert RealImages(source, (16, 24)).read([1])[0].shape == (1, 3, 16, 24)
 
 
-def test_the_order_is_a_function_of_the_seed_and_the_images_so_far(source: str) -> None:
+def test_order_depends_on_seed_and_images_so_far_only(source: str) -> None:
     images = RealImages(source, (12, 8))
-    _, whole = images.batch(3, 0, 14)
-    assert sorted(whole[:7]) == sorted(whole[7:]) == [f"picture {n}" for n in range(7)]
-    assert images.batch(3, 5, 4)[1] == whole[5:9]
-    assert RealImages(source, (12, 8)).batch(3, 5, 4)[1] == whole[5:9]
-    assert images.batch(4, 0, 14)[1] != whole
+    _, two_epochs = images.batch(3, 0, 14)
+    assert sorted(two_epochs[:7]) == sorted(two_epochs[7:]) == [f"picture {n}" for n in range(7)]
+    assert images.batch(3, 5, 4)[1] == two_epochs[5:9]
+    assert RealImages(source, (12, 8)).batch(3, 5, 4)[1] == two_epochs[5:9]
+    assert images.batch(4, 0, 14)[1] != two_epochs
 
 
-def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         RealImages(str(tmp_path / "none"), (8, 8))
     with pytest.raises(UserError, match="holds no images"):
         RealImages(str(tmp_path), (8, 8))
-    (tmp_path / "a.png").write_bytes(encoded(0))
+    (tmp_path / "a.png").write_bytes(png_bytes(0))
     with pytest.raises(UserError, match=r"a.png has no caption; write it to a.txt"):
         RealImages(str(tmp_path), (8, 8))
     (tmp_path / "a.txt").write_text(" \n")
@@ -126,7 +124,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"picture": [b""], "caption": ["x"]}), file)
     with pytest.raises(UserError, match="has columns picture, caption; expected `image`"):
         RealImages(str(file), (8, 8))
-    pq.write_table(pa.table({"image": [encoded(0)], "caption": [None]}), file)
+    pq.write_table(pa.table({"image": [png_bytes(0)], "caption": [None]}), file)
     with pytest.raises(UserError, match="row 0 has no caption"):
         RealImages(str(file), (8, 8)).read([0])
     file.write_bytes(b"no parquet")

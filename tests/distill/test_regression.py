@@ -1,4 +1,4 @@
-"""distill.losses.regression: every kind of distance in closed form or against the library that owns it."""
+"""distill.losses.regression: each loss against its closed form or the library that defines it."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ def latents(seed: int = 0) -> Tensor:
     return torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def of(regression: Regression, pred: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def evaluate_loss(regression: Regression, pred: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     transforms = regression.draw(len(pred), (4, 4, 4), torch.Generator().manual_seed(2))
     total, parts = regression(pred, target, transforms)
     return total, parts
@@ -49,7 +49,7 @@ def test_the_registry_has_one_file_for_each_kind() -> None:
     assert all(setting in fields for loss in REGRESSION_LOSSES.values() for setting in loss.settings)
 
 
-def test_closed_forms() -> None:
+def test_squared_error_and_pseudo_huber_closed_forms() -> None:
     a, b = torch.zeros(2, 4, 2, 2), torch.stack([torch.full((4, 2, 2), 3.0), torch.zeros(4, 2, 2)])
     assert squared_error(a, b).tolist() == [9.0, 0.0]
     c = 0.5 * math.sqrt(16)
@@ -57,7 +57,7 @@ def test_closed_forms() -> None:
     assert pseudo_huber(a, b, 0.5).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_pseudo_huber_is_square_near_zero_and_straight_far_away() -> None:
+def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_away() -> None:
     c = 0.00054 * math.sqrt(64)
     near, far = torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4)
     near[0, 0, 0, 0], far[0, 0, 0, 0] = 0.01 * c, 1e4
@@ -66,21 +66,21 @@ def test_pseudo_huber_is_square_near_zero_and_straight_far_away() -> None:
         (0.01 * c) ** 2 / (2 * c), rel=1e-3
     )
     assert pseudo_huber(far, zero.float(), 0.00054).item() == pytest.approx(1e4, rel=1e-5)
-    still = torch.zeros(1, 4, 4, 4, requires_grad=True)
-    pseudo_huber(still, zero.float(), 0.00054).sum().backward()
-    assert still.grad is not None and still.grad.abs().max() == 0
+    at_zero = torch.zeros(1, 4, 4, 4, requires_grad=True)
+    pseudo_huber(at_zero, zero.float(), 0.00054).sum().backward()
+    assert at_zero.grad is not None and at_zero.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("kind", sorted(REGRESSION_LOSSES.keys() - {"lpips"}))
 def test_each_kind_is_a_distance_with_a_gradient(teacher: Path, kind: Any) -> None:
     regression, target = build(teacher, f"{kind}:2"), latents(1)
     pred = latents().requires_grad_(True)
-    total, parts = of(regression, pred, target)
+    total, parts = evaluate_loss(regression, pred, target)
     assert set(parts) == {f"loss/{kind}"}
     assert total.item() == pytest.approx(2 * parts[f"loss/{kind}"].item()) and total.item() > 0
     total.backward()
     assert pred.grad is not None and (pred.grad.abs().amax((1, 2, 3)) > 0).all()
-    assert of(regression, target, target)[0].item() == pytest.approx(0.0, abs=1e-6)
+    assert evaluate_loss(regression, target, target)[0].item() == pytest.approx(0.0, abs=1e-6)
     metric = load_lpips(str(teacher / "latent_lpips"), 4)
     expected = {
         "latent_lpips": lambda: metric(pred, target).mean(),
@@ -92,26 +92,28 @@ def test_each_kind_is_a_distance_with_a_gradient(teacher: Path, kind: Any) -> No
         torch.testing.assert_close(parts[f"loss/{kind}"], expected[kind]())
 
 
-def test_what_stands_beside_is_added_by_its_weight(teacher: Path) -> None:
+def test_weighted_losses_are_summed(teacher: Path) -> None:
     pred, target = latents(), latents(1)
-    alone, _ = of(build(teacher, "mse"), pred, target)
-    total, parts = of(build(teacher, "mse,latent_lpips:3,l1:0.5"), pred, target)
+    mse, _ = evaluate_loss(build(teacher, "mse"), pred, target)
+    total, parts = evaluate_loss(build(teacher, "mse,latent_lpips:3,l1:0.5"), pred, target)
     assert set(parts) == {"loss/mse", "loss/latent_lpips", "loss/l1"}
     assert parts["loss/l1"].item() == pytest.approx((pred - target).abs().mean().item())
-    expected = alone + 3 * parts["loss/latent_lpips"] + 0.5 * parts["loss/l1"]
+    expected = mse + 3 * parts["loss/latent_lpips"] + 0.5 * parts["loss/l1"]
     torch.testing.assert_close(total, expected)
 
 
-def test_draws_and_families_belong_to_the_ensemble(teacher: Path) -> None:
+def test_draws_and_augmentations_apply_to_e_latent_lpips_only(teacher: Path) -> None:
     pred, target = latents(), latents(1)
     augmented, plain = build(teacher, augment="none"), build(teacher, "latent_lpips")
-    torch.testing.assert_close(of(augmented, pred, target)[0], of(plain, pred, target)[0])
+    torch.testing.assert_close(
+        evaluate_loss(augmented, pred, target)[0], evaluate_loss(plain, pred, target)[0]
+    )
     rng = torch.Generator().manual_seed(0)
     two = build(teacher, draws=2).draw(3, (4, 4, 4), rng)
     assert two is not None and len(two) == 2 and plain.draw(3, (4, 4, 4), rng) is None
 
 
-def test_weights_are_read_where_they_are_needed(teacher: Path, tmp_path: Path) -> None:
+def test_metric_weights_are_loaded_only_if_needed(teacher: Path, tmp_path: Path) -> None:
     config = DistillConfig(teacher=str(teacher), lpips=str(tmp_path))
     build_regression(override(config, ["regression.losses=mse"]), 4)
     for losses in ("latent_lpips", "mse,latent_lpips"):
@@ -119,8 +121,8 @@ def test_weights_are_read_where_they_are_needed(teacher: Path, tmp_path: Path) -
             build_regression(override(config, [f"regression.losses={losses}"]), 4)
 
 
-def test_lpips_in_pixels_sees_decoded_latents(teacher: Path, tmp_path: Path) -> None:
-    """The published network on the VAE's pictures, enlarged: the lpips package as judge."""
+def test_pixel_lpips_compares_decoded_latents(teacher: Path, tmp_path: Path) -> None:
+    """Reference: the lpips package on decoded and resized images."""
     import warnings
 
     import lpips
@@ -131,23 +133,23 @@ def test_lpips_in_pixels_sees_decoded_latents(teacher: Path, tmp_path: Path) -> 
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
     regression = build(teacher, "lpips", lpips_net="squeeze", lpips_weights=str(file), lpips_resize=40)
     pred, target = latents().requires_grad_(True), latents(1)
-    total, parts = of(regression, pred, target)
+    total, parts = evaluate_loss(regression, pred, target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        judge = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
-    judge.net.load_state_dict(regression.distances["lpips"].function.trunk.state_dict())
+        reference = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
+    reference.net.load_state_dict(regression.distances["lpips"].function.trunk.state_dict())
     vae = pretrained.load_vae(str(teacher))
-    pictures = [
+    images = [
         torch.nn.functional.interpolate(decode(vae, x), (40, 40), mode="bilinear") for x in (pred, target)
     ]
-    torch.testing.assert_close(total, judge(*pictures).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(total, reference(*images).mean(), rtol=1e-4, atol=1e-6)
     total.backward()
     assert set(parts) == {"loss/lpips"} and pred.grad is not None and pred.grad.abs().max() > 0
     assert all(p.grad is None for p in regression.parameters())
 
 
-def test_decoder_features_are_those_of_the_decoder(teacher: Path) -> None:
-    """The definition, applied to what hooks on the blocks of `vae.decode` see."""
+def test_decoder_features_match_the_definition(teacher: Path) -> None:
+    """Apply the definition to block outputs that forward hooks record during `vae.decode`."""
     vae, blocks = pretrained.load_vae(str(teacher)), 1
     distance, pred, target = DecoderFeatures(vae, blocks), latents(), latents(1)
     outputs: dict[str, list[Tensor]] = {}
@@ -158,12 +160,12 @@ def test_decoder_features_are_those_of_the_decoder(teacher: Path) -> None:
         decode(vae, x)
     expected = torch.zeros(3)
     for name in ("mid", "up"):
-        predicted, wanted = outputs[name]
-        std, mean = torch.std_mean(wanted, dim=(2, 3), keepdim=True, correction=0)
+        pred_features, target_features = outputs[name]
+        std, mean = torch.std_mean(target_features, dim=(2, 3), keepdim=True, correction=0)
         scale = (std.square() + EPSILON).rsqrt()
-        mask = ((wanted - mean) * scale).abs() <= MAX_DEVIATION
-        error = (((predicted - wanted) * scale).square() * mask).mean(dim=(1, 2, 3))
-        expected += error * 4 / wanted.shape[-1]
+        mask = ((target_features - mean) * scale).abs() <= MAX_DEVIATION
+        error = (((pred_features - target_features) * scale).square() * mask).mean(dim=(1, 2, 3))
+        expected += error * 4 / target_features.shape[-1]
     torch.testing.assert_close(distance(pred, target), expected)
 
 

@@ -1,4 +1,4 @@
-"""distill.config.run: the supplement's table, and impossible settings."""
+"""distill.config.run: presets against Table A1 of the supplement; invalid settings."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,9 +74,9 @@ def test_presets_are_table_a1() -> None:
             assert (p.gan.r1_gamma, p.gan.r1_interval, p.gan.d_steps_per_g_step) == (0.01, 16, 1)
 
 
-def test_the_sums_are_table_a1s() -> None:
-    """Its row of network evaluations, and the seconds a step that its GPU-days imply (method.md "Schedule and
-    hyperparameters").
+def test_evaluation_counts_match_table_a1() -> None:
+    """Table A1's network evaluations, and the seconds per step that follow from its GPU-days (method.md
+    "Schedule and hyperparameters").
     """
     million = 1_000_000
     expected = {
@@ -99,27 +99,29 @@ def test_the_sums_are_table_a1s() -> None:
     assert seconds == [0.43, 1.47, 2.68, 4.82]
 
 
-def parts_of(name: str) -> set[str]:
+def components_of(name: str) -> set[str]:
     gan = DISTILL_PRESETS[name]["gan"].gan
     scales = {gan.multi_scale_input, gan.multi_scale_output}
     assert len(scales) == 1
-    have = {"z": gan.z_conditioning, "r1": gan.active_penalty == "single", "multiscale": scales == {True}}
-    return {part for part, there in {**have, "mix": gan.mix_fraction > 0}.items() if there}
+    enabled = {"z": gan.z_conditioning, "r1": gan.active_penalty == "single", "multiscale": scales == {True}}
+    return {part for part, is_on in {**enabled, "mix": gan.mix_fraction > 0}.items() if is_on}
 
 
 @pytest.mark.parametrize(("prefix", "base"), [("", "sd15-cfg3"), ("miniature-", "miniature")])
-def test_each_row_of_the_ablation_adds_one_part(prefix: str, base: str) -> None:
+def test_each_ablation_row_adds_one_component(prefix: str, base: str) -> None:
     rows = ["d", "z", "r1", "multiscale", "mix"]
-    assert [parts_of(f"{prefix}ablation-{row}") for row in rows] == [set(rows[1 : i + 1]) for i in range(5)]
+    assert [components_of(f"{prefix}ablation-{row}") for row in rows] == [
+        set(rows[1 : i + 1]) for i in range(5)
+    ]
     assert DISTILL_PRESETS[f"{prefix}ablation-regression"] == {"ode": DISTILL_PRESETS[base]["ode"]}
     assert DISTILL_PRESETS[f"{prefix}ablation-mix"] == DISTILL_PRESETS[base]
-    for row in rows:  # and nothing else
+    for row in rows:  # nothing else differs
         config = DISTILL_PRESETS[f"{prefix}ablation-{row}"]["gan"]
         assert replace(config, gan=DISTILL_PRESETS[base]["gan"].gan) == DISTILL_PRESETS[base]["gan"]
 
 
 @pytest.mark.parametrize(("prefix", "base"), [("", "sd15-cfg3"), ("miniature-", "miniature")])
-def test_the_rows_of_the_loss_comparison_differ_in_the_loss_only(prefix: str, base: str) -> None:
+def test_loss_comparison_presets_differ_in_the_loss_only(prefix: str, base: str) -> None:
     kinds: dict[str, RegressionName] = {
         "mse": "mse",
         "pseudo-huber": "pseudo_huber",
@@ -140,7 +142,7 @@ def test_the_rows_of_the_loss_comparison_differ_in_the_loss_only(prefix: str, ba
         assert (first.train.images, first.train.batch_size) == (20_000 * 256, 256)
 
 
-def test_every_preset_names_its_stage_and_survives_json() -> None:
+def test_every_preset_has_its_stage_and_round_trips_through_json() -> None:
     for name, stages in DISTILL_PRESETS.items():
         assert {"ode"} <= set(stages) <= {"ode", "gan"}
         for stage, config in stages.items():
@@ -161,9 +163,9 @@ def test_overrides_reach_every_level() -> None:
     ("settings", "evaluations", "table"),
     [
         ({"penalty": "none"}, 4000, 5000),  # one D step and one G step share G's forward
-        ({}, 4001, 5000),  # a row of R1 in the first of five steps
-        ({"r1_rows": 8, "r1_interval": 2}, 4024, 5000),  # in the first, third and fifth
-        ({"d_steps_per_g_step": 4}, 3201, 3500),  # G moves in the fourth
+        ({}, 4001, 5000),  # one row of R1 in the first of five steps
+        ({"r1_rows": 8, "r1_interval": 2}, 4024, 5000),  # R1 in the first, third and fifth step
+        ({"d_steps_per_g_step": 4}, 3201, 3500),  # G updates in the fourth step
         ({"loss": "rpgan"}, 5001, 5000),
         ({"penalty": "full", "r1_interval": 10}, 4200, 5000),
         ({"penalty": "full", "r1_interval": 2}, 4600, 5000),
@@ -171,7 +173,7 @@ def test_overrides_reach_every_level() -> None:
         ({"penalty": "approx"}, 5000, 5000),
     ],
 )
-def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int, table: int) -> None:
+def test_plan_counts_evaluations(settings: dict[str, Any], evaluations: int, table: int) -> None:
     train = TrainConfig(images=1000, batch_size=200)
     config = DistillConfig(stage="gan", train=train, gan=DiscriminatorConfig(**settings))
     assert plan(config, world_size=5) == {
@@ -183,10 +185,10 @@ def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int,
     assert table_evaluations(config) == table
     ode = DistillConfig(train=train)
     assert plan(ode)["evaluations"] == table_evaluations(ode) == 1000
-    assert evaluations_of(replace(ode, train=replace(train, images=801))) == 1000, "steps are whole"
-    apart = plan(replace(config, engine=EngineConfig(gradient_accumulation=5, gpus=2)))
-    assert apart["evaluations"] == evaluations + 200 * (5 // config.gan.d_steps_per_g_step)
-    assert (apart["gpus"], apart["rows_per_gpu"]) == (2, 20)
+    assert evaluations_of(replace(ode, train=replace(train, images=801))) == 1000, "the last step is complete"
+    accumulated = plan(replace(config, engine=EngineConfig(gradient_accumulation=5, gpus=2)))
+    assert accumulated["evaluations"] == evaluations + 200 * (5 // config.gan.d_steps_per_g_step)
+    assert (accumulated["gpus"], accumulated["rows_per_gpu"]) == (2, 20)
     with pytest.raises(SettingError, match="batch_size 200 does not divide over 64 processes"):
         plan(config, world_size=64)
     with pytest.raises(SettingError, match="a micro-batch has 25 rows per process"):
@@ -195,7 +197,7 @@ def test_the_plan_counts_evaluations(settings: dict[str, Any], evaluations: int,
     assert plan(DISTILL_PRESETS["sd15-cfg8"]["ode"], "sd15-cfg8")["table_a1"] == column("sd15-cfg8")
 
 
-def test_settings_that_need_each_other_can_be_set_together() -> None:
+def test_dependent_settings_can_be_overridden_together() -> None:
     config = override(
         DistillConfig(), ["student.lora_alpha=4", "student.lora_rank=8", "data.block=2", "data.window=3"]
     )
@@ -203,7 +205,7 @@ def test_settings_that_need_each_other_can_be_set_together() -> None:
     assert override(DistillConfig(), ["student.lora_rank=8"]).student.alpha == 8
 
 
-def test_what_penalty_acts() -> None:
+def test_active_penalty() -> None:
     assert DiscriminatorConfig().penalty == "single" and DiscriminatorConfig().penalty_interval == 16
     assert (
         DiscriminatorConfig(r1_gamma=0).active_penalty
@@ -215,12 +217,12 @@ def test_what_penalty_acts() -> None:
 
 
 def group(name: str, /, **values: object) -> DistillConfig:
-    """A config with values in one of its groups: errors say the full path of a setting."""
+    """A config with values in one group, built so that errors contain the full path of a setting."""
     return with_values(DistillConfig(), {f"{name}.{key}": value for key, value in values.items()})
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("build", "message"),
     [
         (lambda: group("optim", lr=0), r"^optim\.lr is 0; expected a positive number$"),
         (lambda: group("optim", weight_decay=-1), r"^optim\.weight_decay is -1; expected 0 or more$"),
@@ -304,20 +306,20 @@ def group(name: str, /, **values: object) -> DistillConfig:
         (lambda: group("gan", r1_rows=0), r"^gan\.r1_rows is 0; expected 1 or more$"),
     ],
 )
-def test_impossible_settings(make: Callable[[], object], says: str) -> None:
-    with pytest.raises(SettingError, match=says):
-        make()
+def test_invalid_settings_are_refused(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        build()
 
 
-def test_the_backends_that_compile_are_not_refused() -> None:
+def test_compile_backends_are_accepted() -> None:
     assert EngineConfig(compile="inductor").compile == "inductor"
-    assert EngineConfig(compile="eager").compile == "eager"  # one for debugging, no less there
+    assert EngineConfig(compile="eager").compile == "eager"  # a debugging backend of torch.compile
 
 
-# What changes nothing where it is given.
+# Settings that have no effect.
 
-IDLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
-    # a setting, with what it changes nothing, and with what it acts
+UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+    # (setting, settings with which it has no effect, settings with which it has one)
     ("gan.weight=1", ("stage=ode",), ("stage=gan",)),
     ("gan.optim.lr=1", ("stage=ode",), ("stage=gan",)),
     ("gan.r1_interval=2", ("gan.penalty=approx",), ("gan.penalty=full",)),
@@ -344,17 +346,17 @@ IDLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "without", "with_it"), IDLE)
-def test_settings_that_change_nothing(
-    setting: str, without: tuple[str, ...], with_it: tuple[str, ...]
+@pytest.mark.parametrize(("setting", "no_effect_with", "effect_with"), UNUSED)
+def test_settings_without_effect_are_refused(
+    setting: str, no_effect_with: tuple[str, ...], effect_with: tuple[str, ...]
 ) -> None:
     name, start = setting.partition("=")[0], DistillConfig(stage="gan")
     with pytest.raises(SettingError, match=rf"^{name} is set, but acts only (in|with) .*; leave it out$"):
-        refuse_unused(override(start, [*without, setting]), ["seed", name])
-    refuse_unused(override(start, [*with_it, setting]), [name])
+        refuse_unused(override(start, [*no_effect_with, setting]), ["seed", name])
+    refuse_unused(override(start, [*effect_with, setting]), [name])
 
 
-def test_every_rule_about_what_acts_is_tested_and_presets_may_carry_what_does_not() -> None:
-    tested = {setting.partition("=")[0] for setting, _, _ in IDLE}
+def test_every_condition_is_tested_and_presets_may_set_unused_settings() -> None:
+    tested = {setting.partition("=")[0] for setting, _, _ in UNUSED}
     assert {name for names in CONDITIONS for name in names} <= tested | {"gan."}
     refuse_unused(DISTILL_PRESETS["cifar10"]["ode"], [])

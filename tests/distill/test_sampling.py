@@ -1,6 +1,4 @@
-"""distill.sampling and distill.export.export: images are a function of (seed, index), files say what they
-are.
-"""
+"""distill.sampling and distill.export.export: images depend on (seed, index) only; image files."""
 
 import json
 import shutil
@@ -47,25 +45,25 @@ def test_an_image_depends_on_seed_and_index_only(run: Path) -> None:
     one_batch = images(32)
     assert one_batch.shape == (7, 3, 16, 16) and one_batch.dtype == torch.uint8
     for again in (images(1), images(3), torch.cat([one_batch[:2], images(4, start=2)])):
-        assert (again.int() - one_batch.int()).abs().max() <= 1  # a rounding to uint8 may tip
+        assert (again.int() - one_batch.int()).abs().max() <= 1  # uint8 rounding may differ
     assert (images(32, seed=6).int() - one_batch.int()).abs().max() > 10
     assert [text for _, texts in one.sample(PROMPTS, 5, batch_size=3) for text in texts] == PROMPTS
 
 
-def test_one_image_is_one_evaluation(run: Path) -> None:
+def test_one_network_evaluation_per_image(run: Path) -> None:
     one, calls = load_student(str(run)), []
     one.student.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     one.images(noise(0, range(3), (4, 4, 4)), PROMPTS[:3])
     assert calls == [3]
 
 
-def test_files_carry_their_prompt_and_the_grid_shows_all(run: Path, tmp_path: Path) -> None:
-    seen: list[int] = []
+def test_files_store_their_prompt_and_the_grid_shows_all_images(run: Path, tmp_path: Path) -> None:
+    progress_counts: list[int] = []
     summary = save_samples(
-        str(run), PROMPTS, tmp_path, 5, 3, progress=lambda label, done, total: seen.append(done)
+        str(run), PROMPTS, tmp_path, 5, 3, progress=lambda label, done, total: progress_counts.append(done)
     )
     assert summary["out"] == str(tmp_path) and summary["images"] == 7 and summary["seconds_per_image"] > 0
-    assert seen == [3, 6, 7]
+    assert progress_counts == [3, 6, 7]
     expected = torch.cat([part for part, _ in load_student(str(run)).sample(PROMPTS, 5, batch_size=3)])
     for number, prompt in enumerate(PROMPTS):
         with Image.open(tmp_path / f"{number:05d}.png") as image:
@@ -76,22 +74,22 @@ def test_files_carry_their_prompt_and_the_grid_shows_all(run: Path, tmp_path: Pa
         assert grid.size == (3 * 18, 3 * 18)
 
 
-def test_a_run_draws_from_the_averages(run: Path) -> None:
+def test_a_run_is_sampled_with_its_ema_weights(run: Path) -> None:
     tensors = load_file(run / "checkpoints" / "000000020" / "ema.safetensors")
     student = load_student(str(run)).student
     assert all(torch.equal(value, tensors[name]) for name, value in student.state_dict().items())
 
 
-def test_the_naive_student_is_the_teacher_in_one_step(teacher: Path, run: Path) -> None:
+def test_the_untrained_student_is_one_teacher_step(teacher: Path, run: Path) -> None:
     z = noise(0, range(2), (4, 4, 4))
-    naive = untrained_one_step(str(teacher))
-    expected = student_from_teacher(str(teacher))(z, naive.conditioner.encode(PROMPTS[:2]))
-    assert torch.equal(naive.latents(z, PROMPTS[:2]), expected)
+    untrained = untrained_one_step(str(teacher))
+    expected = student_from_teacher(str(teacher))(z, untrained.conditioner.encode(PROMPTS[:2]))
+    assert torch.equal(untrained.latents(z, PROMPTS[:2]), expected)
     assert not torch.equal(load_student(str(run)).latents(z, PROMPTS[:2]), expected)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_export_keeps_the_student(run: Path, tmp_path: Path, dtype: str) -> None:
+def test_export_preserves_the_student(run: Path, tmp_path: Path, dtype: str) -> None:
     summary = export_student(str(run), tmp_path / "student", dtype)
     limit = {"fp32": 0.0, "fp16": 0.05, "bf16": 0.5}[dtype]
     assert summary["out"] == str(tmp_path / "student") and summary["parity_max_abs_err"] <= limit
@@ -101,7 +99,7 @@ def test_export_keeps_the_student(run: Path, tmp_path: Path, dtype: str) -> None
     torch.testing.assert_close(a, b, rtol=0, atol=2 * limit)
 
 
-def test_an_export_starts_a_student_and_names_another_teacher(
+def test_an_exported_student_initializes_training_and_records_its_teacher(
     run: Path, teacher: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(teacher, tmp_path / "moved")
@@ -114,10 +112,10 @@ def test_an_export_starts_a_student_and_names_another_teacher(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-# What is refused.
+# Refused inputs.
 
 
-def test_folders_that_are_no_student(tmp_path: Path, teacher: Path) -> None:
+def test_folders_without_a_student_are_refused(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(
         UserError, match=r"expected a run of `d2g distill` \(config.json\) or an exported student"
     ):
@@ -147,7 +145,7 @@ def test_weights_that_do_not_fit_are_refused(run: Path, teacher: Path, tmp_path:
         load_student(str(tmp_path / "student"))
 
 
-def test_an_export_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
+def test_export_errors(run: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="dtype is 'int8'; expected fp32, fp16, bf16"):
         export_student(str(run), tmp_path / "student", "int8")
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""`d2g distill watch`: any run, also while it writes, as text, JSON and a picture; it changes nothing."""
+"""`d2g distill watch`: views of a run as text, JSON and PNG; the run folder stays unchanged."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LINE = {"loss/g": 0.5, "loss/d": 1.0, "grad/g": 1.0, "logit/real": 0.2, "time/im
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that stands at 40 of 100 images, and has a checkpoint and two previews."""
+    """A run at 40 of 100 images with one checkpoint and two previews."""
     log = RunLog(tmp_path / "run", {"stage": "gan", "train": {"batch_size": 4}, "length": {"images": 100}})
     for nimg in (10, 20, 30, 40):
         log.write(nimg, {**LINE, "loss/g": 1 / nimg})
@@ -36,9 +36,9 @@ def run(tmp_path: Path) -> Path:
 
 def watch(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     capfd.readouterr()
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main(["distill", "watch", *map(str, words)])
-    code = left.value.code
+    code = exit_info.value.code
     return (code if isinstance(code, int) else 0), *capfd.readouterr()
 
 
@@ -46,7 +46,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_view_of_a_run(run: Path) -> None:
+def test_view_of_a_run(run: Path) -> None:
     status = view(run)
     assert (status.stage, status.nimg, status.images, status.finished) == ("gan", 40, 100, False)
     assert status.seconds_left == pytest.approx(60 / 20) and status.values["loss/g"] == 1 / 40
@@ -66,7 +66,7 @@ def test_json_output_leaves_the_folder_unchanged(run: Path, capfd: pytest.Captur
     assert snapshot(run) == before
 
 
-def test_once_and_png(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_once_and_png_options(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = watch(capfd, run, "--once")
     assert code == 0 and "40 of 100 images, 40.0%" in out and "loss/g" in out and "▁" in out
     code, out, _ = watch(capfd, run, "--png", tmp_path / "health.png", "--json")
@@ -84,7 +84,7 @@ def test_a_live_view_follows_the_run_to_its_end(run: Path, tmp_path: Path) -> No
     assert ended.code == 0 and "100 of 100 images, finished" in ended.stdout
 
 
-def test_ctrl_c_leaves_the_view_quietly(run: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_view_without_an_error(run: Path, tmp_path: Path) -> None:
     running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
     running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
     running.send(signal.SIGINT)
@@ -100,7 +100,7 @@ def test_a_run_without_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for content, says in (
+    for content, message in (
         (None, "holds no run"),
         ("{", "config.json is damaged .*; copy it from another --out"),
         ("[]", "config.json is damaged"),
@@ -108,7 +108,7 @@ def test_folders_without_a_run_are_refused(tmp_path: Path, capfd: pytest.Capture
     ):
         if content is not None:
             (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             view(tmp_path)
     code, _, err = watch(capfd, tmp_path, "--once")
     assert code == 1 and err.startswith("error: ") and "give the --out of `d2g distill`" in err
@@ -127,7 +127,7 @@ def test_png_must_be_a_file(run: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert err == f"error: --png {run} is a folder; give the name of a file in it, for example {example}\n"
 
 
-# How runs end.
+# Ends of runs.
 
 ENDINGS = [
     ("done", "", "40 of 100 images, finished"),
@@ -141,13 +141,13 @@ ENDINGS = [
 def test_ended_json_is_shown(
     how: Any, why: str, expected: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The live view leaves, and all three say how it ended; nothing is left, so no time is."""
+    """The live view exits, and all outputs state how the run ended, without a remaining time."""
     RunLog(run, json.loads((run / "config.json").read_text())).end(how, why)
     silent = time.time() - 10_000
     os.utime(run / "stats.jsonl", (silent, silent))
     os.utime(run / "config.json", (silent, silent))
     code, out, _ = watch(capfd, run)
-    out = " ".join(out.split())  # a title is broken where its table ends
+    out = " ".join(out.split())  # titles are wrapped at the width of the table
     assert code == 0 and expected in out and " ".join(why.split()) in out and "left" not in out
     assert "no report for" not in out
     code, out, _ = watch(capfd, run, "--once")
@@ -158,7 +158,7 @@ def test_ended_json_is_shown(
     assert result["silent_minutes"] is result["seconds_left"] is None and not result["finished"]
 
 
-def test_a_live_view_leaves_when_the_run_fails(run: Path, tmp_path: Path) -> None:
+def test_a_live_view_exits_when_the_run_fails(run: Path, tmp_path: Path) -> None:
     running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
     running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
     RunLog(run, json.loads((run / "config.json").read_text())).end("failed", "loss/g is nan at image 40")
@@ -173,8 +173,10 @@ def test_a_damaged_ended_json_is_reported(run: Path, capfd: pytest.CaptureFixtur
     assert code == 1 and f"{run / 'ended.json'} is damaged" in err and "delete it" in err
 
 
-def test_a_killed_run_is_reported_silent(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its reports came every half second: ten minutes are long. Nothing else tells."""
+def test_a_run_without_new_reports_is_reported_as_silent(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A killed run writes no ended.json. After reports every 0.5 s, ten minutes without one are silence."""
     last = (run / "stats.jsonl").stat().st_mtime
     assert usual_gap(read_stats(run)) == 0.5
     assert view(run, now=last + 590).silent_minutes is None
@@ -200,18 +202,18 @@ def test_rare_reports_do_not_count_as_silence(run: Path) -> None:
     assert view(run, now=last + 1510).silent_minutes == 25
 
 
-def test_a_run_without_reports_can_be_silent_too(tmp_path: Path) -> None:
+def test_a_run_without_any_report_can_be_silent(tmp_path: Path) -> None:
     RunLog(tmp_path, {"stage": "ode", "train": {"images": 50}})
-    begun = (tmp_path / "config.json").stat().st_mtime
-    assert view(tmp_path, now=begun + 599).silent_minutes is None
-    assert view(tmp_path, now=begun + 700).silent_minutes == 11
+    start_time = (tmp_path / "config.json").stat().st_mtime
+    assert view(tmp_path, now=start_time + 599).silent_minutes is None
+    assert view(tmp_path, now=start_time + 700).silent_minutes == 11
 
 
 def test_silence_is_printed_once_to_a_file_and_every_minute_to_a_terminal(run: Path) -> None:
     last = (run / "stats.jsonl").stat().st_mtime
-    talks, silent, longer = (view(run, now=last + 60 * minutes) for minutes in (0, 11, 12))
+    active, silent, longer = (view(run, now=last + 60 * minutes) for minutes in (0, 11, 12))
     for live in (False, True):
-        assert has_news(talks, silent, live) and has_news(silent, talks, live)
+        assert has_news(active, silent, live) and has_news(silent, active, live)
         assert not has_news(silent, silent, live) and has_news(silent, longer, live) == live
 
 

@@ -30,8 +30,8 @@ from distill.models.student import (
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_at_the_start_it_is_the_teachers_prediction(tmp_path: Path, prediction: str) -> None:
-    """One DDIM step from T to clean data is x_0 hat: the student against the teacher's own sampler."""
+def test_student_starts_as_the_teachers_x0_prediction(tmp_path: Path, prediction: str) -> None:
+    """One DDIM step from T to clean data gives x_0 hat; reference: the teacher's sampler."""
     tiny.save_teacher(tmp_path, prediction_type=prediction, timestep_spacing="trailing")
     z, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
     teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
@@ -41,26 +41,26 @@ def test_at_the_start_it_is_the_teachers_prediction(tmp_path: Path, prediction: 
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_papers_formula(teacher: Path) -> None:
+def test_student_follows_the_papers_formula(teacher: Path) -> None:
     """Supplement eq. 2 with SD's alpha and sigma at 999 (method.md "Solver equations"), on the raw network
     output.
     """
     student = student_from_teacher(str(teacher))
-    z, text = drawn_and_text(2)
+    z, text = noise_and_text(2)
     epsilon = student.unet(z, 999, text.tensors["hidden"]).sample
     torch.testing.assert_close(student(z, text), (z - 0.997667 * epsilon) / 0.068265, rtol=1e-3, atol=1e-3)
 
 
-def test_it_has_the_unets_parameters_and_no_others(teacher: Path) -> None:
+def test_student_has_exactly_the_unets_parameters(teacher: Path) -> None:
     student = student_from_teacher(str(teacher))
     names = {f"unet.{name}" for name in pretrained.load_unet(str(teacher)).state_dict()}
     assert set(student.state_dict()) == names and student.latent_shape == (4, 4, 4)
 
 
-def test_the_combination_is_fp32_under_autocast(teacher: Path) -> None:
-    """Rounding the network to bf16 costs 15 roundings (1 / alpha); rounding the sum too would cost more."""
+def test_x0_is_computed_in_fp32_under_autocast(teacher: Path) -> None:
+    """Division by alpha magnifies the network's bf16 rounding by 15; rounding the sum would add to it."""
     student = student_from_teacher(str(teacher))
-    z, text = drawn_and_text(2)
+    z, text = noise_and_text(2)
     with torch.autocast("cpu", torch.bfloat16):
         output, raw = student(z, text), student.unet(z, 999, text.tensors["hidden"]).sample
     assert raw.dtype == torch.bfloat16 and output.dtype == torch.float32
@@ -69,17 +69,17 @@ def test_the_combination_is_fp32_under_autocast(teacher: Path) -> None:
     )
 
 
-def test_timesteps(teacher: Path) -> None:
+def test_student_timestep(teacher: Path) -> None:
     schedule = pretrained.load_schedule(str(teacher))
     student = student_from_teacher(str(teacher), 981)
     assert student.timestep == 981 and student.point[1:] == schedule.alpha_sigma(981)
-    for wrong in (1000, -2):
-        with pytest.raises(SettingError, match=f"student_timestep is {wrong}; expected 0 to 999"):
-            student_from_teacher(str(teacher), wrong)
+    for timestep in (1000, -2):
+        with pytest.raises(SettingError, match=f"student_timestep is {timestep}; expected 0 to 999"):
+            student_from_teacher(str(teacher), timestep)
 
 
 def test_zero_terminal_snr_is_finite_for_v_and_refused_for_epsilon(teacher: Path) -> None:
-    """At alpha = 0 v gives -v, and epsilon divides by zero (method.md "One-step formulas")."""
+    """At alpha = 0, v-prediction gives x_0 = -v; epsilon divides by zero (method.md "One-step formulas")."""
     schedule = pretrained.load_schedule(str(teacher))
     bars = schedule.alphas_cumprod.clone()
     bars[-1] = 0.0
@@ -93,13 +93,13 @@ def test_zero_terminal_snr_is_finite_for_v_and_refused_for_epsilon(teacher: Path
         Student(unet, replace(zero, prediction="epsilon"), family)(z, text)
 
 
-def drawn_and_text(rows: int = 3) -> tuple[Tensor, Conditioning]:
+def noise_and_text(rows: int = 3) -> tuple[Tensor, Conditioning]:
     text = torch.randn(rows, 12, 16, generator=torch.Generator().manual_seed(0))
     return noise(0, range(rows), (4, 4, 4)), Conditioning.from_text(text)
 
 
-def test_sdxls_student_starts_as_its_teacher(tmp_path: Path) -> None:
-    """Pooled text and the picture's size reach the network: the teacher's own sampler as judge."""
+def test_sdxl_student_starts_as_its_teacher(tmp_path: Path) -> None:
+    """Pooled text and image size reach the network; reference: the teacher's sampler."""
     tiny_teachers.save_sdxl(tmp_path, timestep_spacing="trailing")
     z, prompts = noise(0, range(3), (4, 4, 4)), tiny.CAPTIONS[:3]
     teacher, student = load_teacher(str(tmp_path)), student_from_teacher(str(tmp_path))
@@ -126,38 +126,38 @@ def with_adapters(teacher: Path, **settings: Any) -> tuple[Student, StudentConfi
     return student, config
 
 
-def trained_once(student: Student) -> None:
-    """One step that leaves no weight that is trained where it was."""
-    z, text = drawn_and_text()
+def train_two_steps(student: Student) -> None:
+    """Train until every trainable weight has changed."""
+    z, text = noise_and_text()
     guidance = (torch.tensor([1.0, 3.0, 8.0]),) if student.guided else ()
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(2):  # the second factor of an adapter is zero at first, so the first waits a step
+    for _ in range(2):  # lora_B is zero at first, so lora_A changes in the second step
         optimizer.zero_grad()
         student(z, text, *guidance).square().mean().backward()
         optimizer.step()
 
 
-def test_adapters_start_as_the_teacher_and_alone_are_trained(teacher: Path) -> None:
+def test_adapters_start_without_effect_and_only_they_are_trained(teacher: Path) -> None:
     student, _ = with_adapters(teacher)
-    z, text = drawn_and_text()
+    z, text = noise_and_text()
     plain = student_from_teacher(str(teacher))
     assert torch.equal(student(z, text), plain(z, text))
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    trained_once(student)
-    moved = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
-    ours = {k for k in before if ".lora_A." in k or ".lora_B." in k}
-    assert moved == ours == {n for n, p in student.named_parameters() if p.requires_grad}
-    layers = {k.split(".lora_")[0].rpartition("attn")[2][2:] for k in ours}
+    train_two_steps(student)
+    changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+    adapter_names = {k for k in before if ".lora_A." in k or ".lora_B." in k}
+    assert changed == adapter_names == {n for n, p in student.named_parameters() if p.requires_grad}
+    layers = {k.split(".lora_")[0].rpartition("attn")[2][2:] for k in adapter_names}
     assert layers == {"to_q", "to_k", "to_v", "to_out.0"}
-    assert all(min(student.state_dict()[k].shape) == 2 for k in ours)
+    assert all(min(student.state_dict()[k].shape) == 2 for k in adapter_names)
 
 
 def test_merged_adapters_give_the_same_latents(teacher: Path) -> None:
-    """W + alpha / rank B A in the plain network: the adapted network as judge, and peft's own merge."""
+    """W + alpha / rank B A in the plain network equals the adapted network and peft's merge."""
     student, config = with_adapters(teacher, lora_alpha=5.0)
-    trained_once(student)
+    train_two_steps(student)
     plain = student_from_teacher(str(teacher))
-    z, text = drawn_and_text()
+    z, text = noise_and_text()
     start = plain(z, text)
     tensors = lora.merged(student.state_dict(), config.lora_rank, config.alpha)
     plain.load_state_dict(tensors, strict=True)
@@ -170,7 +170,7 @@ def test_merged_adapters_give_the_same_latents(teacher: Path) -> None:
             torch.testing.assert_close(module.get_base_layer().weight, tensors[f"{name}.weight"])
 
 
-def test_adapters_are_a_function_of_the_seed_alone(teacher: Path) -> None:
+def test_adapters_depend_on_the_seed_only(teacher: Path) -> None:
     state = torch.get_rng_state()
     a = student_from_teacher(str(teacher), -1, StudentConfig(lora_rank=2), seed=3).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
@@ -187,9 +187,9 @@ def test_adapters_are_a_function_of_the_seed_alone(teacher: Path) -> None:
 # Guidance as an input.
 
 
-def test_guidance_starts_without_effect_and_is_learnt(teacher: Path) -> None:
+def test_guidance_starts_without_effect_and_can_be_learned(teacher: Path) -> None:
     student = student_from_teacher(str(teacher), -1, StudentConfig(guidance_conditioning=True))
-    z, text = drawn_and_text()
+    z, text = noise_and_text()
     low, high = torch.full((3,), 1.5), torch.full((3,), 8.0)
     plain = student_from_teacher(str(teacher))(z, text)
     assert student.guided and not student_from_teacher(str(teacher)).guided
@@ -206,16 +206,16 @@ def test_guidance_starts_without_effect_and_is_learnt(teacher: Path) -> None:
         student(z, text)
 
 
-def test_guidance_reaches_its_weight_through_training(teacher: Path) -> None:
+def test_training_changes_the_guidance_weight(teacher: Path) -> None:
     config = StudentConfig(guidance_conditioning=True, lora_rank=2)
     student = student_from_teacher(str(teacher), -1, config)
     set_trainable(student, config)
-    trained_once(student)
+    train_two_steps(student)
     assert student.unet.time_embedding.cond_proj.weight.abs().max() > 0
 
 
-def test_the_scale_is_told_as_diffusers_tells_it() -> None:
-    """So that an exported student can be asked by StableDiffusionPipeline(guidance_scale=w)."""
+def test_guidance_embedding_equals_that_of_diffusers() -> None:
+    """StableDiffusionPipeline(guidance_scale=w) passes this embedding to an exported student."""
     from diffusers import StableDiffusionPipeline
 
     scales = torch.tensor([1.0, 1.5, 3.0, 8.0])
@@ -223,14 +223,14 @@ def test_the_scale_is_told_as_diffusers_tells_it() -> None:
     torch.testing.assert_close(guidance_embedding(scales, 256), expected, rtol=1e-4, atol=2e-3)
 
 
-def test_the_teacher_s_own_dropout_is_off(teacher: Path, tmp_path: Path) -> None:
-    """Also on ranks that build a network without weights, and with the student's own on and off again."""
+def test_teacher_dropout_is_disabled(teacher: Path, tmp_path: Path) -> None:
+    """Also for networks on the meta device, and after row dropout is disabled and enabled again."""
     folder = tmp_path / "teacher"
     shutil.copytree(teacher, folder)
     file = folder / "unet" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "dropout": 0.5}))
-    own = StudentConfig(dropout=0.3)
-    students = [make(str(folder), -1, own) for make in (student_from_teacher, meta_student)]
+    student_config = StudentConfig(dropout=0.3)
+    students = [make(str(folder), -1, student_config) for make in (student_from_teacher, meta_student)]
     for network in (
         *students,
         student_from_teacher(str(folder)),
@@ -244,15 +244,15 @@ def test_the_teacher_s_own_dropout_is_off(teacher: Path, tmp_path: Path) -> None
     assert all(any(isinstance(m, RowDropout) and m.training for m in s.modules()) for s in students)
 
 
-def test_dropout_acts_in_the_residual_blocks(teacher: Path) -> None:
+def test_dropout_in_the_residual_blocks(teacher: Path) -> None:
     student = student_from_teacher(str(teacher), -1, StudentConfig(dropout=0.5))
-    z, text = drawn_and_text()
+    z, text = noise_and_text()
     with pytest.raises(AssertionError, match="a key for each row"):
         student(z, text)
     set_dropout_keys(student, row_keys(0, range(len(z))))
-    a, again = student(z, text), student(z, text)
+    a, repeated = student(z, text), student(z, text)
     set_dropout_keys(student, row_keys(1, range(len(z))))
     b = student(z, text)
-    assert torch.equal(a, again) and not torch.equal(a, b)
+    assert torch.equal(a, repeated) and not torch.equal(a, b)
     plain = student_from_teacher(str(teacher))
     assert torch.equal(plain(z, text), plain(z, text))

@@ -38,8 +38,8 @@ def test_onnxruntime_reproduces_the_student(teacher: Path, tmp_path: Path) -> No
     assert names["image"].size == (16, 16) and np.asarray(names["image"]).std() > 1
 
 
-def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
-    """Of an EDM teacher in pixels: its time, a fraction, stands in the file."""
+def test_class_conditional_onnx_has_no_text_encoder(tmp_path: Path) -> None:
+    """The teacher is an EDM in pixels, whose non-integer time is a constant of the ONNX graph."""
     run, out = save_run(tmp_path / "run", tiny_teachers.save_edm(tmp_path / "teacher")), tmp_path / "out"
     assert export(ExportConfig(student=run, format="onnx"), out)["parity_max_abs_err"] <= 1e-4
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "decoder.onnx", "student.onnx"]
@@ -57,7 +57,7 @@ def test_a_student_of_classes_has_no_encoder(tmp_path: Path) -> None:
     assert np.abs(np.asarray(names["image"]).astype(int) - own).max() <= 1
 
 
-def test_onnx_is_fp32_and_checks_its_packages(
+def test_onnx_needs_fp32_and_its_packages(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = save_run(tmp_path / "run", str(teacher))

@@ -1,8 +1,7 @@
-"""distill.training.train: exact resume, golden curves, several ranks, and the pieces that the loop is made
-of.
+"""distill.training.train: exact resume, golden curves, several ranks, and parts of the training loop.
 
 Golden curves: tests/golden/distill_{ode,gan}.json hold the first six reports of both stages on the tiny
-teacher. After a change that is meant to move them, write them anew and say why they moved:
+teacher. After a change that intentionally alters them, write them again and state why they changed:
 
     D2G_WRITE_GOLDEN=1 uv run pytest -n 0 tests/distill/test_train.py -k golden
 """
@@ -46,7 +45,7 @@ SETTINGS = {"ode": COMMON, "gan": (*COMMON, "gan.r1_interval=4", "gan.r1_gamma=0
 
 @pytest.fixture(scope="module")
 def teacher(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny teacher with a pinned tokenizer: training one numbers equally frequent pairs at random."""
+    """The tiny teacher with a stored tokenizer, because training one breaks ties of frequency at random."""
     folder = tmp_path_factory.mktemp("pinned") / "teacher"
     shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("tokenizer"))
     shutil.copytree(GOLDEN / "tokenizer", folder / "tokenizer")
@@ -60,7 +59,7 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both stages, 20 steps each, in one go."""
+    """Unbroken runs of both stages, 20 steps each."""
     folder = tmp_path_factory.mktemp("unbroken")
     for stage in ("ode", "gan"):
         train(config_of(stage, teacher, pairs, folder), folder / stage)
@@ -74,7 +73,7 @@ def config_of(stage: str, teacher: Path, pairs: Path, folder: Path, steps: int =
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    """Reports without what depends on the machine."""
+    """Reports without values that depend on the machine."""
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in read_stats(run)
     ]
@@ -90,14 +89,14 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-# Whole runs.
+# Complete runs.
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
-def test_ten_and_ten_more_steps_are_twenty(
+def test_a_resumed_run_equals_an_unbroken_one(
     stage: str, unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit: weights, averages, optimisers and every reported number."""
+    """Weights, EMA, optimizer states and all reports are bit-identical."""
     folder, out = unbroken["ode"].parent, tmp_path / stage
     first = train(config_of(stage, teacher, pairs, folder, steps=10), out)
     assert (first.images, first.steps) == (40, 10) and first.checkpoint.endswith("000000040")
@@ -109,8 +108,8 @@ def test_ten_and_ten_more_steps_are_twenty(
     assert equal(*states)
     names = {"ode": ["student"], "gan": ["discriminator", "student"]}[stage]
     assert sorted({name.partition(".")[0] for name in states[0]} - {"optim"}) == names
-    remembered = {name.split(".")[1] for name in states[0] if name.startswith("optim.")}
-    assert sorted(remembered) == names and any(name.endswith(".exp_avg_sq") for name in states[0])
+    with_optimizer_state = {name.split(".")[1] for name in states[0] if name.startswith("optim.")}
+    assert sorted(with_optimizer_state) == names and any(name.endswith(".exp_avg_sq") for name in states[0])
     assert curve(out) == curve(unbroken[stage]) and len(curve(out)) == 20
     assert second.loss == {
         k.removeprefix("loss/"): v for k, v in curve(out)[-1].items() if k.startswith("loss/")
@@ -125,8 +124,8 @@ def losses_of(run: Path) -> list[dict[str, float]]:
 def assert_golden(stage: str, run: Path, tolerance: float) -> None:
     losses, expected = losses_of(run), json.loads((GOLDEN / f"distill_{stage}.json").read_text())
     assert [line.keys() for line in losses] == [line.keys() for line in expected]
-    for line, wanted in zip(losses, expected, strict=True):
-        assert line == pytest.approx(wanted, rel=tolerance)
+    for line, expected_line in zip(losses, expected, strict=True):
+        assert line == pytest.approx(expected_line, rel=tolerance)
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
@@ -139,7 +138,7 @@ def test_golden_curves(stage: str, unbroken: dict[str, Path]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", ["ode", "gan"])
 def test_golden_curves_on_a_gpu(stage: str, unbroken: dict[str, Path]) -> None:
-    """A CUDA device learns what the CPU does: the draws are made on the CPU, the rest differs by rounding."""
+    """Random numbers come from the CPU, so a CUDA run differs from the CPU run by rounding only."""
     assert torch.cuda.is_available(), "no CUDA device; `-m gpu` is for machines that have one"
     assert_golden(stage, unbroken[stage], 1e-2)
 
@@ -158,12 +157,12 @@ def test_both_stages_learn(unbroken: dict[str, Path]) -> None:
 LATENT_STATISTICS = ("latent/spread", "latent/contrast", "latent/color")
 
 
-def test_reports_name_what_was_measured(unbroken: dict[str, Path]) -> None:
+def test_reports_contain_the_expected_keys(unbroken: dict[str, Path]) -> None:
     ode, gan = curve(unbroken["ode"]), curve(unbroken["gan"])
     assert [line["nimg"] for line in ode] == list(range(4, 84, 4))
     losses = {"loss/e_latent_lpips", "loss/latent_lpips", "loss/l1", "loss/g"}
     assert set(ode[-1]) == {"nimg", "grad/g", "ema/drift", *losses, *LATENT_STATISTICS}
-    assert "ema/drift" not in ode[0], "the average is a copy at the start"
+    assert "ema/drift" not in ode[0], "the EMA is a copy at the start"
     assert [("loss/r1" in line) for line in gan] == [index % 4 == 0 for index in range(20)]
     assert {"loss/d", "loss/g_gan", "logit/real", "logit/student/0_skip", "d/auc", "grad/d"} <= set(gan[1])
     for line in ode:
@@ -174,10 +173,10 @@ def test_reports_name_what_was_measured(unbroken: dict[str, Path]) -> None:
         assert line["loss/g"] == pytest.approx(total + 0.25 * line["loss/g_gan"], rel=1e-5)
 
 
-def test_the_second_stage_starts_from_the_averages_of_the_first(
+def test_the_gan_stage_starts_from_the_ema_of_the_regression_stage(
     unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """Also from an exported student; a step too small to see keeps what it started from."""
+    """With a learning rate of 1e-30 the weights after one step are the initial weights."""
     settings = ("optim.lr=1e-30", "optim.weight_decay=0", "train.images=4")
     config = distill_config(teacher, pairs, *settings, stage="gan", init=unbroken["ode"])
     train(config, tmp_path)
@@ -186,7 +185,7 @@ def test_the_second_stage_starts_from_the_averages_of_the_first(
     assert equal(before, {name: after[f"student.{name}"] for name in before})
 
 
-def test_a_finished_run_is_left_alone(unbroken: dict[str, Path], teacher: Path, pairs: Path) -> None:
+def test_a_finished_run_is_not_changed(unbroken: dict[str, Path], teacher: Path, pairs: Path) -> None:
     before = {
         p: p.stat().st_mtime_ns for p in unbroken["ode"].rglob("*") if p.is_file() and p.name != "stats.jsonl"
     }
@@ -195,7 +194,7 @@ def test_a_finished_run_is_left_alone(unbroken: dict[str, Path], teacher: Path, 
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_minutes_end_a_run_with_a_checkpoint(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+def test_the_time_limit_ends_a_run_with_a_checkpoint(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     summary = train(distill_config(teacher, pairs, "train.images=100000", "train.minutes=1e-6"), tmp_path)
     assert (summary.images, summary.steps) == (4, 1) and Path(summary.checkpoint).name == "000000004"
     assert json.loads((tmp_path / "ended.json").read_text()) == {"nimg": 4, "how": "minutes", "why": ""}
@@ -221,22 +220,26 @@ def test_checkpoints_are_pruned_and_bf16_keeps_fp32_weights(
 
 # Several ranks.
 
-SAME = {
+RANK_SETTINGS = {
     "ode": ("train.images=12",),
     "gan": ("train.images=12", "gan.mix_fraction=0.5", "gan.r1_interval=2"),
 }
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
-def test_two_ranks_train_as_one(
+def test_two_ranks_train_like_one(
     stage: str, unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
     init = unbroken["ode"] if stage == "gan" else ""
     config = distill_config(teacher, pairs, stage=stage, init=init)
-    alone = d2g(distill_arguments(config, tmp_path / "one", *SAME[stage]), tmp_path / "log")
-    both = d2g_ranks([*distill_arguments(config, tmp_path / "two", *SAME[stage]), "--json"], tmp_path / "log")
-    assert [ended.code for ended in (alone, *both)] == [0, 0, 0], [ended.stderr for ended in (alone, *both)]
-    assert json.loads(both[0].stdout)["images"] == 12 and both[1].stdout == ""
+    single = d2g(distill_arguments(config, tmp_path / "one", *RANK_SETTINGS[stage]), tmp_path / "log")
+    ranks = d2g_ranks(
+        [*distill_arguments(config, tmp_path / "two", *RANK_SETTINGS[stage]), "--json"], tmp_path / "log"
+    )
+    assert [ended.code for ended in (single, *ranks)] == [0, 0, 0], [
+        ended.stderr for ended in (single, *ranks)
+    ]
+    assert json.loads(ranks[0].stdout)["images"] == 12 and ranks[1].stdout == ""
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [line["nimg"] for line in two] == [4, 8, 12]
     for a, b in zip(one, two, strict=True):
@@ -248,14 +251,14 @@ def test_two_ranks_train_as_one(
     assert all((a[k] - b[k]).abs().mean() < 1e-4 for k in a)
 
 
-def test_ranks_whose_rows_differ_in_kind_still_report_together(
+def test_ranks_report_together_with_different_kinds_of_rows(
     unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """With two rows each, some rank often has no mismatched row, or no plain one."""
+    """With two rows per rank, a rank often has no mismatched row or no other fake row."""
     config = distill_config(teacher, pairs, stage="gan", init=unbroken["ode"])
-    sets = ("gan.mix_fraction=0.6", "gan.r1_interval=2", "train.images=24")
-    both = d2g_ranks(distill_arguments(config, tmp_path / "run", *sets), tmp_path / "log")
-    assert [ended.code for ended in both] == [0, 0], both[0].stderr
+    settings = ("gan.mix_fraction=0.6", "gan.r1_interval=2", "train.images=24")
+    ranks = d2g_ranks(distill_arguments(config, tmp_path / "run", *settings), tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
     lines = curve(tmp_path / "run")
     assert len(lines) == 6 and all(math.isfinite(v) for line in lines for v in line.values())
     assert any("logit/mismatched" in line for line in lines) and any("logit/fake" in line for line in lines)
@@ -270,10 +273,10 @@ def test_a_batch_that_does_not_divide_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-# What is refused.
+# Refused inputs.
 
 
-def test_another_config_is_refused_naming_the_keys(
+def test_another_config_is_refused_with_the_changed_settings(
     unbroken: dict[str, Path], teacher: Path, pairs: Path
 ) -> None:
     config = config_of("ode", teacher, pairs, unbroken["ode"].parent)
@@ -293,63 +296,76 @@ def test_other_pairs_and_teachers_are_refused(teacher: Path, pairs: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-# Pieces.
+# Parts of the loop.
 
 
 def test_weight_decay_groups(teacher: Path) -> None:
-    """Everything inside attention layers decays by 1e-5, the rest by 1e-2; each once (method.md "Schedule and
+    """Parameters of attention layers have weight decay 1e-5, all others 1e-2 (method.md "Schedule and
     hyperparameters").
     """
     student = student_from_teacher(str(teacher)).requires_grad_(True)
-    columns = {
+    decay_of = {
         id(p): g["weight_decay"] for g in optimizer(student, OptimConfig()).param_groups for p in g["params"]
     }
     expected = {id(p): 1e-5 if ".attentions." in n else 1e-2 for n, p in student.named_parameters()}
-    assert columns == expected and set(columns.values()) == {1e-5, 1e-2}
+    assert decay_of == expected and set(decay_of.values()) == {1e-5, 1e-2}
     inside = {n for n, _ in student.named_parameters() if ".attn1." in n or ".attn2." in n or ".ff." in n}
-    assert inside <= {n for n, p in student.named_parameters() if columns[id(p)] == 1e-5}
+    assert inside <= {n for n, p in student.named_parameters() if decay_of[id(p)] == 1e-5}
 
 
-def test_decay_is_decoupled(teacher: Path) -> None:
+def test_weight_decay_is_decoupled(teacher: Path) -> None:
     """With zero gradients AdamW multiplies by 1 - lr * decay and nothing else."""
     student = student_from_teacher(str(teacher)).requires_grad_(True)
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    update(optimizer(student, OptimConfig()), alone(student), OptimConfig(), 0.5, lambda norm: None)
+    update(
+        optimizer(student, OptimConfig()),
+        without_process_group(student),
+        OptimConfig(),
+        0.5,
+        lambda norm: None,
+    )
     for name, parameter in student.named_parameters():
         decay = 1e-5 if ".attentions." in name else 1e-2
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * decay))
         assert parameter.grad is None
 
 
-def test_frozen_parameters_are_left_out(teacher: Path) -> None:
+def test_frozen_parameters_are_not_optimized(teacher: Path) -> None:
     unet = pretrained.load_unet(str(teacher))
     unet.conv_in.requires_grad_(True)
     groups = optimizer(unet, OptimConfig()).param_groups
     assert [len(g["params"]) for g in groups] == [2] and groups[0]["weight_decay"] == 1e-2
 
 
-def alone(module: nn.Module) -> DistributedModule:
+def without_process_group(module: nn.Module) -> DistributedModule:
     return DistributedModule(module, "ddp", torch.device("cpu"))
 
 
-def test_clipping_and_the_reported_norm() -> None:
+def test_gradient_clipping_and_reported_norm() -> None:
     module = nn.Linear(1, 1, bias=False)
     for clip, expected in ((0.0, 3.0), (1.0, 1.0), (10.0, 3.0)):
         config = OptimConfig(clip_norm=clip)
-        seen: list[float] = []
+        norms: list[float] = []
         sgd = torch.optim.SGD(module.parameters(), lr=1.0)
         before = module.weight.detach().clone()
         module.weight.grad = torch.full((1, 1), 3.0)
         assert (
-            update(sgd, alone(module), config, 1.0, lambda norm, seen=seen: seen.append(norm.item())) == 3.0
+            update(
+                sgd,
+                without_process_group(module),
+                config,
+                1.0,
+                lambda norm, norms=norms: norms.append(norm.item()),
+            )
+            == 3.0
         )
         torch.testing.assert_close(before - module.weight.detach(), torch.full((1, 1), expected))
-        assert seen == [3.0]
+        assert norms == [3.0]
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+def test_a_non_finite_gradient_changes_nothing(tmp_path: Path) -> None:
     module = nn.Linear(1, 1)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     module.weight.grad, module.bias.grad = torch.full((1, 1), math.nan), torch.ones(1)
@@ -361,14 +377,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(
         FloatingPointError, match="grad/g is nan at image 8; no checkpoint was written before"
     ):
-        update(adam, alone(module), OptimConfig(), 1.0, check)
+        update(adam, without_process_group(module), OptimConfig(), 1.0, check)
     assert equal(before, dict(module.state_dict())) and not adam.state
 
 
 def test_learning_rates_are_functions_of_images() -> None:
     assert [learning_rate(n, OptimConfig(lr=2.0), 4) for n in (0, 10**9)] == [2.0, 2.0]
-    warm = OptimConfig(lr=2.0, warmup_images=16)
-    assert [learning_rate(n, warm, 4) for n in (0, 4, 12, 100)] == [0.5, 1.0, 2.0, 2.0]
+    warmup = OptimConfig(lr=2.0, warmup_images=16)
+    assert [learning_rate(n, warmup, 4) for n in (0, 4, 12, 100)] == [0.5, 1.0, 2.0, 2.0]
     cosine = OptimConfig(lr=2.0, decay_images=100)
     assert [learning_rate(n, cosine, 4) for n in (0, 50, 100, 200)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
     assert learning_rate(25, cosine, 4) == pytest.approx(1 + math.cos(math.pi / 4))

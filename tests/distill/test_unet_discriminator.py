@@ -1,6 +1,4 @@
-"""distill.models.unet_discriminator: diffusers' own forward as judge, its start, and its layout at SD 1.5's
-size.
-"""
+"""distill.models.unet_discriminator against diffusers' forward pass; initialization; layout."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +54,7 @@ def build(teacher: Path, **settings: Any) -> Discriminator:
     return discriminator_from_teacher(str(teacher), DiscriminatorConfig(**settings), generator(3))
 
 
-def parameters(module: torch.nn.Module) -> int:
+def count_parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
@@ -73,21 +71,21 @@ def one_step(discriminator: Discriminator) -> None:
 
 
 @pytest.mark.parametrize(("size", "timestep"), [(4, 0), (5, 0), (8, 250)])
-def test_the_trunk_is_diffusers_forward(teacher: Path, size: int, timestep: int) -> None:
-    """The features under the last head, through the UNet's own output layers, are diffusers' output."""
+def test_trunk_equals_diffusers_forward(teacher: Path, size: int, timestep: int) -> None:
+    """The input of the last head, passed through the UNet's output layers, is diffusers' output."""
     discriminator = build(teacher, timestep=timestep)
-    seen: list[Tensor] = []
-    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    features: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: features.append(args[0]))
     x, noise, text = inputs(size=size)
     with torch.no_grad():
         discriminator(x, noise, text)
         unet = discriminator.unet
-        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(features[0])))
         expected = pretrained.load_unet(str(teacher))(x, timestep, text.tensors["hidden"]).sample
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_output_head_reads_the_output_of_the_teacher(teacher: Path) -> None:
+def test_output_head_reads_the_teachers_output(teacher: Path) -> None:
     discriminator = build(teacher, output_head=True)
     x, noise, text = inputs()
     logits = discriminator(x, noise, text)["output"]
@@ -97,14 +95,14 @@ def test_the_output_head_reads_the_output_of_the_teacher(teacher: Path) -> None:
     assert all(p.grad is not None for p in discriminator.parameters())
 
 
-def test_at_the_start_it_ignores_the_noise_and_after_a_step_it_does_not(teacher: Path) -> None:
+def test_noise_input_has_no_effect_until_the_first_step(teacher: Path) -> None:
     discriminator = build(teacher)
     x, noise, text = inputs()
     other = 3 * inputs(seed=1)[1]
     assert equal(discriminator(x, noise, text), discriminator(x, other, text))
     one_step(discriminator)
-    after, moved = discriminator(x, noise, text), discriminator(x, other, text)
-    assert all((after[k] - moved[k]).abs().max() > 1e-4 for k in after)
+    logits, other_logits = discriminator(x, noise, text), discriminator(x, other, text)
+    assert all((logits[k] - other_logits[k]).abs().max() > 1e-4 for k in logits)
 
 
 def test_resized_inputs_enter_through_zero_convolutions(teacher: Path) -> None:
@@ -120,7 +118,7 @@ def test_resized_inputs_enter_through_zero_convolutions(teacher: Path) -> None:
     assert not equal(discriminator(x, noise, text), after)
 
 
-def test_it_reads_the_text(teacher: Path) -> None:
+def test_logits_depend_on_the_text(teacher: Path) -> None:
     discriminator = build(teacher)
     x, noise, text = inputs()
     a, b = discriminator(x, noise, text), discriminator(x, noise, text[[2, 1, 0]])
@@ -130,13 +128,13 @@ def test_it_reads_the_text(teacher: Path) -> None:
 def test_every_trained_parameter_gets_a_gradient(teacher: Path) -> None:
     discriminator = build(teacher)
     one_step(discriminator)
-    idle = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
+    without_gradient = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
     frozen = {n for n, p in discriminator.named_parameters() if not p.requires_grad}
-    assert idle == []
+    assert without_gradient == []
     assert frozen == {f"unet.{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
 
 
-def test_heads_are_read_before_at_and_after_each_scale(teacher: Path) -> None:
+def test_head_positions_and_shapes(teacher: Path) -> None:
     logits = build(teacher)(*inputs())
     assert {k: tuple(v.shape) for k, v in logits.items()} == {
         **{f"0_{place}": (3, 1, 2, 2) for place in ("before", "skip", "after")},
@@ -144,38 +142,50 @@ def test_heads_are_read_before_at_and_after_each_scale(teacher: Path) -> None:
     }
 
 
-def test_options_off(teacher: Path) -> None:
-    off = build(teacher, z_conditioning=False, multi_scale_input=False, multi_scale_output=False)
-    assert off.conv_z is None and off.conv_scale is None and list(off.heads) == ["1_after"]
+def test_disabled_options(teacher: Path) -> None:
+    discriminator = build(teacher, z_conditioning=False, multi_scale_input=False, multi_scale_output=False)
+    assert (
+        discriminator.conv_z is None
+        and discriminator.conv_scale is None
+        and list(discriminator.heads) == ["1_after"]
+    )
     x, noise, text = inputs()
-    assert equal(off(x, noise, text), off(x, noise * 0, text)) and off(x, noise, text)["1_after"].shape == (
+    assert equal(discriminator(x, noise, text), discriminator(x, noise * 0, text)) and discriminator(
+        x, noise, text
+    )["1_after"].shape == (
         3,
         1,
         4,
         4,
     )
-    one_step(off)
-    assert equal(off(x, noise, text), off(x, noise * 0, text))
-    assert added_parameters(off) == 8 + 1
-    on = build(teacher, multi_scale_output=False)
-    assert list(on.heads) == ["1_after"] and on.conv_z is not None and on.conv_scale is not None
+    one_step(discriminator)
+    assert equal(discriminator(x, noise, text), discriminator(x, noise * 0, text))
+    assert added_parameters(discriminator) == 8 + 1
+    single_head = build(teacher, multi_scale_output=False)
+    assert (
+        list(single_head.heads) == ["1_after"]
+        and single_head.conv_z is not None
+        and single_head.conv_scale is not None
+    )
 
 
-def test_the_generator_draws_the_heads_and_the_rest_is_the_teacher(teacher: Path) -> None:
+def test_generator_seeds_the_heads_and_other_weights_are_the_teachers(teacher: Path) -> None:
     a, b = build(teacher), build(teacher)
     c = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(4))
     assert equal(a.state_dict(), b.state_dict())
-    differ = {name for name in a.state_dict() if not torch.equal(a.state_dict()[name], c.state_dict()[name])}
-    assert differ == {f"heads.{name}.weight" for name in a.heads}
+    different = {
+        name for name in a.state_dict() if not torch.equal(a.state_dict()[name], c.state_dict()[name])
+    }
+    assert different == {f"heads.{name}.weight" for name in a.heads}
     original = pretrained.load_unet(str(teacher)).state_dict()
-    enlarging = {
+    upsamplers = {
         f"up_blocks.{name.replace('.', '.upsamplers.', 1)}": value
         for name, value in a.upsamplers.state_dict().items()
     }
-    assert enlarging and equal(original, a.unet.state_dict() | enlarging)
+    assert upsamplers and equal(original, a.unet.state_dict() | upsamplers)
 
 
-def test_layout_at_stable_diffusions_size() -> None:
+def test_layout_at_sd15_size() -> None:
     """method.md "Discriminator architecture": 12 heads, their widths, and the budget of Table A1 (859.6M
     against 859.5M).
     """
@@ -191,13 +201,13 @@ def test_layout_at_stable_diffusions_size() -> None:
     assert {k: v.shape[2:] for k, v in logits.items()} == {
         f"{s}_{place}": (8 << s, 8 << s) for s in range(4) for place in ("before", "skip", "after")
     }
-    assert parameters(discriminator) - added_parameters(discriminator) == 859_520_964
+    assert count_parameters(discriminator) - added_parameters(discriminator) == 859_520_964
     # conv_z 11,840; resized inputs 11,840 + 23,680 + 47,360; heads 11,520 weights and 12 biases
     assert added_parameters(discriminator) == 11_840 + 82_880 + 11_532 == 106_252
     assert 0.029e6 <= added_parameters(discriminator) <= 0.129e6
 
 
-def test_layout_at_sdxls_size() -> None:
+def test_layout_at_sdxl_size() -> None:
     with torch.device("meta"):
         discriminator = Discriminator(pretrained.new_unet(**SDXL), DiscriminatorConfig())
         x = torch.empty(1, 4, 128, 128)
@@ -207,11 +217,11 @@ def test_layout_at_sdxls_size() -> None:
     assert [widths[f"{s}_skip"] for s in range(3)] == [1280, 640, 320]
     assert [widths[f"{s}_after"] for s in range(3)] == [1280, 640, 320]
     assert len(logits) == len(widths) == 9
-    assert parameters(discriminator) - added_parameters(discriminator) == 2_567_463_684
+    assert count_parameters(discriminator) - added_parameters(discriminator) == 2_567_463_684
 
 
-def test_sdxls_discriminator_is_told_the_pooled_text_and_the_pictures_size(tmp_path: Path) -> None:
-    """Its trunk is diffusers' forward with added conditions, which decide every head but the first skip."""
+def test_sdxl_discriminator_uses_pooled_text_and_image_size(tmp_path: Path) -> None:
+    """The trunk equals diffusers' forward pass with added conditions, and all heads depend on them."""
     tiny_teachers.save_sdxl(tmp_path)
     discriminator = build(tmp_path)
     rng = torch.Generator().manual_seed(0)
@@ -219,12 +229,12 @@ def test_sdxls_discriminator_is_told_the_pooled_text_and_the_pictures_size(tmp_p
     hidden, pooled = torch.randn(2, 12, 40, generator=rng), torch.randn(2, 24, generator=rng)
     text = Conditioning.from_text(hidden, pooled)
     sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 2)
-    seen: list[Tensor] = []
-    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    features: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: features.append(args[0]))
     with torch.no_grad():
         plain = discriminator(x, noise, text)
         unet = discriminator.unet
-        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(features[0])))
         added = {"text_embeds": pooled, "time_ids": sizes}
         expected = pretrained.load_unet(str(tmp_path))(x, 0, hidden, added_cond_kwargs=added).sample
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
@@ -240,7 +250,7 @@ def test_sdxls_discriminator_is_told_the_pooled_text_and_the_pictures_size(tmp_p
         discriminator(x, noise, Conditioning.from_text(hidden))
 
 
-OTHERS: dict[str, dict[str, Any]] = {
+OTHER_UNETS: dict[str, dict[str, Any]] = {
     "sd2": dict(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -274,30 +284,30 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_kind_of_unet(name: str) -> None:
-    """diffusers' own forward as judge."""
+@pytest.mark.parametrize("name", OTHER_UNETS)
+def test_other_unet_layouts(name: str) -> None:
+    """Reference: diffusers' forward pass."""
     torch.manual_seed(0)
     settings = dict(
         layers_per_block=1, norm_num_groups=4, attention_head_dim=2, cross_attention_dim=16, sample_size=4
     )
-    unet = pretrained.new_unet(**{**settings, "block_out_channels": (8, 16), **OTHERS[name]}).eval()
+    unet = pretrained.new_unet(**{**settings, "block_out_channels": (8, 16), **OTHER_UNETS[name]}).eval()
     x, noise, text = inputs()
     with torch.no_grad():
         expected = unet(x, 7, text.tensors["hidden"]).sample
     discriminator = Discriminator(unet, DiscriminatorConfig(timestep=7))
-    seen: list[Tensor] = []
-    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    features: list[Tensor] = []
+    discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: features.append(args[0]))
     logits = discriminator(x, noise, text)
     assert len(logits) == 6
-    output = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[0])))
+    output = unet.conv_out(unet.conv_act(unet.conv_norm_out(features[0])))
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     torch.stack([v.mean() for v in logits.values()]).sum().backward()
-    idle = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
-    assert idle == []
+    without_gradient = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
+    assert without_gradient == []
 
 
-def test_it_is_told_a_time_for_each_row(teacher: Path) -> None:
+def test_each_row_has_its_own_timestep(teacher: Path) -> None:
     discriminator = build(teacher, timestep=5)
     x, noise, text = inputs()
     constant = discriminator(x, noise, text)
@@ -312,15 +322,15 @@ def test_a_frozen_backbone_trains_heads_and_new_convolutions_only(teacher: Path)
     discriminator = build(teacher, freeze_backbone=True)
     before = {k: v.clone() for k, v in discriminator.state_dict().items()}
     one_step(discriminator)
-    moved = {k for k, v in discriminator.state_dict().items() if not torch.equal(v, before[k])}
-    assert {name.split(".")[0] for name in moved} == {"heads", "conv_z", "conv_scale"}
+    changed = {k for k, v in discriminator.state_dict().items() if not torch.equal(v, before[k])}
+    assert {name.split(".")[0] for name in changed} == {"heads", "conv_z", "conv_scale"}
     discriminator.requires_grad_(False)
     assert not any(p.requires_grad for p in discriminator.parameters())
     discriminator.requires_grad_(True)
     trained = {n for n, p in discriminator.named_parameters() if p.requires_grad}
-    assert trained == moved and not any(n.startswith(("unet.", "upsamplers.")) for n in trained)
-    again = build(teacher).requires_grad_(False).requires_grad_(True)
-    frozen = {n for n, p in again.named_parameters() if not p.requires_grad}
+    assert trained == changed and not any(n.startswith(("unet.", "upsamplers.")) for n in trained)
+    unfrozen = build(teacher).requires_grad_(False).requires_grad_(True)
+    frozen = {n for n, p in unfrozen.named_parameters() if not p.requires_grad}
     assert frozen == {f"unet.{m}.{p}" for m in ("conv_norm_out", "conv_out") for p in ("weight", "bias")}
 
 
@@ -333,7 +343,7 @@ def small(**settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         (
             {"down_block_types": ("DownBlock2D", "KDownBlock2D")},
@@ -346,7 +356,7 @@ def small(**settings: Any) -> Any:
         ),
     ],
 )
-def test_other_unets_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_unsupported_unets_are_refused(settings: dict[str, Any], message: str) -> None:
     unet = small(**settings)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         Discriminator(unet, DiscriminatorConfig())

@@ -1,6 +1,4 @@
-"""distill.training.validation and distill.training.preview: the same numbers whatever the batch, the ranks
-and the order.
-"""
+"""distill.training.validation and distill.training.preview: results do not depend on batch size or ranks."""
 
 import math
 import socket
@@ -53,29 +51,29 @@ def draw(teacher: Path) -> Any:
     return lambda noise, prompts: student(noise, text.encode(prompts))
 
 
-def exact(reader: PairReader) -> Any:
-    """A student that knows every answer."""
-    known = reader.read(range(len(reader)))
+def perfect_student(reader: PairReader) -> Any:
+    """A student that returns the stored latents."""
+    stored = reader.read(range(len(reader)))
 
     def draw(noise: Tensor, prompts: Sequence[str]) -> Tensor:
-        rows = [next(i for i, z in enumerate(known.noise) if torch.equal(z, row)) for row in noise]
-        return known.latents[rows]
+        rows = [next(i for i, z in enumerate(stored.noise) if torch.equal(z, row)) for row in noise]
+        return stored.latents[rows]
 
     return draw
 
 
-def test_the_last_pairs_are_kept_out() -> None:
+def test_the_last_pairs_are_held_out() -> None:
     assert held_out(100, 10) == range(90, 100) and held_out(100, 0) == range(100, 100)
     with pytest.raises(SettingError, match=r"train\.validate_pairs is 12 of 12 pairs; expected fewer"):
         held_out(12, 12)
 
 
 def test_a_perfect_student_has_no_distance(reader: PairReader, distance: ELatentLPIPS) -> None:
-    numbers = measure(exact(reader), reader, ROWS, distance, batch_size=3)
+    numbers = measure(perfect_student(reader), reader, ROWS, distance, batch_size=3)
     assert numbers == {"val/e_latent_lpips": pytest.approx(0, abs=1e-7), "val/psnr": pytest.approx(200)}
 
 
-def test_values_are_those_of_their_definitions(reader: PairReader, distance: ELatentLPIPS) -> None:
+def test_psnr_matches_its_definition(reader: PairReader, distance: ELatentLPIPS) -> None:
     target = reader.read(ROWS).latents
     numbers = measure(lambda z, p: z, reader, ROWS, None, batch_size=4)
     noise, peak = reader.read(ROWS).noise, float(target.max() - target.min())
@@ -85,28 +83,32 @@ def test_values_are_those_of_their_definitions(reader: PairReader, distance: ELa
     assert float(psnr_from_mse(torch.tensor(0.01), 1.0)) == pytest.approx(20)
 
 
-def test_batches_do_not_matter_and_the_draws_stay(
+def test_measurements_do_not_depend_on_the_batch_size(
     reader: PairReader, distance: ELatentLPIPS, draw: Any
 ) -> None:
-    once = measure(draw, reader, ROWS, distance, batch_size=7)
+    expected = measure(draw, reader, ROWS, distance, batch_size=7)
     for size in (1, 2, 3, 100):
-        assert measure(draw, reader, ROWS, distance, batch_size=size) == pytest.approx(once, rel=1e-5)
+        assert measure(draw, reader, ROWS, distance, batch_size=size) == pytest.approx(expected, rel=1e-5)
     torch.manual_seed(5)
-    assert measure(draw, reader, ROWS, distance, batch_size=7) == once, "nor the global generator"
-    assert measure(draw, reader, ROWS, distance, batch_size=7, seed=1) != once
-    part = [measure(draw, reader, range(i, i + 1), distance, batch_size=1) for i in ROWS]
-    mean = sum(one["val/e_latent_lpips"] for one in part) / len(ROWS)
-    assert mean == pytest.approx(once["val/e_latent_lpips"], rel=1e-5), "a row's draws are its own"
+    assert measure(draw, reader, ROWS, distance, batch_size=7) == expected, (
+        "the global generator has no effect"
+    )
+    assert measure(draw, reader, ROWS, distance, batch_size=7, seed=1) != expected
+    single_rows = [measure(draw, reader, range(i, i + 1), distance, batch_size=1) for i in ROWS]
+    mean = sum(values["val/e_latent_lpips"] for values in single_rows) / len(ROWS)
+    assert mean == pytest.approx(expected["val/e_latent_lpips"], rel=1e-5), (
+        "augmentations depend on the row only"
+    )
 
 
 PROMPTS = ["a", "b", "c", "d", "e"]
 
 
-def lettered(noise: Tensor, prompts: Sequence[str]) -> Tensor:
+def add_prompt_code(noise: Tensor, prompts: Sequence[str]) -> Tensor:
     return noise + torch.tensor([float(ord(prompt)) for prompt in prompts]).view(-1, 1, 1, 1)
 
 
-def _on_rank(rank: int, port: int, folder: str, teacher: str, out: str) -> None:
+def _measure_on_rank(rank: int, port: int, folder: str, teacher: str, out: str) -> None:
     import os
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3", "RANK": str(rank)}
@@ -120,31 +122,36 @@ def _on_rank(rank: int, port: int, folder: str, teacher: str, out: str) -> None:
 
     metric = ELatentLPIPS(load_lpips(str(Path(teacher) / "latent_lpips"), 4), "bgco", draws=2)
     numbers = measure(draw, PairReader(folder), ROWS, metric, batch_size=2)
-    many = sample_across_ranks(lettered, (4, 2, 2), 5, PROMPTS, batch_size=2)
-    torch.save((numbers, calls, many), f"{out}/{rank}.pt")
+    samples = sample_across_ranks(add_prompt_code, (4, 2, 2), 5, PROMPTS, batch_size=2)
+    torch.save((numbers, calls, samples), f"{out}/{rank}.pt")
     process_group.finish()
 
 
-def test_ranks_share_the_rows_and_draw_equally_often(
+def test_ranks_share_the_rows_and_sample_equally_often(
     teacher: Path, reader: PairReader, distance: ELatentLPIPS, tmp_path: Path
 ) -> None:
-    """Seven rows on three ranks: with FSDP2 a rank that drew less often would leave the others waiting."""
+    """Seven rows on three ranks. With FSDP2 a rank with fewer batches would make the others wait forever."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.start_processes(
-        _on_rank, (port, str(reader.folder), str(teacher), str(tmp_path)), nprocs=3, start_method="fork"
+        _measure_on_rank,
+        (port, str(reader.folder), str(teacher), str(tmp_path)),
+        nprocs=3,
+        start_method="fork",
     )
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
-    alone = measure(lambda z, p: z * 0.5, reader, ROWS, distance, batch_size=2)
-    assert all(found == pytest.approx(alone, rel=1e-6) for found, *_ in ranks)
+    single_process = measure(lambda z, p: z * 0.5, reader, ROWS, distance, batch_size=2)
+    assert all(values == pytest.approx(single_process, rel=1e-6) for values, *_ in ranks)
     assert ranks[0][0] == ranks[1][0] == ranks[2][0]
     assert [calls for _, calls, _ in ranks] == [[2, 1]] * 3
-    expected = torch.cat([lettered(noise(5, [i], (4, 2, 2)), [text]) for i, text in enumerate(PROMPTS)])
-    assert all(torch.equal(many, expected) for *_, many in ranks)
+    expected = torch.cat(
+        [add_prompt_code(noise(5, [i], (4, 2, 2)), [text]) for i, text in enumerate(PROMPTS)]
+    )
+    assert all(torch.equal(samples, expected) for *_, samples in ranks)
 
 
-def test_averages_go_in_and_out_bit_for_bit() -> None:
+def test_ema_weights_are_swapped_in_and_out_exactly() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     ema = EMA(module, 0.9)
@@ -162,28 +169,28 @@ def test_averages_go_in_and_out_bit_for_bit() -> None:
             _ = 1 / 0
 
 
-def test_the_best_of_the_points_that_were_kept() -> None:
+def test_best_validation_among_saved_points() -> None:
     lines = [
         {"nimg": 10, "val/e_latent_lpips": 0.5, "val/psnr": 9.0},
         {"nimg": 20, "val/e_latent_lpips": 0.3, "val/psnr": 8.0},
         {"nimg": 30, "loss/g": 1.0},
         {"nimg": 40, "val/e_latent_lpips": 0.3, "val/psnr": 9.5},
     ]
-    assert best_validation(lines, {10, 20, 30, 40}) == (20, "val/e_latent_lpips", 0.3), "the first of equals"
+    assert best_validation(lines, {10, 20, 30, 40}) == (20, "val/e_latent_lpips", 0.3), (
+        "the earliest point wins a tie"
+    )
     assert best_validation(lines, {10, 40}) == (40, "val/e_latent_lpips", 0.3)
     assert best_validation(lines, {30}) is None and best_validation([], {10}) is None
-    only = [{k: v for k, v in line.items() if k != "val/e_latent_lpips"} for line in lines]
-    assert best_validation(only, {10, 20, 40}) == (40, "val/psnr", 9.5), "more decibels are better"
+    psnr_only = [{k: v for k, v in line.items() if k != "val/e_latent_lpips"} for line in lines]
+    assert best_validation(psnr_only, {10, 20, 40}) == (40, "val/psnr", 9.5), "higher PSNR is better"
     fid = [{**line, "val/fid": line["nimg"]} for line in lines]
-    assert best_validation(fid, {10, 20, 40}) == (10, "val/fid", 10), "FID decides where it is measured"
+    assert best_validation(fid, {10, 20, 40}) == (10, "val/fid", 10), "FID takes precedence"
 
 
 # Previews.
 
 
-def test_a_preview_is_the_stored_latents_above_the_students(
-    teacher: Path, reader: PairReader, draw: Any
-) -> None:
+def test_preview_shows_the_teacher_above_the_student(teacher: Path, reader: PairReader, draw: Any) -> None:
     vae, pairs = load_vae(str(teacher)), reader.read(range(3))
     student, stored = preview_latents(draw, pairs, "cpu", batch_size=2)
     assert torch.equal(stored, pairs.latents)
@@ -201,7 +208,7 @@ def test_a_preview_is_the_stored_latents_above_the_students(
     )
 
 
-def test_more_than_eight_pairs_stay_above_each_other(teacher: Path) -> None:
+def test_preview_of_more_than_eight_pairs(teacher: Path) -> None:
     images = decode_images(load_vae(str(teacher)), torch.zeros(10, 4, 4, 4))
     picture = preview(images, images)
     assert picture.shape == (3, 4 * 18, 8 * 18)
@@ -222,7 +229,7 @@ def test_preview_statistics_show_contrast_color_and_grid() -> None:
     red[:, 0] += 51
     assert preview_statistics(red, teacher, 8)["preview/color"] == pytest.approx(0.2)
 
-    # A checkerboard of cells adds steps at their borders alone.
+    # A checkerboard adds steps only at the borders of its cells.
     cells = (torch.arange(32) // 8 % 2)[:, None] ^ (torch.arange(32) // 8 % 2)[None]
     assert preview_statistics(teacher + 60 * cells.to(torch.uint8), teacher, 8)["preview/grid"] > 1.3
     shifted = torch.roll(cells, 4, (0, 1)).to(torch.uint8)
