@@ -232,5 +232,5 @@ def test_preview_statistics_show_contrast_color_and_grid() -> None:
     # A checkerboard adds steps only at the borders of its cells.
     cells = (torch.arange(32) // 8 % 2)[:, None] ^ (torch.arange(32) // 8 % 2)[None]
     assert preview_statistics(teacher + 60 * cells.to(torch.uint8), teacher, 8)["preview/grid"] > 1.3
-    shifted = torch.roll(cells, 4, (0, 1)).to(torch.uint8)
+    shifted = torch.roll(cells, (4, 4), (0, 1)).to(torch.uint8)
     assert preview_statistics(teacher + 60 * shifted, teacher, 8)["preview/grid"] < 1.0
