@@ -1,4 +1,4 @@
-"""distill.losses.gradient_penalty against finite differences in float64, for networks without zero weights."""
+"""distill.losses.gradient_penalty against finite differences in float64, without zero weights."""
 
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def test_rows_are_averaged(discriminator: nn.Module) -> None:
     assert r1_penalty(discriminator, x, noise, text).item() == pytest.approx(sum(each) / 3, rel=1e-9)
 
 
-@pytest.mark.parametrize("family", ["sd", "dit", "sd3"])  # PixArt passes an attention mask, so PyTorch never selects flash attention
+@pytest.mark.parametrize("family", ["sd", "dit", "sd3"])  # PixArt passes a mask, which excludes flash
 def test_penalty_avoids_flash_attention_which_has_no_second_derivative(
     family: str, teacher: Path, tmp_path: Path
 ) -> None:
