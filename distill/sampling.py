@@ -13,6 +13,7 @@ from d2g.core.config import RESTORE_CONFIG_HINT, from_json
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.core.json_files import read_json_object
+from d2g.core.logs import logger
 from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise
@@ -225,6 +226,15 @@ def save_samples(
             image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}
         )
     save_png(image_grid(torch.stack(samples[:64])), out / "grid.png", {})
+    # Images of an earlier call with more prompts stay, because a user may want them.
+    numbered = (path for path in out.glob("*.png") if path.stem.isdecimal())
+    if earlier := sorted(path for path in numbered if int(path.stem) >= len(samples)):
+        logger.warning(
+            "%s also holds %d images of an earlier call, from %s on; remove them, or choose another --out",
+            out,
+            len(earlier),
+            earlier[0].name,
+        )
     return {"out": str(out), "images": len(samples), "seconds_per_image": seconds / len(samples)}
 
 

@@ -1,6 +1,7 @@
 """The reader of pictures: any kind of picture becomes 8-bit RGB, or one line says why not."""
 
 import io
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,9 @@ _KINDS = {"RGB": "", "RGBX": "", "RGBA": "", "1": "grey", "L": "grey", "LA": "gr
 _KINDS |= {"PA": "palette", "CMYK": "CMYK", "YCbCr": "YCbCr"}
 _KINDS |= dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), "16-bit grey")
 """The accepted Pillow modes, and what the notes of a result call them ("": 8-bit RGB already)."""
+# Pillow's own warnings, on which nobody can act: damaged EXIF data, and pictures above half of MAX_PIXELS.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
