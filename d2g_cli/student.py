@@ -75,11 +75,12 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     if options.dry_run:
         finish_dry_run(config, options.as_json)
     from d2g.data.prompt_files import prompt_text
-    from distill.sampling import default_student_prompts, save_samples
-    from pairgen.prompts import read_prompts
 
     for text in config.prompt:
         prompt_text("--prompt", text)
+    from distill.sampling import default_student_prompts, save_samples
+    from pairgen.prompts import read_prompts
+
     from_file = read_prompts(Path(config.prompts), config.column) if config.prompts else []
     texts = [*config.prompt, *from_file]
     texts = texts or default_student_prompts(config.student, config.teacher)

@@ -226,16 +226,20 @@ def save_samples(
             image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}
         )
     save_png(image_grid(torch.stack(samples[:64])), out / "grid.png", {})
-    # Images of an earlier call with more prompts stay, because a user may want them.
+    log_earlier_samples(out, len(samples))
+    return {"out": str(out), "images": len(samples), "seconds_per_image": seconds / len(samples)}
+
+
+def log_earlier_samples(out: Path, count: int) -> None:
+    """Say which images of an earlier call OUT still holds beside the `count` new ones. A user may want them."""
     numbered = (path for path in out.glob("*.png") if path.stem.isdecimal())
-    if earlier := sorted(path for path in numbered if int(path.stem) >= len(samples)):
+    if earlier := sorted(path for path in numbered if int(path.stem) >= count):
         logger.warning(
             "%s also holds %d images of an earlier call, from %s on; remove them, or choose another --out",
             out,
             len(earlier),
             earlier[0].name,
         )
-    return {"out": str(out), "images": len(samples), "seconds_per_image": seconds / len(samples)}
 
 
 def untrained_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:

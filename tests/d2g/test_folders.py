@@ -1,0 +1,268 @@
+"""d2g.data.folders and captions: what is taken, what is left out with a word, and whose caption is whose."""
+
+import io
+import json
+import logging
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from d2g.core.errors import UserError
+from d2g.data.captions import Captions
+from d2g.data.folders import FolderListing, list_folder
+from distill.training.real_images import RealImages
+from eval.images.folders import load_all, open_images, read_images
+from latent_lpips.training.labeled_images import open_labeled, open_unlabeled
+from teacher_training.data import captioned_images
+
+PNG = io.BytesIO()
+Image.new("RGB", (8, 8), "red").save(PNG, "PNG")
+
+
+def put(root: Path, *names: str) -> Path:
+    """Write files below `root`: pictures, and texts with their own name in them."""
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(PNG.getvalue() if file.suffix in (".png", ".jpg") else f"of {file.stem}\n".encode())
+    return root
+
+
+def names(listing: FolderListing) -> list[str]:
+    return [str(picture.relative_to(listing.root)) for picture in listing.pictures]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("d2g"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+HIDDEN = [
+    ".a.png",
+    ".cache/b.png",
+    "__MACOSX/._c.png",
+    ".ipynb_checkpoints/d.png",
+    "sub/@eaDir/e.png",
+    "._f.png",
+]
+
+
+def test_what_is_hidden_is_skipped_and_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png", "sub/b.png", *HIDDEN)
+    assert names(list_folder(tmp_path)) == ["a.png", "sub/b.png"]
+    assert len(open_images(tmp_path)) == len(open_unlabeled(str(tmp_path))) == 2
+    assert len([r for r in log.records if "left out" in r.message]) == 1, "both say the same, once"
+    assert f"{tmp_path}: left out 6 hidden (" in log.text
+
+
+def test_a_hidden_folder_itself_may_be_given(tmp_path: Path) -> None:
+    assert names(list_folder(put(tmp_path / ".cache" / "__MACOSX", "a.png"))) == ["a.png"]
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    for folder in ("cats", "dogs", ".ipynb_checkpoints", "__MACOSX", "$RECYCLE.BIN"):
+        put(tmp_path, f"{folder}/0.png", f"{folder}/1.png")
+    assert list(open_labeled(str(tmp_path))[0].classes) == ["cats", "dogs"]
+    _, captions = captioned_images(str(tmp_path), 8, 100, 0, "a photo of {}")
+    assert captions == ["a photo of cats"] * 2 + ["a photo of dogs"] * 2
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    real, data = put(tmp_path / "real", "0.png", "deep/1.png"), put(tmp_path / "data", "a.png", "own/b.png")
+    (data / "more").symlink_to(real)
+    (data / "again").symlink_to(real / "deep")  # lies below `more` too
+    (data / "loop").symlink_to(data)
+    (data / "aa").symlink_to(data / "own")  # sorts before the folder itself
+    (data / "file.png").symlink_to(real / "0.png")
+    (data / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    listing = list_folder(data)
+    assert names(listing) == ["a.png", "again/1.png", "file.png", "more/0.png", "own/b.png"]
+    assert listing.left_out == {
+        "broken links or special files": ["broken.png"],
+        "links to folders that are read already": ["aa", "loop", "more/deep"],
+    }
+    assert len(open_images(data)) == len(open_unlabeled(str(data))) == 5
+    assert "left out" in log.text and "broken.png" in log.text
+
+
+def test_pipes_and_folders_named_like_pictures_are_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png/c.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    listing = list_folder(tmp_path)
+    assert names(listing) == ["a.png", "b.png/c.png"]
+    assert listing.left_out == {"broken links or special files": ["pipe.png"]}
+
+
+def test_the_order_is_that_of_sorted_paths(tmp_path: Path) -> None:
+    put(tmp_path, "b.png", "a/z.png", "a.png", "a b/c.png", "B.png", "a/10.png", "a/9.png")
+    expected = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert list(list_folder(tmp_path).pictures) == expected
+
+
+def test_other_files_are_counted_by_ending(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png", "a.txt", "x.heic", "y.HEIC", "README", "z.parquet")
+    open_images(tmp_path)
+    assert f"{tmp_path}: left out 4 that are no pictures (.heic, .parquet, README)" in log.text
+
+
+def test_an_ordinary_folder_needs_no_word(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png", "b.jpg", "c/d.png")
+    open_images(tmp_path)
+    open_unlabeled(str(tmp_path))
+    assert log.text == ""
+
+
+def test_the_grid_of_sample_is_no_picture_of_the_set(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    from d2g.core.png import image_grid, save_png
+    from eval.images.folders import read_image
+
+    put(tmp_path, "grid.png")
+    image = read_image(tmp_path / "grid.png")
+    for number in range(2):
+        save_png(image, tmp_path / f"{number:05d}.png", {"prompt": "a", "index": str(number)})
+    save_png(image_grid(image.repeat(4, 1, 1, 1)), tmp_path / "grid.png", {})
+    assert load_all(read_images(tmp_path))[0].shape == (2, 3, 8, 8)
+    assert "left out 1 grids of d2g sample (grid.png)" in log.text
+    other = put(tmp_path / "other", "grid.png", "00000.png")
+    assert names(list_folder(other)) == ["00000.png", "grid.png"], "a user's own file of that name"
+
+
+def test_an_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root, no folder is unreadable; so the system's answer is replaced."""
+    put(tmp_path, "a.png", "locked/b.png")
+    scandir = os.scandir
+
+    def refuse(path: Path) -> object:
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    listing = list_folder(tmp_path)
+    assert names(listing) == ["a.png"] and listing.left_out == {"folders that cannot be read": ["locked"]}
+    with pytest.raises(
+        UserError, match=r"locked cannot be read: Permission denied; check its name and rights"
+    ):
+        list_folder(tmp_path / "locked")
+
+
+# Captions.
+
+ROWS = {"a.png": "one\u2028line", "sub/b.png": 'two, with "quotes"', "é.png": "three"}
+
+
+def metadata(kind: str) -> dict[str, bytes]:
+    """File name -> content of one kind of metadata for ROWS."""
+    lines = [json.dumps({"file_name": k, "text": v}, ensure_ascii=False) for k, v in ROWS.items()]
+    table = ["file_name,caption", *(f'{k},"{v.replace(chr(34), chr(34) * 2)}"' for k, v in ROWS.items())]
+    per_folder = [json.dumps({"file_name": "b.png", "prompt": ROWS["sub/b.png"]})]
+    mac = unicodedata.normalize("NFD", "\n".join(lines[:1] + lines[2:]))
+    return {
+        "jsonl": {"metadata.jsonl": "\n".join(lines).encode()},
+        "blank lines and a BOM": {"metadata.jsonl": b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode()},
+        "utf-16": {"metadata.jsonl": "\n".join(lines).encode("utf-16")},
+        "csv": {"metadata.csv": "\n".join(table).encode()},
+        "semicolons": {
+            "metadata.csv": "\r\n".join(t.replace(",", ";", 1) for t in table).encode("utf-8-sig")
+        },
+        "a file in each folder": {
+            "metadata.jsonl": mac.encode(),
+            "sub/metadata.jsonl": "\n".join(per_folder).encode(),
+        },
+        "backslashes": {"metadata.jsonl": "\n".join(lines).replace("sub/", "sub\\\\").encode()},
+        "text files": {f"{k[:-4]}.txt": f"{v}\n".encode() for k, v in ROWS.items()},
+    }[kind]
+
+
+KINDS = (
+    "jsonl",
+    "blank lines and a BOM",
+    "utf-16",
+    "csv",
+    "semicolons",
+    "a file in each folder",
+    "backslashes",
+)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "text files"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_every_reader_gives_the_same_captions(kind: str, form: str, tmp_path: Path) -> None:
+    """Macs store decomposed names (NFD)."""
+    put(tmp_path, *(unicodedata.normalize(form, name) for name in ROWS))
+    for name, content in metadata(kind).items():
+        (tmp_path / name).write_bytes(content)
+    expected = sorted(ROWS.values())
+    assert sorted(load_all(read_images(tmp_path))[1]) == expected
+    assert sorted(captioned_images(str(tmp_path), 8, 9, 0, "{}")[1]) == expected
+    assert sorted(RealImages(str(tmp_path), (8, 8)).read(range(3))[1]) == expected
+
+
+def test_the_column_can_be_named(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png")
+    row = {"file_name": "a.png", "text": "wrong", "prompt": "usual", "blip": "right"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    assert load_all(read_images(open_images(tmp_path)))[1] == ["usual"]
+    assert "captions are read from prompt, not from text" in log.text
+    assert load_all(read_images(open_images(tmp_path, "blip")))[1] == ["right"]
+    assert captioned_images(str(tmp_path), 8, 9, 0, "{}", column="blip")[1] == ["right"]
+    assert RealImages(str(tmp_path), (8, 8), "blip").read([0])[1] == ["right"]
+    with pytest.raises(
+        UserError, match=r"expected a column named blib, found .*'blip'.*gan.real_column=NAME"
+    ):
+        RealImages(str(tmp_path), (8, 8), "blib")
+
+
+def test_captions_of_classes_and_of_kohya_folders(tmp_path: Path) -> None:
+    """Text files beside the pictures go before the names of the folders."""
+    put(tmp_path, "10_dog/a.png", "10_dog/b.png")
+    assert captioned_images(str(tmp_path), 8, 9, 0, "a {}")[1] == ["a 10 dog"] * 2
+    put(tmp_path, "10_dog/a.txt", "10_dog/b.txt")
+    assert captioned_images(str(tmp_path), 8, 9, 0, "a {}")[1] == ["of a", "of b"]
+
+
+def test_listed_files_that_are_missing_are_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png")
+    rows = [{"file_name": name, "caption": "b"} for name in ("a.png", "gone.png", "no/c.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_all(read_images(tmp_path))[1] == ["b"]
+    assert "lists 2 files that are not there (" in log.text and "gone.png" in log.text
+    with pytest.raises(UserError, match=r"lists 2 files that are not there .*; restore them"):
+        RealImages(str(tmp_path), (8, 8))
+
+
+def test_listed_files_may_lie_elsewhere(tmp_path: Path) -> None:
+    data, other = put(tmp_path / "data", "a.png", ".hidden/b.png"), put(tmp_path / "other", "c.png")
+    paths = ["a.png", ".hidden/b.png", "../other/c.png", str(other / "c.png")]
+    rows = [{"file_name": name, "caption": name} for name in paths]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert sorted(RealImages(str(data), (8, 8)).read(range(4))[1]) == sorted(paths)
+
+
+def test_another_metadata_csv_is_left_out(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png", "a.txt")
+    (tmp_path / "metadata.csv").write_text("id,split\n1,train\n")
+    assert load_all(read_images(tmp_path))[1] == ["of a"]
+    assert Captions(list_folder(tmp_path)).metadata == [] and "no pictures (.csv)" in log.text
+
+
+def test_pictures_without_a_line_are_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
+    assert len(RealImages(str(tmp_path), (8, 8))) == 1
+    assert "left out 1 without a line in the metadata (b.png)" in log.text
+
+
+def test_images_of_an_earlier_sample_call_are_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    from distill.sampling import log_earlier_samples
+
+    put(tmp_path, "00000.png", "00001.png", "00002.png", "grid.png", "notes.png")
+    log_earlier_samples(tmp_path, 3)
+    assert log.text == ""
+    log_earlier_samples(tmp_path, 1)
+    assert "also holds 2 images of an earlier call, from 00001.png on; remove them" in log.text
