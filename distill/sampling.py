@@ -231,7 +231,7 @@ def save_samples(
 
 
 def log_earlier_samples(out: Path, count: int) -> None:
-    """Say which images of an earlier call OUT still holds beside the `count` new ones. A user may want them."""
+    """Log which images of an earlier call OUT holds beside the `count` new ones; a user may want them."""
     numbered = (path for path in out.glob("*.png") if path.stem.isdecimal())
     if earlier := sorted(path for path in numbered if int(path.stem) >= count):
         logger.warning(

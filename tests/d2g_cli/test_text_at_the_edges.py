@@ -142,11 +142,11 @@ def test_paths_that_are_not_utf_8(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder + b"/out")) == [b"00000.png", b"grid.png"]
 
 
-def test_prompts_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
-    words = [b"sample", b"--student", b"miniature", b"--prompt", b"caf\xe9", b"--out"]
-    done = command(*words, os.fsencode(tmp_path) + b"/\xe9")
-    assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and not os.listdir(tmp_path)
-    assert b"prompt 'caf\\udce9' holds a NUL, half a surrogate pair or bytes that are not" in done.stderr
+def test_prompts_that_are_not_utf_8_are_refused(tmp_path: Path, d2g: Any) -> None:
+    text = os.fsdecode(b"caf\xe9")
+    done = d2g("sample", "--student", "miniature", "--prompt", text, "--out", tmp_path / "out")
+    assert done.code == 1 and done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+    assert "prompt 'caf\\udce9' holds a NUL, half a surrogate pair or bytes that are not" in done.stderr
 
 
 @pytest.mark.slow
