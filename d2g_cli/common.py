@@ -25,7 +25,7 @@ from typer.core import TyperCommand
 from d2g.core.config import Presets, parse_assignments, pick, to_json, with_values
 from d2g.core.errors import Interrupted, SettingError
 from d2g.core.logs import logger
-from d2g_cli.terminal import is_terminal, print_table
+from d2g_cli.terminal import is_terminal, one_line, print_line, print_table
 
 T = TypeVar("T")
 
@@ -199,7 +199,7 @@ class _StderrHandler(logging.Handler):
     """Prints a record as one line on stderr, above the progress bars where there are any."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
+        text = one_line(self.format(record)) if record.exc_info is None else self.format(record)
         if reporter.tasks:
             reporter.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -280,7 +280,7 @@ def print_error(text: str, every_rank: bool = False) -> None:
     unless `every_rank`.
     """
     if every_rank or not is_printed_by_rank_0(text):
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print_line(f"error: {text}", sys.stderr)
     if not every_rank:
         publish_error(text)
 

@@ -1,10 +1,13 @@
 """Registers the commands and turns exceptions into one-line errors and exit codes."""
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +15,7 @@ from typer.core import TyperGroup
 
 from d2g.core.errors import UserError
 from d2g.core.logs import logger
+from d2g.core.signals import STOP_SIGNALS
 from d2g_cli import demo_doctor, distill, lpips, pairs, settings, student, teacher
 from d2g_cli import eval as eval_commands
 from d2g_cli.common import is_printed_by_rank_0, log_to_stderr, print_error, publish_error, reporter
@@ -78,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in argv
     prepare_streams()
     app.rich_markup_mode = "rich" if is_terminal(sys.stdout) and is_terminal(sys.stderr) else None
+    stop_on_signals()
     logger.propagate = False  # a library may give the root logger a handler, which would repeat each line
     try:
         app(args=[a for a in argv if a != "--debug"], standalone_mode=True)
@@ -98,6 +103,28 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error, _unexpected(error), 1, debug)
     finally:
         logger.propagate = True  # for programs that call `main` and have a log of their own
+
+
+def stop_on_signals() -> None:
+    """Let the signals of clusters and closed terminals end a command as Ctrl-C does: clean up, say one line.
+
+    Loops that save their work have handlers of their own. torchrun signals its processes when one has failed:
+    there, that one's message is the only one.
+    """
+    if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a fork: it has nothing to say
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
+
+    for number in STOP_SIGNALS:
+        # Ctrl-C is Python's own; nohup and a caller of `main` may have chosen otherwise.
+        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, stop)
 
 
 def _unexpected(error: Exception) -> str:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from d2g.core.errors import SettingError
 from d2g_cli.common import Json, emit, one_process
-from d2g_cli.terminal import is_terminal, print_table
+from d2g_cli.terminal import is_terminal, print_line, print_table, printable
 
 
 @one_process
@@ -81,16 +81,16 @@ def show_status(status: Any) -> None:
         return
     print_table(_title(status), [], _rows(status))
     for line in (*_notes(status), *_files(status)):
-        print(line, flush=True)
+        print_line(line)
 
 
 def render(status: Any) -> Group:
     """A `distill.monitoring.status.View` as a table of its panels, with warnings below."""
-    table = Table(title=Text(_title(status)), show_header=False, title_justify="left")
+    table = Table(title=Text(printable(_title(status))), show_header=False, title_justify="left")
     for row in _rows(status):
-        table.add_row(*map(Text, row))
-    notes = [Text(line, style="bold red") for line in _notes(status)]
-    return Group(table, *notes, *(Text(line, style="dim") for line in _files(status)))
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    notes = [Text(printable(line), style="bold red") for line in _notes(status)]
+    return Group(table, *notes, *(Text(printable(line), style="dim") for line in _files(status)))
 
 
 def _title(status: Any) -> str:

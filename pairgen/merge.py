@@ -21,6 +21,7 @@ from pairgen.store.spec import (
     prompts_path,
     quarantine_path,
     read_spec,
+    remove_leftovers,
     require_same_spec,
     shard_path,
     shards_present,
@@ -76,6 +77,12 @@ def merge_stores(
         copied += new
         differing += others
         progress("merge", done + 1, len(work))
+    # A merge that was killed has left these; `out` belongs to this one now.
+    remove_leftovers(out, spec)
+    for leftover in (
+        path for stem in ("store", "prompts") for path in (out / "partial").glob(f"{stem}.*.tmp")
+    ):
+        leftover.unlink(missing_ok=True)
     info = store_info(out)
     return MergeReport(pairs=info["pairs"], shards=info["shards"], copied=copied, differing=differing)
 

@@ -248,10 +248,15 @@ def create_store(folder: Path, spec: StoreSpec) -> StoreSpec:
             stored = spec
             write_spec(folder, spec)
         # Complete shards need no partial files any more.
-        for shard in shards_present(folder, stored):
-            for leftover in (folder / "partial").glob(f"{shard_path(folder, shard).stem}.*"):
-                leftover.unlink(missing_ok=True)
+        remove_leftovers(folder, stored)
     return stored
+
+
+def remove_leftovers(folder: Path, spec: StoreSpec) -> None:
+    """Remove what killed writers left of shards that are present: nobody writes those any more."""
+    for shard in shards_present(folder, spec):
+        for leftover in (folder / "partial").glob(f"{shard_path(folder, shard).stem}.*"):
+            leftover.unlink(missing_ok=True)
 
 
 def write_spec(folder: Path, spec: StoreSpec) -> None:

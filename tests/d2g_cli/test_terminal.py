@@ -1,0 +1,57 @@
+"""d2g_cli.terminal: text from outside controls no terminal."""
+
+import io
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from d2g_cli.common import emit, print_error
+from d2g_cli.terminal import print_line, print_table, printable
+
+ATTACKS = {
+    "color": "\x1b[31mred",
+    "title": "\x1b]0;owned\x07",
+    "clear": "\x1b[2J\x1b[H",
+    "8-bit": "\x9b2J",
+    "backspace": "safe\b\b\b\bevil",
+    "return": "safe\revil",
+    "right to left": "\u202egnp.exe",
+    "isolate": "\u2066a\u2069",
+    "delete": "\x7f",
+    "null": "a\0b",
+}
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_from_outside_reaches_the_terminal(
+    attack: str, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Screen() if terminal else io.StringIO()
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    text = ATTACKS[attack]
+    calls: list[Callable[[], None]] = [
+        lambda: print_table(text, [text, "b"], [[text, text]]),
+        lambda: print_error(text),
+        lambda: print_line(text),
+        lambda: emit({text: [text], "b": text}, False, text),
+        lambda: emit({"prompt": text}, True, text),
+    ]
+    for call in calls:
+        call()
+    assert all(c == "\n" or c.isprintable() for c in stream.getvalue()), repr(stream.getvalue())
+
+
+@pytest.mark.parametrize("text", ["a [bold]cat[/bold] :smile:", "ein Bär ☃", "क्‍ष", "👩‍🚀", "a\tb"])
+def test_other_text_stays(text: str) -> None:
+    assert printable(text) == text
