@@ -1,6 +1,6 @@
-"""Bad input and bad luck: one clear line, the right exit code, nothing lost. Real signals, limits and damage.
+"""Bad input, damaged files, full disks and signals: one line of error, the right exit code, nothing lost.
 
-Every command runs in a process of its own (jobs.d2g), so that what is tested is what a shell would see.
+Every command runs in its own process (jobs.d2g), so that signals and exit codes are real.
 """
 
 import json
@@ -45,9 +45,17 @@ def log(tmp_path: Path) -> Path:
 
 
 def generate(teacher: Path | str, prompts: Path | str, out: Path, *sets: str) -> list[str]:
-    chosen = ["num_pairs=12", "steps=4", "guidance=3", "shard_size=5", "batch_size=4", "dtype=float32", *sets]
+    settings = [
+        "num_pairs=12",
+        "steps=4",
+        "guidance=3",
+        "shard_size=5",
+        "batch_size=4",
+        "dtype=float32",
+        *sets,
+    ]
     options = ["--teacher", str(teacher), "--prompts", str(prompts), "--out", str(out)]
-    return ["pairs", "generate", *options, *(part for s in chosen for part in ("--set", s))]
+    return ["pairs", "generate", *options, *(part for s in settings for part in ("--set", s))]
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -61,7 +69,7 @@ def _without(component: str) -> Callable[[Path], None]:
     return lambda folder: shutil.rmtree(folder / component)
 
 
-def _cut(folder: Path) -> None:
+def _truncate_unet(folder: Path) -> None:
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
 
@@ -84,19 +92,19 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
         "unet cannot be loaded",
     ),
-    "a UNet cut short": (_cut, "unet cannot be loaded"),
+    "a truncated UNet": (_truncate_unet, "unet cannot be loaded"),
 }
 
 
 @pytest.mark.parametrize("case", list(BROKEN))
-def test_broken_teachers_are_named_before_anything_is_written(
+def test_the_error_for_a_broken_teacher_comes_before_anything_is_written(
     case: str, teacher: Path, job: Path, tmp_path: Path
 ) -> None:
-    damage, says = BROKEN[case]
+    damage, message = BROKEN[case]
     shutil.copytree(teacher, tmp_path / "broken")
     damage(tmp_path / "broken")
     ended = d2g(generate(tmp_path / "broken", job / "prompts.txt", tmp_path / "pairs"), tmp_path / "log")
-    assert ended.code == 1 and says in ended.error and str(tmp_path / "broken") in ended.error
+    assert ended.code == 1 and message in ended.error and str(tmp_path / "broken") in ended.error
     assert not (tmp_path / "pairs").exists()
 
 
@@ -104,7 +112,7 @@ def test_broken_teachers_are_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "holds no prompts, expected at least one; check --prompts"),
         (b"\n  \n\n", "holds no prompts"),
@@ -112,12 +120,14 @@ def test_broken_teachers_are_named_before_anything_is_written(
         (None, "No such file or directory; check --prompts"),
     ],
 )
-def test_bad_prompt_files(content: bytes | None, says: str, teacher: Path, tmp_path: Path, log: Path) -> None:
+def test_invalid_prompt_files_are_refused(
+    content: bytes | None, message: str, teacher: Path, tmp_path: Path, log: Path
+) -> None:
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
     ended = d2g(generate(teacher, file, tmp_path / "pairs"), log)
-    assert ended.code == 1 and says in ended.error and str(file) in ended.error
+    assert ended.code == 1 and message in ended.error and str(file) in ended.error
     assert not (tmp_path / "pairs").exists()
 
 
@@ -136,7 +146,7 @@ def _flip(shard: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip])
-def test_a_damaged_shard_is_named_quarantined_and_made_again(
+def test_a_damaged_shard_is_reported_quarantined_and_generated_again(
     damage: Callable[[Path], None], teacher: Path, job: Path, tmp_path: Path, log: Path
 ) -> None:
     pairs = tmp_path / "pairs"
@@ -157,7 +167,7 @@ def test_a_damaged_shard_is_named_quarantined_and_made_again(
     assert d2g(distill_arguments(config, tmp_path / "run"), log).code == 0
 
 
-def test_repair_with_the_prompts_makes_the_rows_again(job: Path, tmp_path: Path, log: Path) -> None:
+def test_repair_with_prompts_generates_the_rows_again(job: Path, tmp_path: Path, log: Path) -> None:
     pairs = tmp_path / "pairs"
     shutil.copytree(job / "pairs", pairs)
     _truncate(pairs / "shards" / "pairs-00001.h5")
@@ -169,14 +179,14 @@ def test_repair_with_the_prompts_makes_the_rows_again(job: Path, tmp_path: Path,
     )
 
 
-def test_a_folder_of_another_spec_is_refused(teacher: Path, job: Path, log: Path) -> None:
+def test_a_store_with_another_spec_is_refused(teacher: Path, job: Path, log: Path) -> None:
     before = files(job / "pairs")
     ended = d2g(generate(teacher, job / "prompts.txt", job / "pairs", "guidance=7", "solver=heun"), log)
     assert ended.code == 1 and "differing: guidance (3.0 -> 7.0), solver ('ddim' -> 'heun')" in ended.error
     assert files(job / "pairs") == before
 
 
-def test_a_student_or_lpips_that_is_not_there(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+def test_a_missing_student_or_lpips_is_an_error(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
     gan = distill_arguments(
         distill_config(teacher, job / "pairs", stage="gan", init=tmp_path / "no"), tmp_path / "run"
     )
@@ -190,7 +200,7 @@ def test_a_student_or_lpips_that_is_not_there(teacher: Path, job: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-# Damage to what a run wrote about itself.
+# Damaged files of a run.
 
 
 @pytest.mark.parametrize(
@@ -203,35 +213,35 @@ def test_a_student_or_lpips_that_is_not_there(teacher: Path, job: Path, tmp_path
         ("checkpoints/000000008/meta.json", "000000008 to continue from the checkpoint before it"),
     ],
 )
-def test_damaged_facts_of_a_run_are_named(
+def test_the_error_names_a_damaged_file_of_a_run(
     file: str, remedy: str, job: Path, teacher: Path, tmp_path: Path, log: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(job / "ode", run)
     (run / file).write_bytes((run / file).read_bytes()[:20])
-    sampled = d2g(["sample", "--student", str(run), "--prompt", "a", "--out", str(tmp_path / "drawn")], log)
+    sampled = d2g(["sample", "--student", str(run), "--prompt", "a", "--out", str(tmp_path / "samples")], log)
     gan = distill_config(teacher, job / "pairs", stage="gan", init=run)
     for ended in (sampled, d2g(distill_arguments(gan, tmp_path / "gan"), log)):
         assert ended.code == 1 and f"{run / file} is damaged" in ended.error
         assert ended.error.endswith(remedy), ended.error
-    assert not (tmp_path / "drawn").exists() and not (tmp_path / "gan").exists()
+    assert not (tmp_path / "samples").exists() and not (tmp_path / "gan").exists()
 
 
-def test_a_damaged_export_is_named(job: Path, tmp_path: Path, log: Path) -> None:
+def test_the_error_names_a_damaged_file_of_an_export(job: Path, tmp_path: Path, log: Path) -> None:
     assert d2g(_export(tmp_path, job, tmp_path / "student"), log).code == 0
     file = tmp_path / "student" / "student.json"
     file.write_bytes(file.read_bytes()[:20])
-    words = ["sample", "--student", str(file.parent), "--prompt", "a", "--out", str(tmp_path / "drawn")]
+    words = ["sample", "--student", str(file.parent), "--prompt", "a", "--out", str(tmp_path / "samples")]
     ended = d2g(words, log)
     assert (
         ended.code == 1 and f"{file} is damaged" in ended.error and "export the student again" in ended.error
     )
 
 
-def test_a_run_goes_on_without_its_damaged_checkpoint(
+def test_a_run_resumes_after_its_damaged_checkpoint_is_deleted(
     teacher: Path, job: Path, tmp_path: Path, log: Path
 ) -> None:
-    """As the message says: delete that folder, run the same command."""
+    """The error says to delete the folder of the checkpoint; then the same command works."""
     config = distill_config(teacher, job / "pairs", "train.images=12", "train.checkpoint_images=4")
     arguments = distill_arguments(config, tmp_path / "run")
     assert d2g(arguments, log).code == 0
@@ -243,7 +253,9 @@ def test_a_run_goes_on_without_its_damaged_checkpoint(
     assert [line["nimg"] for line in read_stats(tmp_path / "run")] == [4, 8, 12]
 
 
-def test_a_batch_larger_than_the_pairs(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+def test_a_batch_larger_than_the_number_of_pairs_is_refused(
+    teacher: Path, job: Path, tmp_path: Path, log: Path
+) -> None:
     sets = ("train.batch_size=16", "train.validate_pairs=4", "train.validate_images=16")
     config = distill_config(teacher, job / "pairs", *sets)
     ended = d2g(distill_arguments(config, tmp_path / "run"), log)
@@ -251,16 +263,16 @@ def test_a_batch_larger_than_the_pairs(teacher: Path, job: Path, tmp_path: Path,
     assert "12 less 4 held out" in ended.error
 
 
-def test_the_empty_prompt_is_a_prompt(job: Path, tmp_path: Path, log: Path) -> None:
+def test_the_empty_prompt_is_valid(job: Path, tmp_path: Path, log: Path) -> None:
     words = ["sample", "--student", str(job / "ode"), "--prompt", "", "--out", str(tmp_path), "--json"]
     assert d2g(words, log).json["images"] == 1 and (tmp_path / "00000.png").is_file()
 
 
-# Full disks: the process may not write a file above a limit, and write(2) says so.
+# Full disks: a limit on the file size makes write(2) fail.
 
 
-def test_no_room_for_pairs(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
-    """A whole shard is above the limit; with room again the same command makes the store."""
+def test_a_full_disk_while_generating_pairs(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+    """A shard exceeds the limit. Without the limit, the same command completes the store."""
     out, sets = tmp_path / "pairs", ["num_pairs=48", "shard_size=24", "batch_size=8"]
     ended = d2g(generate(teacher, job / "prompts.txt", out, *sets), log, file_limit=12_000)
     assert ended.code == 1 and "no room to write in" in ended.error
@@ -273,7 +285,7 @@ def test_no_room_for_pairs(teacher: Path, job: Path, tmp_path: Path, log: Path) 
     assert verify_store(out).ok
 
 
-def test_no_room_for_a_checkpoint(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+def test_a_full_disk_while_writing_a_checkpoint(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
     out = tmp_path / "run"
     first = distill_config(teacher, job / "pairs", "train.images=8", "train.checkpoint_images=8")
     assert d2g(distill_arguments(first, out), log).code == 0
@@ -289,17 +301,17 @@ def test_no_room_for_a_checkpoint(teacher: Path, job: Path, tmp_path: Path, log:
     assert [line["nimg"] for line in read_stats(out)] == [4, 8, 12, 16, 20, 24]
 
 
-def test_no_room_for_pictures(job: Path, tmp_path: Path, log: Path) -> None:
-    words = ["sample", "--student", str(job / "ode"), "--prompt", "a", "--out", str(tmp_path / "drawn")]
+def test_a_full_disk_while_writing_images(job: Path, tmp_path: Path, log: Path) -> None:
+    words = ["sample", "--student", str(job / "ode"), "--prompt", "a", "--out", str(tmp_path / "samples")]
     ended = d2g(words, log, file_limit=600)
     assert ended.code == 1 and "cannot write" in ended.error and ".png" in ended.error
 
 
-# Ctrl-C.
+# SIGINT and SIGTERM.
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_while_pairs_are_made(
+def test_a_signal_while_pairs_are_generated(
     number: int, teacher: Path, job: Path, tmp_path: Path, log: Path
 ) -> None:
     out, sets = tmp_path / "pairs", ["num_pairs=60", "steps=8", "shard_size=20", "batch_size=1"]
@@ -314,11 +326,13 @@ def test_stopping_while_pairs_are_made(
     assert verify_store(out).ok
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
+@pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning"
+)  # Python 3.12 warns about forking with threads
 @pytest.mark.parametrize(
     ("stage", "number", "workers"), [("ode", signal.SIGINT, 1), ("gan", signal.SIGTERM, 0)]
 )
-def test_stopping_while_a_student_trains(
+def test_a_signal_while_a_student_trains(
     stage: str, number: int, workers: int, teacher: Path, job: Path, tmp_path: Path, log: Path
 ) -> None:
     out, init = tmp_path / "run", job / "ode" if stage == "gan" else ""
@@ -336,24 +350,24 @@ def test_stopping_while_a_student_trains(
     assert [line["nimg"] for line in read_stats(out)] == list(range(4, int(safe.name) + 8, 4))
 
 
-def test_ctrl_c_before_the_work_began(teacher: Path, tmp_path: Path, log: Path) -> None:
-    """While a command still reads its input (here: a pipe that nobody fills)."""
+def test_a_signal_while_the_input_is_read(teacher: Path, tmp_path: Path, log: Path) -> None:
+    """The prompt file is a pipe to which nothing is written, so the command waits for it."""
     pipe = tmp_path / "prompts.txt"
     os.mkfifo(pipe)
-    held: list[int] = []
+    write_ends: list[int] = []
 
-    def read_by_the_command() -> bool:
+    def command_has_opened_the_pipe() -> bool:
         try:
-            held.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError:  # nobody reads yet
+            write_ends.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # the command has not opened the pipe yet
             return False
         return True
 
     running = Running(generate(teacher, pipe, tmp_path / "pairs"), log)
-    running.wait_for(read_by_the_command)
+    running.wait_for(command_has_opened_the_pipe)
     running.send(signal.SIGINT)
     ended = running.wait()
-    os.close(held[0])
+    os.close(write_ends[0])
     assert ended.code == 130 and "error: interrupted; what was finished before is safe" in ended.error
     assert not (tmp_path / "pairs").exists()
 
@@ -362,9 +376,9 @@ def test_ctrl_c_before_the_work_began(teacher: Path, tmp_path: Path, log: Path) 
 
 
 @pytest.fixture(scope="module")
-def poisoned(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The job's pairs with one huge latent, in the third batch of seed 0: its features overflow."""
-    folder = tmp_path_factory.mktemp("poisoned")
+def pairs_with_overflow(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pairs of the job with one huge latent in the third batch of seed 0, whose features overflow."""
+    folder = tmp_path_factory.mktemp("overflow")
     spec, rows = read_spec(job / "pairs"), PairReader(job / "pairs").read(range(12))
     rows.latents[permuted_batch(0, 12, 8, 4)[1]] = 3e38
     create_store(folder, spec)
@@ -377,13 +391,16 @@ def poisoned(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
-def test_a_loss_that_is_not_finite_stops_before_the_step(
-    stage: str, teacher: Path, job: Path, poisoned: Path, tmp_path: Path, log: Path
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(
+    stage: str, teacher: Path, job: Path, pairs_with_overflow: Path, tmp_path: Path, log: Path
 ) -> None:
     out, init = tmp_path / "run", job / "ode" if stage == "gan" else ""
     sets = ["regression.augment=none", "train.checkpoint_images=4"]
     sets += ["gan.r1_gamma=0", "gan.mix_fraction=0"] if stage == "gan" else []
-    ended = d2g(distill_arguments(distill_config(teacher, poisoned, stage=stage, init=init), out, *sets), log)
+    ended = d2g(
+        distill_arguments(distill_config(teacher, pairs_with_overflow, stage=stage, init=init), out, *sets),
+        log,
+    )
     last = out / "checkpoints" / "000000008"
     assert (
         ended.code == 1
@@ -399,15 +416,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     assert ("loss/d" in report["losses"]) == (stage == "gan")
     assert set(report["logits"]) == ({"real", "fake", "student"} if stage == "gan" else set())
     assert sorted(os.listdir(out / "checkpoints")) == ["000000004", "000000008"]
-    untouched = [
+    saved = [
         *load_file(last / "ema.safetensors").values(),
         *sharded_checkpoint.read(open_checkpoint(last)).values(),
     ]
-    assert all(torch.isfinite(value).all() for value in untouched)
+    assert all(torch.isfinite(value).all() for value in saved)
     assert [line["nimg"] for line in read_stats(out)] == [4, 8]
 
 
-def test_a_learning_rate_that_blows_up(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
+def test_a_too_high_learning_rate_stops_the_run(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
     ended = d2g(
         distill_arguments(distill_config(teacher, job / "pairs"), tmp_path / "run", "optim.lr=1e30"), log
     )
@@ -458,19 +475,17 @@ def _train_teacher(teacher: Path, job: Path, out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("words", [_generate, _distill, _sample, _export, _merge, _train_teacher])
-def test_unwritable_output(
+def test_output_that_cannot_be_written_is_an_error(
     words: Callable[[Path, Path, Path], list[str]], teacher: Path, job: Path, tmp_path: Path, log: Path
 ) -> None:
-    """A path through a file: refused to everyone, root too."""
+    """The output is inside a file instead of a folder, which fails for every user, also for root."""
     (tmp_path / "file").write_text("not a folder")
     ended = d2g(words(teacher, job, tmp_path / "file" / "out"), log)
     assert ended.code == 1 and f"cannot write {tmp_path / 'file' / 'out'}" in ended.error
     assert "unexpected" not in ended.error and (tmp_path / "file").read_text() == "not a folder"
 
 
-def test_unknown_settings_are_refused_before_anything_runs(
-    teacher: Path, job: Path, tmp_path: Path, log: Path
-) -> None:
+def test_unknown_settings_are_refused(teacher: Path, job: Path, tmp_path: Path, log: Path) -> None:
     ended = d2g(generate(teacher, job / "prompts.txt", tmp_path / "pairs", "shardsize=3"), log)
     assert (
         ended.code == 2
@@ -479,34 +494,34 @@ def test_unknown_settings_are_refused_before_anything_runs(
     assert not (tmp_path / "pairs").exists()
 
 
-# Several processes under torchrun, which keeps a store for them: what all of them say is said once.
+# Several processes under torchrun: they use its store to print an error of all ranks only once.
 
 
 @pytest.fixture
 def torchrun() -> Iterator[dict[str, str]]:
-    """A store as torchrun's, and what it tells its processes."""
+    """A TCPStore like torchrun's, and the environment variables that point to it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
 
 
-WRONG = ["distill", "ode", "--set", "optim.lr=Infinity"]
+INVALID_COMMAND = ["distill", "ode", "--set", "optim.lr=Infinity"]
 
 
-def alone(arguments: list[str], log: Path, told: Mapping[str, str]) -> Running:
-    """Rank 1 of two."""
-    return Running(arguments, log / "rank1", {**environments(2)[1], **told})
+def start_rank_1(arguments: list[str], log: Path, environment: Mapping[str, str]) -> Running:
+    """Start rank 1 of two, without rank 0."""
+    return Running(arguments, log / "rank1", {**environments(2)[1], **environment})
 
 
-def test_a_wrong_setting_is_told_once(torchrun: dict[str, str], log: Path) -> None:
-    first, second = d2g_ranks(WRONG, log, environment=torchrun)
+def test_an_invalid_setting_is_printed_by_rank_0_only(torchrun: dict[str, str], log: Path) -> None:
+    first, second = d2g_ranks(INVALID_COMMAND, log, environment=torchrun)
     assert (first.code, second.code, second.stderr) == (2, 2, "")
     assert first.error == "error: setting 'optim.lr' is 'Infinity'; expected a finite number"
-    first, second = d2g_ranks(["--debug", *WRONG], log / "debug", environment=torchrun)
+    first, second = d2g_ranks(["--debug", *INVALID_COMMAND], log / "debug", environment=torchrun)
     assert "Traceback" in first.stderr and "Traceback" in second.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    ("words", "message"),
     [
         ("pairs generate --gidance 3", "--guidance"),
         ("pairs genrate", "generate"),
@@ -515,21 +530,23 @@ def test_a_wrong_setting_is_told_once(torchrun: dict[str, str], log: Path) -> No
         ("pairs generate --batch-size none", "neither a number of rows nor auto"),
     ],
 )
-def test_wrong_words_are_told_once(words: str, names: str, torchrun: dict[str, str], log: Path) -> None:
+def test_a_usage_error_is_printed_by_rank_0_only(
+    words: str, message: str, torchrun: dict[str, str], log: Path
+) -> None:
     environment = {**torchrun, "COLUMNS": "200"}
     first, second = d2g_ranks(words.split(), log, environment=environment)
     assert (first.code, second.code, second.stderr, second.stdout) == (2, 2, "", "")
-    assert names in first.stderr and first.stdout == ""
+    assert message in first.stderr and first.stdout == ""
 
 
-def test_wrong_words_of_one_rank_alone_are_told(torchrun: dict[str, str], log: Path) -> None:
-    second = alone(["pairs", "genrate"], log, torchrun)
-    first = d2g(WRONG, log, environment={**environments(2)[0], **torchrun})
+def test_a_usage_error_of_rank_1_only_is_printed(torchrun: dict[str, str], log: Path) -> None:
+    second = start_rank_1(["pairs", "genrate"], log, torchrun)
+    first = d2g(INVALID_COMMAND, log, environment={**environments(2)[0], **torchrun})
     ended = second.wait()
     assert (first.code, ended.code) == (2, 2) and "'genrate'" in ended.stderr
 
 
-def test_what_all_ranks_find_once_they_have_met_is_told_once(
+def test_an_error_of_all_ranks_after_init_is_printed_by_rank_0_only(
     teacher: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
 ) -> None:
     arguments = distill_arguments(distill_config(teacher, tmp_path / "none"), tmp_path / "run")
@@ -538,10 +555,10 @@ def test_what_all_ranks_find_once_they_have_met_is_told_once(
     assert str(tmp_path / "none") in first.error
 
 
-def test_a_rank_that_another_left_says_so(
+def test_a_rank_reports_that_another_rank_has_exited(
     teacher: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
 ) -> None:
-    """Only rank 0 reads the prompts; the other meets a closed connection."""
+    """Only rank 0 reads the prompts and fails; the connection of rank 1 is closed."""
     arguments = generate(teacher, tmp_path / "none.txt", tmp_path / "pairs")
     first, second = d2g_ranks(arguments, log, environment=torchrun)
     assert (first.code, second.code) == (1, 1) and "none.txt: No such file" in first.error
@@ -549,11 +566,11 @@ def test_a_rank_that_another_left_says_so(
 
 
 @pytest.mark.parametrize("command", ["pairs", "distill"])
-def test_what_a_rank_lacks_is_told_at_once_and_first(
+def test_a_file_missing_on_one_rank_is_reported_at_once_and_first(
     command: str, teacher: Path, job: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
 ) -> None:
-    """The second's disk has no teacher, or no pairs; the first waits for it, and loses it."""
-    complete, lacks = tmp_path / "there", tmp_path / "lacks"
+    """Rank 1 has no teacher or no pairs. Rank 0 waits for it and then reports that it has exited."""
+    complete, missing = tmp_path / "complete", tmp_path / "missing"
     complete.symlink_to(teacher if command == "pairs" else job / "pairs")
 
     def arguments(source: Path) -> list[str]:
@@ -561,41 +578,42 @@ def test_what_a_rank_lacks_is_told_at_once_and_first(
             return generate(source, job / "prompts.txt", tmp_path / "out")
         return distill_arguments(distill_config(teacher, source), tmp_path / "out")
 
-    begun = time.monotonic()
-    second = alone(arguments(lacks), log, torchrun)
+    start = time.monotonic()
+    second = start_rank_1(arguments(missing), log, torchrun)
     first = Running(arguments(complete), log / "rank0", {**environments(2)[0], **torchrun})
     ended = second.wait()
-    assert time.monotonic() - begun < GRACE.total_seconds() and str(lacks) in ended.error
+    assert time.monotonic() - start < GRACE.total_seconds() and str(missing) in ended.error
     assert "is gone (process 0 lost it); its own message says why" in first.wait().error and ended.code == 1
     assert second.err.stat().st_mtime_ns < first.err.stat().st_mtime_ns
 
 
-def waiting(running: Running) -> bool:
-    """Whether it catches SIGTERM, as it does while it waits for what rank 0 says."""
+def catches_sigterm(running: Running) -> bool:
+    """Whether the process handles SIGTERM, as it does while it waits for the message of rank 0."""
     status = Path(f"/proc/{running.pid}/status").read_text()
     return bool(int(status.split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1))
 
 
-def test_what_one_rank_alone_finds_is_told(torchrun: dict[str, str], log: Path) -> None:
-    """Rank 0 says something else, or has said the same at an earlier start only. Told to end, as torchrun
-    does once any rank has ended, a process says at once what it held back.
+def test_an_error_of_one_rank_only_is_printed(torchrun: dict[str, str], log: Path) -> None:
+    """Rank 1 prints its error if rank 0 has another error, or had the same error only before a restart.
+
+    After one rank has exited, torchrun sends SIGTERM to the others; then rank 1 prints its error at once.
     """
-    second = alone(WRONG, log, torchrun)
+    second = start_rank_1(INVALID_COMMAND, log, torchrun)
     other = ["distill", "ode", "--set", "optim.lr=x"]
     first = d2g(other, log, environment={**environments(2)[0], **torchrun})
     assert "takes float" in first.error and "'optim.lr' is 'Infinity'" in second.wait().error
     again = {"TORCHELASTIC_RESTART_COUNT": "1"}
-    assert d2g(WRONG, log, environment={**environments(2)[0], **torchrun, **again}).code == 2
-    second = alone(WRONG, log / "again", {**torchrun, "TORCHELASTIC_RESTART_COUNT": "2"})
-    second.wait_for(lambda: waiting(second))
+    assert d2g(INVALID_COMMAND, log, environment={**environments(2)[0], **torchrun, **again}).code == 2
+    second = start_rank_1(INVALID_COMMAND, log / "again", {**torchrun, "TORCHELASTIC_RESTART_COUNT": "2"})
+    second.wait_for(lambda: catches_sigterm(second))
     time.sleep(0.2)
     second.send(signal.SIGTERM)
-    begun = time.monotonic()
+    start = time.monotonic()
     ended = second.wait()
-    assert time.monotonic() - begun < GRACE.total_seconds() / 2
+    assert time.monotonic() - start < GRACE.total_seconds() / 2
     assert ended.code == 2 and "'optim.lr' is 'Infinity'" in ended.error
 
 
-def test_without_the_store_each_rank_tells(torchrun: dict[str, str], log: Path) -> None:
-    for ended in d2g_ranks(WRONG, log):
+def test_without_the_store_each_rank_prints_its_error(torchrun: dict[str, str], log: Path) -> None:
+    for ended in d2g_ranks(INVALID_COMMAND, log):
         assert ended.code == 2 and "'optim.lr' is 'Infinity'" in ended.error

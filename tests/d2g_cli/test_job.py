@@ -1,4 +1,4 @@
-"""Every command at work on one tiny job, and the JSON keys that docs and scripts rely on."""
+"""Every command on one tiny job, and the documented keys of its JSON output."""
 
 import json
 import shutil
@@ -19,31 +19,34 @@ from pairgen.store.reader import PairReader
 
 @pytest.fixture(scope="module")
 def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with prompts.txt, pairs/, ode/ and gan/, made through the command line."""
+    """A folder with prompts.txt, pairs/, ode/ and gan/, written by the command line."""
     folder = tmp_path_factory.mktemp("job")
     tiny.save_prompts(folder / "prompts.txt")
-    for words in (pair_words(teacher, folder), *(stage_words(s, teacher, folder) for s in ("ode", "gan"))):
-        with pytest.raises(SystemExit) as left:
-            cli.main(words)
-        assert left.value.code == 0, words
+    for args in (
+        pair_arguments(teacher, folder),
+        *(stage_arguments(s, teacher, folder) for s in ("ode", "gan")),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(args)
+        assert exit_info.value.code == 0, args
     return folder
 
 
-def pair_words(teacher: Path, folder: Path) -> list[str]:
+def pair_arguments(teacher: Path, folder: Path) -> list[str]:
     options = ["--teacher", teacher, "--prompts", folder / "prompts.txt", "--out", folder / "pairs"]
     options += ["--num-pairs", 12, "--steps", 4, "--guidance", 3, "--solver", "ddim", "--dtype", "float32"]
     options += ["--shard-size", 5, "--batch-size", 4]
     return ["pairs", "generate", *map(str, options)]
 
 
-def stage_words(stage: str, teacher: Path, folder: Path) -> list[str]:
+def stage_arguments(stage: str, teacher: Path, folder: Path) -> list[str]:
     init = folder / "ode" if stage == "gan" else ""
     config = distill_config(teacher, folder / "pairs", stage=stage, init=init)
     return distill_arguments(config, folder / stage)
 
 
-def test_pairs_generate_again_makes_nothing_new(d2g: Any, job: Path, teacher: Path) -> None:
-    summary = d2g(*pair_words(teacher, job), "--json").json
+def test_generating_again_adds_no_pairs(d2g: Any, job: Path, teacher: Path) -> None:
+    summary = d2g(*pair_arguments(teacher, job), "--json").json
     assert {"out", "pairs", "new_pairs", "shards", "seconds", "pairs_per_sec"} <= set(summary)
     assert (summary["pairs"], summary["new_pairs"], summary["shards"]) == (12, 0, 3)
 
@@ -58,9 +61,9 @@ def test_pairs_info_verify_and_repair(d2g: Any, job: Path, tmp_path: Path) -> No
     assert d2g("pairs", "repair", job / "pairs", "--json").json == {"quarantined": [], "regenerated": 0}
     shutil.copytree(job / "pairs", tmp_path / "pairs")
     shard = next((tmp_path / "pairs").rglob("*.h5"))
-    spoilt = bytearray(shard.read_bytes())
-    spoilt[len(spoilt) // 2] ^= 1
-    shard.write_bytes(spoilt)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
     result = d2g("pairs", "verify", tmp_path / "pairs")
     assert result.code == 1 and "not ok" in result.error
 
@@ -78,37 +81,37 @@ def test_pairs_merge(d2g: Any, job: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
-def test_distill_again_is_done_already(d2g: Any, job: Path, teacher: Path, stage: str) -> None:
-    summary = d2g(*stage_words(stage, teacher, job), "--json").json
+def test_distilling_again_trains_no_steps(d2g: Any, job: Path, teacher: Path, stage: str) -> None:
+    summary = d2g(*stage_arguments(stage, teacher, job), "--json").json
     assert {"out", "images", "steps", "seconds", "images_per_sec", "loss", "checkpoint"} <= set(summary)
     assert (summary["images"], summary["steps"]) == (20, 5) and Path(summary["checkpoint"]).is_dir()
-    wanted = {"g", "e_latent_lpips"} | ({"d", "g_gan"} if stage == "gan" else set())
-    assert wanted <= set(summary["loss"])
+    expected = {"g", "e_latent_lpips"} | ({"d", "g_gan"} if stage == "gan" else set())
+    assert expected <= set(summary["loss"])
 
 
-def test_distill_goes_on_from_where_it_stopped(d2g: Any, job: Path, teacher: Path) -> None:
-    words = distill_arguments(distill_config(teacher, job / "pairs"), job / "more", "train.images=8")
-    assert d2g(*words, "--json").json["steps"] == 2
-    assert d2g(*words, "--images", 99, "--set", "train.images=12", "--json").json["steps"] == 3
+def test_distill_resumes_with_more_images(d2g: Any, job: Path, teacher: Path) -> None:
+    args = distill_arguments(distill_config(teacher, job / "pairs"), job / "more", "train.images=8")
+    assert d2g(*args, "--json").json["steps"] == 2
+    assert d2g(*args, "--images", 99, "--set", "train.images=12", "--json").json["steps"] == 3
 
 
 def test_sample(d2g: Any, job: Path, tmp_path: Path) -> None:
-    words = ["--prompt", "a red cube", "--prompt", "a blue sphere", "--num", 2, "--seed", 3]
+    args = ["--prompt", "a red cube", "--prompt", "a blue sphere", "--num", 2, "--seed", 3]
     summary = d2g(
-        "sample", "--student", job / "gan", *words, "--batch-size", 3, "--out", tmp_path, "--json"
+        "sample", "--student", job / "gan", *args, "--batch-size", 3, "--out", tmp_path, "--json"
     ).json
     assert {"out", "images", "seconds_per_image"} <= set(summary) and summary["images"] == 4
     with Image.open(tmp_path / "00003.png") as image:
         assert image.info == {"prompt": "a blue sphere", "seed": "3", "index": "3"}
-    words = ["--prompts", job / "prompts.txt", "--out", tmp_path]
-    assert d2g("sample", "--student", job / "ode", *words, "--json").json["images"] == 6
+    args = ["--prompts", job / "prompts.txt", "--out", tmp_path]
+    assert d2g("sample", "--student", job / "ode", *args, "--json").json["images"] == 6
 
 
 def test_export(d2g: Any, job: Path, tmp_path: Path) -> None:
     summary = d2g("export", "--student", job / "gan", "--out", tmp_path / "student", "--json").json
     assert {"out", "parity_max_abs_err"} <= set(summary) and summary["parity_max_abs_err"] < 0.05
-    words = ["--prompt", "a", "--out", tmp_path / "drawn"]
-    assert d2g("sample", "--student", tmp_path / "student", *words, "--json").json["images"] == 1
+    args = ["--prompt", "a", "--out", tmp_path / "samples"]
+    assert d2g("sample", "--student", tmp_path / "student", *args, "--json").json["images"] == 1
 
 
 def test_teacher_info_and_doctor(d2g: Any, teacher: Path) -> None:
@@ -122,33 +125,33 @@ def test_teacher_info_and_doctor(d2g: Any, teacher: Path) -> None:
     assert doctor["torch"] == torch.__version__ and doctor["memory_gib"] > 0
 
 
-def test_doctor_says_where_rows_cannot_be_shared_out(d2g: Any) -> None:
+def test_doctor_reports_a_batch_too_small_for_the_gpus(d2g: Any) -> None:
     report = d2g("doctor", "--preset", "miniature", "--gpus", "32", "--json").json
     (problem,) = [text for text in report["problems"] if text.startswith("miniature")]
     assert problem.startswith("miniature gan: gan.mix_fraction is 0.25, but a micro-batch has 1 row")
     assert set(report["memory_gib_per_gpu"]) == {"ode"}
 
 
-def test_doctor_says_what_a_preset_takes(d2g: Any, tmp_path: Path) -> None:
-    words = ["--preset", "miniature-loss-mse", "--teacher", "miniature", "--gpus", "2"]
-    assert set(d2g("doctor", *words, "--json").json["memory_gib_per_gpu"]) == {"ode"}
+def test_doctor_computes_the_memory_of_a_preset(d2g: Any, tmp_path: Path) -> None:
+    args = ["--preset", "miniature-loss-mse", "--teacher", "miniature", "--gpus", "2"]
+    assert set(d2g("doctor", *args, "--json").json["memory_gib_per_gpu"]) == {"ode"}
     for absent in (tmp_path / "none", "org/name"):
-        said = d2g("doctor", "--preset", "sd15-cfg8", "--teacher", absent)
-        assert said.code == 1 and said.stdout == "" and len(said.stderr.splitlines()) == 1
-        assert said.stderr.startswith(f"error: --teacher {absent}: no such folder; ")
+        result = d2g("doctor", "--preset", "sd15-cfg8", "--teacher", absent)
+        assert result.code == 1 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith(f"error: --teacher {absent}: no such folder; ")
 
 
-def test_a_table_for_people(d2g: Any, job: Path) -> None:
-    said = d2g("pairs", "info", job / "pairs")
-    assert said.code == 0 and "complete" in said.stdout and "True" in said.stdout
+def test_without_json_a_table_is_printed(d2g: Any, job: Path) -> None:
+    result = d2g("pairs", "info", job / "pairs")
+    assert result.code == 0 and "complete" in result.stdout and "True" in result.stdout
 
 
-# Evaluation.
+# `d2g eval`.
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images_folder")
     rng = torch.Generator().manual_seed(0)
     for number in range(10):
         pixels = torch.randint(256, (16, 16, 3), generator=rng, dtype=torch.uint8)
@@ -176,54 +179,65 @@ def clip(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 KEYS = {"protocol", "protocol_sha256", "fid", "clip_score", "precision", "recall", "counts", "models", "ci"}
 
 
-def test_eval_of_images_with_squeezenet(d2g: Any, pictures: Path, squeezenet: Path) -> None:
-    words = ["--images", pictures, "--reference", pictures, "--features", "squeezenet", "--metrics", "pr"]
-    result = d2g("eval", "run", *words, "--weights", squeezenet, "--json").json
+def test_eval_of_images_with_squeezenet(d2g: Any, images_folder: Path, squeezenet: Path) -> None:
+    args = [
+        "--images",
+        images_folder,
+        "--reference",
+        images_folder,
+        "--features",
+        "squeezenet",
+        "--metrics",
+        "pr",
+    ]
+    result = d2g("eval", "run", *args, "--weights", squeezenet, "--json").json
     assert KEYS <= set(result) and result["models"]["features"]["name"] == "squeezenet"
     assert (result["precision"], result["recall"], result["counts"]["images"]) == (1.0, 1.0, 10)
 
 
 def test_eval_of_a_student_and_its_comparison(
-    d2g: Any, job: Path, pictures: Path, clip: Path, tmp_path: Path
+    d2g: Any, job: Path, images_folder: Path, clip: Path, tmp_path: Path
 ) -> None:
-    """FID, CLIP score, precision and recall of one-step images against pictures, all with one tiny CLIP."""
-    words = ["--prompts", job / "prompts.txt", "--num", 8, "--reference", pictures]
-    words += ["--metrics", "fid,pr,clip", "--features", "clip", "--weights", clip, "--clip", clip]
+    """FID, CLIP score, precision and recall of one-step images, all with one tiny CLIP."""
+    args = ["--prompts", job / "prompts.txt", "--num", 8, "--reference", images_folder]
+    args += ["--metrics", "fid,pr,clip", "--features", "clip", "--weights", clip, "--clip", clip]
     numbers = {}
     for stage in ("ode", "gan"):
         out = tmp_path / f"{stage}.json"
-        numbers[stage] = d2g("eval", "run", "--student", job / stage, *words, "--out", out, "--json").json
+        numbers[stage] = d2g("eval", "run", "--student", job / stage, *args, "--out", out, "--json").json
         assert KEYS <= set(numbers[stage]) and numbers[stage] == json.loads(out.read_text())
         assert numbers[stage]["fid"] > 0 and -1 <= numbers[stage]["clip_score"] <= 1
         assert numbers[stage]["counts"] == {"images": 8, "reference": 10, "pr_images": 8, "pr_reference": 10}
     rows = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json", "--json").json["results"]
     assert {Path(row["name"]).stem: row["fid"] for row in rows} == {s: numbers[s]["fid"] for s in numbers}
-    said = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json").stdout
+    output = d2g("eval", "compare", tmp_path / "ode.json", tmp_path / "gan.json").stdout
     for stage in numbers:
-        assert format_value(numbers[stage]["fid"], numbers[stage]["ci"]["fid"])[0] in said, stage
-    assert "CLIP score" in said and "{" not in said
+        assert format_value(numbers[stage]["fid"], numbers[stage]["ci"]["fid"])[0] in output, stage
+    assert "CLIP score" in output and "{" not in output
 
 
 def test_eval_of_a_teacher(d2g: Any, job: Path, teacher: Path, clip: Path) -> None:
-    words = ["--prompts", job / "prompts.txt", "--num", 4, "--steps", 2, "--metrics", "clip", "--clip", clip]
-    result = d2g("eval", "run", "--teacher", teacher, *words, "--json").json
+    args = ["--prompts", job / "prompts.txt", "--num", 4, "--steps", 2, "--metrics", "clip", "--clip", clip]
+    result = d2g("eval", "run", "--teacher", teacher, *args, "--json").json
     assert result["clip_score"] is not None and result["fid"] is None and result["counts"] == {"images": 4}
 
 
 def test_eval_stats_from_a_folder_and_a_curve_with_them(
-    d2g: Any, job: Path, teacher: Path, pictures: Path, clip: Path, tmp_path: Path
+    d2g: Any, job: Path, teacher: Path, images_folder: Path, clip: Path, tmp_path: Path
 ) -> None:
     networks = ["--features", "clip", "--weights", clip, "--json"]
     file = tmp_path / "real.safetensors"
-    summary = d2g("eval", "stats", "--images", pictures, "--metrics", "fid,pr", "--out", file, *networks).json
+    summary = d2g(
+        "eval", "stats", "--images", images_folder, "--metrics", "fid,pr", "--out", file, *networks
+    ).json
     assert summary["images"] == 10 and summary["out"] == str(file)
-    words = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num", 8, "--reference", file]
-    words += ["--over", "steps=1,2", "--clip", clip, "--out", tmp_path / "curve", "--set", "resamples=0"]
-    curve = d2g("eval", "curve", *words, *networks).json
+    args = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num", 8, "--reference", file]
+    args += ["--over", "steps=1,2", "--clip", clip, "--out", tmp_path / "curve", "--set", "resamples=0"]
+    curve = d2g("eval", "curve", *args, *networks).json
     assert [point["steps"] for point in curve["points"]] == [1, 2]
     assert {"fid", "clip_score"} <= set(curve["points"][0]) and (tmp_path / "curve" / "curve.png").is_file()
-    said = d2g("eval", "curve", *words, *networks[:-1]).stdout
-    assert f"{curve['points'][1]['fid']:.4g}" in said and "CLIP score" in said and "{" not in said
+    output = d2g("eval", "curve", *args, *networks[:-1]).stdout
+    assert f"{curve['points'][1]['fid']:.4g}" in output and "CLIP score" in output and "{" not in output
 
 
 def test_eval_protocols(d2g: Any) -> None:
@@ -234,17 +248,17 @@ def test_eval_protocols(d2g: Any) -> None:
     assert set(d2g("eval", "protocols", "--json").json) > {"folder", "cifar10-50k"}
 
 
-def test_eval_for_people(d2g: Any, job: Path, clip: Path) -> None:
-    words = ["--student", job / "gan", "--prompts", job / "prompts.txt", "--metrics", "clip", "--clip", clip]
-    said = d2g("eval", "run", *words, "--latency", "--set", "latency_repeats=1")
-    assert said.code == 0 and "CLIP score" in said.stdout and "6 images" in said.stdout, said.stderr
+def test_eval_without_json_prints_a_table(d2g: Any, job: Path, clip: Path) -> None:
+    args = ["--student", job / "gan", "--prompts", job / "prompts.txt", "--metrics", "clip", "--clip", clip]
+    result = d2g("eval", "run", *args, "--latency", "--set", "latency_repeats=1")
+    assert result.code == 0 and "CLIP score" in result.stdout and "6 images" in result.stdout, result.stderr
     for text in ("student, an image", "teacher, an image", "ms at batch 1"):
-        assert text in said.stdout
+        assert text in result.stdout
 
 
-def test_lpips_distance(d2g: Any, teacher: Path, pictures: Path) -> None:
+def test_lpips_distance(d2g: Any, teacher: Path, images_folder: Path) -> None:
     def distance(a: str, b: str) -> float:
-        words = [pictures / a, pictures / b, "--teacher", teacher, "--json"]
-        return float(d2g("lpips", "distance", *words).json["distance"])
+        args = [images_folder / a, images_folder / b, "--teacher", teacher, "--json"]
+        return float(d2g("lpips", "distance", *args).json["distance"])
 
     assert distance("0.png", "0.png") == 0.0 and distance("0.png", "1.png") > 0

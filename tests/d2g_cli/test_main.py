@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every command's words, groups included."""
+    """The words of every command and group of commands, such as ("pairs", "generate")."""
     group = group or typer.main.get_command(cli.app)
     yield path
     for name, command in getattr(group, "commands", {}).items():
@@ -26,7 +26,7 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 
 COMMANDS = list(commands())
-WORKS = [
+COMMANDS_WITH_SETTINGS = [
     "demo",
     "teacher train",
     "pairs generate",
@@ -40,7 +40,7 @@ WORKS = [
 ]
 
 
-# Help and usage.
+# `--help` and usage errors.
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words) or "d2g")
@@ -50,8 +50,8 @@ def test_help(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words) or "d2g")
-def test_help_says_all_that_was_written(words: tuple[str, ...]) -> None:
-    """Rich takes square brackets for its own and leaves them out."""
+def test_help_texts_have_no_square_brackets(words: tuple[str, ...]) -> None:
+    """Rich interprets square brackets as markup and does not print them."""
     command = typer.main.get_command(cli.app)
     for word in words:
         command = command.commands[word]  # type: ignore[attr-defined]
@@ -59,9 +59,9 @@ def test_help_says_all_that_was_written(words: tuple[str, ...]) -> None:
     assert not [text for text in texts if "[" in text]
 
 
-def test_the_contracts_commands_are_there() -> None:
+def test_the_documented_commands_exist() -> None:
     commands = {" ".join(words) for words in COMMANDS}
-    contract = {
+    documented = {
         "demo",
         "doctor",
         "teacher train",
@@ -71,28 +71,32 @@ def test_the_contracts_commands_are_there() -> None:
         "export",
         "lpips distance",
     }
-    contract |= {f"pairs {name}" for name in ("plan", "generate", "info", "verify", "repair", "merge")}
-    contract |= {"distill ode", "distill gan", "eval run", "eval compare", "eval stats", "eval curve"}
-    assert contract <= commands and {words.partition(" --")[0] for words in WORKS} <= commands
+    documented |= {f"pairs {name}" for name in ("plan", "generate", "info", "verify", "repair", "merge")}
+    documented |= {"distill ode", "distill gan", "eval run", "eval compare", "eval stats", "eval curve"}
+    assert (
+        documented <= commands and {words.partition(" --")[0] for words in COMMANDS_WITH_SETTINGS} <= commands
+    )
 
 
-def test_help_needs_no_torch() -> None:
-    """In a fresh process: `--help` answers at once because nothing heavy is imported."""
+def test_help_does_not_import_torch() -> None:
+    """In a new process, because the tests have imported torch."""
     code = "import sys, cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
     for words in (["--help"], ["distill", "gan", "--help"]):
-        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
+        process = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert process.returncode == 0 and "Usage" in process.stdout, process.stderr
 
 
-def test_version_from_a_fresh_process() -> None:
-    done = subprocess.run(
+def test_version_in_a_new_process() -> None:
+    process = subprocess.run(
         [sys.executable, "-m", "d2g_cli", "--version"], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0 and done.stdout.startswith("diffusion2gan ") and done.stderr == ""
+    assert process.returncode == 0 and process.stdout.startswith("diffusion2gan ") and process.stderr == ""
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    ("words", "message"),
     [
         ("pairs generate --gidance 3", "--guidance"),
         ("pairs genrate", "generate"),
@@ -166,18 +170,18 @@ def test_version_from_a_fresh_process() -> None:
         ("lpips distance a b", "--teacher is not set"),
     ],
 )
-def test_bad_usage_exits_2_and_names_what_is_right(
-    d2g: Any, words: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_usage_errors_exit_with_2_and_a_remedy(
+    d2g: Any, words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    said = d2g(*words.split())
-    assert said.code == 2 and names in said.stderr and said.stdout == "", said.stderr
-    assert "Traceback" not in said.stderr
+    result = d2g(*words.split())
+    assert result.code == 2 and message in result.stderr and result.stdout == "", result.stderr
+    assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-BESIDES = {  # what a command wants besides, to come as far as its numbers
+REQUIRED_OPTIONS = {  # options without which a command fails before it checks its numbers
     "doctor": "--preset miniature",
     "sample": "--prompt a",
     "export": "--student x --format diffusers",
@@ -195,8 +199,8 @@ BESIDES = {  # what a command wants besides, to come as far as its numbers
 }
 
 
-def numbers() -> Iterator[tuple[str, str, str]]:
-    """Every option that takes a number: its command, its name, what makes no sense of it."""
+def invalid_numbers() -> Iterator[tuple[str, str, str]]:
+    """Every option that takes a number: the command, the option, and an invalid value."""
     for words in COMMANDS:
         command: Any = typer.main.get_command(cli.app)
         for word in words:
@@ -211,32 +215,32 @@ def numbers() -> Iterator[tuple[str, str, str]]:
                     yield " ".join(words), param.opts[0], value
 
 
-@pytest.mark.parametrize(("words", "option", "value"), [*numbers()])
-def test_numbers_that_make_no_sense(
+@pytest.mark.parametrize(("words", "option", "value"), [*invalid_numbers()])
+def test_invalid_numbers_are_refused(
     d2g: Any, words: str, option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every option of every command."""
+    """For every numeric option of every command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    said = d2g(*words.split(), *BESIDES.get(words, "").split(), option, value)
-    assert said.code == 2 and said.stdout == "" and list(tmp_path.iterdir()) == [], said.stderr
+    result = d2g(*words.split(), *REQUIRED_OPTIONS.get(words, "").split(), option, value)
+    assert result.code == 2 and result.stdout == "" and list(tmp_path.iterdir()) == [], result.stderr
     name = option.removeprefix("--").removeprefix("validate-").replace("-", "_")
-    assert option in said.stderr or name in said.stderr, said.stderr
-    assert value in said.stderr.lower(), said.stderr  # JSON's NaN and Infinity too
+    assert option in result.stderr or name in result.stderr, result.stderr
+    assert value in result.stderr.lower(), result.stderr  # also as NaN and Infinity of JSON
 
 
-@pytest.mark.parametrize("words", WORKS)
-def test_a_dry_run_touches_nothing(
+@pytest.mark.parametrize("words", COMMANDS_WITH_SETTINGS)
+def test_a_dry_run_writes_nothing(
     d2g: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     plan = d2g(*words.split(), "--dry-run", "--json", "--seed", "7").json
     assert plan["config"]["seed"] == 7 and list(tmp_path.iterdir()) == []
-    shown = d2g(*words.split(), "--dry-run")
-    assert shown.code == 0 and "nothing was touched" in shown.stdout and list(tmp_path.iterdir()) == []
+    result = d2g(*words.split(), "--dry-run")
+    assert result.code == 0 and "nothing was touched" in result.stdout and list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_shows_presets_options_and_overrides_in_that_order(d2g: Any) -> None:
+def test_overrides_take_precedence_over_options_and_options_over_presets(d2g: Any) -> None:
     words = "pairs generate --preset sd15-cfg3 --guidance 4 --seed 1 --set seed=2 --set steps=9"
     config = d2g(*words.split(), "--dry-run", "--json").json["config"]
     values = [config[name] for name in ("num_pairs", "guidance", "seed", "steps")]
@@ -246,7 +250,7 @@ def test_a_dry_run_shows_presets_options_and_overrides_in_that_order(d2g: Any) -
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
-def test_a_dry_run_without_a_preset_is_that_of_the_default(stage: str, d2g: Any) -> None:
+def test_the_default_preset_of_a_dry_run(stage: str, d2g: Any) -> None:
     default_plan = d2g("distill", stage, "--dry-run", "--json").json
     preset_plan = d2g("distill", stage, "--preset", "sd15-cfg8", "--dry-run", "--json").json
     assert default_plan == preset_plan and default_plan["table_a1"]["gpus"] == 64
@@ -254,13 +258,13 @@ def test_a_dry_run_without_a_preset_is_that_of_the_default(stage: str, d2g: Any)
 
 
 def test_debug_shows_the_traceback(d2g: Any, tmp_path: Path) -> None:
-    said = d2g("pairs", "info", tmp_path / "none", "--debug")
-    assert said.code == 1 and "Traceback" in said.stderr
-    assert said.stderr.splitlines()[-1].startswith("error: ")
+    result = d2g("pairs", "info", tmp_path / "none", "--debug")
+    assert result.code == 1 and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_a_log_line_is_printed_once_whatever_handlers_a_library_installs(tmp_path: Path, d2g: Any) -> None:
-    """open_clip and others call functions of `logging` that give the root logger a handler on stderr."""
+def test_log_lines_are_printed_once_despite_handlers_of_libraries(tmp_path: Path, d2g: Any) -> None:
+    """open_clip and other libraries add a handler on stderr to the root logger."""
     root = logging.getLogger()
     handler = logging.StreamHandler()
     root.addHandler(handler)

@@ -1,4 +1,4 @@
-"""`d2g settings`: one table, from the config dataclasses, behind the terminal, JSON and docs/settings."""
+"""`d2g settings` prints the same table of settings in the terminal, as JSON and in docs/settings."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ class Outer:
     inner: Inner = setting(Inner(), "Group")
 
 
-def test_descriptions_hold_everything_with_the_recipe_first() -> None:
+def test_descriptions_of_settings_start_with_the_recipe() -> None:
     docs = describe_settings(Outer())
     assert [(doc.name, doc.type, doc.default, doc.meaning, doc.source, doc.recipe) for doc in docs] == [
         ("kind", "a | b", "a", "Kind", "", True),
@@ -48,7 +48,7 @@ def test_every_setting_is_documented_and_listed(group: str) -> None:
         assert {doc.name.partition(".")[0] for doc in docs} == {field.name for field in fields(config)}
 
 
-def test_the_recipe_of_distillation_is_short() -> None:
+def test_the_recipe_of_distillation_has_12_settings() -> None:
     (config, _), *_ = sections_of("distill").values()
     docs = describe_settings(config)
     recipe = [doc.name for doc in docs if doc.recipe]
@@ -57,31 +57,31 @@ def test_the_recipe_of_distillation_is_short() -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_the_page_in_docs_is_the_generated_one(group: str) -> None:
+def test_the_pages_in_docs_are_up_to_date(group: str) -> None:
     page = ROOT / "docs" / "settings" / f"{group}.md"
     assert page.read_text(encoding="utf-8") == settings_page(group), (
         f"run `uv run d2g settings {group} --markdown > docs/settings/{group}.md`"
     )
 
 
-def test_json_and_terminal_show_the_same(d2g: Any) -> None:
-    shown = d2g("settings", "distill", "--json").json
+def test_json_and_terminal_list_the_same_settings(d2g: Any) -> None:
+    listed = d2g("settings", "distill", "--json").json
     text = d2g("settings", "distill").stdout
-    assert shown["d2g distill"][0]["recipe"] is True
-    assert all(entry["name"] in text for section in shown.values() for entry in section)
+    assert listed["d2g distill"][0]["recipe"] is True
+    assert all(entry["name"] in text for section in listed.values() for entry in section)
     assert "did you mean 'distill'?" in d2g("settings", "distil").stderr
 
 
 @pytest.mark.parametrize(
     "words", [["settings", "distill"], ["distill", "gan", "--help"], ["eval", "run", "--help"]]
 )
-def test_answers_without_torch(words: list[str]) -> None:
+def test_help_and_settings_do_not_import_torch(words: list[str]) -> None:
     code = (
         "import sys, cli\ntry: cli.main(sys.argv[1:])\n"
         "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout, done.stderr
+    process = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0 and process.stdout, process.stderr
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -94,7 +94,7 @@ def test_help_lists_the_presets(group: str, d2g: Any) -> None:
             assert "Presets" in text and all(name in text for name in names)
 
 
-def test_errors_name_the_full_path() -> None:
+def test_errors_name_the_full_path_of_a_setting() -> None:
     for data in ({"inner": {"betas": [1]}}, {"inner": {"betas": 3}}):
         with pytest.raises(SettingError, match=r"^setting 'inner\.betas' takes"):
             from_json(Outer, data)
