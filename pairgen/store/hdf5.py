@@ -24,7 +24,7 @@ from d2g.core import seeds
 from d2g.core.config import digest
 from d2g.core.errors import UserError
 from d2g.core.regular_files import open_regular, require_regular
-from pairgen.store.hdf5_structure import attribute, check_structure
+from pairgen.store.hdf5_structure import attribute, check_structure, check_texts
 from pairgen.store.spec import SCHEMA, StoreSpec, create_store, differing_from_earlier, pending, read_spec
 
 __all__ = ["PairBatch", "StoreSpec", "create_store", "pending", "read_spec"]
@@ -173,6 +173,7 @@ def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
             _check_bytes(raw, path)
             raw.seek(0)
             with h5py.File(raw, "r") as file:
+                check_texts(raw.fileno(), file)
                 _check_header(file, path, spec)
                 for rows in _blocks(file, spec):
                     block = _block(file, spec, rows)
@@ -266,6 +267,7 @@ def quarantined_in(path: Path) -> list[int]:
     try:
         require_regular(path)
         with h5py.File(path, "r", locking=False) as file:
+            check_texts(file.id.get_vfd_handle(), file)
             return _quarantined(file)
     except UNREADABLE as error:
         raise _damaged(path, f"unreadable ({error})") from error
@@ -316,6 +318,7 @@ class OpenShard:
         rows = spec.rows(shard)
         try:
             _check_length(self._descriptor, self.path)
+            check_texts(self._descriptor, self._file)
             _check_header(self._file, self.path, spec)
             quarantined = _quarantined(self._file)
             expected = np.setdiff1d(np.arange(rows.start, rows.stop), quarantined)

@@ -4,6 +4,9 @@ HDF5 can hold far more than the pair format needs: datasets that lie in other fi
 length, filters from plugins. Some of it crashes the HDF5 library when a file is damaged or hostile.
 """
 
+import os
+import struct
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -100,3 +103,71 @@ def _check_storage(name: str, dataset: Any, file_bytes: int) -> None:
     dataset.chunk_iter(measure)
     if count * chunk_bytes > DEFLATE_RATIO * stored or largest > chunk_bytes + CHUNK_OVERHEAD:
         raise ValueError(f"dataset {name} does not have the size that its chunks say")
+
+
+# Texts of attributes. HDF5 keeps them in its global heap, which has no checksum: a wrong size there makes the
+# library loop forever, with all threads of the process waiting.
+
+HEADER_BYTES = 1 << 20  # more than the headers of a shard's root group
+_ATTRIBUTE, _CONTINUATION, _VARIABLE_LENGTH = 12, 16, 9  # types of messages, and a class of types
+
+
+def check_texts(descriptor: int, file: Any) -> None:
+    """Raise ValueError unless the texts of an open file's attributes lie in sound heaps.
+
+    Reads the header of the root group and the heaps that its attributes name, as the HDF5 file format
+    specification (version 3.0, IV.A.1.b and III.E) describes them.
+    """
+    base = file.userblock_size
+    for body in _messages(descriptor, base, h5o.get_info(file.id).addr):
+        # Version, flags, sizes of name, type and space, encoding; then these three; then the value.
+        if len(body) < 9 or body[0] != 3:
+            raise ValueError("an attribute is of another version of HDF5")
+        name, kind, space = struct.unpack_from("<HHH", body, 2)
+        if len(body) < 9 + name + kind + space or not kind or body[1]:
+            raise ValueError("an attribute is shared or damaged")
+        if body[9 + name] & 15 == _VARIABLE_LENGTH:
+            _, heap, _ = struct.unpack_from("<IQI", body, 9 + name + kind + space)
+            _check_heap(descriptor, base + heap)
+
+
+def _messages(descriptor: int, base: int, address: int) -> Iterator[bytes]:
+    """The attribute messages of an object with a header of version 2."""
+    head = os.pread(descriptor, 34, base + address)
+    if head[:4] != b"OHDR" or head[4] != 2:
+        raise ValueError("its header is not of HDF5 1.10")
+    flags, width = head[5], 1 << (head[5] & 3)
+    start = 6 + 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10)
+    size = int.from_bytes(head[start : start + width], "little")
+    blocks, total = [(base + address + start + width, size)], 0
+    for position, length in blocks:
+        if (total := total + length) > HEADER_BYTES:
+            raise ValueError("its header is too large")
+        data, place = os.pread(descriptor, length, position), 0
+        while place + 4 <= len(data):
+            kind, size = data[place], int.from_bytes(data[place + 1 : place + 3], "little")
+            place += 4 + 2 * bool(flags & 4)
+            body, place = data[place : place + size], place + size
+            if kind == _CONTINUATION and len(body) >= 16:
+                # A continuation has a signature before its messages and a checksum behind them.
+                following, extent = struct.unpack_from("<QQ", body)
+                blocks.append((base + following + 4, max(0, extent - 8)))
+            elif kind == _ATTRIBUTE:
+                yield body
+
+
+def _check_heap(descriptor: int, address: int) -> None:
+    """Raise ValueError unless the objects of a global heap collection fill it exactly."""
+    head = os.pread(descriptor, 16, address)
+    size = int.from_bytes(head[8:16], "little")
+    if head[:4] != b"GCOL" or not 16 <= size <= os.fstat(descriptor).st_size:
+        raise ValueError("the heap of its attributes is damaged")
+    data, place = os.pread(descriptor, size, address), 16
+    while place + 16 <= len(data):
+        number, length = int.from_bytes(data[place : place + 2], "little"), data[place + 8 : place + 16]
+        # Object 0 is the free space, header included. Others are padded to 8 bytes.
+        step = int.from_bytes(length, "little")
+        step = step if number == 0 else 16 + (step + 7) // 8 * 8
+        if step < 16 or place + step > size:
+            raise ValueError("the heap of its attributes is damaged")
+        place += step

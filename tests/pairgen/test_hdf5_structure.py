@@ -173,6 +173,23 @@ def test_verify_and_the_reader_refuse_the_same(case: str, tmp_path: Path) -> Non
     assert reader.read([0]).index.tolist() == [8]
 
 
+@pytest.mark.parametrize("size", [0, 2**64 - 8, 2**64 - 16, 2**32, 4096])
+def test_a_damaged_heap_of_texts_does_not_hang(size: int, tmp_path: Path) -> None:
+    """HDF5 would loop over a collection whose objects have no size, or one that wraps around."""
+    put_store(tmp_path)
+    path = shard_path(tmp_path, 0)
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL")
+    data[heap + 24 : heap + 32] = size.to_bytes(8, "little")
+    path.write_bytes(data)
+    seal(path)
+    (bad,) = verify_store(tmp_path, workers=1).bad_shards
+    if size not in (0, 4096):  # with these the objects still fill the heap, or the text is another one
+        assert "the heap of its attributes is damaged" in bad["reason"]
+    with pytest.raises(UserError):
+        PairReader(tmp_path).read([0])
+
+
 @pytest.mark.parametrize("how", [{"compression": "gzip"}, {"compression": "gzip", "shuffle": True}, {}])
 def test_what_the_format_allows_still_reads(how: dict[str, Any], tmp_path: Path) -> None:
     """Filters of every HDF5 build, and chunks of any size, as other writers may choose them."""
