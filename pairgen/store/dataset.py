@@ -3,11 +3,13 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import EVERY_RANK, logger
@@ -137,19 +139,60 @@ class _WithLookahead(Sampler[tuple[list[int], list[int]]]):
             waiting.append(ahead := next(order))
 
 
-class _BatchOrError(Dataset[PairBatch | UserError]):
+class _BatchOrError(Dataset["PairBatch | _Packed | UserError"]):
     """Returns a UserError as an item: raised in a worker, it would arrive wrapped in a traceback."""
 
     def __init__(self, dataset: PairDataset, block: int) -> None:
         self.dataset, self.block = dataset, block
 
-    def __getitem__(self, item: tuple[list[int], list[int]]) -> PairBatch | UserError:
+    def __getitem__(self, item: tuple[list[int], list[int]]) -> "PairBatch | _Packed | UserError":
         rows, ahead = item
         try:
             self.dataset.reader.prefetch(ahead, max(1, self.block))
-            return self.dataset[rows]
+            batch = self.dataset[rows]
         except UserError as error:
             return error
+        return batch if get_worker_info() is None else _Packed.of(batch)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A batch on its way from a worker: pickled, with its tensors in shared memory.
+
+    A queue pickles in a thread of its own. What fails there (open files, file size, space in /dev/shm) is
+    only printed, and the trainer would wait for the batch forever.
+    """
+
+    data: bytes
+
+    @classmethod
+    def of(cls, batch: PairBatch) -> "_Packed | UserError":
+        """Pack a batch, or return the error that the trainer raises."""
+        try:
+            return cls(bytes(ForkingPickler.dumps(batch)))
+        except (OSError, RuntimeError, MemoryError) as error:
+            return _cannot_pass(error)
+
+    def pin_memory(self) -> "PairBatch | UserError":
+        """The batch in page-locked memory: DataLoader's thread calls this."""
+        batch = self.unpack()
+        return batch.pin_memory() if isinstance(batch, PairBatch) else batch
+
+    def unpack(self) -> "PairBatch | UserError":
+        """The batch, or the error that the trainer raises."""
+        try:
+            batch: PairBatch = ForkingPickler.loads(self.data)
+        except (OSError, RuntimeError, EOFError) as error:
+            return _cannot_pass(error)
+        return batch
+
+
+def _cannot_pass(error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        f"a loader process cannot pass its batch on ({reason}); raise the limits of open files and file size "
+        "(ulimit -n, ulimit -f) or the size of /dev/shm, or set data.workers=0"
+    )
 
 
 def _leave_process_group(worker: int) -> None:
@@ -189,7 +232,9 @@ def pair_loader(
         worker_init_fn=_leave_process_group if workers else None,
     )
     reported: set[str] = set()
-    for batch in loader:
+    for batch in _without_dead_workers(loader):
+        if isinstance(batch, _Packed):
+            batch = batch.unpack()
         if isinstance(batch, UserError):
             raise batch
         # Each worker skips damage on its own: report each file once.
@@ -200,6 +245,27 @@ def pair_loader(
                     f"{file}: {reason}; its rows are replaced by those of the next intact shard"
                 )
         yield batch
+
+
+def _without_dead_workers(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """The loader's batches; a worker that was killed or could not start becomes a UserError."""
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise _ended(error) from error
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker (" in str(error):
+            raise _ended(error) from error
+        raise
+
+
+def _ended(error: Exception) -> UserError:
+    return UserError(
+        f"a loader process ended or could not start ({' '.join(str(error).split())}); run again with "
+        "fewer, or with data.workers=0"
+    )
 
 
 def _log_warning(text: str) -> None:

@@ -1,9 +1,12 @@
 """pairgen.store.dataset: each row once per epoch, whatever the ranks, workers and restarts."""
 
+import os
 import re
+import resource
 import shutil
+import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -233,3 +236,36 @@ def test_the_documented_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     exec(code, place)
     assert [row for batch in seen for row in batch.index.tolist()] == permuted_batch(0, 80, 12_800, 128)
+
+
+class Limited(PairReader):
+    """A reader whose process may write a few bytes only, or open no more files, once it has read a batch."""
+
+    limit = resource.RLIMIT_FSIZE
+
+    def read(self, rows: Sequence[int], dtype: torch.dtype | None = torch.float32) -> PairBatch:
+        batch = super().read(rows, dtype)
+        resource.setrlimit(self.limit, (16, 16))
+        return batch
+
+
+class FewFiles(Limited):
+    limit = resource.RLIMIT_NOFILE
+
+
+class Killed(Limited):
+    """A reader whose process is killed, as the system does when memory is short."""
+
+    def read(self, rows: Sequence[int], dtype: torch.dtype | None = torch.float32) -> PairBatch:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+@FORKS
+@pytest.mark.parametrize("kind", [Limited, FewFiles, Killed])
+def test_a_loader_process_that_fails_ends_the_run(kind: type[PairReader], tmp_path: Path) -> None:
+    """Under small limits, passing a batch on fails in a thread of the worker: the trainer waited forever."""
+    reader = kind(put_store(tmp_path))
+    with pytest.raises(UserError, match=r"a loader process (cannot pass its batch|ended).*data\.workers=0"):
+        for _ in zip(range(40), pair_loader(reader, PairSampler(22, 4, 0), workers=1), strict=False):
+            pass
