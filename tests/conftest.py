@@ -44,7 +44,7 @@ OPT_IN = ("slow", "gpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide CUDA devices unless GPU tests are asked for: forked tests cannot run backward beside one."""
+    """Hide CUDA devices unless `-m gpu`: a forked process cannot run a backward pass if one is visible."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -111,8 +111,8 @@ class Ended:
         """The JSON object that a successful command printed: one line of stdout and nothing else."""
         assert self.code == 0, self.stderr
         assert len(self.stdout.splitlines()) == 1, self.stdout
-        found: dict[str, Any] = json.loads(self.stdout)
-        return found
+        content: dict[str, Any] = json.loads(self.stdout)
+        return content
 
     @property
     def error(self) -> str:

@@ -1,4 +1,4 @@
-"""One rank of test_engine.py: D's gradients, R1 among them, under every engine, and one update.
+"""One rank of tests/d2g/test_engine.py: gradients of the discriminator with R1 under every engine.
 
 torchrun … parallel_worker.py FOLDER    writes FOLDER/FAMILY/CASE.pt from rank 0
 """

@@ -231,8 +231,8 @@ def test_the_error_names_a_damaged_file_of_an_export(job: Path, tmp_path: Path, 
     assert d2g(_export(tmp_path, job, tmp_path / "student"), log).code == 0
     file = tmp_path / "student" / "student.json"
     file.write_bytes(file.read_bytes()[:20])
-    words = ["sample", "--student", str(file.parent), "--prompt", "a", "--out", str(tmp_path / "samples")]
-    ended = d2g(words, log)
+    arguments = ["sample", "--student", str(file.parent), "--prompt", "a", "--out", str(tmp_path / "samples")]
+    ended = d2g(arguments, log)
     assert (
         ended.code == 1 and f"{file} is damaged" in ended.error and "export the student again" in ended.error
     )
@@ -264,8 +264,8 @@ def test_a_batch_larger_than_the_number_of_pairs_is_refused(
 
 
 def test_the_empty_prompt_is_valid(job: Path, tmp_path: Path, log: Path) -> None:
-    words = ["sample", "--student", str(job / "ode"), "--prompt", "", "--out", str(tmp_path), "--json"]
-    assert d2g(words, log).json["images"] == 1 and (tmp_path / "00000.png").is_file()
+    arguments = ["sample", "--student", str(job / "ode"), "--prompt", "", "--out", str(tmp_path), "--json"]
+    assert d2g(arguments, log).json["images"] == 1 and (tmp_path / "00000.png").is_file()
 
 
 # Full disks: a limit on the file size makes write(2) fail.
@@ -302,8 +302,8 @@ def test_a_full_disk_while_writing_a_checkpoint(teacher: Path, job: Path, tmp_pa
 
 
 def test_a_full_disk_while_writing_images(job: Path, tmp_path: Path, log: Path) -> None:
-    words = ["sample", "--student", str(job / "ode"), "--prompt", "a", "--out", str(tmp_path / "samples")]
-    ended = d2g(words, log, file_limit=600)
+    arguments = ["sample", "--student", str(job / "ode"), "--prompt", "a", "--out", str(tmp_path / "samples")]
+    ended = d2g(arguments, log, file_limit=600)
     assert ended.code == 1 and "cannot write" in ended.error and ".png" in ended.error
 
 
@@ -474,13 +474,13 @@ def _train_teacher(teacher: Path, job: Path, out: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("words", [_generate, _distill, _sample, _export, _merge, _train_teacher])
+@pytest.mark.parametrize("arguments", [_generate, _distill, _sample, _export, _merge, _train_teacher])
 def test_output_that_cannot_be_written_is_an_error(
-    words: Callable[[Path, Path, Path], list[str]], teacher: Path, job: Path, tmp_path: Path, log: Path
+    arguments: Callable[[Path, Path, Path], list[str]], teacher: Path, job: Path, tmp_path: Path, log: Path
 ) -> None:
     """The output is inside a file instead of a folder, which fails for every user, also for root."""
     (tmp_path / "file").write_text("not a folder")
-    ended = d2g(words(teacher, job, tmp_path / "file" / "out"), log)
+    ended = d2g(arguments(teacher, job, tmp_path / "file" / "out"), log)
     assert ended.code == 1 and f"cannot write {tmp_path / 'file' / 'out'}" in ended.error
     assert "unexpected" not in ended.error and (tmp_path / "file").read_text() == "not a folder"
 

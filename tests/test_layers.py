@@ -237,8 +237,8 @@ def test_heavy_libraries_are_imported_only_inside_functions() -> None:
 @pytest.mark.parametrize("module", ["d2g_cli.main", *PACKAGES])
 def test_importing_a_package_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.strip() == "[]", process.stdout + process.stderr
 
 
 def test_no_package_has_the_name_of_a_library() -> None:

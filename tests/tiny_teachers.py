@@ -174,7 +174,7 @@ def save_pixart(
     torch.manual_seed(0)
     tokenizer, text_encoder = t5(16)
     transformer = PixArtTransformer2DModel(
-        # diffusers' pipeline tells the size to networks of 128 alone; theirs then take smaller latents too
+        # diffusers' pipeline passes the image size only to networks with sample_size 128
         sample_size=128 if sized else 4,
         num_layers=2,
         attention_head_dim=8,
@@ -216,7 +216,7 @@ def save_dit(folder: Path, classes: int = 1000, **settings: Any) -> str:
         vae=vae(),
         scheduler=DDIMScheduler(**{**LINEAR, **settings}),
     ).save_pretrained(folder)
-    # As published; saving drops it.
+    # Published DiT pipelines have id2label; save_pretrained drops it.
     edit(folder, "model_index.json", id2label={str(i): f"thing {i}, thingy {i}" for i in range(classes)})
     return str(folder)
 

@@ -1,4 +1,4 @@
-"""Errors of libraries and of the system reach the user as one line that says what to do."""
+"""Errors of libraries and of the operating system are printed as one line with a remedy."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ REPORT = "this is unexpected"
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "take smaller batches"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "take smaller batches"),
@@ -44,23 +44,25 @@ REPORT = "this is unexpected"
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value[:20],
 )
-def test_what_a_user_can_mend_says_how(error: Exception, says: str) -> None:
+def test_errors_that_a_user_can_fix_have_a_remedy(error: Exception, message: str) -> None:
     text = explain(error)
-    assert text is not None and says in text and "\n" not in text
+    assert text is not None and message in text and "\n" not in text
 
 
-def test_what_only_developers_can_mend_is_to_be_reported() -> None:
+def test_other_errors_have_no_remedy() -> None:
     assert explain(KeyError("x")) is None and explain(OSError("odd")) is None
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-def test_a_full_device_is_one_line(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process runs out of memory where it allocates the first real tensor of a batch."""
+def test_an_out_of_memory_error_is_one_line(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing the noise of the first batch raises OutOfMemoryError."""
 
-    def full(*arguments: Any, **settings: Any) -> None:
+    def out_of_memory(*arguments: Any, **settings: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 8 MiB free")
 
-    monkeypatch.setattr("pairgen.job.noise", full)
+    monkeypatch.setattr("pairgen.job.noise", out_of_memory)
     (tmp_path / "p.txt").write_text("a cube")
     ended = d2g(
         [
@@ -73,12 +75,12 @@ def test_a_full_device_is_one_line(teacher: Path, tmp_path: Path, monkeypatch: p
     assert REPORT not in ended.error and "--batch-size" in ended.error
 
 
-# A pipeline of few steps.
+# Pipelines whose schedulers limit the number of steps.
 
 
 @pytest.fixture(scope="module")
 def one_step(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pipeline that `d2g export` writes of an untrained student."""
+    """The pipeline that `d2g export` writes for an untrained student."""
     from d2g.diffusion import pretrained
     from distill.export.one_step_pipeline import save_one_step
     from distill.models.student import add_guidance_embedding
@@ -90,7 +92,7 @@ def one_step(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_an_exported_pipeline_is_measured_with_its_one_step(
+def test_an_exported_pipeline_is_sampled_in_one_step(
     one_step: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = SamplingRequest(prompts=["a red cube"])
@@ -102,14 +104,14 @@ def test_an_exported_pipeline_is_measured_with_its_one_step(
     assert pipeline_source(str(one_step), request, steps=1).facts == source.facts
 
 
-def test_more_steps_than_a_pipeline_has_are_refused(one_step: Path, teacher: Path) -> None:
+def test_more_steps_than_a_pipeline_supports_are_refused(one_step: Path, teacher: Path) -> None:
     request = SamplingRequest(prompts=["a red cube"])
     with pytest.raises(Exception, match=r"takes 1 steps at most, got 4; set --steps 1"):
         pipeline_source(str(one_step), request, steps=4)
-    assert pipeline_source(str(teacher), request).facts["steps"] == 50, "others keep the default"
+    assert pipeline_source(str(teacher), request).facts["steps"] == 50, "the default of other pipelines is 50"
 
 
-def test_what_a_pipeline_raises_is_one_line(teacher: Path, tmp_path: Path) -> None:
+def test_an_error_inside_a_pipeline_is_one_line(teacher: Path, tmp_path: Path) -> None:
     """A text encoder with too few positions fails inside the pipeline."""
     import tiny_teachers
     from d2g.core.errors import UserError
@@ -121,17 +123,17 @@ def test_what_a_pipeline_raises_is_one_line(teacher: Path, tmp_path: Path) -> No
         next(iter(source.draw(range(1), 1, ())))
 
 
-# One-process commands under torchrun.
+# Commands of one process under torchrun.
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [["export", "--student", "miniature"], ["teacher", "info", "miniature", "--json"]],
     ids=["export", "teacher info"],
 )
-def test_one_process_works_and_the_others_end_well(words: list[str], tmp_path: Path) -> None:
-    out = ["--out", str(tmp_path / "out")] if words[0] == "export" else []
-    first, second = d2g_ranks([*words, *out], tmp_path / "log")
+def test_rank_0_runs_the_command_and_the_other_ranks_exit_with_0(args: list[str], tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")] if args[0] == "export" else []
+    first, second = d2g_ranks([*args, *out], tmp_path / "log")
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     assert second.stdout == "" == second.stderr and first.stdout
     assert "works in one process; the others of torchrun have nothing to do" in first.stderr
@@ -139,26 +141,32 @@ def test_one_process_works_and_the_others_end_well(words: list[str], tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["score", "overfit", "triplets"])
-def test_lpips_commands_of_one_process_say_what_is_missing_once(command: str, tmp_path: Path) -> None:
+def test_a_usage_error_of_an_lpips_command_is_printed_by_rank_0_only(command: str, tmp_path: Path) -> None:
     first, second = d2g_ranks(["lpips", command], tmp_path)
     assert (first.code, second.code) == (2, 0) and "is not set; give --" in first.error
     assert second.stderr == ""
 
 
-def test_torchruns_variables_are_known() -> None:
-    """All that torch's agent sets for ranks and that `process_group` reads."""
+def test_the_environment_variables_of_torchrun() -> None:
+    """TORCHRUN lists the variables that torchrun sets for ranks and that `process_group` reads."""
     assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"} <= set(TORCHRUN)
 
 
-# A reader that goes away.
+# A reader that closes the pipe.
 
 
-@pytest.mark.parametrize("words", [["settings", "distill"], ["teacher", "list", "--json"]])
-def test_a_closed_pipe_is_no_error_to_report(words: list[str]) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-m", "d2g_cli", *words], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+@pytest.mark.parametrize("args", [["settings", "distill"], ["teacher", "list", "--json"]])
+def test_a_closed_pipe_prints_no_error(args: list[str]) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = subprocess.run(
+        [sys.executable, "-m", "d2g_cli", *args],
+        cwd=ROOT,
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    os.close(writing)
-    assert "Traceback" not in done.stderr and REPORT not in done.stderr and "error" not in done.stderr
+    os.close(write_end)
+    assert (
+        "Traceback" not in process.stderr and REPORT not in process.stderr and "error" not in process.stderr
+    )

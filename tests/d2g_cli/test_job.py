@@ -241,8 +241,8 @@ def test_eval_stats_from_a_folder_and_a_curve_with_them(
 
 
 def test_eval_protocols(d2g: Any) -> None:
-    shown = d2g("eval", "protocols")
-    assert shown.code == 0 and "coco2014-30k-d2gan" in shown.stdout and "40,504" in shown.stdout
+    result = d2g("eval", "protocols")
+    assert result.code == 0 and "coco2014-30k-d2gan" in result.stdout and "40,504" in result.stdout
     one = d2g("eval", "protocols", "scenes-5k", "--json").json
     assert one["images"] == 5_000 and len(one["sha256"]) == 64
     assert set(d2g("eval", "protocols", "--json").json) > {"folder", "cifar10-50k"}

@@ -1,4 +1,4 @@
-"""Signals of clusters and terminals end any command with one line; a closed stdout ends it quietly."""
+"""Signals end a command with one line; a closed stdout ends it without output."""
 
 import os
 import signal
@@ -17,12 +17,14 @@ LINE = "error: interrupted; what was finished before is safe, run the same comma
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
-    """A command that reads standard input, once it has begun to read."""
+    """Start a command that reads standard input, and return after it has begun to read."""
     process = subprocess.Popen(
         [*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdin is not None
-    process.stdin.write(b"a red cube\n" * 100_000)  # more than a pipe holds: returns when it is read
+    process.stdin.write(
+        b"a red cube\n" * 100_000
+    )  # more than the buffer of a pipe, so write() returns after the command reads
     process.stdin.flush()
     return process
 
@@ -39,8 +41,8 @@ def test_every_signal_ends_a_command_with_one_line(number: signal.Signals, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_signals_that_somebody_chose_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """nohup ignores SIGHUP; under torchrun, rank 0's message is the only one."""
+def test_handlers_of_the_parent_and_of_torchrun_are_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nohup ignores SIGHUP. Under torchrun signals keep their default: only rank 0 prints a message."""
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -63,19 +65,19 @@ def test_signals_that_somebody_chose_stay(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", ["pipe", "file"])
-def test_a_closed_stdout_is_quiet(closed: str, tmp_path: Path) -> None:
+def test_a_closed_stdout_prints_no_error(closed: str, tmp_path: Path) -> None:
     put_store(tmp_path)
     arguments = [*COMMAND, "pairs", "info", str(tmp_path)]
     read, write = os.pipe()
     os.close(read)
     if closed == "file":
         arguments = ["bash", "-c", 'exec "$@" >&-', "-", *arguments]
-    done = subprocess.run(arguments, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    process = subprocess.run(arguments, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
     os.close(write)
-    assert done.stderr == b"", done.stderr.decode()
+    assert process.stderr == b"", process.stderr.decode()
 
 
-def test_a_killed_merge_leaves_nothing_after_the_next(tmp_path: Path) -> None:
+def test_a_merge_deletes_the_temporary_files_of_a_killed_one(tmp_path: Path) -> None:
     source, out = put_store(tmp_path / "a"), tmp_path / "out"
     merge_stores([source], out)
     for name in ("pairs-00001.host-1.tmp", "prompts.host-1.tmp", "store.host-1.tmp"):

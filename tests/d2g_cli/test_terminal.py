@@ -1,4 +1,4 @@
-"""d2g_cli.terminal: text from outside controls no terminal."""
+"""d2g_cli.terminal: control characters in untrusted text do not reach the terminal."""
 
 import io
 import sys
@@ -23,8 +23,8 @@ ATTACKS = {
 }
 
 
-class Screen(io.StringIO):
-    """A stream that says it is a terminal."""
+class FakeTerminal(io.StringIO):
+    """A text stream whose `isatty` is true."""
 
     def isatty(self) -> bool:
         return True
@@ -32,10 +32,10 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("terminal", [True, False])
-def test_nothing_from_outside_reaches_the_terminal(
+def test_control_characters_are_not_printed(
     attack: str, terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = Screen() if terminal else io.StringIO()
+    stream = FakeTerminal() if terminal else io.StringIO()
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
@@ -53,5 +53,5 @@ def test_nothing_from_outside_reaches_the_terminal(
 
 
 @pytest.mark.parametrize("text", ["a [bold]cat[/bold] :smile:", "ein Bär ☃", "क्‍ष", "👩‍🚀", "a\tb"])
-def test_other_text_stays(text: str) -> None:
+def test_printable_text_is_unchanged(text: str) -> None:
     assert printable(text) == text

@@ -15,7 +15,7 @@ from d2g_cli.common import emit, emit_table
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "0123456789abcdef" * 4
-ODD = [
+UNUSUAL_TEXTS = [
     "a [bold]b[/bold]",
     "[red]",
     "a :cat: b",
@@ -27,12 +27,14 @@ ODD = [
 
 
 class Terminal(io.TextIOWrapper):
+    """A text stream whose `isatty` is true."""
+
     def isatty(self) -> bool:
         return True
 
 
 def printed(monkeypatch: pytest.MonkeyPatch, call: Any, encoding: str = "utf-8", tty: bool = False) -> str:
-    """What `call` writes to a stdout of this encoding."""
+    """The text that `call` writes to a stdout with this encoding."""
     stream = (Terminal if tty else io.TextIOWrapper)(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     terminal.prepare_streams()
@@ -48,9 +50,15 @@ def colors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("colors")
-def test_a_pipe_gets_whole_and_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = printed(monkeypatch, lambda: emit({"sha256": DIGEST, "prompts": ODD[:5]}, False, "a [title]"))
-    assert out.splitlines() == ["a [title]", f"sha256   {DIGEST}", f"prompts  {json.dumps(ODD[:5])}"]
+def test_lines_in_a_pipe_are_plain_and_not_truncated(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = printed(
+        monkeypatch, lambda: emit({"sha256": DIGEST, "prompts": UNUSUAL_TEXTS[:5]}, False, "a [title]")
+    )
+    assert out.splitlines() == [
+        "a [title]",
+        f"sha256   {DIGEST}",
+        f"prompts  {json.dumps(UNUSUAL_TEXTS[:5])}",
+    ]
     out = printed(monkeypatch, lambda: emit_table(["name", "digest"], [["x" * 200, DIGEST], ["y", "z"]], "t"))
     assert [line.split() for line in out.splitlines()[1:]] == [
         ["name", "digest"],
@@ -60,7 +68,7 @@ def test_a_pipe_gets_whole_and_plain_lines(monkeypatch: pytest.MonkeyPatch) -> N
     assert "\x1b" not in out
 
 
-def test_a_terminal_folds_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_cells_in_a_terminal_are_wrapped_not_truncated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
@@ -69,10 +77,10 @@ def test_a_terminal_folds_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert "".join(cells) == DIGEST and "\u2026" not in out
 
 
-@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize("text", UNUSUAL_TEXTS)
 @pytest.mark.parametrize("tty", [True, False])
-def test_texts_stay_what_they_are(text: str, tty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rich would read [brackets] as styles and :names: as emoji."""
+def test_markup_in_texts_is_printed_literally(text: str, tty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich interprets [brackets] as styles and :names: as emoji by default."""
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
     out = printed(monkeypatch, lambda: emit({"prompt": text}, False, "t"), tty=tty)
@@ -81,7 +89,9 @@ def test_texts_stay_what_they_are(text: str, tty: bool, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16", "shift_jis"])
 @pytest.mark.parametrize("tty", [True, False])
-def test_every_encoding_of_the_output(encoding: str, tty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_the_encoding_lacks_are_escaped(
+    encoding: str, tty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "caf\u00e9 \u2603 \U0001f600 \udce9"
     out = printed(monkeypatch, lambda: emit({"prompt": text}, False, "t"), encoding, tty)
     assert (
@@ -93,7 +103,7 @@ def test_every_encoding_of_the_output(encoding: str, tty: bool, monkeypatch: pyt
     assert json.loads(out) == {"prompt": text}
 
 
-def test_errors_and_the_log_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stderr", stream)
     terminal.prepare_streams()
@@ -102,9 +112,9 @@ def test_errors_and_the_log_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.buffer.getvalue() == b"error: caf\\xe9 [x] \\udcff: no such file\n"  # type: ignore[attr-defined]
 
 
-def command(*words: bytes, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+def command(*args: bytes, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable.encode(), b"-m", b"d2g_cli", *words],
+        [sys.executable.encode(), b"-m", b"d2g_cli", *args],
         input=stdin,
         cwd=ROOT,
         env={**os.environ, **environment},
@@ -113,47 +123,49 @@ def command(*words: bytes, stdin: bytes = b"", **environment: str) -> subprocess
 
 
 def test_a_usage_error_in_a_pipe_is_one_plain_line() -> None:
-    done = command(b"pairs", b"generate", b"--num-pairs", b"many", COLUMNS="30", FORCE_COLOR="1")
-    *_, last = done.stderr.decode().splitlines()
-    assert done.returncode == 2 and last.startswith("Error: Invalid value for '--num-pairs': ")
-    assert b"\x1b" not in done.stderr and "\u2500" not in done.stderr.decode()
+    process = command(b"pairs", b"generate", b"--num-pairs", b"many", COLUMNS="30", FORCE_COLOR="1")
+    *_, last = process.stderr.decode().splitlines()
+    assert process.returncode == 2 and last.startswith("Error: Invalid value for '--num-pairs': ")
+    assert b"\x1b" not in process.stderr and "\u2500" not in process.stderr.decode()
 
 
 def test_help_in_a_pipe_is_plain_and_lists_the_presets() -> None:
-    done = command(b"pairs", b"generate", b"--help", FORCE_COLOR="1", PYTHONIOENCODING="ascii")
-    text = done.stdout.decode("ascii")
-    assert done.returncode == 0 and "\x1b" not in text
+    process = command(b"pairs", b"generate", b"--help", FORCE_COLOR="1", PYTHONIOENCODING="ascii")
+    text = process.stdout.decode("ascii")
+    assert process.returncode == 0 and "\x1b" not in text
     assert text.index("--prompts") < text.index("Presets:") < text.index("  sd15-cfg8 ")
 
 
 @pytest.mark.slow
 def test_paths_that_are_not_utf_8(tmp_path: Path) -> None:
-    """Linux file names are bytes."""
+    """File names on Linux are bytes in any encoding."""
     folder = os.fsencode(tmp_path) + b"/a [b] \xe9"
     os.mkdir(folder)
     (Path(os.fsdecode(folder)) / "p.txt").write_bytes("a ☃ [red]\n".encode())
-    done = command(
+    process = command(
         *(b"sample", b"--student", b"miniature", b"--json", b"--prompts", folder + b"/p.txt"),
         *(b"--out", folder + b"/out", b"--teacher", b"miniature"),
         PYTHONIOENCODING="latin-1",
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["out"] == os.fsdecode(folder + b"/out")
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["out"] == os.fsdecode(folder + b"/out")
     assert sorted(os.listdir(folder + b"/out")) == [b"00000.png", b"grid.png"]
 
 
 def test_prompts_that_are_not_utf_8_are_refused(tmp_path: Path, d2g: Any) -> None:
     text = os.fsdecode(b"caf\xe9")
-    done = d2g("sample", "--student", "miniature", "--prompt", text, "--out", tmp_path / "out")
-    assert done.code == 1 and done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
-    assert "prompt 'caf\\udce9' holds a NUL, half a surrogate pair or bytes that are not" in done.stderr
+    process = d2g("sample", "--student", "miniature", "--prompt", text, "--out", tmp_path / "out")
+    assert process.code == 1 and process.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+    assert "prompt 'caf\\udce9' holds a NUL, half a surrogate pair or bytes that are not" in process.stderr
 
 
 @pytest.mark.slow
-def test_leftovers_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d2g: Any) -> None:
+def test_prompts_from_standard_input_and_a_warning_about_old_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d2g: Any
+) -> None:
     out = tmp_path / "[out]"
     for text in ("a red cube\nb\nc\n", "a red cube\n"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-        done = d2g("sample", "--student", "miniature", "--prompts", "-", "--out", out)
-        assert done.code == 0, done.stderr
-    assert f"{out} also holds 2 images of an earlier call, from 00001.png on; remove them" in done.stderr
+        process = d2g("sample", "--student", "miniature", "--prompts", "-", "--out", out)
+        assert process.code == 0, process.stderr
+    assert f"{out} also holds 2 images of an earlier call, from 00001.png on; remove them" in process.stderr

@@ -75,7 +75,7 @@ def test_the_files_of_an_out_folder(job: Path, tmp_path: Path) -> None:
 
 def test_a_killed_run_resumes_to_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
     """SIGKILL when one part is written, again when two are written; the third start finishes."""
-    uninterrupted = d2g(arguments(job, teacher), tmp_path / "whole").json
+    uninterrupted = d2g(arguments(job, teacher), tmp_path / "uninterrupted").json
     out = tmp_path / "out"
     for parts in (1, 2):
         running = Running(arguments(job, teacher, out=out), tmp_path / f"killed{parts}")
