@@ -22,7 +22,7 @@ UNUSUAL_TEXTS = [
     "[/]",
     "a\\",
     "caf\u00e9 \u2603",
-    "line\nbreak\r\nand \u2028",
+    "line\nbreak and \u2028",
 ]
 
 
