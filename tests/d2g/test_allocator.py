@@ -14,7 +14,7 @@ device = process_group.init() if sys.argv[1] == "init" else torch.device("cpu")
 def step():
     hidden = torch.ones(2**21, device=device) * 2
     return (hidden.relu() + 1).sum()
-for _ in range(5):  # the heap grows to what a step needs
+for _ in range(5):  # the heap grows to the size of a step
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -26,7 +26,7 @@ PAGES = 2**21 * 4 // resource.getpagesize()
 
 
 def page_faults(*words: str, **environment: str) -> int:
-    """Page faults of 20 small steps in a process of its own, with `process_group.init()` or without."""
+    """Count the page faults of 20 small steps in a subprocess, after `process_group.init()` if asked to."""
     output = subprocess.run(
         [sys.executable, "-c", PAGE_FAULTS, *words],
         env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", **environment},
@@ -38,10 +38,10 @@ def page_faults(*words: str, **environment: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
-def test_a_process_that_trains_on_a_cpu_keeps_the_pages_of_freed_tensors():
-    assert page_faults("init") < PAGES  # of 20 steps with three tensors each
+def test_freed_cpu_tensors_keep_their_pages():
+    assert page_faults("init") < PAGES  # for 20 steps that allocate three such tensors each
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
-def test_thresholds_that_the_user_has_set_stay():
+def test_malloc_thresholds_of_the_user_are_kept():
     assert page_faults("init", MALLOC_MMAP_THRESHOLD_="131072") > 20 * PAGES

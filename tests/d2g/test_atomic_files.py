@@ -1,4 +1,4 @@
-"""d2g.core.atomic_files: the old file or the new one, never half of one, under real failures of the disk."""
+"""d2g.core.atomic_files: a file is complete or unchanged after real disk failures and signals."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.json"
     write_atomically(path, "é\n")
     assert path.read_bytes() == "é\n".encode()
@@ -37,7 +37,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"] and names(path.parent) == ["b.json"]
 
 
-def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_atomically(tmp_path / "a", b"")
@@ -46,24 +46,24 @@ def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
 
 
-def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
-    """Ctrl-C while the bytes of a pipe that nobody reads are on their way."""
+def test_an_interruption_leaves_no_file(tmp_path: Path) -> None:
+    """SIGINT while the write blocks on a pipe without a reader."""
     pipe, path = tmp_path / "scratch", tmp_path / "file"
     os.mkfifo(pipe)
 
-    def work() -> None:
+    def write() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             write_and_rename(b"data", path, pipe)
 
-    child = fork(work)
+    child = fork(write)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert names(tmp_path) == []
 
 
-def test_what_is_not_there_cannot_be_synced(tmp_path: Path) -> None:
+def test_fsync_of_a_missing_path_fails(tmp_path: Path) -> None:
     fsync_path(tmp_path)
     with pytest.raises(FileNotFoundError):
         fsync_path(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""d2g.diffusion.pretrained.load_autoencoder: a VAE in a folder of its own, or a pipeline's."""
+"""d2g.diffusion.pretrained.load_autoencoder: a VAE folder or the VAE of a pipeline."""
 
 import json
 import shutil
@@ -13,11 +13,13 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
 
 
-def test_a_folder_and_its_pipeline_give_the_same_autoencoder(teacher: Path) -> None:
-    alone, within = (pretrained.load_autoencoder(str(path)) for path in (teacher / "vae", teacher))
-    pairs = zip(alone.parameters(), within.parameters(), strict=True)
-    assert all(torch.equal(a, b) and not a.requires_grad for a, b in pairs) and not alone.training
-    assert latent_space(alone).scale == pytest.approx(0.7)
+def test_vae_folder_and_pipeline_give_the_same_autoencoder(teacher: Path) -> None:
+    from_folder, from_pipeline = (
+        pretrained.load_autoencoder(str(path)) for path in (teacher / "vae", teacher)
+    )
+    pairs = zip(from_folder.parameters(), from_pipeline.parameters(), strict=True)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in pairs) and not from_folder.training
+    assert latent_space(from_folder).scale == pytest.approx(0.7)
     digests = {pretrained.autoencoder_sha256(str(path)) for path in (teacher / "vae", teacher)}
     assert len(digests) == 1 and len(digests.pop()) == 64
 
@@ -26,13 +28,13 @@ def test_each_row_may_have_its_own_generator(teacher: Path) -> None:
     vae = pretrained.load_autoencoder(str(teacher))
     pixels = torch.rand(3, 3, 16, 16) * 2 - 1
     rngs = [torch.Generator().manual_seed(seed) for seed in (4, 5, 6)]
-    together = encode(vae, pixels, rngs)
+    batch = encode(vae, pixels, rngs)
     single = encode(vae, pixels[1:2], torch.Generator().manual_seed(5))
-    torch.testing.assert_close(together[1:2], single)
-    assert not torch.allclose(together, encode(vae, pixels))
+    torch.testing.assert_close(batch[1:2], single)
+    assert not torch.allclose(batch, encode(vae, pixels))
 
 
-def test_a_tiny_autoencoder_s_latents_are_scaled_already(tmp_path: Path) -> None:
+def test_autoencoder_tiny_has_no_latent_scale(tmp_path: Path) -> None:
     torch.manual_seed(0)
     widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
     blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
@@ -44,7 +46,7 @@ def test_a_tiny_autoencoder_s_latents_are_scaled_already(tmp_path: Path) -> None
     torch.testing.assert_close(encode(vae, pixels), tiny.encode(pixels).latents)
 
 
-def test_what_is_no_autoencoder_is_one_line(teacher: Path, tmp_path: Path) -> None:
+def test_unsupported_autoencoders_are_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is a UNet2DConditionModel; supported: AutoencoderKL, "):
         pretrained.load_autoencoder(str(teacher / "unet"))
     with pytest.raises(UserError, match=r"no model_index\.json"):

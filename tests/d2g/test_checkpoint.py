@@ -1,6 +1,4 @@
-"""d2g.core.distributed.checkpoint: whole or absent, strict, newest kept; real full disks and real kills, not
-pretended ones.
-"""
+"""d2g.core.distributed.checkpoint: atomic writes, strict loading, pruning; real full disks and kills."""
 
 import os
 import shutil
@@ -49,14 +47,14 @@ def test_round_trip_of_tensors_state_and_meta(tmp_path: Path) -> None:
     assert torch.equal(moments["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
-def test_views_and_shared_storage_are_saved_as_they_look(tmp_path: Path) -> None:
+def test_views_and_shared_storage_are_saved_by_value(tmp_path: Path) -> None:
     base = torch.arange(6.0).view(2, 3)
     checkpoint.save(tmp_path, 1, {"net": {"turned": base.T, "row": base[1]}}, {}, {})
     tensors = checkpoint.open_checkpoint(tmp_path / "000000001").tensors("net")
     assert torch.equal(tensors["turned"], base.T) and torch.equal(tensors["row"], base[1])
 
 
-def test_only_the_newest_are_kept_and_latest_counts_images_not_names(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_latest_sorts_by_images(tmp_path: Path) -> None:
     for nimg in (2, 10, 300, 4000):
         save(tmp_path, nimg, keep=3)
     assert names(tmp_path) == ["000000010", "000000300", "000004000"]
@@ -64,7 +62,7 @@ def test_only_the_newest_are_kept_and_latest_counts_images_not_names(tmp_path: P
     assert newest is not None and newest.nimg == 4000
 
 
-def test_the_same_point_can_be_written_again(tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_overwritten(tmp_path: Path) -> None:
     save(tmp_path, 5)
     first = checkpoint.open_checkpoint(tmp_path / "000000005").tensors("net")["weight"]
     save(tmp_path, 5)
@@ -86,7 +84,7 @@ def test_loading_is_strict(tmp_path: Path) -> None:
         opened.load("net", nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_absent_names_are_errors_that_list_what_is_there(tmp_path: Path) -> None:
+def test_errors_about_missing_names_list_the_existing_ones(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
     with pytest.raises(UserError, match=r"no checkpoint .*000000003; found 000000001, 000000002"):
@@ -96,7 +94,7 @@ def test_absent_names_are_errors_that_list_what_is_there(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
-def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_reported(tmp_path: Path, damage: str) -> None:
     path = save(tmp_path, 1) / "net.safetensors"
     data = path.read_bytes()
     path.write_bytes({"cut": data[:-8], "empty": b"", "noise": b"\xff" * len(data)}[damage])
@@ -113,7 +111,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         ('{"nimg": "2"}', r"it has no nimg"),
     ],
 )
-def test_a_damaged_meta_is_named(tmp_path: Path, content: str, why: str) -> None:
+def test_a_damaged_meta_is_reported(tmp_path: Path, content: str, why: str) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "meta.json"
     path.write_text(content)
@@ -128,18 +126,18 @@ def test_a_damaged_meta_is_named(tmp_path: Path, content: str, why: str) -> None
     assert newest is not None and newest.nimg == 1
 
 
-def test_a_checkpoint_without_its_meta_is_damage(tmp_path: Path) -> None:
+def test_a_checkpoint_without_meta_is_reported_as_damaged(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     (path / "meta.json").unlink()
     damaged = rf"^{path} is damaged \(it has no meta\.json\); delete {path} to continue without it$"
-    for look, folder in (
+    for function, folder in (
         (checkpoint.latest, tmp_path),
         (checkpoint.list_checkpoints, tmp_path),
         (checkpoint.open_checkpoint, path),
     ):
         with pytest.raises(UserError, match=damaged):
-            look(folder)
+            function(folder)
     assert checkpoint.complete_points(tmp_path) == [1]
     shutil.rmtree(path)
     newest = checkpoint.latest(tmp_path)
@@ -148,12 +146,12 @@ def test_a_checkpoint_without_its_meta_is_damage(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone"])
-def test_a_damaged_state_is_named(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "deleted"])
+def test_a_damaged_state_is_reported(tmp_path: Path, damage: str) -> None:
     path = save(tmp_path, 1) / "state.pt"
     data = path.read_bytes()
-    path.write_bytes({"cut": data[:-8], "empty": b"", "noise": b"\xff" * len(data), "gone": b""}[damage])
-    if damage == "gone":
+    path.write_bytes({"cut": data[:-8], "empty": b"", "noise": b"\xff" * len(data), "deleted": b""}[damage])
+    if damage == "deleted":
         path.unlink()
     with pytest.raises(UserError, match=r"state\.pt is damaged .*; delete .*000000001 to continue") as caught:
         checkpoint.open_checkpoint(path.parent).state()
@@ -168,7 +166,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, 2, large, {}, {})
     assert "the last good checkpoint is" in str(caught.value) and "000000001;" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert names(tmp_path) == ["000000001"], "no half checkpoint stays"
+    assert names(tmp_path) == ["000000001"], "no partial checkpoint is left"
     assert (tmp_path / "000000001" / "net.safetensors").read_bytes() == before
     with limit_file_size(1 << 14), pytest.raises(UserError, match="no checkpoint was written before"):
         checkpoint.save(tmp_path / "new", 2, large, {}, {})
@@ -176,7 +174,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, 3, {}, {"adam": torch.zeros(1 << 16)}, {})
 
 
-def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot write checkpoint .*file/checkpoints/000000001"):
         save(tmp_path / "file" / "checkpoints", 1)
@@ -193,11 +191,11 @@ checkpoint.save(Path(sys.argv[1]), 2, {"net": {"w": torch.zeros(4)}}, {"adam": t
 """
 
 
-def test_a_killed_writer_leaves_no_checkpoint_and_the_next_one_sweeps(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_ignored_and_removed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE)
     assert done.returncode == -signal.SIGXFSZ, done.stderr.decode()
-    assert len(names(tmp_path)) == 2, "the torn one lies there under its temporary name"
+    assert len(names(tmp_path)) == 2, "the partial checkpoint has a temporary name"
     newest = checkpoint.latest(tmp_path)
     assert newest is not None and newest.nimg == 1
     save(tmp_path, 2)
@@ -205,23 +203,23 @@ def test_a_killed_writer_leaves_no_checkpoint_and_the_next_one_sweeps(tmp_path: 
 
 
 def _kill_at(number: int) -> None:
-    """From now on this process is killed right before it deletes its `number`-th file or folder."""
-    met = 0
+    """Make this process kill itself right before it deletes its `number`-th file or folder."""
+    deletions = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal met
+        nonlocal deletions
         if event in ("os.remove", "os.rmdir"):
-            met += 1
-            if met == number:
+            deletions += 1
+            if deletions == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
 
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
-@pytest.mark.parametrize("nimg", [3, 2], ids=["drops the oldest", "written again"])
-def test_a_kill_in_the_midst_of_deleting_is_no_damage(nimg: int, kind: str, tmp_path: Path) -> None:
-    """At every file and folder that goes, for an old checkpoint or one that is written once more."""
+@pytest.mark.parametrize("nimg", [3, 2], ids=["pruning", "overwriting"])
+def test_a_kill_during_deletion_damages_no_checkpoint(nimg: int, kind: str, tmp_path: Path) -> None:
+    """Kill before each deletion, for a pruned checkpoint and for one that is overwritten."""
 
     def write(point: int) -> None:
         if kind == "plain":
@@ -243,6 +241,6 @@ def test_a_kill_in_the_midst_of_deleting_is_no_damage(nimg: int, kind: str, tmp_
         assert newest is not None and newest.nimg >= (1 if nimg == 2 else 2)
         write(nimg)
         assert checkpoint.complete_points(tmp_path)[-1] == nimg
-        assert all(name.isdigit() for name in names(tmp_path)), "what was left is swept"
+        assert all(name.isdigit() for name in names(tmp_path)), "leftovers are removed"
         shutil.rmtree(tmp_path)
-    assert number > 4, "each of its files, and the folder"
+    assert number > 4, "each file and the folder were deleted"

@@ -1,5 +1,5 @@
-"""d2g.core.distributed.checkpoint_index: the index of a stranger's checkpoint runs no code, reserves no
-memory and names no file outside its folder.
+"""d2g.core.distributed.checkpoint_index: an untrusted index runs no code, allocates no large memory and reads
+no file outside its folder.
 """
 
 import json
@@ -29,7 +29,7 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "000000008" / "state"
 
 
-class Runs:
+class CallOnUnpickling:
     """An object whose unpickling calls a function."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
@@ -39,15 +39,15 @@ class Runs:
         return self.call, self.arguments
 
 
-def seal(state: Path) -> None:
-    """Write the digests of the files as they are now into meta.json, as a stranger would."""
+def update_digests(state: Path) -> None:
+    """Write the digests of the current files into meta.json, as an attacker would."""
     meta_file = state.parent / "meta.json"
     meta = json.loads(meta_file.read_text())
     meta["files"] = {name: sharded_checkpoint._facts(state.parent / name) for name in meta["files"]}
     meta_file.write_text(json.dumps(meta))
 
 
-def test_it_is_the_index_that_torch_reads(state: Path) -> None:
+def test_index_equals_the_one_that_torch_reads(state: Path) -> None:
     ours, theirs = read_index(state), FileSystemReader(state).read_metadata()
     assert ours.storage_data == theirs.storage_data and ours.planner_data == theirs.planner_data
     assert ours.version == theirs.version
@@ -60,17 +60,19 @@ def test_it_is_the_index_that_torch_reads(state: Path) -> None:
 
 
 @pytest.mark.parametrize("call", [os.mkdir, eval, open])
-@pytest.mark.parametrize("place", ["whole", "version", "planner", "key", "dtype"])
-def test_a_payload_does_not_run(call: Callable[..., Any], place: str, state: Path, tmp_path: Path) -> None:
-    ran = tmp_path / "ran"
+@pytest.mark.parametrize("place", ["everything", "version", "planner", "key", "dtype"])
+def test_a_pickle_payload_does_not_run(
+    call: Callable[..., Any], place: str, state: Path, tmp_path: Path
+) -> None:
+    created = tmp_path / "ran"
     arguments: dict[Callable[..., Any], tuple[str, ...]] = {
-        os.mkdir: (str(ran),),
-        eval: (f"__import__('os').mkdir({str(ran)!r})",),
-        open: (str(ran), "w"),
+        os.mkdir: (str(created),),
+        eval: (f"__import__('os').mkdir({str(created)!r})",),
+        open: (str(created), "w"),
     }
-    payload: Any = Runs(call, *arguments[call])
+    payload: Any = CallOnUnpickling(call, *arguments[call])
     metadata = FileSystemReader(state).read_metadata()
-    if place == "whole":
+    if place == "everything":
         metadata = payload
     elif place == "version":
         metadata.version = payload
@@ -81,15 +83,15 @@ def test_a_payload_does_not_run(call: Callable[..., Any], place: str, state: Pat
     else:
         metadata.state_dict_metadata["net.weight"].size = payload  # type: ignore[union-attr]
     (state / ".metadata").write_bytes(pickle.dumps(metadata))
-    seal(state)
+    update_digests(state)
     last = checkpoint.open_checkpoint(state.parent)
     sharded_checkpoint.verify(last)
     with pytest.raises(UserError, match=r"which no checkpoint needs\); delete .*000000008 to continue"):
         sharded_checkpoint.read(last)
-    assert not ran.exists()
+    assert not created.exists()
 
 
-def test_pickled_bytes_in_a_data_file_are_not_loaded(state: Path) -> None:
+def test_bytes_entries_of_a_data_file_are_refused(state: Path) -> None:
     """torch reads entries that are not tensors with an unrestricted `torch.load`."""
     metadata: Metadata = FileSystemReader(state).read_metadata()
     metadata.state_dict_metadata["net.weight"] = BytesStorageMetadata()
@@ -99,7 +101,7 @@ def test_pickled_bytes_in_a_data_file_are_not_loaded(state: Path) -> None:
 
 
 def test_a_pickle_cannot_change_classes_of_this_process(state: Path) -> None:
-    """BUILD sets attributes of whatever find_class returns."""
+    """The pickle opcode BUILD sets attributes of the object that find_class returns."""
     target = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
     (state / ".metadata").write_bytes(b"\x80\x02" + target + b"(N}X\x05\x00\x00\x00ownedK\x01stb.")
     with pytest.raises(UserError, match="is damaged or not a checkpoint's index"):
@@ -110,7 +112,7 @@ def test_a_pickle_cannot_change_classes_of_this_process(state: Path) -> None:
 @pytest.mark.parametrize(
     "case", ["outside", "missing file", "huge", "huge chunk", "beyond", "negative", "put"]
 )
-def test_what_the_index_says_is_checked_against_the_files(case: str, state: Path) -> None:
+def test_the_index_is_checked_against_the_files(case: str, state: Path) -> None:
     metadata: Any = FileSystemReader(state).read_metadata()
     weight = metadata.state_dict_metadata["net.weight"]
     location = next(v for k, v in metadata.storage_data.items() if k.fqn == "net.weight")
@@ -135,14 +137,14 @@ def test_what_the_index_says_is_checked_against_the_files(case: str, state: Path
 
 
 @pytest.mark.parametrize("files", [[], {}, None, 3, {"ema.safetensors": None}, "state"])
-def test_an_empty_list_of_files_does_not_switch_the_check_off(files: object, state: Path) -> None:
+def test_an_invalid_list_of_files_does_not_disable_the_check(files: object, state: Path) -> None:
     meta_file = state.parent / "meta.json"
     meta_file.write_text(json.dumps({**json.loads(meta_file.read_text()), "files": files}))
     with pytest.raises(UserError, match=r"is not in the list of files in|is not what was written"):
         sharded_checkpoint.verify(checkpoint.open_checkpoint(state.parent))
 
 
-def test_any_flipped_bytes_are_a_clear_error_or_the_same_index(state: Path) -> None:
+def test_changed_bytes_are_an_error_or_have_no_effect(state: Path) -> None:
     metadata, random_ = (state / ".metadata").read_bytes(), random.Random(0)
     for _ in range(150):
         data = bytearray(metadata)

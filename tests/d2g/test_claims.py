@@ -1,4 +1,4 @@
-"""d2g.core.claims.FolderOwner: one live process holds a folder; processes, deaths and heartbeats are real."""
+"""d2g.core.claims.FolderOwner: one live process owns a folder; with real processes, kills and heartbeats."""
 
 import json
 import multiprocessing
@@ -18,15 +18,15 @@ FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def until(happens: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
-    while not happens():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 
-def hold(folder: Path, place: str | None, patience: float) -> None:
-    """Own a folder until `folder`/leave appears, and say in `folder`/lost if somebody takes it over."""
+def own_folder(folder: Path, place: str | None, patience: float) -> None:
+    """Own a folder until the file `leave` appears; if another process takes it over, name it in `lost`."""
     owner = FolderOwner(folder, "trains in", patience)
     owner.claims.place = place or owner.claims.place
     with owner:
@@ -38,37 +38,37 @@ def hold(folder: Path, place: str | None, patience: float) -> None:
             time.sleep(0.01)
 
 
-def start(folder: Path, place: str | None = None, patience: float = 120.0) -> BaseProcess:
-    child = FORK.Process(target=hold, args=(folder, place, patience))
+def start_owner(folder: Path, place: str | None = None, patience: float = 120.0) -> BaseProcess:
+    child = FORK.Process(target=own_folder, args=(folder, place, patience))
     child.start()
-    until((folder / "held").exists)
+    wait_until((folder / "held").exists)
     return child
 
 
-def foreign(folder: Path) -> None:
-    """A claim of a machine that is not here and does not beat."""
+def write_foreign_claim(folder: Path) -> None:
+    """Write a claim of another machine that sends no heartbeats."""
     (folder / OWNER).mkdir(parents=True)
     content = {"host": "elsewhere", "place": "elsewhere", "pid": 7, "start": "1"}
     (folder / OWNER / "00000.json").write_text(json.dumps(content))
 
 
-def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_while_the_owner_is_alive(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    child = start(folder)
-    who = f"{os.uname().nodename}, process {child.pid}, already trains in {folder}"
-    with pytest.raises(UserError, match=f"^{who}; wait for it or stop it, or give another --out$"):
+    child = start_owner(folder)
+    owner_text = f"{os.uname().nodename}, process {child.pid}, already trains in {folder}"
+    with pytest.raises(UserError, match=f"^{owner_text}; wait for it or stop it, or give another --out$"):
         FolderOwner(folder, "trains in").__enter__()
     (folder / "leave").touch()
     child.join()
     with FolderOwner(folder, "trains in") as owner:
         assert not owner.lost_to()
-    assert sorted(path.name for path in folder.iterdir()) == ["held", "leave"], "no trace is left"
+    assert sorted(path.name for path in folder.iterdir()) == ["held", "leave"], "the claim is removed"
 
 
-def test_a_killed_process_is_succeeded_at_once_with_a_line(
+def test_a_folder_of_a_killed_process_is_taken_over_immediately(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    child = start(tmp_path)
+    child = start_owner(tmp_path)
     child.kill()
     child.join()
     with caplog.at_level("INFO"), FolderOwner(tmp_path, "trains in"):
@@ -76,32 +76,32 @@ def test_a_killed_process_is_succeeded_at_once_with_a_line(
     assert f"taken over from {os.uname().nodename}, process {child.pid}, which is gone" in caplog.text
 
 
-def test_a_silent_process_elsewhere_is_succeeded_after_patience(
+def test_a_folder_of_a_silent_remote_process_is_taken_over_after_a_timeout(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    foreign(tmp_path)
-    begun = time.monotonic()
+    write_foreign_claim(tmp_path)
+    start = time.monotonic()
     with caplog.at_level("INFO"), FolderOwner(tmp_path, "trains in", patience=0.4):
-        assert time.monotonic() - begun >= 0.4
+        assert time.monotonic() - start >= 0.4
     assert "waiting to see whether elsewhere, process 7, still runs" in caplog.text
     assert "taken over from elsewhere, process 7, which is gone" in caplog.text
 
 
-def test_a_beating_process_elsewhere_keeps_the_folder(tmp_path: Path) -> None:
-    child = start(tmp_path, place="elsewhere", patience=0.8)
+def test_a_remote_process_with_heartbeats_keeps_the_folder(tmp_path: Path) -> None:
+    child = start_owner(tmp_path, place="elsewhere", patience=0.8)
     with pytest.raises(UserError, match=rf"process {child.pid}, already trains in"):
         FolderOwner(tmp_path, "trains in", patience=0.8).__enter__()
     child.kill()
     child.join()
 
 
-def test_a_suspended_process_finds_its_folder_taken(tmp_path: Path) -> None:
-    child = start(tmp_path, place="elsewhere", patience=0.4)
+def test_a_suspended_process_notices_the_loss_of_its_folder(tmp_path: Path) -> None:
+    child = start_owner(tmp_path, place="elsewhere", patience=0.4)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGSTOP)
     with FolderOwner(tmp_path, "trains in", patience=0.4):
         os.kill(child.pid, signal.SIGCONT)
-        until((tmp_path / "lost").exists)
+        wait_until((tmp_path / "lost").exists)
         child.join()
     assert str(os.getpid()) in (tmp_path / "lost").read_text()
 
@@ -114,7 +114,7 @@ def test_a_damaged_claim_is_taken_over(content: str, tmp_path: Path) -> None:
         assert not owner.lost_to()
 
 
-def test_a_folder_that_nothing_was_put_into_goes_again(tmp_path: Path) -> None:
+def test_an_empty_new_folder_is_removed(tmp_path: Path) -> None:
     with FolderOwner(tmp_path / "a" / "run", "trains in"):
         assert (tmp_path / "a" / "run").is_dir()
     assert not (tmp_path / "a" / "run").exists()
@@ -123,13 +123,13 @@ def test_a_folder_that_nothing_was_put_into_goes_again(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["file"]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file.*: Not a directory; choose another --out"):
         FolderOwner(tmp_path / "file" / "run", "trains in").__enter__()
 
 
-def test_a_folder_may_vanish_meanwhile(tmp_path: Path) -> None:
+def test_the_folder_may_be_deleted_while_it_is_owned(tmp_path: Path) -> None:
     import shutil
 
     with FolderOwner(tmp_path / "run", "trains in"):

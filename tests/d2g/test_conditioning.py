@@ -1,5 +1,4 @@
-"""d2g.diffusion.conditioning: one value for all kinds of conditioning; SDXL's conditioner against
-diffusers."""
+"""d2g.diffusion.conditioning: indexing, concatenation and dtypes; SDXL's conditioner against diffusers."""
 
 from pathlib import Path
 
@@ -51,8 +50,8 @@ def test_a_dtype_converts_floating_point_tensors_only() -> None:
     assert cond.to("meta").tensors["mask"].device.type == "meta"
 
 
-def test_torch_finds_the_tensors_in_it() -> None:
-    """DDP and FSDP2 cast and move what tree_map reaches."""
+def test_conditioning_is_a_pytree() -> None:
+    """DDP and FSDP2 cast and move tensors with tree_map."""
     leaves, _ = tree_flatten((text(), {"more": Conditioning.from_text(torch.zeros(1, 2, 3))}))
     assert [leaf.shape[0] for leaf in leaves] == [3, 3, 3, 1]
     half = tree_map(lambda t: t.half(), text())
@@ -64,7 +63,7 @@ def test_other_unets_take_no_added_conditions(teacher: Path) -> None:
     assert added_conditions(unet.config, text(), torch.zeros(3, 4, 4, 4), 8) is None
 
 
-def test_time_ids_are_the_size_of_the_image_unless_given(tmp_path: Path) -> None:
+def test_time_ids_default_to_the_image_size(tmp_path: Path) -> None:
     tiny_teachers.save_sdxl(tmp_path)
     config, x, cond = pretrained.load_unet(str(tmp_path)).config, torch.zeros(3, 4, 5, 7), text()
     hidden, pooled = cond.tensors["hidden"], cond.tensors["pooled"]
@@ -76,7 +75,7 @@ def test_time_ids_are_the_size_of_the_image_unless_given(tmp_path: Path) -> None
         added_conditions(config, Conditioning.from_text(hidden), x, 8)
 
 
-def test_sdxls_conditioner_is_diffusers(tmp_path: Path) -> None:
+def test_sdxl_conditioner_equals_diffusers(tmp_path: Path) -> None:
     tiny_teachers.save_sdxl(tmp_path)
     conditioner, prompts = pretrained.load_conditioner(str(tmp_path)), tiny.CAPTIONS[:3]
     assert isinstance(conditioner, SDXLConditioner) and conditioner.tokens(prompts).shape == (3, 2, 12)

@@ -1,4 +1,4 @@
-"""d2g.core.config: overrides, JSON round trips, and errors that name the nearest right setting."""
+"""d2g.core.config: overrides, JSON round trips, and errors that suggest the nearest setting."""
 
 import json
 from dataclasses import dataclass, field
@@ -55,15 +55,15 @@ class Job:
         ("minutes=2", "minutes", 2.0),
     ],
 )
-def test_override_reads_json_or_bare_words(setting: str, name: str, value: object) -> None:
+def test_override_parses_json_or_plain_text(setting: str, name: str, value: object) -> None:
     result = getattr(override(Job(weights="old"), [setting]), name)
     assert result == value and type(result) is type(value)
 
 
-def test_override_reaches_nested_groups_and_leaves_the_rest() -> None:
+def test_override_of_nested_groups_keeps_other_settings() -> None:
     result = override(Job(seed=5), ["optim.lr=1", "optim.betas=[0, 0.5]", "optim.kind=sgd"])
     assert result == Job(seed=5, optim=Optim(lr=1.0, betas=(0.0, 0.5), kind="sgd"))
-    assert type(result.optim.lr) is float, "a whole number becomes the field's float: one config, one digest"
+    assert type(result.optim.lr) is float, "an integer becomes the field's float, so digests are unique"
 
 
 def test_later_overrides_win() -> None:
@@ -98,7 +98,7 @@ def test_later_overrides_win() -> None:
         ("seed=-1", ["seed is -1, expected 0 or more"]),
     ],
 )
-def test_a_wrong_setting_is_one_line_that_helps(setting: str, words: list[str]) -> None:
+def test_invalid_overrides_have_helpful_errors(setting: str, words: list[str]) -> None:
     with pytest.raises(SettingError) as caught:
         override(Job(), [setting])
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -134,7 +134,7 @@ def test_every_leaf_can_be_overridden_with_its_own_json(start: Job, goal: Job) -
     assert override(start, [f"{name}={json.dumps(value)}" for name, value in leaves.items()]) == goal
 
 
-def test_from_json_takes_defaults_and_refuses_strangers() -> None:
+def test_from_json_uses_defaults_and_refuses_unknown_settings() -> None:
     assert from_json(Job, {"seed": 2, "optim": {"lr": 0.5}}) == Job(seed=2, optim=Optim(lr=0.5))
     with pytest.raises(SettingError, match="unknown setting 'optm' in Job; did you mean 'optim'"):
         from_json(Job, {"optm": {}})
@@ -143,7 +143,7 @@ def test_from_json_takes_defaults_and_refuses_strangers() -> None:
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity"])
-def test_from_json_refuses_what_is_no_number(number: str) -> None:
+def test_from_json_refuses_non_finite_numbers(number: str) -> None:
     with pytest.raises(SettingError, match=r"'optim.lr' is .*; expected a finite number"):
         from_json(Job, json.loads(f'{{"optim": {{"lr": {number}}}}}'))
 
@@ -158,7 +158,7 @@ def test_from_json_refuses_what_is_no_number(number: str) -> None:
         (None, r"cannot be read: No such file or directory; delete it"),
     ],
 )
-def test_a_damaged_file_is_one_line_that_names_it(content: bytes | None, says: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported(content: bytes | None, says: str, tmp_path: Path) -> None:
     file = tmp_path / "facts.json"
     if content is not None:
         file.write_bytes(content)
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_one_line_that_names_it(content: bytes | None, says: s
     assert read_json_object(file, "delete it") == {"seed": 1}
 
 
-def test_a_group_that_is_no_group_is_a_setting_error() -> None:
+def test_a_value_in_place_of_a_group_is_a_setting_error() -> None:
     with pytest.raises(SettingError, match="'optim'"):
         from_json(Job, {"optim": 3})
 
@@ -187,19 +187,19 @@ def test_digest_ignores_the_order_of_keys_only(data: dict[str, Any]) -> None:
     assert digest(data) != digest({**data, "one more": 1})
 
 
-def test_digest_is_pinned() -> None:
+def test_digest_does_not_change_between_versions() -> None:
     expected = "1d5aa48ef9cd2b6be14efd77e6aa32fc7767713b66a7abf3c772a7863e7c199a"
     assert digest({"b": [1, 2.5], "a": "é"}) == expected, "stored folders carry these digests"
 
 
-def test_differing_names_what_changed_with_both_values() -> None:
+def test_differing_lists_changed_settings_with_both_values() -> None:
     old = {"seed": 1, "optim": {"lr": 1, "kind": "adam"}, "gone": 2}
     new = {"seed": 1, "optim": {"lr": 2, "kind": "adam"}, "added": None}
     assert differing(old, new) == ["gone (2 -> None)", "optim.lr (1 -> 2)"]
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=4))
-def test_nothing_differs_from_itself(data: dict[str, Any]) -> None:
+def test_a_config_does_not_differ_from_itself(data: dict[str, Any]) -> None:
     assert differing(data, json.loads(json.dumps(data))) == []
 
 

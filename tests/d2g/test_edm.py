@@ -1,5 +1,4 @@
-"""d2g.diffusion.edm: the identities of the paper's preconditioning, and its noise levels against
-diffusers'."""
+"""d2g.diffusion.edm: identities of the paper's preconditioning; noise levels against diffusers."""
 
 import math
 from dataclasses import replace
@@ -29,23 +28,23 @@ def random_noise(seed: int, *shape: int) -> Tensor:
 
 @given(sigma=SIGMA, data=st.floats(0.1, 10))
 def test_unit_variance_in_and_out(sigma: float, data: float) -> None:
-    """Appendix B.6 of the paper: inputs and targets of the network have variance 1, and c_skip is what makes
-    c_out, which multiplies its errors, the least."""
+    """Appendix B.6 of the paper: inputs and targets of the network have variance 1, and c_skip minimizes
+    c_out, which multiplies the network's errors."""
     c = preconditioning(sigma, data)
     assert c.c_in**2 * (data**2 + sigma**2) == pytest.approx(1)
-    target = ((1 - c.c_skip) * data) ** 2 + (c.c_skip * sigma) ** 2  # of x_0 - c_skip (x_0 + n)
+    target = ((1 - c.c_skip) * data) ** 2 + (c.c_skip * sigma) ** 2  # variance of x_0 - c_skip (x_0 + n)
     assert c.c_out**2 == pytest.approx(target)
     for other in (c.c_skip * 1.01, c.c_skip * 0.99):
         assert ((1 - other) * data) ** 2 + (other * sigma) ** 2 >= target * (1 - 1e-12)
     assert c.c_noise == pytest.approx(0.25 * math.log(sigma))
 
 
-def test_the_published_numbers_at_80() -> None:
+def test_published_values_at_sigma_80() -> None:
     c = preconditioning(80.0, 0.5)
     assert (c.c_skip, c.c_out, c.c_in) == pytest.approx((3.906e-5, 0.49999, 0.0125), rel=1e-3)
 
 
-def test_without_noise_the_input_is_the_answer() -> None:
+def test_without_noise_the_prediction_is_the_input() -> None:
     c = preconditioning(1e-9, 0.5)
     assert (c.c_skip, c.c_in) == pytest.approx((1, 2)) and c.c_out < 1e-8
     x, output = random_noise(1), random_noise(2)
@@ -57,7 +56,7 @@ def test_without_noise_the_input_is_the_answer() -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"sigma_schedule": "exponential"}, {"rho": 3.0, "sigma_max": 20.0, "sigma_data": 1.0}]
 )
-def test_levels_and_times_are_diffusers(kind: Any, steps: int, settings: dict[str, Any]) -> None:
+def test_noise_levels_and_times_equal_diffusers(kind: Any, steps: int, settings: dict[str, Any]) -> None:
     reference = kind(**settings)
     reference.set_timesteps(steps)
     names = {"rho": "rho", "sigma_max": "sigma_max", "sigma_data": "sigma_data", "sigma_schedule": "grid"}
@@ -69,8 +68,8 @@ def test_levels_and_times_are_diffusers(kind: Any, steps: int, settings: dict[st
     assert all(p.alpha == 1 for p in points) and points[-1].sigma == 0 and len(points) == steps + 1
 
 
-def test_one_step_goes_from_sigma_max() -> None:
-    """diffusers' exponential grid of one step would start at sigma_min."""
+def test_one_step_starts_from_sigma_max() -> None:
+    """In diffusers the exponential grid of one step starts at sigma_min."""
     for grid in ("karras", "exponential"):
         assert sigmas(1, 0.002, 80.0, 7.0, grid) == pytest.approx([80.0, 0.0])
     with pytest.raises(SettingError, match="steps is 0; expected 1 or more"):
@@ -83,7 +82,7 @@ def test_one_step_goes_from_sigma_max() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sigma", [0.002, 0.5, 80.0])
-def test_outputs_are_read_as_diffusers_reads_them(prediction: Any, sigma: float) -> None:
+def test_output_conversion_equals_diffusers(prediction: Any, sigma: float) -> None:
     reference = diffusers.EDMEulerScheduler(prediction_type=prediction)
     ours, point = replace(SCHEDULE, prediction=prediction), Point(0.0, 1.0, sigma)
     x, output = sigma * random_noise(1) + 0.5 * random_noise(3), random_noise(2)
@@ -97,8 +96,8 @@ def test_outputs_are_read_as_diffusers_reads_them(prediction: Any, sigma: float)
     torch.testing.assert_close(result.epsilon.double(), exact, rtol=1e-3, atol=1e-3)
 
 
-def test_noise_is_kept_with_unit_variance_and_widened_first() -> None:
-    """The sampler's start, in fp32 whatever the noise is stored in: 80 times a half's rounding shows."""
+def test_noise_is_converted_to_fp32_before_scaling() -> None:
+    """The sampler starts in fp32 for any stored dtype, because sigma_max = 80 magnifies fp16 rounding."""
     z = random_noise(1).half()
     x = SCHEDULE.start(z)
     assert x.dtype == torch.float32 and torch.equal(x, 80 * z.float())

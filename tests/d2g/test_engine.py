@@ -71,7 +71,7 @@ def one_process(teacher: str, parts: int, half: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("family", "case"), [(family, case) for family, cases in FAMILIES.items() for case in cases]
 )
-def test_two_processes_are_one(family: str, case: str, folder: Path) -> None:
+def test_two_processes_give_the_gradients_of_one(family: str, case: str, folder: Path) -> None:
     """1e-6 in fp32, and where each rank's part is one micro-batch under autocast. FSDP2's own bf16 casts the
     weights too: 3 % of the gradients' norm.
     """
@@ -93,13 +93,13 @@ def test_two_processes_are_one(family: str, case: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_alone_it_is_the_network(kind: str, folder: Path) -> None:
+def test_a_single_process_gives_the_networks_gradients(kind: str, folder: Path) -> None:
     """One process, no torchrun: FSDP2 in a subprocess, since it needs a process group of its own."""
     script = (
         "import sys, torch, parallel_worker as w; from d2g.core.distributed import process_group\n"
         f"torch.save(w.gradients(sys.argv[1], kind={kind!r}), sys.argv[2]); process_group.finish()"
     )
-    out = folder / f"alone-{kind}.pt"
+    out = folder / f"single-{kind}.pt"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, str(folder / "sd" / "teacher"), str(out)]
@@ -115,7 +115,7 @@ def test_alone_it_is_the_network(kind: str, folder: Path) -> None:
     assert len(real) == len(fake) == len(noise) == len(text) == ROWS
 
 
-def test_eager_inside_bare_compiled_outside(folder: Path) -> None:
+def test_compiled_passes_agree_with_eager_ones(folder: Path) -> None:
     """The compiled network agrees with the eager one, and R1 still has its second derivative."""
     network = new_discriminator(str(folder / "sd" / "teacher"), seed=0)
     compiled = DistributedModule(network, "ddp", torch.device("cpu"), compile_backend="aot_eager")

@@ -1,4 +1,4 @@
-"""d2g.core.environment: the contract's keys, true on this machine."""
+"""d2g.core.environment: the documented keys with the values of this machine."""
 
 import json
 from importlib.metadata import version
@@ -8,7 +8,7 @@ import torch
 from d2g.core.environment import REQUIRED_PACKAGES, inspect_machine
 
 
-def test_doctor_reports_the_contract_keys_in_json() -> None:
+def test_doctor_reports_the_documented_json_keys() -> None:
     machine = json.loads(json.dumps(inspect_machine()))
     assert set(machine) >= {
         "torch",
@@ -26,7 +26,7 @@ def test_doctor_reports_the_contract_keys_in_json() -> None:
     assert isinstance(machine["bf16"], bool)
 
 
-def test_problems_are_words_about_what_is_missing() -> None:
+def test_problems_describe_missing_components() -> None:
     problems = inspect_machine()["problems"]
     assert all("\n" not in p for p in problems)
     assert any("CUDA" in p for p in problems) == (not torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""d2g.diffusion.families: the table of stages is the same in registry, command and README, and it is true."""
+"""d2g.diffusion.families: registry, command and README show the same table of stages, and it is correct."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_every_family_registers_itself_and_its_pipelines_once() -> None:
         assert family.autoencoder is None or family.autoencoder in family.components
 
 
-def test_the_command_and_the_readme_show_the_registrys_table() -> None:
+def test_command_and_readme_show_the_table_of_the_registry() -> None:
     rows = stage_table()
     assert [tuple(row) for row in rows] == [STAGE_COLUMNS] * len(FAMILIES)
     printed = CliRunner().invoke(app, ["teacher", "list", "--json"]).stdout
@@ -73,7 +73,7 @@ def test_the_command_and_the_readme_show_the_registrys_table() -> None:
     assert table in readme, f"README.md lacks this table:\n{table}"
 
 
-def works(teacher: str, stage: str, **student: int) -> bool:
+def can_build_student(teacher: str, stage: str, **student: int) -> bool:
     """Whether a student for this stage can be built."""
     config = StudentConfig(**student)
     try:
@@ -95,23 +95,23 @@ def exports_to_diffusers(teacher: str) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_table_is_what_the_stages_accept(name: str, teachers: dict[str, str]) -> None:
+def test_the_table_matches_what_each_stage_accepts(name: str, teachers: dict[str, str]) -> None:
     teacher = teachers[name]
     family, kind = family_of(teacher), schedule_kind(load_any_schedule(teacher))
     assert family.name == name.split()[0] and kind in family.schedules
     conditioning = pretrained.conditioner_on_meta(teacher).kind
     stages = family.supported_stages(kind, conditioning == "none" or family.reads_text)
-    assert bool(stages["regression"]) == works(teacher, "ode")
-    assert bool(stages["GAN"]) == works(teacher, "gan")
-    assert bool(stages["LoRA"]) == works(teacher, "ode", lora_rank=2)
+    assert bool(stages["regression"]) == can_build_student(teacher, "ode")
+    assert bool(stages["GAN"]) == can_build_student(teacher, "gan")
+    assert bool(stages["LoRA"]) == can_build_student(teacher, "ode", lora_rank=2)
     formats = stages["export"]
     assert ("safetensors" in formats) == bool(stages["regression"])
-    diffusers = works(teacher, "ode") and exports_to_diffusers(teacher)
+    diffusers = can_build_student(teacher, "ode") and exports_to_diffusers(teacher)
     assert ("diffusers" in formats) == diffusers
     assert ("lora" in formats) == (family.reads_text and diffusers)
 
 
-def test_a_teacher_says_in_one_line_what_supports_it(teachers: dict[str, str]) -> None:
+def test_describing_a_teacher_lists_its_supported_stages(teachers: dict[str, str]) -> None:
     text = describe_stages(teachers["sd"])
     assert text.endswith("supports pairs, regression, GAN, LoRA, export (safetensors, onnx, diffusers, lora)")
     flow = describe_stages(teachers["sd3"])

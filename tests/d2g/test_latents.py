@@ -1,4 +1,4 @@
-"""d2g.diffusion.latents: diffusers' own encode, decode and rounding, with the scale applied in one place."""
+"""d2g.diffusion.latents: encoding, decoding and rounding as in diffusers, with the latent scale."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def test_scaled_and_raw_are_inverse() -> None:
     torch.testing.assert_close(space.scaled(raw), (raw - 0.5) * 0.13025)
 
 
-def test_space_is_read_from_the_vae(kl: Any, taesd: Any) -> None:
+def test_latent_space_is_read_from_the_vae(kl: Any, taesd: Any) -> None:
     assert latent_space(kl) == LatentSpace(channels=4, downscale=4, scale=0.7, shift=0.25)
     assert latent_space(taesd) == LatentSpace(channels=4, downscale=4, scale=1.0, shift=0.0)
 
@@ -79,7 +79,7 @@ def test_kl_samples_the_posterior_from_the_given_generator(kl: Any) -> None:
 
 
 @torch.no_grad()
-def test_taesd_latents_come_scaled(taesd: Any) -> None:
+def test_taesd_latents_need_no_scale(taesd: Any) -> None:
     latents = encode(taesd, PIXELS)
     torch.testing.assert_close(latents, taesd.encode(PIXELS).latents)
     torch.testing.assert_close(decode(taesd, latents), taesd.decode(latents).sample)
@@ -92,7 +92,7 @@ def test_decode_is_differentiable(kl: Any) -> None:
 
 
 @torch.no_grad()
-def test_half_precision_vaes_take_and_give_single_precision(taesd: Any) -> None:
+def test_half_precision_vaes_have_fp32_inputs_and_outputs(taesd: Any) -> None:
     half = AutoencoderTiny.from_config(taesd.config).eval()
     half.load_state_dict(taesd.state_dict())
     half.to(torch.bfloat16)
@@ -110,7 +110,7 @@ def test_rounding_equals_diffusers_image_processor() -> None:
     assert torch.equal(ours, torch.tensor(list(theirs.tobytes()), dtype=torch.uint8).view(64, 64, 3))
 
 
-def test_every_byte_survives_the_round_trip() -> None:
+def test_uint8_round_trip_is_exact() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(to_uint8(from_uint8(images)), images)
     assert from_uint8(images).min() == -1 and from_uint8(images).max() == 1

@@ -1,6 +1,4 @@
-"""d2g.core.tracking.loggers: TensorBoard and W&B hold what stats.jsonl holds; what is absent is refused by
-name.
-"""
+"""d2g.core.tracking.loggers: TensorBoard and W&B store the reports; missing packages are refused."""
 
 import json
 import struct
@@ -20,7 +18,7 @@ CONFIG = {"seed": 1, "length": {"images": 100}}
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard itself reads from its folder."""
+    """Read a log folder with TensorBoard's reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -31,7 +29,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_tensorboard_holds_the_reports(tmp_path: Path) -> None:
+def test_tensorboard_stores_the_reports(tmp_path: Path) -> None:
     log = RunLog(tmp_path, CONFIG)
     log.attach(("tensorboard",), 0)
     log.write(10, {"loss/g": 0.5, "grad/g": 2.0})
@@ -54,12 +52,12 @@ def test_a_resumed_run_hides_what_a_killed_one_wrote_after_its_checkpoint(tmp_pa
     assert scalars(tmp_path)["loss/g"] == [(10, 10.0), (20, 20.0), (25, 25.0)]
 
 
-def told_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
-    """(the run's id, its rows) in what W&B keeps offline: 7 bytes, then records behind headers of 7 bytes."""
+def read_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
+    """Read (run id, rows) from W&B's offline file: 7 bytes, then records with headers of 7 bytes."""
     proto: Any = import_module("wandb.proto.wandb_internal_pb2")
     name, kind, end = "", None, time.monotonic() + 60
     rows: list[dict[str, float]] = []
-    while kind != "exit":  # its own process writes, and may still do so after `finish`
+    while kind != "exit":  # W&B's writer process may still write after `finish`
         assert time.monotonic() < end, "no last record"
         name, rows, data, at = "", [], file.read_bytes(), 7
         while at + 7 <= len(data):
@@ -75,7 +73,7 @@ def told_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
     return name, rows
 
 
-def test_wandb_holds_the_reports_and_a_restart_is_the_same_run(
+def test_wandb_stores_the_reports_and_a_restart_continues_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -86,7 +84,7 @@ def test_wandb_holds_the_reports_and_a_restart_is_the_same_run(
         logger.picture(10 + number, "pairs", torch.zeros(3, 8, 8, dtype=torch.uint8))
         logger.close()
         files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda f: f.stat().st_mtime_ns)
-        messages.append(told_wandb(files[-1]))
+        messages.append(read_wandb(files[-1]))
         rows = [{"nimg": 10 + number, "loss/g": 0.5}, {"nimg": 10 + number}]
         assert (
             messages[-1][1] == rows and len(list(files[-1].parent.glob("files/media/images/**/*.png"))) >= 1
@@ -94,7 +92,7 @@ def test_wandb_holds_the_reports_and_a_restart_is_the_same_run(
     assert messages[0][0] == messages[1][0] != messages[2][0]
 
 
-def test_loggers_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_logger_packages_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingError, match="unknown logger 'tensorbord'; did you mean 'tensorboard'"):
         check_loggers(["tensorbord"])
     monkeypatch.setitem(LOGGERS, "no_such_package", TensorBoard)
@@ -105,13 +103,13 @@ def test_loggers_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPa
     assert open_loggers((), Path("nowhere"), CONFIG, 0) == []
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file")
     with pytest.raises(UserError, match=r"cannot write .*tensorboard"):
         open_loggers(["tensorboard"], tmp_path, CONFIG, 0)
 
 
-def test_other_ranks_open_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_opens_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = RunLog(tmp_path, CONFIG)
     monkeypatch.setenv("RANK", "1")
     log.attach(("tensorboard",), 0)

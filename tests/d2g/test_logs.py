@@ -1,4 +1,4 @@
-"""d2g.core.logs: rank 0 speaks for the others, except about what concerns one rank alone."""
+"""d2g.core.logs: messages about all ranks come from rank 0 only."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from d2g.core.logs import EVERY_RANK, logger
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, ["all", "one"]), (1, ["rank 1: one"])])
-def test_ranks(
+def test_messages_by_rank(
     rank: int, expected: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", str(rank))

@@ -1,4 +1,4 @@
-"""d2g.diffusion.lora: what turns the teacher into a student, found from weights alone."""
+"""d2g.diffusion.lora: recovering adapters from the weights of teacher and student."""
 
 import pytest
 import torch
@@ -12,21 +12,21 @@ def random_matrix(number: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(200, 120, 5), (120, 200, 70), (7, 9, 7), (6, 6, 0)])
-def test_factors_are_of_the_least_rank(rows: int, columns: int, rank: int) -> None:
+def test_factors_have_minimal_rank(rows: int, columns: int, rank: int) -> None:
     matrix = random_matrix(0, rows, rank).double() @ random_matrix(1, rank, columns).double()
     b, a = low_rank_factors(matrix, 1e-5)
     assert b.shape == (rows, rank) and a.shape == (rank, columns) and b.dtype == a.dtype == torch.float32
     torch.testing.assert_close(b.double() @ a.double(), matrix, rtol=0, atol=1e-5 * max(1, rank))
 
 
-def test_what_is_below_the_noise_is_no_rank() -> None:
+def test_rank_ignores_rounding_noise() -> None:
     matrix = (random_matrix(0, 40, 3) @ random_matrix(1, 3, 30)).double()
     assert len(low_rank_factors(matrix + 1e-7 * random_matrix(2, 40, 30), 1e-5)[1]) == 3
     assert len(low_rank_factors(matrix + 1e-7 * random_matrix(2, 40, 30), 1e-9)[1]) == 30
 
 
 def state(teacher: dict[str, torch.Tensor], number: int, rank: int) -> dict[str, torch.Tensor]:
-    """As a student's state dict: adapters on every `to_q`, and one plain weight."""
+    """A student's state dict with adapters on every `to_q` and one other weight."""
     result = {"plain.weight": teacher["plain.weight"]}
     for i, stem in enumerate(("one.to_q", "two.to_q")):
         rows, columns = teacher[f"{stem}.weight"].shape
@@ -47,7 +47,7 @@ def difference(tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
     return tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
 
 
-def test_adapters_of_one_run_keep_their_rank_and_take_their_scale() -> None:
+def test_adapters_of_one_run_keep_their_rank_and_absorb_their_scale() -> None:
     own = state(TEACHER, 1, 3)
     result, unexplained = adapters_from_teacher(own, TEACHER, 3, 6.0)
     assert unexplained == [] and len(result) == 4
@@ -56,7 +56,7 @@ def test_adapters_of_one_run_keep_their_rank_and_take_their_scale() -> None:
 
 
 def test_adapters_of_three_runs_add_up() -> None:
-    """Each merged into the base weights of the next; one of the layers was not moved by the first."""
+    """Each run starts from the merged weights of the one before; the first run does not change one layer."""
     first = state(TEACHER, 1, 2)
     first["two.to_q.lora_B.default.weight"].zero_()
     second = state(merged(first, 2, 1.0), 2, 3)
@@ -71,7 +71,7 @@ def test_adapters_of_three_runs_add_up() -> None:
     assert ranks == {"one.to_q.lora_A.weight": 6, "two.to_q.lora_A.weight": 6}, "one rank for all"
 
 
-def test_weights_without_adapters_that_moved_are_named() -> None:
+def test_changed_weights_without_adapters_are_reported() -> None:
     own = state(TEACHER, 1, 3)
     own["plain.weight"] = own["plain.weight"] + 1e-5
     assert adapters_from_teacher(own, TEACHER, 3, 3.0)[1] == ["plain.weight"]

@@ -1,5 +1,5 @@
-"""Teachers equal diffusers' own pipeline of the same folder, also where its constructor and `encode_prompt`
-correct or expand what is in the folder. What cannot be equal is refused by name.
+"""Teachers equal diffusers' pipeline of the same folder, also where its constructor and `encode_prompt`
+correct or expand the contents of the folder. Unsupported settings are refused.
 """
 
 import json
@@ -45,7 +45,7 @@ def drop(folder: Path, file: str, *keys: str) -> None:
 
 
 def add_words(folder: Path, *words: str, tokenizer: str = "tokenizer", save: str = "both") -> None:
-    """New tokens with large embeddings, as a textual inversion saves them."""
+    """Add tokens with large embeddings, as textual inversion does."""
     encoder = tokenizer.replace("tokenizer", "text_encoder")
     tokens = pretrained.load_tokenizer(str(folder), tokenizer)
     model = pretrained.load_model(str(folder), encoder)
@@ -101,7 +101,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "sd, trailing": ("sd", lambda f: edit(f, SCHEDULER, timestep_spacing="trailing"), ["a red cube"]),
     "sd, set_alpha_to_one": ("sd", lambda f: edit(f, SCHEDULER, set_alpha_to_one=True), ["a red cube"]),
     "sd, v-prediction": ("sd", lambda f: edit(f, SCHEDULER, prediction_type="v_prediction"), ["a red cube"]),
-    # The other pipelines leave their files as they are.
+    # The other pipelines use their files unchanged.
     "sdxl, no steps_offset": ("sdxl", lambda f: drop(f, SCHEDULER, "steps_offset"), ["a red cube"]),
     "sdxl, steps_offset 0": ("sdxl", lambda f: edit(f, SCHEDULER, steps_offset=0), ["a red cube"]),
     "sdxl, an old U-Net": ("sdxl", old_unet("0.6.0", 4), ["a red cube"]),
@@ -118,7 +118,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "pixels, PNDM": ("pixels", scheduler_of("PNDMScheduler", clip_sample=False), [""]),
     "pixels, DDPM": ("pixels", scheduler_of("DDPMScheduler", clip_sample=False), [""]),
     "pixels, Euler": ("pixels", scheduler_of("EulerDiscreteScheduler", clip_sample=False), [""]),
-    # Textual inversion: SD and SDXL spell out words of several vectors, SD3 and PixArt do not.
+    # Textual inversion: SD and SDXL expand tokens of several vectors, SD3 and PixArt do not.
     "sd, a word of three vectors": (
         "sd",
         words_in_all("<toy>", "<toy>_1", "<toy>_2"),
@@ -142,7 +142,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
         ["a <toy> on a table"],
     ),
     "sd3, a word of two vectors": ("sd3", words_in_all("<toy>", "<toy>_1"), ["a <toy> on a table"]),
-    # What every encode_prompt does.
+    # Behavior of every encode_prompt.
     "sd, edges of prompts": ("sd", lambda f: None, ["", "A RED Cube", "a red cube " * 20, "\u00e9 \u2603"]),
     "sdxl, edges of prompts": ("sdxl", lambda f: None, ["a", "A RED Cube", "a red cube " * 20, "\u2603"]),
     "sd3, edges of prompts": ("sd3", lambda f: None, ["a", "A RED Cube", "a red cube " * 90]),
@@ -155,8 +155,10 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
 }
 
 
-def of_diffusers(folder: Path, prompts: list[str], steps: int, guidance: float) -> tuple[Tensor, Tensor]:
-    """The first and the last latents of diffusers' own pipeline, taken from its scheduler's steps."""
+def sample_with_diffusers(
+    folder: Path, prompts: list[str], steps: int, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Return the first and last latents of diffusers' pipeline, recorded from its scheduler's steps."""
     pipe = tiny_teachers.diffusers_pipeline(folder)
     step, first, last = pipe.scheduler.step, [], []
 
@@ -183,20 +185,20 @@ def of_diffusers(folder: Path, prompts: list[str], steps: int, guidance: float) 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of:FutureWarning")  # diffusers corrects it
 @pytest.mark.parametrize("case", CASES)
-def test_latents_equal_diffusers_own_pipeline(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_latents_equal_diffusers_pipeline(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
     family, change, prompts = CASES[case]
     folder = Path(shutil.copytree(folders[family], tmp_path / "teacher"))
     change(folder)
     guidance = 1.0 if family in ("ldm", "pixels") else 3.0
-    z, expected = of_diffusers(folder, prompts, 4, guidance)
+    z, expected = sample_with_diffusers(folder, prompts, 4, guidance)
     teacher = load_teacher(str(folder), final_alpha="teacher")
     assert teacher.latent_shape == tuple(z.shape[1:])
     result = teacher.sample(z, prompts, 4, guidance, teacher.default_solver)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
-def test_corrections_matter(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Each of the corrected facts changes latents or their size, so that the cases above can fail."""
+def test_corrections_change_the_latents(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each corrected setting changes the latents or their size, so the cases above can fail."""
     plain = describe_teacher(str(folders["sd"]))
     old = Path(shutil.copytree(folders["sd"], tmp_path / "old"))
     old_unet("0.6.0", 4)(old)
@@ -228,7 +230,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: edit(f, "text_encoder/config.json", use_attention_mask=True),
         "use_attention_mask",
     ),
-    # Facts that do not fit together.
+    # Settings that contradict each other.
     "sd, a longer tokenizer": (
         "sd",
         lambda f: edit(f, "tokenizer/tokenizer_config.json", model_max_length=77),
@@ -273,7 +275,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_equal_is_refused_before_work_begins(
+def test_unsupported_settings_are_refused_before_sampling(
     case: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     family, change, says = REFUSED[case]
@@ -285,8 +287,8 @@ def test_what_cannot_be_equal_is_refused_before_work_begins(
         assert "\n" not in str(caught.value)
 
 
-def test_a_word_without_an_embedding_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A GPU would end with a device-side assertion."""
+def test_a_token_without_an_embedding_is_reported(folders: dict[str, Path], tmp_path: Path) -> None:
+    """On a GPU it would cause a device-side assertion."""
     folder = Path(shutil.copytree(folders["sd"], tmp_path / "teacher"))
     add_words(folder, "<toy>", save="tokenizer")
     teacher = load_teacher(str(folder))
@@ -296,10 +298,10 @@ def test_a_word_without_an_embedding_is_named(folders: dict[str, Path], tmp_path
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_tokenizer_without_a_length_takes_that_of_its_text_encoder(
+def test_a_tokenizer_without_a_length_uses_that_of_its_text_encoder(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """diffusers cannot run such a folder; equal to the folder that names the length."""
+    """diffusers cannot run such a folder, so the reference is the folder with the length."""
     folder = Path(shutil.copytree(folders[family], tmp_path / "teacher"))
     for path in folder.glob("tokenizer*"):
         drop(folder, f"{path.name}/tokenizer_config.json", "model_max_length")

@@ -1,5 +1,4 @@
-"""d2g.diffusion.pipelines: what a folder or hub id holds, which of its files are loaded, and their
-fingerprint."""
+"""d2g.diffusion.pipelines: contents of a folder or hub id, loaded files, and their fingerprint."""
 
 import hashlib
 import http.server
@@ -45,7 +44,7 @@ def copy(teacher: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(teacher, tmp_path / "copy"))
 
 
-def test_the_table_names_what_diffusers_has() -> None:
+def test_the_table_matches_the_classes_of_diffusers() -> None:
     import diffusers
     import transformers
 
@@ -56,7 +55,7 @@ def test_the_table_names_what_diffusers_has() -> None:
     assert all(set(family.optional) <= set(family.components) for family in FAMILIES.values())
 
 
-def test_other_pipelines_are_refused_with_those_we_know(copy: Path) -> None:
+def test_unsupported_pipelines_are_refused_with_the_supported_ones(copy: Path) -> None:
     tiny_teachers.edit(copy, "model_index.json", _class_name="FluxPipeline")
     with pytest.raises(
         UserError, match=r"says FluxPipeline, which is not supported; supported: .*Stab"
@@ -66,7 +65,7 @@ def test_other_pipelines_are_refused_with_those_we_know(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '"SD"'])
-def test_a_model_index_that_cannot_be_read(copy: Path, content: str) -> None:
+def test_a_damaged_model_index_is_reported(copy: Path, content: str) -> None:
     (copy / "model_index.json").write_text(content)
     with pytest.raises(
         UserError, match=r"model_index\.json cannot be read .*; expected JSON with _class_name"
@@ -104,13 +103,11 @@ SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
         (["model.bf16.safetensors", "model.fp16.safetensors"], "bf16", ["model.bf16.safetensors"]),
     ],
 )
-def test_full_precision_is_chosen_where_there_is_any(
-    names: list[str], variant: str | None, chosen: list[str]
-) -> None:
+def test_full_precision_files_are_preferred(names: list[str], variant: str | None, chosen: list[str]) -> None:
     assert choose_weights(names) == (variant, chosen)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(copy: Path) -> None:
+def test_pickled_weights_are_refused_with_a_remedy(copy: Path) -> None:
     unet = copy / "unet"
     (unet / PLAIN).rename(unet / "diffusion_pytorch_model.bin")
     says = r"unet cannot be loaded: no safetensors weights among its files \(config.json, diffusion_.*bin\)"
@@ -125,7 +122,7 @@ def same_latents(a: Path, b: Path) -> bool:
     return torch.equal(next(result), next(result))
 
 
-def test_sharded_weights_are_loaded_and_every_shard_is_fingerprinted(teacher: Path, copy: Path) -> None:
+def test_the_fingerprint_of_sharded_weights_covers_every_shard(teacher: Path, copy: Path) -> None:
     for component in ("unet", "text_encoder"):
         module = load_model(str(copy), component)
         for file in (copy / component).glob("*.safetensors"):
@@ -145,7 +142,7 @@ def test_sharded_weights_are_loaded_and_every_shard_is_fingerprinted(teacher: Pa
         load_model(str(copy), "unet")
 
 
-def test_a_repository_with_half_precision_only(teacher: Path, copy: Path) -> None:
+def test_a_repository_with_half_precision_weights_only(teacher: Path, copy: Path) -> None:
     for component in ("unet", "text_encoder", "vae"):
         module = load_model(str(copy), component, torch.float16)
         for file in (copy / component).glob("*.safetensors"):
@@ -158,7 +155,7 @@ def test_a_repository_with_half_precision_only(teacher: Path, copy: Path) -> Non
     assert not same_latents(copy, teacher)
 
 
-def test_the_fingerprint_covers_the_family_and_no_unused_copy(sdxl: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_only_loaded_files(sdxl: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sdxl, tmp_path / "copy"))
     same = weights_sha256(str(folder))
     assert same == weights_sha256(str(sdxl))
@@ -176,14 +173,14 @@ def test_the_fingerprint_covers_the_family_and_no_unused_copy(sdxl: Path, tmp_pa
     assert len(digests) == 1 + len(PIPELINES["StableDiffusionXLPipeline"]) + 1
 
 
-# The hub: its real client, and a server of two folders on this machine.
+# The hub: its real client against a local server.
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as its client asks for: a repository's facts, its tree, and files."""
+    """The part of the hub's protocol that its client uses: repository metadata, file tree and files."""
 
     folder: Path
-    asked: list[str]
+    requested_files: list[str]
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -202,7 +199,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if name not in files:
                 return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, body)
             data = files[name].read_bytes()
-            self.asked.append(name)
+            self.requested_files.append(name)
             etag = f'"{hashlib.sha1(data).hexdigest()}"'
             return self._send(200, data, {"ETag": etag, "X-Repo-Commit": commit}, body)
         if "/tree/" in path:
@@ -229,7 +226,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(copy: Path) -> Iterator[tuple[str, list[str]]]:
-    """(address, names of files asked for) of a repository with much beside what anybody needs."""
+    """(address, requested file names) of a repository that also has files nobody needs."""
     for name in (
         "v1-5-pruned.safetensors",
         "README.md",
@@ -239,21 +236,21 @@ def hub(copy: Path) -> Iterator[tuple[str, list[str]]]:
         (copy / name).write_bytes(b"gigabytes")
     shutil.copy(copy / "unet" / PLAIN, copy / "unet" / HALF)
     (copy / "text_encoder" / "model.safetensors").rename(copy / "text_encoder" / "model.fp16.safetensors")
-    asked: list[str] = []
-    handler = type("Handler", (Hub,), {"folder": copy, "asked": asked})
+    requested_files: list[str] = []
+    handler = type("Handler", (Hub,), {"folder": copy, "requested_files": requested_files})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", requested_files
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def test_a_hub_id_fetches_what_its_kind_needs_and_then_works_offline(
+def test_a_hub_id_downloads_only_needed_files_and_then_works_offline(
     hub: tuple[str, list[str]], copy: Path, tmp_path: Path
 ) -> None:
-    address, asked = hub
+    address, requested_files = hub
     code = (
         "from d2g.diffusion.pipelines import *; print(resolve('org/name')); print(weights_sha256('org/name'))"
     )
@@ -276,8 +273,8 @@ def test_a_hub_id_fetches_what_its_kind_needs_and_then_works_offline(
     expected |= {"text_encoder/model.fp16.safetensors", "vae/config.json", f"vae/{PLAIN}"}
     expected |= {f"tokenizer/{p.name}" for p in (copy / "tokenizer").iterdir()}
     expected |= {"scheduler/scheduler_config.json"}
-    assert set(asked) == expected
+    assert set(requested_files) == expected
     assert {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()} == expected
     assert sha256 == weights_sha256(str(copy))
-    asked.clear()
-    assert run(HF_HUB_OFFLINE="1") == [folder, sha256] and not asked
+    requested_files.clear()
+    assert run(HF_HUB_OFFLINE="1") == [folder, sha256] and not requested_files

@@ -1,6 +1,4 @@
-"""d2g.diffusion.pretrained: the real loaders on a tiny teacher, and one clear line for every way a teacher
-can be broken.
-"""
+"""d2g.diffusion.pretrained: the loaders on a tiny teacher, and one-line errors for broken teachers."""
 
 import json
 import os
@@ -43,7 +41,7 @@ def pipeline(teacher: Path) -> Any:
     return result
 
 
-def test_plain_diffusers_loads_and_samples_what_was_saved(pipeline: Any) -> None:
+def test_diffusers_loads_and_samples_the_tiny_teacher(pipeline: Any) -> None:
     images = pipeline(
         ["a red cube", "a blue sphere"],
         num_inference_steps=2,
@@ -56,7 +54,7 @@ def test_plain_diffusers_loads_and_samples_what_was_saved(pipeline: Any) -> None
 
 
 @torch.no_grad()
-def test_pieces_equal_the_pipelines(teacher: Path, pipeline: Any) -> None:
+def test_components_equal_those_of_the_pipeline(teacher: Path, pipeline: Any) -> None:
     name, prompts = str(teacher), ["a red cube", "two green cones", ""]
     text = pretrained.load_conditioner(name)
     theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
@@ -74,7 +72,7 @@ def test_pieces_equal_the_pipelines(teacher: Path, pipeline: Any) -> None:
     )
 
 
-def test_models_come_frozen_in_eval_mode_and_in_the_asked_dtype(teacher: Path) -> None:
+def test_models_are_frozen_in_eval_mode_and_in_the_requested_dtype(teacher: Path) -> None:
     unet = pretrained.load_unet(str(teacher), torch.bfloat16)
     text, vae = pretrained.load_conditioner(str(teacher)), pretrained.load_vae(str(teacher))
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
@@ -104,13 +102,13 @@ def test_schedule_is_read_from_the_file(teacher: Path, broken: Path) -> None:
     assert float(schedule.alphas_cumprod[999]) == pytest.approx(0, abs=1e-7)
 
 
-def test_tokenizer_gives_captions_back_and_pads_and_cuts(teacher: Path) -> None:
+def test_tokenizer_round_trip_padding_and_truncation(teacher: Path) -> None:
     text = pretrained.load_conditioner(str(teacher))
     assert isinstance(text, SDConditioner)
     tokenizer = text.tokenizers["tokenizer"]
     ids = text.tokens(tiny.CAPTIONS)
     assert ids.shape == (len(tiny.CAPTIONS), 12)
-    ids_of_captions = tokenizer(tiny.CAPTIONS).input_ids  # not cut
+    ids_of_captions = tokenizer(tiny.CAPTIONS).input_ids  # not truncated
     decoded = tokenizer.batch_decode(ids_of_captions, skip_special_tokens=True)
     assert [" ".join(d.split()).replace(" ,", ",") for d in decoded] == tiny.CAPTIONS
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -120,10 +118,10 @@ def test_tokenizer_gives_captions_back_and_pads_and_cuts(teacher: Path) -> None:
     assert long.shape == (1, 12) and int(long[0, -1]) == end
     assert len(set(map(tuple, ids.tolist()))) == len(tiny.CAPTIONS)
     unknown = text.tokens(["Ünïcode 🟥 7"])
-    assert not torch.equal(unknown, text.tokens([""])), "bytes never seen still have tokens"
+    assert not torch.equal(unknown, text.tokens([""])), "unknown bytes still have tokens"
 
 
-def test_weight_decay_names_are_those_of_the_attention_blocks(teacher: Path) -> None:
+def test_attention_parameter_names_are_those_of_the_attention_blocks(teacher: Path) -> None:
     unet = pretrained.load_unet(str(teacher))
     expected = {
         f"{path}.{name}"
@@ -136,7 +134,7 @@ def test_weight_decay_names_are_those_of_the_attention_blocks(teacher: Path) -> 
     assert names < {n for n, _ in unet.named_parameters()}
 
 
-def test_fingerprint_follows_the_weights_and_nothing_else(teacher: Path, broken: Path) -> None:
+def test_fingerprint_depends_on_the_weights_only(teacher: Path, broken: Path) -> None:
     same = pretrained.weights_sha256(str(teacher))
     assert pretrained.weights_sha256(str(broken)) == same
     (broken / "README.md").write_text("a note")
@@ -165,7 +163,7 @@ def test_a_missing_folder_and_a_folder_of_something_else(tmp_path: Path) -> None
         pretrained.load_unet(str(tmp_path))
 
 
-def test_a_hub_id_that_cannot_be_fetched_is_one_line() -> None:
+def test_a_failed_hub_download_is_reported() -> None:
     with pytest.raises(UserError, match=r"teacher nobody/nothing: .*cannot be fetched") as caught:
         pretrained.resolve("nobody/nothing")
     assert "\n" not in str(caught.value)
@@ -181,7 +179,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("component", sorted(LOADERS))
-def test_a_missing_piece_is_named(broken: Path, component: str) -> None:
+def test_a_missing_component_is_reported(broken: Path, component: str) -> None:
     shutil.rmtree(broken / component)
     with pytest.raises(
         UserError, match=rf"no {component}; expected the components unet, vae.*; found .*"
@@ -190,14 +188,14 @@ def test_a_missing_piece_is_named(broken: Path, component: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_piece_of_another_class_is_refused(broken: Path) -> None:
+def test_a_component_of_another_class_is_refused(broken: Path) -> None:
     change_json(broken / "model_index.json", unet=["diffusers", "FluxTransformer2DModel"])
     with pytest.raises(UserError, match="unet is a FluxTransformer2DModel; supported: UNet2DConditionModel"):
         pretrained.load_unet(str(broken))
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_damaged_weights_are_named(broken: Path, component: str) -> None:
+def test_damaged_weights_are_reported(broken: Path, component: str) -> None:
     (path,) = (broken / component).glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=rf"{component} cannot be loaded") as caught:
@@ -207,17 +205,17 @@ def test_damaged_weights_are_named(broken: Path, component: str) -> None:
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_weights_that_lack_a_tensor_are_refused(broken: Path, component: str) -> None:
-    """diffusers and transformers would fill it with random numbers, and warn."""
+    """diffusers and transformers would initialize it randomly with a warning."""
     (path,) = (broken / component).glob("*.safetensors")
     tensors = load_file(path)
-    gone = sorted(tensors)[3]
-    save_file({k: v for k, v in tensors.items() if k != gone}, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"{component} cannot be loaded: its weights lack .*{gone[-10:]}"):
+    removed = sorted(tensors)[3]
+    save_file({k: v for k, v in tensors.items() if k != removed}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{component} cannot be loaded: its weights lack .*{removed[-10:]}"):
         LOADERS[component](str(broken))
 
 
-def test_attention_under_its_names_of_2022_is_loaded(tmp_path: Path) -> None:
-    """As in the VAE of SD 1.5: nothing counts as missing, and nothing is left at random."""
+def test_attention_with_old_parameter_names_is_loaded(tmp_path: Path) -> None:
+    """As in the VAE of SD 1.5: no tensor counts as missing or stays random."""
     vae = pretrained.new_vae(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     tiny_teachers.save_dit(tmp_path, classes=2)
     vae.save_pretrained(tmp_path / "vae")
@@ -232,7 +230,7 @@ def test_attention_under_its_names_of_2022_is_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(result[name], tensor) for name, tensor in vae.state_dict().items())
 
 
-def test_a_model_on_meta_is_the_model_without_its_weights(teacher: Path) -> None:
+def test_a_meta_model_has_the_shapes_of_the_model(teacher: Path) -> None:
     for component in ("unet", "vae", "text_encoder"):
         bare, loaded = (
             pretrained.load_on_meta(str(teacher), component),
@@ -243,13 +241,13 @@ def test_a_model_on_meta_is_the_model_without_its_weights(teacher: Path) -> None
         assert next(shapes) == next(shapes) and type(bare) is type(loaded)
 
 
-def test_students_are_made_of_unets(tmp_path: Path) -> None:
+def test_students_need_a_supported_network(tmp_path: Path) -> None:
     other = tiny_teachers.save_dit(tmp_path, classes=4)
     with pytest.raises(UserError, match=r"is a DiTPipeline; students are made of .*StableDiffusionPipeline"):
         pretrained.load_unet(other)
 
 
-def test_conditioners_of_classes_and_of_nothing(teacher: Path, tmp_path: Path) -> None:
+def test_class_and_unconditional_conditioners(teacher: Path, tmp_path: Path) -> None:
     classes = tiny_teachers.save_pixels(tmp_path / "classes", classes=10)
     nothing = tiny_teachers.save_ldm(tmp_path / "nothing")
     labels = pretrained.load_conditioner(classes).encode(["9", "0"]).tensors["class_labels"]

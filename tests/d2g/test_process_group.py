@@ -1,6 +1,4 @@
-"""d2g.core.distributed.process_group: two gloo processes under torchrun agree with one process; alone
-everything is the identity.
-"""
+"""d2g.core.distributed.process_group: two gloo processes agree with one; a single process changes nothing."""
 
 import json
 import os
@@ -78,7 +76,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second, "every rank holds the same weights, gradients and means"
 
-    torch.manual_seed(0)  # broadcast gave everyone rank 0's weights
+    torch.manual_seed(0)  # broadcast copied rank 0's weights to all ranks
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     for weight, got in zip(net.parameters(), first["weights"], strict=True):
         assert torch.equal(weight, torch.tensor(got))
@@ -92,7 +90,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert first["mean"] == {"a": 5.0, "b": 1.5} and first["any"] == [True, False]
 
 
-def test_alone_everything_is_rank_0_of_1() -> None:
+def test_a_single_process_is_rank_0_of_1() -> None:
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.tensor([1.0, 2.0])
     process_group.average_gradients([weight])
@@ -115,15 +113,15 @@ def test_rank_is_known_from_the_launcher_before_init(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])
-def test_each_start_agrees_on_a_name_of_its_own_in_a_store_that_stays(late: int) -> None:
-    """What a start before left behind misleads nobody, whoever comes last."""
+def test_each_start_agrees_on_a_unique_name_in_a_persistent_store(late: int) -> None:
+    """Keys that an earlier start left in the store have no effect, for any order of arrival."""
     store = HashStore()
 
-    def come(rank: int) -> str:
+    def join(rank: int) -> str:
         time.sleep(0.2 if rank == late else 0)
         return process_group.agree_on_name(store, rank, 3)
 
     with ThreadPoolExecutor(3) as pool:
-        names = [set(pool.map(come, range(3))) for _ in range(3)]
+        names = [set(pool.map(join, range(3))) for _ in range(3)]
     assert [len(of_a_start) for of_a_start in names] == [1, 1, 1]
     assert len(set.union(*names)) == 3

@@ -1,6 +1,4 @@
-"""d2g.core.tracking.run_directory: one config per run folder, and lines that follow the checkpoint a run
-resumes from.
-"""
+"""d2g.core.tracking.run_directory: one config per run folder; reports rewind to the checkpoint."""
 
 import json
 import shutil
@@ -19,12 +17,12 @@ CONFIG = {"seed": 1, "optim": {"lr": 1e-4, "betas": [0.9, 0.999]}, "train": {"im
 LAST = {"nimg": 25, "loss/g": 2.0}
 
 
-def test_config_is_on_disk_before_the_first_step(tmp_path: Path) -> None:
+def test_config_is_written_at_the_start(tmp_path: Path) -> None:
     RunLog(tmp_path / "run", CONFIG)
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
 
 
-def test_the_same_config_resumes_and_another_is_refused_by_name(tmp_path: Path) -> None:
+def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
     RunLog(tmp_path, CONFIG)
     RunLog(tmp_path, CONFIG).write(10, {"loss/g": 1.0})
     other = {**CONFIG, "seed": 2, "optim": {"lr": 1e-3, "betas": [0.9, 0.999]}}
@@ -33,18 +31,18 @@ def test_the_same_config_resumes_and_another_is_refused_by_name(tmp_path: Path) 
     text = str(caught.value)
     assert "optim.lr (0.0001 -> 0.001)" in text and "seed (1 -> 2)" in text and "betas" not in text
     assert "another --out" in text and "\n" not in text
-    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG, "what was there stays"
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG, "the first config stays"
 
 
-def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+def test_a_damaged_config_is_reported(tmp_path: Path) -> None:
     RunLog(tmp_path, CONFIG)
     (tmp_path / "config.json").write_text('{"seed": 1, "opt')
     with pytest.raises(UserError, match=r"config\.json is damaged .*; copy it from another --out, where"):
         RunLog(tmp_path, CONFIG)
 
 
-def test_checkpoints_without_a_config_are_damage(tmp_path: Path) -> None:
-    """And what the message says helps."""
+def test_checkpoints_without_a_config_are_refused(tmp_path: Path) -> None:
+    """Following the error message repairs the folder."""
     (tmp_path / "run" / "checkpoints" / ".000000004.tmp").mkdir(parents=True)
     RunLog(tmp_path / "run", CONFIG)
     (tmp_path / "run" / "config.json").unlink()
@@ -58,7 +56,7 @@ def test_checkpoints_without_a_config_are_damage(tmp_path: Path) -> None:
     RunLog(tmp_path / "run", CONFIG)
 
 
-def test_a_run_that_left_nothing_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_run_without_results_may_be_replaced(tmp_path: Path) -> None:
     log = RunLog(tmp_path, CONFIG)
     log.end("failed", "train.validate_pairs is 5000 of 12 pairs")
     assert json.loads((tmp_path / "ended.json").read_text())["how"] == "failed"
@@ -67,7 +65,7 @@ def test_a_run_that_left_nothing_is_no_obstacle(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_ignored_keys_may_change_and_no_others(tmp_path: Path) -> None:
+def test_only_ignored_keys_may_change(tmp_path: Path) -> None:
     RunLog(tmp_path, CONFIG).write(10, {"loss/g": 1.0})
     RunLog(tmp_path, {**CONFIG, "train": {"images": 200}}, ignore=("train",))
     with pytest.raises(UserError, match="seed"):
@@ -82,7 +80,7 @@ def test_lines_are_appended_in_order_and_read_back(tmp_path: Path) -> None:
     assert read_stats(tmp_path) == [{"nimg": 10, "loss/g": 0.5}, {"nimg": 20, "loss/g": 0.25}]
 
 
-def test_rewind_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path: Path) -> None:
+def test_rewind_drops_incomplete_lines_and_those_after_the_checkpoint(tmp_path: Path) -> None:
     log = RunLog(tmp_path, CONFIG)
     for nimg in (10, 20, 30):
         log.write(nimg, {"loss/g": 1.0})
@@ -95,13 +93,13 @@ def test_rewind_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path: Pa
     assert log.read() == read_stats(tmp_path) == [*({"nimg": n, "loss/g": 1.0} for n in (10, 20)), LAST]
 
 
-def test_rewind_of_a_run_without_lines_makes_no_file(tmp_path: Path) -> None:
+def test_rewind_of_a_run_without_reports_creates_no_file(tmp_path: Path) -> None:
     RunLog(tmp_path, CONFIG).rewind(0)
     assert not (tmp_path / "stats.jsonl").exists()
 
 
-def test_a_line_that_is_half_there_does_not_count_and_a_damaged_one_is_named(tmp_path: Path) -> None:
-    """A reader may look while the run writes."""
+def test_an_incomplete_last_line_is_ignored_and_a_damaged_one_is_reported(tmp_path: Path) -> None:
+    """A reader may read the file while the run writes it."""
     log = RunLog(tmp_path, CONFIG)
     for nimg in (10, 20):
         log.write(nimg, {"loss/g": 1.0})
@@ -115,7 +113,7 @@ def test_a_line_that_is_half_there_does_not_count_and_a_damaged_one_is_named(tmp
             read_stats(tmp_path)
 
 
-def test_pace_counts_since_the_last_report_and_hours_over_restarts() -> None:
+def test_speed_since_the_last_report_and_total_hours() -> None:
     pace = Pace([{"nimg": 5, "time/device_hours": 2.0}, {"nimg": 9}], 100, devices=8)
     with pace.waiting():
         time.sleep(0.02)
@@ -127,14 +125,14 @@ def test_pace_counts_since_the_last_report_and_hours_over_restarts() -> None:
     assert second["time/device_hours"] > first["time/device_hours"]
 
 
-def test_pictures_lie_in_previews_with_their_text(tmp_path: Path) -> None:
+def test_previews_are_saved_with_their_text(tmp_path: Path) -> None:
     log = RunLog(tmp_path, CONFIG)
     log.picture(1280, "pairs", torch.full((3, 4, 5), 7, dtype=torch.uint8), {"prompts": "a red cube"})
     with Image.open(tmp_path / "previews" / "pairs-000001280.png") as image:
         assert image.size == (5, 4) and image.info == {"prompts": "a red cube"}
 
 
-def test_unwritable_places_are_user_errors(tmp_path: Path) -> None:
+def test_unwritable_folders_are_user_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot write .*config\.json"):
         RunLog(tmp_path / "file" / "run", CONFIG)

@@ -60,7 +60,7 @@ def test_timesteps_descend_within_the_table(steps: int, spacing: Spacing) -> Non
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_impossible_step_counts(steps: int) -> None:
+def test_invalid_step_counts_are_refused(steps: int) -> None:
     with pytest.raises(SettingError, match=f"steps is {steps}; expected 1 to 1000"):
         timesteps(1000, steps, "leading", 1)
 
@@ -72,7 +72,7 @@ def test_leading_with_an_offset_cannot_use_every_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "t, bar, alpha, sigma, ratio, inverse",  # method notes, table of section 1.2
+    "t, bar, alpha, sigma, ratio, inverse",  # table of method.md
     [
         (999, 0.0046601, 0.068265, 0.997667, 14.6146, 14.6488),
         (981, 0.0057755, 0.075997, 0.997108, 13.1204, 13.1585),
@@ -89,7 +89,7 @@ def test_alpha_table(t: int, bar: float, alpha: float, sigma: float, ratio: floa
     assert a * a + s * s == pytest.approx(1, abs=1e-12)
 
 
-def test_before_the_first_step_is_clean_data_or_alpha_0() -> None:
+def test_alpha_before_the_first_timestep() -> None:
     assert sd_schedule(True).alpha_sigma(-19) == (1.0, 0.0)
     assert sd_schedule(False).alpha_sigma(-19) == sd_schedule().alpha_sigma(0)
     assert len(sd_schedule()) == 1000
@@ -122,7 +122,7 @@ def test_conversions_equal_diffusers(kind: Prediction) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_combination_is_single_precision_whatever_comes_in() -> None:
+def test_predictions_are_combined_in_fp32() -> None:
     alpha, sigma = sd_schedule().alpha_sigma(999)
     output, x = noise(1, [0, 1], (64,), torch.bfloat16)
     result = predict_x0(output, x, alpha, sigma, "epsilon")
@@ -145,7 +145,7 @@ def test_diffuse_equals_diffusers() -> None:
     torch.testing.assert_close(diffuse(x0, eps, sd_schedule().alphas_cumprod, t), theirs)
 
 
-def test_points_are_the_grid_and_its_end() -> None:
+def test_points_are_the_timesteps_and_the_end_point() -> None:
     points = sd_schedule(False).points(50, (64, 64))
     assert [point.t for point in points] == [*timesteps(1000, 50, "leading", 1), -1]
     assert points[-1].alpha == pytest.approx(0.99915**0.5, rel=1e-5)
@@ -191,8 +191,8 @@ def test_a_flow_starts_at_noise_and_ends_at_data() -> None:
 
 
 @given(st.floats(0, 1), st.sampled_from([*get_args(Prediction), "flow_prediction"]))
-def test_every_prediction_gives_x0_and_epsilon_back(sigma: float, kind: Any) -> None:
-    """From the network's perfect output, at any point that defines them; no division where alpha is 0."""
+def test_x0_and_epsilon_are_recovered_from_every_prediction_type(sigma: float, kind: Any) -> None:
+    """From the exact network output, at every point where they are defined; no division by alpha = 0."""
     alpha = 1 - sigma if kind == "flow_prediction" else (1 - sigma**2) ** 0.5
     if (kind == "epsilon" and alpha < 0.01) or (kind == "sample" and sigma < 0.01):
         return

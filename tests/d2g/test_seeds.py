@@ -1,4 +1,4 @@
-"""d2g.core.seeds: noise is a function of (seed, index) alone, pinned to the last bit; all keys differ."""
+"""d2g.core.seeds: noise depends on (seed, index) only and is pinned bit by bit; keys are distinct."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def sha256(values: np.ndarray) -> str:
     return hashlib.sha256(values.astype(values.dtype.newbyteorder("<")).tobytes()).hexdigest()[:16]
 
 
-# Words at every edge of the transform: of cells, of quarters of the circle, of the logarithm's range.
+# Random words at the edges of the transform: cells, quarters of the circle, range of the logarithm.
 EDGES = [0, 2**11, 2**12, 2**52, 2**53, 2**61, 2**62, 2**63, 3 * 2**62, 0xB504F333F9DE6484]
 EXTREMES = np.array(
     [(word + step) % 2**64 for word in EDGES for step in (-(2**12), -1, 0, 1, 2**12)], np.uint64
@@ -66,7 +66,7 @@ EXTREMES = np.array(
 PAIRS_OF_EXTREMES = np.stack(np.meshgrid(EXTREMES, EXTREMES), axis=-1).reshape(-1)
 
 
-# Pinned.
+# Pinned values.
 
 
 @pytest.mark.parametrize("key", GOLDEN)
@@ -75,15 +75,15 @@ def test_noise_is_pinned_bit_for_bit(key: tuple[int, int]) -> None:
     assert [x.hex() for x in row.tolist()] == GOLDEN[key]
 
 
-def test_whole_rows_and_halves_are_pinned() -> None:
+def test_full_rows_and_fp16_values_are_pinned() -> None:
     assert sha256(noise(5, range(3), (4, 64, 64)).numpy()) == "098764a1757916a8"
     assert sha256(box_muller(words(5, 0, 2**14))) == "c71d7ee413a8a260", "the last bits of float64 too"
     half = torch.tensor([[-0.1954345703125, -1.1923828125, -0.9873046875, 2.23828125]], dtype=torch.float16)
     assert torch.equal(noise(7, [3], (4,), torch.float16), half)
 
 
-def by_plain_floats(first: int, second: int) -> tuple[float, float]:
-    """The transform of two words in Python's floats: one IEEE operation after the other, no vector unit."""
+def transform_with_python_floats(first: int, second: int) -> tuple[float, float]:
+    """Transform two words with Python floats, one IEEE operation at a time."""
 
     def series(z: float, terms: list[float]) -> float:
         total = z * terms[-1]
@@ -106,30 +106,30 @@ def by_plain_floats(first: int, second: int) -> tuple[float, float]:
     return x * radius, y * radius
 
 
-def test_vectors_and_single_operations_agree_to_the_last_bit() -> None:
+def test_vectorized_transform_is_bit_identical_to_python_floats() -> None:
     raw = np.concatenate([words(1, 2, 2000), PAIRS_OF_EXTREMES])
-    plain = [list(by_plain_floats(a, b)) for a, b in raw.reshape(-1, 2).tolist()]
+    plain = [list(transform_with_python_floats(a, b)) for a, b in raw.reshape(-1, 2).tolist()]
     assert box_muller(raw).reshape(-1, 2).tolist() == plain
 
 
-def test_the_documented_drawing_code_is_this_noise(document: Callable[..., Any]) -> None:
+def test_the_documented_code_gives_this_noise(documented_draw: Callable[..., Any]) -> None:
     for seed, index in [(0, 0), (3, 2**40), (MOST, MOST)]:
         for shape in [(4, 8, 8), (3, 5, 7)]:
             for dtype in ("float32", "float16"):
-                outside = document(seed, index, shape, dtype)
+                outside = documented_draw(seed, index, shape, dtype)
                 ours = noise(seed, [index], shape, getattr(torch, dtype)).numpy()[0]
                 assert outside.dtype == ours.dtype and outside.tobytes() == ours.tobytes()
 
 
-def test_the_documented_example_is_right() -> None:
+def test_the_documented_example_is_correct() -> None:
     text = (Path(__file__).parents[2] / "docs" / "pair-format.md").read_text(encoding="utf-8")
     shown = re.search(r'`draw\(0, 0, \(4,\), "float32"\)` is `(\[.*?\])`', text)
     assert shown and torch.equal(torch.tensor(json.loads(shown[1])), noise(0, [0], (4,))[0])
 
 
 @pytest.fixture(scope="module")
-def document() -> Callable[..., Any]:
-    """`draw` of docs/pair-format.md, run as it stands there."""
+def documented_draw() -> Callable[..., Any]:
+    """The function `draw` of docs/pair-format.md."""
     text = (Path(__file__).parents[2] / "docs" / "pair-format.md").read_text(encoding="utf-8")
     (code,) = re.findall(
         r"```python\n(.*?)```", text.split("## Drawing seeded noise")[1].split("\n## ")[0], re.S
@@ -139,11 +139,11 @@ def document() -> Callable[..., Any]:
     return names["draw"]  # type: ignore[no-any-return]
 
 
-# Right.
+# Correctness.
 
 
-def textbook(first: int, second: int) -> tuple[Decimal, Decimal]:
-    """Box-Muller in 50 digits, with none of the reductions of the code."""
+def box_muller_in_decimals(first: int, second: int) -> tuple[Decimal, Decimal]:
+    """Box-Muller with 50 digits, without the argument reductions of the code."""
     pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
     u = (Decimal(first >> 12) + Decimal("0.5")) / 2**52
     angle = 2 * pi * (Decimal(second >> 11) + Decimal("0.5")) / 2**53
@@ -166,7 +166,7 @@ def test_the_transform_is_within_four_ulp_of_the_formula(raw: np.ndarray) -> Non
         context.prec = 50
         for i in range(0, len(normals), 2):
             for x, right in zip(
-                normals[i : i + 2].tolist(), textbook(int(raw[i]), int(raw[i + 1])), strict=True
+                normals[i : i + 2].tolist(), box_muller_in_decimals(int(raw[i]), int(raw[i + 1])), strict=True
             ):
                 error = abs(Decimal(x) - right) / Decimal(math.ulp(float(right)))
                 assert error < 4, (int(raw[i]), int(raw[i + 1]), x, right)
@@ -194,7 +194,7 @@ def test_noise_is_standard_normal() -> None:
 
 
 def test_noise_has_the_normal_distribution_function() -> None:
-    """Kolmogorov-Smirnov, at the 0.1 % level, of each half of the pairs, and of the radii (Rayleigh)."""
+    """Kolmogorov-Smirnov tests at the 0.1 % level: both values of each pair, and their radii (Rayleigh)."""
     pairs = box_muller(words(12, 0, 2**16)).reshape(-1, 2)
     bound = 1.95 / len(pairs) ** 0.5
     ranks = np.arange(len(pairs)) / len(pairs)
@@ -220,36 +220,36 @@ def test_the_two_halves_of_box_muller_are_independent() -> None:
     assert abs(torch.corrcoef(pairs.square().T)[0, 1]) < 5 / 2**7.5
 
 
-# A function of (seed, index).
+# Dependence on (seed, index) only.
 
 
 @given(st.integers(0, MOST), st.lists(st.integers(0, MOST), max_size=5), st.integers(1, 9))
-def test_a_row_depends_on_seed_and_index_alone(seed: int, indices: list[int], size: int) -> None:
-    together = noise(seed, indices, (size,))
-    alone = [noise(seed, [index], (size,)) for index in indices]
-    assert torch.equal(together, torch.cat([torch.empty(0, size), *alone]))
-    assert together.isfinite().all()
+def test_a_row_depends_on_seed_and_index_only(seed: int, indices: list[int], size: int) -> None:
+    batch = noise(seed, indices, (size,))
+    single_rows = [noise(seed, [index], (size,)) for index in indices]
+    assert torch.equal(batch, torch.cat([torch.empty(0, size), *single_rows]))
+    assert batch.isfinite().all()
 
 
-def test_rows_do_not_depend_on_how_many_are_transformed_at_a_time() -> None:
+def test_rows_do_not_depend_on_the_block_size() -> None:
     rows = noise(1, range(40), (4, 32, 32))  # 8 rows at a time
     assert torch.equal(rows[[0, 7, 8, 39]], torch.cat([noise(1, [i], (4, 32, 32)) for i in (0, 7, 8, 39)]))
     assert torch.equal(noise(1, [8], (200_001,))[0, :4096], rows[8].flatten()), "longer than a block"
 
 
-def test_shape_only_folds_the_stream() -> None:
+def test_shape_only_reshapes_the_stream() -> None:
     assert torch.equal(noise(1, [5], (2, 3, 4)).flatten(), noise(1, [5], (24,)).flatten())
     assert torch.equal(noise(1, [5], (3,))[0], noise(1, [5], (4,))[0, :3]), "an odd count cuts the last pair"
     assert noise(1, [5, 6], ()).shape == (2,) and noise(1, [5, 6], (0, 4)).shape == (2, 0, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_rounding_to_other_types_happens_after_single_precision(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_rounded_from_fp32(dtype: torch.dtype) -> None:
     assert torch.equal(noise(2, [0], (4096,), dtype), noise(2, [0], (4096,)).to(dtype))
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**63, 2**64])
-def test_seeds_and_indices_have_a_range(wrong: int) -> None:
+def test_seeds_and_indices_out_of_range_are_refused(wrong: int) -> None:
     with pytest.raises(SettingError, match=rf"^noise: seed is {wrong}; give an integer from 0 to 2\^63 - 1$"):
         noise(wrong, [0], (4,))
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_seeds_and_indices_have_a_range(wrong: int) -> None:
         generator(0, wrong)
 
 
-def test_indices_are_integers_of_any_kind() -> None:
+def test_indices_may_have_any_integer_type() -> None:
     rows = noise(0, [3, 4], (4,))
     assert torch.equal(noise(0, torch.tensor([3, 4]), (4,)), rows)
     assert torch.equal(noise(0, np.array([3, 4], np.uint64), (4,)), rows)
@@ -271,15 +271,15 @@ def test_indices_are_integers_of_any_kind() -> None:
 # Streams of keys.
 
 
-def test_generators_mix_all_of_their_key() -> None:
+def test_generators_depend_on_every_part_of_their_key() -> None:
     assert generator(1, 2, 3).initial_seed() == 8778505123642563612, "pinned: runs resume across releases"
     assert torch.equal(
         torch.rand(3, generator=seed_step(1, 2, 3)), torch.rand(3, generator=generator(1, 2, 3))
     )
 
 
-def test_keys_that_numpy_takes_for_one_another_differ() -> None:
-    """SeedSequence drops trailing zeros and splits integers into words without marking where."""
+def test_keys_that_numpy_does_not_distinguish_differ() -> None:
+    """SeedSequence drops trailing zeros and concatenates the words of integers without separators."""
     keys = [
         (),
         (0,),

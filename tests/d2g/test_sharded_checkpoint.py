@@ -1,6 +1,4 @@
-"""d2g.core.distributed.sharded_checkpoint: what is written is read again, what is not whole is refused, what
-is not needed goes.
-"""
+"""d2g.core.distributed.sharded_checkpoint: round trips, refusal of damaged files, and pruning."""
 
 import shutil
 from pathlib import Path
@@ -44,29 +42,29 @@ def newest(folder: Path) -> Checkpoint:
     return last
 
 
-def test_a_step_after_loading_is_the_step_without(tmp_path: Path) -> None:
-    """Weights, buffers and the optimizer's memory, into a network that was never stepped."""
+def test_training_continues_identically_after_loading(tmp_path: Path) -> None:
+    """Weights, buffers and optimizer states are loaded into a network that was never trained."""
     save(tmp_path, 8, seed=0)
     network, optimizer = trained(0)
     torch.manual_seed(5)
-    again = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    other = torch.optim.AdamW(again.parameters(), lr=0.1)
+    loaded_network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    other = torch.optim.AdamW(loaded_network.parameters(), lr=0.1)
     last = newest(tmp_path)
     sharded_checkpoint.verify(last)
-    sharded_checkpoint.load(last, "net", again, other)
-    for net, optim in ((network, optimizer), (again, other)):
+    sharded_checkpoint.load(last, "net", loaded_network, other)
+    for net, optim in ((network, optimizer), (loaded_network, other)):
         optim.zero_grad()
         net(torch.ones(8, 3).cumsum(0)).square().mean().backward()
         optim.step()
     for name, value in network.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+        assert torch.equal(value, loaded_network.state_dict()[name]), name
     assert (last.nimg, last.meta["steps"], last.meta["processes"]) == (8, 2, 1)
     assert set(last.tensors("ema")) == set(network.state_dict())
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_is_written_is_of_the_moment(background: bool, tmp_path: Path) -> None:
-    """Training goes on while a checkpoint is written; it holds the weights of before."""
+def test_a_checkpoint_is_a_snapshot(background: bool, tmp_path: Path) -> None:
+    """Training continues while a checkpoint is written; the checkpoint has the weights from before."""
     network, optimizer = trained(0)
     before = {k: v.clone() for k, v in tensors_of(network, optimizer).items()}
     writer = sharded_checkpoint.Writer(tmp_path, background=background)
@@ -80,20 +78,20 @@ def test_what_is_written_is_of_the_moment(background: bool, tmp_path: Path) -> N
     assert state.keys() == before.keys() and all(torch.equal(state[k], v) for k, v in before.items())
 
 
-def test_the_newest_and_the_spared_stay(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_protected_checkpoints(tmp_path: Path) -> None:
     for nimg in (4, 8, 12, 16):
         save(tmp_path, nimg, seed=0, keep=2, spare={"000000004"})
     assert checkpoint.complete_points(tmp_path) == [4, 12, 16]
 
 
-def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".000000004.tmp" / "state").mkdir(parents=True)
     save(tmp_path, 8, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["000000008"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "flipped", "no metadata", "no ema"])
-def test_damage_is_named(damage: str, tmp_path: Path) -> None:
+def test_damage_is_reported(damage: str, tmp_path: Path) -> None:
     save(tmp_path / "run", 8, seed=0)
     save(tmp_path / "other", 8, seed=1)
     last = newest(tmp_path / "run")
@@ -122,7 +120,7 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
     assert ("is missing" in str(caught.value)) == (damage in ("missing", "no metadata", "no ema"))
 
 
-def test_a_network_of_other_names_is_refused(tmp_path: Path) -> None:
+def test_a_network_with_other_parameter_names_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 8, seed=0)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Linear(1, 1))
     with pytest.raises(UserError, match=r"net\.3\.bias is in the checkpoint or in the network, not in both"):

@@ -1,4 +1,4 @@
-"""d2g.core.shuffle: permutations of single positions: uniform, local where asked, endless from any start."""
+"""d2g.core.shuffle: uniform permutations, optionally in blocks, and endless streams from any start."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_every_epoch_of_every_size_is_a_permutation(size: int, seed: int, epoch:
 
 @given(st.data(), SIZES, st.integers(0, MOST), st.integers(0, MOST))
 @settings(max_examples=60, deadline=None)
-def test_a_row_does_not_depend_on_what_else_is_asked(
+def test_a_row_does_not_depend_on_other_queried_positions(
     data: st.DataObject, size: int, seed: int, epoch: int
 ) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), max_size=9))
@@ -61,24 +61,26 @@ def test_huge_sizes_stay_in_range_without_collisions(size: int) -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     places = np.arange(1000)
-    orders = [permuted(seed, epoch, 1000, places) for seed in (0, 1, MOST) for epoch in (0, 1, 2**32, MOST)]
-    for i, a in enumerate([*orders, places]):
-        for b in orders[:i]:
-            assert (a == b).sum() < 10, "two permutations of many agree in one place on average"
+    count_orders = [
+        permuted(seed, epoch, 1000, places) for seed in (0, 1, MOST) for epoch in (0, 1, 2**32, MOST)
+    ]
+    for i, a in enumerate([*count_orders, places]):
+        for b in count_orders[:i]:
+            assert (a == b).sum() < 10, "two random permutations agree in one place on average"
             assert abs(np.corrcoef(a, b)[0, 1]) < 5 / 1000**0.5
 
 
 def test_orders_are_pinned() -> None:
-    """Runs resume across releases."""
+    """Runs can be resumed with a later release."""
     assert permuted(7, 3, 10, np.arange(10)).tolist() == [6, 1, 7, 0, 2, 4, 5, 9, 3, 8]
     assert permuted(0, 3, 12_000_000, [6_000_000, 6_000_001]).tolist() == [3370038, 760105]
     assert permuted_blocks(7, 3, 10, np.arange(10), 3, 2).tolist() == [3, 5, 6, 8, 4, 7, 2, 9, 1, 0]
 
 
-def orders(
+def count_orders(
     size: int, number: int, epochs: int, order: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """How often each of the `number` possible orders of range(size) comes up in that many epochs."""
+    """Count how often each of the `number` possible orders of range(size) occurs in `epochs` epochs."""
     code = np.zeros(epochs, dtype=np.int64)
     for place in range(size):
         code = code * size + order(np.arange(epochs), np.full(epochs, place))
@@ -88,15 +90,15 @@ def orders(
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7])
-def test_every_order_comes_up_equally_often(size: int) -> None:
-    """All size! of them, odd ones included."""
-    counts = orders(size, math.factorial(size), 40_000, lambda epoch, at: permuted(5, epoch, size, at))
+def test_every_order_is_equally_likely(size: int) -> None:
+    """All size! orders, odd permutations included."""
+    counts = count_orders(size, math.factorial(size), 40_000, lambda epoch, at: permuted(5, epoch, size, at))
     assert abs(z_score(counts)) < 4
 
 
 @pytest.mark.parametrize("size", [1000, 10_007, 12_000_000])
 def test_positions_epochs_and_seeds_are_independent(size: int) -> None:
-    """Joint counts, on a 25 x 25 grid, of things that should have nothing to do with each other."""
+    """Chi-square tests of joint counts on a 25 x 25 grid."""
     epoch, place = np.divmod(np.arange(60_000), size)
     rows, far = permuted(0, epoch, size, place), size // 3
     others = {
@@ -120,10 +122,10 @@ def test_positions_epochs_and_seeds_are_independent(size: int) -> None:
 @example(45, 3, 6, 7, 25)
 @example(10**5, 0, 0, 1024, 16)
 @settings(max_examples=100, deadline=None)
-def test_each_window_of_an_epoch_holds_whole_blocks(
+def test_each_window_of_an_epoch_contains_complete_blocks(
     size: int, seed: int, epoch: int, block: int, window: int
 ) -> None:
-    """The rows of `window` blocks, all of them and no others; ragged ends included."""
+    """A window contains exactly the rows of `window` blocks, also at incomplete ends."""
     rows = permuted_blocks(seed, epoch, size, np.arange(size), block, window)
     assert rows.dtype == np.int64 and np.array_equal(np.sort(rows), np.arange(size))
     missing, start, left = -size % block, 0, -(-size // block)
@@ -139,7 +141,7 @@ def test_each_window_of_an_epoch_holds_whole_blocks(
 
 @given(st.data(), st.integers(1, 300), st.integers(1, 20), st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
-def test_a_row_in_blocks_does_not_depend_on_what_else_is_asked(
+def test_a_row_in_blocks_does_not_depend_on_other_queried_positions(
     data: st.DataObject, size: int, block: int, window: int
 ) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), max_size=9))
@@ -153,31 +155,31 @@ def test_a_row_in_blocks_does_not_depend_on_what_else_is_asked(
 @pytest.mark.parametrize(
     ("size", "block", "window", "number"),
     [
-        (5, 1, 2, 120),  # single rows: as good as no blocks
-        (6, 2, 1, 6 * 2**3),  # orders of the blocks, and of the rows in each
-        (5, 2, 1, 6 * 2**2),  # the short block comes anywhere
+        (5, 1, 2, 120),  # blocks of one row: a full shuffle
+        (6, 2, 1, 6 * 2**3),  # orders of the blocks times orders of the rows in each
+        (5, 2, 1, 6 * 2**2),  # the short block may be at any place
         (5, 2, 3, 120),  # one window: a full shuffle
         (5, 2, 2**62, 120),
     ],
 )
-def test_blocks_and_their_rows_come_in_every_order_equally_often(
+def test_every_order_of_blocks_and_rows_is_equally_likely(
     size: int, block: int, window: int, number: int
 ) -> None:
-    counts = orders(
+    counts = count_orders(
         size, number, 40_000, lambda epoch, at: permuted_blocks(5, epoch, size, at, block, window)
     )
     assert abs(z_score(counts)) < 4
 
 
-def test_windows_and_epochs_are_shuffled_apart() -> None:
+def test_windows_and_epochs_are_shuffled_independently() -> None:
     rows = permuted_blocks(0, 0, 6400, np.arange(6400), 10, 10).reshape(64, 10, 10)
     within = (rows % 10).reshape(64, 100)
     assert len(np.unique(within, axis=0)) == 64, "two windows share an order"
-    again = permuted_blocks(0, 1, 6400, np.arange(6400), 10, 10)
-    assert (again == rows.flatten()).sum() < 20
+    other_epoch = permuted_blocks(0, 1, 6400, np.arange(6400), 10, 10)
+    assert (other_epoch == rows.flatten()).sum() < 20
 
 
-# The endless stream.
+# Endless stream.
 
 
 @given(
@@ -188,7 +190,7 @@ def test_windows_and_epochs_are_shuffled_apart() -> None:
     st.integers(0, 3),
 )
 @settings(deadline=None)
-def test_any_split_reads_the_same_stream(
+def test_batch_sizes_do_not_change_the_stream(
     size: int, counts: list[int], start: int, block: int, window: int
 ) -> None:
     permutation = permuted_batch(3, size, start, sum(counts), block, window)
@@ -208,7 +210,7 @@ def test_each_epoch_of_the_stream_is_a_fresh_permutation(size: int, block: int, 
     assert all(isinstance(row, int) for row in rows), "plain integers, for lists and tensors alike"
 
 
-def test_the_stream_is_made_of_the_epochs() -> None:
+def test_the_stream_concatenates_the_epochs() -> None:
     places = np.arange(50)
     assert permuted_batch(4, 50, 75, 50) == [
         *permuted(4, 1, 50, places[25:]),
@@ -220,7 +222,7 @@ def test_the_stream_is_made_of_the_epochs() -> None:
         assert permuted_batch(4, 50, 0, 100, block, window) == permuted_batch(4, 50, 0, 100)
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     for seed in (-1, 2**63):
         with pytest.raises(SettingError, match=r"shuffle: seed is .*; give an integer from 0 to 2\^63 - 1"):
             permuted_batch(seed, 10, 0, 1)

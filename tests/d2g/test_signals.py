@@ -1,6 +1,4 @@
-"""d2g.core.signals: the first signal raises a flag, the second interrupts; real signals in a process of their
-own.
-"""
+"""d2g.core.signals: the first signal sets a flag, the second interrupts; real signals in a subprocess."""
 
 import signal
 import subprocess
@@ -18,7 +16,7 @@ SIGNALLED = """
 import os, signal, sys
 from d2g.core.signals import StopFlag
 number = int(sys.argv[1])
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
 before = signal.getsignal(number)
 with StopFlag() as stop:
     assert not stop
@@ -36,7 +34,7 @@ os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_first_signal_is_a_flag_second_interrupts_and_handlers_return(number: signal.Signals) -> None:
+def test_first_signal_sets_a_flag_second_interrupts_and_handlers_are_restored(number: signal.Signals) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SIGNALLED, str(int(number))], cwd=ROOT, capture_output=True, text=True
     )
@@ -44,7 +42,7 @@ def test_first_signal_is_a_flag_second_interrupts_and_handlers_return(number: si
     assert done.stderr.endswith("KeyboardInterrupt\n") and done.returncode == -signal.SIGINT
 
 
-def test_a_closed_terminal_does_not_end_what_nohup_started() -> None:
+def test_sighup_is_ignored_under_nohup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopFlag() as stop:
@@ -57,14 +55,14 @@ def test_a_closed_terminal_does_not_end_what_nohup_started() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_outside_the_main_thread_the_flag_stays_down() -> None:
-    seen: list[bool] = []
+def test_no_handlers_outside_the_main_thread() -> None:
+    flags: list[bool] = []
 
     def work() -> None:
         with StopFlag() as stop:
-            seen.append(bool(stop))
+            flags.append(bool(stop))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert flags == [False]

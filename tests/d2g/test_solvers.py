@@ -1,4 +1,4 @@
-"""d2g.diffusion.solvers: closed forms, and orders of convergence on solved ODEs and on real networks."""
+"""d2g.diffusion.solvers: closed forms, and orders of convergence for known solutions and real networks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -42,14 +42,14 @@ def schedule_of(alphas_cumprod: Tensor, final_alpha_one: bool = True) -> Schedul
     )
 
 
-def even_schedule(highest: float = 3.0, final_alpha_one: bool = True) -> Schedule:
-    """sigma / alpha rises evenly to `highest`: a trailing grid is even in what the ODE runs over."""
+def linear_schedule(highest: float = 3.0, final_alpha_one: bool = True) -> Schedule:
+    """sigma / alpha rises linearly to `highest`, so a trailing grid is uniform in the ODE's variable."""
     ratio = highest * torch.arange(1, STEPS + 1, dtype=torch.float64) / STEPS
     return schedule_of(1 / (1 + ratio.square()), final_alpha_one)
 
 
 def zero_snr_schedule() -> Schedule:
-    """alpha = cos and sigma = sin of an angle that rises evenly to a right one, where no signal is left."""
+    """alpha = cos and sigma = sin of an angle that rises linearly to pi / 2, where the SNR is zero."""
     angle = torch.arange(1, STEPS + 1, dtype=torch.float64) / STEPS * math.pi / 2
     return schedule_of(angle.cos().square())
 
@@ -77,7 +77,7 @@ class Gaussian:
         return point.alpha**2 * self.std**2 + point.sigma**2
 
     def solution(self, x: Tensor, start: Point, end: Point) -> Tensor:
-        """Where the ODE takes x from `start` to `end`: (x - alpha mean) / std_t stays constant."""
+        """Solve the ODE from `start` to `end`: (x - alpha mean) / std_t is constant."""
         standard = (x - start.alpha * self.mean) / self._variance(start) ** 0.5
         return end.alpha * self.mean + self._variance(end) ** 0.5 * standard
 
@@ -94,8 +94,8 @@ def test_a_ddim_step_keeps_x0_and_epsilon() -> None:
     torch.testing.assert_close(ddim_step(Denoised(x0, epsilon), AFTER), 0.8 * x0 + 0.6 * epsilon)
 
 
-def test_a_heun_step_is_the_textbooks() -> None:
-    """Heun's method on d(x / alpha) / d(sigma / alpha) = eps, written out."""
+def test_a_heun_step_is_heuns_method() -> None:
+    """Heun's method on d(x / alpha) / d(sigma / alpha) = eps."""
     exact, x = Gaussian(), noise().double()
     y, h = x / NOW.alpha, AFTER.sigma / AFTER.alpha - NOW.sigma / NOW.alpha
     k1 = exact(x, NOW).epsilon
@@ -112,7 +112,7 @@ def test_a_heun_step_is_the_textbooks() -> None:
     torch.testing.assert_close(heun_step_at_noise(exact, x, NOW, AFTER), expected)
 
 
-def test_flow_steps_are_the_textbooks() -> None:
+def test_flow_steps_are_eulers_and_heuns_method() -> None:
     exact, x = Gaussian(), noise().double()
     now, after = Point(800.0, 0.2, 0.8), Point(500.0, 0.5, 0.5)
     x0, epsilon = exact(x, now)
@@ -124,15 +124,15 @@ def test_flow_steps_are_the_textbooks() -> None:
     torch.testing.assert_close(flow_heun_step(exact, x, now, after), x + h * (k1 + k2) / 2)
 
 
-def slopes(counts: Sequence[int], errors: Sequence[float]) -> list[float]:
-    """log(error ratio) / log(step ratio) of neighboring step counts: the observed order of convergence."""
+def convergence_orders(counts: Sequence[int], errors: Sequence[float]) -> list[float]:
+    """Observed orders of convergence: log(error ratio) / log(step ratio) of neighboring step counts."""
     pairs = zip(pairwise(counts), pairwise(errors), strict=True)
     return [math.log(a / b) / math.log(n / m) for (m, n), (a, b) in pairs]
 
 
 ORDERS: dict[str, tuple[AnySchedule, Solver, float]] = {
-    "ddim": (even_schedule(), "ddim", 1.0),
-    "heun": (even_schedule(), "heun", 2.0),
+    "ddim": (linear_schedule(), "ddim", 1.0),
+    "heun": (linear_schedule(), "heun", 2.0),
     "ddim from zero terminal SNR": (zero_snr_schedule(), "ddim", 1.0),
     "heun from zero terminal SNR": (zero_snr_schedule(), "heun", 2.0),
     "euler on a flow": (FLOW, "euler", 1.0),
@@ -146,17 +146,17 @@ ORDERS: dict[str, tuple[AnySchedule, Solver, float]] = {
 
 @pytest.mark.parametrize("case", ORDERS)
 def test_order_of_convergence(case: str) -> None:
-    """Errors against the closed form, and against 1000 steps of Heun, fall with the solver's order."""
+    """Errors against the closed form and against 1000 steps of Heun decrease with the solver's order."""
     schedule, solver, order = ORDERS[case]
     exact = Gaussian()
-    counts = (40, 80, 200) if isinstance(schedule, EDMSchedule) else (20, 40, 100)  # five decades of sigma
+    counts = (40, 80, 200) if isinstance(schedule, EDMSchedule) else (20, 40, 100)  # sigma spans five decades
     points = schedule.points(1, (2, 2))
     truth = exact.solution(schedule.start(noise()), points[0], points[-1])
     fine = sample_ode(exact, noise(), schedule, STEPS, "heun")
     result = [sample_ode(exact, noise(), schedule, n, solver) for n in counts]
     for reference in (truth, fine):
         errors = [(x - reference).abs().max().item() for x in result]
-        assert all(abs(slope - order) < 0.15 for slope in slopes(counts, errors)), errors
+        assert all(abs(slope - order) < 0.15 for slope in convergence_orders(counts, errors)), errors
         assert errors[-1] < 0.05
 
 
@@ -189,15 +189,15 @@ def test_order_of_convergence_of_real_networks(case: str, tmp_path: Path) -> Non
     orders: list[tuple[Solver, float]] = [(first_order, 1.0), ("heun", 2.0)]
     for solver, order in orders:
         errors = [(run(n, solver) - fine).abs().max().item() for n in counts]
-        assert abs(slopes(counts, errors)[0] - order) < 0.25, (solver, errors)
+        assert abs(convergence_orders(counts, errors)[0] - order) < 0.25, (solver, errors)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_one_picture_is_found_exactly(solver: Solver, spacing: str) -> None:
-    """With one datum x0 the ODE is a straight line: any solver, any grid, must end on it."""
+def test_a_single_datum_is_recovered_exactly(solver: Solver, spacing: str) -> None:
+    """For data of one point x0 the ODE's path is a straight line, so any solver and grid ends at x0."""
     for final_alpha_one in (True, False):
-        schedule = replace(even_schedule(final_alpha_one=final_alpha_one), spacing=spacing)
+        schedule = replace(linear_schedule(final_alpha_one=final_alpha_one), spacing=spacing)
         x0 = noise().flip(0)
 
         def denoise(x: Tensor, point: Point, x0: Tensor = x0) -> Denoised:
@@ -212,8 +212,8 @@ def test_one_picture_is_found_exactly(solver: Solver, spacing: str) -> None:
 
 
 CASES: list[tuple[AnySchedule, Solver]] = [
-    (even_schedule(), "ddim"),
-    (even_schedule(), "heun"),
+    (linear_schedule(), "ddim"),
+    (linear_schedule(), "heun"),
     (FLOW, "euler"),
     (FLOW, "heun"),
     (EDM, "euler"),
@@ -223,7 +223,7 @@ CASES: list[tuple[AnySchedule, Solver]] = [
 
 @pytest.mark.parametrize(("schedule", "solver"), CASES)
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_evaluations_are_what_the_solver_spends(schedule: AnySchedule, solver: Solver, steps: int) -> None:
+def test_evaluation_counts_match_the_solver(schedule: AnySchedule, solver: Solver, steps: int) -> None:
     counted = Gaussian()
     sample_ode(counted, noise(), schedule, steps, solver)
     assert (
@@ -250,7 +250,7 @@ def test_rescaled_guidance_equals_diffusers(rescale: float) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "solver"), CASES)
-def test_arithmetic_is_fp32_whatever_the_noise_is(schedule: AnySchedule, solver: Solver) -> None:
+def test_arithmetic_is_fp32_for_any_noise_dtype(schedule: AnySchedule, solver: Solver) -> None:
     half = sample_ode(Gaussian(), noise().half(), schedule, 4, solver)
     assert half.dtype == torch.float32
     assert torch.equal(half, sample_ode(Gaussian(), noise().half().float(), schedule, 4, solver))

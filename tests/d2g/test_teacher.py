@@ -1,5 +1,4 @@
-"""d2g.diffusion.teacher against diffusers' own StableDiffusionPipeline, and what all families have in
-common."""
+"""d2g.diffusion.teacher against diffusers' StableDiffusionPipeline; behavior of all families."""
 
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from d2g.diffusion.teacher import Teacher, check_solver, describe_teacher, load_
 
 SHAPE = (4, 4, 4)
 
-# Steps that divide 1000, not linspace: elsewhere diffusers leaves its own grid (next = t - 1000 // steps).
+# Steps divide 1000, without linspace: otherwise diffusers leaves its grid (next = t - 1000 // steps).
 CASES: dict[str, dict[str, Any]] = {
     "epsilon, as SD 1.5 is": dict(
         prediction_type="epsilon", timestep_spacing="leading", set_alpha_to_one=False
@@ -61,7 +60,7 @@ def pipeline_latents(
     return images
 
 
-def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
+def test_pairs_equal_diffusers_pipeline(folder: Path) -> None:
     teacher = load_teacher(str(folder), final_alpha="teacher")
     z, prompts = noise(0, range(3), SHAPE), tiny.CAPTIONS[:3]
     for guidance, rescale in ((3.0, 0.0), (1.0, 0.0), (5.0, 0.7)):
@@ -72,8 +71,8 @@ def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_every_spacing_equals_ddims_timesteps_and_arithmetic(teacher: Path, spacing: Any) -> None:
-    """The plain loop with diffusers' scheduler; its step leaves linspace's grid, so that is asked for x_0."""
+def test_every_spacing_equals_diffusers_ddim(teacher: Path, spacing: Any) -> None:
+    """Reference: a loop with diffusers' scheduler, whose step leaves the linspace grid and only gives x_0."""
     loaded = load_teacher(str(teacher), spacing=spacing, final_alpha="teacher")
     reference = DDIMScheduler.from_pretrained(teacher / "scheduler", timestep_spacing=spacing)
     reference.set_timesteps(5)
@@ -92,14 +91,14 @@ def test_every_spacing_equals_ddims_timesteps_and_arithmetic(teacher: Path, spac
 
 
 def with_scheduler(teacher: Path, folder: Path, **settings: Any) -> Path:
-    """A copy of the teacher whose scheduler_config.json says something else."""
+    """A copy of the teacher with other settings in scheduler_config.json."""
     shutil.copytree(teacher, folder)
     tiny_teachers.edit(folder, "scheduler/scheduler_config.json", **settings)
     return folder
 
 
 def test_final_alpha_one_drops_the_last_steps_noise(teacher: Path, tmp_path: Path) -> None:
-    """Overriding SD's set_alpha_to_one=False equals a pipeline whose scheduler says True."""
+    """Overriding SD's set_alpha_to_one=False equals a pipeline whose scheduler has True."""
     sd = with_scheduler(teacher, tmp_path / "sd", set_alpha_to_one=False)
     one = with_scheduler(teacher, tmp_path / "one", set_alpha_to_one=True)
     z, prompts = noise(0, range(2), SHAPE), tiny.CAPTIONS[:2]
@@ -137,7 +136,7 @@ def test_x0_and_epsilon_from_every_prediction(folder: Path, t: int) -> None:
 
 
 class Calls:
-    """Sees every evaluation of a network : batch sizes, and the text inputs."""
+    """Records batch sizes and text inputs of every network evaluation."""
 
     def __init__(self, unet: nn.Module) -> None:
         self.rows: list[int] = []
@@ -150,13 +149,13 @@ class Calls:
 
 
 @pytest.fixture
-def watched(teacher: Path) -> tuple[Teacher, Calls]:
+def record_calls(teacher: Path) -> tuple[Teacher, Calls]:
     loaded = load_teacher(str(teacher))
     return loaded, Calls(loaded.network)
 
 
-def test_no_guidance_costs_one_evaluation_a_step(watched: tuple[Teacher, Calls]) -> None:
-    teacher, calls = watched
+def test_without_guidance_a_step_is_one_evaluation(record_calls: tuple[Teacher, Calls]) -> None:
+    teacher, calls = record_calls
     teacher.sample(noise(0, range(3), SHAPE), ["a", "b", "c"], 4, 1.0, "ddim")
     assert calls.rows == [3] * 4
     teacher.sample(noise(0, range(3), SHAPE), ["a", "b", "c"], 4, 2.0, "ddim")
@@ -165,8 +164,8 @@ def test_no_guidance_costs_one_evaluation_a_step(watched: tuple[Teacher, Calls])
     assert calls.rows[8:] == [3] * 7
 
 
-def test_the_unconditional_branch_is_the_encoded_empty_string(watched: tuple[Teacher, Calls]) -> None:
-    teacher, calls = watched
+def test_the_unconditional_branch_is_the_encoded_empty_string(record_calls: tuple[Teacher, Calls]) -> None:
+    teacher, calls = record_calls
     prompts = ["a red cube", "a blue sphere", "a red cube"]
     teacher.sample(noise(0, range(3), SHAPE), prompts, 1, 3.0, "ddim")
     empty, text = calls.text[0].chunk(2)
@@ -175,21 +174,21 @@ def test_the_unconditional_branch_is_the_encoded_empty_string(watched: tuple[Tea
     assert (text[0] - text[1]).abs().max() > 1e-3
 
 
-def test_text_is_encoded_once_for_each_different_prompt(teacher: Path) -> None:
+def test_each_distinct_prompt_is_encoded_once(teacher: Path) -> None:
     loaded = load_teacher(str(teacher))
-    seen: list[int] = []
-    loaded.encoders[0].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    batch_sizes: list[int] = []
+    loaded.encoders[0].register_forward_hook(lambda module, args, output: batch_sizes.append(len(args[0])))
     prompts = ["a", "b", "a", "a"]
     result = loaded.sample(noise(0, range(4), SHAPE), prompts, 2, 3.0, "ddim")
-    assert seen == [3], "a, b and the empty prompt"
+    assert batch_sizes == [3], "a, b and the empty prompt"
     cond = loaded.encode(["a", "b"])[[0, 1, 0, 0]]
-    loaded.encoders[0].to("meta")  # gone: nothing below may touch it
+    loaded.encoders[0].to("meta")  # the encoder must not be used again
     for row in range(4):
-        alone = loaded.sample(noise(0, [row], SHAPE), [], 2, 3.0, "ddim", cond=cond[[row]])
-        torch.testing.assert_close(alone, result[row : row + 1], rtol=0, atol=1e-5)
+        single = loaded.sample(noise(0, [row], SHAPE), [], 2, 3.0, "ddim", cond=cond[[row]])
+        torch.testing.assert_close(single, result[row : row + 1], rtol=0, atol=1e-5)
 
 
-def test_conditions_are_chosen_by_position(teacher: Path) -> None:
+def test_conditions_are_selected_by_position(teacher: Path) -> None:
     cond = load_teacher(str(teacher)).encode(["a", "b"])
     assert len(cond) == 2 and len(cond[[1, 1, 0]]) == 3
     assert torch.equal(cond[[1]].tensors["hidden"][0], cond.tensors["hidden"][1])
@@ -202,14 +201,14 @@ def test_conditions_are_chosen_by_position(teacher: Path) -> None:
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
     teacher, prompts = load_teacher(str(folder)), tiny.CAPTIONS[:4]
-    together = teacher.sample(noise(0, range(4), SHAPE), prompts, 4, 2.0, solver)
+    batch = teacher.sample(noise(0, range(4), SHAPE), prompts, 4, 2.0, solver)
     for row in (0, 3):
-        alone = teacher.sample(noise(0, [row], SHAPE), prompts[row : row + 1], 4, 2.0, solver)
-        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
-    assert together.isfinite().all()
+        single = teacher.sample(noise(0, [row], SHAPE), prompts[row : row + 1], 4, 2.0, solver)
+        torch.testing.assert_close(single[0], batch[row], rtol=1e-5, atol=1e-5)
+    assert batch.isfinite().all()
 
 
-def test_half_precision_networks_still_update_in_fp32(teacher: Path) -> None:
+def test_latents_are_updated_in_fp32_with_bf16_networks(teacher: Path) -> None:
     """Only the network's output is in bf16: the reference is diffusers' scheduler on fp32 latents."""
     half = load_teacher(str(teacher), precision="bf16")
     assert {p.dtype for m in (half.network, *half.encoders) for p in m.parameters()} == {torch.bfloat16}
@@ -230,7 +229,7 @@ def test_half_precision_networks_still_update_in_fp32(teacher: Path) -> None:
 
 
 def test_the_network_may_be_replaced(teacher: Path) -> None:
-    """As a compiled one is: the same module behind a wrapper that forwards calls only."""
+    """As by torch.compile: a wrapper that only forwards calls to the module."""
 
     class Wrapper(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -246,7 +245,7 @@ def test_the_network_may_be_replaced(teacher: Path) -> None:
     assert torch.equal(result, loaded.sample(z, ["a", "b"], 2, 3.0, "ddim"))
 
 
-def test_impossible_settings_are_refused_first(teacher: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused_before_sampling(teacher: Path, tmp_path: Path) -> None:
     loaded = load_teacher(str(teacher))
     check_solver(loaded, "ddim", 50, 3.0, 0.7)
     check_solver(loaded, "heun", 18)
@@ -294,12 +293,12 @@ def test_unsupported_sizes_are_refused(
         assert loaded.sample(z, [prompt], 1, 1.0, loaded.default_solver).shape == z.shape
     with pytest.raises(SettingError, match=f"latent size is {says}"):
         check_solver(loaded, loaded.default_solver, 1, size=bad)
-    with pytest.raises((RuntimeError, ValueError)):  # what would come out of the network
+    with pytest.raises((RuntimeError, ValueError)):  # the network itself raises these
         z = torch.zeros(1, loaded.latent_shape[0], *bad)
         loaded.sample(z, [prompt], 1, 1.0, loaded.default_solver)
 
 
-BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
+UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "inpainting": ("unet/config.json", dict(in_channels=9), "takes 9 channels, but latents have 4"),
     "two outputs": ("unet/config.json", dict(out_channels=5), "gives 5 channels; expected 4, or 8"),
     "a guidance-distilled UNet": (
@@ -322,11 +321,11 @@ BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BEYOND)
+@pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unsupported_networks_are_refused_before_weights_are_read(
     case: str, teacher: Path, tmp_path: Path
 ) -> None:
-    file, values, says = BEYOND[case]
+    file, values, says = UNSUPPORTED[case]
     folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     tiny_teachers.edit(folder, file, **values)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()

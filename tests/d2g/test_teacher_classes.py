@@ -34,15 +34,15 @@ def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def drawn_by(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """The noise that a pipeline without `latents=` draws for itself."""
+def pipeline_noise(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """The noise that a pipeline without `latents=` samples."""
     return torch.randn(shape, generator=generator)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_pairs_equal_dits_own_pipeline(dit: Path, guidance: float) -> None:
+def test_pairs_equal_dit_pipeline(dit: Path, guidance: float) -> None:
     teacher = load_teacher(str(dit), final_alpha="teacher")
-    z = drawn_by(torch.Generator().manual_seed(0), (3, 4, 4, 4))
+    z = pipeline_noise(torch.Generator().manual_seed(0), (3, 4, 4, 4))
     result = teacher.sample(z, LABELS, 8, guidance, "ddim")
     pipe = tiny_teachers.diffusers_pipeline(dit)
     assert type(pipe).__name__ == "DiTPipeline"
@@ -60,8 +60,8 @@ def test_pairs_equal_dits_own_pipeline(dit: Path, guidance: float) -> None:
     torch.testing.assert_close(decoded, images, rtol=0, atol=1e-4)
 
 
-def test_dits_null_label_is_its_number_of_classes(tmp_path: Path) -> None:
-    """diffusers' pipeline says 1000, whatever the model; the model's own table says num_embeds_ada_norm."""
+def test_dit_null_label_is_its_number_of_classes(tmp_path: Path) -> None:
+    """diffusers' pipeline always uses 1000; the model's embedding table has num_embeds_ada_norm classes."""
     teacher = load_teacher(tiny_teachers.save_dit(tmp_path, classes=7), final_alpha="teacher")
     z, cond = noise(0, range(2), (4, 4, 4)), teacher.encode(["6", "2"])
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
@@ -76,8 +76,8 @@ def test_dits_null_label_is_its_number_of_classes(tmp_path: Path) -> None:
     torch.testing.assert_close(teacher.sample(z, ["6", "2"], 4, 3.0, "ddim"), x, rtol=0, atol=1e-4)
 
 
-def test_the_published_dit(dit: Path, tmp_path: Path) -> None:
-    """Its transformer was saved under an older name, which changes nothing."""
+def test_the_published_dit_config(dit: Path, tmp_path: Path) -> None:
+    """Its transformer was saved under an older class name."""
     old = Path(tiny_teachers.save_dit(tmp_path / "old", timestep_spacing="trailing"))
     tiny_teachers.edit(old, "model_index.json", transformer=["diffusers", "Transformer2DModel"])
     tiny_teachers.edit(old, "transformer/config.json", _class_name="Transformer2DModel")
@@ -139,10 +139,10 @@ def test_guidance_needs_a_null_class(pixels: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 def test_a_row_does_not_depend_on_its_batch(dit: Path, solver: Any) -> None:
     teacher = load_teacher(str(dit))
-    together = teacher.sample(noise(0, range(3), (4, 4, 4)), LABELS, 4, 3.0, solver)
+    batch = teacher.sample(noise(0, range(3), (4, 4, 4)), LABELS, 4, 3.0, solver)
     for row in range(3):
-        alone = teacher.sample(noise(0, [row], (4, 4, 4)), LABELS[row : row + 1], 4, 3.0, solver)
-        assert (alone[0] - together[row]).abs().max() < 1e-5 * together.abs().max()
+        single = teacher.sample(noise(0, [row], (4, 4, 4)), LABELS[row : row + 1], 4, 3.0, solver)
+        assert (single[0] - batch[row]).abs().max() < 1e-5 * batch.abs().max()
 
 
 @pytest.mark.parametrize("prompt", ["1000", "-1", "cat", "", "1.0", "\u0661"])
@@ -152,7 +152,7 @@ def test_prompts_must_be_class_numbers(dit: Path, prompt: str) -> None:
     assert repr(prompt) in str(caught.value)
 
 
-def test_they_describe_themselves(dit: Path, pixels: Path) -> None:
+def test_descriptions(dit: Path, pixels: Path) -> None:
     result, teacher = describe_teacher(str(dit)), load_teacher(str(dit))
     assert result["pipeline"] == "DiTPipeline" and result["facts"]["null_label"] == 1000
     assert result["conditioning"] == {"kind": "label", "guidance": True, "encoders": {}, "num_labels": 1000}

@@ -51,7 +51,7 @@ def loop(teacher: Teacher, scheduler: Any, z: Tensor, steps: int, labels: Tensor
     ],
     ids=["euler", "exponential", "v", "dpm"],
 )
-def test_pairs_equal_diffusers_own_sampler(kind: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_pairs_equal_diffusers_sampler(kind: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     teacher = load_teacher(tiny_teachers.save_edm(tmp_path, scheduler=kind, **settings))
     z = noise(0, range(3), (3, 8, 8))
     result = teacher.sample(z, LABELS, 8, 1.0, "euler")
@@ -71,8 +71,8 @@ def test_an_unconditional_edm_with_another_sigma_data(tmp_path: Path) -> None:
     torch.testing.assert_close(teacher.sample(z, ["", ""], 6, 1.0, "euler"), expected, rtol=0, atol=1e-5)
 
 
-def test_sdxl_with_guidance_equals_its_own_pipeline(tmp_path: Path) -> None:
-    """As Playground 2.5 is published, but for its solver's order and its autoencoder. The pipeline starts
+def test_sdxl_edm_with_guidance_equals_diffusers_pipeline(tmp_path: Path) -> None:
+    """As Playground 2.5, except for its solver's order and its autoencoder. The pipeline starts
     from sqrt(sigma_max^2 + 1) times its latents."""
     folder = tiny_teachers.save_sdxl(tmp_path, scheduler=DPM, **tiny_teachers.EDM, solver_order=1)
     teacher, z = load_teacher(folder), noise(0, range(2), (4, 4, 4))
@@ -92,7 +92,7 @@ def test_sdxl_with_guidance_equals_its_own_pipeline(tmp_path: Path) -> None:
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
-def test_heun_is_another_solver_of_the_same_ode(edm: Path) -> None:
+def test_heun_solves_the_same_ode(edm: Path) -> None:
     teacher, z = load_teacher(str(edm)), noise(0, range(3), (3, 8, 8))
     fine = teacher.sample(z, LABELS, 160, 1.0, "heun")
     errors = [
@@ -104,7 +104,7 @@ def test_heun_is_another_solver_of_the_same_ode(edm: Path) -> None:
     assert evaluations_per_sample(18, "heun", 1.0) == 35, "Table A1"
 
 
-def test_it_describes_itself(edm: Path) -> None:
+def test_description(edm: Path) -> None:
     result, teacher = describe_teacher(str(edm)), load_teacher(str(edm))
     facts = {"preconditioning": "edm", **tiny_teachers.EDM, "sigma_schedule": "karras", "rho": 7.0}
     assert result["facts"].items() >= facts.items() and result["prediction_type"] == "epsilon"

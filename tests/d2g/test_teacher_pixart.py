@@ -44,7 +44,7 @@ def pipeline_latents(folder: Path, latents: Tensor, steps: int, **settings: Any)
     return images
 
 
-def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
+def test_pairs_equal_diffusers_pipeline(folder: Path) -> None:
     teacher = load_teacher(str(folder), final_alpha="teacher")
     for size in ((4, 4), (4, 6)):
         z = noise(0, range(3), (4, *size))
@@ -57,10 +57,10 @@ def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
 
 def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
     teacher = load_teacher(str(folder))
-    together = teacher.sample(noise(0, range(3), SHAPE), PROMPTS, 4, 3.0, "heun")
+    batch = teacher.sample(noise(0, range(3), SHAPE), PROMPTS, 4, 3.0, "heun")
     for row in range(3):
-        alone = teacher.sample(noise(0, [row], SHAPE), PROMPTS[row : row + 1], 4, 3.0, "heun")
-        assert (alone[0] - together[row]).abs().max() < 1e-5 * together.abs().max()
+        single = teacher.sample(noise(0, [row], SHAPE), PROMPTS[row : row + 1], 4, 3.0, "heun")
+        assert (single[0] - batch[row]).abs().max() < 1e-5 * batch.abs().max()
 
 
 def test_captions_are_lower_cased_as_in_diffusers(folder: Path) -> None:
@@ -70,7 +70,7 @@ def test_captions_are_lower_cased_as_in_diffusers(folder: Path) -> None:
     assert not torch.equal(rows["mask"][1], rows["mask"][2])
 
 
-def test_it_describes_itself(folder: Path) -> None:
+def test_description(folder: Path) -> None:
     result, teacher = describe_teacher(str(folder)), load_teacher(str(folder))
     alpha = result["pipeline"] == "PixArtAlphaPipeline"
     assert result["facts"]["t5_tokens"] == (120 if alpha else 300)
@@ -80,8 +80,8 @@ def test_it_describes_itself(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
-def test_the_published_files(tmp_path: Path) -> None:
-    """The transformer under its old name, and a DPM-Solver: of first order, and trailing, it is DDIM."""
+def test_the_published_config(tmp_path: Path) -> None:
+    """The transformer has its old class name; the first-order DPM-Solver with trailing spacing is DDIM."""
     folder = Path(
         tiny_teachers.save_pixart(
             tmp_path / "old",

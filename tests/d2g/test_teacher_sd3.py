@@ -40,7 +40,7 @@ def pipeline_latents(folder: Path, latents: Tensor, steps: int, **settings: Any)
     return images
 
 
-def test_pairs_equal_diffusers_own_pipeline(folder: Path) -> None:
+def test_pairs_equal_diffusers_pipeline(folder: Path) -> None:
     teacher, z = load_teacher(str(folder)), noise(0, range(3), SHAPE)
     for steps, guidance in ((8, 3.0), (7, 1.0), (1, 3.0)):
         result = teacher.sample(z, PROMPTS, steps, guidance, "euler")
@@ -65,7 +65,7 @@ def test_trailing_equals_the_pipeline_with_its_sigmas(folder: Path) -> None:
     assert (result - linspace).abs().max() > 1e-2
 
 
-def test_without_t5_zeros_take_its_place(folder: Path, tmp_path: Path) -> None:
+def test_missing_t5_embeddings_are_zeros(folder: Path, tmp_path: Path) -> None:
     bare, z = Path(tiny_teachers.save_sd3(tmp_path / "bare", with_t5=False)), noise(0, range(3), SHAPE)
     teacher = load_teacher(str(bare))
     result = teacher.sample(z, PROMPTS, 6, 3.0, "euler")
@@ -95,10 +95,10 @@ def test_a_dynamic_shift_depends_on_the_size(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
     teacher = load_teacher(str(folder))
-    together = teacher.sample(noise(0, range(3), SHAPE), PROMPTS, 4, 3.0, solver)
+    batch = teacher.sample(noise(0, range(3), SHAPE), PROMPTS, 4, 3.0, solver)
     for row in range(3):
-        alone = teacher.sample(noise(0, [row], SHAPE), PROMPTS[row : row + 1], 4, 3.0, solver)
-        assert (alone[0] - together[row]).abs().max() < 1e-5 * together.abs().max()
+        single = teacher.sample(noise(0, [row], SHAPE), PROMPTS[row : row + 1], 4, 3.0, solver)
+        assert (single[0] - batch[row]).abs().max() < 1e-5 * batch.abs().max()
 
 
 def test_the_flow_is_integrated_in_fp32(folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_flow_is_integrated_in_fp32(folder: Path) -> None:
     torch.testing.assert_close(result, x, rtol=0, atol=1e-5)
 
 
-def test_settings_that_a_flow_lacks_are_refused(folder: Path) -> None:
+def test_settings_without_meaning_for_a_flow_are_refused(folder: Path) -> None:
     teacher = load_teacher(str(folder))
     assert teacher.default_solver == "euler" and isinstance(teacher.schedule, FlowSchedule)
     check_solver(teacher, "euler", 28, 7.0)
@@ -134,7 +134,7 @@ def test_settings_that_a_flow_lacks_are_refused(folder: Path) -> None:
         load_teacher(str(folder), spacing="leading")
 
 
-def test_it_describes_itself(folder: Path) -> None:
+def test_description(folder: Path) -> None:
     result = describe_teacher(str(folder))
     assert result["pipeline"] == "StableDiffusion3Pipeline"
     assert result["prediction_type"] == "flow_prediction" and result["latent_shape"] == [8, 4, 4]
@@ -149,11 +149,11 @@ def test_it_describes_itself(folder: Path) -> None:
     assert set(result["params"]) >= {"transformer", "text_encoder_3", "vae"}
 
 
-def test_scale_and_shift_are_the_autoencoders(folder: Path) -> None:
+def test_latent_scale_and_shift_come_from_the_autoencoder(folder: Path) -> None:
     assert load_teacher(str(folder)).space == latent_space(load_vae(str(folder)))
 
 
-def test_a_vp_scheduler_does_not_go_with_it(tmp_path: Path) -> None:
+def test_a_vp_scheduler_is_refused(tmp_path: Path) -> None:
     folder = Path(tiny_teachers.save_sd3(tmp_path / "odd", with_t5=False))
     tiny_teachers.edit(folder, "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     with pytest.raises(

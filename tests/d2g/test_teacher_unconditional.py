@@ -30,7 +30,7 @@ def ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_pixels_equal_diffusers_own_pipeline(pixels: Path) -> None:
+def test_pixels_equal_diffusers_pipeline(pixels: Path) -> None:
     teacher = load_teacher(str(pixels), final_alpha="teacher")
     assert teacher.space == LatentSpace(channels=3, downscale=1, scale=1.0)
     z = torch.randn((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def test_pixels_equal_diffusers_own_pipeline(pixels: Path) -> None:
     pixels_seen = (decode(load_vae(str(pixels)), result) / 2 + 0.5).clamp(0, 1)
     assert 0.1 < images.std() and result.abs().max() > 0.5
     torch.testing.assert_close(pixels_seen, images, rtol=0, atol=1e-4)
-    # The pipeline gives clipped pixels only: half a loop shows that nothing hides behind the clipping.
+    # The pipeline clips pixels, so also compare unclipped pixels after half of the steps.
     x = z
     for t in pipe.scheduler.timesteps:
         with torch.no_grad():
@@ -49,7 +49,7 @@ def test_pixels_equal_diffusers_own_pipeline(pixels: Path) -> None:
     torch.testing.assert_close(result, x, rtol=0, atol=1e-4)
 
 
-def test_latents_equal_diffusers_own_pipeline(ldm: Path) -> None:
+def test_latents_equal_diffusers_pipeline(ldm: Path) -> None:
     teacher = load_teacher(str(ldm), final_alpha="teacher")
     assert teacher.space == LatentSpace(channels=3, downscale=4, scale=0.3)
     z = torch.randn((3, 3, 4, 4), generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def test_latents_equal_diffusers_own_pipeline(ldm: Path) -> None:
     torch.testing.assert_close(decoded, torch.from_numpy(images), rtol=0, atol=1e-4)
 
 
-def test_a_vq_autoencoders_latents_are_scaled_both_ways(ldm: Path) -> None:
+def test_vq_latents_are_scaled_in_encode_and_decode(ldm: Path) -> None:
     vae, images = load_vae(str(ldm)), noise(0, range(2), (3, 16, 16)).clamp(-1, 1)
     with torch.no_grad():
         raw = vae.encode(images).latents
@@ -72,7 +72,7 @@ def test_a_vq_autoencoders_latents_are_scaled_both_ways(ldm: Path) -> None:
         torch.testing.assert_close(decode(vae, encode(vae, images)), vae.decode(raw).sample)
 
 
-def test_pixels_pass_through(pixels: Path) -> None:
+def test_pixels_need_no_autoencoder(pixels: Path) -> None:
     images = noise(0, range(2), (3, 8, 8))
     vae = load_vae(str(pixels))
     assert torch.equal(encode(vae, images), images) and torch.equal(decode(vae, images), images)
@@ -81,10 +81,10 @@ def test_pixels_pass_through(pixels: Path) -> None:
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 def test_a_row_does_not_depend_on_its_batch(ldm: Path, solver: Any) -> None:
     teacher = load_teacher(str(ldm))
-    together = teacher.sample(noise(0, range(3), (3, 4, 4)), [""] * 3, 4, 1.0, solver)
+    batch = teacher.sample(noise(0, range(3), (3, 4, 4)), [""] * 3, 4, 1.0, solver)
     for row in range(3):
-        alone = teacher.sample(noise(0, [row], (3, 4, 4)), [""], 4, 1.0, solver)
-        assert (alone[0] - together[row]).abs().max() < 1e-5 * together.abs().max()
+        single = teacher.sample(noise(0, [row], (3, 4, 4)), [""], 4, 1.0, solver)
+        assert (single[0] - batch[row]).abs().max() < 1e-5 * batch.abs().max()
 
 
 def test_settings_without_effect_are_refused(ldm: Path) -> None:
@@ -98,8 +98,8 @@ def test_settings_without_effect_are_refused(ldm: Path) -> None:
         check_solver(teacher, "ddim", 50, 8.0)
 
 
-def test_a_stochastic_scheduler_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    """As google/ddpm-cifar10-32 is published; following the error message makes it work."""
+def test_a_stochastic_scheduler_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    """As in google/ddpm-cifar10-32; following the error message makes it work."""
     folder = Path(
         tiny_teachers.save_pixels(
             tmp_path / "ddpm", scheduler=DDPMScheduler, beta_end=0.006, clip_sample=True
