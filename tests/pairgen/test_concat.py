@@ -1,4 +1,4 @@
-"""pairgen.store.concat: several stores read as one, each row with the scale it was made with."""
+"""pairgen.store.concat: several stores read as one; each row has the guidance scale of its store."""
 
 import json
 from dataclasses import replace
@@ -29,45 +29,47 @@ def stores(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     ]
 
 
-def joined(stores: list[Path], with_guidance: bool = True) -> JoinedReader:
+def join_readers(stores: list[Path], with_guidance: bool = True) -> JoinedReader:
     return JoinedReader([PairReader(store) for store in stores], with_guidance)
 
 
-def test_rows_are_the_stores_own_with_their_scale(stores: list[Path]) -> None:
-    reader, own = joined(stores), [PairReader(store) for store in stores]
-    assert len(reader) == 8 + 12 and reader.spec == own[0].spec
+def test_rows_equal_those_of_the_stores_and_have_their_scale(stores: list[Path]) -> None:
+    reader, readers = join_readers(stores), [PairReader(store) for store in stores]
+    assert len(reader) == 8 + 12 and reader.spec == readers[0].spec
     batch = reader.read(range(20))
     assert isinstance(batch, GuidedBatch) and sorted(set(batch.guidance.tolist())) == [2.0, 6.0]
-    for scale, source in ((2.0, own[0]), (6.0, own[1])):
-        here = batch.guidance == scale
+    for scale, source in ((2.0, readers[0]), (6.0, readers[1])):
+        from_source = batch.guidance == scale
         all_rows = source.read(range(len(source)))
-        assert batch.index[here].tolist() == all_rows.index.tolist()
-        assert torch.equal(batch.noise[here], all_rows.noise)
-        assert torch.equal(batch.latents[here], all_rows.latents)
-        assert [p for p, ours in zip(batch.prompts, here, strict=True) if ours] == all_rows.prompts
+        assert batch.index[from_source].tolist() == all_rows.index.tolist()
+        assert torch.equal(batch.noise[from_source], all_rows.noise)
+        assert torch.equal(batch.latents[from_source], all_rows.latents)
+        assert [
+            p for p, included in zip(batch.prompts, from_source, strict=True) if included
+        ] == all_rows.prompts
 
 
-def test_any_stretch_of_rows_has_every_scale_by_its_share(stores: list[Path]) -> None:
-    reader = joined(stores)
+def test_every_range_of_rows_mixes_the_scales_in_proportion(stores: list[Path]) -> None:
+    reader = join_readers(stores)
     for start in range(0, 15):
         low = (reader.read(range(start, start + 5)).guidance == 2.0).sum()  # type: ignore[attr-defined]
         assert 1 <= low <= 3
 
 
-def test_order_and_repeats_are_the_callers(stores: list[Path]) -> None:
-    reader = joined(stores)
+def test_rows_are_returned_in_the_requested_order_with_repeats(stores: list[Path]) -> None:
+    reader = join_readers(stores)
     rows = [17, 3, 3, 0, 9]
-    all_rows, some = reader.read(range(20)), reader.read(rows)
-    assert isinstance(all_rows, GuidedBatch) and isinstance(some, GuidedBatch)
-    assert torch.equal(some.latents, all_rows.latents[rows]) and torch.equal(
-        some.guidance, all_rows.guidance[rows]
+    all_rows, selected = reader.read(range(20)), reader.read(rows)
+    assert isinstance(all_rows, GuidedBatch) and isinstance(selected, GuidedBatch)
+    assert torch.equal(selected.latents, all_rows.latents[rows]) and torch.equal(
+        selected.guidance, all_rows.guidance[rows]
     )
-    assert some.prompts == [all_rows.prompts[row] for row in rows]
-    assert torch.equal(some.index, all_rows.index[rows])
+    assert selected.prompts == [all_rows.prompts[row] for row in rows]
+    assert torch.equal(selected.index, all_rows.index[rows])
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of threads
-def test_batches_come_through_workers(stores: list[Path], teacher: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns about fork with threads
+def test_worker_processes_give_the_same_batches(stores: list[Path], teacher: Path) -> None:
     digests = pretrained.teacher_digests(str(teacher))
     reader = open_pairs(",".join(map(str, stores)), digests, with_guidance=True)
     streams = [pair_batches(reader, 4, 7, 0, workers) for workers in (0, 1)]
@@ -77,18 +79,18 @@ def test_batches_come_through_workers(stores: list[Path], teacher: Path) -> None
         stream.close()  # type: ignore[attr-defined]
 
 
-def test_one_store_stays_itself_or_tells_its_scale(stores: list[Path], teacher: Path) -> None:
+def test_a_single_store_has_scales_only_if_requested(stores: list[Path], teacher: Path) -> None:
     digests = pretrained.teacher_digests(str(teacher))
     plain = open_pairs(str(stores[0]), digests)
     assert isinstance(plain, PairReader) and scales(plain.read([0])) == ()
-    (told,) = scales(open_pairs(str(stores[0]), digests, with_guidance=True).read([0, 1]))
-    assert told.tolist() == [2.0, 2.0]
+    (guidance,) = scales(open_pairs(str(stores[0]), digests, with_guidance=True).read([0, 1]))
+    assert guidance.tolist() == [2.0, 2.0]
 
 
-def test_what_does_not_go_together(stores: list[Path], teacher: Path, tmp_path: Path) -> None:
+def test_incompatible_stores_are_refused(stores: list[Path], teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"guidance scales 2, 6; set student.guidance_conditioning=true"):
-        joined(stores, with_guidance=False)
-    same = joined([stores[0], stores[0]], with_guidance=False)
+        join_readers(stores, with_guidance=False)
+    same = join_readers([stores[0], stores[0]], with_guidance=False)
     assert len(same) == 16 and not isinstance(same.read([0]), GuidedBatch)
     readers = [PairReader(store) for store in stores]
     readers[1].spec = replace(readers[1].spec, denoiser_sha256="other")

@@ -1,4 +1,4 @@
-"""pairgen.store.dataset: each row once per epoch, whatever the ranks, workers and restarts."""
+"""pairgen.store.dataset: each row once per epoch, for any number of ranks, workers and restarts."""
 
 import os
 import re
@@ -30,17 +30,17 @@ BLOCKS: dict[str, Any] = {"block": 3, "window": 2}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return put_store(tmp_path_factory.mktemp("dataset") / "pairs", quarantined=[2, 3])
 
 
-def taken(batches: Iterator[PairBatch], count: int) -> list[PairBatch]:
+def take_batches(batches: Iterator[PairBatch], count: int) -> list[PairBatch]:
     items = list(islice(batches, count))
-    batches.close()  # type: ignore[attr-defined]  # a generator; its workers end here
+    batches.close()  # type: ignore[attr-defined]  # closing the generator ends its workers
     return items
 
 
-# The order.
+# Order of rows.
 
 
 @given(
@@ -50,12 +50,12 @@ def taken(batches: Iterator[PairBatch], count: int) -> list[PairBatch]:
     skipped=st.integers(0, 30),
     order=st.sampled_from([{}, BLOCKS, {"block": 1, "window": 50}]),
 )
-def test_a_sampler_takes_up_any_point_of_its_stream(
+def test_a_sampler_can_start_at_any_point_of_its_stream(
     size: int, batch: int, seed: int, skipped: int, order: dict[str, int]
 ) -> None:
     stream = list(islice(PairSampler(size, batch, seed, **order), skipped + 5))
-    again = list(islice(PairSampler(size, batch, seed, skipped * batch, **order), 5))
-    assert again == stream[skipped:]
+    resumed = list(islice(PairSampler(size, batch, seed, skipped * batch, **order), 5))
+    assert resumed == stream[skipped:]
     flat = [row for rows in stream for row in rows]
     assert flat == permuted_batch(seed, size, 0, len(flat), order.get("block", 0), order.get("window", 0))
     for start in range(0, len(flat) - size + 1, size):
@@ -65,13 +65,13 @@ def test_a_sampler_takes_up_any_point_of_its_stream(
 @pytest.mark.parametrize("order", [{}, BLOCKS])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_ranks_share_each_global_batch(ranks: int, order: dict[str, int]) -> None:
-    alone = list(islice(PairSampler(20, 6, 3, 12, **order), 900))  # beyond what is ordered at a time
+    single = list(islice(PairSampler(20, 6, 3, 12, **order), 900))  # more rows than are ordered at a time
     parts = [islice(PairSampler(20, 6, 3, 12, rank=r, world_size=ranks, **order), 900) for r in range(ranks)]
     joined = [[row for part in parts for row in part] for parts in zip(*parts, strict=True)]
-    assert joined == alone
+    assert joined == single
 
 
-def test_a_batch_may_be_larger_than_what_is_ordered_at_a_time() -> None:
+def test_a_batch_may_be_larger_than_the_ordering_buffer() -> None:
     first, second = islice(PairSampler(7, 5000, 1), 2)
     assert first + second == permuted_batch(1, 7, 0, 10_000)
 
@@ -87,22 +87,22 @@ def test_a_batch_may_be_larger_than_what_is_ordered_at_a_time() -> None:
         ({"window": 4}, "block 0, window 4"),
     ],
 )
-def test_impossible_orders(settings: dict[str, int], says: str) -> None:
+def test_invalid_block_settings_are_refused(settings: dict[str, int], says: str) -> None:
     with pytest.raises(SettingError, match=says):
         PairSampler(**{"size": 20, "batch_size": 4, "seed": 0, **settings})
 
 
-# The data set in a DataLoader of one's own.
+# The data set in a plain DataLoader.
 
 
-def test_one_position_or_many(whole: Path) -> None:
-    dataset = PairDataset(PairReader(whole), dtype=None)
+def test_indexing_by_one_or_many_positions(shared_store: Path) -> None:
+    dataset = PairDataset(PairReader(shared_store), dtype=None)
     assert len(dataset) == 20 and dataset[2].noise.dtype == torch.float16
     assert same(dataset[2], rows_of(SPEC, [4])) and same(dataset[[19, 2]], rows_of(SPEC, [21, 4]))
 
 
-def test_an_endless_sampler(whole: Path) -> None:
-    dataset = PairDataset(PairReader(whole))
+def test_an_endless_sampler(shared_store: Path) -> None:
+    dataset = PairDataset(PairReader(shared_store))
     loader = DataLoader(dataset, sampler=PairSampler(len(dataset), 5, 0), batch_size=None)
     loaded = list(islice(loader, 7))
     assert sorted(i for batch in loaded[:4] for i in batch.index.tolist()) == [
@@ -113,9 +113,9 @@ def test_an_endless_sampler(whole: Path) -> None:
 
 @FORKS
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_that_persist(whole: Path, start: str) -> None:
-    dataset = PairDataset(PairReader(whole))
-    dataset[range(20)]  # all files are open before a fork
+def test_persistent_workers(shared_store: Path, start: str) -> None:
+    dataset = PairDataset(PairReader(shared_store))
+    dataset[range(20)]  # open all files before the fork
     batches: Any = list(islice(PairSampler(len(dataset), 5, 0), 6))
     loader = DataLoader(
         dataset,
@@ -135,56 +135,60 @@ def test_workers_that_persist(whole: Path, start: str) -> None:
 @FORKS
 @pytest.mark.parametrize("order", [{}, BLOCKS])
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_are_those_of_the_sampler(whole: Path, workers: int, order: dict[str, int]) -> None:
-    reader = PairReader(whole)
+def test_batches_are_those_of_the_sampler(shared_store: Path, workers: int, order: dict[str, int]) -> None:
+    reader = PairReader(shared_store)
     expected = [reader.read(rows).index.tolist() for rows in islice(PairSampler(20, 4, 7, 8, **order), 12)]
-    loaded = taken(pair_loader(reader, PairSampler(20, 4, 7, 8, **order), workers=workers), 12)
+    loaded = take_batches(pair_loader(reader, PairSampler(20, 4, 7, 8, **order), workers=workers), 12)
     assert [batch.index.tolist() for batch in loaded] == expected
     assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in loaded)
     assert loaded[0].noise.dtype == torch.float32
 
 
 @FORKS
-def test_the_stored_type_is_half_the_bytes(whole: Path) -> None:
+def test_dtype_none_keeps_the_stored_dtype(shared_store: Path) -> None:
     for workers in (0, 1):
-        (batch,) = taken(
-            pair_loader(PairReader(whole), PairSampler(20, 4, 0), workers=workers, dtype=None), 1
+        (batch,) = take_batches(
+            pair_loader(PairReader(shared_store), PairSampler(20, 4, 0), workers=workers, dtype=None), 1
         )
         assert batch.noise.dtype == batch.latents.dtype == torch.float16
         assert same(batch, rows_of(SPEC, batch.index.tolist()))
 
 
-def test_labels_come_through(tmp_path: Path) -> None:
+def test_batches_of_labels(tmp_path: Path) -> None:
     spec = spec_of(conditioning="label", noise="seeded")
     reader = PairReader(put_store(tmp_path, spec))
-    for batch in taken(pair_loader(reader, PairSampler(22, 4, 0)), 6):
+    for batch in take_batches(pair_loader(reader, PairSampler(22, 4, 0)), 6):
         assert same(batch, rows_of(spec, batch.index.tolist()))
         assert batch.labels.tolist() == [7 * spec.prompt_of(i) for i in batch.index.tolist()]
 
 
-def test_pinned_batches_keep_all_they_hold(whole: Path) -> None:
-    """Page-locking needs a GPU; without one torch says so, and a loader leaves batches as they are."""
-    batch = PairReader(whole).read([3, 1])
+def test_pinned_batches_have_the_same_contents(shared_store: Path) -> None:
+    """Pinning needs a GPU; without one torch warns, and the loader leaves batches unpinned."""
+    batch = PairReader(shared_store).read([3, 1])
     if torch.cuda.is_available():
         pinned = batch.pin_memory()
         assert pinned.noise.is_pinned() and pinned.latents.is_pinned() and same(pinned, batch)
-        (found,) = taken(pair_loader(PairReader(whole), PairSampler(20, 4, 0), pin_memory=True), 1)
-        assert found.noise.is_pinned()
+        (loaded,) = take_batches(
+            pair_loader(PairReader(shared_store), PairSampler(20, 4, 0), pin_memory=True), 1
+        )
+        assert loaded.noise.is_pinned()
     else:
         with pytest.raises(RuntimeError):
             batch.pin_memory()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            (found,) = taken(pair_loader(PairReader(whole), PairSampler(20, 4, 0), pin_memory=True), 1)
-    assert same(found, rows_of(SPEC, found.index.tolist()))
+            (loaded,) = take_batches(
+                pair_loader(PairReader(shared_store), PairSampler(20, 4, 0), pin_memory=True), 1
+            )
+    assert same(loaded, rows_of(SPEC, loaded.index.tolist()))
 
 
 # Damage.
 
 
 @pytest.fixture
-def damaged(whole: Path, tmp_path: Path) -> Path:
-    store = Path(shutil.copytree(whole, tmp_path / "pairs"))
+def damaged_store(shared_store: Path, tmp_path: Path) -> Path:
+    store = Path(shutil.copytree(shared_store, tmp_path / "pairs"))
     path = shard_path(store, 1)
     latent = rows_of(SPEC, [12]).latents.numpy().tobytes()
     flip_bit(path, path.read_bytes().index(latent) + 9)
@@ -193,21 +197,23 @@ def damaged(whole: Path, tmp_path: Path) -> Path:
 
 @FORKS
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_is_one_line(damaged: Path, workers: int) -> None:
-    batches = pair_loader(PairReader(damaged), PairSampler(20, 4, 0), workers=workers)
+def test_damage_is_a_one_line_error(damaged_store: Path, workers: int) -> None:
+    batches = pair_loader(PairReader(damaged_store), PairSampler(20, 4, 0), workers=workers)
     with pytest.raises(UserError, match=r"pairs-00001\.h5: unreadable .*d2g pairs repair") as caught:
-        taken(batches, 5)
+        take_batches(batches, 5)
     assert "\n" not in str(caught.value)
 
 
 @FORKS
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_files_are_named_once(damaged: Path, workers: int) -> None:
-    said: list[str] = []
-    reader = PairReader(damaged, skip_bad=True)
-    loaded = taken(pair_loader(reader, PairSampler(20, 4, 0), workers=workers, on_skip=said.append), 10)
-    assert len(said) == 1 and said[0].startswith(
-        f"{shard_path(damaged, 1)}: unreadable (latent of row 4 does not"
+def test_skipped_files_are_reported_once(damaged_store: Path, workers: int) -> None:
+    messages: list[str] = []
+    reader = PairReader(damaged_store, skip_bad=True)
+    loaded = take_batches(
+        pair_loader(reader, PairSampler(20, 4, 0), workers=workers, on_skip=messages.append), 10
+    )
+    assert len(messages) == 1 and messages[0].startswith(
+        f"{shard_path(damaged_store, 1)}: unreadable (latent of row 4 does not"
     )
     expected = [i if not 8 <= i < 16 else 16 + (i - 8) % 6 for i in range(22) if i not in (2, 3)]
     rows = islice(PairSampler(20, 4, 0), 10)
@@ -215,31 +221,31 @@ def test_skipped_files_are_named_once(damaged: Path, workers: int) -> None:
     assert all(same(batch, rows_of(SPEC, batch.index.tolist())) for batch in loaded)
 
 
-def test_without_a_listener_it_is_logged(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
-    reader = PairReader(damaged, skip_bad=True)
-    taken(pair_loader(reader, PairSampler(20, 4, 0)), 10)
+def test_skipped_files_are_logged_by_default(damaged_store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reader = PairReader(damaged_store, skip_bad=True)
+    take_batches(pair_loader(reader, PairSampler(20, 4, 0)), 10)
     assert len(caplog.messages) == 1 and caplog.records[0].levelname == "WARNING"
     assert re.search(r"pairs-00001\.h5: .* replaced by those of the next", caplog.messages[0])
 
 
-def test_the_documented_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/pair-format.md, as it stands there; its endless loop is stopped at the second batch."""
+def test_the_documented_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code of docs/pair-format.md; stop its endless loop at the second batch."""
     text = (Path(__file__).parents[2] / "docs" / "pair-format.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(from pairgen import.*?)```", text, re.DOTALL)
     put_store(tmp_path / "pairs", spec_of(num_pairs=80, shard_size=40))
     monkeypatch.chdir(tmp_path)
-    seen: list[PairBatch] = []
-    place = {"seen": seen}
+    batches: list[PairBatch] = []
+    namespace = {"batches": batches}
     code = (
         code.replace("workers=4", "workers=0")
-        + "    seen.append(batch)\n    if len(seen) == 2:\n        break\n"
+        + "    batches.append(batch)\n    if len(batches) == 2:\n        break\n"
     )
-    exec(code, place)
-    assert [row for batch in seen for row in batch.index.tolist()] == permuted_batch(0, 80, 12_800, 128)
+    exec(code, namespace)
+    assert [row for batch in batches for row in batch.index.tolist()] == permuted_batch(0, 80, 12_800, 128)
 
 
-class Limited(PairReader):
-    """A reader whose process may write a few bytes only, or open no more files, once it has read a batch."""
+class LimitedFileSize(PairReader):
+    """A reader that limits file sizes of its process to 16 bytes after each batch."""
 
     limit = resource.RLIMIT_FSIZE
 
@@ -249,12 +255,12 @@ class Limited(PairReader):
         return batch
 
 
-class FewFiles(Limited):
+class LimitedOpenFiles(LimitedFileSize):
     limit = resource.RLIMIT_NOFILE
 
 
-class Killed(Limited):
-    """A reader whose process is killed, as the system does when memory is short."""
+class Killed(LimitedFileSize):
+    """A reader whose process is killed, as the system does if memory runs out."""
 
     def read(self, rows: Sequence[int], dtype: torch.dtype | None = torch.float32) -> PairBatch:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -262,9 +268,9 @@ class Killed(Limited):
 
 
 @FORKS
-@pytest.mark.parametrize("kind", [Limited, FewFiles, Killed])
+@pytest.mark.parametrize("kind", [LimitedFileSize, LimitedOpenFiles, Killed])
 def test_a_loader_process_that_fails_ends_the_run(kind: type[PairReader], tmp_path: Path) -> None:
-    """Under small limits, passing a batch on fails in a thread of the worker: the trainer waited forever."""
+    """Under these limits the worker's queue thread fails to send a batch, and the trainer would wait forever."""
     reader = kind(put_store(tmp_path))
     with pytest.raises(UserError, match=r"a loader process (cannot pass its batch|ended).*data\.workers=0"):
         for _ in zip(range(40), pair_loader(reader, PairSampler(22, 4, 0), workers=1), strict=False):

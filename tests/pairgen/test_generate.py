@@ -1,4 +1,4 @@
-"""pairgen.generate: rows are a function of (spec, index), however they are made and whatever interrupts."""
+"""pairgen.generate: rows depend on (spec, index) only, for any batch size, order and interruption."""
 
 import signal
 import subprocess
@@ -46,13 +46,13 @@ def rows(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     return batch.noise, batch.latents, batch.prompts
 
 
-def same(found: Path, expected: Path) -> None:
-    (a, x, p), (b, y, q) = rows(found), rows(expected)
+def assert_equal_stores(store: Path, expected: Path) -> None:
+    (a, x, p), (b, y, q) = rows(store), rows(expected)
     assert torch.equal(a, b) and p == q
     torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
 
 
-def test_what_a_store_holds(pairs: Path, config: PairConfig) -> None:
+def test_contents_of_a_store(pairs: Path, config: PairConfig) -> None:
     noise, latent, texts = rows(pairs)
     assert noise.shape == latent.shape == (12, 4, 4, 4) and texts == tiny.CAPTIONS * 2
     assert torch.equal(noise, seeds.noise(0, range(12), (4, 4, 4)))
@@ -69,7 +69,7 @@ def test_rows_do_not_depend_on_the_batch_size(
 ) -> None:
     summary = generate_pairs(replace(config, batch_size=batch_size), tmp_path / "pairs")
     assert (summary.pairs, summary.new_pairs, summary.shards) == (12, 12, 3)
-    same(tmp_path / "pairs", pairs)
+    assert_equal_stores(tmp_path / "pairs", pairs)
 
 
 def test_rows_do_not_depend_on_their_order(config: PairConfig) -> None:
@@ -89,9 +89,7 @@ def test_several_noises_of_one_prompt(config: PairConfig, tmp_path: Path) -> Non
     assert len({tuple(row.flatten().tolist()) for row in noise}) == 12
 
 
-def test_two_processes_of_torchrun_make_the_same_store(
-    pairs: Path, config: PairConfig, tmp_path: Path
-) -> None:
+def test_two_torchrun_processes_make_the_same_store(pairs: Path, config: PairConfig, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--teacher", config.teacher, "--prompts", config.prompts, "--out", str(tmp_path / "pairs")]
     sets = ["num_pairs=12", "steps=4", "guidance=3", "shard_size=5", "batch_size=4", "dtype=float32"]
@@ -107,7 +105,7 @@ def test_two_processes_of_torchrun_make_the_same_store(
     done = subprocess.run([*run, *job], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if '"new_pairs": 12' in line]) == 1
-    same(tmp_path / "pairs", pairs)
+    assert_equal_stores(tmp_path / "pairs", pairs)
     assert read_spec(tmp_path / "pairs") == read_spec(pairs)
 
 
@@ -120,7 +118,7 @@ def arguments(teacher: Path, prompts: str, out: Path, *sets: str) -> list[str]:
     return ["pairs", "generate", *options, *(part for s in chosen for part in ("--set", s))]
 
 
-def test_sigkill_leaves_whole_shards_and_the_same_command_goes_on(
+def test_sigkill_leaves_complete_shards_and_the_same_command_continues(
     teacher: Path, prompts: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "pairs"
@@ -130,18 +128,18 @@ def test_sigkill_leaves_whole_shards_and_the_same_command_goes_on(
     assert running.wait().code == -signal.SIGKILL
     shard_bytes = {path: path.read_bytes() for path in sorted(out.glob("shards/*.h5"))}
     assert 2 <= len(shard_bytes) < 9 and not PairReader(out).complete and not verify_store(out).bad_shards
-    again = d2g(arguments(teacher, prompts, out), tmp_path / "log")
-    assert again.code == 0, again.stderr
+    resumed = d2g(arguments(teacher, prompts, out), tmp_path / "log")
+    assert resumed.code == 0, resumed.stderr
     assert verify_store(out).ok and len(PairReader(out)) == 36
     assert all(path.read_bytes() == data for path, data in shard_bytes.items())
     d2g(arguments(teacher, prompts, tmp_path / "unbroken", "batch_size=32"), tmp_path / "log")
-    same(out, tmp_path / "unbroken")
+    assert_equal_stores(out, tmp_path / "unbroken")
 
 
 def test_ctrl_c_keeps_every_finished_row(config: PairConfig, pairs: Path, tmp_path: Path) -> None:
-    """A real SIGINT while the second shard is half made."""
+    """Send SIGINT while the second shard is incomplete."""
 
-    def press(label: str, done: int, total: int) -> None:
+    def interrupt(label: str, done: int, total: int) -> None:
         if done == 8:
             signal.raise_signal(signal.SIGINT)
 
@@ -149,30 +147,30 @@ def test_ctrl_c_keeps_every_finished_row(config: PairConfig, pairs: Path, tmp_pa
     with pytest.raises(
         Interrupted, match=r"stopped; 8 of 12 pairs are safe in .*pairs; run the same command again"
     ):
-        generate_pairs(replace(config, batch_size=1), out, press)
+        generate_pairs(replace(config, batch_size=1), out, interrupt)
     assert shards_present(out, read_spec(out)) == [0] and list(out.glob("partial/*.h5"))
-    again = generate_pairs(replace(config, batch_size=1), out)
-    assert (again.pairs, again.new_pairs) == (12, 4)
+    resumed = generate_pairs(replace(config, batch_size=1), out)
+    assert (resumed.pairs, resumed.new_pairs) == (12, 4)
     assert not list(out.glob("partial/*")) and verify_store(out).ok
-    same(out, pairs)
+    assert_equal_stores(out, pairs)
     assert generate_pairs(config, out).new_pairs == 0
 
 
-def test_an_error_in_the_middle_keeps_every_row_made(config: PairConfig, tmp_path: Path) -> None:
+def test_an_error_keeps_every_finished_row(config: PairConfig, tmp_path: Path) -> None:
     def fail(label: str, done: int, total: int) -> None:
         if done == 8:
             raise RuntimeError("the machine is on fire")
 
     with pytest.raises(RuntimeError, match="on fire"):
         generate_pairs(replace(config, batch_size=1), tmp_path / "pairs", fail)
-    again = generate_pairs(replace(config, batch_size=1), tmp_path / "pairs")
-    assert (again.pairs, again.new_pairs) == (12, 4)
+    resumed = generate_pairs(replace(config, batch_size=1), tmp_path / "pairs")
+    assert (resumed.pairs, resumed.new_pairs) == (12, 4)
 
 
-# What is refused.
+# Refused inputs.
 
 
-def test_other_settings_are_refused_naming_them(config: PairConfig, pairs: Path) -> None:
+def test_other_settings_are_refused_by_name(config: PairConfig, pairs: Path) -> None:
     before = {path: path.read_bytes() for path in pairs.rglob("*") if path.is_file()}
     with pytest.raises(
         UserError, match=r"another spec; differing: guidance \(3\.0 -> 4\.0\), steps \(4 -> 5\)"
@@ -184,12 +182,10 @@ def test_other_settings_are_refused_naming_them(config: PairConfig, pairs: Path)
     assert {path: path.read_bytes() for path in pairs.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 1001}, {"teacher": ""}, {"prompts": ""}])
-def test_an_impossible_job_writes_nothing(
-    config: PairConfig, tmp_path: Path, wrong: dict[str, object]
-) -> None:
-    with pytest.raises(SettingError, match=next(iter(wrong))):
-        generate_pairs(replace(config, **wrong), tmp_path / "pairs")
+@pytest.mark.parametrize("settings", [{"steps": 1001}, {"teacher": ""}, {"prompts": ""}])
+def test_invalid_jobs_write_nothing(config: PairConfig, tmp_path: Path, settings: dict[str, object]) -> None:
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        generate_pairs(replace(config, **settings), tmp_path / "pairs")
     assert not (tmp_path / "pairs").exists()
 
 
@@ -211,12 +207,12 @@ def test_an_impossible_job_writes_nothing(
         ({"num_pairs": -1}, "num_pairs is -1"),
     ],
 )
-def test_impossible_settings(setting: dict[str, object], says: str) -> None:
+def test_invalid_settings_are_refused(setting: dict[str, object], says: str) -> None:
     with pytest.raises(SettingError, match=says):
         PairConfig(**setting)  # type: ignore[arg-type]
 
 
-def test_presets_are_the_supplements() -> None:
+def test_presets_match_the_supplement() -> None:
     settings = {
         name: (p.num_pairs, p.guidance, p.steps, p.solver)
         for name, p in PAIR_PRESETS.items()
@@ -228,10 +224,10 @@ def test_presets_are_the_supplements() -> None:
     }
 
 
-# Noise and numbers.
+# Noise and precision.
 
 
-def test_seeded_noise_reads_back_as_if_stored(config: PairConfig, tmp_path: Path) -> None:
+def test_seeded_noise_reads_like_stored_noise(config: PairConfig, tmp_path: Path) -> None:
     sizes = {}
     for noise in ("stored", "seeded"):
         generate_pairs(replace(config, noise=noise, dtype="float16"), tmp_path / noise)
@@ -240,9 +236,7 @@ def test_seeded_noise_reads_back_as_if_stored(config: PairConfig, tmp_path: Path
     assert torch.equal(a, b) and torch.equal(x, y) and p == q and sizes["seeded"] < sizes["stored"]
 
 
-def test_half_precision_noise_is_rounded_before_the_teacher_sees_it(
-    config: PairConfig, tmp_path: Path
-) -> None:
+def test_fp16_noise_is_rounded_before_sampling(config: PairConfig, tmp_path: Path) -> None:
     job = replace(config, dtype="float16")
     generate_pairs(job, tmp_path / "pairs")
     noise, latent, texts = rows(tmp_path / "pairs")
@@ -253,14 +247,14 @@ def test_half_precision_noise_is_rounded_before_the_teacher_sees_it(
     from_drawn = teacher.sample(
         seeds.noise(0, range(12), (4, 4, 4)), texts, spec.steps, spec.guidance, "ddim"
     )
-    assert (latent - from_stored).abs().max() <= latent.abs().max() * 2.0**-10  # storage's own rounding
+    assert (latent - from_stored).abs().max() <= latent.abs().max() * 2.0**-10  # rounding of the stored dtype
     assert torch.equal(from_stored.half().float(), latent) or (
         (from_stored.half().float() != latent).float().mean() < 0.01
     )
     assert (from_drawn - from_stored).abs().max() > 1e-4
 
 
-def test_resimulation_finds_what_was_stored(pairs: Path, tmp_path: Path, teacher: Path) -> None:
+def test_resimulation_reproduces_the_stored_latents(pairs: Path, tmp_path: Path, teacher: Path) -> None:
     assert resimulate(pairs, 3) < 1e-4
     assert resimulate(pairs, 100, str(teacher)) < 1e-4
     tiny.save_teacher(tmp_path / "other", seed=1)
@@ -269,7 +263,7 @@ def test_resimulation_finds_what_was_stored(pairs: Path, tmp_path: Path, teacher
 
 
 @pytest.mark.parametrize("final_alpha", ["one", "teacher"])
-def test_resimulation_obeys_the_specs_last_step(tmp_path: Path, final_alpha: str) -> None:
+def test_resimulation_uses_final_alpha_of_the_spec(tmp_path: Path, final_alpha: str) -> None:
     tiny.save_teacher(tmp_path / "teacher", set_alpha_to_one=False)
     store = make_pairs(
         tmp_path / "teacher", tmp_path, final_alpha=final_alpha, spacing="trailing", solver="heun"
@@ -278,7 +272,7 @@ def test_resimulation_obeys_the_specs_last_step(tmp_path: Path, final_alpha: str
     assert resimulate(store, 4) < 1e-4
 
 
-def test_the_plan_counts_what_generation_makes(config: PairConfig, pairs: Path) -> None:
+def test_plan_counts_match_generation(config: PairConfig, pairs: Path) -> None:
     plan = plan_pairs(replace(config, dtype="float16", num_pairs=2**20))
     assert plan["pairs"] == 2**20 and plan["shards"] == -(-(2**20) // 5)
     assert plan["gib"] == 64 * 2 * 2**20 / 2**30 and plan["gib_with_noise"] == 2 * plan["gib"]
@@ -295,7 +289,7 @@ def test_the_fastest_batch_is_measured(config: PairConfig, tmp_path: Path) -> No
     assert summary.batch_size in [2**n for n in range(11)] and summary.pairs == 12
 
 
-def test_what_the_plan_costs(config: PairConfig) -> None:
+def test_plan_costs(config: PairConfig) -> None:
     plan = plan_pairs(replace(config, noise="seeded"), price=2.0)
     assert plan["gib_here"] == plan["gib"] and list(plan["by_gpus"]) == [str(n) for n in GPU_COUNTS]
     assert plan["by_gpus"]["8"]["hours"] == pytest.approx(plan["gpu_hours"] / 8)
@@ -312,24 +306,26 @@ def test_speed_settings_do_not_change_rows(
     plain = replace(config, per_prompt=settings.get("per_prompt", 1), num_pairs=settings.get("num_pairs", 12))  # type: ignore[arg-type]
     generate_pairs(plain, tmp_path / "plain")
     generate_pairs(replace(config, **settings), tmp_path / "pairs")  # type: ignore[arg-type]
-    same(tmp_path / "pairs", tmp_path / "plain")
+    assert_equal_stores(tmp_path / "pairs", tmp_path / "plain")
 
 
-def test_text_is_encoded_once_per_unique_prompt(config: PairConfig) -> None:
+def test_each_distinct_prompt_is_encoded_once(config: PairConfig) -> None:
     job = open_job(config)
-    seen: list[int] = []
+    batch_sizes: list[int] = []
     handle = job.teacher.encoders[0].register_forward_hook(
-        lambda module, given, kwargs, out: seen.append(len((given or tuple(kwargs.values()))[0])),
+        lambda module, args, kwargs, out: batch_sizes.append(len((args or tuple(kwargs.values()))[0])),
         with_kwargs=True,
     )
     job.encode([0, 6, 1, 7, 0])  # rows 0, 6 and 1, 7 share their prompts
     handle.remove()
-    assert seen == [3], "two prompts, and the empty one"
+    assert batch_sizes == [3], "two prompts and the empty prompt"
 
 
-def test_a_store_regenerates_from_its_own_prompts(config: PairConfig, pairs: Path, tmp_path: Path) -> None:
+def test_a_store_can_be_regenerated_from_its_own_prompts(
+    config: PairConfig, pairs: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "pairs"
     generate_pairs(config, out)
     (out / "shards" / "pairs-00001.h5").unlink()
     assert config_of(read_spec(out)).prompts == "" and regenerate(out) == 5
-    same(out, pairs)
+    assert_equal_stores(out, pairs)

@@ -1,4 +1,4 @@
-"""A store grows: rows that are there stay, and the larger store equals one that was made at once."""
+"""Growing a store keeps its rows, and the result equals a store generated at once."""
 
 import shutil
 from dataclasses import replace
@@ -38,8 +38,8 @@ def rows(store: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def small(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pairs of six prompts in shards of 5: the last shard is short."""
+def small_store(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pairs of six prompts in shards of 5, so the last shard is incomplete."""
     folder = tmp_path_factory.mktemp("small")
     generate_pairs(config(teacher, folder, tiny.CAPTIONS, num_pairs=6), folder / "pairs")
     return folder / "pairs"
@@ -48,12 +48,12 @@ def small(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("captions", "num_pairs"),
     [(tiny.CAPTIONS, 8), (tiny.CAPTIONS, 17), (MORE, 6), (MORE, 8), (MORE, 12)],
-    ids=["within a shard", "more shards", "prompts alone", "a pair per prompt", "both"],
+    ids=["within a shard", "more shards", "more prompts", "one pair per prompt", "both"],
 )
-def test_a_grown_store_equals_one_made_at_once(
-    teacher: Path, small: Path, tmp_path: Path, captions: list[str], num_pairs: int
+def test_a_grown_store_equals_one_generated_at_once(
+    teacher: Path, small_store: Path, tmp_path: Path, captions: list[str], num_pairs: int
 ) -> None:
-    grown = Path(shutil.copytree(small, tmp_path / "grown"))
+    grown = Path(shutil.copytree(small_store, tmp_path / "grown"))
     before = rows(grown)
     settings = config(teacher, tmp_path / "new", captions, num_pairs=num_pairs)
     assert generate_pairs(settings, grown).new_pairs == num_pairs - 6
@@ -61,12 +61,12 @@ def test_a_grown_store_equals_one_made_at_once(
     after = rows(grown)
     assert same(after, rows(tmp_path / "once")) and same(before, PairReader(grown).read(range(6), None))
     assert verify_store(grown).ok and read_spec(grown).num_prompts == len(captions)
-    assert generate_pairs(settings, grown).new_pairs == 0, "the same command again finds it complete"
+    assert generate_pairs(settings, grown).new_pairs == 0, "running the command again adds nothing"
 
 
-def test_a_store_grows_again_and_is_repaired(teacher: Path, small: Path, tmp_path: Path) -> None:
-    """Each shard carries the spec of the store at that time; all of them stay valid."""
-    store = Path(shutil.copytree(small, tmp_path / "store"))
+def test_a_store_grows_again_and_is_repaired(teacher: Path, small_store: Path, tmp_path: Path) -> None:
+    """Each shard has the spec of the store when it was written; all remain valid."""
+    store = Path(shutil.copytree(small_store, tmp_path / "store"))
     for captions, number in ((MORE[:7], 7), (MORE, 12), (MORE, 13)):
         generate_pairs(config(teacher, tmp_path / "new", captions, num_pairs=number), store)
         assert verify_store(store).ok and len(PairReader(store)) == number
@@ -75,10 +75,10 @@ def test_a_store_grows_again_and_is_repaired(teacher: Path, small: Path, tmp_pat
     assert regenerate(store) == 5 and verify_store(store).ok
 
 
-def test_a_killed_growth_loses_nothing(teacher: Path, small: Path, tmp_path: Path) -> None:
-    """Killed after the short shard was reopened: both the old and the new command finish the store."""
+def test_killing_a_growing_job_loses_nothing(teacher: Path, small_store: Path, tmp_path: Path) -> None:
+    """Kill after the incomplete shard was reopened: the old and the new command both finish the store."""
     for number in (6, 9):
-        store = Path(shutil.copytree(small, tmp_path / str(number)))
+        store = Path(shutil.copytree(small_store, tmp_path / str(number)))
         part = store / "partial" / "pairs-00001.rows-0000000005.h5"
         part.parent.mkdir(exist_ok=True)
         shard_path(store, 1).rename(part)
@@ -86,13 +86,13 @@ def test_a_killed_growth_loses_nothing(teacher: Path, small: Path, tmp_path: Pat
         assert verify_store(store).ok and len(PairReader(store)) == number and not part.exists()
 
 
-def test_quarantined_rows_of_the_short_shard_are_tried_again(
-    teacher: Path, small: Path, tmp_path: Path
+def test_quarantined_rows_of_an_incomplete_shard_are_retried(
+    teacher: Path, small_store: Path, tmp_path: Path
 ) -> None:
     from pairgen.store.hdf5 import encode_rows, load_rows
     from pairgen.store.spec import encode_record, quarantine_path
 
-    store = Path(shutil.copytree(small, tmp_path / "store"))
+    store = Path(shutil.copytree(small_store, tmp_path / "store"))
     spec, path = read_spec(store), shard_path(store, 1)
     shard = load_rows(path, spec)
     record = [{"index": 5, "prompt": shard.prompts[0], "reason": "not finite"}]
@@ -101,7 +101,7 @@ def test_quarantined_rows_of_the_short_shard_are_tried_again(
     none = replace(shard, noise=shard.noise[:0], latents=shard.latents[:0], prompts=[], index=shard.index[:0])
     path.write_bytes(encode_rows(spec, none, [5]))
     generate_pairs(config(teacher, tmp_path / "new", tiny.CAPTIONS, num_pairs=8), store)
-    assert verify_store(store).ok and same(PairReader(store).read(range(6), None), rows(small))
+    assert verify_store(store).ok and same(PairReader(store).read(range(6), None), rows(small_store))
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,16 @@ def test_quarantined_rows_of_the_short_shard_are_tried_again(
     ],
     ids=["prompts before", "reordered", "fewer", "seed", "per_prompt", "shard_size"],
 )
-def test_what_would_change_rows_is_refused(
-    teacher: Path, small: Path, tmp_path: Path, captions: list[str], settings: dict[str, Any], says: str
+def test_settings_that_would_change_rows_are_refused(
+    teacher: Path, small_store: Path, tmp_path: Path, captions: list[str], settings: dict[str, Any], says: str
 ) -> None:
-    before = {path: path.read_bytes() for path in sorted(small.rglob("*")) if path.is_file()}
+    before = {path: path.read_bytes() for path in sorted(small_store.rglob("*")) if path.is_file()}
     with pytest.raises(UserError, match=says):
-        generate_pairs(config(teacher, tmp_path, captions, **settings), small)
-    assert {path: path.read_bytes() for path in sorted(small.rglob("*")) if path.is_file()} == before
+        generate_pairs(config(teacher, tmp_path, captions, **settings), small_store)
+    assert {path: path.read_bytes() for path in sorted(small_store.rglob("*")) if path.is_file()} == before
 
 
-def test_prompts_of_a_store_that_goes_round_them_cannot_be_appended(teacher: Path, tmp_path: Path) -> None:
+def test_prompts_cannot_be_appended_after_the_list_wrapped_around(teacher: Path, tmp_path: Path) -> None:
     generate_pairs(config(teacher, tmp_path, tiny.CAPTIONS[:2], num_pairs=4), tmp_path / "pairs")
     with pytest.raises(UserError, match=r"uses its 2 prompts several times over for 4 pairs"):
         generate_pairs(config(teacher, tmp_path, MORE, num_pairs=8), tmp_path / "pairs")
@@ -133,10 +133,10 @@ def test_prompts_of_a_store_that_goes_round_them_cannot_be_appended(teacher: Pat
     assert verify_store(tmp_path / "pairs").ok, "more pairs of the same prompts"
 
 
-def test_a_store_does_not_grow_while_another_job_makes_its_last_shard(
-    teacher: Path, small: Path, tmp_path: Path
+def test_a_store_cannot_grow_while_another_job_writes_its_last_shard(
+    teacher: Path, small_store: Path, tmp_path: Path
 ) -> None:
-    store = Path(shutil.copytree(small, tmp_path / "store"))
+    store = Path(shutil.copytree(small_store, tmp_path / "store"))
     spec = replace(read_spec(store), num_pairs=9)
     (store / "claims").mkdir(exist_ok=True)
     with Claims(store) as other:
@@ -148,22 +148,22 @@ def test_a_store_does_not_grow_while_another_job_makes_its_last_shard(
     assert [list(part) for part in pending(store, read_spec(store))] == [[5, 6, 7, 8]]
 
 
-def test_a_job_that_runs_while_the_store_grows_stops(
-    teacher: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_stops_if_its_store_has_grown(
+    teacher: Path, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It holds the old spec, and must not put a short shard in the place of the longer one."""
+    """The job has the old spec and must not replace the longer shard by a shorter one."""
     from pairgen import generate
 
-    store = Path(shutil.copytree(small, tmp_path / "store"))
+    store = Path(shutil.copytree(small_store, tmp_path / "store"))
     shard_path(store, 0).unlink()
     opened = generate.open_store
 
-    def grown_meanwhile(*arguments: Any) -> Any:
+    def grow_first(*arguments: Any) -> Any:
         job = opened(*arguments)
         grow_store(store, replace(job.spec, num_pairs=9), job.prompts)
         return job
 
-    monkeypatch.setattr(generate, "open_store", grown_meanwhile)
+    monkeypatch.setattr(generate, "open_store", grow_first)
     with pytest.raises(UserError, match="has grown to 9 pairs and 6 prompts while this job ran"):
         generate_pairs(config(teacher, tmp_path, tiny.CAPTIONS, num_pairs=6), store)
     monkeypatch.undo()
@@ -171,13 +171,13 @@ def test_a_job_that_runs_while_the_store_grows_stops(
     assert verify_store(store).ok
 
 
-def test_shards_of_the_larger_store_do_not_fit_the_smaller_one(
-    teacher: Path, small: Path, tmp_path: Path
+def test_shards_of_a_larger_store_are_refused_in_a_smaller_one(
+    teacher: Path, small_store: Path, tmp_path: Path
 ) -> None:
-    """Only a store's own history is accepted: a foreign prompt list or more pairs than it has are damage."""
+    """A shard may only have an earlier spec of the store; another prompt list or more pairs are damage."""
     other = tmp_path / "other"
     generate_pairs(config(teacher, tmp_path, MORE, num_pairs=12), other)
-    store = Path(shutil.copytree(small, tmp_path / "store"))
+    store = Path(shutil.copytree(small_store, tmp_path / "store"))
     shutil.copy(shard_path(other, 0), shard_path(store, 0))
     report = verify_store(store)
     assert [bad["shard"] for bad in report.bad_shards] == ["shards/pairs-00000.h5"]
@@ -195,26 +195,26 @@ def links(teacher: Path, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("other", ["copy", "link", "slash"])
-def test_the_same_teacher_elsewhere_resumes_and_merges(
-    teacher: Path, small: Path, tmp_path: Path, other: str
+def test_a_moved_teacher_can_resume_and_merge(
+    teacher: Path, small_store: Path, tmp_path: Path, other: str
 ) -> None:
     name = links(teacher, tmp_path / "teachers")[other]
-    store = Path(shutil.copytree(small, tmp_path / "store"))
+    store = Path(shutil.copytree(small_store, tmp_path / "store"))
     shard_path(store, 1).unlink()
-    part = Path(shutil.copytree(small, tmp_path / "part"))
+    part = Path(shutil.copytree(small_store, tmp_path / "part"))
     shard_path(part, 0).unlink()
-    moved = tmp_path / "moved"
-    generate_pairs(config(name, tmp_path, tiny.CAPTIONS, num_pairs=6), moved)
-    with h5py.File(shard_path(moved, 0)) as file:
+    other_store = tmp_path / "moved"
+    generate_pairs(config(name, tmp_path, tiny.CAPTIONS, num_pairs=6), other_store)
+    with h5py.File(shard_path(other_store, 0)) as file:
         assert name in file.attrs["spec"], "shards note the path"
-    shard_path(moved, 1).unlink()
-    merge_stores([moved, part], tmp_path / "merged")
-    assert verify_store(tmp_path / "merged").ok and same(rows(tmp_path / "merged"), rows(small))
+    shard_path(other_store, 1).unlink()
+    merge_stores([other_store, part], tmp_path / "merged")
+    assert verify_store(tmp_path / "merged").ok and same(rows(tmp_path / "merged"), rows(small_store))
     assert generate_pairs(config(name, tmp_path, tiny.CAPTIONS, num_pairs=6), store).new_pairs == 1
     assert verify_store(store).ok and read_spec(store).teacher == str(teacher), "the first path stays"
 
 
-def test_repair_takes_the_teacher_from_elsewhere(teacher: Path, tmp_path: Path) -> None:
+def test_repair_accepts_a_moved_teacher(teacher: Path, tmp_path: Path) -> None:
     first = Path(shutil.copytree(teacher, tmp_path / "first"))
     store = tmp_path / "pairs"
     generate_pairs(config(first, tmp_path, tiny.CAPTIONS, num_pairs=6), store)
@@ -229,10 +229,10 @@ def test_repair_takes_the_teacher_from_elsewhere(teacher: Path, tmp_path: Path) 
         regenerate(store, teacher=str(tmp_path / "other"))
 
 
-def test_another_autoencoder_of_the_same_latents_keeps_the_pairs(
-    teacher: Path, small: Path, tmp_path: Path
+def test_another_decoder_of_the_same_latent_space_is_accepted(
+    teacher: Path, small_store: Path, tmp_path: Path
 ) -> None:
-    """As sd-vae-ft-mse: other weights of the decoder, the same latent space."""
+    """As sd-vae-ft-mse: other decoder weights, the same latent space."""
     from d2g.diffusion.pretrained import load_vae, save_component, weights_sha256
 
     swapped = Path(shutil.copytree(teacher, tmp_path / "swapped"))
@@ -240,22 +240,22 @@ def test_another_autoencoder_of_the_same_latents_keeps_the_pairs(
     vae.decoder.conv_out.weight.data.mul_(1.5)
     save_component(vae, swapped / "vae")
     assert weights_sha256(str(swapped)) != weights_sha256(str(teacher))
-    store = Path(shutil.copytree(small, tmp_path / "store"))
+    store = Path(shutil.copytree(small_store, tmp_path / "store"))
     shard_path(store, 1).unlink()
     generate_pairs(config(swapped, tmp_path, tiny.CAPTIONS, num_pairs=6), store)
-    assert verify_store(store).ok and same(rows(store), rows(small))
+    assert verify_store(store).ok and same(rows(store), rows(small_store))
     vae.register_to_config(scaling_factor=0.9)
     save_component(vae, swapped / "vae")
     with pytest.raises(UserError, match=r"differing: latent_space\.scale \(0\.7 -> 0\.9\)"):
         generate_pairs(config(swapped, tmp_path, tiny.CAPTIONS, num_pairs=6), store)
 
 
-def test_a_store_without_a_digest_of_the_denoiser_goes_by_that_of_all_weights(
-    teacher: Path, small: Path, tmp_path: Path
+def test_a_store_without_denoiser_digest_is_checked_by_the_digest_of_all_weights(
+    teacher: Path, small_store: Path, tmp_path: Path
 ) -> None:
     from pairgen.store.spec import write_spec
 
-    store = Path(shutil.copytree(small, tmp_path / "store"))
+    store = Path(shutil.copytree(small_store, tmp_path / "store"))
     write_spec(store, replace(read_spec(store), denoiser_sha256=""))
     assert "denoiser" not in (store / "store.json").read_text()
     shard_path(store, 1).unlink()

@@ -1,4 +1,4 @@
-"""A pair job in hard times: kills, full disks, rivals, bad teachers. Processes, signals, disks are real."""
+"""Failures of a pair job: kills, full disks, concurrent jobs, NaN teachers. Processes and disks are real."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from pairgen.store.spec import quarantined_rows, read_spec, shard_path
 from pairgen.verify import verify_store
 
 PAIRS = 240
-TORUS = 3  # tiny.CAPTIONS[3] is the only one with a torus
+TORUS = 3  # index of the only caption with a torus
 
 
 def command(teacher: Path, prompts: str, out: Path, *sets: str) -> list[str]:
@@ -37,35 +37,35 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def unbroken(teacher: Path, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store made in one go, in larger batches."""
+    """A store generated without interruption, in larger batches."""
     folder = tmp_path_factory.mktemp("unbroken")
     done = d2g(command(teacher, prompts, folder / "pairs", "batch_size=32"), folder / "log")
     assert done.code == 0, done.stderr
     return folder / "pairs"
 
 
-def same(found: Path, expected: Path) -> None:
-    """Noise bit for bit, latents within fp16's rounding of fp32 sums in another order."""
-    a, b = (PairReader(folder).read(range(PAIRS)) for folder in (found, expected))
+def assert_equal_stores(store: Path, expected: Path) -> None:
+    """Noise is bit-identical; latents agree up to fp16 rounding, since fp32 sums depend on the batch size."""
+    a, b = (PairReader(folder).read(range(PAIRS)) for folder in (store, expected))
     assert torch.equal(a.noise, b.noise) and torch.equal(a.index, b.index) and a.prompts == b.prompts
     torch.testing.assert_close(a.latents, b.latents, rtol=2e-3, atol=2e-3)
-    assert verify_store(found).ok
+    assert verify_store(store).ok
 
 
 @pytest.mark.slow
 def test_twenty_kills_in_a_row(teacher: Path, prompts: str, tmp_path: Path) -> None:
     out, moments = tmp_path / "pairs", random.Random(20)
-    slow = command(teacher, prompts, out, "batch_size=1", "steps=30")
+    arguments = command(teacher, prompts, out, "batch_size=1", "steps=30")
     for _ in range(20):
-        running = Running(slow, tmp_path / "log")
+        running = Running(arguments, tmp_path / "log")
         time.sleep(moments.uniform(0.05, 0.9))
         running.send(signal.SIGKILL)
-        assert running.wait().code == -signal.SIGKILL, "it was done before"
+        assert running.wait().code == -signal.SIGKILL, "the job finished before the kill"
     done = d2g(command(teacher, prompts, out, "batch_size=16", "steps=30"), tmp_path / "log")
     assert done.code == 0, done.stderr
     unbroken = tmp_path / "unbroken"
     assert d2g(command(teacher, prompts, unbroken, "batch_size=32", "steps=30"), tmp_path / "log").code == 0
-    same(out, unbroken)
+    assert_equal_stores(out, unbroken)
     assert not list((out / "partial").iterdir()) and not list((out / "claims").glob("*.json"))
 
 
@@ -77,10 +77,10 @@ def test_two_jobs_on_one_folder_share_the_work(
     ended = [job.wait() for job in jobs]
     new = [job.json["new_pairs"] for job in ended]
     assert sum(new) == PAIRS and min(new) > 0, "every row once, and both had some"
-    same(out, unbroken)
+    assert_equal_stores(out, unbroken)
 
 
-def test_the_shard_of_a_killed_job_is_taken_over(
+def test_a_shard_of_a_killed_job_is_taken_over(
     teacher: Path, prompts: str, unbroken: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "pairs"
@@ -92,10 +92,10 @@ def test_the_shard_of_a_killed_job_is_taken_over(
     victim.wait()
     ended = heir.wait()
     assert ended.json["complete"], ended
-    same(out, unbroken)
+    assert_equal_stores(out, unbroken)
 
 
-def test_ctrl_c_twice_leaves_at_once_and_keeps_what_was_whole(
+def test_a_second_ctrl_c_exits_immediately_and_keeps_complete_shards(
     teacher: Path, prompts: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "pairs"
@@ -129,7 +129,7 @@ def test_a_full_disk(teacher: Path, prompts: str, unbroken: Path, small_disk: Pa
     assert verify_store(out).bad_shards == [] and len(PairReader(out)) < PAIRS
     (small_disk / "ballast").unlink()
     assert d2g(command(teacher, prompts, out), tmp_path / "log").code == 0
-    same(out, unbroken)
+    assert_equal_stores(out, unbroken)
 
 
 def test_a_read_only_folder(teacher: Path, prompts: str, small_disk: Path, tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_a_read_only_folder(teacher: Path, prompts: str, small_disk: Path, tmp_p
     assert ended.code == 1 and "Read-only file system" in ended.error and not list(small_disk.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "another spec", "gone"])
-def test_damage_is_found_and_mended(teacher: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "another spec", "missing"])
+def test_damage_is_found_and_repaired(teacher: Path, tmp_path: Path, damage: str) -> None:
     store = make_pairs(teacher, tmp_path)
     before = PairReader(store).read(range(12))
     shard = shard_path(store, 1)
@@ -159,7 +159,7 @@ def test_damage_is_found_and_mended(teacher: Path, tmp_path: Path, damage: str) 
     summary = json.loads(ended.stdout.splitlines()[-1])
     bad = [entry["shard"] for entry in summary["bad_shards"]]
     assert ended.code == 1 and not summary["ok"] and summary["checked"] == 7
-    assert bad == ([] if damage == "gone" else ["shards/pairs-00001.h5"])
+    assert bad == ([] if damage == "missing" else ["shards/pairs-00001.h5"])
     mended = d2g(["pairs", "repair", str(store), "--json"], tmp_path / "log")
     assert mended.json["regenerated"] == 5
     assert verify_store(store).ok
@@ -170,7 +170,7 @@ def test_damage_is_found_and_mended(teacher: Path, tmp_path: Path, damage: str) 
 
 @pytest.fixture(scope="module")
 def nan_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that knows no torus: its embedding is not a number."""
+    """A teacher whose embedding of the token "torus" is NaN."""
     folder = Path(tiny.save_teacher(tmp_path_factory.mktemp("teachers") / "nan"))
     text = load_conditioner(str(folder))
     torus, others = (
@@ -183,7 +183,7 @@ def nan_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_prompts_that_give_nan_are_named_and_the_run_goes_on(
+def test_nan_prompts_are_reported_and_the_job_continues(
     nan_teacher: Path, prompts: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "pairs"
@@ -201,14 +201,14 @@ def test_prompts_that_give_nan_are_named_and_the_run_goes_on(
     reader = PairReader(out)
     assert len(reader) == 40 and reader.read(range(40)).latents.isfinite().all()
     assert not set(reader.read(range(40)).index.tolist()) & set(bad)
-    assert len(open_pairs(str(out), reader.spec.teacher_digests)) == 40, "the others are there to train on"
-    again = d2g(command(nan_teacher, prompts, out, "num_pairs=48"), tmp_path / "log")
-    assert again.code == 1 and json.loads(again.stdout.splitlines()[-1])["new_pairs"] == 0
-    assert d2g(["pairs", "repair", str(out)], tmp_path / "log").code == 1, "they are tried again, in vain"
+    assert len(open_pairs(str(out), reader.spec.teacher_digests)) == 40, "the other pairs can be used"
+    second = d2g(command(nan_teacher, prompts, out, "num_pairs=48"), tmp_path / "log")
+    assert second.code == 1 and json.loads(second.stdout.splitlines()[-1])["new_pairs"] == 0
+    assert d2g(["pairs", "repair", str(out)], tmp_path / "log").code == 1, "retrying gives NaN again"
     assert verify_store(out).quarantined == bad
 
 
-def test_a_teacher_that_is_mostly_nan_stops_the_run(nan_teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_mostly_nan_latents_stops_the_job(nan_teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a yellow torus\na torus, pink background\na red cube\n")
     prompts, sets = str(tmp_path / "prompts.txt"), ("num_pairs=3000", "batch_size=64", "steps=1")
     ended = d2g(command(nan_teacher, prompts, tmp_path / "pairs", *sets), tmp_path / "log")

@@ -1,4 +1,4 @@
-"""The pair store: round trips, specs, damage, and what its document says. All files are real."""
+"""The pair store: round trips, specs, damage, and the documented format."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("whole") / "deep" / "pairs")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("shared") / "deep" / "pairs")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def store(tmp_path: Path) -> Path:
     return make_store(tmp_path / "pairs")
 
 
-# What goes in comes out.
+# Round trips.
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -55,7 +55,7 @@ def test_round_trip(tmp_path: Path, dtype: str, noise: str) -> None:
         assert all(file[name].fletcher32 for name in file)
 
 
-def test_rows_do_not_depend_on_batches_flushes_or_order(tmp_path: Path, whole: Path) -> None:
+def test_rows_do_not_depend_on_batches_flushes_or_order(tmp_path: Path, shared_store: Path) -> None:
     create_store(tmp_path, SPEC)
     for shard in (2, 0, 1):
         with PairWriter(tmp_path, SPEC, shard, flush_seconds=0) as writer:
@@ -63,11 +63,11 @@ def test_rows_do_not_depend_on_batches_flushes_or_order(tmp_path: Path, whole: P
                 writer.append(*rows(SPEC, [index]))
             writer.commit()
     every = list(range(22))
-    assert same(PairReader(tmp_path).read(every), PairReader(whole).read(every))
+    assert same(PairReader(tmp_path).read(every), PairReader(shared_store).read(every))
     assert not list((tmp_path / "partial").iterdir())
 
 
-def test_pending_and_an_incomplete_store(tmp_path: Path) -> None:
+def test_pending_rows_of_an_incomplete_store(tmp_path: Path) -> None:
     create_store(tmp_path, SPEC)
     assert pending(tmp_path, SPEC) == [range(0, 8), range(8, 16), range(16, 22)]
     assert len(PairReader(tmp_path)) == 0 and PairReader(tmp_path).prompts() == []
@@ -85,7 +85,7 @@ def test_pending_and_an_incomplete_store(tmp_path: Path) -> None:
         reader.read([14])
 
 
-def test_a_shard_is_whole_once(store: Path) -> None:
+def test_a_complete_shard_cannot_be_written_again(store: Path) -> None:
     with pytest.raises(UserError, match="already complete"), PairWriter(store, SPEC, 0):
         pass
 
@@ -94,19 +94,19 @@ def test_prompt_of_wraps_around() -> None:
     assert [SPEC.prompt_of(i) for i in (0, 2, 3, 11, 12, 21)] == [0, 0, 1, 3, 0, 3]
 
 
-def test_one_spec_has_one_digest_however_its_numbers_are_spelt(tmp_path: Path) -> None:
+def test_digest_does_not_depend_on_the_spelling_of_numbers(tmp_path: Path) -> None:
     spec = replace(SPEC, guidance=8, latent_space=LatentSpace(channels=4, downscale=8, scale=1, shift=0))
     create_store(tmp_path, spec)
     assert read_spec(tmp_path).sha256 == spec.sha256 != SPEC.sha256
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "settings",
     [{"num_pairs": 0}, {"seed": -1}, {"dtype": "int8"}, {"noise": "none"}, {"latent_shape": (3, 8, 8)}],
 )
-def test_impossible_specs(wrong: dict[str, object]) -> None:
-    with pytest.raises(SettingError, match=next(iter(wrong))):
-        replace(SPEC, **wrong)  # type: ignore[arg-type]
+def test_invalid_specs_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        replace(SPEC, **settings)  # type: ignore[arg-type]
 
 
 # Several processes.
@@ -125,9 +125,9 @@ class Rows(torch.utils.data.Dataset[int]):
 
 
 @FORKS
-def test_a_reader_crosses_a_fork(whole: Path) -> None:
-    reader = PairReader(whole)
-    before = reader.read(range(22))  # all files are open now
+def test_a_reader_can_be_used_after_a_fork(shared_store: Path) -> None:
+    reader = PairReader(shared_store)
+    before = reader.read(range(22))  # opens all files
     for _ in range(2):
         loader = DataLoader(Rows(reader), batch_size=5, num_workers=2, multiprocessing_context="fork")
         parts = list(loader)
@@ -137,8 +137,8 @@ def test_a_reader_crosses_a_fork(whole: Path) -> None:
         assert same(reader.read(range(22)), before)
 
 
-def test_a_reader_can_be_pickled(whole: Path) -> None:
-    reader = PairReader(whole)
+def test_a_reader_can_be_pickled(shared_store: Path) -> None:
+    reader = PairReader(shared_store)
     before = reader.read([3, 20])
     assert same(pickle.loads(pickle.dumps(reader)).read([3, 20]), before)
 
@@ -146,7 +146,7 @@ def test_a_reader_can_be_pickled(whole: Path) -> None:
 # Other specs.
 
 
-def test_another_spec_is_refused_naming_the_keys(store: Path) -> None:
+def test_another_spec_is_refused_with_the_changed_keys(store: Path) -> None:
     other = replace(SPEC, guidance=3.0, latent_space=LatentSpace(channels=4, downscale=8, scale=0.13025))
     says = r"differing: guidance \(8\.0 -> 3\.0\), latent_space\.scale \(0\.18215 -> 0\.13025\)"
     with pytest.raises(UserError, match=says):
@@ -200,7 +200,7 @@ def test_edited_newer_or_absent_store_json(store: Path) -> None:
 
 
 def test_every_flipped_bit_is_found(store: Path) -> None:
-    """Verification finds a flip anywhere; reading never returns a row that differs, nor crashes."""
+    """Verification finds every flipped bit; reading never returns changed rows and never crashes."""
     path = store / "shards" / "pairs-00002.h5"
     good, truth = path.read_bytes(), PairReader(store).read(range(22))
     refused = 0
@@ -237,29 +237,29 @@ def test_a_flip_in_each_dataset_is_refused_when_read(store: Path) -> None:
                 PairReader(store).read([0])
 
 
-# The document.
+# The documented format.
 
 
 def test_the_documented_example_reads_a_store(
-    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (ROOT / "docs" / "pair-format.md").read_text()
-    monkeypatch.chdir(whole)
+    monkeypatch.chdir(shared_store)
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 22 and lines[3].startswith("3 ein Bär ☃ ")
     assert all(f"`{key}`" in text for key in SPEC.as_json() if key != "schema")
-    with h5py.File(whole / "shards" / "pairs-00000.h5") as file:
+    with h5py.File(shared_store / "shards" / "pairs-00000.h5") as file:
         assert all(f"`{name}`" in text for name in [*file, *file.attrs])
 
 
-def test_the_documented_seal_and_digest(whole: Path) -> None:
-    data = (whole / "shards" / "pairs-00000.h5").read_bytes()
+def test_the_documented_seal_and_digest(shared_store: Path) -> None:
+    data = (shared_store / "shards" / "pairs-00000.h5").read_bytes()
     head = json.loads(data[:512])
     assert head["bytes"] == len(data) and head["sha256"] == hashlib.sha256(data[512:]).hexdigest()
-    content = json.loads((whole / "store.json").read_text())
+    content = json.loads((shared_store / "store.json").read_text())
     compact = json.dumps(content["spec"], sort_keys=True, separators=(",", ":"))
     assert content["sha256"] == hashlib.sha256(compact.encode()).hexdigest()
-    with h5py.File(whole / "shards" / "pairs-00000.h5") as file:
+    with h5py.File(shared_store / "shards" / "pairs-00000.h5") as file:
         assert file.attrs["noise_sha256"] == hashlib.sha256(np.asarray(file["noise"]).tobytes()).hexdigest()
         assert file.attrs["spec_sha256"] == content["sha256"] and file.attrs["rows"] == 8

@@ -1,5 +1,5 @@
-"""pairgen.store.hdf5_structure: shards that a stranger sealed anew. `verify` and the reader refuse the same
-files, with one line, before they read values; HDF5 itself never crashes.
+"""pairgen.store.hdf5_structure: shards changed by an attacker who updated their checksums. `verify` and the
+reader refuse the same files in one line before they read values, and HDF5 never crashes.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ Tamper = Callable[[Any], None]
 SMALL = spec_of(num_pairs=4, shard_size=4, latent_shape=(1, 2, 2))
 
 
-def seal(path: Path) -> None:
-    """Write length and sha256 of a shard as it is now into its first 512 bytes."""
+def update_seal(path: Path) -> None:
+    """Write the current length and sha256 of a shard into its first 512 bytes."""
     data = path.read_bytes()
     path.write_bytes(_seal(len(data), hashlib.sha256(data[512:]).hexdigest()) + data[512:])
 
 
 def tampered(folder: Path, tamper: Tamper, spec: StoreSpec = SPEC) -> Path:
-    """A store whose first shard was changed by `tamper` and sealed anew."""
+    """A store whose first shard was changed by `tamper`, with updated checksums."""
     put_store(folder, spec)
     with h5py.File(shard_path(folder, 0), "r+", libver=("v110", "v110")) as file:
         tamper(file)
-    seal(shard_path(folder, 0))
+    update_seal(shard_path(folder, 0))
     return folder
 
 
@@ -53,7 +53,7 @@ def replaced(name: str, **how: Any) -> Tamper:
 
 
 def virtual(target: str) -> Tamper:
-    """A dataset that HDF5 assembles from another one: reading it from its own file ends the process."""
+    """A virtual dataset; if it refers to its own file, reading it aborts the process."""
 
     def tamper(file: Any) -> None:
         shape, dtype = file["latent"].shape, file["latent"].dtype
@@ -83,7 +83,7 @@ def external(file: Any) -> None:
 
 
 def sparse(name: str, rows: int) -> Tamper:
-    """A dataset that says `rows` rows and stores none."""
+    """A dataset with a shape of `rows` rows but no stored data."""
 
     def tamper(file: Any) -> None:
         shape, dtype = (rows, *file[name].shape[1:]), file[name].dtype
@@ -95,7 +95,7 @@ def sparse(name: str, rows: int) -> Tamper:
 
 
 def bomb(file: Any) -> None:
-    """Sixteen bytes that say they are eight million."""
+    """Sixteen stored bytes that claim to expand to eight million."""
     count, wide = len(file["prompt"]), h5py.string_dtype("utf-8", 1 << 20)
     del file["prompt"]
     dataset = file.create_dataset("prompt", (count,), wide, chunks=True, fletcher32=True, compression="gzip")
@@ -104,7 +104,7 @@ def bomb(file: Any) -> None:
 
 
 def forged_chunk(file: Any) -> None:
-    """A chunk whose stored bytes expand to far more than the chunk has."""
+    """A chunk whose stored bytes expand to far more than the chunk size."""
     dataset, bad = file["prompt"], zlib.compress(b"\0" * (1 << 26), 9)
     dataset.id.write_direct_chunk((0,), bad + b"\0\0\0\0")
 
@@ -160,10 +160,10 @@ CASES: dict[str, tuple[Tamper, str]] = {
 def test_verify_and_the_reader_refuse_the_same(case: str, tmp_path: Path) -> None:
     tamper, reason = CASES[case]
     tampered(tmp_path, tamper)
-    if case == "spec is a list":  # it is read only where the digest is another one too
+    if case == "spec is a list":  # the spec is read only if its digest differs too
         with h5py.File(shard_path(tmp_path, 0), "r+") as file:
             file.attrs["spec_sha256"] = "0"
-        seal(shard_path(tmp_path, 0))
+        update_seal(shard_path(tmp_path, 0))
     (bad,) = verify_store(tmp_path, workers=1).bad_shards
     assert bad["shard"] == "shards/pairs-00000.h5" and reason in bad["reason"], bad
     with pytest.raises(UserError) as caught:
@@ -191,15 +191,15 @@ def test_a_damaged_heap_of_texts_does_not_hang(size: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("how", [{"compression": "gzip"}, {"compression": "gzip", "shuffle": True}, {}])
-def test_what_the_format_allows_still_reads(how: dict[str, Any], tmp_path: Path) -> None:
-    """Filters of every HDF5 build, and chunks of any size, as other writers may choose them."""
+def test_allowed_filters_and_chunks_can_be_read(how: dict[str, Any], tmp_path: Path) -> None:
+    """Other writers may use any chunk size and the filters of every HDF5 build."""
     tampered(tmp_path, replaced("latent", chunks=(3, 4, 8, 8), fletcher32=True, **how))
     report = verify_store(tmp_path, workers=1)
     assert report.bad_shards == [] and report.checked == 22
     assert PairReader(tmp_path).read([0]).index.tolist() == [0]
 
 
-def test_a_pipe_in_place_of_a_file_is_named_at_once(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_refused_without_blocking(tmp_path: Path) -> None:
     put_store(tmp_path)
     shard_path(tmp_path, 1).unlink()
     os.mkfifo(shard_path(tmp_path, 1))
@@ -227,16 +227,16 @@ def fuzz(folder: Path, seed: int, rounds: int) -> int:
     """Change a few bytes of a sealed shard `rounds` times. Returns how often the change was noticed."""
     put_store(folder, SMALL)
     path, rng, noticed = shard_path(folder, 0), random.Random(seed), 0
-    whole = path.read_bytes()
+    original = path.read_bytes()
     for _ in range(rounds):
-        data = bytearray(whole)
-        # Most bytes that decide something stand in the superblock and in the object headers.
+        data = bytearray(original)
+        # The superblock and the object headers hold most of the structure.
         for _ in range(rng.choice([1, 1, 2, 4, 16])):
             data[rng.randrange(512, len(data))] = rng.choice([0, 1, 255, rng.randrange(256)])
         if rng.random() < 0.1:
             del data[rng.randrange(512, len(data)) :]
         path.write_bytes(data)
-        seal(path)
+        update_seal(path)
         report = verify_store(folder, workers=1)
         try:
             PairReader(folder).read([0, 1, 2, 3])
@@ -253,5 +253,5 @@ def test_changed_bytes_never_crash(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
-def test_changed_bytes_never_crash_at_length(seed: int, tmp_path: Path) -> None:
+def test_many_changed_bytes_never_crash(seed: int, tmp_path: Path) -> None:
     assert fuzz(tmp_path, seed, rounds=2500) > 1200

@@ -1,4 +1,4 @@
-"""merge joins what was made apart, and refuses what does not go together."""
+"""`merge` combines stores of one spec and refuses conflicting ones."""
 
 import os
 import random
@@ -31,16 +31,16 @@ def store(tmp_path: Path) -> Path:
     return make_store(tmp_path / "pairs")
 
 
-def test_merge_joins_shards_made_apart(tmp_path: Path, store: Path) -> None:
+def test_merge_combines_shards_of_several_stores(tmp_path: Path, store: Path) -> None:
     a = make_store(tmp_path / "a", shards=(0, 2))
     b = make_store(tmp_path / "b", shards=(1, 2))
     before = file_contents(a), file_contents(b)
-    for copied in (3, 0):  # again is no clash
+    for copied in (3, 0):  # merging again is no conflict
         report = merge_stores([a, b], tmp_path / "out")
         assert (report.pairs, report.shards, report.copied, report.differing) == (22, 3, copied, [])
         assert file_contents(tmp_path / "out") == file_contents(store) and verify_store(tmp_path / "out").ok
     assert (file_contents(a), file_contents(b)) == before
-    merge_stores([b], a)  # into one of them
+    merge_stores([b], a)  # into one of the two stores
     assert file_contents(a) == file_contents(store)
     merge_stores([a, a], a)
     assert file_contents(a) == file_contents(store)
@@ -74,7 +74,7 @@ def _other_rounding(folder: Path, by: float) -> Path:
     return folder
 
 
-def test_merge_keeps_the_first_of_shards_that_rounding_tells_apart(tmp_path: Path, store: Path) -> None:
+def test_merge_keeps_the_first_of_shards_that_differ_by_rounding(tmp_path: Path, store: Path) -> None:
     other = _other_rounding(tmp_path / "other", 0.01)
     report = merge_stores([store, other], tmp_path / "out")
     assert [(d["shard"], d["kept"], d["left_out"]) for d in report.differing] == [
@@ -83,7 +83,7 @@ def test_merge_keeps_the_first_of_shards_that_rounding_tells_apart(tmp_path: Pat
     assert 0.005 < report.differing[0]["max_abs_err"] < 0.02 and file_contents(
         tmp_path / "out"
     ) == file_contents(store)
-    report = merge_stores([other, store], tmp_path / "out")  # what is there comes first
+    report = merge_stores([other, store], tmp_path / "out")  # existing shards take precedence
     assert (
         report.copied == 0
         and len(report.differing) == 1
@@ -101,7 +101,7 @@ def merged(out: Path, *folders: Path) -> Path:
     return out
 
 
-def test_merge_refuses_clashes_damage_and_other_specs(tmp_path: Path, store: Path) -> None:
+def test_merge_refuses_conflicts_damage_and_other_specs(tmp_path: Path, store: Path) -> None:
     other = make_store(tmp_path / "other", replace(SPEC, seed=6))
     with pytest.raises(UserError, match=r"seed \(6 -> 5\)"):
         merge_stores([store, other], tmp_path / "out")
@@ -121,7 +121,9 @@ def test_merge_refuses_clashes_damage_and_other_specs(tmp_path: Path, store: Pat
         merge_stores([clash], tmp_path / "out3")
 
 
-def test_merge_of_stores_without_lists_compares_their_prompts(tmp_path: Path, store: Path) -> None:
+def test_merge_of_stores_without_prompt_lists_compares_the_prompts_of_rows(
+    tmp_path: Path, store: Path
+) -> None:
     other = make_store(tmp_path / "other")
     for folder in (store, other):
         prompts_path(folder).unlink()
@@ -142,21 +144,21 @@ def test_merge_keeps_the_shard_with_the_most_rows(
     fewer = make_store(tmp_path / "fewer", bad=(9, 17))
     report = merge_stores([few, fewer], tmp_path / "both")
     assert report.pairs == 20 and file_contents(tmp_path / "both") == file_contents(fewer)
-    report = merge_stores([store], tmp_path / "both")  # the missing rows arrive later
+    report = merge_stores([store], tmp_path / "both")  # merge the missing rows later
     assert report.pairs == 22 and report.copied == 2
     assert file_contents(tmp_path / "both") == file_contents(store) and verify_store(tmp_path / "both").ok
 
 
-def test_merge_refuses_a_shard_whose_record_is_lost(tmp_path: Path) -> None:
+def test_merge_refuses_a_shard_without_its_quarantine_record(tmp_path: Path) -> None:
     few = make_store(tmp_path / "few", bad=(9,))
     (few / RECORD).unlink()
     with pytest.raises(UserError, match=r"rows\.json.*d2g pairs repair .*few"):
         merge_stores([few], tmp_path / "out")
 
 
-def test_a_merge_killed_anywhere_is_finished_by_the_same_command(tmp_path: Path) -> None:
+def test_a_killed_merge_is_finished_by_the_same_command(tmp_path: Path) -> None:
     spec = replace(SPEC, num_pairs=96)
-    unmerged = make_store(tmp_path / "whole", spec, bad=(3, 70), shards=tuple(range(12)))
+    unmerged = make_store(tmp_path / "all", spec, bad=(3, 70), shards=tuple(range(12)))
     few = make_store(tmp_path / "few", spec, bad=(3, 50, 70), shards=(0, 3, 6, 8, 9))
     words = ["pairs", "merge", str(few), str(unmerged), "--out", str(tmp_path / "out"), "--json"]
     moments, unfinished = random.Random(4), 0

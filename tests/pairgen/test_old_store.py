@@ -1,4 +1,4 @@
-"""A store that version 0.1.0 wrote (tests/golden/pairs_0_1) keeps reading, bit for bit.
+"""A store that version 0.1.0 wrote (tests/golden/pairs_0_1) can still be read, bit by bit.
 
 Written with `d2g pairs generate --preset trial --teacher miniature --num-pairs 3 --steps 2 --shard-size 3`;
 expected.json holds what 0.1.0's own reader returned.
@@ -36,14 +36,14 @@ def test_the_reader_returns_the_rows_that_0_1_0_read() -> None:
     assert batch.latents.flatten(1)[:, :4].tolist() == EXPECTED["latents"]
 
 
-def test_the_whole_shard_passes_every_check() -> None:
+def test_the_shard_passes_every_check() -> None:
     report = verify_store(STORE)
     assert report.ok and report.checked == 3 and report.prompts_checked
     rows = load_rows(shard_path(STORE, 0), read_spec(STORE))
     assert sha256(rows.latents) == EXPECTED["latents_sha256"]
 
 
-def test_its_noise_is_still_drawn_from_seed_and_index() -> None:
+def test_its_noise_follows_from_seed_and_index() -> None:
     spec = read_spec(STORE)
     noise = seeds.noise(spec.seed, range(3), spec.latent_shape, spec.torch_dtype)
     assert sha256(noise) == EXPECTED["noise_sha256"]

@@ -1,4 +1,4 @@
-"""Prompt files of every kind, and what is said about bad ones."""
+"""Prompt files of every format, prompt lists and their digests, and errors of bad files."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_kind_gives_the_same_prompts(tmp_path: Path, name: str) -> None:
+def test_every_format_gives_the_same_prompts(tmp_path: Path, name: str) -> None:
     assert read_prompts(_write(tmp_path / name, FILES[name])) == PROMPTS
 
 
@@ -58,7 +58,7 @@ def test_parquet(tmp_path: Path, column: str) -> None:
     assert read_prompts(path) == PROMPTS
 
 
-def test_blank_lines_spaces_and_duplicates_go_and_order_stays(tmp_path: Path) -> None:
+def test_blank_lines_spaces_and_duplicates_are_removed_in_order(tmp_path: Path) -> None:
     path = _write(tmp_path / "p.txt", "  b \n\n a\nb\n\t\nc\u2028d\nA\n")
     assert read_prompts(path) == ["b", "a", "c\u2028d", "A"]
 
@@ -137,7 +137,7 @@ def _coco_file(path: Path, captions: list[str], **before: Any) -> Path:
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 1 << 20])
-def test_json_is_read_the_same_through_any_window(
+def test_json_parsing_does_not_depend_on_the_window_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
     monkeypatch.setattr(prompt_files, "JSON_WINDOW", window)
@@ -151,11 +151,11 @@ def test_json_is_read_the_same_through_any_window(
         read_prompts(_write(tmp_path / "b.json", '{"annotations":   x}'))
 
 
-# The list.
+# PromptList.
 
 
 @given(st.lists(TEXT))
-def test_a_list_is_the_sequence_it_was_made_from(texts: list[str]) -> None:
+def test_a_list_equals_the_sequence_it_was_made_from(texts: list[str]) -> None:
     prompts = PromptList.of(texts)
     assert prompts == texts and texts == prompts and list(prompts) == texts and len(prompts) == len(texts)
     assert [prompts[i] for i in range(-len(texts), len(texts))] == texts * 2
@@ -184,7 +184,7 @@ def test_distinct_over_many_blocks() -> None:
 
 
 @given(st.lists(TEXT, min_size=1))
-def test_a_saved_list_opens_as_it_was(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+def test_a_saved_list_round_trips(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "saved.jsonl"
     PromptList.of(texts).save(path)
     prompts = PromptList.open(path)
@@ -201,7 +201,7 @@ def test_a_damaged_list_is_refused(tmp_path: Path, content: bytes) -> None:
         PromptList.open(_write(tmp_path / "p.jsonl", content))
 
 
-def test_damage_inside_a_line_is_named_when_read(tmp_path: Path) -> None:
+def test_damage_inside_a_line_is_reported_when_read(tmp_path: Path) -> None:
     prompts = PromptList.open(_write(tmp_path / "p.jsonl", b'"a"\n"\\x"\n"\xff"\n'))
     assert prompts[0] == "a"
     for row in (1, 2):
@@ -213,8 +213,8 @@ def test_damage_inside_a_line_is_named_when_read(tmp_path: Path) -> None:
         prompts.save(tmp_path / "no" / "folder" / "p.jsonl")
 
 
-def test_memory_is_that_of_the_text(tmp_path: Path) -> None:
-    """A quarter of what a list of strings would take, while reading too; sorting for repeats included."""
+def test_memory_is_close_to_the_size_of_the_text(tmp_path: Path) -> None:
+    """At most a quarter of the memory of a list of strings, also during reading and deduplication."""
     path = _write(
         tmp_path / "p.txt", "\n".join(f"{i} a prompt of some forty letters, about {i}" for i in range(50_000))
     )
@@ -231,7 +231,7 @@ def test_memory_is_that_of_the_text(tmp_path: Path) -> None:
     assert len(strings) == 50_000 and now < 1.6 * size and peak < 3 * size < as_strings + size
 
 
-# The digest.
+# Digest.
 
 
 def test_digest_depends_on_order_and_text() -> None:
@@ -241,10 +241,10 @@ def test_digest_depends_on_order_and_text() -> None:
     assert len(digests) == 6 and prompt_list_sha256(["a", "b"]) in digests
 
 
-def test_one_list_has_one_digest_whatever_the_file(tmp_path: Path) -> None:
+def test_the_digest_does_not_depend_on_the_file_format(tmp_path: Path) -> None:
     files = [read_prompts(_write(tmp_path / name, content)) for name, content in FILES.items()]
     files.append(read_prompts(_table(tmp_path / "a.parquet", [["prompt"], *[[p] for p in PROMPTS]])))
-    assert {prompt_list_sha256(found) for found in files} == {prompt_list_sha256(PROMPTS)}
+    assert {prompt_list_sha256(file) for file in files} == {prompt_list_sha256(PROMPTS)}
 
 
 def test_the_documented_digest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,15 +265,15 @@ def test_labels_are_numbers_in_range_or_known_names() -> None:
     assert check_labels(label_list(10), 10) == label_list(10)
 
 
-@pytest.mark.parametrize("wrong", ["10", "-1", "1.0", "\u0661", "9" * 5000, "goldfsh", "", " 1"])
-def test_other_labels_are_refused_at_once(wrong: str) -> None:
+@pytest.mark.parametrize("label", ["10", "-1", "1.0", "\u0661", "9" * 5000, "goldfsh", "", " 1"])
+def test_other_labels_are_refused(label: str) -> None:
     with pytest.raises(
         UserError, match=r"1 of 2 prompts are not classes of the teacher: prompt 1 .*0 to 9 or a class name"
     ):
-        check_labels(["1", wrong], 10, {"goldfish": 1})
+        check_labels(["1", label], 10, {"goldfish": 1})
 
 
-def test_a_wrong_label_is_counted_and_gets_a_hint() -> None:
+def test_errors_about_labels_have_a_count_and_a_hint() -> None:
     with pytest.raises(
         UserError, match=r"4 of 5 .*prompt 0 'goldfsh', .*, \.\.\.; expected .*did you mean 'goldfish'\?"
     ):

@@ -1,4 +1,4 @@
-"""pairgen.store.reader: every row or a named reason, wherever it stands and however it is asked for."""
+"""pairgen.store.reader: reading rows in any order, checks, skipping of damage, processes and threads."""
 
 import hashlib
 import os
@@ -26,17 +26,17 @@ ASIDE = [0, 7, 8, 9, 21]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return put_store(tmp_path_factory.mktemp("reader") / "pairs")
 
 
 @pytest.fixture
-def store(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "pairs"))
+def store(shared_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shared_store, tmp_path / "pairs"))
 
 
-def place_of(path: Path, name: str, row: int) -> int:
-    """Where in the file the bytes of one row of a dataset begin."""
+def byte_offset(path: Path, name: str, row: int) -> int:
+    """The file offset of the bytes of one row of a dataset."""
     with h5py.File(path) as file:
         dataset = file[name]
         size = dataset.chunks[0]
@@ -53,7 +53,7 @@ def place_of(path: Path, name: str, row: int) -> int:
 @pytest.mark.parametrize(
     ("dtype", "shape"), [("float16", (4, 8, 8)), ("float32", (3, 5, 5)), ("float16", (1, 1, 1))]
 )
-def test_rows_are_what_was_written(
+def test_rows_equal_the_written_ones(
     tmp_path: Path, conditioning: str, noise: str, dtype: str, shape: tuple[int, int, int]
 ) -> None:
     spec = spec_of(conditioning=conditioning, noise=noise, dtype=dtype, latent_shape=shape)
@@ -71,7 +71,7 @@ def test_rows_are_what_was_written(
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 64), (4, 128, 128)])
-def test_rows_as_large_as_a_chunk(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+def test_rows_of_the_size_of_a_chunk(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     spec = spec_of(latent_shape=shape, num_pairs=9, shard_size=5)
     reader = PairReader(put_store(tmp_path, spec, quarantined=[4]))
     with h5py.File(shard_path(tmp_path, 0)) as file:
@@ -80,8 +80,8 @@ def test_rows_as_large_as_a_chunk(tmp_path: Path, shape: tuple[int, int, int]) -
 
 
 @given(st.lists(st.integers(0, 21), max_size=12))
-def test_any_positions_in_any_order(whole: Path, order: list[int]) -> None:
-    batch = PairReader(whole).read(order)
+def test_any_positions_in_any_order(shared_store: Path, order: list[int]) -> None:
+    batch = PairReader(shared_store).read(order)
     assert batch.noise.shape == (len(order), 4, 8, 8) and batch.index.tolist() == order
     if order:
         assert same(batch, rows_of(SPEC, order))
@@ -100,7 +100,7 @@ def test_shards_without_rows(tmp_path: Path) -> None:
         nothing.read([0])
 
 
-def test_records_of_shards_not_made_yet_do_not_count(store: Path) -> None:
+def test_records_of_unwritten_shards_are_ignored(store: Path) -> None:
     put_shard(store, SPEC, 1, quarantined=[9])
     shard_path(store, 1).unlink()
     reader = PairReader(store)
@@ -108,16 +108,16 @@ def test_records_of_shards_not_made_yet_do_not_count(store: Path) -> None:
     assert reader.read([8]).index.tolist() == [16]
 
 
-def test_positions_outside_are_refused(whole: Path) -> None:
+def test_positions_outside_are_refused(shared_store: Path) -> None:
     for wrong in ([22], [0, -1]):
         with pytest.raises(IndexError, match="of 22 pairs"):
-            PairReader(whole).read(wrong)
+            PairReader(shared_store).read(wrong)
 
 
-# What is checked, and when.
+# Checks at opening and reading.
 
 
-def test_opening_checks_lengths_and_the_first_row_of_a_shard_the_rest(store: Path) -> None:
+def test_opening_checks_lengths_and_the_first_read_checks_the_shard(store: Path) -> None:
     shard_path(store, 1).write_bytes(shard_path(store, 0).read_bytes())
     reader = PairReader(store)
     assert reader.read([0, 21]).index.tolist() == [0, 21]
@@ -130,7 +130,7 @@ def test_opening_checks_lengths_and_the_first_row_of_a_shard_the_rest(store: Pat
         PairReader(store)
 
 
-def test_a_shard_that_lacks_pairs_without_a_record(store: Path) -> None:
+def test_a_shard_with_missing_pairs_but_no_record(store: Path) -> None:
     put_shard(store, SPEC, 1, quarantined=[9])
     quarantine_path(store, 1).unlink()
     reader = PairReader(store)
@@ -140,8 +140,8 @@ def test_a_shard_that_lacks_pairs_without_a_record(store: Path) -> None:
         reader.read([8])
 
 
-def test_the_header_is_right_where_a_record_is_out_of_date(store: Path) -> None:
-    """A writer that made a quarantined row after all may be killed before it removes the record."""
+def test_the_header_takes_precedence_over_an_outdated_record(store: Path) -> None:
+    """A writer that completes a quarantined row may be killed before it removes the record."""
     put_shard(store, SPEC, 1, quarantined=[9, 11])
     record = quarantine_path(store, 1).read_bytes()
     put_shard(store, SPEC, 1, quarantined=[11])
@@ -150,10 +150,10 @@ def test_the_header_is_right_where_a_record_is_out_of_date(store: Path) -> None:
     assert reader.quarantined == [11] and reader.complete and same(reader.read([9]), rows_of(SPEC, [9]))
 
 
-def test_an_open_shard_that_is_replaced_is_checked_again(store: Path) -> None:
+def test_a_replaced_shard_is_checked_again(store: Path) -> None:
     reader = PairReader(store)
     before = reader.read(range(22))
-    put_shard(store, SPEC, 0)  # the same rows, another file
+    put_shard(store, SPEC, 0)  # the same rows in a new file
     assert same(pickle.loads(pickle.dumps(reader)).read(range(22)), before)
     put_shard(store, SPEC, 0, quarantined=[3])
     assert same(reader.read(range(22)), before), "open files stay as they were"
@@ -164,7 +164,7 @@ def test_an_open_shard_that_is_replaced_is_checked_again(store: Path) -> None:
 @pytest.mark.parametrize("name", ["noise", "latent", "prompt", "index"])
 def test_a_flipped_bit_is_found_when_its_chunk_is_read(store: Path, name: str) -> None:
     path = shard_path(store, 2)
-    flip_bit(path, place_of(path, name, 0) + 3)
+    flip_bit(path, byte_offset(path, name, 0) + 3)
     reader = PairReader(store)
     assert same(reader.read(range(16)), rows_of(SPEC, range(16)))
     with pytest.raises(
@@ -192,7 +192,7 @@ def test_any_changed_byte_of_a_chunk_is_refused(store: Path, name: str) -> None:
 
 
 def test_a_dataset_without_checksums_is_refused(store: Path) -> None:
-    """Well sealed, but by other software: nothing would tell its rows from damaged ones."""
+    """The file digest is valid, but without checksums of chunks damaged rows could not be detected."""
     path = shard_path(store, 1)
     with h5py.File(path, "r+") as file:
         latent = file["latent"][:]
@@ -204,7 +204,7 @@ def test_a_dataset_without_checksums_is_refused(store: Path) -> None:
         PairReader(store).read([8])
 
 
-def test_a_folded_url_is_no_folder() -> None:
+def test_a_url_with_one_slash_is_refused() -> None:
     with pytest.raises(UserError, match=r"s3:/bucket/pairs is a URL; this needs a folder of this machine"):
         PairReader(Path("s3://bucket/pairs"))
 
@@ -234,7 +234,7 @@ def other_spec(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, swap, flip_header, other_spec])
-def test_a_whole_shard_is_replaced_by_the_next(store: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_shard_is_replaced_by_the_next(store: Path, damage: Callable[[Path], None]) -> None:
     bad = shard_path(store, 1)
     damage(bad)
     reader = PairReader(store, skip_bad=True)
@@ -248,25 +248,25 @@ def test_a_whole_shard_is_replaced_by_the_next(store: Path, damage: Callable[[Pa
         PairReader(store).read(range(22))
 
 
-def test_only_rows_that_cannot_be_trusted_are_replaced(tmp_path: Path) -> None:
-    """So that the rows read do not depend on which chunks a process met before."""
+def test_only_damaged_rows_are_replaced(tmp_path: Path) -> None:
+    """The rows of a read do not depend on which chunks the process read before."""
     spec = spec_of(latent_shape=(4, 64, 64), num_pairs=14, shard_size=5)
     store = put_store(tmp_path, spec)
     for shard, row in ((1, 2), (2, 2)):
         path = shard_path(store, shard)
-        flip_bit(path, place_of(path, "latent", row))
+        flip_bit(path, byte_offset(path, "latent", row))
     reader = PairReader(store, skip_bad=True)
     expected = [0, 1, 2, 3, 4, 5, 6, 2, 8, 9, 10, 11, 2, 13]  # 7 -> 12, which is bad too -> 2
-    together = reader.read(range(14))
-    assert together.index.tolist() == expected and same(together, rows_of(spec, expected))
-    assert list(together.skipped) == [str(shard_path(store, 1)), str(shard_path(store, 2))]
+    batch = reader.read(range(14))
+    assert batch.index.tolist() == expected and same(batch, rows_of(spec, expected))
+    assert list(batch.skipped) == [str(shard_path(store, 1)), str(shard_path(store, 2))]
     for position in range(14):
-        alone = PairReader(store, skip_bad=True).read([position])
-        assert same(alone, rows_of(spec, [expected[position]]))
+        single = PairReader(store, skip_bad=True).read([position])
+        assert same(single, rows_of(spec, [expected[position]]))
     assert same(pickle.loads(pickle.dumps(reader)).read([7, 12, 7]), rows_of(spec, [2, 2, 2]))
 
 
-def test_a_damaged_last_shard_wraps_around_and_an_empty_one_is_passed_over(tmp_path: Path) -> None:
+def test_replacement_wraps_around_and_skips_empty_shards(tmp_path: Path) -> None:
     store = put_store(tmp_path, SPEC, quarantined=range(8))
     truncate(shard_path(store, 2))
     reader = PairReader(store, skip_bad=True)
@@ -275,7 +275,7 @@ def test_a_damaged_last_shard_wraps_around_and_an_empty_one_is_passed_over(tmp_p
 
 def test_prompts_of_damaged_chunks(store: Path) -> None:
     path = shard_path(store, 0)
-    flip_bit(path, place_of(path, "prompt", 0) + 2)
+    flip_bit(path, byte_offset(path, "prompt", 0) + 2)
     reader = PairReader(store, skip_bad=True)
     assert reader.read([0, 1, 21]).index.tolist() == [8, 9, 21]
     assert set(reader.prompts()) == {PROMPTS[SPEC.prompt_of(i)] for i in range(8, 22)}
@@ -285,7 +285,7 @@ def test_prompts_of_damaged_chunks(store: Path) -> None:
         PairReader(store).prompts()
 
 
-def test_without_a_sound_shard_there_is_nothing_to_give(store: Path) -> None:
+def test_without_an_intact_shard_reading_fails(store: Path) -> None:
     for shard in range(3):
         truncate(shard_path(store, shard))
     reader = PairReader(store, skip_bad=True)
@@ -327,7 +327,7 @@ def test_threads_may_share_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert wrong == []
 
 
-def test_announced_rows_are_the_same_rows(store: Path) -> None:
+def test_prefetch_does_not_change_the_rows(store: Path) -> None:
     reader = PairReader(store)
     reader.prefetch([5, 21, 0], block=1)
     reader.prefetch(np.arange(22), block=3)
@@ -335,13 +335,13 @@ def test_announced_rows_are_the_same_rows(store: Path) -> None:
     assert same(reader.read(range(22)), rows_of(SPEC, range(22)))
     swap(shard_path(store, 1))
     reader = PairReader(store)
-    reader.prefetch(range(22), block=5)  # damage is for `read` to say
+    reader.prefetch(range(22), block=5)  # `read` reports damage, not prefetch
     with pytest.raises(DamagedShard, match="pairs-00001"):
         reader.read([10])
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 64, 64)])
-def test_a_hint_covers_the_chunks_of_its_rows(
+def test_prefetch_covers_the_chunks_of_its_rows(
     tmp_path: Path, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(latent_shape=shape, num_pairs=300, shard_size=300)
@@ -376,7 +376,7 @@ def test_batches_share_no_memory(tmp_path: Path) -> None:
     assert all(same(batch, rows_of(spec, order)) for batch, order in zip(batches, orders, strict=True))
 
 
-def test_another_spec_is_refused_by_name(whole: Path) -> None:
+def test_another_spec_is_refused(shared_store: Path) -> None:
     other: StoreSpec = spec_of(guidance=3.0)
     with pytest.raises(UserError, match=r"guidance \(8\.0 -> 3\.0\)"):
-        PairReader(whole, expect=other)
+        PairReader(shared_store, expect=other)

@@ -31,7 +31,7 @@ EVERY = range(22)
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pairgen.store.remote.WAITS", (0.0, 0.0, 0.01))
 
 
@@ -56,7 +56,7 @@ def memory(store: Path) -> Iterator[str]:
 
 
 def copies(cache: Path) -> list[int]:
-    """Numbers of the shards that have a copy."""
+    """Numbers of the shards with a copy in the cache."""
     return sorted(int(path.name.split("-")[1]) for path in cache.glob("*/pairs-*-*.h5"))
 
 
@@ -82,30 +82,30 @@ def test_a_url_reads_like_the_folder(
     kind: str, store: Path, memory: str, server: Server, cache: Path
 ) -> None:
     url = {"memory": memory, "file": f"file://{store}", "server": server.url}[kind]
-    here, there = PairReader(store), PairReader(url + "/", cache=cache, expect=SPEC)
-    assert len(there) == 21 and there.complete and there.quarantined == [3] and there.gib == here.gib
+    local, remote = PairReader(store), PairReader(url + "/", cache=cache, expect=SPEC)
+    assert len(remote) == 21 and remote.complete and remote.quarantined == [3] and remote.gib == local.gib
     assert copies(cache) == [], "opening brings no shard"
-    assert same(there.read([0, 20]), here.read([0, 20])) and copies(cache) == [0, 2]
-    assert same(there.read(range(21)), here.read(range(21))) and there.prompts() == here.prompts()
+    assert same(remote.read([0, 20]), local.read([0, 20])) and copies(cache) == [0, 2]
+    assert same(remote.read(range(21)), local.read(range(21))) and remote.prompts() == local.prompts()
     assert copies(cache) == [0, 1, 2] and not leftovers(cache)
 
 
-def test_what_a_url_is() -> None:
+def test_is_url() -> None:
     assert is_url("s3://bucket/pairs") and is_url("simplecache::s3://bucket/pairs")
     assert not is_url("pairs") and not is_url(Path("s3://bucket/pairs")) and not is_url("/a/b:c")
 
 
-def test_copies_are_asked_for_once_and_used_again(server: Server, cache: Path) -> None:
+def test_copies_are_downloaded_once_and_reused(server: Server, cache: Path) -> None:
     shard_urls = [f"/pairs/shards/pairs-0000{k}.h5" for k in range(3)]
     before = PairReader(server.url, cache=cache).read(range(21))
     assert sorted(ask for ask in server.requests if ask in shard_urls) == shard_urls
     server.requests.clear()
-    again = PairReader(server.url, cache=cache)
-    assert same(again.read(range(21)), before) and not set(shard_urls) & set(server.requests)
-    assert sum(ask.endswith("511") for ask in server.requests) == 3, "are they still what is there?"
+    second = PairReader(server.url, cache=cache)
+    assert same(second.read(range(21)), before) and not set(shard_urls) & set(server.requests)
+    assert sum(ask.endswith("511") for ask in server.requests) == 3, "the second reader compares the headers"
 
 
-def test_the_users_cache_folder(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_folder(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     PairReader(f"file://{store}").read([0])
     assert copies(tmp_path / "xdg" / "diffusion2gan" / "pairs") == [0]
@@ -125,7 +125,7 @@ def test_training_batches_come_from_a_url(server: Server, store: Path, cache: Pa
     batches.close()  # type: ignore[attr-defined]
 
 
-def test_shards_needed_soon_are_brought_in_the_background(server: Server, cache: Path) -> None:
+def test_prefetch_downloads_in_the_background(server: Server, cache: Path) -> None:
     reader = PairReader(server.url, cache=cache)
     reader.prefetch([0, 20], block=1)
     for _ in range(1000):
@@ -140,7 +140,7 @@ def test_shards_needed_soon_are_brought_in_the_background(server: Server, cache:
 # Stores that change.
 
 
-def test_another_store_at_the_same_url_is_not_taken_for_the_old(store: Path, cache: Path) -> None:
+def test_another_store_at_the_same_url_is_not_read_from_the_cache(store: Path, cache: Path) -> None:
     url = f"file://{store}"
     PairReader(url, cache=cache).read(range(21))
     shutil.rmtree(store)
@@ -151,12 +151,12 @@ def test_another_store_at_the_same_url_is_not_taken_for_the_old(store: Path, cac
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 2
 
 
-def test_a_shard_made_again_is_copied_again(store: Path, cache: Path) -> None:
+def test_a_replaced_shard_is_downloaded_again(store: Path, cache: Path) -> None:
     url = f"file://{store}"
     PairReader(url, cache=cache).read(range(21))
-    put_shard(store, SPEC, 0, quarantined=[1, 2])  # 3 succeeded at last, others did not: the same spec
+    put_shard(store, SPEC, 0, quarantined=[1, 2])  # the same spec with other quarantined rows
     reader = PairReader(url, cache=cache)
-    assert reader.quarantined == [1, 2] and copies(cache) == [1, 2], "the old copy is gone"
+    assert reader.quarantined == [1, 2] and copies(cache) == [1, 2], "the old copy is deleted"
     available = [i for i in EVERY if i not in (1, 2)]
     assert same(reader.read(range(20)), rows_of(SPEC, available))
     quarantine_path(store, 0).unlink()
@@ -164,10 +164,10 @@ def test_a_shard_made_again_is_copied_again(store: Path, cache: Path) -> None:
     assert same(PairReader(url, cache=cache).read(EVERY), rows_of(SPEC, EVERY)), "a record may vanish too"
 
 
-def test_a_shard_that_changes_or_vanishes_under_a_reader(store: Path, cache: Path) -> None:
+def test_a_shard_that_changes_or_disappears_while_it_is_read(store: Path, cache: Path) -> None:
     reader = PairReader(f"file://{store}", cache=cache)
     reader._source.check()
-    reader._source._seal(1)  # type: ignore[attr-defined]  # what is there now
+    reader._source._seal(1)  # type: ignore[attr-defined]  # reads the current header
     put_shard(store, SPEC, 1, quarantined=[9])
     with pytest.raises(DamagedShard, match="or changed while it was read"):
         reader.read([8])
@@ -180,7 +180,7 @@ def test_a_shard_that_changes_or_vanishes_under_a_reader(store: Path, cache: Pat
 # Damage and network errors.
 
 
-def test_a_corrupt_shard_never_gets_its_name(store: Path, server: Server, cache: Path) -> None:
+def test_a_corrupt_download_is_not_cached(store: Path, server: Server, cache: Path) -> None:
     flip_bit(shard_path(store, 1), 5000)
     with pytest.raises(DamagedShard) as caught:
         PairReader(server.url, cache=cache).read([0, 8])
@@ -197,7 +197,7 @@ def test_a_corrupt_shard_never_gets_its_name(store: Path, server: Server, cache:
     assert list(batch.skipped) == [f"{server.url}/shards/pairs-00001.h5"]
 
 
-def test_a_truncated_shard_is_seen_before_it_is_copied(store: Path, server: Server, cache: Path) -> None:
+def test_a_truncated_shard_is_refused_before_the_download(store: Path, server: Server, cache: Path) -> None:
     path = shard_path(store, 1)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedShard, match=r"pairs-00001\.h5: truncated or overwritten"):
@@ -208,22 +208,22 @@ def test_a_truncated_shard_is_seen_before_it_is_copied(store: Path, server: Serv
 
 
 @pytest.mark.parametrize("cut", [0, 1, 511, 4000])
-def test_an_interrupted_download_is_tried_again(server: Server, cache: Path, cut: int) -> None:
-    left = [2]
+def test_an_interrupted_download_is_retried(server: Server, cache: Path, cut: int) -> None:
+    faults_left = [2]
 
     def fault(path: str) -> int | None:
-        if "/shards/" not in path or not left[0]:
+        if "/shards/" not in path or not faults_left[0]:
             return None
-        left[0] -= 1
+        faults_left[0] -= 1
         return cut
 
     server.fault = fault
     reader = PairReader(server.url, cache=cache)
-    assert same(reader.read([0]), rows_of(SPEC, [0])) and left == [0]
+    assert same(reader.read([0]), rows_of(SPEC, [0])) and faults_left == [0]
     assert copies(cache) == [0] and not leftovers(cache)
 
 
-def test_a_network_that_stays_away_is_one_line(server: Server, cache: Path) -> None:
+def test_a_network_failure_is_a_one_line_error(server: Server, cache: Path) -> None:
     server.fault = lambda path: 100 if "/shards/" in path else None
     for skip in (False, True):  # network errors are not damage: no row is skipped
         with pytest.raises(UserError, match=r"pairs-00000\.h5: IncompleteRead .*, tried 4 times") as caught:
@@ -232,7 +232,7 @@ def test_a_network_that_stays_away_is_one_line(server: Server, cache: Path) -> N
     assert copies(cache) == [] and not leftovers(cache)
 
 
-def test_a_killed_download_leaves_nothing_that_is_read(server: Server, store: Path, cache: Path) -> None:
+def test_leftovers_of_a_killed_download_are_not_read(server: Server, store: Path, cache: Path) -> None:
     reader = PairReader(server.url, cache=cache)
     folder = reader._source.folder
     name = f"pairs-00000-{'0' * 16}.host-1-2.99999.tmp"
@@ -240,7 +240,7 @@ def test_a_killed_download_leaves_nothing_that_is_read(server: Server, store: Pa
     assert same(reader.read([0]), rows_of(SPEC, [0])) and not leftovers(cache)
 
 
-def test_a_copy_that_rots_is_found(store: Path, cache: Path) -> None:
+def test_a_damaged_copy_is_found(store: Path, cache: Path) -> None:
     PairReader(f"file://{store}", cache=cache).read([0])
     (copy,) = cache.glob("*/pairs-00000-*.h5")
     data = bytearray(copy.read_bytes())
@@ -261,7 +261,7 @@ def test_a_copy_that_rots_is_found(store: Path, cache: Path) -> None:
         ("dropbox://pairs", "dropbox:// needs another package: .*dropboxdrivefs"),
     ],
 )
-def test_urls_that_cannot_be(url: str, says: str, cache: Path) -> None:
+def test_invalid_urls_are_refused(url: str, says: str, cache: Path) -> None:
     with pytest.raises(UserError, match=says) as caught:
         PairReader(url, cache=cache)
     assert "\n" not in str(caught.value)
@@ -272,13 +272,13 @@ def test_access_denied(server: Server, cache: Path) -> None:
         PairReader(server.url + "/denied", cache=cache)
 
 
-def test_a_damaged_description_is_named_by_its_url(store: Path, server: Server, cache: Path) -> None:
+def test_a_damaged_store_json_is_reported_with_its_url(store: Path, server: Server, cache: Path) -> None:
     (store / "store.json").write_text("{}")
     with pytest.raises(UserError, match=r"plain://.*/store\.json is damaged"):
         PairReader(server.url, cache=cache)
 
 
-def test_a_cache_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot write .*Not a directory"):
         PairReader(f"file://{store}", cache=tmp_path / "file").read([0])
@@ -287,26 +287,26 @@ def test_a_cache_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
 # A bounded cache.
 
 
-def test_the_longest_unused_makes_room(server: Server, cache: Path) -> None:
+def test_the_least_recently_used_copy_is_evicted(server: Server, cache: Path) -> None:
     room = 2.2 * max(PairReader(server.url, cache=cache)._source.sizes.values())  # type: ignore[attr-defined]
     bounded = dict[str, Any](cache=cache, cache_gib=room / 2**30)
     reader = PairReader(server.url, **bounded)
     assert same(reader.read([0]), rows_of(SPEC, [0])) and same(reader.read([8]), rows_of(SPEC, [9]))
     assert copies(cache) == [0, 1]
-    PairReader(server.url, **bounded).read([0])  # now shard 1 is the longest unused
+    PairReader(server.url, **bounded).read([0])  # now shard 1 is the least recently used
     assert same(reader.read([20]), rows_of(SPEC, [21])) and copies(cache) == [0, 2]
     total = sum(path.stat().st_size for path in cache.rglob("*.h5"))
     assert total <= room and same(reader.read(range(21)), PairReader(server.url, **bounded).read(range(21)))
 
 
-def test_other_stores_make_room_too(server: Server, tmp_path: Path, cache: Path) -> None:
+def test_copies_of_other_stores_are_evicted_too(server: Server, tmp_path: Path, cache: Path) -> None:
     other = put_store(tmp_path / "other", spec_of(seed=9))
     PairReader(f"file://{other}", cache=cache).read(EVERY)
     PairReader(server.url, cache=cache, cache_gib=40_000 / 2**30).read(range(21))
     assert sum(path.stat().st_size for path in cache.rglob("*.h5")) <= 40_000
 
 
-def test_a_bound_below_one_shard(server: Server, cache: Path) -> None:
+def test_a_cache_smaller_than_one_shard(server: Server, cache: Path) -> None:
     with pytest.raises(SettingError, match=r"cache_gib is 1e-06, one shard of .* has 0\.000; give more"):
         PairReader(server.url, cache=cache, cache_gib=1e-6)
     with pytest.raises(SettingError, match="cache_gib is -1"):
@@ -326,30 +326,30 @@ def _read_all(url: str, cache: Path, bound: float, done: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("bound", [0.0, 40_000 / 2**30])
 def test_processes_share_a_cache(server: Server, cache: Path, bound: float) -> None:
-    """Two readers at once: each shard is asked for once, or as often as the bound makes them drop it."""
+    """Two concurrent readers download each shard once, or again after the bound evicted it."""
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(3)]
     children = [
-        context.Process(target=_read_all, args=(server.url, cache, bound, theirs)) for _, theirs in pipes
+        context.Process(target=_read_all, args=(server.url, cache, bound, sender)) for _, sender in pipes
     ]
     for child in children:
         child.start()
-    assert all(ours.recv() for ours, _ in pipes)
+    assert all(receiver.recv() for receiver, _ in pipes)
     for child in children:
         child.join()
     assert not leftovers(cache)
-    asked = [ask for ask in server.requests if ask.endswith(".h5")]
+    requests = [ask for ask in server.requests if ask.endswith(".h5")]
     if bound:
         assert sum(path.stat().st_size for path in cache.rglob("*.h5")) <= 40_000
     else:
-        assert sorted(asked) == [f"/pairs/shards/pairs-0000{k}.h5" for k in range(3)]
+        assert sorted(requests) == [f"/pairs/shards/pairs-0000{k}.h5" for k in range(3)]
     assert os.path.isdir(cache)
 
 
 # The command line.
 
 
-def test_commands_take_urls_or_say_that_they_do_not(store: Path, memory: str, tmp_path: Path) -> None:
+def test_commands_accept_or_refuse_urls(store: Path, memory: str, tmp_path: Path) -> None:
     runner = CliRunner(env={"XDG_CACHE_HOME": str(tmp_path / "xdg")})
     result = runner.invoke(cli.app, ["pairs", "info", f"file://{store}", "--json"])
     assert result.exit_code == 0, result.output

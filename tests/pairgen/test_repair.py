@@ -1,4 +1,4 @@
-"""`d2g pairs repair`, `verify` and `info` on a store of a teacher: what was bad is made again."""
+"""`d2g pairs repair`, `verify` and `info` on the store of a tiny teacher: bad rows are generated again."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from pairgen.verify import verify_store
 
 @pytest.fixture(scope="module")
 def job(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """prompts.txt and pairs/ of a tiny teacher. Read only."""
+    """A folder with prompts.txt and pairs/ of a tiny teacher, shared by the tests (read-only)."""
     folder = tmp_path_factory.mktemp("job")
     make_pairs(teacher, folder)
     return folder
@@ -27,24 +27,24 @@ def pairs(job: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(job / "pairs", tmp_path / "pairs"))
 
 
-def close(found: PairBatch, expected: PairBatch) -> bool:
-    """The same rows; latents but for the rounding of another batch size."""
-    same = torch.equal(found.noise, expected.noise) and torch.equal(found.index, expected.index)
-    apart = (found.latents - expected.latents).abs().max()
-    return same and found.prompts == expected.prompts and float(apart) < 1e-4
+def rows_agree(batch: PairBatch, expected: PairBatch) -> bool:
+    """Whether rows are equal, with latents up to the rounding of another batch size."""
+    same = torch.equal(batch.noise, expected.noise) and torch.equal(batch.index, expected.index)
+    max_diff = (batch.latents - expected.latents).abs().max()
+    return same and batch.prompts == expected.prompts and float(max_diff) < 1e-4
 
 
-def test_repair_needs_nothing_but_the_store(job: Path, pairs: Path, tmp_path: Path) -> None:
+def test_repair_needs_only_the_store(job: Path, pairs: Path, tmp_path: Path) -> None:
     path = shard_path(pairs, 1)
     path.write_bytes(with_flipped_bit(path.read_bytes(), 3000, 1))
     plan = d2g(["pairs", "repair", str(pairs), "--dry-run", "--json"], tmp_path / "log")
     assert plan.json["rows_to_make"] == 5 and plan.code == 0 and not (pairs / "quarantine").exists()
     ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
     assert ended.code == 0 and ended.json == {"quarantined": [S1], "regenerated": 5}, ended.stderr
-    assert verify_store(pairs).ok and close(load_shard(pairs, 1), load_shard(job / "pairs", 1))
+    assert verify_store(pairs).ok and rows_agree(load_shard(pairs, 1), load_shard(job / "pairs", 1))
 
 
-def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: Path) -> None:
+def test_repair_retries_quarantined_rows(job: Path, pairs: Path, tmp_path: Path) -> None:
     batch, spec = load_shard(pairs, 1), read_spec(pairs)
     write_rows(pairs, 1, select_rows(batch, [0, 1, 3, 4]), quarantined=(7,))
     write_record(pairs, 1, {"index": 7, "prompt": batch.prompts[2], "reason": "its latent was not finite"})
@@ -57,7 +57,7 @@ def test_repair_tries_quarantined_rows_again(job: Path, pairs: Path, tmp_path: P
     ended = d2g(["pairs", "repair", str(pairs), "--json"], tmp_path / "log")
     assert ended.code == 0 and ended.json == {"quarantined": [], "regenerated": 1}, ended.stderr
     assert verify_store(pairs).ok and quarantined_rows(pairs, spec) == {}
-    assert close(load_shard(pairs, 1), load_shard(job / "pairs", 1))
+    assert rows_agree(load_shard(pairs, 1), load_shard(job / "pairs", 1))
 
 
 def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_path: Path) -> None:
@@ -72,11 +72,11 @@ def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_pa
     assert verify_store(pairs).ok and verify_store(pairs).prompts_checked
 
 
-def test_verify_and_info_for_people(pairs: Path, tmp_path: Path) -> None:
+def test_text_output_of_verify_and_info(pairs: Path, tmp_path: Path) -> None:
     truncate(pairs)
     shard_path(pairs, 0).unlink()
     ended = d2g(["pairs", "verify", str(pairs), "--workers", "1"], tmp_path / "log")
     assert ended.code == 1 and "1 damaged files, 1 shards missing; run `d2g pairs repair" in ended.error
     assert "truncated" in ended.stdout and S1 in ended.stdout
-    shown = d2g(["pairs", "info", str(pairs)], tmp_path / "log")
-    assert shown.code == 0 and "spec.guidance" in shown.stdout and "4, 4, 4" in shown.stdout
+    info = d2g(["pairs", "info", str(pairs)], tmp_path / "log")
+    assert info.code == 0 and "spec.guidance" in info.stdout and "4, 4, 4" in info.stdout

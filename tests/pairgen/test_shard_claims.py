@@ -1,4 +1,4 @@
-"""Claims on shards: processes that die, sleep and race, clocks that jump. Processes and signals are real."""
+"""Claims on shards: killed, suspended and racing processes, and wrong clocks, with real processes."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 class Lockless(Claims):
-    """As on a file system without locks."""
+    """Claims on a file system without locks."""
 
     def _exclusive(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
@@ -34,21 +34,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(job: Callable[..., None], *arguments: Any) -> BaseProcess:
+def start_process(job: Callable[..., None], *arguments: Any) -> BaseProcess:
     child = FORK.Process(target=job, args=arguments)
     child.start()
     return child
 
 
-def until(seen: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
-    while not seen():
+    while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
 
 
-def hold(folder: Path, shard: int, place: str | None, patience: float) -> None:
-    """Claim a shard and sit on it; say so in a file; say in another when the claim is lost."""
+def hold_claim(folder: Path, shard: int, place: str | None, patience: float) -> None:
+    """Claim a shard and create the file `held`; when the claim is lost, create the file `lost`."""
     with Claims(folder, patience) as claims:
         claims.place = place or claims.place
         assert claims.take([shard]) == shard
@@ -59,14 +59,14 @@ def hold(folder: Path, shard: int, place: str | None, patience: float) -> None:
     (folder / "lost").touch()
 
 
-def foreign(folder: Path, shard: int) -> Path:
-    """A claim of a machine that is not here."""
+def write_foreign_claim(folder: Path, shard: int) -> Path:
+    """Write a claim of another machine."""
     path = folder / "claims" / f"pairs-{shard:05d}.json"
     path.write_text(json.dumps({"host": "elsewhere", "place": "elsewhere", "pid": 1, "start": "1"}))
     return path
 
 
-def test_a_shard_is_one_jobs_until_released(folder: Path) -> None:
+def test_a_shard_belongs_to_one_job_until_released(folder: Path) -> None:
     with Claims(folder) as first, Claims(folder) as second:
         assert [first.take([0, 1, 2]), second.take([0, 1, 2]), first.take([0, 1, 2])] == [0, 1, 2]
         assert second.take([0, 1, 2]) is None and second.undecided([0, 1, 2]) == [0, 2]
@@ -77,28 +77,28 @@ def test_a_shard_is_one_jobs_until_released(folder: Path) -> None:
     assert list((folder / "claims").glob("*.json")) == [], "leaving the block releases all"
 
 
-def test_a_killed_job_is_succeeded_at_once(folder: Path) -> None:
-    child = start(hold, folder, 3, None, 120.0)
-    until((folder / "held").exists)
+def test_a_claim_of_a_killed_job_is_taken_over_immediately(folder: Path) -> None:
+    child = start_process(hold_claim, folder, 3, None, 120.0)
+    wait_until((folder / "held").exists)
     with Claims(folder) as claims:
-        assert claims.take([3]) is None, "its owner lives"
+        assert claims.take([3]) is None, "its owner is alive"
         child.kill()
         child.join()
         assert claims.take([3]) == 3
 
 
-def test_a_silent_job_elsewhere_is_succeeded_after_patience(folder: Path) -> None:
-    foreign(folder, 0)
+def test_a_claim_of_a_silent_remote_job_is_taken_over_after_a_timeout(folder: Path) -> None:
+    write_foreign_claim(folder, 0)
     with Claims(folder, patience=0.5) as claims:
-        begun = time.monotonic()
+        start = time.monotonic()
         while claims.take([0]) is None:
             assert claims.undecided([0]) == [0]
             time.sleep(0.01)
-        assert time.monotonic() - begun >= 0.5
+        assert time.monotonic() - start >= 0.5
         assert list((folder / "claims").glob(".pairs*")) == []
 
 
-def test_an_empty_claim_is_one_of_a_job_that_died_making_it(folder: Path) -> None:
+def test_an_empty_claim_is_taken_over_after_a_timeout(folder: Path) -> None:
     (folder / "claims" / "pairs-00000.json").touch()
     with Claims(folder, patience=0.2) as claims:
         assert claims.take([0]) is None
@@ -106,43 +106,43 @@ def test_an_empty_claim_is_one_of_a_job_that_died_making_it(folder: Path) -> Non
         assert claims.take([0]) == 0
 
 
-def test_a_beating_job_elsewhere_keeps_its_shard(folder: Path) -> None:
-    child = start(hold, folder, 0, "elsewhere", 0.8)
-    until((folder / "held").exists)
+def test_a_remote_job_with_heartbeats_keeps_its_shard(folder: Path) -> None:
+    child = start_process(hold_claim, folder, 0, "elsewhere", 0.8)
+    wait_until((folder / "held").exists)
     with Claims(folder, patience=0.8) as claims:
         end = time.monotonic() + 2
         while time.monotonic() < end:
             assert claims.take([0]) is None
             time.sleep(0.02)
-        assert claims.undecided([0]) == [], "it was seen to live, so nobody waits for it"
+        assert claims.undecided([0]) == [], "a live owner is not undecided"
     child.kill()
     child.join()
 
 
-def test_a_sleeper_finds_its_shard_taken_and_leaves_it_alone(folder: Path) -> None:
-    child = start(hold, folder, 0, "elsewhere", 0.4)
-    until((folder / "held").exists)
+def test_a_suspended_job_notices_the_loss_of_its_shard(folder: Path) -> None:
+    child = start_process(hold_claim, folder, 0, "elsewhere", 0.4)
+    wait_until((folder / "held").exists)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGSTOP)
     with Claims(folder, patience=0.4) as claims:
-        until(lambda: claims.take([0]) == 0)
+        wait_until(lambda: claims.take([0]) == 0)
         os.kill(child.pid, signal.SIGCONT)
-        until((folder / "lost").exists)
+        wait_until((folder / "lost").exists)
         child.join()
         assert child.exitcode == 0 and not claims.lost(0), "it did not release what is no longer its own"
 
 
 @pytest.mark.parametrize("moment", [0.0, 4102444800.0], ids=["1970", "2100"])
-def test_clocks_that_jump_mean_nothing(folder: Path, moment: float) -> None:
-    """A file server's clock, or this machine's, in another century: only standing still counts."""
-    path = foreign(folder, 0)
+def test_file_times_have_no_effect(folder: Path, moment: float) -> None:
+    """Clocks of file server and machine may be wrong: only heartbeats that stop count."""
+    path = write_foreign_claim(folder, 0)
     with Claims(folder, patience=0.6) as claims:
         assert claims.take([0]) is None
         for beat in range(8):
             os.utime(path, (moment + beat, moment + beat))
             time.sleep(0.1)
             assert claims.take([0]) is None, "it beats, whatever date its beats bear"
-        until(lambda: claims.take([0]) == 0)
+        wait_until(lambda: claims.take([0]) == 0)
         for when in (0.0, 4102444800.0):
             os.utime(path, (when, when))
             assert not claims.lost(0)
@@ -158,8 +158,8 @@ def test_no_wall_clock_is_read() -> None:
     assert "time.monotonic" in used and not used & {"time.time", "time.time_ns", "datetime.datetime"}
 
 
-def grab(folder: Path, shards: int, kind: type[Claims], number: int) -> None:
-    """Take all one can get; note each; hold them until the others are through."""
+def claim_all(folder: Path, shards: int, kind: type[Claims], number: int) -> None:
+    """Claim as many shards as possible, record each, and hold them until the other processes finish."""
     with kind(folder, patience=0.3) as claims:
         claims.place = f"machine {number}"
         end = time.monotonic() + 1.5
@@ -170,7 +170,7 @@ def grab(folder: Path, shards: int, kind: type[Claims], number: int) -> None:
                 got.append(shard)
         still_held = [shard for shard in got if not claims.lost(shard)]
         (folder / f"got-{number}.json").write_text(json.dumps(still_held))
-        until(lambda: len(list(folder.glob("got-*.json"))) == 4)
+        wait_until(lambda: len(list(folder.glob("got-*.json"))) == 4)
 
 
 @pytest.fixture(params=[Claims, Lockless])
@@ -178,10 +178,10 @@ def kind(request: pytest.FixtureRequest) -> Iterator[type[Claims]]:
     yield request.param
 
 
-def test_four_jobs_race_for_the_shards_of_dead_ones(folder: Path, kind: type[Claims]) -> None:
+def test_four_jobs_race_for_abandoned_shards(folder: Path, kind: type[Claims]) -> None:
     for shard in range(24):
-        foreign(folder, shard)
-    children = [start(grab, folder, 24, kind, number) for number in range(4)]
+        write_foreign_claim(folder, shard)
+    children = [start_process(claim_all, folder, 24, kind, number) for number in range(4)]
     for child in children:
         child.join()
         assert child.exitcode == 0

@@ -48,7 +48,7 @@ def make_store(
     texts: PromptList = TEXTS,
     kind: Any = "text",
 ) -> StoreSpec:
-    """A store of one shard with these latents [N, C, H, W], and the noise of (seed, index) if not given."""
+    """A store of one shard with these latents [N, C, H, W]; noise defaults to that of (seed, index)."""
     spec = StoreSpec(
         teacher="nowhere",
         teacher_sha256="0" * 64,
@@ -81,7 +81,7 @@ def make_store(
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([0.0, -7.0, 1e6]))
-def test_moments_of_any_split_are_those_of_the_whole(sizes: list[int], shift: float) -> None:
+def test_moments_do_not_depend_on_the_split(sizes: list[int], shift: float) -> None:
     draw = np.random.default_rng(sum(sizes))
     noise = draw.normal(size=(sum(sizes), 3, 2, 4))
     latent = 0.3 * noise + draw.normal(size=noise.shape) + shift
@@ -105,16 +105,18 @@ def test_a_constant_has_no_correlation() -> None:
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 64, 4096, 16_384, 262_144])
-def test_chi_is_scipys(degrees: int) -> None:
-    judge = scipy.stats.chi(degrees)
+def test_chi_distribution_equals_scipy(degrees: int) -> None:
+    reference = scipy.stats.chi(degrees)
     mean, std = chi_moments(degrees)
-    assert mean == pytest.approx(judge.mean(), rel=1e-9) and std == pytest.approx(judge.std(), rel=1e-4)
+    assert mean == pytest.approx(reference.mean(), rel=1e-9) and std == pytest.approx(
+        reference.std(), rel=1e-4
+    )
     values = np.linspace(max(0.0, mean - 6 * std), mean + 6 * std, 50)
-    np.testing.assert_allclose(chi_cdf(values, degrees), judge.cdf(values), atol=1e-9)
+    np.testing.assert_allclose(chi_cdf(values, degrees), reference.cdf(values), atol=1e-9)
 
 
 @given(st.lists(st.integers(0, 500), min_size=1))
-def test_bins_of_whole_numbers_hold_equally_many(values: list[int]) -> None:
+def test_bins_of_integers_have_equal_counts(values: list[int]) -> None:
     numbers = np.array(values, np.float64)
     edges = whole_edges(numbers)
     assert len(edges) <= statistics.BINS + 1 and sum(distribution(numbers, edges)["counts"]) == len(values)
@@ -148,7 +150,7 @@ def test_spread() -> None:
     assert all(len(evenly_spread(1000, count)) == count for count in range(1, 999, 37))
 
 
-# A store.
+# Statistics of a store.
 
 
 def latents_of(count: int) -> torch.Tensor:
@@ -157,7 +159,7 @@ def latents_of(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block_values", [1, 300, 1 << 21])
-def test_statistics_are_those_of_all_rows(
+def test_statistics_cover_all_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_values: int
 ) -> None:
     monkeypatch.setattr(statistics, "BLOCK_VALUES", block_values)
@@ -185,14 +187,14 @@ def test_statistics_are_those_of_all_rows(
     assert report["outliers"] == {"count": 0, "rows": []}
 
 
-def test_rows_that_do_not_belong_together_show(tmp_path: Path) -> None:
-    """What the correlation is for: latents one row off, as a bug in batching would leave them."""
+def test_mismatched_rows_have_low_correlation(tmp_path: Path) -> None:
+    """Latents shifted by one row, as by a bug in batching, lower the correlation."""
     make_store(tmp_path, latents_of(200).roll(-1, 0))
     correlation = store_statistics(tmp_path)["correlation"]
     assert max(map(abs, correlation["noise_latent"])) < 4 * correlation["standard_error"]
 
 
-def test_evenly_spread_rows(tmp_path: Path) -> None:
+def test_rows_option_samples_evenly_spaced_rows(tmp_path: Path) -> None:
     latent = latents_of(101)
     make_store(tmp_path, latent)
     statistics = store_statistics(tmp_path, rows=11)
@@ -204,7 +206,7 @@ def test_evenly_spread_rows(tmp_path: Path) -> None:
     assert one["rows"] == 1 and one["correlation"]["noise_next_latent"] is None
 
 
-def test_outliers_are_named_the_farthest_first(tmp_path: Path) -> None:
+def test_outliers_are_sorted_by_distance(tmp_path: Path) -> None:
     latent, noise = latents_of(400), seeds.noise(3, range(400), (2, 4, 4))
     latent[77] *= 40
     noise[[5, 9]] *= torch.tensor([3.0, 0.0])[:, None, None, None]
@@ -213,11 +215,11 @@ def test_outliers_are_named_the_farthest_first(tmp_path: Path) -> None:
     assert outliers["count"] == 3 and [row["index"] for row in outliers["rows"]] == [77, 5, 9]
     assert outliers["rows"][0]["prompt"] == TEXTS[77 % 3] and outliers["rows"][0]["latent_sigmas"] > 6
     assert outliers["rows"][1]["noise_sigmas"] > 6 and outliers["rows"][2]["noise_sigmas"] < -6
-    many = store_statistics(tmp_path)["noise_norm"]
-    assert sum(many["counts"]) == 398  # two lie outside of what chi allows
+    norms = store_statistics(tmp_path)["noise_norm"]
+    assert sum(norms["counts"]) == 398  # two lie outside the range of the histogram
 
 
-def test_prompts_are_measured(tmp_path: Path, teacher: Path) -> None:
+def test_prompt_statistics(tmp_path: Path, teacher: Path) -> None:
     make_store(tmp_path, latents_of(7))
     prompts = store_statistics(tmp_path)["prompts"]
     assert (prompts["distinct"], prompts["repeated_share"]) == (3, 1.0) and prompts["tokens"] is None
@@ -264,38 +266,38 @@ def test_every_key_is_documented(tmp_path: Path, teacher: Path) -> None:
     assert not missing
 
 
-# The sheet.
+# Contact sheet.
 
 
 @given(st.text(max_size=300), st.integers(20, 300), st.integers(1, 4))
-def test_captions_fit_and_lose_only_their_end(text: str, width: int, lines: int) -> None:
+def test_captions_are_wrapped_and_truncated_at_the_end(text: str, width: int, lines: int) -> None:
     font = load_font(11)
     wrapped = wrap(text, font, width, lines)
     assert 1 <= len(wrapped) <= lines and all(
         font.getlength(line) <= width or len(line) <= 2 for line in wrapped
     )
-    packed, shown = "".join(text.split()), "".join("".join(wrapped).split())
-    assert shown == packed or (
-        len(wrapped) == lines and shown.endswith("…") and packed.startswith(shown[:-1])
+    packed, wrapped_text = "".join(text.split()), "".join("".join(wrapped).split())
+    assert wrapped_text == packed or (
+        len(wrapped) == lines and wrapped_text.endswith("…") and packed.startswith(wrapped_text[:-1])
     )
 
 
 @pytest.mark.parametrize(
     ("count", "expected"), [(1, 1), (2, 2), (12, 4), (24, 6), (47, 8), (48, 8), (49, 7), (64, 8)]
 )
-def test_columns_leave_few_cells_empty(count: int, expected: int) -> None:
+def test_number_of_columns(count: int, expected: int) -> None:
     assert columns(count) == expected
 
 
-@pytest.mark.parametrize(("size", "shown"), [(16, 160), (30, 180), (200, 200), (512, 256), (1000, 256)])
-def test_pictures_of_any_size_are_shown_whole(size: int, shown: int) -> None:
+@pytest.mark.parametrize(("size", "cell_size"), [(16, 160), (30, 180), (200, 200), (512, 256), (1000, 256)])
+def test_images_are_scaled_to_a_limited_cell_size(size: int, cell_size: int) -> None:
     image = torch.zeros(1, 1, size, size, dtype=torch.uint8)
     image[..., size // 2 :] = 200
     sheet = contact_sheet(image.expand(3, -1, -1, -1), [""] * 3, "heading")
-    assert sheet.dtype == torch.uint8 and sheet.shape[2] == 3 * (shown + 8) + 8
+    assert sheet.dtype == torch.uint8 and sheet.shape[2] == 3 * (cell_size + 8) + 8
     top = next(y for y in range(sheet.shape[1]) if sheet[0, y, 8] == 0)
-    cell = sheet[:, top : top + shown, 8 : 8 + shown]
-    assert (cell[:, :, : shown // 2 - 1] == 0).all() and (cell[:, :, shown // 2 + 1 :] == 200).all()
+    cell = sheet[:, top : top + cell_size, 8 : 8 + cell_size]
+    assert (cell[:, :, : cell_size // 2 - 1] == 0).all() and (cell[:, :, cell_size // 2 + 1 :] == 200).all()
 
 
 @pytest.fixture(scope="module")
@@ -304,15 +306,15 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sheet_shows_decoded_rows_and_their_prompts(pairs: Path, teacher: Path, tmp_path: Path) -> None:
-    shown = save_sheet(pairs, tmp_path / "deep" / "sheet.png", 4)
-    assert shown == [0, 4, 7, 11]
+    rows = save_sheet(pairs, tmp_path / "deep" / "sheet.png", 4)
+    assert rows == [0, 4, 7, 11]
     with Image.open(tmp_path / "deep" / "sheet.png") as file:
         assert (
-            json.loads(file.info["pairs"]) == shown
+            json.loads(file.info["pairs"]) == rows
             and file.info["spec_sha256"] == PairReader(pairs).spec.sha256
         )
         sheet = np.asarray(file.convert("RGB")).copy()
-    decoded = torch.cat(list(decode_uint8(load_vae(str(teacher)), PairReader(pairs).read(shown).latents)))
+    decoded = torch.cat(list(decode_uint8(load_vae(str(teacher)), PairReader(pairs).read(rows).latents)))
     enlarged = decoded.repeat_interleave(SMALLEST // 16, 2).repeat_interleave(SMALLEST // 16, 3)
     first = enlarged[0].permute(1, 2, 0).numpy()
     places = [y for y in range(60) if np.array_equal(sheet[y : y + SMALLEST, 8 : 8 + SMALLEST], first)]
@@ -320,7 +322,7 @@ def test_a_sheet_shows_decoded_rows_and_their_prompts(pairs: Path, teacher: Path
     captions = sheet[places[0] + SMALLEST : places[0] + SMALLEST + 20]
     assert (captions < 128).any() and (
         sheet[: places[0]] < 200
-    ).any()  # ink below the picture and in the heading
+    ).any()  # text below the image and in the heading
 
 
 def test_a_sheet_of_another_teacher_is_refused(pairs: Path, tmp_path: Path) -> None:
@@ -331,7 +333,7 @@ def test_a_sheet_of_another_teacher_is_refused(pairs: Path, tmp_path: Path) -> N
         save_sheet(pairs, tmp_path / "other" / "model_index.json" / "sheet.png")
 
 
-def test_a_class_is_a_caption_too(tmp_path: Path, teacher: Path) -> None:
+def test_class_labels_are_captions(tmp_path: Path, teacher: Path) -> None:
     latent = torch.zeros(6, 4, 4, 4)
     make_store(tmp_path / "a", latent, texts=label_list(3), kind="label")
     assert save_sheet(tmp_path / "a", tmp_path / "a.png", teacher=str(teacher)) == list(range(6))
@@ -343,7 +345,7 @@ def test_stats_on_the_command_line(pairs: Path, tmp_path: Path) -> None:
     summary = ended.json
     assert summary["rows"] == 12 and summary["prompts"]["tokens"]["limit"] == 12
     assert summary["sheet"] == str(tmp_path / "sheet.png") and Path(summary["sheet"]).is_file()
-    shown = d2g(["pairs", "stats", str(pairs), "--rows", "5"], tmp_path / "log")
-    assert shown.code == 0 and re.search(r"latent_norm\.counts +│ [ ▁▂▃▄▅▆▇█]+│", shown.stdout), shown.stdout
+    done = d2g(["pairs", "stats", str(pairs), "--rows", "5"], tmp_path / "log")
+    assert done.code == 0 and re.search(r"latent_norm\.counts +│ [ ▁▂▃▄▅▆▇█]+│", done.stdout), done.stdout
     wrong = d2g(["pairs", "stats", str(pairs), "--rows", "-1"], tmp_path / "log")
     assert wrong.code == 2

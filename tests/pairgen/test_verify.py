@@ -1,4 +1,4 @@
-"""verify finds every planted fault and nothing else; repair moves it away."""
+"""`verify` finds exactly the planted faults, and `repair` quarantines them."""
 
 import random
 import shutil
@@ -46,22 +46,22 @@ def store(tmp_path: Path) -> Path:
     return make_store(tmp_path / "pairs")
 
 
-# Sound stores raise no alarm.
+# Intact stores.
 
 
 @pytest.mark.parametrize(("kind", "noise"), KINDS)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_sound_store_verifies(tmp_path: Path, kind: str, noise: str, dtype: str) -> None:
-    spec, seen = spec_of(kind, noise, dtype=dtype), list[tuple[str, int, int]]()
-    report = verify_store(make_store(tmp_path, spec), lambda *event: seen.append(event))
-    assert report.ok and report.checked == 22 and report.prompts_checked and seen[-1] == ("verify", 3, 3)
+def test_an_intact_store_passes(tmp_path: Path, kind: str, noise: str, dtype: str) -> None:
+    spec, events = spec_of(kind, noise, dtype=dtype), list[tuple[str, int, int]]()
+    report = verify_store(make_store(tmp_path, spec), lambda *event: events.append(event))
+    assert report.ok and report.checked == 22 and report.prompts_checked and events[-1] == ("verify", 3, 3)
     assert (report.bad_shards, report.missing, report.duplicates, report.quarantined) == ([], [], [], [])
     before = file_contents(tmp_path)
     assert repair_store(tmp_path) == [] and file_contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(("kind", "noise"), KINDS)
-def test_quarantined_rows_are_no_damage(tmp_path: Path, kind: str, noise: str) -> None:
+def test_quarantined_rows_are_not_damage(tmp_path: Path, kind: str, noise: str) -> None:
     bad = (9, 15, *range(16, 22))  # two rows of shard 1, all of shard 2
     report = verify_store(make_store(tmp_path, spec_of(kind, noise), bad))
     assert not report.ok and report.quarantined == list(bad) and report.checked == 14
@@ -74,7 +74,7 @@ def test_quarantined_rows_are_no_damage(tmp_path: Path, kind: str, noise: str) -
     assert verify_store(tmp_path).ok and store_info(tmp_path)["complete"]
 
 
-def test_an_unfinished_store_lacks_shards_and_nothing_else(tmp_path: Path) -> None:
+def test_an_unfinished_store_only_lacks_shards(tmp_path: Path) -> None:
     make_store(tmp_path, shards=(0,))
     with PairWriter(tmp_path, SPEC, 1) as writer:
         writer.append(*rows(SPEC, [8, 10], bad=(10,)))
@@ -83,20 +83,20 @@ def test_an_unfinished_store_lacks_shards_and_nothing_else(tmp_path: Path) -> No
     (tmp_path / "quarantine").mkdir(exist_ok=True)
     (tmp_path / "quarantine" / "pairs-00000.h5").write_bytes(b"moved away by a repair")
     record = encode_record(1, [{"index": 10, "prompt": LISTS["text"][3], "reason": "nan"}])
-    (tmp_path / RECORD).write_bytes(record)  # as while the shard is made
+    (tmp_path / RECORD).write_bytes(record)  # as while the shard is being written
     report = verify_store(tmp_path)
     assert report.missing == [S1, S2] and report.checked == 8 and not report.ok
     assert (report.bad_shards, report.duplicates, report.quarantined) == ([], [], [])
 
 
-def test_a_store_without_its_prompt_list_is_checked_otherwise(store: Path) -> None:
+def test_a_store_without_its_prompt_list(store: Path) -> None:
     prompts_path(store).unlink()
     report = verify_store(store)
     assert report.ok and not report.prompts_checked
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
+def test_the_report_does_not_depend_on_workers(tmp_path: Path, workers: int) -> None:
     make_store(tmp_path, bad=(3,))
     shard_path(tmp_path, 2).write_bytes(b"?")
     shutil.copy(shard_path(tmp_path, 0), tmp_path / "shards" / "copy.h5")
@@ -112,7 +112,7 @@ def test_a_flipped_bit_in_every_512_bytes_is_found(tmp_path: Path, kind: str, no
     path, draw = shard_path(tmp_path, 2), random.Random(kind + noise)
     good = path.read_bytes()
     places = [start + draw.randrange(min(512, len(good) - start)) for start in range(0, len(good), 512)]
-    with h5py.File(path) as file:  # and in every dataset
+    with h5py.File(path) as file:  # also flip a bit in every dataset
         for name in file:
             chunk = file[name].id.get_chunk_info(0)
             start = good.index(file[name].id.read_direct_chunk(chunk.chunk_offset)[1])
@@ -221,7 +221,7 @@ FAULTS: dict[Callable[[Path], None], tuple[list[str], str]] = {
 
 @pytest.mark.parametrize(("kind", "noise"), [KINDS[0], KINDS[3], KINDS[4]])
 @pytest.mark.parametrize("plant", FAULTS)
-def test_planted_faults_are_found_and_mended(
+def test_planted_faults_are_found_and_repaired(
     tmp_path: Path, kind: str, noise: str, plant: Callable[[Path], None]
 ) -> None:
     spec = spec_of(kind, noise)
@@ -235,8 +235,8 @@ def test_planted_faults_are_found_and_mended(
     assert report.checked == sum(
         len(spec.rows(s)) for s in range(3) if f"shards/pairs-0000{s}.h5" not in names
     )
-    again = {_repeated_row: [10], _copy_over: list(range(8))}
-    assert report.duplicates == again.get(plant, [])
+    duplicates = {_repeated_row: [10], _copy_over: list(range(8))}
+    assert report.duplicates == duplicates.get(plant, [])
     assert repair_store(store) == names and verify_store(store).missing == names
     make_store(store, spec)
     assert verify_store(store).ok
@@ -260,7 +260,7 @@ def test_a_missing_shard(store: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "pairs-00003.h5", "pairs-0.h5", ".pairs-00000.h5", "folder"])
-def test_a_file_that_is_no_shard(store: Path, name: str) -> None:
+def test_a_file_that_is_not_a_shard(store: Path, name: str) -> None:
     path = store / "shards" / name
     path.mkdir() if name == "folder" else path.write_text("?")
     report = verify_store(store)
@@ -297,7 +297,7 @@ def test_every_flip_in_the_prompt_list_is_found(tmp_path: Path) -> None:
     for bad in (*changed, b"", good[:-1], good + b"\n", good + b'"x"\n', good.split(b"\n")[0] + b"\n"):
         path.write_bytes(bad)
         report = verify_store(store)
-        assert [found["shard"] for found in report.bad_shards] == ["prompts.jsonl"], bad
+        assert [shard_report["shard"] for shard_report in report.bad_shards] == ["prompts.jsonl"], bad
         assert report.checked == 8 and not report.prompts_checked
     assert repair_store(store) == ["prompts.jsonl"] and bad_files(store) == []
 
@@ -334,14 +334,14 @@ def test_a_record_that_disagrees_with_its_shard(
     assert repair_store(tmp_path) == [RECORD] and bad_files(tmp_path) == []
 
 
-def test_a_lost_a_stale_and_a_strange_record(tmp_path: Path) -> None:
+def test_missing_outdated_and_foreign_records(tmp_path: Path) -> None:
     make_store(tmp_path, bad=(9,))
     record = (tmp_path / RECORD).read_bytes()
     (tmp_path / RECORD).unlink()
     report = verify_store(tmp_path)
     assert report.bad_shards == [{"shard": RECORD, "reason": "is missing; its shard quarantines 1 pairs"}]
     assert repair_store(tmp_path) == [] and bad_files(tmp_path) == []
-    write_shard(tmp_path, SPEC, 1)  # now the row is there, and its record gone
+    write_shard(tmp_path, SPEC, 1)  # completes the row and removes its record
     (tmp_path / RECORD).write_bytes(record)
     assert (
         bad_files(tmp_path) == [RECORD] and repair_store(tmp_path) == [RECORD] and verify_store(tmp_path).ok
@@ -357,7 +357,7 @@ def test_a_lost_a_stale_and_a_strange_record(tmp_path: Path) -> None:
     assert len(repair_store(tmp_path)) == 1 and verify_store(tmp_path).ok
 
 
-def test_damaged_unfinished_work_is_found(tmp_path: Path) -> None:
+def test_damaged_partial_shards_are_found(tmp_path: Path) -> None:
     make_store(tmp_path, shards=(0, 2))
     with PairWriter(tmp_path, SPEC, 1) as writer:
         writer.append(*rows(SPEC, [8, 9]))
@@ -377,14 +377,14 @@ def test_damaged_unfinished_work_is_found(tmp_path: Path) -> None:
     assert verify_store(tmp_path).ok
 
 
-def test_quarantine_keeps_everything(store: Path) -> None:
+def test_quarantine_deletes_nothing(store: Path) -> None:
     for content in (b"first", b"second", b"third"):
         shard_path(store, 0).write_bytes(content)
         assert repair_store(store) == [S0]
     assert {p.read_bytes() for p in (store / "quarantine").iterdir()} == {b"first", b"second", b"third"}
 
 
-def test_a_store_that_cannot_be_mended_says_so(store: Path) -> None:
+def test_a_store_that_cannot_be_repaired_is_reported(store: Path) -> None:
     shard_path(store, 0).write_bytes(b"")
     (store / "quarantine").write_text("no folder")
     with pytest.raises(UserError, match=r"cannot write .*quarantine.*no shard was deleted"):
@@ -392,17 +392,17 @@ def test_a_store_that_cannot_be_mended_says_so(store: Path) -> None:
 
 
 def test_threads_keep_order_and_stop_at_an_error() -> None:
-    begun = list[int]()
+    started = list[int]()
 
     def call(number: int) -> int:
-        begun.append(number)
+        started.append(number)
         time.sleep(0.5 if number > 20 else 0.001 * (number % 3))
         if number == 20:
             raise ValueError("twenty")
         return number * number
 
     assert list(in_threads(call, range(20), 3)) == [n * n for n in range(20)]
-    begun.clear()
+    started.clear()
     with pytest.raises(ValueError, match="twenty"):
         list(in_threads(call, range(10_000), 1))
-    assert begun in ([*range(21)], [*range(22)])  # 22 waited in the queue and was dropped
+    assert started in ([*range(21)], [*range(22)])  # item 22 was still queued and is dropped

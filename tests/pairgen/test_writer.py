@@ -1,4 +1,4 @@
-"""PairWriter: crashes, bad rows, full disks. All files, kills and errors are real."""
+"""PairWriter: crashes, bad rows and full disks, with real files and kills."""
 
 import errno
 import multiprocessing
@@ -27,8 +27,8 @@ from stores import FORKS, SPEC, make_store, rows, same, write_shard
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("whole") / "deep" / "pairs")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("shared") / "deep" / "pairs")
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def store(tmp_path: Path) -> Path:
 
 
 def start(job: Callable[[Path, Connection], None], folder: Path) -> tuple[BaseProcess, Connection]:
-    """`job(folder, pipe)` in a forked process, and the pipe's other end."""
+    """Run `job(folder, pipe)` in a forked process. Returns the process and the other end of the pipe."""
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=job, args=(folder, theirs))
+    receiver, sender = context.Pipe()
+    child = context.Process(target=job, args=(folder, sender))
     child.start()
-    theirs.close()
-    return child, ours
+    sender.close()
+    return child, receiver
 
 
 def kill(child: BaseProcess) -> None:
@@ -56,7 +56,7 @@ def kill(child: BaseProcess) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, UserError])
-def test_leaving_early_keeps_every_row(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_exception_keeps_every_row(tmp_path: Path, error: type[BaseException]) -> None:
     create_store(tmp_path, SPEC)
     with pytest.raises(error), PairWriter(tmp_path, SPEC, 1) as writer:
         writer.append(*rows(SPEC, [8, 9, 10]))
@@ -78,7 +78,7 @@ def _flush_thrice_then_wait(folder: Path, done: Connection) -> None:
 
 
 @FORKS
-def test_kill_inside_a_shard_loses_nothing_flushed(tmp_path: Path, whole: Path) -> None:
+def test_a_kill_loses_no_flushed_rows(tmp_path: Path, shared_store: Path) -> None:
     create_store(tmp_path, SPEC)
     child, pipe = start(_flush_thrice_then_wait, tmp_path)
     assert pipe.recv() == "6 rows flushed, 1 in memory"
@@ -88,7 +88,7 @@ def test_kill_inside_a_shard_loses_nothing_flushed(tmp_path: Path, whole: Path) 
         assert writer.missing == [6, 7]
         writer.append(*rows(SPEC, writer.missing))
         writer.commit()
-    assert same(PairReader(tmp_path).read(range(8)), PairReader(whole).read(range(8)))
+    assert same(PairReader(tmp_path).read(range(8)), PairReader(shared_store).read(range(8)))
     assert not list((tmp_path / "partial").iterdir())
 
 
@@ -101,7 +101,7 @@ def _write_on_and_on(folder: Path, done: Connection) -> None:
 
 @FORKS
 @pytest.mark.parametrize("moment", [0.0, 0.017, 0.031])
-def test_kill_at_any_moment_shows_only_whole_files(tmp_path: Path, moment: float) -> None:
+def test_a_kill_at_any_time_leaves_only_complete_files(tmp_path: Path, moment: float) -> None:
     create_store(tmp_path, replace(SPEC, num_pairs=100_000))
     child, pipe = start(_write_on_and_on, tmp_path)
     assert pipe.recv() == 0
@@ -112,7 +112,7 @@ def test_kill_at_any_moment_shows_only_whole_files(tmp_path: Path, moment: float
     assert PairReader(tmp_path).read([0]).index.tolist() == [0]
 
 
-def test_leftovers_of_a_kill_during_commit_are_swept(store: Path) -> None:
+def test_leftovers_of_a_kill_during_commit_are_removed(store: Path) -> None:
     for name in ("pairs-00000.rows-0000000000.h5", "pairs-00000.lock", "pairs-00001.host-1.tmp"):
         (store / "partial" / name).write_bytes(b"left over")
     (store / "partial" / "pairs-00003.rows-0000000024.h5").write_bytes(b"somebody else's")
@@ -120,7 +120,7 @@ def test_leftovers_of_a_kill_during_commit_are_swept(store: Path) -> None:
     assert [p.name for p in (store / "partial").iterdir()] == ["pairs-00003.rows-0000000024.h5"]
 
 
-def test_damaged_partial_file_is_named_and_repaired(tmp_path: Path) -> None:
+def test_a_damaged_partial_file_is_reported_and_repaired(tmp_path: Path) -> None:
     create_store(tmp_path, SPEC)
     with PairWriter(tmp_path, SPEC, 0) as writer:
         writer.append(*rows(SPEC, [0, 1]))
@@ -132,10 +132,10 @@ def test_damaged_partial_file_is_named_and_repaired(tmp_path: Path) -> None:
     write_shard(tmp_path, SPEC, 0)
 
 
-# Rows that must not get in.
+# Invalid rows.
 
 
-def test_append_refuses_wrong_rows_and_keeps_the_earlier(tmp_path: Path) -> None:
+def test_append_refuses_invalid_rows_and_keeps_earlier_ones(tmp_path: Path) -> None:
     create_store(tmp_path, SPEC)
     noise, latent, prompts, index = rows(SPEC, [2, 3])
     broken, unrounded = latent.clone(), noise.float() + 1e-4
@@ -165,10 +165,10 @@ def test_append_refuses_wrong_rows_and_keeps_the_earlier(tmp_path: Path) -> None
     assert PairReader(tmp_path).read([0, 3]).index.tolist() == [0, 3]
 
 
-def test_rows_without_a_finite_latent_are_set_aside(tmp_path: Path) -> None:
+def test_rows_with_non_finite_latents_are_quarantined(tmp_path: Path) -> None:
     create_store(tmp_path, SPEC)
     noise, latent, prompts, index = rows(SPEC, list(range(8)))
-    latent[2, 0, 0, 0], latent[5, 3, 7, 7] = float("nan"), 1e5  # 1e5 is no float16
+    latent[2, 0, 0, 0], latent[5, 3, 7, 7] = float("nan"), 1e5  # 1e5 overflows float16
     with PairWriter(tmp_path, SPEC, 0) as writer:
         writer.append(noise, latent, prompts, index)
         assert sorted(writer.quarantined) == [2, 5] and writer.missing == []
@@ -189,7 +189,7 @@ def test_rows_without_a_finite_latent_are_set_aside(tmp_path: Path) -> None:
     assert same(PairReader(tmp_path).read(range(22)), PairReader(make_store(tmp_path / "b")).read(range(22)))
 
 
-def test_a_shard_of_nothing_but_bad_rows(tmp_path: Path) -> None:
+def test_a_shard_with_only_bad_rows(tmp_path: Path) -> None:
     create_store(tmp_path, SPEC)
     noise, latent, prompts, index = rows(SPEC, list(range(8)))
     with PairWriter(tmp_path, SPEC, 0) as writer:
@@ -199,23 +199,23 @@ def test_a_shard_of_nothing_but_bad_rows(tmp_path: Path) -> None:
     assert [row["index"] for row in quarantined_rows(tmp_path, SPEC)[0]] == index
 
 
-def test_the_pen_keeps_order_and_stops_at_the_first_error() -> None:
-    seen: list[int] = []
+def test_the_background_writer_keeps_order_and_stops_at_the_first_error() -> None:
+    written: list[int] = []
 
     def write(number: int) -> None:
         time.sleep(0.002)
         if number == 7:
             raise OSError("no room")
-        seen.append(number)
+        written.append(number)
 
     with pytest.raises(OSError, match="no room"), BackgroundWriter(depth=2) as pen:
         for number in range(100):
             pen.submit(write, number)
-    assert seen == list(range(7))
+    assert written == list(range(7))
     with BackgroundWriter() as pen:
         pen.submit(write, 1)
         pen.finish()
-        assert seen[-1] == 1
+        assert written[-1] == 1
         pen.submit(write, 7)
         with pytest.raises(OSError, match="no room"):
             pen.finish()
@@ -242,8 +242,8 @@ def _write_with_little_room(folder: Path, done: Connection) -> None:
 
 
 @FORKS
-def test_disk_full_says_what_is_safe_and_loses_nothing(tmp_path: Path) -> None:
-    """A real refusal of write(2): the process may not write files above 12 kB, a flush of one row fits."""
+def test_a_full_disk_loses_no_rows(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes write(2) fail above 12 kB; a flush of one row fits."""
     create_store(tmp_path, SPEC)
     child, pipe = start(_write_with_little_room, tmp_path)
     text, cause = pipe.recv()
