@@ -1,4 +1,4 @@
-"""distill.models.transformer_discriminator: it starts as the teacher, whose own forward pass is the judge."""
+"""distill.models.transformer_discriminator against the teacher's forward pass; heads; refused settings."""
 
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ def one_step(discriminator: TransformerDiscriminator, family: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "t"), [(4, 0), (8, 250)])
-def test_its_features_are_the_teachers(family: str, folder: str, size: int, t: int) -> None:
-    """Hooks on the blocks of the teacher's own network, in diffusers' own forward pass."""
+def test_features_equal_the_teachers(family: str, folder: str, size: int, t: int) -> None:
+    """Reference: outputs of the teacher's blocks, recorded by hooks in diffusers' forward pass."""
     discriminator = build(folder)
     network, own = pretrained.load_model(folder, "transformer"), discriminator.family
     seen: list[Tensor] = []
@@ -72,7 +72,7 @@ def test_its_features_are_the_teachers(family: str, folder: str, size: int, t: i
     assert equal(weights, discriminator.transformer.state_dict())
 
 
-def test_at_the_start_it_ignores_the_noise_and_after_a_step_it_does_not(family: str, folder: str) -> None:
+def test_noise_input_has_no_effect_until_the_first_step(family: str, folder: str) -> None:
     discriminator = build(folder)
     x, noise, cond = inputs(family)
     other = 3 * inputs(family, seed=1)[1]
@@ -85,7 +85,7 @@ def test_at_the_start_it_ignores_the_noise_and_after_a_step_it_does_not(family: 
     assert equal(without(x, noise, cond), without(x, other, cond))
 
 
-def test_it_reads_the_conditioning_and_the_time(family: str, folder: str) -> None:
+def test_logits_depend_on_conditioning_and_timestep(family: str, folder: str) -> None:
     discriminator = build(folder)
     x, noise, cond = inputs(family)
     logits = discriminator(x, noise, cond)
@@ -105,7 +105,7 @@ def test_heads_and_scales(family: str, folder: str) -> None:
         for depth in (1, 2)
         for pool, side in (("", 2), ("_pool2", 1))
     }
-    # A readout of averages is the average of its readouts.
+    # The heads are linear: the readout of an average is the average of readouts.
     discriminator.heads["block2_pool2"].load_state_dict(discriminator.heads["block2"].state_dict())
     logits = discriminator(*inputs(family))
     mean = logits["block2"].mean((2, 3), keepdim=True)
@@ -135,7 +135,7 @@ def test_every_trained_parameter_gets_a_gradient(family: str, folder: str) -> No
     assert {n.split(".")[0] for n, p in alone.named_parameters() if p.requires_grad} == {"heads", "patch_z"}
 
 
-def test_the_generator_draws_the_heads_alone(folder: str) -> None:
+def test_generator_seeds_the_heads_only(folder: str) -> None:
     a, b = build(folder).state_dict(), build(folder).state_dict()
     config = DiscriminatorConfig(discriminator="transformer", token_heads=2)
     c = discriminator_from_transformer(folder, config, generator(4)).state_dict()
@@ -145,7 +145,7 @@ def test_the_generator_draws_the_heads_alone(folder: str) -> None:
     assert {n: v.shape for n, v in meta.state_dict().items()} == {n: v.shape for n, v in a.items()}
 
 
-def test_what_does_not_fit_is_refused(folder: str, teacher: Path) -> None:
+def test_unsupported_settings_are_refused(folder: str, teacher: Path) -> None:
     with pytest.raises(
         SettingError, match=r"gan.token_heads is 5, but the network has 2 blocks; expected 1 to 2"
     ):

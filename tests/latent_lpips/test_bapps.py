@@ -1,4 +1,4 @@
-"""BAPPS' layout: finding and reading splits, and the errors of incomplete or damaged ones."""
+"""The folder layout of BAPPS: finding and reading splits; errors of incomplete or damaged ones."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ def split(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("root", ["", "2afc"])
-def test_parts_and_splits_are_found_wherever_bapps_puts_them(tmp_path: Path, root: str) -> None:
+def test_parts_and_splits_are_found_with_and_without_the_task_folder(tmp_path: Path, root: str) -> None:
     for name in ("train/cnn", "train/mix", "val/cnn"):
         save_judgments(tmp_path / root / name, 3)
     save_differences(tmp_path / ("jnd" if root else "") / "val" / "traditional")
@@ -30,7 +30,7 @@ def test_parts_and_splits_are_found_wherever_bapps_puts_them(tmp_path: Path, roo
     assert (same.name, len(same)) == ("traditional", 10) and same.answers.max() == pytest.approx(0.9)
 
 
-def test_a_folder_without_parts_is_both(split: Path, tmp_path: Path) -> None:
+def test_a_folder_without_parts_is_used_as_train_and_val(split: Path, tmp_path: Path) -> None:
     for root in (split, tmp_path):
         for part in ("train", "val"):
             (listed,) = find_splits(root, "2afc", part)  # type: ignore[arg-type]
@@ -45,8 +45,8 @@ def test_batches_keep_the_order_and_the_pixels(split: Path) -> None:
     p1 = torch.cat([part[2] for part in parts])
     with Image.open(split / "p1" / "003.png") as opened:
         assert torch.equal(((p1[3] + 1) * 127.5).round().byte(), image_to_tensor(opened))
-    some = list(image_batches(loaded, 0, 9, [3, 1]))
-    assert torch.equal(some[0][2], p1[[3, 1]])
+    selected = list(image_batches(loaded, 0, 9, [3, 1]))
+    assert torch.equal(selected[0][2], p1[[3, 1]])
     assert next(image_batches(loaded, 8, 2))[0].shape == (2, 3, 8, 8)
 
 
@@ -64,7 +64,7 @@ def save_half(split: Path) -> None:
 
 
 BAD = {
-    "gone": (lambda s: shutil.rmtree(s), "no such folder"),
+    "missing": (lambda s: shutil.rmtree(s), "no such folder"),
     "no judge": (lambda s: shutil.rmtree(s / "judge"), "noise: no judge/, expected ref, p0, p1 and judge"),
     "no p1": (lambda s: shutil.rmtree(s / "p1"), "noise: no p1/"),
     "one judge": (lambda s: (s / "judge" / "002.npy").unlink(), r"judge/ lacks 002 \(1 of 5 are missing\)"),
@@ -80,15 +80,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_folders_are_one_line(split: Path, case: str) -> None:
-    spoil, message = BAD[case]
-    spoil(split)
+def test_bad_folders_are_one_line_errors(split: Path, case: str) -> None:
+    damage, message = BAD[case]
+    damage(split)
     with pytest.raises(UserError, match=message) as caught:
         find_splits(split, "2afc", "train")
     assert "\n" not in str(caught.value)
 
 
-def test_bad_pictures_are_one_line(split: Path) -> None:
+def test_bad_images_are_one_line_errors(split: Path) -> None:
     Image.new("RGB", (8, 16)).save(split / "p0" / "003.png")
     with pytest.raises(UserError, match=r"p0/003.png has 8x16 pixels, .*ref/000.png 16x16; .* patch.load"):
         list(image_batches(open_split(split), 0, 2))

@@ -1,4 +1,4 @@
-"""`d2g lpips calibrate`: fits heads to judgments in BAPPS' layout."""
+"""`d2g lpips calibrate`: fitting heads to judgments in the layout of BAPPS."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def config(data: Path, teacher: Path, **settings: Any) -> HeadsConfig:
     return replace(default, **settings)
 
 
-def test_heads_are_fitted_and_the_trunk_is_not(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_only_heads_are_fitted(data: Path, teacher: Path, tmp_path: Path) -> None:
     result = calibrate_folder(config(data, teacher), tmp_path / "out")
     assert result.accuracy > 0.8 and set(result.by_split) == {"cnn", "noise"}
     assert (result.train, result.held_out) == (24, 24)
@@ -59,17 +59,19 @@ def test_heads_are_fitted_and_the_trunk_is_not(data: Path, teacher: Path, tmp_pa
     assert meta["calibrated"] and meta["two_afc"] == result.accuracy and meta["note"] == "random"
 
 
-def test_a_killed_run_goes_on_from_its_features(data: Path, teacher: Path, tmp_path: Path) -> None:
-    uninterrupted, broken = tmp_path / "whole", tmp_path / "broken"
+def test_a_killed_run_continues_with_its_cached_features(data: Path, teacher: Path, tmp_path: Path) -> None:
+    uninterrupted, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     calibrate_folder(config(data, teacher), uninterrupted)
-    calibrate_folder(config(data, teacher), broken)
-    shard = min((broken / "run" / "features").glob("cnn-*.npy"))
-    mtimes = {f.name: f.stat().st_mtime_ns for f in (broken / "run" / "features").glob("*.npy") if f != shard}
+    calibrate_folder(config(data, teacher), resumed)
+    shard = min((resumed / "run" / "features").glob("cnn-*.npy"))
+    mtimes = {
+        f.name: f.stat().st_mtime_ns for f in (resumed / "run" / "features").glob("*.npy") if f != shard
+    }
     shard.unlink()
-    (broken / "lpips.safetensors").unlink()
-    calibrate_folder(config(data, teacher), broken)
-    assert {n: (broken / "run" / "features" / n).stat().st_mtime_ns for n in mtimes} == mtimes
-    left, right = (load_file(folder / "lpips.safetensors") for folder in (uninterrupted, broken))
+    (resumed / "lpips.safetensors").unlink()
+    calibrate_folder(config(data, teacher), resumed)
+    assert {n: (resumed / "run" / "features" / n).stat().st_mtime_ns for n in mtimes} == mtimes
+    left, right = (load_file(folder / "lpips.safetensors") for folder in (uninterrupted, resumed))
     assert all(torch.equal(left[k], right[k]) for k in left)
 
 
@@ -87,7 +89,7 @@ def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> N
         torch.testing.assert_close(right[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_a_bare_folder_is_split_and_upsampled_and_the_scale_set(
+def test_a_folder_without_parts_is_split_upsampled_and_sets_the_scale(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     bare = config(data / "train" / "cnn", teacher, patch=PatchConfig(upsample=32), unrelated=0.5)
@@ -100,7 +102,7 @@ def test_a_bare_folder_is_split_and_upsampled_and_the_scale_set(
     assert other.accuracy == result.accuracy and not torch.allclose(flat, plain)
 
 
-def test_bad_input(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(SettingError, match="weights is not set; give --weights"):
         calibrate_folder(HeadsConfig(data="x", latents="y"), out)
@@ -118,21 +120,21 @@ def test_bad_input(data: Path, teacher: Path, tmp_path: Path) -> None:
         calibrate_folder(config(data, teacher), tmp_path / "first")
 
 
-def test_heads_are_fitted_anew_whatever_they_were(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_fitting_does_not_depend_on_earlier_heads(data: Path, teacher: Path, tmp_path: Path) -> None:
     other = load_lpips(teacher / "latent_lpips", fold=False)
     for head in other.heads:
         head[::2] = 0
     save_lpips(other, tmp_path / "other", {})
     plain = calibrate_folder(config(data, teacher), tmp_path / "a")
-    again = calibrate_folder(config(data, teacher, weights=str(tmp_path / "other")), tmp_path / "b")
-    assert again.before == plain.before > 0.6
+    refitted = calibrate_folder(config(data, teacher, weights=str(tmp_path / "other")), tmp_path / "b")
+    assert refitted.before == plain.before > 0.6
     pairs = zip(load_lpips(tmp_path / "a").heads, load_lpips(tmp_path / "b").heads, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_other_fits_take_the_features_that_are_there(data: Path, teacher: Path, tmp_path: Path) -> None:
-    """Features do not depend on heads, seed and batch size, but on the content of a file of equal name and
-    size.
+def test_other_fits_reuse_cached_features(data: Path, teacher: Path, tmp_path: Path) -> None:
+    """Features do not depend on heads, seed and batch size, but on the contents of files, also of files with
+    equal name and size.
     """
     shutil.copytree(data, tmp_path / "data")
     out, first = tmp_path / "out", config(tmp_path / "data", teacher)
@@ -150,10 +152,10 @@ def test_other_fits_take_the_features_that_are_there(data: Path, teacher: Path, 
     known = changed.stat()
     os.utime(changed, ns=(known.st_atime_ns, known.st_mtime_ns + 1))
     calibrate_folder(first, out)
-    assert len(set(stamps()) - set(before)) == 2  # one split's shard and its facts
+    assert len(set(stamps()) - set(before)) == 2  # the shard and the metadata of one split
 
 
-def test_accuracy_is_the_mean_of_splits_as_score_counts(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_accuracy_is_the_mean_of_the_scores_of_splits(data: Path, teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     save_judgments(tmp_path / "data" / "val" / "third", 3, seed=9)
     settings = config(tmp_path / "data", teacher)
@@ -178,11 +180,11 @@ def test_weights_of_another_latent_space_are_refused(data: Path, teacher: Path, 
         calibrate_folder(config(data, teacher, weights=str(tmp_path / "sd15")), tmp_path / "out")
     save_lpips(trunk, tmp_path / "same", {"scaling_factor": 0.7, "shift_factor": 0.0})
     calibrate_folder(config(data, teacher, weights=str(tmp_path / "same")), tmp_path / "out")
-    calibrated = str(tmp_path / "out")  # says its autoencoder now
+    calibrated = str(tmp_path / "out")  # records its autoencoder
     assert calibrate_folder(config(data, teacher, weights=calibrated), tmp_path / "again").accuracy > 0.5
 
 
-def test_what_is_not_finite_or_empty_is_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_non_finite_or_empty_data_is_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
     wild = config(data, teacher, heads=CalibrateConfig(lr=1e30))
     with pytest.raises(UserError, match=r"heads.*; lower the learning rate \(1e\+30\)"):
         calibrate_folder(wild, tmp_path / "wild")
@@ -198,8 +200,8 @@ def test_what_is_not_finite_or_empty_is_refused(data: Path, teacher: Path, tmp_p
         calibrate_folder(config(tmp_path / "data", teacher), tmp_path / "empty")
 
 
-def test_the_scale_is_set_on_references_in_an_order_of_their_own(teacher: Path, tmp_path: Path) -> None:
-    """Neighboring judgments show the same picture: their distance of 0 must not set the scale."""
+def test_the_scale_is_set_on_shuffled_references(teacher: Path, tmp_path: Path) -> None:
+    """Neighboring judgments share their reference image, and a distance of 0 must not affect the scale."""
     bare = tmp_path / "pairs"
     save_judgments(bare, 16)
     for number in range(0, 16, 2):
@@ -209,4 +211,4 @@ def test_the_scale_is_set_on_references_in_an_order_of_their_own(teacher: Path, 
     with torch.no_grad():
         latents = encode(vae, next(image_batches(open_split(bare), 0, 16))[0])[::2]
         mean_distance = metric(latents, latents.roll(1, 0)).mean().item()
-    assert 0.8 < mean_distance < 1.4  # about 2, had every other pair been equal
+    assert 0.8 < mean_distance < 1.4  # about 2 if every other pair were equal

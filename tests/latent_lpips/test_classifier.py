@@ -58,7 +58,7 @@ def equal(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize("settings", [{}, {"crops": 2}], ids=["fresh crops", "cached"])
-def test_it_learns_and_its_folder_loads(
+def test_training_learns_and_its_folder_can_be_loaded(
     data: Path, teacher: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     result = train_classifier(config(data, teacher, epochs=60, **settings), tmp_path / "out")
@@ -67,30 +67,32 @@ def test_it_learns_and_its_folder_loads(
     assert metric.config.channels == 4 and all(torch.equal(h, torch.ones_like(h)) for h in metric.heads)
     meta = read_lpips_meta(tmp_path / "out")
     assert meta["top1"] == result.top1 and meta["calibrated"] is False
-    again = train_classifier(config(data, teacher, epochs=60, **settings), tmp_path / "out")
-    assert (again.top1, again.images) == (result.top1, result.images)
+    repeated = train_classifier(config(data, teacher, epochs=60, **settings), tmp_path / "out")
+    assert (repeated.top1, repeated.images) == (result.top1, result.images)
 
 
 @pytest.mark.parametrize(
     "settings", [{"posterior": "sample"}, {"crops": 1}, {"norm": "group", "precision": "bf16"}]
 )
-def test_resumed_equals_unbroken(data: Path, teacher: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_a_resumed_run_equals_an_unbroken_one(
+    data: Path, teacher: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     uninterrupted = config(data, teacher, epochs=4, score_epochs=1, **settings)
-    train_classifier(uninterrupted, tmp_path / "whole")
+    train_classifier(uninterrupted, tmp_path / "unbroken")
     short = replace(uninterrupted, minutes=1e-6)
     runs = 0
-    while True:  # each start makes one step
+    while True:  # each run makes one step
         runs += 1
-        if train_classifier(short, tmp_path / "broken").images == 108:
+        if train_classifier(short, tmp_path / "resumed").images == 108:
             break
-    assert runs == 9 and equal(tmp_path / "whole", tmp_path / "broken")
+    assert runs == 9 and equal(tmp_path / "unbroken", tmp_path / "resumed")
 
 
 @pytest.mark.parametrize("posterior", ["mean", "sample"])
-def test_latents_depend_on_picture_and_crop_alone(
+def test_latents_depend_on_image_and_crop_only(
     data: Path, teacher: Path, tmp_path: Path, posterior: str
 ) -> None:
-    """Latents do not depend on the batch; cached ones equal the first epochs' fresh ones in turn, to fp16."""
+    """Latents do not depend on the batch; cached latents equal those of the first epochs up to fp16."""
     settings = config(data, teacher, crops=2, posterior=posterior)
     vae = pretrained.load_vae(str(teacher))
     encoder = CropEncoder(settings, vae, open_labeled(str(data))[0], torch.device("cpu"))
@@ -108,7 +110,7 @@ def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> N
     words = ["lpips", "train", "--json", "--data", str(data), "--latents", str(teacher)]
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in SETTINGS.items()}
     settings |= {"epochs": 1, "optimizer": "sgd", "lr": 0.05, "crops": 1, "shift": 0.25, "schedule": "step"}
-    settings["batch"] = 26  # two steps: afterwards, chaos takes over from rounding
+    settings["batch"] = 26  # two steps only, because rounding differences grow
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
     for ended in d2g_ranks([*words, "--out", str(tmp_path / "two")], tmp_path):
@@ -120,11 +122,11 @@ def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> N
     left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in left.items():
         torch.testing.assert_close(right[name].double(), value.double(), rtol=1e-3, atol=1e-5)
-    moved = VGG16(LPIPSConfig(width=1 / 16)).state_dict()
-    assert any((left[k] - moved[k]).abs().max() > 0.01 for k in moved if k.startswith("features.0"))
+    initial = VGG16(LPIPSConfig(width=1 / 16)).state_dict()
+    assert any((left[k] - initial[k]).abs().max() > 0.01 for k in initial if k.startswith("features.0"))
 
 
-def test_classify_is_the_models_own_forward_without_dropout() -> None:
+def test_classify_equals_the_forward_pass_without_dropout() -> None:
     torch.manual_seed(0)
     model = VGG16(LPIPSConfig(width=1 / 16), classes=3, dropout=0.0, grid=2)
     x = torch.randn(4, 4, 8, 8)
@@ -136,7 +138,7 @@ def test_classify_is_the_models_own_forward_without_dropout() -> None:
     torch.testing.assert_close(half, full_batch[2:])
 
 
-def test_the_plan_covers_each_epoch_once_and_ranks_share_it() -> None:
+def test_ranks_share_each_epoch() -> None:
     settings = ClassifyConfig(batch=6)
     stream = plan_batches(settings, 9, 0, slice(0, 6))
     items = [item for _ in range(3) for item in next(stream)]
@@ -145,7 +147,7 @@ def test_the_plan_covers_each_epoch_once_and_ranks_share_it() -> None:
     assert halves[0] + halves[1] == items[6:12]
 
 
-def test_shift_moves_whole_positions_alike_for_every_split_of_the_batch() -> None:
+def test_shifts_are_integer_and_do_not_depend_on_the_batch_split() -> None:
     settings = ClassifyConfig(batch=4, shift=0.25)
     x = torch.randn(4, 2, 8, 8)
     full_batch = shift_latents(x, settings, 0, slice(0, 4))
@@ -155,17 +157,17 @@ def test_shift_moves_whole_positions_alike_for_every_split_of_the_batch() -> Non
     assert shift_latents(x, ClassifyConfig(), 0, slice(0, 4)) is x
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_parquet_and_parts_by_name(tmp_path: Path, named: bool) -> None:
-    save_table(tmp_path / "data" / ("train-0.parquet" if named else "all.parquet"))
-    if named:
+@pytest.mark.parametrize("with_part_names", [False, True])
+def test_parquet_files_with_and_without_part_names(tmp_path: Path, with_part_names: bool) -> None:
+    save_table(tmp_path / "data" / ("train-0.parquet" if with_part_names else "all.parquet"))
+    if with_part_names:
         save_table(tmp_path / "data" / "validation-0.parquet", count=2)
     train, val = open_labeled(str(tmp_path / "data"))
     assert len(train) == 36 and train.classes == ["0", "1", "2"] and train.open(0).size == (40, 36)
-    assert (None if val is None else len(val)) == (6 if named else None)
+    assert (None if val is None else len(val)) == (6 if with_part_names else None)
 
 
-def test_imagenet_s_layout_numbers_val_by_the_training_classes(tmp_path: Path) -> None:
+def test_validation_labels_use_the_training_classes(tmp_path: Path) -> None:
     save_classes(tmp_path / "train", 3)
     save_classes(tmp_path / "val", 2, classes=("green", "red"))
     train, val = open_labeled(str(tmp_path))
@@ -201,16 +203,16 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(data: Path, teacher: Path, tmp_path: Path, case: str) -> None:
-    spoil, settings, message = BAD[case]
+def test_bad_input_is_a_one_line_error(data: Path, teacher: Path, tmp_path: Path, case: str) -> None:
+    damage, settings, message = BAD[case]
     shutil.copytree(data, tmp_path / "data")
-    spoil(tmp_path / "data")
+    damage(tmp_path / "data")
     with pytest.raises((UserError, FloatingPointError), match=message) as caught:
         train_classifier(config(tmp_path / "data", teacher, **settings), tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out" / "config.json").exists()
 
 
-def test_bad_tables_and_settings(tmp_path: Path) -> None:
+def test_bad_tables_and_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="columns image; expected `image` and `label`"):
         open_labeled(str(save_table(tmp_path / "a.parquet", label=False)))
     with pytest.raises(UserError, match="of one class"):
@@ -243,7 +245,7 @@ def test_another_config_and_damaged_latents_are_refused(data: Path, teacher: Pat
     assert train_classifier(first, out).images == 36
 
 
-def test_another_picture_needs_another_cache(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_changed_image_invalidates_the_cache(data: Path, teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     first = config(tmp_path / "data", teacher, epochs=1, crops=1, cache=str(tmp_path / "cache"))
     train_classifier(first, tmp_path / "a")
@@ -252,30 +254,30 @@ def test_another_picture_needs_another_cache(data: Path, teacher: Path, tmp_path
         train_classifier(first, tmp_path / "b")
 
 
-def test_only_whole_checkpoints_are_left(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_only_complete_checkpoints_are_left(data: Path, teacher: Path, tmp_path: Path) -> None:
     train_classifier(config(data, teacher, epochs=3, score_epochs=1), tmp_path / "out")
     last = checkpoint.latest(tmp_path / "out" / "run" / "checkpoints")
     assert last is not None and last.nimg == 84 and last.meta["classes"] == ["blue", "green", "red"]
 
 
 def lines_of(out: Path) -> list[dict[str, float]]:
-    """The reports without times and rates."""
+    """Reports without times and speeds."""
     names = ("nimg", "loss", "top1", "top5")
     return [{name: line[name] for name in names} for line in read_stats(out / "run")]
 
 
-def test_reports_of_a_broken_run_are_those_of_an_unbroken_one(
+def test_reports_of_a_resumed_run_equal_those_of_an_unbroken_one(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     uninterrupted = config(data, teacher, epochs=6, score_epochs=2)
-    train_classifier(uninterrupted, tmp_path / "whole")
-    while train_classifier(replace(uninterrupted, minutes=1e-6), tmp_path / "broken").images < 168:
+    train_classifier(uninterrupted, tmp_path / "unbroken")
+    while train_classifier(replace(uninterrupted, minutes=1e-6), tmp_path / "resumed").images < 168:
         pass
-    assert [line["nimg"] for line in lines_of(tmp_path / "whole")] == [60, 108, 168]
-    assert lines_of(tmp_path / "broken") == lines_of(tmp_path / "whole")
+    assert [line["nimg"] for line in lines_of(tmp_path / "unbroken")] == [60, 108, 168]
+    assert lines_of(tmp_path / "resumed") == lines_of(tmp_path / "unbroken")
 
 
-def test_a_kill_before_the_scoring_or_before_any_checkpoint_leaves_no_trace(
+def test_a_kill_before_scoring_or_the_first_checkpoint_has_no_effect(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     settings = config(data, teacher, epochs=4, score_epochs=2)
@@ -290,7 +292,7 @@ def test_a_kill_before_the_scoring_or_before_any_checkpoint_leaves_no_trace(
     assert lines_of(tmp_path / "out") == expected
 
 
-def test_a_signal_saves_and_leaves_without_scoring(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_exits_without_scoring(data: Path, teacher: Path, tmp_path: Path) -> None:
     words = ["lpips", "train", "--json", "--data", str(data), "--latents", str(teacher)]
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in SETTINGS.items()}
     for name, value in {**settings, "epochs": 4000, "score_epochs": 1000}.items():
@@ -308,7 +310,7 @@ def test_a_signal_saves_and_leaves_without_scoring(data: Path, teacher: Path, tm
 def test_large_batches_are_encoded_in_parts(data: Path, teacher: Path) -> None:
     vae = pretrained.load_vae(str(teacher))
     sizes: list[int] = []
-    vae.encoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     train, _ = open_labeled(str(data))
     encoder = CropEncoder(config(data, teacher, posterior="sample"), vae, train, torch.device("cpu"))
     items = [CropItem(row % 36, row // 36) for row in range(150)]
@@ -317,7 +319,7 @@ def test_large_batches_are_encoded_in_parts(data: Path, teacher: Path) -> None:
     torch.testing.assert_close(full_batch[100:], next(encoder.stream([items[100:]])), rtol=1e-5, atol=1e-5)
 
 
-def test_a_changed_picture_or_class_is_another_run(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_run_with_changed_images_or_classes_is_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     settings = config(tmp_path / "data", teacher, epochs=1)
     train_classifier(settings, tmp_path / "out")
@@ -333,17 +335,17 @@ def test_a_changed_picture_or_class_is_another_run(data: Path, teacher: Path, tm
         train_classifier(settings, tmp_path / "out")
 
 
-def test_cells_of_a_table_are_told_by_their_bytes(tmp_path: Path) -> None:
+def test_table_digests_depend_on_the_bytes_of_cells(tmp_path: Path) -> None:
     a = open_labeled(str(save_table(tmp_path / "a.parquet")))[0]
-    again = open_labeled(str(save_table(tmp_path / "b" / "c.parquet")))[0]
-    assert a.digest() == again.digest()
+    same = open_labeled(str(save_table(tmp_path / "b" / "c.parquet")))[0]
+    assert a.digest() == same.digest()
     order = [1, 0, *range(2, 36)]
     swapped = replace(a, readers=[a.readers[row] for row in order])
     assert a.digest() not in {swapped.digest(), replace(a, labels=a.labels[order]).digest()}
 
 
 @pytest.mark.parametrize("held", ["val", "validation", "test"])
-def test_what_is_held_out_beside_the_classes_is_not_trained_on(tmp_path: Path, held: str) -> None:
+def test_a_held_out_folder_beside_the_classes_is_not_used_for_training(tmp_path: Path, held: str) -> None:
     save_classes(tmp_path / "data", 2)
     save_classes(tmp_path / "data" / held, 1)
     train, val = open_labeled(str(tmp_path / "data"))

@@ -7,7 +7,7 @@ from d2g.core.errors import SettingError
 from latent_lpips.config import LPIPS_PRESETS, AugmentConfig, LPIPSConfig, LPIPSTrainConfig
 
 
-def test_every_combination_of_families_parses_in_acting_order() -> None:
+def test_families_are_parsed_in_the_order_of_application() -> None:
     for count in range(1, 5):
         for letters in itertools.permutations("bgco", count):
             config = AugmentConfig(families="".join(letters))
@@ -21,7 +21,7 @@ def test_unknown_families_are_refused(families: str) -> None:
         AugmentConfig(families=families)
 
 
-def test_widths_scale_and_impossible_values_are_refused() -> None:
+def test_width_multiplier_and_invalid_values() -> None:
     assert LPIPSConfig().widths == (64, 128, 256, 512, 512)
     assert LPIPSConfig(width=0.25).widths == (16, 32, 64, 128, 128)
     with pytest.raises(SettingError, match="channels"):
@@ -33,7 +33,7 @@ def test_widths_scale_and_impossible_values_are_refused() -> None:
 
 
 @pytest.mark.parametrize("preset", sorted(LPIPS_PRESETS))
-def test_presets_survive_json(preset: str) -> None:
+def test_presets_round_trip_through_json(preset: str) -> None:
     assert from_json(LPIPSTrainConfig, to_json(LPIPS_PRESETS[preset])) == LPIPS_PRESETS[preset]
 
 

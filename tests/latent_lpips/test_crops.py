@@ -1,4 +1,4 @@
-"""Crops against torchvision's transforms, which the ImageNet recipe uses."""
+"""Crops against torchvision's transforms, as used in the ImageNet recipe."""
 
 import pytest
 import torch
@@ -18,14 +18,16 @@ from latent_lpips.training.crops import (
 
 
 @given(st.integers(20, 300), st.integers(20, 300), st.integers(0, 10_000), st.floats(0.05, 1.0))
-def test_boxes_lie_inside_and_keep_area_and_aspect(width: int, height: int, seed: int, least: float) -> None:
-    left, top, right, bottom = random_box(width, height, (least, 1.0), torch.Generator().manual_seed(seed))
+def test_boxes_lie_inside_and_keep_area_and_aspect(
+    width: int, height: int, seed: int, min_area: float
+) -> None:
+    left, top, right, bottom = random_box(width, height, (min_area, 1.0), torch.Generator().manual_seed(seed))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     w, h = right - left, bottom - top
     assert 3 / 4 * (h - 1) <= w + 1 and w - 1 <= 4 / 3 * (h + 1)
 
 
-def test_boxes_are_distributed_as_torchvision_s() -> None:
+def test_boxes_have_the_distribution_of_torchvision() -> None:
     rng = torch.Generator().manual_seed(0)
     ours = torch.tensor([random_box(200, 150, (0.08, 1.0), rng) for _ in range(3000)]).double()
     torch.manual_seed(1)
@@ -38,19 +40,19 @@ def test_boxes_are_distributed_as_torchvision_s() -> None:
         assert (steps[0] - steps[1]).abs().max() < 1.63 * (2 / 3000) ** 0.5  # Kolmogorov-Smirnov, 1 %
 
 
-def test_a_long_picture_falls_back_to_its_center() -> None:
+def test_elongated_images_fall_back_to_the_center() -> None:
     box = random_box(1000, 10, (0.9, 1.0), torch.Generator().manual_seed(0))
     assert box == (493, 0, 506, 10)
 
 
 @pytest.mark.parametrize("size", [(40, 36), (33, 51), (32, 32)])
-def test_scoring_crops_are_torchvision_s(size: tuple[int, int]) -> None:
+def test_center_crops_equal_torchvision(size: tuple[int, int]) -> None:
     image = picture(1, 0, *size)
     theirs = CenterCrop(28)(Resize(32, interpolation=InterpolationMode.BILINEAR)(image))
     assert torch.equal(center_crop_resized(image, 28), image_to_tensor(theirs))
 
 
-def test_half_of_the_crops_are_mirrored_if_asked() -> None:
+def test_half_of_the_crops_are_flipped_if_requested() -> None:
     ramp = Image.linear_gradient("L").rotate(90).convert("RGB")
     falling = []
     for seed in range(200):

@@ -31,7 +31,7 @@ def metric() -> LatentLPIPS:
     return metric
 
 
-def test_distance_equals_the_hand_formula(metric: LatentLPIPS) -> None:
+def test_distance_equals_its_formula(metric: LatentLPIPS) -> None:
     a, b = latents(3, 4, 8, 8), latents(3, 4, 8, 8, seed=1)
     expected = torch.zeros(3, 5)
     for layer, (f, g) in enumerate(zip(metric.trunk.taps(a), metric.trunk.taps(b), strict=True)):
@@ -80,7 +80,7 @@ def test_both_inputs_get_the_same_transform(metric: LatentLPIPS, families: str) 
         assert (mixed - expected).abs().max() > 1e-3
 
 
-def test_draws_are_averaged_and_the_generator_decides(metric: LatentLPIPS) -> None:
+def test_draws_are_averaged_and_follow_the_generator(metric: LatentLPIPS) -> None:
     a, b = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
     shared = rng(5)
     one = ELatentLPIPS(metric)
@@ -89,10 +89,10 @@ def test_draws_are_averaged_and_the_generator_decides(metric: LatentLPIPS) -> No
     assert not torch.equal(one(a, b, generator=rng(6)), one(a, b, generator=rng(5)))
 
 
-@pytest.mark.parametrize("case", ["apart", "equal", "zero"])
+@pytest.mark.parametrize("case", ["different", "equal", "zero"])
 def test_bf16_and_autocast_give_fp32_distances_and_finite_gradients(metric: LatentLPIPS, case: str) -> None:
     target = latents(2, 4, 8, 8, seed=1).bfloat16() * (case != "zero")
-    pred = (latents(2, 4, 8, 8).bfloat16() if case == "apart" else target.clone()).requires_grad_()
+    pred = (latents(2, 4, 8, 8).bfloat16() if case == "different" else target.clone()).requires_grad_()
     ensemble = ELatentLPIPS(metric)
     plain = ensemble(pred.detach(), target, generator=rng())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -101,10 +101,10 @@ def test_bf16_and_autocast_give_fp32_distances_and_finite_gradients(metric: Late
     assert distance.dtype == torch.float32
     assert torch.equal(distance, plain)
     assert gradient.isfinite().all()
-    assert (gradient.abs().max() > 0) == (case == "apart")
+    assert (gradient.abs().max() > 0) == (case == "different")
 
 
-def test_gradient_is_right_and_goes_to_pred_only(metric: LatentLPIPS) -> None:
+def test_gradient_is_correct_and_reaches_pred_only(metric: LatentLPIPS) -> None:
     pred, target = latents(1, 4, 8, 8).requires_grad_(), latents(1, 4, 8, 8, seed=1).requires_grad_()
     metric(pred, target).sum().backward()
     assert target.grad is None
@@ -116,7 +116,7 @@ def test_gradient_is_right_and_goes_to_pred_only(metric: LatentLPIPS) -> None:
     assert (ahead - behind) / 2e-2 == pytest.approx(pred.grad.norm().item(), rel=0.05)
 
 
-def test_train_mode_leaves_the_norms_alone(metric: LatentLPIPS) -> None:
+def test_train_mode_does_not_change_batch_norm_statistics(metric: LatentLPIPS) -> None:
     a, b = latents(4, 4, 8, 8), latents(4, 4, 8, 8, seed=1)
     before, state = metric(a, b), {k: v.clone() for k, v in metric.state_dict().items()}
     parent = nn.ModuleDict({"loss": ELatentLPIPS(metric)}).train()
@@ -125,7 +125,7 @@ def test_train_mode_leaves_the_norms_alone(metric: LatentLPIPS) -> None:
     assert all(torch.equal(v, state[k]) for k, v in metric.state_dict().items())
 
 
-def test_spatial_map_has_the_latents_size_and_points_at_the_change(metric: LatentLPIPS) -> None:
+def test_spatial_map_has_the_size_of_the_latents_and_locates_the_change(metric: LatentLPIPS) -> None:
     a = latents(1, 4, 32, 32)
     b = a.clone()
     b[:, :, 4:8, 20:24] += 3
@@ -150,7 +150,7 @@ def test_any_number_of_channels(channels: int) -> None:
     assert distance.shape == (2,) and distance.min() > 0
 
 
-def test_folded_metric_measures_the_same() -> None:
+def test_folding_does_not_change_the_distance() -> None:
     torch.manual_seed(1)
     metric = LatentLPIPS(LPIPSConfig(width=1 / 16))
     for module in metric.modules():
@@ -179,8 +179,8 @@ def test_different_shapes_are_refused(metric: LatentLPIPS) -> None:
         metric(latents(1, 4, 8, 8), latents(2, 4, 8, 8))
 
 
-def test_nothing_waits_for_a_number_from_the_device(metric: LatentLPIPS) -> None:
-    """Nothing reads values on the host: a fake tensor has none, so reading them would raise."""
+def test_no_host_synchronization(metric: LatentLPIPS) -> None:
+    """Fake tensors have no values, so reading one on the host would raise."""
     quick = copy.deepcopy(metric).fold()
     with FakeTensorMode(allow_non_fake_inputs=True):
         pred, target = torch.empty(2, 4, 11, 11), torch.empty(2, 4, 11, 11)
@@ -188,11 +188,11 @@ def test_nothing_waits_for_a_number_from_the_device(metric: LatentLPIPS) -> None
             pred.mean().item()
         assert ELatentLPIPS(metric)(pred, target).shape == (2,)
         assert ELatentLPIPS(quick)(pred.requires_grad_(), target).shape == (2,)
-    real = latents(2, 4, 11, 11)  # and the fake ones left no fake constants behind
+    real = latents(2, 4, 11, 11)  # the fake pass must not cache fake constants
     assert ELatentLPIPS(metric)(real, real, generator=rng()).tolist() == [0.0, 0.0]
 
 
-def test_ensemble_and_l1_are_added_unaugmented(metric: LatentLPIPS) -> None:
+def test_unaugmented_and_l1_terms(metric: LatentLPIPS) -> None:
     a, b = latents(2, 4, 8, 8).requires_grad_(), latents(2, 4, 8, 8, seed=1)
     loss = ELatentLPIPS(metric, "bgo", draws=2, ensemble=0.5, l1=0.25)
     parts = loss.parts(a, b, generator=rng(5))
@@ -207,7 +207,7 @@ def test_ensemble_and_l1_are_added_unaugmented(metric: LatentLPIPS) -> None:
             ELatentLPIPS(metric, **wrong)  # type: ignore[arg-type]
 
 
-def test_transforms_can_be_drawn_first_and_looked_at(metric: LatentLPIPS) -> None:
+def test_transforms_can_be_sampled_in_advance(metric: LatentLPIPS) -> None:
     a, b = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
     loss = ELatentLPIPS(metric, draws=2)
     transforms = loss.sample_transforms(a, rng(5))
@@ -216,7 +216,7 @@ def test_transforms_can_be_drawn_first_and_looked_at(metric: LatentLPIPS) -> Non
     torch.testing.assert_close(loss(a, b, transforms=still), metric(a, b))
 
 
-def test_compiles_in_one_graph_for_drawn_transforms(metric: LatentLPIPS, fresh_dynamo: None) -> None:
+def test_compiles_in_one_graph_with_given_transforms(metric: LatentLPIPS, fresh_dynamo: None) -> None:
     """The compiled loss has no graph break; without `transforms`, sampling is part of the graph."""
     loss = ELatentLPIPS(copy.deepcopy(metric).fold(), ensemble=1.0, l1=1.0)
     a, b = latents(2, 4, 8, 8).requires_grad_(), latents(2, 4, 8, 8, seed=1)
@@ -230,14 +230,14 @@ def test_compiles_in_one_graph_for_drawn_transforms(metric: LatentLPIPS, fresh_d
     assert compiled(a, b).shape == (2,)
 
 
-def test_generators_work_under_compile_with_a_break(metric: LatentLPIPS, fresh_dynamo: None) -> None:
+def test_generators_work_under_compile_with_a_graph_break(metric: LatentLPIPS, fresh_dynamo: None) -> None:
     loss = ELatentLPIPS(copy.deepcopy(metric).fold(), "b")
     a, b = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
     compiled = torch.compile(loss, backend="eager")
     torch.testing.assert_close(compiled(a, b, generator=rng(3)), loss(a, b, generator=rng(3)))
 
 
-def test_works_inside_data_parallel_training(metric: LatentLPIPS) -> None:
+def test_distance_under_ddp(metric: LatentLPIPS) -> None:
     """The loss is part of the wrapped module: DDP neither trains nor averages its parameters."""
 
     class Step(nn.Module):
@@ -250,13 +250,13 @@ def test_works_inside_data_parallel_training(metric: LatentLPIPS) -> None:
             total: Tensor = self.loss(self.student(x), target, generator=rng(2)).mean()
             return total
 
-    x, target, alone = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1), Step()
-    alone(x, target).backward()
+    x, target, single = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1), Step()
+    single(x, target).backward()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(Step())
         wrapped(x, target).backward()
-        grad, expected = wrapped.module.student.weight.grad, alone.student.weight.grad
+        grad, expected = wrapped.module.student.weight.grad, single.student.weight.grad
     finally:
         torch.distributed.destroy_process_group()
     assert expected is not None and expected.abs().max() > 0
@@ -266,7 +266,7 @@ def test_works_inside_data_parallel_training(metric: LatentLPIPS) -> None:
 @pytest.mark.parametrize(
     "device", ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 )
-def test_generator_may_live_on_the_device_or_on_the_cpu(metric: LatentLPIPS, device: str) -> None:
+def test_generator_may_be_on_the_device_or_the_cpu(metric: LatentLPIPS, device: str) -> None:
     loss = ELatentLPIPS(copy.deepcopy(metric).fold().to(device))
     a, b = latents(2, 4, 8, 8).to(device).requires_grad_(), latents(2, 4, 8, 8, seed=1).to(device)
     for component_dir in {"cpu", device}:

@@ -1,4 +1,4 @@
-"""docs/latent-lpips.md: its code blocks run."""
+"""The code blocks of docs/latent-lpips.md run."""
 
 import re
 from functools import partial
@@ -29,8 +29,8 @@ class Student(nn.Module):
         return latents
 
 
-def test_every_block_runs(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks run in order in one namespace. The first is five lines with imports, and trains."""
+def test_code_blocks_run(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks run in order in one namespace. The first one trains in five lines including imports."""
     monkeypatch.chdir(tmp_path)
     tiny.save_lpips(tmp_path / "lpips-sd15")
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def test_every_block_runs(tmp_path: Path, teacher: Path, monkeypatch: pytest.Mon
     assert world["loss"].item() > 0 and world["other"].draws == 4
 
 
-def test_the_table_of_spaces_is_the_codes() -> None:
+def test_the_documented_table_of_spaces_matches_the_code() -> None:
     for name, space in OFFICIAL_SPACES.items():
         (row,) = [line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}`" in line]
         assert [float(cell) for cell in row.strip("| ").split("|")[1:]] == [

@@ -1,4 +1,4 @@
-"""The fused distance and gradient, against autograd in float64, and their memory."""
+"""The fused distance and gradient against autograd in float64, and their memory."""
 
 import copy
 import math
@@ -24,8 +24,8 @@ def latents(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=rng(seed))
 
 
-def lively(width: float) -> LatentLPIPS:
-    """Random weights, and batch norms that are not the identity."""
+def randomized_metric(width: float) -> LatentLPIPS:
+    """A metric with random weights and batch norms that are not the identity."""
     torch.manual_seed(0)
     metric = LatentLPIPS(LPIPSConfig(width=width))
     for module in metric.modules():
@@ -39,12 +39,12 @@ def lively(width: float) -> LatentLPIPS:
 
 @pytest.fixture(scope="module")
 def metric() -> LatentLPIPS:
-    return lively(1 / 16)
+    return randomized_metric(1 / 16)
 
 
 @pytest.fixture(scope="module")
-def half() -> LatentLPIPS:
-    return lively(0.5)
+def narrow_metric() -> LatentLPIPS:
+    return randomized_metric(0.5)
 
 
 def with_gradient(metric: LatentLPIPS, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,28 +59,28 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("noise", [math.inf, 1.0, 0.1])
-def test_fast_path_agrees_with_float64(half: LatentLPIPS, noise: float) -> None:
-    """1e-5 in fp32, 1e-2 in bf16, gradients' cosine 0.999; from unrelated latents to close ones. At full
-    width, benchmarks/latent_lpips.py says so."""
+def test_fast_path_agrees_with_float64(narrow_metric: LatentLPIPS, noise: float) -> None:
+    """For unrelated to similar latents: relative errors of 1e-5 in fp32 and 1e-2 in bf16, cosine of the
+    gradients above 0.999. benchmarks/latent_lpips.py checks the full width."""
     pred, other = latents(2, 4, 16, 16), latents(2, 4, 16, 16, seed=1)
     target = other if noise == math.inf else pred + noise * other
-    exact, slope = with_gradient(copy.deepcopy(half).double(), pred.double(), target.double())
+    exact, slope = with_gradient(copy.deepcopy(narrow_metric).double(), pred.double(), target.double())
     assert exact.dtype == slope.dtype == torch.float64
     bounds: dict[Precision, tuple[float, float]] = {"fp32": (1e-5, 1 - 1e-6), "bf16": (1e-2, 0.999)}
     for precision, (error, least) in bounds.items():
-        distance, gradient = with_gradient(copy.deepcopy(half).fold(precision), pred, target)
+        distance, gradient = with_gradient(copy.deepcopy(narrow_metric).fold(precision), pred, target)
         assert (distance / exact - 1).abs().max() < error, precision
         assert cosine(gradient, slope) > least, precision
         assert (gradient.norm() / slope.norm()).item() == pytest.approx(1, abs=10 * error)
 
 
-def test_gradient_passes_the_numerical_check(metric: LatentLPIPS) -> None:
+def test_gradient_passes_gradcheck(metric: LatentLPIPS) -> None:
     exact = copy.deepcopy(metric).fold().double()
     pred, target = latents(1, 4, 4, 4).double(), latents(1, 4, 4, 4, seed=1).double()
     assert torch.autograd.gradcheck(lambda x: exact(x, target), pred.requires_grad_(), eps=1e-7, atol=1e-4)
 
 
-def test_folded_agrees_with_autograd_layer_by_layer_and_weight_by_weight(metric: LatentLPIPS) -> None:
+def test_gradient_agrees_with_autograd_of_the_folded_metric(metric: LatentLPIPS) -> None:
     quick = copy.deepcopy(metric).fold()
     pred, target = latents(3, 4, 9, 14).requires_grad_(), latents(3, 4, 9, 14, seed=1)
     torch.testing.assert_close(quick.layers(pred, target), metric.layers(pred, target))
@@ -92,7 +92,7 @@ def test_folded_agrees_with_autograd_layer_by_layer_and_weight_by_weight(metric:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_equal_inputs_are_exactly_zero_apart(metric: LatentLPIPS, precision: Precision) -> None:
+def test_equal_inputs_have_distance_zero(metric: LatentLPIPS, precision: Precision) -> None:
     quick, x = copy.deepcopy(metric).fold(precision), latents(3, 4, 16, 16)
     distance, gradient = with_gradient(quick, x, x.clone())
     assert torch.equal(distance, torch.zeros(3)) and torch.equal(gradient, torch.zeros_like(x))
@@ -111,7 +111,7 @@ def test_a_rows_result_does_not_depend_on_the_batch(metric: LatentLPIPS) -> None
     torch.testing.assert_close(quick(pred, target), distance)
 
 
-def test_graph_holds_one_gradient_and_no_features(metric: LatentLPIPS) -> None:
+def test_graph_saves_one_gradient_and_no_features(metric: LatentLPIPS) -> None:
     quick, held = copy.deepcopy(metric).fold(), []
     pred, target = latents(4, 4, 16, 16).requires_grad_(), latents(4, 4, 16, 16, seed=1)
 
@@ -135,7 +135,7 @@ def test_runs_under_deterministic_algorithms(metric: LatentLPIPS) -> None:
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def test_gradients_of_gradients_are_refused_and_autograd_has_them(metric: LatentLPIPS) -> None:
+def test_second_derivatives_need_the_autograd_path(metric: LatentLPIPS) -> None:
     quick = copy.deepcopy(metric).fold()
     pred, target = latents(1, 4, 8, 8).requires_grad_(), latents(1, 4, 8, 8, seed=1)
     with pytest.raises(RuntimeError, match=r"no second derivative.*use metric.layers\(pred, target\)"):
@@ -164,7 +164,7 @@ def test_bf16_starts_after_the_exact_stages(metric: LatentLPIPS) -> None:
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in trunk.layers())
 
 
-def test_precision_is_a_function_of_the_device() -> None:
+def test_default_precision_depends_on_the_device() -> None:
     cpu = torch.device("cpu")
     assert convolution_dtype("fp32", cpu) == torch.float32
     assert convolution_dtype("bf16", cpu) == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Cached rows: number of open files, unusual names, and running out of time."""
+"""The cache of latents: number of open files, unusual names, and time limits."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ def make(rows: range) -> torch.Tensor:
     return torch.tensor(rows)[:, None].float()
 
 
-def test_a_large_cache_holds_few_files_open(tmp_path: Path) -> None:
+def test_a_large_cache_keeps_few_files_open(tmp_path: Path) -> None:
     shards = MAX_OPEN_SHARDS + 20
     before = len(os.listdir("/proc/self/fd"))
     rows = cached_rows(tmp_path, "train", shards * ROWS_PER_SHARD, {}, make, dtype=torch.float32)
@@ -26,7 +26,7 @@ def test_a_large_cache_holds_few_files_open(tmp_path: Path) -> None:
     )
 
 
-def test_names_with_brackets_are_found_again(tmp_path: Path) -> None:
+def test_file_names_with_brackets(tmp_path: Path) -> None:
     computed: list[range] = []
 
     def watched(rows: range) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_names_with_brackets_are_found_again(tmp_path: Path) -> None:
     assert len(computed) == 3
 
 
-def test_time_is_looked_at_between_shards_and_each_start_makes_one(tmp_path: Path) -> None:
+def test_the_time_limit_is_checked_between_shards_and_each_run_completes_one(tmp_path: Path) -> None:
     starts = 0
     while True:
         starts += 1
@@ -59,8 +59,8 @@ def test_time_is_looked_at_between_shards_and_each_start_makes_one(tmp_path: Pat
     assert starts == 3 and rows[[3 * ROWS_PER_SHARD - 6]].item() == 3 * ROWS_PER_SHARD - 6
 
 
-def test_the_clock_runs_from_the_first_shard(tmp_path: Path) -> None:
-    """Running out of time at the last shard does not interrupt: all rows are done."""
+def test_the_time_limit_starts_with_the_first_shard(tmp_path: Path) -> None:
+    """Reaching the limit at the last shard is no interruption, since all rows are done."""
     ticks: Iterator[bool] = iter([False, True])
     cached_rows(tmp_path, "train", 2 * ROWS_PER_SHARD, {}, make, time_over=lambda: next(ticks))
     assert next(ticks, None) is None

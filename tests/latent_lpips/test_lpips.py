@@ -1,4 +1,4 @@
-"""PixelLPIPS: equals the package lpips, loads local weights, and works through decoders."""
+"""PixelLPIPS against the lpips package; local weights; latents through a decoder."""
 
 import copy
 import warnings
@@ -32,36 +32,36 @@ def metric() -> PixelLPIPS:
     return PixelLPIPS("squeeze", pretrained=False)
 
 
-def published(metric: PixelLPIPS, net: str) -> Any:
-    """The package's own network, with the same trunk."""
+def lpips_reference(metric: PixelLPIPS, net: str) -> Any:
+    """The network of the lpips package with the same trunk weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    theirs.net.load_state_dict(metric.trunk.state_dict())
-    return theirs.eval()
+        reference = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    reference.net.load_state_dict(metric.trunk.state_dict())
+    return reference.eval()
 
 
-def test_distance_and_gradient_equal_the_packages(metric: PixelLPIPS) -> None:
+def test_distance_and_gradient_equal_the_lpips_package(metric: PixelLPIPS) -> None:
     a, b = pixels(2, 3, 64, 48).requires_grad_(), pixels(2, 3, 64, 48, seed=1)
-    ours, theirs = metric(a, b), published(metric, "squeeze")(a, b).flatten()
+    ours, theirs = metric(a, b), lpips_reference(metric, "squeeze")(a, b).flatten()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     slopes = [torch.autograd.grad(value.sum(), a)[0] for value in (ours, theirs)]
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
     assert ours.min() > 0 and metric(b, b).tolist() == [0.0, 0.0]
 
 
-def test_vgg_equals_the_package_and_takes_cifar() -> None:
+def test_vgg_equals_the_lpips_package_also_at_32_pixels() -> None:
     torch.manual_seed(0)
     metric = PixelLPIPS(pretrained=False)
     a, b = pixels(2, 3, 32, 32), pixels(2, 3, 32, 32, seed=1)
-    theirs = published(metric, "vgg")
-    torch.testing.assert_close(metric(a, b), theirs(a, b).flatten().detach(), rtol=1e-5, atol=1e-6)
+    reference = lpips_reference(metric, "vgg")
+    torch.testing.assert_close(metric(a, b), reference(a, b).flatten().detach(), rtol=1e-5, atol=1e-6)
     metric.resize = 64
     large = [torch.nn.functional.interpolate(x, (64, 64), mode="bilinear") for x in (a, b)]
-    torch.testing.assert_close(metric(a, b), theirs(*large).flatten().detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metric(a, b), reference(*large).flatten().detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_interface_is_latent_lpips(metric: PixelLPIPS) -> None:
+def test_interface_equals_latent_lpips(metric: PixelLPIPS) -> None:
     a, b = pixels(2, 3, 64, 64), pixels(2, 3, 64, 64, seed=1)
     assert metric.layers(a, b).shape == (2, 7)
     torch.testing.assert_close(metric.layers(a, b).sum(1), metric(a, b))
@@ -106,7 +106,7 @@ def test_local_weights_of_torchvision(tmp_path: Path) -> None:
         PixelLPIPS("alex", tmp_path / "trunk.pth")
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_invalid_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="'resnet' is unknown, expected one of vgg, alex, squeeze"):
         PixelLPIPS("resnet")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="resize is 0"):

@@ -1,4 +1,4 @@
-"""`d2g lpips triplets`: folders in BAPPS' layout with correct judgments."""
+"""`d2g lpips triplets`: folders in the layout of BAPPS with correct judgments."""
 
 import io
 import os
@@ -53,52 +53,52 @@ def test_all_kinds_are_written_and_read_back(data: Path, teacher: Path, tmp_path
         }
         for split in splits:
             assert set(split.answers.tolist()) == {0.0, 1.0}
-            for paths, judge in zip(split.pictures, split.answers.tolist(), strict=True):
+            for paths, judgment in zip(split.pictures, split.answers.tolist(), strict=True):
                 ref, p0, p1 = (read(path) for path in paths)
                 assert ref.shape == (32, 32, 3)
-                if split.name != "warp":  # whose squared error need not grow
-                    assert (((p1 - ref) ** 2).mean() < ((p0 - ref) ** 2).mean()) == bool(judge), paths
+                if split.name != "warp":  # for warps the squared error may decrease
+                    assert (((p1 - ref) ** 2).mean() < ((p0 - ref) ** 2).mean()) == bool(judgment), paths
     train, val = ({f.name for f in (tmp_path / part).rglob("*.png")} for part in ("train", "val"))
     assert not train & val
 
 
-def test_a_torn_folder_is_completed_alike(data: Path, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_completed_identically(data: Path, tmp_path: Path) -> None:
     config = TripletsConfig(data=str(data), size=16, kinds=("jpeg", "noise"))
-    make_triplets(config, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
-    for file in sorted((tmp_path / "torn" / "train" / "noise").rglob("00000[37].0.*")):
+    make_triplets(config, tmp_path / "complete")
+    shutil.copytree(tmp_path / "complete", tmp_path / "incomplete")
+    for file in sorted((tmp_path / "incomplete" / "train" / "noise").rglob("00000[37].0.*")):
         file.unlink()
-    make_triplets(config, tmp_path / "torn")
-    assert listing(tmp_path / "torn") == listing(tmp_path / "whole")
+    make_triplets(config, tmp_path / "incomplete")
+    assert listing(tmp_path / "incomplete") == listing(tmp_path / "complete")
     make_triplets(replace(config, seed=1), tmp_path / "other")
-    assert listing(tmp_path / "other") != listing(tmp_path / "whole")
+    assert listing(tmp_path / "other") != listing(tmp_path / "complete")
     with pytest.raises(UserError, match="another config: seed"):
-        make_triplets(replace(config, seed=1), tmp_path / "torn")
+        make_triplets(replace(config, seed=1), tmp_path / "incomplete")
 
 
-def test_strengths_keep_their_ratio_and_share_their_draws() -> None:
+def test_both_distortions_share_random_numbers_and_differ_in_strength() -> None:
     strengths: list[tuple[float, float]] = []
 
-    def watch(x: torch.Tensor, strength: float, rng: torch.Generator) -> torch.Tensor:
+    def record(x: torch.Tensor, strength: float, rng: torch.Generator) -> torch.Tensor:
         strengths.append((strength, float(torch.rand((), generator=rng))))
         return x * (1 - strength)
 
     ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
-    judges = []
+    judgments = []
     for seed in range(200):
-        triplet = make_triplet(ref, watch, 1.5, torch.Generator().manual_seed(seed))
+        triplet = make_triplet(ref, record, 1.5, torch.Generator().manual_seed(seed))
         assert triplet is not None
-        versions, judge = triplet
+        versions, judgment = triplet
         (weak, first), (strong, second) = strengths[-2:]
         assert 0.05 <= weak and 1.5 * weak <= strong * (1 + 1e-9) and strong <= 1 and first == second
-        nearer = versions["p1"] if judge else versions["p0"]
-        farther = versions["p0"] if judge else versions["p1"]
+        nearer = versions["p1"] if judgment else versions["p0"]
+        farther = versions["p0"] if judgment else versions["p1"]
         assert (nearer.float() - ref).abs().mean() < (farther.float() - ref).abs().mean()
-        judges.append(judge)
-    assert 70 < sum(judges) < 130
+        judgments.append(judgment)
+    assert 70 < sum(judgments) < 130
 
 
-def test_jpeg_is_pillow_s() -> None:
+def test_jpeg_distortion_equals_pillow() -> None:
     image = picture(1, 3, 32, 32)
     x = image_to_tensor(image)[None].float() / 127.5 - 1
     buffer = io.BytesIO()
@@ -118,7 +118,7 @@ def test_patches_are_squares_of_the_picture(tmp_path: Path) -> None:
     config = TripletsConfig(data=str(tmp_path / "data"), size=40)
     lefts = set()
     for number in range(30):
-        cut = cut_patch(pictures, 0, number, config)  # the whole height: nothing is resized
+        cut = cut_patch(pictures, 0, number, config)  # the patch has the full height, so nothing is resized
         assert cut.shape == (3, 40, 40)
         lefts.add(int(cut[0, 0, 0]))
         assert torch.equal(cut[0, 0], torch.arange(cut[0, 0, 0], cut[0, 0, 0] + 40).to(torch.uint8))
@@ -126,7 +126,7 @@ def test_patches_are_squares_of_the_picture(tmp_path: Path) -> None:
     assert tensor_to_image(cut_patch(pictures, 0, 0, replace(config, size=64))).size == (64, 64)
 
 
-def test_parquet_serves_and_bad_input_is_one_line(data: Path, tmp_path: Path) -> None:
+def test_parquet_input_and_one_line_errors(data: Path, tmp_path: Path) -> None:
     table = save_table(tmp_path / "a.parquet", 2, label=False)
     result = make_triplets(TripletsConfig(data=str(table), size=16, kinds=("blur",)), tmp_path / "out")
     assert result.train == {"blur": 5} and result.val == {"blur": 1}
@@ -144,7 +144,7 @@ def test_parquet_serves_and_bad_input_is_one_line(data: Path, tmp_path: Path) ->
         make_triplets(single, tmp_path / "x2")
 
 
-def test_equal_versions_are_drawn_again_or_left_out(tmp_path: Path) -> None:
+def test_equal_versions_are_resampled_or_left_out(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     Image.new("RGB", (40, 40), (90, 120, 30)).save(folder / "flat.png")
@@ -157,7 +157,7 @@ def test_equal_versions_are_drawn_again_or_left_out(tmp_path: Path) -> None:
     assert make_triplets(config, tmp_path / "out") == result
 
     def steps(x: torch.Tensor, strength: float, rng: torch.Generator) -> torch.Tensor:
-        return x - 0.5 * (strength > 0.9)  # only a strong enough one changes anything
+        return x - 0.5 * (strength > 0.9)  # only strengths above 0.9 have an effect
 
     ref = torch.full((3, 16, 16), 250, dtype=torch.uint8)
     triplets = [make_triplet(ref, steps, 1.3, torch.Generator().manual_seed(seed)) for seed in range(100)]
@@ -168,15 +168,15 @@ def test_equal_versions_are_drawn_again_or_left_out(tmp_path: Path) -> None:
 
 
 def first_draw(seed: int) -> dict[str, torch.Tensor]:
-    """What the strengths of the first attempt give."""
+    """The two distorted versions of the first attempt."""
     rng = torch.Generator().manual_seed(seed)
     weak = 0.05 + (1 / 1.3 - 0.05) * float(torch.rand((), generator=rng))
     strong = weak * (1.3 + (1 / weak - 1.3) * float(torch.rand((), generator=rng)))
     return {"p0": torch.tensor(weak > 0.9), "p1": torch.tensor(strong > 0.9)}
 
 
-def test_judgments_appear_whole(tmp_path: Path) -> None:
-    """By rename: who has the old file open, or another name of it, keeps the old one."""
+def test_judgments_are_written_atomically(tmp_path: Path) -> None:
+    """The file is replaced by a rename, so open handles and hard links keep the old contents."""
     images = {name: picture(0, number, 16, 16) for number, name in enumerate(("ref", "p0", "p1"))}
     write_triplet(tmp_path, "a", images, 0.0)
     for name in ("judge/a.npy", "ref/a.png"):

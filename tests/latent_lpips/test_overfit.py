@@ -44,7 +44,7 @@ def config(data: Path, teacher: Path, **settings: Any) -> OverfitConfig:
     return replace(default, **settings)
 
 
-def test_it_converges_and_says_what_is_on_disk(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_it_converges_and_reports_its_files(data: Path, teacher: Path, tmp_path: Path) -> None:
     result = overfit_latents(config(data, teacher), tmp_path)
     assert set(result.final) == {"none", "bg"} and set(result.order) == set(result.final)
     assert result.images == ["00.png", "01.png"]
@@ -53,13 +53,13 @@ def test_it_converges_and_says_what_is_on_disk(data: Path, teacher: Path, tmp_pa
         assert [line["nimg"] for line in lines] == [0, 10, 20, 30, 40]
         assert final["latent_lpips"] == lines[-1]["latent_lpips"] < 0.8 * lines[0]["latent_lpips"]
     first = [read_stats(tmp_path / families)[0] for families in ("none", "bg")]
-    assert first[0]["latent_lpips"] == first[1]["latent_lpips"]  # of the same noise
+    assert first[0]["latent_lpips"] == first[1]["latent_lpips"]  # both start from the same noise
     with Image.open(result.decoded) as decoded, Image.open(result.plot) as plot:
         assert decoded.size == (2 * 34, 3 * 34) and plot.size[0] > 500
     assert (tmp_path / "curves.svg").read_text().count("<path") > 4
 
 
-def test_the_reported_errors_are_those_of_the_latents(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_reported_errors_match_the_saved_latents(data: Path, teacher: Path, tmp_path: Path) -> None:
     result = overfit_latents(config(data, teacher, families=("none",)), tmp_path)
     last = checkpoint.latest(tmp_path / "none" / "checkpoints")
     assert last is not None and last.nimg == 40
@@ -73,23 +73,23 @@ def test_the_reported_errors_are_those_of_the_latents(data: Path, teacher: Path,
     assert result.final["none"]["pixel_mse"] == pytest.approx(error.item(), rel=1e-3)
 
 
-def test_resumed_and_prolonged_equal_unbroken(data: Path, teacher: Path, tmp_path: Path) -> None:
-    uninterrupted, broken = tmp_path / "whole", tmp_path / "broken"
+def test_resumed_and_extended_runs_equal_an_unbroken_one(data: Path, teacher: Path, tmp_path: Path) -> None:
+    uninterrupted, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     result = overfit_latents(config(data, teacher, families=("bg",)), uninterrupted)
-    overfit_latents(config(data, teacher, families=("bg",), steps=17), broken)
-    again = overfit_latents(config(data, teacher, families=("bg",)), broken)
-    assert again.final == result.final
+    overfit_latents(config(data, teacher, families=("bg",), steps=17), resumed)
+    repeated = overfit_latents(config(data, teacher, families=("bg",)), resumed)
+    assert repeated.final == result.final
     lines = [
         [{k: v for k, v in line.items() if k != "time"} for line in read_stats(folder / "bg")]
-        for folder in (uninterrupted, broken)
+        for folder in (uninterrupted, resumed)
     ]
     assert lines[0] == lines[1]
-    assert overfit_latents(config(data, teacher, families=("bg",)), broken).final == result.final
+    assert overfit_latents(config(data, teacher, families=("bg",)), resumed).final == result.final
     with pytest.raises(UserError, match=r"another config: lr \(0.05 -> 0.1\)"):
-        overfit_latents(config(data, teacher, families=("bg",), lr=0.1), broken)
+        overfit_latents(config(data, teacher, families=("bg",), lr=0.1), resumed)
 
 
-def test_bad_input(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds 6 pictures, expected 9; set count"):
         overfit_latents(config(data, teacher, count=9), tmp_path)
     with pytest.raises(UserError, match="size is 30 pixels"):
@@ -134,7 +134,7 @@ def test_other_inputs_under_the_same_names_are_refused(data: Path, teacher: Path
         overfit_latents(same, out)
 
 
-def test_lines_of_a_run_without_a_checkpoint_go_and_fewer_steps_are_refused(
+def test_reports_without_a_checkpoint_are_dropped_and_fewer_steps_are_refused(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     settings = config(data, teacher, families=("none",))

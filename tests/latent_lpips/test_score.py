@@ -30,7 +30,7 @@ from latent_lpips.weights import save_lpips
 
 
 def published_jnd(distances: np.ndarray, same: np.ndarray) -> float:
-    """lpips.trainer.score_jnd_dataset's arithmetic around its own voc_ap."""
+    """The computation of lpips.trainer.score_jnd_dataset, with its voc_ap."""
     same = same[np.argsort(distances, kind="stable")]
     true, false = np.cumsum(same), np.cumsum(1 - same)
     return float(lpips.voc_ap(true / same.sum(), true / (true + false)))
@@ -45,14 +45,14 @@ def test_jnd_is_the_published_average_precision(seed: int, count: int) -> None:
     assert ours == pytest.approx(published_jnd(distances, same), abs=1e-9)
 
 
-def test_jnd_of_a_perfect_a_blind_and_an_impossible_order() -> None:
+def test_jnd_of_perfect_uninformative_and_invalid_rankings() -> None:
     same = torch.tensor([1.0, 1.0, 0.0, 0.0])
     assert jnd_score(torch.tensor([[0.1], [0.2], [0.3], [0.4]]), same) == 1.0
     assert jnd_score(torch.tensor([[0.4], [0.3], [0.2], [0.1]]), same) == pytest.approx(0.5)
     assert np.isnan(jnd_score(torch.rand(3, 1), torch.zeros(3)))
 
 
-def test_two_afc_by_hand() -> None:
+def test_two_afc_closed_form() -> None:
     d = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])
     answers = torch.tensor([0.25, 0.75, 0.9])
     each = [two_afc_score(d[i : i + 1], answers[i : i + 1]) for i in range(3)]
@@ -60,33 +60,33 @@ def test_two_afc_by_hand() -> None:
     assert two_afc_score(d, answers) == pytest.approx(2 / 3)
 
 
-def interval_of_a(d: torch.Tensor, resamples: int, seed: int) -> dict[str, list[float]]:
+def intervals_of_one_split(d: torch.Tensor, resamples: int, seed: int) -> dict[str, list[float]]:
     one = torch.arange(len(d))
     return bootstrap_intervals(
         {"a": d}, {"a": torch.ones(len(d))}, {"a": one}, two_afc_score, resamples, seed
     )
 
 
-def test_intervals_cover_as_often_as_they_say_and_repeat() -> None:
-    """For a true share of 0.8 in 150 judgments, about 95 % of the intervals contain 0.8."""
+def test_confidence_intervals_have_their_nominal_coverage_and_are_repeatable() -> None:
+    """With 150 judgments and a true score of 0.8, about 95 % of the intervals contain 0.8."""
     held, first = 0, None
     for world in range(60):
         right = torch.rand(150, generator=torch.Generator().manual_seed(world)) < 0.8
         d = torch.stack([right.double(), 1 - right.double()], 1)
-        result = interval_of_a(d, 200, 0)
+        result = intervals_of_one_split(d, 200, 0)
         first = first or (d, result)
         held += result["a"][0] <= 0.8 <= result["a"][1]
     assert 52 <= held <= 60
     assert first is not None
-    assert interval_of_a(first[0], 200, 0) == first[1] != interval_of_a(first[0], 200, 1)
-    assert interval_of_a(first[0], 0, 0) == {}
+    assert intervals_of_one_split(first[0], 200, 0) == first[1] != intervals_of_one_split(first[0], 200, 1)
+    assert intervals_of_one_split(first[0], 0, 0) == {}
 
 
-def test_judgments_of_one_picture_are_drawn_together_in_all_splits() -> None:
-    """Ten copies of a judgment do not narrow an interval, and splits of the same pictures share resamples."""
+def test_bootstrap_resamples_images_jointly_in_all_splits() -> None:
+    """Ten copies of a judgment do not narrow an interval, and splits with the same images share resamples."""
     right = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7
     d = torch.stack([right.double(), 1 - right.double()], 1)
-    once = interval_of_a(d, 300, 0)["a"]
+    once = intervals_of_one_split(d, 300, 0)["a"]
     pictures, ones = torch.arange(40).repeat(10), torch.ones(400)
     copied = bootstrap_intervals({"a": d.repeat(10, 1)}, {"a": ones}, {"a": pictures}, two_afc_score, 300, 0)[
         "a"
@@ -94,7 +94,7 @@ def test_judgments_of_one_picture_are_drawn_together_in_all_splits() -> None:
     assert copied == pytest.approx(once)
 
     def mean_of(others: torch.Tensor) -> list[float]:
-        both = {"a": d, "b": d.flip(1)}  # whose scores add up to 1, picture by picture
+        both = {"a": d, "b": d.flip(1)}  # the scores of both splits add up to 1 for every image
         pictures = {"a": torch.arange(40), "b": others}
         return bootstrap_intervals(
             both, dict.fromkeys(both, torch.ones(40)), pictures, two_afc_score, 300, 0
@@ -105,7 +105,7 @@ def test_judgments_of_one_picture_are_drawn_together_in_all_splits() -> None:
     assert high - low > 0.1
 
 
-def test_pictures_are_told_by_their_files_and_names(tmp_path: Path) -> None:
+def test_images_are_identified_by_contents_and_names(tmp_path: Path) -> None:
     save_judgments(tmp_path / "a", 4)
     save_judgments(tmp_path / "b", 4, seed=5)  # the same references
     for name in ("ref", "p0", "p1", "judge"):
@@ -120,12 +120,12 @@ def test_pictures_are_told_by_their_files_and_names(tmp_path: Path) -> None:
     assert not set(picture_numbers([b])["b"].tolist()) - set(range(4))
 
 
-def test_people_are_how_often_two_of_them_agree() -> None:
+def test_human_score_is_the_agreement_of_two_people() -> None:
     assert human_agreement(torch.tensor([0.25])) == pytest.approx(0.625)
     assert human_agreement(torch.tensor([0.0, 0.5, 1.0])) == pytest.approx(2.5 / 3)
 
 
-def test_what_is_not_finite_is_refused_or_left_out(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_non_finite_values_are_refused_or_left_out(data: Path, teacher: Path, tmp_path: Path) -> None:
     broken = load_lpips(teacher / "latent_lpips", fold=False)
     next(broken.trunk.parameters())[0] = torch.nan
     save_lpips(broken, tmp_path / "broken", {})
@@ -134,8 +134,8 @@ def test_what_is_not_finite_is_refused_or_left_out(data: Path, teacher: Path, tm
     )
     with pytest.raises(UserError, match="latent_lpips gives distances that are not finite on noise"):
         score_folder(settings)
-    save_differences(tmp_path / "val" / "seen")
-    for file in (tmp_path / "val" / "seen" / "same").iterdir():
+    save_differences(tmp_path / "val" / "jnd_set")
+    for file in (tmp_path / "val" / "jnd_set" / "same").iterdir():
         np.save(file, np.zeros(1))
     shutil.copytree(data / "jnd" / "val" / "noise", tmp_path / "val" / "noise")
     good = ScoreConfig(
@@ -146,7 +146,7 @@ def test_what_is_not_finite_is_refused_or_left_out(data: Path, teacher: Path, tm
     assert "NaN" not in json.dumps(asdict(result))
 
 
-def test_weights_say_which_patches_they_want(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_weights_record_their_patch_settings(data: Path, teacher: Path, tmp_path: Path) -> None:
     save_lpips(
         load_lpips(teacher / "latent_lpips", fold=False), tmp_path, {"patch": {"load": 16, "upsample": 32}}
     )
@@ -156,13 +156,13 @@ def test_weights_say_which_patches_they_want(data: Path, teacher: Path, tmp_path
     score_folder(replace(settings, patch=PatchConfig(load=16, upsample=32, batch=3)))
 
 
-def test_ssim_is_the_published_one() -> None:
+def test_ssim_equals_the_published_implementation() -> None:
     a = torch.rand(3, 3, 40, 33) * 2 - 1
     b = (a + 0.3 * torch.randn_like(a)).clamp(-1, 1)
     _, full = structural_similarity_index_measure(
         b.double(), a.double(), data_range=2.0, sigma=1.5, kernel_size=11, return_full_image=True
     )
-    theirs = full[:, :, 5:-5, 5:-5].mean((1, 2, 3))  # it counts a border of reflected pixels too
+    theirs = full[:, :, 5:-5, 5:-5].mean((1, 2, 3))  # without its border of reflected pixels
     torch.testing.assert_close(ssim(a, b).double(), theirs, rtol=1e-5, atol=1e-6)
     assert ssim_distance(a, a).abs().max() < 1e-6
     assert pixel_squared_error(a, a + 0.5).tolist() == pytest.approx([0.25] * 3)
@@ -197,12 +197,12 @@ def test_scores_by_split_with_baselines(data: Path, teacher: Path, tmp_path: Pat
     assert result.judgments == {"two_afc": {"noise": 10, "other": 6}, "jnd": {"noise": 10}}
     low, high = result.ci["two_afc"]["noise"]
     assert 0 <= low <= result.two_afc["noise"] <= high <= 1
-    again = score_folder(ScoreConfig(**{f: getattr(config, f) for f in config.__slots__}))
-    assert again.two_afc == result.two_afc and again.ci == result.ci
+    repeated = score_folder(ScoreConfig(**{f: getattr(config, f) for f in config.__slots__}))
+    assert repeated.two_afc == result.two_afc and repeated.ci == result.ci
     assert json.loads((tmp_path / "score.json").read_text())["two_afc"] == result.two_afc
 
 
-def test_lpips_in_pixels_is_scored_with_a_weights_file(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_pixel_lpips_is_scored_with_a_weights_file(data: Path, teacher: Path, tmp_path: Path) -> None:
     from torchvision.models import squeezenet1_1
 
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def test_lpips_in_pixels_is_scored_with_a_weights_file(data: Path, teacher: Path
     assert 0 <= result.baselines["lpips_squeeze"]["two_afc"]["noise"] <= 1 and result.jnd == {}
 
 
-def test_bad_settings(data: Path, teacher: Path) -> None:
+def test_invalid_settings_are_refused(data: Path, teacher: Path) -> None:
     with pytest.raises(SettingError, match="baselines"):
         ScoreConfig(baselines=("l2", "psnr"))
     with pytest.raises(SettingError, match="lpips_weights is set but lpips is not"):

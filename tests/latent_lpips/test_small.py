@@ -60,13 +60,13 @@ def test_trunk_learns_separable_classes_and_attributes() -> None:
     assert not model.training
 
 
-def test_paper_recipe_learns_too() -> None:
+def test_paper_recipe_learns() -> None:
     latents, labels = separable()
     config = TrunkTrainConfig(lr=0.02, batch=32, images=3200, grid=1, dropout=0.1, held_out=0.2)
     assert train_trunk(NETWORK, latents, labels, config)[1]["top1"] > 0.8
 
 
-def test_training_repeats_bit_for_bit_and_leaves_the_callers_random_state() -> None:
+def test_training_is_deterministic_and_keeps_the_global_random_state() -> None:
     latents, labels = separable()
     config = replace(TRUNK, images=160)
     torch.manual_seed(11)
@@ -80,7 +80,7 @@ def test_training_repeats_bit_for_bit_and_leaves_the_callers_random_state() -> N
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
 
 
-def test_budget_in_images_and_in_minutes() -> None:
+def test_limits_in_images_and_minutes() -> None:
     latents, labels = separable()
     calls: list[tuple[str, int, int]] = []
     train_trunk(
@@ -115,7 +115,7 @@ def test_split_is_disjoint_complete_and_repeatable() -> None:
         split_rows(1, 0.1, 0)
 
 
-def test_caption_targets_keep_the_words_that_tell_captions_apart() -> None:
+def test_caption_targets_are_words_that_distinguish_captions() -> None:
     captions = ["a photo of a Red cube"] * 50 + ["a photo of a blue cube, left"] * 49 + ["a photo of a cat"]
     targets, words = caption_targets(captions, rarest=0.02, commonest=0.9)
     assert words == ["blue", "left", "red"]
@@ -125,22 +125,22 @@ def test_caption_targets_keep_the_words_that_tell_captions_apart() -> None:
 
 
 def images(count: int) -> Tensor:
-    """Smooth random color pictures, uint8 [count, 3, 32, 32]."""
+    """Smooth random color images, uint8 [count, 3, 32, 32]."""
     coarse = torch.rand(count, 3, 5, 5, generator=rng())
     return (255 * F.interpolate(coarse, (32, 32), mode="bilinear")).to(torch.uint8)
 
 
 def encode(pixels: Tensor) -> Tensor:
-    """A fixed linear autoencoder's latent: 4x4 means of the colors, and of their mean."""
+    """Latents of a linear autoencoder: means over 4x4 pixels of the three colors and of their mean."""
     small = F.avg_pool2d(pixels, 4)
     return torch.cat([small, small.mean(1, keepdim=True)], 1)
 
 
-def test_triplets_are_balanced_repeatable_and_truthful() -> None:
+def test_triplets_are_balanced_repeatable_and_correct() -> None:
     pictures = images(200)
     triplets = synthetic_triplets(pictures, lambda pixels: pixels, seed=1)
-    again = synthetic_triplets(pictures[:128], lambda pixels: pixels, seed=1)
-    assert torch.equal(again.p1, triplets.p1[:128])
+    repeated = synthetic_triplets(pictures[:128], lambda pixels: pixels, seed=1)
+    assert torch.equal(repeated.p1, triplets.p1[:128])
     assert 0.35 < triplets.judge.mean() < 0.65 and set(triplets.judge.tolist()) == {0.0, 1.0}
     d0, d1 = ((p - triplets.ref).square().mean((1, 2, 3)) for p in (triplets.p0, triplets.p1))
     assert two_afc_agreement(d0, d1, triplets.judge) > 0.8
@@ -152,9 +152,9 @@ def test_each_distortion_grows_with_its_strength(distortion: object) -> None:
     pixels = images(16).float() / 127.5 - 1
     errors = []
     for strength in (0.05, 0.3, 1.0):
-        moved = distortion(pixels, torch.full((16, 1, 1, 1), strength), rng())  # type: ignore[operator]
-        assert moved.shape == pixels.shape
-        errors.append((moved - pixels).square().mean().item())
+        distorted = distortion(pixels, torch.full((16, 1, 1, 1), strength), rng())  # type: ignore[operator]
+        assert distorted.shape == pixels.shape
+        errors.append((distorted - pixels).square().mean().item())
     assert 0 < errors[0] < errors[1] < errors[2]
 
 
@@ -170,8 +170,8 @@ def one_channel_matters(count: int) -> Triplets:
     )
 
 
-def sighted_metric() -> LatentLPIPS:
-    """Random features; the first half of the first tap depends on channel 0 only."""
+def metric_with_channel_0_features() -> LatentLPIPS:
+    """A metric with random features, in which the first half of the first tap depends on channel 0 only."""
     torch.manual_seed(0)
     metric = LatentLPIPS(NETWORK)
     for module in list(metric.trunk.features)[:6]:
@@ -185,7 +185,7 @@ def sighted_metric() -> LatentLPIPS:
 
 
 def test_calibration_raises_agreement_and_keeps_heads_non_negative() -> None:
-    metric, data = sighted_metric(), one_channel_matters(600)
+    metric, data = metric_with_channel_0_features(), one_channel_matters(600)
     _, held = split_rows(600, 0.3, 0)
     held_out = (data.ref[held], data.p0[held], data.p1[held], data.judge[held])
     trunk = {k: v.clone() for k, v in metric.trunk.state_dict().items()}
@@ -193,12 +193,12 @@ def test_calibration_raises_agreement_and_keeps_heads_non_negative() -> None:
     after = calibrate_heads(metric, data, CalibrateConfig(lr=3e-2, epochs=30, held_out=0.3))
     assert after > before + 0.05
     assert two_afc_of_metric(metric, *held_out) == pytest.approx(after, abs=0.01)
-    assert min(head.min() for head in metric.heads) == 0  # the clamp was at work
+    assert min(head.min() for head in metric.heads) == 0  # the clamp had an effect
     assert all(torch.equal(v, trunk[k]) for k, v in metric.trunk.state_dict().items())
     assert not any(p.requires_grad for p in metric.parameters())
 
 
-def test_ranking_net_sees_the_five_published_features() -> None:
+def test_ranking_net_inputs_are_the_five_published_features() -> None:
     net = RankingNet()
     assert [tuple(p.shape) for p in net.parameters()] == [(32, 5), (32,), (32, 32), (32,), (1, 32), (1,)]
     d0, d1 = torch.tensor([0.5, 0.2]), torch.tensor([0.1, 0.4])
@@ -214,14 +214,14 @@ def test_agreement_counts_fractions_and_ties() -> None:
 
 
 def test_rescaling_sets_the_mean_distance_of_unrelated_latents() -> None:
-    metric, latents = sighted_metric(), torch.randn(300, 4, 8, 8, generator=rng())
+    metric, latents = metric_with_channel_0_features(), torch.randn(300, 4, 8, 8, generator=rng())
     rescale_heads(metric, latents, 0.7)
     assert metric(latents, latents.roll(1, 0)).mean().item() == pytest.approx(0.7, rel=0.02)
     with pytest.raises(UserError, match="distance of unrelated latents is 0,"):
         rescale_heads(metric, latents[:1].expand(4, -1, -1, -1), 1.0)
 
 
-def test_whole_training_from_captions_and_images() -> None:
+def test_complete_training_from_captions_and_images() -> None:
     pictures = images(200)
     pictures[::2, 0] //= 4
     captions = ["a cyan picture", "a grey picture"] * 100

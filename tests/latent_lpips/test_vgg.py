@@ -14,14 +14,14 @@ def tiny(norm: str = "batch", channels: int = 4) -> VGG16:
     return VGG16(LPIPSConfig(channels=channels, width=1 / 16, norm=norm)).eval()  # type: ignore[arg-type]
 
 
-def test_full_width_has_the_published_layout_and_names() -> None:
+def test_full_width_layout_and_names() -> None:
     with torch.device("meta"):
         ours = VGG16(LPIPSConfig(channels=3), classes=1000).state_dict()
         published = vgg16_bn().state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in published.items()}
 
 
-def test_published_features_without_three_pools_agree() -> None:
+def test_features_equal_torchvision_without_three_pools() -> None:
     torch.manual_seed(0)
     published = make_layers([w if w == "M" else w // 8 for w in cfgs["D"]], batch_norm=True).eval()  # type: ignore[operator]
     ours = VGG16(LPIPSConfig(channels=3, width=1 / 8)).eval()
@@ -52,14 +52,14 @@ def test_small_latents_keep_at_least_one_position(size: tuple[int, int]) -> None
     assert tuple(taps[4].shape[2:]) == (size[0] // 4, size[1] // 4)
 
 
-def test_unfit_latents_are_refused_in_one_line() -> None:
+def test_latents_of_other_shapes_are_refused() -> None:
     with pytest.raises(UserError, match=r"3x8 positions, expected at least 4x4; use larger"):
         tiny().taps(torch.randn(1, 4, 3, 8))
     with pytest.raises(UserError, match=r"\(1, 16, 8, 8\).*takes \[B, 4, h, w\]"):
         tiny().taps(torch.randn(1, 16, 8, 8))
 
 
-def test_folding_the_norms_keeps_the_features() -> None:
+def test_folding_batch_norms_does_not_change_the_features() -> None:
     trunk = tiny()
     for module in trunk.features:
         if isinstance(module, nn.BatchNorm2d):
@@ -76,7 +76,7 @@ def test_folding_the_norms_keeps_the_features() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_plain_vgg_is_numbered_like_torchvisions() -> None:
+def test_vgg_without_norms_has_torchvisions_numbering() -> None:
     published = make_layers([w if w == "M" else w // 16 for w in cfgs["D"]])  # type: ignore[operator]
     ours = tiny("none", channels=3).features.state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in published.state_dict().items()}

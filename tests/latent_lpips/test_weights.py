@@ -38,9 +38,9 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_roundtrip_is_exact_unfolded_and_close_folded(metric: LatentLPIPS, folder: Path) -> None:
-    again = load_lpips(folder, fold=False)
-    assert all(torch.equal(v, metric.state_dict()[k]) for k, v in again.state_dict().items())
-    assert torch.equal(again(*pair()), metric(*pair()))
+    reloaded = load_lpips(folder, fold=False)
+    assert all(torch.equal(v, metric.state_dict()[k]) for k, v in reloaded.state_dict().items())
+    assert torch.equal(reloaded(*pair()), metric(*pair()))
     fast = load_lpips(folder / "lpips.safetensors")
     assert fast.config.norm == "none"
     torch.testing.assert_close(fast(*pair()), metric(*pair()), rtol=1e-5, atol=1e-5)
@@ -54,7 +54,7 @@ def test_a_folded_metric_roundtrips(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(load_lpips(tmp_path / "fast")(*pair()), fast(*pair()))
 
 
-def test_precision_is_chosen_at_load_and_not_saved(folder: Path, tmp_path: Path) -> None:
+def test_precision_is_set_at_loading_and_not_saved(folder: Path, tmp_path: Path) -> None:
     low = load_lpips(folder, precision="bf16")
     assert low.precision == "bf16" and load_lpips(folder).precision == "fp32"
     torch.testing.assert_close(low(*pair()), load_lpips(folder)(*pair()), rtol=1e-2, atol=1e-4)
@@ -72,7 +72,7 @@ def test_half_precision_halves_the_file_and_loads_as_fp32(metric: LatentLPIPS, t
     torch.testing.assert_close(loaded(*pair()), metric(*pair()), rtol=1e-2, atol=1e-3)
 
 
-def test_keys_on_disk_are_torchvisions(folder: Path) -> None:
+def test_saved_keys_are_those_of_torchvision(folder: Path) -> None:
     keys = load_file(folder / "lpips.safetensors")
     assert {"features.0.weight", "features.1.running_var", "features.40.bias", "heads.4"} <= set(keys)
     assert {key.split(".")[0] for key in keys} == {"features", "heads"}
@@ -85,21 +85,21 @@ def test_another_latent_space_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lpips.safetensors", "config.json"])
-def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+def test_a_missing_file_is_reported(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"no {name}, expected a LatentLPIPS folder.*d2g lpips train"):
         load_lpips(folder)
 
 
 @pytest.mark.parametrize("name", ["lpips.safetensors", "config.json"])
-def test_a_truncated_file_is_named(folder: Path, name: str) -> None:
+def test_a_truncated_file_is_reported(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=f"{name}(: not readable| is damaged)"):
         load_lpips(folder)
 
 
-def test_files_that_disagree_are_refused(folder: Path) -> None:
+def test_inconsistent_files_are_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["network"]["width"] = 0.125
     (folder / "config.json").write_text(json.dumps(config))
@@ -129,7 +129,7 @@ def test_loading_is_strict(folder: Path, change: str) -> None:
         load_lpips(folder)
 
 
-def test_an_unwritable_folder_is_one_clear_error(metric: LatentLPIPS, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(metric: LatentLPIPS, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/lpips: .*could not be written.*give another folder"):
         save_lpips(metric, tmp_path / "file" / "lpips", {})

@@ -1,4 +1,4 @@
-"""miniature.demo on the shipped teacher with few steps: its files, JSON keys, images and one-file report."""
+"""miniature.demo with the shipped teacher and few steps: files, JSON keys, images and the report."""
 
 import json
 import math
@@ -45,14 +45,14 @@ TINY = override(
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, list[str]]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, list[str]]:
     out, labels = tmp_path_factory.mktemp("demo") / "out", []
     result = run_demo(TINY, out, lambda label, done, total: labels.append(label))
     return result, out, labels
 
 
-def test_the_contracts_keys(made: tuple[DemoResult, Path, list[str]]) -> None:
-    result, out, labels = made
+def test_documented_json_keys(demo: tuple[DemoResult, Path, list[str]]) -> None:
+    result, out, labels = demo
     written = json.loads((out / "demo.json").read_text())
     assert written == result.to_json()
     assert {"out", "report", "seconds", "pairs", "caption_accuracy", "fid", "recall", "ms_per_image"} <= set(
@@ -68,8 +68,8 @@ def test_the_contracts_keys(made: tuple[DemoResult, Path, list[str]]) -> None:
     assert {"pairs", "ode", "gan", "evaluate"} <= set(labels)
 
 
-def test_the_parts_are_ordinary_folders(made: tuple[DemoResult, Path, list[str]]) -> None:
-    _, out, _ = made
+def test_runs_and_stores_of_the_demo_are_ordinary_folders(demo: tuple[DemoResult, Path, list[str]]) -> None:
+    _, out, _ = demo
     assert PairReader(out / "pairs").complete
     for stage in ("ode", "gan"):
         assert [p.name for p in (out / stage / "checkpoints").iterdir()] == ["000000016"]
@@ -80,12 +80,12 @@ def test_the_parts_are_ordinary_folders(made: tuple[DemoResult, Path, list[str]]
         metrics=("clip", "caption_accuracy"),
     )
     measured = run_evaluation(config)
-    assert measured["clip_score"] == pytest.approx(made[0].clip_score["gan"], abs=1e-6)
-    assert measured["extra"]["caption_accuracy"] == pytest.approx(made[0].caption_accuracy["gan"])
+    assert measured["clip_score"] == pytest.approx(demo[0].clip_score["gan"], abs=1e-6)
+    assert measured["extra"]["caption_accuracy"] == pytest.approx(demo[0].caption_accuracy["gan"])
 
 
-def test_pictures_stand_side_by_side(made: tuple[DemoResult, Path, list[str]]) -> None:
-    _, out, _ = made
+def test_images_are_shown_side_by_side(demo: tuple[DemoResult, Path, list[str]]) -> None:
+    _, out, _ = demo
     strips = []
     for name in DEMO_SAMPLERS:
         with Image.open(out / f"{name}.png") as image:
@@ -96,8 +96,8 @@ def test_pictures_stand_side_by_side(made: tuple[DemoResult, Path, list[str]]) -
     assert len(set(strips)) == 4
 
 
-def test_the_report_needs_nothing_else(made: tuple[DemoResult, Path, list[str]]) -> None:
-    result, _, _ = made
+def test_the_report_is_self_contained(demo: tuple[DemoResult, Path, list[str]]) -> None:
+    result, _, _ = demo
     text = Path(result.report).read_text(encoding="utf-8")
     sources = re.findall(r"""\ssrc\s*=\s*['"]([^'"]{0,40})""", text)
     assert len(sources) == 4 * 2 and all(source.startswith("data:image/png;base64,") for source in sources)
@@ -105,8 +105,8 @@ def test_the_report_needs_nothing_else(made: tuple[DemoResult, Path, list[str]])
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
 
 
-def test_the_report_in_a_browser(made: tuple[DemoResult, Path, list[str]]) -> None:
-    result, _, _ = made
+def test_the_report_in_a_browser(demo: tuple[DemoResult, Path, list[str]]) -> None:
+    result, _, _ = demo
     with chromium() as browser:
         for width, dark in ((1400, False), (400, True)):
             page = browser.open(Path(result.report), width=width, dark=dark)
@@ -117,24 +117,24 @@ def test_the_report_in_a_browser(made: tuple[DemoResult, Path, list[str]]) -> No
     assert [text for level, text in page.headings if level == 3] == [
         "Stage 1: losses", "Stage 2: losses", "Stage 2: the discriminator's mean logits",
     ]  # fmt: skip
-    for shown in ("Frechet distance (oracle features)", "Recall", "CLIP score", "Caption accuracy", "total"):
-        assert shown in page.text
-    assert "teacher, 2 DDIM steps" in page.text  # as configured, not as usual
+    for label in ("Frechet distance (oracle features)", "Recall", "CLIP score", "Caption accuracy", "total"):
+        assert label in page.text
+    assert "teacher, 2 DDIM steps" in page.text  # the configured number of steps, not the default
     assert all(prompt in page.text for prompt in scene_captions(2, TEST_SEED))
 
 
-def test_again_keeps_what_is_done(made: tuple[DemoResult, Path, list[str]]) -> None:
-    first, out, _ = made
+def test_a_second_run_reuses_finished_parts(demo: tuple[DemoResult, Path, list[str]]) -> None:
+    first, out, _ = demo
     mtimes = {
         path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".h5", ".safetensors")
     }
-    again = run_demo(TINY, out)
+    second = run_demo(TINY, out)
     assert {path: path.stat().st_mtime_ns for path in mtimes} == mtimes
-    assert again.fid == pytest.approx(first.fid, rel=1e-6) and again.recall == first.recall
+    assert second.fid == pytest.approx(first.fid, rel=1e-6) and second.recall == first.recall
 
 
 def test_stable_diffusion_pipeline_samples_the_shipped_teacher() -> None:
-    """Diffusers loads the shipped teacher, and its latents equal ours."""
+    """Diffusers loads the shipped teacher and gives the same latents."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(SHIPPED["miniature"] / "teacher")
@@ -155,7 +155,7 @@ def test_stable_diffusion_pipeline_samples_the_shipped_teacher() -> None:
     assert all(max(hi - lo for lo, hi in picture.getextrema()) > 50 for picture in pictures)
 
 
-def test_shipped_folders_are_small_and_say_what_they_are() -> None:
+def test_shipped_folders_are_small_and_documented() -> None:
     folder = SHIPPED["miniature"]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20 * 2**20
@@ -163,7 +163,7 @@ def test_shipped_folders_are_small_and_say_what_they_are() -> None:
     assert resolve("miniature") == folder / "teacher" and (folder / "student" / "student.json").is_file()
 
 
-def test_presets_and_impossible_sizes() -> None:
+def test_presets_and_invalid_sizes() -> None:
     assert set(DEMO_PRESETS) == {"default", "quick"} and DEMO_PRESETS["default"] == DemoConfig()
     for preset in DEMO_PRESETS.values():
         assert preset.ode.teacher == preset.gan.teacher == preset.pairs.teacher == "miniature"

@@ -44,7 +44,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="module")
 def pictures() -> tuple[torch.Tensor, list[str]]:
-    """200 new scenes of both splits, from a seed that no model was trained on."""
+    """200 scenes of both splits with a seed that no model was trained on."""
     scenes = [sample_scene(77, index, split) for split in ("train", "heldout") for index in range(100)]
     return render_scenes(scenes).float() / 127.5 - 1, [caption_of(scene) for scene in scenes]
 
@@ -57,18 +57,18 @@ def reading_of(text: str, order: tuple[int, ...] = (0, 1), nearer: int = 0) -> O
     return OracleReading(tuple(facts.objects[k] for k in order), facts.background, nearer)
 
 
-def test_a_right_reading_has_every_fact():
+def test_a_correct_reading_scores_every_fact():
     assert count_correct(parse_caption(SIDE_BY_SIDE), reading_of(SIDE_BY_SIDE)) == (11, 11)
     one = "a small yellow matte cone, gray background"
     assert count_correct(parse_caption(one), reading_of(one, (0,))) == (6, 6)
 
 
-def test_objects_the_other_way_round_miss_the_relation_only():
+def test_swapped_objects_lose_the_relation_only():
     assert count_correct(parse_caption(SIDE_BY_SIDE), reading_of(SIDE_BY_SIDE, (1, 0))) == (10, 11)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_in_front_is_judged_by_nearness_whatever_the_sides(order):
+def test_in_front_is_decided_by_depth_not_by_side(order):
     facts = parse_caption(DEPTH)
     first = order.index(0)
     assert count_correct(facts, reading_of(DEPTH, order, nearer=first)) == (11, 11)
@@ -78,26 +78,26 @@ def test_in_front_is_judged_by_nearness_whatever_the_sides(order):
     assert count_correct(behind, reading_of(DEPTH, order, nearer=first)) == (10, 11)
 
 
-def test_each_wrong_attribute_costs_one_fact():
+def test_each_wrong_attribute_loses_one_fact():
     facts, reading = parse_caption(SIDE_BY_SIDE), reading_of(SIDE_BY_SIDE)
     green = replace(reading.objects[1], color="green")
     assert count_correct(facts, replace(reading, objects=(reading.objects[0], green))) == (10, 11)
     assert count_correct(facts, replace(reading, background="teal")) == (10, 11)
 
 
-def test_a_missing_object_costs_its_facts_the_count_and_the_relation():
+def test_a_missing_object_loses_its_facts_the_count_and_the_relation():
     reading = reading_of(SIDE_BY_SIDE)
     for predicted in reading.objects:
         assert count_correct(parse_caption(SIDE_BY_SIDE), replace(reading, objects=(predicted,))) == (5, 11)
 
 
-def test_an_object_too_many_costs_the_count():
+def test_an_extra_object_loses_the_count():
     facts = parse_caption("a small blue matte cube, pink background")
     assert count_correct(facts, reading_of(SIDE_BY_SIDE)) == (5, 6)
 
 
-def test_equal_attributes_do_not_hide_a_relation_that_holds():
-    """Of two matchings with equally many correct attributes, the one in which the relation holds counts."""
+def test_ambiguous_objects_are_matched_in_favor_of_the_relation():
+    """Of two matchings with equally many correct attributes, the one with the correct relation is scored."""
     twins = "a large red metal cube right of a large red metal cube, pink background"
     assert count_correct(parse_caption(twins), reading_of(twins)) == (11, 11)
 
@@ -105,26 +105,26 @@ def test_equal_attributes_do_not_hide_a_relation_that_holds():
 # ---- the shipped oracle
 
 
-def test_the_shipped_oracle_reads_fresh_renders(oracle, pictures):
+def test_the_shipped_oracle_reads_new_renders(oracle, pictures):
     accuracy = caption_accuracy(oracle, *pictures)
     assert accuracy.attributes >= 0.995
     assert accuracy.exact >= 0.97
 
 
-def test_the_shipped_oracle_bears_blur_and_noise(oracle, pictures):
+def test_the_shipped_oracle_is_robust_to_blur_and_noise(oracle, pictures):
     pixels, captions = pictures
     damaged = augment_pixels(pixels, torch.Generator().manual_seed(0))
     assert caption_accuracy(oracle, damaged, captions).attributes >= 0.98
 
 
-def test_pictures_of_other_captions_score_low(oracle, pictures):
+def test_images_of_other_captions_score_low(oracle, pictures):
     pixels, captions = pictures
     accuracy = caption_accuracy(oracle, pixels, captions[1:] + captions[:1])
     assert accuracy.attributes < 0.5
     assert accuracy.exact < 0.02
 
 
-def test_meta_states_how_it_was_trained_and_how_well_it_reads():
+def test_meta_records_training_and_accuracy():
     meta = json.loads((ORACLE_FOLDER / "meta.json").read_text())
     assert meta["parameters"] == sum(value.numel() for value in load_oracle().parameters()) <= 500_000
     assert {"train_attributes", "train_exact", "heldout_attributes", "heldout_exact"} == set(meta["scores"])
@@ -171,7 +171,7 @@ def test_targets_are_ordered_from_left_to_right():
     }
 
 
-def test_nearness_is_asked_where_one_is_in_front():
+def test_depth_order_is_a_target_only_for_in_front_and_behind():
     nearer = list(ORACLE_HEADS).index("nearer")
     for index in range(20):
         scene = scene_from_caption(DEPTH, 1, index)
@@ -180,13 +180,13 @@ def test_nearness_is_asked_where_one_is_in_front():
     assert scene_targets(scene_from_caption(SIDE_BY_SIDE, 1, 0))[nearer] == -100
 
 
-def test_a_single_object_asks_nothing_of_the_right_side():
+def test_a_single_object_has_no_targets_for_the_right_object():
     answers = scene_targets(scene_from_caption("a small cyan matte cone, white background", 1, 0))
-    asked = {name for name, answer in zip(ORACLE_HEADS, answers, strict=True) if answer >= 0}
-    assert asked == {"count", "background", "left_size", "left_color", "left_material", "left_shape"}
+    active_heads = {name for name, answer in zip(ORACLE_HEADS, answers, strict=True) if answer >= 0}
+    assert active_heads == {"count", "background", "left_size", "left_color", "left_material", "left_shape"}
 
 
-def test_training_learns_repeats_and_scores():
+def test_training_learns_and_is_deterministic():
     """A tiny oracle learns the background within 40 steps, and a second run gives the same weights."""
     first, scores = train_oracle(TINY)
     images, targets = render_oracle_data(64, TINY.test_seed, "train")
@@ -202,14 +202,14 @@ def test_training_learns_repeats_and_scores():
         assert torch.equal(ours, theirs)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training():
+def test_a_non_finite_loss_stops_the_training():
     images, targets = render_oracle_data(16, 1, "train")
     with pytest.raises(FloatingPointError, match=r"oracle: loss is (nan|inf) at step \d+"):
         fit_oracle(images, targets, replace(TINY, lr=1e30, batch=16))
 
 
 @pytest.mark.parametrize("setting", [{"nimg": 0}, {"width": 50}, {"seed": 2}, {"batch": -1}])
-def test_impossible_settings_are_refused(setting):
+def test_invalid_settings_are_refused(setting):
     with pytest.raises(SettingError, match=next(iter(setting))):
         OracleConfig(**setting)
 
@@ -217,23 +217,23 @@ def test_impossible_settings_are_refused(setting):
 # ---- files
 
 
-def test_a_saved_oracle_reads_as_before(tmp_path, oracle, pictures):
+def test_a_saved_oracle_round_trips(tmp_path, oracle, pictures):
     save_oracle(oracle, tmp_path / "oracle", {"seed": 1})
-    again = load_oracle(tmp_path / "oracle")
-    assert torch.equal(again.features(pictures[0][:4]), oracle.features(pictures[0][:4]))
+    loaded = load_oracle(tmp_path / "oracle")
+    assert torch.equal(loaded.features(pictures[0][:4]), oracle.features(pictures[0][:4]))
     assert json.loads((tmp_path / "oracle" / "meta.json").read_text()) == {"seed": 1}
-    assert not any(value.requires_grad for value in again.parameters()) and not again.training
+    assert not any(value.requires_grad for value in loaded.parameters()) and not loaded.training
 
 
 @pytest.mark.parametrize("component", ["model.safetensors", "config.json"])
-def test_a_folder_without_a_piece_is_refused(tmp_path, oracle, component):
+def test_a_folder_without_a_file_is_refused(tmp_path, oracle, component):
     save_oracle(oracle, tmp_path, {})
     (tmp_path / component).unlink()
     with pytest.raises(UserError, match=rf"is no oracle: {component} is missing"):
         load_oracle(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path, oracle):
+def test_an_unwritable_folder_is_refused(tmp_path, oracle):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write oracle"):
         save_oracle(oracle, tmp_path / "file" / "oracle", {})

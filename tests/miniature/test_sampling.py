@@ -1,4 +1,4 @@
-"""Scenes of the miniature: captions that parse, placements that match them, images that show them."""
+"""Scenes of the miniature: captions, placements and rendered images agree."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def show(text: str, index: int = 0) -> Tensor:
 
 
 def near_color(picture: Tensor, color: str) -> Tensor:
-    """Mask [64, 64] of the pixels whose hue is closest to an object color, not to others or the ground."""
+    """Mask [64, 64] of the pixels whose hue is closer to this object color than to others or the ground."""
     hues = {
         name: torch.tensor(rgb) / sum(rgb) for name, rgb in {**OBJECT_COLORS, **BACKGROUND_COLORS}.items()
     }
@@ -57,7 +57,7 @@ def near_color(picture: Tensor, color: str) -> Tensor:
 # ---- captions
 
 
-def test_example_caption_reads_as_its_facts():
+def test_parsing_an_example_caption():
     first, second = (
         ObjectSpec("large", "red", "metal", "sphere"),
         ObjectSpec("small", "blue", "matte", "cube"),
@@ -70,13 +70,13 @@ def test_example_caption_reads_as_its_facts():
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_captions_read_back_to_the_facts_of_their_scene(split):
+def test_captions_parse_to_the_facts_of_their_scene(split):
     for index in range(100):
         scene = sample_scene(3, index, split)
         assert parse_caption(caption_of(scene)) == scene.facts
 
 
-def test_capital_letters_and_spaces_are_let_through():
+def test_capital_letters_and_spaces_are_ignored():
     assert parse_caption("  A large RED metal sphere  left of a small blue matte cube ,pink background ") == (
         parse_caption(EXAMPLE)
     )
@@ -96,7 +96,7 @@ def test_capital_letters_and_spaces_are_let_through():
         ("", "the end", "'a'"),
     ],
 )
-def test_a_caption_outside_the_grammar_names_the_bad_word(text, got, expected):
+def test_invalid_captions_are_refused_with_the_bad_word(text, got, expected):
     with pytest.raises(UserError) as error:
         parse_caption(text)
     message = str(error.value)
@@ -106,7 +106,7 @@ def test_a_caption_outside_the_grammar_names_the_bad_word(text, got, expected):
 # ---- scenes
 
 
-def test_a_scene_depends_on_seed_and_index_alone():
+def test_a_scene_depends_on_seed_and_index_only():
     assert sample_scene(1, 7) == sample_scene(1, 7)
     scenes = {sample_scene(seed, index).view for seed in (1, 2) for index in range(20)}
     assert len(scenes) == 40
@@ -114,21 +114,21 @@ def test_a_scene_depends_on_seed_and_index_alone():
     assert scene_captions(5, seed=1) == [caption_of(sample_scene(1, index)) for index in range(5)]
 
 
-def test_one_caption_gives_many_scenes():
+def test_one_caption_has_many_scenes():
     scenes = [scene_from_caption(EXAMPLE, 1, index) for index in range(10)]
     assert {caption_of(scene) for scene in scenes} == {EXAMPLE}
     assert len({scene.placements for scene in scenes}) == 10
 
 
-def test_heldout_combinations_are_kept_apart():
+def test_heldout_combinations_are_not_in_the_train_split():
     for split in SCENE_SPLITS:
         assert all(split_of(parse_caption(text)) == split for text in scene_captions(400, 1, split))
     assert len(HELDOUT_TRIPLES) == len(COLORS) * len(SHAPES) * len(MATERIALS) // 10
     triples = {item.triple for text in scene_captions(2000, 1) for item in parse_caption(text).objects}
-    assert len(triples) == 60 - len(HELDOUT_TRIPLES)  # train scenes show all the others
+    assert len(triples) == 60 - len(HELDOUT_TRIPLES)  # train scenes contain all other combinations
 
 
-def test_heldout_triples_are_fixed_for_good():
+def test_heldout_triples_are_pinned():
     assert ("green", "torus", "matte") in HELDOUT_TRIPLES
     assert ("cyan", "sphere", "metal") in HELDOUT_TRIPLES
     assert {color for color, _, _ in HELDOUT_TRIPLES} == set(COLORS)
@@ -139,7 +139,7 @@ def test_an_unknown_split_is_refused():
         sample_scene(1, 0, "test")
 
 
-def test_attributes_are_spread_evenly():
+def test_attributes_are_uniform():
     scenes = [sample_scene(1, index) for index in range(2000)]
     two = [scene for scene in scenes if len(scene.objects) == 2]
     assert 0.56 < len(two) / len(scenes) < 0.64
@@ -152,7 +152,7 @@ def test_attributes_are_spread_evenly():
             assert 0.75 < read.count(value) * len(values) / len(read) < 1.25
 
 
-def test_placements_mean_what_the_caption_says():
+def test_placements_match_the_relation():
     for index in range(500):
         scene = sample_scene(4, index)
         for item, spot in zip(scene.objects, scene.placements, strict=True):
@@ -173,8 +173,8 @@ def test_placements_mean_what_the_caption_says():
                 assert depth <= -MIN_DEPTH
 
 
-def test_two_objects_never_meet():
-    """The distance from each object's center to the other, sampled on its surface's bounding circle."""
+def test_objects_never_overlap():
+    """Distances between the objects, sampled on their bounding circles."""
     widest = {"sphere": 0.98, "cube": 1.02, "cylinder": 0.76, "cone": 0.92, "torus": 0.98}
     for index in range(500):
         scene = sample_scene(6, index)
@@ -188,25 +188,25 @@ def test_two_objects_never_meet():
         assert (first.x - second.x) ** 2 + (first.z - second.z) ** 2 > reach**2
 
 
-# ---- pictures
+# ---- images
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     scenes = [sample_scene(2, index) for index in range(20)]
-    together = render_scenes(scenes)
-    assert together.shape == (20, 3, 64, 64) and together.dtype == torch.uint8
-    assert torch.equal(together, torch.cat([render_scenes([scene]) for scene in scenes]))
-    assert torch.equal(together.flip(0), render_scenes(scenes[::-1]))
+    batch = render_scenes(scenes)
+    assert batch.shape == (20, 3, 64, 64) and batch.dtype == torch.uint8
+    assert torch.equal(batch, torch.cat([render_scenes([scene]) for scene in scenes]))
+    assert torch.equal(batch.flip(0), render_scenes(scenes[::-1]))
     assert render_scenes([]).shape == (0, 3, 64, 64)
 
 
-def test_pictures_keep_the_look_that_the_weights_were_trained_on():
-    """The renderer does not change: channel means of 32 scenes are those of the shipped models' training."""
+def test_the_renderer_is_pinned():
+    """Channel means of 32 scenes are those that the shipped models were trained on."""
     mean = render_scenes([sample_scene(1, index) for index in range(32)]).double().mean((0, 2, 3))
     assert mean.tolist() == pytest.approx(GOLDEN_MEAN, abs=0.05)
 
 
-def test_half_the_size_shows_the_same_picture():
+def test_rendering_at_half_size_gives_the_same_image():
     scenes = [sample_scene(2, index) for index in range(8)]
     small = render_scenes(scenes, size=32).float()
     shrunk = torch.nn.functional.avg_pool2d(render_scenes(scenes).float(), 2)
@@ -214,7 +214,7 @@ def test_half_the_size_shows_the_same_picture():
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [("large", 20, 30), ("small", 13, 20)])
-def test_sizes_are_far_apart_on_the_screen(size, low, high):
+def test_object_sizes_in_pixels(size, low, high):
     for index in range(12):
         mask = near_color(show(f"a {size} red matte sphere, white background", index), "red")
         assert low <= int(mask.any(0).sum()) <= high
@@ -222,7 +222,7 @@ def test_sizes_are_far_apart_on_the_screen(size, low, high):
 
 @pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_colors_are_told_apart_on_every_background(color, background):
+def test_colors_are_distinguishable_on_every_background(color, background):
     picture = show(f"a large {color} matte sphere, {background} background")
     counts = {other: int(near_color(picture, other).sum()) for other in COLORS}
     assert max(counts, key=counts.__getitem__) == color
@@ -230,8 +230,8 @@ def test_colors_are_told_apart_on_every_background(color, background):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_metal_has_highlights_that_matte_has_not(shape):
-    """On the same scene, metal spans a wider range of brightness over the object."""
+def test_metal_has_highlights(shape):
+    """In the same scene, a metal object has a wider range of brightness than a matte one."""
     matte = scene_from_caption(f"a large purple matte {shape}, gray background", 5, 1)
     metal_object = replace(matte.objects[0], material="metal")
     metal = replace(matte, facts=replace(matte.facts, objects=(metal_object,)))
@@ -241,7 +241,7 @@ def test_metal_has_highlights_that_matte_has_not(shape):
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_the_relation_is_seen_in_the_picture(relation):
+def test_the_relation_is_visible_in_the_image(relation):
     for index in range(6):
         picture = show(
             f"a small red matte cube {relation} a large blue matte sphere, white background", index
@@ -249,7 +249,7 @@ def test_the_relation_is_seen_in_the_picture(relation):
         red, blue = (near_color(picture, color).nonzero().float() for color in ("red", "blue"))
         assert len(red) > 80 and len(blue) > 200  # neither hides the other
         right = float(red[:, 1].mean() - blue[:, 1].mean())
-        down = float(red[:, 0].quantile(0.97) - blue[:, 0].quantile(0.97))  # where they stand on the ground
+        down = float(red[:, 0].quantile(0.97) - blue[:, 0].quantile(0.97))  # positions on the ground
         match relation:
             case "left of":
                 assert right < -10
@@ -270,7 +270,7 @@ def test_objects_cast_shadows_away_from_the_light():
     assert right < 0.8 * left
 
 
-def test_the_nearer_object_hides_the_farther_one():
+def test_the_nearer_object_occludes_the_farther_one():
     scene = scene_from_caption(
         "a large red matte cube in front of a large blue matte cube, white background", 5, 3
     )
@@ -283,7 +283,7 @@ def test_the_nearer_object_hides_the_farther_one():
     assert blue > 1.5 * red
 
 
-def test_render_dataset_gives_pictures_with_their_captions():
+def test_render_dataset_returns_images_with_their_captions():
     calls: list[tuple[int, int]] = []
     images, texts = render_dataset(
         10, 9, "heldout", lambda _, done, total: calls.append((done, total)), batch=4
@@ -301,8 +301,8 @@ def points(count: int = 2000) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_signed_distances_are_distances(shape):
-    """Their gradient has length one, and nothing sticks out of the bounding sphere or into the ground."""
+def test_signed_distances_have_unit_gradients(shape):
+    """The gradient has length one, and shapes stay inside their bounding sphere and above the ground."""
     distance, height, bound = SHAPE_TABLE[shape]
     x, y, z = (value.double().requires_grad_() for value in points())
     value = distance(x, y, z)
@@ -313,10 +313,10 @@ def test_signed_distances_are_distances(shape):
     assert bool((value[far > bound] > 0).all())
     assert bool((value[y < -height] > 0).all())
     zero = torch.zeros(1)
-    assert 0 < float(distance(zero, zero - height - 1e-3, zero)) < 0.01  # and it touches the ground
+    assert 0 < float(distance(zero, zero - height - 1e-3, zero)) < 0.01  # it touches the ground
 
 
-def test_marching_a_sphere_meets_the_closed_form():
+def test_sphere_tracing_matches_the_closed_form():
     x, y, _ = (value * 0.5 for value in points(500))
     origin, direction = (
         (x, y, torch.full_like(x, 5.0)),
@@ -336,12 +336,12 @@ def test_normals_are_the_gradient_of_the_distance(shape):
     value = SHAPE_TABLE[shape][0](x, y, z)
     exact = torch.stack(torch.autograd.grad(value.sum(), (x, y, z)))
     ours = torch.stack(surface_normals(shape, x.detach(), y.detach(), z.detach()))
-    away = value > 0.05  # inside, and at creases, the four samples may straddle an edge
+    away = value > 0.05  # near edges the four samples may lie on both sides
     assert (exact[:, away] * ours[:, away]).sum(0).quantile(0.05) > 0.99
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_soft_shadows_are_dark_below_and_lit_beside(shape):
+def test_soft_shadows_are_dark_below_and_bright_beside_an_object(shape):
     base = -SHAPE_TABLE[shape][1]
     x = torch.tensor([0.0, 6.0, 0.0])
     y = torch.tensor([base - 0.02, base, 3.0])

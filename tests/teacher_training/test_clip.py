@@ -1,4 +1,4 @@
-"""teacher_training.clip: training, saving, and loading with open_clip's own factory."""
+"""teacher_training.clip: training, saving, and loading with the factory of open_clip."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def trained(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return folder, train_clip(*colored(400), tokenizer, folder, TINY)
 
 
-def test_it_learns_to_tell_colors_apart(trained: tuple[Path, dict[str, float]]) -> None:
+def test_training_learns_to_distinguish_colors(trained: tuple[Path, dict[str, float]]) -> None:
     folder, scores = trained
     assert scores["retrieval_chance"] == 0.25
     assert scores["retrieval_top1"] > 0.9
@@ -70,7 +70,7 @@ def test_open_clips_factory_loads_the_folder(trained: tuple[Path, dict[str, floa
     assert clip_scores(net, images, captions).mean() > clip_scores(net, images, captions[::-1]).mean() + 0.1
 
 
-def test_clip_scores_are_cosines_of_single_pairs(trained: tuple[Path, dict[str, float]]) -> None:
+def test_clip_scores_are_cosine_similarities(trained: tuple[Path, dict[str, float]]) -> None:
     net = load_clip(f"local-dir:{trained[0]}")
     images, captions = colored(5)
     scores = clip_scores(net, images, captions)
@@ -84,7 +84,7 @@ def test_clip_scores_are_cosines_of_single_pairs(trained: tuple[Path, dict[str, 
     assert torch.equal(prefixed, written_out) and not torch.equal(prefixed, scores)
 
 
-def test_one_name_and_digest_for_one_model(trained: tuple[Path, dict[str, float]]) -> None:
+def test_name_and_digest_identify_a_model(trained: tuple[Path, dict[str, float]]) -> None:
     by_path, by_schema = load_clip(str(trained[0])), load_clip(f"local-dir:{trained[0]}")
     assert by_path.name == by_schema.name == "local-dir:tiny"
     assert by_path.sha256 == by_schema.sha256
@@ -100,7 +100,7 @@ def test_training_is_deterministic(tokenizer: Path, tmp_path: Path) -> None:
     assert load_clip(str(tmp_path / "a")).sha256 == load_clip(str(tmp_path / "b")).sha256
 
 
-def test_minutes_end_training(tokenizer: Path, tmp_path: Path) -> None:
+def test_the_time_limit_ends_training(tokenizer: Path, tmp_path: Path) -> None:
     config = ClipConfig(image_size=16, width=32, layers=1, batch_size=4, minutes=1e-4)
     scores = train_clip(*colored(20), tokenizer, tmp_path, config)
     assert 0 < scores["images"] < config.images / 100
@@ -121,7 +121,7 @@ def test_equal_captions_are_positives() -> None:
     vectors = text[ids]
     scale = torch.tensor(50.0)
     ideal = contrastive_loss(vectors, vectors, scale, ids)
-    floor = (2 * torch.tensor(2.0).log() / 3).item()  # twins share their mass equally
+    floor = (2 * torch.tensor(2.0).log() / 3).item()  # equal captions share the probability
     assert ideal.item() == pytest.approx(floor, abs=1e-3)
     assert contrastive_loss(vectors, vectors[[2, 0, 1]], scale, ids) > ideal + 1
     distinct = torch.tensor([0, 1])
@@ -139,7 +139,7 @@ def test_retrieval_counts_distinct_captions_only() -> None:
     assert retrieval_top1(eye[[3, 3, 3, 3]], texts, captions) == 0, "a tie is no hit"
 
 
-def test_bad_clip_sources_are_named(tmp_path: Path, tokenizer: Path) -> None:
+def test_bad_clip_sources_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(UserError, match="neither a folder nor MODEL:TAG_OR_FILE"):
         load_clip("ViT-B-32")
     with pytest.raises(UserError, match="is no open_clip folder"):

@@ -20,7 +20,7 @@ FIT = FitConfig(images=96, batch_size=8, lr=2e-3, warmup_images=16, ema=0.5)
 VAE = AutoencoderConfig(channels=(8, 8), latent_channels=4, fit=FIT)
 
 
-def pictures(count: int = 24) -> Tensor:
+def random_images(count: int = 24) -> Tensor:
     """Smooth random images, uint8 [N, 3, 16, 16]."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     fine = nn.functional.interpolate(coarse, 16, mode="bilinear")
@@ -32,49 +32,49 @@ def run(folder: Path, stop_at: int = -1) -> nn.Module:
         if done == stop_at:
             signal.raise_signal(signal.SIGINT)
 
-    return train_autoencoder(pictures(), VAE, RunLog(folder, {}), 5, progress)
+    return train_autoencoder(random_images(), VAE, RunLog(folder, {}), 5, progress)
 
 
-def reported(folder: Path) -> list[dict[str, float]]:
+def reports(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_stats(folder)]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+def unbroken_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     folder = tmp_path_factory.mktemp("unbroken")
     return run(folder), folder
 
 
-def test_a_resumed_training_equals_an_unbroken_one(unbroken: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    """After a real SIGINT, the resumed run's weights, EMA weights and reports equal an unbroken run's, bit
-    for bit.
-    """
+def test_a_resumed_training_equals_an_unbroken_one(
+    unbroken_run: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    """After SIGINT, weights, EMA weights and reports of the resumed run equal those of an unbroken run."""
     with pytest.raises(
         Interrupted, match=r"vae stopped; safe on disk: .*000000040; run the same command again"
     ):
         run(tmp_path, stop_at=40)
-    resumed, (expected, folder) = run(tmp_path), unbroken
+    resumed, (expected, folder) = run(tmp_path), unbroken_run
     assert all(torch.equal(v, expected.state_dict()[k]) for k, v in resumed.state_dict().items())
     assert resumed.config.scaling_factor == expected.config.scaling_factor
     a, b = (f / "checkpoints" / "000000096" for f in (tmp_path, folder))
     for name in ("model", "ema"):
         one, two = (load_file(path / f"{name}.safetensors") for path in (a, b))
         assert all(torch.equal(one[k], two[k]) for k in one)
-    assert reported(tmp_path) == reported(folder) and len(reported(folder)) == 12
+    assert reports(tmp_path) == reports(folder) and len(reports(folder)) == 12
 
 
-def test_the_vae_learns_and_its_latents_have_unit_variance(unbroken: tuple[nn.Module, Path]) -> None:
-    vae, folder = unbroken
-    lines = reported(folder)
+def test_the_vae_learns_and_its_latents_have_unit_variance(unbroken_run: tuple[nn.Module, Path]) -> None:
+    vae, folder = unbroken_run
+    lines = reports(folder)
     assert lines[-1]["loss/rec"] < 0.8 * lines[0]["loss/rec"]
     with torch.no_grad():
-        latents = encode(vae, from_uint8(pictures()))
+        latents = encode(vae, from_uint8(random_images()))
         assert latents.shape == (24, 4, 8, 8) and abs(latents.std().item() - 1) < 0.02
         assert decode(vae, latents).shape == (24, 3, 16, 16)
     assert not any(p.requires_grad for p in vae.parameters())
 
 
-def test_reconstruction_counts_pixels_squares_and_edges() -> None:
+def test_reconstruction_loss_has_l1_l2_and_edge_terms() -> None:
     pixels = torch.zeros(1, 1, 2, 2)
     decoded = torch.tensor([[[[2.0, 0.0], [0.0, 0.0]]]])
     # mean |error| 2/4, mean square 4/4; row differences |2|, |0| and column differences |2|, |0|
@@ -83,14 +83,14 @@ def test_reconstruction_counts_pixels_squares_and_edges() -> None:
     assert reconstruction_loss(pixels, decoded, 0.0, 2.0).item() == 0.5 + 2 * (1.0 + 1.0)
 
 
-def test_rates_warm_up_and_fall_to_zero() -> None:
+def test_learning_rates_warm_up_and_decay_to_zero() -> None:
     rates = [cosine_learning_rate(n, replace(FIT, lr=1.0)) for n in (0, 8, 48, 96)]
     assert rates[0] == 0.5 and rates[1] == pytest.approx(0.9830, abs=1e-4) and rates[2] == pytest.approx(0.5)
     assert rates[3] == 0.0
 
 
-def test_the_averages_are_handed_back(tmp_path: Path) -> None:
-    """With one weight and a constant gradient, AdamW moves it by the learning rate and the EMA follows."""
+def test_ema_weights_are_returned(tmp_path: Path) -> None:
+    """With one weight and a constant gradient, AdamW changes it by the learning rate per step."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
     config = FitConfig(images=2, batch_size=1, lr=1.0, warmup_images=0, weight_decay=0.0, ema=0.75)
@@ -107,7 +107,7 @@ def test_the_averages_are_handed_back(tmp_path: Path) -> None:
     assert raw["one.weight"].item() == pytest.approx(second, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_before_the_step(tmp_path: Path) -> None:
     module = nn.Linear(1, 1, bias=False)
     nn.init.ones_(module.weight)
 
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None
     assert module.weight.item() == 1.0 and not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_impossible_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for wrong in ({"images": 0}, {"batch_size": 0}, {"lr": 0.0}):
         with pytest.raises(SettingError, match=f"^{next(iter(wrong))} is 0"):
             replace(FIT, **wrong)

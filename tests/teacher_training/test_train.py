@@ -68,8 +68,8 @@ CONFIG = TeacherConfig(
 COLORS = ("red", "green", "blue", "yellow")
 
 
-def picture(number: int) -> tuple[Image.Image, str, str]:
-    """(image, color, shape): a disc or a box in an image that is not square, so that it must be cropped."""
+def make_image(number: int) -> tuple[Image.Image, str, str]:
+    """(image, color, shape): a disc or a box in an image that is not square and has to be cropped."""
     color, shape = COLORS[number % 4], ("disc", "box")[number // 4 % 2]
     image = Image.new("RGB", (SIZE + 4, SIZE), "white")
     draw = ImageDraw.Draw(image)
@@ -81,7 +81,7 @@ def picture(number: int) -> tuple[Image.Image, str, str]:
 def image_folder(folder: Path) -> None:
     lines = []
     for number in range(40):
-        image, color, shape = picture(number)
+        image, color, shape = make_image(number)
         image.save(folder / f"{number:03d}.png")
         lines.append(json.dumps({"file_name": f"{number:03d}.png", "caption": f"a {color} {shape}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -89,7 +89,7 @@ def image_folder(folder: Path) -> None:
 
 def class_folders(folder: Path) -> None:
     for number in range(40):
-        image, color, shape = picture(number)
+        image, color, shape = make_image(number)
         (folder / f"{color}_{shape}").mkdir(exist_ok=True)
         image.save(folder / f"{color}_{shape}" / f"{number:03d}.png")
 
@@ -97,7 +97,7 @@ def class_folders(folder: Path) -> None:
 def parquet(folder: Path) -> None:
     rows = []
     for number in range(40):
-        image, color, shape = picture(number)
+        image, color, shape = make_image(number)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         rows.append({"image": {"bytes": buffer.getvalue()}, "caption": f"a {color} {shape}"})
@@ -108,7 +108,7 @@ SOURCES = {"an image folder": image_folder, "class-named subfolders": class_fold
 
 
 @pytest.mark.parametrize("source", list(SOURCES))
-def test_a_teacher_from_captioned_pictures(source: str, tmp_path: Path) -> None:
+def test_training_a_teacher_from_captioned_images(source: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "teacher"
     data.mkdir()
     SOURCES[source](data)
@@ -120,7 +120,7 @@ def test_a_teacher_from_captioned_pictures(source: str, tmp_path: Path) -> None:
         and set(summary.scores) == {"vae", "unet", "lpips", "clip"}
     )
 
-    # It is a teacher like any other: for diffusers, for pairs, for both losses and for scores.
+    # The result works with diffusers, pair generation, both stages and evaluation.
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(out)
@@ -140,14 +140,14 @@ def test_a_teacher_from_captioned_pictures(source: str, tmp_path: Path) -> None:
     captions = json.loads((out / "training" / "captions.json").read_text())
     assert prompt in captions and len(captions) == 40 and len(set(captions)) == 8
 
-    # Again: all stages are there already.
+    # A second run finds all stages finished.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert train_teacher(config, out).scores == summary.scores
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_captions_belong_to_their_pictures(tmp_path: Path) -> None:
-    """From every kind of source, the middle pixel has the color that the caption names."""
+def test_captions_match_their_images(tmp_path: Path) -> None:
+    """For every source format, the middle pixel has the color in the caption."""
     names = {(255, 0, 0): "red", (0, 128, 0): "green", (0, 0, 255): "blue", (255, 255, 0): "yellow"}
     for source, write in SOURCES.items():
         folder = tmp_path / source.replace(" ", "_")
@@ -161,7 +161,7 @@ def test_captions_belong_to_their_pictures(tmp_path: Path) -> None:
         assert len(few) == len(texts) == 7
 
 
-def test_stages_can_be_made_one_at_a_time(tmp_path: Path) -> None:
+def test_stages_can_be_run_one_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     image_folder(tmp_path / "data")
     config, out = replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "teacher"
@@ -173,9 +173,9 @@ def test_stages_can_be_made_one_at_a_time(tmp_path: Path) -> None:
         train_teacher(config, out, ("unett",))
 
 
-def test_pictures_that_cannot_be_trained_on(tmp_path: Path) -> None:
+def test_unusable_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    picture(0)[0].save(tmp_path / "data" / "a.png")
+    make_image(0)[0].save(tmp_path / "data" / "a.png")
     with pytest.raises(UserError, match=r"1 of 1 images have no caption; expected a metadata\.jsonl"):
         train_teacher(replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "teacher", ("data",))
     register_training_scenes()
@@ -190,7 +190,7 @@ def test_pictures_that_cannot_be_trained_on(tmp_path: Path) -> None:
 
 
 def test_registered_data_is_found_by_name() -> None:
-    """The function gets size, limit and seed; a name belongs to one function."""
+    """The loader receives size, limit and seed; a name can be registered only once."""
 
     def load(size: int, limit: int, seed: int, progress: Progress) -> tuple[Tensor, list[str]]:
         return torch.full((limit, 3, size, size), seed, dtype=torch.uint8), ["a gray square"] * limit
@@ -203,15 +203,15 @@ def test_registered_data_is_found_by_name() -> None:
         register_data("gray squares", lambda size, limit, seed, progress: load(size, limit, seed, progress))
 
 
-def test_presets_fit_together() -> None:
-    """The UNet can halve the latents, and CLIP's patches tile the image."""
+def test_preset_sizes_are_compatible() -> None:
+    """Latent sizes are divisible for the UNet, and image sizes by CLIP's patch size."""
     for name, preset in TEACHER_PRESETS.items():
         assert preset.size % preset.clip.patch == 0, name
         latent = preset.size // 2 ** (len(preset.vae.channels) - 1)
         assert latent == 8 and latent % 2 ** (len(preset.unet.channels) - 1) == 0, name
 
 
-def test_a_limit_keeps_every_classs_share(tmp_path: Path) -> None:
+def test_a_limit_keeps_the_class_proportions(tmp_path: Path) -> None:
     class_folders(tmp_path)
     images, captions = captioned_images(str(tmp_path), SIZE, 16, 0, "a photo of a {}")
     assert len(images) == 16
