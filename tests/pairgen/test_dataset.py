@@ -270,7 +270,7 @@ class Killed(LimitedFileSize):
 @FORKS
 @pytest.mark.parametrize("kind", [LimitedFileSize, LimitedOpenFiles, Killed])
 def test_a_loader_process_that_fails_ends_the_run(kind: type[PairReader], tmp_path: Path) -> None:
-    """Under these limits the worker's queue thread fails to send a batch, and the trainer would wait forever."""
+    """Under these limits the queue thread of the worker cannot send a batch; the trainer must not wait."""
     reader = kind(put_store(tmp_path))
     with pytest.raises(UserError, match=r"a loader process (cannot pass its batch|ended).*data\.workers=0"):
         for _ in zip(range(40), pair_loader(reader, PairSampler(22, 4, 0), workers=1), strict=False):
