@@ -68,6 +68,7 @@ def open_images(source: str | Path, column: str | None = None) -> ImageFiles:
         if source.suffix.lower() != TABLE_SUFFIX:
             raise UserError(f"{source} is neither a folder of images nor a .parquet file; give one of these")
         return ImageFiles(name=str(source), tables=[source], column=column)
+    # Image files take precedence over parquet files in the same folder.
     listing = list_folder(source)
     if listing.pictures:
         captions = Captions(listing, column)
