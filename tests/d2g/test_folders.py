@@ -1,4 +1,4 @@
-"""d2g.data.folders and captions: what is taken, what is left out with a word, and whose caption is whose."""
+"""d2g.data.folders and captions: listing of image folders, reported omissions, and matching of captions."""
 
 import io
 import json
@@ -52,7 +52,7 @@ HIDDEN = [
 ]
 
 
-def test_what_is_hidden_is_skipped_and_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_hidden_files_are_skipped_and_reported(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a.png", "sub/b.png", *HIDDEN)
     assert names(list_folder(tmp_path)) == ["a.png", "sub/b.png"]
     assert len(open_images(tmp_path)) == len(open_unlabeled(str(tmp_path))) == 2
@@ -60,11 +60,11 @@ def test_what_is_hidden_is_skipped_and_said(tmp_path: Path, log: pytest.LogCaptu
     assert f"{tmp_path}: left out 6 hidden (" in log.text
 
 
-def test_a_hidden_folder_itself_may_be_given(tmp_path: Path) -> None:
+def test_a_hidden_folder_may_be_the_root(tmp_path: Path) -> None:
     assert names(list_folder(put(tmp_path / ".cache" / "__MACOSX", "a.png"))) == ["a.png"]
 
 
-def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+def test_hidden_folders_are_not_classes(tmp_path: Path) -> None:
     for folder in ("cats", "dogs", ".ipynb_checkpoints", "__MACOSX", "$RECYCLE.BIN"):
         put(tmp_path, f"{folder}/0.png", f"{folder}/1.png")
     assert list(open_labeled(str(tmp_path))[0].classes) == ["cats", "dogs"]
@@ -110,14 +110,14 @@ def test_other_files_are_counted_by_ending(tmp_path: Path, log: pytest.LogCaptur
     assert f"{tmp_path}: left out 4 that are no pictures (.heic, .parquet, README)" in log.text
 
 
-def test_an_ordinary_folder_needs_no_word(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_an_ordinary_folder_logs_nothing(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a.png", "b.jpg", "c/d.png")
     open_images(tmp_path)
     open_unlabeled(str(tmp_path))
     assert log.text == ""
 
 
-def test_the_grid_of_sample_is_no_picture_of_the_set(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_the_grid_of_d2g_sample_is_left_out(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     from d2g.core.png import image_grid, save_png
     from eval.images.folders import read_image
 
@@ -133,7 +133,7 @@ def test_the_grid_of_sample_is_no_picture_of_the_set(tmp_path: Path, log: pytest
 
 
 def test_an_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root, no folder is unreadable; so the system's answer is replaced."""
+    """Root can read every folder, so the system call is replaced."""
     put(tmp_path, "a.png", "locked/b.png")
     scandir = os.scandir
 
@@ -193,7 +193,7 @@ KINDS = (
 @pytest.mark.parametrize("kind", [*KINDS, "text files"])
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_every_reader_gives_the_same_captions(kind: str, form: str, tmp_path: Path) -> None:
-    """Macs store decomposed names (NFD)."""
+    """macOS stores file names in decomposed form (NFD)."""
     put(tmp_path, *(unicodedata.normalize(form, name) for name in ROWS))
     for name, content in metadata(kind).items():
         (tmp_path / name).write_bytes(content)
@@ -219,14 +219,14 @@ def test_the_column_can_be_named(tmp_path: Path, log: pytest.LogCaptureFixture) 
 
 
 def test_captions_of_classes_and_of_kohya_folders(tmp_path: Path) -> None:
-    """Text files beside the pictures go before the names of the folders."""
+    """Text files beside the images take precedence over folder names."""
     put(tmp_path, "10_dog/a.png", "10_dog/b.png")
     assert captioned_images(str(tmp_path), 8, 9, 0, "a {}")[1] == ["a 10 dog"] * 2
     put(tmp_path, "10_dog/a.txt", "10_dog/b.txt")
     assert captioned_images(str(tmp_path), 8, 9, 0, "a {}")[1] == ["of a", "of b"]
 
 
-def test_listed_files_that_are_missing_are_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_missing_listed_files_are_reported(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a.png")
     rows = [{"file_name": name, "caption": "b"} for name in ("a.png", "gone.png", "no/c.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -236,7 +236,7 @@ def test_listed_files_that_are_missing_are_said(tmp_path: Path, log: pytest.LogC
         RealImages(str(tmp_path), (8, 8))
 
 
-def test_listed_files_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_listed_files_may_be_in_other_folders(tmp_path: Path) -> None:
     data, other = put(tmp_path / "data", "a.png", ".hidden/b.png"), put(tmp_path / "other", "c.png")
     paths = ["a.png", ".hidden/b.png", "../other/c.png", str(other / "c.png")]
     rows = [{"file_name": name, "caption": name} for name in paths]
@@ -251,14 +251,14 @@ def test_another_metadata_csv_is_left_out(tmp_path: Path, log: pytest.LogCapture
     assert Captions(list_folder(tmp_path)).metadata == [] and "no pictures (.csv)" in log.text
 
 
-def test_pictures_without_a_line_are_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_images_without_a_caption_are_reported(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
     assert len(RealImages(str(tmp_path), (8, 8))) == 1
     assert "left out 1 without a line in the metadata (b.png)" in log.text
 
 
-def test_images_of_an_earlier_sample_call_are_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_images_of_an_earlier_sample_call_are_reported(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     from distill.sampling import log_earlier_samples
 
     put(tmp_path, "00000.png", "00001.png", "00002.png", "grid.png", "notes.png")

@@ -1,4 +1,4 @@
-"""d2g.core.json_files: any bytes in a file that is read back give the value or one clear line."""
+"""d2g.core.json_files: reading any bytes gives the value or a one-line error."""
 
 import json
 import os
@@ -46,7 +46,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_one_line(case: str, tmp_path: Path) -> None:
+def test_damage_is_a_one_line_error(case: str, tmp_path: Path) -> None:
     data, reason = DAMAGE[case]
     (tmp_path / "f.json").write_bytes(data)
     with pytest.raises(UserError, match=r"f\.json is damaged \(.*\); copy it") as caught:
@@ -55,7 +55,7 @@ def test_damage_is_one_line(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
-def test_what_is_no_file_is_not_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_other_file_types_are_not_read(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "f.json")
     with pytest.raises(UserError, match=r"cannot be read: (not a regular file|Is a directory); copy it"):
         read_json(tmp_path / "f.json", "copy it", Facts)
@@ -63,7 +63,7 @@ def test_what_is_no_file_is_not_read(make: Callable[[Path], None], tmp_path: Pat
         read_json(tmp_path / "g.json", "copy it", Facts)
 
 
-def test_what_fits_is_returned() -> None:
+def test_valid_values_are_returned() -> None:
     check_type({"name": "a", "size": 3, "tags": [], "other": {}}, Facts)
     check_type({"count": 3, "kind": "b"}, Row)
     check_type({"a": [1.5, 2]}, dict[str, list[float]])
@@ -88,7 +88,7 @@ def fuzzed(rng: random.Random, text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("rounds", [300, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_any_file_is_the_value_or_a_line(rounds: int, tmp_path: Path) -> None:
+def test_fuzzed_files_give_the_value_or_a_one_line_error(rounds: int, tmp_path: Path) -> None:
     rng, good = random.Random(3), json.dumps({"name": "a", "size": 2.5, "tags": ["b"]}).encode()
     for _ in range(rounds):
         (tmp_path / "f.json").write_bytes(fuzzed(rng, good))

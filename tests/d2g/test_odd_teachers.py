@@ -1,4 +1,4 @@
-"""Odd files of a teacher end in one line that names the teacher, whatever the libraries raise inside."""
+"""Invalid files of a teacher end in a one-line error with its name, for any exception of the libraries."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def folders(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def try_out(folder: Path) -> str:
-    """What a teacher's load says if it is refused; "" if it loads and can be asked for its steps."""
+    """Load a teacher. Returns the error message, or "" if it loads and has timesteps."""
     try:
         teacher = load_teacher(str(folder))
         check_solver(teacher, teacher.default_solver, 4)
@@ -43,7 +43,7 @@ def try_out(folder: Path) -> str:
     return ""
 
 
-def spoil(rng: random.Random, folder: Path) -> str:
+def change_one_value(rng: random.Random, folder: Path) -> str:
     """Give one key of one JSON file an odd value, or remove it."""
     large = {"tokenizer.json"}  # its own cases are below
     file = rng.choice([path for path in sorted(folder.glob("*/*.json")) if path.name not in large])
@@ -62,13 +62,13 @@ def spoil(rng: random.Random, folder: Path) -> str:
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "dit", "pixels"])
 @pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # the libraries warn of much of this
-def test_odd_values_load_or_are_refused_in_one_line(
+def test_changed_values_load_or_are_refused_in_one_line(
     family: str, count: int, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     rng = random.Random(f"{family} {count}")
     for number in range(count):
         folder = Path(shutil.copytree(folders[family], tmp_path / str(number)))
-        change = spoil(rng, folder)
+        change = change_one_value(rng, folder)
         try:
             try_out(folder)
         except Exception as error:
@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
-def test_odd_files_are_named(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_invalid_files_are_reported(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
     family, change, says = CASES[case]
     folder = Path(shutil.copytree(folders[family], tmp_path / "teacher"))
     change(folder)
@@ -131,16 +131,16 @@ def test_odd_files_are_named(case: str, folders: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     "content", ['{"_class_name": []}', "[]", '{"a": 1}', "[" * 20_000, '"x"', '{"_class_name": {"a": 1}}']
 )
-def test_an_odd_index_is_named(content: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_an_invalid_index_is_reported(content: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["sd"], tmp_path / "teacher"))
     (folder / "model_index.json").write_text(content)
     assert "model_index.json" in try_out(folder)
 
 
-# What is no folder in diffusers layout, and how it becomes one.
+# Folders and files without the layout of diffusers.
 
 
-def unet_alone(teacher: Path, out: Path) -> Path:
+def unet_only(teacher: Path, out: Path) -> Path:
     shutil.copytree(teacher / "unet", out / "checkpoint-500" / "unet")
     (out / "checkpoint-500" / "optimizer.bin").touch()
     return out / "checkpoint-500"
@@ -174,7 +174,7 @@ def single_file(name: str, *tensors: str) -> Callable[[Path, Path], Path]:
 
 
 OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
-    "a U-Net alone": (unet_alone, "no component but unet, as fine-tuning scripts leave checkpoints"),
+    "a U-Net alone": (unet_only, "no component but unet, as fine-tuning scripts leave checkpoints"),
     "one model": (one_model, "one model, no model_index.json; copy the pipeline"),
     "LoRA adapters": (adapters, "LoRA adapters, no model_index.json; in diffusers, load the pipeline"),
     "a student": (student, "a student of d2g, no teacher; give it to --student"),
@@ -193,15 +193,15 @@ OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_is_no_pipeline_says_how_to_make_one(case: str, teacher: Path, tmp_path: Path) -> None:
+def test_errors_about_other_layouts_explain_the_conversion(case: str, teacher: Path, tmp_path: Path) -> None:
     make, says = OTHERS[case]
     with pytest.raises(UserError) as caught:
         resolve(str(make(teacher, tmp_path)))
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_following_the_advice_for_a_unet_alone_makes_a_teacher(teacher: Path, tmp_path: Path) -> None:
-    fine_tune = unet_alone(Path(tiny.save_teacher(tmp_path / "other", seed=3)), tmp_path)
+def test_the_suggested_conversion_of_a_unet_works(teacher: Path, tmp_path: Path) -> None:
+    fine_tune = unet_only(Path(tiny.save_teacher(tmp_path / "other", seed=3)), tmp_path)
     made = Path(shutil.copytree(teacher, tmp_path / "made"))
     shutil.rmtree(made / "unet")
     shutil.copytree(fine_tune / "unet", made / "unet")

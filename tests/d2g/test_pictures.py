@@ -1,4 +1,4 @@
-"""d2g.data.pictures: every kind of picture through the one reader, for measurements and for training."""
+"""d2g.data.pictures: reading images of every format, for evaluation and training."""
 
 import io
 import os
@@ -34,7 +34,7 @@ def decoded(data: bytes, exact: bool = False) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_ordinary_pictures_are_pillow_s(kind: str, exact: bool) -> None:
+def test_ordinary_images_equal_pillow(kind: str, exact: bool) -> None:
     data = encoded(Image.fromarray(COLORS), kind)
     assert np.array_equal(decoded(data, exact), np.asarray(Image.open(io.BytesIO(data))))
 
@@ -84,8 +84,8 @@ def test_all_readers_give_the_same_pixels(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_training_pictures_are_turned_upright(kind: str, orientation: int) -> None:
-    """Judge: Pillow's own `exif_transpose`. A measurement takes the pixels as they lie."""
+def test_training_images_are_rotated_by_exif(kind: str, orientation: int) -> None:
+    """Reference: Pillow's `exif_transpose`. Evaluation keeps the stored orientation."""
     from PIL import ImageOps
 
     exif = Image.Exif()
@@ -103,7 +103,7 @@ def test_training_pictures_are_turned_upright(kind: str, orientation: int) -> No
 @pytest.mark.parametrize(
     "exif", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + b"\xff" * 64]
 )
-def test_damaged_exif_costs_nothing(exif: bytes) -> None:
+def test_damaged_exif_is_ignored(exif: bytes) -> None:
     data = encoded(Image.fromarray(COLORS), "JPEG", exif=exif)
     assert decoded(data).shape == (16, 16, 3) and decoded(data, exact=True).shape == (16, 16, 3)
 
@@ -146,8 +146,8 @@ def test_a_bomb_in_the_text_of_a_png_is_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("exact", [True, False])
-def test_what_is_no_picture_is_named(data: bytes, exact: bool) -> None:
-    """EPS would start Ghostscript."""
+def test_other_files_are_refused(data: bytes, exact: bool) -> None:
+    """EPS is refused because Pillow would start Ghostscript."""
     with pytest.raises(UserError, match=r"^x.png is not a readable image \(.+\); remove or replace it$"):
         decode_picture(data, "x.png", exact=exact)
 
@@ -158,7 +158,7 @@ def test_pixels_of_unknown_range_are_refused_in_training_too() -> None:
             decode_picture(encoded(image, "TIFF"), "x.png", exact=False)
 
 
-def test_a_measurement_refuses_what_training_puts_on_white(tmp_path: Path) -> None:
+def test_evaluation_refuses_transparency_that_training_puts_on_white(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PICTURES["transparent"][0])
     with pytest.raises(UserError, match=r"a.png has transparent pixels.*flatten it"):
         read_image(tmp_path / "a.png")
@@ -183,7 +183,7 @@ ENDINGS |= {
 }
 
 
-def test_every_reader_takes_every_ending(tmp_path: Path) -> None:
+def test_every_reader_accepts_every_file_extension(tmp_path: Path) -> None:
     for name, kind in ENDINGS.items():
         (tmp_path / name).write_bytes(encoded(Image.new("RGB", (8, 8), (9, 99, 9)), kind))
         (tmp_path / name).with_suffix(".txt").write_text("a wall")
@@ -194,7 +194,7 @@ def test_every_reader_takes_every_ending(tmp_path: Path) -> None:
     assert load_all(read_images(tmp_path))[0].shape == (len(ENDINGS), 3, 8, 8)
 
 
-def test_pictures_are_opened_at_one_place() -> None:
+def test_images_are_opened_in_one_place() -> None:
     """`Image.open` stands in the reader, and where a JPEG of our own is read back."""
     root = Path(__file__).parents[2]
     packages = (

@@ -27,7 +27,7 @@ def write(path: Path, data: bytes) -> Path:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_lines_end_at_newlines_and_carriage_returns_alone(tmp_path: Path, end: str, encoding: str) -> None:
+def test_lines_end_at_newlines_and_carriage_returns_only(tmp_path: Path, end: str, encoding: str) -> None:
     texts = ["a", "", ODD, "café ☃", "last"]
     path = write(tmp_path / "a.txt", end.join(texts).encode(encoding))
     lines = list(text_lines(path))
@@ -61,7 +61,7 @@ def test_lines_are_those_of_python_s_universal_newlines(
         (b"a\xed\xa0\x80", "line 1, byte offset 1"),  # half a surrogate pair
     ],
 )
-def test_other_encodings_are_named(tmp_path: Path, data: bytes, message: str) -> None:
+def test_other_encodings_are_reported(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(text_lines(write(tmp_path / "a.txt", data)))
 
@@ -85,7 +85,7 @@ def test_json_lines(tmp_path: Path) -> None:
         ('"text"', "found str"),
     ],
 )
-def test_damaged_json_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+def test_damaged_json_lines_are_reported(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(json_rows(write(tmp_path / "a.jsonl", f"{{}}\n{line}\n".encode())))
 
@@ -144,7 +144,7 @@ def test_one_list_of_column_names(names: list[str], column: str | None, expected
         ("b.json", '{"annotations": [{"blip": "a cube", "caption": "wrong"}]}'),
     ],
 )
-def test_every_file_of_prompts_knows_the_columns(tmp_path: Path, name: str, content: str) -> None:
+def test_all_prompt_formats_accept_the_same_columns(tmp_path: Path, name: str, content: str) -> None:
     path = write(tmp_path / name, content.encode())
     assert list(prompt_cells(path, "blip" if name.startswith("b.") else None)) == ["a cube"]
 
@@ -160,7 +160,7 @@ class Terminal(io.TextIOWrapper):
 def test_prompts_from_standard_input(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The bytes count, whatever encoding Python has given the stream."""
+    """Bytes are decoded independently of the encoding of the stream."""
     for kind in (io.TextIOWrapper, Terminal):
         stream = kind(io.BytesIO("\ufeffa ☃\r\n\nb".encode()), encoding="ascii")
         monkeypatch.setattr(sys, "stdin", stream)
