@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in argv
     prepare_streams()
     app.rich_markup_mode = "rich" if is_terminal(sys.stdout) and is_terminal(sys.stderr) else None
-    stop_on_signals()
+    handled = stop_on_signals()
     logger.propagate = False  # a library may give the root logger a handler, which would repeat each line
     try:
         app(args=[a for a in argv if a != "--debug"], standalone_mode=True)
@@ -102,17 +102,19 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         _fail(error, _unexpected(error), 1, debug)
     finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
         logger.propagate = True  # for programs that call `main` and have a log of their own
 
 
-def stop_on_signals() -> None:
+def stop_on_signals() -> list[signal.Signals]:
     """Let the signals of clusters and closed terminals end a command as Ctrl-C does: clean up, say one line.
 
     Loops that save their work have handlers of their own. torchrun signals its processes when one has failed:
-    there, that one's message is the only one.
+    there, that one's message is the only one. Returns the signals that had no handler before.
     """
     if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
-        return
+        return []
     process = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -121,10 +123,13 @@ def stop_on_signals() -> None:
             os.kill(os.getpid(), number)
         raise KeyboardInterrupt
 
-    for number in STOP_SIGNALS:
-        # Ctrl-C is Python's own; nohup and a caller of `main` may have chosen otherwise.
-        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, stop)
+    # Ctrl-C is Python's own; nohup and a caller of `main` may have chosen otherwise.
+    numbers: list[signal.Signals] = [
+        n for n in STOP_SIGNALS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL
+    ]
+    for number in numbers:
+        signal.signal(number, stop)
+    return numbers
 
 
 def _unexpected(error: Exception) -> str:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -81,6 +81,19 @@ class OneStep:
             yield self.images(noise(seed, rows, self.student.latent_shape), part), part
 
 
+class StudentFacts(TypedDict):
+    """What a run's config.json and an export's student.json say of the student."""
+
+    teacher: NotRequired[str]
+    student_timestep: NotRequired[int]
+
+
+class RunFacts(StudentFacts):
+    """What is read of a run's config.json."""
+
+    student: dict[str, Any]
+
+
 def student_folder(name: str) -> tuple[Path, str, int]:
     """Locate a student: (weights folder, teacher, timestep) of an export or of a run's newest checkpoint.
 
@@ -90,7 +103,7 @@ def student_folder(name: str) -> tuple[Path, str, int]:
     folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
     for file in REMEDIES:
         if (folder / file).is_file():
-            config = read_json_object(folder / file, REMEDIES[file])
+            config = read_json_object(folder / file, REMEDIES[file], StudentFacts)
             break
     else:
         raise UserError(
@@ -121,7 +134,7 @@ def student_tensors(name: str) -> dict[str, Tensor]:
 
 def student_config(name: str) -> StudentConfig:
     """Read the student settings (adapters, guidance conditioning) of a run."""
-    config = read_json_object(Path(name) / "config.json", REMEDIES["config.json"])
+    config = read_json_object(Path(name) / "config.json", REMEDIES["config.json"], RunFacts)
     return from_json(StudentConfig, config["student"])
 
 

@@ -5,6 +5,7 @@ A schema is a type: a TypedDict for an object with named values, `dict[str, floa
 """
 
 import json
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -107,7 +108,9 @@ def _is_plain(value: Any, schema: Any) -> bool:
     if schema is None or schema is type(None):
         return value is None
     if schema is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return isinstance(value, float) or abs(value) <= sys.float_info.max
     if schema is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, schema)

@@ -69,7 +69,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
     try:
         stage, length = str(config["stage"]), {**config["train"], **config.get("length", {})}
         images = int(length["images"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{folder} holds no run ({type(error).__name__}: {error}); give the --out of `d2g distill`"
         ) from error

@@ -6,7 +6,7 @@ Digests and specs identify a teacher, pair stores and an initial student. Their 
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from d2g.core.config import RESTORE_CONFIG_HINT
 from d2g.core.distributed import process_group
@@ -40,6 +40,12 @@ def store_specs(reader: PairRows) -> list[StoreSpec]:
     return [one.spec for one in readers]
 
 
+class RunInputs(TypedDict):
+    """The digests of a run's inputs in its config.json."""
+
+    inputs: NotRequired[dict[str, Any]]
+
+
 def same_inputs(out: Path, config: DistillConfig, reader: PairRows, inputs: dict[str, Any]) -> list[str]:
     """The settings of INPUTS whose inputs are those that the run in `out` started with, whatever their paths.
 
@@ -48,7 +54,7 @@ def same_inputs(out: Path, config: DistillConfig, reader: PairRows, inputs: dict
     # A new run has nothing to compare with.
     if not (out / "config.json").is_file():
         return []
-    written = read_json_object(out / "config.json", RESTORE_CONFIG_HINT)
+    written = read_json_object(out / "config.json", RESTORE_CONFIG_HINT, RunInputs)
     before = written.get("inputs", {})
 
     # The same path, or the same digest at another path.

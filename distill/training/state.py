@@ -58,9 +58,9 @@ class State:
 
         Raises UserError for a checkpoint of other networks, of an older version, or with damaged files.
         """
-        if "files" not in last.meta:
+        if not {"files", "steps"} <= last.meta.keys():
             raise UserError(f"{last.folder} was written by an older version; start another --out with init")
-        if last.meta["networks"] not in (_networks(config), _networks_by_path(config)):
+        if last.meta.get("networks") not in (_networks(config), _networks_by_path(config)):
             raise UserError(
                 f"{last.folder} is of a run with other networks (kind, teacher or seed); "
                 "delete the folder to continue from the checkpoint before it"

@@ -108,7 +108,8 @@ def test_a_damaged_file_is_reported(tmp_path: Path, damage: str) -> None:
         ('{"note": "x", "ni', r"Unterminated string .*"),
         ("", r"Expecting value: .*"),
         ("[]", r"expected a JSON object, got '\[\]'"),
-        ('{"nimg": "2"}', r"it has no nimg"),
+        ("{}", r"it has no nimg"),
+        ('{"nimg": "2"}', r"nimg: expected a whole number, got '\"2\"'"),
     ],
 )
 def test_a_damaged_meta_is_reported(tmp_path: Path, content: str, why: str) -> None:

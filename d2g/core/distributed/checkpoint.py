@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -159,13 +159,20 @@ def latest(folder: Path) -> Checkpoint | None:
     return open_checkpoint(folders[-1]) if folders else None
 
 
+class CheckpointMeta(TypedDict):
+    """What is read of a checkpoint's meta.json."""
+
+    nimg: NotRequired[int]
+    steps: NotRequired[int]
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder. Raises UserError if it is damaged or missing, naming those beside it."""
     _require_meta(folder)
     if not (folder / "meta.json").is_file():
         names = [path.name for path in _complete(folder.parent)]
         raise UserError(f"no checkpoint {folder}; found {', '.join(names) or 'none'} beside it")
-    meta = read_json_object(folder / "meta.json", remedy(folder))
+    meta = read_json_object(folder / "meta.json", remedy(folder), CheckpointMeta)
     if not isinstance(nimg := meta.get("nimg"), int):
         raise UserError(f"{folder / 'meta.json'} is damaged (it has no nimg); {remedy(folder)}")
     return Checkpoint(folder, nimg, meta)

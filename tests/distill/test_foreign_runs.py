@@ -1,0 +1,86 @@
+"""A run's JSON files with any values: reading it gives the run or one line, never an error of Python."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2g.core.distributed.checkpoint import latest
+from d2g.core.errors import UserError
+from d2g.core.tracking.run_directory import RunLog, read_stats
+from distill.monitoring.status import view
+from distill.sampling import student_config, student_folder
+from eval.result import EvalResult
+
+WRONG: list[Any] = [
+    *(None, True, -1, 0, 2.5, 1e308, 10**400, "", "x" * 300, "\ud800", "\x1b[2J"),
+    *([], [1], [[]], {}, {"a": {}}, float("nan"), float("inf")),
+]
+CONFIG = {
+    "stage": "gan",
+    "teacher": "miniature",
+    "student_timestep": 999,
+    "student": {"lora_rank": 2},
+    "train": {"batch_size": 4},
+    "length": {"images": 100},
+}
+STATS = {"loss/g": 0.5, "time/images_per_sec": 20.0, "time/device_hours": 0.1}
+
+
+def make_run(folder: Path) -> Path:
+    """A run of two reports with a checkpoint and a recorded end."""
+    log = RunLog(folder, CONFIG)
+    for nimg in (10, 20):
+        log.write(nimg, STATS)
+    checkpoint = folder / "checkpoints" / "000000020"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text(json.dumps({"nimg": 20, "steps": 5, "files": {}}))
+    (folder / "ended.json").write_text(json.dumps({"how": "stopped", "why": "SIGTERM"}))
+    (folder / "result.json").write_text(json.dumps({"protocol": "a", "protocol_sha256": "b", "fid": 1.0}))
+    return folder
+
+
+def changed(rng: random.Random, value: dict[str, Any]) -> dict[str, Any]:
+    """The object with one value replaced or removed, at any depth."""
+    value = dict(value)
+    key = rng.choice(list(value))
+    if isinstance(value[key], dict) and value[key] and rng.random() < 0.6:
+        value[key] = changed(rng, value[key])
+    elif rng.random() < 0.15:
+        del value[key]
+    else:
+        value[key] = rng.choice(WRONG)
+    return value
+
+
+READERS: list[Callable[[Path], object]] = [
+    view,
+    read_stats,
+    lambda run: student_folder(str(run)),
+    lambda run: student_config(str(run)),
+    lambda run: latest(run / "checkpoints"),
+    EvalResult.load,
+]
+FILES = ["config.json", "ended.json", "result.json", "stats.jsonl", "checkpoints/000000020/meta.json"]
+
+
+@pytest.mark.parametrize("rounds", [150, pytest.param(5000, marks=pytest.mark.slow)])
+def test_any_value_in_a_file_is_read_or_one_line(rounds: int, tmp_path: Path) -> None:
+    run, rng = make_run(tmp_path / "run"), random.Random(5)
+    for _ in range(rounds):
+        file = run / rng.choice(FILES)
+        before = file.read_text()
+        # Of stats.jsonl, change the first line.
+        first, *rest = before.splitlines() if file.suffix == ".jsonl" else [before]
+        file.write_text("\n".join([json.dumps(changed(rng, json.loads(first))), *rest]) + "\n")
+        for read in READERS:
+            try:
+                read(run)
+            except UserError as error:
+                assert "\n" not in str(error), error
+        file.write_text(before)
+    for read in READERS[:-1]:
+        read(run)
