@@ -346,6 +346,8 @@ def test_stats_on_the_command_line(pairs: Path, tmp_path: Path) -> None:
     assert summary["rows"] == 12 and summary["prompts"]["tokens"]["limit"] == 12
     assert summary["sheet"] == str(tmp_path / "sheet.png") and Path(summary["sheet"]).is_file()
     done = d2g(["pairs", "stats", str(pairs), "--rows", "5"], tmp_path / "log")
-    assert done.code == 0 and re.search(r"latent_norm\.counts +│ [ ▁▂▃▄▅▆▇█]+│", done.stdout), done.stdout
+    assert done.code == 0 and re.search(r"latent_norm\.counts +[ ▁▂▃▄▅▆▇█]*[▁▂▃▄▅▆▇█] *\n", done.stdout), (
+        done.stdout
+    )
     wrong = d2g(["pairs", "stats", str(pairs), "--rows", "-1"], tmp_path / "log")
     assert wrong.code == 2
