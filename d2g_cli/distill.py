@@ -157,11 +157,20 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from d2g.core.environment import inspect_machine
     from distill.config.presets import DISTILL_PRESETS
     from distill.planning.cost import plan
-    from distill.planning.memory import forecast, too_large
+    from distill.planning.memory import UTILIZATION, forecast, gpu_days, too_large
 
     gpus = config.engine.gpus or process_group.world_size()
     cost = plan(config, preset, gpus)
     memory, machine = forecast(config, gpus, DISTILL_PRESETS[preset].model), inspect_machine()
     if memory and machine["cuda"] and (problem := too_large(config, memory["total"], machine["memory_gib"])):
         raise UserError(problem)
-    return cost | {"memory_gib_per_gpu": memory or "unknown until the teacher is here"}
+    days = gpu_days(config, cost["evaluations"], DISTILL_PRESETS[preset].model)
+    estimate = (
+        "unknown until the teacher is here"
+        if days is None
+        else {"a100": round(days, 2), "assumed": f"{UTILIZATION:.0%} of the GPU's peak; losses not counted"}
+    )
+    return cost | {
+        "gpu_days_estimate": estimate,
+        "memory_gib_per_gpu": memory or "unknown until the teacher is here",
+    }

@@ -9,7 +9,9 @@ from d2g.core.errors import SettingError
 from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig, RegressionName
 from distill.config.run import DistillConfig, EngineConfig, StudentConfig, TrainConfig
 
-TeacherModel = Literal["sd15", "sdxl", "edm-cifar10", "miniature"]
+TeacherModel = Literal[
+    "sd15", "sdxl", "edm-cifar10", "miniature", "dit-xl-256", "pixart-sigma-512", "sd35-medium"
+]
 """Teachers that presets are made for."""
 
 
@@ -114,6 +116,30 @@ TABLE_A1: dict[str, Recipe] = {
 }
 """One recipe per column of the supplement's Table A1."""
 
+
+def _transformer(model: TeacherModel, about: str, gpus: int, batch: int, **engine: Any) -> Recipe:
+    """Both stages for a transformer teacher, with the lengths of SD-CFG-3."""
+    gan = DiscriminatorConfig(discriminator="transformer", r1_rows=gpus, optim=_falling(10_000 * batch))
+    if model == "sd35-medium":  # as SDXL: exact R1 on 4,429 tokens needs 220 GiB a row
+        gan = replace(gan, penalty="none", r1_rows=1, noise_augment="uniform")
+    settings = replace(_recompute(gpus), **engine)
+    return Recipe(
+        f"{about}, on {gpus} GPUs; sizes only, not trained yet",
+        model,
+        {
+            "ode": DistillConfig(train=_train(batch, 150_000), engine=settings),
+            "gan": replace(_GAN, gan=gan, train=_train(batch, 10_000), engine=settings),
+        },
+    )
+
+
+TRANSFORMER_RECIPES: dict[str, Recipe] = {
+    "dit-xl-256": _transformer("dit-xl-256", "DiT-XL/2 at 256 px, class-conditional", 8, 256),
+    "pixart-sigma-512": _transformer("pixart-sigma-512", "PixArt-Sigma at 512 px", 16, 256, parallel="fsdp"),
+    "sd35-medium": _transformer("sd35-medium", "SD 3.5 Medium at 1024 px", 64, 256, parallel="fsdp"),
+}
+"""Recipes for transformer teachers, with the published sizes of their networks."""
+
 _SHORT = TrainConfig(images=64, batch_size=16, ema_start_images=16, report_images=16, checkpoint_images=32)
 _MINIATURE = TrainConfig(
     images=24_000,
@@ -215,6 +241,7 @@ def loss_comparison(base: Recipe, images: int, prefix: str = "") -> dict[str, Re
 
 _RECIPES = {
     **TABLE_A1,
+    **TRANSFORMER_RECIPES,
     **SMALL_RECIPES,
     **ablation(TABLE_A1["sd15-cfg3"]),
     **loss_comparison(TABLE_A1["sd15-cfg3"], 20_000 * 256),

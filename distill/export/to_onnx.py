@@ -46,6 +46,12 @@ def export_onnx(
     scores = own_results(student, options.scores)
     source = teacher or student_folder(student)[1]
     check_out(out, student, source)
+    kind = open_pipeline(source)
+    if all(export.name != "onnx" for export in kind.family.exports):
+        raise UserError(
+            f"teacher {source} is a {kind.kind}, whose text encoders or network have no ONNX export; "
+            "export it with --format safetensors"
+        )
     one = load_student(student, source)
     # Write the networks, draw with onnxruntime, and write the card with the difference.
     with staged(out) as folder:

@@ -5,7 +5,8 @@ pass are measured: the network runs on fake tensors, which have shapes but no da
 autograd saves are added up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from d2g.core.distributed import engine
 from d2g.diffusion import pretrained
@@ -37,6 +39,12 @@ from latent_lpips.lpips import PixelLPIPS
 
 STATES = 8
 """Bytes of optimizer state per parameter: two moments in fp32."""
+
+PEAK = 312e12
+"""Operations per second of an A100 in bf16, by its data sheet."""
+
+UTILIZATION = 0.4
+"""Assumed share of the peak that training reaches."""
 
 CONTEXT_GIB = 0.5
 """Memory of the CUDA context."""
@@ -136,13 +144,45 @@ def forecast(config: DistillConfig, gpus: int, model: str = "") -> dict[str, Any
     If the teacher is not on this disk, the networks of `model`, a key of NAMES, stand in for it, and
     `assumed` says so. Returns None if `model` is unknown as well.
     """
+    with known_teacher(config, model) as known:
+        if known is None:
+            return None
+        memory = _rounded(predict(known, gpus))
+    if known.teacher == config.teacher:
+        return memory
+    return {**memory, "assumed": f"{NAMES[model]}'s networks; the teacher is not on this disk"}
+
+
+@contextmanager
+def known_teacher(config: DistillConfig, model: str) -> Iterator[DistillConfig | None]:
+    """The config with a teacher whose configs can be read: its own, or if it is not on this disk, the
+    networks of `model`, a key of NAMES; None if `model` is unknown as well.
+    """
     if config.teacher in pretrained.SHIPPED or Path(config.teacher or "-").is_dir():
-        return _rounded(predict(config, gpus))
-    if model not in NAMES:
-        return None
-    with TemporaryDirectory() as folder:
-        memory = predict(replace(config, teacher=configs_only(model, Path(folder) / model)), gpus)
-    return {**_rounded(memory), "assumed": f"{NAMES[model]}'s networks; the teacher is not on this disk"}
+        yield config
+    elif model not in NAMES:
+        yield None
+    else:
+        with TemporaryDirectory() as folder:
+            yield replace(config, teacher=configs_only(model, Path(folder) / model))
+
+
+def gpu_days(config: DistillConfig, evaluations: int, model: str = "") -> float | None:
+    """A100 GPU-days of so many network evaluations, each with its backward pass; None for an unknown teacher.
+
+    An estimate from the operations of the student's network: a backward pass costs two forward passes, and a
+    GPU reaches UTILIZATION of PEAK. Losses, text encoders and reading are not counted.
+    """
+    with known_teacher(config, model) as known:
+        if known is None:
+            return None
+        student = _meta_student(known)
+        with FakeTensorMode():
+            _to_fake(student)
+            batch = _fake_batch(open_pipeline(known.teacher), student, 1)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                _generate(student, batch)
+    return 3 * float(counter.get_total_flops()) * evaluations / (UTILIZATION * PEAK) / 86_400
 
 
 def _rounded(memory: Memory) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""Configs of SD 1.5 and SDXL, to predict memory and FLOPs of a run without downloading weights."""
+"""Configs of published teachers, to predict memory and operations of a run without downloading weights."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+NAMES = {
+    "sd15": "SD 1.5",
+    "sdxl": "SDXL",
+    "dit-xl-256": "DiT-XL/2 256",
+    "pixart-sigma-512": "PixArt-Sigma 512",
+    "sd35-medium": "SD 3.5 Medium",
+}
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 ATTENTION = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
@@ -35,11 +41,113 @@ VAE = {
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
 
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+DIT_XL = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "patch_size": 2,
+    "in_channels": 4,
+}
+LINEAR_BETAS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False}
+
+Components = dict[str, tuple[str, str, dict[str, Any]]]
+"""Component -> library, class and config."""
+
+
+def _clip(config: dict[str, int], projection: int) -> tuple[str, str, dict[str, Any]]:
+    settings = {"model_type": "clip_text_model", "projection_dim": projection, **config}
+    return "transformers", "CLIPTextModelWithProjection", settings
+
+
+_T5 = ("transformers", "T5EncoderModel", {"model_type": "t5", "feed_forward_proj": "gated-gelu", **T5_XXL})
+TRANSFORMERS: dict[str, tuple[str, Components]] = {
+    "dit-xl-256": (
+        "DiTPipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "DiTTransformer2DModel",
+                {**DIT_XL, "out_channels": 8, "sample_size": 32, "num_embeds_ada_norm": 1000},
+            ),
+            "vae": ("diffusers", "AutoencoderKL", VAE),
+            "scheduler": ("diffusers", "DDIMScheduler", LINEAR_BETAS),
+        },
+    ),
+    "pixart-sigma-512": (
+        "PixArtSigmaPipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "PixArtTransformer2DModel",
+                {
+                    **DIT_XL,
+                    "out_channels": 8,
+                    "sample_size": 64,
+                    "cross_attention_dim": 1152,
+                    "caption_channels": 4096,
+                    "interpolation_scale": 1,
+                    "use_additional_conditions": False,
+                },
+            ),
+            "vae": ("diffusers", "AutoencoderKL", {**VAE, "scaling_factor": 0.13025}),
+            "text_encoder": _T5,
+            "tokenizer": ("transformers", "T5Tokenizer", {}),
+            "scheduler": ("diffusers", "DDIMScheduler", LINEAR_BETAS),
+        },
+    ),
+    "sd35-medium": (
+        "StableDiffusion3Pipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "SD3Transformer2DModel",
+                {
+                    "sample_size": 128,
+                    "num_layers": 24,
+                    "num_attention_heads": 24,
+                    "attention_head_dim": 64,
+                    "caption_projection_dim": 1536,
+                    "pos_embed_max_size": 384,
+                    "dual_attention_layers": list(range(13)),
+                    "qk_norm": "rms_norm",
+                },
+            ),
+            "vae": (
+                "diffusers",
+                "AutoencoderKL",
+                {**VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+            ),
+            "text_encoder": _clip(CLIP_L, 768),
+            "tokenizer": ("transformers", "CLIPTokenizer", {}),
+            "text_encoder_2": _clip(CLIP_G, 1280),
+            "tokenizer_2": ("transformers", "CLIPTokenizer", {}),
+            "text_encoder_3": _T5,
+            "tokenizer_3": ("transformers", "T5Tokenizer", {}),
+            "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        },
+    ),
+}
+"""Pipeline class and components of transformer teachers, by preset."""
+
+
 def configs_only(kind: str, folder: Path) -> str:
-    """Write a pipeline folder with the configs of `sd15` or `sdxl` and no weights, and return its path."""
-    xl = kind == "sdxl"
-    # Library, class and config of each component.
-    components: dict[str, tuple[str, str, dict[str, Any]]] = {
+    """Write a pipeline folder with the configs of a key of NAMES and no weights, and return its path."""
+    pipeline, components = TRANSFORMERS[kind] if kind in TRANSFORMERS else _stable_diffusion(kind == "sdxl")
+    # Write the folder as diffusers lays it out, without weights.
+    for name, (_, kind_of, config) in components.items():
+        (folder / name).mkdir(parents=True)
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        (folder / name / file).write_text(json.dumps({"_class_name": kind_of, **config}))
+    index = {"_class_name": pipeline, **{name: [lib, cls] for name, (lib, cls, _) in components.items()}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+def _stable_diffusion(xl: bool) -> tuple[str, Components]:
+    """Pipeline class and components of SD 1.5 or SDXL."""
+    kind = "sdxl" if xl else "sd15"
+    components: Components = {
         "unet": ("diffusers", "UNet2DConditionModel", UNETS[kind]),
         "vae": ("diffusers", "AutoencoderKL", VAE),
         "scheduler": ("diffusers", "DDIMScheduler", SCHEDULER),
@@ -53,12 +161,4 @@ def configs_only(kind: str, folder: Path) -> str:
             {"model_type": "clip_text_model", "projection_dim": 1280, **CLIP_G},
         )
         components["tokenizer_2"] = ("transformers", "CLIPTokenizer", {})
-    # Write the folder as diffusers lays it out, without weights.
-    for name, (_, kind_of, config) in components.items():
-        (folder / name).mkdir(parents=True)
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        (folder / name / file).write_text(json.dumps({"_class_name": kind_of, **config}))
-    pipeline = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-    index = {"_class_name": pipeline, **{name: [lib, cls] for name, (lib, cls, _) in components.items()}}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return str(folder)
+    return "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline", components

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from distill.config.presets import TABLE_A1
-from distill.planning.memory import predict, too_large
+from d2g.diffusion.pretrained import load_on_meta
+from distill.config.presets import TABLE_A1, TRANSFORMER_RECIPES
+from distill.models.discriminators import check_discriminator
+from distill.planning.memory import gpu_days, predict, too_large
 from distill.planning.reference_models import configs_only
 
 A100 = 79.2  # GiB that CUDA reports
@@ -34,6 +37,40 @@ def test_preset_fits_its_gpus(name: str, stage: str, gpus: int, teachers: Mappin
     assert gpus in (8, config.engine.gpus)
     memory = predict(config, gpus).total
     assert too_large(config, memory, A100) is None, f"{memory:.1f} GiB"
+
+
+SIZES = {"dit-xl-256": 749_826_464, "pixart-sigma-512": 610_856_096, "sd35-medium": 2_243_171_520}
+"""Parameters of diffusers' networks; DiT's has an embedding of time and class in every block."""
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_RECIPES)
+def test_transformers_have_the_published_sizes(name: str, tmp_path: Path) -> None:
+    teacher = configs_only(name, tmp_path / name)
+    network = load_on_meta(teacher, "transformer")
+    assert sum(p.numel() for p in network.parameters()) == SIZES[name]
+    recipe = TRANSFORMER_RECIPES[name]
+    check_discriminator(teacher, recipe["gan"].gan.discriminator)
+    assert recipe.model == name and recipe["gan"].stage == "gan"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+@pytest.mark.parametrize("name", TRANSFORMER_RECIPES)
+def test_a_transformers_recipe_fits(name: str, stage: str, tmp_path: Path) -> None:
+    config = TRANSFORMER_RECIPES[name][stage]
+    config = replace(config, teacher=configs_only(name, tmp_path / name))
+    total = predict(config, config.engine.gpus).total
+    assert too_large(config, total, A100) is None, f"{total:.1f} GiB"
+
+
+def test_gpu_days_follow_from_the_operations() -> None:
+    """DiT-XL/2 at 256 px has 118.6 billion multiply-adds (Peebles and Xie, table 1): two operations each,
+    three passes, 40 % of 312 TFLOP/s.
+    """
+    days = gpu_days(TRANSFORMER_RECIPES["dit-xl-256"]["ode"], 1_000_000, "dit-xl-256")
+    expected = 3 * 2 * 118.6e9 * 1e6 / (0.4 * 312e12) / 86_400
+    assert days == pytest.approx(expected, rel=0.01)
+    assert gpu_days(TABLE_A1["cifar10"]["ode"], 1, "edm-cifar10") is None
 
 
 def test_a_config_that_is_too_large_is_reported(teachers: Mapping[str, str]) -> None:
