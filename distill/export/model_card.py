@@ -39,6 +39,8 @@ class PipelineUsage:
     dtype: str
     guided: bool
     reads_text: bool
+    guidance_off: bool = False
+    """Whether the caller has to switch classifier-free guidance off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class AdapterUsage:
     reads_text: ClassVar[bool] = True
     pipeline: str
     rank: int
+    scheduler: str = "LCMScheduler"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 The scheduler is LCMScheduler with one original step. It evaluates the network at its last timestep and
 returns (x - sigma eps) / alpha; it adds noise between steps only, does not scale the initial noise, and
 refuses a second step, where DDIM with "trailing" spacing would silently compute something else. For a student
-at an earlier timestep the table of betas ends at that timestep. Students of EDM teachers have no such
+at an earlier timestep the table of betas ends at that timestep. Students of flows have the scheduler of their
+teacher, FlowMatchEulerDiscreteScheduler, whose single step is x - v. Students of EDM teachers have no such
 scheduler: diffusers' EDM schedulers start from sqrt(sigma_max^2 + 1) times the noise, not from sigma_max
 times it.
 """
@@ -30,12 +31,21 @@ _NO_SKIP = 1e4
 """timestep_scaling that makes the skip weight of consistency models, 0.25 / (scaling t)^2, negligible."""
 
 
-def one_step_scheduler(schedule: Schedule, timestep: int) -> Any:
+def one_step_scheduler(schedule: Schedule | FlowSchedule, timestep: int) -> Any:
     """A scheduler whose single step returns x_0 from a network evaluated at `timestep`, which is above 0.
 
-    For variance-preserving schedules with epsilon, v or x_0 prediction, including zero terminal SNR.
+    For variance-preserving schedules with epsilon, v or x_0 prediction, including zero terminal SNR, and for
+    flows, whose student must be at the last timestep.
     """
-    from diffusers import LCMScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+    if isinstance(schedule, FlowSchedule):
+        if timestep != schedule.train_steps:
+            raise UserError(
+                f"the student is at timestep {timestep}, but diffusers' sampler of a flow starts at "
+                f"{schedule.train_steps}; export it with --format safetensors"
+            )
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.train_steps)
 
     bars = schedule.alphas_cumprod[: timestep + 1].double()
     before = torch.cat([torch.ones(1, dtype=torch.float64), bars[:-1]])
@@ -49,15 +59,16 @@ def one_step_scheduler(schedule: Schedule, timestep: int) -> Any:
     )
 
 
-def pipeline_schedule(teacher: str) -> Schedule:
+def pipeline_schedule(teacher: str) -> Schedule | FlowSchedule:
     """The noise schedule of a teacher. Raises UserError if no diffusers pipeline can run its students."""
     pipeline, schedule = open_pipeline(teacher), pretrained.load_any_schedule(teacher)
     instead = "export it with --format safetensors"
-    if pipeline.family.network != "unet":
+    if pipeline.kind in ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"):
         raise UserError(
             f"teacher {teacher} is a {pipeline.kind}, which d2g cannot export to diffusers; {instead}"
         )
-    assert not isinstance(schedule, FlowSchedule), "U-Nets have no flow"
+    if isinstance(schedule, FlowSchedule):
+        return schedule
     instead = f"{instead} or onnx"
     # Networks that no pipeline of diffusers can call as the student does.
     if isinstance(schedule, EDMSchedule):
@@ -83,23 +94,30 @@ def pipeline_schedule(teacher: str) -> Schedule:
 
 
 def save_one_step(
-    teacher: str, unet: nn.Module, schedule: Schedule, timestep: int, folder: Path, dtype: torch.dtype
+    teacher: str,
+    network: nn.Module,
+    schedule: Schedule | FlowSchedule,
+    timestep: int,
+    folder: Path,
+    dtype: torch.dtype,
 ) -> None:
-    """Write `unet` and the teacher's other components as a diffusers folder, all weights in `dtype`.
+    """Write `network` and the teacher's other components as a diffusers folder, all weights in `dtype`.
 
-    A text-conditional network must have the input for a guidance scale (time_cond_proj_dim): only then does
-    diffusers skip classifier-free guidance at every scale. Converts `unet` to `dtype` in place. Raises
+    A text-conditional U-Net must have the input for a guidance scale (time_cond_proj_dim): only then does
+    diffusers skip classifier-free guidance at every scale. Transformers have no such input; their pipelines
+    skip it with guidance_scale=1. Converts `network` to `dtype` in place. Raises
     UserError for a folder that cannot be written.
     """
     pipeline = open_pipeline(teacher)
-    if pipeline.family.reads_text:
-        assert unet.config.time_cond_proj_dim is not None, "diffusers would add classifier-free guidance"  # type: ignore[union-attr]
+    component_of_network = pipeline.family.network
+    if pipeline.family.takes_guidance:
+        assert network.config.time_cond_proj_dim is not None, "diffusers would add classifier-free guidance"  # type: ignore[union-attr]
     # The student's network, and the teacher's other components as they are.
-    components: dict[str, Any] = {"unet": nn.Module.to(unet, dtype)}
+    components: dict[str, Any] = {component_of_network: nn.Module.to(network, dtype)}
     for component in pipeline.components:
         if component.startswith("tokenizer"):
             components[component] = pretrained.load_tokenizer(teacher, component)
-        elif component not in ("unet", "scheduler"):
+        elif component not in (component_of_network, "scheduler"):
             components[component] = pretrained.load_model(teacher, component, dtype)
     components["scheduler"] = one_step_scheduler(schedule, timestep)
     # diffusers writes the folder; paths of this machine do not belong in it.
@@ -132,6 +150,9 @@ def _assembled(pipeline: Pipeline, components: dict[str, Any]) -> Any:
         return diffusers.LDMPipeline(**components)
     if pipeline.kind in ("DDIMPipeline", "DDPMPipeline"):
         return diffusers.DDPMPipeline(**components)
+    if pipeline.kind == "StableDiffusion3Pipeline":
+        absent = dict.fromkeys(pipeline.family.optional)
+        return diffusers.StableDiffusion3Pipeline(**{**absent, **components})
     zeros = pipeline.index.get("force_zeros_for_empty_prompt", True)
     return diffusers.StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=zeros)
 
@@ -144,7 +165,7 @@ def _remove_local_paths(folder: Path) -> None:
             write_atomically(file, json.dumps(facts, indent=2) + "\n")
 
 
-def save_scheduler(schedule: Schedule, timestep: int, folder: Path) -> None:
+def save_scheduler(schedule: Schedule | FlowSchedule, timestep: int, folder: Path) -> None:
     """Write the one-step scheduler to a folder. Raises UserError if it cannot be written."""
     try:
         one_step_scheduler(schedule, timestep).save_pretrained(folder)
@@ -166,7 +187,10 @@ def sample_pipeline(
     """
     import diffusers
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=False)
+    # Components that the pipeline may leave out are [null, null] in its index.
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=False, **absent)
     return _sample(pipe, noise, prompts, guidance, device)
 
 
@@ -199,7 +223,8 @@ def sample_with_adapters(
         for component in pipeline.components
         if component != "scheduler"
     }
-    components["scheduler"] = diffusers.LCMScheduler.from_pretrained(folder / "scheduler")
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    components["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
     pipe = _assembled(pipeline, components)
     with _errors_only():  # suppress the warning that the text encoders have no adapters
         pipe.load_lora_weights(folder)

@@ -14,7 +14,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
 from d2g.diffusion.lora import adapters_from_teacher, has_lora
 from d2g.diffusion.pipelines import open_pipeline
-from d2g.diffusion.schedule import Schedule
+from d2g.diffusion.schedule import FlowSchedule, Schedule
 from distill.config.export import CardOptions
 from distill.export.card_scores import own_results
 from distill.export.model_card import AdapterUsage, PipelineUsage, model_card
@@ -80,6 +80,7 @@ def export_pipeline(
                 pipeline=saved_pipeline_class(source),
                 dtype=str(saved_dtype).removeprefix("torch."),
                 guided=guided,
+                guidance_off=reads_text and not one.student.family.takes_guidance,
                 reads_text=reads_text,
             ),
         )
@@ -88,30 +89,31 @@ def export_pipeline(
 
 
 def _write_text_pipeline(
-    one: OneStep, source: str, schedule: Schedule, folder: Path, dtype: torch.dtype
+    one: OneStep, source: str, schedule: Schedule | FlowSchedule, folder: Path, dtype: torch.dtype
 ) -> float:
     """Write the pipeline of a text-conditional student, and return its parity."""
     guided, timestep = one.student.guided, one.student.timestep
     latents_noise = noise(0, range(2), one.student.latent_shape)
     latents = one.latents(latents_noise, one.examples)
     expected = latents.cpu(), _decode_images(one, latents)
-    # Without an input for the guidance scale, diffusers would apply classifier-free guidance.
-    if not guided:
-        add_guidance_embedding(one.student.unet)
-    save_one_step(source, one.student.unet, schedule, timestep, folder, dtype)
-    guidance = one.guidance if guided else None
+    # Without an input for the guidance scale, diffusers would apply classifier-free guidance. Transformers
+    # have none: the caller has to pass guidance_scale=1.
+    if one.student.family.takes_guidance and not guided:
+        add_guidance_embedding(one.student.network)
+    save_one_step(source, one.student.network, schedule, timestep, folder, dtype)
+    guidance = one.guidance if guided else None if one.student.family.takes_guidance else 1.0
     exported = sample_pipeline(folder, latents_noise, one.examples, guidance, one.device)
     return max_abs_diff(*zip(expected, exported, strict=True))
 
 
 def _write_unconditional_pipeline(
-    one: OneStep, source: str, schedule: Schedule, folder: Path, dtype: torch.dtype
+    one: OneStep, source: str, schedule: Schedule | FlowSchedule, folder: Path, dtype: torch.dtype
 ) -> float:
     """Write the pipeline of an unconditional student, and return its parity, of images alone."""
     # Unconditional pipelines draw their noise themselves, from this generator.
     latents_noise = torch.randn(2, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
     expected = _decode_images(one, one.latents(latents_noise, one.examples))
-    save_one_step(source, one.student.unet, schedule, one.student.timestep, folder, dtype)
+    save_one_step(source, one.student.network, schedule, one.student.timestep, folder, dtype)
     exported = sample_unconditional_pipeline(folder, len(latents_noise), one.device)
     return max_abs_diff((exported, expected))
 
@@ -168,10 +170,14 @@ def export_lora(
             parity=parity,
             options=options,
             scores=scores,
-            usage=AdapterUsage(pipeline=kind, rank=rank),
+            usage=AdapterUsage(pipeline=kind, rank=rank, scheduler=_scheduler_class(schedule)),
         )
         write_atomically(written / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
+
+
+def _scheduler_class(schedule: Schedule | FlowSchedule) -> str:
+    return "FlowMatchEulerDiscreteScheduler" if isinstance(schedule, FlowSchedule) else "LCMScheduler"
 
 
 def _load_lora_student(
@@ -196,7 +202,9 @@ def _adapters(student: str, teacher: str, tensors: dict[str, Tensor]) -> dict[st
     Raises UserError if adapters alone cannot do that.
     """
     settings = student_config(student)
-    weights = {f"unet.{name}": value for name, value in pretrained.load_unet(teacher).state_dict().items()}
+    component = open_pipeline(teacher).family.network
+    network = pretrained.load_model(teacher, component)
+    weights = {f"{component}.{name}": value for name, value in network.state_dict().items()}
     adapters, unexplained = adapters_from_teacher(tensors, weights, settings.lora_rank, settings.alpha)
     if unexplained:
         raise UserError(

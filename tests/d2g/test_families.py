@@ -115,7 +115,7 @@ def test_describing_a_teacher_lists_its_supported_stages(teachers: dict[str, str
     text = describe_stages(teachers["sd"])
     assert text.endswith("supports pairs, regression, GAN, LoRA, export (safetensors, onnx, diffusers, lora)")
     flow = describe_stages(teachers["sd3"])
-    assert flow.endswith("supports pairs, regression, GAN, LoRA, export (safetensors)")
+    assert flow.endswith("supports pairs, regression, GAN, LoRA, export (safetensors, diffusers, lora)")
     edm, classes = describe_stages(teachers["sdxl edm"]), describe_stages(teachers["unet2d classes"])
     for line in (edm, classes):
         assert line.endswith(

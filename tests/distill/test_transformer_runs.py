@@ -150,7 +150,7 @@ def test_adapters_are_trained_alone_and_merge(teacher: Path, pairs: Path, tmp_pa
         torch.testing.assert_close(merged.student(z, cond), run(z, cond), rtol=1e-4, atol=1e-4)
 
 
-def test_memory_is_predicted_as_the_networks_save_it(family: str, teacher: Path) -> None:
+def test_memory_is_predicted_as_the_networks_save_it(teacher: Path) -> None:
     gan = replace(distill_config(teacher, Path("pairs"), *GAN, stage="gan"), pairs="pairs")
     memory = predict(gan, 1)
     student = student_from_teacher(str(teacher)).requires_grad_(True)
@@ -159,13 +159,15 @@ def test_memory_is_predicted_as_the_networks_save_it(family: str, teacher: Path)
     assert memory.weights > 2 * memory.average and memory.working > 0
     # The student's own activations, with data, against the prediction for many rows.
     ode = replace(DistillConfig(teacher=str(teacher)), train=replace(gan.train, batch_size=4096))
-    loaded = load_teacher(str(teacher))
-    z, prompts = noise(0, range(3), student.latent_shape), prompts_of(family)
-    cond = loaded.encode(prompts)
-    if family != "dit":  # the tiny CLIPs have 12 tokens, the published ones 77
-        cond = student.family.fake_conditioning(_pipeline(teacher), student.network.config, 3)
-    real = saved_bytes(student, lambda: student(z, cond), False) / 3
-    assert predict(ode, 1).working == pytest.approx(4096 * real / 2**30, rel=0.03)
+
+    def saved(rows: int) -> float:
+        z = noise(0, range(rows), student.latent_shape)
+        cond = student.family.fake_conditioning(_pipeline(teacher), student.network.config, rows)
+        return saved_bytes(student, lambda: student(z, cond), False)
+
+    real = (saved(6) - saved(3)) / 3
+    # The prediction extrapolates from one and two rows, and a single row of SD3 saves 3 % more than its share.
+    assert predict(ode, 1).working == pytest.approx(4096 * real / 2**30, rel=0.04)
     recompute = replace(ode, engine=EngineConfig(activation_checkpointing=True))
     assert predict(recompute, 1).working < 0.8 * predict(ode, 1).working
 
@@ -197,3 +199,20 @@ def test_the_unet_discriminator_is_refused_before_anything_is_loaded(
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert "GAN" in describe_stages(str(teacher)) and "not supported" not in describe_stages(str(teacher))
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+def test_plain_diffusers_draws_sd3s_student_in_one_step(with_t5: bool, tmp_path: Path) -> None:
+    """Pipeline and adapters: parity with the training code's student, as diffusers draws them."""
+    teacher = Path(tiny_teachers.save_sd3(tmp_path / "teacher", with_t5=with_t5))
+    tiny.save_lpips(teacher / "latent_lpips", 8)
+    prompts = tiny.save_prompts(tmp_path / "prompts.txt")
+    generate_pairs(tiny.pair_config(str(teacher), prompts, solver="euler"), tmp_path / "pairs")
+    settings = ("train.images=4", "optim.lr=1e-2", "student.lora_rank=2")
+    train(distill_config(teacher, tmp_path / "pairs", *settings), tmp_path / "run")
+    for form in ("diffusers", "lora"):
+        out = tmp_path / form
+        facts = export(ExportConfig(student=str(tmp_path / "run"), format=form), out)  # type: ignore[arg-type]
+        assert 0 <= facts["parity_max_abs_err"] < 1e-4
+        card = (out / "README.md").read_text()
+        assert "num_inference_steps=1, guidance_scale=1" in card

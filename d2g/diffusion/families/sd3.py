@@ -89,7 +89,7 @@ class StableDiffusion3(TransformerFamily):
     regression = ("flow",)
     gan = ("flow",)
     lora = ("flow",)
-    exports = (ExportFormat("safetensors", ("flow",)),)
+    exports = tuple(ExportFormat(name, ("flow",)) for name in ("safetensors", "diffusers", "lora"))
     block_types = ("JointTransformerBlock",)
     lora_targets = (  # as diffusers does
         *("to_q", "to_k", "to_v", "to_out.0"),
