@@ -166,7 +166,7 @@ def test_memory_is_predicted_as_the_networks_save_it(teacher: Path) -> None:
         return saved_bytes(student, lambda: student(z, cond), False)
 
     real = (saved(6) - saved(3)) / 3
-    # The prediction extrapolates from one and two rows, and a single row of SD3 saves 3 % more than its share.
+    # The prediction extrapolates from one and two rows; a single row of SD3 saves 3 % more than its share.
     assert predict(ode, 1).working == pytest.approx(4096 * real / 2**30, rel=0.04)
     recompute = replace(ode, engine=EngineConfig(activation_checkpointing=True))
     assert predict(recompute, 1).working < 0.8 * predict(ode, 1).working
