@@ -51,7 +51,7 @@ DIT_XL = {
 }
 LINEAR_BETAS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False}
 
-Components = dict[str, tuple[str, str, dict[str, Any]]]
+ComponentConfigs = dict[str, tuple[str, str, dict[str, Any]]]
 """Component -> library, class and config."""
 
 
@@ -61,7 +61,7 @@ def _clip(config: dict[str, int], projection: int) -> tuple[str, str, dict[str, 
 
 
 _T5 = ("transformers", "T5EncoderModel", {"model_type": "t5", "feed_forward_proj": "gated-gelu", **T5_XXL})
-TRANSFORMERS: dict[str, tuple[str, Components]] = {
+TRANSFORMERS: dict[str, tuple[str, ComponentConfigs]] = {
     "dit-xl-256": (
         "DiTPipeline",
         {
@@ -144,10 +144,10 @@ def configs_only(kind: str, folder: Path) -> str:
     return str(folder)
 
 
-def _stable_diffusion(xl: bool) -> tuple[str, Components]:
+def _stable_diffusion(xl: bool) -> tuple[str, ComponentConfigs]:
     """Pipeline class and components of SD 1.5 or SDXL."""
     kind = "sdxl" if xl else "sd15"
-    components: Components = {
+    components: ComponentConfigs = {
         "unet": ("diffusers", "UNet2DConditionModel", UNETS[kind]),
         "vae": ("diffusers", "AutoencoderKL", VAE),
         "scheduler": ("diffusers", "DDIMScheduler", SCHEDULER),
