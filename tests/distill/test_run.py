@@ -330,6 +330,14 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("gan.approx_sigma=2", (), ("gan.penalty=approx",)),
     ("gan.approx_weight=2", ("gan.penalty=none",), ("gan.penalty=approx",)),
     *((f"gan.mix_{row}=2", ("gan.mix_fraction=0",), ()) for row in "xcz"),
+    *(
+        (f"gan.{name}", ("gan.discriminator=transformer",), ())
+        for name in ("multi_scale_input=false", "multi_scale_output=false", "output_head=true")
+    ),
+    *(
+        (f"gan.{name}", (), ("gan.discriminator=transformer",))
+        for name in ("token_heads=2", "token_scales=[1,2]")
+    ),
     ("gan.timestep_shift=2", (), ("gan.timestep_mode=random",)),
     ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
     ("gan.optim.decay=step", ("optim.decay_images=9",), ("gan.optim.decay_images=9",)),
