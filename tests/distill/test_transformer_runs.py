@@ -169,7 +169,8 @@ def test_memory_is_predicted_as_the_networks_save_it(teacher: Path) -> None:
     # The prediction extrapolates from one and two rows; a single row of SD3 saves 3 % more than its share.
     assert predict(ode, 1).working == pytest.approx(4096 * real / 2**30, rel=0.04)
     recompute = replace(ode, engine=EngineConfig(activation_checkpointing=True))
-    assert predict(recompute, 1).working < 0.8 * predict(ode, 1).working
+    # Of two blocks one is recomputed at a time, and the inputs of both, long texts among them, are saved.
+    assert predict(recompute, 1).working < 0.9 * predict(ode, 1).working
 
 
 def _pipeline(teacher: Path) -> Any:
