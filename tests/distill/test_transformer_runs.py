@@ -119,7 +119,9 @@ def test_a_run_draws_and_its_export_draws_the_same(family: str, ode: Path, tmp_p
         export(ExportConfig(student=str(ode), format="onnx"), tmp_path / "onnx")
 
 
-@pytest.mark.parametrize("engine", [{"activation_checkpointing": True}, {"compile": "eager"}])
+@pytest.mark.parametrize(
+    "engine", [{"activation_checkpointing": True}, pytest.param({"compile": "eager"}, marks=pytest.mark.slow)]
+)
 def test_recomputation_and_compilation_learn_the_same(
     engine: dict[str, Any], teacher: Path, pairs: Path, ode: Path, tmp_path: Path, fresh_dynamo: None
 ) -> None:
