@@ -47,7 +47,7 @@ class PairReader:
     ...     shard_size=2,
     ... )
     >>> folder = Path(tempfile.mkdtemp())
-    >>> create_store(folder, spec)
+    >>> spec = create_store(folder, spec)
     >>> with PairWriter(folder, spec, shard=0) as writer:
     ...     z = noise(spec.seed, writer.missing, spec.latent_shape, spec.torch_dtype)
     ...     writer.append(z, 0.5 * z, ["a red cube"] * 2, writer.missing)

@@ -92,6 +92,7 @@ def test_two_processes_give_the_gradients_of_one(family: str, case: str, folder:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_single_process_gives_the_networks_gradients(kind: str, folder: Path) -> None:
     """One process, no torchrun: FSDP2 in a subprocess, since it needs a process group of its own."""
@@ -115,6 +116,7 @@ def test_a_single_process_gives_the_networks_gradients(kind: str, folder: Path) 
     assert len(real) == len(fake) == len(noise) == len(text) == ROWS
 
 
+@pytest.mark.slow
 def test_compiled_passes_agree_with_eager_ones(folder: Path) -> None:
     """The compiled network agrees with the eager one, and R1 still has its second derivative."""
     network = new_discriminator(str(folder / "sd" / "teacher"), seed=0)

@@ -80,8 +80,16 @@ SCHEDULER = "scheduler/scheduler_config.json"
 CASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "steps_offset null": ("sdxl", lambda f: edit(f, SCHEDULER, steps_offset=None), "has a value"),
     "no training steps": ("sd", lambda f: edit(f, SCHEDULER, num_train_timesteps=0), "scheduler DDIM|steps"),
-    "betas that are words": ("sd", lambda f: edit(f, SCHEDULER, beta_start="x"), "has betas"),
-    "a shift that is a word": ("sd3", lambda f: edit(f, SCHEDULER, shift="x"), "has a value"),
+    "betas that are words": (
+        "sd",
+        lambda f: edit(f, SCHEDULER, beta_start="x"),
+        "cannot be read (beta_start: expected",
+    ),
+    "a shift that is a word": (
+        "sd3",
+        lambda f: edit(f, SCHEDULER, shift="x"),
+        "cannot be read (shift: expected",
+    ),
     "a list for a file": ("sd", lambda f: (f / SCHEDULER).write_text("[]"), "cannot be read"),
     "a binary file": ("sd", lambda f: (f / SCHEDULER).write_bytes(b"\xff\xfe\x00"), "cannot be read"),
     "a scheduler of nobody": (

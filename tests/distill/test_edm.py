@@ -178,7 +178,9 @@ def test_gan_stage_is_refused(workspace: Path, run: Path, tmp_path: Path) -> Non
     config = DistillConfig(
         stage="gan", teacher=str(workspace / "teacher"), pairs=str(workspace / "pairs"), init=str(run)
     )
-    with pytest.raises(SettingError, match="stage gan needs a variance-preserving teacher of text"):
+    with pytest.raises(
+        SettingError, match="stage gan needs a transformer or a variance-preserving teacher of text"
+    ):
         train(config, tmp_path / "gan")
     assert not (tmp_path / "gan").exists()
 

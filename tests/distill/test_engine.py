@@ -89,7 +89,10 @@ ENGINE_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", ENGINE_OPTIONS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=pytest.mark.slow if name == "compile" else ()) for name in ENGINE_OPTIONS],
+)
 def test_engine_options_do_not_change_training(
     case: str, config: DistillConfig, plain: Path, tmp_path: Path
 ) -> None:
@@ -306,6 +309,7 @@ def test_a_non_finite_pair_is_reported_and_repaired(
     assert_same_learning(out, plain)
 
 
+@pytest.mark.slow
 def test_three_ranks_resume_bit_for_bit(config: DistillConfig, tmp_path: Path) -> None:
     """DDP rebuilds its buckets after the first step, which may change the summation order of three ranks."""
     settings = (*STEPS, "train.batch_size=6", "train.report_images=6", "train.images=24")
@@ -464,6 +468,7 @@ def test_refused_settings_leave_the_run_folder_usable(teacher: Path, pairs: Path
     train(distill_config(teacher, pairs, *validation, "train.validate_pairs=4"), tmp_path)
 
 
+@pytest.mark.slow
 def test_validate_option_measures_fid_during_training(tmp_path: Path) -> None:
     """`--validate miniature`: FID on a few scenes, with one process and with two FSDP2 ranks."""
     prompts = tmp_path / "prompts.txt"

@@ -89,6 +89,7 @@ def test_several_noises_of_one_prompt(config: PairConfig, tmp_path: Path) -> Non
     assert len({tuple(row.flatten().tolist()) for row in noise}) == 12
 
 
+@pytest.mark.slow
 def test_two_torchrun_processes_make_the_same_store(pairs: Path, config: PairConfig, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--teacher", config.teacher, "--prompts", config.prompts, "--out", str(tmp_path / "pairs")]
