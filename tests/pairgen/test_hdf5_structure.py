@@ -252,6 +252,6 @@ def test_changed_bytes_never_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_many_changed_bytes_never_crash(seed: int, tmp_path: Path) -> None:
-    assert fuzz(tmp_path, seed, rounds=2500) > 1200
+    assert fuzz(tmp_path, seed, rounds=1000) > 480
