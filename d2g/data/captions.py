@@ -90,8 +90,8 @@ def _text_files(listing: FolderListing) -> dict[Path, Path]:
     texts = {
         normalized(file.with_suffix("")): file for file in listing.others if file.suffix.lower() == ".txt"
     }
-    found = ((picture, texts.get(normalized(picture.with_suffix("")))) for picture in listing.pictures)
-    return {picture: text for picture, text in found if text is not None}
+    captioned = ((picture, texts.get(normalized(picture.with_suffix("")))) for picture in listing.pictures)
+    return {picture: text for picture, text in captioned if text is not None}
 
 
 def read_metadata(
