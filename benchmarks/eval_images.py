@@ -28,7 +28,7 @@ WORKERS = (0, 2, 4, 12)  # clean-fid takes 12 by default, torch-fidelity 4
 
 
 def photograph(height: int, width: int, seed: int) -> Image.Image:
-    """Coloured noise with the 1 / f spectrum of photographs: JPEG and PNG compress it as little as those."""
+    """Colored noise with the 1 / f spectrum of photographs: JPEG and PNG compress it as little as those."""
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
     amplitude = 1 / np.maximum(np.hypot(down, across), 1 / max(height, width))
     phases = torch.rand(3, height, width // 2 + 1, generator=generator(seed)).numpy()

@@ -1,4 +1,5 @@
-"""Recipes of the miniature compared: losses and schedules of both stages, over seeds, under three judges.
+"""Recipes of the miniature compared: losses and schedules of both stages, over seeds, by three feature
+networks.
 
     python benchmarks/recipe.py run --pairs DIR --out DIR --arm NAME --seed 0     one run; resumes
     python benchmarks/recipe.py table --out DIR                                  writes recipe_DATE_cpu.md
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ablation import spread
 from benchmarks.common import table, write
-from benchmarks.judges import COLUMNS, score
+from benchmarks.student_scores import COLUMNS, score
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override
 from distill.config.presets import DISTILL_PRESETS
@@ -69,7 +70,7 @@ def run(pairs: str, out: Path, arm: str, seed: int, images: int, count: int) -> 
     config = override(config, [setting.format(images=images) for setting in settings])
     options = replace(config.train, images=images, report_images=images // 8, checkpoint_images=images // 4)
     summary = train(replace(config, train=options), folder)
-    facts = {"images": summary.images, "seconds": summary.seconds, "judged": count}
+    facts = {"images": summary.images, "seconds": summary.seconds, "scored_scenes": count}
     write_atomically(folder / "scores.json", json.dumps({**score(folder, count), **facts}, indent=1))
     print(arm, seed, json.loads((folder / "scores.json").read_text()), flush=True)
 
@@ -88,8 +89,8 @@ def lines_of(out: Path) -> list[str]:
         ]
         for arm, of_arm in scores.items()
     ]
-    judged = {int(s["judged"]) for of_arm in scores.values() for s in of_arm}
-    return [f"Students judged on {', '.join(map(str, judged))} test scenes.", "",
+    scenes = {int(s["scored_scenes"]) for of_arm in scores.values() for s in of_arm}
+    return [f"Students scored on {', '.join(map(str, scenes))} test scenes.", "",
             *table(["", "seeds", "images", *COLUMNS], rows)]  # fmt: skip
 
 
@@ -105,10 +106,10 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=24_000)
-    parser.add_argument("--judged", type=int, default=2_048, help="test scenes per student")
+    parser.add_argument("--scenes", type=int, default=2_048, help="test scenes per student")
     args = parser.parse_args()
     if args.what == "run":
-        run(args.pairs, args.out, args.arm, args.seed, args.images, args.judged)
+        run(args.pairs, args.out, args.arm, args.seed, args.images, args.scenes)
     else:
         write("recipe", "Recipes of the miniature", lines_of(args.out))
 

@@ -45,7 +45,7 @@ class FileClaims:
         self.place = _place()
         self._held: dict[int, int] = {}  # number -> open file
         self._observed: dict[int, tuple[tuple[int, int], float]] = {}  # number -> (state, when)
-        self._alive: set[int] = set()  # claims of other jobs whose counter was seen to increase
+        self._alive: set[int] = set()  # claims of other jobs whose counter has increased
         self._stopped = threading.Event()
         self._guard = threading.Lock()
         self._beats = 0

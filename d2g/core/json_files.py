@@ -18,7 +18,7 @@ from d2g.core.regular_files import open_regular
 T = TypeVar("T")
 COPY_AGAIN = "copy it again from where it came from"
 """The end of an error message about a file of a teacher: what to do."""
-SHOWN = 40  # characters of a wrong value in a message
+MAX_SHOWN_LENGTH = 40  # characters of a wrong value in a message
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -125,5 +125,5 @@ def _words(schema: Any) -> str:
 
 def _wrong(value: Any, expected: str, name: str) -> ValueError:
     text = json.dumps(value)
-    text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    text = text if len(text) <= MAX_SHOWN_LENGTH else f"{text[:MAX_SHOWN_LENGTH]}..."
     return ValueError(f"{name + ': ' if name else ''}expected {expected}, got {text!r}")

@@ -57,7 +57,7 @@ class Finding:
 
 
 REGRESSION = tuple(sorted(loss.log_key for loss in REGRESSION_LOSSES.values()))
-"""Log keys of the regression losses: a report has one of them."""
+"""Log keys of the regression losses; a report has those of its run."""
 
 
 def findings(lines: Sequence[Line], limits: Limits | None = None) -> list[Finding]:

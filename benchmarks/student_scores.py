@@ -24,9 +24,8 @@ from miniature.metrics import oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
 from miniature.registration import register_eval_scenes
 
-JUDGES = ("oracle", "clip", "vae")
 COLUMNS = ("oracle", "clip", "vae", "precision", "recall", "caption_accuracy", "caption_exact")
-"""Names of the scores: Frechet distances under each judge (CLIP's times 1000), and the rest by the oracle."""
+"""Names of the scores: Frechet distances by feature network (CLIP's times 1000); the rest is the oracle's."""
 
 
 def vae_features() -> FeatureNet:
@@ -49,7 +48,7 @@ def _networks() -> dict[str, FeatureNet]:
 
 @cache
 def _reference(count: int) -> tuple[dict[str, Reference], list[str], Protocol]:
-    """References of `count` test scenes by judge, their captions, and the protocol."""
+    """References of `count` test scenes by feature network, their captions, and the protocol."""
     register_eval_scenes()
     protocol, scenes = replace(PROTOCOLS["miniature"], features=ANY), real_scenes(count)
     texts = [text for _, batch in scenes for text in batch]
@@ -66,21 +65,27 @@ def score(run: Path, count: int) -> dict[str, float]:
     request = SamplingRequest(prompts=texts, seed=0, device="cpu")
     source = one_step_source(str(run), load_student(str(run)), request)
     scores: dict[str, float] = {}
-    for judge, net in _networks().items():
+    for network, net in _networks().items():
         # The oracle also measures precision, recall and captions.
-        main = judge == "oracle"
+        is_oracle = network == "oracle"
         networks = Networks(
             sets={"features": net},
-            clip=load_clip(str(pretrained.resolve("miniature") / "clip")) if main else None,
-            extra=oracle_measures(load_oracle(), protocol.preprocessing) if main else {},
+            clip=load_clip(str(pretrained.resolve("miniature") / "clip")) if is_oracle else None,
+            extra=oracle_measures(load_oracle(), protocol.preprocessing) if is_oracle else {},
         )
-        metrics = ("fid", "pr", "caption_accuracy") if main else ("fid",)
+        metrics = ("fid", "pr", "caption_accuracy") if is_oracle else ("fid",)
         result = evaluate(
-            source, protocol, networks, metrics=metrics, reference=references[judge], count=count, resamples=0
+            source,
+            protocol,
+            networks,
+            metrics=metrics,
+            reference=references[network],
+            count=count,
+            resamples=0,
         ).result
         assert result.fid is not None
-        scores[judge] = result.fid * (1000 if judge == "clip" else 1)
-        if main:
+        scores[network] = result.fid * (1000 if network == "clip" else 1)
+        if is_oracle:
             assert result.precision is not None and result.recall is not None
             scores |= {"precision": result.precision, "recall": result.recall, **result.extra}
     return {name: float(scores[name]) for name in COLUMNS}
