@@ -105,7 +105,7 @@ def csv_rows(path: Path, wanted: Iterable[str]) -> tuple[list[str], Iterator[tup
     """(names of the columns, rows as (line number, cells)) of a .csv file.
 
     The delimiter is the first of comma, semicolon and tab that gives one of the `wanted` columns, else the
-    comma. Raises UserError for text that is no CSV; and OSError.
+    comma. Raises UserError for text that is no CSV and for rows longer than the first line; and OSError.
     """
     lines = text_lines(path)
     head = next(lines, "")
@@ -113,7 +113,20 @@ def csv_rows(path: Path, wanted: Iterable[str]) -> tuple[list[str], Iterator[tup
     delimiter = next((d for d in _DELIMITERS if names & set(_cells(path, head.casefold(), d))), ",")
     rows = _checked_rows(path, csv.reader(chain([head], lines), delimiter=delimiter))
     _, head_cells = next(rows, (1, []))
-    return [cell.strip() for cell in head_cells], rows
+    return [cell.strip() for cell in head_cells], _not_longer(path, rows, len(head_cells))
+
+
+def _not_longer(
+    path: Path, rows: Iterator[tuple[int, list[str]]], columns: int
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows, none of which has text beyond the columns: a comma outside quotes would cut a caption."""
+    for number, cells in rows:
+        if any(cells[columns:]):
+            raise UserError(
+                f"{path} line {number} has {len(cells)} cells; expected {columns}, as in the first line; put "
+                "text that holds the delimiter in quotes"
+            )
+        yield number, cells
 
 
 def _cells(path: Path, line: str, delimiter: str) -> list[str]:

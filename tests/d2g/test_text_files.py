@@ -185,3 +185,13 @@ def test_a_pipe_is_read_once(tmp_path: Path, name: str, content: bytes) -> None:
     cells = [cell.strip() for cell in prompt_cells(tmp_path / name)]
     writer.join()
     assert cells == (["a"] if name == "p.jsonl" else ["a", "bé"])
+
+
+def test_a_csv_row_longer_than_its_head_is_refused(tmp_path: Path) -> None:
+    """A comma without quotes would otherwise cut the caption."""
+    names, rows = csv_rows(
+        write(tmp_path / "a.csv", b"file_name,caption\n0.png,a cube,\n1.png,a cube, red\n"), ["caption"]
+    )
+    assert names == ["file_name", "caption"] and next(rows)[1] == ["0.png", "a cube", ""]
+    with pytest.raises(UserError, match="line 3 has 3 cells; expected 2, as in the first line"):
+        next(rows)
