@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import median, table, write
+from d2g.core.allocator import keep_freed_memory
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import LatentSpace
 from distill.config.presets import DISTILL_PRESETS
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in a training process
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         big = make_store(folder / "big", replace(SPEC, num_pairs=options.rows))

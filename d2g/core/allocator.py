@@ -1,4 +1,4 @@
-"""The C allocator's thresholds, for training on a CPU."""
+"""The C allocator's thresholds, for training."""
 
 import ctypes
 import os
@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory of this process for the next tensors; return whether it does.
 
     By default each freed tensor of more than 128 KiB to 32 MiB goes back to the system, and the system clears
-    its pages again for the next tensor. Under torch that happens thousands of times per training step.
+    its pages again for the next tensor. Under torch on a CPU that happens thousands of times per training
+    step, and once per batch of pairs that is read, on a CPU and for a GPU.
     Does nothing on other C libraries, or where the user has set glibc's thresholds.
     """
     user_settings = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")

@@ -15,7 +15,6 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.schedule import FlowSchedule, Schedule
 from distill.config.components import DiscriminatorConfig
-from distill.config.run import DistillConfig
 
 
 def sample_timesteps(
@@ -84,15 +83,17 @@ class NoiseAugmentation:
         return self.schedule.diffuse(x, eps.to(x), t.to(x.device))
 
 
-def build_noise_augmentation(config: DistillConfig, device: torch.device) -> NoiseAugmentation:
-    """Build the noise augmentation of a run.
+def build_noise_augmentation(
+    gan: DiscriminatorConfig | None, teacher: str, seed: int, device: torch.device
+) -> NoiseAugmentation:
+    """Build the noise augmentation of a run. gan: None in the regression stage.
 
     The regression stage adds no noise and loads no schedule, because its teacher may be an EDM without one.
     """
-    if config.stage != "gan":
-        return NoiseAugmentation(None, None, config.seed)
-    schedule = pretrained.load_any_schedule(config.teacher)
+    if gan is None:
+        return NoiseAugmentation(None, None, seed)
+    schedule = pretrained.load_any_schedule(teacher)
     assert not isinstance(schedule, EDMSchedule), "check_teacher must run first"
     if isinstance(schedule, Schedule):
         schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
-    return NoiseAugmentation(config.gan, schedule, config.seed)
+    return NoiseAugmentation(gan, schedule, seed)

@@ -25,8 +25,8 @@ from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import family_of, open_pipeline
-from distill.config.components import OptimConfig
-from distill.config.run import DistillConfig
+from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig
+from distill.config.run import DistillConfig, EngineConfig
 from distill.losses.gradient_penalty import r1_penalty
 from distill.losses.regression.decoder_features import DecoderFeatures
 from distill.losses.regression.registry import regression_networks
@@ -74,8 +74,8 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     latents saves little.
     """
     student = _meta_student(config)
-    discriminator = _meta_discriminator(config) if config.stage == "gan" else None
-    distances = _autoencoder_distances(config)
+    discriminator = _meta_discriminator(config.teacher, config.gan) if config.stage == "gan" else None
+    distances = _autoencoder_distances(config.teacher, config.regression)
     frozen = _bytes(p for model in _frozen_models(config) for p in model.parameters())
     pixel_metrics = [metric for metric, _ in distances if isinstance(metric, PixelLPIPS)]
     frozen += _bytes(p for metric in pixel_metrics for p in metric.parameters())
@@ -89,7 +89,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
                 if config.engine.activation_checkpointing:
                     engine.recompute(list(family_of(config.teacher).shard_units(network)))
         working = _working_bytes(config, world_size, student, discriminator, distances)
-    shards = _shards(config, world_size)
+    shards = _shards(config.engine, world_size)
     trained = [student] if discriminator is None else [student, discriminator]
     gib = 2.0**30
     return Memory(
@@ -110,7 +110,7 @@ def _working_bytes(
 ) -> float:
     """Bytes of gradients and saved activations at the peak of a step. Call it in a FakeTensorMode."""
     rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
-    shards = _shards(config, world_size)
+    shards = _shards(config.engine, world_size)
     # DDP's buckets hold the gradients of all trained networks during the whole run.
     buckets = config.engine.parallel == "ddp" and world_size > 1
 
@@ -133,9 +133,9 @@ def _working_bytes(
     return working
 
 
-def _shards(config: DistillConfig, world_size: int) -> int:
+def _shards(options: EngineConfig, world_size: int) -> int:
     """Number of processes over which weights, gradients and optimizer states are split."""
-    return (config.engine.shard_size or world_size) if config.engine.parallel == "fsdp" else 1
+    return (options.shard_size or world_size) if options.parallel == "fsdp" else 1
 
 
 def forecast(config: DistillConfig, gpus: int, model: str = "") -> dict[str, Any] | None:
@@ -233,7 +233,7 @@ def _discriminator_bytes(
     gradients = _bytes(_trained(discriminator)) / shards
     penalty_rows = 1 if config.gan.active_penalty == "single" else rows
     largest = max(
-        graph.of(passes * rows), _penalty_activations(config, discriminator, student).of(penalty_rows)
+        graph.of(passes * rows), _penalty_activations(config.teacher, discriminator, student).of(penalty_rows)
     )
     return max(gradients + largest, update)
 
@@ -272,9 +272,9 @@ def _activations(
     return replace(saved, fixed=0.0) if config.engine.parallel == "fsdp" else saved
 
 
-def _penalty_activations(config: DistillConfig, discriminator: nn.Module, student: Student) -> SavedBytes:
+def _penalty_activations(teacher: str, discriminator: nn.Module, student: Student) -> SavedBytes:
     """Bytes that a pass saves whose gradient is differentiated again, in fp32."""
-    b = _fake_batch(open_pipeline(config.teacher), student, 1)
+    b = _fake_batch(open_pipeline(teacher), student, 1)
     with sdpa_kernel(SDPBackend.MATH):
         row = saved_bytes(discriminator, lambda: r1_penalty(discriminator, b.noise, b.noise, b.cond), False)
     return SavedBytes(fixed=0.0, row=row)
@@ -297,21 +297,21 @@ def _meta_student(config: DistillConfig) -> Student:
     return student
 
 
-def _meta_discriminator(config: DistillConfig) -> nn.Module:
-    check_discriminator(config.teacher, config.gan.discriminator)
-    return DISCRIMINATORS[config.gan.discriminator].build_on_meta(config.teacher, config.gan)
+def _meta_discriminator(teacher: str, gan: DiscriminatorConfig) -> nn.Module:
+    check_discriminator(teacher, gan.discriminator)
+    return DISCRIMINATORS[gan.discriminator].build_on_meta(teacher, gan)
 
 
-def _autoencoder_distances(config: DistillConfig) -> list[nn.ModuleList]:
+def _autoencoder_distances(teacher: str, options: RegressionConfig) -> list[nn.ModuleList]:
     """The losses that differentiate the autoencoder, each with the autoencoder beside it, without weights."""
-    options, distances = config.regression, []
+    distances = []
     if "lpips" in options.names:
-        vae = pretrained.autoencoder_on_meta(config.teacher).requires_grad_(False)
+        vae = pretrained.autoencoder_on_meta(teacher).requires_grad_(False)
         resize = options.lpips_resize or None
         metric = PixelLPIPS(options.lpips_net, pretrained=False, decode=partial(decode, vae), resize=resize)
         distances.append(nn.ModuleList([metric, vae]))
     if "decoder_features" in options.names:
-        vae = pretrained.autoencoder_on_meta(config.teacher)
+        vae = pretrained.autoencoder_on_meta(teacher)
         distances.append(nn.ModuleList([DecoderFeatures(vae, options.decoder_blocks), nn.Module()]))
     return distances
 

@@ -16,7 +16,7 @@ from d2g.core.distributed.sharded_checkpoint import Writer
 from d2g.core.errors import LostFolder
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.run_directory import Pace
-from distill.config.run import DistillConfig, TrainConfig
+from distill.config.run import TrainConfig
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import MicroBatch
 from distill.training.monitor import RunMonitor
@@ -109,14 +109,13 @@ class ReportCallback:
 class CheckpointCallback:
     """Saves the training state at each checkpoint interval and at the end."""
 
-    def __init__(self, config: DistillConfig, monitor: RunMonitor, state: State, writer: Writer) -> None:
-        self.config, self.monitor, self.state, self.writer = config, monitor, state, writer
+    def __init__(self, options: TrainConfig, monitor: RunMonitor, state: State, writer: Writer) -> None:
+        self.options, self.monitor, self.state, self.writer = options, monitor, state, writer
         self.saved_at = -1
 
     def after_step(self, event: StepEvent) -> None:
         """Save if it is time. This comes before validation: whoever sends SIGTERM does not wait for one."""
-        options = self.config.train
-        due = passed_interval(event.nimg, options.batch_size, options.checkpoint_images)
+        due = passed_interval(event.nimg, self.options.batch_size, self.options.checkpoint_images)
         if due or event.finished or event.interrupted:
             self.writer.finish()  # the previous checkpoint gets its name first: it may be the best one
             self.save(event.nimg)
@@ -126,7 +125,7 @@ class CheckpointCallback:
         if nimg == self.saved_at:
             return
         self.writer.spare = self.monitor.checkpoints_to_keep()
-        self.state.save(self.writer, self.config)
+        self.state.save(self.writer)
         self.saved_at = nimg
 
 

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import complete_points
+from d2g.core.distributed.engine import DistributedModule
 from d2g.core.distributed.sharded_checkpoint import Writer
 from d2g.core.errors import Interrupted, LostFolder, UserError
 from d2g.core.tracking.run_directory import Pace, RunLog
-from d2g.diffusion import pretrained
-from distill.config.run import DistillConfig
-from distill.losses.regression.regression import Regression
+from distill.config.run import TrainConfig
 from distill.models.row_dropout import set_row_dropout
 from distill.monitoring import collapse
 from distill.monitoring.plots import plot_health
@@ -36,39 +35,54 @@ from distill.training.validation import (
     sample_across_ranks,
     use_ema_weights,
 )
+from latent_lpips.distance import ELatentLPIPS
 from pairgen.store.dataset import PairRows
 
 
+@dataclass(frozen=True)
+class StudentSampler:
+    """Draws latents with the student's current weights, with the precision of training."""
+
+    student: DistributedModule
+    encode: TextCache
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[None]]
+
+    @torch.no_grad()
+    def __call__(self, noise: Tensor, prompts: Sequence[str], *guidance: Tensor) -> Tensor:
+        """noise [B, C, h, w], guidance [B] for a student that takes it -> latents [B, C, h, w]."""
+        with self.autocast():
+            latents: Tensor = self.student.forward_frozen(
+                noise, self.encode(prompts), *(scale.to(self.device) for scale in guidance)
+            )
+        return latents
+
+
 class RunMonitor:
-    """Reports and validations of one run. Call every method on every rank."""
+    """Reports and validations of one run. Call every method on every rank.
+
+    distance: what validation measures beside PSNR. microbatch_size: rows of a validation's batch; those of
+    training are known to fit into memory.
+    vae: decodes previews; there are none without it.
+    """
 
     def __init__(
         self,
-        config: DistillConfig,
+        options: TrainConfig,
+        seed: int,
         log: RunLog,
         reader: PairRows,
         state: State,
-        regression: Regression,
-        encode: TextCache,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager[None]],
+        draw: StudentSampler,
+        distance: ELatentLPIPS | None,
+        microbatch_size: int,
+        vae: nn.Module | None,
         extra_validation: Validate | None,
     ) -> None:
-        self.config, self.log, self.reader, self.state = config.train, log, reader, state
-        self.regression, self.encode, self.device = regression, encode, device
-        self.autocast, self.extra_validation = autocast, extra_validation
-        self.folder, self.seed, self.warned = log.folder / "checkpoints", config.seed, set[str]()
-        self.guided = config.student.guidance_conditioning
-
-        # Validation uses micro-batches of the size of training, which are known to fit into memory.
-        self.batch = max(
-            1, self.config.batch_size // process_group.world_size() // config.engine.gradient_accumulation
-        )
-
-        # Only previews decode images.
-        self.vae: Any = None
-        if self.config.preview_prompts:
-            self.vae = pretrained.load_vae(config.teacher).to(device)
+        self.options, self.seed, self.log, self.reader, self.state = options, seed, log, reader, state
+        self.draw, self.device, self.distance = draw, draw.device, distance
+        self.batch, self.vae, self.extra_validation = microbatch_size, vae, extra_validation
+        self.folder, self.warned = log.folder / "checkpoints", set[str]()
 
     @contextmanager
     def record_ending(self) -> Iterator[None]:
@@ -76,7 +90,7 @@ class RunMonitor:
         how the run ended. A run that was finished before stays as it is.
         """
         # A finished run keeps its recorded end.
-        if self.state.nimg >= self.config.images:
+        if self.state.nimg >= self.options.images:
             yield
             return self.log.close()
         self.log.begin()
@@ -96,14 +110,14 @@ class RunMonitor:
         # Trained to the end, or to the time limit.
         self.log.close()
         self.panel()
-        self.log.end("done" if self.state.nimg >= self.config.images else "minutes")
+        self.log.end("done" if self.state.nimg >= self.options.images else "minutes")
 
     def report(self, values: Mapping[str, Tensor | float], pace: Pace, writer: Writer) -> None:
         """Write one line of stats.jsonl and a preview; then look for a collapse, which may stop the run."""
         nimg = self.state.nimg
         # One line of stats.jsonl, with the statistics of the preview.
         means = process_group.mean({name: float(value) for name, value in values.items()})
-        if nimg >= self.config.ema_start_images:  # before that the average is a copy
+        if nimg >= self.options.ema_start_images:  # before that the average is a copy
             means["ema/drift"] = self.state.ema.drift(self.state.student.module)
         means |= self._preview(nimg)
         self.log.write(nimg, {**means, **pace.report(nimg)})
@@ -115,7 +129,7 @@ class RunMonitor:
         for of_rank_0 in process_group.gather_objects(findings)[:1]:  # a finding of rank 0 stops all ranks
             quiet = None if process_group.rank() == 0 else _ignore
             try:
-                collapse.act(of_rank_0, self.config.on_collapse, warned, quiet)
+                collapse.act(of_rank_0, self.options.on_collapse, warned, quiet)
             except collapse.Collapse:
                 writer.finish()  # keep the checkpoint that is being written
                 raise
@@ -124,10 +138,10 @@ class RunMonitor:
         """Draw the preview, and return its statistics; none on other ranks, or without previews."""
         if self.vae is None:
             return {}
-        rows = range(len(self.reader))[-self.config.validate_pairs :][: self.config.preview_prompts]
+        rows = range(len(self.reader))[-self.options.validate_pairs :][: self.options.preview_prompts]
         pairs = self.reader.read(list(rows))
         with self._ema_weights():
-            generated, target = preview_latents(self._draw, pairs, self.device, self.batch)
+            generated, target = preview_latents(self.draw, pairs, self.device, self.batch)
         if process_group.rank() != 0:
             return {}
         student, teacher = (decode_images(self.vae, latents, self.batch) for latents in (generated, target))
@@ -143,45 +157,39 @@ class RunMonitor:
             yield
         set_row_dropout(module, enabled=True)
 
-    @torch.no_grad()
-    def _draw(self, noise: Tensor, prompts: Sequence[str], *guidance: Tensor) -> Tensor:
-        with self.autocast():
-            latents: Tensor = self.state.student.forward_frozen(
-                noise, self.encode(prompts), *(t.to(self.device) for t in guidance)
-            )
-        return latents
-
     def _sample_latents(self, seed: int, prompts: Sequence[str]) -> Tensor:
         return sample_across_ranks(
-            self._draw,
+            self.draw,
             self.reader.spec.latent_shape,
             seed,
             prompts,
             batch_size=self.batch,
             device=self.device,
-            guidance=OneStep.guidance if self.guided else None,
+            guidance=OneStep.guidance if self.state.student.module.guided else None,
         )
 
     def validation_due(self, finished: bool) -> bool:
         """Whether it is time to validate: at each interval, and when the run is finished."""
-        interval, nimg = self.config.validate_images, self.state.nimg
-        return bool(interval) and (finished or nimg // interval > (nimg - self.config.batch_size) // interval)
+        interval, nimg = self.options.validate_images, self.state.nimg
+        return bool(interval) and (
+            finished or nimg // interval > (nimg - self.options.batch_size) // interval
+        )
 
     def validation_missed(self) -> bool:
         """Whether the resumed checkpoint was due for validation, but the run was killed before it."""
         nimg = self.state.nimg
         done = any(line["nimg"] == nimg and "val/psnr" in line for line in self.log.read())
-        return process_group.gather_objects(self.validation_due(nimg >= self.config.images) and not done)[0]
+        return process_group.gather_objects(self.validation_due(nimg >= self.options.images) and not done)[0]
 
     def validate(self) -> bool:
         """Validate the EMA student. Returns whether this point is a new best one that must be saved."""
         nimg = self.state.nimg
         with self._ema_weights():
             values = measure(
-                self._draw,
+                self.draw,
                 self.reader,
-                held_out(len(self.reader), self.config.validate_pairs),
-                self.regression.validation_distance,
+                held_out(len(self.reader), self.options.validate_pairs),
+                self.distance,
                 batch_size=self.batch,
                 device=self.device,
                 seed=self.seed,
@@ -189,7 +197,7 @@ class RunMonitor:
             if self.extra_validation is not None:
                 values |= self.extra_validation(self._sample_latents, nimg)
         self.log.write(nimg, values)
-        return self.config.keep_best and self.best_point(nimg) == nimg
+        return self.options.keep_best and self.best_point(nimg) == nimg
 
     def best_point(self, nimg: int) -> int | None:
         """The best validated point among the saved ones and `nimg`, as rank 0 sees it."""
@@ -207,7 +215,7 @@ class RunMonitor:
 
     def checkpoints_to_keep(self) -> set[str]:
         """Names of the checkpoints to keep beside the newest ones when this point is saved."""
-        point = self.best_point(self.state.nimg) if self.config.keep_best else None
+        point = self.best_point(self.state.nimg) if self.options.keep_best else None
         return set() if point is None else {f"{point:09d}"}
 
 

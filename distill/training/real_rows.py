@@ -8,7 +8,7 @@ from torch import Tensor
 from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
-from distill.config.run import DistillConfig
+from distill.config.components import DiscriminatorConfig
 from distill.losses.gradient_penalty import DiscriminatorInput
 from distill.training.real_images import RealImages
 from distill.training.text_cache import TextCache
@@ -18,23 +18,30 @@ VAE_BATCH_SIZE = 4
 
 
 class RealRows:
-    """Replaces a fraction `gan.real_fraction` of the real rows by captioned images, if the config names some.
+    """Replaces a fraction `gan.real_fraction` of the real rows by captioned images, if `gan.real` names some.
 
     An image was not generated from noise, so its row gets random noise. The replaced rows, their images and
-    their noise depend only on the seed and the row number.
+    their noise depend only on the seed and the row number. gan: None in the regression stage. shape: of the
+    latents, (C, h, w).
     """
 
     def __init__(
-        self, config: DistillConfig, shape: tuple[int, int, int], text: TextCache, device: torch.device
+        self,
+        gan: DiscriminatorConfig | None,
+        teacher: str,
+        seed: int,
+        shape: tuple[int, int, int],
+        text: TextCache,
+        device: torch.device,
     ) -> None:
-        self.fraction, self.seed, self.text, self.device = config.gan.real_fraction, config.seed, text, device
-        if config.stage != "gan" or not config.gan.real:
-            self.fraction = 0.0
+        self.fraction, self.seed, self.text, self.device = 0.0, seed, text, device
+        if gan is None or not gan.real:
             return
-        self.vae = pretrained.load_vae(config.teacher).to(device)
+        self.fraction = gan.real_fraction
+        self.vae = pretrained.load_vae(teacher).to(device)
         downscale = latent_space(self.vae).downscale
         size = (shape[1] * downscale, shape[2] * downscale)
-        self.images = RealImages(config.gan.real, size, config.gan.real_column)
+        self.images = RealImages(gan.real, size, gan.real_column)
 
     def __call__(self, inputs: DiscriminatorInput, rows: range) -> DiscriminatorInput:
         """Return `inputs`, whose rows have the numbers `rows`, with some rows replaced by images."""

@@ -16,7 +16,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
-from distill.config.run import FROM_TEACHER, DistillConfig
+from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.ema import EMA
 from distill.models.student import Student, add_adapters, meta_student, set_trainable, student_from_teacher
@@ -26,6 +26,27 @@ from distill.training.optim import optimizer
 N = TypeVar("N", bound=nn.Module)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkDigests:
+    """Digests of the teacher and the settings that determine the networks and their tensors."""
+
+    by_content: str
+    """With the teacher's digest: a checkpoint's networks are the same wherever the teacher lies."""
+    by_path: str
+    """As checkpoints of version 0.2.0 have it, with the paths of teacher and pairs."""
+
+    @classmethod
+    def of(cls, config: DistillConfig) -> "NetworkDigests":
+        """The digests of a run's networks."""
+        settings, teacher = to_json(config), pretrained.denoiser_sha256(config.teacher)
+        return cls(
+            by_content=digest([teacher, *(settings[name] for name in ("stage", "seed", "student", "gan"))]),
+            by_path=digest(
+                [settings[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")]
+            ),
+        )
+
+
 @dataclass
 class State:
     """Everything that a checkpoint holds.
@@ -33,6 +54,8 @@ class State:
     `nimg` counts the images seen. Together with the seed it determines all rows and random numbers to come.
     """
 
+    stage: str
+    networks: NetworkDigests
     student: DistributedModule
     optim_g: torch.optim.Optimizer
     ema: EMA
@@ -41,7 +64,7 @@ class State:
     nimg: int = 0
     steps: int = 0
 
-    def save(self, writer: sharded_checkpoint.Writer, config: DistillConfig) -> None:
+    def save(self, writer: sharded_checkpoint.Writer) -> None:
         """Write a checkpoint, or start writing it. Call it on every rank. Raises UserError."""
         tensors = sharded_checkpoint.network_tensors("student", self.student.module)
         tensors |= sharded_checkpoint.optimizer_tensors("optim.student", self.optim_g, self.student.module)
@@ -50,17 +73,17 @@ class State:
             tensors |= sharded_checkpoint.optimizer_tensors(
                 "optim.discriminator", self.optim_d, self.discriminator.module
             )
-        meta = {"steps": self.steps, "stage": config.stage, "networks": _networks(config)}
+        meta = {"steps": self.steps, "stage": self.stage, "networks": self.networks.by_content}
         writer.save(self.nimg, tensors, {"ema": self.ema.tensors}, meta)
 
-    def load(self, last: Checkpoint, config: DistillConfig) -> None:
+    def load(self, last: Checkpoint) -> None:
         """Load a checkpoint, written by any number of processes. Call it on every rank.
 
         Raises UserError for a checkpoint of other networks, of an older version, or with damaged files.
         """
         if not {"files", "steps"} <= last.meta.keys():
             raise UserError(f"{last.folder} was written by an older version; start another --out with init")
-        if last.meta.get("networks") not in (_networks(config), _networks_by_path(config)):
+        if last.meta.get("networks") not in (self.networks.by_content, self.networks.by_path):
             raise UserError(
                 f"{last.folder} is of a run with other networks (kind, teacher or seed); "
                 "delete the folder to continue from the checkpoint before it"
@@ -73,19 +96,6 @@ class State:
         self.nimg, self.steps = last.nimg, int(last.meta["steps"])
 
 
-def _networks(config: DistillConfig) -> str:
-    """Digest of the teacher and the settings that determine the networks and their tensors."""
-    settings = to_json(config)
-    teacher = pretrained.denoiser_sha256(config.teacher)
-    return digest([teacher, *(settings[name] for name in ("stage", "seed", "student", "gan"))])
-
-
-def _networks_by_path(config: DistillConfig) -> str:
-    """The same in checkpoints of version 0.2.0, which recorded the paths of teacher and pairs."""
-    settings = to_json(config)
-    return digest([settings[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")])
-
-
 def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -> State:
     """Build the initial training state on `device`.
 
@@ -94,7 +104,8 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
     """
     # The student, in the form that the engine asks for.
     student = _distribute(
-        config,
+        config.engine,
+        config.train.precision,
         device,
         lambda: _build_student(config, fresh),
         lambda: _build_student_on_meta(config),
@@ -108,7 +119,8 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
         rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)
         kind = DISCRIMINATORS[config.gan.discriminator]
         discriminator = _distribute(
-            config,
+            config.engine,
+            config.train.precision,
             device,
             lambda: kind.build(config.teacher, config.gan, rng),
             lambda: kind.build_on_meta(config.teacher, config.gan),
@@ -117,25 +129,33 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
         )
         optim_d = optimizer(discriminator.module, config.gan.optim)
     ema = EMA(student.module, config.train.ema_decay, config.train.ema_start_images)
-    return State(student, optimizer(student.module, config.optim), ema, discriminator, optim_d)
+    return State(
+        stage=config.stage,
+        networks=NetworkDigests.of(config),
+        student=student,
+        optim_g=optimizer(student.module, config.optim),
+        ema=ema,
+        discriminator=discriminator,
+        optim_d=optim_d,
+    )
 
 
 def _distribute(
-    config: DistillConfig,
+    engine: EngineConfig,
+    precision: str,
     device: torch.device,
     load: Callable[[], N],
     build_on_meta: Callable[[], N],
     roots: Callable[[N], list[nn.Module]],
     shard_units: Callable[[N], Iterable[nn.Module]],
 ) -> DistributedModule:
-    """Wrap a network for the config's engine (DDP, FSDP2 or a single process).
+    """Wrap a network for the engine (DDP, FSDP2 or a single process).
 
     load: builds the network with its weights. build_on_meta: builds it without weights. roots: modules that
     hold the parameters outside the shard units. shard_units: modules that FSDP2 shards one by one, and whose
     activations are recomputed with engine.activation_checkpointing.
     """
     # With FSDP2, only rank 0 loads the full weights.
-    engine = config.engine
     if engine.parallel == "fsdp" and process_group.rank() != 0:
         network = build_on_meta().to("meta")
     else:
@@ -156,7 +176,7 @@ def _distribute(
         layers=layers,
         roots=roots(network),
         replicas=process_group.world_size() // size,
-        half=torch.bfloat16 if config.train.precision == "bf16" else None,
+        half=torch.bfloat16 if precision == "bf16" else None,
         compile_backend=engine.compile,
     )
 

@@ -35,7 +35,7 @@ from distill.training.failure import not_finite_error, write_failure
 from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import StepPreparation
-from distill.training.monitor import RunMonitor
+from distill.training.monitor import RunMonitor, StudentSampler
 from distill.training.real_rows import RealRows
 from distill.training.state import State, new_state
 from distill.training.step import LossTerms, StepContext, train_step
@@ -136,24 +136,20 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     """Load data, networks and losses, from the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
     reader = _open_reader(config)
-    encode = _build_encoder(config, device)
-    regression = build_regression(config, reader.spec.latent_shape[0], device)
-    noise_augment = build_noise_augmentation(config, device)
-    mix_in_real_images = RealRows(config, reader.spec.latent_shape, encode, device)
+    gan, shape = config.gan if config.stage == "gan" else None, reader.spec.latent_shape
+    encode = _build_encoder(config.teacher, config.data.text_cache, device)
+    regression = build_regression(config, shape[0], device)
+    noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
+    mix_in_real_images = RealRows(gan, config.teacher, config.seed, shape, encode, device)
+    vae = pretrained.load_vae(config.teacher).to(device) if options.preview_prompts else None
     last = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=last is None)
-    autocast, logit_stats = _build_autocast(config, device), LogitStats()
+    autocast, logit_stats = _build_autocast(options.precision, config.engine.parallel, device), LogitStats()
 
     # Resume: weights, optimizers and the log go back to the same image.
-    inputs = describe_inputs(config, reader)
-    log = RunLog(
-        out,
-        {**_split_config(config), "inputs": inputs},
-        ignore=("length", "inputs"),
-        notes=same_inputs(out, config, reader, inputs),
-    )
+    log = _open_log(config, out, reader)
     if last is not None:
-        state.load(last, config)
+        state.load(last)
     log.rewind(state.nimg)
     log.attach(options.loggers, state.nimg)
 
@@ -161,6 +157,9 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
     pace = Pace(log.read(), state.nimg, process_group.world_size())
     finite = FiniteCheck(out, config.pairs, state, logit_stats, writer)
+    rows, distance = microbatch_size(config, process_group.world_size()), regression.validation_distance
+    draw = StudentSampler(state.student, encode, device, autocast)
+    monitor = RunMonitor(options, config.seed, log, reader, state, draw, distance, rows, vae, validate)
     context = StepContext(
         state=state,
         regression=regression,
@@ -179,7 +178,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         out=out,
         log=log,
         state=state,
-        monitor=RunMonitor(config, log, reader, state, regression, encode, device, autocast, validate),
+        monitor=monitor,
         writer=writer,
         pace=pace,
         finite=finite,
@@ -190,11 +189,19 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     )
 
 
+def _open_log(config: DistillConfig, out: Path, reader: PairRows) -> RunLog:
+    """The run's log. Raises UserError if the folder holds a run with other settings or inputs."""
+    inputs = describe_inputs(config, reader)
+    settings = {**_split_config(config), "inputs": inputs}
+    notes = same_inputs(out, config, reader, inputs)
+    return RunLog(out, settings, ignore=("length", "inputs"), notes=notes)
+
+
 def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
     """Train until the run has all its images, its minutes are over, or somebody stops it."""
     config, state, monitor, writer = run.config, run.state, run.monitor, run.writer
     options = config.train
-    checkpoints = CheckpointCallback(config, monitor, state, writer)
+    checkpoints = CheckpointCallback(options, monitor, state, writer)
     callbacks: tuple[Callback, ...] = (
         ReportCallback(options, monitor, run.context.logit_stats, run.pace, writer),
         checkpoints,
@@ -309,16 +316,16 @@ def _open_batches(
     )
 
 
-def _build_encoder(config: DistillConfig, device: torch.device) -> TextCache:
-    conditioner = pretrained.load_conditioner(config.teacher).to(device)
-    return TextCache(conditioner.encode, config.data.text_cache, device)
+def _build_encoder(teacher: str, cached_prompts: int, device: torch.device) -> TextCache:
+    conditioner = pretrained.load_conditioner(teacher).to(device)
+    return TextCache(conditioner.encode, cached_prompts, device)
 
 
 def _build_autocast(
-    config: DistillConfig, device: torch.device
+    precision: str, parallel: str, device: torch.device
 ) -> Callable[[], AbstractContextManager[None]]:
     """bf16 autocast where configured; FSDP2 casts by itself."""
-    enabled = config.train.precision == "bf16" and config.engine.parallel == "ddp"
+    enabled = precision == "bf16" and parallel == "ddp"
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

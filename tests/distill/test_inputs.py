@@ -15,6 +15,7 @@ from d2g.core.tracking.run_directory import read_stats
 from distill.config.export import ExportConfig
 from distill.export.card_history import read_history
 from distill.export.export import export
+from distill.training.state import NetworkDigests
 from distill.training.train import train
 from jobs import BATCH, distill_config, make_pairs
 from pairgen.generate import generate_pairs
@@ -155,10 +156,11 @@ def test_a_run_of_version_0_2_0_can_be_resumed(
     teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Version 0.2.0 recorded paths without digests in config.json and in checkpoints."""
-    from distill.training import state
-
+    of = NetworkDigests.of
     with monkeypatch.context() as patched:
-        patched.setattr(state, "_networks", state._networks_by_path)
+        patched.setattr(
+            NetworkDigests, "of", lambda config: replace(of(config), by_content=of(config).by_path)
+        )
         train(distill_config(teacher, pairs, f"train.images={BATCH}"), tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     del written["inputs"]

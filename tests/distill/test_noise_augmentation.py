@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError
-from distill.config.run import DiscriminatorConfig, DistillConfig
+from distill.config.components import DiscriminatorConfig
 from distill.losses.noise_augmentation import (
     NoiseAugmentation,
     build_noise_augmentation,
@@ -63,8 +63,8 @@ def test_noise_follows_the_schedule(teacher: Path) -> None:
 
 
 def build_augmentation(teacher: Path, **settings: Any) -> NoiseAugmentation:
-    config = DistillConfig(stage="gan", teacher=str(teacher), gan=DiscriminatorConfig(**settings))
-    return build_noise_augmentation(config, torch.device("cpu"))
+    gan = DiscriminatorConfig(**settings)
+    return build_noise_augmentation(gan, str(teacher), 0, torch.device("cpu"))
 
 
 def test_real_and_fake_share_the_level_but_not_the_noise(teacher: Path) -> None:

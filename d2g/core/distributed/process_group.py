@@ -46,8 +46,8 @@ def init(long_waits: bool = False) -> torch.device:
             _join("gloo", timedelta(days=30))
         else:
             _join(_backend())
+    keep_freed_memory()
     if not torch.cuda.is_available():
-        keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
