@@ -66,7 +66,15 @@ def teacher_list(as_json: Json = False) -> None:
 def teacher_info(
     teacher: Annotated[str, typer.Argument(help="Folder, hub id or shipped name.")], as_json: Json = False
 ) -> None:
-    """Describe a teacher from the files in its folder, without reading weights."""
+    """Describe a teacher; for one of `d2g teacher train`, say whether it is trained, too."""
+    from d2g.diffusion.pipelines import resolve
     from d2g.diffusion.teacher import describe_teacher
+    from teacher_training.verdict import recorded_verdict
 
-    emit(describe_teacher(teacher), as_json, teacher)
+    facts = describe_teacher(teacher)
+    verdict = recorded_verdict(resolve(teacher)) or {"verdict": NO_RECORD}
+    emit(facts | {key: verdict.get(key) for key in ("trained", "verdict", "numbers")}, as_json, teacher)
+
+
+NO_RECORD = "unknown: the folder holds no record of its training"
+"""The verdict on a teacher that `d2g teacher train` has not made."""

@@ -10,7 +10,7 @@ from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.pretrained import new_vae
 from teacher_training.config import AutoencoderConfig
-from teacher_training.loop import fit_modules
+from teacher_training.loop import LossFn, Previews, fit_modules
 
 
 def build_autoencoder(config: AutoencoderConfig, size: int) -> Any:
@@ -39,15 +39,8 @@ def reconstruction_loss(pixels: Tensor, decoded: Tensor, square_weight: float, e
     return error.abs().mean() + square_weight * error.square().mean() + edge_weight * edges
 
 
-def train_autoencoder(
-    images: Tensor, config: AutoencoderConfig, log: RunLog, seed: int, progress: Progress = quiet
-) -> Any:
-    """Train on uint8 images [N, 3, S, S] and return the VAE.
-
-    Its config gets the scaling_factor that makes scaled latents have unit variance.
-    """
-    torch.manual_seed(seed)
-    vae = build_autoencoder(config, images.shape[-1]).to(memory_format=torch.channels_last)
+def autoencoder_loss(vae: Any, images: Tensor, config: AutoencoderConfig) -> LossFn:
+    """The loss of an autoencoder on uint8 images [N, 3, S, S]: reconstruction and KL."""
 
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = from_uint8(images[rows]).contiguous(memory_format=torch.channels_last)
@@ -57,7 +50,25 @@ def train_autoencoder(
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return rec + config.kl_weight * kl, {"loss/rec": rec, "loss/kl": kl}
 
-    fit_modules("vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress)
+    return loss_of
+
+
+def train_autoencoder(
+    images: Tensor,
+    config: AutoencoderConfig,
+    log: RunLog,
+    seed: int,
+    progress: Progress = quiet,
+    previews: Previews | None = None,
+) -> Any:
+    """Train on uint8 images [N, 3, S, S] and return the VAE.
+
+    Its config gets the scaling_factor that makes scaled latents have unit variance.
+    """
+    torch.manual_seed(seed)
+    vae = build_autoencoder(config, images.shape[-1]).to(memory_format=torch.channels_last)
+    loss_of = autoencoder_loss(vae, images, config)
+    fit_modules("vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress, previews)
     # Scale latents to unit variance.
     with torch.no_grad():
         sample = from_uint8(images[: min(len(images), 1024)])

@@ -14,9 +14,14 @@ class FitConfig:
     images: int = setting(500_000, "Training images, repeats included")
     batch_size: int = setting(64, "Images per step, over all ranks")
     lr: float = setting(1.5e-3, "Peak learning rate; it falls to 0 along a cosine")
-    warmup_images: int = setting(5_000, "Images over which the learning rate rises linearly")
+    warmup_images: int = setting(
+        5_000, "Images over which the learning rate rises linearly, at most a tenth of the length"
+    )
     weight_decay: float = setting(0.01, "Weight decay")
-    ema: float = setting(0.999, "Decay per step of the weight average")
+    ema: float = setting(0.999, "Decay per step of the weight average, at most (1 + n) / (10 + n) in step n")
+    ema_halflife_images: int = setting(
+        0, "Images after which the average has forgotten half of what it held; 0 takes ema"
+    )
     clip_norm: float = setting(1.0, "Largest gradient norm")
     checkpoint_minutes: float = setting(3.0, "Minutes between checkpoints")
 
@@ -26,7 +31,20 @@ class FitConfig:
             images=(self.images >= 1, "1 or more"),
             batch_size=(self.batch_size >= 1, "1 or more"),
             lr=(self.lr > 0, "a positive number"),
+            ema=(0 <= self.ema < 1, "0 up to below 1"),
+            ema_halflife_images=(self.ema_halflife_images >= 0, "0 or more"),
         )
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the weight average per step: `ema`, or from `ema_halflife_images`."""
+        halflife = self.ema_halflife_images
+        return 0.5 ** (self.batch_size / halflife) if halflife else self.ema
+
+    @property
+    def steps(self) -> int:
+        """Steps of the training, the last one rounded up."""
+        return -(-self.images // self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,14 +151,29 @@ class TeacherConfig:
     caption_template: str = setting(
         "a photo of a {}", "Caption of an image whose class name is all that is known"
     )
+    pretrained_vae: str = setting(
+        "",
+        "Autoencoder that is used as it is, in place of a trained one: a folder, a hub id, or taesd (option "
+        "--vae); empty: train one",
+    )
+    init: str = setting(
+        "",
+        "Teacher whose autoencoder, tokenizer, text encoder and U-Net the training starts from (option "
+        "--init); empty: fresh weights",
+    )
+    preview_minutes: float = setting(
+        3.0, "Minutes between sheets of reconstructions and samples in OUT/previews"
+    )
     vae: AutoencoderConfig = setting(AutoencoderConfig(), "The autoencoder")
     unet: DenoiserConfig = setting(DenoiserConfig(), "The text encoder and the UNet")
     lpips: LPIPSTrainConfig = setting(LPIPS_PRESETS["small"], "LatentLPIPS in the latent space of the VAE")
     clip: ClipConfig = setting(ClipConfig(), "CLIP, for evaluations")
 
     def __post_init__(self) -> None:
+        require(self, preview_minutes=(self.preview_minutes >= 0, "0 or more"))
+        # The shapes of components that are taken from elsewhere are checked when these are opened.
         step = 2 ** (len(self.vae.channels) - 1) * 2 ** (len(self.unet.channels) - 1)
-        if self.size % step:
+        if self.size % step and not (self.pretrained_vae or self.init):
             raise SettingError(
                 f"size is {self.size}; expected a multiple of {step}, the VAE's and UNet's downscaling"
             )

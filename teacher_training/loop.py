@@ -1,5 +1,6 @@
 """The training loop of the VAE and the denoiser: AdamW, cosine learning rate, EMA, exact resume."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,16 +17,31 @@ from d2g.core.seeds import seed_step
 from d2g.core.shuffle import permuted_batch
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.run_directory import RunLog
-from distill.models.ema import EMA
+from distill.models.ema import EMA, warmed_up_beta
 from teacher_training.config import FitConfig
 
 LossFn = Callable[[list[int], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 """`loss_of(rows, generator)` returns the loss of these rows and named values for the log."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Previews:
+    """What to draw while a training goes on: `draw(modules, nimg)` with copies that hold the average.
+
+    It is called on rank 0, every `minutes` and after the last step, and must not draw global random numbers.
+    """
+
+    draw: Callable[[Mapping[str, nn.Module], int], None]
+    minutes: float
+
+
 def cosine_learning_rate(nimg: int, config: FitConfig) -> float:
-    """Return the learning rate after `nimg` images: linear warm-up times a cosine to zero."""
-    warmup = min(1.0, (nimg + config.batch_size) / max(1, config.warmup_images))
+    """Return the learning rate after `nimg` images: linear warm-up times a cosine to zero.
+
+    Both scale with the length: the warm-up takes at most a tenth of it.
+    """
+    warmup_images = max(1.0, min(config.warmup_images, config.images / 10))
+    warmup = min(1.0, (nimg + config.batch_size) / warmup_images)
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, nimg / config.images)))
 
 
@@ -38,6 +54,7 @@ def fit_modules(
     config: FitConfig,
     seed: int,
     progress: Progress = quiet,
+    previews: Previews | None = None,
 ) -> None:
     """Train `modules` together on `loss_of` and leave their EMA weights in them.
 
@@ -50,7 +67,7 @@ def fit_modules(
         raise SettingError(f"batch_size {config.batch_size} does not divide over {world} processes")
     state = _resume(log, modules, config)
     local = config.batch_size // world
-    started = saved = time.monotonic()
+    started = saved = drawn = time.monotonic()
     reported = first = state.nimg
     with StopFlag() as stop:
         while state.nimg < config.images:
@@ -65,10 +82,16 @@ def fit_modules(
                 values = process_group.mean({k: float(v.detach()) for k, v in parts.items()})
                 rate = (state.nimg - first) / (time.monotonic() - started)
                 log.write(state.nimg, {**values, "time/images_per_sec": rate})
+            # Draw samples every few minutes and at the end.
+            last = state.nimg >= config.images
+            if previews is not None and (last or time.monotonic() - drawn > 60 * previews.minutes):
+                if rank == 0:
+                    previews.draw(state.averaged(), state.nimg)
+                drawn = time.monotonic()
             # Save now and then, at the end, and on Ctrl-C.
             stopping = process_group.any_rank(bool(stop))
             due = process_group.any_rank(time.monotonic() - saved > 60 * config.checkpoint_minutes)
-            if stopping or due or state.nimg >= config.images:
+            if stopping or due or last:
                 saved = time.monotonic()
                 path = _save(label, state) if rank == 0 else state.folder
                 process_group.barrier()
@@ -90,6 +113,12 @@ class _FitState:
     folder: Path
     nimg: int = 0
 
+    def averaged(self) -> dict[str, nn.Module]:
+        """Copies of the modules with the averaged weights, in eval mode."""
+        copies = copy.deepcopy(self.modules).eval().requires_grad_(False)
+        self.ema.copy_to(copies)
+        return dict(copies.items())
+
 
 def _resume(log: RunLog, modules: Mapping[str, nn.Module], config: FitConfig) -> _FitState:
     """Build the state of a training from the newest checkpoint of its run folder, if there is one."""
@@ -99,7 +128,7 @@ def _resume(log: RunLog, modules: Mapping[str, nn.Module], config: FitConfig) ->
         trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
     folder = log.folder / "checkpoints"
-    state = _FitState(modules=trained, optimizer=optimizer, ema=EMA(trained, config.ema), folder=folder)
+    state = _FitState(modules=trained, optimizer=optimizer, ema=EMA(trained, config.ema_decay), folder=folder)
     if (last := checkpoint.latest(folder)) is not None:
         last.load("model", trained)
         state.ema.load(last.tensors("ema"))
@@ -127,8 +156,9 @@ def _update(label: str, state: _FitState, loss: Tensor, config: FitConfig) -> No
     torch.nn.utils.clip_grad_norm_(state.modules.parameters(), config.clip_norm)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    updates = state.nimg // config.batch_size
     state.nimg += config.batch_size
-    state.ema.update(state.modules, state.nimg)
+    state.ema.update(state.modules, state.nimg, warmed_up_beta(config.ema_decay, updates))
 
 
 def _save(label: str, state: _FitState) -> Path:

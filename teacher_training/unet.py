@@ -11,7 +11,7 @@ from d2g.diffusion.families.sd import SDConditioner
 from d2g.diffusion.pretrained import new_conditioner, new_unet
 from d2g.diffusion.schedule import Schedule, diffuse
 from teacher_training.config import DenoiserConfig
-from teacher_training.loop import fit_modules
+from teacher_training.loop import LossFn, Previews, fit_modules
 
 
 def build_denoiser(
@@ -34,22 +34,18 @@ def build_denoiser(
     return new_conditioner(tokenizer, config.text_width, config.text_layers, config.heads), unet
 
 
-def train_denoiser(
+def denoiser_loss(
+    text: SDConditioner,
+    unet: nn.Module,
     latents: Tensor,
     captions: list[str],
-    tokenizer: Any,
     schedule: Schedule,
     config: DenoiserConfig,
-    log: RunLog,
-    seed: int,
-    progress: Progress = quiet,
-) -> tuple[SDConditioner, nn.Module]:
-    """Train on scaled latents [N, C, h, w] with one caption each; returns the models with EMA weights.
+) -> LossFn:
+    """The loss of a denoiser on scaled latents [N, C, h, w] with one caption each.
 
-    The loss is weighted by min(SNR, gamma) / SNR (Hang et al. 2023).
+    The error of epsilon is weighted by min(SNR, gamma) / SNR (Hang et al. 2023).
     """
-    torch.manual_seed(seed)
-    text, unet = build_denoiser(config, tokenizer, latents.shape[1], latents.shape[-1])
     tokens, empty = text.tokens(captions), text.tokens([""])
     # Weights of the timesteps: min(SNR, gamma) / SNR.
     alphas_cumprod = schedule.alphas_cumprod.float()
@@ -67,14 +63,26 @@ def train_denoiser(
         errors = (epsilon.float() - noise).square().mean((1, 2, 3))
         return (weights[t] * errors).mean(), {"loss/mse": errors.mean()}
 
-    fit_modules(
-        "unet",
-        log,
-        {"text": text.models["text_encoder"], "unet": unet},
-        loss_of,
-        len(latents),
-        config.fit,
-        seed,
-        progress,
-    )
-    return text.eval(), unet
+    return loss_of
+
+
+def train_denoiser(
+    text: SDConditioner,
+    unet: nn.Module,
+    latents: Tensor,
+    captions: list[str],
+    schedule: Schedule,
+    config: DenoiserConfig,
+    log: RunLog,
+    seed: int,
+    progress: Progress = quiet,
+    previews: Previews | None = None,
+) -> None:
+    """Train a text encoder and a U-Net, in place, on scaled latents [N, C, h, w] with one caption each.
+
+    They end with their averaged weights, in eval mode.
+    """
+    modules = {"text": text.models["text_encoder"], "unet": unet}
+    loss_of = denoiser_loss(text, unet, latents, captions, schedule, config)
+    fit_modules("unet", log, modules, loss_of, len(latents), config.fit, seed, progress, previews)
+    text.eval()

@@ -79,6 +79,8 @@ class Stream(IntEnum):
     """Bootstrap of `d2g lpips score`, by group of splits."""
     CLIP_SPLIT = 0xC11B
     """Which images are held out when a small CLIP is trained."""
+    TEACHER_VERDICT = 0x7EAC
+    """Timesteps of the rows on which a trained teacher's loss is measured."""
 
 
 @unique

@@ -42,10 +42,12 @@ _TEXT = (".json", ".txt", ".model")  # configs, vocabularies, sentencepiece mode
 def resolve(name: str) -> Path:
     """The folder of a pipeline: `name` itself if it is one, a shipped folder, or the snapshot of a hub id.
 
-    Raises UserError for a missing folder, a folder without model_index.json, and a failed download.
+    Raises UserError for a missing folder, a folder without model_index.json, a teacher whose training is not
+    finished, and a failed download.
     """
     folder = SHIPPED[name] / "teacher" if name in SHIPPED else Path(name)
     if folder.is_dir():
+        refuse_unfinished(name, folder)
         if not (folder / "model_index.json").is_file():
             raise UserError(f"teacher {name}: {_other_folder(folder)}")
         return folder
@@ -56,6 +58,24 @@ def resolve(name: str) -> Path:
             f"teacher {name}: no such folder; give a folder in diffusers layout or a hub id org/name"
         )
     return _snapshot(name)
+
+
+TRAINING = "training"
+"""The folder inside a teacher of `d2g teacher train` with its caches, checkpoints, scores and command."""
+
+
+def refuse_unfinished(name: str, folder: Path) -> None:
+    """Raise UserError for a folder of `d2g teacher train` whose U-Net is not trained to the end."""
+    training = folder / TRAINING
+    if not (training / "config.json").is_file() or (training / "unet" / "scores.json").is_file():
+        return
+    command = training / "command.txt"
+    how = (
+        f"finish it with `{command.read_text(encoding='utf-8').strip()}`"
+        if command.is_file()
+        else "run the same `d2g teacher train` command again to finish it"
+    )
+    raise UserError(f"teacher {name}: its training is not finished; {how}")
 
 
 def _other_folder(folder: Path) -> str:

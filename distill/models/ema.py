@@ -24,12 +24,13 @@ class EMA:
         self.tensors = {k: _clone_fp32(v) for k, v in module.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, nimg: int) -> None:
+    def update(self, module: nn.Module, nimg: int, beta: float | None = None) -> None:
         """Set avg to beta * avg + (1 - beta) * weights, or to the weights before `start_nimg` images.
 
-        Integer buffers are copied.
+        `beta` replaces the average's own decay in this update. Integer buffers are copied.
         """
-        beta = self.beta if nimg >= self.start_nimg else 0.0
+        beta = self.beta if beta is None else beta
+        beta = beta if nimg >= self.start_nimg else 0.0
         averages: list[Tensor] = []
         values: list[Tensor] = []
         for name, value in module.state_dict().items():
@@ -67,6 +68,14 @@ class EMA:
     def copy_to(self, module: nn.Module) -> None:
         """Load the averages into a module with the same structure and sharding."""
         module.load_state_dict(self.tensors, strict=True)
+
+
+def warmed_up_beta(beta: float, updates: int) -> float:
+    """The decay after `updates` updates: min(beta, (1 + n) / (10 + n)), so that the first weights fade soon.
+
+    Without it, beta 0.9993 leaves 59 % of the initial weights in the average after 750 updates.
+    """
+    return min(beta, (1 + updates) / (10 + updates))
 
 
 def _clone_fp32(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d2g.core.errors import Interrupted, SettingError
 from d2g.core.tracking.run_directory import RunLog, read_stats
 from d2g.diffusion.latents import decode, encode, from_uint8
+from distill.models.ema import warmed_up_beta
 from teacher_training.autoencoder import reconstruction_loss, train_autoencoder
 from teacher_training.config import AutoencoderConfig, FitConfig
 from teacher_training.loop import cosine_learning_rate, fit_modules
@@ -84,9 +85,33 @@ def test_reconstruction_loss_has_l1_l2_and_edge_terms() -> None:
 
 
 def test_learning_rates_warm_up_and_decay_to_zero() -> None:
-    rates = [cosine_learning_rate(n, replace(FIT, lr=1.0)) for n in (0, 8, 48, 96)]
-    assert rates[0] == 0.5 and rates[1] == pytest.approx(0.9830, abs=1e-4) and rates[2] == pytest.approx(0.5)
+    fit = replace(FIT, lr=1.0, images=192)
+    rates = [cosine_learning_rate(n, fit) for n in (0, 8, 96, 192)]
+    assert rates[0] == 0.5 and rates[1] == pytest.approx(0.9957, abs=1e-4) and rates[2] == pytest.approx(0.5)
     assert rates[3] == 0.0
+
+
+def test_learning_rates_scale_with_the_length() -> None:
+    """The warm-up takes at most a tenth, so a short training has the same shape as a long one."""
+    long = FitConfig(images=100_000, batch_size=10, lr=1.0, warmup_images=50_000)
+    short = replace(long, images=1_000)
+    for part in (0.01, 0.05, 0.2, 0.5, 0.9):
+        a, b = (cosine_learning_rate(int(part * fit.images), fit) for fit in (long, short))
+        assert a == pytest.approx(b, abs=0.11), part  # a step is a hundredth of the short training
+    assert cosine_learning_rate(90, short) == pytest.approx(0.98, abs=0.01)
+
+
+def test_the_decay_of_the_average_warms_up() -> None:
+    """After n updates it is min(beta, (1 + n) / (10 + n)); the initial weights fade within tens of steps."""
+    assert [warmed_up_beta(0.9993, n) for n in (0, 8, 90)] == [0.1, 0.5, 0.91]
+    assert warmed_up_beta(0.9, 10_000) == 0.9
+    initial_share = 1.0
+    for n in range(100):
+        initial_share *= warmed_up_beta(0.9993, n)
+    assert initial_share < 1e-9 < 0.93 < 0.9993**100
+    # A half-life in images gives the decay for any batch size.
+    fit = replace(FIT, ema_halflife_images=80)
+    assert fit.ema_decay**10 == pytest.approx(0.5) and FIT.ema_decay == 0.5
 
 
 def test_ema_weights_are_returned(tmp_path: Path) -> None:
@@ -101,7 +126,8 @@ def test_ema_weights_are_returned(tmp_path: Path) -> None:
 
     fit_modules("one", RunLog(tmp_path, {}), {"one": module}, loss_of, 1, config, 0)
     first, second = -1.0, -1.0 - cosine_learning_rate(1, config)
-    average = 0.75 * (0.25 * first) + 0.25 * second
+    # Decays 1/10 and 2/11 of the warm-up, on the initial weight 0.
+    average = 2 / 11 * (0.9 * first) + 9 / 11 * second
     assert module.weight.item() == pytest.approx(average, rel=1e-5)
     raw = load_file(tmp_path / "checkpoints" / "000000002" / "model.safetensors")
     assert raw["one.weight"].item() == pytest.approx(second, rel=1e-5)

@@ -1,0 +1,99 @@
+"""Pictures and losses that `d2g teacher train` reports while it trains, in OUT/previews."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2g.core.logs import logger
+from d2g.core.png import image_grid, save_png
+from d2g.core.seeds import noise
+from d2g.core.tracking.run_directory import RunLog
+from d2g.diffusion import pretrained
+from d2g.diffusion.latents import decode_uint8, encode, from_uint8
+from d2g.diffusion.teacher import load_teacher
+from teacher_training.loop import Previews
+from teacher_training.verdict import (
+    SAMPLE_GUIDANCE,
+    SAMPLE_STEPS,
+    SAMPLES,
+    denoising_loss,
+    gaussian_loss,
+    reconstruction_psnr,
+    spread_rows,
+)
+
+SHEET_COLUMNS = 8
+
+
+def two_row_sheet(first: Tensor, second: Tensor) -> Tensor:
+    """A grid of N pairs of uint8 images [N, 3, H, W]: each image of `first` above its image of `second`."""
+    rows: list[Tensor] = []
+    for start in range(0, len(first), SHEET_COLUMNS):
+        for images in (first, second):
+            part = images[start : start + SHEET_COLUMNS]
+            blank = torch.full((SHEET_COLUMNS - len(part), *part.shape[1:]), 255, dtype=torch.uint8)
+            rows += [part, blank if len(first) > SHEET_COLUMNS else blank[:0]]
+    return image_grid(torch.cat(rows), columns=min(SHEET_COLUMNS, len(first)))
+
+
+@torch.no_grad()
+def reconstructions(vae: Any, images: Tensor) -> Tensor:
+    """uint8 images [N, 3, S, S] through the autoencoder and back."""
+    return torch.cat(list(decode_uint8(vae, encode(vae, from_uint8(images)))))
+
+
+def autoencoder_previews(folder: Path, images: Tensor, log: RunLog, minutes: float) -> Previews:
+    """Report the PSNR, and draw pictures above their reconstructions, as FOLDER/reconstructions-*.png."""
+    shown, measured = images[spread_rows(len(images), SAMPLES)], images[spread_rows(len(images))]
+
+    def draw(modules: Mapping[str, nn.Module], nimg: int) -> None:
+        vae: Any = modules["vae"]
+        # Reconstructions do not depend on the scaling of the latents.
+        quality, _ = reconstruction_psnr(vae, measured)
+        file = folder / f"reconstructions-{nimg:09d}.png"
+        save_png(two_row_sheet(shown, reconstructions(vae, shown)), file, {"psnr": f"{quality:.2f}"})
+        log.write(nimg, {"preview/psnr": quality})
+        logger.info("vae: %d images, reconstructions have a PSNR of %.1f dB: %s", nimg, quality, file)
+
+    return Previews(draw=draw, minutes=minutes)
+
+
+def denoiser_previews(
+    folder: Path,
+    pipeline: str,
+    images: Tensor,
+    latents: Tensor,
+    captions: Sequence[str],
+    log: RunLog,
+    minutes: float,
+) -> Previews:
+    """Report the loss of the averaged weights, and draw samples below real pictures, FOLDER/samples-*.png.
+
+    pipeline: a folder with everything but trained weights of the text encoder and the U-Net.
+    """
+    teacher, vae = load_teacher(pipeline), pretrained.load_vae(pipeline)
+    shown, measured = spread_rows(len(images), SAMPLES), spread_rows(len(images))
+    texts = [captions[row] for row in shown.tolist()]
+    fixed_noise = noise(0, range(len(shown)), teacher.latent_shape)
+    schedule = pretrained.load_schedule(pipeline)
+    gaussian, _ = gaussian_loss(latents[measured], schedule)
+
+    @torch.no_grad()
+    def draw(modules: Mapping[str, nn.Module], nimg: int) -> None:
+        teacher.conditioner.models["text_encoder"] = modules["text"]
+        trained = replace(teacher, network=modules["unet"])
+        # The loss of the averaged weights, on the same rows and noise each time.
+        hidden = trained.conditioner.encode([captions[row] for row in measured.tolist()]).tensors["hidden"]
+        loss = denoising_loss(modules["unet"], hidden, latents[measured], schedule)
+        samples = trained.sample(fixed_noise, texts, SAMPLE_STEPS, SAMPLE_GUIDANCE, "ddim")
+        file = folder / f"samples-{nimg:09d}.png"
+        drawn = torch.cat(list(decode_uint8(vae, samples)))
+        save_png(two_row_sheet(images[shown], drawn), file, {"loss": f"{loss:.4f}"})
+        log.write(nimg, {"preview/loss": loss})
+        logger.info("unet: %d images, loss %.3f (without structure: %.3f): %s", nimg, loss, gaussian, file)
+
+    return Previews(draw=draw, minutes=minutes)

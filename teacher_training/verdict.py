@@ -1,0 +1,213 @@
+"""Whether a teacher is trained: its losses and its samples beside those of networks that know nothing."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.json_files import read_json, read_json_object
+from d2g.core.seeds import Stream, generator, noise
+from d2g.diffusion import pretrained
+from d2g.diffusion.latents import decode_uint8, encode, from_uint8
+from d2g.diffusion.schedule import Schedule, diffuse
+from d2g.diffusion.teacher import load_teacher
+from eval.metrics.paired import psnr
+
+ROWS = 256
+"""Pictures that the losses and the reconstructions are measured on, evenly spread over all."""
+SAMPLES = 16
+SAMPLE_STEPS = 20
+SAMPLE_GUIDANCE = 3.0
+
+LEAST_GAIN = 0.8
+"""A trained network's loss is below this share of the loss of the best denoiser without any structure."""
+LEAST_PSNR_GAIN = 3.0
+"""A trained autoencoder's PSNR is this many dB above that of the mean picture."""
+STD_RANGE = (0.5, 2.0)
+"""Standard deviation of scaled latents; and of samples, relative to that of real latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherNumbers:
+    """What the verdict is based on. Losses are mean squared errors of epsilon over all timesteps.
+
+    `loss`: of the saved weights; `loss_untrained`: of the same network with fresh weights; `loss_zero`: of
+    predicting zero; `loss_gaussian`: of the best denoiser that knows mean and variance of each channel alone.
+    `psnr`: of reconstructions in dB; `psnr_mean`: of the mean picture. `roughness`: mean squared difference
+    of neighboring latents over their variance: 2 for white noise.
+    """
+
+    latents_std: float
+    samples_std: float
+    latents_roughness: float
+    samples_roughness: float
+    loss: float
+    loss_untrained: float
+    loss_zero: float
+    loss_gaussian: float
+    psnr: float
+    psnr_mean: float
+
+    def faults(self) -> list[str]:
+        """What is wrong, one line each; empty for a trained teacher."""
+        lines = []
+        # The autoencoder.
+        if self.psnr < self.psnr_mean + LEAST_PSNR_GAIN:
+            lines.append(
+                f"the autoencoder's reconstructions have a PSNR of {self.psnr:.1f} dB, the mean picture "
+                f"alone has {self.psnr_mean:.1f} dB"
+            )
+        if not STD_RANGE[0] <= self.latents_std <= STD_RANGE[1]:
+            lines.append(f"the latents have standard deviation {self.latents_std:.3g}, expected about 1")
+        # The denoiser.
+        if not self.loss < LEAST_GAIN * self.loss_gaussian:
+            lines.append(
+                f"the loss is {self.loss:.3f}; a network without any structure reaches "
+                f"{self.loss_gaussian:.3f}, predicting zero {self.loss_zero:.3f}, an untrained network "
+                f"{self.loss_untrained:.3f}"
+            )
+        # Its samples.
+        ratio = self.samples_std / self.latents_std if self.latents_std else float("inf")
+        if not STD_RANGE[0] <= ratio <= STD_RANGE[1]:
+            lines.append(
+                f"samples have standard deviation {self.samples_std:.3g}, real latents {self.latents_std:.3g}"
+            )
+        if not self.samples_roughness < (self.latents_roughness + 2) / 2:
+            lines.append(
+                f"samples look like noise: roughness {self.samples_roughness:.2f}, real latents "
+                f"{self.latents_roughness:.2f}, white noise 2"
+            )
+        return lines
+
+
+def verdict_line(numbers: TeacherNumbers) -> str:
+    """The verdict in words, with the numbers that it is based on."""
+    if faults := numbers.faults():
+        return f"this teacher is not trained: {'; '.join(faults)}"
+    return (
+        f"this teacher is trained: loss {numbers.loss:.3f} (predicting zero: {numbers.loss_zero:.3f}, "
+        f"without structure: {numbers.loss_gaussian:.3f}), reconstructions {numbers.psnr:.1f} dB, "
+        f"samples' standard deviation {numbers.samples_std:.2f} "
+        f"(real latents: {numbers.latents_std:.2f})"
+    )
+
+
+def spread_rows(count: int, limit: int = ROWS) -> Tensor:
+    """At most `limit` row numbers, evenly spread over `count` rows."""
+    return torch.linspace(0, count - 1, min(count, limit)).round().long()
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: Any, images: Tensor) -> tuple[float, float]:
+    """Mean PSNR in dB of the autoencoder on uint8 images [N, 3, S, S], and that of their mean picture."""
+    latents = torch.cat([encode(vae, from_uint8(rows)) for rows in images.split(64)])
+    decoded = torch.cat(list(decode_uint8(vae, latents)))
+    mean = images.float().mean(0, keepdim=True).round().to(torch.uint8).expand_as(images)
+    return psnr(decoded, images).mean().item(), psnr(mean, images).mean().item()
+
+
+@torch.no_grad()
+def denoising_loss(unet: nn.Module, hidden: Tensor, latents: Tensor, schedule: Schedule) -> float:
+    """Mean squared error of epsilon on latents [N, C, h, w] with text `hidden` [N, L, D].
+
+    Row i has the noise of (0, i); timesteps are evenly spread: equal weights give equal numbers.
+    """
+    timesteps, epsilon, noisy = _fixed_noise(latents, schedule)
+    rows = zip(noisy.split(64), timesteps.split(64), hidden.split(64), strict=True)
+    predicted = torch.cat([unet(x, t, h).sample for x, t, h in rows])
+    return (predicted.float() - epsilon).square().mean().item()
+
+
+def gaussian_loss(latents: Tensor, schedule: Schedule) -> tuple[float, float]:
+    """(loss of the best denoiser that knows mean and variance of each channel alone, loss of predicting 0).
+
+    Both on the noise and timesteps of `denoising_loss`. The denoiser is the posterior mean of a Gaussian.
+    """
+    timesteps, epsilon, noisy = _fixed_noise(latents, schedule)
+    alpha = schedule.alphas_cumprod.float()[timesteps].view(-1, 1, 1, 1)
+    mean, variance = latents.mean((0, 2, 3), keepdim=True), latents.var((0, 2, 3), keepdim=True)
+    predicted = (1 - alpha).sqrt() * (noisy - alpha.sqrt() * mean) / (alpha * variance + 1 - alpha)
+    return (predicted - epsilon).square().mean().item(), epsilon.square().mean().item()
+
+
+def _fixed_noise(latents: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+    """Timesteps [N], noise [N, C, h, w] and noisy latents for measuring losses."""
+    # Rows and timesteps are shuffled against each other, so that no class of pictures has low noise alone.
+    order = torch.randperm(len(latents), generator=generator(0, Stream.TEACHER_VERDICT))
+    timesteps = torch.linspace(0, len(schedule) - 1, len(latents)).round().long()[order]
+    epsilon = noise(0, range(len(latents)), tuple(latents.shape[1:]))
+    return timesteps, epsilon, diffuse(latents, epsilon, schedule.alphas_cumprod.float(), timesteps)
+
+
+def roughness(latents: Tensor) -> float:
+    """Mean squared difference of neighbors in [N, C, h, w] over the variance: 2 for white noise."""
+    squares = (latents.diff(dim=2).square().mean() + latents.diff(dim=3).square().mean()) / 2
+    return (squares / latents.var().clamp(min=1e-12)).item()
+
+
+@torch.no_grad()
+def measure_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> TeacherNumbers:
+    """Measure the teacher in `folder` with the weights on disk, on uint8 images [N, 3, S, S] and captions."""
+    name = str(folder)
+    teacher, vae, schedule = load_teacher(name), pretrained.load_vae(name), pretrained.load_schedule(name)
+    rows = spread_rows(len(images))
+    images, texts = images[rows], [captions[row] for row in rows.tolist()]
+    latents = torch.cat([encode(vae, from_uint8(part)) for part in images.split(64)])
+    # Losses of the saved network, of a fresh one, and of two that are no networks.
+    hidden = teacher.conditioner.encode(texts).tensors["hidden"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = type(teacher.network).from_config(teacher.config).eval()
+    gaussian, zero = gaussian_loss(latents, schedule)
+    # Samples with the captions of the pictures.
+    count = min(SAMPLES, len(images))
+    latent_noise = noise(0, range(count), teacher.latent_shape)
+    samples = teacher.sample(latent_noise, texts[:count], SAMPLE_STEPS, SAMPLE_GUIDANCE, "ddim")
+    quality, quality_of_mean = reconstruction_psnr(vae, images)
+    return TeacherNumbers(
+        latents_std=latents.std().item(),
+        samples_std=samples.std().item(),
+        latents_roughness=roughness(latents),
+        samples_roughness=roughness(samples),
+        loss=denoising_loss(teacher.network, hidden, latents, schedule),
+        loss_untrained=denoising_loss(fresh, hidden, latents, schedule),
+        loss_zero=zero,
+        loss_gaussian=gaussian,
+        psnr=quality,
+        psnr_mean=quality_of_mean,
+    )
+
+
+def judge_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> dict[str, Any]:
+    """Measure a finished teacher and write FOLDER/training/verdict.json; returns its content."""
+    numbers = measure_teacher(folder, images, captions)
+    verdict = {
+        "trained": not numbers.faults(),
+        "verdict": verdict_line(numbers),
+        "numbers": asdict(numbers),
+        "weights_sha256": pretrained.weights_sha256(str(folder)),
+    }
+    write_atomically(folder / "training" / "verdict.json", json.dumps(verdict, indent=1))
+    return verdict
+
+
+def recorded_verdict(folder: Path) -> Mapping[str, Any] | None:
+    """The verdict on a teacher of `d2g teacher train`; None for other teachers.
+
+    It is measured again, on the pictures in FOLDER/training, if the weights have changed since.
+    """
+    file, pixels = folder / "training" / "verdict.json", folder / "training" / "images.npy"
+    if file.is_file():
+        verdict = read_json_object(file, f"delete {file}, it is measured again")
+        if verdict.get("weights_sha256") == pretrained.weights_sha256(str(folder)):
+            return verdict
+    if not pixels.is_file():
+        return None
+    captions = read_json(folder / "training" / "captions.json", f"restore {folder}", list[str])
+    return judge_teacher(folder, torch.from_numpy(np.load(pixels)), captions)

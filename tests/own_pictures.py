@@ -1,0 +1,83 @@
+"""Small captioned pictures in every kind of folder, and settings of a teacher that trains on them."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+
+from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
+from teacher_training.config import AutoencoderConfig, ClipConfig, DenoiserConfig, FitConfig, TeacherConfig
+
+SIZE = 16
+CONFIG = TeacherConfig(
+    size=SIZE,
+    images=40,
+    vae=AutoencoderConfig(
+        channels=(8, 8), latent_channels=4, fit=FitConfig(images=64, batch_size=16, lr=1e-3)
+    ),
+    unet=DenoiserConfig(
+        channels=(8, 16),
+        text_width=16,
+        text_layers=1,
+        vocab_size=300,
+        max_length=12,
+        fit=FitConfig(images=64, batch_size=16, lr=1e-3),
+    ),
+    lpips=LPIPSTrainConfig(
+        network=LPIPSConfig(width=1 / 16),
+        trunk=TrunkTrainConfig(optimizer="adamw", lr=1e-3, batch=16, images=32, grid=2, held_out=0.2),
+        calibrate=CalibrateConfig(epochs=1),
+        triplets=20,
+    ),
+    clip=ClipConfig(
+        patch=8,
+        width=32,
+        layers=1,
+        text_width=32,
+        text_layers=1,
+        context=12,
+        embed=16,
+        images=32,
+        batch_size=16,
+    ),
+)
+COLORS = ("red", "green", "blue", "yellow")
+
+
+def make_image(number: int) -> tuple[Image.Image, str, str]:
+    """(image, color, shape): a disc or a box in an image that is not square and has to be cropped."""
+    color, shape = COLORS[number % 4], ("disc", "box")[number // 4 % 2]
+    image = Image.new("RGB", (SIZE + 4, SIZE), "white")
+    draw = ImageDraw.Draw(image)
+    left = 3 + number % 5
+    (draw.ellipse if shape == "disc" else draw.rectangle)((left, 3, left + 9, 12), fill=color)
+    return image, color, shape
+
+
+def image_folder(folder: Path) -> None:
+    lines = []
+    for number in range(40):
+        image, color, shape = make_image(number)
+        image.save(folder / f"{number:03d}.png")
+        lines.append(json.dumps({"file_name": f"{number:03d}.png", "caption": f"a {color} {shape}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def class_folders(folder: Path) -> None:
+    for number in range(40):
+        image, color, shape = make_image(number)
+        (folder / f"{color}_{shape}").mkdir(exist_ok=True)
+        image.save(folder / f"{color}_{shape}" / f"{number:03d}.png")
+
+
+def parquet(folder: Path) -> None:
+    rows = []
+    for number in range(40):
+        image, color, shape = make_image(number)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        rows.append({"image": {"bytes": buffer.getvalue()}, "caption": f"a {color} {shape}"})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
