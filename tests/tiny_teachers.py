@@ -5,6 +5,7 @@ usual, so that conditioning and guidance change the latents by more than roundin
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pretrained import SD_BETAS, new_tokenizer, new_unet, new_vae
-from tiny import CAPTIONS, save_lpips
+from tiny import CAPTIONS, save_lpips, save_teacher
 
 LATENT = (4, 4, 4)
 DDIM = dict(SD_BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
@@ -297,6 +298,30 @@ def save_transformer(family: str, folder: Path, **settings: Any) -> str:
     return name
 
 
+UNETS: dict[str, Callable[[Path], str]] = {
+    "sd": save_teacher,
+    "unet2d": lambda folder: save_pixels(folder, classes=6),
+    "edm": lambda folder: save_edm(folder, classes=6),
+    "ldm": save_ldm,
+}
+"""Kinds of U-Nets that differ for a discriminator -> a function that saves a teacher of the kind."""
+
+
+def save_kind(kind: str, folder: Path) -> str:
+    """A teacher of one of UNETS or TRANSFORMERS."""
+    return UNETS[kind](folder) if kind in UNETS else save_transformer(kind, folder)
+
+
+def random_inputs(
+    kind: str, rows: int, seed: int = 0, dtype: Any = torch.float32, size: int = 4
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """Latents, noise [rows, C, size, size] and conditioning of the tiny teacher of a kind."""
+    rng = torch.Generator().manual_seed(seed)
+    channels = {"sd3": 8, "unet2d": 3, "edm": 3, "ldm": 3}.get(kind, 4)
+    x, noise = (torch.randn(rows, channels, size, size, generator=rng, dtype=dtype) for _ in range(2))
+    return x, noise, random_conditioning(kind, rows, seed, dtype)
+
+
 def random_conditioning(family: str, rows: int, seed: int = 0, dtype: Any = torch.float32) -> Conditioning:
     """Conditioning of the tiny teacher of a family: random numbers, masks and labels."""
     rng = torch.Generator().manual_seed(seed)
@@ -304,8 +329,10 @@ def random_conditioning(family: str, rows: int, seed: int = 0, dtype: Any = torc
     def normal(*shape: int) -> Tensor:
         return torch.randn(rows, *shape, generator=rng, dtype=dtype)
 
-    if family == "dit":
+    if family in ("dit", "unet2d", "edm"):
         return Conditioning.from_labels(torch.arange(rows) % 5)
+    if family == "ldm":
+        return Conditioning.empty(rows)
     if family == "pixart":
         mask = torch.arange(7) <= torch.arange(rows)[:, None] % 5 + 1
         return Conditioning({"hidden": normal(7, 16), "mask": mask.long()})

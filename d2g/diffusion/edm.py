@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError
@@ -14,6 +15,9 @@ EDMPrediction = Literal["epsilon", "v_prediction"]
 """diffusers' names for the sign of c_out: epsilon is the paper's +, v_prediction is -."""
 
 SigmaGrid = Literal["karras", "exponential"]
+
+LEVELS = 1000
+"""Number of noise levels that `EDMSchedule` gives numbers to, in place of timesteps."""
 
 
 class Preconditioning(NamedTuple):
@@ -68,6 +72,28 @@ class EDMSchedule:
     spacing: Literal["linspace"] = "linspace"  # evenly from end to end, in the quantity of `grid`
     final_alpha_one: bool = True  # the sampler ends at clean data
 
+    def __len__(self) -> int:
+        return LEVELS
+
+    def sigma(self, level: Tensor) -> Tensor:
+        """sigma, float64 [B], of noise levels 0 to LEVELS - 1 [B]: the grid of LEVELS steps, from sigma_min
+        up to sigma_max."""
+        ramp = level.to(torch.float64) / (LEVELS - 1)
+        if self.grid == "exponential":
+            return self.sigma_min * torch.exp(ramp * math.log(self.sigma_max / self.sigma_min))
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return torch.pow(low + ramp * (high - low), self.rho)
+
+    def diffuse(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """x_0 + sigma eps for x_0 and noise [B, ...] at noise levels [B], in the dtype of x_0."""
+        return (x0 + _per_row(self.sigma(timestep.to(x0.device)), x0) * noise).to(x0.dtype)
+
+    def network_at(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's input c_in x and its time input c_noise [B], fp32, at noise levels [B]."""
+        sigma = self.sigma(timestep.to(x.device))
+        c_in = 1 / (sigma.square() + self.sigma_data**2).sqrt()
+        return (_per_row(c_in, x) * x).to(x.dtype), (sigma.log() / 4).float()
+
     def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
         """The `steps` points at which a sampler evaluates the network, and the end, sigma = 0.
 
@@ -116,3 +142,8 @@ class EDMSchedule:
     @property
     def _sign(self) -> float:
         return -1.0 if self.prediction == "v_prediction" else 1.0
+
+
+def _per_row(values: Tensor, x: Tensor) -> Tensor:
+    """A number for each row [B], in a shape that multiplies x [B, ...]."""
+    return values.view(-1, *[1] * (x.ndim - 1))

@@ -218,6 +218,11 @@ def conditioner_on_meta(name: str) -> Conditioner:
     return conditioner
 
 
+def is_unconditional(name: str) -> bool:
+    """Whether a teacher takes neither text nor classes, from its configs alone."""
+    return not family_of(name).reads_text and conditioner_on_meta(name).kind == "none"
+
+
 def load_conditioner(
     name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Conditioner:

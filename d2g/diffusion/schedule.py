@@ -51,6 +51,10 @@ class _UnscaledInput:
         """The network's input at `point`, from x [B, C, h, w]."""
         return x
 
+    def network_at(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's input and its time input [B] at timesteps [B]: both unchanged."""
+        return x, timestep
+
     def denoised(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
         """x_0 and epsilon from a network's output, fp32; see `denoised_from`."""
         return denoised_from(output, x, point, self.prediction)

@@ -12,8 +12,8 @@ from torch import Tensor
 from d2g.core.errors import SettingError
 from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
-from d2g.diffusion.edm import EDMSchedule
-from d2g.diffusion.schedule import FlowSchedule, Schedule
+from d2g.diffusion.schedule import Schedule
+from d2g.diffusion.scheduler_files import AnySchedule
 from distill.config.components import DiscriminatorConfig
 
 
@@ -44,12 +44,11 @@ class NoiseAugmentation:
     The noise of a row depends only on the seed, the row number, and whether the row is real or fake.
     """
 
-    def __init__(
-        self, gan: DiscriminatorConfig | None, schedule: Schedule | FlowSchedule | None, seed: int
-    ) -> None:
+    def __init__(self, gan: DiscriminatorConfig | None, schedule: AnySchedule | None, seed: int) -> None:
         """gan and schedule: discriminator settings and the teacher's schedule, None in the regression stage.
 
-        Raises SettingError if gan.noise_max_timestep exceeds T.
+        Raises SettingError for timesteps that the schedule does not have. Those of an EDM are numbers of
+        noise levels.
         """
         self.gan, self.seed = gan, seed
         self.active = gan is not None and gan.noise_augment != "none"
@@ -59,6 +58,8 @@ class NoiseAugmentation:
                 f"gan.noise_max_timestep is {gan.noise_max_timestep}; the teacher's schedule has "
                 f"{self.train_steps}"
             )
+        if gan is not None and schedule is not None and gan.timestep >= self.train_steps:
+            raise SettingError(f"gan.timestep is {gan.timestep}; expected 0 to {self.train_steps - 1}")
 
     def levels(self, rows: int, rng: torch.Generator) -> Tensor | None:
         """Sample D's time inputs [rows] for a step; None if D uses its constant timestep."""
@@ -88,12 +89,11 @@ def build_noise_augmentation(
 ) -> NoiseAugmentation:
     """Build the noise augmentation of a run. gan: None in the regression stage.
 
-    The regression stage adds no noise and loads no schedule, because its teacher may be an EDM without one.
+    The regression stage adds no noise and loads no schedule.
     """
     if gan is None:
         return NoiseAugmentation(None, None, seed)
     schedule = pretrained.load_any_schedule(teacher)
-    assert not isinstance(schedule, EDMSchedule), "check_teacher must run first"
     if isinstance(schedule, Schedule):
         schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
     return NoiseAugmentation(gan, schedule, seed)

@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import get_args
 
 from d2g.core.errors import SettingError
+from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import open_pipeline
-from distill.config.components import DiscriminatorName
+from distill.config.components import DiscriminatorConfig, DiscriminatorName
 from distill.models.discriminator_kind import DiscriminatorKind
 
 
@@ -25,13 +26,20 @@ DISCRIMINATORS: dict[str, DiscriminatorKind] = {name: _load(name) for name in ge
 """Discriminators by their name in `gan.discriminator`."""
 
 
-def check_discriminator(teacher: str, name: str) -> None:
-    """Raise SettingError for a discriminator that is not built from the teacher's kind of network."""
-    kind, pipeline = DISCRIMINATORS[name], open_pipeline(teacher)
-    network = pipeline.family.network
+def check_discriminator(teacher: str, config: DiscriminatorConfig) -> None:
+    """Raise SettingError for a discriminator that is not built from the teacher's kind of network, and for
+    mix-and-match where no row has a condition that could be wrong.
+    """
+    name, pipeline = config.discriminator, open_pipeline(teacher)
+    kind, network = DISCRIMINATORS[name], pipeline.family.network
     if kind.network not in ("", network):
         fitting = [other for other, each in DISCRIMINATORS.items() if each.network == network]
         raise SettingError(
             f"gan.discriminator is {name!r}, but the network of {teacher}, a {pipeline.kind}, is a "
             f"{network}; set gan.discriminator={' or '.join(fitting)}"
+        )
+    if config.mix_fraction and pretrained.is_unconditional(teacher):
+        raise SettingError(
+            f"gan.mix_fraction is {config.mix_fraction:g}, but {teacher} is unconditional: its rows have no "
+            "text or class to mismatch; set gan.mix_fraction=0"
         )

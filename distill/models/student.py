@@ -11,7 +11,7 @@ from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.edm import EDMSchedule
-from d2g.diffusion.families.base import Family
+from d2g.diffusion.families.base import SCHEDULE_NAMES, Family
 from d2g.diffusion.lora import add_lora
 from d2g.diffusion.pipelines import family_of, open_pipeline
 from d2g.diffusion.scheduler_files import AnySchedule, schedule_kind
@@ -164,11 +164,7 @@ def _wrap(network: Any, teacher: str, timestep: int, config: StudentConfig | Non
 
 def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
     """Raise SettingError if a stage, an input for the guidance scale, or dropout is not supported for this
-    teacher.
-
-    The GAN stage needs a transformer, or a variance-preserving U-Net of text: the paper trains no
-    discriminator of a class-conditional network or of an EDM (Table A1, CIFAR10).
-    """
+    teacher."""
     pipeline = open_pipeline(teacher)
     family = pipeline.family
     if student.guidance_conditioning and not family.takes_guidance:
@@ -182,13 +178,11 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
             "no residual blocks to drop values in; set it to 0"
         )
     pretrained.expect_student_family(teacher)
-    if stage == "ode":
-        return
-    if not family.gan or schedule_kind(pretrained.load_any_schedule(teacher)) not in family.gan:
-        what = "is preconditioned as in EDM" if family.gan else f"is a {pipeline.kind}, which knows no text"
+    kind = schedule_kind(pretrained.load_any_schedule(teacher))
+    if stage == "gan" and kind not in family.gan:
         raise SettingError(
-            f"stage {stage} needs a transformer or a variance-preserving teacher of text, but {teacher} "
-            f"{what}; its students are trained by `d2g distill ode` alone"
+            f"stage gan has no discriminator for {teacher}, a {pipeline.kind} of kind "
+            f"{SCHEDULE_NAMES[kind]}; its students are trained by `d2g distill ode` alone"
         )
 
 

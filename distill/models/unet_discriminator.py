@@ -2,11 +2,11 @@
 
 The forward pass is written out over the U-Net's blocks, because hooks fire twice under activation
 checkpointing and break under sharding (method.md "Features without hooks"). Layout: method.md "Discriminator
-architecture". No public reference implementation exists.
+architecture" and "Discriminators of U-Nets without text". No public reference implementation exists.
 """
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from d2g.diffusion.families.unet import added_conditions
+from d2g.diffusion.families.unet import UNetFamily
 from d2g.diffusion.pipelines import family_of
+from d2g.diffusion.scheduler_files import AnySchedule
 from distill.config.components import DiscriminatorConfig
 from distill.models.discriminator_kind import DiscriminatorKind
 
@@ -33,23 +34,47 @@ BLOCK_TYPES = tuple(
 )
 """Types of U-Net blocks that are supported."""
 
+TEXT_SETTINGS = (
+    ("class_embed_type", (None,)),
+    ("num_class_embeds", (None,)),
+    ("addition_embed_type", (None, "text", "text_time")),
+    ("encoder_hid_dim_type", (None, "text_proj")),
+)
+"""Settings of a UNet2DConditionModel and their values that are supported."""
+
+CLASS_SETTINGS = (("class_embed_type", (None,)), ("time_embedding_type", ("positional", "learned")))
+"""The same of a UNet2DModel. Fourier features take the logarithm of the timestep, which may be 0 here."""
+
 
 class Discriminator(nn.Module):
-    """D(x, z, c): patch logits of every head, from a UNet2DConditionModel that it takes over and trains.
+    """D(x, z, c): patch logits of every head, from a U-Net of diffusers that it takes over and trains.
 
     h0 = conv_in(x) + conv_z(z) with conv_z zero at the start. Resize(x) enters each lower encoder scale
     through a zero convolution, so the trunk starts as the teacher. Each decoder scale has three 1x1 heads: on
     its input from below, on the encoder's skip, and on its output. Heads are not zero, or no gradient would
-    flow. `downscale`: pixels per latent, for SDXL's time ids.
+    flow. Text and classes enter as in the teacher. With classes each head h also has a projection P_h, zero
+    at the start: it adds <P_h e(c), features> to the logits, e(c) the teacher's class embedding (Miyato and
+    Koyama 2018).
+
+    `downscale`: pixels per latent, for SDXL's time ids. `schedule`: of the teacher; an EDM network sees
+    c_in x and c_noise of the noise level that its time input numbers. None: as variance-preserving ones.
 
     Raises UserError for a U-Net with blocks or conditions that are not supported.
 
     """
 
-    def __init__(self, unet: Any, config: DiscriminatorConfig, downscale: int = 8) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        family: UNetFamily,
+        config: DiscriminatorConfig,
+        downscale: int = 8,
+        schedule: AnySchedule | None = None,
+    ) -> None:
         super().__init__()
-        _check_supported(unet)
+        _check_supported(unet, family)
         self.unet: Any = unet
+        self.family, self.schedule = family, schedule
         self.timestep, self.downscale = config.timestep, downscale
         # Inputs: noise beside the latents, and resized latents at each lower scale.
         channels, first = unet.config.in_channels, unet.conv_in.out_channels
@@ -67,6 +92,14 @@ class Discriminator(nn.Module):
         )
         if config.output_head:
             self.heads["output"] = nn.Conv2d(unet.config.out_channels, 1, 1)
+        # Class embeddings, projected to the features of each head.
+        classes = None if family.reads_text else unet.class_embedding
+        self.projections = nn.ModuleDict()
+        if classes is not None:
+            for name, head in self.heads.items():
+                width = cast(nn.Conv2d, head).in_channels
+                self.projections[name] = projection = nn.Linear(classes.embedding_dim, width, bias=False)
+                nn.init.zeros_(projection.weight)
         # Heads read a block's output before upsampling, so the upsamplers move out of the blocks.
         self.upsamplers = nn.ModuleList(nn.ModuleList(block.upsamplers or ()) for block in unet.up_blocks)
         for block in unet.up_blocks:
@@ -94,25 +127,26 @@ class Discriminator(nn.Module):
         t [B]: the time input, such as the noise level of x; None: the config's constant.
         """
         unet, logits = self.unet, {}
-        text = cond.tensors["hidden"]
         if t is None:
             t = torch.full((len(x),), self.timestep, device=x.device)
-        t = t.to(x.device)
-        # Embeddings of time and conditioning, as in UNet2DConditionModel.forward.
-        temb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
-        added = added_conditions(unet.config, cond, x, self.downscale)
-        extra = unet.get_aug_embed(emb=temb, encoder_hidden_states=text, added_cond_kwargs=added)
-        temb = temb if extra is None else temb + extra
-        temb = temb if unet.time_embed_act is None else unet.time_embed_act(temb)
-        hidden = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
+        t, latents = t.to(x.device), x
+        if self.schedule is not None:
+            x, t = self.schedule.network_at(latents, t)
+        # Embeddings of time and conditioning, as in the teacher.
+        temb, states = self.family.embeddings(unet, x, t, cond, self.downscale)
+        classes = self.family.class_embedding(unet, cond)
 
-        def read(scale: int, place: str, features: Tensor) -> None:
-            if (name := f"{scale}_{place}") in self.heads:
-                logits[name] = self.heads[name](features)
+        def read(name: str, features: Tensor) -> None:
+            if name not in self.heads:
+                return
+            logits[name] = self.heads[name](features)
+            if classes is not None:
+                weights = self.projections[name](classes)
+                logits[name] = logits[name] + torch.einsum("bc,bchw->bhw", weights, features)[:, None]
 
         def run(block: Any, *features: Any) -> Any:
             has_text = getattr(block, "has_cross_attention", False)
-            text_states = {"encoder_hidden_states": hidden} if has_text else {}
+            text_states = {"encoder_hidden_states": states} if has_text else {}
             return block(*features, temb=temb, **text_states)
 
         # Encoder: noise enters at the top, resized inputs at each lower scale.
@@ -124,22 +158,22 @@ class Discriminator(nn.Module):
             h, block_skips = run(block, h)
             skips += block_skips
             if self.conv_scale is not None and block.downsamplers is not None:
-                h = h + self.conv_scale[scale](_resize(x, h.shape[2:]))
+                h = h + self.conv_scale[scale](_resize(latents, h.shape[2:]))
         if unet.mid_block is not None:
             h = run(unet.mid_block, h)
         # Decoder: three heads at each scale, then upsampling.
         for scale, block in enumerate(unet.up_blocks):
             count = len(block.resnets)
             block_skips, skips = tuple(skips[-count:]), skips[:-count]
-            read(scale, "before", h)
-            read(scale, "skip", block_skips[-1])
+            read(f"{scale}_before", h)
+            read(f"{scale}_skip", block_skips[-1])
             h = run(block, h, block_skips)
-            read(scale, "after", h)
+            read(f"{scale}_after", h)
             for up in self.upsamplers[scale]:  # type: ignore[attr-defined]
                 h = up(h, temb) if "Resnet" in type(up).__name__ else up(h, skips[-1].shape[2:])
         if "output" in self.heads:
             h = h if unet.conv_norm_out is None else unet.conv_act(unet.conv_norm_out(h))
-            logits["output"] = self.heads["output"](unet.conv_out(h))
+            read("output", unet.conv_out(h))
         return logits
 
 
@@ -147,7 +181,7 @@ def discriminator_from_teacher(
     teacher: str, config: DiscriminatorConfig, generator: torch.Generator
 ) -> Discriminator:
     """A discriminator with the teacher's weights; `generator` initializes the heads."""
-    discriminator = Discriminator(pretrained.load_unet(teacher), config, pretrained.latent_downscale(teacher))
+    discriminator = _around(pretrained.load_unet(teacher), teacher, config)
     for head in discriminator.heads.values():
         assert isinstance(head, nn.Conv2d) and head.bias is not None
         bound = head.weight[0].numel() ** -0.5
@@ -159,8 +193,15 @@ def discriminator_from_teacher(
 def discriminator_on_meta(teacher: str, config: DiscriminatorConfig) -> Discriminator:
     """The same network without weights."""
     with torch.device("meta"):
-        unet, downscale = pretrained.load_on_meta(teacher, "unet"), pretrained.latent_downscale(teacher)
-        return Discriminator(unet, config, downscale)
+        return _around(pretrained.load_on_meta(teacher, "unet"), teacher, config)
+
+
+def _around(unet: Any, teacher: str, config: DiscriminatorConfig) -> Discriminator:
+    family, downscale = family_of(teacher), pretrained.latent_downscale(teacher)
+    assert isinstance(family, UNetFamily), "check_discriminator must run first"
+    with torch.device("cpu"):
+        schedule = pretrained.load_any_schedule(teacher)
+    return Discriminator(unet, family, config, downscale, schedule)
 
 
 UNET = DiscriminatorKind(
@@ -181,7 +222,7 @@ def added_parameters(discriminator: Discriminator) -> int:
     )
 
 
-def _check_supported(unet: Any) -> None:
+def _check_supported(unet: Any, family: UNetFamily) -> None:
     # D reads a feature map after every block, so each block must be of a known kind.
     for block_type in (type(block).__name__ for block in (*unet.down_blocks, *unet.up_blocks)):
         if block_type not in BLOCK_TYPES:
@@ -190,13 +231,8 @@ def _check_supported(unet: Any) -> None:
                 f"supported are {', '.join(BLOCK_TYPES)}"
             )
 
-    # D computes the embeddings of time and text itself: the conditions that it can compute.
-    for name, supported in (
-        ("class_embed_type", (None,)),
-        ("num_class_embeds", (None,)),
-        ("addition_embed_type", (None, "text", "text_time")),
-        ("encoder_hid_dim_type", (None, "text_proj")),
-    ):
+    # D computes the embeddings of time and conditions itself: the ones that it can compute.
+    for name, supported in TEXT_SETTINGS if family.reads_text else CLASS_SETTINGS:
         if (value := getattr(unet.config, name)) not in supported:
             raise UserError(
                 f"discriminator: the teacher's U-Net has {name} {value!r}; supported: "

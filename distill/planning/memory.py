@@ -298,7 +298,7 @@ def _meta_student(config: DistillConfig) -> Student:
 
 
 def _meta_discriminator(teacher: str, gan: DiscriminatorConfig) -> nn.Module:
-    check_discriminator(teacher, gan.discriminator)
+    check_discriminator(teacher, gan)
     return DISCRIMINATORS[gan.discriminator].build_on_meta(teacher, gan)
 
 

@@ -293,7 +293,7 @@ def _open_reader(config: DistillConfig) -> PairRows:
     reader = open_pairs(config.pairs, pretrained.teacher_digests(config.teacher), config.data, guided)
     check_teacher(config.teacher, config.stage, config.student)
     if config.stage == "gan":
-        check_discriminator(config.teacher, config.gan.discriminator)
+        check_discriminator(config.teacher, config.gan)
     held_out(len(reader), held_out_pairs)
     require_enough_pairs(len(reader), config.train.batch_size, held_out_pairs)
     return reader

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 import parallel_worker
-import tiny
 import tiny_teachers
 from d2g.core.distributed.engine import DistributedModule
-from d2g.diffusion.pipelines import family_of
 from distill.losses.adversarial import discriminator_loss
 from distill.losses.gradient_penalty import r1_penalty
 from parallel_worker import FAMILIES, ROWS, batch, gradients, new_discriminator
@@ -28,9 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case on two processes: FOLDER/FAMILY/CASE.pt."""
     folder = tmp_path_factory.mktemp("parallel")
-    tiny.save_teacher(folder / "sd" / "teacher")
-    for family in tiny_teachers.TRANSFORMERS:
-        tiny_teachers.save_transformer(family, folder / family / "teacher")
+    for kind in FAMILIES:
+        tiny_teachers.save_kind(kind, folder / kind / "teacher")
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", parallel_worker.__file__]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -50,7 +47,7 @@ def one_process(teacher: str, parts: int, half: bool) -> dict[str, Tensor]:
     network = new_discriminator(teacher, seed=0)
     trained = [p for p in network.parameters() if p.requires_grad]
     optim = torch.optim.SGD(trained, 0.1)
-    real, fake, noise, text = batch(family_of(teacher).name)
+    real, fake, noise, text = batch(teacher)
     for _ in range(2):
         optim.zero_grad()
         first = [0, ROWS // 2]
@@ -108,7 +105,7 @@ def test_a_single_process_gives_the_networks_gradients(kind: str, folder: Path) 
     assert done.returncode == 0, done.stderr
     results = torch.load(out, weights_only=True)
     network = new_discriminator(str(folder / "sd" / "teacher"), seed=0)
-    real, fake, noise, text = batch("sd")
+    real, fake, noise, text = batch(str(folder / "sd" / "teacher"))
     assert torch.equal(results["weight.unet.conv_norm_out.weight"], network.unet.conv_norm_out.weight)
     with_r1 = gradients(str(folder / "sd" / "teacher"))
     for name, value in with_r1.items():
@@ -121,7 +118,7 @@ def test_compiled_passes_agree_with_eager_ones(folder: Path) -> None:
     """The compiled network agrees with the eager one, and R1 still has its second derivative."""
     network = new_discriminator(str(folder / "sd" / "teacher"), seed=0)
     compiled = DistributedModule(network, "ddp", torch.device("cpu"), compile_backend="aot_eager")
-    real, _, noise, text = batch("sd")
+    real, _, noise, text = batch(str(folder / "sd" / "teacher"))
     for name, value in compiled(real, noise, text).items():
         torch.testing.assert_close(value, network(real, noise, text)[name])
     with compiled.bare_module() as bare:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import EDMEulerScheduler
@@ -17,7 +18,7 @@ from d2g.diffusion.pipelines import FAMILY_OF, family_of
 from d2g.diffusion.scheduler_files import load_any_schedule, schedule_kind
 from d2g.diffusion.teacher import describe_stages
 from d2g_cli.main import app
-from distill.config.components import StudentConfig
+from distill.config.components import DiscriminatorConfig, StudentConfig
 from distill.export.one_step_pipeline import pipeline_schedule
 from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher, student_from_teacher
@@ -79,7 +80,8 @@ def can_build_student(teacher: str, stage: str, **student: int) -> bool:
     try:
         check_teacher(teacher, stage, config)
         if stage == "gan":
-            check_discriminator(teacher, family_of(teacher).network)
+            network: Any = family_of(teacher).network
+            check_discriminator(teacher, DiscriminatorConfig(discriminator=network, mix_fraction=0.0))
         student_from_teacher(teacher, config=config)
     except (SettingError, UserError):
         return False
@@ -118,7 +120,5 @@ def test_describing_a_teacher_lists_its_supported_stages(teachers: dict[str, str
     assert flow.endswith("supports pairs, regression, GAN, LoRA, export (safetensors, diffusers, lora)")
     edm, classes = describe_stages(teachers["sdxl edm"]), describe_stages(teachers["unet2d classes"])
     for line in (edm, classes):
-        assert line.endswith(
-            "supports pairs, regression, LoRA, export (safetensors, onnx); not supported: GAN"
-        )
+        assert line.endswith("supports pairs, regression, GAN, LoRA, export (safetensors, onnx)")
         assert "\n" not in line

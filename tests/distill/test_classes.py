@@ -24,7 +24,13 @@ from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.schedule import Point, Schedule
 from d2g.diffusion.teacher import load_teacher
 from distill.config.components import StudentConfig
-from distill.config.run import DistillConfig, EngineConfig, RegressionConfig, TrainConfig
+from distill.config.run import (
+    DiscriminatorConfig,
+    DistillConfig,
+    EngineConfig,
+    RegressionConfig,
+    TrainConfig,
+)
 from distill.losses.regression.regression import build_regression
 from distill.models.row_dropout import row_keys, set_dropout_keys
 from distill.models.student import Student, add_adapters, check_teacher, set_trainable, student_from_teacher
@@ -166,22 +172,35 @@ def test_learned_variance_channels_are_dropped(tmp_path: Path) -> None:
     assert student_from_teacher(str(tmp_path))(z, torch.empty(2, 0)).shape == z.shape
 
 
-REFUSED = {
-    "class-conditional EDM": "is a DDPMPipeline, which knows no text",
-    "text EDM": "is preconditioned as in EDM",
-    "unconditional latents": "is a LDMPipeline, which knows no text",
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_gan_stage_is_refused_without_a_vp_text_teacher(kind: str, folders: dict[str, str]) -> None:
-    check_teacher(folders[kind], "ode", StudentConfig())
-    for call in (
-        lambda: check_teacher(folders[kind], "gan", StudentConfig()),
-        lambda: predict(DistillConfig(stage="gan", teacher=folders[kind]), 1),  # --dry-run
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gan_stage_builds_a_discriminator(kind: str, folders: dict[str, str]) -> None:
+    """Its weights are counted twice by --dry-run; mix-and-match needs text or classes."""
+    gan = DiscriminatorConfig(mix_fraction=0.0)
+    config = DistillConfig(
+        stage="gan",
+        teacher=folders[kind],
+        gan=gan,
+        regression=RegressionConfig(losses=(("mse", 1.0),)),
+        train=TrainConfig(precision="fp32"),
+    )
+    memory = predict(config, 1)
+    assert memory.weights > 1.9 * memory.average and memory.working > 0
+    if not kind.startswith("unconditional"):
+        assert predict(replace(config, gan=DiscriminatorConfig()), 1).weights == memory.weights
+        return
+    with pytest.raises(
+        SettingError, match=r"mix_fraction is 0\.25, but .* is unconditional: .*mix_fraction=0"
     ):
-        with pytest.raises(SettingError, match=f"stage gan needs .*{REFUSED[kind]}; .*`d2g distill ode`"):
-            call()
+        predict(replace(config, gan=DiscriminatorConfig()), 1)
+
+
+def test_a_family_without_discriminators_is_refused(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(FAMILIES["unet2d"]), "gan", ("vp",))
+    check_teacher(folders["class-conditional pixels"], "gan", StudentConfig())
+    with pytest.raises(SettingError, match=r"no discriminator for .*DDPMPipeline of kind EDM; its"):
+        check_teacher(folders["class-conditional EDM"], "gan", StudentConfig())
 
 
 def test_guidance_input_needs_a_text_network(folders: dict[str, str]) -> None:

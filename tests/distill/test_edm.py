@@ -174,17 +174,6 @@ def test_student_overfits_its_pairs(workspace: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] / 20, losses
 
 
-def test_gan_stage_is_refused(workspace: Path, run: Path, tmp_path: Path) -> None:
-    config = DistillConfig(
-        stage="gan", teacher=str(workspace / "teacher"), pairs=str(workspace / "pairs"), init=str(run)
-    )
-    with pytest.raises(
-        SettingError, match="stage gan needs a transformer or a variance-preserving teacher of text"
-    ):
-        train(config, tmp_path / "gan")
-    assert not (tmp_path / "gan").exists()
-
-
 # Sampling, export and evaluation of the trained student.
 
 

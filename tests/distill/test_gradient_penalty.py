@@ -20,42 +20,36 @@ from distill.losses.gradient_penalty import (
     r1_penalty,
     sample_penalty_rows,
 )
-from distill.models.transformer_discriminator import (
-    TransformerDiscriminator,
-    discriminator_from_transformer,
-)
-from distill.models.unet_discriminator import discriminator_from_teacher
+from distill.models.discriminators import DISCRIMINATORS
+
+KINDS = (*tiny_teachers.UNETS, *tiny_teachers.TRANSFORMERS)
 
 
-def build(family: str, teacher: Path, folder: Path) -> nn.Module:
-    """The discriminator of a tiny teacher of this family."""
-    if family == "sd":
-        return discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
-    name = tiny_teachers.save_transformer(family, folder)
-    config = DiscriminatorConfig(discriminator="transformer", token_heads=2, token_scales=(1, 2))
-    return discriminator_from_transformer(name, config, generator(0))
+def build(kind: str, folder: Path) -> nn.Module:
+    """The discriminator of a tiny teacher of this kind."""
+    teacher = tiny_teachers.save_kind(kind, folder)
+    network: Any = "transformer" if kind in tiny_teachers.TRANSFORMERS else "unet"
+    config = DiscriminatorConfig(discriminator=network, token_heads=2, token_scales=(1, 2))
+    return DISCRIMINATORS[network].build(teacher, config, generator(0))
 
 
-@pytest.fixture(scope="module", params=("sd", *tiny_teachers.TRANSFORMERS))
-def discriminator(
-    request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory
-) -> nn.Module:
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def discriminator(kind: str, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     """A float64 discriminator without zero weights, so that every gradient path contributes."""
-    discriminator = build(request.param, teacher, tmp_path_factory.mktemp("discriminator"))
+    discriminator = build(kind, tmp_path_factory.mktemp("discriminator"))
     rng = torch.Generator().manual_seed(5)
     for parameter in discriminator.parameters():
         nn.init.normal_(parameter, std=0.3, generator=rng)
     return discriminator.double()
 
 
-def family_of(discriminator: nn.Module) -> str:
-    return discriminator.family.name if isinstance(discriminator, TransformerDiscriminator) else "sd"
-
-
-def inputs(batch: int = 1, family: str = "sd", seed: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
-    rng, channels = torch.Generator().manual_seed(seed), 8 if family == "sd3" else 4
-    x, noise = (torch.randn(batch, channels, 4, 4, generator=rng, dtype=torch.float64) for _ in range(2))
-    return x, noise, tiny_teachers.random_conditioning(family, batch, seed, torch.float64)
+def inputs(batch: int = 1, kind: str = "sd", seed: int = 1) -> tuple[Tensor, Tensor, Conditioning]:
+    return tiny_teachers.random_inputs(kind, batch, seed, torch.float64)
 
 
 @torch.no_grad()
@@ -63,8 +57,8 @@ def score(discriminator: nn.Module, x: Tensor, noise: Tensor, text: Conditioning
     return float(sum(head.mean() for head in discriminator(x, noise, text).values()))
 
 
-def test_the_penalty_is_the_squared_norm_of_finite_differences(discriminator: nn.Module) -> None:
-    x, noise, text = inputs(family=family_of(discriminator))
+def test_the_penalty_is_the_squared_norm_of_finite_differences(kind: str, discriminator: nn.Module) -> None:
+    x, noise, text = inputs(kind=kind)
     step, total = 1e-5, 0.0
     for position in range(x.numel()):
         shift = torch.zeros_like(x)
@@ -78,9 +72,9 @@ def test_the_penalty_is_the_squared_norm_of_finite_differences(discriminator: nn
     assert penalty.item() == pytest.approx(total, rel=1e-6)
 
 
-def test_the_penaltys_gradient_equals_finite_differences(discriminator: nn.Module) -> None:
+def test_the_penaltys_gradient_equals_finite_differences(kind: str, discriminator: nn.Module) -> None:
     """Along random directions, for each group of parameters: trunk, attention, noise, scales, heads."""
-    x, noise, text = inputs(family=family_of(discriminator))
+    x, noise, text = inputs(kind=kind)
     discriminator.zero_grad()
     r1_penalty(discriminator, x, noise, text).backward()
     parameters = {n: p for n, p in discriminator.named_parameters() if p.requires_grad}
@@ -88,13 +82,16 @@ def test_the_penaltys_gradient_equals_finite_differences(discriminator: nn.Modul
         "noise": [n for n in parameters if n.startswith(("conv_z", "patch_z"))],
         "scales": [n for n in parameters if n.startswith("conv_scale")],
         "heads": [n for n in parameters if n.startswith("heads")],
-        "attention": [n for n in parameters if ".attn" in n],
-        "trunk": [n for n in parameters if n.startswith(("unet.", "transformer.")) and ".attn" not in n],
+        "attention": [n for n in parameters if ".attn" in n or ".attentions." in n],
+        "classes": [n for n in parameters if n.startswith("projections")],
+        "trunk": [n for n in parameters if n.startswith(("unet.", "transformer.")) and ".att" not in n],
     }
-    if isinstance(discriminator, TransformerDiscriminator):
-        del kinds["scales"]
+    absent = {"classes"} if kind not in ("unet2d", "edm") else set()
+    absent |= {"scales"} if kind in tiny_teachers.TRANSFORMERS else set()
+    assert {name for name, names in kinds.items() if not names} == absent
     rng, step = torch.Generator().manual_seed(2), 1e-6
-    for kind, names in kinds.items():
+    for group in sorted(kinds.keys() - absent):
+        names = kinds[group]
         direction = {n: torch.randn(parameters[n].shape, generator=rng, dtype=torch.float64) for n in names}
         gradients = {
             n: parameters[n].grad if parameters[n].grad is not None else torch.zeros_like(parameters[n])
@@ -110,24 +107,22 @@ def test_the_penaltys_gradient_equals_finite_differences(discriminator: nn.Modul
             with torch.no_grad():
                 for n in names:
                     parameters[n].sub_(sign * step * direction[n])
-        assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-6), kind
-        assert abs(slope) > 1e-6, kind
+        assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-6), group
+        assert abs(slope) > 1e-6, group
 
 
-def test_rows_are_averaged(discriminator: nn.Module) -> None:
-    x, noise, text = inputs(3, family_of(discriminator))
+def test_rows_are_averaged(kind: str, discriminator: nn.Module) -> None:
+    x, noise, text = inputs(3, kind)
     each = [
         r1_penalty(discriminator, x[i : i + 1], noise[i : i + 1], text[i : i + 1]).item() for i in range(3)
     ]
     assert r1_penalty(discriminator, x, noise, text).item() == pytest.approx(sum(each) / 3, rel=1e-9)
 
 
-@pytest.mark.parametrize("family", ["sd", "dit", "sd3"])  # PixArt passes a mask, which excludes flash
-def test_penalty_avoids_flash_attention_which_has_no_second_derivative(
-    family: str, teacher: Path, tmp_path: Path
-) -> None:
-    discriminator = build(family, teacher, tmp_path)
-    x, noise, text = (t.to(torch.float32) for t in inputs(family=family))
+@pytest.mark.parametrize("name", ["sd", "unet2d", "dit", "sd3"])  # PixArt's mask excludes flash
+def test_penalty_avoids_flash_attention_which_has_no_second_derivative(name: str, tmp_path: Path) -> None:
+    discriminator = build(name, tmp_path)
+    x, noise, text = (t.to(torch.float32) for t in inputs(kind=name))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         latents = x.clone().requires_grad_(True)
         total = torch.stack([head.mean() for head in discriminator(latents, noise, text).values()]).sum()
@@ -137,7 +132,7 @@ def test_penalty_avoids_flash_attention_which_has_no_second_derivative(
         discriminator.zero_grad()
         r1_penalty(discriminator, x, noise, text).backward()  # also if the caller selects flash attention
     attention_grads = [
-        p.grad for n, p in discriminator.named_parameters() if ".attn" in n and p.grad is not None
+        p.grad for n, p in discriminator.named_parameters() if ".att" in n and p.grad is not None
     ]
     assert (
         attention_grads
@@ -146,12 +141,10 @@ def test_penalty_avoids_flash_attention_which_has_no_second_derivative(
     )
 
 
-@pytest.mark.parametrize("family", ["sd", *tiny_teachers.TRANSFORMERS])
-def test_penalty_is_fp32_under_autocast_and_keeps_its_input(
-    family: str, teacher: Path, tmp_path: Path
-) -> None:
-    discriminator = build(family, teacher, tmp_path)
-    x, noise, text = (t.to(torch.float32) for t in inputs(family=family))
+@pytest.mark.parametrize("name", KINDS)
+def test_penalty_is_fp32_under_autocast_and_keeps_its_input(name: str, tmp_path: Path) -> None:
+    discriminator = build(name, tmp_path)
+    x, noise, text = (t.to(torch.float32) for t in inputs(kind=name))
     expected = r1_penalty(discriminator, x, noise, text)
     with torch.autocast("cpu", torch.bfloat16):
         penalty = r1_penalty(discriminator, x, noise, text)
@@ -159,19 +152,18 @@ def test_penalty_is_fp32_under_autocast_and_keeps_its_input(
     assert not x.requires_grad and x.grad is None
 
 
-def discriminator_input(rows: int, seed: int = 0, family: str = "sd") -> DiscriminatorInput:
-    return DiscriminatorInput(*inputs(rows, family, seed))
+def discriminator_input(rows: int, seed: int = 0, kind: str = "sd") -> DiscriminatorInput:
+    return DiscriminatorInput(*inputs(rows, kind, seed))
 
 
 def r1(discriminator: nn.Module, s: DiscriminatorInput, **settings: Any) -> float:
     return r1_penalty(discriminator, s.latents, s.noise, s.cond, s.t, **settings).item()
 
 
-def penalty_terms(discriminator: nn.Module, **settings: Any) -> tuple[float, dict[str, float]]:
+def penalty_terms(kind: str, discriminator: nn.Module, **settings: Any) -> tuple[float, dict[str, float]]:
     config = DiscriminatorConfig(r1_gamma=0.5, r1_interval=4, **settings)
-    family = family_of(discriminator)
     value, parts = penalty(
-        config, discriminator, discriminator_input(3, 0, family), discriminator_input(3, 9, family)
+        config, discriminator, discriminator_input(3, 0, kind), discriminator_input(3, 9, kind)
     )
     return value.item(), {k: v.item() for k, v in parts.items()}
 
@@ -190,17 +182,16 @@ def test_closed_form_of_a_linear_discriminator() -> None:
     assert total.item() == pytest.approx(channels * positions * slope**2)
 
 
-def test_penalty_rows_and_weights(discriminator: nn.Module) -> None:
-    family = family_of(discriminator)
-    real, fake, lazy = discriminator_input(3, 0, family), discriminator_input(3, 9, family), 0.5 * 0.5 * 4
+def test_penalty_rows_and_weights(kind: str, discriminator: nn.Module) -> None:
+    real, fake, lazy = discriminator_input(3, 0, kind), discriminator_input(3, 9, kind), 0.5 * 0.5 * 4
     rows = [r1(discriminator, real.row(i)) for i in range(3)]
-    value, parts = penalty_terms(discriminator, penalty="full")
+    value, parts = penalty_terms(kind, discriminator, penalty="full")
     assert parts == {"loss/r1": pytest.approx(sum(rows) / 3)} and value == pytest.approx(lazy * sum(rows) / 3)
-    value, parts = penalty_terms(discriminator, penalty="r1r2")
+    value, parts = penalty_terms(kind, discriminator, penalty="r1r2")
     second = r1(discriminator, fake)
     assert parts == {"loss/r1": pytest.approx(sum(rows) / 3), "loss/r2": pytest.approx(second)}
     assert value == pytest.approx(lazy * (sum(rows) / 3 + second))
-    value, parts = penalty_terms(discriminator, penalty="full", r1_reduction="sum")
+    value, parts = penalty_terms(kind, discriminator, penalty="full", r1_reduction="sum")
     assert parts["loss/r1"] == pytest.approx(r1(discriminator, real, reduction="sum"))
     assert parts["loss/r1"] != pytest.approx(sum(rows) / 3, rel=0.1)
 

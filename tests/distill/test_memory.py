@@ -10,13 +10,14 @@ from torch import nn
 
 import tiny_teachers
 from d2g.core.distributed import engine as parallel
+from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, StudentConfig
 from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig, EngineConfig, TrainConfig
 from distill.models.student import student_from_teacher
-from distill.models.unet_discriminator import Discriminator, added_parameters
+from distill.models.unet_discriminator import added_parameters, discriminator_from_teacher
 from distill.planning.memory import Memory, forecast, predict
 from distill.planning.saved_activations import saved_bytes
 
@@ -52,7 +53,7 @@ def test_weights_states_and_averages_in_closed_form(teacher: Path) -> None:
 def test_stage_two_has_two_networks(teacher: Path) -> None:
     g = count_parameters(teacher)
     gan = predict(config(teacher, stage="gan"), 1)
-    d = Discriminator(pretrained.load_unet(str(teacher)), DiscriminatorConfig())
+    d = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
     trained = sum(p.numel() for p in d.parameters() if p.requires_grad)
     assert gan.weights == pytest.approx(gib(2 * g + added_parameters(d)))
     assert gan.optimizer == pytest.approx(gib(2 * (g + trained)))

@@ -49,7 +49,7 @@ def test_transformers_have_the_published_sizes(name: str, tmp_path: Path) -> Non
     network = load_on_meta(teacher, "transformer")
     assert sum(p.numel() for p in network.parameters()) == SIZES[name]
     recipe = TRANSFORMER_RECIPES[name]
-    check_discriminator(teacher, recipe["gan"].gan.discriminator)
+    check_discriminator(teacher, recipe["gan"].gan)
     assert recipe.model == name and recipe["gan"].stage == "gan"
 
 

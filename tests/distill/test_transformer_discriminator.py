@@ -155,6 +155,6 @@ def test_unsupported_settings_are_refused(folder: str, teacher: Path) -> None:
     with pytest.raises(
         SettingError, match=r"'unet', but the network of .* is a transformer; set gan.disc.*=transf"
     ):
-        check_discriminator(folder, "unet")
+        check_discriminator(folder, DiscriminatorConfig())
     with pytest.raises(SettingError, match=r"'transformer', but .* is a unet; set gan.discriminator=unet"):
-        check_discriminator(str(teacher), "transformer")
+        check_discriminator(str(teacher), DiscriminatorConfig(discriminator="transformer"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.families.registry import FAMILIES
 from distill.config.run import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.models.unet_discriminator import Discriminator, added_parameters, discriminator_from_teacher
+
+SD: Any = FAMILIES["sd"]
+SDXL_FAMILY: Any = FAMILIES["sdxl"]
 
 # diffusers' UNet configs of stabilityai/stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0
 SD15: dict[str, Any] = dict(
@@ -190,7 +195,7 @@ def test_layout_at_sd15_size() -> None:
     against 859.5M).
     """
     with torch.device("meta"):
-        discriminator = Discriminator(pretrained.new_unet(**SD15), DiscriminatorConfig())
+        discriminator = Discriminator(pretrained.new_unet(**SD15), SD, DiscriminatorConfig())
         x, text = torch.empty(1, 4, 64, 64), Conditioning.from_text(torch.empty(1, 77, 768))
         logits = discriminator(x, x, text)
     widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
@@ -209,7 +214,7 @@ def test_layout_at_sd15_size() -> None:
 
 def test_layout_at_sdxl_size() -> None:
     with torch.device("meta"):
-        discriminator = Discriminator(pretrained.new_unet(**SDXL), DiscriminatorConfig())
+        discriminator = Discriminator(pretrained.new_unet(**SDXL), SDXL_FAMILY, DiscriminatorConfig())
         x = torch.empty(1, 4, 128, 128)
         logits = discriminator(x, x, Conditioning.from_text(torch.empty(1, 77, 2048), torch.empty(1, 1280)))
     widths = {name: head.in_channels for name, head in discriminator.heads.items()}  # type: ignore[union-attr]
@@ -295,7 +300,7 @@ def test_other_unet_layouts(name: str) -> None:
     x, noise, text = inputs()
     with torch.no_grad():
         expected = unet(x, 7, text.tensors["hidden"]).sample
-    discriminator = Discriminator(unet, DiscriminatorConfig(timestep=7))
+    discriminator = Discriminator(unet, SD, DiscriminatorConfig(timestep=7))
     features: list[Tensor] = []
     discriminator.heads["1_after"].register_forward_pre_hook(lambda module, args: features.append(args[0]))
     logits = discriminator(x, noise, text)
@@ -359,4 +364,117 @@ def small(**settings: Any) -> Any:
 def test_unsupported_unets_are_refused(settings: dict[str, Any], message: str) -> None:
     unet = small(**settings)
     with pytest.raises(UserError, match=message):
-        Discriminator(unet, DiscriminatorConfig())
+        Discriminator(unet, SD, DiscriminatorConfig())
+
+
+# Networks without text: classes, no conditions, EDM preconditioning.
+
+WITHOUT_TEXT = ("unet2d", "edm", "ldm")
+
+
+@pytest.fixture(scope="module", params=WITHOUT_TEXT)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(kind)
+    tiny_teachers.save_kind(kind, folder)
+    return folder
+
+
+def kind_step(discriminator: Discriminator, kind: str) -> None:
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-2)
+    x, noise, cond = tiny_teachers.random_inputs(kind, 3)
+    loss = discriminator_loss(discriminator(x, noise, cond), discriminator(x.flip(0), noise, cond))
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("timestep", [0, 250])
+def test_trunk_of_a_network_without_text_equals_diffusers_forward(
+    kind: str, folder: Path, timestep: int
+) -> None:
+    """Encoder features and output of diffusers' network; for EDM at c_in x and c_noise of diffusers' own
+    scheduler, whose 1000 noise levels go from sigma_max down to sigma_min."""
+    discriminator = build(folder, timestep=timestep)
+    last: list[Tensor] = []
+    skips: dict[str, Tensor] = {}
+    heads: Any = discriminator.heads
+    heads["1_after"].register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    for name in ("0_skip", "1_skip"):
+        heads[name].register_forward_pre_hook(lambda module, args, n=name: skips.update({n: args[0]}))
+    x, noise, cond = tiny_teachers.random_inputs(kind, 3)
+    labels = cond.tensors.get("class_labels")
+    inputs, time = x, torch.full((3,), timestep)
+    if kind == "edm":
+        scheduler = diffusers.EDMEulerScheduler()
+        scheduler.set_timesteps(1000)
+        sigma = scheduler.sigmas[999 - timestep]
+        inputs, time = scheduler.precondition_inputs(x, sigma), (sigma.log() / 4).expand(3)
+    original, encoder = pretrained.load_unet(str(folder)), list[Tensor]()
+    for block in original.down_blocks:
+        block.register_forward_hook(lambda module, args, output: encoder.extend(output[1]))
+    with torch.no_grad():
+        discriminator(x, noise, cond)
+        unet = discriminator.unet
+        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(last[0])))
+        expected = original(inputs, time, class_labels=labels).sample
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    # A head reads the skip of the last layer of its scale.
+    for name, feature in (("0_skip", encoder[-1]), ("1_skip", encoder[0])):
+        torch.testing.assert_close(skips[name], feature, rtol=1e-5, atol=1e-5)
+
+
+def test_without_text_the_noise_has_no_effect_until_the_first_step(kind: str, folder: Path) -> None:
+    discriminator = build(folder)
+    x, noise, cond = tiny_teachers.random_inputs(kind, 3)
+    assert equal(discriminator(x, noise, cond), discriminator(x, -2 * noise, cond))
+    kind_step(discriminator, kind)
+    after, moved = discriminator(x, noise, cond), discriminator(x, -2 * noise, cond)
+    assert len(after) == 6 and all((after[k] - moved[k]).abs().max() > 1e-4 for k in after)
+    unused = [n for n, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+
+
+def test_class_projections_start_at_zero_and_learn(kind: str, folder: Path) -> None:
+    """Closed form: a head's logits grow by <P e(c), features>; without classes there is no projection."""
+    discriminator = build(folder, output_head=True)
+    projections: Any = discriminator.projections
+    x, noise, cond = tiny_teachers.random_inputs(kind, 3)
+    before = discriminator(x, noise, cond)
+    if kind == "ldm":
+        assert len(projections) == 0
+        return
+    assert list(projections) == list(discriminator.heads) and len(projections) == 7
+    assert not any(p.any() for p in projections.parameters())
+    features: dict[str, Tensor] = {}
+    for name, head in discriminator.heads.items():
+        head.register_forward_pre_hook(lambda module, args, n=name: features.update({n: args[0]}))
+    with torch.no_grad():
+        for p in projections.parameters():
+            p.normal_(generator=generator(1))
+        after = discriminator(x, noise, cond)
+    table = pretrained.load_unet(str(folder)).class_embedding.weight
+    for name, value in after.items():
+        direction = table[cond.tensors["class_labels"]] @ projections[name].weight.T
+        expected = before[name] + (direction[:, :, None, None] * features[name]).sum(1, keepdim=True)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+    learned = build(folder)
+    kind_step(learned, kind)
+    assert all(p.any() for p in learned.projections.parameters())
+
+
+def test_logits_depend_on_the_class(folder: Path, kind: str) -> None:
+    discriminator = build(folder)
+    x, noise, cond = tiny_teachers.random_inputs(kind, 3)
+    a, b = discriminator(x, noise, cond), discriminator(x, noise, cond[[2, 0, 1]])
+    assert all(((a[k] - b[k]).abs().max() > 1e-5) == (kind != "ldm") for k in a if k != "1_skip")
+
+
+def test_fourier_features_of_time_are_refused(tmp_path: Path) -> None:
+    """They take the logarithm of the timestep."""
+    unet = tiny_teachers.unet2d(time_embedding_type="fourier")
+    with pytest.raises(UserError, match=r"time_embedding_type 'fourier'; supported: 'positional', 'learned'"):
+        Discriminator(unet, FAMILIES["unet2d"], DiscriminatorConfig())  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """What all U-Nets of diffusers share: their call, their repeated blocks, and the stages that work for
 them."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ class UNetFamily(Family):
     # These networks take any real number as their time input, so their schedule may also be EDM's.
     schedules = ("vp", "edm")
     regression = ("vp", "edm")
+    gan = ("vp", "edm")
     lora = ("vp", "edm")
     takes_dropout = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers does for Stable Diffusion
@@ -47,6 +49,20 @@ class UNetFamily(Family):
         labels = cond.tensors["class_labels"].to(x.device) if config.num_class_embeds is not None else None
         output = network(x, t, class_labels=labels, return_dict=False)[0]
         return output
+
+    @abstractmethod
+    def embeddings(
+        self, network: Any, x: Tensor, t: Tensor, cond: Conditioning, downscale: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the blocks of the network take beside features, as in diffusers' forward pass.
+
+        Inputs as in `forward`, t [B]. Returns the embedding [B, E] of time and conditions, and the states
+        [B, L, D] that cross-attention reads; None for networks without text.
+        """
+
+    def class_embedding(self, network: Any, cond: Conditioning) -> Tensor | None:
+        """The embeddings [B, E] of class labels, which a discriminator projects; None without classes."""
+        return None
 
     def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
         """Residual blocks, transformer blocks, and attentions outside them: they hold nearly all weights and
@@ -78,10 +94,9 @@ class UNetFamily(Family):
 class TextUNetFamily(UNetFamily):
     """Base of the families whose network is a UNet2DConditionModel that reads text: all stages work.
 
-    The paper trains no discriminator of an EDM network, and no scheduler of diffusers starts from sigma_max.
+    No scheduler of diffusers starts from sigma_max.
     """
 
-    gan = ("vp",)
     takes_guidance = True
     exports = (
         ExportFormat("safetensors", ("vp", "edm")),
@@ -89,6 +104,19 @@ class TextUNetFamily(UNetFamily):
         ExportFormat("diffusers", ("vp",)),
         ExportFormat("lora", ("vp",)),
     )
+
+    def embeddings(
+        self, network: Any, x: Tensor, t: Tensor, cond: Conditioning, downscale: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """As UNet2DConditionModel.forward: time, added conditions and text."""
+        text = cond.tensors["hidden"]
+        embedding = network.time_embedding(network.get_time_embed(sample=x, timestep=t))
+        added = added_conditions(network.config, cond, x, downscale)
+        extra = network.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
+        embedding = embedding if extra is None else embedding + extra
+        embedding = embedding if network.time_embed_act is None else network.time_embed_act(embedding)
+        states = network.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
+        return embedding, states
 
 
 def added_conditions(config: Any, cond: Conditioning, x: Tensor, downscale: int) -> dict[str, Tensor] | None:

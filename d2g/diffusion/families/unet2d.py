@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from d2g.core.errors import UserError
-from d2g.diffusion.conditioning import Conditioner, LabelConditioner, UnconditionalConditioner
+from d2g.diffusion.conditioning import (
+    Conditioner,
+    Conditioning,
+    LabelConditioner,
+    UnconditionalConditioner,
+)
 from d2g.diffusion.families.base import ANY_SCHEDULER, Components, ExportFormat, Pipeline
 from d2g.diffusion.families.unet import UNetFamily
 
@@ -45,3 +50,19 @@ class UNet2D(UNetFamily):
             return UnconditionalConditioner()
         count = embeddings - (null is not None)
         return LabelConditioner(count, null, pipeline.class_names(count))
+
+    def embeddings(
+        self, network: Any, x: Tensor, t: Tensor, cond: Conditioning, downscale: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """As UNet2DModel.forward: time and class, and no text."""
+        embedding = network.time_embedding(network.time_proj(t).to(x.dtype))
+        classes = self.class_embedding(network, cond)
+        return embedding if classes is None else embedding + classes.to(embedding.dtype), None
+
+    def class_embedding(self, network: Any, cond: Conditioning) -> Tensor | None:
+        """The network's own embeddings of class labels."""
+        if network.class_embedding is None:
+            return None
+        table: nn.Embedding = network.class_embedding
+        embedding: Tensor = table(cond.tensors["class_labels"].to(table.weight.device))
+        return embedding
