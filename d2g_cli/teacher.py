@@ -1,11 +1,15 @@
 """`d2g teacher`: train or inspect a teacher."""
 
+import shlex
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from d2g.core.config import Presets
+from d2g.core.config import Presets, pick
+from d2g.core.errors import SettingError
+from d2g.core.logs import logger
 from d2g_cli.common import (
     Json,
     Out,
@@ -15,9 +19,12 @@ from d2g_cli.common import (
     emit_table,
     expand_options,
     finish_dry_run,
+    is_rank_0,
+    leave_process_group,
     one_process,
     presets_in_help,
     reporter,
+    require_range,
 )
 
 app = typer.Typer(help="Train or inspect a teacher.", no_args_is_help=True)
@@ -29,23 +36,106 @@ def _presets() -> Presets[Any]:
     return TEACHER_PRESETS
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherTrainOptions(WorkOptions):
+    """Options of `d2g teacher train`."""
+
+    data: Annotated[str | None, typer.Option(help="scenes, an image folder, or image-parquet.")] = None
+    minutes: Annotated[float | None, typer.Option(help="Minutes of all stages together on this machine.")] = (
+        None
+    )
+    images: Annotated[
+        int | None, typer.Option(help="Training images of the U-Net; the other stages scale with it.")
+    ] = None
+    vae: Annotated[
+        str | None,
+        typer.Option(help="Autoencoder to use as it is: a folder, a hub id, or taesd (trains one)."),
+    ] = None
+    init: Annotated[str | None, typer.Option(help="Teacher to train further, from its weights.")] = None
+
+
 @app.command("train", cls=presets_in_help(_presets))
 @expand_options
 def teacher_train(
-    options: WorkOptions,
-    data: Annotated[str | None, typer.Option(help="scenes, an image folder, or image-parquet.")] = None,
+    options: TeacherTrainOptions,
     out: Out = Path("teacher"),
     stages: Annotated[str, typer.Option(help="Stages to run, comma-separated.")] = "data,vae,unet,lpips,clip",
 ) -> None:
     """Train a small Stable-Diffusion-shaped teacher on captioned images."""
-    config = configure_preset(_presets(), "scenes", options, {"data": data, "seed": options.seed})
-    if options.dry_run:
-        finish_dry_run(config, options.as_json)
+    config = _train_config(options)
     from miniature.registration import register_training_scenes
-    from teacher_training.train import train_teacher
+    from teacher_training.plan import Request, WholeProgress, plan_teacher, save_request
+    from teacher_training.train import TEACHER_STAGES, train_teacher
 
     register_training_scenes()
-    emit(train_teacher(config, out, tuple(stages.split(",")), reporter), options.as_json, "teacher")
+    names = tuple(stages.split(","))
+    for name in names:
+        pick(dict.fromkeys(TEACHER_STAGES), name, "stage")
+    request = Request(minutes=config.minutes or None, images=options.images)
+    with leave_process_group():
+        config, plan = plan_teacher(config, out, names, request)
+        if options.dry_run:
+            finish_dry_run(config, options.as_json, {"plan": asdict(plan)})
+        for line in plan.lines():
+            logger.info(line)
+        save_request(out, config, request)
+        progress = WholeProgress(plan, reporter)
+        summary = train_teacher(config, out, names, progress, _command(options, out))
+        emit(asdict(summary) | {"plan": asdict(plan)}, options.as_json, "teacher")
+
+
+def _train_config(options: TeacherTrainOptions) -> Any:
+    """The settings of a training. Raises SettingError for settings that another one makes useless."""
+    preset = options.preset or ("scenes" if options.data in (None, "scenes") else "quick")
+    if options.preset is None and preset == "quick" and is_rank_0():
+        logger.info("no --preset: quick, about 15 minutes; --preset evening or night train better teachers")
+    if options.images is not None:
+        require_range(1, images=options.images)
+        if options.minutes is not None:
+            raise SettingError("give --minutes or --images, not both")
+    settings = {
+        "data": options.data,
+        "seed": options.seed,
+        "pretrained_vae": options.vae,
+        "init": options.init,
+        "minutes": 0.0 if options.images is not None else options.minutes,
+    }
+    config = configure_preset(_presets(), preset, options, settings)
+    # What --set cannot change in such a training.
+    unused: dict[tuple[str, ...], str] = {}
+    if config.minutes or options.images:
+        unused[LENGTHS] = "the minutes or --images choose the lengths"
+    if config.pretrained_vae or config.init:
+        unused[("vae.",)] = "the autoencoder is used as it is"
+    if config.init:
+        unused[INIT_SHAPES] = "--init brings its networks"
+    for assignment in options.sets or []:
+        name = assignment.partition("=")[0].strip()
+        for settings_without_effect, reason in unused.items():
+            if name.startswith(settings_without_effect):
+                raise SettingError(f"--set {name} has no effect: {reason}; leave one of them out")
+    return config
+
+
+LENGTHS = (
+    *("vae.fit.images", "unet.fit.images", "lpips.trunk.images", "lpips.triplets", "clip.images"),
+    "clip.minutes",
+)
+"""Settings of the stages' lengths."""
+INIT_SHAPES = (
+    *("unet.channels", "unet.layers_per_block", "unet.heads", "unet.text_width", "unet.text_layers"),
+    *("unet.vocab_size", "unet.max_length"),
+)
+"""Settings of the shape of the networks that `--init` brings."""
+
+
+def _command(options: TeacherTrainOptions, out: Path) -> str:
+    """The command line of these options, which finishes an interrupted training."""
+    names = ("preset", "data", "minutes", "images", "vae", "init", "seed")
+    values = [(f"--{name}", getattr(options, name)) for name in names]
+    values += [("--set", assignment) for assignment in options.sets or []]
+    words = [word for name, value in values if value is not None for word in (name, f"{value}")]
+    return shlex.join(["d2g", "teacher", "train", *words, "--out", str(out)])
 
 
 @app.command("list")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from d2g.core.config import Presets, require, setting
 from d2g.core.errors import SettingError
+from d2g.data.captions import CLASS_TEMPLATE
 from latent_lpips.config import LPIPS_PRESETS, LPIPSTrainConfig
 
 
@@ -149,7 +150,7 @@ class TeacherConfig:
     images: int = setting(40_000, "Number of images to use, at most", recipe=True)
     seed: int = setting(1, "Seed of everything random (option --seed)")
     caption_template: str = setting(
-        "a photo of a {}", "Caption of an image whose class name is all that is known"
+        CLASS_TEMPLATE, "Caption of an image whose class name is all that is known"
     )
     pretrained_vae: str = setting(
         "",
@@ -164,13 +165,22 @@ class TeacherConfig:
     preview_minutes: float = setting(
         3.0, "Minutes between sheets of reconstructions and samples in OUT/previews"
     )
+    minutes: float = setting(
+        0.0,
+        "Minutes of all stages together on this machine, in place of the stages' own lengths (option "
+        "--minutes); 0: those lengths",
+    )
     vae: AutoencoderConfig = setting(AutoencoderConfig(), "The autoencoder")
     unet: DenoiserConfig = setting(DenoiserConfig(), "The text encoder and the UNet")
     lpips: LPIPSTrainConfig = setting(LPIPS_PRESETS["small"], "LatentLPIPS in the latent space of the VAE")
     clip: ClipConfig = setting(ClipConfig(), "CLIP, for evaluations")
 
     def __post_init__(self) -> None:
-        require(self, preview_minutes=(self.preview_minutes >= 0, "0 or more"))
+        require(
+            self,
+            preview_minutes=(self.preview_minutes >= 0, "0 or more"),
+            minutes=(self.minutes >= 0, "0 or more"),
+        )
         # The shapes of components that are taken from elsewhere are checked when these are opened.
         step = 2 ** (len(self.vae.channels) - 1) * 2 ** (len(self.unet.channels) - 1)
         if self.size % step and not (self.pretrained_vae or self.init):
@@ -184,8 +194,28 @@ def _lpips(images: int) -> LPIPSTrainConfig:
     return replace(small, trunk=replace(small.trunk, images=images))
 
 
+_OWN_WORDS = DenoiserConfig(vocab_size=2048, max_length=48)
+"""The default denoiser, for captions of any kind."""
+
 TEACHER_PRESETS = Presets(
     {
+        "quick": (
+            "Your own pictures at 32 px in a quarter of an hour: whether the data work",
+            TeacherConfig(
+                size=32,
+                minutes=15.0,
+                vae=AutoencoderConfig(channels=(16, 32, 64), latent_channels=4),
+                unet=replace(_OWN_WORDS, text_layers=1),
+            ),
+        ),
+        "evening": (
+            "Your own pictures at 64 px in three hours",
+            TeacherConfig(minutes=180.0, unet=_OWN_WORDS),
+        ),
+        "night": (
+            "Your own pictures at 64 px in nine hours, with a larger U-Net",
+            TeacherConfig(minutes=540.0, unet=replace(_OWN_WORDS, channels=(96, 160))),
+        ),
         # The shipped miniature was trained with this; its scores are in weights/teacher/meta.json.
         "scenes": (
             "Rendered scenes at 64 px: the shipped miniature teacher",

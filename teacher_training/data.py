@@ -14,7 +14,8 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json
 from d2g.core.progress import Progress, quiet
-from eval.images.folders import ImageFiles, load_all, open_images, read_images
+from d2g.data.captions import class_captions
+from eval.images.folders import load_all, open_images, read_images
 
 DataSource = Callable[[int, int, int, Progress], tuple[Tensor, list[str]]]
 """`load(size, limit, seed, progress)` returns uint8 images [N, 3, size, size], N <= limit, and N captions."""
@@ -28,6 +29,11 @@ def register_data(name: str, load: DataSource) -> None:
     error.
     """
     assert _SOURCES.setdefault(name, load) is load, f"data source {name!r} is already registered"
+
+
+def is_registered(source: str) -> bool:
+    """Whether this is the name of a registered data source."""
+    return source in _SOURCES
 
 
 def captioned_images(
@@ -55,7 +61,7 @@ def captioned_images(
             f"or a registered name (there are {names})"
         )
     files = open_images(source, column)
-    captions = _class_captions(files, template)
+    captions = {} if files.captions else class_captions(Path(source), files.pictures, template)
     if captions:
         files = replace(files, captions=captions)
         # Above the limit, take evenly spaced images, so that every class keeps its share.
@@ -70,20 +76,6 @@ def captioned_images(
             "column, or class-named subfolders"
         )
     return images, texts
-
-
-def _class_captions(files: ImageFiles, template: str) -> dict[Path, str]:
-    """A caption with the name of its class folder for each picture; empty if the folder is no set of classes.
-
-    It is one if all pictures lie in subfolders and none has a caption of its own.
-    """
-    if files.captions or not files.pictures:
-        return {}
-    parts = [picture.relative_to(files.name).parts for picture in files.pictures]
-    if any(len(names) == 1 for names in parts):
-        return {}
-    captions = [template.format(names[0].replace("_", " ")) for names in parts]
-    return dict(zip(files.pictures, captions, strict=True))
 
 
 def cached_images(

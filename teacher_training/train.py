@@ -82,14 +82,19 @@ class TeacherJob:
 
 
 def train_teacher(
-    config: TeacherConfig, out: Path, stages: tuple[str, ...] = TEACHER_STAGES, progress: Progress = quiet
+    config: TeacherConfig,
+    out: Path,
+    stages: tuple[str, ...] = TEACHER_STAGES,
+    progress: Progress = quiet,
+    command: str = "",
 ) -> TeacherSummary:
     """Train the stages that are not done yet, one after the other.
 
     OUT becomes a StableDiffusionPipeline in diffusers layout with latent_lpips/ and clip/ beside its
     components, previews/, report.html, and training/ with caches, configs, curves and checkpoints. A stage is
-    complete on disk before the next one starts. Runs on every rank of torchrun. Raises SettingError for an
-    unknown stage, UserError for a finished stage that is given other settings.
+    complete on disk before the next one starts. `command`: what to run again to finish it. Runs on every rank
+    of torchrun. Raises SettingError for an unknown stage, UserError for a finished stage that is given other
+    settings.
     """
     started = time.monotonic()
     process_group.init()
@@ -97,7 +102,7 @@ def train_teacher(
         pick(dict.fromkeys(TEACHER_STAGES), stage, "stage")
     if config.init:
         check_init(config.init)
-    job = _open_job(config, out, progress)
+    job = _open_job(config, out, progress, command)
     # Train what has no scores yet.
     scores: dict[str, Any] = {}
     trained_any = False
@@ -123,10 +128,12 @@ def train_teacher(
     )
 
 
-def _open_job(config: TeacherConfig, out: Path, progress: Progress) -> TeacherJob:
+def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str) -> TeacherJob:
     """Open OUT, which belongs to one data set, and load its images."""
     names = ("data", "column", "size", "images", "seed", "caption_template", "pretrained_vae", "init")
     RunLog(out / TRAINING, {key: to_json(config)[key] for key in names})
+    if command and process_group.rank() == 0:
+        write_atomically(out / TRAINING / "command.txt", command + "\n")
     images, captions = cached_images(
         out / TRAINING,
         config.data,

@@ -2,12 +2,15 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
+from d2g.core.config import to_json
 from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
 from teacher_training.config import AutoencoderConfig, ClipConfig, DenoiserConfig, FitConfig, TeacherConfig
 
@@ -81,3 +84,21 @@ def parquet(folder: Path) -> None:
         image.save(buffer, "PNG")
         rows.append({"image": {"bytes": buffer.getvalue()}, "caption": f"a {color} {shape}"})
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+
+
+def train_arguments(data: Path, out: Path, *more: str, stages: str = "data,vae,unet") -> list[str]:
+    """`d2g teacher train` with the settings of CONFIG but its lengths; `more`: further options."""
+    options = ["--data", str(data), "--out", str(out), "--stages", stages, "--preset", "scenes"]
+    skip = {"data", "minutes", "images", "vae.fit.images", "unet.fit.images", "clip.images", "clip.minutes"}
+    skip |= {"lpips.trunk.images", "lpips.triplets", "pretrained_vae", "init"}
+    sets = [f"{name}={json.dumps(value)}" for name, value in _flat(to_json(CONFIG)) if name not in skip]
+    return ["teacher", "train", *options, *more, *(word for one in sets for word in ("--set", one))]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of nested settings."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -14,6 +14,20 @@ from d2g.data.folders import METADATA_FILES, FolderListing, few_names, normalize
 from d2g.data.text_files import csv_rows, json_rows, read_text
 
 FILE_NAME = "file_name"
+CLASS_TEMPLATE = "a photo of a {}"
+"""Caption of a picture whose class name is all that is known."""
+
+
+def class_captions(root: Path, pictures: Sequence[Path], template: str = CLASS_TEMPLATE) -> dict[Path, str]:
+    """A caption with the name of its class folder for each picture without captions of their own.
+
+    Empty unless all pictures lie in subfolders of `root`; the first folder below `root` names the class.
+    """
+    parts = [picture.relative_to(root).parts for picture in pictures]
+    if not parts or any(len(names) == 1 for names in parts):
+        return {}
+    captions = [template.format(names[0].replace("_", " ")) for names in parts]
+    return dict(zip(pictures, captions, strict=True))
 
 
 class Captions(Mapping[Path, str]):

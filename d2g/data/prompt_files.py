@@ -1,12 +1,16 @@
 """Reading prompt files of all common formats as streams: no file is loaded completely."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from d2g.core.errors import UserError
+from d2g.core.logs import log_once
+from d2g.data.captions import Captions, class_captions
 from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
+from d2g.data.folders import list_folder
+from d2g.data.pictures import png_text
 from d2g.data.tables import open_table, unreadable_table
 from d2g.data.text_files import STANDARD_INPUT, csv_rows, json_rows, text_lines
 
@@ -15,19 +19,24 @@ PARQUET_ROWS = 1 << 14
 
 
 def prompt_cells(path: Path, column: str | None = None) -> Iterator[Any]:
-    """Yield the prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file.
+    """Yield the prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file, or the captions
+    of a folder of pictures.
 
     "-" is standard input. It has one prompt a line, as have pipes without an ending. `column`: the name of
     the prompt column (`d2g.data.columns`). Raises UserError for other formats, text that is not UTF-8,
     damage, a missing column and an error of the disk.
     """
+    if path.is_dir():
+        yield from _folder(path, column)
+        return
     suffix = path.suffix.lower()
     if path == STANDARD_INPUT or path.is_fifo():
         suffix = suffix if suffix in READERS else ".txt"
     if suffix not in READERS:
         known = " ".join(READERS)
         raise UserError(
-            f"{path}: prompt files end in {known}, got {path.suffix!r}; convert it to one of these"
+            f"{path}: prompt files end in {known}, got {path.suffix!r}; convert it to one of these, or give "
+            "a folder of captioned pictures"
         )
     try:
         yield from READERS[suffix](path, column)
@@ -35,6 +44,29 @@ def prompt_cells(path: Path, column: str | None = None) -> Iterator[Any]:
         raise UserError(
             f"cannot read prompts from {path}: {error.strerror or error}; check --prompts"
         ) from error
+
+
+def _folder(folder: Path, column: str | None) -> Iterator[Any]:
+    """The captions of a folder of pictures: from its metadata file, NAME.txt or the PNG itself, else from the
+    names of class folders; or those of its parquet files."""
+    listing = list_folder(folder)
+    if not listing.pictures and listing.tables:
+        listing.log_left_out(listing.tables)
+        for table in listing.tables:
+            yield from _parquet(table, column)
+        return
+    own = Captions(listing, column)
+    listing.log_left_out(own.files)
+    captions: Mapping[Path, str] = own or class_captions(folder, listing.pictures)
+    without = 0
+    for picture in listing.pictures:
+        caption = captions[picture] if picture in captions else png_text(picture).get("prompt")
+        if caption:
+            yield caption
+        else:
+            without += 1
+    if without:
+        log_once(f"{folder}: {without} of {len(listing.pictures)} pictures have no caption, left out")
 
 
 def prompt_text(source: Path | str, cell: Any) -> str:

@@ -27,7 +27,7 @@ from teacher_training.verdict import (
     verdict_line,
 )
 
-STEPS = 100
+STEPS, BATCH = 100, 4
 STAGES = ("vae", "unet")
 
 
@@ -37,7 +37,7 @@ def noise_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("noise")
     (folder / "data").mkdir()
     image_folder(folder / "data")
-    fit = FitConfig(images=16 * STEPS, batch_size=16, lr=1.5e-3, ema=0.9993)
+    fit = FitConfig(images=BATCH * STEPS, batch_size=BATCH, lr=1.5e-3, ema=0.9993)
     config = replace(CONFIG, data=str(folder / "data"), unet=replace(CONFIG.unet, fit=fit))
     return folder / "teacher", train_teacher(config, folder / "teacher", STAGES)
 
@@ -67,7 +67,7 @@ def test_the_scored_weights_are_the_saved_weights(noise_teacher: tuple[Path, Any
     assert numbers.loss == pytest.approx(loss, rel=1e-5)
     assert summary.scores["vae"]["psnr"] == pytest.approx(numbers.psnr, rel=1e-5)
     # The weights are the average of the last checkpoint, not the raw ones.
-    checkpoint = out / "training" / "unet" / "checkpoints" / f"{16 * STEPS:09d}"
+    checkpoint = out / "training" / "unet" / "checkpoints" / f"{BATCH * STEPS:09d}"
     from safetensors.torch import load_file
 
     average, raw = (load_file(checkpoint / f"{kind}.safetensors") for kind in ("ema", "model"))
@@ -82,7 +82,7 @@ def test_the_report_and_the_previews_are_written(noise_teacher: tuple[Path, Any]
     assert "this teacher is not trained" in page and page.count("<img") == 2 * 2 * 16
     assert "Denoiser: losses" in page and "Reconstruction PSNR, dB" in page
     names = sorted(path.name for path in (out / "previews").iterdir())
-    assert names == ["reconstructions-000000064.png", "samples-000001600.png"]
+    assert names == ["reconstructions-000000064.png", "samples-000000400.png"]
 
 
 def test_a_changed_teacher_gets_another_verdict(

@@ -1,0 +1,224 @@
+"""The plan of a teacher's training before it starts: its data, its lengths, and its time on this machine."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import with_values
+from d2g.core.distributed import checkpoint, process_group
+from d2g.core.errors import SettingError
+from d2g.core.json_files import read_json_object
+from d2g.core.logs import logger
+from d2g.core.progress import Progress
+from d2g.data.captions import class_captions
+from d2g.data.columns import find_caption_column
+from d2g.data.prompt_files import prompt_cells
+from d2g.data.tables import open_table
+from d2g.diffusion.pipelines import TRAINING
+from eval.images.folders import open_images
+from teacher_training.config import TeacherConfig
+from teacher_training.data import is_registered
+from teacher_training.speed import TIMED_STEPS, Speed, measure_speed
+from teacher_training.train import read_scores, stage_length
+
+SHARES = {"vae": 0.2, "unet": 0.55, "lpips": 0.15, "clip": 0.1}
+"""Shares of the minutes, over the stages that are to be trained."""
+FEWEST_JUDGMENTS = 50
+"""Synthetic judgments that LatentLPIPS is calibrated on, at least."""
+LENGTH_SETTINGS = {
+    "vae": "vae.fit.images",
+    "unet": "unet.fit.images",
+    "lpips": "lpips.trunk.images",
+    "clip": "clip.images",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherPlan:
+    """What a training will do. `images` and `minutes` by stage; finished stages take none.
+
+    `captions`: pictures that have one. `gib`: disk space for caches, checkpoints and weights.
+    """
+
+    pictures: int
+    captions: int
+    images: Mapping[str, int]
+    steps: Mapping[str, int]
+    stage_minutes: Mapping[str, float]
+    minutes: float
+    gib: float
+    measured_on: str
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        stages = ", ".join(
+            f"{stage} {self.steps[stage]:,} steps ({minutes:.1f} min)"
+            for stage, minutes in self.stage_minutes.items()
+        )
+        return [
+            f"plan: {self.pictures:,} pictures, {self.captions:,} of them with a caption",
+            f"plan: {stages or 'all stages are finished'}",
+            f"plan: about {self.minutes:.1f} minutes in all ({self.measured_on}), {self.gib:.2f} GiB of disk",
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The length that is asked for: minutes of all, or images of the UNet; neither: that of the settings."""
+
+    minutes: float | None = None
+    images: int | None = None
+
+
+def count_pictures(config: TeacherConfig) -> tuple[int, int]:
+    """(pictures, pictures with a caption) of the data, at most `config.images`, without decoding one.
+
+    Raises UserError for data that does not exist.
+    """
+    if is_registered(config.data):
+        return config.images, config.images
+    files = open_images(config.data, config.column)
+    count = min(len(files), config.images)
+    if files.tables:
+        cells = 0
+        for table in files.tables:
+            if find_caption_column(open_table(table).schema_arrow.names, config.column):
+                cells += sum(1 for cell in prompt_cells(table, config.column) if cell)
+        return count, min(count, cells)
+    captions = files.captions or class_captions(Path(config.data), files.pictures)
+    return count, min(count, sum(1 for picture in files.pictures if captions.get(picture)))
+
+
+def plan_teacher(
+    config: TeacherConfig, out: Path, stages: Sequence[str], request: Request
+) -> tuple[TeacherConfig, TeacherPlan]:
+    """Choose the lengths of the stages, and say what the training will do. Nothing is written.
+
+    The same request as before keeps the lengths of OUT/training/plan.json, so that the same command resumes.
+    A request in minutes counts from now; finished stages but the UNet keep their length. Raises SettingError
+    for a request in both minutes and images, UserError for inputs that do not exist.
+    """
+    if request.minutes is not None and request.images is not None:
+        raise SettingError("give --minutes or --images, not both")
+    pictures, captions = count_pictures(config)
+    speed = process_group.gather_objects(measure_speed(config, stages))[0]
+    # Finished stages but the UNet, and a given autoencoder, take no time and keep their length.
+    work, done = out / TRAINING, {stage: images_done(out, stage) for stage in SHARES}
+    fixed = [s for s in SHARES if s != "unet" and (work / s / "scores.json").is_file()]
+    fixed += ["vae"] if config.pretrained_vae or config.init else []
+    open_stages = [stage for stage in SHARES if stage in stages and stage not in fixed]
+    config = _with_lengths(config, out, open_stages, request, speed, done)
+    images = {stage: stage_length(config, stage) - done[stage] for stage in open_stages}
+    images = {stage: count for stage, count in images.items() if count > 0}
+    minutes = {stage: count * speed.seconds[stage] / 60 for stage, count in images.items()}
+    if "lpips" in minutes:
+        minutes["lpips"] += min(pictures, config.lpips.triplets) * speed.judgment_seconds / 60
+    if "clip" in minutes and config.clip.minutes:
+        minutes["clip"] = min(minutes["clip"], config.clip.minutes)
+    batch = {
+        "vae": config.vae.fit.batch_size,
+        "unet": config.unet.fit.batch_size,
+        "lpips": config.lpips.trunk.batch,
+        "clip": config.clip.batch_size,
+    }
+    plan = TeacherPlan(
+        pictures=pictures,
+        captions=captions,
+        images=images,
+        steps={stage: -(-count // batch[stage]) for stage, count in images.items()},
+        stage_minutes=minutes,
+        minutes=sum(minutes.values()) + pictures * speed.encode_seconds / 60,
+        gib=(speed.picture_bytes * pictures + speed.fixed_bytes) / 2**30,
+        measured_on=f"measured by {TIMED_STEPS} steps of each stage on {torch.get_num_threads()} CPU threads",
+    )
+    return config, plan
+
+
+def save_request(out: Path, config: TeacherConfig, request: Request) -> None:
+    """Note the request and the lengths that were chosen for it, and keep them when it is repeated."""
+    if process_group.rank() == 0 and request != Request():
+        lengths = {LENGTH_SETTINGS[stage]: stage_length(config, stage) for stage in SHARES}
+        lengths["lpips.triplets"] = config.lpips.triplets
+        content = {"request": asdict(request), "lengths": lengths}
+        write_atomically(out / TRAINING / "plan.json", json.dumps(content, indent=1))
+
+
+def images_done(out: Path, stage: str) -> int:
+    """Training images of a stage so far, at its last checkpoint."""
+    folder = out / TRAINING / stage
+    if (folder / "scores.json").is_file():
+        return int(read_scores(folder / "scores.json").get("length", 0))
+    points = checkpoint.complete_points(folder / "checkpoints")
+    return points[-1] if points else 0
+
+
+def _with_lengths(
+    config: TeacherConfig,
+    out: Path,
+    open_stages: Sequence[str],
+    request: Request,
+    speed: Speed,
+    done: Mapping[str, int],
+) -> TeacherConfig:
+    """The config with the lengths that the request asks for."""
+    if request == Request():
+        return config
+    # The same request again: the same lengths.
+    file = out / TRAINING / "plan.json"
+    if file.is_file():
+        known = read_json_object(file, f"delete {file} to choose the lengths again")
+        if known["request"] == asdict(request):
+            return with_values(config, {**known["lengths"], "clip.minutes": 0.0})
+    finished = [stage for stage in SHARES if stage not in open_stages and done[stage]]
+    lengths = {LENGTH_SETTINGS[stage]: done[stage] for stage in finished}
+    if finished:
+        logger.info("finished stages keep their length: %s", ", ".join(finished))
+    total = sum(SHARES[stage] for stage in open_stages)
+    for stage in open_stages:
+        if request.images is not None:
+            count = round(stage_length(config, stage) * request.images / config.unet.fit.images)
+        else:
+            budget = 60 * (request.minutes or 0.0) * SHARES[stage] / total
+            # Calibration takes at most half of LatentLPIPS' time.
+            if stage == "lpips":
+                judgments = min(config.lpips.triplets, int(budget / 2 / speed.judgment_seconds))
+                lengths["lpips.triplets"] = max(FEWEST_JUDGMENTS, judgments)
+                budget -= lengths["lpips.triplets"] * speed.judgment_seconds
+            count = done[stage] + int(budget / speed.seconds[stage])
+        lengths[LENGTH_SETTINGS[stage]] = max(1, count)
+    return with_values(config, {**lengths, "clip.minutes": 0.0})
+
+
+class WholeProgress:
+    """Progress of all stages together, in planned seconds, so that one line says when everything is done.
+
+    A stage's own progress is passed on when it ends.
+    """
+
+    def __init__(self, plan: TeacherPlan, progress: Progress) -> None:
+        self.seconds = {stage: 60 * minutes for stage, minutes in plan.stage_minutes.items()}
+        self.images, self.progress = plan.images, progress
+        self.first: dict[str, int] = {}
+        self.done: dict[str, float] = {}
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        stage = LABELS.get(label)
+        if stage not in self.seconds:
+            self.progress(label, done, total)
+            return
+        # A resumed stage starts at its checkpoint, and the plan counts from there.
+        first = self.first.setdefault(label, done)
+        share = (done - first) / max(1, total - first)
+        self.done[stage] = self.seconds[stage] * share
+        if done >= total:
+            self.progress(label, done, total)
+        seconds = sum(self.done.values())
+        self.progress("teacher, planned seconds", int(seconds), max(1, int(sum(self.seconds.values()))))
+
+
+LABELS = {"vae": "vae", "unet": "unet", "LatentLPIPS trunk": "lpips", "train CLIP": "clip"}
+"""Stages by the label of their progress."""

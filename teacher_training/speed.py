@@ -1,0 +1,132 @@
+"""Speed and disk space of each stage of a teacher's training on this machine, from a few steps."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2g.diffusion.latents import encode, from_uint8, latent_space
+from d2g.diffusion.pretrained import load_schedule
+from eval.networks.registry import clip_tokenizer, new_clip
+from latent_lpips.vgg import VGG16
+from teacher_training.autoencoder import autoencoder_loss, build_autoencoder
+from teacher_training.clip import contrastive_loss, model_config
+from teacher_training.config import TeacherConfig
+from teacher_training.loop import LossFn
+from teacher_training.start import check_init, starting_autoencoder, starting_denoiser, starting_tokenizer
+from teacher_training.unet import denoiser_loss
+
+TIMED_ROWS, TIMED_STEPS = 16, 2
+"""Rows of a timed step, at most; steps that are timed after one to warm up."""
+
+
+@dataclass(kw_only=True)
+class Speed:
+    """Seconds per training image by stage, seconds per judgment that LatentLPIPS is calibrated on, seconds to
+    encode a picture, and bytes on disk: per picture, and for checkpoints and weights.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    judgment_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    picture_bytes: float = 0.0
+    fixed_bytes: float = 0.0
+
+
+def measure_speed(config: TeacherConfig, stages: Sequence[str]) -> Speed:
+    """Measure the stages on random pictures. The random state of the caller stays as it is."""
+    speed = Speed()
+    if config.init:
+        check_init(config.init)
+    with torch.random.fork_rng(), TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        images = torch.randint(256, (TIMED_ROWS, 3, config.size, config.size), dtype=torch.uint8)
+        captions = [f"a photo of picture {number}" for number in range(TIMED_ROWS)]
+        tokenizer_folder = Path(folder) / "tokenizer"
+        tokenizer = starting_tokenizer(config, captions, tokenizer_folder)
+        # The autoencoder, trained or given.
+        given = starting_autoencoder(config)
+        vae = given if given is not None else build_autoencoder(config.vae, config.size)
+        if given is None and "vae" in stages:
+            _time_stage(
+                speed, "vae", [vae], autoencoder_loss(vae, images, config.vae), config.vae.fit.batch_size
+            )
+        started = time.perf_counter()
+        with torch.no_grad():
+            latents = encode(vae, from_uint8(images[:4])).repeat(TIMED_ROWS // 4, 1, 1, 1)
+        speed.encode_seconds = (time.perf_counter() - started) / 4
+        # The denoiser.
+        if "unet" in stages:
+            text, unet = starting_denoiser(config, tokenizer, latents.shape[1], latents.shape[-1])
+            schedule = load_schedule("miniature")  # Stable Diffusion's, as that of every teacher trained here
+            loss_of = denoiser_loss(text, unet, latents, captions, schedule, config.unet)
+            modules = [text.models["text_encoder"], unet]
+            _time_stage(speed, "unet", modules, loss_of, config.unet.fit.batch_size)
+        # LatentLPIPS: a judgment encodes 3 pictures and takes 4 passes, each a third of a training step.
+        if "lpips" in stages:
+            network = replace(config.lpips.network, channels=latents.shape[1])
+            trunk = VGG16(network, 16, config.lpips.trunk.dropout, config.lpips.trunk.grid)
+            _time_stage(speed, "lpips", [trunk], _trunk_loss(trunk, latents), config.lpips.trunk.batch)
+            speed.judgment_seconds = 4 * speed.seconds["lpips"] / 3 + 3 * speed.encode_seconds
+        if "clip" in stages:
+            clip, loss_of = _clip(config, tokenizer_folder, images, captions)
+            _time_stage(speed, "clip", [clip], loss_of, config.clip.batch_size)
+        space = latent_space(vae)
+        values = space.channels * (config.size // space.downscale) ** 2
+    speed.picture_bytes = 3.0 * config.size**2 + 4.0 * values
+    return speed
+
+
+def _time_stage(
+    speed: Speed, stage: str, modules: Sequence[nn.Module], loss_of: LossFn, batch_size: int
+) -> None:
+    """Time forward, backward and an AdamW step on a few rows; count the bytes of checkpoints and weights."""
+    rows = min(TIMED_ROWS, max(2, batch_size))
+    group = nn.ModuleList(modules).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(group.parameters(), lr=0.0)
+    generator = torch.Generator().manual_seed(0)
+    started = 0.0
+    for step in range(TIMED_STEPS + 1):
+        # The first step warms up.
+        if step == 1:
+            started = time.perf_counter()
+        loss, _ = loss_of(list(range(rows)), generator)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    speed.seconds[stage] = (time.perf_counter() - started) / (TIMED_STEPS * rows)
+    # Two checkpoints of weights, average and two moments, and the weights themselves twice, all fp32.
+    copies = 2 * 4 + 2 if stage in ("vae", "unet") else 1
+    speed.fixed_bytes += 4.0 * copies * sum(parameter.numel() for parameter in group.parameters())
+
+
+def _trunk_loss(trunk: nn.Module, latents: Tensor) -> LossFn:
+    def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = trunk(latents[rows])
+        return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)), {}
+
+    return loss_of
+
+
+def _clip(
+    config: TeacherConfig, tokenizer: Path, images: Tensor, captions: Sequence[str]
+) -> tuple[nn.Module, LossFn]:
+    """An untrained CLIP of the settings' shape, and its loss on these pictures."""
+    settings = replace(config.clip, image_size=config.size)
+    tokenize = clip_tokenizer(tokenizer, settings.context)
+    hf_tokenizer = tokenize.tokenizer  # type: ignore[attr-defined]
+    model = new_clip(model_config(settings, len(hf_tokenizer), hf_tokenizer.eos_token_id))
+    tokens = tokenize(list(captions))
+
+    def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        image_vectors = F.normalize(model.encode_image(from_uint8(images[rows])), dim=1)
+        text_vectors = F.normalize(model.encode_text(tokens[rows]), dim=1)
+        scale = model.logit_scale.exp()
+        return contrastive_loss(image_vectors, text_vectors, scale, torch.tensor(rows)), {}
+
+    return model, loss_of

@@ -1,0 +1,188 @@
+"""teacher_training.plan and the options of `d2g teacher train`: lengths, plan, resume, refusals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from own_pictures import CONFIG, class_folders, image_folder, parquet, train_arguments
+from teacher_training.plan import (
+    LENGTH_SETTINGS,
+    Request,
+    TeacherPlan,
+    WholeProgress,
+    count_pictures,
+    plan_teacher,
+    save_request,
+)
+from teacher_training.train import TEACHER_STAGES, stage_length
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "pictures"
+    folder.mkdir()
+    image_folder(folder)
+    return folder
+
+
+def lengths(config: Any) -> dict[str, int]:
+    return {stage: stage_length(config, stage) for stage in LENGTH_SETTINGS}
+
+
+def test_pictures_and_captions_are_counted(tmp_path: Path, data: Path) -> None:
+    for write in (class_folders, parquet):
+        (tmp_path / write.__name__).mkdir()
+        write(tmp_path / write.__name__)
+        assert count_pictures(replace(CONFIG, data=str(tmp_path / write.__name__))) == (40, 40)
+    assert count_pictures(replace(CONFIG, data=str(data), images=7)) == (7, 7)
+    # One caption of three.
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes((data / f"{number:03d}.png").read_bytes())
+    (tmp_path / "1.txt").write_text("a disc")
+    import shutil
+
+    shutil.rmtree(tmp_path / "class_folders")
+    shutil.rmtree(tmp_path / "parquet")
+    assert count_pictures(replace(CONFIG, data=str(tmp_path))) == (3, 1)
+
+
+def test_a_number_of_images_scales_all_stages(data: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, data=str(data))
+    before = lengths(config)
+    planned, plan = plan_teacher(config, tmp_path, TEACHER_STAGES, Request(images=256))
+    assert lengths(planned) == {stage: 4 * count for stage, count in before.items()}
+    assert plan.steps["unet"] == 16 and plan.pictures == plan.captions == 40 and plan.gib > 0
+    assert set(plan.stage_minutes) == set(LENGTH_SETTINGS) and not list(tmp_path.iterdir())
+    assert plan.lines()[0] == "plan: 40 pictures, 40 of them with a caption"
+
+
+def test_minutes_become_lengths_that_fit_and_the_same_request_keeps_them(data: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, data=str(data))
+    request = Request(minutes=2.0)
+    planned, plan = plan_teacher(config, tmp_path, TEACHER_STAGES, request)
+    assert plan.minutes == pytest.approx(2.0, abs=0.1)
+    assert plan.stage_minutes["unet"] == pytest.approx(1.1, abs=0.05)
+    # The speed differs the next time; the lengths of the same request do not.
+    save_request(tmp_path, planned, request)
+    again, _ = plan_teacher(config, tmp_path, TEACHER_STAGES, request)
+    assert lengths(again) == lengths(planned)
+    longer, _ = plan_teacher(config, tmp_path, TEACHER_STAGES, Request(minutes=20.0))
+    assert stage_length(longer, "unet") > 4 * stage_length(planned, "unet")
+    # Without a request the settings' own lengths hold.
+    assert lengths(plan_teacher(config, tmp_path, ("unet",), Request())[0]) == lengths(config)
+
+
+def test_one_time_left_for_all_stages() -> None:
+    """Progress is in planned seconds: a stage that is faster than another counts less per image."""
+    plan = TeacherPlan(
+        pictures=1,
+        captions=1,
+        images={"vae": 100, "unet": 100},
+        steps={},
+        stage_minutes={"vae": 1.0, "unet": 3.0},
+        minutes=4.0,
+        gib=0.0,
+        measured_on="",
+    )
+    calls: list[tuple[str, int, int]] = []
+    progress = WholeProgress(plan, lambda *call: calls.append(call))
+    for label, done in (("vae", 0), ("vae", 50), ("vae", 100), ("unet", 40), ("unet", 70), ("unet", 100)):
+        progress(label, done, 100)
+    whole = [call[1:] for call in calls if call[0] == "teacher, planned seconds"]
+    # The UNet was resumed at 40 of 100 images: its planned seconds are for the rest.
+    assert whole == [(0, 240), (30, 240), (60, 240), (60, 240), (150, 240), (240, 240)]
+    assert [call for call in calls if call[0] in ("vae", "unet")] == [("vae", 100, 100), ("unet", 100, 100)]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of `d2g teacher train --images 64`."""
+    from jobs import d2g as run
+
+    folder = tmp_path_factory.mktemp("trained")
+    ended = run([*train_arguments(data, folder / "teacher", "--images", "64"), "--json"], folder / "log")
+    result = ended.json
+    assert result["plan"]["steps"] == {"vae": 1, "unet": 4}  # 70,000 to 500,000 images in the preset
+    assert "plan: 40 pictures, 40 of them with a caption" in ended.stderr
+    assert "minutes in all (measured by 2 steps of each stage on 1 CPU threads)" in ended.stderr
+    assert result["trained"] is False and result["verdict"].startswith("this teacher is not trained")
+    return folder / "teacher"
+
+
+def test_the_same_command_finds_everything_finished(trained: Path, data: Path, d2g: Any) -> None:
+    ended = d2g(*train_arguments(data, trained, "--images", "64"), "--json")
+    assert ended.json["plan"]["steps"] == {} and "all stages are finished" in ended.stderr
+    command = (trained / "training" / "command.txt").read_text()
+    assert command.startswith(f"d2g teacher train --preset scenes --data {data} --images 64 --set ")
+    assert command.rstrip().endswith(f"--out {trained}")
+
+
+def test_a_finished_stage_with_other_settings_is_refused(trained: Path, data: Path, d2g: Any) -> None:
+    arguments = train_arguments(data, trained, "--images", "64")
+    for name, value in (("vae.kl_weight", "0.5"), ("unet.fit.lr", "0.1"), ("unet.caption_dropout", "0.3")):
+        error = d2g(*arguments, "--set", f"{name}={value}").error
+        assert f"holds a run with another config: {name.partition('.')[2]} (" in error, error
+    error = d2g(*arguments, "--set", "size=32").error
+    assert "holds a run with another config: size (16 -> 32)" in error
+
+
+def test_a_longer_training_goes_on_and_a_shorter_one_is_refused(
+    trained: Path, data: Path, tmp_path: Path, d2g: Any
+) -> None:
+    import shutil
+
+    out = shutil.copytree(trained, tmp_path / "teacher")
+    error = d2g(*train_arguments(data, out, "--images", "32")).error
+    assert "stage unet" in error and "is finished with 64 images, the settings ask for 32" in error
+    vae = (out / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    ended = d2g(*train_arguments(data, out, "--images", "128"), "--json")
+    assert ended.json["plan"]["images"] == {"unet": 64}, "the VAE stays, the U-Net goes on"
+    assert "finished stages keep their length: vae" in ended.stderr
+    assert (out / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == vae
+    lines = [json.loads(line) for line in (out / "training/unet/stats.jsonl").read_text().splitlines()]
+    counts = [line["nimg"] for line in lines if "loss/mse" in line]
+    assert counts == [16, 32, 48, 64, 80, 96, 112, 128]
+
+
+def test_an_interrupted_training_says_how_to_finish(data: Path, tmp_path: Path, d2g: Any) -> None:
+    out = tmp_path / "teacher"
+    assert d2g(*train_arguments(data, out, "--images", "64", stages="data,vae")).code == 0
+    error = d2g("teacher", "info", out).error
+    assert (
+        f"its training is not finished; finish it with `d2g teacher train --preset scenes --data {data}"
+        in error
+    )
+
+
+def test_a_dry_run_shows_the_plan_and_checks_the_data(data: Path, tmp_path: Path, d2g: Any) -> None:
+    out = tmp_path / "teacher"
+    plan = d2g(*train_arguments(data, out, "--minutes", "1"), "--dry-run", "--json").json["plan"]
+    assert plan["minutes"] == pytest.approx(1, abs=0.1) and not out.exists()
+    error = d2g(*train_arguments(tmp_path / "none", out), "--dry-run").error
+    assert "none: no such file or folder" in error and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--minutes 1 --images 64", "give --minutes or --images, not both"),
+        (
+            "--images 64 --set unet.fit.images=5",
+            "--set unet.fit.images has no effect: the minutes or --images",
+        ),
+        ("--init miniature --set unet.channels=[8,8]", "--set unet.channels has no effect: --init brings"),
+        ("--vae x --set vae.channels=[8,8]", "--set vae.channels has no effect: the autoencoder is used"),
+        ("--preset quick --set clip.images=5", "--set clip.images has no effect: the minutes or --images"),
+    ],
+)
+def test_options_without_effect_are_refused(options: str, message: str, d2g: Any, tmp_path: Path) -> None:
+    ended = d2g("teacher", "train", "--out", tmp_path / "t", *options.split())
+    assert ended.code == 2 and message in ended.error and not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_preset_is_quick(tmp_path: Path, d2g: Any) -> None:
+    ended = d2g("teacher", "train", "--data", tmp_path / "none", "--dry-run")
+    assert "no --preset: quick, about 15 minutes" in ended.stderr and "no such file" in ended.error
