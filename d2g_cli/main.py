@@ -16,11 +16,21 @@ from typer.core import TyperGroup
 from d2g.core.errors import UserError
 from d2g.core.logs import logger
 from d2g.core.signals import STOP_SIGNALS
-from d2g_cli import demo_doctor, distill, lpips, pairs, settings, student, teacher
+from d2g_cli import demo_doctor, distill, launch, lpips, pairs, settings, student, teacher
 from d2g_cli import eval as eval_commands
-from d2g_cli.common import is_printed_by_rank_0, log_to_stderr, print_error, publish_error, reporter
+from d2g_cli.common import (
+    is_printed_by_rank_0,
+    is_rank_0,
+    log_to_stderr,
+    print_error,
+    publish_error,
+    reporter,
+)
 from d2g_cli.foreign_errors import explain
 from d2g_cli.terminal import is_terminal, prepare_streams
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, and after a signal that asks for the same."""
 
 
 @contextmanager
@@ -55,6 +65,14 @@ app.add_typer(distill.app, name="distill")
 student.register(app)
 app.add_typer(eval_commands.app, name="eval")
 app.command("settings")(settings.settings)
+app.command(
+    "launch",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
+)(launch.launch)
 
 
 def _version(value: bool) -> None:
@@ -85,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     handled = stop_on_signals()
     logger.propagate = False  # a library may give the root logger a handler, which would repeat each line
     try:
-        app(args=[a for a in argv if a != "--debug"], standalone_mode=True)
+        app(args=[a for a in argv if a != "--debug"], obj=argv, standalone_mode=True)
     # Messages for the user; anything else is unexpected.
     except UserError as error:
         _fail(error, str(error), error.exit_code, debug)
@@ -97,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
         # Loops handle Ctrl-C themselves; elsewhere typer turns it into a silent exit.
         if isinstance(exit_.__context__ and exit_.__context__.__cause__, KeyboardInterrupt):
             text = "interrupted; what was finished before is safe, run the same command again"
-            _fail(exit_, text, 130, debug)
+            _fail(exit_, text, INTERRUPTED, debug)
         raise
     except Exception as error:
         _fail(error, _unexpected(error), 1, debug)
@@ -151,5 +169,7 @@ def _fail(error: BaseException, text: str, code: int, debug: bool) -> None:
     reporter.stop()
     if debug:
         traceback.print_exception(error)
-    print_error(text, every_rank=debug)
+    # Ctrl-C reaches every rank at once: rank 0 speaks for all.
+    if code != INTERRUPTED or is_rank_0() or debug:
+        print_error(text, every_rank=debug)
     sys.exit(code)

@@ -65,11 +65,11 @@ class DemoResult:
         return asdict(self)
 
 
-def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoResult:
-    """Generate pairs, train both stages, evaluate, and write a report to OUT.
+def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoResult | None:
+    """Generate pairs, train both stages, evaluate, and write a report to OUT. Call on every rank.
 
-    Finished parts are kept, so an interrupted demo resumes when it is run again. Raises what the stages
-    raise.
+    Returns None on other ranks than 0. Finished parts are kept, so an interrupted demo resumes when it is run
+    again. Raises what the stages raise.
     """
     register_eval_scenes()
     started, timings = time.monotonic(), {}
@@ -85,7 +85,9 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         # Captions of scenes that the teacher has not seen.
         prompts = out / "prompts.txt"
         captions = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))
-        write_atomically(prompts, "\n".join(captions) + "\n")
+        if process_group.rank() == 0:
+            write_atomically(prompts, "\n".join(captions) + "\n")
+        process_group.barrier()
         pairs_config = replace(config.pairs, prompts=str(prompts), seed=config.seed)
         num_pairs = generate_pairs(pairs_config, out / "pairs", progress).pairs
     # Each stage reads the pairs; stage 2 starts from the student of stage 1.
@@ -105,6 +107,8 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
             "gan": load_student(str(out / "gan"), device=device),
         }
         results, images = evaluate_samplers(config, teacher, students, progress)
+    if process_group.rank() != 0:
+        return None
     speed = measure_sampling_time(config, teacher, students["gan"])
 
     # The report and demo.json hold the same result.

@@ -48,6 +48,7 @@ TINY = override(
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, list[str]]:
     out, labels = tmp_path_factory.mktemp("demo") / "out", []
     result = run_demo(TINY, out, lambda label, done, total: labels.append(label))
+    assert result is not None
     return result, out, labels
 
 
@@ -129,6 +130,7 @@ def test_a_second_run_reuses_finished_parts(demo: tuple[DemoResult, Path, list[s
         path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".h5", ".safetensors")
     }
     second = run_demo(TINY, out)
+    assert second is not None
     assert {path: path.stat().st_mtime_ns for path in mtimes} == mtimes
     assert second.fid == pytest.approx(first.fid, rel=1e-6) and second.recall == first.recall
 
