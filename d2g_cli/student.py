@@ -54,11 +54,14 @@ class SampleOptions(WorkOptions):
     ] = None
     prompts: Prompts = None
     num: Annotated[int | None, typer.Option(help="Images per prompt (1).")] = None
-    teacher: TeacherOption = None
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher to draw; with --student both draw, from the same noise.")
+    ] = None
+    steps: Annotated[int | None, typer.Option(help="Solver steps of the teacher (50).")] = None
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (32).")] = None
     guidance: Annotated[
         float | None,
-        typer.Option(help="Scale to imitate, for a student with guidance conditioning (8)."),
+        typer.Option(help="Guidance of a teacher (3); or to imitate, for a student that takes it (8)."),
     ] = None
     seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) (0).")] = None
 
@@ -66,7 +69,7 @@ class SampleOptions(WorkOptions):
 @one_process
 @expand_options
 def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
-    """Sample images in one step: PNGs that contain their prompt, and a grid."""
+    """Draw with a student in one step, a teacher, or both from the same noise: PNGs and a grid."""
     from distill.config.run import SampleConfig
 
     settings = settings_from(options, SampleConfig)
@@ -78,16 +81,31 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
 
     for text in config.prompt:
         prompt_text("--prompt", text)
-    from distill.sampling import default_student_prompts, save_samples
+    from distill.sampling import (
+        TEACHER_STEPS,
+        default_student_prompts,
+        save_both_samples,
+        save_samples,
+        save_teacher_samples,
+    )
     from pairgen.prompts import read_prompts
 
+    student = config.student or ("" if config.teacher else "miniature")
     from_file = read_prompts(Path(config.prompts), config.column) if config.prompts else []
-    texts = [*config.prompt, *from_file]
-    texts = texts or default_student_prompts(config.student, config.teacher)
+    texts = [*config.prompt, *from_file] or default_student_prompts(student, config.teacher)
     texts = [text for text in texts for _ in range(config.num)]
-    summary = save_samples(
-        config.student, texts, out, config.seed, config.batch_size, config.teacher, config.guidance, reporter
-    )
+    # The student, the teacher, or both.
+    if config.teacher is None:
+        summary = save_samples(
+            student, texts, out, config.seed, config.batch_size, None, config.guidance, reporter
+        )
+    else:
+        shared = (texts, out, config.seed, config.batch_size, config.steps or TEACHER_STEPS, config.guidance)
+        summary = (
+            save_both_samples(student, config.teacher, *shared, reporter)
+            if student
+            else save_teacher_samples(config.teacher, *shared, reporter)
+        )
     emit(summary, options.as_json, "samples")
 
 

@@ -21,8 +21,12 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.lora import has_lora, merged
+from d2g.diffusion.teacher import TEACHER_GUIDANCE, check_solver, load_teacher
 from distill.config.components import StudentConfig
 from distill.models.student import Student, add_guidance_embedding, student_from_teacher
+
+TEACHER_STEPS = 50
+"""Solver steps of a teacher where none are set."""
 
 REMEDIES = {
     "student.json": "export the student again",
@@ -157,7 +161,8 @@ def load_student_weights(student: Student, name: str) -> None:
 def default_student_prompts(name: str, teacher: str | None = None) -> list[str]:
     """Return the prompts to use if the user gives none: every class once, or one empty prompt.
 
-    Raises SettingError for a text-conditioned student, which has no default prompts.
+    name: the student; empty with a `teacher` that draws alone. Raises SettingError for text-conditioned
+    networks, which have no default prompts.
     """
     prompts = pretrained.default_prompts(teacher or student_folder(name)[1])
     if not prompts:
@@ -218,29 +223,134 @@ def save_samples(
     guidance: the guidance scale to imitate. Returns the output folder, the number of images and the seconds
     per image. Raises SettingError if `guidance` is set but the student does not take it as an input.
     """
+    images, seconds = _student_images(name, prompts, seed, batch_size, teacher, guidance, progress)
+    _write_images(images, prompts, seed, out)
+    return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
+
+
+def save_teacher_samples(
+    name: str,
+    prompts: Sequence[str],
+    out: Path,
+    seed: int,
+    batch_size: int = 32,
+    steps: int = TEACHER_STEPS,
+    guidance: float | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """`save_samples` of a teacher, which draws with `steps` of its first-order solver.
+
+    guidance: TEACHER_GUIDANCE for None, where the teacher has an unconditional branch. Raises SettingError
+    for settings that the teacher cannot sample with.
+    """
+    images, seconds = _teacher_images(name, prompts, seed, batch_size, steps, guidance, progress)
+    _write_images(images, prompts, seed, out)
+    return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
+
+
+def save_both_samples(
+    student: str,
+    teacher: str,
+    prompts: Sequence[str],
+    out: Path,
+    seed: int,
+    batch_size: int = 32,
+    steps: int = TEACHER_STEPS,
+    guidance: float | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Student and teacher on the same noise: OUT/student, OUT/teacher, and OUT/grid.png with both in a row.
+
+    guidance: as in `save_samples` for a student that takes it, else for the teacher alone.
+    """
+    drawn: dict[str, tuple[list[Tensor], float]] = {
+        "student": _student_images(
+            student, prompts, seed, batch_size, teacher, guidance, progress, must_take_guidance=False
+        ),
+        "teacher": _teacher_images(teacher, prompts, seed, batch_size, steps, guidance, progress),
+    }
+    for name, (images, _) in drawn.items():
+        _write_images(images, prompts, seed, out / name)
+    # Rows of student and teacher, side by side.
+    rows = [image for pair in zip(*(images for images, _ in drawn.values()), strict=True) for image in pair]
+    if len({image.shape for image in rows}) == 1:
+        columns = 2 if len(rows) <= 16 else 8
+        save_png(image_grid(torch.stack(rows[:64]), columns), out / "grid.png", {})
+    return {
+        "out": str(out),
+        "images": len(rows),
+        "seconds_per_image": drawn["student"][1],
+        "teacher_seconds_per_image": drawn["teacher"][1],
+    }
+
+
+def _student_images(
+    name: str,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    teacher: str | None,
+    guidance: float | None,
+    progress: Progress,
+    must_take_guidance: bool = True,
+) -> tuple[list[Tensor], float]:
+    """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
+    one_step = load_student(name, teacher, _device())
     # The guidance scale is an input of some students only.
-    one_step = load_student(name, teacher, "cuda" if torch.cuda.is_available() else "cpu")
-    if guidance is not None:
-        if not one_step.student.guided:
-            raise SettingError(
-                f"student {name} has its guidance in its weights; leave --guidance out, or train one with "
-                "student.guidance_conditioning=true"
-            )
+    if guidance is not None and one_step.student.guided:
         one_step = replace(one_step, guidance=guidance)
-    # Generate all images, then write them.
-    started, samples = time.monotonic(), []
+    elif guidance is not None and must_take_guidance:
+        raise SettingError(
+            f"student {name} has its guidance in its weights; leave --guidance out, or train one with "
+            "student.guidance_conditioning=true"
+        )
+    started, samples = time.monotonic(), list[Tensor]()
     for images, _ in one_step.sample(prompts, seed, batch_size=batch_size):
         samples += list(images)
         progress("sample", len(samples), len(prompts))
-    seconds = time.monotonic() - started
-    # One file per image, and a grid of the first ones.
-    for number, (image, prompt) in enumerate(zip(samples, prompts, strict=True)):
+    return samples, (time.monotonic() - started) / len(samples)
+
+
+def _teacher_images(
+    name: str,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    steps: int,
+    guidance: float | None,
+    progress: Progress,
+) -> tuple[list[Tensor], float]:
+    """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
+    teacher = load_teacher(name, _device())
+    default = TEACHER_GUIDANCE if teacher.conditioner.has_null else 1.0
+    scale = default if guidance is None else guidance
+    solver = teacher.default_solver
+    check_solver(teacher, solver, steps, scale)
+    vae = pretrained.load_vae(name).to(teacher.device)
+    started, samples = time.monotonic(), list[Tensor]()
+    for first in range(0, len(prompts), batch_size):
+        # Image i has the noise of (seed, i), as a student's.
+        part = list(prompts[first : first + batch_size])
+        start = noise(seed, range(first, first + len(part)), teacher.latent_shape)
+        with torch.no_grad():
+            latents = teacher.sample(start, part, steps, scale, solver)
+            samples += list(to_uint8(decode(vae, latents)).cpu())
+        progress("sample teacher", len(samples), len(prompts))
+    return samples, (time.monotonic() - started) / len(samples)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _write_images(images: Sequence[Tensor], prompts: Sequence[str], seed: int, out: Path) -> None:
+    """One file per image, and a grid of the first ones."""
+    for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         save_png(
             image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}
         )
-    save_png(image_grid(torch.stack(samples[:64])), out / "grid.png", {})
-    log_earlier_samples(out, len(samples))
-    return {"out": str(out), "images": len(samples), "seconds_per_image": seconds / len(samples)}
+    save_png(image_grid(torch.stack(list(images[:64]))), out / "grid.png", {})
+    log_earlier_samples(out, len(images))
 
 
 def log_earlier_samples(out: Path, count: int) -> None:

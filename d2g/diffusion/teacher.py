@@ -18,6 +18,8 @@ from d2g.diffusion.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Sch
 from d2g.diffusion.scheduler_files import AnySchedule, load_any_schedule, schedule_kind
 from d2g.diffusion.solvers import Denoise, Solver, first_order, guided, sample_ode
 
+TEACHER_GUIDANCE = 3.0
+"""Guidance scale of samples where none is set; teachers without an unconditional branch take 1."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

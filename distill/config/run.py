@@ -236,20 +236,29 @@ def microbatch_size(config: DistillConfig, processes: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
-    """One `d2g sample`: which student draws what."""
+    """One `d2g sample`: which student or teacher draws what."""
 
-    student: str = setting("miniature", "Run folder, exported student, or a shipped name")
+    student: str | None = setting(
+        None, "Run folder, exported student, or a shipped name; null: miniature, unless teacher is set"
+    )
     prompt: tuple[str, ...] = setting((), "Texts, or class numbers")
     prompts: str | None = setting(None, "Prompt file, read after prompt; - is standard input")
     column: str | None = setting(
         None, "Column of the prompts in the prompt file; null: prompt, caption, text or TEXT"
     )
     num: int = setting(1, "Images per prompt")
-    teacher: str | None = setting(None, "Teacher to load in place of the one that the student names")
+    teacher: str | None = setting(
+        None,
+        "Teacher to draw; with student both draw, from the same noise, and the student is loaded with this "
+        "teacher",
+    )
+    steps: int | None = setting(None, "Solver steps of the teacher; null: 50")
     batch_size: int = setting(32, "Images per forward pass")
     seed: int = setting(0, "Image i uses the noise of (seed, i)")
     guidance: float | None = setting(
-        None, "Guidance scale to imitate, for a student with guidance conditioning; null: 8"
+        None,
+        "Guidance scale of the teacher (null: 3), or to imitate, for a student with guidance conditioning "
+        "(null: 8)",
     )
 
     def __post_init__(self) -> None:
@@ -259,7 +268,12 @@ class SampleConfig:
             num=(self.num >= 1, "1 or more"),
             batch_size=(self.batch_size >= 1, "1 or more"),
             guidance=(known, "1 (no guidance) or more"),
+            steps=(self.steps is None or self.steps >= 1, "1 or more"),
         )
+        if self.steps is not None and self.teacher is None:
+            raise SettingError(
+                f"steps is {self.steps}, but a student takes one step; give --teacher, or leave --steps out"
+            )
 
 
 SAMPLE_PRESETS = Presets({"default": ("The shipped miniature student", SampleConfig())})

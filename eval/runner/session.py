@@ -9,7 +9,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.progress import Progress, quiet
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
-from d2g.diffusion.teacher import load_teacher
+from d2g.diffusion.teacher import TEACHER_GUIDANCE, load_teacher
 from distill.sampling import student_folder
 from eval.evaluation import Evaluation, evaluate, image_count
 from eval.images.folders import open_images
@@ -25,9 +25,6 @@ from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
 from eval.protocols.protocol import ANY, PROTOCOLS
 from eval.runner.samplers import SamplingRequest, ode_source, pipeline_source, student_source
 from pairgen.prompts import label_list
-
-GUIDANCE = 3.0
-"""Guidance scale of a teacher where none is set."""
 
 
 class EvalSession:
@@ -166,9 +163,8 @@ class EvalSession:
             prompts = list(label_list(teacher.num_labels))
         if not prompts and teacher.conditioning == "none":
             prompts = [""]
-        guidance = (
-            GUIDANCE if config.guidance is None and teacher.conditioner.has_null else config.guidance or 1.0
-        )
+        default = TEACHER_GUIDANCE if teacher.conditioner.has_null else 1.0
+        guidance = default if config.guidance is None else config.guidance or 1.0
         request = self.sampling_request(prompts)
         return ode_source(teacher, request, steps=config.steps, guidance=guidance, solver=config.solver)
 

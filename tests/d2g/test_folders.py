@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from d2g.core.errors import UserError
@@ -15,7 +17,9 @@ from d2g.data.captions import Captions
 from d2g.data.folders import FolderListing, list_folder
 from distill.training.real_images import RealImages
 from eval.images.folders import load_all, open_images, read_images
+from eval.runner.session import read_list
 from latent_lpips.training.labeled_images import open_labeled, open_unlabeled
+from pairgen.prompts import read_prompts
 from teacher_training.data import captioned_images
 
 PNG = io.BytesIO()
@@ -266,3 +270,71 @@ def test_images_of_an_earlier_sample_call_are_reported(tmp_path: Path, log: pyte
     assert log.text == ""
     log_earlier_samples(tmp_path, 1)
     assert "also holds 2 images of an earlier call, from 00001.png on; remove them" in log.text
+
+
+# Captions of a folder as prompts.
+
+
+def as_metadata(root: Path, ending: str) -> None:
+    rows = [("a.png", "a red disc"), ("b.png", "a blue box")]
+    lines = (
+        [json.dumps({"file_name": name, "caption": caption}) for name, caption in rows]
+        if ending == "jsonl"
+        else ["file_name,caption", *(f"{name},{caption}" for name, caption in rows)]
+    )
+    put(root, "a.png", "b.png")
+    (root / f"metadata.{ending}").write_text("\n".join(lines))
+
+
+def as_texts(root: Path) -> None:
+    put(root, "a.png", "b.png")
+    (root / "a.txt").write_text("a red disc\n")
+    (root / "b.txt").write_text("a blue box")
+
+
+def as_parquet(root: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"image": {"bytes": PNG.getvalue()}, "caption": text} for text in ("a red disc", "a blue box")]
+    pq.write_table(pa.Table.from_pylist(rows), root / "train.parquet")
+
+
+def as_png_texts(root: Path) -> None:
+    from d2g.core.png import save_png
+
+    for name, text in (("a", "a red disc"), ("b", "a blue box")):
+        save_png(torch.zeros(3, 8, 8, dtype=torch.uint8), root / f"{name}.png", {"prompt": text})
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "metadata.jsonl": lambda root: as_metadata(root, "jsonl"),
+    "metadata.csv": lambda root: as_metadata(root, "csv"),
+    "NAME.txt": as_texts,
+    "parquet": as_parquet,
+    "PNG texts": as_png_texts,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_kind_of_folder_gives_prompts(kind: str, tmp_path: Path) -> None:
+    """For pairs, evaluation and samples, which read prompts by two functions."""
+    WRITERS[kind](tmp_path)
+    assert list(read_prompts(tmp_path)) == ["a red disc", "a blue box"]
+    assert read_list(tmp_path) == ["a red disc", "a blue box"]
+
+
+def test_class_folders_give_the_captions_that_teachers_train_on(tmp_path: Path) -> None:
+    put(tmp_path, "red_disc/1.png", "red_disc/2.png", "box/3.png")
+    assert list(read_prompts(tmp_path)) == ["a photo of a box", "a photo of a red disc"]
+    captions = captioned_images(str(tmp_path), 8, 10, 0, "a photo of a {}")[1]
+    assert read_list(tmp_path) == captions == ["a photo of a box", *["a photo of a red disc"] * 2]
+
+
+def test_pictures_without_a_caption_are_counted(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a.png", "b.png", "c.png", "b.txt")
+    assert list(read_prompts(tmp_path)) == ["of b"]
+    assert f"{tmp_path}: 2 of 3 pictures have no caption, left out" in log.text
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"holds no prompts, expected at least one; check --prompts"):
+        read_prompts(tmp_path)

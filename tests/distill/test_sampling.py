@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from safetensors.torch import load_file, save_file
 import tiny
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
+from d2g.diffusion.latents import decode, to_uint8
+from d2g.diffusion.pretrained import load_vae
+from d2g.diffusion.teacher import load_teacher
 from distill.export.export import export_student
 from distill.models.student import student_from_teacher
 from distill.sampling import (
@@ -151,3 +155,58 @@ def test_export_errors(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file"):
         export_student(str(run), tmp_path / "file" / "student")
+
+
+def pixels(file: Path) -> torch.Tensor:
+    """uint8 [3, H, W] of a PNG."""
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def test_a_teacher_draws_with_its_own_network(teacher: Path, tmp_path: Path, d2g: Any) -> None:
+    """`d2g sample --teacher` draws the teacher, from the noise of (seed, i), and no student."""
+    words = ("sample", "--teacher", teacher, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--seed", "5")
+    result = d2g(*words, "--steps", "4", "--guidance", "2", "--out", tmp_path, "--json").json
+    assert result["images"] == 2 and not (tmp_path / "student").exists()
+    loaded, vae = load_teacher(str(teacher)), load_vae(str(teacher))
+    latents = loaded.sample(noise(5, range(2), (4, 4, 4)), PROMPTS[:2], 4, 2.0, "ddim")
+    expected = to_uint8(decode(vae, latents))
+    for number, prompt in enumerate(PROMPTS[:2]):
+        assert torch.equal(pixels(tmp_path / f"{number:05d}.png"), expected[number])
+        with Image.open(tmp_path / f"{number:05d}.png") as image:
+            assert image.info == {"prompt": prompt, "seed": "5", "index": str(number)}
+    # Without options: 50 steps at guidance 3.
+    d2g("sample", "--teacher", teacher, "--prompt", PROMPTS[0], "--out", tmp_path / "default")
+    latents = loaded.sample(noise(0, range(1), (4, 4, 4)), PROMPTS[:1], 50, 3.0, "ddim")
+    assert torch.equal(pixels(tmp_path / "default" / "00000.png"), to_uint8(decode(vae, latents))[0])
+
+
+def test_student_and_teacher_side_by_side(teacher: Path, run: Path, tmp_path: Path, d2g: Any) -> None:
+    """Each draws what it draws alone; the grid has the student left and the teacher right."""
+    prompts = [word for prompt in PROMPTS[:3] for word in ("--prompt", prompt)]
+    both = ("--student", run, "--teacher", teacher, "--steps", "2")
+    result = d2g("sample", *both, *prompts, "--out", tmp_path / "both", "--json").json
+    assert result["images"] == 6 and result["teacher_seconds_per_image"] > 0
+    d2g("sample", "--student", run, *prompts, "--out", tmp_path / "student")
+    d2g("sample", "--teacher", teacher, "--steps", "2", *prompts, "--out", tmp_path / "teacher")
+    grid = pixels(tmp_path / "both" / "grid.png")
+    assert grid.shape == (3, 3 * 18, 2 * 18)
+    for number in range(3):
+        for column, name in enumerate(("student", "teacher")):
+            image = pixels(tmp_path / "both" / name / f"{number:05d}.png")
+            assert torch.equal(image, pixels(tmp_path / name / f"{number:05d}.png")), (name, number)
+            row = 18 * number
+            assert torch.equal(grid[:, row : row + 16, 18 * column : 18 * column + 16], image)
+
+
+def test_settings_of_the_other_sampler_are_refused(
+    teacher: Path, run: Path, tmp_path: Path, d2g: Any
+) -> None:
+    ended = d2g("sample", "--student", run, "--prompt", "a", "--steps", "4", "--out", tmp_path / "a")
+    assert ended.code == 2 and "steps is 4, but a student takes one step; give --teacher" in ended.error
+    # A guidance scale that the student cannot take is the teacher's.
+    words = ("sample", "--student", run, "--prompt", "a", "--guidance", "2", "--out", tmp_path / "b")
+    assert "has its guidance in its weights" in d2g(*words).error
+    assert d2g(*words, "--teacher", teacher, "--steps", "1").code == 0
+    ended = d2g("sample", "--teacher", teacher, "--out", tmp_path / "c")
+    assert ended.code == 2 and "nothing to draw; give --prompt TEXT" in ended.error
