@@ -104,11 +104,8 @@ def generate_pairs(
     batch_size = config.batch_size or fastest_batch(job)
     offload = config.text_cache > 0 and device.type != "cpu"
     # With `retry`, each rank takes its share of the shards with quarantined rows.
-    retry_shards = (
-        sorted(quarantined_rows(folder, spec))[process_group.rank() :: process_group.world_size()]
-        if retry
-        else []
-    )
+    quarantined = sorted(quarantined_rows(folder, spec)) if retry else []
+    retry_shards = quarantined[process_group.rank() :: process_group.world_size()]
     queued: set[int] = set()  # shards whose commit is queued in the writer thread
     # Take shards until none is left. The teacher computes while a thread writes.
     with StopFlag() as stop, Claims(folder, config.patience) as claims, BackgroundWriter() as background:
@@ -148,11 +145,15 @@ def generate_pairs(
         raise Interrupted(
             f"stopped; {pairs_present(folder, spec)} of {spec.num_pairs} pairs are safe in {out}"
         )
-    # Count the new rows of all ranks.
-    totals = process_group.mean({"new": float(tally.written - tally.bad)})  # waits for all ranks
-    new, seconds = round(totals["new"] * process_group.world_size()), time.monotonic() - started
+    return _summary(folder, spec, tally, batch_size, time.monotonic() - started)
+
+
+def _summary(folder: Path, spec: StoreSpec, tally: Tally, batch_size: int, seconds: float) -> PairSummary:
+    """Count the new rows of all ranks, and the store's. Waits for all ranks."""
+    totals = process_group.mean({"new": float(tally.written - tally.bad)})
+    new = round(totals["new"] * process_group.world_size())
     return PairSummary(
-        out=str(out),
+        out=str(folder),
         pairs=pairs_present(folder, spec),
         new_pairs=new,
         shards=len(shards_present(folder, spec)),
