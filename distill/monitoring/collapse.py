@@ -34,6 +34,8 @@ class Limits:
     blind_auc: float = 0.02  # D is blind: the share is within this distance of 0.5,
     blind_gap: float = 0.02  # and the mean logits are within this distance of each other
     spread: float = 0.5  # G collapses: variance over a batch below this fraction of its best earlier value
+    wide: float = 1.5  # G is too diverse: variance over a batch above this multiple of the teacher's
+    mostly: float = 0.9  # D mostly wins: in this share of 4 * reports
     rise: float = 2.0  # G diverges: regression loss above this multiple of its best earlier value
     contrast: float = 1.25  # images are saturated: contrast above this multiple of the teacher's
     color: float = 0.5  # colors shift: channel means this many standard deviations from the teacher's
@@ -66,8 +68,11 @@ def findings(lines: Sequence[Line], limits: Limits | None = None) -> list[Findin
     checks = (
         not_finite,
         d_collapse,
+        d_mostly_wins,
         d_blind,
+        d_ignores_captions,
         g_collapse,
+        g_too_diverse,
         g_regression,
         saturation,
         color_shift,
@@ -123,6 +128,38 @@ def d_collapse(lines: Sequence[Line], limits: Limits) -> Finding | None:
     return Finding(kind="d_collapse", text=text, fatal=True)
 
 
+def d_mostly_wins(lines: Sequence[Line], limits: Limits) -> Finding | None:
+    """D orders nearly all rows correctly in nearly all reports, though its loss is not small in each."""
+    last = _last_with(lines, ("d/auc",), 4 * limits.reports)
+    wins = sum(line["d/auc"] >= limits.won_auc for line in last)
+    if not last or wins < limits.mostly * len(last):
+        return None
+    text = (
+        f"{_at(lines)}: the discriminator wins in {wins} of {len(last)} reports, so the student learns "
+        "little from it; try a lower gan.optim.lr, a larger gan.r1_gamma, or gan.noise_augment=uniform"
+    )
+    return Finding(kind="d_mostly_wins", text=text, fatal=False)
+
+
+def d_ignores_captions(lines: Sequence[Line], limits: Limits) -> Finding | None:
+    """D gives real rows with a wrong caption, noise or latent the logits of right ones, but knows fake rows.
+
+    Medians over the last reports, because few rows of a batch are mismatched.
+    """
+    names = ("d/auc", "logit/real", "logit/fake", "logit/mismatched")
+    last = _last_with(lines, names, 4 * limits.reports)
+    if not last:
+        return None
+    auc, real, fake, mismatched = (median([line[name] for line in last]) for name in names)
+    if auc < 0.5 + limits.blind_auc or real - mismatched > limits.blind_gap + 0.1 * abs(real - fake):
+        return None
+    text = (
+        f"{_at(lines)}: the discriminator does not read the caption: over {len(last)} reports the logit of "
+        f"mismatched rows is {mismatched:.3f}, of real ones {real:.3f}; try a larger gan.mix_fraction"
+    )
+    return Finding(kind="d_ignores_captions", text=text, fatal=False)
+
+
 def d_blind(lines: Sequence[Line], limits: Limits) -> Finding | None:
     """D cannot tell real from generated rows. Not fatal: a new D is blind, D of a perfect student too."""
     last = _last_with(lines, ("d/auc", "logit/real", "logit/fake"), 2 * limits.reports)
@@ -155,6 +192,18 @@ def g_collapse(lines: Sequence[Line], limits: Limits) -> Finding | None:
         "smaller gan.weight or a larger gan.mix_fraction"
     )
     return Finding(kind="g_collapse", text=text, fatal=True)
+
+
+def g_too_diverse(lines: Sequence[Line], limits: Limits) -> Finding | None:
+    """The student's latents vary more over a batch than the teacher's, after they varied about as much."""
+    best, now = _best_and_now(lines, "latent/spread", limits.reports, min)
+    if now is None or not best < limits.wide < now:
+        return None
+    text = (
+        f"{_at(lines)}: the student's latents vary {now:.2f} times as much over a batch as the teacher's, "
+        f"{best:.2f} before; try a lower optim.lr or a smaller gan.weight"
+    )
+    return Finding(kind="g_too_diverse", text=text, fatal=False)
 
 
 def g_regression(lines: Sequence[Line], limits: Limits) -> Finding | None:

@@ -56,6 +56,31 @@ def test_d_collapse_is_detected() -> None:
     assert kinds(log(12, d__auc=[1.0, 1.0, 0.9, 1.0, 1.0], loss__d=[0.01] * 5)) == []
 
 
+def test_a_discriminator_that_wins_in_nearly_all_reports_is_reported() -> None:
+    wins = [1.0] * 18 + [0.9, 1.0]
+    assert kinds(log(40, d__auc=wins)) == ["d_mostly_wins"]
+    assert "19 of 20 reports" in findings(log(40, d__auc=wins))[0].text
+    assert kinds(log(40, d__auc=[1.0] * 17 + [0.9] * 3)) == [], "17 of 20 are not 18"
+    assert kinds(log(19, d__auc=[1.0] * 19)) == [], "19 reports are not 20"
+
+
+def test_a_discriminator_that_ignores_captions_is_reported() -> None:
+    def run(mismatched: float, **late: Any) -> list[dict[str, float]]:
+        return log(24, logit__mismatched=[mismatched] * 24, **late)
+
+    assert kinds(run(0.3)) == ["d_ignores_captions"], "mismatched rows have the logit of real ones"
+    assert kinds(run(0.23)) == ["d_ignores_captions"] and kinds(run(0.2)) == []
+    assert kinds(run(-0.3)) == [], "they have the logit of fake ones"
+    assert kinds(run(0.3, d__auc=[0.51] * 24)) == [], "a new discriminator knows nothing yet"
+    assert kinds(log(24)) == [], "a run without mix-and-match"
+
+
+def test_a_student_that_is_more_diverse_than_the_teacher_is_reported() -> None:
+    assert kinds(log(40, latent__spread=[1.6] * 5)) == ["g_too_diverse"]
+    assert kinds(log(40, latent__spread=[1.6] * 4 + [1.4])) == []
+    assert kinds(log(40, latent__spread=[1.6] * 40)) == [], "a student that starts wild must come down"
+
+
 def test_validation_lines_do_not_interrupt_a_streak() -> None:
     """Validation reports are separate lines without losses."""
     for late in ({"d__auc": [1.0] * 5, "loss__d": [0.01] * 5}, {"latent__spread": [0.1] * 5}):
