@@ -1,6 +1,7 @@
 """Settings of a pair store, and the presets of the four data sets of method.md "Pair data sets"."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from d2g.core.config import Presets, check_values, require, setting
@@ -50,6 +51,12 @@ class PairConfig:
     guidance_rescale: float = setting(
         0.0, "Rescaling of guided predictions; Lin et al. use 0.7", source="Lin et al. 2023, section 3.4"
     )
+    churn: float = setting(
+        0.0,
+        "An experiment: fresh noise in each step (S_churn of EDM's Algorithm 2), EDM teachers only. Such "
+        "pairs are random, and a student cannot learn them",
+        source="paper, supplement E",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", "Arithmetic of the network; solver updates are always fp32"
     )
@@ -86,6 +93,7 @@ class PairConfig:
             guidance_rescale=(0 <= self.guidance_rescale <= 1, "0 to 1"),
             max_bad=(0 <= self.max_bad <= 1, "0 to 1"),
             patience=(self.patience > 0, "seconds, more than 0"),
+            churn=(0 <= self.churn < inf, "0 (deterministic pairs) or more"),
             guidance=(self.guidance >= 1, "1 (no guidance) or more"),
         )
 

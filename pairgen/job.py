@@ -12,10 +12,11 @@ from torch import Tensor
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.logs import logger
-from d2g.core.seeds import noise
+from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from d2g.diffusion.solvers import Solver
+from d2g.diffusion.edm import EDMSchedule
+from d2g.diffusion.solvers import Churn, Solver
 from d2g.diffusion.teacher import Teacher, check_solver, describe_stages, load_teacher
 from pairgen.config import PairConfig
 from pairgen.prompts import PromptList, check_labels, label_list, prompt_list_sha256, read_prompts
@@ -70,8 +71,21 @@ class Job:
             spec.solver,
             spec.guidance_rescale,
             cond,
+            self._churn(indices),
         )
         return noise_rows, latents, texts
+
+    def _churn(self, indices: Sequence[int]) -> Churn | None:
+        """Fresh noise of the solver's steps: a function of the seed, the step and the pair."""
+        spec = self.spec
+        if not spec.churn:
+            return None
+
+        def fresh_noise(step: int) -> Tensor:
+            seed = generator(spec.seed, Stream.CHURN, step).initial_seed()
+            return noise(seed, indices, spec.latent_shape)
+
+        return Churn(spec.churn, fresh_noise)
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,11 @@ def open_job(
         raise SettingError("teacher is not set; give --teacher")
     # Load and check the teacher and the prompts with all settings.
     teacher = load_teacher(config.teacher, device, config.precision, config.spacing, config.final_alpha)
+    if config.churn and not isinstance(teacher.schedule, EDMSchedule):
+        raise SettingError(
+            f"churn is {config.churn:g}, but teacher {config.teacher} is not preconditioned as in EDM; leave "
+            "churn at 0"
+        )
     prompts = _prompts(config, teacher, None if spec is None and config.prompts else store)
     solver = teacher.default_solver if config.solver == "teacher" else config.solver
     size = (config.latent_size, config.latent_size) if config.latent_size else None
@@ -153,6 +172,7 @@ def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solv
         final_alpha_one=teacher.schedule.final_alpha_one,
         guidance=config.guidance,
         guidance_rescale=config.guidance_rescale,
+        churn=config.churn,
         precision=config.precision,
         seed=config.seed,
         dtype=config.dtype,
@@ -176,6 +196,7 @@ def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
         final_alpha="one" if spec.final_alpha_one else "teacher",
         guidance=spec.guidance,
         guidance_rescale=spec.guidance_rescale,
+        churn=spec.churn,
         precision=spec.precision,
         seed=spec.seed,
         dtype=spec.dtype,

@@ -79,6 +79,10 @@ class Stream(IntEnum):
     """Bootstrap of `d2g lpips score`, by group of splits."""
     CLIP_SPLIT = 0xC11B
     """Which images are held out when a small CLIP is trained."""
+    CHURN = 0xC4012
+    """Fresh noise of a stochastic solver, by step and pair."""
+    REWIRING = 0x2E37
+    """Which noise goes with which latents in rewired pairs."""
     TEACHER_VERDICT = 0x7EAC
     """Timesteps of the rows on which a trained teacher's loss is measured."""
 

@@ -102,7 +102,7 @@ class EDMSchedule:
         if steps < 1:
             raise SettingError(f"steps is {steps}; expected 1 or more")
         levels = sigmas(steps, self.sigma_min, self.sigma_max, self.rho, self.grid)
-        return [self._point(sigma) for sigma in levels]
+        return [self.point(sigma) for sigma in levels]
 
     def one_step(self, timestep: int) -> Point:
         """The point of a one-step student, sigma_max. Raises SettingError for any timestep but -1."""
@@ -111,9 +111,10 @@ class EDMSchedule:
                 f"student_timestep is {timestep}, but the teacher is preconditioned as in EDM, and its "
                 f"students start at sigma_max, {self.sigma_max:g}; set student_timestep=-1"
             )
-        return self._point(self.sigma_max)
+        return self.point(self.sigma_max)
 
-    def _point(self, sigma: float) -> Point:
+    def point(self, sigma: float) -> Point:
+        """The point of the noise level `sigma`, 0 or more."""
         time = preconditioning(sigma, self.sigma_data).c_noise if sigma else -math.inf
         return Point(time, 1.0, sigma)
 

@@ -1,7 +1,9 @@
-"""Deterministic solvers of the probability-flow ODE, as functions of a callable denoiser."""
+"""Solvers of the probability-flow ODE, as functions of a callable denoiser; deterministic without `Churn`."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
+from math import sqrt
 from typing import Literal
 
 from torch import Tensor
@@ -17,6 +19,25 @@ Solver = Literal["ddim", "heun", "euler"]
 
 UNBOUNDED = 1e3
 """A schedule whose last sigma / alpha exceeds this has zero terminal SNR, up to rounding."""
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Fresh noise in each step, which makes samples random functions of their noise (EDM Algorithm 2).
+
+    amount: S_churn. fresh_noise: step number -> noise [B, C, h, w] of unit variance.
+    """
+
+    amount: float
+    fresh_noise: Callable[[int], Tensor]
+
+    def add(
+        self, x: Tensor, schedule: EDMSchedule, now: Point, step: int, steps: int
+    ) -> tuple[Tensor, Point]:
+        """Raise the noise level of x by the factor 1 + min(S_churn / N, sqrt(2) - 1)."""
+        raised = schedule.point(now.sigma * (1 + min(self.amount / steps, sqrt(2) - 1)))
+        extra = sqrt(raised.sigma**2 - now.sigma**2)
+        return x + extra * self.fresh_noise(step).to(x), raised
 
 
 def ddim_step(prediction: Denoised, after: Point) -> Tensor:
@@ -72,10 +93,18 @@ def first_order(schedule: AnySchedule) -> Solver:
     return "euler" if isinstance(schedule, FlowSchedule | EDMSchedule) else "ddim"
 
 
-def sample_ode(denoise: Denoise, noise: Tensor, schedule: AnySchedule, steps: int, solver: Solver) -> Tensor:
+def sample_ode(
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: AnySchedule,
+    steps: int,
+    solver: Solver,
+    churn: Churn | None = None,
+) -> Tensor:
     """Integrate from noise [B, C, h, w] of unit variance to scaled latents of the same shape, in fp32.
 
     Heun's last step is of first order, as in EDM: at its end, sigma = 0, there is no network to evaluate.
+    churn: for an EDM schedule only.
     """
     assert solver in ("heun", first_order(schedule)), f"{solver} on a {type(schedule).__name__}"
     x, (height, width) = schedule.start(noise), noise.shape[-2:]
@@ -83,6 +112,9 @@ def sample_ode(denoise: Denoise, noise: Tensor, schedule: AnySchedule, steps: in
     last = len(points) - 2
     # Heun evaluates the network at both ends of a step, so the last step to sigma = 0 cannot use it.
     for i, (now, after) in enumerate(pairwise(points)):
+        if churn is not None:
+            assert isinstance(schedule, EDMSchedule)
+            x, now = churn.add(x, schedule, now, i, steps)
         if solver == "heun" and i < last:
             x = _heun(schedule, now)(denoise, x, now, after)
         elif isinstance(schedule, FlowSchedule):

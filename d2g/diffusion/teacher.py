@@ -16,7 +16,7 @@ from d2g.diffusion.latents import LatentSpace, latent_space
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Spacing
 from d2g.diffusion.scheduler_files import AnySchedule, load_any_schedule, schedule_kind
-from d2g.diffusion.solvers import Denoise, Solver, first_order, guided, sample_ode
+from d2g.diffusion.solvers import Churn, Denoise, Solver, first_order, guided, sample_ode
 
 TEACHER_GUIDANCE = 3.0
 """Guidance scale of samples where none is set; teachers without an unconditional branch take 1."""
@@ -138,6 +138,7 @@ class Teacher:
         solver: Solver,
         guidance_rescale: float = 0.0,
         cond: Conditioning | None = None,
+        churn: Churn | None = None,
     ) -> Tensor:
         """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w], fp32, on the teacher's device.
 
@@ -149,7 +150,7 @@ class Teacher:
             cond = self.encode(unique)[[position[prompt] for prompt in prompts]]
         assert len(cond) == len(noise), f"{len(cond)} rows of conditioning for {len(noise)} rows of noise"
         denoise = self.denoiser(cond, guidance, guidance_rescale)
-        return sample_ode(denoise, noise.to(self.device), self.schedule, steps, solver)
+        return sample_ode(denoise, noise.to(self.device), self.schedule, steps, solver, churn)
 
 
 def time_input(x: Tensor, point: Point) -> Tensor:

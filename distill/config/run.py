@@ -157,6 +157,11 @@ class DataConfig:
     cache_gib: float = setting(
         0.0, "Bound of the cache folder in GiB, least recently used shards are removed; 0: no bound"
     )
+    rewire: bool = setting(
+        False,
+        "An experiment: give the latents the noise of other rows, so that there is nothing to learn from it",
+        source="paper, supplement E",
+    )
     text_cache: int = setting(0, "Prompts whose text embeddings stay in memory; 0 encodes every batch again")
 
     def __post_init__(self) -> None:

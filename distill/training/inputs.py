@@ -18,6 +18,7 @@ from distill.config.run import DistillConfig
 from distill.sampling import student_folder
 from pairgen.store.concat import JoinedReader
 from pairgen.store.dataset import PairRows
+from pairgen.store.rewired import RewiredReader
 from pairgen.store.spec import StoreSpec, differing_from_earlier
 
 INPUTS = ("teacher", "pairs", "init", "lpips")
@@ -36,6 +37,8 @@ def describe_inputs(config: DistillConfig, reader: PairRows) -> dict[str, Any]:
 
 def store_specs(reader: PairRows) -> list[StoreSpec]:
     """The specs of the stores that a reader reads, in order."""
+    if isinstance(reader, RewiredReader):
+        reader = reader.reader
     readers = reader.readers if isinstance(reader, JoinedReader) else [reader]
     return [one.spec for one in readers]
 

@@ -13,6 +13,7 @@ from d2g.core.claims import FolderOwner
 from d2g.core.config import to_json
 from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
 from d2g.core.errors import Interrupted, SettingError, UserError
+from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.loggers import check_loggers
@@ -43,6 +44,7 @@ from distill.training.text_cache import TextCache
 from distill.training.validation import Validate, held_out
 from pairgen.store.dataset import PairRows
 from pairgen.store.hdf5 import PairBatch
+from pairgen.store.rewired import RewiredReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +298,9 @@ def _open_reader(config: DistillConfig) -> PairRows:
         check_discriminator(config.teacher, config.gan)
     held_out(len(reader), held_out_pairs)
     require_enough_pairs(len(reader), config.train.batch_size, held_out_pairs)
+    if config.data.rewire:
+        logger.warning("data.rewire is set: an experiment whose student cannot learn the pairs")
+        reader = RewiredReader(reader, len(reader) - held_out_pairs, config.seed)
     return reader
 
 

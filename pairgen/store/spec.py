@@ -48,6 +48,7 @@ class StoreSpec:
     final_alpha_one: bool
     guidance: float
     guidance_rescale: float = 0.0
+    churn: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int
     dtype: Literal["float16", "float32"] = "float16"
@@ -112,7 +113,7 @@ class StoreSpec:
         return index // self.per_prompt % self.num_prompts
 
 
-_LEFT_OUT = ("denoiser_sha256", "earlier_prompts")
+_LEFT_OUT = ("denoiser_sha256", "earlier_prompts", "churn")
 _TEACHER = ("teacher", "teacher_sha256", "denoiser_sha256")
 _FACTS = tuple(name for name in StoreSpec.__dataclass_fields__ if name not in (*_TEACHER, "earlier_prompts"))
 """Fields that two stores of one kind share, beside their teacher."""
