@@ -25,7 +25,7 @@ from typer.core import TyperCommand
 from d2g.core.config import Presets, parse_assignments, pick, to_json, with_values
 from d2g.core.errors import Interrupted, SettingError
 from d2g.core.logs import logger
-from d2g_cli.terminal import is_terminal, one_line, print_line, print_table
+from d2g_cli.terminal import is_terminal, one_line, print_line, print_table, printable
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ class Reporter:
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # labels hold paths
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -172,6 +172,7 @@ class Reporter:
     def __call__(self, label: str, done: int, total: int) -> None:
         if not is_rank_0():
             return
+        label = one_line(label)
         now = time.monotonic()
         start_time, start_done = self.started.setdefault(label, (now, done))
         rate = (done - start_done) / (now - start_time) if now > start_time else 0.0
@@ -199,9 +200,9 @@ class _StderrHandler(logging.Handler):
     """Prints a record as one line on stderr, above the progress bars where there are any."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = one_line(self.format(record)) if record.exc_info is None else self.format(record)
+        text = one_line(self.format(record)) if record.exc_info is None else printable(self.format(record))
         if reporter.tasks:
-            reporter.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            reporter.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 

@@ -27,30 +27,32 @@ from d2g_cli.common import (
     reporter,
 )
 from d2g_cli.foreign_errors import explain
-from d2g_cli.terminal import is_terminal, prepare_streams
+from d2g_cli.terminal import is_terminal, one_line, prepare_streams, printable
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, and after a signal that asks for the same."""
 
 
 @contextmanager
-def _usage_errors_once() -> Iterator[None]:
-    """Under torchrun, let rank 0 alone print a usage error, which typer itself prints."""
+def _usage_errors() -> Iterator[None]:
+    """Make usage errors, which typer itself prints, printable. Under torchrun rank 0 alone prints them."""
     try:
         yield
     except typer.TyperException as error:
-        if is_printed_by_rank_0(error.format_message()):
+        text = one_line(error.format_message())
+        if is_printed_by_rank_0(text):
             raise typer.Exit(error.exit_code) from error
+        error.format_message = lambda: text  # type: ignore[method-assign]  # names options that do not exist
         raise
 
 
 class _Group(TyperGroup):
     def make_context(self, *args: Any, **settings: Any) -> Any:
-        with _usage_errors_once():
+        with _usage_errors():
             return super().make_context(*args, **settings)
 
     def invoke(self, ctx: Any) -> Any:
-        with _usage_errors_once():
+        with _usage_errors():
             return super().invoke(ctx)
 
 
@@ -168,7 +170,7 @@ def _unexpected(error: Exception) -> str:
 def _fail(error: BaseException, text: str, code: int, debug: bool) -> None:
     reporter.stop()
     if debug:
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     # Ctrl-C reaches every rank at once: rank 0 speaks for all.
     if code != INTERRUPTED or is_rank_0() or debug:
         print_error(text, every_rank=debug)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g.core.errors import UserError
+from d2g.core.logs import log_once
 from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
 from d2g.data.folders import METADATA_FILES, FolderListing, few_names, normalized
 from d2g.data.text_files import csv_rows, json_rows, read_text
@@ -33,6 +34,7 @@ def class_captions(root: Path, pictures: Sequence[Path], template: str = CLASS_T
 class Captions(Mapping[Path, str]):
     """Picture -> caption: from a metadata file, else from the text file beside it, which is read on demand.
 
+    The log says in one line which listed files are missing; they are left out.
     `metadata`: the metadata files that are used. `listed`: the pictures that they list with their captions.
     `texts`: picture -> the text file beside it. `missing`: files that are listed and not there.
     """
@@ -54,19 +56,17 @@ class Captions(Mapping[Path, str]):
                     self.listed.append((path, caption))
         self.texts = _text_files(listing)
         self._rows = dict(self.listed)
+        if self.missing:
+            names = few_names([str(path) for path in self.missing])
+            log_once(
+                f"{listing.root}: left out {len(self.missing)} files that captions name and that are not there "
+                f"({names})"
+            )
 
     @property
     def files(self) -> list[Path]:
         """The files that captions come from."""
         return [*self.metadata, *self.texts.values()]
-
-    @property
-    def missing_line(self) -> str:
-        """What to say about the missing files; empty if there are none."""
-        if not self.missing:
-            return ""
-        names = few_names([str(path) for path in self.missing])
-        return f"{self.metadata[0]} lists {len(self.missing)} files that are not there ({names})"
 
     def __getitem__(self, picture: Path) -> str:
         if picture in self._rows:

@@ -30,7 +30,7 @@ BLOCK, WINDOW = 512, 8
 class RealImages:
     """Captioned images of a source, in an endless random order that depends only on (seed, images seen).
 
-    The constructor raises UserError for a source without images or captions, and for missing files.
+    The constructor raises UserError for a source without images or captions.
     Reading raises UserError for an unreadable image.
     """
 
@@ -117,10 +117,8 @@ def _table_columns(file: Path, table: Any, column: str | None) -> tuple[str, str
 def _list_captioned_files(listing: FolderListing, captions: Captions) -> list[tuple[Path, str]]:
     """List (file, caption) of a folder's images, sorted: those that its metadata files list, else all.
 
-    Raises UserError for an image without a caption, and for listed files that are not there.
+    Raises UserError for an image without a caption.
     """
-    if captions.missing:
-        raise UserError(f"{captions.missing_line}; restore them, or drop their lines")
     if not captions.metadata:
         listing.log_left_out(captions.files)
         return [(picture, _text_caption(picture, captions)) for picture in listing.pictures]

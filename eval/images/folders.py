@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import UserError
-from d2g.core.logs import log_once
 from d2g.data.captions import Captions
 from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import PICTURE_SUFFIXES, TABLE_SUFFIX, list_folder
@@ -73,8 +72,6 @@ def open_images(source: str | Path, column: str | None = None) -> ImageFiles:
     if listing.pictures:
         captions = Captions(listing, column)
         listing.log_left_out(captions.files)
-        if captions.missing:
-            log_once(captions.missing_line)
         return ImageFiles(name=str(source), pictures=listing.pictures, captions=captions)
     listing.log_left_out(listing.tables)
     if listing.tables:

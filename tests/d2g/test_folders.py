@@ -15,6 +15,7 @@ from PIL import Image
 from d2g.core.errors import UserError
 from d2g.data.captions import Captions
 from d2g.data.folders import FolderListing, list_folder
+from d2g.data.prompt_files import prompt_cells
 from distill.training.real_images import RealImages
 from eval.images.folders import load_all, open_images, read_images
 from eval.runner.session import read_list
@@ -230,13 +231,27 @@ def test_captions_of_classes_and_of_kohya_folders(tmp_path: Path) -> None:
     assert captioned_images(str(tmp_path), 8, 9, 0, "a {}")[1] == ["of a", "of b"]
 
 
-def test_missing_listed_files_are_reported(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("reader", ["images", "gan.real", "prompts"])
+def test_missing_listed_files_are_left_out_with_a_message(
+    reader: str, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     put(tmp_path, "a.png")
-    rows = [{"file_name": name, "caption": "b"} for name in ("a.png", "gone.png", "no/c.png")]
+    rows = [{"file_name": name, "caption": "b"} for name in ("gone.png", "a.png", "no/c.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert load_all(read_images(tmp_path))[1] == ["b"]
-    assert "lists 2 files that are not there (" in log.text and "gone.png" in log.text
-    with pytest.raises(UserError, match=r"lists 2 files that are not there .*; restore them"):
+    if reader == "images":
+        captions = load_all(read_images(tmp_path))[1]
+    elif reader == "gan.real":
+        images = RealImages(str(tmp_path), (8, 8))
+        captions = images.read(range(len(images)))[1]
+    else:
+        captions = list(prompt_cells(tmp_path))
+    assert captions == ["b"]
+    files = f"{tmp_path}/gone.png, {tmp_path}/no/c.png"
+    assert log.messages == [
+        f"{tmp_path}: left out 2 files that captions name and that are not there ({files})"
+    ]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="holds no images"):
         RealImages(str(tmp_path), (8, 8))
 
 

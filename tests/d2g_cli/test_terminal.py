@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from d2g_cli import common
 from d2g_cli.common import emit, print_error
+from d2g_cli.main import main
 from d2g_cli.terminal import print_line, print_table, printable
 
 ATTACKS = {
@@ -30,6 +32,14 @@ class FakeTerminal(io.StringIO):
         return True
 
 
+def show_progress(label: str) -> None:
+    """Show the whole of a job's progress."""
+    reporter = common.Reporter()
+    reporter(label, 0, 2)
+    reporter(label, 2, 2)
+    reporter.stop()
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("terminal", [True, False])
 def test_control_characters_are_not_printed(
@@ -46,10 +56,37 @@ def test_control_characters_are_not_printed(
         lambda: print_line(text),
         lambda: emit({text: [text], "b": text}, False, text),
         lambda: emit({"prompt": text}, True, text),
+        lambda: show_progress(text),
     ]
     for call in calls:
         call()
     assert all(c == "\n" or c.isprintable() for c in stream.getvalue()), repr(stream.getvalue())
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    "arguments", [["ATTACK"], ["--ATTACK"], ["pairs", "info", "a", "ATTACK"], ["eval", "run", "--num=ATTACK"]]
+)
+def test_usage_errors_are_printable(
+    attack: str, terminal: bool, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = FakeTerminal() if terminal else io.StringIO()
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with pytest.raises(SystemExit, match="2"):
+        main([argument.replace("ATTACK", ATTACKS[attack]) for argument in arguments])
+    assert all(c == "\n" or c.isprintable() for c in stream.getvalue()), repr(stream.getvalue())
+    assert "Error" in stream.getvalue()
+
+
+def test_progress_labels_are_printed_literally(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = FakeTerminal()
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stderr", stream)
+    show_progress("measure [red]a :cat:\nb")
+    assert "measure [red]a :cat: b" in stream.getvalue()
 
 
 @pytest.mark.parametrize("text", ["a [bold]cat[/bold] :smile:", "ein Bär ☃", "क्‍ष", "👩‍🚀", "a\tb"])
