@@ -59,7 +59,7 @@ class Captions(Mapping[Path, str]):
         if self.missing:
             names = few_names([str(path) for path in self.missing])
             log_once(
-                f"{listing.root}: left out {len(self.missing)} files that captions name and that are not there "
+                f"{listing.root}: left out {len(self.missing)} files that captions name and that are missing "
                 f"({names})"
             )
 

@@ -247,9 +247,7 @@ def test_missing_listed_files_are_left_out_with_a_message(
         captions = list(prompt_cells(tmp_path))
     assert captions == ["b"]
     files = f"{tmp_path}/gone.png, {tmp_path}/no/c.png"
-    assert log.messages == [
-        f"{tmp_path}: left out 2 files that captions name and that are not there ({files})"
-    ]
+    assert log.messages == [f"{tmp_path}: left out 2 files that captions name and that are missing ({files})"]
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match="holds no images"):
         RealImages(str(tmp_path), (8, 8))
