@@ -50,6 +50,8 @@ def launch(
     if (processes := gpus) is None:
         import torch
 
+        from d2g.core.environment import usable_cores
+
         processes = torch.cuda.device_count() or usable_cores()
     raise typer.Exit(run_in_processes(command, processes, nodes, rendezvous, job, restarts))
 
@@ -94,18 +96,13 @@ def run_in_processes(
     return 0
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def cpu_processes() -> int:
     """How many processes a small job takes here: a power of two, 1 with a GPU or under torchrun."""
     if "WORLD_SIZE" in os.environ:
         return 1
     import torch
+
+    from d2g.core.environment import usable_cores
 
     if torch.cuda.is_available():
         return 1

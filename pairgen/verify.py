@@ -1,6 +1,5 @@
 """Checking and describing pair stores."""
 
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from d2g.core.environment import usable_cores
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList, prompt_list_sha256
@@ -126,7 +126,7 @@ def in_threads(call: Callable[[S], T], items: Iterable[S], workers: int = 0) -> 
 
 def default_workers() -> int:
     """The CPU cores of this process, at most 8: disks are slower than more threads."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, usable_cores())
 
 
 def stored_prompts(folder: Path, spec: StoreSpec) -> tuple[PromptList | None, str]:

@@ -4,12 +4,20 @@ import errno
 import os
 import shutil
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from d2g.core.errors import UserError
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a write for which there is no room."""
+
+STALE_WAITS = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds before each new attempt of an operation that met a stale NFS handle."""
+
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -31,7 +39,30 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_and_rename(data: bytes | memoryview, path: Path, temporary: Path) -> None:
-    """Write `data` to `temporary`, sync it, and rename it to `path`. Raises OSError."""
+    """Write `data` to `temporary`, sync it, and rename it to `path`. Raises OSError.
+
+    A stale NFS handle at any point starts the write again.
+    """
+    retry_stale(lambda: _write_and_rename(data, path, temporary))
+
+
+def retry_stale(operation: Callable[[], T]) -> T:
+    """The result of `operation`, which runs again while it raises ESTALE, with pauses of STALE_WAITS.
+
+    NFS raises ESTALE for a file or folder that another machine has replaced. The operation must look its
+    path up again each time. Raises the OSError of the last attempt.
+    """
+    for seconds in STALE_WAITS:
+        try:
+            return operation()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            time.sleep(seconds)
+    return operation()
+
+
+def _write_and_rename(data: bytes | memoryview, path: Path, temporary: Path) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -3,9 +3,10 @@
 A claim is a file, created with O_EXCL. Its owner increments the file's modification time as a heartbeat
 counter, independent of the wall clock. Other jobs consider a claim dead when the owner's process has ended
 (same machine), or when they saw no increment for `patience` seconds of their own monotonic clock. A job that
-was only suspended finds its claim gone.
+was only suspended finds its claim gone. Stale NFS handles are opened again.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -13,17 +14,19 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from d2g.core.atomic_files import retry_stale
 from d2g.core.errors import UserError
 from d2g.core.json_files import parse_json
 from d2g.core.logs import logger
 from d2g.core.regular_files import open_regular
 
+R = TypeVar("R")
 CLAIM_BYTES = 1 << 16  # more than any claim has
 OWNER = ".owner"
 """The folder of the claim of a `FolderOwner`."""
@@ -76,15 +79,17 @@ class FileClaims:
 
     def lost(self, number: int) -> bool:
         """Whether another job has taken over this process's claim because it was suspended too long."""
-        return _state(self._path(number), inode_only=True) != (os.fstat(self._held[number]).st_ino, 0)
+        with self._guard:
+            own = self._on_held(number, os.fstat)
+        return own is None or _state(self._path(number), inode_only=True) != (own.st_ino, 0)
 
     def release(self, number: int) -> None:
         """Release the claim, whether the number is finished or not."""
         with self._exclusive() if self.folder.is_dir() else nullcontext():  # somebody may delete the folder
             if not self.lost(number):
-                self._path(number).unlink(missing_ok=True)
+                retry_stale(lambda: self._path(number).unlink(missing_ok=True))
         with self._guard:
-            os.close(self._held.pop(number))
+            _close(self._held.pop(number))
 
     def owner(self, number: int) -> str:
         """`host, process N` of a claim, for messages."""
@@ -110,16 +115,51 @@ class FileClaims:
 
     def _create(self, number: int) -> bool:
         try:
-            file = os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_RDWR)
+            file = retry_stale(lambda: self._write_claim(number))
         except FileExistsError:
             return False
-        # The content identifies the owner's process, so that other jobs can check whether it still runs.
-        facts = {"host": socket.gethostname(), "place": self.place, "pid": os.getpid(), "start": _start()}
-        os.write(file, json.dumps(facts).encode())
         with self._guard:
             self._held[number] = file
         self._alive.discard(number)
         return True
+
+    def _write_claim(self, number: int) -> int:
+        """Create the file of a claim and return it open. Raises FileExistsError if there is one."""
+        path = self._path(number)
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        try:
+            os.write(file, json.dumps(self._own_claim()).encode())
+        except OSError:
+            _close(file)
+            path.unlink(missing_ok=True)
+            raise
+        return file
+
+    def _own_claim(self) -> dict[str, Any]:
+        """Content of this process's claims: others check with it whether the process still runs."""
+        return {"host": socket.gethostname(), "place": self.place, "pid": os.getpid(), "start": _start()}
+
+    def _on_held(self, number: int, operation: Callable[[int], R]) -> R | None:
+        """The result of an operation on the open file of an own claim; None if the file is gone.
+
+        A stale NFS handle is opened again, if the path still holds this process's claim. Needs the guard.
+        """
+        try:
+            return operation(self._held[number])
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        # Another job may have replaced the file: its content says whose it is.
+        try:
+            file = retry_stale(lambda: os.open(self._path(number), os.O_RDWR))
+        except FileNotFoundError:
+            return None
+        if _parse_claim(os.read(file, CLAIM_BYTES)) != self._own_claim():
+            os.close(file)
+            return None
+        _close(self._held[number])
+        self._held[number] = file
+        return operation(file)
 
     def _take_over(self, number: int) -> bool:
         path = self._path(number)
@@ -130,7 +170,7 @@ class FileClaims:
             # Move the dead claim away, then check that it is still the one examined above.
             removed = self.folder / f".{path.stem}.{uuid.uuid4().hex}"
             try:
-                path.rename(removed)
+                retry_stale(lambda: path.rename(removed))
             except FileNotFoundError:
                 return False  # another job was quicker
             if _state(removed, inode_only=True) != (state[0], 0):
@@ -161,7 +201,7 @@ class FileClaims:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Exclude other jobs, on file systems with locks."""
-        file = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR)
+        file = retry_stale(lambda: os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR))
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -175,15 +215,29 @@ class FileClaims:
         while not self._stopped.wait(self.patience / 8):
             self._beats += 1
             with self._guard:
-                for file in self._held.values():
-                    moment = os.fstat(file).st_mtime_ns + 1_000_000_000
-                    os.utime(file, ns=(moment, moment))
+                for number in self._held:
+                    self._on_held(number, _increment)
+
+
+def _increment(file: int) -> None:
+    """Increment the counter of an open claim."""
+    moment = os.fstat(file).st_mtime_ns + 1_000_000_000
+    os.utime(file, ns=(moment, moment))
+
+
+def _close(file: int) -> None:
+    """Close a claim, whose NFS handle may be stale: there is nothing left to write."""
+    try:
+        os.close(file)
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
 
 
 def _state(path: Path, inode_only: bool = False) -> tuple[int, int] | None:
     """(inode, counter) of a claim, None if it does not exist."""
     try:
-        stat = path.stat()
+        stat = retry_stale(path.stat)
     except FileNotFoundError:
         return None
     return stat.st_ino, 0 if inode_only else stat.st_mtime_ns
@@ -192,9 +246,20 @@ def _state(path: Path, inode_only: bool = False) -> tuple[int, int] | None:
 def _read(path: Path) -> dict[str, Any]:
     """The content of a claim; empty if it does not exist or its owner died before writing it."""
     try:
-        with open_regular(path) as file:
-            content = parse_json(file.read(CLAIM_BYTES))
-    except (OSError, ValueError):
+        return _parse_claim(retry_stale(lambda: _read_bytes(path)))
+    except OSError:
+        return {}
+
+
+def _read_bytes(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(CLAIM_BYTES)
+
+
+def _parse_claim(data: bytes) -> dict[str, Any]:
+    try:
+        content = parse_json(data)
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,5 +1,6 @@
 """The machine: devices, memory, disk, installed versions, and what is missing or too small."""
 
+import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +47,13 @@ def inspect_machine() -> dict[str, Any]:
         "versions": versions,
         "problems": problems,
     }
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use; all of the machine where the system has no affinities (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _memory_gib(cuda: bool) -> float:

@@ -1,6 +1,5 @@
 """Read images and their captions from a folder or from image-parquet files, in parallel and in order."""
 
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2g.core.environment import usable_cores
 from d2g.core.errors import UserError
 from d2g.data.captions import Captions
 from d2g.data.columns import caption_column, find_caption_column
@@ -113,7 +113,7 @@ def read_images(
     captions: list[str] = []
     first_size: tuple[int, ...] | None = None
     reading = reading or Reading()
-    workers = workers or len(os.sched_getaffinity(0)) + 2
+    workers = workers or usable_cores() + 2
     files = source if isinstance(source, ImageFiles) else open_images(source)
     entries = _entries(files, start, start + limit if limit is not None else None)
     for entry, decoded in _decode_ahead(

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2g.core.environment import usable_cores
 from d2g.core.errors import UserError
 from d2g.data.folders import is_hidden, is_picture
 from d2g.diffusion.latents import from_uint8
@@ -50,7 +51,7 @@ class JudgmentSplit:
     def picture_names(self) -> list[tuple[str, str]]:
         """Return, per judgment, the PICTURE part of its name and the sha256 of its first image file."""
         firsts = [paths[0] for paths in self.pictures]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
+        with ThreadPoolExecutor(usable_cores() + 2) as pool:
             hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), firsts)
             return [(path.stem.split(".")[0], sha256) for path, sha256 in zip(firsts, hashes, strict=True)]
 
@@ -191,7 +192,7 @@ def image_batches(
     # Threads decode the images of one batch at a time.
     selected = [split.pictures[row] for row in rows] if rows is not None else split.pictures
     first: tuple[Path, Tensor] | None = None
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
+    with ThreadPoolExecutor(usable_cores() + 2) as pool:
         pending = iter(selected)
         while group := list(islice(pending, size)):
             patches = list(

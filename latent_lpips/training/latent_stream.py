@@ -1,6 +1,5 @@
 """Latents of image crops for training: encoded on the fly, or once to a cache on disk."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from d2g.core.environment import usable_cores
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
@@ -54,7 +54,7 @@ class CropEncoder:
         self, config: ClassifyConfig, vae: Any, pictures: LabeledImages, device: torch.device
     ) -> None:
         self.config, self.vae, self.pictures, self.device = config, vae, pictures, device
-        self.workers = config.workers or len(os.sched_getaffinity(0)) + 2
+        self.workers = config.workers or usable_cores() + 2
 
     def pixels(self, item: CropItem) -> Tensor:
         """Decode and crop one item: returns uint8 [3, size, size]."""

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from d2g.core.atomic_files import fsync_path, write_and_rename, write_atomically
+from d2g.core.atomic_files import STALE_WAITS, fsync_path, retry_stale, write_and_rename, write_atomically
 from d2g.core.errors import UserError
 from forks import fork
 from jobs import limit_file_size
+from stale import StaleHandles
 
 
 def names(folder: Path) -> list[str]:
@@ -67,3 +68,35 @@ def test_fsync_of_a_missing_path_fails(tmp_path: Path) -> None:
     fsync_path(tmp_path)
     with pytest.raises(FileNotFoundError):
         fsync_path(tmp_path / "none")
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+def test_a_stale_handle_starts_the_write_again(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stale = tmp_path / "a.json", StaleHandles(monkeypatch)
+    stale.fail(call, 3)
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and names(tmp_path) == ["a.json"] and stale.raised == 3
+
+
+def test_a_handle_that_stays_stale_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, stale = tmp_path / "a.json", StaleHandles(monkeypatch)
+    path.write_text("old")
+    stale.fail("fsync", 100)
+    with pytest.raises(UserError, match=r"cannot write .*a\.json: Stale file handle"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and names(tmp_path) == ["a.json"]
+    assert stale.raised == 1 + len(STALE_WAITS)
+
+
+def test_other_errors_are_not_retried() -> None:
+    calls = []
+
+    def operation() -> None:
+        calls.append(1)
+        raise PermissionError("no")
+
+    with pytest.raises(PermissionError):
+        retry_stale(operation)
+    assert len(calls) == 1

@@ -1,11 +1,13 @@
 """d2g.core.environment: the documented keys with the values of this machine."""
 
 import json
+import os
 from importlib.metadata import version
 
+import pytest
 import torch
 
-from d2g.core.environment import REQUIRED_PACKAGES, inspect_machine
+from d2g.core.environment import REQUIRED_PACKAGES, inspect_machine, usable_cores
 
 
 def test_doctor_reports_the_documented_json_keys() -> None:
@@ -30,3 +32,9 @@ def test_problems_describe_missing_components() -> None:
     problems = inspect_machine()["problems"]
     assert all("\n" not in p for p in problems)
     assert any("CUDA" in p for p in problems) == (not torch.cuda.is_available())
+
+
+def test_cores_are_counted_where_the_system_has_no_affinities(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == os.cpu_count()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from d2g_cli.launch import cpu_processes, usable_cores
+from d2g.core.environment import usable_cores
+from d2g_cli.launch import cpu_processes
 from d2g_cli.main import main
 
 COMMAND = [sys.executable, "-m", "d2g_cli"]

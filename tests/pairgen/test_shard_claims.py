@@ -16,6 +16,8 @@ import pytest
 
 import d2g.core.claims
 from pairgen.shard_claims import Claims
+from pairgen.store.spec import write_through_scratch
+from stale import StaleHandles
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -187,3 +189,70 @@ def test_four_jobs_race_for_abandoned_shards(folder: Path, kind: type[Claims]) -
         assert child.exitcode == 0
     got = [json.loads(path.read_text()) for path in folder.glob("got-*.json")]
     assert sorted(shard for one in got for shard in one) == list(range(24)), "each shard is one job's"
+
+
+# Stale NFS handles.
+
+
+@pytest.mark.parametrize("call", ["open", "write", "stat", "fstat", "utime", "unlink"])
+def test_stale_handles_do_not_end_a_claim(call: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = StaleHandles(monkeypatch)
+    with Claims(folder, patience=0.08) as claims:
+        if call in ("open", "write"):
+            stale.fail(call)
+        assert claims.take([3]) == 3
+        path = folder / "claims" / "pairs-00003.json"
+        counter = path.stat().st_mtime_ns
+        if call in ("fstat", "utime"):
+            stale.fail(call, 1)  # by the heartbeat, or by `lost`
+        wait_until(lambda: path.stat().st_mtime_ns > counter + 5 * 10**9)
+        if call == "stat":
+            stale.fail(call)
+        assert not claims.lost(3)
+        if call == "unlink":
+            stale.fail(call)
+        claims.release(3)
+        assert not path.exists() and stale.raised
+        assert claims._heartbeat.is_alive()
+
+
+def test_a_dead_claim_is_taken_over_across_stale_handles(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stale = folder / "claims" / "pairs-00000.json", StaleHandles(monkeypatch)
+    child = start_process(hold_claim, folder, 0, None, 120.0)
+    wait_until((folder / "held").exists)
+    child.kill()
+    child.join()
+    for call in ("stat", "open", "rename"):
+        stale.fail(call)
+    with Claims(folder) as claims:
+        assert claims.take([0]) == 0 and json.loads(path.read_text())["pid"] == os.getpid()
+    assert stale.raised == 6
+
+
+def test_a_stale_handle_of_a_replaced_claim_means_that_it_is_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stale = folder / "claims" / "pairs-00000.json", StaleHandles(monkeypatch)
+    with Claims(folder) as claims:
+        assert claims.take([0]) == 0
+        for content in ({"place": "elsewhere", "pid": 7}, None):
+            path.unlink()
+            if content:
+                path.write_text(json.dumps(content))
+            stale.fail("fstat", 1)
+            assert claims.lost(0)
+        assert stale.raised == 2
+
+
+def test_a_shard_is_published_across_stale_handles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = StaleHandles(monkeypatch)
+    shard = tmp_path / "shards" / "pairs-00000.h5"
+    for name in ("shards", "partial"):
+        (tmp_path / name).mkdir()
+    for call in ("replace", "fsync"):
+        stale.fail(call)
+    write_through_scratch(b"rows", shard, tmp_path / "partial")
+    assert shard.read_bytes() == b"rows" and stale.raised == 4
+    assert not list((tmp_path / "partial").iterdir())
