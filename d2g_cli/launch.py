@@ -14,6 +14,12 @@ from d2g_cli.terminal import print_line
 MOST_CPU_PROCESSES = 8
 """Processes that `cpu_processes` uses at most: the small jobs that it is for do not divide further."""
 
+SIGNAL_OPTIONS = {
+    "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "--shutdown-timeout": "600",
+}
+"""Options of torchrun: signals to pass on to the processes, and seconds until it kills the processes."""
+
 
 def launch(
     context: typer.Context,
@@ -83,8 +89,13 @@ def run_in_processes(
         meeting = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous]
         meeting += ["--rdzv-id", job]
     options = [*meeting, "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+    # Signals go on to the processes, which get time to save a checkpoint. Older torchruns lack these options.
+    parser = get_args_parser()
+    for name, value in SIGNAL_OPTIONS.items():
+        if name in parser.format_usage():
+            options += [name, value]
     try:
-        run(get_args_parser().parse_args([*options, "--module", "d2g_cli", *command]))
+        run(parser.parse_args([*options, "--module", "d2g_cli", *command]))
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code

@@ -117,7 +117,7 @@ class ExportOptions(BaseOptions):
     format: Annotated[
         str | None,
         typer.Option(
-            help="safetensors (default), diffusers: a pipeline folder, lora: adapters only, or onnx."
+            help="safetensors (default), diffusers: a pipeline, lora: adapters, comfyui: one file, or onnx."
         ),
     ] = None
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16 (safetensors fp16, else fp32).")] = (

@@ -6,7 +6,7 @@ from typing import Literal
 from d2g.core.config import Presets, check_values, require, setting
 from d2g.core.errors import SettingError
 
-FORMATS_WITH_CARD = ("diffusers", "lora", "onnx")
+FORMATS_WITH_CARD = ("diffusers", "lora", "comfyui", "onnx")
 """Export formats with a model card."""
 
 
@@ -36,7 +36,9 @@ class ExportConfig:
     """One `d2g export`: which student, in which format."""
 
     student: str = setting("", "Run folder, or exported student (option --student)")
-    format: Literal["safetensors", "diffusers", "lora", "onnx"] = setting("safetensors", "Export format")
+    format: Literal["safetensors", "diffusers", "lora", "comfyui", "onnx"] = setting(
+        "safetensors", "Export format"
+    )
     dtype: Literal["fp32", "fp16", "bf16"] | None = setting(
         None, "Type of the weights; null: fp16 for safetensors, fp32 for the other formats"
     )

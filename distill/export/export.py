@@ -1,4 +1,4 @@
-"""Export a student: a small safetensors folder, a diffusers pipeline, LoRA adapters, or ONNX files."""
+"""Export a student: a small safetensors folder, a diffusers pipeline, LoRA adapters, ComfyUI or ONNX."""
 
 import json
 from pathlib import Path
@@ -20,10 +20,14 @@ from distill.export.output import (
     save_tensors,
     staged,
 )
+from distill.export.to_comfyui import export_comfyui
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
 from distill.sampling import load_student, student_folder, student_tensors
+
+WRITERS = {"diffusers": export_pipeline, "lora": export_lora, "comfyui": export_comfyui}
+"""Formats whose weights may be stored in half precision, with a model card."""
 
 
 def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -42,7 +46,7 @@ def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") 
             if config.dtype not in (None, "fp32"):
                 raise SettingError(f"dtype is {config.dtype!r}; the format onnx is written in fp32")
             return export_onnx(config.student, out, config.teacher, config.card)
-        export_weights = {"diffusers": export_pipeline, "lora": export_lora}[config.format]
+        export_weights = WRITERS[config.format]
         return export_weights(
             config.student, out, config.dtype or "fp32", config.teacher, config.card, device
         )

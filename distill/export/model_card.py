@@ -54,6 +54,24 @@ class AdapterUsage:
     pipeline: str
     rank: int
     scheduler: str = "LCMScheduler"
+    comfyui: str = ""
+    """File with the adapters under kohya's names, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComfyUIUsage:
+    """How to draw from a one-file checkpoint with a workflow of ComfyUI.
+
+    `unlike`: in what the model differs from the published one of its family; ComfyUI knows only that size.
+    """
+
+    form: ClassVar[str] = "comfyui"
+    library: ClassVar[str] = "diffusion-single-file"
+    title: ClassVar[str] = "One-step student"
+    reads_text: ClassVar[bool] = True
+    checkpoint: str
+    workflow: str
+    unlike: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +92,7 @@ class OnnxUsage:
     reads_labels: bool
 
 
-Usage = PipelineUsage | AdapterUsage | OnnxUsage
+Usage = PipelineUsage | AdapterUsage | ComfyUIUsage | OnnxUsage
 
 
 def kg_co2(device_hours: float, options: CardOptions) -> float:

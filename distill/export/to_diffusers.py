@@ -27,6 +27,7 @@ from distill.export.one_step_pipeline import (
     save_scheduler,
     saved_pipeline_class,
 )
+from distill.export.original_names import kohya_adapters
 from distill.export.output import (
     check_out,
     check_parity,
@@ -37,6 +38,9 @@ from distill.export.output import (
 )
 from distill.models.student import add_guidance_embedding
 from distill.sampling import OneStep, load_student, student_config, student_folder
+
+KOHYA_FILE = "comfyui/lora.safetensors"
+"""Adapters under kohya's names. Beside the others, diffusers would not know which file to load."""
 
 
 def export_pipeline(
@@ -128,6 +132,8 @@ def export_lora(
 ) -> dict[str, Any]:
     """Write the adapters of a LoRA student to OUT/pytorch_lora_weights.safetensors, and OUT/scheduler.
 
+    Those of a U-Net go to OUT/comfyui/lora.safetensors too, under kohya's names.
+
     They go on the teacher's own pipeline: `pipe.load_lora_weights(OUT)`, guidance_scale=1. They hold the
     whole difference between student and teacher: if the run started from the adapters of another run, the
     sum of both (`d2g.diffusion.lora.adapters_from_teacher`). Raises UserError for a student without adapters,
@@ -158,6 +164,9 @@ def export_lora(
         save_scheduler(schedule, one.student.timestep, written / "scheduler")
         cast = {name: value.to(saved_dtype) for name, value in adapters.items()}
         save_tensors(cast, written / "pytorch_lora_weights.safetensors", {"format": "pt"})
+        other_names = KOHYA_FILE if pipeline.family.network == "unet" else ""
+        if other_names:
+            save_tensors(kohya_adapters(cast), written / other_names, {"format": "pt"})
         exported = sample_with_adapters(source, written, latents_noise, one.examples, device)
         parity = check_parity(max_abs_diff(*zip(expected, exported, strict=True)), saved_dtype)
 
@@ -170,7 +179,9 @@ def export_lora(
             parity=parity,
             options=options,
             scores=scores,
-            usage=AdapterUsage(pipeline=kind, rank=rank, scheduler=_scheduler_class(schedule)),
+            usage=AdapterUsage(
+                pipeline=kind, rank=rank, scheduler=_scheduler_class(schedule), comfyui=other_names
+            ),
         )
         write_atomically(written / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}

@@ -115,7 +115,9 @@ def test_the_table_matches_what_each_stage_accepts(name: str, teachers: dict[str
 
 def test_describing_a_teacher_lists_its_supported_stages(teachers: dict[str, str]) -> None:
     text = describe_stages(teachers["sd"])
-    assert text.endswith("supports pairs, regression, GAN, LoRA, export (safetensors, onnx, diffusers, lora)")
+    assert text.endswith(
+        "supports pairs, regression, GAN, LoRA, export (safetensors, onnx, diffusers, lora, comfyui)"
+    )
     flow = describe_stages(teachers["sd3"])
     assert flow.endswith("supports pairs, regression, GAN, LoRA, export (safetensors, diffusers, lora)")
     edm, classes = describe_stages(teachers["sdxl edm"]), describe_stages(teachers["unet2d classes"])

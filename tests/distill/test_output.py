@@ -20,7 +20,7 @@ from distill.export.export import export
 from distill.export.output import PARITY_BOUND, check_parity, exact_sums, max_abs_diff, staged
 from exported import save_lora_run, save_run
 
-FORMATS = ("safetensors", "diffusers", "lora", "onnx")
+FORMATS = ("safetensors", "diffusers", "lora", "comfyui", "onnx")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,9 @@ def test_an_export_with_wrong_parity_leaves_no_files(
 @pytest.mark.parametrize("options", [{"scores": ("a.json",)}, {"license": "mit"}, {"watts": 3.0}])
 def test_card_options_of_a_format_without_card_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
-    message = f"the format safetensors has no model card, and no use for {name}; .* diffusers, lora, onnx"
+    message = (
+        f"the format safetensors has no model card, and no use for {name}; .* diffusers, lora, comfyui, onnx"
+    )
     with pytest.raises(SettingError, match=message):
         ExportConfig(card=CardOptions(**options))
     ExportConfig(card=CardOptions(**options), format="onnx")

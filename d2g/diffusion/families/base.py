@@ -40,7 +40,7 @@ EMPTY_PROMPT = "the empty prompt"
 class ExportFormat(NamedTuple):
     """A format that `d2g export` writes, and the teachers whose students can have it."""
 
-    name: Literal["safetensors", "diffusers", "lora", "onnx"]
+    name: Literal["safetensors", "diffusers", "lora", "comfyui", "onnx"]
     schedules: tuple[ScheduleKind, ...]
     unconditional_only: bool = False
 

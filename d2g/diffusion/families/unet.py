@@ -103,6 +103,7 @@ class TextUNetFamily(UNetFamily):
         ExportFormat("onnx", ("vp", "edm")),
         ExportFormat("diffusers", ("vp",)),
         ExportFormat("lora", ("vp",)),
+        ExportFormat("comfyui", ("vp",)),
     )
 
     def embeddings(
