@@ -330,7 +330,15 @@ def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -
     print_table(title, head, rows)
 
 
-def finish_dry_run(config: Any, as_json: bool, plan: Mapping[str, Any] | None = None) -> None:
-    """Print the config and the plan of a run, and exit."""
+def finish_dry_run(
+    config: Any, as_json: bool, plan: Mapping[str, Any] | None = None, inputs: Mapping[str, Any] | None = None
+) -> None:
+    """Print the config and the plan of a run, and exit.
+
+    inputs: values by option. Raises UserError for one that does not exist.
+    """
+    from d2g_cli.inputs import check_inputs
+
+    check_inputs(inputs or {})
     emit({"config": to_json(config), **(plan or {})}, as_json, "dry run: nothing was touched")
     raise typer.Exit

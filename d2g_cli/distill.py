@@ -9,6 +9,7 @@ import typer
 
 from d2g.core.config import Presets, pick
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
 from d2g_cli.common import (
     Out,
     TeacherOption,
@@ -17,11 +18,13 @@ from d2g_cli.common import (
     emit,
     expand_options,
     finish_dry_run,
+    is_rank_0,
     leave_process_group,
     presets_in_help,
     reporter,
     settings_from,
 )
+from d2g_cli.inputs import check_inputs, named
 from d2g_cli.watch import watch
 
 app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
@@ -97,7 +100,7 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     from distill.monitoring.collapse import Collapse
     from distill.planning.unused_settings import refuse_unused
 
-    preset = options.preset or "sd15-cfg8"
+    preset = options.preset or _chosen_preset(options, stage)
     settings = settings_from(options, DistillConfig)
     length = {"train.minutes": options.minutes, "train.images": options.images}
     config = configure(stage_preset(preset, stage), {**settings, **length}, options.sets)
@@ -106,11 +109,23 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     refuse_unused(config, [*(name for name, value in settings.items() if value), *_names(options.sets)])
     validate = _validation_hook(config, options)
     if options.dry_run:
+        inputs = named(config, ("teacher", "pairs", "lpips", "init"))
+        check_inputs(inputs | named(options, ("validate_reference", "validate_weights")))
         finish_dry_run(config, options.as_json, _plan(config, preset))
     from distill.training.train import train
 
     with leave_process_group(Collapse):
         emit(train(config, out, reporter, validate), options.as_json, f"distill {stage}")
+
+
+def _chosen_preset(options: DistillOptions, stage: str) -> str:
+    """The preset for the teacher's size, and a line in the log that says so."""
+    from distill.planning.choose_preset import choose_preset
+
+    name, reason = choose_preset(options.teacher or "", stage)
+    if is_rank_0():
+        logger.info("no --preset: %s, because %s; --preset NAME chooses another", name, reason)
+    return name
 
 
 def _names(sets: Sequence[str] | None) -> list[str]:

@@ -176,6 +176,18 @@ SMALL_RECIPES: dict[str, Recipe] = {
     ),
 }
 
+_SMALL_GAN = SMALL_RECIPES["miniature"]["gan"]
+SMALL_RECIPES["small-transformer"] = Recipe(
+    "A transformer teacher of less than 100 million parameters, with the lengths of miniature; sizes only",
+    "dit-xl-256",
+    {
+        "ode": replace(SMALL_RECIPES["miniature"]["ode"], teacher=""),
+        "gan": replace(
+            _SMALL_GAN, teacher="", gan=replace(_SMALL_GAN.gan, discriminator="transformer", token_heads=2)
+        ),
+    },
+)
+
 _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "d": ("the discriminator", {}),
     "z": ("conditioning on the noise", {"z_conditioning": False}),

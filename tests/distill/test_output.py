@@ -207,5 +207,8 @@ def test_export_command_errors(d2g: Any, run: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     ended = d2g("export", "--student", run, "--out", run)
     assert ended.code == 1 and "holds a run" in ended.error
+    ended = d2g(*words, *scores, "--set", "format=onnx", "--dry-run")
+    assert ended.code == 1 and "none.json: no such file or folder" in ended.error
+    (tmp_path / "none.json").write_text("{}")
     ended = d2g(*words, *scores, "--set", "format=onnx", "--dry-run", "--json")
     assert ended.json["config"]["card"]["scores"] == [str(tmp_path / "none.json")]
