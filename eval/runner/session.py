@@ -1,5 +1,7 @@
 """An evaluation session: protocol, prompts, networks and reference, loaded once for all points of a curve."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +10,7 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
+from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import TEACHER_GUIDANCE, load_teacher
@@ -69,6 +72,20 @@ class EvalSession:
         for line in lines if process_group.rank() == 0 else ():
             logger.info("%s; measured: %s", line, ", ".join(self.metrics))
         return lines
+
+    @contextmanager
+    def sole_evaluation(self) -> Iterator[None]:
+        """Hold the folders that this evaluation writes. Raises UserError while another one holds one of them."""
+        options = {"--work": self.config.work, "--keep": self.config.keep, "--out": self.config.out}
+        folders = {
+            Path(name).resolve(): (Path(name), option)
+            for option, name in options.items()
+            if name and not (option == "--out" and name.endswith(".json"))
+        }
+        with ExitStack() as stack:
+            for folder, option in folders.values():
+                stack.enter_context(sole_owner(folder, "evaluates in", option))
+            yield
 
     @property
     def data_source(self) -> EvalDataSource | None:

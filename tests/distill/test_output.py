@@ -87,7 +87,7 @@ def test_an_export_is_atomic(tmp_path: Path) -> None:
         (folder / "a").write_text("new")
     assert listing(out) == {"a": b"new"}
     with (
-        pytest.raises(UserError, match=r"cannot write .*out.*free space or choose another --out"),
+        pytest.raises(UserError, match=r"cannot write .*out.*: Not a directory; choose another --out"),
         staged(out / "a"),
     ):
         raise AssertionError("not reached")
