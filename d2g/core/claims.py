@@ -309,7 +309,8 @@ class FolderOwner:
             if not isinstance(error, OSError):
                 raise
             raise UserError(
-                f"cannot write {error.filename or self.folder}: {error.strerror}; choose another {self.option}"
+                f"cannot write {error.filename or self.folder}: {error.strerror}; choose another "
+                f"{self.option}"
             ) from error
         return self
 

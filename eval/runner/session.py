@@ -75,7 +75,7 @@ class EvalSession:
 
     @contextmanager
     def sole_evaluation(self) -> Iterator[None]:
-        """Hold the folders that this evaluation writes. Raises UserError while another one holds one of them."""
+        """Hold the folders that this evaluation writes. Raises UserError while another one holds one."""
         options = {"--work": self.config.work, "--keep": self.config.keep, "--out": self.config.out}
         folders = {
             Path(name).resolve(): (Path(name), option)
