@@ -55,8 +55,8 @@ def merge_stores(
 ) -> MergeReport:
     """Copy the complete shards of stores with one spec to `out`, with prompts and quarantine records.
 
-    Stores may have grown to different sizes: `out` gets the largest. The last shard of a smaller store is left
-    out if it is a longer one in `out`, and the log says so.
+    Stores may have grown to different sizes: `out` gets the largest. The last shard of a smaller store is
+    left out if it is a longer one in `out`, and the log says so.
     Every shard is checked as `verify_store` does. Of a shard that several stores hold (`out` counts first),
     the first with the fewest quarantined rows is kept. Rows that it shares with the others must have equal
     noise and prompts, and latents that differ by at most `tolerance`. Run again to resume after a crash.
@@ -92,7 +92,7 @@ def merge_stores(
 
 
 def _shard_places(specs: Mapping[Path, StoreSpec], spec: StoreSpec) -> dict[int, list[Path]]:
-    """Shard number -> the stores that have it with all rows of `spec`. Logs which shorter ones are left out."""
+    """Shard number -> the stores that have it with all rows of `spec`. Logs which are too short."""
     places: dict[int, list[Path]] = {}
     for folder, own in specs.items():
         for shard in shards_present(folder, own):

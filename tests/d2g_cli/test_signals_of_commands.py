@@ -115,7 +115,9 @@ def test_signals_at_random_times_end_a_command_with_one_line(seed: int, tmp_path
         _, err = process.communicate(timeout=120)
         where = f"{number.name} after {delay:.2f} s of {arguments[0]}"
         last = err.decode().splitlines()[-1:]
-        assert process.returncode in (0, 130) and "Traceback" not in err.decode(), f"{where}: {err.decode()}"
+        # Python ends itself by SIGINT, which shells report as 130, where C code was running Python code.
+        assert process.returncode in (0, 130, -signal.SIGINT), f"{where}: {err.decode()}"
+        assert "Traceback" not in err.decode(), f"{where}: {err.decode()}"
         assert process.returncode == 0 or last[0].startswith("error: "), f"{where}: {err.decode()}"
 
 
