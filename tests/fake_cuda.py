@@ -1,11 +1,12 @@
 """Runs `train` on fake CUDA tensors, without a GPU, and prints where a GPU would keep the host waiting.
 
-    PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan
+    PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan [a.b=c ...]
 
 CPU tensors are real, CUDA tensors are FakeTensors. Mixing the two raises, as on a GPU. A value that the host
-asks of the device is made up (1), and the line that asked is counted. Tried with torch 2.11.0 and 2.15.0,
-without a driver. Prints one JSON object: `steps`, the waits of each step by function of the project, and
-`report`, those of the report at the end.
+asks of the device is made up (1), and the line that asked is counted. A copy to pinned memory holds garbage
+until the host has waited for an event behind it. Tried with torch 2.11.0 and 2.15.0, without a driver.
+Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits of each step by function
+of the project; `report`, those of the report at the end; `late`, what the host read of each step before.
 """
 
 import atexit
@@ -62,6 +63,7 @@ def pretend_cuda() -> None:
     any_torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     optimizers._foreach_supported_types.append(FakeTensor)  # optimizers as on CUDA
     any_torch.nn.Module._apply = _apply
+    any_torch.cuda.Event = FakeEvent
 
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -86,6 +88,25 @@ def project_line() -> str:
     return f"{os.path.relpath(ours[-1].filename, ROOT)} {ours[-1].name}" if ours else "?"
 
 
+class FakeEvent:
+    """A CUDA event. Copies to pinned memory that were queued before it arrive when the host waits for it."""
+
+    mode: "FakeCuda"
+
+    def record(self) -> None:
+        self.step, self.copies = self.mode.step, list(self.mode.queued_copies)
+
+    def synchronize(self) -> None:
+        for target, value in self.copies:
+            target.fill_(value)
+        kind = self.mode.waits if self.step == self.mode.step else self.mode.late
+        kind[f"{project_line()}: waits for an event"] += 1
+
+
+GARBAGE = 99
+"""What a copy to pinned memory holds before it has arrived."""
+
+
 class FakeCuda(TorchDispatchMode):
     """CPU operations run, operations on CUDA are faked. `waits` counts where the host waits for CUDA."""
 
@@ -93,7 +114,11 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: Counter[str] = Counter()
+        self.late: Counter[str] = Counter()
         self.pinned = set[int]()
+        self.queued_copies: list[tuple[Tensor, float]] = []
+        self.step = 0
+        FakeEvent.mode = self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,6 +141,9 @@ class FakeCuda(TorchDispatchMode):
             is_new = func is aten._to_copy.default
             source, target = (args[0], device) if is_new else (args[1], args[0].device)
             direction = (source.device.type, target.type if target is not None else source.device.type)
+            if direction == ("cuda", "cpu") and not is_new and self._is_queued(args[0], args[2:], kwargs):
+                self.queued_copies.append((args[0], 0))
+                return args[0].fill_(GARBAGE)
             if direction == ("cuda", "cpu"):
                 self.waits[f"{project_line()}: copies to the host"] += 1
                 dtype = kwargs.get("dtype") or source.dtype
@@ -127,10 +155,15 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             return func(*args, **kwargs)
 
+    def _is_queued(self, target: Tensor, flags: Any, kwargs: Any) -> bool:
+        """Whether a copy to the host runs behind the host's back."""
+        return bool(kwargs.get("non_blocking") or any(flags)) and target.data_ptr() in self.pinned
 
-def main(stage: str) -> None:
+
+def main(stage: str, *settings: str) -> None:
     import jobs
     import tiny
+    from d2g.core.config import override
     from d2g.core.distributed import process_group
     from distill.config.presets import preset
     from distill.training import state
@@ -142,18 +175,21 @@ def main(stage: str) -> None:
     config = replace(preset("trial", stage), teacher=str(teacher), pairs=str(pairs))
     config = replace(config, init="teacher" if stage == "gan" else "")
     options = replace(config.train, batch_size=4, images=12, loader_workers=0, checkpoint_images=10**9)
-    config = replace(config, train=replace(options, report_images=10**9))
+    config = override(replace(config, train=replace(options, report_images=10**9)), settings)
     pretend_cuda()
     any_group: Any = process_group
     any_group.init = lambda long_waits=False: torch.device("cuda", 0)
     # torch.distributed.checkpoint looks at storages, which fakes do not have.
     any_state: Any = state.State
     any_state.save = lambda *arguments: None
-    mode, steps = FakeCuda(), []
+    mode, steps, late = FakeCuda(), [], []
 
     def progress(label: str, done: int, total: int) -> None:
         steps.append(dict(mode.waits))
+        late.append(dict(mode.late))
         mode.waits.clear()
+        mode.late.clear()
+        mode.step += 1
 
     try:
         with torch.autograd.set_multithreading_enabled(False), mode:
@@ -161,8 +197,8 @@ def main(stage: str) -> None:
     except Exception as error:  # no checkpoint was written: `train` says so at its end
         if "nothing to train" not in str(error):
             raise
-    print(json.dumps({"steps": steps[1:], "report": dict(mode.waits)}))
+    print(json.dumps({"steps": steps[1:], "late": late[1:], "report": dict(mode.waits)}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

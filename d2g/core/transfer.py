@@ -1,4 +1,4 @@
-"""Copies from the CPU to a device that do not wait for the device."""
+"""Copies between the CPU and a device that do not wait for the device."""
 
 from typing import TypeVar
 
@@ -17,3 +17,27 @@ def to_device(x: X, device: torch.device | str) -> X:
         return x
     is_cuda = torch.device(device).type == "cuda" and x.device.type == "cpu"
     return (x.pin_memory() if is_cuda else x).to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a tensor on the CPU, which starts now and is read later.
+
+    `read` waits until the device has reached the copy. Once a later training step is queued, that keeps no
+    device idle.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        if x.device.type != "cuda":
+            self.value = x.clone()
+            return
+        self.value = torch.empty(x.shape, dtype=x.dtype).pin_memory()
+        self.value.copy_(x, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def read(self) -> Tensor:
+        """The copied values."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.value

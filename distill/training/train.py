@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from d2g.core.claims import FolderOwner
 from d2g.core.config import to_json
 from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
@@ -31,15 +29,15 @@ from distill.training.callbacks import (
     StopControl,
     ValidationCallback,
 )
-from distill.training.data import bad_pairs, open_pairs, pair_batches, require_enough_pairs
-from distill.training.failure import not_finite_error, write_failure
+from distill.training.data import open_pairs, pair_batches, require_enough_pairs
+from distill.training.finite_check import FiniteCheck
 from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import StepPreparation
 from distill.training.monitor import RunMonitor, StudentSampler
 from distill.training.real_rows import RealRows
 from distill.training.state import State, new_state
-from distill.training.step import LossTerms, StepContext, train_step
+from distill.training.step import StepContext, train_step
 from distill.training.text_cache import TextCache
 from distill.training.validation import Validate, held_out
 from pairgen.store.dataset import PairRows
@@ -68,8 +66,8 @@ def train(
     """Run one stage to its end, or resume from the newest checkpoint in `out`. Call on every rank.
 
     `validate` measures the student at each validation, beside the held-out pairs. Raises UserError for inputs
-    that do not fit together, FloatingPointError at the first gradient that is not finite, collapse.Collapse
-    when configured to stop at a collapse, Interrupted on Ctrl-C. The newest checkpoint stays complete.
+    that do not fit together, FloatingPointError at the first loss or gradient that is not finite (before the
+    update, in the step after on a GPU), collapse.Collapse when configured to stop at a collapse, Interrupted on Ctrl-C. The newest checkpoint stays complete.
 
     >>> import tempfile
     >>> from distill import train
@@ -112,7 +110,7 @@ class _Run:
     monitor: RunMonitor
     writer: sharded_checkpoint.Writer
     pace: Pace
-    finite: "FiniteCheck"
+    finite: FiniteCheck
     prepare: StepPreparation
     context: StepContext
     batches: Iterator[PairBatch]
@@ -158,7 +156,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     # Build the step, and the batches in the order that resumes at this image.
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
     pace = Pace(log.read(), state.nimg, process_group.world_size())
-    finite = FiniteCheck(out, config.pairs, state, logit_stats, writer)
+    finite = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
     rows, distance = microbatch_size(config, process_group.world_size()), regression.validation_distance
     draw = StudentSampler(state.student, encode, device, autocast)
     monitor = RunMonitor(options, config.seed, log, reader, state, draw, distance, rows, vae, validate)
@@ -173,7 +171,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         logit_stats=logit_stats,
         autocast=autocast,
         waiting=pace.waiting,
-        check_finite=finite.check,
+        stop_updates=finite.stop_updates,
     )
     return _Run(
         config=config,
@@ -216,7 +214,7 @@ def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
         # Read pairs and draw the step's random numbers.
         with run.pace.waiting():
             batch = next(run.batches)
-        run.finite.batch = batch
+        run.finite.begin_step(batch)
         microbatches, randomness = run.prepare(batch, state.nimg)
 
         # Update the networks.
@@ -224,8 +222,11 @@ def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
         state.nimg, state.steps = state.nimg + options.batch_size, state.steps + 1
         progress(config.stage, min(state.nimg, options.images), options.images)
 
-        # Report, save, validate, stop.
+        # Stop if something was not finite: know it before anything is written, else one step later.
         event = control.event(state.nimg, terms, microbatches)
+        run.finite.end_step(at_once=event.due)
+
+        # Report, save, validate, stop.
         for callback in callbacks:
             callback.after_step(event)
         finished, interrupted = event.finished, event.interrupted
@@ -252,41 +253,6 @@ def _summary(out: Path, log: RunLog, state: State, images: int, first: int, seco
         loss={k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")},
         checkpoint=str(newest.folder),
     )
-
-
-class FiniteCheck:
-    """Stops a run before an update with a gradient that is not finite, and writes RUN/failure."""
-
-    def __init__(
-        self,
-        run: Path,
-        pairs: str,
-        state: State,
-        logit_stats: LogitStats,
-        writer: sharded_checkpoint.Writer,
-    ) -> None:
-        self.run, self.pairs, self.state = run, pairs, state
-        self.logit_stats, self.writer = logit_stats, writer
-        self.batch: PairBatch | None = None
-
-    def check(self, name: str, norm: Tensor, terms: LossTerms) -> None:
-        """Raise FloatingPointError if `norm`, which is the same on every rank, is not finite."""
-        if torch.isfinite(norm):
-            return
-        assert self.batch is not None
-        self.writer.finish()  # a checkpoint that is being written stays usable
-        write_failure(
-            self.run,
-            step=self.state.steps,
-            nimg=self.state.nimg,
-            gradient=name,
-            norm=norm,
-            pairs=self.batch.index.tolist(),
-            terms=terms,
-            logits=self.logit_stats.latest(),
-        )
-        bad = bad_pairs(self.batch, self.pairs)
-        raise not_finite_error(name, norm, terms, self.state.nimg, self.run, bad)
 
 
 def _open_reader(config: DistillConfig) -> PairRows:

@@ -8,7 +8,7 @@ import of torch that it needs would delay `--help` by seconds.
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -223,7 +223,23 @@ def any_rank(flag: bool) -> bool:
 
 def any_of(flags: dict[str, bool]) -> dict[str, bool]:
     """For each flag, whether it is true on any rank, in one all-reduce."""
-    return {name: value > 0 for name, value in mean({k: float(v) for k, v in flags.items()}).items()}
+    return start_any_of(flags)()
+
+
+def start_any_of(flags: dict[str, bool]) -> Callable[[], dict[str, bool]]:
+    """Start `any_of` in the background. The returned function waits for the slowest rank."""
+    if not td.is_initialized():
+        return lambda: flags
+    names = sorted(flags)
+    tensor = torch.tensor([float(flags[name]) for name in names])
+    work = td.all_reduce(tensor, async_op=True)
+    assert work is not None
+
+    def result() -> dict[str, bool]:
+        work.wait()
+        return {name: value > 0 for name, value in zip(names, tensor.tolist(), strict=True)}
+
+    return result
 
 
 def gather(rows: Tensor) -> list[Tensor]:
