@@ -19,6 +19,14 @@ def to_device(x: X, device: torch.device | str) -> X:
     return (x.pin_memory() if is_cuda else x).to(device, non_blocking=True)
 
 
+def to_host(x: Tensor) -> Tensor:
+    """Copy `x` to CPU memory without waiting. Only `to_device` may read the copy: the values are not there
+    before the device has reached it."""
+    if x.device.type != "cuda":
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype).pin_memory().copy_(x, non_blocking=True)
+
+
 class HostCopy:
     """A copy of a tensor on the CPU, which starts now and is read later.
 
@@ -28,13 +36,10 @@ class HostCopy:
 
     def __init__(self, x: Tensor) -> None:
         self.event: torch.cuda.Event | None = None
-        if x.device.type != "cuda":
-            self.value = x.clone()
-            return
-        self.value = torch.empty(x.shape, dtype=x.dtype).pin_memory()
-        self.value.copy_(x, non_blocking=True)
-        self.event = torch.cuda.Event()
-        self.event.record()
+        self.value = to_host(x)
+        if x.device.type == "cuda":
+            self.event = torch.cuda.Event()
+            self.event.record()
 
     def read(self) -> Tensor:
         """The copied values."""

@@ -41,7 +41,8 @@ class OptimConfig:
     name: Optimizer = setting(
         "adamw",
         "Optimizer. The paper says Adam with weight decay 1e-2, read as decoupled (adamw); adam adds the "
-        "decay to the gradient; the paper's CIFAR10 model uses radam",
+        "decay to the gradient; the paper's CIFAR10 model uses radam. On a GPU adamw and adam are fused; "
+        "adamw_fused is so on a CPU, too",
         source='Table A1; method.md "Schedule and hyperparameters"',
     )
     lr: float = setting(1e-4, "Learning rate after warm-up", source="Table A1", recipe=True)

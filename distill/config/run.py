@@ -117,6 +117,11 @@ class EngineConfig:
     compile: str = setting(
         "", "Backend of torch.compile, such as inductor; empty runs eagerly. The penalty is always eager"
     )
+    channels_last: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Convolution weights in channels-last memory format, which CUDA's matrix units read; not with fsdp. "
+        "auto: on a GPU with ddp",
+    )
     async_checkpoints: bool = setting(False, "Write checkpoints while the next steps run")
     gpus: int = setting(
         0, "GPUs that the run is meant for, used by --dry-run's memory plan; 0: those it is started on"
@@ -135,6 +140,11 @@ class EngineConfig:
 
             if self.compile not in list_backends(exclude_tags=()):  # the hint leaves out debugging backends
                 raise SettingError(f"compile is {self.compile!r}{nearest(self.compile, list_backends())}")
+        if self.channels_last == "on" and self.parallel == "fsdp":
+            raise SettingError(
+                "channels_last is 'on' but parallel is fsdp, which shards contiguous tensors only; set "
+                "channels_last=auto or parallel=ddp"
+            )
         if self.shard_size and self.parallel != "fsdp":
             raise SettingError(
                 f"shard_size is {self.shard_size} but parallel is {self.parallel}; set parallel=fsdp or "
@@ -163,6 +173,11 @@ class DataConfig:
         source="paper, supplement E",
     )
     text_cache: int = setting(0, "Prompts whose text embeddings stay in memory; 0 encodes every batch again")
+    text_precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto",
+        "Arithmetic of the text encoders; networks get their output in fp32. auto: bf16 on a GPU if "
+        "train.precision is bf16, else fp32",
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -221,6 +236,11 @@ class DistillConfig:
                 f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}; set gan.r1_rows or "
                 "train.batch_size"
             )
+
+    def encodes_text_in_bf16(self, on_gpu: bool) -> bool:
+        """Whether the text encoders run in bf16."""
+        choice = self.data.text_precision
+        return choice == "bf16" or (choice == "auto" and on_gpu and self.train.precision == "bf16")
 
 
 def microbatch_size(config: DistillConfig, processes: int) -> int:

@@ -111,11 +111,3 @@ def check_parity(parity: float, dtype: torch.dtype) -> float:
             f"{PARITY_BOUND:g} in {name}; nothing was written; choose another --format and report this"
         )
     return parity
-
-
-@contextmanager
-def exact_sums() -> Iterator[None]:
-    """Disable TensorFloat-32 in convolutions: its 10-bit mantissa would dominate the parity."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
-        yield

@@ -178,6 +178,8 @@ def _distribute(
         replicas=process_group.world_size() // size,
         half=torch.bfloat16 if precision == "bf16" else None,
         compile_backend=engine.compile,
+        channels_last=engine.channels_last == "on"
+        or (engine.channels_last == "auto" and engine.parallel == "ddp" and device.type == "cuda"),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from d2g.core.precision import exact_fp32
 from distill.config.components import DiscriminatorConfig, OptimConfig
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
 from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
@@ -123,7 +124,7 @@ def discriminator_step(
     # The gradient penalty has forward passes of its own, which are differentiated twice.
     separate_penalty_pass = gan.active_penalty not in ("none", "approx")
     if separate_penalty_pass and state.steps % gan.penalty_interval == 0:
-        with discriminator.bare_module() as bare_discriminator:
+        with discriminator.bare_module() as bare_discriminator, exact_fp32(microbatches[0].noise.device):
             for real, fake, weight in penalty_batches(microbatches, randomness, gan.active_penalty):
                 loss, values = penalty(gan, bare_discriminator, real, fake)
                 loss = weight * loss

@@ -1,22 +1,25 @@
 """The life of a training run, for both stages. The method itself is in distill/training/step.py."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from d2g.core.claims import FolderOwner
 from d2g.core.config import to_json
 from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
 from d2g.core.errors import Interrupted, SettingError, UserError
 from d2g.core.logs import logger
+from d2g.core.precision import set_training_arithmetic
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.loggers import check_loggers
 from d2g.core.tracking.run_directory import Pace, RunLog, sole_owner
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.run import DistillConfig, microbatch_size
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
@@ -66,8 +69,9 @@ def train(
     """Run one stage to its end, or resume from the newest checkpoint in `out`. Call on every rank.
 
     `validate` measures the student at each validation, beside the held-out pairs. Raises UserError for inputs
-    that do not fit together, FloatingPointError at the first loss or gradient that is not finite (before the
-    update, in the step after on a GPU), collapse.Collapse when configured to stop at a collapse, Interrupted on Ctrl-C. The newest checkpoint stays complete.
+    that do not fit together, FloatingPointError at the first loss or gradient that is not finite (no update
+    has used it), collapse.Collapse when configured to stop at a collapse, Interrupted on Ctrl-C. The newest
+    checkpoint stays complete.
 
     >>> import tempfile
     >>> from distill import train
@@ -135,9 +139,11 @@ def _train(
 def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:
     """Load data, networks and losses, from the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
+    set_training_arithmetic(device, options.precision == "bf16")
     reader = _open_reader(config)
     gan, shape = config.gan if config.stage == "gan" else None, reader.spec.latent_shape
-    encode = _build_encoder(config.teacher, config.data.text_cache, device)
+    text_in_bf16 = config.encodes_text_in_bf16(device.type == "cuda")
+    encode = _build_encoder(config.teacher, config.data.text_cache, text_in_bf16, device)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
     mix_in_real_images = RealRows(gan, config.teacher, config.seed, shape, encode, device)
@@ -287,9 +293,15 @@ def _open_batches(
     )
 
 
-def _build_encoder(teacher: str, cached_prompts: int, device: torch.device) -> TextCache:
-    conditioner = pretrained.load_conditioner(teacher).to(device)
-    return TextCache(conditioner.encode, cached_prompts, device)
+def _build_encoder(teacher: str, cached_prompts: int, bf16: bool, device: torch.device) -> TextCache:
+    """Encodes prompts with the teacher's text encoders, in bf16 if asked to; the result is fp32."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    conditioner = pretrained.load_conditioner(teacher, dtype).to(device)
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        return conditioner.encode(prompts).to(torch.float32)
+
+    return TextCache(encode, cached_prompts, device)
 
 
 def _build_autocast(
@@ -342,10 +354,10 @@ _CHANGEABLE_SETTINGS = {
         *("keep_best", "validate_images", "preview_prompts", "loggers", "on_collapse"),
     ),
     # A run may go on past damage that it met, or with another cache; the order of its rows stays.
-    "data": ("skip_bad", "cache", "cache_gib", "text_cache"),
+    "data": ("skip_bad", "cache", "cache_gib", "text_cache", "text_precision"),
     "engine": (
         *("parallel", "shard_size", "gradient_accumulation", "activation_checkpointing", "compile", "gpus"),
-        "async_checkpoints",
+        *("async_checkpoints", "channels_last"),
     ),
 }
 """Settings that a resumed run may have other values of: none changes what is learnt beyond rounding."""

@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
     "arguments",
-    ["ode", "ode optim.name=radam", "gan", "gan gan.penalty=approx engine.gradient_accumulation=2"],
+    [
+        "ode",
+        "ode optim.name=radam",
+        "gan",
+        "gan gan.penalty=approx engine.gradient_accumulation=2 data.text_cache=4",
+    ],
 )
 def test_a_step_never_waits_for_the_device(arguments: str) -> None:
     """Between reports, the host reads one value: whether the step before was finite."""

@@ -1,4 +1,4 @@
-"""distill.training.finite_check: a loss or gradient that is not finite reaches no weight, and stops the run."""
+"""distill.training.finite_check: a loss or gradient that is not finite reaches no weight; the run stops."""
 
 import json
 import shutil

@@ -17,7 +17,7 @@ from d2g.core.errors import SettingError, UserError
 from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
 from distill.export.export import export
-from distill.export.output import PARITY_BOUND, check_parity, exact_sums, max_abs_diff, staged
+from distill.export.output import PARITY_BOUND, check_parity, max_abs_diff, staged
 from exported import save_lora_run, save_run
 
 FORMATS = ("safetensors", "diffusers", "lora", "onnx")
@@ -110,13 +110,6 @@ def test_a_nan_anywhere_is_the_largest_difference() -> None:
     assert math.isnan(max_abs_diff((a, a * math.nan), (a, b))) and math.isnan(
         max_abs_diff((a, b), (a, a * math.nan))
     )
-
-
-def test_tf32_is_disabled_only_during_an_export() -> None:
-    before = torch.backends.cudnn.allow_tf32
-    with exact_sums():
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def set_weight_of_copy(run: str, folder: Path, value: float) -> str:
