@@ -1,12 +1,15 @@
 """Runs `train` on fake CUDA tensors, without a GPU, and prints where a GPU would keep the host waiting.
 
     PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan [a.b=c ...]
+    PYTHONPATH=.:tests python tests/fake_cuda.py memory PRESET ode|gan [a.b=c ...]
 
 CPU tensors are real, CUDA tensors are FakeTensors. Mixing the two raises, as on a GPU. A value that the host
 asks of the device is made up (1), and the line that asked is counted. A copy to pinned memory holds garbage
 until the host has waited for an event behind it. Tried with torch 2.11.0 and 2.15.0, without a driver.
 Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits of each step by function
 of the project; `report`, those of the report at the end; `late`, what the host read of each step before.
+`memory` takes two steps of a preset at the size of its published model, and prints GiB at the peak: `tracked`
+(storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
 """
 
 import atexit
@@ -200,5 +203,44 @@ def main(stage: str, *settings: str) -> None:
     print(json.dumps({"steps": steps[1:], "late": late[1:], "report": dict(mode.waits)}))
 
 
+def memory(name: str, stage: str, *settings: str) -> None:
+    from benchmarks.training_step import RandomStep
+    from d2g.core.config import override
+    from d2g.diffusion import pretrained
+    from distill.config.presets import DISTILL_PRESETS
+    from distill.planning.memory import predict, to_fake
+    from distill.planning.reference_models import configs_only
+    from distill.planning.saved_activations import LiveBytes
+
+    recipe, folder = DISTILL_PRESETS[name], Path(tempfile.mkdtemp())
+    teacher = configs_only(recipe.model, folder / "teacher")
+    config = override(replace(recipe[stage], teacher=teacher), settings)
+    forecast = predict(config, 1)
+    components = [part for part in os.listdir(teacher) if part.startswith("text_encoder")]
+    text = sum(
+        p.numel() * (2 if config.encodes_text_in_bf16(True) else 4)
+        for part in components
+        for p in pretrained.load_on_meta(teacher, part).parameters()
+    )
+    pretend_cuda()
+    live = LiveBytes("cuda")
+    with torch.autograd.set_multithreading_enabled(False), FakeCuda(), live:
+        step = RandomStep(config, torch.device("cuda", 0), folder, lambda net, _: to_fake(net, "cuda"))
+        before = live.live
+        for _ in range(2):
+            step()
+    gib = 2.0**30
+    print(
+        json.dumps(
+            {
+                "tracked": live.peak / gib,
+                "forecast": forecast.total - text / gib,
+                "tracked_before_the_step": before / gib,
+                "forecast_working": forecast.working,
+            }
+        )
+    )
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    memory(*sys.argv[2:]) if sys.argv[1] == "memory" else main(*sys.argv[1:])
