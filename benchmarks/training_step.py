@@ -27,6 +27,7 @@ from distill.training.microbatch import StepPreparation
 from distill.training.real_rows import RealRows
 from distill.training.state import State, state_of
 from distill.training.step import StepContext, train_step
+from distill.training.text_cache import TextCache
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.distance import LatentLPIPS
 from pairgen.store.hdf5 import PairBatch
@@ -62,27 +63,29 @@ class RandomStep:
         )
         self.state = self._state(fill)
         regression = self._regression(fill)
-        noise_augment = build_noise_augmentation(config, device)
+        gan = config.gan if config.stage == "gan" else None
+        noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
         logit_stats = LogitStats()
         shape = self.student.latent_shape
         writer = sharded_checkpoint.Writer(folder)
         self.finite = FiniteCheck(folder, "", self.state, logit_stats, writer, device)
+        encode = TextCache(self._encode, 0, device)
         self.prepare = StepPreparation(
             seed=config.seed,
             batch_size=config.train.batch_size,
             microbatches=config.engine.gradient_accumulation,
             dropout=config.student.dropout > 0,
-            gan=config.gan if config.stage == "gan" else None,
+            gan=gan,
             regression=regression,
             noise_augment=noise_augment,
-            encode=self._encode,  # type: ignore[arg-type]
+            encode=encode,
             device=device,
         )
         self.context = StepContext(
             state=self.state,
             regression=regression,
             noise_augment=noise_augment,
-            mix_in_real_images=RealRows(config, shape, self._encode, device),  # type: ignore[arg-type]
+            mix_in_real_images=RealRows(None, config.teacher, config.seed, shape, encode, device),
             gan=config.gan,
             student_optim=config.optim,
             batch_size=config.train.batch_size,

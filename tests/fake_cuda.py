@@ -29,6 +29,7 @@ import torch
 import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -131,6 +132,8 @@ class FakeCuda(TorchDispatchMode):
             pinned = args[0].clone()
             self.pinned.add(pinned.data_ptr())
             return pinned
+        if func is aten._fused_sdp_choice.default:
+            return _attention_backend(*args, **kwargs)
         # CPU operations run as they are.
         fakes = [t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)]
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
@@ -161,6 +164,18 @@ class FakeCuda(TorchDispatchMode):
     def _is_queued(self, target: Tensor, flags: Any, kwargs: Any) -> bool:
         """Whether a copy to the host runs behind the host's back."""
         return bool(kwargs.get("non_blocking") or any(flags)) and target.data_ptr() in self.pinned
+
+
+def _attention_backend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *_: Any, **__: Any
+) -> int:
+    """The kernel that a recent GPU takes for an attention. A fake tensor gets the one that keeps everything."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if half and mask is None and torch.backends.cuda.flash_sdp_enabled():
+        return SDPBackend.FLASH_ATTENTION.value
+    if torch.backends.cuda.mem_efficient_sdp_enabled():
+        return SDPBackend.EFFICIENT_ATTENTION.value
+    return SDPBackend.MATH.value
 
 
 def main(stage: str, *settings: str) -> None:

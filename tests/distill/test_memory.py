@@ -170,7 +170,7 @@ def test_peak_bytes_counts_what_is_alive_at_once() -> None:
 
 def test_gathered_weights_stay_during_r1_under_fsdp(teacher: Path) -> None:
     """With one row, R1 is the peak, and its gathered weights take half as much in bf16."""
-    d = Discriminator(pretrained.load_unet(str(teacher)), DiscriminatorConfig())
+    d = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
     weights = gib(sum(p.numel() for p in d.parameters()))
     trained = gib(sum(p.numel() for p in d.parameters() if p.requires_grad))
 
