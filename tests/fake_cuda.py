@@ -5,11 +5,12 @@
 
 CPU tensors are real, CUDA tensors are FakeTensors. Mixing the two raises, as on a GPU. A value that the host
 asks of the device is made up (1), and the line that asked is counted. A copy to pinned memory holds garbage
-until the host has waited for an event behind it. Tried with torch 2.11.0 and 2.15.0, without a driver.
-Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits of each step by function
-of the project; `report`, those of the report at the end; `late`, what the host read of each step before.
-`memory` takes two steps of a preset at the size of its published model, and prints GiB at the peak: `tracked`
-(storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
+until the host has waited for an event behind it. Attention takes a GPU's kernels. Tried with torch 2.11.0 and
+2.15.0, without a driver. Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits
+of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
+of each step before. `memory` takes two steps of a preset at the size of its published model, and prints GiB
+at the peak: `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without
+text encoders.
 """
 
 import atexit
@@ -169,7 +170,7 @@ class FakeCuda(TorchDispatchMode):
 def _attention_backend(
     query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *_: Any, **__: Any
 ) -> int:
-    """The kernel that a recent GPU takes for an attention. A fake tensor gets the one that keeps everything."""
+    """The kernel that a recent GPU takes for an attention; torch gives fake tensors the math kernel."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     if half and mask is None and torch.backends.cuda.flash_sdp_enabled():
         return SDPBackend.FLASH_ATTENTION.value

@@ -105,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device_type, self.live, self.peak = device_type, 0, 0
         self.sizes: dict[int, int] = {}
 

@@ -64,7 +64,7 @@ class DistributedModule:
         else:
             module.to(device)
             if channels_last:
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                module.to(memory_format=torch.channels_last)
             if process_group.world_size() > 1:
                 ids = [device] if device.type == "cuda" else None
                 self.call = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
