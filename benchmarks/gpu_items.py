@@ -1,5 +1,6 @@
 """The measurements of benchmarks/gpu.py. Each returns {"rows": [{column: value}], "notes": [line]}."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import latent_lpips, pairs
 from benchmarks.common import compare, median
 from benchmarks.training_step import RandomStep, fill_randomly
+from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override
 from d2g.core.distributed import process_group
 from d2g.core.precision import set_training_arithmetic
@@ -216,17 +218,25 @@ def compiled_steps_sdxl(options: Options) -> Result:
 def _steps(
     preset: str, variants: tuple[tuple[str, str, Settings], ...], options: Options, common: Settings
 ) -> Result:
-    rows = []
+    # Rows are kept as they come: an item that is stopped goes on with the variant that it did not finish.
+    file = (
+        options.out
+        / f"{preset}-{'-'.join(sorted({stage for _, stage, _ in variants}))}-{len(variants)}.rows.json"
+    )
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
         kind = DISTILL_PRESETS[preset].model
         teacher = random_teacher(kind, options) if options.tiny else configs_only(kind, Path(folder) / kind)
         for name, stage, settings in variants:
+            if name in {row["variant"] for row in rows}:
+                continue
             config = override(replace(TABLE_A1[preset][stage], teacher=teacher), [*common, *settings])
             if options.tiny:
                 backend = {"inductor": "aot_eager"}.get(config.engine.compile, "")
                 config = override(config, ["train.precision=fp32", f"engine.compile={backend}"])
             rows.append({"variant": name, **_time_steps(config, Path(folder), options)})
             print(rows[-1], flush=True)
+            write_atomically(file, json.dumps(rows))
     notes = [
         "Text encoders are not part of the step. MFU: FLOP of matrix products and convolutions, forward, "
         f"backward, recomputation and R1, against {STATED_PEAK / 1e12:.0f} TFLOP/s. R1 in the recipes comes "
@@ -277,18 +287,22 @@ def _largest_batch(config: DistillConfig, options: Options) -> tuple[DistillConf
         return override(config, [f"train.batch_size={rows}"])
 
     def gib(rows: int) -> float:
-        return predict(sized(rows), 1).total + CONTEXT_GIB
+        # Settings that the forecast does not look at.
+        plain = override(sized(rows), ["engine.compile=", "engine.channels_last=auto"])
+        return _forecast(plain)
 
     if options.tiny:
         return sized(2), gib(2)
     # The forecast grows linearly once activations are the peak.
-    at = {rows: gib(rows) for rows in (2, 32, 64)}
-    per_row = (at[64] - at[32]) / 32
-    fitting = [
-        rows for rows in (4, 8, 16, 24, 32, 48, 64) if at[64] - (64 - rows) * per_row <= 0.92 * _memory_gib()
-    ]
+    per_row = (gib(64) - gib(32)) / 32
+    fitting = [n for n in (4, 8, 16, 24, 32, 48, 64) if gib(64) - (64 - n) * per_row <= 0.92 * _memory_gib()]
     rows = max(fitting, default=2)
     return sized(rows), gib(rows)
+
+
+@cache
+def _forecast(config: DistillConfig) -> float:
+    return predict(config, 1).total + CONTEXT_GIB
 
 
 def _memory_gib() -> float:

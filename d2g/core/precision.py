@@ -1,4 +1,4 @@
-"""How CUDA computes fp32 matrix products and convolutions. All of d2g decides it here.
+"""How CUDA computes fp32 matrix products and convolutions: the one place that decides it.
 
 By default PyTorch rounds the inputs of cuDNN's convolutions to TF32 (a mantissa of 10 bits), but not those of
 matrix products. Here both follow one decision. It has no effect on a CPU, nor on bf16 and fp16 tensors.
@@ -13,7 +13,7 @@ from d2g.core.logs import log_once
 
 
 def set_exact_fp32(device: torch.device) -> None:
-    """Compute in IEEE fp32 on CUDA: the state in which every command starts."""
+    """Compute in IEEE fp32 on CUDA. `process_group.init` calls it."""
     if device.type == "cuda":
         _allow_tf32(False)
 
