@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +220,8 @@ def _steps(
     preset: str, variants: tuple[tuple[str, str, Settings], ...], options: Options, common: Settings
 ) -> Result:
     # Rows are kept as they come: an item that is stopped goes on with the variant that it did not finish.
-    file = (
-        options.out
-        / f"{preset}-{'-'.join(sorted({stage for _, stage, _ in variants}))}-{len(variants)}.rows.json"
-    )
+    kind_of_run = "compiled" if variants == COMPILED else "eager"
+    file = options.out / f"{preset}-{kind_of_run}.rows.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
         kind = DISTILL_PRESETS[preset].model
