@@ -30,7 +30,8 @@ import torch
 import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.attention import SDPBackend
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -133,8 +134,6 @@ class FakeCuda(TorchDispatchMode):
             pinned = args[0].clone()
             self.pinned.add(pinned.data_ptr())
             return pinned
-        if func is aten._fused_sdp_choice.default:
-            return _attention_backend(*args, **kwargs)
         # CPU operations run as they are.
         fakes = [t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)]
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
@@ -167,16 +166,36 @@ class FakeCuda(TorchDispatchMode):
         return bool(kwargs.get("non_blocking") or any(flags)) and target.data_ptr() in self.pinned
 
 
-def _attention_backend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *_: Any, **__: Any
-) -> int:
-    """The kernel that a recent GPU takes for an attention; torch gives fake tensors the math kernel."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and mask is None and torch.backends.cuda.flash_sdp_enabled():
-        return SDPBackend.FLASH_ATTENTION.value
-    if torch.backends.cuda.mem_efficient_sdp_enabled():
-        return SDPBackend.EFFICIENT_ATTENTION.value
-    return SDPBackend.MATH.value
+class GpuAttention(TorchFunctionMode):
+    """Attention by the kernels that a recent GPU takes. Without a driver torch takes the math kernel, which
+    keeps every probability for the backward pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **others: Any,
+    ) -> Tensor:
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        scale = {"scale": others.get("scale")}
+        if half and attn_mask is None and torch.backends.cuda.flash_sdp_enabled():
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, **scale
+            )[0]
+        if torch.backends.cuda.mem_efficient_sdp_enabled():
+            return aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, True, dropout_p, is_causal, **scale
+            )[0]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
 
 
 def main(stage: str, *settings: str) -> None:
@@ -211,7 +230,7 @@ def main(stage: str, *settings: str) -> None:
         mode.step += 1
 
     try:
-        with torch.autograd.set_multithreading_enabled(False), mode:
+        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
             train(config, folder / "out", progress)
     except Exception as error:  # no checkpoint was written: `train` says so at its end
         if "nothing to train" not in str(error):
@@ -240,7 +259,7 @@ def memory(name: str, stage: str, *settings: str) -> None:
     )
     pretend_cuda()
     live = LiveBytes("cuda")
-    with torch.autograd.set_multithreading_enabled(False), FakeCuda(), live:
+    with torch.autograd.set_multithreading_enabled(False), FakeCuda(), live, GpuAttention():
         step = RandomStep(config, torch.device("cuda", 0), folder, lambda net, _: to_fake(net, "cuda"))
         before = live.live
         for _ in range(2):
