@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import latent_lpips, pairs
 from benchmarks.common import compare, median
-from benchmarks.training_step import RandomStep, fill_randomly
+from benchmarks.training_step import Flops, RandomStep, fill_randomly
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override
 from d2g.core.distributed import process_group
@@ -262,9 +261,9 @@ def _time_steps(config: DistillConfig, folder: Path, options: Options) -> Result
     note = ""
     flops = float("nan")
     if not config.engine.compile:  # the counter does not see inside compiled code
-        with FlopCounterMode(display=False) as counter:
+        with Flops() as counter:
             step(at_once=True)
-        flops = float(counter.get_total_flops())
+        flops = float(counter.total)
     measured = {
         "s per step": seconds,
         "images/s": config.train.batch_size / seconds,
