@@ -5,7 +5,7 @@
 Each item runs in a process of its own for at most 8 minutes, and writes OUT/NAME.json. The same command goes
 on where it stopped: items with a result are left out, failed ones run again. After each item
 OUT/gpu_DATE_CARD.md has all results so far. `--tiny` takes tiny sizes, to try the battery without a GPU; its
-numbers mean nothing. Exit code 1 if an item failed.
+numbers mean nothing. Exit code 1 if an item failed. The first item needs pytest and hypothesis.
 """
 
 import argparse
