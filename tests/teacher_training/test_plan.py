@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jobs import d2g_ranks
 from own_pictures import CONFIG, class_folders, image_folder, parquet, train_arguments
 from teacher_training.plan import (
     LENGTH_SETTINGS,
@@ -186,3 +187,14 @@ def test_options_without_effect_are_refused(options: str, message: str, d2g: Any
 def test_a_folder_without_a_preset_is_quick(tmp_path: Path, d2g: Any) -> None:
     ended = d2g("teacher", "train", "--data", tmp_path / "none", "--dry-run")
     assert "no --preset: quick, about 15 minutes" in ended.stderr and "no such file" in ended.error
+
+
+def test_two_processes_train_one_teacher(data: Path, tmp_path: Path) -> None:
+    """The lengths that rank 0 measures are those of all ranks, and rank 0 alone writes the results."""
+    out = tmp_path / "teacher"
+    ranks = d2g_ranks([*train_arguments(data, out, "--minutes", "0.02"), "--json"], tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], [ended.stderr for ended in ranks]
+    result = ranks[0].json
+    assert ranks[1].stdout == "" and result["trained"] is False and (out / "report.html").is_file()
+    plan = json.loads((out / "training" / "plan.json").read_text())
+    assert result["scores"]["unet"]["length"] == plan["lengths"]["unet.fit.images"]
