@@ -151,7 +151,8 @@ def _validation_hook(config: Any, options: DistillOptions) -> Any:
     protocol = pick(PROTOCOLS, options.validate, "--validate protocol")
     if not config.train.validate_images:
         raise SettingError(
-            "--validate needs to know when; set train.validate_images=N and train.validate_pairs=K"
+            "--validate needs to know when; set train.validate_images=N, and train.validate_pairs=K if there "
+            "are pairs"
         )
     from eval.protocols.config import EvalRun
     from eval.runner.validation import validation_hook
@@ -172,6 +173,7 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from d2g.core.environment import inspect_machine
     from distill.config.presets import DISTILL_PRESETS
     from distill.planning.cost import plan
+    from distill.planning.first_step import first_step_notes
     from distill.planning.memory import UTILIZATION, forecast, gpu_days, too_large
 
     gpus = config.engine.gpus or process_group.world_size()
@@ -185,7 +187,9 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
         if days is None
         else {"a100": round(days, 2), "assumed": f"{UTILIZATION:.0%} of the GPU's peak; losses not counted"}
     )
+    notes = first_step_notes(config, DISTILL_PRESETS[preset].model)
     return cost | {
         "gpu_days_estimate": estimate,
         "memory_gib_per_gpu": memory or "unknown until the teacher is here",
+        **({"notes": notes} if notes else {}),
     }
