@@ -89,7 +89,7 @@ def distill_ode(options: DistillOptions, out: Out = Path("runs/ode")) -> None:
 @app.command("gan", cls=presets_in_help(lambda: _presets("gan")))
 @expand_options
 def distill_gan(options: GanOptions, out: Out = Path("runs/gan")) -> None:
-    """GAN stage: add the discriminator, conditioned on text and noise."""
+    """GAN stage: add the discriminator, conditioned on noise, and on text or classes."""
     _distill("gan", options, out)
 
 
