@@ -73,7 +73,7 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
     ("train.ema_beta",): (lambda c: not c.train.ema_halflife_images, "with train.ema_halflife_images=0"),
     **_loss_conditions(),
     **_discriminator_conditions(),
-    ("data.block", "data.window", "data.skip_bad", "data.cache", "data.cache_gib"): (
+    ("data.block", "data.window", "data.skip_bad", "data.cache", "data.cache_gib", "data.rewire"): (
         lambda c: not c.without_pairs,
         "with --pairs",
     ),
