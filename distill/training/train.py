@@ -145,7 +145,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     conditioner = pretrained.load_conditioner(config.teacher).to(device)
     encode, kind = TextCache(conditioner.encode, config.data.text_cache, device), caption_kind(conditioner)
     reader = _open_images(config, kind, device) if config.without_pairs else _open_pairs(config)
-    gan, shape = config.gan if config.stage == "gan" else None, latent_shape(reader)
+    gan, shape = config.gan if config.stage == "gan" else None, _shape_of(reader)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
     mixed = None if config.without_pairs else gan
@@ -326,7 +326,7 @@ def _check_networks(config: DistillConfig) -> None:
         check_discriminator(config.teacher, config.gan)
 
 
-def latent_shape(reader: PairRows | ImageRows) -> tuple[int, int, int]:
+def _shape_of(reader: PairRows | ImageRows) -> tuple[int, int, int]:
     """The latent shape (C, h, w) of a run's rows."""
     return reader.shape if isinstance(reader, ImageRows) else reader.spec.latent_shape
 
