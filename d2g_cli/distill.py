@@ -110,7 +110,8 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     validate = _validation_hook(config, options)
     if options.dry_run:
         inputs = named(config, ("teacher", "pairs", "lpips", "init"))
-        check_inputs(inputs | named(options, ("validate_reference", "validate_weights")))
+        check_inputs(inputs | {"gan.real": config.gan.real})
+        check_inputs(named(options, ("validate_reference", "validate_weights")))
         finish_dry_run(config, options.as_json, _plan(config, preset))
     from distill.training.train import train
 

@@ -51,7 +51,10 @@ WITHOUT_PAIRS = (
 CLASSES = (0, 5, 2, 2, 4, 1, 3)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=["unet2d", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("edm", "ldm"))],
+)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -135,7 +138,7 @@ def test_the_gan_stage_resumes_bit_for_bit(
     assert load_student(str(run))(prompts).dtype == torch.uint8
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_like_one(
     engine: str, teachers: dict[str, Path], stores: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
@@ -185,7 +188,7 @@ def captioned(images: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["unet2d", "sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("edm", "ldm"))]
+    "name", ["unet2d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("edm", "ldm", "sd"))]
 )
 def test_runs_without_pairs_resume_bit_for_bit(
     name: str, teachers: dict[str, Path], images: Path, tmp_path: Path
