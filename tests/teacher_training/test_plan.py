@@ -1,13 +1,15 @@
 """teacher_training.plan and the options of `d2g teacher train`: lengths, plan, resume, refusals."""
 
 import json
+import shlex
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import d2g_ranks
+from jobs import Running, d2g_ranks
 from own_pictures import CONFIG, class_folders, image_folder, parquet, train_arguments
 from teacher_training.plan import (
     LENGTH_SETTINGS,
@@ -156,6 +158,25 @@ def test_an_interrupted_training_says_how_to_finish(data: Path, tmp_path: Path, 
         f"its training is not finished; finish it with `d2g teacher train --preset scenes --data {data}"
         in error
     )
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_resumed_by_the_command_that_the_refusal_names(
+    data: Path, tmp_path: Path, d2g: Any
+) -> None:
+    out = tmp_path / "teacher"
+    running = Running(train_arguments(data, out, "--images", "1600"), tmp_path / "log")
+    running.wait_for(lambda: (out / "training" / "unet" / "stats.jsonl").is_file())
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 130 and "unet stopped; safe on disk: " in ended.error
+    # Every command that needs a teacher names the command that finishes it; run that one.
+    error = d2g("sample", "--teacher", out, "--prompt", "a", "--out", tmp_path / "samples").error
+    words = shlex.split(error.partition("finish it with `")[2].rstrip("`"))
+    assert words[:3] == ["d2g", "teacher", "train"] and not (tmp_path / "samples").exists()
+    result = d2g(*words[1:], "--stages", "data,vae,unet", "--json").json
+    assert 0 < result["plan"]["images"]["unet"] < 1600 and result["scores"]["unet"]["length"] == 1600
+    assert d2g("teacher", "info", out).code == 0
 
 
 def test_a_dry_run_shows_the_plan_and_checks_the_data(data: Path, tmp_path: Path, d2g: Any) -> None:
