@@ -89,7 +89,7 @@ def distill_ode(options: DistillOptions, out: Out = Path("runs/ode")) -> None:
 @app.command("gan", cls=presets_in_help(lambda: _presets("gan")))
 @expand_options
 def distill_gan(options: GanOptions, out: Out = Path("runs/gan")) -> None:
-    """GAN stage: add the discriminator, conditioned on text and noise."""
+    """GAN stage: add the discriminator, conditioned on noise, and on text or classes."""
     _distill("gan", options, out)
 
 
@@ -110,7 +110,8 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     validate = _validation_hook(config, options)
     if options.dry_run:
         inputs = named(config, ("teacher", "pairs", "lpips", "init"))
-        check_inputs(inputs | named(options, ("validate_reference", "validate_weights")))
+        check_inputs(inputs | {"gan.real": config.gan.real})
+        check_inputs(named(options, ("validate_reference", "validate_weights")))
         finish_dry_run(config, options.as_json, _plan(config, preset))
     from distill.training.train import train
 
@@ -151,7 +152,8 @@ def _validation_hook(config: Any, options: DistillOptions) -> Any:
     protocol = pick(PROTOCOLS, options.validate, "--validate protocol")
     if not config.train.validate_images:
         raise SettingError(
-            "--validate needs to know when; set train.validate_images=N and train.validate_pairs=K"
+            "--validate needs to know when; set train.validate_images=N, and train.validate_pairs=K if there "
+            "are pairs"
         )
     from eval.protocols.config import EvalRun
     from eval.runner.validation import validation_hook
@@ -172,6 +174,7 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from d2g.core.environment import inspect_machine
     from distill.config.presets import DISTILL_PRESETS
     from distill.planning.cost import plan
+    from distill.planning.first_step import first_step_notes
     from distill.planning.memory import UTILIZATION, forecast, gpu_days, too_large
 
     gpus = config.engine.gpus or process_group.world_size()
@@ -185,7 +188,9 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
         if days is None
         else {"a100": round(days, 2), "assumed": f"{UTILIZATION:.0%} of the GPU's peak; losses not counted"}
     )
+    notes = first_step_notes(config, DISTILL_PRESETS[preset].model)
     return cost | {
         "gpu_days_estimate": estimate,
         "memory_gib_per_gpu": memory or "unknown until the teacher is here",
+        **({"notes": notes} if notes else {}),
     }

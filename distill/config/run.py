@@ -83,12 +83,6 @@ class TrainConfig:
             minutes=(self.minutes is None or self.minutes > 0, "a positive number, or null for no limit"),
             loggers=(not unknown, f"names of {', '.join(get_args(Logger))}"),
         )
-        # Validation needs an interval and pairs, and the best checkpoint needs validation.
-        if bool(self.validate_images) != bool(self.validate_pairs):
-            raise SettingError(
-                f"validate_images is {self.validate_images} and validate_pairs {self.validate_pairs}; "
-                "expected both above 0, or both 0"
-            )
         # The best checkpoint is the best one that was validated.
         if self.keep_best and not self.validate_images:
             raise SettingError("keep_best needs validation; set validate_images and validate_pairs")
@@ -202,7 +196,9 @@ class DistillConfig:
         "ode", "ode: regression on the pairs; gan: regression and discriminator"
     )
     pairs: str = setting(
-        "", "Pair store, or several separated by commas that differ in guidance (option --pairs)"
+        "",
+        "Pair store, or several separated by commas that differ in guidance (option --pairs); empty with "
+        "regression.losses=[] and gan.real_fraction=1",
     )
     teacher: str = setting("", "Teacher folder, hub id or shipped name (option --teacher)")
     lpips: str = setting("", "Folder of LatentLPIPS weights; empty: TEACHER/latent_lpips (option --lpips)")
@@ -229,6 +225,13 @@ class DistillConfig:
         check_values(self)
         if self.stage == "ode" and not self.regression.losses:
             raise SettingError("regression.losses is (); expected one or more names in the regression stage")
+        # Validation needs an interval and pairs; a run without pairs can validate with --validate alone.
+        interval, held_out = self.train.validate_images, self.train.validate_pairs
+        if bool(interval) != bool(held_out) and not (interval and self.without_pairs):
+            raise SettingError(
+                f"train.validate_images is {interval} and train.validate_pairs {held_out}; expected both "
+                "above 0, or both 0"
+            )
         microbatch_size(self, 1)
         size, rows = self.train.batch_size, self.gan.r1_rows
         if self.stage == "gan" and self.gan.active_penalty == "single" and size % rows:
@@ -241,6 +244,12 @@ class DistillConfig:
         """Whether the text encoders run in bf16."""
         choice = self.data.text_precision
         return choice == "bf16" or (choice == "auto" and on_gpu and self.train.precision == "bf16")
+
+    @property
+    def without_pairs(self) -> bool:
+        """Whether it trains on real images alone: a GAN without regression and without pairs."""
+        alone = self.stage == "gan" and not self.regression.losses and self.gan.real_fraction == 1
+        return alone and not self.pairs
 
 
 def microbatch_size(config: DistillConfig, processes: int) -> int:

@@ -93,5 +93,5 @@ class FiniteCheck:
             terms=terms,
             logits=step.logits.latest(),
         )
-        bad = bad_pairs(step.batch, self.pairs)
+        bad = bad_pairs(step.batch, self.pairs) if self.pairs else ""
         raise not_finite_error(name, norm, terms, step.nimg, self.run, bad)

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from d2g.core.signals import CommandInterrupts
+from d2g.core.signals import CommandInterrupts, StopFlag
+from d2g_cli.common import reporter
 from pairgen.merge import merge_stores
 from stores import put_store
 
@@ -84,6 +86,16 @@ def test_an_interrupt_that_a_library_swallows_is_not_reported_as_its_error(
     assert ended.code == 130 and ended.stderr == LINE
 
 
+@pytest.mark.parametrize("loop", [lambda: StopFlag().__enter__(), lambda: reporter("work", 0, 1)])
+def test_a_command_ends_at_its_next_loop_if_a_library_swallows_the_interrupt(
+    loop: Callable[[], object],
+) -> None:
+    with CommandInterrupts(), pytest.raises(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        loop()
+
+
 def catches(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -112,7 +124,10 @@ def test_signals_at_random_times_end_a_command_with_one_line(seed: int, tmp_path
         with suppress(subprocess.TimeoutExpired):
             process.wait(delay)
         process.send_signal(number)
-        _, err = process.communicate(timeout=120)
+        try:
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
         where = f"{number.name} after {delay:.2f} s of {arguments[0]}"
         last = err.decode().splitlines()[-1:]
         # Python ends itself by SIGINT, which shells report as 130, where C code was running Python code.

@@ -234,8 +234,9 @@ def test_the_verdict_on_good_pairs(tmp_path: Path, teacher: Path) -> None:
         "correlation is 0.44, 3 prompts, 0 outliers"
     )
     # Two of seven prompts are longer than the teacher's tokens.
-    report = store_statistics(tmp_path, rows=7, teacher=str(teacher))
-    assert "of the prompts are longer than the 12 tokens" in report["verdict"]
+    make_store(tmp_path / "few", latents_of(7))
+    report = store_statistics(tmp_path / "few", teacher=str(teacher))
+    assert "29% of the prompts are longer than the 12 tokens" in report["verdict"]
 
 
 def test_rows_option_samples_evenly_spaced_rows(tmp_path: Path) -> None:
