@@ -2,13 +2,14 @@
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -29,18 +30,40 @@ def hardware() -> str:
 
 def environment(packages: Sequence[str] = PACKAGES) -> list[str]:
     """Hardware, command, commit, versions and load average, as lines of markdown."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    commit, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
     script = Path(sys.argv[0])
     command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
     return [
         f"- hardware: {hardware()}, {torch.get_num_threads()} threads",
         f"- command: `{command}`",
-        f"- commit: {commit.strip()}{' and uncommitted changes' if dirty else ''}",
+        f"- commit: {commit or 'unknown'}{' and uncommitted changes' if dirty else ''}",
         f"- versions: Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in packages),
+        + ", ".join(f"{name} {installed_version(name)}" for name in packages),
         f"- load average of the last minute at the end: {os.getloadavg()[0]:.1f}",
     ]
+
+
+def git(*arguments: str) -> str:
+    """The output of a git command in this checkout; empty without git or outside a repository."""
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed package; a plain checkout of this project is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def card() -> str:
+    """The GPU's name in a file name, or "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "-".join(torch.cuda.get_device_name().lower().replace("/", " ").split())
 
 
 def compare(

@@ -104,15 +104,16 @@ def short_run(
 ) -> DistillConfig:
     """Config of three steps of a stage."""
     length = (f"train.batch_size={batch}", f"train.images={3 * batch}", f"train.report_images={3 * batch}")
-    fused = ("optim.name=adamw_fused", "gan.optim.name=adamw_fused")
+    as_on_gpus = ("optim.name=adamw_fused", "gan.optim.name=adamw_fused")
     common = (
         f"teacher={teacher}",
         f"pairs={pairs}",
         f"init={init}",
         "train.on_collapse=off",
         "gan.r1_interval=1",
+        "data.text_precision=fp32",
     )
-    return override(DISTILL_PRESETS["miniature"][stage], [*common, *length, *fused, *sets])
+    return override(DISTILL_PRESETS["miniature"][stage], [*common, *length, *as_on_gpus, *sets])
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from distill.planning.memory import CONTEXT_GIB, predict
 from distill.planning.reference_models import UNETS, configs_only
 
 LATENT_LPIPS = 3 * 77e9 / 64**2
-"""FLOP of LatentLPIPS with its gradient, per latent position (benchmarks/latent_lpips.py)."""
+"""FLOP of one LatentLPIPS with its gradient, per latent position (benchmarks/latent_lpips.py)."""
 
 
 def unet_flops(kind: str) -> float:
@@ -57,6 +57,12 @@ def forward_equivalents(config: DistillConfig) -> float:
     recompute = 1.0 if config.engine.activation_checkpointing else 0.0
     student = 3 + recompute
     return student if config.stage == "ode" else student + 2 * (3 + recompute) + (2 + recompute)
+
+
+def metric_flops(config: DistillConfig, positions: int) -> float:
+    """FLOP of the regression loss of one row: one pass per LatentLPIPS, and per draw of E-LatentLPIPS."""
+    draws = {"latent_lpips": 1, "e_latent_lpips": config.regression.draws}
+    return LATENT_LPIPS * positions * sum(draws.get(name, 0) for name in config.regression.names)
 
 
 def fitting_engine(config: DistillConfig, gpus: int, memory_gib: float) -> tuple[DistillConfig, float]:
@@ -101,7 +107,7 @@ def scaling_row(
     rows = config.train.batch_size // gpus
     config, memory = fitting_engine(config, gpus, args.memory)
     positions = UNETS["sdxl" if "sdxl" in name else "sd15"]["sample_size"] ** 2
-    work = rows * (forward_equivalents(config) * flops + LATENT_LPIPS * positions)
+    work = rows * (forward_equivalents(config) * flops + metric_flops(config, positions))
     compute = work / (args.tflops * 1e12 * args.used)
     parameters = sum(p.numel() for p in pretrained.load_on_meta(teacher, "unet").parameters())
     traffic = traffic_bytes(config, gpus, parameters)

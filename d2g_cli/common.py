@@ -25,6 +25,7 @@ from typer.core import TyperCommand
 from d2g.core.config import Presets, parse_assignments, pick, to_json, with_values
 from d2g.core.errors import Interrupted, SettingError
 from d2g.core.logs import logger
+from d2g.core.signals import raise_swallowed_interrupt
 from d2g_cli.terminal import is_terminal, one_line, print_line, print_table, printable
 
 T = TypeVar("T")
@@ -170,6 +171,7 @@ class Reporter:
         self.last_line = 0.0
 
     def __call__(self, label: str, done: int, total: int) -> None:
+        raise_swallowed_interrupt()
         if not is_rank_0():
             return
         label = one_line(label)
@@ -330,7 +332,15 @@ def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -
     print_table(title, head, rows)
 
 
-def finish_dry_run(config: Any, as_json: bool, plan: Mapping[str, Any] | None = None) -> None:
-    """Print the config and the plan of a run, and exit."""
+def finish_dry_run(
+    config: Any, as_json: bool, plan: Mapping[str, Any] | None = None, inputs: Mapping[str, Any] | None = None
+) -> None:
+    """Print the config and the plan of a run, and exit.
+
+    inputs: values by option. Raises UserError for one that does not exist.
+    """
+    from d2g_cli.inputs import check_inputs
+
+    check_inputs(inputs or {})
     emit({"config": to_json(config), **(plan or {})}, as_json, "dry run: nothing was touched")
     raise typer.Exit

@@ -9,6 +9,7 @@ import typer
 
 from d2g.core.config import Presets, pick
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
 from d2g_cli.common import (
     Out,
     TeacherOption,
@@ -17,11 +18,13 @@ from d2g_cli.common import (
     emit,
     expand_options,
     finish_dry_run,
+    is_rank_0,
     leave_process_group,
     presets_in_help,
     reporter,
     settings_from,
 )
+from d2g_cli.inputs import check_inputs, named
 from d2g_cli.watch import watch
 
 app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
@@ -86,7 +89,7 @@ def distill_ode(options: DistillOptions, out: Out = Path("runs/ode")) -> None:
 @app.command("gan", cls=presets_in_help(lambda: _presets("gan")))
 @expand_options
 def distill_gan(options: GanOptions, out: Out = Path("runs/gan")) -> None:
-    """GAN stage: add the discriminator, conditioned on text and noise."""
+    """GAN stage: add the discriminator, conditioned on noise, and on text or classes."""
     _distill("gan", options, out)
 
 
@@ -97,7 +100,7 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     from distill.monitoring.collapse import Collapse
     from distill.planning.unused_settings import refuse_unused
 
-    preset = options.preset or "sd15-cfg8"
+    preset = options.preset or _chosen_preset(options, stage)
     settings = settings_from(options, DistillConfig)
     length = {"train.minutes": options.minutes, "train.images": options.images}
     config = configure(stage_preset(preset, stage), {**settings, **length}, options.sets)
@@ -106,11 +109,24 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     refuse_unused(config, [*(name for name, value in settings.items() if value), *_names(options.sets)])
     validate = _validation_hook(config, options)
     if options.dry_run:
+        inputs = named(config, ("teacher", "pairs", "lpips", "init"))
+        check_inputs(inputs | {"gan.real": config.gan.real})
+        check_inputs(named(options, ("validate_reference", "validate_weights")))
         finish_dry_run(config, options.as_json, _plan(config, preset))
     from distill.training.train import train
 
     with leave_process_group(Collapse):
         emit(train(config, out, reporter, validate), options.as_json, f"distill {stage}")
+
+
+def _chosen_preset(options: DistillOptions, stage: str) -> str:
+    """The preset for the teacher's size, and a line in the log that says so."""
+    from distill.planning.choose_preset import choose_preset
+
+    name, reason = choose_preset(options.teacher or "", stage)
+    if is_rank_0():
+        logger.info("no --preset: %s, because %s; --preset NAME chooses another", name, reason)
+    return name
 
 
 def _names(sets: Sequence[str] | None) -> list[str]:
@@ -136,7 +152,8 @@ def _validation_hook(config: Any, options: DistillOptions) -> Any:
     protocol = pick(PROTOCOLS, options.validate, "--validate protocol")
     if not config.train.validate_images:
         raise SettingError(
-            "--validate needs to know when; set train.validate_images=N and train.validate_pairs=K"
+            "--validate needs to know when; set train.validate_images=N, and train.validate_pairs=K if there "
+            "are pairs"
         )
     from eval.protocols.config import EvalRun
     from eval.runner.validation import validation_hook
@@ -157,6 +174,7 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from d2g.core.environment import inspect_machine
     from distill.config.presets import DISTILL_PRESETS
     from distill.planning.cost import plan
+    from distill.planning.first_step import first_step_notes
     from distill.planning.memory import UTILIZATION, forecast, gpu_days, too_large
 
     gpus = config.engine.gpus or process_group.world_size()
@@ -170,7 +188,9 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
         if days is None
         else {"a100": round(days, 2), "assumed": f"{UTILIZATION:.0%} of the GPU's peak; losses not counted"}
     )
+    notes = first_step_notes(config, DISTILL_PRESETS[preset].model)
     return cost | {
         "gpu_days_estimate": estimate,
         "memory_gib_per_gpu": memory or "unknown until the teacher is here",
+        **({"notes": notes} if notes else {}),
     }

@@ -28,6 +28,7 @@ from d2g_cli.eval_options import (
     load_presets,
 )
 from d2g_cli.eval_tables import format_cell, readable_result
+from d2g_cli.inputs import named
 
 app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
 _Command = presets_in_help(load_presets, Metrics=load_metrics)
@@ -39,7 +40,7 @@ def eval_run(options: RunOptions) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
     config = eval_config(options)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, _plan(config))
+        finish_dry_run(config, options.as_json, _plan(config), named(config, INPUTS))
     from eval.runner.curves import run_every
     from eval.runner.run import run_evaluation
 
@@ -65,7 +66,8 @@ def eval_stats(
         raise SettingError(f"--out is {out}; expected a name ending in .safetensors")
     config = eval_config(options)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, _plan(config))
+        inputs = {"--images": images, "--weights": config.weights}
+        finish_dry_run(config, options.as_json, _plan(config), inputs)
     from eval.runner.run import save_statistics
 
     with leave_process_group():
@@ -97,7 +99,8 @@ def eval_curve(
     run = replace(run, metrics=run.metrics or ("fid", "clip"))
     config = CurveRun(run=run, setting=setting, values=values)
     if options.dry_run:
-        finish_dry_run(run, options.as_json, {"over": setting, "values": list(values), **_plan(run)})
+        plan = {"over": setting, "values": list(values), **_plan(run)}
+        finish_dry_run(run, options.as_json, plan, named(run, INPUTS))
     from eval.runner.curves import run_curve
 
     with leave_process_group():
@@ -156,6 +159,13 @@ def eval_protocols(
         return
     protocols = {key: one.settings() if as_json else one.summary() for key, one in PROTOCOLS.items()}
     emit(protocols, as_json, "protocols")
+
+
+INPUTS = (
+    *("student", "teacher", "pipeline", "images", "reference", "against", "prompts", "weights", "clip"),
+    "train",
+)
+"""Settings of an evaluation that name inputs."""
 
 
 def _plan(config: Any) -> dict[str, Any]:

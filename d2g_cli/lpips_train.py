@@ -20,6 +20,7 @@ from d2g_cli.common import (
     reporter,
     settings_from,
 )
+from d2g_cli.inputs import named
 
 Images = Annotated[Path | None, typer.Option(help="Folder of images, or image-parquet.")]
 
@@ -86,7 +87,12 @@ def train(
     config = configure_preset(_presets("TRAIN"), "paper", options, settings)
     if options.dry_run:
         latents = f"{config.crops} crops of each image, stored on disk" if config.crops else "fresh crops"
-        finish_dry_run(config, options.as_json, {"out": str(out), "latents": latents})
+        finish_dry_run(
+            config,
+            options.as_json,
+            {"out": str(out), "latents": latents},
+            named(config, ("data", "latents", "val")),
+        )
     from latent_lpips.training.classifier import train_classifier
 
     with leave_process_group():
@@ -100,7 +106,9 @@ def calibrate(options: JudgmentOptions, out: Out = Path("lpips-calibrated")) -> 
 
     config = configure_preset(_presets("HEADS"), "paper", options, settings_from(options, HeadsConfig))
     if options.dry_run:
-        finish_dry_run(config, options.as_json, {"out": str(out)})
+        finish_dry_run(
+            config, options.as_json, {"out": str(out)}, named(config, ("data", "latents", "weights"))
+        )
     from latent_lpips.training.calibrate import calibrate_folder
 
     with leave_process_group():
@@ -127,7 +135,8 @@ def score(
     settings["baselines"] = tuple(baselines.split(",")) if baselines is not None else None
     config = configure_preset(_presets("SCORE"), "paper", options, settings)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, {"out": str(out) if out else None})
+        inputs = named(config, ("data", "latents", "weights")) | {"--pixel-weights": config.lpips_weights}
+        finish_dry_run(config, options.as_json, {"out": str(out) if out else None}, inputs)
     from latent_lpips.training.score import score_folder
 
     with leave_process_group():
@@ -154,7 +163,8 @@ def overfit(
     }
     config = configure_preset(_presets("OVERFIT"), "paper", options, settings)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, {"out": str(out), "runs": len(config.families)})
+        plan = {"out": str(out), "runs": len(config.families)}
+        finish_dry_run(config, options.as_json, plan, named(config, ("data", "latents", "weights")))
     from latent_lpips.training.overfit import overfit_latents
 
     with leave_process_group():
@@ -176,7 +186,8 @@ def triplets(
     settings = {"data": data, "seed": options.seed, "decoders": tuple(decoder) if decoder else None}
     config = configure_preset(_presets("TRIPLETS"), "patches", options, settings)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, {"out": str(out), "made": list(config.selected_kinds)})
+        plan = {"out": str(out), "made": list(config.selected_kinds)}
+        finish_dry_run(config, options.as_json, plan, {"--data": config.data, "--decoder": config.decoders})
     from latent_lpips.training.make_triplets import make_triplets
 
     with leave_process_group():

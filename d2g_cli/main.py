@@ -1,21 +1,18 @@
 """Registers the commands and turns exceptions into one-line errors and exit codes."""
 
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from d2g.core.errors import UserError
+from d2g.core.errors import Interrupted, UserError
 from d2g.core.logs import logger
-from d2g.core.signals import STOP_SIGNALS
+from d2g.core.signals import CommandInterrupts
 from d2g_cli import demo_doctor, distill, launch, lpips, pairs, settings, student, teacher
 from d2g_cli import eval as eval_commands
 from d2g_cli.common import (
@@ -31,6 +28,7 @@ from d2g_cli.terminal import is_terminal, one_line, prepare_streams, printable
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, and after a signal that asks for the same."""
+STOPPED = "interrupted; what was finished before is safe, run the same command again"
 
 
 @contextmanager
@@ -102,54 +100,33 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in argv
     prepare_streams()
     app.rich_markup_mode = "rich" if is_terminal(sys.stdout) and is_terminal(sys.stderr) else None
-    handled = stop_on_signals()
     logger.propagate = False  # a library may give the root logger a handler, which would repeat each line
     try:
+        with CommandInterrupts() as interrupts:
+            _run(argv, debug, interrupts)
+    finally:
+        logger.propagate = True  # for programs that call `main` and have a log of their own
+
+
+def _run(argv: list[str], debug: bool, interrupts: CommandInterrupts) -> None:
+    """Run a command and exit."""
+    try:
         app(args=[a for a in argv if a != "--debug"], obj=argv, standalone_mode=True)
-    # Messages for the user; anything else is unexpected.
-    except UserError as error:
-        _fail(error, str(error), error.exit_code, debug)
-    except FloatingPointError as error:
-        _fail(error, str(error), 1, debug)
     except SystemExit as exit_:
         if isinstance(exit_.__context__, typer.TyperException):
             publish_error(exit_.__context__.format_message())
         # Loops handle Ctrl-C themselves; elsewhere typer turns it into a silent exit.
         if isinstance(exit_.__context__ and exit_.__context__.__cause__, KeyboardInterrupt):
-            text = "interrupted; what was finished before is safe, run the same command again"
-            _fail(exit_, text, INTERRUPTED, debug)
+            _fail(exit_, STOPPED, INTERRUPTED, debug)
         raise
     except Exception as error:
-        _fail(error, _unexpected(error), 1, debug)
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
-        logger.propagate = True  # for programs that call `main` and have a log of their own
-
-
-def stop_on_signals() -> list[signal.Signals]:
-    """Let the signals of clusters and closed terminals end a command as Ctrl-C does: clean up, say one line.
-
-    Loops that save their work have handlers of their own. torchrun signals its processes when one has failed:
-    there, that one's message is the only one. Returns the signals that had no handler before.
-    """
-    if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
-        return []
-    process = os.getpid()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:  # a fork: it has nothing to say
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        raise KeyboardInterrupt
-
-    # Ctrl-C is Python's own; nohup and a caller of `main` may have chosen otherwise.
-    numbers: list[signal.Signals] = [
-        n for n in STOP_SIGNALS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL
-    ]
-    for number in numbers:
-        signal.signal(number, stop)
-    return numbers
+        # A library that swallowed a KeyboardInterrupt fails in its own way.
+        if interrupts.received and not isinstance(error, Interrupted):
+            _fail(error, STOPPED, INTERRUPTED, debug)
+        # Messages for the user; anything else is unexpected.
+        foreseen = isinstance(error, UserError | FloatingPointError)
+        code = error.exit_code if isinstance(error, UserError) else 1
+        _fail(error, str(error) if foreseen else _unexpected(error), code, debug)
 
 
 def _unexpected(error: Exception) -> str:

@@ -22,6 +22,7 @@ from d2g_cli.common import (
     reporter,
     settings_from,
 )
+from d2g_cli.inputs import named
 
 
 def register(app: typer.Typer) -> None:
@@ -76,7 +77,8 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     settings["prompt"] = tuple(options.prompt) if options.prompt else None
     config = configure_preset(_sample_presets(), "default", options, settings)
     if options.dry_run:
-        finish_dry_run(config, options.as_json)
+        inputs = named(config, ("student", "teacher", "prompts"))
+        finish_dry_run(config, options.as_json, inputs=inputs)
     from d2g.data.prompt_files import prompt_text
 
     for text in config.prompt:
@@ -149,7 +151,8 @@ def export(options: ExportOptions, out: Out = Path("exported")) -> None:
     settings = {name: getattr(options, name) for name in names} | card
     config = configure_preset(_export_presets(), "default", options, settings)
     if options.dry_run:
-        finish_dry_run(config, options.as_json)
+        inputs = named(config, ("student", "teacher")) | {"--scores": options.scores}
+        finish_dry_run(config, options.as_json, inputs=inputs)
     import torch
 
     from distill.export.export import export as export_student

@@ -1,6 +1,7 @@
 """`d2g teacher`: train or inspect a teacher."""
 
 import shlex
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +64,8 @@ def teacher_train(
 ) -> None:
     """Train a small Stable-Diffusion-shaped teacher on captioned images."""
     config = _train_config(options)
+    from d2g.core.distributed import process_group
+    from d2g.core.tracking.run_directory import sole_owner
     from miniature.registration import register_training_scenes
     from teacher_training.plan import Request, WholeProgress, plan_teacher, save_request
     from teacher_training.train import TEACHER_STAGES, train_teacher
@@ -72,15 +75,18 @@ def teacher_train(
     for name in names:
         pick(dict.fromkeys(TEACHER_STAGES), name, "stage")
     request = Request(minutes=config.minutes or None, images=options.images)
-    with leave_process_group():
-        config, plan = plan_teacher(config, out, names, request)
-        if options.dry_run:
-            finish_dry_run(config, options.as_json, {"plan": asdict(plan)})
-        for line in plan.lines():
-            logger.info(line)
-        save_request(out, config, request)
-        progress = WholeProgress(plan, reporter)
-        summary = train_teacher(config, out, names, progress, _command(options, out))
+    with leave_process_group(typer.Exit):
+        process_group.init()
+        # The folder is refused before the plan is measured, which takes a while.
+        with nullcontext() if options.dry_run else sole_owner(out, "trains in"):
+            config, plan = plan_teacher(config, out, names, request)
+            if options.dry_run:
+                finish_dry_run(config, options.as_json, {"plan": asdict(plan)})
+            for line in plan.lines():
+                logger.info(line)
+            save_request(out, config, request)
+            progress = WholeProgress(plan, reporter)
+            summary = train_teacher(config, out, names, progress, _command(options, out))
         emit(asdict(summary) | {"plan": asdict(plan)}, options.as_json, "teacher")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.precision import exact_fp32
 from latent_lpips import augment
 from latent_lpips.augment import AugmentParams
 from latent_lpips.config import AugmentConfig, LPIPSConfig, Precision
@@ -135,8 +136,8 @@ class LatentLPIPS(PerceptualDistance):
 
         `precision="bf16"` halves the time again; `"auto"` uses bf16 where the hardware supports it. Distances
         then agree to 1 % and gradients to a cosine of 0.999, unless the latents are nearly equal (distance
-        below 0.01). In fp32 on CUDA, PyTorch's own setting decides whether cuDNN uses TF32. A trunk with
-        group norm cannot be folded and stays unchanged.
+        below 0.01). fp32 layers run without TF32 on CUDA. A trunk with group norm cannot be folded and stays
+        unchanged.
         """
         if self.config.norm != "group":
             self.trunk = fold_batch_norms(self.trunk, precision).requires_grad_(False).eval()
@@ -162,7 +163,7 @@ class LatentLPIPS(PerceptualDistance):
             if torch.is_grad_enabled() and pred.requires_grad
             else _distance_without_gradient
         )
-        with _no_autocast(pred):
+        with _no_autocast(pred), exact_fp32(pred.device):
             return compute(self.trunk.layers(), list(self.heads), pred, target)
 
 

@@ -77,7 +77,7 @@ def load_lpips(
         _check_channels(path, metric.config.channels, latent_channels)
     else:
         folder = _complete_folder(path)
-        config = _read_network(folder)
+        config = read_lpips_config(folder)
         _check_channels(path, config.channels, latent_channels)
         metric = LatentLPIPS(config)
         # Check names, shapes and signs before anything is loaded.
@@ -143,7 +143,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _read_network(folder: Path) -> LPIPSConfig:
+def read_lpips_config(folder: Path) -> LPIPSConfig:
+    """The shape of the LatentLPIPS in a folder, without its weights. Raises UserError for a damaged file."""
     return from_json(LPIPSConfig, _read_config(folder)["network"])
 
 

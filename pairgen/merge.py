@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from d2g.core.atomic_files import fsync_path
 from d2g.core.errors import UserError
+from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList
 from pairgen.store.hdf5 import SEAL, load_rows, read_blocks
@@ -22,7 +23,7 @@ from pairgen.store.spec import (
     quarantine_path,
     read_spec,
     remove_leftovers,
-    require_same_spec,
+    require_same_or_earlier_spec,
     shard_path,
     shards_present,
     temporary_name,
@@ -54,6 +55,8 @@ def merge_stores(
 ) -> MergeReport:
     """Copy the complete shards of stores with one spec to `out`, with prompts and quarantine records.
 
+    Stores may have grown to different sizes: `out` gets the largest. The last shard of a smaller store is
+    left out if it is a longer one in `out`, and the log says so.
     Every shard is checked as `verify_store` does. Of a shard that several stores hold (`out` counts first),
     the first with the fewest quarantined rows is kept. Rows that it shares with the others must have equal
     noise and prompts, and latents that differ by at most `tolerance`. Run again to resume after a crash.
@@ -63,16 +66,17 @@ def merge_stores(
     if not folders:
         raise UserError("nothing to merge: got no pair folders, expected at least one")
     out, sources = Path(out), [Path(folder) for folder in folders]
-    # All stores must have the same spec; `out` may hold shards from an earlier call.
-    spec = read_spec(sources[0])
-    for folder in sources:
-        require_same_spec(folder, read_spec(folder), spec)
+    # All stores must have the same spec, apart from their size; `out` may hold shards from an earlier call.
+    specs = {folder: read_spec(folder) for folder in sources}
+    spec = max(specs.values(), key=lambda spec: (spec.num_pairs, spec.num_prompts))
+    for folder, own in specs.items():
+        require_same_or_earlier_spec(folder, own, spec)
     create_store(out, spec)
-    prompts = _merge_prompts([out, *sources], out, spec)
+    prompts = _merge_prompts({out: spec, **specs}, out, spec)
     # Shards are independent of each other, so threads merge them in any order.
-    work = sorted({shard for folder in sources for shard in shards_present(folder, spec)})
-    merge = partial(_merge_shard, [out, *sources], spec, prompts, link, tolerance)
-    copied, differing = 0, []
+    places = _shard_places(specs, spec)
+    merge = partial(_merge_shard, out, places, spec, prompts, link, tolerance)
+    work, copied, differing = sorted(places), 0, []
     for done, (new, others) in enumerate(in_threads(merge, work, workers)):
         copied += new
         differing += others
@@ -87,14 +91,31 @@ def merge_stores(
     return MergeReport(pairs=info["pairs"], shards=info["shards"], copied=copied, differing=differing)
 
 
-def _merge_prompts(folders: Sequence[Path], out: Path, spec: StoreSpec) -> PromptList | None:
-    """Save the first prompt list that a store has in `out`, and return it."""
+def _shard_places(specs: Mapping[Path, StoreSpec], spec: StoreSpec) -> dict[int, list[Path]]:
+    """Shard number -> the stores that have it with all rows of `spec`. Logs which are too short."""
+    places: dict[int, list[Path]] = {}
+    for folder, own in specs.items():
+        for shard in shards_present(folder, own):
+            if own.rows(shard) == spec.rows(shard):
+                places.setdefault(shard, []).append(folder)
+            else:
+                logger.info(
+                    "%s: left out, because it has %d rows and %d in a store of %d pairs",
+                    *(shard_path(folder, shard), len(own.rows(shard)), len(spec.rows(shard))),
+                    spec.num_pairs,
+                )
+    return places
+
+
+def _merge_prompts(specs: Mapping[Path, StoreSpec], out: Path, spec: StoreSpec) -> PromptList | None:
+    """Save the first prompt list of `spec` that a store has in `out`, and return it."""
     first = None
-    for folder in folders:
-        prompts, reason = stored_prompts(folder, spec)
+    for folder, own in specs.items():
+        prompts, reason = stored_prompts(folder, own)
         if reason:
             raise _damaged_file(folder, prompts_path(folder), reason)
-        first = prompts if first is None else first
+        if first is None and own.prompts_sha256 == spec.prompts_sha256:
+            first = prompts
     if first is not None and not prompts_path(out).exists():
         first.save(prompts_path(out))
     return first
@@ -105,20 +126,21 @@ def _damaged_file(folder: Path, path: Path, reason: str) -> UserError:
 
 
 def _merge_shard(
-    folders: Sequence[Path],
+    out: Path,
+    places: Mapping[int, Sequence[Path]],
     spec: StoreSpec,
     prompts: PromptList | None,
     link: bool,
     tolerance: float,
     shard: int,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Copy the best file of a shard to the first of `folders`.
+    """Copy the best file of a shard to `out`, from one of the stores that `places` names for it.
 
     Returns 1 if the shard was copied, 0 if it was there already, and a comparison with each other file.
     """
     # Check every distinct file of the shard.
     checks: list[FileCheck] = []
-    for path in (shard_path(folder, shard) for folder in folders):
+    for path in (shard_path(folder, shard) for folder in (out, *places[shard])):
         if path.exists() and not any(_same_content(path, other.path) for other in checks):
             check = check_file(path, shard, spec, prompts)
             if check.reason:
@@ -129,7 +151,7 @@ def _merge_shard(
     differing = [
         _compare_files(best.path, other.path, spec, tolerance) for other in checks if other is not best
     ]
-    out, source = folders[0], best.path.parents[1]
+    source = best.path.parents[1]
     record, target = quarantine_path(out, shard), shard_path(out, shard)
     with writing(out, "the stores merged from are untouched, and what was merged stays"):
         # Write the record first: a shard never lacks rows without one.

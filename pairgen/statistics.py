@@ -1,6 +1,6 @@
 """Statistics of a store's rows: moments, norms, prompt lengths, and the correlation of noise and latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import ceil, exp, lgamma, prod, sqrt
@@ -21,6 +21,10 @@ BLOCK_VALUES = 1 << 19  # latent values per block of rows
 BINS = 32
 OUTLIER = 6.0  # standard deviations
 MAX_LISTED = 100  # outliers listed at most
+LATENT_STD_RANGE = (0.3, 3.0)  # of scaled latents
+COPIED = 0.9  # correlation of latents with their own noise: a network that predicts nothing returns its input
+LEAST_CORRELATION = 0.1  # of noise and the next row's latents; smaller ones harm no training
+MOST_OUTLIERS, MOST_CUT = 0.01, 0.2  # shares of the rows
 
 FloatArray = NDArray[np.float64]
 
@@ -111,7 +115,7 @@ def store_statistics(
         prompts["characters"] = _lengths(np.concatenate([block.characters for block in blocks]))
         prompts["tokens"] = _token_summary(tokenizer, np.concatenate([block.tokens for block in blocks]))
         prompts["tokens_missing"] = tokens_missing
-    return {
+    result = {
         "rows": len(positions),
         "pairs": len(reader),
         "latent": {"mean": own.mean[:, 1].tolist(), "std": own.std[:, 1].tolist()},
@@ -126,6 +130,56 @@ def store_statistics(
         "prompts": prompts,
         "outliers": _outliers(reader, positions, latent_norm, noise_norm),
     }
+    faults = store_faults(result)
+    return {"usable": not faults, "verdict": _verdict(result, faults), **result}
+
+
+def store_faults(statistics: Mapping[str, Any]) -> list[str]:
+    """What makes pairs unfit for training, one line each, from `store_statistics`; empty for good ones."""
+    faults = []
+    # The teacher's latents.
+    std = sum(statistics["latent"]["std"]) / len(statistics["latent"]["std"])
+    if not LATENT_STD_RANGE[0] <= std <= LATENT_STD_RANGE[1]:
+        faults.append(f"latents have standard deviation {std:.3g}, expected about 1: is the teacher trained?")
+    correlation = statistics["correlation"]
+    own = sum(correlation["noise_latent"]) / len(correlation["noise_latent"])
+    if abs(own) > COPIED:
+        faults.append(
+            f"latents are their own noise (correlation {own:.2f}): the teacher is not trained, see `d2g "
+            "teacher info`"
+        )
+    # The noise: standard normal, and unrelated to the latents of other rows.
+    if abs(statistics["noise_norm"]["sigmas"]) > OUTLIER:
+        norm = statistics["noise_norm"]
+        faults.append(
+            f"noise has mean norm {norm['mean']:.4g}, standard normal has {norm['expected_mean']:.4g}"
+        )
+    others = correlation["noise_next_latent"] or [0.0]
+    if max(map(abs, others)) > max(LEAST_CORRELATION, OUTLIER * correlation["standard_error"]):
+        faults.append(f"noise correlates with the latents of the next row ({max(others, key=abs):.2f})")
+    # Rows and prompts.
+    rows, outliers = statistics["rows"], statistics["outliers"]["count"]
+    if outliers > MOST_OUTLIERS * rows:
+        faults.append(f"{outliers:,} of {rows:,} rows are outliers")
+    tokens = statistics["prompts"].get("tokens")
+    if tokens and tokens["cut_share"] > MOST_CUT:
+        faults.append(
+            f"{tokens['cut_share']:.0%} of the prompts are longer than the {tokens['limit']} tokens"
+        )
+    return faults
+
+
+def _verdict(statistics: Mapping[str, Any], faults: Sequence[str]) -> str:
+    """The verdict in words, with the numbers that it is based on."""
+    if faults:
+        return f"these pairs are not usable as they are: {'; '.join(faults)}"
+    std = sum(statistics["latent"]["std"]) / len(statistics["latent"]["std"])
+    own = statistics["correlation"]["noise_latent"]
+    return (
+        f"these pairs are usable: latents have standard deviation {std:.2f}, noise is standard normal, their "
+        f"correlation is {sum(own) / len(own):.2f}, {statistics['prompts']['distinct']:,} prompts, "
+        f"{statistics['outliers']['count']} outliers"
+    )
 
 
 def evenly_spread(size: int, count: int) -> Sequence[int]:

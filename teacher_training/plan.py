@@ -104,8 +104,12 @@ def plan_teacher(
     """
     if request.minutes is not None and request.images is not None:
         raise SettingError("give --minutes or --images, not both")
+    process_group.init()
     pictures, captions = count_pictures(config)
     speed = process_group.gather_objects(measure_speed(config, stages))[0]
+    # All processes share the steps of these two stages.
+    for stage in speed.seconds.keys() & {"vae", "unet"}:
+        speed.seconds[stage] /= process_group.world_size()
     # Finished stages but the UNet, and a given autoencoder, take no time and keep their length.
     work, done = out / TRAINING, {stage: images_done(out, stage) for stage in SHARES}
     fixed = [s for s in SHARES if s != "unet" and (work / s / "scores.json").is_file()]

@@ -1,11 +1,16 @@
 """Runs `train` on fake CUDA tensors, without a GPU, and prints where a GPU would keep the host waiting.
 
-    PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan
+    PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan [a.b=c ...]
+    PYTHONPATH=.:tests python tests/fake_cuda.py memory PRESET ode|gan [a.b=c ...]
 
 CPU tensors are real, CUDA tensors are FakeTensors. Mixing the two raises, as on a GPU. A value that the host
-asks of the device is made up (1), and the line that asked is counted. Tried with torch 2.11.0 and 2.15.0,
-without a driver. Prints one JSON object: `steps`, the waits of each step by function of the project, and
-`report`, those of the report at the end.
+asks of the device is made up (1), and the line that asked is counted. A copy to pinned memory holds garbage
+until the host has waited for an event behind it. Attention takes a GPU's kernels. Tried with torch 2.11.0 and
+2.15.0, without a driver. Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits
+of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
+of each step before. `memory` takes two steps of a preset at the size of its published model, and prints GiB
+at the peak: `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without
+text encoders.
 """
 
 import atexit
@@ -25,6 +30,8 @@ import torch
 import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,6 +69,7 @@ def pretend_cuda() -> None:
     any_torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     optimizers._foreach_supported_types.append(FakeTensor)  # optimizers as on CUDA
     any_torch.nn.Module._apply = _apply
+    any_torch.cuda.Event = FakeEvent
 
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -86,6 +94,25 @@ def project_line() -> str:
     return f"{os.path.relpath(ours[-1].filename, ROOT)} {ours[-1].name}" if ours else "?"
 
 
+class FakeEvent:
+    """A CUDA event. Copies to pinned memory that were queued before it arrive when the host waits for it."""
+
+    mode: "FakeCuda"
+
+    def record(self) -> None:
+        self.step, self.copies = self.mode.step, list(self.mode.queued_copies)
+
+    def synchronize(self) -> None:
+        for target, value in self.copies:
+            target.fill_(value)
+        kind = self.mode.waits if self.step == self.mode.step else self.mode.late
+        kind[f"{project_line()}: waits for an event"] += 1
+
+
+GARBAGE = 99
+"""What a copy to pinned memory holds before it has arrived."""
+
+
 class FakeCuda(TorchDispatchMode):
     """CPU operations run, operations on CUDA are faked. `waits` counts where the host waits for CUDA."""
 
@@ -93,7 +120,11 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: Counter[str] = Counter()
+        self.late: Counter[str] = Counter()
         self.pinned = set[int]()
+        self.queued_copies: list[tuple[Tensor, float]] = []
+        self.step = 0
+        FakeEvent.mode = self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,6 +147,9 @@ class FakeCuda(TorchDispatchMode):
             is_new = func is aten._to_copy.default
             source, target = (args[0], device) if is_new else (args[1], args[0].device)
             direction = (source.device.type, target.type if target is not None else source.device.type)
+            if direction == ("cuda", "cpu") and not is_new and self._is_queued(args[0], args[2:], kwargs):
+                self.queued_copies.append((args[0], 0))
+                return args[0].fill_(GARBAGE)
             if direction == ("cuda", "cpu"):
                 self.waits[f"{project_line()}: copies to the host"] += 1
                 dtype = kwargs.get("dtype") or source.dtype
@@ -127,10 +161,47 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             return func(*args, **kwargs)
 
+    def _is_queued(self, target: Tensor, flags: Any, kwargs: Any) -> bool:
+        """Whether a copy to the host runs behind the host's back."""
+        return bool(kwargs.get("non_blocking") or any(flags)) and target.data_ptr() in self.pinned
 
-def main(stage: str) -> None:
+
+class GpuAttention(TorchFunctionMode):
+    """Attention by the kernels that a recent GPU takes. Without a driver torch takes the math kernel, which
+    keeps every probability for the backward pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **others: Any,
+    ) -> Tensor:
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        scale = {"scale": others.get("scale")}
+        if half and attn_mask is None and torch.backends.cuda.flash_sdp_enabled():
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, **scale
+            )[0]
+        if torch.backends.cuda.mem_efficient_sdp_enabled():
+            return aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, True, dropout_p, is_causal, **scale
+            )[0]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
+
+
+def main(stage: str, *settings: str) -> None:
     import jobs
     import tiny
+    from d2g.core.config import override
     from d2g.core.distributed import process_group
     from distill.config.presets import preset
     from distill.training import state
@@ -142,27 +213,69 @@ def main(stage: str) -> None:
     config = replace(preset("trial", stage), teacher=str(teacher), pairs=str(pairs))
     config = replace(config, init="teacher" if stage == "gan" else "")
     options = replace(config.train, batch_size=4, images=12, loader_workers=0, checkpoint_images=10**9)
-    config = replace(config, train=replace(options, report_images=10**9))
+    config = override(replace(config, train=replace(options, report_images=10**9)), settings)
     pretend_cuda()
     any_group: Any = process_group
     any_group.init = lambda long_waits=False: torch.device("cuda", 0)
     # torch.distributed.checkpoint looks at storages, which fakes do not have.
     any_state: Any = state.State
     any_state.save = lambda *arguments: None
-    mode, steps = FakeCuda(), []
+    mode, steps, late = FakeCuda(), [], []
 
     def progress(label: str, done: int, total: int) -> None:
         steps.append(dict(mode.waits))
+        late.append(dict(mode.late))
         mode.waits.clear()
+        mode.late.clear()
+        mode.step += 1
 
     try:
-        with torch.autograd.set_multithreading_enabled(False), mode:
+        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
             train(config, folder / "out", progress)
     except Exception as error:  # no checkpoint was written: `train` says so at its end
         if "nothing to train" not in str(error):
             raise
-    print(json.dumps({"steps": steps[1:], "report": dict(mode.waits)}))
+    print(json.dumps({"steps": steps[1:], "late": late[1:], "report": dict(mode.waits)}))
+
+
+def memory(name: str, stage: str, *settings: str) -> None:
+    from benchmarks.training_step import RandomStep
+    from d2g.core.config import override
+    from d2g.diffusion import pretrained
+    from distill.config.presets import DISTILL_PRESETS
+    from distill.planning.memory import predict, to_fake
+    from distill.planning.reference_models import configs_only
+    from distill.planning.saved_activations import LiveBytes
+
+    recipe, folder = DISTILL_PRESETS[name], Path(tempfile.mkdtemp())
+    teacher = configs_only(recipe.model, folder / "teacher")
+    config = override(replace(recipe[stage], teacher=teacher), settings)
+    forecast = predict(config, 1)
+    components = [part for part in os.listdir(teacher) if part.startswith("text_encoder")]
+    text = sum(
+        p.numel() * (2 if config.encodes_text_in_bf16(True) else 4)
+        for part in components
+        for p in pretrained.load_on_meta(teacher, part).parameters()
+    )
+    pretend_cuda()
+    live = LiveBytes("cuda")
+    with torch.autograd.set_multithreading_enabled(False), FakeCuda(), live, GpuAttention():
+        step = RandomStep(config, torch.device("cuda", 0), folder, lambda net, _: to_fake(net, "cuda"))
+        before = live.live
+        for _ in range(2):
+            step()
+    gib = 2.0**30
+    print(
+        json.dumps(
+            {
+                "tracked": live.peak / gib,
+                "forecast": forecast.total - text / gib,
+                "tracked_before_the_step": before / gib,
+                "forecast_working": forecast.working,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    memory(*sys.argv[2:]) if sys.argv[1] == "memory" else main(*sys.argv[1:])

@@ -291,11 +291,12 @@ class FolderOwner:
 
     Entering raises UserError while a live process holds the folder. A claim of a process that is gone is
     taken over with a line in the log: at once on the same machine, else after `patience` seconds without a
-    heartbeat. A folder that this creates and nothing is put into is removed in the end.
+    heartbeat. A folder that this creates and nothing is put into is removed in the end. `option`: the option
+    that names the folder, for messages.
     """
 
-    def __init__(self, folder: Path, what: str, patience: float = 120.0) -> None:
-        self.folder, self.what = Path(folder), what
+    def __init__(self, folder: Path, what: str, patience: float = 120.0, option: str = "--out") -> None:
+        self.folder, self.what, self.option = Path(folder), what, option
         self.claims = FileClaims(self.folder / OWNER, patience)
 
     def __enter__(self) -> Self:
@@ -308,7 +309,8 @@ class FolderOwner:
             if not isinstance(error, OSError):
                 raise
             raise UserError(
-                f"cannot write {error.filename or self.folder}: {error.strerror}; choose another --out"
+                f"cannot write {error.filename or self.folder}: {error.strerror}; choose another "
+                f"{self.option}"
             ) from error
         return self
 
@@ -332,7 +334,7 @@ class FolderOwner:
             if self.claims.is_alive_here(0) or not self.claims.undecided([0]):
                 raise UserError(
                     f"{self.claims.owner(0)}, already {self.what} {self.folder}; wait for it or stop it, or "
-                    "give another --out"
+                    f"give another {self.option}"
                 )
             if not other:
                 other = self.claims.owner(0)

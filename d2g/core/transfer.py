@@ -1,4 +1,4 @@
-"""Copies from the CPU to a device that do not wait for the device."""
+"""Copies between the CPU and a device that do not wait for the device."""
 
 from typing import TypeVar
 
@@ -17,3 +17,32 @@ def to_device(x: X, device: torch.device | str) -> X:
         return x
     is_cuda = torch.device(device).type == "cuda" and x.device.type == "cpu"
     return (x.pin_memory() if is_cuda else x).to(device, non_blocking=True)
+
+
+def to_host(x: Tensor) -> Tensor:
+    """Copy `x` to CPU memory without waiting. Only `to_device` may read the copy: the values are not there
+    before the device has reached it."""
+    if x.device.type != "cuda":
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype).pin_memory().copy_(x, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a tensor on the CPU, which starts now and is read later.
+
+    `read` waits until the device has reached the copy. Once a later training step is queued, that keeps no
+    device idle.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        self.value = to_host(x)
+        if x.device.type == "cuda":
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> Tensor:
+        """The copied values."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.value

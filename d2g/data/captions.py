@@ -39,14 +39,21 @@ class Captions(Mapping[Path, str]):
     `texts`: picture -> the text file beside it. `missing`: files that are listed and not there.
     """
 
-    def __init__(self, listing: FolderListing, column: str | None = None, setting: str = "column") -> None:
-        """`column`, `setting`: as in `caption_column`. Raises UserError for a damaged metadata file."""
+    def __init__(
+        self,
+        listing: FolderListing,
+        column: str | None = None,
+        setting: str = "column",
+        numbers: bool = False,
+    ) -> None:
+        """`column`, `setting`: as in `caption_column`; `numbers`: as in `read_metadata`. Raises UserError for
+        a damaged metadata file."""
         self.listed: list[tuple[Path, str]] = []
         self.missing: list[Path] = []
         self.metadata = [file for file in _metadata_files(listing) if _is_metadata(listing, file, column)]
         pictures = {normalized(picture): picture for picture in listing.pictures}
         for file in self.metadata:
-            for name, caption in read_metadata(file, column, setting):
+            for name, caption in read_metadata(file, column, setting, numbers):
                 path = pictures.get(normalized(file.parent / name.replace("\\", "/")))
                 if path is None and (file.parent / name).is_file():
                     path = file.parent / name  # outside the folder, or of another ending
@@ -109,9 +116,11 @@ def _text_files(listing: FolderListing) -> dict[Path, Path]:
 
 
 def read_metadata(
-    file: Path, column: str | None = None, setting: str = "column"
+    file: Path, column: str | None = None, setting: str = "column", numbers: bool = False
 ) -> Iterator[tuple[str, str]]:
     """Yield (file name, caption) of a metadata.jsonl or metadata.csv. A null caption is "".
+
+    numbers: captions may be whole numbers, which are given in decimal.
 
     Raises UserError for a row without file_name or caption column, and for a caption that is no text.
     """
@@ -124,6 +133,8 @@ def read_metadata(
                     f"{where} lacks {FILE_NAME}, found {', '.join(row) or 'nothing'}; correct that line"
                 )
             caption = row[caption_column(where, row, column, setting)]
+            if numbers and type(caption) is int:
+                caption = str(caption)
             if not isinstance(caption, str | None):
                 raise UserError(
                     f"{where}: a caption must be text, found {str(caption)[:40]!r}; correct that line"

@@ -5,7 +5,6 @@ Hidden files are skipped, links are followed once, and the log says in one line 
 
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,10 @@ PICTURE_SUFFIXES = frozenset(
     ".jp2 .j2k .jpx .tga .qoi".split()
 )
 """Endings of picture files, in lower case."""
+UNREADABLE_SUFFIXES = frozenset(
+    ".heic .heif .hif .svg .svgz .eps .ps .wmf .emf .pdf .psd .ai .dng .cr2 .cr3 .nef .arw .raf .rw2".split()
+)
+"""Endings of picture files that the reader refuses: no decoder, no pixels, or a program."""
 TABLE_SUFFIX = ".parquet"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 """Names of files with captions of the pictures beside them, in order of preference."""
@@ -59,15 +62,22 @@ class FolderListing:
         """
         read = set(used)
         unread = [file for file in (*self.tables, *self.others) if file not in read]
-        endings = Counter(file.suffix.lower() or file.name for file in unread)
+        unreadable = [file for file in unread if file.suffix.lower() in UNREADABLE_SUFFIXES]
+        others = [file for file in unread if file.suffix.lower() not in UNREADABLE_SUFFIXES]
         reasons = {
             reason: list(names) for reason, names in {**self.left_out, **(more or {})}.items() if names
         }
         parts = [f"{len(names)} {reason} ({few_names(names)})" for reason, names in reasons.items()]
-        if unread:
-            parts.append(f"{len(unread)} that are no pictures ({few_names(sorted(endings))})")
+        if unreadable:
+            parts.append(f"{len(unreadable)} to be saved as JPEG or PNG first ({_endings(unreadable)})")
+        if others:
+            parts.append(f"{len(others)} that are no pictures ({_endings(others)})")
         if parts:
             log_once(f"{self.root}: left out {', '.join(parts)}")
+
+
+def _endings(files: Iterable[Path]) -> str:
+    return few_names(sorted({file.suffix.lower() or file.name for file in files}))
 
 
 def few_names(names: Sequence[str]) -> str:

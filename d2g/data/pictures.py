@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from d2g.core.errors import UserError
 from d2g.core.logs import log_once
@@ -65,9 +65,41 @@ def decode_picture(data: bytes, name: str, *, exact: bool) -> DecodedPicture:
             f"{name} has more than {MAX_PIXELS // 1_000_000} million pixels; make it smaller or remove it"
         ) from error
     except Exception as error:  # on damaged bytes Pillow's readers raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = _other_kind(data) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} is not a readable image ({reason}); remove or replace it") from error
     return DecodedPicture(image, prompt if isinstance(prompt, str) else "", converted)
+
+
+def _other_kind(data: bytes) -> str:
+    """What bytes are that Pillow cannot identify; "" where it says itself what is wrong."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()):
+            return ""
+    except UnidentifiedImageError:
+        pass
+    except Exception:  # damaged: the first error says how
+        return ""
+    if not data:
+        return "it is empty"
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+        return "HEIC, for which there is no decoder; save it as JPEG or PNG"
+    start = data[:1024].lower()
+    for sign, kind in _OTHER_KINDS.items():
+        if sign in start:
+            return kind
+    return "of no known kind, or cut off"
+
+
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_OTHER_KINDS = {
+    b"<!doctype html": "a web page, perhaps the answer of a failed download",
+    b"<html": "a web page, perhaps the answer of a failed download",
+    b"<svg": "SVG, a drawing without pixels; save it as PNG",
+    b"%!ps": "PostScript, which is a program; save it as PNG",
+    b"%pdf": "PDF; save its pages as PNG",
+    b"git-lfs": "a pointer of Git LFS; run `git lfs pull`",
+}
+"""What a file that is no picture begins with, in lower case, and what it is then."""
 
 
 def png_text(file: Path) -> dict[str, str]:

@@ -48,6 +48,12 @@ def image_column(file: Path | str, names: Iterable[str], *others: str) -> str:
 def encoded_image(cell: Any, where: str) -> bytes:
     """The encoded image in a cell. Raises UserError, with `where`, for a cell without one."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(cell, dict) and not data and isinstance(cell.get("path"), str) and cell["path"]:
+        # A table may not name files of this machine: they would be read on behalf of whoever wrote it.
+        raise UserError(
+            f"{where}: `image` names a file ({cell['path'][:80]}) and holds no bytes; write the table with "
+            "the images in it (`embed_table_storage` of datasets), or give a folder of images"
+        )
     if not isinstance(data, bytes) or not data:
         raise UserError(f"{where}: `image` holds no bytes; expected encoded images in `image.bytes`")
     return data

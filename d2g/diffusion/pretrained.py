@@ -184,6 +184,12 @@ def autoencoder_on_meta(name: str) -> Any:
     return load_on_meta(name, component) if component else load_vae(name)
 
 
+def latent_shape(name: str) -> tuple[int, int, int]:
+    """The latent shape (C, h, w) at which a teacher's network was trained, from its config alone."""
+    family = family_of(name)
+    return family.latent_shape(load_on_meta(name, family.network).config)
+
+
 def latent_downscale(name: str) -> int:
     """Pixels per latent along a side, from the autoencoder's config alone."""
     return latent_space(autoencoder_on_meta(name)).downscale

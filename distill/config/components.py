@@ -41,7 +41,8 @@ class OptimConfig:
     name: Optimizer = setting(
         "adamw",
         "Optimizer. The paper says Adam with weight decay 1e-2, read as decoupled (adamw); adam adds the "
-        "decay to the gradient; the paper's CIFAR10 model uses radam",
+        "decay to the gradient; the paper's CIFAR10 model uses radam. On a GPU adamw and adam are fused; "
+        "adamw_fused is so on a CPU, too",
         source='Table A1; method.md "Schedule and hyperparameters"',
     )
     lr: float = setting(1e-4, "Learning rate after warm-up", source="Table A1", recipe=True)
@@ -99,8 +100,9 @@ class RegressionConfig:
         (("e_latent_lpips", 1.0),),
         "Losses and weights, as `name:weight,name:weight`. lpips compares decoded images (the paper uses it "
         "for CIFAR10, in pixels); the paper's SD-CFG-3 adds latent_lpips with weight 1; the others "
-        "reproduce the comparison of losses or come from later work. [] trains a GAN without regression, on "
-        "pairs of noise and latents alone (ADM, arXiv 2507.18569)",
+        "reproduce the comparison of losses or come from later work. [] trains a GAN without regression: on "
+        "the latents of pairs (ADM, arXiv 2507.18569), or on real images without pairs (D2O, arXiv "
+        "2405.20750)",
         source='Table A1; method.md "Comparison of regression losses"',
         recipe=True,
     )
@@ -319,15 +321,17 @@ class DiscriminatorConfig:
 
     real: str = setting(
         "",
-        "Folder of captioned images used as real rows in addition to the pairs",
+        "Folder of captioned images, or of images with classes, used as real rows",
         source='method.md "Limitations and later work"',
     )
     real_column: str | None = setting(
-        None, "Column of the captions of these images; null: prompt, caption, text or TEXT"
+        None,
+        "Column of the captions of these images; null: prompt, caption, text or TEXT, and label for a "
+        "class-conditional teacher",
     )
     real_fraction: float = setting(
         0.0,
-        "Share of the real rows that are such images; the paper: 0",
+        "Share of the real rows that are such images; the paper: 0; 1 needs no pairs",
         source='method.md "Limitations and later work"',
     )
 
@@ -363,13 +367,14 @@ class DiscriminatorConfig:
             timestep_shift=(self.timestep_shift > 0, "a positive number"),
             approx_sigma=(self.approx_sigma > 0, "a positive number"),
             approx_weight=(self.approx_weight > 0, "a positive number"),
-            real_fraction=(0 <= self.real_fraction < 1, "0 up to below 1"),
+            real_fraction=(0 <= self.real_fraction <= 1, "0 to 1"),
         )
         # Settings that contradict each other.
         if self.mix_fraction > 0 and sum(shares) == 0:
             raise SettingError(
                 f"mix_fraction is {self.mix_fraction}, but mix_x, mix_c and mix_z are 0; set one above 0"
             )
+        self._check_noise_input()
         # The time input has one source.
         if self.noise_augment != "none" and (self.timestep or self.timestep_mode != "constant"):
             raise SettingError(
@@ -385,10 +390,23 @@ class DiscriminatorConfig:
                 "real is set, but loss=rpgan compares each real row with the fake of the same noise "
                 "and text, which such images don't have; set loss=ns"
             )
-        # Real images are used only with a share.
-        if bool(self.real) != bool(self.real_fraction):
+        # Real images are used only with a share. A preset may leave the folder to the user.
+        if bool(self.real) != bool(self.real_fraction) and self.real_fraction != 1:
             raise SettingError(
                 f"real is {self.real!r} and real_fraction {self.real_fraction}; expected both, or neither"
+            )
+
+    def _check_noise_input(self) -> None:
+        """Raise SettingError where the discriminator's noise input, or its absence, contradicts its rows."""
+        if self.real_fraction == 1 and self.z_conditioning:
+            raise SettingError(
+                "real_fraction is 1, but z_conditioning is true: no real image belongs to its noise, and the "
+                "discriminator would know the student's images by theirs; set z_conditioning=false"
+            )
+        if self.mix_fraction > 0 and self.mix_z > 0 and not self.z_conditioning:
+            raise SettingError(
+                f"mix_z is {self.mix_z:g}, but z_conditioning is false: rows with another row's noise would "
+                "be real rows, counted as fake; set mix_z=0"
             )
 
     @property

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from d2g.core.config import Presets, pick
 from d2g.core.errors import SettingError
 from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig, RegressionName
-from distill.config.run import DistillConfig, EngineConfig, StudentConfig, TrainConfig
+from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig, StudentConfig, TrainConfig
 
 TeacherModel = Literal[
     "sd15", "sdxl", "edm-cifar10", "miniature", "dit-xl-256", "pixart-sigma-512", "sd35-medium"
@@ -17,7 +17,7 @@ TeacherModel = Literal[
 
 @dataclass(frozen=True, eq=False)
 class Recipe(Mapping[str, DistillConfig]):
-    """A preset: a config for each stage, `ode` and, where there is one, `gan`; equal if its configs are."""
+    """A preset: a config for each stage that it has, `ode` and `gan`; equal if its configs are."""
 
     about: str
     """One line for `--help`."""
@@ -117,6 +117,38 @@ TABLE_A1: dict[str, Recipe] = {
 """One recipe per column of the supplement's Table A1."""
 
 
+_CIFAR10_GAN = replace(
+    _GAN,
+    optim=OptimConfig(name="radam", lr=4e-5, weight_decay=0.0, attention_weight_decay=0.0),
+    regression=TABLE_A1["cifar10"]["ode"].regression,
+    gan=DiscriminatorConfig(r1_rows=8, optim=_falling(10_000 * 512)),
+    train=_train(512, 10_000),
+    engine=EngineConfig(gpus=8),
+)
+"""The paper's stage 2 at the size of its CIFAR10 model."""
+
+PIXEL_RECIPES: dict[str, Recipe] = {
+    "cifar10": Recipe(
+        f"{TABLE_A1['cifar10'].about}; its gan stage is ours, not trained yet",
+        "edm-cifar10",
+        {"ode": TABLE_A1["cifar10"]["ode"], "gan": _CIFAR10_GAN},
+    ),
+    "cifar10-real": Recipe(
+        "CIFAR10 without pairs, as D2O: a GAN on the images of gan.real alone, on 8 GPUs; not trained yet",
+        "edm-cifar10",
+        {
+            "gan": replace(
+                _CIFAR10_GAN,
+                init=FROM_TEACHER,
+                regression=RegressionConfig(losses=()),
+                gan=replace(_CIFAR10_GAN.gan, weight=1.0, real_fraction=1.0, z_conditioning=False, mix_z=0.0),
+            )
+        },
+    ),
+}
+"""Recipes with a GAN stage for CIFAR10, for which the paper trains none."""
+
+
 def _transformer(model: TeacherModel, about: str, gpus: int, batch: int, **engine: Any) -> Recipe:
     """Both stages for a transformer teacher, with the lengths of SD-CFG-3."""
     gan = DiscriminatorConfig(discriminator="transformer", r1_rows=gpus, optim=_falling(10_000 * batch))
@@ -175,6 +207,18 @@ SMALL_RECIPES: dict[str, Recipe] = {
         },
     ),
 }
+
+_SMALL_GAN = SMALL_RECIPES["miniature"]["gan"]
+SMALL_RECIPES["small-transformer"] = Recipe(
+    "A transformer teacher of less than 100 million parameters, with the lengths of miniature; sizes only",
+    "dit-xl-256",
+    {
+        "ode": replace(SMALL_RECIPES["miniature"]["ode"], teacher=""),
+        "gan": replace(
+            _SMALL_GAN, teacher="", gan=replace(_SMALL_GAN.gan, discriminator="transformer", token_heads=2)
+        ),
+    },
+)
 
 _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "d": ("the discriminator", {}),
@@ -241,6 +285,7 @@ def loss_comparison(base: Recipe, images: int, prefix: str = "") -> dict[str, Re
 
 _RECIPES = {
     **TABLE_A1,
+    **PIXEL_RECIPES,
     **TRANSFORMER_RECIPES,
     **SMALL_RECIPES,
     **ablation(TABLE_A1["sd15-cfg3"]),

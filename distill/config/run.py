@@ -83,12 +83,6 @@ class TrainConfig:
             minutes=(self.minutes is None or self.minutes > 0, "a positive number, or null for no limit"),
             loggers=(not unknown, f"names of {', '.join(get_args(Logger))}"),
         )
-        # Validation needs an interval and pairs, and the best checkpoint needs validation.
-        if bool(self.validate_images) != bool(self.validate_pairs):
-            raise SettingError(
-                f"validate_images is {self.validate_images} and validate_pairs {self.validate_pairs}; "
-                "expected both above 0, or both 0"
-            )
         # The best checkpoint is the best one that was validated.
         if self.keep_best and not self.validate_images:
             raise SettingError("keep_best needs validation; set validate_images and validate_pairs")
@@ -117,6 +111,11 @@ class EngineConfig:
     compile: str = setting(
         "", "Backend of torch.compile, such as inductor; empty runs eagerly. The penalty is always eager"
     )
+    channels_last: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Convolution weights in channels-last memory format, which CUDA's matrix units read; not with fsdp. "
+        "auto: on a GPU with ddp",
+    )
     async_checkpoints: bool = setting(False, "Write checkpoints while the next steps run")
     gpus: int = setting(
         0, "GPUs that the run is meant for, used by --dry-run's memory plan; 0: those it is started on"
@@ -135,6 +134,11 @@ class EngineConfig:
 
             if self.compile not in list_backends(exclude_tags=()):  # the hint leaves out debugging backends
                 raise SettingError(f"compile is {self.compile!r}{nearest(self.compile, list_backends())}")
+        if self.channels_last == "on" and self.parallel == "fsdp":
+            raise SettingError(
+                "channels_last is 'on' but parallel is fsdp, which shards contiguous tensors only; set "
+                "channels_last=auto or parallel=ddp"
+            )
         if self.shard_size and self.parallel != "fsdp":
             raise SettingError(
                 f"shard_size is {self.shard_size} but parallel is {self.parallel}; set parallel=fsdp or "
@@ -163,6 +167,11 @@ class DataConfig:
         source="paper, supplement E",
     )
     text_cache: int = setting(0, "Prompts whose text embeddings stay in memory; 0 encodes every batch again")
+    text_precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto",
+        "Arithmetic of the text encoders; networks get their output in fp32. auto: bf16 on a GPU if "
+        "train.precision is bf16, else fp32",
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -187,7 +196,9 @@ class DistillConfig:
         "ode", "ode: regression on the pairs; gan: regression and discriminator"
     )
     pairs: str = setting(
-        "", "Pair store, or several separated by commas that differ in guidance (option --pairs)"
+        "",
+        "Pair store, or several separated by commas that differ in guidance (option --pairs); empty with "
+        "regression.losses=[] and gan.real_fraction=1",
     )
     teacher: str = setting("", "Teacher folder, hub id or shipped name (option --teacher)")
     lpips: str = setting("", "Folder of LatentLPIPS weights; empty: TEACHER/latent_lpips (option --lpips)")
@@ -214,6 +225,13 @@ class DistillConfig:
         check_values(self)
         if self.stage == "ode" and not self.regression.losses:
             raise SettingError("regression.losses is (); expected one or more names in the regression stage")
+        # Validation needs an interval and pairs; a run without pairs can validate with --validate alone.
+        interval, held_out = self.train.validate_images, self.train.validate_pairs
+        if bool(interval) != bool(held_out) and not (interval and self.without_pairs):
+            raise SettingError(
+                f"train.validate_images is {interval} and train.validate_pairs {held_out}; expected both "
+                "above 0, or both 0"
+            )
         microbatch_size(self, 1)
         size, rows = self.train.batch_size, self.gan.r1_rows
         if self.stage == "gan" and self.gan.active_penalty == "single" and size % rows:
@@ -221,6 +239,17 @@ class DistillConfig:
                 f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}; set gan.r1_rows or "
                 "train.batch_size"
             )
+
+    def encodes_text_in_bf16(self, on_gpu: bool) -> bool:
+        """Whether the text encoders run in bf16."""
+        choice = self.data.text_precision
+        return choice == "bf16" or (choice == "auto" and on_gpu and self.train.precision == "bf16")
+
+    @property
+    def without_pairs(self) -> bool:
+        """Whether it trains on real images alone: a GAN without regression and without pairs."""
+        alone = self.stage == "gan" and not self.regression.losses and self.gan.real_fraction == 1
+        return alone and not self.pairs
 
 
 def microbatch_size(config: DistillConfig, processes: int) -> int:

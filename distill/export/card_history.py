@@ -124,7 +124,8 @@ def pair_stores(history: History) -> tuple[list[StoreSpec], list[str]]:
     """Specs of the distinct pair stores that the runs read, and folder names of those that are missing."""
     specs: dict[Path, StoreSpec] = {}
     missing: dict[str, None] = {}
-    for folder in (Path(part) for stage in history.stages for part in stage.config.pairs.split(",")):
+    names = [name for stage in history.stages for name in stage.config.pairs.split(",") if name]
+    for folder in map(Path, names):
         if (folder / "store.json").is_file():
             specs[folder.resolve()] = PairReader(folder).spec
         else:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2g.core.claims import FolderOwner
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.pipelines import SHIPPED
 
@@ -53,12 +54,17 @@ def parse_dtype(name: str) -> torch.dtype:
 def staged(out: Path) -> Iterator[Path]:
     """A temporary folder for an export. Its entries replace those of `out` only if the block succeeds.
 
-    Raises UserError if the disk refuses.
+    Raises UserError if the disk refuses, and while another export writes to `out`.
     """
-    created, temporary = not out.exists(), out / f".export.{os.getpid()}.tmp"
+    with FolderOwner(out, "exports to"):
+        yield from _staged(out)
+
+
+def _staged(out: Path) -> Iterator[Path]:
+    temporary = out / f".export.{os.getpid()}.tmp"
     try:
         # Folders that killed exports left behind.
-        for stale in out.glob(".export.*.tmp"):  # left by killed exports
+        for stale in out.glob(".export.*.tmp"):
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
         yield temporary
@@ -73,8 +79,6 @@ def staged(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if created and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
@@ -107,11 +111,3 @@ def check_parity(parity: float, dtype: torch.dtype) -> float:
             f"{PARITY_BOUND:g} in {name}; nothing was written; choose another --format and report this"
         )
     return parity
-
-
-@contextmanager
-def exact_sums() -> Iterator[None]:
-    """Disable TensorFloat-32 in convolutions: its 10-bit mantissa would dominate the parity."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
-        yield

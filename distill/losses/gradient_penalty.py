@@ -87,7 +87,8 @@ def r1_penalty(
     rows this is R1, on fake rows R2. x, noise: [B, C, h, w], text of B rows; the single-sample form of the
     paper has B = 1. Returns a scalar in fp32, or in float64 for a float64 `x`.
 
-    The gradient also flows through the resized copies of x inside D; noise and text are constants.
+    The gradient also flows through the resized copies of x inside D; noise and text are constants. Call it
+    and the backward pass of its result in `d2g.core.precision.exact_fp32`.
     """
     # Flash and memory-efficient attention have no second derivative: use the math kernel, without autocast
     # (method.md "Second derivative of attention").

@@ -34,8 +34,12 @@ from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.row_dropout import set_dropout_keys
 from distill.models.student import Student, check_teacher, meta_student, set_trainable
 from distill.planning.reference_models import NAMES, configs_only
-from distill.planning.saved_activations import SavedBytes, saved_bytes
+from distill.planning.saved_activations import SavedBytes, peak_bytes, saved_bytes
+from latent_lpips.config import LPIPSConfig
+from latent_lpips.distance import LatentLPIPS
+from latent_lpips.fused import GPU_POSITIONS, distance_with_gradient
 from latent_lpips.lpips import PixelLPIPS
+from latent_lpips.weights import read_lpips_config
 
 STATES = 8
 """Bytes of optimizer state per parameter: two moments in fp32."""
@@ -58,9 +62,9 @@ class Memory:
     optimizer: float
     average: float
     frozen: float
-    """Text encoders, and the autoencoder if it is used."""
+    """Text encoders, and the autoencoder and the networks of the regression loss if they are used."""
     working: float
-    """Gradients and saved activations at the peak."""
+    """Gradients, saved activations, and what the regression loss computes with, at the peak."""
 
     @property
     def total(self) -> float:
@@ -68,27 +72,30 @@ class Memory:
 
 
 def predict(config: DistillConfig, world_size: int) -> Memory:
-    """Predict the memory of a run on `world_size` processes. Reads configs of the teacher, no weights.
-
-    Of the regression's own networks those that differentiate the autoencoder are counted; a distance between
-    latents saves little.
-    """
+    """Predict the memory of a run on `world_size` GPUs. Reads configs of the teacher, no weights."""
     student = _meta_student(config)
     discriminator = _meta_discriminator(config.teacher, config.gan) if config.stage == "gan" else None
     distances = _autoencoder_distances(config.teacher, config.regression)
-    frozen = _bytes(p for model in _frozen_models(config) for p in model.parameters())
+    text_share = 0.5 if config.encodes_text_in_bf16(on_gpu=True) else 1.0
+    frozen = text_share * _bytes(p for model in _text_encoders(config) for p in model.parameters())
+    frozen += _bytes(p for model in _frozen_autoencoder(config) for p in model.parameters())
     pixel_metrics = [metric for metric, _ in distances if isinstance(metric, PixelLPIPS)]
     frozen += _bytes(p for metric in pixel_metrics for p in metric.parameters())
     # The first backward pass of a process decides whether autograd starts threads. On fake tensors it would
     # start some, and processes forked from this one could not train.
     torch.ones((), requires_grad=True).backward()
+    metric = _latent_metric(config, student.latent_shape[0])
+    if metric is not None:
+        frozen += sum(p.numel() * p.element_size() for p in metric.parameters())
     with FakeTensorMode():
+        if metric is not None:
+            to_fake(metric)
         for network in (student, discriminator):
             if network is not None:
-                _to_fake(network)
+                to_fake(network)
                 if config.engine.activation_checkpointing:
                     engine.recompute(list(family_of(config.teacher).shard_units(network)))
-        working = _working_bytes(config, world_size, student, discriminator, distances)
+        working = _working_bytes(config, world_size, student, discriminator, distances, metric)
     shards = _shards(config.engine, world_size)
     trained = [student] if discriminator is None else [student, discriminator]
     gib = 2.0**30
@@ -107,6 +114,7 @@ def _working_bytes(
     student: Student,
     discriminator: nn.Module | None,
     distances: list[nn.ModuleList],
+    metric: LatentLPIPS | None,
 ) -> float:
     """Bytes of gradients and saved activations at the peak of a step. Call it in a FakeTensorMode."""
     rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
@@ -114,12 +122,14 @@ def _working_bytes(
     # DDP's buckets hold the gradients of all trained networks during the whole run.
     buckets = config.engine.parallel == "ddp" and world_size > 1
 
-    # The student's forward pass, which stays alive during the distances behind the autoencoder.
+    # The student's forward pass, which stays alive during the regression loss.
     student_graph = _activations(config, student, student, partial(_generate, student))
     working = student_graph.of(rows)
     for distance in distances:
-        _to_fake(distance)
+        to_fake(distance)
         working += _distance_activations(distance, student.latent_shape).of(rows)
+    if metric is not None:
+        working += _sweep_bytes(metric, student.latent_shape, rows)
 
     # The peak is the forward pass, an optimizer step, or the update of the discriminator.
     working = max(working, _update_bytes(student, config.optim, shards, buckets))
@@ -178,7 +188,7 @@ def gpu_days(config: DistillConfig, evaluations: int, model: str = "") -> float 
             return None
         student = _meta_student(known)
         with FakeTensorMode():
-            _to_fake(student)
+            to_fake(student)
             batch = _fake_batch(open_pipeline(known.teacher), student, 1)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 _generate(student, batch)
@@ -209,9 +219,10 @@ def too_large(config: DistillConfig, total_gib: float, device_gib: float) -> str
 def _update_bytes(network: nn.Module, optim: OptimConfig, shards: int, buckets: bool) -> float:
     """Bytes of an optimizer step: gradients, unless DDP's buckets hold them, and temporaries.
 
-    The fused optimizer has no temporaries.
+    The fused optimizers have no temporaries. RAdam has the update, and copies of the weights and its states
+    to go back to (distill.training.optim.step_and_restore).
     """
-    temporaries = 1.0 if optim.name != "adamw_fused" else 0.0
+    temporaries = 4.0 if optim.name == "radam" else 0.0
     return ((not buckets) + temporaries) * _bytes(_trained(network)) / shards
 
 
@@ -232,10 +243,11 @@ def _discriminator_bytes(
     # The penalty has a backward pass of its own, so its gradients exist during the passes that follow.
     gradients = _bytes(_trained(discriminator)) / shards
     penalty_rows = 1 if config.gan.active_penalty == "single" else rows
-    largest = max(
-        graph.of(passes * rows), _penalty_activations(config.teacher, discriminator, student).of(penalty_rows)
-    )
-    return max(gradients + largest, update)
+    penalty = _penalty_activations(config.teacher, discriminator, student).of(penalty_rows)
+    # Under FSDP2 the gathered weights stay until the penalty is done.
+    if config.engine.parallel == "fsdp":
+        penalty += _bytes(discriminator.parameters()) * (0.5 if config.train.precision == "bf16" else 1.0)
+    return max(gradients + max(graph.of(passes * rows), penalty), update)
 
 
 @dataclass(frozen=True)
@@ -290,6 +302,30 @@ def _distance_activations(distance: nn.ModuleList, shape: tuple[int, int, int]) 
     return SavedBytes.from_batches(of(1), of(2))
 
 
+def _latent_metric(config: DistillConfig, channels: int) -> LatentLPIPS | None:
+    """The LatentLPIPS of the regression loss as the run folds it, without weights; None if there is none.
+
+    If it is not on this disk, one of full width stands in for it.
+    """
+    if "latent_lpips" not in regression_networks(config.regression):
+        return None
+    folder = Path(config.lpips) if config.lpips else pretrained.resolve(config.teacher) / "latent_lpips"
+    known = (folder / "config.json").is_file()
+    shape = read_lpips_config(folder) if known else LPIPSConfig(channels=channels)
+    with torch.device("meta"):
+        return LatentLPIPS(shape).fold("bf16" if config.train.precision == "bf16" else "fp32")
+
+
+def _sweep_bytes(metric: LatentLPIPS, shape: tuple[int, int, int], rows: float) -> float:
+    """Bytes at the peak of LatentLPIPS, which a GPU computes for so many rows at a time."""
+    pred, target = torch.empty(1, *shape), torch.empty(1, *shape)
+    with torch.no_grad():
+        row = peak_bytes(
+            lambda: distance_with_gradient(metric.trunk.layers(), list(metric.heads), pred, target)
+        )
+    return row * min(rows, max(1, GPU_POSITIONS // (shape[1] * shape[2])))
+
+
 def _meta_student(config: DistillConfig) -> Student:
     check_teacher(config.teacher, config.stage, config.student)
     student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
@@ -316,25 +352,31 @@ def _autoencoder_distances(teacher: str, options: RegressionConfig) -> list[nn.M
     return distances
 
 
-def _to_fake(network: nn.Module) -> None:
-    """Replace parameters and buffers by fake tensors on the CPU. Call it in a FakeTensorMode."""
+def to_fake(network: nn.Module, device: str = "cpu") -> None:
+    """Replace parameters and buffers by fake tensors. Call it in a FakeTensorMode."""
     for module in network.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(p.shape, dtype=p.dtype, device=device), p.requires_grad
+                )
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
-def _frozen_models(config: DistillConfig) -> list[nn.Module]:
-    """Text encoders, and the autoencoder if images are decoded or encoded."""
+def _text_encoders(config: DistillConfig) -> list[nn.Module]:
     components = [p for p in open_pipeline(config.teacher).components if p.startswith("text_encoder")]
+    return [pretrained.load_on_meta(config.teacher, component) for component in components]
+
+
+def _frozen_autoencoder(config: DistillConfig) -> list[nn.Module]:
+    """The autoencoder, if images are decoded or encoded."""
     needs_vae = bool(regression_networks(config.regression) & {"vae", "decoder"})
     needs_images = needs_vae or config.gan.real or config.train.preview_prompts
     if needs_images and (autoencoder := family_of(config.teacher).autoencoder) is not None:
-        components.append(autoencoder)
-    return [pretrained.load_on_meta(config.teacher, component) for component in components]
+        return [pretrained.load_on_meta(config.teacher, autoencoder)]
+    return []
 
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:

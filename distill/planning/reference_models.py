@@ -10,6 +10,7 @@ NAMES = {
     "dit-xl-256": "DiT-XL/2 256",
     "pixart-sigma-512": "PixArt-Sigma 512",
     "sd35-medium": "SD 3.5 Medium",
+    "edm-cifar10": "EDM CIFAR10 (as a UNet2DModel)",
 }
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -130,10 +131,39 @@ TRANSFORMERS: dict[str, tuple[str, ComponentConfigs]] = {
 }
 """Pipeline class and components of transformer teachers, by preset."""
 
+PIXELS: dict[str, tuple[str, ComponentConfigs]] = {
+    "edm-cifar10": (
+        "DDPMPipeline",
+        {
+            "unet": (
+                "diffusers",
+                "UNet2DModel",
+                {
+                    "sample_size": 32,
+                    "block_out_channels": [256, 256, 256],
+                    "layers_per_block": 4,
+                    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+                    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+                    "attention_head_dim": 256,
+                    "time_embedding_dim": 512,
+                    "num_class_embeds": 10,
+                },
+            ),
+            "scheduler": (
+                "diffusers",
+                "EDMEulerScheduler",
+                {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
+            ),
+        },
+    ),
+}
+"""The same of teachers of pixels. EDM's own network has another architecture, of 55.7 M parameters."""
+
 
 def configs_only(kind: str, folder: Path) -> str:
     """Write a pipeline folder with the configs of a key of NAMES and no weights, and return its path."""
-    pipeline, components = TRANSFORMERS[kind] if kind in TRANSFORMERS else _stable_diffusion(kind == "sdxl")
+    known = {**TRANSFORMERS, **PIXELS}
+    pipeline, components = known[kind] if kind in known else _stable_diffusion(kind == "sdxl")
     # Write the folder as diffusers lays it out, without weights.
     for name, (_, kind_of, config) in components.items():
         (folder / name).mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Bytes that autograd saves of a forward pass, counted on fake tensors: shapes without data."""
 
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,45 @@ class _StorageCounter:
     @property
     def total(self) -> float:
         return float(sum(self.sizes.values()))
+
+
+def peak_bytes(run: Callable[[], Any]) -> float:
+    """Bytes of the storages that `run` creates, at their peak. Tensors that exist before are not counted."""
+    live = LiveBytes()
+    with live:
+        run()
+    return float(live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of the storages that operations inside the context create, while they live.
+
+    device_type: the type of device that is counted.
+    """
+
+    def __init__(self, device_type: str = "cpu") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device_type, self.live, self.peak = device_type, 0, 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.live += self.sizes[key]
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -73,6 +73,10 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
     ("train.ema_beta",): (lambda c: not c.train.ema_halflife_images, "with train.ema_halflife_images=0"),
     **_loss_conditions(),
     **_discriminator_conditions(),
+    ("data.block", "data.window", "data.skip_bad", "data.cache", "data.cache_gib", "data.rewire"): (
+        lambda c: not c.without_pairs,
+        "with --pairs",
+    ),
     ("lpips",): (
         lambda c: "latent_lpips" in regression_networks(c.regression),
         "with e_latent_lpips or latent_lpips in regression.losses",

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,8 @@ class StepEvent:
     """Somebody asked to stop: Ctrl-C or SIGTERM on any rank."""
     writing: bool
     """Some rank is still writing the previous checkpoint."""
+    due: bool
+    """A report, a checkpoint or a validation follows, or the run ends here."""
     terms: Mapping[str, Tensor]
     microbatches: Sequence[MicroBatch]
 
@@ -46,11 +48,16 @@ class Callback(Protocol):
 
 
 class StopControl:
-    """Decides, together with all ranks, whether the run goes on."""
+    """Decides, together with all ranks, whether the run goes on.
+
+    Before anything is written, the ranks exchange their flags at once. After other steps they only start to:
+    the answer is read one step later, when the other ranks have long sent theirs, so that no rank waits.
+    """
 
     def __init__(self, options: TrainConfig, stop: StopFlag, writer: Writer, owner: FolderOwner) -> None:
         self.options, self.stop, self.writer, self.owner = options, stop, writer, owner
         self.started = time.monotonic()
+        self.exchange: Callable[[], dict[str, bool]] | None = None
 
     def event(self, nimg: int, terms: Mapping[str, Tensor], microbatches: Sequence[MicroBatch]) -> StepEvent:
         """The step that ended at `nimg` images. Call on every rank. Raises LostFolder."""
@@ -60,14 +67,13 @@ class StopControl:
         late = minutes is not None and time.monotonic() - self.started > 60 * minutes
 
         # All processes take the same decision: a flag of one process holds for all of them.
-        flags = process_group.any_of(
-            {
-                "stop": bool(self.stop),
-                "late": late,
-                "writing": not self.writer.done,
-                "lost": bool(other),
-            }
+        options = self.options
+        intervals = (options.report_images, options.checkpoint_images, options.validate_images)
+        due = nimg >= options.images or any(
+            passed_interval(nimg, options.batch_size, interval) for interval in intervals if interval
         )
+        own = {"stop": bool(self.stop), "late": late, "writing": not self.writer.done, "lost": bool(other)}
+        flags = self._agree(own, due)
 
         # Another run owns the folder now: leave before anything is written into it.
         if flags["lost"]:
@@ -80,9 +86,23 @@ class StopControl:
             finished=nimg >= self.options.images or flags["late"],
             interrupted=flags["stop"],
             writing=flags["writing"],
+            due=due or flags["late"] or flags["stop"],
             terms=terms,
             microbatches=microbatches,
         )
+
+    def _agree(self, own: dict[str, bool], at_once: bool) -> dict[str, bool]:
+        """The flags of all ranks: those of now with `at_once`, or if one of the step before stops the run;
+        else those of the step before."""
+        if not process_group.joined():
+            return own
+        before = {"stop": False, "late": False, "writing": True, "lost": False}
+        if self.exchange is not None:
+            before, self.exchange = self.exchange(), None
+        if at_once or before["stop"] or before["late"] or before["lost"]:
+            return process_group.any_of(own)
+        self.exchange = process_group.start_any_of(own)
+        return before
 
 
 class ReportCallback:

@@ -24,7 +24,7 @@ def write_failure(
     logits: Mapping[str, Mapping[str, float]],
 ) -> Path:
     """Write RUN/failure/rank-N.json: the step, the pairs of this rank's rows, every loss term, and the latest
-    logits per head (the student's are those of its last update). Numbers that are not finite are written as
+    logits per head. Numbers that are not finite are written as
     text ("nan", "inf"). Returns the folder.
     """
     folder = run / "failure"
@@ -46,8 +46,8 @@ def write_failure(
 def not_finite_error(
     name: str, norm: Tensor, terms: Mapping[str, Tensor], nimg: int, run: Path, bad_pairs: str = ""
 ) -> FloatingPointError:
-    """The error for a gradient norm that is not finite, raised before the optimizer step. It names the first
-    loss term of this rank that is not finite. `bad_pairs`: the message about pairs that cause it, if any.
+    """The error for a loss or a gradient norm that is not finite. It names the first loss term of this rank
+    that is not finite, else the norm. `bad_pairs`: the message about pairs that cause it, if any.
     """
     values = {**terms, name: norm}
     culprit, value = next((k, v) for k, v in values.items() if not torch.isfinite(v))

@@ -16,6 +16,7 @@ from d2g.core.logs import logger
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
 from distill.sampling import student_folder
+from distill.training.real_rows import ImageRows
 from pairgen.store.concat import JoinedReader
 from pairgen.store.dataset import PairRows
 from pairgen.store.rewired import RewiredReader
@@ -25,18 +26,22 @@ INPUTS = ("teacher", "pairs", "init", "lpips")
 """The settings that are paths of inputs."""
 
 
-def describe_inputs(config: DistillConfig, reader: PairRows) -> dict[str, Any]:
+def describe_inputs(config: DistillConfig, reader: PairRows | ImageRows) -> dict[str, Any]:
     """Digest of the teacher without its autoencoder, specs of the pair stores, digest of the initial student
-    ("" without one, or if it is gone), as JSON."""
+    ("" without one, or if it is gone), and the number of images of a run without pairs, as JSON."""
+    images = {"images": len(reader)} if isinstance(reader, ImageRows) else {}
     return {
+        **images,
         "teacher": pretrained.denoiser_sha256(config.teacher),
         "pairs": [spec.as_json() for spec in store_specs(reader)],
         "init": _student_sha256(config.init) if config.init else "",
     }
 
 
-def store_specs(reader: PairRows) -> list[StoreSpec]:
-    """The specs of the stores that a reader reads, in order."""
+def store_specs(reader: PairRows | ImageRows) -> list[StoreSpec]:
+    """The specs of the stores that a reader reads, in order; none for a run without pairs."""
+    if isinstance(reader, ImageRows):
+        return []
     if isinstance(reader, RewiredReader):
         reader = reader.reader
     readers = reader.readers if isinstance(reader, JoinedReader) else [reader]
@@ -49,10 +54,13 @@ class RunInputs(TypedDict):
     inputs: NotRequired[dict[str, Any]]
 
 
-def same_inputs(out: Path, config: DistillConfig, reader: PairRows, inputs: dict[str, Any]) -> list[str]:
+def same_inputs(
+    out: Path, config: DistillConfig, reader: PairRows | ImageRows, inputs: dict[str, Any]
+) -> list[str]:
     """The settings of INPUTS whose inputs are those that the run in `out` started with, whatever their paths.
 
-    Raises UserError if a pair store is at its old path, but holds other pairs now.
+    Raises UserError if a pair store is at its old path, but holds other pairs now, and for another number of
+    images in a run without pairs.
     """
     # A new run has nothing to compare with.
     if not (out / "config.json").is_file():
@@ -64,6 +72,14 @@ def same_inputs(out: Path, config: DistillConfig, reader: PairRows, inputs: dict
     same = [name for name in INPUTS if _same_paths(str(written.get(name, "")), getattr(config, name))]
     same += [name for name in ("teacher", "init") if inputs[name] and before.get(name) == inputs[name]]
 
+    # The order of a run's images depends on their number.
+    started = any((out / name).exists() for name in ("checkpoints", "stats.jsonl"))
+    if started and "images" in before and "images" in inputs and before["images"] != inputs["images"]:
+        raise UserError(
+            f"{config.gan.real} holds {inputs['images']} images, but {before['images']} when the run in "
+            f"{out} started; restore them, or give another --out"
+        )
+
     # Pair stores may grow, but the pairs that the run started with must be unchanged.
     if "pairs" in before:
         specs = store_specs(reader)
@@ -71,7 +87,7 @@ def same_inputs(out: Path, config: DistillConfig, reader: PairRows, inputs: dict
         if not differing:
             same.append("pairs")
             _log_growth(config.pairs, specs, before["pairs"])
-        elif "pairs" in same and any((out / name).exists() for name in ("checkpoints", "stats.jsonl")):
+        elif "pairs" in same and started:
             raise UserError(
                 f"{config.pairs} holds other pairs than when the run in {out} started: {differing}; "
                 "restore them, or give another --out"

@@ -32,6 +32,12 @@ class LogitStats:
             means = [v.detach().float().flatten(1).mean(1) for v in logits.values()]
             self._means.setdefault(kind, {})[number] = torch.stack(means, 1)
 
+    def copy(self) -> "LogitStats":
+        """The same logits, which later steps do not replace."""
+        other = LogitStats()
+        other._heads, other._means = self._heads, {kind: dict(rows) for kind, rows in self._means.items()}
+        return other
+
     def latest(self) -> dict[str, dict[str, float]]:
         """Mean logit of each head by kind, of this rank's rows."""
         return {

@@ -25,6 +25,7 @@ from distill.training.preview import (
     preview_statistics,
     preview_text,
 )
+from distill.training.real_rows import ImageRows
 from distill.training.state import State
 from distill.training.text_cache import TextCache
 from distill.training.validation import (
@@ -36,7 +37,7 @@ from distill.training.validation import (
     use_ema_weights,
 )
 from latent_lpips.distance import ELatentLPIPS
-from pairgen.store.dataset import PairRows
+from pairgen.store.dataset import Rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class StudentSampler:
 class RunMonitor:
     """Reports and validations of one run. Call every method on every rank.
 
+    reader: the rows of the run; `validate_pairs` of them are held out. shape: of the latents, (C, h, w).
     distance: what validation measures beside PSNR. microbatch_size: rows of a validation's batch; those of
     training are known to fit into memory.
     vae: decodes previews; there are none without it.
@@ -71,7 +73,8 @@ class RunMonitor:
         options: TrainConfig,
         seed: int,
         log: RunLog,
-        reader: PairRows,
+        reader: Rows,
+        shape: tuple[int, int, int],
         state: State,
         draw: StudentSampler,
         distance: ELatentLPIPS | None,
@@ -79,7 +82,8 @@ class RunMonitor:
         vae: nn.Module | None,
         extra_validation: Validate | None,
     ) -> None:
-        self.options, self.seed, self.log, self.reader, self.state = options, seed, log, reader, state
+        self.options, self.seed, self.log, self.state = options, seed, log, state
+        self.reader, self.shape = reader, shape
         self.draw, self.device, self.distance = draw, draw.device, distance
         self.batch, self.vae, self.extra_validation = microbatch_size, vae, extra_validation
         self.folder, self.warned = log.folder / "checkpoints", set[str]()
@@ -145,7 +149,8 @@ class RunMonitor:
         if process_group.rank() != 0:
             return {}
         student, teacher = (decode_images(self.vae, latents, self.batch) for latents in (generated, target))
-        self.log.picture(nimg, "preview", preview(student, teacher), preview_text(pairs.prompts, nimg))
+        text = preview_text(pairs.prompts, nimg, "real" if isinstance(self.reader, ImageRows) else "teacher")
+        self.log.picture(nimg, "preview", preview(student, teacher), text)
         return preview_statistics(student, teacher, teacher.shape[-1] // target.shape[-1])
 
     @contextmanager
@@ -160,7 +165,7 @@ class RunMonitor:
     def _sample_latents(self, seed: int, prompts: Sequence[str]) -> Tensor:
         return sample_across_ranks(
             self.draw,
-            self.reader.spec.latent_shape,
+            self.shape,
             seed,
             prompts,
             batch_size=self.batch,
@@ -178,22 +183,25 @@ class RunMonitor:
     def validation_missed(self) -> bool:
         """Whether the resumed checkpoint was due for validation, but the run was killed before it."""
         nimg = self.state.nimg
-        done = any(line["nimg"] == nimg and "val/psnr" in line for line in self.log.read())
+        done = any(
+            line["nimg"] == nimg and any(name.startswith("val/") for name in line) for line in self.log.read()
+        )
         return process_group.gather_objects(self.validation_due(nimg >= self.options.images) and not done)[0]
 
     def validate(self) -> bool:
         """Validate the EMA student. Returns whether this point is a new best one that must be saved."""
-        nimg = self.state.nimg
+        nimg, values = self.state.nimg, dict[str, float]()
         with self._ema_weights():
-            values = measure(
-                self.draw,
-                self.reader,
-                held_out(len(self.reader), self.options.validate_pairs),
-                self.distance,
-                batch_size=self.batch,
-                device=self.device,
-                seed=self.seed,
-            )
+            if self.options.validate_pairs:
+                values |= measure(
+                    self.draw,
+                    self.reader,
+                    held_out(len(self.reader), self.options.validate_pairs),
+                    self.distance,
+                    batch_size=self.batch,
+                    device=self.device,
+                    seed=self.seed,
+                )
             if self.extra_validation is not None:
                 values |= self.extra_validation(self._sample_latents, nimg)
         self.log.write(nimg, values)

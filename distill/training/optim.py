@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from d2g.core.distributed.engine import DistributedModule
+from d2g.core.distributed.engine import DistributedModule, local_shard
 from d2g.diffusion.families.unet import attention_parameters
 from distill.config.components import OptimConfig
 
@@ -33,13 +33,16 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     ]
     groups = [g for g in groups if g["params"]]
 
-    # The optimizer by name; "adam" alone adds the decay to the gradient.
+    # The optimizer by name; "adam" alone adds the decay to the gradient. On CUDA, Adam and AdamW are fused,
+    # and RAdam, which has no fused form, counts its steps on the device.
+    on_cuda = any(p.device.type == "cuda" for _, p in trainable)
     if config.name == "radam":
-        return torch.optim.RAdam(groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True)
-    if config.name == "adam":
-        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas)
-    fused = True if config.name == "adamw_fused" else None
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+        return torch.optim.RAdam(
+            groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True, capturable=on_cuda
+        )
+    fused = True if on_cuda or config.name == "adamw_fused" else None
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
 def learning_rate(nimg: int, config: OptimConfig, batch_size: int) -> float:
@@ -61,17 +64,54 @@ def update(
     network: DistributedModule,
     config: OptimConfig,
     lr: float,
-    check: Callable[[Tensor], None],
+    stop: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Clip the gradients, take an optimizer step with learning rate `lr`, and clear the gradients.
 
-    Returns the gradient norm before clipping, which is the same on every rank. `check` receives this norm
-    before the step and may raise: a finite loss can have a non-finite gradient.
+    Returns the gradient norm before clipping, which is the same on every rank. `stop` receives this norm; if
+    it returns 1 (else 0), the step leaves parameters and optimizer states as they are.
     """
     norm = network.clip_gradients(config.clip_norm or math.inf)
-    check(norm)
+    stopped = stop(norm)
     for group in optim.param_groups:
         group["lr"] = lr
-    optim.step()
+    step_unless(optim, stopped)
     optim.zero_grad(set_to_none=True)
     return norm
+
+
+def step_unless(optim: torch.optim.Optimizer, stopped: Tensor) -> None:
+    """Take an optimizer step, unless `stopped` (fp32 []) is 1: then parameters and states keep every bit.
+
+    The decision is taken on the device of `stopped`; the host does not wait for it.
+    """
+    if all(group.get("fused") for group in optim.param_groups):
+        optim.found_inf = stopped  # type: ignore[attr-defined]  # the fused kernels read it
+        optim.step()
+    elif stopped.device.type == "cpu":
+        if not stopped:
+            optim.step()
+    else:
+        step_and_restore(optim, stopped)
+
+
+@torch.no_grad()
+def step_and_restore(optim: torch.optim.Optimizer, stopped: Tensor) -> None:
+    """Take a step, then put back what was there before if `stopped` is 1. A new state was zero before."""
+    parameters = [p for group in optim.param_groups for p in group["params"] if p.grad is not None]
+    before = [local_shard(p).clone() for p in parameters]
+    states = [
+        {k: local_shard(v).clone() for k, v in optim.state.get(p, {}).items() if isinstance(v, Tensor)}
+        for p in parameters
+    ]
+    optim.step()
+    for p, old, old_state in zip(parameters, before, states, strict=True):
+        _restore(local_shard(p), old, stopped)
+        for key, value in optim.state[p].items():
+            if isinstance(value, Tensor):
+                value = local_shard(value)
+                _restore(value, old_state.get(key, torch.zeros_like(value)), stopped)
+
+
+def _restore(value: Tensor, old: Tensor, stopped: Tensor) -> None:
+    value.copy_(torch.where(stopped > 0, old, value))

@@ -1,6 +1,7 @@
 """Preview images of a run: the student's images below the teacher's, from the same noise at every report.
 
-They show the first held-out pairs, or the first training pairs if none are held out.
+They show the first held-out pairs, or the first training pairs if none are held out. In a run without pairs,
+real images take the place of the teacher's: they have the student's captions, but not its noise.
 """
 
 import json
@@ -85,12 +86,12 @@ def preview(student: Tensor, teacher: Tensor) -> Tensor:
     return image_grid(torch.cat([_pad_row(row, columns) for row in rows]), columns)
 
 
-def preview_text(prompts: Sequence[str], nimg: int) -> dict[str, str]:
-    """Return the PNG text metadata of a preview."""
+def preview_text(prompts: Sequence[str], nimg: int, above: str = "teacher") -> dict[str, str]:
+    """Return the PNG text metadata of a preview. above: whose images are above the student's."""
     return {
         "nimg": str(nimg),
         "prompts": json.dumps(list(prompts), ensure_ascii=False),
-        "rows": "teacher, student",
+        "rows": f"{above}, student",
     }
 
 

@@ -1,10 +1,12 @@
-"""Reads captioned images, which serve as additional real samples for the discriminator.
+"""Reads captioned images, which serve as real samples for the discriminator.
 
 A source is a folder of images with captions (`d2g.data.captions`), a .parquet file with columns `image`
-(bytes) and a caption, or a folder of these.
+(bytes) and a caption, or a folder of these. For a class-conditional teacher captions are class numbers, from
+the column `label` or from a folder for each class; for an unconditional one there are none.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,47 +16,93 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from d2g.core.errors import UserError
+from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import log_once
 from d2g.core.shuffle import permuted_batch
 from d2g.data.captions import Captions
 from d2g.data.columns import caption_column
-from d2g.data.folders import TABLE_SUFFIX, FolderListing, list_folder
+from d2g.data.folders import TABLE_SUFFIX, FolderListing, few_names, list_folder
 from d2g.data.pictures import decode_picture
 from d2g.data.tables import encoded_image, image_column, open_table
+from d2g.diffusion.conditioning import Conditioner, ConditioningKind
 
 SETTING = "gan.real_column"
 BLOCK, WINDOW = 512, 8
 """Shuffle settings for parquet: neighboring rows stay close, because a row group is read as a unit."""
 
 
+@dataclass(frozen=True)
+class CaptionKind:
+    """What the captions of a teacher's images are: text, class numbers below `classes`, or nothing."""
+
+    name: ConditioningKind = "text"
+    classes: int = 0
+
+    def column(self, column: str | None) -> str | None:
+        """The caption column: `column`, or for classes `label`."""
+        return "label" if column is None and self.name == "label" else column
+
+    def checked(self, caption: str, where: str) -> str:
+        """A caption of the image `where`, class numbers without leading zeros.
+
+        Raises UserError for a number that is no class of the teacher.
+        """
+        if self.name != "label":
+            return caption
+        if not (caption.isascii() and caption.isdecimal() and int(caption) < self.classes):
+            raise UserError(f"{where}: class {caption!r}; expected a class number, 0 to {self.classes - 1}")
+        return str(int(caption))
+
+
+TEXT = CaptionKind()
+
+
+def caption_kind(conditioner: Conditioner) -> CaptionKind:
+    """What the captions of images are that a teacher with this conditioner takes."""
+    return CaptionKind(conditioner.kind, conditioner.num_labels)
+
+
 class RealImages:
     """Captioned images of a source, in an endless random order that depends only on (seed, images seen).
 
-    The constructor raises UserError for a source without images or captions.
-    Reading raises UserError for an unreadable image.
+    The constructor raises UserError for a source without images or captions, and for classes that the
+    teacher does not have. Reading raises UserError for an unreadable image.
     """
 
-    def __init__(self, source: str, size: tuple[int, int], column: str | None = None) -> None:
+    def __init__(
+        self, source: str, size: tuple[int, int], column: str | None = None, kind: CaptionKind = TEXT
+    ) -> None:
         """size: (height, width) in pixels of the center crops, which are resized to it.
 
-        column: the caption column (`d2g.data.columns`).
+        column: the caption column (`d2g.data.columns`). kind: what the teacher takes.
         """
-        self.source, self.size = Path(source), size
-        files, self._rows = _list_source(self.source, column)
+        self.source, self.size, self.kind = Path(source), size, kind
+        if kind.name == "none" and column is not None:
+            raise SettingError(
+                f"{SETTING} is {column!r}, but the teacher is unconditional: its images have no captions; "
+                "leave it out"
+            )
+        files, self._rows = _list_source(self.source, column, kind)
         self._tables = [open_table(file) for file in files]
-        self._columns = [_table_columns(*pair, column) for pair in zip(files, self._tables, strict=True)]
+        self._columns = [
+            _table_columns(*pair, column, kind) for pair in zip(files, self._tables, strict=True)
+        ]
         self._ends = np.cumsum([0, *(table.metadata.num_rows for table in self._tables)])
         if not len(self):
             raise UserError(f"{source} holds no images; expected captioned images, or .parquet")
         self._group = lru_cache(maxsize=16)(self._read_group)
+
+    @property
+    def shuffle_blocks(self) -> tuple[int, int]:
+        """(block, window) of the random order (`d2g.core.shuffle`); zeros shuffle all images."""
+        return (BLOCK, WINDOW) if self._tables else (0, 0)
 
     def __len__(self) -> int:
         return len(self._rows) or int(self._ends[-1])
 
     def batch(self, seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
         """Read `count` images from position `start` of the random order; returns the same as `read`."""
-        block = (BLOCK, WINDOW) if self._tables else (0, 0)
-        return self.read(permuted_batch(seed, len(self), start, count, *block))
+        return self.read(permuted_batch(seed, len(self), start, count, *self.shuffle_blocks))
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Read the images with these numbers: (pixels [B, 3, H, W] fp32 in [-1, 1], B captions)."""
@@ -79,15 +127,19 @@ class RealImages:
             row, group = row - meta.row_group(group).num_rows, group + 1
         images, captions = self._group(table, group)
         name = f"{self.source}, row {number}"
+        data = encoded_image(images[row].as_py(), name)
+        if captions is None:
+            return data, "", name
         caption = captions[row].as_py()
-        if not caption:
+        if caption in (None, ""):
             raise UserError(f"{name} has no caption; drop the row")
-        return encoded_image(images[row].as_py(), name), caption, name
+        return data, self.kind.checked(str(caption), name), name
 
     def _read_group(self, table: int, group: int) -> tuple[Any, Any]:
         image, caption = self._columns[table]
-        rows = self._tables[table].read_row_group(group, columns=[image, caption])
-        return rows[image], rows[caption]
+        columns = [image] if caption is None else [image, caption]
+        rows = self._tables[table].read_row_group(group, columns=columns)
+        return rows[image], None if caption is None else rows[caption]
 
     def _decode(self, data: bytes, name: str) -> Tensor:
         height, width = self.size
@@ -96,7 +148,9 @@ class RealImages:
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _list_source(source: Path, column: str | None) -> tuple[list[Path], list[tuple[Path, str]]]:
+def _list_source(
+    source: Path, column: str | None, kind: CaptionKind
+) -> tuple[list[Path], list[tuple[Path, str]]]:
     """(parquet files, none) of a source, or (none, (file, caption) of its images, sorted)."""
     if source.suffix.lower() == TABLE_SUFFIX and not source.is_dir():
         return [source], []
@@ -106,12 +160,51 @@ def _list_source(source: Path, column: str | None) -> tuple[list[Path], list[tup
     if listing.tables and not listing.pictures:
         listing.log_left_out(listing.tables)
         return list(listing.tables), []
-    return [], _list_captioned_files(listing, Captions(listing, column, SETTING))
+    if kind.name == "none":
+        listing.log_left_out()
+        return [], [(picture, "") for picture in listing.pictures]
+    labels = kind.name == "label"
+    captions = Captions(listing, kind.column(column), SETTING, numbers=labels)
+    if labels and not captions.files:
+        return [], _by_class_folder(listing, kind)
+    rows = _list_captioned_files(listing, captions)
+    return [], [(path, kind.checked(caption, str(path))) for path, caption in rows]
 
 
-def _table_columns(file: Path, table: Any, column: str | None) -> tuple[str, str]:
+def _by_class_folder(listing: FolderListing, kind: CaptionKind) -> list[tuple[Path, str]]:
+    """(file, class number) of the images in a folder for each class: named by its number, else by sorted
+    names, as torchvision's ImageFolder numbers them."""
+    folders = listing.by_class()
+    if (beside := folders.get("")) is not None:
+        raise UserError(
+            f"{beside[0]} has no class; write it to the column label of metadata.jsonl, or move each image "
+            "to a folder of its class"
+        )
+    listing.log_left_out()
+    if all(name.isascii() and name.isdecimal() for name in folders):
+        numbers = {name: kind.checked(name, str(listing.root / name)) for name in folders}
+    elif len(folders) == kind.classes:
+        numbers = {name: str(number) for number, name in enumerate(folders)}
+        log_once(f"{listing.root}: classes 0 to {kind.classes - 1} are its folders, {few_names([*folders])}")
+    else:
+        raise UserError(
+            f"{listing.root} has {len(folders)} folders, but the teacher has {kind.classes} classes; name "
+            f"the folders by their class numbers, 0 to {kind.classes - 1}"
+        )
+    return [(picture, numbers[name]) for name, pictures in folders.items() for picture in pictures]
+
+
+def _table_columns(file: Path, table: Any, column: str | None, kind: CaptionKind) -> tuple[str, str | None]:
+    """The columns of images and of captions; None for a teacher without captions. Checks class numbers."""
     names = table.schema_arrow.names
-    return image_column(file, names), caption_column(file, names, column, SETTING)
+    image = image_column(file, names)
+    if kind.name == "none":
+        return image, None
+    caption = caption_column(file, names, kind.column(column), SETTING)
+    if kind.name == "label":
+        for value in table.read(columns=[caption])[caption].unique().to_pylist():
+            kind.checked(str(value), f"{file}, column {caption}")
+    return image, caption
 
 
 def _list_captioned_files(listing: FolderListing, captions: Captions) -> list[tuple[Path, str]]:

@@ -102,27 +102,42 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
     With `fresh=False`, skip loading `config.init`: a checkpoint will overwrite it. Raises UserError for
     weights that do not fit the networks, SettingError for inconsistent settings.
     """
+    rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)  # of the discriminator's new layers
+    return state_of(
+        config,
+        device,
+        lambda: _build_student(config, fresh),
+        lambda: DISCRIMINATORS[config.gan.discriminator].build(config.teacher, config.gan, rng),
+    )
+
+
+def state_of(
+    config: DistillConfig,
+    device: torch.device,
+    build_student: Callable[[], Student],
+    build_discriminator: Callable[[], nn.Module],
+) -> State:
+    """The initial state of a run around the networks that these functions build. Under FSDP2 only rank 0
+    calls them."""
     # The student, in the form that the engine asks for.
     student = _distribute(
         config.engine,
         config.train.precision,
         device,
-        lambda: _build_student(config, fresh),
+        build_student,
         lambda: _build_student_on_meta(config),
         lambda net: [net.network],
         family_of(config.teacher).shard_units,
     )
     discriminator: DistributedModule | None = None
     optim_d: torch.optim.Optimizer | None = None
-    # The discriminator, whose heads are initialized from the seed.
     if config.stage == "gan":
-        rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)
         kind = DISCRIMINATORS[config.gan.discriminator]
         discriminator = _distribute(
             config.engine,
             config.train.precision,
             device,
-            lambda: kind.build(config.teacher, config.gan, rng),
+            build_discriminator,
             lambda: kind.build_on_meta(config.teacher, config.gan),
             lambda net: [net],
             lambda net: kind.shard_units(config.teacher, net),
@@ -178,6 +193,8 @@ def _distribute(
         replicas=process_group.world_size() // size,
         half=torch.bfloat16 if precision == "bf16" else None,
         compile_backend=engine.compile,
+        channels_last=engine.channels_last == "on"
+        or (engine.channels_last == "auto" and engine.parallel == "ddp" and device.type == "cuda"),
     )
 
 

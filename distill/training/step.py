@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from d2g.core.precision import exact_fp32
 from distill.config.components import DiscriminatorConfig, OptimConfig
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
 from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
@@ -54,8 +55,8 @@ class LossTerms(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a step works with. `check_finite(name, gradient_norm, terms)` raises before a bad update;
-    `waiting` counts time that is spent on waiting for data.
+    """What a step works with. `stop_updates(name, gradient_norm, terms)` is 1 on the device where an update
+    must not happen; `waiting` counts time that is spent on waiting for data.
     """
 
     state: State
@@ -68,7 +69,7 @@ class StepContext:
     logit_stats: LogitStats
     autocast: Callable[[], AbstractContextManager[None]]
     waiting: Callable[[], AbstractContextManager[None]]
-    check_finite: Callable[[str, Tensor, LossTerms], None]
+    stop_updates: Callable[[str, Tensor, LossTerms], Tensor]
 
 
 def train_step(
@@ -123,10 +124,11 @@ def discriminator_step(
     # The gradient penalty has forward passes of its own, which are differentiated twice.
     separate_penalty_pass = gan.active_penalty not in ("none", "approx")
     if separate_penalty_pass and state.steps % gan.penalty_interval == 0:
-        with discriminator.bare_module() as bare_discriminator:
+        with discriminator.bare_module() as bare_discriminator, exact_fp32(microbatches[0].noise.device):
             for real, fake, weight in penalty_batches(microbatches, randomness, gan.active_penalty):
                 loss, values = penalty(gan, bare_discriminator, real, fake)
-                (weight * loss).backward()
+                loss = weight * loss
+                loss.backward(one_or_nan(loss))
                 terms.add(values, weight)
 
     # The adversarial loss, and the approximated penalty, which needs no second derivative.
@@ -145,7 +147,7 @@ def discriminator_step(
                     )
                     loss = loss + approximate
                     terms.add(values)
-            (loss / len(microbatches)).backward()
+            (loss / len(microbatches)).backward(one_or_nan(loss))
 
     _update(context, "grad/d", terms)
     discriminator.module.requires_grad_(False)
@@ -189,7 +191,7 @@ def generator_step(
                 loss = loss + gan.weight * values["loss/g_gan"]
             terms.add({**values, "loss/g": loss})
             # Backward in two parts: D's graph is freed before the student's backward pass begins.
-            (grad_latents,) = torch.autograd.grad(loss, latents)
+            (grad_latents,) = torch.autograd.grad(loss, latents, one_or_nan(loss))
             microbatch.generated.backward(grad_latents / len(microbatches))
     _update(context, "grad/g", terms)
     state.ema.update(state.student.module, state.nimg + context.batch_size)
@@ -211,8 +213,18 @@ def adversarial_loss(context: StepContext, number: int, microbatch: MicroBatch, 
     return generator_loss(logits_fake, gan.loss, gan.head_reduction, logits_real)
 
 
+def one_or_nan(loss: Tensor) -> Tensor:
+    """The gradient of a loss with respect to itself: 1, or NaN if the loss is not finite.
+
+    A loss can overflow where its gradient does not. NaN reaches the gradient norm, which is the same on every
+    rank, so that all ranks stop without an exchange of their losses.
+    """
+    return loss.detach() * 0 + 1
+
+
 def _update(context: StepContext, name: str, terms: LossTerms) -> None:
-    """One optimizer step of D ("grad/d") or of the student ("grad/g"), if its gradient norm is finite."""
+    """One optimizer step of D ("grad/d") or of the student ("grad/g"), unless a loss or gradient since the
+    start of the run was not finite."""
     state = context.state
     if name == "grad/d":
         assert state.optim_d is not None and state.discriminator is not None
@@ -220,5 +232,5 @@ def _update(context: StepContext, name: str, terms: LossTerms) -> None:
     else:
         optim, network, config = state.optim_g, state.student, context.student_optim
     lr = learning_rate(state.nimg, config, context.batch_size)
-    norm = update(optim, network, config, lr, lambda norm: context.check_finite(name, norm, terms))
+    norm = update(optim, network, config, lr, lambda norm: context.stop_updates(name, norm, terms))
     terms.set(name, norm)

@@ -5,14 +5,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from d2g.core.transfer import to_device, to_host
 from d2g.diffusion.conditioning import Conditioning
+
+ENCODE_BATCH = 8
+"""Prompts that are encoded together."""
 
 
 class TextCache:
     """Wraps `encode` with a least-recently-used cache of `limit` prompts on the CPU; 0 disables the cache.
 
-    With the cache, prompts are encoded one at a time. The rounding of an embedding depends on its batch, and
-    a resumed run must not differ from an uninterrupted one by the content of its cache.
+    With the cache, new prompts are always encoded ENCODE_BATCH at a time; repeats of the last one fill a
+    batch up. The rounding of an embedding depends on the size of its batch, and a resumed run must not differ
+    from an uninterrupted one by the content of its cache.
     """
 
     def __init__(
@@ -22,14 +27,23 @@ class TextCache:
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts on the device."""
+        """Return the conditioning of B prompts on the device. Does not wait for the device."""
         if not self.limit:
             return self.encode(prompts).to(self.device)
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.cache:
-                self.cache[prompt] = self.encode([prompt]).to("cpu")
+        # Encode what is not in the cache.
+        distinct = list(dict.fromkeys(prompts))
+        missing = [prompt for prompt in distinct if prompt not in self.cache]
+        for start in range(0, len(missing), ENCODE_BATCH):
+            new = missing[start : start + ENCODE_BATCH]
+            encoded = self.encode([*new, *new[-1:] * (ENCODE_BATCH - len(new))])
+            for row, prompt in enumerate(new):
+                self.cache[prompt] = encoded[row : row + 1].map(to_host)
+        # Copy the rows back, then forget what was not used for longest.
+        for prompt in distinct:
             self.cache.move_to_end(prompt)
-        cond = Conditioning.cat([self.cache[prompt] for prompt in prompts])
+        cond = Conditioning.cat(
+            [self.cache[prompt].map(lambda row: to_device(row, self.device)) for prompt in prompts]
+        )
         while len(self.cache) > self.limit:
             self.cache.popitem(last=False)
-        return cond.to(self.device)
+        return cond

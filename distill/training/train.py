@@ -1,24 +1,25 @@
 """The life of a training run, for both stages. The method itself is in distill/training/step.py."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from d2g.core.claims import FolderOwner
 from d2g.core.config import to_json
 from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
 from d2g.core.errors import Interrupted, SettingError, UserError
 from d2g.core.logs import logger
+from d2g.core.precision import set_training_arithmetic
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
 from d2g.core.tracking.loggers import check_loggers
 from d2g.core.tracking.run_directory import Pace, RunLog, sole_owner
 from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.run import DistillConfig, microbatch_size
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
@@ -31,15 +32,16 @@ from distill.training.callbacks import (
     StopControl,
     ValidationCallback,
 )
-from distill.training.data import bad_pairs, open_pairs, pair_batches, require_enough_pairs
-from distill.training.failure import not_finite_error, write_failure
+from distill.training.data import open_pairs, pair_batches, require_enough_pairs
+from distill.training.finite_check import FiniteCheck
 from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import StepPreparation
 from distill.training.monitor import RunMonitor, StudentSampler
-from distill.training.real_rows import RealRows
+from distill.training.real_images import CaptionKind, caption_kind
+from distill.training.real_rows import ImageRows, RealRows
 from distill.training.state import State, new_state
-from distill.training.step import LossTerms, StepContext, train_step
+from distill.training.step import StepContext, train_step
 from distill.training.text_cache import TextCache
 from distill.training.validation import Validate, held_out
 from pairgen.store.dataset import PairRows
@@ -68,8 +70,9 @@ def train(
     """Run one stage to its end, or resume from the newest checkpoint in `out`. Call on every rank.
 
     `validate` measures the student at each validation, beside the held-out pairs. Raises UserError for inputs
-    that do not fit together, FloatingPointError at the first gradient that is not finite, collapse.Collapse
-    when configured to stop at a collapse, Interrupted on Ctrl-C. The newest checkpoint stays complete.
+    that do not fit together, FloatingPointError at the first loss or gradient that is not finite (no update
+    has used it), collapse.Collapse when configured to stop at a collapse, Interrupted on Ctrl-C. The newest
+    checkpoint stays complete.
 
     >>> import tempfile
     >>> from distill import train
@@ -85,7 +88,10 @@ def train(
     >>> train(config, folder / "run").images
     4
     """
-    validate_config(config)  # before the processes meet: a process that leaves then would block the others
+    # Before the processes meet: a process that leaves then would block the others.
+    validate_config(config)
+    if validate is None and config.train.validate_images and not config.train.validate_pairs:
+        raise SettingError("train.validate_images needs pairs, or --validate PROTOCOL; set it to 0")
     try:
         device = process_group.init()
         with sole_owner(out, "trains in") as owner:
@@ -112,7 +118,7 @@ class _Run:
     monitor: RunMonitor
     writer: sharded_checkpoint.Writer
     pace: Pace
-    finite: "FiniteCheck"
+    finite: FiniteCheck
     prepare: StepPreparation
     context: StepContext
     batches: Iterator[PairBatch]
@@ -137,12 +143,16 @@ def _train(
 def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:
     """Load data, networks and losses, from the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
-    reader = _open_reader(config)
-    gan, shape = config.gan if config.stage == "gan" else None, reader.spec.latent_shape
-    encode = _build_encoder(config.teacher, config.data.text_cache, device)
+    set_training_arithmetic(device, options.precision == "bf16")
+    _check_networks(config)
+    text_in_bf16 = config.encodes_text_in_bf16(device.type == "cuda")
+    encode, kind = _build_encoder(config.teacher, config.data.text_cache, text_in_bf16, device)
+    reader = _open_images(config, kind, device) if config.without_pairs else _open_pairs(config)
+    gan, shape = config.gan if config.stage == "gan" else None, _shape_of(reader)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
-    mix_in_real_images = RealRows(gan, config.teacher, config.seed, shape, encode, device)
+    mixed = None if config.without_pairs else gan
+    mix_in_real_images = RealRows(mixed, config.teacher, config.seed, shape, kind, encode, device)
     vae = pretrained.load_vae(config.teacher).to(device) if options.preview_prompts else None
     last = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=last is None)
@@ -158,10 +168,10 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     # Build the step, and the batches in the order that resumes at this image.
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
     pace = Pace(log.read(), state.nimg, process_group.world_size())
-    finite = FiniteCheck(out, config.pairs, state, logit_stats, writer)
+    finite = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
     rows, distance = microbatch_size(config, process_group.world_size()), regression.validation_distance
     draw = StudentSampler(state.student, encode, device, autocast)
-    monitor = RunMonitor(options, config.seed, log, reader, state, draw, distance, rows, vae, validate)
+    monitor = RunMonitor(options, config.seed, log, reader, shape, state, draw, distance, rows, vae, validate)
     context = StepContext(
         state=state,
         regression=regression,
@@ -173,7 +183,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         logit_stats=logit_stats,
         autocast=autocast,
         waiting=pace.waiting,
-        check_finite=finite.check,
+        stop_updates=finite.stop_updates,
     )
     return _Run(
         config=config,
@@ -191,7 +201,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     )
 
 
-def _open_log(config: DistillConfig, out: Path, reader: PairRows) -> RunLog:
+def _open_log(config: DistillConfig, out: Path, reader: PairRows | ImageRows) -> RunLog:
     """The run's log. Raises UserError if the folder holds a run with other settings or inputs."""
     inputs = describe_inputs(config, reader)
     settings = {**_split_config(config), "inputs": inputs}
@@ -216,7 +226,7 @@ def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
         # Read pairs and draw the step's random numbers.
         with run.pace.waiting():
             batch = next(run.batches)
-        run.finite.batch = batch
+        run.finite.begin_step(batch)
         microbatches, randomness = run.prepare(batch, state.nimg)
 
         # Update the networks.
@@ -224,8 +234,11 @@ def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
         state.nimg, state.steps = state.nimg + options.batch_size, state.steps + 1
         progress(config.stage, min(state.nimg, options.images), options.images)
 
-        # Report, save, validate, stop.
+        # Stop if something was not finite: know it before anything is written, else one step later.
         event = control.event(state.nimg, terms, microbatches)
+        run.finite.end_step(at_once=event.due)
+
+        # Report, save, validate, stop.
         for callback in callbacks:
             callback.after_step(event)
         finished, interrupted = event.finished, event.interrupted
@@ -254,48 +267,10 @@ def _summary(out: Path, log: RunLog, state: State, images: int, first: int, seco
     )
 
 
-class FiniteCheck:
-    """Stops a run before an update with a gradient that is not finite, and writes RUN/failure."""
-
-    def __init__(
-        self,
-        run: Path,
-        pairs: str,
-        state: State,
-        logit_stats: LogitStats,
-        writer: sharded_checkpoint.Writer,
-    ) -> None:
-        self.run, self.pairs, self.state = run, pairs, state
-        self.logit_stats, self.writer = logit_stats, writer
-        self.batch: PairBatch | None = None
-
-    def check(self, name: str, norm: Tensor, terms: LossTerms) -> None:
-        """Raise FloatingPointError if `norm`, which is the same on every rank, is not finite."""
-        if torch.isfinite(norm):
-            return
-        assert self.batch is not None
-        self.writer.finish()  # a checkpoint that is being written stays usable
-        write_failure(
-            self.run,
-            step=self.state.steps,
-            nimg=self.state.nimg,
-            gradient=name,
-            norm=norm,
-            pairs=self.batch.index.tolist(),
-            terms=terms,
-            logits=self.logit_stats.latest(),
-        )
-        bad = bad_pairs(self.batch, self.pairs)
-        raise not_finite_error(name, norm, terms, self.state.nimg, self.run, bad)
-
-
-def _open_reader(config: DistillConfig) -> PairRows:
+def _open_pairs(config: DistillConfig) -> PairRows:
     """The pairs of the run, which fit the teacher, the student and the batch size."""
     guided, held_out_pairs = config.student.guidance_conditioning, config.train.validate_pairs
     reader = open_pairs(config.pairs, pretrained.teacher_digests(config.teacher), config.data, guided)
-    check_teacher(config.teacher, config.stage, config.student)
-    if config.stage == "gan":
-        check_discriminator(config.teacher, config.gan)
     held_out(len(reader), held_out_pairs)
     require_enough_pairs(len(reader), config.train.batch_size, held_out_pairs)
     if config.data.rewire:
@@ -304,11 +279,36 @@ def _open_reader(config: DistillConfig) -> PairRows:
     return reader
 
 
+def _open_images(config: DistillConfig, kind: CaptionKind, device: torch.device) -> ImageRows:
+    """The images of a run without pairs, at the size of the teacher."""
+    shape = pretrained.latent_shape(config.teacher)
+    images = ImageRows(config.gan, config.teacher, config.seed, shape, kind, device)
+    if config.train.batch_size > len(images):
+        raise UserError(
+            f"train.batch_size is {config.train.batch_size}, but {config.gan.real} holds {len(images)} "
+            "images; add images, or set a smaller batch"
+        )
+    return images
+
+
+def _check_networks(config: DistillConfig) -> None:
+    check_teacher(config.teacher, config.stage, config.student)
+    if config.stage == "gan":
+        check_discriminator(config.teacher, config.gan)
+
+
+def _shape_of(reader: PairRows | ImageRows) -> tuple[int, int, int]:
+    """The latent shape (C, h, w) of a run's rows."""
+    return reader.shape if isinstance(reader, ImageRows) else reader.spec.latent_shape
+
+
 def _open_batches(
-    config: DistillConfig, reader: PairRows, nimg: int, device: torch.device
+    config: DistillConfig, reader: PairRows | ImageRows, nimg: int, device: torch.device
 ) -> Iterator[PairBatch]:
     """This rank's endless batches from image `nimg` on."""
     options, pin_memory = config.train, device.type == "cuda"
+    if isinstance(reader, ImageRows):
+        return reader.batches(options.batch_size, nimg, options.loader_workers, pin_memory)
     return pair_batches(
         reader,
         options.batch_size,
@@ -321,9 +321,19 @@ def _open_batches(
     )
 
 
-def _build_encoder(teacher: str, cached_prompts: int, device: torch.device) -> TextCache:
-    conditioner = pretrained.load_conditioner(teacher).to(device)
-    return TextCache(conditioner.encode, cached_prompts, device)
+def _build_encoder(
+    teacher: str, cached_prompts: int, bf16: bool, device: torch.device
+) -> tuple[TextCache, CaptionKind]:
+    """Encodes prompts with the teacher's text encoders, in bf16 if asked to; the result is fp32. And what the
+    captions of images must be for this teacher.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    conditioner = pretrained.load_conditioner(teacher, dtype).to(device)
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        return conditioner.encode(prompts).to(torch.float32)
+
+    return TextCache(encode, cached_prompts, device), caption_kind(conditioner)
 
 
 def _build_autocast(
@@ -363,11 +373,43 @@ def agree_on_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
 
 def validate_config(config: DistillConfig) -> None:
     """Raise SettingError for settings that are wrong whatever the inputs hold, before anything is loaded."""
-    for name in ("pairs", "teacher", *(["init"] if config.stage == "gan" else [])):
+    for name in ("teacher", *(["init"] if config.stage == "gan" else [])):
         if not getattr(config, name):
             raise SettingError(f"{name} is not set; give --{name}")
+    if not config.pairs:
+        _check_without_pairs(config)
+    if config.stage == "gan" and config.gan.real_fraction and not config.gan.real:
+        raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
     microbatch_size(config, process_group.world_size())
     check_loggers(config.train.loggers)
+
+
+def _check_without_pairs(config: DistillConfig) -> None:
+    """Raise SettingError for settings that need pairs."""
+    if config.stage == "ode":
+        raise SettingError("pairs is not set; give --pairs")
+    if not config.without_pairs:
+        losses = ", ".join(config.regression.names)
+        missing = {
+            "regression.losses=[]": bool(losses),
+            "gan.real=FOLDER": not config.gan.real,
+            "gan.real_fraction=1": config.gan.real_fraction != 1,
+        }
+        needed = ", ".join(name for name, needs in missing.items() if needs)
+        reason = f", but the regression loss {losses} compares with the teacher's latents" if losses else ""
+        raise SettingError(
+            f"pairs is not set{reason}; give --pairs, or train on real images alone: set {needed}"
+        )
+    if config.train.validate_pairs:
+        raise SettingError(
+            f"train.validate_pairs is {config.train.validate_pairs}, but there are no pairs; set it to 0, "
+            "and give --validate PROTOCOL"
+        )
+    if config.student.guidance_conditioning:
+        raise SettingError(
+            "student.guidance_conditioning is true, but without pairs there are no guidance scales; set it "
+            "to false"
+        )
 
 
 _CHANGEABLE_SETTINGS = {
@@ -376,10 +418,10 @@ _CHANGEABLE_SETTINGS = {
         *("keep_best", "validate_images", "preview_prompts", "loggers", "on_collapse"),
     ),
     # A run may go on past damage that it met, or with another cache; the order of its rows stays.
-    "data": ("skip_bad", "cache", "cache_gib", "text_cache"),
+    "data": ("skip_bad", "cache", "cache_gib", "text_cache", "text_precision"),
     "engine": (
         *("parallel", "shard_size", "gradient_accumulation", "activation_checkpointing", "compile", "gpus"),
-        "async_checkpoints",
+        *("async_checkpoints", "channels_last"),
     ),
 }
 """Settings that a resumed run may have other values of: none changes what is learnt beyond rounding."""

@@ -16,7 +16,7 @@ from d2g.core.seeds import Stream, generator, noise
 from latent_lpips.augment import AugmentParams
 from latent_lpips.distance import ELatentLPIPS
 from pairgen.store.concat import scales
-from pairgen.store.dataset import PairRows
+from pairgen.store.dataset import Rows
 
 Draw = Callable[..., Tensor]
 """(noise [B, C, h, w] fp32 on the run's device, B prompts, *scales(pairs)) -> scaled latents [B, C, h, w]."""
@@ -67,7 +67,7 @@ def _swap_weights(module: nn.Module, averages: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def measure(
     draw: Draw,
-    reader: PairRows,
+    reader: Rows,
     rows: range,
     distance: ELatentLPIPS | None,
     *,
@@ -93,7 +93,7 @@ def measure(
 
 def _measure_batch(
     draw: Draw,
-    reader: PairRows,
+    reader: Rows,
     rows: range,
     part: range,
     distance: ELatentLPIPS | None,

@@ -45,16 +45,17 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
     session = EvalSession(config.run, progress)
     if not {"fid", "clip"} <= set(session.metrics):
         raise SettingError("a curve is of FID over CLIP score, so its metrics must have fid and clip")
-    points = measure_points(session, config)
-    facts = _facts(points, config.setting)
-    if config.run.out is not None and process_group.rank() == 0:
-        out = Path(config.run.out)
-        rows = [{**row, "label": f"{row[config.setting]:g}"} for row in facts["points"]]
-        curve = fid_clip_curve({config.setting: rows}, label=facts["labels"]["fid"])
-        write_atomically(out / "curve.json", json.dumps(facts, indent=1))
-        plot_curve(curve, out / "curve.png")
-        _write_report(out, points, config.setting, [curve])
-    process_group.barrier()
+    with session.sole_evaluation():
+        points = measure_points(session, config)
+        facts = _facts(points, config.setting)
+        if config.run.out is not None and process_group.rank() == 0:
+            out = Path(config.run.out)
+            rows = [{**row, "label": f"{row[config.setting]:g}"} for row in facts["points"]]
+            curve = fid_clip_curve({config.setting: rows}, label=facts["labels"]["fid"])
+            write_atomically(out / "curve.json", json.dumps(facts, indent=1))
+            plot_curve(curve, out / "curve.png")
+            _write_report(out, points, config.setting, [curve])
+        process_group.barrier()
     return facts
 
 
@@ -67,17 +68,18 @@ def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
     if config.latency:
         raise SettingError("--latency is of one student; leave --every out")
     session = EvalSession(config, progress)
-    points = measure_points(session, CurveRun(run=config, setting="checkpoints"))
-    facts, newest = _facts(points, "images"), points[-1].evaluation.result.to_json()
-    if config.out is not None and process_group.rank() == 0:
-        if config.out.endswith(".json"):
-            write_atomically(Path(config.out), json.dumps(facts, indent=1))
-        else:
-            out = Path(config.out)
-            write_atomically(out / "result.json", json.dumps(newest, indent=1))
-            write_atomically(out / "checkpoints.json", json.dumps(facts, indent=1))
-            _write_report(out, points, "images", _over_training(facts))
-    process_group.barrier()
+    with session.sole_evaluation():
+        points = measure_points(session, CurveRun(run=config, setting="checkpoints"))
+        facts, newest = _facts(points, "images"), points[-1].evaluation.result.to_json()
+        if config.out is not None and process_group.rank() == 0:
+            if config.out.endswith(".json"):
+                write_atomically(Path(config.out), json.dumps(facts, indent=1))
+            else:
+                out = Path(config.out)
+                write_atomically(out / "result.json", json.dumps(newest, indent=1))
+                write_atomically(out / "checkpoints.json", json.dumps(facts, indent=1))
+                _write_report(out, points, "images", _over_training(facts))
+        process_group.barrier()
     return newest | {"checkpoints": facts["points"]}
 
 

@@ -14,6 +14,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.progress import Progress, quiet
+from d2g.core.tracking.run_directory import sole_owner
 from eval.evaluation import Evaluation
 from eval.images.folders import open_images
 from eval.measure.build_reference import build_reference, keep_reference, reference_files
@@ -42,16 +43,17 @@ def run_evaluation(config: EvalRun, progress: Progress = quiet) -> dict[str, Any
 
     With an `out` folder, writes result.json, rows.safetensors (scores of each image), report.html, and the
     parts from which an interrupted evaluation resumes. Raises SettingError when what to measure, or what to
-    measure it with, is missing or given twice.
+    measure it with, is missing or given twice; UserError while another evaluation works in these folders.
     """
     session = EvalSession(config, progress)
-    source, evaluation = session.measure(config)
-    if config.latency:
-        timed = replace(evaluation.result, latency=latency(session, source))
-        evaluation = replace(evaluation, result=timed)
-    if process_group.rank() == 0:
-        _write(session, source, evaluation)
-    process_group.barrier()
+    with session.sole_evaluation():
+        source, evaluation = session.measure(config)
+        if config.latency:
+            timed = replace(evaluation.result, latency=latency(session, source))
+            evaluation = replace(evaluation, result=timed)
+        if process_group.rank() == 0:
+            _write(session, source, evaluation)
+        process_group.barrier()
     return evaluation.result.to_json()
 
 
@@ -139,21 +141,23 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
     if not compared:
         raise SettingError(f"metrics {', '.join(metrics)} need no reference; name some that do, say fid")
     session = EvalSession(replace(config, images=str(images), metrics=compared), progress)
-    # Measure the images of the protocol's reference set.
-    files, prompts = reference_files(images, session.protocol)
-    work = MeasureOptions(batch_size=config.batch_size, folder=out.with_suffix(".work"))
-    sets = session.networks.sets
-    reference = build_reference(
-        image_source(files),
-        session.protocol,
-        sets,
-        prompts=prompts,
-        allow_fewer=config.allow_fewer,
-        work=work,
-        progress=progress,
-    )
-    # Write the file first: an interrupted run still finds its parts in the work folder.
-    keep_reference(reference, out, work, session.protocol.pr_images)
+    folder = out.with_suffix(".work")
+    work = MeasureOptions(batch_size=config.batch_size, folder=folder)
+    with sole_owner(folder, "measures in"):
+        # Measure the images of the protocol's reference set.
+        files, prompts = reference_files(images, session.protocol)
+        sets = session.networks.sets
+        reference = build_reference(
+            image_source(files),
+            session.protocol,
+            sets,
+            prompts=prompts,
+            allow_fewer=config.allow_fewer,
+            work=work,
+            progress=progress,
+        )
+        # Write the file first: an interrupted run still finds its parts in the work folder.
+        keep_reference(reference, out, work, session.protocol.pr_images)
     networks = {name: {"name": net.name, "sha256": net.sha256} for name, net in sets.items()}
     return {"out": str(out), **reference.facts, "prompts": len(prompts), "networks": networks}
 

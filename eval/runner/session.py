@@ -1,12 +1,16 @@
 """An evaluation session: protocol, prompts, networks and reference, loaded once for all points of a curve."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
+from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import TEACHER_GUIDANCE, load_teacher
@@ -38,6 +42,50 @@ class EvalSession:
         self.metrics = config.metrics or self.protocol.metrics
         check_metrics(self.metrics)
         config.check_source()
+        self.left_out: list[str] = [] if config.metrics else self._leave_out()
+
+    def _leave_out(self) -> list[str]:
+        """Remove the protocol's own metrics that lack what the protocol leaves open; one line for each lack.
+
+        Metrics that the user names stay, and raise their own errors. Raises SettingError if none is left.
+        """
+        config, protocol = self.config, self.protocol
+        # What is missing -> what to give, and the metrics that need it.
+        lacks: dict[str, list[str]] = {}
+        for name in self.metrics:
+            metric = all_metrics()[name]
+            if "features" in metric.networks and protocol.features == ANY and config.features is None:
+                lacks.setdefault("no feature network; give --features inception", []).append(name)
+            elif (
+                "clip" in metric.networks
+                and protocol.clip == ANY
+                and not (config.clip or self._teacher_clip())
+            ):
+                lacks.setdefault("no CLIP; give --clip vit-b-32 or a folder", []).append(name)
+            elif metric.needs_reference and protocol.reference == "given" and not self.has_reference:
+                lacks.setdefault("no real images; give --reference", []).append(name)
+        lines = [f"left out: {', '.join(names)} ({reason})" for reason, names in lacks.items()]
+        missing = {name for names in lacks.values() for name in names}
+        self.metrics = tuple(name for name in self.metrics if name not in missing)
+        if not self.metrics:
+            raise SettingError(f"nothing can be measured: {'; '.join(lines)}, or name others with --metrics")
+        for line in lines if process_group.rank() == 0 else ():
+            logger.info("%s; measured: %s", line, ", ".join(self.metrics))
+        return lines
+
+    @contextmanager
+    def sole_evaluation(self) -> Iterator[None]:
+        """Hold the folders that this evaluation writes. Raises UserError while another one holds one."""
+        options = {"--work": self.config.work, "--keep": self.config.keep, "--out": self.config.out}
+        folders = {
+            Path(name).resolve(): (Path(name), option)
+            for option, name in options.items()
+            if name and not (option == "--out" and name.endswith(".json"))
+        }
+        with ExitStack() as stack:
+            for folder, option in folders.values():
+                stack.enter_context(sole_owner(folder, "evaluates in", option))
+            yield
 
     @property
     def data_source(self) -> EvalDataSource | None:
@@ -219,7 +267,8 @@ class EvalSession:
             resamples=config.resamples,
             progress=self.progress,
         )
-        return source, evaluation
+        notes = [*evaluation.result.notes, *self.left_out]
+        return source, replace(evaluation, result=replace(evaluation.result, notes=notes))
 
     def _count(self, source: ImageSource) -> int:
         """Images to measure; a sampler without a set number draws one image per prompt."""

@@ -16,7 +16,7 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
-from d2g.core.tracking.run_directory import RunLog
+from d2g.core.tracking.run_directory import RunLog, sole_owner
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
 from latent_lpips import weights
@@ -56,10 +56,16 @@ def calibrate_folder(config: HeadsConfig, out: Path, progress: Progress = quiet)
 
     The trunk stays in eval mode. Its features of the judgments, nearly all of the work, are cached in
     OUT/run: an interrupted run resumes there, and runs with other settings of the fit reuse them. Ranks of
-    torchrun share the work. Raises UserError for bad input.
+    torchrun share the work. Raises UserError for bad input and while another run works in OUT.
     """
-    started, device = time.monotonic(), process_group.init()
+    device = process_group.init()
     require_set(config, "data", "latents", "weights")
+    with sole_owner(out, "trains in"):
+        return _calibrate(config, out, device, progress)
+
+
+def _calibrate(config: HeadsConfig, out: Path, device: torch.device, progress: Progress) -> HeadsResult:
+    started = time.monotonic()
     # Load the trunk, and start all heads from weight 1.
     vae = pretrained.load_autoencoder(config.latents).to(device)
     metric = open_metric(config.weights, config.latents, vae, device)

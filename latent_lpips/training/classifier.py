@@ -19,7 +19,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
 from d2g.core.shuffle import permuted_batch
 from d2g.core.signals import StopFlag
-from d2g.core.tracking.run_directory import RunLog, peak_memory_gib
+from d2g.core.tracking.run_directory import RunLog, peak_memory_gib, sole_owner
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import latent_space
 from latent_lpips import augment, weights
@@ -103,16 +103,22 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     folder.
 
     Runs on every rank of torchrun; the number of ranks changes the result by rounding only. Raises UserError
-    for inconsistent input, FloatingPointError at the first non-finite loss, and Interrupted on Ctrl-C or
-    when `minutes` have passed before all latents are cached.
+    for inconsistent input and while another run trains in OUT, FloatingPointError at the first non-finite
+    loss, and Interrupted on Ctrl-C or when `minutes` have passed before all latents are cached.
     """
+    device = process_group.init()
+    with sole_owner(out, "trains in"):
+        return _train(config, out, device, progress)
+
+
+def _train(config: ClassifyConfig, out: Path, device: torch.device, progress: Progress) -> ClassifyResult:
     started = time.monotonic()
 
     def time_over() -> bool:
         return config.minutes is not None and time.monotonic() - started > 60 * config.minutes
 
     # Open data and networks, and resume from the newest checkpoint.
-    job = _set_up(config, out, time_over, progress)
+    job = _set_up(config, out, device, time_over, progress)
     state = _resume(job)
     batches = job.train_latents(plan_batches(config, len(job.train), state.nimg, job.rank_rows))
     loop_started, first, finished = time.monotonic(), state.nimg, state.nimg >= job.total
@@ -154,8 +160,13 @@ def train_classifier(config: ClassifyConfig, out: Path, progress: Progress = qui
     )
 
 
-def _set_up(config: ClassifyConfig, out: Path, time_over: Callable[[], bool], progress: Progress) -> _Job:
-    device = process_group.init()
+def _set_up(
+    config: ClassifyConfig,
+    out: Path,
+    device: torch.device,
+    time_over: Callable[[], bool],
+    progress: Progress,
+) -> _Job:
     require_set(config, "data", "latents")
     if config.batch % process_group.world_size():
         raise SettingError(

@@ -20,17 +20,25 @@ ORDERED = 4096  # positions of the random order computed at a time
 AHEAD = 4  # batches announced in advance in a full shuffle
 
 
-class PairRows(Protocol):
-    """Rows by position: the interface that PairReader and JoinedReader share."""
-
-    @property
-    def spec(self) -> StoreSpec: ...
+class Rows(Protocol):
+    """Rows by position."""
 
     def __len__(self) -> int: ...
 
     def read(self, rows: Sequence[int], dtype: torch.dtype | None = torch.float32) -> PairBatch: ...
 
+
+class AnnouncedRows(Rows, Protocol):
+    """Rows that are announced before they are read: what `pair_loader` reads."""
+
     def prefetch(self, rows: Sequence[int], block: int = 1) -> None: ...
+
+
+class PairRows(AnnouncedRows, Protocol):
+    """The rows of pair stores: the interface that PairReader and JoinedReader share."""
+
+    @property
+    def spec(self) -> StoreSpec: ...
 
 
 class PairDataset(Dataset[PairBatch]):
@@ -65,7 +73,7 @@ class PairDataset(Dataset[PairBatch]):
     (torch.Size([2, 4, 8, 8]), [0, 1])
     """
 
-    def __init__(self, reader: PairRows, dtype: torch.dtype | None = torch.float32) -> None:
+    def __init__(self, reader: AnnouncedRows, dtype: torch.dtype | None = torch.float32) -> None:
         self.reader, self.dtype = reader, dtype
 
     def __len__(self) -> int:
@@ -204,7 +212,7 @@ def _leave_process_group(worker: int) -> None:
 
 
 def pair_loader(
-    reader: PairRows,
+    reader: AnnouncedRows,
     sampler: PairSampler,
     *,
     workers: int = 0,

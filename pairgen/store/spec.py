@@ -314,6 +314,12 @@ def require_same_spec(folder: Path | str, spec: StoreSpec, expected: StoreSpec) 
         raise UserError(f"{text}; choose another folder, or the settings of this one")
 
 
+def require_same_or_earlier_spec(folder: Path | str, spec: StoreSpec, expected: StoreSpec) -> None:
+    """`require_same_spec`, but `folder` may hold what the other store was before it grew."""
+    if differing_from_earlier(expected, spec.as_json()):
+        require_same_spec(folder, spec, expected)
+
+
 @contextmanager
 def writing(folder: Path, safe: str) -> Iterator[None]:
     """Turn an OSError of writing into a one-line UserError; `safe` tells the user what is not lost."""

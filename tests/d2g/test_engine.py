@@ -2,6 +2,7 @@
 process.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import parallel_worker
 import tiny_teachers
-from d2g.core.distributed.engine import DistributedModule
+from d2g.core.distributed.engine import DistributedModule, recompute
 from distill.losses.adversarial import discriminator_loss
 from distill.losses.gradient_penalty import r1_penalty
 from parallel_worker import FAMILIES, ROWS, batch, gradients, new_discriminator
@@ -129,3 +130,30 @@ def test_compiled_passes_agree_with_eager_ones(folder: Path) -> None:
     assert gradients and all(
         torch.equal(p.grad, gradients[n]) for n, p in network.named_parameters() if p.grad is not None
     )
+
+
+def test_recomputation_keeps_random_states_for_dropout_alone() -> None:
+    """Dropout draws the same mask again in the backward pass."""
+    plain, without, dropout = (nn.Sequential(nn.Linear(4, 4), nn.Dropout(p)) for p in (0.0, 0.0, 0.5))
+    recompute([without, dropout])
+    settings = [layer.forward.keywords["preserve_rng_state"] for layer in (without, dropout)]
+    assert settings == [False, True] and plain.forward is not without.forward
+    x = torch.ones(64, 4, requires_grad=True)
+    weight = dropout[0].weight
+    result = dropout(x)
+    (gradient,) = torch.autograd.grad(result.sum(), weight)
+    mask = (result != 0).double() * 2  # d(sum)/dW[i] is the number of rows where unit i is kept, doubled
+    torch.testing.assert_close(gradient.double(), mask.sum(0)[:, None].expand(4, 4))
+
+
+def test_channels_last_changes_the_layout_and_no_value() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
+    twin = copy.deepcopy(net)
+    x = torch.randn(2, 4, 8, 8)
+    with_layout = DistributedModule(net, "ddp", torch.device("cpu"), channels_last=True)
+    plain = DistributedModule(twin, "ddp", torch.device("cpu"))
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
+    for module in (with_layout, plain):
+        module(x).square().mean().backward()
+    torch.testing.assert_close(net[0].weight.grad, twin[0].weight.grad)

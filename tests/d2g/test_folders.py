@@ -112,7 +112,8 @@ def test_the_order_is_that_of_sorted_paths(tmp_path: Path) -> None:
 def test_other_files_are_counted_by_ending(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "a.png", "a.txt", "x.heic", "y.HEIC", "README", "z.parquet")
     open_images(tmp_path)
-    assert f"{tmp_path}: left out 4 that are no pictures (.heic, .parquet, README)" in log.text
+    reasons = ["2 to be saved as JPEG or PNG first (.heic)", "2 that are no pictures (.parquet, README)"]
+    assert f"{tmp_path}: left out {', '.join(reasons)}" in log.text
 
 
 def test_an_ordinary_folder_logs_nothing(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,64 @@ def test_other_files_are_refused(data: bytes, exact: bool) -> None:
     """EPS is refused because Pillow would start Ghostscript."""
     with pytest.raises(UserError, match=r"^x.png is not a readable image \(.+\); remove or replace it$"):
         decode_picture(data, "x.png", exact=exact)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            "HEIC, for which there is no decoder; save it as JPEG or PNG",
+        ),
+        (b"<?xml version='1.0'?>\n<svg xmlns='x'/>", "SVG, a drawing without pixels; save it as PNG"),
+        (b"\n<!DOCTYPE html><html>", "a web page, perhaps the answer of a failed download"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS; run `git lfs pull`"),
+        (b"", "it is empty"),
+        (b"\x89PNG", "of no known kind, or cut off"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_named(data: bytes, reason: str, tmp_path: Path) -> None:
+    """The content decides, not the name: phones store HEIC under other names."""
+    with pytest.raises(UserError) as caught:
+        decode_picture(data, "x.jpg", exact=False)
+    assert str(caught.value) == f"x.jpg is not a readable image ({reason}); remove or replace it"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize(
+    "profile", [b"x", b"\0" * 200, bytes(range(256)) * 280], ids=["short", "zeros", "long"]
+)
+def test_broken_color_profiles_are_ignored(kind: str, profile: bytes, exact: bool) -> None:
+    image = Image.fromarray(COLORS)
+    assert np.array_equal(
+        decoded(encoded(image, kind, icc_profile=profile), exact), decoded(encoded(image, kind), exact)
+    )
+
+
+def test_a_color_profile_that_does_not_decompress_is_ignored() -> None:
+    data = encoded(Image.fromarray(COLORS))
+    name, body = b"iCCP", b"x\0\0" + b"no deflate"
+    chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    assert np.array_equal(decoded(data[:33] + chunk + data[33:], True), COLORS)
+
+
+def test_a_table_that_names_files_instead_of_holding_images_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    (tmp_path / "secret.png").write_bytes(encoded(Image.fromarray(COLORS)))
+    cells = [{"path": str(tmp_path / "secret.png"), "bytes": None}]
+    pq.write_table(pa.table({"image": cells, "caption": ["a"], "label": [0]}), file)
+    readers: list[Callable[[], object]] = [
+        lambda: load_all(read_images(file)),
+        lambda: RealImages(str(file), (8, 8)).read([0]),
+        lambda: open_unlabeled(str(file)),
+    ]
+    for read in readers:
+        with pytest.raises(UserError, match=r"row 0: `image` names a file \(.*secret.png\) and"):
+            read()
 
 
 def test_pixels_of_unknown_range_are_refused_in_training_too() -> None:

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 
 from d2g.core.distributed import process_group
+from d2g.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,3 +128,50 @@ def test_each_start_agrees_on_a_unique_name_in_a_persistent_store(late: int) -> 
         names = [set(pool.map(join, range(3))) for _ in range(3)]
     assert [len(of_a_start) for of_a_start in names] == [1, 1, 1]
     assert len(set.union(*names)) == 3
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "4", "RANK": "1"}, "WORLD_SIZE is 4, but LOCAL_RANK is not set"),
+        (
+            {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"},
+            "LOCAL_RANK is 2, but this process sees 2 GPUs",
+        ),
+    ],
+)
+def test_a_process_without_a_gpu_of_its_own_is_refused(environment: dict[str, str], message: str) -> None:
+    with on_two_gpus(environment) as calls:
+        with pytest.raises(UserError, match=message) as caught:
+            process_group.init()
+        assert "\n" not in str(caught.value) and not calls
+
+
+def test_the_gpu_is_chosen_before_the_group_is_joined() -> None:
+    with on_two_gpus({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}) as calls:
+        assert process_group.init() == torch.device("cuda", 1)
+        assert calls == ["set_device 1", "init_process_group cpu:gloo,cuda:nccl"]
+    with on_two_gpus({}) as calls:
+        assert process_group.init() == torch.device("cuda", 0) and calls == ["set_device 0"]
+
+
+@contextmanager
+def on_two_gpus(environment: dict[str, str]) -> Iterator[list[str]]:
+    """Let torch report two GPUs, and record what is asked of it."""
+    calls: list[str] = []
+
+    def join(backend: str, **_: object) -> None:
+        calls.append(f"init_process_group {backend}")
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
+            patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "set_device", lambda number: calls.append(f"set_device {number}"))
+        patch.setattr(torch.distributed, "init_process_group", join)
+        yield calls
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

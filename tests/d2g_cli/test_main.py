@@ -35,7 +35,7 @@ COMMANDS_WITH_SETTINGS = [
     "distill gan",
     "sample",
     "eval run",
-    "eval stats --images x --out x.safetensors",
+    f"eval stats --images {ROOT / 'docs'} --out x.safetensors",
     "eval curve --over guidance=1,2 --out x",
 ]
 

@@ -1,14 +1,20 @@
 """Signals end a command with one line; a closed stdout ends it without output."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from d2g_cli.main import stop_on_signals
+from d2g.core.signals import CommandInterrupts, StopFlag
+from d2g_cli.common import reporter
 from pairgen.merge import merge_stores
 from stores import put_store
 
@@ -50,17 +56,84 @@ def test_handlers_of_the_parent_and_of_torchrun_are_not_replaced(monkeypatch: py
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        stop_on_signals()
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with CommandInterrupts():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         monkeypatch.delenv("WORLD_SIZE")
-        stop_on_signals()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(number)
+        with CommandInterrupts() as interrupts:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not interrupts.received
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(number)
+            assert interrupts.received
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_an_interrupt_that_a_library_swallows_is_not_reported_as_its_error(
+    monkeypatch: pytest.MonkeyPatch, d2g: Any
+) -> None:
+    """numpy turns a KeyboardInterrupt during its import into an ImportError."""
+
+    def swallow(name: str) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("cannot load module more than once per process")
+
+    monkeypatch.setattr("d2g.diffusion.teacher.describe_teacher", swallow)
+    ended = d2g("teacher", "info", "miniature")
+    assert ended.code == 130 and ended.stderr == LINE
+
+
+@pytest.mark.parametrize("loop", [lambda: StopFlag().__enter__(), lambda: reporter("work", 0, 1)])
+def test_a_command_ends_at_its_next_loop_if_a_library_swallows_the_interrupt(
+    loop: Callable[[], object],
+) -> None:
+    with CommandInterrupts(), pytest.raises(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        loop()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(mask >> (number - 1) & 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_signals_at_random_times_end_a_command_with_one_line(seed: int, tmp_path: Path) -> None:
+    """At any time: before the command line is imported, while libraries and models load, and at work."""
+    numbers = random.Random(seed)
+    commands = (
+        ["sample", "--student", "miniature", "--num", "1"],
+        ["eval", "run", *"--student miniature --protocol miniature --num 4 --allow-fewer".split()],
+        ["teacher", "train", "--stages", "data", "--set", "images=4"],
+    )
+    for case in range(2):
+        number = numbers.choice([signal.SIGINT, signal.SIGTERM])
+        arguments = [*numbers.choice(commands), "--out", str(tmp_path / f"out{case}")]
+        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # Python itself takes some time to start, during which it has no handlers.
+        while not catches(process.pid, signal.SIGTERM):
+            time.sleep(0.01)
+        delay = numbers.uniform(0, 10)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.send_signal(number)
+        try:
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        where = f"{number.name} after {delay:.2f} s of {arguments[0]}"
+        last = err.decode().splitlines()[-1:]
+        # Python ends itself by SIGINT, which shells report as 130, where C code was running Python code.
+        assert process.returncode in (0, 130, -signal.SIGINT), f"{where}: {err.decode()}"
+        assert "Traceback" not in err.decode(), f"{where}: {err.decode()}"
+        assert process.returncode == 0 or last[0].startswith("error: "), f"{where}: {err.decode()}"
 
 
 @pytest.mark.slow

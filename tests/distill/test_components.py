@@ -33,7 +33,7 @@ OPTIONS = (
     "gan.timestep_mode=random",
     "gan.timestep=500",
     "gan.noise_augment=small",
-    "gan.z_conditioning=false",
+    "gan.z_conditioning=false gan.mix_z=0",
     "gan.multi_scale_input=false",
     "gan.multi_scale_output=false",
     "gan.output_head=true",
@@ -79,9 +79,11 @@ def reports(run: Path) -> list[dict[str, float]]:
 def test_option_changes_training_and_resumes_exactly(
     option: str, teacher: Path, pairs: Path, ode: Path, plain: Path, tmp_path: Path
 ) -> None:
-    config = distill_config(teacher, pairs, *COMMON, option, stage="gan", init=ode)
+    config = distill_config(teacher, pairs, *COMMON, *option.split(), stage="gan", init=ode)
     train(config, tmp_path / "unbroken")
-    first = distill_config(teacher, pairs, *COMMON, option, f"train.images={BATCH}", stage="gan", init=ode)
+    first = distill_config(
+        teacher, pairs, *COMMON, *option.split(), f"train.images={BATCH}", stage="gan", init=ode
+    )
     train(first, tmp_path / "resumed")
     train(config, tmp_path / "resumed")
     unbroken, resumed = ema_weights(tmp_path / "unbroken"), ema_weights(tmp_path / "resumed")

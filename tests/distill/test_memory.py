@@ -13,18 +13,25 @@ from d2g.core.distributed import engine as parallel
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig, StudentConfig
+from distill.config.components import DiscriminatorConfig, RegressionConfig, StudentConfig
 from distill.config.presets import DISTILL_PRESETS
-from distill.config.run import DistillConfig, EngineConfig, TrainConfig
+from distill.config.run import DataConfig, DistillConfig, EngineConfig, TrainConfig
 from distill.models.student import student_from_teacher
 from distill.models.unet_discriminator import added_parameters, discriminator_from_teacher
 from distill.planning.memory import Memory, forecast, predict
-from distill.planning.saved_activations import saved_bytes
+from distill.planning.saved_activations import peak_bytes, saved_bytes
+from latent_lpips.distance import LatentLPIPS
+from latent_lpips.fused import distance_with_gradient
+from latent_lpips.weights import read_lpips_config
 
 
 def config(teacher: Path, **settings: Any) -> DistillConfig:
-    train = TrainConfig(batch_size=8, precision="fp32")
-    return replace(DistillConfig(teacher=str(teacher), train=train), **settings)
+    base = DistillConfig(
+        teacher=str(teacher),
+        train=TrainConfig(batch_size=8, precision="fp32"),
+        regression=RegressionConfig(losses=(("mse", 1.0),)),
+    )
+    return replace(base, **settings)
 
 
 def count_parameters(teacher: Path) -> int:
@@ -46,7 +53,9 @@ def test_weights_states_and_averages_in_closed_form(teacher: Path) -> None:
     encoder = pretrained.load_conditioner(str(teacher))
     assert memory.frozen == pytest.approx(gib(sum(p.numel() for p in encoder.parameters())))
     vae = sum(p.numel() for p in pretrained.load_vae(str(teacher)).parameters())
-    with_preview = predict(config(teacher, train=TrainConfig(batch_size=8, preview_prompts=1)), 1)
+    with_preview = predict(
+        config(teacher, train=TrainConfig(batch_size=8, precision="fp32", preview_prompts=1)), 1
+    )
     assert with_preview.frozen == pytest.approx(memory.frozen + gib(vae))
 
 
@@ -118,6 +127,72 @@ def test_fake_tensors_save_the_same_bytes_as_real_ones(teacher: Path) -> None:
     assert many == pytest.approx(64 * real, rel=0.02) and small >= 0.99 * real
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sweep_of_latent_lpips_counts_with_its_weights(teacher: Path, precision: Any) -> None:
+    """A GPU computes up to 2^16 positions at a time; here a latent has 16."""
+    losses = RegressionConfig(losses=(("e_latent_lpips", 1.0),))
+
+    def added(rows: int) -> tuple[float, float]:
+        train = TrainConfig(batch_size=rows, precision=precision)
+        with_metric, without = (
+            predict(config(teacher, train=train, **more), 1) for more in ({"regression": losses}, {})
+        )
+        return with_metric.frozen - without.frozen, with_metric.working - without.working
+
+    metric = LatentLPIPS(read_lpips_config(teacher / "latent_lpips")).fold(precision)
+    weights = sum(p.numel() * p.element_size() for p in metric.parameters())
+    small, large = added(2**16), added(2**17)
+    assert small[0] == large[0] == pytest.approx(weights / 2**30)
+    assert small[1] == pytest.approx(large[1]) and large[1] > 0
+
+    # The same on data, at the size of a chunk on the CPU.
+    rows = 32
+    pred, target = torch.randn(rows, 4, 4, 4), torch.randn(rows, 4, 4, 4)
+    with torch.no_grad():
+        peak = peak_bytes(
+            lambda: distance_with_gradient(metric.trunk.layers(), list(metric.heads), pred, target)
+        )
+    assert large[1] == pytest.approx(2**16 / 16 / rows * peak / 2**30, rel=0.1)
+
+
+def test_peak_bytes_counts_what_is_alive_at_once() -> None:
+    def run() -> None:
+        a = torch.empty(100)  # 400 bytes
+        b = a + 1
+        view = b[50:]
+        del a, b
+        c = view * torch.empty(1)  # the view keeps its storage
+        del view
+        c.mul_(2)
+
+    assert peak_bytes(run) == 800
+
+
+def test_gathered_weights_stay_during_r1_under_fsdp(teacher: Path) -> None:
+    """With one row, R1 is the peak, and its gathered weights take half as much in bf16."""
+    d = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
+    weights = gib(sum(p.numel() for p in d.parameters()))
+    trained = gib(sum(p.numel() for p in d.parameters() if p.requires_grad))
+
+    def working(parallel: Any, precision: Any, penalty: Any) -> float:
+        train = TrainConfig(batch_size=2, precision=precision)
+        gan = DiscriminatorConfig(penalty=penalty, r1_rows=1)
+        engine = EngineConfig(parallel=parallel)
+        return predict(config(teacher, stage="gan", train=train, gan=gan, engine=engine), 1).working
+
+    assert working("fsdp", "fp32", "single") >= trained + weights
+    assert working("fsdp", "bf16", "single") >= trained + weights / 2
+    assert working("fsdp", "fp32", "single") > working("fsdp", "bf16", "single") + 0.4 * weights
+
+
+def test_text_encoders_take_half_in_bf16(teacher: Path) -> None:
+    encoder = gib(sum(p.numel() for p in pretrained.load_conditioner(str(teacher)).parameters()))
+    for choice, share in (("auto", 0.5), ("bf16", 0.5), ("fp32", 1.0)):
+        text = DataConfig(text_precision=choice)  # type: ignore[arg-type]
+        memory = predict(config(teacher, train=TrainConfig(batch_size=8), data=text), 1)
+        assert memory.frozen == pytest.approx(share * encoder)
+
+
 def test_sdxl_memory(tmp_path: Path) -> None:
     tiny_teachers.save_sdxl(tmp_path)
     memory = predict(config(tmp_path, stage="gan"), 1)
@@ -145,6 +220,6 @@ def test_a_missing_teacher_is_replaced_by_the_presets_model() -> None:
     )
     assert memory is not None and memory["weights"] == pytest.approx(gib(859_520_964), abs=1e-3)
     assert memory["assumed"] == "SD 1.5's networks; the teacher is not on this disk"
-    assert forecast(preset, 16, DISTILL_PRESETS["cifar10"].model) is None
+    assert forecast(preset, 16, "") is None
     miniature = forecast(DISTILL_PRESETS["miniature"]["ode"], 1, "sd15")
     assert miniature is not None and "assumed" not in miniature

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 
+import tiny_teachers
 from d2g.core.errors import SettingError
 from distill.config.components import DiscriminatorConfig
 from distill.losses.noise_augmentation import (
@@ -49,6 +51,21 @@ def test_timestep_distributions(settings: dict[str, Any], expected: list[float])
 def test_timesteps_beyond_the_schedule_are_refused(teacher: Path) -> None:
     with pytest.raises(SettingError, match=r"noise_max_timestep is 1200; the teacher's schedule has 1000"):
         build_augmentation(teacher, noise_augment="uniform", noise_max_timestep=1200)
+    with pytest.raises(SettingError, match=r"gan\.timestep is 1000; expected 0 to 999"):
+        build_augmentation(teacher, timestep=1000)
+
+
+@pytest.mark.parametrize("grid", ["karras", "exponential"])
+def test_noise_levels_of_an_edm_are_those_of_diffusers(grid: str, tmp_path: Path) -> None:
+    """x + sigma eps, with sigma of diffusers' scheduler of 1000 steps, counted from the end."""
+    settings = {**tiny_teachers.EDM, "sigma_schedule": grid}
+    teacher = tiny_teachers.save_edm(tmp_path, **settings)
+    augment = build_augmentation(Path(teacher), noise_augment="uniform")
+    scheduler = diffusers.EDMEulerScheduler(**settings)
+    scheduler.set_timesteps(1000)
+    x, eps, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 500, 999])
+    sigma = scheduler.sigmas[999 - t].view(4, 1, 1, 1)
+    torch.testing.assert_close(augment(x, t, eps), x + sigma * eps, rtol=1e-4, atol=1e-5)
 
 
 def test_noise_follows_the_schedule(teacher: Path) -> None:

@@ -1,14 +1,15 @@
 """distill.training.optim: which optimizer, and the learning rate as a function of images."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.config.components import OptimConfig
-from distill.training.optim import learning_rate, optimizer
+from distill.training.optim import learning_rate, optimizer, step_and_restore, step_unless
 
 
 class Net(nn.Module):
@@ -53,6 +54,32 @@ def test_weight_decay_of_adam_is_part_of_the_gradient() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer(net, OptimConfig(name="adam", lr=0.1, weight_decay=0.5)).step()
     torch.testing.assert_close(net.rest.weight.detach(), before - 0.1 * before.sign(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("good_steps", [0, 2])
+@pytest.mark.parametrize("step", [step_unless, step_and_restore])
+@pytest.mark.parametrize("name", ["adamw", "adamw_fused", "adam", "radam"])
+def test_a_stopped_step_keeps_every_bit_of_weights_and_states(
+    name: Any, step: Callable[[torch.optim.Optimizer, Tensor], None], good_steps: int
+) -> None:
+    net, reference = Net(), Net()
+    reference.load_state_dict(net.state_dict())
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.5)
+    adam, expected = optimizer(net, config), optimizer(reference, config)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(good_steps):
+        for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+            p.grad = q.grad = torch.randn(p.shape, generator=generator)
+        step(adam, torch.tensor(0.0))
+        expected.step()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    for _ in range(2):
+        step(adam, torch.tensor(1.0))
+    for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
+        for key, value in adam.state[p].items() if p in adam.state else ():
+            assert torch.equal(value, expected.state[q].get(key, torch.zeros_like(value)))
 
 
 def rates(config: OptimConfig, *images: int) -> list[float]:

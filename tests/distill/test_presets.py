@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2g.diffusion.pretrained import load_on_meta
-from distill.config.presets import TABLE_A1, TRANSFORMER_RECIPES
+from distill.config.presets import PIXEL_RECIPES, TABLE_A1, TRANSFORMER_RECIPES
 from distill.models.discriminators import check_discriminator
 from distill.planning.memory import gpu_days, predict, too_large
 from distill.planning.reference_models import configs_only
@@ -70,7 +70,19 @@ def test_gpu_days_follow_from_the_operations() -> None:
     days = gpu_days(TRANSFORMER_RECIPES["dit-xl-256"]["ode"], 1_000_000, "dit-xl-256")
     expected = 3 * 2 * 118.6e9 * 1e6 / (0.4 * 312e12) / 86_400
     assert days == pytest.approx(expected, rel=0.01)
-    assert gpu_days(TABLE_A1["cifar10"]["ode"], 1, "edm-cifar10") is None
+    assert gpu_days(TABLE_A1["cifar10"]["ode"], 1, "") is None
+
+
+@pytest.mark.parametrize("name", PIXEL_RECIPES)
+def test_cifar10_recipes_fit_a_gpu(name: str, tmp_path: Path) -> None:
+    """The stand-in for EDM's network has nearly its 55.7 M parameters; each GPU has 64 rows."""
+    teacher = configs_only("edm-cifar10", tmp_path / "teacher")
+    assert sum(p.numel() for p in load_on_meta(teacher, "unet").parameters()) == 54_298_883
+    config = PIXEL_RECIPES[name]["gan"]
+    check_discriminator(teacher, config.gan)
+    assert too_large(config, predict(replace(config, teacher=teacher), 8).total, A100) is None
+    assert config.without_pairs == (name == "cifar10-real")
+    assert gpu_days(config, 1_000_000, "edm-cifar10") == pytest.approx(0.0117, rel=0.05)
 
 
 def test_a_config_that_is_too_large_is_reported(teachers: Mapping[str, str]) -> None:

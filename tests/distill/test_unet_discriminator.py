@@ -473,6 +473,26 @@ def test_logits_depend_on_the_class(folder: Path, kind: str) -> None:
     assert all(((a[k] - b[k]).abs().max() > 1e-5) == (kind != "ldm") for k in a if k != "1_skip")
 
 
+def test_trunk_of_a_text_network_of_an_edm_equals_diffusers_forward(tmp_path: Path) -> None:
+    """The network sees c_in x and c_noise at sigma_min."""
+    tiny_teachers.save_sdxl(tmp_path, scheduler=diffusers.EDMEulerScheduler, **tiny_teachers.EDM)
+    discriminator, last = build(tmp_path), list[Tensor]()
+    heads: Any = discriminator.heads
+    heads["1_after"].register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    x, noise, _ = inputs()
+    hidden, pooled = torch.randn(3, 12, 40), torch.randn(3, 24)
+    scheduler, sigma = diffusers.EDMEulerScheduler(), torch.tensor(0.002)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 3)}
+    with torch.no_grad():
+        discriminator(x, noise, Conditioning.from_text(hidden, pooled))
+        unet = discriminator.unet
+        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(last[0])))
+        original = pretrained.load_unet(str(tmp_path))
+        scaled, time = scheduler.precondition_inputs(x, sigma), sigma.log() / 4
+        expected = original(scaled, time, hidden, added_cond_kwargs=added).sample
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_fourier_features_of_time_are_refused(tmp_path: Path) -> None:
     """They take the logarithm of the timestep."""
     unet = tiny_teachers.unet2d(time_embedding_type="fourier")

@@ -342,6 +342,26 @@ def test_win_rates_from_saved_scores(job: Path, teacher: Path, tmp_path: Path) -
     assert compare_results([tmp_path / "a"])["pickscore_wins"] == []
 
 
+def test_metrics_without_a_network_are_left_out_and_named(
+    job: Path, teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of the protocol's own metrics, those remain that can be measured; the user's own are an error."""
+    run = config(job, teacher=str(teacher), metrics=(), features=None, weights=(), out=str(tmp_path / "out"))
+    result = run_evaluation(run)
+    assert result["clip_score"] is not None and result["fid"] is None
+    line = "left out: fid, kid, pr (no feature network; give --features inception)"
+    assert line in result["notes"] and line in (tmp_path / "out" / "report.html").read_text()
+    # Without real images those that need some; without anything, one error names all.
+    features = replace(config(job, teacher=str(teacher), metrics=()), reference=None)
+    result = run_evaluation(features)
+    assert "left out: fid, kid, pr (no real images; give --reference)" in result["notes"]
+    nothing = replace(features, features=None, weights=(), clip=None)
+    with pytest.raises(
+        SettingError, match=r"nothing can be measured: left out: fid, kid, pr \(no feature net"
+    ):
+        run_evaluation(nothing)
+
+
 def test_repeated_prompts_are_kept(tmp_path: Path) -> None:
     """505 of COCO's 30,000 captions occur twice, and an image is sampled for each."""
     (tmp_path / "a.txt").write_text("one\n two \none\n\nthree\n")

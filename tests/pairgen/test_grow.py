@@ -17,7 +17,7 @@ from pairgen.merge import merge_stores
 from pairgen.prompts import PromptList
 from pairgen.shard_claims import Claims
 from pairgen.store.reader import PairReader
-from pairgen.store.spec import pending, read_spec, shard_path
+from pairgen.store.spec import pending, read_spec, shard_path, write_spec
 from pairgen.verify import verify_store
 from stores import same
 
@@ -264,3 +264,43 @@ def test_a_store_without_denoiser_digest_is_checked_by_the_digest_of_all_weights
     tiny.save_teacher(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="differing: teacher_sha256"):
         generate_pairs(config(tmp_path / "other", tmp_path, tiny.CAPTIONS, num_pairs=6), store)
+
+
+@pytest.mark.parametrize(
+    ("captions", "num_pairs"), [(tiny.CAPTIONS, 8), (tiny.CAPTIONS, 17), (MORE, 12)], ids=str
+)
+def test_stores_of_different_sizes_are_merged_to_the_largest(
+    teacher: Path,
+    small_store: Path,
+    tmp_path: Path,
+    captions: list[str],
+    num_pairs: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    large = Path(shutil.copytree(small_store, tmp_path / "large"))
+    settings = config(teacher, tmp_path / "new", captions, num_pairs=num_pairs)
+    generate_pairs(settings, large)
+    expected = rows(large)
+    # The complete shard comes from the small store; the others from the large one.
+    shard_path(large, 0).unlink()
+    for order in ([small_store, large], [large, small_store]):
+        out = tmp_path / f"out-{order[0].name}"
+        with caplog.at_level("INFO"):
+            merge_stores(order, out)
+        assert same(rows(out), expected) and verify_store(out).ok and read_spec(out) == read_spec(large)
+        assert f"{shard_path(small_store, 1)}: left out, because it has 1 rows and" in caplog.text
+    # Without the large store's last shards, the same command of `generate` finishes the merged store.
+    for shard in range(1, read_spec(large).num_shards):
+        shard_path(large, shard).unlink()
+    merge_stores([large, small_store], tmp_path / "part")
+    assert generate_pairs(settings, tmp_path / "part").new_pairs == num_pairs - 5
+    assert same(rows(tmp_path / "part"), expected)
+
+
+def test_stores_of_other_latent_shapes_are_not_merged(small_store: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(small_store, tmp_path / "other"))
+    spec = read_spec(other)
+    write_spec(other, replace(spec, latent_shape=(4, 16, 16), num_pairs=12))
+    with pytest.raises(UserError, match=r"latent_shape \("):
+        merge_stores([small_store, other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

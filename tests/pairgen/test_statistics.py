@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
@@ -192,6 +193,50 @@ def test_mismatched_rows_have_low_correlation(tmp_path: Path) -> None:
     make_store(tmp_path, latents_of(200).roll(-1, 0))
     correlation = store_statistics(tmp_path)["correlation"]
     assert max(map(abs, correlation["noise_latent"])) < 4 * correlation["standard_error"]
+
+
+FAULTS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]], str]] = {
+    "an untrained teacher returns its noise": (
+        lambda latent, noise: (noise * 1.5, noise),
+        "latents are their own noise (correlation 1.00): the teacher is not trained",
+    ),
+    "latents of another scale": (
+        lambda latent, noise: (latent * 0.1, noise),
+        "latents have standard deviation 0.112, expected about 1: is the teacher trained?",
+    ),
+    "noise that is not normal": (lambda latent, noise: (latent, noise * 2), "noise has mean norm 11.2"),
+    "rows shifted by one": (
+        lambda latent, noise: (latent.roll(1, 0), noise),
+        "noise correlates with the latents of the next row (0.4",
+    ),
+    "outliers": (
+        lambda latent, noise: (latent * (1 + 40 * (torch.arange(400) % 50 == 0)).view(-1, 1, 1, 1), noise),
+        "8 of 400 rows are outliers",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_verdict_names_what_is_wrong(fault: str, tmp_path: Path) -> None:
+    damage, words = FAULTS[fault]
+    latent, noise = damage(latents_of(400), seeds.noise(3, range(400), (2, 4, 4)))
+    make_store(tmp_path, latent, noise)
+    report = store_statistics(tmp_path)
+    assert not report["usable"] and words in report["verdict"], report["verdict"]
+    assert report["verdict"].startswith("these pairs are not usable as they are: ")
+
+
+def test_the_verdict_on_good_pairs(tmp_path: Path, teacher: Path) -> None:
+    make_store(tmp_path, latents_of(400))
+    report = store_statistics(tmp_path)
+    assert report["usable"] and report["verdict"] == (
+        "these pairs are usable: latents have standard deviation 1.12, noise is standard normal, their "
+        "correlation is 0.44, 3 prompts, 0 outliers"
+    )
+    # Two of seven prompts are longer than the teacher's tokens.
+    make_store(tmp_path / "few", latents_of(7))
+    report = store_statistics(tmp_path / "few", teacher=str(teacher))
+    assert "29% of the prompts are longer than the 12 tokens" in report["verdict"]
 
 
 def test_rows_option_samples_evenly_spaced_rows(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """teacher_training.plan and the options of `d2g teacher train`: lengths, plan, resume, refusals."""
 
 import json
+import shlex
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import Running, d2g_ranks
 from own_pictures import CONFIG, class_folders, image_folder, parquet, train_arguments
 from teacher_training.plan import (
     LENGTH_SETTINGS,
@@ -157,6 +160,25 @@ def test_an_interrupted_training_says_how_to_finish(data: Path, tmp_path: Path, 
     )
 
 
+@pytest.mark.slow
+def test_ctrl_c_is_resumed_by_the_command_that_the_refusal_names(
+    data: Path, tmp_path: Path, d2g: Any
+) -> None:
+    out = tmp_path / "teacher"
+    running = Running(train_arguments(data, out, "--images", "1600"), tmp_path / "log")
+    running.wait_for(lambda: (out / "training" / "unet" / "stats.jsonl").is_file())
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 130 and "unet stopped; safe on disk: " in ended.error
+    # Every command that needs a teacher names the command that finishes it; run that one.
+    error = d2g("sample", "--teacher", out, "--prompt", "a", "--out", tmp_path / "samples").error
+    words = shlex.split(error.partition("finish it with `")[2].rstrip("`"))
+    assert words[:3] == ["d2g", "teacher", "train"] and not (tmp_path / "samples").exists()
+    result = d2g(*words[1:], "--stages", "data,vae,unet", "--json").json
+    assert 0 < result["plan"]["images"]["unet"] < 1600 and result["scores"]["unet"]["length"] == 1600
+    assert d2g("teacher", "info", out).code == 0
+
+
 def test_a_dry_run_shows_the_plan_and_checks_the_data(data: Path, tmp_path: Path, d2g: Any) -> None:
     out = tmp_path / "teacher"
     plan = d2g(*train_arguments(data, out, "--minutes", "1"), "--dry-run", "--json").json["plan"]
@@ -186,3 +208,14 @@ def test_options_without_effect_are_refused(options: str, message: str, d2g: Any
 def test_a_folder_without_a_preset_is_quick(tmp_path: Path, d2g: Any) -> None:
     ended = d2g("teacher", "train", "--data", tmp_path / "none", "--dry-run")
     assert "no --preset: quick, about 15 minutes" in ended.stderr and "no such file" in ended.error
+
+
+def test_two_processes_train_one_teacher(data: Path, tmp_path: Path) -> None:
+    """The lengths that rank 0 measures are those of all ranks, and rank 0 alone writes the results."""
+    out = tmp_path / "teacher"
+    ranks = d2g_ranks([*train_arguments(data, out, "--minutes", "0.02"), "--json"], tmp_path / "log")
+    assert [ended.code for ended in ranks] == [0, 0], [ended.stderr for ended in ranks]
+    result = ranks[0].json
+    assert ranks[1].stdout == "" and result["trained"] is False and (out / "report.html").is_file()
+    plan = json.loads((out / "training" / "plan.json").read_text())
+    assert result["scores"]["unet"]["length"] == plan["lengths"]["unet.fit.images"]

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -45,12 +46,15 @@ class DistributedModule:
         replicas: int = 1,
         half: torch.dtype | None = None,
         compile_backend: str = "",
+        channels_last: bool = False,
     ) -> None:
         """Wrap the network for this process group.
 
         layers: modules that FSDP2 gathers one at a time. roots: modules that hold the remaining parameters,
         cast to `half` at their own boundary; everything around them stays in fp32. replicas: groups of ranks
         that each hold all weights (hybrid sharding). compile_backend: a torch.compile backend; "" is eager.
+        channels_last: keep convolutions' weights in that format, in which CUDA's matrix units read them; not
+        under FSDP2, which shards contiguous tensors only.
         """
         self.module, self.kind = module, kind
         self.call: Callable[..., Any] = module
@@ -59,6 +63,8 @@ class DistributedModule:
             self._shard(list(layers), list(roots), device, replicas, half)
         else:
             module.to(device)
+            if channels_last:
+                module.to(memory_format=torch.channels_last)
             if process_group.world_size() > 1:
                 ids = [device] if device.type == "cuda" else None
                 self.call = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
@@ -211,7 +217,11 @@ def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
 def recompute(layers: Iterable[nn.Module]) -> None:
     """Activation checkpointing: keep only the inputs of these layers and run them again in backward.
 
-    Non-reentrant, the only form that allows a second derivative (method.md "Activation checkpointing").
+    Non-reentrant, the only form that allows a second derivative (method.md "Activation checkpointing"). The
+    state of torch's random numbers is kept for layers with dropout only: on a GPU it is a copy per layer.
     """
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        has_dropout = any(isinstance(m, _DropoutNd) and m.p > 0 for m in layer.modules())
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=has_dropout
+        )

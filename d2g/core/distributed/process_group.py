@@ -8,7 +8,7 @@ import of torch that it needs would delay `--help` by seconds.
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket, HashStore, PrefixStore, Store, TCPStore
 
 from d2g.core.allocator import keep_freed_memory
+from d2g.core.errors import UserError
+from d2g.core.precision import set_exact_fp32
 from d2g.core.signals import StopFlag
 
 T = TypeVar("T")
@@ -39,18 +41,36 @@ def init(long_waits: bool = False) -> torch.device:
     """Join the process group that torchrun announced, if any; return this process's device.
 
     long_waits: for ranks that communicate only at the start and at the end of days of work. NCCL would time
-    out after minutes, so gloo is used.
+    out after minutes, so gloo is used. Raises UserError if it is not clear which GPU is this process's.
     """
+    device = _own_device()  # before the group: NCCL takes the GPU that is current then
     if "RANK" in os.environ and not td.is_initialized():
         if long_waits:
             _join("gloo", timedelta(days=30))
         else:
             _join(_backend())
     keep_freed_memory()
+    set_exact_fp32(device)
+    return device
+
+
+def _own_device() -> torch.device:
+    """This process's GPU, made the current one, or the CPU without a GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
+    if "LOCAL_RANK" not in os.environ and world_size() > 1:
+        raise UserError(
+            f"WORLD_SIZE is {world_size()}, but LOCAL_RANK is not set, so all processes would use GPU 0; "
+            "start them with torchrun, or set LOCAL_RANK to the number of the process on its machine"
+        )
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(
+            f"LOCAL_RANK is {number}, but this process sees {count} GPU{'s' * (count > 1)}; start no more "
+            "processes than GPUs on a machine, or set LOCAL_RANK=0 where each process sees its own GPU only"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _join(backend: str, timeout: timedelta | None = None) -> None:
@@ -223,7 +243,23 @@ def any_rank(flag: bool) -> bool:
 
 def any_of(flags: dict[str, bool]) -> dict[str, bool]:
     """For each flag, whether it is true on any rank, in one all-reduce."""
-    return {name: value > 0 for name, value in mean({k: float(v) for k, v in flags.items()}).items()}
+    return start_any_of(flags)()
+
+
+def start_any_of(flags: dict[str, bool]) -> Callable[[], dict[str, bool]]:
+    """Start `any_of` in the background. The returned function waits for the slowest rank."""
+    if not td.is_initialized():
+        return lambda: flags
+    names = sorted(flags)
+    tensor = torch.tensor([float(flags[name]) for name in names])
+    work = td.all_reduce(tensor, async_op=True)
+    assert work is not None
+
+    def result() -> dict[str, bool]:
+        work.wait()
+        return {name: value > 0 for name, value in zip(names, tensor.tolist(), strict=True)}
+
+    return result
 
 
 def gather(rows: Tensor) -> list[Tensor]:

@@ -25,12 +25,12 @@ Ending = Literal["done", "minutes", "stopped", "failed"]
 
 
 @contextmanager
-def sole_owner(folder: Path, what: str) -> Iterator[FolderOwner]:
+def sole_owner(folder: Path, what: str, option: str = "--out") -> Iterator[FolderOwner]:
     """On all ranks: hold a folder for this run alone, by a claim of rank 0 (`FolderOwner`).
 
     Raises UserError on all ranks while another run holds it.
     """
-    owner, refusal = FolderOwner(folder, what), ""
+    owner, refusal = FolderOwner(folder, what, option=option), ""
     with ExitStack() as stack:
         if process_group.rank() == 0:
             try:

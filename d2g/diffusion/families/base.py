@@ -43,6 +43,8 @@ class ExportFormat(NamedTuple):
     name: Literal["safetensors", "diffusers", "lora", "comfyui", "onnx"]
     schedules: tuple[ScheduleKind, ...]
     unconditional_only: bool = False
+    reason: str = ""
+    """Why other students of the family cannot have it, for the table of stages."""
 
 
 class Family(ABC):

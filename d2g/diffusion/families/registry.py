@@ -60,6 +60,7 @@ def _formats(family: Family) -> str:
     for export in family.exports:
         only = "unconditional only" if export.unconditional_only else ""
         conditions = ", ".join(filter(None, [_condition(family, export.schedules), only]))
+        conditions += f": {export.reason}" if export.reason else ""
         formats.append(f"{export.name} ({conditions})" if conditions else export.name)
     return ", ".join(formats) or "no"
 

@@ -33,7 +33,12 @@ class UNet2D(UNetFamily):
     exports = (
         ExportFormat("safetensors", ("vp", "edm")),
         ExportFormat("onnx", ("vp", "edm")),
-        ExportFormat("diffusers", ("vp",), unconditional_only=True),
+        ExportFormat(
+            "diffusers",
+            ("vp",),
+            unconditional_only=True,
+            reason="no scheduler starts at sigma_max, no pipeline passes a class or loads adapters",
+        ),
     )
 
     def conditioner(

@@ -1,0 +1,161 @@
+"""Training steps of published sizes with random weights: the real step, without files of weights or pairs.
+
+benchmarks/gpu.py times it, and tests/fake_cuda.py runs it on fake tensors to check the memory forecast.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from d2g.core.distributed import sharded_checkpoint
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.pipelines import open_pipeline
+from distill.config.run import DistillConfig
+from distill.losses.noise_augmentation import build_noise_augmentation
+from distill.losses.regression.base import FrozenNetworks
+from distill.losses.regression.regression import Regression
+from distill.models.discriminators import DISCRIMINATORS
+from distill.models.student import Student, meta_student, set_trainable
+from distill.training.finite_check import FiniteCheck
+from distill.training.logit_stats import LogitStats
+from distill.training.microbatch import StepPreparation
+from distill.training.real_rows import RealRows
+from distill.training.state import State, state_of
+from distill.training.step import StepContext, train_step
+from distill.training.text_cache import TextCache
+from latent_lpips.config import LPIPSConfig
+from latent_lpips.distance import LatentLPIPS
+from pairgen.store.hdf5 import PairBatch
+
+Fill = Callable[[nn.Module, torch.device], None]
+
+
+def fill_randomly(network: nn.Module, device: torch.device) -> None:
+    """Give a network on meta random weights on the device: Kaiming's scale, norms of 1, biases of 0."""
+    network.to_empty(device=device)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.dim() > 1:
+                p.normal_(std=1 / math.sqrt(p[0].numel()))
+            else:
+                p.fill_(float(name.endswith("weight")))
+        for buffer in network.buffers():
+            buffer.zero_()
+
+
+class Flops(TorchDispatchMode):
+    """Counts the FLOP of matrix products, convolutions and attention, with torch's formulas.
+
+    FlopCounterMode also follows modules, which fails where a gradient is asked of a leaf.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class RandomStep:
+    """Training steps of a config on one process. Text encoders are left out: their output is random.
+
+    fill: gives networks on meta their weights. The teacher needs configs only.
+    """
+
+    def __init__(
+        self, config: DistillConfig, device: torch.device, folder: Path, fill: Fill = fill_randomly
+    ) -> None:
+        self.config, self.device = config, device
+        self.student: Student = meta_student(
+            config.teacher, config.student_timestep, config.student, config.seed
+        )
+        self.state = self._state(fill)
+        regression = self._regression(fill)
+        gan = config.gan if config.stage == "gan" else None
+        noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
+        logit_stats = LogitStats()
+        shape = self.student.latent_shape
+        writer = sharded_checkpoint.Writer(folder)
+        self.finite = FiniteCheck(folder, "", self.state, logit_stats, writer, device)
+        encode = TextCache(self._encode, 0, device)
+        self.prepare = StepPreparation(
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            microbatches=config.engine.gradient_accumulation,
+            dropout=config.student.dropout > 0,
+            gan=gan,
+            regression=regression,
+            noise_augment=noise_augment,
+            encode=encode,
+            device=device,
+        )
+        self.context = StepContext(
+            state=self.state,
+            regression=regression,
+            noise_augment=noise_augment,
+            mix_in_real_images=RealRows(None, config.teacher, config.seed, shape, encode, device),
+            gan=config.gan,
+            student_optim=config.optim,
+            batch_size=config.train.batch_size,
+            logit_stats=logit_stats,
+            autocast=lambda: torch.autocast(
+                device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
+            ),
+            waiting=nullcontext,
+            stop_updates=self.finite.stop_updates,
+        )
+        self.batch = self._batch(shape)
+
+    def __call__(self, at_once: bool = False) -> None:
+        """Take a step; with `at_once`, wait until it is done."""
+        self.finite.begin_step(self.batch)
+        train_step(self.context, *self.prepare(self.batch, self.state.nimg))
+        self.state.nimg += self.config.train.batch_size
+        self.state.steps += 1
+        self.finite.end_step(at_once)
+
+    def _state(self, fill: Fill) -> State:
+        config = self.config
+
+        def discriminator() -> nn.Module:
+            network = DISCRIMINATORS[config.gan.discriminator].build_on_meta(config.teacher, config.gan)
+            fill(network, self.device)
+            return network
+
+        def student() -> Student:
+            fill(self.student, self.device)
+            set_trainable(self.student, config.student)
+            return self.student
+
+        return state_of(config, self.device, student, discriminator)
+
+    def _regression(self, fill: Fill) -> Regression:
+        bf16 = self.config.train.precision == "bf16"
+        with torch.device("meta"):
+            metric = LatentLPIPS(LPIPSConfig(channels=self.student.latent_shape[0]))
+            metric.fold("bf16" if bf16 else "fp32")
+        fill(metric, self.device)
+        return Regression(self.config.regression, FrozenNetworks(metric, None))
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        student = self.student
+        pipeline: Any = open_pipeline(self.config.teacher)
+        cond = student.family.fake_conditioning(pipeline, student.network.config, len(prompts))
+        return cond.map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=self.device))
+
+    def _batch(self, shape: tuple[int, int, int]) -> PairBatch:
+        rows, rng = self.config.train.batch_size, torch.Generator().manual_seed(0)
+        noise, latents = (torch.randn(rows, *shape, generator=rng).half() for _ in range(2))
+        index = torch.arange(rows)
+        return PairBatch(
+            index=index, noise=noise, latents=latents, prompts=[f"prompt {n}" for n in range(rows)]
+        )

@@ -1,0 +1,64 @@
+"""How CUDA computes fp32 matrix products and convolutions: the one place that decides it.
+
+By default PyTorch rounds the inputs of cuDNN's convolutions to TF32 (a mantissa of 10 bits), but not those of
+matrix products. Here both follow one decision. It has no effect on a CPU, nor on bf16 and fp16 tensors.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from d2g.core.logs import log_once
+
+
+def set_exact_fp32(device: torch.device) -> None:
+    """Compute in IEEE fp32 on CUDA. `process_group.init` calls it."""
+    if device.type == "cuda":
+        _allow_tf32(False)
+
+
+def set_training_arithmetic(device: torch.device, bf16: bool) -> None:
+    """Decide the arithmetic of a training run on CUDA, and log the decision.
+
+    An fp32 run is exact. In a bf16 run TF32 may serve what stays in fp32, such as the autoencoder; what must
+    be exact is inside `exact_fp32`. cuDNN times its algorithms at the first use of each shape: the shapes of
+    a step are always the same.
+    """
+    if device.type != "cuda":
+        return
+    _allow_tf32(bf16)
+    torch.backends.cudnn.benchmark = True
+    log_once(
+        "CUDA arithmetic: networks in bf16; what stays in fp32 may use TF32, except R1 and LatentLPIPS' fp32 "
+        "layers, which are exact"
+        if bf16
+        else "CUDA arithmetic: IEEE fp32 everywhere, no TF32"
+    )
+
+
+def exact_fp32(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which CUDA computes in IEEE fp32. A backward pass must run inside, too.
+
+    torch.compile cannot trace the switch: in compiled code the caller's choice holds.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return nullcontext()
+    return _without_tf32()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    _allow_tf32(False)
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _allow_tf32(allow: bool) -> None:
+    # The older of torch's two interfaces: inductor and other packages read it, and mixing the two raises.
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow

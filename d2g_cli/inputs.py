@@ -1,0 +1,140 @@
+"""What `--dry-run` checks: that every input that a command names exists."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from d2g.core.errors import UserError
+from d2g.core.logs import logger
+
+Check = Callable[[str, str], None]
+"""(option, value): raises UserError for an input that does not exist."""
+
+
+def check_inputs(inputs: Mapping[str, Any]) -> None:
+    """Check inputs by option name, such as {"--teacher": "miniature"}; empty values and None are left out.
+
+    A value may be a list of values. Raises UserError for the first input that does not exist.
+    """
+    for option, value in inputs.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        for one in values:
+            if one not in (None, ""):
+                CHECKS.get(option, _path)(option, str(one))
+
+
+def _path(option: str, value: str) -> None:
+    """A file or folder on this disk, or a URL, which is not opened."""
+    if "://" in value:
+        logger.info("%s %s is not checked: it is a URL", option, value)
+    elif not Path(value).exists():
+        raise UserError(f"{option} {value}: no such file or folder; check the name")
+
+
+def _prompts(option: str, value: str) -> None:
+    if value != "-":
+        _path(option, value)
+
+
+def _pairs(option: str, value: str) -> None:
+    """Pair stores, separated by commas."""
+    from pairgen.store.spec import read_spec
+
+    for store in value.split(","):
+        if "://" in store:
+            _path(option, store)
+        else:
+            read_spec(Path(store))
+
+
+def _pipeline(option: str, value: str) -> None:
+    """A teacher, or another pipeline: a finished folder, a shipped name or a hub id."""
+    from d2g.diffusion.pipelines import SHIPPED, resolve
+
+    if value in SHIPPED or Path(value).exists():
+        resolve(value)
+    else:
+        _hub_id(option, value, "model_index.json")
+
+
+def _hub_id(option: str, value: str, *files: str) -> None:
+    """A hub id, by a question to the hub. Without a connection the log says that it is not checked."""
+    from d2g.diffusion.hub import has_file
+
+    # A name below a folder of this disk is a path.
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value) or Path(value).parent.is_dir():
+        raise UserError(
+            f"{option} {value}: no such folder; give a folder in diffusers layout or a hub id org/name"
+        )
+    answers = [has_file(value, file) for file in files]
+    if not any(answers) and None not in answers:
+        raise UserError(
+            f"{option} {value}: no such folder here, and no such model on the hub; check the name"
+        )
+    if not any(answers):
+        logger.info("%s %s is not checked: the hub cannot be reached", option, value)
+
+
+def _autoencoder(option: str, value: str) -> None:
+    from d2g.diffusion.pipelines import SHIPPED
+
+    if value not in SHIPPED and not Path(value).exists():
+        _hub_id(option, value, "model_index.json", "config.json")
+
+
+def _student(option: str, value: str) -> None:
+    """A run with a checkpoint, an exported student, or a shipped name."""
+    from distill.sampling import student_folder
+
+    student_folder(value)
+
+
+def _init(option: str, value: str) -> None:
+    if value != "teacher":
+        _student(option, value)
+
+
+def _named_path(option: str, value: str) -> None:
+    """NAME=PATH, or a path."""
+    if not Path(value.rpartition("=")[2]).exists():
+        _path(option, value)
+
+
+def _against(option: str, value: str) -> None:
+    """A teacher, or a folder of images."""
+    if not Path(value).is_dir() or (Path(value) / "model_index.json").is_file():
+        _pipeline(option, value)
+
+
+def _clip(option: str, value: str) -> None:
+    """A folder, or the name of a CLIP, which is not checked."""
+    if "/" in value and ":" not in value:
+        _path(option, value)
+
+
+def _data(option: str, value: str) -> None:
+    if value != "scenes":
+        _path(option, value)
+
+
+CHECKS: Mapping[str, Check] = {
+    "--prompts": _prompts,
+    "--pairs": _pairs,
+    "--teacher": _pipeline,
+    "--pipeline": _pipeline,
+    "--latents": _autoencoder,
+    "--decoder": _autoencoder,
+    "--student": _student,
+    "--init": _init,
+    "--weights": _named_path,
+    "--against": _against,
+    "--clip": _clip,
+    "--data": _data,
+}
+"""How options are checked; the others are files or folders."""
+
+
+def named(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The inputs of a config by their option, from names of its settings."""
+    return {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}

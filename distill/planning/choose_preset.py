@@ -1,0 +1,41 @@
+"""The preset of a run where none is named: by the size and the family of its teacher."""
+
+from math import prod
+from pathlib import Path
+
+from d2g.diffusion import pretrained
+from d2g.diffusion.pipelines import open_pipeline
+from distill.config.presets import DISTILL_PRESETS
+
+DEFAULT = "sd15-cfg8"
+"""The preset for Stable Diffusion 1.5, and where the teacher is not on this disk."""
+SMALL = 100_000_000
+"""Parameters of a denoiser below which a teacher gets the plan of the miniature, which a CPU can train."""
+
+OF_FAMILY = {
+    "sdxl": "sdxl-cfg7",
+    "unet2d": "cifar10",
+    "dit": "dit-xl-256",
+    "pixart": "pixart-sigma-512",
+    "sd3": "sd35-medium",
+}
+"""Presets by the name of the family; the others take DEFAULT."""
+
+
+def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
+    """(name of the preset, reason in words) for a stage of a run with this teacher; "" for none.
+
+    Reads the teacher's configs, no weights. Raises UserError for a folder that is no teacher.
+    """
+    if not teacher:
+        return DEFAULT, "no teacher is named"
+    if teacher not in pretrained.SHIPPED and not Path(teacher).is_dir():
+        return DEFAULT, f"teacher {teacher} is not on this disk"
+    family = open_pipeline(teacher).family
+    network = pretrained.load_on_meta(teacher, family.network)
+    size = sum(prod(parameter.shape) for parameter in network.parameters())
+    reason = f"teacher {teacher} ({family.title}) has {size / 1e6:,.1f} million parameters"
+    small = "small-transformer" if family.network == "transformer" else "miniature"
+    name = small if size < SMALL else OF_FAMILY.get(family.name, DEFAULT)
+    # A preset without the stage is no choice.
+    return (name if stage in DISTILL_PRESETS[name] else small), reason

@@ -1,0 +1,97 @@
+"""Stops a run before an update with a loss or a gradient that is not finite.
+
+The check runs on the device, where it switches the optimizers off. The host reads the result one step later,
+or before anything is written, so that it never waits for the device inside a step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from d2g.core.distributed.sharded_checkpoint import Writer
+from d2g.core.transfer import HostCopy
+from distill.training.data import bad_pairs
+from distill.training.failure import not_finite_error, write_failure
+from distill.training.logit_stats import LogitStats
+from distill.training.state import State
+from pairgen.store.hdf5 import PairBatch
+
+
+@dataclass
+class _Step:
+    """What the error needs to know of a step."""
+
+    number: int
+    nimg: int
+    batch: PairBatch
+    updates: list[tuple[str, Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    """Name of the gradient, its norm, and the loss terms so far, of each update."""
+    logits: LogitStats = field(init=False)
+    stopped: HostCopy = field(init=False)
+
+
+class FiniteCheck:
+    """Stops all updates from the first loss or gradient on that is not finite, then the run.
+
+    Call `begin_step` and `end_step` around each step, on every rank.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        pairs: str,
+        state: State,
+        logit_stats: LogitStats,
+        writer: Writer,
+        device: torch.device,
+    ) -> None:
+        self.run, self.pairs, self.state = run, pairs, state
+        self.logit_stats, self.writer = logit_stats, writer
+        self.stopped = torch.zeros((), device=device)
+        self.step: _Step | None = None
+        self.previous: _Step | None = None
+
+    def begin_step(self, batch: PairBatch) -> None:
+        """Begin the step that trains on `batch`."""
+        self.step = _Step(self.state.steps, self.state.nimg, batch)
+
+    def stop_updates(self, name: str, norm: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+        """1 if `norm` or one since the start of the run is not finite, else 0: fp32 [] on the device.
+
+        The norm is the same on every rank. A loss that is not finite makes it NaN (step.one_or_nan).
+        """
+        assert self.step is not None
+        self.step.updates.append((name, norm, dict(terms)))
+        self.stopped = torch.maximum(self.stopped, norm.isfinite().logical_not().float())
+        return self.stopped
+
+    def end_step(self, at_once: bool) -> None:
+        """Raise FloatingPointError if updates have stopped in the step before, or with `at_once` in this one.
+
+        RUN/failure is written first.
+        """
+        assert self.step is not None
+        self.step.logits, self.step.stopped = self.logit_stats.copy(), HostCopy(self.stopped)
+        for step in (self.previous, self.step if at_once else None):
+            if step is not None and bool(step.stopped.read()):
+                self._fail(step)
+        self.previous = None if at_once else self.step
+
+    def _fail(self, step: _Step) -> None:
+        name, norm, terms = next(update for update in step.updates if not torch.isfinite(update[1]))
+        self.writer.finish()  # a checkpoint that is being written stays usable
+        write_failure(
+            self.run,
+            step=step.number,
+            nimg=step.nimg,
+            gradient=name,
+            norm=norm,
+            pairs=step.batch.index.tolist(),
+            terms=terms,
+            logits=step.logits.latest(),
+        )
+        bad = bad_pairs(step.batch, self.pairs) if self.pairs else ""
+        raise not_finite_error(name, norm, terms, step.nimg, self.run, bad)

@@ -1,0 +1,52 @@
+"""d2g.core.precision: TF32 is allowed in bf16 training only, and never in what must be exact."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from d2g.core.precision import exact_fp32, set_exact_fp32, set_training_arithmetic
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def tf32() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    before, benchmark = tf32(), torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_training_run_decides_once(bf16: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "d2g"):
+        for _ in range(2):
+            set_training_arithmetic(CUDA, bf16)
+    assert tf32() == (bf16, bf16) and torch.backends.cudnn.benchmark
+    (line,) = [record.message for record in caplog.records if "CUDA arithmetic" in record.message]
+    assert ("may use TF32, except R1" in line) == bf16 and ("no TF32" in line) != bf16
+    assert torch.get_float32_matmul_precision() == ("high" if bf16 else "highest")
+
+
+def test_exact_arithmetic_ends_with_its_context() -> None:
+    set_training_arithmetic(CUDA, bf16=True)
+    with pytest.raises(ZeroDivisionError), exact_fp32(CUDA):
+        assert tf32() == (False, False)
+        raise ZeroDivisionError
+    assert tf32() == (True, True)
+    set_exact_fp32(CUDA)
+    assert tf32() == (False, False)
+
+
+def test_nothing_changes_on_a_cpu() -> None:
+    before = tf32(), torch.backends.cudnn.benchmark
+    set_training_arithmetic(CPU, bf16=True)
+    set_exact_fp32(CPU)
+    with exact_fp32(CPU):
+        assert (tf32(), torch.backends.cudnn.benchmark) == before

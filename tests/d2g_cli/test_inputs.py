@@ -1,0 +1,102 @@
+"""`--dry-run` checks that inputs exist; `d2g distill` without `--preset` chooses one and says so."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2g_cli.inputs import CHECKS, check_inputs
+from jobs import make_pairs
+from tiny_teachers import save_dit
+
+MISSING = [
+    ("pairs generate --teacher none --prompts {here}", "teacher none: no such folder"),
+    ("pairs generate --teacher miniature --prompts none.txt", "--prompts none.txt: no such file or folder"),
+    ("pairs plan --teacher miniature --prompts none.txt", "--prompts none.txt: no such file or folder"),
+    ("distill ode --teacher none --pairs {here}", "none"),
+    ("distill ode --teacher miniature --pairs none", "none/store.json"),
+    ("distill ode --teacher miniature --lpips none", "--lpips none: no such file or folder"),
+    ("distill gan --teacher miniature --init none", "student none: expected a run"),
+    ("sample --student none --prompt a", "student none: expected a run"),
+    ("sample --teacher none --prompt a", "--teacher none: no such folder"),
+    ("sample --prompts none.txt", "--prompts none.txt: no such file or folder"),
+    ("export --student none --format diffusers", "student none: expected a run"),
+    ("export --student miniature --format onnx --scores none.json", "--scores none.json: no such file"),
+    ("eval run --student none", "student none: expected a run"),
+    ("eval run --teacher miniature --reference none", "--reference none: no such file or folder"),
+    ("eval run --teacher miniature --weights dinov2=none", "--weights dinov2=none: no such file"),
+    ("eval run --images none", "--images none: no such file or folder"),
+    ("eval stats --images none --out x.safetensors", "--images none: no such file or folder"),
+    ("eval curve --teacher none --over guidance=1,2 --out x", "--teacher none: no such folder"),
+    ("lpips train --data none", "--data none: no such file or folder"),
+    ("lpips calibrate --latents none", "--latents none: no such folder"),
+    ("lpips score --weights none", "--weights none: no such file or folder"),
+    ("lpips overfit --data none", "--data none: no such file or folder"),
+    ("lpips triplets --data none", "--data none: no such file or folder"),
+    ("teacher train --data none", "none: no such file or folder"),
+    ("teacher train --init none", "teacher none: no such folder"),
+    ("teacher train --vae none/none", "autoencoder none/none: no such folder"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISSING)
+def test_a_dry_run_names_the_input_that_is_missing(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d2g: Any
+) -> None:
+    here = tmp_path / "here.txt"
+    here.write_text("a")
+    monkeypatch.chdir(tmp_path)
+    ended = d2g(*words.format(here=here).split(), "--dry-run")
+    assert ended.code == 1 and message in ended.error and ended.stdout == ""
+    assert list(tmp_path.iterdir()) == [here]
+
+
+def test_inputs_that_exist_pass(teacher: Path, tmp_path: Path, d2g: Any) -> None:
+    pairs = make_pairs(teacher, tmp_path)
+    words = ("--teacher", teacher, "--dry-run", "--json")
+    plan = d2g("pairs", "generate", "--prompts", tmp_path / "prompts.txt", *words).json
+    assert plan["config"]["prompts"] == str(tmp_path / "prompts.txt")
+    assert d2g("distill", "ode", "--pairs", pairs, *words).json["config"]["pairs"] == str(pairs)
+    assert d2g("sample", "--student", "miniature", "--prompt", "a", "--dry-run").code == 0
+    check_inputs({"--prompts": "-", "--pairs": "s3://bucket/pairs", "--init": "teacher", "--teacher": None})
+    assert set(CHECKS) >= {"--teacher", "--student", "--pairs"}
+
+
+def test_a_hub_id_is_not_fetched(d2g: Any) -> None:
+    """Without a connection the log says so. A name below a folder of this disk is a path."""
+    ended = d2g("pairs", "generate", "--teacher", "nobody/nothing", "--prompts", "-", "--dry-run")
+    assert (
+        ended.code == 0
+        and "--teacher nobody/nothing is not checked: the hub cannot be reached" in ended.stderr
+    )
+    ended = d2g("pairs", "generate", "--teacher", "tests/nothing", "--prompts", "-", "--dry-run")
+    assert ended.code == 1 and "--teacher tests/nothing: no such folder" in ended.error
+
+
+def test_a_small_teacher_gets_a_small_plan(teacher: Path, tmp_path: Path, d2g: Any) -> None:
+    ended = d2g("distill", "ode", "--teacher", teacher, "--dry-run", "--json")
+    assert ended.json["config"]["train"]["images"] == 24_000
+    assert (
+        f"no --preset: miniature, because teacher {teacher} (Stable Diffusion 1.x, 2.x) has 0."
+        in ended.stderr
+    )
+    named = d2g("distill", "ode", "--teacher", teacher, "--preset", "sd15-cfg8", "--dry-run", "--json")
+    assert named.json["config"]["train"]["images"] == 102_400_000 and "no --preset" not in named.stderr
+    # A transformer gets the discriminator that is made of it.
+    dit = save_dit(tmp_path / "dit")
+    gan = d2g("distill", "gan", "--teacher", dit, "--dry-run", "--json").json["config"]["gan"]
+    assert gan["discriminator"] == "transformer"
+    # Without a teacher: the published recipe for SD 1.5, as before.
+    ended = d2g("distill", "ode", "--dry-run", "--json")
+    assert ended.json["config"]["train"]["images"] == 102_400_000
+    assert "no --preset: sd15-cfg8, because no teacher is named" in ended.stderr
+
+
+def test_an_unfinished_teacher_is_refused_in_a_dry_run(teacher: Path, tmp_path: Path, d2g: Any) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    (folder / "training").mkdir()
+    (folder / "training" / "config.json").write_text("{}")
+    for words in (("pairs", "generate"), ("distill", "ode"), ("eval", "run"), ("sample", "--prompt", "a")):
+        error = d2g(*words, "--teacher", folder, "--dry-run").error
+        assert "its training is not finished" in error

@@ -1,0 +1,43 @@
+"""The commands of docs/own-pictures.md run."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from own_pictures import image_folder
+
+PAGE = (Path(__file__).parents[1] / "docs" / "own-pictures.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d2g: Any) -> None:
+    """All of them, in order, on 40 small pictures, with the lengths that the page gives for a trial."""
+    (tmp_path / "pictures").mkdir()
+    image_folder(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    outputs = {}
+    for line in block.splitlines():
+        if assignment := re.fullmatch(r'([A-Z]+)=(?:"(.*)"|(.*))', line):
+            monkeypatch.setenv(assignment[1], assignment[2] or assignment[3])
+        elif line:
+            words = shlex.split(os.path.expandvars(line), comments=True)
+            assert words[0] == "d2g"
+            ended = d2g(*words[1:])
+            assert ended.code == 0, (line, ended.stderr)
+            outputs[" ".join(words[1:3])] = ended
+    # What each command promises.
+    assert "plan: 40 pictures, 40 of them with a caption" in outputs["teacher train"].stderr
+    assert "this teacher is not trained" in outputs["teacher info"].stdout
+    assert "these pairs are" in outputs["pairs stats"].stdout
+    assert "no --preset: miniature, because teacher teacher" in outputs["distill gan"].stderr
+    assert "left out: fid, kid, pr (no feature network" in outputs["eval run"].stderr
+    assert (tmp_path / "teacher" / "report.html").is_file() and (tmp_path / "results/report.html").is_file()
+    # 8 different captions: student and teacher side by side.
+    with Image.open(tmp_path / "samples" / "both" / "grid.png") as grid:
+        assert grid.size == (2 * 34, 8 * 34)
