@@ -25,7 +25,7 @@ SAMPLES = 16
 SAMPLE_STEPS = 20
 SAMPLE_GUIDANCE = 3.0
 
-LEAST_GAIN = 0.8
+LEAST_GAIN = 0.75
 """A trained network's loss is below this share of the loss of the best denoiser without any structure."""
 LEAST_PSNR_GAIN = 3.0
 """A trained autoencoder's PSNR is this many dB above that of the mean picture."""
