@@ -148,7 +148,9 @@ def test_head_positions_and_shapes(teacher: Path) -> None:
 
 
 def test_disabled_options(teacher: Path) -> None:
-    discriminator = build(teacher, z_conditioning=False, multi_scale_input=False, multi_scale_output=False)
+    discriminator = build(
+        teacher, z_conditioning=False, mix_z=0.0, multi_scale_input=False, multi_scale_output=False
+    )
     assert (
         discriminator.conv_z is None
         and discriminator.conv_scale is None
