@@ -1,6 +1,5 @@
 """`d2g launch`: any command in several processes, on one machine or many, through torchrun."""
 
-import logging
 import os
 import signal
 import sys
@@ -13,12 +12,6 @@ from d2g_cli.terminal import print_line
 
 MOST_CPU_PROCESSES = 8
 """Processes that `cpu_processes` uses at most: the small jobs that it is for do not divide further."""
-
-SIGNAL_OPTIONS = {
-    "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    "--shutdown-timeout": "600",
-}
-"""Options of torchrun: signals to pass on to the processes, and seconds until it kills the processes."""
 
 
 def launch(
@@ -41,14 +34,14 @@ def launch(
 
     `pairs generate` needs no launch: start it as often as you like, on as many machines as you like.
     """
+    for name, value, least in (("--gpus", gpus, 1), ("--nodes", nodes, 1), ("--restarts", restarts, 0)):
+        if value is not None and value < least:
+            raise SettingError(f"{name} is {value}; expected {least} or more")
     command = context.args
     if not command or command[0].startswith("-"):
         raise SettingError("no command to launch; write it after --, as in `d2g launch -- distill ode ...`")
     if command[0] == "launch":
         raise SettingError("`d2g launch` cannot launch itself")
-    for name, value in (("--gpus", gpus), ("--nodes", nodes)):
-        if value is not None and value < 1:
-            raise SettingError(f"{name} is {value}; expected 1 or more")
     if nodes > 1 and not rendezvous:
         raise SettingError(
             f"--nodes {nodes} needs --rendezvous HOST:PORT, an address of one of them that all can reach"
@@ -76,35 +69,14 @@ def run_in_processes(
     are faster than threads of one process, and slow down in proportion where other programs use the cores.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
+    from d2g.core.distributed.torchrun import run_module
 
-    # The failed process says what went wrong; torchrun would repeat it as a traceback.
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    meeting = ["--standalone"]
-    if nodes > 1:
-        meeting = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous]
-        meeting += ["--rdzv-id", job]
-    options = [*meeting, "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-    # Signals go on to the processes, which get time to save a checkpoint. Older torchruns lack these options.
-    parser = get_args_parser()
-    for name, value in SIGNAL_OPTIONS.items():
-        if name in parser.format_usage():
-            options += [name, value]
-    try:
-        run(parser.parse_args([*options, "--module", "d2g_cli", *command]))
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code
-    except SignalException as error:
-        # Ctrl-C reaches the processes too, and rank 0 prints its line; other signals come to this one alone.
-        if error.sigval != signal.SIGINT:
-            print_line(f"error: stopped by {error.sigval.name}; run the same command again", sys.stderr)
-        return 128 + int(error.sigval)
-    return 0
+    code = run_module("d2g_cli", command, processes, nodes, rendezvous, job, restarts)
+    # Ctrl-C reaches the processes too, and rank 0 prints its line; other signals reach one process alone.
+    if code > 128 and code != 128 + signal.SIGINT:
+        name = signal.Signals(code - 128).name
+        print_line(f"error: stopped by {name}; run the same command again", sys.stderr)
+    return code
 
 
 def cpu_processes() -> int:

@@ -32,7 +32,7 @@ CHECKPOINT, WORKFLOW = "one-step.safetensors", "workflow.json"
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 """Prediction of the network -> name in ComfyUI's node ModelSamplingDiscrete."""
 
-SIZES: dict[str, dict[str, Any]] = {
+PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {
         "block_out_channels": [320, 640, 1280, 1280],
         "cross_attention_dim": 768,
@@ -126,7 +126,7 @@ def _comfyui_schedule(teacher: str, kind: str) -> Schedule:
     from diffusers import DDIMScheduler
 
     instead = "export the student with --format diffusers or safetensors"
-    config = pretrained.load_on_meta(teacher, "unet").config if kind in SIZES else None
+    config = pretrained.load_on_meta(teacher, "unet").config if kind in PUBLISHED_SIZES else None
     if config is None or (kind == "StableDiffusionPipeline" and config.use_linear_projection):
         name = "Stable Diffusion 2" if config is not None else kind
         raise UserError(f"teacher {teacher} is a {name}; the format comfyui has SD 1.x and SDXL; {instead}")
@@ -191,7 +191,7 @@ def _unlike_published(one: OneStep, kind: str) -> list[str]:
     actual = {**one.student.network.config, "scaling_factor": one.vae.config.scaling_factor}
     unlike = [
         f"{name} {actual[name]} instead of {value}"
-        for name, value in SIZES[kind].items()
+        for name, value in PUBLISHED_SIZES[kind].items()
         if (list(actual[name]) if isinstance(value, list) else actual[name]) != value
     ]
     if unlike:

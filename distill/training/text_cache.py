@@ -8,14 +8,14 @@ import torch
 from d2g.core.transfer import to_device, to_host
 from d2g.diffusion.conditioning import Conditioning
 
-ENCODE_BATCH = 8
+PROMPTS_AT_ONCE = 8
 """Prompts that are encoded together."""
 
 
 class TextCache:
     """Wraps `encode` with a least-recently-used cache of `limit` prompts on the CPU; 0 disables the cache.
 
-    With the cache, new prompts are always encoded ENCODE_BATCH at a time; repeats of the last one fill a
+    With the cache, new prompts are always encoded PROMPTS_AT_ONCE at a time; repeats of the last one fill a
     batch up. The rounding of an embedding depends on the size of its batch, and a resumed run must not differ
     from an uninterrupted one by the content of its cache.
     """
@@ -33,9 +33,9 @@ class TextCache:
         # Encode what is not in the cache.
         distinct = list(dict.fromkeys(prompts))
         missing = [prompt for prompt in distinct if prompt not in self.cache]
-        for start in range(0, len(missing), ENCODE_BATCH):
-            new = missing[start : start + ENCODE_BATCH]
-            encoded = self.encode([*new, *new[-1:] * (ENCODE_BATCH - len(new))])
+        for start in range(0, len(missing), PROMPTS_AT_ONCE):
+            new = missing[start : start + PROMPTS_AT_ONCE]
+            encoded = self.encode([*new, *new[-1:] * (PROMPTS_AT_ONCE - len(new))])
             for row, prompt in enumerate(new):
                 self.cache[prompt] = encoded[row : row + 1].map(to_host)
         # Copy the rows back, then forget what was not used for longest.

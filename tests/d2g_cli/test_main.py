@@ -80,7 +80,10 @@ def test_the_documented_commands_exist() -> None:
 
 def test_help_does_not_import_torch() -> None:
     """In a new process, because the tests have imported torch."""
-    code = "import sys, cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom d2g_cli.__main__ import main\n"
+        "try: main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    )
     for words in (["--help"], ["distill", "gan", "--help"]):
         process = subprocess.run(
             [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
@@ -112,7 +115,7 @@ def test_version_in_a_new_process() -> None:
         ("distill gan --set gan.r1_gama=2", "did you mean 'gan.r1_gamma'?"),
         ("distill gan --set gan=2", "is a group; set one of its members"),
         ("distill gan --set train.images=-1", "train.images is -1"),
-        ("distill ode", "pairs is not set; give --pairs"),
+        ("distill ode", "teacher is not set; give --teacher"),
         ("distill ode --minutes -1", "train.minutes is -1.0; expected a positive number"),
         ("distill ode --minutes nan", "--minutes is nan; expected a finite number"),
         ("distill ode --set optim.lr=Infinity", "'optim.lr' is 'Infinity'; expected a finite number"),

@@ -77,7 +77,7 @@ def test_json_and_terminal_list_the_same_settings(d2g: Any) -> None:
 )
 def test_help_and_settings_do_not_import_torch(words: list[str]) -> None:
     code = (
-        "import sys, cli\ntry: cli.main(sys.argv[1:])\n"
+        "import sys\nfrom d2g_cli.__main__ import main\ntry: main()\n"
         "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)

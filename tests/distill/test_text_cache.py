@@ -9,7 +9,7 @@ import torch
 
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from distill.training.text_cache import ENCODE_BATCH, TextCache
+from distill.training.text_cache import PROMPTS_AT_ONCE, TextCache
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -37,7 +37,7 @@ def test_misses_are_encoded_in_batches_of_one_size(encode: Recorder) -> None:
     cache = TextCache(encode, 100, CPU)
     encode.batches.clear()
     cache([*PROMPTS, *PROMPTS[:3]])
-    assert [len(batch) for batch in encode.batches] == [ENCODE_BATCH] * 2
+    assert [len(batch) for batch in encode.batches] == [PROMPTS_AT_ONCE] * 2
     assert [*dict.fromkeys(chain(*encode.batches))] == PROMPTS
     cache(PROMPTS)
     assert len(encode.batches) == 2, "everything is in the cache"
