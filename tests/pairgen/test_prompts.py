@@ -122,7 +122,7 @@ def test_missing_file_folder_and_missing_parquet_column(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.parquet"):
         read_prompts(tmp_path / "nowhere.parquet")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match=r"folder\.txt holds no prompts"):
         read_prompts(tmp_path / "folder.txt")
     with pytest.raises(UserError, match="found id, title"):
         read_prompts(_table(tmp_path / "p.parquet", [["id", "title"], ["1", "a"]]))
