@@ -57,6 +57,7 @@ def test_a_process_of_torchrun_starts_no_others(monkeypatch: pytest.MonkeyPatch)
     assert count & (count - 1) == 0 and 1 <= count <= usable_cores()
 
 
+@pytest.mark.slow
 def test_a_failed_command_gives_its_exit_code_and_one_line() -> None:
     command = [*COMMAND, "launch", "--gpus", "2", "--", "distill", "ode", "--preset", "no-such-preset"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

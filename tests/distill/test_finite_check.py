@@ -122,6 +122,7 @@ def test_a_loss_that_is_infinite_on_one_rank_stops_both(
     assert not read_stats(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_ranks_exchange_their_flags_in_the_background(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     """Between reports, a time limit stops both ranks at the same image."""
     config = distill_config(teacher, pairs, "train.report_images=100000", "train.images=400000")

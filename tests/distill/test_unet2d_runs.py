@@ -138,7 +138,8 @@ def test_the_gan_stage_resumes_bit_for_bit(
     assert load_student(str(run))(prompts).dtype == torch.uint8
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(
     engine: str, teachers: dict[str, Path], stores: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:

@@ -210,6 +210,7 @@ def test_a_folder_without_a_preset_is_quick(tmp_path: Path, d2g: Any) -> None:
     assert "no --preset: quick, about 15 minutes" in ended.stderr and "no such file" in ended.error
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_teacher(data: Path, tmp_path: Path) -> None:
     """The lengths that rank 0 measures are those of all ranks, and rank 0 alone writes the results."""
     out = tmp_path / "teacher"
