@@ -66,6 +66,7 @@ def one_process(teacher: str, parts: int, half: bool) -> dict[str, Tensor]:
     return results | {f"weight.{n}": p.detach() for n, p in network.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "case"), [(family, case) for family, cases in FAMILIES.items() for case in cases]
 )
