@@ -26,6 +26,7 @@ from distill.models.student import Student, meta_student, set_trainable
 from distill.training.finite_check import FiniteCheck
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import StepPreparation
+from distill.training.real_images import TEXT
 from distill.training.real_rows import RealRows
 from distill.training.state import State, state_of
 from distill.training.step import StepContext, train_step
@@ -102,7 +103,7 @@ class RandomStep:
             state=self.state,
             regression=regression,
             noise_augment=noise_augment,
-            mix_in_real_images=RealRows(None, config.teacher, config.seed, shape, encode, device),
+            mix_in_real_images=RealRows(None, config.teacher, config.seed, shape, TEXT, encode, device),
             gan=config.gan,
             student_optim=config.optim,
             batch_size=config.train.batch_size,

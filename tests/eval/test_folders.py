@@ -93,9 +93,7 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.parquet row 1 is not a readable image"):
         load_all(read_images(file))
     pq.write_table(pa.table({"image": [{"bytes": None, "path": "x.png"}]}), file)
-    with pytest.raises(
-        UserError, match=r"row 0: `image` names a file \(x.png\) and holds no bytes"
-    ):
+    with pytest.raises(UserError, match=r"row 0: `image` names a file \(x.png\) and holds no bytes"):
         load_all(read_images(file))
 
 
