@@ -150,7 +150,7 @@ def test_paths_that_are_not_utf_8(tmp_path: Path) -> None:
     )
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["out"] == os.fsdecode(folder + b"/out")
-    assert sorted(os.listdir(folder + b"/out")) == [b"00000.png", b"grid.png"]
+    assert sorted(os.listdir(folder + b"/out")) == [b"grid.png", b"student", b"teacher"]
 
 
 def test_prompts_that_are_not_utf_8_are_refused(tmp_path: Path, d2g: Any) -> None:
