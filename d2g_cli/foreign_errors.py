@@ -9,6 +9,11 @@ MEMORY = (
 )
 _DEVICE_BUSY = ("busy or unavailable", "no CUDA-capable device", "CUDA driver", "invalid device ordinal")
 _NO_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_DISK_FULL = (
+    *("No space left on device", "Disk quota exceeded", "File too large", "os error 28", "os error 122"),
+    *("requested and", "PytorchStreamWriter failed writing", "inline_container.cc"),
+)
+"""What safetensors (as text of its own errors), numpy (`4 requested and 2 written`) and torch.save say."""
 _SYSTEM = {
     errno.ENOSPC: "the disk is full; free space and run the same command again",
     errno.EDQUOT: "your quota of the disk is used up; free space and run the same command again",
@@ -43,6 +48,9 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         return f"{file}{_SYSTEM[error.errno]} ({error.strerror})"
+    if isinstance(error, OSError | RuntimeError) or kind == "SafetensorError":
+        if _says(text, _DISK_FULL):
+            return f"the disk is full ({text[:200]}); free space and run the same command again"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return f"the package {package} is not installed; `pip install {package}`"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.torch_files import load_tensors
 from latent_lpips.distance import PerceptualDistance, require_nonnegative_heads
 
 LPIPS_NETS = ("vgg", "alex", "squeeze")
@@ -88,7 +89,7 @@ def _published(net: str, download: bool) -> Any:
 def _load_torchvision(trunk: nn.Module, file: Path, net: str) -> None:
     """Load torchvision's tensors into the package's slices, which call features.3.weight slice2.3.weight."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_tensors(file)
         names = trunk.state_dict()
         trunk.load_state_dict({name: state[f"features.{name.partition('.')[2]}"] for name in names})
     except FileNotFoundError as error:

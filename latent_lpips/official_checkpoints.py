@@ -18,6 +18,7 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
+from d2g.core.torch_files import load_tensors
 from d2g.diffusion.latents import LatentSpace
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
@@ -93,7 +94,7 @@ def check_state_dict(
 
 def _unpickle(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, expected an elatentlpips checkpoint") from error
     except Exception as error:  # on damaged bytes the unpickler raises almost anything

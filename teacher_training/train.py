@@ -16,6 +16,7 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
+from d2g.core.torch_files import load_tensors
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import encode, from_uint8
 from d2g.diffusion.pipelines import TRAINING
@@ -247,7 +248,7 @@ def _latents(job: TeacherJob) -> Tensor:
         torch.save(torch.cat(rows), path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
     process_group.barrier()
-    latents: Tensor = torch.load(path, weights_only=True)
+    latents: Tensor = load_tensors(path)
     return latents
 
 

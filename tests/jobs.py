@@ -1,5 +1,6 @@
 """Small pair and training jobs, and the command line in forked processes with real signals and exit codes."""
 
+import ctypes
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import tiny
@@ -98,6 +100,39 @@ def limit_file_size(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def _mount_disks(disks: Mapping[Path, int]) -> None:
+    """Mount empty file systems of these sizes in bytes, which this process and its children alone see."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, recursive, private = 0x20000, 0x4000, 1 << 18
+    calls = [lambda: libc.unshare(new_namespace)]
+    calls += [lambda: libc.mount(b"none", b"/", None, recursive | private, None)]
+    for path, size in disks.items():
+        path.mkdir(parents=True, exist_ok=True)
+        arguments = (b"tmpfs", os.fsencode(path), b"tmpfs", 0, f"size={size}".encode())
+        calls += [lambda arguments=arguments: libc.mount(*arguments)]  # type: ignore[misc]
+    for call in calls:
+        if call():
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _can_mount() -> bool:
+    """Whether this user may mount file systems in a namespace of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        try:
+            _mount_disks({Path("/mnt"): 1 << 16})
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+NEEDS_MOUNT = pytest.mark.skipif("not __import__('jobs')._can_mount()", reason="mounting needs root")
+"""For tests with `Running(..., disks=...)`."""
+
+
 @dataclass
 class Ended:
     """Exit code and output of a command."""
@@ -123,7 +158,10 @@ class Ended:
 
 
 class Running:
-    """`d2g ARGUMENTS` in a forked process, which saves the seconds of importing."""
+    """`d2g ARGUMENTS` in a forked process, which saves the seconds of importing.
+
+    `disks`: folders that are disks of their own, by their size in bytes; needs NEEDS_MOUNT.
+    """
 
     def __init__(
         self,
@@ -131,6 +169,7 @@ class Running:
         folder: Path,
         environment: Mapping[str, str] | None = None,
         file_limit: int = 0,
+        disks: Mapping[Path, int] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("stdout*")))
@@ -143,9 +182,15 @@ class Running:
             )  # Python 3.12 warns about forking with threads
             self.pid = os.fork()
         if self.pid == 0:
-            self._child(arguments, environment or {}, file_limit)
+            self._child(arguments, environment or {}, file_limit, disks or {})
 
-    def _child(self, arguments: list[str], environment: Mapping[str, str], file_limit: int) -> None:
+    def _child(
+        self,
+        arguments: list[str],
+        environment: Mapping[str, str],
+        file_limit: int,
+        disks: Mapping[Path, int],
+    ) -> None:
         code = 99
         try:
             os.setpgid(0, 0)
@@ -157,6 +202,8 @@ class Running:
             os.environ.update(environment)
             torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
             reporter.__init__()  # type: ignore[misc]  # a new reporter: the progress bars of the old one belong to the parent
+            if disks:
+                _mount_disks(disks)
             if file_limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
             cli.main(arguments)

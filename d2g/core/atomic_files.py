@@ -30,12 +30,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_and_rename(data, path, path.with_name(f".{path.name}.{process_tag()}.tmp"))
     except OSError as error:
-        reason, remedy = error.strerror or str(error), "choose another place, or repair this one"
-        if error.errno in DISK_FULL_ERRNOS:
-            reason, remedy = f"{reason}, {free_mib(path):.1f} MiB free on its disk", "free space"
-        raise UserError(
-            f"cannot write {path}: {reason}; {remedy}, then run the same command again"
-        ) from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error for a file that the disk refuses, with what to do."""
+    reason, remedy = error.strerror or str(error), "choose another place, or repair this one"
+    if error.errno in DISK_FULL_ERRNOS:
+        reason, remedy = f"{reason}, {free_mib(path):.1f} MiB free on its disk", "free space"
+    return UserError(f"cannot write {path}: {reason}; {remedy}, then run the same command again")
 
 
 def write_and_rename(data: bytes | memoryview, path: Path, temporary: Path) -> None:

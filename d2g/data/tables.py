@@ -1,10 +1,11 @@
 """Image-parquet: tables with encoded images, as Hugging Face's data sets store them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from d2g.core.errors import UserError
+from d2g.data.parquet_pages import page_sizes
 
 IMAGE_COLUMNS = ("image", "img")  # Hugging Face's; its CIFAR10 says img
 
@@ -23,14 +24,49 @@ def unreadable_table(file: Path | str, error: Exception) -> UserError:
     )
 
 
-def open_table(file: Path) -> Any:
-    """A pyarrow ParquetFile. Raises UserError if it is damaged."""
+def open_table(file: Path, dictionaries: Sequence[str] = ()) -> Any:
+    """A pyarrow ParquetFile. Raises UserError if it is damaged.
+
+    `dictionaries`: columns whose repeated values stay one value in memory.
+    """
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, read_dictionary=list(dictionaries))
     except parquet_errors() as error:
         raise unreadable_table(file, error) from error
+
+
+MAX_EXPANSION = 1032
+"""Bytes that a byte of a table may become when it is unpacked: the most that deflate can do."""
+FREE_BYTES = 1 << 28
+"""A table of any size may become as many bytes: repeated captions compress very well."""
+
+
+def check_expansion(file: Path | str, table: Any, columns: Sequence[str], groups: Sequence[int] = ()) -> None:
+    """Raise UserError if these columns of a table would become far larger than its file.
+
+    `groups`: the row groups that will be read; all by default. Reads the headers of the pages alone.
+    """
+    packed = unpacked = 0
+    metadata = table.metadata
+    try:
+        with open(file, "rb") as stream:
+            for group in groups or range(metadata.num_row_groups):
+                row_group = metadata.row_group(group)
+                for number in range(metadata.num_columns):
+                    chunk = row_group.column(number)
+                    if chunk.path_in_schema.partition(".")[0] not in columns:
+                        continue
+                    for packed_bytes, unpacked_bytes in page_sizes(stream, chunk):
+                        packed, unpacked = packed + packed_bytes, unpacked + unpacked_bytes
+    except (OSError, ValueError) as error:
+        raise unreadable_table(file, error) from error
+    if unpacked > FREE_BYTES + MAX_EXPANSION * packed:
+        raise UserError(
+            f"{file}: {' and '.join(columns)} would grow from {packed / 2**20:.1f} MiB to "
+            f"{unpacked / 2**30:.1f} GiB when read; expected at most {MAX_EXPANSION} times; write it anew"
+        )
 
 
 def image_column(file: Path | str, names: Iterable[str], *others: str) -> str:

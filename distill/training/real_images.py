@@ -23,7 +23,7 @@ from d2g.data.captions import Captions
 from d2g.data.columns import caption_column
 from d2g.data.folders import TABLE_SUFFIX, FolderListing, few_names, list_folder
 from d2g.data.pictures import decode_picture
-from d2g.data.tables import encoded_image, image_column, open_table
+from d2g.data.tables import check_expansion, encoded_image, image_column, open_table
 from d2g.diffusion.conditioning import Conditioner, ConditioningKind
 
 SETTING = "gan.real_column"
@@ -199,8 +199,10 @@ def _table_columns(file: Path, table: Any, column: str | None, kind: CaptionKind
     names = table.schema_arrow.names
     image = image_column(file, names)
     if kind.name == "none":
+        check_expansion(file, table, [image])
         return image, None
     caption = caption_column(file, names, kind.column(column), SETTING)
+    check_expansion(file, table, [image, caption])
     if kind.name == "label":
         for value in table.read(columns=[caption])[caption].unique().to_pylist():
             kind.checked(str(value), f"{file}, column {caption}")

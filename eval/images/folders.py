@@ -15,7 +15,14 @@ from d2g.core.errors import UserError
 from d2g.data.captions import Captions
 from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import PICTURE_SUFFIXES, TABLE_SUFFIX, list_folder
-from d2g.data.tables import encoded_image, image_column, open_table, parquet_errors, unreadable_table
+from d2g.data.tables import (
+    check_expansion,
+    encoded_image,
+    image_column,
+    open_table,
+    parquet_errors,
+    unreadable_table,
+)
 from eval.images.decode import Decoded, decode_image
 from eval.images.resize import NATIVE, Pixels
 
@@ -196,6 +203,7 @@ def _parquet_entries(file: Path, start: int, stop: int, caption: str | None) -> 
     sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
     groups = [g for g in range(len(sizes)) if sum(sizes[: g + 1]) > start and sum(sizes[:g]) < stop]
     row = sum(sizes[: groups[0]]) if groups else 0
+    check_expansion(file, table, [column, *([key] if key else [])], groups)
     try:
         for batch in table.iter_batches(64, row_groups=groups, columns=[column, *([key] if key else [])]):
             for entry in batch.to_pylist():

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from d2g.core.errors import UserError
+from d2g.core.errors import UserError, first_line
+from d2g.core.torch_files import load_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +96,7 @@ def read_checkpoint(file: str | Path, what: str) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
+        return dict(load_tensors(file))
     except Exception as error:  # the unpickler raises almost any error on damaged bytes
-        raise UserError(f"{file} is damaged or no weights file; put {what} there") from error
+        reason = first_line(error)
+        raise UserError(f"{file} is damaged or no weights file ({reason}); put {what} there") from error

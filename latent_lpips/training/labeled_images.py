@@ -16,7 +16,14 @@ from d2g.core.config import digest
 from d2g.core.errors import UserError
 from d2g.data.folders import PICTURE_SUFFIXES, TABLE_SUFFIX, list_folder
 from d2g.data.pictures import decode_picture
-from d2g.data.tables import encoded_image, image_column, parquet_errors, unreadable_table
+from d2g.data.tables import (
+    check_expansion,
+    encoded_image,
+    image_column,
+    open_table,
+    parquet_errors,
+    unreadable_table,
+)
 
 HELD_OUT_NAMES = ("val", "validation", "test")
 """Names of folders, or prefixes of parquet files, that are never used for training."""
@@ -209,12 +216,12 @@ def _identity(cell: bytes) -> bytes:
 
 
 def _read_table(file: Path, labeled: bool) -> tuple[list[bytes], list[Any]]:
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
     try:
-        names = pq.read_schema(file).names
-        column = image_column(file, names, *(["label"] if labeled else []))
-        table = pq.read_table(file, columns=[column, "label"] if labeled else [column])
+        source = open_table(file)
+        column = image_column(file, source.schema_arrow.names, *(["label"] if labeled else []))
+        columns = [column, "label"] if labeled else [column]
+        check_expansion(file, source, columns)
+        table = source.read(columns=columns)
     except parquet_errors() as error:
         raise unreadable_table(file, error) from error
     cells = [encoded_image(cell, f"{file} row {row}") for row, cell in enumerate(table[column].to_pylist())]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from d2g.core.atomic_files import fsync_path
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
+from d2g.core.torch_files import load_tensors
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Checkpoint:
         """The optimizer states in state.pt. Raises UserError if the file is missing or damaged."""
         path = self.folder / "state.pt"
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
+            state: dict[str, Any] = load_tensors(path)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{path} is damaged ({reason}); {remedy(self.folder)}") from error

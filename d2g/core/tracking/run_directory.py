@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from d2g.core.atomic_files import write_atomically
+from d2g.core.atomic_files import cannot_write, write_atomically
 from d2g.core.claims import FolderOwner
 from d2g.core.config import RESTORE_CONFIG_HINT, differing
 from d2g.core.distributed import process_group
@@ -126,7 +126,7 @@ class RunLog:
                 with open(self.folder / "stats.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"nimg": nimg, **values}) + "\n")
             except OSError as error:
-                raise UserError(f"cannot write {self.folder / 'stats.jsonl'}: {error.strerror}") from error
+                raise cannot_write(self.folder / "stats.jsonl", error) from error
             # Keep the lines in memory up to date, so that `read` need not parse the file again.
             if self.lines is not None:
                 self.lines.append({"nimg": nimg, **values})
