@@ -31,9 +31,8 @@ def check(ended: Ended, kib: int) -> None:
 
 def distill(teacher: Path, pairs: Path, disk: Path) -> list[str]:
     """A run that writes reports, previews, a validation and checkpoints."""
-    sets = ["train.preview_images=4", "train.checkpoint_images=8"]
-    config = distill_config(teacher, pairs, *sets)
-    return [*distill_arguments(config, disk / "run"), "--set", 'train.preview_prompts=["a"]']
+    config = distill_config(teacher, pairs, "train.preview_prompts=4", "train.checkpoint_images=8")
+    return distill_arguments(config, disk / "run")
 
 
 def test_a_full_disk_during_training(teacher: Path, pairs: Path, tmp_path: Path) -> None:
@@ -70,7 +69,7 @@ def test_full_disks_of_many_sizes(command: str, kib: int, teacher: Path, tmp_pat
         sets = "--set grid=1 --set batch=12 --set epochs=2 --set crops=2 --set optimizer=adamw --set lr=0.001"
         arguments = ["lpips", "train", *words.split(), *sets.split()]
     elif command == "sample":
-        arguments = ["sample", "--student", "miniature", "--num", "4", "--out", out]
+        arguments = ["sample", "--student", "miniature", "--prompt", "a", "--num", "4", "--out", out]
     elif command == "export":
         arguments = ["export", "--student", "miniature", "--out", out]
     else:
@@ -84,7 +83,7 @@ def test_a_small_shared_memory_ends_a_run_with_one_line(
     kib: int, teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
     """Loader processes pass batches through /dev/shm."""
-    config = distill_config(teacher, pairs, "train.loader_workers=2", "data.workers=2")
+    config = distill_config(teacher, pairs, "train.loader_workers=2")
     arguments = distill_arguments(config, tmp_path / "run")
     ended = Running(arguments, tmp_path / "log", disks={Path("/dev/shm"): kib << 10}).wait(seconds=120)
     assert ended.code in (0, 1), ended

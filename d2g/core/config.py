@@ -163,7 +163,7 @@ def _parse(text: str, hint: Any, full: str) -> Any:
     """The value of a setting on the command line: JSON, a bare word, or a list `a,b` or `a:1,b:2`."""
     try:
         value = json.loads(text)
-    except ValueError:  # a bare word, or a number with more digits than Python reads
+    except (ValueError, RecursionError):  # a bare word, or more digits or brackets than Python reads
         value = text
     if get_origin(hint) is tuple and isinstance(value, str) and not value.startswith("["):
         value = [_tuple_item(item.strip(), get_args(hint)[0]) for item in value.split(",")]
@@ -182,7 +182,7 @@ def _number(text: str) -> Any:
     """The number that `text` holds, or `text`, which the conversion to a number then refuses."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

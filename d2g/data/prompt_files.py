@@ -11,7 +11,7 @@ from d2g.data.captions import Captions, class_captions
 from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
 from d2g.data.folders import list_folder
 from d2g.data.pictures import png_text
-from d2g.data.tables import check_expansion, open_table, unreadable_table
+from d2g.data.tables import check_expansion, open_table, parquet_errors, unreadable_table
 from d2g.data.text_files import STANDARD_INPUT, csv_rows, json_rows, text_lines
 
 JSON_WINDOW = 1 << 20  # characters of a .json file that are read at once, at least
@@ -129,8 +129,6 @@ def _unquoted(cell: str) -> str:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Any]:
-    import pyarrow  # type: ignore[import-untyped]
-
     name = caption_column(path, open_table(path).schema_arrow.names, column)
     table = open_table(path, dictionaries=[name])
     check_expansion(path, table, [name])
@@ -139,7 +137,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[Any]:
             # One by one: a table may repeat one long text many times.
             for cell in batch.column(0):
                 yield cell.as_py()
-    except pyarrow.ArrowException as error:
+    except parquet_errors() as error:
         raise unreadable_table(path, error) from error
 
 

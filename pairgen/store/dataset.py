@@ -199,7 +199,7 @@ def _cannot_pass(error: Exception) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(
         f"a loader process cannot pass its batch on ({reason}); raise the limits of open files and file size "
-        "(ulimit -n, ulimit -f) or the size of /dev/shm, or set data.workers=0"
+        "(ulimit -n, ulimit -f) or the size of /dev/shm, or set train.loader_workers=0"
     )
 
 
@@ -272,7 +272,7 @@ def _without_dead_workers(loader: "DataLoader[Any]") -> Iterator[Any]:
 def _ended(error: Exception) -> UserError:
     return UserError(
         f"a loader process ended or could not start ({' '.join(str(error).split())}); run again with "
-        "fewer, or with data.workers=0"
+        "fewer, with a larger /dev/shm, or with train.loader_workers=0"
     )
 
 

@@ -31,7 +31,7 @@ WORDS = [
 ]
 SMALL = ["0", "-1", "1", "2", "3", "0.5", "1e-9", "true", "null", "[]", "[1]", "x", ""]
 """Values with which a run stays small."""
-LENGTHS = ("train.images", "train.batch_size", "data.workers", "train.loader_workers", "train.minutes")
+LENGTHS = ("train.images", "train.batch_size", "train.loader_workers", "train.minutes")
 
 
 def commands() -> dict[str, list[str]]:

@@ -109,7 +109,7 @@ def test_signals_at_random_times_end_a_command_with_one_line(seed: int, tmp_path
     """At any time: before the command line is imported, while libraries and models load, and at work."""
     numbers = random.Random(seed)
     commands = (
-        ["sample", "--student", "miniature", "--num", "1"],
+        ["sample", "--student", "miniature", "--prompt", "a"],
         ["eval", "run", *"--student miniature --protocol miniature --num 4 --allow-fewer".split()],
         ["teacher", "train", "--stages", "data", "--set", "images=4"],
     )

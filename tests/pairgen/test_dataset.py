@@ -272,6 +272,8 @@ class Killed(LimitedFileSize):
 def test_a_loader_process_that_fails_ends_the_run(kind: type[PairReader], tmp_path: Path) -> None:
     """Under these limits the queue thread of the worker cannot send a batch; the trainer must not wait."""
     reader = kind(put_store(tmp_path))
-    with pytest.raises(UserError, match=r"a loader process (cannot pass its batch|ended).*data\.workers=0"):
+    with pytest.raises(
+        UserError, match=r"a loader process (cannot pass its batch|ended).*train\.loader_workers=0"
+    ):
         for _ in zip(range(40), pair_loader(reader, PairSampler(22, 4, 0), workers=1), strict=False):
             pass
