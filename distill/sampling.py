@@ -21,7 +21,8 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.lora import has_lora, merged
-from d2g.diffusion.teacher import TEACHER_GUIDANCE, check_solver, load_teacher
+from d2g.diffusion.pipelines import family_of
+from d2g.diffusion.teacher import check_solver, load_teacher
 from distill.config.components import StudentConfig
 from distill.models.student import Student, add_guidance_embedding, student_from_teacher
 
@@ -90,6 +91,9 @@ class StudentFacts(TypedDict):
 
     teacher: NotRequired[str]
     student_timestep: NotRequired[int]
+    guidance: NotRequired[float]
+    """Of an export whose teacher takes the guidance scale as an input: the scale of its pairs."""
+    inputs: NotRequired[dict[str, Any]]
 
 
 class RunFacts(StudentFacts):
@@ -103,17 +107,7 @@ def student_folder(name: str) -> tuple[Path, str, int]:
 
     name: a folder or "miniature". Raises UserError for any other folder and for a run without a checkpoint.
     """
-    # The file in the folder tells a run from an exported student.
-    folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
-    for file in REMEDIES:
-        if (folder / file).is_file():
-            config = read_json_object(folder / file, REMEDIES[file], StudentFacts)
-            break
-    else:
-        raise UserError(
-            f"student {name}: expected a run of `d2g distill` (config.json) "
-            "or an exported student (student.json)"
-        )
+    folder, file, config = _student_facts(name)
     # A run: its newest checkpoint holds the weights.
     if file == "config.json":
         last = checkpoint.latest(folder / "checkpoints")
@@ -124,6 +118,30 @@ def student_folder(name: str) -> tuple[Path, str, int]:
         return folder, str(config["teacher"]), int(config["student_timestep"])
     except KeyError as error:
         raise UserError(f"student {name}: {file} has no {error}; expected a folder that d2g wrote") from error
+
+
+def _student_facts(name: str) -> tuple[Path, str, dict[str, Any]]:
+    """The folder of a student, the file that tells a run from an exported student, and its content."""
+    folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
+    for file in REMEDIES:
+        if (folder / file).is_file():
+            return folder, file, read_json_object(folder / file, REMEDIES[file], StudentFacts)
+    raise UserError(
+        f"student {name}: expected a run of `d2g distill` (config.json) or an exported student (student.json)"
+    )
+
+
+def student_guidance(name: str, teacher: str) -> float:
+    """The guidance scale at which a student is drawn unless the user gives another.
+
+    Where the teacher takes the scale as an input: that of the run's first pair store, as recorded.
+    """
+    usual = family_of(teacher).embedded_guidance
+    if usual is None:
+        return OneStep.guidance
+    _, _, facts = _student_facts(name)
+    stores = facts.get("inputs", {}).get("pairs", [])
+    return float(stores[0]["guidance"] if stores else facts.get("guidance", usual))
 
 
 def student_tensors(name: str) -> dict[str, Tensor]:
@@ -191,6 +209,7 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
         pretrained.load_conditioner(source).to(device),
         pretrained.load_vae(source).to(device),
         device,
+        student_guidance(name, source),
     )
 
 
@@ -205,6 +224,7 @@ def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device |
         pretrained.load_conditioner(teacher).to(device),
         pretrained.load_vae(teacher).to(device),
         device,
+        student_guidance(run, teacher),
     )
 
 
@@ -240,8 +260,8 @@ def save_teacher_samples(
 ) -> dict[str, Any]:
     """`save_samples` of a teacher, which draws with `steps` of its first-order solver.
 
-    guidance: TEACHER_GUIDANCE for None, where the teacher has an unconditional branch. Raises SettingError
-    for settings that the teacher cannot sample with.
+    guidance: the teacher's `default_guidance` for None. Raises SettingError for settings that the teacher
+    cannot sample with.
     """
     images, seconds = _teacher_images(name, prompts, seed, batch_size, steps, guidance, progress)
     _write_images(images, prompts, seed, out)
@@ -261,8 +281,11 @@ def save_both_samples(
 ) -> dict[str, Any]:
     """Student and teacher on the same noise: OUT/student, OUT/teacher, and OUT/grid.png with both in a row.
 
-    guidance: as in `save_samples` for a student that takes it, else for the teacher alone.
+    guidance: as in `save_samples` for a student that takes it, else for the teacher alone. By default both
+    have the scale of the student's pairs where the teacher takes it as an input.
     """
+    if guidance is None and family_of(teacher).embedded_guidance is not None:
+        guidance = student_guidance(student, teacher)
     drawn: dict[str, tuple[list[Tensor], float]] = {
         "student": _student_images(
             student, prompts, seed, batch_size, teacher, guidance, progress, must_take_guidance=False
@@ -322,8 +345,7 @@ def _teacher_images(
 ) -> tuple[list[Tensor], float]:
     """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
     teacher = load_teacher(name, _device())
-    default = TEACHER_GUIDANCE if teacher.conditioner.has_null else 1.0
-    scale = default if guidance is None else guidance
+    scale = teacher.default_guidance if guidance is None else guidance
     solver = teacher.default_solver
     check_solver(teacher, solver, steps, scale)
     vae = pretrained.load_vae(name).to(teacher.device)
@@ -366,11 +388,13 @@ def log_earlier_samples(out: Path, count: int) -> None:
 
 
 def untrained_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:
-    """Build the untrained student: the teacher's weights, used in one step without guidance."""
+    """Build the untrained student: the teacher's weights, used in one step without classifier-free
+    guidance."""
     device = torch.device(device)
     return OneStep(
         student_from_teacher(teacher).to(device).eval(),
         pretrained.load_conditioner(teacher).to(device),
         pretrained.load_vae(teacher).to(device),
         device,
+        family_of(teacher).embedded_guidance or OneStep.guidance,
     )

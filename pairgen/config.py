@@ -44,7 +44,8 @@ class PairConfig:
     )
     guidance: float = setting(
         8.0,
-        "Classifier-free guidance scale; 1 is none and costs one evaluation per step, others cost two",
+        "Classifier-free guidance scale; 1 is none and costs one evaluation per step, others cost two. FLUX "
+        "takes the scale as an input: one evaluation at any scale",
         source="Table A1",
         recipe=True,
     )
@@ -116,6 +117,14 @@ PAIR_PRESETS = Presets(
         "sdxl-cfg7": (
             "The paper's SDXL pairs at guidance 7 (Table A1)",
             PairConfig(num_pairs=8_000_000, guidance=7.0, precision="bf16", batch_size=8),
+        ),
+        "flux-dev": (
+            "FLUX.1-dev at 1024 px, its pipeline's steps and embedded guidance; as many pairs as sd15-cfg3",
+            PairConfig(num_pairs=3_000_000, guidance=3.5, steps=28, precision="bf16", batch_size=8),
+        ),
+        "sana-600m": (
+            "SANA 600M at 1024 px, its pipeline's guidance, 20 steps; as many pairs as sd15-cfg3",
+            PairConfig(num_pairs=3_000_000, guidance=4.5, steps=20, precision="bf16"),
         ),
         "trial": (
             "64 pairs in 4 steps, to check that every command of a run works before the real one",

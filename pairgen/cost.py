@@ -7,7 +7,6 @@ import torch
 
 from d2g.core.distributed import process_group
 from d2g.core.progress import Progress, quiet
-from d2g.diffusion.solvers import evaluations_per_sample
 from pairgen.config import PairConfig
 from pairgen.job import Job, log_supported_stages, open_job
 
@@ -41,7 +40,7 @@ def plan_pairs(
         "gib_with_noise": 2 * gib,
         "gib_here": gib if spec.noise == "seeded" else 2 * gib,
         "shards": spec.num_shards,
-        "evaluations_per_pair": evaluations_per_sample(spec.steps, spec.solver, spec.guidance),
+        "evaluations_per_pair": spec.evaluations_per_pair,
         "batch_size": batch_size,
         "seconds_per_pair": seconds,
         "pairs_per_sec": 1 / seconds,

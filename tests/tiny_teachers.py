@@ -166,6 +166,43 @@ def save_sd3(folder: Path, with_t5: bool = True, **settings: Any) -> str:
     return str(folder)
 
 
+def save_flux(folder: Path, network: dict[str, Any] | None = None, **settings: Any) -> str:
+    """FLUX.1-dev: a double and a single block, CLIP's pooled text, T5, guidance as an input.
+
+    network: other settings of the transformer; `settings`: of the scheduler.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    clip_tokens, (t5_tokens, t5_encoder) = clip_tokenizer(folder / "tokenizer"), t5(24)
+    defaults: dict[str, Any] = dict(
+        in_channels=4 * 8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 2, 2),
+    )
+    scheduler: dict[str, Any] = dict(
+        shift=3.0, use_dynamic_shifting=True, base_image_seq_len=2, max_image_seq_len=16
+    )
+    FluxPipeline(
+        transformer=lively(FluxTransformer2DModel(**{**defaults, **(network or {})})),
+        vae=vae(8, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=clip(clip_tokens, 16, False),
+        text_encoder_2=t5_encoder,
+        tokenizer=clip_tokens,
+        tokenizer_2=t5_tokens,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{**scheduler, **settings}),
+    ).save_pretrained(folder)
+    # Published configs say no size; the pipeline's default, 1024 px, is too large for a test.
+    edit(folder, "transformer/config.json", sample_size=4)
+    return str(folder)
+
+
 def save_pixart(
     folder: Path, sigma: bool, sized: bool = False, scheduler: Any = None, **settings: Any
 ) -> str:
@@ -219,6 +256,91 @@ def save_dit(folder: Path, classes: int = 1000, **settings: Any) -> str:
     ).save_pretrained(folder)
     # Published DiT pipelines have id2label; save_pretrained drops it.
     edit(folder, "model_index.json", id2label={str(i): f"thing {i}, thingy {i}" for i in range(classes)})
+    return str(folder)
+
+
+def gemma(width: int, texts: list[str]) -> tuple[Any, Any]:
+    """A Gemma tokenizer trained on texts, and a Gemma 2 of two layers."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.normalizer = normalizers.Replace(" ", "\u2581")
+    bpe.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    model = json.loads(bpe.to_str())["model"]
+    tokenizer = GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+        sliding_window=64,
+    )
+    return tokenizer, lively(Gemma2Model(config))
+
+
+def save_sana(
+    folder: Path, network: dict[str, Any] | None = None, scheduler: Any = None, **settings: Any
+) -> str:
+    """SANA: linear attention, DC-AE latents of 128 px, Gemma 2 with its mask, and a flow.
+
+    Its scheduler is DPMSolverMultistepScheduler, as published, but of order 1; or `scheduler`.
+
+    network: other settings of the transformer.
+    """
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    from d2g.diffusion.families.sana import default_instruction
+
+    torch.manual_seed(0)
+    tokenizer, text_encoder = gemma(16, [default_instruction(), *CAPTIONS])
+    defaults: dict[str, Any] = dict(
+        sample_size=4,
+        patch_size=1,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+    )
+    autoencoder = AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=4,
+        encoder_block_types=(*["ResBlock"] * 5, "EfficientViTBlock"),
+        decoder_block_types=(*["ResBlock"] * 5, "EfficientViTBlock"),
+        encoder_block_out_channels=(8,) * 6,
+        decoder_block_out_channels=(8,) * 6,
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=(*[()] * 5, (5,)),
+        decoder_qkv_multiscales=(*[()] * 5, (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+    )
+    flow: dict[str, Any] = dict(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1
+    )
+    kind = scheduler or DPMSolverMultistepScheduler
+    SanaPipeline(
+        transformer=lively(SanaTransformer2DModel(**{**defaults, **(network or {})})),
+        vae=lively(autoencoder, 1.0),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=kind(**(settings if scheduler else {**flow, **settings})),
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -282,8 +404,16 @@ def save_edm(folder: Path, classes: int | None = 10, scheduler: Any = None, **se
     return save_pixels(folder, classes, scheduler or EDMEulerScheduler, **{**EDM, **settings})
 
 
-TRANSFORMERS = ("dit", "pixart", "sd3")
+TRANSFORMERS = ("dit", "pixart", "sd3", "flux", "sana")
 """Families of transformers; `save_transformer` saves a teacher of each."""
+
+FLOWS = ("sd3", "flux", "sana")
+"""Those of TRANSFORMERS that are flows."""
+
+
+def latent_channels(family: str) -> int:
+    """Channels of the latents of a family's tiny teacher."""
+    return 8 if family in FLOWS else 4
 
 
 def save_transformer(family: str, folder: Path, **settings: Any) -> str:
@@ -293,8 +423,8 @@ def save_transformer(family: str, folder: Path, **settings: Any) -> str:
     elif family == "dit":
         name = save_dit(folder, classes=6, **settings)
     else:
-        name = save_sd3(folder, **settings)
-    save_lpips(folder / "latent_lpips", 8 if family == "sd3" else 4)
+        name = {"sd3": save_sd3, "flux": save_flux, "sana": save_sana}[family](folder, **settings)
+    save_lpips(folder / "latent_lpips", latent_channels(family))
     return name
 
 
@@ -317,7 +447,7 @@ def random_inputs(
 ) -> tuple[Tensor, Tensor, Conditioning]:
     """Latents, noise [rows, C, size, size] and conditioning of the tiny teacher of a kind."""
     rng = torch.Generator().manual_seed(seed)
-    channels = {"sd3": 8, "unet2d": 3, "edm": 3, "ldm": 3}.get(kind, 4)
+    channels = 3 if kind in ("unet2d", "edm", "ldm") else latent_channels(kind)
     x, noise = (torch.randn(rows, channels, size, size, generator=rng, dtype=dtype) for _ in range(2))
     return x, noise, random_conditioning(kind, rows, seed, dtype)
 
@@ -333,9 +463,11 @@ def random_conditioning(family: str, rows: int, seed: int = 0, dtype: Any = torc
         return Conditioning.from_labels(torch.arange(rows) % 5)
     if family == "ldm":
         return Conditioning.empty(rows)
-    if family == "pixart":
+    if family in ("pixart", "sana"):
         mask = torch.arange(7) <= torch.arange(rows)[:, None] % 5 + 1
         return Conditioning({"hidden": normal(7, 16), "mask": mask.long()})
+    if family == "flux":
+        return Conditioning.from_text(normal(7, 24), normal(16)).with_guidance(torch.full((rows,), 3.5))
     return (
         Conditioning.from_text(normal(7, 48), normal(40))
         if family == "sd3"

@@ -24,9 +24,10 @@ ConditioningKind = Literal["text", "label", "none"]
 class Conditioning:
     """Conditioning of B rows: tensors [B, ...] by name, and optionally the unconditional row [1, ...].
 
-    Text: `hidden` [B, L, D]; SDXL and SD3 add `pooled` [B, P]; PixArt adds the padding mask `mask` [B, L];
-    SDXL takes optional `time_ids` [B, 6] (original size, crop, target size in pixels; by default the size of
-    the image, uncropped). Classes: `class_labels`, int64 [B]. An unconditional network: `empty` [B, 0].
+    Text: `hidden` [B, L, D]; SDXL, SD3 and FLUX add `pooled` [B, P]; PixArt and SANA add the padding mask
+    `mask` [B, L]; SDXL takes optional `time_ids` [B, 6] (original size, crop, target size in pixels; by
+    default the size of the image, uncropped); FLUX takes guidance scales `guidance` [B]. Classes:
+    `class_labels`, int64 [B]. An unconditional network: `empty` [B, 0].
     """
 
     tensors: dict[str, Tensor]
@@ -90,6 +91,11 @@ class Conditioning:
     def detach(self) -> "Conditioning":
         """The same values without a graph."""
         return self.map(torch.Tensor.detach)
+
+    def with_guidance(self, scales: Tensor) -> "Conditioning":
+        """The same with guidance scales [B], for a network that takes them as an input."""
+        device = next(iter(self.tensors.values())).device
+        return Conditioning({**self.tensors, "guidance": to_device(scales.float(), device)}, self.null)
 
     def with_null(self) -> "Conditioning":
         """2 B rows for guidance in one batch: the unconditional row B times, then the rows."""
@@ -215,6 +221,8 @@ class TextConditioner(Conditioner):
     """
 
     kind = "text"
+    spells_out_words: ClassVar[bool] = False
+    """Whether words of several vectors (textual inversion) are replaced by all their tokens."""
 
     def __init__(
         self,
@@ -240,7 +248,7 @@ class TextConditioner(Conditioner):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], null: bool = False) -> Conditioning:
-        if not null:
+        if not (null and self.has_null):
             return self.embed(prompts)
         # The last row, of the empty prompt, becomes the unconditional row.
         embedded = self.embed([*prompts, ""]).tensors
@@ -253,16 +261,17 @@ class TextConditioner(Conditioner):
         """Number of tokens to which prompts are padded and cut by a tokenizer: by default its own."""
         return int(self.tokenizers[component].model_max_length)
 
-    def tokenize(self, component: str, prompts: Sequence[str]) -> Any:
-        """`input_ids` and `attention_mask` [B, L] of a tokenizer. L: its `token_length`.
+    def tokenize(self, component: str, prompts: Sequence[str], length: int | None = None) -> Any:
+        """`input_ids` and `attention_mask` [B, L] of a tokenizer. L: `length`, by default its `token_length`.
 
         Raises UserError for tokens that its text encoder does not embed.
         """
         tokenizer = self.tokenizers[component]
+        words = _multi_vector_words(tokenizer) if self.spells_out_words else {}
         tokens = tokenizer(
-            list(prompts),
+            [_spelled_out(prompt, words, tokenizer) for prompt in prompts],
             padding="max_length",
-            max_length=self.token_length(component),
+            max_length=length or self.token_length(component),
             truncation=True,
             return_tensors="pt",
         )
@@ -300,11 +309,7 @@ class CLIPConditioner(TextConditioner):
     Token ids are a separate step, because a teacher's training and an ONNX export start from them.
     """
 
-    def tokenize(self, component: str, prompts: Sequence[str]) -> Any:
-        """As every text conditioner, after words of several vectors are spelled out."""
-        words = _multi_vector_words(self.tokenizers[component])
-        texts = [_spelled_out(prompt, words, self.tokenizers[component]) for prompt in prompts]
-        return super().tokenize(component, texts)
+    spells_out_words = True
 
     @abstractmethod
     def tokens(self, prompts: Sequence[str]) -> Tensor:

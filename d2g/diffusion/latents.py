@@ -52,7 +52,8 @@ class PixelSpace(nn.Module):
 
 
 def latent_space(vae: Any) -> LatentSpace:
-    """The latent space of a diffusers AutoencoderKL, AutoencoderTiny or VQModel, from its config.
+    """The latent space of a diffusers AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel, from its
+    config.
 
     Raises UserError for latents that are normalized per channel, which one scale and shift cannot describe.
     """
@@ -78,6 +79,8 @@ def encode(
     The mean of the posterior; with a generator, or one per row, a sample of it.
     """
     output = vae.encode(pixels.to(next(vae.parameters()).dtype))
+    if hasattr(output, "latent"):  # AutoencoderDC has no posterior
+        return latent_space(vae).scaled(output.latent.float())
     if hasattr(output, "latents"):  # no posterior; AutoencoderTiny's are already scaled, VQModel's are not
         latents: Tensor = output.latents.float()
         return latents if "Tiny" in type(vae).__name__ else latent_space(vae).scaled(latents)

@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader workers f
 _NO_LENGTH = 10**9
 """transformers gives a tokenizer without `model_max_length` a larger number than this."""
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
 """Classes of autoencoders that may have a folder of their own."""
 
 

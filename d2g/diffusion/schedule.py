@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,13 +135,16 @@ class FlowSchedule(_UnscaledInput):
     """Rectified flow (Esser et al. 2024): x_s = (1 - s) x_0 + s eps, v = eps - x_0, s from 1 down to 0.
 
     The network's time input is s * `train_steps`. `shift` (eq. 23) moves the steps towards noise; `dynamic`
-    replaces it by a shift that depends on the size of the latents.
+    replaces it by a shift that depends on the size of the latents. `dpm_solver`: "trailing" is the grid of
+    DPMSolverMultistepScheduler with use_flow_sigmas, which starts at s = 1 - 1/T before the shift and cuts
+    the network's time inputs to whole numbers.
     """
 
     train_steps: int
     shift: float
     spacing: Literal["trailing", "linspace"]
     dynamic: DynamicShift | None = None
+    dpm_solver: bool = False
 
     prediction: FlowPrediction = "flow_prediction"
     final_alpha_one: bool = True  # a flow ends at data
@@ -160,6 +164,8 @@ class FlowSchedule(_UnscaledInput):
             raise SettingError(
                 f"steps is {steps}; expected 1 to {self.train_steps}, the teacher's training steps"
             )
+        if self.dpm_solver and self.spacing == "trailing":
+            return self._dpm_solver_points(steps)
         # Choose the grid of s from 1 down; the shift moves it afterwards.
         factor = self.shift if self.dynamic is None else self.dynamic.factor(size)
         if self.spacing == "trailing":
@@ -170,6 +176,13 @@ class FlowSchedule(_UnscaledInput):
             grid = [1 - i * (1 - last) / max(steps - 1, 1) for i in range(steps)]
         sigmas = [*(shifted(s, factor) for s in grid), 0.0]
         return [Point(s * self.train_steps, 1 - s, s) for s in sigmas]
+
+    def _dpm_solver_points(self, steps: int) -> list[Point]:
+        """In the arithmetic of the scheduler, because a cut is not continuous."""
+        grid = np.flip(1.0 - np.linspace(1, 1 / self.train_steps, steps + 1))[:-1]
+        sigmas = [float(s) for s in self.shift * grid / (1 + (self.shift - 1) * grid)]
+        points = [Point(float(int(s * self.train_steps)), 1 - s, s) for s in sigmas]
+        return [*points, Point(0.0, 1.0, 0.0)]
 
     def one_step(self, timestep: int) -> Point:
         """The point of a one-step student; -1: pure noise, s = 1. Raises SettingError if out of range."""

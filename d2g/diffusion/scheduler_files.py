@@ -30,6 +30,7 @@ VARIANCE_PRESERVING = (
     "UniPCMultistepScheduler",
 )
 FLOW = ("FlowMatchEulerDiscreteScheduler",)
+DPM_SOLVER = "DPMSolverMultistepScheduler"
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 AnySchedule = Schedule | FlowSchedule | EDMSchedule
@@ -119,6 +120,8 @@ def load_any_schedule(name: str) -> AnySchedule:
     pipeline = open_pipeline(name)
     kind, settings = _settings(pipeline)
     build = _edm if kind in EDM else _flow if kind in FLOW else _vp
+    if kind == DPM_SOLVER and pipeline.family.dpm_solver_flow:
+        build = _dpm_solver_flow
     try:
         return build(pipeline, kind, settings)
     except UserError:
@@ -143,6 +146,7 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     where = f"teacher {pipeline.folder}: scheduler {kind}"
     flow = "flow" in pipeline.family.schedules
     supported = [name for schedule in pipeline.family.schedules for name in SCHEDULERS[schedule]]
+    supported += [DPM_SOLVER] if pipeline.family.dpm_solver_flow else []
     # Refuse schedulers that are not supported, with the way out.
     remedy = (
         f"in diffusers, set pipe.scheduler = {supported[0]}.from_config(pipe.scheduler.config"
@@ -169,7 +173,8 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: {file.name} cannot be read ({first_line(error)})") from error
     # Refuse settings that change the ODE or its end. EDM's sigma_min and sigma_max are part of it.
-    own = {"sigma_min", "sigma_max"} if kind in EDM else set()
+    own = {"sigma_min", "sigma_max"} if kind in EDM else set[str]()
+    own |= {"use_flow_sigmas"} if pipeline.family.dpm_solver_flow else set()
     for key in sorted(_UNSUPPORTED.keys() & settings.keys() - own):
         is_unsupported, effect, instead = _UNSUPPORTED[key]
         if is_unsupported(settings[key]):
@@ -238,13 +243,30 @@ def _flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedu
             base_length=int(settings["base_image_seq_len"]),
             max_length=int(settings["max_image_seq_len"]),
             kind=settings["time_shift_type"],
-            patch_size=int(network.get("patch_size", 2)),
+            patch_size=int(network.get("patch_size", 2)) * pipeline.family.packing,
         )
     return FlowSchedule(
         train_steps=int(settings["num_train_timesteps"]),
         shift=float(settings["shift"]),
-        spacing="linspace",
+        spacing=pipeline.family.flow_spacing,
         dynamic=dynamic,
+    )
+
+
+def _dpm_solver_flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> FlowSchedule:
+    where = f"teacher {pipeline.folder}: scheduler {kind}"
+    expected = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": False}
+    for key, value in expected.items():
+        if settings[key] != value:
+            raise UserError(
+                f"{where} has {key}={json.dumps(settings[key])}; expected {json.dumps(value)}, because a "
+                f"{pipeline.kind} is a flow"
+            )
+    return FlowSchedule(
+        train_steps=int(settings["num_train_timesteps"]),
+        shift=float(settings["flow_shift"]),
+        spacing="trailing",
+        dpm_solver=True,
     )
 
 

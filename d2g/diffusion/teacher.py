@@ -11,7 +11,7 @@ from d2g.core.errors import SettingError, UserError, first_line
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner, Conditioning, ConditioningKind
 from d2g.diffusion.edm import EDMSchedule
-from d2g.diffusion.families.base import SCHEDULE_NAMES, Family, Pipeline
+from d2g.diffusion.families.base import EMBEDDED, SCHEDULE_NAMES, Family, Pipeline
 from d2g.diffusion.latents import LatentSpace, latent_space
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Spacing
@@ -72,6 +72,13 @@ class Teacher:
         return first_order(self.schedule)
 
     @property
+    def default_guidance(self) -> float:
+        """The guidance scale where the user gives none: TEACHER_GUIDANCE, or the usual one of a network that
+        takes it as an input; 1 for networks without guidance."""
+        without = TEACHER_GUIDANCE if self.conditioner.has_null else 1.0
+        return self.family.embedded_guidance or without
+
+    @property
     def encoders(self) -> list[torch.nn.Module]:
         """The text encoders; they may be on another device than the network while their output is cached."""
         return list(self.conditioner.models.values())
@@ -89,6 +96,10 @@ class Teacher:
             facts["shift"] = self.schedule.shift
         else:
             facts["dynamic_shift"] = asdict(self.schedule.dynamic)
+        if isinstance(self.schedule, FlowSchedule) and self.schedule.dpm_solver:
+            facts["sigmas"] = "as DPMSolverMultistepScheduler, with whole time inputs"
+        if self.family.embedded_guidance is not None:
+            facts["guidance"] = EMBEDDED
         return {**facts, **self.conditioner.facts}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -99,18 +110,23 @@ class Teacher:
         return self.conditioner.encode(prompts, null=True).to(self.device)
 
     def denoiser(self, cond: Conditioning, guidance: float, guidance_rescale: float = 0.0) -> Denoise:
-        """A callable (x [B, C, h, w], point) -> x_0 and epsilon, with classifier-free guidance built in.
+        """A callable (x [B, C, h, w], point) -> x_0 and epsilon, with guidance built in.
 
-        Guidance evaluates both branches in one batch and combines the network's raw outputs, before they are
-        converted to x_0 and epsilon; with guidance 1 there is no unconditional branch.
+        Classifier-free guidance evaluates both branches in one batch and combines the network's raw outputs,
+        before they are converted to x_0 and epsilon; with guidance 1 there is no unconditional branch. A
+        network that takes the guidance scale as an input has none either.
         """
-        assert guidance == 1 or self.conditioner.has_null, "check_solver must run first"
-        network_cond = (cond if guidance == 1 else cond.with_null()).to(self.dtype)
+        embedded = self.family.embedded_guidance is not None
+        classifier_free = guidance != 1 and not embedded
+        assert self.conditioner.has_null or not classifier_free, "check_solver must run first"
+        network_cond = (cond.with_null() if classifier_free else cond).to(self.dtype)
+        if embedded:
+            network_cond = network_cond.with_guidance(torch.full((len(cond),), guidance))
 
         @torch.no_grad()
         def denoise(x: Tensor, point: Point) -> Denoised:
             # One batch: the unconditional rows, then the conditional ones.
-            batch = x if guidance == 1 else torch.cat([x, x])
+            batch = torch.cat([x, x]) if classifier_free else x
             inputs = self.schedule.network_input(batch, point).to(self.dtype)
             output = self.family.forward(
                 self.network,
@@ -122,7 +138,7 @@ class Teacher:
             )
             output = output[:, : x.shape[1]].float()  # a learned variance follows the mean
             # Guidance combines raw outputs, before the conversion to x_0 and epsilon.
-            if guidance != 1:
+            if classifier_free:
                 unconditional, conditional = output.chunk(2)
                 output = guided(conditional, unconditional, guidance, guidance_rescale)
             return self.schedule.denoised(output, x, point)
@@ -191,17 +207,19 @@ def check_solver(
             f"teacher {name} predicts epsilon, but starts at zero terminal SNR (timestep {first.t}), where "
             "that says nothing about x_0; take spacing=leading or fewer steps, or a v-prediction teacher"
         )
-    # Guidance needs an unconditional branch, and rescaling needs guidance.
-    if guidance != 1 and not teacher.conditioner.has_null:
+    # Guidance needs an input or an unconditional branch, and rescaling needs classifier-free guidance.
+    embedded = teacher.family.embedded_guidance is not None
+    if guidance != 1 and not (embedded or teacher.conditioner.has_null):
         raise SettingError(
             f"guidance is {guidance:g}, but teacher {name} has no unconditional branch; take guidance 1"
             + (", or name its null_class in model_index.json" if teacher.num_labels else "")
         )
     if not 0 <= guidance_rescale <= 1:
         raise SettingError(f"guidance_rescale is {guidance_rescale:g}; expected 0 (none) to 1")
-    if guidance == 1 and guidance_rescale:
+    if guidance_rescale and (guidance == 1 or embedded):
+        why = "guidance 1" if not embedded else f"teacher {name}, which takes guidance as an input,"
         raise SettingError(
-            f"guidance_rescale is {guidance_rescale:g}, but guidance 1 leaves nothing to rescale; set it to 0"
+            f"guidance_rescale is {guidance_rescale:g}, but {why} leaves nothing to rescale; set it to 0"
         )
 
 
@@ -355,7 +373,7 @@ def describe_teacher(name: str) -> dict[str, Any]:
         "solver_defaults": defaults,
         "conditioning": {
             "kind": teacher.conditioning,
-            "guidance": teacher.conditioner.has_null,
+            "guidance": teacher.conditioner.has_null or teacher.family.embedded_guidance is not None,
             "encoders": {c: type(model).__name__ for c, model in teacher.conditioner.models.items()},
             "num_labels": teacher.num_labels,
         },

@@ -10,7 +10,15 @@ from distill.config.components import DiscriminatorConfig, OptimConfig, Regressi
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig, StudentConfig, TrainConfig
 
 TeacherModel = Literal[
-    "sd15", "sdxl", "edm-cifar10", "miniature", "dit-xl-256", "pixart-sigma-512", "sd35-medium"
+    "sd15",
+    "sdxl",
+    "edm-cifar10",
+    "miniature",
+    "dit-xl-256",
+    "pixart-sigma-512",
+    "sd35-medium",
+    "flux-dev",
+    "sana-600m",
 ]
 """Teachers that presets are made for."""
 
@@ -152,7 +160,7 @@ PIXEL_RECIPES: dict[str, Recipe] = {
 def _transformer(model: TeacherModel, about: str, gpus: int, batch: int, **engine: Any) -> Recipe:
     """Both stages for a transformer teacher, with the lengths of SD-CFG-3."""
     gan = DiscriminatorConfig(discriminator="transformer", r1_rows=gpus, optim=_falling(10_000 * batch))
-    if model == "sd35-medium":  # as SDXL: exact R1 on 4,429 tokens needs 220 GiB a row
+    if model in ("sd35-medium", "flux-dev"):  # as SDXL: exact R1 on 4,429 tokens needs 220 GiB a row
         gan = replace(gan, penalty="none", r1_rows=1, noise_augment="uniform")
     settings = replace(_recompute(gpus), **engine)
     return Recipe(
@@ -169,6 +177,8 @@ TRANSFORMER_RECIPES: dict[str, Recipe] = {
     "dit-xl-256": _transformer("dit-xl-256", "DiT-XL/2 at 256 px, class-conditional", 8, 256),
     "pixart-sigma-512": _transformer("pixart-sigma-512", "PixArt-Sigma at 512 px", 16, 256, parallel="fsdp"),
     "sd35-medium": _transformer("sd35-medium", "SD 3.5 Medium at 1024 px", 64, 256, parallel="fsdp"),
+    "flux-dev": _transformer("flux-dev", "FLUX.1-dev at 1024 px", 128, 256, parallel="fsdp"),
+    "sana-600m": _transformer("sana-600m", "SANA 600M at 1024 px", 16, 256, parallel="fsdp"),
 }
 """Recipes for transformer teachers, with the published sizes of their networks."""
 

@@ -10,7 +10,7 @@ from d2g.core.errors import SettingError
 from d2g.core.json_files import read_json_object
 from d2g.core.tracking.run_directory import read_stats
 from distill.config.run import FROM_TEACHER, DistillConfig
-from distill.planning.cost import evaluations, pair_evaluations
+from distill.planning.cost import evaluations
 from pairgen.store.hdf5 import StoreSpec
 from pairgen.store.reader import PairReader
 
@@ -134,8 +134,5 @@ def pair_stores(history: History) -> tuple[list[StoreSpec], list[str]]:
 
 
 def teacher_evaluations(specs: list[StoreSpec]) -> int:
-    """Network evaluations of the teacher for all pairs; guidance other than 1 takes two per solver step."""
-    return sum(
-        spec.num_pairs * pair_evaluations(spec.solver, spec.steps) * (1 if spec.guidance == 1 else 2)
-        for spec in specs
-    )
+    """Network evaluations of the teacher for all pairs."""
+    return sum(spec.num_pairs * spec.evaluations_per_pair for spec in specs)

@@ -10,6 +10,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import SettingError
 from d2g.core.precision import exact_fp32
 from d2g.core.seeds import noise
+from d2g.diffusion.pipelines import family_of
 from distill.config.export import ExportConfig
 from distill.export.output import DTYPES as DTYPES
 from distill.export.output import (
@@ -24,7 +25,7 @@ from distill.export.to_comfyui import export_comfyui
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
-from distill.sampling import load_student, student_folder, student_tensors
+from distill.sampling import load_student, student_folder, student_guidance, student_tensors
 
 WRITERS = {"diffusers": export_pipeline, "lora": export_lora, "comfyui": export_comfyui}
 """Formats whose weights may be stored in half precision, with a model card."""
@@ -63,7 +64,9 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     check_out(out, run, teacher or source)
     tensors = student_tensors(run)
     cast = {k: v.to(saved_dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    facts = {"teacher": source, "student_timestep": timestep}
+    facts: dict[str, Any] = {"teacher": source, "student_timestep": timestep}
+    if family_of(teacher or source).embedded_guidance is not None:
+        facts["guidance"] = student_guidance(run, teacher or source)
     with staged(out) as folder:
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})

@@ -4,7 +4,7 @@ Nothing in a card is invented. What is not known is said to be unknown.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,8 +39,11 @@ class PipelineUsage:
     dtype: str
     guided: bool
     reads_text: bool
-    guidance_off: bool = False
-    """Whether the caller has to switch classifier-free guidance off."""
+    reads_labels: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the call, beside the number of steps."""
+    settings_needed: bool = False
+    """Whether the pipeline would draw something else without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,9 @@ class AdapterUsage:
     scheduler: str = "LCMScheduler"
     comfyui: str = ""
     """File with the adapters under kohya's names, if there is one."""
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1})
+    """Settings of the call, beside the number of steps."""
+    guided: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,7 @@ def model_card(
     specs, missing = pair_stores(history)
     hours = history.device_hours
 
+    values = asdict(usage)
     # The template lays out the text; every number of the card comes from here.
     card = ModelCard.from_template(
         data,
@@ -151,7 +158,8 @@ def model_card(
         teacher=name,
         license=terms,
         timestep=timestep,
-        usage=asdict(usage) | {"form": usage.form},
+        usage=values | {"form": usage.form},
+        call_settings="".join(f", {name}={value}" for name, value in values.get("settings", {}).items()),
         history=history,
         specs=specs,
         missing=missing,

@@ -10,9 +10,10 @@ times it.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.edm import EDMSchedule
-from d2g.diffusion.families.base import Pipeline
+from d2g.diffusion.families.base import Family, Pipeline
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import FlowSchedule, Schedule
 
@@ -63,10 +64,6 @@ def pipeline_schedule(teacher: str) -> Schedule | FlowSchedule:
     """The noise schedule of a teacher. Raises UserError if no diffusers pipeline can run its students."""
     pipeline, schedule = open_pipeline(teacher), pretrained.load_any_schedule(teacher)
     instead = "export it with --format safetensors"
-    if pipeline.kind in ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"):
-        raise UserError(
-            f"teacher {teacher} is a {pipeline.kind}, which d2g cannot export to diffusers; {instead}"
-        )
     if isinstance(schedule, FlowSchedule):
         return schedule
     instead = f"{instead} or onnx"
@@ -77,8 +74,8 @@ def pipeline_schedule(teacher: str) -> Schedule | FlowSchedule:
             f"sigma_max times the noise, as its students do; {instead}"
         )
 
-    # Unconditional pipelines pass no class and take the whole output as noise.
-    if not pipeline.family.reads_text:
+    # Pipelines of UNet2DModel pass no class and take the whole output as noise.
+    if not pipeline.family.reads_text and pipeline.family.network == "unet":
         config = pretrained.load_on_meta(teacher, "unet").config
         if config.num_class_embeds is not None:
             raise UserError(
@@ -105,8 +102,8 @@ def save_one_step(
 
     A text-conditional U-Net must have the input for a guidance scale (time_cond_proj_dim): only then does
     diffusers skip classifier-free guidance at every scale. Transformers have no such input; their pipelines
-    skip it with guidance_scale=1. Converts `network` to `dtype` in place. Raises
-    UserError for a folder that cannot be written.
+    skip it with guidance_scale=1, except for FLUX's, which has none. Converts `network` to `dtype` in place.
+    Raises UserError for a folder that cannot be written.
     """
     pipeline = open_pipeline(teacher)
     component_of_network = pipeline.family.network
@@ -124,6 +121,8 @@ def save_one_step(
     try:
         _assembled(pipeline, components).save_pretrained(folder, safe_serialization=True)
         _remove_local_paths(folder)
+        if isinstance(names := pipeline.index.get("id2label"), dict):  # which diffusers does not save
+            _add_to_index(folder, {"id2label": names})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write {folder}: {error}; free space or choose another --out, then run again"
@@ -146,15 +145,19 @@ def _assembled(pipeline: Pipeline, components: dict[str, Any]) -> Any:
         return diffusers.StableDiffusionPipeline(
             **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-    if pipeline.kind == "LDMPipeline":
-        return diffusers.LDMPipeline(**components)
     if pipeline.kind in ("DDIMPipeline", "DDPMPipeline"):
         return diffusers.DDPMPipeline(**components)
-    if pipeline.kind == "StableDiffusion3Pipeline":
-        absent = dict.fromkeys(pipeline.family.optional)
-        return diffusers.StableDiffusion3Pipeline(**{**absent, **components})
-    zeros = pipeline.index.get("force_zeros_for_empty_prompt", True)
-    return diffusers.StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=zeros)
+    if pipeline.kind == "StableDiffusionXLPipeline":
+        zeros = pipeline.index.get("force_zeros_for_empty_prompt", True)
+        return diffusers.StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=zeros)
+    absent = dict.fromkeys(pipeline.family.optional)
+    return getattr(diffusers, pipeline.kind)(**{**absent, **components})
+
+
+def _add_to_index(folder: Path, facts: Mapping[str, Any]) -> None:
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text(encoding="utf-8"))
+    write_atomically(file, json.dumps({**index, **facts}, indent=2) + "\n")
 
 
 def _remove_local_paths(folder: Path) -> None:
@@ -177,40 +180,51 @@ def sample_pipeline(
     folder: Path,
     noise: Tensor,
     prompts: Sequence[str],
-    guidance: float | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Run a saved text-to-image pipeline for one step, with diffusers alone.
 
-    Returns latents [B, C, h, w] and images [B, 3, H, W] in [0, 1], in fp32 on the CPU. `guidance=None`: the
-    default of diffusers.
+    settings: of the call, beside the number of steps. Returns latents [B, C, h, w] and images [B, 3, H, W] in
+    [0, 1], in fp32 on the CPU.
     """
-    import diffusers
-
-    # Components that the pipeline may leave out are [null, null] in its index.
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=False, **absent)
-    return _sample(pipe, noise, prompts, guidance, device)
+    family = open_pipeline(str(folder)).family
+    return _sample(_load_pipeline(folder), family, noise, prompts, settings, device)
 
 
-def sample_unconditional_pipeline(folder: Path, rows: int, device: torch.device | str = "cpu") -> Tensor:
-    """Run a saved unconditional pipeline for one step, with diffusers alone.
+def sample_own_noise(
+    folder: Path, labels: Sequence[int] | None, rows: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Run a saved class-conditional or, without `labels`, unconditional pipeline for one step, with diffusers
+    alone.
 
     Returns images [rows, 3, H, W] in [0, 1], in fp32 on the CPU. Such pipelines accept no noise: they draw
     torch.randn from a generator with seed 0.
     """
-    import diffusers
-
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=False)
+    pipe = _load_pipeline(folder)
     _to_fp32(pipe, device)
+    settings = {"batch_size": rows} if labels is None else {"class_labels": list(labels), "guidance_scale": 1}
     generator = torch.Generator().manual_seed(0)
-    images = pipe(rows, generator, num_inference_steps=1, output_type="np").images
+    images = pipe(**settings, generator=generator, num_inference_steps=1, output_type="np").images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
+def _load_pipeline(folder: Path) -> Any:
+    """A saved pipeline. Components that it may leave out are [null, null] in its index."""
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+    return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=False, **absent)
+
+
 def sample_with_adapters(
-    teacher: str, folder: Path, noise: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu"
+    teacher: str,
+    folder: Path,
+    noise: Tensor,
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Like `sample_pipeline`, for the teacher's pipeline with the adapters and the scheduler of `folder`."""
     import diffusers
@@ -228,7 +242,7 @@ def sample_with_adapters(
     pipe = _assembled(pipeline, components)
     with _errors_only():  # suppress the warning that the text encoders have no adapters
         pipe.load_lora_weights(folder)
-    return _sample(pipe, noise, prompts, 1.0, device)
+    return _sample(pipe, pipeline.family, noise, prompts, settings, device)
 
 
 def _to_fp32(pipe: Any, device: torch.device | str) -> None:
@@ -257,13 +271,19 @@ def _errors_only() -> Iterator[None]:
 
 @torch.no_grad()
 def _sample(
-    pipe: Any, noise: Tensor, prompts: Sequence[str], guidance: float | None, device: torch.device | str
+    pipe: Any,
+    family: Family,
+    noise: Tensor,
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
     _to_fp32(pipe, device)
     pipe.watermark = None  # SDXL would write it into the pixels if its package is installed
-    scale = {} if guidance is None else {"guidance_scale": guidance}
+    packed = family.pack(noise.to(device))
     latents, images = (
-        pipe(list(prompts), num_inference_steps=1, latents=noise.to(device), output_type=kind, **scale).images
+        pipe(list(prompts), num_inference_steps=1, latents=packed, output_type=kind, **settings).images
         for kind in ("latent", "pt")
     )
+    latents = family.unpack(latents, (noise.shape[2], noise.shape[3]))
     return latents.float().cpu(), images.float().cpu()

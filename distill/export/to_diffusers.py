@@ -1,5 +1,6 @@
 """Export a student to diffusers: a pipeline folder, or LoRA adapters for the teacher's own pipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from distill.export.card_scores import own_results
 from distill.export.model_card import AdapterUsage, PipelineUsage, model_card
 from distill.export.one_step_pipeline import (
     pipeline_schedule,
+    sample_own_noise,
     sample_pipeline,
-    sample_unconditional_pipeline,
     sample_with_adapters,
     save_one_step,
     save_scheduler,
@@ -70,9 +71,12 @@ def export_pipeline(
     one = load_student(student, source, device)
     guided, reads_text = one.student.guided, one.student.reads_text
     # Write the pipeline, draw with it, and write the card with the difference.
+    settings = _call_settings(one)
     with staged(out) as folder:
-        write = _write_text_pipeline if reads_text else _write_unconditional_pipeline
-        parity = write(one, source, schedule, folder, saved_dtype)
+        if reads_text:
+            parity = _write_text_pipeline(one, source, schedule, folder, saved_dtype, settings)
+        else:
+            parity = _write_noiseless_pipeline(one, source, schedule, folder, saved_dtype)
         text = model_card(
             student=student,
             teacher=source,
@@ -84,41 +88,65 @@ def export_pipeline(
                 pipeline=saved_pipeline_class(source),
                 dtype=str(saved_dtype).removeprefix("torch."),
                 guided=guided,
-                guidance_off=reads_text and not one.student.family.takes_guidance,
                 reads_text=reads_text,
+                reads_labels=one.conditioner.kind == "label",
+                settings=settings,
+                settings_needed=not one.student.family.takes_guidance and bool(settings),
             ),
         )
         write_atomically(folder / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
 
 
+def _call_settings(one: OneStep) -> dict[str, Any]:
+    """Settings with which a call of the student's pipeline draws what the student does, beside one step.
+
+    U-Nets of text need none: their networks disable guidance, or take the scale as an input.
+    """
+    student = one.student
+    if student.family.takes_guidance:
+        return {"guidance_scale": one.guidance} if student.guided else {}
+    if one.conditioner.kind == "none":
+        return {}
+    _, height, width = student.latent_shape
+    pixels = (height * student.downscale, width * student.downscale)
+    scale = one.guidance if student.guided else 1
+    # Pipelines of classes take neither size nor text.
+    return {"guidance_scale": scale, **student.family.pipeline_settings(pixels)}
+
+
 def _write_text_pipeline(
-    one: OneStep, source: str, schedule: Schedule | FlowSchedule, folder: Path, dtype: torch.dtype
+    one: OneStep,
+    source: str,
+    schedule: Schedule | FlowSchedule,
+    folder: Path,
+    dtype: torch.dtype,
+    settings: Mapping[str, Any],
 ) -> float:
     """Write the pipeline of a text-conditional student, and return its parity."""
     guided, timestep = one.student.guided, one.student.timestep
     latents_noise = noise(0, range(2), one.student.latent_shape)
     latents = one.latents(latents_noise, one.examples)
     expected = latents.cpu(), _decode_images(one, latents)
-    # Without an input for the guidance scale, diffusers would apply classifier-free guidance. Transformers
-    # have none: the caller has to pass guidance_scale=1.
+    # Without an input for the guidance scale, diffusers would apply classifier-free guidance.
     if one.student.family.takes_guidance and not guided:
         add_guidance_embedding(one.student.network)
     save_one_step(source, one.student.network, schedule, timestep, folder, dtype)
-    guidance = one.guidance if guided else None if one.student.family.takes_guidance else 1.0
-    exported = sample_pipeline(folder, latents_noise, one.examples, guidance, one.device)
+    exported = sample_pipeline(folder, latents_noise, one.examples, settings, one.device)
     return max_abs_diff(*zip(expected, exported, strict=True))
 
 
-def _write_unconditional_pipeline(
+def _write_noiseless_pipeline(
     one: OneStep, source: str, schedule: Schedule | FlowSchedule, folder: Path, dtype: torch.dtype
 ) -> float:
-    """Write the pipeline of an unconditional student, and return its parity, of images alone."""
-    # Unconditional pipelines draw their noise themselves, from this generator.
+    """Write the pipeline of a class-conditional or unconditional student, and return its parity, of images
+    alone."""
+    # Such pipelines draw their noise themselves, from this generator.
     latents_noise = torch.randn(2, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
     expected = _decode_images(one, one.latents(latents_noise, one.examples))
     save_one_step(source, one.student.network, schedule, one.student.timestep, folder, dtype)
-    exported = sample_unconditional_pipeline(folder, len(latents_noise), one.device)
+    labels = [int(prompt) for prompt in one.examples] if one.conditioner.kind == "label" else None
+    exported = sample_own_noise(folder, labels, len(latents_noise), one.device)
     return max_abs_diff((exported, expected))
 
 
@@ -134,7 +162,7 @@ def export_lora(
 
     Those of a U-Net go to OUT/comfyui/lora.safetensors too, under kohya's names.
 
-    They go on the teacher's own pipeline: `pipe.load_lora_weights(OUT)`, guidance_scale=1. They hold the
+    They go on the teacher's own pipeline: `pipe.load_lora_weights(OUT)`, without guidance. They hold the
     whole difference between student and teacher: if the run started from the adapters of another run, the
     sum of both (`d2g.diffusion.lora.adapters_from_teacher`). Raises UserError for a student without adapters,
     with a guidance input, or whose other weights differ from the teacher's. Returns the same as
@@ -147,7 +175,7 @@ def export_lora(
     source = teacher or recorded_teacher
     pipeline = open_pipeline(source)
     kind = pipeline.kind
-    if not pipeline.family.reads_text:
+    if "lora" not in [export.name for export in pipeline.family.exports]:
         raise UserError(
             f"teacher {source} is a {kind}, into which diffusers loads no adapters; export the student with "
             "--format safetensors, which merges them"
@@ -167,7 +195,8 @@ def export_lora(
         other_names = KOHYA_FILE if pipeline.family.network == "unet" else ""
         if other_names:
             save_tensors(kohya_adapters(cast), written / other_names, {"format": "pt"})
-        exported = sample_with_adapters(source, written, latents_noise, one.examples, device)
+        settings = {"guidance_scale": 1, **_call_settings(one)}
+        exported = sample_with_adapters(source, written, latents_noise, one.examples, settings, device)
         parity = check_parity(max_abs_diff(*zip(expected, exported, strict=True)), saved_dtype)
 
         # The card reports the measured difference from the training code.
@@ -180,7 +209,12 @@ def export_lora(
             options=options,
             scores=scores,
             usage=AdapterUsage(
-                pipeline=kind, rank=rank, scheduler=_scheduler_class(schedule), comfyui=other_names
+                pipeline=kind,
+                rank=rank,
+                scheduler=_scheduler_class(schedule),
+                comfyui=other_names,
+                settings=settings,
+                guided=one.student.guided,
             ),
         )
         write_atomically(written / "README.md", text)
@@ -199,7 +233,7 @@ def _load_lora_student(
     if not has_lora(tensors):
         raise UserError(f"student {student} has no adapters; export it with --format diffusers")
     one = load_student(student, teacher, device)
-    if one.student.guided:
+    if one.student.guided and one.student.family.embedded_guidance is None:
         raise UserError(
             f"student {student} has the guidance scale as an input, which adapters alone cannot hold; "
             "export it with --format diffusers"

@@ -59,12 +59,15 @@ class Student(nn.Module):
     def forward(self, noise: Tensor, cond: Conditioning, guidance: Tensor | None = None) -> Tensor:
         """noise [B, C, h, w] ~ N(0, 1) and the conditioning of B rows -> scaled latents [B, C, h, w], fp32.
 
-        guidance [B]: the classifier-free guidance scale to imitate, for a student that takes it as an input.
+        guidance [B]: the guidance scale to imitate, for a student that takes it as an input; unless `cond`
+        holds it already, where the teacher takes it too.
         """
         x = self.schedule.start(noise)
         inputs = self.schedule.network_input(x, self.point).to(next(self.network.parameters()).dtype)
         embedding = None
-        if self.guided:
+        if guidance is not None and self.family.embedded_guidance is not None:
+            cond = cond.with_guidance(guidance)
+        elif self.guided and "guidance" not in cond.tensors:
             assert guidance is not None and guidance.shape == x.shape[:1], "one guidance scale for each row"
             width = self.network.config.time_cond_proj_dim
             embedding = guidance_embedding(guidance.to(x.device), width).to(inputs.dtype)
@@ -115,7 +118,8 @@ class Student(nn.Module):
     @property
     def guided(self) -> bool:
         """Whether it takes the guidance scale as an input."""
-        return getattr(self.network.config, "time_cond_proj_dim", None) is not None
+        added = getattr(self.network.config, "time_cond_proj_dim", None) is not None
+        return added or self.family.embedded_guidance is not None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -167,6 +171,11 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
     teacher."""
     pipeline = open_pipeline(teacher)
     family = pipeline.family
+    if student.guidance_conditioning and family.embedded_guidance is not None:
+        raise SettingError(
+            f"student.guidance_conditioning is true, but the network of {teacher}, a {pipeline.kind}, takes "
+            "the guidance scale of its pairs already; set it to false"
+        )
     if student.guidance_conditioning and not family.takes_guidance:
         raise SettingError(
             f"student.guidance_conditioning is true, but the network of {teacher}, a {pipeline.kind}, has no "
@@ -184,6 +193,12 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
             f"stage gan has no discriminator for {teacher}, a {pipeline.kind} of kind "
             f"{SCHEDULE_NAMES[kind]}; its students are trained by `d2g distill ode` alone"
         )
+
+
+def takes_guidance(teacher: str, student: StudentConfig) -> bool:
+    """Whether students of this teacher take the guidance scale as an input: an added one, or the teacher's
+    own."""
+    return student.guidance_conditioning or family_of(teacher).embedded_guidance is not None
 
 
 def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Student:

@@ -18,6 +18,8 @@ OF_FAMILY = {
     "dit": "dit-xl-256",
     "pixart": "pixart-sigma-512",
     "sd3": "sd35-medium",
+    "flux": "flux-dev",
+    "sana": "sana-600m",
 }
 """Presets by the name of the family; the others take DEFAULT."""
 

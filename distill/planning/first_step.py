@@ -22,7 +22,7 @@ def first_step_notes(config: DistillConfig, model: str) -> list[str]:
         return []
     with known_teacher(config, model) as known:
         schedule = pretrained.load_any_schedule(known.teacher) if known is not None else None
-    # Flows and EDM start at pure noise, pairs as well as students.
+    # Flows and EDM start at pure noise, pairs as well as students (SANA's pairs at s = 0.9997).
     if not isinstance(schedule, Schedule):
         return []
     student = int(schedule.one_step(config.student_timestep).t)

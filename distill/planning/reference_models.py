@@ -11,6 +11,8 @@ NAMES = {
     "pixart-sigma-512": "PixArt-Sigma 512",
     "sd35-medium": "SD 3.5 Medium",
     "edm-cifar10": "EDM CIFAR10 (as a UNet2DModel)",
+    "flux-dev": "FLUX.1-dev",
+    "sana-600m": "SANA 600M",
 }
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -42,6 +44,24 @@ VAE = {
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
 
+DC_AE = {
+    "latent_channels": 32,
+    "encoder_block_types": [*["ResBlock"] * 3, *["EfficientViTBlock"] * 3],
+    "decoder_block_types": [*["ResBlock"] * 3, *["EfficientViTBlock"] * 3],
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+GEMMA_2_2B = {
+    "model_type": "gemma2",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 256_000,
+}
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 DIT_XL = {
     "num_attention_heads": 16,
@@ -126,6 +146,70 @@ TRANSFORMERS: dict[str, tuple[str, ComponentConfigs]] = {
             "text_encoder_3": _T5,
             "tokenizer_3": ("transformers", "T5Tokenizer", {}),
             "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        },
+    ),
+    "flux-dev": (
+        "FluxPipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "FluxTransformer2DModel",
+                {
+                    "in_channels": 64,
+                    "num_layers": 19,
+                    "num_single_layers": 38,
+                    "num_attention_heads": 24,
+                    "attention_head_dim": 128,
+                    "joint_attention_dim": 4096,
+                    "pooled_projection_dim": 768,
+                    "guidance_embeds": True,
+                },
+            ),
+            "vae": (
+                "diffusers",
+                "AutoencoderKL",
+                {**VAE, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+            ),
+            "text_encoder": ("transformers", "CLIPTextModel", {"model_type": "clip_text_model", **CLIP_L}),
+            "tokenizer": ("transformers", "CLIPTokenizer", {}),
+            "text_encoder_2": _T5,
+            "tokenizer_2": ("transformers", "T5TokenizerFast", {}),
+            "scheduler": (
+                "diffusers",
+                "FlowMatchEulerDiscreteScheduler",
+                {"shift": 3.0, "use_dynamic_shifting": True},
+            ),
+        },
+    ),
+    "sana-600m": (
+        "SanaPipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "SanaTransformer2DModel",
+                {
+                    "sample_size": 32,
+                    "patch_size": 1,
+                    "in_channels": 32,
+                    "out_channels": 32,
+                    "num_layers": 28,
+                    "num_attention_heads": 36,
+                    "attention_head_dim": 32,
+                    "num_cross_attention_heads": 16,
+                    "cross_attention_head_dim": 72,
+                    "cross_attention_dim": 1152,
+                    "caption_channels": 2304,
+                    "mlp_ratio": 2.5,
+                },
+            ),
+            "vae": ("diffusers", "AutoencoderDC", DC_AE),
+            "text_encoder": ("transformers", "Gemma2Model", GEMMA_2_2B),
+            "tokenizer": ("transformers", "GemmaTokenizerFast", {}),
+            "scheduler": (
+                "diffusers",
+                "DPMSolverMultistepScheduler",
+                {"flow_shift": 3.0, "prediction_type": "flow_prediction", "use_flow_sigmas": True},
+            ),
         },
     ),
 }

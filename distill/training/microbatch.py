@@ -47,7 +47,7 @@ class MicroBatch:
     noise: Tensor  # [b, C, h, w] fp32
     target: Tensor  # [b, C, h, w] fp32, the teacher's latents
     cond: Conditioning
-    guidance: tuple[Tensor, ...]  # (scales [b],) for a student with a guidance input
+    guidance: tuple[Tensor, ...]  # (scales [b],) for a student with an added guidance input
     transforms: Transforms
     rows: range  # numbers of the rows since the run began
     dropout_keys: Tensor | None  # [b] of the student's dropout
@@ -66,7 +66,8 @@ class StepPreparation:
     """Turns a batch of pairs into the micro-batches and random numbers of one step on this process.
 
     `gan` is None in the regression stage. `microbatches`: per step and process. `dropout`: whether the
-    student has dropout.
+    student has dropout. `embedded_guidance`: whether the teacher's network takes the guidance scale as an
+    input, which is part of the conditioning then, for student and discriminator.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class StepPreparation:
         noise_augment: NoiseAugmentation,
         encode: TextCache,
         device: torch.device,
+        embedded_guidance: bool = False,
     ) -> None:
+        self.embedded_guidance = embedded_guidance
         self.seed, self.batch_size, self.microbatches = seed, batch_size, microbatches
         self.dropout, self.gan = dropout, gan
         self.regression, self.noise_augment = regression, noise_augment
@@ -95,6 +98,8 @@ class StepPreparation:
         randomness = self.sample_step_randomness(shape, nimg)
         noise, target = (to_device(x, self.device).float() for x in (batch.noise, batch.latents))
         cond = self.encode(batch.prompts)
+        if self.embedded_guidance:
+            cond = cond.with_guidance(*scales(batch))
         rows = len(batch.prompts)
         size, first = rows // self.microbatches, process_group.rank() * rows
         microbatches = [
@@ -158,7 +163,9 @@ class StepPreparation:
             noise=noise[local_rows],
             target=target[local_rows],
             cond=cond[local_rows],
-            guidance=tuple(to_device(t[local_rows], device) for t in scales(batch)),
+            guidance=()
+            if self.embedded_guidance
+            else tuple(to_device(t[local_rows], device) for t in scales(batch)),
             transforms=None if transforms is None else [select_transforms(t, batch_rows) for t in transforms],
             rows=rows,
             dropout_keys=to_device(row_keys(self.seed, rows) if self.dropout else None, device),

@@ -170,8 +170,17 @@ class RunMonitor:
             prompts,
             batch_size=self.batch,
             device=self.device,
-            guidance=OneStep.guidance if self.state.student.module.guided else None,
+            guidance=self._guidance(),
         )
+
+    def _guidance(self) -> float | None:
+        """The scale of samples that have no pairs: that of the run's pairs where the teacher takes it."""
+        student = self.state.student.module
+        if not student.guided:
+            return None
+        if student.family.embedded_guidance is None or isinstance(self.reader, ImageRows):
+            return OneStep.guidance
+        return self.reader.spec.guidance
 
     def validation_due(self, finished: bool) -> bool:
         """Whether it is time to validate: at each interval, and when the run is finished."""

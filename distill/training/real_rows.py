@@ -91,10 +91,13 @@ class RealRows:
         shape = (latents.shape[1], latents.shape[2], latents.shape[3])
         image_noise = self.encoder.noise(range(first, last), shape).to(self.device)
         index = torch.tensor(replaced, device=self.device)
+        text = self.text(captions)
+        if "guidance" in inputs.cond.tensors:  # a photograph has none: that of the rows stays
+            text = text.with_guidance(inputs.cond.tensors["guidance"][index])
         return DiscriminatorInput(
             _replace_rows(inputs.latents, index, latents),
             _replace_rows(inputs.noise, index, image_noise),
-            inputs.cond.map(lambda old, new: _replace_rows(old, index, new), self.text(captions)),
+            inputs.cond.map(lambda old, new: _replace_rows(old, index, new), text),
             inputs.t,
         )
 

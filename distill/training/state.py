@@ -19,7 +19,14 @@ from d2g.diffusion.pipelines import family_of
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.ema import EMA
-from distill.models.student import Student, add_adapters, meta_student, set_trainable, student_from_teacher
+from distill.models.student import (
+    Student,
+    add_adapters,
+    meta_student,
+    set_trainable,
+    student_from_teacher,
+    takes_guidance,
+)
 from distill.sampling import load_student_weights
 from distill.training.optim import optimizer
 
@@ -202,7 +209,7 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
     student = student_from_teacher(config.teacher, config.student_timestep)
     if config.init not in ("", FROM_TEACHER) and fresh:
         load_student_weights(student, config.init)
-    if student.guided and not config.student.guidance_conditioning:
+    if student.guided and not takes_guidance(config.teacher, config.student):
         raise SettingError(
             f"{config.init} takes the guidance scale as an input; set student.guidance_conditioning=true"
         )

@@ -20,11 +20,12 @@ from d2g.core.tracking.loggers import check_loggers
 from d2g.core.tracking.run_directory import Pace, RunLog, sole_owner
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.pipelines import family_of
 from distill.config.run import DistillConfig, microbatch_size
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
 from distill.models.discriminators import check_discriminator
-from distill.models.student import check_teacher
+from distill.models.student import check_teacher, takes_guidance
 from distill.training.callbacks import (
     Callback,
     CheckpointCallback,
@@ -269,7 +270,7 @@ def _summary(out: Path, log: RunLog, state: State, images: int, first: int, seco
 
 def _open_pairs(config: DistillConfig) -> PairRows:
     """The pairs of the run, which fit the teacher, the student and the batch size."""
-    guided, held_out_pairs = config.student.guidance_conditioning, config.train.validate_pairs
+    guided, held_out_pairs = takes_guidance(config.teacher, config.student), config.train.validate_pairs
     reader = open_pairs(config.pairs, pretrained.teacher_digests(config.teacher), config.data, guided)
     held_out(len(reader), held_out_pairs)
     require_enough_pairs(len(reader), config.train.batch_size, held_out_pairs)
@@ -361,6 +362,7 @@ def _build_preparation(
         noise_augment=noise_augment,
         encode=encode,
         device=device,
+        embedded_guidance=family_of(config.teacher).embedded_guidance is not None,
     )
 
 
@@ -404,6 +406,11 @@ def _check_without_pairs(config: DistillConfig) -> None:
         raise SettingError(
             f"train.validate_pairs is {config.train.validate_pairs}, but there are no pairs; set it to 0, "
             "and give --validate PROTOCOL"
+        )
+    if family_of(config.teacher).embedded_guidance is not None:
+        raise SettingError(
+            f"pairs is not set, but the network of {config.teacher} takes the guidance scale of its pairs; "
+            "give --pairs"
         )
     if config.student.guidance_conditioning:
         raise SettingError(

@@ -13,7 +13,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
-from d2g.diffusion.teacher import TEACHER_GUIDANCE, load_teacher
+from d2g.diffusion.teacher import load_teacher
 from distill.sampling import student_folder
 from eval.evaluation import Evaluation, evaluate, image_count
 from eval.images.folders import open_images
@@ -211,8 +211,7 @@ class EvalSession:
             prompts = list(label_list(teacher.num_labels))
         if not prompts and teacher.conditioning == "none":
             prompts = [""]
-        default = TEACHER_GUIDANCE if teacher.conditioner.has_null else 1.0
-        guidance = default if config.guidance is None else config.guidance or 1.0
+        guidance = teacher.default_guidance if config.guidance is None else config.guidance or 1.0
         request = self.sampling_request(prompts)
         return ode_source(teacher, request, steps=config.steps, guidance=guidance, solver=config.solver)
 

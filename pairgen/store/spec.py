@@ -15,8 +15,10 @@ from d2g.core.config import differing, digest, from_json, to_json
 from d2g.core.errors import SettingError, UserError
 from d2g.core.json_files import check_type, parse_json
 from d2g.core.regular_files import open_regular
+from d2g.diffusion.families.base import EMBEDDED
 from d2g.diffusion.latents import LatentSpace
 from d2g.diffusion.pipelines import TeacherDigests
+from d2g.diffusion.solvers import evaluations_per_sample
 
 SCHEMA = 2
 MAX_SHARDS = 1_000_000
@@ -102,6 +104,13 @@ class StoreSpec:
     @property
     def num_shards(self) -> int:
         return -(-self.num_pairs // self.shard_size)
+
+    @property
+    def evaluations_per_pair(self) -> int:
+        """Network evaluations of the teacher for a pair; classifier-free guidance takes two per evaluation of
+        the solver, a guidance scale that is an input of the network takes one."""
+        embedded = self.teacher_facts.get("guidance") == EMBEDDED
+        return evaluations_per_sample(self.steps, self.solver, 1.0 if embedded else self.guidance)
 
     def rows(self, shard: int) -> range:
         """The pair indices of shard number `shard`."""

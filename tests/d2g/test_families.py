@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers as diffusers_library
 import pytest
 from diffusers import EDMEulerScheduler
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.families.base import Family
 from d2g.diffusion.families.registry import FAMILIES, STAGE_COLUMNS, stage_table
-from d2g.diffusion.pipelines import FAMILY_OF, family_of
+from d2g.diffusion.pipelines import FAMILY_OF, family_of, open_pipeline
 from d2g.diffusion.scheduler_files import load_any_schedule, schedule_kind
 from d2g.diffusion.teacher import describe_stages
 from d2g_cli.main import app
@@ -36,6 +37,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "sdxl": tiny_teachers.save_sdxl(root / "sdxl"),
         "sdxl edm": tiny_teachers.save_sdxl(root / "sdxl_edm", scheduler=EDMEulerScheduler),
         "sd3": tiny_teachers.save_sd3(root / "sd3"),
+        "flux": tiny_teachers.save_flux(root / "flux"),
+        "sana": tiny_teachers.save_sana(root / "sana"),
         "pixart": tiny_teachers.save_pixart(root / "pixart", sigma=True),
         "dit": tiny_teachers.save_dit(root / "dit", classes=4),
         "ldm": tiny_teachers.save_ldm(root / "ldm"),
@@ -45,7 +48,19 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-NAMES = ("sd", "sdxl", "sdxl edm", "sd3", "pixart", "dit", "ldm", "unet2d", "unet2d classes", "unet2d edm")
+NAMES = (
+    "sd",
+    "sdxl",
+    "sdxl edm",
+    "sd3",
+    "flux",
+    "pixart",
+    "dit",
+    "ldm",
+    "unet2d",
+    "unet2d classes",
+    "unet2d edm",
+)
 
 
 def test_every_family_registers_itself_and_its_pipelines_once() -> None:
@@ -110,7 +125,8 @@ def test_the_table_matches_what_each_stage_accepts(name: str, teachers: dict[str
     assert ("safetensors" in formats) == bool(stages["regression"])
     diffusers = can_build_student(teacher, "ode") and exports_to_diffusers(teacher)
     assert ("diffusers" in formats) == diffusers
-    assert ("lora" in formats) == (family.reads_text and diffusers)
+    takes_adapters = hasattr(getattr(diffusers_library, open_pipeline(teacher).kind), "load_lora_weights")
+    assert ("lora" in formats) == (takes_adapters and diffusers)
 
 
 def test_describing_a_teacher_lists_its_supported_stages(teachers: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ import tiny
 import tiny_teachers
 from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
+from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher import describe_teacher, load_teacher
 from tiny_teachers import edit
 
@@ -23,6 +24,7 @@ SAVE: dict[str, Callable[[Path], str]] = {
     "sd": tiny.save_teacher,
     "sdxl": tiny_teachers.save_sdxl,
     "sd3": tiny_teachers.save_sd3,
+    "flux": tiny_teachers.save_flux,
     "pixart": lambda folder: tiny_teachers.save_pixart(folder, sigma=False, timestep_spacing="trailing"),
     "dit": tiny_teachers.save_dit,
     "ldm": tiny_teachers.save_ldm,
@@ -118,7 +120,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "pixels, PNDM": ("pixels", scheduler_of("PNDMScheduler", clip_sample=False), [""]),
     "pixels, DDPM": ("pixels", scheduler_of("DDPMScheduler", clip_sample=False), [""]),
     "pixels, Euler": ("pixels", scheduler_of("EulerDiscreteScheduler", clip_sample=False), [""]),
-    # Textual inversion: SD and SDXL expand tokens of several vectors, SD3 and PixArt do not.
+    # Textual inversion: SD, SDXL and FLUX expand tokens of several vectors, SD3 and PixArt do not.
     "sd, a word of three vectors": (
         "sd",
         words_in_all("<toy>", "<toy>_1", "<toy>_2"),
@@ -142,6 +144,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
         ["a <toy> on a table"],
     ),
     "sd3, a word of two vectors": ("sd3", words_in_all("<toy>", "<toy>_1"), ["a <toy> on a table"]),
+    "flux, a word of two vectors": ("flux", words_in_all("<toy>", "<toy>_1"), ["a <toy> on a table"]),
     # Behavior of every encode_prompt.
     "sd, edges of prompts": ("sd", lambda f: None, ["", "A RED Cube", "a red cube " * 20, "\u00e9 \u2603"]),
     "sdxl, edges of prompts": ("sdxl", lambda f: None, ["a", "A RED Cube", "a red cube " * 20, "\u2603"]),
@@ -151,6 +154,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
         lambda f: edit(f, "tokenizer_2/tokenizer_config.json", model_max_length=9),
         ["a red cube on a table and more"],
     ),
+    "flux, edges of prompts": ("flux", lambda f: None, ["a", "A RED Cube", "a red cube " * 90]),
     "pixart, edges of prompts": ("pixart", lambda f: None, ["a", " A RED Cube ", "a red cube " * 90]),
 }
 
@@ -177,10 +181,12 @@ def sample_with_diffusers(
         settings |= {"batch_size": 1}
     else:
         settings |= {"prompt": prompts, "guidance_scale": guidance, "output_type": "latent"}
-    if kind.startswith("PixArt"):
-        settings |= {"clean_caption": False, "use_resolution_binning": False}
+    family = family_of(str(folder))
+    if family.reads_text:
+        settings |= family.pipeline_settings((16, 16))
     pipe(**settings)
-    return first[0][: len(prompts)].float(), last[-1][: len(prompts)].float()
+    start, end = (family.unpack(latents[: len(prompts)].float(), (4, 4)) for latents in (first[0], last[-1]))
+    return start, end
 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of:FutureWarning")  # diffusers corrects it

@@ -31,8 +31,8 @@ from distill.export.export import export, export_lora, export_pipeline, export_s
 from distill.export.model_card import license_of
 from distill.export.one_step_pipeline import (
     one_step_scheduler,
+    sample_own_noise,
     sample_pipeline,
-    sample_unconditional_pipeline,
 )
 from distill.models.student import student_from_teacher
 from distill.sampling import load_student
@@ -379,7 +379,7 @@ def test_diffusers_reproduces_unconditional_students(kind: str, tmp_path: Path) 
     z = torch.randn(3, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
     own = (decode(one.vae, one.latents(z, [""] * 3)) / 2 + 0.5).clamp(0, 1)
     assert own.std() > 0.1
-    torch.testing.assert_close(sample_unconditional_pipeline(tmp_path / "out", 3), own, rtol=0, atol=1e-4)
+    torch.testing.assert_close(sample_own_noise(tmp_path / "out", None, 3), own, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="num_inference_steps"):
         tiny_teachers.diffusers_pipeline(tmp_path / "out")(1)
     assert "pipe(num_inference_steps=1)" in readme_of(tmp_path / "out")

@@ -39,7 +39,13 @@ def test_preset_fits_its_gpus(name: str, stage: str, gpus: int, teachers: Mappin
     assert too_large(config, memory, A100) is None, f"{memory:.1f} GiB"
 
 
-SIZES = {"dit-xl-256": 749_826_464, "pixart-sigma-512": 610_856_096, "sd35-medium": 2_243_171_520}
+SIZES = {
+    "dit-xl-256": 749_826_464,
+    "pixart-sigma-512": 610_856_096,
+    "sd35-medium": 2_243_171_520,
+    "flux-dev": 11_901_408_320,
+    "sana-600m": 591_747_872,
+}
 """Parameters of diffusers' networks; DiT's has an embedding of time and class in every block."""
 
 

@@ -29,7 +29,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def inputs(family: str, rows: int = 3, size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Conditioning]:
-    rng, channels = torch.Generator().manual_seed(seed), 8 if family == "sd3" else 4
+    rng, channels = torch.Generator().manual_seed(seed), tiny_teachers.latent_channels(family)
     x, noise = (torch.randn(rows, channels, size, size, generator=rng) for _ in range(2))
     return x, noise, tiny_teachers.random_conditioning(family, rows, seed)
 
@@ -57,7 +57,7 @@ def test_features_equal_the_teachers(family: str, folder: str, size: int, t: int
     discriminator = build(folder)
     network, own = pretrained.load_model(folder, "transformer"), discriminator.family
     seen: list[Tensor] = []
-    for block in network.transformer_blocks:
+    for block in (m for m in network.modules() if type(m).__name__ in own.block_types):
         block.register_forward_hook(
             lambda module, args, output: seen.append(output[1] if isinstance(output, tuple) else output)
         )
@@ -99,16 +99,16 @@ def test_logits_depend_on_conditioning_and_timestep(family: str, folder: str) ->
 
 def test_heads_and_scales(family: str, folder: str) -> None:
     discriminator = build(folder, token_scales=(1, 2))
-    logits = discriminator(*inputs(family))
+    logits, side = discriminator(*inputs(family)), 4 // discriminator.patch
     assert {name: tuple(value.shape) for name, value in logits.items()} == {
-        f"block{depth}{pool}": (3, 1, side, side)
+        f"block{depth}{pool}": (3, 1, width, width)
         for depth in (1, 2)
-        for pool, side in (("", 2), ("_pool2", 1))
+        for pool, width in (("", side), ("_pool2", side // 2))
     }
     # The heads are linear: the readout of an average is the average of readouts.
     discriminator.heads["block2_pool2"].load_state_dict(discriminator.heads["block2"].state_dict())
     logits = discriminator(*inputs(family))
-    mean = logits["block2"].mean((2, 3), keepdim=True)
+    mean = torch.nn.functional.avg_pool2d(logits["block2"], 2)
     torch.testing.assert_close(logits["block2_pool2"], mean, rtol=1e-5, atol=1e-5)
     assert list(build(folder, token_heads=1)(*inputs(family))) == ["block2"]
 
@@ -128,9 +128,8 @@ def test_every_trained_parameter_gets_a_gradient(family: str, folder: str) -> No
     named = dict(discriminator.named_parameters())
     assert [n for n, p in named.items() if p.requires_grad and p.grad is None] == []
     frozen = {n.split(".")[1] for n, p in named.items() if not p.requires_grad}
-    assert frozen == {name for name in discriminator.family.output_layers if name != "norm_out"} | (
-        {"norm_out"} if family == "sd3" else set()
-    )
+    norm = {"norm_out"} if family in ("sd3", "flux") else set()  # the other norms have no parameters
+    assert frozen == {name for name in discriminator.family.output_layers if name != "norm_out"} | norm
     alone = build(folder, freeze_backbone=True)
     assert {n.split(".")[0] for n, p in alone.named_parameters() if p.requires_grad} == {"heads", "patch_z"}
 
@@ -150,8 +149,8 @@ def test_unsupported_settings_are_refused(folder: str, teacher: Path) -> None:
         SettingError, match=r"gan.token_heads is 5, but the network has 2 blocks; expected 1 to 2"
     ):
         build(folder, token_heads=5)
-    with pytest.raises(SettingError, match="token_scales has 4, but the network sees 2x2 tokens"):
-        build(folder, token_scales=(1, 4))
+    with pytest.raises(SettingError, match=r"token_scales has 8, but the network sees (2x2|4x4) tokens"):
+        build(folder, token_scales=(1, 8))
     with pytest.raises(
         SettingError, match=r"'unet', but the network of .* is a transformer; set gan.disc.*=transf"
     ):

@@ -1,6 +1,7 @@
 """Students of transformers through real runs of both stages: pairs, training, resume, sampling, memory."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,15 @@ def state_at(run: Path, images: int) -> dict[str, Tensor]:
 
 def test_the_student_starts_as_the_teachers_prediction(family: str, teacher: Path) -> None:
     """One step of the teacher's own sampler from pure noise to clean data, as judge."""
-    loaded = load_teacher(str(teacher), spacing="linspace" if family == "sd3" else "trailing")
+    flow = family in tiny_teachers.FLOWS
+    loaded = load_teacher(str(teacher), spacing="linspace" if flow else "trailing")
     student = student_from_teacher(str(teacher))
     z, prompts = noise(0, range(3), student.latent_shape), prompts_of(family)
-    expected = loaded.sample(z, prompts, 1, 1.0, loaded.default_solver)
-    torch.testing.assert_close(student(z, loaded.encode(prompts)), expected, rtol=1e-4, atol=1e-4)
-    assert student.timestep == (1000 if family == "sd3" else 999)
+    guidance = 3.5 if student.guided else 1.0
+    scales = (torch.full((3,), guidance),) if student.guided else ()
+    expected = loaded.sample(z, prompts, 1, guidance, loaded.default_solver)
+    torch.testing.assert_close(student(z, loaded.encode(prompts), *scales), expected, rtol=1e-4, atol=1e-4)
+    assert student.timestep == (1000 if flow else 999)
     assert all(name.startswith("transformer.") for name in student.state_dict())
 
 
@@ -113,7 +117,8 @@ def test_both_stages_resume_bit_for_bit(teacher: Path, pairs: Path, ode: Path, t
 def test_a_run_draws_and_its_export_draws_the_same(family: str, ode: Path, tmp_path: Path) -> None:
     student = load_student(str(ode))
     images = student(prompts_of(family))
-    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8
+    side = 4 * student.student.downscale
+    assert images.shape == (3, 3, side, side) and images.dtype == torch.uint8
     facts = export(ExportConfig(student=str(ode), dtype="fp32"), tmp_path / "out")
     assert facts["parity_max_abs_err"] == 0.0
     with pytest.raises(UserError, match="export it with --format safetensors"):
@@ -145,12 +150,13 @@ def test_adapters_are_trained_alone_and_merge(teacher: Path, pairs: Path, tmp_pa
     assert all(name.endswith(state.student.module.family.lora_targets) for name in ends)
     merged = load_student(str(tmp_path / "run"))
     z = noise(0, range(2), merged.student.latent_shape)
-    run = state.student.module
+    run, scales = state.student.module, (torch.full((2,), 3.0),) if merged.student.guided else ()
     state.ema.load(checkpoint.latest(tmp_path / "run" / "checkpoints").tensors("ema"))  # type: ignore[union-attr]
     state.ema.copy_to(run)
     cond = merged.conditioner.encode(merged.examples)
     with torch.no_grad():
-        torch.testing.assert_close(merged.student(z, cond), run(z, cond), rtol=1e-4, atol=1e-4)
+        expected = run(z, cond, *scales)
+        torch.testing.assert_close(merged.student(z, cond, *scales), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_memory_is_predicted_as_the_networks_save_it(teacher: Path) -> None:
@@ -187,7 +193,10 @@ def _pipeline(teacher: Path) -> Any:
     ("settings", "message"),
     [
         (("student.dropout=0.1",), "student.dropout is 0.1, but the network .* has no residual blocks"),
-        (("student.guidance_conditioning=true",), "has no input for a guidance scale; set it to false"),
+        (
+            ("student.guidance_conditioning=true",),
+            "no input for a guidance scale; .*false|of its pairs already",
+        ),
     ],
 )
 def test_what_a_transformer_lacks_is_refused(settings: tuple[str, ...], message: str, teacher: Path) -> None:
@@ -206,18 +215,35 @@ def test_the_unet_discriminator_is_refused_before_anything_is_loaded(
     assert "GAN" in describe_stages(str(teacher)) and "not supported" not in describe_stages(str(teacher))
 
 
-@pytest.mark.parametrize("with_t5", [True, False])
-def test_plain_diffusers_draws_sd3s_student_in_one_step(with_t5: bool, tmp_path: Path) -> None:
-    """Pipeline and adapters: parity with the training code's student, as diffusers draws them."""
-    teacher = Path(tiny_teachers.save_sd3(tmp_path / "teacher", with_t5=with_t5))
+def test_plain_diffusers_draws_the_student_in_one_step(family: str, ode: Path, tmp_path: Path) -> None:
+    """Parity of latents and pixels with the training code's student, from the folder that was written."""
+    facts = export(ExportConfig(student=str(ode), format="diffusers"), tmp_path / "out")
+    assert 0 <= facts["parity_max_abs_err"] < 1e-4
+    card = (tmp_path / "out" / "README.md").read_text()
+    scale = 3.0 if family == "flux" else 1
+    assert f"num_inference_steps=1, guidance_scale={scale}" in card and "Keep these settings" in card
+
+
+@pytest.mark.parametrize(
+    "save", [tiny_teachers.save_flux, tiny_teachers.save_sana, partial(tiny_teachers.save_sd3, with_t5=False)]
+)
+def test_plain_diffusers_draws_with_the_adapters(save: Any, tmp_path: Path) -> None:
+    """Adapters on the teacher's own pipeline, and the same student as a pipeline; SD3 has no T5 here."""
+    teacher = Path(save(tmp_path / "teacher"))
     tiny.save_lpips(teacher / "latent_lpips", 8)
     prompts = tiny.save_prompts(tmp_path / "prompts.txt")
     generate_pairs(tiny.pair_config(str(teacher), prompts, solver="euler"), tmp_path / "pairs")
     settings = ("train.images=4", "optim.lr=1e-2", "student.lora_rank=2")
     train(distill_config(teacher, tmp_path / "pairs", *settings), tmp_path / "run")
     for form in ("diffusers", "lora"):
-        out = tmp_path / form
-        facts = export(ExportConfig(student=str(tmp_path / "run"), format=form), out)  # type: ignore[arg-type]
+        facts = export(ExportConfig(student=str(tmp_path / "run"), format=form), tmp_path / form)  # type: ignore[arg-type]
         assert 0 <= facts["parity_max_abs_err"] < 1e-4
-        card = (out / "README.md").read_text()
-        assert "num_inference_steps=1, guidance_scale=1" in card
+    scale = 3.0 if "Flux" in (teacher / "model_index.json").read_text() else 1
+    assert f"guidance_scale={scale}" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_adapters_go_only_where_diffusers_loads_them(family: str, ode: Path, tmp_path: Path) -> None:
+    if family in tiny_teachers.FLOWS:
+        return
+    with pytest.raises(UserError, match="into which diffusers loads no adapters"):
+        export(ExportConfig(student=str(ode), format="lora"), tmp_path / "out")

@@ -37,6 +37,10 @@ EMPTY_PROMPT = "the empty prompt"
 """The fact that a pair store notes where the encoded empty prompt is the unconditional row."""
 
 
+EMBEDDED = "embedded"
+"""The fact `guidance` of a pair store whose teacher takes the guidance scale as an input."""
+
+
 class ExportFormat(NamedTuple):
     """A format that `d2g export` writes, and the teachers whose students can have it."""
 
@@ -85,6 +89,17 @@ class Family(ABC):
     """Whether students can take the guidance scale as an input."""
     takes_dropout: bool = False
     """Whether students can be trained with dropout."""
+    embedded_guidance: float | None = None
+    """The usual guidance scale of teachers whose network takes it as an input, in place of classifier-free
+    guidance: one evaluation a step, and their students take the scale too. None: other teachers."""
+    packing: int = 1
+    """Side of the squares of latents that become the channels of one token before the network."""
+    default_size: int | None = None
+    """Latent side of networks whose config says none; None: their config must say it."""
+    flow_spacing: Literal["linspace", "trailing"] = "linspace"
+    """Spacing of the steps of a flow: `trailing` for pipelines that pass their own sigmas."""
+    dpm_solver_flow: bool = False
+    """Whether the scheduler of its flows may be a DPMSolverMultistepScheduler with use_flow_sigmas."""
 
     scheduler_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of a scheduler that the constructor of its pipelines overwrites, where the scheduler has
@@ -143,16 +158,18 @@ class Family(ABC):
         """
         # The input must be latents alone, the output a prediction and at most a variance.
         where = f"teacher {pipeline.folder}: {pipeline.class_name(self.network)}"
-        if config.in_channels != space.channels:
+        expected = space.channels * self.packing**2
+        packed = f", packed {self.packing} x {self.packing}" if self.packing > 1 else ""
+        if config.in_channels != expected:
             raise UserError(
-                f"{where} takes {config.in_channels} channels, but latents have {space.channels}; "
+                f"{where} takes {config.in_channels} channels, but latents have {expected}{packed}; "
                 "networks for inpainting or editing cannot be teachers"
             )
         channels = config.out_channels or config.in_channels  # a DiT may leave it out
-        if channels not in (space.channels, 2 * space.channels):
+        if channels not in (expected, 2 * expected):
             raise UserError(
-                f"{where} gives {channels} channels; expected {space.channels}, "
-                f"or {2 * space.channels} with a learned variance"
+                f"{where} gives {channels} channels; expected {expected}, "
+                f"or {2 * expected} with a learned variance"
             )
         # Conditions that the pipeline never feeds would be missing at every step.
         for key in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type"):
@@ -160,15 +177,27 @@ class Family(ABC):
                 raise UserError(
                     f"{where} has {key}={getattr(config, key)}, which {pipeline.kind} never feeds"
                 )
-        if config.sample_size is None:
+        if (getattr(config, "sample_size", None) or self.default_size) is None:
             raise UserError(f"{where} has no sample_size; write the latents' side into its config.json")
         return self.latent_shape(config)
 
     def latent_shape(self, config: Any) -> tuple[int, int, int]:
         """The latent shape (C, h, w) that a network was trained at."""
-        size = config.sample_size
+        size: Any = getattr(config, "sample_size", None) or self.default_size
         height, width = (size, size) if isinstance(size, int) else size
-        return int(config.in_channels), int(height), int(width)
+        return int(config.in_channels) // self.packing**2, int(height), int(width)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as its pipelines take and return them."""
+        return latents
+
+    def unpack(self, packed: Tensor, size: tuple[int, int]) -> Tensor:
+        """The inverse of `pack`, for this latent height and width."""
+        return packed
+
+    def pipeline_settings(self, pixels: tuple[int, int]) -> dict[str, Any]:
+        """What a call of its pipelines needs to draw an image of this height and width as a student does."""
+        return {}
 
     @abstractmethod
     def fake_conditioning(self, pipeline: "Pipeline", config: Any, rows: int) -> Conditioning:
@@ -176,7 +205,7 @@ class Family(ABC):
 
     def size_unit(self, config: Any) -> int:
         """Latent height and width must be multiples of this number: a transformer's patch size by default."""
-        return int(config.patch_size)
+        return int(config.patch_size) * self.packing
 
     def check_size(self, name: str, config: Any, size: tuple[int, int]) -> None:
         """Raise SettingError for a latent height and width that a network, by its config, cannot take."""

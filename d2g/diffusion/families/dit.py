@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from d2g.diffusion.conditioning import Conditioning, LabelConditioner
 from d2g.diffusion.families.base import ANY_SCHEDULER, VAE_CLASSES, Components, ExportFormat, Pipeline
-from d2g.diffusion.families.transformer import TransformerFamily, added, time_tensor
+from d2g.diffusion.families.transformer import TransformerFamily, TransformerInputs, added, run_blocks
 
 
 class DiT(TransformerFamily):
@@ -26,7 +26,7 @@ class DiT(TransformerFamily):
     regression = ("vp",)
     gan = ("vp",)
     lora = ("vp",)
-    exports = (ExportFormat("safetensors", ("vp",)),)
+    exports = tuple(ExportFormat(name, ("vp",)) for name in ("safetensors", "diffusers"))
     reads_text = False
     block_types = ("BasicTransformerBlock",)
     output_layers = ("norm_out", "proj_out_1", "proj_out_2")
@@ -38,42 +38,17 @@ class DiT(TransformerFamily):
         count = int(config.num_embeds_ada_norm)
         return LabelConditioner(count, count, pipeline.class_names(count))
 
-    def forward(
-        self,
-        network: Any,
-        config: Any,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Conditioning,
-        downscale: int,
-        guidance_embedding: Tensor | None = None,
-    ) -> Tensor:
+    def call(self, network: Any, config: Any, inputs: TransformerInputs) -> Tensor:
         """Class labels for the modulation."""
-        labels = cond.tensors["class_labels"].to(x.device)
-        output: Tensor = network(x, time_tensor(x, t), class_labels=labels, return_dict=False)[0]
+        output: Tensor = network(inputs.x, inputs.t, class_labels=_labels(inputs), return_dict=False)[0]
         return output
 
-    def features(
-        self,
-        network: Any,
-        config: Any,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Conditioning,
-        downscale: int,
-        extra: Tensor | None = None,
+    def block_outputs(
+        self, network: Any, config: Any, inputs: TransformerInputs, extra: Tensor | None
     ) -> list[Tensor]:
         """As DiTTransformer2DModel.forward: every block embeds time and class by itself."""
-        tokens, t, labels = (
-            added(network.pos_embed(x), extra),
-            time_tensor(x, t),
-            cond.tensors["class_labels"].to(x.device),
-        )
-        features = []
-        for block in network.transformer_blocks:
-            tokens = block(tokens, timestep=t, class_labels=labels)
-            features.append(tokens)
-        return features
+        tokens = added(network.pos_embed(inputs.x), extra)
+        return run_blocks(network.transformer_blocks, tokens, timestep=inputs.t, class_labels=_labels(inputs))
 
     def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
         """The transformer blocks, and before the first one its embedding of time and class, which the output
@@ -86,3 +61,7 @@ class DiT(TransformerFamily):
     def fake_conditioning(self, pipeline: Pipeline, config: Any, rows: int) -> Conditioning:
         """Labels of the first class."""
         return Conditioning.from_labels(torch.zeros(rows, dtype=torch.int64))
+
+
+def _labels(inputs: TransformerInputs) -> Tensor:
+    return inputs.cond.tensors["class_labels"].to(inputs.x.device)

@@ -18,7 +18,13 @@ from d2g.diffusion.families.base import (
     Pipeline,
     expect_width,
 )
-from d2g.diffusion.families.transformer import TransformerFamily, added, time_tensor
+from d2g.diffusion.families.transformer import (
+    TransformerFamily,
+    TransformerInputs,
+    added,
+    attention_bias,
+    run_blocks,
+)
 
 _T5_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """max_sequence_length of diffusers' own pipelines, by default."""
@@ -68,7 +74,7 @@ class PixArt(TransformerFamily):
     regression = ("vp",)
     gan = ("vp",)
     lora = ("vp",)
-    exports = (ExportFormat("safetensors", ("vp",)),)
+    exports = tuple(ExportFormat(name, ("vp",)) for name in ("safetensors", "diffusers"))
     block_types = ("BasicTransformerBlock",)
     output_layers = ("norm_out", "proj_out", "scale_shift_table")
 
@@ -86,58 +92,44 @@ class PixArt(TransformerFamily):
         }
         return PixArtConditioner(models, tokenizers, facts, t5_tokens=_T5_TOKENS[pipeline.kind])
 
-    def forward(
-        self,
-        network: Any,
-        config: Any,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Conditioning,
-        downscale: int,
-        guidance_embedding: Tensor | None = None,
-    ) -> Tensor:
+    def call(self, network: Any, config: Any, inputs: TransformerInputs) -> Tensor:
         """Masked hidden states, and the size and aspect ratio of the image where the network takes them."""
         output: Tensor = network(
-            x,
-            encoder_hidden_states=cond.tensors["hidden"].to(x.dtype),
-            encoder_attention_mask=cond.tensors["mask"],
-            timestep=time_tensor(x, t),
-            added_cond_kwargs=_micro_conditions(config, x, downscale),
+            inputs.x,
+            encoder_hidden_states=inputs.tensor("hidden"),
+            encoder_attention_mask=inputs.cond.tensors["mask"],
+            timestep=inputs.t,
+            added_cond_kwargs=_micro_conditions(config, inputs.x, inputs.downscale),
             return_dict=False,
         )[0]
         return output
 
-    def features(
-        self,
-        network: Any,
-        config: Any,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Conditioning,
-        downscale: int,
-        extra: Tensor | None = None,
+    def block_outputs(
+        self, network: Any, config: Any, inputs: TransformerInputs, extra: Tensor | None
     ) -> list[Tensor]:
         """As PixArtTransformer2DModel.forward: one modulation for all blocks, cross-attention to masked
         text."""
-        tokens = added(network.pos_embed(x), extra)
+        tokens = added(network.pos_embed(inputs.x), extra)
         modulation, _ = network.adaln_single(
-            time_tensor(x, t),
-            _micro_conditions(config, x, downscale),
-            batch_size=len(x),
+            inputs.t,
+            _micro_conditions(config, inputs.x, inputs.downscale),
+            batch_size=len(inputs.x),
             hidden_dtype=tokens.dtype,
         )
-        text = cond.tensors["hidden"].to(x.dtype)
+        text = inputs.tensor("hidden")
         if network.caption_projection is not None:
             text = network.caption_projection(text)
-        # The mask as a bias on attention scores, with room for the image tokens.
-        mask = ((1 - cond.tensors["mask"].to(x.dtype)) * -10_000.0).unsqueeze(1)
-        features = []
-        for block in network.transformer_blocks:
-            tokens = block(
-                tokens, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=modulation
-            )
-            features.append(tokens)
-        return features
+        return run_blocks(
+            network.transformer_blocks,
+            tokens,
+            encoder_hidden_states=text,
+            encoder_attention_mask=attention_bias(inputs.tensor("mask")),
+            timestep=modulation,
+        )
+
+    def pipeline_settings(self, pixels: tuple[int, int]) -> dict[str, Any]:
+        """Captions without the pipeline's optional cleaning, and sizes as they are."""
+        return {"clean_caption": False, "use_resolution_binning": False}
 
     def fake_conditioning(self, pipeline: Pipeline, config: Any, rows: int) -> Conditioning:
         """T5's states, none of them masked."""

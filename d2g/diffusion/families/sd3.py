@@ -20,7 +20,13 @@ from d2g.diffusion.families.base import (
     Pipeline,
     expect_width,
 )
-from d2g.diffusion.families.transformer import TransformerFamily, added, time_tensor
+from d2g.diffusion.families.transformer import (
+    JOINT_LORA_TARGETS,
+    TransformerFamily,
+    TransformerInputs,
+    added,
+    run_joint_blocks,
+)
 
 _T5_TOKENS = 256
 """max_sequence_length of diffusers' own pipeline, by default."""
@@ -91,10 +97,7 @@ class StableDiffusion3(TransformerFamily):
     lora = ("flow",)
     exports = tuple(ExportFormat(name, ("flow",)) for name in ("safetensors", "diffusers", "lora"))
     block_types = ("JointTransformerBlock",)
-    lora_targets = (  # as diffusers does
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    lora_targets = JOINT_LORA_TARGETS
 
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
@@ -113,45 +116,25 @@ class StableDiffusion3(TransformerFamily):
         }
         return SD3Conditioner(models, tokenizers, facts, width=config.joint_attention_dim)
 
-    def forward(
-        self,
-        network: Any,
-        config: Any,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Conditioning,
-        downscale: int,
-        guidance_embedding: Tensor | None = None,
-    ) -> Tensor:
+    def call(self, network: Any, config: Any, inputs: TransformerInputs) -> Tensor:
         """Hidden states for the joint attention, pooled embeddings for the modulation."""
         output: Tensor = network(
-            hidden_states=x,
-            timestep=time_tensor(x, t),
-            encoder_hidden_states=cond.tensors["hidden"].to(x.dtype),
-            pooled_projections=cond.tensors["pooled"].to(x.dtype),
+            hidden_states=inputs.x,
+            timestep=inputs.t,
+            encoder_hidden_states=inputs.tensor("hidden"),
+            pooled_projections=inputs.tensor("pooled"),
             return_dict=False,
         )[0]
         return output
 
-    def features(
-        self,
-        network: Any,
-        config: Any,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Conditioning,
-        downscale: int,
-        extra: Tensor | None = None,
+    def block_outputs(
+        self, network: Any, config: Any, inputs: TransformerInputs, extra: Tensor | None
     ) -> list[Tensor]:
         """As SD3Transformer2DModel.forward: text and image tokens attend to each other in every block."""
-        tokens = added(network.pos_embed(x).contiguous(), extra)
-        modulation = network.time_text_embed(time_tensor(x, t), cond.tensors["pooled"].to(x.dtype))
-        text = network.context_embedder(cond.tensors["hidden"].to(x.dtype))
-        features = []
-        for block in network.transformer_blocks:
-            text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=modulation)
-            features.append(tokens)
-        return features
+        tokens = added(network.pos_embed(inputs.x).contiguous(), extra)
+        modulation = network.time_text_embed(inputs.t, inputs.tensor("pooled"))
+        text = network.context_embedder(inputs.tensor("hidden"))
+        return run_joint_blocks(network.transformer_blocks, tokens, text, temb=modulation)
 
     def fake_conditioning(self, pipeline: Pipeline, config: Any, rows: int) -> Conditioning:
         """77 tokens of both CLIPs, then T5's, and both pooled embeddings."""
