@@ -17,7 +17,6 @@ from distill.config.run import TrainConfig
 from distill.models.row_dropout import set_row_dropout
 from distill.monitoring import collapse
 from distill.monitoring.plots import plot_health
-from distill.sampling import OneStep
 from distill.training.preview import (
     decode_images,
     preview,
@@ -64,7 +63,8 @@ class RunMonitor:
 
     reader: the rows of the run; `validate_pairs` of them are held out. shape: of the latents, (C, h, w).
     distance: what validation measures beside PSNR. microbatch_size: rows of a validation's batch; those of
-    training are known to fit into memory.
+    training are known to fit into memory. guidance: the scale of samples that have no pairs, for a student
+    that takes it.
     vae: decodes previews; there are none without it.
     """
 
@@ -81,11 +81,13 @@ class RunMonitor:
         microbatch_size: int,
         vae: nn.Module | None,
         extra_validation: Validate | None,
+        guidance: float | None = None,
     ) -> None:
         self.options, self.seed, self.log, self.state = options, seed, log, state
         self.reader, self.shape = reader, shape
         self.draw, self.device, self.distance = draw, draw.device, distance
         self.batch, self.vae, self.extra_validation = microbatch_size, vae, extra_validation
+        self.guidance = guidance
         self.folder, self.warned = log.folder / "checkpoints", set[str]()
 
     @contextmanager
@@ -170,17 +172,8 @@ class RunMonitor:
             prompts,
             batch_size=self.batch,
             device=self.device,
-            guidance=self._guidance(),
+            guidance=self.guidance,
         )
-
-    def _guidance(self) -> float | None:
-        """The scale of samples that have no pairs: that of the run's pairs where the teacher takes it."""
-        student = self.state.student.module
-        if not student.guided:
-            return None
-        if student.family.embedded_guidance is None or isinstance(self.reader, ImageRows):
-            return OneStep.guidance
-        return self.reader.spec.guidance
 
     def validation_due(self, finished: bool) -> bool:
         """Whether it is time to validate: at each interval, and when the run is finished."""

@@ -26,6 +26,7 @@ from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_aug
 from distill.losses.regression.regression import Regression, build_regression
 from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher, takes_guidance
+from distill.sampling import OneStep
 from distill.training.callbacks import (
     Callback,
     CheckpointCallback,
@@ -172,7 +173,10 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     finite = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
     rows, distance = microbatch_size(config, process_group.world_size()), regression.validation_distance
     draw = StudentSampler(state.student, encode, device, autocast)
-    monitor = RunMonitor(options, config.seed, log, reader, shape, state, draw, distance, rows, vae, validate)
+    guidance = _sample_guidance(config, reader)
+    monitor = RunMonitor(
+        options, config.seed, log, reader, shape, state, draw, distance, rows, vae, validate, guidance
+    )
     context = StepContext(
         state=state,
         regression=regression,
@@ -296,6 +300,15 @@ def _check_networks(config: DistillConfig) -> None:
     check_teacher(config.teacher, config.stage, config.student)
     if config.stage == "gan":
         check_discriminator(config.teacher, config.gan)
+
+
+def _sample_guidance(config: DistillConfig, reader: PairRows | ImageRows) -> float | None:
+    """The guidance scale of samples that have no pairs: that of the run's pairs where the teacher takes it;
+    None for students that do not take it."""
+    if not takes_guidance(config.teacher, config.student):
+        return None
+    embedded = family_of(config.teacher).embedded_guidance is not None
+    return reader.spec.guidance if embedded and not isinstance(reader, ImageRows) else OneStep.guidance
 
 
 def _shape_of(reader: PairRows | ImageRows) -> tuple[int, int, int]:

@@ -54,6 +54,7 @@ NAMES = (
     "sdxl edm",
     "sd3",
     "flux",
+    "sana",
     "pixart",
     "dit",
     "ldm",
