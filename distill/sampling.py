@@ -203,14 +203,7 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
     source = teacher or recorded_teacher
     student = student_from_teacher(source, timestep)
     load_student_weights(student, name)
-    device = torch.device(device)
-    return OneStep(
-        student.to(device).eval().requires_grad_(False),
-        pretrained.load_conditioner(source).to(device),
-        pretrained.load_vae(source).to(device),
-        device,
-        student_guidance(name, source),
-    )
+    return _one_step(student.requires_grad_(False), source, device, student_guidance(name, source))
 
 
 def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device | str = "cpu") -> OneStep:
@@ -218,13 +211,18 @@ def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device |
     student = student_from_teacher(teacher, student_folder(run)[2])
     ema = checkpoint.open_checkpoint(folder).tensors("ema")
     student.load_state_dict({name: tensor.float() for name, tensor in ema.items()})
+    return _one_step(student.requires_grad_(False), teacher, device, student_guidance(run, teacher))
+
+
+def _one_step(student: Student, teacher: str, device: torch.device | str, guidance: float) -> OneStep:
+    """A student with the teacher's conditioner and autoencoder."""
     device = torch.device(device)
     return OneStep(
-        student.to(device).eval().requires_grad_(False),
+        student.to(device).eval(),
         pretrained.load_conditioner(teacher).to(device),
         pretrained.load_vae(teacher).to(device),
         device,
-        student_guidance(run, teacher),
+        guidance,
     )
 
 
@@ -390,11 +388,5 @@ def log_earlier_samples(out: Path, count: int) -> None:
 def untrained_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:
     """Build the untrained student: the teacher's weights, used in one step without classifier-free
     guidance."""
-    device = torch.device(device)
-    return OneStep(
-        student_from_teacher(teacher).to(device).eval(),
-        pretrained.load_conditioner(teacher).to(device),
-        pretrained.load_vae(teacher).to(device),
-        device,
-        family_of(teacher).embedded_guidance or OneStep.guidance,
-    )
+    guidance = family_of(teacher).embedded_guidance or OneStep.guidance
+    return _one_step(student_from_teacher(teacher), teacher, device, guidance)

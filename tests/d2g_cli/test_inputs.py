@@ -8,7 +8,7 @@ import pytest
 
 from d2g_cli.inputs import CHECKS, check_inputs
 from jobs import make_pairs
-from tiny_teachers import save_dit
+from tiny_teachers import save_dit, save_edm
 
 MISSING = [
     ("pairs generate --teacher none --prompts {here}", "teacher none: no such folder"),
@@ -87,6 +87,10 @@ def test_a_small_teacher_gets_a_small_plan(teacher: Path, tmp_path: Path, d2g: A
     dit = save_dit(tmp_path / "dit")
     gan = d2g("distill", "gan", "--teacher", dit, "--dry-run", "--json").json["config"]["gan"]
     assert gan["discriminator"] == "transformer"
+    # A teacher of pixels gets a loss of pixels, whatever its size.
+    pixels = save_edm(tmp_path / "edm")
+    ode = d2g("distill", "ode", "--teacher", pixels, "--dry-run", "--json").json["config"]
+    assert ode["regression"]["losses"] == [["lpips", 1.0]]
     # Without a teacher: the published recipe for SD 1.5, as before.
     ended = d2g("distill", "ode", "--dry-run", "--json")
     assert ended.json["config"]["train"]["images"] == 102_400_000
