@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 import tiny
@@ -115,7 +114,7 @@ def _mount_disks(disks: Mapping[Path, int]) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _can_mount() -> bool:
+def can_mount() -> bool:
     """Whether this user may mount file systems in a namespace of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -127,10 +126,6 @@ def _can_mount() -> bool:
             os._exit(1)
         os._exit(0)
     return os.waitpid(pid, 0)[1] == 0
-
-
-NEEDS_MOUNT = pytest.mark.skipif("not __import__('jobs')._can_mount()", reason="mounting needs root")
-"""For tests with `Running(..., disks=...)`."""
 
 
 @dataclass
