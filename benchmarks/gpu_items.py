@@ -218,7 +218,7 @@ def compiled_steps_sdxl(options: Options) -> Result:
 def _steps(
     preset: str, variants: tuple[tuple[str, str, Settings], ...], options: Options, common: Settings
 ) -> Result:
-    # Rows are kept as they come: an item that is stopped goes on with the variant that it did not finish.
+    # Write each row at once: an item that is stopped goes on with the variant that it did not finish.
     kind_of_run = "compiled" if variants == COMPILED else "eager"
     file = options.out / f"{preset}-{kind_of_run}.rows.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []

@@ -173,4 +173,4 @@ def teacher_info(
 
 
 NO_RECORD = "unknown: the folder holds no record of its training"
-"""The verdict on a teacher that `d2g teacher train` has not made."""
+"""Shown in place of a verdict for a teacher of another origin than `d2g teacher train`."""

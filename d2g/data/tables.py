@@ -65,7 +65,7 @@ def check_expansion(file: Path | str, table: Any, columns: Sequence[str], groups
     if unpacked > FREE_BYTES + MAX_EXPANSION * packed:
         raise UserError(
             f"{file}: {' and '.join(columns)} would grow from {packed / 2**20:.1f} MiB to "
-            f"{unpacked / 2**30:.1f} GiB when read; expected at most {MAX_EXPANSION} times; write it anew"
+            f"{unpacked / 2**30:.1f} GiB when read; expected at most {MAX_EXPANSION} times; write the table again from its source"
         )
 
 
@@ -85,7 +85,7 @@ def encoded_image(cell: Any, where: str) -> bytes:
     """The encoded image in a cell. Raises UserError, with `where`, for a cell without one."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if isinstance(cell, dict) and not data and isinstance(cell.get("path"), str) and cell["path"]:
-        # A table may not name files of this machine: they would be read on behalf of whoever wrote it.
+        # A table from a stranger must not name files of this machine to be read.
         raise UserError(
             f"{where}: `image` names a file ({cell['path'][:80]}) and holds no bytes; write the table with "
             "the images in it (`embed_table_storage` of datasets), or give a folder of images"

@@ -119,7 +119,7 @@ def csv_rows(path: Path, wanted: Iterable[str]) -> tuple[list[str], Iterator[tup
 def _not_longer(
     path: Path, rows: Iterator[tuple[int, list[str]]], columns: int
 ) -> Iterator[tuple[int, list[str]]]:
-    """The rows, none of which has text beyond the columns: a comma outside quotes would cut a caption."""
+    """Yield the rows. Raises UserError for text beyond the columns: an unquoted comma cuts a caption."""
     for number, cells in rows:
         if any(cells[columns:]):
             raise UserError(

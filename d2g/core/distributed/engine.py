@@ -218,7 +218,7 @@ def recompute(layers: Iterable[nn.Module]) -> None:
     """Activation checkpointing: keep only the inputs of these layers and run them again in backward.
 
     Non-reentrant, the only form that allows a second derivative (method.md "Activation checkpointing"). The
-    state of torch's random numbers is kept for layers with dropout only: on a GPU it is a copy per layer.
+    random state of torch is saved for layers with dropout only: on a GPU that costs a copy per layer.
     """
     for layer in layers:
         has_dropout = any(isinstance(m, _DropoutNd) and m.p > 0 for m in layer.modules())
