@@ -65,7 +65,8 @@ def check_expansion(file: Path | str, table: Any, columns: Sequence[str], groups
     if unpacked > FREE_BYTES + MAX_EXPANSION * packed:
         raise UserError(
             f"{file}: {' and '.join(columns)} would grow from {packed / 2**20:.1f} MiB to "
-            f"{unpacked / 2**30:.1f} GiB when read; expected at most {MAX_EXPANSION} times; write the table again from its source"
+            f"{unpacked / 2**30:.1f} GiB when read; expected at most {MAX_EXPANSION} times; write the table "
+            "again from its source"
         )
 
 
