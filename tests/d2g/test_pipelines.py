@@ -56,9 +56,9 @@ def test_the_table_matches_the_classes_of_diffusers() -> None:
 
 
 def test_unsupported_pipelines_are_refused_with_the_supported_ones(copy: Path) -> None:
-    tiny_teachers.edit(copy, "model_index.json", _class_name="FluxPipeline")
+    tiny_teachers.edit(copy, "model_index.json", _class_name="AudioLDM2Pipeline")
     with pytest.raises(
-        UserError, match=r"says FluxPipeline, which is not supported; supported: .*Stab"
+        UserError, match=r"says AudioLDM2Pipeline, which is not supported; supported: .*Stab"
     ) as caught:
         open_pipeline(str(copy))
     assert all(kind in str(caught.value) for kind in PIPELINES) and "\n" not in str(caught.value)
