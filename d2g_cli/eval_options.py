@@ -22,7 +22,14 @@ class ProtocolOptions(WorkOptions):
     )
     features: Annotated[
         str | None,
-        typer.Option(help="Feature network, if the protocol leaves it open: inception, squeezenet…"),
+        typer.Option(
+            help="Feature network, if the protocol leaves it open: inception, efficientnet-lite0…, FILE.pt2, "
+            "FILE.onnx, or MODULE:FUNCTION, your own code."
+        ),
+    ] = None
+    features_input: Annotated[
+        str | None,
+        typer.Option(help="Pixels for a network in a file: SIZE,NORMALIZATION (224,imagenet)."),
     ] = None
     weights: Annotated[
         list[str] | None,
@@ -85,7 +92,7 @@ class RunOptions(SamplerOptions):
         typer.Option(help="Other side of dreamsim, lpips and psnr: a teacher or its kept images."),
     ] = None
     train: Annotated[
-        Path | None, typer.Option(help="Training images, for the report's nearest neighbors.")
+        Path | None, typer.Option(help="Training images, for the report's nearest neighbors and the floor.")
     ] = None
     out: Annotated[
         Path | None,

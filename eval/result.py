@@ -18,7 +18,8 @@ class EvalResult:
     """Numbers and what they were measured with. None: not measured. Precision and recall are at the first k.
 
     `settings` holds all settings of the protocol, `protocol_sha256` their digest. `extra`: every further
-    number by its key. `ci`: 95 % intervals. `latency`: as returned by `eval.measure.latency.measure_latency`.
+    number by its key. `floor`: numbers of real pictures by key (`eval.floor`). `ci`: 95 % intervals.
+    `latency`: as returned by `eval.measure.latency.measure_latency`.
     """
 
     protocol: str
@@ -32,6 +33,7 @@ class EvalResult:
     recall: float | None = None
     neighbours: dict[str, dict[str, float]] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
+    floor: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     models: dict[str, dict[str, str]] = field(default_factory=dict)
     ci: dict[str, list[float]] = field(default_factory=dict)
@@ -66,13 +68,20 @@ class EvalResult:
         """(label, value) pairs to print."""
         labels = number_labels(self.models)
         return [
-            (labels.get(key, key), value_with_interval(value, self.ci.get(key)))
+            (labels.get(key, key), value_with_interval(value, self.ci.get(key)) + self._floor_of(key))
             for key, value in self.numbers().items()
         ]
+
+    def _floor_of(self, key: str) -> str:
+        return f"; {FLOOR_NAME}: {self.floor[key]:.4g}" if key in self.floor else ""
 
 
 HEADLINES = ("fid", "kid", "clip_score", "precision", "recall")
 """Keys of the numbers that have a field of their own; all others are in `extra`."""
+
+
+FLOOR_NAME = "held-out real pictures"
+"""The name of the floor beside the samplers."""
 
 
 def value_with_interval(value: float, interval: Sequence[float] | None) -> str:

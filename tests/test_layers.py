@@ -82,7 +82,8 @@ ENTRY_POINTS = {
     "rich": {"d2g_cli/"},
     "torch.utils.tensorboard": {"d2g/core/tracking/loggers.py"},
     "wandb": {"d2g/core/tracking/loggers.py"},
-    "onnxruntime": {"distill/export/to_onnx.py"},
+    "onnxruntime": {"distill/export/to_onnx.py", "eval/networks/user_network.py"},
+    "timm": {"eval/networks/efficientnet.py"},
 }
 
 # Libraries that `--help` does not import.

@@ -36,7 +36,8 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "this teacher is not trained" in outputs["teacher info"].stdout
     assert "these pairs are" in outputs["pairs stats"].stdout
     assert "no --preset: miniature, because teacher teacher" in outputs["distill gan"].stderr
-    assert "left out: fid, kid, pr (no feature network" in outputs["eval run"].stderr
+    assert "no --features: efficientnet-lite0, because Inception's weights" in outputs["eval run"].stderr
+    assert "held-out real pictures" in outputs["eval run"].stdout
     assert (tmp_path / "teacher" / "report.html").is_file() and (tmp_path / "results/report.html").is_file()
     # 8 different captions: student and teacher side by side.
     with Image.open(tmp_path / "samples" / "both" / "grid.png") as grid:

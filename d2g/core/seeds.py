@@ -118,6 +118,8 @@ class EvalStream(IntEnum):
     """Subsets from which the Frechet distance is extrapolated to infinitely many images."""
     INCEPTION_SPLITS = 5
     """Splits of the inception score."""
+    FLOOR = 6
+    """The split of real pictures into two sets that are compared with each other."""
 
 
 def checked_key(name: str, value: int) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from d2g.core.progress import Progress, quiet
 from eval.metrics.feature_stats import FeatureStats
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.intervals import frechet_error
 from eval.metrics.precision_recall import precision_recalls
 from eval.protocols.protocol import Protocol
 
@@ -44,6 +46,19 @@ class MetricInputs:
         """Sizes of `subsets`, as they stand among the counts of a result."""
         real, generated = self.subsets
         return {"pr_images": len(generated), "pr_reference": len(real)}
+
+    def frechet(self, network: str) -> tuple[float, float | None]:
+        """Frechet distance of the rows of `network` and its standard error, computed once for all metrics."""
+        if network not in self._frechet:
+            generated, real = self.generated[network], self.real[network]
+            value = frechet_distance(generated.mean, generated.covariance, real.mean, real.covariance)
+            error = frechet_error(generated, real, self.resamples, self.protocol.seed, self.progress)
+            self._frechet[network] = value, error
+        return self._frechet[network]
+
+    @cached_property
+    def _frechet(self) -> dict[str, tuple[float, float | None]]:
+        return {}
 
     @cached_property
     def neighborhoods(self) -> dict[str, dict[str, float]]:

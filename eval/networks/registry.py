@@ -20,10 +20,16 @@ from eval.networks.clip import new_clip as new_clip
 from eval.networks.clip import save_clip as save_clip
 from eval.networks.dinov2 import load_dinov2
 from eval.networks.dreamsim import load_dreamsim
+from eval.networks.efficientnet import load_efficientnet_lite0, packaged_weights
+from eval.networks.inception import (
+    FID_INCEPTION,
+    load_inception,
+    load_inception_tf,
+    load_inception_torchvision,
+)
 from eval.networks.inception import INCEPTION_FILE as INCEPTION_FILE
 from eval.networks.inception import INCEPTION_SHA256_PREFIX as INCEPTION_SHA256_PREFIX
-from eval.networks.inception import load_inception, load_inception_tf, load_inception_torchvision
-from eval.networks.weights import file_sha256, load_strict
+from eval.networks.weights import file_sha256, load_strict, weights_folder
 
 
 def load_squeezenet(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:
@@ -58,8 +64,21 @@ FEATURES: Mapping[str, Callable[[str | Path | None, Device], FeatureNet]] = Mapp
         "clip": load_clip_features,
         "dreamsim": load_dreamsim,
         "squeezenet": load_squeezenet,
+        "efficientnet-lite0": load_efficientnet_lite0,
     }
 )
 """Loaders of feature networks by the names that protocols use: (weights, device) -> network. Without
 weights, files in their usual place are loaded.
 """
+
+
+def default_features() -> tuple[str, str] | None:
+    """(name of the network where neither protocol nor user names one, the reason in words), None without any.
+
+    FID's Inception if its weights are in their usual place, else EfficientNet-lite0 if its package is there.
+    """
+    if any((weights_folder() / name).is_file() for name in FID_INCEPTION.names):
+        return "inception", f"its weights are in {weights_folder()}"
+    if packaged_weights() is not None:
+        return "efficientnet-lite0", f"Inception's weights are not in {weights_folder()}"
+    return None

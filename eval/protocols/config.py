@@ -41,7 +41,16 @@ class EvalRun:
     against: str | None = setting(
         None, "Other side of paired metrics: a teacher, or the images that its evaluation kept"
     )
-    features: str | None = setting(None, "Feature network; null: the protocol's")
+    features: str | None = setting(
+        None,
+        "Feature network: a name, FILE.pt2, FILE.onnx or MODULE:FUNCTION (your code, which is run); null: "
+        "the protocol's, else inception if its weights are here, else efficientnet-lite0",
+    )
+    features_input: str | None = setting(
+        None,
+        "Pixels for a network in a file, SIZE,NORMALIZATION: imagenet, openai, half (-1 to 1), unit (0 to 1) "
+        "or byte (0 to 255); null: 224,imagenet",
+    )
     clip: str | None = setting(None, "CLIP model; null: the protocol's")
     weights: tuple[str, ...] = setting(
         (), "Weight files of networks as NAME=PATH; a path alone is the feature network's"
@@ -70,7 +79,7 @@ class EvalRun:
     out: str | None = setting(None, "Result file or folder")
     work: str | None = setting(None, "Folder for partial results of an interrupted evaluation")
     keep: str | None = setting(None, "Folder in which to keep the sampled images")
-    train: str | None = setting(None, "Training images, for the report's nearest neighbors")
+    train: str | None = setting(None, "Training images, for the report's nearest neighbors and the floor")
     latency: bool = setting(False, "Measure the time per image too")
     latency_repeats: int = setting(10, "Repetitions of the latency measurement")
 

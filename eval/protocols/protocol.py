@@ -202,7 +202,7 @@ _PUBLISHED = (
         metrics=("fid", "kid", "pr"),
     ),
     # Any images against any reference: the caller sets what should be fixed.
-    Protocol(name="folder"),
+    Protocol(name="folder", metrics=("fid", "fd_relative", "kid", "clip", "pr")),
 )
 
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _PUBLISHED}

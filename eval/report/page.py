@@ -16,7 +16,7 @@ from eval.protocols.metric import all_metrics, all_numbers, number_labels
 from eval.report.charts import Curve
 from eval.report.gallery import Pictures, Ranking, rank_images
 from eval.report.html import Latency, MetricRow, ReportData
-from eval.result import EvalResult
+from eval.result import FLOOR_NAME, EvalResult
 
 GRID, BESIDE, RANKED = 32, 16, 8
 
@@ -49,14 +49,16 @@ def first_images(source: ImageSource, count: int) -> list[Tensor]:
 
 
 def metrics_of(results: Mapping[str, EvalResult]) -> list[MetricRow]:
-    """One row per metric, with the numbers of all results side by side."""
+    """One row per metric, with the numbers of all results side by side, then those of real pictures."""
+    floor = next((result.floor for result in results.values() if result.floor), {})
     keys = dict.fromkeys(key for result in results.values() for key in result.numbers())
     labels = number_labels(next(iter(results.values())).models)
     numbers = all_numbers()
     return [
         MetricRow(
             name=labels.get(key, key),
-            values={name: r.numbers()[key] for name, r in results.items() if key in r.numbers()},
+            values={name: r.numbers()[key] for name, r in results.items() if key in r.numbers()}
+            | ({FLOOR_NAME: floor[key]} if key in floor else {}),
             intervals={name: r.ci[key] for name, r in results.items() if key in r.ci},
             better=numbers[key].better,
         )

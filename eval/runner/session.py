@@ -16,6 +16,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import load_teacher
 from distill.sampling import student_folder
 from eval.evaluation import Evaluation, evaluate, image_count
+from eval.floor import Floor, real_floor
 from eval.images.folders import open_images
 from eval.measure.build_reference import open_reference, reference_files
 from eval.measure.measure import Measure
@@ -23,6 +24,9 @@ from eval.measure.reference import Reference
 from eval.measure.required_networks import Networks, load_networks
 from eval.measure.rows import MeasureOptions, open_work
 from eval.measure.source import ImageSource, image_source
+from eval.networks.base import FeatureNet
+from eval.networks.registry import default_features
+from eval.networks.user_network import is_user_network, load_user_network
 from eval.protocols.config import EvalRun
 from eval.protocols.data_sources import DATA_SOURCES, EvalDataSource
 from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
@@ -54,7 +58,7 @@ class EvalSession:
         lacks: dict[str, list[str]] = {}
         for name in self.metrics:
             metric = all_metrics()[name]
-            if "features" in metric.networks and protocol.features == ANY and config.features is None:
+            if "features" in metric.networks and protocol.features == ANY and self.features is None:
                 lacks.setdefault("no feature network; give --features inception", []).append(name)
             elif (
                 "clip" in metric.networks
@@ -109,18 +113,50 @@ class EvalSession:
         """The networks that the metrics need."""
         config = self.config
         measures = self._source_measures()
-        name = config.features or self.protocol.features
-        loaders = {key: load for source in DATA_SOURCES.values() for key, load in source.features.items()}
         networks = load_networks(
             self.metrics,
             self.protocol,
-            features=loaders[name]() if name in loaders else config.features,
+            features=self._feature_network() if self._needs_features else None,
             clip=config.clip or self._teacher_clip(),
             weights=config.weight_table(),
             teacher=self.teacher,
             device=self.device,
         )
         return replace(networks, extra={**networks.extra, **measures})
+
+    @property
+    def _needs_features(self) -> bool:
+        return any("features" in all_metrics()[name].networks for name in self.metrics)
+
+    @cached_property
+    def features(self) -> str | None:
+        """The name of the feature network: the user's, else the protocol's, else `default_features`."""
+        config, protocol = self.config, self.protocol
+        if config.features is not None or protocol.features != ANY:
+            return config.features or protocol.features
+        # A weight file belongs to a network that the user must name.
+        default = None if "features" in config.weight_table() else default_features()
+        if default is not None and process_group.rank() == 0:
+            logger.info("no --features: %s, because %s", *default)
+        return None if default is None else default[0]
+
+    def _feature_network(self) -> FeatureNet | str | None:
+        """The network of a data source or of the user, else its name.
+
+        Only `config.features`, which comes from the command line, can name a user's own code.
+        """
+        config, name = self.config, self.features
+        if is_user_network(config.features):
+            assert config.features is not None
+            if "features" in config.weight_table():
+                raise SettingError("--weights has no effect: --features names the network itself")
+            return load_user_network(config.features, config.features_input, self.device)
+        if config.features_input is not None:
+            raise SettingError(
+                f"--features-input has no effect: {name} prepares its images; give --features FILE too"
+            )
+        loaders = {key: load for source in DATA_SOURCES.values() for key, load in source.features.items()}
+        return loaders[name]() if name in loaders else name
 
     def _source_measures(self) -> dict[str, Measure]:
         """The measures of the chosen metrics that a data source provides, by the name of their rows.
@@ -250,6 +286,20 @@ class EvalSession:
             progress=self.progress,
         )
 
+    @cached_property
+    def training(self) -> Reference | None:
+        """Statistics of the training pictures (--train); None without them or without a reference."""
+        if self.config.train is None or not self.networks.compared or self.config.reference is None:
+            return None
+        return open_reference(
+            Path(self.config.train),
+            self.protocol,
+            self.networks.compared,
+            allow_fewer=True,
+            batch_size=self.config.batch_size,
+            progress=self.progress,
+        )
+
     def measure(self, config: EvalRun, checkpoint: Path | None = None) -> tuple[ImageSource, Evaluation]:
         """Evaluate one point: sample, measure, compute the numbers."""
         source, networks = self.source(config, checkpoint), self.networks
@@ -266,8 +316,16 @@ class EvalSession:
             resamples=config.resamples,
             progress=self.progress,
         )
-        notes = [*evaluation.result.notes, *self.left_out]
-        return source, replace(evaluation, result=replace(evaluation.result, notes=notes))
+        result, training = evaluation.result, self.training
+        # Real pictures against real pictures, as the distance that nothing needs to go below.
+        floor = (
+            real_floor(evaluation.reference, training, self.protocol, self.metrics, len(evaluation.rows))
+            if process_group.rank() == 0
+            else Floor()
+        )
+        notes = [*result.notes, *self.left_out, *([floor.note] if floor.note else [])]
+        result = replace(result, notes=notes, floor=dict(floor.numbers))
+        return source, replace(evaluation, result=result)
 
     def _count(self, source: ImageSource) -> int:
         """Images to measure; a sampler without a set number draws one image per prompt."""

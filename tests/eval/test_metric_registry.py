@@ -46,12 +46,12 @@ BRIGHTNESS: dict[str, Any] = dict(
 
 
 def test_the_list_of_metrics() -> None:
-    referenced = ["fid", "fid_infinity", "fd_dinov2", "fd_clip", "kid", "cmmd", "pr", "dc"]
+    referenced = ["fid", "fd_relative", "fid_infinity", "fd_dinov2", "fd_clip", "kid", "cmmd", "pr", "dc"]
     paired = ["dreamsim", "lpips", "latent_lpips", "psnr"]
     single = {"clip", "pickscore", "caption_accuracy", "dreamsim_diversity", "is"}
     assert set(all_metrics()) == {*referenced, *paired, *single}
     assert referenced_metrics(all_metrics()) == referenced and paired_metrics(all_metrics()) == paired
-    assert list(all_metrics())[:8] == referenced and list(all_metrics())[-4:] == paired
+    assert list(all_metrics())[:9] == referenced and list(all_metrics())[-4:] == paired
     assert set(HEADLINES) <= set(all_numbers())
 
 
@@ -62,6 +62,7 @@ def test_every_network_of_a_metric_can_be_loaded() -> None:
 def test_for_which_numbers_lower_is_better() -> None:
     lower = {
         "fid",
+        "fd_relative",
         "fid_infinity",
         "kid",
         "fd_dinov2",
@@ -137,4 +138,4 @@ def test_listing_metrics_and_protocols_does_not_import_torch() -> None:
         "print(len(all_metrics()), 'miniature' in PROTOCOLS, 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert process.stdout.split() == ["17", "True", "False", "False"], process.stdout + process.stderr
+    assert process.stdout.split() == ["18", "True", "False", "False"], process.stdout + process.stderr

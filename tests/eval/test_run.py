@@ -1,6 +1,7 @@
 """eval.runner.run, session and curves: evaluations of tiny models, resuming, several processes, curves."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -238,7 +239,8 @@ def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
         ({"images": "x", "keep": "y"}, "--keep saves what a sampler draws"),
         ({"images": "x", "metrics": ("fad",)}, "unknown metric 'fad'; did you mean 'fid'"),
         ({"images": "x", "metrics": ("caption_accuracy",)}, "take protocol scenes-5k or miniature"),
-        ({"images": "x", "metrics": ("fid",)}, "leaves the features open; give --features"),
+        ({"images": "x", "metrics": ("fid",)}, "metric 'fid' (Frechet distance of the protocol's features)"),
+        ({"images": "x", "metrics": ("fid",), "weights": ("y",)}, "leaves the features open; give --feat"),
         (
             {"images": "x", "metrics": ("clip",)},
             "needs a CLIP, and protocol folder leaves it open; give --clip",
@@ -343,23 +345,64 @@ def test_win_rates_from_saved_scores(job: Path, teacher: Path, tmp_path: Path) -
 
 
 def test_metrics_without_a_network_are_left_out_and_named(
-    job: Path, teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    job: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the protocol's own metrics, those remain that can be measured; the user's own are an error."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("eval.networks.efficientnet.PACKAGE", "a_package_that_is_not_installed")
     run = config(job, teacher=str(teacher), metrics=(), features=None, weights=(), out=str(tmp_path / "out"))
     result = run_evaluation(run)
     assert result["clip_score"] is not None and result["fid"] is None
-    line = "left out: fid, kid, pr (no feature network; give --features inception)"
+    line = "left out: fid, fd_relative, kid, pr (no feature network; give --features inception)"
     assert line in result["notes"] and line in (tmp_path / "out" / "report.html").read_text()
     # Without real images those that need some; without anything, one error names all.
     features = replace(config(job, teacher=str(teacher), metrics=()), reference=None)
     result = run_evaluation(features)
-    assert "left out: fid, kid, pr (no real images; give --reference)" in result["notes"]
+    assert "left out: fid, fd_relative, kid, pr (no real images; give --reference)" in result["notes"]
     nothing = replace(features, features=None, weights=(), clip=None)
     with pytest.raises(
-        SettingError, match=r"nothing can be measured: left out: fid, kid, pr \(no feature net"
+        SettingError, match=r"nothing can be measured: left out: fid, fd_relative, kid, pr \(no feature net"
     ):
         run_evaluation(nothing)
+
+
+def test_real_pictures_beside_real_pictures(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """Without --train the reference is split in two; with it, the reference is compared with the training."""
+    split = run_evaluation(config(job, teacher=str(teacher), metrics=("fid", "fd_relative", "pr", "clip")))
+    assert set(split["floor"]) == {"fid", "fd_relative", "precision", "recall"}
+    assert "floor: 6 held-out real pictures against 6 others of the reference" in split["notes"]
+    # The relative distance is the distance over the trace of the reference's covariance.
+    reference = next((Path(os.environ["D2G_CACHE"]) / "reference").glob("*.safetensors"))
+    variance = Reference.load(reference).stats["features"].covariance.trace().item()
+    assert split["extra"]["fd_relative"] == pytest.approx(split["fid"] / variance)
+    low, high = split["ci"]["fid"]
+    assert split["ci"]["fd_relative"] == pytest.approx([low / variance, high / variance])
+    # The reference against itself as training pictures.
+    run = config(job, teacher=str(teacher), train=str(job / "photographs"), out=str(tmp_path / "out"))
+    same = run_evaluation(run)
+    assert same["floor"]["fid"] == pytest.approx(0, abs=1e-6) and same["floor"]["recall"] == 1
+    assert "floor: 12 held-out real pictures against 12 training pictures" in same["notes"]
+    assert "held-out real pictures" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_network_of_the_user(job: Path, teacher: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its name and its digest are in the result; a protocol that fixes its network refuses it."""
+    (tmp_path / "brightness.py").write_text("def of(images):\n    return images.float().mean((2, 3))\n")
+    monkeypatch.chdir(tmp_path)
+    run = config(job, teacher=str(teacher), features="brightness:of", weights=(), metrics=("fid",))
+    result = run_evaluation(run)
+    assert result["models"]["features"]["name"] == "brightness:of" and result["models"]["features"]["sha256"]
+    assert any("`fid` is a Frechet distance of brightness:of features" in note for note in result["notes"])
+    for wrong, message in (
+        (replace(run, weights=("x.pth",)), "--weights has no effect"),
+        (replace(run, features="clip", features_input="16,half"), "--features-input has no effect: clip"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            run_evaluation(wrong)
+    # A protocol's own text never names code.
+    protocol = replace(run.protocol, features="brightness:of")
+    with pytest.raises(SettingError, match="unknown feature network 'brightness:of'"):
+        run_evaluation(replace(run, features=None, protocol=protocol))
 
 
 def test_repeated_prompts_are_kept(tmp_path: Path) -> None:

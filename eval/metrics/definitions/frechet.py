@@ -13,15 +13,25 @@ def _frechet(key: str, network: str) -> Callable[["MetricInputs"], MetricResult]
     """The Frechet distance of the rows of `network`, reported under `key`."""
 
     def compute(inputs: "MetricInputs") -> MetricResult:
-        from eval.metrics.frechet import frechet_distance
-        from eval.metrics.intervals import frechet_error
-
-        generated, real = inputs.generated[network], inputs.real[network]
-        value = frechet_distance(generated.mean, generated.covariance, real.mean, real.covariance)
-        error = frechet_error(generated, real, inputs.resamples, inputs.protocol.seed, inputs.progress)
+        value, error = inputs.frechet(network)
         return MetricResult(estimates={key: Estimate(value=value, standard_error=error)})
 
     return compute
+
+
+def _relative(inputs: "MetricInputs") -> MetricResult:
+    """The Frechet distance over the total variance of the real features, which is free of their scale.
+
+    1 is the distance of a sampler whose every image has the mean features of the real ones.
+    """
+    from d2g.core.errors import UserError
+
+    value, error = inputs.frechet("features")
+    variance = float(inputs.real["features"].covariance.trace())
+    if not variance > 0:
+        raise UserError("all reference images have the same features; leave fd_relative out")
+    scaled = None if error is None else error / variance
+    return MetricResult(estimates={"fd_relative": Estimate(value=value / variance, standard_error=scaled)})
 
 
 def _infinity(inputs: "MetricInputs") -> MetricResult:
@@ -55,6 +65,17 @@ FID = Metric(
     networks=("features",),
     needs_reference=True,
     compute=_frechet("fid", "features"),
+)
+
+FD_RELATIVE = Metric(
+    name="fd_relative",
+    description="the same over the variance of the real features: comparable between networks",
+    label=lambda models: f"{_label(models)}, relative to the variance of real features",
+    better="lower",
+    interval="normal",
+    networks=("features",),
+    needs_reference=True,
+    compute=_relative,
 )
 
 FID_INFINITY = Metric(
