@@ -35,6 +35,7 @@ TRAIN = TrainConfig(
     loader_workers=0,
     report_images=BATCH,
     checkpoint_images=1_000_000,
+    plot=False,  # it takes as long as ten steps
     on_collapse="off",  # short runs of random networks trigger the checks by chance
 )
 

@@ -58,6 +58,7 @@ class TrainConfig:
     validate_images: int = setting(0, "Images between validations; 0: none")
     validate_pairs: int = setting(0, "Pairs held out for validation, the last ones by row number; 0: none")
     preview_prompts: int = setting(0, "Pairs drawn as images at each report, student beside teacher; 0: none")
+    plot: bool = setting(True, "Draw the curves as RUN/health.png when the run ends")
     loggers: tuple[Logger, ...] = setting((), "Loggers in addition to stats.jsonl: tensorboard, wandb")
     on_collapse: Literal["off", "warn", "stop"] = setting(
         "warn", "What to do when the discriminator or the student collapses"

@@ -219,8 +219,8 @@ class RunMonitor:
         return process_group.gather_objects(images)[0]
 
     def panel(self) -> None:
-        """Draw RUN/health.png from all reports so far."""
-        if process_group.rank() == 0 and (lines := self.log.read()):
+        """Draw RUN/health.png from all reports so far, with `train.plot`."""
+        if self.options.plot and process_group.rank() == 0 and (lines := self.log.read()):
             plot_health(lines, self.log.folder / "health.png", str(self.log.folder))
 
     def checkpoints_to_keep(self) -> set[str]:

@@ -435,7 +435,7 @@ def _check_without_pairs(config: DistillConfig) -> None:
 _CHANGEABLE_SETTINGS = {
     "train": (
         *("images", "minutes", "loader_workers", "report_images", "checkpoint_images", "keep_checkpoints"),
-        *("keep_best", "validate_images", "preview_prompts", "loggers", "on_collapse"),
+        *("keep_best", "validate_images", "preview_prompts", "plot", "loggers", "on_collapse"),
     ),
     # A run may go on past damage that it met, or with another cache; the order of its rows stays.
     "data": ("skip_bad", "cache", "cache_gib", "text_cache", "text_precision"),

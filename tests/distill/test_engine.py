@@ -398,7 +398,7 @@ def test_validation_does_not_change_training_and_the_best_checkpoint_is_kept(
 ) -> None:
     """The learning rate is too high, so the best checkpoint is an early one, which pruning must keep."""
     validation = ("train.validate_pairs=4", "train.validate_images=4", "train.images=40", "optim.lr=0.01")
-    keep = ("train.keep_best=true", "train.keep_checkpoints=1", "train.preview_prompts=2")
+    keep = ("train.keep_best=true", "train.keep_checkpoints=1", "train.preview_prompts=2", "train.plot=true")
     train(distill_config(teacher, pairs, *validation), tmp_path / "last_only")
     train(distill_config(teacher, pairs, *validation, *keep), tmp_path / "keep_best")
     plain = [line for line in losses(tmp_path / "last_only") if line]
@@ -453,7 +453,7 @@ def test_reports_of_a_run_killed_before_its_first_checkpoint_are_dropped(
 
 
 def test_a_failed_run_writes_ended_json_and_health_png(teacher: Path, pairs: Path, tmp_path: Path) -> None:
-    settings = ("optim.lr=1e30", "train.on_collapse=stop", "train.images=400")
+    settings = ("optim.lr=1e30", "train.on_collapse=stop", "train.images=400", "train.plot=true")
     with pytest.raises((FloatingPointError, UserError)) as caught:
         train(distill_config(teacher, pairs, *settings), tmp_path)
     ended = json.loads((tmp_path / "ended.json").read_text())
