@@ -84,6 +84,7 @@ def test_the_wheel_contains_exactly_our_packages(wheel: Path) -> None:
                 assert file.relative_to(ROOT).as_posix() in files, f"{file} is not in the wheel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PUBLIC_API)
 def test_the_public_api_of_the_wheel(package: str, python: Path, tmp_path: Path) -> None:
     names = ", ".join(sorted(PUBLIC_API[package]))
@@ -96,6 +97,7 @@ def test_the_public_api_of_the_wheel(package: str, python: Path, tmp_path: Path)
     assert PUBLIC_API[package] <= set(promised)
 
 
+@pytest.mark.slow
 def test_the_command_of_the_wheel_samples_an_image(python: Path, tmp_path: Path) -> None:
     """`d2g` and `python -m d2g_cli` run, and the student that ships in the wheel makes an image."""
     assert run(python.with_name("d2g"), tmp_path, "--version") == run(

@@ -138,7 +138,7 @@ def test_a_resumed_run_equals_an_unbroken_one(workspace: Path, run: Path, tmp_pa
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_train_like_one(workspace: Path, engine: str, tmp_path: Path) -> None:
     """Dropout masks depend on the row only, not on the process."""
     single = d2g(arguments(workspace, tmp_path / "one", 3), tmp_path / "log")

@@ -132,7 +132,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in ("accumulate 3", "two ranks of FSDP2") else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_reports_cover_the_whole_batch(
     case: str, config: DistillConfig, single_process_runs: dict[tuple[str, ...], Path], tmp_path: Path
 ) -> None:

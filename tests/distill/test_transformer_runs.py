@@ -43,6 +43,18 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+LONG_RUNS = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in ("dit", "sd3") else pytest.mark.slow)
+        for name in tiny_teachers.TRANSFORMERS
+    ],
+    indirect=True,
+    scope="module",
+)
+"""Runs of all families; the fast suite has those of classes and of text."""
+
+
 @pytest.fixture(scope="module")
 def teacher(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny_teachers.save_transformer(family, tmp_path_factory.mktemp(family) / "teacher"))
@@ -88,6 +100,7 @@ def test_the_student_starts_as_the_teachers_prediction(family: str, teacher: Pat
     assert all(name.startswith("transformer.") for name in student.state_dict())
 
 
+@LONG_RUNS
 def test_both_stages_resume_bit_for_bit(teacher: Path, pairs: Path, ode: Path, tmp_path: Path) -> None:
     for run, lengths in (("once", (12,)), ("twice", (4, 12))):
         for images in lengths:
@@ -125,6 +138,7 @@ def test_a_run_draws_and_its_export_draws_the_same(family: str, ode: Path, tmp_p
         export(ExportConfig(student=str(ode), format="onnx"), tmp_path / "onnx")
 
 
+@LONG_RUNS
 @pytest.mark.parametrize(
     "engine", [{"activation_checkpointing": True}, pytest.param({"compile": "eager"}, marks=pytest.mark.slow)]
 )
