@@ -162,7 +162,18 @@ def eval_protocols(
 
 
 INPUTS = (
-    *("student", "teacher", "pipeline", "images", "reference", "against", "prompts", "weights", "clip"),
+    *(
+        "student",
+        "prior",
+        "teacher",
+        "pipeline",
+        "images",
+        "reference",
+        "against",
+        "prompts",
+        "weights",
+        "clip",
+    ),
     "train",
 )
 """Settings of an evaluation that name inputs."""

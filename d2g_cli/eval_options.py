@@ -56,6 +56,9 @@ class SamplerOptions(ProtocolOptions):
     student: Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")] = (
         None
     )
+    prior: Annotated[
+        str | None, typer.Option(help="Student of stage C of a cascade, for a student of stage B.")
+    ] = None
     teacher: TeacherOption = None
     pipeline: Annotated[str | None, typer.Option(help="Any diffusers pipeline: folder or hub id.")] = None
     reference: Annotated[

@@ -121,11 +121,13 @@ def _data(option: str, value: str) -> None:
 CHECKS: Mapping[str, Check] = {
     "--prompts": _prompts,
     "--pairs": _pairs,
+    "--condition": _pairs,
     "--teacher": _pipeline,
     "--pipeline": _pipeline,
     "--latents": _autoencoder,
     "--decoder": _autoencoder,
     "--student": _student,
+    "--prior": _student,
     "--init": _init,
     "--weights": _named_path,
     "--against": _against,

@@ -44,6 +44,9 @@ class PairOptions(WorkOptions):
 
     teacher: TeacherOption = None
     prompts: Prompts = None
+    condition: Annotated[
+        str | None, typer.Option(help="Pair store of stage C, whose rows condition those of stage B.")
+    ] = None
     num_pairs: Annotated[int | None, typer.Option(help="Number of pairs (one per prompt).")] = None
     steps: Annotated[int | None, typer.Option(help="Solver steps (50).")] = None
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance (8); 1 is none.")] = None
@@ -93,7 +96,7 @@ def pairs_generate(options: GenerateOptions, out: Out = Path("pairs")) -> None:
     """Solve the teacher's ODE from noise and store rows of (noise, latent, prompt)."""
     config = _pair_config(options)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, inputs=named(config, ("teacher", "prompts")))
+        finish_dry_run(config, options.as_json, inputs=named(config, ("teacher", "prompts", "condition")))
     from pairgen.generate import generate_pairs
 
     with leave_process_group():
@@ -119,7 +122,7 @@ def pairs_plan(
     config = _pair_config(options)
     require_range(price=price)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, inputs=named(config, ("teacher", "prompts")))
+        finish_dry_run(config, options.as_json, inputs=named(config, ("teacher", "prompts", "condition")))
     from pairgen.cost import plan_pairs
 
     emit(plan_pairs(config, price=price, progress=reporter), options.as_json, "plan")

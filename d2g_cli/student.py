@@ -50,6 +50,9 @@ class SampleOptions(WorkOptions):
     student: Annotated[str | None, typer.Option(help="Run folder, exported student, or a shipped name.")] = (
         None
     )
+    prior: Annotated[
+        str | None, typer.Option(help="Student of stage C of a cascade, for a student of stage B.")
+    ] = None
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text, or a class number (every class); repeatable.")
     ] = None
@@ -77,7 +80,7 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     settings["prompt"] = tuple(options.prompt) if options.prompt else None
     config = configure_preset(_sample_presets(), "default", options, settings)
     if options.dry_run:
-        inputs = named(config, ("student", "teacher", "prompts"))
+        inputs = named(config, ("student", "prior", "teacher", "prompts"))
         finish_dry_run(config, options.as_json, inputs=inputs)
     from d2g.data.prompt_files import prompt_text
 
@@ -99,7 +102,7 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     # The student, the teacher, or both.
     if config.teacher is None:
         summary = save_samples(
-            student, texts, out, config.seed, config.batch_size, None, config.guidance, reporter
+            student, texts, out, config.seed, config.batch_size, None, config.guidance, reporter, config.prior
         )
     else:
         shared = (texts, out, config.seed, config.batch_size, config.steps or TEACHER_STEPS, config.guidance)

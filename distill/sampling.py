@@ -16,9 +16,10 @@ from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
 from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import noise
+from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner
+from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.lora import has_lora, merged
 from d2g.diffusion.pipelines import family_of
@@ -46,6 +47,8 @@ class OneStep:
     device: torch.device
     guidance: float = 8.0
     """Guidance scale for a student that takes it as an input; other students ignore it."""
+    prior: "OneStep | None" = None
+    """The student of the stage before, for a later stage of a cascade."""
 
     def __call__(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
         """Generate one image per prompt: uint8 [N, 3, H, W], CPU. Image i uses the noise of (seed, i)."""
@@ -56,17 +59,42 @@ class OneStep:
         """Two valid prompts, for example to compare two exported forms of the student."""
         return self.conditioner.example_prompts
 
-    @torch.no_grad()
-    def latents(self, noise: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Generate scaled latents [B, C, h, w] from noise [B, C, h, w] and B prompts in one step."""
-        guidance = torch.full((len(noise),), self.guidance) if self.student.guided else None
-        latents: Tensor = self.student(noise.to(self.device), self.conditioner.encode(prompts), guidance)
-        return latents
+    @property
+    def example_prior(self) -> Tensor | None:
+        """Random latents of the stage before for the two `examples`; None where there is no such stage."""
+        family = self.student.family
+        if family.prior_family is None:
+            return None
+        side = FAMILIES[family.prior_family].default_size or 1
+        return noise(1, range(2), (family.prior_channels(self.student.network.config), side, side))
 
     @torch.no_grad()
-    def images(self, noise: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Generate uint8 images [B, 3, H, W] on the CPU from noise [B, C, h, w] and B prompts."""
-        return self.decode(self.latents(noise, prompts))
+    def latents(self, noise: Tensor, prompts: Sequence[str], prior: Tensor | None = None) -> Tensor:
+        """Generate scaled latents [B, C, h, w] from noise [B, C, h, w] and B prompts in one step.
+
+        prior: B latents of the stage before, for a later stage of a cascade.
+        """
+        guidance = torch.full((len(noise),), self.guidance) if self.student.guided else None
+        cond = self.conditioner.encode(prompts)
+        cond = cond if prior is None else cond.with_prior(prior)
+        latents: Tensor = self.student(noise.to(self.device), cond, guidance)
+        return latents
+
+    def prior_latents(self, seed: int, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor | None:
+        """Latents of the stage before for these images and their prompts, drawn by `prior` in one step from
+        noise of a stream of `seed`; None where there is no such stage."""
+        if self.prior is None:
+            return None
+        shape, stream = self.prior.student.latent_shape, generator(seed, Stream.CASCADE_PRIOR)
+        return self.prior.latents(noise(stream.initial_seed(), numbers, shape), prompts)
+
+    @torch.no_grad()
+    def images(self, noise: Tensor, prompts: Sequence[str], prior: Tensor | None = None) -> Tensor:
+        """Generate uint8 images [B, 3, H, W] on the CPU from noise [B, C, h, w] and B prompts.
+
+        prior: as in `latents`.
+        """
+        return self.decode(self.latents(noise, prompts, prior))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -83,7 +111,8 @@ class OneStep:
         for first in range(0, len(prompts), batch_size):
             part = list(prompts[first : first + batch_size])
             rows = range(start + first, start + first + len(part))
-            yield self.images(noise(seed, rows, self.student.latent_shape), part), part
+            prior = self.prior_latents(seed, rows, part)
+            yield self.images(noise(seed, rows, self.student.latent_shape), part, prior), part
 
 
 class StudentFacts(TypedDict):
@@ -93,6 +122,8 @@ class StudentFacts(TypedDict):
     student_timestep: NotRequired[int]
     guidance: NotRequired[float]
     """Of an export whose teacher takes the guidance scale as an input: the scale of its pairs."""
+    condition_teacher: NotRequired[str]
+    """Of an export of a cascade's later stage: the denoiser's sha256 of the stage before."""
     inputs: NotRequired[dict[str, Any]]
 
 
@@ -142,6 +173,49 @@ def student_guidance(name: str, teacher: str) -> float:
     _, _, facts = _student_facts(name)
     stores = facts.get("inputs", {}).get("pairs", [])
     return float(stores[0]["guidance"] if stores else facts.get("guidance", usual))
+
+
+def condition_teacher(name: str) -> str:
+    """The denoiser's sha256 of the teacher whose latents conditioned the pairs of a student; "" for none."""
+    _, _, facts = _student_facts(name)
+    stores = facts.get("inputs", {}).get("pairs", [])
+    return str(stores[0].get("condition_teacher", "") if stores else facts.get("condition_teacher", ""))
+
+
+def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
+    """A loaded student `name` that draws images, with the student `prior` of the stage before if it is the
+    later stage of a cascade.
+
+    Raises SettingError where a stage is missing or there is none, UserError for a `prior` of another teacher
+    than the pairs of the student.
+    """
+    family = one.student.family
+    if not family.draws_images:
+        raise SettingError(
+            f"student {name} is of {family.title}, whose latents are no images; give it to --prior, and to "
+            "--student a student of the stage that reads them"
+        )
+    if family.prior_family is None:
+        if prior is not None:
+            raise SettingError(f"prior is {prior!r}, but student {name} reads no other stage; leave it out")
+        return one
+    before = FAMILIES[family.prior_family]
+    if prior is None:
+        raise SettingError(
+            f"prior is not set, but student {name} is of {family.title}, which reads latents of "
+            f"{before.title}; give --prior a student of that"
+        )
+    # The stage before must be a student of the teacher that made the latents in the pairs.
+    _, teacher, _ = student_folder(prior)
+    if family_of(teacher) is not before:
+        raise UserError(f"student {prior} is of {family_of(teacher).title}; expected one of {before.title}")
+    expected = condition_teacher(name)
+    if expected and pretrained.denoiser_sha256(teacher) != expected:
+        raise UserError(
+            f"student {prior} is of another teacher than the latents that student {name} was trained with: "
+            f"sha256 {pretrained.denoiser_sha256(teacher)[:12]}, expected {expected[:12]}"
+        )
+    return replace(one, prior=load_student(prior, device=one.device))
 
 
 def student_tensors(name: str) -> dict[str, Tensor]:
@@ -235,13 +309,17 @@ def save_samples(
     teacher: str | None = None,
     guidance: float | None = None,
     progress: Progress = quiet,
+    prior: str | None = None,
 ) -> dict[str, Any]:
     """Generate one image per prompt; write OUT/00000.png, ... with the prompt as metadata, and OUT/grid.png.
 
-    guidance: the guidance scale to imitate. Returns the output folder, the number of images and the seconds
-    per image. Raises SettingError if `guidance` is set but the student does not take it as an input.
+    guidance: the guidance scale to imitate. prior: the student of the stage before, in a cascade. Returns the
+    output folder, the number of images and the seconds per image. Raises SettingError if `guidance` is set
+    but the student does not take it as an input, and as `with_prior` does.
     """
-    images, seconds = _student_images(name, prompts, seed, batch_size, teacher, guidance, progress)
+    images, seconds = _student_images(
+        name, prompts, seed, batch_size, teacher, guidance, progress, prior=prior
+    )
     _write_images(images, prompts, seed, out)
     return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
 
@@ -314,9 +392,10 @@ def _student_images(
     guidance: float | None,
     progress: Progress,
     must_take_guidance: bool = True,
+    prior: str | None = None,
 ) -> tuple[list[Tensor], float]:
     """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
-    one_step = load_student(name, teacher, _device())
+    one_step = with_prior(load_student(name, teacher, _device()), name, prior)
     # The guidance scale is an input of some students only.
     if guidance is not None and one_step.student.guided:
         one_step = replace(one_step, guidance=guidance)
@@ -342,6 +421,7 @@ def _teacher_images(
     progress: Progress,
 ) -> tuple[list[Tensor], float]:
     """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
+    expect_lone_teacher(name)
     teacher = load_teacher(name, _device())
     scale = teacher.default_guidance if guidance is None else guidance
     solver = teacher.default_solver
@@ -357,6 +437,16 @@ def _teacher_images(
             samples += list(to_uint8(decode(vae, latents)).cpu())
         progress("sample teacher", len(samples), len(prompts))
     return samples, (time.monotonic() - started) / len(samples)
+
+
+def expect_lone_teacher(name: str) -> None:
+    """Raise SettingError for a teacher that draws no images without another one: a stage of a cascade."""
+    family = family_of(name)
+    if not family.draws_images or family.prior_family is not None:
+        raise SettingError(
+            f"teacher {name} is {family.title}, and a stage of a cascade draws no images alone; draw with "
+            "students of both stages: --student and --prior"
+        )
 
 
 def _device() -> str:

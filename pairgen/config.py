@@ -21,6 +21,11 @@ class PairConfig:
     column: str | None = setting(
         None, "Column of the prompts in the prompt file; null: prompt, caption, text or TEXT"
     )
+    condition: str = setting(
+        "",
+        "Pair store of the stage before (option --condition), whose latents and prompts the rows take: for "
+        "stage B of a cascade",
+    )
     num_pairs: int = setting(0, "Number of pairs; 0: one per prompt", source="Table A1", recipe=True)
     per_prompt: int = setting(1, "Consecutive rows per prompt, each with its own noise")
     solver: Literal["teacher", "ddim", "heun", "euler"] = setting(

@@ -1,6 +1,7 @@
 """Predicting the time and cost of a pair job from a few batches on this machine."""
 
 import time
+from math import prod
 from typing import Any
 
 import torch
@@ -33,12 +34,13 @@ def plan_pairs(
     # Everything else is proportional to the number of pairs.
     channels, height, width = spec.latent_shape
     gib = spec.num_pairs * channels * height * width * spec.torch_dtype.itemsize / 2**30
+    condition = spec.num_pairs * prod(spec.condition_shape or (0,)) * spec.torch_dtype.itemsize / 2**30
     hours = seconds * spec.num_pairs / 3600
     return {
         "pairs": spec.num_pairs,
-        "gib": gib,
-        "gib_with_noise": 2 * gib,
-        "gib_here": gib if spec.noise == "seeded" else 2 * gib,
+        "gib": gib + condition,
+        "gib_with_noise": 2 * gib + condition,
+        "gib_here": (gib if spec.noise == "seeded" else 2 * gib) + condition,
         "shards": spec.num_shards,
         "evaluations_per_pair": spec.evaluations_per_pair,
         "batch_size": batch_size,
@@ -90,6 +92,8 @@ def _evaluation_seconds(job: Job, size: int) -> float:
     indices = [index % spec.num_pairs for index in range(size)]
     encoded = job.encode(indices)
     cond = encoded.cond[[encoded.position[text] for text in job.texts(indices)]]
+    if (condition := job.condition(indices)) is not None:
+        cond = cond.with_prior(condition)
     noise = torch.zeros(size, *spec.latent_shape)
     seconds = []
     for _ in range(4):

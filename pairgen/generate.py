@@ -58,10 +58,16 @@ class Tally:
         self.written, self.bad, self.max_bad = 0, 0, max_bad
 
     def append(
-        self, writer: PairWriter, noise: Tensor, latents: Tensor, prompts: list[str], index: list[int]
+        self,
+        writer: PairWriter,
+        noise: Tensor,
+        latents: Tensor,
+        prompts: list[str],
+        index: list[int],
+        condition: Tensor | None = None,
     ) -> None:
         before = len(writer.quarantined)
-        writer.append(noise, latents, prompts, index)
+        writer.append(noise, latents, prompts, index, condition)
         self.written += len(index)
         self.bad += len(writer.quarantined) - before
         if self.written >= CHECK_BAD_AFTER and self.bad > self.max_bad * self.written:
@@ -122,7 +128,9 @@ def generate_pairs(
                     for indices in batched(chunk, batch_size):
                         if stop or claims.lost(shard):
                             break
-                        background.submit(tally.append, writer, *job.rows(indices, encoded), indices)
+                        condition = job.condition(indices)
+                        rows = job.rows(indices, encoded, condition)
+                        background.submit(tally.append, writer, *rows, indices, condition)
                         progress("pairs", present + indices[-1] - spec.rows(shard)[0] + 1, spec.num_pairs)
             except BaseException:
                 background.submit(writer.flush)  # save finished rows, whatever the error is

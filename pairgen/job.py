@@ -18,8 +18,10 @@ from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.solvers import Churn, Solver
 from d2g.diffusion.teacher import Teacher, check_solver, describe_stages, load_teacher
+from pairgen.condition import condition_prompts, open_condition
 from pairgen.config import PairConfig
 from pairgen.prompts import PromptList, check_labels, label_list, prompt_list_sha256, read_prompts
+from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, prompts_path
 
 
@@ -30,6 +32,8 @@ class Job:
     teacher: Teacher
     prompts: PromptList
     spec: StoreSpec
+    prior: PairReader | None = None
+    """The store whose row i conditions row i, for a later stage of a cascade."""
 
     def texts(self, indices: Sequence[int]) -> list[str]:
         """The prompts of these pairs."""
@@ -49,19 +53,31 @@ class Job:
             encoder.to("cpu")
         return EncodedPrompts({text: row for row, text in enumerate(unique)}, cond)
 
+    def condition(self, indices: Sequence[int]) -> Tensor | None:
+        """Latents [B, C', h', w'] of the stage before that condition these rows, rounded as they are stored;
+        None without such a stage."""
+        if self.prior is None:
+            return None
+        return self.prior.read(indices).latents.to(self.spec.torch_dtype).float()
+
     def rows(
-        self, indices: Sequence[int], encoded: "EncodedPrompts | None" = None
+        self,
+        indices: Sequence[int],
+        encoded: "EncodedPrompts | None" = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[str]]:
         """Compute rows: noise fp32 [B, C, h, w] on the CPU, latents of that shape on the teacher's device,
         and B prompts.
 
         The noise is rounded to the stored type before sampling, so that the file holds exactly what the
-        teacher received.
+        teacher received. `condition`: that of the rows, if the caller has it already.
         """
         texts, spec = self.texts(indices), self.spec
         encoded = encoded or self.encode(indices)
         # Distinct prompts are encoded once; repeat their rows in the order of the pairs.
         cond = encoded.cond[[encoded.position[text] for text in texts]]
+        condition = self.condition(indices) if condition is None else condition
+        cond = cond if condition is None else cond.with_prior(condition)
         noise_rows = noise(spec.seed, indices, spec.latent_shape, spec.torch_dtype).float()
         latents = self.teacher.sample(
             noise_rows,
@@ -122,6 +138,7 @@ def open_job(
             f"churn is {config.churn:g}, but teacher {config.teacher} is not preconditioned as in EDM; leave "
             "churn at 0"
         )
+    prior = open_condition(config, teacher)
     prompts = _prompts(config, teacher, None if spec is None and config.prompts else store)
     solver = teacher.default_solver if config.solver == "teacher" else config.solver
     size = (config.latent_size, config.latent_size) if config.latent_size else None
@@ -131,12 +148,14 @@ def open_job(
         teacher.network.to(memory_format=torch.channels_last)
     if config.compile:
         teacher = replace(teacher, network=torch.compile(teacher.network))
-    return Job(teacher, prompts, spec or resolve_spec(config, teacher, prompts, solver))
+    return Job(teacher, prompts, spec or resolve_spec(config, teacher, prompts, solver, prior), prior)
 
 
 def _prompts(config: PairConfig, teacher: Teacher, store: Path | None) -> PromptList:
     if store is not None and prompts_path(store).exists():
         return PromptList.open(prompts_path(store))
+    if config.condition:
+        return condition_prompts(config)
     if config.prompts:
         prompts = read_prompts(Path(config.prompts), config.column)
         names = {name: number for number, name in enumerate(teacher.label_names or ())}
@@ -148,24 +167,33 @@ def _prompts(config: PairConfig, teacher: Teacher, store: Path | None) -> Prompt
     raise SettingError("prompts is not set; give --prompts")
 
 
-def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solver: Solver) -> StoreSpec:
-    """The spec of a config, with the settings that are left to the teacher filled in."""
+def resolve_spec(
+    config: PairConfig,
+    teacher: Teacher,
+    prompts: PromptList,
+    solver: Solver,
+    prior: PairReader | None = None,
+) -> StoreSpec:
+    """The spec of a config, with the settings that are left to the teacher, or to the store `prior` that
+    conditions the rows, filled in."""
     # A size other than the network's own is allowed where `check_solver` accepts it.
     channels, height, width = teacher.latent_shape
     if config.latent_size:
         height = width = config.latent_size
     # Resolved values and digests: whatever decides a row must be in the spec.
     digests = pretrained.teacher_digests(config.teacher)
-    return StoreSpec(
+    per_prompt = config.per_prompt if prior is None else prior.spec.per_prompt
+    num_pairs = config.num_pairs or (len(prompts) * per_prompt if prior is None else len(prior))
+    spec = StoreSpec(
         teacher=config.teacher,
         teacher_sha256=digests.weights,
         denoiser_sha256=digests.denoiser,
         conditioning=teacher.conditioning,
         teacher_facts=teacher.facts,
         prompts_sha256=prompt_list_sha256(prompts),
-        num_pairs=config.num_pairs or len(prompts) * config.per_prompt,
+        num_pairs=num_pairs,
         num_prompts=len(prompts),
-        per_prompt=config.per_prompt,
+        per_prompt=per_prompt,
         solver=solver,
         steps=config.steps,
         spacing=teacher.schedule.spacing,
@@ -181,6 +209,15 @@ def resolve_spec(config: PairConfig, teacher: Teacher, prompts: PromptList, solv
         noise=config.noise,
         shard_size=config.shard_size,
     )
+    if prior is None:
+        return spec
+    return replace(
+        spec,
+        condition=config.condition,
+        condition_sha256=prior.spec.rows_sha256,
+        condition_teacher=prior.spec.denoiser_sha256,
+        condition_shape=prior.spec.latent_shape,
+    )
 
 
 def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
@@ -188,6 +225,7 @@ def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
     # Resolved values, so that a changed default or scheduler file cannot change the rows.
     config = PairConfig(
         teacher=spec.teacher,
+        condition=spec.condition,
         num_pairs=spec.num_pairs,
         per_prompt=spec.per_prompt,
         solver=spec.solver,

@@ -344,6 +344,77 @@ def save_sana(
     return str(folder)
 
 
+def cascade_unet(**settings: Any) -> Any:
+    """A StableCascadeUNet of two levels, the lower one with attention."""
+    from diffusers import StableCascadeUNet
+
+    defaults: dict[str, Any] = dict(
+        timestep_ratio_embedding_dim=8,
+        conditioning_dim=16,
+        block_out_channels=(8, 16),
+        num_attention_heads=(-1, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        block_types_per_layer=(
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+        ),
+        clip_text_pooled_in_channels=16,
+        clip_seq=2,
+        dropout=(0.1, 0.1),
+        timestep_conditioning_type=("sca", "crp"),
+    )
+    return lively(StableCascadeUNet(**{**defaults, **settings}))
+
+
+def save_cascade_prior(folder: Path, scheduler: Any = None, **settings: Any) -> str:
+    """Stage C of Stable Cascade: latents [3, 4, 4] from text."""
+    from diffusers import DDPMWuerstchenScheduler, StableCascadePriorPipeline
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(folder / "tokenizer")
+    network = dict(in_channels=3, out_channels=3, clip_text_in_channels=16, clip_image_in_channels=6)
+    StableCascadePriorPipeline(
+        tokenizer=tokenizer,
+        text_encoder=clip(tokenizer, 16, True),
+        prior=cascade_unet(**{**network, **settings}),
+        scheduler=DDPMWuerstchenScheduler() if scheduler is None else scheduler,
+    ).save_pretrained(folder)
+    # Published configs say no size; the pipeline's default, 1024 px, is too large for a test.
+    edit(folder, "prior/config.json", sample_size=4)
+    save_lpips(folder / "latent_lpips", 3)
+    return str(folder)
+
+
+def save_cascade_decoder(folder: Path, **settings: Any) -> str:
+    """Stage B of Stable Cascade: latents [4, 8, 8] of a VQGAN from text and latents [3, 4, 4] of stage C."""
+    from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+
+    torch.manual_seed(1)
+    tokenizer = clip_tokenizer(folder / "tokenizer")
+    network: dict[str, Any] = dict(
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        effnet_in_channels=3,
+        pixel_mapper_in_channels=3,
+        timestep_conditioning_type=("sca",),
+        up_blocks_repeat_mappers=(1, 2),
+    )
+    StableCascadeDecoderPipeline(
+        decoder=cascade_unet(**{**network, **settings}),
+        tokenizer=tokenizer,
+        text_encoder=clip(tokenizer, 16, True),
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=lively(PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=8)),
+        latent_dim_scale=2.0,
+    ).save_pretrained(folder)
+    edit(folder, "decoder/config.json", sample_size=8)
+    save_lpips(folder / "latent_lpips", 4)
+    return str(folder)
+
+
 def unet2d(**settings: Any) -> Any:
     """A UNet2DModel of two levels."""
     from diffusers import UNet2DModel

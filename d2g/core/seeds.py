@@ -49,6 +49,8 @@ class Stream(IntEnum):
     """Offsets of the approximate R1 penalty, by row."""
     NOISE_AUGMENTATION = 0x2015E
     """Noise that is added to the discriminator's inputs, by row, for real (0) and fake (1) rows."""
+    CASCADE_PRIOR = 0xCA5C
+    """Noise of the first stage of a cascade when both stages draw, by image."""
     REAL_IMAGE_POSTERIOR = 0x2EA1
     """Samples of the VAE posterior of real images, by image."""
     REAL_IMAGE_NOISE = 0x2EA2

@@ -27,7 +27,8 @@ class Conditioning:
     Text: `hidden` [B, L, D]; SDXL, SD3 and FLUX add `pooled` [B, P]; PixArt and SANA add the padding mask
     `mask` [B, L]; SDXL takes optional `time_ids` [B, 6] (original size, crop, target size in pixels; by
     default the size of the image, uncropped); FLUX takes guidance scales `guidance` [B]. Classes:
-    `class_labels`, int64 [B]. An unconditional network: `empty` [B, 0].
+    `class_labels`, int64 [B]. An unconditional network: `empty` [B, 0]. A later stage of a cascade adds the
+    latents of the stage before, `prior` [B, C, h, w].
     """
 
     tensors: dict[str, Tensor]
@@ -96,6 +97,13 @@ class Conditioning:
         """The same with guidance scales [B], for a network that takes them as an input."""
         device = next(iter(self.tensors.values())).device
         return Conditioning({**self.tensors, "guidance": to_device(scales.float(), device)}, self.null)
+
+    def with_prior(self, latents: Tensor) -> "Conditioning":
+        """The same with latents [B, C, h, w] of the stage before, for a later stage of a cascade; those of an
+        unconditional row are zero."""
+        prior = to_device(latents, next(iter(self.tensors.values())).device).float()
+        null = {**self.null, "prior": torch.zeros_like(prior[:1])} if self.null else self.null
+        return Conditioning({**self.tensors, "prior": prior}, null)
 
     def with_null(self) -> "Conditioning":
         """2 B rows for guidance in one batch: the unconditional row B times, then the rows."""

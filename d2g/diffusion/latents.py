@@ -32,7 +32,11 @@ class LatentSpace:
 
 
 class PixelSpace(nn.Module):
-    """The autoencoder of a teacher in pixel space: `encode` and `decode` return their input."""
+    """The autoencoder of a teacher in pixel space: `encode` and `decode` return their input.
+
+    For latents that no autoencoder decodes, as of the first stage of a cascade, `decode` shows the first
+    three channels: a picture to look at, not to measure.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -48,12 +52,12 @@ class PixelSpace(nn.Module):
 
     def decode(self, latents: Tensor) -> SimpleNamespace:
         """The pixels, unchanged, as an output of diffusers' autoencoders."""
-        return SimpleNamespace(sample=latents)
+        return SimpleNamespace(sample=latents[:, :3])
 
 
 def latent_space(vae: Any) -> LatentSpace:
-    """The latent space of a diffusers AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel, from its
-    config.
+    """The latent space of a diffusers AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel or
+    PaellaVQModel, from its config.
 
     Raises UserError for latents that are normalized per channel, which one scale and shift cannot describe.
     """
@@ -61,6 +65,11 @@ def latent_space(vae: Any) -> LatentSpace:
     if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
         raise UserError(
             "the VAE has latents_mean and latents_std, a scale per channel; expected one scaling_factor"
+        )
+    if "Paella" in type(vae).__name__:  # raw latents are scaled latents times its scale_factor
+        downscale = config.up_down_scale_factor * 2 ** (config.levels - 1)
+        return LatentSpace(
+            channels=config.latent_channels, downscale=downscale, scale=1 / config.scale_factor
         )
     levels = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
     return LatentSpace(
@@ -78,6 +87,7 @@ def encode(
 
     The mean of the posterior; with a generator, or one per row, a sample of it.
     """
+    pixels = pixels / 2 + 0.5 if _unit_range(vae) else pixels
     output = vae.encode(pixels.to(next(vae.parameters()).dtype))
     if hasattr(output, "latent"):  # AutoencoderDC has no posterior
         return latent_space(vae).scaled(output.latent.float())
@@ -93,7 +103,12 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     first = next(vae.parameters())
     raw = latents if "Tiny" in type(vae).__name__ else latent_space(vae).raw(latents)
     pixels: Tensor = vae.decode(raw.to(first.device, first.dtype)).sample.float()
-    return pixels
+    return 2 * pixels - 1 if _unit_range(vae) else pixels
+
+
+def _unit_range(vae: Any) -> bool:
+    """Whether an autoencoder's pixels are in [0, 1], as those of Stable Cascade's VQGAN."""
+    return "Paella" in type(vae).__name__
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def _class(pipeline: Pipeline, component: str) -> Any:
     """The class to load a component with: for autoencoders and tokenizers the one in model_index.json."""
     import diffusers
     import transformers
+    from diffusers.pipelines.deprecated import wuerstchen as pipelines
 
     diffusers.utils.logging.disable_progress_bar()  # the caller reports progress
     transformers.utils.logging.disable_progress_bar()
@@ -50,6 +51,8 @@ def _class(pipeline: Pipeline, component: str) -> Any:
         if "vae" in component or "token" in component
         else pipeline.family.components[component][0]
     )
+    if name == "PaellaVQModel":  # diffusers has it, but not at its top level
+        return pipelines.PaellaVQModel
     return getattr(diffusers, str(name), None) or getattr(transformers, str(name))
 
 
@@ -139,10 +142,10 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def load_vae(name: str) -> Any:
     """The pipeline's autoencoder: fp32, in eval mode, frozen; a `PixelSpace` for pipelines in pixel space."""
-    component = family_of(name).autoencoder
-    if component is None:
-        return PixelSpace(int(load_on_meta(name, "unet").config.in_channels))
-    return load_model(name, component)
+    family = family_of(name)
+    if family.autoencoder is None:
+        return PixelSpace(int(load_on_meta(name, family.network).config.in_channels))
+    return load_model(name, family.autoencoder)
 
 
 def load_autoencoder(name: str) -> Any:

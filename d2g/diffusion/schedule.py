@@ -1,7 +1,8 @@
 """Noise schedules, x = alpha x_0 + sigma eps, and the conversions between a network's predictions.
 
-Here are variance-preserving schedules over a table of timesteps (`Schedule`) and rectified flows, where
-alpha = 1 - s and sigma = s (`FlowSchedule`). EDM's schedule, where alpha = 1, is in d2g/diffusion/edm.py.
+Here are variance-preserving schedules over a table of timesteps (`Schedule`) and in continuous time
+(`CosineSchedule`), and rectified flows, where alpha = 1 - s and sigma = s (`FlowSchedule`). EDM's schedule,
+where alpha = 1, is in d2g/diffusion/edm.py.
 """
 
 import math
@@ -20,6 +21,10 @@ Spacing = Literal["leading", "trailing", "linspace"]
 
 NO_SIGNAL = 1e-6
 """Below this alpha, x is noise only (zero terminal SNR), and nothing may be divided by alpha."""
+
+
+COSINE_STEPS = 1000
+"""Number of timesteps in which `CosineSchedule` counts its continuous time."""
 
 
 class Point(NamedTuple):
@@ -109,6 +114,72 @@ class Schedule(_UnscaledInput):
     def diffuse(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_t for x_0 and noise [B, ...] at timesteps [B]; see `diffuse`."""
         return diffuse(x0, noise, self.alphas_cumprod, timestep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule(_UnscaledInput):
+    """The cosine schedule in continuous time r from 1 to 0 of Wuerstchen and Stable Cascade, for epsilon.
+
+    alpha_bar(r) = cos^2(pi / 2 (u + s) / (1 + s)) / cos^2(pi / 2 s / (1 + s)), clamped to [1e-4, 0.9999],
+    where `scaler` moves r to u as diffusers' DDPMWuerstchenScheduler does. `offset`: s. Times are counted in
+    `COSINE_STEPS` steps, as timesteps of other schedules; networks take r.
+    """
+
+    scaler: float
+    offset: float
+    final_alpha_one: bool
+
+    prediction: Prediction = "epsilon"
+    spacing: Literal["linspace"] = "linspace"
+
+    def __len__(self) -> int:
+        return COSINE_STEPS
+
+    def alpha_bar(self, timestep: Tensor) -> Tensor:
+        """alpha^2, float64, at timesteps of any shape, 0 to COSINE_STEPS."""
+        r = timestep.to(torch.float64) / COSINE_STEPS
+        if self.scaler > 1:
+            r = 1 - (1 - r) ** self.scaler
+        elif self.scaler < 1:
+            r = r**self.scaler
+        quarter = math.pi / 2 / (1 + self.offset)
+        bar = torch.cos((r + self.offset) * quarter) ** 2 / math.cos(self.offset * quarter) ** 2
+        return bar.clamp(1e-4, 0.9999)
+
+    def alpha_sigma(self, timestep: float) -> tuple[float, float]:
+        """(alpha, sigma) at a timestep. -1 is the end: clean data if `final_alpha_one`, else r = 0."""
+        bar = float(self.alpha_bar(torch.tensor(max(timestep, 0.0), dtype=torch.float64)))
+        bar = 1.0 if timestep < 0 and self.final_alpha_one else bar
+        return bar**0.5, (1.0 - bar) ** 0.5
+
+    def points(self, steps: int, size: tuple[int, int]) -> list[Point]:
+        """The `steps` points at which a sampler evaluates the network, evenly from r = 1, and the end.
+
+        `size` (latent height and width) matters for flows only. Raises SettingError for a number out of
+        range.
+        """
+        if not 1 <= steps <= COSINE_STEPS:
+            raise SettingError(f"steps is {steps}; expected 1 to {COSINE_STEPS}")
+        grid = [COSINE_STEPS * (1 - i / steps) for i in range(steps)]
+        return [Point(t, *self.alpha_sigma(t)) for t in [*grid, -1]]
+
+    def one_step(self, timestep: int) -> Point:
+        """The point of a one-step student; -1: the last, r = 1. Raises SettingError if out of range."""
+        t = COSINE_STEPS if timestep == -1 else timestep
+        if not 0 < t <= COSINE_STEPS:
+            raise SettingError(
+                f"student_timestep is {timestep}; expected 1 to {COSINE_STEPS}, or -1 for the last"
+            )
+        return Point(t, *self.alpha_sigma(t))
+
+    def x0(self, output: Tensor, x: Tensor, point: Point) -> Tensor:
+        """x_0 from a network's output, fp32."""
+        return predict_x0(output, x, point.alpha, point.sigma, self.prediction)
+
+    def diffuse(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """alpha x_0 + sigma eps for x_0 and noise [B, ...] at timesteps [B], in the dtype of x_0."""
+        bar = self.alpha_bar(timestep.to(x0.device)).view(-1, *[1] * (x0.ndim - 1))
+        return (bar.sqrt() * x0 + (1 - bar).sqrt() * noise).to(x0.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ pairs need a deterministic sampler that ends at sigma = 0.
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from d2g.core.regular_files import open_regular
 from d2g.diffusion.edm import EDMPrediction, EDMSchedule, SigmaGrid
 from d2g.diffusion.families.base import Pipeline, ScheduleKind
 from d2g.diffusion.pipelines import open_pipeline
-from d2g.diffusion.schedule import DynamicShift, FlowSchedule, Prediction, Schedule, Spacing
+from d2g.diffusion.schedule import CosineSchedule, DynamicShift, FlowSchedule, Prediction, Schedule, Spacing
 
 VARIANCE_PRESERVING = (
     "DDIMScheduler",
@@ -31,11 +32,17 @@ VARIANCE_PRESERVING = (
 )
 FLOW = ("FlowMatchEulerDiscreteScheduler",)
 DPM_SOLVER = "DPMSolverMultistepScheduler"
+COSINE = ("DDPMWuerstchenScheduler",)
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
-AnySchedule = Schedule | FlowSchedule | EDMSchedule
+AnySchedule = Schedule | FlowSchedule | EDMSchedule | CosineSchedule
 
-SCHEDULERS: dict[ScheduleKind, tuple[str, ...]] = {"vp": VARIANCE_PRESERVING, "flow": FLOW, "edm": EDM}
+SCHEDULERS: dict[ScheduleKind, tuple[str, ...]] = {
+    "vp": VARIANCE_PRESERVING,
+    "flow": FLOW,
+    "edm": EDM,
+    "cosine": COSINE,
+}
 """Scheduler classes by kind of schedule; a family's `schedules` say which of them its teachers may have."""
 
 
@@ -43,6 +50,8 @@ def schedule_kind(schedule: AnySchedule) -> ScheduleKind:
     """The kind of a schedule, as families name it."""
     if isinstance(schedule, FlowSchedule):
         return "flow"
+    if isinstance(schedule, CosineSchedule):
+        return "cosine"
     return "edm" if isinstance(schedule, EDMSchedule) else "vp"
 
 
@@ -74,7 +83,8 @@ REFUSED = {
     "ScoreSdeVeScheduler": _NOISE,
     "DEISMultistepScheduler": "its final sigma is not 0",
 }
-"""Common schedulers that cannot make pairs, and why."""
+"""Common schedulers that cannot make pairs, and why. DDPMWuerstchenScheduler's schedule can, where it is the
+family's own: we take DDIM on it."""
 
 
 # Setting -> (whether a value is unsupported, what it does, the value to use instead).
@@ -107,7 +117,11 @@ def load_schedule(name: str) -> Schedule:
     """
     schedule = load_any_schedule(name)
     if not isinstance(schedule, Schedule):
-        what = "a flow" if isinstance(schedule, FlowSchedule) else "preconditioned as in EDM"
+        what = {
+            FlowSchedule: "a flow",
+            EDMSchedule: "preconditioned as in EDM",
+            CosineSchedule: "of continuous time",
+        }[type(schedule)]
         raise UserError(f"teacher {name} is {what}; expected a variance-preserving teacher, such as SD 1.5")
     return schedule
 
@@ -119,7 +133,12 @@ def load_any_schedule(name: str) -> AnySchedule:
     """
     pipeline = open_pipeline(name)
     kind, settings = _settings(pipeline)
-    build = _edm if kind in EDM else _flow if kind in FLOW else _vp
+    builders: dict[str, Callable[[Pipeline, str, dict[str, Any]], AnySchedule]] = {
+        **dict.fromkeys(EDM, _edm),
+        **dict.fromkeys(FLOW, _flow),
+        **dict.fromkeys(COSINE, _cosine),
+    }
+    build = builders.get(kind, _vp)
     if kind == DPM_SOLVER and pipeline.family.dpm_solver_flow:
         build = _dpm_solver_flow
     try:
@@ -144,16 +163,16 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     if kind not in EDM:
         kind = pipeline.family.scheduler_classes.get(pipeline.kind, kind)
     where = f"teacher {pipeline.folder}: scheduler {kind}"
-    flow = "flow" in pipeline.family.schedules
+    clips = "vp" in pipeline.family.schedules
     supported = [name for schedule in pipeline.family.schedules for name in SCHEDULERS[schedule]]
     supported += [DPM_SOLVER] if pipeline.family.dpm_solver_flow else []
     # Refuse schedulers that are not supported, with the way out.
     remedy = (
         f"in diffusers, set pipe.scheduler = {supported[0]}.from_config(pipe.scheduler.config"
-        f"{'' if flow else ', clip_sample=False'}) and save_pretrained the pipeline"
+        f"{', clip_sample=False' if clips else ''}) and save_pretrained the pipeline"
     )
     assert kind is not None, "component_dir has checked it"
-    if kind in REFUSED:
+    if kind in REFUSED and kind not in supported:
         raise UserError(f"{where} cannot make pairs: {REFUSED[kind]}; {remedy}")
     if kind not in supported:
         raise UserError(
@@ -268,6 +287,13 @@ def _dpm_solver_flow(pipeline: Pipeline, kind: str, settings: dict[str, Any]) ->
         spacing="trailing",
         dpm_solver=True,
     )
+
+
+def _cosine(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> CosineSchedule:
+    scaler, offset = float(settings["scaler"]), float(settings["s"])
+    if not (0 < scaler < math.inf and 0 <= offset < math.inf):
+        raise ValueError(f"scaler={scaler:g}, s={offset:g}; expected numbers above 0")
+    return CosineSchedule(scaler=scaler, offset=offset, final_alpha_one=False)
 
 
 def _edm(pipeline: Pipeline, kind: str, settings: dict[str, Any]) -> EDMSchedule:

@@ -14,7 +14,7 @@ from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.families.base import EMBEDDED, SCHEDULE_NAMES, Family, Pipeline
 from d2g.diffusion.latents import LatentSpace, latent_space
 from d2g.diffusion.pipelines import open_pipeline
-from d2g.diffusion.schedule import NO_SIGNAL, Denoised, FlowSchedule, Point, Schedule, Spacing
+from d2g.diffusion.schedule import NO_SIGNAL, CosineSchedule, Denoised, FlowSchedule, Point, Schedule, Spacing
 from d2g.diffusion.scheduler_files import AnySchedule, load_any_schedule, schedule_kind
 from d2g.diffusion.solvers import Churn, Denoise, Solver, first_order, guided, sample_ode
 
@@ -92,6 +92,8 @@ class Teacher:
             facts["steps_offset"] = self.schedule.steps_offset
         elif isinstance(self.schedule, EDMSchedule):
             facts |= _edm_facts(self.schedule)
+        elif isinstance(self.schedule, CosineSchedule):
+            facts |= {"cosine_scaler": self.schedule.scaler, "cosine_offset": self.schedule.offset}
         elif self.schedule.dynamic is None:
             facts["shift"] = self.schedule.shift
         else:
@@ -227,6 +229,7 @@ _SCHEDULES = {
     Schedule: "variance-preserving, and DDIM is its Euler",
     FlowSchedule: "a flow",
     EDMSchedule: "preconditioned as in EDM",
+    CosineSchedule: "of a continuous cosine schedule, and DDIM is its Euler",
 }
 
 
@@ -320,7 +323,14 @@ def _override(
                 "take linspace or trailing"
             )
         return schedule if spacing == "teacher" else replace(schedule, spacing=spacing)
-    # Variance-preserving: any spacing, and an end at clean data.
+    # Continuous time has even steps only. Variance-preserving: any spacing. Both: an end at clean data.
+    if isinstance(schedule, CosineSchedule):
+        if spacing not in ("teacher", schedule.spacing):
+            raise SettingError(
+                f"spacing is {spacing!r}, but the cosine schedule of teacher {name} is continuous, and its "
+                "steps are even; take spacing=teacher"
+            )
+        return replace(schedule, final_alpha_one=True) if final_alpha == "one" else schedule
     if spacing != "teacher":
         schedule = replace(schedule, spacing=spacing)
     return replace(schedule, final_alpha_one=True) if final_alpha == "one" else schedule

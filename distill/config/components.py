@@ -16,7 +16,7 @@ Optimizer = Literal["adamw", "adamw_fused", "adam", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]
-DiscriminatorName = Literal["unet", "transformer"]
+DiscriminatorName = Literal["unet", "transformer", "cascade"]
 RegressionName = Literal[
     "mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips", "decoder_features"
 ]
@@ -179,8 +179,10 @@ class DiscriminatorConfig:
 
     discriminator: DiscriminatorName = setting(
         "unet",
-        "Network: unet starts as the teacher's U-Net, transformer as the teacher's transformer",
-        source='method.md "Discriminator architecture"; method.md "Discriminators of transformers"',
+        "Network: unet starts as the teacher's U-Net, transformer as its transformer, cascade as a stage of "
+        "Stable Cascade",
+        source='method.md "Discriminator architecture"; method.md "Discriminators of transformers"; '
+        'method.md "Cascades"',
     )
     weight: float = setting(
         0.25,

@@ -282,6 +282,9 @@ class SampleConfig:
         None, "Column of the prompts in the prompt file; null: prompt, caption, text or TEXT"
     )
     num: int = setting(1, "Images per prompt")
+    prior: str | None = setting(
+        None, "Student of stage C of a cascade (option --prior), for a student of stage B"
+    )
     teacher: str | None = setting(
         None,
         "Teacher to draw; with student both draw, from the same noise, and the student is loaded with this "
@@ -305,6 +308,12 @@ class SampleConfig:
             guidance=(known, "1 (no guidance) or more"),
             steps=(self.steps is None or self.steps >= 1, "1 or more"),
         )
+        if self.prior is not None and (self.teacher is not None or self.student is None):
+            raise SettingError(
+                f"prior is {self.prior!r}, which goes with --student alone; leave --teacher out"
+                if self.student is not None
+                else f"prior is {self.prior!r}, but there is no student to draw with; give --student"
+            )
         if self.steps is not None and self.teacher is None:
             raise SettingError(
                 f"steps is {self.steps}, but a student takes one step; give --teacher, or leave --steps out"

@@ -25,7 +25,13 @@ from distill.export.to_comfyui import export_comfyui
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
-from distill.sampling import load_student, student_folder, student_guidance, student_tensors
+from distill.sampling import (
+    condition_teacher,
+    load_student,
+    student_folder,
+    student_guidance,
+    student_tensors,
+)
 
 WRITERS = {"diffusers": export_pipeline, "lora": export_lora, "comfyui": export_comfyui}
 """Formats whose weights may be stored in half precision, with a model card."""
@@ -67,13 +73,16 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     facts: dict[str, Any] = {"teacher": source, "student_timestep": timestep}
     if family_of(teacher or source).embedded_guidance is not None:
         facts["guidance"] = student_guidance(run, teacher or source)
+    if before_sha256 := condition_teacher(run):
+        facts["condition_teacher"] = before_sha256
     with staged(out) as folder:
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
         before, after = (load_student(name, teacher) for name in (run, str(folder)))
         latents_noise, prompts = noise(0, range(2), before.student.latent_shape), before.examples
-        latents = before.latents(latents_noise, prompts), after.latents(latents_noise, prompts)
-        parity = check_parity(max_abs_diff(latents), saved_dtype)
+        prior = before.example_prior
+        latents = (one.latents(latents_noise, prompts, prior) for one in (before, after))
+        parity = check_parity(max_abs_diff((next(latents), next(latents))), saved_dtype)
         if teacher is not None:
             write_atomically(folder / "student.json", json.dumps({**facts, "teacher": teacher}, indent=1))
     return {"out": str(out), "parity_max_abs_err": parity}

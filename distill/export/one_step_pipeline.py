@@ -26,7 +26,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.families.base import Family, Pipeline
 from d2g.diffusion.pipelines import open_pipeline
-from d2g.diffusion.schedule import FlowSchedule, Schedule
+from d2g.diffusion.schedule import CosineSchedule, FlowSchedule, Schedule
 
 _NO_SKIP = 1e4
 """timestep_scaling that makes the skip weight of consistency models, 0.25 / (scaling t)^2, negligible."""
@@ -72,6 +72,11 @@ def pipeline_schedule(teacher: str) -> Schedule | FlowSchedule:
         raise UserError(
             f"teacher {teacher} is preconditioned as in EDM, and no scheduler of diffusers starts from "
             f"sigma_max times the noise, as its students do; {instead}"
+        )
+    if isinstance(schedule, CosineSchedule):
+        raise UserError(
+            f"teacher {teacher} is a stage of a cascade, whose pipelines in diffusers add fresh noise at "
+            "every step and end short of clean data; export it with --format safetensors"
         )
 
     # Pipelines of UNet2DModel pass no class and take the whole output as noise.

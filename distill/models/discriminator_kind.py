@@ -25,7 +25,7 @@ class DiscriminatorKind:
     """(teacher, settings) -> the same network without weights, for sharding and for predicting memory."""
     shard_units: Callable[[str, nn.Module], Iterable[nn.Module]]
     """(teacher, network) -> the blocks that FSDP2 gathers and activation checkpointing recomputes."""
-    network: str = ""
-    """The teacher's component that it is built from, such as unet; empty: it takes any teacher."""
+    networks: tuple[str, ...] = ()
+    """The teacher's components that it can be built from, such as unet; empty: it takes any teacher."""
     settings: tuple[str, ...] = ()
     """Fields of DiscriminatorConfig that not every kind reads."""

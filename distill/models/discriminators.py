@@ -32,8 +32,8 @@ def check_discriminator(teacher: str, config: DiscriminatorConfig) -> None:
     """
     name, pipeline = config.discriminator, open_pipeline(teacher)
     kind, network = DISCRIMINATORS[name], pipeline.family.network
-    if kind.network not in ("", network):
-        fitting = [other for other, each in DISCRIMINATORS.items() if each.network == network]
+    if kind.networks and network not in kind.networks:
+        fitting = [other for other, each in DISCRIMINATORS.items() if network in each.networks]
         raise SettingError(
             f"gan.discriminator is {name!r}, but the network of {teacher}, a {pipeline.kind}, is a "
             f"{network}; set gan.discriminator={' or '.join(fitting)}"

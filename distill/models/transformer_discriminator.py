@@ -142,6 +142,6 @@ TRANSFORMER = DiscriminatorKind(
     build=discriminator_from_transformer,
     build_on_meta=_on_meta,
     shard_units=lambda teacher, network: family_of(teacher).shard_units(network),
-    network="transformer",
+    networks=("transformer",),
     settings=("z_conditioning", "token_heads", "token_scales", "freeze_backbone"),
 )

@@ -209,7 +209,7 @@ UNET = DiscriminatorKind(
     build=discriminator_from_teacher,
     build_on_meta=discriminator_on_meta,
     shard_units=lambda teacher, network: family_of(teacher).shard_units(network),
-    network="unet",
+    networks=("unet",),
     settings=("z_conditioning", "multi_scale_input", "multi_scale_output", "output_head", "freeze_backbone"),
 )
 

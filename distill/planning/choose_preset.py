@@ -38,7 +38,7 @@ def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
     size = sum(prod(parameter.shape) for parameter in network.parameters())
     reason = f"teacher {teacher} ({family.title}) has {size / 1e6:,.1f} million parameters"
     small = "small-transformer" if family.network == "transformer" else "miniature"
-    if family.autoencoder is None:  # the small presets compare latents
+    if family.name in OF_FAMILY and family.autoencoder is None:  # the small presets compare latents
         small = OF_FAMILY[family.name]
     name = small if size < SMALL else OF_FAMILY.get(family.name, DEFAULT)
     # A preset without the stage is no choice.

@@ -100,6 +100,8 @@ class StepPreparation:
         cond = self.encode(batch.prompts)
         if self.embedded_guidance:
             cond = cond.with_guidance(*scales(batch))
+        if batch.condition is not None:
+            cond = cond.with_prior(batch.condition)
         rows = len(batch.prompts)
         size, first = rows // self.microbatches, process_group.rank() * rows
         microbatches = [

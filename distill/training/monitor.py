@@ -49,11 +49,16 @@ class StudentSampler:
     autocast: Callable[[], AbstractContextManager[None]]
 
     @torch.no_grad()
-    def __call__(self, noise: Tensor, prompts: Sequence[str], *guidance: Tensor) -> Tensor:
-        """noise [B, C, h, w], guidance [B] for a student that takes it -> latents [B, C, h, w]."""
+    def __call__(
+        self, noise: Tensor, prompts: Sequence[str], *guidance: Tensor, prior: Tensor | None = None
+    ) -> Tensor:
+        """noise [B, C, h, w], guidance [B] for a student that takes it, and latents of the stage before for a
+        later stage of a cascade -> latents [B, C, h, w]."""
+        cond = self.encode(prompts)
+        cond = cond if prior is None else cond.with_prior(prior)
         with self.autocast():
             latents: Tensor = self.student.forward_frozen(
-                noise, self.encode(prompts), *(scale.to(self.device) for scale in guidance)
+                noise, cond, *(scale.to(self.device) for scale in guidance)
             )
         return latents
 

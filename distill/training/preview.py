@@ -32,9 +32,9 @@ def preview_latents(
     noise, guidance, batches = pairs.noise.float().to(device), scales(pairs), []
     for first in range(0, len(noise), batch_size):
         part = slice(first, first + batch_size)
-        batches.append(
-            draw(noise[part], pairs.prompts[part], *(scale[part] for scale in guidance)).float().cpu()
-        )
+        prior = None if pairs.condition is None else pairs.condition[part]
+        latents = draw(noise[part], pairs.prompts[part], *(scale[part] for scale in guidance), prior=prior)
+        batches.append(latents.float().cpu())
     return torch.cat(batches), pairs.latents.float().cpu()
 
 

@@ -92,6 +92,12 @@ def train(
     """
     # Before the processes meet: a process that leaves then would block the others.
     validate_config(config)
+    family = family_of(config.teacher)
+    if validate is not None and (family.prior_family is not None or not family.draws_images):
+        raise SettingError(
+            f"--validate draws images, which {config.teacher}, a stage of a cascade, does not alone; leave "
+            "it out, and set train.validate_pairs=K for held-out pairs"
+        )
     if validate is None and config.train.validate_images and not config.train.validate_pairs:
         raise SettingError("train.validate_images needs pairs, or --validate PROTOCOL; set it to 0")
     try:
@@ -393,6 +399,12 @@ def validate_config(config: DistillConfig) -> None:
             raise SettingError(f"{name} is not set; give --{name}")
     if not config.pairs:
         _check_without_pairs(config)
+    family = family_of(config.teacher)
+    if config.stage == "gan" and config.gan.real and not family.takes_real_images:
+        raise SettingError(
+            f"gan.real is {config.gan.real!r}, but photographs have no latents of a cascade's stages, as "
+            f"{config.teacher} ({family.title}) makes; leave gan.real out"
+        )
     if config.stage == "gan" and config.gan.real_fraction and not config.gan.real:
         raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
     microbatch_size(config, process_group.world_size())

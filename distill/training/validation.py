@@ -19,7 +19,8 @@ from pairgen.store.concat import scales
 from pairgen.store.dataset import Rows
 
 Draw = Callable[..., Tensor]
-"""(noise [B, C, h, w] fp32 on the run's device, B prompts, *scales(pairs)) -> scaled latents [B, C, h, w]."""
+"""(noise [B, C, h, w] fp32 on the run's device, B prompts, *scales(pairs), prior=pairs.condition) -> scaled
+latents [B, C, h, w]."""
 
 SampleLatents = Callable[[int, Sequence[str]], Tensor]
 """(seed, N prompts) -> latents [N, C, h, w] of the EMA student, fp32, on the CPU, identical on every rank.
@@ -108,7 +109,7 @@ def _measure_batch(
     numbers = [rows[min(position, len(rows) - 1)] for position in part]
     batch = reader.read(numbers)
     target = batch.latents.to(device)
-    latents = draw(batch.noise.to(device), batch.prompts, *scales(batch)).float()
+    latents = draw(batch.noise.to(device), batch.prompts, *scales(batch), prior=batch.condition).float()
     flat = target.flatten(1)
     values = [(latents - target).square().flatten(1).mean(1), flat.amin(1), flat.amax(1)]
     if distance is not None:

@@ -23,6 +23,9 @@ class EvalRun:
     student: str | None = setting(
         None, "Student to measure: run folder, exported student or shipped name", recipe=True
     )
+    prior: str | None = setting(
+        None, "Student of stage C of a cascade, for a student of stage B", recipe=True
+    )
     teacher: str | None = setting(
         None, "Teacher to measure; with student, the teacher that the student is loaded with", recipe=True
     )
@@ -109,6 +112,8 @@ class EvalRun:
                 "one of them"
             )
         # Settings that apply to some sources only.
+        if self.prior is not None and self.student is None:
+            raise SettingError(f"prior is {self.prior!r}, which goes with --student; leave it out")
         if self.noise_scale != 1 and self.student is None:
             raise SettingError("noise_scale is a student's setting; leave it out")
         if self.every and (self.student is None or not (Path(self.student) / "checkpoints").is_dir()):

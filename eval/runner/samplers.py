@@ -18,7 +18,14 @@ from d2g.diffusion.diffusers_pipeline import load_any_pipeline, supported_steps
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
-from distill.sampling import OneStep, load_checkpoint, load_student, student_folder
+from distill.sampling import (
+    OneStep,
+    expect_lone_teacher,
+    load_checkpoint,
+    load_student,
+    student_folder,
+    with_prior,
+)
 from eval.measure.latency import Parts
 from eval.measure.source import ImageSource, SampledBatch, views_of
 from eval.protocols.config import PIPELINE_STEPS
@@ -95,12 +102,19 @@ def one_step_source(
 
     @torch.no_grad()
     def sample(numbers: range, texts: list[str]) -> Tensor:
-        return decode(one.vae, one.latents(scaled_noise(numbers), texts))
+        prior = one.prior_latents(request.seed, numbers, texts)
+        return decode(one.vae, one.latents(scaled_noise(numbers), texts, prior))
 
     def parts(batch: int) -> dict[str, Callable[[], object]]:
         texts, inputs = request.texts(range(batch)), scaled_noise(range(batch)).to(request.device)
         cond = one.conditioner.encode(texts)
+        if (prior := one.prior_latents(request.seed, range(batch), texts)) is not None:
+            cond = cond.with_prior(prior)
+        stage_before = (
+            {} if prior is None else {"prior": lambda: one.prior_latents(request.seed, range(batch), texts)}
+        )
         return {
+            **stage_before,
             "text": lambda: one.conditioner.encode(texts),
             "network": torch.no_grad()(lambda: one.student(inputs, cond)),
             "decoder": torch.no_grad()(lambda: to_uint8(decode(one.vae, inputs))),
@@ -117,8 +131,12 @@ def student_source(
     teacher: str | None = None,
     folder: Path | None = None,
     noise_scale: float = 1.0,
+    prior: str | None = None,
 ) -> ImageSource:
-    """A source of a student: a run, one of its checkpoints (`folder`), an export, or a shipped name."""
+    """A source of a student: a run, one of its checkpoints (`folder`), an export, or a shipped name.
+
+    prior: the student of the stage before, in a cascade.
+    """
     weights, named_teacher, timestep = student_folder(name)
     base = teacher or named_teacher
     if folder is None:
@@ -126,6 +144,7 @@ def student_source(
     else:
         one = load_checkpoint(name, folder, base, request.device)
         title = f"{name}, {int(folder.name)} images"
+    one = with_prior(one, name, prior)
     torch.nn.Module.to(
         one.student.network, PRECISIONS[request.precision]
     )  # diffusers' own `to` warns without need
@@ -134,6 +153,9 @@ def student_source(
         "teacher_sha256": pretrained.weights_sha256(base),
         "timestep": timestep,
     }
+    if prior is not None:
+        facts["prior_sha256"] = _sha256(student_folder(prior)[0] / "ema.safetensors")
+        title = f"{title} after {prior}"
     return one_step_source(title, one, request, noise_scale=noise_scale, facts=facts)
 
 
@@ -155,6 +177,7 @@ def ode_source(
     solver: str = "teacher",
 ) -> ImageSource:
     """A source of a loaded teacher, which integrates its ODE from the same noise that its students get."""
+    expect_lone_teacher(teacher.name)
     vae = pretrained.load_vae(teacher.name).to(teacher.device)
     chosen: Any = teacher.default_solver if solver == "teacher" else solver
     check_solver(teacher, chosen, steps, guidance)

@@ -230,6 +230,7 @@ class EvalSession:
                 teacher=config.teacher,
                 folder=checkpoint,
                 noise_scale=config.noise_scale,
+                prior=config.prior,
             )
         if config.pipeline is not None:
             request = self.sampling_request(self.prompts)

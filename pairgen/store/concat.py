@@ -39,7 +39,7 @@ class JoinedReader:
         for reader in self.readers[1:]:
             by_denoiser = reader.spec.denoiser_sha256 and first.denoiser_sha256
             teacher = "denoiser_sha256" if by_denoiser else "teacher_sha256"
-            for name in (teacher, "conditioning", "latent_shape", "latent_space"):
+            for name in (teacher, "conditioning", "latent_shape", "latent_space", "condition_shape"):
                 if (theirs := getattr(reader.spec, name)) != (ours := getattr(first, name)):
                     raise UserError(
                         f"{reader.folder} has {name} {theirs}, {self.readers[0].folder} {ours}; "
@@ -87,8 +87,15 @@ class JoinedReader:
         for n, part in parts.items():
             mask = torch.from_numpy(store == n)
             noise[mask], latents[mask], index[mask] = part.noise, part.latents, part.index
+        condition = None
+        if first.condition is not None:
+            condition = torch.empty(len(store), *first.condition.shape[1:], dtype=first.condition.dtype)
+            for n, part in parts.items():
+                assert part.condition is not None, "stores of one condition_shape"
+                condition[torch.from_numpy(store == n)] = part.condition
         batch = replace(
             first,
+            condition=condition,
             noise=noise,
             latents=latents,
             index=index,

@@ -55,6 +55,8 @@ class PairBatch:
     prompts: list[str]
     index: Tensor
     skipped: Mapping[str, str] = field(default_factory=dict)
+    condition: Tensor | None = None
+    """Latents [B, C', h', w'] of the stage before that the rows are conditioned on; None: no such stage."""
 
     @property
     def labels(self) -> Tensor:
@@ -64,7 +66,8 @@ class PairBatch:
     def pin_memory(self) -> "PairBatch":
         """The same rows in page-locked memory, for copies to a GPU that overlap with its work."""
         noise, latents, index = self.noise.pin_memory(), self.latents.pin_memory(), self.index.pin_memory()
-        return replace(self, noise=noise, latents=latents, index=index)
+        condition = None if self.condition is None else self.condition.pin_memory()
+        return replace(self, noise=noise, latents=latents, index=index, condition=condition)
 
 
 class DamagedShard(UserError):
@@ -117,6 +120,8 @@ def encode_rows(spec: StoreSpec, rows: PairBatch, quarantined: Sequence[int] = (
         if spec.noise == "stored":
             _write_values(file, "noise", rows.noise, chunks)
         _write_values(file, "latent", rows.latents, chunks)
+        if rows.condition is not None:
+            _write_values(file, "condition", rows.condition, (chunks[0], *rows.condition.shape[1:]))
         if spec.conditioning == "text":
             _write_prompts(file, [prompt.encode() for prompt in rows.prompts])
         elif spec.conditioning == "label":
@@ -157,7 +162,14 @@ def load_rows(path: Path, spec: StoreSpec) -> PairBatch:
         latents=torch.cat([block.latents for block in blocks]),
         prompts=[prompt for block in blocks for prompt in block.prompts],
         index=torch.cat([block.index for block in blocks]),
+        condition=join_conditions([block.condition for block in blocks]),
     )
+
+
+def join_conditions(conditions: Sequence[Tensor | None]) -> Tensor | None:
+    """The conditions of several batches, one after the other; None if the batches have none."""
+    present = [condition for condition in conditions if condition is not None]
+    return torch.cat(present) if present else None
 
 
 def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
@@ -177,9 +189,10 @@ def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
                 _check_header(file, path, spec)
                 for rows in _blocks(file, spec):
                     block = _block(file, spec, rows)
-                    for name, values in (("noise", block.noise), ("latent", block.latents)):
+                    tensors = {"noise": block.noise, "latent": block.latents, "condition": block.condition}
+                    for name, values in tensors.items():
                         # NumPy's isfinite: torch's takes ten times as long in float16
-                        if not np.isfinite(values.numpy()).all():
+                        if values is not None and not np.isfinite(values.numpy()).all():
                             raise _damaged(path, f"{name} holds values that are not finite")
                     noise_sha256.update(_bytes_of(block.noise))
                     yield block
@@ -215,7 +228,10 @@ def _block(file: Any, spec: StoreSpec, rows: slice) -> PairBatch:
         raise ValueError("index holds numbers of 2^63 and more")
     noise = torch.from_numpy(file["noise"][rows]) if "noise" in file else redraw(spec, index)
     latents, prompts = torch.from_numpy(file["latent"][rows]), _prompts_of(file, spec, rows)
-    return PairBatch(noise=noise, latents=latents, prompts=prompts, index=torch.from_numpy(index))
+    condition = torch.from_numpy(file["condition"][rows]) if "condition" in file else None
+    return PairBatch(
+        noise=noise, latents=latents, prompts=prompts, index=torch.from_numpy(index), condition=condition
+    )
 
 
 def _prompts_of(file: Any, spec: StoreSpec, rows: slice) -> list[str]:

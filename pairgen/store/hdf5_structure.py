@@ -30,11 +30,10 @@ def check_structure(file: Any, spec: StoreSpec) -> None:
     rows = int(attribute(file, "rows"))
     if not 0 <= rows <= spec.shard_size:
         raise ValueError(f"its header says {rows} rows, expected at most {spec.shard_size}")
-    columns: dict[str, tuple[int, ...]] = {"latent": (rows, *spec.latent_shape), "index": (rows,)}
+    columns: dict[str, tuple[int, ...]] = {"index": (rows,)}
+    columns |= {name: (rows, *shape) for name, shape in spec.row_shapes.items()}
     if spec.conditioning != "none":
         columns["prompt" if spec.conditioning == "text" else "label"] = (rows,)
-    if spec.noise == "stored":
-        columns["noise"] = columns["latent"]
     names = set(file)  # of links too; none is followed here
     for name in columns:
         if name not in names or not isinstance(file.get(name, getlink=True), h5py.HardLink):
@@ -64,7 +63,7 @@ def attribute(file: Any, name: str) -> Any:
 
 def _check_type(name: str, dataset: Any, spec: StoreSpec) -> None:
     kind = dataset.get_type()
-    if name in ("noise", "latent"):
+    if name in spec.row_shapes:
         if kind.get_class() != h5t.FLOAT or kind.dtype != np.dtype(spec.dtype):
             raise ValueError(f"dataset {name} is {kind.dtype}, its header says {spec.dtype}")
     elif name == "prompt":

@@ -131,8 +131,10 @@ class PairReader:
         nth = np.searchsorted(self._ends, position, side="right") - 1
         row = position - self._ends[nth]
         # Rows are read straight into the arrays of the batch.
-        shape = (len(position), *self.spec.latent_shape)
-        values = {name: np.empty(shape, self.spec.dtype) for name in self._open.value_names}
+        shapes = self.spec.row_shapes
+        values = {
+            name: np.empty((len(position), *shapes[name]), self.spec.dtype) for name in self._open.value_names
+        }
         text = [""] * len(position)
         skipped: dict[str, str] = {}
         # Read all rows; with skip_bad, move the damaged ones to the next shard and try again.
@@ -155,6 +157,7 @@ class PairReader:
             prompts=text,
             index=torch.from_numpy(index),
             skipped=skipped,
+            condition=tensors["condition"].to(dtype or noise.dtype) if "condition" in tensors else None,
         )
 
     def prompts(self) -> list[str]:

@@ -148,8 +148,8 @@ class OpenShards:
 
     @property
     def value_names(self) -> list[str]:
-        """The datasets of noise and latents in each file."""
-        return ["latent", *(["noise"] if self.source.spec.noise == "stored" else [])]
+        """The datasets of noise, latents and conditions in each file."""
+        return list(self.source.spec.row_shapes)
 
     def _open(self, shard: int) -> OpenShard:
         """Open a shard, and check it unless this very file was checked before."""

@@ -58,6 +58,14 @@ class StoreSpec:
     latent_space: LatentSpace
     noise: Literal["stored", "seeded"] = "stored"
     shard_size: int
+    condition: str = ""
+    """Where the store was whose latents condition the rows, for stage B of a cascade: a note."""
+    condition_sha256: str = ""
+    """What that store's rows depend on: `rows_sha256` of its spec."""
+    condition_teacher: str = ""
+    """The denoiser's sha256 of the teacher of that store."""
+    condition_shape: tuple[int, int, int] | None = None
+    """Shape (C, h, w) of its latents, which each row holds beside its own."""
     earlier_prompts: tuple[tuple[int, str], ...] = ()
     """(num_prompts, prompts_sha256) of the prompt lists before prompts were appended, oldest first."""
 
@@ -93,6 +101,24 @@ class StoreSpec:
         return digest(self.as_json())
 
     @property
+    def rows_sha256(self) -> str:
+        """Digest of the facts that decide each row; it stays when the store grows."""
+        growing = ("num_pairs", "num_prompts", "prompts_sha256")
+        facts = {name: value for name, value in self.as_json().items() if name in _FACTS}
+        facts |= {"denoiser": self.denoiser_sha256 or self.teacher_sha256}
+        return digest({name: value for name, value in facts.items() if name not in growing})
+
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Stored tensors of a row and their shapes (C, h, w)."""
+        shapes = {"latent": self.latent_shape}
+        if self.noise == "stored":
+            shapes["noise"] = self.latent_shape
+        if self.condition_shape is not None:
+            shapes["condition"] = self.condition_shape
+        return shapes
+
+    @property
     def teacher_digests(self) -> TeacherDigests:
         """What identifies the teacher; without a digest of the denoiser where none was recorded."""
         return TeacherDigests(self.teacher_sha256, self.denoiser_sha256)
@@ -122,9 +148,11 @@ class StoreSpec:
         return index // self.per_prompt % self.num_prompts
 
 
-_LEFT_OUT = ("denoiser_sha256", "earlier_prompts", "churn")
+_CONDITION = ("condition", "condition_sha256", "condition_teacher", "condition_shape")
+_LEFT_OUT = ("denoiser_sha256", "earlier_prompts", "churn", *_CONDITION)
 _TEACHER = ("teacher", "teacher_sha256", "denoiser_sha256")
-_FACTS = tuple(name for name in StoreSpec.__dataclass_fields__ if name not in (*_TEACHER, "earlier_prompts"))
+_NOTES = (*_TEACHER, "condition", "earlier_prompts")
+_FACTS = tuple(name for name in StoreSpec.__dataclass_fields__ if name not in _NOTES)
 """Fields that two stores of one kind share, beside their teacher."""
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import UserError
-from pairgen.store.hdf5 import PairBatch, encode_rows, load_rows, redraw
+from pairgen.store.hdf5 import PairBatch, encode_rows, join_conditions, load_rows, redraw
 from pairgen.store.spec import (
     StoreSpec,
     encode_record,
@@ -107,8 +107,11 @@ class PairWriter:
         latents: Tensor,
         prompts: Sequence[str],
         index: Tensor | np.ndarray | Sequence[int],
+        condition: Tensor | None = None,
     ) -> None:
         """Add rows: noise exactly as the teacher received it, and scaled latents, both floats [B, C, H, W].
+
+        condition: the latents of the stage before, as the teacher received them, where the spec has them.
 
         Latents are rounded to the stored type; rows that are then not finite go to `quarantined`. Raises
         UserError for a wrong shape, type, prompt or index, naming the pairs; earlier rows stay valid.
@@ -128,6 +131,7 @@ class PairWriter:
             latents=self._rounded("latents", latents, number),
             prompts=list(prompts),
             index=number,
+            condition=None if condition is None else self._rounded("condition", condition, number),
         )
         self._check_noise(rows, noise)
         # Rows that are not finite after rounding are quarantined instead of written.
@@ -144,7 +148,8 @@ class PairWriter:
             self.flush()
 
     def _rounded(self, name: str, values: Tensor, number: Tensor) -> Tensor:
-        expected = (len(number), *self.spec.latent_shape)
+        shape = self.spec.condition_shape if name == "condition" else self.spec.latent_shape
+        expected = (len(number), *(shape or ()))
         if tuple(values.shape) != expected or not values.is_floating_point():
             got = f"{tuple(values.shape)} {values.dtype}"
             raise UserError(f"{name} of pairs {number.tolist()} is {got}, expected floats {expected}")
@@ -255,7 +260,11 @@ class BackgroundWriter:
 def _select_rows(rows: PairBatch, keep: Tensor) -> PairBatch:
     prompts = [prompt for prompt, keep_row in zip(rows.prompts, keep.tolist(), strict=True) if keep_row]
     return PairBatch(
-        noise=rows.noise[keep], latents=rows.latents[keep], prompts=prompts, index=rows.index[keep]
+        noise=rows.noise[keep],
+        latents=rows.latents[keep],
+        prompts=prompts,
+        index=rows.index[keep],
+        condition=None if rows.condition is None else rows.condition[keep],
     )
 
 
@@ -264,13 +273,22 @@ def _join(batches: Sequence[PairBatch], spec: StoreSpec | None = None) -> PairBa
     if not batches:
         assert spec is not None
         empty = torch.empty(0, *spec.latent_shape, dtype=spec.torch_dtype)
-        return PairBatch(noise=empty, latents=empty, prompts=[], index=torch.empty(0, dtype=torch.int64))
+        shape = spec.condition_shape
+        return PairBatch(
+            noise=empty,
+            latents=empty,
+            prompts=[],
+            index=torch.empty(0, dtype=torch.int64),
+            condition=None if shape is None else torch.empty(0, *shape, dtype=spec.torch_dtype),
+        )
     index = torch.cat([b.index for b in batches])
     order = np.unique(index.numpy(), return_index=True)[1]
     prompts = [prompt for b in batches for prompt in b.prompts]
+    condition = join_conditions([b.condition for b in batches])
     return PairBatch(
         noise=torch.cat([b.noise for b in batches])[order],
         latents=torch.cat([b.latents for b in batches])[order],
         prompts=[prompts[i] for i in order.tolist()],
         index=index[order],
+        condition=None if condition is None else condition[order],
     )

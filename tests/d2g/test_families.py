@@ -21,7 +21,7 @@ from d2g.diffusion.teacher import describe_stages
 from d2g_cli.main import app
 from distill.config.components import DiscriminatorConfig, StudentConfig
 from distill.export.one_step_pipeline import pipeline_schedule
-from distill.models.discriminators import check_discriminator
+from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.student import check_teacher, student_from_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +41,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "sana": tiny_teachers.save_sana(root / "sana"),
         "pixart": tiny_teachers.save_pixart(root / "pixart", sigma=True),
         "dit": tiny_teachers.save_dit(root / "dit", classes=4),
+        "stable_cascade_prior": tiny_teachers.save_cascade_prior(root / "stage_c"),
+        "stable_cascade_decoder": tiny_teachers.save_cascade_decoder(root / "stage_b"),
         "ldm": tiny_teachers.save_ldm(root / "ldm"),
         "unet2d": tiny_teachers.save_pixels(root / "unet2d"),
         "unet2d classes": tiny_teachers.save_pixels(root / "classes", classes=10),
@@ -57,6 +59,8 @@ NAMES = (
     "sana",
     "pixart",
     "dit",
+    "stable_cascade_prior",
+    "stable_cascade_decoder",
     "ldm",
     "unet2d",
     "unet2d classes",
@@ -96,8 +100,10 @@ def can_build_student(teacher: str, stage: str, **student: int) -> bool:
     try:
         check_teacher(teacher, stage, config)
         if stage == "gan":
-            network: Any = family_of(teacher).network
-            check_discriminator(teacher, DiscriminatorConfig(discriminator=network, mix_fraction=0.0))
+            network = family_of(teacher).network
+            (kind,) = (name for name, each in DISCRIMINATORS.items() if network in each.networks)
+            fitting: Any = kind
+            check_discriminator(teacher, DiscriminatorConfig(discriminator=fitting, mix_fraction=0.0))
         student_from_teacher(teacher, config=config)
     except (SettingError, UserError):
         return False

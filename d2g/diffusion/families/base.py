@@ -16,10 +16,15 @@ from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.conditioning import Conditioner, Conditioning
 from d2g.diffusion.latents import LatentSpace
 
-ScheduleKind = Literal["vp", "flow", "edm"]
-"""Variance-preserving, rectified flow, or preconditioned as in EDM."""
+ScheduleKind = Literal["vp", "flow", "edm", "cosine"]
+"""Variance-preserving, rectified flow, preconditioned as in EDM, or Wuerstchen's continuous cosine."""
 
-SCHEDULE_NAMES: dict[ScheduleKind, str] = {"vp": "variance-preserving", "flow": "flow", "edm": "EDM"}
+SCHEDULE_NAMES: dict[ScheduleKind, str] = {
+    "vp": "variance-preserving",
+    "flow": "flow",
+    "edm": "EDM",
+    "cosine": "continuous cosine",
+}
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 CLIP_CLASSES = ("CLIPTextModel",)
@@ -72,6 +77,12 @@ class Family(ABC):
     """Whether repositories may keep the components' files at their root."""
     reads_text: bool = True
     """Whether prompts are text."""
+    draws_images: bool = True
+    """Whether its latents are, or decode to, images; the first stage of a cascade makes other latents."""
+    prior_family: str | None = None
+    """Name of the family whose latents condition its network, row by row: the stage before in a cascade."""
+    takes_real_images: bool = True
+    """Whether the GAN stage can mix in photographs; stages of a cascade have no encoder for them."""
 
     schedules: tuple[ScheduleKind, ...]
     """Kinds of noise schedule that its teachers may have; pairs can be made with each."""
@@ -186,6 +197,10 @@ class Family(ABC):
         size: Any = getattr(config, "sample_size", None) or self.default_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(config.in_channels) // self.packing**2, int(height), int(width)
+
+    def prior_channels(self, config: Any) -> int:
+        """Channels of the latents of `prior_family`, from the network's config."""
+        raise NotImplementedError(f"{self.title} has no stage before it")
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] as its pipelines take and return them."""

@@ -74,14 +74,18 @@ def build_regression(config: DistillConfig, channels: int, device: torch.device 
 
 
 def _require_latents(teacher: str, config: RegressionConfig) -> None:
-    if family_of(teacher).autoencoder is not None:
+    family = family_of(teacher)
+    if family.autoencoder is not None:
         return
-    of_latents = [name for name, loss in REGRESSION_LOSSES.items() if loss.needs & NEEDS_LATENTS]
-    unfit = [name for name in config.names if name in of_latents]
+    # Pixels have no distance of latents, and latents that are no images none of pixels.
+    excluded: set[str] = set(NEEDS_LATENTS) if family.draws_images else {"vae", "decoder"}
+    unfitting = [name for name, loss in REGRESSION_LOSSES.items() if loss.needs & excluded]
+    unfit = [name for name in config.names if name in unfitting]
     if not unfit:
         return
-    *others, last = [name for name in REGRESSION_LOSSES if name not in of_latents]
+    *others, last = [name for name in REGRESSION_LOSSES if name not in unfitting]
+    made = "pixels" if family.draws_images else "latents that no autoencoder decodes"
     raise SettingError(
-        f"teacher {teacher} generates pixels, for which there is no {unfit[0]}; expected regression.losses "
+        f"teacher {teacher} generates {made}, for which there is no {unfit[0]}; expected regression.losses "
         f"of {', '.join(others)} or {last}"
     )

@@ -1,0 +1,102 @@
+"""The discriminator of a stage of a cascade: its network with a noise input, and a head after every level.
+
+The forward pass is the family's `features`, written out over the blocks (method.md "Features without hooks").
+Time, text and the latents of the stage before enter as in the teacher. Layout: method.md "Cascades". No
+public reference implementation exists.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.families.stable_cascade import CascadeFamily
+from d2g.diffusion.pipelines import family_of
+from distill.config.components import DiscriminatorConfig
+from distill.models.discriminator_kind import DiscriminatorKind
+
+
+class CascadeDiscriminator(nn.Module):
+    """D(x, z, c): patch logits of every head, from a StableCascadeUNet that it takes over and trains.
+
+    The noise enters as the latents do, through patches and a 1x1 convolution that is zero at the start, so
+    the trunk starts as the teacher. A 1x1 head reads the features after each level, on the way down and up.
+    Heads are not zero, or no gradient would flow.
+    """
+
+    def __init__(self, network: Any, family: CascadeFamily, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.unet: Any = network
+        self.family, self.timestep = family, config.timestep
+        settings = network.config
+        # The noise input, and a readout after each level.
+        self.conv_z = None
+        if config.z_conditioning:
+            channels = settings.in_channels * settings.patch_size**2
+            projection = nn.Conv2d(channels, settings.block_out_channels[0], 1, bias=False)
+            nn.init.zeros_(projection.weight)
+            self.conv_z = nn.Sequential(nn.PixelUnshuffle(settings.patch_size), projection)
+        self.heads = nn.ModuleDict(
+            {name: nn.Conv2d(width, 1, 1) for name, width in family.feature_widths(network).items()}
+        )
+        # What comes after the last level trains nothing.
+        self._frozen = ("",) if config.freeze_backbone else ("clf.",)
+        self.requires_grad_(True)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Switch gradients of the trained parameters on or off; frozen parts stay frozen."""
+        super().requires_grad_(requires_grad)
+        for name, parameter in self.unet.named_parameters():
+            if name.startswith(self._frozen):
+                parameter.requires_grad_(False)
+        return self
+
+    def forward(
+        self, x: Tensor, noise: Tensor, cond: Conditioning, t: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """x and noise [B, C, h, w] and the conditioning of B rows -> logits [B, 1, h_s, w_s] per head.
+
+        t [B]: the time input, such as the noise level of x; None: the config's constant.
+        """
+        extra = None if self.conv_z is None else self.conv_z(noise)
+        features = self.family.features(self.unet, x, self.timestep if t is None else t, cond, extra)
+        return {name: head(features[name]) for name, head in self.heads.items()}
+
+
+def _family(teacher: str) -> CascadeFamily:
+    family = family_of(teacher)
+    assert isinstance(family, CascadeFamily), "check_discriminator must run first"
+    return family
+
+
+def discriminator_from_stage(
+    teacher: str, config: DiscriminatorConfig, generator: torch.Generator
+) -> CascadeDiscriminator:
+    """A discriminator with the teacher's weights; `generator` initializes the heads."""
+    family = _family(teacher)
+    discriminator = CascadeDiscriminator(pretrained.load_model(teacher, family.network), family, config)
+    for head in discriminator.heads.values():
+        assert isinstance(head, nn.Conv2d) and head.bias is not None
+        bound = head.weight[0].numel() ** -0.5
+        nn.init.uniform_(head.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(head.bias)
+    return discriminator
+
+
+def _on_meta(teacher: str, config: DiscriminatorConfig) -> CascadeDiscriminator:
+    """The same network without weights."""
+    family = _family(teacher)
+    with torch.device("meta"):
+        return CascadeDiscriminator(pretrained.load_on_meta(teacher, family.network), family, config)
+
+
+CASCADE = DiscriminatorKind(
+    name="cascade",
+    build=discriminator_from_stage,
+    build_on_meta=_on_meta,
+    shard_units=lambda teacher, network: family_of(teacher).shard_units(network),
+    networks=("prior", "decoder"),
+    settings=("z_conditioning", "freeze_backbone"),
+)
