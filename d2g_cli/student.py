@@ -1,4 +1,4 @@
-"""`d2g sample` and `d2g export`: use a finished student."""
+"""`d2g sample`, `d2g export` and `d2g push`: use a finished student."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from d2g.core.config import Presets
+from d2g.core.errors import SettingError
 from d2g_cli.common import (
     BaseOptions,
+    Json,
     Out,
     Prompts,
     TeacherOption,
@@ -29,6 +31,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command("sample", cls=presets_in_help(_sample_presets))(sample)
     app.command("export", cls=presets_in_help(_export_presets))(export)
+    app.command("push")(push)
 
 
 def _sample_presets() -> Presets[Any]:
@@ -162,3 +165,34 @@ def export(options: ExportOptions, out: Out = Path("exported")) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     emit(export_student(config, out, device), options.as_json, "export")
+
+
+@one_process
+def push(
+    source: Annotated[str, typer.Argument(help="Run folder, or a folder that `d2g export` wrote.")],
+    repository: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub: OWNER/NAME.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what is uploaded (push/NAME).", show_default=False)
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="Format for a run: diffusers, lora, comfyui or onnx.")
+    ] = "diffusers",
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the folder and list its files; upload nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a student on the Hugging Face hub with its model card; a run is exported first."""
+    from distill.config.export import FORMATS_WITH_CARD, ExportConfig
+    from distill.export.push import check_repository, upload, write_upload
+
+    check_repository(repository)
+    if form not in FORMATS_WITH_CARD:
+        raise SettingError(f"--format is {form!r}; expected {', '.join(FORMATS_WITH_CARD)}")
+    folder = out or Path("push") / repository.rpartition("/")[2]
+    files = write_upload(source, folder, ExportConfig(format=form))  # type: ignore[arg-type]  # checked above
+    result: dict[str, Any] = {"repository": repository, "folder": str(folder), "files": files}
+    if not dry_run:
+        result["url"] = upload(folder, repository, private)
+    emit(result, as_json, "push: nothing was uploaded" if dry_run else "push")

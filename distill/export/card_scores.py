@@ -1,6 +1,7 @@
 """Scores on a model card: only results measured on the exported weights, or on images, labeled as such."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -38,15 +39,40 @@ def own_results(student: str, files: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def score_table(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Contents of one result on the card: protocol, digest, counts, subject, numbers."""
+    """Contents of one result on the card: protocol, digest, counts, subject, numbers, and whether they were
+    measured on the exported weights."""
     numbers = {name: result.get(name) for name in METRICS} | result.get("extra", {})
     return {
         "protocol": result["protocol"],
         "digest": result["protocol_sha256"][:16],
         "counts": ", ".join(f"{count:,} {name}" for name, count in result.get("counts", {}).items()),
         "subject": _subject(_source(result)),
+        "measured_on_weights": _source(result)["kind"] == "student",
         "numbers": {name: value for name, value in numbers.items() if isinstance(value, int | float)},
     }
+
+
+def eval_results(table: Mapping[str, Any], task: str) -> list[Any]:
+    """The numbers of one `score_table` as huggingface_hub.EvalResult, for the card's model-index of a `task`.
+
+    Empty for images that nobody has checked to be this student's.
+    """
+    from huggingface_hub import EvalResult
+
+    if not table["measured_on_weights"]:
+        return []
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=table["protocol"],
+            dataset_name=f"{table['protocol']} ({table['digest']})",
+            metric_type=name,
+            metric_value=value,
+            verified=False,
+        )
+        for name, value in table["numbers"].items()
+        if math.isfinite(value)
+    ]
 
 
 def _subject(source: Mapping[str, Any]) -> str:

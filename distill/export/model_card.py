@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from d2g.diffusion.pretrained import SHIPPED, resolve
 from distill.config.export import CardOptions
 from distill.export.card_history import pair_stores, read_history, teacher_evaluations
-from distill.export.card_scores import score_table
+from distill.export.card_scores import eval_results, score_table
 from distill.losses.regression.registry import REGRESSION_LOSSES
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -24,8 +24,31 @@ LICENSES = {
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    "PixArt-alpha/PixArt-XL-2-512x512": "openrail++",
+    "PixArt-alpha/PixArt-XL-2-1024-MS": "openrail++",
+    "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "openrail++",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "openrail++",
+    "Efficient-Large-Model/Sana_600M_512px_diffusers": "nscl-v2-custom",
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": "nscl-v2-custom",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "nscl-v2-custom",
 }
-"""Licenses of teachers by hub id, for folders that state none."""
+"""Licenses of teachers by hub id, for folders that state none: identifiers of the hub, or NAMED_LICENSES."""
+
+NAMED_LICENSES = {
+    "stabilityai-ai-community": "https://stability.ai/license",
+    "flux-1-dev-non-commercial-license": (
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+    ),
+    "nscl-v2-custom": (
+        "https://huggingface.co/Efficient-Large-Model/Sana_1600M_1024px_diffusers/blob/main/LICENSE.txt"
+    ),
+}
+"""Licenses for which the hub has no identifier: license_name -> license_link."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +129,35 @@ def kg_co2(device_hours: float, options: CardOptions) -> float:
     return device_hours * options.watts / 1000 * options.kg_per_kwh
 
 
-def license_of(teacher: str) -> str | None:
-    """License of a teacher: from the front matter of its README.md, or from LICENSES."""
+def license_fields(teacher: str, terms: str | None = None) -> dict[str, str]:
+    """The license of a teacher as metadata of the hub; `terms` overrides it.
+
+    It is that of the front matter of its README.md, else of LICENSES. A license for which the hub has no
+    identifier is "other" with a license_name; "other" alone means that the license is unknown.
+    """
     readme = resolve(teacher) / "README.md"
-    if readme.is_file():
+    if terms is None and readme.is_file():
+        # The front matter, line by line.
         parts = readme.read_text(encoding="utf-8").split("---")
-        for line in parts[1].splitlines() if len(parts) > 2 and not parts[0].strip() else ():
-            if line.startswith("license:"):
-                return line.partition(":")[2].strip().strip("\"'")
-    return LICENSES.get(teacher)
+        lines = parts[1].splitlines() if len(parts) > 2 and not parts[0].strip() else []
+        stated = {
+            key: value.strip().strip("\"'")
+            for key, colon, value in (line.partition(":") for line in lines)
+            if colon and key in ("license", "license_name", "license_link")
+        }
+        if stated.get("license") == "other" and "license_name" in stated:
+            return stated
+        terms = stated.get("license")
+    terms = terms or LICENSES.get(teacher)
+    if terms in NAMED_LICENSES:
+        return {"license": "other", "license_name": terms, "license_link": NAMED_LICENSES[terms]}
+    return {"license": terms or "other"}
+
+
+def license_of(teacher: str, terms: str | None = None) -> str | None:
+    """The name of the license that `license_fields` gives, or None if it is unknown."""
+    fields = license_fields(teacher, terms)
+    return fields.get("license_name", None if fields["license"] == "other" else fields["license"])
 
 
 def model_card(
@@ -136,12 +179,20 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     # The hub's metadata block.
-    name, terms = _public_name(teacher), options.license or license_of(teacher)
+    name = _public_name(teacher)
+    task = "text-to-image" if usage.reads_text else "unconditional-image-generation"
+    tables = [score_table(result) for result in scores]
+    measured = [result for table in tables for result in eval_results(table, task)]
+    on_hub = "/" in name
+    relation = "adapter" if isinstance(usage, AdapterUsage) else "finetune"
     data = ModelCardData(
-        license=terms or "other",
-        base_model=name if "/" in name else None,
+        **license_fields(teacher, options.license),
+        base_model=name if on_hub else None,
+        base_model_relation=relation if on_hub else None,
+        model_name=f"{usage.title} of {name}" if measured else None,
+        eval_results=measured or None,
         library_name=usage.library,
-        pipeline_tag="text-to-image" if usage.reads_text else "unconditional-image-generation",
+        pipeline_tag=task,
         tags=["one-step", "distillation", "diffusion2gan"],
     )
     # Facts of the runs behind the student, and of their pairs.
@@ -156,7 +207,7 @@ def model_card(
         template_path=str(TEMPLATE),
         title=usage.title,
         teacher=name,
-        license=terms,
+        license=license_of(teacher, options.license),
         timestep=timestep,
         usage=values | {"form": usage.form},
         call_settings="".join(f", {name}={value}" for name, value in values.get("settings", {}).items()),
@@ -167,7 +218,7 @@ def model_card(
         device_hours=hours,
         kg_co2=None if hours is None else kg_co2(hours, options),
         options=options,
-        scores=[score_table(result) for result in scores],
+        scores=tables,
         parity=parity,
         regression_losses=REGRESSION_LOSSES,
     )

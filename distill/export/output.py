@@ -34,11 +34,12 @@ def check_out(out: Path, student: str, teacher: str) -> None:
         folder = SHIPPED[source] / role if source in SHIPPED else Path(source)
         if folder.is_dir() and folder.resolve() == out.resolve():
             raise UserError(f"--out {out} is the {role} itself; choose another --out")
-    if (out / "model_index.json").exists() and not _is_export(out):
+    if (out / "model_index.json").exists() and not is_export(out):
         raise UserError(f"--out {out} holds a pipeline that no export wrote; choose another --out")
 
 
-def _is_export(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an export with a model card."""
     readme = folder / "README.md"
     return readme.is_file() and "diffusion2gan" in readme.read_text(encoding="utf-8", errors="replace")
 

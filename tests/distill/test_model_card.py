@@ -11,11 +11,20 @@ from huggingface_hub import ModelCard
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override, to_json
 from d2g.core.errors import UserError
+from d2g.diffusion.pipelines import SHIPPED
 from distill.config.export import CardOptions
 from distill.config.run import DistillConfig
 from distill.export.card_history import read_history
 from distill.export.card_scores import own_results
-from distill.export.model_card import PipelineUsage, kg_co2, model_card
+from distill.export.model_card import (
+    NAMED_LICENSES,
+    AdapterUsage,
+    PipelineUsage,
+    kg_co2,
+    license_fields,
+    license_of,
+    model_card,
+)
 from distill.planning.cost import evaluations
 from distill.training.train import train
 from jobs import distill_config, make_pairs
@@ -213,6 +222,84 @@ def test_scores_and_license(tmp_path: Path) -> None:
     for part in ("Protocol `coco` (`abcabcabcabcabca`; 30,000 images)", "| fid | 9.29 |", "| cmmd | 0.5 |"):
         assert part in text
     assert "| recall" not in text and "## Scores\n\nNot" not in text and "in fp32: 2.00e-06." in text
+
+
+def save_snapshot(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a model_index.json into a cache of the hub as if it had been downloaded. Returns its folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    folder = cache / f"models--{name.replace('/', '--')}"
+    write_atomically(folder / "refs" / "main", "0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    index = (SHIPPED["miniature"] / "teacher" / "model_index.json").read_text()
+    write_atomically(snapshot / "model_index.json", index)
+    return snapshot
+
+
+def test_metadata_of_a_hub_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """base_model with its relation, the teacher's license, and a model-index of scores of the weights."""
+    save_snapshot("stabilityai/stable-diffusion-3.5-medium", tmp_path, monkeypatch)
+    source = {"kind": "student", "name": "runs/gan", "weights_sha256": "f" * 64}
+    own = {"protocol": "coco", "protocol_sha256": "abc" * 20, "fid": 9.29, "recall": None, "source": source}
+    others = {**own, "fid": 3.0, "source": {"kind": "images", "name": "samples"}}
+    usages = {
+        "finetune": PipelineUsage(
+            pipeline="StableDiffusion3Pipeline", dtype="float32", guided=False, reads_text=True
+        ),
+        "adapter": AdapterUsage(pipeline="StableDiffusion3Pipeline", rank=4),
+    }
+    for relation, usage in usages.items():
+        text = model_card(
+            student="miniature", teacher="stabilityai/stable-diffusion-3.5-medium", timestep="timestep 999",
+            parity=2e-6, options=CardOptions(), scores=[own, others], usage=usage,
+        )  # fmt: skip
+        data = ModelCard(text).data
+        assert data.base_model == "stabilityai/stable-diffusion-3.5-medium"
+        assert data.base_model_relation == relation
+        assert (data.license, data.license_name) == ("other", "stabilityai-ai-community")
+        assert data.license_link.startswith("https://")
+        (result,) = data.eval_results
+        assert (result.metric_type, result.metric_value) == ("fid", 9.29), "images are not the student's"
+        assert result.dataset_name == f"coco ({'abc' * 5}a)" and not result.verified
+        assert "License: stabilityai-ai-community." in text
+
+
+LICENSE_OF = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
+    "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "openrail++",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "nscl-v2-custom",
+    "somebody/unknown": None,
+}
+
+
+@pytest.mark.parametrize("teacher", LICENSE_OF)
+def test_licenses_of_published_teachers(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = save_snapshot(teacher, tmp_path, monkeypatch)
+    assert license_of(teacher) == LICENSE_OF[teacher]
+    named = LICENSE_OF[teacher] in NAMED_LICENSES or LICENSE_OF[teacher] is None
+    assert license_fields(teacher)["license"] == ("other" if named else LICENSE_OF[teacher])
+    # What the folder itself states, and what the user states, counts more.
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: my-terms\n---\n")
+    assert license_of(teacher) == "my-terms"
+    assert license_fields(teacher) == {"license": "other", "license_name": "my-terms"}
+    assert license_of(teacher, "mit") == "mit"
+
+
+def test_the_card_says_that_a_license_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_snapshot("somebody/unknown", tmp_path, monkeypatch)
+    usage = AdapterUsage(pipeline="StableDiffusionPipeline", rank=4)
+    text = model_card(
+        student="miniature", teacher="somebody/unknown", timestep="timestep 999", parity=2e-6,
+        options=CardOptions(), scores=[], usage=usage,
+    )  # fmt: skip
+    data = ModelCard(text).data
+    assert data.license == "other" and "license_name" not in data.to_dict()
+    assert data.base_model == "somebody/unknown" and data.base_model_relation == "adapter"
+    assert "License: not stated in its folder; look it up before you share this." in text
 
 
 def test_history_of_a_real_run(teacher: Path, tmp_path: Path) -> None:
