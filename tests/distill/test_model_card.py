@@ -290,15 +290,15 @@ def test_licenses_of_published_teachers(
 
 
 def test_the_card_says_that_a_license_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_snapshot("somebody/unknown", tmp_path, monkeypatch)
+    save_snapshot("somebody/else", tmp_path, monkeypatch)  # resolve caches snapshots
     usage = AdapterUsage(pipeline="StableDiffusionPipeline", rank=4)
     text = model_card(
-        student="miniature", teacher="somebody/unknown", timestep="timestep 999", parity=2e-6,
+        student="miniature", teacher="somebody/else", timestep="timestep 999", parity=2e-6,
         options=CardOptions(), scores=[], usage=usage,
     )  # fmt: skip
     data = ModelCard(text).data
     assert data.license == "other" and "license_name" not in data.to_dict()
-    assert data.base_model == "somebody/unknown" and data.base_model_relation == "adapter"
+    assert data.base_model == "somebody/else" and data.base_model_relation == "adapter"
     assert "License: not stated in its folder; look it up before you share this." in text
 
 
