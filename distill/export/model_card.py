@@ -40,7 +40,9 @@ LICENSES = {
 """Licenses of teachers by hub id, for folders that state none: identifiers of the hub, or NAMED_LICENSES."""
 
 NAMED_LICENSES = {
-    "stabilityai-ai-community": "https://stability.ai/license",
+    "stabilityai-ai-community": (
+        "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
+    ),
     "flux-1-dev-non-commercial-license": (
         "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
     ),
