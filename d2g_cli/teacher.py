@@ -144,6 +144,26 @@ def _command(options: TeacherTrainOptions, out: Path) -> str:
     return shlex.join(["d2g", "teacher", "train", *words, "--out", str(out)])
 
 
+@app.command("import")
+@one_process
+def teacher_import(
+    file: Annotated[Path, typer.Argument(help="Checkpoint of SD 1.x, 2.x or SDXL: .safetensors or .ckpt.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the teacher.")],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Pipeline of the same architecture for configs and tokenizers, a folder or hub id "
+            "(default: the published one, from the hub's cache or the hub)."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint in a single file into a teacher's folder."""
+    from d2g.diffusion.single_file import import_single_file
+
+    emit(import_single_file(file, out, config), as_json, str(out))
+
+
 @app.command("list")
 @one_process
 def teacher_list(as_json: Json = False) -> None:

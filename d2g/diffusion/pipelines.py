@@ -6,6 +6,7 @@ A pipeline's `model_index.json` says what it is; the supported ones are in `d2g/
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -110,28 +111,16 @@ def _other_folder(folder: Path) -> str:
 
 def _single_file(file: Path) -> str:
     """How a checkpoint in a single file becomes a teacher."""
-    if file.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+    if file.suffix not in SINGLE_FILE_SUFFIXES:
         return "a file; expected a folder in diffusers layout or a hub id org/name"
-    kind = "StableDiffusionXLPipeline" if _holds_sdxl(file) else "StableDiffusionPipeline"
     return (
-        "a checkpoint in a single file; convert it once, in Python with diffusers: "
-        f'{kind}.from_single_file({str(file)!r}).save_pretrained("teacher"), and give --teacher teacher'
+        f"a checkpoint in a single file; import it once with `d2g teacher import {shlex.quote(str(file))} "
+        "FOLDER`, then give FOLDER"
     )
 
 
-def _holds_sdxl(file: Path) -> bool:
-    """Whether the names of the tensors in a .safetensors file are those of Stable Diffusion XL."""
-    try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = stream.read(min(size, _LARGEST_HEADER))
-    except OSError:
-        return False
-    return b'"conditioner.embedders.' in header
-
-
-_LARGEST_HEADER = 1 << 25
-"""Bytes of a .safetensors header that are read: SDXL's takes a tenth."""
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Endings of checkpoints in a single file; all but the first are pickles of torch.save."""
 
 
 def open_pipeline(name: str) -> Pipeline:

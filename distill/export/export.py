@@ -10,6 +10,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import SettingError
 from d2g.core.precision import exact_fp32
 from d2g.core.seeds import noise
+from d2g.core.staged_folder import staged
 from d2g.diffusion.pipelines import family_of
 from distill.config.export import ExportConfig
 from distill.export.output import DTYPES as DTYPES
@@ -19,7 +20,6 @@ from distill.export.output import (
     max_abs_diff,
     parse_dtype,
     save_tensors,
-    staged,
 )
 from distill.export.to_comfyui import export_comfyui
 from distill.export.to_diffusers import export_lora as export_lora
@@ -75,7 +75,7 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
         facts["guidance"] = student_guidance(run, teacher or source)
     if before_sha256 := condition_teacher(run):
         facts["condition_teacher"] = before_sha256
-    with staged(out) as folder:
+    with staged(out, "exports to") as folder:
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
         before, after = (load_student(name, teacher) for name in (run, str(folder)))

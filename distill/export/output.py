@@ -1,10 +1,6 @@
-"""Output folder of an export: checks, atomic replacement, and the bound on its parity."""
+"""Output folder of an export: checks, weights, and the bound on its parity."""
 
 import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +8,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2g.core.claims import FolderOwner
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.pipelines import SHIPPED
 
@@ -49,37 +44,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise SettingError(f"dtype is {name!r}; expected {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A temporary folder for an export. Its entries replace those of `out` only if the block succeeds.
-
-    Raises UserError if the disk refuses, and while another export writes to `out`.
-    """
-    with FolderOwner(out, "exports to"):
-        yield from _staged(out)
-
-
-def _staged(out: Path) -> Iterator[Path]:
-    temporary = out / f".export.{os.getpid()}.tmp"
-    try:
-        # Folders that killed exports left behind.
-        for stale in out.glob(".export.*.tmp"):
-            shutil.rmtree(stale)
-        temporary.mkdir(parents=True)
-        yield temporary
-        # The block has succeeded: replace the entries of `out`, folders before files.
-        for entry in sorted(temporary.iterdir(), key=lambda path: (path.is_file(), path.name)):
-            if (out / entry.name).is_dir():
-                shutil.rmtree(out / entry.name)
-            os.replace(entry, out / entry.name)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error}; free space or choose another --out, then run again"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:

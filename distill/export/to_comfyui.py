@@ -17,6 +17,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
 from d2g.core.logs import logger
 from d2g.core.seeds import noise
+from d2g.core.staged_folder import staged
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import open_pipeline
@@ -25,7 +26,7 @@ from distill.config.export import CardOptions
 from distill.export.card_scores import own_results
 from distill.export.model_card import ComfyUIUsage, model_card
 from distill.export.original_names import original_clip, original_open_clip, original_unet, original_vae
-from distill.export.output import check_out, check_parity, max_abs_diff, parse_dtype, save_tensors, staged
+from distill.export.output import check_out, check_parity, max_abs_diff, parse_dtype, save_tensors
 from distill.sampling import OneStep, load_student, student_folder
 
 CHECKPOINT, WORKFLOW = "one-step.safetensors", "workflow.json"
@@ -75,7 +76,7 @@ def export_comfyui(
     # Write the file, read it back into the student, and draw with both.
     latents_noise = noise(0, range(2), one.student.latent_shape)
     expected = _draw(one, latents_noise)
-    with staged(out) as folder:
+    with staged(out, "exports to") as folder:
         weights = {name: value.to(saved_dtype) for name, value in _weights(one, source, kind).items()}
         save_tensors(weights, folder / CHECKPOINT, {"format": "pt"})
         _load_back(one, folder / CHECKPOINT)

@@ -11,6 +11,7 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import UserError
 from d2g.core.seeds import noise
+from d2g.core.staged_folder import staged
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
 from d2g.diffusion.lora import adapters_from_teacher, has_lora
@@ -35,7 +36,6 @@ from distill.export.output import (
     max_abs_diff,
     parse_dtype,
     save_tensors,
-    staged,
 )
 from distill.models.student import add_guidance_embedding
 from distill.sampling import OneStep, load_student, student_config, student_folder
@@ -72,7 +72,7 @@ def export_pipeline(
     guided, reads_text = one.student.guided, one.student.reads_text
     # Write the pipeline, draw with it, and write the card with the difference.
     settings = _call_settings(one)
-    with staged(out) as folder:
+    with staged(out, "exports to") as folder:
         if reads_text:
             parity = _write_text_pipeline(one, source, schedule, folder, saved_dtype, settings)
         else:
@@ -188,7 +188,7 @@ def export_lora(
     latents_noise = noise(0, range(2), one.student.latent_shape)
     latents = one.latents(latents_noise, one.examples)
     expected = latents.cpu(), _decode_images(one, latents)
-    with staged(out) as written:
+    with staged(out, "exports to") as written:
         save_scheduler(schedule, one.student.timestep, written / "scheduler")
         cast = {name: value.to(saved_dtype) for name, value in adapters.items()}
         save_tensors(cast, written / "pytorch_lora_weights.safetensors", {"format": "pt"})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
+from d2g.core.staged_folder import staged
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import CLIPConditioner, Conditioning
 from d2g.diffusion.latents import decode
@@ -18,7 +19,7 @@ from d2g.diffusion.pipelines import open_pipeline
 from distill.config.export import CardOptions
 from distill.export.card_scores import own_results
 from distill.export.model_card import OnnxUsage, model_card
-from distill.export.output import check_out, check_parity, max_abs_diff, staged
+from distill.export.output import check_out, check_parity, max_abs_diff
 from distill.models.student import Student
 from distill.sampling import OneStep, load_student, student_folder
 
@@ -54,7 +55,7 @@ def export_onnx(
         )
     one = load_student(student, source)
     # Write the networks, draw with onnxruntime, and write the card with the difference.
-    with staged(out) as folder:
+    with staged(out, "exports to") as folder:
         parity, usage = _write_files(one, source, folder)
         text = model_card(
             student=student,

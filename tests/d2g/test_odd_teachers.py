@@ -170,12 +170,9 @@ def student(teacher: Path, out: Path) -> Path:
     return out / "student"
 
 
-def single_file(name: str, *tensors: str) -> Callable[[Path, Path], Path]:
+def empty_file(name: str) -> Callable[[Path, Path], Path]:
     def save(teacher: Path, out: Path) -> Path:
-        import torch
-        from safetensors.torch import save_file
-
-        save_file({tensor: torch.zeros(1) for tensor in tensors or ("w",)}, out / name)
+        (out / name).touch()
         return out / name
 
     return save
@@ -187,16 +184,9 @@ OTHERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "LoRA adapters": (adapters, "LoRA adapters, no model_index.json; in diffusers, load the pipeline"),
     "a student": (student, "a student of d2g, no teacher; give it to --student"),
     "an empty folder": (lambda t, out: out, "no model_index.json; expected a folder in diffusers layout"),
-    "a single file": (
-        single_file("a.safetensors", "model.diffusion_model.out.0.bias"),
-        "in Python with diffusers: StableDiffusionPipeline.from_single_file(",
-    ),
-    "SDXL in a single file": (
-        single_file("xl.safetensors", "conditioner.embedders.0.transformer.w"),
-        "StableDiffusionXLPipeline.from_single_file(",
-    ),
-    "a .ckpt": (single_file("a.ckpt"), 'save_pretrained("teacher"), and give --teacher teacher'),
-    "some other file": (single_file("a.txt"), "a file; expected a folder in diffusers layout"),
+    "a single file": (empty_file("a b.safetensors"), "a b.safetensors' FOLDER`, then give FOLDER"),
+    "a .ckpt": (empty_file("a.ckpt"), "import it once with `d2g teacher import /"),
+    "some other file": (empty_file("a.txt"), "a file; expected a folder in diffusers layout"),
 }
 
 

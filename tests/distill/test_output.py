@@ -14,10 +14,11 @@ from diffusers import LCMScheduler
 from safetensors.torch import load_file, save_file
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.staged_folder import staged
 from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
 from distill.export.export import export
-from distill.export.output import PARITY_BOUND, check_parity, max_abs_diff, staged
+from distill.export.output import PARITY_BOUND, check_parity, max_abs_diff
 from exported import save_lora_run, save_run
 
 FORMATS = ("safetensors", "diffusers", "lora", "comfyui", "onnx")
@@ -73,22 +74,22 @@ def test_an_export_may_replace_an_earlier_one_but_not_its_input(run: str, tmp_pa
 
 def test_an_export_is_atomic(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="stop"), staged(out) as folder:
+    with pytest.raises(UserError, match="stop"), staged(out, "exports to") as folder:
         (folder / "a").write_text("new")
         raise UserError("stop")
     assert not out.exists()
-    (out / ".export.1.tmp").mkdir(parents=True)  # left by a killed export
+    (out / ".staged.1.tmp").mkdir(parents=True)  # left by a killed export
     (out / "a").write_text("old")
-    with pytest.raises(UserError, match="stop"), staged(out) as folder:
+    with pytest.raises(UserError, match="stop"), staged(out, "exports to") as folder:
         (folder / "a").write_text("new")
         raise UserError("stop")
     assert listing(out) == {"a": b"old"} and len(list(out.iterdir())) == 1
-    with staged(out) as folder:
+    with staged(out, "exports to") as folder:
         (folder / "a").write_text("new")
     assert listing(out) == {"a": b"new"}
     with (
         pytest.raises(UserError, match=r"cannot write .*out.*: Not a directory; choose another --out"),
-        staged(out / "a"),
+        staged(out / "a", "exports to"),
     ):
         raise AssertionError("not reached")
 
