@@ -65,6 +65,7 @@ def test_the_documented_commands_exist() -> None:
         "demo",
         "doctor",
         "teacher train",
+        "teacher import",
         "teacher info",
         "teacher list",
         "sample",
