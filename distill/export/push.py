@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from d2g.core.errors import SettingError, UserError, first_line
+from d2g.core.staged_folder import staged
 from distill.config.export import ExportConfig
-from distill.export.output import check_out, is_export, staged
+from distill.export.output import check_out, is_export
 
 
 def check_repository(name: str) -> None:
@@ -37,7 +38,7 @@ def write_upload(source: str, out: Path, config: ExportConfig) -> list[dict[str,
     folder, before = Path(source), _files(out)
     if is_export(folder):
         check_out(out, source, source)
-        with staged(out) as copy:
+        with staged(out, "exports to") as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     else:
         import torch

@@ -98,8 +98,8 @@ def exported(tmp_path: Path) -> Path:
     (folder / "unet").mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\nMade with diffusion2gan.\n")
     (folder / "unet" / "weights.safetensors").write_bytes(bytes(range(256)))
-    (folder / ".export.7.tmp").mkdir()
-    (folder / ".export.7.tmp" / "left-over").write_text("of a killed export")
+    (folder / ".staged.7.tmp").mkdir()
+    (folder / ".staged.7.tmp" / "left-over").write_text("of a killed export")
     return folder
 
 
