@@ -2,8 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import Teacher, load_teacher
 from distill.sampling import OneStep, load_student, untrained_one_step
-from distill.training.train import train
 from eval.evaluation import evaluate
 from eval.measure.build_reference import build_reference
 from eval.measure.latency import milliseconds_per_image
@@ -31,13 +28,14 @@ from eval.protocols.protocol import PROTOCOLS
 from eval.report.page import first_images
 from eval.result import EvalResult
 from eval.runner.samplers import SamplingRequest, ode_source, one_step_source
+from full_run.stages import PartTimes, distill_teacher
 from miniature.config import DemoConfig
 from miniature.demo_report import write_demo_report
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, real_scenes
 from miniature.oracle import load_oracle
 from miniature.registration import register_eval_scenes
 from miniature.sampling import scene_captions
-from pairgen.generate import generate_pairs
+from pairgen.store.reader import PairReader
 
 PROMPT_SEED = 3  # seed 1 trained the teacher, seed 2 is for tests
 DEMO_SAMPLERS = ("naive", "ode", "gan", "teacher")
@@ -72,32 +70,18 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
     again. Raises what the stages raise.
     """
     register_eval_scenes()
-    started, timings = time.monotonic(), {}
+    started, times = time.monotonic(), PartTimes()
     device = process_group.init()
-
-    @contextmanager
-    def timed(part: str) -> Iterator[None]:
-        part_started = time.monotonic()
-        yield
-        timings[part] = time.monotonic() - part_started
-
-    with timed("pairs"):
-        # Captions of scenes that the teacher has not seen.
-        prompts = out / "prompts.txt"
-        captions = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))
-        if process_group.rank() == 0:
-            write_atomically(prompts, "\n".join(captions) + "\n")
-        process_group.barrier()
-        pairs_config = replace(config.pairs, prompts=str(prompts), seed=config.seed)
-        num_pairs = generate_pairs(pairs_config, out / "pairs", progress).pairs
-    # Each stage reads the pairs; stage 2 starts from the student of stage 1.
-    with timed("stage 1"):
-        ode = replace(config.ode, pairs=str(out / "pairs"), seed=config.seed)
-        train(ode, out / "ode", progress)
-    with timed("stage 2"):
-        gan = replace(config.gan, pairs=str(out / "pairs"), init=str(out / "ode"), seed=config.seed)
-        train(gan, out / "gan", progress)
-    with timed("evaluation"):
+    # Captions of scenes that the teacher has not seen.
+    prompts = out / "prompts.txt"
+    captions = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))
+    if process_group.rank() == 0:
+        write_atomically(prompts, "\n".join(captions) + "\n")
+    process_group.barrier()
+    pairs = replace(config.pairs, prompts=str(prompts), seed=config.seed)
+    ode, gan = replace(config.ode, seed=config.seed), replace(config.gan, seed=config.seed)
+    distill_teacher(pairs, ode, gan, out, times, progress)
+    with times.measure("evaluation"):
         # Students without training, after stage 1 and after stage 2, beside the teacher.
         name = config.pairs.teacher
         teacher = load_teacher(name, device)
@@ -116,9 +100,9 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
         out=str(out),
         report=str(out / "report.html"),
         seconds=time.monotonic() - started,
-        pairs=num_pairs,
+        pairs=len(PairReader(out / "pairs")),
         ms_per_image=speed,
-        timings=timings,
+        timings=times.seconds,
         **_scores(results),
     )
     _write_output(config, out, result, results, images)

@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from eval.report.charts import Curve
 from eval.report.gallery import Pictures
 from eval.report.html import Latency, ReportData
 from eval.report.html import write_report as write_page
 from eval.report.page import metrics_of
 from eval.result import EvalResult
+from full_run.report import STAGE_TITLES, stage_curves
 
-STAGE_TITLES = {"ode": "Stage 1", "gan": "Stage 2"}
 DEMO_NOTES = (
     "The Frechet distance is of the caption oracle's features against rendered scenes of the same captions: "
     "not an Inception FID.",
@@ -61,7 +60,7 @@ def write_demo_report(
         ],
         # Training curves, then speed and the time of each part.
         curves=[
-            curve for stage, lines in curves.items() for curve in _training_curves(STAGE_TITLES[stage], lines)
+            curve for stage, lines in curves.items() for curve in stage_curves(STAGE_TITLES[stage], lines)
         ],
         latency=[
             Latency(name=titles[sampler], milliseconds=speed[key])
@@ -70,19 +69,3 @@ def write_demo_report(
         timings=result["timings"],
     )
     write_page(path, data)
-
-
-def _training_curves(title: str, lines: Sequence[Mapping[str, float]]) -> list[Curve]:
-    """Return curves of the loss terms and of the discriminator's mean logits, over training images."""
-    curves = []
-    for prefix, what in (("loss", "losses"), ("logit", "the discriminator's mean logits")):
-        names = sorted({name for line in lines for name in line if _part_of(name, prefix)})
-        points = {name: [(line["nimg"], line[name]) for line in lines if name in line] for name in names}
-        if points:
-            curves.append(Curve(title=f"{title}: {what}", x="images", y=prefix, lines=points))
-    return curves
-
-
-def _part_of(name: str, prefix: str) -> bool:
-    """Whether a logged name is like loss/g or logit/real; logits of single discriminator heads are not."""
-    return name.startswith(f"{prefix}/") and name.count("/") == 1

@@ -57,7 +57,7 @@ def write_teacher_report(
                 text="What the autoencoder keeps: samples cannot look better than this.",
             ),
         ],
-        curves=_curves(out / "training"),
+        curves=teacher_curves(out / "training"),
         timings={STAGE_NAMES[name]: float(score.get("seconds", 0.0)) for name, score in scores.items()},
         environment=environment(),
     )
@@ -98,7 +98,7 @@ def _rows(numbers: Mapping[str, float]) -> list[MetricRow]:
     ]
 
 
-def _curves(training: Path) -> list[Curve]:
+def teacher_curves(training: Path) -> list[Curve]:
     """Losses of the autoencoder and the denoiser over training images."""
     curves = []
     for stage in ("vae", "unet"):

@@ -1,6 +1,7 @@
 """What a teacher's training starts from: fresh components, a given autoencoder, or another teacher."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from d2g.diffusion.families.sd import SDConditioner
 from d2g.diffusion.latents import latent_space
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
+from latent_lpips.distance import LatentLPIPS
+from latent_lpips.weights import save_lpips
+from teacher_training.autoencoder import build_autoencoder
 from teacher_training.config import TeacherConfig
 from teacher_training.unet import build_denoiser
 
@@ -75,3 +79,15 @@ def starting_denoiser(
     unet.register_to_config(sample_size=latent_size)
     text: Any = pretrained.load_conditioner(config.init)
     return SDConditioner(dict(text.models.items()), {"tokenizer": tokenizer}), unet
+
+
+def save_untrained_teacher(config: TeacherConfig, folder: Path) -> None:
+    """Save the teacher that a training starts from, with an untrained LatentLPIPS, to try later parts."""
+    vae = starting_autoencoder(config)
+    vae = build_autoencoder(config.vae, config.size) if vae is None else vae
+    space = latent_space(vae)
+    tokenizer = starting_tokenizer(config, ["a photo of a picture"], folder / "tokenizer")
+    text, unet = starting_denoiser(config, tokenizer, space.channels, config.size // space.downscale)
+    pretrained.save_pipeline(folder, unet=unet, vae=vae, conditioner=text, set_alpha_to_one=True)
+    network = replace(config.lpips.network, channels=space.channels)
+    save_lpips(LatentLPIPS(network), folder / "latent_lpips", {"trained_on": "nothing"})

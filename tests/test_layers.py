@@ -21,6 +21,7 @@ PACKAGES = (
     "distill",
     "eval",
     "teacher_training",
+    "full_run",
     "miniature",
 )
 
@@ -51,6 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("eval.report",),
     ("eval.runner",),
     ("teacher_training",),
+    ("full_run",),
     ("miniature",),
     ("d2g_cli",),
     ("cli",),

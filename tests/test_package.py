@@ -21,6 +21,7 @@ PACKAGES = {
     "distill",
     "eval",
     "teacher_training",
+    "full_run",
     "miniature",
 }
 PUBLIC_API = {

@@ -355,8 +355,10 @@ def save_pipeline(
 
     scheduler: further settings of the DDIM scheduler.
     """
+    import transformers
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    transformers.utils.logging.disable_progress_bar()  # the caller reports progress
     StableDiffusionPipeline(
         vae=vae,
         unet=unet,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
-from d2g.core.logs import logger
+from d2g.core.logs import log_once, logger
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
@@ -136,8 +136,8 @@ class EvalSession:
             return config.features or protocol.features
         # A weight file belongs to a network that the user must name.
         default = None if "features" in config.weight_table() else default_features()
-        if default is not None and process_group.rank() == 0:
-            logger.info("no --features: %s, because %s", *default)
+        if default is not None:
+            log_once(f"no --features: {default[0]}, because {default[1]}")
         return None if default is None else default[0]
 
     def _feature_network(self) -> FeatureNet | str | None:

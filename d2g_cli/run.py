@@ -1,0 +1,180 @@
+"""`d2g run`: everything from a folder of pictures to a student."""
+
+import os
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2g.core.config import Presets, pick
+from d2g.core.errors import SettingError
+from d2g.core.logs import logger
+from d2g_cli.common import (
+    WorkOptions,
+    configure,
+    emit,
+    expand_options,
+    finish_dry_run,
+    is_rank_0,
+    leave_process_group,
+    presets_in_help,
+    reporter,
+)
+from d2g_cli.inputs import check_inputs
+from d2g_cli.launch import cpu_processes, run_in_processes
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("run", cls=presets_in_help(_presets))(run)
+
+
+def _presets() -> Presets[Any]:
+    from full_run.config import FULL_RUN_PRESETS
+
+    return FULL_RUN_PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullRunOptions(WorkOptions):
+    """Options of `d2g run`."""
+
+    data: Annotated[str | None, typer.Option(help="Folder of captioned pictures, or image-parquet.")] = None
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher to distill, in place of training one on the pictures.")
+    ] = None
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Minutes of all parts together here (the preset's); 0: the settings' own."),
+    ] = None
+    features: Annotated[
+        str | None, typer.Option(help="Feature network, as --features of `d2g eval run`.")
+    ] = None
+    features_input: Annotated[
+        str | None, typer.Option(help="Its pixels, as --features-input of `d2g eval run`.")
+    ] = None
+
+
+@expand_options
+def run(
+    context: typer.Context,
+    options: FullRunOptions,
+    out: Annotated[
+        Path, typer.Option(help="Folder for everything. Run the same command again to resume.")
+    ] = Path("d2g-run"),
+    parts: Annotated[
+        str, typer.Option(help="Parts to do, comma-separated.")
+    ] = "teacher,pairs,ode,gan,eval,export",
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Go on with a teacher that is not trained.")
+    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share the work on a CPU (one per core, up to 8).", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """From a folder of pictures to a student: teacher, pairs, both stages, evaluation, export, one report."""
+    if processes is not None and processes < 1:
+        raise SettingError(f"--processes is {processes}; expected 1 or more")
+    config = _run_config(options, untrained)
+    check_inputs({"--data": config.data, "--teacher": config.pretrained_teacher})
+    # Under `d2g launch` or torchrun this is one of the processes already.
+    if (count := cpu_processes() if processes is None else processes) > 1 and "WORLD_SIZE" not in os.environ:
+        raise typer.Exit(run_in_processes(context.find_root().obj, count))
+    from d2g.core.distributed import process_group
+    from full_run.plan import PARTS, plan_run
+    from full_run.run import run_parts
+
+    names = tuple(parts.split(","))
+    for name in names:
+        pick(dict.fromkeys(PARTS), name, "part")
+    with leave_process_group(typer.Exit):
+        process_group.init(long_waits=True)
+        config, plan = plan_run(config, out)
+        if options.dry_run:
+            facts = {"lengths": plan.lengths, "minutes": plan.minutes, "measured_on": plan.measured_on}
+            teacher = None if plan.teacher is None else asdict(plan.teacher)
+            for line in plan.lines():
+                logger.info(line)
+            finish_dry_run(config, options.as_json, {"plan": facts | {"teacher": teacher}})
+        for line in plan.lines():
+            logger.info(line)
+        summary = run_parts(config, plan, out, names, reporter, _command(options, out, untrained))
+        if summary is not None:
+            emit(asdict(summary), options.as_json, f"report: {summary.report}")
+
+
+def _run_config(options: FullRunOptions, untrained: bool) -> Any:
+    """The settings of a run. Raises SettingError for settings that another one makes useless."""
+    from full_run.plan import PART_LENGTHS
+
+    if options.preset is None and is_rank_0():
+        logger.info("no --preset: quick, half an hour; --preset evening or night train better students")
+    config = pick(_presets(), options.preset or "quick", "preset")
+    if options.teacher is not None:
+        config = _with_stages_for(config, options.teacher)
+    settings: dict[str, Any] = {
+        "data": options.data,
+        "teacher.data": options.data,
+        "pretrained_teacher": options.teacher,
+        "minutes": options.minutes,
+        "features": options.features,
+        "features_input": options.features_input,
+        "stop_untrained": False if untrained else None,
+    }
+    if options.seed is not None:
+        settings |= {f"{part}.seed": options.seed for part in ("teacher", "pairs", "ode", "gan")}
+    config = configure(config, settings, options.sets)
+    if not options.data:
+        raise SettingError("--data is not set; give the folder of your pictures")
+    # What --set cannot change in such a run.
+    chosen = {"data", "pretrained_teacher", "teacher.data", "pairs.prompts", "pairs.teacher"}
+    lengths = {*PART_LENGTHS.values(), *TEACHER_LENGTHS} - {"eval_images"}
+    for assignment in options.sets or []:
+        name, reason = assignment.partition("=")[0].strip(), ""
+        if name in chosen or name.partition(".")[2] in ("teacher", "init") or name.endswith("e.pairs"):
+            reason = "options and earlier parts choose it"
+        elif config.minutes and name in lengths:
+            reason = "the minutes choose the lengths; give --minutes 0 for the settings' own"
+        elif options.teacher and name.startswith("teacher.") and name not in DATA_SETTINGS:
+            reason = "--teacher is there already"
+        if reason:
+            raise SettingError(f"--set {name} has no effect: {reason}; leave it out")
+    return config
+
+
+TEACHER_LENGTHS = (
+    *("teacher.minutes", "teacher.vae.fit.images", "teacher.unet.fit.images", "teacher.lpips.trunk.images"),
+    *("teacher.lpips.triplets", "teacher.clip.images", "teacher.clip.minutes"),
+)
+"""Lengths of the teacher's training, which `--minutes` chooses."""
+DATA_SETTINGS = ("teacher.column", "teacher.images", "teacher.seed", "teacher.caption_template")
+"""Settings of the teacher's training that tell how the pictures are read."""
+
+
+def _with_stages_for(config: Any, teacher: str) -> Any:
+    """The config with the stages' presets for a teacher of this size."""
+    from distill.config.presets import DISTILL_PRESETS
+    from distill.planning.choose_preset import choose_preset
+
+    stages = {}
+    for stage in ("ode", "gan"):
+        name, reason = choose_preset(teacher, stage)
+        if is_rank_0():
+            logger.info("stage %s: preset %s, because %s", stage, name, reason)
+        stages[stage] = DISTILL_PRESETS[name][stage]
+    return replace(config, **stages)
+
+
+def _command(options: FullRunOptions, out: Path, untrained: bool) -> str:
+    """The command line of these options, which finishes an interrupted run."""
+    names = ("preset", "data", "teacher", "minutes", "features", "features_input", "seed")
+    values = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in names]
+    values += [("--set", assignment) for assignment in options.sets or []]
+    words = [word for name, value in values if value is not None for word in (name, f"{value}")]
+    words += ["--untrained"] if untrained else []
+    return shlex.join(["d2g", "run", *words, "--out", str(out)])

@@ -1,0 +1,64 @@
+"""The pictures of a run as the teacher sees them: one parquet file that pairs and evaluations read."""
+
+import io
+from pathlib import Path
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from torch import Tensor
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.distributed import process_group
+from d2g.core.progress import Progress, quiet
+from eval.images.folders import load_all, read_images
+from eval.images.resize import to_pil
+from eval.runner.session import read_list
+from teacher_training.config import TeacherConfig
+from teacher_training.data import captioned_images
+
+PICTURES_FILE = "pictures.parquet"
+
+
+def save_pictures(config: TeacherConfig, size: int, out: Path, progress: Progress = quiet) -> Path:
+    """Write OUT/pictures.parquet on rank 0, unless it is there: pictures of `size` pixels with captions.
+
+    The pictures and captions are those of `captioned_images`, which raises UserError for damaged pictures and
+    missing captions.
+    """
+    file = out / PICTURES_FILE
+    if process_group.rank() == 0 and not file.is_file():
+        images, captions = captioned_images(
+            config.data,
+            size,
+            config.images,
+            config.seed,
+            config.caption_template,
+            progress,
+            config.column,
+        )
+        table = pa.table({"image": [{"bytes": _png(image)} for image in images], "caption": captions})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, row_group_size=1024)
+        write_atomically(file, buffer.getvalue())
+    process_group.barrier()
+    return file
+
+
+def _png(image: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def spread_captions(source: str, column: str | None, count: int) -> list[str]:
+    """`count` captions of pictures that are evenly spread over all, so that every class keeps its share."""
+    texts = read_list(Path(source), column)
+    return [texts[row * len(texts) // count] for row in range(count)]
+
+
+def spread_pictures(file: Path, count: int) -> tuple[Tensor, list[str]]:
+    """At most `count` pictures [N, 3, S, S] of a parquet file, evenly spread, with their captions."""
+    total = pq.read_metadata(file).num_rows
+    count = min(count, total)
+    rows = (row * total // count for row in range(count))
+    return load_all(batch for row in rows for batch in read_images(file, start=row, limit=1))

@@ -1,0 +1,204 @@
+"""Everything from pictures to a student: teacher, pairs, both stages, evaluations, export, one report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.distributed import checkpoint, process_group
+from d2g.core.errors import UserError
+from d2g.core.logs import logger
+from d2g.core.progress import Progress, quiet
+from d2g.core.tracking.run_directory import sole_owner
+from d2g.diffusion import pretrained
+from distill.config.export import FORMATS_WITH_CARD
+from distill.export.export import export as export_student_as
+from distill.sampling import student_folder
+from eval.protocols.config import EvalRun
+from eval.protocols.protocol import PROTOCOLS
+from eval.result import EvalResult
+from eval.runner.run import run_evaluation
+from full_run.config import FullRunConfig
+from full_run.pictures import save_pictures, spread_captions
+from full_run.plan import PARTS, FullRunPlan, save_plan
+from full_run.report import SAMPLER_TITLES, write_run_report
+from full_run.stages import PartTimes, distill_teacher
+from pairgen.statistics import store_statistics
+from teacher_training.plan import WholeProgress, save_request
+from teacher_training.train import TEACHER_STAGES, train_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullRunSummary:
+    """What a run has left in its folder. `results`: numbers by sampler, and of real pictures ("real").
+
+    `teacher`, `student`: their folders; `verdict`: on the teacher, None for a given one; `seconds` by part,
+    over all starts.
+    """
+
+    out: str
+    teacher: str
+    student: str | None
+    exported: str | None
+    verdict: str | None
+    pairs: str | None
+    results: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+    report: str
+
+
+def run_parts(
+    config: FullRunConfig,
+    plan: FullRunPlan,
+    out: Path,
+    parts: Sequence[str] = PARTS,
+    progress: Progress = quiet,
+    command: str = "",
+) -> FullRunSummary | None:
+    """Do the parts of a run that are not finished, then write OUT/report.html. Call on every rank.
+
+    config, plan: of `plan_run`. OUT/teacher, pairs, ode, gan, results and student are what the single
+    commands write, and each part resumes as its own command does. `command`: what finishes an interrupted
+    run. Returns None on other ranks than 0. Raises what the parts raise, and UserError for a teacher that is
+    not trained, unless `config.stop_untrained` is off.
+    """
+    with sole_owner(out, "runs in"):
+        save_plan(out, plan)
+        times = PartTimes(out / "times.json")
+        # The teacher, and the pictures at its size.
+        name, verdict = config.pretrained_teacher or str(out / "teacher"), None
+        pictures = None
+        if not config.pretrained_teacher:
+            pictures = save_pictures(config.teacher, config.teacher.size, out, progress)
+            if "teacher" in parts:
+                with times.measure("teacher"):
+                    verdict = _train_teacher(config, plan, out, progress, command)
+        if pictures is None:
+            size = pretrained.latent_shape(name)[1] * pretrained.latent_downscale(name)
+            pictures = save_pictures(config.teacher, size, out, progress)
+        pairs = replace(config.pairs, teacher=name, prompts=str(pictures), column=None)
+        ode, gan = replace(config.ode, teacher=name), replace(config.gan, teacher=name)
+        distill_teacher(pairs, ode, gan, out, times, progress, {"pairs"} & set(parts))
+        pairs_verdict = _judge_pairs(config, out / "pairs", progress)
+        distill_teacher(pairs, ode, gan, out, times, progress, {"ode", "gan"} & set(parts))
+        if "eval" in parts:
+            with times.measure("evaluation"):
+                _evaluate(config, name, pictures, out, progress)
+        results = _load_results(out)
+        exported = None
+        if "export" in parts and process_group.rank() == 0:
+            with times.measure("export"):
+                exported = _export(config, out)
+        if process_group.rank() == 0:
+            verdicts = (verdict, pairs_verdict)
+            report = write_run_report(config, out, name, pictures, results, verdicts, times.seconds)
+        process_group.barrier()
+    if process_group.rank() != 0:
+        return None
+    floor = next((result.floor for result in results.values() if result.floor), {})
+    numbers = {name: result.numbers() for name, result in results.items()}
+    return FullRunSummary(
+        out=str(out),
+        teacher=name,
+        student=str(out / "gan") if has_checkpoint(out / "gan") else None,
+        exported=exported,
+        verdict=verdict,
+        pairs=pairs_verdict,
+        results=numbers | ({"real": floor} if floor else {}),
+        seconds=times.seconds,
+        report=str(report),
+    )
+
+
+def _train_teacher(
+    config: FullRunConfig, plan: FullRunPlan, out: Path, progress: Progress, command: str
+) -> str:
+    """Train the teacher to its end; returns the verdict. Raises UserError for one that is not trained."""
+    assert plan.teacher is not None and plan.teacher_request is not None
+    save_request(out / "teacher", config.teacher, plan.teacher_request)
+    whole = WholeProgress(plan.teacher, progress)
+    summary = train_teacher(config.teacher, out / "teacher", TEACHER_STAGES, whole, command)
+    trained, verdict = process_group.gather_objects((summary.trained, summary.verdict))[0]
+    logger.info("%s", verdict)
+    if config.stop_untrained and not trained:
+        raise UserError(
+            f"{verdict}; look at {out / 'teacher' / 'report.html'}, then give more --minutes and another "
+            "--out, or --untrained to go on with it"
+        )
+    return str(verdict)
+
+
+def _judge_pairs(config: FullRunConfig, folder: Path, progress: Progress) -> str | None:
+    """The verdict on the pairs, which the log shows; None without. Raises UserError for unusable ones."""
+    if not (folder / "store.json").is_file():
+        return None
+    statistics = store_statistics(folder, JUDGED_ROWS, progress=progress) if process_group.rank() == 0 else {}
+    facts = {name: statistics.get(name) for name in ("usable", "verdict")}
+    usable, verdict = process_group.gather_objects(facts)[0].values()
+    logger.info("%s", verdict)
+    if config.stop_untrained and not usable:
+        raise UserError(f"{verdict}; --untrained goes on with them")
+    return str(verdict)
+
+
+JUDGED_ROWS = 1024
+"""Pairs that their verdict is based on, at most."""
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a stage has left a student."""
+    return checkpoint.latest(run / "checkpoints") is not None
+
+
+def _evaluate(config: FullRunConfig, teacher: str, pictures: Path, out: Path, progress: Progress) -> None:
+    """Evaluate the teacher and the student of each stage, as `d2g eval run` does, to OUT/results."""
+    captions = spread_captions(str(pictures), None, config.eval_images)
+    prompts = out / "results" / "prompts.jsonl"
+    if process_group.rank() == 0:
+        write_atomically(prompts, "".join(json.dumps({"prompt": text}) + "\n" for text in captions))
+    process_group.barrier()
+    base = EvalRun(
+        protocol=PROTOCOLS["folder"],
+        reference=str(pictures),
+        prompts=str(prompts),
+        num=len(captions),
+        steps=config.pairs.steps,
+        guidance=config.pairs.guidance,
+        solver=config.pairs.solver,
+        features=config.features,
+        features_input=config.features_input,
+    )
+    digest = pretrained.weights_sha256(teacher)[:8]
+    for sampler in SAMPLER_TITLES:
+        folder, run = out / "results" / sampler, replace(base, teacher=teacher)
+        work = folder / "work" / digest
+        if sampler != "teacher":
+            if not has_checkpoint(out / sampler):
+                continue
+            # Another length of the stage has another work folder.
+            run = replace(base, student=str(out / sampler))
+            work = folder / "work" / f"{digest}-{student_folder(str(out / sampler))[0].name}"
+        run_evaluation(replace(run, out=str(folder), work=str(work)), progress)
+
+
+def _load_results(out: Path) -> dict[str, EvalResult]:
+    """The results of the samplers that were evaluated, by their names."""
+    return {
+        sampler: EvalResult.load(out / "results" / sampler)
+        for sampler in SAMPLER_TITLES
+        if (out / "results" / sampler / "result.json").is_file()
+    }
+
+
+def _export(config: FullRunConfig, out: Path) -> str | None:
+    """Export the student to OUT/student; None without one."""
+    if not has_checkpoint(out / "gan"):
+        return None
+    scores = out / "results" / "gan" / "result.json"
+    card = replace(config.export.card, scores=(str(scores),) if scores.is_file() else ())
+    has_card = config.export.format in FORMATS_WITH_CARD
+    settings = replace(config.export, student=str(out / "gan"), card=card if has_card else config.export.card)
+    result: dict[str, Any] = export_student_as(settings, out / "student")
+    return str(result["out"])
