@@ -110,11 +110,10 @@ def run(
 
 def _run_config(options: FullRunOptions, untrained: bool) -> Any:
     """The settings of a run. Raises SettingError for settings that another one makes useless."""
-    from full_run.plan import PART_LENGTHS
-
     if options.preset is None and is_rank_0():
         logger.info("no --preset: quick, half an hour; --preset evening or night train better students")
     config = pick(_presets(), options.preset or "quick", "preset")
+    _refuse_without_effect(options, config.minutes if options.minutes is None else options.minutes)
     if options.teacher is not None:
         config = _with_stages_for(config, options.teacher)
     settings: dict[str, Any] = {
@@ -131,20 +130,26 @@ def _run_config(options: FullRunOptions, untrained: bool) -> Any:
     config = configure(config, settings, options.sets)
     if not options.data:
         raise SettingError("--data is not set; give the folder of your pictures")
-    # What --set cannot change in such a run.
+    return config
+
+
+def _refuse_without_effect(options: FullRunOptions, minutes: float) -> None:
+    """Raise SettingError for a setting that an option or an earlier part chooses."""
+    from full_run.plan import PART_LENGTHS
+
     chosen = {"data", "pretrained_teacher", "teacher.data", "pairs.prompts", "pairs.teacher"}
+    chosen |= {f"{stage}.{name}" for stage in ("ode", "gan") for name in ("teacher", "pairs", "init")}
     lengths = {*PART_LENGTHS.values(), *TEACHER_LENGTHS} - {"eval_images"}
     for assignment in options.sets or []:
         name, reason = assignment.partition("=")[0].strip(), ""
-        if name in chosen or name.partition(".")[2] in ("teacher", "init") or name.endswith("e.pairs"):
+        if name in chosen:
             reason = "options and earlier parts choose it"
-        elif config.minutes and name in lengths:
+        elif minutes and name in lengths:
             reason = "the minutes choose the lengths; give --minutes 0 for the settings' own"
         elif options.teacher and name.startswith("teacher.") and name not in DATA_SETTINGS:
             reason = "--teacher is there already"
         if reason:
             raise SettingError(f"--set {name} has no effect: {reason}; leave it out")
-    return config
 
 
 TEACHER_LENGTHS = (

@@ -43,7 +43,7 @@ def write_run_report(
     pictures: of `save_pictures`. results: by the name of the sampler. verdicts: on the teacher and the pairs.
     """
     beside = _pictures_beside(config.pairs, out, teacher, pictures)
-    separate = {"teacher": Path(teacher), **{name: out / "results" / name for name in SAMPLER_TITLES}}
+    separate = {name: out / "results" / name for name in SAMPLER_TITLES}
     curves = teacher_curves(Path(teacher) / "training")
     for stage, title in STAGE_TITLES.items():
         curves += stage_curves(title, read_stats(out / stage))
@@ -53,7 +53,7 @@ def write_run_report(
         title=f"From {Path(config.data).name} to one step",
         summary=" ".join(f"{text[0].upper()}{text[1:]}." for text in verdicts if text),
         sources={
-            f"report of {name}": f"{folder}/report.html"
+            f"{SAMPLER_TITLES[name]}, in detail": f"{folder}/report.html"
             for name, folder in separate.items()
             if (folder / "report.html").is_file()
         },

@@ -89,10 +89,23 @@ def parquet(folder: Path) -> None:
 def train_arguments(data: Path, out: Path, *more: str, stages: str = "data,vae,unet") -> list[str]:
     """`d2g teacher train` with the settings of CONFIG but its lengths; `more`: further options."""
     options = ["--data", str(data), "--out", str(out), "--stages", stages, "--preset", "scenes"]
+    return ["teacher", "train", *options, *more, *_teacher_settings("")]
+
+
+def run_arguments(data: Path, out: Path, *more: str) -> list[str]:
+    """`d2g run` with the teacher settings of CONFIG but its lengths; `more`: further options."""
+    small = ("pairs.steps=2", "ode.train.batch_size=16", "gan.train.batch_size=16", "eval_images=16")
+    options = ["--data", str(data), "--out", str(out), "--processes", "1", *more]
+    options += [word for one in small for word in ("--set", one)]
+    return ["run", *options, *_teacher_settings("teacher.")]
+
+
+def _teacher_settings(prefix: str) -> list[str]:
+    """--set of every setting of CONFIG but its data and its lengths."""
     skip = {"data", "minutes", "images", "vae.fit.images", "unet.fit.images", "clip.images", "clip.minutes"}
     skip |= {"lpips.trunk.images", "lpips.triplets", "pretrained_vae", "init"}
-    sets = [f"{name}={json.dumps(value)}" for name, value in _flat(to_json(CONFIG)) if name not in skip]
-    return ["teacher", "train", *options, *more, *(word for one in sets for word in ("--set", one))]
+    values = ((name, value) for name, value in _flat(to_json(CONFIG)) if name not in skip)
+    return [word for name, value in values for word in ("--set", f"{prefix}{name}={json.dumps(value)}")]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,17 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("d2g", "d2g_cli", "pairgen", "latent_lpips", "distill", "eval", "teacher_training", "full_run", "miniature")
+FOLDERS = (
+    "d2g",
+    "d2g_cli",
+    "pairgen",
+    "latent_lpips",
+    "distill",
+    "eval",
+    "teacher_training",
+    "full_run",
+    "miniature",
+)
 FOLDERS += ("tests", "benchmarks")
 NUMBERED = re.compile(r"method\.md,? (?:section )?\d")
 CITATION = re.compile(r'method\.md((?:,? (?:and )?\\?"[^"]+")+)')
