@@ -415,6 +415,69 @@ def save_cascade_decoder(folder: Path, **settings: Any) -> str:
     return str(folder)
 
 
+def save_wuerstchen_prior(folder: Path) -> str:
+    """Stage C of Wuerstchen v2: latents [3, 4, 4] from text."""
+    from diffusers import DDPMWuerstchenScheduler, WuerstchenPriorPipeline
+    from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
+
+    torch.manual_seed(2)
+    tokenizer = clip_tokenizer(folder / "tokenizer")
+    prior = lively(WuerstchenPrior(c_in=3, c=8, c_cond=16, c_r=8, depth=2, nhead=2))
+    with torch.no_grad():  # its output is divided by 1 - b, which stays away from 0 in a trained network
+        prior.out[1].weight.mul_(0.1)
+    WuerstchenPriorPipeline(
+        tokenizer=tokenizer,
+        text_encoder=clip(tokenizer, 16, False),
+        prior=prior,
+        scheduler=DDPMWuerstchenScheduler(),
+    ).save_pretrained(folder)
+    edit(folder, "prior/config.json", sample_size=4)
+    save_lpips(folder / "latent_lpips", 3)
+    return str(folder)
+
+
+def save_wuerstchen_decoder(folder: Path) -> str:
+    """Stage B of Wuerstchen v2: latents [4, 8, 8] of a VQGAN from text and latents [3, 4, 4] of stage C."""
+    from diffusers import DDPMWuerstchenScheduler, WuerstchenDecoderPipeline
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt
+
+    torch.manual_seed(3)
+    tokenizer = clip_tokenizer(folder / "tokenizer")
+    network = WuerstchenDiffNeXt(
+        c_r=8,
+        c_cond=12,
+        c_hidden=[8, 12],
+        nhead=[-1, 2],
+        blocks=[1, 2],
+        level_config=["CT", "CTA"],
+        inject_effnet=[False, True],
+        effnet_embd=3,
+        clip_embd=16,
+    )
+    with torch.no_grad():  # the constructor makes these smaller in every call of `apply`, down to nothing
+        for name, parameter in network.named_parameters():
+            if name.endswith("channelwise.4.weight"):
+                parameter.normal_(std=0.1)
+    WuerstchenDecoderPipeline(
+        tokenizer=tokenizer,
+        text_encoder=clip(tokenizer, 16, False),
+        decoder=lively(network),
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=lively(PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=8)),
+        latent_dim_scale=2.0,
+    ).save_pretrained(folder)
+    edit(folder, "decoder/config.json", sample_size=8)
+    save_lpips(folder / "latent_lpips", 4)
+    return str(folder)
+
+
+CASCADES: dict[str, tuple[Callable[[Path], str], Callable[[Path], str]]] = {
+    "stable_cascade": (save_cascade_prior, save_cascade_decoder),
+    "wuerstchen": (save_wuerstchen_prior, save_wuerstchen_decoder),
+}
+"""Cascades -> functions that save their stages C and B."""
+
+
 def unet2d(**settings: Any) -> Any:
     """A UNet2DModel of two levels."""
     from diffusers import UNet2DModel

@@ -38,11 +38,15 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
 """Classes of autoencoders that may have a folder of their own."""
 
 
+_WUERSTCHEN = ("PaellaVQModel", "WuerstchenPrior", "WuerstchenDiffNeXt")
+"""Classes that diffusers does not have at its top level."""
+
+
 def _class(pipeline: Pipeline, component: str) -> Any:
     """The class to load a component with: for autoencoders and tokenizers the one in model_index.json."""
     import diffusers
     import transformers
-    from diffusers.pipelines.deprecated import wuerstchen as pipelines
+    from diffusers.pipelines.deprecated import wuerstchen
 
     diffusers.utils.logging.disable_progress_bar()  # the caller reports progress
     transformers.utils.logging.disable_progress_bar()
@@ -51,8 +55,8 @@ def _class(pipeline: Pipeline, component: str) -> Any:
         if "vae" in component or "token" in component
         else pipeline.family.components[component][0]
     )
-    if name == "PaellaVQModel":  # diffusers has it, but not at its top level
-        return pipelines.PaellaVQModel
+    if str(name) in _WUERSTCHEN:
+        return getattr(wuerstchen, str(name))
     return getattr(diffusers, str(name), None) or getattr(transformers, str(name))
 
 
@@ -144,7 +148,7 @@ def load_vae(name: str) -> Any:
     """The pipeline's autoencoder: fp32, in eval mode, frozen; a `PixelSpace` for pipelines in pixel space."""
     family = family_of(name)
     if family.autoencoder is None:
-        return PixelSpace(int(load_on_meta(name, family.network).config.in_channels))
+        return PixelSpace(family.latent_shape(load_on_meta(name, family.network).config)[0])
     return load_model(name, family.autoencoder)
 
 

@@ -12,37 +12,66 @@ from torch import Tensor, nn
 
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from d2g.diffusion.families.stable_cascade import CascadeFamily
+from d2g.diffusion.families.cascade import CascadeFamily
 from d2g.diffusion.pipelines import family_of
 from distill.config.components import DiscriminatorConfig
 from distill.models.discriminator_kind import DiscriminatorKind
 
+TINY = 1e-24
+"""Added below the root of `ResponseNorm`: no number in fp32 changes unless the sum is below 1e-16."""
+
+
+class ResponseNorm(nn.Module):
+    """diffusers' GlobalResponseNorm, with a second derivative for channels that are zero everywhere.
+
+    GELU makes such channels, and the derivative of the norm's derivative at zero is NaN there, also where it
+    is multiplied by zero: exact R1 would be lost.
+    """
+
+    def __init__(self, gamma: nn.Parameter, beta: nn.Parameter) -> None:
+        super().__init__()
+        self.gamma, self.beta = gamma, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, h, w, D] -> the same, each channel scaled by its norm over all places (ConvNeXt V2)."""
+        norm = (x.float().square().sum(dim=(1, 2), keepdim=True) + TINY).sqrt()
+        response = (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return self.gamma * (x * response) + self.beta + x
+
+
+def replace_response_norms(network: nn.Module) -> None:
+    """Put `ResponseNorm` in the place of every GlobalResponseNorm, with its parameters, in place."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__ == "GlobalResponseNorm":
+                setattr(parent, name, ResponseNorm(child.gamma, child.beta))  # type: ignore[arg-type]
+
 
 class CascadeDiscriminator(nn.Module):
-    """D(x, z, c): patch logits of every head, from a StableCascadeUNet that it takes over and trains.
+    """D(x, z, c): patch logits of every head, from the network of a stage that it takes over and trains.
 
     The noise enters as the latents do, through patches and a 1x1 convolution that is zero at the start, so
-    the trunk starts as the teacher. A 1x1 head reads the features after each level, on the way down and up.
-    Heads are not zero, or no gradient would flow.
+    the trunk starts as the teacher. A 1x1 head reads each map of the family's `features`. Heads are not zero,
+    or no gradient would flow.
     """
 
     def __init__(self, network: Any, family: CascadeFamily, config: DiscriminatorConfig) -> None:
         super().__init__()
+        replace_response_norms(network)
         self.unet: Any = network
         self.family, self.timestep = family, config.timestep
         settings = network.config
-        # The noise input, and a readout after each level.
+        # The noise input, and a readout at each depth.
+        widths, patch = family.feature_widths(settings), family.patch(settings)
         self.conv_z = None
         if config.z_conditioning:
-            channels = settings.in_channels * settings.patch_size**2
-            projection = nn.Conv2d(channels, settings.block_out_channels[0], 1, bias=False)
+            channels = family.latent_shape(settings)[0] * patch**2
+            projection = nn.Conv2d(channels, next(iter(widths.values())), 1, bias=False)
             nn.init.zeros_(projection.weight)
-            self.conv_z = nn.Sequential(nn.PixelUnshuffle(settings.patch_size), projection)
-        self.heads = nn.ModuleDict(
-            {name: nn.Conv2d(width, 1, 1) for name, width in family.feature_widths(network).items()}
-        )
-        # What comes after the last level trains nothing.
-        self._frozen = ("",) if config.freeze_backbone else ("clf.",)
+            self.conv_z = nn.Sequential(nn.PixelUnshuffle(patch), projection)
+        self.heads = nn.ModuleDict({name: nn.Conv2d(width, 1, 1) for name, width in widths.items()})
+        # What comes after the last block trains nothing.
+        self._frozen = ("",) if config.freeze_backbone else tuple(f"{n}." for n in family.output_layers)
         self.requires_grad_(True)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:

@@ -17,6 +17,8 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import Stream, generator, noise
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
+from d2g.diffusion.families.cascade import CascadeFamily
+from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher import load_teacher
 from distill.config.components import DiscriminatorConfig
 from distill.config.export import ExportConfig
@@ -99,7 +101,6 @@ def test_the_student_starts_as_the_teachers_prediction(name: str, stages: dict[s
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
 def test_discriminator_starts_as_the_teacher_and_ignores_z(name: str, stages: dict[str, Stage]) -> None:
-    """Reference: the last features, recorded by a hook in diffusers' forward pass."""
     folder = str(stages[name].teacher)
     discriminator = discriminator_from_stage(
         folder, DiscriminatorConfig(discriminator="cascade"), generator(3)
@@ -107,14 +108,7 @@ def test_discriminator_starts_as_the_teacher_and_ignores_z(name: str, stages: di
     rows = PairReader(stages[name].pairs).read([0, 1, 2])
     cond = pretrained.load_conditioner(folder).encode(rows.prompts)
     cond = cond if rows.condition is None else cond.with_prior(rows.condition)
-    family, seen = discriminator.family, list[Tensor]()
-    network = pretrained.load_model(folder, family.network)
-    network.clf[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    for t in (0, 250):
-        with torch.no_grad():
-            family.forward(network, network.config, rows.latents, t, cond, 1)
-            features = family.features(discriminator.unet, rows.latents, t, cond)
-        torch.testing.assert_close(features["up0"], seen[-1], rtol=1e-5, atol=1e-5)
+    check_features(stages[name].teacher, stages[name].pairs)
     # The noise has no effect until the first step, and then in every head.
     x, z, other = rows.latents, rows.noise, 3 * rows.noise.flip(0)
     first, moved = discriminator(x, z, cond), discriminator(x, other, cond)
@@ -157,6 +151,43 @@ def test_recomputation_learns_the_same(stages: dict[str, Stage], tmp_path: Path)
     )
     for name, value in plain.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_wuerstchen_goes_through_both_stages(tmp_path: Path) -> None:
+    """The other cascade: features of its discriminators, two short runs of a stage, and both students."""
+    pairs, runs = dict[str, Path](), dict[str, str]()
+    for name, save in zip(("prior", "decoder"), tiny_teachers.CASCADES["wuerstchen"], strict=True):
+        teacher = Path(save(tmp_path / name))
+        prompts = tiny.save_prompts(tmp_path / "prompts.txt") if name == "prior" else ""
+        stage = {} if name == "prior" else {"condition": str(pairs["prior"]), "seed": 1}
+        pairs[name] = tmp_path / f"{name}_pairs"
+        generate_pairs(tiny.pair_config(str(teacher), prompts, num_pairs=8, **stage), pairs[name])
+        check_features(teacher, pairs[name])
+        ode, gan = tmp_path / f"{name}_ode", tmp_path / f"{name}_gan"
+        train(distill_config(teacher, pairs[name], "train.images=4"), ode)
+        train(distill_config(teacher, pairs[name], *GAN, "train.images=4", stage="gan", init=ode), gan)
+        runs[name] = str(gan)
+    one = with_prior(load_student(runs["decoder"]), runs["decoder"], runs["prior"])
+    assert one(tiny.CAPTIONS[:2]).shape == (2, 3, 32, 32)
+
+
+def check_features(teacher: Path, pairs: Path) -> None:
+    """A discriminator's last features and the student's output, against diffusers' forward pass."""
+    folder, rows = str(teacher), PairReader(pairs).read([0, 1, 2])
+    network, family = pretrained.load_model(folder, family_of(folder).network), family_of(folder)
+    assert isinstance(family, CascadeFamily)
+    cond = pretrained.load_conditioner(folder).encode(rows.prompts)
+    cond = cond if rows.condition is None else cond.with_prior(rows.condition)
+    recorded = list[Tensor]()
+    output = getattr(network, family.output_layers[0])
+    output[0].register_forward_pre_hook(lambda _, args: recorded.append(args[0]))
+    for t in (0, 250):
+        with torch.no_grad():
+            family.forward(network, network.config, rows.latents, t, cond, 1)
+            features = family.features(network, rows.latents, t, cond)
+        torch.testing.assert_close(list(features.values())[-1], recorded[-1], rtol=1e-5, atol=1e-5)
+    widths = family.feature_widths(network.config)
+    assert {name: maps.shape[1] for name, maps in features.items()} == widths
 
 
 def test_memory_and_adapters(stages: dict[str, Stage], tmp_path: Path) -> None:
@@ -244,5 +275,7 @@ def test_missing_and_foreign_stages_are_refused(stages: dict[str, Stage], tmp_pa
     with pytest.raises(UserError, match=r"another teacher than the latents that student .* was trained"):
         with_prior(load_student(run_b), run_b, str(foreign))
     with pytest.raises(SettingError, match="photographs have no latents"):
-        config = distill_config(b.teacher, b.pairs, *GAN, "gan.real=x", "gan.real_fraction=0.5", stage="gan")
+        config = distill_config(
+            b.teacher, b.pairs, *GAN, "gan.real=x", "gan.real_fraction=0.5", stage="gan", init=b.ode
+        )
         train(config, tmp_path / "run")

@@ -5,7 +5,7 @@ and students. Pernias et al., Wuerstchen (arXiv 2306.00637).
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,15 +19,12 @@ from d2g.diffusion.families.base import (
     CLIP_TOKENIZER_CLASSES,
     EMPTY_PROMPT,
     Components,
-    ExportFormat,
-    Family,
     Pipeline,
     expect_width,
 )
+from d2g.diffusion.families.cascade import CascadeFamily, run_cascade_block, time_ratio
 from d2g.diffusion.latents import LatentSpace
-from d2g.diffusion.schedule import COSINE_STEPS
 
-CASCADE_BLOCKS = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
 _TOKENS = 77
 """Length of CLIP's text, to predict memory."""
 
@@ -54,16 +51,11 @@ class CascadeConditioner(TextConditioner):
         return Conditioning({**tensors, "pooled": output.text_embeds})
 
 
-class CascadeFamily(Family):
-    """Base of the stages of a cascade whose network has levels of residual, time and attention blocks."""
+class StableCascadeFamily(CascadeFamily):
+    """Base of both stages, whose network is a StableCascadeUNet."""
 
-    schedules = ("cosine",)
-    regression = ("cosine",)
-    gan = ("cosine",)
-    lora = ("cosine",)
-    exports = (ExportFormat("safetensors", ("cosine",)),)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    takes_real_images = False
+    block_types = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+    output_layers = ("clf",)
 
     @abstractmethod
     def text(self, config: Any, x: Tensor, cond: Conditioning) -> dict[str, Tensor]:
@@ -92,10 +84,7 @@ class CascadeFamily(Family):
     def features(
         self, network: Any, x: Tensor, t: Tensor | float, cond: Conditioning, extra: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The feature maps after each level on the way down and up, by name, as diffusers computes them.
-
-        Inputs as in `forward`. extra [B, C0, h, w]: added to the embedded latents.
-        """
+        """The maps after each level, on the way down and up."""
         # Time with the additional time inputs, which diffusers' pipelines leave at zero, and text.
         ratio = time_ratio(x, t)
         inputs = [ratio, *(torch.zeros_like(ratio) for _ in network.config.timestep_conditioning_type)]
@@ -115,33 +104,15 @@ class CascadeFamily(Family):
             tokens = tokens + resized(network.pixels_mapper(x.new_zeros(len(x), 3, 8, 8)), size)
         return _levels(network, tokens, time, clip)
 
-    def feature_widths(self, network: Any) -> dict[str, int]:
-        """The channels of the maps of `features`, by name."""
-        widths = list(network.config.block_out_channels)
+    def feature_widths(self, config: Any) -> dict[str, int]:
+        """As `features`: down0, down1, ..., up1, up0."""
+        widths = list(config.block_out_channels)
         down = {f"down{level}": width for level, width in enumerate(widths)}
         return down | {f"up{level}": widths[level] for level in reversed(range(len(widths)))}
 
     def prior_latents(self, x: Tensor, cond: Conditioning) -> Tensor | None:
         """The latents of the stage before, in the dtype of x; None for networks without one."""
         return None
-
-    def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
-        """Residual, time and attention blocks."""
-        for module in network.modules():
-            if type(module).__name__ in CASCADE_BLOCKS:
-                yield module
-
-    def check(self, pipeline: Pipeline, config: Any, space: LatentSpace) -> tuple[int, int, int]:
-        """As for every family. Refuses networks that take another picture or blocks that are not known."""
-        where = f"teacher {pipeline.folder}: {pipeline.class_name(self.network)}"
-        unknown = {kind for level in config.block_types_per_layer for kind in level} - {*CASCADE_BLOCKS}
-        if unknown:
-            raise UserError(
-                f"{where} has blocks {sorted(unknown)[0]}; supported: {', '.join(CASCADE_BLOCKS)}"
-            )
-        if config.down_blocks_repeat_mappers is None or config.up_blocks_repeat_mappers is None:
-            raise UserError(f"{where} has no repeat mappers, without which diffusers runs no block of it")
-        return super().check(pipeline, config, space)
 
     def size_unit(self, config: Any) -> int:
         """Patches; levels of an odd size are resized by the network."""
@@ -172,7 +143,7 @@ class CascadeFamily(Family):
         return CascadeConditioner(models, tokenizers, {"no_prompt": EMPTY_PROMPT}, with_hidden)
 
 
-class StableCascadePrior(CascadeFamily):
+class StableCascadePrior(StableCascadeFamily):
     """Stage C: text -> latents [16, 24, 24] of the semantic compressor; stage B turns them to images."""
 
     name = "stable_cascade_prior"
@@ -205,7 +176,7 @@ class StableCascadePrior(CascadeFamily):
         )
 
 
-class StableCascadeDecoder(CascadeFamily):
+class StableCascadeDecoder(StableCascadeFamily):
     """Stage B: stage C's latents and pooled text -> latents [4, 256, 256] of the VQGAN, stage A."""
 
     name = "stable_cascade_decoder"
@@ -254,12 +225,6 @@ class StableCascadeDecoder(CascadeFamily):
         )
 
 
-def time_ratio(x: Tensor, t: Tensor | float) -> Tensor:
-    """The continuous time r of timesteps, a tensor [B] like x, as diffusers' pipelines feed it."""
-    times = t.to(x.device) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-    return (times.double() / COSINE_STEPS).to(x.dtype)
-
-
 def _levels(network: Any, x: Tensor, time: Tensor, clip: Tensor) -> dict[str, Tensor]:
     """The maps after each level of StableCascadeUNet's `_down_encode` and `_up_decode`."""
     maps: dict[str, Tensor] = {}
@@ -282,13 +247,10 @@ def _level(blocks: Any, mappers: Any, x: Tensor, skip: Tensor | None, time: Tens
     """The blocks of a level, run once more after each of its `mappers`; the first block reads `skip`."""
     for run in range(len(mappers) + 1):
         for number, block in enumerate(blocks):
-            if hasattr(block, "depthwise"):  # a residual block
-                beside = skip if number == 0 else None
-                if beside is not None and x.shape[-2:] != beside.shape[-2:]:
-                    x = resized(x.float(), beside.shape[-2:]).to(x.dtype)
-                x = block(x, beside)
-            else:
-                x = block(x, clip if hasattr(block, "attention") else time)
+            beside = skip if number == 0 else None
+            if beside is not None and x.shape[-2:] != beside.shape[-2:]:
+                x = resized(x.float(), beside.shape[-2:]).to(x.dtype)
+            x = run_cascade_block(block, x, beside, time, clip)
         x = mappers[run](x) if run < len(mappers) else x
     return x
 

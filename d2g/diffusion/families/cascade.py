@@ -1,0 +1,73 @@
+"""What the stages of all cascades share: the schedule, the stages that work for them, their time input."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.families.base import ExportFormat, Family
+from d2g.diffusion.schedule import COSINE_STEPS
+
+
+class CascadeFamily(Family):
+    """Base of the stages of a cascade: networks with residual, time and attention blocks over maps.
+
+    Stage C has `draws_images` false, stage B has a `prior_family`.
+    """
+
+    schedules = ("cosine",)
+    regression = ("cosine",)
+    gan = ("cosine",)
+    lora = ("cosine",)
+    exports = (ExportFormat("safetensors", ("cosine",)),)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    takes_real_images = False
+    block_types: tuple[str, ...]
+    """Classes of the repeated blocks."""
+    output_layers: tuple[str, ...]
+    """Modules after the last block; a discriminator does not use them."""
+
+    @abstractmethod
+    def features(
+        self, network: Any, x: Tensor, t: Tensor | float, cond: Conditioning, extra: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Feature maps [B, D, h', w'] at several depths, by name, as diffusers computes them.
+
+        Inputs as in `forward`. extra [B, D0, h, w]: added to the embedded latents.
+        """
+
+    @abstractmethod
+    def feature_widths(self, config: Any) -> dict[str, int]:
+        """The channels D of the maps of `features`, by name and in their order; the first is D0."""
+
+    def patch(self, config: Any) -> int:
+        """Side of the squares of latents that its network embeds."""
+        return int(config.patch_size)
+
+    def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
+        """Residual, time and attention blocks."""
+        for module in network.modules():
+            if type(module).__name__ in self.block_types:
+                yield module
+
+
+def time_ratio(x: Tensor, t: Tensor | float) -> Tensor:
+    """The continuous time r of timesteps of `CosineSchedule`, a tensor [B] in the dtype of x, as diffusers'
+    pipelines feed it."""
+    times = t.to(x.device) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+    return (times.double() / COSINE_STEPS).to(x.dtype)
+
+
+def run_cascade_block(block: Any, x: Tensor, skip: Tensor | None, time: Tensor, text: Tensor) -> Tensor:
+    """A block on x [B, D, h, w]: a residual one reads `skip`, others time or text; a scaling one x alone."""
+    output: Tensor
+    if hasattr(block, "depthwise"):
+        output = block(x, skip)
+    elif hasattr(block, "attention"):
+        output = block(x, text)
+    else:
+        output = block(x, time) if hasattr(block, "mapper") else block(x)
+    return output
