@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("d2g.core.distributed",),
     ("d2g.core.tracking",),
     ("d2g.data",),
+    ("d2g.vision",),
     ("d2g.diffusion",),
     ("pairgen.store", "latent_lpips"),
     ("latent_lpips.training",),
@@ -74,10 +75,10 @@ ENTRY_POINTS = {
     "open_clip": {"eval/networks/clip.py"},
     "torchvision.models.inception": {"eval/networks/inception.py"},
     "diffusers": {"d2g/diffusion/", "distill/export/"},
-    "transformers": {"d2g/diffusion/", "eval/networks/transformers_vision.py"},
+    "transformers": {"d2g/diffusion/", "d2g/vision/transformers_vision.py"},
     "peft": {"d2g/diffusion/lora.py"},
     "tokenizers": {"d2g/diffusion/pretrained.py"},
-    "huggingface_hub": {"d2g/diffusion/", "distill/export/", "eval/networks/"},
+    "huggingface_hub": {"d2g/diffusion/", "d2g/vision/", "distill/export/", "eval/networks/"},
     "torch.distributed": {"d2g/core/distributed/"},
     "torch._C._distributed_c10d": {"d2g/core/distributed/"},
     "typer": {"d2g_cli/"},
@@ -85,7 +86,7 @@ ENTRY_POINTS = {
     "torch.utils.tensorboard": {"d2g/core/tracking/loggers.py"},
     "wandb": {"d2g/core/tracking/loggers.py"},
     "onnxruntime": {"distill/export/to_onnx.py", "eval/networks/user_network.py"},
-    "timm": {"eval/networks/efficientnet.py"},
+    "timm": {"d2g/vision/efficientnet.py"},
 }
 
 # Libraries that `--help` does not import.

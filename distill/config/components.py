@@ -16,7 +16,11 @@ Optimizer = Literal["adamw", "adamw_fused", "adam", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]
-DiscriminatorName = Literal["unet", "transformer", "cascade"]
+DiscriminatorName = Literal[
+    "unet", "transformer", "cascade", "projected", "unet+projected", "transformer+projected"
+]
+"""Discriminators; two names joined by + are both at once."""
+ViewAugmentation = Literal["color", "translation", "cutout"]
 RegressionName = Literal[
     "mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips", "decoder_features"
 ]
@@ -180,9 +184,10 @@ class DiscriminatorConfig:
     discriminator: DiscriminatorName = setting(
         "unet",
         "Network: unet starts as the teacher's U-Net, transformer as its transformer, cascade as a stage of "
-        "Stable Cascade",
+        "Stable Cascade; projected has heads on frozen features of decoded pixels; + takes both, each with "
+        "its own loss",
         source='method.md "Discriminator architecture"; method.md "Discriminators of transformers"; '
-        'method.md "Cascades"',
+        'method.md "Cascades"; method.md "Discriminator on frozen features"',
     )
     weight: float = setting(
         0.25,
@@ -226,7 +231,8 @@ class DiscriminatorConfig:
     )
     token_heads: int = setting(
         5,
-        "Heads of a transformer discriminator, after equally spaced blocks up to the last; StyleGAN-T: 5",
+        "Heads of a transformer discriminator, or on each network of feature_networks, after equally spaced "
+        "blocks up to the last; StyleGAN-T: 5",
         source='method.md "Discriminators of transformers"',
     )
     token_scales: tuple[int, ...] = setting(
@@ -239,6 +245,35 @@ class DiscriminatorConfig:
         False,
         "Train the heads and the discriminator's own convolutions only; the paper trains everything",
         source='method.md "Discriminator architecture"',
+    )
+
+    feature_networks: tuple[str, ...] = setting(
+        ("facebook/dino-vits16",),
+        "Frozen networks that projected reads: folders or hub ids of a DINO, DINOv2 or CLIP in transformers' "
+        "format, efficientnet-lite0, or squeezenet:FILE with torchvision's weights of squeezenet1_1",
+        source="StyleGAN-T, section 3.2; D2O takes two",
+    )
+    feature_size: int = setting(
+        224,
+        "Side in pixels of the images that feature_networks see: random crops of larger images (of latents, "
+        "only the crop is decoded), smaller images are enlarged",
+        source="StyleGAN-T, section 3.2",
+    )
+    feature_augment: tuple[ViewAugmentation, ...] = setting(
+        ("color", "translation", "cutout"),
+        "Differentiable augmentation of these images; D2O: []",
+        source="StyleGAN-T, section 3.2; DiffAugment, arXiv 2006.10738",
+    )
+    virtual_batch: int = setting(
+        8,
+        "Consecutive rows that projected's heads normalize together, each process for itself; with a divisor "
+        "of a micro-batch's rows, results do not depend on the number of processes",
+        source="StyleGAN-T, section 3.2; the number is ours",
+    )
+    projected_weight: float = setting(
+        1.0,
+        "Weight of projected's loss beside the other one's in unet+projected and transformer+projected",
+        source="ours",
     )
 
     timestep: int = setting(
@@ -364,6 +399,17 @@ class DiscriminatorConfig:
                 and set(self.token_scales) <= {1, 2, 4},
                 "some of 1, 2 and 4, each once",
             ),
+            feature_networks=(
+                bool(self.feature_networks) and len(set(self.feature_networks)) == len(self.feature_networks),
+                "one or more names, each once",
+            ),
+            feature_size=(self.feature_size >= 1, "1 or more"),
+            feature_augment=(
+                set(self.feature_augment) <= set(get_args(ViewAugmentation)),
+                f"some of {', '.join(get_args(ViewAugmentation))}",
+            ),
+            virtual_batch=(self.virtual_batch >= 1, "1 or more"),
+            projected_weight=(self.projected_weight > 0, "a positive number"),
             noise_max_timestep=(self.noise_max_timestep >= 1, "1 or more"),
             r1_rows=(self.r1_rows >= 1, "1 or more"),
             timestep_shift=(self.timestep_shift > 0, "a positive number"),
@@ -400,16 +446,34 @@ class DiscriminatorConfig:
 
     def _check_noise_input(self) -> None:
         """Raise SettingError where the discriminator's noise input, or its absence, contradicts its rows."""
-        if self.real_fraction == 1 and self.z_conditioning:
+        projected = "projected" in self.parts
+        if self.real_fraction == 1 and self.z_conditioning and self.discriminator != "projected":
             raise SettingError(
                 "real_fraction is 1, but z_conditioning is true: no real image belongs to its noise, and the "
                 "discriminator would know the student's images by theirs; set z_conditioning=false"
             )
-        if self.mix_fraction > 0 and self.mix_z > 0 and not self.z_conditioning:
+        if self.mix_fraction > 0 and self.mix_z > 0 and (projected or not self.z_conditioning):
+            reason = "projected does not see the noise" if projected else "z_conditioning is false"
             raise SettingError(
-                f"mix_z is {self.mix_z:g}, but z_conditioning is false: rows with another row's noise would "
+                f"mix_z is {self.mix_z:g}, but {reason}: rows with another row's noise would "
                 "be real rows, counted as fake; set mix_z=0"
             )
+
+        if projected and self.noise_augment != "none":
+            raise SettingError(
+                f"noise_augment is {self.noise_augment!r}, but discriminator={self.discriminator} decodes its "
+                "inputs, and noisy latents decode to no image; set noise_augment=none"
+            )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The discriminators that are trained: one, or two at once."""
+        return tuple(self.discriminator.split("+"))
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        """Weights of the parts' losses by the prefix of their heads; a part that is missing weighs 1."""
+        return {"projected": self.projected_weight}
 
     @property
     def active_penalty(self) -> Penalty:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
+from d2g.vision import transformers_vision
+from d2g.vision.normalization import IMAGENET
 from eval.images.resize import prepare_batch
-from eval.networks import transformers_vision
-from eval.networks.base import IMAGENET, Device, FeatureNet, normalize_channels, parameters_sha256
+from eval.networks.base import Device, FeatureNet, normalize_channels, parameters_sha256
 
 DINOV2_SIZE = 224
 DINOV2 = "facebook/dinov2-large"

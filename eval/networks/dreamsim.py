@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
+from d2g.vision.normalization import IMAGENET, OPENAI
+from d2g.vision.weights import fill_parameters, read_checkpoint, read_state, weights_folder
 from eval.images.resize import prepare_batch
-from eval.networks.base import IMAGENET, OPENAI, Device, FeatureNet, normalize_channels, parameters_sha256
-from eval.networks.weights import fill_parameters, read_checkpoint, read_state, weights_folder
+from eval.networks.base import Device, FeatureNet, normalize_channels, parameters_sha256
 
 DREAMSIM_SIZE = 224
 HEAD = 64

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2g.vision.weights import PublishedFile, file_sha256, find_weights, load_strict
 from eval.images.resize import resize_clean, resize_tensorflow
 from eval.networks.base import Device, FeatureNet
-from eval.networks.weights import PublishedFile, file_sha256, find_weights, load_strict
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256_PREFIX = "6726825d"

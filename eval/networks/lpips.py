@@ -10,8 +10,8 @@ from torch import Tensor
 
 from d2g.core.config import pick
 from d2g.diffusion.latents import from_uint8
+from d2g.vision.weights import PublishedFile, find_weights
 from eval.networks.base import Device
-from eval.networks.weights import PublishedFile, find_weights
 from latent_lpips.lpips import PixelLPIPS
 
 TRUNKS: Mapping[str, PublishedFile] = MappingProxyType(

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2g.vision import transformers_vision
+from d2g.vision.normalization import OPENAI
 from eval.images.resize import prepare_batch
-from eval.networks import transformers_vision
-from eval.networks.base import OPENAI, Device, normalize_channels, parameters_sha256
+from eval.networks.base import Device, normalize_channels, parameters_sha256
 
 PICKSCORE_MODEL = "yuvalkirstain/PickScore_v1"
 """CLIP ViT-H/14 fine-tuned on human preferences (MIT, Kirstain et al. 2023)."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import UserError
+from d2g.vision.efficientnet import packaged_weights
+from d2g.vision.weights import file_sha256, load_strict, weights_folder
 from eval.images.resize import resize_clean
 from eval.networks.base import ClipNet as ClipNet
 from eval.networks.base import Device
@@ -20,7 +22,7 @@ from eval.networks.clip import new_clip as new_clip
 from eval.networks.clip import save_clip as save_clip
 from eval.networks.dinov2 import load_dinov2
 from eval.networks.dreamsim import load_dreamsim
-from eval.networks.efficientnet import load_efficientnet_lite0, packaged_weights
+from eval.networks.efficientnet import load_efficientnet_lite0
 from eval.networks.inception import (
     FID_INCEPTION,
     load_inception,
@@ -29,7 +31,6 @@ from eval.networks.inception import (
 )
 from eval.networks.inception import INCEPTION_FILE as INCEPTION_FILE
 from eval.networks.inception import INCEPTION_SHA256_PREFIX as INCEPTION_SHA256_PREFIX
-from eval.networks.weights import file_sha256, load_strict, weights_folder
 
 
 def load_squeezenet(weights: str | Path | None = None, device: Device = "cpu") -> FeatureNet:

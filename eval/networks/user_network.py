@@ -13,11 +13,11 @@ from torch import Tensor
 
 from d2g.core.config import nearest
 from d2g.core.errors import SettingError, UserError, first_line
+from d2g.vision.normalization import HALF, IMAGENET, OPENAI
+from d2g.vision.weights import file_sha256
 from eval.images.resize import resize_clean
-from eval.networks.base import IMAGENET, OPENAI, Device, FeatureNet
-from eval.networks.weights import file_sha256
+from eval.networks.base import Device, FeatureNet
 
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 BYTE = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
 NORMALIZATIONS = {"imagenet": IMAGENET, "openai": OPENAI, "half": HALF, "unit": UNIT, "byte": BYTE}

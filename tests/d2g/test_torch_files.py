@@ -9,7 +9,7 @@ import torch
 
 from d2g.core.errors import UserError
 from d2g.core.torch_files import load_tensors
-from eval.networks.weights import read_state
+from d2g.vision.weights import read_state
 from latent_lpips.official_checkpoints import read_official_checkpoint
 
 

@@ -10,10 +10,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2
 
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
-from eval.networks.base import IMAGENET, normalize_channels
+from d2g.vision.normalization import IMAGENET
+from d2g.vision.transformers_vision import load_clip_model
+from eval.networks.base import normalize_channels
 from eval.networks.dinov2 import interpolated, load_dinov2
 from eval.networks.registry import FEATURES
-from eval.networks.transformers_vision import load_clip_model
 
 
 def save_dinov2(folder: Path, image_size: int) -> Dinov2Model:

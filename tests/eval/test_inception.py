@@ -12,6 +12,7 @@ from torchvision.models import Inception3
 
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
+from d2g.vision.weights import find_weights
 from eval.images.resize import resize_clean
 from eval.networks.inception import (
     FID_INCEPTION,
@@ -20,7 +21,6 @@ from eval.networks.inception import (
     load_inception_tf,
     load_inception_torchvision,
 )
-from eval.networks.weights import find_weights
 
 
 def random_images(count: int, size: int = 40) -> Tensor:

@@ -12,8 +12,9 @@ import tiny
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from d2g.diffusion.pretrained import new_tokenizer
+from d2g.vision.normalization import OPENAI
 from eval.metrics.win_rate import win_rate
-from eval.networks.base import OPENAI, normalize_channels
+from eval.networks.base import normalize_channels
 from eval.networks.pickscore import load_pickscore
 
 PROMPTS = ["a red cube", "two green cones", "a cyan cube left of a red cone"]

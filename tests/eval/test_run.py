@@ -349,7 +349,7 @@ def test_metrics_without_a_network_are_left_out_and_named(
 ) -> None:
     """Of the protocol's own metrics, those remain that can be measured; the user's own are an error."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr("eval.networks.efficientnet.PACKAGE", "a_package_that_is_not_installed")
+    monkeypatch.setattr("d2g.vision.efficientnet.PACKAGE", "a_package_that_is_not_installed")
     run = config(job, teacher=str(teacher), metrics=(), features=None, weights=(), out=str(tmp_path / "out"))
     result = run_evaluation(run)
     assert result["clip_score"] is not None and result["fid"] is None

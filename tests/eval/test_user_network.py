@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import generator
+from d2g.vision import efficientnet
 from eval.images.resize import resize_clean
-from eval.networks import efficientnet
 from eval.networks.efficientnet import load_efficientnet_lite0
 from eval.networks.registry import default_features
 from eval.networks.user_network import NORMALIZATIONS, is_user_network, load_user_network
