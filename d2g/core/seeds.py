@@ -104,6 +104,8 @@ class StepStream(IntEnum):
     """Timesteps of the discriminator's inputs."""
     PENALTY_ROWS = 4
     """Rows of the batch that the single-sample R1 penalty uses."""
+    VIEWS = 5
+    """Crops and augmentations of a discriminator of pixels, for real, fake and the student's rows."""
 
 
 @unique

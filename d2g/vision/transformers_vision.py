@@ -1,9 +1,10 @@
-"""DINOv2 and CLIP models of transformers, from a folder or a hub id."""
+"""DINO, DINOv2, DINOv3 and CLIP models of transformers, from a folder or a hub id."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from d2g.core.errors import UserError
@@ -22,6 +23,59 @@ def load_clip_model(name: str) -> Any:
     return _load(name, "CLIPModel", "clip")
 
 
+VISION_MODELS = {
+    "vit": "ViTModel",
+    "dinov2": "Dinov2Model",
+    "dinov3_vit": "DINOv3ViTModel",
+    "clip": "CLIPVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+}
+"""Classes of vision transformers by the type in their config; DINO's models are of type vit."""
+PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
+    "facebook/dino-vits16": {
+        "model_type": "vit",
+        "hidden_size": 384,
+        "num_attention_heads": 6,
+        "intermediate_size": 1536,
+    }
+}
+"""Configs of published models, as far as they differ from the class's defaults, to predict memory with."""
+
+
+def load_vision_transformer(name: str, on_meta: bool = False) -> Any:
+    """Load the image tower of a DINO, DINOv2, DINOv3 or CLIP: fp32, eval, frozen. on_meta: without weights.
+
+    Raises UserError when `name` is no folder or hub id of one.
+    """
+    import transformers
+
+    config = _vision_config(name, (WEIGHTS[0],) if on_meta else WEIGHTS)
+    if config.model_type not in VISION_MODELS:
+        raise UserError(f"{name} is a {config.model_type} model; expected {', '.join(VISION_MODELS)}")
+    kind = VISION_MODELS[config.model_type]
+    options = {"add_pooling_layer": False} if kind == "ViTModel" else {}  # DINO has no pooler
+    if not on_meta:
+        return _load(name, kind, config.model_type, **options)
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(getattr(config, "vision_config", config), **options)
+    return model.eval().requires_grad_(False)
+
+
+def _vision_config(name: str, files: tuple[str, ...]) -> Any:
+    """The config of a folder or hub id, or that of a published model which is not here."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(_folder(name, files))
+    except UserError:
+        if name not in PUBLISHED_CONFIGS or files == WEIGHTS:
+            raise
+        settings = dict(PUBLISHED_CONFIGS[name])
+        return transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} has no config of transformers: {str(error).splitlines()[0]}") from error
+
+
 def load_clip_tokenizer(name: str) -> Any:
     """Load the CLIPTokenizer of a folder or hub id. Raises UserError when there is none."""
     from transformers import CLIPTokenizer
@@ -34,7 +88,7 @@ def load_clip_tokenizer(name: str) -> Any:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _load(name: str, kind: str, model_type: str) -> Any:
+def _load(name: str, kind: str, model_type: str, **options: Any) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -44,7 +98,7 @@ def _load(name: str, kind: str, model_type: str) -> Any:
         if config.model_type != model_type:
             raise UserError(f"{name} is a {config.model_type} model; expected {model_type}")
         model, report = getattr(transformers, kind).from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True
+            folder, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name} does not load as {kind}: {str(error).splitlines()[0]}") from error

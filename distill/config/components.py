@@ -404,10 +404,6 @@ class DiscriminatorConfig:
                 "one or more names, each once",
             ),
             feature_size=(self.feature_size >= 1, "1 or more"),
-            feature_augment=(
-                set(self.feature_augment) <= set(get_args(ViewAugmentation)),
-                f"some of {', '.join(get_args(ViewAugmentation))}",
-            ),
             virtual_batch=(self.virtual_batch >= 1, "1 or more"),
             projected_weight=(self.projected_weight > 0, "a positive number"),
             noise_max_timestep=(self.noise_max_timestep >= 1, "1 or more"),
@@ -461,8 +457,8 @@ class DiscriminatorConfig:
 
         if projected and self.noise_augment != "none":
             raise SettingError(
-                f"noise_augment is {self.noise_augment!r}, but discriminator={self.discriminator} decodes its "
-                "inputs, and noisy latents decode to no image; set noise_augment=none"
+                f"noise_augment is {self.noise_augment!r}, but discriminator={self.discriminator} decodes "
+                "its inputs, and noisy latents decode to no image; set noise_augment=none"
             )
 
     @property

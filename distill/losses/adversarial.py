@@ -13,10 +13,20 @@ Logits = Mapping[str, Tensor]
 """Discriminator logits by head name."""
 
 
+Weights = Mapping[str, float]
+"""Weights of the losses of two discriminators, by the prefix of their heads; a missing one is 1."""
+
+
 def discriminator_loss(
-    real: Logits, fake: Logits, kind: GanLoss = "ns", reduction: Reduction = "mean"
+    real: Logits,
+    fake: Logits,
+    kind: GanLoss = "ns",
+    reduction: Reduction = "mean",
+    weights: Weights | None = None,
 ) -> Tensor:
     """Compute the discriminator loss: the mean over rows and positions, then `reduction` over heads, in fp32.
+
+    Two discriminators have a loss each, over their own heads; `weights` is for their sum.
 
     `kind` selects the loss:
 
@@ -25,9 +35,8 @@ def discriminator_loss(
     - rpgan: softplus(D(fake) - D(real)). Row i of `real` and row i of `fake` share noise and conditioning
       (Jolicoeur-Martineau 2018; R3GAN, eq. 2).
     """
-    return reduce_heads(
-        [_discriminator_terms(real[h].float(), fake[h].float(), kind).mean() for h in real], reduction
-    )
+    terms = {h: _discriminator_terms(real[h].float(), fake[h].float(), kind).mean() for h in real}
+    return weighted_sum(terms, reduction, weights)
 
 
 def _discriminator_terms(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
@@ -39,7 +48,11 @@ def _discriminator_terms(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
 
 
 def generator_loss(
-    fake: Logits, kind: GanLoss = "ns", reduction: Reduction = "mean", real: Logits | None = None
+    fake: Logits,
+    kind: GanLoss = "ns",
+    reduction: Reduction = "mean",
+    real: Logits | None = None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """Compute the generator loss, reduced like the discriminator loss, in fp32.
 
@@ -48,11 +61,25 @@ def generator_loss(
     """
     if kind == "rpgan":
         assert real is not None, "the relativistic loss needs D's logits of the real rows"
-        return reduce_heads(
-            [F.softplus(real[h].float() - v.float()).mean() for h, v in fake.items()], reduction
-        )
-    terms = [(-v.float() if kind == "hinge" else F.softplus(-v.float())).mean() for v in fake.values()]
-    return reduce_heads(terms, reduction)
+        relative = {h: F.softplus(real[h].float() - v.float()).mean() for h, v in fake.items()}
+        return weighted_sum(relative, reduction, weights)
+    terms = {h: (-v.float() if kind == "hinge" else F.softplus(-v.float())).mean() for h, v in fake.items()}
+    return weighted_sum(terms, reduction, weights)
+
+
+def by_discriminator(terms: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Values by head -> values by discriminator: the part of the head's name before a dot, or ""."""
+    groups: dict[str, list[Tensor]] = {}
+    for head, value in terms.items():
+        groups.setdefault(head.partition(".")[0] if "." in head else "", []).append(value)
+    return groups
+
+
+def weighted_sum(terms: Mapping[str, Tensor], reduction: Reduction, weights: Weights | None = None) -> Tensor:
+    """Reduce the scalar loss terms of the heads of each discriminator, and add them up with `weights`."""
+    weights = weights or {}
+    parts = [weights.get(n, 1.0) * reduce_heads(v, reduction) for n, v in by_discriminator(terms).items()]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def reduce_heads(terms: Sequence[Tensor], reduction: Reduction) -> Tensor:

@@ -5,7 +5,8 @@ Available forms: R1 on sampled single real rows (method.md "Single-sample R1"), 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,29 +14,40 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, Reduction
-from distill.losses.adversarial import Logits, reduce_heads
+from distill.losses.adversarial import Logits, by_discriminator, weighted_sum
 
-DiscriminatorFn = Callable[[Tensor, Tensor, Conditioning, Tensor | None], dict[str, Tensor]]
-"""A discriminator or a wrapper around one: (latents, noise, conditioning, time) -> logits by head."""
+DiscriminatorFn = Callable[..., dict[str, Tensor]]
+"""A discriminator or a wrapper around one: (latents, noise, conditioning, time, and random integers of each
+row for the kinds that take them) -> logits by head."""
 
 
 @dataclass(frozen=True)
 class DiscriminatorInput:
     """Inputs of the discriminator: scaled latents and noise [B, C, h, w], conditioning, and time [B].
 
-    With `t=None` the discriminator uses its constant timestep.
+    With `t=None` the discriminator uses its constant timestep. `draws` [B, D]: random integers of each row,
+    for the kinds that take them.
     """
 
     latents: Tensor
     noise: Tensor
     cond: Conditioning
     t: Tensor | None = None
+    draws: Tensor | None = None
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments of the discriminator's forward pass."""
+        return (
+            *(self.latents, self.noise, self.cond, self.t),
+            *(() if self.draws is None else (self.draws,)),
+        )
 
     def row(self, number: int) -> "DiscriminatorInput":
         """Return row `number` as a batch of size one."""
         one = slice(number, number + 1)
-        t = None if self.t is None else self.t[one]
-        return DiscriminatorInput(self.latents[one], self.noise[one], self.cond[one], t)
+        t, draws = (None if x is None else x[one] for x in (self.t, self.draws))
+        return DiscriminatorInput(self.latents[one], self.noise[one], self.cond[one], t, draws)
 
 
 def sample_penalty_rows(rows: int, count: int, generator: torch.Generator) -> list[int]:
@@ -70,7 +82,9 @@ def penalty(
 def _squared_gradient_norm(
     discriminator: DiscriminatorFn, batch: DiscriminatorInput, reduction: Reduction
 ) -> Tensor:
-    return r1_penalty(discriminator, batch.latents, batch.noise, batch.cond, batch.t, reduction)
+    return r1_penalty(
+        discriminator, batch.latents, batch.noise, batch.cond, batch.t, reduction, draws=batch.draws
+    )
 
 
 def r1_penalty(
@@ -80,6 +94,7 @@ def r1_penalty(
     text: Conditioning,
     t: Tensor | None = None,
     reduction: Reduction = "mean",
+    draws: Tensor | None = None,
 ) -> Tensor:
     """Compute ||grad_x s||^2, averaged over rows (method.md "Single-sample R1").
 
@@ -87,6 +102,7 @@ def r1_penalty(
     rows this is R1, on fake rows R2. x, noise: [B, C, h, w], text of B rows; the single-sample form of the
     paper has B = 1. Returns a scalar in fp32, or in float64 for a float64 `x`.
 
+    Two discriminators have a score each, and their penalties are added. `draws` goes to the discriminator.
     The gradient also flows through the resized copies of x inside D; noise and text are constants. Call it
     and the backward pass of its result in `d2g.core.precision.exact_fp32`.
     """
@@ -95,12 +111,16 @@ def r1_penalty(
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x.detach().to(dtype).requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
-        logits = discriminator(x, noise.detach().to(dtype), text.detach().to(dtype), t)
+        inputs = DiscriminatorInput(x, noise.detach().to(dtype), text.detach().to(dtype), t, draws)
+        logits = discriminator(*inputs.args)
         dims = (1, 2, 3)
-        scores = [v.sum(dims) if reduction == "sum" else v.mean(dims) for v in logits.values()]
+        scores = {h: v.sum(dims) if reduction == "sum" else v.mean(dims) for h, v in logits.items()}
         # Rows are independent, so the gradient of the sum holds the gradient of each row.
-        (gradient,) = torch.autograd.grad(torch.stack(scores).sum(), x, create_graph=True)
-    return gradient.square().sum(dim=(1, 2, 3)).mean()
+        norms = []
+        for part in by_discriminator(scores).values():
+            (gradient,) = torch.autograd.grad(torch.stack(part).sum(), x, create_graph=True)
+            norms.append(gradient.square().sum(dim=dims).mean())
+    return norms[0] if len(norms) == 1 else torch.stack(norms).sum()
 
 
 def approximation(
@@ -114,9 +134,8 @@ def approximation(
 
     logits: D's logits on `real`; eps [B, C, h, w] ~ N(0, 1): the perturbation before scaling.
     """
-    perturbed_logits = discriminator(
-        real.latents + config.approx_sigma * eps.to(real.latents), real.noise, real.cond, real.t
-    )
+    perturbed = replace(real, latents=real.latents + config.approx_sigma * eps.to(real.latents))
+    perturbed_logits = discriminator(*perturbed.args)
     value = approximate_r1(logits, perturbed_logits, config.head_reduction)
     return config.approx_weight * value, {"loss/r1_approx": value}
 
@@ -126,4 +145,6 @@ def approximate_r1(clean: Logits, perturbed: Logits, reduction: Reduction = "mea
 
     For small sigma its expectation is sigma^2 times the squared gradient norm of a logit.
     """
-    return reduce_heads([(clean[h].float() - perturbed[h].float()).square().mean() for h in clean], reduction)
+    return weighted_sum(
+        {h: (clean[h].float() - perturbed[h].float()).square().mean() for h in clean}, reduction
+    )

@@ -15,7 +15,7 @@ from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.cascade import CascadeFamily
 from d2g.diffusion.pipelines import family_of
 from distill.config.components import DiscriminatorConfig
-from distill.models.discriminator_kind import DiscriminatorKind
+from distill.models.discriminator_kind import TIME_SETTINGS, DiscriminatorKind
 
 TINY = 1e-24
 """Added below the root of `ResponseNorm`: no number in fp32 changes unless the sum is below 1e-16."""
@@ -127,5 +127,5 @@ CASCADE = DiscriminatorKind(
     build_on_meta=_on_meta,
     shard_units=lambda teacher, network: family_of(teacher).shard_units(network),
     networks=("prior", "decoder"),
-    settings=("z_conditioning", "freeze_backbone"),
+    settings=("z_conditioning", "freeze_backbone", *TIME_SETTINGS),
 )

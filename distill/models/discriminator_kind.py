@@ -8,6 +8,12 @@ from torch import nn
 
 from distill.config.components import DiscriminatorConfig
 
+TIME_SETTINGS = (
+    *("timestep", "timestep_mode", "timestep_shift"),
+    *("noise_augment", "noise_max_timestep"),
+)
+"""Settings of the time input and of noise before the discriminator, for networks that have a time input."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiscriminatorKind:
@@ -29,3 +35,8 @@ class DiscriminatorKind:
     """The teacher's components that it can be built from, such as unet; empty: it takes any teacher."""
     settings: tuple[str, ...] = ()
     """Fields of DiscriminatorConfig that not every kind reads."""
+    draws: int = 0
+    """Random integers below 2^24 per row that the network takes as its last argument, [B, draws]."""
+    open_view: Callable[[str, DiscriminatorConfig, bool], nn.Module] | None = None
+    """(teacher, settings, without weights) -> frozen networks that every process loads and passes to the
+    network's `attach`: they are not trained, saved or sharded."""

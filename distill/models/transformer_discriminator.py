@@ -17,7 +17,8 @@ from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.transformer import TransformerFamily
 from d2g.diffusion.pipelines import family_of
 from distill.config.components import DiscriminatorConfig
-from distill.models.discriminator_kind import DiscriminatorKind
+from distill.models.discriminator_kind import TIME_SETTINGS, DiscriminatorKind
+from distill.models.feature_networks import equally_spaced
 
 
 class TransformerDiscriminator(nn.Module):
@@ -39,7 +40,7 @@ class TransformerDiscriminator(nn.Module):
         self.transformer: Any = network
         self.family, self.timestep, self.downscale = family, config.timestep, downscale
         self.patch = family.size_unit(network.config)
-        self.depths = _depths(family.depth(network.config), config.token_heads)
+        self.depths = equally_spaced(family.depth(network.config), config.token_heads, "the network")
         self.scales = config.token_scales
         channels, *size = family.latent_shape(network.config)
         _check_scales(self.scales, [side // self.patch for side in size])
@@ -84,15 +85,6 @@ class TransformerDiscriminator(nn.Module):
                 head = self.heads[_head(depth, scale)]
                 logits[_head(depth, scale)] = head(tokens if scale == 1 else F.avg_pool2d(tokens, scale))
         return logits
-
-
-def _depths(blocks: int, heads: int) -> list[int]:
-    """Numbers of blocks, counted from 1, after which the heads read: equally spaced up to the last."""
-    if heads > blocks:
-        raise SettingError(
-            f"gan.token_heads is {heads}, but the network has {blocks} blocks; expected 1 to {blocks}"
-        )
-    return [round(blocks * (number + 1) / heads) for number in range(heads)]
 
 
 def _check_scales(scales: tuple[int, ...], grid: list[int]) -> None:
@@ -143,5 +135,5 @@ TRANSFORMER = DiscriminatorKind(
     build_on_meta=_on_meta,
     shard_units=lambda teacher, network: family_of(teacher).shard_units(network),
     networks=("transformer",),
-    settings=("z_conditioning", "token_heads", "token_scales", "freeze_backbone"),
+    settings=("z_conditioning", "token_heads", "token_scales", "freeze_backbone", *TIME_SETTINGS),
 )

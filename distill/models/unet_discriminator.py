@@ -19,7 +19,7 @@ from d2g.diffusion.families.unet import UNetFamily
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.scheduler_files import AnySchedule
 from distill.config.components import DiscriminatorConfig
-from distill.models.discriminator_kind import DiscriminatorKind
+from distill.models.discriminator_kind import TIME_SETTINGS, DiscriminatorKind
 
 BLOCK_TYPES = tuple(
     f"{prefix}{direction}{suffix}"
@@ -210,7 +210,10 @@ UNET = DiscriminatorKind(
     build_on_meta=discriminator_on_meta,
     shard_units=lambda teacher, network: family_of(teacher).shard_units(network),
     networks=("unet",),
-    settings=("z_conditioning", "multi_scale_input", "multi_scale_output", "output_head", "freeze_backbone"),
+    settings=(
+        *("z_conditioning", "multi_scale_input", "multi_scale_output", "output_head", "freeze_backbone"),
+        *TIME_SETTINGS,
+    ),
 )
 
 

@@ -27,10 +27,11 @@ from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import family_of, open_pipeline
 from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig
 from distill.config.run import DistillConfig, EngineConfig
-from distill.losses.gradient_penalty import r1_penalty
+from distill.losses.gradient_penalty import DiscriminatorInput, r1_penalty
 from distill.losses.regression.decoder_features import DecoderFeatures
 from distill.losses.regression.registry import regression_networks
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
+from distill.models.projected_discriminator import ProjectedDiscriminator
 from distill.models.row_dropout import set_dropout_keys
 from distill.models.student import Student, check_teacher, meta_student, set_trainable
 from distill.planning.reference_models import NAMES, configs_only
@@ -84,17 +85,24 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     # The first backward pass of a process decides whether autograd starts threads. On fake tensors it would
     # start some, and processes forked from this one could not train.
     torch.ones((), requires_grad=True).backward()
+    view = [] if discriminator is None else _views(discriminator)
+    frozen += _bytes(p for network in view for p in network.parameters())
     metric = _latent_metric(config, student.latent_shape[0])
     if metric is not None:
         frozen += sum(p.numel() * p.element_size() for p in metric.parameters())
     with FakeTensorMode():
         if metric is not None:
             to_fake(metric)
-        for network in (student, discriminator):
+        for network in (student, discriminator, *view):
             if network is not None:
                 to_fake(network)
-                if config.engine.activation_checkpointing:
-                    engine.recompute(list(family_of(config.teacher).shard_units(network)))
+        if config.engine.activation_checkpointing:
+            engine.recompute(list(family_of(config.teacher).shard_units(student)))
+            if discriminator is not None:
+                kind = DISCRIMINATORS[config.gan.discriminator]
+                engine.recompute(list(kind.shard_units(config.teacher, discriminator)))
+            for network in view:
+                engine.recompute(network.layers())  # type: ignore[operator]
         working = _working_bytes(config, world_size, student, discriminator, distances, metric)
     shards = _shards(config.engine, world_size)
     trained = [student] if discriminator is None else [student, discriminator]
@@ -235,7 +243,10 @@ def _discriminator_bytes(
     buckets: bool,
 ) -> float:
     """Bytes of D's update: activations of real and fake rows, the gradient penalty, or the optimizer step."""
-    graph = _activations(config, discriminator, student, lambda b: discriminator(b.noise, b.noise, b.cond))
+    # Frozen networks that it reads through count as part of it.
+    network = nn.ModuleList([discriminator, *_views(discriminator)])
+    inputs = partial(_discriminator_input, config.gan)
+    graph = _activations(config, network, student, lambda b: discriminator(*inputs(b).args))
     passes = 3 if config.gan.active_penalty == "approx" else 2
     update = _update_bytes(discriminator, config.gan.optim, shards, buckets)
     if config.gan.active_penalty in ("none", "approx"):
@@ -243,7 +254,7 @@ def _discriminator_bytes(
     # The penalty has a backward pass of its own, so its gradients exist during the passes that follow.
     gradients = _bytes(_trained(discriminator)) / shards
     penalty_rows = 1 if config.gan.active_penalty == "single" else rows
-    penalty = _penalty_activations(config.teacher, discriminator, student).of(penalty_rows)
+    penalty = _penalty_activations(config, network, student, discriminator).of(penalty_rows)
     # Under FSDP2 the gathered weights stay until the penalty is done.
     if config.engine.parallel == "fsdp":
         penalty += _bytes(discriminator.parameters()) * (0.5 if config.train.precision == "bf16" else 1.0)
@@ -284,12 +295,31 @@ def _activations(
     return replace(saved, fixed=0.0) if config.engine.parallel == "fsdp" else saved
 
 
-def _penalty_activations(teacher: str, discriminator: nn.Module, student: Student) -> SavedBytes:
-    """Bytes that a pass saves whose gradient is differentiated again, in fp32."""
-    b = _fake_batch(open_pipeline(teacher), student, 1)
+def _penalty_activations(
+    config: DistillConfig, network: nn.Module, student: Student, discriminator: nn.Module
+) -> SavedBytes:
+    """Bytes that a pass saves whose gradient is differentiated again, in fp32. network: the discriminator
+    with the frozen networks that it reads through."""
+    b = _discriminator_input(config.gan, _fake_batch(open_pipeline(config.teacher), student, 1))
     with sdpa_kernel(SDPBackend.MATH):
-        row = saved_bytes(discriminator, lambda: r1_penalty(discriminator, b.noise, b.noise, b.cond), False)
+        row = saved_bytes(
+            network,
+            lambda: r1_penalty(discriminator, b.latents, b.noise, b.cond, draws=b.draws),
+            False,
+        )
     return SavedBytes(fixed=0.0, row=row)
+
+
+def _discriminator_input(gan: DiscriminatorConfig, b: _Batch) -> DiscriminatorInput:
+    """Inputs of a discriminator for the rows of a batch."""
+    count = DISCRIMINATORS[gan.discriminator].draws
+    draws = torch.zeros(len(b.noise), count, dtype=torch.int64) if count else None
+    return DiscriminatorInput(b.noise, b.noise, b.cond, None, draws)
+
+
+def _views(discriminator: nn.Module) -> list[nn.Module]:
+    """The frozen networks that a discriminator reads through, or its part that has some."""
+    return [part.view for part in discriminator.modules() if isinstance(part, ProjectedDiscriminator)]
 
 
 def _distance_activations(distance: nn.ModuleList, shape: tuple[int, int, int]) -> SavedBytes:

@@ -21,6 +21,7 @@ from distill.losses.gradient_penalty import DiscriminatorInput, sample_penalty_r
 from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.base import Transforms
 from distill.losses.regression.regression import Regression
+from distill.models.discriminators import DISCRIMINATORS
 from distill.models.row_dropout import row_keys
 from distill.training.text_cache import TextCache
 from latent_lpips.augment import select_transforms
@@ -35,6 +36,7 @@ class StepRandomness:
     transforms: Transforms  # of the regression loss
     mix: Tensor  # [B] in (0, 1): which rows are mismatched, and how
     levels: Tensor | None  # [B] D's time inputs; None: its constant
+    draws: Tensor | None  # [3, B, D] integers of real, fake and the student's rows, for kinds that take them
     penalized_rows: list[int]  # rows for single-sample R1, drawn in every step, due or not; else empty
     nimg: int  # number of the first row since the run began
 
@@ -57,6 +59,7 @@ class MicroBatch:
     t: Tensor | None  # [b] D's time inputs
     augment_noise: tuple[Tensor | None, Tensor | None]  # added before D to the real and to the fake rows
     r1_noise: Tensor | None  # of the approximated R1
+    draws: tuple[Tensor | None, ...] = (None,) * 3  # [b, D] of real, fake and the student's rows
     generated: Tensor = field(init=False)  # [b, C, h, w] the student's latents
     d_real: DiscriminatorInput = field(init=False)
     d_fake: DiscriminatorInput = field(init=False)
@@ -121,8 +124,10 @@ class StepPreparation:
             return generator(self.seed, nimg, kind)
 
         size, gan = self.batch_size, self.gan
-        levels, penalized_rows = None, list[int]()
+        levels, draws, penalized_rows = None, None, list[int]()
         if gan is not None:
+            if count := DISCRIMINATORS[gan.discriminator].draws:
+                draws = torch.randint(2**24, (3, size, count), generator=stream(StepStream.VIEWS))
             levels = self.noise_augment.levels(size, stream(StepStream.NOISE_LEVELS))
             if gan.active_penalty == "single":
                 penalized_rows = sample_penalty_rows(size, gan.r1_rows, stream(StepStream.PENALTY_ROWS))
@@ -130,6 +135,7 @@ class StepPreparation:
             transforms=self.regression.draw(size, shape, stream(StepStream.TRANSFORMS)),
             mix=torch.rand(size, generator=stream(StepStream.MIX)),
             levels=levels,
+            draws=draws,
             penalized_rows=penalized_rows,
             nimg=nimg,
         )
@@ -179,6 +185,9 @@ class StepPreparation:
                 to_device(self.noise_augment.eps(rows, shape, 1), device),
             ),
             r1_noise=to_device(r1_noise, device),
+            draws=(None,) * 3
+            if randomness.draws is None
+            else tuple(to_device(draws[batch_rows], device) for draws in randomness.draws),
         )
 
 

@@ -99,6 +99,7 @@ class RealRows:
             _replace_rows(inputs.noise, index, image_noise),
             inputs.cond.map(lambda old, new: _replace_rows(old, index, new), text),
             inputs.t,
+            inputs.draws,
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
+from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.ema import EMA
 from distill.models.student import (
@@ -149,6 +150,7 @@ def state_of(
             lambda net: [net],
             lambda net: kind.shard_units(config.teacher, net),
         )
+        _attach_view(kind, config, discriminator.module, device)
         optim_d = optimizer(discriminator.module, config.gan.optim)
     ema = EMA(student.module, config.train.ema_decay, config.train.ema_start_images)
     return State(
@@ -160,6 +162,18 @@ def state_of(
         discriminator=discriminator,
         optim_d=optim_d,
     )
+
+
+def _attach_view(
+    kind: DiscriminatorKind, config: DistillConfig, discriminator: Any, device: torch.device
+) -> None:
+    """Load the frozen networks that the discriminator reads through, if any. Call it on every rank."""
+    if kind.open_view is None:
+        return
+    view = kind.open_view(config.teacher, config.gan, False).to(device)
+    if config.engine.activation_checkpointing:
+        parallel.recompute(view.layers())  # type: ignore[operator]
+    discriminator.attach(view)
 
 
 def _distribute(

@@ -136,9 +136,10 @@ def discriminator_step(
         with discriminator.no_sync(number < len(microbatches) - 1):
             with context.autocast():
                 real, fake = microbatch.d_real, microbatch.d_fake
-                logits_real = discriminator(real.latents, real.noise, real.cond, real.t)
-                logits_fake = discriminator(fake.latents, fake.noise, fake.cond, fake.t)
-                loss = discriminator_loss(logits_real, logits_fake, gan.loss, gan.head_reduction)
+                logits_real, logits_fake = discriminator(*real.args), discriminator(*fake.args)
+                loss = discriminator_loss(
+                    logits_real, logits_fake, gan.loss, gan.head_reduction, gan.part_weights
+                )
                 terms.add({"loss/d": loss})
                 context.logit_stats.add(number, real=logits_real, fake=logits_fake)
                 if microbatch.r1_noise is not None:
@@ -164,14 +165,15 @@ def set_discriminator_inputs(context: StepContext, microbatch: MicroBatch) -> No
         microbatch.mix_mode,
         microbatch.mix_partner,
     )
-    real = DiscriminatorInput(microbatch.target, microbatch.noise, microbatch.cond, microbatch.t)
+    draws_real, draws_fake, _ = microbatch.draws
+    real = DiscriminatorInput(microbatch.target, microbatch.noise, microbatch.cond, microbatch.t, draws_real)
     with context.waiting():
         real = context.mix_in_real_images(real, microbatch.rows)
     noise_real, noise_fake = microbatch.augment_noise
     augment = context.noise_augment
     microbatch.d_real = replace(real, latents=augment(real.latents, microbatch.t, noise_real))
     latents = augment(latents, microbatch.t, noise_fake)
-    microbatch.d_fake = DiscriminatorInput(latents, noise, cond, microbatch.t)
+    microbatch.d_fake = DiscriminatorInput(latents, noise, cond, microbatch.t, draws_fake)
 
 
 def generator_step(
@@ -203,14 +205,16 @@ def adversarial_loss(context: StepContext, number: int, microbatch: MicroBatch, 
     assert discriminator is not None
     with context.autocast():
         augmented = context.noise_augment(latents, microbatch.t, microbatch.augment_noise[1])
-        logits_fake = discriminator.forward_frozen(augmented, microbatch.noise, microbatch.cond, microbatch.t)
+        inputs = DiscriminatorInput(
+            augmented, microbatch.noise, microbatch.cond, microbatch.t, microbatch.draws[2]
+        )
+        logits_fake = discriminator.forward_frozen(*inputs.args)
         logits_real = None
         if gan.loss == "rpgan":  # compares with the real rows
             with torch.no_grad():
-                real = microbatch.d_real
-                logits_real = discriminator.forward_frozen(real.latents, real.noise, real.cond, real.t)
+                logits_real = discriminator.forward_frozen(*microbatch.d_real.args)
     context.logit_stats.add(number, student=logits_fake)
-    return generator_loss(logits_fake, gan.loss, gan.head_reduction, logits_real)
+    return generator_loss(logits_fake, gan.loss, gan.head_reduction, logits_real, gan.part_weights)
 
 
 def one_or_nan(loss: Tensor) -> Tensor:

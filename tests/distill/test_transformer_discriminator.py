@@ -117,9 +117,9 @@ def test_heads_and_scales(family: str, folder: str) -> None:
     ("blocks", "heads", "expected"), [(28, 5, [6, 11, 17, 22, 28]), (12, 5, [2, 5, 7, 10, 12])]
 )
 def test_heads_are_equally_spaced(blocks: int, heads: int, expected: list[int]) -> None:
-    from distill.models.transformer_discriminator import _depths
+    from distill.models.feature_networks import equally_spaced
 
-    assert _depths(blocks, heads) == expected
+    assert equally_spaced(blocks, heads, "it") == expected
 
 
 def test_every_trained_parameter_gets_a_gradient(family: str, folder: str) -> None:

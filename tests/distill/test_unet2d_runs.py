@@ -15,10 +15,8 @@ from torch import Tensor
 
 import tiny
 import tiny_teachers
-from d2g.core.distributed import checkpoint, sharded_checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import Stream, generator, noise
-from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode
 from distill.config.export import ExportConfig
@@ -31,6 +29,7 @@ from distill.training.train import train
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config
 from pairgen.generate import generate_pairs
 from pairgen.store.reader import PairReader
+from runs import assert_resumes_exactly, losses, state_at
 
 KINDS = ("unet2d", "edm", "ldm")
 GAN = (
@@ -95,25 +94,6 @@ def picture(number: int) -> Image.Image:
 
 def mixing(kind: str) -> str:
     return f"gan.mix_fraction={0 if kind == 'ldm' else 0.5}"
-
-
-def state_at(run: Path, images: int) -> dict[str, Tensor]:
-    return sharded_checkpoint.read(checkpoint.open_checkpoint(run / "checkpoints" / f"{images:09d}"))
-
-
-def losses(run: Path) -> list[dict[str, float]]:
-    kept = ("loss/", "grad/", "logit/", "latent/")
-    return [{k: v for k, v in line.items() if k.startswith(kept)} for line in read_stats(run)]
-
-
-def assert_resumes_exactly(config: DistillConfig, shorter: DistillConfig, folder: Path) -> None:
-    """An unbroken run, and one that ends early and goes on: equal weights, optimizer states and reports."""
-    for run, configs in (("once", (config,)), ("twice", (shorter, config))):
-        for each in configs:
-            train(each, folder / run)
-    once, twice = (state_at(folder / run, config.train.images) for run in ("once", "twice"))
-    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
-    assert losses(folder / "once") == losses(folder / "twice") and "loss/r1" in losses(folder / "once")[0]
 
 
 def test_the_gan_stage_resumes_bit_for_bit(

@@ -1,0 +1,159 @@
+"""Frozen image networks behind one interface: pixels in, feature maps at several depths out.
+
+Vision transformers of transformers (DINO, DINOv2, DINOv3, CLIP), EfficientNet-lite0 and SqueezeNet 1.1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2g.core.errors import SettingError
+from d2g.vision.efficientnet import new_lite0, open_lite0
+from d2g.vision.normalization import HALF, IMAGENET, OPENAI
+from d2g.vision.transformers_vision import load_vision_transformer
+from d2g.vision.weights import fill_parameters, read_state
+
+LITE0, SQUEEZENET = "efficientnet-lite0", "squeezenet:"
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network that is read at some depths.
+
+    `depths`: numbers of blocks, counted from 1, after which it is read. `widths`: channels there.
+    `size_unit`: the side of its images is a multiple of it. `statistics`: mean and deviation of RGB in
+    [0, 1].
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        size_unit: int,
+        statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    ) -> None:
+        super().__init__()
+        self.depths, self.widths, self.size_unit = list(depths), list(widths), size_unit
+        self.statistics = statistics
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """Normalized pixels [B, 3, S, S] -> a map [B, C_d, h_d, w_d] for each of `depths`."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Pixels [B, 3, S, S] in [-1, 1] -> a map [B, C_d, h_d, w_d] for each of `depths`."""
+        mean, deviation = (
+            torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(3, 1, 1)
+            for values in self.statistics
+        )
+        return self.maps((pixels / 2 + 0.5 - mean) / deviation)
+
+
+class VisionTransformer(FeatureNetwork):
+    """Patch tokens of a vision transformer of transformers, as maps, without class and register tokens."""
+
+    def __init__(self, model: Any, heads: int, name: str) -> None:
+        config = model.config
+        depths = equally_spaced(config.num_hidden_layers, heads, name)
+        clip = config.model_type.startswith("clip")
+        super().__init__(
+            depths, [config.hidden_size] * len(depths), config.patch_size, OPENAI if clip else IMAGENET
+        )
+        self.model = model
+        # DINOv2 and DINOv3 take any size; the others resize their table of positions if they are asked to.
+        resizes = config.model_type.startswith("dino")
+        self.options = {} if resizes else {"interpolate_pos_encoding": True}
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """The patch tokens [B, width, S / patch, S / patch] after each of `depths`."""
+        states = self.model(pixel_values=pixels, output_hidden_states=True, **self.options).hidden_states
+        height, width = (side // self.size_unit for side in pixels.shape[2:])
+        tokens = (states[depth][:, -height * width :] for depth in self.depths)
+        return [each.transpose(1, 2).unflatten(2, (height, width)) for each in tokens]
+
+
+class ConvolutionalNetwork(FeatureNetwork):
+    """Outputs of the blocks of a convolutional network: of `stem` first, then of each of `blocks`."""
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        widths: Sequence[int],
+        heads: int,
+        name: str,
+        statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    ) -> None:
+        depths = equally_spaced(len(blocks), heads, name)
+        super().__init__(depths, [widths[depth - 1] for depth in depths], 1, statistics)
+        self.stem, self.blocks = stem, nn.ModuleList(blocks[: depths[-1]])
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """The output of the blocks at `depths`."""
+        features, maps = self.stem(pixels), []
+        for depth, block in enumerate(self.blocks, 1):
+            features = block(features)
+            if depth in self.depths:
+                maps.append(features)
+        return maps
+
+
+def equally_spaced(blocks: int, heads: int, name: str) -> list[int]:
+    """Numbers of blocks, counted from 1, after which heads read: equally spaced up to the last."""
+    if heads > blocks:
+        raise SettingError(
+            f"gan.token_heads is {heads}, but {name} has {blocks} blocks; expected 1 to {blocks}"
+        )
+    return [round(blocks * (number + 1) / heads) for number in range(heads)]
+
+
+def open_feature_network(name: str, heads: int, on_meta: bool = False) -> FeatureNetwork:
+    """A network of `gan.feature_networks`: eval mode, frozen. on_meta: without weights, from its config.
+
+    Raises UserError where weights or config are missing, SettingError for more heads than blocks.
+    """
+    if name == LITE0:
+        network = _lite0(heads, on_meta)
+    elif name.startswith(SQUEEZENET):
+        network = _squeezenet(name.removeprefix(SQUEEZENET), heads, on_meta)
+    else:
+        network = VisionTransformer(load_vision_transformer(name, on_meta), heads, name)
+    return network.eval().requires_grad_(False)
+
+
+def _lite0(heads: int, on_meta: bool) -> FeatureNetwork:
+    """EfficientNet-lite0 in its seven stages; the package's weights expect RGB in [-1, 1]."""
+    if on_meta:
+        with torch.device("meta"):
+            net = new_lite0()
+    else:
+        net, _ = open_lite0()
+    # The first stage ends with another convolution than the others.
+    last = [stage[-1] for stage in net.blocks]
+    widths = [
+        (block.conv_pwl if hasattr(block, "conv_pwl") else block.conv_pw).out_channels for block in last
+    ]
+    stem = nn.Sequential(net.conv_stem, net.bn1)
+    return ConvolutionalNetwork(stem, list(net.blocks), widths, heads, LITE0, HALF)
+
+
+def _squeezenet(file: str, heads: int, on_meta: bool) -> FeatureNetwork:
+    """SqueezeNet 1.1 in its eight fire modules, with the pooling before them."""
+    from torchvision.models import squeezenet1_1
+
+    with torch.device("meta" if on_meta else "cpu"):
+        net = squeezenet1_1(weights=None)
+    if not on_meta:
+        what = "torchvision's weights of squeezenet1_1"
+        fill_parameters(net, read_state(file, what), file, what)
+    # Pooling belongs to the fire module that follows it.
+    blocks: list[nn.Module] = []
+    before: list[nn.Module] = []
+    for layer in net.features[2:]:
+        before.append(layer)
+        if type(layer).__name__ == "Fire":
+            blocks.append(nn.Sequential(*before))
+            before = []
+    widths = [2 * block[-1].expand1x1.out_channels for block in blocks]  # type: ignore[index]
+    return ConvolutionalNetwork(net.features[:2], blocks, widths, heads, "squeezenet", IMAGENET)

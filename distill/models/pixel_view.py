@@ -1,0 +1,134 @@
+"""What a discriminator of pixels sees of latents: a crop, decoded, augmented, at a fixed size, as features.
+
+All operations have second derivatives, which the exact gradient penalty needs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2g.diffusion.latents import decode, latent_space
+from distill.models.feature_networks import FeatureNetwork
+from latent_lpips.augment import AugmentParams, apply_transforms
+
+DRAWS = 9
+"""Random integers of a row: crop (2), color (3), translation (2), cutout (2)."""
+RANGE = 2**24
+"""They lie in 0 to RANGE - 1, so that fp32 holds each; integers, because FSDP2 casts other inputs to bf16."""
+MAX_SHIFT = 1 / 8
+"""Largest translation as a share of the side (DiffAugment)."""
+
+
+class FrozenView(nn.Module):
+    """The frozen networks that projected reads through: the autoencoder and the feature networks.
+
+    `size`: side in pixels of the images that the feature networks see. `augment`: names of augmentations.
+    """
+
+    def __init__(
+        self, vae: Any, networks: Sequence[FeatureNetwork], size: int, augment: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.vae, self.networks = vae, nn.ModuleList(networks)
+        self.size, self.augment = size, tuple(augment)
+        self.side = size // latent_space(vae).downscale  # of the crop, in latents
+
+    def forward(self, latents: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        """Latents [B, C, h, w] and random integers [B, DRAWS] -> maps [B, C_d, h_d, w_d] by name."""
+        uniform = draws.to(latents.device).float() / RANGE
+        # FSDP2 casts the inputs where DDP has autocast.
+        half = latents.dtype == torch.bfloat16 or torch.is_autocast_enabled(latents.device.type)
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
+            pixels = decode(self.vae, crop_view(latents, self.side, uniform))
+            pixels = diff_augment(pixels, self.augment, uniform[:, 2:])
+            if pixels.shape[2:] != (self.size, self.size):
+                pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
+            maps = [network(pixels) for network in self.networks]
+        return dict(zip(self.names, (each for part in maps for each in part), strict=True))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the maps: block3, or net0_block3 if there are several networks."""
+        several = len(self.networks) > 1
+        return [
+            f"net{number}_block{depth}" if several else f"block{depth}"
+            for number, network in enumerate(self.networks)
+            for depth in network.depths  # type: ignore[union-attr]
+        ]
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the maps, in the order of `names`."""
+        return [width for network in self.networks for width in network.widths]  # type: ignore[union-attr]
+
+    def layers(self) -> list[nn.Module]:
+        """Blocks of the decoder, whose activations are recomputed if the run asks for it."""
+        decoder: Any = getattr(self.vae, "decoder", None)
+        return [*getattr(decoder, "up_blocks", ())]
+
+
+def crop_view(x: Tensor, side: int, uniform: Tensor) -> Tensor:
+    """A square of `side` positions of each row of x [B, C, h, w], or all of a shorter side. uniform
+    [B, 2 or more] in [0, 1): its place.
+    """
+    height, width = (min(side, length) for length in x.shape[2:])
+    if (height, width) == x.shape[2:]:
+        return x
+    places = [
+        (u * (length - part + 1)).long()
+        for u, length, part in zip(uniform.unbind(1), x.shape[2:], (height, width), strict=False)
+    ]
+    return crop_rows(x, places[0], places[1], height, width)
+
+
+def crop_rows(x: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """x [B, C, h, w] -> [B, C, height, width], row i from position (top[i], left[i]) on."""
+    rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
+    index = (top[:, None] + rows)[:, None, :, None]
+    x = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+    index = (left[:, None] + columns)[:, None, None, :]
+    return x.gather(3, index.expand(-1, x.shape[1], height, -1))
+
+
+def diff_augment(pixels: Tensor, names: Sequence[str], uniform: Tensor) -> Tensor:
+    """DiffAugment with its published strengths: color, then translation, then cutout, those in `names`.
+
+    pixels [B, 3, H, W] about [-1, 1]; uniform [B, 7] in [0, 1): brightness, contrast, saturation, shift down
+    and right, center of the cutout. Translated and cut out positions are 0.
+    """
+    if "color" in names:
+        pixels = apply_transforms(pixels, _transforms("c", uniform))
+    if "translation" in names:
+        pixels = _translate(pixels, uniform[:, 3:5])
+    if "cutout" in names:
+        pixels = apply_transforms(pixels, _transforms("o", uniform))
+    return pixels
+
+
+def _transforms(letters: str, uniform: Tensor) -> AugmentParams:
+    """Color and cutout of DiffAugment as transforms of E-LatentLPIPS; the others are off."""
+    zero, one, none = torch.zeros_like(uniform[:, 0]), torch.ones_like(uniform[:, 0]), uniform[:, :2] * 0
+    return AugmentParams(
+        letters=letters,
+        **dict.fromkeys(("flip", "quarter", "rotate_pre", "rotate_post"), zero),
+        **dict.fromkeys(("scale", "stretch"), one),
+        **dict.fromkeys(("integer_shift", "shift"), none),
+        brightness=uniform[:, 0] - 0.5,
+        contrast=uniform[:, 1] + 0.5,
+        saturation=2 * uniform[:, 2],
+        center=uniform[:, 5:7],
+        cutout=0.5,
+    )
+
+
+def _translate(pixels: Tensor, uniform: Tensor) -> Tensor:
+    """Shift each row by whole pixels, at most MAX_SHIFT of the side, over zeros. uniform [B, 2] in [0, 1)."""
+    height, width = pixels.shape[2:]
+    reach = [round(side * MAX_SHIFT) for side in (height, width)]
+    # A crop of the padded image: at `reach` it is the image itself.
+    places = [(u * (2 * r + 1)).long() for u, r in zip(uniform.unbind(1), reach, strict=True)]
+    padded = F.pad(pixels, (reach[1], reach[1], reach[0], reach[0]))
+    return crop_rows(padded, places[0], places[1], height, width)

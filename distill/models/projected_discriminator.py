@@ -1,0 +1,222 @@
+"""The discriminator on frozen features of decoded pixels (StyleGAN-T, section 3.2 and figure 3c).
+
+Written from the paper. Layout and what the paper leaves open: method.md "Discriminator on frozen features".
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2g.core.errors import SettingError
+from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.pipelines import family_of, open_pipeline
+from distill.config.components import DiscriminatorConfig
+from distill.models.discriminator_kind import DiscriminatorKind
+from distill.models.feature_networks import open_feature_network
+from distill.models.pixel_view import DRAWS, FrozenView
+
+PROJECTION = 64
+"""Width at which a head meets the text or the class (StyleGAN-T, table 4)."""
+KERNEL = 9
+"""Tokens that a residual convolution of a head reads."""
+SLOPE = 0.2
+
+
+class VirtualBatchNorm(nn.Module):
+    """Batch normalization over `rows` consecutive rows and their tokens, without running statistics.
+
+    The last group of a batch may be smaller. Each process normalizes its own rows.
+    """
+
+    def __init__(self, channels: int, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, L] -> [B, C, L], normalized in fp32 or float64."""
+        groups = []
+        for rows in x.to(torch.promote_types(x.dtype, torch.float32)).split(self.rows):
+            variance, mean = torch.var_mean(rows, dim=(0, 2), keepdim=True, correction=0)
+            groups.append((rows - mean) * (variance + 1e-5).rsqrt())
+        return torch.cat(groups).to(x.dtype) * self.weight[:, None] + self.bias[:, None]
+
+
+class ConvolutionBlock(nn.Module):
+    """A 1-D convolution over tokens, normalization, leaky ReLU."""
+
+    def __init__(self, channels: int, kernel: int, rows: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2)
+        self.norm = VirtualBatchNorm(channels, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, L] -> [B, C, L]."""
+        return F.leaky_relu(self.norm(self.conv(x)), SLOPE)
+
+
+class TokenHead(nn.Module):
+    """Logits of tokens: a 1x1 block, a residual block, and a projection on the condition.
+
+    `condition`: maps the condition of B rows to [B, PROJECTION]; None: one linear readout.
+    """
+
+    def __init__(self, width: int, rows: int, condition: nn.Module | None, kernel: int = KERNEL) -> None:
+        super().__init__()
+        self.mix, self.residual = ConvolutionBlock(width, 1, rows), ConvolutionBlock(width, kernel, rows)
+        self.readout = nn.Conv1d(width, PROJECTION if condition is not None else 1, 1)
+        self.condition = condition
+
+    def forward(self, tokens: Tensor, cond: Tensor | None) -> Tensor:
+        """tokens [B, C, L]; cond: class numbers [B] or text [B, D] -> logits [B, 1, L]."""
+        hidden: Tensor = self.mix(tokens)
+        readout: Tensor = self.readout((hidden + self.residual(hidden)) * 0.5**0.5)
+        if self.condition is None:
+            return readout
+        projected: Tensor = self.condition(cond)
+        products = (projected[:, :, None] * readout).sum(1, keepdim=True)
+        return products * PROJECTION**-0.5
+
+
+class ProjectedDiscriminator(nn.Module):
+    """D(x, c): token logits of every head on frozen features of the decoded x. The noise is not read.
+
+    Only the heads are trained, saved and sharded. `view` holds the frozen networks, which every process loads
+    by itself; it is no submodule.
+    """
+
+    def __init__(self, view: FrozenView, config: DiscriminatorConfig, classes: int, text_width: int) -> None:
+        super().__init__()
+
+        def condition() -> nn.Module | None:
+            if classes:
+                return nn.Embedding(classes, PROJECTION)
+            return nn.Linear(text_width, PROJECTION) if text_width else None
+
+        self.heads = nn.ModuleDict(
+            {
+                name: TokenHead(width, config.virtual_batch, condition())
+                for name, width in zip(view.names, view.widths, strict=True)
+            }
+        )
+        self._view = [view]  # in a list, so that it is no submodule
+
+    @property
+    def view(self) -> FrozenView:
+        """The frozen networks."""
+        return self._view[0]
+
+    def attach(self, view: nn.Module) -> None:
+        """Read through these networks, with weights."""
+        assert isinstance(view, FrozenView)
+        self._view = [view]
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        cond: Conditioning,
+        t: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """x [B, C, h, w] and the conditioning of B rows -> logits [B, 1, h_s, w_s] per head.
+
+        draws [B, DRAWS]: random integers of the crop and the augmentation. noise and t are not read.
+        """
+        assert draws is not None, "projected needs the random numbers of its rows"
+        condition, logits = condition_vector(cond), {}
+        for name, features in self.view(x, draws).items():
+            head = self.heads[name]
+            weight: Tensor = head.mix.conv.weight  # type: ignore[union-attr, assignment]
+            tokens = features.flatten(2).to(weight.dtype)
+            # A copy, because FSDP2 warns of outputs that are views.
+            logits[name] = head(tokens, condition).unflatten(2, features.shape[2:]).clone()
+        return logits
+
+
+def condition_vector(cond: Conditioning) -> Tensor | None:
+    """What the heads project: class numbers [B]; the pooled text [B, P], else the mean of the text's tokens
+    [B, D], without padding where there is a mask; None without a condition.
+    """
+    tensors = cond.tensors
+    if "class_labels" in tensors:
+        return tensors["class_labels"]
+    if "pooled" in tensors:
+        return tensors["pooled"]
+    if "hidden" not in tensors:
+        return None
+    hidden = tensors["hidden"]
+    if "mask" not in tensors:
+        return hidden.mean(1)
+    mask = tensors["mask"].to(hidden.dtype)[:, :, None]
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def open_view(teacher: str, config: DiscriminatorConfig, on_meta: bool = False) -> FrozenView:
+    """The teacher's autoencoder and the networks of `gan.feature_networks`, frozen. on_meta: without weights.
+
+    Raises SettingError for a size that they do not take, UserError for weights that are missing.
+    """
+    networks = [open_feature_network(name, config.token_heads, on_meta) for name in config.feature_networks]
+    for name, network in zip(config.feature_networks, networks, strict=True):
+        if config.feature_size % network.size_unit:
+            raise SettingError(
+                f"gan.feature_size is {config.feature_size}, but {name} has patches of {network.size_unit} "
+                "px; expected a multiple of that"
+            )
+    downscale = pretrained.latent_downscale(teacher)
+    if config.feature_size % downscale:
+        raise SettingError(
+            f"gan.feature_size is {config.feature_size}, but a latent is {downscale} px wide; expected a "
+            "multiple of that"
+        )
+    vae = pretrained.autoencoder_on_meta(teacher) if on_meta else pretrained.load_vae(teacher)
+    return FrozenView(vae.requires_grad_(False), networks, config.feature_size, config.feature_augment)
+
+
+def _on_meta(teacher: str, config: DiscriminatorConfig) -> ProjectedDiscriminator:
+    """The discriminator without weights."""
+    with torch.device("meta"):
+        return ProjectedDiscriminator(open_view(teacher, config, on_meta=True), config, *_condition(teacher))
+
+
+def _condition(teacher: str) -> tuple[int, int]:
+    """Number of classes, and width of the text that the heads project; 0 where there is none."""
+    family, pipeline = family_of(teacher), open_pipeline(teacher)
+    with torch.device("cpu"):
+        if not family.reads_text:
+            return pretrained.conditioner_on_meta(teacher).num_labels, 0
+        network: Any = pretrained.load_on_meta(teacher, family.network)
+        vector = condition_vector(family.fake_conditioning(pipeline, network.config, 1))
+    assert vector is not None
+    return 0, vector.shape[1]
+
+
+def _build(teacher: str, config: DiscriminatorConfig, rng: torch.Generator) -> ProjectedDiscriminator:
+    """The heads with random weights; the frozen networks are loaded later, on every process."""
+    view = open_view(teacher, config, on_meta=True)
+    discriminator = ProjectedDiscriminator(view, config, *_condition(teacher))
+    for module in discriminator.modules():
+        if isinstance(module, nn.Conv1d | nn.Linear):
+            bound = module.weight[0].numel() ** -0.5
+            nn.init.uniform_(module.weight, -bound, bound, generator=rng)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, generator=rng)
+    return discriminator
+
+
+PROJECTED = DiscriminatorKind(
+    name="projected",
+    build=_build,
+    build_on_meta=_on_meta,
+    shard_units=lambda teacher, network: [],
+    networks=("unet", "transformer"),  # a cascade's first stage has no decoder to pixels
+    settings=(*("token_heads", "feature_networks", "feature_size", "feature_augment", "virtual_batch"),),
+    draws=DRAWS,
+    open_view=open_view,
+)

@@ -1,0 +1,341 @@
+"""distill.models.projected_discriminator and two_discriminators: features, crops, heads, exact R1, runs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import tiny_teachers
+import vision_models
+from d2g.core.config import override
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import generator
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.latents import decode
+from distill.config.components import DiscriminatorConfig
+from distill.losses.adversarial import discriminator_loss, generator_loss
+from distill.losses.gradient_penalty import r1_penalty
+from distill.models.discriminators import DISCRIMINATORS, check_discriminator
+from distill.models.feature_networks import open_feature_network
+from distill.models.pixel_view import DRAWS, RANGE, crop_view, diff_augment
+from distill.models.projected_discriminator import VirtualBatchNorm, condition_vector
+from distill.planning.memory import predict
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from runs import assert_resumes_exactly, losses, state_at
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return vision_models.save_vit("vit", tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("teachers")
+    return {kind: tiny_teachers.save_kind(kind, root / kind) for kind in ("sd", "unet2d", "ldm")}
+
+
+def settings(vit: str, **more: Any) -> DiscriminatorConfig:
+    chosen: dict[str, Any] = {"discriminator": "projected", "token_heads": 2, "mix_z": 0.0, **more}
+    return DiscriminatorConfig(feature_networks=(vit,), feature_size=16, **chosen)
+
+
+def build(teacher: str, config: DiscriminatorConfig) -> Any:
+    kind = DISCRIMINATORS[config.discriminator]
+    network: Any = kind.build(teacher, config, generator(0))
+    assert kind.open_view is not None
+    network.attach(kind.open_view(teacher, config, False))
+    return network
+
+
+def random_draws(rows: int, seed: int = 0) -> Tensor:
+    return torch.randint(RANGE, (rows, DRAWS), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", vision_models.VITS)
+def test_features_are_the_patch_tokens_of_the_published_network(kind: str, tmp_path: Path) -> None:
+    """transformers' own output is the judge; a size other than the network's own works too."""
+    import transformers
+
+    folder = vision_models.save_vit(kind, tmp_path)
+    network = open_feature_network(folder, 2)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, deviation = (torch.tensor(s).view(3, 1, 1) for s in network.statistics)
+    model = transformers.AutoModel.from_pretrained(folder)
+    states = model(
+        pixel_values=(pixels / 2 + 0.5 - mean) / deviation, output_hidden_states=True
+    ).hidden_states
+    maps = network(pixels)
+    assert network.depths == [2, 4] and [m.shape for m in maps] == [(2, 16, 4, 4)] * 2
+    for depth, features in zip(network.depths, maps, strict=True):
+        torch.testing.assert_close(features.flatten(2).transpose(1, 2), states[depth][:, -16:])
+    assert network(torch.zeros(1, 3, 24, 24))[0].shape == (1, 16, 6, 6)
+    meta = open_feature_network(folder, 2, on_meta=True)
+    assert (meta.depths, meta.widths, meta.size_unit) == (network.depths, network.widths, 4)
+
+
+def test_convolutional_features(tmp_path: Path) -> None:
+    """EfficientNet-lite0 with its published weights, and SqueezeNet from a file of torchvision's keys."""
+    from torchvision.models import squeezenet1_1
+
+    lite0 = open_feature_network("efficientnet-lite0", 5)
+    maps = lite0(torch.zeros(1, 3, 64, 64))
+    assert lite0.depths == [1, 3, 4, 6, 7] and lite0.widths == [16, 40, 80, 192, 320]
+    assert [m.shape[1] for m in maps] == lite0.widths
+    assert [m.shape[2] for m in maps] == [32, 8, 4, 2, 2]
+    net = squeezenet1_1(weights=None).eval()
+    save_file(net.state_dict(), tmp_path / "squeezenet.safetensors")
+    squeezenet = open_feature_network(f"squeezenet:{tmp_path / 'squeezenet.safetensors'}", 8)
+    x = torch.rand(1, 3, 32, 32)
+    mean, deviation = (torch.tensor(s).view(3, 1, 1) for s in squeezenet.statistics)
+    torch.testing.assert_close(squeezenet(2 * x - 1)[-1], net.features((x - mean) / deviation))
+    assert squeezenet.widths == open_feature_network("squeezenet:", 8, on_meta=True).widths
+    with pytest.raises(UserError, match="no weights there; put torchvision's weights of squeezenet1_1"):
+        open_feature_network("squeezenet:nowhere.pth", 2)
+
+
+def test_crops_and_augmentations_follow_their_random_numbers() -> None:
+    x = torch.arange(2 * 3 * 6 * 5.0).view(2, 3, 6, 5)
+    crop = crop_view(x, 4, torch.tensor([[0.0, 0.0], [0.999, 0.999]]))
+    assert torch.equal(crop[0], x[0, :, :4, :4]) and torch.equal(crop[1], x[1, :, 2:, 1:])
+    assert crop_view(x, 8, torch.zeros(2, 2)) is x
+    # In the middle of every range nothing changes, but for the cutout.
+    middle = torch.full((2, 7), 0.5)
+    pixels = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(diff_augment(pixels, ("color", "translation"), middle), pixels)
+    cut = diff_augment(pixels, ("cutout",), middle)
+    assert (cut[:, :, 4:12, 4:12] == 0).all() and torch.equal(cut[:, :, :4], pixels[:, :, :4])
+    # A shift by an eighth of the side over zeros, and DiffAugment's color.
+    low = torch.zeros(2, 7)
+    shifted = diff_augment(pixels, ("translation",), low)
+    assert torch.equal(shifted[:, :, 2:, 2:], pixels[:, :, :-2, :-2]) and (shifted[:, :, :2] == 0).all()
+    bright = pixels - 0.5
+    mean = bright.mean((1, 2, 3), keepdim=True)
+    contrast = (bright - mean) * 0.5 + mean
+    gray = contrast.mean(1, keepdim=True).expand_as(pixels)
+    torch.testing.assert_close(diff_augment(pixels, ("color",), low), gray)
+
+
+def test_virtual_batches_are_normalized_by_themselves() -> None:
+    norm = VirtualBatchNorm(3, 2)
+    x = torch.randn(5, 3, 7) * 4 + 2
+    expected = torch.cat([F.batch_norm(part, None, None, training=True) for part in x.split(2)])
+    torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-5)
+    assert not dict(norm.named_buffers())
+
+
+def test_the_condition_is_the_class_or_the_text() -> None:
+    hidden, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    cond = condition_vector(Conditioning({"hidden": hidden, "mask": mask}))
+    assert cond is not None
+    torch.testing.assert_close(cond, torch.stack([hidden[0, :2].mean(0), hidden[1, 0]]))
+    assert torch.equal(condition_vector(Conditioning.from_text(hidden, hidden[:, 0])), hidden[:, 0])  # type: ignore[arg-type]
+    assert torch.equal(condition_vector(Conditioning.from_labels(mask[0])), mask[0])  # type: ignore[arg-type]
+    assert condition_vector(Conditioning.empty(2)) is None
+
+
+@pytest.mark.parametrize("kind", ["sd", "unet2d", "ldm"])
+def test_logits_depend_on_latents_condition_and_crop(kind: str, teachers: dict[str, str], vit: str) -> None:
+    """Only a crop of the latents is decoded, and only the heads are parameters."""
+    network = build(teachers[kind], settings(vit, feature_augment=()))
+    side = network.view.side
+    assert side == {"sd": 4, "unet2d": 16, "ldm": 4}[kind]
+    x, noise, cond = tiny_teachers.random_inputs(kind, 3, size=2 * side)
+    draws = random_draws(3)
+    logits = network(x, noise, cond, None, draws)
+    assert {n: v.shape for n, v in logits.items()} == {f"block{d}": (3, 1, 4, 4) for d in (2, 4)}
+    assert all(name.startswith("heads.") for name in network.state_dict())
+    # The same rows as a crop: the decoder saw nothing else.
+    crop = crop_view(x, side, draws.float() / RANGE)
+    torch.testing.assert_close(network(crop, noise, cond, None, draws), logits)
+    if kind == "unet2d":
+        assert torch.equal(decode(network.view.vae, crop), crop)
+    # Gradients reach the latents inside the crop alone; other conditions give other logits.
+    latents = x.clone().requires_grad_()
+    total = torch.stack([v.sum() for v in network(latents, noise, cond, None, draws).values()]).sum()
+    (slope,) = torch.autograd.grad(total, latents)
+    assert 0 < (slope.flatten(2).abs().sum((1, 2)) > 0).sum() and (slope == 0).float().mean() >= 0.75
+    if kind != "ldm":
+        other = network(x, noise, cond[[1, 2, 0]], None, draws)
+        assert not torch.allclose(other["block4"], logits["block4"])
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that rounds to fp32 keeps float64, for finite differences."""
+    to_float = Tensor.float
+    monkeypatch.setattr(Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("sd", "projected"), ("unet2d", "unet+projected")])
+def test_the_penalty_is_exact(
+    kind: str, name: str, teachers: dict[str, str], vit: str, float64: None
+) -> None:
+    """Through decoder, augmentation, resizing and feature network: finite differences in float64. Of two
+    discriminators each has a penalty of its own."""
+    network = build(teachers[kind], settings(vit, discriminator=name))
+    rng = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=rng)
+    network.double()
+    view = network.view if name == "projected" else network.second.view
+    view.double()
+    x, noise, cond = tiny_teachers.random_inputs(kind, 1, 1, torch.float64)
+    draws, step = random_draws(1), 1e-5
+
+    @torch.no_grad()
+    def scores(latents: Tensor) -> Tensor:
+        logits = network(latents, noise, cond, None, draws)
+        first = [v.mean() for h, v in logits.items() if not h.startswith("projected.")]
+        second = [v.mean() for h, v in logits.items() if h.startswith("projected.")]
+        return torch.stack([sum(first), sum(second, torch.zeros((), dtype=torch.float64))])  # type: ignore[list-item]
+
+    total = torch.zeros(2, dtype=torch.float64)
+    for position in range(x.numel()):
+        shift = torch.zeros_like(x)
+        shift.view(-1)[position] = step
+        total += ((scores(x + shift) - scores(x - shift)) / (2 * step)).square()
+    value = r1_penalty(network, x, noise, cond, draws=draws)
+    assert value.item() == pytest.approx(float(total.sum()), rel=1e-5) and (total > 1e-6).sum() == (
+        1 if name == "projected" else 2
+    )
+    # The penalty itself has gradients for the heads.
+    value.backward()
+    assert all(p.grad is not None for n, p in network.named_parameters() if "residual.conv.weight" in n)
+
+
+def test_two_discriminators_have_a_loss_each() -> None:
+    real = {"a": torch.randn(2, 1, 1, 1), "b": torch.randn(2, 1, 1, 1)}
+    fake = {head: torch.randn_like(v) for head, v in real.items()}
+    second = {f"projected.{head}": v for head, v in fake.items()}
+    for kind in ("ns", "hinge"):
+        one = discriminator_loss(real, fake, kind)  # type: ignore[arg-type]
+        both_real = {**real, **{f"projected.{head}": v for head, v in real.items()}}
+        both = discriminator_loss(both_real, {**fake, **second}, kind, weights={"projected": 0.5})  # type: ignore[arg-type]
+        torch.testing.assert_close(both, 1.5 * one)
+        g = generator_loss({**fake, **second}, kind, weights={"projected": 3.0})  # type: ignore[arg-type]
+        torch.testing.assert_close(g, 4 * generator_loss(fake, kind))  # type: ignore[arg-type]
+    assert DiscriminatorConfig(discriminator="unet+projected", mix_z=0, projected_weight=2).part_weights == {
+        "projected": 2
+    }
+
+
+def test_memory_counts_the_frozen_networks(teachers: dict[str, str], vit: str) -> None:
+    config = distill_config(Path(teachers["sd"]), Path("pairs"), stage="gan")
+    base = predict(config, 1)
+    frozen = open_feature_network(vit, 2)
+    weights = 4 * sum(p.numel() for p in frozen.parameters()) / 2**30
+    both = predict(replace(config, gan=settings(vit, discriminator="unet+projected")), 1)
+    assert both.frozen >= base.frozen + weights and both.working > base.working
+    # Twice as large crops need more memory, and recomputation of the decoder less.
+    large = replace(
+        config, gan=replace(settings(vit), feature_size=64), train=replace(config.train, batch_size=64)
+    )
+    recompute = replace(large, engine=replace(large.engine, activation_checkpointing=True))
+    assert predict(recompute, 1).working < predict(large, 1).working
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_heads": 5}, r"token_heads is 5, but .* has 4 blocks; expected 1 to 4"),
+        ({"feature_size": 18}, "feature_size is 18, but .* has patches of 4 px; expected a multiple"),
+        ({"feature_networks": ("nowhere",)}, "nowhere: no such folder; give one as save_pretrained writes"),
+        (
+            {"discriminator": "transformer+projected"},
+            r"set gan\.discriminator=unet or projected or unet\+projected",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(
+    change: dict[str, Any], message: str, teachers: dict[str, str], vit: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        check_discriminator(teachers["sd"], replace(settings(vit), **change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["gan.mix_z=1"], "mix_z is 1, but projected does not see the noise: .* set mix_z=0"),
+        (["gan.noise_augment=uniform"], "noisy latents decode to no image; set noise_augment=none"),
+        (["gan.feature_networks=[]"], "feature_networks is .*expected one or more names"),
+        (["gan.feature_augment=blur"], "feature_augment' is 'blur'; known: color, cutout, translation"),
+        (["gan.virtual_batch=0"], "virtual_batch is 0; expected 1 or more"),
+        (["gan.projected_weight=0"], "projected_weight is 0.0; expected a positive number"),
+    ],
+)
+def test_settings_that_contradict_each_other(values: list[str], message: str) -> None:
+    config = distill_config(Path("teacher"), Path("pairs"), stage="gan")
+    with pytest.raises(SettingError, match=message):
+        override(config, ["gan.discriminator=projected", "gan.mix_z=0", *values])
+
+
+RUN = (
+    "gan.loss=hinge",
+    "gan.mix_z=0",
+    "gan.mix_fraction=0.5",
+    "gan.token_heads=2",
+    "gan.feature_size=16",
+    "gan.virtual_batch=2",
+    "gan.r1_interval=2",
+    "gan.r1_rows=2",
+    "gan.optim.lr=1e-3",
+    "optim.lr=1e-3",
+)
+
+
+@pytest.fixture(scope="module")
+def pairs(teachers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(Path(teachers["sd"]), tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.mark.parametrize("name", ["projected", pytest.param("unet+projected", marks=pytest.mark.slow)])
+def test_runs_resume_bit_for_bit(
+    name: str, teachers: dict[str, str], vit: str, pairs: Path, tmp_path: Path
+) -> None:
+    """Heads are trained and saved; the frozen networks are not in the checkpoint."""
+    settings = (*RUN, f"gan.discriminator={name}", f'gan.feature_networks=["{vit}"]')
+    config, shorter = (
+        distill_config(
+            Path(teachers["sd"]), pairs, *settings, f"train.images={n}", stage="gan", init="teacher"
+        )
+        for n in (12, 4)
+    )
+    assert_resumes_exactly(config, shorter, tmp_path)
+    start, end = state_at(tmp_path / "twice", 4), state_at(tmp_path / "once", 12)
+    heads = [n for n in end if n.startswith("discriminator.") and "heads.block2" in n]
+    assert heads and all(not torch.equal(start[n], end[n]) for n in heads)
+    assert not any("model." in n or ".vae." in n for n in end)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_train_like_one(
+    engine: str, teachers: dict[str, str], vit: str, pairs: Path, tmp_path: Path
+) -> None:
+    """The virtual batch divides a process's rows, so the groups of rows are the same."""
+    config = distill_config(Path(teachers["sd"]), pairs, stage="gan", init="teacher")
+    settings = (
+        *RUN,
+        "gan.discriminator=unet+projected",
+        f'gan.feature_networks=["{vit}"]',
+        "train.images=12",
+    )
+    single = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
+    assert single.code == 0, single.stderr
+    command = distill_arguments(config, tmp_path / "two", *settings, f"engine.parallel={engine}")
+    for ended in d2g_ranks(command, tmp_path / "log"):
+        assert ended.code == 0, ended.stderr
+    names = ("loss/d", "loss/g_gan", "loss/g", "grad/d", "grad/g", "loss/r1")
+    one, two = (
+        [line[name] for line in losses(tmp_path / run) for name in names if name in line]
+        for run in ("one", "two")
+    )
+    assert len(one) == 17 and two == pytest.approx(one, rel=1e-4)

@@ -1,0 +1,30 @@
+"""What tests of whole runs compare: states in checkpoints and reported losses."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from d2g.core.distributed import checkpoint, sharded_checkpoint
+from d2g.core.tracking.run_directory import read_stats
+from distill.config.run import DistillConfig
+from distill.training.train import train
+
+
+def state_at(run: Path, images: int) -> dict[str, Tensor]:
+    return sharded_checkpoint.read(checkpoint.open_checkpoint(run / "checkpoints" / f"{images:09d}"))
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    kept = ("loss/", "grad/", "logit/", "latent/")
+    return [{k: v for k, v in line.items() if k.startswith(kept)} for line in read_stats(run)]
+
+
+def assert_resumes_exactly(config: DistillConfig, shorter: DistillConfig, folder: Path) -> None:
+    """An unbroken run, and one that ends early and goes on: equal weights, optimizer states and reports."""
+    for run, configs in (("once", (config,)), ("twice", (shorter, config))):
+        for each in configs:
+            train(each, folder / run)
+    once, twice = (state_at(folder / run, config.train.images) for run in ("once", "twice"))
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    assert losses(folder / "once") == losses(folder / "twice") and "loss/r1" in losses(folder / "once")[0]

@@ -1,0 +1,38 @@
+"""Tiny image networks with random weights, saved as transformers saves them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = dict(
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    intermediate_size=16,
+    image_size=16,
+    patch_size=4,
+)
+VITS = ("vit", "dinov2", "dinov3_vit", "clip_vision_model")
+
+
+def save_vit(kind: str, folder: Path) -> str:
+    """A vision transformer of 4 blocks on 16 px images with patches of 4 px; `kind`: its model type."""
+    import transformers
+
+    torch.manual_seed(3)
+    name = {
+        "vit": "ViTModel",
+        "dinov2": "Dinov2Model",
+        "dinov3_vit": "DINOv3ViTModel",
+        "clip_vision_model": "CLIPVisionModel",
+    }[kind]
+    more = {"dinov2": {"mlp_ratio": 1}, "dinov3_vit": {"num_register_tokens": 2}}.get(kind, {})
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **more)
+    options = {"add_pooling_layer": False} if kind == "vit" else {}
+    model = getattr(transformers, name)(config, **options)
+    for parameter in model.parameters():  # larger than transformers' 0.02, so that every path matters
+        if parameter.ndim > 1:
+            parameter.data.mul_(8)
+    model.save_pretrained(folder)
+    return str(folder)
