@@ -3,6 +3,7 @@
 Written from the paper. Layout and what the paper leaves open: method.md "Discriminator on frozen features".
 """
 
+import math
 from typing import Any
 
 import torch
@@ -77,8 +78,7 @@ class TokenHead(nn.Module):
         if self.condition is None:
             return readout
         projected: Tensor = self.condition(cond)
-        products = (projected[:, :, None] * readout).sum(1, keepdim=True)
-        return products * PROJECTION**-0.5
+        return (projected[:, :, None] * readout).sum(1, keepdim=True) / math.sqrt(PROJECTION)
 
 
 class ProjectedDiscriminator(nn.Module):

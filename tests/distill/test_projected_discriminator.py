@@ -225,6 +225,7 @@ def test_two_discriminators_have_a_loss_each() -> None:
     }
 
 
+@pytest.mark.slow
 def test_memory_counts_the_frozen_networks(teachers: dict[str, str], vit: str) -> None:
     config = distill_config(Path(teachers["sd"]), Path("pairs"), stage="gan")
     base = predict(config, 1)
