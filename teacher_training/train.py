@@ -31,6 +31,7 @@ from d2g.diffusion.pretrained import (
 )
 from latent_lpips import weights as lpips_weights
 from latent_lpips.training.small import train_latent_lpips
+from latent_lpips.training.synthetic_triplets import caption_targets
 from teacher_training.autoencoder import train_autoencoder
 from teacher_training.clip import train_clip
 from teacher_training.config import TeacherConfig
@@ -104,6 +105,7 @@ def train_teacher(
     if config.init:
         check_init(config.init)
     job = _open_job(config, out, progress, command)
+    _check_captions(job, stages)
     # Train what has no scores yet.
     scores: dict[str, Any] = {}
     trained_any = False
@@ -146,6 +148,29 @@ def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str
         config.column,
     )
     return TeacherJob(config=config, out=out, images=images, captions=captions, progress=progress)
+
+
+def _check_captions(job: TeacherJob, stages: tuple[str, ...]) -> None:
+    """Raise UserError for pictures that LatentLPIPS or CLIP cannot learn from, before the first stage."""
+    if not {"lpips", "clip"} & set(stages):
+        return
+    reason = ""
+    if len(job.images) < FEWEST_PICTURES:
+        reason = f"it holds {len(job.images)} picture(s), expected {FEWEST_PICTURES} or more"
+    elif "lpips" in stages:
+        try:
+            caption_targets(job.captions)
+        except UserError as error:
+            reason = str(error)
+    if reason:
+        raise UserError(
+            f"{job.config.data}: LatentLPIPS and CLIP learn from pictures and their captions: {reason}; or "
+            "train with --stages data,vae,unet, and distill with --set regression.losses=pseudo_huber"
+        )
+
+
+FEWEST_PICTURES = 3
+"""Pictures that CLIP needs: two to compare, and one held out."""
 
 
 def stage_length(config: TeacherConfig, stage: str) -> int:

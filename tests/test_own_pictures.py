@@ -20,7 +20,9 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "pictures").mkdir()
     image_folder(tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    # The first block is `d2g run`, which tests/full_run runs with a smaller teacher.
+    whole, block = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    assert all(line.startswith(("MINUTES=", "d2g run --data pictures")) for line in whole.splitlines())
     outputs = {}
     for line in block.splitlines():
         if assignment := re.fullmatch(r'([A-Z]+)=(?:"(.*)"|(.*))', line):

@@ -21,6 +21,21 @@ from teacher_training.config import TEACHER_PRESETS
 from teacher_training.data import captioned_images, register_data
 from teacher_training.train import train_teacher
 
+
+def test_pictures_without_a_difference_are_refused_before_the_first_stage(tmp_path: Path) -> None:
+    """One caption for all, and two pictures: the stages after the U-Net could not learn from them."""
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        make_image(number)[0].save(tmp_path / "data" / f"{number}.png")
+        (tmp_path / "data" / f"{number}.txt").write_text("a shape")
+    for limit, message in ((4, "4 captions have no word that occurs in 1% to 90%"), (2, "it holds 2 pic")):
+        config = replace(CONFIG, data=str(tmp_path / "data"), images=limit)
+        with pytest.raises(UserError, match=message) as error_info:
+            train_teacher(config, tmp_path / str(limit))
+        assert "or train with --stages data,vae,unet" in str(error_info.value)
+        assert not (tmp_path / str(limit) / "training" / "vae").exists()
+
+
 SOURCES = {"an image folder": image_folder, "class-named subfolders": class_folders, "parquet": parquet}
 
 
