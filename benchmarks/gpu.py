@@ -1,11 +1,12 @@
 """The battery for a first GPU: what only a GPU can tell, in order of value.
 
-    PYTHONPATH=. python benchmarks/gpu.py [--out gpu_results] [--only NAME ...] [--tiny] [--list]
+    PYTHONPATH=. python benchmarks/gpu.py [--out gpu_results] [--only NAME ...] [--tiny [--together]] [--list]
 
 Each item runs in a process of its own for at most 8 minutes, and writes OUT/NAME.json. The same command goes
 on where it stopped: items with a result are left out, failed ones run again. After each item
 OUT/gpu_DATE_CARD.md has all results so far. `--tiny` takes tiny sizes, to try the battery without a GPU; its
-numbers mean nothing. Exit code 1 if an item failed. The first item needs pytest and hypothesis.
+numbers mean nothing. `--together` runs tiny items in one process, which imports everything once. Exit code 1
+if an item failed. The first item needs pytest and hypothesis.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -78,6 +80,17 @@ def run_item(item: Item, options: gpu_items.Options) -> dict[str, Any]:
     return {**result, "seconds": seconds}
 
 
+def run_here(item: Item, options: gpu_items.Options) -> dict[str, Any]:
+    """The same in this process."""
+    started = time.monotonic()
+    try:
+        result = item.measure(options)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}"}
+    return {**result, "seconds": time.monotonic() - started}
+
+
 def report(out: Path, tiny: bool) -> Path:
     """Write the page with all results so far."""
     lines = ["# First GPU" + (", tiny sizes: these numbers mean nothing" if tiny else ""), ""]
@@ -108,9 +121,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_results"))
     parser.add_argument("--only", nargs="+", choices=[item.name for item in ITEMS], default=[])
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--list", action="store_true", help="print the items and end")
     parser.add_argument("--item", help=argparse.SUPPRESS)  # in the process of one item
     args = parser.parse_args()
+    if args.together and not args.tiny:
+        parser.error("--together needs --tiny: on a GPU each item starts with empty memory")
     if args.list:
         print("\n".join(f"{item.name:14} {item.question}" for item in ITEMS))
         return 0
@@ -128,7 +144,7 @@ def main() -> int:
         if file.is_file() and "error" not in json.loads(file.read_text()):
             continue
         print(f"{item.name}: {item.question}", flush=True)
-        result = run_item(item, options)
+        result = (run_here if args.together else run_item)(item, options)
         write_atomically(file, json.dumps(result, indent=1))
         print(f"  {result.get('error', 'done')}, {result['seconds']:.0f} s", flush=True)
         failed += [item.name] if "error" in result else []

@@ -42,11 +42,13 @@ def open_ours(request: Request) -> Any:
 
 
 def open_decoded(request: Request) -> Any:
-    """Build a distance that decodes with a random VAE of Stable Diffusion's size and applies lpips' VGG."""
+    """Build a distance that decodes with a random VAE, of Stable Diffusion's size unless `blocks` says
+    otherwise, and applies lpips' VGG.
+    """
     import lpips
     from diffusers import AutoencoderKL
 
-    blocks = (128, 256, 512, 512)
+    blocks = request.get("blocks", (128, 256, 512, 512))
     vae = AutoencoderKL(
         block_out_channels=blocks,
         down_block_types=("DownEncoderBlock2D",) * 4,

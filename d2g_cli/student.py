@@ -159,12 +159,10 @@ def export(options: ExportOptions, out: Out = Path("exported")) -> None:
     if options.dry_run:
         inputs = named(config, ("student", "teacher")) | {"--scores": options.scores}
         finish_dry_run(config, options.as_json, inputs=inputs)
-    import torch
-
+    from d2g.core.distributed import process_group
     from distill.export.export import export as export_student
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    emit(export_student(config, out, device), options.as_json, "export")
+    emit(export_student(config, out, process_group.own_device()), options.as_json, "export")
 
 
 @one_process

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.config import RESTORE_CONFIG_HINT, from_json
-from d2g.core.distributed import checkpoint
+from d2g.core.distributed import checkpoint, process_group
 from d2g.core.errors import SettingError, UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
@@ -395,7 +395,7 @@ def _student_images(
     prior: str | None = None,
 ) -> tuple[list[Tensor], float]:
     """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
-    one_step = with_prior(load_student(name, teacher, _device()), name, prior)
+    one_step = with_prior(load_student(name, teacher, process_group.own_device()), name, prior)
     # The guidance scale is an input of some students only.
     if guidance is not None and one_step.student.guided:
         one_step = replace(one_step, guidance=guidance)
@@ -422,7 +422,7 @@ def _teacher_images(
 ) -> tuple[list[Tensor], float]:
     """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
     expect_lone_teacher(name)
-    teacher = load_teacher(name, _device())
+    teacher = load_teacher(name, process_group.own_device())
     scale = teacher.default_guidance if guidance is None else guidance
     solver = teacher.default_solver
     check_solver(teacher, solver, steps, scale)
@@ -447,10 +447,6 @@ def expect_lone_teacher(name: str) -> None:
             f"teacher {name} is {family.title}, and a stage of a cascade draws no images alone; draw with "
             "students of both stages: --student and --prior"
         )
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _write_images(images: Sequence[Tensor], prompts: Sequence[str], seed: int, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs `train` on fake CUDA tensors, without a GPU, and prints where a GPU would keep the host waiting.
 
     PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan [a.b=c ...]
+    PYTHONPATH=.:tests python tests/fake_cuda.py families KIND ...
     PYTHONPATH=.:tests python tests/fake_cuda.py memory PRESET ode|gan [a.b=c ...]
 
 CPU tensors are real, CUDA tensors are FakeTensors. Mixing the two raises, as on a GPU. A value that the host
@@ -8,9 +9,10 @@ asks of the device is made up (1), and the line that asked is counted. A copy to
 until the host has waited for an event behind it. Attention takes a GPU's kernels. Tried with torch 2.11.0 and
 2.15.0, without a driver. Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits
 of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
-of each step before. `memory` takes two steps of a preset at the size of its published model, and prints GiB
-at the peak: `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without
-text encoders.
+of each step before. `families` samples pairs and trains both stages of tiny teachers (the kinds of
+tests/tiny_teachers.py), and prints such an object by kind and stage; `pairs`: the waits of a second batch.
+`memory` takes two steps of a preset at the size of its published model, and prints GiB at the peak: `tracked`
+(storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
 """
 
 import atexit
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,29 +203,86 @@ class GpuAttention(TorchFunctionMode):
 def main(stage: str, *settings: str) -> None:
     import jobs
     import tiny
-    from d2g.core.config import override
-    from d2g.core.distributed import process_group
-    from distill.config.presets import preset
-    from distill.training import state
-    from distill.training.train import train
 
     folder = Path(tempfile.mkdtemp())
     teacher = tiny.save_teacher(folder / "teacher")
     pairs = jobs.make_pairs(Path(teacher), folder)
-    config = replace(preset("trial", stage), teacher=str(teacher), pairs=str(pairs))
-    config = replace(config, init="teacher" if stage == "gan" else "")
-    options = replace(config.train, batch_size=4, images=12, loader_workers=0, checkpoint_images=10**9)
-    config = override(replace(config, train=replace(options, report_images=10**9)), settings)
+    begin()
+    print(json.dumps(waits_of_training(folder, teacher, pairs, stage, settings)))
+
+
+def families(*kinds: str) -> None:
+    import tiny
+    import tiny_teachers
+    from d2g.diffusion.teacher import load_teacher
+    from pairgen.generate import generate_pairs
+    from pairgen.job import open_job
+
+    root, results = Path(tempfile.mkdtemp()), dict[str, Any]()
+    stores = {}
+    for kind in kinds:
+        # Pairs on the CPU, of which the runs read real numbers.
+        folder = root / kind
+        teacher = tiny_teachers.save_kind(kind, folder / "teacher")
+        loaded = load_teacher(teacher)
+        has_text = loaded.conditioning == "text"
+        prompts = tiny.save_prompts(folder / "prompts.txt") if has_text else ""
+        guidance = 3.0 if has_text else 1.0
+        stores[kind] = tiny.pair_config(teacher, prompts, guidance=guidance, solver=loaded.default_solver)
+        generate_pairs(stores[kind], folder / "pairs")
+    begin()
+    for kind, config in stores.items():
+        folder = root / kind
+        mode = FakeCuda()
+        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
+            job = open_job(config, torch.device("cuda", 0))
+            for rows in ([0, 1, 2], [3, 4, 5]):
+                mode.waits.clear()  # the first batch copies constants
+                job.rows(rows, job.encode(rows))
+        results[kind] = {"pairs": dict(mode.waits)}
+        settings = ["regression.losses=mse:1"] if kind in tiny_teachers.UNETS and kind != "sd" else []
+        gan = (
+            ["gan.discriminator=transformer", "gan.token_heads=2"]
+            if kind in tiny_teachers.TRANSFORMERS
+            else []
+        )
+        gan += ["gan.mix_fraction=0"] if kind == "ldm" else []
+        for stage in ("ode", "gan"):
+            chosen = [*settings, *(gan if stage == "gan" else [])]
+            arguments = (config.teacher, folder / "pairs", stage, chosen)
+            results[kind][stage] = waits_of_training(folder / stage, *arguments, steps=2)
+    print(json.dumps(results))
+
+
+def begin() -> None:
+    """Let the project use fake CUDA tensors."""
+    from d2g.core.distributed import process_group
+    from distill.training import state
+
     pretend_cuda()
     any_group: Any = process_group
     any_group.init = lambda long_waits=False: torch.device("cuda", 0)
     # torch.distributed.checkpoint looks at storages, which fakes do not have.
     any_state: Any = state.State
     any_state.save = lambda *arguments: None
-    mode, steps, late = FakeCuda(), [], []
+
+
+def waits_of_training(
+    folder: Path, teacher: str, pairs: Path, stage: str, settings: Sequence[str], steps: int = 3
+) -> dict[str, Any]:
+    """Some steps of the preset `trial`: what the module prints of all but the first."""
+    from d2g.core.config import override
+    from distill.config.presets import preset
+    from distill.training.train import train
+
+    config = replace(preset("trial", stage), teacher=teacher, pairs=str(pairs))
+    config = replace(config, init="teacher" if stage == "gan" else "")
+    options = replace(config.train, batch_size=4, images=4 * steps, loader_workers=0, checkpoint_images=10**9)
+    config = override(replace(config, train=replace(options, report_images=10**9)), settings)
+    mode, waits, late = FakeCuda(), [], []
 
     def progress(label: str, done: int, total: int) -> None:
-        steps.append(dict(mode.waits))
+        waits.append(dict(mode.waits))
         late.append(dict(mode.late))
         mode.waits.clear()
         mode.late.clear()
@@ -235,7 +294,7 @@ def main(stage: str, *settings: str) -> None:
     except Exception as error:  # no checkpoint was written: `train` says so at its end
         if "nothing to train" not in str(error):
             raise
-    print(json.dumps({"steps": steps[1:], "late": late[1:], "report": dict(mode.waits)}))
+    return {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits)}
 
 
 def memory(name: str, stage: str, *settings: str) -> None:
@@ -278,4 +337,8 @@ def memory(name: str, stage: str, *settings: str) -> None:
 
 
 if __name__ == "__main__":
-    memory(*sys.argv[2:]) if sys.argv[1] == "memory" else main(*sys.argv[1:])
+    modes: dict[str, Callable[..., None]] = {"memory": memory, "families": families}
+    if sys.argv[1] in modes:
+        modes[sys.argv[1]](*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

@@ -34,10 +34,14 @@ def test_the_battery_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(tmp_p
     names = [line.split()[0] for line in listed.stdout.splitlines()]
     assert names[:2] == ["tests", "matmul"] and len(names) == 13
 
-    # An item that failed before runs again.
+    # An item that failed before runs again, in a process of its own; then the others.
     (tmp_path / "matmul.json").write_text(json.dumps({"error": "stopped", "seconds": 1.0}))
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for arguments in (["--only", "matmul"], ["--together"]):
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("matmul" in done.stdout) == ("--only" in arguments)
     for name in names:
         result = json.loads((tmp_path / f"{name}.json").read_text())
         assert "error" not in result and (result["rows"] or result["notes"])

@@ -13,7 +13,7 @@ from d2g.core.logs import log_once
 
 
 def set_exact_fp32(device: torch.device) -> None:
-    """Compute in IEEE fp32 on CUDA. `process_group.init` calls it."""
+    """Compute in IEEE fp32 on CUDA. `process_group.own_device` calls it."""
     if device.type == "cuda":
         _allow_tf32(False)
 

@@ -66,7 +66,7 @@ class Conditioning:
         if rows and not -len(self) <= min(rows) <= max(rows) < len(self):
             raise IndexError(f"positions {min(rows)} to {max(rows)} of {len(self)} rows")
         positions = torch.tensor(rows, dtype=torch.int64)
-        return self.map(lambda tensor: tensor[positions.to(tensor.device)])
+        return self.map(lambda tensor: tensor[to_device(positions, tensor.device)])
 
     def map(self, function: Callable[..., Tensor], *others: "Conditioning") -> "Conditioning":
         """Apply `function` to each tensor and its namesakes in `others`; keep the unconditional row."""
@@ -82,7 +82,8 @@ class Conditioning:
         def convert(tensor: Tensor) -> Tensor:
             if isinstance(target, torch.dtype) and not tensor.is_floating_point():
                 return tensor
-            return tensor.to(target)
+            to_gpu = not isinstance(target, torch.dtype) and torch.device(target).type == "cuda"
+            return to_device(tensor, target) if to_gpu else tensor.to(target)
 
         tensors, null = (
             {name: convert(tensor) for name, tensor in part.items()} for part in (self.tensors, self.null)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError, first_line
+from d2g.core.transfer import to_device
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner, Conditioning, ConditioningKind
 from d2g.diffusion.edm import EDMSchedule
@@ -168,7 +169,7 @@ class Teacher:
             cond = self.encode(unique)[[position[prompt] for prompt in prompts]]
         assert len(cond) == len(noise), f"{len(cond)} rows of conditioning for {len(noise)} rows of noise"
         denoise = self.denoiser(cond, guidance, guidance_rescale)
-        return sample_ode(denoise, noise.to(self.device), self.schedule, steps, solver, churn)
+        return sample_ode(denoise, to_device(noise, self.device), self.schedule, steps, solver, churn)
 
 
 def time_input(x: Tensor, point: Point) -> Tensor:

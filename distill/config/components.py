@@ -12,7 +12,7 @@ from d2g.core.config import check_values, nearest, require, setting
 from d2g.core.errors import SettingError
 from latent_lpips.config import AUGMENT_FAMILIES, are_augment_families
 
-Optimizer = Literal["adamw", "adamw_fused", "adam", "radam"]
+Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "adam", "radam"]
 GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]
@@ -46,7 +46,7 @@ class OptimConfig:
         "adamw",
         "Optimizer. The paper says Adam with weight decay 1e-2, read as decoupled (adamw); adam adds the "
         "decay to the gradient; the paper's CIFAR10 model uses radam. On a GPU adamw and adam are fused; "
-        "adamw_fused is so on a CPU, too",
+        "adamw_fused is so on a CPU, too; adamw_8bit keeps its moments in 8 bits, a quarter of the memory",
         source='Table A1; method.md "Schedule and hyperparameters"',
     )
     lr: float = setting(1e-4, "Learning rate after warm-up", source="Table A1", recipe=True)

@@ -182,6 +182,50 @@ TRANSFORMER_RECIPES: dict[str, Recipe] = {
 }
 """Recipes for transformer teachers, with the published sizes of their networks."""
 
+
+def _small_card(paper: str, about: str, rows: int, microbatches: int) -> Recipe:
+    """Both stages of a recipe of Table A1 for one GPU with 24 GB: LoRA with frozen weights in bf16, and heads
+    of the discriminator on a frozen trunk.
+
+    Exact R1 computes in fp32, so that the discriminator has APT's approximated R1, or none as in its recipe.
+    """
+    base = TABLE_A1[paper]
+    size = rows * microbatches
+    engine = replace(_recompute(1), frozen_weights="bf16", gradient_accumulation=microbatches)
+    student, optim = StudentConfig(lora_rank=64), OptimConfig(name="adamw_8bit", lr=1e-4)
+    gan = base["gan"].gan
+    gan = replace(
+        gan,
+        freeze_backbone=True,
+        penalty="none" if gan.penalty == "none" else "approx",
+        r1_rows=1,
+        optim=replace(gan.optim, name="adamw_8bit", decay_images=20_000 * size),
+    )
+    return Recipe(
+        f"{about} with LoRA on one GPU of 24 GB; sizes only, not trained yet",
+        base.model,
+        {
+            "ode": replace(
+                base["ode"], student=student, optim=optim, train=_train(size, 50_000), engine=engine
+            ),
+            "gan": replace(
+                base["gan"],
+                student=student,
+                optim=replace(optim, lr=1e-5),
+                gan=gan,
+                train=_train(size, 20_000),
+                engine=engine,
+            ),
+        },
+    )
+
+
+SMALL_CARD_RECIPES: dict[str, Recipe] = {
+    "sd15-24gb": _small_card("sd15-cfg8", "SD 1.5", 16, 2),
+    "sdxl-24gb": _small_card("sdxl-cfg7", "SDXL", 4, 4),
+}
+"""Recipes for one GPU with 24 GB."""
+
 _SHORT = TrainConfig(images=64, batch_size=16, ema_start_images=16, report_images=16, checkpoint_images=32)
 _MINIATURE = TrainConfig(
     images=24_000,
@@ -297,6 +341,7 @@ _RECIPES = {
     **TABLE_A1,
     **PIXEL_RECIPES,
     **TRANSFORMER_RECIPES,
+    **SMALL_CARD_RECIPES,
     **SMALL_RECIPES,
     **ablation(TABLE_A1["sd15-cfg3"]),
     **loss_comparison(TABLE_A1["sd15-cfg3"], 20_000 * 256),

@@ -117,6 +117,16 @@ class EngineConfig:
         "Convolution weights in channels-last memory format, which CUDA's matrix units read; not with fsdp. "
         "auto: on a GPU with ddp",
     )
+    frozen_weights: Literal["fp32", "bf16"] = setting(
+        "fp32",
+        "Storage of the linear and convolution weights that are not trained (with student.lora_rank or "
+        "gan.freeze_backbone). bf16 takes half the memory, and a bf16 step rounds them anyway; not with fsdp",
+    )
+    offload_optimizer: bool = setting(
+        False,
+        "Keep the moments of adamw and adamw_8bit in CPU memory; they cross the bus twice per step. Not with "
+        "fsdp",
+    )
     async_checkpoints: bool = setting(False, "Write checkpoints while the next steps run")
     gpus: int = setting(
         0, "GPUs that the run is meant for, used by --dry-run's memory plan; 0: those it is started on"
@@ -139,6 +149,12 @@ class EngineConfig:
             raise SettingError(
                 "channels_last is 'on' but parallel is fsdp, which shards contiguous tensors only; set "
                 "channels_last=auto or parallel=ddp"
+            )
+        if self.parallel == "fsdp" and (self.offload_optimizer or self.frozen_weights == "bf16"):
+            name = "offload_optimizer" if self.offload_optimizer else "frozen_weights"
+            raise SettingError(
+                f"{name} is {getattr(self, name)} but parallel is fsdp, which shards weights and optimizer "
+                f"states; set parallel=ddp, or leave {name} out"
             )
         if self.shard_size and self.parallel != "fsdp":
             raise SettingError(
@@ -234,11 +250,36 @@ class DistillConfig:
                 "above 0, or both 0"
             )
         microbatch_size(self, 1)
+        self._check_memory_savers()
         size, rows = self.train.batch_size, self.gan.r1_rows
         if self.stage == "gan" and self.gan.active_penalty == "single" and size % rows:
             raise SettingError(
                 f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}; set gan.r1_rows or "
                 "train.batch_size"
+            )
+
+    def _check_memory_savers(self) -> None:
+        """Raise SettingError where an optimizer or the arithmetic does not go with the engine."""
+        gan, engine = self.gan, self.engine
+        optimizers = {"optim": self.optim, **({"gan.optim": gan.optim} if self.stage == "gan" else {})}
+        for name, options in optimizers.items():
+            if engine.offload_optimizer and options.name not in ("adamw", "adamw_8bit"):
+                raise SettingError(
+                    f"engine.offload_optimizer is true, but {name}.name is {options.name}; set it to adamw "
+                    "or adamw_8bit, or engine.offload_optimizer=false"
+                )
+        if engine.frozen_weights == "fp32":
+            return
+        if self.train.precision == "fp32":
+            raise SettingError(
+                "engine.frozen_weights is bf16, but train.precision is fp32; set train.precision=bf16, or "
+                "engine.frozen_weights=fp32"
+            )
+        exact = gan.active_penalty not in ("none", "approx")
+        if self.stage == "gan" and gan.freeze_backbone and exact:
+            raise SettingError(
+                f"engine.frozen_weights is bf16, but gan.penalty={gan.penalty} computes in fp32; set "
+                "gan.penalty=approx or none, or engine.frozen_weights=fp32"
             )
 
     def encodes_text_in_bf16(self, on_gpu: bool) -> bool:

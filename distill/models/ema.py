@@ -16,12 +16,17 @@ from d2g.core.distributed.engine import local_shard, shard_like
 class EMA:
     """fp32 EMA of a module's parameters and buffers; a plain copy until `start_nimg` images.
 
-    If the module is sharded (FSDP2), each rank averages its own shard.
+    Frozen parameters are their own average, and share its memory. If the module is sharded (FSDP2), each rank
+    averages its own shard.
     """
 
     def __init__(self, module: nn.Module, beta: float, start_nimg: int = 0) -> None:
         self.beta, self.start_nimg = beta, start_nimg
-        self.tensors = {k: _clone_fp32(v) for k, v in module.state_dict().items()}
+        self.frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        self.tensors = {
+            name: value.detach() if name in self.frozen else _clone_fp32(value)
+            for name, value in module.state_dict().items()
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module, nimg: int, beta: float | None = None) -> None:
@@ -35,6 +40,8 @@ class EMA:
         values: list[Tensor] = []
         for name, value in module.state_dict().items():
             average = local_shard(self.tensors[name])
+            if name in self.frozen:
+                continue
             if average.is_floating_point():
                 averages.append(average)
                 values.append(local_shard(value).detach().to(average))

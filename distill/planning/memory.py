@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2g.core.distributed import engine
+from d2g.core.distributed.low_memory_adamw import WORKING_COPIES, moment_bytes
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.base import Pipeline
@@ -41,9 +42,6 @@ from latent_lpips.distance import LatentLPIPS
 from latent_lpips.fused import GPU_POSITIONS, distance_with_gradient
 from latent_lpips.lpips import PixelLPIPS
 from latent_lpips.weights import read_lpips_config
-
-STATES = 8
-"""Bytes of optimizer state per parameter: two moments in fp32."""
 
 PEAK = 312e12
 """Operations per second of an A100 in bf16, by its data sheet."""
@@ -96,6 +94,10 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
         for network in (student, discriminator, *view):
             if network is not None:
                 to_fake(network)
+        if config.engine.frozen_weights == "bf16":
+            for trained_network in (student, discriminator):
+                if trained_network is not None:
+                    engine.store_frozen_in_bf16(trained_network)
         if config.engine.activation_checkpointing:
             engine.recompute(list(family_of(config.teacher).shard_units(student)))
             if discriminator is not None:
@@ -108,11 +110,28 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     trained = [student] if discriminator is None else [student, discriminator]
     gib = 2.0**30
     return Memory(
-        weights=sum(_bytes(network.parameters()) for network in trained) / shards / gib,
-        optimizer=sum(STATES / 4 * _bytes(_trained(network)) for network in trained) / shards / gib,
-        average=_bytes(student.parameters()) / shards / gib,
+        weights=sum(p.numel() * p.element_size() for net in trained for p in net.parameters()) / shards / gib,
+        optimizer=_moment_bytes(config, student, discriminator) / shards / gib,
+        average=_bytes(_trained(student)) / shards / gib,
         frozen=frozen / gib,
         working=working / gib,
+    )
+
+
+def _moment_bytes(config: DistillConfig, student: Student, discriminator: nn.Module | None) -> float:
+    """Bytes of the optimizers' moments on the device."""
+    if config.engine.offload_optimizer:
+        return 0.0
+    networks = [
+        (student, config.optim),
+        *([] if discriminator is None else [(discriminator, config.gan.optim)]),
+    ]
+    return float(
+        sum(
+            moment_bytes(parameter, optim.name == "adamw_8bit")
+            for network, optim in networks
+            for parameter in _trained(network)
+        )
     )
 
 
@@ -140,7 +159,7 @@ def _working_bytes(
         working += _sweep_bytes(metric, student.latent_shape, rows)
 
     # The peak is the forward pass, an optimizer step, or the update of the discriminator.
-    working = max(working, _update_bytes(student, config.optim, shards, buckets))
+    working = max(working, _update_bytes(student, config.optim, config.engine, shards, buckets))
     if discriminator is not None:
         waiting = student_graph.of(rows) if config.engine.gradient_accumulation == 1 else 0.0
         of_d = _discriminator_bytes(config, discriminator, student, rows, shards, buckets)
@@ -224,14 +243,19 @@ def too_large(config: DistillConfig, total_gib: float, device_gib: float) -> str
     )
 
 
-def _update_bytes(network: nn.Module, optim: OptimConfig, shards: int, buckets: bool) -> float:
+def _update_bytes(
+    network: nn.Module, optim: OptimConfig, options: EngineConfig, shards: int, buckets: bool
+) -> float:
     """Bytes of an optimizer step: gradients, unless DDP's buckets hold them, and temporaries.
 
     The fused optimizers have no temporaries. RAdam has the update, and copies of the weights and its states
-    to go back to (distill.training.optim.step_and_restore).
+    to go back to (distill.training.optim.step_and_restore). LowMemoryAdamW has copies of one parameter.
     """
-    temporaries = 4.0 if optim.name == "radam" else 0.0
-    return ((not buckets) + temporaries) * _bytes(_trained(network)) / shards
+    trained = _trained(network)
+    temporaries = 4.0 * _bytes(trained) if optim.name == "radam" else 0.0
+    if optim.name == "adamw_8bit" or options.offload_optimizer:
+        temporaries = WORKING_COPIES * max(_bytes([parameter]) for parameter in trained)
+    return ((not buckets) * _bytes(trained) + temporaries) / shards
 
 
 def _discriminator_bytes(
@@ -248,7 +272,7 @@ def _discriminator_bytes(
     inputs = partial(_discriminator_input, config.gan)
     graph = _activations(config, network, student, lambda b: discriminator(*inputs(b).args))
     passes = 3 if config.gan.active_penalty == "approx" else 2
-    update = _update_bytes(discriminator, config.gan.optim, shards, buckets)
+    update = _update_bytes(discriminator, config.gan.optim, config.engine, shards, buckets)
     if config.gan.active_penalty in ("none", "approx"):
         return max(graph.of(passes * rows), update)
     # The penalty has a backward pass of its own, so its gradients exist during the passes that follow.

@@ -68,6 +68,10 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
         lambda c: c.gan.noise_augment != "none",
         "with gan.noise_augment=uniform or small",
     ),
+    ("engine.frozen_weights",): (
+        lambda c: c.student.lora_rank > 0 or (c.stage == "gan" and c.gan.freeze_backbone),
+        "with student.lora_rank above 0, or in `d2g distill gan` with gan.freeze_backbone=true",
+    ),
     ("gan.optim.decay",): (lambda c: c.gan.optim.decay_images > 0, "with gan.optim.decay_images above 0"),
     ("optim.decay",): (lambda c: c.optim.decay_images > 0, "with optim.decay_images above 0"),
     ("train.ema_beta",): (lambda c: not c.train.ema_halflife_images, "with train.ema_halflife_images=0"),

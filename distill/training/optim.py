@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.distributed.engine import DistributedModule, local_shard
+from d2g.core.distributed.low_memory_adamw import LowMemoryAdamW
 from d2g.diffusion.families.unet import attention_parameters
 from distill.config.components import OptimConfig
 
 
-def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def optimizer(module: nn.Module, config: OptimConfig, offload: bool = False) -> torch.optim.Optimizer:
     """Build the optimizer of the trainable parameters of `module`.
 
     Parameters inside attention modules get `attention_weight_decay`, all others `weight_decay` (method.md
     "Schedule and hyperparameters"). Weight decay is decoupled, except for "adam", which adds
-    it to the gradient.
+    it to the gradient. offload: keep the moments of adamw and adamw_8bit in CPU memory.
     """
     attention = attention_parameters(module)
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -40,6 +41,9 @@ def optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         return torch.optim.RAdam(
             groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True, capturable=on_cuda
         )
+    if config.name == "adamw_8bit" or offload:
+        eight_bit = config.name == "adamw_8bit"
+        return LowMemoryAdamW(groups, config.lr, config.betas, eight_bit=eight_bit, offload=offload)
     fused = True if on_cuda or config.name == "adamw_fused" else None
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, betas=config.betas, fused=fused)
@@ -85,8 +89,8 @@ def step_unless(optim: torch.optim.Optimizer, stopped: Tensor) -> None:
 
     The decision is taken on the device of `stopped`; the host does not wait for it.
     """
-    if all(group.get("fused") for group in optim.param_groups):
-        optim.found_inf = stopped  # type: ignore[attr-defined]  # the fused kernels read it
+    if isinstance(optim, LowMemoryAdamW) or all(group.get("fused") for group in optim.param_groups):
+        setattr(optim, "found_inf", stopped)  # noqa: B010  # their step reads it
         optim.step()
     elif stopped.device.type == "cpu":
         if not stopped:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d2g.core.distributed import process_group
 from d2g.core.seeds import Stream, generator, noise
+from d2g.core.transfer import to_device
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
 from distill.config.components import DiscriminatorConfig
@@ -48,7 +49,9 @@ class RealLatents:
             for number in numbers
         ]
         parts = [slice(start, start + VAE_BATCH_SIZE) for start in range(0, len(rngs), VAE_BATCH_SIZE)]
-        return torch.cat([encode(self.vae, pixels[part].to(self.device), rngs[part]) for part in parts])
+        return torch.cat(
+            [encode(self.vae, to_device(pixels[part], self.device), rngs[part]) for part in parts]
+        )
 
     def noise(self, numbers: range, shape: tuple[int, int, int]) -> Tensor:
         """The noise [B, *shape] of the rows with these numbers, on the CPU."""
@@ -89,8 +92,8 @@ class RealRows:
         # Write latents, noise and captions into the replaced rows.
         latents = self.encoder.encode(pixels, range(first, last))
         shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-        image_noise = self.encoder.noise(range(first, last), shape).to(self.device)
-        index = torch.tensor(replaced, device=self.device)
+        image_noise = to_device(self.encoder.noise(range(first, last), shape), self.device)
+        index = to_device(torch.tensor(replaced), self.device)
         text = self.text(captions)
         if "guidance" in inputs.cond.tensors:  # a photograph has none: that of the rows stays
             text = text.with_guidance(inputs.cond.tensors["guidance"][index])

@@ -151,13 +151,13 @@ def state_of(
             lambda net: kind.shard_units(config.teacher, net),
         )
         _attach_view(kind, config, discriminator.module, device)
-        optim_d = optimizer(discriminator.module, config.gan.optim)
+        optim_d = optimizer(discriminator.module, config.gan.optim, config.engine.offload_optimizer)
     ema = EMA(student.module, config.train.ema_decay, config.train.ema_start_images)
     return State(
         stage=config.stage,
         networks=NetworkDigests.of(config),
         student=student,
-        optim_g=optimizer(student.module, config.optim),
+        optim_g=optimizer(student.module, config.optim, config.engine.offload_optimizer),
         ema=ema,
         discriminator=discriminator,
         optim_d=optim_d,
@@ -196,6 +196,8 @@ def _distribute(
         network = build_on_meta().to("meta")
     else:
         network = load()
+    if engine.frozen_weights == "bf16":
+        parallel.store_frozen_in_bf16(network)
     # Recompute activations per block, and wrap blocks and roots.
     layers = list(shard_units(network))
     if engine.activation_checkpointing:

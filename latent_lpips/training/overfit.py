@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.config import to_json
-from d2g.core.distributed import checkpoint
+from d2g.core.distributed import checkpoint, process_group
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
@@ -60,7 +60,7 @@ def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet
     """
     require_set(config, "data", "latents", "weights")
     started = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process_group.own_device()
     # Load the networks and the images.
     vae = pretrained.load_autoencoder(config.latents).to(device)
     check_image_size(vae, config.size)

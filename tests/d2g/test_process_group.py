@@ -155,6 +155,13 @@ def test_the_gpu_is_chosen_before_the_group_is_joined() -> None:
         assert process_group.init() == torch.device("cuda", 0) and calls == ["set_device 0"]
 
 
+def test_work_of_one_process_joins_no_group_and_is_exact() -> None:
+    with on_two_gpus({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}) as calls:
+        torch.backends.cudnn.allow_tf32 = True
+        assert process_group.own_device() == torch.device("cuda", 1) and calls == ["set_device 1"]
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 @contextmanager
 def on_two_gpus(environment: dict[str, str]) -> Iterator[list[str]]:
     """Let torch report two GPUs, and record what is asked of it."""

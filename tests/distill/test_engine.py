@@ -85,6 +85,7 @@ ENGINE_OPTIONS = {
     "compile": ["engine.compile=aot_eager"],
     "async": ["engine.async_checkpoints=true", "train.checkpoint_images=4"],
     "cache": ["data.text_cache=3"],
+    "offload": ["engine.offload_optimizer=true"],
     "fused": ["optim.name=adamw_fused", "gan.optim.name=adamw_fused"],
 }
 

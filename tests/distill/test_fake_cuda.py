@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_teachers
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -27,6 +29,10 @@ def fake_cuda(*arguments: str) -> dict[str, Any]:
     return result
 
 
+LATE = [{"d2g/core/transfer.py read: waits for an event": 1}]
+"""What the host may read of the step before: whether it was finite."""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
@@ -34,6 +40,7 @@ def fake_cuda(*arguments: str) -> dict[str, Any]:
     [
         "ode",
         "ode optim.name=radam",
+        "ode optim.name=adamw_8bit engine.offload_optimizer=true student.lora_rank=2",
         "gan",
         "gan gan.penalty=approx engine.gradient_accumulation=2 data.text_cache=4",
     ],
@@ -42,8 +49,22 @@ def test_a_step_never_waits_for_the_device(arguments: str) -> None:
     """Between reports, the host reads one value: whether the step before was finite."""
     waits = fake_cuda(*arguments.split())
     assert waits["steps"] == [{}, {}]
-    assert waits["late"] == [{}, {"d2g/core/transfer.py read: waits for an event": 1}]
+    assert waits["late"] == [{}, *LATE]
     assert waits["report"], "the counter counts"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
+def test_no_family_mixes_devices_or_waits() -> None:
+    """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have."""
+    kinds = [*tiny_teachers.TRANSFORMERS, *(kind for kind in tiny_teachers.UNETS if kind != "sd")]
+    results = fake_cuda("families", *kinds)
+    assert list(results) == kinds
+    for kind, result in results.items():
+        assert result["pairs"] == {}, kind
+        for stage in ("ode", "gan"):
+            assert result[stage]["steps"] == [{}] and result[stage]["late"] == [{}], (kind, stage)
+            assert result[stage]["report"], "the counter counts"
 
 
 @pytest.mark.slow

@@ -10,13 +10,14 @@ from torch import nn
 
 import tiny_teachers
 from d2g.core.distributed import engine as parallel
+from d2g.core.distributed.low_memory_adamw import moment_bytes
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig, RegressionConfig, StudentConfig
+from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig, StudentConfig
 from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DataConfig, DistillConfig, EngineConfig, TrainConfig
-from distill.models.student import student_from_teacher
+from distill.models.student import set_trainable, student_from_teacher
 from distill.models.unet_discriminator import added_parameters, discriminator_from_teacher
 from distill.planning.memory import Memory, forecast, predict
 from distill.planning.saved_activations import peak_bytes, saved_bytes
@@ -88,7 +89,32 @@ def test_frozen_weights_need_no_optimizer_states(teacher: Path) -> None:
     adapters = sum(p.numel() for n, p in student.named_parameters() if ".lora_" in n)
     memory = predict(config(teacher, student=adapted), 1)
     assert memory.optimizer == pytest.approx(gib(2 * adapters))
-    assert memory.average == pytest.approx(gib(count_parameters(teacher) + adapters))
+    assert memory.average == pytest.approx(gib(adapters))  # frozen weights are their own average
+    assert memory.weights == pytest.approx(gib(count_parameters(teacher) + adapters))
+
+
+def test_frozen_weights_moments_in_8_bits_and_in_cpu_memory(teacher: Path) -> None:
+    bf16, stored = TrainConfig(batch_size=8), EngineConfig(frozen_weights="bf16")
+    adapted = StudentConfig(lora_rank=2)
+    student = student_from_teacher(str(teacher), -1, adapted)
+    set_trainable(student, adapted)
+    halved = sum(
+        p.numel()
+        for layer in student.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        for p in layer.parameters(recurse=False)
+        if not p.requires_grad
+    )
+    plain, small = (
+        predict(config(teacher, student=adapted, train=bf16, **more), 1) for more in ({}, {"engine": stored})
+    )
+    assert halved and plain.weights - small.weights == pytest.approx(gib(halved) / 2)
+    # The moments of a full student: of 2 or more dimensions and 4,096 values in 8 bits, and none on the GPU.
+    parameters = pretrained.load_on_meta(str(teacher), "unet").parameters()
+    expected = sum(moment_bytes(p, True) for p in parameters) / 2**30
+    of_8_bits = config(teacher, optim=OptimConfig(name="adamw_8bit"))
+    assert predict(of_8_bits, 1).optimizer == pytest.approx(expected)
+    assert predict(replace(of_8_bits, engine=EngineConfig(offload_optimizer=True)), 1).optimizer == 0
 
 
 def large(**train: Any) -> TrainConfig:

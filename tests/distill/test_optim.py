@@ -17,25 +17,32 @@ class Net(nn.Module):
         super().__init__()
         self.attentions = nn.ModuleList([nn.Linear(3, 3)])
         self.rest = nn.Linear(3, 3)
+        self.large = nn.Linear(64, 64)  # enough weights for moments in 8 bits
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("adamw", "AdamW"), ("adamw_fused", "AdamW"), ("adam", "Adam"), ("radam", "RAdam")],
+    [
+        ("adamw", "AdamW"),
+        ("adamw_fused", "AdamW"),
+        ("adamw_8bit", "LowMemoryAdamW"),
+        ("adam", "Adam"),
+        ("radam", "RAdam"),
+    ],
 )
 def test_optimizer_names(name: Any, kind: str) -> None:
     config = OptimConfig(name=name, lr=0.01, betas=(0.5, 0.9))
     adam = optimizer(Net(), config)
     assert type(adam).__name__ == kind
-    assert [len(g["params"]) for g in adam.param_groups] == [2, 2]
+    assert [len(g["params"]) for g in adam.param_groups] == [2, 4]
     assert [g["weight_decay"] for g in adam.param_groups] == [1e-5, 1e-2]
     for group in adam.param_groups:
         assert (group["lr"], group["betas"]) == (0.01, (0.5, 0.9))
         assert group.get("fused") is (True if name == "adamw_fused" else None)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_fused", "radam"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_fused", "adamw_8bit", "radam"])
 def test_weight_decay_is_decoupled(name: Any) -> None:
     """With zero gradients a step multiplies by 1 - lr * decay; coupled decay moves weights by about lr."""
     net = Net()
@@ -58,7 +65,7 @@ def test_weight_decay_of_adam_is_part_of_the_gradient() -> None:
 
 @pytest.mark.parametrize("good_steps", [0, 2])
 @pytest.mark.parametrize("step", [step_unless, step_and_restore])
-@pytest.mark.parametrize("name", ["adamw", "adamw_fused", "adam", "radam"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_fused", "adamw_8bit", "adam", "radam"])
 def test_a_stopped_step_keeps_every_bit_of_weights_and_states(
     name: Any, step: Callable[[torch.optim.Optimizer, Tensor], None], good_steps: int
 ) -> None:

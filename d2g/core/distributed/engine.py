@@ -214,6 +214,18 @@ def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replica", "shard"))
 
 
+def store_frozen_in_bf16(module: nn.Module) -> None:
+    """Convert weights and biases of linear layers and convolutions that require no gradients to bf16.
+
+    Under bf16 autocast these layers round them anyway, so that their outputs keep every bit.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            for name, parameter in layer.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    setattr(layer, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
+
+
 def recompute(layers: Iterable[nn.Module]) -> None:
     """Activation checkpointing: keep only the inputs of these layers and run them again in backward.
 

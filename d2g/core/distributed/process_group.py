@@ -43,19 +43,28 @@ def init(long_waits: bool = False) -> torch.device:
     long_waits: for ranks that communicate only at the start and at the end of days of work. NCCL would time
     out after minutes, so gloo is used. Raises UserError if it is not clear which GPU is this process's.
     """
-    device = _own_device()  # before the group: NCCL takes the GPU that is current then
+    device = own_device()  # before the group: NCCL takes the GPU that is current then
     if "RANK" in os.environ and not td.is_initialized():
         if long_waits:
             _join("gloo", timedelta(days=30))
         else:
             _join(_backend())
+    return device
+
+
+def own_device() -> torch.device:
+    """This process's GPU, made the current one, or the CPU without a GPU, with exact fp32. For work of one
+    process, which joins no group.
+
+    Raises UserError if it is not clear which GPU is this process's.
+    """
     keep_freed_memory()
+    device = _gpu_or_cpu()
     set_exact_fp32(device)
     return device
 
 
-def _own_device() -> torch.device:
-    """This process's GPU, made the current one, or the CPU without a GPU."""
+def _gpu_or_cpu() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if "LOCAL_RANK" not in os.environ and world_size() > 1:

@@ -34,6 +34,7 @@ from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import Checkpoint, discard, latest, prune, remedy
 from d2g.core.distributed.checkpoint_index import DATA_FILE, INDEX, SafeReader
 from d2g.core.distributed.engine import full_tensor
+from d2g.core.distributed.low_memory_adamw import empty_moment
 from d2g.core.errors import UserError
 
 STATE = "state"
@@ -296,12 +297,13 @@ def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.opti
     tensors = network_tensors(prefix, module)
     states: dict[nn.Parameter, dict[str, Tensor]] = {}
     # Allocate a tensor for each stored optimizer state.
+    offloaded = {p for g in optimizer.param_groups if g.get("offload") for p in g["params"]}
     for name, parameter in module.named_parameters():
         start = f"optim.{prefix}.{name}."
         for key, facts in stored.items():
             if key.startswith(start) and "." not in key.removeprefix(start):
                 assert isinstance(facts, TensorStorageMetadata)
-                slot = _empty_state(parameter, facts)
+                slot = _empty_state(parameter, facts, parameter in offloaded)
                 states.setdefault(parameter, {})[key.removeprefix(start)] = tensors[key] = slot
     # Names must match in both directions; then fill the tensors of this rank in place.
     expected = {key for key in stored if key.startswith((f"{prefix}.", f"optim.{prefix}."))}
@@ -319,9 +321,8 @@ def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.opti
         optimizer.state[parameter] = values
 
 
-def _empty_state(parameter: nn.Parameter, facts: TensorStorageMetadata) -> Tensor:
-    """An uninitialized optimizer state, sharded like its parameter if it has the parameter's shape."""
-    if facts.size == parameter.shape:
-        return torch.zeros_like(parameter, dtype=facts.properties.dtype, requires_grad=False)
-    device = parameter.device if facts.size.numel() > 1 else "cpu"  # step counters stay on the CPU
-    return torch.zeros(facts.size, dtype=facts.properties.dtype, device=device)
+def _empty_state(parameter: nn.Parameter, facts: TensorStorageMetadata, offload: bool) -> Tensor:
+    """An optimizer state to load into, sharded like its parameter; step counters stay on the CPU."""
+    if not facts.size and parameter.shape:
+        return torch.zeros((), dtype=facts.properties.dtype)
+    return empty_moment(parameter, facts.size, facts.properties.dtype, offload)
