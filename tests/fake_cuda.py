@@ -173,9 +173,12 @@ class GpuAttention(TorchFunctionMode):
     keeps every probability for the backward pass."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            if isinstance(query, FakeTensor):
+                return self._attend(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def _attend(
         self,
