@@ -82,8 +82,9 @@ class Conditioning:
         def convert(tensor: Tensor) -> Tensor:
             if isinstance(target, torch.dtype) and not tensor.is_floating_point():
                 return tensor
-            to_gpu = not isinstance(target, torch.dtype) and torch.device(target).type == "cuda"
-            return to_device(tensor, target) if to_gpu else tensor.to(target)
+            if not isinstance(target, torch.dtype) and torch.device(target).type == "cuda":
+                return to_device(tensor, target)
+            return tensor.to(target)
 
         tensors, null = (
             {name: convert(tensor) for name, tensor in part.items()} for part in (self.tensors, self.null)
