@@ -131,6 +131,14 @@ PAIR_PRESETS = Presets(
             "SANA 600M at 1024 px, its pipeline's guidance, 20 steps; as many pairs as sd15-cfg3",
             PairConfig(num_pairs=3_000_000, guidance=4.5, steps=20, precision="bf16"),
         ),
+        "wuerstchen": (
+            "Stage C of Wuerstchen v2 at 1024 px in the paper's 60 steps; as many pairs as sd15-cfg3",
+            PairConfig(num_pairs=3_000_000, guidance=4.0, steps=60, precision="bf16"),
+        ),
+        "wuerstchen-b": (
+            "Stage B of Wuerstchen v2 at 1024 px in the paper's 12 steps, for every row of stage C's pairs",
+            PairConfig(guidance=4.0, steps=12, precision="bf16", batch_size=8, seed=1),
+        ),
         "trial": (
             "64 pairs in 4 steps, to check that every command of a run works before the real one",
             PairConfig(num_pairs=64, guidance=3.0, steps=4, batch_size=8, shard_size=32),

@@ -19,6 +19,8 @@ TeacherModel = Literal[
     "sd35-medium",
     "flux-dev",
     "sana-600m",
+    "wuerstchen",
+    "wuerstchen-b",
 ]
 """Teachers that presets are made for."""
 
@@ -183,6 +185,27 @@ TRANSFORMER_RECIPES: dict[str, Recipe] = {
 """Recipes for transformer teachers, with the published sizes of their networks."""
 
 
+def _cascade(model: TeacherModel, about: str, gpus: int, batch: int) -> Recipe:
+    """Both stages of training for one stage of a cascade, with the lengths of SD-CFG-3."""
+    gan = DiscriminatorConfig(discriminator="cascade", r1_rows=gpus, optim=_falling(10_000 * batch))
+    engine = replace(_recompute(gpus), parallel="fsdp")
+    return Recipe(
+        f"{about}, on {gpus} GPUs; sizes only, not trained yet",
+        model,
+        {
+            "ode": DistillConfig(train=_train(batch, 150_000), engine=engine),
+            "gan": replace(_GAN, gan=gan, train=_train(batch, 10_000), engine=engine),
+        },
+    )
+
+
+CASCADE_RECIPES: dict[str, Recipe] = {
+    "wuerstchen": _cascade("wuerstchen", "Stage C of Wuerstchen v2 at 1024 px", 16, 256),
+    "wuerstchen-b": _cascade("wuerstchen-b", "Stage B of Wuerstchen v2 at 1024 px", 32, 256),
+}
+"""Recipes for the stages of a cascade, with the published sizes of their networks."""
+
+
 def _small_card(paper: str, about: str, rows: int, microbatches: int) -> Recipe:
     """Both stages of a recipe of Table A1 for one GPU with 24 GB: LoRA with frozen weights in bf16, and heads
     of the discriminator on a frozen trunk.
@@ -341,6 +364,7 @@ _RECIPES = {
     **TABLE_A1,
     **PIXEL_RECIPES,
     **TRANSFORMER_RECIPES,
+    **CASCADE_RECIPES,
     **SMALL_CARD_RECIPES,
     **SMALL_RECIPES,
     **ablation(TABLE_A1["sd15-cfg3"]),

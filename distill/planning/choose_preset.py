@@ -4,6 +4,7 @@ from math import prod
 from pathlib import Path
 
 from d2g.diffusion import pretrained
+from d2g.diffusion.families.cascade import CascadeFamily
 from d2g.diffusion.pipelines import open_pipeline
 from distill.config.presets import DISTILL_PRESETS
 
@@ -20,6 +21,10 @@ OF_FAMILY = {
     "sd3": "sd35-medium",
     "flux": "flux-dev",
     "sana": "sana-600m",
+    "wuerstchen_prior": "wuerstchen",
+    "wuerstchen_decoder": "wuerstchen-b",
+    "stable_cascade_prior": "wuerstchen",
+    "stable_cascade_decoder": "wuerstchen-b",
 }
 """Presets by the name of the family; the others take DEFAULT."""
 
@@ -38,7 +43,8 @@ def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
     size = sum(prod(parameter.shape) for parameter in network.parameters())
     reason = f"teacher {teacher} ({family.title}) has {size / 1e6:,.1f} million parameters"
     small = "small-transformer" if family.network == "transformer" else "miniature"
-    if family.name in OF_FAMILY and family.autoencoder is None:  # the small presets compare latents
+    # The small presets compare latents, and have the discriminator of a U-Net or a transformer.
+    if family.autoencoder is None or isinstance(family, CascadeFamily):
         small = OF_FAMILY[family.name]
     name = small if size < SMALL else OF_FAMILY.get(family.name, DEFAULT)
     # A preset without the stage is no choice.

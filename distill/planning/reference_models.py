@@ -13,6 +13,8 @@ NAMES = {
     "edm-cifar10": "EDM CIFAR10 (as a UNet2DModel)",
     "flux-dev": "FLUX.1-dev",
     "sana-600m": "SANA 600M",
+    "wuerstchen": "Wuerstchen v2, stage C",
+    "wuerstchen-b": "Wuerstchen v2, stage B",
 }
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -215,6 +217,43 @@ TRANSFORMERS: dict[str, tuple[str, ComponentConfigs]] = {
 }
 """Pipeline class and components of transformer teachers, by preset."""
 
+_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_COSINE = ("diffusers", "DDPMWuerstchenScheduler", {"scaler": 1, "s": 0.008})
+CASCADES: dict[str, tuple[str, ComponentConfigs]] = {
+    "wuerstchen": (
+        "WuerstchenPriorPipeline",
+        {
+            "prior": (
+                "wuerstchen",
+                "WuerstchenPrior",
+                {"c_in": 16, "c": 1536, "c_cond": 1280, "c_r": 64, "depth": 32, "nhead": 24},
+            ),
+            "text_encoder": (
+                "transformers",
+                "CLIPTextModel",
+                {"model_type": "clip_text_model", **CLIP_G, "projection_dim": 1280},
+            ),
+            "tokenizer": ("transformers", "CLIPTokenizer", {}),
+            "scheduler": _COSINE,
+        },
+    ),
+    "wuerstchen-b": (
+        "WuerstchenDecoderPipeline",
+        {
+            "decoder": ("wuerstchen", "WuerstchenDiffNeXt", {}),
+            "vqgan": ("wuerstchen", "PaellaVQModel", {}),
+            "text_encoder": (
+                "transformers",
+                "CLIPTextModel",
+                {"model_type": "clip_text_model", **_CLIP_H, "projection_dim": 1024},
+            ),
+            "tokenizer": ("transformers", "CLIPTokenizer", {}),
+            "scheduler": _COSINE,
+        },
+    ),
+}
+"""The same of the stages of cascades. The defaults of diffusers' classes are Wuerstchen's stage B."""
+
 PIXELS: dict[str, tuple[str, ComponentConfigs]] = {
     "edm-cifar10": (
         "DDPMPipeline",
@@ -246,7 +285,7 @@ PIXELS: dict[str, tuple[str, ComponentConfigs]] = {
 
 def configs_only(kind: str, folder: Path) -> str:
     """Write a pipeline folder with the configs of a key of NAMES and no weights, and return its path."""
-    known = {**TRANSFORMERS, **PIXELS}
+    known = {**TRANSFORMERS, **CASCADES, **PIXELS}
     pipeline, components = known[kind] if kind in known else _stable_diffusion(kind == "sdxl")
     # Write the folder as diffusers lays it out, without weights.
     for name, (_, kind_of, config) in components.items():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.pretrained import load_on_meta
-from distill.config.presets import PIXEL_RECIPES, TABLE_A1, TRANSFORMER_RECIPES
+from distill.config.presets import CASCADE_RECIPES, PIXEL_RECIPES, TABLE_A1, TRANSFORMER_RECIPES
 from distill.models.discriminators import check_discriminator
 from distill.planning.memory import gpu_days, predict, too_large
 from distill.planning.reference_models import configs_only
@@ -37,6 +38,28 @@ def test_preset_fits_its_gpus(name: str, stage: str, gpus: int, teachers: Mappin
     assert gpus in (8, config.engine.gpus)
     memory = predict(config, gpus).total
     assert too_large(config, memory, A100) is None, f"{memory:.1f} GiB"
+
+
+@pytest.mark.parametrize("name", CASCADE_RECIPES)
+def test_stages_of_a_cascade_have_the_published_sizes(name: str, tmp_path: Path) -> None:
+    """Stage C has 1 B parameters (the paper, section 1); both as diffusers converts them."""
+    teacher = configs_only(name, tmp_path / name)
+    network = load_on_meta(teacher, family_of(teacher).network)
+    sizes = {"wuerstchen": 993_636_896, "wuerstchen-b": 1_055_365_280}
+    assert sum(p.numel() for p in network.parameters()) == sizes[name]
+    check_discriminator(teacher, CASCADE_RECIPES[name]["gan"].gan)
+    days = gpu_days(CASCADE_RECIPES[name]["ode"], 1_000_000, name)
+    assert days is not None and days > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+@pytest.mark.parametrize("name", CASCADE_RECIPES)
+def test_a_cascades_recipe_fits(name: str, stage: str, tmp_path: Path) -> None:
+    config = CASCADE_RECIPES[name][stage]
+    config = replace(config, teacher=configs_only(name, tmp_path / name))
+    total = predict(config, config.engine.gpus).total
+    assert too_large(config, total, A100) is None, f"{total:.1f} GiB"
 
 
 SIZES = {
