@@ -17,7 +17,7 @@ from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
 from d2g.core.torch_files import load_tensors
-from d2g.core.tracking.run_directory import RunLog
+from d2g.core.tracking.run_directory import RunLog, sole_owner
 from d2g.diffusion.latents import encode, from_uint8
 from d2g.diffusion.pipelines import TRAINING
 from d2g.diffusion.pretrained import (
@@ -96,7 +96,7 @@ def train_teacher(
     components, previews/, report.html, and training/ with caches, configs, curves and checkpoints. A stage is
     complete on disk before the next one starts. `command`: what to run again to finish it. Runs on every rank
     of torchrun. Raises SettingError for an unknown stage, UserError for a finished stage that is given other
-    settings.
+    settings, and while another process trains in OUT.
     """
     started = time.monotonic()
     process_group.init()
@@ -104,7 +104,13 @@ def train_teacher(
         pick(dict.fromkeys(TEACHER_STAGES), stage, "stage")
     if config.init:
         check_init(config.init)
-    job = _open_job(config, out, progress, command)
+    with sole_owner(out, "trains in"):
+        return _train_stages(_open_job(config, out, progress, command), stages, started)
+
+
+def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> TeacherSummary:
+    """`train_teacher`, once OUT belongs to this run."""
+    config, out = job.config, job.out
     _check_captions(job, stages)
     # Train what has no scores yet.
     scores: dict[str, Any] = {}

@@ -81,14 +81,10 @@ class EvalSession:
     def sole_evaluation(self) -> Iterator[None]:
         """Hold the folders that this evaluation writes. Raises UserError while another one holds one."""
         options = {"--work": self.config.work, "--keep": self.config.keep, "--out": self.config.out}
-        folders = {
-            Path(name).resolve(): (Path(name), option)
-            for option, name in options.items()
-            if name and not (option == "--out" and name.endswith(".json"))
-        }
         with ExitStack() as stack:
-            for folder, option in folders.values():
-                stack.enter_context(sole_owner(folder, "evaluates in", option))
+            for option, name in options.items():
+                if name and not (option == "--out" and name.endswith(".json")):
+                    stack.enter_context(sole_owner(Path(name), "evaluates in", option))
             yield
 
     @property

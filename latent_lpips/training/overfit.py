@@ -22,7 +22,7 @@ from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator, noise
 from d2g.core.signals import StopFlag
-from d2g.core.tracking.run_directory import RunLog, read_stats
+from d2g.core.tracking.run_directory import RunLog, read_stats, sole_owner
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, encode, from_uint8, to_uint8
 from latent_lpips.distance import ELatentLPIPS, LatentLPIPS
@@ -55,10 +55,16 @@ class OverfitResult:
 def overfit_latents(config: OverfitConfig, out: Path, progress: Progress = quiet) -> OverfitResult:
     """Minimize E-LatentLPIPS from random latents to those of `count` images, once for each of `families`.
 
-    All start from the same noise. Runs resume from their newest checkpoints. Raises UserError for bad input,
-    FloatingPointError for a non-finite loss, and Interrupted on Ctrl-C.
+    All start from the same noise. Runs resume from their newest checkpoints. Raises UserError for bad input
+    and while another process works in OUT, FloatingPointError for a non-finite loss, and Interrupted on
+    Ctrl-C.
     """
     require_set(config, "data", "latents", "weights")
+    with sole_owner(out, "optimizes in"):
+        return _overfit(config, out, progress)
+
+
+def _overfit(config: OverfitConfig, out: Path, progress: Progress) -> OverfitResult:
     started = time.monotonic()
     device = process_group.own_device()
     # Load the networks and the images.

@@ -1,6 +1,7 @@
 """The folder of a run: config.json before the first step, then one JSON line per report in stats.jsonl."""
 
 import json
+import os
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +24,21 @@ from d2g.core.tracking.loggers import RunLogger, open_loggers
 ENDED = "ended.json"
 Ending = Literal["done", "minutes", "stopped", "failed"]
 
+_owned: dict[tuple[int, Path], FolderOwner] = {}
+"""The folders that this process holds by `sole_owner`, by process (one may fork) and absolute path."""
+
 
 @contextmanager
 def sole_owner(folder: Path, what: str, option: str = "--out") -> Iterator[FolderOwner]:
     """On all ranks: hold a folder for this run alone, by a claim of rank 0 (`FolderOwner`).
 
-    Raises UserError on all ranks while another run holds it.
+    Inside of another such block for the same folder, it is that block's. Raises UserError on all ranks while
+    another run holds it.
     """
+    place = (os.getpid(), folder.resolve())
+    if place in _owned:
+        yield _owned[place]
+        return
     owner, refusal = FolderOwner(folder, what, option=option), ""
     with ExitStack() as stack:
         if process_group.rank() == 0:
@@ -39,6 +48,8 @@ def sole_owner(folder: Path, what: str, option: str = "--out") -> Iterator[Folde
                 refusal = str(error)
         if refusal := process_group.gather_objects(refusal)[0]:
             raise UserError(refusal)
+        _owned[place] = owner
+        stack.callback(_owned.pop, place)
         yield owner
 
 
