@@ -315,9 +315,10 @@ def _train_unet(job: TeacherJob, log: RunLog) -> dict[str, Any]:
 
 
 def _train_lpips(job: TeacherJob, log: RunLog) -> dict[str, Any]:
+    latents = _latents(job)  # on all ranks, which wait for each other
     if process_group.rank() != 0:
         return {}
-    latents, vae = _latents(job), load_vae(job.pipeline)
+    vae = load_vae(job.pipeline)
 
     def encode_uint8(rows: Tensor) -> Tensor:
         with torch.no_grad():

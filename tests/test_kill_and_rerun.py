@@ -1,4 +1,4 @@
-"""`lpips train` and `teacher train`, killed at random times and run again, equal an unbroken run."""
+"""`lpips train`, `teacher train` and the ONNX export, killed and run again: nothing is lost or left over."""
 
 import random
 import signal
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from exported import save_run
 from jobs import Running, d2g
 from labeled import save_classes
 from own_pictures import image_folder, train_arguments
@@ -67,3 +68,15 @@ def test_teacher_train(seed: int, tmp_path: Path) -> None:
         tmp_path / "data", Path("OUT"), "--images", "160", *checkpoints, stages="data,vae,unet,lpips"
     )
     check_kills(arguments, tmp_path, seed)
+
+
+def test_onnx_export(teacher: Path, tmp_path: Path) -> None:
+    """A killed export leaves nothing but a hidden folder, which the next export into OUT removes."""
+    out, export = tmp_path / "out", ["export", "--student", save_run(tmp_path / "run", str(teacher)), "--out"]
+    running = Running([*export, str(out), "--format", "onnx"], tmp_path / "log")
+    running.wait_for(lambda: any(out.glob(".staged.*/*.onnx")), 300)
+    running.send(signal.SIGKILL)
+    assert running.wait().code != 0 and not [path for path in out.iterdir() if path.name[0] != "."]
+    ended = d2g([*export, str(out), "--format", "safetensors"], tmp_path / "log")
+    assert ended.code == 0, ended
+    assert sorted(path.name for path in out.iterdir()) == ["ema.safetensors", "student.json"]

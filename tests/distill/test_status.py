@@ -158,6 +158,14 @@ def test_ended_json_is_shown(
     assert result["silent_minutes"] is result["seconds_left"] is None and not result["finished"]
 
 
+def test_a_clock_that_was_set_back_is_no_silence(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The reports lie in the future of the new clock."""
+    for name in ("stats.jsonl", "config.json"):
+        os.utime(run / name, (time.time() + 10_000,) * 2)
+    code, out, _ = watch(capfd, run, "--json")
+    assert code == 0 and json.loads(out)["silent_minutes"] is None
+
+
 def test_a_live_view_exits_when_the_run_fails(run: Path, tmp_path: Path) -> None:
     running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
     running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)

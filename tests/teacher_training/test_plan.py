@@ -214,9 +214,11 @@ def test_a_folder_without_a_preset_is_quick(tmp_path: Path, d2g: Any) -> None:
 def test_two_processes_train_one_teacher(data: Path, tmp_path: Path) -> None:
     """The lengths that rank 0 measures are those of all ranks, and rank 0 alone writes the results."""
     out = tmp_path / "teacher"
-    ranks = d2g_ranks([*train_arguments(data, out, "--minutes", "0.02"), "--json"], tmp_path / "log")
+    arguments = train_arguments(data, out, "--minutes", "0.02", stages="data,vae,unet,lpips")
+    ranks = d2g_ranks([*arguments, "--json"], tmp_path / "log")
     assert [ended.code for ended in ranks] == [0, 0], [ended.stderr for ended in ranks]
     result = ranks[0].json
     assert ranks[1].stdout == "" and result["trained"] is False and (out / "report.html").is_file()
     plan = json.loads((out / "training" / "plan.json").read_text())
     assert result["scores"]["unet"]["length"] == plan["lengths"]["unet.fit.images"]
+    assert result["scores"]["lpips"]["two_afc"] > 0, "rank 0 trains this stage, and the others wait"
