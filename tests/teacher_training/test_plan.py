@@ -153,11 +153,20 @@ def test_a_longer_training_goes_on_and_a_shorter_one_is_refused(
 def test_an_interrupted_training_says_how_to_finish(data: Path, tmp_path: Path, d2g: Any) -> None:
     out = tmp_path / "teacher"
     assert d2g(*train_arguments(data, out, "--images", "64", stages="data,vae")).code == 0
-    error = d2g("teacher", "info", out).error
-    assert (
-        f"its training is not finished; finish it with `d2g teacher train --preset scenes --data {data}"
-        in error
-    )
+    prompts, written = ("--prompts", data), ("--out", tmp_path / "none")
+    for command in (
+        ("teacher", "info", out),
+        ("pairs", "generate", "--teacher", out, *prompts, *written),
+        ("eval", "run", "--teacher", out, *prompts, *written),
+        ("distill", "ode", "--teacher", out, "--pairs", tmp_path, *written),
+        ("run", "--teacher", out, "--data", data, *written),
+    ):
+        error = d2g(*command).error
+        assert (
+            f"its training is not finished; finish it with `d2g teacher train --preset scenes --data {data}"
+            in error
+        ), command
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
