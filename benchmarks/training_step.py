@@ -105,6 +105,8 @@ class RandomStep:
             noise_augment=noise_augment,
             mix_in_real_images=RealRows(None, config.teacher, config.seed, shape, TEXT, encode, device),
             gan=config.gan,
+            clip_guidance=None,
+            clip_weight=0.0,
             student_optim=config.optim,
             batch_size=config.train.batch_size,
             logit_stats=logit_stats,

@@ -31,6 +31,14 @@ app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
 app.command("watch")(watch)
 
 
+SCORING_CLIPS = {
+    "openai/clip-vit-base-patch32": "vit-b-32",
+    "openai/clip-vit-large-patch14-336": "vit-l-14-336",
+    "laion/CLIP-ViT-g-14-laion2B-s12B-b42K": "vit-g-14",
+}
+"""CLIP models that `d2g eval` scores with, by their hub ids."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(WorkOptions):
     """Options of both stages."""
@@ -107,6 +115,7 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     if config.stage != stage:
         raise SettingError(f"stage is {config.stage!r}; expected {stage!r} of `d2g distill {stage}`")
     refuse_unused(config, [*(name for name, value in settings.items() if value), *_names(options.sets)])
+    _warn_of_scoring_clip(config.clip_guidance)
     validate = _validation_hook(config, options)
     if options.dry_run:
         inputs = named(config, ("teacher", "pairs", "lpips", "init"))
@@ -127,6 +136,17 @@ def _chosen_preset(options: DistillOptions, stage: str) -> str:
     if is_rank_0():
         logger.info("no --preset: %s, because %s; --preset NAME chooses another", name, reason)
     return name
+
+
+def _warn_of_scoring_clip(guidance: Any) -> None:
+    """Warn where the CLIP that guides the student is one that `d2g eval` scores it with."""
+    name = SCORING_CLIPS.get(guidance.model)
+    if guidance.weight and name and is_rank_0():
+        logger.warning(
+            "clip_guidance.model is %s, which d2g eval calls %s: its CLIP scores of this student would be "
+            "inflated; guide with another CLIP, or score with another",
+            *(guidance.model, name),
+        )
 
 
 def _names(sets: Sequence[str] | None) -> list[str]:
@@ -174,6 +194,7 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from d2g.core.environment import inspect_machine
     from distill.config.presets import DISTILL_PRESETS
     from distill.planning.cost import plan
+    from distill.planning.feature_notes import feature_notes
     from distill.planning.first_step import first_step_notes
     from distill.planning.memory import UTILIZATION, forecast, gpu_days, too_large
 
@@ -188,7 +209,8 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
         if days is None
         else {"a100": round(days, 2), "assumed": f"{UTILIZATION:.0%} of the GPU's peak; losses not counted"}
     )
-    notes = first_step_notes(config, DISTILL_PRESETS[preset].model)
+    model = DISTILL_PRESETS[preset].model
+    notes = [*first_step_notes(config, model), *feature_notes(config, model)]
     return cost | {
         "gpu_days_estimate": estimate,
         "memory_gib_per_gpu": memory or "unknown until the teacher is here",

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+import tiny
+from d2g.diffusion.pretrained import new_tokenizer
+
 SIZES: dict[str, Any] = dict(
     hidden_size=16,
     num_hidden_layers=4,
@@ -14,6 +17,29 @@ SIZES: dict[str, Any] = dict(
     patch_size=4,
 )
 VITS = ("vit", "dinov2", "dinov3_vit", "clip_vision_model")
+
+
+def save_clip_model(folder: Path) -> str:
+    """A CLIP for 16 px images and tiny.CAPTIONS, with its tokenizer."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(5)
+    tokenizer = new_tokenizer(tiny.CAPTIONS, folder, 320, 16)
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=16,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = {**tower, "image_size": 16, "patch_size": 4}
+    net = CLIPModel(CLIPConfig(text_config={**tower, **text}, vision_config=vision, projection_dim=8))
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    net.save_pretrained(folder)
+    return str(folder)
 
 
 def save_vit(kind: str, folder: Path) -> str:

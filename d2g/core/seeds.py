@@ -106,6 +106,8 @@ class StepStream(IntEnum):
     """Rows of the batch that the single-sample R1 penalty uses."""
     VIEWS = 5
     """Crops and augmentations of a discriminator of pixels, for real, fake and the student's rows."""
+    GUIDANCE_CROPS = 6
+    """Crops of the student's images that CLIP guides."""
 
 
 @unique

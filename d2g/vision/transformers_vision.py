@@ -37,7 +37,23 @@ PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 384,
         "num_attention_heads": 6,
         "intermediate_size": 1536,
-    }
+    },
+    "openai/clip-vit-large-patch14": {
+        "model_type": "clip",
+        "projection_dim": 768,
+        "text_config": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+        },
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+    },
 }
 """Configs of published models, as far as they differ from the class's defaults, to predict memory with."""
 
@@ -59,6 +75,17 @@ def load_vision_transformer(name: str, on_meta: bool = False) -> Any:
     with torch.device("meta"):
         model = getattr(transformers, kind)(getattr(config, "vision_config", config), **options)
     return model.eval().requires_grad_(False)
+
+
+def clip_on_meta(name: str) -> Any:
+    """A CLIPModel without weights, from the config of a folder or hub id."""
+    import transformers
+
+    config = _vision_config(name, (WEIGHTS[0],))
+    if config.model_type != "clip":
+        raise UserError(f"{name} is a {config.model_type} model; expected clip")
+    with torch.device("meta"):
+        return transformers.CLIPModel(config).eval().requires_grad_(False)
 
 
 def _vision_config(name: str, files: tuple[str, ...]) -> Any:

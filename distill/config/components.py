@@ -502,6 +502,12 @@ class StudentConfig:
     dropout: float = setting(
         0.0, "Dropout probability in the student; the paper's CIFAR10 model: 0.1", source="Table A1"
     )
+    freeze: tuple[str, ...] = setting(
+        (),
+        "Patterns of names of the network's parameters that are not trained, such as *.conv1.*; D2O freezes "
+        "85 %",
+        source="D2O, arXiv 2405.20750",
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -511,6 +517,11 @@ class StudentConfig:
             lora_alpha=(self.lora_alpha >= 0, "0 or more"),
             dropout=(0 <= self.dropout < 1, "0 up to below 1"),
         )
+        if self.freeze and self.lora_rank:
+            raise SettingError(
+                f"freeze is {self.freeze!r}, but with lora_rank={self.lora_rank} the adapters alone are "
+                "trained; set freeze=[] or lora_rank=0"
+            )
         if self.lora_alpha and not self.lora_rank:
             raise SettingError(f"lora_alpha is {self.lora_alpha} but lora_rank is 0; set lora_rank")
 
@@ -518,3 +529,34 @@ class StudentConfig:
     def alpha(self) -> float:
         """The adapters' alpha."""
         return self.lora_alpha or self.lora_rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipGuidanceConfig:
+    """A loss that draws the student's images toward their texts, by a frozen CLIP (StyleGAN-T, eq. 2)."""
+
+    weight: float = setting(
+        0.0,
+        "Weight of arccos(image . text)^2 in the student's loss; 0: none. StyleGAN-T: 0.2; too much costs "
+        "FID and diversity",
+        source="StyleGAN-T, section 3.3 and table 4",
+    )
+    model: str = setting(
+        "openai/clip-vit-large-patch14",
+        "CLIP in transformers' format, with its tokenizer: a folder or a hub id; another one than scores the "
+        "student",
+        source="StyleGAN-T, section 3: ViT-L/14",
+    )
+    crop: int = setting(
+        64,
+        "Side in pixels of the random crops that it sees of larger images",
+        source="StyleGAN-T, section 3.3",
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        require(
+            self,
+            weight=(self.weight >= 0, "0 or more"),
+            crop=(self.crop >= 1, "1 or more"),
+        )

@@ -137,6 +137,32 @@ _CIFAR10_GAN = replace(
 )
 """The paper's stage 2 at the size of its CIFAR10 model."""
 
+_D2O_OPTIM = OptimConfig(name="adam", weight_decay=0.0, attention_weight_decay=0.0)
+_D2O = DistillConfig(
+    stage="gan",
+    init=FROM_TEACHER,
+    student=StudentConfig(freeze=("*.resnets.*.conv1.*", "*.resnets.*.conv2.*", "*samplers.*")),
+    optim=_D2O_OPTIM,
+    regression=RegressionConfig(losses=()),
+    gan=DiscriminatorConfig(
+        discriminator="projected",
+        feature_networks=("efficientnet-lite0",),
+        feature_augment=(),
+        weight=1.0,
+        real_fraction=1.0,
+        mix_fraction=0.0,
+        mix_z=0.0,
+        r1_gamma=1e-4,
+        r1_rows=4,
+        optim=_D2O_OPTIM,
+    ),
+    train=TrainConfig(batch_size=256, images=5_000_000, ema_halflife_images=500_000),
+    engine=EngineConfig(gpus=4),
+)
+"""D2O's published command for CIFAR10 (Zyriix/D2O, train.sh): batch, rates, R1, length, average, loss. One
+feature network in place of its two, and lazy R1; the betas and the choice of frozen layers are ours.
+"""
+
 PIXEL_RECIPES: dict[str, Recipe] = {
     "cifar10": Recipe(
         f"{TABLE_A1['cifar10'].about}; its gan stage is ours, not trained yet",
@@ -154,6 +180,12 @@ PIXEL_RECIPES: dict[str, Recipe] = {
                 gan=replace(_CIFAR10_GAN.gan, weight=1.0, real_fraction=1.0, z_conditioning=False, mix_z=0.0),
             )
         },
+    ),
+    "d2o": Recipe(
+        "D2O's CIFAR10 model: a GAN on the images of gan.real alone, heads on frozen features, convolutions "
+        "of the student frozen, on 4 GPUs; not trained yet",
+        "edm-cifar10",
+        {"gan": _D2O},
     ),
 }
 """Recipes with a GAN stage for CIFAR10, for which the paper trains none."""

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from d2g.core.config import Presets, check_values, nearest, require, setting
 from d2g.core.errors import SettingError
+from distill.config.components import ClipGuidanceConfig as ClipGuidanceConfig
 from distill.config.components import DiscriminatorConfig as DiscriminatorConfig
 from distill.config.components import OptimConfig as OptimConfig
 from distill.config.components import RegressionConfig as RegressionConfig
@@ -234,6 +235,7 @@ class DistillConfig:
     optim: OptimConfig = setting(OptimConfig(), "Optimizer of the student")
     regression: RegressionConfig = setting(RegressionConfig(), "The regression loss")
     gan: DiscriminatorConfig = setting(DiscriminatorConfig(), "The discriminator")
+    clip_guidance: ClipGuidanceConfig = setting(ClipGuidanceConfig(), "Guidance by CLIP, in both stages")
     train: TrainConfig = setting(TrainConfig(), "Length and reporting")
     engine: EngineConfig = setting(EngineConfig(), "Processes and memory")
     data: DataConfig = setting(DataConfig(), "Reading pairs")

@@ -1,5 +1,6 @@
 """The one-step student: the teacher's network at one fixed point, turned into a data prediction."""
 
+import fnmatch
 import math
 from typing import Any
 
@@ -251,8 +252,20 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
 
 
 def set_trainable(student: Student, config: StudentConfig) -> None:
-    """Require gradients for what is trained: everything, or with LoRA the adapters and the guidance input."""
+    """Require gradients for what is trained: everything but `freeze`, or with LoRA the adapters and the
+    guidance input. Raises SettingError for a pattern that freezes nothing, and if nothing is left."""
     student.requires_grad_(not config.lora_rank)
+    parameters = dict(student.network.named_parameters())
+    for pattern in config.freeze:
+        if not (frozen := fnmatch.filter(parameters, pattern)):
+            raise SettingError(
+                f"student.freeze has {pattern!r}, which matches no parameter of the network; its names look "
+                f"like {next(iter(parameters))}"
+            )
+        for name in frozen:
+            parameters[name].requires_grad = False
+    if config.freeze and not any(p.requires_grad for p in parameters.values()):
+        raise SettingError(f"student.freeze is {list(config.freeze)}, which leaves nothing to train")
     if config.lora_rank:
         for name, parameter in student.named_parameters():
             parameter.requires_grad = ".lora_" in name or name.endswith("cond_proj.weight")

@@ -28,6 +28,7 @@ from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import family_of, open_pipeline
 from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig
 from distill.config.run import DistillConfig, EngineConfig
+from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.gradient_penalty import DiscriminatorInput, r1_penalty
 from distill.losses.regression.decoder_features import DecoderFeatures
 from distill.losses.regression.registry import regression_networks
@@ -85,6 +86,8 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     torch.ones((), requires_grad=True).backward()
     view = [] if discriminator is None else _views(discriminator)
     frozen += _bytes(p for network in view for p in network.parameters())
+    guide = build_clip_guidance(config.clip_guidance, config.teacher, on_meta=True)
+    frozen += _bytes(guide.parameters()) if guide is not None else 0.0
     metric = _latent_metric(config, student.latent_shape[0])
     if metric is not None:
         frozen += sum(p.numel() * p.element_size() for p in metric.parameters())
@@ -106,6 +109,10 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
             for network in view:
                 engine.recompute(network.layers())  # type: ignore[operator]
         working = _working_bytes(config, world_size, student, discriminator, distances, metric)
+        if guide is not None:
+            to_fake(guide)
+            rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
+            working += _guidance_activations(config, guide, student.latent_shape).of(rows)
     shards = _shards(config.engine, world_size)
     trained = [student] if discriminator is None else [student, discriminator]
     gib = 2.0**30
@@ -352,6 +359,21 @@ def _distance_activations(distance: nn.ModuleList, shape: tuple[int, int, int]) 
     def of(rows: int) -> float:
         pred = torch.empty(rows, *shape, requires_grad=True)
         return saved_bytes(distance, lambda: distance[0](pred, torch.empty(rows, *shape)), False)
+
+    return SavedBytes.from_batches(of(1), of(2))
+
+
+def _guidance_activations(
+    config: DistillConfig, guide: ClipGuidance, shape: tuple[int, int, int]
+) -> SavedBytes:
+    """Bytes that guidance by CLIP saves, counted beside everything else at the peak."""
+    width = guide.model.config.projection_dim
+
+    def of(rows: int) -> float:
+        latents = torch.empty(rows, *shape, requires_grad=True)
+        text, places = torch.empty(rows, width), torch.empty(rows, 2)
+        bf16 = config.train.precision == "bf16" and config.engine.parallel == "ddp"
+        return saved_bytes(guide, lambda: guide(latents, text, places), bf16)
 
     return SavedBytes.from_batches(of(1), of(2))
 

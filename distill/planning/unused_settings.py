@@ -73,6 +73,10 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
         "with student.lora_rank above 0, or in `d2g distill gan` with gan.freeze_backbone=true",
     ),
     ("gan.optim.decay",): (lambda c: c.gan.optim.decay_images > 0, "with gan.optim.decay_images above 0"),
+    ("clip_guidance.model", "clip_guidance.crop"): (
+        lambda c: c.clip_guidance.weight > 0,
+        "with clip_guidance.weight above 0",
+    ),
     ("optim.decay",): (lambda c: c.optim.decay_images > 0, "with optim.decay_images above 0"),
     ("train.ema_beta",): (lambda c: not c.train.ema_halflife_images, "with train.ema_halflife_images=0"),
     **_loss_conditions(),

@@ -17,6 +17,7 @@ from d2g.core.transfer import to_device
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, Penalty
 from distill.losses.adversarial import sample_mismatches
+from distill.losses.clip_guidance import ClipGuidance
 from distill.losses.gradient_penalty import DiscriminatorInput, sample_penalty_rows
 from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.base import Transforms
@@ -38,6 +39,7 @@ class StepRandomness:
     levels: Tensor | None  # [B] D's time inputs; None: its constant
     draws: Tensor | None  # [3, B, D] integers of real, fake and the student's rows, for kinds that take them
     penalized_rows: list[int]  # rows for single-sample R1, drawn in every step, due or not; else empty
+    clip_crops: Tensor  # [B, 2] in [0, 1): crops of the student's images that CLIP sees
     nimg: int  # number of the first row since the run began
 
 
@@ -60,6 +62,8 @@ class MicroBatch:
     augment_noise: tuple[Tensor | None, Tensor | None]  # added before D to the real and to the fake rows
     r1_noise: Tensor | None  # of the approximated R1
     draws: tuple[Tensor | None, ...] = (None,) * 3  # [b, D] of real, fake and the student's rows
+    clip_text: Tensor | None = None  # [b, D] unit vectors of the prompts, for guidance by CLIP
+    clip_crops: Tensor | None = None  # [b, 2] in [0, 1)
     generated: Tensor = field(init=False)  # [b, C, h, w] the student's latents
     d_real: DiscriminatorInput = field(init=False)
     d_fake: DiscriminatorInput = field(init=False)
@@ -86,7 +90,9 @@ class StepPreparation:
         encode: TextCache,
         device: torch.device,
         embedded_guidance: bool = False,
+        clip_guidance: ClipGuidance | None = None,
     ) -> None:
+        self.clip_guidance = clip_guidance
         self.embedded_guidance = embedded_guidance
         self.seed, self.batch_size, self.microbatches = seed, batch_size, microbatches
         self.dropout, self.gan = dropout, gan
@@ -137,6 +143,7 @@ class StepPreparation:
             levels=levels,
             draws=draws,
             penalized_rows=penalized_rows,
+            clip_crops=torch.rand(size, 2, generator=stream(StepStream.GUIDANCE_CROPS)),
             nimg=nimg,
         )
 
@@ -188,6 +195,10 @@ class StepPreparation:
             draws=(None,) * 3
             if randomness.draws is None
             else tuple(to_device(draws[batch_rows], device) for draws in randomness.draws),
+            clip_text=None if self.clip_guidance is None else self.clip_guidance.encode(prompts),
+            clip_crops=to_device(
+                None if self.clip_guidance is None else randomness.clip_crops[batch_rows], device
+            ),
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from d2g.core.precision import exact_fp32
 from distill.config.components import DiscriminatorConfig, OptimConfig
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
+from distill.losses.clip_guidance import ClipGuidance
 from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
 from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.regression import Regression
@@ -64,6 +65,8 @@ class StepContext:
     noise_augment: NoiseAugmentation
     mix_in_real_images: RealRows
     gan: DiscriminatorConfig
+    clip_guidance: ClipGuidance | None
+    clip_weight: float
     student_optim: OptimConfig
     batch_size: int
     logit_stats: LogitStats
@@ -180,7 +183,7 @@ def generator_step(
     context: StepContext, microbatches: Sequence[MicroBatch], terms: LossTerms, reuse_student_pass: bool
 ) -> None:
     """Update the student: regression to the teacher's latents, plus the adversarial loss of D on the same
-    latents (method.md "GAN losses")."""
+    latents (method.md "GAN losses"), and guidance by CLIP if it has a weight."""
     state, gan, discriminator = context.state, context.gan, context.state.discriminator
     for number, microbatch in enumerate(microbatches):
         with state.student.no_sync(number < len(microbatches) - 1):
@@ -191,6 +194,12 @@ def generator_step(
             if discriminator is not None:
                 values["loss/g_gan"] = adversarial_loss(context, number, microbatch, latents)
                 loss = loss + gan.weight * values["loss/g_gan"]
+            if context.clip_guidance is not None:
+                with context.autocast():
+                    values["loss/clip"] = context.clip_guidance(
+                        latents, microbatch.clip_text, microbatch.clip_crops
+                    )
+                loss = loss + context.clip_weight * values["loss/clip"]
             terms.add({**values, "loss/g": loss})
             # Backward in two parts: D's graph is freed before the student's backward pass begins.
             (grad_latents,) = torch.autograd.grad(loss, latents, one_or_nan(loss))

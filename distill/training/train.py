@@ -22,6 +22,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import family_of
 from distill.config.run import DistillConfig, microbatch_size
+from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
 from distill.models.discriminators import check_discriminator
@@ -159,6 +160,8 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     gan, shape = config.gan if config.stage == "gan" else None, _shape_of(reader)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
+    guide = build_clip_guidance(config.clip_guidance, config.teacher)
+    guide = guide if guide is None else guide.to(device)
     mixed = None if config.without_pairs else gan
     mix_in_real_images = RealRows(mixed, config.teacher, config.seed, shape, kind, encode, device)
     vae = pretrained.load_vae(config.teacher).to(device) if options.preview_prompts else None
@@ -189,6 +192,8 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         noise_augment=noise_augment,
         mix_in_real_images=mix_in_real_images,
         gan=config.gan,
+        clip_guidance=guide,
+        clip_weight=config.clip_guidance.weight,
         student_optim=config.optim,
         batch_size=options.batch_size,
         logit_stats=logit_stats,
@@ -205,7 +210,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         writer=writer,
         pace=pace,
         finite=finite,
-        prepare=_build_preparation(config, regression, noise_augment, encode, device),
+        prepare=_build_preparation(config, regression, noise_augment, encode, guide, device),
         context=context,
         batches=_open_batches(config, reader, state.nimg, device),
         resumed=last is not None,
@@ -369,6 +374,7 @@ def _build_preparation(
     regression: Regression,
     noise_augment: NoiseAugmentation,
     encode: TextCache,
+    guide: ClipGuidance | None,
     device: torch.device,
 ) -> StepPreparation:
     return StepPreparation(
@@ -382,6 +388,7 @@ def _build_preparation(
         encode=encode,
         device=device,
         embedded_guidance=family_of(config.teacher).embedded_guidance is not None,
+        clip_guidance=guide,
     )
 
 

@@ -14,10 +14,12 @@ import tiny_teachers
 import vision_models
 from d2g.core.config import override
 from d2g.core.errors import SettingError, UserError
+from d2g.core.png import save_png
 from d2g.core.seeds import generator
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.latents import decode
 from distill.config.components import DiscriminatorConfig
+from distill.config.presets import PIXEL_RECIPES
 from distill.losses.adversarial import discriminator_loss, generator_loss
 from distill.losses.gradient_penalty import r1_penalty
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
@@ -340,3 +342,34 @@ def test_two_processes_train_like_one(
         for run in ("one", "two")
     )
     assert len(one) == 17 and two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_d2o_recipe_trains_a_student_of_pixels(vit: str, tmp_path: Path) -> None:
+    """Its settings on a tiny EDM: images alone, without regression, convolutions frozen; resumes exactly."""
+    teacher = Path(tiny_teachers.save_kind("edm", tmp_path / "edm"))
+    for number in range(6):
+        (tmp_path / "images" / str(number)).mkdir(parents=True)
+        pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator(number))
+        save_png(pixels, tmp_path / "images" / str(number) / "0.png", {})
+    recipe = PIXEL_RECIPES["d2o"]["gan"]
+    own = distill_config(teacher, Path(), stage="gan")
+    gan = replace(
+        recipe.gan,
+        feature_networks=(vit,),
+        feature_size=16,
+        token_heads=2,
+        r1_rows=2,
+        real=str(tmp_path / "images"),
+    )
+    config = replace(recipe, teacher=str(teacher), gan=gan, train=own.train)
+    config = override(config, ["train.images=12", "optim.lr=1e-3"])
+    assert_resumes_exactly(config, override(config, ["train.images=4"]), tmp_path)
+    start, end = state_at(tmp_path / "twice", 4), state_at(tmp_path / "once", 12)
+    weights = {n for n in end if n.startswith("student.") and n.endswith("weight")}
+    still = {n for n in weights if torch.equal(start[n], end[n])}
+    assert (
+        still
+        and all(".conv1." in n or ".conv2." in n or "samplers." in n for n in still)
+        and still != weights
+    )

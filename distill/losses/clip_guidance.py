@@ -1,0 +1,92 @@
+"""Guidance of the student by CLIP: squared spherical distance of image and text (StyleGAN-T, equation 2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2g.core.errors import SettingError
+from d2g.core.transfer import to_device
+from d2g.diffusion import pretrained
+from d2g.diffusion.latents import decode, latent_space
+from d2g.diffusion.pipelines import family_of, open_pipeline
+from d2g.vision.normalization import OPENAI
+from d2g.vision.transformers_vision import clip_on_meta, load_clip_model, load_clip_tokenizer
+from distill.config.components import ClipGuidanceConfig
+from distill.models.pixel_view import crop_view
+
+LIMIT = 1 - 1e-6
+"""Cosines are clamped to this: the derivative of arccos is infinite at 1."""
+
+
+def spherical_distance(image: Tensor, text: Tensor) -> Tensor:
+    """arccos(image . text)^2 of unit vectors [B, D] -> [B], fp32."""
+    cosine = (image.float() * text.float()).sum(1)
+    return cosine.clamp(-LIMIT, LIMIT).arccos().square()
+
+
+class ClipGuidance(nn.Module):
+    """A frozen CLIP behind the autoencoder's decoder. `crop`: side in pixels of the crops that it sees."""
+
+    def __init__(self, model: Any, tokenizer: Any, vae: Any, crop: int) -> None:
+        super().__init__()
+        self.model, self.vae, self.tokenizer = model, vae.requires_grad_(False), tokenizer
+        self.side = crop // latent_space(vae).downscale
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """B texts -> unit vectors [B, D]."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        device = next(self.model.parameters()).device
+        output = self.model.text_model(
+            input_ids=to_device(tokens.input_ids, device),
+            attention_mask=to_device(tokens.attention_mask, device),
+        )
+        embedding: Tensor = self.model.text_projection(output.pooler_output)
+        return F.normalize(embedding.float(), dim=1)
+
+    def forward(self, latents: Tensor, text: Tensor, uniform: Tensor) -> Tensor:
+        """Latents [B, C, h, w], unit vectors of the texts [B, D], places of the crops [B, 2] in [0, 1) -> the
+        mean of the squared spherical distances."""
+        pixels = decode(self.vae, crop_view(latents, self.side, uniform))
+        size = self.model.config.vision_config.image_size
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+        mean, deviation = (torch.tensor(s, device=pixels.device).view(3, 1, 1) for s in OPENAI)
+        output = self.model.vision_model(pixel_values=(pixels / 2 + 0.5 - mean) / deviation)
+        image = F.normalize(self.model.visual_projection(output.pooler_output).float(), dim=1)
+        return spherical_distance(image, text).mean()
+
+
+def build_clip_guidance(
+    config: ClipGuidanceConfig, teacher: str, on_meta: bool = False
+) -> ClipGuidance | None:
+    """The guidance of a run; None with weight 0. on_meta: without weights and tokenizer.
+
+    Raises SettingError for a teacher without text or without pixels, and for crops that no latents fill;
+    UserError for a CLIP that is missing.
+    """
+    if not config.weight:
+        return None
+    family, kind = family_of(teacher), open_pipeline(teacher).kind
+    if not family.reads_text or family.network not in ("unet", "transformer"):
+        reason = "no text to guide by" if not family.reads_text else "no decoder to pixels"
+        raise SettingError(
+            f"clip_guidance.weight is {config.weight:g}, but {teacher}, a {kind}, has {reason}; set it to 0"
+        )
+    downscale = pretrained.latent_downscale(teacher)
+    if config.crop % downscale:
+        raise SettingError(
+            f"clip_guidance.crop is {config.crop}, but a latent is {downscale} px wide; expected a multiple "
+            "of that"
+        )
+    if on_meta:
+        return ClipGuidance(
+            clip_on_meta(config.model), None, pretrained.autoencoder_on_meta(teacher), config.crop
+        )
+    model, tokenizer = load_clip_model(config.model), load_clip_tokenizer(config.model)
+    return ClipGuidance(model, tokenizer, pretrained.load_vae(teacher), config.crop)

@@ -1,0 +1,28 @@
+"""Lines for --dry-run about what a discriminator of pixels sees."""
+
+from d2g.diffusion import pretrained
+from distill.config.run import DistillConfig
+from distill.models.discriminators import DISCRIMINATORS
+from distill.models.pixel_view import FrozenView
+from distill.planning.memory import known_teacher
+
+
+def feature_notes(config: DistillConfig, model: str) -> list[str]:
+    """The heads, feature networks and crops of a discriminator on frozen features; [] for the others.
+
+    model: a key of `reference_models.NAMES`, which stands in for a teacher that is not on this disk.
+    """
+    open_view = DISCRIMINATORS[config.gan.discriminator].open_view
+    with known_teacher(config, model) as known:
+        if config.stage != "gan" or open_view is None or known is None:
+            return []
+        view = open_view(known.teacher, known.gan, True)
+        assert isinstance(view, FrozenView)
+        _, height, width = pretrained.latent_shape(known.teacher)
+        millions = sum(p.numel() for p in view.networks.parameters()) / 1e6
+    crop = f"{min(view.side, height)}x{min(view.side, width)} of {height}x{width} latents"
+    return [
+        f"discriminator {config.gan.discriminator}: {len(view.names)} heads on "
+        f"{', '.join(config.gan.feature_networks)} ({millions:.1f} M frozen parameters) at "
+        f"{config.gan.feature_size} px, from {crop}"
+    ]

@@ -1,0 +1,106 @@
+"""distill.losses.clip_guidance: the formula, transformers as judge, real runs of both stages, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+import tiny_teachers
+import vision_models
+from d2g.core.config import override
+from d2g.core.errors import SettingError, UserError
+from d2g.diffusion.latents import decode
+from d2g_cli.distill import _warn_of_scoring_clip
+from distill.config.components import ClipGuidanceConfig
+from distill.losses.clip_guidance import build_clip_guidance, spherical_distance
+from distill.planning.memory import predict
+from distill.planning.unused_settings import refuse_unused
+from distill.training.train import train
+from jobs import distill_config, make_pairs
+from runs import losses, state_at
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return vision_models.save_clip_model(tmp_path_factory.mktemp("clip"))
+
+
+def test_the_distance_is_the_squared_angle() -> None:
+    angles = torch.tensor([0.0, 0.5, 1.5, 3.0])
+    image = torch.stack([angles.cos(), angles.sin()], 1).requires_grad_()
+    distance = spherical_distance(image, torch.tensor([1.0, 0.0]).expand(4, 2))
+    torch.testing.assert_close(distance, angles.square(), rtol=1e-4, atol=1e-5)
+    distance.sum().backward()
+    assert image.grad is not None and image.grad.isfinite().all()
+
+
+def test_guidance_is_the_angle_of_transformers_embeddings(teacher: Path, clip: str) -> None:
+    """The crop of 16 px of a 32 px image, decoded alone."""
+    from transformers import CLIPModel
+
+    config = ClipGuidanceConfig(weight=0.2, model=clip, crop=16)
+    guide = build_clip_guidance(config, str(teacher))
+    assert guide is not None and build_clip_guidance(ClipGuidanceConfig(), str(teacher)) is None
+    latents = torch.randn(2, 4, 8, 8).requires_grad_()
+    prompts, places = tiny.CAPTIONS[:2], torch.tensor([[0.0, 0.0], [0.999, 0.999]])
+    text = guide.encode(prompts)
+    value = guide(latents, text, places)
+    crops = torch.stack([latents[0, :, :4, :4], latents[1, :, 4:, 4:]])
+    mean, deviation = (
+        torch.tensor(s).view(3, 1, 1)
+        for s in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    )
+    net = CLIPModel.from_pretrained(clip)
+    tokens = guide.tokenizer(prompts, padding=True, return_tensors="pt")
+    pixels = (decode(guide.vae, crops) / 2 + 0.5 - mean) / deviation
+    cosine = net(pixel_values=pixels, **tokens).logits_per_image.diagonal() / net.logit_scale.exp()
+    torch.testing.assert_close(value, cosine.arccos().square().mean(), rtol=1e-4, atol=1e-5)
+    (slope,) = torch.autograd.grad(value, latents)
+    assert (slope[0, :, :4, :4] != 0).any() and (slope[0, :, 4:] == 0).all()
+
+
+def test_guided_runs_resume_bit_for_bit(teacher: Path, clip: str, tmp_path: Path) -> None:
+    """In the regression stage, as in the second."""
+    pairs = make_pairs(teacher, tmp_path)
+    guided = ("clip_guidance.weight=0.2", f"clip_guidance.model={clip}", "clip_guidance.crop=8")
+    config, shorter = (
+        distill_config(teacher, pairs, "regression.losses=mse", *guided, f"train.images={n}") for n in (8, 4)
+    )
+    for run, configs in (("once", (config,)), ("twice", (shorter, config))):
+        for each in configs:
+            train(each, tmp_path / run)
+    once, twice = (state_at(tmp_path / run, 8) for run in ("once", "twice"))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    report = losses(tmp_path / "once")[-1]
+    assert report["loss/g"] == pytest.approx(report["loss/mse"] + 0.2 * report["loss/clip"], rel=1e-5)
+
+
+def test_memory_counts_clip(teacher: Path, clip: str) -> None:
+    config = distill_config(teacher, Path("pairs"))
+    guided = replace(config, clip_guidance=ClipGuidanceConfig(weight=0.2, model=clip, crop=16))
+    before, after = predict(config, 1), predict(guided, 1)
+    assert after.frozen > before.frozen and after.working > before.working
+
+
+def test_what_cannot_guide_is_refused(
+    teacher: Path, clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classes = tiny_teachers.save_kind("unet2d", tmp_path / "unet2d")
+    good = ClipGuidanceConfig(weight=0.2, model=clip, crop=16)
+    for config, name, message in (
+        (good, classes, "weight is 0.2, but .* has no text to guide by; set it to 0"),
+        (replace(good, crop=18), str(teacher), "crop is 18, but a latent is 4 px wide; expected a multiple"),
+        (replace(good, model="nowhere"), str(teacher), "nowhere: no such folder"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            build_clip_guidance(config, name)
+        assert "\n" not in str(error.value)
+    config = distill_config(teacher, Path("pairs"))
+    for name in ("model=x", "crop=32"):
+        changed = override(config, [f"clip_guidance.{name}"])
+        with pytest.raises(SettingError, match="acts only with clip_guidance"):
+            refuse_unused(changed, [f"clip_guidance.{name.partition('=')[0]}"])
+    _warn_of_scoring_clip(replace(good, model="openai/clip-vit-base-patch32"))
+    assert "vit-b-32: its CLIP scores of this student would be inflated" in caplog.text
