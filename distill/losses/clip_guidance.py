@@ -12,10 +12,10 @@ from d2g.core.transfer import to_device
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, latent_space
 from d2g.diffusion.pipelines import family_of, open_pipeline
+from d2g.vision.crops import crop_view
 from d2g.vision.normalization import OPENAI
 from d2g.vision.transformers_vision import clip_on_meta, load_clip_model, load_clip_tokenizer
 from distill.config.components import ClipGuidanceConfig
-from distill.models.pixel_view import crop_view
 
 LIMIT = 1 - 1e-6
 """Cosines are clamped to this: the derivative of arccos is infinite at 1."""

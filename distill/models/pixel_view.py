@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.diffusion.latents import decode, latent_space
+from d2g.vision.crops import crop_rows, crop_view
 from distill.models.feature_networks import FeatureNetwork
 from latent_lpips.augment import AugmentParams, apply_transforms
 
@@ -68,29 +69,6 @@ class FrozenView(nn.Module):
         """Blocks of the decoder, whose activations are recomputed if the run asks for it."""
         decoder: Any = getattr(self.vae, "decoder", None)
         return [*getattr(decoder, "up_blocks", ())]
-
-
-def crop_view(x: Tensor, side: int, uniform: Tensor) -> Tensor:
-    """A square of `side` positions of each row of x [B, C, h, w], or all of a shorter side. uniform
-    [B, 2 or more] in [0, 1): its place.
-    """
-    height, width = (min(side, length) for length in x.shape[2:])
-    if (height, width) == x.shape[2:]:
-        return x
-    places = [
-        (u * (length - part + 1)).long()
-        for u, length, part in zip(uniform.unbind(1), x.shape[2:], (height, width), strict=False)
-    ]
-    return crop_rows(x, places[0], places[1], height, width)
-
-
-def crop_rows(x: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """x [B, C, h, w] -> [B, C, height, width], row i from position (top[i], left[i]) on."""
-    rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
-    index = (top[:, None] + rows)[:, None, :, None]
-    x = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
-    index = (left[:, None] + columns)[:, None, None, :]
-    return x.gather(3, index.expand(-1, x.shape[1], height, -1))
 
 
 def diff_augment(pixels: Tensor, names: Sequence[str], uniform: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ from d2g.core.png import save_png
 from d2g.core.seeds import generator
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.latents import decode
+from d2g.vision.crops import crop_view
 from distill.config.components import DiscriminatorConfig
 from distill.config.presets import PIXEL_RECIPES
 from distill.losses.adversarial import discriminator_loss, generator_loss
 from distill.losses.gradient_penalty import r1_penalty
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.feature_networks import open_feature_network
-from distill.models.pixel_view import DRAWS, RANGE, crop_view, diff_augment
+from distill.models.pixel_view import DRAWS, RANGE, diff_augment
 from distill.models.projected_discriminator import VirtualBatchNorm, condition_vector
 from distill.planning.memory import predict
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
