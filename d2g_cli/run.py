@@ -126,6 +126,9 @@ def _run_config(options: FullRunOptions, untrained: bool) -> Any:
         "stop_untrained": False if untrained else None,
     }
     if options.seed is not None:
+        from d2g.core.seeds import checked_key
+
+        checked_key("seed", options.seed)
         settings |= {f"{part}.seed": options.seed for part in ("teacher", "pairs", "ode", "gan")}
     config = configure(config, settings, options.sets)
     if not options.data:
