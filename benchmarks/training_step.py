@@ -109,6 +109,7 @@ class RandomStep:
             clip_weight=0.0,
             student_optim=config.optim,
             batch_size=config.train.batch_size,
+            images=config.train.images,
             logit_stats=logit_stats,
             autocast=lambda: torch.autocast(
                 device.type, torch.bfloat16, enabled=config.train.precision == "bf16"

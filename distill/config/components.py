@@ -63,7 +63,10 @@ class OptimConfig:
         source="not in the paper; DMD: 500 steps",
     )
     decay_images: int = setting(
-        0, "Images over which the learning rate falls to final_lr; 0 keeps it constant", source="ours"
+        0,
+        "Images over which the learning rate falls to final_lr; 0 keeps it constant; -1 is the length of the "
+        "run, train.images, which may be longer when the run resumes",
+        source="ours",
     )
     decay: Literal["cosine", "linear", "step"] = setting(
         "cosine", "Shape of the decay; step changes the rate at once after decay_images", source="ours"
@@ -87,7 +90,7 @@ class OptimConfig:
             clip_norm=(self.clip_norm >= 0, "0 or more"),
             betas=(all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             warmup_images=(self.warmup_images >= 0, "0 or more"),
-            decay_images=(self.decay_images >= 0, "0 or more"),
+            decay_images=(self.decay_images >= -1, "0 or more, or -1 for the length of the run"),
             final_lr=(0 <= self.final_lr <= self.lr, f"0 to lr, {self.lr}"),
         )
         if self.final_lr and not self.decay_images:

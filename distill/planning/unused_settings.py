@@ -38,7 +38,7 @@ def _discriminator_conditions() -> dict[tuple[str, ...], Condition]:
     }
 
 
-CONDITIONS: dict[tuple[str, ...], Condition] = {
+_CONDITIONS: dict[tuple[str, ...], Condition] = {
     ("gan.",): (lambda c: c.stage == "gan", "in `d2g distill gan`"),
     ("gan.r1_interval", "gan.r1_reduction"): (
         lambda c: c.gan.active_penalty not in ("approx", "none"),
@@ -72,15 +72,16 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
         lambda c: c.student.lora_rank > 0 or (c.stage == "gan" and c.gan.freeze_backbone),
         "with student.lora_rank above 0, or in `d2g distill gan` with gan.freeze_backbone=true",
     ),
-    ("gan.optim.decay",): (lambda c: c.gan.optim.decay_images > 0, "with gan.optim.decay_images above 0"),
+    ("gan.optim.decay",): (
+        lambda c: c.gan.optim.decay_images != 0,
+        "with gan.optim.decay_images other than 0",
+    ),
     ("clip_guidance.model", "clip_guidance.crop"): (
         lambda c: c.clip_guidance.weight > 0,
         "with clip_guidance.weight above 0",
     ),
-    ("optim.decay",): (lambda c: c.optim.decay_images > 0, "with optim.decay_images above 0"),
+    ("optim.decay",): (lambda c: c.optim.decay_images != 0, "with optim.decay_images other than 0"),
     ("train.ema_beta",): (lambda c: not c.train.ema_halflife_images, "with train.ema_halflife_images=0"),
-    **_loss_conditions(),
-    **_discriminator_conditions(),
     ("data.block", "data.window", "data.skip_bad", "data.cache", "data.cache_gib", "data.rewire"): (
         lambda c: not c.without_pairs,
         "with --pairs",
@@ -90,13 +91,16 @@ CONDITIONS: dict[tuple[str, ...], Condition] = {
         "with e_latent_lpips or latent_lpips in regression.losses",
     ),
 }
-"""When a run uses a setting (or a group, whose name ends with a dot): the condition, and its words."""
+CONDITIONS = (*_CONDITIONS.items(), *_loss_conditions().items(), *_discriminator_conditions().items())
+"""When a run uses a setting (or a group, whose name ends with a dot): the condition, and its words. A setting
+with several conditions needs all of them.
+"""
 
 
 def refuse_unused(config: DistillConfig, names: Iterable[str]) -> None:
     """Raise SettingError for the first of the dotted setting names that has no effect in such a run."""
     for name in names:
-        for settings, (is_used, condition) in CONDITIONS.items():
+        for settings, (is_used, condition) in CONDITIONS:
             groups = tuple(setting for setting in settings if setting.endswith("."))
             if (name in settings or name.startswith(groups)) and not is_used(config):
                 raise SettingError(f"{name} is set, but acts only {condition}; leave it out")

@@ -49,12 +49,15 @@ def optimizer(module: nn.Module, config: OptimConfig, offload: bool = False) -> 
     return kind(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
-def learning_rate(nimg: int, config: OptimConfig, batch_size: int) -> float:
-    """Return the learning rate after `nimg` images: linear warm-up, then constant or decay to `final_lr`."""
+def learning_rate(nimg: int, config: OptimConfig, batch_size: int, images: int) -> float:
+    """Return the learning rate after `nimg` of a run's `images`: linear warm-up, then constant or decay to
+    `final_lr`.
+    """
     warmup = min(1.0, (nimg + batch_size) / config.warmup_images) if config.warmup_images else 1.0
     if not config.decay_images:
         return config.lr * warmup
-    progress = min(1.0, nimg / config.decay_images)
+    length = images if config.decay_images == -1 else config.decay_images
+    progress = min(1.0, nimg / length)
     decay_factor = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,

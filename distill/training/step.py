@@ -56,8 +56,10 @@ class LossTerms(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a step works with. `stop_updates(name, gradient_norm, terms)` is 1 on the device where an update
-    must not happen; `waiting` counts time that is spent on waiting for data.
+    """What a step works with.
+
+    images: the length of the run. stop_updates(name, gradient_norm, terms): 1 on the device where an update
+    must not happen. waiting: counts time that is spent on waiting for data.
     """
 
     state: State
@@ -69,6 +71,7 @@ class StepContext:
     clip_weight: float
     student_optim: OptimConfig
     batch_size: int
+    images: int
     logit_stats: LogitStats
     autocast: Callable[[], AbstractContextManager[None]]
     waiting: Callable[[], AbstractContextManager[None]]
@@ -244,6 +247,6 @@ def _update(context: StepContext, name: str, terms: LossTerms) -> None:
         optim, network, config = state.optim_d, state.discriminator, context.gan.optim
     else:
         optim, network, config = state.optim_g, state.student, context.student_optim
-    lr = learning_rate(state.nimg, config, context.batch_size)
+    lr = learning_rate(state.nimg, config, context.batch_size, context.images)
     norm = update(optim, network, config, lr, lambda norm: context.stop_updates(name, norm, terms))
     terms.set(name, norm)

@@ -196,6 +196,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         clip_weight=config.clip_guidance.weight,
         student_optim=config.optim,
         batch_size=options.batch_size,
+        images=options.images,
         logit_stats=logit_stats,
         autocast=autocast,
         waiting=pace.waiting,

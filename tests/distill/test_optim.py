@@ -90,7 +90,7 @@ def test_a_stopped_step_keeps_every_bit_of_weights_and_states(
 
 
 def rates(config: OptimConfig, *images: int) -> list[float]:
-    return [learning_rate(n, config, 4) for n in images]
+    return [learning_rate(n, config, 4, 50) for n in images]
 
 
 def test_learning_rates_are_functions_of_images() -> None:
@@ -98,7 +98,8 @@ def test_learning_rates_are_functions_of_images() -> None:
     assert rates(OptimConfig(lr=2.0, warmup_images=16), 0, 4, 12, 100) == [0.5, 1.0, 2.0, 2.0]
     cosine = OptimConfig(lr=2.0, decay_images=100)
     assert rates(cosine, 0, 50, 100, 200) == pytest.approx([2.0, 1.0, 0.0, 0.0])
-    assert learning_rate(25, cosine, 4) == pytest.approx(1 + math.cos(math.pi / 4))
+    assert learning_rate(25, cosine, 4, 50) == pytest.approx(1 + math.cos(math.pi / 4))
+    assert rates(OptimConfig(lr=2.0, decay_images=-1), 0, 25, 50) == pytest.approx([2.0, 1.0, 0.0])
     linear = OptimConfig(lr=2.0, decay_images=100, decay="linear", final_lr=1.0)
     assert rates(linear, 0, 25, 100, 900) == pytest.approx([2.0, 1.75, 1.0, 1.0])
     step = OptimConfig(lr=1e-4, decay_images=100, decay="step", final_lr=1e-5)

@@ -339,6 +339,19 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         (f"gan.{name}", (), ("gan.discriminator=transformer",))
         for name in ("token_heads=2", "token_scales=[1,2]")
     ),
+    *(
+        (f"gan.{name}", (), ("gan.discriminator=unet+projected",))
+        for name in (
+            "feature_networks=[x]",
+            "feature_size=64",
+            "feature_augment=[]",
+            "virtual_batch=4",
+            "projected_weight=2",
+        )
+    ),
+    ("gan.freeze_backbone=true", ("gan.discriminator=projected",), ()),
+    ("gan.timestep=500", ("gan.discriminator=projected",), ()),
+    ("engine.frozen_weights=bf16", (), ("student.lora_rank=4",)),
     ("gan.timestep_shift=2", (), ("gan.timestep_mode=random",)),
     ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
     ("gan.optim.decay=step", ("optim.decay_images=9",), ("gan.optim.decay_images=9",)),
@@ -373,5 +386,5 @@ def test_settings_without_effect_are_refused(
 
 def test_every_condition_is_tested_and_presets_may_set_unused_settings() -> None:
     tested = {setting.partition("=")[0] for setting, _, _ in UNUSED}
-    assert {name for names in CONDITIONS for name in names} <= tested | {"gan."}
+    assert {name for names, _ in CONDITIONS for name in names} <= tested | {"gan."}
     refuse_unused(DISTILL_PRESETS["cifar10"]["ode"], [])

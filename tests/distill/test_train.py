@@ -28,7 +28,7 @@ from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig, OptimConfig
 from distill.models.student import student_from_teacher
 from distill.training.failure import not_finite_error
-from distill.training.optim import learning_rate, optimizer, update
+from distill.training.optim import optimizer, update
 from distill.training.train import train
 from jobs import BATCH, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 
@@ -367,12 +367,3 @@ def test_the_error_names_what_is_not_finite(tmp_path: Path) -> None:
     assert error.startswith("grad/g is nan at image 8; no checkpoint was written before")
     error = str(not_finite_error("grad/g", nan, {"loss/g": torch.tensor(math.inf)}, 8, tmp_path))
     assert error.startswith("loss/g is inf at image 8")
-
-
-def test_learning_rates_are_functions_of_images() -> None:
-    assert [learning_rate(n, OptimConfig(lr=2.0), 4) for n in (0, 10**9)] == [2.0, 2.0]
-    warmup = OptimConfig(lr=2.0, warmup_images=16)
-    assert [learning_rate(n, warmup, 4) for n in (0, 4, 12, 100)] == [0.5, 1.0, 2.0, 2.0]
-    cosine = OptimConfig(lr=2.0, decay_images=100)
-    assert [learning_rate(n, cosine, 4) for n in (0, 50, 100, 200)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
-    assert learning_rate(25, cosine, 4) == pytest.approx(1 + math.cos(math.pi / 4))
