@@ -340,17 +340,23 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         for name in ("token_heads=2", "token_scales=[1,2]")
     ),
     *(
-        (f"gan.{name}", (), ("gan.discriminator=unet+projected",))
+        (f"gan.{name}", (), ("gan.mix_z=0", "gan.discriminator=unet+projected"))
         for name in (
-            "feature_networks=[x]",
+            'feature_networks=["x"]',
             "feature_size=64",
             "feature_augment=[]",
             "virtual_batch=4",
             "projected_weight=2",
         )
     ),
-    ("gan.freeze_backbone=true", ("gan.discriminator=projected",), ()),
-    ("gan.timestep=500", ("gan.discriminator=projected",), ()),
+    *(
+        (f"gan.{name}", ("gan.mix_z=0", "gan.discriminator=projected"), ())
+        for name in ("freeze_backbone=true", "timestep=500", "timestep_mode=random")
+    ),
+    ("gan.z_conditioning=false", ("gan.mix_z=0", "gan.discriminator=projected"), ("gan.mix_z=0",)),
+    ("gan.noise_augment=none", ("gan.mix_z=0", "gan.discriminator=projected"), ()),
+    ("clip_guidance.model=x", (), ("clip_guidance.weight=0.2",)),
+    ("clip_guidance.crop=8", (), ("clip_guidance.model=x", "clip_guidance.weight=0.2")),
     ("engine.frozen_weights=bf16", (), ("student.lora_rank=4",)),
     ("gan.timestep_shift=2", (), ("gan.timestep_mode=random",)),
     ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
