@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _presets() -> Presets[Any]:
-    from full_run.config import FULL_RUN_PRESETS
+    from teacher_training.full_run.config import FULL_RUN_PRESETS
 
     return FULL_RUN_PRESETS
 
@@ -86,8 +86,8 @@ def run(
     if (count := cpu_processes() if processes is None else processes) > 1 and "WORLD_SIZE" not in os.environ:
         raise typer.Exit(run_in_processes(context.find_root().obj, count))
     from d2g.core.distributed import process_group
-    from full_run.plan import PARTS, plan_run
-    from full_run.run import run_parts
+    from teacher_training.full_run.plan import PARTS, plan_run
+    from teacher_training.full_run.run import run_parts
 
     names = tuple(parts.split(","))
     for name in names:
@@ -138,7 +138,7 @@ def _run_config(options: FullRunOptions, untrained: bool) -> Any:
 
 def _refuse_without_effect(options: FullRunOptions, minutes: float) -> None:
     """Raise SettingError for a setting that an option or an earlier part chooses."""
-    from full_run.plan import PART_LENGTHS
+    from teacher_training.full_run.plan import PART_LENGTHS
 
     chosen = {"data", "pretrained_teacher", "teacher.data", "pairs.prompts", "pairs.teacher"}
     chosen |= {f"{stage}.{name}" for stage in ("ode", "gan") for name in ("teacher", "pairs", "init")}

@@ -28,7 +28,6 @@ from eval.protocols.protocol import PROTOCOLS
 from eval.report.page import first_images
 from eval.result import EvalResult
 from eval.runner.samplers import SamplingRequest, ode_source, one_step_source
-from full_run.stages import PartTimes, distill_teacher
 from miniature.config import DemoConfig
 from miniature.demo_report import write_demo_report
 from miniature.metrics import TEST_SEED, oracle_features, oracle_measures, real_scenes
@@ -36,6 +35,7 @@ from miniature.oracle import load_oracle
 from miniature.registration import register_eval_scenes
 from miniature.sampling import scene_captions
 from pairgen.store.reader import PairReader
+from teacher_training.full_run.stages import PartTimes, distill_teacher
 
 PROMPT_SEED = 3  # seed 1 trained the teacher, seed 2 is for tests
 DEMO_SAMPLERS = ("naive", "ode", "gan", "teacher")

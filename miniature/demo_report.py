@@ -11,7 +11,7 @@ from eval.report.html import Latency, ReportData
 from eval.report.html import write_report as write_page
 from eval.report.page import metrics_of
 from eval.result import EvalResult
-from full_run.report import STAGE_TITLES, stage_curves
+from teacher_training.full_run.report import STAGE_TITLES, stage_curves
 
 DEMO_NOTES = (
     "The Frechet distance is of the caption oracle's features against rendered scenes of the same captions: "

@@ -21,7 +21,6 @@ PACKAGES = (
     "distill",
     "eval",
     "teacher_training",
-    "full_run",
     "miniature",
 )
 
@@ -53,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("eval.report",),
     ("eval.runner",),
     ("teacher_training",),
-    ("full_run",),
+    ("teacher_training.full_run",),
     ("miniature",),
     ("d2g_cli",),
     ("cli",),

@@ -12,7 +12,6 @@ FOLDERS = (
     "distill",
     "eval",
     "teacher_training",
-    "full_run",
     "miniature",
 )
 FOLDERS += ("tests", "benchmarks")

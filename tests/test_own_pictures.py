@@ -20,7 +20,7 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "pictures").mkdir()
     image_folder(tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
-    # The first block is `d2g run`, which tests/full_run runs with a smaller teacher.
+    # The first block is `d2g run`, which tests/teacher_training runs with a smaller teacher.
     whole, block = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     assert all(line.startswith(("MINUTES=", "d2g run --data pictures")) for line in whole.splitlines())
     outputs = {}

@@ -21,7 +21,6 @@ PACKAGES = {
     "distill",
     "eval",
     "teacher_training",
-    "full_run",
     "miniature",
 }
 PUBLIC_API = {

@@ -264,7 +264,6 @@ def test_images_are_opened_in_one_place() -> None:
         "distill",
         "eval",
         "teacher_training",
-        "full_run",
         "miniature",
     )
     files = [file for package in packages for file in (root / package).rglob("*.py")]

@@ -15,9 +15,9 @@ from eval.report.html import ReportData, write_report
 from eval.report.page import environment, first_images, metrics_of
 from eval.result import EvalResult
 from eval.runner.samplers import SamplingRequest, ode_source, student_source
-from full_run.config import FullRunConfig
-from full_run.pictures import spread_pictures
 from pairgen.config import PairConfig
+from teacher_training.full_run.config import FullRunConfig
+from teacher_training.full_run.pictures import spread_pictures
 from teacher_training.previews import reconstructions
 from teacher_training.report import teacher_curves
 

@@ -24,10 +24,10 @@ from distill.config.run import DistillConfig, TrainConfig
 from distill.training.train import train
 from eval.protocols.config import EvalRun
 from eval.runner.session import EvalSession
-from full_run.config import FEWEST_IMAGES, FullRunConfig
-from full_run.pictures import spread_captions
 from pairgen.cost import plan_pairs
 from pairgen.generate import generate_pairs
+from teacher_training.full_run.config import FEWEST_IMAGES, FullRunConfig
+from teacher_training.full_run.pictures import spread_captions
 from teacher_training.plan import Request, TeacherPlan, plan_teacher
 from teacher_training.start import save_untrained_teacher
 from teacher_training.train import TEACHER_STAGES

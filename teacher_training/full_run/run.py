@@ -20,12 +20,12 @@ from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.result import EvalResult
 from eval.runner.run import run_evaluation
-from full_run.config import FullRunConfig
-from full_run.pictures import save_pictures, spread_captions
-from full_run.plan import PARTS, FullRunPlan, save_plan
-from full_run.report import SAMPLER_TITLES, write_run_report
-from full_run.stages import PartTimes, distill_teacher
 from pairgen.statistics import store_statistics
+from teacher_training.full_run.config import FullRunConfig
+from teacher_training.full_run.pictures import save_pictures, spread_captions
+from teacher_training.full_run.plan import PARTS, FullRunPlan, save_plan
+from teacher_training.full_run.report import SAMPLER_TITLES, write_run_report
+from teacher_training.full_run.stages import PartTimes, distill_teacher
 from teacher_training.plan import WholeProgress, save_request
 from teacher_training.train import TEACHER_STAGES, train_teacher
 

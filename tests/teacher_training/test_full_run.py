@@ -14,14 +14,14 @@ from d2g.core.distributed import checkpoint
 from d2g.diffusion.teacher import load_teacher
 from eval.networks.efficientnet import load_efficientnet_lite0
 from eval.result import EvalResult
-from full_run.config import FULL_RUN_PRESETS
-from full_run.pictures import save_pictures, spread_captions, spread_pictures
-from full_run.plan import PART_SHARES, FullRunPlan
-from full_run.stages import PartTimes
 from jobs import Ended, Running
 from jobs import d2g as fork_d2g
 from own_pictures import CONFIG, class_folders, image_folder, run_arguments
 from pairgen.store.reader import PairReader
+from teacher_training.full_run.config import FULL_RUN_PRESETS
+from teacher_training.full_run.pictures import save_pictures, spread_captions, spread_pictures
+from teacher_training.full_run.plan import PART_SHARES, FullRunPlan
+from teacher_training.full_run.stages import PartTimes
 from teacher_training.start import save_untrained_teacher
 
 
