@@ -38,7 +38,7 @@ def test_the_workflow_runs_what_ci_run_runs() -> None:
     assert commands_of("wheel") == ["pip install uv", ".ci/release"]
     for script in (".ci/run", ".ci/release"):
         assert os.access(ROOT / script, os.X_OK), f"{script} is not executable"
-    # With the oldest torch, the environment and the tests are the same; format, types and docs depend on no torch.
+    # With the oldest torch, environment and tests are the same; format, types and docs depend on no torch.
     commands = [c.replace(" --no-sync", "") for c in commands_of("oldest-torch") if c != "pip install uv"]
     commands = [command for command in commands if not command.startswith("uv pip install")]
     same = [line for line in checks() if not re.search("ruff|mypy|zensical", line)]
