@@ -105,8 +105,7 @@ def can_build_student(teacher: str, stage: str, **student: int) -> bool:
         check_teacher(teacher, stage, config)
         if stage == "gan":
             network = family_of(teacher).network
-            (kind,) = (name for name, each in DISCRIMINATORS.items() if network in each.networks)
-            fitting: Any = kind
+            fitting: Any = next(name for name, each in DISCRIMINATORS.items() if network in each.networks)
             check_discriminator(teacher, DiscriminatorConfig(discriminator=fitting, mix_fraction=0.0))
         student_from_teacher(teacher, config=config)
     except (SettingError, UserError):

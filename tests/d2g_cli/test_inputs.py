@@ -16,7 +16,7 @@ MISSING = [
     ("pairs plan --teacher miniature --prompts none.txt", "--prompts none.txt: no such file or folder"),
     ("distill ode --teacher none --pairs {here}", "none"),
     ("distill ode --teacher miniature --pairs none", "none/store.json"),
-    ("distill ode --teacher miniature --lpips none", "--lpips none: no such file or folder"),
+    ("distill gan --teacher miniature --lpips none", "--lpips none: no such file or folder"),
     ("distill gan --teacher miniature --init none", "student none: expected a run"),
     ("sample --student none --prompt a", "student none: expected a run"),
     ("sample --teacher none --prompt a", "--teacher none: no such folder"),

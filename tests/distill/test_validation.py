@@ -48,14 +48,14 @@ def distance(teacher: Path) -> ELatentLPIPS:
 @pytest.fixture(scope="module")
 def draw(teacher: Path) -> Any:
     student, text = student_from_teacher(str(teacher)), load_conditioner(str(teacher))
-    return lambda noise, prompts: student(noise, text.encode(prompts))
+    return lambda noise, prompts, prior: student(noise, text.encode(prompts))
 
 
 def perfect_student(reader: PairReader) -> Any:
     """A student that returns the stored latents."""
     stored = reader.read(range(len(reader)))
 
-    def draw(noise: Tensor, prompts: Sequence[str]) -> Tensor:
+    def draw(noise: Tensor, prompts: Sequence[str], prior: None) -> Tensor:
         rows = [next(i for i, z in enumerate(stored.noise) if torch.equal(z, row)) for row in noise]
         return stored.latents[rows]
 
@@ -75,7 +75,7 @@ def test_a_perfect_student_has_no_distance(reader: PairReader, distance: ELatent
 
 def test_psnr_matches_its_definition(reader: PairReader, distance: ELatentLPIPS) -> None:
     target = reader.read(ROWS).latents
-    numbers = measure(lambda z, p: z, reader, ROWS, None, batch_size=4)
+    numbers = measure(lambda z, p, prior: z, reader, ROWS, None, batch_size=4)
     noise, peak = reader.read(ROWS).noise, float(target.max() - target.min())
     square = (noise - target).square().mean((1, 2, 3))
     expected = sum(10 * math.log10(peak**2 / float(s)) for s in square) / len(ROWS)
@@ -116,7 +116,7 @@ def _measure_on_rank(rank: int, port: int, folder: str, teacher: str, out: str) 
     process_group.init()
     calls = []
 
-    def draw(noise: Tensor, prompts: Sequence[str]) -> Tensor:
+    def draw(noise: Tensor, prompts: Sequence[str], prior: None) -> Tensor:
         calls.append(len(noise))
         return noise * 0.5
 
@@ -141,7 +141,7 @@ def test_ranks_share_the_rows_and_sample_equally_often(
         start_method="fork",
     )
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
-    single_process = measure(lambda z, p: z * 0.5, reader, ROWS, distance, batch_size=2)
+    single_process = measure(lambda z, p, prior: z * 0.5, reader, ROWS, distance, batch_size=2)
     assert all(values == pytest.approx(single_process, rel=1e-6) for values, *_ in ranks)
     assert ranks[0][0] == ranks[1][0] == ranks[2][0]
     assert [calls for _, calls, _ in ranks] == [[2, 1]] * 3
