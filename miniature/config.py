@@ -8,14 +8,21 @@ from distill.config.run import DistillConfig
 from pairgen.config import PAIR_PRESETS, PairConfig
 
 
+def _with_images(stage: str, images: int) -> DistillConfig:
+    config = DISTILL_PRESETS["miniature"][stage]
+    return replace(config, train=replace(config.train, images=images))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """Sizes of the demo. The stages are ordinary configs of pairgen and distill."""
 
     seed: int = setting(0, "Seed of everything random")
-    pairs: PairConfig = setting(replace(PAIR_PRESETS["miniature"], num_pairs=2_048), "Pair generation")
-    ode: DistillConfig = setting(DISTILL_PRESETS["miniature"]["ode"], "The regression stage")
-    gan: DistillConfig = setting(DISTILL_PRESETS["miniature"]["gan"], "The GAN stage")
+    pairs: PairConfig = setting(
+        replace(PAIR_PRESETS["miniature"], num_pairs=4_096, steps=25), "Pair generation"
+    )
+    ode: DistillConfig = setting(_with_images("ode", 40_000), "The regression stage")
+    gan: DistillConfig = setting(_with_images("gan", 6_400), "The GAN stage")
     eval_images: int = setting(512, "Images of each evaluation")
     teacher_steps: int = setting(50, "Solver steps of the teacher's own samples")
     columns: int = setting(8, "Images side by side in the report")
