@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from d2g.core.transfer import to_device
 from d2g.diffusion.conditioning import Conditioning, TextConditioner
 from d2g.diffusion.families.base import (
     ANY_SCHEDULER,
@@ -52,7 +53,7 @@ class PixArtConditioner(TextConditioner):
         captions = [prompt.lower().strip() for prompt in prompts]
         tokens = self.tokenize("tokenizer", captions)
         model: Any = self.models["text_encoder"]
-        mask = tokens.attention_mask.to(next(model.parameters()).device)
+        mask = to_device(tokens.attention_mask, next(model.parameters()).device)
         hidden = self.run("text_encoder", tokens.input_ids, attention_mask=mask)[0]
         return Conditioning({"hidden": hidden, "mask": mask})
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
+from d2g.core.transfer import to_device
 from d2g.diffusion.conditioning import Conditioning, TextConditioner
 from d2g.diffusion.families.base import ANY_SCHEDULER, Components, ExportFormat, Pipeline, expect_width
 from d2g.diffusion.families.transformer import (
@@ -63,7 +64,7 @@ class SanaConditioner(TextConditioner):
     def _states(self, texts: Sequence[str], length: int) -> Conditioning:
         tokens = self.tokenize("tokenizer", texts, length)
         model: Any = self.models["text_encoder"]
-        mask = tokens.attention_mask.to(next(model.parameters()).device)
+        mask = to_device(tokens.attention_mask, next(model.parameters()).device)
         hidden = self.run("text_encoder", tokens.input_ids, attention_mask=mask)[0]
         return Conditioning({"hidden": hidden, "mask": mask})
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.transfer import to_device
 from d2g.diffusion.conditioning import Conditioning, TextConditioner
 from d2g.diffusion.families.base import (
     ANY_SCHEDULER,
@@ -45,7 +46,7 @@ class CascadeConditioner(TextConditioner):
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> pooled text [B, P], and for stage C hidden states [B, L, D]."""
         tokens, encoder = self.tokenize("tokenizer", prompts), self.models["text_encoder"]
-        mask = tokens.attention_mask.to(next(encoder.parameters()).device)
+        mask = to_device(tokens.attention_mask, next(encoder.parameters()).device)
         output = self.run("text_encoder", tokens.input_ids, attention_mask=mask, output_hidden_states=True)
         tensors = {"hidden": output.hidden_states[-1]} if self.with_hidden else {}
         return Conditioning({**tensors, "pooled": output.text_embeds})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
+from d2g.core.transfer import to_device
 from d2g.diffusion.conditioning import Conditioning, TextConditioner
 from d2g.diffusion.families.base import (
     ANY_SCHEDULER,
@@ -37,7 +38,7 @@ class WuerstchenConditioner(TextConditioner):
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> hidden states [B, L, D]."""
         tokens, encoder = self.tokenize("tokenizer", prompts), self.models["text_encoder"]
-        mask = tokens.attention_mask.to(next(encoder.parameters()).device)
+        mask = to_device(tokens.attention_mask, next(encoder.parameters()).device)
         output = self.run("text_encoder", tokens.input_ids, attention_mask=mask)
         return Conditioning.from_text(output.last_hidden_state)
 
