@@ -85,12 +85,11 @@ class Student(nn.Module):
         with torch.autocast(noise.device.type, enabled=False):
             return self.schedule.x0(output, x, self.point)
 
-    def _time(self, rows: int, device: torch.device) -> Tensor | float:
-        """The network's time input, a tensor [B] if it is a whole number: diffusers copies numbers to the GPU
-        and waits; `full` is filled there. Other times stay numbers, because FSDP2 casts tensors to bf16.
+    def _time(self, rows: int, device: torch.device) -> Tensor:
+        """The network's time input, a tensor [B] filled on the device: diffusers copies numbers to the GPU and
+        waits. EDM's time is no whole number; `_force_time_input` puts it in.
         """
-        t = self.point.t
-        return torch.full((rows,), int(t), device=device) if t == int(t) else t
+        return torch.full((rows,), int(self.point.t), device=device)
 
     unet: Any  # the network of a U-Net family
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_teachers
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,9 +55,9 @@ def test_a_step_never_waits_for_the_device(arguments: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
-def test_a_transformer_mixes_no_devices_and_never_waits() -> None:
-    """Pairs and both stages. `tests/fake_cuda.py families KIND` does this for the other families."""
-    kinds = ["dit"]
+def test_no_family_mixes_devices_or_waits() -> None:
+    """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have."""
+    kinds = [*tiny_teachers.TRANSFORMERS, *(kind for kind in tiny_teachers.UNETS if kind != "sd")]
     results = fake_cuda("families", *kinds)
     assert list(results) == kinds
     for kind, result in results.items():

@@ -53,8 +53,7 @@ class SanaConditioner(TextConditioner):
         """Prompts -> hidden states [B, 300, D] and their mask [B, 300]."""
         captions = [self.instruction + prompt.lower().strip() for prompt in prompts]
         states = self._states(captions, self.token_length("tokenizer"))
-        selected = [0, *range(1 - _GEMMA_TOKENS, 0)]
-        return states.map(lambda tensor: tensor[:, selected])
+        return states.map(lambda tensor: torch.cat([tensor[:, :1], tensor[:, 1 - _GEMMA_TOKENS :]], dim=1))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], null: bool = False) -> Conditioning:
@@ -65,7 +64,8 @@ class SanaConditioner(TextConditioner):
         tokens = self.tokenize("tokenizer", texts, length)
         model: Any = self.models["text_encoder"]
         mask = to_device(tokens.attention_mask, next(model.parameters()).device)
-        hidden = self.run("text_encoder", tokens.input_ids, attention_mask=mask)[0]
+        # One pass needs no cache of keys and values, which Gemma would fill and wait for.
+        hidden = self.run("text_encoder", tokens.input_ids, attention_mask=mask, use_cache=False)[0]
         return Conditioning({"hidden": hidden, "mask": mask})
 
 
