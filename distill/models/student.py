@@ -86,8 +86,8 @@ class Student(nn.Module):
             return self.schedule.x0(output, x, self.point)
 
     def _time(self, rows: int, device: torch.device) -> Tensor:
-        """The network's time input, a tensor [B] filled on the device: diffusers copies numbers to the GPU and
-        waits. EDM's time is no whole number; `_force_time_input` puts it in.
+        """The network's time input [B], filled on the device: diffusers copies a number to the GPU and waits.
+        EDM's time is no whole number; `_force_time_input` puts it in.
         """
         return torch.full((rows,), int(self.point.t), device=device)
 
