@@ -193,4 +193,4 @@ def teacher_info(
 
 
 NO_RECORD = "unknown: the folder holds no record of its training"
-"""Shown in place of a verdict for a teacher of another origin than `d2g teacher train`."""
+"""The verdict that `d2g teacher info` prints for a teacher that `d2g teacher train` did not train."""

@@ -72,7 +72,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
     register_eval_scenes()
     started, times = time.monotonic(), PartTimes()
     device = process_group.init()
-    # Captions of scenes that the teacher has not seen.
+    # Captions of scenes that the teacher was not trained on.
     prompts = out / "prompts.txt"
     captions = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))
     if process_group.rank() == 0:

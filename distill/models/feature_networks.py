@@ -3,6 +3,7 @@
 Vision transformers of transformers (DINO, DINOv2, DINOv3, CLIP), EfficientNet-lite0 and SqueezeNet 1.1.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from d2g.vision.weights import fill_parameters, read_state
 LITE0, SQUEEZENET = "efficientnet-lite0", "squeezenet:"
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(nn.Module, ABC):
     """A frozen network that is read at some depths.
 
     `depths`: numbers of blocks, counted from 1, after which it is read. `widths`: channels there.
@@ -37,9 +38,9 @@ class FeatureNetwork(nn.Module):
         self.depths, self.widths, self.size_unit = list(depths), list(widths), size_unit
         self.statistics = statistics
 
+    @abstractmethod
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """Normalized pixels [B, 3, S, S] -> a map [B, C_d, h_d, w_d] for each of `depths`."""
-        raise NotImplementedError
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Pixels [B, 3, S, S] in [-1, 1] -> a map [B, C_d, h_d, w_d] for each of `depths`."""

@@ -32,10 +32,11 @@ from teacher_training.train import TEACHER_STAGES, train_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class FullRunSummary:
-    """What a run has left in its folder. `results`: numbers by sampler, and of real pictures ("real").
+    """What a run wrote into its folder.
 
-    `teacher`, `student`: their folders; `verdict`: on the teacher, None for a given one; `seconds` by part,
-    over all starts.
+    teacher, student, exported: folders. verdict: of the teacher; None if this call did not train it. pairs:
+    the verdict on the pairs. results: numbers by sampler, and of real pictures ("real"). seconds: by part,
+    summed over all starts.
     """
 
     out: str
@@ -67,17 +68,15 @@ def run_parts(
     with sole_owner(out, "runs in"):
         save_plan(out, plan)
         times = PartTimes(out / "times.json")
-        # The teacher, and the pictures at its size.
-        name, verdict = config.pretrained_teacher or str(out / "teacher"), None
-        pictures = None
-        if not config.pretrained_teacher:
-            pictures = save_pictures(config.teacher, config.teacher.size, out, progress)
-            if "teacher" in parts:
-                with times.measure("teacher"):
-                    verdict = _train_teacher(config, plan, out, progress, command)
-        if pictures is None:
+        # The pictures at the teacher's size, and the teacher.
+        name, verdict, size = str(out / "teacher"), None, config.teacher.size
+        if config.pretrained_teacher:
+            name = config.pretrained_teacher
             size = pretrained.latent_shape(name)[1] * pretrained.latent_downscale(name)
-            pictures = save_pictures(config.teacher, size, out, progress)
+        pictures = save_pictures(config.teacher, size, out, progress)
+        if "teacher" in parts and not config.pretrained_teacher:
+            with times.measure("teacher"):
+                verdict = _train_teacher(config, plan, out, progress, command)
         pairs = replace(config.pairs, teacher=name, prompts=str(pictures), column=None)
         ode, gan = replace(config.ode, teacher=name), replace(config.gan, teacher=name)
         distill_teacher(pairs, ode, gan, out, times, progress, {"pairs"} & set(parts))
@@ -115,7 +114,10 @@ def run_parts(
 def _train_teacher(
     config: FullRunConfig, plan: FullRunPlan, out: Path, progress: Progress, command: str
 ) -> str:
-    """Train the teacher to its end; returns the verdict. Raises UserError for one that is not trained."""
+    """Train the teacher to its planned length, and return its verdict.
+
+    Raises UserError for a teacher that is not trained, unless `config.stop_untrained` is off.
+    """
     assert plan.teacher is not None and plan.teacher_request is not None
     save_request(out / "teacher", config.teacher, plan.teacher_request)
     whole = WholeProgress(plan.teacher, progress)
