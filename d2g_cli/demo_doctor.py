@@ -1,6 +1,5 @@
 """`d2g demo` and `d2g doctor`."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ from d2g_cli.common import (
     presets_in_help,
     reporter,
 )
-from d2g_cli.launch import cpu_processes, run_in_processes
+from d2g_cli.launch import Processes, share_among_processes
 
 
 def register(app: typer.Typer) -> None:
@@ -52,23 +51,14 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A smoke run of half a minute; its numbers mean little.")
     ] = False,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            help="Processes that share the work on a CPU (one per core, up to 8).", show_default=False
-        ),
-    ] = None,
+    processes: Processes = None,
 ) -> None:
     """Distill the bundled miniature teacher: pairs, both stages, evaluation, a report with images."""
-    if processes is not None and processes < 1:
-        raise SettingError(f"--processes is {processes}; expected 1 or more")
     default = "quick" if quick else "default"
     config = configure_preset(_demo_presets(), default, options, {"seed": options.seed})
     if options.dry_run:
         finish_dry_run(config, options.as_json)
-    # Under `d2g launch` or torchrun this is one of the processes already.
-    if (count := cpu_processes() if processes is None else processes) > 1 and "WORLD_SIZE" not in os.environ:
-        raise typer.Exit(run_in_processes(context.find_root().obj, count))
+    share_among_processes(context, processes)
     from miniature.demo import run_demo
 
     result = run_demo(config, out, reporter)

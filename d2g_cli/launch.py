@@ -79,6 +79,34 @@ def run_in_processes(
     return code
 
 
+def _check_processes(processes: int | None) -> int | None:
+    if processes is not None and processes < 1:
+        raise SettingError(f"--processes is {processes}; expected 1 or more")
+    return processes
+
+
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes that share the work on a CPU (one per core, up to 8).",
+        show_default=False,
+        callback=_check_processes,
+    ),
+]
+"""The option of commands that call `share_among_processes`."""
+
+
+def share_among_processes(context: typer.Context, processes: int | None) -> None:
+    """Run this command in several processes and exit. Returns at once in each of these, or if one is enough.
+
+    processes: their number; None: `cpu_processes`.
+    """
+    # Under `d2g launch` or torchrun this is one of the processes already.
+    count = cpu_processes() if processes is None else processes
+    if count > 1 and "WORLD_SIZE" not in os.environ:
+        raise typer.Exit(run_in_processes(context.find_root().obj, count))
+
+
 def cpu_processes() -> int:
     """How many processes a small job takes here: a power of two, 1 with a GPU or under torchrun."""
     if "WORLD_SIZE" in os.environ:

@@ -1,6 +1,5 @@
 """`d2g run`: everything from a folder of pictures to a student."""
 
-import os
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from d2g_cli.common import (
     reporter,
 )
 from d2g_cli.inputs import check_inputs
-from d2g_cli.launch import cpu_processes, run_in_processes
+from d2g_cli.launch import Processes, share_among_processes
 
 
 def register(app: typer.Typer) -> None:
@@ -70,21 +69,12 @@ def run(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Go on with a teacher that is not trained.")
     ] = False,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            help="Processes that share the work on a CPU (one per core, up to 8).", show_default=False
-        ),
-    ] = None,
+    processes: Processes = None,
 ) -> None:
     """From a folder of pictures to a student: teacher, pairs, both stages, evaluation, export, one report."""
-    if processes is not None and processes < 1:
-        raise SettingError(f"--processes is {processes}; expected 1 or more")
     config = _run_config(options, untrained)
     check_inputs({"--data": config.data, "--teacher": config.pretrained_teacher})
-    # Under `d2g launch` or torchrun this is one of the processes already.
-    if (count := cpu_processes() if processes is None else processes) > 1 and "WORLD_SIZE" not in os.environ:
-        raise typer.Exit(run_in_processes(context.find_root().obj, count))
+    share_among_processes(context, processes)
     from d2g.core.distributed import process_group
     from teacher_training.full_run.plan import PARTS, plan_run
     from teacher_training.full_run.run import run_parts

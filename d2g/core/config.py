@@ -257,6 +257,16 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def completed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON-able dict with those of `defaults` that it lacks, at every level."""
+    nested = {
+        key: completed(value, defaults[key])
+        for key, value in values.items()
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+    }
+    return {**defaults, **values, **nested}
+
+
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The values that differ between two JSON-able dicts, as sorted texts `dotted.name (a -> b)`."""
     names: list[str] = []

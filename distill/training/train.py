@@ -223,7 +223,8 @@ def _open_log(config: DistillConfig, out: Path, reader: PairRows | ImageRows) ->
     inputs = describe_inputs(config, reader)
     settings = {**_split_config(config), "inputs": inputs}
     notes = same_inputs(out, config, reader, inputs)
-    return RunLog(out, settings, ignore=("length", "inputs"), notes=notes)
+    defaults = _split_config(DistillConfig())
+    return RunLog(out, settings, ignore=("length", "inputs"), notes=notes, defaults=defaults)
 
 
 def _loop(run: _Run, control: StopControl, progress: Progress) -> None:

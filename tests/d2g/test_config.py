@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2g.core.config import differing, digest, from_json, nearest, override, pick, to_json
+from d2g.core.config import completed, differing, digest, from_json, nearest, override, pick, to_json
 from d2g.core.errors import SettingError, UserError
 from d2g.core.json_files import read_json_object
 
@@ -196,6 +196,12 @@ def test_differing_lists_changed_settings_with_both_values() -> None:
     old = {"seed": 1, "optim": {"lr": 1, "kind": "adam"}, "gone": 2}
     new = {"seed": 1, "optim": {"lr": 2, "kind": "adam"}, "added": None}
     assert differing(old, new) == ["gone (2 -> None)", "optim.lr (1 -> 2)"]
+
+
+def test_completed_adds_missing_defaults_at_every_level() -> None:
+    old, defaults = {"seed": 1, "optim": {"lr": 2}}, {"optim": {"lr": 1, "kind": "adam"}, "gan": {"a": 3}}
+    assert completed(old, defaults) == {"seed": 1, "optim": {"lr": 2, "kind": "adam"}, "gan": {"a": 3}}
+    assert old == {"seed": 1, "optim": {"lr": 2}}
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=4))

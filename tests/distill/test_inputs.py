@@ -108,6 +108,20 @@ def test_a_run_accepts_a_store_that_has_grown(
     assert "grown from 12 to 14 pairs since this run started" in caplog.text
 
 
+def test_a_run_of_an_older_version_lacks_newer_settings(
+    teacher: Path, pairs: Path, two_step_run: Path, tmp_path: Path
+) -> None:
+    """They count as their defaults; another value of one is refused by name."""
+    run = copy(two_step_run, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    del settings["optim"]["clip_norm"], settings["clip_guidance"]
+    (run / "config.json").write_text(json.dumps(settings))
+    longer = (teacher, pairs, f"train.images={3 * BATCH}")
+    with pytest.raises(UserError, match=r"another config: optim\.clip_norm \(0\.0 -> 1\.0\)"):
+        train(distill_config(*longer, "optim.clip_norm=1"), run)
+    assert train(distill_config(*longer), run).steps == 3
+
+
 @pytest.mark.parametrize("place", ["the same path", "another path"])
 @pytest.mark.parametrize(
     ("settings", "says"),

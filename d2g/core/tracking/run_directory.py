@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor
 
 from d2g.core.atomic_files import cannot_write, write_atomically
 from d2g.core.claims import FolderOwner
-from d2g.core.config import RESTORE_CONFIG_HINT, differing
+from d2g.core.config import RESTORE_CONFIG_HINT, completed, differing
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
@@ -62,9 +63,11 @@ class RunLog:
         config: Mapping[str, Any],
         ignore: Sequence[str] = (),
         notes: Sequence[str] = (),
+        defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Open a run folder, or resume it. `ignore`: top-level keys of the config that a resume may change.
-        `notes`: further ones, whose new values replace those in config.json.
+        `notes`: further ones, whose new values replace those in config.json. `defaults`: of the settings that
+        the config.json of an older version lacks.
 
         Raises UserError when the folder holds a run with another config, naming the keys that differ, or
         checkpoints without a config. A run that has written nothing but its config is overwritten.
@@ -78,7 +81,7 @@ class RunLog:
             old = read_json_object(path, RESTORE_CONFIG_HINT)
             ignored = {*ignore, *notes}
             keys = differing(
-                {k: v for k, v in old.items() if k not in ignored},
+                {k: v for k, v in completed(old, defaults).items() if k not in ignored},
                 {k: v for k, v in config.items() if k not in ignored},
             )
             # Settings may change as long as the run has written nothing but its config.
