@@ -1,7 +1,6 @@
 """eval.runner.run, session and curves: evaluations of tiny models, resuming, several processes, curves."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -366,13 +365,16 @@ def test_metrics_without_a_network_are_left_out_and_named(
         run_evaluation(nothing)
 
 
-def test_real_pictures_beside_real_pictures(job: Path, teacher: Path, tmp_path: Path) -> None:
+def test_real_pictures_beside_real_pictures(
+    job: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without --train the reference is split in two; with it, the reference is compared with the training."""
+    monkeypatch.setenv("D2G_CACHE", str(tmp_path / "cache"))
     split = run_evaluation(config(job, teacher=str(teacher), metrics=("fid", "fd_relative", "pr", "clip")))
     assert set(split["floor"]) == {"fid", "fd_relative", "precision", "recall"}
     assert "floor: 6 held-out real pictures against 6 others of the reference" in split["notes"]
     # The relative distance is the distance over the trace of the reference's covariance.
-    reference = next((Path(os.environ["D2G_CACHE"]) / "reference").glob("*.safetensors"))
+    (reference,) = (tmp_path / "cache" / "reference").glob("*.safetensors")
     variance = Reference.load(reference).stats["features"].covariance.trace().item()
     assert split["extra"]["fd_relative"] == pytest.approx(split["fid"] / variance)
     low, high = split["ci"]["fid"]
