@@ -422,7 +422,11 @@ class DiscriminatorConfig:
                 f"mix_fraction is {self.mix_fraction}, but mix_x, mix_c and mix_z are 0; set one above 0"
             )
         self._check_noise_input()
-        # The time input has one source.
+        self._check_time_input()
+        self._check_real_images()
+
+    def _check_time_input(self) -> None:
+        """Raise SettingError where the discriminator's time input has two sources."""
         if self.noise_augment != "none" and (self.timestep or self.timestep_mode != "constant"):
             raise SettingError(
                 f"noise_augment is {self.noise_augment!r}, which gives the discriminator the sampled noise "
@@ -432,6 +436,9 @@ class DiscriminatorConfig:
             raise SettingError(
                 f"timestep is {self.timestep}, but timestep_mode=random samples timesteps; set timestep=0"
             )
+
+    def _check_real_images(self) -> None:
+        """Raise SettingError for real images that the loss cannot take, or without a share."""
         if self.real and self.loss == "rpgan":
             raise SettingError(
                 "real is set, but loss=rpgan compares each real row with the fake of the same noise "

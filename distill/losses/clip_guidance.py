@@ -63,9 +63,9 @@ class ClipGuidance(nn.Module):
 
 
 def build_clip_guidance(
-    config: ClipGuidanceConfig, teacher: str, on_meta: bool = False
+    config: ClipGuidanceConfig, teacher: str, device: torch.device | str = "cpu"
 ) -> ClipGuidance | None:
-    """The guidance of a run; None with weight 0. on_meta: without weights and tokenizer.
+    """The guidance of a run on a device; None with weight 0. On "meta" it has no weights and no tokenizer.
 
     Raises SettingError for a teacher without text or without pixels, and for crops that no latents fill;
     UserError for a CLIP that is missing.
@@ -84,9 +84,9 @@ def build_clip_guidance(
             f"clip_guidance.crop is {config.crop}, but a latent is {downscale} px wide; expected a multiple "
             "of that"
         )
-    if on_meta:
+    if torch.device(device).type == "meta":
         return ClipGuidance(
             clip_on_meta(config.model), None, pretrained.autoencoder_on_meta(teacher), config.crop
         )
     model, tokenizer = load_clip_model(config.model), load_clip_tokenizer(config.model)
-    return ClipGuidance(model, tokenizer, pretrained.load_vae(teacher), config.crop)
+    return ClipGuidance(model, tokenizer, pretrained.load_vae(teacher), config.crop).to(device)

@@ -86,7 +86,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     torch.ones((), requires_grad=True).backward()
     view = [] if discriminator is None else _views(discriminator)
     frozen += _bytes(p for network in view for p in network.parameters())
-    guide = build_clip_guidance(config.clip_guidance, config.teacher, on_meta=True)
+    guide = build_clip_guidance(config.clip_guidance, config.teacher, "meta")
     frozen += _bytes(guide.parameters()) if guide is not None else 0.0
     metric = _latent_metric(config, student.latent_shape[0])
     if metric is not None:

@@ -160,21 +160,14 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     gan, shape = config.gan if config.stage == "gan" else None, _shape_of(reader)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
-    guide = build_clip_guidance(config.clip_guidance, config.teacher)
-    guide = guide if guide is None else guide.to(device)
+    guide = build_clip_guidance(config.clip_guidance, config.teacher, device)
     mixed = None if config.without_pairs else gan
     mix_in_real_images = RealRows(mixed, config.teacher, config.seed, shape, kind, encode, device)
     vae = pretrained.load_vae(config.teacher).to(device) if options.preview_prompts else None
     last = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=last is None)
     autocast, logit_stats = _build_autocast(options.precision, config.engine.parallel, device), LogitStats()
-
-    # Resume: weights, optimizers and the log go back to the same image.
-    log = _open_log(config, out, reader)
-    if last is not None:
-        state.load(last)
-    log.rewind(state.nimg)
-    log.attach(options.loggers, state.nimg)
+    log = _resume(_open_log(config, out, reader), state, last, options.loggers)
 
     # Build the step, and the batches in the order that resumes at this image.
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
@@ -216,6 +209,15 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         batches=_open_batches(config, reader, state.nimg, device),
         resumed=last is not None,
     )
+
+
+def _resume(log: RunLog, state: State, last: checkpoint.Checkpoint | None, loggers: Sequence[str]) -> RunLog:
+    """Weights, optimizers and the log go back to the same image."""
+    if last is not None:
+        state.load(last)
+    log.rewind(state.nimg)
+    log.attach(loggers, state.nimg)
+    return log
 
 
 def _open_log(config: DistillConfig, out: Path, reader: PairRows | ImageRows) -> RunLog:

@@ -47,8 +47,8 @@ def write_run_report(
     curves = teacher_curves(Path(teacher) / "training")
     for stage, title in STAGE_TITLES.items():
         curves += stage_curves(title, read_stats(out / stage))
-    named = {title: results[name] for name, title in SAMPLER_TITLES.items() if name in results}
-    first = next(iter(named.values()), None)
+    by_title = {title: results[name] for name, title in SAMPLER_TITLES.items() if name in results}
+    first = next(iter(by_title.values()), None)
     data = ReportData(
         title=f"From {Path(config.data).name} to one step",
         summary=" ".join(f"{text[0].upper()}{text[1:]}." for text in verdicts if text),
@@ -60,7 +60,7 @@ def write_run_report(
         counts={} if first is None else first.counts,
         notes=[] if first is None else first.notes,
         models={} if first is None else first.models,
-        metrics=[] if first is None else metrics_of(named),
+        metrics=[] if first is None else metrics_of(by_title),
         beside=beside,
         curves=curves,
         timings=seconds,

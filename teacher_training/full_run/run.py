@@ -120,8 +120,8 @@ def _train_teacher(
     """
     assert plan.teacher is not None and plan.teacher_request is not None
     save_request(out / "teacher", config.teacher, plan.teacher_request)
-    whole = WholeProgress(plan.teacher, progress)
-    summary = train_teacher(config.teacher, out / "teacher", TEACHER_STAGES, whole, command)
+    total_progress = WholeProgress(plan.teacher, progress)
+    summary = train_teacher(config.teacher, out / "teacher", TEACHER_STAGES, total_progress, command)
     trained, verdict = process_group.gather_objects((summary.trained, summary.verdict))[0]
     logger.info("%s", verdict)
     if config.stop_untrained and not trained:

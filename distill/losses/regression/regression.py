@@ -84,8 +84,8 @@ def _require_latents(teacher: str, config: RegressionConfig) -> None:
     if not unfit:
         return
     *others, last = [name for name in REGRESSION_LOSSES if name not in unfitting]
-    made = "pixels" if family.draws_images else "latents that no autoencoder decodes"
+    output = "pixels" if family.draws_images else "latents that no autoencoder decodes"
     raise SettingError(
-        f"teacher {teacher} generates {made}, for which there is no {unfit[0]}; expected regression.losses "
+        f"teacher {teacher} generates {output}, for which there is no {unfit[0]}; expected regression.losses "
         f"of {', '.join(others)} or {last}"
     )
