@@ -205,7 +205,18 @@ def main() -> None:
                 tables[name][kind, photograph] = table
             tables["levels apart"][kind, photograph] = (steps[:, None] - steps).abs()
         print(f"{file.name}: {photograph + 1}/24", file=sys.stderr, flush=True)
-    result: dict[str, object] = {"trials": len(trials), "pixels_per_degree": options.pixels_per_degree}
+    result = {"trials": len(trials), "pixels_per_degree": options.pixels_per_degree}
+    print(json.dumps(result | summarize(trials, scale, tables, len(files)), indent=1))
+
+
+def summarize(
+    trials: Sequence[tuple[str, int, list[int], int]],
+    scale: Mapping[tuple[str, int], list[float]],
+    tables: Mapping[str, Mapping[tuple[str, int], Tensor]],
+    photographs: int,
+) -> dict[str, object]:
+    """Agreement with people's answers and rank correlation with their scale, by measure."""
+    result: dict[str, object] = {}
     groups = torch.tensor([photograph for _, photograph, _, _ in trials])
     raw: dict[str, dict[str, object]] = {}
     for name, table in tables.items():
@@ -224,7 +235,7 @@ def main() -> None:
             y = [scale[key][level] for key in keys for level in range(1, LEVELS)]
             entry[f"spearman_{kinds[0] if len(kinds) == 1 else 'all'}"] = round(spearman(x, y), 4)
         result[name] = entry
-        keys_of = [[(kind, n) for kind in KINDS] for n in range(len(files))]
+        keys_of = [[(kind, n) for kind in KINDS] for n in range(photographs)]
         raw[name] = {
             "correct": correct,
             "distances": [[float(table[k][0, i]) for k in ks for i in range(1, LEVELS)] for ks in keys_of],
@@ -235,7 +246,7 @@ def main() -> None:
     for name in ("l2", "ssim"):
         latent = [folder for folder in raw if folder not in (reference, "l2", "ssim")]
         result[f"less_{name}"] = {folder: paired(raw[name], raw[folder], groups) for folder in latent}
-    print(json.dumps(result, indent=1))
+    return result
 
 
 if __name__ == "__main__":

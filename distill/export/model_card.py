@@ -6,13 +6,16 @@ Nothing in a card is invented. What is not known is said to be unknown.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2g.diffusion.pretrained import SHIPPED, resolve
 from distill.config.export import CardOptions
 from distill.export.card_history import pair_stores, read_history, teacher_evaluations
 from distill.export.card_scores import eval_results, score_table
 from distill.losses.regression.registry import REGRESSION_LOSSES
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -178,25 +181,9 @@ def model_card(
     the training code's student; `scores`: results as `own_results` returns them. Raises UserError for a
     damaged run folder.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
-    # The hub's metadata block.
-    name = _public_name(teacher)
-    task = "text-to-image" if usage.reads_text else "unconditional-image-generation"
-    tables = [score_table(result) for result in scores]
-    measured = [result for table in tables for result in eval_results(table, task)]
-    on_hub = "/" in name
-    relation = "adapter" if isinstance(usage, AdapterUsage) else "finetune"
-    data = ModelCardData(
-        **license_fields(teacher, options.license),
-        base_model=name if on_hub else None,
-        base_model_relation=relation if on_hub else None,
-        model_name=f"{usage.title} of {name}" if measured else None,
-        eval_results=measured or None,
-        library_name=usage.library,
-        pipeline_tag=task,
-        tags=["one-step", "distillation", "diffusion2gan"],
-    )
+    name, tables = _public_name(teacher), [score_table(result) for result in scores]
     # Facts of the runs behind the student, and of their pairs.
     history = read_history(student)
     specs, missing = pair_stores(history)
@@ -205,7 +192,7 @@ def model_card(
     values = asdict(usage)
     # The template lays out the text; every number of the card comes from here.
     card = ModelCard.from_template(
-        data,
+        _metadata(name, license_fields(teacher, options.license), tables, usage),
         template_path=str(TEMPLATE),
         title=usage.title,
         teacher=name,
@@ -225,6 +212,28 @@ def model_card(
         regression_losses=REGRESSION_LOSSES,
     )
     return str(card)
+
+
+def _metadata(
+    name: str, license_values: Mapping[str, str], tables: Sequence[Mapping[str, Any]], usage: Usage
+) -> "ModelCardData":
+    """The hub's metadata block; name: public name of the teacher."""
+    from huggingface_hub import ModelCardData
+
+    task = "text-to-image" if usage.reads_text else "unconditional-image-generation"
+    measured = [result for table in tables for result in eval_results(table, task)]
+    on_hub = "/" in name
+    relation = "adapter" if isinstance(usage, AdapterUsage) else "finetune"
+    return ModelCardData(
+        **license_values,
+        base_model=name if on_hub else None,
+        base_model_relation=relation if on_hub else None,
+        model_name=f"{usage.title} of {name}" if measured else None,
+        eval_results=measured or None,
+        library_name=usage.library,
+        pipeline_tag=task,
+        tags=["one-step", "distillation", "diffusion2gan"],
+    )
 
 
 def _public_name(teacher: str) -> str:

@@ -13,6 +13,7 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import noise
 from d2g.core.staged_folder import staged
 from d2g.diffusion import pretrained
+from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.latents import decode
 from d2g.diffusion.lora import adapters_from_teacher, has_lora
 from d2g.diffusion.pipelines import open_pipeline
@@ -174,12 +175,7 @@ def export_lora(
     folder, recorded_teacher, _ = student_folder(student)
     source = teacher or recorded_teacher
     pipeline = open_pipeline(source)
-    kind = pipeline.kind
-    if "lora" not in [export.name for export in pipeline.family.exports]:
-        raise UserError(
-            f"teacher {source} is a {kind}, into which diffusers loads no adapters; export the student with "
-            "--format safetensors, which merges them"
-        )
+    _require_lora_loader(pipeline, source)
     schedule = pipeline_schedule(source)
     check_out(out, student, source)
     one, adapters = _load_lora_student(student, folder, source, device)
@@ -209,7 +205,7 @@ def export_lora(
             options=options,
             scores=scores,
             usage=AdapterUsage(
-                pipeline=kind,
+                pipeline=pipeline.kind,
                 rank=rank,
                 scheduler=_scheduler_class(schedule),
                 comfyui=other_names,
@@ -219,6 +215,15 @@ def export_lora(
         )
         write_atomically(written / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
+
+
+def _require_lora_loader(pipeline: Pipeline, source: str) -> None:
+    """Raise UserError for a pipeline into which diffusers loads no adapters."""
+    if "lora" not in [export.name for export in pipeline.family.exports]:
+        raise UserError(
+            f"teacher {source} is a {pipeline.kind}, into which diffusers loads no adapters; export the "
+            "student with --format safetensors, which merges them"
+        )
 
 
 def _scheduler_class(schedule: Schedule | FlowSchedule) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from distill.config.components import DiscriminatorConfig
 from distill.config.presets import TABLE_A1, Recipe
-from distill.config.run import DistillConfig, microbatch_size
+from distill.config.run import DistillConfig, TrainConfig, microbatch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def evaluations(config: DistillConfig) -> int:
     penalties add passes of their own.
     """
     size = config.train.batch_size
-    steps = _steps(config)
+    steps = _steps(config.train)
     if config.stage == "ode":
         return steps * size
     gan = config.gan
@@ -72,9 +72,9 @@ def _penalty_rows(gan: DiscriminatorConfig, size: int) -> int:
     ]
 
 
-def _steps(config: DistillConfig) -> int:
+def _steps(train: TrainConfig) -> int:
     """Training steps, the last one rounded up."""
-    return -(-config.train.images // config.train.batch_size)
+    return -(-train.images // train.batch_size)
 
 
 def plan(config: DistillConfig, preset: str = "", world_size: int = 1) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def plan(config: DistillConfig, preset: str = "", world_size: int = 1) -> dict[s
     """
     gpus = config.engine.gpus or world_size
     facts: dict[str, Any] = {
-        "steps": _steps(config),
+        "steps": _steps(config.train),
         "evaluations": evaluations(config),
         "gpus": gpus,
         "rows_per_gpu": microbatch_size(config, gpus),

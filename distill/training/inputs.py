@@ -26,15 +26,15 @@ INPUTS = ("teacher", "pairs", "init", "lpips")
 """The settings that are paths of inputs."""
 
 
-def describe_inputs(config: DistillConfig, reader: PairRows | ImageRows) -> dict[str, Any]:
+def describe_inputs(teacher: str, init: str, reader: PairRows | ImageRows) -> dict[str, Any]:
     """Digest of the teacher without its autoencoder, specs of the pair stores, digest of the initial student
     ("" without one, or if it is gone), and the number of images of a run without pairs, as JSON."""
     images = {"images": len(reader)} if isinstance(reader, ImageRows) else {}
     return {
         **images,
-        "teacher": pretrained.denoiser_sha256(config.teacher),
+        "teacher": pretrained.denoiser_sha256(teacher),
         "pairs": [spec.as_json() for spec in store_specs(reader)],
-        "init": _student_sha256(config.init) if config.init else "",
+        "init": _student_sha256(init) if init else "",
     }
 
 

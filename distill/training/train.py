@@ -21,7 +21,7 @@ from d2g.core.tracking.run_directory import Pace, RunLog, sole_owner
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import family_of
-from distill.config.run import DistillConfig, microbatch_size
+from distill.config.run import DistillConfig, StudentConfig, microbatch_size
 from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
@@ -175,7 +175,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     finite = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
     rows, distance = microbatch_size(config, process_group.world_size()), regression.validation_distance
     draw = StudentSampler(state.student, encode, device, autocast)
-    guidance = _sample_guidance(config, reader)
+    guidance = _sample_guidance(config.teacher, config.student, reader)
     monitor = RunMonitor(
         options, config.seed, log, reader, shape, state, draw, distance, rows, vae, validate, guidance
     )
@@ -222,7 +222,7 @@ def _resume(log: RunLog, state: State, last: checkpoint.Checkpoint | None, logge
 
 def _open_log(config: DistillConfig, out: Path, reader: PairRows | ImageRows) -> RunLog:
     """The run's log. Raises UserError if the folder holds a run with other settings or inputs."""
-    inputs = describe_inputs(config, reader)
+    inputs = describe_inputs(config.teacher, config.init, reader)
     settings = {**_split_config(config), "inputs": inputs}
     notes = same_inputs(out, config, reader, inputs)
     defaults = _split_config(DistillConfig())
@@ -317,12 +317,12 @@ def _check_networks(config: DistillConfig) -> None:
         check_discriminator(config.teacher, config.gan)
 
 
-def _sample_guidance(config: DistillConfig, reader: PairRows | ImageRows) -> float | None:
+def _sample_guidance(teacher: str, student: StudentConfig, reader: PairRows | ImageRows) -> float | None:
     """The guidance scale of samples that have no pairs: that of the run's pairs where the teacher takes it;
     None for students that do not take it."""
-    if not takes_guidance(config.teacher, config.student):
+    if not takes_guidance(teacher, student):
         return None
-    embedded = family_of(config.teacher).embedded_guidance is not None
+    embedded = family_of(teacher).embedded_guidance is not None
     return reader.spec.guidance if embedded and not isinstance(reader, ImageRows) else OneStep.guidance
 
 

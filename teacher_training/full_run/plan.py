@@ -20,7 +20,7 @@ from d2g.core.errors import Interrupted, UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
 from d2g.core.tracking.run_directory import read_stats
-from distill.config.run import DistillConfig, TrainConfig
+from distill.config.run import TrainConfig
 from distill.training.train import train
 from eval.protocols.config import EvalRun
 from eval.runner.session import EvalSession
@@ -207,7 +207,7 @@ def _measure_in(folder: Path, config: FullRunConfig) -> dict[str, float]:
     seconds = {"pairs": pair / world}
     # A few steps of each stage.
     for part, stage in (("ode", config.ode), ("gan", config.gan)):
-        short = replace(stage, teacher=teacher, pairs=str(folder / "pairs"), train=_timed(stage))
+        short = replace(stage, teacher=teacher, pairs=str(folder / "pairs"), train=_timed(stage.train))
         short = replace(short, init=str(folder / "ode")) if part == "gan" else short
         train(short, folder / part)
         lines = process_group.gather_objects(read_stats(folder / part))[0]
@@ -217,11 +217,11 @@ def _measure_in(folder: Path, config: FullRunConfig) -> dict[str, float]:
     return process_group.gather_objects(seconds)[0]
 
 
-def _timed(stage: DistillConfig) -> TrainConfig:
+def _timed(train: TrainConfig) -> TrainConfig:
     """A few reported steps, without anything else."""
-    batch = stage.train.batch_size
+    batch = train.batch_size
     return replace(
-        stage.train,
+        train,
         images=TIMED_BATCHES * batch,
         minutes=None,
         report_images=batch,
