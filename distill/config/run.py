@@ -179,6 +179,9 @@ class DataConfig:
     cache_gib: float = setting(
         0.0, "Bound of the cache folder in GiB, least recently used shards are removed; 0: no bound"
     )
+    max_pairs: int = setting(
+        0, "Train on the first N pairs only, to learn how many a student needs; 0: on all pairs"
+    )
     rewire: bool = setting(
         False,
         "An experiment: give the latents the noise of other rows, so that there is nothing to learn from it",
@@ -198,6 +201,7 @@ class DataConfig:
             text_cache=(self.text_cache >= 0, "0 or more"),
             block=(self.block >= 0, "0 or more"),
             window=(self.window >= 0, "0 or more"),
+            max_pairs=(self.max_pairs >= 0, "0 or more"),
             cache_gib=(self.cache_gib >= 0, "GiB, or 0 for no bound"),
         )
         if bool(self.block) != bool(self.window):

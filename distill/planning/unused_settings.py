@@ -82,7 +82,15 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
     ),
     ("optim.decay",): (lambda c: c.optim.decay_images != 0, "with optim.decay_images other than 0"),
     ("train.ema_beta",): (lambda c: not c.train.ema_halflife_images, "with train.ema_halflife_images=0"),
-    ("data.block", "data.window", "data.skip_bad", "data.cache", "data.cache_gib", "data.rewire"): (
+    (
+        "data.block",
+        "data.window",
+        "data.skip_bad",
+        "data.cache",
+        "data.cache_gib",
+        "data.max_pairs",
+        "data.rewire",
+    ): (
         lambda c: not c.without_pairs,
         "with --pairs",
     ),

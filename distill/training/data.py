@@ -56,6 +56,20 @@ def _open_store(folder: str, teacher: TeacherDigests, config: DataConfig) -> Pai
     return reader
 
 
+def training_pairs(pairs: int, max_pairs: int, held_out: int) -> int:
+    """Number of pairs to train on, the first ones; `max_pairs` of 0 takes all that are not held out.
+
+    Raises SettingError if `max_pairs` is above that number.
+    """
+    available = pairs - held_out
+    if max_pairs > available:
+        note = f", of which train.validate_pairs holds out {held_out}" if held_out else ""
+        raise SettingError(
+            f"data.max_pairs is {max_pairs}, but there are {pairs} pairs{note}; expected at most {available}"
+        )
+    return max_pairs or available
+
+
 def require_enough_pairs(pairs: int, batch_size: int, held_out: int = 0) -> None:
     """Raise UserError if a batch is larger than the training set, because a batch would repeat rows.
 

@@ -35,7 +35,7 @@ from distill.training.callbacks import (
     StopControl,
     ValidationCallback,
 )
-from distill.training.data import open_pairs, pair_batches, require_enough_pairs
+from distill.training.data import open_pairs, pair_batches, require_enough_pairs, training_pairs
 from distill.training.finite_check import FiniteCheck
 from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
@@ -292,10 +292,11 @@ def _open_pairs(config: DistillConfig) -> PairRows:
     guided, held_out_pairs = takes_guidance(config.teacher, config.student), config.train.validate_pairs
     reader = open_pairs(config.pairs, pretrained.teacher_digests(config.teacher), config.data, guided)
     held_out(len(reader), held_out_pairs)
-    require_enough_pairs(len(reader), config.train.batch_size, held_out_pairs)
+    count = training_pairs(len(reader), config.data.max_pairs, held_out_pairs)
+    require_enough_pairs(len(reader), config.train.batch_size, len(reader) - count)
     if config.data.rewire:
         logger.warning("data.rewire is set: an experiment whose student cannot learn the pairs")
-        reader = RewiredReader(reader, len(reader) - held_out_pairs, config.seed)
+        reader = RewiredReader(reader, count, config.seed)
     return reader
 
 
@@ -346,7 +347,7 @@ def _open_batches(
         options.loader_workers,
         config.data,
         pin_memory,
-        options.validate_pairs,
+        len(reader) - training_pairs(len(reader), config.data.max_pairs, options.validate_pairs),
     )
 
 

@@ -18,7 +18,8 @@ from d2g.diffusion import pretrained
 from d2g_cli import main as cli
 from distill.config.run import DataConfig, DistillConfig
 from distill.training.data import open_pairs, pair_batches, require_enough_pairs
-from jobs import make_pairs
+from distill.training.train import train
+from jobs import distill_config, make_pairs
 from pairgen.store.reader import PairReader
 from stores import SPEC, put_store
 
@@ -191,3 +192,16 @@ def test_a_batch_larger_than_the_pairs_is_refused(pairs: Path) -> None:
     with pytest.raises(UserError, match=r"9, but there are 8 pairs to train on \(12 less 4 held out\)"):
         pair_batches(reader, 9, 7, 0, 0, held_out=4)
     require_enough_pairs(12, 12)
+
+
+def test_a_part_of_the_pairs_trains_like_a_store_of_that_part(
+    teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    part = make_pairs(teacher, tmp_path, num_pairs=8)
+    whole = train(distill_config(teacher, pairs, "data.max_pairs=8"), tmp_path / "whole")
+    assert whole.loss == train(distill_config(teacher, part), tmp_path / "part").loss
+    config = distill_config(
+        teacher, pairs, "data.max_pairs=9", "train.validate_pairs=4", "train.validate_images=8"
+    )
+    with pytest.raises(SettingError, match=r"data\.max_pairs is 9, but there are 12 pairs.*at most 8"):
+        train(config, tmp_path / "refused")

@@ -375,7 +375,7 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("data.window=2", (*IMAGES_ALONE, "data.block=2"), ("data.block=2",)),
     *(
         (f"data.{name}", IMAGES_ALONE, (*IMAGES_ALONE, "pairs=x"))
-        for name in ("skip_bad=true", "cache=x", "cache_gib=2", "rewire=true")
+        for name in ("skip_bad=true", "cache=x", "cache_gib=2", "max_pairs=8", "rewire=true")
     ),
 ]
 
