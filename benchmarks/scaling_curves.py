@@ -1,0 +1,108 @@
+"""How many pairs a student needs: the miniature's stage 1 over the number of pairs and of training images.
+
+    python benchmarks/scaling_curves.py run --store DIR --out DIR --seed 0 [--pairs 1024,4096] [--images N]
+    python benchmarks/scaling_curves.py table --out DIR      writes scaling_curves_DATE_cpu.md and .png
+
+STORE comes from `d2g pairs generate --preset miniature`. A run trains on its first pairs. `run` skips
+students that have scores, and an interrupted student resumes.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.ablation import spread
+from benchmarks.common import table, write
+from benchmarks.student_scores import COLUMNS, score
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import override
+from distill.config.presets import DISTILL_PRESETS
+from distill.training.train import train
+
+PAIRS, IMAGES = (1024, 4096, 16_384, 49_152), (25_600, 102_400)
+JUDGES = {"oracle": "oracle", "clip": "CLIP x 1000", "vae": "VAE latents"}
+
+
+def run(store: Path, out: Path, seed: int, pairs: int, images: int, scenes: int) -> None:
+    """Train stage 1 on the first `pairs` rows of the store, and score the student."""
+    folder = out / f"{pairs}-pairs" / f"{images}-images" / f"seed-{seed}"
+    if (folder / "scores.json").is_file():
+        return
+    settings = (
+        f"train.images={images}",
+        f"optim.warmup_images={images // 40}",
+        f"train.ema_halflife_images={images // 60}",
+        f"data.max_pairs={pairs}",
+        f"train.report_images={images // 8}",
+        f"train.checkpoint_images={images // 4}",
+    )
+    config = replace(DISTILL_PRESETS["miniature"]["ode"], pairs=str(store), seed=seed)
+    summary = train(override(config, settings), folder)
+    facts = {"pairs": pairs, "images": images, "seconds": summary.seconds, "scored_scenes": scenes}
+    write_atomically(folder / "scores.json", json.dumps(score(folder, scenes) | facts, indent=1))
+    print(folder, (folder / "scores.json").read_text(), flush=True)
+
+
+def read_scores(out: Path) -> dict[tuple[int, int], list[dict[str, float]]]:
+    """The scores of all seeds by (pairs, images), in increasing order."""
+    scores: dict[tuple[int, int], list[dict[str, float]]] = {}
+    for file in out.glob("*/*/*/scores.json"):
+        one = json.loads(file.read_text())
+        scores.setdefault((one["pairs"], one["images"]), []).append(one)
+    return dict(sorted(scores.items()))
+
+
+def draw(scores: dict[tuple[int, int], list[dict[str, float]]], file: Path) -> None:
+    """A panel per feature network: distance over pairs, a line per number of images, a point per seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, (judge, title) in zip(figure.subplots(1, len(JUDGES)), JUDGES.items(), strict=True):
+        for images in sorted({images for _, images in scores}):
+            points = {pairs: [s[judge] for s in seeds] for (pairs, n), seeds in scores.items() if n == images}
+            (line,) = axes.plot(
+                points, [mean(values) for values in points.values()], label=f"{images:,} images"
+            )
+            for pairs, values in points.items():
+                axes.plot([pairs] * len(values), values, ".", color=line.get_color())
+        axes.set(xscale="log", yscale="log", xlabel="pairs", title=f"Frechet distance, {title}")
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Run the students of a grid, or write the table and the figure."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", default=",".join(map(str, PAIRS)))
+    parser.add_argument("--images", default=",".join(map(str, IMAGES)))
+    parser.add_argument("--scenes", type=int, default=2048, help="test scenes per student")
+    args = parser.parse_args()
+    if args.what == "run":
+        for images in map(int, args.images.split(",")):
+            for pairs in map(int, args.pairs.split(",")):
+                run(args.store, args.out, args.seed, pairs, images, args.scenes)
+        return
+    scores = read_scores(args.out)
+    rows = [
+        [f"{pairs:,}", f"{images:,}", len(seeds), *(spread([s[column] for s in seeds]) for column in COLUMNS)]
+        for (pairs, images), seeds in scores.items()
+    ]
+    scenes = {int(s["scored_scenes"]) for seeds in scores.values() for s in seeds}
+    about = f"Stage 1 of the preset `miniature`, scored on {', '.join(map(str, sorted(scenes)))} test scenes."
+    lines = [about, "", *table(["pairs", "images", "seeds", *COLUMNS], rows)]
+    draw(scores, write("scaling_curves", "How many pairs a student needs", lines).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
