@@ -1,4 +1,4 @@
-"""`d2g pairs info`, `verify`, `repair`, `merge` and `stats`: maintain pair stores."""
+"""`d2g pairs info`, `verify`, `repair`, `merge`, `export` and `stats`: maintain pair stores."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -171,6 +171,26 @@ def merge(
         return
     report = merge_stores(folders, out, reporter, link=link, tolerance=tolerance, workers=workers)
     _show(store_info(out) | asdict(report), as_json, str(out))
+
+
+@one_process
+def export(
+    folder: Store,
+    out: Out,
+    format: Annotated[str, typer.Option(help="parquet, or webdataset for tar files.")] = "parquet",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a store to Parquet or WebDataset files, for other trainers. Run again to resume."""
+    from pairgen.other_formats import check_format, export_store
+    from pairgen.store.spec import read_spec, shards_present
+
+    check_format(format)
+    if dry_run:
+        files = len(shards_present(folder, read_spec(folder)))
+        _show({"out": str(out), "format": format, "files": files}, as_json, "dry run: nothing was written")
+        return
+    _show(export_store(folder, out, format, reporter), as_json, str(out))
 
 
 @one_process
