@@ -217,11 +217,11 @@ def _measure_in(folder: Path, config: FullRunConfig) -> dict[str, float]:
     return process_group.gather_objects(seconds)[0]
 
 
-def _timed(train: TrainConfig) -> TrainConfig:
+def _timed(options: TrainConfig) -> TrainConfig:
     """A few reported steps, without anything else."""
-    batch = train.batch_size
+    batch = options.batch_size
     return replace(
-        train,
+        options,
         images=TIMED_BATCHES * batch,
         minutes=None,
         report_images=batch,
