@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2g.core.config import Presets, pick
+from d2g.core.config import Presets
 from d2g.core.errors import SettingError
 from d2g.core.logs import logger
 from d2g_cli.common import (
@@ -46,7 +46,7 @@ class TeacherTrainOptions(WorkOptions):
         None
     )
     images: Annotated[
-        int | None, typer.Option(help="Training images of the U-Net; the other stages scale with it.")
+        int | None, typer.Option(help="Training images of the network; the other stages scale with it.")
     ] = None
     vae: Annotated[
         str | None,
@@ -60,20 +60,20 @@ class TeacherTrainOptions(WorkOptions):
 def teacher_train(
     options: TeacherTrainOptions,
     out: Out = Path("teacher"),
-    stages: Annotated[str, typer.Option(help="Stages to run, comma-separated.")] = "data,vae,unet,lpips,clip",
+    stages: Annotated[
+        str | None, typer.Option(help="Stages to run, comma-separated (default: all of the network).")
+    ] = None,
 ) -> None:
-    """Train a small Stable-Diffusion-shaped teacher on captioned images."""
+    """Train a small teacher on captioned or class-labeled images: U-Net, DiT or EDM (--set network=...)."""
     config = _train_config(options)
     from d2g.core.distributed import process_group
     from d2g.core.tracking.run_directory import sole_owner
     from miniature.registration import register_training_scenes
     from teacher_training.plan import Request, WholeProgress, plan_teacher, save_request
-    from teacher_training.train import TEACHER_STAGES, train_teacher
+    from teacher_training.train import check_stages, train_teacher
 
     register_training_scenes()
-    names = tuple(stages.split(","))
-    for name in names:
-        pick(dict.fromkeys(TEACHER_STAGES), name, "stage")
+    names = check_stages(config, stages.split(",") if stages else None)
     request = Request(minutes=config.minutes or None, images=options.images)
     with leave_process_group(typer.Exit):
         process_group.init()
@@ -110,9 +110,10 @@ def _train_config(options: TeacherTrainOptions) -> Any:
     # What --set cannot change in such a training.
     unused: dict[tuple[str, ...], str] = {}
     if config.minutes or options.images:
-        unused[LENGTHS] = "the minutes or --images choose the lengths"
+        unused[_length_settings(config)] = "the minutes or --images choose the lengths"
     if config.pretrained_vae or config.init:
         unused[("vae.",)] = "the autoencoder is used as it is"
+    unused[_other_groups(config)] = f"network={config.network} does not read it"
     if config.init:
         unused[INIT_SHAPES] = "--init brings its networks"
     for assignment in options.sets or []:
@@ -123,11 +124,26 @@ def _train_config(options: TeacherTrainOptions) -> Any:
     return config
 
 
-LENGTHS = (
-    *("vae.fit.images", "unet.fit.images", "lpips.trunk.images", "lpips.triplets", "clip.images"),
-    "clip.minutes",
-)
-"""Settings of the stages' lengths."""
+def _length_settings(config: Any) -> tuple[str, ...]:
+    """Settings of the stages' lengths."""
+    from teacher_training.networks.registry import network_of
+    from teacher_training.plan import length_setting
+
+    lengths = (length_setting(stage) for stage in network_of(config).stages[1:])
+    return (*lengths, "lpips.triplets", "clip.minutes")
+
+
+def _other_groups(config: Any) -> tuple[str, ...]:
+    """Groups of settings, and settings, that the network does not read."""
+    from teacher_training.config import NETWORK_GROUPS
+    from teacher_training.networks.registry import network_of
+
+    kind = network_of(config)
+    groups = ("vae", "lpips", "clip", *NETWORK_GROUPS.values())
+    others = tuple(f"{group}." for group in groups if group not in kind.stages)
+    return others if kind.prompts == "text" else (*others, "caption_template")
+
+
 INIT_SHAPES = (
     *("unet.channels", "unet.layers_per_block", "unet.heads", "unet.text_width", "unet.text_layers"),
     *("unet.vocab_size", "unet.max_length"),

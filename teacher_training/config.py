@@ -1,6 +1,7 @@
 """Settings of `d2g teacher train` and their presets."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from d2g.core.config import Presets, require, setting
 from d2g.core.errors import SettingError
@@ -71,6 +72,9 @@ class AutoencoderConfig:
 class DenoiserConfig:
     """Shape and training of the text encoder and the UNet, which are trained together."""
 
+    in_pixels: ClassVar[bool] = False
+    classes: ClassVar[bool] = False
+
     channels: tuple[int, ...] = setting((64, 96), "Channels of each level of the UNet", recipe=True)
     layers_per_block: int = setting(1, "Layers per block of the UNet")
     heads: int = setting(4, "Attention heads of the UNet")
@@ -95,6 +99,140 @@ class DenoiserConfig:
             channels=(all(c % 8 == 0 for c in self.channels), "multiples of 8"),
             caption_dropout=(0 <= self.caption_dropout < 1, "0 up to below 1"),
         )
+
+    @property
+    def downscale(self) -> int:
+        """The sides of the latents must be multiples of this number."""
+        return 1 << (len(self.channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiTConfig:
+    """Shape and training of a class-conditional DiT (Peebles and Xie 2023) on latents."""
+
+    in_pixels: ClassVar[bool] = False
+    classes: ClassVar[bool] = True
+
+    layers: int = setting(6, "Transformer blocks", recipe=True)
+    width: int = setting(128, "Width of the tokens", recipe=True)
+    heads: int = setting(4, "Attention heads, a divisor of width")
+    patch: int = setting(2, "Side of a patch of latents", recipe=True)
+    class_dropout: float = setting(
+        0.1, "Share of classes replaced by no class, for guidance", source="Peebles and Xie 2023"
+    )
+    min_snr_gamma: float = setting(
+        5.0, "The epsilon loss is weighted by min(SNR, gamma) / SNR", source="Hang et al. 2023"
+    )
+    fit: FitConfig = setting(
+        FitConfig(images=500_000, batch_size=64, lr=1e-3, warmup_images=10_000, weight_decay=0.0, ema=0.9993),
+        "Length and optimizer",
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            layers=(self.layers >= 1, "1 or more"),
+            patch=(self.patch >= 1, "1 or more"),
+            heads=(self.heads >= 1 and self.width % self.heads == 0, f"a divisor of width, {self.width}"),
+            class_dropout=(0 < self.class_dropout < 1, "a number between 0 and 1"),
+        )
+
+    @property
+    def downscale(self) -> int:
+        """The sides of the latents must be multiples of this number."""
+        return self.patch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelNetworkConfig:
+    """Shape and training of a U-Net in pixels, with or without classes."""
+
+    in_pixels: ClassVar[bool] = True
+
+    channels: tuple[int, ...] = setting((32, 64, 96), "Channels of each level", recipe=True)
+    layers_per_block: int = setting(1, "Layers per block")
+    head_width: int = setting(32, "Width of an attention head; the lowest level has attention")
+    classes: bool = setting(True, "Take the classes of the pictures, if they have any")
+    class_dropout: float = setting(
+        0.0, "Share of classes replaced by no class; 0: the teacher has no guidance"
+    )
+    fit: FitConfig = setting(
+        FitConfig(images=500_000, batch_size=64, lr=1e-3, warmup_images=10_000, weight_decay=0.0, ema=0.9993),
+        "Length and optimizer",
+    )
+
+    def __post_init__(self) -> None:
+        lowest = self.channels[-1] if self.channels else 0
+        require(
+            self,
+            channels=(
+                len(self.channels) >= 2 and all(c >= 8 and c % 8 == 0 for c in self.channels),
+                "two or more multiples of 8",
+            ),
+            layers_per_block=(self.layers_per_block >= 1, "1 or more"),
+            head_width=(
+                self.head_width >= 1 and lowest % self.head_width == 0,
+                f"a divisor of the last number of channels, {lowest}",
+            ),
+            class_dropout=(0 <= self.class_dropout < 1, "0 up to below 1"),
+        )
+
+    @property
+    def downscale(self) -> int:
+        """The sides of the pictures must be multiples of this number."""
+        return 1 << (len(self.channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelUNetConfig(PixelNetworkConfig):
+    """The same, variance-preserving."""
+
+    min_snr_gamma: float = setting(
+        5.0, "The epsilon loss is weighted by min(SNR, gamma) / SNR", source="Hang et al. 2023"
+    )
+
+
+_EDM = "Karras et al. 2022, Table 1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EDMConfig(PixelNetworkConfig):
+    """The same, with the preconditioning of EDM (Karras et al. 2022)."""
+
+    sigma_data: float = setting(0.5, "Standard deviation of the pixels in [-1, 1]", source=_EDM, recipe=True)
+    log_sigma_mean: float = setting(-1.2, "Mean of ln sigma in training", source=_EDM, recipe=True)
+    log_sigma_std: float = setting(
+        1.2, "Standard deviation of ln sigma in training", source=_EDM, recipe=True
+    )
+    sigma_min: float = setting(0.002, "Lowest noise level of samplers", source=_EDM, recipe=True)
+    sigma_max: float = setting(80.0, "Highest noise level of samplers", source=_EDM, recipe=True)
+    rho: float = setting(7.0, "Exponent of the samplers' noise levels", source=_EDM, recipe=True)
+
+    def __post_init__(self) -> None:
+        PixelNetworkConfig.__post_init__(self)
+        require(
+            self,
+            sigma_data=(self.sigma_data > 0, "a positive number"),
+            log_sigma_std=(self.log_sigma_std > 0, "a positive number"),
+            sigma_max=(self.sigma_max > 0, "a positive number"),
+            sigma_min=(
+                0 < self.sigma_min < self.sigma_max,
+                f"a number between 0 and sigma_max, {self.sigma_max:g}",
+            ),
+            rho=(self.rho > 0, "a positive number"),
+        )
+
+
+NetworkName = Literal["unet_text", "dit", "unet", "edm"]
+"""Names of the networks that can be trained; see teacher_training/networks/registry.py."""
+
+NETWORK_GROUPS: dict[NetworkName, str] = {
+    "unet_text": "unet",
+    "dit": "dit",
+    "unet": "pixel_unet",
+    "edm": "edm",
+}
+"""Network -> the group of its settings, which is also the name of the stage that trains it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +280,12 @@ class ClipConfig:
 class TeacherConfig:
     """Training data of a teacher, and shape and training of each of its components."""
 
+    network: NetworkName = setting(
+        "unet_text",
+        "unet_text: U-Net of latents and captions; dit: DiT of latents and classes; unet, edm: U-Net of pixels "
+        "and classes, variance-preserving or preconditioned as in EDM",
+        recipe=True,
+    )
     data: str = setting("scenes", "scenes, an image folder, or image-parquet (option --data)", recipe=True)
     column: str | None = setting(
         None, "Column of the captions in the data; null: prompt, caption, text or TEXT"
@@ -172,6 +316,9 @@ class TeacherConfig:
     )
     vae: AutoencoderConfig = setting(AutoencoderConfig(), "The autoencoder")
     unet: DenoiserConfig = setting(DenoiserConfig(), "The text encoder and the UNet")
+    dit: DiTConfig = setting(DiTConfig(), "The DiT")
+    pixel_unet: PixelUNetConfig = setting(PixelUNetConfig(), "The U-Net of pixels")
+    edm: EDMConfig = setting(EDMConfig(), "The U-Net of pixels with EDM's preconditioning")
     lpips: LPIPSTrainConfig = setting(LPIPS_PRESETS["small"], "LatentLPIPS in the latent space of the VAE")
     clip: ClipConfig = setting(ClipConfig(), "CLIP, for evaluations")
 
@@ -182,11 +329,20 @@ class TeacherConfig:
             minutes=(self.minutes >= 0, "0 or more"),
         )
         # The shapes of components that are taken from elsewhere are checked when these are opened.
-        step = 2 ** (len(self.vae.channels) - 1) * 2 ** (len(self.unet.channels) - 1)
+        step, owners = self.denoiser.downscale, NETWORK_GROUPS[self.network]
+        if not self.denoiser.in_pixels:
+            step, owners = step * 2 ** (len(self.vae.channels) - 1), f"vae and {owners}"
         if self.size % step and not (self.pretrained_vae or self.init):
             raise SettingError(
-                f"size is {self.size}; expected a multiple of {step}, the VAE's and UNet's downscaling"
+                f"size is {self.size}; expected a multiple of {step}, the downscaling of {owners} together"
             )
+
+    @property
+    def denoiser(self) -> DenoiserConfig | DiTConfig | PixelNetworkConfig:
+        """Settings of the network that is trained: the group of `network`."""
+        settings: DenoiserConfig | DiTConfig | PixelNetworkConfig
+        settings = getattr(self, NETWORK_GROUPS[self.network])
+        return settings
 
 
 def _lpips(images: int) -> LPIPSTrainConfig:
@@ -245,6 +401,42 @@ TEACHER_PRESETS = Presets(
                 clip=ClipConfig(
                     image_size=32, batch_size=128, images=200_000, minutes=7.0, warmup_images=5_000
                 ),
+            ),
+        ),
+        "fashion-edm": (
+            "28 x 28 garments in pixels: a class-conditional EDM U-Net",
+            TeacherConfig(
+                network="edm",
+                size=28,
+                images=60_000,
+                edm=EDMConfig(
+                    sigma_data=0.7,
+                    fit=FitConfig(
+                        images=60_000,
+                        batch_size=32,
+                        lr=1.5e-3,
+                        warmup_images=5_000,
+                        weight_decay=0.0,
+                        ema=0.998,
+                    ),
+                ),
+            ),
+        ),
+        "fashion-dit": (
+            "28 x 28 garments enlarged to 32 px: a class-conditional DiT",
+            TeacherConfig(
+                network="dit",
+                size=32,
+                images=60_000,
+                vae=AutoencoderConfig(
+                    channels=(16, 32, 64),
+                    latent_channels=4,
+                    fit=FitConfig(images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
+                ),
+                dit=DiTConfig(
+                    fit=FitConfig(images=200_000, batch_size=64, lr=1e-3, weight_decay=0.0, ema=0.998),
+                ),
+                lpips=_lpips(40_000),
             ),
         ),
     }

@@ -1,8 +1,8 @@
-"""Captioned images for teacher training: a registered data source, an image folder, or image-parquet."""
+"""Images for teacher training, with captions or classes: a registered source, a folder, or image-parquet."""
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,31 @@ from d2g.core.errors import UserError
 from d2g.core.json_files import read_json
 from d2g.core.progress import Progress, quiet
 from d2g.data.captions import class_captions
-from eval.images.folders import load_all, open_images, read_images
+from d2g.data.columns import caption_column
+from d2g.data.folders import list_folder
+from d2g.data.tables import open_table
+from eval.images.folders import ImageFiles, load_all, open_images, read_images
+from teacher_training.config import TeacherConfig
 
 DataSource = Callable[[int, int, int, Progress], tuple[Tensor, list[str]]]
 """`load(size, limit, seed, progress)` returns uint8 images [N, 3, size, size], N <= limit, and N captions."""
+
+LABEL_COLUMN = "label"
+"""The column of class numbers in tables, unless the settings name another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPictures:
+    """The pictures of a training: uint8 images [N, 3, S, S], and the prompt of each as its teacher takes it.
+
+    prompts: captions, class numbers in decimal, or empty texts. classes: names of the classes, in order;
+    None without classes.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    classes: list[str] | None = None
+
 
 _SOURCES: dict[str, DataSource] = {}
 
@@ -54,20 +75,12 @@ def captioned_images(
     """
     if source in _SOURCES:
         return _SOURCES[source](size, limit, seed, progress)
-    if not Path(source).exists():
-        names = f"the data sources {', '.join(sorted(_SOURCES))}" if _SOURCES else "no data sources"
-        raise UserError(
-            f"{source}: no such file or folder; expected a folder of captioned images, a .parquet file, "
-            f"or a registered name (there are {names})"
-        )
+    _expect_source(source)
     files = open_images(source, column)
     captions = {} if files.captions else class_captions(Path(source), files.pictures, template)
     if captions:
         files = replace(files, captions=captions)
-        # Above the limit, take evenly spaced images, so that every class keeps its share.
-        count = len(files.pictures)
-        if count > limit:
-            files = replace(files, pictures=[files.pictures[row * count // limit] for row in range(limit)])
+        files = _evenly_spaced(files, limit)
     images, texts = load_all(read_images(files, limit=limit, resize=f"crop{size}-lanczos", exact=False))
     if "" in texts:
         raise UserError(
@@ -78,24 +91,128 @@ def captioned_images(
     return images, texts
 
 
-def cached_images(
-    folder: Path,
+def labeled_images(
     source: str,
     size: int,
     limit: int,
     seed: int,
-    template: str,
     progress: Progress = quiet,
     column: str | None = None,
-) -> tuple[Tensor, list[str]]:
-    """`captioned_images`, cached in `folder`: rank 0 loads them once, other ranks and resumed runs read the
-    cache.
+    classes: bool = True,
+) -> TrainingPictures:
+    """Load images as `captioned_images` does, with their classes, if they have any; without `classes` none.
+
+    Classes are two or more subfolders, named by their numbers or numbered in sorted order, or the column
+    `column` (`LABEL_COLUMN`) of tables. Raises UserError for class numbers with gaps, and for images beside
+    class folders.
     """
-    pixels, texts = folder / "images.npy", folder / "captions.json"
+    if source in _SOURCES:
+        images, _ = _SOURCES[source](size, limit, seed, progress)
+        return TrainingPictures(images=images, prompts=[""] * len(images))
+    _expect_source(source)
+    files = open_images(source, column)
+    numbers, names = _class_numbers(files, source, column) if classes else ({}, None)
+    # Tables hold the numbers themselves; pictures are in the folder of their class.
+    if numbers:
+        files = replace(files, captions=numbers)
+    elif names:
+        files = replace(files, column=column or LABEL_COLUMN)
+    files = _evenly_spaced(files, limit)
+    images, texts = load_all(read_images(files, limit=limit, resize=f"crop{size}-lanczos", exact=False))
+    prompts = [str(text) for text in texts] if names else [""] * len(images)
+    return TrainingPictures(images=images, prompts=prompts, classes=names)
+
+
+def _expect_source(source: str) -> None:
+    """Raise UserError for a source that is no file or folder."""
+    if not Path(source).exists():
+        names = f"the data sources {', '.join(sorted(_SOURCES))}" if _SOURCES else "no data sources"
+        raise UserError(
+            f"{source}: no such file or folder; expected a folder of captioned images, a .parquet file, "
+            f"or a registered name (there are {names})"
+        )
+
+
+def _evenly_spaced(files: ImageFiles, limit: int) -> ImageFiles:
+    """At most `limit` picture files, evenly spaced, so that every class keeps its share; tables stay."""
+    count = len(files.pictures)
+    if count <= limit:
+        return files
+    return replace(files, pictures=[files.pictures[row * count // limit] for row in range(limit)])
+
+
+def load_pictures(config: TeacherConfig, progress: Progress = quiet) -> TrainingPictures:
+    """The pictures of a training, with the captions or classes that its network reads."""
+    source = (config.data, config.size, config.images, config.seed)
+    if config.denoiser.classes or config.denoiser.in_pixels:
+        return labeled_images(*source, progress, config.column, config.denoiser.classes)
+    images, captions = captioned_images(*source, config.caption_template, progress, config.column)
+    return TrainingPictures(images=images, prompts=captions)
+
+
+def class_names(source: str, column: str | None = None) -> list[str] | None:
+    """Names of the classes of a source, as `labeled_images` finds them; None without classes."""
+    if source in _SOURCES:
+        return None
+    _expect_source(source)
+    return _class_numbers(open_images(source, column), source, column)[1]
+
+
+def _class_numbers(
+    files: ImageFiles, source: str, column: str | None
+) -> tuple[dict[Path, str], list[str] | None]:
+    """(class number of each picture, in decimal, names of the classes); ({}, names) for tables."""
+    if files.tables:
+        return {}, _table_classes(files, column)
+    listing = list_folder(Path(source))
+    folders = listing.by_class()
+    if len(folders) < 2:
+        return {}, None
+    numbers = listing.class_numbers()
+    _expect_no_gaps(source, sorted(numbers.values()))
+    names = [name.replace("_", " ") for name in sorted(numbers, key=numbers.__getitem__)]
+    return {picture: str(numbers[name]) for name, rows in folders.items() for picture in rows}, names
+
+
+def _table_classes(files: ImageFiles, column: str | None) -> list[str] | None:
+    """Class numbers of the tables as names; None if they have no such column."""
+    values: set[object] = set()
+    for file in files.tables:
+        table = open_table(file)
+        names = table.schema_arrow.names
+        if column is None and LABEL_COLUMN not in names:
+            return None
+        label = caption_column(file, names, column or LABEL_COLUMN)
+        values |= set(table.read(columns=[label])[label].unique().to_pylist())
+        if wrong := [value for value in values if type(value) is not int]:
+            raise UserError(f"{file}: {label} is {wrong[0]!r}; expected class numbers from 0")
+    numbers = sorted(value for value in values if isinstance(value, int))
+    _expect_no_gaps(files.name, numbers)
+    return [str(number) for number in numbers]
+
+
+def _expect_no_gaps(source: str, numbers: Sequence[int]) -> None:
+    """Raise UserError unless these class numbers are 0, 1, 2, ..."""
+    if list(numbers) != list(range(len(numbers))):
+        shown = ", ".join(map(str, numbers[:10]))
+        raise UserError(f"{source}: class numbers are {shown}; expected 0 to {len(numbers) - 1} without gaps")
+
+
+def cached_pictures(folder: Path, load: Callable[[], TrainingPictures]) -> TrainingPictures:
+    """`load()`, cached in `folder`: rank 0 loads them once, other ranks and resumed runs read the cache."""
+    pixels, texts, classes = (folder / name for name in ("images.npy", "captions.json", "classes.json"))
     if not texts.is_file() and process_group.rank() == 0:
-        images, captions = captioned_images(source, size, limit, seed, template, progress, column)
+        pictures = load()
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(pixels, images.numpy())
-        write_atomically(texts, json.dumps(captions))  # written last: it marks a complete cache
+        np.save(pixels, pictures.images.numpy())
+        if pictures.classes is not None:
+            write_atomically(classes, json.dumps(pictures.classes))
+        # Written last: it marks a complete cache.
+        write_atomically(texts, json.dumps(pictures.prompts))
     process_group.barrier()
-    return torch.from_numpy(np.load(pixels)), read_json(texts, f"delete {folder} and run again", list[str])
+    hint = f"delete {folder} and run again"
+    return TrainingPictures(
+        images=torch.from_numpy(np.load(pixels)),
+        prompts=read_json(texts, hint, list[str]),
+        classes=read_json(classes, hint, list[str]) if classes.is_file() else None,
+    )

@@ -21,27 +21,29 @@ from d2g.data.tables import open_table
 from d2g.diffusion.pipelines import TRAINING
 from eval.images.folders import open_images
 from teacher_training.config import TeacherConfig
-from teacher_training.data import is_registered
+from teacher_training.data import class_names, is_registered
+from teacher_training.networks.registry import network_of
 from teacher_training.speed import TIMED_STEPS, Speed, measure_speed
+from teacher_training.start import check_start
 from teacher_training.train import read_scores, stage_length
 
-SHARES = {"vae": 0.2, "unet": 0.55, "lpips": 0.15, "clip": 0.1}
+HELPER_SHARES = {"vae": 0.2, "lpips": 0.15, "clip": 0.1}
+NETWORK_SHARE = 0.55
 """Shares of the minutes, over the stages that are to be trained."""
 FEWEST_JUDGMENTS = 50
 """Synthetic judgments that LatentLPIPS is calibrated on, at least."""
-LENGTH_SETTINGS = {
-    "vae": "vae.fit.images",
-    "unet": "unet.fit.images",
-    "lpips": "lpips.trunk.images",
-    "clip": "clip.images",
-}
+
+
+def length_setting(stage: str) -> str:
+    """The setting of a stage's length."""
+    return {"lpips": "lpips.trunk.images", "clip": "clip.images"}.get(stage, f"{stage}.fit.images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPlan:
     """What a training will do. `images` and `minutes` by stage; finished stages take none.
 
-    `captions`: pictures that have one. `gib`: disk space for caches, checkpoints and weights.
+    `captions`: pictures that have a caption, or a class. `gib`: disk space for caches, checkpoints and weights.
     """
 
     pictures: int
@@ -52,6 +54,7 @@ class TeacherPlan:
     minutes: float
     gib: float
     measured_on: str
+    prompt: str = "caption"
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -60,7 +63,7 @@ class TeacherPlan:
             for stage, minutes in self.stage_minutes.items()
         )
         return [
-            f"plan: {self.pictures:,} pictures, {self.captions:,} of them with a caption",
+            f"plan: {self.pictures:,} pictures, {self.captions:,} of them with a {self.prompt}",
             f"plan: {stages or 'all stages are finished'}",
             f"plan: about {self.minutes:.1f} minutes in all ({self.measured_on}), {self.gib:.2f} GiB of disk",
         ]
@@ -68,19 +71,23 @@ class TeacherPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The length that is asked for: minutes of all, or images of the UNet; neither: that of the settings."""
+    """The length that is asked for: minutes of all, or images of the network; neither: that of the settings."""
 
     minutes: float | None = None
     images: int | None = None
 
 
 def count_pictures(config: TeacherConfig) -> tuple[int, int]:
-    """(pictures, pictures with a caption) of the data, at most `config.images`, without decoding one.
+    """(pictures, pictures with a caption or class) of the data, at most `config.images`, without decoding one.
 
     Raises UserError for data that does not exist.
     """
     if is_registered(config.data):
         return config.images, config.images
+    if network_of(config).prompts == "label":
+        count = min(len(open_images(config.data, config.column)), config.images)
+        has_classes = config.denoiser.classes and class_names(config.data, config.column) is not None
+        return count, count if has_classes else 0
     files = open_images(config.data, config.column)
     count = min(len(files), config.images)
     if files.tables:
@@ -99,22 +106,25 @@ def plan_teacher(
     """Choose the lengths of the stages, and say what the training will do. Nothing is written.
 
     The same request as before keeps the lengths of OUT/training/plan.json, so that the same command resumes.
-    A request in minutes counts from now; finished stages but the UNet keep their length. Raises SettingError
+    A request in minutes counts from now; finished stages but the network's keep their length. Raises SettingError
     for a request in both minutes and images, UserError for inputs that do not exist.
     """
     if request.minutes is not None and request.images is not None:
         raise SettingError("give --minutes or --images, not both")
     process_group.init()
+    check_start(config)
+    kind = network_of(config)
     pictures, captions = count_pictures(config)
     speed = process_group.gather_objects(measure_speed(config, stages))[0]
     # All processes share the steps of these two stages.
-    for stage in speed.seconds.keys() & {"vae", "unet"}:
+    for stage in speed.seconds.keys() & {"vae", kind.stage}:
         speed.seconds[stage] /= process_group.world_size()
-    # Finished stages but the UNet, and a given autoencoder, take no time and keep their length.
-    work, done = out / TRAINING, {stage: images_done(out, stage) for stage in SHARES}
-    fixed = [s for s in SHARES if s != "unet" and (work / s / "scores.json").is_file()]
+    # Finished stages but the network's, and a given autoencoder, take no time and keep their length.
+    work, trained = out / TRAINING, kind.stages[1:]
+    done = {stage: images_done(out, stage) for stage in trained}
+    fixed = [s for s in trained if s != kind.stage and (work / s / "scores.json").is_file()]
     fixed += ["vae"] if config.pretrained_vae or config.init else []
-    open_stages = [stage for stage in SHARES if stage in stages and stage not in fixed]
+    open_stages = [stage for stage in trained if stage in stages and stage not in fixed]
     config = _with_lengths(config, out, open_stages, request, speed, done)
     images = {stage: stage_length(config, stage) - done[stage] for stage in open_stages}
     images = {stage: count for stage, count in images.items() if count > 0}
@@ -125,7 +135,7 @@ def plan_teacher(
         minutes["clip"] = min(minutes["clip"], config.clip.minutes)
     batch = {
         "vae": config.vae.fit.batch_size,
-        "unet": config.unet.fit.batch_size,
+        kind.stage: config.denoiser.fit.batch_size,
         "lpips": config.lpips.trunk.batch,
         "clip": config.clip.batch_size,
     }
@@ -138,6 +148,7 @@ def plan_teacher(
         minutes=sum(minutes.values()) + pictures * speed.encode_seconds / 60,
         gib=(speed.picture_bytes * pictures + speed.fixed_bytes) / 2**30,
         measured_on=f"measured by {TIMED_STEPS} steps of each stage on {torch.get_num_threads()} CPU threads",
+        prompt="caption" if kind.prompts == "text" else "class",
     )
     return config, plan
 
@@ -145,7 +156,8 @@ def plan_teacher(
 def save_request(out: Path, config: TeacherConfig, request: Request) -> None:
     """Note the request and the lengths that were chosen for it, and keep them when it is repeated."""
     if process_group.rank() == 0 and request != Request():
-        lengths = {LENGTH_SETTINGS[stage]: stage_length(config, stage) for stage in SHARES}
+        stages = network_of(config).stages[1:]
+        lengths = {length_setting(stage): stage_length(config, stage) for stage in stages}
         lengths["lpips.triplets"] = config.lpips.triplets
         content = {"request": asdict(request), "lengths": lengths}
         write_atomically(out / TRAINING / "plan.json", json.dumps(content, indent=1))
@@ -177,23 +189,23 @@ def _with_lengths(
         known = read_json_object(file, f"delete {file} to choose the lengths again")
         if known["request"] == asdict(request):
             return with_values(config, {**known["lengths"], "clip.minutes": 0.0})
-    finished = [stage for stage in SHARES if stage not in open_stages and done[stage]]
-    lengths = {LENGTH_SETTINGS[stage]: done[stage] for stage in finished}
+    finished = [stage for stage in done if stage not in open_stages and done[stage]]
+    lengths = {length_setting(stage): done[stage] for stage in finished}
     if finished:
         logger.info("finished stages keep their length: %s", ", ".join(finished))
-    total = sum(SHARES[stage] for stage in open_stages)
+    shares = {stage: HELPER_SHARES.get(stage, NETWORK_SHARE) for stage in open_stages}
     for stage in open_stages:
         if request.images is not None:
-            count = round(stage_length(config, stage) * request.images / config.unet.fit.images)
+            count = round(stage_length(config, stage) * request.images / config.denoiser.fit.images)
         else:
-            budget = 60 * (request.minutes or 0.0) * SHARES[stage] / total
+            budget = 60 * (request.minutes or 0.0) * shares[stage] / sum(shares.values())
             # Calibration takes at most half of LatentLPIPS' time.
             if stage == "lpips":
                 judgments = min(config.lpips.triplets, int(budget / 2 / speed.judgment_seconds))
                 lengths["lpips.triplets"] = max(FEWEST_JUDGMENTS, judgments)
                 budget -= lengths["lpips.triplets"] * speed.judgment_seconds
             count = done[stage] + int(budget / speed.seconds[stage])
-        lengths[LENGTH_SETTINGS[stage]] = max(1, count)
+        lengths[length_setting(stage)] = max(1, count)
     return with_values(config, {**lengths, "clip.minutes": 0.0})
 
 
@@ -210,7 +222,7 @@ class WholeProgress:
         self.done: dict[str, float] = {}
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        stage = LABELS.get(label)
+        stage = LABELS.get(label, label)
         if stage not in self.seconds:
             self.progress(label, done, total)
             return
@@ -224,5 +236,5 @@ class WholeProgress:
         self.progress("teacher, planned seconds", int(seconds), max(1, int(sum(self.seconds.values()))))
 
 
-LABELS = {"vae": "vae", "unet": "unet", "LatentLPIPS trunk": "lpips", "train CLIP": "clip"}
-"""Stages by the label of their progress."""
+LABELS = {"LatentLPIPS trunk": "lpips", "train CLIP": "clip"}
+"""Stages by the label of their progress, where it is not their name."""

@@ -1,7 +1,6 @@
 """Pictures and losses that `d2g teacher train` reports while it trains, in OUT/previews."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,17 @@ from torch import Tensor, nn
 
 from d2g.core.logs import logger
 from d2g.core.png import image_grid, save_png
-from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode_uint8, encode, from_uint8
 from d2g.diffusion.teacher import load_teacher
+from teacher_training.data import TrainingPictures
 from teacher_training.loop import Previews
+from teacher_training.networks.kind import TrainableNetwork
 from teacher_training.verdict import (
-    SAMPLE_GUIDANCE,
-    SAMPLE_STEPS,
     SAMPLES,
     denoising_loss,
+    draw_samples,
     gaussian_loss,
     reconstruction_psnr,
     spread_rows,
@@ -62,38 +61,42 @@ def autoencoder_previews(folder: Path, images: Tensor, log: RunLog, minutes: flo
     return Previews(draw=draw, minutes=minutes)
 
 
-def denoiser_previews(
+def as_latents(inputs: Tensor) -> Tensor:
+    """The inputs of a training, latents or uint8 images, as scaled latents or pixels in [-1, 1]."""
+    return from_uint8(inputs) if inputs.dtype == torch.uint8 else inputs
+
+
+def network_previews(
     folder: Path,
     pipeline: str,
-    images: Tensor,
-    latents: Tensor,
-    captions: Sequence[str],
+    network: TrainableNetwork,
+    inputs: Tensor,
+    pictures: TrainingPictures,
     log: RunLog,
     minutes: float,
 ) -> Previews:
     """Report the loss of the averaged weights, and draw samples below real pictures, FOLDER/samples-*.png.
 
-    pipeline: a folder with everything but trained weights of the text encoder and the U-Net.
+    pipeline: a folder with everything but trained weights. inputs: as `TrainableNetwork.loss` takes them.
     """
-    teacher, vae = load_teacher(pipeline), pretrained.load_vae(pipeline)
+    teacher, vae, images = load_teacher(pipeline), pretrained.load_vae(pipeline), pictures.images
     shown, measured = spread_rows(len(images), SAMPLES), spread_rows(len(images))
-    texts = [captions[row] for row in shown.tolist()]
-    fixed_noise = noise(0, range(len(shown)), teacher.latent_shape)
-    schedule = pretrained.load_schedule(pipeline)
-    gaussian, _ = gaussian_loss(latents[measured], schedule)
+    texts, measured_texts = ([pictures.prompts[row] for row in rows.tolist()] for rows in (shown, measured))
+    latents = as_latents(inputs[measured])
+    gaussian, _ = gaussian_loss(latents, teacher.schedule)
 
     @torch.no_grad()
     def draw(modules: Mapping[str, nn.Module], nimg: int) -> None:
-        teacher.conditioner.models["text_encoder"] = modules["text"]
-        trained = replace(teacher, network=modules["unet"])
+        trained = network.teacher(teacher, modules)
         # The loss of the averaged weights, on the same rows and noise each time.
-        hidden = trained.conditioner.encode([captions[row] for row in measured.tolist()]).tensors["hidden"]
-        loss = denoising_loss(modules["unet"], hidden, latents[measured], schedule)
-        samples = trained.sample(fixed_noise, texts, SAMPLE_STEPS, SAMPLE_GUIDANCE, "ddim")
+        loss = denoising_loss(trained, trained.conditioner.encode(measured_texts), latents)
+        drawn = torch.cat(list(decode_uint8(vae, draw_samples(trained, texts))))
         file = folder / f"samples-{nimg:09d}.png"
-        drawn = torch.cat(list(decode_uint8(vae, samples)))
         save_png(two_row_sheet(images[shown], drawn), file, {"loss": f"{loss:.4f}"})
         log.write(nimg, {"preview/loss": loss})
-        logger.info("unet: %d images, loss %.3f (without structure: %.3f): %s", nimg, loss, gaussian, file)
+        name = log.folder.name
+        logger.info(
+            "%s: %d images, loss %.3f (without structure: %.3f): %s", name, nimg, loss, gaussian, file
+        )
 
     return Previews(draw=draw, minutes=minutes)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode_uint8
@@ -16,10 +15,17 @@ from eval.report.charts import Curve
 from eval.report.gallery import Pictures
 from eval.report.html import MetricRow, ReportData, write_report
 from eval.report.page import environment
+from teacher_training.config import NETWORK_GROUPS
 from teacher_training.previews import reconstructions
-from teacher_training.verdict import SAMPLE_GUIDANCE, SAMPLE_STEPS, SAMPLES, spread_rows
+from teacher_training.verdict import SAMPLE_STEPS, SAMPLES, draw_samples, spread_rows
 
-STAGE_NAMES = {"vae": "Autoencoder", "unet": "Denoiser", "lpips": "LatentLPIPS", "clip": "CLIP"}
+STAGE_NAMES = {"vae": "Autoencoder", "lpips": "LatentLPIPS", "clip": "CLIP"}
+"""Titles of the stages other than that of the network."""
+
+
+def stage_name(stage: str) -> str:
+    """The title of a stage."""
+    return STAGE_NAMES.get(stage, "Denoiser")
 
 
 def write_teacher_report(
@@ -36,29 +42,33 @@ def write_teacher_report(
     rows = spread_rows(len(images), SAMPLES)
     real, texts = images[rows], [captions[row] for row in rows.tolist()]
     teacher, vae = load_teacher(str(out)), pretrained.load_vae(str(out))
-    latent_noise = noise(0, range(len(rows)), teacher.latent_shape)
-    samples = teacher.sample(latent_noise, texts, SAMPLE_STEPS, SAMPLE_GUIDANCE, "ddim")
-    data = ReportData(
-        title=f"Teacher {out.name}",
-        summary=verdict["verdict"],
-        counts={"pictures": len(images), "captions": len(set(captions))},
-        metrics=_rows(verdict["numbers"]),
-        beside=[
-            Pictures(
-                title="Samples beside real pictures",
-                columns={"real picture": real, "sample": torch.cat(list(decode_uint8(vae, samples)))},
-                prompts=texts,
-                text=f"{SAMPLE_STEPS} DDIM steps, guidance {SAMPLE_GUIDANCE:g}, captions of the pictures.",
-            ),
+    samples = draw_samples(teacher, texts)
+    how = f"{SAMPLE_STEPS} steps of {teacher.default_solver}, guidance {teacher.default_guidance:g}"
+    beside = [
+        Pictures(
+            title="Samples beside real pictures",
+            columns={"real picture": real, "sample": torch.cat(list(decode_uint8(vae, samples)))},
+            prompts=texts,
+            text=f"{how}, prompts of the pictures.",
+        )
+    ]
+    if teacher.family.autoencoder is not None:
+        beside.append(
             Pictures(
                 title="Reconstructions",
                 columns={"real picture": real, "reconstruction": reconstructions(vae, real)},
                 prompts=texts,
                 text="What the autoencoder keeps: samples cannot look better than this.",
-            ),
-        ],
+            )
+        )
+    data = ReportData(
+        title=f"Teacher {out.name}",
+        summary=verdict["verdict"],
+        counts={"pictures": len(images), "captions": len(set(captions))},
+        metrics=_rows(verdict["numbers"]),
+        beside=beside,
         curves=teacher_curves(out / "training"),
-        timings={STAGE_NAMES[name]: float(score.get("seconds", 0.0)) for name, score in scores.items()},
+        timings={stage_name(name): float(score.get("seconds", 0.0)) for name, score in scores.items()},
         environment=environment(),
     )
     path = out / "report.html"
@@ -66,10 +76,10 @@ def write_teacher_report(
     return path
 
 
-def _rows(numbers: Mapping[str, float]) -> list[MetricRow]:
+def _rows(numbers: Mapping[str, Any]) -> list[MetricRow]:
     """The numbers of the verdict, each beside what it is compared with."""
     this, real = "this teacher", "real pictures"
-    return [
+    rows = [
         MetricRow(
             name="Loss: mean squared error of epsilon",
             better="lower",
@@ -82,11 +92,6 @@ def _rows(numbers: Mapping[str, float]) -> list[MetricRow]:
             note="without structure: the best denoiser that knows mean and variance of each channel alone",
         ),
         MetricRow(
-            name="Reconstruction PSNR, dB",
-            better="higher",
-            values={this: numbers["psnr"], "mean picture": numbers["psnr_mean"]},
-        ),
-        MetricRow(
             name="Standard deviation of latents",
             values={this: numbers["samples_std"], real: numbers["latents_std"]},
         ),
@@ -96,17 +101,21 @@ def _rows(numbers: Mapping[str, float]) -> list[MetricRow]:
             note="mean squared difference of neighbors over the variance; white noise has 2",
         ),
     ]
+    if numbers["psnr"] is not None:
+        values = {this: numbers["psnr"], "mean picture": numbers["psnr_mean"]}
+        rows.insert(1, MetricRow(name="Reconstruction PSNR, dB", better="higher", values=values))
+    return rows
 
 
 def teacher_curves(training: Path) -> list[Curve]:
-    """Losses of the autoencoder and the denoiser over training images."""
+    """Losses of the autoencoder and of the network over training images."""
     curves = []
-    for stage in ("vae", "unet"):
+    for stage in ("vae", *NETWORK_GROUPS.values()):
         lines = read_stats(training / stage)
         names = sorted(
             {name for line in lines for name in line if name.startswith(("loss/", "preview/loss"))}
         )
         points = {name: [(line["nimg"], line[name]) for line in lines if name in line] for name in names}
         if points:
-            curves.append(Curve(title=f"{STAGE_NAMES[stage]}: losses", x="images", y="loss", lines=points))
+            curves.append(Curve(title=f"{stage_name(stage)}: losses", x="images", y="loss", lines=points))
     return curves

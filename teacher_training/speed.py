@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2g.diffusion.latents import encode, from_uint8, latent_space
-from d2g.diffusion.pretrained import load_schedule
 from eval.networks.registry import clip_tokenizer, new_clip
 from latent_lpips.vgg import VGG16
 from teacher_training.autoencoder import autoencoder_loss, build_autoencoder
 from teacher_training.clip import contrastive_loss, model_config
 from teacher_training.config import TeacherConfig
+from teacher_training.data import TrainingPictures
 from teacher_training.loop import LossFn
-from teacher_training.start import check_init, starting_autoencoder, starting_denoiser, starting_tokenizer
-from teacher_training.unet import denoiser_loss
+from teacher_training.networks.kind import NetworkKind
+from teacher_training.networks.registry import network_of
+from teacher_training.start import starting_autoencoder
 
 TIMED_ROWS, TIMED_STEPS = 16, 2
 """Rows of a timed step, at most; steps that are timed after one to warm up."""
@@ -40,33 +41,27 @@ class Speed:
 
 def measure_speed(config: TeacherConfig, stages: Sequence[str]) -> Speed:
     """Measure the stages on random pictures. The random state of the caller stays as it is."""
-    speed = Speed()
-    if config.init:
-        check_init(config.init)
+    speed, kind = Speed(), network_of(config)
     with torch.random.fork_rng(), TemporaryDirectory() as folder:
         torch.manual_seed(0)
         images = torch.randint(256, (TIMED_ROWS, 3, config.size, config.size), dtype=torch.uint8)
-        captions = [f"a photo of picture {number}" for number in range(TIMED_ROWS)]
-        tokenizer_folder = Path(folder) / "tokenizer"
-        tokenizer = starting_tokenizer(config, captions, tokenizer_folder)
-        # The autoencoder, trained or given.
+        pictures = _random_pictures(kind, images)
+        # The autoencoder, trained or given; networks in pixels have none.
         given = starting_autoencoder(config)
         vae = given if given is not None else build_autoencoder(config.vae, config.size)
         if given is None and "vae" in stages:
-            _time_stage(
-                speed, "vae", [vae], autoencoder_loss(vae, images, config.vae), config.vae.fit.batch_size
-            )
+            loss_of = autoencoder_loss(vae, images, config.vae)
+            _time_stage(speed, "vae", [vae], loss_of, config.vae.fit.batch_size)
         started = time.perf_counter()
         with torch.no_grad():
             latents = encode(vae, from_uint8(images[:4])).repeat(TIMED_ROWS // 4, 1, 1, 1)
         speed.encode_seconds = (time.perf_counter() - started) / 4
-        # The denoiser.
-        if "unet" in stages:
-            text, unet = starting_denoiser(config, tokenizer, latents.shape[1], latents.shape[-1])
-            schedule = load_schedule("miniature")  # Stable Diffusion's, as that of every teacher trained here
-            loss_of = denoiser_loss(text, unet, latents, captions, schedule, config.unet)
-            modules = [text.models["text_encoder"], unet]
-            _time_stage(speed, "unet", modules, loss_of, config.unet.fit.batch_size)
+        # The network, with its tokenizer if it has one.
+        network = kind.build(config, pictures, (latents.shape[1], latents.shape[-1]), Path(folder), True)
+        if kind.stage in stages:
+            loss_of = network.loss(images if config.denoiser.in_pixels else latents, pictures.prompts)
+            modules = list(network.modules.values())
+            _time_stage(speed, kind.stage, modules, loss_of, config.denoiser.fit.batch_size)
         # LatentLPIPS: a judgment encodes 3 pictures and takes 4 passes, each a third of a training step.
         if "lpips" in stages:
             network = replace(config.lpips.network, channels=latents.shape[1])
@@ -74,12 +69,21 @@ def measure_speed(config: TeacherConfig, stages: Sequence[str]) -> Speed:
             _time_stage(speed, "lpips", [trunk], _trunk_loss(trunk, latents), config.lpips.trunk.batch)
             speed.judgment_seconds = 4 * speed.seconds["lpips"] / 3 + 3 * speed.encode_seconds
         if "clip" in stages:
-            clip, loss_of = _clip(config, tokenizer_folder, images, captions)
+            clip, loss_of = _clip(config, Path(folder) / "tokenizer", images, pictures.prompts)
             _time_stage(speed, "clip", [clip], loss_of, config.clip.batch_size)
         space = latent_space(vae)
-        values = space.channels * (config.size // space.downscale) ** 2
+        # The cached pictures, and their latents where there is an autoencoder.
+        values = 0 if config.denoiser.in_pixels else space.channels * (config.size // space.downscale) ** 2
     speed.picture_bytes = 3.0 * config.size**2 + 4.0 * values
     return speed
+
+
+def _random_pictures(kind: NetworkKind, images: Tensor) -> TrainingPictures:
+    """Random images with prompts as this network takes them."""
+    if kind.prompts == "text":
+        prompts = [f"a photo of picture {number}" for number in range(len(images))]
+        return TrainingPictures(images=images, prompts=prompts)
+    return TrainingPictures(images=images, prompts=["0"] * len(images), classes=["0"])
 
 
 def _time_stage(
@@ -101,7 +105,7 @@ def _time_stage(
         optimizer.zero_grad(set_to_none=True)
     speed.seconds[stage] = (time.perf_counter() - started) / (TIMED_STEPS * rows)
     # Two checkpoints of weights, average and two moments, and the weights themselves twice, all fp32.
-    copies = 2 * 4 + 2 if stage in ("vae", "unet") else 1
+    copies = 1 if stage in ("lpips", "clip") else 2 * 4 + 2
     speed.fixed_bytes += 4.0 * copies * sum(parameter.numel() for parameter in group.parameters())
 
 

@@ -1,8 +1,8 @@
-"""Trains a Stable-Diffusion-like teacher on captioned images: VAE, text encoder, UNet, LatentLPIPS, CLIP."""
+"""Trains a teacher on images with captions or classes: autoencoder, network, LatentLPIPS, CLIP."""
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,38 +18,31 @@ from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
 from d2g.core.torch_files import load_tensors
 from d2g.core.tracking.run_directory import RunLog, sole_owner
-from d2g.diffusion.latents import encode, from_uint8
+from d2g.diffusion.latents import PixelSpace, encode, from_uint8
 from d2g.diffusion.pipelines import TRAINING
-from d2g.diffusion.pretrained import (
-    load_conditioner,
-    load_schedule,
-    load_tokenizer,
-    load_unet,
-    load_vae,
-    save_component,
-    save_pipeline,
-)
+from d2g.diffusion.pretrained import load_on_meta, load_vae, save_component
+from d2g.diffusion.teacher import load_teacher
 from latent_lpips import weights as lpips_weights
 from latent_lpips.training.small import train_latent_lpips
 from latent_lpips.training.synthetic_triplets import caption_targets
 from teacher_training.autoencoder import train_autoencoder
 from teacher_training.clip import train_clip
 from teacher_training.config import TeacherConfig
-from teacher_training.data import cached_images
-from teacher_training.previews import autoencoder_previews, denoiser_previews
+from teacher_training.data import TrainingPictures, cached_pictures, load_pictures
+from teacher_training.loop import fit_modules
+from teacher_training.networks.kind import NetworkKind
+from teacher_training.networks.registry import network_of
+from teacher_training.previews import as_latents, autoencoder_previews, network_previews
 from teacher_training.report import write_teacher_report
-from teacher_training.start import check_init, starting_autoencoder, starting_denoiser, starting_tokenizer
-from teacher_training.unet import train_denoiser
+from teacher_training.start import check_start, starting_autoencoder
 from teacher_training.verdict import denoising_loss, judge_teacher, reconstruction_psnr, spread_rows
-
-TEACHER_STAGES = ("data", "vae", "unet", "lpips", "clip")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSummary:
-    """Result of `train_teacher`: parameters of the UNet, number of training images, and scores per stage.
+    """Result of `train_teacher`: parameters of the network, number of training images, and scores per stage.
 
-    `trained` and `verdict` are None until the UNet is finished; `report` is its page.
+    `trained` and `verdict` are None until the network is finished; `report` is its page.
     """
 
     out: str
@@ -64,13 +57,27 @@ class TeacherSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherJob:
-    """What the stages of one training share. images: uint8 [N, 3, S, S], with N captions."""
+    """What the stages of one training share."""
 
     config: TeacherConfig
     out: Path
-    images: Tensor
-    captions: list[str]
+    pictures: TrainingPictures
     progress: Progress
+
+    @property
+    def kind(self) -> NetworkKind:
+        """The network that is trained."""
+        return network_of(self.config)
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 images [N, 3, S, S]."""
+        return self.pictures.images
+
+    @property
+    def captions(self) -> list[str]:
+        """The N prompts: captions, class numbers, or empty texts."""
+        return self.pictures.prompts
 
     @property
     def work(self) -> Path:
@@ -79,33 +86,39 @@ class TeacherJob:
 
     @property
     def pipeline(self) -> str:
-        """The components so far as a pipeline; OUT itself becomes one when the UNet is finished."""
+        """The components so far as a pipeline; OUT itself becomes one when the network is finished."""
         return str(self.work / "pipeline")
 
 
 def train_teacher(
     config: TeacherConfig,
     out: Path,
-    stages: tuple[str, ...] = TEACHER_STAGES,
+    stages: tuple[str, ...] | None = None,
     progress: Progress = quiet,
     command: str = "",
 ) -> TeacherSummary:
-    """Train the stages that are not done yet, one after the other.
+    """Train the stages that are not done yet, one after the other; by default all of the network.
 
-    OUT becomes a StableDiffusionPipeline in diffusers layout with latent_lpips/ and clip/ beside its
-    components, previews/, report.html, and training/ with caches, configs, curves and checkpoints. A stage is
+    OUT becomes a pipeline in diffusers layout, for some networks with latent_lpips/ and clip/ beside its
+    components, with previews/, report.html, and training/ with caches, configs, curves and checkpoints. A stage is
     complete on disk before the next one starts. `command`: what to run again to finish it. Runs on every rank
     of torchrun. Raises SettingError for an unknown stage, UserError for a finished stage that is given other
     settings, and while another process trains in OUT.
     """
     started = time.monotonic()
     process_group.init()
-    for stage in stages:
-        pick(dict.fromkeys(TEACHER_STAGES), stage, "stage")
-    if config.init:
-        check_init(config.init)
+    stages = check_stages(config, stages)
+    check_start(config)
     with sole_owner(out, "trains in"):
         return _train_stages(_open_job(config, out, progress, command), stages, started)
+
+
+def check_stages(config: TeacherConfig, stages: Sequence[str] | None) -> tuple[str, ...]:
+    """These stages, or all of the network. Raises SettingError for one that the network does not have."""
+    known = network_of(config).stages
+    for stage in stages or ():
+        pick(dict.fromkeys(known), stage, f"stage of network={config.network}")
+    return tuple(stages) if stages is not None else known
 
 
 def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> TeacherSummary:
@@ -115,7 +128,7 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
     # Train what has no scores yet.
     scores: dict[str, Any] = {}
     trained_any = False
-    for stage in [s for s in TEACHER_STAGES[1:] if s in stages]:
+    for stage in [s for s in job.kind.stages[1:] if s in stages]:
         scores_file = job.work / stage / "scores.json"
         finished = is_finished(scores_file, stage, config)
         log = RunLog(job.work / stage, _stage_settings(config, stage), notes=("images",))
@@ -124,7 +137,9 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
             _run_stage(stage, job, log, scores_file)
         scores[stage] = read_scores(scores_file)
     verdict = _judge(job, scores, trained_any)
-    params = sum(p.numel() for p in load_unet(str(out)).parameters()) if (out / "unet").is_dir() else 0
+    component, params = job.kind.component, 0
+    if (out / component).is_dir():
+        params = sum(p.numel() for p in load_on_meta(str(out), component).parameters())
     return TeacherSummary(
         out=str(out),
         params=params,
@@ -139,21 +154,22 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
 
 def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str) -> TeacherJob:
     """Open OUT, which belongs to one data set, and load its images."""
-    names = ("data", "column", "size", "images", "seed", "caption_template", "pretrained_vae", "init")
-    RunLog(out / TRAINING, {key: to_json(config)[key] for key in names})
+    names = (
+        "data",
+        "column",
+        "size",
+        "images",
+        "seed",
+        "caption_template",
+        "pretrained_vae",
+        "init",
+        "network",
+    )
+    RunLog(out / TRAINING, {key: to_json(config)[key] for key in names}, defaults={"network": "unet_text"})
     if command and process_group.rank() == 0:
         write_atomically(out / TRAINING / "command.txt", command + "\n")
-    images, captions = cached_images(
-        out / TRAINING,
-        config.data,
-        config.size,
-        config.images,
-        config.seed,
-        config.caption_template,
-        progress,
-        config.column,
-    )
-    return TeacherJob(config=config, out=out, images=images, captions=captions, progress=progress)
+    pictures = cached_pictures(out / TRAINING, lambda: load_pictures(config, progress))
+    return TeacherJob(config=config, out=out, pictures=pictures, progress=progress)
 
 
 def _check_captions(job: TeacherJob, stages: tuple[str, ...]) -> None:
@@ -171,7 +187,7 @@ def _check_captions(job: TeacherJob, stages: tuple[str, ...]) -> None:
     if reason:
         raise UserError(
             f"{job.config.data}: LatentLPIPS and CLIP learn from pictures and their captions: {reason}; or "
-            "train with --stages data,vae,unet, and distill with --set regression.losses=pseudo_huber"
+            f"train with --stages data,vae,{job.kind.stage}, and distill with --set regression.losses=pseudo_huber"
         )
 
 
@@ -183,7 +199,7 @@ def stage_length(config: TeacherConfig, stage: str) -> int:
     """Training images of a stage, repeats included."""
     lengths = {
         "vae": config.vae.fit.images,
-        "unet": config.unet.fit.images,
+        network_of(config).stage: config.denoiser.fit.images,
         "lpips": config.lpips.trunk.images,
         "clip": config.clip.images,
     }
@@ -193,7 +209,7 @@ def stage_length(config: TeacherConfig, stage: str) -> int:
 def _stage_settings(config: TeacherConfig, stage: str) -> dict[str, Any]:
     """The settings of a stage, with the length apart: a resumed training may have another one."""
     settings = to_json(getattr(config, stage))
-    group = {"vae": "fit", "unet": "fit", "lpips": "trunk"}.get(stage)
+    group = {"lpips": "trunk", "clip": None}.get(stage, "fit")
     del (settings[group] if group else settings)["images"]
     return {**settings, "images": stage_length(config, stage)}
 
@@ -204,7 +220,8 @@ def read_scores(file: Path) -> dict[str, Any]:
 
 
 def is_finished(scores_file: Path, stage: str, config: TeacherConfig) -> bool:
-    """Whether a stage is trained to the length of the config. A longer UNet training goes on from its end.
+    """Whether a stage is trained to the length of the config. A longer training of the network goes on
+    from its end.
 
     Raises UserError for another length of any other stage, on whose results later stages depend.
     """
@@ -213,7 +230,7 @@ def is_finished(scores_file: Path, stage: str, config: TeacherConfig) -> bool:
     done, length = int(read_scores(scores_file).get("length", 0)), stage_length(config, stage)
     if done == length or (stage == "vae" and (config.pretrained_vae or config.init)):
         return True
-    if stage == "unet" and length > done:
+    if stage == network_of(config).stage and length > done:
         return False
     raise UserError(
         f"stage {stage} in {scores_file.parent} is finished with {done:,} images, the settings ask for "
@@ -224,7 +241,7 @@ def is_finished(scores_file: Path, stage: str, config: TeacherConfig) -> bool:
 def _run_stage(stage: str, job: TeacherJob, log: RunLog, scores_file: Path) -> None:
     """Train one stage on all ranks, and write its scores, which mark it as finished."""
     started = time.monotonic()
-    result = _TRAIN_STAGE[stage](job, log)
+    result = _HELPERS.get(stage, _train_network)(job, log)
     if process_group.rank() == 0:
         facts = {"length": stage_length(job.config, stage), "seconds": time.monotonic() - started}
         write_atomically(scores_file, json.dumps({**result, **facts}))
@@ -235,7 +252,7 @@ def _judge(job: TeacherJob, scores: Mapping[str, Any], trained_any: bool) -> dic
     """The verdict on a finished teacher, with its report; empty while it is not finished."""
     verdict: dict[str, Any] = {}
     report, file = job.out / "report.html", job.work / "verdict.json"
-    if process_group.rank() == 0 and (job.work / "unet" / "scores.json").is_file():
+    if process_group.rank() == 0 and (job.work / job.kind.stage / "scores.json").is_file():
         if trained_any or not (file.is_file() and report.is_file()):
             verdict = judge_teacher(job.out, job.images, job.captions)
             write_teacher_report(job.out, verdict, job.images, job.captions, scores)
@@ -256,7 +273,7 @@ def _train_vae(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         for folder in (job.out, Path(job.pipeline)):
             save_component(vae, folder / "vae")
         kind = type(vae).__name__
-        index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", kind]}
+        index = {"_class_name": job.kind.pipeline, "vae": ["diffusers", kind]}
         write_atomically(Path(job.pipeline) / "model_index.json", json.dumps(index))
     process_group.barrier()
     # Score what is saved.
@@ -283,35 +300,34 @@ def _latents(job: TeacherJob) -> Tensor:
     return latents
 
 
-def _train_unet(job: TeacherJob, log: RunLog) -> dict[str, Any]:
-    config, pipeline = job.config, Path(job.pipeline)
-    latents, vae = _latents(job), load_vae(job.pipeline)
-    shape = (latents.shape[1], latents.shape[-1])
-    # The tokenizer and the schedule must be on disk before training: they are loaded like any teacher's.
+def _train_network(job: TeacherJob, log: RunLog) -> dict[str, Any]:
+    config, kind, pipeline = job.config, job.kind, Path(job.pipeline)
+    in_pixels = config.denoiser.in_pixels
+    inputs = job.images if in_pixels else _latents(job)
+    vae = PixelSpace(3) if in_pixels else load_vae(job.pipeline)
+    shape = (inputs.shape[1], inputs.shape[-1])
+    # Tokenizer and schedule must be on disk before training: they are loaded like any teacher's.
     if process_group.rank() == 0:
-        tokenizer = starting_tokenizer(config, job.captions, pipeline / "tokenizer")
-        text, unet = starting_denoiser(config, tokenizer, *shape)
-        save_pipeline(pipeline, unet=unet, vae=vae, conditioner=text, set_alpha_to_one=True)
+        kind.build(config, job.pictures, shape, pipeline, True).save(pipeline, vae)
     process_group.barrier()
-    text, unet = starting_denoiser(config, load_tokenizer(job.pipeline), *shape)
-    schedule = load_schedule(job.pipeline)
-    previews = denoiser_previews(
-        job.out / "previews", job.pipeline, job.images, latents, job.captions, log, config.preview_minutes
+    network = kind.build(config, job.pictures, shape, pipeline, False)
+    previews = network_previews(
+        job.out / "previews", job.pipeline, network, inputs, job.pictures, log, config.preview_minutes
     )
-    train_denoiser(
-        text, unet, latents, job.captions, schedule, config.unet, log, config.seed, job.progress, previews
+    loss_of, fit = network.loss(inputs, job.captions), config.denoiser.fit
+    fit_modules(
+        kind.stage, log, network.modules, loss_of, len(inputs), fit, config.seed, job.progress, previews
     )
     if process_group.rank() != 0:
         return {}
     # OUT becomes a pipeline now that its weights are trained. Score what is saved.
     for folder in (pipeline, job.out):
-        save_pipeline(folder, unet=unet, vae=vae, conditioner=text, set_alpha_to_one=True)
-    rows = spread_rows(len(latents))
+        network.save(folder, vae)
+    teacher, rows = load_teacher(job.pipeline), spread_rows(len(inputs))
     with torch.no_grad():
-        saved_text = load_conditioner(job.pipeline)
-        hidden = saved_text.encode([job.captions[row] for row in rows.tolist()]).tensors["hidden"]
-    loss = denoising_loss(load_unet(job.pipeline), hidden, latents[rows], schedule)
-    return {"params": sum(p.numel() for p in unet.parameters()), "loss": loss}
+        cond = teacher.encode([job.captions[row] for row in rows.tolist()])
+    loss = denoising_loss(teacher, cond, as_latents(inputs[rows]))
+    return {"params": sum(p.numel() for p in teacher.network.parameters()), "loss": loss}
 
 
 def _train_lpips(job: TeacherJob, log: RunLog) -> dict[str, Any]:
@@ -341,9 +357,9 @@ def _train_clip(job: TeacherJob, log: RunLog) -> dict[str, Any]:
     return train_clip(job.images, job.captions, tokenizer, job.out / "clip", settings, progress=job.progress)
 
 
-_TRAIN_STAGE: dict[str, Callable[[TeacherJob, RunLog], dict[str, Any]]] = {
+_HELPERS: dict[str, Callable[[TeacherJob, RunLog], dict[str, Any]]] = {
     "vae": _train_vae,
-    "unet": _train_unet,
     "lpips": _train_lpips,
     "clip": _train_clip,
 }
+"""What trains the stages other than that of the network."""

@@ -2,28 +2,30 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.json_files import read_json, read_json_object
 from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode_uint8, encode, from_uint8
-from d2g.diffusion.schedule import Schedule, diffuse
-from d2g.diffusion.teacher import load_teacher
+from d2g.diffusion.conditioning import Conditioning
+from d2g.diffusion.edm import EDMSchedule
+from d2g.diffusion.schedule import Point, Schedule
+from d2g.diffusion.scheduler_files import AnySchedule
+from d2g.diffusion.teacher import Teacher, load_teacher
 from eval.metrics.paired import psnr
 
 ROWS = 256
 """Pictures that the losses and the reconstructions are measured on, evenly spread over all."""
 SAMPLES = 16
 SAMPLE_STEPS = 20
-SAMPLE_GUIDANCE = 3.0
 
 LEAST_GAIN = 0.75
 """A trained network's loss is below this share of the loss of the best denoiser without any structure."""
@@ -40,7 +42,7 @@ class TeacherNumbers:
     `loss`: of the saved weights; `loss_untrained`: of the same network with fresh weights; `loss_zero`: of
     predicting zero; `loss_gaussian`: of the best denoiser that knows mean and variance of each channel alone.
     `psnr`: of reconstructions in dB; `psnr_mean`: of the mean picture. `roughness`: mean squared difference
-    of neighboring latents over their variance: 2 for white noise.
+    of neighboring latents over their variance: 2 for white noise. In pixels there is no autoencoder.
     """
 
     latents_std: float
@@ -51,20 +53,21 @@ class TeacherNumbers:
     loss_untrained: float
     loss_zero: float
     loss_gaussian: float
-    psnr: float
-    psnr_mean: float
+    psnr: float | None
+    psnr_mean: float | None
 
     def faults(self) -> list[str]:
         """What is wrong, one line each; empty for a trained teacher."""
         lines = []
         # The autoencoder.
-        if self.psnr < self.psnr_mean + LEAST_PSNR_GAIN:
-            lines.append(
-                f"the autoencoder's reconstructions have a PSNR of {self.psnr:.1f} dB, the mean picture "
-                f"alone has {self.psnr_mean:.1f} dB"
-            )
-        if not STD_RANGE[0] <= self.latents_std <= STD_RANGE[1]:
-            lines.append(f"the latents have standard deviation {self.latents_std:.3g}, expected about 1")
+        if self.psnr is not None and self.psnr_mean is not None:
+            if self.psnr < self.psnr_mean + LEAST_PSNR_GAIN:
+                lines.append(
+                    f"the autoencoder's reconstructions have a PSNR of {self.psnr:.1f} dB, the mean picture "
+                    f"alone has {self.psnr_mean:.1f} dB"
+                )
+            if not STD_RANGE[0] <= self.latents_std <= STD_RANGE[1]:
+                lines.append(f"the latents have standard deviation {self.latents_std:.3g}, expected about 1")
         # The denoiser.
         if not self.loss < LEAST_GAIN * self.loss_gaussian:
             lines.append(
@@ -90,10 +93,10 @@ def verdict_line(numbers: TeacherNumbers) -> str:
     """The verdict in words, with the numbers that it is based on."""
     if faults := numbers.faults():
         return f"this teacher is not trained: {'; '.join(faults)}"
+    reconstructions = "" if numbers.psnr is None else f"reconstructions {numbers.psnr:.1f} dB, "
     return (
         f"this teacher is trained: loss {numbers.loss:.3f} (predicting zero: {numbers.loss_zero:.3f}, "
-        f"without structure: {numbers.loss_gaussian:.3f}), reconstructions {numbers.psnr:.1f} dB, "
-        f"samples' standard deviation {numbers.samples_std:.2f} "
+        f"without structure: {numbers.loss_gaussian:.3f}), {reconstructions}samples' standard deviation {numbers.samples_std:.2f} "
         f"(real latents: {numbers.latents_std:.2f})"
     )
 
@@ -113,36 +116,67 @@ def reconstruction_psnr(vae: Any, images: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def denoising_loss(unet: nn.Module, hidden: Tensor, latents: Tensor, schedule: Schedule) -> float:
-    """Mean squared error of epsilon on latents [N, C, h, w] with text `hidden` [N, L, D].
+def denoising_loss(teacher: Teacher, cond: Conditioning, latents: Tensor) -> float:
+    """Mean squared error of epsilon on latents [N, C, h, w] with the conditioning of N rows.
 
     Row i has the noise of (0, i); timesteps are evenly spread: equal weights give equal numbers.
     """
-    timesteps, epsilon, noisy = _fixed_noise(latents, schedule)
-    rows = zip(noisy.split(64), timesteps.split(64), hidden.split(64), strict=True)
-    predicted = torch.cat([unet(x, t, h).sample for x, t, h in rows])
-    return (predicted.float() - epsilon).square().mean().item()
+    noisy = _fixed_noise(latents, teacher.schedule)
+    inputs, times = teacher.schedule.network_at(noisy.x, noisy.timesteps)
+    parts = []
+    for start in range(0, len(latents), 64):
+        rows = slice(start, start + 64)
+        output = teacher.family.forward(
+            teacher.network, teacher.config, inputs[rows], times[rows], cond[rows], teacher.space.downscale
+        )
+        parts.append(output[:, : latents.shape[1]].float())
+    # Each row is at a point of its own.
+    outputs = torch.cat(parts).split(1)
+    rows_at = zip(outputs, noisy.x.split(1), noisy.points, strict=True)
+    predicted = torch.cat(
+        [teacher.schedule.denoised(output, x, point).epsilon for output, x, point in rows_at]
+    )
+    return (predicted - noisy.epsilon).square().mean().item()
 
 
-def gaussian_loss(latents: Tensor, schedule: Schedule) -> tuple[float, float]:
+def gaussian_loss(latents: Tensor, schedule: AnySchedule) -> tuple[float, float]:
     """(loss of the best denoiser that knows mean and variance of each channel alone, loss of predicting 0).
 
     Both on the noise and timesteps of `denoising_loss`. The denoiser is the posterior mean of a Gaussian.
     """
-    timesteps, epsilon, noisy = _fixed_noise(latents, schedule)
-    alpha = schedule.alphas_cumprod.float()[timesteps].view(-1, 1, 1, 1)
+    noisy = _fixed_noise(latents, schedule)
+    alpha, sigma = (
+        torch.tensor([getattr(point, name) for point in noisy.points]).view(-1, 1, 1, 1)
+        for name in ("alpha", "sigma")
+    )
     mean, variance = latents.mean((0, 2, 3), keepdim=True), latents.var((0, 2, 3), keepdim=True)
-    predicted = (1 - alpha).sqrt() * (noisy - alpha.sqrt() * mean) / (alpha * variance + 1 - alpha)
-    return (predicted - epsilon).square().mean().item(), epsilon.square().mean().item()
+    predicted = sigma * (noisy.x - alpha * mean) / (alpha.square() * variance + sigma.square())
+    error = (predicted - noisy.epsilon).square().mean()
+    return error.item(), noisy.epsilon.square().mean().item()
 
 
-def _fixed_noise(latents: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps [N], noise [N, C, h, w] and noisy latents for measuring losses."""
+class NoisyRows(NamedTuple):
+    """Noisy latents x [N, C, h, w], their noise, their timesteps [N], and the point of each row."""
+
+    x: Tensor
+    epsilon: Tensor
+    timesteps: Tensor
+    points: list[Point]
+
+
+def _fixed_noise(latents: Tensor, schedule: AnySchedule) -> NoisyRows:
+    """Noisy latents [N, C, h, w] for measuring losses, at evenly spread timesteps or noise levels."""
     # Rows and timesteps are shuffled against each other, so that no class of pictures has low noise alone.
     order = torch.randperm(len(latents), generator=generator(0, Stream.TEACHER_VERDICT))
     timesteps = torch.linspace(0, len(schedule) - 1, len(latents)).round().long()[order]
     epsilon = noise(0, range(len(latents)), tuple(latents.shape[1:]))
-    return timesteps, epsilon, diffuse(latents, epsilon, schedule.alphas_cumprod.float(), timesteps)
+    # The levels of EDM are counted as timesteps are.
+    if isinstance(schedule, EDMSchedule):
+        points = [schedule.point(sigma) for sigma in schedule.sigma(timesteps).tolist()]
+    else:
+        assert isinstance(schedule, Schedule), "no other teacher is trained here"
+        points = [Point(t, *schedule.alpha_sigma(t)) for t in timesteps.tolist()]
+    return NoisyRows(schedule.diffuse(latents, epsilon, timesteps), epsilon, timesteps, points)
 
 
 def roughness(latents: Tensor) -> float:
@@ -155,33 +189,39 @@ def roughness(latents: Tensor) -> float:
 def measure_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> TeacherNumbers:
     """Measure the teacher in `folder` with the weights on disk, on uint8 images [N, 3, S, S] and captions."""
     name = str(folder)
-    teacher, vae, schedule = load_teacher(name), pretrained.load_vae(name), pretrained.load_schedule(name)
+    teacher, vae = load_teacher(name), pretrained.load_vae(name)
     rows = spread_rows(len(images))
     images, texts = images[rows], [captions[row] for row in rows.tolist()]
     latents = torch.cat([encode(vae, from_uint8(part)) for part in images.split(64)])
     # Losses of the saved network, of a fresh one, and of two that are no networks.
-    hidden = teacher.conditioner.encode(texts).tensors["hidden"]
+    cond = teacher.conditioner.encode(texts)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         fresh = type(teacher.network).from_config(teacher.config).eval()
-    gaussian, zero = gaussian_loss(latents, schedule)
+    gaussian, zero = gaussian_loss(latents, teacher.schedule)
     # Samples with the captions of the pictures.
-    count = min(SAMPLES, len(images))
-    latent_noise = noise(0, range(count), teacher.latent_shape)
-    samples = teacher.sample(latent_noise, texts[:count], SAMPLE_STEPS, SAMPLE_GUIDANCE, "ddim")
-    quality, quality_of_mean = reconstruction_psnr(vae, images)
+    samples = draw_samples(teacher, texts[:SAMPLES])
+    in_pixels = teacher.family.autoencoder is None
+    quality, quality_of_mean = (None, None) if in_pixels else reconstruction_psnr(vae, images)
     return TeacherNumbers(
         latents_std=latents.std().item(),
         samples_std=samples.std().item(),
         latents_roughness=roughness(latents),
         samples_roughness=roughness(samples),
-        loss=denoising_loss(teacher.network, hidden, latents, schedule),
-        loss_untrained=denoising_loss(fresh, hidden, latents, schedule),
+        loss=denoising_loss(teacher, cond, latents),
+        loss_untrained=denoising_loss(replace(teacher, network=fresh), cond, latents),
         loss_zero=zero,
         loss_gaussian=gaussian,
         psnr=quality,
         psnr_mean=quality_of_mean,
     )
+
+
+def draw_samples(teacher: Teacher, prompts: Sequence[str]) -> Tensor:
+    """Latents [N, C, h, w] of N prompts with the noise of seed 0, as verdict, report and previews draw them."""
+    latent_noise = noise(0, range(len(prompts)), teacher.latent_shape)
+    solver, guidance = teacher.default_solver, teacher.default_guidance
+    return teacher.sample(latent_noise, prompts, SAMPLE_STEPS, guidance, solver)
 
 
 def judge_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> dict[str, Any]:

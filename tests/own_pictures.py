@@ -104,7 +104,12 @@ def _teacher_settings(prefix: str) -> list[str]:
     """--set of every setting of CONFIG but its data and its lengths."""
     skip = {"data", "minutes", "images", "vae.fit.images", "unet.fit.images", "clip.images", "clip.minutes"}
     skip |= {"lpips.trunk.images", "lpips.triplets", "pretrained_vae", "init"}
-    values = ((name, value) for name, value in _flat(to_json(CONFIG)) if name not in skip)
+    other_networks = ("dit.", "pixel_unet.", "edm.")
+    values = (
+        (name, value)
+        for name, value in _flat(to_json(CONFIG))
+        if name not in skip and not name.startswith(other_networks)
+    )
     return [word for name, value in values for word in ("--set", f"{prefix}{name}={json.dumps(value)}")]
 
 

@@ -53,6 +53,22 @@ class FolderListing:
             classes.setdefault(parts[0] if len(parts) > 1 else "", []).append(picture)
         return classes
 
+    def class_numbers(self) -> dict[str, int]:
+        """Class number of each folder of `by_class`: its name in decimal if all are, else their sorted order,
+        as torchvision's ImageFolder numbers them.
+
+        Raises UserError for pictures beside the folders.
+        """
+        folders = self.by_class()
+        if (beside := folders.get("")) is not None:
+            raise UserError(
+                f"{beside[0]} has no class; write it to the column label of metadata.jsonl, or move each "
+                "image to a folder of its class"
+            )
+        if all(name.isascii() and name.isdecimal() for name in folders):
+            return {name: int(name) for name in folders}
+        return {name: number for number, name in enumerate(folders)}
+
     def log_left_out(
         self, used: Iterable[Path] = (), more: Mapping[str, Sequence[str]] | None = None
     ) -> None:

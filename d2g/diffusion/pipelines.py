@@ -63,12 +63,15 @@ def resolve(name: str) -> Path:
 
 TRAINING = "training"
 """The folder inside a teacher of `d2g teacher train` with its caches, checkpoints, scores and command."""
+HELPER_STAGES = ("vae", "lpips", "clip")
+"""Stages of `d2g teacher train` that do not train the network; the folder of a stage has its name."""
 
 
 def refuse_unfinished(name: str, folder: Path) -> None:
-    """Raise UserError for a folder of `d2g teacher train` whose U-Net is not trained to the end."""
+    """Raise UserError for a folder of `d2g teacher train` whose network is not trained to the end."""
     training = folder / TRAINING
-    if not (training / "config.json").is_file() or (training / "unet" / "scores.json").is_file():
+    finished = [file for file in training.glob("*/scores.json") if file.parent.name not in HELPER_STAGES]
+    if finished or not (training / "config.json").is_file():
         return
     command = training / "command.txt"
     how = (

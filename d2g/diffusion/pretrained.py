@@ -6,13 +6,14 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.diffusion.conditioning import Conditioner, TextConditioner, encoder_of
@@ -26,6 +27,7 @@ from d2g.diffusion.pipelines import denoiser_sha256 as denoiser_sha256
 from d2g.diffusion.pipelines import resolve as resolve
 from d2g.diffusion.pipelines import teacher_digests as teacher_digests
 from d2g.diffusion.pipelines import weights_sha256 as weights_sha256
+from d2g.diffusion.schedule import Schedule
 from d2g.diffusion.scheduler_files import load_any_schedule as load_any_schedule
 from d2g.diffusion.scheduler_files import load_schedule as load_schedule
 
@@ -262,18 +264,21 @@ def default_prompts(name: str) -> list[str]:
     return [] if family_of(name).reads_text else conditioner_on_meta(name).default_prompts
 
 
+def new_model(kind: str, **settings: Any) -> Any:
+    """A network with fresh weights, or a scheduler, by the name of its class in diffusers."""
+    import diffusers
+
+    return getattr(diffusers, kind)(**settings)
+
+
 def new_unet(**settings: Any) -> Any:
     """A UNet2DConditionModel with fresh weights."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(**settings)
+    return new_model("UNet2DConditionModel", **settings)
 
 
 def new_vae(**settings: Any) -> Any:
     """An AutoencoderKL with fresh weights."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(**settings)
+    return new_model("AutoencoderKL", **settings)
 
 
 def new_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int, max_length: int) -> Any:
@@ -352,6 +357,30 @@ SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear
 """Stable Diffusion's noise schedule, as settings of a scheduler of diffusers."""
 
 
+def new_sd_scheduler(**settings: Any) -> Any:
+    """A DDIMScheduler with SD's betas, as Stable Diffusion's pipelines have it; `settings` override."""
+    return new_model("DDIMScheduler", **{**SD_BETAS, "clip_sample": False, "steps_offset": 1, **settings})
+
+
+def sd_schedule() -> Schedule:
+    """The schedule of `new_sd_scheduler` for networks that predict epsilon."""
+    alphas = new_sd_scheduler().alphas_cumprod.double()
+    return Schedule(
+        alphas_cumprod=alphas, prediction="epsilon", spacing="leading", steps_offset=1, final_alpha_one=True
+    )
+
+
+def save_diffusers_pipeline(folder: Path, kind: str, index: Mapping[str, Any], **components: Any) -> None:
+    """Save components as a pipeline of diffusers by the name of its class.
+
+    index: further keys of its model_index.json, which `save_pretrained` leaves out.
+    """
+    new_model(kind, **components).save_pretrained(folder, safe_serialization=True)
+    file = folder / "model_index.json"
+    content = {**read_json_object(file, COPY_AGAIN), **index}
+    write_atomically(file, json.dumps(content, indent=2))
+
+
 def save_pipeline(
     folder: Path, *, unet: nn.Module, vae: nn.Module, conditioner: SDConditioner, **scheduler: Any
 ) -> None:
@@ -360,7 +389,7 @@ def save_pipeline(
     scheduler: further settings of the DDIM scheduler.
     """
     import transformers
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
     transformers.utils.logging.disable_progress_bar()  # the caller reports progress
     StableDiffusionPipeline(
@@ -368,7 +397,7 @@ def save_pipeline(
         unet=unet,
         text_encoder=conditioner.models["text_encoder"],
         tokenizer=conditioner.tokenizers["tokenizer"],
-        scheduler=DDIMScheduler(**{**SD_BETAS, "clip_sample": False, "steps_offset": 1, **scheduler}),
+        scheduler=new_sd_scheduler(**scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

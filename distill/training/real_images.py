@@ -172,26 +172,20 @@ def _list_source(
 
 
 def _by_class_folder(listing: FolderListing, kind: CaptionKind) -> list[tuple[Path, str]]:
-    """(file, class number) of the images in a folder for each class: named by its number, else by sorted
-    names, as torchvision's ImageFolder numbers them."""
-    folders = listing.by_class()
-    if (beside := folders.get("")) is not None:
-        raise UserError(
-            f"{beside[0]} has no class; write it to the column label of metadata.jsonl, or move each image "
-            "to a folder of its class"
-        )
+    """(file, class number) of the images in a folder for each class (`FolderListing.class_numbers`)."""
+    folders, numbers = listing.by_class(), listing.class_numbers()
     listing.log_left_out()
     if all(name.isascii() and name.isdecimal() for name in folders):
-        numbers = {name: kind.checked(name, str(listing.root / name)) for name in folders}
+        for name in folders:
+            kind.checked(name, str(listing.root / name))
     elif len(folders) == kind.classes:
-        numbers = {name: str(number) for number, name in enumerate(folders)}
         log_once(f"{listing.root}: classes 0 to {kind.classes - 1} are its folders, {few_names([*folders])}")
     else:
         raise UserError(
             f"{listing.root} has {len(folders)} folders, but the teacher has {kind.classes} classes; name "
             f"the folders by their class numbers, 0 to {kind.classes - 1}"
         )
-    return [(picture, numbers[name]) for name, pictures in folders.items() for picture in pictures]
+    return [(picture, str(numbers[name])) for name, pictures in folders.items() for picture in pictures]
 
 
 def _table_columns(file: Path, table: Any, column: str | None, kind: CaptionKind) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from d2g.core.config import Presets, require, setting
+from d2g.core.errors import SettingError
 from distill.config.export import ExportConfig
 from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig
@@ -32,6 +33,11 @@ class FullRunConfig:
     export: ExportConfig = setting(ExportConfig(format="diffusers"), "Format of the exported student")
 
     def __post_init__(self) -> None:
+        if self.teacher.network != "unet_text":
+            raise SettingError(
+                f"teacher.network is {self.teacher.network!r}; `d2g run` trains unet_text alone: train the "
+                "teacher with `d2g teacher train`, and give it as --teacher"
+            )
         require(
             self,
             minutes=(self.minutes >= 0, "0 or more"),

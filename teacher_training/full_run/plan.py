@@ -30,7 +30,7 @@ from teacher_training.full_run.config import FEWEST_IMAGES, FullRunConfig
 from teacher_training.full_run.pictures import spread_captions
 from teacher_training.plan import Request, TeacherPlan, plan_teacher
 from teacher_training.start import save_untrained_teacher
-from teacher_training.train import TEACHER_STAGES
+from teacher_training.networks.registry import network_of
 
 PARTS = ("teacher", "pairs", "ode", "gan", "eval", "export")
 """Parts of a run, in order."""
@@ -100,7 +100,8 @@ def plan_run(config: FullRunConfig, out: Path) -> tuple[FullRunConfig, FullRunPl
     teacher_plan = teacher_request = None
     if not config.pretrained_teacher:
         teacher_request = Request(minutes=budget["teacher"] / 60 or config.teacher.minutes or None)
-        teacher, teacher_plan = plan_teacher(config.teacher, out / "teacher", TEACHER_STAGES, teacher_request)
+        stages = network_of(config.teacher).stages
+        teacher, teacher_plan = plan_teacher(config.teacher, out / "teacher", stages, teacher_request)
         config = replace(config, teacher=teacher)
     # The other parts: as planned before, or measured.
     seconds = known["seconds"] if known else measure_parts(config)

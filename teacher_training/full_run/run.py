@@ -27,7 +27,7 @@ from teacher_training.full_run.plan import PARTS, FullRunPlan, save_plan
 from teacher_training.full_run.report import SAMPLER_TITLES, write_run_report
 from teacher_training.full_run.stages import PartTimes, distill_teacher
 from teacher_training.plan import WholeProgress, save_request
-from teacher_training.train import TEACHER_STAGES, train_teacher
+from teacher_training.train import train_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _train_teacher(
     assert plan.teacher is not None and plan.teacher_request is not None
     save_request(out / "teacher", config.teacher, plan.teacher_request)
     total_progress = WholeProgress(plan.teacher, progress)
-    summary = train_teacher(config.teacher, out / "teacher", TEACHER_STAGES, total_progress, command)
+    summary = train_teacher(config.teacher, out / "teacher", None, total_progress, command)
     trained, verdict = process_group.gather_objects((summary.trained, summary.verdict))[0]
     logger.info("%s", verdict)
     if config.stop_untrained and not trained:
