@@ -282,8 +282,8 @@ class TeacherConfig:
 
     network: NetworkName = setting(
         "unet_text",
-        "unet_text: U-Net of latents and captions; dit: DiT of latents and classes; unet, edm: U-Net of pixels "
-        "and classes, variance-preserving or preconditioned as in EDM",
+        "unet_text: U-Net of latents and captions; dit: DiT of latents and classes; unet, edm: U-Net of "
+        "pixels and classes, variance-preserving or preconditioned as in EDM",
         recipe=True,
     )
     data: str = setting("scenes", "scenes, an image folder, or image-parquet (option --data)", recipe=True)

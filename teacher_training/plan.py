@@ -43,7 +43,8 @@ def length_setting(stage: str) -> str:
 class TeacherPlan:
     """What a training will do. `images` and `minutes` by stage; finished stages take none.
 
-    `captions`: pictures that have a caption, or a class. `gib`: disk space for caches, checkpoints and weights.
+    `captions`: pictures that have a caption, or a class. `gib`: disk space for caches, checkpoints and
+    weights.
     """
 
     pictures: int
@@ -71,14 +72,14 @@ class TeacherPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The length that is asked for: minutes of all, or images of the network; neither: that of the settings."""
+    """The length that is asked for: minutes of all, or images of the network; neither: as in the settings."""
 
     minutes: float | None = None
     images: int | None = None
 
 
 def count_pictures(config: TeacherConfig) -> tuple[int, int]:
-    """(pictures, pictures with a caption or class) of the data, at most `config.images`, without decoding one.
+    """(pictures, pictures with a caption or class) of the data, at most `config.images`, none decoded.
 
     Raises UserError for data that does not exist.
     """
@@ -106,8 +107,8 @@ def plan_teacher(
     """Choose the lengths of the stages, and say what the training will do. Nothing is written.
 
     The same request as before keeps the lengths of OUT/training/plan.json, so that the same command resumes.
-    A request in minutes counts from now; finished stages but the network's keep their length. Raises SettingError
-    for a request in both minutes and images, UserError for inputs that do not exist.
+    A request in minutes counts from now; finished stages but the network's keep their length. Raises
+    SettingError for a request in both minutes and images, UserError for inputs that do not exist.
     """
     if request.minutes is not None and request.images is not None:
         raise SettingError("give --minutes or --images, not both")

@@ -64,8 +64,8 @@ def measure_speed(config: TeacherConfig, stages: Sequence[str]) -> Speed:
             _time_stage(speed, kind.stage, modules, loss_of, config.denoiser.fit.batch_size)
         # LatentLPIPS: a judgment encodes 3 pictures and takes 4 passes, each a third of a training step.
         if "lpips" in stages:
-            network = replace(config.lpips.network, channels=latents.shape[1])
-            trunk = VGG16(network, 16, config.lpips.trunk.dropout, config.lpips.trunk.grid)
+            settings = replace(config.lpips.network, channels=latents.shape[1])
+            trunk = VGG16(settings, 16, config.lpips.trunk.dropout, config.lpips.trunk.grid)
             _time_stage(speed, "lpips", [trunk], _trunk_loss(trunk, latents), config.lpips.trunk.batch)
             speed.judgment_seconds = 4 * speed.seconds["lpips"] / 3 + 3 * speed.encode_seconds
         if "clip" in stages:

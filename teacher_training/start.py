@@ -35,8 +35,8 @@ def check_start(config: TeacherConfig) -> None:
         )
     if kind.needs_classes and class_names(config.data, config.column) is None:
         raise UserError(
-            f"{config.data}: {kind.title} needs classes, found none; expected two or more subfolders named by "
-            f"class, or parquet files with a column {config.column or LABEL_COLUMN}; or train --set "
+            f"{config.data}: {kind.title} needs classes, found none; expected two or more subfolders named "
+            f"by class, or parquet files with a column {config.column or LABEL_COLUMN}; or train --set "
             "network=edm, which needs none"
         )
 

@@ -100,10 +100,10 @@ def train_teacher(
     """Train the stages that are not done yet, one after the other; by default all of the network.
 
     OUT becomes a pipeline in diffusers layout, for some networks with latent_lpips/ and clip/ beside its
-    components, with previews/, report.html, and training/ with caches, configs, curves and checkpoints. A stage is
-    complete on disk before the next one starts. `command`: what to run again to finish it. Runs on every rank
-    of torchrun. Raises SettingError for an unknown stage, UserError for a finished stage that is given other
-    settings, and while another process trains in OUT.
+    components, with previews/, report.html, and training/ with caches, configs, curves and checkpoints. A
+    stage is complete on disk before the next one starts. `command`: what to run again to finish it. Runs on
+    every rank of torchrun. Raises SettingError for an unknown stage, UserError for a finished stage that is
+    given other settings, and while another process trains in OUT.
     """
     started = time.monotonic()
     process_group.init()
@@ -117,7 +117,7 @@ def check_stages(config: TeacherConfig, stages: Sequence[str] | None) -> tuple[s
     """These stages, or all of the network. Raises SettingError for one that the network does not have."""
     known = network_of(config).stages
     for stage in stages or ():
-        pick(dict.fromkeys(known), stage, f"stage of network={config.network}")
+        pick(dict.fromkeys(known), stage, "stage")
     return tuple(stages) if stages is not None else known
 
 
@@ -187,7 +187,8 @@ def _check_captions(job: TeacherJob, stages: tuple[str, ...]) -> None:
     if reason:
         raise UserError(
             f"{job.config.data}: LatentLPIPS and CLIP learn from pictures and their captions: {reason}; or "
-            f"train with --stages data,vae,{job.kind.stage}, and distill with --set regression.losses=pseudo_huber"
+            f"train with --stages data,vae,{job.kind.stage}, and distill with "
+            "--set regression.losses=pseudo_huber"
         )
 
 

@@ -14,9 +14,9 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.json_files import read_json, read_json_object
 from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
-from d2g.diffusion.latents import decode_uint8, encode, from_uint8
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.edm import EDMSchedule
+from d2g.diffusion.latents import decode_uint8, encode, from_uint8
 from d2g.diffusion.schedule import Point, Schedule
 from d2g.diffusion.scheduler_files import AnySchedule
 from d2g.diffusion.teacher import Teacher, load_teacher
@@ -96,7 +96,8 @@ def verdict_line(numbers: TeacherNumbers) -> str:
     reconstructions = "" if numbers.psnr is None else f"reconstructions {numbers.psnr:.1f} dB, "
     return (
         f"this teacher is trained: loss {numbers.loss:.3f} (predicting zero: {numbers.loss_zero:.3f}, "
-        f"without structure: {numbers.loss_gaussian:.3f}), {reconstructions}samples' standard deviation {numbers.samples_std:.2f} "
+        f"without structure: {numbers.loss_gaussian:.3f}), {reconstructions}"
+        f"samples' standard deviation {numbers.samples_std:.2f} "
         f"(real latents: {numbers.latents_std:.2f})"
     )
 
@@ -218,7 +219,7 @@ def measure_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> Te
 
 
 def draw_samples(teacher: Teacher, prompts: Sequence[str]) -> Tensor:
-    """Latents [N, C, h, w] of N prompts with the noise of seed 0, as verdict, report and previews draw them."""
+    """Latents [N, C, h, w] of N prompts with the noise of seed 0, as verdict and previews draw them."""
     latent_noise = noise(0, range(len(prompts)), teacher.latent_shape)
     solver, guidance = teacher.default_solver, teacher.default_guidance
     return teacher.sample(latent_noise, prompts, SAMPLE_STEPS, guidance, solver)

@@ -28,9 +28,9 @@ from pairgen.cost import plan_pairs
 from pairgen.generate import generate_pairs
 from teacher_training.full_run.config import FEWEST_IMAGES, FullRunConfig
 from teacher_training.full_run.pictures import spread_captions
+from teacher_training.networks.registry import network_of
 from teacher_training.plan import Request, TeacherPlan, plan_teacher
 from teacher_training.start import save_untrained_teacher
-from teacher_training.networks.registry import network_of
 
 PARTS = ("teacher", "pairs", "ode", "gan", "eval", "export")
 """Parts of a run, in order."""

@@ -11,8 +11,8 @@ import pytest
 
 from jobs import Running, d2g_ranks
 from own_pictures import CONFIG, class_folders, image_folder, parquet, train_arguments
+from teacher_training.networks.registry import NETWORKS
 from teacher_training.plan import (
-    LENGTH_SETTINGS,
     Request,
     TeacherPlan,
     WholeProgress,
@@ -20,7 +20,9 @@ from teacher_training.plan import (
     plan_teacher,
     save_request,
 )
-from teacher_training.train import TEACHER_STAGES, stage_length
+from teacher_training.train import stage_length
+
+STAGES = NETWORKS["unet_text"].stages
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lengths(config: Any) -> dict[str, int]:
-    return {stage: stage_length(config, stage) for stage in LENGTH_SETTINGS}
+    return {stage: stage_length(config, stage) for stage in STAGES[1:]}
 
 
 def test_pictures_and_captions_are_counted(tmp_path: Path, data: Path) -> None:
@@ -55,24 +57,24 @@ def test_pictures_and_captions_are_counted(tmp_path: Path, data: Path) -> None:
 def test_a_number_of_images_scales_all_stages(data: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, data=str(data))
     before = lengths(config)
-    planned, plan = plan_teacher(config, tmp_path, TEACHER_STAGES, Request(images=256))
+    planned, plan = plan_teacher(config, tmp_path, STAGES, Request(images=256))
     assert lengths(planned) == {stage: 4 * count for stage, count in before.items()}
     assert plan.steps["unet"] == 16 and plan.pictures == plan.captions == 40 and plan.gib > 0
-    assert set(plan.stage_minutes) == set(LENGTH_SETTINGS) and not list(tmp_path.iterdir())
+    assert set(plan.stage_minutes) == set(STAGES[1:]) and not list(tmp_path.iterdir())
     assert plan.lines()[0] == "plan: 40 pictures, 40 of them with a caption"
 
 
 def test_minutes_become_lengths_that_fit_and_the_same_request_keeps_them(data: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, data=str(data))
     request = Request(minutes=2.0)
-    planned, plan = plan_teacher(config, tmp_path, TEACHER_STAGES, request)
+    planned, plan = plan_teacher(config, tmp_path, STAGES, request)
     assert plan.minutes == pytest.approx(2.0, abs=0.1)
     assert plan.stage_minutes["unet"] == pytest.approx(1.1, abs=0.05)
     # The speed differs the next time; the lengths of the same request do not.
     save_request(tmp_path, planned, request)
-    again, _ = plan_teacher(config, tmp_path, TEACHER_STAGES, request)
+    again, _ = plan_teacher(config, tmp_path, STAGES, request)
     assert lengths(again) == lengths(planned)
-    longer, _ = plan_teacher(config, tmp_path, TEACHER_STAGES, Request(minutes=20.0))
+    longer, _ = plan_teacher(config, tmp_path, STAGES, Request(minutes=20.0))
     assert stage_length(longer, "unet") > 4 * stage_length(planned, "unet")
     # Without a request the settings' own lengths hold.
     assert lengths(plan_teacher(config, tmp_path, ("unet",), Request())[0]) == lengths(config)

@@ -13,6 +13,7 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, from_uint8
+from d2g.diffusion.teacher import load_teacher
 from own_pictures import CONFIG, image_folder
 from teacher_training.config import FitConfig
 from teacher_training.data import captioned_images
@@ -59,9 +60,9 @@ def test_the_scored_weights_are_the_saved_weights(noise_teacher: tuple[Path, Any
     images, captions = captioned_images(str(out.parent / "data"), 16, 40, 0, "{}")
     rows, name = spread_rows(len(images)), str(out)
     latents = encode(pretrained.load_vae(name), from_uint8(images[rows]))
-    hidden = pretrained.load_conditioner(name).encode([captions[row] for row in rows]).tensors["hidden"]
-    unet, schedule = pretrained.load_unet(name), pretrained.load_schedule(name)
-    loss = denoising_loss(unet, hidden, latents, schedule)
+    teacher = load_teacher(name)
+    unet = teacher.network
+    loss = denoising_loss(teacher, teacher.conditioner.encode([captions[row] for row in rows]), latents)
     assert summary.scores["unet"]["loss"] == pytest.approx(loss, rel=1e-5)
     numbers = measure_teacher(out, images, captions)
     assert numbers.loss == pytest.approx(loss, rel=1e-5)
