@@ -93,7 +93,7 @@ def _build(
     return TrainableDiT(network, pictures.classes, config.dit)
 
 
-DIT = NetworkKind(
+DIT_NETWORK = NetworkKind(
     name="dit",
     title="a DiT",
     pipeline="DiTPipeline",

@@ -67,7 +67,7 @@ def _build(
     return EDMUNet(pictures, shape[1], config.edm, config.seed)
 
 
-EDM = NetworkKind(
+EDM_NETWORK = NetworkKind(
     name="edm",
     title="an EDM U-Net of pixels",
     pipeline="DDPMPipeline",

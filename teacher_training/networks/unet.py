@@ -40,7 +40,7 @@ def _build(
     return PixelUNet(pictures, shape[1], config.pixel_unet, config.seed)
 
 
-UNET = NetworkKind(
+PIXEL_UNET_NETWORK = NetworkKind(
     name="unet",
     title="a U-Net of pixels",
     pipeline="DDPMPipeline",

@@ -122,7 +122,7 @@ def _build(
     return TextUNet(conditioner, unet, config.unet)
 
 
-UNET_TEXT = NetworkKind(
+TEXT_UNET_NETWORK = NetworkKind(
     name="unet_text",
     title="a U-Net of latents and captions",
     pipeline="StableDiffusionPipeline",
