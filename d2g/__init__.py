@@ -1,3 +1,7 @@
-"""The ground floor of diffusion2gan: `d2g.core` knows no domain words, `d2g.diffusion` knows teachers."""
+"""Code that all other packages share.
 
-__all__ = ["core", "diffusion"]
+`d2g.core`: config, errors, seeds, files, distributed. `d2g.data`: readers of text, pictures and tables.
+`d2g.vision`: published image networks. `d2g.diffusion`: teachers and their model families.
+"""
+
+__all__ = ["core", "data", "diffusion", "vision"]

@@ -113,9 +113,9 @@ def repair(
         plan = {"bad": report.bad_shards, "rows_to_make": spec.num_pairs - report.checked}
         _show(plan, as_json, f"dry run: nothing was touched in {folder}")
         return
-    moved, regenerated = repair_store(folder, reporter, workers), 0
-    if moved:
-        logger.info("moved %d files to %s", len(moved), folder / "quarantine")
+    quarantined, regenerated = repair_store(folder, reporter, workers), 0
+    if quarantined:
+        logger.info("moved %d files to %s", len(quarantined), folder / "quarantine")
     # Generate what is missing, which needs the teacher and the prompts.
     if not no_regenerate and (pending(folder, spec) or quarantined_rows(folder, spec)):
         from pairgen.generate import regenerate
@@ -123,7 +123,7 @@ def repair(
         _require_prompts(folder, prompts, spec.conditioning)
         with leave_process_group():
             regenerated = regenerate(folder, prompts, teacher, reporter)
-    _show({"quarantined": moved, "regenerated": regenerated}, as_json, str(folder))
+    _show({"quarantined": quarantined, "regenerated": regenerated}, as_json, str(folder))
     # Rows whose latents are not finite stay out.
     failed = [row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows]
     if failed and not no_regenerate:

@@ -102,7 +102,10 @@ def _distance_and_gradient(
     records: list[LayerRecord] = []
     target_taps, pred_taps = _taps(layers, target), _taps(layers, pred, records)
     terms = [_layer_term(f, g, w) for f, g, w in zip(pred_taps, target_taps, heads, strict=True)]
-    distance, tap_gradients = torch.stack([term for term, _ in terms]).sum(0), [slope for _, slope in terms]
+    distance, tap_gradients = (
+        torch.stack([term for term, _ in terms]).sum(0),
+        [gradient for _, gradient in terms],
+    )
     del target_taps, pred_taps, terms
     # Backward through the convolutions, all in the last layer's type: rounding a gradient flips no ReLU.
     dtype = layers[-1].weight.dtype
@@ -152,11 +155,11 @@ def _layer_term(f: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     # The term and its gradient with respect to the unit features.
     unit, scale = _unit(f)
     difference = unit - _unit(g)[0]
-    slope = difference * weight.to(unit.dtype)[:, None, None]
-    term = (slope * difference).sum(1).mean((1, 2))
-    slope = slope * (2 / (f.shape[2] * f.shape[3]))
+    gradient = difference * weight.to(unit.dtype)[:, None, None]
+    term = (gradient * difference).sum(1).mean((1, 2))
+    gradient = gradient * (2 / (f.shape[2] * f.shape[3]))
     # d unit / d f = scale (1 - unit unit^T), with the epsilon in scale.
-    return term, (slope - unit * (unit * slope).sum(1, keepdim=True)) * scale
+    return term, (gradient - unit * (unit * gradient).sum(1, keepdim=True)) * scale
 
 
 def _unit(features: Tensor) -> tuple[Tensor, Tensor]:

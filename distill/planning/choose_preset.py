@@ -4,7 +4,9 @@ from math import prod
 from pathlib import Path
 
 from d2g.diffusion import pretrained
+from d2g.diffusion.families.base import Family
 from d2g.diffusion.families.cascade import CascadeFamily
+from d2g.diffusion.families.transformer import TransformerFamily
 from d2g.diffusion.pipelines import open_pipeline
 from distill.config.presets import DISTILL_PRESETS
 
@@ -26,7 +28,21 @@ OF_FAMILY = {
     "stable_cascade_prior": "wuerstchen",
     "stable_cascade_decoder": "wuerstchen-b",
 }
-"""Presets by the name of the family; the others take DEFAULT."""
+"""Presets by the name of the family; `_preset_of_network` says which one other families take."""
+
+
+def _preset_of_network(family: Family) -> str:
+    """A preset whose discriminator and losses work for this kind of network."""
+    if isinstance(family, CascadeFamily):
+        return "wuerstchen"
+    if family.autoencoder is None:
+        return "cifar10"
+    return "sd35-medium" if isinstance(family, TransformerFamily) else DEFAULT
+
+
+def preset_of_family(family: Family) -> str:
+    """The preset of large teachers of a family."""
+    return OF_FAMILY.get(family.name) or _preset_of_network(family)
 
 
 def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
@@ -42,10 +58,11 @@ def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
     network = pretrained.load_on_meta(teacher, family.network)
     size = sum(prod(parameter.shape) for parameter in network.parameters())
     reason = f"teacher {teacher} ({family.title}) has {size / 1e6:,.1f} million parameters"
+    published = preset_of_family(family)
     small = "small-transformer" if family.network == "transformer" else "miniature"
     # The small presets compare latents, and have the discriminator of a U-Net or a transformer.
     if family.autoencoder is None or isinstance(family, CascadeFamily):
-        small = OF_FAMILY[family.name]
-    name = small if size < SMALL else OF_FAMILY.get(family.name, DEFAULT)
+        small = published
+    name = small if size < SMALL else published
     # A preset without the stage is no choice.
     return (name if stage in DISTILL_PRESETS[name] else small), reason

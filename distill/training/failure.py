@@ -24,10 +24,13 @@ def write_failure(
     logits: Mapping[str, Mapping[str, float]],
 ) -> Path:
     """Write RUN/failure/rank-N.json: the step, the pairs of this rank's rows, every loss term, and the latest
-    logits per head. Numbers that are not finite are written as
-    text ("nan", "inf"). Returns the folder.
+    logits per head. Returns the folder.
+
+    gradient: the update that was stopped, "grad/d" or "grad/g". Numbers that are not finite are written as
+    text ("nan", "inf"). docs/runs.md "When a loss is NaN" says how to read the file.
     """
     folder = run / "failure"
+    # JSON has no NaN, so such numbers become text.
     report = {
         "step": step,
         "images": nimg,

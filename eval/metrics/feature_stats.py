@@ -133,8 +133,8 @@ class FeatureStats:
             merged._combine(count, mean[0], scatter[0])
             merged._rows.append(part)
             merged._indices.append(numbers)
-        seen = torch.cat(merged._indices)
-        assert len(seen.unique()) == len(seen), "an image was measured twice"
+        indices = torch.cat(merged._indices)
+        assert len(indices.unique()) == len(indices), "an image was measured twice"
         return merged
 
     def _settle(self) -> None:

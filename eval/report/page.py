@@ -44,8 +44,8 @@ def first_images(source: ImageSource, count: int) -> list[Tensor]:
     """The first images of a source at native size, uint8 [3, H, W] each."""
     if source.count is not None:  # files, which may differ in size
         return LazyImages(source, count)[:]
-    drawn = source.draw(range(count), 16, (NATIVE,))
-    return [image.cpu() for batch in drawn for image in batch.views[NATIVE]]
+    batches = source.draw(range(count), 16, (NATIVE,))
+    return [image.cpu() for batch in batches for image in batch.views[NATIVE]]
 
 
 def metrics_of(results: Mapping[str, EvalResult]) -> list[MetricRow]:

@@ -1,6 +1,8 @@
 """d2g.diffusion.families: registry, command and README show the same table of stages, and it is correct."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +29,38 @@ from distill.models.student import check_teacher, student_from_teacher
 ROOT = Path(__file__).resolve().parents[2]
 
 
+TEACHERS: dict[str, Callable[[Path], object]] = {
+    "sd": tiny.save_teacher,
+    "sdxl": tiny_teachers.save_sdxl,
+    "sdxl edm": partial(tiny_teachers.save_sdxl, scheduler=EDMEulerScheduler),
+    "sd3": tiny_teachers.save_sd3,
+    "flux": tiny_teachers.save_flux,
+    "sana": tiny_teachers.save_sana,
+    "pixart": partial(tiny_teachers.save_pixart, sigma=True),
+    "dit": partial(tiny_teachers.save_dit, classes=4),
+    "stable_cascade_prior": tiny_teachers.save_cascade_prior,
+    "stable_cascade_decoder": tiny_teachers.save_cascade_decoder,
+    "wuerstchen_prior": tiny_teachers.save_wuerstchen_prior,
+    "wuerstchen_decoder": tiny_teachers.save_wuerstchen_decoder,
+    "ldm": tiny_teachers.save_ldm,
+    "unet2d": tiny_teachers.save_pixels,
+    "unet2d classes": partial(tiny_teachers.save_pixels, classes=10),
+    "unet2d edm": partial(tiny_teachers.save_edm, classes=None),
+}
+"""How to save a tiny teacher of every family, and of every kind of schedule and conditioning that it has."""
+
+
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tiny teacher of every family, and of every kind of schedule and conditioning that it has."""
     root = tmp_path_factory.mktemp("teachers")
-    tiny.save_teacher(root / "sd")
-    return {
-        "sd": str(root / "sd"),
-        "sdxl": tiny_teachers.save_sdxl(root / "sdxl"),
-        "sdxl edm": tiny_teachers.save_sdxl(root / "sdxl_edm", scheduler=EDMEulerScheduler),
-        "sd3": tiny_teachers.save_sd3(root / "sd3"),
-        "flux": tiny_teachers.save_flux(root / "flux"),
-        "sana": tiny_teachers.save_sana(root / "sana"),
-        "pixart": tiny_teachers.save_pixart(root / "pixart", sigma=True),
-        "dit": tiny_teachers.save_dit(root / "dit", classes=4),
-        "stable_cascade_prior": tiny_teachers.save_cascade_prior(root / "stage_c"),
-        "stable_cascade_decoder": tiny_teachers.save_cascade_decoder(root / "stage_b"),
-        "wuerstchen_prior": tiny_teachers.save_wuerstchen_prior(root / "wuerstchen_c"),
-        "wuerstchen_decoder": tiny_teachers.save_wuerstchen_decoder(root / "wuerstchen_b"),
-        "ldm": tiny_teachers.save_ldm(root / "ldm"),
-        "unet2d": tiny_teachers.save_pixels(root / "unet2d"),
-        "unet2d classes": tiny_teachers.save_pixels(root / "classes", classes=10),
-        "unet2d edm": tiny_teachers.save_edm(root / "edm", classes=None),
-    }
-
-
-NAMES = (
-    "sd",
-    "sdxl",
-    "sdxl edm",
-    "sd3",
-    "flux",
-    "sana",
-    "pixart",
-    "dit",
-    "stable_cascade_prior",
-    "stable_cascade_decoder",
-    "wuerstchen_prior",
-    "wuerstchen_decoder",
-    "ldm",
-    "unet2d",
-    "unet2d classes",
-    "unet2d edm",
-)
+    folders = {name: root / name.replace(" ", "_") for name in TEACHERS}
+    for name, save in TEACHERS.items():
+        save(folders[name])
+    return {name: str(folder) for name, folder in folders.items()}
 
 
 def test_every_family_registers_itself_and_its_pipelines_once() -> None:
-    assert set(FAMILIES) == {name.split()[0] for name in NAMES}
+    assert set(FAMILIES) == {name.split()[0] for name in TEACHERS}
     assert len(FAMILY_OF) == sum(len(family.pipelines) for family in FAMILIES.values())
     for name, family in FAMILIES.items():
         assert isinstance(family, Family) and family.name == name
@@ -121,7 +108,7 @@ def exports_to_diffusers(teacher: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEACHERS)
 def test_the_table_matches_what_each_stage_accepts(name: str, teachers: dict[str, str]) -> None:
     teacher = teachers[name]
     family, kind = family_of(teacher), schedule_kind(load_any_schedule(teacher))

@@ -6,14 +6,37 @@ from pathlib import Path
 
 import pytest
 
+from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.pretrained import load_on_meta
-from distill.config.presets import CASCADE_RECIPES, PIXEL_RECIPES, TABLE_A1, TRANSFORMER_RECIPES
-from distill.models.discriminators import check_discriminator
+from distill.config.presets import (
+    CASCADE_RECIPES,
+    DISTILL_PRESETS,
+    PIXEL_RECIPES,
+    TABLE_A1,
+    TRANSFORMER_RECIPES,
+)
+from distill.models.discriminators import DISCRIMINATORS, check_discriminator
+from distill.planning import choose_preset
+from distill.planning.choose_preset import preset_of_family
 from distill.planning.memory import gpu_days, predict, too_large
 from distill.planning.reference_models import configs_only
 
 A100 = 79.2  # GiB that CUDA reports
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "a new family"])
+def test_the_preset_of_a_family_has_a_discriminator_for_its_network(
+    listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before somebody lists the family in OF_FAMILY."""
+    if not listed:
+        monkeypatch.setattr(choose_preset, "OF_FAMILY", {})
+    for family in FAMILIES.values():
+        recipe = DISTILL_PRESETS[preset_of_family(family)]
+        if "gan" in recipe:  # CIFAR10's recipe ends with the regression
+            networks = DISCRIMINATORS[recipe["gan"].gan.discriminator].networks
+            assert family.network in networks, family.name
 
 
 @pytest.fixture(scope="module")
