@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.logs import logger
 from d2g.core.signals import CommandInterrupts
-from d2g_cli import demo_doctor, distill, launch, lpips, pairs, run, settings, student, teacher
+from d2g_cli import demo_doctor, distill, explore, launch, lpips, pairs, run, settings, student, teacher
 from d2g_cli import eval as eval_commands
 from d2g_cli.common import (
     is_printed_by_rank_0,
@@ -64,6 +64,7 @@ app.add_typer(pairs.app, name="pairs")
 app.add_typer(lpips.app, name="lpips")
 app.add_typer(distill.app, name="distill")
 student.register(app)
+app.add_typer(explore.app, name="explore")
 app.add_typer(eval_commands.app, name="eval")
 app.command("settings")(settings.settings)
 app.command(

@@ -9,6 +9,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+from d2g.core.captioned_grid import captioned_grid
 from d2g.core.config import RESTORE_CONFIG_HINT, from_json
 from d2g.core.distributed import checkpoint, process_group
 from d2g.core.errors import SettingError, UserError
@@ -18,7 +19,7 @@ from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
-from d2g.diffusion.conditioning import Conditioner
+from d2g.diffusion.conditioning import Conditioner, Conditioning
 from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.lora import has_lora, merged
@@ -74,9 +75,13 @@ class OneStep:
 
         prior: B latents of the stage before, for a later stage of a cascade.
         """
-        guidance = torch.full((len(noise),), self.guidance) if self.student.guided else None
         cond = self.conditioner.encode(prompts)
-        cond = cond if prior is None else cond.with_prior(prior)
+        return self.latents_of(noise, cond if prior is None else cond.with_prior(prior))
+
+    @torch.no_grad()
+    def latents_of(self, noise: Tensor, cond: Conditioning) -> Tensor:
+        """Generate scaled latents [B, C, h, w] from noise [B, C, h, w] and encoded prompts in one step."""
+        guidance = torch.full((len(noise),), self.guidance) if self.student.guided else None
         latents: Tensor = self.student(noise.to(self.device), cond, guidance)
         return latents
 
@@ -355,7 +360,8 @@ def save_both_samples(
     guidance: float | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Student and teacher on the same noise: OUT/student, OUT/teacher, and OUT/grid.png with both in a row.
+    """Student and teacher on the same noise: OUT/student, OUT/teacher, and OUT/grid.png with both in a row
+    and the prompts below.
 
     guidance: as in `save_samples` for a student that takes it, else for the teacher alone. By default both
     have the scale of the student's pairs where the teacher takes it as an input.
@@ -373,8 +379,10 @@ def save_both_samples(
     # Rows of student and teacher, side by side.
     rows = [image for pair in zip(*(images for images, _ in drawn.values()), strict=True) for image in pair]
     if len({image.shape for image in rows}) == 1:
-        columns = 2 if len(rows) <= 16 else 8
-        save_png(image_grid(torch.stack(rows[:64]), columns), out / "grid.png", {})
+        titles = [f"{name}: {text}" for text in prompts for name in ("one step", f"teacher, {steps} steps")]
+        heading = f"{Path(student).name} and its teacher {Path(teacher).name} on the same noise, seed {seed}"
+        across = 2 if len(rows) <= 16 else 8
+        save_png(captioned_grid(torch.stack(rows[:64]), titles[:64], heading, across), out / "grid.png", {})
     return {
         "out": str(out),
         "images": len(rows),

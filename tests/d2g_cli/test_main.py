@@ -189,6 +189,7 @@ REQUIRED_OPTIONS = {  # options without which a command fails before it checks i
     "doctor": "--preset miniature",
     "sample": "--prompt a",
     "export": "--student x --format diffusers",
+    "explore styles": "--subject a --style b",
     "pairs verify": "x",
     "pairs repair": "x",
     "pairs merge": "x --out y",

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
+from d2g.core.captioned_grid import captioned_grid
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion.latents import decode, to_uint8
@@ -182,7 +183,7 @@ def test_a_teacher_draws_with_its_own_network(teacher: Path, tmp_path: Path, d2g
 
 
 def test_student_and_teacher_side_by_side(teacher: Path, run: Path, tmp_path: Path, d2g: Any) -> None:
-    """Each draws what it draws alone; the grid has the student left and the teacher right."""
+    """Each draws what it draws alone; the grid has the student left, the teacher right, and prompts."""
     prompts = [word for prompt in PROMPTS[:3] for word in ("--prompt", prompt)]
     both = ("--student", run, "--teacher", teacher, "--steps", "2")
     result = d2g("sample", *both, *prompts, "--out", tmp_path / "both", "--json").json
@@ -190,13 +191,18 @@ def test_student_and_teacher_side_by_side(teacher: Path, run: Path, tmp_path: Pa
     d2g("sample", "--student", run, *prompts, "--out", tmp_path / "student")
     d2g("sample", "--teacher", teacher, "--steps", "2", *prompts, "--out", tmp_path / "teacher")
     grid = pixels(tmp_path / "both" / "grid.png")
-    assert grid.shape == (3, 3 * 18, 2 * 18)
+    titles = [f"{name}: {text}" for text in PROMPTS[:3] for name in ("one step", "teacher, 2 steps")]
+    images = [
+        pixels(tmp_path / "both" / name / f"{number:05d}.png")
+        for number in range(3)
+        for name in ("student", "teacher")
+    ]
+    heading = f"{run.name} and its teacher {teacher.name} on the same noise, seed 0"
+    assert torch.equal(grid, captioned_grid(torch.stack(images), titles, heading, across=2))
     for number in range(3):
-        for column, name in enumerate(("student", "teacher")):
+        for name in ("student", "teacher"):
             image = pixels(tmp_path / "both" / name / f"{number:05d}.png")
             assert torch.equal(image, pixels(tmp_path / name / f"{number:05d}.png")), (name, number)
-            row = 18 * number
-            assert torch.equal(grid[:, row : row + 16, 18 * column : 18 * column + 16], image)
 
 
 def test_settings_of_the_other_sampler_are_refused(

@@ -18,12 +18,13 @@ from PIL import Image
 
 import tiny
 from d2g.core import seeds
+from d2g.core.captioned_grid import SMALLEST, captioned_grid, columns, load_font, wrap
 from d2g.core.errors import UserError
 from d2g.diffusion.latents import LatentSpace, decode_uint8
 from d2g.diffusion.pretrained import load_vae
 from jobs import d2g, make_pairs
 from pairgen import statistics
-from pairgen.contact_sheet import SMALLEST, columns, contact_sheet, load_font, save_sheet, wrap
+from pairgen.contact_sheet import save_sheet
 from pairgen.prompts import PromptList, label_list, prompt_list_sha256
 from pairgen.statistics import (
     Moments,
@@ -338,7 +339,7 @@ def test_number_of_columns(count: int, expected: int) -> None:
 def test_images_are_scaled_to_a_limited_cell_size(size: int, cell_size: int) -> None:
     image = torch.zeros(1, 1, size, size, dtype=torch.uint8)
     image[..., size // 2 :] = 200
-    sheet = contact_sheet(image.expand(3, -1, -1, -1), [""] * 3, "heading")
+    sheet = captioned_grid(image.expand(3, -1, -1, -1), [""] * 3, "heading")
     assert sheet.dtype == torch.uint8 and sheet.shape[2] == 3 * (cell_size + 8) + 8
     top = next(y for y in range(sheet.shape[1]) if sheet[0, y, 8] == 0)
     cell = sheet[:, top : top + cell_size, 8 : 8 + cell_size]

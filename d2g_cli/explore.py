@@ -1,0 +1,103 @@
+"""`d2g explore`: walks between noises and prompts, and one noise in many styles."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2g_cli.common import DryRun, Json, emit, one_process, reporter, require_range
+from d2g_cli.inputs import check_inputs
+
+app = typer.Typer(help="Walk through the inputs of a student.", no_args_is_help=True)
+
+StudentOption = Annotated[str, typer.Option(help="Run folder, exported student, or a shipped name.")]
+NoiseScale = Annotated[
+    float, typer.Option(help="Factor of the noise; below 1 the images are more typical and less diverse.")
+]
+OutFolder = Annotated[Path, typer.Option(help="Output folder.")]
+
+
+@app.command("walk")
+@one_process
+def walk(
+    student: StudentOption = "miniature",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text, or a class number; repeat it to walk between prompts.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of a noise; repeat it to walk between noises (0).")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Images from the first point to the last.")] = 16,
+    noise_scale: NoiseScale = 1.0,
+    lpips: Annotated[
+        Path | None, typer.Option(help="LatentLPIPS for the path length (TEACHER/latent_lpips).")
+    ] = None,
+    out: OutFolder = Path("walk"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Interpolate between noises, between prompts, or both: PNGs, a strip, a GIF and the path length."""
+    seeds = seed or [0]
+    require_range(2, 10_000, frames=frames)
+    require_range(noise_scale=noise_scale)
+    for number in seeds:
+        require_range(0, 2**63 - 1, seed=number)
+    _check_prompts(prompt or [])
+    check_inputs({"--lpips": lpips})
+    if dry_run:
+        plan: dict[str, Any] = {"student": student, "prompts": prompt or [], "seeds": seeds, "images": frames}
+        emit(plan, as_json, "dry run: nothing was drawn")
+        return
+    from distill.exploration import open_student, path_metric, save_walk
+    from distill.sampling import default_student_prompts
+
+    prompts = prompt or default_student_prompts(student)[:1]
+    one = open_student(student)
+    metric = path_metric(student, one, lpips)
+    summary = save_walk(
+        *(student, one, prompts, seeds, frames, out),
+        noise_scale=noise_scale,
+        metric=metric,
+        progress=reporter,
+    )
+    emit(summary, as_json, "walk")
+
+
+@app.command("styles")
+@one_process
+def styles(
+    subject: Annotated[list[str], typer.Option(help="Subject; repeatable, a row each.")],
+    style: Annotated[list[str], typer.Option(help="Style; repeatable, a column each.")],
+    student: StudentOption = "miniature",
+    template: Annotated[
+        str, typer.Option(help="The prompt of a subject and a style.")
+    ] = "{subject}, {style}",
+    seed: Annotated[int, typer.Option(help="Seed of the noise that all images share.")] = 0,
+    noise_scale: NoiseScale = 1.0,
+    out: OutFolder = Path("styles"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Draw every subject in every style from one noise, as a labeled grid."""
+    require_range(0, 2**63 - 1, seed=seed)
+    require_range(noise_scale=noise_scale)
+    _check_prompts([*subject, *style])
+    if dry_run:
+        emit({"student": student, "images": len(subject) * len(style)}, as_json, "dry run: nothing was drawn")
+        return
+    from distill.exploration import open_student, save_styles
+
+    summary = save_styles(
+        *(student, open_student(student), subject, style, template, seed, out),
+        noise_scale=noise_scale,
+        progress=reporter,
+    )
+    emit(summary, as_json, "styles")
+
+
+def _check_prompts(texts: list[str]) -> None:
+    """Raise UserError for text that no prompt can be."""
+    from d2g.data.prompt_files import prompt_text
+
+    for text in texts:
+        prompt_text("--prompt", text)

@@ -1,0 +1,213 @@
+"""Walks through the inputs of a student: between noises, between prompts, and one noise in many styles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2g.core.atomic_files import cannot_write
+from d2g.core.captioned_grid import captioned_grid
+from d2g.core.errors import SettingError
+from d2g.core.logs import logger
+from d2g.core.png import save_png
+from d2g.core.progress import Progress, quiet
+from d2g.core.seeds import noise
+from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioning
+from distill.sampling import OneStep, load_student, student_folder, with_prior
+from latent_lpips.distance import LatentLPIPS
+from latent_lpips.weights import load_lpips
+
+LENGTH_STEP = 1e-2
+"""Distance between the two positions whose images the perceptual path length compares."""
+FRAME_MS = 80
+"""Milliseconds of a frame in OUT/walk.gif."""
+ACROSS = 8
+"""Images in a row of OUT/strip.png."""
+
+
+def spherical(first: Tensor, second: Tensor, at: Tensor) -> Tensor:
+    """Spherical interpolation of noise tensors [B, ...], row by row, at positions [B] between 0 and 1.
+
+    Its points have the norm of Gaussian noise; those of a straight line are too short (White, Sampling
+    Generative Networks, 2016).
+    """
+    a, b, position = first.flatten(1), second.flatten(1), at.to(first)[:, None]
+    cosine = (a * b).sum(1, keepdim=True) / (a.norm(dim=1, keepdim=True) * b.norm(dim=1, keepdim=True))
+    angle = cosine.clamp(-1, 1).acos()
+    arc = (((1 - position) * angle).sin() * a + (position * angle).sin() * b) / angle.sin()
+    # Equal noises have no arc between them.
+    return torch.where(angle > 1e-3, arc, torch.lerp(a, b, position)).view_as(first)
+
+
+def between(first: Conditioning, second: Conditioning, at: Tensor) -> Conditioning:
+    """Linear interpolation of encoded prompts, row by row, at positions [B]; padding masks are joined."""
+
+    def mix(a: Tensor, b: Tensor) -> Tensor:
+        if not a.is_floating_point():
+            return torch.maximum(a, b)
+        return torch.lerp(a, b, at.to(a).view(-1, *[1] * (a.dim() - 1)))
+
+    return first.map(mix, second)
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """A path through a student's inputs that visits K + 1 pairs of a noise and a prompt, at 0, 1, ..., K.
+
+    noises: [K + 1, C, h, w]. Neighboring noises are joined by arcs, encoded prompts by straight lines.
+    Raises SettingError for fewer than two points, and for different class labels, which have nothing between.
+    """
+
+    one: OneStep
+    noises: Tensor
+    prompts: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) < 2:
+            raise SettingError("a walk needs two points; give several --prompt or several --walk-seed")
+        if self.one.conditioner.kind == "label" and len(set(self.prompts)) > 1:
+            raise SettingError(
+                "the student takes class labels, and there is nothing between two classes; give one --prompt "
+                "and several --walk-seed"
+            )
+
+    @torch.no_grad()
+    def latents(self, positions: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] of the student at positions [B] between 0 and K."""
+        start = positions.floor().clamp(max=len(self.prompts) - 2).long()
+        at = positions - start
+        encoded = self.one.conditioner.encode(list(self.prompts))
+        left, right = start.tolist(), (start + 1).tolist()
+        cond = between(encoded[left], encoded[right], at.to(self.one.device))
+        return self.one.latents_of(spherical(self.noises[left], self.noises[right], at), cond)
+
+    def images(self, positions: Tensor, progress: Progress = quiet, batch_size: int = 32) -> Tensor:
+        """Images uint8 [N, 3, H, W] at positions [N]."""
+        images: list[Tensor] = []
+        for part in positions.split(batch_size):
+            images += list(self.one.decode(self.latents(part)))
+            progress("walk", len(images), len(positions))
+        return torch.stack(images)
+
+    def perceptual_length(self, metric: LatentLPIPS, positions: Tensor) -> float:
+        """Mean of d(G(t), G(t + e)) / e^2 over positions t, with e = LENGTH_STEP and the distance of latents
+        as d: the perceptual path length of StyleGAN (Karras et al. 2019, section 4.1), on latents."""
+        starts = positions.clamp(max=len(self.prompts) - 1 - LENGTH_STEP)
+        distances = metric(self.latents(starts), self.latents(starts + LENGTH_STEP))
+        return float(distances.mean()) / LENGTH_STEP**2
+
+
+def open_student(name: str) -> OneStep:
+    """Load a student that draws images alone. Raises SettingError for a stage of a cascade."""
+    one = load_student(name)
+    if one.student.family.prior_family is not None:
+        raise SettingError(f"student {name} is a stage of a cascade, which cannot be explored alone")
+    return with_prior(one, name, None)
+
+
+def path_metric(name: str, one: OneStep, weights: Path | None) -> LatentLPIPS | None:
+    """The LatentLPIPS for path lengths: `weights`, or that in the teacher's folder; None without.
+
+    Raises UserError for weights of another latent space.
+    """
+    folder = weights or pretrained.resolve(student_folder(name)[1]) / "latent_lpips"
+    if weights is None and not folder.is_dir():
+        return None
+    return load_lpips(folder, one.student.latent_shape[0], device=one.device)
+
+
+def save_walk(
+    name: str,
+    one: OneStep,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    frames: int,
+    out: Path,
+    *,
+    noise_scale: float = 1.0,
+    metric: LatentLPIPS | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Draw a walk: OUT/00000.png, ..., OUT/strip.png with positions, and OUT/walk.gif.
+
+    prompts, seeds: the points; one of the two may be a single value, which all points share. Seed s is the
+    noise of `d2g sample --seed s`, image 0. noise_scale: below 1, noise nearer to its mean gives more
+    typical images. metric: of the teacher's latents, for the path length. Raises SettingError for lists that
+    do not fit and as `Walk` does, UserError if OUT cannot be written.
+    """
+    points = max(len(prompts), len(seeds))
+    if {len(prompts), len(seeds)} - {1, points}:
+        raise SettingError(
+            f"there are {len(prompts)} prompts and {len(seeds)} seeds; expected equal numbers, or one of "
+            "either"
+        )
+    texts = list(prompts) * (points if len(prompts) == 1 else 1)
+    numbers = list(seeds) * (points if len(seeds) == 1 else 1)
+    noises = torch.cat([noise(number, range(1), one.student.latent_shape) for number in numbers])
+    walk = Walk(one, noises * noise_scale, texts)
+    positions = torch.linspace(0, points - 1, frames)
+    images = walk.images(positions, progress)
+    # The strip names the points, and the positions between them.
+    labels = [
+        f"seed {numbers[int(at)]}: {texts[int(at)]}" if at == int(at) else f"{at:.2f}"
+        for at in positions.tolist()
+    ]
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        save_png(image, out / f"{number:05d}.png", {"label": label})
+    save_png(captioned_grid(images, labels, f"{Path(name).name}, one step", ACROSS), out / "strip.png", {})
+    _save_gif(images, out / "walk.gif")
+    length = walk.perceptual_length(metric, positions[:-1]) if metric is not None else None
+    if length is None:
+        logger.info("no path length: the teacher has no folder latent_lpips; give --lpips")
+    return {"out": str(out), "images": frames, "perceptual_path_length": length}
+
+
+def save_styles(
+    name: str,
+    one: OneStep,
+    subjects: Sequence[str],
+    styles: Sequence[str],
+    template: str,
+    seed: int,
+    out: Path,
+    *,
+    noise_scale: float = 1.0,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Draw every subject in every style from one noise (paper, figure 8): OUT/styles.png, a row per subject.
+
+    template: makes the prompt of `{subject}` and `{style}`. Raises SettingError for a template without them,
+    and for a student without text.
+    """
+    if one.conditioner.kind != "text":
+        raise SettingError(f"student {name} takes no text, so it has no styles; use `d2g explore walk`")
+    for part in ("{subject}", "{style}"):
+        if part not in template:
+            raise SettingError(f"template is {template!r}; expected {{subject}} and {{style}} in it")
+    prompts = [
+        template.replace("{subject}", subject).replace("{style}", style)
+        for subject in subjects
+        for style in styles
+    ]
+    start, images = noise(seed, range(1), one.student.latent_shape) * noise_scale, list[Tensor]()
+    for prompt in prompts:
+        images += list(one.images(start, [prompt]))
+        progress("styles", len(images), len(prompts))
+    heading = f"{Path(name).name}, one step, seed {seed} in all images"
+    save_png(captioned_grid(torch.stack(images), prompts, heading, len(styles)), out / "styles.png", {})
+    return {"out": str(out), "images": len(images)}
+
+
+def _save_gif(images: Tensor, path: Path) -> None:
+    """An endless animation, forth and back."""
+    frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    frames += frames[-2:0:-1]
+    try:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+    except OSError as error:
+        raise cannot_write(path, error) from error

@@ -1,0 +1,93 @@
+"""distill.exploration: walks through noises and prompts pass their points, and keep the norm of noise."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
+from distill.exploration import LENGTH_STEP, Walk, spherical
+from distill.sampling import OneStep, untrained_one_step
+
+
+@pytest.fixture(scope="module")
+def one(teacher: Path) -> OneStep:
+    return untrained_one_step(str(teacher))
+
+
+def test_an_arc_keeps_the_norm_and_an_angle_that_grows_evenly() -> None:
+    # Two orthogonal noises of norm 2: the arc is known in closed form.
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    at = torch.linspace(0, 1, 5)
+    points = spherical(a.expand(5, -1), b.expand(5, -1), at)
+    angle = at * torch.pi / 2
+    assert torch.allclose(points, 2 * torch.stack([angle.cos(), angle.sin()], 1), atol=1e-6)
+    # Equal noises stay what they are.
+    same = noise(0, range(3), (4, 2, 2))
+    assert torch.allclose(spherical(same, same, torch.tensor([0.0, 0.4, 1.0])), same, atol=1e-6)
+
+
+def test_a_walk_passes_its_points(one: OneStep) -> None:
+    prompts = ["a red cube", "a blue sphere", "a red cube"]
+    noises = noise(0, range(3), one.student.latent_shape)
+    walk = Walk(one, noises, prompts)
+    at_points = walk.latents(torch.tensor([0.0, 1.0, 2.0]))
+    assert torch.allclose(at_points, one.latents(noises, prompts), atol=1e-5)
+    # The batch size does not matter, and images between are others.
+    images = walk.images(torch.tensor([0.0, 0.5, 1.0]), batch_size=2)
+    assert (images[1] != images[0]).any() and (images[1] != images[2]).any()
+
+
+def test_the_path_length_of_a_known_distance(one: OneStep) -> None:
+    def squared(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().flatten(1).mean(1)
+
+    noises = noise(0, range(2), one.student.latent_shape)
+    walk, at = Walk(one, noises, ["a", "a"]), torch.tensor([0.25, 0.5])
+    metric: Any = squared
+    expected = squared(walk.latents(at), walk.latents(at + LENGTH_STEP)).mean() / LENGTH_STEP**2
+    assert walk.perceptual_length(metric, at) == pytest.approx(float(expected), rel=1e-5)
+    # A walk that stays in one place has length 0.
+    assert Walk(one, noises[[0, 0]], ["a", "a"]).perceptual_length(metric, at) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_commands_draw(d2g: Any, tmp_path: Path) -> None:
+    prompt = "a large red metal sphere left of a small blue matte cube, pink background"
+    other = prompt.replace("red", "green")
+    words = ["--student", "miniature", "--prompt", prompt, "--prompt", other, "--frames", 3]
+    result = d2g("explore", "walk", *words, "--out", tmp_path / "walk", "--json").json
+    assert result["images"] == 3 and result["perceptual_path_length"] > 0
+    names = {"00000.png", "00001.png", "00002.png", "strip.png", "walk.gif"}
+    assert {path.name for path in (tmp_path / "walk").iterdir()} == names
+    with Image.open(tmp_path / "walk" / "walk.gif") as animation:
+        assert animation.n_frames == 4  # type: ignore[attr-defined]  # forth and back
+    words = ["--subject", "a red cube", "--style", "matte", "--style", "metal", "--out", tmp_path / "styles"]
+    assert d2g("explore", "styles", *words, "--json").json["images"] == 2
+    # The first image of a walk is what `d2g sample` draws.
+    d2g("sample", "--student", "miniature", "--prompt", prompt, "--out", tmp_path / "sample")
+    walked, sampled = (
+        np.asarray(Image.open(tmp_path / name / "00000.png")).astype(int) for name in ("walk", "sample")
+    )
+    assert np.abs(walked - sampled).max() <= 1  # batches of 3 and of 1 round differently
+
+
+def test_walks_without_sense_are_refused(d2g: Any, one: OneStep, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="two points"):
+        Walk(one, noise(0, range(1), one.student.latent_shape), ["a"])
+    out = ["--student", "miniature", "--out", tmp_path / "out"]
+    for words, message in (
+        (
+            ["walk", "--prompt", "a", "--prompt", "b", "--seed", 1, "--seed", 2, "--seed", 3],
+            "2 prompts and 3",
+        ),
+        (["walk", "--prompt", "a", "--seed", 1, "--seed", 2, "--frames", 1], "--frames is 1"),
+        (["styles", "--subject", "a", "--style", "b", "--template", "{subject}"], "expected {subject} and"),
+    ):
+        refused = d2g("explore", *words, *out)
+        assert refused.code == 2 and message in refused.error
+    assert not (tmp_path / "out").exists()
