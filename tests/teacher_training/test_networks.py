@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion.edm import EDMSchedule, preconditioning
 from d2g.diffusion.teacher import load_teacher
@@ -23,7 +24,7 @@ from jobs import distill_config
 from own_pictures import CONFIG, SIZE, class_folders, image_folder
 from pairgen.generate import generate_pairs
 from teacher_training.config import DiTConfig, EDMConfig, FitConfig, PixelUNetConfig, TeacherConfig
-from teacher_training.data import labeled_images
+from teacher_training.data import TrainingPictures, labeled_images
 from teacher_training.networks.edm import training_example
 from teacher_training.networks.registry import NETWORKS
 from teacher_training.train import train_teacher
@@ -100,20 +101,8 @@ def test_classes_are_numbered_as_real_images_are(pictures: Path, tmp_path: Path)
             assert table.classes == expected and table.prompts == ["1", "0"]
 
 
-def trained(network: str, data: Path, out: Path) -> Any:
-    """The summary of a tiny teacher, which stops after its second step and goes on; all but LatentLPIPS."""
-    config = replace(CLASSES, data=str(data), network=network)
-    stages = tuple(stage for stage in NETWORKS[network].stages if stage != "lpips")
-
-    def stop(label: str, done: int, total: int) -> None:
-        if label == NETWORKS[network].stage and done == 16:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_teacher(config, out, stages, stop)
-    with pytest.raises(UserError, match="its training is not finished"):
-        load_teacher(str(out))
-    return train_teacher(config, out, stages)
+def settings_of(network: str, data: Path) -> TeacherConfig:
+    return replace(CLASSES, data=str(data), network=network)
 
 
 def check_both_stages(out: Path, folder: Path, *gan: str) -> None:
@@ -131,29 +120,39 @@ def check_both_stages(out: Path, folder: Path, *gan: str) -> None:
     assert images.shape == (2, 3, SIZE, SIZE) and images.dtype == torch.uint8
 
 
-def assert_equal_weights(once: Path, twice: Path) -> None:
-    """Equal networks, and equal losses in all reports."""
-    states = [load_teacher(str(folder)).network.state_dict() for folder in (once, twice)]
-    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
-    assert not torch.equal(*(next(iter(state.values())) for state in (states[0], fresh_state(once))))
+@pytest.mark.parametrize("network", ["dit", "unet", "edm"])
+def test_the_loss_of_a_step_is_that_of_its_generator(network: str, tmp_path: Path) -> None:
+    """Whatever the global random numbers are: a resumed training draws the same noise and drops the same."""
+    images = torch.randint(256, (8, 3, SIZE, SIZE), dtype=torch.uint8)
+    pictures = TrainingPictures(images=images, prompts=[str(row) for row in range(8)], classes=NAMES)
+    config = settings_of(network, tmp_path)
+    shape = (3, SIZE) if config.denoiser.in_pixels else (4, 8)
+    inputs = images if config.denoiser.in_pixels else noise(0, range(8), (4, 8, 8))
+    trainable = NETWORKS[network].build(config, pictures, shape, tmp_path, True)
+    again = NETWORKS[network].build(config, pictures, shape, tmp_path, False)
+    for name, module in trainable.modules.items():
+        module.train()
+        assert state_equal(module, again.modules[name])
+        for parameter in module.parameters():
+            parameter.data += 0.01  # the prediction of a fresh DiT is zero
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loss_of = trainable.loss(inputs, pictures.prompts)
+        losses.append(loss_of(list(range(8)), torch.Generator().manual_seed(0))[0].item())
+    other = trainable.loss(inputs, ["0"] * 8)(list(range(8)), torch.Generator().manual_seed(0))[0].item()
+    assert losses[0] == losses[1] != other, "classes matter"
 
 
-def fresh_state(out: Path) -> dict[str, torch.Tensor]:
-    """The weights of a network that is not trained."""
-    network = load_teacher(str(out)).network
-    torch.manual_seed(5)
-    state: dict[str, torch.Tensor] = type(network).from_config(network.config).state_dict()
-    return state
+def state_equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
 
 
-def test_an_edm_teacher_resumes_exactly_and_goes_through_both_stages(
-    pictures: Path, tmp_path: Path, d2g: Any
-) -> None:
+def test_an_edm_teacher_goes_through_both_stages(pictures: Path, tmp_path: Path, d2g: Any) -> None:
     out = tmp_path / "teacher"
-    summary = trained("edm", pictures, out)
+    summary = train_teacher(settings_of("edm", pictures), out)
     assert summary.images == 40 and set(summary.scores) == {"edm"} and summary.trained is False
-    train_teacher(replace(CLASSES, data=str(pictures), network="edm"), tmp_path / "once")
-    assert_equal_weights(tmp_path / "once", out)
     info = d2g("teacher", "info", out, "--json").json
     assert info["pipeline"] == "DDPMPipeline" and info["latent_shape"] == [3, SIZE, SIZE]
     assert info["conditioning"] == {"kind": "label", "guidance": False, "encoders": {}, "num_labels": 8}
@@ -165,13 +164,9 @@ def test_an_edm_teacher_resumes_exactly_and_goes_through_both_stages(
 
 
 @pytest.mark.slow
-def test_a_dit_teacher_resumes_exactly_and_goes_through_both_stages(pictures: Path, tmp_path: Path) -> None:
+def test_a_dit_teacher_goes_through_both_stages(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "teacher"
-    summary = trained("dit", pictures, out)
-    assert set(summary.scores) == {"vae", "dit"} and summary.params > 0
-    config = replace(CLASSES, data=str(pictures), network="dit")
-    assert set(train_teacher(config, tmp_path / "once").scores) == {"vae", "dit", "lpips"}
-    assert_equal_weights(tmp_path / "once", out)
+    assert set(train_teacher(settings_of("dit", pictures), out).scores) == {"vae", "dit", "lpips"}
     teacher = load_teacher(str(out))
     assert (teacher.pipeline, teacher.num_labels, teacher.default_guidance) == ("DiTPipeline", 8, 3.0)
     assert teacher.label_names == NAMES and teacher.latent_shape == (4, 8, 8)
@@ -179,12 +174,10 @@ def test_a_dit_teacher_resumes_exactly_and_goes_through_both_stages(pictures: Pa
 
 
 @pytest.mark.slow
-def test_a_pixel_teacher_resumes_exactly_and_goes_through_both_stages(pictures: Path, tmp_path: Path) -> None:
+def test_a_pixel_teacher_goes_through_both_stages(pictures: Path, tmp_path: Path) -> None:
     """With class dropout: the label after the last class is that of no class."""
     out = tmp_path / "teacher"
-    trained("unet", pictures, out)
-    train_teacher(replace(CLASSES, data=str(pictures), network="unet"), tmp_path / "once")
-    assert_equal_weights(tmp_path / "once", out)
+    train_teacher(settings_of("unet", pictures), out)
     teacher = load_teacher(str(out))
     assert teacher.num_labels == 8 and teacher.default_guidance == 3.0
     assert json.loads((out / "model_index.json").read_text())["null_class"] == 8
@@ -192,12 +185,26 @@ def test_a_pixel_teacher_resumes_exactly_and_goes_through_both_stages(pictures: 
 
 
 @pytest.mark.slow
-def test_pictures_without_classes_train_an_unconditional_teacher(tmp_path: Path) -> None:
+def test_pictures_without_classes_train_an_unconditional_teacher_that_resumes_exactly(tmp_path: Path) -> None:
+    """A training that stops after its second step and goes on has the weights of an unbroken one."""
     (tmp_path / "data").mkdir()
     image_folder(tmp_path / "data")
-    config = replace(CLASSES, data=str(tmp_path / "data"), network="edm")
-    train_teacher(config, tmp_path / "teacher")
-    assert load_teacher(str(tmp_path / "teacher")).conditioning == "none"
+    config = settings_of("edm", tmp_path / "data")
+
+    def stop(label: str, done: int, total: int) -> None:
+        if label == "edm" and done == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(config, tmp_path / "twice", None, stop)
+    with pytest.raises(UserError, match="its training is not finished"):
+        load_teacher(str(tmp_path / "twice"))
+    for folder in ("twice", "once"):
+        train_teacher(config, tmp_path / folder)
+    once, twice = (load_teacher(str(tmp_path / folder)) for folder in ("once", "twice"))
+    assert once.conditioning == "none" and state_equal(once.network, twice.network)
+    lines = [read_stats(tmp_path / folder / "training" / "edm") for folder in ("once", "twice")]
+    assert [line.get("loss/mse") for line in lines[0]] == [line.get("loss/mse") for line in lines[1]]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
