@@ -14,16 +14,18 @@ import torch
 
 from benchmarks import latent_lpips, pairs
 from benchmarks.common import compare, median
-from benchmarks.training_step import Flops, RandomStep, fill_randomly
+from benchmarks.training_step import RandomStep, fill_randomly
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override
 from d2g.core.distributed import process_group
+from d2g.core.peak_flops import peak_flops
 from d2g.core.precision import set_training_arithmetic
 from d2g.core.seeds import noise
 from d2g.diffusion.pretrained import load_on_meta, new_tokenizer
 from d2g.diffusion.teacher import load_teacher
 from distill.config.presets import DISTILL_PRESETS, TABLE_A1
 from distill.config.run import DistillConfig
+from distill.planning.flops import flop_per_image
 from distill.planning.memory import CONTEXT_GIB, predict
 from distill.planning.reference_models import configs_only
 from distill.sampling import untrained_one_step
@@ -38,9 +40,6 @@ from pairgen.generate import generate_pairs
 Result = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-STATED_PEAK = 989e12
-"""Dense bf16 FLOP/s of an H100 SXM or H200, by NVIDIA's data sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,13 @@ def matmul(options: Options) -> Result:
         ):
             torch.backends.cuda.matmul.allow_tf32 = tf32
             rows.append({"type": name, "size": size, "TFLOP/s": pairs.matmul_peak(dtype, size) / 1e12})
-    return {"rows": rows, "notes": [f"Stated for bf16: {STATED_PEAK / 1e12:.0f} TFLOP/s."]}
+    return {"rows": rows, "notes": [f"Stated for bf16: {_stated_peak() / 1e12:.0f} TFLOP/s."]}
+
+
+def _stated_peak() -> float:
+    """FLOP/s of the card in bf16 by its data sheet; NaN on a CPU and for an unknown card."""
+    peak = peak_flops(torch.cuda.get_device_name(), "bf16") if DEVICE.type == "cuda" else None
+    return float("nan") if peak is None else peak
 
 
 # Teachers with random weights
@@ -238,9 +243,9 @@ def _steps(
             print(rows[-1], flush=True)
             write_atomically(file, json.dumps(rows))
     notes = [
-        "Text encoders are not part of the step. MFU: FLOP of matrix products and convolutions, forward, "
-        f"backward, recomputation and R1, against {STATED_PEAK / 1e12:.0f} TFLOP/s. R1 in the recipes comes "
-        "every 16 steps.",
+        "Text encoders are not part of the step. MFU: FLOP of the forward and backward passes of networks, "
+        "losses and R1, without recomputation (distill/planning/flops.py), against "
+        f"{_stated_peak() / 1e12:.0f} TFLOP/s. R1 in the recipes comes every 16 steps.",
     ]
     return {"rows": rows, "notes": notes}
 
@@ -260,24 +265,19 @@ def _time_steps(config: DistillConfig, folder: Path, options: Options) -> Result
     repeats, warm_up = (1, 1) if options.tiny else (8, 3)
     seconds = median(compare({"step": step}, repeats, warm_up)["step"])
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else float("nan")
-    note = ""
-    flops = float("nan")
-    if not config.engine.compile:  # the counter does not see inside compiled code
-        with Flops() as counter:
-            step(at_once=True)
-        flops = float(counter.total)
+    flops = flop_per_image(config) * config.train.batch_size
     measured = {
         "s per step": seconds,
         "images/s": config.train.batch_size / seconds,
         "TFLOP per step": flops / 1e12,
-        "MFU": flops / seconds / STATED_PEAK,
+        "MFU": flops / seconds / _stated_peak(),
         "peak GiB": peak,
     }
     del step
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     torch.compiler.reset()
-    return {**row, **measured, "note": note}
+    return {**row, **measured, "note": ""}
 
 
 def _largest_batch(config: DistillConfig, options: Options) -> tuple[DistillConfig, float]:

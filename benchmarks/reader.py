@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import median, table, write
 from d2g.core.allocator import keep_freed_memory
+from d2g.core.peak_flops import H100_BF16
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import LatentSpace
 from distill.config.presets import DISTILL_PRESETS
@@ -36,7 +37,6 @@ from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, create_store, shard_path
 
 BATCH, BLOCK, WINDOW = 64, 64, 16
-GPU_PEAK = 989e12  # dense bf16 FLOP/s of an H100 or H200 as NVIDIA states it: an upper bound
 SPEC = StoreSpec(
     teacher="none",
     teacher_sha256="0" * 64,
@@ -199,11 +199,11 @@ def sd15_bound(rows_per_sec: float) -> list[str]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2])
     flops = 3 * counter.get_total_flops()
-    bound = GPU_PEAK / flops
+    bound = H100_BF16 / flops
     return [
         f"SD 1.5, an estimate and not a run: forward and backward of the UNet at 64x64 take "
         f"{flops / 1e12:.2f} TFLOP an image (the forward counted, the backward taken as twice that). At "
-        f"{GPU_PEAK / 1e12:.0f} TFLOP/s, all of an H100's or H200's stated bf16 peak with nothing else to "
+        f"{H100_BF16 / 1e12:.0f} TFLOP/s, all of an H100's or H200's stated bf16 peak with nothing else to "
         f"do, that is {bound:.0f} images/s, more than any training reaches. The reader gives "
         f"{rows_per_sec:.0f} rows/s in blocks from the disk, {rows_per_sec / bound:.0f} times as many.",
     ]

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, table
+from d2g.core.peak_flops import A100_BF16
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.presets import TABLE_A1
@@ -128,7 +129,9 @@ def main() -> None:
     """Compute the table and write the result file."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--tflops", type=float, default=312, help="bf16 peak of one GPU (A100: 312)")
+    parser.add_argument(
+        "--tflops", type=float, default=A100_BF16 / 1e12, help="bf16 peak of one GPU (A100: 312)"
+    )
     parser.add_argument("--used", type=float, default=0.45, help="share of the peak that the networks reach")
     parser.add_argument("--gbytes", type=float, default=25, help="GB/s each GPU sends (200 Gb/s network)")
     parser.add_argument("--memory", type=float, default=79.2, help="GiB of one GPU")

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from d2g.core.distributed import sharded_checkpoint
 from d2g.diffusion.conditioning import Conditioning
@@ -49,21 +47,6 @@ def fill_randomly(network: nn.Module, device: torch.device) -> None:
                 p.fill_(float(name.endswith("weight")))
         for buffer in network.buffers():
             buffer.zero_()
-
-
-class Flops(TorchDispatchMode):
-    """Counts the FLOP of matrix products, convolutions and attention, with torch's formulas.
-
-    FlopCounterMode also follows modules, which fails where a gradient is asked of a leaf.
-    """
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func.overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 class RandomStep:

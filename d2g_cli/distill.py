@@ -196,7 +196,8 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from distill.planning.cost import plan
     from distill.planning.feature_notes import feature_notes
     from distill.planning.first_step import first_step_notes
-    from distill.planning.memory import UTILIZATION, forecast, gpu_days, too_large
+    from distill.planning.flops import UTILIZATION, gpu_days
+    from distill.planning.memory import forecast, too_large
 
     gpus = config.engine.gpus or process_group.world_size()
     cost = plan(config, preset, gpus)

@@ -9,8 +9,9 @@ asks of the device is made up (1), and the line that asked is counted. A copy to
 until the host has waited for an event behind it. Attention takes a GPU's kernels. Tried with torch 2.11.0 and
 2.15.0, without a driver. Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits
 of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
-of each step before. `families` samples pairs and trains both stages of tiny teachers (the kinds of
-tests/tiny_teachers.py), and prints such an object by kind and stage; `pairs`: the waits of a second batch.
+of each step before; images/s and MFU of an H100. `families` samples pairs and trains both stages of tiny
+teachers (the kinds of tests/tiny_teachers.py), and prints such an object by kind and stage; `pairs`: waits
+of a second batch.
 `memory` takes two steps of a preset at the size of its published model, and prints GiB at the peak: `tracked`
 (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
 """
@@ -33,12 +34,12 @@ import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 ROOT = str(Path(__file__).resolve().parents[1])
+CARD = "NVIDIA H100 80GB HBM3"
 HAS_PRIMARY_CONTEXT = 4
 """Slot of hasPrimaryContext in at::CUDAHooksInterface's table of virtual functions (torch 2.11 to 2.15)."""
 
@@ -72,6 +73,7 @@ def pretend_cuda() -> None:
     optimizers._foreach_supported_types.append(FakeTensor)  # optimizers as on CUDA
     any_torch.nn.Module._apply = _apply
     any_torch.cuda.Event = FakeEvent
+    any_torch.cuda.get_device_name = lambda device=None: CARD
 
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -168,17 +170,21 @@ class FakeCuda(TorchDispatchMode):
         return bool(kwargs.get("non_blocking") or any(flags)) and target.data_ptr() in self.pinned
 
 
-class GpuAttention(TorchFunctionMode):
-    """Attention by the kernels that a recent GPU takes. Without a driver torch takes the math kernel, which
-    keeps every probability for the backward pass."""
+class GpuAttention:
+    """Context in which attention takes the kernels of a recent GPU. Without a driver torch takes the math
+    kernel, which keeps every probability for the backward pass. (A TorchFunctionMode is off inside of
+    backward passes, where layers are recomputed.)"""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query = args[0] if args else kwargs["query"]
-            if isinstance(query, FakeTensor):
-                return self._attend(*args, **kwargs)
-        return func(*args, **kwargs)
+    def __enter__(self) -> None:
+        self.original: Any = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._choose  # type: ignore[assignment]
+
+    def __exit__(self, *error: object) -> None:
+        F.scaled_dot_product_attention = self.original
+
+    def _choose(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        attend = self._attend if isinstance(query, FakeTensor) else self.original
+        return attend(query, *args, **kwargs)
 
     def _attend(
         self,
@@ -200,7 +206,8 @@ class GpuAttention(TorchFunctionMode):
             return aten._scaled_dot_product_efficient_attention(
                 query, key, value, attn_mask, True, dropout_p, is_causal, **scale
             )[0]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
+        attended: Tensor = self.original(query, key, value, attn_mask, dropout_p, is_causal, **others)
+        return attended
 
 
 def main(stage: str, *settings: str) -> None:
@@ -297,7 +304,9 @@ def waits_of_training(
     except Exception as error:  # no checkpoint was written: `train` says so at its end
         if "nothing to train" not in str(error):
             raise
-    return {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits)}
+    line = json.loads((folder / "out" / "stats.jsonl").read_text().splitlines()[-1])
+    speed = {name: line[f"time/{name}"] for name in ("images_per_sec", "mfu")}
+    return {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits), **speed}
 
 
 def memory(name: str, stage: str, *settings: str) -> None:
@@ -305,7 +314,8 @@ def memory(name: str, stage: str, *settings: str) -> None:
     from d2g.core.config import override
     from d2g.diffusion import pretrained
     from distill.config.presets import DISTILL_PRESETS
-    from distill.planning.memory import predict, to_fake
+    from distill.planning.fake_networks import to_fake
+    from distill.planning.memory import predict
     from distill.planning.reference_models import configs_only
     from distill.planning.saved_activations import LiveBytes
 

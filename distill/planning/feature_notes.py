@@ -4,7 +4,7 @@ from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.pixel_view import FrozenView
-from distill.planning.memory import known_teacher
+from distill.planning.fake_networks import known_teacher
 
 
 def feature_notes(config: DistillConfig, model: str) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from d2g.diffusion import pretrained
 from d2g.diffusion.schedule import Schedule
 from distill.config.run import DistillConfig
-from distill.planning.memory import known_teacher
+from distill.planning.fake_networks import known_teacher
 from pairgen.store.spec import StoreSpec, read_spec
 
 

@@ -5,50 +5,45 @@ pass are measured: the network runs on fake tensors, which have shapes but no da
 autograd saves are added up.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2g.core.distributed import engine
 from d2g.core.distributed.low_memory_adamw import WORKING_COPIES, moment_bytes
 from d2g.diffusion import pretrained
-from d2g.diffusion.conditioning import Conditioning
-from d2g.diffusion.families.base import Pipeline
-from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import family_of, open_pipeline
-from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig
+from distill.config.components import OptimConfig
 from distill.config.run import DistillConfig, EngineConfig
 from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
-from distill.losses.gradient_penalty import DiscriminatorInput, r1_penalty
-from distill.losses.regression.decoder_features import DecoderFeatures
+from distill.losses.gradient_penalty import r1_penalty
 from distill.losses.regression.registry import regression_networks
-from distill.models.discriminators import DISCRIMINATORS, check_discriminator
-from distill.models.projected_discriminator import ProjectedDiscriminator
-from distill.models.row_dropout import set_dropout_keys
-from distill.models.student import Student, check_teacher, meta_student, set_trainable
-from distill.planning.reference_models import NAMES, configs_only
+from distill.models.discriminators import DISCRIMINATORS
+from distill.models.student import Student
+from distill.planning.fake_networks import (
+    FakeBatch,
+    autoencoder_distances,
+    build_meta_discriminator,
+    build_meta_student,
+    discriminator_input,
+    fake_batch,
+    fake_forward,
+    frozen_views,
+    known_teacher,
+    latent_metric,
+    to_fake,
+)
+from distill.planning.reference_models import NAMES
 from distill.planning.saved_activations import SavedBytes, peak_bytes, saved_bytes
-from latent_lpips.config import LPIPSConfig
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.fused import GPU_POSITIONS, distance_with_gradient
 from latent_lpips.lpips import PixelLPIPS
-from latent_lpips.weights import read_lpips_config
-
-PEAK = 312e12
-"""Operations per second of an A100 in bf16, by its data sheet."""
-
-UTILIZATION = 0.4
-"""Assumed share of the peak that training reaches."""
 
 CONTEXT_GIB = 0.5
 """Memory of the CUDA context."""
@@ -73,9 +68,9 @@ class Memory:
 
 def predict(config: DistillConfig, world_size: int) -> Memory:
     """Predict the memory of a run on `world_size` GPUs. Reads configs of the teacher, no weights."""
-    student = _meta_student(config)
-    discriminator = _meta_discriminator(config.teacher, config.gan) if config.stage == "gan" else None
-    distances = _autoencoder_distances(config.teacher, config.regression)
+    student = build_meta_student(config)
+    discriminator = build_meta_discriminator(config.teacher, config.gan) if config.stage == "gan" else None
+    distances = autoencoder_distances(config.teacher, config.regression)
     text_share = 0.5 if config.encodes_text_in_bf16(on_gpu=True) else 1.0
     frozen = text_share * _bytes(p for model in _text_encoders(config) for p in model.parameters())
     frozen += _bytes(p for model in _frozen_autoencoder(config) for p in model.parameters())
@@ -84,11 +79,11 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     # The first backward pass of a process decides whether autograd starts threads. On fake tensors it would
     # start some, and processes forked from this one could not train.
     torch.ones((), requires_grad=True).backward()
-    view = [] if discriminator is None else _views(discriminator)
+    view = [] if discriminator is None else frozen_views(discriminator)
     frozen += _bytes(p for network in view for p in network.parameters())
     guide = build_clip_guidance(config.clip_guidance, config.teacher, "meta")
     frozen += _bytes(guide.parameters()) if guide is not None else 0.0
-    metric = _latent_metric(config, student.latent_shape[0])
+    metric = latent_metric(config, student.latent_shape[0])
     if metric is not None:
         frozen += sum(p.numel() * p.element_size() for p in metric.parameters())
     with FakeTensorMode():
@@ -157,7 +152,7 @@ def _working_bytes(
     buckets = config.engine.parallel == "ddp" and world_size > 1
 
     # The student's forward pass, which stays alive during the regression loss.
-    student_graph = _activations(config, student, student, partial(_generate, student))
+    student_graph = _activations(config, student, student, partial(fake_forward, student))
     working = student_graph.of(rows)
     for distance in distances:
         to_fake(distance)
@@ -195,38 +190,6 @@ def forecast(config: DistillConfig, gpus: int, model: str = "") -> dict[str, Any
     if known.teacher == config.teacher:
         return memory
     return {**memory, "assumed": f"{NAMES[model]}'s networks; the teacher is not on this disk"}
-
-
-@contextmanager
-def known_teacher(config: DistillConfig, model: str) -> Iterator[DistillConfig | None]:
-    """The config with a teacher whose configs can be read: its own, or if it is not on this disk, the
-    networks of `model`, a key of NAMES; None if `model` is unknown as well.
-    """
-    if config.teacher in pretrained.SHIPPED or Path(config.teacher or "-").is_dir():
-        yield config
-    elif model not in NAMES:
-        yield None
-    else:
-        with TemporaryDirectory() as folder:
-            yield replace(config, teacher=configs_only(model, Path(folder) / model))
-
-
-def gpu_days(config: DistillConfig, evaluations: int, model: str = "") -> float | None:
-    """A100 GPU-days of so many network evaluations, each with its backward pass; None for an unknown teacher.
-
-    An estimate from the operations of the student's network: a backward pass costs two forward passes, and a
-    GPU reaches UTILIZATION of PEAK. Losses, text encoders and reading are not counted.
-    """
-    with known_teacher(config, model) as known:
-        if known is None:
-            return None
-        student = _meta_student(known)
-        with FakeTensorMode():
-            to_fake(student)
-            batch = _fake_batch(open_pipeline(known.teacher), student, 1)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                _generate(student, batch)
-    return 3 * float(counter.get_total_flops()) * evaluations / (UTILIZATION * PEAK) / 86_400
 
 
 def _rounded(memory: Memory) -> dict[str, Any]:
@@ -275,8 +238,8 @@ def _discriminator_bytes(
 ) -> float:
     """Bytes of D's update: activations of real and fake rows, the gradient penalty, or the optimizer step."""
     # Frozen networks that it reads through count as part of it.
-    network = nn.ModuleList([discriminator, *_views(discriminator)])
-    inputs = partial(_discriminator_input, config.gan)
+    network = nn.ModuleList([discriminator, *frozen_views(discriminator)])
+    inputs = partial(discriminator_input, config.gan)
     graph = _activations(config, network, student, lambda b: discriminator(*inputs(b).args))
     passes = 3 if config.gan.active_penalty == "approx" else 2
     update = _update_bytes(discriminator, config.gan.optim, config.engine, shards, buckets)
@@ -292,33 +255,13 @@ def _discriminator_bytes(
     return max(gradients + max(graph.of(passes * rows), penalty), update)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    noise: Tensor
-    cond: Conditioning
-    guidance: tuple[Tensor, ...]
-
-
-def _fake_batch(pipeline: Pipeline, student: Student, count: int) -> _Batch:
-    """Inputs of `count` rows for a student and its discriminator; `guidance` is empty without that input."""
-    noise = torch.empty(count, *student.latent_shape)
-    cond = student.family.fake_conditioning(pipeline, student.network.config, count)
-    return _Batch(noise, cond, (torch.empty(count),) if student.guided else ())
-
-
-def _generate(student: Student, b: _Batch) -> Tensor:
-    set_dropout_keys(student, torch.zeros(len(b.noise), dtype=torch.int64))
-    latents: Tensor = student(b.noise, b.cond, *b.guidance)
-    return latents
-
-
 def _activations(
-    config: DistillConfig, network: Any, student: Student, run: Callable[[_Batch], Any]
+    config: DistillConfig, network: Any, student: Student, run: Callable[[FakeBatch], Any]
 ) -> SavedBytes:
     """Bytes that a forward pass saves, from batches of one and of two rows."""
     bf16, pipeline = config.train.precision == "bf16", open_pipeline(config.teacher)
     sizes = (
-        saved_bytes(network, partial(lambda n: run(_fake_batch(pipeline, student, n)), n), bf16)
+        saved_bytes(network, partial(lambda n: run(fake_batch(pipeline, student, n)), n), bf16)
         for n in (1, 2)
     )
     saved = SavedBytes.from_batches(*sizes)
@@ -331,7 +274,7 @@ def _penalty_activations(
 ) -> SavedBytes:
     """Bytes that a pass saves whose gradient is differentiated again, in fp32. network: the discriminator
     with the frozen networks that it reads through."""
-    b = _discriminator_input(config.gan, _fake_batch(open_pipeline(config.teacher), student, 1))
+    b = discriminator_input(config.gan, fake_batch(open_pipeline(config.teacher), student, 1))
     with sdpa_kernel(SDPBackend.MATH):
         row = saved_bytes(
             network,
@@ -339,18 +282,6 @@ def _penalty_activations(
             False,
         )
     return SavedBytes(fixed=0.0, row=row)
-
-
-def _discriminator_input(gan: DiscriminatorConfig, b: _Batch) -> DiscriminatorInput:
-    """Inputs of a discriminator for the rows of a batch."""
-    count = DISCRIMINATORS[gan.discriminator].draws
-    draws = torch.zeros(len(b.noise), count, dtype=torch.int64) if count else None
-    return DiscriminatorInput(b.noise, b.noise, b.cond, None, draws)
-
-
-def _views(discriminator: nn.Module) -> list[nn.Module]:
-    """The frozen networks that a discriminator reads through, or its part that has some."""
-    return [part.view for part in discriminator.modules() if isinstance(part, ProjectedDiscriminator)]
 
 
 def _distance_activations(distance: nn.ModuleList, shape: tuple[int, int, int]) -> SavedBytes:
@@ -378,20 +309,6 @@ def _guidance_activations(
     return SavedBytes.from_batches(of(1), of(2))
 
 
-def _latent_metric(config: DistillConfig, channels: int) -> LatentLPIPS | None:
-    """The LatentLPIPS of the regression loss as the run folds it, without weights; None if there is none.
-
-    If it is not on this disk, one of full width stands in for it.
-    """
-    if "latent_lpips" not in regression_networks(config.regression):
-        return None
-    folder = Path(config.lpips) if config.lpips else pretrained.resolve(config.teacher) / "latent_lpips"
-    known = (folder / "config.json").is_file()
-    shape = read_lpips_config(folder) if known else LPIPSConfig(channels=channels)
-    with torch.device("meta"):
-        return LatentLPIPS(shape).fold("bf16" if config.train.precision == "bf16" else "fp32")
-
-
 def _sweep_bytes(metric: LatentLPIPS, shape: tuple[int, int, int], rows: float) -> float:
     """Bytes at the peak of LatentLPIPS, which a GPU computes for so many rows at a time."""
     pred, target = torch.empty(1, *shape), torch.empty(1, *shape)
@@ -400,45 +317,6 @@ def _sweep_bytes(metric: LatentLPIPS, shape: tuple[int, int, int], rows: float) 
             lambda: distance_with_gradient(metric.trunk.layers(), list(metric.heads), pred, target)
         )
     return row * min(rows, max(1, GPU_POSITIONS // (shape[1] * shape[2])))
-
-
-def _meta_student(config: DistillConfig) -> Student:
-    check_teacher(config.teacher, config.stage, config.student)
-    student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
-    set_trainable(student, config.student)
-    return student
-
-
-def _meta_discriminator(teacher: str, gan: DiscriminatorConfig) -> nn.Module:
-    check_discriminator(teacher, gan)
-    return DISCRIMINATORS[gan.discriminator].build_on_meta(teacher, gan)
-
-
-def _autoencoder_distances(teacher: str, options: RegressionConfig) -> list[nn.ModuleList]:
-    """The losses that differentiate the autoencoder, each with the autoencoder beside it, without weights."""
-    distances = []
-    if "lpips" in options.names:
-        vae = pretrained.autoencoder_on_meta(teacher).requires_grad_(False)
-        resize = options.lpips_resize or None
-        metric = PixelLPIPS(options.lpips_net, pretrained=False, decode=partial(decode, vae), resize=resize)
-        distances.append(nn.ModuleList([metric, vae]))
-    if "decoder_features" in options.names:
-        vae = pretrained.autoencoder_on_meta(teacher)
-        distances.append(nn.ModuleList([DecoderFeatures(vae, options.decoder_blocks), nn.Module()]))
-    return distances
-
-
-def to_fake(network: nn.Module, device: str = "cpu") -> None:
-    """Replace parameters and buffers by fake tensors. Call it in a FakeTensorMode."""
-    for module in network.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(
-                    torch.empty(p.shape, dtype=p.dtype, device=device), p.requires_grad
-                )
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def _text_encoders(config: DistillConfig) -> list[nn.Module]:

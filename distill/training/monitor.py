@@ -12,7 +12,8 @@ from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.distributed.engine import DistributedModule
 from d2g.core.distributed.sharded_checkpoint import Writer
 from d2g.core.errors import Interrupted, LostFolder, UserError
-from d2g.core.tracking.run_directory import Pace, RunLog
+from d2g.core.logs import logger
+from d2g.core.tracking.run_directory import Pace, RunLog, speed_in_words
 from distill.config.run import TrainConfig
 from distill.models.row_dropout import set_row_dropout
 from distill.monitoring import collapse
@@ -131,7 +132,10 @@ class RunMonitor:
         if nimg >= self.options.ema_start_images:  # before that the average is a copy
             means["ema/drift"] = self.state.ema.drift(self.state.student.module)
         means |= self._preview(nimg)
-        self.log.write(nimg, {**means, **pace.report(nimg)})
+        speed = pace.report(nimg)
+        self.log.write(nimg, {**means, **speed})
+        if self.device.type == "cuda":
+            logger.info("%d images: %s", nimg, speed_in_words(speed))
         # Look for a collapse on rank 0, and act on it on every rank.
         findings: list[collapse.Finding] = []
         if process_group.rank() == 0:

@@ -27,6 +27,7 @@ from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_aug
 from distill.losses.regression.regression import Regression, build_regression
 from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher, takes_guidance
+from distill.planning.flops import seconds_per_image_at_peak
 from distill.sampling import OneStep
 from distill.training.callbacks import (
     Callback,
@@ -171,7 +172,8 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
 
     # Build the step, and the batches in the order that resumes at this image.
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
-    pace = Pace(log.read(), state.nimg, process_group.world_size())
+    at_peak = seconds_per_image_at_peak(config, device) if process_group.rank() == 0 else None
+    pace = Pace(log.read(), state.nimg, process_group.world_size(), at_peak)
     finite = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
     rows, distance = microbatch_size(config, process_group.world_size()), regression.validation_distance
     draw = StudentSampler(state.student, encode, device, autocast)

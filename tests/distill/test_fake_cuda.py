@@ -51,6 +51,7 @@ def test_a_step_never_waits_for_the_device(arguments: str) -> None:
     assert waits["steps"] == [{}, {}]
     assert waits["late"] == [{}, *LATE]
     assert waits["report"], "the counter counts"
+    assert 0 < waits["mfu"] < 1e-3 * waits["images_per_sec"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from distill.config.presets import (
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.planning import choose_preset
 from distill.planning.choose_preset import preset_of_family
-from distill.planning.memory import gpu_days, predict, too_large
+from distill.planning.flops import gpu_days
+from distill.planning.memory import predict, too_large
 from distill.planning.reference_models import configs_only
 
 A100 = 79.2  # GiB that CUDA reports

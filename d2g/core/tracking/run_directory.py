@@ -197,10 +197,18 @@ class Pace:
     """Measures the speed and cost of a run, for its reports.
 
     before: the lines of the run so far, for the device hours before a restart. devices: number of ranks.
+    seconds_at_peak: what all devices together need for an image at the peak of their data sheet; None where
+    that is unknown.
     """
 
-    def __init__(self, before: Sequence[Mapping[str, float]], nimg: int, devices: int) -> None:
-        self.devices, self.nimg = devices, nimg
+    def __init__(
+        self,
+        before: Sequence[Mapping[str, float]],
+        nimg: int,
+        devices: int,
+        seconds_at_peak: float | None = None,
+    ) -> None:
+        self.devices, self.nimg, self.seconds_at_peak = devices, nimg, seconds_at_peak
         self.hours = max((line.get("time/device_hours", 0.0) for line in before), default=0.0)
         self.waited, self.since = 0.0, time.monotonic()
 
@@ -213,7 +221,7 @@ class Pace:
 
     def report(self, nimg: int) -> dict[str, float]:
         """Images per second and share of time waiting for data, both since the last report; device hours over
-        all starts of the run; peak memory of this process in GiB.
+        all starts of the run; peak memory of this process in GiB; model FLOPs utilization where it is known.
         """
         seconds = max(time.monotonic() - self.since, 1e-9)
         self.hours += seconds * self.devices / 3600
@@ -223,8 +231,16 @@ class Pace:
             "time/device_hours": self.hours,
             "mem/peak_gib": peak_memory_gib(),
         }
+        if self.seconds_at_peak is not None:
+            values["time/mfu"] = values["time/images_per_sec"] * self.seconds_at_peak
         self.nimg, self.waited, self.since = nimg, 0.0, time.monotonic()
         return values
+
+
+def speed_in_words(values: Mapping[str, float]) -> str:
+    """What `Pace.report` measured, as a line says it: "12.3 images/s, MFU 41.0 %, peak 33.8 GiB"."""
+    mfu = f", MFU {values['time/mfu']:.1%}".replace("%", " %") if "time/mfu" in values else ""
+    return f"{values['time/images_per_sec']:.3g} images/s{mfu}, peak {values['mem/peak_gib']:.1f} GiB"
 
 
 def peak_memory_gib() -> float:
