@@ -199,11 +199,13 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from distill.planning.flops import UTILIZATION, gpu_days
     from distill.planning.memory import forecast, too_large
 
+    # Evaluations and memory. A run that does not fit this GPU is refused.
     gpus = config.engine.gpus or process_group.world_size()
     cost = plan(config, preset, gpus)
     memory, machine = forecast(config, gpus, DISTILL_PRESETS[preset].model), inspect_machine()
     if memory and machine["cuda"] and (problem := too_large(config, memory["total"], machine["memory_gib"])):
         raise UserError(problem)
+    # Time, from the operations of the student's network.
     days = gpu_days(config, cost["evaluations"], DISTILL_PRESETS[preset].model)
     estimate = (
         "unknown until the teacher is here"

@@ -34,9 +34,11 @@ def launch(
 
     `pairs generate` needs no launch: start it as often as you like, on as many machines as you like.
     """
+    # Numbers of processes, machines and restarts.
     for name, value, least in (("--gpus", gpus, 1), ("--nodes", nodes, 1), ("--restarts", restarts, 0)):
         if value is not None and value < least:
             raise SettingError(f"{name} is {value}; expected {least} or more")
+    # The command to launch follows the options.
     command = context.args
     if not command or command[0].startswith("-"):
         raise SettingError("no command to launch; write it after --, as in `d2g launch -- distill ode ...`")
@@ -46,6 +48,7 @@ def launch(
         raise SettingError(
             f"--nodes {nodes} needs --rendezvous HOST:PORT, an address of one of them that all can reach"
         )
+    # By default one process per GPU, or per core without a GPU.
     if (processes := gpus) is None:
         import torch
 

@@ -35,6 +35,7 @@ def lpips_distance(
 
     require_range(1, draws=draws)
     require_range(0, 2**63 - 1, seed=seed)
+    # Either latents of a teacher's autoencoder, or pixels.
     if (teacher is None) == (pixels is None):
         raise SettingError(
             "--teacher is not set; its VAE encodes the images (or give --pixels vgg)"

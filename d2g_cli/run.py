@@ -79,11 +79,13 @@ def run(
     from teacher_training.full_run.plan import PARTS, plan_run
     from teacher_training.full_run.run import run_parts
 
+    # Unknown parts are refused before anything is loaded.
     names = tuple(parts.split(","))
     for name in names:
         pick(dict.fromkeys(PARTS), name, "part")
     with leave_process_group(typer.Exit):
         process_group.init(long_waits=True)
+        # Plan, then stop (--dry-run) or run the parts.
         config, plan = plan_run(config, out)
         if options.dry_run:
             facts = {"lengths": plan.lengths, "minutes": plan.minutes, "measured_on": plan.measured_on}
@@ -106,6 +108,7 @@ def _run_config(options: FullRunOptions, untrained: bool) -> Any:
     _refuse_without_effect(options, config.minutes if options.minutes is None else options.minutes)
     if options.teacher is not None:
         config = _with_stages_for(config, options.teacher)
+    # Options become settings; one seed serves all parts.
     settings: dict[str, Any] = {
         "data": options.data,
         "teacher.data": options.data,

@@ -34,6 +34,7 @@ def real_floor(
     pictures of the reference as were measured (`images`), at most half, against the others. Protocols with
     a reference of their own have no floor, nor has a reference that is too small to be split.
     """
+    # Metrics of features that the reference has.
     chosen = [
         metric
         for metric in all_metrics().values()
@@ -58,6 +59,7 @@ def real_floor(
         held_out = {name: _part(stats, order[:count]) for name, stats in reference.stats.items()}
         others = {name: _part(stats, order[count:]) for name, stats in reference.stats.items()}
         what = "others of the reference"
+    # Compute them as for samples, with one set in the place of the generated images.
     inputs = MetricInputs(protocol=protocol, rows={}, prompts=(), generated=held_out, real=others)
     numbers = {
         key: estimate.value for metric in chosen for key, estimate in metric.compute(inputs).estimates.items()

@@ -17,6 +17,7 @@ def open_condition(config: PairConfig, teacher: Teacher) -> PairReader | None:
     Raises SettingError for settings that do not go with it, UserError for a store that is missing, unfinished
     or of another teacher.
     """
+    # Only later stages of a cascade have a condition.
     folder, family = config.condition, teacher.family
     if family.prior_family is None:
         if folder:

@@ -157,7 +157,7 @@ def generate_pairs(
 
 
 def _summary(folder: Path, spec: StoreSpec, tally: Tally, batch_size: int, seconds: float) -> PairSummary:
-    """Count the new rows of all ranks, and the store's. Waits for all ranks."""
+    """Count the new rows of all ranks and the rows of the store. Waits for all ranks."""
     totals = process_group.mean({"new": float(tally.written - tally.bad)})
     new = round(totals["new"] * process_group.world_size())
     return PairSummary(

@@ -30,6 +30,7 @@ def grow_store(folder: Path, spec: StoreSpec, prompts: PromptList, patience: flo
     `create_store` refuses. `patience`: as of `Claims`. Raises UserError when the rows of the store would get
     other prompts, and while another job makes its last shard.
     """
+    # Stop here unless the store differs from the wanted one in its size alone, and is smaller.
     old = read_spec(folder)
     small = replace(
         spec, num_pairs=old.num_pairs, num_prompts=old.num_prompts, prompts_sha256=old.prompts_sha256
@@ -42,6 +43,7 @@ def grow_store(folder: Path, spec: StoreSpec, prompts: PromptList, patience: flo
         return
     if appended:
         _check_appended(folder, old, prompts)
+    # The larger spec remembers the prompt lists that the store had before.
     history = (*old.earlier_prompts, (old.num_prompts, old.prompts_sha256))
     new = replace(
         old,
@@ -50,6 +52,7 @@ def grow_store(folder: Path, spec: StoreSpec, prompts: PromptList, patience: flo
         prompts_sha256=spec.prompts_sha256,
         earlier_prompts=history if appended else old.earlier_prompts,
     )
+    # A short last shard is opened again. The spec is written last, so that a kill leaves the old store.
     with writing(folder, "the store is as it was"):
         for name in ("partial", "claims"):
             (folder / name).mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The log of all packages, `logging.getLogger("d2g")`: under torchrun, rank 0 speaks for the others."""
+"""The log of all packages, `logging.getLogger("d2g")`: under torchrun, rank 0 alone writes it."""
 
 import logging
 import os

@@ -86,6 +86,7 @@ def _other_folder(folder: Path) -> str:
     """What a folder without model_index.json is instead, and how it becomes a teacher."""
     names = {path.name for path in folder.iterdir()}
     into = 'save_pretrained("teacher")'
+    # Folders of d2g and of diffusers that are no pipelines.
     if {"student.json", "checkpoints"} & names:
         return "a student of d2g, no teacher; give it to --student"
     if "pytorch_lora_weights.safetensors" in names:
@@ -93,6 +94,7 @@ def _other_folder(folder: Path) -> str:
             "LoRA adapters, no model_index.json; in diffusers, load the pipeline they were trained on, then "
             f"pipe.load_lora_weights({str(folder)!r}), pipe.fuse_lora() and pipe.{into}"
         )
+    # A network without the other components of its pipeline.
     networks = [n for n in ("unet", "transformer") if (folder / n / "config.json").is_file()]
     others = {component for family in FAMILIES.values() for component in family.components} - {*networks}
     if networks and not others & names:

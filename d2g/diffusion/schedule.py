@@ -249,7 +249,7 @@ class FlowSchedule(_UnscaledInput):
         return [Point(s * self.train_steps, 1 - s, s) for s in sigmas]
 
     def _dpm_solver_points(self, steps: int) -> list[Point]:
-        """In the arithmetic of the scheduler, because a cut is not continuous."""
+        """The points, in the scheduler's arithmetic: other rounding could cut a time to another integer."""
         grid = np.flip(1.0 - np.linspace(1, 1 / self.train_steps, steps + 1))[:-1]
         sigmas = [float(s) for s in self.shift * grid / (1 + (self.shift - 1) * grid)]
         points = [Point(float(int(s * self.train_steps)), 1 - s, s) for s in sigmas]

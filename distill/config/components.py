@@ -383,6 +383,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        # Choices and ranges of single settings.
         shares = (self.mix_x, self.mix_c, self.mix_z)
         require(
             self,

@@ -246,8 +246,10 @@ def _small_card(paper: str, about: str, rows: int, microbatches: int) -> Recipe:
     """
     base = TABLE_A1[paper]
     size = rows * microbatches
+    # Little memory: recomputation, frozen weights in bf16, adapters, moments in 8 bits.
     engine = replace(_recompute(1), frozen_weights="bf16", gradient_accumulation=microbatches)
     student, optim = StudentConfig(lora_rank=64), OptimConfig(name="adamw_8bit", lr=1e-4)
+    # The recipe's discriminator with a frozen trunk, without exact R1.
     gan = base["gan"].gan
     gan = replace(
         gan,

@@ -301,8 +301,10 @@ class DistillConfig:
 
 
 def microbatch_size(config: DistillConfig, processes: int) -> int:
-    """Rows of a micro-batch on each of so many processes. Raises SettingError where the batch does not
-    divide, or leaves lone rows to mix-and-match.
+    """Rows of a micro-batch on each of `processes` processes.
+
+    Raises SettingError for a batch that does not divide evenly, and for an odd number of rows with
+    mix-and-match.
     """
     size, accumulate = config.train.batch_size, config.engine.gradient_accumulation
     if size % (processes * accumulate):

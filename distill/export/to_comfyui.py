@@ -130,7 +130,9 @@ def _comfyui_schedule(teacher: str, kind: str) -> Schedule:
     config = pretrained.load_on_meta(teacher, "unet").config if kind in PUBLISHED_SIZES else None
     if config is None or (kind == "StableDiffusionPipeline" and config.use_linear_projection):
         name = "Stable Diffusion 2" if config is not None else kind
-        raise UserError(f"teacher {teacher} is a {name}; the format comfyui has SD 1.x and SDXL; {instead}")
+        raise UserError(
+            f"teacher {teacher} is a {name}; the format comfyui supports SD 1.x and SDXL; {instead}"
+        )
     schedule = pretrained.load_any_schedule(teacher)
     expected = DDIMScheduler(**pretrained.SD_BETAS).alphas_cumprod.double()
     # ComfyUI computes its own table of noise levels.

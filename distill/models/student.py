@@ -169,6 +169,7 @@ def _wrap(network: Any, teacher: str, timestep: int, config: StudentConfig | Non
 def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
     """Raise SettingError if a stage, an input for the guidance scale, or dropout is not supported for this
     teacher."""
+    # What the student adds must fit the teacher's network.
     pipeline = open_pipeline(teacher)
     family = pipeline.family
     if student.guidance_conditioning and family.embedded_guidance is not None:
@@ -187,6 +188,7 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
             "no residual blocks to drop values in; set it to 0"
         )
     pretrained.expect_student_family(teacher)
+    # The stage must support the teacher's family and noise schedule.
     kind = schedule_kind(pretrained.load_any_schedule(teacher))
     if stage == "gan" and kind not in family.gan:
         raise SettingError(

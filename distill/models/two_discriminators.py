@@ -39,6 +39,7 @@ def both(first: DiscriminatorKind, second: DiscriminatorKind) -> DiscriminatorKi
     """The kind that trains the two together. The first one takes no random numbers of its rows."""
     assert not first.draws and first.open_view is None
 
+    # Each function builds the parts with their own kinds and joins the results.
     def build(teacher: str, config: DiscriminatorConfig, rng: torch.Generator) -> TwoDiscriminators:
         return TwoDiscriminators(
             first.build(teacher, config, rng), second.build(teacher, config, rng), second.name

@@ -44,8 +44,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.reports < 1 or not (0 < self.spread < 1 < self.rise):
             raise SettingError(
-                f"sentinels: reports {self.reports}, spread {self.spread}, rise {self.rise}; expected 1 or "
-                "more, between 0 and 1, above 1"
+                f"collapse limits: reports {self.reports}, spread {self.spread}, rise {self.rise}; expected "
+                "1 or more, between 0 and 1, above 1"
             )
 
 
@@ -142,7 +142,7 @@ def d_mostly_wins(lines: Sequence[Line], limits: Limits) -> Finding | None:
 
 
 def d_ignores_captions(lines: Sequence[Line], limits: Limits) -> Finding | None:
-    """D gives real rows with a wrong caption, noise or latent the logits of right ones, but knows fake rows.
+    """D scores mismatched real rows like matching ones, although it tells generated rows apart.
 
     Medians over the last reports, because few rows of a batch are mismatched.
     """
@@ -161,7 +161,7 @@ def d_ignores_captions(lines: Sequence[Line], limits: Limits) -> Finding | None:
 
 
 def d_blind(lines: Sequence[Line], limits: Limits) -> Finding | None:
-    """D cannot tell real from generated rows. Not fatal: a new D is blind, D of a perfect student too."""
+    """D cannot tell real from generated rows. Not fatal: a new D cannot, nor can D of a perfect student."""
     last = _last_with(lines, ("d/auc", "logit/real", "logit/fake"), 2 * limits.reports)
     if not last or not all(
         abs(line["d/auc"] - 0.5) <= limits.blind_auc

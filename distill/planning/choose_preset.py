@@ -1,4 +1,4 @@
-"""The preset of a run where none is named: by the size and the family of its teacher."""
+"""Chooses the preset of a run without --preset, by the size and the family of its teacher."""
 
 from math import prod
 from pathlib import Path

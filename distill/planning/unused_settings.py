@@ -111,4 +111,4 @@ def refuse_unused(config: DistillConfig, names: Iterable[str]) -> None:
         for settings, (is_used, condition) in CONDITIONS:
             groups = tuple(setting for setting in settings if setting.endswith("."))
             if (name in settings or name.startswith(groups)) and not is_used(config):
-                raise SettingError(f"{name} is set, but acts only {condition}; leave it out")
+                raise SettingError(f"{name} is set, but has an effect only {condition}; leave it out")

@@ -50,8 +50,8 @@ class Callback(Protocol):
 class StopControl:
     """Decides, together with all ranks, whether the run goes on.
 
-    Before anything is written, the ranks exchange their flags at once. After other steps they only start to:
-    the answer is read one step later, when the other ranks have long sent theirs, so that no rank waits.
+    Before anything is written, the ranks exchange their flags and wait for the result. After other steps they
+    start the exchange in the background and read its result one step later, so that no rank waits.
     """
 
     def __init__(self, options: TrainConfig, stop: StopFlag, writer: Writer, owner: FolderOwner) -> None:
@@ -92,8 +92,9 @@ class StopControl:
         )
 
     def _agree(self, own: dict[str, bool], at_once: bool) -> dict[str, bool]:
-        """The flags of all ranks: those of now with `at_once`, or if one of the step before stops the run;
-        else those of the step before."""
+        """Combine the flags of all ranks. With `at_once`, exchange this step's flags and wait for the answer.
+        Otherwise start the exchange and return the flags of the previous step, unless one of them stops the
+        run: then this step's flags are exchanged at once, too."""
         if not process_group.joined():
             return own
         before = {"stop": False, "late": False, "writing": True, "lost": False}
@@ -134,7 +135,7 @@ class CheckpointCallback:
         self.saved_at = -1
 
     def after_step(self, event: StepEvent) -> None:
-        """Save if it is time. This comes before validation: whoever sends SIGTERM does not wait for one."""
+        """Save if it is time. This comes before validation, so that a stop by SIGTERM saves first."""
         due = passed_interval(event.nimg, self.options.batch_size, self.options.checkpoint_images)
         if due or event.finished or event.interrupted:
             self.writer.finish()  # the previous checkpoint gets its name first: it may be the best one

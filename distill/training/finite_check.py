@@ -34,7 +34,7 @@ class _Step:
 
 
 class FiniteCheck:
-    """Stops all updates from the first loss or gradient on that is not finite, then the run.
+    """Stops all updates at the first loss or gradient that is not finite, and then the run.
 
     Call `begin_step` and `end_step` around each step, on every rank.
     """
@@ -59,7 +59,7 @@ class FiniteCheck:
         self.step = _Step(self.state.steps, self.state.nimg, batch)
 
     def stop_updates(self, name: str, norm: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """1 if `norm` or one since the start of the run is not finite, else 0: fp32 [] on the device.
+        """1 if `norm` or an earlier norm of this process is not finite, else 0: fp32 [] on the device.
 
         The norm is the same on every rank. A loss that is not finite makes it NaN (step.one_or_nan).
         """
@@ -69,7 +69,7 @@ class FiniteCheck:
         return self.stopped
 
     def end_step(self, at_once: bool) -> None:
-        """Raise FloatingPointError if updates have stopped in the step before, or with `at_once` in this one.
+        """Raise FloatingPointError if updates stopped in the previous step, or with `at_once` in this one.
 
         RUN/failure is written first.
         """

@@ -137,6 +137,7 @@ def state_of(
         lambda net: [net.network],
         family_of(config.teacher).shard_units,
     )
+    # The discriminator of the second stage, with the frozen networks that it reads through.
     discriminator: DistributedModule | None = None
     optim_d: torch.optim.Optimizer | None = None
     if config.stage == "gan":
@@ -152,6 +153,7 @@ def state_of(
         )
         _attach_view(kind, config, discriminator.module, device)
         optim_d = optimizer(discriminator.module, config.gan.optim, config.engine.offload_optimizer)
+    # The average starts as the student's own weights.
     ema = EMA(student.module, config.train.ema_decay, config.train.ema_start_images)
     return State(
         stage=config.stage,

@@ -56,7 +56,7 @@ class LossTerms(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a step works with.
+    """The objects and settings that a step needs.
 
     images: the length of the run. stop_updates(name, gradient_norm, terms): 1 on the device where an update
     must not happen. waiting: counts time that is spent on waiting for data.

@@ -153,11 +153,13 @@ def _train(
 def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:
     """Load data, networks and losses, from the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
+    # Read captions and rows: the pairs, or real images alone.
     set_training_arithmetic(device, options.precision == "bf16")
     _check_networks(config)
     text_in_bf16 = config.encodes_text_in_bf16(device.type == "cuda")
     encode, kind = _build_encoder(config.teacher, config.data.text_cache, text_in_bf16, device)
     reader = _open_images(config, kind, device) if config.without_pairs else _open_pairs(config)
+    # Load the losses with their frozen networks, and what makes real rows and previews.
     gan, shape = config.gan if config.stage == "gan" else None, _shape_of(reader)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
@@ -165,6 +167,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     mixed = None if config.without_pairs else gan
     mix_in_real_images = RealRows(mixed, config.teacher, config.seed, shape, kind, encode, device)
     vae = pretrained.load_vae(config.teacher).to(device) if options.preview_prompts else None
+    # Networks, optimizers and the log start at the newest checkpoint, or at the first image.
     last = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=last is None)
     autocast, logit_stats = _build_autocast(options.precision, config.engine.parallel, device), LogitStats()

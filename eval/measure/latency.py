@@ -75,6 +75,7 @@ def _latency_json(
     repeats: int,
     warmup: int,
 ) -> dict[str, Any]:
+    # All batch sizes of each model, and its best one.
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),

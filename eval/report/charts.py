@@ -124,7 +124,7 @@ def group_means(line: Sequence[Coordinates], size: int) -> list[Coordinates]:
 
 
 def _style_axes(axes: "Axes", curve: Curve) -> None:
-    """Quiet axes with thousands apart. The y label is left out where the title above says the same."""
+    """Plain axes with separated thousands. The y label is left out where the title above says the same."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     dim, rule = _COLORS["var(--dim)"], _COLORS["var(--rule)"]

@@ -96,6 +96,7 @@ def render_report(data: ReportData, side: int = THUMBNAIL_SIDES[0]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
+    # The template, with undefined names as errors.
     folder = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
     environment.filters["code"] = lambda text: Markup(_mark_code(text))

@@ -1,4 +1,4 @@
-"""Numbers as people read them: digits that the interval supports, thousands apart, a real minus sign."""
+"""Numbers for people: as many digits as the interval supports, separated thousands, a real minus sign."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def format_value(value: float, interval: Sequence[float] | None = None) -> tuple
 
 
 def format_number(value: float) -> str:
-    """Four significant digits; from 10,000 on a whole number with thousands apart."""
+    """Four significant digits; from 10,000 on a whole number with separated thousands."""
     if not math.isfinite(value):
         return _minus(str(value))
     return _minus(f"{value:,.0f}" if abs(value) >= 9_999.5 else f"{value:.4g}")

@@ -131,6 +131,7 @@ def report_data(
     curves: Sequence[Curve] = (),
 ) -> ReportData:
     """The report of one evaluation. Draws the images that it shows."""
+    # The first images of the evaluation.
     result, prompts = evaluation.result, evaluation.rows.prompts
     count = min(GRID, len(evaluation.rows))
     images = first_images(source, count)

@@ -132,7 +132,7 @@ def _check(config: CurveRun) -> None:
     if not fits[setting]:
         kind = "a student" if student else "a teacher or pipeline" if sampler else "images"
         usable = ", ".join(name for name, fit in fits.items() if fit) or "none"
-        raise SettingError(f"a curve over {setting} means nothing for {kind}; settings it has: {usable}")
+        raise SettingError(f"--over {setting} has no effect on {kind}; expected one of: {usable}")
 
 
 def _facts(points: Sequence[CurvePoint], setting: str) -> dict[str, Any]:

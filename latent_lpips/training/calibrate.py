@@ -212,6 +212,7 @@ def _split_features(
     progress: Progress,
 ) -> tuple[Tensor, Tensor]:
     """Return channel averages [N, sum of channels] between ref and p0, and between ref and p1, cached."""
+    # What the cache calls for the rows that it lacks.
     device, batch = metric.heads[0].device, config.patch.batch
 
     @torch.no_grad()

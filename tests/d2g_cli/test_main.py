@@ -124,15 +124,15 @@ def test_version_in_a_new_process() -> None:
         ("distill ode --set stage=gan", "stage is 'gan'; expected 'ode' of `d2g distill ode`"),
         (
             "distill ode --set gan.weight=1",
-            "gan.weight is set, but acts only in `d2g distill gan`; leave it out",
+            "gan.weight is set, but has an effect only in `d2g distill gan`; leave it out",
         ),
         (
             "distill gan --set gan.penalty=approx --set gan.r1_interval=4",
-            "gan.r1_interval is set, but acts only",
+            "gan.r1_interval is set, but has an effect only",
         ),
         (
             "distill ode --lpips x --set regression.losses=mse",
-            "lpips is set, but acts only with e_latent_lpips or latent_lpips in regression.losses",
+            "lpips is set, but has an effect only with e_latent_lpips or latent_lpips in regression.losses",
         ),
         ("distill ode --validate nope", "unknown --validate protocol 'nope'; known: "),
         ("distill ode --validate nope --dry-run", "unknown --validate protocol 'nope'"),
@@ -162,7 +162,7 @@ def test_version_in_a_new_process() -> None:
         ("eval run --images x --metrics fad", "did you mean 'fid'?"),
         ("eval stats --images x --out x.npz", "expected a name ending in .safetensors"),
         ("eval curve --student x --out x --over guidence=1", "curve over 'guidence'"),
-        ("eval curve --student x --out x --over guidance=1", "means nothing for a student"),
+        ("eval curve --student x --out x --over guidance=1", "--over guidance has no effect on a student"),
         ("eval curve --teacher x --out x --over steps=a", "expected for example guidance=1,2,4"),
         ("eval curve --teacher x --out x --over guidance=1,nan", "guidance is nan; expected 0 or more"),
         ("eval curve --teacher x --out x --over steps=4,0", "steps is 0; expected 1 or more"),

@@ -100,7 +100,7 @@ def test_what_cannot_guide_is_refused(
     config = distill_config(teacher, Path("pairs"))
     for name in ("model=x", "crop=32"):
         changed = override(config, [f"clip_guidance.{name}"])
-        with pytest.raises(SettingError, match="acts only with clip_guidance"):
+        with pytest.raises(SettingError, match="has an effect only with clip_guidance"):
             refuse_unused(changed, [f"clip_guidance.{name.partition('=')[0]}"])
     _warn_of_scoring_clip(replace(good, model="openai/clip-vit-base-patch32"))
     assert "vit-b-32: its CLIP scores of this student would be inflated" in caplog.text

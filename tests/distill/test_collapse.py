@@ -187,7 +187,7 @@ def test_on_collapse_stop_warn_and_off(caplog: pytest.LogCaptureFixture) -> None
 
 def test_invalid_limits_are_refused() -> None:
     for settings in ({"reports": 0}, {"spread": 1.5}, {"rise": 0.9}):
-        with pytest.raises(SettingError, match="sentinels: reports"):
+        with pytest.raises(SettingError, match="collapse limits: reports"):
             Limits(**settings)
 
 

@@ -385,7 +385,9 @@ def test_settings_without_effect_are_refused(
     setting: str, no_effect_with: tuple[str, ...], effect_with: tuple[str, ...]
 ) -> None:
     name, start = setting.partition("=")[0], DistillConfig(stage="gan")
-    with pytest.raises(SettingError, match=rf"^{name} is set, but acts only (in|with) .*; leave it out$"):
+    with pytest.raises(
+        SettingError, match=rf"^{name} is set, but has an effect only (in|with) .*; leave it out$"
+    ):
         refuse_unused(override(start, [*no_effect_with, setting]), ["seed", name])
     refuse_unused(override(start, [*effect_with, setting]), [name])
 

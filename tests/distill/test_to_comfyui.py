@@ -182,7 +182,7 @@ def test_other_schedules_and_families_are_refused(tmp_path: Path) -> None:
         export_comfyui(save_run(tmp_path / "run", linear), tmp_path / "out")
     sd3 = tiny_teachers.save_sd3(tmp_path / "sd3")
     with pytest.raises(
-        UserError, match=r"is a StableDiffusion3Pipeline; the format comfyui has SD 1\.x and SDXL"
+        UserError, match=r"is a StableDiffusion3Pipeline; the format comfyui supports SD 1\.x and SDXL"
     ):
         export_comfyui(save_run(tmp_path / "run3", sd3), tmp_path / "out")
 

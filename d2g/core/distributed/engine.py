@@ -207,7 +207,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
     world = process_group.world_size()
     if world % replicas:
-        raise SettingError(f"engine.replicas is {replicas}; expected a divisor of the {world} processes")
+        raise SettingError(f"there are {replicas} replicas; expected a divisor of the {world} processes")
     process_group.init_single_process()
     if replicas == 1:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
