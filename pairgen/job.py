@@ -209,6 +209,7 @@ def resolve_spec(
         noise=config.noise,
         shard_size=config.shard_size,
     )
+    # A later stage of a cascade also names the store that conditions its rows.
     if prior is None:
         return spec
     return replace(

@@ -50,6 +50,7 @@ class Captions(Mapping[Path, str]):
         a damaged metadata file."""
         self.listed: list[tuple[Path, str]] = []
         self.missing: list[Path] = []
+        # Match the names in the metadata files with the pictures.
         self.metadata = [file for file in _metadata_files(listing) if _is_metadata(listing, file, column)]
         pictures = {normalized(picture): picture for picture in listing.pictures}
         for file in self.metadata:
@@ -61,6 +62,7 @@ class Captions(Mapping[Path, str]):
                     self.missing.append(file.parent / name)
                 else:
                     self.listed.append((path, caption))
+        # Other pictures have a text file beside them.
         self.texts = _text_files(listing)
         self._rows = dict(self.listed)
         if self.missing:

@@ -171,6 +171,7 @@ class StepPreparation:
             fraction, shares = gan.mix_fraction, (gan.mix_x, gan.mix_c, gan.mix_z)
             if gan.active_penalty == "approx":
                 r1_noise = row_noise(generator(self.seed, Stream.R1_NOISE).initial_seed(), rows, shape)
+        # Take this micro-batch's part of the random numbers, and copy it to the device.
         mix_mode, mix_partner = sample_mismatches(prompts, fraction, randomness.mix[batch_rows], shares)
         transforms, levels = randomness.transforms, randomness.levels
         return MicroBatch(

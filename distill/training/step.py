@@ -192,6 +192,7 @@ def generator_step(
         with state.student.no_sync(number < len(microbatches) - 1):
             if not reuse_student_pass:
                 microbatch.generated = generate(context, microbatch)
+            # Losses of the latents: regression, the adversarial loss, guidance by CLIP.
             latents = microbatch.generated.detach().requires_grad_()
             loss, values = context.regression(latents, microbatch.target, microbatch.transforms)
             if discriminator is not None:

@@ -92,7 +92,7 @@ def train(
     >>> train(config, folder / "run").images
     4
     """
-    # Before the processes meet: a process that leaves then would block the others.
+    # Check settings before the processes meet: later, a process that leaves would block the others.
     validate_config(config)
     family = family_of(config.teacher)
     if validate is not None and (family.prior_family is not None or not family.draws_images):
@@ -153,12 +153,9 @@ def _train(
 def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:
     """Load data, networks and losses, from the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
-    # Read captions and rows: the pairs, or real images alone.
     set_training_arithmetic(device, options.precision == "bf16")
     _check_networks(config)
-    text_in_bf16 = config.encodes_text_in_bf16(device.type == "cuda")
-    encode, kind = _build_encoder(config.teacher, config.data.text_cache, text_in_bf16, device)
-    reader = _open_images(config, kind, device) if config.without_pairs else _open_pairs(config)
+    encode, kind, reader = _open_rows(config, device)
     # Load the losses with their frozen networks, and what makes real rows and previews.
     gan, shape = config.gan if config.stage == "gan" else None, _shape_of(reader)
     regression = build_regression(config, shape[0], device)
@@ -184,22 +181,6 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     monitor = RunMonitor(
         options, config.seed, log, reader, shape, state, draw, distance, rows, vae, validate, guidance
     )
-    context = StepContext(
-        state=state,
-        regression=regression,
-        noise_augment=noise_augment,
-        mix_in_real_images=mix_in_real_images,
-        gan=config.gan,
-        clip_guidance=guide,
-        clip_weight=config.clip_guidance.weight,
-        student_optim=config.optim,
-        batch_size=options.batch_size,
-        images=options.images,
-        logit_stats=logit_stats,
-        autocast=autocast,
-        waiting=pace.waiting,
-        stop_updates=finite.stop_updates,
-    )
     return _Run(
         config=config,
         out=out,
@@ -210,10 +191,35 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         pace=pace,
         finite=finite,
         prepare=_build_preparation(config, regression, noise_augment, encode, guide, device),
-        context=context,
+        context=StepContext(
+            state=state,
+            regression=regression,
+            noise_augment=noise_augment,
+            mix_in_real_images=mix_in_real_images,
+            gan=config.gan,
+            clip_guidance=guide,
+            clip_weight=config.clip_guidance.weight,
+            student_optim=config.optim,
+            batch_size=options.batch_size,
+            images=options.images,
+            logit_stats=logit_stats,
+            autocast=autocast,
+            waiting=pace.waiting,
+            stop_updates=finite.stop_updates,
+        ),
         batches=_open_batches(config, reader, state.nimg, device),
         resumed=last is not None,
     )
+
+
+def _open_rows(
+    config: DistillConfig, device: torch.device
+) -> tuple[TextCache, CaptionKind, PairRows | ImageRows]:
+    """The text encoder, what captions must be for this teacher, and the rows: pairs, or real images alone."""
+    text_in_bf16 = config.encodes_text_in_bf16(device.type == "cuda")
+    encode, kind = _build_encoder(config.teacher, config.data.text_cache, text_in_bf16, device)
+    rows = _open_images(config, kind, device) if config.without_pairs else _open_pairs(config)
+    return encode, kind, rows
 
 
 def _resume(log: RunLog, state: State, last: checkpoint.Checkpoint | None, loggers: Sequence[str]) -> RunLog:

@@ -106,10 +106,12 @@ def _measure_batch(
     Returns float64 [N, 4 or 5] on the CPU, without padding: position, mean squared error, minimum and maximum
     of the target, and the distance if there is one.
     """
+    # Draw the student's latents. Padding repeats the last row.
     numbers = [rows[min(position, len(rows) - 1)] for position in part]
     batch = reader.read(numbers)
     target = batch.latents.to(device)
     latents = draw(batch.noise.to(device), batch.prompts, *scales(batch), prior=batch.condition).float()
+    # Values of each row.
     flat = target.flatten(1)
     values = [(latents - target).square().flatten(1).mean(1), flat.amin(1), flat.amax(1)]
     if distance is not None:
@@ -120,6 +122,7 @@ def _measure_batch(
         ]
         transforms = [_batch_params(params) for params in zip(*row_transforms, strict=True)]
         values.append(distance(latents, target, transforms=transforms))
+    # One line per row, without the padding.
     table = torch.stack([torch.tensor(part, device=target.device), *values], 1).double().cpu()
     return table[table[:, 0] < len(rows)]
 

@@ -119,6 +119,7 @@ def open_reference(
     The cache key is a digest of the files' names, sizes and times, the networks, and how the protocol
     preprocesses images and chooses prompts. Raises UserError as `build_reference` and `Reference.check` do.
     """
+    # Statistics are read as they are; images are measured, unless the cache has them.
     if path.suffix == ".safetensors":
         reference = Reference.load(path)
     else:

@@ -105,6 +105,7 @@ def one_step_source(
         prior = one.prior_latents(request.seed, numbers, texts)
         return decode(one.vae, one.latents(scaled_noise(numbers), texts, prior))
 
+    # The parts that latency is measured of.
     def parts(batch: int) -> dict[str, Callable[[], object]]:
         texts, inputs = request.texts(range(batch)), scaled_noise(range(batch)).to(request.device)
         cond = one.conditioner.encode(texts)

@@ -75,6 +75,7 @@ def _check_type(name: str, dataset: Any, spec: StoreSpec) -> None:
 
 def _check_storage(name: str, dataset: Any, file_bytes: int) -> None:
     """Raise ValueError unless every chunk of a dataset is in the file, with a checksum."""
+    # Chunked, checksummed, and no filter from a plugin.
     properties = dataset.get_create_plist()
     if properties.get_layout() != h5d.CHUNKED or properties.get_external_count():
         raise ValueError(f"dataset {name} has no checksums, or its data lies elsewhere (it is not chunked)")
@@ -93,6 +94,7 @@ def _check_storage(name: str, dataset: Any, file_bytes: int) -> None:
         if stored < count * chunk_bytes:
             raise ValueError(f"dataset {name} lacks a part of its rows")
         return
+    # Compressed chunks: together no larger than deflate can make them, each about its plain size at most.
     largest = 0
 
     def measure(info: Any) -> None:
