@@ -60,7 +60,7 @@ def _pipeline(option: str, value: str) -> None:
 
 def _hub_id(option: str, value: str, *files: str) -> None:
     """A hub id, by a question to the hub. Without a connection the log says that it is not checked."""
-    from d2g.diffusion.hub import has_file
+    from d2g.core.hub import has_file
 
     # A name below a folder of this disk is a path.
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value) or Path(value).parent.is_dir():

@@ -77,7 +77,7 @@ ENTRY_POINTS = {
     "transformers": {"d2g/diffusion/", "d2g/vision/transformers_vision.py"},
     "peft": {"d2g/diffusion/lora.py"},
     "tokenizers": {"d2g/diffusion/pretrained.py"},
-    "huggingface_hub": {"d2g/diffusion/", "d2g/vision/", "distill/export/", "eval/networks/"},
+    "huggingface_hub": {"d2g/core/hub.py", "distill/export/"},
     "torch.distributed": {"d2g/core/distributed/"},
     "torch._C._distributed_c10d": {"d2g/core/distributed/"},
     "typer": {"d2g_cli/"},

@@ -6,6 +6,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from d2g.core import hub
 from d2g.core.errors import UserError, first_line
 from d2g.diffusion.pipelines import SHIPPED, weight_patterns
 from d2g.diffusion.pretrained import load_autoencoder
@@ -60,17 +61,8 @@ def load_taesd(encoder: Path, decoder: Path) -> Any:
 
 def _fetch(name: str) -> Path:
     """The local copy of an autoencoder or pipeline on the hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     # The files of an autoencoder of its own, and those of a pipeline's.
     files = ["config.json", "model_index.json", *weight_patterns(None)]
     patterns = [*files, *(f"vae/{file}" for file in files)]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"autoencoder {name}: no such folder here, and as a hub id it cannot be fetched "
-            f"({first_line(error)}); give a folder, a hub id, or {TAESD}"
-        ) from error
+    folder = hub.fetch(name, patterns, f"autoencoder {name}")
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2g.core import hub
 from d2g.core.errors import SettingError, UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.logs import logger
@@ -106,6 +107,8 @@ def load_any_pipeline(
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
+    if not Path(name).exists():
+        hub.fetch(name, ["model_index.json"], f"pipeline {name}")
     # A safety checker is switched off only where the pipeline names one: others reject the argument.
     index = Path(name) / "model_index.json"
     settings: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from d2g.core import hub
 from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json
 from d2g.core.regular_files import open_regular
@@ -168,35 +169,24 @@ def _snapshot(name: str) -> Path:
     """Download the files of a hub id that its family needs, or find them in the cache: weights in full
     precision where the repository has them, else a copy in half precision.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return hub.fetch(name, patterns, f"teacher {name}")
 
-    try:
-        # First the index, which names the components; then their files.
-        pipeline = _read_index(fetch(["model_index.json"]))
-        components = pipeline.components
-        models = [c for c in components if c != "scheduler" and not c.startswith("tokenizer")]
-        patterns = [f"{component}/*{suffix}" for component in components for suffix in _TEXT]
-        patterns += [f"{model}/{file}" for model in models for file in weight_patterns(None)]
-        if pipeline.family.flat_layout:
-            patterns += ["config.json", "scheduler_config.json", *weight_patterns(None)]
-        folder = fetch(["model_index.json", *patterns])
-        # Models without full-precision weights: fetch their copies in half precision.
-        missing = [
-            m for m in models if (folder / m).is_dir() and not list((folder / m).glob("*.safetensors"))
-        ]
-        if missing:
-            fetch([f"{model}/{file}" for model in missing for v in HALVES for file in weight_patterns(v)])
-        return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"teacher {name}: no such folder here, and as a hub id it cannot be fetched ({first}); "
-            "check the name"
-        ) from error
+    # First the index, which names the components; then their files.
+    pipeline = _read_index(fetch(["model_index.json"]))
+    components = pipeline.components
+    models = [c for c in components if c != "scheduler" and not c.startswith("tokenizer")]
+    patterns = [f"{component}/*{suffix}" for component in components for suffix in _TEXT]
+    patterns += [f"{model}/{file}" for model in models for file in weight_patterns(None)]
+    if pipeline.family.flat_layout:
+        patterns += ["config.json", "scheduler_config.json", *weight_patterns(None)]
+    folder = fetch(["model_index.json", *patterns])
+    # Models without full-precision weights: fetch their copies in half precision.
+    missing = [m for m in models if (folder / m).is_dir() and not list((folder / m).glob("*.safetensors"))]
+    if missing:
+        fetch([f"{model}/{file}" for model in missing for v in HALVES for file in weight_patterns(v)])
+    return folder
 
 
 def weight_patterns(variant: str | None) -> list[str]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from d2g.core import hub
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.logs import logger
@@ -118,13 +119,11 @@ def _config_folder(file: Path, tensors: Mapping[str, Tensor], config: str | None
     if config is not None and Path(config).is_dir():
         return config, Path(config)
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name = config or str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
     try:
-        return name, Path(snapshot_download(name, allow_patterns=_CONFIG_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return name, hub.fetch(name, _CONFIG_FILES, name)
+    except UserError as error:
         raise UserError(
             f"{file} holds weights only, and the configs and tokenizers of {name} are neither a folder here, "
             "nor in the hub's cache, nor can they be fetched; give --config with the folder of any pipeline "

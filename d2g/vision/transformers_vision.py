@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from d2g.core import hub
 from d2g.core.errors import UserError
 
 WEIGHTS = ("config.json", "*.safetensors")
@@ -140,13 +141,4 @@ def _folder(name: str, files: tuple[str, ...]) -> Path:
         return Path(name)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise UserError(f"{name}: no such folder; give one as save_pretrained writes, or a hub id org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name}: no such folder here, and as a hub id it cannot be fetched "
-            f"({str(error).splitlines()[0]}); fetch its {', '.join(files)} elsewhere and give their folder"
-        ) from error
+    return hub.fetch(name, files, name)

@@ -3,11 +3,11 @@
 import os
 import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from d2g.core.errors import SettingError, UserError, first_line
+from d2g.core.hub import connection_errors
 from d2g.core.staged_folder import staged
 from distill.config.export import ExportConfig
 from distill.export.output import check_out, is_export
@@ -70,20 +70,14 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
     Raises UserError if the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    failures: tuple[type[Exception], ...] = (HfHubHTTPError, OSError)
-    if find_spec("httpx") is not None:  # what newer versions of huggingface_hub send requests with
-        import httpx
-
-        failures += (httpx.TransportError,)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Upload a student of diffusion2gan"
         )
-    except failures as error:
+    except connection_errors() as error:
         raise UserError(
             f"cannot upload to {repository}: {first_line(error)}; {folder} holds the files; log in with "
             "`hf auth login` if the hub asks for it, and run the same command again"

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2g.core.errors import UserError
+from d2g.core.errors import UserError, first_line
+from d2g.core.hub import connection_errors
 from eval.images.resize import to_pil
 from eval.networks.base import ClipNet, Device, FeatureNet, parameters_sha256
 
@@ -95,10 +96,10 @@ def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
             name, pretrained=pretrained or None, device=device
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except connection_errors() as error:
         raise UserError(
-            f"CLIP {model!r} does not load ({reason}); give MODEL:FILE with its weights"
+            f"CLIP {model!r} does not load ({first_line(error)[:200]}); give MODEL:FILE with its weights, or "
+            "a folder of open_clip, fetched where there is a network"
         ) from error
     full_name = f"local-dir:{Path(folder).resolve().name}" if local else model
     return net.eval().requires_grad_(False), preprocess, tokenizer, full_name

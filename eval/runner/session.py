@@ -6,10 +6,13 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import log_once, logger
 from d2g.core.progress import Progress, quiet
+from d2g.core.shuffle import permuted
 from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
@@ -46,6 +49,8 @@ class EvalSession:
         self.metrics = config.metrics or self.protocol.metrics
         check_metrics(self.metrics)
         config.check_source()
+        self.subset_note = ""
+        """Which prompts are sampled, where there are more than images."""
         self.left_out: list[str] = [] if config.metrics else self._leave_out()
 
     def _leave_out(self) -> list[str]:
@@ -207,11 +212,28 @@ class EvalSession:
         if not prompts:
             raise SettingError("--prompts is not set; give the file of captions to draw")
         return SamplingRequest(
-            prompts=prompts[: self.count] if self.count else prompts,
+            prompts=self._choose(prompts),
             seed=self.protocol.seed,
             device=self.device,
             precision=self.config.precision,
         )
+
+    def _choose(self, prompts: list[str]) -> list[str]:
+        """As many prompts as there are images to sample, in their order.
+
+        The protocol's seed chooses them, because files are often sorted by class. COCO's prompts are in random
+        order: their first ones are taken.
+        """
+        if not 0 < self.count < len(prompts):
+            return prompts
+        if self.config.prompts is None and self.protocol.prompts.startswith("coco"):
+            return prompts[: self.count]
+        rows = permuted(self.protocol.seed, 0, len(prompts), np.arange(self.count))
+        self.subset_note = (
+            f"{self.count} of {len(prompts)} prompts, chosen at random (seed {self.protocol.seed})"
+        )
+        log_once(self.subset_note)
+        return [prompts[row] for row in np.sort(rows)]
 
     def source(self, config: EvalRun, checkpoint: Path | None = None) -> ImageSource:
         """What to measure: files, a student (or one `checkpoint` of its run), a pipeline or a teacher."""
@@ -320,7 +342,7 @@ class EvalSession:
             if process_group.rank() == 0
             else Floor()
         )
-        notes = [*result.notes, *self.left_out, *([floor.note] if floor.note else [])]
+        notes = [*result.notes, *self.left_out, *filter(None, (self.subset_note, floor.note))]
         result = replace(result, notes=notes, floor=dict(floor.numbers))
         return source, replace(evaluation, result=result)
 

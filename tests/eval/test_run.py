@@ -22,7 +22,7 @@ from eval.protocols.protocol import PROTOCOLS
 from eval.result import EvalResult
 from eval.runner.curves import run_curve, run_every
 from eval.runner.run import compare_results, run_evaluation, save_statistics
-from eval.runner.session import read_list
+from eval.runner.session import EvalSession, read_list
 from eval_jobs import config
 from jobs import Running, d2g, d2g_ranks
 
@@ -435,3 +435,30 @@ def test_a_teacher_with_nan_weights_is_an_error_without_a_result(
     ended = d2g(arguments(job, broken, out=tmp_path / "out"), tmp_path / "run")
     assert ended.code == 1 and "image 0" in ended.error and "is not finite" in ended.error
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_fewer_images_than_prompts_take_a_random_subset_of_them(
+    job: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files are often sorted by class: their first prompts would be of one class."""
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("\n".join(f"{kind} {n}" for kind in "abcd" for n in range(30)) + "\n")
+
+    def sampled(**settings: Any) -> list[str]:
+        session = EvalSession(config(job, teacher=str(teacher), prompts=str(listed), **settings))
+        return list(session.sampling_request(session.prompts).prompts)
+
+    prompts, others = read_list(listed), sampled(num=40, seed=5)
+    chosen = sampled(num=40)
+    assert chosen == sampled(num=40) != others and chosen == sorted(set(chosen), key=prompts.index)
+    assert {text[0] for text in chosen} == {text[0] for text in others} == set("abcd")
+    assert sampled(num=120) == sampled(num=200) == prompts
+    with caplog.at_level("INFO", logger="d2g"):
+        run = config(job, teacher=str(teacher), steps=1, prompts=str(listed), num=4, metrics=("clip",))
+        result = run_evaluation(replace(run, reference=None))
+    note = "4 of 120 prompts, chosen at random (seed 1000)"
+    assert note in result["notes"] and note in caplog.text
+    # COCO's prompts are in random order already, and their first ones are those of the published protocol.
+    coco = PROTOCOLS["coco2014-30k-gigagan"]
+    session = EvalSession(config(job, teacher=str(teacher), protocol=coco, num=2, prompts=None))
+    assert list(session.sampling_request(["x", "y", "z"]).prompts) == ["x", "y"]
