@@ -129,6 +129,8 @@ class StudentFacts(TypedDict):
     """Of an export whose teacher takes the guidance scale as an input: the scale of its pairs."""
     condition_teacher: NotRequired[str]
     """Of an export of a cascade's later stage: the denoiser's sha256 of the stage before."""
+    clip_guidance_sha256: NotRequired[str]
+    """Of an export of a student that a CLIP guided: `guiding_clip`."""
     inputs: NotRequired[dict[str, Any]]
 
 
@@ -165,6 +167,12 @@ def _student_facts(name: str) -> tuple[Path, str, dict[str, Any]]:
     raise UserError(
         f"student {name}: expected a run of `d2g distill` (config.json) or an exported student (student.json)"
     )
+
+
+def guiding_clip(name: str) -> str:
+    """`clip_sha256` of the CLIP that guided a student in training; "" where none did or none is recorded."""
+    _, _, facts = _student_facts(name)
+    return str(facts.get("inputs", {}).get("clip", "") or facts.get("clip_guidance_sha256", ""))
 
 
 def student_guidance(name: str, teacher: str) -> float:

@@ -1,11 +1,12 @@
 """DINO, DINOv2, DINOv3 and CLIP models of transformers, from a folder or a hub id."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from d2g.core import hub
 from d2g.core.errors import UserError
@@ -114,6 +115,21 @@ def load_clip_tokenizer(name: str) -> Any:
             f"{name} holds no tokenizer; expected tokenizer.json or vocab.json and merges.txt in it"
         )
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def text_table_sha256(table: torch.Tensor) -> str:
+    """Digest of a CLIP by the embeddings of its tokens [N, D], which all file formats store, in fp16."""
+    return hashlib.sha256(table.detach().half().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def clip_sha256(name: str) -> str:
+    """`text_table_sha256` of a CLIPModel in a folder or hub id; "" without the embeddings of its tokens."""
+    for file in sorted(_folder(name, WEIGHTS).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # no dict
+                if key.endswith("embeddings.token_embedding.weight"):
+                    return text_table_sha256(tensors.get_tensor(key))
+    return ""
 
 
 def _load(name: str, kind: str, model_type: str, **options: Any) -> Any:

@@ -27,6 +27,7 @@ from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
 from distill.sampling import (
     condition_teacher,
+    guiding_clip,
     load_student,
     student_folder,
     student_guidance,
@@ -73,6 +74,8 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     facts: dict[str, Any] = {"teacher": source, "student_timestep": timestep}
     if family_of(teacher or source).embedded_guidance is not None:
         facts["guidance"] = student_guidance(run, teacher or source)
+    if clip := guiding_clip(run):
+        facts["clip_guidance_sha256"] = clip
     if before_sha256 := condition_teacher(run):
         facts["condition_teacher"] = before_sha256
     with staged(out, "exports to") as folder:

@@ -14,6 +14,7 @@ from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
 from d2g.diffusion import pretrained
+from d2g.vision.transformers_vision import clip_sha256
 from distill.config.run import DistillConfig
 from distill.sampling import student_folder
 from distill.training.real_rows import ImageRows
@@ -26,15 +27,19 @@ INPUTS = ("teacher", "pairs", "init", "lpips")
 """The settings that are paths of inputs."""
 
 
-def describe_inputs(teacher: str, init: str, reader: PairRows | ImageRows) -> dict[str, Any]:
+def describe_inputs(
+    teacher: str, init: str, reader: PairRows | ImageRows, guide: str = ""
+) -> dict[str, Any]:
     """Digest of the teacher without its autoencoder, specs of the pair stores, digest of the initial student
-    ("" without one, or if it is gone), and the number of images of a run without pairs, as JSON."""
+    ("" without one, or if it is gone), digest of the CLIP `guide`, if one guides, and the number of images
+    of a run without pairs, as JSON."""
     images = {"images": len(reader)} if isinstance(reader, ImageRows) else {}
     return {
         **images,
         "teacher": pretrained.denoiser_sha256(teacher),
         "pairs": [spec.as_json() for spec in store_specs(reader)],
         "init": _student_sha256(init) if init else "",
+        **({"clip": clip_sha256(guide)} if guide else {}),
     }
 
 

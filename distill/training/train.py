@@ -233,7 +233,8 @@ def _resume(log: RunLog, state: State, last: checkpoint.Checkpoint | None, logge
 
 def _open_log(config: DistillConfig, out: Path, reader: PairRows | ImageRows) -> RunLog:
     """The run's log. Raises UserError if the folder holds a run with other settings or inputs."""
-    inputs = describe_inputs(config.teacher, config.init, reader)
+    guide = config.clip_guidance.model if config.clip_guidance.weight else ""
+    inputs = describe_inputs(config.teacher, config.init, reader, guide)
     settings = {**_split_config(config), "inputs": inputs}
     notes = same_inputs(out, config, reader, inputs)
     defaults = _split_config(DistillConfig())

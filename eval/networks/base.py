@@ -32,7 +32,9 @@ class FeatureNet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipNet:
-    """Both towers of a CLIP model. `sha256`: digest of its parameters as loaded."""
+    """Both towers of a CLIP model. `sha256`: digest of its parameters as loaded. `text_sha256`: `clip_sha256`
+    of the same model in other files; "" where it has none.
+    """
 
     name: str
     dim: int
@@ -41,6 +43,7 @@ class ClipNet:
     """uint8 [B, 3, H, W] -> unit vectors [B, dim], on the CPU in fp32."""
     encode_texts: Callable[[list[str]], Tensor]
     """B texts -> unit vectors [B, dim], on the CPU in fp32."""
+    text_sha256: str = ""
 
 
 def normalize_channels(images: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError, first_line
 from d2g.core.hub import connection_errors
+from d2g.vision.transformers_vision import text_table_sha256
 from eval.images.resize import to_pil
 from eval.networks.base import ClipNet, Device, FeatureNet, parameters_sha256
 
@@ -62,7 +63,14 @@ def load_clip(model: str, device: Device = "cpu") -> ClipNet:
         sha256=parameters_sha256(net),
         encode_images=encode_images,
         encode_texts=encode_texts,
+        text_sha256=_text_sha256(net),
     )
+
+
+def _text_sha256(net: Any) -> str:
+    tower = net if hasattr(net, "token_embedding") else getattr(net, "text", None)
+    table = getattr(tower, "token_embedding", None)
+    return "" if table is None else text_table_sha256(table.weight)
 
 
 def load_clip_features(model: str | Path | None = None, device: Device = "cpu") -> FeatureNet:

@@ -17,7 +17,7 @@ from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import load_teacher
-from distill.sampling import student_folder
+from distill.sampling import guiding_clip, student_folder
 from eval.evaluation import Evaluation, evaluate, image_count
 from eval.floor import Floor, real_floor
 from eval.images.folders import open_images
@@ -221,8 +221,8 @@ class EvalSession:
     def _choose(self, prompts: list[str]) -> list[str]:
         """As many prompts as there are images to sample, in their order.
 
-        The protocol's seed chooses them, because files are often sorted by class. COCO's prompts are in random
-        order: their first ones are taken.
+        The protocol's seed chooses them, because files are often sorted by class. COCO's prompts are in
+        random order: their first ones are taken.
         """
         if not 0 < self.count < len(prompts):
             return prompts
@@ -342,9 +342,20 @@ class EvalSession:
             if process_group.rank() == 0
             else Floor()
         )
-        notes = [*result.notes, *self.left_out, *filter(None, (self.subset_note, floor.note))]
+        more = (self.subset_note, floor.note, self._guidance_note())
+        notes = [*result.notes, *self.left_out, *filter(None, more)]
         result = replace(result, notes=notes, floor=dict(floor.numbers))
         return source, replace(evaluation, result=result)
+
+    def _guidance_note(self) -> str:
+        """What to know of the CLIP score if the same CLIP guided the student in training."""
+        clip, student = self.networks.clip, self.config.student
+        if clip is None or student is None or not clip.text_sha256:
+            return ""
+        if guiding_clip(student) != clip.text_sha256:
+            return ""
+        log_once(note := f"{clip.name} guided this student in training: its CLIP score is inflated")
+        return note
 
     def _count(self, source: ImageSource) -> int:
         """Images to measure; a sampler without a set number draws one image per prompt."""

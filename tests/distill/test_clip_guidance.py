@@ -12,11 +12,13 @@ import vision_models
 from d2g.core.config import override
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.latents import decode
+from d2g.vision.transformers_vision import clip_sha256
 from d2g_cli.distill import _warn_of_scoring_clip
 from distill.config.components import ClipGuidanceConfig
 from distill.losses.clip_guidance import build_clip_guidance, spherical_distance
 from distill.planning.memory import predict
 from distill.planning.unused_settings import refuse_unused
+from distill.sampling import guiding_clip
 from distill.training.train import train
 from jobs import distill_config, make_pairs
 from runs import losses, state_at
@@ -73,6 +75,7 @@ def test_guided_runs_resume_bit_for_bit(teacher: Path, clip: str, tmp_path: Path
             train(each, tmp_path / run)
     once, twice = (state_at(tmp_path / run, 8) for run in ("once", "twice"))
     assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert guiding_clip(str(tmp_path / "once")) == clip_sha256(clip) != ""
     report = losses(tmp_path / "once")[-1]
     assert report["loss/g"] == pytest.approx(report["loss/mse"] + 0.2 * report["loss/clip"], rel=1e-5)
 

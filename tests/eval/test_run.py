@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
+from d2g.vision.transformers_vision import clip_sha256
+from distill.export.export import export_student
+from distill.sampling import guiding_clip
 from eval.measure.reference import Reference
+from eval.networks.registry import load_clip
 from eval.protocols.config import CurveRun, EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.result import EvalResult
@@ -462,3 +466,27 @@ def test_fewer_images_than_prompts_take_a_random_subset_of_them(
     coco = PROTOCOLS["coco2014-30k-gigagan"]
     session = EvalSession(config(job, teacher=str(teacher), protocol=coco, num=2, prompts=None))
     assert list(session.sampling_request(["x", "y", "z"]).prompts) == ["x", "y"]
+
+
+def test_a_clip_score_by_the_clip_that_guided_the_student_is_noted(
+    job: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A digest tells, wherever the CLIP lies and whichever library wrote it."""
+    scoring = load_clip(str(job / "clip"))
+    tensors = load_file(job / "clip" / "open_clip_model.safetensors")
+    (tmp_path / "guide").mkdir()
+    table = {"text_model.embeddings.token_embedding.weight": tensors["token_embedding.weight"].float()}
+    save_file(table, tmp_path / "guide" / "model.safetensors")
+    assert scoring.text_sha256 == clip_sha256(str(tmp_path / "guide")) != ""
+    run = tmp_path / "run"
+    shutil.copytree(job / "run", run)
+    settings = json.loads((run / "config.json").read_text())
+    for digest_of_guide, notes in ((scoring.text_sha256, 1), ("0" * 64, 0), ("", 0)):
+        settings["inputs"]["clip"] = digest_of_guide
+        (run / "config.json").write_text(json.dumps(settings))
+        result = run_evaluation(config(job, student=str(run), metrics=("clip",), reference=None, num=4))
+        assert sum("guided this student in training" in note for note in result["notes"]) == notes
+    settings["inputs"]["clip"] = scoring.text_sha256
+    (run / "config.json").write_text(json.dumps(settings))
+    export_student(str(run), tmp_path / "exported")
+    assert guiding_clip(str(tmp_path / "exported")) == scoring.text_sha256
