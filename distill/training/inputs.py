@@ -27,9 +27,7 @@ INPUTS = ("teacher", "pairs", "init", "lpips")
 """The settings that are paths of inputs."""
 
 
-def describe_inputs(
-    teacher: str, init: str, reader: PairRows | ImageRows, guide: str = ""
-) -> dict[str, Any]:
+def describe_inputs(teacher: str, init: str, reader: PairRows | ImageRows, guide: str = "") -> dict[str, Any]:
     """Digest of the teacher without its autoencoder, specs of the pair stores, digest of the initial student
     ("" without one, or if it is gone), digest of the CLIP `guide`, if one guides, and the number of images
     of a run without pairs, as JSON."""
