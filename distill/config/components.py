@@ -46,7 +46,7 @@ class OptimConfig:
         "adamw",
         "Optimizer. The paper says Adam with weight decay 1e-2, read as decoupled (adamw); adam adds the "
         "decay to the gradient; the paper's CIFAR10 model uses radam. On a GPU adamw and adam are fused; "
-        "adamw_fused is so on a CPU, too; adamw_8bit keeps its moments in 8 bits, a quarter of the memory",
+        "adamw_fused also on a CPU; adamw_8bit keeps its moments in 8 bits, a quarter of the memory",
         source='Table A1; method.md "Schedule and hyperparameters"',
     )
     lr: float = setting(1e-4, "Learning rate after warm-up", source="Table A1", recipe=True)
@@ -224,7 +224,7 @@ class DiscriminatorConfig:
     )
     multi_scale_output: bool = setting(
         True,
-        "One head per level (SD 1.5: 12, SDXL: 9) in place of the last one alone",
+        "Three heads per decoder level (SD 1.5: 12, SDXL: 9), not one head after the last level",
         source='method.md "Discriminator architecture"',
     )
     output_head: bool = setting(
@@ -554,8 +554,8 @@ class ClipGuidanceConfig:
     )
     model: str = setting(
         "openai/clip-vit-large-patch14",
-        "CLIP in transformers' format, with its tokenizer: a folder or a hub id; another one than scores the "
-        "student",
+        "CLIP in transformers' format, with its tokenizer: a folder or a hub id. Use another CLIP "
+        "to score the student",
         source="StyleGAN-T, section 3: ViT-L/14",
     )
     crop: int = setting(

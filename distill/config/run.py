@@ -51,7 +51,7 @@ class TrainConfig:
         "Arithmetic of the networks, LatentLPIPS' trunk included; weights and losses are fp32",
         source="Table A1",
     )
-    loader_workers: int = setting(2, "Threads that read pairs per rank; 0 reads in the training loop")
+    loader_workers: int = setting(2, "Processes per rank that read pairs; 0 reads in the training loop")
     report_images: int = setting(12_800, "Images between reports in stats.jsonl")
     checkpoint_images: int = setting(1_280_000, "Images between checkpoints")
     keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep")

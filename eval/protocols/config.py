@@ -129,7 +129,7 @@ class EvalRun:
         return {name if sep else "features": path if sep else name for name, sep, path in pairs}
 
 
-EVAL_PRESETS = Presets({"default": ("The protocol is given by --protocol, folder if not", EvalRun())})
+EVAL_PRESETS = Presets({"default": ("The protocol that --protocol names, by default `folder`", EvalRun())})
 """Presets of `d2g eval run`; other packages add theirs with `register_preset`."""
 
 
