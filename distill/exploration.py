@@ -140,6 +140,7 @@ def save_walk(
     typical images. metric: of the teacher's latents, for the path length. Raises SettingError for lists that
     do not fit and as `Walk` does, UserError if OUT cannot be written.
     """
+    # A point is a prompt and a seed; a single one serves all points.
     points = max(len(prompts), len(seeds))
     if {len(prompts), len(seeds)} - {1, points}:
         raise SettingError(
@@ -189,11 +190,13 @@ def save_styles(
     for part in ("{subject}", "{style}"):
         if part not in template:
             raise SettingError(f"template is {template!r}; expected {{subject}} and {{style}} in it")
+    # A row of prompts per subject.
     prompts = [
         template.replace("{subject}", subject).replace("{style}", style)
         for subject in subjects
         for style in styles
     ]
+    # All prompts share one noise.
     start, images = noise(seed, range(1), one.student.latent_shape) * noise_scale, list[Tensor]()
     for prompt in prompts:
         images += list(one.images(start, [prompt]))
@@ -204,7 +207,7 @@ def save_styles(
 
 
 def _save_gif(images: Tensor, path: Path) -> None:
-    """An endless animation, forth and back."""
+    """An endless animation, forward and back."""
     frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     frames += frames[-2:0:-1]
     try:

@@ -16,9 +16,9 @@ from d2g.core.logs import log_once
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, Pillow's own limit: a small file may claim billions of pixels."""
 _EXECUTING_FORMATS = ("EPS", "WMF")  # EPS runs Ghostscript, WMF asks Windows to draw
-_KINDS = {"RGB": "", "RGBX": "", "RGBA": "", "1": "grey", "L": "grey", "LA": "grey", "P": "palette"}
+_KINDS = {"RGB": "", "RGBX": "", "RGBA": "", "1": "gray", "L": "gray", "LA": "gray", "P": "palette"}
 _KINDS |= {"PA": "palette", "CMYK": "CMYK", "YCbCr": "YCbCr"}
-_KINDS |= dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), "16-bit grey")
+_KINDS |= dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), "16-bit gray")
 """The accepted Pillow modes, and what the notes of a result call them ("": 8-bit RGB already)."""
 # Pillow's own warnings, on which nobody can act: damaged EXIF data, and pictures above half of MAX_PIXELS.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)

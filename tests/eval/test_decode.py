@@ -56,7 +56,7 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
     image = Image.fromarray(wide)
     assert image.mode.startswith("I;16")
     image_read = read(encoded(image))
-    assert image_read.converted == ("16-bit grey",)
+    assert image_read.converted == ("16-bit gray",)
     assert np.array_equal(pixels(image_read)[..., 0], RAMP), "65535 becomes 255, and 257 becomes 1"
     clipped = np.array(Image.open(io.BytesIO(encoded(image))).convert("RGB"))
     assert (clipped == 255).mean() > 0.9, "Pillow's own conversion clips nearly all pixels"

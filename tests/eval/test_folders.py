@@ -148,7 +148,7 @@ def test_reading_records_conversions_and_digests(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8)).save(tmp_path / "004.jpg")
     reading = Reading()
     load_all(read_images(tmp_path, reading=reading))
-    assert dict(reading.converted) == {"grey": 1, "CMYK": 1}
+    assert dict(reading.converted) == {"gray": 1, "CMYK": 1}
     files = sorted(tmp_path.iterdir())
     assert reading.digests == [hashlib.sha256(file.read_bytes()).digest() for file in files]
 

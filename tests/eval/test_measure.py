@@ -249,7 +249,7 @@ def test_file_digests_and_conversions_are_recorded(tmp_path: Path) -> None:
     rows = measure_source(
         source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work", batch_size=1)
     )
-    assert rows.values[FILE_SHA256].shape == (5, 32) and rows.converted == Counter(grey=1)
+    assert rows.values[FILE_SHA256].shape == (5, 32) and rows.converted == Counter(gray=1)
     assert rows.prompts == ["a", "b", "c", "d", "e"]
     again = measure_source(source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work"))
     assert same(rows, again), "the counts of conversions are saved too"

@@ -57,7 +57,7 @@ def test_statistics_of_a_coco_folder_are_saved_and_loaded(coco: Path, tmp_path: 
     reference = open_reference(coco, COCO, SETS)
     chosen = chosen_images(read_coco(coco, "val2014"), 6, COCO.seed)
     assert reference.prompts == [f"photo {i}, 0" for i in chosen]
-    assert reference.count == 10 and reference.facts["converted"] == {"grey": 1}
+    assert reference.count == 10 and reference.facts["converted"] == {"gray": 1}
     rows = quarters(load_all(read_images(coco / "val2014", resize="crop8-bicubic"))[0]).double()
     stats = reference.stats["features"]
     torch.testing.assert_close(stats.mean, rows.mean(0))
