@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import tiny
+from fork_server import ForkServer
 
 atexit.register(shutil.rmtree, os.environ["D2G_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # in case a pytest plugin imported torch before this file
@@ -64,6 +65,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "teacher"
     tiny.save_teacher(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A program that runs what `python` runs, in processes that need not import torch again."""
+    server = ForkServer(tmp_path_factory.mktemp("server"))
+    yield str(server.python)
+    server.stop()
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import json
 import os
 import signal
+import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +16,6 @@ from d2g.core.environment import usable_cores
 from d2g_cli.launch import cpu_processes
 from d2g_cli.main import main
 
-COMMAND = [sys.executable, "-m", "d2g_cli"]
 TINY_DEMO = ["demo", "--quick", "--json"]
 for _setting in (
     "pairs.num_pairs=8",
@@ -57,35 +57,61 @@ def test_a_process_of_torchrun_starts_no_others(monkeypatch: pytest.MonkeyPatch)
     assert count & (count - 1) == 0 and 1 <= count <= usable_cores()
 
 
+@pytest.fixture
+def command(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`d2g`, whose processes need not import torch again; torchrun starts its own by PYTHON_EXEC."""
+    monkeypatch.setenv("PYTHON_EXEC", warm_python)
+    return [warm_python, "-m", "d2g_cli"]
+
+
+@pytest.fixture(scope="module")
+def demo_of_one_process(
+    warm_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """(folder, results) of a demo in one process."""
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    words = [warm_python, "-m", "d2g_cli", *TINY_DEMO, "--processes", "1", "--out", str(out)]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stderr
+    return out, json.loads(process.stdout)
+
+
 @pytest.mark.slow
-def test_a_failed_command_gives_its_exit_code_and_one_line() -> None:
-    command = [*COMMAND, "launch", "--gpus", "2", "--", "distill", "ode", "--preset", "no-such-preset"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def test_a_failed_command_gives_its_exit_code_and_one_line(command: list[str]) -> None:
+    words = [*command, "launch", "--gpus", "2", "--", "distill", "ode", "--preset", "no-such-preset"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 2
     assert process.stderr.count("no-such-preset") == 1 and "Traceback" not in process.stderr, process.stderr
 
 
 @pytest.mark.slow
-def test_the_demo_in_two_processes_measures_what_one_process_measures(tmp_path: Path) -> None:
-    results = []
-    for count in ("1", "2"):
-        command = [*COMMAND, *TINY_DEMO, "--processes", count, "--out", str(tmp_path / count)]
-        process = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        assert process.returncode == 0, process.stderr
-        results.append(json.loads(process.stdout))
-    one, two = results
+def test_the_demo_in_two_processes_measures_what_one_process_measures(
+    command: list[str], demo_of_one_process: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, (_, one) = tmp_path / "two", demo_of_one_process
+    words = [*command, *TINY_DEMO, "--processes", "2", "--out", str(out)]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stderr
+    two = json.loads(process.stdout)
     assert two["pairs"] == one["pairs"] == 8
     for metric in ("fid", "clip_score", "caption_accuracy"):
         assert two[metric] == pytest.approx(one[metric], rel=1e-3)
-    assert (tmp_path / "2" / "report.html").is_file()
+    assert (out / "report.html").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_demo_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
-    command = [*COMMAND, *TINY_DEMO, "--set", "ode.train.images=100000", "--processes", "2"]
-    command += ["--out", str(tmp_path / "demo")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+def test_a_signal_ends_the_demo_and_says_how_to_go_on(
+    number: signal.Signals,
+    command: list[str],
+    demo_of_one_process: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    # The pairs are there, so the first stage trains soon.
+    shutil.copytree(demo_of_one_process[0] / "pairs", tmp_path / "demo" / "pairs")
+    words = [*command, *TINY_DEMO, "--set", "ode.train.images=100000", "--processes", "2"]
+    words += ["--out", str(tmp_path / "demo")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, start_new_session=True, text=True)
     # Wait until the first stage trains.
     stats, deadline = tmp_path / "demo" / "ode" / "stats.jsonl", time.monotonic() + 120
     while not (stats.is_file() and stats.stat().st_size) and time.monotonic() < deadline:
