@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = (
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests do not download from a model hub
 os.environ["D2G_CACHE"] = tempfile.mkdtemp(prefix="d2g-cache-")  # tests do not use the user's cache
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,23 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 
-OPT_IN = ("slow", "gpu")
+OPT_IN = ("slow", "long", "gpu")
 """Marks whose tests run only when `-m` names the mark: `pytest -m slow`."""
+
+LONGEST = (
+    "distill/test_fake_cuda.py",
+    "test_readme.py",
+    "distill/test_engine.py",
+    "d2g_cli/test_launch.py",
+    "teacher_training/test_full_run.py",
+    "test_benchmarks.py",
+    "distill/test_components.py",
+    "distill/test_presets.py",
+    "d2g/test_engine.py",
+    "distill/test_transformer_runs.py",
+    "test_own_pictures.py",
+)
+"""Files that take long. They start first, so that both processes end at nearly the same time."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +72,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected = [item for item in items if any(item.get_closest_marker(mark) for mark in inactive)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if item not in set(deselected)]
+        left_out = set(deselected)
+        items[:] = [item for item in items if item not in left_out]
+    # Then the files with the most tests.
+    counts = Counter(item.path for item in items)
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,12 @@
 """Python processes that start in milliseconds: a server that has imported everything forks them.
 
 `ForkServer.python` is a program with the arguments of `python`. It asks the server for a process with its own
-arguments, environment, folder and open files, passes its signals on, and ends as that process ends. Nothing but
-the import of modules is shared.
+arguments, environment, folder and open files, passes its signals on, and ends as that process ends. Only the
+import of modules is shared.
 """
 
 import ctypes
+import importlib
 import json
 import logging
 import os
@@ -81,16 +82,10 @@ def _die_with_parent() -> None:
 
 def _import_all() -> None:
     """Import what the commands import, also the classes that a model needs when it is loaded."""
-    import torch._dynamo
-    import torch.distributed.checkpoint
-    import torch.distributed.run
-
-    import d2g_cli.main
-    import distill.training.train
-    import eval.runner.run
-    import pairgen.generate  # noqa: F401
-    from distill.sampling import load_student
-
+    modules = ("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.run", "d2g_cli.main")
+    for name in (*modules, "distill.training.train", "eval.runner.run", "pairgen.generate"):
+        importlib.import_module(name)
+    load_student = importlib.import_module("distill.sampling").load_student
     load_student("miniature")
 
 

@@ -37,13 +37,13 @@ CASES = {
 
 FAMILIES = {
     "sd": tuple(CASES),
-    **dict.fromkeys(
-        tiny_teachers.TRANSFORMERS,
-        ("ddp", "ddp-accumulate", "ddp-autocast", "fsdp", "fsdp-accumulate", "fsdp-recompute"),
-    ),
-    **dict.fromkeys(("unet2d", "edm"), ("ddp", "ddp-autocast", "fsdp", "fsdp-recompute")),
+    **dict.fromkeys(tiny_teachers.TRANSFORMERS, ("ddp", "ddp-autocast", "fsdp-recompute")),
+    "sd3": ("ddp", "ddp-accumulate", "ddp-autocast", "fsdp", "fsdp-accumulate", "fsdp-recompute"),
+    **dict.fromkeys(("unet2d", "edm"), ("ddp", "ddp-autocast", "fsdp-recompute")),
 }
-"""Cases by kind of teacher; it is FOLDER/KIND/teacher."""
+"""Cases by kind of teacher; it is FOLDER/KIND/teacher. Accumulation and plain sharding are the engine's, and
+recomputation is done on the same layers that are sharded, which a family names.
+"""
 
 
 def discriminator_kind(teacher: str) -> tuple[DiscriminatorKind, DiscriminatorConfig]:

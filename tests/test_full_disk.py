@@ -50,7 +50,9 @@ def test_a_full_disk_during_training(teacher: Path, pairs: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kib", [4, 8, 12, 16, 24, 64, 256, 512, 1024])
+@pytest.mark.parametrize(
+    "kib", [8, 24, 256, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 12, 16, 64, 512, 1024))]
+)
 def test_full_disks_of_many_sizes_during_training(
     kib: int, teacher: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -60,7 +62,9 @@ def test_full_disks_of_many_sizes_during_training(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kib", [4, 16, 60, 100, 200, 400, 800, 1600, 3200])
+@pytest.mark.parametrize(
+    "kib", [4, 60, 200, 800, *(pytest.param(n, marks=pytest.mark.long) for n in (16, 100, 400, 1600, 3200))]
+)
 @pytest.mark.parametrize("command", ["teacher train", "lpips train", "sample", "export", "eval run"])
 def test_full_disks_of_many_sizes(command: str, kib: int, teacher: Path, tmp_path: Path) -> None:
     disk, data = tmp_path / "disk", tmp_path / "data"

@@ -182,11 +182,12 @@ def test_the_page_names_every_file_and_no_other() -> None:
 
 
 @pytest.mark.slow
-def test_the_slurm_and_ssh_scripts_run_on_the_miniature(tmp_path: Path) -> None:
+def test_the_slurm_and_ssh_scripts_run_on_the_miniature(warm_python: str, tmp_path: Path) -> None:
     """An array of two pair jobs on one folder, stage 1 on two nodes by srun, stage 2 on two hosts by ssh."""
     (tmp_path / "prompts.txt").write_text("".join(f"a small {c} cube\n" for c in ("red", "blue", "green")))
-    command = f"{shlex.quote(sys.executable)} -m d2g_cli"
+    command = f"{shlex.quote(warm_python)} -m d2g_cli"
     variables = {**MINIATURE, "PORT": "29713", "TASKS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables["PYTHON_EXEC"] = warm_python  # torchrun starts its processes by it
     hosts = {"HOSTS": "localhost localhost", "FOLDER": "."}
     environment = stub_environment(tmp_path, command, **variables, **hosts)
     slurm = EXAMPLES / "slurm"

@@ -27,7 +27,7 @@ def bash_block(content: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_commands_of_a_run(tmp_path: Path) -> None:
+def test_the_commands_of_a_run(warm_python: str, tmp_path: Path) -> None:
     """Pairs, both stages and sampling, with the README's trial settings, in a copy of the repository."""
     skip = shutil.ignore_patterns(".git", ".venv", "tests", "docs", "__pycache__", ".*_cache")
     tree = shutil.copytree(ROOT, tmp_path / "clone", ignore=skip)
@@ -42,6 +42,7 @@ def test_the_commands_of_a_run(tmp_path: Path) -> None:
         "UV_NO_SYNC": "1",  # use the environment that runs this test
         "UV_PROJECT_ENVIRONMENT": str(ROOT / ".venv"),
         "OMP_NUM_THREADS": "1",
+        "PYTHON_EXEC": warm_python,  # by which torchrun starts its processes
     }
     process = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", bash_block("pairs generate")],

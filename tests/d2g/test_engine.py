@@ -5,7 +5,6 @@ process.
 import copy
 import os
 import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(warm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case on two processes: FOLDER/FAMILY/CASE.pt."""
     folder = tmp_path_factory.mktemp("parallel")
     for kind in FAMILIES:
@@ -32,8 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", parallel_worker.__file__]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHON_EXEC"] = warm_python  # by which torchrun starts its processes
     done = subprocess.run(
-        [sys.executable, "-m", *command, str(folder)],
+        [warm_python, "-m", *command, str(folder)],
         env=environment,
         capture_output=True,
         text=True,
@@ -94,7 +94,7 @@ def test_two_processes_give_the_gradients_of_one(family: str, case: str, folder:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_single_process_gives_the_networks_gradients(kind: str, folder: Path) -> None:
+def test_a_single_process_gives_the_networks_gradients(kind: str, warm_python: str, folder: Path) -> None:
     """One process, no torchrun: FSDP2 in a subprocess, since it needs a process group of its own."""
     script = (
         "import sys, torch, parallel_worker as w; from d2g.core.distributed import process_group\n"
@@ -103,7 +103,7 @@ def test_a_single_process_gives_the_networks_gradients(kind: str, folder: Path) 
     out = folder / f"single-{kind}.pt"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(folder / "sd" / "teacher"), str(out)]
+    command = [warm_python, "-c", script, str(folder / "sd" / "teacher"), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results = torch.load(out, weights_only=True)

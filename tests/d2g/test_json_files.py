@@ -87,7 +87,10 @@ def fuzzed(rng: random.Random, text: bytes) -> bytes:
     return json.dumps(value).encode()
 
 
-@pytest.mark.parametrize("rounds", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+ROUNDS = ((4_000, pytest.mark.slow), (20_000, (pytest.mark.slow, pytest.mark.long)))
+
+
+@pytest.mark.parametrize("rounds", [300, *(pytest.param(n, marks=mark) for n, mark in ROUNDS)])
 def test_fuzzed_files_give_the_value_or_a_one_line_error(rounds: int, tmp_path: Path) -> None:
     rng, good = random.Random(3), json.dumps({"name": "a", "size": 2.5, "tags": ["b"]}).encode()
     for _ in range(rounds):

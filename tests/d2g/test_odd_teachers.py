@@ -59,8 +59,11 @@ def change_one_value(rng: random.Random, folder: Path) -> str:
     return f"{file.relative_to(folder)}: {key} {what}"
 
 
+COUNTS = ((20, pytest.mark.slow), (100, (pytest.mark.slow, pytest.mark.long)))
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "dit", "pixels"])
-@pytest.mark.parametrize("count", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, *(pytest.param(n, marks=mark) for n, mark in COUNTS)])
 @pytest.mark.filterwarnings("ignore")  # the libraries warn of much of this
 def test_changed_values_load_or_are_refused_in_one_line(
     family: str, count: int, folders: dict[str, Path], tmp_path: Path

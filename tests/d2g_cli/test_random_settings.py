@@ -72,13 +72,15 @@ def test_plans_with_random_settings(d2g: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_plans_with_many_random_settings(seed: int, d2g: Any) -> None:
-    try_plans(seed, 400, d2g)
+@pytest.mark.parametrize(
+    ("seed", "count"), [(1, 150), *(pytest.param(seed, 400, marks=pytest.mark.long) for seed in range(1, 6))]
+)
+def test_plans_with_many_random_settings(seed: int, count: int, d2g: Any) -> None:
+    try_plans(seed, count, d2g)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_runs_with_random_settings(seed: int, teacher: Path, tmp_path: Path) -> None:
     """Stage 1 of five steps, and what its settings do while it runs."""
     config = distill_config(teacher, make_pairs(teacher, tmp_path, steps=1, guidance=1.0))

@@ -22,10 +22,13 @@ COMMAND = [sys.executable, "-m", "d2g_cli"]
 LINE = "error: interrupted; what was finished before is safe, run the same command again\n"
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
+def start(python: str, *arguments: str) -> subprocess.Popen[bytes]:
     """Start a command that reads standard input, and return after it has begun to read."""
     process = subprocess.Popen(
-        [*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [python, "-m", "d2g_cli", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdin is not None
     process.stdin.write(
@@ -37,9 +40,12 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
-def test_every_signal_ends_a_command_with_one_line(number: signal.Signals, tmp_path: Path) -> None:
+def test_every_signal_ends_a_command_with_one_line(
+    number: signal.Signals, warm_python: str, tmp_path: Path
+) -> None:
     out = str(tmp_path / "pairs")
-    process = start("pairs", "generate", "--teacher", "miniature", "--prompts", "-", "--out", out)
+    command = "pairs generate --teacher miniature --prompts - --out".split()
+    process = start(warm_python, *command, out)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.decode().endswith(LINE), err
@@ -104,7 +110,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_signals_at_random_times_end_a_command_with_one_line(seed: int, tmp_path: Path) -> None:
     """At any time: before the command line is imported, while libraries and models load, and at work."""
     numbers = random.Random(seed)

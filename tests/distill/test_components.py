@@ -1,11 +1,13 @@
 """Every option of the GAN stage in real training: it changes the weights and resumes exactly."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from d2g.core.distributed import checkpoint
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion.pretrained import load_unet
 from distill.training.state import new_state
@@ -79,12 +81,16 @@ def reports(run: Path) -> list[dict[str, float]]:
 def test_option_changes_training_and_resumes_exactly(
     option: str, teacher: Path, pairs: Path, ode: Path, plain: Path, tmp_path: Path
 ) -> None:
-    config = distill_config(teacher, pairs, *COMMON, *option.split(), stage="gan", init=ode)
+    # The step after the first checkpoint has R1; with two steps of D per step of G, the one after it has G.
+    first = BATCH if "d_steps" in option else 2 * BATCH
+    sets = (f"train.checkpoint_images={first}", "train.keep_checkpoints=3")
+    settings = (*COMMON, *sets, *option.split())
+    config = distill_config(teacher, pairs, *settings, stage="gan", init=ode)
     train(config, tmp_path / "unbroken")
-    first = distill_config(
-        teacher, pairs, *COMMON, *option.split(), f"train.images={BATCH}", stage="gan", init=ode
-    )
-    train(first, tmp_path / "resumed")
+    # The other run goes on from the first checkpoint, as after a kill.
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "resumed")
+    for later in checkpoint.complete_points(tmp_path / "resumed" / "checkpoints")[1:]:
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"{later:09d}")
     train(config, tmp_path / "resumed")
     unbroken, resumed = ema_weights(tmp_path / "unbroken"), ema_weights(tmp_path / "resumed")
     assert all(torch.equal(unbroken[name], value) for name, value in resumed.items())

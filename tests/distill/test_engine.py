@@ -217,11 +217,16 @@ def test_a_run_with_killed_ranks_resumes_exactly(
 
 @pytest.mark.slow
 def test_torchrun_restarts_killed_workers(
-    config: DistillConfig, unbroken_run: tuple[tuple[str, ...], Path], tmp_path: Path
+    config: DistillConfig,
+    unbroken_run: tuple[tuple[str, ...], Path],
+    warm_python: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After SIGKILL of one worker, torchrun restarts both, and the run ends with the same weights."""
     settings, unbroken = unbroken_run
     out, root = tmp_path / "run", Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHON_EXEC", warm_python)
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = [sys.executable, "-m", *launch, "-m", "d2g_cli", *distill_arguments(config, out, *settings)]
     with open(tmp_path / "log", "w") as log:

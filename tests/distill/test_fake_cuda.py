@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import tiny_teachers
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def fake_cuda(*arguments: str) -> dict[str, Any]:
+def fake_cuda(python: str, *arguments: str) -> dict[str, Any]:
     """What tests/fake_cuda.py prints. A process of its own, because it changes torch."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "fake_cuda.py"), *arguments],
+        [python, str(ROOT / "tests" / "fake_cuda.py"), *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         capture_output=True,
@@ -45,9 +44,9 @@ LATE = [{"d2g/core/transfer.py read: waits for an event": 1}]
         "gan gan.penalty=approx engine.gradient_accumulation=2 data.text_cache=4",
     ],
 )
-def test_a_step_never_waits_for_the_device(arguments: str) -> None:
+def test_a_step_never_waits_for_the_device(arguments: str, warm_python: str) -> None:
     """Between reports, the host reads one value: whether the step before was finite."""
-    waits = fake_cuda(*arguments.split())
+    waits = fake_cuda(warm_python, *arguments.split())
     assert waits["steps"] == [{}, {}]
     assert waits["late"] == [{}, *LATE]
     assert waits["report"], "the counter counts"
@@ -56,10 +55,10 @@ def test_a_step_never_waits_for_the_device(arguments: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
-def test_no_family_mixes_devices_or_waits() -> None:
+def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
     """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have."""
     kinds = [*tiny_teachers.TRANSFORMERS, *(kind for kind in tiny_teachers.UNETS if kind != "sd")]
-    results = fake_cuda("families", *kinds)
+    results = fake_cuda(warm_python, "families", *kinds)
     assert list(results) == kinds
     for kind, result in results.items():
         assert result["pairs"] == {}, kind
@@ -75,8 +74,8 @@ def test_no_family_mixes_devices_or_waits() -> None:
     [("ode", ()), ("gan", ("gan.r1_interval=1", "gan.r1_rows=1", "engine.activation_checkpointing=false"))],
 )
 def test_the_memory_forecast_of_sd15_agrees_with_the_storages_of_a_step(
-    stage: str, settings: tuple[str, ...]
+    stage: str, settings: tuple[str, ...], warm_python: str
 ) -> None:
     """Two steps of 8 rows at the size of SD 1.5, R1 included."""
-    result = fake_cuda("memory", "sd15-cfg3", stage, "train.batch_size=8", *settings)
+    result = fake_cuda(warm_python, "memory", "sd15-cfg3", stage, "train.batch_size=8", *settings)
     assert result["forecast"] == pytest.approx(result["tracked"], rel=0.1)

@@ -67,7 +67,10 @@ READERS: list[Callable[[Path], object]] = [
 FILES = ["config.json", "ended.json", "result.json", "stats.jsonl", "checkpoints/000000020/meta.json"]
 
 
-@pytest.mark.parametrize("rounds", [150, pytest.param(5000, marks=pytest.mark.slow)])
+ROUNDS = ((1000, pytest.mark.slow), (5000, (pytest.mark.slow, pytest.mark.long)))
+
+
+@pytest.mark.parametrize("rounds", [150, *(pytest.param(n, marks=mark) for n, mark in ROUNDS)])
 def test_any_value_in_a_file_is_read_or_one_line(rounds: int, tmp_path: Path) -> None:
     run, rng = make_run(tmp_path / "run"), random.Random(5)
     for _ in range(rounds):

@@ -138,18 +138,30 @@ def test_a_run_draws_and_its_export_draws_the_same(family: str, ode: Path, tmp_p
         export(ExportConfig(student=str(ode), format="onnx"), tmp_path / "onnx")
 
 
+@pytest.fixture(scope="module")
+def plain_gan(
+    teacher: Path, pairs: Path, ode: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[DistillConfig, dict[str, Tensor]]:
+    """Two steps of the second stage, with the engine's defaults: config and state at the end."""
+    out = tmp_path_factory.mktemp("plain")
+    config = distill_config(teacher, pairs, *GAN, "train.images=8", stage="gan", init=ode)
+    train(config, out)
+    return config, state_at(out, 8)
+
+
 @LONG_RUNS
 @pytest.mark.parametrize(
     "engine", [{"activation_checkpointing": True}, pytest.param({"compile": "eager"}, marks=pytest.mark.slow)]
 )
 def test_recomputation_and_compilation_learn_the_same(
-    engine: dict[str, Any], teacher: Path, pairs: Path, ode: Path, tmp_path: Path, fresh_dynamo: None
+    engine: dict[str, Any],
+    plain_gan: tuple[DistillConfig, dict[str, Tensor]],
+    tmp_path: Path,
+    fresh_dynamo: None,
 ) -> None:
-    settings = (*GAN, "train.images=8")
-    config = distill_config(teacher, pairs, *settings, stage="gan", init=ode)
-    train(config, tmp_path / "plain")
-    train(replace(config, engine=EngineConfig(**engine)), tmp_path / "other")
-    plain, other = (state_at(tmp_path / run, 8) for run in ("plain", "other"))
+    config, plain = plain_gan
+    train(replace(config, engine=EngineConfig(**engine)), tmp_path / "run")
+    other = state_at(tmp_path / "run", 8)
     for name, value in plain.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
 

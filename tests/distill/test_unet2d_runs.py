@@ -119,9 +119,8 @@ def test_the_gan_stage_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(
-    engine: str, teachers: dict[str, Path], stores: dict[str, Path], images: Path, tmp_path: Path
+    teachers: dict[str, Path], stores: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
     """With pairs of an EDM, and without pairs with classes."""
     cases = {
@@ -129,19 +128,21 @@ def test_two_processes_train_like_one(
         "images": distill_config(teachers["unet2d"], Path(), stage="gan", init="teacher"),
     }
     for name, config in cases.items():
-        settings = (*(GAN if name == "pairs" else WITHOUT_PAIRS), mixing("edm"), "train.images=12")
-        more = [] if name == "pairs" else [f"gan.real={images}"]
-        out = tmp_path / name
-        single = d2g(arguments(config, out / "one", *settings, *more), tmp_path / "log")
+        settings = [*(GAN if name == "pairs" else WITHOUT_PAIRS), mixing("edm"), "train.images=12"]
+        settings += [] if name == "pairs" else [f"gan.real={images}"]
+        single = d2g(arguments(config, tmp_path / name / "one", *settings), tmp_path / "log")
         assert single.code == 0, single.stderr
-        command = arguments(config, out / "two", *settings, *more, f"engine.parallel={engine}")
-        for ended in d2g_ranks(command, tmp_path / "log"):
-            assert ended.code == 0, ended.stderr
-        one, two = (
-            [line[key] for line in losses(out / run) for key in ("loss/d", "loss/g_gan", "loss/g")]
-            for run in ("one", "two")
-        )
-        assert len(one) == 9 and two == pytest.approx(one, rel=1e-4)
+        curves = dict[str, list[float]]()
+        for engine in ("ddp", "fsdp"):
+            command = arguments(config, tmp_path / name / engine, *settings, f"engine.parallel={engine}")
+            for ended in d2g_ranks(command, tmp_path / f"log-{engine}"):
+                assert ended.code == 0, ended.stderr
+        for run in ("one", "ddp", "fsdp"):
+            lines = losses(tmp_path / name / run)
+            curves[run] = [line[key] for line in lines for key in ("loss/d", "loss/g_gan", "loss/g")]
+        assert len(curves["one"]) == 9
+        assert curves["ddp"] == pytest.approx(curves["one"], rel=1e-4)
+        assert curves["fsdp"] == pytest.approx(curves["one"], rel=1e-4)
 
 
 def arguments(config: DistillConfig, out: Path, *settings: str) -> list[str]:

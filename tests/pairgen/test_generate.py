@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,8 +89,11 @@ def test_several_noises_of_one_prompt(config: PairConfig, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_two_torchrun_processes_make_the_same_store(pairs: Path, config: PairConfig, tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_two_torchrun_processes_make_the_same_store(
+    pairs: Path, config: PairConfig, warm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", warm_python)
+    run = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--teacher", config.teacher, "--prompts", config.prompts, "--out", str(tmp_path / "pairs")]
     sets = ["num_pairs=12", "steps=4", "guidance=3", "shard_size=5", "batch_size=4", "dtype=float32"]
     job = [

@@ -53,10 +53,11 @@ def assert_equal_stores(store: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kills_in_a_row(teacher: Path, prompts: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [7, pytest.param(20, marks=pytest.mark.long)])
+def test_kills_in_a_row(kills: int, teacher: Path, prompts: str, tmp_path: Path) -> None:
     out, moments = tmp_path / "pairs", random.Random(20)
     arguments = command(teacher, prompts, out, "batch_size=1", "steps=30")
-    for _ in range(20):
+    for _ in range(kills):
         running = Running(arguments, tmp_path / "log")
         time.sleep(moments.uniform(0.05, 0.9))
         running.send(signal.SIGKILL)

@@ -252,6 +252,8 @@ def test_changed_bytes_never_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_many_changed_bytes_never_crash(seed: int, tmp_path: Path) -> None:
-    assert fuzz(tmp_path, seed, rounds=1000) > 480
+@pytest.mark.parametrize(
+    ("seed", "rounds"), [(1, 400), *(pytest.param(seed, 1000, marks=pytest.mark.long) for seed in (1, 2))]
+)
+def test_many_changed_bytes_never_crash(seed: int, rounds: int, tmp_path: Path) -> None:
+    assert fuzz(tmp_path, seed, rounds) > 0.48 * rounds
