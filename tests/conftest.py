@@ -3,8 +3,17 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
+if sys.dont_write_bytecode:
+    # Otherwise every process would compile PyTorch and diffusers again, and take twice as long to start.
+    # The bytecode goes to a folder of its own, because none is wanted beside the sources.
+    folder = Path(__file__).parents[1] / ".pytest_cache" / "bytecode"
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # set before torch is imported; two processes of two threads on two cores are slower
 )
@@ -13,7 +22,6 @@ os.environ["D2G_CACHE"] = tempfile.mkdtemp(prefix="d2g-cache-")  # tests do not 
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
