@@ -156,8 +156,12 @@ def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
         os.setpgid(0, 0)
         for number, file in enumerate(files):
             os.dup2(file, number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the files of the server
         sys.stdin, sys.stdout, sys.stderr = (open(n, mode) for n, mode in enumerate("rww"))
+        # Other files of the server stay open: what still writes to one must not write to a new socket instead.
+        loggers = (logging.getLogger(name) for name in logging.root.manager.loggerDict)
+        for handler in (handler for logger in loggers for handler in logger.handlers):
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
         os.chdir(request["folder"])
         os.environ.clear()
         os.environ.update(request["environment"])
