@@ -157,10 +157,10 @@ def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
         for number, file in enumerate(files):
             os.dup2(file, number)
         sys.stdin, sys.stdout, sys.stderr = (open(n, mode) for n, mode in enumerate("rww"))
-        # Other files of the server stay open: what still writes to one must not write to a new socket instead.
+        # The server's files stay open: what still writes to one must not write to a new socket instead.
         loggers = (logging.getLogger(name) for name in logging.root.manager.loggerDict)
         for handler in (handler for logger in loggers for handler in logger.handlers):
-            if isinstance(handler, logging.StreamHandler):
+            if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.stderr)
         os.chdir(request["folder"])
         os.environ.clear()
