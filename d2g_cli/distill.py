@@ -24,7 +24,7 @@ from d2g_cli.common import (
     reporter,
     settings_from,
 )
-from d2g_cli.inputs import check_inputs, named
+from d2g_cli.inputs import check_inputs, config_inputs
 from d2g_cli.watch import watch
 
 app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
@@ -118,9 +118,9 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     _warn_of_scoring_clip(config.clip_guidance)
     validate = _validation_hook(config, options)
     if options.dry_run:
-        inputs = named(config, ("teacher", "pairs", "lpips", "init"))
+        inputs = config_inputs(config, ("teacher", "pairs", "lpips", "init"))
         check_inputs(inputs | {"gan.real": config.gan.real})
-        check_inputs(named(options, ("validate_reference", "validate_weights")))
+        check_inputs(config_inputs(options, ("validate_reference", "validate_weights")))
         finish_dry_run(config, options.as_json, _plan(config, preset))
     from distill.training.train import train
 

@@ -28,7 +28,7 @@ from d2g_cli.eval_options import (
     load_presets,
 )
 from d2g_cli.eval_tables import format_cell, readable_result
-from d2g_cli.inputs import named
+from d2g_cli.inputs import config_inputs
 
 app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
 _Command = presets_in_help(load_presets, Metrics=load_metrics)
@@ -40,7 +40,7 @@ def eval_run(options: RunOptions) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
     config = eval_config(options)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, _plan(config), named(config, INPUTS))
+        finish_dry_run(config, options.as_json, _plan(config), config_inputs(config, INPUTS))
     from eval.runner.curves import run_every
     from eval.runner.run import run_evaluation
 
@@ -100,7 +100,7 @@ def eval_curve(
     config = CurveRun(run=run, setting=setting, values=values)
     if options.dry_run:
         plan = {"over": setting, "values": list(values), **_plan(run)}
-        finish_dry_run(run, options.as_json, plan, named(run, INPUTS))
+        finish_dry_run(run, options.as_json, plan, config_inputs(run, INPUTS))
     from eval.runner.curves import run_curve
 
     with leave_process_group():

@@ -137,6 +137,6 @@ CHECKS: Mapping[str, Check] = {
 """How options are checked; the others are files or folders."""
 
 
-def named(config: Any, names: Iterable[str]) -> dict[str, Any]:
+def config_inputs(config: Any, names: Iterable[str]) -> dict[str, Any]:
     """The inputs of a config by their option, from names of its settings."""
     return {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}

@@ -20,7 +20,7 @@ from d2g_cli.common import (
     reporter,
     settings_from,
 )
-from d2g_cli.inputs import named
+from d2g_cli.inputs import config_inputs
 
 Images = Annotated[Path | None, typer.Option(help="Folder of images, or image-parquet.")]
 
@@ -91,7 +91,7 @@ def train(
             config,
             options.as_json,
             {"out": str(out), "latents": latents},
-            named(config, ("data", "latents", "val")),
+            config_inputs(config, ("data", "latents", "val")),
         )
     from latent_lpips.training.classifier import train_classifier
 
@@ -107,7 +107,7 @@ def calibrate(options: JudgmentOptions, out: Out = Path("lpips-calibrated")) -> 
     config = configure_preset(_presets("HEADS"), "paper", options, settings_from(options, HeadsConfig))
     if options.dry_run:
         finish_dry_run(
-            config, options.as_json, {"out": str(out)}, named(config, ("data", "latents", "weights"))
+            config, options.as_json, {"out": str(out)}, config_inputs(config, ("data", "latents", "weights"))
         )
     from latent_lpips.training.calibrate import calibrate_folder
 
@@ -135,7 +135,9 @@ def score(
     settings["baselines"] = tuple(baselines.split(",")) if baselines is not None else None
     config = configure_preset(_presets("SCORE"), "paper", options, settings)
     if options.dry_run:
-        inputs = named(config, ("data", "latents", "weights")) | {"--pixel-weights": config.lpips_weights}
+        inputs = config_inputs(config, ("data", "latents", "weights")) | {
+            "--pixel-weights": config.lpips_weights
+        }
         finish_dry_run(config, options.as_json, {"out": str(out) if out else None}, inputs)
     from latent_lpips.training.score import score_folder
 
@@ -164,7 +166,7 @@ def overfit(
     config = configure_preset(_presets("OVERFIT"), "paper", options, settings)
     if options.dry_run:
         plan = {"out": str(out), "runs": len(config.families)}
-        finish_dry_run(config, options.as_json, plan, named(config, ("data", "latents", "weights")))
+        finish_dry_run(config, options.as_json, plan, config_inputs(config, ("data", "latents", "weights")))
     from latent_lpips.training.overfit import overfit_latents
 
     with leave_process_group():

@@ -24,7 +24,7 @@ from d2g_cli.common import (
     require_range,
     settings_from,
 )
-from d2g_cli.inputs import named
+from d2g_cli.inputs import config_inputs
 
 app = typer.Typer(help="Generate and maintain noise-latent pairs.", no_args_is_help=True)
 
@@ -96,7 +96,9 @@ def pairs_generate(options: GenerateOptions, out: Out = Path("pairs")) -> None:
     """Solve the teacher's ODE from noise and store rows of (noise, latent, prompt)."""
     config = _pair_config(options)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, inputs=named(config, ("teacher", "prompts", "condition")))
+        finish_dry_run(
+            config, options.as_json, inputs=config_inputs(config, ("teacher", "prompts", "condition"))
+        )
     from pairgen.generate import generate_pairs
 
     with leave_process_group():
@@ -122,7 +124,9 @@ def pairs_plan(
     config = _pair_config(options)
     require_range(price=price)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, inputs=named(config, ("teacher", "prompts", "condition")))
+        finish_dry_run(
+            config, options.as_json, inputs=config_inputs(config, ("teacher", "prompts", "condition"))
+        )
     from pairgen.cost import plan_pairs
 
     emit(plan_pairs(config, price=price, progress=reporter), options.as_json, "plan")

@@ -24,7 +24,7 @@ from d2g_cli.common import (
     reporter,
     settings_from,
 )
-from d2g_cli.inputs import named
+from d2g_cli.inputs import config_inputs
 
 
 def register(app: typer.Typer) -> None:
@@ -83,7 +83,7 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     settings["prompt"] = tuple(options.prompt) if options.prompt else None
     config = configure_preset(_sample_presets(), "default", options, settings)
     if options.dry_run:
-        inputs = named(config, ("student", "prior", "teacher", "prompts"))
+        inputs = config_inputs(config, ("student", "prior", "teacher", "prompts"))
         finish_dry_run(config, options.as_json, inputs=inputs)
     from d2g.data.prompt_files import prompt_text
 
@@ -157,7 +157,7 @@ def export(options: ExportOptions, out: Out = Path("exported")) -> None:
     settings = {name: getattr(options, name) for name in names} | card
     config = configure_preset(_export_presets(), "default", options, settings)
     if options.dry_run:
-        inputs = named(config, ("student", "teacher")) | {"--scores": options.scores}
+        inputs = config_inputs(config, ("student", "teacher")) | {"--scores": options.scores}
         finish_dry_run(config, options.as_json, inputs=inputs)
     from d2g.core.distributed import process_group
     from distill.export.export import export as export_student

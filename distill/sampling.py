@@ -376,16 +376,16 @@ def save_both_samples(
     """
     if guidance is None and family_of(teacher).embedded_guidance is not None:
         guidance = student_guidance(student, teacher)
-    drawn: dict[str, tuple[list[Tensor], float]] = {
+    timed: dict[str, tuple[list[Tensor], float]] = {
         "student": _student_images(
             student, prompts, seed, batch_size, teacher, guidance, progress, must_take_guidance=False
         ),
         "teacher": _teacher_images(teacher, prompts, seed, batch_size, steps, guidance, progress),
     }
-    for name, (images, _) in drawn.items():
+    for name, (images, _) in timed.items():
         _write_images(images, prompts, seed, out / name)
     # Rows of student and teacher, side by side.
-    rows = [image for pair in zip(*(images for images, _ in drawn.values()), strict=True) for image in pair]
+    rows = [image for pair in zip(*(images for images, _ in timed.values()), strict=True) for image in pair]
     if len({image.shape for image in rows}) == 1:
         titles = [f"{name}: {text}" for text in prompts for name in ("one step", f"teacher, {steps} steps")]
         heading = f"{Path(student).name} and its teacher {Path(teacher).name} on the same noise, seed {seed}"
@@ -394,8 +394,8 @@ def save_both_samples(
     return {
         "out": str(out),
         "images": len(rows),
-        "seconds_per_image": drawn["student"][1],
-        "teacher_seconds_per_image": drawn["teacher"][1],
+        "seconds_per_image": timed["student"][1],
+        "teacher_seconds_per_image": timed["teacher"][1],
     }
 
 

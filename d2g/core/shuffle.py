@@ -29,8 +29,8 @@ def _mix(x: U64) -> U64:
 
 def _rotate(place: U64, length: U64, word: U64) -> U64:
     """`place` moved around a ring of `length`, by a distance from the upper 32 bits of a mixed word."""
-    moved = place + (((word >> 32) * length) >> 32)
-    return np.asarray(np.minimum(moved, moved - length))  # modulo: below 0 wraps to huge
+    rotated = place + (((word >> 32) * length) >> 32)
+    return np.asarray(np.minimum(rotated, rotated - length))  # modulo: below 0 wraps to huge
 
 
 def _network(keys: U64, rows: U64, columns: U64, cell: U64, tweak: U64) -> U64:
