@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.logs import logger
 from d2g.core.signals import CommandInterrupts
-from d2g_cli import demo_doctor, distill, explore, launch, lpips, pairs, run, settings, student, teacher
+from d2g_cli import cascade, demo_doctor, distill, explore, launch, lpips, pairs, run, settings, student, teacher
 from d2g_cli import eval as eval_commands
 from d2g_cli.common import (
     is_printed_by_rank_0,
@@ -59,6 +59,7 @@ app = typer.Typer(
 )
 demo_doctor.register(app)
 run.register(app)
+cascade.register(teacher.app)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(pairs.app, name="pairs")
 app.add_typer(lpips.app, name="lpips")

@@ -91,9 +91,13 @@ def _lpips() -> Sections:
 
 
 def _teacher() -> Sections:
+    from teacher_training.cascade.config import CASCADE_PRESETS, CascadeConfig
     from teacher_training.config import TEACHER_PRESETS, TeacherConfig
 
-    return {"d2g teacher train": (TeacherConfig(), TEACHER_PRESETS)}
+    return {
+        "d2g teacher train": (TeacherConfig(), TEACHER_PRESETS),
+        "d2g teacher cascade": (CascadeConfig(), CASCADE_PRESETS),
+    }
 
 
 def _export() -> Sections:

@@ -24,7 +24,7 @@ from d2g.diffusion.families.base import (
 from d2g.diffusion.families.cascade import CascadeFamily, run_cascade_block, time_ratio
 from d2g.diffusion.latents import LatentSpace
 
-_MEAN, _STD = 42.0, 1.0
+LATENT_MEAN, LATENT_STD = 42.0, 1.0
 """latent_mean and latent_std of diffusers' pipeline: stage B reads 42 x - 1 of stage C's latents x."""
 _TOKENS = 77
 """Length of CLIP's text, to predict memory."""
@@ -92,7 +92,7 @@ class WuerstchenPrior(WuerstchenFamily):
 
     def check(self, pipeline: Pipeline, config: Any, space: LatentSpace) -> tuple[int, int, int]:
         """As for both stages. Refuses another normalization than the one that stage B undoes."""
-        values = {"latent_mean": _MEAN, "latent_std": _STD}
+        values = {"latent_mean": LATENT_MEAN, "latent_std": LATENT_STD}
         for name, expected in values.items():
             if (value := pipeline.index.get(name, expected)) != expected:
                 raise UserError(
@@ -240,7 +240,7 @@ def _prior_latents(x: Tensor, cond: Conditioning) -> Tensor:
     assert "prior" in cond.tensors, "stage B needs a Conditioning with `prior`"
     prior = cond.tensors["prior"]
     empty = (prior == 0).flatten(1).all(dim=1).view(-1, 1, 1, 1)
-    return torch.where(empty, prior, prior * _MEAN - _STD).to(x.dtype)
+    return torch.where(empty, prior, prior * LATENT_MEAN - LATENT_STD).to(x.dtype)
 
 
 def _resized(prior: Tensor, x: Tensor) -> Tensor:
