@@ -57,7 +57,8 @@ class SamplerOptions(ProtocolOptions):
         None
     )
     prior: Annotated[
-        str | None, typer.Option(help="Student of stage C of a cascade, for a student of stage B.")
+        str | None,
+        typer.Option(help="Stage C of a cascade: a student for --student, else a teacher for --teacher."),
     ] = None
     teacher: TeacherOption = None
     pipeline: Annotated[str | None, typer.Option(help="Any diffusers pipeline: folder or hub id.")] = None
@@ -77,6 +78,12 @@ class SamplerOptions(ProtocolOptions):
     steps: Annotated[int | None, typer.Option(help="Steps of a teacher or pipeline (50).")] = None
     guidance: Annotated[
         float | None, typer.Option(help="Guidance of a teacher (3) or pipeline (its own).")
+    ] = None
+    prior_steps: Annotated[int | None, typer.Option(help="Steps of stage C's teacher in a cascade (60).")] = (
+        None
+    )
+    prior_guidance: Annotated[
+        float | None, typer.Option(help="Guidance of stage C's teacher in a cascade (3).")
     ] = None
     work: Annotated[
         Path | None,

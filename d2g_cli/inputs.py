@@ -90,6 +90,14 @@ def _student(option: str, value: str) -> None:
     student_folder(value)
 
 
+def _prior(option: str, value: str) -> None:
+    """A student, or the teacher of a cascade's first stage."""
+    if (Path(value) / "model_index.json").is_file():
+        _pipeline(option, value)
+    else:
+        _student(option, value)
+
+
 def _init(option: str, value: str) -> None:
     if value != "teacher":
         _student(option, value)
@@ -127,7 +135,7 @@ CHECKS: Mapping[str, Check] = {
     "--latents": _autoencoder,
     "--decoder": _autoencoder,
     "--student": _student,
-    "--prior": _student,
+    "--prior": _prior,
     "--init": _init,
     "--weights": _named_path,
     "--against": _against,

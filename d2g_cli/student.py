@@ -54,7 +54,8 @@ class SampleOptions(WorkOptions):
         None
     )
     prior: Annotated[
-        str | None, typer.Option(help="Student of stage C of a cascade, for a student of stage B.")
+        str | None,
+        typer.Option(help="Stage C of a cascade: a student for --student, else a teacher for --teacher."),
     ] = None
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text, or a class number (every class); repeatable.")
@@ -65,6 +66,12 @@ class SampleOptions(WorkOptions):
         str | None, typer.Option(help="Teacher to draw; with --student both draw, from the same noise.")
     ] = None
     steps: Annotated[int | None, typer.Option(help="Solver steps of the teacher (50).")] = None
+    prior_steps: Annotated[
+        int | None, typer.Option(help="Solver steps of stage C's teacher in a cascade (60).")
+    ] = None
+    prior_guidance: Annotated[
+        float | None, typer.Option(help="Guidance of stage C's teacher in a cascade (3).")
+    ] = None
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (32).")] = None
     guidance: Annotated[
         float | None,
@@ -89,8 +96,8 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
 
     for text in config.prompt:
         prompt_text("--prompt", text)
+    from d2g.diffusion.teacher_sampler import PRIOR_STEPS, TEACHER_STEPS, SolverSettings
     from distill.sampling import (
-        TEACHER_STEPS,
         default_student_prompts,
         save_both_samples,
         save_samples,
@@ -108,11 +115,18 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
             student, texts, out, config.seed, config.batch_size, None, config.guidance, reporter, config.prior
         )
     else:
-        shared = (texts, out, config.seed, config.batch_size, config.steps or TEACHER_STEPS, config.guidance)
+        solver = SolverSettings(
+            steps=config.steps or TEACHER_STEPS,
+            guidance=config.guidance,
+            prior=config.prior,
+            prior_steps=config.prior_steps or PRIOR_STEPS,
+            prior_guidance=config.prior_guidance,
+        )
+        shared = (texts, out, config.seed, config.batch_size, solver, reporter)
         summary = (
-            save_both_samples(student, config.teacher, *shared, reporter)
+            save_both_samples(student, config.teacher, *shared)
             if student
-            else save_teacher_samples(config.teacher, *shared, reporter)
+            else save_teacher_samples(config.teacher, *shared)
         )
     emit(summary, options.as_json, "samples")
 

@@ -17,19 +17,16 @@ from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
 from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import Stream, generator, noise
+from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner, Conditioning
 from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.lora import has_lora, merged
 from d2g.diffusion.pipelines import family_of
-from d2g.diffusion.teacher import check_solver, load_teacher
+from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler, prior_seed, stage_before
 from distill.config.components import StudentConfig
 from distill.models.student import Student, add_guidance_embedding, student_from_teacher
-
-TEACHER_STEPS = 50
-"""Solver steps of a teacher where none are set."""
 
 REMEDIES = {
     "student.json": "export the student again",
@@ -90,8 +87,8 @@ class OneStep:
         noise of a stream of `seed`; None where there is no such stage."""
         if self.prior is None:
             return None
-        shape, stream = self.prior.student.latent_shape, generator(seed, Stream.CASCADE_PRIOR)
-        return self.prior.latents(noise(stream.initial_seed(), numbers, shape), prompts)
+        shape = self.prior.student.latent_shape
+        return self.prior.latents(noise(prior_seed(seed), numbers, shape), prompts)
 
     @torch.no_grad()
     def images(self, noise: Tensor, prompts: Sequence[str], prior: Tensor | None = None) -> Tensor:
@@ -202,22 +199,9 @@ def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
     Raises SettingError where a stage is missing or there is none, UserError for a `prior` of another teacher
     than the pairs of the student.
     """
-    family = one.student.family
-    if not family.draws_images:
-        raise SettingError(
-            f"student {name} is of {family.title}, whose latents are no images; give it to --prior, and to "
-            "--student a student of the stage that reads them"
-        )
-    if family.prior_family is None:
-        if prior is not None:
-            raise SettingError(f"prior is {prior!r}, but student {name} reads no other stage; leave it out")
+    before = stage_before("student", name, one.student.family, prior)
+    if before is None or prior is None:
         return one
-    before = FAMILIES[family.prior_family]
-    if prior is None:
-        raise SettingError(
-            f"prior is not set, but student {name} is of {family.title}, which reads latents of "
-            f"{before.title}; give --prior a student of that"
-        )
     # The stage before must be a student of the teacher that made the latents in the pairs.
     _, teacher, _ = student_folder(prior)
     if family_of(teacher) is not before:
@@ -342,17 +326,16 @@ def save_teacher_samples(
     prompts: Sequence[str],
     out: Path,
     seed: int,
-    batch_size: int = 32,
-    steps: int = TEACHER_STEPS,
-    guidance: float | None = None,
+    batch_size: int,
+    settings: SolverSettings,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """`save_samples` of a teacher, which draws with `steps` of its first-order solver.
+    """`save_samples` of a teacher, which draws with its first-order solver, in a cascade after the stage
+    before.
 
-    guidance: the teacher's `default_guidance` for None. Raises SettingError for settings that the teacher
-    cannot sample with.
+    Raises SettingError and UserError as `load_sampler` does.
     """
-    images, seconds = _teacher_images(name, prompts, seed, batch_size, steps, guidance, progress)
+    images, seconds = _teacher_images(name, prompts, seed, batch_size, settings, progress)
     _write_images(images, prompts, seed, out)
     return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
 
@@ -363,24 +346,35 @@ def save_both_samples(
     prompts: Sequence[str],
     out: Path,
     seed: int,
-    batch_size: int = 32,
-    steps: int = TEACHER_STEPS,
-    guidance: float | None = None,
+    batch_size: int,
+    settings: SolverSettings,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Student and teacher on the same noise: OUT/student, OUT/teacher, and OUT/grid.png with both in a row
     and the prompts below.
 
-    guidance: as in `save_samples` for a student that takes it, else for the teacher alone. By default both
-    have the scale of the student's pairs where the teacher takes it as an input.
+    The guidance of the settings is for a student that takes it, too, else for the teacher alone. By default
+    both have the scale of the student's pairs where the teacher takes it as an input. In a cascade, the prior
+    of the settings is the student of the stage before; the teacher draws after that student's teacher.
     """
-    if guidance is None and family_of(teacher).embedded_guidance is not None:
-        guidance = student_guidance(student, teacher)
+    prior = settings.prior
+    if settings.guidance is None and family_of(teacher).embedded_guidance is not None:
+        settings = replace(settings, guidance=student_guidance(student, teacher))
+    student_images = _student_images(
+        student,
+        prompts,
+        seed,
+        batch_size,
+        teacher,
+        settings.guidance,
+        progress,
+        must_take_guidance=False,
+        prior=prior,
+    )
+    settings = replace(settings, prior=None if prior is None else student_folder(prior)[1])
     timed: dict[str, tuple[list[Tensor], float]] = {
-        "student": _student_images(
-            student, prompts, seed, batch_size, teacher, guidance, progress, must_take_guidance=False
-        ),
-        "teacher": _teacher_images(teacher, prompts, seed, batch_size, steps, guidance, progress),
+        "student": student_images,
+        "teacher": _teacher_images(teacher, prompts, seed, batch_size, settings, progress),
     }
     for name, (images, _) in timed.items():
         _write_images(images, prompts, seed, out / name)
@@ -432,37 +426,21 @@ def _teacher_images(
     prompts: Sequence[str],
     seed: int,
     batch_size: int,
-    steps: int,
-    guidance: float | None,
+    settings: SolverSettings,
     progress: Progress,
 ) -> tuple[list[Tensor], float]:
     """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
-    expect_lone_teacher(name)
-    teacher = load_teacher(name, process_group.own_device())
-    scale = teacher.default_guidance if guidance is None else guidance
-    solver = teacher.default_solver
-    check_solver(teacher, solver, steps, scale)
-    vae = pretrained.load_vae(name).to(teacher.device)
+    sampler = load_sampler(name, settings, process_group.own_device())
+    vae = pretrained.load_vae(name).to(sampler.teacher.device)
     started, samples = time.monotonic(), list[Tensor]()
     for first in range(0, len(prompts), batch_size):
         # Image i has the noise of (seed, i), as a student's.
         part = list(prompts[first : first + batch_size])
-        start = noise(seed, range(first, first + len(part)), teacher.latent_shape)
+        latents = sampler.latents(seed, range(first, first + len(part)), part)
         with torch.no_grad():
-            latents = teacher.sample(start, part, steps, scale, solver)
             samples += list(to_uint8(decode(vae, latents)).cpu())
         progress("sample teacher", len(samples), len(prompts))
     return samples, (time.monotonic() - started) / len(samples)
-
-
-def expect_lone_teacher(name: str) -> None:
-    """Raise SettingError for a teacher that draws no images without another one: a stage of a cascade."""
-    family = family_of(name)
-    if not family.draws_images or family.prior_family is not None:
-        raise SettingError(
-            f"teacher {name} is {family.title}, and a stage of a cascade draws no images alone; draw with "
-            "students of both stages: --student and --prior"
-        )
 
 
 def _write_images(images: Sequence[Tensor], prompts: Sequence[str], seed: int, out: Path) -> None:

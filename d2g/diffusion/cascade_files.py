@@ -12,6 +12,7 @@ from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.diffusion import pretrained
 from d2g.diffusion.families.base import EMPTY_PROMPT
 from d2g.diffusion.families.wuerstchen import LATENT_MEAN, LATENT_STD, WuerstchenConditioner
+from d2g.diffusion.pipelines import family_of
 
 
 def new_vqgan(**settings: Any) -> Any:
@@ -54,7 +55,7 @@ def frozen_text(teacher: str) -> WuerstchenConditioner:
 
     Raises UserError for a teacher with other text encoders.
     """
-    family = pretrained.family_of(teacher)
+    family = family_of(teacher)
     encoders = [name for name in family.components if name.startswith("text_encoder")]
     if encoders != ["text_encoder"] or "CLIPTextModel" not in family.components["text_encoder"]:
         raise UserError(

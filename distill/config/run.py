@@ -332,7 +332,9 @@ class SampleConfig:
     )
     num: int = setting(1, "Images per prompt")
     prior: str | None = setting(
-        None, "Student of stage C of a cascade (option --prior), for a student of stage B"
+        None,
+        "Stage C of a cascade (option --prior): a student for a student of stage B, else a teacher for a "
+        "teacher of stage B; where both draw, a student, whose teacher draws too",
     )
     teacher: str | None = setting(
         None,
@@ -340,6 +342,10 @@ class SampleConfig:
         "teacher",
     )
     steps: int | None = setting(None, "Solver steps of the teacher; null: 50")
+    prior_steps: int | None = setting(None, "Solver steps of the prior's teacher in a cascade; null: 60")
+    prior_guidance: float | None = setting(
+        None, "Guidance scale of the prior's teacher in a cascade; null: 3"
+    )
     batch_size: int = setting(32, "Images per forward pass")
     seed: int = setting(0, "Image i uses the noise of (seed, i)")
     guidance: float | None = setting(
@@ -349,24 +355,33 @@ class SampleConfig:
     )
 
     def __post_init__(self) -> None:
-        known = self.guidance is None or 1 <= self.guidance < math.inf
         require(
             self,
             num=(self.num >= 1, "1 or more"),
             batch_size=(self.batch_size >= 1, "1 or more"),
-            guidance=(known, "1 (no guidance) or more"),
+            guidance=(_is_scale(self.guidance), "1 (no guidance) or more"),
             steps=(self.steps is None or self.steps >= 1, "1 or more"),
+            prior_steps=(self.prior_steps is None or self.prior_steps >= 1, "1 or more"),
+            prior_guidance=(_is_scale(self.prior_guidance), "1 (no guidance) or more"),
         )
-        if self.prior is not None and (self.teacher is not None or self.student is None):
+        if self.prior is not None and self.student is None and self.teacher is None:
             raise SettingError(
-                f"prior is {self.prior!r}, which goes with --student alone; leave --teacher out"
-                if self.student is not None
-                else f"prior is {self.prior!r}, but there is no student to draw with; give --student"
+                f"prior is {self.prior!r}, but there is nothing to draw with; give --student or --teacher"
             )
+        for name in ("prior_steps", "prior_guidance"):
+            if getattr(self, name) is not None and (self.teacher is None or self.prior is None):
+                raise SettingError(
+                    f"{name} is {getattr(self, name)}, which goes with --teacher and --prior; leave it out"
+                )
         if self.steps is not None and self.teacher is None:
             raise SettingError(
                 f"steps is {self.steps}, but a student takes one step; give --teacher, or leave --steps out"
             )
+
+
+def _is_scale(guidance: float | None) -> bool:
+    """Whether a guidance scale is none, or one that a teacher can sample with."""
+    return guidance is None or 1 <= guidance < math.inf
 
 
 SAMPLE_PRESETS = Presets({"default": ("The shipped miniature student", SampleConfig())})

@@ -24,7 +24,9 @@ class EvalRun:
         None, "Student to measure: run folder, exported student or shipped name", recipe=True
     )
     prior: str | None = setting(
-        None, "Student of stage C of a cascade, for a student of stage B", recipe=True
+        None,
+        "Stage C of a cascade: a student for a student of stage B, a teacher for a teacher of stage B",
+        recipe=True,
     )
     teacher: str | None = setting(
         None, "Teacher to measure; with student, the teacher that the student is loaded with", recipe=True
@@ -70,6 +72,10 @@ class EvalRun:
     guidance: float | None = setting(
         None, "Guidance scale; null: 3 for a teacher, its own default for a pipeline"
     )
+    prior_steps: int | None = setting(None, "Solver steps of the teacher of stage C in a cascade; null: 60")
+    prior_guidance: float | None = setting(
+        None, "Guidance scale of the teacher of stage C in a cascade; null: 3"
+    )
     solver: str = setting("teacher", "ODE solver of a teacher")
     noise_scale: float = setting(1.0, "Factor on a student's noise (truncation); 1: as trained")
     precision: str = setting("fp32", "Arithmetic of the sampler's network")
@@ -96,6 +102,11 @@ class EvalRun:
             part=(self.part >= 0, "0 or more"),
             resamples=(self.resamples >= 0, "0 or more"),
             guidance=(self.guidance is None or 0 <= self.guidance < math.inf, "0 or more"),
+            prior_steps=(self.prior_steps is None or self.prior_steps >= 1, "1 or more"),
+            prior_guidance=(
+                self.prior_guidance is None or 0 <= self.prior_guidance < math.inf,
+                "0 or more",
+            ),
             noise_scale=(0 <= self.noise_scale <= 2, "0 (none) to 2 (1: as trained)"),
         )
 
@@ -112,8 +123,13 @@ class EvalRun:
                 "one of them"
             )
         # Settings that apply to some sources only.
-        if self.prior is not None and self.student is None:
-            raise SettingError(f"prior is {self.prior!r}, which goes with --student; leave it out")
+        if self.prior is not None and self.student is None and self.teacher is None:
+            raise SettingError(
+                f"prior is {self.prior!r}, which goes with --student or --teacher; leave it out"
+            )
+        for name in ("prior_steps", "prior_guidance"):
+            if getattr(self, name) is not None and self.prior is None:
+                raise SettingError(f"{name} is {getattr(self, name)}, which goes with --prior; leave it out")
         if self.noise_scale != 1 and self.student is None:
             raise SettingError("noise_scale is a student's setting; leave it out")
         if self.every and (self.student is None or not (Path(self.student) / "checkpoints").is_dir()):

@@ -18,9 +18,9 @@ from d2g.diffusion.diffusers_pipeline import load_any_pipeline, supported_steps
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
+from d2g.diffusion.teacher_sampler import TeacherSampler
 from distill.sampling import (
     OneStep,
-    expect_lone_teacher,
     load_checkpoint,
     load_student,
     student_folder,
@@ -177,39 +177,52 @@ def ode_source(
     guidance: float = 3.0,
     solver: str = "teacher",
 ) -> ImageSource:
-    """A source of a loaded teacher, which integrates its ODE from the same noise that its students get."""
-    expect_lone_teacher(teacher.name)
-    vae = pretrained.load_vae(teacher.name).to(teacher.device)
-    chosen: Any = teacher.default_solver if solver == "teacher" else solver
+    """A source of a loaded teacher of images, which integrates its ODE from the same noise that its students
+    get."""
+    chosen = teacher.default_solver if solver == "teacher" else solver
     check_solver(teacher, chosen, steps, guidance)
+    return teacher_sampler_source(TeacherSampler(teacher, steps, guidance, chosen), request)
+
+
+def teacher_sampler_source(sampler: TeacherSampler, request: SamplingRequest) -> ImageSource:
+    """A source of a teacher, in a cascade after the stage before."""
+    teacher, vae = sampler.teacher, pretrained.load_vae(sampler.teacher.name).to(sampler.teacher.device)
 
     @torch.no_grad()
     def sample(numbers: range, texts: list[str]) -> Tensor:
-        # Noise depends on the image's number only, so a student with the same seed gets the same noise.
-        latents = noise(request.seed, numbers, teacher.latent_shape)
-        return decode(vae, teacher.sample(latents, texts, steps, guidance, chosen))
+        return decode(vae, sampler.latents(request.seed, numbers, texts))
 
     # The stages of the sampler, each on inputs that exist already, so that latency is measured per stage.
     def parts(batch: int) -> dict[str, Callable[[], object]]:
-        texts = request.texts(range(batch))
-        inputs = noise(request.seed, range(batch), teacher.latent_shape).to(teacher.device)
-        denoise = teacher.denoiser(teacher.encode(texts), guidance)
+        texts, numbers = request.texts(range(batch)), range(batch)
+        inputs = noise(request.seed, numbers, teacher.latent_shape).to(teacher.device)
+        denoise = teacher.denoiser(sampler.conditioning(request.seed, numbers, texts), sampler.guidance)
+        stage_before = (
+            {}
+            if sampler.prior is None
+            else {"prior": lambda: sampler.prior_latents(request.seed, numbers, texts)}
+        )
         return {
+            **stage_before,
             "text": torch.no_grad()(lambda: teacher.encode(texts)),
-            "network": lambda: sample_ode(denoise, inputs, teacher.schedule, steps, chosen),
+            "network": lambda: sample_ode(denoise, inputs, teacher.schedule, sampler.steps, sampler.solver),
             "decoder": torch.no_grad()(lambda: to_uint8(decode(vae, inputs))),
         }
 
+    facts = {"kind": "teacher", **_teacher_facts(sampler)}
+    return sampler_source(sampler.title, facts, request, sample, parts)
+
+
+def _teacher_facts(sampler: TeacherSampler) -> dict[str, Any]:
+    """What decides the images of a teacher beside prompts and noise, as JSON."""
     facts = {
-        "kind": "teacher",
-        "weights_sha256": pretrained.weights_sha256(teacher.name),
-        "teacher_facts": teacher.facts,
-        "solver": chosen,
-        "steps": steps,
-        "guidance": guidance,
+        "weights_sha256": pretrained.weights_sha256(sampler.teacher.name),
+        "teacher_facts": sampler.teacher.facts,
+        "solver": sampler.solver,
+        "steps": sampler.steps,
+        "guidance": sampler.guidance,
     }
-    title = f"{teacher.name}, {steps} steps, guidance {guidance:g}"
-    return sampler_source(title, facts, request, sample, parts)
+    return facts if sampler.prior is None else {**facts, "prior": _teacher_facts(sampler.prior)}
 
 
 def pipeline_source(

@@ -16,7 +16,8 @@ from d2g.core.shuffle import permuted
 from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
-from d2g.diffusion.teacher import load_teacher
+from d2g.diffusion.pipelines import family_of
+from d2g.diffusion.teacher_sampler import PRIOR_STEPS, SolverSettings, load_sampler
 from distill.sampling import guiding_clip, student_folder
 from eval.evaluation import Evaluation, evaluate, image_count
 from eval.floor import Floor, real_floor
@@ -34,7 +35,12 @@ from eval.protocols.config import EvalRun
 from eval.protocols.data_sources import DATA_SOURCES, EvalDataSource
 from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
 from eval.protocols.protocol import ANY, PROTOCOLS
-from eval.runner.samplers import SamplingRequest, ode_source, pipeline_source, student_source
+from eval.runner.samplers import (
+    SamplingRequest,
+    pipeline_source,
+    student_source,
+    teacher_sampler_source,
+)
 from pairgen.prompts import label_list
 
 
@@ -260,15 +266,29 @@ class EvalSession:
         """A teacher as a source. Without prompts, a class-conditional one cycles through all classes, and an
         unconditional one draws from noise alone.
         """
-        teacher = load_teacher(name, self.device, config.precision)
-        prompts = self.prompts
+        sampler = load_sampler(name, self._solver_settings(name, config), self.device, config.precision)
+        teacher, prompts = sampler.teacher, self.prompts
         if not prompts and teacher.conditioning == "label":
             prompts = list(label_list(teacher.num_labels))
         if not prompts and teacher.conditioning == "none":
             prompts = [""]
-        guidance = teacher.default_guidance if config.guidance is None else config.guidance or 1.0
-        request = self.sampling_request(prompts)
-        return ode_source(teacher, request, steps=config.steps, guidance=guidance, solver=config.solver)
+        return teacher_sampler_source(sampler, self.sampling_request(prompts))
+
+    def _solver_settings(self, name: str, config: EvalRun) -> SolverSettings:
+        """How the teacher `name` draws. Beside a cascade of students, it draws after the prior's teacher."""
+        prior = config.prior
+        if prior is not None and config.student is not None:
+            reads_prior = family_of(name).prior_family is not None
+            prior = student_folder(prior)[1] if reads_prior else None
+        # A guidance of 0 means none, as 1 does.
+        return SolverSettings(
+            steps=config.steps,
+            guidance=1.0 if config.guidance == 0 else config.guidance,
+            solver=config.solver,
+            prior=prior,
+            prior_steps=config.prior_steps or PRIOR_STEPS,
+            prior_guidance=1.0 if config.prior_guidance == 0 else config.prior_guidance,
+        )
 
     @cached_property
     def other(self) -> ImageSource | None:

@@ -138,7 +138,7 @@ class CascadeConfig:
     @property
     def downscale(self) -> int:
         """Pixels per latent of stage C along a side."""
-        return 2 ** len(self.compressor.channels)
+        return int(2 ** len(self.compressor.channels))
 
 
 def _short(fit: FitConfig, images: int) -> FitConfig:
