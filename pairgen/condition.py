@@ -34,7 +34,12 @@ def open_condition(config: PairConfig, teacher: Teacher) -> PairReader | None:
             f"of {prior.title}; give --condition a pair store made by {made_by}"
         )
     # The store must be of the stage before, and complete: row i needs its row i.
-    reader = PairReader(folder)
+    try:
+        reader = PairReader(folder)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or give --condition the folder that holds pairs of {prior.title}"
+        ) from error
     kind, channels = reader.spec.teacher_facts.get("pipeline"), family.prior_channels(teacher.config)
     if kind not in prior.pipelines or reader.spec.latent_shape[0] != channels:
         raise UserError(

@@ -39,7 +39,8 @@ class JoinedReader:
         for reader in self.readers[1:]:
             by_denoiser = reader.spec.denoiser_sha256 and first.denoiser_sha256
             teacher = "denoiser_sha256" if by_denoiser else "teacher_sha256"
-            for name in (teacher, "conditioning", "latent_shape", "latent_space", "condition_shape"):
+            condition = ("condition_shape", "condition_teacher")
+            for name in (teacher, "conditioning", "latent_shape", "latent_space", *condition):
                 if (theirs := getattr(reader.spec, name)) != (ours := getattr(first, name)):
                     raise UserError(
                         f"{reader.folder} has {name} {theirs}, {self.readers[0].folder} {ours}; "

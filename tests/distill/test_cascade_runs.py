@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
+from PIL import Image
 from torch import Tensor
 
 import tiny
@@ -18,20 +20,25 @@ from d2g.core.seeds import Stream, generator, noise
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.families.cascade import CascadeFamily
+from d2g.diffusion.latents import decode_uint8
 from d2g.diffusion.pipelines import family_of
-from d2g.diffusion.teacher import load_teacher
+from d2g.diffusion.teacher import check_solver, load_teacher
+from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler, prior_seed
 from distill.config.components import DiscriminatorConfig
 from distill.config.export import ExportConfig
-from distill.config.run import EngineConfig
+from distill.config.run import EngineConfig, SampleConfig
 from distill.export.export import export
+from distill.losses.gradient_penalty import r1_penalty
 from distill.models.cascade_discriminator import discriminator_from_stage
 from distill.models.student import student_from_teacher
 from distill.planning.memory import predict
-from distill.sampling import load_student, with_prior
+from distill.sampling import load_student, save_both_samples, save_teacher_samples, with_prior
 from distill.training.state import new_state
 from distill.training.train import train
+from eval.protocols.config import EvalRun
 from eval.runner.samplers import SamplingRequest, student_source
-from jobs import distill_config
+from eval.runner.session import EvalSession
+from jobs import d2g_ranks, distill_arguments, distill_config
 from pairgen.generate import generate_pairs, resimulate
 from pairgen.store.reader import PairReader
 from pairgen.verify import verify_store
@@ -232,6 +239,139 @@ def test_a_cascade_draws_in_two_evaluations(stages: dict[str, Stage], tmp_path: 
     assert torch.equal(next(iter(batch.views.values())), images)
 
 
+def test_the_teachers_of_a_cascade_draw(stages: dict[str, Stage], tmp_path: Path) -> None:
+    """Alone, beside their students on the same noise, and for `d2g eval`: C, then B, then the VQGAN."""
+    c, b, prompts = stages["prior"], stages["decoder"], tiny.CAPTIONS[:3]
+    settings = SolverSettings(steps=3, guidance=2.0, prior=str(c.teacher), prior_steps=2, prior_guidance=1.5)
+    save_teacher_samples(str(b.teacher), prompts, tmp_path / "alone", 4, 2, settings)
+    # By hand, with each teacher's own sampler.
+    first, second = load_teacher(str(c.teacher)), load_teacher(str(b.teacher))
+    z = noise(prior_seed(4), range(3), (3, 4, 4))
+    cond = second.encode(prompts).with_prior(first.sample(z, prompts, 2, 1.5, "ddim"))
+    latents = second.sample(noise(4, range(3), (4, 8, 8)), prompts, 3, 2.0, "ddim", cond=cond)
+    expected = torch.cat(list(decode_uint8(pretrained.load_vae(str(b.teacher)), latents)))
+    drawn = [
+        torch.from_numpy(numpy.asarray(Image.open(tmp_path / "alone" / f"{n:05d}.png"))) for n in range(3)
+    ]
+    assert (torch.stack(drawn).permute(0, 3, 1, 2).int() - expected.int()).abs().max() <= 1
+    # Beside the students, whose prior names its teacher; a source of the evaluation draws the same.
+    both = replace(settings, prior=str(c.ode))
+    save_both_samples(str(b.ode), str(b.teacher), prompts, tmp_path / "both", 4, 2, both)
+    for name in ("alone", "both/teacher"):
+        assert (tmp_path / name / "00002.png").read_bytes() == (tmp_path / "alone" / "00002.png").read_bytes()
+    run = EvalRun(
+        teacher=str(b.teacher), prior=str(c.teacher), steps=3, guidance=2.0, prior_steps=2, prior_guidance=1.5
+    )
+    prompt_file = tmp_path / "prompts.txt"
+    prompt_file.write_text("\n".join(prompts))
+    session = EvalSession(replace(run, prompts=str(prompt_file), seed=4, metrics=("is",)))
+    (batch,) = session.source(session.config).draw(range(3), 3, ["native"])
+    assert (next(iter(batch.views.values())).int() - expected.int()).abs().max() <= 1
+    student = replace(session.config, student=str(b.ode), teacher=None, prior=str(c.ode))
+    assert session.teacher_source(str(b.teacher), student).facts == session.source(session.config).facts
+
+
+def test_what_the_teachers_of_a_cascade_lack_is_refused(stages: dict[str, Stage], tmp_path: Path) -> None:
+    b, c = (str(stages[name].teacher) for name in ("decoder", "prior"))
+    other, wide = (str(tmp_path / name) for name in ("other", "wide"))
+    tiny_teachers.save_wuerstchen_prior(Path(other))
+    tiny_teachers.save_cascade_prior(Path(wide), in_channels=5, out_channels=5)
+    for name, prior, message in (
+        (b, None, "prior is not set, .* give --prior a teacher of that"),
+        (c, None, "whose latents are no images; give it to --prior, and to --teacher a teacher"),
+        (b, b, "is of Stable Cascade, stage B; expected one of Stable Cascade, stage C"),
+        (b, other, "is of Würstchen v2, stage C; expected one of Stable Cascade, stage C"),
+        (b, wide, "makes latents of 5 channels, but teacher .* reads 3; give --prior the stage of the same"),
+        (b, str(stages["prior"].ode), "a student of d2g, no teacher"),
+        ("miniature", c, "teacher miniature reads no other stage; leave it out"),
+    ):
+        with pytest.raises((SettingError, UserError), match=message) as error:
+            load_sampler(name, SolverSettings(prior=prior))
+        assert "\n" not in str(error.value)
+    with pytest.raises(SettingError, match="prior_steps is 3, which goes with --teacher and --prior"):
+        SampleConfig(student=b, prior=c, prior_steps=3)
+    with pytest.raises(SettingError, match=r"prior_guidance is 2\.0, which goes with --prior"):
+        EvalRun(teacher=b, prior_guidance=2.0).check_source()
+
+
+def test_odd_sizes_and_moved_stores_are_refused(stages: dict[str, Stage], tmp_path: Path) -> None:
+    b, c = stages["decoder"], stages["prior"]
+    wuerstchen = tiny_teachers.save_wuerstchen_decoder(tmp_path / "b")
+    for teacher, size, unit in ((str(b.teacher), 7, 2), (wuerstchen, 6, 4)):
+        loaded = load_teacher(teacher)
+        with pytest.raises(SettingError, match=f"latent size is {size}x{size}; .* takes multiples of {unit}"):
+            check_solver(loaded, "ddim", 2, size=(size, size))
+    # The store of stage C has moved since the store of stage B was begun.
+    moved = tiny.pair_config(
+        str(b.teacher), "", condition=str(tmp_path / "gone"), seed=1, num_pairs=0, shard_size=4
+    )
+    with pytest.raises(UserError, match=r"gone is not a pair store: .* or give --condition the folder that"):
+        generate_pairs(moved, b.pairs)
+    # A store whose rows are conditioned by another stage C cannot be trained on beside the first.
+    tiny_teachers.save_cascade_prior(tmp_path / "c", scheduler=DDPMWuerstchenScheduler(scaler=2.0))
+    prompts = str(c.pairs.parent / "prompts.txt")
+    generate_pairs(tiny.pair_config(str(tmp_path / "c"), prompts), tmp_path / "c_pairs")
+    settings = tiny.pair_config(str(b.teacher), "", condition=str(tmp_path / "c_pairs"), seed=1, num_pairs=0)
+    generate_pairs(settings, tmp_path / "b_pairs")
+    both = f"{b.pairs},{tmp_path / 'b_pairs'}"
+    with pytest.raises(UserError, match=r"b_pairs has condition_teacher .* expected stores that differ in"):
+        train(distill_config(b.teacher, Path(both), "train.images=4"), tmp_path / "run")
+
+
+def test_engines_train_stage_b_alike_with_exact_r1(
+    stages: dict[str, Stage], tmp_path: Path, fresh_dynamo: None
+) -> None:
+    """One process, compiled regions, and two ranks with DDP and then FSDP2; R1 of the first step to 1e-6."""
+    stage = stages["decoder"]
+    settings = (*GAN, "gan.optim.lr=1e-4", "train.images=8", "gan.r1_interval=1")
+    config = distill_config(stage.teacher, stage.pairs, *settings, stage="gan", init=stage.ode)
+    train(config, tmp_path / "plain")
+    train(replace(config, engine=EngineConfig(compile="eager")), tmp_path / "compiled")
+    for parallel, images in (("ddp", 4), ("fsdp", 8)):
+        changes = (f"engine.parallel={parallel}", f"train.images={images}")
+        ranks = d2g_ranks(distill_arguments(config, tmp_path / "ranks", *changes), tmp_path / parallel)
+        assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    expected = read_stats(tmp_path / "plain")
+    for run in ("compiled", "ranks"):
+        lines = read_stats(tmp_path / run)
+        assert lines[0]["loss/r1"] == pytest.approx(expected[0]["loss/r1"], rel=1e-6)
+        for line, other in zip(lines, expected, strict=True):
+            losses = {name: value for name, value in other.items() if name.startswith("loss/")}
+            assert {name: line[name] for name in losses} == pytest.approx(losses, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_r1_is_exact_under_autocast_and_by_finite_differences(
+    name: str, stages: dict[str, Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 against the gradient's norm by finite differences, in fp32 under autocast bit for bit."""
+    stage, config = stages[name], DiscriminatorConfig(discriminator="cascade")
+    discriminator = discriminator_from_stage(str(stage.teacher), config, generator(3))
+    rows = PairReader(stage.pairs).read([0, 1])
+    cond = pretrained.load_conditioner(str(stage.teacher)).encode(rows.prompts)
+    cond = cond if rows.condition is None else cond.with_prior(rows.condition)
+    expected = r1_penalty(discriminator, rows.latents, rows.noise, cond)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(r1_penalty(discriminator, rows.latents, rows.noise, cond), expected)
+    # Finite differences along the gradient itself: its norm is the slope. Nothing is rounded to fp32.
+    to_float = Tensor.float
+    monkeypatch.setattr(Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
+    discriminator, x, z = discriminator.double(), rows.latents.double(), rows.noise.double()
+    cond = cond.to(torch.float64)
+
+    def score(latents: Tensor) -> Tensor:
+        return torch.stack([head.mean((1, 2, 3)) for head in discriminator(latents, z, cond).values()]).sum(0)
+
+    latents = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(score(latents).sum(), latents)
+    norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    step = 1e-5 * gradient / norm
+    with torch.no_grad():
+        slope = (score(x + step) - score(x - step)) / 2e-5
+    assert expected.item() == pytest.approx(slope.square().mean().item(), rel=1e-4)
+    assert norm.flatten().tolist() == pytest.approx(slope.tolist(), rel=1e-6)
+
+
 def test_missing_and_foreign_stages_are_refused(stages: dict[str, Stage], tmp_path: Path) -> None:
     b, c = stages["decoder"], stages["prior"]
 
@@ -244,7 +384,10 @@ def test_missing_and_foreign_stages_are_refused(stages: dict[str, Stage], tmp_pa
         SettingError, "condition is not set, .* reads the latents of Stable Cascade, stage C; give --cond"
     )
     generate(
-        UserError, "nowhere is not a pair store: cannot read", condition=str(tmp_path / "nowhere"), seed=1
+        UserError,
+        "nowhere is not a pair store: cannot read .*; or give --condition the",
+        condition=str(tmp_path / "nowhere"),
+        seed=1,
     )
     generate(UserError, "of a StableCascadeDecoderPipeline, but .* 3-channel", condition=str(b.pairs), seed=1)
     generate(SettingError, "seed is 0, as of .* set another, such as seed=1", condition=str(c.pairs))
