@@ -29,6 +29,7 @@ COMMANDS = list(commands())
 COMMANDS_WITH_SETTINGS = [
     "demo",
     "teacher train",
+    "teacher cascade",
     "pairs generate",
     "pairs plan",
     "distill ode",
@@ -65,6 +66,7 @@ def test_the_documented_commands_exist() -> None:
         "demo",
         "doctor",
         "teacher train",
+        "teacher cascade",
         "teacher import",
         "teacher info",
         "teacher list",

@@ -250,9 +250,7 @@ def test_the_teachers_of_a_cascade_draw(stages: dict[str, Stage], tmp_path: Path
     cond = second.encode(prompts).with_prior(first.sample(z, prompts, 2, 1.5, "ddim"))
     latents = second.sample(noise(4, range(3), (4, 8, 8)), prompts, 3, 2.0, "ddim", cond=cond)
     expected = torch.cat(list(decode_uint8(pretrained.load_vae(str(b.teacher)), latents)))
-    drawn = [
-        torch.from_numpy(numpy.asarray(Image.open(tmp_path / "alone" / f"{n:05d}.png"))) for n in range(3)
-    ]
+    drawn = [torch.from_numpy(numpy.array(Image.open(tmp_path / "alone" / f"{n:05d}.png"))) for n in range(3)]
     assert (torch.stack(drawn).permute(0, 3, 1, 2).int() - expected.int()).abs().max() <= 1
     # Beside the students, whose prior names its teacher; a source of the evaluation draws the same.
     both = replace(settings, prior=str(c.ode))
@@ -329,7 +327,8 @@ def test_engines_train_stage_b_alike_with_exact_r1(
     train(replace(config, engine=EngineConfig(compile="eager")), tmp_path / "compiled")
     for parallel, images in (("ddp", 4), ("fsdp", 8)):
         changes = (f"engine.parallel={parallel}", f"train.images={images}")
-        ranks = d2g_ranks(distill_arguments(config, tmp_path / "ranks", *changes), tmp_path / parallel)
+        arguments = distill_arguments(config, tmp_path / "ranks", *settings, *changes)
+        ranks = d2g_ranks(arguments, tmp_path / parallel)
         assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
     expected = read_stats(tmp_path / "plain")
     for run in ("compiled", "ranks"):

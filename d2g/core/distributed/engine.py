@@ -6,6 +6,7 @@ local until the last pass averages them all; under FSDP2 the gathered weights st
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -26,6 +27,9 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 
 Kind = Literal["ddp", "fsdp"]
+
+# Depthwise convolutions have one channel per filter, so two descriptions of their strides mean one layout.
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
 
 class DistributedModule:
