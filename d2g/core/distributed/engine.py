@@ -28,9 +28,6 @@ from d2g.core.errors import SettingError
 
 Kind = Literal["ddp", "fsdp"]
 
-# Depthwise convolutions have one channel per filter, so two descriptions of their strides mean one layout.
-warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-
 
 class DistributedModule:
     """A network in training under DDP or FSDP2, called like the network itself.
@@ -71,6 +68,8 @@ class DistributedModule:
                 module.to(memory_format=torch.channels_last)
             if process_group.world_size() > 1:
                 ids = [device] if device.type == "cuda" else None
+                # With one channel per filter, as in depthwise convolutions, other strides are the same layout.
+                warnings.filterwarnings("ignore", "Grad strides do not match bucket", UserWarning)
                 self.call = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
                 # Gloo sums in varying orders: fix the order, so that a resumed run equals an unbroken one.
                 if device.type == "cpu" and process_group.world_size() > 2:
