@@ -321,7 +321,7 @@ def test_engines_train_stage_b_alike_with_exact_r1(
 ) -> None:
     """One process, compiled regions, and two ranks with DDP and then FSDP2; R1 of the first step to 1e-6."""
     stage = stages["decoder"]
-    settings = (*GAN, "gan.optim.lr=1e-4", "train.images=8", "gan.r1_interval=1")
+    settings = (*GAN, "optim.lr=1e-5", "gan.optim.lr=1e-5", "train.images=8", "gan.r1_interval=1")
     config = distill_config(stage.teacher, stage.pairs, *settings, stage="gan", init=stage.ode)
     train(config, tmp_path / "plain")
     train(replace(config, engine=EngineConfig(compile="eager")), tmp_path / "compiled")

@@ -68,7 +68,7 @@ class DistributedModule:
                 module.to(memory_format=torch.channels_last)
             if process_group.world_size() > 1:
                 ids = [device] if device.type == "cuda" else None
-                # With one channel per filter, as in depthwise convolutions, other strides are the same layout.
+                # Depthwise convolutions have one channel per filter: other strides are the same layout.
                 warnings.filterwarnings("ignore", "Grad strides do not match bucket", UserWarning)
                 self.call = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
                 # Gloo sums in varying orders: fix the order, so that a resumed run equals an unbroken one.
