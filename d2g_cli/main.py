@@ -13,7 +13,19 @@ from typer.core import TyperGroup
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.logs import logger
 from d2g.core.signals import CommandInterrupts
-from d2g_cli import cascade, demo_doctor, distill, explore, launch, lpips, pairs, run, settings, student, teacher
+from d2g_cli import (
+    cascade,
+    demo_doctor,
+    distill,
+    explore,
+    launch,
+    lpips,
+    pairs,
+    run,
+    settings,
+    student,
+    teacher,
+)
 from d2g_cli import eval as eval_commands
 from d2g_cli.common import (
     is_printed_by_rank_0,

@@ -381,7 +381,9 @@ def save_both_samples(
     # Rows of student and teacher, side by side.
     rows = [image for pair in zip(*(images for images, _ in timed.values()), strict=True) for image in pair]
     if len({image.shape for image in rows}) == 1:
-        titles = [f"{name}: {text}" for text in prompts for name in ("one step", f"teacher, {steps} steps")]
+        steps = f"{settings.steps}" if prior is None else f"{settings.prior_steps} + {settings.steps}"
+        names = ("one step" if prior is None else "two steps", f"teacher, {steps} steps")
+        titles = [f"{name}: {text}" for text in prompts for name in names]
         heading = f"{Path(student).name} and its teacher {Path(teacher).name} on the same noise, seed {seed}"
         across = 2 if len(rows) <= 16 else 8
         save_png(captioned_grid(torch.stack(rows[:64]), titles[:64], heading, across), out / "grid.png", {})

@@ -25,7 +25,7 @@ from teacher_training.cascade.compressor import SemanticCompressor
 from teacher_training.cascade.config import CascadeConfig
 from teacher_training.cascade.stages import CaptionTable, stage_b_loss, stage_c_loss, vqgan_loss
 from teacher_training.config import FitConfig
-from teacher_training.data import cached_images
+from teacher_training.data import TrainingPictures, cached_pictures, captioned_images
 from teacher_training.loop import fit_modules
 from teacher_training.verdict import reconstruction_psnr, spread_rows
 
@@ -99,21 +99,18 @@ def _open_job(config: CascadeConfig, out: Path, progress: Progress) -> _Job:
     """Open OUT, which belongs to one data set, load its images, and the text encoder."""
     names = ("data", "column", "size", "images", "seed", "caption_template", "text")
     RunLog(out / TRAINING, {key: to_json(config)[key] for key in names})
-    images, captions = cached_images(
-        out / TRAINING,
-        config.data,
-        config.size,
-        config.images,
-        config.seed,
-        config.caption_template,
-        progress,
-        config.column,
-    )
+    source = (config.data, config.size, config.images, config.seed)
+
+    def load() -> TrainingPictures:
+        images, captions = captioned_images(*source, config.caption_template, progress, config.column)
+        return TrainingPictures(images=images, prompts=captions)
+
+    pictures = cached_pictures(out / TRAINING, load)
     return _Job(
         config=config,
         out=out,
-        images=images,
-        captions=captions,
+        images=pictures.images,
+        captions=pictures.prompts,
         conditioner=cascade_files.frozen_text(config.text),
         progress=progress,
     )
