@@ -53,7 +53,7 @@ def vqgan_loss(vqgan: Any, images: Tensor, config: VQGANConfig) -> LossFn:
     return loss_of
 
 
-def epsilon_loss(
+def cascade_loss(
     family: Family,
     network: nn.Module,
     latents: Tensor,
@@ -99,7 +99,7 @@ def stage_b_loss(
         prior = torch.where(dropped.view(-1, 1, 1, 1), torch.zeros_like(prior), prior)
         return captions.conditioning(rows, dropped).with_prior(prior)
 
-    return epsilon_loss(WuerstchenDecoder(), network, latents, conditioning)
+    return cascade_loss(WuerstchenDecoder(), network, latents, conditioning)
 
 
 def stage_c_loss(
@@ -110,4 +110,4 @@ def stage_c_loss(
     def conditioning(rows: list[int], generator: torch.Generator) -> Conditioning:
         return captions.conditioning(rows, torch.rand(len(rows), generator=generator) < caption_dropout)
 
-    return epsilon_loss(WuerstchenPrior(), network, latents, conditioning)
+    return cascade_loss(WuerstchenPrior(), network, latents, conditioning)
