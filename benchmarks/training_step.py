@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2g.core.distributed import sharded_checkpoint
+from d2g.core.distributed import process_group, sharded_checkpoint
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import open_pipeline
 from distill.config.run import DistillConfig
@@ -50,7 +50,7 @@ def fill_randomly(network: nn.Module, device: torch.device) -> None:
 
 
 class RandomStep:
-    """Training steps of a config on one process. Text encoders are left out: their output is random.
+    """Training steps of a config on each process. Text encoders are left out: their output is random.
 
     fill: gives networks on meta their weights. The teacher needs configs only.
     """
@@ -140,7 +140,8 @@ class RandomStep:
         return cond.map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=self.device))
 
     def _batch(self, shape: tuple[int, int, int]) -> PairBatch:
-        rows, rng = self.config.train.batch_size, torch.Generator().manual_seed(0)
+        rows = self.config.train.batch_size // process_group.world_size()
+        rng = torch.Generator().manual_seed(process_group.rank())
         noise, latents = (torch.randn(rows, *shape, generator=rng).half() for _ in range(2))
         index = torch.arange(rows)
         return PairBatch(

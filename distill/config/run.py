@@ -113,6 +113,11 @@ class EngineConfig:
     compile: str = setting(
         "", "Backend of torch.compile, such as inductor; empty runs eagerly. The penalty is always eager"
     )
+    compile_blocks: bool = setting(
+        False,
+        "Compile each repeated block by itself, in place of the whole network; blocks of the same shapes "
+        "share one compilation. With compile",
+    )
     channels_last: Literal["auto", "on", "off"] = setting(
         "auto",
         "Convolution weights in channels-last memory format, which CUDA's matrix units read; not with fsdp. "
@@ -146,6 +151,11 @@ class EngineConfig:
 
             if self.compile not in list_backends(exclude_tags=()):  # the hint leaves out debugging backends
                 raise SettingError(f"compile is {self.compile!r}{nearest(self.compile, list_backends())}")
+        if self.compile_blocks and not self.compile:
+            raise SettingError(
+                "compile_blocks is true but compile names no backend; set compile=inductor, or "
+                "compile_blocks=false"
+            )
         if self.channels_last == "on" and self.parallel == "fsdp":
             raise SettingError(
                 "channels_last is 'on' but parallel is fsdp, which shards contiguous tensors only; set "

@@ -40,7 +40,7 @@ from distill.planning.fake_networks import (
     to_fake,
 )
 from distill.planning.reference_models import NAMES
-from distill.planning.saved_activations import SavedBytes, peak_bytes, saved_bytes
+from distill.planning.saved_activations import SavedBytes, peak_bytes, saved_bytes, saved_parts
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.fused import GPU_POSITIONS, distance_with_gradient
 from latent_lpips.lpips import PixelLPIPS
@@ -153,17 +153,26 @@ def _working_bytes(
 
     # The student's forward pass, which stays alive during the regression loss.
     student_graph = _activations(config, student, student, partial(fake_forward, student))
-    working = student_graph.of(rows)
+    loss = 0.0
     for distance in distances:
         to_fake(distance)
-        working += _distance_activations(distance, student.latent_shape).of(rows)
+        loss += _distance_activations(distance, student.latent_shape).of(rows)
     if metric is not None:
-        working += _sweep_bytes(metric, student.latent_shape, rows)
+        loss += _sweep_bytes(metric, student.latent_shape, rows)
+    # The loss is gone before the backward pass begins.
+    recomputed = student_graph.recomputed.of(rows)
+    working = student_graph.saved.of(rows) + max(loss, recomputed)
 
-    # The peak is the forward pass, an optimizer step, or the update of the discriminator.
-    working = max(working, _update_bytes(student, config.optim, config.engine, shards, buckets))
+    # The peak is the loss, the begin or the end of the backward pass, where gradients have replaced the
+    # activations, an optimizer step, or the update of the discriminator.
+    gradients = 0.0 if buckets else _bytes(_trained(student)) / shards
+    working = max(
+        working,
+        gradients + recomputed,
+        _update_bytes(student, config.optim, config.engine, shards, buckets),
+    )
     if discriminator is not None:
-        waiting = student_graph.of(rows) if config.engine.gradient_accumulation == 1 else 0.0
+        waiting = student_graph.saved.of(rows) if config.engine.gradient_accumulation == 1 else 0.0
         of_d = _discriminator_bytes(config, discriminator, student, rows, shards, buckets)
         working = max(working, waiting + of_d)
     if buckets:
@@ -242,31 +251,44 @@ def _discriminator_bytes(
     inputs = partial(discriminator_input, config.gan)
     graph = _activations(config, network, student, lambda b: discriminator(*inputs(b).args))
     passes = 3 if config.gan.active_penalty == "approx" else 2
-    update = _update_bytes(discriminator, config.gan.optim, config.engine, shards, buckets)
-    if config.gan.active_penalty in ("none", "approx"):
-        return max(graph.of(passes * rows), update)
-    # The penalty has a backward pass of its own, so its gradients exist during the passes that follow.
+    recomputed = graph.recomputed.of(rows)
+    activations = graph.saved.of(passes * rows) + recomputed
     gradients = _bytes(_trained(discriminator)) / shards
+    update = _update_bytes(discriminator, config.gan.optim, config.engine, shards, buckets)
+    update = max(update, recomputed + (0.0 if buckets else gradients))
+    if config.gan.active_penalty in ("none", "approx"):
+        return max(activations, update)
+    # The penalty has a backward pass of its own, so its gradients exist during the passes that follow.
     penalty_rows = 1 if config.gan.active_penalty == "single" else rows
     penalty = _penalty_activations(config, network, student, discriminator).of(penalty_rows)
     # Under FSDP2 the gathered weights stay until the penalty is done.
     if config.engine.parallel == "fsdp":
         penalty += _bytes(discriminator.parameters()) * (0.5 if config.train.precision == "bf16" else 1.0)
-    return max(gradients + max(graph.of(passes * rows), penalty), update)
+    return max(gradients + max(activations, penalty), update)
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """What a forward pass saves, and what the largest recomputed layer adds to it in the backward pass."""
+
+    saved: SavedBytes
+    recomputed: SavedBytes
 
 
 def _activations(
     config: DistillConfig, network: Any, student: Student, run: Callable[[FakeBatch], Any]
-) -> SavedBytes:
+) -> _Activations:
     """Bytes that a forward pass saves, from batches of one and of two rows."""
     bf16, pipeline = config.train.precision == "bf16", open_pipeline(config.teacher)
     sizes = (
-        saved_bytes(network, partial(lambda n: run(fake_batch(pipeline, student, n)), n), bf16)
+        saved_parts(network, partial(lambda n: run(fake_batch(pipeline, student, n)), n), bf16)
         for n in (1, 2)
     )
-    saved = SavedBytes.from_batches(*sizes)
+    saved, recomputed = (SavedBytes.from_batches(*both) for both in zip(*sizes, strict=True))
     # FSDP2 frees the gathered weights after each layer.
-    return replace(saved, fixed=0.0) if config.engine.parallel == "fsdp" else saved
+    if config.engine.parallel == "fsdp":
+        saved = replace(saved, fixed=0.0)
+    return _Activations(saved, recomputed)
 
 
 def _penalty_activations(

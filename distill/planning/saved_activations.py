@@ -34,10 +34,16 @@ class SavedBytes:
 
 
 def saved_bytes(network: nn.Module, run: Callable[[], Any], bf16: bool) -> float:
-    """Bytes of the storages that autograd saves during `run`, without the network's own weights.
+    """Sum of `saved_parts`."""
+    return sum(saved_parts(network, run, bf16))
 
-    Each storage counts once. Of layers under activation checkpointing, the inputs count, and in addition the
-    largest layer, since backward recomputes one layer at a time. `bf16`: run under autocast.
+
+def saved_parts(network: nn.Module, run: Callable[[], Any], bf16: bool) -> tuple[float, float]:
+    """Bytes of the storages that autograd saves during `run`, without the network's own weights; and what
+    the largest layer under activation checkpointing saves, since backward recomputes one layer at a time.
+
+    Each storage counts once. Of layers under activation checkpointing the first number has the inputs.
+    `bf16`: run under autocast.
     """
     # Weights are counted elsewhere; views of one storage count once.
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
@@ -70,7 +76,7 @@ def saved_bytes(network: nn.Module, run: Callable[[], Any], bf16: bool) -> float
         run()
     for hook in hooks:
         hook.remove()
-    return storages.total + largest
+    return storages.total, largest
 
 
 class _StorageCounter:

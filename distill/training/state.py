@@ -200,8 +200,10 @@ def _distribute(
         network = load()
     if engine.frozen_weights == "bf16":
         parallel.store_frozen_in_bf16(network)
-    # Recompute activations per block, and wrap blocks and roots.
+    # Compile blocks, recompute activations per block, and wrap blocks and roots.
     layers = list(shard_units(network))
+    if engine.compile_blocks:
+        parallel.compile_blocks(layers, engine.compile)
     if engine.activation_checkpointing:
         parallel.recompute(layers)
     size = engine.shard_size or process_group.world_size()
@@ -217,7 +219,8 @@ def _distribute(
         roots=roots(network),
         replicas=process_group.world_size() // size,
         half=torch.bfloat16 if precision == "bf16" else None,
-        compile_backend=engine.compile,
+        compile_backend="" if engine.compile_blocks else engine.compile,
+        compiled_blocks=engine.compile_blocks,
         channels_last=engine.channels_last == "on"
         or (engine.channels_last == "auto" and engine.parallel == "ddp" and device.type == "cuda"),
     )

@@ -477,7 +477,7 @@ _CHANGEABLE_SETTINGS = {
     "data": ("skip_bad", "cache", "cache_gib", "text_cache", "text_precision"),
     "engine": (
         *("parallel", "shard_size", "gradient_accumulation", "activation_checkpointing", "compile", "gpus"),
-        *("async_checkpoints", "channels_last", "offload_optimizer"),
+        *("async_checkpoints", "channels_last", "offload_optimizer", "compile_blocks"),
     ),
 }
 """Settings that a resumed run may have other values of: none changes what is learnt beyond rounding."""

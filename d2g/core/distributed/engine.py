@@ -28,6 +28,9 @@ from d2g.core.errors import SettingError
 
 Kind = Literal["ddp", "fsdp"]
 
+BLOCK_SHAPES = 128
+"""Compilations of one block's code by `compile_blocks`: its shapes, times which weights are trained."""
+
 
 class DistributedModule:
     """A network in training under DDP or FSDP2, called like the network itself.
@@ -47,6 +50,7 @@ class DistributedModule:
         replicas: int = 1,
         half: torch.dtype | None = None,
         compile_backend: str = "",
+        compiled_blocks: bool = False,
         channels_last: bool = False,
     ) -> None:
         """Wrap the network for this process group.
@@ -54,6 +58,7 @@ class DistributedModule:
         layers: modules that FSDP2 gathers one at a time. roots: modules that hold the remaining parameters,
         cast to `half` at their own boundary; everything around them stays in fp32. replicas: groups of ranks
         that each hold all weights (hybrid sharding). compile_backend: a torch.compile backend; "" is eager.
+        compiled_blocks: whether `compile_blocks` has compiled parts of the network.
         channels_last: keep convolutions' weights in that format, in which CUDA's matrix units read them; not
         under FSDP2, which shards contiguous tensors only.
         """
@@ -75,7 +80,7 @@ class DistributedModule:
                 if device.type == "cpu" and process_group.world_size() > 2:
                     self.call.register_comm_hook(None, process_group.average_in_order)
         # Compile both forms: with the wrapper for averaged passes, without it for local ones.
-        self.compiled = bool(compile_backend)
+        self.compiled = bool(compile_backend) or compiled_blocks
         self.local_call: Callable[..., Any] = module
         if compile_backend:
             self.local_call = torch.compile(module, backend=compile_backend)
@@ -227,6 +232,24 @@ def store_frozen_in_bf16(module: nn.Module) -> None:
             for name, parameter in layer.named_parameters(recurse=False):
                 if not parameter.requires_grad:
                     setattr(layer, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
+
+
+def compile_blocks(layers: Iterable[nn.Module], backend: str) -> None:
+    """Compile the forward pass of each of these layers by itself (regional compilation).
+
+    Layers with the same code and shapes share one compilation. Call it before `recompute` and before the
+    layers are wrapped: FSDP2's hooks and recomputation stay around the compiled code. Shapes stay static, as
+    they are in training.
+    """
+    import torch._dynamo  # takes seconds, so only when compiling
+
+    # Resnets of a U-Net alone have more shapes than the 8 after which dynamo gives up on a function.
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, BLOCK_SHAPES)
+    # Dynamo looks at the .grad of a block's input, which is no leaf.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
 
 
 def recompute(layers: Iterable[nn.Module]) -> None:
