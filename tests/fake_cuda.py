@@ -2,6 +2,7 @@
 
     PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan [a.b=c ...]
     PYTHONPATH=.:tests python tests/fake_cuda.py families KIND ...
+    PYTHONPATH=.:tests python tests/fake_cuda.py evaluation
     PYTHONPATH=.:tests python tests/fake_cuda.py memory PRESET ode|gan [a.b=c ...]
 
 CPU tensors are real, CUDA tensors are FakeTensors. Mixing the two raises, as on a GPU. A value that the host
@@ -264,6 +265,37 @@ def families(*kinds: str) -> None:
     print(json.dumps(results))
 
 
+def evaluation() -> None:
+    """Evaluate a teacher and a student by FID, precision, recall and CLIP score on three batches of four."""
+    from PIL import Image
+
+    import eval_jobs
+    import jobs
+    import tiny
+    from distill.training.train import train
+    from eval.runner.run import run_evaluation
+
+    folder = Path(tempfile.mkdtemp())
+    teacher = Path(tiny.save_teacher(folder / "teacher"))
+    pairs = jobs.make_pairs(teacher, folder)
+    train(jobs.distill_config(teacher, pairs, "train.images=4"), folder / "run")
+    jobs.make_clip(teacher, folder / "clip")
+    (folder / "photographs").mkdir()
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(folder / "photographs" / f"{number:02}.png")
+    begin()
+    results = {}
+    for name, source in (
+        ("teacher", {"teacher": str(teacher)}),
+        ("student", {"student": str(folder / "run")}),
+    ):
+        mode = FakeCuda()
+        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
+            run_evaluation(eval_jobs.config(folder, **source))
+        results[name] = dict(mode.waits)
+    print(json.dumps(results))
+
+
 def begin() -> None:
     """Let the project use fake CUDA tensors."""
     from d2g.core.distributed import process_group
@@ -350,7 +382,11 @@ def memory(name: str, stage: str, *settings: str) -> None:
 
 
 if __name__ == "__main__":
-    modes: dict[str, Callable[..., None]] = {"memory": memory, "families": families}
+    modes: dict[str, Callable[..., None]] = {
+        "memory": memory,
+        "families": families,
+        "evaluation": evaluation,
+    }
     if sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:

@@ -73,7 +73,7 @@ def sampler_source(
             texts = request.texts(part)
             pixels = sample(part, texts)
             # A broken image would spoil every metric: name the first.
-            broken = (~pixels.isfinite()).flatten(1).any(1).nonzero()
+            broken = (~pixels.isfinite()).flatten(1).any(1).cpu().nonzero()
             if len(broken):
                 row = int(broken[0])
                 raise UserError(

@@ -69,6 +69,15 @@ def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
+def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
+    """Images and features are read by the host once per batch, so this lists waits and limits nothing."""
+    results = fake_cuda(warm_python, "evaluation")
+    assert list(results) == ["teacher", "student"]
+    assert all(results.values()), "the counter counts"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [("ode", ()), ("gan", ("gan.r1_interval=1", "gan.r1_rows=1", "engine.activation_checkpointing=false"))],
