@@ -64,8 +64,8 @@ class TrainableDiT(TrainableNetwork):
             def predict(x: Tensor, t: Tensor) -> Tensor:
                 # The label after the last class stands for no class.
                 null = len(self.classes)
-                told = drop_labels(labels[rows], self.config.class_dropout, null, generator)
-                epsilon: Tensor = self.network(x, t, class_labels=told).sample
+                kept_labels = drop_labels(labels[rows], self.config.class_dropout, null, generator)
+                epsilon: Tensor = self.network(x, t, class_labels=kept_labels).sample
                 return epsilon
 
             return epsilon_loss(inputs[rows], schedule, weights, generator, predict)

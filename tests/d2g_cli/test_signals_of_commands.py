@@ -116,7 +116,7 @@ def test_signals_at_random_times_end_a_command_with_one_line(seed: int, tmp_path
     numbers = random.Random(seed)
     commands = (
         ["sample", "--student", "miniature", "--prompt", "a"],
-        ["eval", "run", *"--student miniature --protocol miniature --num 4 --allow-fewer".split()],
+        ["eval", "run", *"--student miniature --protocol miniature --num 6 --allow-fewer".split()],
         ["teacher", "train", "--stages", "data", "--set", "images=4"],
     )
     for case in range(2):
@@ -131,15 +131,17 @@ def test_signals_at_random_times_end_a_command_with_one_line(seed: int, tmp_path
             process.wait(delay)
         process.send_signal(number)
         try:
-            _, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=120)
         finally:
             process.kill()
         where = f"{number.name} after {delay:.2f} s of {arguments[0]}"
         last = err.decode().splitlines()[-1:]
         # Python ends itself by SIGINT, which shells report as 130, where C code was running Python code.
-        assert process.returncode in (0, 130, -signal.SIGINT), f"{where}: {err.decode()}"
+        # After the result is printed, a signal may end Python while it exits.
+        finished = process.returncode in (0, -number) and bool(out)
+        assert finished or process.returncode in (130, -signal.SIGINT), f"{where}: {err.decode()}"
         assert "Traceback" not in err.decode(), f"{where}: {err.decode()}"
-        assert process.returncode == 0 or last[0].startswith("error: "), f"{where}: {err.decode()}"
+        assert finished or last[0].startswith("error: "), f"{where}: {err.decode()}"
 
 
 @pytest.mark.slow
