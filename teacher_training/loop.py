@@ -67,7 +67,7 @@ def fit_modules(
         raise SettingError(f"batch_size {config.batch_size} does not divide over {world} processes")
     state = _resume(log, modules, config)
     local = config.batch_size // world
-    started = saved = drawn = time.monotonic()
+    started = saved = previewed = time.monotonic()
     reported = first = state.nimg
     with StopFlag() as stop:
         while state.nimg < config.images:
@@ -84,10 +84,10 @@ def fit_modules(
                 log.write(state.nimg, {**values, "time/images_per_sec": rate})
             # Draw samples every few minutes and at the end.
             last = state.nimg >= config.images
-            if previews is not None and (last or time.monotonic() - drawn > 60 * previews.minutes):
+            if previews is not None and (last or time.monotonic() - previewed > 60 * previews.minutes):
                 if rank == 0:
                     previews.draw(state.averaged(), state.nimg)
-                drawn = time.monotonic()
+                previewed = time.monotonic()
             # Save now and then, at the end, and on Ctrl-C.
             stopping = process_group.any_rank(bool(stop))
             due = process_group.any_rank(time.monotonic() - saved > 60 * config.checkpoint_minutes)

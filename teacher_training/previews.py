@@ -90,9 +90,9 @@ def network_previews(
         trained = network.teacher(teacher, modules)
         # The loss of the averaged weights, on the same rows and noise each time.
         loss = denoising_loss(trained, trained.conditioner.encode(measured_texts), latents)
-        drawn = torch.cat(list(decode_uint8(vae, draw_samples(trained, texts))))
+        samples = torch.cat(list(decode_uint8(vae, draw_samples(trained, texts))))
         file = folder / f"samples-{nimg:09d}.png"
-        save_png(two_row_sheet(images[shown], drawn), file, {"loss": f"{loss:.4f}"})
+        save_png(two_row_sheet(images[shown], samples), file, {"loss": f"{loss:.4f}"})
         log.write(nimg, {"preview/loss": loss})
         name = log.folder.name
         logger.info(

@@ -47,9 +47,9 @@ def measure_speed(config: TeacherConfig, stages: Sequence[str]) -> Speed:
         images = torch.randint(256, (TIMED_ROWS, 3, config.size, config.size), dtype=torch.uint8)
         pictures = _random_pictures(kind, images)
         # The autoencoder, trained or given; networks in pixels have none.
-        given = starting_autoencoder(config)
-        vae = given if given is not None else build_autoencoder(config.vae, config.size)
-        if given is None and "vae" in stages:
+        start = starting_autoencoder(config)
+        vae = start if start is not None else build_autoencoder(config.vae, config.size)
+        if start is None and "vae" in stages:
             loss_of = autoencoder_loss(vae, images, config.vae)
             _time_stage(speed, "vae", [vae], loss_of, config.vae.fit.batch_size)
         started = time.perf_counter()
