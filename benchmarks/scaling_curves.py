@@ -25,7 +25,8 @@ from distill.config.presets import DISTILL_PRESETS
 from distill.training.train import train
 
 PAIRS, IMAGES = (1024, 4096, 16_384, 49_152), (25_600, 102_400)
-JUDGES = {"oracle": "oracle", "clip": "CLIP x 1000", "vae": "VAE latents"}
+FEATURE_NETWORKS = {"oracle": "oracle", "clip": "CLIP x 1000", "vae": "VAE latents"}
+"""Columns with Frechet distances, and their titles."""
 
 
 def run(store: Path, out: Path, seed: int, pairs: int, images: int, scenes: int) -> None:
@@ -62,9 +63,14 @@ def draw(scores: dict[tuple[int, int], list[dict[str, float]]], file: Path) -> N
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, (judge, title) in zip(figure.subplots(1, len(JUDGES)), JUDGES.items(), strict=True):
+    panels = figure.subplots(1, len(FEATURE_NETWORKS))
+    for axes, (network, title) in zip(panels, FEATURE_NETWORKS.items(), strict=True):
         for images in sorted({images for _, images in scores}):
-            points = {pairs: [s[judge] for s in seeds] for (pairs, n), seeds in scores.items() if n == images}
+            points = {
+                pairs: [student[network] for student in students]
+                for (pairs, length), students in scores.items()
+                if length == images
+            }
             (line,) = axes.plot(
                 points, [mean(values) for values in points.values()], label=f"{images:,} images"
             )

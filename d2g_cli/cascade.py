@@ -48,13 +48,15 @@ def teacher_cascade(
     """Train a small Wuerstchen on captioned images: VQGAN, stage B with a semantic compressor, stage C."""
     settings = {"data": options.data, "seed": options.seed}
     config = configure_preset(_presets(), "scenes", options, settings)
-    if options.dry_run:
-        finish_dry_run(config, options.as_json, inputs={"--data": config.data})
-    from miniature.registration import register_training_scenes
-    from teacher_training.cascade.train import CASCADE_PARTS, train_cascade
+    from teacher_training.cascade.config import CASCADE_PARTS
 
-    register_training_scenes()
     names = tuple(parts.split(","))
     for name in names:
         pick(dict.fromkeys(CASCADE_PARTS), name, "part")
+    if options.dry_run:
+        finish_dry_run(config, options.as_json, inputs={"--data": config.data})
+    from miniature.registration import register_training_scenes
+    from teacher_training.cascade.train import train_cascade
+
+    register_training_scenes()
     emit(asdict(train_cascade(config, out, names, reporter)), options.as_json, "cascade")

@@ -42,7 +42,7 @@ def walk(
     require_range(noise_scale=noise_scale)
     for number in seeds:
         require_range(0, 2**63 - 1, seed=number)
-    _check_prompts(prompt or [])
+    _check_prompts("--prompt", prompt or [])
     check_inputs({"--lpips": lpips})
     if dry_run:
         plan: dict[str, Any] = {"student": student, "prompts": prompt or [], "seeds": seeds, "images": frames}
@@ -81,12 +81,14 @@ def styles(
     """Draw every subject in every style from one noise, as a labeled grid."""
     require_range(0, 2**63 - 1, seed=seed)
     require_range(noise_scale=noise_scale)
-    _check_prompts([*subject, *style])
-    if dry_run:
-        emit({"student": student, "images": len(subject) * len(style)}, as_json, "dry run: nothing was drawn")
-        return
-    from distill.exploration import open_student, save_styles
+    _check_prompts("--subject", subject)
+    _check_prompts("--style", style)
+    from distill.exploration import open_student, save_styles, style_prompts
 
+    prompts = style_prompts(subject, style, template)
+    if dry_run:
+        emit({"student": student, "prompts": prompts}, as_json, "dry run: nothing was drawn")
+        return
     summary = save_styles(
         *(student, open_student(student), subject, style, template, seed, out),
         noise_scale=noise_scale,
@@ -95,9 +97,9 @@ def styles(
     emit(summary, as_json, "styles")
 
 
-def _check_prompts(texts: list[str]) -> None:
-    """Raise UserError for text that no prompt can be."""
+def _check_prompts(option: str, texts: list[str]) -> None:
+    """Raise UserError, which names the option, for text that no prompt can be."""
     from d2g.data.prompt_files import prompt_text
 
     for text in texts:
-        prompt_text("--prompt", text)
+        prompt_text(option, text)

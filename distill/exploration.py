@@ -60,7 +60,7 @@ class Walk:
     """A path through a student's inputs that visits K + 1 pairs of a noise and a prompt, at 0, 1, ..., K.
 
     noises: [K + 1, C, h, w]. Neighboring noises are joined by arcs, encoded prompts by straight lines.
-    Raises SettingError for fewer than two points, and for different class labels, which have nothing between.
+    Raises SettingError for different class labels, which have nothing between them.
     """
 
     one: OneStep
@@ -68,12 +68,10 @@ class Walk:
     prompts: Sequence[str]
 
     def __post_init__(self) -> None:
-        if len(self.prompts) < 2:
-            raise SettingError("a walk needs two points; give several --prompt or several --walk-seed")
         if self.one.conditioner.kind == "label" and len(set(self.prompts)) > 1:
             raise SettingError(
                 "the student takes class labels, and there is nothing between two classes; give one --prompt "
-                "and several --walk-seed"
+                "and several --seed"
             )
 
     @torch.no_grad()
@@ -110,6 +108,23 @@ def open_student(name: str) -> OneStep:
     return with_prior(one, name, None)
 
 
+def walk_positions(points: int, frames: int) -> Tensor:
+    """Positions [frames] of a walk, as evenly spaced as they can be while every point is one of them.
+
+    Raises SettingError for fewer than two points, and for fewer frames than points.
+    """
+    if points < 2:
+        raise SettingError("a walk needs two points; give several --prompt or several --seed")
+    if frames < points:
+        raise SettingError(
+            f"--frames is {frames}, but the walk has {points} points; expected at least {points}"
+        )
+    segments = points - 1
+    steps = [(frames - 1 + number) // segments for number in range(segments)]
+    parts = [torch.linspace(number, number + 1, count + 1)[:-1] for number, count in enumerate(steps)]
+    return torch.cat([*parts, torch.tensor([float(segments)])])
+
+
 def path_metric(name: str, one: OneStep, weights: Path | None) -> LatentLPIPS | None:
     """The LatentLPIPS for path lengths: `weights`, or that in the teacher's folder; None without.
 
@@ -142,6 +157,7 @@ def save_walk(
     """
     # A point is a prompt and a seed; a single one serves all points.
     points = max(len(prompts), len(seeds))
+    positions = walk_positions(points, frames)
     if {len(prompts), len(seeds)} - {1, points}:
         raise SettingError(
             f"there are {len(prompts)} prompts and {len(seeds)} seeds; expected equal numbers, or one of "
@@ -151,7 +167,6 @@ def save_walk(
     numbers = list(seeds) * (points if len(seeds) == 1 else 1)
     noises = torch.cat([noise(number, range(1), one.student.latent_shape) for number in numbers])
     walk = Walk(one, noises * noise_scale, texts)
-    positions = torch.linspace(0, points - 1, frames)
     images = walk.images(positions, progress)
     # The strip names the points, and the positions between them.
     labels = [
@@ -168,6 +183,21 @@ def save_walk(
     return {"out": str(out), "images": frames, "perceptual_path_length": length}
 
 
+def style_prompts(subjects: Sequence[str], styles: Sequence[str], template: str) -> list[str]:
+    """The prompts of all subjects in all styles, made by a template with `{subject}` and `{style}`.
+
+    Raises SettingError for a template without them.
+    """
+    for part in ("{subject}", "{style}"):
+        if part not in template:
+            raise SettingError(f"--template is {template!r}; expected {{subject}} and {{style}} in it")
+    return [
+        template.replace("{subject}", subject).replace("{style}", style)
+        for subject in subjects
+        for style in styles
+    ]
+
+
 def save_styles(
     name: str,
     one: OneStep,
@@ -182,20 +212,11 @@ def save_styles(
 ) -> dict[str, Any]:
     """Draw every subject in every style from one noise (paper, figure 8): OUT/styles.png, a row per subject.
 
-    template: makes the prompt of `{subject}` and `{style}`. Raises SettingError for a template without them,
-    and for a student without text.
+    template: as in `style_prompts`. Raises SettingError as that does, and for a student without text.
     """
+    prompts = style_prompts(subjects, styles, template)
     if one.conditioner.kind != "text":
         raise SettingError(f"student {name} takes no text, so it has no styles; use `d2g explore walk`")
-    for part in ("{subject}", "{style}"):
-        if part not in template:
-            raise SettingError(f"template is {template!r}; expected {{subject}} and {{style}} in it")
-    # A row of prompts per subject.
-    prompts = [
-        template.replace("{subject}", subject).replace("{style}", style)
-        for subject in subjects
-        for style in styles
-    ]
     # All prompts share one noise.
     start, images = noise(seed, range(1), one.student.latent_shape) * noise_scale, list[Tensor]()
     for prompt in prompts:

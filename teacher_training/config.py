@@ -350,6 +350,13 @@ def _lpips(images: int) -> LPIPSTrainConfig:
     return replace(small, trunk=replace(small.trunk, images=images))
 
 
+_GARMENT_VAE = AutoencoderConfig(
+    channels=(16, 32, 64),
+    latent_channels=4,
+    fit=FitConfig(images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
+)
+
+
 _OWN_WORDS = DenoiserConfig(vocab_size=2048, max_length=48)
 """The default denoiser, for captions of any kind."""
 
@@ -386,11 +393,7 @@ TEACHER_PRESETS = Presets(
             TeacherConfig(
                 size=32,
                 images=60_000,
-                vae=AutoencoderConfig(
-                    channels=(16, 32, 64),
-                    latent_channels=4,
-                    fit=FitConfig(images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
-                ),
+                vae=_GARMENT_VAE,
                 unet=DenoiserConfig(
                     channels=(64, 96),
                     text_layers=1,
@@ -428,11 +431,7 @@ TEACHER_PRESETS = Presets(
                 network="dit",
                 size=32,
                 images=60_000,
-                vae=AutoencoderConfig(
-                    channels=(16, 32, 64),
-                    latent_channels=4,
-                    fit=FitConfig(images=45_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
-                ),
+                vae=_GARMENT_VAE,
                 dit=DiTConfig(
                     fit=FitConfig(images=200_000, batch_size=64, lr=1e-3, weight_decay=0.0, ema=0.998),
                 ),

@@ -194,8 +194,8 @@ def _table_classes(files: ImageFiles, column: str | None) -> list[str] | None:
 def _expect_no_gaps(source: str, numbers: Sequence[int]) -> None:
     """Raise UserError unless these class numbers are 0, 1, 2, ..."""
     if list(numbers) != list(range(len(numbers))):
-        shown = ", ".join(map(str, numbers[:10]))
-        raise UserError(f"{source}: class numbers are {shown}; expected 0 to {len(numbers) - 1} without gaps")
+        first = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+        raise UserError(f"{source}: class numbers are {first}; expected 0 to {len(numbers) - 1} without gaps")
 
 
 def cached_pictures(folder: Path, load: Callable[[], TrainingPictures]) -> TrainingPictures:

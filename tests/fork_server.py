@@ -51,7 +51,8 @@ for number in numbers:
 signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 status = answer()
 if status < 0:
-    signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+    if -status != signal.SIGKILL:
+        signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
 os._exit(status)
 """
@@ -182,7 +183,7 @@ def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
     except SystemExit as exit_error:
         value = exit_error.code
         code = value if isinstance(value, int) else 0 if value is None else 1
-    except BaseException:
+    except BaseException:  # the process must not go on as a copy of the server
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -7,6 +7,8 @@ from d2g.core.errors import SettingError
 from d2g.data.captions import CLASS_TEMPLATE
 from teacher_training.config import FitConfig
 
+CASCADE_PARTS = ("vqgan", "stage_b", "stage_c")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VQGANConfig:

@@ -22,14 +22,13 @@ from d2g.diffusion.families.wuerstchen import WuerstchenConditioner
 from d2g.diffusion.latents import encode, from_uint8
 from d2g.diffusion.pipelines import TRAINING
 from teacher_training.cascade.compressor import SemanticCompressor
-from teacher_training.cascade.config import CascadeConfig
+from teacher_training.cascade.config import CASCADE_PARTS, CascadeConfig
 from teacher_training.cascade.stages import CaptionTable, stage_b_loss, stage_c_loss, vqgan_loss
 from teacher_training.config import FitConfig
 from teacher_training.data import TrainingPictures, cached_pictures, captioned_images
 from teacher_training.loop import fit_modules
 from teacher_training.verdict import reconstruction_psnr, spread_rows
 
-CASCADE_PARTS = ("vqgan", "stage_b", "stage_c")
 _BATCH = 128
 
 

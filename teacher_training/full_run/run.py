@@ -34,9 +34,9 @@ from teacher_training.train import train_teacher
 class FullRunSummary:
     """What a run wrote into its folder.
 
-    teacher, student, exported: folders. verdict: of the teacher; None if this call did not train it. pairs:
-    the verdict on the pairs. results: numbers by sampler, and of real pictures ("real"). seconds: by part,
-    summed over all starts.
+    `teacher`, `student` and `exported` are folders. `verdict` says whether the teacher is trained (None if
+    this call did not train it), and `pairs` whether the pairs are usable. `results` has the metrics of each
+    sampler, and those of real pictures as "real". `seconds` is the time of each part over all starts.
     """
 
     out: str

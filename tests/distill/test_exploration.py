@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
-from distill.exploration import LENGTH_STEP, Walk, spherical
+from distill.exploration import LENGTH_STEP, Walk, spherical, walk_positions
 from distill.sampling import OneStep, untrained_one_step
 
 
@@ -41,6 +41,16 @@ def test_a_walk_passes_its_points(one: OneStep) -> None:
     # The batch size does not matter, and images between are others.
     images = walk.images(torch.tensor([0.0, 0.5, 1.0]), batch_size=2)
     assert (images[1] != images[0]).any() and (images[1] != images[2]).any()
+
+
+@pytest.mark.parametrize(("points", "frames"), [(2, 2), (2, 9), (3, 3), (3, 16), (5, 12)])
+def test_every_point_has_a_frame(points: int, frames: int) -> None:
+    positions = walk_positions(points, frames)
+    assert len(positions) == frames and (positions.diff() > 0).all()
+    assert set(range(points)) <= set(positions.tolist())
+    # As even as that allows: segments differ by one frame at most.
+    counts = positions[:-1].floor().long().bincount()
+    assert counts.max() - counts.min() <= 1
 
 
 def test_the_path_length_of_a_known_distance(one: OneStep) -> None:
@@ -76,9 +86,11 @@ def test_the_commands_draw(d2g: Any, tmp_path: Path) -> None:
     assert np.abs(walked - sampled).max() <= 1  # batches of 3 and of 1 round differently
 
 
-def test_walks_without_sense_are_refused(d2g: Any, one: OneStep, tmp_path: Path) -> None:
+def test_walks_without_sense_are_refused(d2g: Any, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="two points"):
-        Walk(one, noise(0, range(1), one.student.latent_shape), ["a"])
+        walk_positions(1, 8)
+    with pytest.raises(SettingError, match="--frames is 2, but the walk has 3 points"):
+        walk_positions(3, 2)
     out = ["--student", "miniature", "--out", tmp_path / "out"]
     for words, message in (
         (
