@@ -121,6 +121,16 @@ def d2g(capfd: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that rounds to fp32 (diffusers does, for example rotary positions) keeps float64.
+
+    For finite differences, for which fp32 is too coarse.
+    """
+    to_float = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
+
+
+@pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """Clear the compile cache of torch.compile before and after the test."""
     torch._dynamo.reset()

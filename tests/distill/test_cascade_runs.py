@@ -341,7 +341,7 @@ def test_engines_train_stage_b_alike_with_exact_r1(
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
 def test_r1_is_exact_under_autocast_and_by_finite_differences(
-    name: str, stages: dict[str, Stage], monkeypatch: pytest.MonkeyPatch
+    name: str, stages: dict[str, Stage], request: pytest.FixtureRequest
 ) -> None:
     """In float64 against the gradient's norm by finite differences, in fp32 under autocast bit for bit."""
     stage, config = stages[name], DiscriminatorConfig(discriminator="cascade")
@@ -353,8 +353,7 @@ def test_r1_is_exact_under_autocast_and_by_finite_differences(
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(r1_penalty(discriminator, rows.latents, rows.noise, cond), expected)
     # Finite differences along the gradient itself: its norm is the slope. Nothing is rounded to fp32.
-    to_float = Tensor.float
-    monkeypatch.setattr(Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
+    request.getfixturevalue("float64")
     discriminator, x, z = discriminator.double(), rows.latents.double(), rows.noise.double()
     cond = cond.to(torch.float64)
 

@@ -48,11 +48,7 @@ def discriminator(kind: str, tmp_path_factory: pytest.TempPathFactory) -> nn.Mod
     return discriminator.double()
 
 
-@pytest.fixture(autouse=True)
-def no_rounding_to_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers rounds rotary positions and linear attention to fp32: too coarse for finite differences."""
-    to_float = Tensor.float
-    monkeypatch.setattr(Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def inputs(batch: int = 1, kind: str = "sd", seed: int = 1) -> tuple[Tensor, Tensor, Conditioning]:

@@ -168,13 +168,6 @@ def test_logits_depend_on_latents_condition_and_crop(kind: str, teachers: dict[s
         assert not torch.allclose(other["block4"], logits["block4"])
 
 
-@pytest.fixture
-def float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that rounds to fp32 keeps float64, for finite differences."""
-    to_float = Tensor.float
-    monkeypatch.setattr(Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
-
-
 @pytest.mark.parametrize(("kind", "name"), [("sd", "projected"), ("unet2d", "unet+projected")])
 def test_the_penalty_is_exact(
     kind: str, name: str, teachers: dict[str, str], vit: str, float64: None
