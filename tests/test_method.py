@@ -1,7 +1,9 @@
-"""The code cites docs/method.md by heading: each cited heading exists."""
+"""The code cites docs/method.md and docs/technical-notes.md by heading: each cited heading exists."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
@@ -16,12 +18,13 @@ FOLDERS = (
 )
 FOLDERS += ("tests", "benchmarks")
 NUMBERED = re.compile(r"method\.md,? (?:section )?\d")
-CITATION = re.compile(r'method\.md((?:,? (?:and )?\\?"[^"]+")+)')
+CITATION = re.compile(r'(method|technical-notes)\.md((?:,? (?:and )?\\?"[^"]+")+)')
+PAGES = ("method", "technical-notes")
 
 
-def _headings() -> set[str]:
-    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
-    return set(re.findall(r"^#{2,} (.+)$", text, re.MULTILINE))
+def _headings(page: str) -> list[str]:
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"^#{2,} (.+)$", text, re.MULTILINE)
 
 
 def _texts() -> dict[str, str]:
@@ -34,16 +37,16 @@ def _texts() -> dict[str, str]:
 
 
 def test_every_cited_heading_exists() -> None:
-    headings = _headings()
+    headings = {page: _headings(page) for page in PAGES}
     cited = [
-        (path, heading)
+        (path, page, heading)
         for path, text in _texts().items()
-        if path not in ("docs/method.md", "tests/test_method.py")
-        for citation in CITATION.findall(text)
+        if path != "tests/test_method.py"
+        for page, citation in CITATION.findall(text)
         for heading in re.findall(r'"([^"\\]+)\\?"', citation)
     ]
     assert len(cited) > 30
-    assert [(path, heading) for path, heading in cited if heading not in headings] == []
+    assert [(path, page, heading) for path, page, heading in cited if heading not in headings[page]] == []
 
 
 def test_no_citation_by_number() -> None:
@@ -51,7 +54,7 @@ def test_no_citation_by_number() -> None:
     assert [path for path, text in _texts().items() if NUMBERED.search(text)] == []
 
 
-def test_headings_are_unique() -> None:
-    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
-    headings = re.findall(r"^#{2,} (.+)$", text, re.MULTILINE)
+@pytest.mark.parametrize("page", PAGES)
+def test_headings_are_unique(page: str) -> None:
+    headings = _headings(page)
     assert len(headings) == len(set(headings))
