@@ -1,4 +1,4 @@
-"""The code cites docs/method.md and docs/technical-notes.md by heading: each cited heading exists."""
+"""The code cites docs/method.md and docs/pytorch.md by heading: each cited heading exists."""
 
 import re
 from pathlib import Path
@@ -18,8 +18,8 @@ FOLDERS = (
 )
 FOLDERS += ("tests", "benchmarks")
 NUMBERED = re.compile(r"method\.md,? (?:section )?\d")
-CITATION = re.compile(r'(method|technical-notes)\.md((?:,? (?:and )?\\?"[^"]+")+)')
-PAGES = ("method", "technical-notes")
+CITATION = re.compile(r'(method|pytorch)\.md((?:,? (?:and )?\\?"[^"]+")+)')
+PAGES = ("method", "pytorch")
 
 
 def _headings(page: str) -> list[str]:

@@ -107,7 +107,7 @@ def r1_penalty(
     and the backward pass of its result in `d2g.core.precision.exact_fp32`.
     """
     # Flash and memory-efficient attention have no second derivative: use the math kernel, without autocast
-    # (technical-notes.md "Second derivative of attention").
+    # (pytorch.md "Second derivative of attention").
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x.detach().to(dtype).requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):

@@ -1,8 +1,8 @@
 """The discriminator of a stage of a cascade: its network with a noise input, and a head after every level.
 
-The forward pass is the family's `features`, written out over the blocks (technical-notes.md "Features without hooks").
-Time, text and the latents of the stage before enter as in the teacher. Layout: method.md "Cascades". No
-public reference implementation exists.
+The forward pass is the family's `features`, written out over the blocks (pytorch.md "Features without
+hooks"). Time, text and the latents of the stage before enter as in the teacher. Layout: method.md "Cascades".
+No public reference implementation exists.
 """
 
 from typing import Any, Self

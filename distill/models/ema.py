@@ -1,6 +1,6 @@
 """Exponential moving average (EMA) of weights in fp32.
 
-In bf16, updates with beta 0.9999 round to zero (technical-notes.md "EMA in bf16").
+In bf16, updates with beta 0.9999 round to zero (pytorch.md "EMA in bf16").
 """
 
 import math

@@ -1,7 +1,7 @@
 """The discriminator of a transformer teacher: its blocks with a noise input, and heads on the image tokens.
 
 The forward pass is the family's `features`, written out over the blocks: hooks fire twice under activation
-checkpointing and break under sharding (technical-notes.md "Features without hooks"). Time, text and classes enter as
+checkpointing and break under sharding (pytorch.md "Features without hooks"). Time, text and classes enter as
 in the teacher. Layout: method.md "Discriminators of transformers". No public reference implementation exists.
 """
 

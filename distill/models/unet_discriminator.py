@@ -1,7 +1,7 @@
 """The discriminator: the teacher's U-Net with a noise input, resized inputs and 1x1 heads at every scale.
 
 The forward pass is written out over the U-Net's blocks, because hooks fire twice under activation
-checkpointing and break under sharding (technical-notes.md "Features without hooks"). Layout: method.md "Discriminator
+checkpointing and break under sharding (pytorch.md "Features without hooks"). Layout: method.md "Discriminator
 architecture" and "Discriminators of U-Nets without text". No public reference implementation exists.
 """
 

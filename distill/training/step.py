@@ -127,15 +127,8 @@ def discriminator_step(
     for microbatch in microbatches:
         set_discriminator_inputs(context, microbatch)
 
-    # The gradient penalty has forward passes of its own, which are differentiated twice.
-    separate_penalty_pass = gan.active_penalty not in ("none", "approx")
-    if separate_penalty_pass and state.steps % gan.penalty_interval == 0:
-        with discriminator.bare_module() as bare_discriminator, exact_fp32(microbatches[0].noise.device):
-            for real, fake, weight in penalty_batches(microbatches, randomness, gan.active_penalty):
-                loss, values = penalty(gan, bare_discriminator, real, fake)
-                loss = weight * loss
-                loss.backward(one_or_nan(loss))
-                terms.add(values, weight)
+    if gan.active_penalty not in ("none", "approx") and state.steps % gan.penalty_interval == 0:
+        penalize_gradients(context, microbatches, randomness, terms)
 
     # The adversarial loss, and the approximated penalty, which needs no second derivative.
     for number, microbatch in enumerate(microbatches):
@@ -158,6 +151,21 @@ def discriminator_step(
 
     _update(context, "grad/d", terms)
     discriminator.module.requires_grad_(False)
+
+
+def penalize_gradients(
+    context: StepContext, microbatches: Sequence[MicroBatch], randomness: StepRandomness, terms: LossTerms
+) -> None:
+    """Backward pass of the exact gradient penalty. It has forward passes of its own, which are differentiated
+    twice (method.md "Single-sample R1")."""
+    gan, discriminator = context.gan, context.state.discriminator
+    assert discriminator is not None
+    with discriminator.bare_module() as bare_discriminator, exact_fp32(microbatches[0].noise.device):
+        for real, fake, weight in penalty_batches(microbatches, randomness, gan.active_penalty):
+            loss, values = penalty(gan, bare_discriminator, real, fake)
+            loss = weight * loss
+            loss.backward(one_or_nan(loss))
+            terms.add(values, weight)
 
 
 def set_discriminator_inputs(context: StepContext, microbatch: MicroBatch) -> None:

@@ -1,6 +1,6 @@
 """A network under DDP, FSDP2 or in one process, with exact gradients when backward runs more than once.
 
-A second backward pass through DDP is not averaged, and one through FSDP2 reads freed storage (technical-notes.md
+A second backward pass through DDP is not averaged, and one through FSDP2 reads freed storage (pytorch.md
 "R1 under DDP" and "R1 under FSDP2"). Here such passes run on the bare module: under DDP their gradients stay
 local until the last pass averages them all; under FSDP2 the gathered weights stay until the pass is over.
 """
@@ -149,7 +149,7 @@ class DistributedModule:
         """The network for passes whose gradient is differentiated again.
 
         It is eager and unwrapped, and its attention has a second derivative, also where activations are
-        recomputed (technical-notes.md "Second derivative of attention"). Call backward inside. Under DDP an averaged
+        recomputed (pytorch.md "Second derivative of attention"). Call backward inside. Under DDP an averaged
         pass must follow before the optimizer's step.
         """
         with ExitStack() as stack:
@@ -255,7 +255,7 @@ def compile_blocks(layers: Iterable[nn.Module], backend: str) -> None:
 def recompute(layers: Iterable[nn.Module]) -> None:
     """Activation checkpointing: keep only the inputs of these layers and run them again in backward.
 
-    Non-reentrant, the only form that allows a second derivative (technical-notes.md "Activation checkpointing"). The
+    Non-reentrant, the only form that allows a second derivative (pytorch.md "Activation checkpointing"). The
     random state of torch is saved for layers with dropout only: on a GPU that costs a copy per layer.
     """
     for layer in layers:
