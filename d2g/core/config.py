@@ -267,6 +267,29 @@ def completed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     return {**defaults, **values, **nested}
 
 
+def without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A JSON-able dict without these values or groups, by dotted name."""
+    names = set(names)
+    return {
+        key: without(value, {name.removeprefix(f"{key}.") for name in names if name.startswith(f"{key}.")})
+        if isinstance(value, Mapping)
+        else value
+        for key, value in values.items()
+        if key not in names
+    }
+
+
+def with_values_of(
+    values: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]
+) -> dict[str, Any]:
+    """A JSON-able dict with the values that `other` has under these dotted names."""
+    result = dict(values)
+    for name in names:
+        first, dot, rest = name.partition(".")
+        result[first] = with_values_of(result.get(first, {}), other[first], [rest]) if dot else other[first]
+    return result
+
+
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The values that differ between two JSON-able dicts, as sorted texts `dotted.name (a -> b)`."""
     names: list[str] = []

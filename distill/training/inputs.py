@@ -1,43 +1,57 @@
 """What the inputs of a run are, wherever they lie: recorded in RUN/config.json and compared at a resume.
 
-Digests and specs identify a teacher, pair stores and an initial student. Their paths are notes.
+Digests and specs identify a teacher, pair stores, an initial student, frozen networks and real images. Their
+paths are notes.
 """
 
-import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from d2g.core.config import RESTORE_CONFIG_HINT
+from d2g.core.config import RESTORE_CONFIG_HINT, digest, to_json
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
 from d2g.diffusion import pretrained
 from d2g.vision.transformers_vision import clip_sha256
+from d2g.vision.weights import file_sha256
 from distill.config.run import DistillConfig
+from distill.models.feature_networks import SQUEEZENET
 from distill.sampling import student_folder
+from distill.training.real_images import RealImages
 from distill.training.real_rows import ImageRows
 from pairgen.store.concat import JoinedReader
 from pairgen.store.dataset import PairRows
 from pairgen.store.rewired import RewiredReader
 from pairgen.store.spec import StoreSpec, differing_from_earlier
 
-INPUTS = ("teacher", "pairs", "init", "lpips")
-"""The settings that are paths of inputs."""
+WEIGHTS = ("lpips", "regression.lpips_weights", "gan.feature_networks", "clip_guidance.model")
+"""The settings that are files or folders of frozen networks."""
+INPUTS = ("teacher", "pairs", "init", "gan.real", *WEIGHTS)
+"""The settings that are paths of inputs, by dotted name."""
 
 
-def describe_inputs(teacher: str, init: str, reader: PairRows | ImageRows, guide: str = "") -> dict[str, Any]:
-    """Digest of the teacher without its autoencoder, specs of the pair stores, digest of the initial student
-    ("" without one, or if it is gone), digest of the CLIP `guide`, if one guides, and the number of images
-    of a run without pairs, as JSON."""
-    images = {"images": len(reader)} if isinstance(reader, ImageRows) else {}
+def describe_inputs(
+    config: DistillConfig, reader: PairRows | ImageRows, real: RealImages | None
+) -> dict[str, Any]:
+    """The inputs of a run as JSON, beside the paths in its config.
+
+    Digest of the teacher without its autoencoder, specs of the pair stores, digest of the initial student (""
+    without one, or if it is gone), digest of the CLIP that guides, if one does, digests of `real`, the images
+    of gan.real, and of frozen networks by setting, and the number of images of a run without pairs.
+    """
+    files = {name: weights_sha256_of(_paths(to_json(config), name)) for name in WEIGHTS}
+    if real is not None:
+        files["gan.real"] = real.digest()
     return {
-        **images,
-        "teacher": pretrained.denoiser_sha256(teacher),
+        **({"images": len(reader)} if isinstance(reader, ImageRows) else {}),
+        "teacher": pretrained.denoiser_sha256(config.teacher),
         "pairs": [spec.as_json() for spec in store_specs(reader)],
-        "init": _student_sha256(init) if init else "",
-        **({"clip": clip_sha256(guide)} if guide else {}),
+        "init": _student_sha256(config.init) if config.init else "",
+        **({"clip": clip_sha256(config.clip_guidance.model)} if config.clip_guidance.weight else {}),
+        "files": {name: sha256 for name, sha256 in files.items() if sha256},
     }
 
 
@@ -51,10 +65,27 @@ def store_specs(reader: PairRows | ImageRows) -> list[StoreSpec]:
     return [one.spec for one in readers]
 
 
-class RunInputs(TypedDict):
-    """The digests of a run's inputs in its config.json."""
+class StoreFacts(TypedDict):
+    """The spec of a pair store, which may be of an older version."""
 
-    inputs: NotRequired[dict[str, Any]]
+    num_pairs: NotRequired[int]
+
+
+class InputDigests(TypedDict):
+    """What `describe_inputs` has recorded."""
+
+    images: NotRequired[int]
+    pairs: NotRequired[list[StoreFacts]]
+    files: NotRequired[dict[str, str]]
+
+
+class RunInputs(TypedDict):
+    """What identifies a run's inputs in its config.json, beside paths at the top level."""
+
+    inputs: NotRequired[InputDigests]
+    gan: NotRequired[dict[str, Any]]
+    regression: NotRequired[dict[str, Any]]
+    clip_guidance: NotRequired[dict[str, Any]]
 
 
 def same_inputs(
@@ -72,11 +103,21 @@ def same_inputs(
     before = written.get("inputs", {})
 
     # The same path, or the same digest at another path.
-    same = [name for name in INPUTS if _same_paths(str(written.get(name, "")), getattr(config, name))]
+    settings = to_json(config)
+    same = [name for name in INPUTS if _same_paths(_paths(written, name), _paths(settings, name))]
     same += [name for name in ("teacher", "init") if inputs[name] and before.get(name) == inputs[name]]
+    files, files_before = inputs["files"], before.get("files", {})
+    same += [name for name in files if files_before.get(name) == files[name]]
+
+    # Other content at the old path is used, as it was always; the run does not hide it.
+    started = any((out / name).exists() for name in ("checkpoints", "stats.jsonl"))
+    changed = [name for name in files if name in same and files_before.get(name, files[name]) != files[name]]
+    for name in changed if started and process_group.rank() == 0 else ():
+        logger.info(
+            "%s: %s has changed since the run in %s started", name, ",".join(_paths(settings, name)), out
+        )
 
     # The order of a run's images depends on their number.
-    started = any((out / name).exists() for name in ("checkpoints", "stats.jsonl"))
     if started and "images" in before and "images" in inputs and before["images"] != inputs["images"]:
         raise UserError(
             f"{config.gan.real} holds {inputs['images']} images, but {before['images']} when the run in "
@@ -98,7 +139,7 @@ def same_inputs(
     return same
 
 
-def _differing_stores(specs: list[StoreSpec], before: list[dict[str, Any]]) -> str:
+def _differing_stores(specs: list[StoreSpec], before: Sequence[Mapping[str, Any]]) -> str:
     """How stores differ from those that a run recorded; "" if they are the same or have grown."""
     if len(specs) != len(before):
         return f"{len(before)} stores -> {len(specs)}"
@@ -106,7 +147,7 @@ def _differing_stores(specs: list[StoreSpec], before: list[dict[str, Any]]) -> s
     return ", ".join(text for spec, earlier in pairs for text in differing_from_earlier(spec, earlier))
 
 
-def _log_growth(folders: str, specs: list[StoreSpec], before: list[dict[str, Any]]) -> None:
+def _log_growth(folders: str, specs: list[StoreSpec], before: Sequence[Mapping[str, Any]]) -> None:
     now, then = sum(spec.num_pairs for spec in specs), sum(spec["num_pairs"] for spec in before)
     if now != then and process_group.rank() == 0:
         logger.info(
@@ -115,10 +156,36 @@ def _log_growth(folders: str, specs: list[StoreSpec], before: list[dict[str, Any
         )
 
 
-def _same_paths(a: str, b: str) -> bool:
-    """Whether two lists of paths, separated by commas, lead to the same files."""
-    left, right = ([os.path.realpath(path) for path in paths.split(",")] for paths in (a, b))
-    return left == right
+def _paths(settings: Mapping[str, Any], name: str) -> list[str]:
+    """The paths of a setting by its dotted name: a list, or a text with commas between them."""
+    *groups, last = name.split(".")
+    for group in groups:
+        settings = settings.get(group, {})
+    value = settings.get(last, "")
+    return [str(path) for path in value] if isinstance(value, list) else str(value).split(",")
+
+
+def _same_paths(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two lists of paths lead to the same files."""
+    return [os.path.realpath(path) for path in a] == [os.path.realpath(path) for path in b]
+
+
+def weights_sha256_of(names: Sequence[str]) -> str:
+    """Digest of frozen networks, wherever their files and folders lie; "" if none is a file or a folder."""
+    digests = [_network_sha256(Path(name.removeprefix(SQUEEZENET))) if name else "" for name in names]
+    return (
+        digest([sha256 or name for sha256, name in zip(digests, names, strict=True)]) if any(digests) else ""
+    )
+
+
+def _network_sha256(path: Path) -> str:
+    """sha256 of a file, or over the names and contents of weights and texts in a folder; else ""."""
+    if path.is_file():
+        return file_sha256(path)
+    if not path.is_dir():
+        return ""
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json", ".txt"))
+    return digest([[file.name, file_sha256(file)] for file in files if file.is_file()])
 
 
 def _student_sha256(name: str) -> str:
@@ -129,5 +196,4 @@ def _student_sha256(name: str) -> str:
         return ""
     if not file.is_file():
         return ""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(file)

@@ -5,6 +5,8 @@ A source is a folder of images with captions (`d2g.data.captions`), a .parquet f
 the column `label` or from a folder for each class; for an unconditional one there are none.
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import log_once
 from d2g.core.shuffle import permuted_batch
@@ -27,6 +30,8 @@ from d2g.data.tables import check_expansion, encoded_image, image_column, open_t
 from d2g.diffusion.conditioning import Conditioner, ConditioningKind
 
 SETTING = "gan.real_column"
+DIGEST_SAMPLES = 64
+"""About how many of the images a digest reads."""
 BLOCK, WINDOW = 512, 8
 """Shuffle settings for parquet: neighboring rows stay close, because a row group is read as a unit."""
 
@@ -82,10 +87,10 @@ class RealImages:
                 f"{SETTING} is {column!r}, but the teacher is unconditional: its images have no captions; "
                 "leave it out"
             )
-        files, self._rows = _list_source(self.source, column, kind)
-        self._tables = [open_table(file) for file in files]
+        self._files, self._rows = _list_source(self.source, column, kind)
+        self._tables = [open_table(file) for file in self._files]
         self._columns = [
-            _table_columns(*pair, column, kind) for pair in zip(files, self._tables, strict=True)
+            _table_columns(*pair, column, kind) for pair in zip(self._files, self._tables, strict=True)
         ]
         self._ends = np.cumsum([0, *(table.metadata.num_rows for table in self._tables)])
         if not len(self):
@@ -99,6 +104,18 @@ class RealImages:
 
     def __len__(self) -> int:
         return len(self._rows) or int(self._ends[-1])
+
+    def digest(self) -> str:
+        """What identifies the images wherever they lie: names below the source, sizes in bytes and captions,
+        and the bytes of some. Of a table, name, size in bytes and footer, which has sizes and statistics."""
+        tables = [
+            [_name_below(self.source, file), file.stat().st_size, _footer_sha256(file, table)]
+            for file, table in zip(self._files, self._tables, strict=True)
+        ]
+        files = [[_name_below(self.source, path), path.stat().st_size, text] for path, text in self._rows]
+        some = range(0, len(self._rows), max(1, len(self._rows) // DIGEST_SAMPLES))
+        samples = [hashlib.sha256(self._read_file(number)[0]).hexdigest() for number in some]
+        return digest([tables, files, samples])
 
     def batch(self, seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
         """Read `count` images from position `start` of the random order; returns the same as `read`."""
@@ -146,6 +163,18 @@ class RealImages:
         image = decode_picture(data, name, exact=False).image
         fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _name_below(source: Path, file: Path) -> str:
+    """The path of a file relative to its source; "" for the source itself."""
+    return "" if file == source else os.path.relpath(file, source)
+
+
+def _footer_sha256(file: Path, table: Any) -> str:
+    """sha256 of the footer of a parquet file."""
+    with open(file, "rb") as stream:
+        stream.seek(-8 - table.metadata.serialized_size, os.SEEK_END)
+        return hashlib.sha256(stream.read()).hexdigest()
 
 
 def _list_source(

@@ -76,6 +76,7 @@ class RealRows:
         device: torch.device,
     ) -> None:
         self.fraction, self.seed, self.text, self.device = 0.0, seed, text, device
+        self.images: RealImages | None = None
         if gan is None or not gan.real:
             return
         self.fraction, self.encoder = gan.real_fraction, RealLatents(teacher, seed, device)
@@ -85,7 +86,7 @@ class RealRows:
         """Return `inputs`, whose rows have the numbers `rows`, with some rows replaced by images."""
         # Row n is replaced by image floor(n * fraction) whenever (n + 1) * fraction passes the next integer.
         first, last = floor(rows.start * self.fraction), floor(rows.stop * self.fraction)
-        if first == last:
+        if first == last or self.images is None:
             return inputs
         replaced = [n - rows.start for n in rows if floor((n + 1) * self.fraction) > floor(n * self.fraction)]
         pixels, captions = self.images.batch(self.seed, first, last - first)

@@ -29,6 +29,7 @@ from distill.models.student import (
     takes_guidance,
 )
 from distill.sampling import load_student_weights
+from distill.training.inputs import weights_sha256_of
 from distill.training.optim import optimizer
 
 N = TypeVar("N", bound=nn.Module)
@@ -39,18 +40,23 @@ class NetworkDigests:
     """Digests of the teacher and the settings that determine the networks and their tensors."""
 
     by_content: str
-    """With the teacher's digest: a checkpoint's networks are the same wherever the teacher lies."""
-    by_path: str
-    """As checkpoints of version 0.2.0 have it, with the paths of teacher and pairs."""
+    """With digests of files: a checkpoint's networks are the same wherever the teacher and others lie."""
+    by_path: tuple[str, ...]
+    """As checkpoints of version 0.2.0 have it, with paths of files, and as those have it that were written
+    before real images and feature networks had digests.
+    """
 
     @classmethod
     def of(cls, config: DistillConfig) -> "NetworkDigests":
         """The digests of a run's networks."""
         settings, teacher = to_json(config), pretrained.denoiser_sha256(config.teacher)
+        features = weights_sha256_of(config.gan.feature_networks) or settings["gan"]["feature_networks"]
+        gan = {**settings["gan"], "real": "", "feature_networks": features}
         return cls(
-            by_content=digest([teacher, *(settings[name] for name in ("stage", "seed", "student", "gan"))]),
-            by_path=digest(
-                [settings[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")]
+            by_content=digest([teacher, *(settings[name] for name in ("stage", "seed", "student")), gan]),
+            by_path=(
+                digest([settings[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")]),
+                digest([teacher, *(settings[name] for name in ("stage", "seed", "student", "gan"))]),
             ),
         )
 
@@ -91,7 +97,7 @@ class State:
         """
         if not {"files", "steps"} <= last.meta.keys():
             raise UserError(f"{last.folder} was written by an older version; start another --out with init")
-        if last.meta.get("networks") not in (self.networks.by_content, self.networks.by_path):
+        if last.meta.get("networks") not in (self.networks.by_content, *self.networks.by_path):
             raise UserError(
                 f"{last.folder} is of a run with other networks (kind, teacher or seed); "
                 "delete the folder to continue from the checkpoint before it"

@@ -42,7 +42,7 @@ from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import StepPreparation
 from distill.training.monitor import RunMonitor, StudentSampler
-from distill.training.real_images import CaptionKind, caption_kind
+from distill.training.real_images import CaptionKind, RealImages, caption_kind
 from distill.training.real_rows import ImageRows, RealRows
 from distill.training.state import State, new_state
 from distill.training.step import StepContext, train_step
@@ -168,7 +168,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     last = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=last is None)
     autocast, logit_stats = _build_autocast(options.precision, config.engine.parallel, device), LogitStats()
-    log = _resume(_open_log(config, out, reader), state, last, options.loggers)
+    log = _resume(_open_log(config, out, reader, mix_in_real_images.images), state, last, options.loggers)
 
     # Build the step, and the batches in the order that resumes at this image.
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
@@ -231,10 +231,11 @@ def _resume(log: RunLog, state: State, last: checkpoint.Checkpoint | None, logge
     return log
 
 
-def _open_log(config: DistillConfig, out: Path, reader: PairRows | ImageRows) -> RunLog:
+def _open_log(
+    config: DistillConfig, out: Path, reader: PairRows | ImageRows, real: RealImages | None
+) -> RunLog:
     """The run's log. Raises UserError if the folder holds a run with other settings or inputs."""
-    guide = config.clip_guidance.model if config.clip_guidance.weight else ""
-    inputs = describe_inputs(config.teacher, config.init, reader, guide)
+    inputs = describe_inputs(config, reader, reader.images if isinstance(reader, ImageRows) else real)
     settings = {**_split_config(config), "inputs": inputs}
     notes = same_inputs(out, config, reader, inputs)
     defaults = _split_config(DistillConfig())

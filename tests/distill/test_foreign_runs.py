@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,11 +13,8 @@ from d2g.core.tracking.run_directory import RunLog, read_stats
 from distill.monitoring.status import view
 from distill.sampling import student_config, student_folder
 from eval.result import EvalResult
+from wrong_json import changed
 
-WRONG: list[Any] = [
-    *(None, True, -1, 0, 2.5, 1e308, 10**400, "", "x" * 300, "\ud800", "\x1b[2J"),
-    *([], [1], [[]], {}, {"a": {}}, float("nan"), float("inf")),
-]
 CONFIG = {
     "stage": "gan",
     "teacher": "miniature",
@@ -41,19 +37,6 @@ def make_run(folder: Path) -> Path:
     (folder / "ended.json").write_text(json.dumps({"how": "stopped", "why": "SIGTERM"}))
     (folder / "result.json").write_text(json.dumps({"protocol": "a", "protocol_sha256": "b", "fid": 1.0}))
     return folder
-
-
-def changed(rng: random.Random, value: dict[str, Any]) -> dict[str, Any]:
-    """The object with one value replaced or removed, at any depth."""
-    value = dict(value)
-    key = rng.choice(list(value))
-    if isinstance(value[key], dict) and value[key] and rng.random() < 0.6:
-        value[key] = changed(rng, value[key])
-    elif rng.random() < 0.15:
-        del value[key]
-    else:
-        value[key] = rng.choice(WRONG)
-    return value
 
 
 READERS: list[Callable[[Path], object]] = [

@@ -1,24 +1,34 @@
 """A resumed run accepts its inputs under another path, and refuses other inputs."""
 
+import io
 import json
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import tiny
+import vision_models
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import read_stats
 from distill.config.export import ExportConfig
 from distill.export.card_history import read_history
 from distill.export.export import export
+from distill.training.inputs import describe_inputs, same_inputs, weights_sha256_of
+from distill.training.real_images import RealImages
 from distill.training.state import NetworkDigests
 from distill.training.train import train
 from jobs import BATCH, distill_config, make_pairs
 from pairgen.generate import generate_pairs
+from pairgen.store.reader import PairReader
+from wrong_json import changed
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +176,80 @@ def test_gan_stage_accepts_a_moved_init(teacher: Path, pairs: Path, tmp_path: Pa
     assert train(distill_config(teacher, pairs, more, stage="gan", init=moved), tmp_path / "gan").steps == 2
 
 
+@pytest.fixture(scope="module")
+def frozen(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with real images, a CLIP and a LatentLPIPS, and a run of one step that reads them."""
+    folder = tmp_path_factory.mktemp("frozen")
+    (folder / "real").mkdir()
+    for number in range(5):
+        Image.new("RGB", (40, 30), (40 * number, 10, 200)).save(folder / "real" / f"{number}.png")
+        (folder / "real" / f"{number}.txt").write_text(f"a red cube {number}")
+    vision_models.save_clip_model(folder / "clip")
+    copy(teacher / "latent_lpips", folder / "lpips")
+    train(frozen_config(teacher, pairs, folder, BATCH), folder / "run")
+    return folder
+
+
+def frozen_config(teacher: Path, pairs: Path, folder: Path, images: int) -> Any:
+    """The second stage, with real images, guided by CLIP."""
+    settings = (f"gan.real={folder / 'real'}", "gan.real_fraction=0.5", f"lpips={folder / 'lpips'}")
+    guided = ("clip_guidance.weight=0.2", f"clip_guidance.model={folder / 'clip'}", "clip_guidance.crop=8")
+    options = (*settings, *guided, f"train.images={images}", "gan.r1_rows=2")
+    return distill_config(teacher, pairs, *options, stage="gan", init="teacher")
+
+
+def test_moved_images_and_frozen_networks_are_accepted(
+    teacher: Path, pairs: Path, frozen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the same content; other content is refused at another path and mentioned at the old one."""
+    moved = copy(frozen, tmp_path / "moved")
+    assert train(frozen_config(teacher, pairs, moved, 2 * BATCH), moved / "run").steps == 2
+    written = json.loads((moved / "run" / "config.json").read_text())
+    assert written["gan"]["real"] == str(moved / "real")
+    assert written["clip_guidance"]["model"] == str(moved / "clip")
+    assert written["lpips"] == str(moved / "lpips")
+    longer, other = 3 * BATCH, copy(moved, tmp_path / "other")
+    for name in ("real/0.txt", "clip/config.json", "lpips/config.json"):
+        (other / name).write_text((other / name).read_text() + " ?"[name.endswith("txt")])
+    with pytest.raises(UserError, match=r"config: clip_guidance\.model \(.*, gan\.real \(.*, lpips \("):
+        train(frozen_config(teacher, pairs, other, longer), other / "run")
+    (moved / "real" / "0.txt").write_text("a blue cube")
+    with caplog.at_level("INFO"):
+        assert train(frozen_config(teacher, pairs, moved, longer), moved / "run").steps == 3
+    assert f"gan.real: {moved / 'real'} has changed since the run in {moved / 'run'} started" in caplog.text
+
+
+def test_feature_networks_and_tables_are_identified_by_content(tmp_path: Path) -> None:
+    weights = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
+    for file, data in zip(weights, (b"1", b"1", b"2"), strict=True):
+        file.write_bytes(data)
+    first, same, other = (weights_sha256_of([f"squeezenet:{file}", "org/name"]) for file in weights)
+    assert first == same != other != "" and weights_sha256_of(["org/name", ""]) == ""
+    tables = []
+    for name, color in (("a", "red"), ("b", "red"), ("c", "blue")):
+        data = io.BytesIO()
+        Image.new("RGB", (9, 9), color).save(data, "BMP")
+        table = pa.table({"image": [data.getvalue()], "caption": ["a color"]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        tables.append(RealImages(str(tmp_path / f"{name}.parquet"), (8, 8)).digest())
+    assert tables[0] == tables[1] != tables[2]
+
+
+def test_a_damaged_record_of_inputs_is_one_line(
+    teacher: Path, pairs: Path, two_step_run: Path, tmp_path: Path
+) -> None:
+    run, rng = copy(two_step_run, tmp_path / "run"), random.Random(3)
+    config, reader = distill_config(teacher, pairs), PairReader(pairs)
+    inputs = describe_inputs(config, reader, None)
+    good = json.loads((run / "config.json").read_text())
+    for _ in range(100):
+        (run / "config.json").write_text(json.dumps({**good, "inputs": changed(rng, good["inputs"])}))
+        try:
+            same_inputs(run, config, reader, inputs)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
 def test_a_run_of_version_0_2_0_can_be_resumed(
     teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +257,7 @@ def test_a_run_of_version_0_2_0_can_be_resumed(
     of = NetworkDigests.of
     with monkeypatch.context() as patched:
         patched.setattr(
-            NetworkDigests, "of", lambda config: replace(of(config), by_content=of(config).by_path)
+            NetworkDigests, "of", lambda config: replace(of(config), by_content=of(config).by_path[0])
         )
         train(distill_config(teacher, pairs, f"train.images={BATCH}"), tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())

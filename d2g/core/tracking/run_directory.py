@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2g.core.atomic_files import cannot_write, write_atomically
 from d2g.core.claims import FolderOwner
-from d2g.core.config import RESTORE_CONFIG_HINT, completed, differing
+from d2g.core.config import RESTORE_CONFIG_HINT, completed, differing, with_values_of, without
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
@@ -65,9 +65,9 @@ class RunLog:
         notes: Sequence[str] = (),
         defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Open a run folder, or resume it. `ignore`: top-level keys of the config that a resume may change.
-        `notes`: further ones, whose new values replace those in config.json. `defaults`: of the settings that
-        the config.json of an older version lacks.
+        """Open a run folder, or resume it. `ignore`: keys of the config that a resume may change, by dotted
+        name, groups too. `notes`: further ones, whose new values replace those in config.json. `defaults`: of
+        the settings that the config.json of an older version lacks.
 
         Raises UserError when the folder holds a run with another config, naming the keys that differ, or
         checkpoints without a config. A run that has written nothing but its config is overwritten.
@@ -79,11 +79,8 @@ class RunLog:
         # The folder holds a run: its settings must match, except those that a resume may change.
         if path.is_file():
             old = read_json_object(path, RESTORE_CONFIG_HINT)
-            ignored = {*ignore, *notes}
-            keys = differing(
-                {k: v for k, v in completed(old, defaults).items() if k not in ignored},
-                {k: v for k, v in config.items() if k not in ignored},
-            )
+            ignored = (*ignore, *notes)
+            keys = differing(without(completed(old, defaults), ignored), without(config, ignored))
             # Settings may change as long as the run has written nothing but its config.
             entries = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
             if keys and not entries <= {path.name, ENDED}:
@@ -92,7 +89,7 @@ class RunLog:
                     "give the same settings to resume it, or another --out"
                 )
             if not keys:
-                current = {**old, **{key: config[key] for key in notes}}
+                current = with_values_of(old, config, notes)
                 if current != old and process_group.rank() == 0:
                     write_atomically(path, json.dumps(current, indent=1))
                 return
