@@ -74,12 +74,19 @@ def test_teacher_train(seed: int, tmp_path: Path) -> None:
 
 
 def test_onnx_export(teacher: Path, tmp_path: Path) -> None:
-    """A killed export leaves nothing but a hidden folder, which the next export into OUT removes."""
-    out, export = tmp_path / "out", ["export", "--student", save_run(tmp_path / "run", str(teacher)), "--out"]
-    running = Running([*export, str(out), "--format", "onnx"], tmp_path / "log")
-    running.wait_for(lambda: any(out.glob(".staged.*/*.onnx")), 300)
-    running.send(signal.SIGKILL)
-    assert running.wait().code != 0 and not [path for path in out.iterdir() if path.name[0] != "."]
-    ended = d2g([*export, str(out), "--format", "safetensors"], tmp_path / "log")
-    assert ended.code == 0, ended
-    assert sorted(path.name for path in out.iterdir()) == ["ema.safetensors", "student.json"]
+    """Killed during the conversion and when the graph is on the disk: then the same files, byte for byte."""
+    once, out = tmp_path / "once", tmp_path / "out"
+    export = ["export", "--student", save_run(tmp_path / "run", str(teacher)), "--format", "onnx", "--out"]
+    started = time.monotonic()
+    assert d2g([*export, str(once)], tmp_path / "log").code == 0
+    early = time.monotonic() + random.Random(0).uniform(0.1, 0.5) * (time.monotonic() - started)
+    for late in (False, True):
+        running = Running([*export, str(out)], tmp_path / "log")
+        graph = out / f".staged.{running.pid}.tmp" / "student.onnx"
+        running.wait_for(graph.exists if late else lambda: time.monotonic() > early, 300)
+        running.send(signal.SIGKILL)
+        assert running.wait().code != 0 and not [path for path in out.glob("*") if path.name[0] != "."]
+    assert d2g([*export, str(out)], tmp_path / "log").code == 0
+    files = {path.relative_to(once): path.read_bytes() for path in once.rglob("*") if path.is_file()}
+    assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    assert not list(out.glob(".*"))
