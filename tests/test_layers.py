@@ -86,6 +86,17 @@ ENTRY_POINTS = {
     "wandb": {"d2g/core/tracking/loggers.py"},
     "onnxruntime": {"distill/export/to_onnx.py", "eval/networks/user_network.py"},
     "timm": {"d2g/vision/efficientnet.py"},
+    "csv": {"d2g/data/text_files.py"},
+    "datetime": {"d2g/core/distributed/process_group.py"},
+}
+
+# Functions and the only files that may use them. A clock of the wall may be set back; text in a CSV may be a
+# formula for a spreadsheet.
+USES: dict[str, set[str]] = {
+    "time.time": {"distill/monitoring/status.py"},
+    "time.time_ns": {"pairgen/store/remote.py"},
+    "csv.writer": set(),
+    "csv.DictWriter": set(),
 }
 
 # Libraries that `--help` does not import.
@@ -218,6 +229,18 @@ def test_libraries_are_imported_only_where_allowed(library: str) -> None:
             assert any(file == a or (a.endswith("/") and file.startswith(a)) for a in allowed), (
                 f"{file} imports {library}; only {sorted(allowed)} may"
             )
+
+
+@pytest.mark.parametrize("function", USES)
+def test_functions_are_used_only_where_allowed(function: str) -> None:
+    for module, tree in TREES.items():
+        uses = {
+            f"{node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        if function in uses | set(imports(tree)):
+            assert file_name(module) in USES[function], f"{file_name(module)} uses {function}"
 
 
 def test_commands_import_our_packages_only_inside_functions() -> None:

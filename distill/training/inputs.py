@@ -27,9 +27,9 @@ from pairgen.store.dataset import PairRows
 from pairgen.store.rewired import RewiredReader
 from pairgen.store.spec import StoreSpec, differing_from_earlier
 
-WEIGHTS = ("lpips", "regression.lpips_weights", "gan.feature_networks", "clip_guidance.model")
+FROZEN_NETWORKS = ("lpips", "regression.lpips_weights", "gan.feature_networks", "clip_guidance.model")
 """The settings that are files or folders of frozen networks."""
-INPUTS = ("teacher", "pairs", "init", "gan.real", *WEIGHTS)
+INPUTS = ("teacher", "pairs", "init", "gan.real", *FROZEN_NETWORKS)
 """The settings that are paths of inputs, by dotted name."""
 
 
@@ -42,7 +42,7 @@ def describe_inputs(
     without one, or if it is gone), digest of the CLIP that guides, if one does, digests of `real`, the images
     of gan.real, and of frozen networks by setting, and the number of images of a run without pairs.
     """
-    files = {name: weights_sha256_of(_paths(to_json(config), name)) for name in WEIGHTS}
+    files = {name: weights_sha256_of(_paths(to_json(config), name)) for name in FROZEN_NETWORKS}
     if real is not None:
         files["gan.real"] = real.digest()
     return {

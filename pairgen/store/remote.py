@@ -30,6 +30,7 @@ T = TypeVar("T")
 WAITS = (0.2, 1.0, 5.0, 15.0)  # seconds before each new try
 THREADS = 16
 DOWNLOADS = 4  # simultaneous downloads of shards that are needed soon
+CLOCK_TOLERANCE_NS = 600 * 10**9  # between the clocks of machines that share a cache
 SAFE = "the store itself is untouched"
 
 
@@ -321,12 +322,16 @@ def _make_room(root: Path, limit: int, temporary: Path) -> None:
 
 
 def _size_and_use(path: Path) -> tuple[int, int]:
-    """The size of a copy in bytes, final if it is still growing, and the time of its last use."""
+    """The size of a copy in bytes, final if it is still growing, and the time of its last use.
+
+    A time of use in the future, which a clock left that was set back since, counts as long ago.
+    """
     try:
         stat = path.stat()
     except FileNotFoundError:
         return 0, 0
-    return int(path.name.split(".")[-2]) if path.suffix == ".tmp" else stat.st_size, stat.st_atime_ns
+    used = stat.st_atime_ns if stat.st_atime_ns <= time.time_ns() + CLOCK_TOLERANCE_NS else 0
+    return int(path.name.split(".")[-2]) if path.suffix == ".tmp" else stat.st_size, used
 
 
 def _mark_used(path: Path) -> None:

@@ -200,6 +200,13 @@ def test_a_run_without_new_reports_is_reported_as_silent(
     assert json.loads(out)["silent_minutes"] == 16 and json.loads(out)["ended"] is None
 
 
+def test_a_clock_that_was_set_back_makes_no_run_silent(run: Path) -> None:
+    last = (run / "stats.jsonl").stat().st_mtime
+    status = view(run, now=last - 5 * 3600)
+    assert status.silent_minutes is None and status.seconds_left == 3 and not status.over
+    assert view(run, now=last + 5 * 3600).silent_minutes == 300, "and set forward, it says so, and goes on"
+
+
 def test_rare_reports_do_not_count_as_silence(run: Path) -> None:
     log = RunLog(run, json.loads((run / "config.json").read_text()))
     for nimg in (50, 60, 70, 80, 90):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -297,6 +298,19 @@ def test_the_least_recently_used_copy_is_evicted(server: Server, cache: Path) ->
     assert same(reader.read([20]), rows_of(SPEC, [21])) and copies(cache) == [0, 2]
     total = sum(path.stat().st_size for path in cache.rglob("*.h5"))
     assert total <= room and same(reader.read(range(21)), PairReader(server.url, **bounded).read(range(21)))
+
+
+def test_a_clock_that_was_set_back_keeps_the_copies_in_use(server: Server, cache: Path) -> None:
+    """A copy that bears a time of tomorrow is evicted before those that are used now."""
+    room = 2.2 * max(PairReader(server.url, cache=cache)._source.sizes.values())  # type: ignore[attr-defined]
+    reader = PairReader(server.url, cache=cache, cache_gib=room / 2**30)
+    reader.read([0])
+    for path in cache.rglob("*.h5"):
+        os.utime(path, (time.time() + 86400, path.stat().st_mtime))
+    PairReader(server.url, cache=cache, cache_gib=room / 2**30).read([8])
+    assert copies(cache) == [0, 1]
+    reader.read([20])
+    assert copies(cache) == [1, 2]
 
 
 def test_copies_of_other_stores_are_evicted_too(server: Server, tmp_path: Path, cache: Path) -> None:
