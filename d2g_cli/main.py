@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.logs import logger
+from d2g.core.machine_errors import explain_error
 from d2g.core.signals import CommandInterrupts
 from d2g_cli import (
     cascade,
@@ -35,7 +36,6 @@ from d2g_cli.common import (
     publish_error,
     reporter,
 )
-from d2g_cli.foreign_errors import explain
 from d2g_cli.terminal import is_terminal, one_line, prepare_streams, printable
 
 INTERRUPTED = 130
@@ -153,7 +153,7 @@ def _unexpected(error: Exception) -> str:
             return (
                 f"another process is gone (process {process_group.rank()} lost it); its own message says why"
             )
-    if (text := explain(error)) is not None:
+    if (text := explain_error(error)) is not None:
         return text
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}; this is unexpected, run again with --debug and report it"

@@ -9,6 +9,7 @@ from typing import Any
 from d2g.core.config import differing
 from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.regular_files import open_regular
 from eval.protocols.metric import number_labels
 
@@ -55,6 +56,7 @@ class EvalResult:
             check_type(values, cls)
             return cls(**values)
         except (OSError, ValueError, TypeError) as error:
+            raise_machine_error(error)
             raise UserError(
                 f"{path} is no evaluation result ({error}); make one with `d2g eval run --out`"
             ) from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.torch_files import load_tensors
 from latent_lpips.distance import PerceptualDistance, require_nonnegative_heads
 
@@ -95,6 +96,7 @@ def _load_torchvision(trunk: nn.Module, file: Path, net: str) -> None:
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file, expected torchvision's weights of {net}") from error
     except Exception as error:  # on damaged bytes the unpickler raises almost anything
+        raise_machine_error(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{file} is not torchvision's state dict of {net} ({reason}); give the file that torchvision "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.torch_files import load_tensors
 from d2g.diffusion.latents import LatentSpace
 from latent_lpips.config import LPIPSConfig
@@ -98,6 +99,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, expected an elatentlpips checkpoint") from error
     except Exception as error:  # on damaged bytes the unpickler raises almost anything
+        raise_machine_error(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: not a checkpoint of tensors alone ({reason}); fetch it again, and don't open files "

@@ -17,6 +17,7 @@ from torch import Tensor
 from d2g.core.config import from_json, to_json
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
+from d2g.core.machine_errors import raise_machine_error
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
 from latent_lpips.official_checkpoints import CHECKPOINT_SUFFIXES, check_state_dict, read_official_checkpoint
@@ -152,6 +153,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
+        raise_machine_error(error, file)
         raise UserError(f"{file}: not readable as safetensors ({error}); train or copy it again") from error
 
 

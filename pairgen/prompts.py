@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
 from d2g.core.json_files import parse_json
+from d2g.core.machine_errors import raise_machine_error
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from pairgen.store.spec import write_through_scratch, writing
 
@@ -52,6 +53,7 @@ class PromptList(Sequence[str]):
             with Path(path).open("rb") as file:
                 lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise_machine_error(error)
             reason = getattr(error, "strerror", None) or "it is empty"
             raise UserError(f"cannot read prompts from {path}: {reason}; {RESTORE}") from error
         # Find the ends of all lines in blocks, so that a file of gigabytes needs little memory.

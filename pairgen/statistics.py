@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.progress import Progress, quiet
 from pairgen.store.hdf5 import IntArray, PairBatch
 from pairgen.store.reader import PairReader
@@ -307,6 +308,7 @@ def _tokenizer(teacher: str | None, recorded: str) -> tuple[Any, str | None]:
     try:
         return load_tokenizer(teacher or recorded), None
     except UserError as error:
+        raise_machine_error(error, memory=False)
         if teacher is not None:
             raise
         return None, str(error)

@@ -13,6 +13,7 @@ import numpy as np
 
 from d2g.core.environment import usable_cores
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList, prompt_list_sha256
 from pairgen.store.hdf5 import DamagedShard, IntArray, PairBatch, quarantined_in, read_blocks, redraw
@@ -136,6 +137,7 @@ def stored_prompts(folder: Path, spec: StoreSpec) -> tuple[PromptList | None, st
     try:
         prompts = PromptList.open(prompts_path(folder))
     except UserError as error:
+        raise_machine_error(error, memory=False)
         return None, str(error)
     if len(prompts) != spec.num_prompts or prompt_list_sha256(prompts) != spec.prompts_sha256:
         return None, "not the prompts that store.json names (prompts_sha256 differs)"
@@ -172,6 +174,7 @@ def check_file(
             reason = reason or _wrong_rows(block, spec, prompts)
         quarantined = quarantined_in(path)
     except UserError as error:
+        raise_machine_error(error, memory=False)
         reason = error.reason if isinstance(error, DamagedShard) else str(error)
     # A damaged file's index is returned too: `verify_store` looks for duplicates in it.
     pairs = np.concatenate(index)
@@ -255,6 +258,7 @@ def record_fault(
         pairs = [int(row["index"]) for row in rows]
         texts = [str(row["prompt"]) for row in rows]
     except (UserError, KeyError, TypeError, ValueError) as error:
+        raise_machine_error(error, memory=False)
         return str(error) if isinstance(error, UserError) else f"is damaged ({error!r})"
     if quarantined is not None and pairs != list(quarantined):
         return f"names pairs {_few(pairs)}, its shard quarantines {_few(quarantined)}"

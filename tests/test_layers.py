@@ -248,6 +248,7 @@ def test_commands_import_our_packages_only_inside_functions() -> None:
         "d2g.core.config",
         "d2g.core.errors",
         "d2g.core.logs",
+        "d2g.core.machine_errors",
         "d2g.core.signals",
         "d2g.core.setting_docs",
         "d2g_cli",

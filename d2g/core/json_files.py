@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.regular_files import open_regular
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ def read_json(path: Path, remedy: str, schema: Any) -> Any:
             value = parse_json(file.read())
         check_type(value, schema)
     except OSError as error:
+        raise_machine_error(error)
         raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {remedy}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from d2g.core.errors import UserError
 from d2g.core.logs import log_once
+from d2g.core.machine_errors import raise_machine_error
 from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
 from d2g.data.folders import METADATA_FILES, FolderListing, few_names, normalized
 from d2g.data.text_files import csv_rows, json_rows, read_text
@@ -143,6 +144,7 @@ def read_metadata(
                 )
             yield name, (caption or "").strip()
     except OSError as error:
+        raise_machine_error(error)
         raise UserError(f"{file} cannot be read: {error.strerror or error}; restore it") from error
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.data.parquet_pages import page_sizes
 
 IMAGE_COLUMNS = ("image", "img")  # Hugging Face's; its CIFAR10 says img
@@ -19,6 +20,7 @@ def parquet_errors() -> tuple[type[Exception], ...]:
 
 def unreadable_table(file: Path | str, error: Exception) -> UserError:
     """The error for a table that pyarrow cannot read."""
+    raise_machine_error(error, file)
     return UserError(
         f"{file} is not a readable parquet file ({' '.join(str(error).split())}); fetch it again"
     )

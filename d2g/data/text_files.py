@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from d2g.core.errors import SettingError, UserError
 from d2g.core.json_files import parse_json
 from d2g.core.logs import logger
+from d2g.core.machine_errors import raise_machine_error
 
 STANDARD_INPUT = Path("-")
 _AFTER_LONE_CR = re.compile(r"(?<=\r)(?!\n)")
@@ -78,6 +79,7 @@ def read_text(path: Path) -> str:
     try:
         return "".join(text_lines(path))
     except OSError as error:
+        raise_machine_error(error)
         raise UserError(f"{path} cannot be read: {error.strerror or error}; restore it") from error
 
 

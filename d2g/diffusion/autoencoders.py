@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from d2g.core import hub
 from d2g.core.errors import UserError, first_line
+from d2g.core.machine_errors import raise_machine_error
 from d2g.diffusion.pipelines import SHIPPED, weight_patterns
 from d2g.diffusion.pretrained import load_autoencoder
 
@@ -55,6 +56,7 @@ def load_taesd(encoder: Path, decoder: Path) -> Any:
         vae = AutoencoderTiny(latent_channels=channels)
         vae.load_state_dict(tensors, strict=True)
     except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
+        raise_machine_error(error)
         raise UserError(f"{encoder} and {decoder.name} are no TAESD weights: {first_line(error)}") from error
     return vae.eval().requires_grad_(False)
 

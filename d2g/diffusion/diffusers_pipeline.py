@@ -15,6 +15,7 @@ from d2g.core import hub
 from d2g.core.errors import SettingError, UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.logs import logger
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.seeds import generator, noise
 
 
@@ -117,6 +118,7 @@ def load_any_pipeline(
             settings = {"safety_checker": None, "requires_safety_checker": False}
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, **settings)
     except Exception as error:  # on odd files, the libraries raise almost anything
+        raise_machine_error(error)
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"pipeline {name} cannot be loaded ({type(error).__name__}: {reason}); give a folder or hub id "

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypedDict
 from d2g.core import hub
 from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.regular_files import open_regular
 from d2g.diffusion.families.base import Family, Pipeline
 from d2g.diffusion.families.registry import FAMILIES
@@ -152,6 +153,7 @@ def _read_index(folder: Path) -> Pipeline:
         check_type(index, ModelIndex)
         kind = index["_class_name"]
     except (OSError, ValueError) as error:
+        raise_machine_error(error)
         raise UserError(
             f"teacher {folder}: model_index.json cannot be read ({type(error).__name__}: {error}); "
             "expected JSON with _class_name, as save_pretrained writes"

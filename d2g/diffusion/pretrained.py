@@ -16,6 +16,7 @@ from torch import nn
 from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
+from d2g.core.machine_errors import raise_machine_error
 from d2g.diffusion.conditioning import Conditioner, TextConditioner, encoder_of
 from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.families.registry import FAMILIES
@@ -98,6 +99,7 @@ def _with_weights(folder: Path, kind: Any, dtype: torch.dtype, what: str) -> Any
         if report["missing_keys"]:  # diffusers would fill them with random numbers and a warning
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     except Exception as error:  # on odd configs and damaged files, these constructors raise almost anything
+        raise_machine_error(error, what)
         raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
     return module.eval().requires_grad_(False)
 
@@ -112,6 +114,7 @@ def load_on_meta(name: str, component: str) -> Any:
                 return kind(kind.config_class.from_pretrained(folder)).eval()
             return _corrected(pipeline, component, kind.from_config(kind.load_config(folder)).eval())
     except Exception as error:  # on odd configs, these constructors raise almost anything
+        raise_machine_error(error)
         reason = first_line(error)
         raise UserError(
             f"teacher {pipeline.folder}: {component} has no config that can be read: {reason}"
@@ -127,6 +130,7 @@ def load_tokenizer(name: str, component: str = "tokenizer") -> Any:
     try:
         tokenizer = kind.from_pretrained(folder)
     except Exception as error:  # tokenizers raises plain Exceptions
+        raise_machine_error(error)
         raise UserError(
             f"teacher {pipeline.folder}: {component} cannot be loaded: {first_line(error)}"
         ) from error

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, check_type, parse_json, read_json_object
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.regular_files import open_regular
 from d2g.diffusion.edm import EDMPrediction, EDMSchedule, SigmaGrid
 from d2g.diffusion.families.base import Pipeline, ScheduleKind
@@ -190,6 +191,7 @@ def _settings(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
         _check_settings(settings, {key: parameters[key].default for key in settings})
         settings |= {k: v for k, v in pipeline.family.scheduler_settings.items() if k in settings}
     except (OSError, ValueError, AttributeError) as error:
+        raise_machine_error(error)
         raise UserError(f"{where}: {file.name} cannot be read ({first_line(error)})") from error
     # Refuse settings that change the ODE or its end. EDM's sigma_min and sigma_max are part of it.
     own = {"sigma_min", "sigma_max"} if kind in EDM else set[str]()

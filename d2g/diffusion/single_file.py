@@ -19,6 +19,7 @@ from d2g.core import hub
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.logs import logger
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.staged_folder import staged
 from d2g.core.torch_files import load_tensors
 from d2g.diffusion.pipelines import SINGLE_FILE_SUFFIXES, open_pipeline
@@ -83,6 +84,7 @@ def _read_tensors(file: Path) -> Mapping[str, Tensor]:
             "code; get the model as .safetensors"
         ) from error
     except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise_machine_error(error)
         raise UserError(f"{file} cannot be read: {first_line(error)}; {COPY_AGAIN}") from error
     # Files of PyTorch Lightning hold the weights beside other values.
     while isinstance(content, dict) and "state_dict" in content:
@@ -170,6 +172,7 @@ def _convert(
             str(file), config=str(folder), local_files_only=True, **parts
         )
     except Exception as error:  # on weights of other shapes and odd configs, it raises almost anything
+        raise_machine_error(error)
         reason = first_line(error).partition(". If you want")[0]
         # What the file lacks stays on the meta device.
         reason = "it lacks weights" if "meta tensor" in reason else reason

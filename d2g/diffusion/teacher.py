@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError, first_line
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.transfer import to_device
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner, Conditioning, ConditioningKind
@@ -277,6 +278,7 @@ def _teacher_on_meta(name: str, spacing: Spacing | Literal["teacher"], final_alp
     except UserError:
         raise
     except Exception as error:  # odd values of the files meet arithmetic here and in other libraries
+        raise_machine_error(error)
         raise UserError(
             f"teacher {pipeline.folder}: its config files hold a value that does not fit "
             f"({type(error).__name__}: {first_line(error)}); compare them with those of the original model"

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from d2g.core import hub
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 
 WEIGHTS = ("config.json", "*.safetensors")
 WORDS = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json")
@@ -102,6 +103,7 @@ def _vision_config(name: str, files: tuple[str, ...]) -> Any:
         settings = dict(PUBLISHED_CONFIGS[name])
         return transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (OSError, ValueError) as error:
+        raise_machine_error(error)
         raise UserError(f"{name} has no config of transformers: {str(error).splitlines()[0]}") from error
 
 
@@ -145,6 +147,7 @@ def _load(name: str, kind: str, model_type: str, **options: Any) -> Any:
             folder, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise_machine_error(error)
         raise UserError(f"{name} does not load as {kind}: {str(error).splitlines()[0]}") from error
     if report["missing_keys"]:  # transformers would initialize them at random
         raise UserError(f"{name} lacks weights of {kind}: {', '.join(sorted(report['missing_keys'])[:3])}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError, first_line
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.torch_files import load_tensors
 
 
@@ -98,5 +99,6 @@ def read_checkpoint(file: str | Path, what: str) -> dict[str, Tensor]:
             return load_file(file)
         return dict(load_tensors(file))
     except Exception as error:  # the unpickler raises almost any error on damaged bytes
+        raise_machine_error(error)
         reason = first_line(error)
         raise UserError(f"{file} is damaged or no weights file ({reason}); put {what} there") from error

@@ -21,6 +21,7 @@ from torch import Tensor
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import log_once
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.shuffle import permuted_batch
 from d2g.data.captions import Captions
 from d2g.data.columns import caption_column
@@ -132,6 +133,7 @@ class RealImages:
         try:
             return path.read_bytes(), caption, str(path)
         except OSError as error:
+            raise_machine_error(error)
             raise UserError(
                 f"{path} cannot be read: {error.strerror}; restore it or drop its caption"
             ) from error

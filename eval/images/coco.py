@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from d2g.core.errors import UserError
 from d2g.core.json_files import parse_json
+from d2g.core.machine_errors import raise_machine_error
 from eval.images.folders import ImageFiles
 
 SPLITS: Mapping[str, tuple[str, int]] = MappingProxyType(
@@ -44,6 +45,7 @@ def read_coco(folder: str | Path, split: str) -> Coco:
         files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         lines = sorted((int(a["id"]), int(a["image_id"]), str(a["caption"])) for a in content["annotations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise_machine_error(error)
         raise UserError(f"{annotations} is no COCO captions file ({error}); fetch it again") from error
     # The lines are sorted by annotation id; keep the first caption of each image.
     captions: dict[int, str] = {}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.data.pictures import decode_picture
 from eval.images.resize import NATIVE, Pixels, prepare, to_array
 
@@ -29,6 +30,7 @@ def decode_image(
     try:
         data = read()
     except OSError as error:
+        raise_machine_error(error, name)
         raise UserError(
             f"{name} is not a readable image ({error.strerror or error}); remove or replace it"
         ) from error

@@ -17,6 +17,7 @@ from d2g.core.config import differing
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json, read_json_object
+from d2g.core.machine_errors import raise_machine_error
 from eval.metrics.feature_stats import FeatureStats, Origin
 from eval.networks.base import FeatureNet
 
@@ -92,6 +93,7 @@ def load_part(path: Path) -> MeasuredRows:
     try:
         (rows,) = _unpack(path.read_bytes())
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise_machine_error(error)
         raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
     return rows
 

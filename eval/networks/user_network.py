@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d2g.core.config import nearest
 from d2g.core.errors import SettingError, UserError, first_line
+from d2g.core.machine_errors import raise_machine_error
 from d2g.vision.normalization import HALF, IMAGENET, OPENAI
 from d2g.vision.weights import file_sha256
 from eval.images.resize import resize_clean
@@ -63,6 +64,7 @@ def load_user_network(name: str, pixels: str | None, device: Device = "cpu") -> 
     except UserError:
         raise
     except Exception as error:  # foreign code raises anything
+        raise_machine_error(error)
         raise UserError(f"--features {name} fails on two black images: {first_line(error)}") from error
     if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != 2 or not rows.is_floating_point():
         kind = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
@@ -115,6 +117,7 @@ def _open_program(file: Path, device: Device) -> FileNetwork:
             if node.op == "placeholder" and node.name in names
         ]
     except Exception as error:  # the loader raises almost any error on damaged bytes
+        raise_machine_error(error)
         raise UserError(
             f"{file} is no program of torch.export with one input ({first_line(error)}); write it with "
             "torch.export.save"
@@ -134,6 +137,7 @@ def _open_onnx(file: Path, device: Device) -> FileNetwork:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         (first,) = session.get_inputs()
     except Exception as error:  # onnxruntime has exceptions of its own, without a common class
+        raise_machine_error(error)
         raise UserError(
             f"{file} is no ONNX network with one input ({first_line(error)}); export it again"
         ) from error

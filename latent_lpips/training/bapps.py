@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from d2g.core.environment import usable_cores
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.data.folders import is_hidden, is_picture
 from d2g.diffusion.latents import from_uint8
 from latent_lpips.training.crops import image_to_tensor
@@ -151,6 +152,7 @@ def _read_answer(file: Path) -> float:
     try:
         value = np.load(file, allow_pickle=False).astype(np.float64).reshape(-1)
     except (OSError, ValueError, EOFError) as error:
+        raise_machine_error(error)
         raise UserError(f"{file} is not a readable .npy file ({error}); copy it again") from error
     if value.shape != (1,) or not 0 <= value[0] <= 1:
         raise UserError(f"{file} holds {value.tolist()}, expected one share between 0 and 1; correct it")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d2g.core.config import digest
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.data.folders import PICTURE_SUFFIXES, TABLE_SUFFIX, list_folder
 from d2g.data.pictures import decode_picture
 from d2g.data.tables import (
@@ -87,6 +88,7 @@ def decode_rgb(read: Callable[[], bytes], name: str) -> Image.Image:
     try:
         data = read()
     except OSError as error:
+        raise_machine_error(error, name)
         raise UserError(f"{name} cannot be read: {error.strerror or error}; restore it") from error
     return decode_picture(data, name, exact=False).image
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from d2g.core import seeds
 from d2g.core.config import digest
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.regular_files import open_regular, require_regular
 from pairgen.store.hdf5_structure import attribute, check_structure, check_texts
 from pairgen.store.spec import SCHEMA, StoreSpec, create_store, differing_from_earlier, pending, read_spec
@@ -198,6 +199,7 @@ def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
                     yield block
                 expected = attribute(file, "noise_sha256")
     except UNREADABLE as error:
+        raise_machine_error(error, path, memory=False)
         raise _damaged(path, f"unreadable ({error})") from error
     if noise_sha256.hexdigest() != expected:
         raise _damaged(path, "its noise is not the noise the teacher received (noise_sha256 differs)")
@@ -268,6 +270,7 @@ def check_length(path: Path) -> int:
         with open_regular(path) as raw:
             return _check_length(raw.fileno(), path)
     except OSError as error:
+        raise_machine_error(error, path)
         raise _damaged(path, f"unreadable ({error.strerror})") from error
 
 
@@ -286,6 +289,7 @@ def quarantined_in(path: Path) -> list[int]:
             check_texts(file.id.get_vfd_handle(), file)
             return _quarantined(file)
     except UNREADABLE as error:
+        raise_machine_error(error, path, memory=False)
         raise _damaged(path, f"unreadable ({error})") from error
 
 
@@ -344,6 +348,7 @@ class OpenShard:
                 raise _damaged(self.path, what)
             # Without a checksum, HDF5 would return damaged rows without an error.
         except UNREADABLE as error:
+            raise_machine_error(error, self.path, memory=False)
             raise _damaged(self.path, f"unreadable ({error})") from error
         return quarantined
 
@@ -357,6 +362,7 @@ class OpenShard:
                 try:
                     values[place] = dataset[row]
                 except UNREADABLE as error:
+                    raise_machine_error(error, self.path, memory=False)
                     damage[place] = read_fault(name, row, error)
         return damage
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 from pairgen.store.hdf5 import (
     UNREADABLE,
     DamagedShard,
@@ -165,6 +166,7 @@ class OpenShards:
             self.damage[shard] = error.reason
             raise self.error(shard, error.reason) from error
         except OSError as error:
+            raise_machine_error(error, self.source.name(shard))
             self.damage[shard] = f"unreadable ({os.strerror(error.errno) if error.errno else error})"
             raise self.error(shard, self.damage[shard]) from error
         return file
@@ -187,6 +189,7 @@ class OpenShards:
             try:
                 text[place] = self._text_of(shard, file, name, block)[row - block.start]
             except UNREADABLE as error:
+                raise_machine_error(error, self.source.name(shard), memory=False)
                 damage[place] = read_fault(name, row, error)
         return damage
 

@@ -14,6 +14,7 @@ from d2g.core import atomic_files
 from d2g.core.config import differing, digest, from_json, to_json
 from d2g.core.errors import SettingError, UserError
 from d2g.core.json_files import check_type, parse_json
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.regular_files import open_regular
 from d2g.diffusion.families.base import EMBEDDED
 from d2g.diffusion.latents import LatentSpace
@@ -319,6 +320,7 @@ def read_spec(folder: Path) -> StoreSpec:
         with open_regular(path) as file:
             return parse_spec(file.read(), str(path))
     except OSError as error:
+        raise_machine_error(error)
         text = f"{folder} is not a pair store: cannot read {path} ({error.strerror})"
         raise UserError(f"{text}; create one with `d2g pairs generate`") from error
 

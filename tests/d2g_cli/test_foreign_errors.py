@@ -2,21 +2,34 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from d2g.core.distributed.checkpoint_index import read_index
+from d2g.core.json_files import read_json_object
+from d2g.core.machine_errors import MachineError, explain_error
+from d2g.data.text_files import read_text
+from d2g.diffusion.pipelines import open_pipeline
+from d2g.vision.weights import read_checkpoint
 from d2g_cli.common import TORCHRUN
-from d2g_cli.foreign_errors import explain
 from distill.sampling import untrained_one_step
+from eval.result import EvalResult
 from eval.runner.samplers import SamplingRequest, pipeline_source
 from jobs import d2g, d2g_ranks
-from stores import FORKS
+from pairgen.prompts import PromptList
+from pairgen.store.reader import PairReader
+from pairgen.store.spec import read_spec, shard_path
+from pairgen.verify import check_file
+from stores import FORKS, SPEC, put_store
 
 pytestmark = FORKS
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,13 +58,57 @@ REPORT = "this is unexpected"
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value[:20],
 )
 def test_errors_that_a_user_can_fix_have_a_remedy(error: Exception, message: str) -> None:
-    text = explain(error)
+    text = explain_error(error)
     assert text is not None and message in text and "\n" not in text
 
 
 def test_other_errors_have_no_remedy() -> None:
-    assert explain(KeyError("x")) is None and explain(OSError("odd")) is None
-    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert explain_error(KeyError("x")) is None and explain_error(OSError("odd")) is None
+    assert explain_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@contextmanager
+def no_more_open_files() -> Iterator[None]:
+    """Inside, this process can open no file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_the_machine_cannot_read_is_not_damaged(teacher: Path, tmp_path: Path) -> None:
+    """Nobody is told to repair, delete or fetch it, and no row is replaced by another one."""
+    store = put_store(tmp_path / "pairs", SPEC)
+    reader = PairReader(store, skip_bad=True)
+    texts = {name: tmp_path / name for name in ("a.json", "a.pth", "a.txt", "result.json")}
+    for file in texts.values():
+        file.write_text("{}")
+    read_by: dict[str, Callable[[], object]] = {
+        "shard": lambda: check_file(shard_path(store, 1), 1, SPEC, None),
+        "row": lambda: reader.read([8]),
+        "spec": lambda: read_spec(store),
+        "prompts": lambda: PromptList.open(texts["a.txt"]),
+        "index": lambda: read_index(tmp_path),
+        "JSON": lambda: read_json_object(texts["a.json"], "delete it"),
+        "weights": lambda: read_checkpoint(texts["a.pth"], "weights"),
+        "text": lambda: read_text(texts["a.txt"]),
+        "result": lambda: EvalResult.load(texts["result.json"]),
+        "teacher": lambda: open_pipeline(str(teacher)),
+    }
+    errors: dict[str, BaseException | None] = dict.fromkeys(read_by)
+    with no_more_open_files():
+        for name, read in read_by.items():
+            try:
+                read()
+            except Exception as error:
+                errors[name] = error
+    for name, error in errors.items():
+        assert isinstance(error, MachineError), (name, error)
+        assert "ulimit -n" in str(error) and "\n" not in str(error)
+        assert not any(word in str(error) for word in ("delete", "repair", "fetch", "restore", "create"))
+    assert check_file(shard_path(store, 1), 1, SPEC, None).reason == ""
 
 
 def test_an_out_of_memory_error_is_one_line(

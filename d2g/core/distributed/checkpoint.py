@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from d2g.core.atomic_files import fsync_path
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.torch_files import load_tensors
 
 
@@ -47,6 +48,7 @@ class Checkpoint:
         try:
             return load_file(path)
         except SafetensorError as error:
+            raise_machine_error(error, path)
             raise UserError(f"{path} is damaged ({error}); {remedy(self.folder)}") from error
 
     def state(self) -> dict[str, Any]:
@@ -55,6 +57,7 @@ class Checkpoint:
         try:
             state: dict[str, Any] = load_tensors(path)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise_machine_error(error)
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{path} is damaged ({reason}); {remedy(self.folder)}") from error
         return state

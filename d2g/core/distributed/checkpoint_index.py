@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from d2g.core.errors import UserError
+from d2g.core.machine_errors import raise_machine_error
 
 INDEX = ".metadata"
 _PACKAGE = "torch.distributed.checkpoint"
@@ -110,6 +111,7 @@ def read_index(folder: Path) -> Metadata:
                 raise pickle.UnpicklingError(f"{opcode.name} {argument} in {len(data)} bytes")
         return _metadata(_IndexUnpickler(data).load(), folder)
     except Exception as error:  # the unpickler raises almost any error on damaged bytes
+        raise_machine_error(error)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{path} is damaged or not a checkpoint's index ({reason}); "

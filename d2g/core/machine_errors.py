@@ -1,7 +1,13 @@
-"""Errors of other libraries and of the system that a user can mend, as one line that says how."""
+"""Errors of the machine, and of libraries about it, that a user can mend, as one line that says how.
+
+A file that cannot be read for such a reason may be intact: nobody should repair or delete it.
+"""
 
 import errno
 import os
+from pathlib import Path
+
+from d2g.core.errors import UserError
 
 MEMORY = (
     "take smaller batches (--batch-size for pairs, sampling and evaluation; for training train.batch_size, "
@@ -34,11 +40,11 @@ _SYSTEM = {
 }
 
 
-def explain(error: BaseException) -> str | None:
+def explain_error(error: BaseException) -> str | None:
     """What happened and what to do, in one line; None for an error that only its developers can mend."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
-    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or _says(text, _NO_MEMORY):
+    if _lacks_memory(error):
         return f"out of memory ({text[:200] or kind}); {MEMORY}"
     if _says(text, _DEVICE_BUSY) and "CUDA" in text:
         return (
@@ -55,6 +61,37 @@ def explain(error: BaseException) -> str | None:
         package = error.name.partition(".")[0]
         return f"the package {package} is not installed; `pip install {package}`"
     return None
+
+
+class MachineError(UserError):
+    """A file or network cannot be read because of the machine: limits, rights, memory, a lost disk."""
+
+
+_NOT_OF_THE_FILE = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE),
+)
+"""Error numbers that say nothing about the content of a file."""
+
+
+def raise_machine_error(error: BaseException, file: Path | str = "", memory: bool = True) -> None:
+    """Raise MachineError if `error` comes from the machine, whatever the file holds; else do nothing.
+
+    For handlers that take any error of a reader for damage. file: where the error may not name it. memory:
+    whether a lack of memory counts; not where a damaged file can ask for any amount.
+    """
+    if isinstance(error, MachineError):
+        raise error
+    lacks_memory = memory and _lacks_memory(error)
+    if lacks_memory or (isinstance(error, OSError) and error.errno in _NOT_OF_THE_FILE):
+        text = explain_error(error) or ""
+        name = "" if str(file) in text else f"{file}: "
+        raise MachineError(f"{name}{text}") from error
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    kind = type(error).__name__
+    return kind == "OutOfMemoryError" or isinstance(error, MemoryError) or _says(str(error), _NO_MEMORY)
 
 
 def _says(text: str, signs: tuple[str, ...]) -> bool:
