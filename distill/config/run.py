@@ -13,7 +13,7 @@ from distill.config.components import RegressionConfig as RegressionConfig
 from distill.config.components import StudentConfig as StudentConfig
 from distill.config.components import require_even_microbatch
 
-Logger = Literal["tensorboard", "wandb"]
+Logger = Literal["tensorboard", "wandb", "trackio"]
 
 FROM_TEACHER = "teacher"
 """The value of `init` for a student that starts with the weights of the teacher."""
@@ -60,7 +60,9 @@ class TrainConfig:
     validate_pairs: int = setting(0, "Pairs held out for validation, the last ones by row number; 0: none")
     preview_prompts: int = setting(0, "Pairs drawn as images at each report, student beside teacher; 0: none")
     plot: bool = setting(True, "Draw the curves as RUN/health.png when the run ends")
-    loggers: tuple[Logger, ...] = setting((), "Loggers in addition to stats.jsonl: tensorboard, wandb")
+    loggers: tuple[Logger, ...] = setting(
+        (), "Loggers in addition to stats.jsonl: tensorboard, wandb, trackio"
+    )
     on_collapse: Literal["off", "warn", "stop"] = setting(
         "warn", "What to do when the discriminator or the student collapses"
     )

@@ -1,8 +1,13 @@
-"""d2g.core.tracking.loggers: TensorBoard and W&B store the reports; missing packages are refused."""
+"""d2g.core.tracking.loggers: TensorBoard, W&B and Trackio store the reports; missing packages are refused."""
 
 import json
+import os
+import sqlite3
 import struct
+import subprocess
+import sys
 import time
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -90,6 +95,34 @@ def test_wandb_stores_the_reports_and_a_restart_continues_the_run(
             messages[-1][1] == rows and len(list(files[-1].parent.glob("files/media/images/**/*.png"))) >= 1
         )
     assert messages[0][0] == messages[1][0] != messages[2][0]
+
+
+TRACKIO = """
+import sys, torch
+from pathlib import Path
+from d2g.core.tracking.loggers import Trackio
+for nimg in (10, 20):  # the second one continues the run of the first
+    logger = Trackio(Path(sys.argv[1]), {"seed": 1, "length": {"images": nimg}}, 0)
+    logger.write(nimg, {"loss/g": 0.5})
+    logger.picture(nimg, "pairs", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    logger.close()
+"""
+
+
+@pytest.mark.slow
+def test_trackio_stores_the_reports_and_a_restart_continues_the_run(tmp_path: Path) -> None:
+    """In a process of its own, because Trackio reads TRACKIO_DIR when it is imported."""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", TRACKIO, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "", "standard output belongs to the command's result"
+    with closing(sqlite3.connect(tmp_path / "trackio/diffusion2gan.db")) as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+    assert len({name for name, _, _ in rows}) == 1
+    values = [(step, json.loads(metrics)) for _, step, metrics in rows]
+    assert [(step, row["loss/g"]) for step, row in values if "loss/g" in row] == [(10, 0.5), (20, 0.5)]
+    assert [step for step, row in values if "preview/pairs" in row] == [10, 20]
+    assert len(list((tmp_path / "trackio/media").rglob("*.png"))) == 2
 
 
 def test_missing_logger_packages_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

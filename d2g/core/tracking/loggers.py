@@ -1,7 +1,10 @@
-"""Loggers in addition to stats.jsonl: TensorBoard and W&B."""
+"""Loggers in addition to stats.jsonl: TensorBoard, W&B and Trackio."""
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +55,11 @@ class TensorBoard:
         self.writer.close()
 
 
+def _run_id(folder: Path, config: Mapping[str, Any]) -> str:
+    """An id that depends on folder and settings, which a restart does not change."""
+    return digest([str(folder.resolve()), {k: v for k, v in config.items() if k != "length"}])[:16]
+
+
 class WandB:
     """A W&B run, which a restart continues. Project, entity and mode come from W&B's environment variables
     (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline).
@@ -60,11 +68,13 @@ class WandB:
     def __init__(self, folder: Path, config: Mapping[str, Any], nimg: int) -> None:
         import wandb
 
-        # The id depends on folder and settings, which a restart does not change.
-        run_id = digest([str(folder.resolve()), {k: v for k, v in config.items() if k != "length"}])[:16]
         try:
             self.run: Any = wandb.init(
-                dir=str(folder), config=dict(config), name=folder.name, id=run_id, resume="allow"
+                dir=str(folder),
+                config=dict(config),
+                name=folder.name,
+                id=_run_id(folder, config),
+                resume="allow",
             )
         except wandb.Error as error:
             reason = " ".join(str(error).split())[:200]
@@ -92,7 +102,49 @@ class WandB:
         self.run.finish()
 
 
-LOGGERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+class Trackio:
+    """A Trackio run, which a restart continues; `trackio show` displays it. Trackio's environment variables
+    (TRACKIO_DIR, TRACKIO_SPACE_ID) say where it is kept, TRACKIO_PROJECT names its project (diffusion2gan).
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], nimg: int) -> None:
+        import trackio
+
+        # Trackio prints; standard output belongs to the command's result.
+        with redirect_stdout(sys.stderr):
+            self.run: Any = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", "diffusion2gan"),
+                name=f"{folder.name}-{_run_id(folder, config)}",
+                config=dict(config),
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def write(self, nimg: int, values: Mapping[str, float]) -> None:
+        """Log one row."""
+        self.run.log(dict(values), step=nimg)
+
+    def picture(self, nimg: int, name: str, image: Tensor) -> None:
+        """Log an image under its name."""
+        import trackio
+
+        self.run.log({f"preview/{name}": trackio.Image(image.permute(1, 2, 0).cpu().numpy())}, step=nimg)
+
+    def close(self) -> None:
+        """Write the rest."""
+        import trackio
+
+        with redirect_stdout(sys.stderr):
+            trackio.finish()
+
+
+LOGGERS: dict[str, type[TensorBoard] | type[WandB] | type[Trackio]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
 """Loggers by name. Each needs the package of that name."""
 
 
