@@ -23,6 +23,7 @@ from d2g_cli import (
     lpips,
     pairs,
     run,
+    serve,
     settings,
     student,
     teacher,
@@ -78,6 +79,7 @@ app.add_typer(lpips.app, name="lpips")
 app.add_typer(distill.app, name="distill")
 student.register(app)
 app.add_typer(explore.app, name="explore")
+app.command("serve")(serve.serve)
 app.add_typer(eval_commands.app, name="eval")
 app.command("settings")(settings.settings)
 app.command(

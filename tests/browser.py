@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -156,6 +157,13 @@ class Browser:
                 if url != address and not url.startswith("data:"):
                     problems.append(f"request: {url[:120]}")
         return problems
+
+    def requests_elsewhere(self, host: str) -> list[str]:
+        """Addresses that were asked for, other than those of `host` and data in the page."""
+        sent = [
+            e["params"]["request"]["url"] for e in self._events if e["method"] == "Network.requestWillBeSent"
+        ]
+        return [url for url in sent if not url.startswith("data:") and urlsplit(url).hostname != host]
 
     def close(self) -> None:
         """Close the browser, not only the page."""

@@ -137,7 +137,7 @@ class Trackio:
         import trackio
 
         with redirect_stdout(sys.stderr):
-            trackio.finish()
+            trackio.finish()  # type: ignore[no-untyped-call]
 
 
 LOGGERS: dict[str, type[TensorBoard] | type[WandB] | type[Trackio]] = {

@@ -1,0 +1,222 @@
+"""A page in the browser that draws with a student, and with its teacher from the same noise (Gradio)."""
+
+import time
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
+from d2g.core.seeds import noise
+from d2g.data.prompt_files import prompt_text
+from d2g.diffusion.latents import decode, to_uint8
+from d2g.diffusion.teacher_sampler import SolverSettings, TeacherSampler, load_sampler
+from distill.exploration import spherical
+from distill.sampling import OneStep
+
+MOST_IMAGES = 16
+"""Images that one click can draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRequest:
+    """The state of the page when someone asks for images.
+
+    Image i has the noise of (seed, i). `position`, between 0 and 1, moves all noises along arcs to those of
+    `second_seed`.
+    """
+
+    prompt: str
+    seed: int
+    count: int
+    second_seed: int
+    position: float
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images uint8 [N, 3, H, W] and the milliseconds per image."""
+
+    images: Tensor
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class BrowserPage:
+    """The models behind the page, and the prompt that it starts with.
+
+    teacher: None if it draws with the student alone.
+    """
+
+    one: OneStep
+    name: str
+    teacher: TeacherSampler | None = None
+    prompt: str = ""
+
+    def noise_of(self, request: DrawRequest) -> Tensor:
+        """The noises [N, C, h, w] of a request."""
+        rows, shape = range(request.count), self.one.student.latent_shape
+        first = noise(request.seed, rows, shape)
+        if request.position == 0:
+            return first
+        second = noise(request.second_seed, rows, shape)
+        return spherical(first, second, torch.full((request.count,), request.position))
+
+    def draw(self, request: DrawRequest) -> Drawing:
+        """Draw with the student in one step. Raises UserError for a prompt that the student cannot take."""
+        one = replace(self.one, guidance=request.guidance)
+        prompts = [prompt_text("the prompt", request.prompt)] * request.count
+        started = time.monotonic()
+        prior = one.prior_latents(request.seed, range(request.count), prompts)
+        images = one.images(self.noise_of(request), prompts, prior)
+        return Drawing(images, 1000 * (time.monotonic() - started) / request.count)
+
+    @torch.no_grad()
+    def draw_teacher(self, request: DrawRequest) -> Drawing:
+        """Draw with the teacher's solver from the same noise."""
+        assert self.teacher is not None
+        prompts = [prompt_text("the prompt", request.prompt)] * request.count
+        started = time.monotonic()
+        sampler = self.teacher
+        cond = sampler.conditioning(request.seed, range(request.count), prompts)
+        latents = sampler.teacher.sample(
+            self.noise_of(request), prompts, sampler.steps, sampler.guidance, sampler.solver, cond=cond
+        )
+        images = to_uint8(decode(self.one.vae, latents)).cpu()
+        return Drawing(images, 1000 * (time.monotonic() - started) / request.count)
+
+
+def open_page(
+    one: OneStep, name: str, teacher: str | None, settings: SolverSettings, prompt: str = ""
+) -> BrowserPage:
+    """The page of a loaded student, beside a teacher if one is given.
+
+    Raises SettingError and UserError as `load_sampler` does, and UserError for a teacher with latents of
+    another shape.
+    """
+    if teacher is None:
+        return BrowserPage(one, name, None, prompt)
+    sampler = load_sampler(teacher, settings, one.device)
+    if sampler.teacher.latent_shape != one.student.latent_shape:
+        raise UserError(
+            f"teacher {teacher} makes latents of shape {sampler.teacher.latent_shape}, but student {name} "
+            f"makes {one.student.latent_shape}; give the teacher of this student"
+        )
+    return BrowserPage(one, name, sampler, prompt)
+
+
+def build_page(page: BrowserPage) -> Any:
+    """The Gradio `Blocks` of a page. `launch()` serves them.
+
+    Raises SettingError if Gradio is not installed.
+    """
+    if find_spec("gradio") is None:
+        raise SettingError("the page needs Gradio, which is not installed; `pip install gradio`")
+    import gradio
+
+    with gradio.Blocks(title=f"diffusion2gan: {page.name}", analytics_enabled=False) as blocks:
+        gradio.Markdown(f"# {page.name}: images in one step")
+        with gradio.Row():
+            prompt = _prompt_input(gradio, page)
+            count = gradio.Slider(1, MOST_IMAGES, 4, step=1, label="Images")
+        with gradio.Row():
+            seed = gradio.Number(0, precision=0, minimum=0, label="Seed")
+            second_seed = gradio.Number(1, precision=0, minimum=0, label="Second seed")
+            position = gradio.Slider(0, 1, 0, label="From the first seed to the second")
+            guidance = gradio.Slider(
+                1, 15, page.one.guidance, label="Guidance", visible=page.one.student.guided
+            )
+        button = gradio.Button("Draw", variant="primary")
+        status = gradio.Markdown("")
+        galleries = [_gallery(gradio, "Student, one step")]
+        if page.teacher is not None:
+            galleries.append(_gallery(gradio, f"Teacher, {page.teacher.steps} steps, the same noise"))
+
+        def draw(*values: Any) -> list[Any]:
+            return _draw(gradio, page, *values)
+
+        inputs = [prompt, seed, count, second_seed, position, guidance]
+        outputs = [status, *galleries]
+        button.click(draw, inputs, outputs, api_name="draw")
+        position.release(draw, inputs, outputs, api_visibility="private")
+    return blocks
+
+
+def _prompt_input(gradio: Any, page: BrowserPage) -> Any:
+    """A field for a text, or a list of the classes; a student without conditioning has one empty prompt."""
+    if page.one.student.family.reads_text:
+        return gradio.Textbox(page.prompt, label="Prompt", placeholder="Describe the image", scale=4)
+    classes = page.one.conditioner.default_prompts
+    return gradio.Dropdown(classes, value=page.prompt or classes[0], label="Class", scale=4)
+
+
+def _gallery(gradio: Any, label: str) -> Any:
+    return gradio.Gallery(label=label, columns=4, object_fit="contain", format="png", interactive=False)
+
+
+def _draw(
+    gradio: Any,
+    page: BrowserPage,
+    prompt: str,
+    seed: int | None,
+    count: int,
+    second_seed: int | None,
+    position: float,
+    guidance: float,
+) -> list[Any]:
+    """The text and the galleries after a click; bad input becomes a message on the page."""
+    if seed is None or second_seed is None:
+        raise gradio.Error("give a number as seed", print_exception=False)
+    request = DrawRequest(
+        prompt=prompt,
+        seed=int(seed),
+        count=int(count),
+        second_seed=int(second_seed),
+        position=float(position),
+        guidance=float(guidance),
+    )
+    try:
+        student = page.draw(request)
+        teacher = page.draw_teacher(request) if page.teacher is not None else None
+    except UserError as error:
+        raise gradio.Error(str(error), print_exception=False) from error
+    text = f"student: {student.milliseconds:.1f} ms per image"
+    if teacher is None:
+        return [text, _pictures(student)]
+    return [f"{text}; teacher: {teacher.milliseconds:.1f} ms", _pictures(student), _pictures(teacher)]
+
+
+def _pictures(drawing: Drawing) -> list[np.ndarray[Any, Any]]:
+    """Arrays [H, W, 3] for a gallery."""
+    return [image.permute(1, 2, 0).numpy() for image in drawing.images]
+
+
+def serve(page: BrowserPage, host: str, port: int, share: bool) -> None:
+    """Serve the page until Ctrl-C, and log its address. Raises UserError if the port is taken."""
+    blocks = build_page(page)
+    import gradio
+
+    # Fonts of the reader's system: nothing is downloaded.
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    try:
+        _, local, public = blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            theme=theme,
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"cannot listen on port {port} of {host}: {error}; choose another --port") from error
+    logger.info("%s is served at %s; stop it with Ctrl-C", page.name, public or local)
+    try:
+        blocks.server.thread.join()
+    finally:
+        blocks.close(verbose=False)

@@ -1,0 +1,103 @@
+"""distill.browser_page: the page draws what `d2g sample` draws, and a click in a real browser shows it."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from browser import Browser, chromium
+from d2g.core.errors import SettingError, UserError
+from d2g.diffusion.teacher_sampler import SolverSettings
+from distill.browser_page import BrowserPage, DrawRequest, build_page, open_page
+from distill.sampling import OneStep, untrained_one_step
+
+SETTINGS = SolverSettings(steps=2, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def one(teacher: Path) -> OneStep:
+    return untrained_one_step(str(teacher))
+
+
+@pytest.fixture(scope="module")
+def page(one: OneStep, teacher: Path) -> BrowserPage:
+    return open_page(one, "student", str(teacher), SETTINGS)
+
+
+def request(**changes: Any) -> DrawRequest:
+    values: dict[str, Any] = {
+        "prompt": "a red cube",
+        "seed": 3,
+        "count": 2,
+        "second_seed": 4,
+        "position": 0.0,
+    }
+    return DrawRequest(**{**values, "guidance": 8.0, **changes})
+
+
+def test_the_page_draws_the_images_of_its_two_seeds(page: BrowserPage, one: OneStep) -> None:
+    prompts = ["a red cube"] * 2
+    assert torch.equal(page.draw(request()).images, one(prompts, seed=3))
+    assert (page.draw(request(position=1.0)).images.int() - one(prompts, seed=4)).abs().max() <= 1
+    between = page.draw(request(position=0.5)).images
+    assert (between != one(prompts, seed=3)).any() and (between != one(prompts, seed=4)).any()
+
+
+def test_the_teacher_has_the_noise_of_the_student(page: BrowserPage, one: OneStep) -> None:
+    assert page.teacher is not None
+    latents = page.teacher.latents(3, range(2), ["a red cube"] * 2)
+    assert torch.equal(page.draw_teacher(request()).images, one.decode(latents))
+
+
+def test_a_teacher_of_other_latents_is_refused(one: OneStep) -> None:
+    with pytest.raises(
+        UserError, match=r"teacher miniature makes latents of shape .* give the teacher of this"
+    ):
+        open_page(one, "student", "miniature", SETTINGS)
+
+
+def test_the_page_without_gradio(page: BrowserPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.browser_page.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match="needs Gradio, which is not installed; `pip install gradio`"):
+        build_page(page)
+
+
+def wait_for(browser: Browser, condition: str) -> None:
+    end = time.monotonic() + 60
+    while not browser.evaluate(condition):
+        assert time.monotonic() < end, f"never true: {condition}"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_click_in_a_browser_draws_with_student_and_teacher(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    arguments = ["--teacher", "miniature", "--steps", "2", "--prompt", "a red cube", "--port", port]
+    command = [sys.executable, "-W", "error", "-m", "d2g_cli", "serve", *arguments]
+    with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stderr=log, stdout=log) as process:
+        try:
+            # The address is logged when the page is served.
+            end = time.monotonic() + 60
+            while not (address := re.search(r"http://127\.0\.0\.1:\d+/", (tmp_path / "log").read_text())):
+                assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            with chromium() as browser:
+                browser.call("Page.navigate", url=address[0])
+                button = "[...document.querySelectorAll('button')].find(b => b.innerText == 'Draw')"
+                wait_for(browser, f"!!{button}")
+                browser.evaluate(f"{button}.click()")
+                wait_for(browser, "[...document.images].filter(i => i.naturalWidth == 64).length == 8")
+                assert "ms per image; teacher: " in browser.evaluate("document.body.innerText")
+                assert browser.requests_elsewhere("127.0.0.1") == []
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130, (tmp_path / "log").read_text()
