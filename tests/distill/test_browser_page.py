@@ -1,11 +1,13 @@
 """distill.browser_page: the page draws what `d2g sample` draws, and a click in a real browser shows it."""
 
 import re
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,17 @@ def test_a_click_in_a_browser_draws_with_student_and_teacher(tmp_path: Path) -> 
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130, (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_the_space_builds_the_page_of_the_bundled_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Path(__file__).resolve().parents[2] / "examples/space"
+    for name in ("STUDENT", "TEACHER", "PROMPT"):
+        monkeypatch.delenv(name, raising=False)
+    demo = runpy.run_path(str(space / "app.py"), run_name="space")["demo"]
+    inputs = [block.label for block in demo.blocks.values() if getattr(block, "label", None)]
+    assert inputs[:4] == ["Prompt", "Images", "Seed", "Second seed"]
+    # The wheel that the Space installs is that of this version.
+    wheel = f"diffusion2gan-{version('diffusion2gan')}-py3-none-any.whl"
+    assert (space / "requirements.txt").read_text() == f"./{wheel}[ui]\n"
+    assert wheel in (space / "README.md").read_text()
