@@ -13,6 +13,9 @@ from d2g_cli.terminal import print_line
 MOST_CPU_PROCESSES = 8
 """Processes that `cpu_processes` uses at most: the small jobs that it is for do not divide further."""
 
+MOST_PROCESSES = 1024
+"""Processes that one machine may be asked to start."""
+
 
 def launch(
     context: typer.Context,
@@ -35,9 +38,10 @@ def launch(
     `pairs generate` needs no launch: start it as often as you like, on as many machines as you like.
     """
     # Numbers of processes, machines and restarts.
-    for name, value, least in (("--gpus", gpus, 1), ("--nodes", nodes, 1), ("--restarts", restarts, 0)):
-        if value is not None and value < least:
+    for name, value, least in (("--nodes", nodes, 1), ("--restarts", restarts, 0)):
+        if value < least:
             raise SettingError(f"{name} is {value}; expected {least} or more")
+    check_count("--gpus", gpus)
     # The command to launch follows the options.
     command = context.args
     if not command or command[0].startswith("-"):
@@ -48,6 +52,9 @@ def launch(
         raise SettingError(
             f"--nodes {nodes} needs --rendezvous HOST:PORT, an address of one of them that all can reach"
         )
+    port = rendezvous.rpartition(":")[2] if ":" in rendezvous else "0"
+    if nodes > 1 and not (port.isascii() and port.isdecimal() and int(port) < 2**16):
+        raise SettingError(f"--rendezvous is {rendezvous!r}; expected HOST:PORT with a port below {2**16}")
     # By default one process per GPU, or per core without a GPU.
     if (processes := gpus) is None:
         import torch
@@ -83,8 +90,14 @@ def run_in_processes(
 
 
 def _check_processes(processes: int | None) -> int | None:
-    if processes is not None and processes < 1:
-        raise SettingError(f"--processes is {processes}; expected 1 or more")
+    return check_count("--processes", processes)
+
+
+def check_count(option: str, processes: int | None) -> int | None:
+    """The number of processes of an option. Raises SettingError for none and for absurdly many."""
+    if processes is not None and not 1 <= processes <= MOST_PROCESSES:
+        expected = "1 or more" if processes < 1 else f"{MOST_PROCESSES} or fewer on one machine"
+        raise SettingError(f"{option} is {processes}; expected {expected}")
     return processes
 
 

@@ -57,7 +57,20 @@ def _usage_errors() -> Iterator[None]:
         raise
 
 
-class _Group(TyperGroup):
+class _Subgroup(TyperGroup):
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands with their whole first sentence, which typer would cut in a pipe."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        lines = {
+            name: command.get_short_help_str(sys.maxsize)
+            for name, command in commands.items()
+            if command is not None and not command.hidden
+        }
+        with formatter.section("Commands"):
+            formatter.write_dl(list(lines.items()))
+
+
+class _Group(_Subgroup):
     def make_context(self, *args: Any, **settings: Any) -> Any:
         with _usage_errors():
             return super().make_context(*args, **settings)
@@ -73,14 +86,14 @@ app = typer.Typer(
 demo_doctor.register(app)
 run.register(app)
 cascade.register(teacher.app)
-app.add_typer(teacher.app, name="teacher")
-app.add_typer(pairs.app, name="pairs")
-app.add_typer(lpips.app, name="lpips")
-app.add_typer(distill.app, name="distill")
+app.add_typer(teacher.app, name="teacher", cls=_Subgroup)
+app.add_typer(pairs.app, name="pairs", cls=_Subgroup)
+app.add_typer(lpips.app, name="lpips", cls=_Subgroup)
+app.add_typer(distill.app, name="distill", cls=_Subgroup)
 student.register(app)
-app.add_typer(explore.app, name="explore")
+app.add_typer(explore.app, name="explore", cls=_Subgroup)
 app.command("serve")(serve.serve)
-app.add_typer(eval_commands.app, name="eval")
+app.add_typer(eval_commands.app, name="eval", cls=_Subgroup)
 app.command("settings")(settings.settings)
 app.command(
     "launch",

@@ -100,7 +100,15 @@ class OneStep:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents [B, C, h, w] to uint8 images [B, 3, H, W] on the CPU."""
+        """Decode scaled latents [B, C, h, w] to uint8 images [B, 3, H, W] on the CPU.
+
+        Raises UserError for latents that are not finite, which would become images of one color.
+        """
+        if not latents.isfinite().all():
+            raise UserError(
+                "the student gives latents that are not finite; its weights are damaged or its training has "
+                "diverged, or the noise is scaled too far"
+            )
         return to_uint8(decode(self.vae, latents)).cpu()
 
     def sample(

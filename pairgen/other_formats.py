@@ -35,6 +35,10 @@ def export_store(folder: Path, out: Path, format: str, progress: Progress = quie
     check_format(format)
     suffix, encode = FORMATS[format]
     spec, pairs, written = read_spec(folder), 0, 0
+    if Path(folder).resolve() in out.resolve().parents:
+        raise SettingError(
+            f"--out {out} lies in the store {folder}, which holds its own files there; choose another"
+        )
     shards = shards_present(folder, spec)
     with FolderOwner(out, "exports to"), writing(out, "the store is untouched, and finished files stay"):
         # A folder holds the copy of one store.

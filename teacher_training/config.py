@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from d2g.core.config import Presets, require, setting
 from d2g.core.errors import SettingError
-from d2g.data.captions import CLASS_TEMPLATE
+from d2g.data.captions import CLASS_TEMPLATE, check_template
 from latent_lpips.config import LPIPS_PRESETS, LPIPSTrainConfig
 
 
@@ -328,6 +328,7 @@ class TeacherConfig:
             preview_minutes=(self.preview_minutes >= 0, "0 or more"),
             minutes=(self.minutes >= 0, "0 or more"),
         )
+        check_template(self.caption_template)
         # The shapes of components that are taken from elsewhere are checked when these are opened.
         step, owners = self.denoiser.downscale, NETWORK_GROUPS[self.network]
         if not self.denoiser.in_pixels:

@@ -14,7 +14,10 @@ MEMORY = (
     "or engine.gradient_accumulation with the same batch), half precision, or a larger device"
 )
 _DEVICE_BUSY = ("busy or unavailable", "no CUDA-capable device", "CUDA driver", "invalid device ordinal")
-_NO_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_NO_MEMORY = (
+    *("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    "Storage size calculation overflowed",
+)
 _DISK_FULL = (
     *("No space left on device", "Disk quota exceeded", "File too large", "os error 28", "os error 122"),
     *("requested and", "PytorchStreamWriter failed writing", "inline_container.cc"),

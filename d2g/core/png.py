@@ -14,13 +14,17 @@ from d2g.core.errors import UserError
 
 
 def save_png(image: Tensor, path: Path, text: Mapping[str, str]) -> None:
-    """Write a uint8 image [3, H, W] as PNG with `text` as its metadata. Raises UserError if it cannot."""
+    """Write a uint8 image [3, H, W] as PNG with `text` as its metadata. Raises UserError if it cannot.
+
+    A name with the ending of another format that Pillow writes gives that format.
+    """
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, pnginfo=info)
+        kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, kind, pnginfo=info)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another --out"

@@ -4,11 +4,13 @@ A metadata file has a column `file_name`, relative to the file's own folder, and
 (`d2g.data.columns`).
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
-from d2g.core.errors import UserError
+from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import log_once
 from d2g.core.machine_errors import raise_machine_error
 from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
@@ -18,6 +20,22 @@ from d2g.data.text_files import csv_rows, json_rows, read_text
 FILE_NAME = "file_name"
 CLASS_TEMPLATE = "a photo of a {}"
 """Caption of a picture whose class name is all that is known."""
+
+
+def check_template(template: str) -> None:
+    """Raise SettingError for a caption_template that cannot take the name of a class."""
+    try:
+        fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(template) if name is not None]
+        # No attributes, and no width that fills the memory.
+        plain = all(name in ("", "0") and not re.search(r"\d{4}|[{]", spec) for name, spec in fields)
+        usable = plain and template.format("class").encode() is not None
+    except (ValueError, IndexError, KeyError):
+        usable = False
+    if not usable:
+        raise SettingError(
+            f"caption_template is {template!r}; expected text with {{}} in place of the name of a class, as "
+            f"in {CLASS_TEMPLATE!r}"
+        )
 
 
 def class_captions(root: Path, pictures: Sequence[Path], template: str = CLASS_TEMPLATE) -> dict[Path, str]:

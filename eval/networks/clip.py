@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError, first_line
-from d2g.core.hub import connection_errors
+from d2g.core.machine_errors import raise_machine_error
 from d2g.vision.transformers_vision import text_table_sha256
 from eval.images.resize import to_pil
 from eval.networks.base import ClipNet, Device, FeatureNet, parameters_sha256
@@ -104,7 +104,8 @@ def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
             name, pretrained=pretrained or None, device=device
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except connection_errors() as error:
+    except Exception as error:  # on damaged files and without a network, it raises almost anything
+        raise_machine_error(error)
         raise UserError(
             f"CLIP {model!r} does not load ({first_line(error)[:200]}); give MODEL:FILE with its weights, or "
             "a folder of open_clip, fetched where there is a network"

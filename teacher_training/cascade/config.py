@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from d2g.core.config import Presets, require, setting
 from d2g.core.errors import SettingError
-from d2g.data.captions import CLASS_TEMPLATE
+from d2g.data.captions import CLASS_TEMPLATE, check_template
 from teacher_training.config import FitConfig
 
 CASCADE_PARTS = ("vqgan", "stage_b", "stage_c")
@@ -130,6 +130,7 @@ class CascadeConfig:
     stage_c: StageCConfig = setting(StageCConfig(), "Stage C")
 
     def __post_init__(self) -> None:
+        check_template(self.caption_template)
         # Stage B's patches hold 2 x 2 latents of 4 pixels, and each further level halves them.
         step = max(self.downscale, 4 * 2 ** len(self.stage_b.channels))
         if self.size % step:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from d2g.core.errors import UserError
-from d2g.data.captions import Captions
+from d2g.core.errors import SettingError, UserError
+from d2g.data.captions import Captions, check_template
 from d2g.data.folders import FolderListing, list_folder
 from d2g.data.prompt_files import prompt_cells
 from distill.training.real_images import RealImages
@@ -352,3 +352,16 @@ def test_pictures_without_a_caption_are_counted(tmp_path: Path, log: pytest.LogC
     (tmp_path / "b.txt").unlink()
     with pytest.raises(UserError, match=r"holds no prompts, expected at least one; check --prompts"):
         read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template", ["{", "{x}", "{}{}", "{0.__class__}", "{:>1000000000}", "{:{}}", "{!r:Q}", "\ud800{}"]
+)
+def test_caption_templates_that_take_no_class_name_are_refused(template: str) -> None:
+    with pytest.raises(SettingError, match=r"caption_template is .*; expected text with \{\} in place"):
+        check_template(template)
+
+
+def test_caption_templates_that_take_a_class_name() -> None:
+    for template in ("a photo of a {}", "{0}, {0}", "{:>20}", "{{}}", "no name"):
+        check_template(template)

@@ -32,6 +32,15 @@ def test_equal_images_have_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_names_of_other_endings(tmp_path: Path) -> None:
+    """Those of other formats give these, any other ending gives PNG."""
+    kinds = {"a": "PNG", "a.xyz": "PNG", "a.JPG": "JPEG", "a.webp": "WEBP"}
+    for name, kind in kinds.items():
+        save_png(random_image(), tmp_path / name, {"prompt": "x"})
+        with Image.open(tmp_path / name) as image:
+            assert image.format == kind
+
+
 def test_unwritable_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot write .*0\.png: .*--out"):

@@ -40,6 +40,9 @@ for _stage in ("ode", "gan"):
         ("launch --gpus 0 demo", "--gpus is 0; expected 1 or more"),
         ("launch --nodes 0 demo", "--nodes is 0; expected 1 or more"),
         ("launch --nodes 2 demo", "--nodes 2 needs --rendezvous HOST:PORT"),
+        ("launch --gpus 1000000 demo", "--gpus is 1000000; expected 1024 or fewer on one machine"),
+        ("launch --nodes 2 --rendezvous here:x demo", "--rendezvous is 'here:x'; expected HOST:PORT"),
+        ("launch --nodes 2 --rendezvous [::1]:70000 demo", "expected HOST:PORT with a port below 65536"),
         ("demo --processes 0", "--processes is 0; expected 1 or more"),
     ],
 )

@@ -135,6 +135,8 @@ def test_help_in_a_pipe_is_plain_and_lists_the_presets() -> None:
     text = process.stdout.decode("ascii")
     assert process.returncode == 0 and "\x1b" not in text
     assert text.index("--prompts") < text.index("Presets:") < text.index("  sd15-cfg8 ")
+    process = command(b"pairs", b"--help", COLUMNS="30", PYTHONIOENCODING="utf-16")
+    assert process.returncode == 0 and process.stdout.decode("utf-16").count("...") == 1, "[ARGS]..."
 
 
 @pytest.mark.slow

@@ -103,3 +103,6 @@ def test_walks_without_sense_are_refused(d2g: Any, tmp_path: Path) -> None:
         refused = d2g("explore", *words, *out)
         assert refused.code == 2 and message in refused.error
     assert not (tmp_path / "out").exists()
+    words = ["walk", "--prompt", "a", "--prompt", "b", "--frames", 2, "--noise-scale", "1e300"]
+    refused = d2g("explore", *words, *out)
+    assert refused.code == 1 and "latents that are not finite" in refused.error

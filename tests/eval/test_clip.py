@@ -1,5 +1,6 @@
 """eval.networks.clip: presets are models of open_clip; features and scores of a tiny CLIP."""
 
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -35,6 +36,16 @@ def test_presets_are_pretrained_models_of_open_clip() -> None:
     assert open_clip.get_model_config("ViT-L-14-336-quickgelu")["vision_cfg"]["image_size"] == 336
     with pytest.raises(UserError, match="for example vit-b-32, vit-g-14"):
         load_clip("vit-b")
+
+
+def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path) -> None:
+    damage = {"open_clip_config.json": b'{"model_cfg": []}', "open_clip_model.safetensors": b"\xff" * 32}
+    for name, content in damage.items():
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        (copy / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"CLIP '{copy}' does not load") as error:
+            load_clip(str(copy))
+        assert "\n" not in str(error.value)
 
 
 def test_features_are_not_normalized_but_cmmd_and_scores_normalize_them(folder: Path) -> None:

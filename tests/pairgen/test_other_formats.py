@@ -15,6 +15,7 @@ from d2g_cli import main as cli
 from jobs import make_pairs
 from pairgen.other_formats import export_store
 from pairgen.store.reader import PairReader
+from pairgen.verify import verify_store
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,6 @@ def test_what_cannot_be_copied_is_refused(teacher: Path, pairs: Path, tmp_path: 
     other = make_pairs(teacher, tmp_path, steps=2, shard_size=8, dtype="float16", noise="seeded")
     with pytest.raises(UserError, match="holds pairs of another spec; differing: steps"):
         export_store(other, tmp_path / "out", "parquet")
+    with pytest.raises(SettingError, match=r"lies in the store .*; choose another"):
+        export_store(pairs, pairs / "shards", "parquet")
+    assert verify_store(pairs).ok

@@ -4,7 +4,10 @@ import logging
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
+
+from d2g.core.errors import UserError, first_line
 
 SIGNAL_OPTIONS = {
     "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
@@ -20,7 +23,7 @@ def run_module(
 
     rendezvous: HOST:PORT where several machines meet, in the name of `job`. restarts: of all processes after
     one has died. Returns 0, the exit code of the first process that failed, or 128 + the number of the signal
-    that ended it or this process.
+    that ended it or this process. Raises UserError if the machines do not meet.
     """
     # The failed process says what went wrong; torchrun would repeat it as a traceback.
     for name in list(logging.root.manager.loggerDict):
@@ -43,4 +46,9 @@ def run_module(
         return code if code >= 0 else 128 - code
     except SignalException as error:
         return 128 + int(error.sigval)
+    except RendezvousError as error:
+        raise UserError(
+            f"the {nodes} machines cannot meet at {rendezvous} ({first_line(error)}); give an address of one "
+            "of them that all can reach, and start the same command on each"
+        ) from error
     return 0
