@@ -9,6 +9,7 @@ import typer
 from d2g.core.config import pick
 from d2g.core.errors import SettingError
 from d2g_cli.common import (
+    DryRun,
     Json,
     emit,
     emit_table,
@@ -18,6 +19,7 @@ from d2g_cli.common import (
     one_process,
     presets_in_help,
     reporter,
+    require_range,
 )
 from d2g_cli.eval_options import (
     ProtocolOptions,
@@ -28,7 +30,7 @@ from d2g_cli.eval_options import (
     load_presets,
 )
 from d2g_cli.eval_tables import format_cell, readable_result
-from d2g_cli.inputs import config_inputs
+from d2g_cli.inputs import check_inputs, config_inputs
 
 app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
 _Command = presets_in_help(load_presets, Metrics=load_metrics)
@@ -113,6 +115,63 @@ def eval_curve(
             cells = [[format_cell(point, key) for key in keys] for point in curve["points"]]
             labels = [curve["labels"].get(key, key) for key in keys]
             emit_table(labels, cells, f"{curve['protocol']}: {out}")
+
+
+@app.command("export")
+@one_process
+def eval_export(
+    benchmark: Annotated[
+        str, typer.Option("--for", help="geneval, geneval2, dpg-bench, hpsv3, vqascore or t2i-compbench.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the images.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="The benchmark's prompt file; GenEval's is in the package.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(help="Images per prompt (the benchmark's).")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Run folder, exported student, or a shipped name.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Teacher to draw instead of a student.")] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="Stage C of a cascade: a student for --student, else a teacher for --teacher."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Solver steps of the teacher.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Guidance of the teacher (3).")] = None,
+    seed: Annotated[int, typer.Option(help="Image i has the noise of (seed, i).")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 32,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Draw the images of a prompt benchmark into the folder that its own tool reads. Resumes."""
+    require_range(1, 10_000, steps=steps, batch_size=batch_size)
+    require_range(0, 2**63 - 1, seed=seed)
+    if num is not None:
+        require_range(1, 1_000, num=num)
+    if guidance is not None:
+        require_range(guidance=guidance)
+    if (student is None) == (teacher is None):
+        raise SettingError("give one of --student and --teacher")
+    inputs = {"--student": student, "--teacher": teacher, "--prior": prior, "--prompts": prompts}
+    check_inputs(inputs)
+    from eval.runner.benchmark_export import export_benchmark, plan_benchmark
+
+    plan = plan_benchmark(benchmark, prompts, num)
+    if dry_run:
+        facts = {"benchmark": plan.layout.title, "prompts": len(plan.prompts), "images": len(plan.texts)}
+        emit(facts, as_json, "dry run: nothing was drawn")
+        return
+    from d2g.core.distributed import process_group
+    from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
+    from eval.runner.samplers import SamplingRequest, student_source, teacher_sampler_source
+
+    request = SamplingRequest(prompts=plan.texts, seed=seed, device=process_group.own_device())
+    if student is not None:
+        source = student_source(student, request, prior=prior)
+    else:
+        solver = SolverSettings(steps=steps, guidance=guidance, prior=prior)
+        source = teacher_sampler_source(load_sampler(str(teacher), solver, request.device), request)
+    emit(export_benchmark(plan, source, out, batch_size, reporter), as_json, f"for {plan.layout.title}")
 
 
 @app.command("compare")

@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distill.training",),
     ("distill.export",),
     ("distill",),
-    ("eval.images", "eval.protocols"),
+    ("eval.images", "eval.protocols", "eval.benchmarks"),
     ("eval.networks",),
     ("eval.metrics",),
     ("eval.measure",),

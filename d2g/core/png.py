@@ -1,5 +1,6 @@
 """PNG files and grids of uint8 images."""
 
+import io
 from collections.abc import Mapping
 from math import ceil, sqrt
 from pathlib import Path
@@ -13,18 +14,26 @@ from torch import Tensor
 from d2g.core.errors import UserError
 
 
+def png_bytes(image: Tensor, text: Mapping[str, str], kind: str = "PNG") -> bytes:
+    """A uint8 image [3, H, W] as the content of a PNG file with `text` as its metadata, or of another `kind` of
+    file that Pillow writes."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    content = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(content, kind, pnginfo=info)
+    return content.getvalue()
+
+
 def save_png(image: Tensor, path: Path, text: Mapping[str, str]) -> None:
     """Write a uint8 image [3, H, W] as PNG with `text` as its metadata. Raises UserError if it cannot.
 
     A name with the ending of another format that Pillow writes gives that format.
     """
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
+    kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
-        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path, kind, pnginfo=info)
+        path.write_bytes(png_bytes(image, text, kind))
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another --out"

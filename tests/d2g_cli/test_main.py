@@ -192,6 +192,7 @@ REQUIRED_OPTIONS = {  # options without which a command fails before it checks i
     "sample": "--prompt a",
     "export": "--student x --format diffusers",
     "explore styles": "--subject a --style b",
+    "eval export": "--for geneval --out x --student miniature",
     "pairs verify": "x",
     "pairs repair": "x",
     "pairs merge": "x --out y",

@@ -1,0 +1,1 @@
+"""Prompt benchmarks of others: the folders that their tools read."""
