@@ -15,8 +15,10 @@ from d2g.core.errors import UserError
 
 
 def png_bytes(image: Tensor, text: Mapping[str, str], kind: str = "PNG") -> bytes:
-    """A uint8 image [3, H, W] as the content of a PNG file with `text` as its metadata, or of another `kind` of
-    file that Pillow writes."""
+    """The content of a PNG file with a uint8 image [3, H, W] and `text` as its metadata.
+
+    kind: another format that Pillow writes.
+    """
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
