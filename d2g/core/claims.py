@@ -7,7 +7,6 @@ was only suspended finds its claim gone. Stale NFS handles are opened again.
 """
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ from typing import Any, Self, TypeVar
 
 from d2g.core.atomic_files import retry_stale
 from d2g.core.errors import UserError
+from d2g.core.file_lock import lock_file
 from d2g.core.json_files import parse_json
 from d2g.core.logs import logger
 from d2g.core.regular_files import open_regular
@@ -203,10 +203,9 @@ class FileClaims:
         """Exclude other jobs, on file systems with locks."""
         file = retry_stale(lambda: os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR))
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                pass  # no locks (some Lustre mounts): the rename in _take_over decides
+            lock_file(
+                file, self.patience
+            )  # without it (some Lustre mounts), the rename in _take_over decides
             yield
         finally:
             os.close(file)

@@ -6,7 +6,6 @@ endpoints are configured as the file system's own package documents (environment
 Several processes may fill one cache: file locks order them.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 from d2g.core.atomic_files import DISK_FULL_ERRNOS
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
+from d2g.core.file_lock import lock_file
 from pairgen.store.hdf5 import SEAL, DamagedShard, OpenShard, damaged, seal_of
 from pairgen.store.spec import parse_spec, shard_numbers, writing
 
@@ -30,6 +30,7 @@ T = TypeVar("T")
 WAITS = (0.2, 1.0, 5.0, 15.0)  # seconds before each new try
 THREADS = 16
 DOWNLOADS = 4  # simultaneous downloads of shards that are needed soon
+LOCK_SECONDS = 900.0  # to wait for the download of another process
 CLOCK_TOLERANCE_NS = 600 * 10**9  # between the clocks of machines that share a cache
 SAFE = "the store itself is untouched"
 
@@ -283,16 +284,15 @@ def default_cache() -> Path:
 
 @contextmanager
 def _file_lock(folder: Path, stem: str) -> Iterator[bool]:
-    """Hold FOLDER/STEM.lock against other processes and threads; yields False if the disk has no locks."""
+    """Hold FOLDER/STEM.lock against other processes and threads.
+
+    Yields False if the disk has no locks, or if another process holds it for too long: then the work is done
+    twice, and the last rename wins.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / f"{stem}.lock", os.O_CREAT | os.O_RDWR)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except OSError:
-            locked = False  # some network file systems: the work is done twice, and the last rename wins
-        yield locked
+        yield lock_file(file, LOCK_SECONDS)
     finally:
         os.close(file)
 

@@ -1,5 +1,6 @@
 """d2g.core.claims.FolderOwner: one live process owns a folder; with real processes, kills and heartbeats."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -135,3 +136,13 @@ def test_the_folder_may_be_deleted_while_it_is_owned(tmp_path: Path) -> None:
     with FolderOwner(tmp_path / "run", "trains in"):
         shutil.rmtree(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_is_never_released_does_not_block_claims(tmp_path: Path) -> None:
+    """Its holder may be suspended at the wrong moment."""
+    write_foreign_claim(tmp_path)
+    with (tmp_path / OWNER / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with FolderOwner(tmp_path, "trains in", patience=0.2) as owner:
+            assert not owner.lost_to()
+    assert not (tmp_path / OWNER).exists()
