@@ -17,7 +17,7 @@ from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
 from d2g.core.torch_files import load_tensors
-from d2g.core.tracking.run_directory import RunLog, sole_owner
+from d2g.core.tracking.run_directory import RunLog, same_places, sole_owner
 from d2g.diffusion.latents import PixelSpace, encode, from_uint8
 from d2g.diffusion.pipelines import TRAINING
 from d2g.diffusion.pretrained import load_on_meta, load_vae, save_component
@@ -165,7 +165,9 @@ def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str
         "init",
         "network",
     )
-    RunLog(out / TRAINING, {key: to_json(config)[key] for key in names}, defaults={"network": "unet_text"})
+    facts = {key: to_json(config)[key] for key in names}
+    notes = same_places(out / TRAINING, facts, ("data", "pretrained_vae", "init"))
+    RunLog(out / TRAINING, facts, notes=notes, defaults={"network": "unet_text"})
     if command and process_group.rank() == 0:
         write_atomically(out / TRAINING / "command.txt", command + "\n")
     pictures = cached_pictures(out / TRAINING, lambda: load_pictures(config, progress))

@@ -73,7 +73,7 @@ def _calibrate(config: HeadsConfig, out: Path, device: torch.device, progress: P
         head.fill_(1.0)
     # Channel averages of all judgments: everything that the fit needs.
     inputs = _feature_inputs(config, metric)
-    RunLog(out / "run", inputs)
+    RunLog(out / "run", inputs, notes=("latents", "weights"))  # which their digests identify
     train, val = find_splits(config.data, "2afc", "train"), _validation_splits(config.data)
     splits = train + val
     features = [_split_features(config, inputs, out, split, vae, metric, progress) for split in splits]

@@ -184,7 +184,12 @@ def _set_up(
         "classes": {"number": len(train.classes), "names": digest(list(train.classes))},
         "pictures": {"train": train.digest(), "val": val.digest()},
     }
-    log = RunLog(out / "run", {**settings, **inputs, "length": length}, ignore=("length",))
+    log = RunLog(
+        out / "run",
+        {**settings, **inputs, "length": length},
+        ignore=("length",),
+        notes=("data", "val", "latents"),  # which their digests identify
+    )
     # Latents are encoded on the fly, or once to a cache.
     cache = Path(config.cache) if config.cache else out / "run" / "latents"
     encoders = [CropEncoder(config, vae.to(device), images, device) for images in (train, val)]

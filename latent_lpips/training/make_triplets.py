@@ -59,7 +59,8 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
     for vae in vaes:
         check_image_size(vae, config.size)
     hashes = [pretrained.autoencoder_sha256(name) for name in config.decoders]
-    RunLog(out, {**to_json(config), "autoencoders": hashes, "pictures": pictures.digest()})
+    facts = {**to_json(config), "autoencoders": hashes, "pictures": pictures.digest()}
+    RunLog(out, facts, notes=("data", "decoders"))  # which their digests identify
     distort = distortion_functions(vaes)
     # Count the triplets per part and kind, including those of an earlier start.
     counts: dict[str, dict[str, int]] = {

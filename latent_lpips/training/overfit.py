@@ -135,7 +135,12 @@ def _run(
     loss_of = ELatentLPIPS(metric, families, draws=config.draws)
     settings = to_json(replace(config, families=(families,)))
     length = {name: settings.pop(name) for name in ("steps", "report_steps", "checkpoint_steps")}
-    log = RunLog(folder, {**settings, **inputs, "length": length}, ignore=("length",))
+    log = RunLog(
+        folder,
+        {**settings, **inputs, "length": length},
+        ignore=("length",),
+        notes=("data", "latents", "weights"),  # which their digests identify
+    )
     x = noise(config.seed, range(len(target)), target.shape[1:]).to(target.device).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=config.lr)
     step = _resume(folder, config, x, optimizer)

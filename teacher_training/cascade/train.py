@@ -16,7 +16,7 @@ from d2g.core.config import pick, to_json
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
-from d2g.core.tracking.run_directory import RunLog, sole_owner
+from d2g.core.tracking.run_directory import RunLog, same_places, sole_owner
 from d2g.diffusion import cascade_files, pretrained
 from d2g.diffusion.families.wuerstchen import WuerstchenConditioner
 from d2g.diffusion.latents import encode, from_uint8
@@ -97,7 +97,8 @@ def train_cascade(
 def _open_job(config: CascadeConfig, out: Path, progress: Progress) -> _Job:
     """Open OUT, which belongs to one data set, load its images, and the text encoder."""
     names = ("data", "column", "size", "images", "seed", "caption_template", "text")
-    RunLog(out / TRAINING, {key: to_json(config)[key] for key in names})
+    facts = {key: to_json(config)[key] for key in names}
+    RunLog(out / TRAINING, facts, notes=same_places(out / TRAINING, facts, ("data", "text")))
     source = (config.data, config.size, config.images, config.seed)
 
     def load() -> TrainingPictures:

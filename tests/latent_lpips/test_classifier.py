@@ -323,6 +323,10 @@ def test_a_run_with_changed_images_or_classes_is_refused(data: Path, teacher: Pa
     shutil.copytree(data, tmp_path / "data")
     settings = config(tmp_path / "data", teacher, epochs=1)
     train_classifier(settings, tmp_path / "out")
+    # Images that have moved are the same.
+    (tmp_path / "data").rename(tmp_path / "moved")
+    train_classifier(config(tmp_path / "moved", f"{teacher}/", epochs=1), tmp_path / "out")
+    (tmp_path / "moved").rename(tmp_path / "data")
     first = tmp_path / "data" / "red" / "00.png"
     known = first.stat()
     shutil.copy(tmp_path / "data" / "red" / "01.png", first)

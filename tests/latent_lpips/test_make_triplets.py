@@ -70,6 +70,7 @@ def test_an_incomplete_folder_is_completed_identically(data: Path, tmp_path: Pat
         file.unlink()
     make_triplets(config, tmp_path / "incomplete")
     assert listing(tmp_path / "incomplete") == listing(tmp_path / "complete")
+    assert make_triplets(replace(config, data=f"{data}/."), tmp_path / "incomplete").train
     make_triplets(replace(config, seed=1), tmp_path / "other")
     assert listing(tmp_path / "other") != listing(tmp_path / "complete")
     with pytest.raises(UserError, match="another config: seed"):

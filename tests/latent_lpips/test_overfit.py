@@ -1,5 +1,6 @@
 """`d2g lpips overfit`: a small version of the supplement's single-sample experiment."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,12 @@ def test_other_inputs_under_the_same_names_are_refused(data: Path, teacher: Path
     same = replace(same, families=("b",), steps=2)
     out = tmp_path / "out"
     overfit_latents(same, out)
-    overfit_latents(same, out)
+    # The same content is accepted wherever it lies.
+    (tmp_path / "moved").symlink_to(tmp_path)
+    names = {"data": "data", "latents": "vae", "weights": "weights"}
+    moved = {name: str(tmp_path / "moved" / folder) for name, folder in names.items()}
+    overfit_latents(replace(same, **moved), out)
+    assert json.loads((out / "b" / "config.json").read_text())["data"] == moved["data"]
 
     metric = load_lpips(tmp_path / "weights", fold=False)
     metric.heads[0][0] += 0.5

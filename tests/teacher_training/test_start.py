@@ -80,7 +80,9 @@ def test_a_teacher_with_a_given_autoencoder(taesd: tuple[Path, Any], tmp_path: P
     assert summary.scores["vae"]["psnr"] > 0 and summary.trained is False
     # The same run again is finished; another autoencoder is refused.
     before = summary.scores
-    assert train_teacher(config, tmp_path / "teacher", ("vae", "unet")).scores == before
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    again = replace(config, data=str(tmp_path / "link"), pretrained_vae=f"{taesd[0]}/")
+    assert train_teacher(again, tmp_path / "teacher", ("vae", "unet")).scores == before
     with pytest.raises(UserError, match=r"another config: pretrained_vae"):
         train_teacher(replace(config, pretrained_vae="x"), tmp_path / "teacher", ("vae",))
 

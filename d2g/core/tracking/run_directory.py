@@ -166,6 +166,16 @@ class RunLog:
         return list(self.lines)
 
 
+def same_places(folder: Path, config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of the settings `names` whose path in FOLDER/config.json leads to the same place as in `config`:
+    relative, with a slash at its end, or through a link."""
+    path = folder / "config.json"
+    old = read_json_object(path, RESTORE_CONFIG_HINT) if path.is_file() else {}
+    return [
+        name for name in names if os.path.realpath(str(old.get(name))) == os.path.realpath(str(config[name]))
+    ]
+
+
 def read_stats(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's stats.jsonl; empty when nothing has been reported yet.
 
