@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +26,10 @@ def test_each_latent_lpips_of_a_recipe_counts() -> None:
 
 
 @pytest.mark.slow
-def test_the_battery_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--out", str(tmp_path)]
+def test_the_battery_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(
+    tmp_path: Path, warm_python: str
+) -> None:
+    command = [warm_python, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     listed = subprocess.run([*command, "--list"], env=environment, capture_output=True, text=True, check=True)
     names = [line.split()[0] for line in listed.stdout.splitlines()]
