@@ -13,7 +13,7 @@ of each step by function of the project; `report`, those of the report at the en
 of each step before; images/s and MFU of an H100. `families` samples pairs and trains both stages of tiny
 teachers (the kinds of tests/tiny_teachers.py), and prints such an object by kind and stage; `pairs`: waits
 of a second batch.
-`memory` takes two steps of a preset at the size of its published model, and prints GiB at the peak: `tracked`
+`memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak: `tracked`
 (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
 """
 
@@ -372,6 +372,7 @@ def memory(name: str, stage: str, *settings: str) -> None:
         step = RandomStep(config, torch.device("cuda", 0), folder, lambda net, _: to_fake(net, "cuda"))
         before = live.live
         for _ in range(2):
+            step.state.steps = 0  # R1 comes in both steps, and in the second one beside optimizer states
             step()
     gib = 2.0**30
     print(

@@ -173,7 +173,7 @@ def _working_bytes(
     )
     if discriminator is not None:
         waiting = student_graph.saved.of(rows) if config.engine.gradient_accumulation == 1 else 0.0
-        of_d = _discriminator_bytes(config, discriminator, student, rows, shards, buckets)
+        of_d = _discriminator_bytes(config, discriminator, student, rows, world_size, buckets)
         working = max(working, waiting + of_d)
     if buckets:
         working += _bytes(_trained(student))
@@ -242,29 +242,33 @@ def _discriminator_bytes(
     discriminator: nn.Module,
     student: Student,
     rows: float,
-    shards: int,
+    world_size: int,
     buckets: bool,
 ) -> float:
     """Bytes of D's update: activations of real and fake rows, the gradient penalty, or the optimizer step."""
     # Frozen networks that it reads through count as part of it.
     network = nn.ModuleList([discriminator, *frozen_views(discriminator)])
+    shards = _shards(config.engine, world_size)
     inputs = partial(discriminator_input, config.gan)
     graph = _activations(config, network, student, lambda b: discriminator(*inputs(b).args))
-    passes = 3 if config.gan.active_penalty == "approx" else 2
+    parts = 3 if config.gan.active_penalty == "approx" else 2
     recomputed = graph.recomputed.of(rows)
-    activations = graph.saved.of(passes * rows) + recomputed
+    activations = graph.saved.of(parts * rows) + recomputed
     gradients = _bytes(_trained(discriminator)) / shards
     update = _update_bytes(discriminator, config.gan.optim, config.engine, shards, buckets)
     update = max(update, recomputed + (0.0 if buckets else gradients))
     if config.gan.active_penalty in ("none", "approx"):
         return max(activations, update)
-    # The penalty has a backward pass of its own, so its gradients exist during the passes that follow.
-    penalty_rows = 1 if config.gan.active_penalty == "single" else rows
-    penalty = _penalty_activations(config, network, student, discriminator).of(penalty_rows)
+    # A pass of the penalty is a backward pass of its own: it has the gradients of earlier passes beside it, and
+    # leaves gradients for the passes that follow.
+    single = config.gan.active_penalty == "single"
+    passes = config.gan.r1_rows / world_size if single else config.engine.gradient_accumulation
+    penalty = _penalty_bytes(config, network, student, discriminator, 1 if single else rows)
+    penalty = max(gradients * (passes > 1) + penalty, gradients)
     # Under FSDP2 the gathered weights stay until the penalty is done.
     if config.engine.parallel == "fsdp":
         penalty += _bytes(discriminator.parameters()) * (0.5 if config.train.precision == "bf16" else 1.0)
-    return max(gradients + max(activations, penalty), update)
+    return max(gradients + activations, penalty, update)
 
 
 @dataclass(frozen=True)
@@ -291,19 +295,28 @@ def _activations(
     return _Activations(saved, recomputed)
 
 
-def _penalty_activations(
-    config: DistillConfig, network: nn.Module, student: Student, discriminator: nn.Module
-) -> SavedBytes:
-    """Bytes that a pass saves whose gradient is differentiated again, in fp32. network: the discriminator
-    with the frozen networks that it reads through."""
-    b = discriminator_input(config.gan, fake_batch(open_pipeline(config.teacher), student, 1))
-    with sdpa_kernel(SDPBackend.MATH):
-        row = saved_bytes(
-            network,
-            lambda: r1_penalty(discriminator, b.latents, b.noise, b.cond, draws=b.draws),
-            False,
-        )
-    return SavedBytes(fixed=0.0, row=row)
+def _penalty_bytes(
+    config: DistillConfig, network: nn.Module, student: Student, discriminator: nn.Module, rows: float
+) -> float:
+    """Bytes at the peak of a pass of R1 and its backward pass, in fp32, beside weights and gradients. network:
+    the discriminator with the frozen networks that it reads through.
+    """
+    b = discriminator_input(
+        config.gan, fake_batch(open_pipeline(config.teacher), student, max(1, round(rows)))
+    )
+    parameters = list(network.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    def run() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            r1_penalty(discriminator, b.latents, b.noise, b.cond, draws=b.draws).backward()
+
+    peak = peak_bytes(run, [*parameters, *gradients])
+    for parameter in parameters:
+        parameter.grad = None
+    return peak
 
 
 def _distance_activations(distance: nn.ModuleList, shape: tuple[int, int, int]) -> SavedBytes:

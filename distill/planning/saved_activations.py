@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -100,9 +100,11 @@ class _StorageCounter:
         return float(sum(self.sizes.values()))
 
 
-def peak_bytes(run: Callable[[], Any]) -> float:
-    """Bytes of the storages that `run` creates, at their peak. Tensors that exist before are not counted."""
+def peak_bytes(run: Callable[[], Any], existing: Iterable[Tensor] = ()) -> float:
+    """Bytes of the storages that `run` creates, at their peak. existing: tensors that it does not create, but
+    views or updates."""
     live = LiveBytes()
+    live.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
     with live:
         run()
     return float(live.peak)
@@ -121,7 +123,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
                 self._add(tensor.untyped_storage())
         return result

@@ -80,11 +80,11 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [("ode", ()), ("gan", ("gan.r1_interval=1", "gan.r1_rows=1", "engine.activation_checkpointing=false"))],
+    [("ode", ()), ("gan", ("gan.r1_rows=1", "engine.activation_checkpointing=false"))],
 )
 def test_the_memory_forecast_of_sd15_agrees_with_the_storages_of_a_step(
     stage: str, settings: tuple[str, ...], warm_python: str
 ) -> None:
-    """Two steps of 8 rows at the size of SD 1.5, R1 included."""
+    """Two steps of 8 rows at the size of SD 1.5, R1 included. docs/scaling.md has more recipes."""
     result = fake_cuda(warm_python, "memory", "sd15-cfg3", stage, "train.batch_size=8", *settings)
-    assert result["forecast"] == pytest.approx(result["tracked"], rel=0.1)
+    assert result["forecast"] == pytest.approx(result["tracked"], rel=0.05)

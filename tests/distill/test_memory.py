@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tiny_teachers
 from d2g.core.distributed import engine as parallel
@@ -17,6 +18,7 @@ from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig, StudentConfig
 from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DataConfig, DistillConfig, EngineConfig, TrainConfig
+from distill.losses.gradient_penalty import r1_penalty
 from distill.models.student import set_trainable, student_from_teacher
 from distill.models.unet_discriminator import added_parameters, discriminator_from_teacher
 from distill.planning.memory import Memory, forecast, predict
@@ -209,6 +211,30 @@ def test_gathered_weights_stay_during_r1_under_fsdp(teacher: Path) -> None:
     assert working("fsdp", "fp32", "single") >= trained + weights
     assert working("fsdp", "bf16", "single") >= trained + weights / 2
     assert working("fsdp", "fp32", "single") > working("fsdp", "bf16", "single") + 0.4 * weights
+
+
+def test_a_pass_of_r1_takes_what_it_takes_on_data(teacher: Path) -> None:
+    """Per row: the graph that is differentiated again, and the peak of its backward pass beside gradients."""
+
+    gan, rows = DiscriminatorConfig(penalty="full"), 8192
+    settings = config(teacher, stage="gan", train=large(batch_size=rows), gan=gan)
+    student = student_from_teacher(str(teacher)).requires_grad_(True)
+    d = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0)).requires_grad_(True)
+
+    def on_data(rows: int) -> float:
+        noise, text = torch.randn(rows, 4, 4, 4), Conditioning.from_text(torch.randn(rows, 77, 16))
+        for p in d.parameters():
+            p.grad = torch.zeros_like(p)
+        existing = [*d.parameters(), *(p.grad for p in d.parameters() if p.grad is not None)]
+
+        def penalize() -> None:
+            with sdpa_kernel(SDPBackend.MATH):
+                r1_penalty(d, noise, noise, text).backward()
+
+        return saved_bytes(student, lambda: student(noise, text), False) + peak_bytes(penalize, existing)
+
+    per_row = (on_data(32) - on_data(16)) / 16 / 2**30
+    assert predict(settings, 1).working == pytest.approx(rows * per_row, rel=0.02)
 
 
 def test_text_encoders_take_half_in_bf16(teacher: Path) -> None:
