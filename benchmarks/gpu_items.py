@@ -208,7 +208,7 @@ def steps_sd15(options: Options) -> Result:
 def steps_sdxl(options: Options) -> Result:
     """Eager steps at SDXL's size, recomputed; its recipe has no R1, here it is measured all the same."""
     variants = tuple(v for v in STEPS if "recomputation" not in v[0])
-    # At tiny sizes SD 1.5's item has every variant, and this one the first of stage 1 and the last of stage 2.
+    # At tiny sizes SD 1.5's item has every variant, and this one has one of each stage.
     variants = (variants[0], variants[-1]) if options.tiny else variants
     return _steps("sdxl-cfg7", variants, options, SDXL_ENGINE)
 

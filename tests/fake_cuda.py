@@ -13,8 +13,8 @@ of each step by function of the project; `report`, those of the report at the en
 of each step before; images/s and MFU of an H100. `families` samples pairs and trains both stages of tiny
 teachers (the kinds of tests/tiny_teachers.py), and prints such an object by kind and stage; `pairs`: waits
 of a second batch.
-`memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak: `tracked`
-(storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
+`memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
+`tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
 """
 
 import atexit

@@ -259,8 +259,8 @@ def _discriminator_bytes(
     update = max(update, recomputed + (0.0 if buckets else gradients))
     if config.gan.active_penalty in ("none", "approx"):
         return max(activations, update)
-    # A pass of the penalty is a backward pass of its own: it has the gradients of earlier passes beside it, and
-    # leaves gradients for the passes that follow.
+    # A pass of the penalty is a backward pass of its own: it has the gradients of earlier passes beside it,
+    # and leaves gradients for the passes that follow.
     single = config.gan.active_penalty == "single"
     passes = config.gan.r1_rows / world_size if single else config.engine.gradient_accumulation
     penalty = _penalty_bytes(config, network, student, discriminator, 1 if single else rows)
@@ -298,8 +298,9 @@ def _activations(
 def _penalty_bytes(
     config: DistillConfig, network: nn.Module, student: Student, discriminator: nn.Module, rows: float
 ) -> float:
-    """Bytes at the peak of a pass of R1 and its backward pass, in fp32, beside weights and gradients. network:
-    the discriminator with the frozen networks that it reads through.
+    """Bytes at the peak of a pass of R1 and its backward pass, in fp32, beside weights and gradients.
+
+    network: the discriminator with the frozen networks that it reads through.
     """
     b = discriminator_input(
         config.gan, fake_batch(open_pipeline(config.teacher), student, max(1, round(rows)))
