@@ -40,6 +40,9 @@ FAMILIES = {
     **dict.fromkeys(tiny_teachers.TRANSFORMERS, ("ddp", "ddp-autocast", "fsdp-recompute")),
     "sd3": ("ddp", "ddp-accumulate", "ddp-autocast", "fsdp", "fsdp-accumulate", "fsdp-recompute"),
     **dict.fromkeys(("unet2d", "edm"), ("ddp", "ddp-autocast", "fsdp-recompute")),
+    **dict.fromkeys(
+        ("stable_cascade_decoder", "wuerstchen_prior", "wuerstchen_decoder"), ("ddp", "fsdp-recompute")
+    ),
 }
 """Cases by kind of teacher; it is FOLDER/KIND/teacher. Accumulation and plain sharding are the engine's, and
 recomputation is done on the same layers that are sharded, which a family names.
@@ -48,7 +51,8 @@ recomputation is done on the same layers that are sharded, which a family names.
 
 def discriminator_kind(teacher: str) -> tuple[DiscriminatorKind, DiscriminatorConfig]:
     """The kind of discriminator that goes with a teacher, and settings for it."""
-    name: Any = family_of(teacher).network
+    network = family_of(teacher).network
+    name: Any = next(name for name, each in DISCRIMINATORS.items() if network in each.networks)
     return DISCRIMINATORS[name], DiscriminatorConfig(discriminator=name, token_heads=2, token_scales=(1, 2))
 
 
@@ -59,7 +63,7 @@ def new_discriminator(teacher: str, seed: int) -> nn.Module:
     discriminator = kind.build(teacher, config, rng)
     inputs = (
         *("conv_z.weight", "heads.0_skip.weight", "projections.0_skip.weight"),
-        *("patch_z.weight", "heads.block1.weight"),
+        *("patch_z.weight", "heads.block1.weight", "conv_z.1.weight"),
     )
     with torch.no_grad():
         for name in inputs:

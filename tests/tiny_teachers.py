@@ -128,8 +128,17 @@ def save_sdxl(folder: Path, zeros: bool = True, scheduler: Any = None, **setting
     return str(folder)
 
 
-def save_sd3(folder: Path, with_t5: bool = True, **settings: Any) -> str:
-    """SD3: a transformer, two CLIPs, and optionally a T5."""
+SD3: dict[str, Any] = {"dual_attention_layers": (), "qk_norm": None}
+"""Settings of the transformer of SD3, which SD3.5 changed."""
+
+
+def save_sd3(
+    folder: Path, with_t5: bool = True, network: dict[str, Any] | None = None, **settings: Any
+) -> str:
+    """SD3.5: a block with a second attention among image tokens and one without, two CLIPs, maybe a T5.
+
+    network: other settings of the transformer; SD3 is `SD3` below.
+    """
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -139,7 +148,7 @@ def save_sd3(folder: Path, with_t5: bool = True, **settings: Any) -> str:
     torch.manual_seed(0)
     tokenizers = clip_tokenizer(folder / "tokenizer"), clip_tokenizer(folder / "tokenizer_2", "!")
     tokenizer_3, text_encoder_3 = t5(48) if with_t5 else (None, None)
-    transformer = SD3Transformer2DModel(
+    defaults: dict[str, Any] = dict(
         sample_size=4,
         patch_size=2,
         in_channels=8,
@@ -151,9 +160,11 @@ def save_sd3(folder: Path, with_t5: bool = True, **settings: Any) -> str:
         caption_projection_dim=16,
         pooled_projection_dim=16 + 24,
         pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
     )
     StableDiffusion3Pipeline(
-        transformer=lively(transformer),
+        transformer=lively(SD3Transformer2DModel(**{**defaults, **(network or {})})),
         vae=vae(8, scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=clip(tokenizers[0], 16, True),
         text_encoder_2=clip(tokenizers[1], 24, True),
@@ -477,6 +488,13 @@ CASCADES: dict[str, tuple[Callable[[Path], str], Callable[[Path], str]]] = {
 }
 """Cascades -> functions that save their stages C and B."""
 
+STAGES: dict[str, Callable[[Path], str]] = {
+    f"{cascade}_{stage}": save
+    for cascade, both in CASCADES.items()
+    for stage, save in zip(("prior", "decoder"), both, strict=True)
+}
+"""The stages of CASCADES by the names of their families."""
+
 
 def unet2d(**settings: Any) -> Any:
     """A UNet2DModel of two levels."""
@@ -572,8 +590,9 @@ UNETS: dict[str, Callable[[Path], str]] = {
 
 
 def save_kind(kind: str, folder: Path) -> str:
-    """A teacher of one of UNETS or TRANSFORMERS."""
-    return UNETS[kind](folder) if kind in UNETS else save_transformer(kind, folder)
+    """A teacher of one of UNETS, STAGES or TRANSFORMERS."""
+    others = {**UNETS, **STAGES}
+    return others[kind](folder) if kind in others else save_transformer(kind, folder)
 
 
 def random_inputs(
@@ -581,7 +600,8 @@ def random_inputs(
 ) -> tuple[Tensor, Tensor, Conditioning]:
     """Latents, noise [rows, C, size, size] and conditioning of the tiny teacher of a kind."""
     rng = torch.Generator().manual_seed(seed)
-    channels = 3 if kind in ("unet2d", "edm", "ldm") else latent_channels(kind)
+    three = kind in ("unet2d", "edm", "ldm") or kind.endswith("_prior")
+    channels = 3 if three else latent_channels(kind)
     x, noise = (torch.randn(rows, channels, size, size, generator=rng, dtype=dtype) for _ in range(2))
     return x, noise, random_conditioning(kind, rows, seed, dtype)
 
@@ -600,6 +620,12 @@ def random_conditioning(family: str, rows: int, seed: int = 0, dtype: Any = torc
     if family in ("pixart", "sana"):
         mask = torch.arange(7) <= torch.arange(rows)[:, None] % 5 + 1
         return Conditioning({"hidden": normal(7, 16), "mask": mask.long()})
+    if family in STAGES:
+        text = {"hidden": normal(7, 16), "pooled": normal(16), "prior": normal(3, 4, 4)}
+        takes = ["hidden"] if family.startswith("wuerstchen") else ["pooled"]
+        takes += ["prior"] if family.endswith("decoder") else []
+        takes += ["hidden"] if family == "stable_cascade_prior" else []
+        return Conditioning({name: text[name] for name in takes})
     if family == "flux":
         return Conditioning.from_text(normal(7, 24), normal(16)).with_guidance(torch.full((rows,), 3.5))
     return (

@@ -1,4 +1,4 @@
-"""SD3 teachers, a flow over three text encoders, against diffusers' StableDiffusion3Pipeline."""
+"""SD3 and SD3.5 teachers, a flow over three text encoders, against diffusers' StableDiffusion3Pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,13 @@ def pipeline_latents(folder: Path, latents: Tensor, steps: int, **settings: Any)
     return images
 
 
-def test_pairs_equal_diffusers_pipeline(folder: Path) -> None:
-    teacher, z = load_teacher(str(folder)), noise(0, range(3), SHAPE)
-    for steps, guidance in ((8, 3.0), (7, 1.0), (1, 3.0)):
+def test_pairs_equal_diffusers_pipeline(folder: Path, tmp_path: Path) -> None:
+    sd3 = Path(tiny_teachers.save_sd3(tmp_path / "sd3", network=tiny_teachers.SD3))
+    cases = [(folder, 8, 3.0), (folder, 7, 1.0), (folder, 1, 3.0), (sd3, 4, 3.0)]
+    for name, steps, guidance in cases:
+        teacher, z = load_teacher(str(name)), noise(0, range(3), SHAPE)
         result = teacher.sample(z, PROMPTS, steps, guidance, "euler")
-        expected = pipeline_latents(folder, z, steps, guidance_scale=guidance)
+        expected = pipeline_latents(name, z, steps, guidance_scale=guidance)
         assert result.abs().max() > 0.5
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 

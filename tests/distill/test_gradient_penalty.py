@@ -22,13 +22,18 @@ from distill.losses.gradient_penalty import (
 )
 from distill.models.discriminators import DISCRIMINATORS
 
-KINDS = (*tiny_teachers.UNETS, *tiny_teachers.TRANSFORMERS)
+KINDS = (
+    *tiny_teachers.UNETS,
+    *tiny_teachers.TRANSFORMERS,
+    *(pytest.param(stage, marks=pytest.mark.slow) for stage in tiny_teachers.STAGES),
+)
 
 
 def build(kind: str, folder: Path) -> nn.Module:
     """The discriminator of a tiny teacher of this kind."""
     teacher = tiny_teachers.save_kind(kind, folder)
     network: Any = "transformer" if kind in tiny_teachers.TRANSFORMERS else "unet"
+    network = "cascade" if kind in tiny_teachers.STAGES else network
     config = DiscriminatorConfig(discriminator=network, token_heads=2, token_scales=(1, 2))
     return DISCRIMINATORS[network].build(teacher, config, generator(0))
 
@@ -85,12 +90,12 @@ def test_the_penaltys_gradient_equals_finite_differences(kind: str, discriminato
         "noise": [n for n in parameters if n.startswith(("conv_z", "patch_z"))],
         "scales": [n for n in parameters if n.startswith("conv_scale")],
         "heads": [n for n in parameters if n.startswith("heads")],
-        "attention": [n for n in parameters if ".attn" in n or ".attentions." in n],
+        "attention": [n for n in parameters if ".att" in n],
         "classes": [n for n in parameters if n.startswith("projections")],
         "trunk": [n for n in parameters if n.startswith(("unet.", "transformer.")) and ".att" not in n],
     }
     absent = {"classes"} if kind not in ("unet2d", "edm") else set()
-    absent |= {"scales"} if kind in tiny_teachers.TRANSFORMERS else set()
+    absent |= {"scales"} if kind not in tiny_teachers.UNETS else set()
     assert {name for name, names in kinds.items() if not names} == absent
     rng, step = torch.Generator().manual_seed(2), 1e-6
     for group in sorted(kinds.keys() - absent):

@@ -15,6 +15,7 @@ from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
+from distill.models.student import student_from_teacher
 from distill.models.transformer_discriminator import TransformerDiscriminator, discriminator_from_transformer
 
 
@@ -70,6 +71,36 @@ def test_features_equal_the_teachers(family: str, folder: str, size: int, t: int
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     weights = network.state_dict()
     assert equal(weights, discriminator.transformer.state_dict())
+
+
+def test_a_student_and_a_discriminator_get_the_size_of_the_image(tmp_path: Path) -> None:
+    """PixArt-alpha at 1024 px: diffusers' forward pass with size and aspect ratio, 4 pixels per latent."""
+    folder = tiny_teachers.save_pixart(tmp_path, sigma=False, sized=True)
+    network, outputs = pretrained.load_model(folder, "transformer"), list[Tensor]()
+    network.transformer_blocks[-1].register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
+    x, noise, cond = inputs("pixart")
+    x, noise = x[..., :2], noise[..., :2]
+
+    def predict(t: int, height: float) -> Tensor:
+        sizes = {"resolution": torch.tensor([[height, 8.0]] * 3), "aspect_ratio": torch.full((3, 1), 2.0)}
+        text = {
+            "encoder_hidden_states": cond.tensors["hidden"],
+            "encoder_attention_mask": cond.tensors["mask"],
+        }
+        times = torch.full((3,), t)
+        return network(x, **text, timestep=times, added_cond_kwargs=sizes, return_dict=False)[0][:, :4]
+
+    student = student_from_teacher(folder)
+    discriminator, head = build(folder), list[Tensor]()
+    discriminator.heads["block2"].register_forward_pre_hook(lambda _, args: head.append(args[0]))
+    with torch.no_grad():
+        expected = student.schedule.x0(predict(999, 16.0), x, student.point)
+        torch.testing.assert_close(student(x, cond), expected, rtol=1e-5, atol=1e-5)
+        predict(0, 16.0)
+        discriminator(x, noise, cond)
+        torch.testing.assert_close(head[0].flatten(2).transpose(1, 2), outputs[-1], rtol=1e-5, atol=1e-5)
+        predict(0, 32.0)
+    assert (outputs[-1] - outputs[-2]).abs().max() > 1e-3, "the size matters"
 
 
 def test_noise_input_has_no_effect_until_the_first_step(family: str, folder: str) -> None:
