@@ -69,8 +69,8 @@ def new_discriminator(teacher: str, seed: int) -> nn.Module:
         for name in inputs:
             if (p := dict(discriminator.named_parameters()).get(name)) is not None:
                 p.copy_(0.3 * torch.randn(p.shape, generator=rng))
-        # Of networks without text this makes the gradients as large as those of the others, about 1 in norm.
-        if Path(teacher).parent.name in ("unet2d", "edm"):
+        # This makes the gradients as large as those of the others, about 1 in norm.
+        if Path(teacher).parent.name in ("unet2d", "edm", "stable_cascade_decoder", "wuerstchen_decoder"):
             for name, p in discriminator.named_parameters():
                 p.mul_(0.3 if name.startswith(("heads", "projections")) else 0.6)
     return discriminator
