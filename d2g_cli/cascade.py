@@ -20,7 +20,7 @@ from d2g_cli.common import (
 )
 
 
-def register(app: typer.Typer) -> None:
+def register_cascade(app: typer.Typer) -> None:
     """Add the command to the group `d2g teacher`."""
     app.command("cascade", cls=presets_in_help(_presets))(teacher_cascade)
 

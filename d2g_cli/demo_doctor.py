@@ -23,7 +23,7 @@ from d2g_cli.common import (
 from d2g_cli.launch import Processes, share_among_processes
 
 
-def register(app: typer.Typer) -> None:
+def register_demo_doctor(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command("demo", cls=presets_in_help(_demo_presets))(demo)
     app.command("doctor", cls=presets_in_help(_distill_presets))(doctor)

@@ -27,8 +27,8 @@ from d2g_cli.common import (
 from d2g_cli.inputs import check_inputs, config_inputs
 from d2g_cli.watch import watch
 
-app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
-app.command("watch")(watch)
+distill_app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
+distill_app.command("watch")(watch)
 
 
 SCORING_CLIPS = {
@@ -87,14 +87,14 @@ def _presets(stage: str) -> Presets[Any]:
     )
 
 
-@app.command("ode", cls=presets_in_help(lambda: _presets("ode")))
+@distill_app.command("ode", cls=presets_in_help(lambda: _presets("ode")))
 @expand_options
 def distill_ode(options: DistillOptions, out: Out = Path("runs/ode")) -> None:
     """Regression stage: predict the teacher's latents from their noise in one step."""
     _distill("ode", options, out)
 
 
-@app.command("gan", cls=presets_in_help(lambda: _presets("gan")))
+@distill_app.command("gan", cls=presets_in_help(lambda: _presets("gan")))
 @expand_options
 def distill_gan(options: GanOptions, out: Out = Path("runs/gan")) -> None:
     """GAN stage: add the discriminator, conditioned on noise, and on text or classes."""

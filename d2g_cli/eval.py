@@ -32,17 +32,17 @@ from d2g_cli.eval_options import (
 from d2g_cli.eval_tables import format_cell, readable_result
 from d2g_cli.inputs import check_inputs, config_inputs
 
-app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
 _Command = presets_in_help(load_presets, Metrics=load_metrics)
 
 
-@app.command("run", cls=_Command)
+@eval_app.command("run", cls=_Command)
 @expand_options
 def eval_run(options: RunOptions) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
     config = eval_config(options)
     if options.dry_run:
-        finish_dry_run(config, options.as_json, _plan(config), config_inputs(config, INPUTS))
+        finish_dry_run(config, options.as_json, _plan(config), config_inputs(config, EVAL_INPUTS))
     from eval.runner.curves import run_every
     from eval.runner.run import run_evaluation
 
@@ -52,7 +52,7 @@ def eval_run(options: RunOptions) -> None:
         emit(shown, options.as_json, f"protocol {config.protocol.name}")
 
 
-@app.command("stats", cls=_Command)
+@eval_app.command("stats", cls=_Command)
 @expand_options
 def eval_stats(
     options: ProtocolOptions,
@@ -76,7 +76,7 @@ def eval_stats(
         emit(save_statistics(config, images, out, reporter), options.as_json, str(out))
 
 
-@app.command("curve", cls=_Command)
+@eval_app.command("curve", cls=_Command)
 @expand_options
 def eval_curve(
     options: SamplerOptions,
@@ -102,7 +102,7 @@ def eval_curve(
     config = CurveRun(run=run, setting=setting, values=values)
     if options.dry_run:
         plan = {"over": setting, "values": list(values), **_plan(run)}
-        finish_dry_run(run, options.as_json, plan, config_inputs(run, INPUTS))
+        finish_dry_run(run, options.as_json, plan, config_inputs(run, EVAL_INPUTS))
     from eval.runner.curves import run_curve
 
     with leave_process_group():
@@ -117,7 +117,7 @@ def eval_curve(
             emit_table(labels, cells, f"{curve['protocol']}: {out}")
 
 
-@app.command("export")
+@eval_app.command("export")
 @one_process
 def eval_export(
     benchmark: Annotated[
@@ -174,7 +174,7 @@ def eval_export(
     emit(export_benchmark(plan, source, out, batch_size, reporter), as_json, f"for {plan.layout.title}")
 
 
-@app.command("compare")
+@eval_app.command("compare")
 @one_process
 def eval_compare(
     results: Annotated[list[Path], typer.Argument(help="Results of `d2g eval run`.")], as_json: Json = False
@@ -200,7 +200,7 @@ def eval_compare(
         emit_table(["PickScore prefers", "to", "in"], rows, "win rates")
 
 
-@app.command("protocols")
+@eval_app.command("protocols")
 @one_process
 def eval_protocols(
     name: Annotated[str | None, typer.Argument(help="Show all settings of this protocol.")] = None,
@@ -220,7 +220,7 @@ def eval_protocols(
     emit(protocols, as_json, "protocols")
 
 
-INPUTS = (
+EVAL_INPUTS = (
     *(
         "student",
         "prior",

@@ -8,7 +8,7 @@ import typer
 from d2g_cli.common import DryRun, Json, emit, one_process, reporter, require_range
 from d2g_cli.inputs import check_inputs
 
-app = typer.Typer(help="Walk through the inputs of a student.", no_args_is_help=True)
+explore_app = typer.Typer(help="Walk through the inputs of a student.", no_args_is_help=True)
 
 StudentOption = Annotated[str, typer.Option(help="Run folder, exported student, or a shipped name.")]
 NoiseScale = Annotated[
@@ -17,7 +17,7 @@ NoiseScale = Annotated[
 OutFolder = Annotated[Path, typer.Option(help="Output folder.")]
 
 
-@app.command("walk")
+@explore_app.command("walk")
 @one_process
 def walk(
     student: StudentOption = "miniature",
@@ -63,7 +63,7 @@ def walk(
     emit(summary, as_json, "walk")
 
 
-@app.command("styles")
+@explore_app.command("styles")
 @one_process
 def styles(
     subject: Annotated[list[str], typer.Option(help="Subject; repeatable, a row each.")],

@@ -9,11 +9,11 @@ from d2g.core.errors import SettingError
 from d2g_cli import lpips_train
 from d2g_cli.common import Json, TeacherOption, emit, one_process, require_range
 
-app = typer.Typer(help="The latent perceptual distance.", no_args_is_help=True)
-lpips_train.register(app)
+lpips_app = typer.Typer(help="The latent perceptual distance.", no_args_is_help=True)
+lpips_train.register_lpips_training(lpips_app)
 
 
-@app.command("distance")
+@lpips_app.command("distance")
 @one_process
 def lpips_distance(
     a: Annotated[Path, typer.Argument(help="Image file.")],
@@ -49,7 +49,7 @@ def lpips_distance(
     emit({"distance": distance}, as_json, f"{a} | {b}")
 
 
-@app.command("convert")
+@lpips_app.command("convert")
 @one_process
 def lpips_convert(
     file: Annotated[

@@ -48,9 +48,9 @@ class JudgmentOptions(LatentOptions):
     ] = None
 
 
-def register(app: typer.Typer) -> None:
+def register_lpips_training(app: typer.Typer) -> None:
     """Add the commands to `d2g lpips`."""
-    app.command("train", cls=presets_in_help(lambda: _presets("TRAIN")))(train)
+    app.command("train", cls=presets_in_help(lambda: _presets("TRAIN")))(train_lpips)
     app.command("calibrate", cls=presets_in_help(lambda: _presets("HEADS")))(calibrate)
     app.command("score", cls=presets_in_help(lambda: _presets("SCORE")))(score)
     app.command("overfit", cls=presets_in_help(lambda: _presets("OVERFIT")))(overfit)
@@ -65,7 +65,7 @@ def _presets(command: str) -> Presets[Any]:
 
 
 @expand_options
-def train(
+def train_lpips(
     options: LatentOptions,
     data: Annotated[
         Path | None, typer.Option(help="One subfolder per class, or image-parquet with `label`.")

@@ -83,17 +83,17 @@ class _Group(_Subgroup):
 app = typer.Typer(
     cls=_Group, help="Distill diffusion teachers into one-step conditional GANs.", no_args_is_help=True
 )
-demo_doctor.register(app)
-run.register(app)
-cascade.register(teacher.app)
-app.add_typer(teacher.app, name="teacher", cls=_Subgroup)
-app.add_typer(pairs.app, name="pairs", cls=_Subgroup)
-app.add_typer(lpips.app, name="lpips", cls=_Subgroup)
-app.add_typer(distill.app, name="distill", cls=_Subgroup)
-student.register(app)
-app.add_typer(explore.app, name="explore", cls=_Subgroup)
+demo_doctor.register_demo_doctor(app)
+run.register_run(app)
+cascade.register_cascade(teacher.teacher_app)
+app.add_typer(teacher.teacher_app, name="teacher", cls=_Subgroup)
+app.add_typer(pairs.pairs_app, name="pairs", cls=_Subgroup)
+app.add_typer(lpips.lpips_app, name="lpips", cls=_Subgroup)
+app.add_typer(distill.distill_app, name="distill", cls=_Subgroup)
+student.register_student(app)
+app.add_typer(explore.explore_app, name="explore", cls=_Subgroup)
 app.command("serve")(serve.serve)
-app.add_typer(eval_commands.app, name="eval", cls=_Subgroup)
+app.add_typer(eval_commands.eval_app, name="eval", cls=_Subgroup)
 app.command("settings")(settings.settings)
 app.command(
     "launch",

@@ -42,7 +42,7 @@ def info(
 
 
 @one_process
-def verify(
+def verify_pairs(
     folder: Store,
     resimulate: Annotated[
         int, typer.Option(help="Generate this many rows again with the teacher and compare.")
@@ -174,7 +174,7 @@ def merge(
 
 
 @one_process
-def export(
+def export_pairs(
     folder: Store,
     out: Out,
     format: Annotated[str, typer.Option(help="parquet, or webdataset for tar files.")] = "parquet",

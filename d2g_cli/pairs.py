@@ -26,7 +26,7 @@ from d2g_cli.common import (
 )
 from d2g_cli.inputs import config_inputs
 
-app = typer.Typer(help="Generate and maintain noise-latent pairs.", no_args_is_help=True)
+pairs_app = typer.Typer(help="Generate and maintain noise-latent pairs.", no_args_is_help=True)
 
 
 def _parse_batch_size(text: str) -> int:
@@ -90,7 +90,7 @@ def _pair_config(options: PairOptions) -> Any:
     return configure_preset(_presets(), "default", options, settings_from(options, PairConfig))
 
 
-@app.command("generate", cls=presets_in_help(_presets))
+@pairs_app.command("generate", cls=presets_in_help(_presets))
 @expand_options
 def pairs_generate(options: GenerateOptions, out: Out = Path("pairs")) -> None:
     """Solve the teacher's ODE from noise and store rows of (noise, latent, prompt)."""
@@ -112,7 +112,7 @@ def pairs_generate(options: GenerateOptions, out: Out = Path("pairs")) -> None:
         )
 
 
-@app.command("plan", cls=presets_in_help(_presets))
+@pairs_app.command("plan", cls=presets_in_help(_presets))
 @expand_options
 def pairs_plan(
     options: PairOptions,
@@ -132,9 +132,9 @@ def pairs_plan(
     emit(plan_pairs(config, price=price, progress=reporter), options.as_json, "plan")
 
 
-app.command("info")(pair_store.info)
-app.command("verify")(pair_store.verify)
-app.command("repair")(pair_store.repair)
-app.command("merge")(pair_store.merge)
-app.command("export")(pair_store.export)
-app.command("stats")(pair_store.stats)
+pairs_app.command("info")(pair_store.info)
+pairs_app.command("verify")(pair_store.verify_pairs)
+pairs_app.command("repair")(pair_store.repair)
+pairs_app.command("merge")(pair_store.merge)
+pairs_app.command("export")(pair_store.export_pairs)
+pairs_app.command("stats")(pair_store.stats)

@@ -25,7 +25,7 @@ from d2g_cli.inputs import check_inputs
 from d2g_cli.launch import Processes, share_among_processes
 
 
-def register(app: typer.Typer) -> None:
+def register_run(app: typer.Typer) -> None:
     """Add the command to the program."""
     app.command("run", cls=presets_in_help(_presets))(run)
 

@@ -57,4 +57,6 @@ def serve(
     settings = SolverSettings(
         steps=steps, guidance=guidance, prior=student_folder(prior)[1] if prior and teacher else None
     )
-    browser_page.serve(browser_page.open_page(one, student, teacher, settings, prompt), host, port, share)
+    browser_page.serve_page(
+        browser_page.open_page(one, student, teacher, settings, prompt), host, port, share
+    )

@@ -27,10 +27,10 @@ from d2g_cli.common import (
 from d2g_cli.inputs import config_inputs
 
 
-def register(app: typer.Typer) -> None:
+def register_student(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command("sample", cls=presets_in_help(_sample_presets))(sample)
-    app.command("export", cls=presets_in_help(_export_presets))(export)
+    app.command("export", cls=presets_in_help(_export_presets))(student_export)
     app.command("push")(push)
 
 
@@ -163,7 +163,7 @@ class ExportOptions(BaseOptions):
 
 @one_process
 @expand_options
-def export(options: ExportOptions, out: Out = Path("exported")) -> None:
+def student_export(options: ExportOptions, out: Out = Path("exported")) -> None:
     """Write a student for others: small safetensors, a diffusers pipeline, adapters or ONNX, with a card."""
     card = {f"card.{name}": getattr(options, name) for name in ("license", "watts", "kg_per_kwh")}
     card["card.scores"] = tuple(map(str, options.scores)) if options.scores else None

@@ -28,7 +28,7 @@ from d2g_cli.common import (
     require_range,
 )
 
-app = typer.Typer(help="Train or inspect a teacher.", no_args_is_help=True)
+teacher_app = typer.Typer(help="Train or inspect a teacher.", no_args_is_help=True)
 
 
 def _presets() -> Presets[Any]:
@@ -55,7 +55,7 @@ class TeacherTrainOptions(WorkOptions):
     init: Annotated[str | None, typer.Option(help="Teacher to train further, from its weights.")] = None
 
 
-@app.command("train", cls=presets_in_help(_presets))
+@teacher_app.command("train", cls=presets_in_help(_presets))
 @expand_options
 def teacher_train(
     options: TeacherTrainOptions,
@@ -160,7 +160,7 @@ def _command(options: TeacherTrainOptions, out: Path) -> str:
     return shlex.join(["d2g", "teacher", "train", *words, "--out", str(out)])
 
 
-@app.command("import")
+@teacher_app.command("import")
 @one_process
 def teacher_import(
     file: Annotated[Path, typer.Argument(help="Checkpoint of SD 1.x, 2.x or SDXL: .safetensors or .ckpt.")],
@@ -180,7 +180,7 @@ def teacher_import(
     emit(import_single_file(file, out, config), as_json, str(out))
 
 
-@app.command("list")
+@teacher_app.command("list")
 @one_process
 def teacher_list(as_json: Json = False) -> None:
     """List the model families and the stages that support them."""
@@ -193,7 +193,7 @@ def teacher_list(as_json: Json = False) -> None:
         emit_table(STAGE_COLUMNS, [[row[column] for column in STAGE_COLUMNS] for row in rows], "families")
 
 
-@app.command("info")
+@teacher_app.command("info")
 @one_process
 def teacher_info(
     teacher: Annotated[str, typer.Argument(help="Folder, hub id or shipped name.")], as_json: Json = False

@@ -196,7 +196,7 @@ def _pictures(drawing: Drawing) -> list[np.ndarray[Any, Any]]:
     return [image.permute(1, 2, 0).numpy() for image in drawing.images]
 
 
-def serve(page: BrowserPage, host: str, port: int, share: bool) -> None:
+def serve_page(page: BrowserPage, host: str, port: int, share: bool) -> None:
     """Serve the page until Ctrl-C, and log its address. Raises UserError if the port is taken."""
     blocks = build_page(page)
     import gradio

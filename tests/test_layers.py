@@ -301,3 +301,21 @@ def test_a_public_name_is_defined_in_one_module() -> None:
                 modules_of[name].append(module)
     repeated = {name: modules for name, modules in modules_of.items() if len(modules) > 1}
     assert not repeated, f"public names that several modules define: {repeated}"
+
+
+def test_a_public_name_stands_in_one_module() -> None:
+    """So that a name that is searched for leads to one definition."""
+    places: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        for node in () if is_public_api(module) else tree.body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            names += [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+            names += (
+                [node.target.id]
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+                else []
+            )
+            for name in names:
+                places.setdefault(name, []).append(module)
+    shared = {name: at for name, at in places.items() if len(at) > 1 and not name.startswith("_")}
+    assert set(shared) <= {"T", "main"}, shared  # a type variable, and the start of a program
