@@ -38,6 +38,9 @@ def serve(
     if guidance is not None:
         require_range(guidance=guidance)
     check_inputs({"--student": student, "--prior": prior, "--teacher": teacher})
+    from d2g.data.prompt_files import prompt_text
+
+    prompt_text("--prompt", prompt)
     if dry_run:
         plan: dict[str, Any] = {
             "student": student,

@@ -214,7 +214,10 @@ def serve_page(page: BrowserPage, host: str, port: int, share: bool) -> None:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"cannot listen on port {port} of {host}: {error}; choose another --port") from error
+        raise UserError(
+            f"cannot listen on port {port} of {host}: it is taken, or the address is none of this machine; "
+            "choose another --port or --host"
+        ) from error
     logger.info("%s is served at %s; stop it with Ctrl-C", page.name, public or local)
     try:
         blocks.server.thread.join()

@@ -71,6 +71,11 @@ def test_the_page_without_gradio(page: BrowserPage, monkeypatch: pytest.MonkeyPa
         build_page(page)
 
 
+def test_a_prompt_that_no_page_can_show_is_refused(d2g: Any) -> None:
+    refused = d2g("serve", "--prompt", "a\udce9", "--dry-run")
+    assert refused.code == 1 and "bytes that are not UTF-8" in refused.error
+
+
 def wait_for(browser: Browser, condition: str) -> None:
     end = time.monotonic() + 60
     while not browser.evaluate(condition):
