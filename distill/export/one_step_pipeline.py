@@ -75,8 +75,8 @@ def pipeline_schedule(teacher: str) -> Schedule | FlowSchedule:
         )
     if isinstance(schedule, CosineSchedule):
         raise UserError(
-            f"teacher {teacher} is a stage of a cascade, whose pipelines in diffusers add fresh noise at "
-            "every step and end short of clean data; export it with --format safetensors"
+            f"teacher {teacher} is a stage of a cascade, whose scheduler in diffusers gives 0.99995 of "
+            "the student's latents in one step; export it with --format safetensors"
         )
 
     # Pipelines of UNet2DModel pass no class and take the whole output as noise.

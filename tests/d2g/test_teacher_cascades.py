@@ -97,6 +97,19 @@ def test_the_schedule_is_the_schedulers(scaler: float, offset: float) -> None:
     torch.testing.assert_close(torch.tensor([point.alpha**2 for point in points]), bars)
 
 
+def test_one_step_of_the_scheduler_ends_short_of_the_students_latents() -> None:
+    """Therefore there is no export to diffusers: it ends at alpha_bar = 0.9999, without fresh noise."""
+    scheduler, student = (
+        DDPMWuerstchenScheduler(),
+        CosineSchedule(scaler=1.0, offset=0.008, final_alpha_one=True),
+    )
+    x, output = noise(0, range(2), (3, 4, 4)), noise(1, range(2), (3, 4, 4))
+    scheduler.set_timesteps(1)
+    result = scheduler.step(output, scheduler.timesteps[:1].expand(2), x).prev_sample
+    expected = student.x0(output, x, student.one_step(-1))
+    torch.testing.assert_close(result, 0.9999**0.5 * expected, rtol=5e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize(("steps", "guidance"), [(4, 1.5), (3, 1.0)])
 def test_stage_b_equals_diffusers_pipeline(stages: tuple[Path, Path], steps: int, guidance: float) -> None:
     teacher = load_teacher(str(stages[1]), final_alpha="teacher")

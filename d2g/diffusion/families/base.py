@@ -94,6 +94,8 @@ class Family(ABC):
     """Kinds of schedule for which students can be trained as LoRA adapters."""
     exports: tuple[ExportFormat, ...] = ()
     """Formats of `d2g export`."""
+    not_exported: str = ""
+    """Which formats its students cannot have and why, for the table of stages."""
     lora_targets: tuple[str, ...] = ()
     """Layers that get an adapter, by the end of their names."""
     takes_guidance: bool = False

@@ -27,6 +27,7 @@ class DiT(TransformerFamily):
     gan = ("vp",)
     lora = ("vp",)
     exports = tuple(ExportFormat(name, ("vp",)) for name in ("safetensors", "diffusers"))
+    not_exported = "no lora: its pipeline loads no adapters"
     reads_text = False
     block_types = ("BasicTransformerBlock",)
     output_layers = ("norm_out", "proj_out_1", "proj_out_2")

@@ -76,6 +76,7 @@ class PixArt(TransformerFamily):
     gan = ("vp",)
     lora = ("vp",)
     exports = tuple(ExportFormat(name, ("vp",)) for name in ("safetensors", "diffusers"))
+    not_exported = "no lora: its pipelines load no adapters"
     block_types = ("BasicTransformerBlock",)
     output_layers = ("norm_out", "proj_out", "scale_shift_table")
 

@@ -101,7 +101,7 @@ class TextUNetFamily(UNetFamily):
     exports = (
         ExportFormat("safetensors", ("vp", "edm")),
         ExportFormat("onnx", ("vp", "edm")),
-        ExportFormat("diffusers", ("vp",)),
+        ExportFormat("diffusers", ("vp",), reason="no scheduler starts at sigma_max"),
         ExportFormat("lora", ("vp",)),
         ExportFormat("comfyui", ("vp",)),
     )
