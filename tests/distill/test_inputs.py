@@ -198,6 +198,7 @@ def frozen_config(teacher: Path, pairs: Path, folder: Path, images: int) -> Any:
     return distill_config(teacher, pairs, *options, stage="gan", init="teacher")
 
 
+@pytest.mark.slow
 def test_moved_images_and_frozen_networks_are_accepted(
     teacher: Path, pairs: Path, frozen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
