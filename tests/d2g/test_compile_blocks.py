@@ -13,15 +13,20 @@ from distill.config.run import EngineConfig
 from distill.losses.gradient_penalty import r1_penalty
 from distill.models.student import student_from_teacher
 from parallel_worker import new_discriminator
-from tiny_teachers import random_inputs
+from tiny_teachers import random_inputs, save_kind
 
 
 @pytest.mark.slow
-def test_compiled_blocks_have_the_gradients_of_eager_ones(teacher: Path, fresh_dynamo: None) -> None:
+@pytest.mark.parametrize("kind", ["sd", "dit"])
+def test_compiled_blocks_have_the_gradients_of_eager_ones(
+    kind: str, tmp_path: Path, fresh_dynamo: None
+) -> None:
     """A student, recomputed, and the second derivative of R1 through a discriminator."""
+    teacher = tmp_path / kind / "teacher"
+    save_kind(kind, teacher)
     student = student_from_teacher(str(teacher), -1).requires_grad_(True)
     discriminator = new_discriminator(str(teacher), seed=0)
-    _, noise, cond = random_inputs("sd", 2)
+    _, noise, cond = random_inputs(kind, 2)
     gradients = []
     for compiled in (False, True):
         networks = [copy.deepcopy(student), copy.deepcopy(discriminator)]
@@ -41,8 +46,12 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(teacher: Path, fresh_d
         sum(values.sum() for values in logits.values()).backward()
         gradients.append([latents, *logits.values(), *(p.grad for n in networks for p in n.parameters())])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2
+    largest = max(float(eager.detach().norm()) for eager in gradients[0] if eager is not None)
     for eager, result in zip(*gradients, strict=True):
-        if eager is not None:
+        if eager is not None and 0 < float(eager.detach().norm()) < 1e-7 * largest:
+            # Zero but for rounding: the softmax does not see the biases of DiT's keys.
+            assert float(result.detach().norm()) < 1e-7 * largest
+        elif eager is not None:
             assert float((result - eager).detach().norm()) <= 1e-5 * float(eager.detach().norm())
 
 

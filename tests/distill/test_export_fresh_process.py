@@ -21,16 +21,14 @@ from exported import PROMPT, save_run
 
 TEACHERS: dict[str, Callable[[Path], str]] = {
     "sd": tiny.save_teacher,
-    "sdxl": tiny_teachers.save_sdxl,
     "sd3": tiny_teachers.save_sd3,
     "flux": tiny_teachers.save_flux,
     "sana": tiny_teachers.save_sana,
     "pixart": lambda folder: tiny_teachers.save_pixart(folder, sigma=True),
     "dit": lambda folder: tiny_teachers.save_dit(folder, classes=6),
     "ldm": tiny_teachers.save_ldm,
-    "unet2d": tiny_teachers.save_pixels,
 }
-"""The families with an export to diffusers."""
+"""Families with an export to diffusers; SDXL and UNet2D share the code of Stable Diffusion and LDM."""
 
 DRAW = """
 import json, sys, torch, diffusers
