@@ -203,9 +203,8 @@ class FileClaims:
         """Exclude other jobs, on file systems with locks."""
         file = retry_stale(lambda: os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR))
         try:
-            lock_file(
-                file, self.patience
-            )  # without it (some Lustre mounts), the rename in _take_over decides
+            # Without a lock (some Lustre mounts), the rename in _take_over decides.
+            lock_file(file, self.patience)
             yield
         finally:
             os.close(file)
