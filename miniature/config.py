@@ -1,6 +1,7 @@
 """Settings of `d2g demo` and their presets."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from d2g.core.config import Presets, require, setting
 from distill.config.presets import DISTILL_PRESETS
@@ -8,9 +9,9 @@ from distill.config.run import DistillConfig
 from pairgen.config import PAIR_PRESETS, PairConfig
 
 
-def _with_images(stage: str, images: int) -> DistillConfig:
+def _with_train(stage: str, **settings: Any) -> DistillConfig:
     config = DISTILL_PRESETS["miniature"][stage]
-    return replace(config, train=replace(config.train, images=images))
+    return replace(config, train=replace(config.train, **settings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +22,10 @@ class DemoConfig:
     pairs: PairConfig = setting(
         replace(PAIR_PRESETS["miniature"], num_pairs=4_096, steps=25), "Pair generation"
     )
-    ode: DistillConfig = setting(_with_images("ode", 40_000), "The regression stage")
-    gan: DistillConfig = setting(_with_images("gan", 6_400), "The GAN stage")
+    ode: DistillConfig = setting(
+        _with_train("ode", images=40_000, batch_size=32, ema_beta=0.99), "The regression stage"
+    )
+    gan: DistillConfig = setting(_with_train("gan", images=6_400), "The GAN stage")
     eval_images: int = setting(512, "Images of each evaluation")
     teacher_steps: int = setting(50, "Solver steps of the teacher's own samples")
     columns: int = setting(8, "Images side by side in the report")
