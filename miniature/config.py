@@ -19,11 +19,9 @@ class DemoConfig:
     """Sizes of the demo. The stages are ordinary configs of pairgen and distill."""
 
     seed: int = setting(0, "Seed of everything random")
-    pairs: PairConfig = setting(
-        replace(PAIR_PRESETS["miniature"], num_pairs=4_096, steps=25), "Pair generation"
-    )
+    pairs: PairConfig = setting(replace(PAIR_PRESETS["miniature"], num_pairs=4_096), "Pair generation")
     ode: DistillConfig = setting(
-        _with_train("ode", images=40_000, batch_size=32, ema_beta=0.99), "The regression stage"
+        _with_train("ode", images=48_000, batch_size=32, ema_beta=0.99), "The regression stage"
     )
     gan: DistillConfig = setting(_with_train("gan", images=6_400), "The GAN stage")
     eval_images: int = setting(512, "Images of each evaluation")
