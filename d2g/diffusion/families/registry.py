@@ -62,7 +62,9 @@ def _formats(family: Family) -> str:
         conditions = ", ".join(filter(None, [_condition(family, export.schedules), only]))
         conditions += f": {export.reason}" if export.reason else ""
         formats.append(f"{export.name} ({conditions})" if conditions else export.name)
-    return "; ".join(filter(None, [", ".join(formats), family.not_exported])) or "no"
+    if not formats:
+        return "no"
+    return "; ".join(filter(None, [", ".join(formats), family.not_exported]))
 
 
 def _condition(family: Family, kinds: tuple[ScheduleKind, ...]) -> str:
