@@ -113,9 +113,13 @@ class EncodedPrompts:
 
 
 def log_supported_stages(config: PairConfig) -> None:
-    """Log in one line which stages support the teacher, before anything is spent on its pairs."""
-    if config.teacher and process_group.rank() == 0:
-        logger.info(describe_stages(config.teacher))
+    """Log in one line which stages support the teacher, before anything is spent on its pairs.
+
+    Raises UserError for a teacher that neither stage of training supports.
+    """
+    stages = describe_stages(config.teacher) if config.teacher else ""
+    if stages and process_group.rank() == 0:
+        logger.info(stages)
 
 
 def open_job(

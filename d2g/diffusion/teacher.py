@@ -348,7 +348,10 @@ def _latent_space(name: str) -> LatentSpace:
 
 
 def describe_stages(name: str) -> str:
-    """One line for people: which stages support this teacher, and which do not."""
+    """One line for people: which stages support this teacher, and which do not.
+
+    Raises UserError for a teacher that neither stage of training supports.
+    """
     pipeline = open_pipeline(name)
     unconditional = not pipeline.family.reads_text and pretrained.conditioner_on_meta(name).kind == "none"
     kind = schedule_kind(load_any_schedule(name))
@@ -356,7 +359,11 @@ def describe_stages(name: str) -> str:
     missing = [stage for stage, supports in supported.items() if not supports]
     stages = ", ".join(supports for supports in supported.values() if supports)
     line = f"teacher {name} ({pipeline.family.title}, {SCHEDULE_NAMES[kind]}) supports {stages}"
-    return f"{line}; not supported: {', '.join(missing)}" if missing else line
+    if missing:
+        line += f"; not supported: {', '.join(missing)}"
+    if not (supported["regression"] or supported["GAN"]):
+        raise UserError(f"{line}; nothing trains on its pairs: `d2g teacher list` has the table of families")
+    return line
 
 
 def describe_teacher(name: str) -> dict[str, Any]:

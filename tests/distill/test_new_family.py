@@ -99,13 +99,15 @@ def test_one_file_takes_a_family_through_all_stages(tmp_path: Path) -> None:
         distill(teacher, "gan", gan, *heads),
         ["export", "--student", gan, "--format", "safetensors", "--out", tmp_path / "out"],
         ["sample", "--student", tmp_path / "out", "--prompt", "2", "--out", tmp_path / "images"],
-        # The other family has pairs, and says before it makes them that nothing trains on them.
+        # The other family is refused before pairs are made.
         generate(bare, tmp_path / "bare_pairs"),
         distill(bare, "ode", tmp_path / "bare_ode"),
     ]
     outputs, errors = run(families, commands, tmp_path)
     codes = [int(text.rpartition("code ")[2]) for text in outputs]
-    assert codes == [0, 0, 0, 0, 0, 0, 0, 1], errors
+    assert codes == [0, 0, 0, 0, 0, 0, 1, 1], errors
+    assert "nothing trains on its pairs: `d2g teacher list` has the table" in errors
+    assert not (tmp_path / "bare_pairs").exists()
     rows = {row["family"]: row for row in json.loads(outputs[0].splitlines()[0])["families"]}
     assert [rows["SiT"][stage] for stage in ("pairs", "regression", "GAN", "LoRA")] == ["yes"] * 4
     assert [rows["Bare"][stage] for stage in ("regression", "GAN", "LoRA", "export")] == ["no"] * 4
