@@ -259,6 +259,18 @@ def require_range(least: float = 0, most: float = math.inf, **options: float) ->
             raise SettingError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
 
 
+def require_solver_options(teacher: str | None, steps: int | None, guidance: float | None) -> None:
+    """Raise SettingError for solver options of a teacher that cannot be used, or without a teacher."""
+    options = {"steps": steps, "guidance": guidance}
+    for name, value in options.items():
+        if value is not None and teacher is None:
+            raise SettingError(f"--{name} is {value} without --teacher, whose solver it is for; leave it out")
+    if steps is not None:
+        require_range(1, 10_000, steps=steps)
+    if guidance is not None:
+        require_range(guidance=guidance)
+
+
 @contextmanager
 def leave_process_group(*collective: type[Exception]) -> Iterator[None]:
     """Leave the process group, if there is one, when the block ends or raises an error that all ranks raise

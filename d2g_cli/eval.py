@@ -20,6 +20,7 @@ from d2g_cli.common import (
     presets_in_help,
     reporter,
     require_range,
+    require_solver_options,
 )
 from d2g_cli.eval_options import (
     ProtocolOptions,
@@ -136,7 +137,7 @@ def eval_export(
         str | None,
         typer.Option(help="Stage C of a cascade: a student for --student, else a teacher for --teacher."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Solver steps of the teacher.")] = 50,
+    steps: Annotated[int | None, typer.Option(help="Solver steps of the teacher (50).")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance of the teacher (3).")] = None,
     seed: Annotated[int, typer.Option(help="Image i has the noise of (seed, i).")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 32,
@@ -144,12 +145,11 @@ def eval_export(
     as_json: Json = False,
 ) -> None:
     """Draw the images of a prompt benchmark into the folder that its own tool reads. Resumes."""
-    require_range(1, 10_000, steps=steps, batch_size=batch_size)
+    require_range(1, 10_000, batch_size=batch_size)
     require_range(0, 2**63 - 1, seed=seed)
     if num is not None:
         require_range(1, 1_000, num=num)
-    if guidance is not None:
-        require_range(guidance=guidance)
+    require_solver_options(teacher, steps, guidance)
     if (student is None) == (teacher is None):
         raise SettingError("give one of --student and --teacher")
     inputs = {"--student": student, "--teacher": teacher, "--prior": prior, "--prompts": prompts}
@@ -162,14 +162,14 @@ def eval_export(
         emit(facts, as_json, "dry run: nothing was drawn")
         return
     from d2g.core.distributed import process_group
-    from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
+    from d2g.diffusion.teacher_sampler import TEACHER_STEPS, SolverSettings, load_sampler
     from eval.runner.samplers import SamplingRequest, student_source, teacher_sampler_source
 
     request = SamplingRequest(prompts=plan.texts, seed=seed, device=process_group.own_device())
     if student is not None:
         source = student_source(student, request, prior=prior)
     else:
-        solver = SolverSettings(steps=steps, guidance=guidance, prior=prior)
+        solver = SolverSettings(steps=steps or TEACHER_STEPS, guidance=guidance, prior=prior)
         source = teacher_sampler_source(load_sampler(str(teacher), solver, request.device), request)
     emit(export_benchmark(plan, source, out, batch_size, reporter), as_json, f"for {plan.layout.title}")
 

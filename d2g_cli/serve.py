@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2g_cli.common import DryRun, Json, emit, one_process, require_range
+from d2g_cli.common import DryRun, Json, emit, one_process, require_range, require_solver_options
 from d2g_cli.inputs import check_inputs
 
 
@@ -19,7 +19,7 @@ def serve(
     teacher: Annotated[
         str | None, typer.Option(help="Teacher that draws beside the student, from the same noise.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Solver steps of the teacher.")] = 50,
+    steps: Annotated[int | None, typer.Option(help="Solver steps of the teacher (50).")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance of the teacher (3).")] = None,
     prompt: Annotated[str, typer.Option(help="Prompt that the page starts with.")] = "",
     host: Annotated[
@@ -33,10 +33,8 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a page in the browser: prompt, seeds, a grid of images, and the teacher beside the student."""
-    require_range(1, 10_000, steps=steps)
     require_range(1, 65535, port=port)
-    if guidance is not None:
-        require_range(guidance=guidance)
+    require_solver_options(teacher, steps, guidance)
     check_inputs({"--student": student, "--prior": prior, "--teacher": teacher})
     from d2g.data.prompt_files import prompt_text
 
@@ -52,13 +50,15 @@ def serve(
         emit(plan, as_json, "dry run: nothing was served")
         return
     from d2g.core.distributed import process_group
-    from d2g.diffusion.teacher_sampler import SolverSettings
+    from d2g.diffusion.teacher_sampler import TEACHER_STEPS, SolverSettings
     from distill import browser_page
     from distill.sampling import load_student, student_folder, with_prior
 
     one = with_prior(load_student(student, device=process_group.own_device()), student, prior)
     settings = SolverSettings(
-        steps=steps, guidance=guidance, prior=student_folder(prior)[1] if prior and teacher else None
+        steps=steps or TEACHER_STEPS,
+        guidance=guidance,
+        prior=student_folder(prior)[1] if prior and teacher else None,
     )
     browser_page.serve_page(
         browser_page.open_page(one, student, teacher, settings, prompt), host, port, share

@@ -27,8 +27,9 @@ def check_template(template: str) -> None:
     try:
         fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(template) if name is not None]
         # No attributes, and no width that fills the memory.
-        plain = all(name in ("", "0") and not re.search(r"\d{4}|[{]", spec) for name, spec in fields)
-        usable = plain and template.format("class").encode() is not None
+        usable = all(name in ("", "0") and not re.search(r"\d{4}|[{]", spec) for name, spec in fields)
+        if usable:
+            template.format("class").encode()  # a lone surrogate is a ValueError
     except (ValueError, IndexError, KeyError):
         usable = False
     if not usable:

@@ -128,7 +128,11 @@ class DPGBench(BenchmarkLayout):
             )
         prompts: dict[str, BenchmarkPrompt] = {}
         for number, cells in rows:
-            row = dict(zip(columns, cells, strict=False))
+            if len(cells) < len(columns):
+                raise UserError(
+                    f"{file} line {number} has {len(cells)} of {len(columns)} columns; correct it"
+                )
+            row = dict(zip(columns, cells, strict=True))
             item = row["item_id"]
             if Path(item).name != item or item in ("", ".", ".."):
                 raise UserError(f"{file} line {number}: item_id {item!r} cannot be the name of a file")

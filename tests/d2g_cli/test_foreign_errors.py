@@ -79,7 +79,7 @@ def no_more_open_files() -> Iterator[None]:
 
 
 def test_a_file_that_the_machine_cannot_read_is_not_damaged(teacher: Path, tmp_path: Path) -> None:
-    """Nobody is told to repair, delete or fetch it, and no row is replaced by another one."""
+    """The error does not advise to repair or delete the file, and no other row is read in its place."""
     store = put_store(tmp_path / "pairs", SPEC)
     reader = PairReader(store, skip_bad=True)
     texts = {name: tmp_path / name for name in ("a.json", "a.pth", "a.txt", "result.json")}

@@ -66,7 +66,7 @@ def test_a_teacher_of_other_latents_is_refused(one: OneStep) -> None:
 
 
 def test_the_page_without_gradio(page: BrowserPage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.browser_page.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)  # as importlib marks a module that cannot be imported
     with pytest.raises(SettingError, match="needs Gradio, which is not installed; `pip install gradio`"):
         build_page(page)
 

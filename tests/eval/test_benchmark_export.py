@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.main import get_command
 
 from d2g.core.errors import SettingError, UserError
+from d2g_cli.eval import eval_app
 from eval.benchmarks.layouts import BUNDLED_PROMPTS, LAYOUTS
 from eval.measure.source import ImageSource
 from eval.runner.benchmark_export import export_benchmark, plan_benchmark
@@ -94,6 +96,9 @@ def test_dpg_bench(tmp_path: Path) -> None:
     file.write_text("item_id,text\n../up,a cat\n")
     with pytest.raises(UserError, match=r"line 2: item_id '\.\./up' cannot be the name of a file"):
         plan_benchmark("dpg-bench", file, None)
+    file.write_text("text,item_id\na cat\n")
+    with pytest.raises(UserError, match="line 2 has 1 of 2 columns; correct it"):
+        plan_benchmark("dpg-bench", file, None)
     file.write_text("id,prompt\n1,a cat\n")
     with pytest.raises(UserError, match=r"expected dpg_bench\.csv with item_id and text"):
         plan_benchmark("dpg-bench", file, None)
@@ -167,3 +172,9 @@ def test_prompts_that_are_missing(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat"}\n')
     with pytest.raises(UserError, match="line 1 has no 'tag' and 'include'"):
         plan_benchmark("geneval", tmp_path / "prompts.jsonl", None)
+
+
+def test_the_help_names_every_benchmark() -> None:
+    command: Any = get_command(eval_app)
+    (option,) = (p for p in command.commands["export"].params if p.name == "benchmark")
+    assert set(re.findall(r"[a-z0-9-]{5,}", option.help)) == set(LAYOUTS)

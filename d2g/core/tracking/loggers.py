@@ -103,8 +103,10 @@ class WandB:
 
 
 class Trackio:
-    """A Trackio run, which a restart continues; `trackio show` displays it. Trackio's environment variables
-    (TRACKIO_DIR, TRACKIO_SPACE_ID) say where it is kept, TRACKIO_PROJECT names its project (diffusion2gan).
+    """A Trackio run, which a restart continues. `trackio show` displays it.
+
+    Trackio stores it in the folder TRACKIO_DIR or the Space TRACKIO_SPACE_ID. The environment variable
+    TRACKIO_PROJECT sets its project; the default is diffusion2gan.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], nimg: int) -> None:
