@@ -225,8 +225,11 @@ def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
 
 def student_tensors(name: str) -> dict[str, Tensor]:
     """Load the EMA weights of a run or the weights of an exported student, with LoRA adapters merged."""
+    _, file, _ = _student_facts(name)
     folder, _, _ = student_folder(name)
-    tensors = checkpoint.Checkpoint(folder, 0, {}).tensors("ema")
+    # An exported student has no checkpoint before it.
+    advice = REMEDIES[file] if file == "student.json" else ""
+    tensors = checkpoint.Checkpoint(folder, 0, {}, advice).tensors("ema")
     if not has_lora(tensors):
         return tensors
     config = student_config(name)

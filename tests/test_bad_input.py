@@ -227,9 +227,10 @@ def test_the_error_names_a_damaged_file_of_a_run(
     assert not (tmp_path / "samples").exists() and not (tmp_path / "gan").exists()
 
 
-def test_the_error_names_a_damaged_file_of_an_export(job: Path, tmp_path: Path, log: Path) -> None:
+@pytest.mark.parametrize("name", ["student.json", "ema.safetensors"])
+def test_the_error_names_a_damaged_file_of_an_export(name: str, job: Path, tmp_path: Path, log: Path) -> None:
     assert d2g(_export(tmp_path, job, tmp_path / "student"), log).code == 0
-    file = tmp_path / "student" / "student.json"
+    file = tmp_path / "student" / name
     file.write_bytes(file.read_bytes()[:20])
     arguments = ["sample", "--student", str(file.parent), "--prompt", "a", "--out", str(tmp_path / "samples")]
     ended = d2g(arguments, log)

@@ -26,11 +26,15 @@ from d2g.core.torch_files import load_tensors
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk. `nimg`: training images seen; `meta`: the content of meta.json."""
+    """A complete checkpoint on disk. `nimg`: training images seen; `meta`: the content of meta.json.
+
+    advice: what to do about damaged tensors; empty for the advice of a run, to delete the checkpoint.
+    """
 
     folder: Path
     nimg: int
     meta: dict[str, Any]
+    advice: str = ""
 
     def load(self, name: str, module: nn.Module) -> None:
         """Load `name`.safetensors into `module` strictly. The module keeps its dtypes and device."""
@@ -49,7 +53,8 @@ class Checkpoint:
             return load_file(path)
         except SafetensorError as error:
             raise_machine_error(error, path)
-            raise UserError(f"{path} is damaged ({error}); {remedy(self.folder)}") from error
+            advice = self.advice or remedy(self.folder)
+            raise UserError(f"{path} is damaged ({error}); {advice}") from error
 
     def state(self) -> dict[str, Any]:
         """The optimizer states in state.pt. Raises UserError if the file is missing or damaged."""
