@@ -67,12 +67,12 @@ class DistillOptions(WorkOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GanOptions(DistillOptions):
-    """Options of the GAN stage."""
+    """Options of the stages with a discriminator."""
 
     init: Annotated[
         str | None,
         typer.Option(
-            help="Run of the regression stage, or exported student, to start from; `teacher` starts with the "
+            help="Run of an earlier stage, or exported student, to start from; `teacher` starts with the "
             "teacher's weights."
         ),
     ] = None
@@ -99,6 +99,13 @@ def distill_ode(options: DistillOptions, out: Out = Path("runs/ode")) -> None:
 def distill_gan(options: GanOptions, out: Out = Path("runs/gan")) -> None:
     """GAN stage: add the discriminator, conditioned on noise, and on text or classes."""
     _distill("gan", options, out)
+
+
+@distill_app.command("text", cls=presets_in_help(lambda: _presets("text")))
+@expand_options
+def distill_text(options: GanOptions, out: Out = Path("runs/text")) -> None:
+    """Text-encoder phase: freeze the student, train the text encoders that it reads with, guided by CLIP."""
+    _distill("text", options, out)
 
 
 def _distill(stage: str, options: DistillOptions, out: Path) -> None:

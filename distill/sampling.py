@@ -27,6 +27,7 @@ from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler, prior_seed, stage_before
 from distill.config.components import StudentConfig
 from distill.models.student import Student, add_guidance_embedding, student_from_teacher
+from distill.models.text_student import split_tensors
 
 REMEDIES = {
     "student.json": "export the student again",
@@ -47,6 +48,8 @@ class OneStep:
     """Guidance scale for a student that takes it as an input; other students ignore it."""
     prior: "OneStep | None" = None
     """The student of the stage before, for a later stage of a cascade."""
+    own_text: bool = False
+    """Whether the conditioner's text encoders are the student's own, from `d2g distill text`."""
 
     def __call__(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
         """Generate one image per prompt: uint8 [N, 3, H, W], CPU. Image i uses the noise of (seed, i)."""
@@ -242,20 +245,30 @@ def student_config(name: str) -> StudentConfig:
     return from_json(StudentConfig, config["student"])
 
 
-def load_student_weights(student: Student, name: str) -> None:
+def load_student_weights(student: Student, name: str, conditioner: Conditioner | None = None) -> bool:
     """Load the EMA weights of a run, or those of an exported student, into a `student` without adapters.
 
     Adapters are merged first. If the weights take the guidance scale as an input, a guidance embedding is
-    added to `student`. Raises UserError if a tensor is missing, unexpected, or has another shape.
+    added to `student`. conditioner: the teacher's, into which a student's own text encoders go. Returns
+    whether it has some. Raises UserError if a tensor is missing, unexpected, or has another shape, and for
+    text encoders without a conditioner.
     """
-    tensors = student_tensors(name)
+    tensors, own_text = split_tensors(student_tensors(name))
+    if own_text and conditioner is None:
+        raise SettingError(
+            f"{name} has text encoders of its own, which this run would drop; set "
+            "student.own_text_encoder=true"
+        )
     if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
         add_guidance_embedding(student.network)
     try:
         student.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
+        if own_text and conditioner is not None:
+            conditioner.load_state_dict({k: v.float() for k, v in own_text.items()}, strict=True)
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"student {name} does not fit its teacher: {first}") from error
+    return bool(own_text)
 
 
 def default_student_prompts(name: str, teacher: str | None = None) -> list[str]:
@@ -283,25 +296,36 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
     """
     _, recorded_teacher, timestep = student_folder(name)
     source = teacher or recorded_teacher
-    student = student_from_teacher(source, timestep)
-    load_student_weights(student, name)
-    return _one_step(student.requires_grad_(False), source, device, student_guidance(name, source))
+    student, conditioner = student_from_teacher(source, timestep), pretrained.load_conditioner(source)
+    own_text = load_student_weights(student, name, conditioner)
+    one = _one_step(student, source, device, student_guidance(name, source), conditioner)
+    return replace(one, own_text=own_text)
 
 
 def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device | str = "cpu") -> OneStep:
     """Load the averaged student of one checkpoint folder of `run`, ready to sample on `device`."""
-    student = student_from_teacher(teacher, student_folder(run)[2])
-    ema = checkpoint.open_checkpoint(folder).tensors("ema")
+    student, conditioner = student_from_teacher(teacher, student_folder(run)[2]), None
+    ema, own_text = split_tensors(checkpoint.open_checkpoint(folder).tensors("ema"))
     student.load_state_dict({name: tensor.float() for name, tensor in ema.items()})
-    return _one_step(student.requires_grad_(False), teacher, device, student_guidance(run, teacher))
+    if own_text:
+        conditioner = pretrained.load_conditioner(teacher)
+        conditioner.load_state_dict({name: tensor.float() for name, tensor in own_text.items()})
+    one = _one_step(student, teacher, device, student_guidance(run, teacher), conditioner)
+    return replace(one, own_text=bool(own_text))
 
 
-def _one_step(student: Student, teacher: str, device: torch.device | str, guidance: float) -> OneStep:
-    """A student with the teacher's conditioner and autoencoder."""
+def _one_step(
+    student: Student,
+    teacher: str,
+    device: torch.device | str,
+    guidance: float,
+    conditioner: Conditioner | None = None,
+) -> OneStep:
+    """A student, frozen, with the teacher's autoencoder and its `conditioner`, or else the teacher's."""
     device = torch.device(device)
     return OneStep(
-        student.to(device).eval(),
-        pretrained.load_conditioner(teacher).to(device),
+        student.requires_grad_(False).to(device).eval(),
+        (conditioner or pretrained.load_conditioner(teacher)).to(device),
         pretrained.load_vae(teacher).to(device),
         device,
         guidance,

@@ -81,13 +81,13 @@ def distill_arguments(config: DistillConfig, out: Path, *settings: str) -> list[
         "--out",
         str(out),
         "--preset",
-        "miniature",
+        "miniature-text" if config.stage == "text" else "miniature",
     ]
     options += ["--init", config.init] if config.init else []
     train = {name: getattr(config.train, name) for name in TrainConfig.__dataclass_fields__}
     sets = [f"train.{name}={json.dumps(value)}" for name, value in train.items()]
     sets += [f"optim.{name}=0" for name in ("warmup_images", "decay_images")]
-    if config.stage == "gan":
+    if config.adversarial:
         sets += [f"gan.optim.{name}=0" for name in ("warmup_images", "decay_images")]
     else:
         sets += ["optim.lr=5e-4", "regression.losses=e_latent_lpips"]

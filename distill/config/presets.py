@@ -6,7 +6,13 @@ from typing import Any, Literal
 
 from d2g.core.config import Presets, pick
 from d2g.core.errors import SettingError
-from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig, RegressionName
+from distill.config.components import (
+    ClipGuidanceConfig,
+    DiscriminatorConfig,
+    OptimConfig,
+    RegressionConfig,
+    RegressionName,
+)
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig, StudentConfig, TrainConfig
 
 TeacherModel = Literal[
@@ -27,7 +33,7 @@ TeacherModel = Literal[
 
 @dataclass(frozen=True, eq=False)
 class Recipe(Mapping[str, DistillConfig]):
-    """A preset: a config for each stage that it has, `ode` and `gan`; equal if its configs are."""
+    """A preset: a config for each stage that it has, `ode`, `gan` and `text`; equal if its configs are."""
 
     about: str
     """One line for `--help`."""
@@ -231,6 +237,39 @@ def _cascade(model: TeacherModel, about: str, gpus: int, batch: int) -> Recipe:
     )
 
 
+_CLIP_50 = ClipGuidanceConfig(weight=50.0)
+"""StyleGAN-T's weight of the secondary phase (table 4); the primary phase has 0.2."""
+
+
+def _text(base: DistillConfig, images: int, lr: float) -> DistillConfig:
+    """StyleGAN-T's secondary phase with the discriminator of a GAN stage: no regression, no weight decay."""
+    return replace(
+        base,
+        stage="text",
+        optim=replace(base.optim, lr=lr, weight_decay=0.0, attention_weight_decay=0.0, betas=(0.0, 0.99)),
+        regression=RegressionConfig(losses=()),
+        clip_guidance=_CLIP_50,
+        train=replace(base.train, images=images, ema_start_images=0),
+    )
+
+
+def _text_recipe(paper: str, about: str) -> Recipe:
+    """The secondary phase after a recipe of Table A1, 20,000 steps as in StyleGAN-T's table 5."""
+    gan = TABLE_A1[paper]["gan"]
+    text = _text(gan, 20_000 * gan.train.batch_size, 1e-5)
+    return Recipe(
+        f"Text-encoder phase of StyleGAN-T after {paper}: {about}; not trained yet",
+        TABLE_A1[paper].model,
+        {"text": text},
+    )
+
+
+TEXT_RECIPES: dict[str, Recipe] = {
+    "sd15-text": _text_recipe("sd15-cfg8", "the text encoder of SD 1.5, on 64 GPUs"),
+    "sdxl-text": _text_recipe("sdxl-cfg7", "both text encoders of SDXL, on 128 GPUs"),
+}
+"""Recipes that train text encoders."""
+
 CASCADE_RECIPES: dict[str, Recipe] = {
     "wuerstchen": _cascade("wuerstchen", "Stage C of Wuerstchen v2 at 1024 px", 16, 256),
     "wuerstchen-b": _cascade("wuerstchen-b", "Stage B of Wuerstchen v2 at 1024 px", 32, 256),
@@ -331,6 +370,11 @@ SMALL_RECIPES: dict[str, Recipe] = {
 }
 
 _SMALL_GAN = SMALL_RECIPES["miniature"]["gan"]
+SMALL_RECIPES["miniature-text"] = Recipe(
+    "Text-encoder phase of StyleGAN-T for the miniature's students",
+    "miniature",
+    {"text": _text(_SMALL_GAN, 6_400, 1e-4)},
+)
 SMALL_RECIPES["small-transformer"] = Recipe(
     "A transformer teacher of less than 100 million parameters, with the lengths of miniature; sizes only",
     "dit-xl-256",
@@ -409,6 +453,7 @@ _RECIPES = {
     **TABLE_A1,
     **PIXEL_RECIPES,
     **TRANSFORMER_RECIPES,
+    **TEXT_RECIPES,
     **CASCADE_RECIPES,
     **SMALL_CARD_RECIPES,
     **SMALL_RECIPES,

@@ -224,10 +224,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
-    """One run of one stage: `ode`, the regression stage, or `gan`, which adds the discriminator."""
+    """One run of one stage: `ode`, the regression stage; `gan`, which adds the discriminator; or `text`,
+    which trains the student's text encoders with a discriminator and guidance by CLIP."""
 
-    stage: Literal["ode", "gan"] = setting(
-        "ode", "ode: regression on the pairs; gan: regression and discriminator"
+    stage: Literal["ode", "gan", "text"] = setting(
+        "ode",
+        "ode: regression on the pairs; gan: regression and discriminator; text: the losses of gan, but the "
+        "text encoders are trained and the network is frozen",
     )
     pairs: str = setting(
         "",
@@ -238,8 +241,8 @@ class DistillConfig:
     lpips: str = setting("", "Folder of LatentLPIPS weights; empty: TEACHER/latent_lpips (option --lpips)")
     init: str = setting(
         "",
-        "Run or exported student that the gan stage starts from, or `teacher` for the teacher's own weights "
-        "(option --init)",
+        "Run or exported student that the stages gan and text start from, or `teacher` for the teacher's own "
+        "weights (option --init)",
     )
     student_timestep: int = setting(
         -1,
@@ -267,10 +270,16 @@ class DistillConfig:
                 f"train.validate_images is {interval} and train.validate_pairs {held_out}; expected both "
                 "above 0, or both 0"
             )
+        for name in ("lora_rank", "dropout"):
+            if self.stage == "text" and (value := getattr(self.student, name)):
+                raise SettingError(
+                    f"student.{name} is {value:g}, but stage text keeps the student's network as it is; set "
+                    "it to 0"
+                )
         microbatch_size(self, 1)
         self._check_memory_savers()
         size, rows = self.train.batch_size, self.gan.r1_rows
-        if self.stage == "gan" and self.gan.active_penalty == "single" and size % rows:
+        if self.adversarial and self.gan.active_penalty == "single" and size % rows:
             raise SettingError(
                 f"gan.r1_rows is {rows}; expected a divisor of train.batch_size, {size}; set gan.r1_rows or "
                 "train.batch_size"
@@ -279,7 +288,7 @@ class DistillConfig:
     def _check_memory_savers(self) -> None:
         """Raise SettingError where an optimizer or the arithmetic does not go with the engine."""
         gan, engine = self.gan, self.engine
-        optimizers = {"optim": self.optim, **({"gan.optim": gan.optim} if self.stage == "gan" else {})}
+        optimizers = {"optim": self.optim, **({"gan.optim": gan.optim} if self.adversarial else {})}
         for name, options in optimizers.items():
             if engine.offload_optimizer and options.name not in ("adamw", "adamw_8bit"):
                 raise SettingError(
@@ -294,7 +303,7 @@ class DistillConfig:
                 "engine.frozen_weights=fp32"
             )
         exact = gan.active_penalty not in ("none", "approx")
-        if self.stage == "gan" and gan.freeze_backbone and exact:
+        if self.adversarial and gan.freeze_backbone and exact:
             raise SettingError(
                 f"engine.frozen_weights is bf16, but gan.penalty={gan.penalty} computes in fp32; set "
                 "gan.penalty=approx or none, or engine.frozen_weights=fp32"
@@ -306,9 +315,19 @@ class DistillConfig:
         return choice == "bf16" or (choice == "auto" and on_gpu and self.train.precision == "bf16")
 
     @property
+    def adversarial(self) -> bool:
+        """Whether there is a discriminator."""
+        return self.stage != "ode"
+
+    @property
+    def own_text(self) -> bool:
+        """Whether the student has text encoders of its own."""
+        return self.stage == "text" or self.student.own_text_encoder
+
+    @property
     def without_pairs(self) -> bool:
         """Whether it trains on real images alone: a GAN without regression and without pairs."""
-        alone = self.stage == "gan" and not self.regression.losses and self.gan.real_fraction == 1
+        alone = self.adversarial and not self.regression.losses and self.gan.real_fraction == 1
         return alone and not self.pairs
 
 
@@ -325,7 +344,7 @@ def microbatch_size(config: DistillConfig, processes: int) -> int:
             + (f" x {accumulate} micro-batches (engine.gradient_accumulation)" if accumulate > 1 else "")
         )
     rows = size // processes // accumulate
-    if config.stage == "gan":
+    if config.adversarial:
         require_even_microbatch(rows, config.gan.mix_fraction)
     return rows
 

@@ -102,8 +102,11 @@ def save_one_step(
     timestep: int,
     folder: Path,
     dtype: torch.dtype,
+    own_text: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> None:
     """Write `network` and the teacher's other components as a diffusers folder, all weights in `dtype`.
+
+    own_text: text encoders that replace the teacher's, by component; they are converted in place.
 
     A text-conditional U-Net must have the input for a guidance scale (time_cond_proj_dim): only then does
     diffusers skip classifier-free guidance at every scale. Transformers have no such input; their pipelines
@@ -119,6 +122,8 @@ def save_one_step(
     for component in pipeline.components:
         if component.startswith("tokenizer"):
             components[component] = pretrained.load_tokenizer(teacher, component)
+        elif component in own_text:
+            components[component] = nn.Module.to(own_text[component], dtype)
         elif component not in (component_of_network, "scheduler"):
             components[component] = pretrained.load_model(teacher, component, dtype)
     components["scheduler"] = one_step_scheduler(schedule, timestep)

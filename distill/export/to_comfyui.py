@@ -164,10 +164,11 @@ def _weights(one: OneStep, teacher: str, kind: str) -> dict[str, Tensor]:
     network = one.student.network
     weights = original_unet(network.state_dict(), network.config.layers_per_block)
     weights |= original_vae(pretrained.load_model(teacher, "vae").state_dict())
-    text = pretrained.load_model(teacher, "text_encoder").state_dict()
+    encoders: Any = one.conditioner.models
+    text = encoders["text_encoder"].state_dict()
     if kind == "StableDiffusionPipeline":
         return weights | original_clip(text, "cond_stage_model.")
-    second = pretrained.load_model(teacher, "text_encoder_2").state_dict()
+    second = encoders["text_encoder_2"].state_dict()
     weights |= original_clip(text, "conditioner.embedders.0.")
     return weights | original_open_clip(second, "conditioner.embedders.1.model.")
 

@@ -132,7 +132,8 @@ def _write_text_pipeline(
     # Without an input for the guidance scale, diffusers would apply classifier-free guidance.
     if one.student.family.takes_guidance and not guided:
         add_guidance_embedding(one.student.network)
-    save_one_step(source, one.student.network, schedule, timestep, folder, dtype)
+    own_text = dict(one.conditioner.models) if one.own_text else {}
+    save_one_step(source, one.student.network, schedule, timestep, folder, dtype, own_text)
     exported = sample_pipeline(folder, latents_noise, one.examples, settings, one.device)
     return max_abs_diff(*zip(expected, exported, strict=True))
 
@@ -238,6 +239,11 @@ def _load_lora_student(
     if not has_lora(tensors):
         raise UserError(f"student {student} has no adapters; export it with --format diffusers")
     one = load_student(student, teacher, device)
+    if one.own_text:
+        raise UserError(
+            f"student {student} has text encoders of its own, which adapters cannot hold; export it with "
+            "--format diffusers"
+        )
     if one.student.guided and one.student.family.embedded_guidance is None:
         raise UserError(
             f"student {student} has the guidance scale as an input, which adapters alone cannot hold; "

@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,9 +191,9 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
     pretrained.expect_student_family(teacher)
     # The stage must support the teacher's family and noise schedule.
     kind = schedule_kind(pretrained.load_any_schedule(teacher))
-    if stage == "gan" and kind not in family.gan:
+    if stage != "ode" and kind not in family.gan:
         raise SettingError(
-            f"stage gan has no discriminator for {teacher}, a {pipeline.kind} of kind "
+            f"stage {stage} has no discriminator for {teacher}, a {pipeline.kind} of kind "
             f"{SCHEDULE_NAMES[kind]}; its students are trained by `d2g distill ode` alone"
         )
 
@@ -256,17 +257,22 @@ def set_trainable(student: Student, config: StudentConfig) -> None:
     """Require gradients for what is trained: everything but `freeze`, or with LoRA the adapters and the
     guidance input. Raises SettingError for a pattern that freezes nothing, and if nothing is left."""
     student.requires_grad_(not config.lora_rank)
-    parameters = dict(student.network.named_parameters())
-    for pattern in config.freeze:
-        if not (frozen := fnmatch.filter(parameters, pattern)):
-            raise SettingError(
-                f"student.freeze has {pattern!r}, which matches no parameter of the network; its names look "
-                f"like {next(iter(parameters))}"
-            )
-        for name in frozen:
-            parameters[name].requires_grad = False
-    if config.freeze and not any(p.requires_grad for p in parameters.values()):
-        raise SettingError(f"student.freeze is {list(config.freeze)}, which leaves nothing to train")
+    freeze_by_pattern(dict(student.network.named_parameters()), config.freeze)
     if config.lora_rank:
         for name, parameter in student.named_parameters():
             parameter.requires_grad = ".lora_" in name or name.endswith("cond_proj.weight")
+
+
+def freeze_by_pattern(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names match a pattern of `student.freeze`. Raises SettingError for a
+    pattern that freezes nothing, and if nothing is left."""
+    for pattern in patterns:
+        if not (frozen := fnmatch.filter(parameters, pattern)):
+            raise SettingError(
+                f"student.freeze has {pattern!r}, which matches no parameter that is trained; their names "
+                f"look like {next(iter(parameters))}"
+            )
+        for name in frozen:
+            parameters[name].requires_grad = False
+    if patterns and not any(p.requires_grad for p in parameters.values()):
+        raise SettingError(f"student.freeze is {list(patterns)}, which leaves nothing to train")

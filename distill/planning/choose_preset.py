@@ -29,6 +29,8 @@ OF_FAMILY = {
     "stable_cascade_decoder": "wuerstchen-b",
 }
 """Presets by the name of the family; `_preset_of_network` says which one other families take."""
+TEXT_OF_FAMILY = {"sdxl": "sdxl-text"}
+"""Presets of stage text by the name of the family; others take that of Stable Diffusion 1.5."""
 
 
 def _preset_of_network(family: Family) -> str:
@@ -50,10 +52,11 @@ def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
 
     Reads the teacher's configs, no weights. Raises UserError for a folder that is no teacher.
     """
+    default = "sd15-text" if stage == "text" else DEFAULT
     if not teacher:
-        return DEFAULT, "no teacher is named"
+        return default, "no teacher is named"
     if teacher not in pretrained.SHIPPED and not Path(teacher).is_dir():
-        return DEFAULT, f"teacher {teacher} is not on this disk"
+        return default, f"teacher {teacher} is not on this disk"
     family = open_pipeline(teacher).family
     network = pretrained.load_on_meta(teacher, family.network)
     size = sum(prod(parameter.shape) for parameter in network.parameters())
@@ -64,5 +67,7 @@ def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
     if family.autoencoder is None or isinstance(family, CascadeFamily):
         small = published
     name = small if size < SMALL else published
+    if stage == "text":
+        name = "miniature-text" if size < SMALL else TEXT_OF_FAMILY.get(family.name, "sd15-text")
     # A preset without the stage is no choice.
     return (name if stage in DISTILL_PRESETS[name] else small), reason

@@ -22,7 +22,13 @@ from distill.losses.regression.registry import regression_networks
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.projected_discriminator import ProjectedDiscriminator
 from distill.models.row_dropout import set_dropout_keys
-from distill.models.student import Student, check_teacher, meta_student, set_trainable
+from distill.models.student import Student, check_teacher, meta_student
+from distill.models.text_student import (
+    TextStudent,
+    check_text_teacher,
+    set_stage_trainable,
+    text_conditioner_on_meta,
+)
 from distill.planning.reference_models import NAMES, configs_only
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.distance import LatentLPIPS
@@ -48,7 +54,10 @@ def build_meta_student(config: DistillConfig) -> Student:
     """The student of a run without weights, with its trained parameters switched on."""
     check_teacher(config.teacher, config.stage, config.student)
     student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
-    set_trainable(student, config.student)
+    if config.own_text:
+        check_text_teacher(config.teacher)
+        student = TextStudent(student, text_conditioner_on_meta(config.teacher))
+    set_stage_trainable(student, config.teacher, config.stage, config.student)
     return student
 
 
@@ -118,7 +127,8 @@ def fake_batch(pipeline: Pipeline, student: Student, count: int) -> FakeBatch:
 def fake_forward(student: Student, b: FakeBatch) -> Tensor:
     """A forward pass of the student: latents [B, C, h, w]."""
     set_dropout_keys(student, torch.zeros(len(b.noise), dtype=torch.int64))
-    latents: Tensor = student(b.noise, b.cond, *b.guidance)
+    cond = student.fake_tokens(len(b.noise)) if isinstance(student, TextStudent) else b.cond
+    latents: Tensor = student(b.noise, cond, *b.guidance)
     return latents
 
 

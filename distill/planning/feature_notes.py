@@ -14,7 +14,7 @@ def feature_notes(config: DistillConfig, model: str) -> list[str]:
     """
     open_view = DISCRIMINATORS[config.gan.discriminator].open_view
     with known_teacher(config, model) as known:
-        if config.stage != "gan" or open_view is None or known is None:
+        if not config.adversarial or open_view is None or known is None:
             return []
         view = open_view(known.teacher, known.gan, True)
         assert isinstance(view, FrozenView)

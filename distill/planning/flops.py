@@ -72,7 +72,7 @@ def flop_per_image(config: DistillConfig) -> float:
     Reads configs of the teacher, no weights.
     """
     student = build_meta_student(config)
-    discriminator = build_meta_discriminator(config.teacher, config.gan) if config.stage == "gan" else None
+    discriminator = build_meta_discriminator(config.teacher, config.gan) if config.adversarial else None
     metric = latent_metric(config, student.latent_shape[0])
     distances = autoencoder_distances(config.teacher, config.regression)
     guide = build_clip_guidance(config.clip_guidance, config.teacher, "meta")

@@ -69,7 +69,7 @@ class Memory:
 def predict(config: DistillConfig, world_size: int) -> Memory:
     """Predict the memory of a run on `world_size` GPUs. Reads configs of the teacher, no weights."""
     student = build_meta_student(config)
-    discriminator = build_meta_discriminator(config.teacher, config.gan) if config.stage == "gan" else None
+    discriminator = build_meta_discriminator(config.teacher, config.gan) if config.adversarial else None
     distances = autoencoder_distances(config.teacher, config.regression)
     text_share = 0.5 if config.encodes_text_in_bf16(on_gpu=True) else 1.0
     frozen = text_share * _bytes(p for model in _text_encoders(config) for p in model.parameters())

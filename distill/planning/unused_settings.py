@@ -39,7 +39,7 @@ def _discriminator_conditions() -> dict[tuple[str, ...], Condition]:
 
 
 _CONDITIONS: dict[tuple[str, ...], Condition] = {
-    ("gan.",): (lambda c: c.stage == "gan", "in `d2g distill gan`"),
+    ("gan.",): (lambda c: c.adversarial, "in `d2g distill gan` and `d2g distill text`"),
     ("gan.r1_interval", "gan.r1_reduction"): (
         lambda c: c.gan.active_penalty not in ("approx", "none"),
         "with gan.penalty=single, full or r1r2 and gan.r1_gamma above 0",
@@ -69,8 +69,13 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
         "with gan.noise_augment=uniform or small",
     ),
     ("engine.frozen_weights",): (
-        lambda c: c.student.lora_rank > 0 or (c.stage == "gan" and c.gan.freeze_backbone),
-        "with student.lora_rank above 0, or in `d2g distill gan` with gan.freeze_backbone=true",
+        lambda c: c.student.lora_rank > 0 or c.stage == "text" or (c.adversarial and c.gan.freeze_backbone),
+        "with student.lora_rank above 0, in `d2g distill text`, or in `d2g distill gan` with "
+        "gan.freeze_backbone=true",
+    ),
+    ("student.own_text_encoder",): (
+        lambda c: c.stage != "text",
+        "in the stages ode and gan: a student of `d2g distill text` always has text encoders of its own",
     ),
     ("gan.optim.decay",): (
         lambda c: c.gan.optim.decay_images != 0,

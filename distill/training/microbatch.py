@@ -4,7 +4,7 @@ Random numbers are drawn for the whole batch, from (seed, images seen), and each
 rows; or for each row, from (seed, number of the row).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,7 @@ class MicroBatch:
     noise: Tensor  # [b, C, h, w] fp32
     target: Tensor  # [b, C, h, w] fp32, the teacher's latents
     cond: Conditioning
+    student_cond: Conditioning  # `cond`, or the token ids of a student with text encoders of its own
     guidance: tuple[Tensor, ...]  # (scales [b],) for a student with an added guidance input
     transforms: Transforms
     rows: range  # numbers of the rows since the run began
@@ -73,8 +74,9 @@ class StepPreparation:
     """Turns a batch of pairs into the micro-batches and random numbers of one step on this process.
 
     `gan` is None in the regression stage. `microbatches`: per step and process. `dropout`: whether the
-    student has dropout. `embedded_guidance`: whether the teacher's network takes the guidance scale as an
-    input, which is part of the conditioning then, for student and discriminator.
+    student has dropout. `encode_for_student`: gives the input of a student with text encoders of its own;
+    other students take what `encode` gives. `embedded_guidance`: whether the teacher's network takes the
+    guidance scale as an input, which is part of the conditioning then, for student and discriminator.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class StepPreparation:
         regression: Regression,
         noise_augment: NoiseAugmentation,
         encode: TextCache,
+        encode_for_student: Callable[[Sequence[str]], Conditioning] | None = None,
         device: torch.device,
         embedded_guidance: bool = False,
         clip_guidance: ClipGuidance | None = None,
@@ -98,6 +101,7 @@ class StepPreparation:
         self.dropout, self.gan = dropout, gan
         self.regression, self.noise_augment = regression, noise_augment
         self.encode, self.device = encode, device
+        self.encode_for_student = encode_for_student
 
     def __call__(self, batch: PairBatch, nimg: int) -> tuple[list[MicroBatch], StepRandomness]:
         """The step at `nimg` images. Everything that it needs from the CPU is copied here, before its first
@@ -111,11 +115,20 @@ class StepPreparation:
             cond = cond.with_guidance(*scales(batch))
         if batch.condition is not None:
             cond = cond.with_prior(batch.condition)
+        student_cond = self.encode_for_student(batch.prompts) if self.encode_for_student else cond
         rows = len(batch.prompts)
         size, first = rows // self.microbatches, process_group.rank() * rows
         microbatches = [
             self._microbatch(
-                batch, noise, target, cond, slice(start, start + size), first + start, shape, randomness
+                batch,
+                noise,
+                target,
+                cond,
+                student_cond,
+                slice(start, start + size),
+                first + start,
+                shape,
+                randomness,
             )
             for start in range(0, rows, size)
         ]
@@ -153,6 +166,7 @@ class StepPreparation:
         noise: Tensor,
         target: Tensor,
         cond: Conditioning,
+        student_cond: Conditioning,
         local_rows: slice,
         first: int,
         shape: tuple[int, int, int],
@@ -179,6 +193,7 @@ class StepPreparation:
             noise=noise[local_rows],
             target=target[local_rows],
             cond=cond[local_rows],
+            student_cond=student_cond[local_rows],
             guidance=()
             if self.embedded_guidance
             else tuple(to_device(t[local_rows], device) for t in scales(batch)),

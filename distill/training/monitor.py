@@ -14,6 +14,7 @@ from d2g.core.distributed.sharded_checkpoint import Writer
 from d2g.core.errors import Interrupted, LostFolder, UserError
 from d2g.core.logs import logger
 from d2g.core.tracking.run_directory import Pace, RunLog, speed_in_words
+from d2g.diffusion.conditioning import Conditioning
 from distill.config.run import TrainConfig
 from distill.models.row_dropout import set_row_dropout
 from distill.monitoring import collapse
@@ -27,7 +28,6 @@ from distill.training.preview import (
 )
 from distill.training.real_rows import ImageRows
 from distill.training.state import State
-from distill.training.text_cache import TextCache
 from distill.training.validation import (
     Validate,
     best_validation,
@@ -45,7 +45,7 @@ class StudentSampler:
     """Draws latents with the student's current weights, with the precision of training."""
 
     student: DistributedModule
-    encode: TextCache
+    encode: Callable[[Sequence[str]], Conditioning]
     device: torch.device
     autocast: Callable[[], AbstractContextManager[None]]
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from d2g.core.config import digest, to_json
+from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
 from d2g.core.distributed import engine as parallel
-from d2g.core.distributed import process_group, sharded_checkpoint
 from d2g.core.distributed.checkpoint import Checkpoint
 from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
@@ -24,9 +26,15 @@ from distill.models.student import (
     Student,
     add_adapters,
     meta_student,
-    set_trainable,
     student_from_teacher,
     takes_guidance,
+)
+from distill.models.text_student import (
+    TextStudent,
+    load_text_conditioner,
+    set_stage_trainable,
+    text_conditioner_on_meta,
+    text_modules,
 )
 from distill.sampling import load_student_weights
 from distill.training.inputs import weights_sha256_of
@@ -121,7 +129,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
         config,
         device,
         lambda: _build_student(config, fresh),
-        lambda: DISCRIMINATORS[config.gan.discriminator].build(config.teacher, config.gan, rng),
+        lambda: _build_discriminator(config, fresh, rng),
     )
 
 
@@ -140,13 +148,13 @@ def state_of(
         device,
         build_student,
         lambda: _build_student_on_meta(config),
-        lambda net: [net.network],
+        lambda net: [net.network, *text_modules(net)],
         family_of(config.teacher).shard_units,
     )
     # The discriminator of the second stage, with the frozen networks that it reads through.
     discriminator: DistributedModule | None = None
     optim_d: torch.optim.Optimizer | None = None
-    if config.stage == "gan":
+    if config.adversarial:
         kind = DISCRIMINATORS[config.gan.discriminator]
         discriminator = _distribute(
             config.engine,
@@ -234,18 +242,42 @@ def _distribute(
 
 def _build_student(config: DistillConfig, fresh: bool) -> Student:
     student = student_from_teacher(config.teacher, config.student_timestep)
+    conditioner = load_text_conditioner(config.teacher) if config.own_text else None
     if config.init not in ("", FROM_TEACHER) and fresh:
-        load_student_weights(student, config.init)
+        load_student_weights(student, config.init, conditioner)
     if student.guided and not takes_guidance(config.teacher, config.student):
         raise SettingError(
             f"{config.init} takes the guidance scale as an input; set student.guidance_conditioning=true"
         )
     add_adapters(student, config.student, config.seed)
-    set_trainable(student, config.student)
+    if conditioner is not None:
+        student = TextStudent(student, conditioner)
+    set_stage_trainable(student, config.teacher, config.stage, config.student)
     return student
+
+
+def _build_discriminator(config: DistillConfig, fresh: bool, rng: torch.Generator) -> nn.Module:
+    """The discriminator with its initial weights. In stage text, those of the run `config.init` if it has the
+    same one: the phase goes on with it (StyleGAN-T, section 3.3)."""
+    network = DISCRIMINATORS[config.gan.discriminator].build(config.teacher, config.gan, rng)
+    if config.stage != "text" or not fresh or config.init == FROM_TEACHER:
+        return network
+    last = checkpoint.latest(Path(config.init) / "checkpoints")
+    start = "discriminator."
+    stored = sharded_checkpoint.read(last) if last is not None else {}
+    weights = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start)}
+    shapes = {name: t.shape for name, t in network.state_dict().items()}
+    if weights and {name: t.shape for name, t in weights.items()} == shapes:
+        network.load_state_dict(weights)
+        logger.info("the discriminator goes on from %s", config.init)
+    else:
+        logger.info("the discriminator starts anew: %s has none of this form", config.init)
+    return network
 
 
 def _build_student_on_meta(config: DistillConfig) -> Student:
     student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
-    set_trainable(student, config.student)
+    if config.own_text:
+        student = TextStudent(student, text_conditioner_on_meta(config.teacher, with_tokenizers=True))
+    set_stage_trainable(student, config.teacher, config.stage, config.student)
     return student

@@ -109,7 +109,7 @@ def generate(context: StepContext, microbatch: MicroBatch) -> Tensor:
     if microbatch.dropout_keys is not None:
         set_dropout_keys(student.module, microbatch.dropout_keys)
     with context.autocast():
-        latents: Tensor = student(microbatch.noise, microbatch.cond, *microbatch.guidance)
+        latents: Tensor = student(microbatch.noise, microbatch.student_cond, *microbatch.guidance)
     return latents
 
 

@@ -27,6 +27,7 @@ from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_aug
 from distill.losses.regression.regression import Regression, build_regression
 from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher, takes_guidance
+from distill.models.text_student import TextStudent, check_text_teacher
 from distill.planning.flops import seconds_per_image_at_peak
 from distill.sampling import OneStep
 from distill.training.callbacks import (
@@ -157,7 +158,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     _check_networks(config)
     encode, kind, reader = _open_rows(config, device)
     # Load the losses with their frozen networks, and what makes real rows and previews.
-    gan, shape = config.gan if config.stage == "gan" else None, _shape_of(reader)
+    gan, shape = config.gan if config.adversarial else None, _shape_of(reader)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
     guide = build_clip_guidance(config.clip_guidance, config.teacher, device)
@@ -176,7 +177,9 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     pace = Pace(log.read(), state.nimg, process_group.world_size(), at_peak)
     finite = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
     rows, distance = microbatch_size(config, process_group.world_size()), regression.validation_distance
-    draw = StudentSampler(state.student, encode, device, autocast)
+    student = state.student.module
+    own_encode = student.tokenize if isinstance(student, TextStudent) else None
+    draw = StudentSampler(state.student, own_encode or encode, device, autocast)
     guidance = _sample_guidance(config.teacher, config.student, reader)
     monitor = RunMonitor(
         options, config.seed, log, reader, shape, state, draw, distance, rows, vae, validate, guidance
@@ -190,7 +193,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         writer=writer,
         pace=pace,
         finite=finite,
-        prepare=_build_preparation(config, regression, noise_augment, encode, guide, device),
+        prepare=_build_preparation(config, regression, noise_augment, encode, own_encode, guide, device),
         context=StepContext(
             state=state,
             regression=regression,
@@ -327,7 +330,9 @@ def _open_images(config: DistillConfig, kind: CaptionKind, device: torch.device)
 
 def _check_networks(config: DistillConfig) -> None:
     check_teacher(config.teacher, config.stage, config.student)
-    if config.stage == "gan":
+    if config.own_text:
+        check_text_teacher(config.teacher)
+    if config.adversarial:
         check_discriminator(config.teacher, config.gan)
 
 
@@ -392,6 +397,7 @@ def _build_preparation(
     regression: Regression,
     noise_augment: NoiseAugmentation,
     encode: TextCache,
+    own_encode: Callable[[Sequence[str]], Conditioning] | None,
     guide: ClipGuidance | None,
     device: torch.device,
 ) -> StepPreparation:
@@ -400,10 +406,11 @@ def _build_preparation(
         batch_size=config.train.batch_size,
         microbatches=config.engine.gradient_accumulation,
         dropout=config.student.dropout > 0,
-        gan=config.gan if config.stage == "gan" else None,
+        gan=config.gan if config.adversarial else None,
         regression=regression,
         noise_augment=noise_augment,
         encode=encode,
+        encode_for_student=own_encode,
         device=device,
         embedded_guidance=family_of(config.teacher).embedded_guidance is not None,
         clip_guidance=guide,
@@ -419,18 +426,18 @@ def agree_on_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
 
 def validate_config(config: DistillConfig) -> None:
     """Raise SettingError for settings that are wrong whatever the inputs hold, before anything is loaded."""
-    for name in ("teacher", *(["init"] if config.stage == "gan" else [])):
+    for name in ("teacher", *(["init"] if config.adversarial else [])):
         if not getattr(config, name):
             raise SettingError(f"{name} is not set; give --{name}")
     if not config.pairs:
         _check_without_pairs(config)
     family = family_of(config.teacher)
-    if config.stage == "gan" and config.gan.real and not family.takes_real_images:
+    if config.adversarial and config.gan.real and not family.takes_real_images:
         raise SettingError(
             f"gan.real is {config.gan.real!r}, but photographs have no latents of a cascade's stages, as "
             f"{config.teacher} ({family.title}) makes; leave gan.real out"
         )
-    if config.stage == "gan" and config.gan.real_fraction and not config.gan.real:
+    if config.adversarial and config.gan.real_fraction and not config.gan.real:
         raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
     microbatch_size(config, process_group.world_size())
     check_loggers(config.train.loggers)

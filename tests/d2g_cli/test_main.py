@@ -126,7 +126,7 @@ def test_version_in_a_new_process() -> None:
         ("distill ode --set stage=gan", "stage is 'gan'; expected 'ode' of `d2g distill ode`"),
         (
             "distill ode --set gan.weight=1",
-            "gan.weight is set, but has an effect only in `d2g distill gan`; leave it out",
+            "gan.weight is set, but has an effect only in `d2g distill gan` and `d2g distill text`",
         ),
         (
             "distill gan --set gan.penalty=approx --set gan.r1_interval=4",
@@ -200,6 +200,7 @@ REQUIRED_OPTIONS = {  # options without which a command fails before it checks i
     "lpips distance": "a b --teacher x",
     "distill ode": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
     "distill gan": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
+    "distill text": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
     "distill watch": "x",
     "eval run": "--teacher x",
     "eval stats": "--images x --out x.safetensors",

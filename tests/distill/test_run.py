@@ -144,7 +144,7 @@ def test_loss_comparison_presets_differ_in_the_loss_only(prefix: str, base: str)
 
 def test_every_preset_has_its_stage_and_round_trips_through_json() -> None:
     for name, stages in DISTILL_PRESETS.items():
-        assert stages and set(stages) <= {"ode", "gan"}
+        assert stages and set(stages) <= {"ode", "gan", "text"}
         for stage, config in stages.items():
             assert config.stage == stage and preset(name, stage) is config
             assert from_json(DistillConfig, to_json(config)) == config
@@ -358,6 +358,7 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("clip_guidance.model=x", (), ("clip_guidance.weight=0.2",)),
     ("clip_guidance.crop=8", (), ("clip_guidance.model=x", "clip_guidance.weight=0.2")),
     ("engine.frozen_weights=bf16", (), ("student.lora_rank=4",)),
+    ("student.own_text_encoder=true", ("stage=text",), ("stage=gan",)),
     ("gan.timestep_shift=2", (), ("gan.timestep_mode=random",)),
     ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
     ("gan.optim.decay=step", ("optim.decay_images=9",), ("gan.optim.decay_images=9",)),
