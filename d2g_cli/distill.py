@@ -108,6 +108,13 @@ def distill_text(options: GanOptions, out: Out = Path("runs/text")) -> None:
     _distill("text", options, out)
 
 
+@distill_app.command("cd", cls=presets_in_help(lambda: _presets("cd")))
+@expand_options
+def distill_cd(options: DistillOptions, out: Out = Path("runs/cd")) -> None:
+    """Consistency distillation of an EDM teacher, to compare with: on latents of pairs, or on gan.real."""
+    _distill("cd", options, out)
+
+
 def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     """Train one stage as the options say."""
     from distill.config.presets import preset as stage_preset

@@ -83,6 +83,8 @@ class Stream(IntEnum):
     """Which images are held out when a small CLIP is trained."""
     CHURN = 0xC4012
     """Fresh noise of a stochastic solver, by step and pair."""
+    CONSISTENCY_NOISE = 0xC0D1
+    """Noise that consistency distillation adds to images, by row."""
     REWIRING = 0x2E37
     """Which noise goes with which latents in rewired pairs."""
     TEACHER_VERDICT = 0x7EAC
@@ -108,6 +110,8 @@ class StepStream(IntEnum):
     """Crops and augmentations of a discriminator of pixels, for real, fake and the student's rows."""
     GUIDANCE_CROPS = 6
     """Crops of the student's images that CLIP guides."""
+    CONSISTENCY_LEVELS = 7
+    """Noise levels of consistency distillation."""
 
 
 @unique

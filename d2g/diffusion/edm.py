@@ -129,7 +129,7 @@ class EDMSchedule:
     def x0(self, output: Tensor, x: Tensor, point: Point) -> Tensor:
         """x_0 = D(x; sigma) from the network's output, fp32."""
         c = preconditioning(point.sigma, self.sigma_data)
-        return c.c_skip * x.float() + self._sign * c.c_out * output.float()
+        return c.c_skip * x.float() + self.sign * c.c_out * output.float()
 
     def denoised(self, output: Tensor, x: Tensor, point: Point) -> Denoised:
         """x_0 = D and eps = (x - D) / sigma, fp32.
@@ -137,11 +137,12 @@ class EDMSchedule:
         eps has a formula of its own, because at a small sigma the difference x - D loses its digits.
         """
         c = preconditioning(point.sigma, self.sigma_data)
-        epsilon = point.sigma * c.c_in**2 * x.float() - self._sign * self.sigma_data * c.c_in * output.float()
+        epsilon = point.sigma * c.c_in**2 * x.float() - self.sign * self.sigma_data * c.c_in * output.float()
         return Denoised(self.x0(output, x, point), epsilon)
 
     @property
-    def _sign(self) -> float:
+    def sign(self) -> float:
+        """The sign of c_out, by the prediction."""
         return -1.0 if self.prediction == "v_prediction" else 1.0
 
 

@@ -454,11 +454,6 @@ class DiscriminatorConfig:
     def _check_noise_input(self) -> None:
         """Raise SettingError where the discriminator's noise input, or its absence, contradicts its rows."""
         projected = "projected" in self.parts
-        if self.real_fraction == 1 and self.z_conditioning and self.discriminator != "projected":
-            raise SettingError(
-                "real_fraction is 1, but z_conditioning is true: no real image belongs to its noise, and the "
-                "discriminator would know the student's images by theirs; set z_conditioning=false"
-            )
         if self.mix_fraction > 0 and self.mix_z > 0 and (projected or not self.z_conditioning):
             reason = "projected does not see the noise" if projected else "z_conditioning is false"
             raise SettingError(
@@ -546,6 +541,21 @@ class StudentConfig:
     def alpha(self) -> float:
         """The adapters' alpha."""
         return self.lora_alpha or self.lora_rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConsistencyConfig:
+    """Consistency distillation (method.md "Consistency distillation")."""
+
+    levels: int = setting(
+        18,
+        "Noise levels N between which the teacher takes its steps",
+        source="Song et al. 2023, section 6.1: 18 for CIFAR10",
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        require(self, levels=(self.levels >= 2, "2 or more"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,8 @@ TeacherModel = Literal[
 
 @dataclass(frozen=True, eq=False)
 class Recipe(Mapping[str, DistillConfig]):
-    """A preset: a config for each stage that it has, `ode`, `gan` and `text`; equal if its configs are."""
+    """A preset: a config for each stage that it has, of `ode`, `gan`, `text` and `cd`; equal if its configs
+    are."""
 
     about: str
     """One line for `--help`."""
@@ -143,6 +144,13 @@ _CIFAR10_GAN = replace(
 )
 """The paper's stage 2 at the size of its CIFAR10 model."""
 
+_CIFAR10_CD = replace(
+    TABLE_A1["cifar10"]["ode"], stage="cd", student=StudentConfig(), train=_train(512, 150_000, ema_start=0)
+)
+"""Consistency distillation as supplement A.2 compares with it: its batch and length; rate, optimizer and
+distance of Song et al. 2023, table 3, are those of the paper's own CIFAR10 model.
+"""
+
 _D2O_OPTIM = OptimConfig(name="adam", weight_decay=0.0, attention_weight_decay=0.0)
 _D2O = DistillConfig(
     stage="gan",
@@ -173,7 +181,7 @@ PIXEL_RECIPES: dict[str, Recipe] = {
     "cifar10": Recipe(
         f"{TABLE_A1['cifar10'].about}; its gan stage is ours, not trained yet",
         "edm-cifar10",
-        {"ode": TABLE_A1["cifar10"]["ode"], "gan": _CIFAR10_GAN},
+        {"ode": TABLE_A1["cifar10"]["ode"], "gan": _CIFAR10_GAN, "cd": _CIFAR10_CD},
     ),
     "cifar10-real": Recipe(
         "CIFAR10 without pairs, as D2O: a GAN on the images of gan.real alone, on 8 GPUs; not trained yet",

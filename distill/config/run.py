@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from d2g.core.config import Presets, check_values, nearest, require, setting
 from d2g.core.errors import SettingError
 from distill.config.components import ClipGuidanceConfig as ClipGuidanceConfig
+from distill.config.components import ConsistencyConfig as ConsistencyConfig
 from distill.config.components import DiscriminatorConfig as DiscriminatorConfig
 from distill.config.components import OptimConfig as OptimConfig
 from distill.config.components import RegressionConfig as RegressionConfig
@@ -224,18 +225,19 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
-    """One run of one stage: `ode`, the regression stage; `gan`, which adds the discriminator; or `text`,
-    which trains the student's text encoders with a discriminator and guidance by CLIP."""
+    """One run of one stage: `ode`, the regression stage; `gan`, which adds the discriminator; `text`, which
+    trains the student's text encoders with a discriminator and guidance by CLIP; or `cd`, consistency
+    distillation, to compare with."""
 
-    stage: Literal["ode", "gan", "text"] = setting(
+    stage: Literal["ode", "gan", "text", "cd"] = setting(
         "ode",
         "ode: regression on the pairs; gan: regression and discriminator; text: the losses of gan, but the "
-        "text encoders are trained and the network is frozen",
+        "text encoders are trained and the network is frozen; cd: consistency distillation",
     )
     pairs: str = setting(
         "",
         "Pair store, or several separated by commas that differ in guidance (option --pairs); empty with "
-        "regression.losses=[] and gan.real_fraction=1",
+        "regression.losses=[] and gan.real_fraction=1, or in stage cd with gan.real_fraction=1",
     )
     teacher: str = setting("", "Teacher folder, hub id or shipped name (option --teacher)")
     lpips: str = setting("", "Folder of LatentLPIPS weights; empty: TEACHER/latent_lpips (option --lpips)")
@@ -254,6 +256,7 @@ class DistillConfig:
     optim: OptimConfig = setting(OptimConfig(), "Optimizer of the student")
     regression: RegressionConfig = setting(RegressionConfig(), "The regression loss")
     gan: DiscriminatorConfig = setting(DiscriminatorConfig(), "The discriminator")
+    consistency: ConsistencyConfig = setting(ConsistencyConfig(), "Consistency distillation")
     clip_guidance: ClipGuidanceConfig = setting(ClipGuidanceConfig(), "Guidance by CLIP, in both stages")
     train: TrainConfig = setting(TrainConfig(), "Length and reporting")
     engine: EngineConfig = setting(EngineConfig(), "Processes and memory")
@@ -261,8 +264,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.stage == "ode" and not self.regression.losses:
-            raise SettingError("regression.losses is (); expected one or more names in the regression stage")
+        if not self.adversarial and not self.regression.losses:
+            raise SettingError(f"regression.losses is (); expected one or more names in stage {self.stage}")
         # Validation needs an interval and pairs; a run without pairs can validate with --validate alone.
         interval, held_out = self.train.validate_images, self.train.validate_pairs
         if bool(interval) != bool(held_out) and not (interval and self.without_pairs):
@@ -276,6 +279,14 @@ class DistillConfig:
                     f"student.{name} is {value:g}, but stage text keeps the student's network as it is; set "
                     "it to 0"
                 )
+        gan = self.gan
+        sees_noise = gan.z_conditioning and gan.discriminator != "projected"
+        if self.adversarial and gan.real_fraction == 1 and sees_noise:
+            raise SettingError(
+                "gan.real_fraction is 1, but gan.z_conditioning is true: no real image belongs to its noise, "
+                "and the discriminator would know the student's images by theirs; set "
+                "gan.z_conditioning=false"
+            )
         microbatch_size(self, 1)
         self._check_memory_savers()
         size, rows = self.train.batch_size, self.gan.r1_rows
@@ -317,7 +328,7 @@ class DistillConfig:
     @property
     def adversarial(self) -> bool:
         """Whether there is a discriminator."""
-        return self.stage != "ode"
+        return self.stage in ("gan", "text")
 
     @property
     def own_text(self) -> bool:
@@ -326,9 +337,10 @@ class DistillConfig:
 
     @property
     def without_pairs(self) -> bool:
-        """Whether it trains on real images alone: a GAN without regression and without pairs."""
-        alone = self.adversarial and not self.regression.losses and self.gan.real_fraction == 1
-        return alone and not self.pairs
+        """Whether it trains on real images alone: a GAN without regression and without pairs, or consistency
+        distillation without pairs."""
+        alone = self.stage == "cd" or (self.adversarial and not self.regression.losses)
+        return alone and self.gan.real_fraction == 1 and not self.pairs
 
 
 def microbatch_size(config: DistillConfig, processes: int) -> int:

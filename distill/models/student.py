@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,8 +55,10 @@ class Student(nn.Module):
             family.network, network
         )  # weights are named as in the pipeline: unet.…, transformer.…
         self.schedule, self.point, self.downscale = schedule, schedule.one_step(timestep), downscale
+        self.time_input: Tensor | float = self.point.t
+        """EDM's time input c_noise: a number, or one per row [B]."""
         if isinstance(schedule, EDMSchedule):
-            _force_time_input(network.time_proj, self.point.t)
+            _force_time_input(network.time_proj, lambda: self.time_input)
 
     def forward(self, noise: Tensor, cond: Conditioning, guidance: Tensor | None = None) -> Tensor:
         """noise [B, C, h, w] ~ N(0, 1) and the conditioning of B rows -> scaled latents [B, C, h, w], fp32.
@@ -128,43 +130,64 @@ class Student(nn.Module):
         return self.family.latent_shape(self.network.config)
 
 
-def _force_time_input(time_proj: nn.Module, time: float) -> None:
-    """Make the sinusoidal embedding of a U-Net's time input see `time` in fp32, whatever the U-Net is given.
+def _force_time_input(time_proj: nn.Module, time: Callable[[], Tensor | float]) -> None:
+    """Make the sinusoidal embedding of a U-Net's time input see `time()` in fp32, whatever the U-Net gets.
 
     UNet2DModel converts a number to an integer, and FSDP2 casts a tensor to bf16, which keeps eight bits of
     c_noise.
     """
 
     def replace_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (torch.full_like(args[0], time, dtype=torch.float32),)
+        value = time()
+        if isinstance(value, Tensor):
+            return (value,)
+        return (torch.full_like(args[0], value, dtype=torch.float32),)
 
     time_proj.register_forward_pre_hook(replace_input)
 
 
 def student_from_teacher(
-    teacher: str, timestep: int = -1, config: StudentConfig | None = None, seed: int = 0
+    teacher: str,
+    timestep: int = -1,
+    config: StudentConfig | None = None,
+    seed: int = 0,
+    wrapper: type[Student] = Student,
 ) -> Student:
     """A student with the teacher's weights: its output is the teacher's own x_0 prediction at T.
 
-    config: what `add_adapters` adds to the network; `seed` initializes the adapters.
+    config: what `add_adapters` adds to the network; `seed` initializes the adapters. wrapper: Student, or a
+    class derived from it.
     """
     pretrained.expect_student_family(teacher)
     network = pretrained.load_model(teacher, family_of(teacher).network)
-    return _wrap(network, teacher, timestep, config, seed)
+    return _wrap(network, teacher, timestep, config, seed, wrapper)
 
 
 def meta_student(
-    teacher: str, timestep: int = -1, config: StudentConfig | None = None, seed: int = 0
+    teacher: str,
+    timestep: int = -1,
+    config: StudentConfig | None = None,
+    seed: int = 0,
+    wrapper: type[Student] = Student,
 ) -> Student:
     """The same without weights: on torch's meta device, except for what `add_adapters` adds."""
     network = pretrained.load_on_meta(teacher, family_of(teacher).network)
-    return _wrap(network, teacher, timestep, config, seed)
+    return _wrap(network, teacher, timestep, config, seed, wrapper)
 
 
-def _wrap(network: Any, teacher: str, timestep: int, config: StudentConfig | None, seed: int) -> Student:
+def _wrap(
+    network: Any,
+    teacher: str,
+    timestep: int,
+    config: StudentConfig | None,
+    seed: int,
+    wrapper: type[Student],
+) -> Student:
     schedule, family = pretrained.load_any_schedule(teacher), family_of(teacher)
-    student = Student(network, schedule, family, timestep, pretrained.latent_downscale(teacher))
-    return add_adapters(student, config, seed) if config is not None else student
+    student = wrapper(network, schedule, family, timestep, pretrained.latent_downscale(teacher))
+    if config is not None:
+        add_adapters(student, config, seed)
+    return student
 
 
 def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
@@ -191,10 +214,15 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
     pretrained.expect_student_family(teacher)
     # The stage must support the teacher's family and noise schedule.
     kind = schedule_kind(pretrained.load_any_schedule(teacher))
-    if stage != "ode" and kind not in family.gan:
+    if stage in ("gan", "text") and kind not in family.gan:
         raise SettingError(
             f"stage {stage} has no discriminator for {teacher}, a {pipeline.kind} of kind "
             f"{SCHEDULE_NAMES[kind]}; its students are trained by `d2g distill ode` alone"
+        )
+    if stage == "cd" and (kind != "edm" or family.autoencoder is not None):
+        raise SettingError(
+            f"stage cd needs a teacher of pixels that is preconditioned as in EDM, but {teacher} is a "
+            f"{pipeline.kind} of kind {SCHEDULE_NAMES[kind]}; use `d2g distill ode`"
         )
 
 

@@ -52,7 +52,7 @@ def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
 
     Reads the teacher's configs, no weights. Raises UserError for a folder that is no teacher.
     """
-    default = "sd15-text" if stage == "text" else DEFAULT
+    default = {"text": "sd15-text", "cd": "cifar10"}.get(stage, DEFAULT)
     if not teacher:
         return default, "no teacher is named"
     if teacher not in pretrained.SHIPPED and not Path(teacher).is_dir():
@@ -70,4 +70,4 @@ def choose_preset(teacher: str, stage: str) -> tuple[str, str]:
     if stage == "text":
         name = "miniature-text" if size < SMALL else TEXT_OF_FAMILY.get(family.name, "sd15-text")
     # A preset without the stage is no choice.
-    return (name if stage in DISTILL_PRESETS[name] else small), reason
+    return next(choice for choice in (name, small, default) if stage in DISTILL_PRESETS[choice]), reason

@@ -27,6 +27,11 @@ PUBLISHED = {
 """Published facts by preset, for the presets that are columns of Table A1."""
 
 
+PASSES = {"ode": 1, "cd": 4}
+"""Network evaluations per row of the stages without a discriminator. cd: the student, its target, and two of
+the teacher in a step of Heun."""
+
+
 def pair_evaluations(solver: str, steps: int) -> int:
     """Network evaluations of a pair. Guidance, which doubles them, is not counted, as in Table A1.
 
@@ -37,13 +42,16 @@ def pair_evaluations(solver: str, steps: int) -> int:
 
 
 def table_evaluations(config: DistillConfig) -> int:
-    """Network evaluations of a run as Table A1 counts them: 1 per row in stage 1, 5 per row in stage 2.
+    """Network evaluations of a run as the paper counts them: 1 per row in stage 1, 5 per row in stage 2, 4
+    per row of consistency distillation (supplement A.2).
 
     Stage 2 has G, D(real) and D(fake) in the update of D, and G and D(fake) in the update of G (method.md
     "Mix-and-match augmentation").
     """
     images = config.train.images
-    return images if config.stage == "ode" else images * 3 + 2 * (images // config.gan.d_steps_per_g_step)
+    if not config.adversarial:
+        return images * PASSES[config.stage]
+    return images * 3 + 2 * (images // config.gan.d_steps_per_g_step)
 
 
 def evaluations(config: DistillConfig) -> int:
@@ -54,8 +62,8 @@ def evaluations(config: DistillConfig) -> int:
     """
     size = config.train.batch_size
     steps = _steps(config.train)
-    if config.stage == "ode":
-        return steps * size
+    if not config.adversarial:
+        return steps * size * PASSES[config.stage]
     gan = config.gan
     student_steps = steps // gan.d_steps_per_g_step
     second_generator_pass = 0 if config.engine.gradient_accumulation == 1 else student_steps

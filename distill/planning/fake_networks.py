@@ -19,6 +19,7 @@ from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import DiscriminatorInput
 from distill.losses.regression.decoder_features import DecoderFeatures
 from distill.losses.regression.registry import regression_networks
+from distill.models.consistency import wrapper_of
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.projected_discriminator import ProjectedDiscriminator
 from distill.models.row_dropout import set_dropout_keys
@@ -53,7 +54,9 @@ def known_teacher(config: DistillConfig, model: str) -> Iterator[DistillConfig |
 def build_meta_student(config: DistillConfig) -> Student:
     """The student of a run without weights, with its trained parameters switched on."""
     check_teacher(config.teacher, config.stage, config.student)
-    student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
+    student = meta_student(
+        config.teacher, config.student_timestep, config.student, config.seed, wrapper_of(config.stage)
+    )
     if config.own_text:
         check_text_teacher(config.teacher)
         student = TextStudent(student, text_conditioner_on_meta(config.teacher))

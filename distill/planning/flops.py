@@ -21,6 +21,7 @@ from distill.config.run import DistillConfig
 from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.gradient_penalty import DiscriminatorInput, penalty
 from distill.models.student import Student
+from distill.planning.cost import PASSES
 from distill.planning.fake_networks import (
     autoencoder_distances,
     build_meta_discriminator,
@@ -87,7 +88,8 @@ def flop_per_image(config: DistillConfig) -> float:
                 to_fake(network)
         losses = _losses(config, student.latent_shape, metric, distances, guide)
         if discriminator is None:
-            return _student_pass(config, student) + losses
+            without_gradient = (PASSES[config.stage] - 1) * _student_forward(config, student)
+            return _student_pass(config, student) + without_gradient + losses
         adversarial = _discriminator(config, student, discriminator)
         every = config.gan.d_steps_per_g_step
         # Where one forward pass does not serve both updates, the update of D has one of its own.
@@ -183,7 +185,8 @@ def seconds_per_image_at_peak(config: DistillConfig, device: torch.device) -> fl
 
 
 def gpu_days(config: DistillConfig, evaluations: int, model: str = "") -> float | None:
-    """A100 GPU-days of so many network evaluations, each with its backward pass; None for an unknown teacher.
+    """A100 GPU-days of so many network evaluations, with their backward passes (in consistency distillation,
+    of one in four); None for an unknown teacher.
 
     An estimate from the operations of the student's network: a backward pass costs two forward passes, and a
     GPU reaches UTILIZATION of its peak. Losses, text encoders and reading are not counted.
@@ -195,4 +198,5 @@ def gpu_days(config: DistillConfig, evaluations: int, model: str = "") -> float 
         with FakeTensorMode():
             to_fake(student)
             forward = _student_forward(known, student)
-    return 3 * forward * evaluations / (UTILIZATION * A100_BF16) / 86_400
+    passes = evaluations + 2 * evaluations / PASSES.get(config.stage, 1)
+    return forward * passes / (UTILIZATION * A100_BF16) / 86_400

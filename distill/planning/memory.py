@@ -81,6 +81,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     torch.ones((), requires_grad=True).backward()
     view = [] if discriminator is None else frozen_views(discriminator)
     frozen += _bytes(p for network in view for p in network.parameters())
+    frozen += _bytes(student.parameters()) if config.stage == "cd" else 0.0  # the teacher
     guide = build_clip_guidance(config.clip_guidance, config.teacher, "meta")
     frozen += _bytes(guide.parameters()) if guide is not None else 0.0
     metric = latent_metric(config, student.latent_shape[0])

@@ -1,8 +1,10 @@
 """Settings that have no effect in a given run. A preset may contain them; setting one by hand is an error."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 
 from d2g.core.errors import SettingError
+from distill.config.components import DiscriminatorConfig
 from distill.config.run import DistillConfig
 from distill.losses.regression.registry import REGRESSION_LOSSES, regression_networks
 from distill.models.discriminators import DISCRIMINATORS
@@ -38,8 +40,25 @@ def _discriminator_conditions() -> dict[tuple[str, ...], Condition]:
     }
 
 
+_ADVERSARIAL = "in `d2g distill gan` and `d2g distill text`"
+
+GAN_ONLY = sorted(
+    {field.name for field in fields(DiscriminatorConfig)} - {"optim", "real", "real_column", "real_fraction"}
+)
+"""Settings of the discriminator that no other stage reads."""
+
 _CONDITIONS: dict[tuple[str, ...], Condition] = {
-    ("gan.",): (lambda c: c.adversarial, "in `d2g distill gan` and `d2g distill text`"),
+    tuple(f"gan.{name}" for name in GAN_ONLY): (lambda c: c.adversarial, _ADVERSARIAL),
+    ("gan.optim.",): (lambda c: c.adversarial, _ADVERSARIAL),
+    ("gan.real", "gan.real_column", "gan.real_fraction"): (
+        lambda c: c.adversarial or (c.stage == "cd" and not c.pairs),
+        f"{_ADVERSARIAL}, or in `d2g distill cd` without --pairs",
+    ),
+    ("consistency.",): (lambda c: c.stage == "cd", "in `d2g distill cd`"),
+    ("data.rewire", "clip_guidance.weight"): (
+        lambda c: c.stage != "cd",
+        "in `d2g distill ode`, `gan` and `text`",
+    ),
     ("gan.r1_interval", "gan.r1_reduction"): (
         lambda c: c.gan.active_penalty not in ("approx", "none"),
         "with gan.penalty=single, full or r1r2 and gan.r1_gamma above 0",

@@ -40,6 +40,7 @@ class StepRandomness:
     draws: Tensor | None  # [3, B, D] integers of real, fake and the student's rows, for kinds that take them
     penalized_rows: list[int]  # rows for single-sample R1, drawn in every step, due or not; else empty
     clip_crops: Tensor  # [B, 2] in [0, 1): crops of the student's images that CLIP sees
+    consistency_levels: Tensor | None  # [B] numbers of noise levels, 1 to N - 1
     nimg: int  # number of the first row since the run began
 
 
@@ -65,6 +66,8 @@ class MicroBatch:
     draws: tuple[Tensor | None, ...] = (None,) * 3  # [b, D] of real, fake and the student's rows
     clip_text: Tensor | None = None  # [b, D] unit vectors of the prompts, for guidance by CLIP
     clip_crops: Tensor | None = None  # [b, 2] in [0, 1)
+    consistency_level: Tensor | None = None  # [b] number of the noise level, 1 to N - 1
+    consistency_noise: Tensor | None = None  # [b, C, h, w] of unit variance
     generated: Tensor = field(init=False)  # [b, C, h, w] the student's latents
     d_real: DiscriminatorInput = field(init=False)
     d_fake: DiscriminatorInput = field(init=False)
@@ -77,6 +80,7 @@ class StepPreparation:
     student has dropout. `encode_for_student`: gives the input of a student with text encoders of its own;
     other students take what `encode` gives. `embedded_guidance`: whether the teacher's network takes the
     guidance scale as an input, which is part of the conditioning then, for student and discriminator.
+    `noise_levels`: number of them in consistency distillation, 0 in other stages.
     """
 
     def __init__(
@@ -94,7 +98,9 @@ class StepPreparation:
         device: torch.device,
         embedded_guidance: bool = False,
         clip_guidance: ClipGuidance | None = None,
+        noise_levels: int = 0,
     ) -> None:
+        self.noise_levels = noise_levels
         self.clip_guidance = clip_guidance
         self.embedded_guidance = embedded_guidance
         self.seed, self.batch_size, self.microbatches = seed, batch_size, microbatches
@@ -150,6 +156,10 @@ class StepPreparation:
             levels = self.noise_augment.levels(size, stream(StepStream.NOISE_LEVELS))
             if gan.active_penalty == "single":
                 penalized_rows = sample_penalty_rows(size, gan.r1_rows, stream(StepStream.PENALTY_ROWS))
+        consistency_levels = None
+        if self.noise_levels:
+            rng = stream(StepStream.CONSISTENCY_LEVELS)
+            consistency_levels = torch.randint(1, self.noise_levels, (size,), generator=rng)
         return StepRandomness(
             transforms=self.regression.draw(size, shape, stream(StepStream.TRANSFORMS)),
             mix=torch.rand(size, generator=stream(StepStream.MIX)),
@@ -157,6 +167,7 @@ class StepPreparation:
             draws=draws,
             penalized_rows=penalized_rows,
             clip_crops=torch.rand(size, 2, generator=stream(StepStream.GUIDANCE_CROPS)),
+            consistency_levels=consistency_levels,
             nimg=nimg,
         )
 
@@ -185,6 +196,12 @@ class StepPreparation:
             fraction, shares = gan.mix_fraction, (gan.mix_x, gan.mix_c, gan.mix_z)
             if gan.active_penalty == "approx":
                 r1_noise = row_noise(generator(self.seed, Stream.R1_NOISE).initial_seed(), rows, shape)
+        # Noise of consistency distillation: new for each visit of an image.
+        levels_of_rows, consistency_noise = randomness.consistency_levels, None
+        if levels_of_rows is not None:
+            consistency_noise = row_noise(
+                generator(self.seed, Stream.CONSISTENCY_NOISE).initial_seed(), rows, shape
+            )
         # Take this micro-batch's part of the random numbers, and copy it to the device.
         mix_mode, mix_partner = sample_mismatches(prompts, fraction, randomness.mix[batch_rows], shares)
         transforms, levels = randomness.transforms, randomness.levels
@@ -211,6 +228,10 @@ class StepPreparation:
             draws=(None,) * 3
             if randomness.draws is None
             else tuple(to_device(draws[batch_rows], device) for draws in randomness.draws),
+            consistency_level=to_device(
+                None if levels_of_rows is None else levels_of_rows[batch_rows], device
+            ),
+            consistency_noise=to_device(consistency_noise, device),
             clip_text=None if self.clip_guidance is None else self.clip_guidance.encode(prompts),
             clip_crops=to_device(
                 None if self.clip_guidance is None else randomness.clip_crops[batch_rows], device

@@ -19,6 +19,7 @@ from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
+from distill.models.consistency import wrapper_of
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.ema import EMA
@@ -241,7 +242,7 @@ def _distribute(
 
 
 def _build_student(config: DistillConfig, fresh: bool) -> Student:
-    student = student_from_teacher(config.teacher, config.student_timestep)
+    student = student_from_teacher(config.teacher, config.student_timestep, wrapper=wrapper_of(config.stage))
     conditioner = load_text_conditioner(config.teacher) if config.own_text else None
     if config.init not in ("", FROM_TEACHER) and fresh:
         load_student_weights(student, config.init, conditioner)
@@ -276,7 +277,9 @@ def _build_discriminator(config: DistillConfig, fresh: bool, rng: torch.Generato
 
 
 def _build_student_on_meta(config: DistillConfig) -> Student:
-    student = meta_student(config.teacher, config.student_timestep, config.student, config.seed)
+    student = meta_student(
+        config.teacher, config.student_timestep, config.student, config.seed, wrapper_of(config.stage)
+    )
     if config.own_text:
         student = TextStudent(student, text_conditioner_on_meta(config.teacher, with_tokenizers=True))
     set_stage_trainable(student, config.teacher, config.stage, config.student)

@@ -18,6 +18,7 @@ from distill.losses.clip_guidance import ClipGuidance
 from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
 from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.regression import Regression
+from distill.models.consistency import ConsistencyTarget
 from distill.models.row_dropout import set_dropout_keys
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import MicroBatch, StepRandomness, penalty_batches
@@ -69,6 +70,7 @@ class StepContext:
     gan: DiscriminatorConfig
     clip_guidance: ClipGuidance | None
     clip_weight: float
+    consistency: ConsistencyTarget | None
     student_optim: OptimConfig
     batch_size: int
     images: int
@@ -149,7 +151,7 @@ def discriminator_step(
                     terms.add(values)
             (loss / len(microbatches)).backward(one_or_nan(loss))
 
-    _update(context, "grad/d", terms)
+    update_network(context, "grad/d", terms)
     discriminator.module.requires_grad_(False)
 
 
@@ -216,7 +218,7 @@ def generator_step(
             # Backward in two parts: D's graph is freed before the student's backward pass begins.
             (grad_latents,) = torch.autograd.grad(loss, latents, one_or_nan(loss))
             microbatch.generated.backward(grad_latents / len(microbatches))
-    _update(context, "grad/g", terms)
+    update_network(context, "grad/g", terms)
     state.ema.update(state.student.module, state.nimg + context.batch_size)
 
 
@@ -247,7 +249,7 @@ def one_or_nan(loss: Tensor) -> Tensor:
     return loss.detach() * 0 + 1
 
 
-def _update(context: StepContext, name: str, terms: LossTerms) -> None:
+def update_network(context: StepContext, name: str, terms: LossTerms) -> None:
     """One optimizer step of D ("grad/d") or of the student ("grad/g"), unless a loss or gradient since the
     start of the run was not finite."""
     state = context.state

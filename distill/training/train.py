@@ -25,8 +25,9 @@ from distill.config.run import DistillConfig, StudentConfig, microbatch_size
 from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
+from distill.models.consistency import ConsistencyStudent, ConsistencyTarget
 from distill.models.discriminators import check_discriminator
-from distill.models.student import check_teacher, takes_guidance
+from distill.models.student import check_teacher, student_from_teacher, takes_guidance
 from distill.models.text_student import TextStudent, check_text_teacher
 from distill.planning.flops import seconds_per_image_at_peak
 from distill.sampling import OneStep
@@ -37,16 +38,17 @@ from distill.training.callbacks import (
     StopControl,
     ValidationCallback,
 )
+from distill.training.consistency_step import consistency_step
 from distill.training.data import open_pairs, pair_batches, require_enough_pairs, training_pairs
 from distill.training.finite_check import FiniteCheck
 from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
-from distill.training.microbatch import StepPreparation
+from distill.training.microbatch import MicroBatch, StepPreparation, StepRandomness
 from distill.training.monitor import RunMonitor, StudentSampler
 from distill.training.real_images import CaptionKind, RealImages, caption_kind
 from distill.training.real_rows import ImageRows, RealRows
 from distill.training.state import State, new_state
-from distill.training.step import StepContext, train_step
+from distill.training.step import LossTerms, StepContext, train_step
 from distill.training.text_cache import TextCache
 from distill.training.validation import Validate, held_out
 from pairgen.store.dataset import PairRows
@@ -135,6 +137,11 @@ class _Run:
     batches: Iterator[PairBatch]
     resumed: bool
 
+    @property
+    def take_step(self) -> Callable[[StepContext, Sequence[MicroBatch], StepRandomness], LossTerms]:
+        """The step of the run's stage."""
+        return consistency_step if self.config.stage == "cd" else train_step
+
 
 def _train(
     config: DistillConfig,
@@ -202,6 +209,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
             gan=config.gan,
             clip_guidance=guide,
             clip_weight=config.clip_guidance.weight,
+            consistency=_build_consistency(config, device),
             student_optim=config.optim,
             batch_size=options.batch_size,
             images=options.images,
@@ -266,7 +274,7 @@ def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
         microbatches, randomness = run.prepare(batch, state.nimg)
 
         # Update the networks.
-        terms = train_step(run.context, microbatches, randomness)
+        terms = run.take_step(run.context, microbatches, randomness)
         state.nimg, state.steps = state.nimg + options.batch_size, state.steps + 1
         progress(config.stage, min(state.nimg, options.images), options.images)
 
@@ -384,6 +392,14 @@ def _build_encoder(
     return TextCache(encode, cached_prompts, device), caption_kind(conditioner)
 
 
+def _build_consistency(config: DistillConfig, device: torch.device) -> ConsistencyTarget | None:
+    """The teacher of consistency distillation; None in other stages."""
+    if config.stage != "cd":
+        return None
+    teacher = student_from_teacher(config.teacher, wrapper=ConsistencyStudent)
+    return ConsistencyTarget.of(teacher.requires_grad_(False).to(device), config.consistency.levels)
+
+
 def _build_autocast(
     precision: str, parallel: str, device: torch.device
 ) -> Callable[[], AbstractContextManager[None]]:
@@ -414,6 +430,7 @@ def _build_preparation(
         device=device,
         embedded_guidance=family_of(config.teacher).embedded_guidance is not None,
         clip_guidance=guide,
+        noise_levels=config.consistency.levels if config.stage == "cd" else 0,
     )
 
 
@@ -447,6 +464,11 @@ def _check_without_pairs(config: DistillConfig) -> None:
     """Raise SettingError for settings that need pairs."""
     if config.stage == "ode":
         raise SettingError("pairs is not set; give --pairs")
+    if config.stage == "cd" and not config.without_pairs:
+        raise SettingError(
+            "pairs is not set; give --pairs, or train on real images: set gan.real=FOLDER and "
+            "gan.real_fraction=1"
+        )
     if not config.without_pairs:
         losses = ", ".join(config.regression.names)
         missing = {

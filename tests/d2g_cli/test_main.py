@@ -199,6 +199,7 @@ REQUIRED_OPTIONS = {  # options without which a command fails before it checks i
     "pairs stats": "x",
     "lpips distance": "a b --teacher x",
     "distill ode": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
+    "distill cd": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
     "distill gan": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
     "distill text": "--validate miniature --set train.validate_images=9 --set train.validate_pairs=9",
     "distill watch": "x",

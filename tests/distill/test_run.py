@@ -19,7 +19,7 @@ from distill.config.run import (
 )
 from distill.planning.cost import column, plan, table_evaluations
 from distill.planning.cost import evaluations as evaluations_of
-from distill.planning.unused_settings import CONDITIONS, refuse_unused
+from distill.planning.unused_settings import CONDITIONS, GAN_ONLY, refuse_unused
 
 
 def test_presets_are_table_a1() -> None:
@@ -144,7 +144,7 @@ def test_loss_comparison_presets_differ_in_the_loss_only(prefix: str, base: str)
 
 def test_every_preset_has_its_stage_and_round_trips_through_json() -> None:
     for name, stages in DISTILL_PRESETS.items():
-        assert stages and set(stages) <= {"ode", "gan", "text"}
+        assert stages and set(stages) <= {"ode", "gan", "text", "cd"}
         for stage, config in stages.items():
             assert config.stage == stage and preset(name, stage) is config
             assert from_json(DistillConfig, to_json(config)) == config
@@ -323,6 +323,13 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     # (setting, settings with which it has no effect, settings with which it has one)
     ("gan.weight=1", ("stage=ode",), ("stage=gan",)),
     ("gan.optim.lr=1", ("stage=ode",), ("stage=gan",)),
+    ("gan.mix_fraction=0", ("stage=cd",), ("stage=gan",)),
+    ('gan.real="x"', ("gan.real_fraction=1", "stage=ode"), ("gan.real_fraction=1", "stage=cd")),
+    ("gan.real_column=x", ("stage=cd", "pairs=x"), ("stage=cd",)),
+    ("gan.real_fraction=1", ("stage=cd", "pairs=x"), ("stage=cd",)),
+    ("consistency.levels=4", (), ("stage=cd",)),
+    ("clip_guidance.weight=1", ("stage=cd",), ()),
+    ("data.rewire=true", ("stage=cd",), ()),
     ("gan.r1_interval=2", ("gan.penalty=approx",), ("gan.penalty=full",)),
     ("gan.r1_interval=2", ("gan.r1_gamma=0",), ()),
     ("gan.r1_rows=2", ("gan.penalty=full",), ("gan.penalty=single",)),
@@ -395,5 +402,6 @@ def test_settings_without_effect_are_refused(
 
 def test_every_condition_is_tested_and_presets_may_set_unused_settings() -> None:
     tested = {setting.partition("=")[0] for setting, _, _ in UNUSED}
-    assert {name for names, _ in CONDITIONS for name in names} <= tested | {"gan."}
+    groups = {"gan.optim.", "consistency.", *(f"gan.{name}" for name in GAN_ONLY)}
+    assert {name for names, _ in CONDITIONS for name in names} <= tested | groups
     refuse_unused(DISTILL_PRESETS["cifar10"]["ode"], [])

@@ -329,7 +329,7 @@ def test_an_unconditional_teacher_takes_no_text_and_no_mixing(
 
 def test_a_noise_input_contradicts_real_images_alone() -> None:
     for settings, message in (
-        (("gan.z_conditioning=true",), "no real image belongs to its noise.*set z_conditioning=false"),
+        (("gan.z_conditioning=true",), "no real image belongs to its noise.*set gan.z_conditioning=false"),
         (("gan.mix_z=1",), "mix_z is 1, but z_conditioning is false: .*; set mix_z=0"),
     ):
         with pytest.raises(SettingError, match=message):
