@@ -110,6 +110,13 @@ class EngineConfig:
         0, "Ranks that share one sharded copy with fsdp, a divisor of their number; 0: all of them"
     )
     gradient_accumulation: int = setting(1, "Micro-batches per step and rank", source="Table A1")
+    own_generator_passes: bool = setting(
+        False,
+        "Evaluate the student once for the discriminator's update and once for its own: five evaluations per "
+        "row, as the paper counts, not four. Its weights do not change in between. Saves the memory of its "
+        "activations while the discriminator is updated",
+        source='method.md "Mix-and-match augmentation"',
+    )
     activation_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass to save memory"
     )

@@ -66,7 +66,8 @@ def evaluations(config: DistillConfig) -> int:
         return steps * size * PASSES[config.stage]
     gan = config.gan
     student_steps = steps // gan.d_steps_per_g_step
-    second_generator_pass = 0 if config.engine.gradient_accumulation == 1 else student_steps
+    reused = config.engine.gradient_accumulation == 1 and not config.engine.own_generator_passes
+    second_generator_pass = 0 if reused else student_steps
     real_logits_pass = student_steps if gan.loss == "rpgan" else 0
     passes = 3 * steps + student_steps + second_generator_pass + real_logits_pass
     penalties = -(-steps // gan.penalty_interval)  # the first step has one

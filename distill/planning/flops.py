@@ -93,7 +93,8 @@ def flop_per_image(config: DistillConfig) -> float:
         adversarial = _discriminator(config, student, discriminator)
         every = config.gan.d_steps_per_g_step
         # Where one forward pass does not serve both updates, the update of D has one of its own.
-        own_pass = 1.0 if config.engine.gradient_accumulation > 1 else 1 - 1 / every
+        separate = config.engine.gradient_accumulation > 1 or config.engine.own_generator_passes
+        own_pass = 1.0 if separate else 1 - 1 / every
         forward = _student_forward(config, student)
         return (_student_pass(config, student) + losses) / every + own_pass * forward + adversarial
 

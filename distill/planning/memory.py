@@ -173,7 +173,8 @@ def _working_bytes(
         _update_bytes(student, config.optim, config.engine, shards, buckets),
     )
     if discriminator is not None:
-        waiting = student_graph.saved.of(rows) if config.engine.gradient_accumulation == 1 else 0.0
+        reused = config.engine.gradient_accumulation == 1 and not config.engine.own_generator_passes
+        waiting = student_graph.saved.of(rows) if reused else 0.0
         of_d = _discriminator_bytes(config, discriminator, student, rows, world_size, buckets)
         working = max(working, waiting + of_d)
     if buckets:

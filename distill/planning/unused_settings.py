@@ -87,6 +87,7 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
         lambda c: c.gan.noise_augment != "none",
         "with gan.noise_augment=uniform or small",
     ),
+    ("engine.own_generator_passes",): (lambda c: c.adversarial, _ADVERSARIAL),
     ("engine.frozen_weights",): (
         lambda c: c.student.lora_rank > 0 or c.stage == "text" or (c.adversarial and c.gan.freeze_backbone),
         "with student.lora_rank above 0, in `d2g distill text`, or in `d2g distill gan` with "

@@ -59,8 +59,9 @@ class LossTerms(Mapping[str, Tensor]):
 class StepContext:
     """The objects and settings that a step needs.
 
-    images: the length of the run. stop_updates(name, gradient_norm, terms): 1 on the device where an update
-    must not happen. waiting: counts time that is spent on waiting for data.
+    images: the length of the run. own_generator_passes: whether the student is evaluated once for each
+    update. stop_updates(name, gradient_norm, terms): 1 on the device where an update must not happen.
+    waiting: counts time that is spent on waiting for data.
     """
 
     state: State
@@ -74,6 +75,7 @@ class StepContext:
     student_optim: OptimConfig
     batch_size: int
     images: int
+    own_generator_passes: bool
     logit_stats: LogitStats
     autocast: Callable[[], AbstractContextManager[None]]
     waiting: Callable[[], AbstractContextManager[None]]
@@ -90,7 +92,9 @@ def train_step(
     state, gan = context.state, context.gan
     terms = LossTerms(len(microbatches))
     update_generator = state.discriminator is None or (state.steps + 1) % gan.d_steps_per_g_step == 0
-    reuse_student_pass = len(microbatches) == 1 and update_generator  # one forward pass serves both updates
+    # One forward pass serves both updates, unless gradients are accumulated or each is to have its own.
+    reuse_student_pass = len(microbatches) == 1 and update_generator
+    reuse_student_pass &= state.discriminator is None or not context.own_generator_passes
 
     # Generate from noise and conditioning in one step.
     if state.discriminator is not None or reuse_student_pass:

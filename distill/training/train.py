@@ -213,6 +213,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
             student_optim=config.optim,
             batch_size=options.batch_size,
             images=options.images,
+            own_generator_passes=config.engine.own_generator_passes,
             logit_stats=logit_stats,
             autocast=autocast,
             waiting=pace.waiting,
@@ -508,6 +509,7 @@ _CHANGEABLE_SETTINGS = {
     "engine": (
         *("parallel", "shard_size", "gradient_accumulation", "activation_checkpointing", "compile", "gpus"),
         *("async_checkpoints", "channels_last", "offload_optimizer", "compile_blocks"),
+        "own_generator_passes",
     ),
 }
 """Settings that a resumed run may have other values of: none changes what is learnt beyond rounding."""

@@ -79,6 +79,7 @@ def assert_same_learning(run: Path, plain: Path, rel: float = 1e-4) -> None:
 
 
 ENGINE_OPTIONS = {
+    "own-passes": ["engine.own_generator_passes=true"],
     "accumulate": ["engine.gradient_accumulation=2"],
     "recompute": ["engine.activation_checkpointing=true"],
     "fsdp": ["engine.parallel=fsdp"],

@@ -140,6 +140,9 @@ def test_working_memory_by_rows_micro_batches_and_checkpointing(teacher: Path) -
     gan = working(stage="gan", train=large())
     assert 2.5 * one < gan < 3.5 * one  # the graphs of the student and of D on real and fake
     assert working(stage="gan", train=large(), gan=DiscriminatorConfig(penalty="full")) > gan
+    # With a pass of its own, the student's graph is not held while D is updated.
+    own_passes = working(stage="gan", train=large(), engine=EngineConfig(own_generator_passes=True))
+    assert own_passes == pytest.approx(gan - one, rel=0.01)
 
 
 def test_fake_tensors_save_the_same_bytes_as_real_ones(teacher: Path) -> None:

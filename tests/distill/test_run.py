@@ -189,6 +189,8 @@ def test_plan_counts_evaluations(settings: dict[str, Any], evaluations: int, tab
     accumulated = plan(replace(config, engine=EngineConfig(gradient_accumulation=5, gpus=2)))
     assert accumulated["evaluations"] == evaluations + 200 * (5 // config.gan.d_steps_per_g_step)
     assert (accumulated["gpus"], accumulated["rows_per_gpu"]) == (2, 20)
+    own_passes = plan(replace(config, engine=EngineConfig(own_generator_passes=True)))
+    assert own_passes["evaluations"] == accumulated["evaluations"]
     with pytest.raises(SettingError, match="batch_size 200 does not divide over 64 processes"):
         plan(config, world_size=64)
     with pytest.raises(SettingError, match="a micro-batch has 25 rows per process"):
@@ -323,6 +325,7 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     # (setting, settings with which it has no effect, settings with which it has one)
     ("gan.weight=1", ("stage=ode",), ("stage=gan",)),
     ("gan.optim.lr=1", ("stage=ode",), ("stage=gan",)),
+    ("engine.own_generator_passes=true", ("stage=ode",), ("stage=gan",)),
     ("gan.mix_fraction=0", ("stage=cd",), ("stage=gan",)),
     ('gan.real="x"', ("gan.real_fraction=1", "stage=ode"), ("gan.real_fraction=1", "stage=cd")),
     ("gan.real_column=x", ("stage=cd", "pairs=x"), ("stage=cd",)),
