@@ -93,6 +93,8 @@ class RandomStep:
             student_optim=config.optim,
             batch_size=config.train.batch_size,
             images=config.train.images,
+            own_generator_passes=config.engine.own_generator_passes,
+            consistency=None,
             logit_stats=logit_stats,
             autocast=lambda: torch.autocast(
                 device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
