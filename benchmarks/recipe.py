@@ -5,7 +5,8 @@ networks.
     python benchmarks/recipe.py table --out DIR                                  writes recipe_DATE_cpu.md
 
 Pairs come from `d2g pairs generate --preset miniature`. Arms of the second stage start from the run of the
-first stage that their name ends with.
+first stage that their name ends with ("gan from pseudo_huber"), and have the losses of the preset's stage 2.
+The CLIP that guides comes from `python benchmarks/text_phase.py clip`.
 """
 
 import argparse
@@ -44,18 +45,30 @@ FIRST = {
     ),
 }  # fmt: skip
 """Settings of first stages by name of the arm; `{images}` stands for the length."""
+GAN = ("optim.decay_images={images}", "gan.optim.decay_images={images}", "train.ema_halflife_images=420")
+PROJECTED = (
+    'gan.feature_networks=["efficientnet-lite0"]',
+    "gan.feature_size=64",
+    "gan.loss=hinge",
+    "gan.mix_z=0",
+)
+GUIDANCE = ("clip_guidance.weight=0.2", "clip_guidance.model={clip}")
 SECOND = {
     "gan, constant rate": (),
-    "gan": (
-        "optim.decay_images={images}",
-        "gan.optim.decay_images={images}",
-        "train.ema_halflife_images=420",
-    ),
+    "gan": GAN,
+    **{f"gan, weight {weight}": (*GAN, f"gan.weight={weight}") for weight in ("0.05", "1", "4")},
+    "gan, output head": (*GAN, "gan.output_head=true"),
+    "projected": (*GAN, *PROJECTED, "gan.discriminator=projected"),
+    "unet and projected": (*GAN, *PROJECTED, "gan.discriminator=unet+projected"),
+    "gan, CLIP": (*GAN, *GUIDANCE),
+    "projected, CLIP": (*GAN, *PROJECTED, "gan.discriminator=projected", *GUIDANCE),
+    "adm": (*GAN, "regression.losses=[]", "gan.weight=1"),
 }
-"""Settings of second stages by the first part of their name."""
+"""Settings of second stages by the first part of their name; `{clip}` stands for the CLIP that guides. adm:
+adversarial regression on the pairs alone (arXiv 2507.18569)."""
 
 
-def run(pairs: str, out: Path, arm: str, seed: int, images: int, count: int) -> None:
+def run(pairs: str, out: Path, arm: str, seed: int, images: int, count: int, clip: str = "") -> None:
     """Train one arm with one seed and score it, unless its scores are there."""
     second, _, first = arm.rpartition(" from ")
     stage = "gan" if second else "ode"
@@ -66,8 +79,8 @@ def run(pairs: str, out: Path, arm: str, seed: int, images: int, count: int) -> 
     config = replace(DISTILL_PRESETS["miniature"][stage], pairs=pairs, seed=seed)
     if second:
         config = replace(config, init=str(out / str(seed) / first))
-        settings = [s for s in settings if s.startswith("regression.")] + list(SECOND[second])
-    config = override(config, [setting.format(images=images) for setting in settings])
+        settings = list(SECOND[second])
+    config = override(config, [setting.format(images=images, clip=clip) for setting in settings])
     options = replace(config.train, images=images, report_images=images // 8, checkpoint_images=images // 4)
     summary = train(replace(config, train=options), folder)
     facts = {"images": summary.images, "seconds": summary.seconds, "scored_scenes": count}
@@ -104,12 +117,13 @@ def main() -> None:
     parser.add_argument(
         "--arm", help=f"one of {', '.join(FIRST)}; or {' or '.join(SECOND)}, from one of them"
     )
+    parser.add_argument("--clip", default="", help="the CLIP that guides, for arms with CLIP")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=24_000)
     parser.add_argument("--scenes", type=int, default=2_048, help="test scenes per student")
     args = parser.parse_args()
     if args.what == "run":
-        run(args.pairs, args.out, args.arm, args.seed, args.images, args.scenes)
+        run(args.pairs, args.out, args.arm, args.seed, args.images, args.scenes, args.clip)
     else:
         write("recipe", "Recipes of the miniature", lines_of(args.out))
 
