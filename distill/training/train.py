@@ -96,6 +96,7 @@ def train(
     4
     """
     # Check settings before the processes meet: later, a process that leaves would block the others.
+    _refuse_other_folders(out)
     validate_config(config)
     family = family_of(config.teacher)
     if validate is not None and (family.prior_family is not None or not family.draws_images):
@@ -459,6 +460,17 @@ def validate_config(config: DistillConfig) -> None:
         raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
     microbatch_size(config, process_group.world_size())
     check_loggers(config.train.loggers)
+
+
+def _refuse_other_folders(out: Path) -> None:
+    """Raise UserError for a folder that holds something else than a run."""
+    for file, what in {
+        "store.json": "a pair store",
+        "model_index.json": "a teacher",
+        "student.json": "an exported student",
+    }.items():
+        if (out / file).is_file():
+            raise UserError(f"{out} holds {what} ({file}), not a run; give another --out")
 
 
 def _check_without_pairs(config: DistillConfig) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from d2g.core.claims import OWNER
 from d2g.core.distributed.checkpoint import complete_points
-from d2g.core.errors import LostFolder
+from d2g.core.errors import LostFolder, UserError
 from d2g.core.tracking.run_directory import ENDED, read_stats
 from distill.training.callbacks import StopControl
 from distill.training.train import train
@@ -85,6 +85,14 @@ def test_refused_inputs_leave_no_folder(teacher: Path, pairs: Path, tmp_path: Pa
         distill_arguments(distill_config(teacher, tmp_path / "nothing"), tmp_path / "run"), tmp_path / "log"
     )
     assert ended.code == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_refused(teacher: Path, pairs: Path) -> None:
+    for out, what in {pairs: "a pair store", teacher: "a teacher"}.items():
+        before = sorted(out.iterdir())
+        with pytest.raises(UserError, match=rf"holds {what} .*, not a run; give another --out"):
+            train(distill_config(teacher, pairs), out)
+        assert sorted(out.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
