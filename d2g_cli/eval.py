@@ -30,11 +30,16 @@ from d2g_cli.eval_options import (
     load_metrics,
     load_presets,
 )
+from d2g_cli.eval_studies import eval_ledger, eval_prefer, eval_robustness
 from d2g_cli.eval_tables import format_cell, readable_result
 from d2g_cli.inputs import check_inputs, config_inputs
 
 eval_app = typer.Typer(help="Measure students, teachers, pipelines and images.", no_args_is_help=True)
 _Command = presets_in_help(load_presets, Metrics=load_metrics)
+
+eval_app.command("prefer")(eval_prefer)
+eval_app.command("ledger")(eval_ledger)
+eval_app.command("robustness", cls=_Command)(eval_robustness)
 
 
 @eval_app.command("run", cls=_Command)
@@ -87,6 +92,10 @@ def eval_curve(
     out: Annotated[
         Path, typer.Option(help="Folder for curve.json, curve.png, report.html and parts to resume from.")
     ],
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of an earlier curve to draw in the same picture; repeatable."),
+    ] = None,
 ) -> None:
     """FID against CLIP score over guidance, steps, truncation or checkpoints."""
     from eval.protocols.config import CurveRun
@@ -100,7 +109,8 @@ def eval_curve(
     # The plan of one evaluation, repeated for each value.
     run = replace(eval_config(options), out=str(out))
     run = replace(run, metrics=run.metrics or ("fid", "clip"))
-    config = CurveRun(run=run, setting=setting, values=values)
+    earlier = tuple(str(folder) for folder in beside or ())
+    config = CurveRun(run=run, setting=setting, values=values, beside=earlier)
     if options.dry_run:
         plan = {"over": setting, "values": list(values), **_plan(run)}
         finish_dry_run(run, options.as_json, plan, config_inputs(run, EVAL_INPUTS))
@@ -198,60 +208,6 @@ def eval_compare(
     if wins:
         rows = [[win["first"], win["second"], f"{win['win_rate']:.1%}"] for win in wins]
         emit_table(["PickScore prefers", "to", "in"], rows, "win rates")
-
-
-@eval_app.command("prefer")
-@one_process
-def eval_prefer(
-    out: Annotated[Path, typer.Option(help="The .jsonl file of the answers; a study goes on in its file.")],
-    first: Annotated[
-        Path | None,
-        typer.Option(help="Images of the first model: --keep of `d2g eval run`, or `d2g sample`."),
-    ] = None,
-    second: Annotated[
-        Path | None, typer.Option(help="Images of the second model, of the same prompts.")
-    ] = None,
-    summary: Annotated[
-        bool, typer.Option("--summary", help="Print what the answers say, and open no page.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the orders; every user has one of his own.")] = 0,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7861,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Serve a page on which people choose between two models, blind and side by side, or sum up answers."""
-    require_range(1, 65535, port=port)
-    require_range(0, 2**63 - 1, seed=seed)
-    if out.suffix != ".jsonl":
-        raise SettingError(f"--out is {out}; expected a name ending in .jsonl")
-    if summary and (first or second):
-        raise SettingError("--summary reads the answers alone; leave --first and --second out")
-    if not summary and (first is None or second is None):
-        raise SettingError("give --first and --second, the folders of both models' images, or --summary")
-    check_inputs({"--first": first, "--second": second})
-    if dry_run:
-        plan = {"first": str(first), "second": str(second), "out": str(out), "host": host, "port": port}
-        emit(plan, as_json, "dry run: nothing was served")
-        return
-    from eval.study.answers import AnswerFile, read_answers, summarize_answers
-    from eval.study.page import Contestants, PreferenceStudy, open_server
-
-    if summary:
-        study, answers = read_answers(out)
-        facts = {"first": study.first, "second": study.second, **summarize_answers(answers)}
-        emit(facts, as_json, f"{study.first} against {study.second}")
-        return
-    assert first is not None and second is not None
-    contestants = Contestants.open(first, second)
-    answer_file = AnswerFile(out, contestants.study())
-    server = open_server(PreferenceStudy(contestants, answer_file, seed), host, port)
-    address = f"http://{host}:{server.server_address[1]}"
-    emit({"address": address, "out": str(out)}, as_json, f"open {address}; Ctrl-C ends it")
-    with server:
-        server.serve_forever()
 
 
 @eval_app.command("protocols")

@@ -22,12 +22,18 @@ class CardOptions:
     kg_per_kwh: float = setting(
         0.48, "Carbon intensity of electricity in kg CO2 per kWh", source="world average of 2023, Ember"
     )
+    pue: float = setting(
+        1.0,
+        "Power usage effectiveness: energy of the data center per energy of its devices; about 1.1 to 1.6",
+        source="ISO/IEC 30134-2; 1 counts the devices alone",
+    )
 
     def __post_init__(self) -> None:
         require(
             self,
             watts=(self.watts > 0, "a positive number"),
             kg_per_kwh=(self.kg_per_kwh >= 0, "0 or more"),
+            pue=(self.pue >= 1, "1 (no overhead) or more"),
         )
 
 

@@ -38,6 +38,12 @@ def own_results(student: str, files: Sequence[str]) -> list[dict[str, Any]]:
     return results
 
 
+def is_own_result(student: str, file: str) -> bool:
+    """Whether a result was measured on the weights of a student. Raises UserError for a file that is none."""
+    source = _source(_read_result(_result_file(file)))
+    return source.get("kind") == "student" and source.get("weights_sha256") == _weights_sha256(student)
+
+
 def score_table(result: Mapping[str, Any]) -> dict[str, Any]:
     """Contents of one result on the card: protocol, digest, counts, subject, numbers, and whether they were
     measured on the exported weights."""

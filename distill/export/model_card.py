@@ -130,8 +130,8 @@ Usage = PipelineUsage | AdapterUsage | ComfyUIUsage | OnnxUsage
 
 
 def kg_co2(device_hours: float, options: CardOptions) -> float:
-    """Emissions in kg CO2: device hours x watts x carbon intensity, without data-center overhead."""
-    return device_hours * options.watts / 1000 * options.kg_per_kwh
+    """Emissions in kg CO2 (Lacoste et al. 2019): device hours x watts x PUE x carbon intensity."""
+    return device_hours * options.watts / 1000 * options.pue * options.kg_per_kwh
 
 
 def license_fields(teacher: str, terms: str | None = None) -> dict[str, str]:

@@ -164,8 +164,15 @@ class CurveRun:
     """One of `CURVE_SETTINGS`."""
     values: tuple[float, ...] = ()
     """Values of the setting. For `checkpoints`: the training images of each; empty: all checkpoints."""
+    beside: tuple[str, ...] = ()
+    """Folders of earlier curves over the same setting and protocol, drawn in the same picture."""
 
     def __post_init__(self) -> None:
+        if self.setting == "psi":
+            raise SettingError(
+                "curve over psi, which moves w towards its mean: no kind of student here has styles; "
+                "noise_scale shrinks the noise instead"
+            )
         if self.setting not in CURVE_SETTINGS:
             raise SettingError(f"curve over {self.setting!r}; choose from {', '.join(CURVE_SETTINGS)}")
         if self.setting != "checkpoints" and not self.values:

@@ -152,6 +152,11 @@ _GIGAGAN = Protocol(
 _PUBLISHED = (
     # GigaGAN's evaluation code, which DMD and DMD2 also use: Lanczos, OpenAI's ViT-B/32.
     _GIGAGAN,
+    # StyleGAN-T's table 2: "downsampled to 64x64 pixels using Lanczos", here on both sides. Its CLIP score is
+    # that of ViT-g-14 (section 3), without a prefix.
+    replace(
+        _GIGAGAN, name="coco2014-30k-64px", size=64, clip=VIT_G_14, clip_prefix="", metrics=("fid", "clip")
+    ),
     # Diffusion2GAN, supplement B: bicubic. It does not name its CLIP; ViT-g-14 fits its Table A4 better.
     replace(_GIGAGAN, name="coco2014-30k-d2gan", resize="bicubic", clip=VIT_G_14),
     # Diffusion2GAN's SDXL table: 5,000 pairs of COCO 2017, DreamSim distance and diversity. The paper does
@@ -179,6 +184,10 @@ _PUBLISHED = (
         clip_size=256,
         metrics=("fid", "clip"),
     ),
+    # Wuerstchen's table 1 beside COCO-30k: one image per prompt, scored by PickScore; win rates are those of
+    # `d2g eval compare`. Images keep their size: PickScore resizes them itself.
+    Protocol(name="parti-prompts", clip=VIT_G_14, metrics=("pickscore", "clip")),
+    Protocol(name="localized-narratives-5k", images=5_000, clip=VIT_G_14, metrics=("pickscore", "clip")),
     # Published CIFAR10 numbers resize inside the TensorFlow graph and compare with the training set.
     Protocol(
         name="cifar10-50k",

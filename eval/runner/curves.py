@@ -4,11 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from d2g.core.atomic_files import write_atomically
+from d2g.core.config import differing
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
+from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
 from eval.evaluation import Evaluation
 from eval.measure.source import ImageSource
@@ -42,6 +44,7 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
     interrupted curve resumes. Raises SettingError for a setting that the sampler does not have.
     """
     _check(config)
+    earlier = {folder: _read_curve(Path(folder), config) for folder in config.beside}
     session = EvalSession(config.run, progress)
     if not {"fid", "clip"} <= set(session.metrics):
         raise SettingError("a curve is of FID over CLIP score, so its metrics must have fid and clip")
@@ -51,12 +54,46 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
         if config.run.out is not None and process_group.rank() == 0:
             out = Path(config.run.out)
             rows = [{**row, "label": f"{row[config.setting]:g}"} for row in facts["points"]]
-            curve = fid_clip_curve({config.setting: rows}, label=facts["labels"]["fid"])
+            lines = {config.setting: rows}
+            if earlier:
+                lines = {Path(out).name: rows}
+                for folder, before in earlier.items():
+                    _require_same_protocol(folder, before, facts)
+                    lines[Path(folder).name] = [
+                        {**row, "label": f"{row[config.setting]:g}"} for row in before["points"]
+                    ]
+            curve = fid_clip_curve(lines, label=facts["labels"]["fid"])
             write_atomically(out / "curve.json", json.dumps(facts, indent=1))
             plot_curve(curve, out / "curve.png")
             _write_report(out, points, config.setting, [curve])
         process_group.barrier()
     return facts
+
+
+class CurveFile(TypedDict):
+    """What is read of an earlier curve.json."""
+
+    protocol_sha256: str
+    setting: str
+    points: list[dict[str, Any]]
+    models: dict[str, dict[str, str]]
+
+
+def _read_curve(folder: Path, config: CurveRun) -> dict[str, Any]:
+    """An earlier curve over the same setting. Raises UserError for a folder that has none, or another one."""
+    if config.run.out is None or Path(config.run.out).name == folder.name:
+        raise SettingError(f"--beside {folder} needs an --out of another name; both names are in the picture")
+    facts = read_json_object(folder / "curve.json", "make one with `d2g eval curve`", CurveFile)
+    if facts["setting"] != config.setting:
+        raise SettingError(f"--beside {folder} is a curve over {facts['setting']}, not over {config.setting}")
+    return facts
+
+
+def _require_same_protocol(folder: str, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Raise UserError for a curve that does not compare."""
+    names = ("protocol_sha256", "models")
+    if differ := differing({n: before[n] for n in names}, {n: facts[n] for n in names}):
+        raise UserError(f"--beside {folder} does not compare: {'; '.join(differ)}; evaluate both alike")
 
 
 def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:

@@ -205,6 +205,8 @@ REQUIRED_OPTIONS = {  # options without which a command fails before it checks i
     "distill watch": "x",
     "eval run": "--teacher x",
     "eval stats": "--images x --out x.safetensors",
+    "eval ledger": "x",
+    "eval robustness": "--images x",
     "eval prefer": "--first x --second y --out z.jsonl",
     "eval curve": "--teacher x --out x --over guidance=1",
 }

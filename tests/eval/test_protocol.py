@@ -18,14 +18,20 @@ def test_the_settings_of_the_named_protocols() -> None:
         "coco2014-30k-d2gan": (30_000, 40_504, "crop256-bicubic", "crop256-bicubic", VIT_G_14),
         "coco2014-30k-gigagan": (30_000, 40_504, "crop256-lanczos", "crop256-lanczos", VIT_B_32),
         "coco2017-5k-d2gan": (5_000, 5_000, "crop256-bicubic", "crop256-bicubic", VIT_G_14),
+        "coco2014-30k-64px": (30_000, 40_504, "crop64-lanczos", "crop64-lanczos", VIT_G_14),
         "coco2014-10k-sdxl": (10_000, 10_000, "crop512-lanczos", "crop256-lanczos", VIT_G_14),
     }
     for name, expected in expected_sizes.items():
         p = PROTOCOLS[name]
         sizes = (p.preprocessing, p.clip_preprocessing)
         assert (p.images, p.reference_images, *sizes, p.clip) == expected, name
-        assert p.features == "inception" and p.clip_prefix == "A photo depicts " and p.seed == 1000
+        prefix = "" if name == "coco2014-30k-64px" else "A photo depicts "
+        assert p.features == "inception" and p.clip_prefix == prefix and p.seed == 1000
         assert p.neighbours == (3, 5) and p.pr_images == 10_000
+    for name, images in (("parti-prompts", 0), ("localized-narratives-5k", 5_000)):
+        p = PROTOCOLS[name]
+        assert (p.images, p.prompts, p.preprocessing) == (images, "given", NATIVE)
+        assert p.metrics == ("pickscore", "clip") and p.reference == "given"
     cifar = PROTOCOLS["cifar10-50k"]
     assert (cifar.images, cifar.reference_images, cifar.features) == (50_000, 50_000, "inception-tf")
     assert cifar.preprocessing == NATIVE and cifar.metrics == ("fid",)

@@ -215,6 +215,29 @@ def test_a_curve_of_truncation(job: Path, tmp_path: Path) -> None:
     assert curve["points"][0]["fid"] != curve["points"][1]["fid"]
 
 
+def test_two_curves_in_one_picture(job: Path, tmp_path: Path) -> None:
+    """StyleGAN-T's figure 6; a curve of another setting, seed or name is refused."""
+    run = config(job, student=str(job / "run"), metrics=("fid", "clip"), out=str(tmp_path / "before"))
+    before = CurveRun(run=run, setting="noise_scale", values=(1.0,))
+    run_curve(before)
+    after = replace(before, run=replace(run, out=str(tmp_path / "after")), beside=(str(tmp_path / "before"),))
+    run_curve(after)
+    report = (tmp_path / "after" / "report.html").read_text()
+    assert ">before<" in report and ">after<" in report
+    for changed, message in (
+        (replace(after, beside=("nowhere",)), "nowhere"),
+        (replace(before, beside=(str(tmp_path / "before"),)), "needs an --out of another name"),
+        (
+            replace(after, run=replace(after.run, seed=7, out=str(tmp_path / "seed"))),
+            "does not compare: prot",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_curve(changed)
+    with pytest.raises(SettingError, match=r"curve over psi, .* no kind of student here has styles"):
+        CurveRun(run=run, setting="psi", values=(0.5,))
+
+
 def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
     run = config(job, student=str(job / "run"), every=True, out=str(tmp_path / "out"))
     results = run_every(run)

@@ -1,0 +1,77 @@
+"""What a student cost: the columns of Wuerstchen's table 2 that follow from its runs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from d2g.core.errors import UserError
+from distill.config.export import CardOptions
+from distill.export.card_history import pair_stores, read_history, teacher_evaluations
+from distill.export.card_scores import is_own_result, own_results
+from distill.export.model_card import kg_co2
+from distill.sampling import student_tensors
+
+SCORES = ("fid", "is", "clip_score", "pickscore")
+"""Numbers of results in a ledger, where they were measured."""
+
+
+def ledger_rows(
+    students: Sequence[str], scores: Sequence[str], options: CardOptions, pair_hours: float | None = None
+) -> list[dict[str, Any]]:
+    """A `ledger_row` of each student. scores: results of `d2g eval run`, each of one of the students.
+
+    Raises UserError as `ledger_row` does, and for a result of none of the students.
+    """
+    own: dict[str, list[str]] = {student: [] for student in students}
+    for file in scores:
+        owners = [student for student in students if is_own_result(student, file)]
+        if not owners:
+            raise UserError(
+                f"--scores {file} is of none of the students; make one with `d2g eval run --student`"
+            )
+        for owner in owners:
+            own[owner].append(file)
+    return [ledger_row(student, files, options, pair_hours) for student, files in own.items()]
+
+
+def ledger_row(
+    student: str, scores: Sequence[str], options: CardOptions, pair_hours: float | None = None
+) -> dict[str, Any]:
+    """A row of the ledger of one student (Wuerstchen, table 2); None where a fact is not recorded.
+
+    parameters: of the network that draws. steps: 1. samples: training images of all its runs. pairs, and
+    `pair_evaluations` of the teacher for them. device_hours: of the runs; pair_hours: of making the pairs,
+    which no store records: the caller gives them. kg_co2: of both, with `pairs_share` of the pairs. gap: why
+    the runs go no further back; "" if they are all here. scores: results of this student (`own_results`).
+    Raises UserError for a damaged run and for results of another student.
+    """
+    history = read_history(student)
+    specs, missing = pair_stores(history)
+    training, results = history.device_hours, own_results(student, scores)
+    # The pairs are part of the cost where there are some, known or not.
+    makes_pairs = bool(specs or missing)
+    if makes_pairs and pair_hours is None:
+        hours = None
+    else:
+        hours = None if training is None else training + (pair_hours or 0.0)
+    weights = student_tensors(student)
+    return {
+        "student": student,
+        "parameters": sum(t.numel() for t in weights.values() if t.is_floating_point()),
+        "steps": 1,
+        **{key: _number(results, key) for key in SCORES},
+        "samples": sum(stage.config.train.images for stage in history.stages) or None,
+        "pairs": sum(spec.num_pairs for spec in specs) if not missing else None,
+        "pair_evaluations": teacher_evaluations(specs) if not missing else None,
+        "device_hours": training,
+        "pair_hours": pair_hours if makes_pairs else 0.0,
+        "kg_co2": None if hours is None else kg_co2(hours, options),
+        "pairs_share": (pair_hours or 0.0) / hours if hours else None,
+        "assumed": f"{options.watts:g} W, PUE {options.pue:g}, {options.kg_per_kwh:g} kg CO2 per kWh",
+        "gap": history.gap,
+    }
+
+
+def _number(results: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The number of the first result that has it."""
+    values = (result.get(key, result.get("extra", {}).get(key)) for result in results)
+    return next((float(value) for value in values if isinstance(value, int | float)), None)
