@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latent_lpips.vgg import ConvLayer
+from latent_lpips.winograd import conv3x3, conv3x3_transposed, is_exact_enough
 
 NORM_EPS = 1e-8
 CPU_POSITIONS, GPU_POSITIONS = 2**13, 2**16
@@ -115,10 +116,13 @@ def _distance_and_gradient(
         if layer.tap:
             gradient = gradient + tap_gradients.pop()
         record = records.pop()
-        gradient = gradient.to(dtype).mul_(record.positive)
+        gradient = gradient.to(dtype).mul_(record.positive.to(dtype))
         if record.indices is not None:
             gradient = _unpool(gradient, record.indices, record.size)
-        gradient = F.conv_transpose2d(gradient, layer.weight.to(dtype), padding=1)
+        if layer.winograd is not None:
+            gradient = conv3x3_transposed(gradient, layer.winograd)
+        else:
+            gradient = F.conv_transpose2d(gradient, layer.weight.to(dtype), padding=1)
     return distance, gradient
 
 
@@ -127,7 +131,11 @@ def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | N
     x = x.contiguous(memory_format=torch.channels_last)
     taps = []
     for layer in layers:
-        x = F.conv2d(x.to(layer.weight.dtype), layer.weight, layer.bias, padding=1).relu_()
+        x = x.to(layer.weight.dtype)
+        if layer.winograd is not None and is_exact_enough(layer.winograd):
+            x = conv3x3(x, layer.winograd, layer.bias).relu_()
+        else:
+            x = F.conv2d(x, layer.weight, layer.bias, padding=1).relu_()
         size, indices = (x.shape[2], x.shape[3]), None
         if layer.pool:
             x, indices = F.max_pool2d(x, 2, return_indices=True)
@@ -140,14 +148,18 @@ def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | N
 
 
 def _unpool(gradient: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scatter gradients [b, C, h / 2, w / 2] to the positions of the maxima in [b, C, h, w].
-
-    PyTorch's own max-unpooling and max-pool backward fail under deterministic algorithms.
-    """
-    flat = gradient.new_zeros((*gradient.shape[:2], size[0] * size[1]))
+    """Move gradients [b, C, h / 2, w / 2] to the positions of the maxima in [b, C, h, w]."""
+    shape = (*gradient.shape[:2], *size)
+    if gradient.device.type == "cpu":
+        pooled = torch.empty(shape, dtype=gradient.dtype, memory_format=torch.channels_last)
+        placed: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
+            gradient, pooled, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
+        )
+        return placed
+    # On a GPU it fails under deterministic algorithms, and max-unpooling does so everywhere.
+    flat = gradient.new_zeros((*shape[:2], size[0] * size[1]))
     flat.scatter_(2, indices.flatten(2), gradient.flatten(2))
-    placed: Tensor = flat.unflatten(2, size).contiguous(memory_format=torch.channels_last)
-    return placed
+    return flat.unflatten(2, size).contiguous(memory_format=torch.channels_last)
 
 
 def _layer_term(f: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -199,15 +199,17 @@ def _complete(
 
 
 def _save(tensors: dict[str, Tensor], writer: FileSystemWriter) -> None:
-    with _without_dcp_warning():
+    with _without_dcp_warnings():
         dcp_save(tensors, storage_writer=writer, no_dist=not process_group.joined())
 
 
 @contextmanager
-def _without_dcp_warning() -> Iterator[None]:
-    """Silence DCP's warning about a missing process group, which it prints even with `no_dist`."""
+def _without_dcp_warnings() -> Iterator[None]:
+    """Silence DCP's warnings about a missing process group, which it prints even with `no_dist`, and, in
+    torch 2.9, about its own use of typed storages."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
         yield
 
 
@@ -283,7 +285,7 @@ def read(last: Checkpoint) -> dict[str, Tensor]:
         for name, facts in reader.read_metadata().state_dict_metadata.items()
         if isinstance(facts, TensorStorageMetadata)
     }
-    with _without_dcp_warning():
+    with _without_dcp_warnings():
         dcp_load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
@@ -309,7 +311,7 @@ def load(last: Checkpoint, prefix: str, module: nn.Module, optimizer: torch.opti
     expected = {key for key in stored if key.startswith((f"{prefix}.", f"optim.{prefix}."))}
     if unmatched := sorted(expected ^ set(tensors)):
         raise UserError(f"{last.folder}: {unmatched[0]} is in the checkpoint or in the network, not in both")
-    with _without_dcp_warning():
+    with _without_dcp_warnings():
         dcp_load(tensors, storage_reader=reader, no_dist=not process_group.joined())
     # Fused and capturable optimizers need their step counters on the parameters' device, others on the CPU.
     on_device = {

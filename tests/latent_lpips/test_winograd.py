@@ -1,0 +1,45 @@
+"""Convolutions by Winograd's minimal filtering against direct ones."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latent_lpips import winograd
+from latent_lpips.config import LPIPSConfig
+from latent_lpips.vgg import VGG16, fold_batch_norms
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 40), (1, 2)])
+@pytest.mark.parametrize("tiles", [1, 24, 512])
+def test_equals_direct_convolution(
+    size: tuple[int, int], tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For even and odd sizes, and however images and rows are divided."""
+    monkeypatch.setattr(winograd, "MAX_TILES", tiles)
+    x, y, weight, bias = random(3, 4, *size), random(3, 6, *size), random(6, 4, 3, 3), random(6)
+    transformed = winograd.transform_weight(weight, torch.float64)
+    forward, backward = winograd.conv3x3(x, transformed, bias), winograd.conv3x3_transposed(y, transformed)
+    torch.testing.assert_close(forward, F.conv2d(x, weight, bias, padding=1))
+    torch.testing.assert_close(backward, F.conv_transpose2d(y, weight, padding=1))
+    assert forward.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_error_in_bf16_is_below_one_percent() -> None:
+    x, weight = random(1, 64, 16, 16).relu().bfloat16(), random(64, 64, 3, 3)
+    exact = F.conv2d(x.double(), weight, padding=1)
+    result = winograd.conv3x3(x, winograd.transform_weight(weight), torch.zeros(64, dtype=torch.bfloat16))
+    assert result.dtype == torch.bfloat16
+    assert (result.double() - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_only_wide_bf16_convolutions_take_it() -> None:
+    for width, precision, wide in ((0.5, "bf16", 5), (0.5, "fp32", 0), (0.25, "bf16", 0)):
+        trunk = fold_batch_norms(VGG16(LPIPSConfig(width=width)), precision)  # type: ignore[arg-type]
+        layers = trunk.layers()
+        assert sum(layer.winograd is not None for layer in layers) == wide
+        assert len(trunk.state_dict()) == 2 * len(layers), "transformed weights are not saved"
