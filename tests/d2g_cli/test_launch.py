@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,18 @@ def test_help_names_the_processes() -> None:
     from d2g_cli.main import app
 
     assert "--processes" in CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "1000"}, None)],
+)
+def test_threads_do_not_spin_while_they_wait(given: dict[str, str], policy: str | None) -> None:
+    """OpenMP reads its policy when torch is imported, so the command line sets it before."""
+    code = (
+        "import os, sys; from d2g_cli.__main__ import wait_without_spinning; "
+        "assert 'torch' not in sys.modules; wait_without_spinning(); print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_W", "GOMP_"))}
+    done = subprocess.run([sys.executable, "-c", code], env={**others, **given}, capture_output=True, text=True)
+    assert done.stdout.split() == [str(policy)], done.stderr
