@@ -149,5 +149,7 @@ def test_threads_do_not_spin_while_they_wait(given: dict[str, str], policy: str 
         "assert 'torch' not in sys.modules; wait_without_spinning(); print(os.environ.get('OMP_WAIT_POLICY'))"
     )
     others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_W", "GOMP_"))}
-    done = subprocess.run([sys.executable, "-c", code], env={**others, **given}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**others, **given}, capture_output=True, text=True
+    )
     assert done.stdout.split() == [str(policy)], done.stderr
