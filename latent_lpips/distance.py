@@ -134,9 +134,9 @@ class LatentLPIPS(PerceptualDistance):
     def fold(self, precision: Precision = "fp32") -> Self:
         """Fold the batch norms into the convolutions, in place. Distances stay equal to 1e-5.
 
-        `precision="bf16"` takes half the time of fp32 or less; `"auto"` uses bf16 where the hardware supports it. Distances
-        then agree to 1 % and gradients to a cosine of 0.999, unless the latents are nearly equal (distance
-        below 0.02). fp32 layers run without TF32 on CUDA. A trunk with group norm cannot be folded and stays
+        `precision="bf16"` takes half the time of fp32 or less; `"auto"` uses bf16 where the hardware supports
+        it. Distances then agree to 1 % and gradients to a cosine of 0.999, unless the latents are nearly
+        equal (distance below 0.02). fp32 layers run without TF32 on CUDA. A trunk with group norm cannot be folded and stays
         unchanged.
         """
         if self.config.norm != "group":

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 MIN_CHANNELS = 256
 """Fewer channels leave too little work per transformed value."""
 EXACT_CHANNELS = 512
-"""Fewer channels only in a backward pass. The error of a convolution, 0.6 % instead of 0.2 %, flips ReLUs, and
-with them gradients, in later layers; in the layers of 512 channels, the last ones, few follow."""
+"""Fewer channels only in a backward pass. The error of a convolution, 0.6 % instead of 0.2 %, flips ReLUs,
+and with them gradients, in later layers; in the layers of 512 channels, the last ones, few follow."""
 MAX_TILES = 512
 """Blocks per matrix product: transformed inputs of 512 channels then take 8 MiB, which fit a cache."""
 
@@ -23,7 +23,7 @@ G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 def transform_weight(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Transform weights [K, C, 3, 3] to [16, C, K], computed in their own type and rounded once to `dtype`."""
+    """Transform weights [K, C, 3, 3] to [16, C, K], in their own type, and round once to `dtype`."""
     g = torch.tensor(G, dtype=weight.dtype)
     transformed = torch.einsum("ia,kcab,jb->ijck", g, weight, g)
     return transformed.flatten(0, 1).to(dtype).contiguous()
