@@ -159,7 +159,8 @@ def _unpool(gradient: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
     # On a GPU it fails under deterministic algorithms, and max-unpooling does so everywhere.
     flat = gradient.new_zeros((*shape[:2], size[0] * size[1]))
     flat.scatter_(2, indices.flatten(2), gradient.flatten(2))
-    return flat.unflatten(2, size).contiguous(memory_format=torch.channels_last)
+    placed = flat.unflatten(2, size).contiguous(memory_format=torch.channels_last)
+    return placed
 
 
 def _layer_term(f: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
