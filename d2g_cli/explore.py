@@ -63,6 +63,47 @@ def walk(
     emit(summary, as_json, "walk")
 
 
+@explore_app.command("edit")
+@one_process
+def edit(
+    prompt: Annotated[str, typer.Option(help="The prompt to start from.")],
+    to: Annotated[str, typer.Option(help="The prompt in whose direction to go.")],
+    student: StudentOption = "miniature",
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of a noise; repeatable, a row each (0).")
+    ] = None,
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="Part of the way; repeatable, a column each (0, 0.25 … 1); above 1: beyond."),
+    ] = None,
+    noise_scale: NoiseScale = 1.0,
+    out: OutFolder = Path("edit"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Edit a prompt towards another with the noise fixed, as a labeled grid: seeds by strengths."""
+    seeds, strengths = seed or [0], strength or [0.0, 0.25, 0.5, 0.75, 1.0]
+    require_range(noise_scale=noise_scale)
+    for number in seeds:
+        require_range(0, 2**63 - 1, seed=number)
+    for part in strengths:
+        require_range(-10, 10, strength=part)
+    _check_prompts("--prompt", [prompt])
+    _check_prompts("--to", [to])
+    if dry_run:
+        plan: dict[str, Any] = {"student": student, "prompt": prompt, "to": to, "seeds": seeds}
+        emit({**plan, "strengths": strengths}, as_json, "dry run: nothing was drawn")
+        return
+    from distill.exploration import open_student, save_edits
+
+    summary = save_edits(
+        *(student, open_student(student), prompt, to, seeds, strengths, out),
+        noise_scale=noise_scale,
+        progress=reporter,
+    )
+    emit(summary, as_json, "edit")
+
+
 @explore_app.command("styles")
 @one_process
 def styles(

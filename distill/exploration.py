@@ -183,6 +183,46 @@ def save_walk(
     return {"out": str(out), "images": frames, "perceptual_path_length": length}
 
 
+def save_edits(
+    name: str,
+    one: OneStep,
+    prompt: str,
+    target: str,
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    out: Path,
+    *,
+    noise_scale: float = 1.0,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Move from one prompt in the direction of another with the noise fixed (StyleGAN-T, figure 7):
+    OUT/edit.png, a row per seed and a column per strength.
+
+    strengths: of the step from `prompt` (0) to `target` (1) in the space of encoded prompts; above 1 it goes
+    beyond. Raises SettingError for a student without text.
+    """
+    if one.conditioner.kind != "text":
+        raise SettingError(
+            f"student {name} takes no text to edit; use `d2g explore walk` with several --seed"
+        )
+    columns = len(strengths)
+    first, last = (one.conditioner.encode([text] * columns) for text in (prompt, target))
+    cond = between(first, last, torch.tensor(list(strengths), device=one.device))
+    images, labels = list[Tensor](), list[str]()
+    for seed in seeds:
+        # One noise per row of the grid.
+        start = noise(seed, range(1), one.student.latent_shape) * noise_scale
+        with torch.no_grad():
+            images += list(one.decode(one.latents_of(start.expand(columns, -1, -1, -1), cond)))
+        labels += [f"seed {seed}, {strength:g}" for strength in strengths]
+        progress("edit", len(images), columns * len(seeds))
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        save_png(image, out / f"{number:05d}.png", {"label": label})
+    heading = f"{Path(name).name}, one step: {prompt} (0) to {target} (1)"
+    save_png(captioned_grid(torch.stack(images), labels, heading, columns), out / "edit.png", {})
+    return {"out": str(out), "images": len(images)}
+
+
 def style_prompts(subjects: Sequence[str], styles: Sequence[str], template: str) -> list[str]:
     """The prompts of all subjects in all styles, made by a template with `{subject}` and `{style}`.
 

@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = dict(
     image_size=16,
     patch_size=4,
 )
-VITS = ("vit", "dinov2", "dinov3_vit", "clip_vision_model")
+VITS = ("vit", "deit", "dinov2", "dinov3_vit", "clip_vision_model")
 
 
 def save_clip_model(folder: Path) -> str:
@@ -49,13 +49,14 @@ def save_vit(kind: str, folder: Path) -> str:
     torch.manual_seed(3)
     name = {
         "vit": "ViTModel",
+        "deit": "DeiTModel",
         "dinov2": "Dinov2Model",
         "dinov3_vit": "DINOv3ViTModel",
         "clip_vision_model": "CLIPVisionModel",
     }[kind]
     more = {"dinov2": {"mlp_ratio": 1}, "dinov3_vit": {"num_register_tokens": 2}}.get(kind, {})
     config = transformers.AutoConfig.for_model(kind, **SIZES, **more)
-    options = {"add_pooling_layer": False} if kind == "vit" else {}
+    options = {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
     model = getattr(transformers, name)(config, **options)
     for parameter in model.parameters():  # larger than transformers' 0.02, so that every path matters
         if parameter.ndim > 1:

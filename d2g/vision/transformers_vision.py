@@ -28,12 +28,13 @@ def load_clip_model(name: str) -> Any:
 
 VISION_MODELS = {
     "vit": "ViTModel",
+    "deit": "DeiTModel",
     "dinov2": "Dinov2Model",
     "dinov3_vit": "DINOv3ViTModel",
     "clip": "CLIPVisionModel",
     "clip_vision_model": "CLIPVisionModel",
 }
-"""Classes of vision transformers by the type in their config; DINO's models are of type vit."""
+"""Classes of vision transformers by the type in their config; DINO and some of DeiT are of type vit."""
 PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
     "facebook/dino-vits16": {
         "model_type": "vit",
@@ -62,9 +63,9 @@ PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def load_vision_transformer(name: str, on_meta: bool = False) -> Any:
-    """Load the image tower of a DINO, DINOv2, DINOv3 or CLIP: fp32, eval, frozen. on_meta: without weights.
+    """Load the image tower of a DINO, DINOv2, DINOv3, DeiT or CLIP: fp32, eval, frozen.
 
-    Raises UserError when `name` is no folder or hub id of one.
+    on_meta: without weights. Raises UserError when `name` is no folder or hub id of one.
     """
     import transformers
 
@@ -72,7 +73,7 @@ def load_vision_transformer(name: str, on_meta: bool = False) -> Any:
     if config.model_type not in VISION_MODELS:
         raise UserError(f"{name} is a {config.model_type} model; expected {', '.join(VISION_MODELS)}")
     kind = VISION_MODELS[config.model_type]
-    options = {"add_pooling_layer": False} if kind == "ViTModel" else {}  # DINO has no pooler
+    options = {"add_pooling_layer": False} if kind in ("ViTModel", "DeiTModel") else {}  # no pooler
     if not on_meta:
         return _load(name, kind, config.model_type, **options)
     with torch.device("meta"):

@@ -252,8 +252,9 @@ class DiscriminatorConfig:
 
     feature_networks: tuple[str, ...] = setting(
         ("facebook/dino-vits16",),
-        "Frozen networks that projected reads: folders or hub ids of a DINO, DINOv2 or CLIP in transformers' "
-        "format, efficientnet-lite0, or squeezenet:FILE with torchvision's weights of squeezenet1_1",
+        "Frozen networks that projected reads: folders or hub ids of a DINO, DINOv2, DINOv3, DeiT or CLIP in "
+        "transformers' format, efficientnet-lite0, or squeezenet:FILE and vgg16_bn:FILE with torchvision's "
+        "weights of squeezenet1_1 and vgg16_bn",
         source="StyleGAN-T, section 3.2; D2O takes two",
     )
     feature_size: int = setting(

@@ -84,6 +84,12 @@ def build_clip_guidance(
             f"clip_guidance.crop is {config.crop}, but a latent is {downscale} px wide; expected a multiple "
             "of that"
         )
+    pixels = min(pretrained.latent_shape(teacher)[1:]) * downscale
+    if config.crop > pixels:
+        raise SettingError(
+            f"clip_guidance.crop is {config.crop}, but images of {teacher} have {pixels} px; set it to "
+            f"{pixels} or less"
+        )
     if torch.device(device).type == "meta":
         return ClipGuidance(
             clip_on_meta(config.model), None, pretrained.autoencoder_on_meta(teacher), config.crop

@@ -1,6 +1,7 @@
 """Frozen image networks behind one interface: pixels in, feature maps at several depths out.
 
-Vision transformers of transformers (DINO, DINOv2, DINOv3, CLIP), EfficientNet-lite0 and SqueezeNet 1.1.
+Vision transformers of transformers (DINO, DINOv2, DINOv3, DeiT, CLIP), EfficientNet-lite0, SqueezeNet 1.1 and
+VGG16-BN.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from d2g.vision.normalization import HALF, IMAGENET, OPENAI
 from d2g.vision.transformers_vision import load_vision_transformer
 from d2g.vision.weights import fill_parameters, read_state
 
-LITE0, SQUEEZENET = "efficientnet-lite0", "squeezenet:"
+LITE0, SQUEEZENET, VGG16_BN = "efficientnet-lite0", "squeezenet:", "vgg16_bn:"
 
 
 class FeatureNetwork(nn.Module, ABC):
@@ -100,6 +101,11 @@ class ConvolutionalNetwork(FeatureNetwork):
         return maps
 
 
+def weights_path(name: str) -> str:
+    """The file or folder that a name of `gan.feature_networks` refers to, or the name itself."""
+    return name.removeprefix(SQUEEZENET).removeprefix(VGG16_BN)
+
+
 def equally_spaced(blocks: int, heads: int, name: str) -> list[int]:
     """Numbers of blocks, counted from 1, after which heads read: equally spaced up to the last."""
     if heads > blocks:
@@ -118,6 +124,8 @@ def open_feature_network(name: str, heads: int, on_meta: bool = False) -> Featur
         network = _lite0(heads, on_meta)
     elif name.startswith(SQUEEZENET):
         network = _squeezenet(name.removeprefix(SQUEEZENET), heads, on_meta)
+    elif name.startswith(VGG16_BN):
+        network = _vgg16_bn(name.removeprefix(VGG16_BN), heads, on_meta)
     else:
         network = VisionTransformer(load_vision_transformer(name, on_meta), heads, name)
     return network.eval().requires_grad_(False)
@@ -158,3 +166,22 @@ def _squeezenet(file: str, heads: int, on_meta: bool) -> FeatureNetwork:
             before = []
     widths = [2 * block[-1].expand1x1.out_channels for block in blocks]  # type: ignore[index]
     return ConvolutionalNetwork(net.features[:2], blocks, widths, heads, "squeezenet", IMAGENET)
+
+
+def _vgg16_bn(file: str, heads: int, on_meta: bool) -> FeatureNetwork:
+    """VGG16-BN in its five blocks of convolutions, each but the first with the pooling before it."""
+    from torchvision.models import vgg16_bn
+
+    with torch.device("meta" if on_meta else "cpu"):
+        net = vgg16_bn(weights=None)
+    if not on_meta:
+        what = "torchvision's weights of vgg16_bn"
+        fill_parameters(net, read_state(file, what), file, what)
+    blocks: list[nn.Module] = []
+    layers: list[nn.Module] = []
+    for layer in net.features:
+        if isinstance(layer, nn.MaxPool2d):
+            blocks.append(nn.Sequential(*layers))
+            layers = []
+        layers.append(layer)
+    return ConvolutionalNetwork(nn.Identity(), blocks, [64, 128, 256, 512, 512], heads, "vgg16_bn", IMAGENET)

@@ -18,7 +18,7 @@ from d2g.diffusion import pretrained
 from d2g.vision.transformers_vision import clip_sha256
 from d2g.vision.weights import file_sha256
 from distill.config.run import DistillConfig
-from distill.models.feature_networks import SQUEEZENET
+from distill.models.feature_networks import weights_path
 from distill.sampling import student_folder
 from distill.training.real_images import RealImages
 from distill.training.real_rows import ImageRows
@@ -172,7 +172,7 @@ def _same_paths(a: Sequence[str], b: Sequence[str]) -> bool:
 
 def weights_sha256_of(names: Sequence[str]) -> str:
     """Digest of frozen networks, wherever their files and folders lie; "" if none is a file or a folder."""
-    digests = [_network_sha256(Path(name.removeprefix(SQUEEZENET))) if name else "" for name in names]
+    digests = [_network_sha256(Path(weights_path(name))) if name else "" for name in names]
     return (
         digest([sha256 or name for sha256, name in zip(digests, names, strict=True)]) if any(digests) else ""
     )

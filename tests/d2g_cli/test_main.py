@@ -191,6 +191,7 @@ REQUIRED_OPTIONS = {  # options without which a command fails before it checks i
     "doctor": "--preset miniature",
     "sample": "--prompt a",
     "export": "--student x --format diffusers",
+    "explore edit": "--prompt a --to b",
     "explore styles": "--subject a --style b",
     "eval export": "--for geneval --out x --student miniature",
     "pairs verify": "x",

@@ -95,6 +95,11 @@ def test_what_cannot_guide_is_refused(
     for config, name, message in (
         (good, classes, "weight is 0.2, but .* has no text to guide by; set it to 0"),
         (replace(good, crop=18), str(teacher), "crop is 18, but a latent is 4 px wide; expected a multiple"),
+        (
+            replace(good, crop=64),
+            str(teacher),
+            r"crop is 64, but images of .* have \d+ px; set it to \d+ or less",
+        ),
         (replace(good, model="nowhere"), str(teacher), "nowhere: no such folder"),
     ):
         with pytest.raises(UserError, match=message) as error:

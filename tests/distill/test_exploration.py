@@ -1,5 +1,6 @@
 """distill.exploration: walks through noises and prompts pass their points, and keep the norm of noise."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
+from d2g.diffusion.conditioning import LabelConditioner
 from distill.exploration import LENGTH_STEP, Walk, spherical, walk_positions
 from distill.sampling import OneStep, untrained_one_step
 
@@ -84,6 +86,24 @@ def test_the_commands_draw(d2g: Any, tmp_path: Path) -> None:
         np.asarray(Image.open(tmp_path / name / "00000.png")).astype(int) for name in ("walk", "sample")
     )
     assert np.abs(walked - sampled).max() <= 1  # batches of 3 and of 1 round differently
+
+
+def test_an_edit_goes_from_one_prompt_to_the_other_and_beyond(one: OneStep, tmp_path: Path) -> None:
+    """The ends are the images of both prompts from the same noise; files are rows of the grid."""
+    from distill.exploration import save_edits
+
+    facts = save_edits("x", one, "a red cube", "a blue sphere", [3, 4], [0.0, 1.0, 2.0], tmp_path)
+    assert facts["images"] == 6 and (tmp_path / "edit.png").is_file()
+    files = [np.asarray(Image.open(tmp_path / f"{number:05d}.png")).astype(int) for number in range(6)]
+    for row, seed in enumerate((3, 4)):
+        for column, prompt in enumerate(("a red cube", "a blue sphere")):
+            start = noise(seed, range(1), one.student.latent_shape)
+            expected = one.images(start, [prompt])[0].permute(1, 2, 0).numpy()
+            assert np.abs(files[3 * row + column] - expected).max() <= 1
+        assert np.abs(files[3 * row + 2] - files[3 * row + 1]).max() > 0
+    classes = replace(one, conditioner=LabelConditioner(2, None))
+    with pytest.raises(SettingError, match="takes no text to edit; use `d2g explore walk`"):
+        save_edits("x", classes, "0", "1", [0], [0.0], tmp_path)
 
 
 def test_walks_without_sense_are_refused(d2g: Any, tmp_path: Path) -> None:

@@ -102,6 +102,24 @@ def test_convolutional_features(tmp_path: Path) -> None:
         open_feature_network("squeezenet:nowhere.pth", 2)
 
 
+@pytest.mark.slow
+def test_vgg_features(tmp_path: Path) -> None:
+    """VGG16-BN in five blocks: the last one is torchvision's output before its last pooling."""
+    from torchvision.models import vgg16_bn
+
+    net = vgg16_bn(weights=None).eval()
+    save_file(net.state_dict(), tmp_path / "vgg.safetensors")
+    vgg = open_feature_network(f"vgg16_bn:{tmp_path / 'vgg.safetensors'}", 5)
+    x = torch.rand(1, 3, 32, 32)
+    mean, deviation = (torch.tensor(s).view(3, 1, 1) for s in vgg.statistics)
+    maps = vgg(2 * x - 1)
+    assert [m.shape[1:] for m in maps] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)]
+    torch.testing.assert_close(maps[-1], net.features[:-1]((x - mean) / deviation))
+    assert vgg.widths == open_feature_network("vgg16_bn:", 5, on_meta=True).widths
+    with pytest.raises(UserError, match="no weights there; put torchvision's weights of vgg16_bn"):
+        open_feature_network("vgg16_bn:nowhere.pth", 2)
+
+
 def test_crops_and_augmentations_follow_their_random_numbers() -> None:
     x = torch.arange(2 * 3 * 6 * 5.0).view(2, 3, 6, 5)
     crop = crop_view(x, 4, torch.tensor([[0.0, 0.0], [0.999, 0.999]]))
