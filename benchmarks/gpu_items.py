@@ -159,6 +159,7 @@ def _pairs(kind: str, options: Options, steps: int, batches: list[int]) -> Resul
         guidance=8.0,
         precision="fp32" if options.tiny else "fp16",
         channels_last=not options.tiny,
+        compile=False,
     )
     sizes, repeats, peak_size = ([1, 2], 1, 256) if options.tiny else (batches, 2, 4096)
     result = pairs.race(config, sizes, repeats, peak_size)

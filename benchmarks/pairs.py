@@ -36,6 +36,7 @@ from d2g.diffusion.pretrained import (
 )
 from pairgen.config import PairConfig
 from pairgen.job import Job, batched, open_job
+from pairgen.speed import choose_speed
 from pairgen.store.spec import create_store
 from pairgen.store.writer import PairWriter
 
@@ -84,11 +85,15 @@ def sd15_folder(folder: Path) -> str:
 
 
 def race(config: PairConfig, batches: list[int], repeats: int, peak_size: int = 4096) -> dict[str, Any]:
-    """Rows/s of both at each batch size, in turns; FLOP of a pair; FLOP/s of a square matrix product."""
+    """Rows/s of both at each batch size, in turns; FLOP of a pair; FLOP/s of a square matrix product.
+
+    With `precision=auto`, diffusers has its default, fp32.
+    """
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    job = open_job(config, DEVICE)
+    known = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = known[config.precision]
+    job = open_job(choose_speed(config, torch.device(DEVICE)), DEVICE)
     folder = SHIPPED[config.teacher] / "teacher" if config.teacher in SHIPPED else config.teacher
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(DEVICE)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
@@ -114,7 +119,9 @@ def race(config: PairConfig, batches: list[int], repeats: int, peak_size: int = 
         taken = compare(contestants, repeats)
         speed = {name: size / median(seconds) for name, seconds in taken.items()}
         rows.append({"batch": size, **speed, "largest difference": difference})
-    return {"rows": rows, "flops": row_flops(job), "peak": matmul_peak(dtype, peak_size)}
+    peak = matmul_peak(known[job.spec.precision], peak_size)
+    chosen = {"precision": job.spec.precision, "compiled": job.spec.compiled}
+    return {"rows": rows, "flops": row_flops(job), "peak": peak, **chosen}
 
 
 def against_diffusers(config: PairConfig, batches: list[int], repeats: int) -> list[str]:
@@ -129,11 +136,12 @@ def against_diffusers(config: PairConfig, batches: list[int], repeats: int) -> l
     return [
         *table(["batch", "ours, pairs/s", "diffusers, pairs/s", "ratio", "largest difference"], cells),
         "",
+        f"Ours: {result['precision']}, {'compiled' if result['compiled'] else 'not compiled'}. "
         f"At the batch where each is fastest: **{best['ours'] / best['diffusers']:.3f}x** "
         f"({best['ours']:.4g} against {best['diffusers']:.4g} pairs/s).",
         f"{flops / 1e12:.4g} TFLOP a pair, {flops * best['ours'] / 1e12:.4g} TFLOP/s: "
         f"**{100 * flops * best['ours'] / peak:.1f} %** of the {peak / 1e12:.4g} TFLOP/s that a "
-        f"{config.precision} matrix product of 4096 x 4096 reached in this run.",
+        f"{result['precision']} matrix product of 4096 x 4096 reached in this run.",
     ]
 
 
@@ -262,10 +270,13 @@ def main() -> None:
         prompts.write_text("\n".join(CAPTIONS))
         mini = PairConfig(
             teacher="miniature", prompts=str(prompts), num_pairs=128, steps=10, guidance=3.0, batch_size=64,
-            shard_size=64,
+            shard_size=64, precision="fp32", compile=False,
         )  # fmt: skip
+        auto = replace(mini, num_pairs=100_000, precision="auto", compile="auto")
         lines = ["## Against diffusers: the miniature teacher, 10 DDIM steps, guidance 3", ""]
         lines += against_diffusers(mini, [1, 8] if args.quick else [1, 4, 16, 32], repeats)
+        lines += ["", "## The same, with the precision and compilation that ours measures by itself", ""]
+        lines += against_diffusers(auto, [1, 8] if args.quick else [1, 4, 16, 32], repeats)
         if args.sd15:
             config = replace(mini, teacher=sd15_folder(Path(scratch) / "sd15"), steps=2, guidance=8.0)
             gpu = DEVICE == "cuda"

@@ -10,9 +10,8 @@ from d2g.core.distributed import process_group
 from d2g.core.progress import Progress, quiet
 from pairgen.config import PairConfig
 from pairgen.job import Job, log_supported_stages, open_job
+from pairgen.speed import choose_speed, fastest_batch
 
-LARGEST_BATCH = 1024
-GAIN = 1.03  # a doubled batch must be at least this much faster per row
 GPU_COUNTS = (1, 8, 64, 128)
 
 
@@ -27,6 +26,7 @@ def plan_pairs(
     device = process_group.init()
     log_supported_stages(config)
     # Time the complete computation of rows at the batch size of the real job.
+    config = choose_speed(config, device)
     job = open_job(config, device)
     spec = job.spec
     batch_size = config.batch_size or fastest_batch(job)
@@ -44,6 +44,8 @@ def plan_pairs(
         "shards": spec.num_shards,
         "evaluations_per_pair": spec.evaluations_per_pair,
         "batch_size": batch_size,
+        "precision": spec.precision,
+        "compile": spec.compiled,
         "seconds_per_pair": seconds,
         "pairs_per_sec": 1 / seconds,
         "gpu_hours": hours,
@@ -67,40 +69,6 @@ def seconds_per_row(job: Job, batch_size: int, batches: int, progress: Progress 
             started = time.monotonic()
         progress("timing", batch, batches)
     return (time.monotonic() - started) / (batches * batch_size)
-
-
-@torch.no_grad()
-def fastest_batch(job: Job) -> int:
-    """The batch size with the most rows/s: doubled until two doublings gain nothing or memory is full."""
-    best, best_seconds, size = 1, float("inf"), 1
-    while size <= min(4 * best, LARGEST_BATCH):
-        try:
-            seconds = _evaluation_seconds(job, size) / size
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break
-        # A larger batch must be clearly faster, or the smaller one stays.
-        if seconds * GAIN < best_seconds:
-            best, best_seconds = size, seconds
-        size *= 2
-    return best
-
-
-def _evaluation_seconds(job: Job, size: int) -> float:
-    """Seconds per evaluation of the guided network: the fastest of three after a warm-up."""
-    spec = job.spec
-    indices = [index % spec.num_pairs for index in range(size)]
-    encoded = job.encode(indices)
-    cond = encoded.cond[[encoded.position[text] for text in job.texts(indices)]]
-    if (condition := job.condition(indices)) is not None:
-        cond = cond.with_prior(condition)
-    noise = torch.zeros(size, *spec.latent_shape)
-    seconds = []
-    for _ in range(4):
-        started = time.monotonic()
-        job.teacher.sample(noise, job.texts(indices), 1, spec.guidance, spec.solver, 0.0, cond).cpu()
-        seconds.append(time.monotonic() - started)
-    return min(seconds[1:])
 
 
 def device_name(device: torch.device) -> str:

@@ -14,10 +14,10 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
 from d2g.diffusion import pretrained
 from pairgen.config import PairConfig
-from pairgen.cost import fastest_batch
 from pairgen.grow import grow_store
 from pairgen.job import Job, batched, config_of, log_supported_stages, open_job
 from pairgen.shard_claims import Claims
+from pairgen.speed import choose_speed, fastest_batch
 from pairgen.statistics import evenly_spread
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import (
@@ -176,8 +176,10 @@ def _summary(folder: Path, spec: StoreSpec, tally: Tally, batch_size: int, secon
 def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
     """Rank 0 resolves the config and creates the store; the other ranks read its spec and its prompts."""
     if process_group.rank() == 0:
+        exists = (folder / "store.json").exists()
+        config = choose_speed(config, device, read_spec(folder) if exists else None)
         job = open_job(config, device, folder)
-        if (folder / "store.json").exists():
+        if exists:
             grow_store(folder, job.spec, job.prompts, config.patience)
         job = replace(job, spec=create_store(folder, job.spec))
         # A resumed job keeps the prompt list that the store already has.
@@ -185,7 +187,10 @@ def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
             with writing(folder, "nothing was lost"):
                 job.prompts.save(prompts_path(folder))
     process_group.barrier()
-    return job if process_group.rank() == 0 else open_job(config, device, folder, read_spec(folder))
+    if process_group.rank() == 0:
+        return job
+    spec = read_spec(folder)
+    return open_job(choose_speed(config, device, spec), device, folder, spec)
 
 
 def next_shard(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from pairgen.config import PairConfig
 from pairgen.prompts import PromptList, check_labels, label_list, prompt_list_sha256, read_prompts
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, prompts_path
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,14 @@ def open_job(
     """Load the teacher and prompts of a config and check them, before anything is written.
 
     Prompts come from `config.prompts`, otherwise from the prompt list of `store`, otherwise they are all
-    classes of the teacher. `spec`: the store's, if it is known to match. Raises UserError and SettingError.
+    classes of the teacher. `spec`: the store's, if it is known to match. Settings that are still `auto` (see
+    `pairgen.speed`) are those of a short job: fp32, not compiled. Raises UserError and SettingError.
     """
+    config = with_choices(config, "fp32", False)
     if not config.teacher:
         raise SettingError("teacher is not set; give --teacher")
     # Load and check the teacher and the prompts with all settings.
+    assert config.precision != "auto"
     teacher = load_teacher(config.teacher, device, config.precision, config.spacing, config.final_alpha)
     if config.churn and not isinstance(teacher.schedule, EDMSchedule):
         raise SettingError(
@@ -153,6 +158,15 @@ def open_job(
     if config.compile:
         teacher = replace(teacher, network=torch.compile(teacher.network))
     return Job(teacher, prompts, spec or resolve_spec(config, teacher, prompts, solver, prior), prior)
+
+
+def with_choices(config: PairConfig, precision: Precision, compiled: bool) -> PairConfig:
+    """`config` with these values in place of `auto`."""
+    return replace(
+        config,
+        precision=precision if config.precision == "auto" else config.precision,
+        compile=compiled if config.compile == "auto" else config.compile,
+    )
 
 
 def _prompts(config: PairConfig, teacher: Teacher, store: Path | None) -> PromptList:
@@ -188,6 +202,8 @@ def resolve_spec(
     digests = pretrained.teacher_digests(config.teacher)
     per_prompt = config.per_prompt if prior is None else prior.spec.per_prompt
     num_pairs = config.num_pairs or (len(prompts) * per_prompt if prior is None else len(prior))
+    precision = config.precision
+    assert precision != "auto", "open_job has replaced it"
     spec = StoreSpec(
         teacher=config.teacher,
         teacher_sha256=digests.weights,
@@ -205,7 +221,8 @@ def resolve_spec(
         guidance=config.guidance,
         guidance_rescale=config.guidance_rescale,
         churn=config.churn,
-        precision=config.precision,
+        precision=precision,
+        compiled=bool(config.compile),
         seed=config.seed,
         dtype=config.dtype,
         latent_shape=(channels, height, width),
@@ -241,6 +258,7 @@ def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
         guidance_rescale=spec.guidance_rescale,
         churn=spec.churn,
         precision=spec.precision,
+        compile=False,  # for few rows
         seed=spec.seed,
         dtype=spec.dtype,
         noise=spec.noise,

@@ -53,7 +53,7 @@ def _type_name(hint: Any) -> str:
     """A type in words: `float`, `ddp | fsdp`, `list of int`, `float or null`."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return " | ".join(map(str, args))
+        return " | ".join(str(arg).lower() if isinstance(arg, bool) else str(arg) for arg in args)
     if origin in (Union, types.UnionType):
         return " or ".join("null" if arg is type(None) else _type_name(arg) for arg in args)
     if origin is tuple:

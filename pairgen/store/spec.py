@@ -67,6 +67,8 @@ class StoreSpec:
     """The denoiser's sha256 of the teacher of that store."""
     condition_shape: tuple[int, int, int] | None = None
     """Shape (C, h, w) of its latents, which each row holds beside its own."""
+    compiled: bool = False
+    """Whether the network was compiled, which decides rows up to rounding: a note."""
     earlier_prompts: tuple[tuple[int, str], ...] = ()
     """(num_prompts, prompts_sha256) of the prompt lists before prompts were appended, oldest first."""
 
@@ -150,9 +152,9 @@ class StoreSpec:
 
 
 _CONDITION = ("condition", "condition_sha256", "condition_teacher", "condition_shape")
-_LEFT_OUT = ("denoiser_sha256", "earlier_prompts", "churn", *_CONDITION)
+_LEFT_OUT = ("denoiser_sha256", "earlier_prompts", "churn", "compiled", *_CONDITION)
 _TEACHER = ("teacher", "teacher_sha256", "denoiser_sha256")
-_NOTES = (*_TEACHER, "condition", "earlier_prompts")
+_NOTES = (*_TEACHER, "condition", "compiled", "earlier_prompts")
 _FACTS = tuple(name for name in StoreSpec.__dataclass_fields__ if name not in _NOTES)
 """Fields that two stores of one kind share, beside their teacher."""
 

@@ -27,7 +27,9 @@ class FullRunConfig:
     features: str | None = setting(None, "Feature network, as --features of `d2g eval run`")
     features_input: str | None = setting(None, "Its pixels, as --features-input of `d2g eval run`")
     teacher: TeacherConfig = setting(TEACHER_PRESETS["quick"], "Training of the teacher")
-    pairs: PairConfig = setting(PAIR_PRESETS["miniature"], "Pair generation")
+    pairs: PairConfig = setting(
+        replace(PAIR_PRESETS["miniature"], precision="fp32", compile=False), "Pair generation"
+    )
     ode: DistillConfig = setting(DISTILL_PRESETS["miniature"]["ode"], "The regression stage")
     gan: DistillConfig = setting(DISTILL_PRESETS["miniature"]["gan"], "The GAN stage")
     export: ExportConfig = setting(ExportConfig(format="diffusers"), "Format of the exported student")

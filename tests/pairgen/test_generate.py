@@ -3,6 +3,7 @@
 import signal
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import tiny
 from d2g.core import seeds
 from d2g.core.errors import Interrupted, SettingError, UserError
 from jobs import Running, d2g, make_pairs
+from pairgen import speed
 from pairgen.config import PAIR_PRESETS, PairConfig
-from pairgen.cost import GPU_COUNTS, fastest_batch, plan_pairs
+from pairgen.cost import GPU_COUNTS, plan_pairs
 from pairgen.generate import generate_pairs, regenerate, resimulate
 from pairgen.job import config_of, open_job
+from pairgen.speed import fastest_batch
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import read_spec, shards_present
 from pairgen.verify import verify_store
@@ -332,3 +335,46 @@ def test_a_store_can_be_regenerated_from_its_own_prompts(
     (out / "shards" / "pairs-00001.h5").unlink()
     assert config_of(read_spec(out)).prompts == "" and regenerate(out) == 5
     assert_equal_stores(out, pairs)
+
+
+def test_a_short_job_is_exact_and_not_compiled(config: PairConfig, tmp_path: Path) -> None:
+    assert (config.precision, config.compile) == ("auto", "auto")
+    generate_pairs(config, tmp_path)
+    assert (read_spec(tmp_path).precision, read_spec(tmp_path).compiled) == ("fp32", False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
+def test_precision_and_compilation_are_measured_once_for_a_store(
+    config: PairConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
+) -> None:
+    """With gains that every candidate has, the slowest arithmetic is chosen; the store keeps the choice."""
+    for name, value in (("BF16_FROM", 0.0), ("COMPILE_FROM", 0.0), ("BF16_GAIN", 0.0), ("GAIN", 0.0)):
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = replace(config, batch_size=6)
+    generate_pairs(replace(config, num_pairs=6), tmp_path)
+    spec = read_spec(tmp_path)
+    assert (spec.precision, spec.compiled) == ("bf16", True)
+    # A job that grows the store, and one that would measure something else, follow it.
+    for name in ("BF16_FROM", "COMPILE_FROM"):
+        monkeypatch.setattr(speed, name, float("inf"))
+    generate_pairs(replace(config, num_pairs=12), tmp_path)
+    assert read_spec(tmp_path) == replace(spec, num_pairs=12)
+    with pytest.raises(UserError, match=r"precision \(bf16 -> fp32\)|precision \('bf16' -> 'fp32'\)"):
+        generate_pairs(replace(config, precision="fp32"), tmp_path)
+    # Rows that are computed again have the store's precision, and differ by rounding.
+    assert resimulate(tmp_path, 4) < 0.05
+
+
+def test_a_network_that_cannot_be_compiled_is_not(
+    config: PairConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_dynamo: None
+) -> None:
+    def no_compiler(graph: object, inputs: object) -> object:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(speed, "COMPILE_FROM", 0.0)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
+    chosen = speed.choose_speed(config, torch.device("cpu"))
+    assert (chosen.precision, chosen.compile) == ("fp32", False)
+    assert "not compiled: " in caplog.text and "no C++ compiler" in caplog.text
