@@ -24,7 +24,7 @@ from pairgen.prompts import PromptList, check_labels, label_list, prompt_list_sh
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, prompts_path
 
-Precision = Literal["fp32", "bf16", "fp16"]
+PairPrecision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def open_job(
     return Job(teacher, prompts, spec or resolve_spec(config, teacher, prompts, solver, prior), prior)
 
 
-def with_choices(config: PairConfig, precision: Precision, compiled: bool) -> PairConfig:
+def with_choices(config: PairConfig, precision: PairPrecision, compiled: bool) -> PairConfig:
     """`config` with these values in place of `auto`."""
     return replace(
         config,
