@@ -185,6 +185,7 @@ def test_group_norm_cannot_be_folded_and_works_unfolded() -> None:
     torch.testing.assert_close(single, before[:1])
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.9 to 2.11
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiles_in_one_graph(metric: LatentLPIPS, precision: Precision, fresh_dynamo: None) -> None:
     quick = copy.deepcopy(metric).fold(precision)
@@ -198,6 +199,5 @@ def test_devices_agree(metric: LatentLPIPS, device: str) -> None:
     quick = copy.deepcopy(metric).fold()
     pred, target = latents(2, 4, 16, 16), latents(2, 4, 16, 16, seed=1)
     expected = with_gradient(quick, pred, target)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        result = with_gradient(copy.deepcopy(quick).to(device), pred.to(device), target.to(device))
+    result = with_gradient(copy.deepcopy(quick).to(device), pred.to(device), target.to(device))
     torch.testing.assert_close([t.cpu() for t in result], list(expected), rtol=1e-4, atol=1e-7)
