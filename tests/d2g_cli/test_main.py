@@ -171,7 +171,7 @@ def test_version_in_a_new_process() -> None:
         ("eval curve --teacher x --out x --over steps=2.5", "over steps: 2.5; expected whole numbers"),
         ("eval curve --teacher x --out x --over steps=inf", "over steps: inf; expected whole numbers"),
         ("eval curve --teacher x --out x.json --over steps=1", "give a folder"),
-        ("eval protocols coco2014-30k", "did you mean 'coco2014-30k-d2gan'?"),
+        ("eval protocols coco2014-30k-d2gn", "did you mean 'coco2014-30k-d2gan'?"),
         ("export --student x --dtype int8 --out y", "dtype is 'int8'"),
         ("lpips distance a b", "--teacher is not set"),
     ],
